@@ -1,0 +1,65 @@
+"""The arithmetic of a layout: world size, pipeline, tensor and data parallelism, micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `world` ranks share one global batch: world = pp * dp * tp, global_batch = dp * micro_batch * accumulation.
+
+    Rank order is DeepSpeed's PipeModelDataParallelTopology: rank = (pp_rank * dp + dp_rank) * tp + tp_rank,
+    so that the ranks of a tensor-parallel group are neighbours on one node.
+    """
+
+    world: int
+    pp: int
+    tp: int
+    dp: int
+    micro_batch: int  # rows per forward pass
+    accumulation: int  # micro-batches per optimizer step
+    global_batch: int  # rows per optimizer step
+
+
+def divisors(n: int) -> list[int]:
+    """Return the divisors of `n` in increasing order."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def resolve_layout(run: RunConfig, world: int) -> Layout:
+    """Derive dp and the accumulation steps of `run` on `world` ranks.
+
+    Raises:
+        UserError: when a number does not divide; the message lists the numbers that would.
+    """
+    place, pp, tp = run.path, run.parallel.pp, run.parallel.tp
+    if world % (pp * tp):
+        fits = [n for n in range(pp * tp, max(world, pp * tp) * 2 + 1, pp * tp)]
+        near = sorted(sorted(fits, key=lambda n: abs(n - world))[:3])
+        raise UserError(
+            f"{place}: world size {world} is not a multiple of parallel.pp {pp} * parallel.tp {tp} = {pp * tp}; "
+            f"start {_or(near)} ranks, or change parallel.pp or parallel.tp"
+        )
+    dp = world // (pp * tp)
+    batch, micro = run.training.global_batch, run.parallel.micro_batch
+    if batch % dp:
+        near = sorted(sorted(range(dp, batch + 2 * dp, dp), key=lambda n: abs(n - batch))[:2])
+        raise UserError(
+            f"{place}: training.global_batch = {batch} is not a multiple of dp {dp} = world {world} / (pp {pp} * tp {tp}); "
+            f"use {_or(near)}"
+        )
+    if (batch // dp) % micro:
+        raise UserError(
+            f"{place}: parallel.micro_batch = {micro} does not divide {batch} / dp {dp} = {batch // dp}; "
+            f"use {_or(divisors(batch // dp))}"
+        )
+    return Layout(world, pp, tp, dp, micro, batch // dp // micro, batch)
+
+
+def _or(numbers: list[int]) -> str:
+    words = [str(n) for n in numbers]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

@@ -1,0 +1,148 @@
+"""The run file's sections as frozen dataclasses: every key a run file may hold, its type and its default.
+
+Names follow Hugging Face's LlamaConfig where it has one. `config/run_file.py` reads YAML into these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling of the rotary embedding (Llama 3.1 release; HF `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a LLaMA model (arXiv 2302.13971, table 2; grouped-query attention from 2307.09288)."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int  # run files may leave it out: num_attention_heads
+    head_dim: int  # run files may leave it out: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    attention_backend: str = "auto"  # auto | flash_attn | sdpa | reference
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of the data mixture."""
+
+    name: str
+    path: str  # folder with the source's manifest.json
+    weight: float  # share of the sampled rows; the weights of a mixture sum to 1
+    epochs: float | None = None  # epochs the run means to make over it; checked against the manifest
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads."""
+
+    tokenizer: str  # path of the sentencepiece .model file
+    seq_len: int
+    sources: tuple[SourceConfig, ...]
+    document_mask: bool = False  # True: attention does not cross document boundaries in a packed row
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How much is trained. Exactly one of `steps` and `tokens` stands in a run file; both are set here."""
+
+    global_batch: int  # rows (sequences) per optimizer step
+    steps: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule (LLaMA paper, section 2.3)."""
+
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # matrices only: norms are not decayed
+    clip: float = 1.0  # global gradient norm
+    schedule: str = "cosine"  # cosine | wsd
+    warmup_steps: int = 2000
+    min_lr_ratio: float = 0.1  # final learning rate / peak
+    decay_steps: int = 0  # wsd only: length of the final decay
+    z_loss: float = 0.0  # weight of (log Z)^2 (PaLM, section 5)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is cut. dp and the accumulation steps are derived, never written."""
+
+    pp: int = 1
+    tp: int = 1
+    sequence_parallel: bool = False
+    micro_batch: int = 1
+    partition: tuple[int, ...] | None = None  # decoder layers per pipeline stage; None: balanced by cost
+    recompute: str = "none"  # none | full (checkpoint every decoder layer)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation during training."""
+
+    interval: int = 0  # steps; 0: only after the last step
+    rows: int = 64  # validation rows, fixed for the run; 0: no validation
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where and when to save, and whether to go on from what is there."""
+
+    interval: int = 0  # steps; 0: only after the last step
+    resume: str = "auto"  # auto: from the newest checkpoint of this run if any | never | must
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is reported."""
+
+    interval: int = 1  # steps between log lines
+    tensorboard: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run, resolved. `deepspeed` is the user's DeepSpeed JSON as parsed, before the merge."""
+
+    name: str
+    seed: int
+    output_dir: str  # the run's files go to output_dir/name
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    deepspeed: dict = field(default_factory=dict)
+    deepspeed_path: str = ""
+    path: str = ""  # the run file
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage from the DeepSpeed JSON."""
+        return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+    @property
+    def run_dir(self) -> str:
+        """Folder of the run's metrics, checkpoints and resolved configuration."""
+        return f"{self.output_dir}/{self.name}"
