@@ -1,0 +1,44 @@
+# make quickstart | test | test-fast | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
+.PHONY: quickstart test test-fast lint format clean
+
+PYTHON ?= python3
+export PYTHON
+RUN := .venv/bin/
+
+# One thread per process: the tests start up to eight processes on few cores.
+test test-fast: export OMP_NUM_THREADS = 1
+
+# Without an NVIDIA GPU, DeepSpeed is told so (it guesses from what is installed) and tests marked gpu are deselected.
+ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU '),0)
+export DS_ACCELERATOR ?= cpu
+ALL := not gpu
+FAST := not slow and not gpu
+else
+FAST := not slow
+endif
+
+quickstart: .venv/.installed
+	$(RUN)python tools/quickstart.py
+
+test: .venv/.installed
+	$(RUN)python -m pytest -q --durations=15 -m "$(ALL)"
+
+test-fast: .venv/.installed
+	$(RUN)python -m pytest -q -m "$(FAST)"
+
+lint: .venv/.installed
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy llama_ds tools
+
+format: .venv/.installed
+	$(RUN)ruff check --fix .
+	$(RUN)ruff format .
+
+# Leaves runs/ alone: it holds trained models.
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/.installed: setup.py constraints.txt .ci/install.sh
+	bash .ci/install.sh

@@ -1,0 +1,45 @@
+"""Packaging of llama_ds: what it needs to train, and what only some machines need."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+INIT = Path(__file__).with_name("llama_ds") / "__init__.py"
+
+setup(
+    name="llama_ds",
+    # Read, not imported: pip runs this file before any dependency is installed.
+    version=re.search(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE).group(1),
+    description="Pre-training of LLaMA models on DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["llama_ds", "llama_ds.*"]),
+    install_requires=[
+        "deepspeed>=0.19.4,<0.20",  # earlier releases scale pipeline gradients wrongly
+        "numpy>=2.1",
+        "pyyaml>=6",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2.1",
+        "torch>=2.11",
+        "tqdm>=4.66",
+        "transformers>=5,<6",  # only tools/ import it: an export is checked by the library it is for
+        "webdataset>=1.0",
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.8", "nvidia-ml-py"],  # flash-attn compiles for an hour: see CONTRIBUTING.md
+        "mpi": ["mpi4py>=4"],  # wants an MPI library on the machine: the cluster's own
+        "s3": ["s3fs"],
+        "tensorboard": ["tensorboard>=2.20"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mpi4py>=4",
+            "mypy>=2",
+            "openmpi>=5; sys_platform == 'linux'",  # brings mpirun for its test, without root
+            "pytest>=9",
+            "ruff>=0.17",
+            "tensorboard>=2.20",
+            "types-PyYAML",
+        ],
+    },
+)
