@@ -1,0 +1,137 @@
+"""SentencePiece BPE the LLaMA way: digits split, byte fallback, and nothing lost: decode(encode(x)) == x."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import sentencepiece
+
+from llama_ds.data.corpus import cut_at_lines, documents, source_files
+from llama_ds.errors import UserError
+
+SPACE_MARK = "\u2581"  # sentencepiece's own spelling of a space: it decodes a mark in the text to a space
+SENTENCE_CHARS = 2000  # the trainer skips very long sentences and merges never cross whitespace: any cut will do
+
+
+class Tokenizer:
+    """A trained sentencepiece model: text to ids and back.
+
+    With a model from `train_tokenizer`, decode(encode(x)) == x for every str that can be written as UTF-8.
+
+    Raises:
+        UserError: the file is missing or is no sentencepiece model.
+    """
+
+    def __init__(self, path: str) -> None:
+        try:
+            with open(path, "rb") as file:
+                model = file.read()
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.LoadFromSerializedProto(model)
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the tokenizer ({error.strerror}); "
+                            "train one with tools/tokenizer.py train") from None
+        except RuntimeError:
+            raise UserError(f"{path}: not a sentencepiece model, or a damaged one ({len(model)} bytes); "
+                            "train one with tools/tokenizer.py train") from None
+        if not model:  # sentencepiece takes empty bytes for an empty model
+            raise UserError(f"{path}: empty file (0 bytes); train a tokenizer with tools/tokenizer.py train")
+        self.path = path
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._model.get_piece_size()
+        self.bos_id: int = self._model.bos_id()
+        self.eos_id: int = self._model.eos_id()
+        self._mark_ids = self._space_mark_ids()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text`, without bos and eos."""
+        if not self._mark_ids or SPACE_MARK not in text:
+            return self._model.encode(text)
+        first, *others = (self._model.encode(part) for part in text.split(SPACE_MARK))
+        return first + [i for part in others for i in (*self._mark_ids, *part)]
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Return the ids of each text, in order, encoded on `threads` threads."""
+        ids = self._model.encode(list(texts), num_threads=threads)
+        if self._mark_ids:
+            for i, text in enumerate(texts):
+                if SPACE_MARK in text:
+                    ids[i] = self.encode(text)
+        return ids
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of `ids`; bos and eos have none, bytes that are not UTF-8 become U+FFFD."""
+        return self._model.decode([int(i) for i in ids])
+
+    def _space_mark_ids(self) -> list[int]:
+        # Byte pieces are decoded as they are, so a mark spelt in bytes comes back as a mark. Models that put a space
+        # before every text (the original LLaMA one) would do so before every part: their marks stay as they are.
+        ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+        prefixed = self._model.encode("a", out_type=str)[:1] != ["a"]
+        return [] if self._model.unk_id() in ids or prefixed else ids
+
+
+def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, sample_mb: float = 16.0) -> str:
+    """Train a BPE tokenizer on an even sample of about `sample_mb` of the documents; write out_prefix.model.
+
+    ids: unk 0, bos 1, eos 2, then 256 bytes, then merges; no padding. The same documents give the same bytes.
+
+    Returns:
+        The path of the model.
+
+    Raises:
+        UserError: bad documents, or a vocabulary that they cannot fill or that cannot hold their characters.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sample(patterns, sample_mb * 1e6),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.9995,
+            split_digits=True,
+            byte_fallback=True,
+            allow_whitespace_only_pieces=True,
+            # Three settings that make it lossless: text as it is, runs of spaces kept, no space put before it.
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=1 << 20,
+            num_threads=1,  # written into the model, and so into its checksum
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"vocab_size = {vocab_size} does not suit {' '.join(patterns)}: {_last_sentence(error)}; "
+                        "use another size (at least 259 plus the distinct characters) or more text") from None
+    path = f"{out_prefix}.model"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(model.getvalue())
+    os.replace(f"{path}.tmp", path)
+    return path
+
+
+def _sample(patterns: Sequence[str], limit: float) -> Iterator[str]:
+    # Every k-th piece of all documents, k = size / limit, by an exact accumulator: no randomness, no second reading.
+    size = sum(os.path.getsize(path) for pattern in patterns for path in source_files(pattern))
+    share, credit = min(1.0, limit / size) if size else 1.0, 0.5
+    for pattern in patterns:
+        for document in documents(pattern):
+            for piece in cut_at_lines(document.text, SENTENCE_CHARS):
+                credit += share
+                if credit >= 1.0:
+                    credit -= 1.0
+                    yield piece
+
+
+def _last_sentence(error: RuntimeError) -> str:
+    return str(error).strip().split("] ")[-1].rstrip(". ") or "the trainer failed"

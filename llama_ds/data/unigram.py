@@ -1,0 +1,36 @@
+"""The unigram model of a training set: what a model that knows only token frequencies reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llama_ds.data.shards import Source
+
+CHUNK = 4096  # rows counted at a time
+
+
+def count_labels(source: Source) -> np.ndarray:
+    """Return how often each id is a label in `source`: int64 (vocab_size,)."""
+    counts = np.zeros(source.vocab_size, np.int64)
+    for block in source.blocks():
+        for start in range(0, len(block), CHUNK):
+            counts += np.bincount(block[start : start + CHUNK, 1:].ravel(), minlength=source.vocab_size)
+    return counts
+
+
+def mixture_counts(sources: Sequence[Source], weights: Sequence[float]) -> np.ndarray:
+    """Return the label counts of a mixture: the sources' frequencies by weight, times their total: (vocab_size,)."""
+    counts = [count_labels(source) for source in sources]
+    total = sum(int(c.sum()) for c in counts)
+    return sum((w * total / c.sum() * c for c, w in zip(counts, weights, strict=True)), np.zeros(len(counts[0])))
+
+
+def unigram_loss(counts: np.ndarray, rows: np.ndarray) -> float:
+    """Return the unigram model's cross-entropy on the labels of `rows`, in nats per token.
+
+    p(i) = (counts[i] + 1) / (sum(counts) + vocab_size), add-one smoothing; rows: (n, seq_len + 1).
+    """
+    nats = np.log(counts.sum() + len(counts)) - np.log(counts + 1.0)
+    return float(nats[rows[:, 1:]].mean())
