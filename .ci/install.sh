@@ -24,31 +24,33 @@ create_venv() {
 }
 
 pip_install() {
-    .venv/bin/python -m pip --disable-pip-version-check install -c constraints.txt "$@"
+    .venv/bin/python -m pip --disable-pip-version-check install "$@"
 }
 
 # The CPU build carries the local version +cpu, which no CUDA build matches: without it nothing is installed, rather
 # than the CUDA build and its gigabytes. It may come from the user's own pip configuration (a mirror, find-links).
+# Its own pin is left out of the constraints here: pip would tell of a conflict where it means "not found".
 install_cpu_torch() {
-    local first_try
+    local others first_try
+    others=$(mktemp)
     first_try=$(mktemp)
+    grep -v '^torch==' constraints.txt >"$others"
     echo "Installing $torch+cpu (no NVIDIA GPU here)"
-    if ! pip_install "$torch+cpu" 2>"$first_try"; then
-        echo "pip's configured indexes do not give $torch+cpu; trying $torch_cpu_index"
-        if ! pip_install --extra-index-url "$torch_cpu_index" "$torch+cpu"; then
+    if ! pip_install -c "$others" "$torch+cpu" 2>"$first_try"; then
+        echo "pip's own configuration gives no $torch+cpu; trying $torch_cpu_index"
+        if ! pip_install -c "$others" --extra-index-url "$torch_cpu_index" "$torch+cpu"; then
             cat "$first_try" >&2
-            rm "$first_try"
-            die "$torch+cpu was found neither by pip's configuration nor at $torch_cpu_index; set PIP_FIND_LINKS or TORCH_CPU_INDEX"
+            die "no $torch+cpu by pip's own configuration nor at $torch_cpu_index; set PIP_FIND_LINKS or TORCH_CPU_INDEX"
         fi
     fi
-    rm -f "$first_try"
+    rm "$others" "$first_try"
 }
 
 # A .venv cut short by an interrupt has no working pip: it is made anew.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || create_venv
 
 requirement=$torch # PyPI's build: CUDA on Linux, CPU on macOS
-if [ "$(uname)" = Linux ] && ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+if [ "$(uname)" = Linux ] && [[ $(nvidia-smi -L 2>/dev/null) != GPU\ * ]]; then
     requirement=$torch+cpu
     install_cpu_torch
 fi
@@ -56,5 +58,5 @@ fi
 # DeepSpeed compiles its operators when they are first used. --use-pep517 builds its sdist in an environment of its own
 # with setuptools alone: no torch is imported by the build, and none is downloaded for it.
 export DS_BUILD_OPS=0
-pip_install --use-pep517 "$requirement" --editable ".[dev]"
+pip_install -c constraints.txt --use-pep517 "$requirement" --editable ".[dev]"
 touch .venv/.installed
