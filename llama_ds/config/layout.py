@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llama_ds.config.schema import RunConfig
@@ -38,28 +39,29 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
     """
     place, pp, tp = run.path, run.parallel.pp, run.parallel.tp
     if world % (pp * tp):
-        fits = [n for n in range(pp * tp, max(world, pp * tp) * 2 + 1, pp * tp)]
+        fits = range(pp * tp, max(world, pp * tp) * 2 + 1, pp * tp)
         near = sorted(sorted(fits, key=lambda n: abs(n - world))[:3])
         raise UserError(
             f"{place}: world size {world} is not a multiple of parallel.pp {pp} * parallel.tp {tp} = {pp * tp}; "
-            f"start {_or(near)} ranks, or change parallel.pp or parallel.tp"
+            f"start {listed(near)} ranks, or change parallel.pp or parallel.tp"
         )
     dp = world // (pp * tp)
     batch, micro = run.training.global_batch, run.parallel.micro_batch
     if batch % dp:
         near = sorted(sorted(range(dp, batch + 2 * dp, dp), key=lambda n: abs(n - batch))[:2])
         raise UserError(
-            f"{place}: training.global_batch = {batch} is not a multiple of dp {dp} = world {world} / (pp {pp} * tp {tp}); "
-            f"use {_or(near)}"
+            f"{place}: training.global_batch = {batch} is not a multiple of "
+            f"dp {dp} = world {world} / (pp {pp} * tp {tp}); use {listed(near)}"
         )
     if (batch // dp) % micro:
         raise UserError(
             f"{place}: parallel.micro_batch = {micro} does not divide {batch} / dp {dp} = {batch // dp}; "
-            f"use {_or(divisors(batch // dp))}"
+            f"use {listed(divisors(batch // dp))}"
         )
     return Layout(world, pp, tp, dp, micro, batch // dp // micro, batch)
 
 
-def _or(numbers: list[int]) -> str:
-    words = [str(n) for n in numbers]
+def listed(choices: Iterable[object]) -> str:
+    """Return the choices as words: "1, 2 or 4"."""
+    words = [str(choice) for choice in choices]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]

@@ -1,0 +1,119 @@
+"""The dict for `deepspeed.initialize`: the user's DeepSpeed JSON, checked, merged with the run and its layout.
+
+The JSON owns ZeRO, dtypes, buckets, offload and DeepSpeed's own instruments. The run file owns everything else, and
+each number has one owner.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO, SECTION_KEYS, USER_KEYS
+from llama_ds.config.layout import Layout
+from llama_ds.config.reader import Place, check_keys
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+
+
+def check_user_keys(run: RunConfig) -> None:
+    """Raise UserError for a key of the DeepSpeed JSON that is unknown, removed, or owned by the run file."""
+    for key in run.deepspeed:
+        if key in REMOVED:
+            raise _error(run, f"{key} was removed in DeepSpeed 0.19; take it out")
+        if key in OWNED:
+            raise _error(run, f"{key} is not the DeepSpeed file's to set: {OWNED[key]} and take it out here")
+    place = Place(run.deepspeed_path)
+    check_keys(run.deepspeed, sorted(USER_KEYS), place)
+    for section in ("zero_optimization", "bf16", "fp16", "data_types", "flops_profiler", "compile"):
+        if not isinstance(run.deepspeed.get(section, {}), dict):
+            raise _error(run, f'{section} = {run.deepspeed[section]!r} is not an object such as {{"key": value}}')
+    for key in REMOVED_ZERO & _section(run, "zero_optimization").keys():
+        raise _error(run, f"zero_optimization.{key} was removed in DeepSpeed 0.19; take it out")
+    for section, known in SECTION_KEYS.items():
+        check_keys(_section(run, section), sorted(known), place, section)
+    stage = _section(run, "zero_optimization").get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise _error(run, f"zero_optimization.stage = {stage!r} is not 0, 1, 2 or 3")
+
+
+def training_dtype(run: RunConfig, bf16_native: bool) -> str:
+    """Return "bf16" or "fp32" from `bf16.enabled`: true, false, or "auto": bf16 where the device computes it natively.
+
+    Raises:
+        UserError: another value, or fp16: its loss scaling skips steps, and LLaMA pre-trains in bf16.
+    """
+    if _section(run, "fp16").get("enabled", False):
+        raise _error(run, "fp16.enabled: this stack trains in bf16 or fp32, without loss scaling; set bf16.enabled")
+    enabled = _section(run, "bf16").get("enabled", False)
+    if enabled == "auto":
+        enabled = bf16_native
+    if not isinstance(enabled, bool):
+        raise _error(run, f'bf16.enabled = {enabled!r} is not true, false or "auto"')
+    return "bf16" if enabled else "fp32"
+
+
+def deepspeed_config(run: RunConfig, layout: Layout, bf16_native: bool) -> dict[str, Any]:
+    """Return the configuration for `deepspeed.initialize`: a new dict; `run` stays as it is.
+
+    `bf16_native` says whether the device computes bf16 natively, for `bf16.enabled: "auto"`.
+
+    Raises:
+        UserError: key not the JSON's to set, or a combination that DeepSpeed 0.19.8 gets wrong or cannot do.
+    """
+    check_user_keys(run)
+    dtype = training_dtype(run, bf16_native)
+    _check_combination(run, layout, dtype)
+    config = copy.deepcopy(run.deepspeed)
+    config.pop("fp16", None)
+    config["bf16"] = {"enabled": False} if dtype == "fp32" else _bf16(run)
+    if dtype == "bf16":
+        # DeepSpeed would accumulate in bf16, and reduce in bf16 even where it accumulates in fp32.
+        config["data_types"] = {"grad_accum_dtype": "fp32", **_section(run, "data_types")}
+        config.setdefault("communication_data_type", "fp32")
+    config.update(
+        train_batch_size=layout.global_batch,
+        train_micro_batch_size_per_gpu=layout.micro_batch,
+        gradient_accumulation_steps=layout.accumulation,
+        gradient_clipping=run.optimizer.clip,
+        steps_per_print=2**31,  # the training loop reports; DeepSpeed's own line stays silent
+        checkpoint={"tag_validation": "Fail", "parallel_write": {"pipeline_stage": True}},
+    )
+    if layout.pp > 1:
+        # Stage boundaries are whole tensors: under sequence parallelism they differ per tp rank, and DeepSpeed's
+        # partitioned sends assume that they are equal.
+        config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
+    return config
+
+
+def _bf16(run: RunConfig) -> dict[str, Any]:
+    block = {**_section(run, "bf16"), "enabled": True}
+    if run.zero_stage == 1:  # BF16_Optimizer adds to its fp32 gradients as they come, and keeps no bf16 copy
+        block.setdefault("immediate_grad_update", True)
+    return block
+
+
+def _check_combination(run: RunConfig, layout: Layout, dtype: str) -> None:
+    stage, pp = run.zero_stage, layout.pp
+    if pp > 1 and stage != 1:
+        why = "takes the clip norm from one stage only" if stage == 0 else "cannot split what the pipeline accumulates"
+        raise _error(run, f"zero_optimization.stage = {stage} with parallel.pp = {pp}: ZeRO-{stage} {why}; use stage 1")
+    if dtype == "bf16" and stage == 0:
+        raise _error(run, "zero_optimization.stage = 0 with bf16: gradients would be accumulated in bf16; use stage 1")
+    if not _section(run, "zero_optimization").get("compute_grad_norm", True):
+        raise _error(run, "zero_optimization.compute_grad_norm = false leaves clipping without a norm; take it out")
+    if pp > 1 and run.deepspeed.get("wall_clock_breakdown"):
+        raise _error(run, f"wall_clock_breakdown with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
+    if pp > 1 and _section(run, "flops_profiler").get("enabled"):
+        raise _error(run, f"flops_profiler.enabled with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
+    if pp > 1 and _section(run, "compile").get("deepcompile"):
+        raise _error(run, f"compile.deepcompile with parallel.pp = {pp} would skip the reduction; take it out")
+
+
+def _section(run: RunConfig, name: str) -> dict[str, Any]:
+    section = run.deepspeed.get(name, {})
+    return section if isinstance(section, dict) else {}
+
+
+def _error(run: RunConfig, rule: str) -> UserError:
+    return UserError(f"{run.deepspeed_path}: {rule}")

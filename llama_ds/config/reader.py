@@ -1,0 +1,129 @@
+"""Strict reading of plain data (dicts, lists, scalars) into the frozen dataclasses of `schema`.
+
+Generic: it walks the dataclass fields and their type hints, so a new key needs no code here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from decimal import Decimal
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from llama_ds.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+_SUFFIX = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_NUMBER = re.compile(r"([+-]?[0-9][0-9_]*(?:\.[0-9_]+)?(?:[eE][+-]?[0-9]{1,2})?) ?([KMBT]?)")
+_WANTED = {
+    int: "an integer (4194304, 4_194_304, 4M, 1.4T and 1.4e12 are)",
+    float: "a finite number",
+    str: "a string",
+    bool: "true or false",
+    dict: "a mapping",
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: the run file, or the command line for overridden keys."""
+
+    path: str
+    overridden: frozenset[str] = frozenset()
+
+    def error(self, key: str, rule: str) -> UserError:
+        """Return the error that `key` breaks `rule`, placed where the user wrote it."""
+        there = any(key == o or o.startswith(f"{key}.") or key.startswith(f"{o}.") for o in self.overridden)
+        return UserError(f"{'command line' if there else self.path}: {key} {rule}")
+
+
+def read(kind: type[T], data: object, place: Place, key: str = "") -> T:
+    """Return `data` as an instance of `kind`, a dataclass or a type its fields may have.
+
+    Raises:
+        UserError: unknown, missing or wrongly typed key, with its dotted name under `key`.
+    """
+    return _read(kind, data, place, key)
+
+
+def check_keys(data: dict, known: Iterable[str], place: Place, key: str = "") -> None:
+    """Refuse a key of `data` that is not `known`, with the nearest one that is."""
+    names = list(known)
+    for name in data:
+        if name not in names:
+            raise place.error(_join(key, name), f"is not a known key{did_you_mean(str(name), names)}")
+
+
+def integer(text: str) -> int | None:
+    """Return the integer that `text` spells (`4_194_304`, `4M`, `1.4T`, `1.4e12`), None where it spells none."""
+    match = _NUMBER.fullmatch(text)
+    if not match:
+        return None
+    number = Decimal(match[1].replace("_", "")) * _SUFFIX.get(match[2], 1)
+    return int(number) if number == number.to_integral_value() else None
+
+
+def _read(kind: Any, data: object, place: Place, key: str) -> Any:
+    if get_origin(kind) in (Union, UnionType):
+        if data is None and NoneType in get_args(kind):
+            return None
+        (kind,) = (arm for arm in get_args(kind) if arm is not NoneType)
+    if is_dataclass(kind):
+        return _read_dataclass(kind, data, place, key)
+    if get_origin(kind) is tuple:
+        return _read_tuple(get_args(kind), data, place, key)
+    value = _scalar(kind, data)
+    if value is None:
+        raise place.error(key, f"= {data!r} is not {_WANTED[kind]}")
+    return value
+
+
+def _read_dataclass(kind: Any, data: object, place: Place, key: str) -> Any:
+    if not isinstance(data, dict):
+        raise place.error(key, f"= {data!r} is not a section of keys")
+    known, hints = fields(kind), get_type_hints(kind)
+    check_keys(data, (f.name for f in known), place, key)
+    missing = [f.name for f in known if f.name not in data and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise place.error(_join(key, missing[0]), "is missing and has no default")
+    given = [f.name for f in known if f.name in data]
+    return kind(**{name: _read(hints[name], data[name], place, _join(key, name)) for name in given})
+
+
+def _read_tuple(arms: tuple[Any, ...], data: object, place: Place, key: str) -> tuple[Any, ...]:
+    if not isinstance(data, list):
+        raise place.error(key, f"= {data!r} is not a list")
+    if arms[-1] is Ellipsis:
+        arms = (arms[0],) * len(data)
+    if len(data) != len(arms):
+        raise place.error(key, f"= {data!r} has {len(data)} entries, not {len(arms)}")
+    return tuple(_read(arm, item, place, f"{key}.{i}") for i, (arm, item) in enumerate(zip(arms, data, strict=True)))
+
+
+def _scalar(kind: Any, data: object) -> Any:
+    """Return `data` as a `kind`, or None where it is not one. Booleans are not numbers here."""
+    if kind is int and isinstance(data, str):
+        return integer(data)
+    if kind is int and isinstance(data, float):
+        return int(data) if data.is_integer() else None
+    if kind is float and isinstance(data, (int, float, str)) and not isinstance(data, bool):
+        return _finite(data)
+    if isinstance(data, bool) and kind is not bool:
+        return None
+    return data if isinstance(data, kind) else None
+
+
+def _finite(data: int | float | str) -> float | None:
+    try:
+        number = float(data)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _join(key: str, name: object) -> str:
+    return f"{key}.{name}" if key else str(name)

@@ -1,0 +1,180 @@
+"""The rules a resolved run obeys: signs, enumerations, and the numbers that must divide one another."""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import reduce
+from typing import Any
+
+from llama_ds.config.layout import divisors, listed
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError, did_you_mean
+
+_POSITIVE = (
+    "model.vocab_size",
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.num_hidden_layers",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.head_dim",
+    "model.rms_norm_eps",
+    "model.rope_theta",
+    "model.initializer_range",
+    "data.seq_len",
+    "training.global_batch",
+    "training.steps",
+    "training.tokens",
+    "optimizer.lr",
+    "optimizer.eps",
+    "optimizer.clip",
+    "parallel.pp",
+    "parallel.tp",
+    "parallel.micro_batch",
+    "logging.interval",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "optimizer.weight_decay",
+    "optimizer.warmup_steps",
+    "optimizer.min_lr_ratio",
+    "optimizer.decay_steps",
+    "optimizer.z_loss",
+    "evaluation.interval",
+    "evaluation.rows",
+    "checkpoint.interval",
+)
+_CHOICES = {
+    "model.attention_backend": ("auto", "flash_attn", "sdpa", "reference"),
+    "optimizer.schedule": ("cosine", "wsd"),
+    "parallel.recompute": ("none", "full"),
+    "checkpoint.resume": ("auto", "never", "must"),
+}
+
+
+def check(run: RunConfig) -> None:
+    """Raise UserError for the first rule that `run` breaks, with the numbers and those that would do."""
+    if not re.fullmatch(r"\w[\w.-]*", run.name, re.ASCII):
+        raise _error(run, f"name = {run.name!r} names the run's folder: letters, digits, '_', '-' and '.' only")
+    _check_values(run)
+    _check_model(run)
+    _check_data(run)
+    _check_optimizer(run)
+    _check_tensor_parallel(run)
+    _check_pipeline(run)
+
+
+def _check_values(run: RunConfig) -> None:
+    for key in _POSITIVE:
+        if not _value(run, key) > 0:
+            raise _error(run, f"{key} = {_value(run, key)} is not positive")
+    for key in _NOT_NEGATIVE:
+        if _value(run, key) < 0:
+            raise _error(run, f"{key} = {_value(run, key)} is negative")
+    for key, choices in _CHOICES.items():
+        value = _value(run, key)
+        if value not in choices:
+            raise _error(run, f"{key} = {value!r} is not {listed(choices)}{did_you_mean(value, choices)}")
+
+
+def _check_model(run: RunConfig) -> None:
+    model = run.model
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    if heads % groups:
+        raise _error(
+            run,
+            f"model.num_key_value_heads = {groups} does not divide model.num_attention_heads = {heads}; "
+            f"use {listed(divisors(heads))}",
+        )
+    if model.head_dim % 2:
+        raise _error(run, f"model.head_dim = {model.head_dim} is odd; rotary embeddings turn pairs: use an even one")
+    scaling = model.rope_scaling
+    if scaling and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        raise _error(
+            run,
+            f"model.rope_scaling.low_freq_factor = {scaling.low_freq_factor} is not between 0 and "
+            f"high_freq_factor = {scaling.high_freq_factor}; Llama 3.1 has 1 and 4",
+        )
+    if scaling and not (scaling.factor >= 1 and scaling.original_max_position_embeddings > 0):
+        raise _error(run, "model.rope_scaling wants factor >= 1 and original_max_position_embeddings > 0")
+
+
+def _check_data(run: RunConfig) -> None:
+    sources = run.data.sources
+    if not sources:
+        raise _error(run, "data.sources is empty; name at least one source with name, path and weight")
+    names = [source.name for source in sources]
+    for i, source in enumerate(sources):
+        if names.index(source.name) < i:
+            raise _error(run, f"data.sources.{i}.name = {source.name!r} is also source {names.index(source.name)}'s")
+        if not source.weight > 0:
+            raise _error(run, f"data.sources.{i}.weight = {source.weight} is not positive; leave the source out")
+        if source.epochs is not None and not source.epochs > 0:
+            raise _error(run, f"data.sources.{i}.epochs = {source.epochs} is not positive")
+    total = math.fsum(source.weight for source in sources)
+    if abs(total - 1) > 1e-6:
+        weights = " + ".join(f"{source.weight:g}" for source in sources)
+        raise _error(run, f"data.sources: the weights {weights} sum to {total:.6g}, not 1; divide each by {total:.6g}")
+
+
+def _check_optimizer(run: RunConfig) -> None:
+    opt, steps = run.optimizer, run.training.steps
+    for i, beta in enumerate(opt.betas):
+        if not 0 <= beta < 1:
+            raise _error(run, f"optimizer.betas.{i} = {beta} is not in [0, 1)")
+    if opt.min_lr_ratio > 1:
+        raise _error(run, f"optimizer.min_lr_ratio = {opt.min_lr_ratio} is above 1; it is final / peak learning rate")
+    if opt.warmup_steps >= steps:
+        raise _error(run, f"optimizer.warmup_steps = {opt.warmup_steps} is not below training.steps = {steps}")
+    if opt.schedule == "cosine" and opt.decay_steps:
+        raise _error(run, f"optimizer.decay_steps = {opt.decay_steps} is for schedule wsd; leave it out with cosine")
+    room = steps - opt.warmup_steps
+    if opt.schedule == "wsd" and not 0 < opt.decay_steps <= room:
+        raise _error(
+            run,
+            f"optimizer.decay_steps = {opt.decay_steps} is not in 1..{room} = "
+            f"training.steps {steps} - warmup_steps {opt.warmup_steps}, as schedule wsd needs",
+        )
+
+
+def _check_tensor_parallel(run: RunConfig) -> None:
+    tp, seq_len = run.parallel.tp, run.data.seq_len
+    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    sizes = {key: _value(run, f"model.{key}") for key in keys}
+    for key, size in sizes.items():
+        if size % tp:
+            fits = listed(divisors(reduce(math.gcd, sizes.values())))
+            raise _error(run, f"parallel.tp = {tp} does not divide model.{key} = {size}; use {fits}")
+    if run.parallel.sequence_parallel and tp == 1:
+        raise _error(run, "parallel.sequence_parallel = true shares rows over tp ranks and tp is 1; set it to false")
+    if run.parallel.sequence_parallel and seq_len % tp:
+        raise _error(
+            run, f"data.seq_len = {seq_len} is not a multiple of parallel.tp = {tp}, as sequence_parallel needs"
+        )
+
+
+def _check_pipeline(run: RunConfig) -> None:
+    pp, layers, partition = run.parallel.pp, run.model.num_hidden_layers, run.parallel.partition
+    if pp > layers:
+        raise _error(run, f"parallel.pp = {pp} is more than model.num_hidden_layers = {layers}; use {layers} or fewer")
+    if partition is None:
+        return
+    if len(partition) != pp:
+        raise _error(run, f"parallel.partition = {list(partition)} has {len(partition)} entries, not pp = {pp}")
+    if min(partition) < 1:
+        raise _error(run, f"parallel.partition = {list(partition)}: every stage needs a decoder layer or more")
+    if sum(partition) != layers:
+        raise _error(
+            run,
+            f"parallel.partition = {list(partition)} sums to {sum(partition)}, "
+            f"not model.num_hidden_layers = {layers}; leave it out to balance by cost",
+        )
+
+
+def _value(run: RunConfig, key: str) -> Any:
+    return reduce(getattr, key.split("."), run)
+
+
+def _error(run: RunConfig, rule: str) -> UserError:
+    return UserError(f"{run.path}: {rule}")

@@ -1,0 +1,158 @@
+"""From a run file, its DeepSpeed JSON and `key=value` overrides to a resolved RunConfig, and back to text."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from llama_ds.config.deepspeed_json import check_user_keys
+from llama_ds.config.layout import divisors, listed
+from llama_ds.config.reader import Place, check_keys, read
+from llama_ds.config.rules import check
+from llama_ds.config.schema import RunConfig
+from llama_ds.config.text import dump_yaml, parse_yaml, read_json, read_yaml
+from llama_ds.errors import UserError
+
+_DEFAULTS = {"seed": 0, "output_dir": "runs"}
+_NOT_WRITTEN = {"path", "deepspeed_path"}  # fields of RunConfig that only the reader sets
+
+
+def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the run that the YAML file `path` describes, with `section.key=value` overrides, resolved and checked.
+
+    `deepspeed` names the DeepSpeed JSON relative to the run file's folder (or holds its content). Left out,
+    seed is 0 and output_dir "runs"; derived are model.num_key_value_heads (= num_attention_heads), model.head_dim
+    (= hidden_size / heads), and the one of training.steps and training.tokens that is not given, steps = ceil(tokens / (global_batch * seq_len)).
+    An override of training.steps or training.tokens replaces whichever of the two the file gives.
+
+    Raises:
+        UserError: any mistake in the files or the overrides: place, value, rule, fix.
+    """
+    data = read_yaml(path)
+    changes = [_split(override) for override in overrides]
+    place = Place(path, frozenset(key for key, _ in changes))
+    if place.overridden & {"training.steps", "training.tokens"} and isinstance(data.get("training"), dict):
+        data["training"] = {k: v for k, v in data["training"].items() if k not in ("steps", "tokens")}
+    data["deepspeed"], deepspeed_path = _deepspeed(dict(changes).get("deepspeed", data.get("deepspeed")), place)
+    for key, value in changes:
+        if key != "deepspeed":
+            _set(data, key, value, place)
+    check_keys(data, (f.name for f in fields(RunConfig) if f.name not in _NOT_WRITTEN), place)
+    _derive(data, place)
+    run = read(RunConfig, {**_DEFAULTS, **data, "path": path, "deepspeed_path": deepspeed_path}, place)
+    check(run)
+    check_user_keys(run)
+    return run
+
+
+def load_resolved(path: str) -> RunConfig:
+    """Return the run whose `resolved` data was saved as YAML or JSON in `path`."""
+    run = read(RunConfig, read_yaml(path), Place(path))
+    check(run)
+    return run
+
+
+def resolved(run: RunConfig) -> dict[str, Any]:
+    """Return the whole resolved run as plain data (dicts, lists, scalars), fit for JSON and YAML."""
+    return _plain(asdict(run))
+
+
+def dump(run: RunConfig) -> str:
+    """Return the whole resolved run as YAML text, which `load_resolved` reads back."""
+    return dump_yaml(resolved(run))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _split(override: str) -> tuple[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"command line: {override!r} is not an override; write section.key=value (optimizer.lr=1e-4)")
+    return key, parse_yaml(text, f"command line: {key}")
+
+
+def _deepspeed(named: object, place: Place) -> tuple[dict[str, Any], str]:
+    """Return the DeepSpeed JSON's content and the file it stands in, from the run file's `deepspeed` key."""
+    if isinstance(named, dict):
+        return copy.deepcopy(named), place.path
+    if not isinstance(named, str):
+        raise place.error("deepspeed", f"= {named!r} names no DeepSpeed JSON; write deepspeed: zero1_auto.json")
+    path = str(Path(place.path).parent / named)
+    return read_json(path), path
+
+
+def _set(data: dict[str, Any], dotted: str, value: Any, place: Place) -> None:
+    """Write `value` at the dotted key of plain data. Whether the key may exist is for the reader to say."""
+    *parents, last = dotted.split(".")
+    node: Any = data
+    for depth, part in enumerate(parents):
+        here = ".".join(parents[: depth + 1])
+        if isinstance(node, dict):
+            node = node.setdefault(part, {})
+        elif isinstance(node, list):
+            node = node[_index(node, part, here, place)]
+        else:
+            raise place.error(here, "is inside a plain value, which has no keys")
+    if isinstance(node, dict):
+        node[last] = value
+    elif isinstance(node, list):
+        node[_index(node, last, dotted, place)] = value
+    else:
+        raise place.error(dotted, f"is inside {'.'.join(parents)} = {node!r}, which has no keys")
+
+
+def _index(node: list, part: str, key: str, place: Place) -> int:
+    if not part.isdecimal() or int(part) >= len(node):
+        raise place.error(key, f"counts into a list of {len(node)}; use 0 to {len(node) - 1} or give the whole list")
+    return int(part)
+
+
+def _derive(data: dict[str, Any], place: Place) -> None:
+    """Write the numbers that a run file may leave out into its plain data.
+
+    A section that lacks the numbers they come from is left as it is: the reader then names the missing key.
+    """
+    model, training = _section(data, "model"), _section(data, "training")
+    heads, hidden = (_positive(data, f"model.{key}", place) for key in ("num_attention_heads", "hidden_size"))
+    if heads and "num_key_value_heads" not in model:
+        model["num_key_value_heads"] = heads
+    if heads and hidden and "head_dim" not in model:
+        if hidden % heads:
+            fits = listed(n for n in divisors(hidden) if n <= 2 * heads)
+            raise place.error(
+                "model.num_attention_heads",
+                f"= {heads} does not divide model.hidden_size = {hidden}; use {fits}, or set model.head_dim",
+            )
+        model["head_dim"] = hidden // heads
+    if ("steps" in training) == ("tokens" in training):
+        many = "are both set; keep one" if training.get("steps") else "are both missing; set one"
+        raise place.error("training", f"says how long to train: steps and tokens {many}")
+    rows, seq_len = _positive(data, "training.global_batch", place), _positive(data, "data.seq_len", place)
+    steps, tokens = _positive(data, "training.steps", place), _positive(data, "training.tokens", place)
+    if rows and seq_len and tokens:
+        training["steps"] = -(-tokens // (rows * seq_len))
+    if rows and seq_len and steps:
+        training["tokens"] = steps * rows * seq_len
+
+
+def _section(data: dict[str, Any], name: str) -> dict[str, Any]:
+    section = data.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _positive(data: dict[str, Any], dotted: str, place: Place) -> int | None:
+    """Return the positive integer at `section.key`, None where it is missing."""
+    section, key = dotted.split(".")
+    if key not in _section(data, section):
+        return None
+    value = read(int, _section(data, section)[key], place, dotted)
+    if value <= 0:
+        raise place.error(dotted, f"= {value} is not positive")
+    return value

@@ -1,0 +1,106 @@
+"""Text of run files and DeepSpeed files to plain data and back. The only importer of PyYAML."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+from llama_ds.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2's scalars (`1e-5` is a number, `no` is a word) and without duplicate keys."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (the base class declares it so)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        first: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.value in first:
+                before = first[key.value]
+                raise UserError(f"{self.name}:{line}: key '{key.value}' is set twice, first in line {before}; keep one")
+            first[str(key.value)] = line
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_Loader` would not read as a string."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("null", r"~|null|", ["~", "n", ""]),
+    ("int", r"0|[-+]?[1-9][0-9_]*", "-+0123456789"),
+    ("float", r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+):
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Return the mapping in the YAML file `path`.
+
+    Raises:
+        UserError: missing file, syntax error (with its line), duplicate key, or no mapping.
+    """
+    data = parse_yaml(_text(path), path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds no sections; a run file is a YAML mapping (see ds_configs/quickstart.yaml)")
+    return data
+
+
+def parse_yaml(text: str, place: str) -> Any:
+    """Return the value that `text` has as YAML; errors name `place` and the line."""
+    try:
+        loader = _Loader(text)
+        loader.name = place
+        return loader.get_single_data()
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{place}:{mark.line + 1}" if mark else place
+        raise UserError(f"{where}: not valid YAML: {problem or 'it holds characters that YAML forbids'}") from None
+
+
+def dump_yaml(data: dict[str, Any]) -> str:
+    """Return `data` as YAML text that `read_yaml` reads back as it was."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """Return the object in the JSON file `path`.
+
+    Raises:
+        UserError: missing file, syntax error (with its line), duplicate key, or no object.
+    """
+    text = _text(path)
+    try:
+        data = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds no JSON object; a DeepSpeed file is one, such as {{}}")
+    return data
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return stream.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; give the path of an existing file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text; save it as UTF-8") from None
+
+
+def _unique(pairs: list[tuple[str, Any]], path: str) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: key '{name}' is set twice; keep one")
+    return dict(pairs)

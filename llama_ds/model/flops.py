@@ -1,0 +1,92 @@
+"""What a LLaMA model costs: parameters, floating-point operations per token, and the peaks of known devices.
+
+Convention: a multiply-add is 2 FLOPs; only matrix products are counted (norms, rotary, softmax, SiLU and the embedding
+lookup are not); a query at position t attends to t + 1 keys, so attention counts (T + 1) / 2 keys per query, the half
+of the square that causal attention needs. The backward pass costs twice the forward. Model FLOPs are the same for
+every layout and recompute policy; hardware FLOPs add what activation checkpointing computes again
+(PaLM, arXiv 2204.02311, appendix B; Korthikanti et al., arXiv 2205.05198, appendix A).
+"""
+
+from __future__ import annotations
+
+from llama_ds.config.schema import ModelConfig
+
+# Dense peaks in FLOP/s from the makers' data sheets, without sparsity, by dtype. V100 has no bf16.
+DEVICE_PEAK_FLOPS: dict[str, dict[str, float]] = {
+    "H200": {"bf16": 989.4e12, "fp32": 66.9e12},
+    "H100 PCIe": {"bf16": 756e12, "fp32": 51.2e12},
+    "H100 NVL": {"bf16": 835.5e12, "fp32": 60e12},
+    "H100": {"bf16": 989.4e12, "fp32": 66.9e12},
+    "H800": {"bf16": 989.4e12, "fp32": 66.9e12},
+    "A100": {"bf16": 312e12, "fp32": 19.5e12},
+    "A800": {"bf16": 312e12, "fp32": 19.5e12},
+    "A40": {"bf16": 149.7e12, "fp32": 37.4e12},
+    "A10G": {"bf16": 70e12, "fp32": 35e12},
+    "A10": {"bf16": 125e12, "fp32": 31.2e12},
+    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
+    "L40": {"bf16": 181e12, "fp32": 90.5e12},
+    "L4": {"bf16": 121e12, "fp32": 30.3e12},
+    "RTX 4090": {"bf16": 165.2e12, "fp32": 82.6e12},
+    "RTX 3090": {"bf16": 71e12, "fp32": 35.6e12},
+    "V100": {"fp16": 125e12, "fp32": 15.7e12},
+}
+
+
+def layer_parameters(model: ModelConfig) -> int:
+    """Return the parameters of one decoder layer: attention, SwiGLU and its two norms."""
+    return _matrix_parameters(model) + 2 * model.hidden_size
+
+
+def embedding_parameters(model: ModelConfig) -> int:
+    """Return the parameters of the token embedding, which are also the head's."""
+    return model.vocab_size * model.hidden_size
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Return the exact number of parameters; a tied embedding is counted once."""
+    tables = 1 if model.tie_word_embeddings else 2
+    decoder = model.num_hidden_layers * layer_parameters(model)
+    return tables * embedding_parameters(model) + decoder + model.hidden_size
+
+
+def layer_costs(model: ModelConfig, seq_len: int) -> list[float]:
+    """Return the forward FLOPs per token of [embedding, decoder layer x L, final norm, head]."""
+    head = 2.0 * embedding_parameters(model)
+    return [0.0, *[_layer_forward(model, seq_len)] * model.num_hidden_layers, 0.0, head]
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Return the model FLOPs per token of forward and backward; times tokens/s and over the peak it is the MFU."""
+    return 3 * sum(layer_costs(model, seq_len))
+
+
+def hardware_flops_per_token(model: ModelConfig, seq_len: int, recompute: str) -> float:
+    """Return the FLOPs per token that are computed in fact: recompute "full" runs each decoder layer forward twice."""
+    again = model.num_hidden_layers * _layer_forward(model, seq_len) if recompute == "full" else 0.0
+    return flops_per_token(model, seq_len) + again
+
+
+def device_peak(name: str, dtype: str) -> float | None:
+    """Return the dense peak in FLOP/s of the device that torch.cuda.get_device_name calls `name`, None if unknown.
+
+    `dtype` is "bf16", "fp16" or "fp32" (without TF32). fp16 runs at bf16's rate where a device has both.
+    """
+    words = name.upper().replace("-", " ").split()
+    for device, peaks in DEVICE_PEAK_FLOPS.items():
+        if all(word in words for word in device.upper().split()):
+            return peaks.get(dtype, peaks.get("bf16") if dtype == "fp16" else None)
+    return None
+
+
+def _layer_forward(model: ModelConfig, seq_len: int) -> float:
+    """Return the forward FLOPs per token of one decoder layer, QK^T and PV included."""
+    keys = (seq_len + 1) / 2
+    attention = 2 * (2 * model.num_attention_heads * model.head_dim * keys)
+    return 2 * _matrix_parameters(model) + attention
+
+
+def _matrix_parameters(model: ModelConfig) -> int:
+    hidden, queries = model.hidden_size, model.num_attention_heads * model.head_dim
+    keys = model.num_key_value_heads * model.head_dim
+    attention = hidden * (queries + 2 * keys) + queries * hidden  # q, k, v and o
+    return attention + 3 * hidden * model.intermediate_size  # gate, up and down

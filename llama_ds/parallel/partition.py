@@ -1,0 +1,87 @@
+"""Which layers a pipeline stage holds: balanced by cost, or as the run file says. Pure arithmetic.
+
+The layer list is [embedding, decoder layer x L, final norm, head]. Boundaries b have one entry more than there are
+stages: stage s holds layers b[s] to b[s + 1] - 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from itertools import accumulate, pairwise
+
+from llama_ds.config.schema import ModelConfig
+from llama_ds.model.flops import layer_costs
+
+_BEFORE, _AFTER = 1, 2  # layers around the decoder: the embedding; the final norm and the head
+
+
+def boundaries(model: ModelConfig, seq_len: int, pp: int, partition: Sequence[int] | None) -> list[int]:
+    """Return the stage boundaries for explicit decoder layers per stage (`partition`), or balanced by forward FLOPs."""
+    if partition is None:
+        return balance(layer_costs(model, seq_len), pp)
+    cuts = list(accumulate(partition, initial=_BEFORE))
+    return [0, *cuts[1:-1], cuts[-1] + _AFTER]
+
+
+def decoder_layers(bounds: Sequence[int]) -> list[int]:
+    """Return the number of decoder layers on each stage."""
+    cuts = [_BEFORE, *bounds[1:-1], bounds[-1] - _AFTER]
+    return [end - start for start, end in pairwise(cuts)]
+
+
+def balance(costs: Sequence[float], stages: int) -> list[int]:
+    """Return the boundaries that make the costliest stage as cheap as can be, with a decoder layer on every stage.
+
+    Among those the most even (least sum of squares), and then those with fewer layers on earlier stages, which
+    in 1F1B hold the activations of more micro-batches. Exact: O(stages * layers^2) on integers.
+
+    Raises:
+        ValueError: fewer decoder layers than stages.
+    """
+    if len(costs) - _BEFORE - _AFTER < stages:
+        raise ValueError(f"{len(costs) - _BEFORE - _AFTER} decoder layers cannot fill {stages} stages")
+    prefix = list(accumulate(_integers(costs), initial=0))
+    limit = _table(prefix, stages, max)[stages][0]
+
+    def evenness(cost: float, rest: float) -> float:
+        return cost * cost + rest if cost <= limit else math.inf
+
+    table = _table(prefix, stages, evenness)
+    bounds = [0]
+    for left in range(stages, 1, -1):
+        start = bounds[-1]
+        scores = {
+            end: evenness(prefix[end] - prefix[start], table[left - 1][end]) for end in _ends(prefix, start, left)
+        }
+        bounds.append(min(scores, key=lambda end: (scores[end], end)))
+    return [*bounds, len(costs)]
+
+
+def _table(prefix: Sequence[int], stages: int, score: Callable[[float, float], float]) -> list[dict[int, float]]:
+    """Return table[s][i]: the least score of layers i.. in s stages; `score` joins a stage's cost to the rest's score."""
+    last = len(prefix) - 1
+    table: list[dict[int, float]] = [{}, {i: score(prefix[last] - prefix[i], 0) for i in range(last)}]
+    for left in range(2, stages + 1):
+        table.append(
+            {
+                start: min(score(prefix[end] - prefix[start], table[left - 1][end]) for end in ends)
+                for start in range(last)
+                if (ends := _ends(prefix, start, left))
+            }
+        )
+    return table
+
+
+def _ends(prefix: Sequence[int], start: int, left: int) -> range:
+    """Return where a stage that begins at layer `start` may end when it is the first of the `left` last stages."""
+    decoders_end = len(prefix) - 1 - _AFTER
+    return range(max(start, _BEFORE) + 1, decoders_end - (left - 1) + 1)
+
+
+def _integers(costs: Sequence[float]) -> list[int]:
+    """Return integers in the exact proportions of `costs`, so that equal stages compare equal."""
+    exact = [Fraction(cost) for cost in costs]
+    scale = math.lcm(*(fraction.denominator for fraction in exact))
+    return [int(fraction * scale) for fraction in exact]
