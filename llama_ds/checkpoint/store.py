@@ -1,0 +1,119 @@
+"""The run's folder of checkpoints: one tag per saved step, described by a file, named by `latest` once complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llama_ds.config.layout import Layout
+from llama_ds.errors import UserError
+
+LATEST = "latest"
+DESCRIPTION = "llama_ds.json"
+TOKENIZER = "tokenizer.model"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is: enough to resume or convert it without the run file that made it."""
+
+    step: int
+    tokens: int
+    zero_stage: int
+    dtype: str  # of the weights that computed: bf16 | fp32
+    layout: dict[str, int]
+    run: dict[str, Any]  # the resolved run
+
+
+def tag_of(step: int) -> str:
+    """Return the tag (folder name) of the checkpoint of `step`."""
+    return f"step_{step:08d}"
+
+
+def newest(folder: str) -> str | None:
+    """Return the tag that `latest` names, or None where nothing was committed yet.
+
+    Raises:
+        UserError: when the tag it names is not there.
+    """
+    pointer = os.path.join(folder, LATEST)
+    if not os.path.exists(pointer):
+        return None
+    with open(pointer) as file:
+        tag = file.read().strip()
+    if not os.path.exists(os.path.join(folder, tag, DESCRIPTION)):
+        raise UserError(
+            f"{pointer}: names checkpoint '{tag}', which is missing or incomplete; "
+            f"write the name of a complete one into it, or delete it to start over"
+        )
+    return tag
+
+
+def commit(folder: str, description: Description, tokenizer: str) -> None:
+    """Describe a tag whose every file is down and make `latest` name it, atomically.
+
+    To be called by one rank, after a barrier behind all ranks' writes: DeepSpeed would write `latest` before.
+    """
+    tag = os.path.join(folder, tag_of(description.step))
+    shutil.copyfile(tokenizer, os.path.join(tag, TOKENIZER))
+    _write(os.path.join(tag, DESCRIPTION), json.dumps(asdict(description), indent=1))
+    _write(os.path.join(folder, LATEST), tag_of(description.step))
+
+
+def describe(tag_folder: str) -> Description:
+    """Read the description of a checkpoint folder.
+
+    Raises:
+        UserError: when the folder holds none.
+    """
+    path = os.path.join(tag_folder, DESCRIPTION)
+    if not os.path.exists(path):
+        raise UserError(
+            f"{tag_folder}: no {DESCRIPTION} in it, so it is not a complete checkpoint of llama_ds; "
+            "give a folder such as runs/NAME/checkpoints/step_00000100"
+        )
+    with open(path) as file:
+        return Description(**json.load(file))
+
+
+def check_resumable(tag_folder: str, found: Description, run: dict[str, Any], layout: Layout, zero_stage: int) -> None:
+    """Refuse to continue a checkpoint of another model, data order or layout.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    for section in ("model", "seed"):
+        if found.run[section] != run[section]:
+            raise UserError(
+                f"{tag_folder}: was trained with {section} {_difference(found.run[section], run[section])}; "
+                "use the same run file, or another name for a new run"
+            )
+    now = {**asdict(layout), "zero_stage": zero_stage}
+    then = {**found.layout, "zero_stage": found.zero_stage}
+    fixed = ("pp", "tp", "dp", "zero_stage")
+    if any(now[k] != then[k] for k in fixed):
+        raise UserError(
+            f"{tag_folder}: was written under {_words(then, fixed)}, this run has {_words(now, fixed)}; "
+            "resume under the layout it was written with"
+        )
+
+
+def _words(values: dict[str, int], keys: tuple[str, ...]) -> str:
+    return ", ".join(f"{k} {values[k]}" for k in keys)
+
+
+def _difference(then: Any, now: Any) -> str:
+    if not isinstance(then, dict):
+        return f"{then}, not {now}"
+    return ", ".join(f"{k} {then.get(k)}, not {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k))
+
+
+def _write(path: str, text: str) -> None:
+    with open(path + ".tmp", "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)

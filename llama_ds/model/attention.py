@@ -1,0 +1,178 @@
+"""Causal attention behind one call: the flash_attn package on CUDA, torch's SDPA elsewhere, a plain reference.
+
+Shapes: B rows, T tokens, H query heads, G key-value heads (G divides H), K head size. Queries are (B, T, H, K),
+keys and values (B, T, G, K), all on this rank. `document_start` (B, T) holds, for each position of a packed row,
+the position at which its document begins; attention then stays inside documents.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_ds.errors import UserError
+from llama_ds.log import logger
+
+FLASH_MODULES = ("flash_attn", "flash_attn.cute")  # 2.x interface, then 4.x; both export the same two functions
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_MAX_HEAD_DIM = 256
+
+
+class Documents:
+    """The document boundaries of one micro-batch, in the form each backend wants, computed at most once."""
+
+    def __init__(self, start: Tensor) -> None:
+        self.start = start  # (B, T)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Return the (B, 1, T, T) boolean mask: position i sees j where start_i <= j <= i."""
+        position = torch.arange(self.start.shape[1], device=self.start.device)
+        return ((position >= self.start[..., None]) & (position <= position[:, None]))[:, None]
+
+    @cached_property
+    def cumulative_lengths(self) -> Tensor:
+        """Return int32 (documents + 1,) offsets into the flattened B * T tokens.
+
+        Reading how many documents there are synchronises with the device: once per micro-batch and stage.
+        """
+        rows, length = self.start.shape
+        begins = self.start == torch.arange(length, device=self.start.device)
+        offsets = begins.flatten().nonzero().flatten()
+        return F.pad(offsets, (0, 1), value=rows * length).to(torch.int32)
+
+
+Backend = Callable[[Tensor, Tensor, Tensor, "Documents | None"], Tensor]
+
+
+class CausalAttention:
+    """softmax(Q K^T / sqrt(K), causal) V by one backend; shared by a stage's layers."""
+
+    def __init__(self, backend: str) -> None:
+        self.name = backend
+        self._backend = _load(backend)
+        self._documents: Documents | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = None) -> Tensor:
+        """Return (B, T, H, K)."""
+        return self._backend(q, k, v, self._documents_of(document_start))
+
+    def _documents_of(self, start: Tensor | None) -> Documents | None:
+        # All layers of a stage get the same tensor for one micro-batch: build its mask once.
+        if start is None:
+            return None
+        if self._documents is None or self._documents.start is not start:
+            self._documents = Documents(start)
+        return self._documents
+
+
+def choose_backend(wanted: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    """Resolve `auto` for the device at hand and check that a named backend can run there.
+
+    Raises:
+        UserError: when `wanted` is missing here or cannot take the dtype or the head size.
+    """
+    obstacle = _flash_obstacle(device_type, dtype, head_dim)
+    if wanted == "flash_attn" and obstacle:
+        raise UserError(f"model.attention_backend = flash_attn: {obstacle}; use auto or sdpa")
+    chosen = wanted if wanted != "auto" else ("sdpa" if obstacle else "flash_attn")
+    why = f" (not flash_attn: {obstacle})" if wanted == "auto" and obstacle else ""
+    logger.info("attention backend: %s%s", chosen, why)
+    return chosen
+
+
+def _flash_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
+    if device_type != "cuda":
+        return f"it runs on CUDA, this device is {device_type}"
+    if dtype not in FLASH_DTYPES:
+        return f"it computes in bf16 or fp16, this run in {str(dtype).removeprefix('torch.')}"
+    if head_dim > FLASH_MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is above its limit {FLASH_MAX_HEAD_DIM}"
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package is not installed (pip install flash-attn)"
+    return ""
+
+
+def _load(backend: str) -> Backend:
+    if backend == "flash_attn":
+        return flash_backend()
+    return {"sdpa": sdpa, "reference": reference}[backend]
+
+
+def flash_backend() -> Backend:
+    """Return attention by the installed flash_attn: the 2.x interface, or 4.x's `flash_attn.cute` (Dao 2023).
+
+    The two agree on these keyword arguments and differ in what they return: a tensor, or (tensor, logsumexp).
+    """
+    dense, varlen = _flash_functions()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+        if documents is None:
+            out = dense(q=q, k=k, v=v, causal=True)
+            return out[0] if isinstance(out, tuple) else out
+        rows, length = q.shape[:2]
+        offsets = documents.cumulative_lengths
+        out = varlen(
+            q=q.flatten(0, 1),
+            k=k.flatten(0, 1),
+            v=v.flatten(0, 1),
+            cu_seqlens_q=offsets,
+            cu_seqlens_k=offsets,
+            max_seqlen_q=length,
+            max_seqlen_k=length,
+            causal=True,
+        )
+        return (out[0] if isinstance(out, tuple) else out).unflatten(0, (rows, length))
+
+    return attend
+
+
+def _flash_functions() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    for name in FLASH_MODULES:
+        try:
+            module = importlib.import_module(name)
+            return module.flash_attn_func, module.flash_attn_varlen_func
+        except (ImportError, AttributeError):
+            continue  # 4.x alone leaves `flash_attn` an empty namespace
+    raise UserError(
+        f"model.attention_backend = flash_attn: neither {' nor '.join(FLASH_MODULES)} can be imported; "
+        "reinstall flash-attn for this torch and CUDA, or use sdpa"
+    )
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    """Attention by torch.nn.functional.scaled_dot_product_attention."""
+    if q.device.type == "cpu":
+        # The CPU kernel has no grouped queries and would fall to unfused attention.
+        k, v = _repeat(k, q.shape[2]), _repeat(v, q.shape[2])
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=documents.mask if documents else None,
+        is_causal=documents is None,
+        enable_gqa=k.shape[2] != q.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    """Attention by its definition, in the inputs' dtype: for tests."""
+    length = q.shape[1]
+    k, v = _repeat(k, q.shape[2]), _repeat(v, q.shape[2])
+    scores = torch.einsum("bihk,bjhk->bhij", q, k) / math.sqrt(q.shape[-1])
+    causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    visible = causal if documents is None else documents.mask
+    return torch.einsum("bhij,bjhk->bihk", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    """Repeat each key-value head for its group of query heads: (B, T, G, K) -> (B, T, H, K)."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)

@@ -1,0 +1,90 @@
+"""The two ends of the model: vocabulary-parallel embedding, final norm and output head.
+
+Shapes: B rows, T tokens, D hidden size, V vocabulary, tp ranks; S = T / tp under sequence parallelism, else T.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ds.model.decoder import Hidden, Shared
+from llama_ds.model.init import normal_shard
+from llama_ds.model.linear import ROWS, RMSNorm, ShardedLinear, mark_tensor_parallel
+
+EMBEDDING_LAYER = -1  # keys of initial weights; decoder layers are 0 .. L - 1
+HEAD_LAYER = -2
+BOS = 1  # sentencepiece's id, as in the LLaMA tokenizer: every packed document begins with it
+
+
+def document_starts(ids: Tensor, bos: int = BOS) -> Tensor:
+    """Return for each token the position at which its document begins: (B, T) ids -> (B, T) int32.
+
+    A row that begins in the middle of a document begins a document at position 0.
+    """
+    position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
+    return torch.where(ids == bos, position, 0).cummax(1).values.to(torch.int32)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Look up this rank's V / tp tokens; other tokens contribute zero to the sum over ranks."""
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        model, tp = shared.model, shared.tp
+        self.tp = tp
+        self.document_mask = shared.document_mask
+        shape = (model.vocab_size, model.hidden_size)
+        key = shared.key(EMBEDDING_LAYER)
+        self.weight = nn.Parameter(normal_shard(shape, ROWS, tp.rank, tp.size, key.std, key.seed, key.layer, "embed"))
+        if tp.size > 1:
+            mark_tensor_parallel(self.weight)
+        self.first = tp.rank * model.vocab_size // tp.size
+        self.count = model.vocab_size // tp.size
+
+    def forward(self, ids: Tensor) -> Hidden:
+        """(B, T) -> (B, S, D), with document_start (B, T) beside it where documents are masked."""
+        x = self.tp.leave(self.lookup(ids))
+        return (x, document_starts(ids)) if self.document_mask else x
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(B, T) -> partial sums (B, T, D)."""
+        if self.tp.size == 1:
+            return F.embedding(ids, self.weight)
+        local = ids - self.first
+        absent = (local < 0) | (local >= self.count)
+        rows = F.embedding(local.masked_fill(absent, 0), self.weight)
+        return rows.masked_fill(absent[..., None], 0.0)
+
+
+class FinalNorm(nn.Module):
+    """The norm before the head; drops what the head does not need."""
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        self.norm = RMSNorm(shared.model.hidden_size, shared.model.rms_norm_eps, shared.tp)
+
+    def forward(self, inputs: Hidden) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        return self.norm(inputs[0] if isinstance(inputs, tuple) else inputs)
+
+
+class Head(nn.Module):
+    """Logits of this rank's part of the vocabulary: (B, S, D) -> (B, T, V / tp)."""
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        model = shared.model
+        self.tp = shared.tp
+        self.lm_head = ShardedLinear(
+            model.vocab_size, model.hidden_size, ROWS, "lm_head", shared.key(HEAD_LAYER), shared.tp
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.tp.enter(x))
+
+
+def tied_head(embedding: VocabParallelEmbedding, x: Tensor) -> Tensor:
+    """Logits by the embedding's own weight: (B, S, D) -> (B, T, V / tp)."""
+    return F.linear(embedding.tp.enter(x), embedding.weight)

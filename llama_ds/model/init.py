@@ -1,0 +1,49 @@
+"""Initial weights as a pure function of (seed, layer, name, index): the same for every layout.
+
+A matrix is drawn in fixed blocks along its sharded dimension, each from its own generator, so that a rank draws
+only the blocks it holds and any tensor-parallel size cuts the same matrix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+BLOCKS = 64  # finest cut that costs no extra drawing; any tp works, tp dividing 64 draws nothing in vain
+
+
+def block_seed(seed: int, layer: int, name: str, block: int) -> int:
+    """Return the 63-bit generator seed of one block of one weight."""
+    digest = hashlib.sha256(f"{seed}/{layer}/{name}/{block}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def normal_shard(
+    shape: tuple[int, int], dim: int, rank: int, size: int, std: float, seed: int, layer: int, name: str
+) -> Tensor:
+    """Draw the part of a normal (0, std) matrix that `rank` of `size` holds when it is cut along `dim`.
+
+    Args:
+        shape: of the whole matrix; `shape[dim]` is a multiple of `size`.
+
+    Returns:
+        float32 tensor of `shape` with `shape[dim] / size` in place of `shape[dim]`.
+    """
+    length = shape[dim]
+    step = length // math.gcd(length, BLOCKS)
+    start, stop = rank * length // size, (rank + 1) * length // size
+    first, last = start // step, -(-stop // step)
+    blocks = [_draw(shape, dim, step, block_seed(seed, layer, name, b)) for b in range(first, last)]
+    drawn = torch.cat(blocks, dim)
+    return drawn.narrow(dim, start - first * step, stop - start).mul_(std).contiguous()
+
+
+def _draw(shape: tuple[int, int], dim: int, step: int, seed: int) -> Tensor:
+    block = list(shape)
+    block[dim] = step
+    # An explicit CPU device: under deepspeed.zero.Init the default device is the accelerator.
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return torch.randn(block, generator=generator, dtype=torch.float32, device="cpu")

@@ -1,0 +1,63 @@
+"""The whole model as one module, for a single pipeline stage; and the order of its layers, for any number of stages."""
+
+from __future__ import annotations
+
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llama_ds.config.schema import RunConfig
+from llama_ds.model.attention import CausalAttention, choose_backend
+from llama_ds.model.decoder import DecoderLayer, Shared
+from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
+from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.rope import RotaryTables
+from llama_ds.model.tensor_parallel import TensorParallel
+
+
+
+def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> Shared:
+    """Choose the attention backend and build what the layers of a stage share."""
+    model = run.model
+    backend = choose_backend(model.attention_backend, device_type, dtype, model.head_dim)
+    return Shared(
+        model=model,
+        seed=run.seed,
+        tp=tp,
+        attention=CausalAttention(backend),
+        rotary=RotaryTables(model, run.data.seq_len),
+        document_mask=run.data.document_mask,
+    )
+
+
+class Llama(nn.Module):
+    """LLaMA on one pipeline stage; parameters are named by global layer index, as DeepSpeed's pipeline names them.
+
+    Layers: 0 embedding, 1 .. L decoder, L + 1 final norm, L + 2 head (absent when tied).
+    """
+
+    def __init__(self, shared: Shared, loss: NextTokenLoss, recompute: str = "none") -> None:
+        super().__init__()
+        model = shared.model
+        self.recompute = recompute == "full"
+        self.layers = nn.ModuleList()
+        self.layers.append(VocabParallelEmbedding(shared))
+        self.layers.extend(DecoderLayer(shared, i) for i in range(model.num_hidden_layers))
+        self.layers.append(FinalNorm(shared))
+        if not model.tie_word_embeddings:
+            self.layers.append(Head(shared))
+        self.tied = model.tie_word_embeddings
+        self.loss = loss
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the loss of ids and labels, each (B, T), or without labels this rank's logits (B, T, V / tp)."""
+        hidden = self.layers[0](ids)
+        for layer in self.layers[1 : -1 if self.tied else -2]:
+            recompute = self.recompute and torch.is_grad_enabled()
+            hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
+        if self.tied:
+            logits = tied_head(self.layers[0], self.layers[-1](hidden))
+        else:
+            logits = self.layers[-1](self.layers[-2](hidden))
+        return logits if labels is None else self.loss(logits, labels)

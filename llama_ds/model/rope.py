@@ -1,0 +1,79 @@
+"""Rotary position embedding (Su 2021, equation 34) in Hugging Face's half-split layout, with Llama-3 scaling.
+
+Shapes: B rows, T tokens, H heads, K head size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_ds.config.schema import ModelConfig, RopeScaling
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Return theta^(-2i/K), i < K/2, in float32, stretched for long contexts where `scaling` says so."""
+    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    return frequencies if scaling is None else scale_llama3(frequencies, scaling)
+
+
+def scale_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Divide low frequencies by `factor`, keep high ones, blend between (Llama 3.1 release, `apply_scaling`)."""
+    wavelength = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    # Weight of the unscaled frequency: 0 for waves longer than context / low, 1 for waves shorter than context / high.
+    keep = ((scaling.original_max_position_embeddings / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+
+
+class RotaryTables:
+    """Cosines and sines of all positions of a row, computed once per device and shared by a stage's layers."""
+
+    def __init__(self, model: ModelConfig, seq_len: int) -> None:
+        self.model = model
+        self.seq_len = seq_len
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin) on `device`, each (T, 1, K/2) in float32."""
+        if device not in self._tables:
+            model = self.model
+            frequencies = inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+            angles = torch.outer(torch.arange(self.seq_len).float(), frequencies)[:, None]  # (T, 1, K/2)
+            self._tables[device] = (angles.cos().to(device), angles.sin().to(device))
+        return self._tables[device]
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotation of the pairs (x_i, x_{i+K/2}); its transpose, the backward, is the rotation by the opposite angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(cos.dtype)  # bf16 products would lose the relative-position property on long rows
+    first, second = wide.chunk(2, -1)
+    out = torch.empty_like(wide)
+    left, right = out.chunk(2, -1)
+    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=right).addcmul_(first, sin)
+    return out.to(x.dtype)
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate queries or keys by their positions: (B, T, H, K) -> (B, T, H, K); rows may be shorter than the tables."""
+    cos, sin = tables
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    length = x.shape[1]
+    return _Rotate.apply(x, cos[:length].to(dtype), sin[:length].to(dtype))

@@ -1,0 +1,32 @@
+"""Process groups of a layout: DeepSpeed's grid, and this rank's tensor-parallel communicator."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+from llama_ds.config.layout import Layout
+from llama_ds.model.tensor_parallel import SingleRank, TensorParallel
+from llama_ds.parallel.tensor_parallel import GroupTensorParallel
+
+
+def topology(layout: Layout) -> PipeModelDataParallelTopology:
+    """Return DeepSpeed's rank order for the layout: pipe outermost, tensor-parallel ranks adjacent."""
+    return PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
+
+
+def grid(layout: Layout) -> PipelineParallelGrid:
+    """Return the groups DeepSpeed's engine asks for when there is no pipeline. Collective."""
+    return PipelineParallelGrid(topology=topology(layout))
+
+
+def tensor_parallel(layout: Layout, sequence_parallel: bool) -> TensorParallel:
+    """Return this rank's tensor-parallel communicator. Collective."""
+    if layout.tp == 1:
+        return SingleRank()
+    rank, own = dist.get_rank(), None
+    for ranks in topology(layout).get_axis_comm_lists("model"):
+        group = dist.new_group(ranks)
+        own = group if rank in ranks else own
+    assert own is not None
+    return GroupTensorParallel(own, sequence_parallel)

@@ -1,0 +1,105 @@
+"""Tensor and sequence parallelism on a process group: the collectives between column- and row-parallel matrices.
+
+Shapes: B rows, T tokens, D hidden size, tp ranks; S = T / tp under sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed both and warns at the old names; 2.11 has only those.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class GroupTensorParallel:
+    """`llama_ds.model.tensor_parallel.TensorParallel` on a process group."""
+
+    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.sequence_parallel = sequence_parallel
+
+    def enter(self, x: Tensor) -> Tensor:
+        return _Gather.apply(x, self) if self.sequence_parallel else _Copy.apply(x, self)
+
+    def leave(self, x: Tensor) -> Tensor:
+        return _Scatter.apply(x, self) if self.sequence_parallel else _Sum.apply(x, self)
+
+    def replicated(self, weight: Tensor) -> Tensor:
+        # One all-reduce of D numbers per norm and micro-batch. Doing it here keeps every ZeRO stage exact.
+        return _Copy.apply(weight, self) if self.sequence_parallel else weight
+
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather_sequence(self, x: Tensor) -> Tensor:
+        """Concatenate the ranks' tokens: (B, S, D) -> (B, T, D)."""
+        rows, tokens, width = x.shape
+        parts = x.new_empty(self.size, rows, tokens, width)
+        _all_gather(parts.view(-1), x.contiguous().view(-1), group=self.group)
+        return parts.transpose(0, 1).reshape(rows, -1, width)  # a view when B = 1
+
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        """Sum over ranks and keep this rank's tokens: (B, T, D) -> (B, S, D)."""
+        rows, tokens, width = x.shape
+        own = tokens // self.size
+        parts = x.view(rows, self.size, own, width).transpose(0, 1).contiguous()  # no copy when B = 1
+        out = x.new_empty(rows, own, width)
+        _reduce_scatter(out.view(-1), parts.view(-1), group=self.group)
+        return out
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: GroupTensorParallel) -> Tensor:
+        ctx.tp = tp
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.tp.all_reduce_sum(grad.contiguous()), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: GroupTensorParallel) -> Tensor:
+        return tp.all_reduce_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: GroupTensorParallel) -> Tensor:
+        ctx.tp = tp
+        return tp.gather_sequence(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.tp.scatter_sum(grad.contiguous()), None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: GroupTensorParallel) -> Tensor:
+        ctx.tp = tp
+        return tp.scatter_sum(x.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.tp.gather_sequence(grad), None

@@ -1,0 +1,184 @@
+"""The processes of a run: who this rank is, how it joins the others, and how all of them fail together."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from llama_ds.errors import UserError
+from llama_ds.log import logger
+
+T = TypeVar("T")
+
+# Names under which launchers tell a process its place, in DeepSpeed's and torchrun's words first.
+LAUNCHER_VARIABLES = {
+    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"),
+    "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
+    "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
+}
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: its rank, the number of ranks and its index on this host."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+
+def find_place() -> Place:
+    """Read this process's place from the launcher's environment; alone when no launcher set one.
+
+    Raises:
+        UserError: when a launcher set only part of it.
+    """
+    found = {name: _first_set(names) for name, names in LAUNCHER_VARIABLES.items()}
+    if found["RANK"] is None and found["WORLD_SIZE"] is None:
+        return Place(0, 1, 0)
+    missing = [name for name, value in found.items() if value is None]
+    if missing:
+        raise UserError(
+            f"environment: {' and '.join(missing)} not set but other launcher variables are; "
+            "start with deepspeed, torchrun or mpirun, or set RANK, WORLD_SIZE and LOCAL_RANK together"
+        )
+    return Place(*(int(found[name] or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+
+
+def _first_set(names: tuple[str, ...]) -> str | None:
+    return next((os.environ[name] for name in names if name in os.environ), None)
+
+
+def join(place: Place) -> None:
+    """Join the run's process group: NCCL on CUDA, gloo elsewhere.
+
+    DeepSpeed adopts the group. It is made here, without a device id, because DeepSpeed's own call makes NCCL build
+    a communicator eagerly for each of the hundreds of groups of a large grid.
+    """
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
+    _find_master(place)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place.local_rank)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+
+
+def _find_master(place: Place) -> None:
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = "127.0.0.1" if _on_one_host() else _first_mpi_host()
+    if "MASTER_PORT" not in os.environ:
+        # Under mpirun nobody hands out a port; one derived from the job keeps two jobs on a host apart.
+        job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("SLURM_JOB_ID") or str(os.getppid())
+        os.environ["MASTER_PORT"] = str(20000 + sum(job.encode()) * 7919 % 10000)
+
+
+def _on_one_host() -> bool:
+    local = _first_set(("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
+    return local is None or local == os.environ["WORLD_SIZE"]
+
+
+def _first_mpi_host() -> str:
+    """Ask rank 0 for its address over MPI, as DeepSpeed's own MPI discovery does."""
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError(
+            "environment: MASTER_ADDR is not set and mpi4py is missing, so ranks on several hosts cannot find rank 0; "
+            "install the [mpi] extra or pass MASTER_ADDR (mpirun -x MASTER_ADDR=host)"
+        ) from None
+    import socket
+
+    return MPI.COMM_WORLD.bcast(socket.gethostbyname(socket.gethostname()), root=0)
+
+
+def device() -> torch.device:
+    """Return the device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def computes_bf16(where: torch.device) -> bool:
+    """Tell whether the device multiplies bf16 natively; emulated, it is several times slower than fp32."""
+    if where.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    return bool("AVX512" in capabilities and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
+
+
+def together(step: Callable[[], T]) -> T:
+    """Run `step` on every rank; when it fails with a user error on any, raise that error on all.
+
+    Collective. Without it the ranks that succeeded would wait for the others until the time-out.
+    """
+    error: UserError | None = None
+    result: T | None = None
+    try:
+        result = step()
+    except UserError as mistake:
+        error = mistake
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        messages: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, str(error) if error else None)
+        first = next((message for message in messages if message), None)
+        error = UserError(first) if first else None
+    if error:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def maximum(values: list[float], where: torch.device) -> list[float]:
+    """Return the elementwise maximum over all ranks. Collective; synchronises with the device."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64 if where.type == "cpu" else torch.float32, device=where)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def mean(value: torch.Tensor, group: dist.ProcessGroup) -> float:
+    """Return the mean of a scalar over `group`. Collective; synchronises with the device."""
+    total = value.detach().clone()
+    dist.all_reduce(total, group=group)
+    return float(total) / dist.get_world_size(group)
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def failing_together(place: Place) -> Iterator[None]:
+    """Turn an exception of this rank into a message and a non-zero exit, without waiting for other ranks.
+
+    User errors reach every rank alike, so the first one prints them; anything else is this rank's own and is printed
+    with its traceback. The exit skips atexit handlers: a process group whose peers are gone would hang in them.
+    """
+    try:
+        yield
+    except UserError as error:
+        if place.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        _leave(UserError.EXIT_CODE)
+    except KeyboardInterrupt:
+        _leave(130)
+    except Exception:
+        logger.error("rank %d of %d failed:\n%s", place.rank, place.world, traceback.format_exc())
+        _leave(1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,64 @@
+"""Train a run file: the script that deepspeed, torchrun or mpirun start on every rank.
+
+    deepspeed --num_gpus 8 llama_ds/train.py ds_configs/llama_7b.yaml training.steps=1000
+    torchrun --nproc_per_node 8 llama_ds/train.py ds_configs/llama_7b.yaml
+    python llama_ds/train.py ds_configs/llama_65b.yaml --dry-run --world 2048
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+# A script's own folder comes first on the path, where `data` or `config` would hide other packages' modules.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+from llama_ds import log
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.layout import resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.launch.hostfile import check_launcher_hostfile
+
+
+def main() -> int:
+    """Run the command line; return the exit code. User errors end every rank with code 2 and one message."""
+    arguments = parse(sys.argv[1:])
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from llama_ds.parallel import world
+
+    place = world.Place(0, arguments.world or 1, 0) if arguments.dry_run else world.find_place()
+    log.setup(quiet=place.rank != 0)
+    with world.failing_together(place):
+        run = load_run(arguments.run_file, arguments.overrides)
+        layout = resolve_layout(run, arguments.world or place.world)
+        config = deepspeed_config(run, layout, world.computes_bf16(world.device()))
+        if arguments.dry_run:
+            from llama_ds.training.plan import describe
+
+            print(describe(run, layout, config))
+            return 0
+        check_launcher_hostfile()
+        world.join(place)
+        from llama_ds.training.loop import train
+
+        train(run, layout, config, place)
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line; DeepSpeed's launcher adds --local_rank, which the environment says too."""
+    parser = argparse.ArgumentParser(
+        description="Train a LLaMA on DeepSpeed.", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_file", help="YAML run file, e.g. ds_configs/quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
+    parser.add_argument("--world", type=int, help="with --dry-run: the number of ranks to plan for")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

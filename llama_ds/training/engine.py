@@ -1,0 +1,217 @@
+"""DeepSpeed's two engines behind one small interface: a pipeline, or one stage with any ZeRO.
+
+Shapes: b micro-batch rows, T tokens; a micro-batch is an int64 array (b, T + 1) whose columns overlap as inputs and
+labels.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from typing import Any, Protocol
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed.runtime.utils import clip_grad_norm_
+from torch import Tensor, nn
+
+from llama_ds.checkpoint.weights import layer_file
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import OptimizerConfig, RunConfig
+from llama_ds.model.linear import RMSNorm
+from llama_ds.model.llama import Llama, shared_parts
+from llama_ds.model.loss import NextTokenLoss
+from llama_ds.parallel import world
+from llama_ds.parallel.grid import grid, tensor_parallel
+from llama_ds.parallel.pipeline import LlamaPipeline
+
+Batches = Iterable[np.ndarray]
+
+
+class Engine(Protocol):
+    """One rank's part of the model, its optimizer and its place in the grid."""
+
+    deepspeed: Any  # the DeepSpeed engine
+    dp_rank: int
+    reads_data: bool  # first and last pipeline stage only
+
+    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> Tensor:
+        """Take one optimizer step over `accumulation` micro-batches; return this rank's view of their mean loss."""
+
+    def mean_loss(self, loss: Tensor) -> float:
+        """Return the loss of the whole global batch, the same on all ranks. Collective; synchronises."""
+
+    def evaluate(self, batches: Batches, count: int) -> float:
+        """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective."""
+
+    def save(self, folder: str, tag: str) -> None:
+        """Write this rank's part of a checkpoint to folder/tag; do not touch `latest`. Collective."""
+
+    def load(self, folder: str, tag: str) -> int:
+        """Read the checkpoint folder/tag, written under the same layout; return its step. Collective."""
+
+
+def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device: torch.device) -> Engine:
+    """Build this rank's layers, partition them and hand them to DeepSpeed with the merged `config`. Collective."""
+    # Or DeepSpeed compiles its shared-memory all-reduce at start, which only inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)  # adopts the process group that world.join made
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    shared = shared_parts(run, tensor_parallel(layout, run.parallel.sequence_parallel), device.type, dtype)
+    loss = NextTokenLoss(shared.tp, run.optimizer.z_loss)
+    # DeepSpeed prints its topology and seeds to stdout, which belongs to the run's own lines.
+    with redirect_stdout(io.StringIO()):
+        if layout.pp > 1:
+            module: nn.Module = LlamaPipeline(run, layout, shared, loss)
+            mpu = None  # the pipeline module brings its grid
+        else:
+            mpu = grid(layout)
+            with zero_init(run, config, mpu):
+                module = Llama(shared, loss, run.parallel.recompute)
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=build_optimizer(module, run.optimizer, config), config=config, mpu=mpu
+        )
+    return PipelinedEngine(engine) if layout.pp > 1 else SingleStageEngine(engine, layout.accumulation, device)
+
+
+def zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractContextManager[Any]:
+    """Return the context in which ZeRO-3 partitions each layer as soon as it is built: no rank ever holds the model."""
+    if run.zero_stage < 3:
+        return nullcontext()
+    return deepspeed.zero.Init(
+        data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu
+    )
+
+
+def build_optimizer(module: nn.Module, settings: OptimizerConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
+    """Return AdamW over two named groups: matrices, which decay, and norm weights, which do not.
+
+    Every pipeline stage holds a decoder layer and so both groups, in this order: DeepSpeed's universal checkpoints
+    match groups by position.
+    """
+    # By module, not by shape: under ZeRO-3 a partitioned parameter has lost its shape.
+    norms = [p for m in module.modules() if isinstance(m, RMSNorm) for p in m.parameters()]
+    known = {id(p) for p in norms}
+    matrices = [p for p in module.parameters() if id(p) not in known]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay, "name": "matrices"},
+        {"params": norms, "weight_decay": 0.0, "name": "norms"},
+    ]
+    if "offload_optimizer" in config["zero_optimization"]:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def global_grad_norm(engine: Any) -> float:
+    """Return the norm of the last step's gradients before clipping. Synchronises with the device."""
+    return float(engine.get_global_grad_norm())
+
+
+def _set_learning_rate(engine: Any, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _split(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = torch.from_numpy(batch)
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)
+    return rows[:, :-1], rows[:, 1:]
+
+
+class _DeepSpeedCheckpoints:
+    """Saving and loading, the same for both engines."""
+
+    deepspeed: Any
+
+    def save(self, folder: str, tag: str) -> None:
+        # DeepSpeed would write `latest` before every rank's files are down.
+        self.deepspeed.save_checkpoint(folder, tag=tag, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> int:
+        self.deepspeed.load_checkpoint(folder, tag=tag)
+        return self.deepspeed.global_steps
+
+
+class SingleStageEngine(_DeepSpeedCheckpoints):
+    """pp = 1: DeepSpeedEngine with ZeRO 0 to 3."""
+
+    def __init__(self, engine: Any, accumulation: int, device: torch.device) -> None:
+        self.deepspeed = engine
+        self.accumulation = accumulation
+        self.device = device
+        self.dp_rank = engine.mpu.get_data_parallel_rank()
+        self.reads_data = True
+        # fp32 without ZeRO is the one case in which DeepSpeed computes the norm, clips by it and drops it.
+        engine.clip_fp32_gradients = self._clip_and_keep_norm
+
+    def _clip_and_keep_norm(self) -> None:
+        engine = self.deepspeed
+        engine._global_grad_norm = clip_grad_norm_(
+            engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+        )
+
+    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> Tensor:
+        engine = self.deepspeed
+        engine.train()
+        _set_learning_rate(engine, lr)
+        total = torch.zeros((), device=self.device)
+        for _ in range(self.accumulation):
+            loss = engine(*_split(next(batches), self.device))
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        return total / self.accumulation
+
+    def mean_loss(self, loss: Tensor) -> float:
+        return world.mean(loss, self.deepspeed.mpu.get_data_parallel_group())
+
+    @torch.no_grad()
+    def evaluate(self, batches: Batches, count: int) -> float:
+        self.deepspeed.eval()
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            total += self.deepspeed(*_split(batch, self.device))
+        return self.mean_loss(total / count)
+
+    def save(self, folder: str, tag: str) -> None:
+        super().save(folder, tag)
+        if self.deepspeed.zero_optimization_stage() == 3:
+            self._save_layers(os.path.join(folder, tag))
+
+    def _save_layers(self, folder: str) -> None:
+        """Write whole layers in the pipeline's file format: ZeRO-3's own files hold slices of a flat buffer."""
+        mpu = self.deepspeed.mpu
+        for index, layer in enumerate(self.deepspeed.module.layers):
+            with deepspeed.zero.GatheredParameters(list(layer.parameters())):
+                if self.dp_rank == 0:
+                    torch.save(layer.state_dict(), layer_file(folder, index, mpu.get_model_parallel_rank()))
+
+
+class PipelinedEngine(_DeepSpeedCheckpoints):
+    """pp > 1: DeepSpeed's PipelineEngine with ZeRO-1."""
+
+    def __init__(self, engine: Any) -> None:
+        self.deepspeed = engine
+        self.dp_rank = engine.grid.get_data_parallel_rank()
+        self.reads_data = engine.is_first_stage() or engine.is_last_stage()
+
+    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> Tensor:
+        _set_learning_rate(self.deepspeed, lr)
+        return self.deepspeed.train_batch(self._split_all(batches))
+
+    def mean_loss(self, loss: Tensor) -> float:
+        return float(loss)  # train_batch has already reduced and broadcast it
+
+    def evaluate(self, batches: Batches, count: int) -> float:
+        return float(self.deepspeed.eval_batch(self._split_all(batches), num_micro_batches=count))
+
+    def _split_all(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]] | None:
+        if not self.reads_data:
+            return None
+        return (_split(batch, self.deepspeed.device) for batch in batches)

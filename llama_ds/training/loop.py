@@ -1,0 +1,141 @@
+"""The training loop: read it from top to bottom."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama_ds.checkpoint import store
+from llama_ds.config.layout import Layout
+from llama_ds.config.run_file import dump, resolved
+from llama_ds.config.schema import RunConfig
+from llama_ds.data.stream import Dataset, MicroBatches, open_data
+from llama_ds.errors import UserError
+from llama_ds.log import logger
+from llama_ds.parallel import world
+from llama_ds.training.engine import Engine, build_engine, global_grad_norm
+from llama_ds.training.meter import Meter
+from llama_ds.training.reporter import Reporter
+from llama_ds.training.schedule import learning_rate
+
+
+def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.Place) -> None:
+    """Train `run` from its newest checkpoint, or from its seed, to its last step. Collective.
+
+    `config` is the merged DeepSpeed configuration.
+
+    Raises:
+        UserError: on every rank alike, for what is wrong with data, checkpoints or the outcome.
+    """
+    device = world.device()
+    dtype = "bf16" if config["bf16"]["enabled"] else "fp32"
+    tag, data = world.together(lambda: (_checkpoint_to_resume(run, layout), _open_data(run, layout)))
+    engine = world.together(lambda: build_engine(run, layout, config, device))
+    first = engine.load(_checkpoints(run), tag) if tag else 0
+    logger.info("%s at step %d of %d", "resumed" if tag else "starting", first, run.training.steps)
+
+    total, every = run.training.steps, run.logging.interval
+    meter = Meter(run, layout, dtype, device)
+    batches = _training_batches(engine, data, layout, first)
+    validation = data.validation_micro_batches(
+        run.evaluation.rows, engine.dp_rank, layout.dp, layout.micro_batch
+    )
+    report = Reporter(run.run_dir, total, first, place.rank == 0, run.logging.tensorboard)
+    if place.rank == 0:
+        _write_run_file(run)
+
+    meter.restart(waited_s=0.0)
+    for step in range(first, total):
+        lr = learning_rate(step, run.optimizer, total)
+        loss = engine.train_step(batches, lr)
+        meter.tick()
+
+        done = step + 1
+        if done % every == 0 or done == total:
+            mean = engine.mean_loss(loss)
+            report.step(meter.measure(done, mean, lr, global_grad_norm(engine.deepspeed), waited(batches)))
+            if not math.isfinite(mean):
+                raise UserError(_divergence(run, done, mean))
+        if validation and _due(done, run.evaluation.interval, total):
+            report.validation(done, engine.evaluate(validation, len(validation)))
+            meter.restart(waited(batches))
+        if _due(done, run.checkpoint.interval, total):
+            save(engine, run, layout, dtype, done, place)
+            report.note(f"step {done} | saved {_checkpoints(run)}/{store.tag_of(done)}")
+            meter.restart(waited(batches))
+    report.close()
+
+
+def save(engine: Engine, run: RunConfig, layout: Layout, dtype: str, step: int, place: world.Place) -> None:
+    """Write the checkpoint of `step` and then, when all ranks' files are down, make it the newest. Collective."""
+    folder = _checkpoints(run)
+    engine.save(folder, store.tag_of(step))
+    world.barrier()
+    if place.rank == 0:
+        tokens = step * layout.global_batch * run.data.seq_len
+        description = store.Description(step, tokens, run.zero_stage, dtype, vars(layout), resolved(run))
+        store.commit(folder, description, run.data.tokenizer)
+    world.barrier()
+
+
+def waited(batches: Iterator[np.ndarray]) -> float:
+    """Return how long the training stream has kept this rank waiting, in seconds."""
+    return batches.wait_s if isinstance(batches, MicroBatches) else 0.0
+
+
+def _training_batches(engine: Engine, data: Dataset, layout: Layout, first_step: int) -> Iterator[np.ndarray]:
+    if not engine.reads_data:
+        return itertools.repeat(np.empty(0))
+    return data.micro_batches(
+        first_step, engine.dp_rank, layout.dp, layout.micro_batch, layout.global_batch, layout.accumulation
+    )
+
+
+def _open_data(run: RunConfig, layout: Layout) -> Dataset:
+    total_rows = run.training.steps * run.training.global_batch
+    data = open_data(run.data, run.model.vocab_size, run.seed, total_rows)
+    data.validation_micro_batches(run.evaluation.rows, 0, layout.dp, layout.micro_batch)  # refuse now, not at the end
+    return data
+
+
+def _checkpoint_to_resume(run: RunConfig, layout: Layout) -> str | None:
+    folder = _checkpoints(run)
+    tag = store.newest(folder)
+    if tag is None:
+        if run.checkpoint.resume == "must":
+            raise UserError(f"{folder}: no checkpoint to resume from (checkpoint.resume = must); use auto to start anew")
+        return None
+    if run.checkpoint.resume == "never":
+        raise UserError(
+            f"{folder}: holds checkpoints of an earlier run and checkpoint.resume = never; "
+            "choose another name, move the folder away, or set checkpoint.resume=auto"
+        )
+    found = store.describe(os.path.join(folder, tag))
+    store.check_resumable(os.path.join(folder, tag), found, resolved(run), layout, run.zero_stage)
+    return tag
+
+
+def _checkpoints(run: RunConfig) -> str:
+    return os.path.join(run.run_dir, "checkpoints")
+
+
+def _write_run_file(run: RunConfig) -> None:
+    with open(os.path.join(run.run_dir, "run.yaml"), "w") as file:
+        file.write(dump(run))
+
+
+def _due(done: int, interval: int, total: int) -> bool:
+    return done == total or (interval > 0 and done % interval == 0)
+
+
+def _divergence(run: RunConfig, step: int, loss: float) -> str:
+    return (
+        f"{run.path}: loss is {loss} at step {step}, the run has diverged; lower optimizer.lr {run.optimizer.lr:g}, "
+        f"lengthen optimizer.warmup_steps {run.optimizer.warmup_steps}, and start from the last checkpoint"
+    )

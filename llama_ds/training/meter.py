@@ -1,0 +1,93 @@
+"""What a step cost: throughput, model FLOPs utilisation, waiting for data, memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import RunConfig
+from llama_ds.model.flops import device_peak, flops_per_token, hardware_flops_per_token
+from llama_ds.parallel import world
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One line of metrics.jsonl. Times are seconds per step, averaged since the line before.
+
+    mfu counts the model's FLOPs (recompute does not count), hfu what the hardware ran; both None where the device's
+    peak is not known.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    mfu: float | None
+    hfu: float | None
+    step_s: float
+    data_wait_s: float
+    peak_mem_gib: float
+
+
+class Meter:
+    """Turns the clock into rates. Evaluation and checkpoints are left out of the step time by `pause`."""
+
+    def __init__(self, run: RunConfig, layout: Layout, dtype: str, device: torch.device) -> None:
+        self.device = device
+        self.world = layout.world
+        self.tokens_per_step = layout.global_batch * run.data.seq_len
+        self.model_flops = flops_per_token(run.model, run.data.seq_len)
+        self.hardware_flops = hardware_flops_per_token(run.model, run.data.seq_len, run.parallel.recompute)
+        self.peak = device_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+        self._steps = 0
+        self._since = time.perf_counter()
+        self._waited = 0.0
+
+    def tick(self) -> None:
+        """Count one finished optimizer step."""
+        self._steps += 1
+
+    def restart(self, waited_s: float) -> None:
+        """Begin a new interval now; `waited_s` is what the data stream has waited in all so far."""
+        self._steps, self._since, self._waited = 0, time.perf_counter(), waited_s
+
+    def measure(self, step: int, loss: float, lr: float, grad_norm: float, waited_s: float) -> StepMetrics:
+        """Close the interval with the line for `step`, the number of finished steps. Collective."""
+        step_s = (time.perf_counter() - self._since) / self._steps
+        data_wait_s = (waited_s - self._waited) / self._steps
+        data_wait_s, peak_mem = world.maximum([data_wait_s, peak_memory(self.device)], self.device)
+        rate = self.tokens_per_step / step_s
+        self.restart(waited_s)
+        return StepMetrics(
+            step=step,
+            tokens=step * self.tokens_per_step,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens_per_s=rate,
+            tokens_per_s_per_gpu=rate / self.world,
+            mfu=self._utilisation(rate, self.model_flops),
+            hfu=self._utilisation(rate, self.hardware_flops),
+            step_s=step_s,
+            data_wait_s=data_wait_s,
+            peak_mem_gib=peak_mem / GIB,
+        )
+
+    def _utilisation(self, tokens_per_s: float, flops: float) -> float | None:
+        return tokens_per_s / self.world * flops / self.peak if self.peak else None
+
+
+def peak_memory(device: torch.device) -> float:
+    """Return the most bytes this rank has held: of the CUDA allocator, or resident on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,0 +1,130 @@
+"""The model is transformers' LlamaForCausalLM: same weights, same logits, same loss and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_ds.checkpoint.names import hf_name
+from llama_ds.config.schema import ModelConfig, RopeScaling
+from llama_ds.model.attention import CausalAttention
+from llama_ds.model.decoder import Shared
+from llama_ds.model.llama import Llama
+from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.rope import RotaryTables
+from llama_ds.model.tensor_parallel import SingleRank
+
+T = 48
+LLAMA1 = ModelConfig(
+    vocab_size=160,
+    hidden_size=64,
+    intermediate_size=172,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    initializer_range=0.1,  # large enough that attention is far from uniform
+)
+SHAPES = {
+    "llama1": LLAMA1,
+    "llama2_gqa": replace(LLAMA1, num_key_value_heads=2, rms_norm_eps=1e-5),
+    "multi_query_wide_head": replace(LLAMA1, num_key_value_heads=1, head_dim=32),
+    "tied": replace(LLAMA1, tie_word_embeddings=True),
+    "llama3": replace(LLAMA1, num_key_value_heads=2, rope_theta=500000.0),
+    "llama31_scaled": replace(LLAMA1, rope_theta=500000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
+}
+
+
+def ours(model: ModelConfig, backend: str) -> Llama:
+    tp = SingleRank()
+    shared = Shared(model, 7, tp, CausalAttention(backend), RotaryTables(model, T))
+    return Llama(shared, NextTokenLoss(tp))
+
+
+def theirs(model: ModelConfig, source: Llama) -> LlamaForCausalLM:
+    rope: dict[str, object] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.rope_scaling:
+        rope.update(vars(model.rope_scaling), rope_type="llama3")
+    config = LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        rms_norm_eps=model.rms_norm_eps,
+        rope_parameters=rope,
+        tie_word_embeddings=model.tie_word_embeddings,
+        max_position_embeddings=4 * T,
+        attn_implementation="eager",
+    )
+    judge = LlamaForCausalLM(config).eval()
+    weights = {hf_name(i, name, model.num_hidden_layers): w for i, layer in enumerate(source.layers) for name, w in layer.state_dict().items()}
+    missing, unexpected = judge.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= ({"lm_head.weight"} if model.tie_word_embeddings else set())
+    judge.tie_weights()
+    return judge
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_loss_and_gradients_are_transformers(shape: str, backend: str) -> None:
+    """Logits to 1e-5 as the field judges ports; gradients to 1e-5 of each gradient's norm."""
+    model = SHAPES[shape]
+    mine = ours(model, backend)
+    judge = theirs(model, mine)
+    rows = torch.randint(0, model.vocab_size, (3, T + 1), generator=torch.Generator().manual_seed(1))
+    ids, labels = rows[:, :-1], rows[:, 1:]
+
+    expected = judge(input_ids=ids).logits
+    assert expected.std() > 0.1  # the comparison is not of zeros
+    torch.testing.assert_close(mine(ids), expected, atol=1e-5, rtol=0)
+
+    loss = mine(ids, labels)
+    expected_loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(loss, expected_loss, atol=1e-6, rtol=0)
+
+    loss.backward()
+    expected_loss.backward()
+    wanted = dict(judge.named_parameters())
+    for i, layer in enumerate(mine.layers):
+        for name, weight in layer.named_parameters():
+            gradient = wanted[hf_name(i, name, model.num_hidden_layers)].grad
+            assert weight.grad is not None and gradient is not None
+            assert (weight.grad - gradient).norm() <= 1e-5 * gradient.norm(), (i, name)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_masked_documents_see_only_themselves(backend: str) -> None:
+    """A packed row with document masks gives each document the logits it has on its own."""
+    model = SHAPES["llama2_gqa"]
+    mine = ours(model, backend)
+    masked = Llama(replace(mine.layers[1].self_attn.shared, document_mask=True), NextTokenLoss(SingleRank()))
+    masked.load_state_dict(mine.state_dict())
+    generator = torch.Generator().manual_seed(2)
+    documents = [torch.cat([torch.tensor([1]), torch.randint(3, model.vocab_size, (n,), generator=generator)]) for n in (9, 20, 16)]
+    row = torch.cat(documents)[None]
+    assert row.shape[1] == T
+
+    packed = masked(row)
+    alone = torch.cat([mine(document[None]) for document in documents], 1)
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=0)
+    assert (mine(row) - alone).abs().max() > 1e-2  # without the mask documents do see each other
+
+
+def test_z_loss_penalises_the_log_normaliser_in_training_only() -> None:
+    logits = torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 5))
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    wanted = plain + 0.1 * logits.logsumexp(-1).square().mean()
+    loss = NextTokenLoss(SingleRank(), 0.1)
+    torch.testing.assert_close(loss(logits, labels), wanted, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels), (logits,))
+    with torch.no_grad():
+        torch.testing.assert_close(loss(logits, labels), plain, atol=1e-12, rtol=0)

@@ -1,0 +1,138 @@
+"""The tiny run that every layout trains, its data and its reference in plain torch without DeepSpeed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from llama_ds.model.linear import RMSNorm
+from llama_ds.model.llama import Llama, shared_parts
+from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.training.schedule import learning_rate
+
+STEPS, GLOBAL_BATCH, SEQ_LEN = 20, 8, 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout and the options that change what is computed."""
+
+    pp: int = 1
+    tp: int = 1
+    dp: int = 1
+    zero: int = 1
+    sequence_parallel: bool = False
+    tied: bool = False
+    document_mask: bool = False
+    recompute: str = "none"
+    dtype: str = "fp32"
+    micro_batch: int = 1
+    partition: tuple[int, ...] | None = None
+    z_loss: float = 0.0
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.tp * self.dp
+
+    @property
+    def name(self) -> str:
+        options = [k if v is True else f"{k}={v}" for k, v in asdict(self).items() if v != getattr(Case, k)]
+        return "pp{pp} tp{tp} dp{dp} zero{zero} ".format(**asdict(self)) + " ".join(options[0:])
+
+    @property
+    def layout(self) -> Layout:
+        accumulation = GLOBAL_BATCH // self.dp // self.micro_batch
+        return Layout(self.world, self.pp, self.tp, self.dp, self.micro_batch, accumulation, GLOBAL_BATCH)
+
+    @property
+    def reference(self) -> Case:
+        """The same mathematics on one rank: the key under which the plain torch run is shared between layouts."""
+        return Case(tied=self.tied, document_mask=self.document_mask, z_loss=self.z_loss)
+
+    @property
+    def run(self) -> RunConfig:
+        model = ModelConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=88,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=8,
+            tie_word_embeddings=self.tied,
+            initializer_range=0.1,
+        )
+        return RunConfig(
+            name="layouts",
+            seed=11,
+            output_dir="unused",
+            model=model,
+            data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), self.document_mask),
+            training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN),
+            # Clipping bites at every step, so a wrong norm changes the losses too.
+            optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5, clip=0.5, z_loss=self.z_loss),
+            parallel=ParallelConfig(
+                self.pp, self.tp, self.sequence_parallel, self.micro_batch, self.partition, self.recompute
+            ),
+            deepspeed={
+                "zero_optimization": {"stage": self.zero},
+                "bf16": {"enabled": self.dtype == "bf16"},
+            },
+            path="layouts.yaml",
+        )
+
+
+def global_rows(step: int) -> np.ndarray:
+    """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: runs of a few tokens, with documents beginning inside."""
+    generator = np.random.default_rng(step)
+    rows = (generator.integers(3, 96, (GLOBAL_BATCH, 1)) + np.arange(SEQ_LEN + 1) * generator.integers(1, 4)) % 93 + 3
+    rows[generator.random(rows.shape) < 0.1] = 1
+    return rows.astype(np.int64)
+
+
+def micro_batches(case: Case, dp_rank: int, first_step: int = 0) -> Iterator[np.ndarray]:
+    """Yield the micro-batches of one data-parallel rank, endlessly."""
+    step, size = first_step, GLOBAL_BATCH // case.dp
+    while True:
+        rows = global_rows(step)[dp_rank * size : (dp_rank + 1) * size]
+        yield from np.split(rows, size // case.micro_batch)
+        step += 1
+
+
+def train_reference(case: Case) -> list[tuple[float, float]]:
+    """Train in plain torch on one rank; return (loss, gradient norm before clipping) of each step."""
+    run = case.run
+    shared = shared_parts(replace(run, model=replace(run.model, attention_backend="reference")), SingleRank(), "cpu", torch.float32)
+    model = Llama(shared, NextTokenLoss(shared.tp, run.optimizer.z_loss))
+    norms = {id(p) for m in model.modules() if isinstance(m, RMSNorm) for p in m.parameters()}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in norms], "weight_decay": run.optimizer.weight_decay},
+        {"params": [p for p in model.parameters() if id(p) in norms], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps)
+    history = []
+    for step in range(STEPS):
+        rows = torch.from_numpy(global_rows(step))
+        loss = model(rows[:, :-1], rows[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, run.optimizer, STEPS)
+        optimizer.step()
+        history.append((loss.item(), norm.item()))
+    return history

@@ -1,0 +1,51 @@
+"""One rank of a layout test: trains every given case on the real engines; rank 0 writes the histories as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+import torch
+
+from llama_ds import log
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.parallel import world
+from llama_ds.training.engine import build_engine, global_grad_norm
+from tests.parallel.layout_cases import STEPS, Case, micro_batches
+from llama_ds.training.schedule import learning_rate
+
+
+def train(case: Case) -> list[tuple[float, float]]:
+    run = case.run
+    engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
+    batches = micro_batches(case, engine.dp_rank)
+    history = []
+    for step in range(STEPS):
+        loss = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
+        history.append((engine.mean_loss(loss), global_grad_norm(engine.deepspeed)))
+    engine.deepspeed.destroy()
+    return history
+
+
+def main() -> None:
+    cases_file, out = sys.argv[1:]
+    place = world.find_place()
+    log.setup(quiet=True)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with open(cases_file) as file:
+        cases = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in json.load(file)]
+    with world.failing_together(place):
+        world.join(place)
+        histories = []
+        for case in cases:
+            histories.append(train(case))
+            if place.rank == 0:
+                print(case.name, histories[-1][0], histories[-1][-1], flush=True)
+        if place.rank == 0:
+            with open(out, "w") as file:
+                json.dump(histories, file)
+
+
+if __name__ == "__main__":
+    main()
