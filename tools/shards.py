@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("dir", help="a source, or a folder of sources")
     command = commands.add_parser("info", help="rows and tokens of each source")
     command.add_argument("dir", help="a source, or a folder of sources")
-    command.add_argument("--rows", type=int, metavar="N", help="print the epochs of a run of N rows (steps * global_batch)")
+    command.add_argument("--rows", type=int, metavar="N", help="print the epochs of a run of steps * batch = N rows")
     command.add_argument("--weight", action="append", default=[], metavar="NAME=W", type=_weight,
                          help="with --rows: weight of a source (default: all by their rows)")
     command.add_argument("--json", action="store_true")
@@ -86,7 +86,7 @@ def gather(args: argparse.Namespace) -> int:
 def build(args: argparse.Namespace) -> int:
     """Tokenize and pack every source."""
     for name, pattern in args.source:
-        with tqdm(unit=" docs", desc=name) as bar:
+        with tqdm(unit=" docs", desc=name, delay=0.5) as bar:
             ids = 0
 
             def progress(documents: int, more_ids: int, bar: tqdm = bar) -> None:
@@ -107,7 +107,7 @@ def build(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Check every byte of the sources."""
     for folder in _source_folders(args.dir):
-        with tqdm(unit=" rows", desc=folder) as bar:
+        with tqdm(unit=" rows", desc=folder, delay=0.5) as bar:
             verify_source(folder, bar.update)
         print(f"{folder}: sound")
     return 0

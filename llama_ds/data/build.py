@@ -19,7 +19,7 @@ from llama_ds.data.shards import MANIFEST, Manifest, Shard, Split, member_name, 
 from llama_ds.data.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
-BATCH_CHARS = 1 << 20  # characters per tokenization task: large against the cost of handing a task over
+BATCH_CHARS = 1 << 18  # characters per tokenization task: large against the cost of handing a task over
 SPLITS = ("train", "validation")
 
 Tokenized = list[tuple[bool, np.ndarray]]  # per document: for validation?, [bos] + ids + [eos]
@@ -49,6 +49,8 @@ def build_source(
     """
     if name != os.path.basename(name) or name in ("", ".", ".."):
         raise UserError(f"source name '{name}' is not a plain folder name; use letters, digits, '-' and '_'")
+    if min(seq_len, rows_per_shard) < 1:
+        raise UserError(f"seq_len = {seq_len} and rows per shard = {rows_per_shard} must both be 1 or more")
     if not 0 <= validation_fraction < 1:
         raise UserError(f"validation fraction {validation_fraction} is not in [0, 1); use for instance 0.01")
     tokenizer = Tokenizer(tokenizer_path)
@@ -218,5 +220,5 @@ def _check_filled(
             raise UserError(
                 f"{pattern}: the {name} split got {splits[name].documents} of {total} documents and "
                 f"{writers[name].packer.left} ids, less than one row; use more text, a shorter --seq-len, another "
-                f"--validation-fraction (now {validation_fraction:g}), or --document-chars to cut long documents"
+                f"--validation-fraction (now {validation_fraction:g}), or cut long documents with --document-chars 4000"
             )

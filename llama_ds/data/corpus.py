@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from llama_ds.errors import UserError
 
@@ -87,7 +88,7 @@ def _json_lines(path: str) -> Iterator[Document]:
     if os.path.getsize(path) == 0:
         raise _empty(path)
     offset = 0
-    with open(path, "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, start=1):
             text = _decode(line, path, offset)
             offset += len(line)
@@ -112,14 +113,18 @@ def _json_document(line: str, place: str) -> Iterator[Document]:
 
 
 def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    with _open(path) as file:
+        data = file.read()
     if not data:
         raise _empty(path)
     return data
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def _decode(data: bytes, path: str, offset: int = 0) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -38,8 +39,6 @@ class Tokenizer:
         except RuntimeError:
             raise UserError(f"{path}: not a sentencepiece model, or a damaged one ({len(model)} bytes); "
                             "train one with tools/tokenizer.py train") from None
-        if not model:  # sentencepiece takes empty bytes for an empty model
-            raise UserError(f"{path}: empty file (0 bytes); train a tokenizer with tools/tokenizer.py train")
         self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._model.get_piece_size()
@@ -110,8 +109,8 @@ def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, s
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise UserError(f"vocab_size = {vocab_size} does not suit {' '.join(patterns)}: {_last_sentence(error)}; "
-                        "use another size (at least 259 plus the distinct characters) or more text") from None
+        place = f"vocab_size = {vocab_size} does not suit {' '.join(patterns)}"
+        raise UserError(f"{place}: {_fitting(str(error))}") from None
     path = f"{out_prefix}.model"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "wb") as file:
@@ -133,5 +132,10 @@ def _sample(patterns: Sequence[str], limit: float) -> Iterator[str]:
                     yield piece
 
 
-def _last_sentence(error: RuntimeError) -> str:
-    return str(error).strip().split("] ")[-1].rstrip(". ") or "the trainer failed"
+def _fitting(error: str) -> str:
+    # The two limits of the trainer, in its words: "... too high (N). ... <= MOST" and "... smaller ... N vs LEAST. ..."
+    if most := re.search(r"too high .*<= (\d+)", error):
+        return f"its text makes {most[1]} pieces; use at most {most[1]}, or more text"
+    if least := re.search(r"smaller than .* vs (\d+)", error):
+        return f"bytes and the distinct characters alone are {least[1]} ids; use more than {least[1]}"
+    return f"the trainer says: {error.strip().splitlines()[-1]}"

@@ -1,0 +1,67 @@
+"""A corpus is read in one order, whole; a file that is no text is named, and nothing is skipped in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llama_ds.data.corpus import cut_at_lines, documents
+from llama_ds.data.gather import gather_local_corpus
+from llama_ds.errors import UserError
+
+
+def test_folder_glob_and_file_give_sorted_documents(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_bytes(b"two\r\n")
+    (tmp_path / "a.md").write_bytes("\ufeffone".encode())
+    (tmp_path / "sub" / "c.jsonl").write_text('{"text": "three"}\n\n{"text": ""}\n{"text": "four"}\n')
+    (tmp_path / "image.png").write_bytes(b"\0")
+    assert [d.text for d in documents(str(tmp_path))] == ["one", "two\r\n", "three", "four"]
+    assert [d.text for d in documents(str(tmp_path / "**" / "*.[tj]*"))] == ["two\r\n", "three", "four"]
+    assert [d.path for d in documents(str(tmp_path / "sub/c.jsonl"))] == [f"{tmp_path}/sub/c.jsonl:{n}" for n in (1, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "empty file (0 bytes)"),
+        ("a.jsonl", b"", "empty file (0 bytes)"),
+        ("a.txt", b"PK\x03\x04\0\0", "binary file (NUL byte at offset 4)"),
+        ("a.txt", b"caf\xe9 au lait", "invalid UTF-8, byte 0xe9 at offset 3"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', "invalid UTF-8, byte 0xff at offset 24"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": ', "a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"body": "x"}\n', 'a.jsonl:1: no "text"'),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl:1: character 0 is half of a surrogate pair"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        list(documents(str(tmp_path)))
+    assert str(tmp_path / name) in str(error.value) and message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_nothing_found_is_an_error(tmp_path: Path) -> None:
+    for pattern in (tmp_path, tmp_path / "*.txt", tmp_path / "missing.txt"):
+        with pytest.raises(UserError, match=str(tmp_path)):
+            list(documents(str(pattern)))
+
+
+def test_long_documents_are_cut_at_lines_and_lose_nothing(tmp_path: Path) -> None:
+    text = "one\ntwo\n" + "long" * 10 + "\r\nlast"
+    assert list(cut_at_lines(text, 8)) == ["one\ntwo\n", "long" * 10 + "\r\n", "last"]
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert "".join(d.text for d in documents(str(tmp_path), max_chars=8)) == text
+
+
+def test_gathered_corpus_is_the_same_twice_and_shares_no_text(tmp_path: Path) -> None:
+    taken: list[int] = []
+    first = gather_local_corpus(str(tmp_path / "1"), 1.0, taken.append)
+    second = gather_local_corpus(str(tmp_path / "2"), 1.0)
+    texts = {name: [d.text for d in documents(path)] for name, path in first.items()}
+    assert all(Path(first[name]).read_bytes() == Path(second[name]).read_bytes() for name in ("code", "prose"))
+    assert sum(taken) == sum(len(t.encode()) for ts in texts.values() for t in ts) >= 1e6
+    every = texts["code"] + texts["prose"]
+    assert len(every) == len(set(every)) and min(len(t.encode()) for t in every) >= 200

@@ -1,0 +1,67 @@
+"""The two data tools from a shell: a whole way from text to checked shards, and errors without a traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / name), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def done(name: str, *args: object) -> str:
+    result = tool(name, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("name", ["tokenizer.py", "shards.py"])
+def test_help_shows_an_example(name: str) -> None:
+    assert f"tools/{name}" in done(name, "--help")
+
+
+def test_from_text_to_checked_shards(tmp_path: Path) -> None:
+    done("shards.py", "gather", "--out", tmp_path, "--limit-mb", "1")
+    code, prose, model = tmp_path / "code.jsonl", tmp_path / "prose.jsonl", tmp_path / "t.model"
+    done("tokenizer.py", "train", "--input", code, prose, "--vocab-size", 800, "--out", tmp_path / "t")
+    assert "documents survive" in done("tokenizer.py", "check", "--model", model, "--input", prose)
+    text = "  two spaces, \u2581 and 2048\n"
+    ids = done("tokenizer.py", "encode", "--model", model, text).split()
+    assert done("tokenizer.py", "decode", "--model", model, *ids) == text
+    build = ("build", "--source", f"code={code}", "--source", f"prose={prose}", "--tokenizer", model, "--seq-len", 32,
+             "--validation-fraction", 0.2, "--workers", 2, "--out", tmp_path / "shards")  # fmt: skip
+    done("shards.py", *build)
+    assert done("shards.py", "verify", tmp_path / "shards").count("sound") == 2
+    code_info, prose_info = json.loads(done("shards.py", "info", tmp_path / "shards", "--rows", 1000, "--json"))
+    assert (code_info["source"], prose_info["source"]) == ("code", "prose")
+    rows = code_info["train"]["rows"] + prose_info["train"]["rows"]
+    assert code_info["epochs"] == pytest.approx(1000 / rows)
+    mixture = [f"{tmp_path}/shards/code=0.7", f"{tmp_path}/shards/prose=0.3"]
+    assert 2 < float(done("shards.py", "unigram", *mixture).split()[0]) < 6.7  # ln 800
+    again = tool("shards.py", *build)
+    assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("tokenizer.py", "train", "--input", "no/such/*.txt", "--vocab-size", 500, "--out", "x"), "no/such/*.txt"),
+        (("tokenizer.py", "encode", "--model", "no.model", "x"), "no.model"),
+        (("shards.py", "info", "no-shards"), "no-shards"),
+        (("shards.py", "verify", "no-shards"), "no-shards"),
+        (("shards.py", "unigram", "no-shards=1"), "no-shards"),
+        (("shards.py", "build", "--source=a=x", "--tokenizer=no.model", "--seq-len=8", "--out=x"), "no.model"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_2(args: tuple[object, ...], message: str) -> None:
+    result = tool(*map(str, args))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and message in result.stderr and result.stderr.count("\n") == 1
