@@ -50,8 +50,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        options = [k if v is True else f"{k}={v}" for k, v in asdict(self).items() if v != getattr(Case, k)]
-        return "pp{pp} tp{tp} dp{dp} zero{zero} ".format(**asdict(self)) + " ".join(options[0:])
+        options = {k: v for k, v in asdict(self).items() if k not in ("pp", "tp", "dp", "zero") and v != getattr(Case, k)}
+        words = [k if v is True else f"{k}={v}" for k, v in options.items()]
+        return " ".join([f"pp{self.pp} tp{self.tp} dp{self.dp} zero{self.zero}", *words])
 
     @property
     def layout(self) -> Layout:
@@ -70,7 +71,7 @@ class Case:
             hidden_size=32,
             intermediate_size=88,
             num_hidden_layers=4,
-            num_attention_heads=4,
+            num_attention_heads=8,
             num_key_value_heads=4,
             head_dim=8,
             tie_word_embeddings=self.tied,
