@@ -23,9 +23,10 @@ _NOT_WRITTEN = {"path", "deepspeed_path"}  # fields of RunConfig that only the r
 def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run that the YAML file `path` describes, with `section.key=value` overrides, resolved and checked.
 
-    `deepspeed` names the DeepSpeed JSON relative to the run file's folder (or holds its content). Left out,
-    seed is 0 and output_dir "runs"; derived are model.num_key_value_heads (= num_attention_heads), model.head_dim
-    (= hidden_size / heads), and the one of training.steps and training.tokens that is not given, steps = ceil(tokens / (global_batch * seq_len)).
+    `deepspeed` names the DeepSpeed JSON relative to the run file's folder (or holds its content). Left out, seed is 0
+    and output_dir "runs". Derived where left out: model.num_key_value_heads = num_attention_heads, model.head_dim
+    = hidden_size / heads, and from the one of training.steps and training.tokens that is given the other:
+    steps = ceil(tokens / (global_batch * seq_len)).
     An override of training.steps or training.tokens replaces whichever of the two the file gives.
 
     Raises:

@@ -107,6 +107,7 @@ class CheckpointConfig:
     """Where and when to save, and whether to go on from what is there."""
 
     interval: int = 0  # steps; 0: only after the last step
+    stop_at: int = 0  # save and end after this step, as at a wall-time limit; 0: run to training.steps
     resume: str = "auto"  # auto: from the newest checkpoint of this run if any | never | must
 
 

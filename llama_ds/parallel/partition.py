@@ -60,7 +60,7 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
 
 
 def _table(prefix: Sequence[int], stages: int, score: Callable[[float, float], float]) -> list[dict[int, float]]:
-    """Return table[s][i]: the least score of layers i.. in s stages; `score` joins a stage's cost to the rest's score."""
+    """Return table[s][i]: the least score of layers i.. in s stages. `score` joins a stage's cost to the rest's."""
     last = len(prefix) - 1
     table: list[dict[int, float]] = [{}, {i: score(prefix[last] - prefix[i], 0) for i in range(last)}]
     for left in range(2, stages + 1):

@@ -1,0 +1,143 @@
+"""What a run will do, as text: what --dry-run prints and the run's folder keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import ModelConfig, RunConfig
+from llama_ds.model.flops import (
+    embedding_parameters,
+    flops_per_token,
+    hardware_flops_per_token,
+    layer_costs,
+    layer_parameters,
+    parameter_count,
+)
+from llama_ds.parallel.partition import boundaries, decoder_layers
+from llama_ds.training.schedule import learning_rate
+
+
+def describe(run: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> str:
+    """Return the plan of `run` on `layout` as readable text, the merged DeepSpeed configuration `ds_config` included."""
+    sections = (
+        ("run", _run(run)),
+        ("model", _model(run)),
+        ("layout", _layout(run, layout)),
+        ("stages", _table(_stages(run, layout))),
+        ("schedule", _schedule(run)),
+        ("data", _table(_data(run))),
+        ("deepspeed", json.dumps(ds_config, indent=2).splitlines()),
+    )
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
+
+
+def short(number: float) -> str:
+    """Return `number` to three significant digits with a suffix: 65.3B, 4.19M, 512."""
+    for size, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= 0.9995 * size:  # 999.6M rounds to 1.00B
+            return f"{number / size:#.3g}".rstrip(".") + suffix
+    return f"{number:g}"
+
+
+def stage_parameters(model: ModelConfig, bounds: Sequence[int], tp: int) -> list[int]:
+    """Return the parameters that a rank of each stage holds: matrices split over `tp` ranks, norms whole.
+
+    A tied embedding counts on the first and the last stage where they differ: each keeps a copy.
+    """
+    norm, table = model.hidden_size, embedding_parameters(model) // tp
+    layer = (layer_parameters(model) - 2 * norm) // tp + 2 * norm
+    held = [layers * layer for layers in decoder_layers(bounds)]
+    held[0] += table
+    held[-1] += norm
+    if len(held) > 1 or not model.tie_word_embeddings:
+        held[-1] += table
+    return held
+
+
+def _run(run: RunConfig) -> list[str]:
+    return _pairs(
+        ("name", run.name),
+        ("run file", run.path),
+        ("deepspeed file", run.deepspeed_path),
+        ("seed", run.seed),
+        ("writes to", run.run_dir),
+    )
+
+
+def _model(run: RunConfig) -> list[str]:
+    model, seq_len = run.model, run.data.seq_len
+    heads = f"{model.num_attention_heads} query, {model.num_key_value_heads} key/value, of {model.head_dim}"
+    flops = flops_per_token(model, seq_len)
+    hardware = hardware_flops_per_token(model, seq_len, run.parallel.recompute)
+    tied = " (tied)" if model.tie_word_embeddings else ""
+    return _pairs(
+        ("parameters", f"{short(parameter_count(model))} = {parameter_count(model):,}{tied}"),
+        ("layers", f"{model.num_hidden_layers} of hidden {model.hidden_size}, ffn {model.intermediate_size}"),
+        ("heads", heads),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("FLOPs per token", f"{short(flops)} forward and backward, causal attention at sequence length {seq_len}"),
+        ("  with recompute", f"{short(hardware)} (recompute: {run.parallel.recompute})"),
+        ("FLOPs of the run", f"{flops * run.training.tokens:.3g}"),
+    )
+
+
+def _layout(run: RunConfig, layout: Layout) -> list[str]:
+    sequence = ", activations shared by sequence" if run.parallel.sequence_parallel else ""
+    rows = f"{layout.dp} x {layout.micro_batch} x {layout.accumulation}"
+    return _pairs(
+        ("ranks", f"{layout.world:,} = pp {layout.pp} x dp {layout.dp} x tp {layout.tp}{sequence}"),
+        ("micro batch", f"{layout.micro_batch} rows of {run.data.seq_len:,} tokens"),
+        ("accumulation", f"{layout.accumulation} micro-batches per step"),
+        ("global batch", f"{layout.global_batch:,} rows = {rows} = {layout.global_batch * run.data.seq_len:,} tokens"),
+        ("ZeRO stage", run.zero_stage),
+    )
+
+
+def _stages(run: RunConfig, layout: Layout) -> Iterable[tuple[str, ...]]:
+    bounds = boundaries(run.model, run.data.seq_len, layout.pp, run.parallel.partition)
+    costs = layer_costs(run.model, run.data.seq_len)
+    yield "stage", "decoder layers", "share of FLOPs", "parameters per rank"
+    held = stage_parameters(run.model, bounds, layout.tp)
+    for stage, (layers, parameters) in enumerate(zip(decoder_layers(bounds), held, strict=True)):
+        share = sum(costs[bounds[stage] : bounds[stage + 1]]) / sum(costs)
+        yield str(stage), str(layers), f"{share:.1%}", short(parameters)
+
+
+def _schedule(run: RunConfig) -> list[str]:
+    steps, optimizer = run.training.steps, run.optimizer
+    marks = {"first": 0, "end of warm-up": max(optimizer.warmup_steps - 1, 0), "middle": steps // 2, "last": steps - 1}
+    if optimizer.schedule == "wsd":
+        marks = {**marks, "start of decay": steps - optimizer.decay_steps}
+    rates = [
+        (f"step {step:,}", f"lr {learning_rate(step, optimizer, steps):.3g} ({mark})")
+        for mark, step in sorted(marks.items(), key=lambda item: item[1])
+    ]
+    return _pairs(
+        ("steps", f"{steps:,}"),
+        ("tokens", f"{short(run.training.tokens)} = {run.training.tokens:,}"),
+        ("schedule", optimizer.schedule),
+        *rates,
+    )
+
+
+def _data(run: RunConfig) -> Iterable[tuple[str, ...]]:
+    yield "source", "weight", "tokens", "epochs", "tokens of the source", "path"
+    for source in run.data.sources:
+        tokens = source.weight * run.training.tokens
+        whole = short(tokens / source.epochs) if source.epochs else "-"
+        epochs = f"{source.epochs:g}" if source.epochs else "-"
+        yield source.name, f"{source.weight:.2%}", short(tokens), epochs, whole, source.path
+
+
+def _pairs(*pairs: tuple[str, object]) -> list[str]:
+    width = max(len(name) for name, _ in pairs)
+    return [f"{name:<{width}}  {value}" for name, value in pairs]
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    table = list(rows)
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
