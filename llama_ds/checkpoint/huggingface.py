@@ -51,7 +51,7 @@ def export(
     try:
         chosen = DTYPES[dtype or description.dtype]
         _write_weights(weights, work, chosen, progress)
-        _write_json(work, "config.json", hf_config(description, str(chosen).removeprefix("torch.")))
+        _write_json(work, "config.json", hf_config(description.run, str(chosen).removeprefix("torch.")))
         _write_json(work, "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True})
         _write_tokenizer(os.path.join(source, TOKENIZER), work)
         os.chmod(work, 0o755)
@@ -64,9 +64,9 @@ def export(
     return description
 
 
-def hf_config(description: Description, dtype: str) -> dict[str, Any]:
-    """Return config.json for transformers' LlamaConfig."""
-    model, seq_len = description.run["model"], description.run["data"]["seq_len"]
+def hf_config(run: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return config.json for transformers' LlamaConfig, from a resolved run; dtype in torch's words: float32."""
+    model, seq_len = run["model"], run["data"]["seq_len"]
     copied = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
         "rms_norm_eps initializer_range tie_word_embeddings"

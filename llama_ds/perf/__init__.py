@@ -1,0 +1,1 @@
+"""What a run costs: measurements of steps, and models of time and memory."""
