@@ -11,14 +11,16 @@ import argparse
 import logging
 import os
 import sys
+from typing import Any
 
 # A script's own folder comes first on the path, where `data` or `config` would hide other packages' modules.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from llama_ds import log
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import resolve_layout
+from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
 from llama_ds.launch.hostfile import check_launcher_hostfile
 
 
@@ -28,23 +30,31 @@ def main() -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     from llama_ds.parallel import world
 
-    place = world.Place(0, arguments.world or 1, 0) if arguments.dry_run else world.find_place()
-    log.setup(quiet=place.rank != 0)
-    with world.failing_together(place):
-        run = load_run(arguments.run_file, arguments.overrides)
-        layout = resolve_layout(run, arguments.world or place.world)
-        config = deepspeed_config(run, layout, world.computes_bf16(world.device()))
+    with world.failing_together():
         if arguments.dry_run:
             from llama_ds.training.plan import describe
 
-            print(describe(run, layout, config))
+            print(describe(*resolve(arguments, arguments.world or 1)))
             return 0
-        check_launcher_hostfile()
+        place = world.find_place()
+        log.setup(quiet=place.rank != 0)
+        # First of all: a mistake that only one rank can see, such as a file missing on its node, must reach the others.
         world.join(place)
+        run, layout, config = world.together(lambda: resolve(arguments, place.world))
         from llama_ds.training.loop import train
 
         train(run, layout, config, place)
     return 0
+
+
+def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layout, dict[str, Any]]:
+    """Return the run, its layout on `ranks` ranks and the merged DeepSpeed configuration."""
+    from llama_ds.parallel import world
+
+    check_launcher_hostfile()
+    run = load_run(arguments.run_file, arguments.overrides)
+    layout = resolve_layout(run, ranks)
+    return run, layout, deepspeed_config(run, layout, world.computes_bf16(world.device()))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -6,13 +6,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from llama_ds.errors import UserError
 from llama_ds.log import logger
@@ -26,6 +27,10 @@ LAUNCHER_VARIABLES = {
     "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
 }
 TIMEOUT = timedelta(minutes=30)
+
+# Keys of the process group's store by which ranks agree on who reports a user error.
+FAILURES, REPORTED = "llama_ds/failures", "llama_ds/reported"
+REPORT_TIMEOUT = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
@@ -157,25 +162,54 @@ def barrier() -> None:
 
 
 @contextmanager
-def failing_together(place: Place) -> Iterator[None]:
-    """Turn an exception of this rank into a message and a non-zero exit, without waiting for other ranks.
+def failing_together() -> Iterator[None]:
+    """Turn an exception of this rank into a message and a non-zero exit, without waiting for the other ranks' work.
 
-    User errors reach every rank alike, so the first one prints them; anything else is this rank's own and is printed
-    with its traceback. The exit skips atexit handlers: a process group whose peers are gone would hang in them.
+    A user error, whether all ranks raise it or one, is printed once; ranks that fail because another has left do not
+    add to it. Anything else is this rank's own and is printed with its traceback. The exit skips atexit handlers: a
+    process group whose peers are gone would hang in them.
     """
     try:
         yield
     except UserError as error:
-        if place.rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        _report_once(f"error: {error}")
         _leave(UserError.EXIT_CODE)
     except KeyboardInterrupt:
         _leave(130)
-    except Exception:
-        logger.error("rank %d of %d failed:\n%s", place.rank, place.world, traceback.format_exc())
-        _leave(1)
+    except Exception as error:
+        _leave(_report_own(error))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _report_once(message: str) -> None:
+    """Print `message` if no rank has printed one yet, else wait until it has: launchers kill the ranks that are left."""
+    if not dist.is_initialized():
+        print(message, file=sys.stderr)
+        return
+    store = distributed_c10d._get_default_store()
+    with suppress(dist.DistError):  # rank 0 holds the store and leaves it after a report
+        if store.add(FAILURES, 1) == 1:
+            print(message, file=sys.stderr, flush=True)
+            store.set(REPORTED, "")
+        else:
+            store.wait([REPORTED], REPORT_TIMEOUT)
+
+
+def _report_own(error: Exception) -> int:
+    """Print what went wrong on this rank, unless it is the echo of another's failure; return the exit code."""
+    if not dist.is_initialized():
+        logger.error("%s", traceback.format_exc())
+        return 1
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        if distributed_c10d._get_default_store().check([REPORTED]):
+            return UserError.EXIT_CODE
+    except dist.DistError:
+        logger.error("rank %d of %d: rank 0 has ended (%s)", rank, world, str(error).partition("\n")[0])
+        return 1
+    logger.error("rank %d of %d failed:\n%s", rank, world, traceback.format_exc())
+    return 1
 
 
 def _leave(code: int) -> NoReturn:

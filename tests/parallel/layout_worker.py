@@ -35,7 +35,7 @@ def main() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with open(cases_file) as file:
         cases = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in json.load(file)]
-    with world.failing_together(place):
+    with world.failing_together():
         world.join(place)
         histories = []
         for case in cases:
