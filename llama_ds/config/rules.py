@@ -44,6 +44,7 @@ _NOT_NEGATIVE = (
     "evaluation.interval",
     "evaluation.rows",
     "checkpoint.interval",
+    "checkpoint.stop_at",
 )
 _CHOICES = {
     "model.attention_backend": ("auto", "flash_attn", "sdpa", "reference"),

@@ -21,7 +21,7 @@ from llama_ds.training.schedule import learning_rate
 
 
 def describe(run: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> str:
-    """Return the plan of `run` on `layout` as readable text, the merged DeepSpeed configuration `ds_config` included."""
+    """Return the plan of `run` on `layout` as readable text; `ds_config` is the merged DeepSpeed configuration."""
     sections = (
         ("run", _run(run)),
         ("model", _model(run)),

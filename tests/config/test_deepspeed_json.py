@@ -1,0 +1,158 @@
+"""The merge with the DeepSpeed JSON: who owns which key, and which combinations are refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_ds.config.deepspeed_json import deepspeed_config, training_dtype
+from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO, SECTION_KEYS, USER_KEYS
+from llama_ds.config.layout import resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+
+
+def run_with(deepspeed: dict[str, Any], **parallel: int) -> RunConfig:
+    """quickstart.yaml with another DeepSpeed JSON and pp = tp = 1, unless `parallel` says otherwise."""
+    cut = {"pp": 1, "tp": 1, "sequence_parallel": False, **parallel}
+    run = load_run(str(CONFIGS / "quickstart.yaml"), [f"parallel.{key}={str(v).lower()}" for key, v in cut.items()])
+    return replace(run, deepspeed=deepspeed, deepspeed_path="ds.json")
+
+
+def merged(deepspeed: dict[str, Any], bf16_native: bool = True, world: int = 2, **parallel: int) -> dict[str, Any]:
+    run = run_with(deepspeed, **parallel)
+    return deepspeed_config(run, resolve_layout(run, world), bf16_native)
+
+
+def test_bf16_is_accumulated_and_reduced_in_fp32() -> None:
+    config = merged({"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}})
+    assert config["bf16"] == {"enabled": True, "immediate_grad_update": True}
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"
+
+
+def test_the_json_may_name_other_dtypes() -> None:
+    config = merged(
+        {
+            "zero_optimization": {"stage": 1},
+            "bf16": {"enabled": True, "immediate_grad_update": False},
+            "data_types": {"grad_accum_dtype": "bf16"},
+            "communication_data_type": "bf16",
+        }
+    )
+    assert config["bf16"]["immediate_grad_update"] is False
+    assert (config["data_types"]["grad_accum_dtype"], config["communication_data_type"]) == ("bf16", "bf16")
+
+
+def test_auto_is_fp32_where_the_device_has_no_bf16() -> None:
+    config = merged({"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}, bf16_native=False)
+    assert config["bf16"] == {"enabled": False}
+    assert "data_types" not in config and "communication_data_type" not in config
+
+
+@pytest.mark.parametrize(
+    ("enabled", "native", "dtype"),
+    [
+        (True, False, "bf16"),
+        (False, True, "fp32"),
+        ("auto", True, "bf16"),
+        ("auto", False, "fp32"),
+        (None, True, "fp32"),
+    ],
+)
+def test_training_dtype(enabled: bool | str | None, native: bool, dtype: str) -> None:
+    block = {} if enabled is None else {"bf16": {"enabled": enabled}}
+    assert training_dtype(run_with(block), native) == dtype
+
+
+def test_batch_sizes_come_from_the_layout() -> None:
+    config = merged({"zero_optimization": {"stage": 1}}, world=2)
+    assert config["train_batch_size"] == 16
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * 2 == 16
+    assert config["gradient_clipping"] == 1.0
+    assert "pipeline" not in config
+
+
+def test_pipeline_sends_whole_boundary_tensors() -> None:
+    config = merged({"zero_optimization": {"stage": 1}}, pp=2)
+    assert config["pipeline"] == {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
+
+
+def test_the_run_stays_as_it_is() -> None:
+    run = run_with({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}, "data_types": {}})
+    before = copy.deepcopy(run)
+    config = deepspeed_config(run, resolve_layout(run, 1), True)
+    config["zero_optimization"]["stage"] = 3
+    assert run == before
+
+
+def test_user_options_pass_through() -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 10_000_000}
+    config = merged({"zero_optimization": zero, "comms_logger": {"enabled": True}, "wall_clock_breakdown": True})
+    assert config["zero_optimization"] == zero
+    assert config["comms_logger"] == {"enabled": True} and config["wall_clock_breakdown"] is True
+
+
+ZERO1 = {"zero_optimization": {"stage": 1}}
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "pp", "message"),
+    [
+        ({"train_batch_size": 8}, 1, "train_batch_size is not the DeepSpeed file's to set: "
+         "set training.global_batch in the run file and take it out here"),
+        ({"optimizer": {"type": "Adam"}}, 1, "optimizer is not the DeepSpeed file's to set: "
+         "set optimizer.lr, betas, eps and weight_decay in the run file and take it out here"),
+        ({"amp": {}}, 1, "amp was removed in DeepSpeed 0.19; take it out"),
+        ({"zero_optimization": {"mics_shard_size": 2}}, 1, "zero_optimization.mics_shard_size was removed in "
+         "DeepSpeed 0.19; take it out"),
+        ({"zero_optimisation": {}}, 1, "zero_optimisation is not a known key (did you mean 'zero_optimization'?)"),
+        ({"bf16": {"enable": True}}, 1, "bf16.enable is not a known key (did you mean 'enabled'?)"),
+        ({"bfloat16": {"enabled": True}}, 1, "bfloat16 is not a known key (did you mean 'bf16'?)"),
+        ({"zero_optimization": True}, 1, 'zero_optimization = True is not an object such as {"key": value}'),
+        ({"zero_optimization": {"stage": 4}}, 1, "zero_optimization.stage = 4 is not 0, 1, 2 or 3"),
+        ({"bf16": {"enabled": "yes"}}, 1, "bf16.enabled = 'yes' is not true, false or \"auto\""),
+        ({"fp16": {"enabled": True}}, 1, "fp16.enabled: this stack trains in bf16 or fp32, without loss scaling; "
+         "set bf16.enabled"),
+        ({"bf16": {"enabled": True}}, 1, "zero_optimization.stage = 0 with bf16: gradients would be accumulated "
+         "in bf16; use stage 1"),
+        ({}, 2, "zero_optimization.stage = 0 with parallel.pp = 2: ZeRO-0 takes the clip norm from one stage only; "
+         "use stage 1"),
+        ({"zero_optimization": {"stage": 2}}, 2, "zero_optimization.stage = 2 with parallel.pp = 2: ZeRO-2 cannot "
+         "split what the pipeline accumulates; use stage 1"),
+        ({**ZERO1, "wall_clock_breakdown": True}, 2, "wall_clock_breakdown with parallel.pp = 2 crashes DeepSpeed's "
+         "timers; take it out"),
+        ({**ZERO1, "flops_profiler": {"enabled": True}}, 2, "flops_profiler.enabled with parallel.pp = 2 crashes "
+         "DeepSpeed's timers; take it out"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(deepspeed: dict[str, Any], pp: int, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        merged(deepspeed, pp=pp)
+    assert str(error.value) == f"ds.json: {message}"
+
+
+def test_key_lists_cover_the_installed_deepspeed() -> None:
+    """Every top-level and ZeRO key that DeepSpeed reads is either the user's, owned by the run file, or removed."""
+    import deepspeed.runtime.config as config
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() == REMOVED
+    assert config._REMOVED_ZERO_CONFIG_KEYS.keys() == REMOVED_ZERO
+    assert SECTION_KEYS["bf16"] == DeepSpeedBF16Config.model_fields.keys()
+    spelled = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    deprecated = {"cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"}
+    assert spelled - deprecated - {"stage3_gather_fp16_weights_on_model_save"} <= SECTION_KEYS["zero_optimization"]
+    source = Path(config.__file__).read_text() + Path(config.__file__).with_name("constants.py").read_text()
+    for key in USER_KEYS - {"timers", "aio", "comms_logger", "flops_profiler", "zero_optimization"}:
+        assert re.search(rf"['\"]{key}['\"]", source) or key in ("bf16", "fp16"), key
+    assert not USER_KEYS & OWNED.keys()

@@ -1,0 +1,67 @@
+"""The run files of ds_configs/: each loads, fits its ranks, and is the model it says it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.layout import resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.launch.hostfile import parse_hostfile
+from llama_ds.model.flops import parameter_count
+
+REPO = Path(__file__).resolve().parents[2]
+
+# name: (ranks it is for, exact parameters). The papers say 6.7B, 13.0B, 32.5B, 65.2B, 70B and 8B.
+RUNS = {
+    "quickstart": (4, 6_450_432),
+    "small_1gpu": (1, 134_105_856),
+    "llama_7b": (256, 6_738_415_616),
+    "llama_13b": (256, 13_015_864_320),
+    "llama_33b": (256, 32_528_943_616),
+    "llama_65b": (2048, 65_285_660_672),
+    "llama2_70b": (2048, 68_976_648_192),
+    "llama3_8b": (256, 8_030_261_248),
+}
+
+
+def test_every_run_file_is_listed() -> None:
+    assert {path.stem for path in (REPO / "ds_configs").glob("*.yaml")} == RUNS.keys()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_file_resolves_on_its_ranks(name: str) -> None:
+    world, parameters = RUNS[name]
+    run = load_run(str(REPO / "ds_configs" / f"{name}.yaml"))
+    config = deepspeed_config(run, resolve_layout(run, world), bf16_native=True)
+    assert run.name == name
+    assert parameter_count(run.model) == parameters
+    assert config["bf16"]["enabled"] and config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("name", ["llama_7b", "llama_13b", "small_1gpu"])
+def test_uncut_models_also_take_zero_2_and_3(name: str, stage: int) -> None:
+    run = load_run(str(REPO / "ds_configs" / f"{name}.yaml"), [f"deepspeed=zero{stage}_bf16.json"])
+    config = deepspeed_config(run, resolve_layout(run, RUNS[name][0]), bf16_native=True)
+    assert config["zero_optimization"]["stage"] == stage
+
+
+@pytest.mark.parametrize("name", ["llama_7b", "llama_13b", "llama_33b", "llama_65b"])
+def test_llama_reads_the_papers_batches_and_mixture(name: str) -> None:
+    """arXiv 2302.13971, tables 1 and 2."""
+    run = load_run(str(REPO / "ds_configs" / f"{name}.yaml"))
+    assert run.training.global_batch * run.data.seq_len == 4_194_304
+    assert [source.weight for source in run.data.sources] == [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
+    large = name in ("llama_33b", "llama_65b")
+    assert run.training.tokens == (1_400_000_000_000 if large else 1_000_000_000_000)
+    assert run.optimizer.lr == (1.5e-4 if large else 3e-4)
+    epochs = [1.10, 1.06, 0.64, 2.45, 2.23, 1.06, 1.03] if large else [None] * 7
+    assert [source.epochs for source in run.data.sources] == epochs
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("local", 2), ("2x8", 16), ("32x8", 256), ("256x8", 2048)])
+def test_hostfile_counts_its_ranks(name: str, ranks: int) -> None:
+    assert sum(parse_hostfile(str(REPO / "hostfiles" / name)).values()) == ranks

@@ -1,0 +1,261 @@
+"""Run files: what they may leave out, what an override reaches, and what each mistake is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llama_ds.config.run_file import dump, load_resolved, load_run, resolved
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+
+RUN = """\
+name: tiny
+seed: 7
+output_dir: runs
+deepspeed: ds.json
+model:
+  vocab_size: 512
+  hidden_size: 64
+  intermediate_size: 96
+  num_hidden_layers: 4
+  num_attention_heads: 8
+data:
+  tokenizer: tok.model
+  seq_len: 32
+  sources:
+    - {name: code, path: shards/code, weight: 0.7}
+    - {name: prose, path: shards/prose, weight: 0.3}
+training:
+  global_batch: 16
+  steps: 100
+optimizer:
+  lr: 1e-3
+  warmup_steps: 10
+parallel:
+  pp: 1
+"""
+DEEPSPEED = '{"zero_optimization": {"stage": 1}, "bf16": {"enabled": "auto"}}'
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with tiny.yaml and ds.json, made the current one so that messages name bare files."""
+    tmp_path.joinpath("tiny.yaml").write_text(RUN)
+    tmp_path.joinpath("ds.json").write_text(DEEPSPEED)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(*overrides: str) -> RunConfig:
+    return load_run("tiny.yaml", overrides)
+
+
+def test_what_is_left_out_is_derived(folder: Path) -> None:
+    run = load()
+    assert (run.model.num_key_value_heads, run.model.head_dim) == (8, 8)
+    assert (run.training.steps, run.training.tokens) == (100, 100 * 16 * 32)
+    assert (run.zero_stage, run.run_dir, run.deepspeed_path) == (1, "runs/tiny", "ds.json")
+
+
+def test_seed_and_output_dir_have_defaults(folder: Path) -> None:
+    folder.joinpath("tiny.yaml").write_text(RUN.replace("seed: 7\noutput_dir: runs\n", ""))
+    assert (load().seed, load().output_dir) == (0, "runs")
+
+
+@pytest.mark.parametrize("text", ["4194304", "4_194_304", "4.194304M", "4194.304K", "4.194304e6", "4.194304e+6"])
+def test_integers_may_be_written_the_way_papers_do(folder: Path, text: str) -> None:
+    assert load(f"training.tokens={text}").training.tokens == 4_194_304
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.0e-5", "0.00001", "'1e-5'", "10e-6"])
+def test_floats_may_have_exponents(folder: Path, text: str) -> None:
+    assert load(f"model.rms_norm_eps={text}").model.rms_norm_eps == 1e-5
+
+
+def test_tokens_are_rounded_up_to_whole_steps(folder: Path) -> None:
+    run = load("training.tokens=51_201")  # 100 steps of 512 tokens and one token more
+    assert (run.training.steps, run.training.tokens) == (101, 51_201)
+
+
+def test_overrides_reach_lists_the_json_and_missing_sections(folder: Path) -> None:
+    run = load(
+        "data.sources.0.weight=0.5",
+        "data.sources.1.weight=0.5",
+        "deepspeed.zero_optimization.stage=2",
+        "parallel.partition=[1, 3]",
+        "parallel.pp=2",
+        "checkpoint.resume=never",
+    )
+    assert [source.weight for source in run.data.sources] == [0.5, 0.5]
+    assert run.zero_stage == 2
+    assert (run.parallel.partition, run.checkpoint.resume) == ((1, 3), "never")
+
+
+def test_override_can_name_another_deepspeed_file(folder: Path) -> None:
+    folder.joinpath("other.json").write_text('{"zero_optimization": {"stage": 3}}')
+    assert load("deepspeed=other.json").zero_stage == 3
+
+
+def test_deepspeed_file_is_found_next_to_the_run_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    assert load_run(str(folder / "tiny.yaml")).deepspeed_path == str(folder / "ds.json")
+
+
+def test_last_override_wins(folder: Path) -> None:
+    assert load("optimizer.lr=1", "optimizer.lr=2").optimizer.lr == 2.0
+
+
+def test_resolved_run_reads_back_the_same(folder: Path) -> None:
+    run = load("model.rope_scaling={factor: 8, low_freq_factor: 1, high_freq_factor: 4, "
+               "original_max_position_embeddings: 8192}", "name=1e5-steps")  # fmt: skip
+    folder.joinpath("a.yaml").write_text(dump(run))
+    folder.joinpath("b.json").write_text(json.dumps(resolved(run)))
+    assert load_resolved("a.yaml") == run
+    assert load_resolved("b.json") == run
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "command line: optimizer.lrr is not a known key (did you mean 'lr'?)"),
+        ("optimiser.lr=1", "command line: optimiser is not a known key (did you mean 'optimizer'?)"),
+        ("path=x", "command line: path is not a known key"),
+        ("data.sources.0.wieght=1", "command line: data.sources.0.wieght is not a known key (did you mean 'weight'?)"),
+        (
+            "data.sources.2.weight=1",
+            "command line: data.sources.2 counts into a list of 2; use 0 to 1 or give the whole list",
+        ),
+        ("name.first=x", "command line: name.first is inside name = 'tiny', which has no keys"),
+        ("steps", "command line: 'steps' is not an override; write section.key=value (optimizer.lr=1e-4)"),
+        ("optimizer.lr=[1", "command line: optimizer.lr:1: not valid YAML: "
+         "expected ',' or ']', but got '<stream end>'"),
+        (
+            "parallel.tp=2.5",
+            "command line: parallel.tp = 2.5 is not an integer (4194304, 4_194_304, 4M, 1.4T and 1.4e12 are)",
+        ),
+        (
+            "parallel.tp=true",
+            "command line: parallel.tp = True is not an integer (4194304, 4_194_304, 4M, 1.4T and 1.4e12 are)",
+        ),
+        ("optimizer.lr=fast", "command line: optimizer.lr = 'fast' is not a finite number"),
+        ("optimizer.lr=.nan", "command line: optimizer.lr = nan is not a finite number"),
+        ("data.document_mask=yes", "command line: data.document_mask = 'yes' is not true or false"),
+        ("optimizer.betas=[0.9]", "command line: optimizer.betas = [0.9] has 1 entries, not 2"),
+        ("model=7B", "command line: model = '7B' is not a section of keys"),
+        ("optimizer.schedule=cosin", "tiny.yaml: optimizer.schedule = 'cosin' is not cosine or wsd "
+         "(did you mean 'cosine'?)"),
+        ("parallel.recompute=all", "tiny.yaml: parallel.recompute = 'all' is not none or full"),
+        ("optimizer.lr=0", "tiny.yaml: optimizer.lr = 0.0 is not positive"),
+        ("training.steps=0", "command line: training.steps = 0 is not positive"),
+        ("evaluation.rows=-1", "tiny.yaml: evaluation.rows = -1 is negative"),
+        ("name=a/b", "tiny.yaml: name = 'a/b' names the run's folder: letters, digits, '_', '-' and '.' only"),
+        (
+            "model.num_key_value_heads=3",
+            "tiny.yaml: model.num_key_value_heads = 3 does not divide model.num_attention_heads = 8; use 1, 2, 4 or 8",
+        ),
+        (
+            "model.num_attention_heads=6",
+            "command line: model.num_attention_heads = 6 does not divide model.hidden_size = 64; "
+            "use 1, 2, 4 or 8, or set model.head_dim",
+        ),
+        ("model.head_dim=5", "tiny.yaml: model.head_dim = 5 is odd; rotary embeddings turn pairs: use an even one"),
+        ("parallel.tp=16", "tiny.yaml: parallel.tp = 16 does not divide model.num_attention_heads = 8; "
+         "use 1, 2, 4 or 8"),
+        ("parallel.sequence_parallel=true", "tiny.yaml: parallel.sequence_parallel = true shares rows over tp ranks "
+         "and tp is 1; set it to false"),
+        ("parallel.pp=5", "tiny.yaml: parallel.pp = 5 is more than model.num_hidden_layers = 4; use 4 or fewer"),
+        ("parallel.partition=[2, 2]", "tiny.yaml: parallel.partition = [2, 2] has 2 entries, not pp = 1"),
+        ("parallel.partition=[3]", "tiny.yaml: parallel.partition = [3] sums to 3, not model.num_hidden_layers = 4; "
+         "leave it out to balance by cost"),
+        ("data.sources.1.weight=0.2", "tiny.yaml: data.sources: the weights 0.7 + 0.2 sum to 0.9, not 1; "
+         "divide each by 0.9"),
+        ("data.sources.1.name=code", "tiny.yaml: data.sources.1.name = 'code' is also source 0's"),
+        ("data.sources=[]", "tiny.yaml: data.sources is empty; name at least one source with name, path and weight"),
+        ("optimizer.warmup_steps=100", "tiny.yaml: optimizer.warmup_steps = 100 is not below training.steps = 100"),
+        ("optimizer.schedule=wsd", "tiny.yaml: optimizer.decay_steps = 0 is not in 1..90 = "
+         "training.steps 100 - warmup_steps 10, as schedule wsd needs"),
+        ("optimizer.decay_steps=5", "tiny.yaml: optimizer.decay_steps = 5 is for schedule wsd; "
+         "leave it out with cosine"),
+        ("deepspeed=gone.json", "gone.json: cannot be read: No such file or directory; "
+         "give the path of an existing file"),
+        ("deepspeed=3", "command line: deepspeed = 3 names no DeepSpeed JSON; write deepspeed: zero1_auto.json"),
+        ("deepspeed.zero_optimisation.stage=2", "ds.json: zero_optimisation is not a known key "
+         "(did you mean 'zero_optimization'?)"),
+        ("deepspeed.zero_optimization.stag=2", "ds.json: zero_optimization.stag is not a known key "
+         "(did you mean 'stage'?)"),
+    ],
+)  # fmt: skip
+def test_wrong_value_is_told(folder: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(override)
+    assert str(error.value) == message
+
+
+def test_sequence_parallel_needs_a_divisible_row(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"data.seq_len = 33 is not a multiple of parallel.tp = 2"):
+        load("parallel.tp=2", "parallel.sequence_parallel=true", "data.seq_len=33")
+
+
+def test_every_stage_needs_a_layer(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"partition = \[4, 0\]: every stage needs a decoder layer"):
+        load("parallel.pp=2", "parallel.partition=[4, 0]")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  lr: 1e-3\n", "", "tiny.yaml: optimizer.lr is missing and has no default"),
+        ("name: tiny\n", "", "tiny.yaml: name is missing and has no default"),
+        ("  vocab_size: 512\n", "", "tiny.yaml: model.vocab_size is missing and has no default"),
+        ("  global_batch: 16\n", "", "tiny.yaml: training.global_batch is missing and has no default"),
+        ("weight: 0.7", "wait: 0.7", "tiny.yaml: data.sources.0.wait is not a known key (did you mean 'weight'?)"),
+        ("deepspeed: ds.json\n", "", "tiny.yaml: deepspeed = None names no DeepSpeed JSON; "
+         "write deepspeed: zero1_auto.json"),
+        ("  steps: 100\n", "", "tiny.yaml: training says how long to train: "
+         "steps and tokens are both missing; set one"),
+        ("  steps: 100\n", "  steps: 100\n  tokens: 1M\n", "tiny.yaml: training says how long to train: "
+         "steps and tokens are both set; keep one"),
+        ("  lr: 1e-3\n", "  lr: 1e-3\n  lr: 2e-3\n", "tiny.yaml:22: key 'lr' is set twice, first in line 21; keep one"),
+        ("  lr: 1e-3\n", "\tlr: 1e-3\n", "tiny.yaml:21: not valid YAML: "
+         "found character '\\t' that cannot start any token"),
+        (RUN, "- a list\n", "tiny.yaml: holds no sections; a run file is a YAML mapping "
+         "(see ds_configs/quickstart.yaml)"),
+        (RUN, "", "tiny.yaml: holds no sections; a run file is a YAML mapping (see ds_configs/quickstart.yaml)"),
+        ("seed: 7", "seed: \0", "tiny.yaml: not valid YAML: it holds characters that YAML forbids"),
+    ],
+)  # fmt: skip
+def test_wrong_file_is_told(folder: Path, old: str, new: str, message: str) -> None:
+    assert old in RUN
+    folder.joinpath("tiny.yaml").write_text(RUN.replace(old, new))
+    with pytest.raises(UserError) as error:
+        load()
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n  "bf16" {}\n}', "ds.json:2: not valid JSON: Expecting ':' delimiter (column 10)"),
+        ('{"bf16": {}, "bf16": {}}', "ds.json: key 'bf16' is set twice; keep one"),
+        ("[]", "ds.json: holds no JSON object; a DeepSpeed file is one, such as {}"),
+    ],
+)
+def test_wrong_json_is_told(folder: Path, text: str, message: str) -> None:
+    folder.joinpath("ds.json").write_text(text)
+    with pytest.raises(UserError) as error:
+        load()
+    assert str(error.value) == message
+
+
+def test_binary_run_file_is_told(folder: Path) -> None:
+    folder.joinpath("tiny.yaml").write_bytes(b"\xff\xfe\x80")
+    with pytest.raises(UserError, match=r"^tiny.yaml: is not UTF-8 text; save it as UTF-8$"):
+        load()
+
+
+def test_missing_run_file_is_told(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"^gone.yaml: cannot be read: No such file or directory"):
+        load_run("gone.yaml")
