@@ -1,0 +1,175 @@
+"""The whole job at small scale on this machine: text, tokenizer, shards, training, export, generated text.
+
+Every stage is the command a user would type; the training is DeepSpeed's own launcher with four ranks.
+
+    python tools/quickstart.py            # what `make quickstart` runs; goes on from what is there
+    python tools/quickstart.py --fresh    # from nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.data.stream import open_data
+from llama_ds.data.unigram import mixture_counts, unigram_loss
+from llama_ds.errors import UserError
+
+RUN_FILE = "ds_configs/quickstart.yaml"
+RANKS = 4
+PROMPTS = ('def main():\n    """', "The function returns ")
+
+
+def main() -> int:
+    """Run the stages; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Train, export and talk to a small LLaMA.",
+        epilog=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--fresh", action="store_true", help="remove the run's folder first")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run file")
+    arguments = parser.parse_intermixed_args()
+    os.chdir(ROOT)
+    try:
+        quickstart(arguments.fresh, arguments.overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+    return 0
+
+
+def quickstart(fresh: bool, overrides: list[str]) -> None:
+    """Do every stage that is not done yet, then say where everything is."""
+    started = time.monotonic()
+    run = load_run(RUN_FILE, overrides)
+    if fresh:
+        shutil.rmtree(run.run_dir, ignore_errors=True)
+    _prepare_data(run)
+    unigram = _unigram(run)
+    _train(run, overrides)
+    trained, exported = _export(run)
+    stage("Text from the export")
+    tool("generate.py", f"{run.run_dir}/hf", *[word for prompt in PROMPTS for word in ("--prompt", prompt)])
+    _summary(run, unigram, trained, exported, time.monotonic() - started)
+
+
+def _prepare_data(run: RunConfig) -> None:
+    data = os.path.dirname(run.data.tokenizer)
+    corpus, shards = f"{data}/corpus", os.path.dirname(run.data.sources[0].path)
+    if not os.path.exists(f"{corpus}/prose.jsonl"):
+        stage("Corpus: Python sources and prose that this machine already holds")
+        tool("shards.py", "gather", "--out", corpus)
+    if not os.path.exists(run.data.tokenizer):
+        stage("Tokenizer: sentencepiece BPE, digits split, byte fallback")
+        prefix = run.data.tokenizer.removesuffix(".model")
+        tool("tokenizer.py", "train", "--input", f"{corpus}/*.jsonl", "--vocab-size", run.model.vocab_size, "--out", prefix)
+    missing = [s for s in run.data.sources if not os.path.exists(f"{s.path}/manifest.json")]
+    if missing:
+        stage("Shards: rows of ids in webdataset tars")
+        sources = [word for s in missing for word in ("--source", f"{s.name}={corpus}/{s.name}.jsonl")]
+        seq_len = ("--seq-len", run.data.seq_len, "--validation-fraction", "0.03")
+        tool("shards.py", "build", *sources, "--tokenizer", run.data.tokenizer, "--out", shards, *seq_len)
+
+
+def _unigram(run: RunConfig) -> float:
+    """Return what a unigram model of the training tokens reaches on the validation rows, in nats per token."""
+    data = open_data(run.data, run.model.vocab_size, run.seed)
+    counts = mixture_counts(data.sources, [s.weight for s in run.data.sources])
+    return unigram_loss(counts, data.validation_rows(run.evaluation.rows))
+
+
+def _train(run: RunConfig, overrides: list[str]) -> None:
+    """Train in two launches: the second has nothing but the first one's checkpoint to go on from."""
+    half = run.training.steps // 2
+    if not os.path.exists(f"{run.run_dir}/checkpoints/latest"):
+        stage(f"Training: {RANKS} ranks, pp {run.parallel.pp} x tp {run.parallel.tp}, steps 1 to {half}")
+        launch(*overrides, f"checkpoint.stop_at={half}")
+    stage(f"Training: resumed from its checkpoint, to step {run.training.steps}")
+    launch(*overrides, "checkpoint.resume=must")
+
+
+def _export(run: RunConfig) -> tuple[float, float]:
+    """Export; return the validation loss that training wrote and what transformers finds with the export."""
+    stage("Export to Hugging Face format, judged by transformers")
+    folder = f"{run.run_dir}/hf"
+    tool("convert.py", "deepspeed-to-hf", run.run_dir, folder, "--overwrite")
+    judged = json.loads(tool("evaluate.py", run.run_dir, "--hf", folder, "--json", capture=True))
+    with open(f"{run.run_dir}/metrics.jsonl") as file:
+        losses = [line["val_loss"] for line in map(json.loads, file) if "val_loss" in line]
+    return losses[-1], judged["loss"]
+
+
+def _summary(run: RunConfig, unigram: float, trained: float, exported: float, seconds: float) -> None:
+    verdict = "below" if trained < unigram else "NOT BELOW"
+    stage(f"Done in {seconds / 60:.1f} minutes")
+    print(f"validation loss    {trained:.4f} nats per token, {verdict} the unigram model's {unigram:.4f}")
+    print(f"the same rows      {exported:.4f} by transformers with the exported weights")
+    print(f"data               {os.path.dirname(run.data.tokenizer)}")
+    print(f"metrics            {run.run_dir}/metrics.jsonl")
+    print(f"checkpoints        {run.run_dir}/checkpoints")
+    print(f"Hugging Face       {run.run_dir}/hf")
+    if trained >= unigram:
+        raise UserError(f"{RUN_FILE}: validation loss {trained:.4f} is not below the unigram model's {unigram:.4f}; train longer")
+
+
+def stage(title: str) -> None:
+    """Print a stage's headline."""
+    print(f"\n=== {title}", flush=True)
+
+
+def tool(script: str, *arguments: object, capture: bool = False) -> str:
+    """Run one of tools/ and show its command line; return its stdout if captured."""
+    return run_command([sys.executable, f"tools/{script}", *map(str, arguments)], capture)
+
+
+def launch(*arguments: str) -> None:
+    """Run the training script under DeepSpeed's launcher."""
+    deepspeed = os.path.join(os.path.dirname(sys.executable), "deepspeed")
+    ranks = ["--num_accelerators", str(RANKS), "--master_port", str(free_port())]
+    run_command([deepspeed, *ranks, "llama_ds/train.py", RUN_FILE, *arguments], ranks=RANKS)
+
+
+def run_command(command: list[str], capture: bool = False, ranks: int = 1) -> str:
+    """Run a command; a failure ends the quickstart."""
+    shown = shlex.join([os.path.basename(command[0]), *command[1:]])
+    print(f"$ {shown}", flush=True)
+    done = subprocess.run(command, env=environment(ranks), stdout=subprocess.PIPE if capture else None, text=True)
+    if done.returncode:
+        raise UserError(f"`{shown}` ended with exit code {done.returncode}; its own message stands above")
+    return done.stdout or ""
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """Return a stage's environment: each rank's share of the cores, and the CPU unless there is a GPU for all ranks."""
+    values = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
+    values["PATH"] = os.path.dirname(sys.executable) + os.pathsep + values.get("PATH", "")
+    import torch
+
+    if torch.cuda.device_count() < RANKS:
+        values["DS_ACCELERATOR"] = "cpu"
+    return values
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
