@@ -35,13 +35,14 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     data = read_yaml(path)
     changes = [_split(override) for override in overrides]
     place = Place(path, frozenset(key for key, _ in changes))
+    written = {**data, **{key.split(".")[0]: value for key, value in changes}}
+    check_keys(written, (f.name for f in fields(RunConfig) if f.name not in _NOT_WRITTEN), place)
     if place.overridden & {"training.steps", "training.tokens"} and isinstance(data.get("training"), dict):
         data["training"] = {k: v for k, v in data["training"].items() if k not in ("steps", "tokens")}
     data["deepspeed"], deepspeed_path = _deepspeed(dict(changes).get("deepspeed", data.get("deepspeed")), place)
     for key, value in changes:
         if key != "deepspeed":
             _set(data, key, value, place)
-    check_keys(data, (f.name for f in fields(RunConfig) if f.name not in _NOT_WRITTEN), place)
     _derive(data, place)
     run = read(RunConfig, {**_DEFAULTS, **data, "path": path, "deepspeed_path": deepspeed_path}, place)
     check(run)

@@ -51,7 +51,7 @@ def launcher_hostfile() -> str | None:
     where there is no /proc to tell.
     """
     pid = os.getppid()
-    while pid > 1:
+    while pid > 0:  # the runner may be process 1 of a container
         process = Path("/proc", str(pid))
         try:
             argv = process.joinpath("cmdline").read_text(errors="surrogateescape").split("\0")

@@ -211,6 +211,7 @@ def test_every_stage_needs_a_layer(folder: Path) -> None:
         ("name: tiny\n", "", "tiny.yaml: name is missing and has no default"),
         ("  vocab_size: 512\n", "", "tiny.yaml: model.vocab_size is missing and has no default"),
         ("  global_batch: 16\n", "", "tiny.yaml: training.global_batch is missing and has no default"),
+        ("deepspeed:", "deepsped:", "tiny.yaml: deepsped is not a known key (did you mean 'deepspeed'?)"),
         ("weight: 0.7", "wait: 0.7", "tiny.yaml: data.sources.0.wait is not a known key (did you mean 'weight'?)"),
         ("deepspeed: ds.json\n", "", "tiny.yaml: deepspeed = None names no DeepSpeed JSON; "
          "write deepspeed: zero1_auto.json"),
