@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from llama_ds.config.layout import Layout
@@ -26,6 +26,7 @@ class Description:
     dtype: str  # of the weights that computed: bf16 | fp32
     layout: dict[str, int]
     run: dict[str, Any]  # the resolved run
+    files: dict[str, int] = field(default_factory=dict)  # bytes of each of its files, filled in by `commit`
 
 
 def tag_of(step: int) -> str:
@@ -59,6 +60,7 @@ def commit(folder: str, description: Description, tokenizer: str) -> None:
     """
     tag = os.path.join(folder, tag_of(description.step))
     shutil.copyfile(tokenizer, os.path.join(tag, TOKENIZER))
+    description = replace(description, files=_sizes(tag))
     _write(os.path.join(tag, DESCRIPTION), json.dumps(asdict(description), indent=1))
     _write(os.path.join(folder, LATEST), tag_of(description.step))
 
@@ -77,6 +79,22 @@ def describe(tag_folder: str) -> Description:
         )
     with open(path) as file:
         return Description(**json.load(file))
+
+
+def check_files(tag_folder: str, description: Description) -> None:
+    """Check that the files of a checkpoint are all there at their full size.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    found = _sizes(tag_folder)
+    for name, size in description.files.items():
+        if found.get(name) != size:
+            state = f"is {found[name]} bytes, not {size}" if name in found else "is missing"
+            raise UserError(
+                f"{os.path.join(tag_folder, name)}: {state}, the checkpoint is damaged; copy it again, or write the "
+                f"name of an older one into {os.path.join(os.path.dirname(tag_folder), LATEST)}"
+            )
 
 
 def check_resumable(tag_folder: str, found: Description, run: dict[str, Any], layout: Layout, zero_stage: int) -> None:
@@ -99,6 +117,10 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any], la
             f"{tag_folder}: was written under {_words(then, fixed)}, this run has {_words(now, fixed)}; "
             "resume under the layout it was written with"
         )
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name != DESCRIPTION}
 
 
 def _words(values: dict[str, int], keys: tuple[str, ...]) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 
 from llama_ds.checkpoint import store
 from llama_ds.config.layout import Layout
@@ -35,9 +35,9 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     """
     device = world.device()
     dtype = "bf16" if config["bf16"]["enabled"] else "fp32"
-    tag, data = world.together(lambda: (_checkpoint_to_resume(run, layout), _open_data(run, layout)))
+    tag, data = world.together(lambda: (_checkpoint_to_resume(run, layout, place), _open_data(run, layout)))
     engine = world.together(lambda: build_engine(run, layout, config, device))
-    first = engine.load(_checkpoints(run), tag) if tag else 0
+    first = _load(engine, _checkpoints(run), tag) if tag else 0
     logger.info("%s at step %d of %d", "resumed" if tag else "starting", first, run.training.steps)
 
     total, every = run.training.steps, run.logging.interval
@@ -46,9 +46,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     validation = data.validation_micro_batches(
         run.evaluation.rows, engine.dp_rank, layout.dp, layout.micro_batch
     )
-    report = Reporter(run.run_dir, total, first, place.rank == 0, run.logging.tensorboard)
-    if place.rank == 0:
-        _write_run_file(run)
+    report = world.together(lambda: _open_report(run, first, place))
 
     meter.restart(waited_s=0.0)
     for step in range(first, total):
@@ -104,7 +102,7 @@ def _open_data(run: RunConfig, layout: Layout) -> Dataset:
     return data
 
 
-def _checkpoint_to_resume(run: RunConfig, layout: Layout) -> str | None:
+def _checkpoint_to_resume(run: RunConfig, layout: Layout, place: world.Place) -> str | None:
     folder = _checkpoints(run)
     tag = store.newest(folder)
     if tag is None:
@@ -118,16 +116,41 @@ def _checkpoint_to_resume(run: RunConfig, layout: Layout) -> str | None:
         )
     found = store.describe(os.path.join(folder, tag))
     store.check_resumable(os.path.join(folder, tag), found, resolved(run), layout, run.zero_stage)
+    if place.local_rank == 0:  # once per node: on a shared disk thousands of ranks would ask for thousands of files
+        store.check_files(os.path.join(folder, tag), found)
     return tag
+
+
+def _load(engine: Engine, folder: str, tag: str) -> int:
+    try:
+        step = engine.load(folder, tag)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(_damaged(folder, tag, str(error).partition("\n")[0])) from error
+    if store.tag_of(step) != tag:  # DeepSpeed only warns about files that it does not find
+        raise UserError(_damaged(folder, tag, f"step {step} was read from it"))
+    return step
+
+
+def _damaged(folder: str, tag: str, reason: str) -> str:
+    return (
+        f"{os.path.join(folder, tag)}: DeepSpeed cannot load this checkpoint ({reason}); "
+        f"write the name of an older one into {os.path.join(folder, store.LATEST)}"
+    )
 
 
 def _checkpoints(run: RunConfig) -> str:
     return os.path.join(run.run_dir, "checkpoints")
 
 
-def _write_run_file(run: RunConfig) -> None:
-    with open(os.path.join(run.run_dir, "run.yaml"), "w") as file:
-        file.write(dump(run))
+def _open_report(run: RunConfig, first: int, place: world.Place) -> Reporter:
+    try:
+        report = Reporter(run.run_dir, run.training.steps, first, place.rank == 0, run.logging.tensorboard)
+        if place.rank == 0:
+            with open(os.path.join(run.run_dir, "run.yaml"), "w") as file:
+                file.write(dump(run))
+    except OSError as error:
+        raise UserError(f"{run.run_dir}: cannot write the run's files ({error}); set output_dir to another") from None
+    return report
 
 
 def _due(done: int, interval: int, total: int) -> bool:
