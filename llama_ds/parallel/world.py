@@ -114,8 +114,8 @@ def computes_bf16(where: torch.device) -> bool:
     """Tell whether the device multiplies bf16 natively; emulated, it is several times slower than fp32."""
     if where.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.backends.cpu.get_cpu_capability()
-    return bool("AVX512" in capabilities and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()))
+    avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return avx512 and bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def together(step: Callable[[], T]) -> T:
@@ -183,7 +183,7 @@ def failing_together() -> Iterator[None]:
 
 
 def _report_once(message: str) -> None:
-    """Print `message` if no rank has printed one yet, else wait until it has: launchers kill the ranks that are left."""
+    """Print `message`, or wait until the rank that was first has: launchers kill those that are still there."""
     if not dist.is_initialized():
         print(message, file=sys.stderr)
         return
