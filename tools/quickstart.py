@@ -76,7 +76,16 @@ def _prepare_data(run: RunConfig) -> None:
     if not os.path.exists(run.data.tokenizer):
         stage("Tokenizer: sentencepiece BPE, digits split, byte fallback")
         prefix = run.data.tokenizer.removesuffix(".model")
-        tool("tokenizer.py", "train", "--input", f"{corpus}/*.jsonl", "--vocab-size", run.model.vocab_size, "--out", prefix)
+        tool(
+            "tokenizer.py",
+            "train",
+            "--input",
+            f"{corpus}/*.jsonl",
+            "--vocab-size",
+            run.model.vocab_size,
+            "--out",
+            prefix,
+        )
     missing = [s for s in run.data.sources if not os.path.exists(f"{s.path}/manifest.json")]
     if missing:
         stage("Shards: rows of ids in webdataset tars")
@@ -123,7 +132,7 @@ def _summary(run: RunConfig, unigram: float, trained: float, exported: float, se
     print(f"checkpoints        {run.run_dir}/checkpoints")
     print(f"Hugging Face       {run.run_dir}/hf")
     if trained >= unigram:
-        raise UserError(f"{RUN_FILE}: validation loss {trained:.4f} is not below the unigram model's {unigram:.4f}; train longer")
+        raise UserError(f"{RUN_FILE}: the validation loss is not below the unigram model's; raise training.steps")
 
 
 def stage(title: str) -> None:

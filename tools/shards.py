@@ -65,8 +65,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("info", help="rows and tokens of each source")
     command.add_argument("dir", help="a source, or a folder of sources")
     command.add_argument("--rows", type=int, metavar="N", help="print the epochs of a run of steps * batch = N rows")
-    command.add_argument("--weight", action="append", default=[], metavar="NAME=W", type=_weight,
-                         help="with --rows: weight of a source (default: all by their rows)")
+    command.add_argument(
+        "--weight",
+        action="append",
+        default=[],
+        metavar="NAME=W",
+        type=_weight,
+        help="with --rows: weight of a source (default: all by their rows)",
+    )
     command.add_argument("--json", action="store_true")
     command = commands.add_parser("unigram", help="loss of a unigram model on the validation rows, nats per token")
     command.add_argument("sources", nargs="+", metavar="DIR=WEIGHT", type=_weight)

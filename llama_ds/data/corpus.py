@@ -35,8 +35,10 @@ def source_files(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
         found = [f for f in _walk(pattern) if os.path.splitext(f)[1].lower() in TEXT_SUFFIXES]
         if not found:
-            raise UserError(f"{pattern}: the folder holds no text file (suffix {' '.join(TEXT_SUFFIXES)}); "
-                            f"name the files with a glob, such as '{os.path.join(pattern, '**', '*')}'")
+            raise UserError(
+                f"{pattern}: the folder holds no text file (suffix {' '.join(TEXT_SUFFIXES)}); "
+                f"name the files with a glob, such as '{os.path.join(pattern, '**', '*')}'"
+            )
         return found
     found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     files = sorted(f for f in found if os.path.isfile(f))
@@ -129,13 +131,17 @@ def _open(path: str) -> BinaryIO:
 
 def _decode(data: bytes, path: str, offset: int = 0) -> str:
     if (at := data.find(b"\0")) >= 0:
-        raise UserError(f"{path}: binary file (NUL byte at offset {offset + at}); a corpus holds UTF-8 text only, "
-                        "narrow the pattern or convert the file")
+        raise UserError(
+            f"{path}: binary file (NUL byte at offset {offset + at}); a corpus holds UTF-8 text only, "
+            "narrow the pattern or convert the file"
+        )
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: invalid UTF-8, byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
-                        "convert the file to UTF-8 (iconv -t utf-8) or narrow the pattern") from None
+        raise UserError(
+            f"{path}: invalid UTF-8, byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
+            "convert the file to UTF-8 (iconv -t utf-8) or narrow the pattern"
+        ) from None
 
 
 def _empty(path: str) -> UserError:

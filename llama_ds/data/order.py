@@ -66,8 +66,7 @@ class Order:
         inside_block = np.bincount(labels[:inside], minlength=len(self._names))
         counts = [before + int(more) for before, more in zip(self._counts(block), inside_block, strict=True)]
         return {
-            name: count / source.rows
-            for name, count, source in zip(self._names, counts, self._sources, strict=True)
+            name: count / source.rows for name, count, source in zip(self._names, counts, self._sources, strict=True)
         }
 
     def _row(self, index: int) -> tuple[int, int, int]:

@@ -88,8 +88,9 @@ def read_manifest(folder: str) -> Manifest:
         }
         return Manifest(**{**raw, "splits": splits})
     except OSError as error:
-        raise UserError(f"{path}: cannot read the shards' manifest ({error.strerror}); "
-                        "build the source with tools/shards.py build") from None
+        raise UserError(
+            f"{path}: cannot read the shards' manifest ({error.strerror}); build the source with tools/shards.py build"
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest of shards ({type(error).__name__}: {error}); {REBUILD}") from None
 
@@ -151,8 +152,10 @@ class Source:
         except OSError as error:
             raise UserError(f"{path}: cannot open the shard ({error.strerror}); copy it again or {REBUILD}") from None
         if size != shard.bytes:
-            raise UserError(f"{path}: shard is {size} bytes, its manifest says {shard.bytes}; "
-                            f"it was {'cut short' if size < shard.bytes else 'changed'}, copy it again or {REBUILD}")
+            raise UserError(
+                f"{path}: shard is {size} bytes, its manifest says {shard.bytes}; "
+                f"it was {'cut short' if size < shard.bytes else 'changed'}, copy it again or {REBUILD}"
+            )
 
     def _open_shard(self, index: int) -> np.ndarray:
         shard, stride = self._shards[index], member_stride(self.seq_len, self._dtype)
@@ -168,8 +171,10 @@ class Source:
         size = f"{(self.seq_len + 1) * self._dtype.itemsize:011o}"
         found = header[:100].rstrip(b"\0"), header[124:135], header[257:262]  # POSIX ustar: name, size, magic
         if found != (name.encode(), size.encode(), b"ustar"):
-            raise UserError(f"{os.path.join(self.folder, shard.name)}: no tar header of {name} where it should stand "
-                            f"(found {found[0][:24]!r}); the shard is damaged, copy it again or {REBUILD}")
+            raise UserError(
+                f"{os.path.join(self.folder, shard.name)}: no tar header of {name} where it should stand "
+                f"(found {found[0][:24]!r}); the shard is damaged, copy it again or {REBUILD}"
+            )
 
 
 def open_source(folder: str, split: str) -> Source:

@@ -32,8 +32,10 @@ def open_data(data: DataConfig, vocab_size: int, seed: int, total_rows: int | No
     _check_weights(data.sources)
     tokenizer = Tokenizer(data.tokenizer)
     if tokenizer.vocab_size != vocab_size:
-        raise UserError(f"model.vocab_size = {vocab_size}, but {data.tokenizer} has {tokenizer.vocab_size} ids; "
-                        f"set model.vocab_size to {tokenizer.vocab_size}")
+        raise UserError(
+            f"model.vocab_size = {vocab_size}, but {data.tokenizer} has {tokenizer.vocab_size} ids; "
+            f"set model.vocab_size to {tokenizer.vocab_size}"
+        )
     sources, validation = [], []
     for config in data.sources:
         manifest = read_manifest(config.path)
@@ -93,8 +95,10 @@ class Dataset:
         unit = dp_size * micro_batch
         if rows % unit:
             near = [n for n in (rows // unit * unit, (rows // unit + 1) * unit) if n]
-            raise UserError(f"evaluation.rows = {rows} is not a multiple of dp {dp_size} * parallel.micro_batch "
-                            f"{micro_batch} = {unit}; use {' or '.join(map(str, near))}")
+            raise UserError(
+                f"evaluation.rows = {rows} is not a multiple of dp {dp_size} * parallel.micro_batch "
+                f"{micro_batch} = {unit}; use {' or '.join(map(str, near))}"
+            )
         share = self.validation_rows(rows)[rows // dp_size * dp_rank :][: rows // dp_size]
         return [share[start : start + micro_batch] for start in range(0, len(share), micro_batch)]
 
@@ -110,8 +114,10 @@ def validation_rows(sources: Sequence[Source], weights: Sequence[float], rows: i
     shares = _largest_remainder(weights, rows)
     for source, share in zip(sources, shares, strict=True):
         if share > source.rows:
-            raise UserError(f"{source.folder}: validation split has {source.rows} rows, evaluation needs {share} "
-                            f"of its {rows}; lower evaluation.rows or build with a larger --validation-fraction")
+            raise UserError(
+                f"{source.folder}: validation split has {source.rows} rows, evaluation needs {share} "
+                f"of its {rows}; lower evaluation.rows or build with a larger --validation-fraction"
+            )
     chosen = [source.row(i) for source, share in zip(sources, shares, strict=True) for i in range(share)]
     return np.array(chosen, np.int64).reshape(rows, sources[0].seq_len + 1)
 
@@ -169,8 +175,10 @@ def _check_weights(sources: Sequence[SourceConfig]) -> None:
         raise UserError("data.sources is empty; name at least one source with name, path and weight")
     for source in sources:
         if not SMALLEST_WEIGHT <= source.weight <= 1:
-            raise UserError(f"data.sources: weight of {source.name} = {source.weight} is not in "
-                            f"[{SMALLEST_WEIGHT:g}, 1]; leave out a source that is not to be read")
+            raise UserError(
+                f"data.sources: weight of {source.name} = {source.weight} is not in "
+                f"[{SMALLEST_WEIGHT:g}, 1]; leave out a source that is not to be read"
+            )
     total = math.fsum(source.weight for source in sources)
     if abs(total - 1) > 1e-6:
         scaled = ", ".join(f"{source.name} {source.weight / total:.6g}" for source in sources)
@@ -182,11 +190,15 @@ def _check_weights(sources: Sequence[SourceConfig]) -> None:
 
 def _check_shapes(config: SourceConfig, manifest: Manifest, seq_len: int, vocab_size: int) -> None:
     if manifest.seq_len != seq_len:
-        raise UserError(f"data.seq_len = {seq_len}, but the shards of {config.path} hold rows of {manifest.seq_len}; "
-                        f"set data.seq_len to {manifest.seq_len} or build them with --seq-len {seq_len}")
+        raise UserError(
+            f"data.seq_len = {seq_len}, but the shards of {config.path} hold rows of {manifest.seq_len}; "
+            f"set data.seq_len to {manifest.seq_len} or build them with --seq-len {seq_len}"
+        )
     if manifest.vocab_size != vocab_size:
-        raise UserError(f"model.vocab_size = {vocab_size}, but the shards of {config.path} were built with "
-                        f"{manifest.vocab_size} ids; use the tokenizer and the vocab_size they were built with")
+        raise UserError(
+            f"model.vocab_size = {vocab_size}, but the shards of {config.path} were built with "
+            f"{manifest.vocab_size} ids; use the tokenizer and the vocab_size they were built with"
+        )
 
 
 def _check_epochs(config: SourceConfig, rows: int, total_rows: int | None) -> None:

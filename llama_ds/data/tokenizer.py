@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -16,6 +17,14 @@ from llama_ds.errors import UserError
 
 SPACE_MARK = "\u2581"  # sentencepiece's own spelling of a space: it decodes a mark in the text to a space
 SENTENCE_CHARS = 2000  # the trainer skips very long sentences and merges never cross whitespace: any cut will do
+
+
+class Piece(NamedTuple):
+    """One entry of the vocabulary, in sentencepiece's spelling: a space is SPACE_MARK."""
+
+    text: str
+    score: float  # neighbours whose concatenation scores highest merge first
+    ordinary: bool  # not a byte, a control id or the unknown one
 
 
 class Tokenizer:
@@ -34,11 +43,14 @@ class Tokenizer:
             self._model = sentencepiece.SentencePieceProcessor()
             self._model.LoadFromSerializedProto(model)
         except OSError as error:
-            raise UserError(f"{path}: cannot read the tokenizer ({error.strerror}); "
-                            "train one with tools/tokenizer.py train") from None
+            raise UserError(
+                f"{path}: cannot read the tokenizer ({error.strerror}); train one with tools/tokenizer.py train"
+            ) from None
         except RuntimeError:
-            raise UserError(f"{path}: not a sentencepiece model, or a damaged one ({len(model)} bytes); "
-                            "train one with tools/tokenizer.py train") from None
+            raise UserError(
+                f"{path}: not a sentencepiece model, or a damaged one ({len(model)} bytes); "
+                "train one with tools/tokenizer.py train"
+            ) from None
         self.path = path
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.vocab_size: int = self._model.get_piece_size()
@@ -66,12 +78,25 @@ class Tokenizer:
         """Return the text of `ids`; bos and eos have none, bytes that are not UTF-8 become U+FFFD."""
         return self._model.decode([int(i) for i in ids])
 
+    def pieces(self) -> list[Piece]:
+        """Return the vocabulary by id, for conversion to other formats."""
+        model = self._model
+        special = (model.is_byte, model.is_control, model.is_unknown, model.is_unused)
+        return [
+            Piece(model.id_to_piece(i), model.get_score(i), not any(test(i) for test in special))
+            for i in range(self.vocab_size)
+        ]
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether the model puts a space before every text, as the original LLaMA one does."""
+        return self._model.encode("a", out_type=str)[:1] != ["a"]
+
     def _space_mark_ids(self) -> list[int]:
         # Byte pieces are decoded as they are, so a mark spelt in bytes comes back as a mark. Models that put a space
         # before every text (the original LLaMA one) would do so before every part: their marks stay as they are.
         ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        prefixed = self._model.encode("a", out_type=str)[:1] != ["a"]
-        return [] if self._model.unk_id() in ids or prefixed else ids
+        return [] if self._model.unk_id() in ids or self.prefixed else ids
 
 
 def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, sample_mb: float = 16.0) -> str:

@@ -43,8 +43,10 @@ def _check_checksum(path: str, shard: Shard) -> None:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     if digest.hexdigest() != shard.sha256:
-        raise UserError(f"{path}: sha256 is {digest.hexdigest()[:12]}, its manifest says {shard.sha256[:12]}; "
-                        "the shard was changed, copy it again or rebuild the source with tools/shards.py build")
+        raise UserError(
+            f"{path}: sha256 is {digest.hexdigest()[:12]}, its manifest says {shard.sha256[:12]}; "
+            "the shard was changed, copy it again or rebuild the source with tools/shards.py build"
+        )
 
 
 def _check_rows(path: str, manifest: Manifest, block: np.ndarray, first: int) -> None:

@@ -1,1 +1,1 @@
-"""The LLaMA model as mathematics: layers, loss, initial weights and their counts. No environment, no ranks, no files."""
+"""The LLaMA model as mathematics: layers, loss, initial weights and their counts. No ranks, no files."""

@@ -12,6 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +135,7 @@ def flash_backend() -> Backend:
     return attend
 
 
-def _flash_functions() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+def _flash_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
     for name in FLASH_MODULES:
         try:
             module = importlib.import_module(name)

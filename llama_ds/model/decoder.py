@@ -96,9 +96,7 @@ class SwiGLU(nn.Module):
         hidden, inner = model.hidden_size, model.intermediate_size
         self.gate_proj = ShardedLinear(inner, hidden, ROWS, "gate_proj", shared.key(layer), tp)
         self.up_proj = ShardedLinear(inner, hidden, ROWS, "up_proj", shared.key(layer), tp)
-        self.down_proj = ShardedLinear(
-            hidden, inner, COLUMNS, "down_proj", shared.key(layer, residual_output=True), tp
-        )
+        self.down_proj = ShardedLinear(hidden, inner, COLUMNS, "down_proj", shared.key(layer, residual_output=True), tp)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> partial sums (B, T, D)."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,6 @@ from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, ti
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import TensorParallel
-
 
 
 def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> Shared:
@@ -52,12 +53,13 @@ class Llama(nn.Module):
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss of ids and labels, each (B, T), or without labels this rank's logits (B, T, V / tp)."""
-        hidden = self.layers[0](ids)
-        for layer in self.layers[1 : -1 if self.tied else -2]:
-            recompute = self.recompute and torch.is_grad_enabled()
+        layers = list(self.layers)
+        embedding = cast(VocabParallelEmbedding, layers[0])
+        head = partial(tied_head, embedding) if self.tied else layers.pop()
+        _, *decoders, norm = layers
+        recompute = self.recompute and torch.is_grad_enabled()
+        hidden = embedding(ids)
+        for layer in decoders:
             hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
-        if self.tied:
-            logits = tied_head(self.layers[0], self.layers[-1](hidden))
-        else:
-            logits = self.layers[-1](self.layers[-2](hidden))
+        logits = head(norm(hidden))
         return logits if labels is None else self.loss(logits, labels)

@@ -38,10 +38,9 @@ def layer_specs(shared: Shared) -> list[LayerSpec]:
     """Return the layers in order; their indices name the parameters in checkpoints."""
     model = shared.model
     decoders = [LayerSpec(DecoderLayer, shared, i) for i in range(model.num_hidden_layers)]
+    norm = LayerSpec(FinalNorm, shared)
     if not model.tie_word_embeddings:
-        return [LayerSpec(VocabParallelEmbedding, shared), *decoders, LayerSpec(FinalNorm, shared), LayerSpec(Head, shared)]
+        return [LayerSpec(VocabParallelEmbedding, shared), *decoders, norm, LayerSpec(Head, shared)]
     first = TiedLayerSpec("embed", VocabParallelEmbedding, shared, tied_weight_attr="weight")
     last = TiedLayerSpec("embed", VocabParallelEmbedding, shared, forward_fn=tied_head, tied_weight_attr="weight")
-    return [first, *decoders, LayerSpec(FinalNorm, shared), last]
-
-
+    return [first, *decoders, norm, last]

@@ -81,9 +81,7 @@ def zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractConte
     """Return the context in which ZeRO-3 partitions each layer as soon as it is built: no rank ever holds the model."""
     if run.zero_stage < 3:
         return nullcontext()
-    return deepspeed.zero.Init(
-        data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu
-    )
+    return deepspeed.zero.Init(data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu)
 
 
 def build_optimizer(module: nn.Module, settings: OptimizerConfig, config: dict[str, Any]) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ from llama_ds.checkpoint.names import hf_name
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import Shared
+from llama_ds.model.embedding import BOS
 from llama_ds.model.llama import Llama
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.rope import RotaryTables
@@ -64,7 +65,11 @@ def theirs(model: ModelConfig, source: Llama) -> LlamaForCausalLM:
         attn_implementation="eager",
     )
     judge = LlamaForCausalLM(config).eval()
-    weights = {hf_name(i, name, model.num_hidden_layers): w for i, layer in enumerate(source.layers) for name, w in layer.state_dict().items()}
+    weights = {
+        hf_name(i, name, model.num_hidden_layers): w
+        for i, layer in enumerate(source.layers)
+        for name, w in layer.state_dict().items()
+    }
     missing, unexpected = judge.load_state_dict(weights, strict=False)
     assert not unexpected
     assert set(missing) <= ({"lm_head.weight"} if model.tie_word_embeddings else set())
@@ -108,7 +113,8 @@ def test_masked_documents_see_only_themselves(backend: str) -> None:
     masked = Llama(replace(mine.layers[1].self_attn.shared, document_mask=True), NextTokenLoss(SingleRank()))
     masked.load_state_dict(mine.state_dict())
     generator = torch.Generator().manual_seed(2)
-    documents = [torch.cat([torch.tensor([1]), torch.randint(3, model.vocab_size, (n,), generator=generator)]) for n in (9, 20, 16)]
+    contents = [torch.randint(3, model.vocab_size, (n,), generator=generator) for n in (9, 20, 16)]
+    documents = [torch.cat([torch.tensor([BOS]), content]) for content in contents]
     row = torch.cat(documents)[None]
     assert row.shape[1] == T
 

@@ -50,8 +50,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        options = {k: v for k, v in asdict(self).items() if k not in ("pp", "tp", "dp", "zero") and v != getattr(Case, k)}
-        words = [k if v is True else f"{k}={v}" for k, v in options.items()]
+        options = [(k, v) for k, v in list(asdict(self).items())[4:] if v != getattr(Case, k)]
+        words = [k if v is True else f"{k}={v}" for k, v in options]
         return " ".join([f"pp{self.pp} tp{self.tp} dp{self.dp} zero{self.zero}", *words])
 
     @property
@@ -117,7 +117,8 @@ def micro_batches(case: Case, dp_rank: int, first_step: int = 0) -> Iterator[np.
 def train_reference(case: Case) -> list[tuple[float, float]]:
     """Train in plain torch on one rank; return (loss, gradient norm before clipping) of each step."""
     run = case.run
-    shared = shared_parts(replace(run, model=replace(run.model, attention_backend="reference")), SingleRank(), "cpu", torch.float32)
+    run = replace(run, model=replace(run.model, attention_backend="reference"))
+    shared = shared_parts(run, SingleRank(), "cpu", torch.float32)
     model = Llama(shared, NextTokenLoss(shared.tp, run.optimizer.z_loss))
     norms = {id(p) for m in model.modules() if isinstance(m, RMSNorm) for p in m.parameters()}
     groups = [
