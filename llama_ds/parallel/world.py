@@ -80,6 +80,8 @@ def join(place: Place) -> None:
 def _find_master(place: Place) -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = "127.0.0.1" if _on_one_host() else _first_mpi_host()
+    if "MASTER_PORT" not in os.environ and place.world == 1:
+        os.environ["MASTER_PORT"] = "0"  # any free one: nobody else comes
     if "MASTER_PORT" not in os.environ:
         # Under mpirun nobody hands out a port; one derived from the job keeps two jobs on a host apart.
         job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("SLURM_JOB_ID") or str(os.getppid())
