@@ -16,18 +16,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llama_ds.checkpoint.hf_tokenizer import tokenizer_config
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.store import TOKENIZER, Description
-from llama_ds.checkpoint.weights import CheckpointWeights
+from llama_ds.checkpoint.weights import DTYPES, CheckpointWeights
 from llama_ds.errors import UserError
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit per file
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COPIED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+)
 
 
 def export(
     source: str,
     destination: str,
+    tokenizer: dict[str, Any] | None,
     dtype: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -35,6 +40,7 @@ def export(
     """Convert checkpoint folder `source` to a Hugging Face model folder.
 
     Args:
+        tokenizer: content of tokenizer.json (`hf_tokenizer.tokenizer_json`); None leaves only the sentencepiece model.
         dtype: fp32 or bf16; None keeps the one the run computed in, so the export computes what training did.
         progress: called with (layers written, layers in all).
 
@@ -53,7 +59,7 @@ def export(
         _write_weights(weights, work, chosen, progress)
         _write_json(work, "config.json", hf_config(description.run, str(chosen).removeprefix("torch.")))
         _write_json(work, "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True})
-        _write_tokenizer(os.path.join(source, TOKENIZER), work)
+        _write_tokenizer(os.path.join(source, TOKENIZER), tokenizer, work)
         os.chmod(work, 0o755)
         if os.path.exists(destination):
             shutil.rmtree(destination)
@@ -67,17 +73,13 @@ def export(
 def hf_config(run: dict[str, Any], dtype: str) -> dict[str, Any]:
     """Return config.json for transformers' LlamaConfig, from a resolved run; dtype in torch's words: float32."""
     model, seq_len = run["model"], run["data"]["seq_len"]
-    copied = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "rms_norm_eps initializer_range tie_word_embeddings"
-    ).split()
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model["rope_theta"]}
     if model["rope_scaling"]:
         rope.update(model["rope_scaling"], rope_type="llama3")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **{key: model[key] for key in copied},
+        **{key: model[key] for key in COPIED},
         "rope_parameters": rope,
         "rope_theta": model["rope_theta"],  # readers older than transformers 5 look here
         "rope_scaling": rope if model["rope_scaling"] else None,
@@ -131,23 +133,11 @@ def _name_shards(folder: str, shards: list[list[str]], total: int) -> None:
     _write_json(folder, "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _write_tokenizer(model: str, folder: str) -> None:
+def _write_tokenizer(model: str, content: dict[str, Any] | None, folder: str) -> None:
     shutil.copyfile(model, os.path.join(folder, TOKENIZER))
-    _write_json(
-        folder,
-        "tokenizer_config.json",
-        {
-            "tokenizer_class": "LlamaTokenizer",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "unk_token": "<unk>",
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "add_prefix_space": False,
-            "legacy": False,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    if content is not None:
+        _write_json(folder, "tokenizer.json", content)
+        _write_json(folder, "tokenizer_config.json", tokenizer_config())
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:
@@ -155,6 +145,6 @@ def _bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def _write_json(folder: str, name: str, content: dict[str, Any]) -> None:
-    with open(os.path.join(folder, name), "w") as file:
-        json.dump(content, file, indent=2)
+    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
         file.write("\n")

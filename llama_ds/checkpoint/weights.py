@@ -13,6 +13,7 @@ from llama_ds.checkpoint.names import sharded_dim
 from llama_ds.checkpoint.store import Description, describe
 from llama_ds.errors import UserError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the names that descriptions use
 SINGLE_STAGE_PREFIX = "layers."  # of parameter names in llama_ds.model.llama.Llama
 
 

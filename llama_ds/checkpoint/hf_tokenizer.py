@@ -1,0 +1,97 @@
+"""A sentencepiece BPE model as Hugging Face's tokenizer.json: the same ids for every text.
+
+Differences between the two libraries that matter here:
+- sentencepiece spells a space U+2581. Here the vocabulary spells it " ", so a literal U+2581 in a text stays one: it
+  becomes its three bytes, as `llama_ds.data.tokenizer` encodes it.
+- sentencepiece merges any two neighbours whose concatenation is a piece, the best score first, then the leftmost.
+  Here every split of every piece is a merge, in the order of the pieces' scores.
+- Names of control ids in a text ("<s>") are text to sentencepiece: split_special_tokens makes them so here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+SPACE_MARK = "\u2581"
+UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+
+
+def tokenizer_json(pieces: Sequence[tuple[str, float, bool]], prefixed: bool) -> dict[str, Any]:
+    """Return the content of tokenizer.json.
+
+    Args:
+        pieces: by id, (text in sentencepiece's spelling, score, ordinary: no byte, no control id, not unknown).
+        prefixed: the model puts a space before every text (the original LLaMA one does), and reads U+2581 as one.
+    """
+    vocabulary = {text.replace(SPACE_MARK, " "): i for i, (text, _, _) in enumerate(pieces)}
+    ordinary = {text.replace(SPACE_MARK, " "): score for text, score, ordinary in pieces if ordinary}
+    prefix = [_step("Prepend", prepend=" "), _step("Replace", pattern={"String": SPACE_MARK}, content=" ")]
+    strip = [_step("Strip", content=" ", start=1, stop=0)]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [_control(vocabulary[name], name) for name in (UNK, BOS, EOS)],
+        "normalizer": _step("Sequence", normalizers=prefix) if prefixed else None,
+        "pre_tokenizer": None,
+        "post_processor": _begin_with_bos(vocabulary[BOS]),
+        "decoder": _step("Sequence", decoders=[_step("ByteFallback"), _step("Fuse"), *(strip if prefixed else [])]),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": UNK,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _merges(ordinary),
+        },
+    }
+
+
+def tokenizer_config() -> dict[str, Any]:
+    """Return the content of tokenizer_config.json that belongs to it."""
+    return {
+        # Not LlamaTokenizer: transformers 5 would put its own normalizer and pre-tokenizer in place of ours.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "unk_token": UNK,
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+
+
+def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Return every pair of pieces that makes a piece, best score first.
+
+    Pairs that make the same piece have one rank in sentencepiece and two here. They compete where three neighbours
+    a b c hold the piece twice, as ab and as bc; the leftmost, (a, b), must win: its rival (b, c) is the one whose left
+    part also ends the piece.
+    """
+    merges = []
+    for piece in sorted((p for p in scores if len(p) > 1), key=lambda p: -scores[p]):
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        pairs = [(left, right) for left, right in cuts if left in scores and right in scores]
+        merges += sorted(pairs, key=lambda pair: piece.endswith(pair[0]))
+    return merges
+
+
+def _begin_with_bos(bos: int) -> dict[str, Any]:
+    first, text = {"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 1}}
+    special = {BOS: {"id": BOS, "ids": [bos], "tokens": [BOS]}}
+    return _step("TemplateProcessing", single=[first, text], pair=[first, text, second], special_tokens=special)
+
+
+def _control(index: int, name: str) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {"id": index, "content": name, **flags}
+
+
+def _step(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"type": kind, **settings}

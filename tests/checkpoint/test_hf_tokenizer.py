@@ -1,0 +1,92 @@
+"""AutoTokenizer reads an export's tokenizer.json and gives the ids that training used, for every text."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from llama_ds.checkpoint.hf_tokenizer import tokenizer_config
+from llama_ds.data.tokenizer import Tokenizer
+from tools import convert
+
+SPECIAL = " \t\n\r\u2581\u2585\u2047\ufffd\ufeff\u0301\u3000\x00\x7f<s>/unk0x4１é😀\U0010ffff"
+PIECES = ["    ", "  ", " ", "self", "s", "e", "de", "def", "__", "_", "=", "==", '"""', "\n", "\u2581", "aa", "a", "0"]
+
+
+def hf(model: str, folder: Path) -> Any:
+    content = convert.hf_tokenizer(model)
+    assert content is not None
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config()))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))  # AutoTokenizer looks here first
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def theirs(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return hf(tokenizer, tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(scope="module")
+def ours(tokenizer: str) -> Tokenizer:
+    return Tokenizer(tokenizer)
+
+
+@settings(max_examples=500)
+@given(
+    st.one_of(
+        st.text(),
+        st.text(alphabet=SPECIAL),
+        st.lists(st.sampled_from(PIECES), max_size=60).map("".join),
+        st.text(alphabet="a =_", max_size=60),
+    )
+)
+def test_ids_and_text_are_the_same(ours: Tokenizer, theirs: Any, text: str) -> None:
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ids == ours.encode(text)
+    assert theirs.decode(ids) == text
+
+
+def test_source_files_have_the_same_ids(ours: Tokenizer, theirs: Any) -> None:
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-c]*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text), path
+
+
+def test_a_prompt_begins_with_bos_and_bos_has_no_text(ours: Tokenizer, theirs: Any) -> None:
+    ids = theirs("def main")["input_ids"]
+    assert ids == [ours.bos_id, *ours.encode("def main")]
+    assert theirs.decode(ids, skip_special_tokens=True) == "def main"
+    assert theirs("")["input_ids"] == [ours.bos_id]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+def train(folder: Path, **settings: Any) -> str:
+    texts = [line for p in (Path(sysconfig.get_paths()["stdlib"]) / "json").glob("*.py") for line in p.open()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(folder / "t"), vocab_size=600, minloglevel=2,
+        byte_fallback=True, model_type="bpe", **settings,
+    )  # fmt: skip
+    return str(folder / "t.model")
+
+
+@pytest.mark.parametrize("text", ["", "a", " a", "  a  b ", "def x", "\u2581a b\u2581", "é\n"])
+def test_the_original_llama_models_space_before_a_text(tmp_path: Path, text: str) -> None:
+    model = train(tmp_path, normalization_rule_name="identity", remove_extra_whitespaces=False)
+    ours, theirs = Tokenizer(model), hf(model, tmp_path)
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ids == ours.encode(text)
+    assert theirs.decode(ids) == ours.decode(ids)
+
+
+def test_a_model_that_normalises_is_not_imitated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert.hf_tokenizer(train(tmp_path)) is None  # sentencepiece's default: NFKC
+    assert capsys.readouterr().err.startswith("warning: ")

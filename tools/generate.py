@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""Generate text with an exported model, by transformers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from llama_ds.errors import UserError
+
+EXAMPLES = """examples:
+  tools/generate.py runs/quickstart/hf
+  tools/generate.py runs/quickstart/hf --prompt 'def main(' --prompt 'import ' --max-new-tokens 200 --temperature 0
+  tools/generate.py runs/quickstart/hf --prompt 'Once upon a time' --num 4 --seed 7 --json
+"""
+PROMPTS = ("def read_file(path):\n", "import os\n", "The following ")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Generate and return the exit code."""
+    args = parse(argv)
+    try:
+        return generate(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+    parser.add_argument("model", metavar="HF_DIR", help="folder written by tools/convert.py deepspeed-to-hf")
+    parser.add_argument("--prompt", action="append", help="text to go on from; repeat for more (default: a few)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="share of probability kept (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    parser.add_argument("--num", type=int, default=1, help="texts per prompt (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print a list of {prompt, text}")
+    return parser.parse_args(argv)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Print what the model makes of the prompts."""
+    check(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    texts = []
+    for prompt in args.prompt or PROMPTS:
+        for text in continuations(model, tokenizer, prompt, args):
+            texts.append({"prompt": prompt, "text": text})
+            if not args.json:
+                print(f"--- {prompt!r}\n{prompt}{text}", flush=True)
+    if args.json:
+        print(json.dumps(texts, indent=1))
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse a folder that holds no export, and numbers that sampling cannot take."""
+    for name in ("config.json", "tokenizer.json"):
+        if not os.path.exists(os.path.join(args.model, name)):
+            raise UserError(f"{args.model}: no {name}, so no export; make one with tools/convert.py deepspeed-to-hf")
+    for name, sound, rule in (
+        ("temperature", args.temperature >= 0, "0 or more"),
+        ("top-p", 0 < args.top_p <= 1, "in (0, 1]"),
+        ("max-new-tokens", args.max_new_tokens > 0, "1 or more"),
+        ("num", args.num > 0, "1 or more"),
+    ):
+        if not sound:
+            raise UserError(f"command line: --{name} {getattr(args, name.replace('-', '_'))} is not {rule}")
+
+
+def continuations(model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace) -> list[str]:
+    """Return `args.num` texts that follow `prompt`; each prompt starts from the seed anew."""
+    set_seed(args.seed)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    ids = model.generate(
+        **inputs,
+        **sampling,
+        max_new_tokens=args.max_new_tokens,
+        num_return_sequences=args.num if args.temperature > 0 else 1,
+        # Either ends a document: every document of the training rows begins with bos.
+        eos_token_id=[tokenizer.bos_token_id, tokenizer.eos_token_id],
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
