@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_ds.checkpoint.huggingface import hf_config
 from llama_ds.checkpoint.names import hf_name
+from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.layout import Layout
 from llama_ds.config.run_file import load_run, resolved
@@ -32,16 +34,17 @@ from llama_ds.model.flops import flops_per_token, parameter_count
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
-from llama_ds.parallel import world
 from llama_ds.perf.step_benchmark import Step, Timing, gemm_step, time_interleaved, training_step
-from llama_ds.training.engine import build_engine, build_optimizer
+
+with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when imported; ours is for results
+    from llama_ds.parallel import world
+    from llama_ds.training.engine import build_engine, build_optimizer
 
 EXAMPLES = """examples:
   tools/throughput.py compare-hf
   tools/throughput.py compare-hf --batch 2 --seq-len 512 --threads 2 model.hidden_size=1024 \\
       model.intermediate_size=2752 model.num_hidden_layers=4 model.vocab_size=8192
 """
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}  # of the losses on the initial weights
 LEARNING_RATE = 1e-4
 
@@ -100,7 +103,8 @@ def compare_hf(args: argparse.Namespace) -> int:
 def _benchmark_run(args: argparse.Namespace) -> RunConfig:
     """Return the run as one process takes it, without accumulation; fill what the command line leaves to it."""
     run = load_run(args.run, args.overrides)
-    args.batch, args.seq_len = args.batch or run.parallel.micro_batch, args.seq_len or run.data.seq_len
+    args.batch = run.parallel.micro_batch if args.batch is None else args.batch
+    args.seq_len = run.data.seq_len if args.seq_len is None else args.seq_len
     for name in ("batch", "seq_len", "threads", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"command line: --{name.replace('_', '-')} {getattr(args, name)} is not positive")
@@ -123,8 +127,9 @@ def _contestants(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str
 
     def theirs(fused: bool | None) -> Step:
         model = transformers_model(run, ours, dtype)
-        numbers = {"lr": LEARNING_RATE, "betas": settings.betas, "eps": settings.eps}
-        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=settings.weight_decay, fused=fused, **numbers)
+        optimizer = torch.optim.AdamW(
+            model.parameters(), LEARNING_RATE, settings.betas, settings.eps, settings.weight_decay, fused=fused
+        )
 
         def loss() -> Tensor:
             return model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss

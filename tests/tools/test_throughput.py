@@ -1,0 +1,51 @@
+"""`throughput.py compare-hf` compares like with like and says so in JSON that a script can read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ("model.vocab_size=64", "model.hidden_size=16", "model.intermediate_size=40", "model.num_hidden_layers=2")
+HEADS = ("model.num_attention_heads=4", "model.num_key_value_heads=2")
+
+
+def throughput(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "throughput.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "measured" / "tiny.json"
+    sizes = ("--batch", 2, "--seq-len", 8, "--threads", 1, "--repeats", 2, "--json", "--out", out)
+    done = throughput("compare-hf", *sizes, *TINY, *HEADS)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert json.loads(out.read_text()) == found
+    steps = found["steps"]
+    assert set(steps) == {
+        "transformers",
+        "transformers_fused_adamw",
+        "llama_ds_model",
+        "llama_ds_engine",
+        "gemms",
+    }
+    for name, step in steps.items():
+        assert step["tokens_per_s"] * step["median_s"] == 16 or abs(step["tokens_per_s"] * step["median_s"] - 16) < 1e-9
+        if name != "gemms":  # the same rows again and again: the loss falls, and alike
+            assert step["last_loss"] < step["first_loss"]
+            assert abs(step["last_loss"] - steps["transformers"]["last_loss"]) < 1e-4
+            assert found["time_over_gemms"][name] == step["median_s"] / steps["gemms"]["median_s"]
+    ours = steps["llama_ds_model"]["median_s"]
+    assert found["speed_over_transformers"]["llama_ds_model"] == steps["transformers"]["median_s"] / ours
+    assert (found["batch"], found["seq_len"], found["shape"]["hidden_size"]) == (2, 8, 16)
+
+
+def test_impossible_numbers_are_one_line_and_exit_2() -> None:
+    for args, word in ((("--batch", 0), "--batch 0"), (("--run", "no.yaml"), "no.yaml"), (("model.hidde=3",), "hidde")):
+        done = throughput("compare-hf", *args)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith("error: ") and word in line
