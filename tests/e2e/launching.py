@@ -1,0 +1,118 @@
+"""Real processes for the tests: the launchers a user has, and what came out of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = str(ROOT / "llama_ds" / "train.py")
+BIN = Path(sys.executable).parent
+TIMEOUT_S = 240  # of one command: a hang is a failure, a slow machine is none
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a command left: its exit code, and stdout and stderr in one."""
+
+    code: int
+    output: str
+
+    @property
+    def errors(self) -> list[str]:
+        """The lines that tell a user what to mend."""
+        return [line for line in self.output.splitlines() if line.startswith("error: ")]
+
+
+def deepspeed(ranks: int, *arguments: object) -> list[str]:
+    """Return the command of DeepSpeed's launcher on this machine."""
+    return [
+        str(BIN / "deepspeed"),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        *words(arguments),
+    ]
+
+
+def torchrun(ranks: int, *arguments: object) -> list[str]:
+    """Return the command of torch's launcher."""
+    return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port()), *words(arguments)]
+
+
+def mpirun(ranks: int, *arguments: object) -> list[str]:
+    """Return the command of Open MPI's launcher, from the wheel in this environment."""
+    options = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
+    return [str(BIN / "mpirun"), "-n", str(ranks), *options, sys.executable, *words(arguments)]
+
+
+def alone(*arguments: object) -> list[str]:
+    """Return the command of a single process without a launcher."""
+    return [sys.executable, *words(arguments)]
+
+
+def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own, so that all its processes can be killed together."""
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[bytes], log: Path, timeout_s: float = TIMEOUT_S) -> Finished:
+    """Wait for a started command; nothing of it is left running, also when it hangs."""
+    try:
+        code = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"hangs for {timeout_s} s: {process.args}\n{log.read_text()[-4000:]}") from None
+    finally:
+        kill_all(process)
+    return Finished(code, log.read_text(errors="replace"))
+
+
+def run(command: Sequence[str], log: Path, timeout_s: float = TIMEOUT_S) -> Finished:
+    """Run a command to its end."""
+    return finish(start(command, log), log, timeout_s)
+
+
+def succeed(command: Sequence[str], log: Path) -> str:
+    """Run a command that must succeed; return its output."""
+    done = run(command, log)
+    assert done.code == 0, f"exit code {done.code}: {command}\n{done.output[-6000:]}"
+    return done.output
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """Kill -9 a started command: the launcher and every rank at once."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of the commands: no GPU, one thread per process, no launcher above them."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "SLURM_", "RANK", "WORLD_SIZE"))}
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**kept, **as_root, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def words(arguments: Sequence[object]) -> list[str]:
+    """Return the arguments as words of a command line."""
+    return [str(argument) for argument in arguments]

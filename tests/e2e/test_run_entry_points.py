@@ -1,0 +1,71 @@
+"""One run, started in every way a user may start it, is one run: same losses, whatever started it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from launching import ROOT, TRAIN, alone, deepspeed, mpirun, run, succeed, torchrun
+from tiny_run import GLOBAL_BATCH, SEQ_LEN, STEPS, Run
+
+STEP_KEYS = [
+    *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "hfu"),
+    *("step_s", "data_wait_s", "peak_mem_gib"),
+]
+
+
+@pytest.mark.slow
+def test_every_launcher_trains_the_same_run(trained: Callable[[str], Run], make_run: Callable[..., Run]) -> None:
+    pipeline = trained("pp2")
+    for launch in (torchrun, mpirun):
+        started = make_run(launch.__name__, {})
+        succeed(launch(2, TRAIN, started.file, "parallel.pp=2"), started.log)
+        assert started.losses == pipeline.losses, launch.__name__
+        assert started.validation_loss == pipeline.validation_loss, launch.__name__
+
+
+def test_one_process_needs_no_launcher(trained: Callable[[str], Run]) -> None:
+    one, pipeline = trained("alone"), trained("pp2")
+    assert one.losses == pytest.approx(pipeline.losses, rel=1e-5)
+    assert one.validation_loss == pytest.approx(pipeline.validation_loss, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_document_mask_crosses_the_pipeline(make_run: Callable[..., Run]) -> None:
+    mask = {"data.document_mask": True, "optimizer.lr": 1e-2}
+    one, pipeline = make_run("mask_pp1", mask), make_run("mask_pp2", {**mask, "parallel.pp": 2})
+    succeed(alone(TRAIN, one.file), one.log)
+    succeed(deepspeed(2, TRAIN, pipeline.file), pipeline.log)
+    assert pipeline.losses == pytest.approx(one.losses, rel=1e-5)
+    assert pipeline.validation_loss == pytest.approx(one.validation_loss, rel=1e-5)
+
+
+def test_metrics_hold_what_they_promise(trained: Callable[[str], Run]) -> None:
+    lines = [line for line in trained("pp2").metrics if "loss" in line]
+    assert all(list(line) == STEP_KEYS for line in lines)
+    assert [line["tokens"] for line in lines] == [(n + 1) * GLOBAL_BATCH * SEQ_LEN for n in range(STEPS)]
+    assert all(line["mfu"] is None and line["hfu"] is None for line in lines), "the peak of a CPU is not known"
+    assert all(line["tokens_per_s"] == pytest.approx(2 * line["tokens_per_s_per_gpu"]) for line in lines)
+
+
+def test_tensorboard_holds_the_same_losses(trained: Callable[[str], Run]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pipeline = trained("pp2")
+    events = EventAccumulator(str(pipeline.dir / "tensorboard"))
+    events.Reload()
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in ("loss", "val_loss")}
+    # Event files hold float32, and so were the losses.
+    assert scalars["loss"] == list(enumerate(pipeline.losses, start=1))
+    assert scalars["val_loss"] == [(STEPS, pytest.approx(pipeline.validation_loss))]
+
+
+def test_dry_run_plans_2048_ranks_in_one_process(tmp_path_factory: pytest.TempPathFactory) -> None:
+    logs = tmp_path_factory.mktemp("dry_run")
+    plan = (TRAIN, ROOT / "ds_configs" / "llama_65b.yaml", "--dry-run", "--world")
+    output = succeed(alone(*plan, 2048), logs / "2048")
+    assert "2,048 = pp" in output and "65.3B" in output, output
+    refused = run(alone(*plan, 2047), logs / "2047")
+    assert refused.code == 2
+    assert "Traceback" not in refused.output
+    assert len(refused.errors) == 1 and "world size 2047" in refused.errors[0], refused.output

@@ -1,0 +1,39 @@
+"""An exported checkpoint is the trained model: transformers finds the validation loss that training wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import LAYOUTS, Run
+
+from llama_ds.checkpoint.huggingface import export
+from llama_ds.config.run_file import load_run
+from llama_ds.data.stream import open_data
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_transformers_finds_the_same_loss(name: str, trained: Callable[[str], Run], tmp_path: Path) -> None:
+    run = trained(name)
+    export(str(run.newest), str(tmp_path / "hf"), tokenizer=None)
+    # bf16: the same weights, but transformers rounds between other operations (arithmetic of 8 bits, 768 labels).
+    tolerance = 1e-3 if name == "bf16" else 1e-5
+    assert loss_by_transformers(run, tmp_path / "hf") == pytest.approx(run.validation_loss, rel=tolerance)
+
+
+def loss_by_transformers(run: Run, folder: Path) -> float:
+    """Return the mean loss of an exported model on the run's validation rows, nats per token."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_run(str(run.file))
+    data = open_data(config.data, config.model.vocab_size, config.seed)
+    rows = torch.from_numpy(data.validation_rows(config.evaluation.rows))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == (torch.bfloat16 if config.deepspeed["bf16"]["enabled"] else torch.float32)
+    assert model.config.tie_word_embeddings == config.model.tie_word_embeddings
+    with torch.no_grad():
+        logits = model(rows[:, :-1]).logits  # (rows, T, V)
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten()).item()
