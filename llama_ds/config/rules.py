@@ -11,6 +11,7 @@ from llama_ds.config.layout import divisors, listed
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError, did_you_mean
 
+SMALLEST_WEIGHT = 1e-6  # of a source: the order holds a block of 1 / weight rows in memory
 _POSITIVE = (
     "model.vocab_size",
     "model.hidden_size",
@@ -109,8 +110,10 @@ def _check_data(run: RunConfig) -> None:
     for i, source in enumerate(sources):
         if names.index(source.name) < i:
             raise _error(run, f"data.sources.{i}.name = {source.name!r} is also source {names.index(source.name)}'s")
-        if not source.weight > 0:
-            raise _error(run, f"data.sources.{i}.weight = {source.weight} is not positive; leave the source out")
+        if not source.weight >= SMALLEST_WEIGHT:
+            raise _error(
+                run, f"data.sources.{i}.weight = {source.weight} is below {SMALLEST_WEIGHT:g}; leave the source out"
+            )
         if source.epochs is not None and not source.epochs > 0:
             raise _error(run, f"data.sources.{i}.epochs = {source.epochs} is not positive")
     total = math.fsum(source.weight for source in sources)

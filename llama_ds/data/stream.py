@@ -18,18 +18,16 @@ from llama_ds.data.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 EPOCH_TOLERANCE = 0.1  # of the epochs that a run file states
-SMALLEST_WEIGHT = 1e-6  # the order's block, which is held in memory, grows as 1 / weight
 
 
 def open_data(data: DataConfig, vocab_size: int, seed: int, total_rows: int | None = None) -> Dataset:
-    """Open every source of `data` and check all of it against the run: tokenizer, shapes, files, weights, epochs.
+    """Open every source of `data` and check all of it against the run: tokenizer, shapes, files, epochs.
 
     total_rows: rows of the whole run (steps * global_batch), to check the epochs that the run file states.
 
     Raises:
         UserError: anything that would fail, or silently train on something else, later.
     """
-    _check_weights(data.sources)
     tokenizer = Tokenizer(data.tokenizer)
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
@@ -168,24 +166,6 @@ class MicroBatches:
             self._queue.put(StopIteration())
         except BaseException as error:  # to the consumer, whatever it is: a dead thread would be a hang
             self._queue.put(error)
-
-
-def _check_weights(sources: Sequence[SourceConfig]) -> None:
-    if not sources:
-        raise UserError("data.sources is empty; name at least one source with name, path and weight")
-    for source in sources:
-        if not SMALLEST_WEIGHT <= source.weight <= 1:
-            raise UserError(
-                f"data.sources: weight of {source.name} = {source.weight} is not in "
-                f"[{SMALLEST_WEIGHT:g}, 1]; leave out a source that is not to be read"
-            )
-    total = math.fsum(source.weight for source in sources)
-    if abs(total - 1) > 1e-6:
-        scaled = ", ".join(f"{source.name} {source.weight / total:.6g}" for source in sources)
-        raise UserError(f"data.sources: the weights sum to {total:.6g}, not 1; for these proportions use {scaled}")
-    names = [source.name for source in sources]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"data.sources: two sources are named '{twice[0]}'; give each its own name")
 
 
 def _check_shapes(config: SourceConfig, manifest: Manifest, seq_len: int, vocab_size: int) -> None:

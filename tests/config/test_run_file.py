@@ -173,6 +173,7 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
         ("data.sources.1.weight=0.2", "tiny.yaml: data.sources: the weights 0.7 + 0.2 sum to 0.9, not 1; "
          "divide each by 0.9"),
         ("data.sources.1.name=code", "tiny.yaml: data.sources.1.name = 'code' is also source 0's"),
+        ("data.sources.1.weight=0", "tiny.yaml: data.sources.1.weight = 0.0 is below 1e-06; leave the source out"),
         ("data.sources=[]", "tiny.yaml: data.sources is empty; name at least one source with name, path and weight"),
         ("optimizer.warmup_steps=100", "tiny.yaml: optimizer.warmup_steps = 100 is not below training.steps = 100"),
         ("optimizer.schedule=wsd", "tiny.yaml: optimizer.decay_steps = 0 is not in 1..90 = "

@@ -83,18 +83,10 @@ def test_a_run_that_does_not_fit_its_shards_is_refused(config: DataConfig, built
         open_data(replace(config, seq_len=128), VOCAB_SIZE, 0)
     with pytest.raises(UserError, match=rf"model\.vocab_size = 32000, but .*set model\.vocab_size to {VOCAB_SIZE}"):
         open_data(config, 32000, 0)
-    with pytest.raises(UserError, match=r"weights sum to 0\.8, not 1; .* code 0\.625, prose 0\.375"):
-        open_data(with_first_source(config, weight=0.5), VOCAB_SIZE, 0)
-    with pytest.raises(UserError, match="weight of code = 0"):
-        open_data(with_first_source(config, weight=0.0), VOCAB_SIZE, 0)
-    with pytest.raises(UserError, match="two sources are named 'prose'"):
-        open_data(with_first_source(config, name="prose"), VOCAB_SIZE, 0)
     with pytest.raises(UserError, match=r"missing/manifest\.json: cannot read"):
         open_data(with_first_source(config, path="missing"), VOCAB_SIZE, 0)
     with pytest.raises(UserError, match=r"no\.model: cannot read the tokenizer"):
         open_data(replace(config, tokenizer="no.model"), VOCAB_SIZE, 0)
-    with pytest.raises(UserError, match=r"data\.sources is empty"):
-        open_data(replace(config, sources=()), VOCAB_SIZE, 0)
 
 
 def test_stated_epochs_are_held_against_the_manifest(config: DataConfig, dataset: Dataset) -> None:
