@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,32 @@ class ShardedLinear(nn.Module):
         return F.linear(x, self.weight)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm with its backward written out: torch has a fused kernel on CUDA only, elsewhere it strings operators.
+
+    With n = x r, r = 1 / sqrt(mean(x^2) + eps): y = n w, dL/dw = sum over tokens of g n,
+    dL/dx = r (g w - n mean(g n w)). Computed in float32 at least; only x and r are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        wide, w = grad.to(inverse.dtype), weight.to(inverse.dtype)
+        normed = x * inverse
+        product = wide * normed
+        grad_weight = product.flatten(0, -2).sum(0)
+        mean = torch.mv(product.flatten(0, -2), w).div_(x.shape[-1]).view_as(inverse)
+        grad_x = normed.mul_(-mean).addcmul_(wide, w).mul_(inverse)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * w over the last dimension (Zhang and Sennrich 2019, equation 4)."""
 
@@ -53,4 +80,7 @@ class RMSNorm(nn.Module):
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.tp.replicated(self.weight), self.eps)
+        weight = self.tp.replicated(self.weight)
+        if x.device.type == "cuda":
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return _RMSNorm.apply(x, weight, self.eps)
