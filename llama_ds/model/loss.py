@@ -44,7 +44,8 @@ class _VocabParallelLoss(torch.autograd.Function):
         for part, part_lse, part_weight, part_out in zip(
             _chunks(logits), _chunks(lse, logits), _chunks(weight, logits), _chunks(out), strict=True
         ):
-            part_out.copy_(torch.sub(part, part_lse[:, None]).exp_().mul_(part_weight))
+            wide = part_out if part_out.dtype == lse.dtype else torch.empty_like(part, dtype=lse.dtype)
+            part_out.copy_(torch.sub(part, part_lse[:, None], out=wide).exp_().mul_(part_weight))
         out.scatter_add_(1, index, torch.where(here, -scale, 0.0)[:, None].to(out.dtype))
         return out, None, None, None
 
