@@ -56,6 +56,7 @@ def generate(args: argparse.Namespace) -> int:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    set_seed(args.seed)
     texts = []
     for prompt in args.prompt or PROMPTS:
         for text in continuations(model, tokenizer, prompt, args):
@@ -83,8 +84,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def continuations(model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace) -> list[str]:
-    """Return `args.num` texts that follow `prompt`; each prompt starts from the seed anew."""
-    set_seed(args.seed)
+    """Return `args.num` texts that follow `prompt`."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
