@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,9 +42,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     total, every = run.training.steps, run.logging.interval
     meter = Meter(run, layout, dtype, device)
     batches = _training_batches(engine, data, layout, first)
-    validation = data.validation_micro_batches(
-        run.evaluation.rows, engine.dp_rank, layout.dp, layout.micro_batch
-    )
+    validation = data.validation_micro_batches(run.evaluation.rows, engine.dp_rank, layout.dp, layout.micro_batch)
     report = world.together(lambda: _open_report(run, first, place))
 
     meter.restart(waited_s=0.0)
@@ -107,7 +104,7 @@ def _checkpoint_to_resume(run: RunConfig, layout: Layout, place: world.Place) ->
     tag = store.newest(folder)
     if tag is None:
         if run.checkpoint.resume == "must":
-            raise UserError(f"{folder}: no checkpoint to resume from (checkpoint.resume = must); use auto to start anew")
+            raise UserError(f"{folder}: no checkpoint to resume from (checkpoint.resume = must); auto starts anew")
         return None
     if run.checkpoint.resume == "never":
         raise UserError(
@@ -124,8 +121,9 @@ def _checkpoint_to_resume(run: RunConfig, layout: Layout, place: world.Place) ->
 def _load(engine: Engine, folder: str, tag: str) -> int:
     try:
         step = engine.load(folder, tag)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(_damaged(folder, tag, str(error).partition("\n")[0])) from error
+    except Exception as error:  # of every kind: a damaged pickle makes torch and DeepSpeed stumble anywhere
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(_damaged(folder, tag, reason)) from error
     if store.tag_of(step) != tag:  # DeepSpeed only warns about files that it does not find
         raise UserError(_damaged(folder, tag, f"step {step} was read from it"))
     return step
