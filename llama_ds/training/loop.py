@@ -40,27 +40,28 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     logger.info("%s at step %d of %d", "resumed" if tag else "starting", first, run.training.steps)
 
     total, every = run.training.steps, run.logging.interval
+    last = min(run.checkpoint.stop_at or total, total)
     meter = Meter(run, layout, dtype, device)
     batches = _training_batches(engine, data, layout, first)
     validation = data.validation_micro_batches(run.evaluation.rows, engine.dp_rank, layout.dp, layout.micro_batch)
     report = world.together(lambda: _open_report(run, first, place))
 
     meter.restart(waited_s=0.0)
-    for step in range(first, total):
+    for step in range(first, last):
         lr = learning_rate(step, run.optimizer, total)
         loss = engine.train_step(batches, lr)
         meter.tick()
 
         done = step + 1
-        if done % every == 0 or done == total:
+        if _due(done, every, last):
             mean = engine.mean_loss(loss)
             report.step(meter.measure(done, mean, lr, global_grad_norm(engine.deepspeed), waited(batches)))
             if not math.isfinite(mean):
                 raise UserError(_divergence(run, done, mean))
-        if validation and _due(done, run.evaluation.interval, total):
+        if validation and _due(done, run.evaluation.interval, last):
             report.validation(done, engine.evaluate(validation, len(validation)))
             meter.restart(waited(batches))
-        if _due(done, run.checkpoint.interval, total):
+        if _due(done, run.checkpoint.interval, last):
             save(engine, run, layout, dtype, done, place)
             report.note(f"step {done} | saved {_checkpoints(run)}/{store.tag_of(done)}")
             meter.restart(waited(batches))
@@ -151,8 +152,8 @@ def _open_report(run: RunConfig, first: int, place: world.Place) -> Reporter:
     return report
 
 
-def _due(done: int, interval: int, total: int) -> bool:
-    return done == total or (interval > 0 and done % interval == 0)
+def _due(done: int, interval: int, last: int) -> bool:
+    return done == last or (interval > 0 and done % interval == 0)
 
 
 def _divergence(run: RunConfig, step: int, loss: float) -> str:
