@@ -72,9 +72,9 @@ def join(place: Place) -> None:
     """
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
     _find_master(place)
-    if torch.cuda.is_available():
+    if on_cuda():
         torch.cuda.set_device(place.local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if on_cuda() else "gloo", timeout=TIMEOUT)
 
 
 def _find_master(place: Place) -> None:
@@ -107,9 +107,14 @@ def _first_mpi_host() -> str:
     return MPI.COMM_WORLD.bcast(socket.gethostbyname(socket.gethostname()), root=0)
 
 
+def on_cuda() -> bool:
+    """Tell whether this run computes on CUDA; DeepSpeed's own variable DS_ACCELERATOR=cpu says no."""
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
+
+
 def device() -> torch.device:
     """Return the device of this rank."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
 
 
 def computes_bf16(where: torch.device) -> bool:
