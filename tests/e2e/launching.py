@@ -83,9 +83,9 @@ def run(command: Sequence[str], log: Path, timeout_s: float = TIMEOUT_S) -> Fini
     return finish(start(command, log), log, timeout_s)
 
 
-def succeed(command: Sequence[str], log: Path) -> str:
+def succeed(command: Sequence[str], log: Path, timeout_s: float = TIMEOUT_S) -> str:
     """Run a command that must succeed; return its output."""
-    done = run(command, log)
+    done = run(command, log, timeout_s)
     assert done.code == 0, f"exit code {done.code}: {command}\n{done.output[-6000:]}"
     return done.output
 

@@ -1,0 +1,156 @@
+"""The mistakes that end a run: what each damages, how its ranks are started, and what the error has to name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiny_run import Corpus, Run
+
+from llama_ds.data.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True)
+class Site:
+    """A case's own copies: a corpus and a finished run of two pipeline stages, to damage."""
+
+    root: Path
+    corpus: Corpus
+    run: Run
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line that would be sound."""
+        return [str(self.run.file)]
+
+    def shard(self, number: int) -> Path:
+        """A shard of the training rows."""
+        return self.corpus.shards / "code" / f"train-{number:05d}.tar"
+
+    @property
+    def optimizer_file(self) -> Path:
+        """A file of the newest checkpoint that only one rank reads."""
+        return sorted(self.run.newest.glob("zero_pp_rank_0_mp_rank_01_optim_states.pt"))[0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """`prepare` damages the site and returns the command line, in which {rank} stands for the rank that reads it."""
+
+    name: str
+    prepare: Callable[[Site], list[str]]
+    words: tuple[str, ...]  # of the error
+    trained: bool = False  # the site's run has a checkpoint
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def overriding(*overrides: str) -> Callable[[Site], list[str]]:
+    """Return the preparation that damages nothing but adds overrides."""
+    return lambda site: [*site.arguments, *overrides]
+
+
+def unknown_key(site: Site) -> list[str]:
+    text = site.run.file.read_text().replace("hidden_size:", "hiden_size:")
+    site.run.file.write_text(text)
+    return site.arguments
+
+
+def other_tokenizer(site: Site) -> list[str]:
+    """Of the same size, so that only its content tells."""
+    vocab_size = 384
+    train_tokenizer([str(site.corpus.shards.parent / "code")], str(site.root / "other"), vocab_size)
+    return [*site.arguments, f"data.tokenizer={site.root / 'other.model'}"]
+
+
+def tokenizer_is_text(site: Site) -> list[str]:
+    site.corpus.tokenizer.write_text("not a model")
+    return site.arguments
+
+
+def shard_cut_short(site: Site) -> list[str]:
+    os.truncate(site.shard(2), 10_000)
+    return site.arguments
+
+
+def shard_missing(site: Site) -> list[str]:
+    site.shard(2).unlink()
+    return site.arguments
+
+
+def shard_damaged(site: Site) -> list[str]:
+    """Full size, so it shows in mid-run, and with dp = 2 to the rank that reads it first."""
+    for number in range(16):
+        if number != 3:
+            site.shard(number).write_bytes(bytes(site.shard(number).stat().st_size))
+    return [*site.arguments, "parallel.pp=1"]
+
+
+def shards_on_one_rank(site: Site) -> list[str]:
+    """Rank 1's node does not have them."""
+    (site.root / "node0").symlink_to(site.corpus.shards / "code")
+    return [*site.arguments, f"data.sources.0.path={site.root}/node{{rank}}"]
+
+
+def run_file_on_one_rank(site: Site) -> list[str]:
+    (site.root / "node0.yaml").write_bytes(site.run.file.read_bytes())
+    return [f"{site.root}/node{{rank}}.yaml"]
+
+
+def checkpoint_cut_short(site: Site) -> list[str]:
+    os.truncate(site.optimizer_file, 1000)
+    return site.arguments
+
+
+def checkpoint_file_missing(site: Site) -> list[str]:
+    site.optimizer_file.unlink()
+    return site.arguments
+
+
+def checkpoint_overwritten(site: Site) -> list[str]:
+    """Full size, so only the rank that loads it finds out."""
+    site.optimizer_file.write_bytes(bytes(site.optimizer_file.stat().st_size))
+    return site.arguments
+
+
+def checkpoint_gone(site: Site) -> list[str]:
+    (site.run.newest / "llama_ds.json").unlink()
+    return site.arguments
+
+
+def run_folder_is_a_file(site: Site) -> list[str]:
+    site.run.dir.rmdir()
+    site.run.dir.write_text("")
+    return site.arguments
+
+
+CASES = [
+    Case("missing run file", lambda site: [str(site.root / "nowhere.yaml")], ("nowhere.yaml",)),
+    Case("run file on one rank", run_file_on_one_rank, ("node1.yaml",)),
+    Case("unknown key", unknown_key, ("hiden_size", "did you mean 'hidden_size'")),
+    Case("unknown override", overriding("optimizer.lrr=1"), ("optimizer.lrr",)),
+    Case("override without a value", overriding("optimizer.lr"), ("'optimizer.lr' is not an override",)),
+    Case("global batch for dp", overriding("parallel.pp=1", "training.global_batch=7"), ("global_batch = 7", "6 or 8")),
+    Case("global batch for micro", overriding("training.global_batch=7"), ("micro_batch = 2 does not divide 7",)),
+    Case("evaluation rows", overriding("evaluation.rows=7"), ("evaluation.rows = 7", "6 or 8")),
+    Case("other tokenizer", other_tokenizer, ("other.model", "built with tokenizer")),
+    Case("missing tokenizer", overriding("data.tokenizer=nowhere.model"), ("nowhere.model",)),
+    Case("tokenizer is text", tokenizer_is_text, ("tokenizer.model", "not a sentencepiece model")),
+    Case("shard cut short", shard_cut_short, ("train-00002.tar", "cut short")),
+    Case("shard missing", shard_missing, ("train-00002.tar",)),
+    Case("shard damaged", shard_damaged, ("train-000", "no tar header")),
+    Case("shards on one rank", shards_on_one_rank, ("node1",)),
+    Case("nothing to resume", overriding("checkpoint.resume=must"), ("no checkpoint to resume from",)),
+    Case("not to resume", overriding("checkpoint.resume=never"), ("checkpoint.resume = never",), trained=True),
+    Case("checkpoint cut short", checkpoint_cut_short, ("optim_states.pt", "is 1000 bytes"), trained=True),
+    Case("checkpoint file missing", checkpoint_file_missing, ("optim_states.pt", "is missing"), trained=True),
+    Case("checkpoint overwritten", checkpoint_overwritten, ("step_00000006", "cannot load"), trained=True),
+    Case("checkpoint gone", checkpoint_gone, ("latest", "step_00000006"), trained=True),
+    Case("other layout", overriding("parallel.pp=1"), ("written under pp 2", "this run has pp 1"), trained=True),
+    Case("other model", overriding("model.intermediate_size=96"), ("intermediate_size 88, not 96",), trained=True),
+    Case("run folder is a file", run_folder_is_a_file, ("cannot write",)),
+    Case("divergence", overriding("optimizer.lr=1e38", "optimizer.warmup_steps=0"), ("diverged", "optimizer.lr")),
+]
