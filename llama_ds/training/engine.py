@@ -145,6 +145,8 @@ class SingleStageEngine(_DeepSpeedCheckpoints):
         self.device = device
         self.dp_rank = engine.mpu.get_data_parallel_rank()
         self.reads_data = True
+        if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
+            engine.enable_backward_allreduce = False  # there is nobody to reduce with, but it copies every gradient
         # fp32 without ZeRO is the one case in which DeepSpeed computes the norm, clips by it and drops it.
         engine.clip_fp32_gradients = self._clip_and_keep_norm
 
