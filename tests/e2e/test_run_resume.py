@@ -13,7 +13,7 @@ import torch
 from launching import TIMEOUT_S, TRAIN, deepspeed, finish, kill_all, start, succeed
 from tiny_run import LAYOUTS, STEPS, Run
 
-LONG = 30  # steps of the run that is killed: enough to be killed in the midst of them
+LONG = 16  # steps of the run that is killed: enough to be killed in the midst of them
 
 
 @pytest.mark.slow
