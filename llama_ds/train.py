@@ -1,8 +1,8 @@
 """Train a run file: the script that deepspeed, torchrun or mpirun start on every rank.
 
-    deepspeed --num_gpus 8 llama_ds/train.py ds_configs/llama_7b.yaml training.steps=1000
-    torchrun --nproc_per_node 8 llama_ds/train.py ds_configs/llama_7b.yaml
-    python llama_ds/train.py ds_configs/llama_65b.yaml --dry-run --world 2048
+deepspeed --num_gpus 8 llama_ds/train.py ds_configs/llama_7b.yaml training.steps=1000
+torchrun --nproc_per_node 8 llama_ds/train.py ds_configs/llama_7b.yaml
+python llama_ds/train.py ds_configs/llama_65b.yaml --dry-run --world 2048
 """
 
 from __future__ import annotations
