@@ -1,0 +1,62 @@
+"""Attention backends agree, and one that cannot run here says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from llama_ds.errors import UserError
+from llama_ds.model.attention import CausalAttention, choose_backend
+from llama_ds.model.embedding import document_starts
+
+
+def inputs(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn(2, 40, heads, 16, generator=generator).to(device, dtype) for heads in (4, 2, 2))
+    ids = torch.where(torch.rand(2, 40, generator=generator) < 0.1, 1, 5)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), document_starts(ids).to(device)
+
+
+def output_and_gradients(backend: str, device: str, dtype: torch.dtype, masked: bool) -> list[torch.Tensor]:
+    q, k, v, start = inputs(device, dtype)
+    out = CausalAttention(backend)(q, k, v, start if masked else None)
+    out.float().square().sum().backward()
+    return [out.detach().cpu().float(), *(x.grad.cpu().float() for x in (q, k, v) if x.grad is not None)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sdpa_is_the_reference(masked: bool) -> None:
+    """In float32 both round alike: outputs and gradients to 1e-5."""
+    wanted = output_and_gradients("reference", "cpu", torch.float32, masked)
+    for got, want in zip(output_and_gradients("sdpa", "cpu", torch.float32, masked), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("backend", ["flash_attn", "sdpa"])
+def test_cuda_backends_are_the_reference(backend: str, masked: bool) -> None:
+    """bf16 keeps 8 bits: outputs of size 1 to 2e-2."""
+    wanted = output_and_gradients("reference", "cpu", torch.float32, masked)
+    for got, want in zip(output_and_gradients(backend, "cuda", torch.bfloat16, masked), wanted, strict=True):
+        assert (got - want).norm() <= 2e-2 * want.norm()
+
+
+def test_document_starts_at_each_bos() -> None:
+    ids = torch.tensor([[7, 7, 1, 7, 1, 1, 7]])
+    assert document_starts(ids).tolist() == [[0, 0, 2, 2, 4, 5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "reason"),
+    [
+        ("cpu", torch.bfloat16, 64, "it runs on CUDA, this device is cpu"),
+        ("cuda", torch.float32, 64, "it computes in bf16 or fp16, this run in float32"),
+        ("cuda", torch.bfloat16, 512, "head_dim 512 is above its limit 256"),
+    ],
+)
+def test_flash_attn_says_why_it_cannot_run(device: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
+    with pytest.raises(UserError) as error:
+        choose_backend("flash_attn", device, dtype, head_dim)
+    assert str(error.value) == f"model.attention_backend = flash_attn: {reason}; use auto or sdpa"
+    assert choose_backend("auto", device, dtype, head_dim) == "sdpa"
