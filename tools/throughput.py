@@ -77,7 +77,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
     command.add_argument("--repeats", type=int, default=15, help="timed steps of each (default: %(default)s)")
     command.add_argument("--dtype", choices=DTYPES, default="fp32")
-    command.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help="stage of our engine")
+    command.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="of our engine (default: fp32 0, bf16 1)")
     command.add_argument("--json", action="store_true", help="print the results as JSON")
     command.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
     return parser.parse_args(argv)
@@ -105,6 +105,7 @@ def _benchmark_run(args: argparse.Namespace) -> RunConfig:
     run = load_run(args.run, args.overrides)
     args.batch = run.parallel.micro_batch if args.batch is None else args.batch
     args.seq_len = run.data.seq_len if args.seq_len is None else args.seq_len
+    args.zero = int(args.dtype == "bf16") if args.zero is None else args.zero
     for name in ("batch", "seq_len", "threads", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"command line: --{name.replace('_', '-')} {getattr(args, name)} is not positive")

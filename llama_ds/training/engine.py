@@ -27,6 +27,7 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.parallel import world
 from llama_ds.parallel.grid import grid, tensor_parallel
 from llama_ds.parallel.pipeline import LlamaPipeline
+from llama_ds.training.host_memory import keep_freed_memory
 
 Batches = Iterable[np.ndarray]
 
@@ -59,6 +60,8 @@ def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device:
     # Or DeepSpeed compiles its shared-memory all-reduce at start, which only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # adopts the process group that world.join made
+    if device.type == "cpu":
+        keep_freed_memory()
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     shared = shared_parts(run, tensor_parallel(layout, run.parallel.sequence_parallel), device.type, dtype)
     loss = NextTokenLoss(shared.tp, run.optimizer.z_loss)
