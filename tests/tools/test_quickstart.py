@@ -21,7 +21,9 @@ def quickstart(folder: Path) -> str:
     overrides += [f"data.sources.{i}.path={data}/shards/{name}" for i, name in enumerate(("code", "prose"))]
     command = [sys.executable, "tools/quickstart.py", *overrides]
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=900
+    )
     assert done.returncode == 0, done.stdout[-6000:]
     return done.stdout
 
