@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -31,12 +32,20 @@ class Documents:
 
     def __init__(self, start: Tensor) -> None:
         self.start = start  # (B, T)
+        self._biases: dict[torch.dtype, Tensor] = {}
 
     @cached_property
     def mask(self) -> Tensor:
         """Return the (B, 1, T, T) boolean mask: position i sees j where start_i <= j <= i."""
         position = torch.arange(self.start.shape[1], device=self.start.device)
         return ((position >= self.start[..., None]) & (position <= position[:, None]))[:, None]
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """Return the mask as numbers to add to the scores, in the dtype that a kernel wants: 0 or -inf."""
+        if dtype not in self._biases:
+            bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.start.device)
+            self._biases[dtype] = bias.masked_fill_(~self.mask, -math.inf)
+        return self._biases[dtype]
 
     @cached_property
     def cumulative_lengths(self) -> Tensor:
@@ -63,9 +72,10 @@ class CausalAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = None) -> Tensor:
         """Return (B, T, H, K)."""
-        return self._backend(q, k, v, self._documents_of(document_start))
+        return self._backend(q, k, v, self.documents(document_start))
 
-    def _documents_of(self, start: Tensor | None) -> Documents | None:
+    def documents(self, start: Tensor | None) -> Documents | None:
+        """Return the boundaries that `document_start` tells, if any."""
         # All layers of a stage get the same tensor for one micro-batch: build its mask once.
         if start is None:
             return None
@@ -112,7 +122,8 @@ def flash_backend() -> Backend:
 
     The two agree on these keyword arguments and differ in what they return: a tensor, or (tensor, logsumexp).
     """
-    dense, varlen = _flash_functions()
+    module = flash_module()
+    dense, varlen = module.flash_attn_func, module.flash_attn_varlen_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
         if documents is None:
@@ -135,13 +146,13 @@ def flash_backend() -> Backend:
     return attend
 
 
-def _flash_functions() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def flash_module() -> Any:
+    """Return the installed interface of flash_attn: `flash_attn` (2.x), or `flash_attn.cute` (4.x)."""
     for name in FLASH_MODULES:
-        try:
+        with suppress(ImportError):
             module = importlib.import_module(name)
-            return module.flash_attn_func, module.flash_attn_varlen_func
-        except (ImportError, AttributeError):
-            continue  # 4.x alone leaves `flash_attn` an empty namespace
+            if hasattr(module, "flash_attn_func"):  # 4.x alone leaves `flash_attn` an empty namespace
+                return module
     raise UserError(
         f"model.attention_backend = flash_attn: neither {' nor '.join(FLASH_MODULES)} can be imported; "
         "reinstall flash-attn for this torch and CUDA, or use sdpa"
@@ -152,7 +163,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor
     """Attention by torch.nn.functional.scaled_dot_product_attention."""
     if q.device.type == "cpu":
         # The CPU kernel has no grouped queries and would fall to unfused attention.
-        k, v = _repeat(k, q.shape[2]), _repeat(v, q.shape[2])
+        k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -167,13 +178,13 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor
 def reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     """Attention by its definition, in the inputs' dtype: for tests."""
     length = q.shape[1]
-    k, v = _repeat(k, q.shape[2]), _repeat(v, q.shape[2])
+    k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     scores = torch.einsum("bihk,bjhk->bhij", q, k) / math.sqrt(q.shape[-1])
     causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
     visible = causal if documents is None else documents.mask
     return torch.einsum("bhij,bjhk->bihk", scores.masked_fill(~visible, -math.inf).softmax(-1), v)
 
 
-def _repeat(x: Tensor, heads: int) -> Tensor:
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """Repeat each key-value head for its group of query heads: (B, T, G, K) -> (B, T, H, K)."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)

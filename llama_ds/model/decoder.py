@@ -1,4 +1,4 @@
-"""The decoder layer by autograd: pre-norm attention and SwiGLU with residuals (LLaMA paper, section 2.2).
+"""The decoder layer by plain autograd: pre-norm attention and SwiGLU with residuals (LLaMA paper, section 2.2).
 
 Shapes: B rows, T tokens of a row, D hidden size, F intermediate size, H query and G key-value heads of the whole model,
 K head size, tp ranks; S = T / tp under sequence parallelism, else T.
@@ -6,10 +6,8 @@ K head size, tp ranks; S = T / tp under sequence parallelism, else T.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +16,7 @@ from llama_ds.model.attention import CausalAttention
 from llama_ds.model.linear import COLUMNS, ROWS, RMSNorm, ShardedLinear, WeightKey
 from llama_ds.model.rope import RotaryTables, rotate
 from llama_ds.model.tensor_parallel import TensorParallel
+from llama_ds.model.weight_gradients import WeightGradients
 
 Hidden = Tensor | tuple[Tensor, Tensor]  # (B, S, D), with document_start (B, T) beside it where documents are masked
 
@@ -32,6 +31,7 @@ class Shared:
     attention: CausalAttention
     rotary: RotaryTables
     document_mask: bool = False
+    weight_gradients: WeightGradients = field(default_factory=WeightGradients)
 
     def key(self, layer: int, *, residual_output: bool = False) -> WeightKey:
         """Return where a weight of `layer` starts from.
@@ -43,22 +43,6 @@ class Shared:
         if residual_output:
             std /= (2 * self.model.num_hidden_layers) ** 0.5
         return WeightKey(self.seed, layer, std)
-
-
-class _SiluProduct(torch.autograd.Function):
-    """silu(gate) * up that saves its two inputs only: silu is recomputed in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        # d(silu(g) u) = u silu'(g) dg + silu(g) du
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
 
 
 class Attention(nn.Module):
@@ -100,7 +84,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> partial sums (B, T, D)."""
-        return self.down_proj(_SiluProduct.apply(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -109,6 +93,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, shared: Shared, layer: int) -> None:
         super().__init__()
         model = shared.model
+        self.shared = shared
         self.tp = shared.tp
         self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, shared.tp)
         self.self_attn = Attention(shared, layer)
@@ -119,6 +104,6 @@ class DecoderLayer(nn.Module):
         """(B, S, D) -> (B, S, D), with document_start passed along where it is given."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
         tp = self.tp
-        x = x + tp.leave(self.self_attn(tp.enter(self.input_layernorm(x)), document_start))
-        x = x + tp.leave(self.mlp(tp.enter(self.post_attention_layernorm(x))))
+        x = x + tp.leave(self.self_attn(tp.enter(self.input_layernorm.plain(x)), document_start))
+        x = x + tp.leave(self.mlp(tp.enter(self.post_attention_layernorm.plain(x))))
         return x if document_start is None else (x, document_start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ds.model.init import normal_shard
+from llama_ds.model.pointwise import rms_norm, rms_norm_backward
 from llama_ds.model.tensor_parallel import TensorParallel
 
 ROWS, COLUMNS = 0, 1  # the dimension of the (out, in) weight that is cut: column-parallel layers cut their outputs
@@ -44,30 +46,50 @@ class ShardedLinear(nn.Module):
         return F.linear(x, self.weight)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """RMSNorm with its backward written out: torch has a fused kernel on CUDA only, elsewhere it strings operators.
+def adjacent(matrices: Sequence[Tensor]) -> Tensor | None:
+    """Return matrices (O_i, I) that lie one behind the other in memory as one view (sum of O_i, I), else None."""
+    first, total = matrices[0], 0
+    storage = first.untyped_storage().data_ptr()
+    for matrix in matrices:
+        behind = matrix.storage_offset() == first.storage_offset() + total
+        if not (behind and matrix.is_contiguous() and matrix.untyped_storage().data_ptr() == storage):
+            return None
+        total += matrix.numel()
+    return first.detach().as_strided((total // first.shape[1], first.shape[1]), first.stride())
 
-    With n = x r, r = 1 / sqrt(mean(x^2) + eps): y = n w, dL/dw = sum over tokens of g n,
-    dL/dx = r (g w - n mean(g n w)). Computed in float32 at least; only x and r are kept.
+
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """Return matrices that multiply the same input as one: a view where they are adjacent, else a copy."""
+    whole = adjacent(matrices)
+    return torch.cat([m.detach() for m in matrices]) if whole is None else whole
+
+
+def lay_together(parameters: Sequence[nn.Parameter]) -> None:
+    """Move parameters into one storage, one behind the other, so that `stacked` copies nothing.
+
+    DeepSpeed's flat buffers keep neighbours together; under ZeRO-3 its partitions are left alone.
     """
+    if any(hasattr(p, "ds_id") for p in parameters):
+        return
+    whole = torch.cat([p.detach() for p in parameters])
+    for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+        parameter.data = part
+
+
+class _Normed(torch.autograd.Function):
+    """`pointwise.rms_norm` with its written-out backward: only x is kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).mul_(weight).to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return rms_norm(x, weight, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
-        wide, w = grad.to(inverse.dtype), weight.to(inverse.dtype)
-        normed = x * inverse
-        product = wide * normed
-        grad_weight = product.flatten(0, -2).sum(0)
-        mean = torch.mv(product.flatten(0, -2), w).div_(x.shape[-1]).view_as(inverse)
-        grad_x = normed.mul_(-mean).addcmul_(wide, w).mul_(inverse)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = rms_norm_backward(grad, x, weight, ctx.eps)
+        return grad_x, grad_weight.to(weight.dtype), None
 
 
 class RMSNorm(nn.Module):
@@ -80,7 +102,10 @@ class RMSNorm(nn.Module):
         self.tp = tp
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.tp.replicated(self.weight)
-        if x.device.type == "cuda":
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return _RMSNorm.apply(x, weight, self.eps)
+        return _Normed.apply(x, self.tp.replicated(self.weight), self.eps)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Compute the same by autograd."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normed = wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
+        return self.tp.replicated(self.weight) * normed.to(x.dtype)

@@ -6,7 +6,6 @@ Shapes: B rows, T tokens, H heads, K head size.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,33 +46,9 @@ class RotaryTables:
         return self._tables[device]
 
 
-class _Rotate(torch.autograd.Function):
-    """Rotation of the pairs (x_i, x_{i+K/2}); its transpose, the backward, is the rotation by the opposite angle."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.to(cos.dtype)  # bf16 products would lose the relative-position property on long rows
-    first, second = wide.chunk(2, -1)
-    out = torch.empty_like(wide)
-    left, right = out.chunk(2, -1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return out.to(x.dtype)
-
-
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate queries or keys by their positions: (B, T, H, K) -> (B, T, H, K); rows may be shorter than the tables."""
-    cos, sin = tables
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    length = x.shape[1]
-    return _Rotate.apply(x, cos[:length].to(dtype), sin[:length].to(dtype))
+    dtype, length = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+    cos, sin = (table[:length].to(dtype) for table in tables)
+    first, second = x.to(dtype).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

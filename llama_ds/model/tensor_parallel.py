@@ -6,9 +6,12 @@ The collectives live in `llama_ds.parallel.tensor_parallel`; nothing here knows 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
+
+Pending = Callable[[], Tensor]  # a collective under way: the call waits for its result
 
 
 class TensorParallel(Protocol):
@@ -36,6 +39,18 @@ class TensorParallel(Protocol):
         Forward: identity. Backward: all-reduce under sequence parallelism, where each rank saw only S tokens.
         """
 
+    def start_gather(self, x: Tensor) -> Pending:
+        """Issue what `enter` does forward and `leave` backward: (B, S, D) -> (B, T, D). Not differentiable."""
+
+    def gather_ahead(self, x: Tensor) -> None:
+        """Issue now the gather of x that will be asked for next: that `start_gather` takes the one under way."""
+
+    def start_reduce(self, x: Tensor) -> Pending:
+        """Issue what `leave` does forward and `enter` backward: (B, T, D) -> (B, S, D), x given up to it."""
+
+    def start_sum(self, x: Tensor) -> Pending:
+        """Issue the sum over ranks of a replicated weight's gradient under sequence parallelism; else nothing."""
+
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """Return the elementwise maximum over the group; not differentiable."""
 
@@ -58,6 +73,14 @@ class SingleRank:
 
     def replicated(self, weight: Tensor) -> Tensor:
         return weight
+
+    def start_gather(self, x: Tensor) -> Pending:
+        return lambda: x
+
+    start_reduce = start_sum = start_gather
+
+    def gather_ahead(self, x: Tensor) -> None:
+        pass
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         return x

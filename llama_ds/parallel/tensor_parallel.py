@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama_ds.model.tensor_parallel import Pending
+
 # torch 2.13 renamed both and warns at the old names; 2.11 has only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -24,6 +26,7 @@ class GroupTensorParallel:
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.sequence_parallel = sequence_parallel
+        self._last_gather: tuple[Tensor, Pending] | None = None
 
     def enter(self, x: Tensor) -> Tensor:
         return _Gather.apply(x, self) if self.sequence_parallel else _Copy.apply(x, self)
@@ -35,6 +38,25 @@ class GroupTensorParallel:
         # One all-reduce of D numbers per norm and micro-batch. Doing it here keeps every ZeRO stage exact.
         return _Copy.apply(weight, self) if self.sequence_parallel else weight
 
+    def start_gather(self, x: Tensor) -> Pending:
+        if not self.sequence_parallel:
+            return lambda: x
+        if self._last_gather and self._last_gather[0].data_ptr() == x.data_ptr():
+            pending = self._last_gather[1]
+            self._last_gather = None
+            return pending
+        return self._issue_gather(x)
+
+    def gather_ahead(self, x: Tensor) -> None:
+        if self.sequence_parallel:
+            self._last_gather = (x, self._issue_gather(x))  # holding x keeps its address from being used again
+
+    def start_reduce(self, x: Tensor) -> Pending:
+        return self._issue_scatter_sum(x) if self.sequence_parallel else self._issue_sum(x)
+
+    def start_sum(self, x: Tensor) -> Pending:
+        return self._issue_sum(x) if self.sequence_parallel else lambda: x
+
     def all_reduce_max(self, x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
@@ -45,21 +67,41 @@ class GroupTensorParallel:
         dist.all_reduce(x, group=self.group)
         return x
 
-    def gather_sequence(self, x: Tensor) -> Tensor:
+    def _issue_gather(self, x: Tensor) -> Pending:
         """Concatenate the ranks' tokens: (B, S, D) -> (B, T, D)."""
         rows, tokens, width = x.shape
         parts = x.new_empty(self.size, rows, tokens, width)
-        _all_gather(parts.view(-1), x.contiguous().view(-1), group=self.group)
-        return parts.transpose(0, 1).reshape(rows, -1, width)  # a view when B = 1
+        work = _all_gather(parts.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
 
-    def scatter_sum(self, x: Tensor) -> Tensor:
+        def wait() -> Tensor:
+            work.wait()
+            return parts.transpose(0, 1).reshape(rows, -1, width)  # a view when B = 1
+
+        return wait
+
+    def _issue_scatter_sum(self, x: Tensor) -> Pending:
         """Sum over ranks and keep this rank's tokens: (B, T, D) -> (B, S, D)."""
         rows, tokens, width = x.shape
         own = tokens // self.size
         parts = x.view(rows, self.size, own, width).transpose(0, 1).contiguous()  # no copy when B = 1
         out = x.new_empty(rows, own, width)
-        _reduce_scatter(out.view(-1), parts.view(-1), group=self.group)
-        return out
+        work = _reduce_scatter(out.view(-1), parts.view(-1), group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return out
+
+        return wait
+
+    def _issue_sum(self, x: Tensor) -> Pending:
+        """Sum over ranks, in place."""
+        work = dist.all_reduce(x, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return x
+
+        return wait
 
 
 class _Copy(torch.autograd.Function):
@@ -87,19 +129,19 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: GroupTensorParallel) -> Tensor:
         ctx.tp = tp
-        return tp.gather_sequence(x)
+        return tp.start_gather(x)()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.tp.scatter_sum(grad.contiguous()), None
+        return ctx.tp.start_reduce(grad.contiguous())(), None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: GroupTensorParallel) -> Tensor:
         ctx.tp = tp
-        return tp.scatter_sum(x.contiguous())
+        return tp.start_reduce(x.contiguous())()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.tp.gather_sequence(grad), None
+        return ctx.tp.start_gather(grad)(), None

@@ -1,0 +1,243 @@
+"""Causal attention with forward and backward as two plain calls, for the layer whose backward is written out.
+
+Shapes as in `llama_ds.model.attention`: q (B, T, H, K), k and v (B, T, G, K) with H = G R, out (B, T, H, K). The
+statistics that a forward returns are the logsumexp of the scores (float32 at least) and what its backward wants beside.
+
+With P = softmax(Q K^T / sqrt(K), causal), O = P V and dO: dV = P^T dO, dP = dO V^T,
+dS = P * (dP - rowsum(dO * O)), dQ = dS K / sqrt(K), dK = dS^T Q / sqrt(K) (Dao 2022, appendix B.2).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llama_ds.model.attention import Documents, flash_module, repeat_heads
+
+Statistics = tuple[Tensor, ...]
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class AttentionKernel(Protocol):
+    """One backend: forward without autograd, and its backward."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        """Return (out, statistics)."""
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
+    ) -> Gradients:
+        """Return (dL/dq, dL/dk, dL/dv) for grad = dL/dout."""
+
+
+def attention_kernel(backend: str) -> AttentionKernel:
+    """Return the kernel of a backend that `llama_ds.model.attention.choose_backend` has resolved."""
+    if backend == "flash_attn":
+        return _FlashAttention4() if flash_module().__name__ == "flash_attn.cute" else _FlashAttention2()
+    return _Reference() if backend == "reference" else _Sdpa()
+
+
+class _Reference:
+    """The definition, in the inputs' dtype: for tests."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        scores = self._scores(q, k, documents)
+        lse = scores.logsumexp(-1)  # (B, H, T)
+        p = (scores - lse[..., None]).exp()
+        return torch.einsum("bhij,bjhk->bihk", p, repeat_heads(v, q.shape[2])), (lse,)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
+    ) -> Gradients:
+        p = (self._scores(q, k, docs) - statistics[0][..., None]).exp()
+        heads, scale = q.shape[2], 1 / math.sqrt(q.shape[-1])
+        grad_p = torch.einsum("bihk,bjhk->bhij", grad, repeat_heads(v, heads))
+        grad_s = p * (grad_p - (grad * out).sum(-1).transpose(1, 2)[..., None]) * scale
+        grad_q = torch.einsum("bhij,bjhk->bihk", grad_s, repeat_heads(k, heads))
+        grad_k = torch.einsum("bhij,bihk->bjhk", grad_s, q)
+        grad_v = torch.einsum("bhij,bihk->bjhk", p, grad)
+        return grad_q, _sum_groups(grad_k, k.shape[2]), _sum_groups(grad_v, v.shape[2])
+
+    @staticmethod
+    def _scores(q: Tensor, k: Tensor, documents: Documents | None) -> Tensor:
+        length = q.shape[1]
+        scores = torch.einsum("bihk,bjhk->bhij", q, repeat_heads(k, q.shape[2])) / math.sqrt(q.shape[-1])
+        causal = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+        return scores.masked_fill(~(causal if documents is None else documents.mask), -math.inf)
+
+
+class _Sdpa:
+    """torch's scaled_dot_product_attention, by its own functions for each device."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        return (_SdpaCuda if q.is_cuda else _SdpaCpu)().forward(q, k, v, documents)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
+    ) -> Gradients:
+        return (_SdpaCuda if q.is_cuda else _SdpaCpu)().backward(grad, q, k, v, out, statistics, docs)
+
+
+class _SdpaCpu:
+    """torch's own flash attention for the CPU; it knows no grouped queries."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        heads = q.shape[2]
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(_heads_first(x) for x in (q, repeat_heads(k, heads), repeat_heads(v, heads))),
+            is_causal=documents is None,
+            attn_mask=_bias(documents, q),
+        )
+        return out.transpose(1, 2), (lse,)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
+    ) -> Gradients:
+        heads, groups = q.shape[2], k.shape[2]
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *(_heads_first(x) for x in (grad, q, repeat_heads(k, heads), repeat_heads(v, heads), out)),
+            statistics[0],
+            0.0,
+            docs is None,
+            attn_mask=_bias(docs, q),
+        )
+        grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
+        return grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
+
+
+class _SdpaCuda:
+    """torch's flash attention for bf16 and fp16, its memory-efficient one for float32 and document masks."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        heads, aten = q.shape[2], torch.ops.aten
+        inputs = tuple(_heads_first(x) for x in (q, repeat_heads(k, heads), repeat_heads(v, heads)))
+        if self._flash(q, documents):
+            out, lse, _, _, _, _, state, unused, _ = aten._scaled_dot_product_flash_attention(*inputs, 0.0, True)
+            return out.transpose(1, 2), (lse, state, unused)
+        bias = _bias(documents, q)
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(*inputs, bias, True, 0.0, bias is None)
+        return out.transpose(1, 2), (lse, seed, offset)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
+    ) -> Gradients:
+        heads, groups, length = q.shape[2], k.shape[2], q.shape[1]
+        inputs = tuple(_heads_first(x) for x in (grad, q, repeat_heads(k, heads), repeat_heads(v, heads)))
+        lse, *state = statistics
+        out = _heads_first(out)
+        if self._flash(q, docs):
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+                *inputs, out, lse, None, None, length, length, 0.0, True, *state
+            )
+        else:
+            bias = _bias(docs, q)
+            *grads, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+                *inputs, bias, out, lse, *state, 0.0, [True, True, True, False], bias is None
+            )
+        grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
+        return grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
+
+    @staticmethod
+    def _flash(q: Tensor, documents: Documents | None) -> bool:
+        return documents is None and q.dtype in (torch.bfloat16, torch.float16)
+
+
+class _FlashAttention2:
+    """flash_attn 2.x through the functions under its autograd ones; packed documents as variable-length rows."""
+
+    def __init__(self) -> None:
+        self._functions: Any = importlib.import_module("flash_attn.flash_attn_interface")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        if documents is None:
+            out, lse, _, state = self._functions._wrapped_flash_attn_forward(q, k, v, **_options(q), return_softmax=False)
+            return out, (lse, state)
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        lengths = _lengths(documents)
+        out, lse, _, state = self._functions._wrapped_flash_attn_varlen_forward(
+            *flat, *lengths, **_options(q), return_softmax=False
+        )
+        return out.view_as(q), (lse, state)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
+    ) -> Gradients:
+        lse, state = statistics
+        grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        options = {**_options(q), "deterministic": False, "rng_state": state}
+        if docs is None:
+            self._functions._wrapped_flash_attn_backward(grad, q, k, v, out, lse, *grads, **options)
+        else:
+            flat = (x.flatten(0, 1) for x in (grad, q, k, v, out))
+            flat_grads = (x.flatten(0, 1) for x in grads)
+            self._functions._wrapped_flash_attn_varlen_backward(*flat, lse, *flat_grads, *_lengths(docs), **options)
+        return grads  # type: ignore[return-value]
+
+
+class _FlashAttention4:
+    """flash_attn 4.x (`flash_attn.cute`) through the functions under its autograd ones."""
+
+    def __init__(self) -> None:
+        self._functions: Any = importlib.import_module("flash_attn.cute.interface")
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        if documents is None:
+            out, lse, *_ = self._functions._flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+            return out, (lse,)
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        out, lse, *_ = self._functions._flash_attn_fwd(*flat, **self._varlen(documents), causal=True, return_lse=True)
+        return out.view_as(q), (lse,)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
+    ) -> Gradients:
+        (lse,) = statistics
+        if docs is None:
+            return self._functions._flash_attn_bwd(q, k, v, out, grad, lse, causal=True)[:3]
+        flat = (x.flatten(0, 1) for x in (q, k, v, out, grad))
+        grads = self._functions._flash_attn_bwd(*flat, lse, causal=True, **self._varlen(docs))[:3]
+        return tuple(x.unflatten(0, q.shape[:2]) for x in grads)  # type: ignore[return-value]
+
+    @staticmethod
+    def _varlen(documents: Documents) -> dict[str, Any]:
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        return dict(zip(names, _lengths(documents), strict=True))
+
+
+def _options(q: Tensor) -> dict[str, Any]:
+    """Return flash_attn 2.x's options of plain causal attention."""
+    return {
+        "dropout_p": 0.0,
+        "softmax_scale": q.shape[-1] ** -0.5,
+        "causal": True,
+        "window_size_left": -1,
+        "window_size_right": -1,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+    }
+
+
+def _lengths(documents: Documents) -> tuple[Tensor, Tensor, int, int]:
+    offsets, longest = documents.cumulative_lengths, documents.start.shape[1]
+    return offsets, offsets, longest, longest
+
+
+def _bias(documents: Documents | None, q: Tensor) -> Tensor | None:
+    """Return the additive (B, 1, T, T) mask of the documents."""
+    if documents is None:
+        return None
+    mask = documents.bias(q.dtype)
+    return mask.expand(-1, q.shape[2], -1, -1) if q.is_cuda else mask
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _sum_groups(grad: Tensor, groups: int) -> Tensor:
+    """Sum over the query heads that share a key-value head: (B, T, H, K) -> (B, T, G, K)."""
+    return grad if grad.shape[2] == groups else grad.unflatten(2, (groups, -1)).sum(3)

@@ -1,0 +1,208 @@
+"""The decoder layer with its backward written out: it saves what is dear to compute and little else, issues collectives
+early and waits for them late (LLaMA paper, section 2.4; Korthikanti et al., arXiv 2205.05198).
+
+Shapes: B rows, T tokens of a row, D hidden size, H query and G key-value heads, K head size, F intermediate size, tp
+ranks; S = T / tp under sequence parallelism, else T. N = B * T and M = B * S tokens as rows of a matrix. H, G and F are
+this rank's, 1 / tp of the model's. dX stands for dL/dX.
+
+What a layer keeps between forward and backward is its policy (`llama_ds.model.saving` counts the bytes):
+
+- none: everything the backward reads. Nothing is computed again.
+- selective: the layer's input, the outputs of its wide products (q, k and v rotated; gate and up), the attention's
+  output and logsumexp. The norms and the SwiGLU product are computed again, and on one rank the small output projection
+  (2.6 percent of the layer's FLOPs); over several ranks its sum stays, and under sequence parallelism the gathered inputs
+  of the products: no collective is repeated.
+- full: the layer's input. The whole forward runs again, collectives too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
+
+from llama_ds.model.attention import Documents
+from llama_ds.model.attention_kernels import Statistics, attention_kernel
+from llama_ds.model.decoder import DecoderLayer, Hidden, Shared
+from llama_ds.model.linear import lay_together, stacked
+from llama_ds.model.pointwise import rms_norm, rms_norm_backward, rotate_, rotate_back, swiglu, swiglu_backward
+from llama_ds.model.weight_gradients import LayerWeightGradients
+
+
+@dataclass
+class Saved:
+    """What the forward leaves to the backward; None is computed again."""
+
+    x: Tensor  # (B, S, D) the layer's input
+    qkv: Tensor | None = None  # (B, T, H + 2 G, K), queries and keys rotated
+    out: Tensor | None = None  # (B, T, H, K) the attention's output
+    mid: Tensor | None = None  # (B, S, D) after the attention's residual
+    gate_up: Tensor | None = None  # (N, 2 F)
+    normed_x: Tensor | None = None  # (N, D) input of q, k and v
+    normed_mid: Tensor | None = None  # (N, D) input of gate and up
+    product: Tensor | None = None  # (N, F) input of down
+    statistics: Statistics = ()  # of the attention
+
+
+class WrittenOutLayer(DecoderLayer):
+    """`DecoderLayer` without autograd inside: the same parameters, the same numbers."""
+
+    def __init__(self, shared: Shared, layer: int, policy: str = "none", first: bool = False) -> None:
+        """`first` says that no layer of this stage will want the gathered gradient of the input."""
+        super().__init__(shared, layer)
+        self.policy = policy
+        self.first = first
+        self.kernel = attention_kernel(shared.attention.name)
+        self.weights = LayerWeightGradients(shared.weight_gradients)
+        attention, mlp = self.self_attn, self.mlp
+        self.wide_attention = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.wide_mlp = (mlp.gate_proj, mlp.up_proj)
+        for modules in (self.wide_attention, self.wide_mlp):
+            lay_together([m.weight for m in modules])
+
+    def forward(self, inputs: Hidden) -> Hidden:
+        """(B, S, D) -> (B, S, D), with document_start passed along where it is given."""
+        x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
+        y = _Layer.apply(x, self, self.shared.attention.documents(document_start), *self._parameters_in_order())
+        return y if document_start is None else (y, document_start)
+
+    def weight_grads(self) -> None:
+        """Compute the matrices' gradients of the micro-batch that has waited longest (weight_gradients.deferred)."""
+        self.weights.run_oldest()
+
+    def _parameters_in_order(self) -> list[nn.Parameter]:
+        attention, mlp = self.self_attn, self.mlp
+        modules = (*self.wide_attention, attention.o_proj, *self.wide_mlp, mlp.down_proj)
+        return [m.weight for m in (*modules, self.input_layernorm, self.post_attention_layernorm)]
+
+
+class _Layer(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: WrittenOutLayer, documents: Documents | None, *parameters: nn.Parameter
+    ) -> Tensor:
+        y, saved = forward(layer, x, documents, layer.policy)
+        tensors = [getattr(saved, field.name) for field in fields(saved)[:-1]]
+        ctx.save_for_backward(*tensors, *saved.statistics)
+        ctx.layer, ctx.documents = layer, documents
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        count = len(fields(Saved)) - 1
+        saved = Saved(*ctx.saved_tensors[:count], statistics=ctx.saved_tensors[count:])
+        if ctx.layer.policy == "full":
+            _, saved = forward(ctx.layer, saved.x, ctx.documents, "none")
+        grad_x, grads = backward(ctx.layer, grad, saved, ctx.documents)
+        return grad_x, None, None, *grads
+
+
+def forward(layer: WrittenOutLayer, x: Tensor, documents: Documents | None, policy: str) -> tuple[Tensor, Saved]:
+    """Return y (B, S, D) and what `policy` keeps. Each step stands with the same number in `backward`."""
+    tp, eps, attention, mlp = layer.tp, layer.input_layernorm.eps, layer.self_attn, layer.mlp
+    keep = policy == "none"
+
+    # 1. n = norm(x), whole rows on every rank
+    n = tp.start_gather(rms_norm(x, layer.input_layernorm.weight, eps))()
+    rows = n.shape[:2]
+    n = n.flatten(0, 1)
+    # 2. [q | k | v] = n [W_q | W_k | W_v]^T; q = R q, k = R k in place
+    qkv = (n @ stacked([m.weight for m in layer.wide_attention]).t()).view(*rows, -1, attention.head_dim)
+    q, k, v = _split_heads(layer, qkv)
+    tables = layer.shared.rotary.on(x.device)
+    rotate_(qkv[:, :, : q.shape[2] + k.shape[2]], tables)
+    # 3. o = attention(q, k, v)
+    out, statistics = layer.kernel.forward(q, k, v, documents)
+    # 4. m = x + o W_o^T, summed over ranks
+    mid = out.flatten(2) @ attention.o_proj.weight.t()
+    mid = tp.start_reduce(mid)().add_(x)
+    # 5. l = norm(m), whole rows on every rank
+    normed_mid = tp.start_gather(rms_norm(mid, layer.post_attention_layernorm.weight, eps))().flatten(0, 1)
+    # 6. [g | u] = l [W_gate | W_up]^T, a = silu(g) u
+    gate_up = normed_mid @ stacked([m.weight for m in layer.wide_mlp]).t()
+    product = swiglu(gate_up)
+    # 7. y = m + a W_down^T, summed over ranks
+    y = tp.start_reduce((product @ mlp.down_proj.weight.t()).view(*rows, -1))().add_(mid)
+
+    if policy == "full":
+        return y, Saved(x)
+    saved = Saved(x, qkv, out, gate_up=gate_up, statistics=statistics)
+    if keep or tp.size > 1:
+        saved.mid = mid
+    if keep or tp.sequence_parallel:
+        saved.normed_x, saved.normed_mid = n, normed_mid
+    if keep:
+        saved.product = product
+    return y, saved
+
+
+def backward(
+    layer: WrittenOutLayer, grad: Tensor, saved: Saved, documents: Documents | None
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Return dx (B, S, D) for dy = `grad`, and the gradients of the parameters in their order, None where taken over.
+
+    Every collective is issued before a product that does not need it: the weights' gradients fill the waits.
+    """
+    tp, eps, attention, mlp = layer.tp, layer.input_layernorm.eps, layer.self_attn, layer.mlp
+    norm, mid_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+    x, qkv, out, gate_up = saved.x, saved.qkv, saved.out, saved.gate_up
+    assert qkv is not None and out is not None and gate_up is not None
+    weights, whole_shape = layer.weights, (*qkv.shape[:2], x.shape[-1])  # (B, T, D)
+
+    # 7. dm = dy (the residual), da = dy W_down, dW_down = dy^T a
+    whole = tp.start_gather(grad)
+    mid = saved.mid
+    if mid is None:  # 4. again
+        mid = (out.flatten(2) @ attention.o_proj.weight.t()).add_(x)
+    normed_mid = rms_norm(mid, mid_norm, eps).flatten(0, 1) if saved.normed_mid is None else saved.normed_mid
+    grad_y = whole().flatten(0, 1)
+    grad_product = grad_y @ mlp.down_proj.weight
+    # 6. du = da g s, dg = da u s (1 + g (1 - s)) with s = sigmoid(g); dl = [dg | du] [W_gate | W_up], dW = [dg | du]^T l
+    grad_gate_up, product = swiglu_backward(grad_product, gate_up)
+    del grad_product
+    reduced = tp.start_reduce((grad_gate_up @ stacked([m.weight for m in layer.wide_mlp])).view(whole_shape))
+    down = weights.of((mlp.down_proj,), grad_y, product if saved.product is None else saved.product)
+    # 5. dm += r (dl w - z mean(dl w z)) with z = m r; dw = sum over tokens of dl z
+    grad_mid, grad_mid_norm = rms_norm_backward(reduced(), mid, mid_norm, eps)
+    grad_mid.add_(grad)
+    mid_norm_sum = tp.start_sum(grad_mid_norm)
+    # 4. do = dm W_o, dW_o = dm^T o
+    whole = tp.start_gather(grad_mid)
+    wide_mlp = weights.of(layer.wide_mlp, grad_gate_up, normed_mid)
+    del grad_gate_up
+    grad_whole = whole().flatten(0, 1)
+    grad_out = (grad_whole @ attention.o_proj.weight).view_as(out)
+    # 3. dq, dk, dv of the attention: `llama_ds.model.attention_kernels`
+    q, k, v = _split_heads(layer, qkv)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    parts = _split_heads(layer, grad_qkv)
+    grads = layer.kernel.backward(grad_out, q, k, v, out, saved.statistics, documents)
+    # 2. dq = R^T dq, dk = R^T dk; dn = [dq | dk | dv] [W_q | W_k | W_v], dW = [dq | dk | dv]^T n
+    tables = layer.shared.rotary.on(x.device)
+    rotate_back(grads[0], tables, parts[0])
+    rotate_back(grads[1], tables, parts[1])
+    parts[2].copy_(grads[2])
+    del grads, grad_out
+    flat = grad_qkv.flatten(2).flatten(0, 1)
+    reduced = tp.start_reduce((flat @ stacked([m.weight for m in layer.wide_attention])).view(whole_shape))
+    output = weights.of((attention.o_proj,), grad_whole, out.flatten(2).flatten(0, 1))
+    normed_x = rms_norm(x, norm, eps).flatten(0, 1) if saved.normed_x is None else saved.normed_x
+    # 1. dx = dm + r (dn w - z mean(dn w z)) with z = x r; dw = sum over tokens of dn z
+    grad_x, grad_norm = rms_norm_backward(reduced(), x, norm, eps)
+    grad_x.add_(grad_mid)
+    if not layer.first:
+        tp.gather_ahead(grad_x)
+    norm_sum = tp.start_sum(grad_norm)
+    wide_attention = weights.of(layer.wide_attention, flat, normed_x)
+    weights.end_micro_batch()
+    norms = [total().to(norm.dtype) for total in (norm_sum, mid_norm_sum)]
+    return grad_x, [*wide_attention, *output, *wide_mlp, *down, *norms]
+
+
+def _split_heads(layer: WrittenOutLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views (B, T, H, K), (B, T, G, K) and (B, T, G, K) of (B, T, H + 2 G, K)."""
+    q, k, v = qkv.split([len(m.weight) // layer.self_attn.head_dim for m in layer.wide_attention], 2)
+    return q, k, v
