@@ -26,7 +26,7 @@ FLOORS = (
 # Heavy packages, and the only files that may import or name them (in fnmatch, * also crosses folders).
 DOORS = {
     "deepspeed": ("llama_ds/parallel/*", "llama_ds/training/engine*.py"),
-    "flash_attn": ("llama_ds/model/attention.py",),
+    "flash_attn": ("llama_ds/model/attention*.py",),
     "sentencepiece": ("llama_ds/data/tokenizer.py",),
     "torch.distributed": ("llama_ds/parallel/*",),
     "transformers": ("tools/*",),
@@ -44,7 +44,13 @@ RANK_READERS = ("llama_ds/parallel/*",)
 # Arithmetic and text: usable on a login node where torch is not installed.
 TORCH_FREE = (
     *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/config/*", "llama_ds/launch/*", "llama_ds/data/order.py"),
-    *("llama_ds/model/flops.py", "llama_ds/parallel/partition.py", "llama_ds/training/schedule.py"),
+    *(
+        "llama_ds/model/flops.py",
+        "llama_ds/model/saving.py",
+        "llama_ds/parallel/partition.py",
+        "llama_ds/parallel/recompute.py",
+        "llama_ds/training/schedule.py",
+    ),
 )
 
 VAGUE_NAMES = ("utils.py", "common.py", "helpers.py", "manager.py")

@@ -8,6 +8,7 @@ from functools import reduce
 from typing import Any
 
 from llama_ds.config.layout import divisors, listed
+from llama_ds.config.recompute import POLICIES, parse
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError, did_you_mean
 
@@ -50,7 +51,7 @@ _NOT_NEGATIVE = (
 _CHOICES = {
     "model.attention_backend": ("auto", "flash_attn", "sdpa", "reference"),
     "optimizer.schedule": ("cosine", "wsd"),
-    "parallel.recompute": ("none", "full"),
+    "parallel.decoder_layer": ("written_out", "autograd"),
     "checkpoint.resume": ("auto", "never", "must"),
 }
 
@@ -65,6 +66,7 @@ def check(run: RunConfig) -> None:
     _check_optimizer(run)
     _check_tensor_parallel(run)
     _check_pipeline(run)
+    _check_recompute(run)
 
 
 def _check_values(run: RunConfig) -> None:
@@ -173,6 +175,26 @@ def _check_pipeline(run: RunConfig) -> None:
             run,
             f"parallel.partition = {list(partition)} sums to {sum(partition)}, "
             f"not model.num_hidden_layers = {layers}; leave it out to balance by cost",
+        )
+
+
+def _check_recompute(run: RunConfig) -> None:
+    text, pp = run.parallel.recompute, run.parallel.pp
+    found = parse(text)
+    if found is None:
+        raise _error(
+            run,
+            f"parallel.recompute = {text!r} is not {listed(POLICIES)}, a list of these for each stage, or "
+            f"{{budget: 20 GiB}}{did_you_mean(text, POLICIES)}",
+        )
+    if len(found.policies) not in (0, 1, pp):
+        raise _error(
+            run, f"parallel.recompute = {text} names {len(found.policies)} stages, not pp = {pp}; name one or {pp}"
+        )
+    if run.parallel.decoder_layer == "autograd" and text not in ("none", "full"):
+        raise _error(
+            run,
+            f"parallel.recompute = {text} wants parallel.decoder_layer = written_out; autograd knows none or full",
         )
 
 

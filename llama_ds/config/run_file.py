@@ -11,6 +11,7 @@ from typing import Any
 from llama_ds.config.deepspeed_json import check_user_keys
 from llama_ds.config.layout import divisors, listed
 from llama_ds.config.reader import Place, check_keys, read
+from llama_ds.config.recompute import canonical
 from llama_ds.config.rules import check
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import dump_yaml, parse_yaml, read_json, read_yaml
@@ -121,7 +122,9 @@ def _derive(data: dict[str, Any], place: Place) -> None:
 
     A section that lacks the numbers they come from is left as it is: the reader then names the missing key.
     """
-    model, training = _section(data, "model"), _section(data, "training")
+    model, training, parallel = (_section(data, name) for name in ("model", "training", "parallel"))
+    if "recompute" in parallel:
+        parallel["recompute"] = canonical(parallel["recompute"])
     heads, hidden = (_positive(data, f"model.{key}", place) for key in ("num_attention_heads", "hidden_size"))
     if heads and "num_key_value_heads" not in model:
         model["num_key_value_heads"] = heads

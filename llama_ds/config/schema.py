@@ -91,7 +91,10 @@ class ParallelConfig:
     sequence_parallel: bool = False
     micro_batch: int = 1
     partition: tuple[int, ...] | None = None  # decoder layers per pipeline stage; None: balanced by cost
-    recompute: str = "none"  # none | full (checkpoint every decoder layer)
+    decoder_layer: str = "written_out"  # written_out | autograd (the reference)
+    # Of decoder layers, `model/written_out.py`: none | selective | full, a list with one for each stage, or the memory
+    # that a rank's layers may keep: {budget: 20 GiB}. Held as one text: "selective", "none,full", "budget: 20 GiB".
+    recompute: str = "none"
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,9 @@ class _FlashAttention2:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         if documents is None:
-            out, lse, _, state = self._functions._wrapped_flash_attn_forward(q, k, v, **_options(q), return_softmax=False)
+            out, lse, _, state = self._functions._wrapped_flash_attn_forward(
+                q, k, v, **_options(q), return_softmax=False
+            )
             return out, (lse, state)
         flat = (x.flatten(0, 1) for x in (q, k, v))
         lengths = _lengths(documents)
@@ -200,7 +202,7 @@ class _FlashAttention4:
             return self._functions._flash_attn_bwd(q, k, v, out, grad, lse, causal=True)[:3]
         flat = (x.flatten(0, 1) for x in (q, k, v, out, grad))
         grads = self._functions._flash_attn_bwd(*flat, lse, causal=True, **self._varlen(docs))[:3]
-        return tuple(x.unflatten(0, q.shape[:2]) for x in grads)  # type: ignore[return-value]
+        return tuple(x.unflatten(0, q.shape[:2]) for x in grads)
 
     @staticmethod
     def _varlen(documents: Documents) -> dict[str, Any]:

@@ -5,6 +5,8 @@ Shapes: B rows, T tokens, D hidden size, V vocabulary, tp ranks; S = T / tp unde
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,21 +72,25 @@ class FinalNorm(nn.Module):
         return self.norm(inputs[0] if isinstance(inputs, tuple) else inputs)
 
 
+Then = Callable[[Tensor, Tensor], Tensor]
+
+
 class Head(nn.Module):
-    """Logits of this rank's part of the vocabulary: (B, S, D) -> (B, T, V / tp)."""
+    """The output matrix W (V / tp, D); the logits x W^T are the loss's business, which never makes them whole."""
 
     def __init__(self, shared: Shared) -> None:
         super().__init__()
         model = shared.model
-        self.tp = shared.tp
         self.lm_head = ShardedLinear(
             model.vocab_size, model.hidden_size, ROWS, "lm_head", shared.key(HEAD_LAYER), shared.tp
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.tp.enter(x))
+    def forward(self, x: Tensor, then: Then | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return (x, W) for x (B, S, D), or then(x, W) where the weight is at hand only inside this call (ZeRO-3)."""
+        weight = self.lm_head.weight
+        return (x, weight) if then is None else then(x, weight)
 
 
-def tied_head(embedding: VocabParallelEmbedding, x: Tensor) -> Tensor:
-    """Logits by the embedding's own weight: (B, S, D) -> (B, T, V / tp)."""
-    return F.linear(embedding.tp.enter(x), embedding.weight)
+def tied_head(embedding: VocabParallelEmbedding, x: Tensor, then: Then | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """The same as `Head` with the embedding's own weight."""
+    return (x, embedding.weight) if then is None else then(x, embedding.weight)

@@ -3,7 +3,7 @@
 Convention: a multiply-add is 2 FLOPs; only matrix products are counted (norms, rotary, softmax, SiLU and the embedding
 lookup are not); a query at position t attends to t + 1 keys, so attention counts (T + 1) / 2 keys per query, the half
 of the square that causal attention needs. The backward pass costs twice the forward. Model FLOPs are the same for
-every layout and recompute policy; hardware FLOPs add what activation checkpointing computes again
+every layout and recompute policy; hardware FLOPs add what the backward computes again (`model/saving.py`)
 (PaLM, arXiv 2204.02311, appendix B; Korthikanti et al., arXiv 2205.05198, appendix A).
 """
 
@@ -52,18 +52,12 @@ def parameter_count(model: ModelConfig) -> int:
 def layer_costs(model: ModelConfig, seq_len: int) -> list[float]:
     """Return the forward FLOPs per token of [embedding, decoder layer x L, final norm, head]."""
     head = 2.0 * embedding_parameters(model)
-    return [0.0, *[_layer_forward(model, seq_len)] * model.num_hidden_layers, 0.0, head]
+    return [0.0, *[layer_forward_flops(model, seq_len)] * model.num_hidden_layers, 0.0, head]
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return the model FLOPs per token of forward and backward; times tokens/s and over the peak it is the MFU."""
     return 3 * sum(layer_costs(model, seq_len))
-
-
-def hardware_flops_per_token(model: ModelConfig, seq_len: int, recompute: str) -> float:
-    """Return the FLOPs per token that are computed in fact: recompute "full" runs each decoder layer forward twice."""
-    again = model.num_hidden_layers * _layer_forward(model, seq_len) if recompute == "full" else 0.0
-    return flops_per_token(model, seq_len) + again
 
 
 def device_peak(name: str, dtype: str) -> float | None:
@@ -78,7 +72,7 @@ def device_peak(name: str, dtype: str) -> float | None:
     return None
 
 
-def _layer_forward(model: ModelConfig, seq_len: int) -> float:
+def layer_forward_flops(model: ModelConfig, seq_len: int) -> float:
     """Return the forward FLOPs per token of one decoder layer, QK^T and PV included."""
     keys = (seq_len + 1) / 2
     attention = 2 * (2 * model.num_attention_heads * model.head_dim * keys)

@@ -37,6 +37,7 @@ class ShardedLinear(nn.Module):
 
     def __init__(self, out_size: int, in_size: int, dim: int, name: str, key: WeightKey, tp: TensorParallel) -> None:
         super().__init__()
+        self.weight: nn.Parameter
         shard = normal_shard((out_size, in_size), dim, tp.rank, tp.size, key.std, key.seed, key.layer, name)
         self.weight = nn.Parameter(shard)
         if tp.size > 1:

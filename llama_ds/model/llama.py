@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +18,7 @@ from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, ti
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import TensorParallel
+from llama_ds.model.written_out import WrittenOutLayer
 
 
 def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> Shared:
@@ -38,18 +41,27 @@ class Llama(nn.Module):
     Layers: 0 embedding, 1 .. L decoder, L + 1 final norm, L + 2 head (absent when tied).
     """
 
-    def __init__(self, shared: Shared, loss: NextTokenLoss, recompute: str = "none") -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        loss: NextTokenLoss,
+        policies: Sequence[str] | None = None,
+        checkpointed: bool = False,
+    ) -> None:
+        """Build all layers: written out with a save policy each, or by autograd (None), checkpointed or not."""
         super().__init__()
         model = shared.model
-        self.recompute = recompute == "full"
+        self.checkpointed = checkpointed
         self.layers = nn.ModuleList()
         self.layers.append(VocabParallelEmbedding(shared))
-        self.layers.extend(DecoderLayer(shared, i) for i in range(model.num_hidden_layers))
+        for i in range(model.num_hidden_layers):
+            self.layers.append(WrittenOutLayer(shared, i, policies[i]) if policies else DecoderLayer(shared, i))
         self.layers.append(FinalNorm(shared))
         if not model.tie_word_embeddings:
             self.layers.append(Head(shared))
         self.tied = model.tie_word_embeddings
         self.loss = loss
+        self.tp = shared.tp
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss of ids and labels, each (B, T), or without labels this rank's logits (B, T, V / tp)."""
@@ -57,9 +69,12 @@ class Llama(nn.Module):
         embedding = cast(VocabParallelEmbedding, layers[0])
         head = partial(tied_head, embedding) if self.tied else layers.pop()
         _, *decoders, norm = layers
-        recompute = self.recompute and torch.is_grad_enabled()
+        recompute = self.checkpointed and torch.is_grad_enabled()
         hidden = embedding(ids)
         for layer in decoders:
             hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
-        logits = head(norm(hidden))
-        return logits if labels is None else self.loss(logits, labels)
+        then = self._logits if labels is None else lambda x, weight: self.loss((x, weight), labels)
+        return cast(Tensor, head(norm(hidden), then))
+
+    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(self.tp.enter(x), weight)

@@ -1,6 +1,8 @@
-"""Next-token cross-entropy over a vocabulary that is cut over the tensor-parallel ranks.
+"""Output head and next-token cross-entropy in one, over a vocabulary that is cut over the tensor-parallel ranks.
 
-Shapes: N = B * T tokens, V vocabulary, tp ranks; each rank holds logits (N, V / tp). Full logits never exist.
+Shapes: B rows, T tokens, N = B * T, D hidden size, V vocabulary, tp ranks; each rank holds W (V / tp, D). The logits
+exist for one chunk of tokens at a time, never whole. Their gradient is computed with them in the forward, as in
+liger-kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2): three products in all, none repeated.
 """
 
 from __future__ import annotations
@@ -9,66 +11,96 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
 
+from llama_ds.model.pointwise import blocks
 from llama_ds.model.tensor_parallel import TensorParallel
+from llama_ds.model.weight_gradients import WeightGradients, add_product
 
-CHUNK_ELEMENTS = 1 << 18  # float32 temporaries are this large at most: they stay in a CPU core's cache
-
-
-class _VocabParallelLoss(torch.autograd.Function):
-    """mean(lse - logit[label] + z_weight * lse^2) with lse = log sum exp over the whole vocabulary."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, tp: TensorParallel, z_weight: float) -> Tensor:
-        local = labels - tp.rank * logits.shape[1]
-        here = (local >= 0) & (local < logits.shape[1])
-        index = local.masked_fill(~here, 0)[:, None]
-        lse = _log_sum_exp(logits)  # (N,) over this rank's part
-        target = torch.where(here, logits.gather(1, index)[:, 0].to(lse.dtype), 0.0)
-        if tp.size > 1:
-            # log sum exp of the parts; one collective carries both sums.
-            top = tp.all_reduce_max(lse)
-            total, target = tp.all_reduce_sum(torch.stack([(lse - top).exp(), target])).unbind()
-            lse = total.log() + top
-        ctx.save_for_backward(logits, lse, index, here)
-        ctx.z_weight = z_weight
-        return (lse - target + z_weight * lse.square()).mean()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, lse, index, here = ctx.saved_tensors
-        scale = grad.to(lse.dtype) / len(lse)
-        # d lse / d logit_v = softmax_v, so dL / d logit_v = (softmax_v (1 + 2 z lse) - [v = label]) / N.
-        weight = (scale * (1 + 2 * ctx.z_weight * lse))[:, None]
-        out = torch.empty_like(logits)
-        for part, part_lse, part_weight, part_out in zip(
-            _chunks(logits), _chunks(lse, logits), _chunks(weight, logits), _chunks(out), strict=True
-        ):
-            wide = part_out if part_out.dtype == lse.dtype else torch.empty_like(part, dtype=lse.dtype)
-            part_out.copy_(torch.sub(part, part_lse[:, None], out=wide).exp_().mul_(part_weight))
-        out.scatter_add_(1, index, torch.where(here, -scale, 0.0)[:, None].to(out.dtype))
-        return out, None, None, None
+MIN_CHUNK = 512  # tokens: a product with fewer rows runs slower
 
 
-def _chunks(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
-    columns = (x if like is None else like).shape[1]
-    return x.split(max(1, CHUNK_ELEMENTS // columns))
-
-
-def _log_sum_exp(logits: Tensor) -> Tensor:
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return torch.cat([part.to(dtype).logsumexp(1) for part in _chunks(logits)])
+def chunk_tokens(tokens: int, hidden_size: int, local_vocab: int) -> int:
+    """Return how many tokens' logits exist at a time: about as many numbers as the N x D hidden states have."""
+    return min(tokens, max(MIN_CHUNK, -(-tokens * hidden_size // local_vocab)))
 
 
 class NextTokenLoss(nn.Module):
     """Mean cross-entropy in nats per token, plus z-loss while training (PaLM, arXiv 2204.02311, section 5)."""
 
-    def __init__(self, tp: TensorParallel, z_weight: float = 0.0) -> None:
+    def __init__(
+        self, tp: TensorParallel, z_weight: float = 0.0, weight_gradients: WeightGradients | None = None
+    ) -> None:
         super().__init__()
         self.tp = tp
         self.z_weight = z_weight
+        self.weight_gradients = weight_gradients or WeightGradients()
 
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the scalar loss of logits (B, T, V / tp) and labels (B, T)."""
-        z_weight = self.z_weight if torch.is_grad_enabled() else 0.0
-        return _VocabParallelLoss.apply(logits.flatten(0, 1), labels.flatten(), self.tp, z_weight)
+    def forward(self, head: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        """Return the scalar loss of head = (hidden states (B, S, D), W (V / tp, D)) and labels (B, T)."""
+        x, weight = head
+        return _HeadLoss.apply(x, weight, labels, self, torch.is_grad_enabled())
+
+
+class _HeadLoss(Function):
+    """mean(lse - logit[label] + z lse^2) with logits = x W^T and lse = log sum exp over the whole vocabulary."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, owner: NextTokenLoss, training: bool) -> Tensor:
+        tp, z_weight = owner.tp, owner.z_weight if training else 0.0
+        whole = tp.start_gather(x)()
+        rows, labels = whole.flatten(0, 1), labels.flatten()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        losses = torch.empty(len(rows), dtype=wide, device=x.device)
+        grad_x = torch.empty_like(rows) if training else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if training else None
+        size = chunk_tokens(len(rows), rows.shape[1], len(weight))
+        for start in range(0, len(rows), size):
+            part = slice(start, start + size)
+            logits = rows[part] @ weight.t()
+            lse, target, index, here = _log_sum_exp(logits, labels[part], tp)
+            torch.add(lse - target, lse.square(), alpha=z_weight, out=losses[part])
+            if grad_x is None or grad_weight is None:
+                continue
+            # d lse / d logit_v = softmax_v, so dL / d logit_v = (softmax_v (1 + 2 z lse) - [v = label]) / N.
+            _softmax_(logits, lse, (1 + 2 * z_weight * lse) / len(rows))
+            logits.scatter_add_(1, index, torch.where(here, -1.0 / len(rows), 0.0)[:, None].to(logits.dtype))
+            torch.mm(logits, weight, out=grad_x[part])  # dx = dlogits W
+            if start + size >= len(rows):
+                reduced = tp.start_reduce(grad_x.view_as(whole))  # while the last of dW is computed
+            add_product(grad_weight, logits, rows[part])  # dW += dlogits^T x
+        if grad_weight is not None:
+            ctx.save_for_backward(reduced(), grad_weight)
+            ctx.owner, ctx.weight = owner, weight
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        # Out of place: the saved gradients stay what they are if the graph is kept.
+        own = ctx.owner.weight_gradients.add(ctx.weight, grad_weight * grad)
+        return grad_x * grad, own, None, None, None
+
+
+def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return lse and the labels' logits (n,) over the whole vocabulary; local label index (n, 1), whether here (n,)."""
+    local = labels - tp.rank * logits.shape[1]
+    here = (local >= 0) & (local < logits.shape[1])
+    index = local.masked_fill(~here, 0)[:, None]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    lse = torch.cat([logits[part].to(wide).logsumexp(1) for part in blocks(logits)])
+    target = torch.where(here, logits.gather(1, index)[:, 0].to(wide), 0.0)
+    if tp.size > 1:
+        # log sum exp of the parts; one collective carries both sums.
+        top = tp.all_reduce_max(lse)
+        total, target = tp.all_reduce_sum(torch.stack([(lse - top).exp(), target])).unbind()
+        lse = total.log() + top
+    return lse, target, index, here
+
+
+def _softmax_(logits: Tensor, lse: Tensor, factor: Tensor) -> None:
+    """logits = exp(logits - lse) * factor, in place, in the width of lse."""
+    for part in blocks(logits):
+        block = logits[part]
+        block.copy_(torch.sub(block, lse[part, None]).exp_().mul_(factor[part, None]))

@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return _compiled(_rms_norm)(x, weight, eps)
     y = torch.empty_like(x)
     flat, out = x.flatten(0, -2), y.flatten(0, -2)
-    for rows in _blocks(flat):
+    for rows in blocks(flat):
         out[rows] = _rms_norm(flat[rows], weight, eps)
     return y
 
@@ -38,7 +38,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tu
     grad_x = torch.empty_like(x)
     grad_weight = x.new_zeros(weight.shape, dtype=_wide(x))
     flat_grad, flat, out = grad.flatten(0, -2), x.flatten(0, -2), grad_x.flatten(0, -2)
-    for rows in _blocks(flat):
+    for rows in blocks(flat):
         out[rows], part = _rms_norm_backward(flat_grad[rows], flat[rows], weight, eps)
         grad_weight += part
     return grad_x, grad_weight
@@ -49,7 +49,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if gate_up.is_cuda:
         return _compiled(_swiglu)(gate_up)
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    for rows in _blocks(gate_up):
+    for rows in blocks(gate_up):
         out[rows] = _swiglu(gate_up[rows])
     return out
 
@@ -62,13 +62,13 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
     if gate_up.is_cuda:
         return _compiled(_swiglu_backward)(grad, gate_up)
     grad_gate_up, product = torch.empty_like(gate_up), torch.empty_like(grad)
-    for rows in _blocks(gate_up):
+    for rows in blocks(gate_up):
         grad_gate_up[rows], product[rows] = _swiglu_backward(grad[rows], gate_up[rows])
     return grad_gate_up, product
 
 
 def rotate_(x: Tensor, tables: tuple[Tensor, Tensor]) -> None:
-    """Rotate the pairs (x_i, x_{i+K/2}) of queries or keys by their positions, in place: x (B, T, H, K) may be a view."""
+    """Rotate the pairs (x_i, x_{i+K/2}) of queries or keys by their positions, in place: (B, T, H, K), maybe a view."""
     cos, sin = _tables_for(x, tables)
     x.copy_(_compiled(_rotated)(x, cos, sin) if x.is_cuda else _rotated(x, cos, sin))
 
@@ -136,7 +136,10 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
+def blocks(x: Tensor) -> Iterator[slice]:
+    """Cut a matrix into slices of rows that a core's cache holds; on CUDA into one."""
+    if x.is_cuda:
+        return iter((slice(None),))
     step = max(1, BLOCK_ELEMENTS // x.shape[1])
     return (slice(start, start + step) for start in range(0, len(x), step))
 

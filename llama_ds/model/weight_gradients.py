@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from llama_ds.model.linear import adjacent
+from llama_ds.model.linear import ShardedLinear, adjacent
 
 Work = tuple[list[nn.Parameter], Tensor, Tensor]  # matrices stacked by rows, dY, X
 
@@ -34,11 +34,18 @@ class WeightGradients:
         buffers = [self.buffer_of(w) for w in weights]
         whole = adjacent(buffers)
         if whole is not None:
-            _add_product(whole, grad, x)
+            add_product(whole, grad, x)
         else:
             for buffer, part in zip(buffers, grad.split([len(w) for w in weights], 1), strict=True):
-                _add_product(buffer, part, x)
+                add_product(buffer, part, x)
         return [None] * len(weights)
+
+    def add(self, weight: Tensor, grad: Tensor) -> Tensor | None:
+        """Put a gradient that is computed already where it belongs; return it if that is autograd."""
+        if self.buffer_of is None or not isinstance(weight, nn.Parameter):
+            return grad.to(weight.dtype)
+        self.buffer_of(weight).add_(grad)
+        return None
 
 
 class LayerWeightGradients:
@@ -49,7 +56,7 @@ class LayerWeightGradients:
         self._open: list[Work] = []  # of the backward that is running
         self._waiting: deque[list[Work]] = deque()
 
-    def of(self, modules: Sequence[nn.Module], grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
+    def of(self, modules: Sequence[ShardedLinear], grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
         """Return the gradients of linear layers that share x (N, I), for autograd; None where it has none to take."""
         weights = [module.weight for module in modules]
         if not self._shared.deferred:
@@ -76,7 +83,8 @@ class LayerWeightGradients:
                     weight.grad = own if weight.grad is None else weight.grad.add_(own)
 
 
-def _add_product(buffer: Tensor, grad: Tensor, x: Tensor) -> None:
+def add_product(buffer: Tensor, grad: Tensor, x: Tensor) -> None:
+    """buffer += dY^T X, in the buffer's width."""
     if buffer.dtype == grad.dtype:
         buffer.addmm_(grad.t(), x)
     elif buffer.is_cuda:  # one kernel: bf16 in, float32 out, no rounding between

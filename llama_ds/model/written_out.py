@@ -9,10 +9,10 @@ What a layer keeps between forward and backward is its policy (`llama_ds.model.s
 
 - none: everything the backward reads. Nothing is computed again.
 - selective: the layer's input, the outputs of its wide products (q, k and v rotated; gate and up), the attention's
-  output and logsumexp. The norms and the SwiGLU product are computed again, and on one rank the small output projection
-  (2.6 percent of the layer's FLOPs); over several ranks its sum stays, and under sequence parallelism the gathered inputs
-  of the products: no collective is repeated.
-- full: the layer's input. The whole forward runs again, collectives too.
+  output and logsumexp. The norms and the SwiGLU product are computed again, and on one rank the small output
+  projection (2.6 percent of the layer's FLOPs); over several ranks its sum stays, and under sequence parallelism the
+  gathered inputs of the products: no collective is repeated.
+- full: the layer's input. The forward runs again, collectives too, up to the product that the backward does not read.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class _Layer(Function):
         ctx: Any, x: Tensor, layer: WrittenOutLayer, documents: Documents | None, *parameters: nn.Parameter
     ) -> Tensor:
         y, saved = forward(layer, x, documents, layer.policy)
+        assert y is not None
         tensors = [getattr(saved, field.name) for field in fields(saved)[:-1]]
         ctx.save_for_backward(*tensors, *saved.statistics)
         ctx.layer, ctx.documents = layer, documents
@@ -93,15 +94,18 @@ class _Layer(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         count = len(fields(Saved)) - 1
-        saved = Saved(*ctx.saved_tensors[:count], statistics=ctx.saved_tensors[count:])
+        tensors = ctx.saved_tensors
+        saved = Saved(*tensors[:count], statistics=tensors[count:])  # type: ignore[misc]
         if ctx.layer.policy == "full":
-            _, saved = forward(ctx.layer, saved.x, ctx.documents, "none")
+            _, saved = forward(ctx.layer, saved.x, ctx.documents, "none", output=False)
         grad_x, grads = backward(ctx.layer, grad, saved, ctx.documents)
         return grad_x, None, None, *grads
 
 
-def forward(layer: WrittenOutLayer, x: Tensor, documents: Documents | None, policy: str) -> tuple[Tensor, Saved]:
-    """Return y (B, S, D) and what `policy` keeps. Each step stands with the same number in `backward`."""
+def forward(
+    layer: WrittenOutLayer, x: Tensor, documents: Documents | None, policy: str, output: bool = True
+) -> tuple[Tensor | None, Saved]:
+    """Return y (B, S, D), if wanted, and what `policy` keeps. Each step stands with the same number in `backward`."""
     tp, eps, attention, mlp = layer.tp, layer.input_layernorm.eps, layer.self_attn, layer.mlp
     keep = policy == "none"
 
@@ -125,7 +129,9 @@ def forward(layer: WrittenOutLayer, x: Tensor, documents: Documents | None, poli
     gate_up = normed_mid @ stacked([m.weight for m in layer.wide_mlp]).t()
     product = swiglu(gate_up)
     # 7. y = m + a W_down^T, summed over ranks
-    y = tp.start_reduce((product @ mlp.down_proj.weight.t()).view(*rows, -1))().add_(mid)
+    y = None
+    if output:
+        y = tp.start_reduce((product @ mlp.down_proj.weight.t()).view(*rows, -1))().add_(mid)
 
     if policy == "full":
         return y, Saved(x)
@@ -160,7 +166,8 @@ def backward(
     normed_mid = rms_norm(mid, mid_norm, eps).flatten(0, 1) if saved.normed_mid is None else saved.normed_mid
     grad_y = whole().flatten(0, 1)
     grad_product = grad_y @ mlp.down_proj.weight
-    # 6. du = da g s, dg = da u s (1 + g (1 - s)) with s = sigmoid(g); dl = [dg | du] [W_gate | W_up], dW = [dg | du]^T l
+    # 6. du = da g s, dg = da u s (1 + g (1 - s)) with s = sigmoid(g);
+    #    dl = [dg | du] [W_gate | W_up], dW = [dg | du]^T l
     grad_gate_up, product = swiglu_backward(grad_product, gate_up)
     del grad_product
     reduced = tp.start_reduce((grad_gate_up @ stacked([m.weight for m in layer.wide_mlp])).view(whole_shape))

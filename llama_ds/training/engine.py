@@ -16,17 +16,21 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
 from llama_ds.checkpoint.weights import layer_file
 from llama_ds.config.layout import Layout
 from llama_ds.config.schema import OptimizerConfig, RunConfig
+from llama_ds.model.embedding import Head
 from llama_ds.model.linear import RMSNorm
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel import world
 from llama_ds.parallel.grid import grid, tensor_parallel
 from llama_ds.parallel.pipeline import LlamaPipeline
+from llama_ds.parallel.recompute import stage_policies
 from llama_ds.training.host_memory import keep_freed_memory
 
 Batches = Iterable[np.ndarray]
@@ -64,20 +68,30 @@ def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device:
         keep_freed_memory()
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     shared = shared_parts(run, tensor_parallel(layout, run.parallel.sequence_parallel), device.type, dtype)
-    loss = NextTokenLoss(shared.tp, run.optimizer.z_loss)
+    loss = NextTokenLoss(shared.tp, run.optimizer.z_loss, shared.weight_gradients)
+    policies = save_policies(run, layout, dtype.itemsize)
     # DeepSpeed prints its topology and seeds to stdout, which belongs to the run's own lines.
     with redirect_stdout(io.StringIO()):
         if layout.pp > 1:
-            module: nn.Module = LlamaPipeline(run, layout, shared, loss)
+            module: nn.Module = LlamaPipeline(run, layout, shared, loss, policies)
             mpu = None  # the pipeline module brings its grid
         else:
             mpu = grid(layout)
             with zero_init(run, config, mpu):
-                module = Llama(shared, loss, run.parallel.recompute)
+                module = Llama(shared, loss, policies, policies is None and run.parallel.recompute == "full")
+            if run.zero_stage == 3:  # these read their submodules' weights themselves: gather them as a whole
+                set_z3_leaf_modules(module, [WrittenOutLayer, Head])
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=build_optimizer(module, run.optimizer, config), config=config, mpu=mpu
         )
     return PipelinedEngine(engine) if layout.pp > 1 else SingleStageEngine(engine, layout.accumulation, device)
+
+
+def save_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[str] | None:
+    """Return the save policy of every decoder layer, None where the run wants layers by autograd."""
+    if run.parallel.decoder_layer == "autograd":
+        return None
+    return [policy for stage in stage_policies(run, layout, element_bytes) for policy in stage.policies]
 
 
 def zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractContextManager[Any]:

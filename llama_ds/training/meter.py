@@ -10,8 +10,9 @@ import torch
 
 from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
-from llama_ds.model.flops import device_peak, flops_per_token, hardware_flops_per_token
+from llama_ds.model.flops import device_peak, flops_per_token
 from llama_ds.parallel import world
+from llama_ds.parallel.recompute import ELEMENT_BYTES, recomputed_flops_per_token
 
 GIB = 2**30
 
@@ -46,7 +47,7 @@ class Meter:
         self.world = layout.world
         self.tokens_per_step = layout.global_batch * run.data.seq_len
         self.model_flops = flops_per_token(run.model, run.data.seq_len)
-        self.hardware_flops = hardware_flops_per_token(run.model, run.data.seq_len, run.parallel.recompute)
+        self.hardware_flops = self.model_flops + recomputed_flops_per_token(run, layout, ELEMENT_BYTES[dtype])
         self.peak = device_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
         self._steps = 0
         self._since = time.perf_counter()

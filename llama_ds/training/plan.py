@@ -7,26 +7,28 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llama_ds.config.layout import Layout
+from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.model.flops import (
     embedding_parameters,
     flops_per_token,
-    hardware_flops_per_token,
     layer_costs,
     layer_parameters,
     parameter_count,
 )
 from llama_ds.parallel.partition import boundaries, decoder_layers
+from llama_ds.parallel.recompute import ELEMENT_BYTES, GIB, StagePolicies, recomputed_flops_per_token, stage_policies
 from llama_ds.training.schedule import learning_rate
 
 
 def describe(run: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> str:
     """Return the plan of `run` on `layout` as readable text; `ds_config` is the merged DeepSpeed configuration."""
+    element_bytes = ELEMENT_BYTES["bf16" if ds_config["bf16"]["enabled"] else "fp32"]
     sections = (
         ("run", _run(run)),
-        ("model", _model(run)),
+        ("model", _model(run, layout, element_bytes)),
         ("layout", _layout(run, layout)),
-        ("stages", _table(_stages(run, layout))),
+        ("stages", _table(_stages(run, layout, element_bytes))),
         ("schedule", _schedule(run)),
         ("data", _table(_data(run))),
         ("deepspeed", json.dumps(ds_config, indent=2).splitlines()),
@@ -67,11 +69,11 @@ def _run(run: RunConfig) -> list[str]:
     )
 
 
-def _model(run: RunConfig) -> list[str]:
+def _model(run: RunConfig, layout: Layout, element_bytes: int) -> list[str]:
     model, seq_len = run.model, run.data.seq_len
     heads = f"{model.num_attention_heads} query, {model.num_key_value_heads} key/value, of {model.head_dim}"
     flops = flops_per_token(model, seq_len)
-    hardware = hardware_flops_per_token(model, seq_len, run.parallel.recompute)
+    hardware = flops + recomputed_flops_per_token(run, layout, element_bytes)
     tied = " (tied)" if model.tie_word_embeddings else ""
     return _pairs(
         ("parameters", f"{short(parameter_count(model))} = {parameter_count(model):,}{tied}"),
@@ -96,14 +98,23 @@ def _layout(run: RunConfig, layout: Layout) -> list[str]:
     )
 
 
-def _stages(run: RunConfig, layout: Layout) -> Iterable[tuple[str, ...]]:
+def _stages(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tuple[str, ...]]:
     bounds = boundaries(run.model, run.data.seq_len, layout.pp, run.parallel.partition)
     costs = layer_costs(run.model, run.data.seq_len)
-    yield "stage", "decoder layers", "share of FLOPs", "parameters per rank"
+    yield "stage", "decoder layers", "share of FLOPs", "parameters per rank", "recompute", "kept activations"
     held = stage_parameters(run.model, bounds, layout.tp)
-    for stage, (layers, parameters) in enumerate(zip(decoder_layers(bounds), held, strict=True)):
+    saving = stage_policies(run, layout, element_bytes)
+    for stage, (parameters, saved) in enumerate(zip(held, saving, strict=True)):
         share = sum(costs[bounds[stage] : bounds[stage + 1]]) / sum(costs)
-        yield str(stage), str(layers), f"{share:.1%}", short(parameters)
+        yield str(stage), str(len(saved.policies)), f"{share:.1%}", short(parameters), *_recompute(run, saved)
+
+
+def _recompute(run: RunConfig, saved: StagePolicies) -> tuple[str, str]:
+    """Return a stage's policies, and what its decoder layers keep for the micro-batches in flight."""
+    if run.parallel.decoder_layer == "autograd":
+        return f"{run.parallel.recompute} (autograd)", "-"
+    counts = ", ".join(f"{saved.policies.count(p)} {p}" for p in POLICIES if p in saved.policies)
+    return counts, f"{saved.saved_bytes / GIB:.2f} GiB in {saved.in_flight} micro-batches"
 
 
 def _schedule(run: RunConfig) -> list[str]:

@@ -147,7 +147,8 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
         ("model=7B", "command line: model = '7B' is not a section of keys"),
         ("optimizer.schedule=cosin", "tiny.yaml: optimizer.schedule = 'cosin' is not cosine or wsd "
          "(did you mean 'cosine'?)"),
-        ("parallel.recompute=all", "tiny.yaml: parallel.recompute = 'all' is not none or full"),
+        ("parallel.recompute=all", "tiny.yaml: parallel.recompute = 'all' is not none, selective or full, "
+         "a list of these for each stage, or {budget: 20 GiB}"),
         ("optimizer.lr=0", "tiny.yaml: optimizer.lr = 0.0 is not positive"),
         ("training.steps=0", "command line: training.steps = 0 is not positive"),
         ("evaluation.rows=-1", "tiny.yaml: evaluation.rows = -1 is negative"),

@@ -40,10 +40,10 @@ SHAPES = {
 }
 
 
-def ours(model: ModelConfig, backend: str) -> Llama:
+def ours(model: ModelConfig, backend: str, policy: str | None = None) -> Llama:
     tp = SingleRank()
     shared = Shared(model, 7, tp, CausalAttention(backend), RotaryTables(model, T))
-    return Llama(shared, NextTokenLoss(tp))
+    return Llama(shared, NextTokenLoss(tp), policy and [policy] * model.num_hidden_layers)
 
 
 def theirs(model: ModelConfig, source: Llama) -> LlamaForCausalLM:
@@ -77,12 +77,13 @@ def theirs(model: ModelConfig, source: Llama) -> LlamaForCausalLM:
     return judge
 
 
+@pytest.mark.parametrize("policy", [None, "selective"], ids=["autograd", "written_out"])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_loss_and_gradients_are_transformers(shape: str, backend: str) -> None:
+def test_logits_loss_and_gradients_are_transformers(shape: str, backend: str, policy: str | None) -> None:
     """Logits to 1e-5 as the field judges ports; gradients to 1e-5 of each gradient's norm."""
     model = SHAPES[shape]
-    mine = ours(model, backend)
+    mine = ours(model, backend, policy)
     judge = theirs(model, mine)
     rows = torch.randint(0, model.vocab_size, (3, T + 1), generator=torch.Generator().manual_seed(1))
     ids, labels = rows[:, :-1], rows[:, 1:]
@@ -126,11 +127,12 @@ def test_masked_documents_see_only_themselves(backend: str) -> None:
 
 def test_z_loss_penalises_the_log_normaliser_in_training_only() -> None:
     logits = torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True)
+    head = torch.eye(11, dtype=torch.float64, requires_grad=True)  # the logits are their own hidden states
     labels = torch.randint(0, 11, (2, 5))
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     wanted = plain + 0.1 * logits.logsumexp(-1).square().mean()
     loss = NextTokenLoss(SingleRank(), 0.1)
-    torch.testing.assert_close(loss(logits, labels), wanted, atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(lambda x: loss(x, labels), (logits,))
+    torch.testing.assert_close(loss((logits, head), labels), wanted, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(lambda x, w: loss((x, w), labels), (logits, head))
     with torch.no_grad():
-        torch.testing.assert_close(loss(logits, labels), plain, atol=1e-12, rtol=0)
+        torch.testing.assert_close(loss((logits, head), labels), plain, atol=1e-12, rtol=0)

@@ -39,6 +39,7 @@ class Case:
     tied: bool = False
     document_mask: bool = False
     recompute: str = "none"
+    decoder_layer: str = "written_out"
     dtype: str = "fp32"
     micro_batch: int = 1
     partition: tuple[int, ...] | None = None
@@ -84,10 +85,17 @@ class Case:
             model=model,
             data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), self.document_mask),
             training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN),
-            # Clipping bites at every step, so a wrong norm changes the losses too.
-            optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5, clip=0.5, z_loss=self.z_loss),
+            # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 a single
+            # gradient that happens to be of that size, and half rounding, is a whole step of its weight.
+            optimizer=OptimizerConfig(lr=3e-3, eps=1e-6, warmup_steps=5, clip=0.5, z_loss=self.z_loss),
             parallel=ParallelConfig(
-                self.pp, self.tp, self.sequence_parallel, self.micro_batch, self.partition, self.recompute
+                self.pp,
+                self.tp,
+                self.sequence_parallel,
+                self.micro_batch,
+                self.partition,
+                self.decoder_layer,
+                self.recompute,
             ),
             deepspeed={
                 "zero_optimization": {"stage": self.zero},

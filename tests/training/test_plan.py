@@ -25,7 +25,7 @@ def test_plan_of_65b_says_what_will_run() -> None:
         "parameters        65.3B = 65,285,660,672",
         "ranks         2,048 = pp 8 x dp 32 x tp 8, activations shared by sequence",
         "global batch  2,048 rows = 32 x 1 x 64 = 4,194,304 tokens",
-        "7      10              12.8%           1.04B",
+        "7      10              12.8%           1.04B                10 none    1.17 GiB in 1 micro-batches",
         "steps         333,787",
         "step 1,999    lr 0.00015 (end of warm-up)",
         "writes to       runs/llama_65b",

@@ -1,0 +1,61 @@
+"""What a decoder layer keeps between forward and backward, and what it computes again: the policies' cost table.
+
+Per layer and micro-batch, in numbers of the run's dtype, with N = micro_batch * T tokens, M = N / tp under sequence
+parallelism else N, D hidden size, F intermediate size, H query and G key-value heads of size K:
+
+    none       2 M D + N ((H + 2 G) K + H K + 3 F) / tp + 2 N D
+    selective    M D + N ((H + 2 G) K + H K + 2 F) / tp, + M D where tp > 1, + 2 N D under sequence parallelism
+    full         M D
+
+and, but for full, the attention's logsumexp: N H / tp numbers of 4 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_ds.config.schema import ModelConfig
+from llama_ds.model.flops import layer_forward_flops
+
+LOGSUMEXP_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """One decoder layer's share of one micro-batch on one rank."""
+
+    model: ModelConfig
+    seq_len: int
+    micro_batch: int
+    tp: int = 1
+    sequence_parallel: bool = False
+    element_bytes: int = 2
+
+    def saved_bytes(self, policy: str) -> int:
+        """Return the bytes kept between the layer's forward and backward: the formulas above."""
+        model = self.model
+        tokens = self.micro_batch * self.seq_len
+        own = tokens // self.tp if self.sequence_parallel else tokens
+        hidden, inner = model.hidden_size, model.intermediate_size
+        queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        if policy == "full":
+            return own * hidden * self.element_bytes
+        keep = policy == "none"
+        numbers = own * hidden * (2 if keep or self.tp > 1 else 1)
+        numbers += tokens * (2 * queries + 2 * keys + (3 if keep else 2) * inner) // self.tp
+        numbers += 2 * tokens * hidden if keep or self.sequence_parallel else 0
+        return numbers * self.element_bytes + tokens * model.num_attention_heads // self.tp * LOGSUMEXP_BYTES
+
+    def recomputed_flops(self, policy: str) -> float:
+        """Return the FLOPs per token, over all tensor-parallel ranks, that the backward computes again.
+
+        selective repeats the output projection on one rank; full the forward without its last product, whose
+        result the backward does not read.
+        """
+        model = self.model
+        queries = model.num_attention_heads * model.head_dim
+        if policy == "selective" and self.tp == 1:
+            return 2.0 * queries * model.hidden_size
+        if policy == "full":
+            return layer_forward_flops(model, self.seq_len) - 2.0 * model.hidden_size * model.intermediate_size
+        return 0.0

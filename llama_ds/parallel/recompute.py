@@ -1,0 +1,95 @@
+"""Which save policy each decoder layer has: as the run file says, or the least recomputing that fits a memory budget.
+
+Pure arithmetic. In 1F1B stage s of p holds the activations of min(p - s, micro-batches) micro-batches at a time
+(Narayanan et al., arXiv 2104.04473, section 2.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.recompute import POLICIES, Recompute, parse
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.model.flops import layer_forward_flops
+from llama_ds.model.saving import LayerWork
+from llama_ds.parallel.partition import boundaries, decoder_layers
+
+GIB = 2**30
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class StagePolicies:
+    """One stage's decoder layers: their policies, and the bytes they keep for all micro-batches in flight."""
+
+    policies: tuple[str, ...]
+    in_flight: int
+    saved_bytes: int
+
+
+def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[StagePolicies]:
+    """Return each stage's policies; `element_bytes` is 2 in bf16, 4 in fp32.
+
+    Raises:
+        UserError: a budget that even full recomputation exceeds.
+    """
+    wanted = parse(run.parallel.recompute) or Recompute(("none",))
+    work = layer_work(run, layout, element_bytes)
+    stages = []
+    for stage, layers in enumerate(
+        decoder_layers(boundaries(run.model, run.data.seq_len, layout.pp, run.parallel.partition))
+    ):
+        in_flight = min(layout.pp - stage, layout.accumulation)
+        if wanted.budget_bytes is None:
+            policies = (wanted.policies[stage if len(wanted.policies) > 1 else 0],) * layers
+        else:
+            policies = _fit(work, layers, in_flight, wanted.budget_bytes, f"{run.path}: stage {stage}")
+        saved = in_flight * sum(map(work.saved_bytes, policies))
+        stages.append(StagePolicies(policies, in_flight, saved))
+    return stages
+
+
+def layer_work(run: RunConfig, layout: Layout, element_bytes: int) -> LayerWork:
+    """Return the run's decoder layer as its cost table wants it."""
+    parallel = run.parallel
+    return LayerWork(
+        run.model, run.data.seq_len, layout.micro_batch, layout.tp, parallel.sequence_parallel, element_bytes
+    )
+
+
+def recomputed_flops_per_token(run: RunConfig, layout: Layout, element_bytes: int) -> float:
+    """Return the FLOPs per token that the whole model computes again in its backward."""
+    if run.parallel.decoder_layer == "autograd":
+        forward = layer_forward_flops(run.model, run.data.seq_len)
+        return run.model.num_hidden_layers * forward if run.parallel.recompute == "full" else 0.0
+    work = layer_work(run, layout, element_bytes)
+    return sum(
+        work.recomputed_flops(policy)
+        for stage in stage_policies(run, layout, element_bytes)
+        for policy in stage.policies
+    )
+
+
+def _fit(work: LayerWork, layers: int, in_flight: int, budget: int, place: str) -> tuple[str, ...]:
+    """Return the policies of equal layers that recompute least within `budget` bytes: exact, over all three counts."""
+    saved = {policy: in_flight * work.saved_bytes(policy) for policy in POLICIES}
+    if layers * saved["full"] > budget:
+        raise UserError(
+            f"{place} keeps {layers * saved['full'] / GIB:.3g} GiB under full recompute, above parallel.recompute = "
+            f"budget: {budget / GIB:.3g} GiB; raise it, or lower parallel.micro_batch or data.seq_len"
+        )
+    best: tuple[float, tuple[str, ...]] | None = None
+    for full in range(layers + 1):
+        for selective in range(layers + 1 - full):
+            counts = {"none": layers - full - selective, "selective": selective, "full": full}
+            if sum(saved[policy] * count for policy, count in counts.items()) > budget:
+                continue
+            cost = sum(work.recomputed_flops(policy) * count for policy, count in counts.items())
+            # The last layers of a stage are first in the backward: what they keep is given back soonest.
+            if best is None or cost < best[0]:
+                order = ("full", "selective", "none")
+                best = cost, tuple(policy for policy in order for _ in range(counts[policy]))
+    assert best is not None
+    return best[1]
