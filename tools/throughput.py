@@ -27,6 +27,7 @@ from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.layout import Layout
+from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run, resolved
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
@@ -78,6 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--repeats", type=int, default=15, help="timed steps of each (default: %(default)s)")
     command.add_argument("--dtype", choices=DTYPES, default="fp32")
     command.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="of our engine (default: fp32 0, bf16 1)")
+    command.add_argument("--policy", choices=POLICIES, default="selective", help="of our layers (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print the results as JSON")
     command.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
     return parser.parse_args(argv)
@@ -113,7 +115,7 @@ def _benchmark_run(args: argparse.Namespace) -> RunConfig:
         run,
         data=replace(run.data, seq_len=args.seq_len),
         training=replace(run.training, global_batch=args.batch),
-        parallel=ParallelConfig(micro_batch=args.batch),
+        parallel=ParallelConfig(micro_batch=args.batch, recompute=args.policy),
         deepspeed={"zero_optimization": {"stage": args.zero}, "bf16": {"enabled": args.dtype == "bf16"}},
     )
 
@@ -124,7 +126,8 @@ def _contestants(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str
     rows = torch.from_numpy(batch)
     ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     shared = shared_parts(run, SingleRank(), "cpu", dtype)
-    ours = Llama(shared, NextTokenLoss(shared.tp)).to(dtype)
+    policies = [run.parallel.recompute] * run.model.num_hidden_layers
+    ours = Llama(shared, NextTokenLoss(shared.tp), policies).to(dtype)
 
     def theirs(fused: bool | None) -> Step:
         model = transformers_model(run, ours, dtype)
@@ -201,6 +204,7 @@ def _results(run: RunConfig, args: argparse.Namespace, timings: dict[str, Timing
         "seq_len": args.seq_len,
         "dtype": args.dtype,
         "zero": args.zero,
+        "policy": args.policy,
         "threads": args.threads,
         "repeats": args.repeats,
         "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},

@@ -24,23 +24,26 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     y = torch.empty_like(x)
     flat, out = x.flatten(0, -2), y.flatten(0, -2)
     for rows in blocks(flat):
-        out[rows] = _rms_norm(flat[rows], weight, eps)
+        _rms_norm(flat[rows], weight, eps, out[rows])
     return y
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return (dL/dx, dL/dw) for g = dL/dy and n = x r: dL/dx = r (g w - n mean(g w n)), dL/dw = sum over tokens of g n.
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return (dL/dx + residual, dL/dw) for g = dL/dy: dL/dx = r g w - x r^3 mean(g w x), dL/dw = sum of g x r.
 
-    Shapes: (..., D) twice and (D,) -> (..., D) and (D,); dL/dw is in float32 at least.
+    `residual` is the gradient that x has from its other use. Shapes: (..., D) and (D,); dL/dw is in float32 at least.
     """
     if x.is_cuda:
-        return _compiled(_rms_norm_backward)(grad, x, weight, eps)
+        return _compiled(_rms_norm_backward)(grad, x, weight, eps, residual)
     grad_x = torch.empty_like(x)
     grad_weight = x.new_zeros(weight.shape, dtype=_wide(x))
-    flat_grad, flat, out = grad.flatten(0, -2), x.flatten(0, -2), grad_x.flatten(0, -2)
+    flat_grad, flat, out = (t.flatten(0, -2) for t in (grad, x, grad_x))
+    rest = None if residual is None else residual.flatten(0, -2)
     for rows in blocks(flat):
-        out[rows], part = _rms_norm_backward(flat_grad[rows], flat[rows], weight, eps)
-        grad_weight += part
+        here = None if rest is None else rest[rows]
+        grad_weight += _rms_norm_backward(flat_grad[rows], flat[rows], weight, eps, here, out[rows])[1]
     return grad_x, grad_weight
 
 
@@ -50,7 +53,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
         return _compiled(_swiglu)(gate_up)
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     for rows in blocks(gate_up):
-        out[rows] = _swiglu(gate_up[rows])
+        _swiglu(gate_up[rows], out[rows])
     return out
 
 
@@ -63,7 +66,7 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         return _compiled(_swiglu_backward)(grad, gate_up)
     grad_gate_up, product = torch.empty_like(gate_up), torch.empty_like(grad)
     for rows in blocks(gate_up):
-        grad_gate_up[rows], product[rows] = _swiglu_backward(grad[rows], gate_up[rows])
+        _swiglu_backward(grad[rows], gate_up[rows], grad_gate_up[rows], product[rows])
     return grad_gate_up, product
 
 
@@ -85,42 +88,52 @@ def _tables_for(x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     return cos[:length].to(dtype), sin[:length].to(dtype)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
+    """(N, D) -> (N, 1)."""
+    return torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1]).add_(eps).rsqrt_()
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> Tensor:
     wide = x.to(_wide(x))
-    inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (wide * inverse).mul_(weight).to(x.dtype)
+    target = _same_width(out, wide)
+    y = torch.mul(wide, _inverse_rms(wide, eps), out=target).mul_(weight)
+    return _narrow(y, x, out)
 
 
-def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide, w = grad.to(_wide(x)), weight.to(_wide(x))
-    x = x.to(_wide(x))
-    inverse = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    normed = x * inverse
-    product = wide * normed
-    grad_weight = product.flatten(0, -2).sum(0)
-    mean = product.mul_(w).mean(-1, keepdim=True)
-    grad_x = (wide * w).sub_(normed.mul_(mean)).mul_(inverse)
-    return grad_x.to(grad.dtype), grad_weight
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    wide, g, w = x.to(_wide(x)), grad.to(_wide(x)), weight.to(_wide(x))
+    inverse = _inverse_rms(wide, eps)
+    product = (g * wide).flatten(0, -2)
+    grad_weight = product.t() @ inverse.flatten()
+    mean = (product @ w).view_as(inverse) / wide.shape[-1]
+    y = torch.mul(g, w, out=_same_width(out, wide)).mul_(inverse)
+    y.addcmul_(wide, inverse.pow(3) * mean, value=-1)
+    if residual is not None:
+        y.add_(residual)
+    return _narrow(y, x, out), grad_weight
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
+def _swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     gate, up = gate_up.to(_wide(gate_up)).chunk(2, -1)
-    return torch.nn.functional.silu(gate).mul_(up).to(gate_up.dtype)
+    target = torch.empty_like(up) if out is None or out.dtype != up.dtype else out
+    return _narrow(torch.ops.aten.silu.out(gate, out=target).mul_(up), gate_up, out)
 
 
-def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_backward(
+    grad: Tensor, gate_up: Tensor, out: Tensor | None = None, product_out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     wide = grad.to(_wide(grad))
-    gate, up = gate_up.to(wide.dtype).chunk(2, -1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    product = silu * up
-    # s (1 + g (1 - s)) = s + silu (1 - s) = s + silu - silu s
-    slope = silu.addcmul(silu, sigmoid, value=-1).add_(sigmoid)
-    out = torch.empty_like(gate_up, dtype=wide.dtype)
-    grad_gate, grad_up = out.chunk(2, -1)
-    torch.mul(wide, up, out=grad_gate).mul_(slope)
+    gate_up_wide = gate_up.to(wide.dtype)
+    gate, up = gate_up_wide.chunk(2, -1)
+    result = torch.empty_like(gate_up_wide) if out is None or out.dtype != wide.dtype else out
+    grad_gate, grad_up = result.chunk(2, -1)
+    torch.ops.aten.silu_backward.grad_input(wide * up, gate, grad_input=grad_gate)
+    silu = torch.nn.functional.silu(gate)
     torch.mul(wide, silu, out=grad_up)
-    return out.to(grad.dtype), product.to(grad.dtype)
+    product = torch.mul(silu, up, out=_same_width(product_out, wide))
+    return _narrow(result, grad, out), _narrow(product, grad, product_out)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -134,6 +147,18 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _same_width(out: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return `out` if results of `like`'s width can be written to it."""
+    return out if out is not None and out.dtype == like.dtype else None
+
+
+def _narrow(result: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
+    """Bring a wide result to the width of `like`: into `out` where there is one and it is not there yet."""
+    if out is None:
+        return result.to(like.dtype)
+    return result if result is out or result.dtype == out.dtype else out.copy_(result)
 
 
 def blocks(x: Tensor) -> Iterator[slice]:

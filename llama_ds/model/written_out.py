@@ -173,8 +173,7 @@ def backward(
     reduced = tp.start_reduce((grad_gate_up @ stacked([m.weight for m in layer.wide_mlp])).view(whole_shape))
     down = weights.of((mlp.down_proj,), grad_y, product if saved.product is None else saved.product)
     # 5. dm += r (dl w - z mean(dl w z)) with z = m r; dw = sum over tokens of dl z
-    grad_mid, grad_mid_norm = rms_norm_backward(reduced(), mid, mid_norm, eps)
-    grad_mid.add_(grad)
+    grad_mid, grad_mid_norm = rms_norm_backward(reduced(), mid, mid_norm, eps, grad)
     mid_norm_sum = tp.start_sum(grad_mid_norm)
     # 4. do = dm W_o, dW_o = dm^T o
     whole = tp.start_gather(grad_mid)
@@ -198,8 +197,7 @@ def backward(
     output = weights.of((attention.o_proj,), grad_whole, out.flatten(2).flatten(0, 1))
     normed_x = rms_norm(x, norm, eps).flatten(0, 1) if saved.normed_x is None else saved.normed_x
     # 1. dx = dm + r (dn w - z mean(dn w z)) with z = x r; dw = sum over tokens of dn z
-    grad_x, grad_norm = rms_norm_backward(reduced(), x, norm, eps)
-    grad_x.add_(grad_mid)
+    grad_x, grad_norm = rms_norm_backward(reduced(), x, norm, eps, grad_mid)
     if not layer.first:
         tp.gather_ahead(grad_x)
     norm_sum = tp.start_sum(grad_norm)

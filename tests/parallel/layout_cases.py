@@ -85,8 +85,8 @@ class Case:
             model=model,
             data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), self.document_mask),
             training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN),
-            # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 a single
-            # gradient that happens to be of that size, and half rounding, is a whole step of its weight.
+            # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
+            # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
             optimizer=OptimizerConfig(lr=3e-3, eps=1e-6, warmup_steps=5, clip=0.5, z_loss=self.z_loss),
             parallel=ParallelConfig(
                 self.pp,

@@ -1,0 +1,213 @@
+"""The layer whose backward is written out is the autograd layer: in float64 to 1e-10, under every save policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llama_ds.config.recompute import POLICIES
+from llama_ds.config.schema import ModelConfig
+from llama_ds.model.attention import CausalAttention
+from llama_ds.model.decoder import DecoderLayer, Shared
+from llama_ds.model.linear import adjacent
+from llama_ds.model.rope import RotaryTables
+from llama_ds.model.saving import LayerWork
+from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.model.weight_gradients import WeightGradients
+from llama_ds.model.written_out import WrittenOutLayer
+
+ROWS, T = 2, 24
+PLAIN = ModelConfig(64, 32, 84, 2, 4, 4, 8, initializer_range=0.2)
+SHAPES = {
+    "multi_head": PLAIN,
+    "grouped_query": replace(PLAIN, num_key_value_heads=2),
+    "multi_query_wide_head": replace(PLAIN, num_key_value_heads=1, head_dim=16),
+}
+STARTS = torch.tensor([0] * 7 + [7] * 10 + [17] * 7, dtype=torch.int32).expand(ROWS, T)
+
+
+def shared_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T) -> Shared:
+    return Shared(model, 7, SingleRank(), CausalAttention(backend), RotaryTables(model, seq_len))
+
+
+def layers(shape: str, policy: str, backend: str = "sdpa") -> tuple[DecoderLayer, WrittenOutLayer]:
+    shared = shared_for(SHAPES[shape], backend)
+    reference, layer = DecoderLayer(shared, 0).double(), WrittenOutLayer(shared, 0, policy).double()
+    with torch.no_grad():
+        for weight in reference.parameters():  # norm weights of one would hide a factor
+            weight.add_(torch.randn_like(weight) * 0.1)
+    layer.load_state_dict(reference.state_dict())
+    return reference, layer
+
+
+def run(layer: nn.Module, x: Tensor, grad: Tensor, masked: bool) -> dict[str, Tensor]:
+    """Return the output and all gradients of one forward and backward."""
+    x = x.clone().requires_grad_()
+    y = layer((x, STARTS))[0] if masked else layer(x)
+    y.backward(grad)
+    assert x.grad is not None
+    return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in layer.named_parameters() if p.grad is not None}}
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys() and len(found) == 11
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-10, rtol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_gradients_are_autograds(shape: str, policy: str, backend: str, masked: bool) -> None:
+    reference, layer = layers(shape, policy, backend)
+    x, grad = random(ROWS, T, 32), random(ROWS, T, 32, seed=2)
+    assert_same(run(layer, x, grad, masked), run(reference, x, grad, masked))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradcheck(policy: str, masked: bool) -> None:
+    """Against finite differences: of the input and of every parameter at once."""
+    model = ModelConfig(16, 8, 12, 1, 4, 2, 4, initializer_range=0.3)
+    layer = WrittenOutLayer(shared_for(model), 0, policy).double()
+    starts = torch.tensor([[0, 0, 2, 2, 2]], dtype=torch.int32)
+    names = [name for name, _ in layer.named_parameters()]
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        inputs = (x, starts) if masked else x
+        y = torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (inputs,))
+        return y[0] if masked else y
+
+    parameters = [p.detach().clone().requires_grad_() for p in layer.parameters()]
+    assert torch.autograd.gradcheck(function, (random(1, 5, 8).requires_grad_(), *parameters))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bf16_is_as_near_to_float64_as_autograd_in_bf16(policy: str) -> None:
+    reference, layer = layers("grouped_query", policy)
+    x, grad = random(ROWS, T, 32), random(ROWS, T, 32, seed=2)
+    exact = run(reference, x, grad, False)
+    for module in (reference, layer):
+        module.zero_grad()
+        module.bfloat16()
+    x, grad = x.bfloat16(), grad.bfloat16()
+    found, plain = run(layer, x, grad, False), run(reference, x, grad, False)
+    for name, value in exact.items():
+        error, plain_error = ((r[name].double() - value).norm() / value.norm() for r in (found, plain))
+        assert error < max(1.5 * plain_error, 4e-3), name  # 2^-8: one rounding of the result
+
+
+def saved_by_hooks(layer: nn.Module, x: Tensor) -> int:
+    """Return the bytes of the distinct storages that autograd keeps, without parameters and constant tables."""
+    constant = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    constant |= {t.untyped_storage().data_ptr() for t in layer.shared.rotary.on(x.device)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constant:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        output = layer(x)  # alive until counted: addresses are not used again
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_saved_bytes_are_the_cost_tables(shape: str, policy: str, dtype: torch.dtype) -> None:
+    layer = WrittenOutLayer(shared_for(SHAPES[shape]), 0, policy).to(dtype)
+    x = torch.randn(ROWS, T, 32, dtype=dtype, requires_grad=True)
+    assert saved_by_hooks(layer, x) == LayerWork(SHAPES[shape], T, ROWS, element_bytes=dtype.itemsize).saved_bytes(
+        policy
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "dtype", "share"),
+    [
+        (8, torch.bfloat16, 0.46),
+        (2, torch.bfloat16, 0.42),
+        (2, torch.float32, 0.46),
+        (
+            8,
+            torch.float32,
+            0.5002,
+        ),  # the one above a half: 10.383 D of 20.760 D numbers per token, the logsumexp too many
+    ],
+)
+def test_selective_keeps_half_of_what_autograd_keeps(groups: int, dtype: torch.dtype, share: float) -> None:
+    """LLaMA's proportions: F / D = 2.69, heads of 128."""
+    model = ModelConfig(64, 1024, 2752, 1, 8, groups, 128)
+    x = torch.randn(1, 8, 1024, dtype=dtype, requires_grad=True)
+    plain = saved_by_hooks(DecoderLayer(shared_for(model), 0).to(dtype), x)
+    selective = saved_by_hooks(WrittenOutLayer(shared_for(model), 0, "selective").to(dtype), x)
+    assert selective <= share * plain, selective / plain
+    work = LayerWork(model, 2048, 1)
+    step = 3 * (2 * (4 if groups == 8 else 2.5) * 1024**2 + 6 * 1024 * 2752)  # its matrix products, per token
+    assert 0 < work.recomputed_flops("selective") < 0.04 * step
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_deferred_weight_gradients_are_the_same(policy: str) -> None:
+    """Two micro-batches: the backward leaves the matrices alone, weight_grads() adds them, oldest first."""
+    reference, layer = layers("grouped_query", policy)
+    first, second = ((random(ROWS, T, 32, seed=s), random(ROWS, T, 32, seed=s + 1)) for s in (1, 3))
+    layer.shared.weight_gradients.deferred = True
+    run(layer, *first, masked=False)
+    found = run(layer, *second, masked=False)
+    assert set(found) == {"y", "x", "input_layernorm.weight", "post_attention_layernorm.weight"}
+    layer.weight_grads()
+    once = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
+    wanted = run(reference, *first, masked=False)
+    for name in once.keys() - {"input_layernorm.weight", "post_attention_layernorm.weight"}:
+        torch.testing.assert_close(once[name], wanted[name], atol=1e-10, rtol=1e-10)
+    layer.weight_grads()
+    assert len(layer.weights) == 0
+    wanted = run(reference, *second, masked=False)
+    found = {**found, **{n: p.grad for n, p in layer.named_parameters() if p.grad is not None}}
+    assert_same(found, wanted)
+
+
+def test_gradients_go_straight_into_the_engines_buffers() -> None:
+    reference, layer = layers("grouped_query", "none")
+    x, grad = random(ROWS, T, 32), random(ROWS, T, 32, seed=2)
+    buffers = {id(p): torch.full_like(p, 0.5) for p in layer.parameters()}
+    layer.shared.weight_gradients.buffer_of = lambda p: buffers[id(p)]
+    found = run(layer, x, grad, False)
+    wanted = run(reference, x, grad, False)
+    assert not any("proj" in name for name in found)
+    for name, weight in layer.named_parameters():
+        if "proj" in name:
+            torch.testing.assert_close(buffers[id(weight)], wanted[name] + 0.5, atol=1e-10, rtol=1e-10)
+
+
+def test_matrices_of_one_input_lie_together() -> None:
+    """One product for q, k and v, one for gate and up, without copying weights; else the same numbers with a copy."""
+    layer = WrittenOutLayer(shared_for(PLAIN), 0)
+    for modules in (layer.wide_attention, layer.wide_mlp):
+        assert adjacent([m.weight for m in modules]) is not None
+    layer.double()  # each converted on its own
+    assert adjacent([m.weight for m in layer.wide_attention]) is None
+
+
+def test_wide_buffer_takes_bf16_products() -> None:
+    gradients = WeightGradients()
+    weight = nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16))
+    buffer = torch.zeros(3, 5)
+    gradients.buffer_of = lambda _: buffer
+    grad, x = torch.randn(7, 3).bfloat16(), torch.randn(7, 5).bfloat16()
+    for _ in range(2):
+        assert gradients.compute([weight], grad, x) == [None]
+    torch.testing.assert_close(buffer, 2 * grad.float().t() @ x.float(), atol=2e-2, rtol=1e-2)
