@@ -1,0 +1,98 @@
+"""Which save policy each layer gets: as written, per stage, or the cheapest that fits a budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from llama_ds.config.layout import Layout, resolve_layout
+from llama_ds.config.recompute import POLICIES
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.model.flops import layer_forward_flops
+from llama_ds.parallel.recompute import GIB, layer_work, recomputed_flops_per_token, stage_policies
+
+RUN_FILE = str(Path(__file__).resolve().parents[2] / "ds_configs" / "llama_65b.yaml")
+
+
+def plan(*overrides: str) -> tuple[RunConfig, Layout]:
+    run = load_run(RUN_FILE, overrides)
+    return run, resolve_layout(run, 2048)
+
+
+@pytest.mark.parametrize("text", ["selective", "none,none,none,none,full,full,full,selective"])
+def test_policies_as_written(text: str) -> None:
+    run, layout = plan(f"parallel.recompute={text}")
+    wanted = text.split(",") if "," in text else [text] * 8
+    found = stage_policies(run, layout, 2)
+    assert [set(stage.policies) for stage in found] == [{policy} for policy in wanted]
+    assert [stage.in_flight for stage in found] == [8, 7, 6, 5, 4, 3, 2, 1]  # 1F1B
+
+
+def test_list_and_mapping_are_the_same_as_text(tmp_path: Path) -> None:
+    run, _ = plan("parallel.recompute=[none,none,none,none,none,none,none,full]")
+    assert run.parallel.recompute == "none,none,none,none,none,none,none,full"
+    run, _ = plan("parallel.recompute={budget: 4.5 GiB}")
+    assert run.parallel.recompute == "budget: 4.5 GiB"
+
+
+@pytest.mark.parametrize("budget", [0.25, 0.6, 1.0, 1.4, 2.5, 100.0])
+def test_budget_takes_the_cheapest_that_fits(budget: float) -> None:
+    """Against all 3^4 choices of a stage of four layers."""
+    run, layout = plan("model.num_hidden_layers=32", f"parallel.recompute={{budget: {budget} GiB}}", "parallel.tp=1",
+                       "parallel.sequence_parallel=false", "parallel.pp=8", "data.seq_len=256")  # fmt: skip
+    work = layer_work(run, layout, 2)
+    for stage in stage_policies(run, layout, 2):
+
+        def bytes_of(policies: tuple[str, ...], in_flight: int = stage.in_flight) -> int:
+            return in_flight * sum(map(work.saved_bytes, policies))
+
+        def flops_of(policies: tuple[str, ...]) -> float:
+            return sum(map(work.recomputed_flops, policies))
+
+        fitting = [choice for choice in product(POLICIES, repeat=4) if bytes_of(choice) <= budget * GIB]
+        assert stage.saved_bytes == bytes_of(stage.policies) <= budget * GIB
+        assert flops_of(stage.policies) == min(map(flops_of, fitting))
+
+
+def test_budget_that_nothing_fits_is_refused_with_the_need() -> None:
+    run, layout = plan("parallel.recompute={budget: 0.1 GiB}")
+    with pytest.raises(UserError) as error:
+        stage_policies(run, layout, 2)
+    assert "stage 0 keeps 0.312 GiB under full recompute, above parallel.recompute = budget: 0.1 GiB" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("all", "'all' is not none, selective or full"),
+        ("{budget: much}", "'budget: much' is not none"),
+        ("none,full", "names 2 stages, not pp = 8; name one or 8"),
+        ("selectiv", "did you mean 'selective'?"),
+    ],
+)
+def test_what_cannot_be_is_refused(value: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        plan(f"parallel.recompute={value}")
+    assert words in str(error.value)
+
+
+def test_autograd_knows_none_and_full() -> None:
+    with pytest.raises(UserError, match="wants parallel.decoder_layer = written_out"):
+        plan("parallel.recompute=selective", "parallel.decoder_layer=autograd")
+    run, layout = plan("parallel.recompute=full", "parallel.decoder_layer=autograd")
+    assert recomputed_flops_per_token(run, layout, 2) == 80 * layer_forward_flops(run.model, 2048)
+
+
+def test_full_does_not_repeat_the_last_product() -> None:
+    run, layout = plan("parallel.recompute=full")
+    saved = 2 * 8192 * 22016
+    assert recomputed_flops_per_token(run, layout, 2) == 80 * (layer_forward_flops(run.model, 2048) - saved)
+    run = replace(run, parallel=replace(run.parallel, recompute="selective"))
+    assert recomputed_flops_per_token(run, layout, 2) == 0  # over 8 ranks the sum of the output projection is kept

@@ -1,0 +1,91 @@
+"""The written-out layer over 2 and 4 real ranks: autograd's gradients, no repeated collective, none waited for idly."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_ds.model.saving import LayerWork
+from tests.parallel.written_out_worker import CASES, PLAIN, ROWS, Case, T
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = [case for case in CASES if not case.masked]
+Results = dict[Case, dict[str, Any]]
+
+
+def name_of(case: Case) -> str:
+    words = [f"tp{case.tp}", case.policy, f"{case.groups}groups"]
+    return "-".join(
+        [*words, *(["sequence"] if case.sequence_parallel else []), *(["documents"] if case.masked else [])]
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Run all cases in one start of four processes."""
+    out = tmp_path_factory.mktemp("written_out") / "results.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
+    command += ["-m", "tests.parallel.written_out_worker", str(out)]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return {Case(**found["case"]): found for found in json.loads(out.read_text())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_gradients_are_autograds_and_finite_differences(case: Case, results: Results) -> None:
+    """Against autograd: float64 to 1e-10. Central differences of step 1e-6 are good to 1e-6."""
+    found = results[case]
+    assert found["worst"] < 1e-10
+    assert found["slope"] < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RECORDED, ids=name_of)
+def test_saved_bytes_are_the_cost_tables(case: Case, results: Results) -> None:
+    model = replace(PLAIN, num_key_value_heads=case.groups)
+    work = LayerWork(model, T, ROWS, case.tp, case.sequence_parallel, element_bytes=4)
+    assert results[case]["saved"] == work.saved_bytes(case.policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", RECORDED, ids=name_of)
+def test_no_policy_repeats_a_collective_but_full(case: Case, results: Results) -> None:
+    events = results[case]["events"]
+    cut = events.index("backward")
+    issued = [Counter(e.split()[2] for e in part if e.startswith("issue")) for part in (events[:cut], events[cut:])]
+    forward, backward = issued
+    # Per layer: its two entries and two exits; two layers.
+    assert forward == ({"gather": 4, "reduce": 4} if case.sequence_parallel else {"reduce": 4})
+    again = case.policy == "full"  # all but the layer's last sum, which its backward does not need
+    wanted = Counter(reduce=4 + 2 * again)
+    if case.sequence_parallel:
+        wanted += Counter(gather=4 + 4 * again, norm=4)
+    assert backward == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in RECORDED if c.policy != "full"], ids=name_of)
+def test_each_wait_of_the_backward_is_filled_with_a_product(case: Case, results: Results) -> None:
+    """Between the issue of a collective and the wait for it stands a matrix product: the weights' gradients.
+
+    The one exception is the gather of the topmost layer's gradient under policy none: nothing is left to do before it.
+    """
+    events = results[case]["events"]
+    backward = events[events.index("backward") + 1 :]
+    numbers = [e.split()[1] for e in backward if e.startswith("issue")]
+    assert len(numbers) == (12 if case.sequence_parallel else 4)
+    for position, number in enumerate(numbers):
+        begin = next(i for i, e in enumerate(backward) if e.startswith(f"issue {number} "))
+        end = next(i for i, e in enumerate(backward) if e.startswith(f"wait {number} "))
+        if not (case.sequence_parallel and position == 0):
+            assert "product" in backward[begin:end], backward
