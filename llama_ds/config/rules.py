@@ -12,6 +12,7 @@ from llama_ds.config.recompute import POLICIES, parse
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError, did_you_mean
 
+FLASH_MAX_HEAD_DIM = 256
 SMALLEST_WEIGHT = 1e-6  # of a source: the order holds a block of 1 / weight rows in memory
 _POSITIVE = (
     "model.vocab_size",
@@ -93,6 +94,8 @@ def _check_model(run: RunConfig) -> None:
         )
     if model.head_dim % 2:
         raise _error(run, f"model.head_dim = {model.head_dim} is odd; rotary embeddings turn pairs: use an even one")
+    if model.attention_backend == "flash_attn":
+        _check_flash_attention(run)
     scaling = model.rope_scaling
     if scaling and not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
         raise _error(
@@ -102,6 +105,23 @@ def _check_model(run: RunConfig) -> None:
         )
     if scaling and not (scaling.factor >= 1 and scaling.original_max_position_embeddings > 0):
         raise _error(run, "model.rope_scaling wants factor >= 1 and original_max_position_embeddings > 0")
+
+
+def _check_flash_attention(run: RunConfig) -> None:
+    """Refuse what flash_attn cannot compute, before any rank starts; whether it is installed each rank sees."""
+    head_dim, largest = run.model.head_dim, FLASH_MAX_HEAD_DIM
+    if head_dim > largest or head_dim % 8:
+        raise _error(
+            run,
+            f"model.head_dim = {head_dim}: flash_attn takes multiples of 8 up to {largest}; "
+            "change it or use model.attention_backend = sdpa",
+        )
+    if run.deepspeed.get("bf16", {}).get("enabled") is False:
+        raise _error(
+            run,
+            "model.attention_backend = flash_attn computes in bf16 and the DeepSpeed JSON has bf16.enabled = false; "
+            "set deepspeed.bf16.enabled=true or use sdpa",
+        )
 
 
 def _check_data(run: RunConfig) -> None:

@@ -120,6 +120,7 @@ class LoggingConfig:
 
     interval: int = 1  # steps between log lines
     tensorboard: bool = False
+    check_finite: bool = False  # debugging: name the first layer that puts out NaN or infinity; slow
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_ds.config.rules import FLASH_MAX_HEAD_DIM
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
 FLASH_MODULES = ("flash_attn", "flash_attn.cute")  # 2.x interface, then 4.x; both export the same two functions
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
-FLASH_MAX_HEAD_DIM = 256
 
 
 class Documents:

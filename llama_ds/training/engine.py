@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any, Protocol
 
 import deepspeed
 import numpy as np
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from llama_ds.parallel import world
 from llama_ds.parallel.grid import grid, tensor_parallel
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.recompute import stage_policies
+from llama_ds.training.finite import check_layers, layer_name
 from llama_ds.training.host_memory import keep_freed_memory
 
 Batches = Iterable[np.ndarray]
@@ -81,10 +83,41 @@ def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device:
                 module = Llama(shared, loss, policies, policies is None and run.parallel.recompute == "full")
             if run.zero_stage == 3:  # these read their submodules' weights themselves: gather them as a whole
                 set_z3_leaf_modules(module, [WrittenOutLayer, Head])
+        if run.logging.check_finite:
+            check_layers(_named_layers(module, run.model.num_hidden_layers))
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=build_optimizer(module, run.optimizer, config), config=config, mpu=mpu
         )
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        shared.weight_gradients.buffer_of = _fp32_gradients(engine.optimizer)
     return PipelinedEngine(engine) if layout.pp > 1 else SingleStageEngine(engine, layout.accumulation, device)
+
+
+def _named_layers(module: nn.Module, num_hidden_layers: int) -> Iterator[tuple[str, nn.Module]]:
+    """Yield this rank's layers with the names that people call them by."""
+    # Of a pipeline stage, whose tied head is a function of the embedding, or of the whole model.
+    pipeline: Any = module if isinstance(module, LlamaPipeline) else None
+    layers: Any = pipeline.forward_funcs if pipeline else module.layers
+    for index, layer in enumerate(layers, pipeline._local_start if pipeline else 0):
+        if isinstance(layer, nn.Module):
+            yield layer_name(index, num_hidden_layers), layer
+
+
+def _fp32_gradients(optimizer: BF16_Optimizer) -> Callable[[nn.Parameter], Tensor]:
+    """Return where the optimizer accumulates a parameter's gradient: what it does with a bf16 one, without that one.
+
+    The gradient then never exists in bf16, is not zeroed and not copied.
+    """
+    place = {id(p): (i, j) for i, group in enumerate(optimizer.bf16_groups) for j, p in enumerate(group)}
+
+    def buffer_of(parameter: nn.Parameter) -> Tensor:
+        i, j = place[id(parameter)]
+        buffer = optimizer.fp32_groups_gradients[i][j]
+        optimizer.fp32_groups_has_gradients[i][j] = True
+        parameter._hp_grad = buffer  # type: ignore[attr-defined]
+        return buffer.view(parameter.shape)
+
+    return buffer_of
 
 
 def save_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[str] | None:

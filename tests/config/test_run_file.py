@@ -262,3 +262,17 @@ def test_binary_run_file_is_told(folder: Path) -> None:
 def test_missing_run_file_is_told(folder: Path) -> None:
     with pytest.raises(UserError, match=r"^gone.yaml: cannot be read: No such file or directory"):
         load_run("gone.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.head_dim=12", "model.head_dim = 12: flash_attn takes multiples of 8 up to 256; change it or use model"),
+        ("model.head_dim=264", "model.head_dim = 264: flash_attn takes multiples of 8 up to 256"),
+        ("deepspeed.bf16.enabled=false", "flash_attn computes in bf16 and the DeepSpeed JSON has bf16.enabled = false"),
+    ],
+)
+def test_what_flash_attn_cannot_take_is_refused_before_the_start(folder: Path, override: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_run("tiny.yaml", ["model.attention_backend=flash_attn", override])
+    assert words in str(error.value)

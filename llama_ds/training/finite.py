@@ -1,0 +1,51 @@
+"""A debugging aid: name the layer whose output or gradient is the first that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from llama_ds.errors import UserError
+
+
+def check_layers(layers: Iterable[tuple[str, nn.Module]]) -> None:
+    """Make every named layer check what it puts out, and the gradient that comes back to it.
+
+    Synchronises with the device at each layer. The checks raise UserError in the forward or the backward.
+    """
+    for name, layer in layers:
+        layer.register_forward_hook(lambda _, inputs, output, name=name: _check_output(name, inputs, output))
+
+
+def layer_name(index: int, num_hidden_layers: int) -> str:
+    """Return what a person calls the layer at `index` of [embedding, decoder layers, final norm, head]."""
+    if 1 <= index <= num_hidden_layers:
+        return f"decoder layer {index - 1} of {num_hidden_layers}"
+    return {0: "the embedding", num_hidden_layers + 1: "the final norm"}.get(index, "the head")
+
+
+def _check_output(name: str, inputs: tuple[object, ...], output: object) -> None:
+    if (count := _bad(output)) and not _bad(inputs[0]):
+        raise UserError(
+            f"logging.check_finite: {name} puts out {count} values that are NaN or infinite, from finite inputs"
+        )
+    first = output[0] if isinstance(output, tuple) else output
+    if isinstance(first, Tensor) and first.requires_grad:
+        first.register_hook(lambda grad: _check_gradient(name, grad))
+
+
+def _check_gradient(name: str, grad: Tensor) -> None:
+    if count := _bad(grad):
+        raise UserError(
+            f"logging.check_finite: the gradient that comes back to {name} has {count} values NaN or infinite"
+        )
+
+
+def _bad(value: object) -> int:
+    """Return how many numbers of the first tensor in `value` are not finite."""
+    first = value[0] if isinstance(value, tuple) else value
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        return 0
+    return int((~torch.isfinite(first)).sum())
