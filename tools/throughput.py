@@ -14,13 +14,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llama_ds.checkpoint.huggingface import hf_config
 from llama_ds.checkpoint.names import hf_name
@@ -29,32 +32,41 @@ from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run, resolved
-from llama_ds.config.schema import ParallelConfig, RunConfig
+from llama_ds.config.schema import ModelConfig, ParallelConfig, RunConfig
 from llama_ds.errors import UserError
-from llama_ds.model.flops import flops_per_token, parameter_count
+from llama_ds.model.decoder import DecoderLayer
+from llama_ds.model.flops import device_peak, flops_per_token, layer_forward_flops, parameter_count
+from llama_ds.model.linear import lay_together
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.perf.layer_benchmark import Contestant, shard
 from llama_ds.perf.step_benchmark import Step, Timing, gemm_step, time_interleaved, training_step
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when imported; ours is for results
     from llama_ds.parallel import world
     from llama_ds.training.engine import build_engine, build_optimizer
+    from llama_ds.training.host_memory import keep_freed_memory
 
 EXAMPLES = """examples:
   tools/throughput.py compare-hf
+  tools/throughput.py layer --shape 65b --tp 8 --seq-len 4096 --device cuda --out measured.json
+  tools/throughput.py layer --shape quickstart --policy none
   tools/throughput.py compare-hf --batch 2 --seq-len 512 --threads 2 model.hidden_size=1024 \\
       model.intermediate_size=2752 model.num_hidden_layers=4 model.vocab_size=8192
 """
 AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}  # of the losses on the initial weights
 LEARNING_RATE = 1e-4
+LAYER_AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # of the input gradients' norms, relative
+SHAPES = {"quickstart": "quickstart", "7b": "llama_7b", "13b": "llama_13b", "33b": "llama_33b", "65b": "llama_65b"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     args = parse(argv)
     try:
-        return {"compare-hf": compare_hf}[args.command](args)
+        return {"compare-hf": compare_hf, "layer": layer}[args.command](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE
@@ -73,16 +85,159 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run file: another shape")
     command.add_argument("--run", default="ds_configs/quickstart.yaml", help="run file (default: %(default)s)")
-    command.add_argument("--batch", type=int, help="rows per step (default: the run's parallel.micro_batch)")
-    command.add_argument("--seq-len", type=int, help="tokens per row (default: the run's data.seq_len)")
-    command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
-    command.add_argument("--repeats", type=int, default=15, help="timed steps of each (default: %(default)s)")
     command.add_argument("--dtype", choices=DTYPES, default="fp32")
     command.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="of our engine (default: fp32 0, bf16 1)")
+    _common(command)
+    command = commands.add_parser(
+        "layer",
+        help="one decoder layer forward and backward: written out, by autograd, and transformers' LlamaDecoderLayer",
+        epilog=EXAMPLES,
+        formatter_class=formatter,
+    )
+    command.add_argument("--shape", choices=SHAPES, default="quickstart", help="(default: %(default)s)")
+    command.add_argument("--tp", type=int, default=1, help="time one rank's part of tp, without communication")
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on cuda, fp32 on cpu)")
+    _common(command)
+    return parser.parse_args(argv)
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--batch", type=int, help="rows per step (default: the run's parallel.micro_batch)")
+    command.add_argument("--seq-len", type=int, help="tokens per row (default: the run's data.seq_len)")
     command.add_argument("--policy", choices=POLICIES, default="selective", help="of our layers (default: %(default)s)")
+    command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
+    command.add_argument("--repeats", type=int, default=15, help="timed steps of each (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print the results as JSON")
     command.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
-    return parser.parse_args(argv)
+
+
+def _publish(args: argparse.Namespace, results: dict[str, Any], table: str) -> None:
+    text = json.dumps(results, indent=1)
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(text + "\n")
+    print(text if args.json else table)
+
+
+def _timed(steps: dict[str, Step], repeats: int) -> dict[str, Timing]:
+    with tqdm(total=len(steps) * (repeats + 2), unit="step", disable=None) as bar:
+        return time_interleaved(steps, repeats, tick=bar.update)
+
+
+def _check_positive(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < 1:
+            raise UserError(f"command line: --{name.replace('_', '-')} {getattr(args, name)} is not positive")
+
+
+def layer(args: argparse.Namespace) -> int:
+    """Time one decoder layer."""
+    run = load_run(str(ROOT / "ds_configs" / f"{SHAPES[args.shape]}.yaml"))
+    _fill_sizes(args, run)
+    args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
+    _check_positive(args, "batch", "seq_len", "threads", "repeats", "tp")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("command line: --device cuda: torch finds no CUDA device here; use --device cpu")
+    whole = run.model
+    if any(size % args.tp for size in (whole.num_attention_heads, whole.num_key_value_heads, whole.intermediate_size)):
+        raise UserError(
+            f"command line: --tp {args.tp} does not divide the {whole.num_attention_heads} query heads, "
+            f"{whole.num_key_value_heads} key-value heads or {whole.intermediate_size} features of {args.shape}"
+        )
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    device, dtype, model = torch.device(args.device), DTYPES[args.dtype], shard(whole, args.tp)
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(args.batch, args.seq_len, model.hidden_size, generator=generator) for _ in range(2))
+    x, grad = x.to(device, dtype), grad.to(device, dtype)
+    contestants = _layers(replace(run, model=model), args, device, dtype)
+    steps = {name: contestant.step(x, grad) for name, contestant in contestants.items()}
+    measured = {name: (c.saved_bytes(x), c.peak_bytes(steps[name], device)) for name, c in contestants.items()}
+    timings = _timed(steps, args.repeats)
+    sizes = [timing.losses[0] for timing in timings.values()]
+    if max(sizes) - min(sizes) > LAYER_AGREEMENT[args.dtype] * max(sizes):
+        raise AssertionError(f"the layers compute different gradients: {dict(zip(timings, sizes, strict=True))}")
+    results = _layer_results(model, args, timings, measured)
+    _publish(args, results, _layer_table(results))
+    return 0
+
+
+def _layers(
+    run: RunConfig, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> dict[str, Contestant]:
+    """Return the layers to time, with the same weights."""
+    run = replace(run, data=replace(run.data, seq_len=args.seq_len, document_mask=False))
+    shared = shared_parts(run, SingleRank(), device.type, dtype)
+    tables = shared.rotary.on(device)
+    reference = DecoderLayer(shared, 0).to(device, dtype)
+    policies = dict.fromkeys(("none", args.policy))  # in this order, once each
+    ours = {policy: WrittenOutLayer(shared, 0, policy).to(device, dtype) for policy in policies}
+    for written_out in ours.values():
+        written_out.load_state_dict(reference.state_dict())
+        for modules in (written_out.wide_attention, written_out.wide_mlp):
+            lay_together([m.weight for m in modules])  # as DeepSpeed's flat buffers do
+    config = LlamaConfig(**hf_config(resolved(run), str(dtype).removeprefix("torch.")))
+    config._attn_implementation = "flash_attention_2" if shared.attention.name == "flash_attn" else "sdpa"
+    theirs = LlamaDecoderLayer(config, 0).to(device, dtype).train()
+    theirs.load_state_dict(reference.state_dict())
+    positions = torch.arange(args.seq_len, device=device)[None]
+    embeddings = LlamaRotaryEmbedding(config).to(device)(torch.empty(0, device=device, dtype=dtype), positions)
+
+    def call(x: Tensor) -> Tensor:
+        return theirs(x, position_ids=positions, position_embeddings=embeddings)
+
+    return {
+        **{f"llama_ds_{policy}": Contestant(own, own, tables) for policy, own in ours.items()},
+        "llama_ds_autograd": Contestant(reference, reference, tables),
+        "transformers": Contestant(theirs, call, embeddings),
+        "transformers_checkpointed": Contestant(theirs, lambda x: checkpoint(call, x, use_reentrant=False), embeddings),
+    }
+
+
+def _layer_results(
+    model: ModelConfig, args: argparse.Namespace, timings: dict[str, Timing], measured: dict[str, tuple[int, int]]
+) -> dict[str, Any]:
+    tokens = args.batch * args.seq_len
+    flops = 3 * layer_forward_flops(model, args.seq_len) * tokens
+    name = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
+    peak = device_peak(name, args.dtype) if args.device == "cuda" else None
+    return {
+        "shape": args.shape,
+        "model": asdict(model),
+        **{key: getattr(args, key) for key in ("tp", "policy", "batch", "seq_len", "dtype", "threads", "repeats")},
+        "device": name,
+        "torch": torch.__version__,
+        "model_gflops": flops / 1e9,
+        "layers": {
+            contestant: {
+                "median_s": timing.median_s,
+                "min_s": min(timing.seconds),
+                "max_s": max(timing.seconds),
+                "tokens_per_s": tokens / timing.median_s,
+                "tflops": flops / timing.median_s / 1e12,
+                "mfu": flops / timing.median_s / peak if peak else None,
+                "saved_bytes": measured[contestant][0],
+                "peak_bytes": measured[contestant][1],
+            }
+            for contestant, timing in timings.items()
+        },
+    }
+
+
+def _layer_table(results: dict[str, Any]) -> str:
+    lines = [
+        f"{results['shape']} layer, one of {results['tp']} tensor-parallel ranks, {results['batch']} x "
+        f"{results['seq_len']} tokens, {results['dtype']}, {results['device']}, median of {results['repeats']}",
+        f"{'':26} {'ms':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'MFU':>6} {'saved MiB':>10} {'peak MiB':>9}",
+    ]
+    for name, row in results["layers"].items():
+        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        lines.append(
+            f"{name:26} {row['median_s'] * 1e3:9.2f} {row['tokens_per_s']:10,.0f} {row['tflops']:8.3f} {mfu:>6} "
+            f"{row['saved_bytes'] / 2**20:10.2f} {row['peak_bytes'] / 2**20:9.2f}"
+        )
+    return "\n".join(lines)
 
 
 def compare_hf(args: argparse.Namespace) -> int:
@@ -91,26 +246,24 @@ def compare_hf(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     batch = np.random.default_rng(0).integers(0, run.model.vocab_size, (args.batch, args.seq_len + 1))
     steps = _contestants(run, batch, args.dtype)
-    with tqdm(total=len(steps) * (args.repeats + 2), unit="step", disable=None) as bar:
-        timings = time_interleaved(steps, args.repeats, tick=bar.update)
+    timings = _timed(steps, args.repeats)
     _check_losses(timings, args.dtype)
     results = _results(run, args, timings)
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps(results, indent=1) if args.json else _table(results))
+    _publish(args, results, _table(results))
     return 0
+
+
+def _fill_sizes(args: argparse.Namespace, run: RunConfig) -> None:
+    args.batch = run.parallel.micro_batch if args.batch is None else args.batch
+    args.seq_len = run.data.seq_len if args.seq_len is None else args.seq_len
 
 
 def _benchmark_run(args: argparse.Namespace) -> RunConfig:
     """Return the run as one process takes it, without accumulation; fill what the command line leaves to it."""
     run = load_run(args.run, args.overrides)
-    args.batch = run.parallel.micro_batch if args.batch is None else args.batch
-    args.seq_len = run.data.seq_len if args.seq_len is None else args.seq_len
+    _fill_sizes(args, run)
     args.zero = int(args.dtype == "bf16") if args.zero is None else args.zero
-    for name in ("batch", "seq_len", "threads", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"command line: --{name.replace('_', '-')} {getattr(args, name)} is not positive")
+    _check_positive(args, "batch", "seq_len", "threads", "repeats")
     return replace(
         run,
         data=replace(run.data, seq_len=args.seq_len),

@@ -53,7 +53,7 @@ class _HeadLoss(Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         losses = torch.empty(len(rows), dtype=wide, device=x.device)
         grad_x = torch.empty_like(rows) if training else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=x.device) if training else None
+        grad_weight = torch.empty(weight.shape, dtype=wide, device=x.device) if training else None
         size = chunk_tokens(len(rows), rows.shape[1], len(weight))
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
@@ -68,7 +68,10 @@ class _HeadLoss(Function):
             torch.mm(logits, weight, out=grad_x[part])  # dx = dlogits W
             if start + size >= len(rows):
                 reduced = tp.start_reduce(grad_x.view_as(whole))  # while the last of dW is computed
-            add_product(grad_weight, logits, rows[part])  # dW += dlogits^T x
+            if start == 0 and wide == logits.dtype:
+                torch.mm(logits.t(), rows[part], out=grad_weight)  # dW = dlogits^T x
+            else:
+                add_product(grad_weight if start else grad_weight.zero_(), logits, rows[part])
         if grad_weight is not None:
             ctx.save_for_backward(reduced(), grad_weight)
             ctx.owner, ctx.weight = owner, weight
@@ -78,9 +81,10 @@ class _HeadLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        # Out of place: the saved gradients stay what they are if the graph is kept.
-        own = ctx.owner.weight_gradients.add(ctx.weight, grad_weight * grad)
-        return grad_x * grad, own, None, None, None
+        if grad.is_cuda or grad != 1:  # reading it costs nothing but on CUDA
+            # Out of place: the saved gradients stay what they are if the graph is kept.
+            grad_x, grad_weight = grad_x * grad, grad_weight * grad
+        return grad_x, ctx.owner.weight_gradients.add(ctx.weight, grad_weight), None, None, None
 
 
 def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:

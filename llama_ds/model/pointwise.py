@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BLOCK_ELEMENTS = 1 << 17  # of a CPU block: 512 KiB in float32
+BLOCK_ELEMENTS = 1 << 17
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,29 +57,33 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (dL/d[g | u] (N, 2F), a (N, F)) for dL/da (N, F), s = sigmoid(g): the product comes with the gradient.
+def swiglu_backward(grad: Tensor, gate_up: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (dL/d[g | u] (N, 2F), a (N, F)) for dL/da (N, F) and s = sigmoid(g); a = `product`, or is computed again.
 
     dL/du = dL/da g s, dL/dg = dL/da u s (1 + g (1 - s)).
     """
     if gate_up.is_cuda:
-        return _compiled(_swiglu_backward)(grad, gate_up)
-    grad_gate_up, product = torch.empty_like(gate_up), torch.empty_like(grad)
+        grad_gate_up, again = _compiled(_swiglu_backward)(grad, gate_up, product is None)
+        return grad_gate_up, again if product is None else product
+    grad_gate_up = torch.empty_like(gate_up)
+    again = torch.empty_like(grad) if product is None else None
     for rows in blocks(gate_up):
-        _swiglu_backward(grad[rows], gate_up[rows], grad_gate_up[rows], product[rows])
-    return grad_gate_up, product
+        _swiglu_backward(
+            grad[rows], gate_up[rows], again is not None, grad_gate_up[rows], None if again is None else again[rows]
+        )
+    return grad_gate_up, product if again is None else again  # type: ignore[return-value]
 
 
 def rotate_(x: Tensor, tables: tuple[Tensor, Tensor]) -> None:
     """Rotate the pairs (x_i, x_{i+K/2}) of queries or keys by their positions, in place: (B, T, H, K), maybe a view."""
     cos, sin = _tables_for(x, tables)
-    x.copy_(_compiled(_rotated)(x, cos, sin) if x.is_cuda else _rotated(x, cos, sin))
+    (_compiled(_rotate) if x.is_cuda else _rotate)(x, cos, sin, x)
 
 
 def rotate_back(grad: Tensor, tables: tuple[Tensor, Tensor], out: Tensor) -> None:
     """Write dL/dx into `out` for y = R x and grad = dL/dy: the rotation by the opposite angle, R^T."""
     cos, sin = _tables_for(grad, tables)
-    out.copy_(_compiled(_rotated)(grad, cos, -sin) if grad.is_cuda else _rotated(grad, cos, -sin))
+    (_compiled(_rotate) if grad.is_cuda else _rotate)(grad, cos, -sin, out)
 
 
 def _tables_for(x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -117,32 +121,40 @@ def _rms_norm_backward(
 
 def _swiglu(gate_up: Tensor, out: Tensor | None = None) -> Tensor:
     gate, up = gate_up.to(_wide(gate_up)).chunk(2, -1)
-    target = torch.empty_like(up) if out is None or out.dtype != up.dtype else out
-    return _narrow(torch.ops.aten.silu.out(gate, out=target).mul_(up), gate_up, out)
+    target = _same_width(out, up)
+    silu = torch.nn.functional.silu(gate) if target is None else torch.ops.aten.silu.out(gate, out=target)
+    return _narrow(silu.mul_(up), gate_up, out)
 
 
 def _swiglu_backward(
-    grad: Tensor, gate_up: Tensor, out: Tensor | None = None, product_out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor, gate_up: Tensor, again: bool, out: Tensor | None = None, product_out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     wide = grad.to(_wide(grad))
     gate_up_wide = gate_up.to(wide.dtype)
     gate, up = gate_up_wide.chunk(2, -1)
-    result = torch.empty_like(gate_up_wide) if out is None or out.dtype != wide.dtype else out
-    grad_gate, grad_up = result.chunk(2, -1)
-    torch.ops.aten.silu_backward.grad_input(wide * up, gate, grad_input=grad_gate)
     silu = torch.nn.functional.silu(gate)
-    torch.mul(wide, silu, out=grad_up)
-    product = torch.mul(silu, up, out=_same_width(product_out, wide))
-    return _narrow(result, grad, out), _narrow(product, grad, product_out)
+    target = _same_width(out, wide)
+    if target is None:
+        result = torch.cat([torch.ops.aten.silu_backward(wide * up, gate), wide * silu], -1)
+    else:
+        grad_gate, grad_up = target.chunk(2, -1)
+        torch.ops.aten.silu_backward.grad_input(wide * up, gate, grad_input=grad_gate)
+        torch.mul(wide, silu, out=grad_up)
+        result = target
+    result = _narrow(result, grad, out)
+    if not again:
+        return result, None
+    return result, _narrow(torch.mul(silu, up, out=_same_width(product_out, wide)), grad, product_out)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """`out` may be x."""
     first, second = x.to(cos.dtype).chunk(2, -1)
-    out = torch.empty_like(x, dtype=cos.dtype)
-    left, right = out.chunk(2, -1)
-    torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=right).addcmul_(first, sin)
-    return out.to(x.dtype)
+    left = (first * cos).addcmul_(second, sin, value=-1)
+    right = (second * cos).addcmul_(first, sin)
+    out_left, out_right = out.chunk(2, -1)
+    out_left.copy_(left)
+    out_right.copy_(right)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -168,10 +168,10 @@ def backward(
     grad_product = grad_y @ mlp.down_proj.weight
     # 6. du = da g s, dg = da u s (1 + g (1 - s)) with s = sigmoid(g);
     #    dl = [dg | du] [W_gate | W_up], dW = [dg | du]^T l
-    grad_gate_up, product = swiglu_backward(grad_product, gate_up)
+    grad_gate_up, product = swiglu_backward(grad_product, gate_up, saved.product)
     del grad_product
     reduced = tp.start_reduce((grad_gate_up @ stacked([m.weight for m in layer.wide_mlp])).view(whole_shape))
-    down = weights.of((mlp.down_proj,), grad_y, product if saved.product is None else saved.product)
+    down = weights.of((mlp.down_proj,), grad_y, product)
     # 5. dm += r (dl w - z mean(dl w z)) with z = m r; dw = sum over tokens of dl z
     grad_mid, grad_mid_norm = rms_norm_backward(reduced(), mid, mid_norm, eps, grad)
     mid_norm_sum = tp.start_sum(grad_mid_norm)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import DecoderLayer, Shared
 from llama_ds.model.linear import adjacent
+from llama_ds.model.loss import NextTokenLoss, chunk_tokens
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.saving import LayerWork
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.weight_gradients import WeightGradients
 from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.perf.layer_benchmark import saved_bytes
 
 ROWS, T = 2, 24
 PLAIN = ModelConfig(64, 32, 84, 2, 4, 4, 8, initializer_range=0.2)
@@ -105,22 +110,9 @@ def test_bf16_is_as_near_to_float64_as_autograd_in_bf16(policy: str) -> None:
         assert error < max(1.5 * plain_error, 4e-3), name  # 2^-8: one rounding of the result
 
 
-def saved_by_hooks(layer: nn.Module, x: Tensor) -> int:
-    """Return the bytes of the distinct storages that autograd keeps, without parameters and constant tables."""
-    constant = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    constant |= {t.untyped_storage().data_ptr() for t in layer.shared.rotary.on(x.device)}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in constant:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        output = layer(x)  # alive until counted: addresses are not used again
-    assert output.requires_grad
-    return sum(kept.values())
+def saved_by_hooks(layer: DecoderLayer, x: Tensor) -> int:
+    """Return the bytes that a layer keeps for its backward, without parameters and constant tables."""
+    return saved_bytes(lambda: layer(x), [*layer.parameters(), *layer.shared.rotary.on(x.device)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -211,3 +203,30 @@ def test_wide_buffer_takes_bf16_products() -> None:
     for _ in range(2):
         assert gradients.compute([weight], grad, x) == [None]
     torch.testing.assert_close(buffer, 2 * grad.float().t() @ x.float(), atol=2e-2, rtol=1e-2)
+
+
+def test_logits_never_exist_whole() -> None:
+    """The loss of 4096 tokens and 512 words on 32 features never holds 4096 x 512 numbers, forward or backward."""
+    tokens, words, features = 4096, 512, 32
+    x = torch.randn(1, tokens, features, requires_grad=True)
+    weight = nn.Parameter(torch.randn(words, features) * 0.1)
+    labels = torch.randint(0, words, (1, tokens))
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            largest = max([largest, *(t.numel() for t in tree_leaves(result) if isinstance(t, Tensor))])
+            return result
+
+    with Sizes():
+        loss = NextTokenLoss(SingleRank())((x, weight), labels)
+        (3 * loss).backward()
+    assert largest <= chunk_tokens(tokens, features, words) * words < tokens * words / 2
+
+    grads = x.grad, weight.grad
+    x.grad = weight.grad = None
+    (3 * nn.functional.cross_entropy((x @ weight.t()).flatten(0, 1), labels.flatten())).backward()
+    for got, want in zip(grads, (x.grad, weight.grad), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-7, rtol=1e-5)

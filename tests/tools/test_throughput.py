@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("model.vocab_size=64", "model.hidden_size=16", "model.intermediate_size=40", "model.num_hidden_layers=2")
 HEADS = ("model.num_attention_heads=4", "model.num_key_value_heads=2")
@@ -43,9 +45,38 @@ def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
     assert (found["batch"], found["seq_len"], found["shape"]["hidden_size"]) == (2, 8, 16)
 
 
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_a_layer_is_measured_against_autograd_and_transformers(policy: str) -> None:
+    sizes = ("--shape", "quickstart", "--tp", 2, "--batch", 1, "--seq-len", 16, "--threads", 1, "--repeats", 2)
+    done = throughput("layer", *sizes, "--policy", policy, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    layers = found["layers"]
+    assert list(layers) == [
+        "llama_ds_none",
+        f"llama_ds_{policy}",
+        "llama_ds_autograd",
+        "transformers",
+        "transformers_checkpointed",
+    ]
+    assert (found["model"]["num_attention_heads"], found["model"]["intermediate_size"]) == (4, 344)
+    for name, layer in layers.items():
+        assert layer["tokens_per_s"] == pytest.approx(16 / layer["median_s"])
+        assert layer["tflops"] == pytest.approx(found["model_gflops"] / 1e3 / layer["median_s"])
+        assert layer["mfu"] is None  # the peak of a CPU is not known
+        assert layer["peak_bytes"] > layer["saved_bytes"] > 0, name
+    assert layers[f"llama_ds_{policy}"]["saved_bytes"] < layers["llama_ds_none"]["saved_bytes"]
+    assert layers["transformers_checkpointed"]["saved_bytes"] == 16 * 256 * 4  # its input
+
+
 def test_impossible_numbers_are_one_line_and_exit_2() -> None:
-    for args, word in ((("--batch", 0), "--batch 0"), (("--run", "no.yaml"), "no.yaml"), (("model.hidde=3",), "hidde")):
-        done = throughput("compare-hf", *args)
+    for args, word in (
+        (("compare-hf", "--batch", 0), "--batch 0"),
+        (("compare-hf", "--run", "no.yaml"), "no.yaml"),
+        (("compare-hf", "model.hidde=3"), "hidde"),
+        (("layer", "--tp", 3), "--tp 3 does not divide"),
+    ):
+        done = throughput(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         line = done.stderr.splitlines()[-1]
         assert line.startswith("error: ") and word in line

@@ -1,0 +1,79 @@
+"""The pointwise parts of the layer: in blocks of rows as in one piece, and as one graph for torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama_ds.model import pointwise
+
+TABLES = tuple(torch.rand(6, 1, 4) for _ in range(2))
+
+
+def call(name: str, dtype: torch.dtype, rows: int = 300) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the arithmetic that runs on each block (and, compiled, on CUDA), with inputs of `rows` rows."""
+    torch.manual_seed(0)
+    x, grad, residual = (torch.randn(rows, 24).to(dtype) for _ in range(3))
+    gate_up, weight = torch.randn(rows, 48).to(dtype), torch.randn(24).to(dtype)
+    heads = torch.randn(2, 6, 3, 8).to(dtype)
+    return {
+        "rms_norm": (pointwise._rms_norm, (x, weight, 1e-5)),
+        "rms_norm_backward": (pointwise._rms_norm_backward, (grad, x, weight, 1e-5, residual)),
+        "swiglu": (pointwise._swiglu, (gate_up,)),
+        "swiglu_backward": (pointwise._swiglu_backward, (grad, gate_up, True)),
+        "rotate": (lambda x, *tables: (pointwise._rotate(x, *tables, x), x)[1], (heads, *TABLES)),
+    }[name]
+
+
+def tensors(result: object) -> list[Tensor]:
+    return list(result) if isinstance(result, tuple) else [result]  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "rotate"])
+def test_one_graph_for_the_compiler(name: str, dtype: torch.dtype) -> None:
+    """What torch.compile gets on CUDA has no graph break; traced, it computes the same but for the last rounding."""
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-5
+    function, inputs = call(name, dtype)
+    copies = [t.clone() if isinstance(t, Tensor) else t for t in inputs]  # rotation is in place
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for got, want in zip(tensors(compiled(*copies)), tensors(function(*inputs)), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_blocks_are_the_whole(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut into blocks of 7 rows, the last one short, the functions give what they give in one piece."""
+    _, (grad, x, weight, eps, residual) = call("rms_norm_backward", dtype)
+    _, (gate_up,) = call("swiglu", dtype)
+
+    def everything() -> list[Tensor]:
+        return [
+            pointwise.rms_norm(x, weight, eps),
+            *pointwise.rms_norm_backward(grad, x, weight, eps, residual),
+            pointwise.swiglu(gate_up),
+            *pointwise.swiglu_backward(grad, gate_up, None),
+        ]
+
+    whole = everything()
+    monkeypatch.setattr(pointwise, "BLOCK_ELEMENTS", 7 * 24)
+    for got, want in zip(everything(), whole, strict=True):
+        # Sums over the rows are taken in another order: float32 rounding of 300 terms.
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_rotation_back_undoes_rotation(dtype: torch.dtype) -> None:
+    angles = torch.rand(6, 1, 4)
+    tables = (angles.cos(), angles.sin())
+    x = torch.randn(2, 6, 3, 8).to(dtype)
+    turned, back = x.clone(), torch.empty_like(x)
+    pointwise.rotate_(turned, tables)
+    assert (turned - x).abs().max() > 0.1
+    pointwise.rotate_back(turned, tables, back)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2  # bf16 rounds twice to 8 bits
+    torch.testing.assert_close(back, x, atol=tolerance, rtol=tolerance)
