@@ -87,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--run", default="ds_configs/quickstart.yaml", help="run file (default: %(default)s)")
     command.add_argument("--dtype", choices=DTYPES, default="fp32")
     command.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="of our engine (default: fp32 0, bf16 1)")
-    _common(command)
+    _common(command, policy="none")  # as transformers and as run files do
     command = commands.add_parser(
         "layer",
         help="one decoder layer forward and backward: written out, by autograd, and transformers' LlamaDecoderLayer",
@@ -98,14 +98,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--tp", type=int, default=1, help="time one rank's part of tp, without communication")
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on cuda, fp32 on cpu)")
-    _common(command)
+    _common(command, policy="selective")
     return parser.parse_args(argv)
 
 
-def _common(command: argparse.ArgumentParser) -> None:
+def _common(command: argparse.ArgumentParser, policy: str) -> None:
     command.add_argument("--batch", type=int, help="rows per step (default: the run's parallel.micro_batch)")
     command.add_argument("--seq-len", type=int, help="tokens per row (default: the run's data.seq_len)")
-    command.add_argument("--policy", choices=POLICIES, default="selective", help="of our layers (default: %(default)s)")
+    command.add_argument("--policy", choices=POLICIES, default=policy, help="of our layers (default: %(default)s)")
     command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
     command.add_argument("--repeats", type=int, default=15, help="timed steps of each (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print the results as JSON")

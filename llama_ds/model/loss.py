@@ -7,16 +7,17 @@ liger-kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2): three
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from llama_ds.model.pointwise import blocks
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients, add_product
 
+BLOCK_ELEMENTS = 1 << 18  # of the softmax on a CPU: temporaries of 1 MiB stay in a core's cache
 MIN_CHUNK = 512  # tokens: a product with fewer rows runs slower
 
 
@@ -93,7 +94,7 @@ def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Te
     here = (local >= 0) & (local < logits.shape[1])
     index = local.masked_fill(~here, 0)[:, None]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    lse = torch.cat([logits[part].to(wide).logsumexp(1) for part in blocks(logits)])
+    lse = torch.cat([logits[part].to(wide).logsumexp(1) for part in _blocks(logits)])
     target = torch.where(here, logits.gather(1, index)[:, 0].to(wide), 0.0)
     if tp.size > 1:
         # log sum exp of the parts; one collective carries both sums.
@@ -105,6 +106,11 @@ def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Te
 
 def _softmax_(logits: Tensor, lse: Tensor, factor: Tensor) -> None:
     """logits = exp(logits - lse) * factor, in place, in the width of lse."""
-    for part in blocks(logits):
+    for part in _blocks(logits):
         block = logits[part]
         block.copy_(torch.sub(block, lse[part, None]).exp_().mul_(factor[part, None]))
+
+
+def _blocks(logits: Tensor) -> Iterator[slice]:
+    step = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
+    return (slice(start, start + step) for start in range(0, len(logits), step))
