@@ -7,10 +7,9 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,16 @@ from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run, resolved
-from llama_ds.config.schema import ModelConfig, ParallelConfig, RunConfig
+from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.decoder import DecoderLayer
-from llama_ds.model.flops import device_peak, flops_per_token, layer_forward_flops, parameter_count
 from llama_ds.model.linear import lay_together
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.perf.layer_benchmark import Contestant, shard
+from llama_ds.perf.report import layer_results, layer_table, step_results, step_table
 from llama_ds.perf.step_benchmark import Step, Timing, gemm_step, time_interleaved, training_step
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when imported; ours is for results
@@ -112,6 +111,11 @@ def _common(command: argparse.ArgumentParser, policy: str) -> None:
     command.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
 
 
+def _settings(args: argparse.Namespace, *more: str) -> dict[str, Any]:
+    names = ("batch", "seq_len", "dtype", "policy", "threads", "repeats", *more)
+    return {name: getattr(args, name) for name in names}
+
+
 def _publish(args: argparse.Namespace, results: dict[str, Any], table: str) -> None:
     text = json.dumps(results, indent=1)
     if args.out:
@@ -158,8 +162,8 @@ def layer(args: argparse.Namespace) -> int:
     sizes = [timing.losses[0] for timing in timings.values()]
     if max(sizes) - min(sizes) > LAYER_AGREEMENT[args.dtype] * max(sizes):
         raise AssertionError(f"the layers compute different gradients: {dict(zip(timings, sizes, strict=True))}")
-    results = _layer_results(model, args, timings, measured)
-    _publish(args, results, _layer_table(results))
+    results = layer_results(model, _settings(args, "shape", "tp", "device"), timings, measured)
+    _publish(args, results, layer_table(results))
     return 0
 
 
@@ -195,51 +199,6 @@ def _layers(
     }
 
 
-def _layer_results(
-    model: ModelConfig, args: argparse.Namespace, timings: dict[str, Timing], measured: dict[str, tuple[int, int]]
-) -> dict[str, Any]:
-    tokens = args.batch * args.seq_len
-    flops = 3 * layer_forward_flops(model, args.seq_len) * tokens
-    name = torch.cuda.get_device_name() if args.device == "cuda" else _cpu_name()
-    peak = device_peak(name, args.dtype) if args.device == "cuda" else None
-    return {
-        "shape": args.shape,
-        "model": asdict(model),
-        **{key: getattr(args, key) for key in ("tp", "policy", "batch", "seq_len", "dtype", "threads", "repeats")},
-        "device": name,
-        "torch": torch.__version__,
-        "model_gflops": flops / 1e9,
-        "layers": {
-            contestant: {
-                "median_s": timing.median_s,
-                "min_s": min(timing.seconds),
-                "max_s": max(timing.seconds),
-                "tokens_per_s": tokens / timing.median_s,
-                "tflops": flops / timing.median_s / 1e12,
-                "mfu": flops / timing.median_s / peak if peak else None,
-                "saved_bytes": measured[contestant][0],
-                "peak_bytes": measured[contestant][1],
-            }
-            for contestant, timing in timings.items()
-        },
-    }
-
-
-def _layer_table(results: dict[str, Any]) -> str:
-    lines = [
-        f"{results['shape']} layer, one of {results['tp']} tensor-parallel ranks, {results['batch']} x "
-        f"{results['seq_len']} tokens, {results['dtype']}, {results['device']}, median of {results['repeats']}",
-        f"{'':26} {'ms':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'MFU':>6} {'saved MiB':>10} {'peak MiB':>9}",
-    ]
-    for name, row in results["layers"].items():
-        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        lines.append(
-            f"{name:26} {row['median_s'] * 1e3:9.2f} {row['tokens_per_s']:10,.0f} {row['tflops']:8.3f} {mfu:>6} "
-            f"{row['saved_bytes'] / 2**20:10.2f} {row['peak_bytes'] / 2**20:9.2f}"
-        )
-    return "\n".join(lines)
-
-
 def compare_hf(args: argparse.Namespace) -> int:
     """Time whole training steps of one process against transformers."""
     run = _benchmark_run(args)
@@ -248,8 +207,8 @@ def compare_hf(args: argparse.Namespace) -> int:
     steps = _contestants(run, batch, args.dtype)
     timings = _timed(steps, args.repeats)
     _check_losses(timings, args.dtype)
-    results = _results(run, args, timings)
-    _publish(args, results, _table(results))
+    results = step_results(run.model, _settings(args, "zero"), timings)
+    _publish(args, results, step_table(results))
     return 0
 
 
@@ -332,67 +291,6 @@ def _check_losses(timings: dict[str, Timing], dtype: str) -> None:
     first = {name: timing.losses[0] for name, timing in timings.items() if name != "gemms"}
     if max(first.values()) - min(first.values()) > AGREEMENT[dtype]:
         raise AssertionError(f"losses on the same weights and rows differ by more than {AGREEMENT[dtype]}: {first}")
-
-
-def _results(run: RunConfig, args: argparse.Namespace, timings: dict[str, Timing]) -> dict[str, Any]:
-    tokens = args.batch * args.seq_len
-    median = {name: timing.median_s for name, timing in timings.items()}
-    steps = {
-        name: {
-            "median_s": median[name],
-            "min_s": min(timing.seconds),
-            "max_s": max(timing.seconds),
-            "tokens_per_s": tokens / median[name],
-            "first_loss": timing.losses[0],
-            "last_loss": timing.losses[-1],
-        }
-        for name, timing in timings.items()
-    }
-    fastest = min(median["transformers"], median["transformers_fused_adamw"])
-    ours = ("llama_ds_model", "llama_ds_engine")
-    return {
-        "shape": asdict(run.model),
-        "parameters": parameter_count(run.model),
-        "batch": args.batch,
-        "seq_len": args.seq_len,
-        "dtype": args.dtype,
-        "zero": args.zero,
-        "policy": args.policy,
-        "threads": args.threads,
-        "repeats": args.repeats,
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},
-        "model_gflops_per_step": flops_per_token(run.model, args.seq_len) * tokens / 1e9,
-        "steps": steps,
-        # Above 1: ours takes fewer seconds. The second is against the better of their two optimizers.
-        "speed_over_transformers": {name: median["transformers"] / median[name] for name in ours},
-        "speed_over_fastest_transformers": {name: fastest / median[name] for name in ours},
-        # How many times the bare matrix products a step takes.
-        "time_over_gemms": {name: median[name] / median["gemms"] for name in median if name != "gemms"},
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _table(results: dict[str, Any]) -> str:
-    shape = results["shape"]
-    lines = [
-        f"{results['parameters'] / 1e6:.1f} M parameters (hidden {shape['hidden_size']}, "
-        f"{shape['num_hidden_layers']} layers), batch {results['batch']} x {results['seq_len']}, {results['dtype']}, "
-        f"{results['threads']} threads, median of {results['repeats']}",
-        f"{'':26} {'ms/step':>9} {'tokens/s':>9} {'x gemms':>8} {'x transformers':>15} {'x their fastest':>16}",
-    ]
-    for name, step in results["steps"].items():
-        over = results["time_over_gemms"].get(name)
-        plain, best = (results[f"speed_over_{kind}"].get(name) for kind in ("transformers", "fastest_transformers"))
-        columns = (f"{over:8.2f}" if over else "", f"{plain:15.3f}" if plain else "", f"{best:16.3f}" if best else "")
-        lines.append(f"{name:26} {step['median_s'] * 1e3:9.1f} {step['tokens_per_s']:9,.0f} " + " ".join(columns))
-    return "\n".join(line.rstrip() for line in lines)
 
 
 if __name__ == "__main__":
