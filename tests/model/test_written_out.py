@@ -51,7 +51,7 @@ def layers(shape: str, policy: str, backend: str = "sdpa") -> tuple[DecoderLayer
 def run(layer: nn.Module, x: Tensor, grad: Tensor, masked: bool) -> dict[str, Tensor]:
     """Return the output and all gradients of one forward and backward."""
     x = x.clone().requires_grad_()
-    y = layer((x, STARTS))[0] if masked else layer(x)
+    y = layer((x, STARTS.to(x.device)))[0] if masked else layer(x)
     y.backward(grad)
     assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in layer.named_parameters() if p.grad is not None}}
@@ -108,6 +108,25 @@ def test_bf16_is_as_near_to_float64_as_autograd_in_bf16(policy: str) -> None:
     for name, value in exact.items():
         error, plain_error = ((r[name].double() - value).norm() / value.norm() for r in (found, plain))
         assert error < max(1.5 * plain_error, 4e-3), name  # 2^-8: one rounding of the result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
+@pytest.mark.parametrize("backend", ["flash_attn", "sdpa"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_cuda_in_bf16_is_as_near_to_float64_as_autograd_there(policy: str, backend: str, masked: bool) -> None:
+    reference, layer = layers("grouped_query", policy, backend)
+    x, grad = random(ROWS, T, 32), random(ROWS, T, 32, seed=2)
+    exact_layer = layers("grouped_query", policy, "reference")[0]
+    exact_layer.load_state_dict(reference.state_dict())
+    exact = run(exact_layer, x, grad, masked)
+    found, plain = (
+        run(module.to("cuda", torch.bfloat16), x.to("cuda", torch.bfloat16), grad.to("cuda", torch.bfloat16), masked)
+        for module in (layer, reference)
+    )
+    for name, value in exact.items():
+        error, plain_error = ((r[name].cpu().double() - value).norm() / value.norm() for r in (found, plain))
+        assert error < max(1.5 * plain_error, 4e-3), name
 
 
 def saved_by_hooks(layer: DecoderLayer, x: Tensor) -> int:
