@@ -66,6 +66,8 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
             report.note(f"step {done} | saved {_checkpoints(run)}/{store.tag_of(done)}")
             meter.restart(waited(batches))
     report.close()
+    if isinstance(batches, MicroBatches):
+        batches.close()  # a reading thread that the interpreter's end cuts short aborts the process
 
 
 def save(engine: Engine, run: RunConfig, layout: Layout, dtype: str, step: int, place: world.Place) -> None:

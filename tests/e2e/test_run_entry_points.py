@@ -30,6 +30,24 @@ def test_one_process_needs_no_launcher(trained: Callable[[str], Run]) -> None:
     assert one.validation_loss == pytest.approx(pipeline.validation_loss, rel=1e-5)
 
 
+AND_COUNT_READERS = """
+import runpy, sys, threading
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+readers = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+print(f"{len(readers)} readers left")
+"""
+
+
+def test_no_reader_outlives_the_run(make_run: Callable[..., Run]) -> None:
+    """A daemon thread in native code when the interpreter ends is an abort, now and then: "terminate called"."""
+    started = make_run("readers", {"training.steps": 3, "optimizer.warmup_steps": 1})
+    assert "0 readers left" in succeed(alone("-c", AND_COUNT_READERS, TRAIN, started.file), started.log)
+
+
 @pytest.mark.slow
 def test_document_mask_crosses_the_pipeline(make_run: Callable[..., Run]) -> None:
     mask = {"data.document_mask": True, "optimizer.lr": 1e-2}
