@@ -34,7 +34,6 @@ from llama_ds.config.run_file import load_run, resolved
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.decoder import DecoderLayer
-from llama_ds.model.linear import lay_together
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
@@ -179,8 +178,7 @@ def _layers(
     ours = {policy: WrittenOutLayer(shared, 0, policy).to(device, dtype) for policy in policies}
     for written_out in ours.values():
         written_out.load_state_dict(reference.state_dict())
-        for modules in (written_out.wide_attention, written_out.wide_mlp):
-            lay_together([m.weight for m in modules])  # as DeepSpeed's flat buffers do
+        written_out.lay_weights_together()  # as DeepSpeed's flat buffers do
     config = LlamaConfig(**hf_config(resolved(run), str(dtype).removeprefix("torch.")))
     config._attn_implementation = "flash_attention_2" if shared.attention.name == "flash_attn" else "sdpa"
     theirs = LlamaDecoderLayer(config, 0).to(device, dtype).train()

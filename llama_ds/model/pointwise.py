@@ -100,10 +100,10 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor
 
 
 def _tables_for(x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return cos and sin for x's rows, as wide as a head: [cos | cos] and [-sin | sin], each (T, 1, K)."""
+    """Return the part of `RotaryTables` for x's rows, in the width of the arithmetic."""
     length, dtype = x.shape[1], _wide(x)  # bf16 products would lose the relative-position property on long rows
     cos, sin = (table[:length].to(dtype) for table in tables)
-    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return cos, sin
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

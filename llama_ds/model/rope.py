@@ -37,12 +37,16 @@ class RotaryTables:
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (cos, sin) on `device`, each (T, 1, K/2) in float32."""
+        """Return [cos | cos] and [-sin | sin] on `device`, as wide as a head: each (T, 1, K) in float32.
+
+        x rotated is x cos + swapped(x) sin, where swapped exchanges the halves of a head.
+        """
         if device not in self._tables:
             model = self.model
             frequencies = inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
             angles = torch.outer(torch.arange(self.seq_len).float(), frequencies)[:, None]  # (T, 1, K/2)
-            self._tables[device] = (angles.cos().to(device), angles.sin().to(device))
+            cos, sin = angles.cos(), angles.sin()
+            self._tables[device] = (torch.cat([cos, cos], -1).to(device), torch.cat([-sin, sin], -1).to(device))
         return self._tables[device]
 
 
@@ -50,5 +54,6 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate queries or keys by their positions: (B, T, H, K) -> (B, T, H, K); rows may be shorter than the tables."""
     dtype, length = torch.promote_types(x.dtype, torch.float32), x.shape[1]
     cos, sin = (table[:length].to(dtype) for table in tables)
-    first, second = x.to(dtype).chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    wide = x.to(dtype)
+    first, second = wide.chunk(2, -1)
+    return (wide * cos + torch.cat([second, first], -1) * sin).to(x.dtype)

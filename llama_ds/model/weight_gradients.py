@@ -40,9 +40,9 @@ class WeightGradients:
                 add_product(buffer, part, x)
         return [None] * len(weights)
 
-    def add(self, weight: Tensor, grad: Tensor) -> Tensor | None:
+    def add(self, weight: nn.Parameter, grad: Tensor) -> Tensor | None:
         """Put a gradient that is computed already where it belongs; return it if that is autograd."""
-        if self.buffer_of is None or not isinstance(weight, nn.Parameter):
+        if self.buffer_of is None:
             return grad.to(weight.dtype)
         self.buffer_of(weight).add_(grad)
         return None

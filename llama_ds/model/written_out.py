@@ -59,14 +59,18 @@ class WrittenOutLayer(DecoderLayer):
         attention, mlp = self.self_attn, self.mlp
         self.wide_attention = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.wide_mlp = (mlp.gate_proj, mlp.up_proj)
-        for modules in (self.wide_attention, self.wide_mlp):
-            lay_together([m.weight for m in modules])
+        self.lay_weights_together()
 
     def forward(self, inputs: Hidden) -> Hidden:
         """(B, S, D) -> (B, S, D), with document_start passed along where it is given."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
         y = _Layer.apply(x, self, self.shared.attention.documents(document_start), *self._parameters_in_order())
         return y if document_start is None else (y, document_start)
+
+    def lay_weights_together(self) -> None:
+        """Lay the matrices of one input side by side in memory, again after they were converted one by one."""
+        for modules in (self.wide_attention, self.wide_mlp):
+            lay_together([m.weight for m in modules])
 
     def weight_grads(self) -> None:
         """Compute the matrices' gradients of the micro-batch that has waited longest (weight_gradients.deferred)."""

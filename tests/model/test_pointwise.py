@@ -48,7 +48,7 @@ def test_one_graph_for_the_compiler(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_rotation_back_undoes_rotation(dtype: torch.dtype) -> None:
     angles = torch.rand(6, 1, 4)
-    tables = (angles.cos(), angles.sin())
+    tables = (angles.cos().repeat(1, 1, 2), torch.cat([-angles.sin(), angles.sin()], -1))
     x = torch.randn(2, 6, 3, 8).to(dtype)
     turned, back = x.clone(), torch.empty_like(x)
     pointwise.rotate_(turned, tables)
