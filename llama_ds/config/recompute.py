@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+GIB = 2**30
 POLICIES = ("none", "selective", "full")  # from the most memory to the most computing
 _BUDGET = re.compile(r"budget: ?([0-9]+(?:\.[0-9]+)?) ?GiB")
 
@@ -29,6 +30,6 @@ def canonical(value: object) -> object:
 def parse(text: str) -> Recompute | None:
     """Return what the canonical text says, None where it says nothing known."""
     if match := _BUDGET.fullmatch(text):
-        return Recompute(budget_bytes=int(float(match[1]) * 2**30))
+        return Recompute(budget_bytes=int(float(match[1]) * GIB))
     policies = tuple(policy.strip() for policy in text.split(","))
     return Recompute(policies) if all(policy in POLICIES for policy in policies) else None

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama_ds.config.layout import Layout
-from llama_ds.config.recompute import POLICIES, Recompute, parse
+from llama_ds.config.recompute import GIB, POLICIES, Recompute, parse
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.flops import layer_forward_flops
 from llama_ds.model.saving import LayerWork
 from llama_ds.parallel.partition import boundaries, decoder_layers
 
-GIB = 2**30
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 
 

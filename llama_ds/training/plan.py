@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from llama_ds.config.layout import Layout
-from llama_ds.config.recompute import POLICIES
+from llama_ds.config.recompute import GIB, POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.model.flops import (
     embedding_parameters,
@@ -17,7 +17,7 @@ from llama_ds.model.flops import (
     parameter_count,
 )
 from llama_ds.parallel.partition import boundaries, decoder_layers
-from llama_ds.parallel.recompute import ELEMENT_BYTES, GIB, StagePolicies, recomputed_flops_per_token, stage_policies
+from llama_ds.parallel.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
 from llama_ds.training.schedule import learning_rate
 
 
