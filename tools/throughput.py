@@ -281,7 +281,7 @@ def _engine_step(run: RunConfig, batch: np.ndarray) -> Step:
     world.join(world.Place(0, 1, 0))
     engine = build_engine(run, layout, config, torch.device("cpu"))
     batches = itertools.repeat(batch)
-    return lambda: engine.mean_loss(engine.train_step(batches, LEARNING_RATE))
+    return lambda: engine.read(engine.train_step(batches, LEARNING_RATE))[0]
 
 
 def _check_losses(timings: dict[str, Timing], dtype: str) -> None:

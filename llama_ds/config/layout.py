@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.schedules.schedule import NAMES as SCHEDULES
+from llama_ds.schedules.schedule import obstacle
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,20 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
             f"{place}: parallel.micro_batch = {micro} does not divide {batch} / dp {dp} = {batch // dp}; "
             f"use {listed(divisors(batch // dp))}"
         )
+    _check_schedule(run, batch // dp // micro)
     return Layout(world, pp, tp, dp, micro, batch // dp // micro, batch)
+
+
+def _check_schedule(run: RunConfig, micro_batches: int) -> None:
+    parallel = run.parallel
+    if parallel.pp == 1 or parallel.schedule not in SCHEDULES:
+        return
+    reason = obstacle(parallel.schedule, parallel.pp, micro_batches, parallel.virtual_stages)
+    if reason:
+        raise UserError(
+            f"{run.path}: parallel.schedule = {parallel.schedule}: {reason} "
+            "(micro-batches are training.global_batch / (dp * parallel.micro_batch))"
+        )
 
 
 def listed(choices: Iterable[object]) -> str:

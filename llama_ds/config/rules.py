@@ -11,8 +11,10 @@ from llama_ds.config.layout import divisors, listed
 from llama_ds.config.recompute import POLICIES, parse
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError, did_you_mean
+from llama_ds.schedules.schedule import NAMES as SCHEDULES
 
 FLASH_MAX_HEAD_DIM = 256
+STOCK_ENGINE = "deepspeed"  # parallel.schedule: DeepSpeed's PipelineEngine as it is, to measure against
 SMALLEST_WEIGHT = 1e-6  # of a source: the order holds a block of 1 / weight rows in memory
 _POSITIVE = (
     "model.vocab_size",
@@ -35,6 +37,7 @@ _POSITIVE = (
     "parallel.pp",
     "parallel.tp",
     "parallel.micro_batch",
+    "parallel.virtual_stages",
     "logging.interval",
 )
 _NOT_NEGATIVE = (
@@ -53,6 +56,7 @@ _CHOICES = {
     "model.attention_backend": ("auto", "flash_attn", "sdpa", "reference"),
     "optimizer.schedule": ("cosine", "wsd"),
     "parallel.decoder_layer": ("written_out", "autograd"),
+    "parallel.schedule": (*SCHEDULES, STOCK_ENGINE),
     "checkpoint.resume": ("auto", "never", "must"),
 }
 
@@ -184,10 +188,13 @@ def _check_pipeline(run: RunConfig) -> None:
     pp, layers, partition = run.parallel.pp, run.model.num_hidden_layers, run.parallel.partition
     if pp > layers:
         raise _error(run, f"parallel.pp = {pp} is more than model.num_hidden_layers = {layers}; use {layers} or fewer")
+    _check_schedule(run)
     if partition is None:
         return
-    if len(partition) != pp:
-        raise _error(run, f"parallel.partition = {list(partition)} has {len(partition)} entries, not pp = {pp}")
+    stages = pp * run.parallel.virtual_stages
+    if len(partition) != stages:
+        virtual = f" * virtual_stages = {stages}" if stages > pp else f" = {pp}"
+        raise _error(run, f"parallel.partition = {list(partition)} has {len(partition)} entries, not pp{virtual}")
     if min(partition) < 1:
         raise _error(run, f"parallel.partition = {list(partition)}: every stage needs a decoder layer or more")
     if sum(partition) != layers:
@@ -198,8 +205,31 @@ def _check_pipeline(run: RunConfig) -> None:
         )
 
 
+def _check_schedule(run: RunConfig) -> None:
+    parallel, layers = run.parallel, run.model.num_hidden_layers
+    pp, virtual = parallel.pp, parallel.virtual_stages
+    if virtual > 1 and pp == 1:
+        raise _error(run, f"parallel.virtual_stages = {virtual} cuts what pipeline ranks hold and pp is 1; use 1")
+    if virtual > 1 and parallel.schedule == STOCK_ENGINE:
+        raise _error(run, f"parallel.virtual_stages = {virtual}: DeepSpeed's own engine has one stage on a rank; use 1")
+    if virtual > 1 and parallel.partition is None and layers % (pp * virtual):
+        fits = [v for v in range(1, layers // pp + 1) if layers % (pp * v) == 0]
+        advice = f"use virtual_stages {listed(fits)}, or" if fits else "use"
+        raise _error(
+            run,
+            f"parallel.virtual_stages = {virtual} * pp {pp} = {pp * virtual} stages do not divide "
+            f"model.num_hidden_layers = {layers}; {advice} parallel.partition with {pp * virtual} entries",
+        )
+    if pp > 1 and parallel.schedule == "zb_h1" and parallel.decoder_layer == "autograd":
+        raise _error(
+            run,
+            "parallel.schedule = zb_h1 puts weight gradients off, which parallel.decoder_layer = autograd cannot; "
+            "use written_out, or schedule 1f1b",
+        )
+
+
 def _check_recompute(run: RunConfig) -> None:
-    text, pp = run.parallel.recompute, run.parallel.pp
+    text, stages = run.parallel.recompute, run.parallel.pp * run.parallel.virtual_stages
     found = parse(text)
     if found is None:
         raise _error(
@@ -207,9 +237,9 @@ def _check_recompute(run: RunConfig) -> None:
             f"parallel.recompute = {text!r} is not {listed(POLICIES)}, a list of these for each stage, or "
             f"{{budget: 20 GiB}}{did_you_mean(text, POLICIES)}",
         )
-    if len(found.policies) not in (0, 1, pp):
+    if len(found.policies) not in (0, 1, stages):
         raise _error(
-            run, f"parallel.recompute = {text} names {len(found.policies)} stages, not pp = {pp}; name one or {pp}"
+            run, f"parallel.recompute = {text} names {len(found.policies)} stages of {stages}; name one or {stages}"
         )
     if run.parallel.decoder_layer == "autograd" and text not in ("none", "full"):
         raise _error(

@@ -90,11 +90,13 @@ class ParallelConfig:
     tp: int = 1
     sequence_parallel: bool = False
     micro_batch: int = 1
-    partition: tuple[int, ...] | None = None  # decoder layers per pipeline stage; None: balanced by cost
+    partition: tuple[int, ...] | None = None  # decoder layers per stage, pp * virtual_stages; None: balanced by cost
     decoder_layer: str = "written_out"  # written_out | autograd (the reference)
     # Of decoder layers, `model/written_out.py`: none | selective | full, a list with one for each stage, or the memory
     # that a rank's layers may keep: {budget: 20 GiB}. Held as one text: "selective", "none,full", "budget: 20 GiB".
     recompute: str = "none"
+    schedule: str = "1f1b"  # 1f1b | interleaved | zb_h1 | dualpipe_v (`llama_ds.schedules`) | deepspeed (its own engine)
+    virtual_stages: int = 1  # stages of the model on each pipeline rank: interleaved 2 or more, dualpipe_v 2
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class WeightGradients:
     def __init__(self) -> None:
         # The buffer, of the matrix's shape, that a matrix's gradient is added to; None: autograd gets it.
         self.buffer_of: Callable[[nn.Parameter], Tensor] | None = None
+        # Told of every matrix whose gradient of a micro-batch has been added to its buffer.
+        self.added: Callable[[nn.Parameter], None] = lambda parameter: None
         self.deferred = False  # True: layers keep the work in a queue until their weight_grads() is called
 
     def compute(self, weights: Sequence[nn.Parameter], grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
@@ -38,6 +40,8 @@ class WeightGradients:
         else:
             for buffer, part in zip(buffers, grad.split([len(w) for w in weights], 1), strict=True):
                 add_product(buffer, part, x)
+        for weight in weights:
+            self.added(weight)
         return [None] * len(weights)
 
     def add(self, weight: nn.Parameter, grad: Tensor) -> Tensor | None:
@@ -45,6 +49,7 @@ class WeightGradients:
         if self.buffer_of is None:
             return grad.to(weight.dtype)
         self.buffer_of(weight).add_(grad)
+        self.added(weight)
         return None
 
 

@@ -17,9 +17,11 @@ What a layer keeps between forward and backward is its policy (`llama_ds.model.s
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
@@ -56,6 +58,9 @@ class WrittenOutLayer(DecoderLayer):
         self.first = first
         self.kernel = attention_kernel(shared.attention.name)
         self.weights = LayerWeightGradients(shared.weight_gradients)
+        self.recomputes_early = False  # True, with policy full: recompute_oldest() is called before every backward
+        self._outstanding: deque[Any] = deque()  # contexts of the forwards whose backwards are still to come
+        self._recording = False
         attention, mlp = self.self_attn, self.mlp
         self.wide_attention = (attention.q_proj, attention.k_proj, attention.v_proj)
         self.wide_mlp = (mlp.gate_proj, mlp.up_proj)
@@ -64,6 +69,7 @@ class WrittenOutLayer(DecoderLayer):
     def forward(self, inputs: Hidden) -> Hidden:
         """(B, S, D) -> (B, S, D), with document_start passed along where it is given."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
+        self._recording = self.recomputes_early and torch.is_grad_enabled()
         y = _Layer.apply(x, self, self.shared.attention.documents(document_start), *self._parameters_in_order())
         return y if document_start is None else (y, document_start)
 
@@ -75,6 +81,12 @@ class WrittenOutLayer(DecoderLayer):
     def weight_grads(self) -> None:
         """Compute the matrices' gradients of the micro-batch that has waited longest (weight_gradients.deferred)."""
         self.weights.run_oldest()
+
+    @torch.no_grad()
+    def recompute_oldest(self) -> None:
+        """Run the forward of the next backward again, while the gradient that it waits for is on its way."""
+        context = self._outstanding.popleft()
+        _, context.again = forward(self, context.saved_tensors[0], context.documents, "none", output=False)
 
     def _parameters_in_order(self) -> list[nn.Parameter]:
         attention, mlp = self.self_attn, self.mlp
@@ -91,7 +103,9 @@ class _Layer(Function):
         assert y is not None
         tensors = [getattr(saved, field.name) for field in fields(saved)[:-1]]
         ctx.save_for_backward(*tensors, *saved.statistics)
-        ctx.layer, ctx.documents = layer, documents
+        ctx.layer, ctx.documents, ctx.again = layer, documents, None
+        if layer._recording:
+            layer._outstanding.append(ctx)
         return y
 
     @staticmethod
@@ -100,7 +114,9 @@ class _Layer(Function):
         count = len(fields(Saved)) - 1
         tensors = ctx.saved_tensors
         saved = Saved(*tensors[:count], statistics=tensors[count:])  # type: ignore[misc]
-        if ctx.layer.policy == "full":
+        if ctx.again:
+            saved = ctx.again
+        elif ctx.layer.policy == "full":
             _, saved = forward(ctx.layer, saved.x, ctx.documents, "none", output=False)
         grad_x, grads = backward(ctx.layer, grad, saved, ctx.documents)
         return grad_x, None, None, *grads

@@ -11,16 +11,22 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import accumulate, pairwise
 
-from llama_ds.config.schema import ModelConfig
+from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.model.flops import layer_costs
 
 _BEFORE, _AFTER = 1, 2  # layers around the decoder: the embedding; the final norm and the head
 
 
-def boundaries(model: ModelConfig, seq_len: int, pp: int, partition: Sequence[int] | None) -> list[int]:
+def stage_boundaries(run: RunConfig) -> list[int]:
+    """Return the boundaries of the run's pp * virtual_stages stages."""
+    stages = run.parallel.pp * run.parallel.virtual_stages
+    return boundaries(run.model, run.data.seq_len, stages, run.parallel.partition)
+
+
+def boundaries(model: ModelConfig, seq_len: int, stages: int, partition: Sequence[int] | None) -> list[int]:
     """Return the stage boundaries for explicit decoder layers per stage (`partition`), or balanced by forward FLOPs."""
     if partition is None:
-        return balance(layer_costs(model, seq_len), pp)
+        return balance(layer_costs(model, seq_len), stages)
     cuts = list(accumulate(partition, initial=_BEFORE))
     return [0, *cuts[1:-1], cuts[-1] + _AFTER]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -14,29 +15,82 @@ from llama_ds.model.decoder import DecoderLayer, Shared
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
 from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel.grid import topology
-from llama_ds.parallel.partition import boundaries
+from llama_ds.parallel.partition import stage_boundaries
+from llama_ds.schedules.instructions import Placement
 
 
 class LlamaPipeline(PipelineModule):
-    """Embedding, decoder layers, final norm and head as layer specs, cut where `parallel.partition` says."""
+    """Embedding, decoder layers, final norm and head as layer specs, cut where `parallel.partition` says.
+
+    A rank holds one stage or several, its chunks; `forward` runs the one that `activate` has chosen last.
+    """
 
     def __init__(
-        self, run: RunConfig, layout: Layout, shared: Shared, loss: nn.Module, policies: Sequence[str] | None
+        self,
+        run: RunConfig,
+        layout: Layout,
+        place: Placement,
+        shared: Shared,
+        loss: nn.Module,
+        policies: Sequence[str] | None,
     ) -> None:
         """`policies` are the decoder layers' save policies; None: layers by autograd."""
-        self._stage_bounds = boundaries(run.model, run.data.seq_len, layout.pp, run.parallel.partition)
+        self._bounds = stage_boundaries(run)
+        self._place = place
+        self.chunks: list[list[Any]] = []
         super().__init__(
-            layers=layer_specs(shared, policies, self._stage_bounds),
+            layers=layer_specs(shared, policies, self._bounds),
             topology=topology(layout),
             loss_fn=loss,
             activation_checkpoint_interval=1 if policies is None and run.parallel.recompute == "full" else 0,
             checkpointable_layers=[DecoderLayer.__name__],
         )
 
+    def activate(self, chunk: int) -> None:
+        """Make `chunk` what this module's forward, saving and loading are about."""
+        self.forward_funcs = self.chunks[chunk]
+        self._set_bounds(*self._chunk_bounds(chunk))
+        if self.activation_checkpoint_interval > 0:
+            self.is_checkpointable_results = [self._is_checkpointable([layer]) for layer in self.forward_funcs]
+
+    def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
+        """Yield this rank's layers with their indices in the whole model; a tied head, a function, is none."""
+        for chunk, layers in enumerate(self.chunks):
+            for index, layer in enumerate(layers, self._chunk_bounds(chunk)[0]):
+                if isinstance(layer, nn.Module):
+                    yield index, layer
+
+    def stage_owner(self, layer_idx: int) -> int:
+        """Return the pipeline rank that holds a layer."""
+        return self._place.home(bisect_right(self._bounds, layer_idx) - 1)[0]
+
+    def save_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Write this rank's share of its chunks' layers."""
+        for chunk in range(len(self.chunks)):
+            self.activate(chunk)
+            super().save_state_dict(*args, **kwargs)
+
+    def load_state_dir(self, *args: Any, **kwargs: Any) -> None:
+        """Read this rank's layers."""
+        for chunk in range(len(self.chunks)):
+            self.activate(chunk)
+            super().load_state_dir(*args, **kwargs)
+
+    def _chunk_bounds(self, chunk: int) -> tuple[int, int]:
+        stage = self._place.stage(self.stage_id, chunk)
+        return self._bounds[stage], self._bounds[stage + 1]
+
     def _partition_layers(self, method: Any = None) -> None:
         # DeepSpeed's own methods count parameters, by building every layer on every rank, or layers.
-        self.parts = self._stage_bounds
-        self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
+        self.parts = self._bounds
+
+    def _build(self) -> None:
+        for chunk in range(self._place.chunks):
+            self._set_bounds(*self._chunk_bounds(chunk))
+            self.forward_funcs = []
+            super()._build()
+            self.chunks.append(self.forward_funcs)
+        self.activate(0)
 
 
 def layer_specs(shared: Shared, policies: Sequence[str] | None, bounds: Sequence[int]) -> list[LayerSpec]:

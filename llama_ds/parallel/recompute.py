@@ -1,7 +1,7 @@
 """Which save policy each decoder layer has: as the run file says, or the least recomputing that fits a memory budget.
 
-Pure arithmetic. In 1F1B stage s of p holds the activations of min(p - s, micro-batches) micro-batches at a time
-(Narayanan et al., arXiv 2104.04473, section 2.2).
+Pure arithmetic. How many micro-batches' activations a stage holds at a time is read off the schedule: in 1F1B stage s of
+p holds min(p - s, micro-batches) (Narayanan et al., arXiv 2104.04473, section 2.2).
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.flops import layer_forward_flops
 from llama_ds.model.saving import LayerWork
-from llama_ds.parallel.partition import boundaries, decoder_layers
+from llama_ds.parallel.partition import decoder_layers, stage_boundaries
+from llama_ds.parallel.scheduling import schedule_of
 
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 
@@ -29,22 +30,27 @@ class StagePolicies:
 
 
 def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[StagePolicies]:
-    """Return each stage's policies; `element_bytes` is 2 in bf16, 4 in fp32.
+    """Return each stage's policies, in the model's order; `element_bytes` is 2 in bf16, 4 in fp32.
+
+    A rank's stages share its budget by the activations that they hold.
 
     Raises:
         UserError: a budget that even full recomputation exceeds.
     """
     wanted = parse(run.parallel.recompute) or Recompute(("none",))
     work = layer_work(run, layout, element_bytes)
+    schedule = schedule_of(run, layout)
+    counts, place = decoder_layers(stage_boundaries(run)), schedule.place
     stages = []
-    for stage, layers in enumerate(
-        decoder_layers(boundaries(run.model, run.data.seq_len, layout.pp, run.parallel.partition))
-    ):
-        in_flight = min(layout.pp - stage, layout.accumulation)
+    for stage, layers in enumerate(counts):
+        rank, chunk = place.home(stage)
+        in_flight = schedule.held[rank][chunk]
         if wanted.budget_bytes is None:
             policies = (wanted.policies[stage if len(wanted.policies) > 1 else 0],) * layers
         else:
-            policies = _fit(work, layers, in_flight, wanted.budget_bytes, f"{run.path}: stage {stage}")
+            held = sum(n * counts[place.stage(rank, c)] for c, n in enumerate(schedule.held[rank]))
+            budget = wanted.budget_bytes * in_flight * layers // held
+            policies = _fit(work, layers, in_flight, budget, f"{run.path}: stage {stage}")
         saved = in_flight * sum(map(work.saved_bytes, policies))
         stages.append(StagePolicies(policies, in_flight, saved))
     return stages

@@ -14,8 +14,8 @@ from torch import Tensor
 from llama_ds.model.tensor_parallel import Pending
 
 # torch 2.13 renamed both and warns at the old names; 2.11 has only those.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class GroupTensorParallel:
@@ -71,7 +71,7 @@ class GroupTensorParallel:
         """Concatenate the ranks' tokens: (B, S, D) -> (B, T, D)."""
         rows, tokens, width = x.shape
         parts = x.new_empty(self.size, rows, tokens, width)
-        work = _all_gather(parts.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
+        work = all_gather_flat(parts.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
 
         def wait() -> Tensor:
             work.wait()
@@ -85,7 +85,7 @@ class GroupTensorParallel:
         own = tokens // self.size
         parts = x.view(rows, self.size, own, width).transpose(0, 1).contiguous()  # no copy when B = 1
         out = x.new_empty(rows, own, width)
-        work = _reduce_scatter(out.view(-1), parts.view(-1), group=self.group, async_op=True)
+        work = reduce_scatter_flat(out.view(-1), parts.view(-1), group=self.group, async_op=True)
 
         def wait() -> Tensor:
             work.wait()

@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import deepspeed
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from llama_ds.checkpoint.weights import layer_file
 from llama_ds.config.layout import Layout
+from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import OptimizerConfig, RunConfig
 from llama_ds.model.embedding import Head
 from llama_ds.model.linear import RMSNorm
@@ -31,11 +33,23 @@ from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel import world
 from llama_ds.parallel.grid import grid, tensor_parallel
 from llama_ds.parallel.pipeline import LlamaPipeline
+from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
+from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.recompute import stage_policies
+from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.parallel.trace import Trace
 from llama_ds.training.finite import check_layers, layer_name
 from llama_ds.training.host_memory import keep_freed_memory
 
 Batches = Iterable[np.ndarray]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave, still on the device: reading it waits for the device."""
+
+    loss: Tensor  # mean over the global batch; with one stage over this rank's share of it
+    norm: Tensor | float  # of the gradients before clipping
 
 
 class Engine(Protocol):
@@ -44,12 +58,13 @@ class Engine(Protocol):
     deepspeed: Any  # the DeepSpeed engine
     dp_rank: int
     reads_data: bool  # first and last pipeline stage only
+    trace: Trace
 
-    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> Tensor:
-        """Take one optimizer step over `accumulation` micro-batches; return this rank's view of their mean loss."""
+    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> StepResult:
+        """Take one optimizer step over `accumulation` micro-batches."""
 
-    def mean_loss(self, loss: Tensor) -> float:
-        """Return the loss of the whole global batch, the same on all ranks. Collective; synchronises."""
+    def read(self, result: StepResult) -> tuple[float, float]:
+        """Return a step's global mean loss and gradient norm, the same on all ranks. Collective; synchronises."""
 
     def evaluate(self, batches: Batches, count: int) -> float:
         """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective."""
@@ -72,10 +87,12 @@ def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device:
     shared = shared_parts(run, tensor_parallel(layout, run.parallel.sequence_parallel), device.type, dtype)
     loss = NextTokenLoss(shared.tp, run.optimizer.z_loss, shared.weight_gradients)
     policies = save_policies(run, layout, dtype.itemsize)
+    trace = Trace(device)
     # DeepSpeed prints its topology and seeds to stdout, which belongs to the run's own lines.
     with redirect_stdout(io.StringIO()):
         if layout.pp > 1:
-            module: nn.Module = LlamaPipeline(run, layout, shared, loss, policies)
+            place = schedule_of(run, layout).place
+            module: nn.Module = LlamaPipeline(run, layout, place, shared, loss, policies)
             mpu = None  # the pipeline module brings its grid
         else:
             mpu = grid(layout)
@@ -85,22 +102,32 @@ def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device:
                 set_z3_leaf_modules(module, [WrittenOutLayer, Head])
         if run.logging.check_finite:
             check_layers(_named_layers(module, run.model.num_hidden_layers))
-        engine, *_ = deepspeed.initialize(
-            model=module, optimizer=build_optimizer(module, run.optimizer, config), config=config, mpu=mpu
-        )
+        if isinstance(module, LlamaPipeline) and run.parallel.schedule != STOCK_ENGINE:
+            groups = [
+                group for name, layer in _layers_of_pipeline(module) for group in _decay_groups(layer, run.optimizer, name)
+            ]
+            optimizer = build_optimizer(groups, run.optimizer, config)
+            rows = (layout.micro_batch, run.data.seq_len)
+            schedule = schedule_of(run, layout)
+            engine: Any = LlamaPipelineEngine(module, schedule, shared, rows, dtype, optimizer, config, trace)
+        else:
+            optimizer = build_optimizer(_decay_groups(module, run.optimizer), run.optimizer, config)
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     if isinstance(engine.optimizer, BF16_Optimizer):
         shared.weight_gradients.buffer_of = _fp32_gradients(engine.optimizer)
-    return PipelinedEngine(engine) if layout.pp > 1 else SingleStageEngine(engine, layout.accumulation, device)
+    if isinstance(engine.optimizer, PipelineOptimizer):
+        shared.weight_gradients.added = engine.optimizer.gradient_added
+        return PipelinedEngine(engine, trace)
+    if layout.pp > 1:
+        return StockPipelinedEngine(engine, trace)
+    return SingleStageEngine(engine, layout.accumulation, device, trace)
 
 
 def _named_layers(module: nn.Module, num_hidden_layers: int) -> Iterator[tuple[str, nn.Module]]:
     """Yield this rank's layers with the names that people call them by."""
-    # Of a pipeline stage, whose tied head is a function of the embedding, or of the whole model.
-    pipeline: Any = module if isinstance(module, LlamaPipeline) else None
-    layers: Any = pipeline.forward_funcs if pipeline else module.layers
-    for index, layer in enumerate(layers, pipeline._local_start if pipeline else 0):
-        if isinstance(layer, nn.Module):
-            yield layer_name(index, num_hidden_layers), layer
+    layers: Any = module.numbered_layers() if isinstance(module, LlamaPipeline) else enumerate(module.layers)  # type: ignore[arg-type]
+    for index, layer in layers:
+        yield layer_name(index, num_hidden_layers), layer
 
 
 def _fp32_gradients(optimizer: BF16_Optimizer) -> Callable[[nn.Parameter], Tensor]:
@@ -134,30 +161,38 @@ def zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractConte
     return deepspeed.zero.Init(data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu)
 
 
-def build_optimizer(module: nn.Module, settings: OptimizerConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
-    """Return AdamW over two named groups: matrices, which decay, and norm weights, which do not.
+def _layers_of_pipeline(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]]:
+    """Yield this rank's layers with the names of their optimizer groups, each parameter once.
 
-    Every pipeline stage holds a decoder layer and so both groups, in this order: DeepSpeed's universal checkpoints
-    match groups by position.
+    A tied table has a name of its own: it is the last stage's too, and that holds no layer 0.
     """
+    yield from ((f"tied {key} ", table) for key, table in module.tied_modules.items())
+    tied = set(module.tied_modules.values())
+    yield from ((f"layer {index} ", layer) for index, layer in module.numbered_layers() if layer not in tied)
+
+
+def _decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
+    """Return optimizer groups of what `module` has of matrices, which decay, and norm weights, which do not."""
     # By module, not by shape: under ZeRO-3 a partitioned parameter has lost its shape.
     norms = [p for m in module.modules() if isinstance(m, RMSNorm) for p in m.parameters()]
     known = {id(p) for p in norms}
     matrices = [p for p in module.parameters() if id(p) not in known]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay, "name": "matrices"},
-        {"params": norms, "weight_decay": 0.0, "name": "norms"},
+        {"params": matrices, "weight_decay": settings.weight_decay, "name": f"{name}matrices"},
+        {"params": norms, "weight_decay": 0.0, "name": f"{name}norms"},
     ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Return AdamW over `groups`."""
     if "offload_optimizer" in config["zero_optimization"]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
-
-
-def global_grad_norm(engine: Any) -> float:
-    """Return the norm of the last step's gradients before clipping. Synchronises with the device."""
-    return float(engine.get_global_grad_norm())
 
 
 def _set_learning_rate(engine: Any, lr: float) -> None:
@@ -170,6 +205,10 @@ def _split(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
     if device.type == "cuda":
         rows = rows.pin_memory().to(device, non_blocking=True)
     return rows[:, :-1], rows[:, 1:]
+
+
+def _split_all(batches: Batches, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    return (_split(batch, device) for batch in batches)
 
 
 class _DeepSpeedCheckpoints:
@@ -189,8 +228,8 @@ class _DeepSpeedCheckpoints:
 class SingleStageEngine(_DeepSpeedCheckpoints):
     """pp = 1: DeepSpeedEngine with ZeRO 0 to 3."""
 
-    def __init__(self, engine: Any, accumulation: int, device: torch.device) -> None:
-        self.deepspeed = engine
+    def __init__(self, engine: Any, accumulation: int, device: torch.device, trace: Trace) -> None:
+        self.deepspeed, self.trace = engine, trace
         self.accumulation = accumulation
         self.device = device
         self.dp_rank = engine.mpu.get_data_parallel_rank()
@@ -206,7 +245,7 @@ class SingleStageEngine(_DeepSpeedCheckpoints):
             engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
         )
 
-    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> Tensor:
+    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> StepResult:
         engine = self.deepspeed
         engine.train()
         _set_learning_rate(engine, lr)
@@ -216,10 +255,10 @@ class SingleStageEngine(_DeepSpeedCheckpoints):
             engine.backward(loss)
             engine.step()
             total += loss.detach()
-        return total / self.accumulation
+        return StepResult(total / self.accumulation, engine.get_global_grad_norm())
 
-    def mean_loss(self, loss: Tensor) -> float:
-        return world.mean(loss, self.deepspeed.mpu.get_data_parallel_group())
+    def read(self, result: StepResult) -> tuple[float, float]:
+        return world.mean(result.loss, self.deepspeed.mpu.get_data_parallel_group()), float(result.norm)
 
     @torch.no_grad()
     def evaluate(self, batches: Batches, count: int) -> float:
@@ -227,7 +266,7 @@ class SingleStageEngine(_DeepSpeedCheckpoints):
         total = torch.zeros((), device=self.device)
         for batch in batches:
             total += self.deepspeed(*_split(batch, self.device))
-        return self.mean_loss(total / count)
+        return world.mean(total / count, self.deepspeed.mpu.get_data_parallel_group())
 
     def save(self, folder: str, tag: str) -> None:
         super().save(folder, tag)
@@ -244,24 +283,43 @@ class SingleStageEngine(_DeepSpeedCheckpoints):
 
 
 class PipelinedEngine(_DeepSpeedCheckpoints):
-    """pp > 1: DeepSpeed's PipelineEngine with ZeRO-1."""
+    """pp > 1: the pipeline engine of `llama_ds.parallel.pipeline_engine` with ZeRO-1."""
 
-    def __init__(self, engine: Any) -> None:
-        self.deepspeed = engine
+    def __init__(self, engine: LlamaPipelineEngine, trace: Trace) -> None:
+        self.deepspeed, self.trace = engine, trace
+        self.dp_rank = engine.grid.get_data_parallel_rank()
+        self.reads_data = engine.reads_data()
+
+    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> StepResult:
+        _set_learning_rate(self.deepspeed, lr)
+        loss, norm = self.deepspeed.train_step(_split_all(batches, self.deepspeed.device)).unbind()
+        return StepResult(loss, norm)
+
+    def read(self, result: StepResult) -> tuple[float, float]:
+        return float(result.loss), float(result.norm)
+
+    def evaluate(self, batches: Batches, count: int) -> float:
+        return float(self.deepspeed.mean_loss(_split_all(batches, self.deepspeed.device), count))
+
+
+class StockPipelinedEngine(_DeepSpeedCheckpoints):
+    """pp > 1: DeepSpeed's PipelineEngine as it is, with ZeRO-1, to measure against."""
+
+    def __init__(self, engine: Any, trace: Trace) -> None:
+        self.deepspeed, self.trace = engine, trace
         self.dp_rank = engine.grid.get_data_parallel_rank()
         self.reads_data = engine.is_first_stage() or engine.is_last_stage()
 
-    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> Tensor:
+    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> StepResult:
         _set_learning_rate(self.deepspeed, lr)
-        return self.deepspeed.train_batch(self._split_all(batches))
+        loss = self.deepspeed.train_batch(self._split_all(batches))
+        return StepResult(loss, self.deepspeed.get_global_grad_norm())
 
-    def mean_loss(self, loss: Tensor) -> float:
-        return float(loss)  # train_batch has already reduced and broadcast it
+    def read(self, result: StepResult) -> tuple[float, float]:
+        return float(result.loss), float(result.norm)
 
     def evaluate(self, batches: Batches, count: int) -> float:
         return float(self.deepspeed.eval_batch(self._split_all(batches), num_micro_batches=count))
 
     def _split_all(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]] | None:
-        if not self.reads_data:
-            return None
-        return (_split(batch, self.deepspeed.device) for batch in batches)
+        return _split_all(batches, self.deepspeed.device) if self.reads_data else None

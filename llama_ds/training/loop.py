@@ -18,7 +18,7 @@ from llama_ds.data.stream import Dataset, MicroBatches, open_data
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 from llama_ds.parallel import world
-from llama_ds.training.engine import Engine, build_engine, global_grad_norm
+from llama_ds.training.engine import Engine, build_engine
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.schedule import learning_rate
@@ -49,13 +49,13 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     meter.restart(waited_s=0.0)
     for step in range(first, last):
         lr = learning_rate(step, run.optimizer, total)
-        loss = engine.train_step(batches, lr)
+        result = engine.train_step(batches, lr)
         meter.tick()
 
         done = step + 1
         if _due(done, every, last):
-            mean = engine.mean_loss(loss)
-            report.step(meter.measure(done, mean, lr, global_grad_norm(engine.deepspeed), waited(batches)))
+            mean, norm = engine.read(result)
+            report.step(meter.measure(done, mean, lr, norm, waited(batches)))
             if not math.isfinite(mean):
                 raise UserError(_divergence(run, done, mean))
         if validation and _due(done, run.evaluation.interval, last):

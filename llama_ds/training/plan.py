@@ -16,7 +16,7 @@ from llama_ds.model.flops import (
     layer_parameters,
     parameter_count,
 )
-from llama_ds.parallel.partition import boundaries, decoder_layers
+from llama_ds.parallel.partition import decoder_layers, stage_boundaries
 from llama_ds.parallel.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
 from llama_ds.training.schedule import learning_rate
 
@@ -99,7 +99,7 @@ def _layout(run: RunConfig, layout: Layout) -> list[str]:
 
 
 def _stages(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tuple[str, ...]]:
-    bounds = boundaries(run.model, run.data.seq_len, layout.pp, run.parallel.partition)
+    bounds = stage_boundaries(run)
     costs = layer_costs(run.model, run.data.seq_len)
     yield "stage", "decoder layers", "share of FLOPs", "parameters per rank", "recompute", "kept activations"
     held = stage_parameters(run.model, bounds, layout.tp)

@@ -44,6 +44,8 @@ class Case:
     micro_batch: int = 1
     partition: tuple[int, ...] | None = None
     z_loss: float = 0.0
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
 
     @property
     def world(self) -> int:
@@ -96,6 +98,8 @@ class Case:
                 self.partition,
                 self.decoder_layer,
                 self.recompute,
+                self.schedule,
+                self.virtual_stages,
             ),
             deepspeed={
                 "zero_optimization": {"stage": self.zero},

@@ -11,7 +11,7 @@ import torch
 from llama_ds import log
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.parallel import world
-from llama_ds.training.engine import build_engine, global_grad_norm
+from llama_ds.training.engine import build_engine
 from llama_ds.training.schedule import learning_rate
 from tests.parallel.layout_cases import STEPS, Case, micro_batches
 
@@ -22,8 +22,8 @@ def train(case: Case) -> list[tuple[float, float]]:
     batches = micro_batches(case, engine.dp_rank)
     history = []
     for step in range(STEPS):
-        loss = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
-        history.append((engine.mean_loss(loss), global_grad_norm(engine.deepspeed)))
+        result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
+        history.append(engine.read(result))
     if (case.dtype, case.zero, case.decoder_layer) == ("bf16", 1, "written_out"):
         # Straight into BF16_Optimizer's fp32 buffers: no matrix has a gradient in bf16.
         assert all(p.grad is None for n, p in engine.deepspeed.module.named_parameters() if "_proj" in n)

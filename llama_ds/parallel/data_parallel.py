@@ -1,0 +1,50 @@
+"""Reduce-scatter and all-gather over data-parallel ranks, issued on handles.
+
+Shapes: R ranks, n numbers of a rank's part; a whole buffer is (R, n), row r the part of rank r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama_ds.parallel.tensor_parallel import all_gather_flat, reduce_scatter_flat
+
+Wait = Callable[[], None]
+
+
+def start_reduce_scatter(whole: Tensor, own: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> Wait:
+    """Sum `whole` (R, n) over ranks, in `dtype`, into this rank's `own` (n); done when the returned call returns.
+
+    Each rank sends (R - 1) n numbers. `own` may be a row of `whole`; `whole` is not to be read afterwards.
+    """
+    wire = whole.to(dtype)
+    parts = torch.empty_like(wire) if dist.get_backend(group) == "gloo" else own.new_empty(own.shape, dtype=dtype)
+    if dist.get_backend(group) == "gloo":
+        # gloo's own reduce-scatter is an all-reduce, of twice the bytes: exchange the parts and add them here.
+        work = dist.all_to_all_single(parts.view(-1), wire.view(-1), group=group, async_op=True)
+    else:
+        parts = own if own.dtype == dtype else parts
+        work = reduce_scatter_flat(parts, wire.view(-1), group=group, async_op=True)
+
+    def wait() -> None:
+        work.wait()
+        if parts.dim() > own.dim():
+            torch.sum(parts, 0, dtype=own.dtype, out=own)
+        elif parts is not own:
+            own.copy_(parts)
+
+    return wait
+
+
+def start_all_gather(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> Wait:
+    """Fill `whole` (R, n) with all ranks' `own` (n), which may be a row of it."""
+    work = all_gather_flat(whole.view(-1), own, group=group, async_op=True)
+
+    def wait() -> None:
+        work.wait()
+
+    return wait

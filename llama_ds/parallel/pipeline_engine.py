@@ -1,0 +1,257 @@
+"""DeepSpeed's PipelineEngine run by `llama_ds.schedules`: messages, reductions and recomputing fill what it waits for.
+
+The engine, its grid, optimizer wrapper and checkpoints are DeepSpeed's; what happens within a step is the list of
+instructions of this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.pipe.engine import PipelineEngine
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from llama_ds.model.decoder import Shared
+from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.parallel.pipeline import LlamaPipeline
+from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
+from llama_ds.parallel.point_to_point import Mail, Work, wait
+from llama_ds.parallel.trace import Trace
+from llama_ds.schedules import forward_only
+from llama_ds.schedules.communication import awaited, message_of, produced
+from llama_ds.schedules.instructions import Instruction, Op
+from llama_ds.schedules.schedule import Schedule
+
+Batches = Iterator[tuple[Tensor, Tensor]]  # ids and labels, (b, T) each
+Key = tuple[int, int]  # chunk, micro-batch
+
+
+class LlamaPipelineEngine(PipelineEngine):
+    """One rank of a pipeline."""
+
+    def __init__(
+        self,
+        module: LlamaPipeline,
+        schedule: Schedule,
+        shared: Shared,
+        rows: tuple[int, int],
+        dtype: torch.dtype,
+        optimizer: torch.optim.Optimizer,
+        config: dict[str, Any],
+        trace: Trace,
+    ) -> None:
+        """`rows` is (micro-batch rows b, T tokens of a row); `config` the merged DeepSpeed configuration. Collective."""
+        self._schedule, self._shared, self._trace = schedule, shared, trace
+        self._rows, self._dtype = rows, dtype
+        grid = module.mpu()
+        super().__init__(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            config=config,
+            config_class=DeepSpeedConfig(config, grid),
+            mpu=grid,
+        )
+        place = schedule.place
+        self._first, self._last = place.home(0), place.home(place.stages - 1)
+        self._instructions = schedule.instructions(self.stage_id)
+        self._mail = Mail(self.grid.pipe_groups, place, self.device)
+        self._posted: dict[tuple[str, int, int], Work] = {}  # kind, chunk, micro-batch
+        self._handed: dict[tuple[str, int, int], list[Tensor]] = {}  # from one chunk of this rank to another
+        self._live: dict[Key, tuple[Tensor | None, GradientEdge]] = {}  # input and output of a forward
+        self._outgoing: dict[tuple[Op, int, int], list[Tensor]] = {}
+        self._batches: Batches = iter(())
+        self._read: dict[int, tuple[Tensor, Tensor]] = {}
+        self._loss = torch.zeros((), device=self.device)
+        self._written_out = [[x for x in chunk if isinstance(x, WrittenOutLayer)] for chunk in module.chunks]
+        self._prepare_layers(module)
+
+    def _prepare_layers(self, module: LlamaPipeline) -> None:
+        optimizer = self.optimizer
+        for _, layer in module.numbered_layers():
+            parameters = list(layer.parameters())
+            layer.register_forward_pre_hook(lambda *_, own=parameters: optimizer.wait_for(own))
+        tied = [weight for weight, _ in module.get_tied_weights_and_groups()]
+        optimizer.hold_back(tied)
+        for layers in self._written_out:
+            for layer in layers[-1:]:
+                layer.recomputes_early = layer.policy == "full"
+
+    # DeepSpeed asks for its optimizer by one of these two, by dtype.
+    def _configure_bf16_optimizer(self, optimizer: Any) -> PipelineOptimizer:
+        _, accumulate = self.get_data_types()
+        return PipelineOptimizer(optimizer, self, accumulate, self.communication_data_type, self._trace)
+
+    _configure_zero_optimizer = _configure_bf16_optimizer
+
+    def reads_data(self) -> bool:
+        """Tell whether this rank holds an end of the model."""
+        return self.stage_id in (self._first[0], self._last[0])
+
+    def train_step(self, batches: Batches) -> Tensor:
+        """Take one optimizer step; return (2,): the global batch's mean loss, the gradient norm before clipping.
+
+        Collective; nothing here waits for the device.
+        """
+        self.module.train()
+        begin = self._trace.now()
+        self._run(self._instructions, batches)
+        self._reduce_tied()
+        self.optimizer.reduce_rest()
+        summary = self.optimizer.step(self._own_share_of_loss(self.micro_batches))
+        self._mail.finish()
+        self._trace.add("step", begin)
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+        self.micro_steps += self.micro_batches
+        self._global_grad_norm = summary[1]
+        return summary
+
+    @torch.no_grad()
+    def mean_loss(self, batches: Batches, count: int) -> Tensor:
+        """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective."""
+        self.module.eval()
+        self._run(forward_only.instructions(self.stage_id, count, self._schedule.place), batches)
+        total = self._own_share_of_loss(count)
+        dist.all_reduce(total)
+        self._mail.finish()
+        return total
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Save as DeepSpeed does, with all weights whole."""
+        self.optimizer.finish()
+        return super().save_checkpoint(*args, **kwargs)
+
+    def _run(self, instructions: list[Instruction], batches: Batches) -> None:
+        self._batches = batches
+        self._loss.zero_()
+        for step in instructions:
+            self._INSTRUCTION_MAP[step.op](self, step)
+
+    def _own_share_of_loss(self, micro_batches: int) -> Tensor:
+        """Return what this rank adds to the global mean loss."""
+        counts = self.stage_id == self._last[0] and self.grid.get_slice_parallel_rank() == 0
+        return self._loss / (micro_batches * self.dp_world_size) if counts else torch.zeros_like(self._loss)
+
+    def _batch(self, micro_batch: int, last_use: bool) -> tuple[Tensor, Tensor]:
+        while micro_batch not in self._read:
+            # Each end of the model reads all micro-batches in order.
+            self._read[micro_batch] = next(self._batches)
+        return self._read.pop(micro_batch) if last_use else self._read[micro_batch]
+
+    def _forward(self, step: Instruction) -> None:
+        chunk, i = step.chunk, step.micro_batch
+        both_ends = self._first[0] == self._last[0]
+        inputs: Any
+        if (self.stage_id, chunk) == self._first:
+            x, inputs = None, self._batch(i, last_use=not both_ends)[0]
+        else:
+            x, *rest = self._receive(step, "activation")
+            x.requires_grad_(torch.is_grad_enabled())
+            inputs = (x, *rest) if rest else x
+        begin = self._trace.now()
+        self.module.activate(chunk)
+        outputs = self.module(inputs)
+        if (self.stage_id, chunk) == self._last:
+            outputs = self.module.loss_fn(outputs, self._batch(i, last_use=True)[1])
+            self._loss += outputs.detach()
+        self._note("F", begin, step)
+        leading, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
+        if torch.is_grad_enabled():
+            self._live[chunk, i] = x, get_gradient_edge(leading)
+        if (self.stage_id, chunk) != self._last:
+            self._hand_over(step, [leading.detach(), *rest])
+
+    def _backward(self, step: Instruction) -> None:
+        chunk, i = step.chunk, step.micro_batch
+        for layer in self._written_out[chunk][-1:]:
+            if layer.recomputes_early:  # while the gradient is on its way
+                begin = self._trace.now()
+                layer.recompute_oldest()
+                self._note("recompute", begin, step)
+        if (self.stage_id, chunk) == self._last:
+            # The sum over micro-batches and ranks is the mean: no division anywhere else.
+            grad = torch.full_like(self._loss, 1 / (self.micro_batches * self.dp_world_size))
+        else:
+            (grad,) = self._receive(step, "grad")
+        begin = self._trace.now()
+        x, edge = self._live.pop((chunk, i))
+        self._shared.weight_gradients.deferred = step.op is Op.INPUT_BACKWARD
+        self.optimizer.final = i == self.micro_batches - 1
+        torch.autograd.backward([edge], [grad])
+        self.optimizer.final = False
+        self._note(step.op.value, begin, step)
+        if x is not None:
+            assert x.grad is not None
+            self._hand_over(step, [x.grad])
+
+    def _weight_backward(self, step: Instruction) -> None:
+        begin = self._trace.now()
+        self.optimizer.final = step.micro_batch == self.micro_batches - 1
+        for layer in reversed(self._written_out[step.chunk]):
+            layer.weight_grads()
+        self.optimizer.final = False
+        self._note("W", begin, step)
+
+    def _receive(self, step: Instruction, kind: str) -> list[Tensor]:
+        key = kind, step.chunk, step.micro_batch
+        if key in self._handed:
+            return self._handed.pop(key)
+        begin = self._trace.now()
+        tensors = list(wait(self._posted.pop(key)))
+        self._note(f"wait {kind}", begin, step)
+        return tensors
+
+    def _hand_over(self, step: Instruction, tensors: list[Tensor]) -> None:
+        """Keep a computation's output for the send that follows, or for the next stage, if that is here too."""
+        forward = step.op is Op.FORWARD
+        if produced(step, self.stage_id, self._schedule.place):
+            op = Op.SEND_ACTIVATION if forward else Op.SEND_GRAD
+            self._outgoing[op, step.chunk, step.micro_batch] = tensors
+        else:
+            stage = self._stage(step) + (1 if forward else -1)
+            chunk = self._schedule.place.home(stage)[1]
+            self._handed["activation" if forward else "grad", chunk, step.micro_batch] = tensors
+
+    def _send(self, step: Instruction) -> None:
+        tensors = [tensor.contiguous() for tensor in self._outgoing.pop(tuple(step))]
+        message = message_of(step, self.stage_id, self._schedule.place)
+        self._trace.add(f"send {message.kind}", None, message.into, step.micro_batch, sum(t.nbytes for t in tensors))
+        self._mail.send(message, tensors)
+
+    def _post(self, step: Instruction) -> None:
+        message = message_of(step, self.stage_id, self._schedule.place)
+        rows, tokens = self._rows
+        tp = self._shared.tp
+        own = tokens // tp.size if tp.sequence_parallel else tokens
+        hidden = torch.empty(rows, own, self._shared.model.hidden_size, dtype=self._dtype, device=self.device)
+        buffers = [hidden]
+        if message.kind == "activation" and self._shared.document_mask:
+            buffers.append(torch.empty(rows, tokens, dtype=torch.int32, device=self.device))
+        self._posted[message.kind, step.chunk, step.micro_batch] = self._mail.post(message, buffers)
+
+    def _reduce_tied(self) -> None:
+        for weight, group in self.module.get_tied_weights_and_groups():
+            dist.all_reduce(weight._hp_grad, group=group)
+
+    def _stage(self, step: Instruction) -> int:
+        return self._schedule.place.stage(self.stage_id, step.chunk)
+
+    def _note(self, what: str, begin: Any, step: Instruction) -> None:
+        self._trace.add(what, begin, self._stage(step), step.micro_batch)
+
+    _INSTRUCTION_MAP: dict[Op, Callable[[Any, Instruction], None]] = {
+        Op.FORWARD: _forward,
+        Op.BACKWARD: _backward,
+        Op.INPUT_BACKWARD: _backward,
+        Op.WEIGHT_BACKWARD: _weight_backward,
+        Op.POST_ACTIVATION: _post,
+        Op.POST_GRAD: _post,
+        Op.SEND_ACTIVATION: _send,
+        Op.SEND_GRAD: _send,
+    }

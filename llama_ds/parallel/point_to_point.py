@@ -1,0 +1,89 @@
+"""Messages between pipeline ranks, on handles: sends that return at once, receives into buffers posted beforehand.
+
+Each kind and direction has its own process group: NCCL runs what one pair of ranks exchanges in one group in order, so
+an activation would wait for a gradient that nobody has sent yet.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama_ds.schedules.communication import Message
+from llama_ds.schedules.instructions import Placement
+
+Work = tuple[list[Any], Sequence[Tensor]]
+UNFINISHED = 1  # sends of a channel that may be under way when the next is issued
+
+
+class Mail:
+    """One rank's messages to and from the other ranks of its pipeline."""
+
+    def __init__(self, columns: Sequence[Sequence[int]], place: Placement, device: torch.device) -> None:
+        """`columns` lists the global ranks of every pipeline of the run, in order of their stages. Collective."""
+        channels = sorted(_channels(place))
+        self._groups: dict[tuple[str, bool], dist.ProcessGroup] = {}
+        self._ranks: Sequence[int] = ()
+        self._sends: dict[tuple[str, int, int], deque[Work]] = defaultdict(deque)
+        for ranks in columns:
+            for kind in sorted({(kind, target > source) for kind, source, target in channels}):
+                group = dist.new_group(list(ranks))
+                if dist.get_rank() in ranks:
+                    self._groups[kind], self._ranks = group, ranks
+        self._connect(channels, torch.zeros(1, device=device))
+
+    def _connect(self, channels: Sequence[tuple[str, int, int]], nothing: Tensor) -> None:
+        """Exchange a first message over every channel, one after the other.
+
+        NCCL builds a channel's communicator with its first message and holds up the host until both ends have come.
+        """
+        me = self._ranks.index(dist.get_rank())
+        for kind, source, target in channels:
+            group = self._groups[kind, target > source]
+            if me == source:
+                dist.send(nothing, self._ranks[target], group=group)
+            if me == target:
+                dist.recv(nothing, self._ranks[source], group=group)
+
+    def _group(self, message: Message) -> dist.ProcessGroup:
+        return self._groups[message.kind, message.target > message.source]
+
+    def post(self, message: Message, buffers: Sequence[Tensor]) -> Work:
+        """Have `buffers` ready for `message`; return its handles."""
+        group, peer = self._group(message), self._ranks[message.source]
+        return [dist.irecv(buffer, peer, group=group) for buffer in buffers], buffers
+
+    def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
+        """Hand `tensors` over; they are kept alive until they have gone."""
+        group, peer = self._group(message), self._ranks[message.target]
+        earlier = self._sends[message.channel]
+        while len(earlier) > UNFINISHED:
+            wait(earlier.popleft())
+        earlier.append(([dist.isend(tensor, peer, group=group) for tensor in tensors], tensors))
+
+    def finish(self) -> None:
+        """Wait until everything sent has gone."""
+        for sends in self._sends.values():
+            while sends:
+                wait(sends.popleft())
+
+
+def _channels(place: Placement) -> set[tuple[str, int, int]]:
+    """Return the channels that a schedule on `place` uses: (kind, sending rank, receiving rank)."""
+    homes = [place.home(stage)[0] for stage in range(place.stages)]
+    there = {("activation", a, b) for a, b in pairwise(homes) if a != b}
+    return there | {("grad", b, a) for _, a, b in there}
+
+
+def wait(work: Work) -> Sequence[Tensor]:
+    """Wait for a message and return its tensors."""
+    handles, tensors = work
+    for handle in handles:
+        handle.wait()
+    return tensors

@@ -1,0 +1,74 @@
+"""What a rank did in one step and when: computations, messages, waits. Written as JSON, read by `llama_ds.perf.timeline`.
+
+Times are microseconds of the host's monotonic clock, which all processes of a machine share. On CUDA they are those at
+which the device reached the event, put onto the same clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+import torch
+
+
+class Trace:
+    """Records while `recording`; otherwise each call is one comparison."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.recording = False
+        self._cuda = device.type == "cuda"
+        self._events: list[tuple[str, Any, Any, int, int, int]] = []
+        self._origin: tuple[Any, float] | None = None
+
+    def start(self) -> None:
+        """Record from now on."""
+        self.recording = True
+        self._events.clear()
+        if self._cuda:
+            torch.cuda.synchronize()
+            self._origin = (self.now(), time.monotonic_ns() / 1e3)
+
+    def now(self) -> Any:
+        """Return a mark of this moment."""
+        if not self.recording:
+            return None
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.monotonic_ns() / 1e3
+
+    def add(self, what: str, begin: Any = None, stage: int = -1, micro_batch: int = -1, size: int = 0) -> None:
+        """Note that `what` lasted from the mark `begin` until now; without it, that it happened now."""
+        if self.recording:
+            end = self.now()
+            self._events.append((what, end if begin is None else begin, end, stage, micro_batch, size))
+
+    def write(self, folder: str, rank: int, **about: Any) -> None:
+        """Stop recording and write folder/rank<N>.json."""
+        self.recording = False
+        events = [
+            {
+                "what": what,
+                "begin": self._microseconds(begin),
+                "end": self._microseconds(end),
+                "stage": stage,
+                "micro_batch": micro_batch,
+                "bytes": size,
+            }
+            for what, begin, end, stage, micro_batch, size in self._events
+        ]
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, f"rank{rank:05d}.json"), "w") as file:
+            json.dump({"rank": rank, **about, "events": events}, file)
+
+    def _microseconds(self, mark: Any) -> float:
+        if not self._cuda:
+            return mark
+        assert self._origin is not None
+        origin, host = self._origin
+        mark.synchronize()
+        return host + origin.elapsed_time(mark) * 1e3

@@ -1,0 +1,86 @@
+"""Puts the messages into a rank's list of computations: receives are posted early, sends follow their computation."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llama_ds.schedules.instructions import BACKWARDS, Instruction, Op, Placement
+
+
+class Message(NamedTuple):
+    """An activation or a gradient on its way between two ranks. Those of one channel arrive as they were sent."""
+
+    kind: str  # activation | grad
+    source: int  # rank
+    target: int  # rank
+    into: int  # the stage that receives it
+    micro_batch: int
+
+    @property
+    def channel(self) -> tuple[str, int, int]:
+        """What keeps the order of messages."""
+        return self.kind, self.source, self.target
+
+
+def awaited(step: Instruction, rank: int, place: Placement) -> Message | None:
+    """Return the message that a computation waits for, None where its input is on this rank."""
+    stage = place.stage(rank, step.chunk)
+    if step.op is Op.FORWARD and stage > 0:
+        return _message("activation", stage - 1, stage, step.micro_batch, place)
+    if step.op in BACKWARDS and stage < place.stages - 1:
+        return _message("grad", stage + 1, stage, step.micro_batch, place)
+    return None
+
+
+def produced(step: Instruction, rank: int, place: Placement) -> Message | None:
+    """Return the message that a computation gives rise to, None where its output stays on this rank."""
+    stage = place.stage(rank, step.chunk)
+    if step.op is Op.FORWARD and stage < place.stages - 1:
+        return _message("activation", stage, stage + 1, step.micro_batch, place)
+    if step.op in BACKWARDS and stage > 0:
+        return _message("grad", stage, stage - 1, step.micro_batch, place)
+    return None
+
+
+def message_of(step: Instruction, rank: int, place: Placement) -> Message:
+    """Return the message of a post or a send."""
+    forward = step.op in (Op.POST_ACTIVATION, Op.SEND_ACTIVATION)
+    compute = step._replace(op=Op.FORWARD if forward else Op.BACKWARD)
+    posts = step.op in (Op.POST_ACTIVATION, Op.POST_GRAD)
+    found = awaited(compute, rank, place) if posts else produced(compute, rank, place)
+    assert found is not None
+    return found
+
+
+def with_messages(computations: Sequence[Instruction], rank: int, place: Placement) -> list[Instruction]:
+    """Return the computations with posts and sends among them.
+
+    While a computation runs, the next receive of every channel is posted: a message never waits for its receiver to be
+    ready, ranks that all send at once do not wait in a circle, and it costs one buffer for each channel.
+    """
+    receivers: dict[tuple[str, int, int], deque[int]] = defaultdict(deque)  # by channel, in order
+    for n, step in enumerate(computations):
+        message = awaited(step, rank, place)
+        if message:
+            receivers[message.channel].append(n)
+    todo = [_post(computations[queue.popleft()]) for queue in receivers.values()]
+    for step in computations:
+        message = awaited(step, rank, place)
+        if message and receivers[message.channel]:
+            todo.append(_post(computations[receivers[message.channel].popleft()]))
+        todo.append(step)
+        if produced(step, rank, place):
+            op = Op.SEND_ACTIVATION if step.op is Op.FORWARD else Op.SEND_GRAD
+            todo.append(step._replace(op=op))
+    return todo
+
+
+def _post(step: Instruction) -> Instruction:
+    return step._replace(op=Op.POST_ACTIVATION if step.op is Op.FORWARD else Op.POST_GRAD)
+
+
+def _message(kind: str, source: int, into: int, micro_batch: int, place: Placement) -> Message | None:
+    sender, receiver = place.home(source)[0], place.home(into)[0]
+    return None if sender == receiver else Message(kind, sender, receiver, into, micro_batch)

@@ -1,0 +1,61 @@
+"""DualPipeV: two stages on each rank, out through one and back through the other (DeepSeek-AI, DualPipe, 2025).
+
+Rank r holds stages r and 2 p - 1 - r, so rank 0 has both ends of the model, and the last rank hands activations to
+itself. The order of forwards and backwards is that of DeepSpeed's DualPipeVSchedule, which computes whole backwards; here
+the weights' gradients are put off where DualPipe itself puts them off.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from llama_ds.schedules.instructions import Instruction, Op
+
+
+def order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Instruction]:
+    """Return the computations of `rank` in order; chunks is 2 and micro_batches at least 2 * ranks."""
+    todo: list[Instruction] = []
+    done = {(op, chunk): 0 for op in ("F", "B") for chunk in (0, 1)}
+    late: deque[Instruction] = deque()
+
+    def forward(chunk: int) -> None:
+        todo.append(Instruction(Op.FORWARD, chunk, done["F", chunk]))
+        done["F", chunk] += 1
+
+    def backward(chunk: int, split: bool = False) -> None:
+        micro_batch = done["B", chunk]
+        todo.append(Instruction(Op.INPUT_BACKWARD if split else Op.BACKWARD, chunk, micro_batch))
+        done["B", chunk] += 1
+        if split:
+            late.append(Instruction(Op.WEIGHT_BACKWARD, chunk, micro_batch))
+
+    behind, ahead = rank + 1, ranks - rank - 1
+    for _ in range(2 * ahead):  # fill the way out
+        forward(0)
+    for _ in range(behind):  # fill the way back
+        forward(0)
+        forward(1)
+    for _ in range(ahead):
+        backward(1, split=True)
+        todo.append(late.popleft())
+        forward(1)
+    for _ in range(micro_batches - 2 * ranks + behind):  # both ways are full
+        forward(0)
+        backward(1)
+        forward(1)
+        backward(0)
+    for _ in range(ahead):
+        backward(1)
+        forward(1)
+        backward(0)
+    for i in range(2 * behind):  # drain, putting off the weights' gradients of the second half
+        backward(1 - i % 2, split=i >= behind)
+    for _ in range(ahead):
+        todo.append(late.popleft())
+        backward(0, split=True)
+    return todo + list(late)
+
+
+def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int) -> int:
+    """Return the most forwards of a chunk whose activations `rank` holds at a time."""
+    return 2 * ranks + (1 if rank < ranks - 1 or micro_batches > 2 * ranks else 0)

@@ -1,0 +1,15 @@
+"""Evaluation: forwards only, in groups of as many micro-batches as there are ranks, chunk by chunk."""
+
+from __future__ import annotations
+
+from llama_ds.schedules.communication import with_messages
+from llama_ds.schedules.instructions import Instruction, Op, Placement
+
+
+def instructions(rank: int, micro_batches: int, place: Placement) -> list[Instruction]:
+    """Return what `rank` does to evaluate any number of micro-batches."""
+    todo = []
+    for start in range(0, micro_batches, place.ranks):
+        group = range(start, min(start + place.ranks, micro_batches))
+        todo += [Instruction(Op.FORWARD, chunk, i) for chunk in range(place.chunks) for i in group]
+    return with_messages(todo, rank, place)

@@ -1,0 +1,23 @@
+"""1F1B: after a short warm-up every forward is followed by a backward (Narayanan et al., arXiv 2104.04473, section 2.2).
+
+With f, b, w the times of a stage's forward, input backward and weight backward and m micro-batches, a rank waits
+(p - 1) (f + b + w) of a step of m (f + b + w) + that.
+"""
+
+from __future__ import annotations
+
+from llama_ds.schedules.instructions import Instruction, Op
+
+
+def order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Instruction]:
+    """Return the computations of `rank` in order; chunks is 1."""
+    ahead = min(ranks - rank - 1, micro_batches)
+    todo = [Instruction(Op.FORWARD, 0, i) for i in range(ahead)]
+    for i in range(micro_batches - ahead):
+        todo += [Instruction(Op.FORWARD, 0, ahead + i), Instruction(Op.BACKWARD, 0, i)]
+    return todo + [Instruction(Op.BACKWARD, 0, i) for i in range(micro_batches - ahead, micro_batches)]
+
+
+def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int) -> int:
+    """Return the most forwards whose activations `rank` holds at a time."""
+    return min(ranks - rank, micro_batches)
