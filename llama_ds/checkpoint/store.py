@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from llama_ds.config.layout import Layout
+from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.errors import UserError
 
 LATEST = "latest"
@@ -109,9 +110,9 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any], la
                 f"{tag_folder}: was trained with {section} {_difference(found.run[section], run[section])}; "
                 "use the same run file, or another name for a new run"
             )
-    now = {**asdict(layout), "zero_stage": zero_stage}
-    then = {**found.layout, "zero_stage": found.zero_stage}
-    fixed = ("pp", "tp", "dp", "zero_stage")
+    now = {**asdict(layout), "zero_stage": zero_stage, "engine": _engine(run)}
+    then = {**found.layout, "zero_stage": found.zero_stage, "engine": _engine(found.run)}
+    fixed = ("pp", "tp", "dp", "zero_stage", "engine")
     if any(now[k] != then[k] for k in fixed):
         raise UserError(
             f"{tag_folder}: was written under {_words(then, fixed)}, this run has {_words(now, fixed)}; "
@@ -119,11 +120,18 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any], la
         )
 
 
+def _engine(run: dict[str, Any]) -> str:
+    """Return whose pipeline engine a run has: their optimizer files differ. One stage has only DeepSpeed's."""
+    parallel = run["parallel"]
+    stock = parallel["pp"] == 1 or parallel.get("schedule", STOCK_ENGINE) == STOCK_ENGINE
+    return "deepspeed" if stock else "llama_ds"
+
+
 def _sizes(folder: str) -> dict[str, int]:
     return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name != DESCRIPTION}
 
 
-def _words(values: dict[str, int], keys: tuple[str, ...]) -> str:
+def _words(values: dict[str, Any], keys: tuple[str, ...]) -> str:
     return ", ".join(f"{k} {values[k]}" for k in keys)
 
 

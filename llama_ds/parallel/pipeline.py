@@ -6,6 +6,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
@@ -75,6 +76,10 @@ class LlamaPipeline(PipelineModule):
         for chunk in range(len(self.chunks)):
             self.activate(chunk)
             super().load_state_dir(*args, **kwargs)
+
+    @torch.no_grad()
+    def _synchronize_tied_weights(self) -> None:
+        super()._synchronize_tied_weights()  # a broadcast, which autograd warns of
 
     def _chunk_bounds(self, chunk: int) -> tuple[int, int]:
         stage = self._place.stage(self.stage_id, chunk)

@@ -57,6 +57,11 @@ class PipelineOptimizer(BF16_Optimizer):
                 master.data = parts[own]
         self._link_all_hp_params()
 
+    @property
+    def fp16_groups(self) -> list[list[nn.Parameter]]:
+        """DeepSpeed's name for them where it saves a run in fp32."""
+        return self.bf16_groups
+
     def _is_counted(self, group: list[nn.Parameter]) -> bool:
         """Tell whether this rank's gradients of a group enter the norm: those that several ranks hold count once."""
         tp_rank = self.mpu.get_slice_parallel_rank()
@@ -83,6 +88,8 @@ class PipelineOptimizer(BF16_Optimizer):
             self._ready[id(parameter)].count_down()
 
     def accumulate_hp_grads_and_remove_lp(self, lp_param: nn.Parameter, group_idx: int, param_idx: int) -> None:
+        if lp_param.grad is None:  # a matrix whose layer has added it itself, or will
+            return
         super().accumulate_hp_grads_and_remove_lp(lp_param, group_idx, param_idx)
         self.gradient_added(lp_param)
 
@@ -138,11 +145,13 @@ class PipelineOptimizer(BF16_Optimizer):
         adam.step()
         self._lazy_init_hp_params_optimizer_state()
 
+    @torch.no_grad()
     def wait_for(self, parameters: Iterable[nn.Parameter]) -> None:
         """Wait until the weights of `parameters` are whole again."""
         for p in parameters:
             self._ready[id(p)].end_gather()
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Wait until all weights are whole again."""
         for bucket in self._buckets:

@@ -58,4 +58,4 @@ def order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Instru
 
 def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int) -> int:
     """Return the most forwards of a chunk whose activations `rank` holds at a time."""
-    return 2 * ranks + (1 if rank < ranks - 1 or micro_batches > 2 * ranks else 0)
+    return 2 * ranks + 1

@@ -46,6 +46,7 @@ class Case:
     z_loss: float = 0.0
     schedule: str = "1f1b"
     virtual_stages: int = 1
+    layers: int = 4
 
     @property
     def world(self) -> int:
@@ -65,7 +66,7 @@ class Case:
     @property
     def reference(self) -> Case:
         """The same mathematics on one rank: the key under which the plain torch run is shared between layouts."""
-        return Case(tied=self.tied, document_mask=self.document_mask, z_loss=self.z_loss)
+        return Case(tied=self.tied, document_mask=self.document_mask, z_loss=self.z_loss, layers=self.layers)
 
     @property
     def run(self) -> RunConfig:
@@ -73,7 +74,7 @@ class Case:
             vocab_size=96,
             hidden_size=32,
             intermediate_size=88,
-            num_hidden_layers=4,
+            num_hidden_layers=self.layers,
             num_attention_heads=8,
             num_key_value_heads=4,
             head_dim=8,

@@ -58,8 +58,31 @@ OPTIONS = [
     Case(4, 2, 1, sequence_parallel=True, document_mask=True, recompute="full"),
     Case(2, 2, 2, sequence_parallel=True, tied=True, dtype="bf16"),
 ]
+H1 = {"schedule": "zb_h1"}
+INTERLEAVED = {"schedule": "interleaved", "virtual_stages": 2}
+V = {"schedule": "dualpipe_v", "virtual_stages": 2}
+STOCK = {"schedule": "deepspeed"}
+SCHEDULES = [
+    *(Case(2, tp, dp, **how) for tp, dp in ((1, 1), (2, 1), (1, 2), (2, 2)) for how in (H1, INTERLEAVED, V)),
+    *(Case(4, 1, 1, layers=8, **how) for how in (H1, INTERLEAVED, V)),
+    Case(4, 1, 2, **H1),
+    Case(4, 2, 1, sequence_parallel=True, **H1),
+    Case(4, 1, 2, layers=8, **INTERLEAVED),
+    Case(2, 1, 1, layers=6, schedule="interleaved", virtual_stages=3, recompute="full"),
+    Case(2, 1, 1, tied=True, document_mask=True, **H1),
+    Case(2, 1, 2, tied=True, dtype="bf16", **H1),
+    Case(2, 1, 1, tied=True, **INTERLEAVED),
+    Case(2, 1, 2, tied=True, **V),
+    Case(2, 1, 1, recompute="budget: 0.0002 GiB", **H1),
+    Case(2, 1, 2, document_mask=True, recompute="selective", **V),
+    Case(2, 1, 2, decoder_layer="autograd", recompute="full", **V),
+    Case(2, 2, 1, sequence_parallel=True, recompute="full", dtype="bf16", **INTERLEAVED),
+    Case(2, 2, 1, sequence_parallel=True, document_mask=True, recompute="none,full", **H1),
+    Case(2, 1, 1, partition=(1, 1, 1, 1), recompute="none,full,selective,none", **V),
+    *(Case(2, 1, dp, dtype=dtype, **STOCK) for dp, dtype in ((1, "fp32"), (2, "fp32"), (2, "bf16"))),
+]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in NAMED_IN_THE_ISSUE if case.tp > 1]
-CASES = NAMED_IN_THE_ISSUE + SEQUENCE_PARALLEL + OPTIONS
+CASES = NAMED_IN_THE_ISSUE + SEQUENCE_PARALLEL + OPTIONS + SCHEDULES
 
 History = list[tuple[float, float]]
 

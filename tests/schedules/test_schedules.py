@@ -1,0 +1,240 @@
+"""Schedules of any size are proven right, and their waiting time is the one their papers state."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from deepspeed.runtime.pipe import schedule as deepspeed_schedule
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_ds.schedules import forward_only
+from llama_ds.schedules.instructions import COMPUTES, Instruction, Op, Placement
+from llama_ds.schedules.schedule import NAMES, Schedule, obstacle
+from llama_ds.schedules.simulate import StageCost, simulate
+from llama_ds.schedules.verify import (
+    ScheduleError,
+    check_computations,
+    check_memory,
+    check_messages,
+    check_progress,
+    verify,
+)
+
+EQUAL = StageCost(1.0, 1.0, 1.0)
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Schedule:
+    name = draw(st.sampled_from(NAMES))
+    ranks = draw(st.integers(2, 64))
+    chunks = {"interleaved": draw(st.integers(2, 4)), "dualpipe_v": 2}.get(name, 1)
+    micro_batches = draw(st.integers(1, 512 // chunks))
+    if name == "interleaved":
+        micro_batches = -(-micro_batches // ranks) * ranks
+    if name == "dualpipe_v":
+        micro_batches = max(micro_batches, 2 * ranks)
+    return Schedule(name, ranks, micro_batches, chunks)
+
+
+@settings(max_examples=40, deadline=None)
+@given(schedules())
+def test_any_size_is_right(schedule: Schedule) -> None:
+    verify(schedule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, chunks", [("1f1b", 1), ("zb_h1", 1), ("interleaved", 2), ("dualpipe_v", 2)])
+def test_the_largest_size_is_right(name: str, chunks: int) -> None:
+    verify(Schedule(name, 64, 512, chunks))
+
+
+@pytest.mark.parametrize("name, chunks", [("1f1b", 1), ("zb_h1", 1), ("interleaved", 3), ("dualpipe_v", 2)])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
+def test_every_small_size_is_right(name: str, chunks: int, ranks: int) -> None:
+    proven = 0
+    for micro_batches in range(1, 4 * ranks + 1):
+        if obstacle(name, ranks, micro_batches, chunks) is None:
+            verify(Schedule(name, ranks, micro_batches, chunks))
+            proven += 1
+    assert proven >= 2
+
+
+@pytest.mark.parametrize("ranks, micro_batches", [(2, 4), (3, 7), (4, 8), (4, 13), (8, 24)])
+def test_dualpipe_v_is_deepspeeds_order(ranks: int, micro_batches: int) -> None:
+    """DeepSpeed's own schedule is the judge of which forwards and backwards run in which order."""
+    ours = Schedule("dualpipe_v", ranks, micro_batches, 2)
+    for rank in range(ranks):
+        theirs = [
+            (type(step).__name__, step.phase, step.buffer_id - step.phase * micro_batches)
+            for steps in deepspeed_schedule.DualPipeVSchedule(micro_batches, ranks, rank).steps()
+            for step in steps
+            if type(step).__name__ in ("ForwardPass", "BackwardPass")
+        ]
+        mine = [
+            ("ForwardPass" if step.op is Op.FORWARD else "BackwardPass", step.chunk, step.micro_batch)
+            for step in ours.computations(rank)
+            if step.op is not Op.WEIGHT_BACKWARD
+        ]
+        assert mine == theirs
+
+
+@pytest.mark.parametrize("ranks, micro_batches", [(2, 3), (4, 8), (5, 4)])
+def test_1f1b_is_deepspeeds_order(ranks: int, micro_batches: int) -> None:
+    for rank in range(ranks):
+        theirs = [
+            type(step).__name__
+            for steps in deepspeed_schedule.TrainSchedule(micro_batches, ranks, rank).steps()
+            for step in steps
+            if type(step).__name__ in ("ForwardPass", "BackwardPass")
+        ]
+        mine = [step.op for step in Schedule("1f1b", ranks, micro_batches).computations(rank)]
+        assert [("BackwardPass", "ForwardPass")[op is Op.FORWARD] for op in mine] == theirs
+
+
+@pytest.mark.parametrize("ranks, micro_batches", [(2, 2), (4, 8), (8, 64)])
+@pytest.mark.parametrize("cost", [EQUAL, StageCost(1.0, 1.3, 0.8)])
+def test_waiting_time_is_the_papers(ranks: int, micro_batches: int, cost: StageCost) -> None:
+    """Narayanan et al. 2104.04473, section 2.2, for 1F1B and interleaved; Qi et al. 2401.10241, table 1, for H1."""
+    f, b, w = cost.forward, cost.input_backward, cost.weight_backward
+    work = micro_batches * (f + b + w)
+    assert simulate(Schedule("1f1b", ranks, micro_batches), cost).length == pytest.approx(
+        work + (ranks - 1) * (f + b + w)
+    )
+    assert simulate(Schedule("zb_h1", ranks, micro_batches), cost).length == pytest.approx(
+        work + (ranks - 1) * (f + b - w)
+    )
+    half = StageCost(f / 2, b / 2, w / 2)
+    assert simulate(Schedule("interleaved", ranks, micro_batches, 2), half).length == pytest.approx(
+        work + (ranks - 1) * (f + b + w) / 2
+    )
+
+
+def test_bubbles_of_the_aim() -> None:
+    """Four equal stages, eight micro-batches: 27 percent of plain 1F1B become 12 or less."""
+    assert simulate(Schedule("1f1b", 4, 8), EQUAL).bubble == pytest.approx(3 / 11)
+    assert simulate(Schedule("zb_h1", 4, 8), EQUAL).bubble == pytest.approx(1 / 9)
+    half = StageCost(0.5, 0.5, 0.5)
+    assert simulate(Schedule("dualpipe_v", 4, 8, 2), half).bubble < 0.06
+
+
+def test_messages_cost_time() -> None:
+    """Two ranks, one micro-batch: there and back, each message its transfer and the latency."""
+    timeline = simulate(Schedule("1f1b", 2, 1), EQUAL, transfer=2.0, latency=0.5)
+    assert timeline.length == 1 + 2.5 + 3 + 2.5 + 2
+
+
+def test_one_link_carries_one_message_at_a_time() -> None:
+    """The first rank sends two activations within one unit; the second arrives a transfer after the first."""
+    timeline = simulate(Schedule("1f1b", 3, 2), EQUAL, transfer=5.0)
+    starts = [start for step, start, _ in timeline.ranks[1] if step.op is Op.FORWARD]
+    assert starts == [6.0, 11.0]
+
+
+def test_h1_holds_no_more_than_1f1bs_first_rank() -> None:
+    for ranks, micro_batches in [(2, 8), (4, 8), (8, 3)]:
+        stock = max(Schedule("1f1b", ranks, micro_batches).in_flight(r) for r in range(ranks))
+        assert max(Schedule("zb_h1", ranks, micro_batches).in_flight(r) for r in range(ranks)) == stock
+
+
+@pytest.mark.parametrize("shape", ["loop", "v"])
+def test_placement_is_one_to_one_and_neighbours_touch(shape: str) -> None:
+    place = Placement(4, 2, shape)
+    homes = [place.home(stage) for stage in range(place.stages)]
+    assert [place.stage(*home) for home in homes] == list(range(8))
+    assert all((a - b) % 4 in ((0, 1, 3) if shape == "v" else (1, 3)) for (a, _), (b, _) in pairwise(homes))
+
+
+@pytest.mark.parametrize("shape, chunks", [("loop", 1), ("loop", 3), ("v", 2)])
+@pytest.mark.parametrize("count", [1, 4, 7])
+def test_evaluation_runs_any_number_of_micro_batches(shape: str, chunks: int, count: int) -> None:
+    place = Placement(3, chunks, shape)
+    lists = [forward_only.instructions(rank, count, place) for rank in range(3)]
+    check_messages(lists, place)
+    check_progress(lists, place, 0)
+    for steps in lists:
+        assert sum(step.op is Op.FORWARD for step in steps) == count * chunks
+
+
+def broken(edit: str) -> tuple[list[list[Instruction]], Placement]:
+    """Return a right schedule's lists with one mistake."""
+    schedule = Schedule("zb_h1", 3, 4)
+    lists = [schedule.instructions(rank) for rank in range(3)]
+    steps = lists[1]
+    sends = [n for n, step in enumerate(steps) if step.op is Op.SEND_ACTIVATION]
+    posts = [n for n, step in enumerate(steps) if step.op is Op.POST_GRAD]
+    first, second = (posts if edit == "posts swapped" else sends)[:2]
+    if edit == "twice":
+        steps.append(steps[-1])
+    elif edit == "missing":
+        steps.pop()
+    elif edit == "weights first":
+        at = next(n for n, step in enumerate(steps) if step.op is Op.INPUT_BACKWARD)
+        steps.insert(at, steps.pop(next(n for n, s in enumerate(steps) if s.op is Op.WEIGHT_BACKWARD)))
+    elif edit == "send too early":
+        steps.insert(0, steps.pop(first))
+    elif edit == "send lost":
+        steps.pop(first)
+    elif edit == "post late":
+        steps.append(steps.pop(posts[0]))
+    else:
+        steps[first], steps[second] = steps[second], steps[first]
+    return lists, schedule.place
+
+
+@pytest.mark.parametrize("edit", ["twice", "missing", "weights first"])
+def test_verifier_sees_wrong_computations(edit: str) -> None:
+    lists, _ = broken(edit)
+    with pytest.raises(ScheduleError, match="rank 1"):
+        check_computations(1, lists[1], 4, 1)
+
+
+@pytest.mark.parametrize("edit", ["send too early", "send lost", "post late", "posts swapped"])
+def test_verifier_sees_wrong_messages(edit: str) -> None:
+    lists, place = broken(edit)
+    with pytest.raises(ScheduleError):
+        check_messages(lists, place)
+
+
+def test_verifier_sees_a_deadlock() -> None:
+    """Two ranks that send to each other before they post what they receive stop where sends wait for receives."""
+    place = Placement(2, 1)
+    first = [
+        *(Instruction(op, 0, i) for i in (0, 1) for op in (Op.FORWARD, Op.SEND_ACTIVATION)),
+        Instruction(Op.POST_GRAD, 0, 0),
+        Instruction(Op.BACKWARD, 0, 0),
+    ]
+    second = [
+        Instruction(Op.POST_ACTIVATION, 0, 0),
+        Instruction(Op.FORWARD, 0, 0),
+        Instruction(Op.BACKWARD, 0, 0),
+        Instruction(Op.SEND_GRAD, 0, 0),
+        Instruction(Op.POST_ACTIVATION, 0, 1),
+        Instruction(Op.FORWARD, 0, 1),
+    ]
+    check_progress([first, second], place, None)
+    with pytest.raises(ScheduleError, match="no rank can go on"):
+        check_progress([first, second], place, 0)
+
+
+def test_verifier_sees_wrong_memory() -> None:
+    steps = [step for step in Schedule("1f1b", 4, 8).instructions(0) if step.op in COMPUTES]
+    check_memory(0, steps, 4)
+    with pytest.raises(ScheduleError, match="holds 4"):
+        check_memory(0, steps, 3)
+
+
+@pytest.mark.parametrize(
+    "name, ranks, micro_batches, chunks, reason",
+    [
+        ("interleaved", 4, 6, 2, "6 micro-batches are no multiple of pp = 4; use 4 or 8"),
+        ("interleaved", 4, 8, 1, "use 2 or more"),
+        ("dualpipe_v", 4, 7, 2, "7 micro-batches are fewer than 2 \\* pp = 8; use 8 or more"),
+        ("dualpipe_v", 4, 8, 3, "use 2"),
+        ("zb_h1", 4, 8, 2, "use 1"),
+    ],
+)
+def test_impossible_numbers_are_refused(name: str, ranks: int, micro_batches: int, chunks: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Schedule(name, ranks, micro_batches, chunks)
