@@ -44,7 +44,7 @@ from llama_ds.perf.step_benchmark import Step, Timing, gemm_step, time_interleav
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when imported; ours is for results
     from llama_ds.parallel import world
-    from llama_ds.training.engine import build_engine, build_optimizer
+    from llama_ds.training.engine import build_engine, build_optimizer, decay_groups
     from llama_ds.training.host_memory import keep_freed_memory
 
 EXAMPLES = """examples:
@@ -250,7 +250,8 @@ def _contestants(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str
 
         return training_step(model, optimizer, settings.clip, loss)
 
-    own_optimizer = build_optimizer(ours, replace(settings, lr=LEARNING_RATE), run.deepspeed)
+    own_settings = replace(settings, lr=LEARNING_RATE)
+    own_optimizer = build_optimizer(decay_groups(ours, own_settings), own_settings, run.deepspeed)
     return {
         "transformers": theirs(fused=None),
         "transformers_fused_adamw": theirs(fused=True),

@@ -51,6 +51,7 @@ _NOT_NEGATIVE = (
     "evaluation.rows",
     "checkpoint.interval",
     "checkpoint.stop_at",
+    "logging.trace_step",
 )
 _CHOICES = {
     "model.attention_backend": ("auto", "flash_attn", "sdpa", "reference"),

@@ -122,6 +122,7 @@ class LoggingConfig:
 
     interval: int = 1  # steps between log lines
     tensorboard: bool = False
+    trace_step: int = 0  # pp > 1: write what every rank did in this step, and when, to the run's folder; 0: none
     check_finite: bool = False  # debugging: name the first layer that puts out NaN or infinity; slow
 
 

@@ -12,11 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_ds.parallel.tensor_parallel import all_gather_flat, reduce_scatter_flat
+from llama_ds.parallel.trace import Trace
 
 Wait = Callable[[], None]
 
 
-def start_reduce_scatter(whole: Tensor, own: Tensor, group: dist.ProcessGroup, dtype: torch.dtype) -> Wait:
+def start_reduce_scatter(
+    whole: Tensor, own: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, trace: Trace
+) -> Wait:
     """Sum `whole` (R, n) over ranks, in `dtype`, into this rank's `own` (n); done when the returned call returns.
 
     Each rank sends (R - 1) n numbers. `own` may be a row of `whole`; `whole` is not to be read afterwards.
@@ -30,6 +33,8 @@ def start_reduce_scatter(whole: Tensor, own: Tensor, group: dist.ProcessGroup, d
         parts = own if own.dtype == dtype else parts
         work = reduce_scatter_flat(parts, wire.view(-1), group=group, async_op=True)
 
+    trace.watch("reduce", work, wire.nbytes)
+
     def wait() -> None:
         work.wait()
         if parts.dim() > own.dim():
@@ -40,9 +45,11 @@ def start_reduce_scatter(whole: Tensor, own: Tensor, group: dist.ProcessGroup, d
     return wait
 
 
-def start_all_gather(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> Wait:
+def start_all_gather(whole: Tensor, own: Tensor, group: dist.ProcessGroup, trace: Trace) -> Wait:
     """Fill `whole` (R, n) with all ranks' `own` (n), which may be a row of it."""
     work = all_gather_flat(whole.view(-1), own, group=group, async_op=True)
+
+    trace.watch("gather", work, whole.nbytes)
 
     def wait() -> None:
         work.wait()

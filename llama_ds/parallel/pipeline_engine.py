@@ -195,6 +195,7 @@ class LlamaPipelineEngine(PipelineEngine):
             (grad,) = self._receive(step, "grad")
         begin = self._trace.now()
         x, edge = self._live.pop((chunk, i))
+        self.module.activate(chunk)  # DeepSpeed's checkpointing runs the forward of what is active
         self._shared.weight_gradients.deferred = step.op is Op.INPUT_BACKWARD
         self.optimizer.final = i == self.micro_batches - 1
         torch.autograd.backward([edge], [grad])
@@ -235,8 +236,10 @@ class LlamaPipelineEngine(PipelineEngine):
     def _send(self, step: Instruction) -> None:
         tensors = [tensor.contiguous() for tensor in self._outgoing.pop(tuple(step))]
         message = message_of(step, self.stage_id, self._schedule.place)
-        self._trace.add(f"send {message.kind}", None, message.into, step.micro_batch, sum(t.nbytes for t in tensors))
+        begin = self._trace.now()
         self._mail.send(message, tensors)
+        size = sum(tensor.nbytes for tensor in tensors)
+        self._trace.add(f"send {message.kind}", begin, message.into, step.micro_batch, size)
 
     def _post(self, step: Instruction) -> None:
         message = message_of(step, self.stage_id, self._schedule.place)

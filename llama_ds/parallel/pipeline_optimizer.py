@@ -187,15 +187,14 @@ class _Bucket:
         if self._reduced or self._ranks == 1:
             return
         self._reduced = True
-        self._optimizer.trace.add("reduce")
         flats = [self._optimizer.fp32_groups_gradients_flat[i].view(self._ranks, -1) for i in self.groups]
         parts = [self._optimizer.fp32_groups_gradient_flat_partition[i] for i in self.groups]
         if len(flats) == 1:
-            self._reduction = start_reduce_scatter(flats[0], parts[0], self._process_group, self._dtype)
+            self._reduction = start_reduce_scatter(flats[0], parts[0], self._process_group, self._dtype, self._optimizer.trace)
             return
         whole = torch.cat(flats, 1)
         own = whole.new_empty(whole.shape[1])
-        wait = start_reduce_scatter(whole, own, self._process_group, self._dtype)
+        wait = start_reduce_scatter(whole, own, self._process_group, self._dtype, self._optimizer.trace)
 
         def spread() -> None:
             wait()
@@ -219,11 +218,11 @@ class _Bucket:
             return
         flats = [self._optimizer.bf16_groups_flat[i].view(self._ranks, -1) for i in self.groups]
         if len(flats) == 1:
-            self._gather = start_all_gather(flats[0], parts[0], self._process_group)
+            self._gather = start_all_gather(flats[0], parts[0], self._process_group, self._optimizer.trace)
             return
         own = torch.cat(parts)
         whole = own.new_empty(self._ranks, len(own))
-        wait = start_all_gather(whole, own, self._process_group)
+        wait = start_all_gather(whole, own, self._process_group, self._optimizer.trace)
 
         def spread() -> None:
             wait()

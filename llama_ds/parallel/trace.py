@@ -47,6 +47,19 @@ class Trace:
             end = self.now()
             self._events.append((what, end if begin is None else begin, end, stage, micro_batch, size))
 
+    def watch(self, what: str, work: Any, size: int) -> None:
+        """Note a collective from now to its completion, which a callback tells; on CUDA only that it was issued."""
+        if not self.recording:
+            return
+        begin = self.now()
+        if self._cuda:
+            self._events.append((what, begin, begin, -1, -1, size))
+        else:
+            events = self._events
+            work.get_future().add_done_callback(
+                lambda _: events.append((what, begin, time.monotonic_ns() / 1e3, -1, -1, size))
+            )
+
     def write(self, folder: str, rank: int, **about: Any) -> None:
         """Stop recording and write folder/rank<N>.json."""
         self.recording = False

@@ -37,6 +37,7 @@ from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
 from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.recompute import stage_policies
 from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.parallel.stock_trace import trace_instructions
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.finite import check_layers, layer_name
 from llama_ds.training.host_memory import keep_freed_memory
@@ -104,14 +105,14 @@ def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device:
             check_layers(_named_layers(module, run.model.num_hidden_layers))
         if isinstance(module, LlamaPipeline) and run.parallel.schedule != STOCK_ENGINE:
             groups = [
-                group for name, layer in _layers_of_pipeline(module) for group in _decay_groups(layer, run.optimizer, name)
+                group for name, layer in _layers_of_pipeline(module) for group in decay_groups(layer, run.optimizer, name)
             ]
             optimizer = build_optimizer(groups, run.optimizer, config)
             rows = (layout.micro_batch, run.data.seq_len)
             schedule = schedule_of(run, layout)
             engine: Any = LlamaPipelineEngine(module, schedule, shared, rows, dtype, optimizer, config, trace)
         else:
-            optimizer = build_optimizer(_decay_groups(module, run.optimizer), run.optimizer, config)
+            optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
             engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     if isinstance(engine.optimizer, BF16_Optimizer):
         shared.weight_gradients.buffer_of = _fp32_gradients(engine.optimizer)
@@ -171,7 +172,7 @@ def _layers_of_pipeline(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]
     yield from ((f"layer {index} ", layer) for index, layer in module.numbered_layers() if layer not in tied)
 
 
-def _decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
+def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
     """Return optimizer groups of what `module` has of matrices, which decay, and norm weights, which do not."""
     # By module, not by shape: under ZeRO-3 a partitioned parameter has lost its shape.
     norms = [p for m in module.modules() if isinstance(m, RMSNorm) for p in m.parameters()]
@@ -309,10 +310,13 @@ class StockPipelinedEngine(_DeepSpeedCheckpoints):
         self.deepspeed, self.trace = engine, trace
         self.dp_rank = engine.grid.get_data_parallel_rank()
         self.reads_data = engine.is_first_stage() or engine.is_last_stage()
+        trace_instructions(engine, trace)
 
     def train_step(self, batches: Iterator[np.ndarray], lr: float) -> StepResult:
         _set_learning_rate(self.deepspeed, lr)
+        begin = self.trace.now()
         loss = self.deepspeed.train_batch(self._split_all(batches))
+        self.trace.add("step", begin)
         return StepResult(loss, self.deepspeed.get_global_grad_norm())
 
     def read(self, result: StepResult) -> tuple[float, float]:

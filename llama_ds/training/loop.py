@@ -46,22 +46,31 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     validation = data.validation_micro_batches(run.evaluation.rows, engine.dp_rank, layout.dp, layout.micro_batch)
     report = world.together(lambda: _open_report(run, first, place))
 
+    late: _Unread | None = None  # reported when the next step is under way: reading a result waits for the device
     meter.restart(waited_s=0.0)
     for step in range(first, last):
-        lr = learning_rate(step, run.optimizer, total)
+        lr, done = learning_rate(step, run.optimizer, total), step + 1
+        if done == run.logging.trace_step:
+            engine.trace.start()
         result = engine.train_step(batches, lr)
         meter.tick()
+        if engine.trace.recording:
+            engine.trace.write(os.path.join(run.run_dir, "trace"), place.rank, **about_trace(run, layout, engine))
 
-        done = step + 1
+        if late:
+            _report(run, engine, report, meter, late)
+            late = None
+        evaluates = bool(validation) and _due(done, run.evaluation.interval, last)
+        saves = _due(done, run.checkpoint.interval, last)
         if _due(done, every, last):
-            mean, norm = engine.read(result)
-            report.step(meter.measure(done, mean, lr, norm, waited(batches)))
-            if not math.isfinite(mean):
-                raise UserError(_divergence(run, done, mean))
-        if validation and _due(done, run.evaluation.interval, last):
+            late = _Unread(done, result, lr, waited(batches), meter.stop())
+        if late and (evaluates or saves or done == last):
+            _report(run, engine, report, meter, late)
+            late = None
+        if evaluates:
             report.validation(done, engine.evaluate(validation, len(validation)))
             meter.restart(waited(batches))
-        if _due(done, run.checkpoint.interval, last):
+        if saves:
             save(engine, run, layout, dtype, done, place)
             report.note(f"step {done} | saved {_checkpoints(run)}/{store.tag_of(done)}")
             meter.restart(waited(batches))
