@@ -1,6 +1,8 @@
-"""The pipeline schedule of a run on a layout."""
+"""The pipeline schedule of a run on a layout, and a rank's place in it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from llama_ds.config.layout import Layout
 from llama_ds.config.rules import STOCK_ENGINE
@@ -12,3 +14,20 @@ def schedule_of(run: RunConfig, layout: Layout) -> Schedule:
     """Return the run's schedule; DeepSpeed's own engine runs 1F1B."""
     name = "1f1b" if layout.pp == 1 or run.parallel.schedule == STOCK_ENGINE else run.parallel.schedule
     return Schedule(name, layout.pp, layout.accumulation, run.parallel.virtual_stages)
+
+
+def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
+    """Return what a reader of a rank's trace has to know of it."""
+    place, tp_rank = divmod(rank, layout.tp)
+    pp_rank, dp_rank = divmod(place, layout.dp)
+    schedule = schedule_of(run, layout)
+    return {
+        "engine": run.parallel.schedule,
+        "schedule": schedule.name,
+        "pp": layout.pp,
+        "virtual_stages": schedule.chunks,
+        "micro_batches": layout.accumulation,
+        "pp_rank": pp_rank,
+        "dp_rank": dp_rank,
+        "tp_rank": tp_rank,
+    }

@@ -18,7 +18,8 @@ from llama_ds.data.stream import Dataset, MicroBatches, open_data
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 from llama_ds.parallel import world
-from llama_ds.training.engine import Engine, build_engine
+from llama_ds.parallel.scheduling import describe_trace
+from llama_ds.training.engine import Engine, StepResult, build_engine
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.schedule import learning_rate
@@ -46,7 +47,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     validation = data.validation_micro_batches(run.evaluation.rows, engine.dp_rank, layout.dp, layout.micro_batch)
     report = world.together(lambda: _open_report(run, first, place))
 
-    late: _Unread | None = None  # reported when the next step is under way: reading a result waits for the device
+    unread: tuple[int, float, StepResult] | None = None  # finished steps, learning rate and result of a step to report
     meter.restart(waited_s=0.0)
     for step in range(first, last):
         lr, done = learning_rate(step, run.optimizer, total), step + 1
@@ -55,18 +56,16 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
         result = engine.train_step(batches, lr)
         meter.tick()
         if engine.trace.recording:
-            engine.trace.write(os.path.join(run.run_dir, "trace"), place.rank, **about_trace(run, layout, engine))
+            engine.trace.write(os.path.join(run.run_dir, "trace"), place.rank, **describe_trace(run, layout, place.rank))
 
-        if late:
-            _report(run, engine, report, meter, late)
-            late = None
+        if unread:  # only now, with the next step under way: reading a result waits for the device
+            _report(run, engine, report, meter, waited(batches), *unread)
+        unread = (done, lr, result) if _due(done, every, last) else None
         evaluates = bool(validation) and _due(done, run.evaluation.interval, last)
         saves = _due(done, run.checkpoint.interval, last)
-        if _due(done, every, last):
-            late = _Unread(done, result, lr, waited(batches), meter.stop())
-        if late and (evaluates or saves or done == last):
-            _report(run, engine, report, meter, late)
-            late = None
+        if unread and (evaluates or saves):
+            _report(run, engine, report, meter, waited(batches), *unread)
+            unread = None
         if evaluates:
             report.validation(done, engine.evaluate(validation, len(validation)))
             meter.restart(waited(batches))
@@ -77,6 +76,22 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     report.close()
     if isinstance(batches, MicroBatches):
         batches.close()  # a reading thread that the interpreter's end cuts short aborts the process
+
+
+def _report(
+    run: RunConfig,
+    engine: Engine,
+    report: Reporter,
+    meter: Meter,
+    waited_s: float,
+    done: int,
+    lr: float,
+    result: StepResult,
+) -> None:
+    mean, norm = engine.read(result)
+    report.step(meter.measure(done, mean, lr, norm, waited_s))
+    if not math.isfinite(mean):
+        raise UserError(_divergence(run, done, mean))
 
 
 def save(engine: Engine, run: RunConfig, layout: Layout, dtype: str, step: int, place: world.Place) -> None:
