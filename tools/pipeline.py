@@ -70,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=4)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1)
-    parser.add_argument("--schedules", nargs="+", default=["deepspeed", "1f1b", "zb_h1"], metavar="NAME")
+    parser.add_argument("--schedules", nargs="+", default=["deepspeed", "1f1b", "zb_h1", "zb_h1+1"], metavar="NAME", help="zb_h1+2: with extra_warmup 2 (default: %(default)s)")
     parser.add_argument("--micro-batches", type=int, default=8, help="of each rank (default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=1, help="rows (default: %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -89,13 +89,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def contestant(args: argparse.Namespace, schedule: str) -> tuple[RunConfig, Layout]:
     """Return the run and layout that time one schedule."""
     run = load_run(args.run, args.overrides)
+    name, _, extra = schedule.partition("+")
     parallel = ParallelConfig(
         pp=args.pp,
         tp=args.tp,
         micro_batch=args.micro_batch,
         recompute=args.recompute,
-        schedule=schedule,
-        virtual_stages=VIRTUAL_STAGES.get(schedule, 1),
+        schedule=name,
+        extra_warmup=int(extra or 0),
+        virtual_stages=VIRTUAL_STAGES.get(name, 1),
     )
     rows = args.dp * args.micro_batches * args.micro_batch
     run = replace(

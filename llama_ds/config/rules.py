@@ -52,6 +52,7 @@ _NOT_NEGATIVE = (
     "checkpoint.interval",
     "checkpoint.stop_at",
     "logging.trace_step",
+    "parallel.extra_warmup",
 )
 _CHOICES = {
     "model.attention_backend": ("auto", "flash_attn", "sdpa", "reference"),

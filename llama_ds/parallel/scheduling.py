@@ -12,8 +12,12 @@ from llama_ds.schedules.schedule import Schedule
 
 def schedule_of(run: RunConfig, layout: Layout) -> Schedule:
     """Return the run's schedule; DeepSpeed's own engine runs 1F1B."""
-    name = "1f1b" if layout.pp == 1 or run.parallel.schedule == STOCK_ENGINE else run.parallel.schedule
-    return Schedule(name, layout.pp, layout.accumulation, run.parallel.virtual_stages)
+    parallel = run.parallel
+    if layout.pp == 1 or parallel.schedule == STOCK_ENGINE:
+        return Schedule("1f1b", layout.pp, layout.accumulation)
+    return Schedule(
+        parallel.schedule, layout.pp, layout.accumulation, parallel.virtual_stages, parallel.extra_warmup
+    )
 
 
 def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
@@ -26,6 +30,7 @@ def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
         "schedule": schedule.name,
         "pp": layout.pp,
         "virtual_stages": schedule.chunks,
+        "extra_warmup": schedule.extra_warmup,
         "micro_batches": layout.accumulation,
         "pp_rank": pp_rank,
         "dp_rank": dp_rank,

@@ -94,7 +94,7 @@ def analyse(ranks: Sequence[Rank]) -> StepTime:
 def simulated_bubble(ranks: Sequence[Rank]) -> float:
     """Return the bubble of the ranks' schedule with their median times of forwards and backwards, stages made equal."""
     about = ranks[0]
-    schedule = Schedule(about["schedule"], about["pp"], about["micro_batches"], about["virtual_stages"])
+    schedule = Schedule(about["schedule"], about["pp"], about["micro_batches"], about["virtual_stages"], about["extra_warmup"])
     return simulate(schedule, mean_cost(ranks)).bubble
 
 

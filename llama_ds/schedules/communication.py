@@ -54,18 +54,22 @@ def message_of(step: Instruction, rank: int, place: Placement) -> Message:
     return found
 
 
-def with_messages(computations: Sequence[Instruction], rank: int, place: Placement) -> list[Instruction]:
+def with_messages(
+    computations: Sequence[Instruction], rank: int, place: Placement, buffers: int = 1
+) -> list[Instruction]:
     """Return the computations with posts and sends among them.
 
-    While a computation runs, the next receive of every channel is posted: a message never waits for its receiver to be
-    ready, ranks that all send at once do not wait in a circle, and it costs one buffer for each channel.
+    While a computation runs, the next `buffers` receives of every channel are posted: a message does not wait for its
+    receiver to be ready, and ranks that all send at once do not wait in a circle.
     """
     receivers: dict[tuple[str, int, int], deque[int]] = defaultdict(deque)  # by channel, in order
     for n, step in enumerate(computations):
         message = awaited(step, rank, place)
         if message:
             receivers[message.channel].append(n)
-    todo = [_post(computations[queue.popleft()]) for queue in receivers.values()]
+    todo = [
+        _post(computations[queue.popleft()]) for queue in receivers.values() for _ in range(min(buffers, len(queue)))
+    ]
     for step in computations:
         message = awaited(step, rank, place)
         if message and receivers[message.channel]:

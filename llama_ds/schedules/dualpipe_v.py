@@ -12,7 +12,7 @@ from collections import deque
 from llama_ds.schedules.instructions import Instruction, Op
 
 
-def order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Instruction]:
+def order(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> list[Instruction]:
     """Return the computations of `rank` in order; chunks is 2 and micro_batches at least 2 * ranks."""
     todo: list[Instruction] = []
     done = {(op, chunk): 0 for op in ("F", "B") for chunk in (0, 1)}
@@ -56,6 +56,6 @@ def order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Instru
     return todo + list(late)
 
 
-def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int) -> int:
+def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> int:
     """Return the most forwards of a chunk whose activations `rank` holds at a time."""
     return 2 * ranks + 1

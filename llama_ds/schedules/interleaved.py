@@ -9,10 +9,10 @@ from __future__ import annotations
 from llama_ds.schedules.instructions import Instruction, Op
 
 
-def order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Instruction]:
+def order(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> list[Instruction]:
     """Return the computations of `rank` in order: groups of p micro-batches pass chunk by chunk."""
     total = micro_batches * chunks
-    ahead = in_flight(rank, ranks, micro_batches, chunks) - 1
+    ahead = in_flight(rank, ranks, micro_batches, chunks, extra) - 1
     if ahead + 1 == total:  # all forwards first
         ahead = total
 
@@ -28,7 +28,7 @@ def order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Instru
     return todo + [backward(k) for k in range(total - ahead, total)]
 
 
-def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int) -> int:
+def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> int:
     """Return the most forwards of a chunk whose activations `rank` holds at a time."""
     return min(2 * (ranks - rank - 1) + (chunks - 1) * ranks + 1, micro_batches * chunks)
 

@@ -10,8 +10,8 @@ from llama_ds.schedules import dualpipe_v, interleaved, one_f_one_b, zero_bubble
 from llama_ds.schedules.communication import with_messages
 from llama_ds.schedules.instructions import BACKWARDS, Instruction, Op, Placement
 
-Order = Callable[[int, int, int, int], list[Instruction]]
-InFlight = Callable[[int, int, int, int], int]
+Order = Callable[[int, int, int, int, int], list[Instruction]]
+InFlight = Callable[[int, int, int, int, int], int]
 
 _KNOWN: dict[str, tuple[Order, InFlight]] = {
     "1f1b": (one_f_one_b.order, one_f_one_b.in_flight),
@@ -22,7 +22,7 @@ _KNOWN: dict[str, tuple[Order, InFlight]] = {
 NAMES = tuple(_KNOWN)
 
 
-def obstacle(name: str, ranks: int, micro_batches: int, chunks: int) -> str | None:
+def obstacle(name: str, ranks: int, micro_batches: int, chunks: int, extra_warmup: int = 0) -> str | None:
     """Return why the schedule cannot be had with these numbers, and what would do; None when it can."""
     if name == "interleaved" and chunks < 2:
         return f"virtual_stages = {chunks} is one stage on each rank; use 2 or more, or schedule 1f1b"
@@ -33,6 +33,8 @@ def obstacle(name: str, ranks: int, micro_batches: int, chunks: int) -> str | No
         return f"virtual_stages = {chunks}: a V has two stages on each rank; use 2"
     if name == "dualpipe_v" and micro_batches < 2 * ranks:
         return f"{micro_batches} micro-batches are fewer than 2 * pp = {2 * ranks}; use {2 * ranks} or more"
+    if extra_warmup and name not in ("1f1b", "zb_h1"):
+        return f"extra_warmup = {extra_warmup} is for schedule 1f1b or zb_h1; use 0"
     if name in ("1f1b", "zb_h1") and chunks != 1:
         return f"virtual_stages = {chunks} is for schedule interleaved or dualpipe_v; use 1"
     return None
@@ -46,26 +48,27 @@ class Schedule:
     ranks: int
     micro_batches: int
     chunks: int = 1
+    extra_warmup: int = 0  # forwards beyond the usual that a rank starts with, for each rank behind it
     place: Placement = field(init=False)
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers that the schedule cannot be had with."""
-        reason = obstacle(self.name, self.ranks, self.micro_batches, self.chunks)
+        reason = obstacle(self.name, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
         if reason:
             raise ValueError(f"schedule {self.name}: {reason}")
         object.__setattr__(self, "place", placement(self.name, self.ranks, self.chunks))
 
     def computations(self, rank: int) -> list[Instruction]:
         """Return what `rank` computes, in order."""
-        return _KNOWN[self.name][0](rank, self.ranks, self.micro_batches, self.chunks)
+        return _KNOWN[self.name][0](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
 
     def instructions(self, rank: int) -> list[Instruction]:
         """Return what `rank` does, messages included, in order."""
-        return with_messages(self.computations(rank), rank, self.place)
+        return with_messages(self.computations(rank), rank, self.place, 1 + self.extra_warmup)
 
     def in_flight(self, rank: int) -> int:
         """Return the most forwards of one chunk whose activations `rank` holds at a time, as the schedule states it."""
-        return _KNOWN[self.name][1](rank, self.ranks, self.micro_batches, self.chunks)
+        return _KNOWN[self.name][1](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
 
     @cached_property
     def held(self) -> list[list[int]]:

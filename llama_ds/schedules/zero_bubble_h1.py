@@ -2,7 +2,7 @@
 
 Rank r computes the weights' gradients of a micro-batch r micro-batches late, so gradients of inputs travel without
 waiting for them, and what was put off fills the end. A rank waits (p - 1) (f + b - w) where 1F1B waits
-(p - 1) (f + b + w). No rank holds more micro-batches than 1F1B's first.
+(p - 1) (f + b + w). No rank holds more micro-batches than 1F1B's first. `extra` is 1F1B's.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from llama_ds.schedules import one_f_one_b
 from llama_ds.schedules.instructions import Instruction, Op
 
 
-def order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Instruction]:
+def order(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> list[Instruction]:
     """Return the computations of `rank` in order; chunks is 1."""
-    plain = one_f_one_b.order(rank, ranks, micro_batches, chunks)
+    plain = one_f_one_b.order(rank, ranks, micro_batches, chunks, extra)
     if rank == 0:  # it sends no gradients: nobody waits
         return plain
     todo: list[Instruction] = []
@@ -28,6 +28,6 @@ def order(rank: int, ranks: int, micro_batches: int, chunks: int) -> list[Instru
     return todo + [Instruction(Op.WEIGHT_BACKWARD, 0, i) for i in late]
 
 
-def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int) -> int:
+def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> int:
     """Return the most forwards whose activations `rank` holds at a time, until their weights' gradients are done."""
-    return min(ranks, micro_batches)
+    return min((ranks - rank - 1) * (1 + extra) + 1 + rank, micro_batches)

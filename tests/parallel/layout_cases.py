@@ -45,6 +45,7 @@ class Case:
     partition: tuple[int, ...] | None = None
     z_loss: float = 0.0
     schedule: str = "1f1b"
+    extra_warmup: int = 0
     virtual_stages: int = 1
     layers: int = 4
 
@@ -100,6 +101,7 @@ class Case:
                 self.decoder_layer,
                 self.recompute,
                 self.schedule,
+                self.extra_warmup,
                 self.virtual_stages,
             ),
             deepspeed={

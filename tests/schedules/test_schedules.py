@@ -35,7 +35,8 @@ def schedules(draw: st.DrawFn) -> Schedule:
         micro_batches = -(-micro_batches // ranks) * ranks
     if name == "dualpipe_v":
         micro_batches = max(micro_batches, 2 * ranks)
-    return Schedule(name, ranks, micro_batches, chunks)
+    extra = draw(st.integers(0, 2)) if chunks == 1 else 0
+    return Schedule(name, ranks, micro_batches, chunks, extra)
 
 
 @settings(max_examples=40, deadline=None)
@@ -123,6 +124,14 @@ def test_messages_cost_time() -> None:
     """Two ranks, one micro-batch: there and back, each message its transfer and the latency."""
     timeline = simulate(Schedule("1f1b", 2, 1), EQUAL, transfer=2.0, latency=0.5)
     assert timeline.length == 1 + 2.5 + 3 + 2.5 + 2
+
+
+def test_extra_warmup_hides_slow_links() -> None:
+    """Messages as long as a computation: one more forward for each rank behind saves a sixth of the step and more."""
+    times = [simulate(Schedule("zb_h1", 4, 16, 1, extra), EQUAL, transfer=1.0).length for extra in (0, 1)]
+    assert times[1] < 5 / 6 * times[0]
+    with pytest.raises(ValueError, match="extra_warmup = 1 is for schedule 1f1b or zb_h1"):
+        Schedule("interleaved", 4, 8, 2, 1)
 
 
 def test_one_link_carries_one_message_at_a_time() -> None:
@@ -233,6 +242,7 @@ def test_verifier_sees_wrong_memory() -> None:
         ("dualpipe_v", 4, 7, 2, "7 micro-batches are fewer than 2 \\* pp = 8; use 8 or more"),
         ("dualpipe_v", 4, 8, 3, "use 2"),
         ("zb_h1", 4, 8, 2, "use 1"),
+        ("1f1b", 4, 8, 2, "use 1"),
     ],
 )
 def test_impossible_numbers_are_refused(name: str, ranks: int, micro_batches: int, chunks: int, reason: str) -> None:
