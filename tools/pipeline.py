@@ -192,6 +192,7 @@ def measure(args: argparse.Namespace) -> None:
             engine.trace.start()
             steps[name]()
             engine.trace.write(str(Path(args.folder, name)), place.rank, **describe_trace(run, layout, place.rank))
+            engine.deepspeed.destroy()
         if place.rank == 0:
             Path(args.folder, "times.json").write_text(json.dumps({"seconds": seconds, "losses": losses}))
 

@@ -128,6 +128,11 @@ class LlamaPipelineEngine(PipelineEngine):
         self.optimizer.finish()
         return super().save_checkpoint(*args, **kwargs)
 
+    def destroy(self) -> None:
+        """Let nothing be under way when the process ends."""
+        self.optimizer.finish()
+        super().destroy()
+
     def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
         """Load this rank's optimizer groups, also where another schedule had put their layers on other ranks."""
         grid, dp_rank = self.grid, self.grid.get_data_parallel_rank()
