@@ -32,9 +32,12 @@ def main() -> int:
 
     with world.failing_together():
         if arguments.dry_run:
+            from llama_ds.parallel.recompute import with_device_memory
             from llama_ds.training.plan import describe
 
-            print(describe(*resolve(arguments, arguments.world or 1)))
+            run, layout, config = resolve(arguments, arguments.world or 1)
+            run = with_device_memory(run, world.device_memory(world.device()))
+            print(describe(run, layout, config))
             return 0
         place = world.find_place()
         log.setup(quiet=place.rank != 0)

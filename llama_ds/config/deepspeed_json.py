@@ -12,6 +12,7 @@ from typing import Any
 from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO, SECTION_KEYS, USER_KEYS
 from llama_ds.config.layout import Layout
 from llama_ds.config.reader import Place, check_keys
+from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 
@@ -102,6 +103,12 @@ def _check_combination(run: RunConfig, layout: Layout, dtype: str) -> None:
         raise _error(run, "zero_optimization.stage = 0 with bf16: gradients would be accumulated in bf16; use stage 1")
     if not _section(run, "zero_optimization").get("compute_grad_norm", True):
         raise _error(run, "zero_optimization.compute_grad_norm = false leaves clipping without a norm; take it out")
+    if pp > 1 and run.parallel.schedule != STOCK_ENGINE and "offload_optimizer" in _section(run, "zero_optimization"):
+        raise _error(
+            run,
+            f"zero_optimization.offload_optimizer with parallel.pp = {pp}: schedule {run.parallel.schedule} keeps the "
+            f"optimizer on the device; take it out, or use parallel.schedule = {STOCK_ENGINE}",
+        )
     if pp > 1 and run.deepspeed.get("wall_clock_breakdown"):
         raise _error(run, f"wall_clock_breakdown with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
     if pp > 1 and _section(run, "flops_profiler").get("enabled"):

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any
 
 from llama_ds.config.layout import divisors, listed
-from llama_ds.config.recompute import POLICIES, parse
+from llama_ds.config.recompute import AUTO, POLICIES, parse
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError, did_you_mean
 from llama_ds.schedules.schedule import NAMES as SCHEDULES
@@ -237,7 +237,7 @@ def _check_recompute(run: RunConfig) -> None:
         raise _error(
             run,
             f"parallel.recompute = {text!r} is not {listed(POLICIES)}, a list of these for each stage, or "
-            f"{{budget: 20 GiB}}{did_you_mean(text, POLICIES)}",
+            f"{{budget: 20 GiB}}, auto or {{auto: 80 GiB}}{did_you_mean(text, (*POLICIES, AUTO))}",
         )
     if len(found.policies) not in (0, 1, stages):
         raise _error(

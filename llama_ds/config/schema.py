@@ -93,7 +93,8 @@ class ParallelConfig:
     partition: tuple[int, ...] | None = None  # decoder layers per stage, pp * virtual_stages; None: balanced by cost
     decoder_layer: str = "written_out"  # written_out | autograd (the reference)
     # Of decoder layers, `model/written_out.py`: none | selective | full, a list with one for each stage, or the memory
-    # that a rank's layers may keep: {budget: 20 GiB}. Held as one text: "selective", "none,full", "budget: 20 GiB".
+    # that a rank's layers may keep: {budget: 20 GiB}, or auto: as little as the device's memory allows, measured or
+    # given: {auto: 80 GiB}. Held as one text: "selective", "none,full", "budget: 20 GiB".
     recompute: str = "none"
     schedule: str = "1f1b"  # 1f1b | interleaved | zb_h1 | dualpipe_v (`llama_ds.schedules`) | deepspeed (its own engine)
     extra_warmup: int = 0  # 1f1b, zb_h1: forwards more to start with, for each rank behind: memory that hides slow links

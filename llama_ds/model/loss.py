@@ -14,16 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
+from llama_ds.model.loss_chunks import chunk_tokens
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients, add_product
 
 BLOCK_ELEMENTS = 1 << 18  # of the softmax on a CPU: temporaries of 1 MiB stay in a core's cache
-MIN_CHUNK = 512  # tokens: a product with fewer rows runs slower
-
-
-def chunk_tokens(tokens: int, hidden_size: int, local_vocab: int) -> int:
-    """Return how many tokens' logits exist at a time: about as many numbers as the N x D hidden states have."""
-    return min(tokens, max(MIN_CHUNK, -(-tokens * hidden_size // local_vocab)))
 
 
 class NextTokenLoss(nn.Module):

@@ -12,7 +12,7 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 
 from llama_ds.config.schema import ModelConfig, RunConfig
-from llama_ds.model.flops import layer_costs
+from llama_ds.model.flops import embedding_parameters, layer_costs, layer_parameters
 
 _BEFORE, _AFTER = 1, 2  # layers around the decoder: the embedding; the final norm and the head
 
@@ -35,6 +35,21 @@ def decoder_layers(bounds: Sequence[int]) -> list[int]:
     """Return the number of decoder layers on each stage."""
     cuts = [_BEFORE, *bounds[1:-1], bounds[-1] - _AFTER]
     return [end - start for start, end in pairwise(cuts)]
+
+
+def stage_parameters(model: ModelConfig, bounds: Sequence[int], tp: int) -> list[int]:
+    """Return the parameters that a rank of each stage holds: matrices split over `tp` ranks, norms whole.
+
+    A tied embedding counts on the first and the last stage where they differ: each keeps a copy.
+    """
+    norm, table = model.hidden_size, embedding_parameters(model) // tp
+    layer = (layer_parameters(model) - 2 * norm) // tp + 2 * norm
+    held = [layers * layer for layers in decoder_layers(bounds)]
+    held[0] += table
+    held[-1] += norm
+    if len(held) > 1 or not model.tie_word_embeddings:
+        held[-1] += table
+    return held
 
 
 def balance(costs: Sequence[float], stages: int) -> list[int]:

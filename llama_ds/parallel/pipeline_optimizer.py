@@ -74,9 +74,10 @@ class PipelineOptimizer(BF16_Optimizer):
 
     def _make_buckets(self, reduce: torch.dtype) -> list[_Bucket]:
         names = [group["name"] for group in self.optimizer.param_groups]
+        # In the order in which the backward fills them: the last layer first, and the norms with the first layer.
         alone = [[i] for i, name in enumerate(names) if not name.endswith("norms")]
         norms = [i for i, name in enumerate(names) if name.endswith("norms")]
-        buckets = [_Bucket(self, groups, reduce) for groups in [*alone, norms] if groups]
+        buckets = [_Bucket(self, groups, reduce) for groups in [*reversed(alone), norms] if groups]
         for bucket in buckets:
             for i in bucket.groups:
                 self._ready.update({id(p): bucket for p in self.bf16_groups[i]})
@@ -125,7 +126,7 @@ class PipelineOptimizer(BF16_Optimizer):
         norm = summary[1].sqrt_()
         self._global_grad_norm = norm
         self._update(norm)
-        for bucket in self._buckets:
+        for bucket in reversed(self._buckets):  # norms, which every layer wants, then layer by layer
             bucket.start_gather()
         for flat in self.fp32_groups_gradients_flat:
             flat.zero_()

@@ -6,17 +6,19 @@ p holds min(p - s, micro-batches) (Narayanan et al., arXiv 2104.04473, section 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_ds.config.layout import Layout
-from llama_ds.config.recompute import GIB, POLICIES, Recompute, parse
+from llama_ds.config.recompute import AUTO, GIB, POLICIES, Recompute, parse
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.flops import layer_forward_flops
 from llama_ds.model.saving import LayerWork
+from llama_ds.parallel.memory import layer_work, rank_memory
 from llama_ds.parallel.partition import decoder_layers, stage_boundaries
 from llama_ds.parallel.scheduling import schedule_of
 
+USABLE = 0.92  # of a device's memory: the rest is the driver's, the communication library's and fragmentation
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -38,6 +40,8 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
         UserError: a budget that even full recomputation exceeds.
     """
     wanted = parse(run.parallel.recompute) or Recompute(("none",))
+    if run.parallel.recompute == AUTO:
+        raise ValueError("recompute: auto wants the device's memory: with_device_memory() puts it in")
     work = layer_work(run, layout, element_bytes)
     schedule = schedule_of(run, layout)
     counts, place = decoder_layers(stage_boundaries(run)), schedule.place
@@ -45,23 +49,19 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
     for stage, layers in enumerate(counts):
         rank, chunk = place.home(stage)
         in_flight = schedule.held[rank][chunk]
-        if wanted.budget_bytes is None:
+        if wanted.policies:
             policies = (wanted.policies[stage if len(wanted.policies) > 1 else 0],) * layers
         else:
             held = sum(n * counts[place.stage(rank, c)] for c, n in enumerate(schedule.held[rank]))
-            budget = wanted.budget_bytes * in_flight * layers // held
-            policies = _fit(work, layers, in_flight, budget, f"{run.path}: stage {stage}")
+            room = wanted.budget_bytes
+            if room is None:
+                assert wanted.device_bytes is not None
+                room = int(wanted.device_bytes * USABLE) - rank_memory(run, layout, element_bytes)[rank].fixed
+            budget = max(room, 0) * in_flight * layers // held
+            policies = _fit(work, layers, in_flight, budget, f"{run.path}: stage {stage}", run.parallel.recompute)
         saved = in_flight * sum(map(work.saved_bytes, policies))
         stages.append(StagePolicies(policies, in_flight, saved))
     return stages
-
-
-def layer_work(run: RunConfig, layout: Layout, element_bytes: int) -> LayerWork:
-    """Return the run's decoder layer as its cost table wants it."""
-    parallel = run.parallel
-    return LayerWork(
-        run.model, run.data.seq_len, layout.micro_batch, layout.tp, parallel.sequence_parallel, element_bytes
-    )
 
 
 def recomputed_flops_per_token(run: RunConfig, layout: Layout, element_bytes: int) -> float:
@@ -77,13 +77,23 @@ def recomputed_flops_per_token(run: RunConfig, layout: Layout, element_bytes: in
     )
 
 
-def _fit(work: LayerWork, layers: int, in_flight: int, budget: int, place: str) -> tuple[str, ...]:
+def with_device_memory(run: RunConfig, device_bytes: int) -> RunConfig:
+    """Return `run` with `recompute: auto` made definite."""
+    if run.parallel.recompute != AUTO:
+        return run
+    return replace(run, parallel=replace(run.parallel, recompute=f"auto: {device_bytes / GIB:.2f} GiB"))
+
+
+def _fit(
+    work: LayerWork, layers: int, in_flight: int, budget: int, place: str, wanted: str
+) -> tuple[str, ...]:
     """Return the policies of equal layers that recompute least within `budget` bytes: exact, over all three counts."""
     saved = {policy: in_flight * work.saved_bytes(policy) for policy in POLICIES}
     if layers * saved["full"] > budget:
         raise UserError(
-            f"{place} keeps {layers * saved['full'] / GIB:.3g} GiB under full recompute, above parallel.recompute = "
-            f"budget: {budget / GIB:.3g} GiB; raise it, or lower parallel.micro_batch or data.seq_len"
+            f"{place} keeps {layers * saved['full'] / GIB:.3g} GiB under full recompute, above the {budget / GIB:.3g} "
+            f"GiB that parallel.recompute = {wanted} leaves it; raise it, use more stages or tp, or lower "
+            "parallel.micro_batch or data.seq_len"
         )
     best: tuple[float, tuple[str, ...]] | None = None
     for full in range(layers + 1):

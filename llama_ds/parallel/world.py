@@ -26,11 +26,13 @@ LAUNCHER_VARIABLES = {
     "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
     "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
 }
+_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 TIMEOUT = timedelta(minutes=30)
 
 # Keys of the process group's store by which ranks agree on who reports a user error.
 FAILURES, REPORTED = "llama_ds/failures", "llama_ds/reported"
-REPORT_TIMEOUT = timedelta(seconds=10)
+REPORT__LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+TIMEOUT = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _find_master(place: Place) -> None:
 
 
 def _on_one_host() -> bool:
-    local = _first_set(("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"))
+    local = _first_set(_LOCAL_SIZES)
     return local is None or local == os.environ["WORLD_SIZE"]
 
 
@@ -115,6 +117,14 @@ def on_cuda() -> bool:
 def device() -> torch.device:
     """Return the device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if on_cuda() else torch.device("cpu")
+
+
+def device_memory(where: torch.device) -> int:
+    """Return the bytes that this rank may use: all of a CUDA device, on a CPU its share of what the host has free."""
+    if where.type == "cuda":
+        return torch.cuda.get_device_properties(where).total_memory
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // int(_first_set((*_LOCAL_SIZES, "WORLD_SIZE")) or 1)
 
 
 def computes_bf16(where: torch.device) -> bool:

@@ -12,15 +12,18 @@ import numpy as np
 
 from llama_ds.checkpoint import store
 from llama_ds.config.layout import Layout
+from llama_ds.config.recompute import AUTO
 from llama_ds.config.run_file import dump, resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.stream import Dataset, MicroBatches, open_data
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 from llama_ds.parallel import world
+from llama_ds.parallel.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.parallel.scheduling import describe_trace
 from llama_ds.training.engine import Engine, StepResult, build_engine
 from llama_ds.training.meter import Meter
+from llama_ds.training.plan import memory_table
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.schedule import learning_rate
 
@@ -35,9 +38,14 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     """
     device = world.device()
     dtype = "bf16" if config["bf16"]["enabled"] else "fp32"
+    least = -int(world.maximum([-float(world.device_memory(device))], device)[0])
+    run = with_device_memory(run, least)
     tag, data = world.together(lambda: (_checkpoint_to_resume(run, layout, place), _open_data(run, layout)))
     engine = world.together(lambda: build_engine(run, layout, config, device))
     first = _load(engine, _checkpoints(run), tag) if tag else 0
+    if run.parallel.recompute.startswith(AUTO):
+        for line in memory_table(run, layout, ELEMENT_BYTES[dtype]):
+            logger.info("%s", line)
     logger.info("%s at step %d of %d", "resumed" if tag else "starting", first, run.training.steps)
 
     total, every = run.training.steps, run.logging.interval

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import GIB, POLICIES
-from llama_ds.config.schema import ModelConfig, RunConfig
-from llama_ds.model.flops import (
-    embedding_parameters,
-    flops_per_token,
-    layer_costs,
-    layer_parameters,
-    parameter_count,
-)
-from llama_ds.parallel.partition import decoder_layers, stage_boundaries
+from llama_ds.config.rules import STOCK_ENGINE
+from llama_ds.config.schema import RunConfig
+from llama_ds.model.flops import flops_per_token, layer_costs, parameter_count
+from llama_ds.parallel.memory import rank_memory
+from llama_ds.parallel.partition import stage_boundaries, stage_parameters
 from llama_ds.parallel.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
+from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.schedules.simulate import StageCost, simulate
 from llama_ds.training.schedule import learning_rate
 
 
@@ -29,6 +27,7 @@ def describe(run: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> str:
         ("model", _model(run, layout, element_bytes)),
         ("layout", _layout(run, layout)),
         ("stages", _table(_stages(run, layout, element_bytes))),
+        ("memory of a rank in GiB", memory_table(run, layout, element_bytes)),
         ("schedule", _schedule(run)),
         ("data", _table(_data(run))),
         ("deepspeed", json.dumps(ds_config, indent=2).splitlines()),
@@ -42,21 +41,6 @@ def short(number: float) -> str:
         if number >= 0.9995 * size:  # 999.6M rounds to 1.00B
             return f"{number / size:#.3g}".rstrip(".") + suffix
     return f"{number:g}"
-
-
-def stage_parameters(model: ModelConfig, bounds: Sequence[int], tp: int) -> list[int]:
-    """Return the parameters that a rank of each stage holds: matrices split over `tp` ranks, norms whole.
-
-    A tied embedding counts on the first and the last stage where they differ: each keeps a copy.
-    """
-    norm, table = model.hidden_size, embedding_parameters(model) // tp
-    layer = (layer_parameters(model) - 2 * norm) // tp + 2 * norm
-    held = [layers * layer for layers in decoder_layers(bounds)]
-    held[0] += table
-    held[-1] += norm
-    if len(held) > 1 or not model.tie_word_embeddings:
-        held[-1] += table
-    return held
 
 
 def _run(run: RunConfig) -> list[str]:
@@ -95,7 +79,20 @@ def _layout(run: RunConfig, layout: Layout) -> list[str]:
         ("accumulation", f"{layout.accumulation} micro-batches per step"),
         ("global batch", f"{layout.global_batch:,} rows = {rows} = {layout.global_batch * run.data.seq_len:,} tokens"),
         ("ZeRO stage", run.zero_stage),
+        ("pipeline", _pipeline_schedule(run, layout)),
     )
+
+
+def _pipeline_schedule(run: RunConfig, layout: Layout) -> str:
+    if layout.pp == 1:
+        return "none: one stage"
+    if run.parallel.schedule == STOCK_ENGINE:
+        return "DeepSpeed's own engine"
+    schedule = schedule_of(run, layout)
+    third = 1 / schedule.chunks  # forward, input backward and weight backward of a chunk taken as equally long
+    bubble = simulate(schedule, StageCost(third, third, third)).bubble
+    virtual = f", {schedule.chunks} stages on a rank" if schedule.chunks > 1 else ""
+    return f"{schedule.name}{virtual}: {bubble:.1%} of the step is bubble where stages are equal and messages free"
 
 
 def _stages(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tuple[str, ...]]:
@@ -115,6 +112,24 @@ def _recompute(run: RunConfig, saved: StagePolicies) -> tuple[str, str]:
         return f"{run.parallel.recompute} (autograd)", "-"
     counts = ", ".join(f"{saved.policies.count(p)} {p}" for p in POLICIES if p in saved.policies)
     return counts, f"{saved.saved_bytes / GIB:.2f} GiB in {saved.in_flight} micro-batches"
+
+
+def memory_table(run: RunConfig, layout: Layout, element_bytes: int) -> list[str]:
+    """Return the table of what a rank of each pipeline position holds, in GiB."""
+    return _table(_memory(run, layout, element_bytes))
+
+
+def _memory(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tuple[str, ...]]:
+    stages = stage_policies(run, layout, element_bytes)
+    place = schedule_of(run, layout).place
+    columns = ("weights", "gradients", "optimizer", "working", "kept activations", "all")
+    yield "pipeline rank", *columns, "recompute of its layers"
+    for rank, memory in enumerate(rank_memory(run, layout, element_bytes)):
+        own = [stages[place.stage(rank, chunk)] for chunk in range(place.chunks)]
+        kept = sum(stage.saved_bytes for stage in own)
+        numbers = (memory.weights, memory.gradients, memory.optimizer, memory.working, kept, memory.fixed + kept)
+        policies = "; ".join(_recompute(run, stage)[0] for stage in own)
+        yield str(rank), *(f"{number / GIB:.2f}" for number in numbers), policies
 
 
 def _schedule(run: RunConfig) -> list[str]:

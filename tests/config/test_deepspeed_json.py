@@ -128,6 +128,9 @@ ZERO1 = {"zero_optimization": {"stage": 1}}
          "use stage 1"),
         ({"zero_optimization": {"stage": 2}}, 2, "zero_optimization.stage = 2 with parallel.pp = 2: ZeRO-2 cannot "
          "split what the pipeline accumulates; use stage 1"),
+        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, 2,
+         "zero_optimization.offload_optimizer with parallel.pp = 2: schedule 1f1b keeps the optimizer on the device; "
+         "take it out, or use parallel.schedule = deepspeed"),
         ({**ZERO1, "wall_clock_breakdown": True}, 2, "wall_clock_breakdown with parallel.pp = 2 crashes DeepSpeed's "
          "timers; take it out"),
         ({**ZERO1, "flops_profiler": {"enabled": True}}, 2, "flops_profiler.enabled with parallel.pp = 2 crashes "

@@ -10,6 +10,7 @@ from llama_ds.config.layout import Layout, divisors, listed, resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 
+COUNT = " (micro-batches are training.global_batch / (dp * parallel.micro_batch))"
 RUN = str(Path(__file__).resolve().parents[2] / "ds_configs" / "llama_65b.yaml")
 
 
@@ -28,6 +29,14 @@ def test_llama_65b_on_2048_ranks() -> None:
          "dp 32 = world 2048 / (pp 8 * tp 8); use 1984 or 2016"),
         (2048, ["parallel.micro_batch=6"], "parallel.micro_batch = 6 does not divide 2048 / dp 32 = 64; "
          "use 1, 2, 4, 8, 16, 32 or 64"),
+        (2048, ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "parallel.micro_batch=16"],
+         "parallel.schedule = interleaved: 4 micro-batches are no multiple of pp = 8; use 8" + COUNT),
+        (2048, ["parallel.schedule=dualpipe_v", "parallel.virtual_stages=2", "parallel.micro_batch=8"],
+         "parallel.schedule = dualpipe_v: 8 micro-batches are fewer than 2 * pp = 16; use 16 or more" + COUNT),
+        (2048, ["parallel.schedule=zb_h1", "parallel.virtual_stages=2"], "parallel.schedule = zb_h1: virtual_stages = "
+         "2 is for schedule interleaved or dualpipe_v; use 1" + COUNT),
+        (2048, ["parallel.schedule=interleaved"], "parallel.schedule = interleaved: virtual_stages = 1 is one stage on "
+         "each rank; use 2 or more, or schedule 1f1b" + COUNT),
     ],
 )  # fmt: skip
 def test_indivisible_numbers_are_told_with_those_that_would_do(world: int, overrides: list[str], rule: str) -> None:

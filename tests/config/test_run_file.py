@@ -148,7 +148,7 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
         ("optimizer.schedule=cosin", "tiny.yaml: optimizer.schedule = 'cosin' is not cosine or wsd "
          "(did you mean 'cosine'?)"),
         ("parallel.recompute=all", "tiny.yaml: parallel.recompute = 'all' is not none, selective or full, "
-         "a list of these for each stage, or {budget: 20 GiB}"),
+         "a list of these for each stage, or {budget: 20 GiB}, auto or {auto: 80 GiB}"),
         ("optimizer.lr=0", "tiny.yaml: optimizer.lr = 0.0 is not positive"),
         ("training.steps=0", "command line: training.steps = 0 is not positive"),
         ("evaluation.rows=-1", "tiny.yaml: evaluation.rows = -1 is negative"),
@@ -169,6 +169,11 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
          "and tp is 1; set it to false"),
         ("parallel.pp=5", "tiny.yaml: parallel.pp = 5 is more than model.num_hidden_layers = 4; use 4 or fewer"),
         ("parallel.partition=[2, 2]", "tiny.yaml: parallel.partition = [2, 2] has 2 entries, not pp = 1"),
+        ("parallel.schedule=1f1", "tiny.yaml: parallel.schedule = '1f1' is not 1f1b, interleaved, zb_h1, dualpipe_v or "
+         "deepspeed (did you mean '1f1b'?)"),
+        ("parallel.virtual_stages=2", "tiny.yaml: parallel.virtual_stages = 2 cuts what pipeline ranks hold and pp is "
+         "1; use 1"),
+        ("parallel.extra_warmup=-1", "tiny.yaml: parallel.extra_warmup = -1 is negative"),
         ("parallel.partition=[3]", "tiny.yaml: parallel.partition = [3] sums to 3, not model.num_hidden_layers = 4; "
          "leave it out to balance by cost"),
         ("data.sources.1.weight=0.2", "tiny.yaml: data.sources: the weights 0.7 + 0.2 sum to 0.9, not 1; "
@@ -194,6 +199,26 @@ def test_wrong_value_is_told(folder: Path, override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load(override)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel.virtual_stages=3", "parallel.schedule=interleaved"], "parallel.virtual_stages = 3 * pp 2 = 6 "
+         "stages do not divide model.num_hidden_layers = 4; use virtual_stages 1 or 2, or parallel.partition with 6 "
+         "entries"),
+        (["parallel.virtual_stages=2", "parallel.partition=[2, 2]"], "parallel.partition = [2, 2] has 2 entries, "
+         "not pp * virtual_stages = 4"),
+        (["parallel.virtual_stages=2", "parallel.schedule=deepspeed"], "parallel.virtual_stages = 2: DeepSpeed's own "
+         "engine has one stage on a rank; use 1"),
+        (["parallel.schedule=zb_h1", "parallel.decoder_layer=autograd"], "parallel.schedule = zb_h1 puts weight "
+         "gradients off, which parallel.decoder_layer = autograd cannot; use written_out, or schedule 1f1b"),
+    ],
+)  # fmt: skip
+def test_schedule_that_cannot_be_is_told(folder: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        load("parallel.pp=2", *overrides)
+    assert str(error.value) == f"tiny.yaml: {message}"
 
 
 def test_sequence_parallel_needs_a_divisible_row(folder: Path) -> None:

@@ -16,7 +16,8 @@ from llama_ds.config.schema import ModelConfig
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import DecoderLayer, Shared
 from llama_ds.model.linear import adjacent
-from llama_ds.model.loss import NextTokenLoss, chunk_tokens
+from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.loss_chunks import chunk_tokens
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.saving import LayerWork
 from llama_ds.model.tensor_parallel import SingleRank

@@ -14,7 +14,14 @@ from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.flops import layer_forward_flops
-from llama_ds.parallel.recompute import GIB, layer_work, recomputed_flops_per_token, stage_policies
+from llama_ds.parallel.memory import layer_work, rank_memory
+from llama_ds.parallel.recompute import (
+    GIB,
+    USABLE,
+    recomputed_flops_per_token,
+    stage_policies,
+    with_device_memory,
+)
 
 RUN_FILE = str(Path(__file__).resolve().parents[2] / "ds_configs" / "llama_65b.yaml")
 
@@ -63,9 +70,7 @@ def test_budget_that_nothing_fits_is_refused_with_the_need() -> None:
     run, layout = plan("parallel.recompute={budget: 0.1 GiB}")
     with pytest.raises(UserError) as error:
         stage_policies(run, layout, 2)
-    assert "stage 0 keeps 0.312 GiB under full recompute, above parallel.recompute = budget: 0.1 GiB" in str(
-        error.value
-    )
+    assert "stage 0 keeps 0.312 GiB under full recompute, above the 0.1 GiB that parallel.recompute" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +78,7 @@ def test_budget_that_nothing_fits_is_refused_with_the_need() -> None:
     [
         ("all", "'all' is not none, selective or full"),
         ("{budget: much}", "'budget: much' is not none"),
-        ("none,full", "names 2 stages, not pp = 8; name one or 8"),
+        ("none,full", "names 2 stages of 8; name one or 8"),
         ("selectiv", "did you mean 'selective'?"),
     ],
 )
@@ -96,3 +101,35 @@ def test_full_does_not_repeat_the_last_product() -> None:
     assert recomputed_flops_per_token(run, layout, 2) == 80 * (layer_forward_flops(run.model, 2048) - saved)
     run = replace(run, parallel=replace(run.parallel, recompute="selective"))
     assert recomputed_flops_per_token(run, layout, 2) == 0  # over 8 ranks the sum of the output projection is kept
+
+
+@pytest.mark.parametrize("device", [20, 24, 40, 80])
+@pytest.mark.parametrize("how", [("1f1b", 1), ("zb_h1", 1), ("dualpipe_v", 2)])
+def test_auto_fills_the_device(device: int, how: tuple[str, int]) -> None:
+    """Kept activations fit what the rest leaves of 92 percent; one more layer's worth of memory would not."""
+    schedule, virtual = how
+    run, layout = plan(f"parallel.recompute={{auto: {device} GiB}}", f"parallel.schedule={schedule}",
+                       f"parallel.virtual_stages={virtual}")  # fmt: skip
+    stages, fixed, work = stage_policies(run, layout, 2), rank_memory(run, layout, 2), layer_work(run, layout, 2)
+    for rank, memory in enumerate(fixed):
+        own = [stages[rank], stages[15 - rank]] if virtual == 2 else [stages[rank]]
+        room = USABLE * device * GIB - memory.fixed - sum(stage.saved_bytes for stage in own)
+        assert room >= 0
+        for stage in own:
+            if set(stage.policies) != {"none"}:
+                more = min(work.saved_bytes(a) - work.saved_bytes(b) for a, b in (("none", "selective"), ("selective", "full")))
+                assert room < len(own) * stage.in_flight * more
+
+
+def test_auto_recomputes_more_where_more_is_held() -> None:
+    run, layout = plan("parallel.recompute={auto: 14 GiB}")
+    flops = [sum(map(layer_work(run, layout, 2).recomputed_flops, stage.policies)) for stage in stage_policies(run, layout, 2)]
+    assert flops == sorted(flops, reverse=True)
+    assert flops[0] > flops[-1] == 0
+
+
+def test_auto_takes_the_measured_memory() -> None:
+    run, layout = plan("parallel.recompute=auto")
+    assert with_device_memory(run, 80 * GIB).parallel.recompute == "auto: 80.00 GiB"
+    with pytest.raises(UserError, match="keeps .* GiB under full recompute, above the 0 GiB"):
+        stage_policies(with_device_memory(run, 4 * GIB), layout, 2)

@@ -11,8 +11,8 @@ from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ModelConfig
 from llama_ds.model.flops import parameter_count
-from llama_ds.parallel.partition import boundaries
-from llama_ds.training.plan import describe, short, stage_parameters
+from llama_ds.parallel.partition import boundaries, stage_parameters
+from llama_ds.training.plan import describe, short
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 
@@ -26,6 +26,8 @@ def test_plan_of_65b_says_what_will_run() -> None:
         "ranks         2,048 = pp 8 x dp 32 x tp 8, activations shared by sequence",
         "global batch  2,048 rows = 32 x 1 x 64 = 4,194,304 tokens",
         "7      10              12.8%           1.04B                10 none    1.17 GiB in 1 micro-batches",
+        "pipeline      1f1b: 9.9% of the step is bubble where stages are equal and messages free",
+        "7              1.95     3.89       0.36       0.26     1.17              7.64   10 none",
         "steps         333,787",
         "step 1,999    lr 0.00015 (end of warm-up)",
         "writes to       runs/llama_65b",
