@@ -31,6 +31,7 @@ TIMEOUT = timedelta(minutes=30)
 
 # Keys of the process group's store by which ranks agree on who reports a user error.
 FAILURES, REPORTED = "llama_ds/failures", "llama_ds/reported"
+BROKEN = "llama_ds/broken"  # how many ranks have ended by an error that is not the user's
 REPORT__LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 TIMEOUT = timedelta(seconds=10)
 
@@ -220,8 +221,12 @@ def _report_own(error: Exception) -> int:
         return 1
     rank, world = dist.get_rank(), dist.get_world_size()
     try:
-        if distributed_c10d._get_default_store().check([REPORTED]):
+        store = distributed_c10d._get_default_store()
+        if store.check([REPORTED]):
             return UserError.EXIT_CODE
+        if store.add(BROKEN, 1) > 1:
+            logger.error("rank %d of %d ends after another failed (%s)", rank, world, str(error).partition("\n")[0])
+            return 1
     except dist.DistError:
         logger.error("rank %d of %d: rank 0 has ended (%s)", rank, world, str(error).partition("\n")[0])
         return 1

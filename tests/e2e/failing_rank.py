@@ -1,0 +1,34 @@
+"""train.py on a rank whose decoder layers fail: failing_rank.py METHOD CALL RANK ARGUMENTS OF train.py..."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from llama_ds import train
+from llama_ds.model import written_out
+
+
+def break_layers(method: str, call: int) -> None:
+    """Have the `call`-th call of a function of the written-out layer raise."""
+    owner: Any = written_out.WrittenOutLayer if method == "weight_grads" else written_out
+    whole, calls = getattr(owner, method), iter(range(10**9))
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise RuntimeError(f"broken in {method}")
+        return whole(*args, **kwargs)
+
+    setattr(owner, method, broken)
+
+
+if __name__ == "__main__":
+    method, call, rank, *arguments = sys.argv[1:]
+    if os.environ["RANK"] == rank:
+        break_layers(method, int(call))
+    sys.argv[1:] = arguments
+    sys.exit(train.main())
