@@ -16,6 +16,7 @@ REPO = Path(__file__).resolve().parent.parent
 # Lowest first. A room may import itself and the rooms on lower floors; rooms on one floor are strangers.
 FLOORS = (
     ("errors", "log"),
+    ("schedules",),
     ("config", "launch"),
     ("model",),
     ("parallel", "checkpoint", "data", "perf"),
@@ -44,10 +45,13 @@ RANK_READERS = ("llama_ds/parallel/*",)
 # Arithmetic and text: usable on a login node where torch is not installed.
 TORCH_FREE = (
     *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/config/*", "llama_ds/launch/*", "llama_ds/data/order.py"),
+    *("llama_ds/schedules/*", "llama_ds/model/loss_chunks.py", "llama_ds/perf/timeline.py"),
     *(
         "llama_ds/model/flops.py",
         "llama_ds/model/saving.py",
+        "llama_ds/parallel/memory.py",
         "llama_ds/parallel/partition.py",
+        "llama_ds/parallel/scheduling.py",
         "llama_ds/parallel/recompute.py",
         "llama_ds/training/schedule.py",
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import socket
 import statistics
 import subprocess
@@ -18,7 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.layout import Layout, resolve_layout
-from llama_ds.config.run_file import load_run
 from llama_ds.config.rules import check
+from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.launch.namespaces import INTERFACE, Hosts
@@ -41,6 +43,7 @@ EXAMPLES = """examples:
 """
 VIRTUAL_STAGES = {"interleaved": 2, "dualpipe_v": 2}
 PORT = 29507
+SETTINGS = ("pp", "tp", "dp", "micro_batches", "micro_batch", "dtype", "recompute", "rate_mbit", "delay_ms", "repeats")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,7 +73,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=4)
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1)
-    parser.add_argument("--schedules", nargs="+", default=["deepspeed", "1f1b", "zb_h1", "zb_h1+1"], metavar="NAME", help="zb_h1+2: with extra_warmup 2 (default: %(default)s)")
+    parser.add_argument(
+        "--schedules",
+        nargs="+",
+        default=["deepspeed", "1f1b", "zb_h1", "zb_h1+1"],
+        metavar="NAME",
+        help="zb_h1+2: with extra_warmup 2 (default: %(default)s)",
+    )
     parser.add_argument("--micro-batches", type=int, default=8, help="of each rank (default: %(default)s)")
     parser.add_argument("--micro-batch", type=int, default=1, help="rows (default: %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -81,6 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
     parser.add_argument("--svg", metavar="FOLDER", help="draw one step of each schedule into FOLDER")
+    parser.add_argument("--keep", metavar="FOLDER", help="keep the records of these steps, for throughput.py analyse")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)
@@ -123,20 +133,20 @@ def launch(args: argparse.Namespace, folder: Path) -> None:
         environment |= {"MASTER_ADDR": hosts.address(0) if hosts else "127.0.0.1"}
         if hosts:
             environment |= {"GLOO_SOCKET_IFNAME": INTERFACE}
-        ranks = []
+        processes = []
         for rank in range(world):
             command = [sys.executable, *sys.argv, "--rank", str(rank), "--folder", str(folder)]
             own = environment | {"RANK": str(rank), "LOCAL_RANK": "0" if hosts else str(rank)}
             log = stack.enter_context(open(folder / f"rank{rank}.log", "w"))
             command = hosts.command(rank, command) if hosts else command
-            ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, cwd=ROOT))
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            processes.append(subprocess.Popen(command, env=own, stdout=log, stderr=log, cwd=ROOT))
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
             time.sleep(0.1)
-        failed = [n for n, rank in enumerate(ranks) if rank.poll()]
-        for rank in ranks:
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+        for process in processes:
             if failed:
-                rank.kill()
-            rank.wait()
+                process.kill()
+            process.wait()
     if failed:
         raise UserError(f"rank {failed[0]} failed:\n{(folder / f'rank{failed[0]}.log').read_text()[-3000:]}")
 
@@ -172,10 +182,7 @@ def measure(args: argparse.Namespace) -> None:
                 0, run.model.vocab_size, (args.micro_batches, args.micro_batch, run.data.seq_len + 1)
             )
 
-            def step(engine: Any = engine, rows: np.ndarray = rows) -> float:
-                return engine.read(engine.train_step(iter(rows), 1e-4))[0]
-
-            steps[schedule] = step
+            steps[schedule] = partial(take_step, engine, rows)
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         losses: dict[str, list[float]] = {name: [] for name in steps}
         for repeat in range(2 + args.repeats):
@@ -197,6 +204,11 @@ def measure(args: argparse.Namespace) -> None:
             Path(args.folder, "times.json").write_text(json.dumps({"seconds": seconds, "losses": losses}))
 
 
+def take_step(engine: Any, rows: Any) -> float:
+    """Take one optimizer step over the micro-batches `rows`; return its loss."""
+    return engine.read(engine.train_step(iter(rows), 1e-4))[0]
+
+
 def publish(args: argparse.Namespace, folder: Path) -> None:
     """Print, and write where asked, what the ranks left in `folder`."""
     found = json.loads((folder / "times.json").read_text())
@@ -208,11 +220,8 @@ def publish(args: argparse.Namespace, folder: Path) -> None:
     median = {name: statistics.median(times) for name, times in found["seconds"].items()}
     run, _ = contestant(args, args.schedules[0])
     results = {
-        "settings": {
-            name: getattr(args, name)
-            for name in "pp tp dp micro_batches micro_batch dtype recompute rate_mbit delay_ms repeats".split()
-        },
-        "model": {"hidden_size": run.model.hidden_size, "layers": run.model.num_hidden_layers, "vocab": run.model.vocab_size},
+        "settings": {name: getattr(args, name) for name in SETTINGS},
+        "model": asdict(run.model),
         "seq_len": run.data.seq_len,
         "cores": os.cpu_count(),
         "steps": {
@@ -221,7 +230,7 @@ def publish(args: argparse.Namespace, folder: Path) -> None:
                 "min_s": min(found["seconds"][name]),
                 "max_s": max(found["seconds"][name]),
                 "over_first": median[name] / median[args.schedules[0]],
-                **timeline.as_dict(analyses[name]),
+                **asdict(analyses[name]),
             }
             for name in args.schedules
         },
@@ -230,6 +239,8 @@ def publish(args: argparse.Namespace, folder: Path) -> None:
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text + "\n")
+    if args.keep:
+        shutil.copytree(folder, args.keep, ignore=shutil.ignore_patterns("*.log"), dirs_exist_ok=True)
     if args.svg:
         Path(args.svg).mkdir(parents=True, exist_ok=True)
         for name, ranks in traces.items():
@@ -237,8 +248,8 @@ def publish(args: argparse.Namespace, folder: Path) -> None:
     links = f"links of {args.rate_mbit:g} Mbit/s and {args.delay_ms:g} ms" if args.rate_mbit else "loopback"
     lines = [
         f"pp {args.pp} tp {args.tp} dp {args.dp}, {args.micro_batches} micro-batches of {args.micro_batch} x "
-        f"{run.data.seq_len}, hidden {run.model.hidden_size}, {run.model.num_hidden_layers} layers, {args.dtype}, {links}, "
-        f"{os.cpu_count()} cores, median of {args.repeats}",
+        f"{run.data.seq_len}, hidden {run.model.hidden_size}, {run.model.num_hidden_layers} layers, {args.dtype}, "
+        f"{links}, {os.cpu_count()} cores, median of {args.repeats}",
         *(
             f"{name:14} {median[name] * 1e3:8.1f} ms a step, {median[name] / median[args.schedules[0]]:.3f} x "
             f"{args.schedules[0]}; bubble simulated with the measured times {analyses[name].simulated_bubble:.1%}"

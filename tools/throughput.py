@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.perf import timeline
 from llama_ds.perf.layer_benchmark import Contestant, shard
 from llama_ds.perf.report import layer_results, layer_table, step_results, step_table
 from llama_ds.perf.step_benchmark import Step, Timing, gemm_step, time_interleaved, training_step
@@ -51,6 +52,7 @@ EXAMPLES = """examples:
   tools/throughput.py compare-hf
   tools/throughput.py layer --shape 65b --tp 8 --seq-len 4096 --device cuda --out measured.json
   tools/throughput.py layer --shape quickstart --policy none
+  tools/throughput.py analyse runs/quickstart/trace --svg step.svg
   tools/throughput.py compare-hf --batch 2 --seq-len 512 --threads 2 model.hidden_size=1024 \\
       model.intermediate_size=2752 model.num_hidden_layers=4 model.vocab_size=8192
 """
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     args = parse(argv)
     try:
-        return {"compare-hf": compare_hf, "layer": layer}[args.command](args)
+        return {"compare-hf": compare_hf, "layer": layer, "analyse": analyse}[args.command](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE
@@ -97,6 +99,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on cuda, fp32 on cpu)")
     _common(command, policy="selective")
+    command = commands.add_parser(
+        "analyse",
+        help="where a pipeline step's time went, from what logging.trace_step left",
+        epilog=EXAMPLES,
+        formatter_class=formatter,
+    )
+    command.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of rank*.json, such as runs/NAME/trace")
+    command.add_argument("--svg", metavar="FILE", help="draw the first folder's step")
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
+    command.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
     return parser.parse_args(argv)
 
 
@@ -195,6 +207,16 @@ def _layers(
         "transformers": Contestant(theirs, call, embeddings),
         "transformers_checkpointed": Contestant(theirs, lambda x: checkpoint(call, x, use_reentrant=False), embeddings),
     }
+
+
+def analyse(args: argparse.Namespace) -> int:
+    """Say where the time of recorded steps went."""
+    traces = {folder: timeline.read(folder) for folder in args.folders}
+    found = {folder: timeline.analyse(ranks) for folder, ranks in traces.items()}
+    if args.svg:
+        Path(args.svg).write_text(timeline.picture(next(iter(traces.values())), next(iter(found))))
+    _publish(args, {name: asdict(step) for name, step in found.items()}, timeline.table(found))
+    return 0
 
 
 def compare_hf(args: argparse.Namespace) -> int:

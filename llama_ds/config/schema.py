@@ -96,8 +96,12 @@ class ParallelConfig:
     # that a rank's layers may keep: {budget: 20 GiB}, or auto: as little as the device's memory allows, measured or
     # given: {auto: 80 GiB}. Held as one text: "selective", "none,full", "budget: 20 GiB".
     recompute: str = "none"
-    schedule: str = "1f1b"  # 1f1b | interleaved | zb_h1 | dualpipe_v (`llama_ds.schedules`) | deepspeed (its own engine)
-    extra_warmup: int = 0  # 1f1b, zb_h1: forwards more to start with, for each rank behind: memory that hides slow links
+    schedule: str = (
+        "1f1b"  # 1f1b | interleaved | zb_h1 | dualpipe_v (`llama_ds.schedules`) | deepspeed (its own engine)
+    )
+    extra_warmup: int = (
+        0  # 1f1b, zb_h1: forwards more to start with, for each rank behind: memory that hides slow links
+    )
     virtual_stages: int = 1  # stages of the model on each pipeline rank: interleaved 2 or more, dualpipe_v 2
 
 

@@ -15,6 +15,8 @@ import shutil
 import struct
 import subprocess
 import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 
 from llama_ds.errors import UserError
@@ -46,22 +48,24 @@ class Hosts:
         self.names = [f"llama{os.getpid()}-{i}" for i in range(count)]
         self._rate, self._delay = rate_mbit, delay_ms / 1e3
         self._devices: list[int] = []
-        self._carrier: multiprocessing.Process | None = None
+        self._carrier: BaseProcess | None = None
 
     def __enter__(self) -> Hosts:
         try:
             for i, name in enumerate(self.names):
                 self._make(i, name)
-            self._carrier = multiprocessing.get_context("fork").Process(
-                target=carry, args=(self._devices, self._delay), daemon=True
-            )
-            self._carrier.start()
+            fork = multiprocessing.get_context("fork")  # the devices are open files of this process
+            carrier = fork.Process(target=carry, args=(self._devices, self._delay), daemon=True)
+            carrier.start()
+            self._carrier = carrier
         except BaseException:
             self._remove()
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):  # type: ignore[no-untyped-def]
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._remove()
 
     def address(self, host: int) -> str:
@@ -98,7 +102,7 @@ class Hosts:
 
 
 def carry(devices: list[int], delay_s: float) -> None:
-    """Pass IPv4 packets between TUN devices, `delay_s` after they came; the last byte of an address names its device."""
+    """Pass IPv4 packets between TUN devices `delay_s` after they came; an address's last byte names its device."""
     poll = select.epoll()
     for device in devices:
         poll.register(device, select.EPOLLIN)
@@ -117,7 +121,7 @@ def carry(devices: list[int], delay_s: float) -> None:
             os.write(target, packet)
 
 
-def _packets(device: int):  # type: ignore[no-untyped-def]
+def _packets(device: int) -> Iterator[bytes]:
     while True:
         try:
             yield os.read(device, MTU + 64)

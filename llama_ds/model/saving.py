@@ -7,7 +7,10 @@ parallelism else N, D hidden size, F intermediate size, H query and G key-value 
     selective    M D + N ((H + 2 G) K + H K + 2 F) / tp, + M D where tp > 1, + 2 N D under sequence parallelism
     full         M D
 
-and, but for full, the attention's logsumexp: N H / tp numbers of 4 bytes.
+and, but for full, the attention's logsumexp: N H / tp numbers of 4 bytes. Where the weights' gradients are put off,
+both factors of their products are kept from the backward until then:
+
+    put off    4 N D + N ((H + 2 G) K + H K + 3 F) / tp
 """
 
 from __future__ import annotations
@@ -45,6 +48,14 @@ class LayerWork:
         numbers += tokens * (2 * queries + 2 * keys + (3 if keep else 2) * inner) // self.tp
         numbers += 2 * tokens * hidden if keep or self.sequence_parallel else 0
         return numbers * self.element_bytes + tokens * model.num_attention_heads // self.tp * LOGSUMEXP_BYTES
+
+    def put_off_bytes(self) -> int:
+        """Return the bytes kept between the backward of the inputs and that of the weights."""
+        model = self.model
+        tokens = self.micro_batch * self.seq_len
+        queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        own = tokens * (2 * queries + 2 * keys + 3 * model.intermediate_size) // self.tp
+        return (4 * tokens * model.hidden_size + own) * self.element_bytes
 
     def recomputed_flops(self, policy: str) -> float:
         """Return the FLOPs per token, over all tensor-parallel ranks, that the backward computes again.

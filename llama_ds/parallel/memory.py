@@ -42,7 +42,9 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
     tokens = layout.micro_batch * run.data.seq_len
     vocab = model.vocab_size // layout.tp
     chunk = chunk_tokens(tokens, model.hidden_size, vocab)
-    head = chunk * vocab * element_bytes + 4 * vocab * model.hidden_size + 2 * tokens * model.hidden_size * element_bytes
+    head = (
+        chunk * vocab * element_bytes + 4 * vocab * model.hidden_size + 2 * tokens * model.hidden_size * element_bytes
+    )
     message = work.saved_bytes("full")
     found = []
     for rank in range(layout.pp):

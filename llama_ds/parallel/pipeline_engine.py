@@ -7,13 +7,13 @@ instructions of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.pipe.engine import PipelineEngine
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from llama_ds.model.decoder import Shared
@@ -24,7 +24,7 @@ from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.point_to_point import Mail, Work, wait
 from llama_ds.parallel.trace import Trace
 from llama_ds.schedules import forward_only
-from llama_ds.schedules.communication import awaited, message_of, produced
+from llama_ds.schedules.communication import message_of, produced
 from llama_ds.schedules.instructions import Instruction, Op
 from llama_ds.schedules.schedule import Schedule
 
@@ -46,7 +46,7 @@ class LlamaPipelineEngine(PipelineEngine):
         config: dict[str, Any],
         trace: Trace,
     ) -> None:
-        """`rows` is (micro-batch rows b, T tokens of a row); `config` the merged DeepSpeed configuration. Collective."""
+        """`rows` is (rows b of a micro-batch, T tokens of a row); `config` the merged DeepSpeed one. Collective."""
         self._schedule, self._shared, self._trace = schedule, shared, trace
         self._rows, self._dtype = rows, dtype
         grid = module.mpu()
@@ -65,7 +65,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._posted: dict[tuple[str, int, int], Work] = {}  # kind, chunk, micro-batch
         self._handed: dict[tuple[str, int, int], list[Tensor]] = {}  # from one chunk of this rank to another
         self._live: dict[Key, tuple[Tensor | None, GradientEdge]] = {}  # input and output of a forward
-        self._outgoing: dict[tuple[Op, int, int], list[Tensor]] = {}
+        self._outgoing: dict[Instruction, list[Tensor]] = {}  # by the send that is to come
         self._batches: Batches = iter(())
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
         self._loss = torch.zeros((), device=self.device)
@@ -107,6 +107,8 @@ class LlamaPipelineEngine(PipelineEngine):
         summary = self.optimizer.step(self._own_share_of_loss(self.micro_batches))
         self._mail.finish()
         self._trace.add("step", begin)
+        if self._trace.recording:
+            self.optimizer.finish()  # or the weights' way would be missing from the record
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         self.micro_steps += self.micro_batches
@@ -232,14 +234,14 @@ class LlamaPipelineEngine(PipelineEngine):
         forward = step.op is Op.FORWARD
         if produced(step, self.stage_id, self._schedule.place):
             op = Op.SEND_ACTIVATION if forward else Op.SEND_GRAD
-            self._outgoing[op, step.chunk, step.micro_batch] = tensors
+            self._outgoing[step._replace(op=op)] = tensors
         else:
             stage = self._stage(step) + (1 if forward else -1)
             chunk = self._schedule.place.home(stage)[1]
             self._handed["activation" if forward else "grad", chunk, step.micro_batch] = tensors
 
     def _send(self, step: Instruction) -> None:
-        tensors = [tensor.contiguous() for tensor in self._outgoing.pop(tuple(step))]
+        tensors = [tensor.contiguous() for tensor in self._outgoing.pop(step)]
         message = message_of(step, self.stage_id, self._schedule.place)
         begin = self._trace.now()
         self._mail.send(message, tensors)
@@ -267,7 +269,7 @@ class LlamaPipelineEngine(PipelineEngine):
     def _note(self, what: str, begin: Any, step: Instruction) -> None:
         self._trace.add(what, begin, self._stage(step), step.micro_batch)
 
-    _INSTRUCTION_MAP: dict[Op, Callable[[Any, Instruction], None]] = {
+    _INSTRUCTION_MAP: ClassVar[dict[Op, Callable[[Any, Instruction], None]]] = {
         Op.FORWARD: _forward,
         Op.BACKWARD: _backward,
         Op.INPUT_BACKWARD: _backward,

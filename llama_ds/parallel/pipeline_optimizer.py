@@ -105,7 +105,7 @@ class PipelineOptimizer(BF16_Optimizer):
             bucket.start_reduction()
 
     @torch.no_grad()
-    def step(self, loss: Tensor) -> Tensor:  # type: ignore[override]
+    def step(self, loss: Tensor) -> Tensor:
         """Clip, update, send the weights out; return (sum of all ranks' `loss`, gradient norm before clipping).
 
         The one thing the device waits for is a sum of two numbers over all ranks; the host waits for nothing. A norm
@@ -134,9 +134,7 @@ class PipelineOptimizer(BF16_Optimizer):
         return summary
 
     def _update(self, norm: Tensor) -> None:
-        for master, part in zip(
-            self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True
-        ):
+        for master, part in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True):
             master.grad = part.to(master.dtype)
         # torch's fused AdamW divides by grad_scale and leaves out the update where found_inf is set: clipping costs no
         # pass over the gradients and no synchronisation.
@@ -191,7 +189,9 @@ class _Bucket:
         flats = [self._optimizer.fp32_groups_gradients_flat[i].view(self._ranks, -1) for i in self.groups]
         parts = [self._optimizer.fp32_groups_gradient_flat_partition[i] for i in self.groups]
         if len(flats) == 1:
-            self._reduction = start_reduce_scatter(flats[0], parts[0], self._process_group, self._dtype, self._optimizer.trace)
+            self._reduction = start_reduce_scatter(
+                flats[0], parts[0], self._process_group, self._dtype, self._optimizer.trace
+            )
             return
         whole = torch.cat(flats, 1)
         own = whole.new_empty(whole.shape[1])

@@ -1,15 +1,17 @@
 """Which save policy each decoder layer has: as the run file says, or the least recomputing that fits a memory budget.
 
-Pure arithmetic. How many micro-batches' activations a stage holds at a time is read off the schedule: in 1F1B stage s of
-p holds min(p - s, micro-batches) (Narayanan et al., arXiv 2104.04473, section 2.2).
+Pure arithmetic. How many micro-batches' activations a stage holds at a time is read off the schedule: in 1F1B stage s
+of p holds min(p - s, micro-batches) (Narayanan et al., arXiv 2104.04473, section 2.2).
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llama_ds.config.layout import Layout
-from llama_ds.config.recompute import AUTO, GIB, POLICIES, Recompute, parse
+from llama_ds.config.recompute import AUTO, GIB, Recompute, parse
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.flops import layer_forward_flops
@@ -17,6 +19,7 @@ from llama_ds.model.saving import LayerWork
 from llama_ds.parallel.memory import layer_work, rank_memory
 from llama_ds.parallel.partition import decoder_layers, stage_boundaries
 from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.schedules.schedule import Held
 
 USABLE = 0.92  # of a device's memory: the rest is the driver's, the communication library's and fragmentation
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
@@ -48,20 +51,34 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
     stages = []
     for stage, layers in enumerate(counts):
         rank, chunk = place.home(stage)
-        in_flight = schedule.held[rank][chunk]
+        held = schedule.held[rank][chunk]
         if wanted.policies:
             policies = (wanted.policies[stage if len(wanted.policies) > 1 else 0],) * layers
         else:
-            held = sum(n * counts[place.stage(rank, c)] for c, n in enumerate(schedule.held[rank]))
             room = wanted.budget_bytes
             if room is None:
                 assert wanted.device_bytes is not None
                 room = int(wanted.device_bytes * USABLE) - rank_memory(run, layout, element_bytes)[rank].fixed
-            budget = max(room, 0) * in_flight * layers // held
-            policies = _fit(work, layers, in_flight, budget, f"{run.path}: stage {stage}", run.parallel.recompute)
-        saved = in_flight * sum(map(work.saved_bytes, policies))
-        stages.append(StagePolicies(policies, in_flight, saved))
+            own = [(schedule.held[rank][c], counts[place.stage(rank, c)]) for c in range(place.chunks)]
+            least = [kept_bytes(work, {"full": n}, at) for at, n in own]
+            if sum(least) > room:
+                raise _too_little(run, rank, sum(least), room)
+            shares = [_in_flight(at) * n for at, n in own]
+            budget = least[chunk] + (room - sum(least)) * shares[chunk] // sum(shares)
+            policies = _fit(work, layers, held, budget)
+        stages.append(StagePolicies(policies, _in_flight(held), kept_bytes(work, Counter(policies), held)))
     return stages
+
+
+def kept_bytes(work: LayerWork, policies: Mapping[str, int], held: Sequence[Held]) -> int:
+    """Return the most bytes that layers keep, so many of each policy, at the times `held`."""
+    saved = sum(work.saved_bytes(policy) * count for policy, count in policies.items())
+    put_off = work.put_off_bytes() * sum(policies.values())
+    return max(at.to_backward * saved + at.to_weights * put_off for at in held)
+
+
+def _in_flight(held: Sequence[Held]) -> int:
+    return max(map(sum, held))
 
 
 def recomputed_flops_per_token(run: RunConfig, layout: Layout, element_bytes: int) -> float:
@@ -84,22 +101,21 @@ def with_device_memory(run: RunConfig, device_bytes: int) -> RunConfig:
     return replace(run, parallel=replace(run.parallel, recompute=f"auto: {device_bytes / GIB:.2f} GiB"))
 
 
-def _fit(
-    work: LayerWork, layers: int, in_flight: int, budget: int, place: str, wanted: str
-) -> tuple[str, ...]:
-    """Return the policies of equal layers that recompute least within `budget` bytes: exact, over all three counts."""
-    saved = {policy: in_flight * work.saved_bytes(policy) for policy in POLICIES}
-    if layers * saved["full"] > budget:
-        raise UserError(
-            f"{place} keeps {layers * saved['full'] / GIB:.3g} GiB under full recompute, above the {budget / GIB:.3g} "
-            f"GiB that parallel.recompute = {wanted} leaves it; raise it, use more stages or tp, or lower "
-            "parallel.micro_batch or data.seq_len"
-        )
+def _too_little(run: RunConfig, rank: int, least: int, room: int) -> UserError:
+    return UserError(
+        f"{run.path}: pipeline rank {rank} keeps {least / GIB:.3g} GiB under full recompute, above the "
+        f"{max(room, 0) / GIB:.3g} GiB that parallel.recompute = {run.parallel.recompute} leaves it; raise it, use more "
+        "stages or tp, or lower parallel.micro_batch or data.seq_len"
+    )
+
+
+def _fit(work: LayerWork, layers: int, held: Sequence[Held], budget: int) -> tuple[str, ...]:
+    """Return the policies of equal layers that recompute least within `budget` bytes: all counts are tried."""
     best: tuple[float, tuple[str, ...]] | None = None
     for full in range(layers + 1):
         for selective in range(layers + 1 - full):
             counts = {"none": layers - full - selective, "selective": selective, "full": full}
-            if sum(saved[policy] * count for policy, count in counts.items()) > budget:
+            if kept_bytes(work, counts, held) > budget:
                 continue
             cost = sum(work.recomputed_flops(policy) * count for policy, count in counts.items())
             # The last layers of a stage are first in the backward: what they keep is given back soonest.

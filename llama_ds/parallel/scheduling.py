@@ -15,9 +15,7 @@ def schedule_of(run: RunConfig, layout: Layout) -> Schedule:
     parallel = run.parallel
     if layout.pp == 1 or parallel.schedule == STOCK_ENGINE:
         return Schedule("1f1b", layout.pp, layout.accumulation)
-    return Schedule(
-        parallel.schedule, layout.pp, layout.accumulation, parallel.virtual_stages, parallel.extra_warmup
-    )
+    return Schedule(parallel.schedule, layout.pp, layout.accumulation, parallel.virtual_stages, parallel.extra_warmup)
 
 
 def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a rank did in one step and when: computations, messages, waits. Written as JSON, read by `llama_ds.perf.timeline`.
+"""What a rank did in one step and when: computations, messages, waits; written for `llama_ds.perf.timeline`.
 
 Times are microseconds of the host's monotonic clock, which all processes of a machine share. On CUDA they are those at
 which the device reached the event, put onto the same clock.

@@ -32,8 +32,7 @@ TIMEOUT = timedelta(minutes=30)
 # Keys of the process group's store by which ranks agree on who reports a user error.
 FAILURES, REPORTED = "llama_ds/failures", "llama_ds/reported"
 BROKEN = "llama_ds/broken"  # how many ranks have ended by an error that is not the user's
-REPORT__LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
-TIMEOUT = timedelta(seconds=10)
+REPORT_TIMEOUT = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def read(folder: str | Path) -> list[Rank]:
 
 def analyse(ranks: Sequence[Rank]) -> StepTime:
     """Return where the step's time went."""
-    steps = [_one(rank, "step") for rank in ranks]
+    steps = [_step(rank) for rank in ranks]
     length = max(e["end"] for e in steps) - min(e["begin"] for e in steps)
     sent = {_key(rank, e): e["begin"] for rank in ranks for e in _of(rank, "send activation", "send grad")}
     sizes = {_key(rank, e): e["bytes"] for rank in ranks for e in _of(rank, "send activation", "send grad")}
@@ -94,7 +94,9 @@ def analyse(ranks: Sequence[Rank]) -> StepTime:
 def simulated_bubble(ranks: Sequence[Rank]) -> float:
     """Return the bubble of the ranks' schedule with their median times of forwards and backwards, stages made equal."""
     about = ranks[0]
-    schedule = Schedule(about["schedule"], about["pp"], about["micro_batches"], about["virtual_stages"], about["extra_warmup"])
+    schedule = Schedule(
+        about["schedule"], about["pp"], about["micro_batches"], about["virtual_stages"], about["extra_warmup"]
+    )
     return simulate(schedule, mean_cost(ranks)).bubble
 
 
@@ -114,23 +116,19 @@ def mean_cost(ranks: Sequence[Rank]) -> StageCost:
 
 def table(found: dict[str, StepTime]) -> str:
     """Return the analyses of named steps for people."""
+    width = max(map(len, found))
     lines = [
-        f"{'':14} {'step ms':>8} {'compute':>8} {'bubble':>7} {'exposed p2p':>12} {'exposed dp':>11} {'optimizer':>10} "
-        f"{'p2p hidden':>11} {'dp hidden':>10}"
+        f"{'':{width}} {'step ms':>8} {'compute':>8} {'bubble':>7} {'exposed p2p':>12} {'exposed dp':>11} "
+        f"{'optimizer':>10} {'p2p hidden':>11} {'dp hidden':>10}"
     ]
     for name, step in found.items():
         p2p = f"{1 - step.exposed_p2p_of_total:11.0%}" if step.p2p_ms else f"{'-':>11}"
         dp = f"{1 - step.exposed_dp_of_total:10.0%}" if step.dp_ms else f"{'-':>10}"
         lines.append(
-            f"{name:14} {step.step_ms:8.1f} {step.compute:8.1%} {step.bubble:7.1%} {step.exposed_p2p:12.1%} "
+            f"{name:{width}} {step.step_ms:8.1f} {step.compute:8.1%} {step.bubble:7.1%} {step.exposed_p2p:12.1%} "
             f"{step.exposed_dp:11.1%} {step.optimizer:10.1%} {p2p} {dp}"
         )
     return "\n".join(lines)
-
-
-def as_dict(step: StepTime) -> dict[str, Any]:
-    """Return an analysis as plain data."""
-    return asdict(step)
 
 
 _COLOURS = {
@@ -150,9 +148,9 @@ _COLOURS = {
 
 
 def picture(ranks: Sequence[Rank], title: str) -> str:
-    """Return the step as an SVG: a row for each rank, a box for each thing it did, hatched above what was under way."""
-    begin = min(_one(rank, "step")["begin"] for rank in ranks)
-    length = max(_one(rank, "step")["end"] for rank in ranks) - begin
+    """Return the step as an SVG: a row for each rank, a box for each thing it did, and below it what was under way."""
+    begin = min(_step(rank)["begin"] for rank in ranks)
+    length = max(_step(rank)["end"] for rank in ranks) - begin
     width, row, left = 1200.0, 34, 70
     scale = (width - left - 10) / length
     height = 60 + row * len(ranks) + 30
@@ -165,15 +163,13 @@ def picture(ranks: Sequence[Rank], title: str) -> str:
     for n, rank in enumerate(ranks):
         top = 34 + n * row
         parts.append(f'<text x="10" y="{top + 18}">rank {rank["rank"]}</text>')
-        for event in rank["events"]:
+        for event in _of(rank, *_COLOURS, *COLLECTIVES):
             x, w = left + (event["begin"] - begin) * scale, (event["end"] - event["begin"]) * scale
             label = f"{event['what']} {event['micro_batch']}, {(event['end'] - event['begin']) / 1e3:.1f} ms"
-            if event["what"] in _COLOURS:
-                box, colour = f'y="{top}" height="22"', _COLOURS[event["what"]]
-            elif event["what"] in COLLECTIVES:
+            if event["what"] in COLLECTIVES:
                 box, colour = f'y="{top + 24}" height="4"', "#76b7b2"
             else:
-                continue
+                box, colour = f'y="{top}" height="22"', _COLOURS[event["what"]]
             parts.append(
                 f'<rect x="{x:.1f}" {box} width="{max(w, 0.3):.1f}" fill="{colour}"><title>{label}</title></rect>'
             )
@@ -188,12 +184,14 @@ def picture(ranks: Sequence[Rank], title: str) -> str:
     return "\n".join([*parts, "</svg>"])
 
 
+def _step(rank: Rank) -> dict[str, Any]:
+    return next(event for event in rank["events"] if event["what"] == "step")
+
+
 def _of(rank: Rank, *what: str) -> list[dict[str, Any]]:
-    return [event for event in rank["events"] if event["what"] in what]
-
-
-def _one(rank: Rank, what: str) -> dict[str, Any]:
-    return _of(rank, what)[0]
+    """Return the events of some kinds that began within the step."""
+    end = _step(rank)["end"]
+    return [event for event in rank["events"] if event["what"] in what and event["begin"] < end]
 
 
 def _durations(rank: Rank, *what: str) -> float:

@@ -1,8 +1,8 @@
 """DualPipeV: two stages on each rank, out through one and back through the other (DeepSeek-AI, DualPipe, 2025).
 
 Rank r holds stages r and 2 p - 1 - r, so rank 0 has both ends of the model, and the last rank hands activations to
-itself. The order of forwards and backwards is that of DeepSpeed's DualPipeVSchedule, which computes whole backwards; here
-the weights' gradients are put off where DualPipe itself puts them off.
+itself. The order of forwards and backwards is that of DeepSpeed's DualPipeVSchedule, which computes whole backwards;
+here the weights' gradients are put off where DualPipe itself puts them off.
 """
 
 from __future__ import annotations

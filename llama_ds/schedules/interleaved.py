@@ -1,4 +1,4 @@
-"""Interleaved 1F1B: several small stages on each rank, round and round (Narayanan et al., arXiv 2104.04473, section 2.2).
+"""Interleaved 1F1B: several small stages on each rank (Narayanan et al., arXiv 2104.04473, section 2.2).
 
 With c chunks a rank waits (p - 1) (f + b + w) / c, where f, b, w are the times of all its chunks together, for c times
 as many messages and a longer warm-up.

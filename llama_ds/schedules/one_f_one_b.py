@@ -1,4 +1,4 @@
-"""1F1B: after a short warm-up every forward is followed by a backward (Narayanan et al., arXiv 2104.04473, section 2.2).
+"""1F1B: after a warm-up every forward is followed by a backward (Narayanan et al., arXiv 2104.04473, section 2.2).
 
 With f, b, w the times of a stage's forward, input backward and weight backward and m micro-batches, a rank waits
 (p - 1) (f + b + w) of a step of m (f + b + w) + that.

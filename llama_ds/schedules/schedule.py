@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 from llama_ds.schedules import dualpipe_v, interleaved, one_f_one_b, zero_bubble_h1
 from llama_ds.schedules.communication import with_messages
@@ -40,6 +41,13 @@ def obstacle(name: str, ranks: int, micro_batches: int, chunks: int, extra_warmu
     return None
 
 
+class Held(NamedTuple):
+    """How many micro-batches of a chunk are between two of their computations at one time."""
+
+    to_backward: int  # between forward and backward: their activations are held
+    to_weights: int  # between input backward and weight backward: what the weights' gradients are made of is held
+
+
 @dataclass(frozen=True)
 class Schedule:
     """All ranks' instructions of one optimizer step."""
@@ -71,9 +79,9 @@ class Schedule:
         return _KNOWN[self.name][1](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
 
     @cached_property
-    def held(self) -> list[list[int]]:
-        """held[rank][chunk]: the most forwards of that chunk whose activations the rank holds at a time."""
-        return [[_peak(self.computations(r), c) for c in range(self.chunks)] for r in range(self.ranks)]
+    def held(self) -> list[list[list[Held]]]:
+        """held[rank][chunk]: what the rank holds of that chunk at the times when it is most."""
+        return [[_most(self.computations(r), c) for c in range(self.chunks)] for r in range(self.ranks)]
 
 
 def placement(name: str, ranks: int, chunks: int) -> Placement:
@@ -91,11 +99,14 @@ def last_use(computations: list[Instruction]) -> list[Instruction]:
     ]
 
 
-def _peak(computations: list[Instruction], chunk: int) -> int:
-    ends = set(last_use(computations))
-    now = most = 0
+def _most(computations: list[Instruction], chunk: int) -> list[Held]:
+    """Return what is held at the times at which no other time has as much of both."""
+    forwards = inputs = weights = 0
+    seen = set()
     for step in computations:
         if step.chunk == chunk:
-            now += (step.op is Op.FORWARD) - (step in ends)
-            most = max(most, now)
-    return most
+            forwards += step.op is Op.FORWARD
+            inputs += step.op in BACKWARDS
+            weights += step.op in (Op.BACKWARD, Op.WEIGHT_BACKWARD)
+            seen.add(Held(forwards - inputs, inputs - weights))
+    return sorted(a for a in seen if not any(a != b and a[0] <= b[0] and a[1] <= b[1] for b in seen))

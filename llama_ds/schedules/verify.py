@@ -29,7 +29,7 @@ def verify(schedule: Schedule) -> None:
 
 
 def check_computations(rank: int, steps: Sequence[Instruction], micro_batches: int, chunks: int) -> None:
-    """Every chunk's micro-batches come forward, backward and, where split, to their weights' gradients, once, in order."""
+    """Every chunk's micro-batches come forward, backward and to their weights' gradients once and in order."""
     for chunk in range(chunks):
         mine = [step for step in steps if step.chunk == chunk and step.op in COMPUTES]
         found = {
@@ -53,7 +53,7 @@ def check_computations(rank: int, steps: Sequence[Instruction], micro_batches: i
 
 
 def check_messages(lists: Lists, place: Placement) -> None:
-    """Every channel's sends are its receives, in the same order; each is sent after, and awaited before, its computation."""
+    """A channel's sends are its receives in the same order, after and before the computations they belong to."""
     sent, posted = defaultdict(list), defaultdict(list)
     for rank, steps in enumerate(lists):
         ready: set[tuple] = set()

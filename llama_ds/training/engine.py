@@ -105,7 +105,9 @@ def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device:
             check_layers(_named_layers(module, run.model.num_hidden_layers))
         if isinstance(module, LlamaPipeline) and run.parallel.schedule != STOCK_ENGINE:
             groups = [
-                group for name, layer in _layers_of_pipeline(module) for group in decay_groups(layer, run.optimizer, name)
+                group
+                for name, layer in _layers_of_pipeline(module)
+                for group in decay_groups(layer, run.optimizer, name)
             ]
             optimizer = build_optimizer(groups, run.optimizer, config)
             rows = (layout.micro_batch, run.data.seq_len)

@@ -64,7 +64,9 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
         result = engine.train_step(batches, lr)
         meter.tick()
         if engine.trace.recording:
-            engine.trace.write(os.path.join(run.run_dir, "trace"), place.rank, **describe_trace(run, layout, place.rank))
+            engine.trace.write(
+                os.path.join(run.run_dir, "trace"), place.rank, **describe_trace(run, layout, place.rank)
+            )
 
         if unread:  # only now, with the next step under way: reading a result waits for the device
             _report(run, engine, report, meter, waited(batches), *unread)

@@ -70,7 +70,9 @@ def test_budget_that_nothing_fits_is_refused_with_the_need() -> None:
     run, layout = plan("parallel.recompute={budget: 0.1 GiB}")
     with pytest.raises(UserError) as error:
         stage_policies(run, layout, 2)
-    assert "stage 0 keeps 0.312 GiB under full recompute, above the 0.1 GiB that parallel.recompute" in str(error.value)
+    assert "pipeline rank 0 keeps 0.312 GiB under full recompute, above the 0.1 GiB that parallel.recompute" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_full_does_not_repeat_the_last_product() -> None:
     assert recomputed_flops_per_token(run, layout, 2) == 0  # over 8 ranks the sum of the output projection is kept
 
 
-@pytest.mark.parametrize("device", [20, 24, 40, 80])
+@pytest.mark.parametrize("device", [22, 30, 40, 80])
 @pytest.mark.parametrize("how", [("1f1b", 1), ("zb_h1", 1), ("dualpipe_v", 2)])
 def test_auto_fills_the_device(device: int, how: tuple[str, int]) -> None:
     """Kept activations fit what the rest leaves of 92 percent; one more layer's worth of memory would not."""
@@ -117,13 +119,18 @@ def test_auto_fills_the_device(device: int, how: tuple[str, int]) -> None:
         assert room >= 0
         for stage in own:
             if set(stage.policies) != {"none"}:
-                more = min(work.saved_bytes(a) - work.saved_bytes(b) for a, b in (("none", "selective"), ("selective", "full")))
-                assert room < len(own) * stage.in_flight * more
+                more = min(
+                    work.saved_bytes(a) - work.saved_bytes(b) for a, b in (("none", "selective"), ("selective", "full"))
+                )
+                assert room < len(own) * stage.in_flight * more + len(own)
 
 
 def test_auto_recomputes_more_where_more_is_held() -> None:
     run, layout = plan("parallel.recompute={auto: 14 GiB}")
-    flops = [sum(map(layer_work(run, layout, 2).recomputed_flops, stage.policies)) for stage in stage_policies(run, layout, 2)]
+    flops = [
+        sum(map(layer_work(run, layout, 2).recomputed_flops, stage.policies))
+        for stage in stage_policies(run, layout, 2)
+    ]
     assert flops == sorted(flops, reverse=True)
     assert flops[0] > flops[-1] == 0
 
@@ -131,5 +138,5 @@ def test_auto_recomputes_more_where_more_is_held() -> None:
 def test_auto_takes_the_measured_memory() -> None:
     run, layout = plan("parallel.recompute=auto")
     assert with_device_memory(run, 80 * GIB).parallel.recompute == "auto: 80.00 GiB"
-    with pytest.raises(UserError, match="keeps .* GiB under full recompute, above the 0 GiB"):
+    with pytest.raises(UserError, match=r"keeps .* GiB under full recompute, above the 0 GiB"):
         stage_policies(with_device_memory(run, 4 * GIB), layout, 2)

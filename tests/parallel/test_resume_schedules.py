@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.parallel.layout_cases import STEPS, Case, train_reference
 
@@ -32,7 +33,13 @@ def test_history_is_that_of_one_run(cases: list[Case], tmp_path: Path) -> None:
     """1e-5 relative: as in test_layouts.py, only the order of sums differs."""
     (tmp_path / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={cases[0].world}"]
-    command += ["-m", "tests.parallel.resume_worker", str(tmp_path / "cases.json"), str(tmp_path), str(tmp_path / "out")]
+    command += [
+        "-m",
+        "tests.parallel.resume_worker",
+        str(tmp_path / "cases.json"),
+        str(tmp_path),
+        str(tmp_path / "out"),
+    ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
@@ -40,3 +47,25 @@ def test_history_is_that_of_one_run(cases: list[Case], tmp_path: Path) -> None:
     assert len(history) == STEPS
     for step, (found, wanted) in enumerate(zip(history, reference, strict=True)):
         assert found == pytest.approx(wanted, rel=1e-5), f"step {step}"
+    for turn in (1, len(cases) - 1):  # interleaved, and the last
+        check_universal(tmp_path / f"turn{turn}", tmp_path / f"universal{turn}")
+
+
+def check_universal(tag: Path, universal: Path) -> None:
+    """DeepSpeed's converter takes the checkpoint, and finds in the optimizer files the weights of the layer files."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(tag)]
+    command += ["--output_folder", str(universal), "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run([*command, "--inject_missing_state"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    compared = 0
+    for file in sorted(tag.glob("layer_*.pt")):
+        layer = int(file.name.split("_")[1].split("-")[0])
+        for name, weight in torch.load(file, weights_only=False).items():
+            found = list(universal.glob(f"zero/{layer}.{name}/fp32.pt")) or list(
+                universal.glob(f"zero/tied_modules.embed.{name}/fp32.pt")
+            )
+            assert len(found) == 1, f"layer {layer} {name}"
+            master = torch.load(found[0], weights_only=False)["param"]
+            assert torch.equal(master.view(weight.shape), weight), f"layer {layer} {name}"
+            compared += 1
+    assert compared > 30

@@ -1,0 +1,77 @@
+"""tools/pipeline.py on real hosts with slow links: messages travel while ranks compute, and so do gradients."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_ds.launch.namespaces import missing
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["model.num_hidden_layers=4", "model.vocab_size=512", "data.seq_len=64"]
+
+
+def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "pipeline.py"), *arguments]
+    environment = dict(os.environ, DS_ACCELERATOR="cpu")
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_shaped_links_show_the_overlap(tmp_path: Path) -> None:
+    """The order of events, seen by a clock that all hosts share."""
+    schedules = ["deepspeed", "1f1b", "zb_h1+1"]
+    done = pipeline(
+        *("--pp", "2", "--dp", "2", "--rate-mbit", "50", "--delay-ms", "10", "--micro-batches", "4"),
+        *("--repeats", "1", "--json", "--svg", str(tmp_path), "--keep", str(tmp_path / "traces"), *SMALL),
+        *("--schedules", *schedules),
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    steps = json.loads(done.stdout)["steps"]
+    assert list(steps) == schedules
+    for step in steps.values():
+        assert sum(
+            step[key] for key in ("compute", "optimizer", "exposed_p2p", "exposed_dp", "bubble")
+        ) == pytest.approx(1)
+    for name in schedules:
+        assert (tmp_path / f"{name}.svg").read_text().startswith("<svg")
+    ranks = [json.loads((tmp_path / "traces" / "zb_h1+1" / f"rank0000{r}.json").read_text()) for r in range(4)]
+    first, last = ranks[0], ranks[2]  # of one pipeline
+    assert (first["pp_rank"], last["pp_rank"], first["dp_rank"], last["dp_rank"]) == (0, 1, 0, 0)
+    # The first stage computes its second micro-batch before the first one has arrived at the last stage.
+    assert one(first, "F", 1)["begin"] < one(last, "wait activation", 0)["end"]
+    # The last stage computes on while a gradient travels.
+    assert one(last, "F", 1)["begin"] < one(first, "wait grad", 0)["end"]
+    for rank in ranks:
+        begun = min(e["begin"] for e in rank["events"] if e["what"] == "reduce")
+        backwards = max(e["end"] for e in rank["events"] if e["what"] in ("B", "BW", "W"))
+        assert begun < backwards, "the first bucket leaves while the backward of others still runs"
+
+
+def one(rank: dict[str, Any], what: str, micro_batch: int) -> dict[str, Any]:
+    (found,) = [e for e in rank["events"] if e["what"] == what and e["micro_batch"] == micro_batch]
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--pp", "5", "--schedules", "zb"], "parallel.schedule = 'zb' is not"),
+        (
+            ["--pp", "3", "--schedules", "dualpipe_v", "--micro-batches", "5"],
+            "5 micro-batches are fewer than 2 * pp = 6",
+        ),
+        (["--pp", "7"], "parallel.pp = 7 is more than model.num_hidden_layers = 6"),
+    ],
+)
+def test_what_cannot_be_is_told_before_ranks_start(arguments: list[str], message: str) -> None:
+    done = pipeline(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
