@@ -110,7 +110,7 @@ def _too_little(run: RunConfig, rank: int, least: int, room: int) -> UserError:
 
 
 def _fit(work: LayerWork, layers: int, held: Sequence[Held], budget: int) -> tuple[str, ...]:
-    """Return the policies of equal layers that recompute least within `budget` bytes: all counts are tried."""
+    """Return the policies of equal layers that recompute least within `budget` bytes, of all that there are."""
     best: tuple[float, tuple[str, ...]] | None = None
     for full in range(layers + 1):
         for selective in range(layers + 1 - full):
