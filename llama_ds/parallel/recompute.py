@@ -104,8 +104,8 @@ def with_device_memory(run: RunConfig, device_bytes: int) -> RunConfig:
 def _too_little(run: RunConfig, rank: int, least: int, room: int) -> UserError:
     return UserError(
         f"{run.path}: pipeline rank {rank} keeps {least / GIB:.3g} GiB under full recompute, above the "
-        f"{max(room, 0) / GIB:.3g} GiB that parallel.recompute = {run.parallel.recompute} leaves it; raise it, use more "
-        "stages or tp, or lower parallel.micro_batch or data.seq_len"
+        f"{max(room, 0) / GIB:.3g} GiB that parallel.recompute = {run.parallel.recompute} leaves it; raise it, use "
+        "more stages or tp, or lower parallel.micro_batch or data.seq_len"
     )
 
 

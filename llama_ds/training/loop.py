@@ -55,34 +55,34 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     validation = data.validation_micro_batches(run.evaluation.rows, engine.dp_rank, layout.dp, layout.micro_batch)
     report = world.together(lambda: _open_report(run, first, place))
 
-    unread: tuple[int, float, StepResult] | None = None  # finished steps, learning rate and result of a step to report
-    meter.restart(waited_s=0.0)
+    # On CUDA a step's result is read while the next step runs: reading waits for the device.
+    defers = device.type == "cuda"
+    unread: tuple[int, float, StepResult] | None = None  # number, learning rate and result of a step to report
+    meter.restart(first, waited_s=0.0)
     for step in range(first, last):
         lr, done = learning_rate(step, run.optimizer, total), step + 1
+        evaluates = bool(validation) and _due(done, run.evaluation.interval, last)
+        saves = _due(done, run.checkpoint.interval, last)
         if done == run.logging.trace_step:
             engine.trace.start()
         result = engine.train_step(batches, lr)
-        meter.tick()
         if engine.trace.recording:
-            engine.trace.write(
-                os.path.join(run.run_dir, "trace"), place.rank, **describe_trace(run, layout, place.rank)
-            )
+            folder = os.path.join(run.run_dir, "trace")
+            engine.trace.write(folder, place.rank, **describe_trace(run, layout, place.rank))
 
-        if unread:  # only now, with the next step under way: reading a result waits for the device
+        if unread:
             _report(run, engine, report, meter, waited(batches), *unread)
         unread = (done, lr, result) if _due(done, every, last) else None
-        evaluates = bool(validation) and _due(done, run.evaluation.interval, last)
-        saves = _due(done, run.checkpoint.interval, last)
-        if unread and (evaluates or saves):
+        if unread and (evaluates or saves or not defers):
             _report(run, engine, report, meter, waited(batches), *unread)
             unread = None
         if evaluates:
             report.validation(done, engine.evaluate(validation, len(validation)))
-            meter.restart(waited(batches))
+            meter.restart(done, waited(batches))
         if saves:
             save(engine, run, layout, dtype, done, place)
             report.note(f"step {done} | saved {_checkpoints(run)}/{store.tag_of(done)}")
-            meter.restart(waited(batches))
+            meter.restart(done, waited(batches))
     report.close()
     if isinstance(batches, MicroBatches):
         batches.close()  # a reading thread that the interpreter's end cuts short aborts the process
@@ -98,6 +98,7 @@ def _report(
     lr: float,
     result: StepResult,
 ) -> None:
+    """Read a step's result and report it."""
     mean, norm = engine.read(result)
     report.step(meter.measure(done, mean, lr, norm, waited_s))
     if not math.isfinite(mean):

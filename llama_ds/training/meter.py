@@ -48,25 +48,20 @@ class Meter:
         self.model_flops = flops_per_token(run.model, run.data.seq_len)
         self.hardware_flops = self.model_flops + recomputed_flops_per_token(run, layout, ELEMENT_BYTES[dtype])
         self.peak = device_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-        self._steps = 0
-        self._since = time.perf_counter()
-        self._waited = 0.0
+        self.restart(0, 0.0)
 
-    def tick(self) -> None:
-        """Count one finished optimizer step."""
-        self._steps += 1
-
-    def restart(self, waited_s: float) -> None:
-        """Begin a new interval now; `waited_s` is what the data stream has waited in all so far."""
-        self._steps, self._since, self._waited = 0, time.perf_counter(), waited_s
+    def restart(self, step: int, waited_s: float) -> None:
+        """Begin a new interval now, after `step` steps; `waited_s` is what the data stream has waited in all so far."""
+        self._step, self._since, self._waited = step, time.perf_counter(), waited_s
 
     def measure(self, step: int, loss: float, lr: float, grad_norm: float, waited_s: float) -> StepMetrics:
         """Close the interval with the line for `step`, the number of finished steps. Collective."""
-        step_s = (time.perf_counter() - self._since) / self._steps
-        data_wait_s = (waited_s - self._waited) / self._steps
+        steps = step - self._step
+        step_s = (time.perf_counter() - self._since) / steps
+        data_wait_s = (waited_s - self._waited) / steps
         data_wait_s, peak_mem = world.maximum([data_wait_s, peak_memory(self.device)], self.device)
         rate = self.tokens_per_step / step_s
-        self.restart(waited_s)
+        self.restart(step, waited_s)
         return StepMetrics(
             step=step,
             tokens=step * self.tokens_per_step,
