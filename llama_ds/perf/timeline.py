@@ -122,8 +122,8 @@ def table(found: dict[str, StepTime]) -> str:
         f"{'optimizer':>10} {'p2p hidden':>11} {'dp hidden':>10}"
     ]
     for name, step in found.items():
-        p2p = f"{1 - step.exposed_p2p_of_total:11.0%}" if step.p2p_ms else f"{'-':>11}"
-        dp = f"{1 - step.exposed_dp_of_total:10.0%}" if step.dp_ms else f"{'-':>10}"
+        p2p = f"{max(0.0, 1 - step.exposed_p2p_of_total):11.0%}" if step.p2p_ms else f"{'-':>11}"
+        dp = f"{max(0.0, 1 - step.exposed_dp_of_total):10.0%}" if step.dp_ms else f"{'-':>10}"
         lines.append(
             f"{name:{width}} {step.step_ms:8.1f} {step.compute:8.1%} {step.bubble:7.1%} {step.exposed_p2p:12.1%} "
             f"{step.exposed_dp:11.1%} {step.optimizer:10.1%} {p2p} {dp}"

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, TRAIN, deepspeed, environment, succeed
-from tiny_run import Run
+from tiny_run import SEQ_LEN, Run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule, virtual_stages", [("zb_h1", 1), ("dualpipe_v", 2)])
+@pytest.mark.parametrize("schedule, virtual_stages, tp", [("zb_h1", 1, 2), ("dualpipe_v", 2, 1)])
 def test_traced_step_is_analysed(
-    schedule: str, virtual_stages: int, make_run: Callable[..., Run], tmp_path: Path
+    schedule: str, virtual_stages: int, tp: int, make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     changes = {"parallel.pp": 2, "parallel.schedule": schedule, "parallel.virtual_stages": virtual_stages}
+    changes |= {"parallel.tp": tp, "parallel.sequence_parallel": tp > 1}
     run = make_run(f"traced_{schedule}", {**changes, "logging.trace_step": 2, "parallel.recompute": "auto"})
-    output = succeed(deepspeed(2, TRAIN, run.file), run.log)
+    output = succeed(deepspeed(2 * tp, TRAIN, run.file), run.log)
     assert "kept activations" in output, "recompute: auto prints its table"
     command = [sys.executable, str(ROOT / "tools" / "throughput.py"), "analyse", str(run.dir / "trace"), "--json"]
     done = subprocess.run(
@@ -28,8 +29,11 @@ def test_traced_step_is_analysed(
     )
     assert done.returncode == 0, done.stderr
     (step,) = json.loads(done.stdout).values()
-    assert step["ranks"] == 2 and 0 < step["compute"] < 1
+    assert step["ranks"] == 2 * tp and 0 < step["compute"] < 1
     recorded = json.loads((run.dir / "trace" / "rank00001.json").read_text())
     forwards = [event for event in recorded["events"] if event["what"] == "F"]
     assert len(forwards) == 4 * virtual_stages  # a global batch of 8 rows, 2 in a micro-batch
+    sent = [event["bytes"] for event in recorded["events"] if event["what"].startswith("send")]
+    # One message for each, of hidden states alone, and of 1 / tp of them under sequence parallelism.
+    assert sent == [2 * SEQ_LEN // tp * 32 * 4] * 4 * virtual_stages
     assert (tmp_path / "step.svg").read_text().startswith("<svg")

@@ -1,0 +1,58 @@
+"""One of two ranks: reduces and gathers, and prints what came out and how many bytes left this host."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llama_ds.launch.namespaces import INTERFACE
+from llama_ds.parallel.data_parallel import start_all_gather, start_reduce_scatter
+from llama_ds.parallel.trace import Trace
+
+SENT = Path("/sys/class/net", INTERFACE, "statistics", "tx_bytes")
+
+
+def sent_by(action: Callable[[], object]) -> int:
+    dist.barrier()
+    before = int(SENT.read_text())
+    action()
+    dist.barrier()
+    return int(SENT.read_text()) - before
+
+
+def main() -> None:
+    rank, count = int(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group("gloo")
+    group, trace = dist.group.WORLD, Trace(torch.device("cpu"))
+    assert group is not None
+    mine = torch.randn(2, count, generator=torch.Generator().manual_seed(rank))
+    both = [torch.randn(2, count, generator=torch.Generator().manual_seed(r)) for r in range(2)]
+    found: dict[str, object] = {}
+
+    whole = mine.clone()
+    own = whole[rank]  # in place, as the optimizer does it
+    found["reduce bytes"] = sent_by(start_reduce_scatter(whole, own, group, torch.float32, trace))
+    found["reduced exactly"] = torch.equal(own, both[0][rank] + both[1][rank])
+
+    whole, own = mine.clone(), torch.empty(count)
+    wide = start_reduce_scatter(whole, own, group, torch.bfloat16, trace)
+    found["bf16 bytes"] = sent_by(wide)
+    rounded = both[0][rank].bfloat16().float() + both[1][rank].bfloat16().float()
+    found["rounded once"] = torch.equal(own, rounded)
+
+    gathered = torch.zeros(2, count)
+    gathered[rank] = mine[rank]
+    found["gather bytes"] = sent_by(start_all_gather(gathered, gathered[rank], group, trace))
+    found["gathered"] = torch.equal(gathered, torch.stack([both[0][0], both[1][1]]))
+    found["all-reduce bytes"] = sent_by(lambda: dist.all_reduce(mine.clone()))
+    print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
