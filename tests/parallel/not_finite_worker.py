@@ -28,6 +28,7 @@ def main() -> None:
         engine = build_engine(run, CASE.layout, config, torch.device("cpu"))
         batches = micro_batches(CASE, engine.dp_rank)
         engine.read(engine.train_step(batches, 1e-3))
+        engine.deepspeed.optimizer.finish()  # or weights on their way would overwrite what follows
         module = engine.deepspeed.module
         norms = [layer.norm.weight for _, layer in module.numbered_layers() if isinstance(layer, FinalNorm)]
         healthy = [weight.detach().clone() for weight in norms]
