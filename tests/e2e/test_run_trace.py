@@ -14,6 +14,18 @@ from tiny_run import SEQ_LEN, Run
 
 
 @pytest.mark.slow
+def test_recompute_does_not_wait_for_the_gradient(make_run: Callable[..., Run]) -> None:
+    """The last layer of a stage runs its forward again before the wait for the gradient that it is for ends."""
+    run = make_run("recomputed", {"parallel.pp": 2, "parallel.recompute": "full", "logging.trace_step": 2})
+    succeed(deepspeed(2, TRAIN, run.file), run.log)
+    events = json.loads((run.dir / "trace" / "rank00000.json").read_text())["events"]
+    for micro_batch in range(4):
+        (again,) = [e for e in events if e["what"] == "recompute" and e["micro_batch"] == micro_batch]
+        (wait,) = [e for e in events if e["what"] == "wait grad" and e["micro_batch"] == micro_batch]
+        assert again["end"] <= wait["begin"] <= wait["end"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule, virtual_stages, tp", [("zb_h1", 1, 2), ("dualpipe_v", 2, 1)])
 def test_traced_step_is_analysed(
     schedule: str, virtual_stages: int, tp: int, make_run: Callable[..., Run], tmp_path: Path

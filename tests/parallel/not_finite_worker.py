@@ -1,11 +1,17 @@
-"""One rank of a pipeline: takes a step whose gradients are not finite, and a step after it."""
+"""One rank of a pipeline: takes a step whose gradients are not finite, and a step after it.
+
+It also counts how often the end of a step has the host read a number from the device.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ds import log
 from llama_ds.config.deepspeed_json import deepspeed_config
@@ -13,6 +19,17 @@ from llama_ds.model.embedding import FinalNorm
 from llama_ds.parallel import world
 from llama_ds.training.engine import build_engine
 from tests.parallel.layout_cases import Case, micro_batches
+
+
+class HostReads(TorchDispatchMode):
+    """Counts conversions of tensors to Python numbers: on CUDA each waits for the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
 
 CASE = Case(2, 1, 2, schedule="zb_h1")
 
@@ -27,7 +44,22 @@ def main() -> None:
         config = deepspeed_config(run, CASE.layout, bf16_native=True)
         engine = build_engine(run, CASE.layout, config, torch.device("cpu"))
         batches = micro_batches(CASE, engine.dp_rank)
+        optimizer, reads = engine.deepspeed.optimizer, HostReads()
+        step, reduce_rest = optimizer.step, optimizer.reduce_rest
+
+        def counted(end: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any) -> Any:
+                with reads:
+                    return end(*args)
+
+            return run
+
+        optimizer.step, optimizer.reduce_rest = counted(step), counted(reduce_rest)
+        with reads:
+            float(torch.ones(()))
+        assert reads.count == 1, "the counter counts"
         engine.read(engine.train_step(batches, 1e-3))
+        assert reads.count == 1
         engine.deepspeed.optimizer.finish()  # or weights on their way would overwrite what follows
         module = engine.deepspeed.module
         norms = [layer.norm.weight for _, layer in module.numbered_layers() if isinstance(layer, FinalNorm)]

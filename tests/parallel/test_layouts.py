@@ -73,7 +73,7 @@ SCHEDULES = [
     Case(2, 1, 2, tied=True, dtype="bf16", **H1),
     Case(2, 1, 1, tied=True, **INTERLEAVED),
     Case(2, 1, 2, tied=True, **V),
-    Case(2, 1, 1, recompute="budget: 0.0002 GiB", **H1),
+    Case(2, 1, 1, recompute="budget: 0.000281 GiB", **H1),
     Case(2, 1, 2, document_mask=True, recompute="selective", **V),
     Case(2, 1, 2, decoder_layer="autograd", recompute="full", **V),
     Case(2, 2, 1, sequence_parallel=True, recompute="full", dtype="bf16", **INTERLEAVED),
@@ -92,7 +92,7 @@ def history_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], His
     """Return the trained history of a case; all cases of one world size share one start of its processes."""
 
     @cache
-    def trained(world: int) -> dict[Case, History]:
+    def trained(world: int) -> dict[Case, History] | str:
         folder = tmp_path_factory.mktemp(f"world{world}")
         cases = [case for case in CASES if case.world == world]
         (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
@@ -100,11 +100,17 @@ def history_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], His
         command += ["-m", "tests.parallel.layout_worker", str(folder / "cases.json"), str(folder / "histories.json")]
         environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+        if done.returncode:  # kept: or every case would start the processes again
+            return done.stdout[-2000:] + done.stderr[-6000:]
         histories = json.loads((folder / "histories.json").read_text())
         return dict(zip(cases, histories, strict=True))
 
-    return lambda case: trained(case.world)[case]
+    def history(case: Case) -> History:
+        histories = trained(case.world)
+        assert not isinstance(histories, str), histories
+        return histories[case]
+
+    return history
 
 
 reference_of = cache(train_reference)

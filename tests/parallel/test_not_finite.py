@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 def test_step_that_is_not_finite_is_left_out() -> None:
+    """And the end of a step reads nothing from the device: `not_finite_worker.py` asserts both on every rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={CASE.world}"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
     done = subprocess.run(
