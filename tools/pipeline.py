@@ -39,7 +39,7 @@ from llama_ds.perf import timeline
 EXAMPLES = """examples:
   tools/pipeline.py --pp 4 --rate-mbit 50 --delay-ms 5 --schedules deepspeed 1f1b zb_h1
   tools/pipeline.py --pp 2 --dp 2 --rate-mbit 50 --delay-ms 5 --out measured.json --svg pictures/
-  tools/pipeline.py --pp 4 --schedules deepspeed zb_h1 dualpipe_v model.hidden_size=512
+  tools/pipeline.py model.num_hidden_layers=8 --pp 4 --schedules deepspeed zb_h1 dualpipe_v
 """
 VIRTUAL_STAGES = {"interleaved": 2, "dualpipe_v": 2}
 PORT = 29507
