@@ -76,6 +76,8 @@ def _read(kind: Any, data: object, place: Place, key: str) -> Any:
         return _read_dataclass(kind, data, place, key)
     if get_origin(kind) is tuple:
         return _read_tuple(get_args(kind), data, place, key)
+    if get_origin(kind) is dict:
+        return _read_mapping(get_args(kind)[1], data, place, key)
     value = _scalar(kind, data)
     if value is None:
         raise place.error(key, f"= {data!r} is not {_WANTED[kind]}")
@@ -102,6 +104,12 @@ def _read_tuple(arms: tuple[Any, ...], data: object, place: Place, key: str) -> 
     if len(data) != len(arms):
         raise place.error(key, f"= {data!r} has {len(data)} entries, not {len(arms)}")
     return tuple(_read(arm, item, place, f"{key}.{i}") for i, (arm, item) in enumerate(zip(arms, data, strict=True)))
+
+
+def _read_mapping(kind: Any, data: object, place: Place, key: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise place.error(key, f"= {data!r} is not {_WANTED[dict]}")
+    return {str(name): _read(kind, item, place, f"{key}.{name}") for name, item in data.items()}
 
 
 def _scalar(kind: Any, data: object) -> Any:

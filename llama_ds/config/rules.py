@@ -28,6 +28,9 @@ _POSITIVE = (
     "model.rope_theta",
     "model.initializer_range",
     "data.seq_len",
+    "data.cache_gib",
+    "data.deadline_s",
+    "data.check_interval",
     "training.global_batch",
     "training.steps",
     "training.tokens",
@@ -42,6 +45,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     "seed",
+    "data.max_bad_shards",
     "optimizer.weight_decay",
     "optimizer.warmup_steps",
     "optimizer.min_lr_ratio",
@@ -135,19 +139,49 @@ def _check_data(run: RunConfig) -> None:
     if not sources:
         raise _error(run, "data.sources is empty; name at least one source with name, path and weight")
     names = [source.name for source in sources]
+    later = {name for stage in run.data.mixture for name in stage.weights}
     for i, source in enumerate(sources):
         if names.index(source.name) < i:
             raise _error(run, f"data.sources.{i}.name = {source.name!r} is also source {names.index(source.name)}'s")
-        if not source.weight >= SMALLEST_WEIGHT:
-            raise _error(
-                run, f"data.sources.{i}.weight = {source.weight} is below {SMALLEST_WEIGHT:g}; leave the source out"
-            )
+        if source.weight or source.name not in later:  # weight 0: read from a later stage of the mixture on
+            _check_weight(run, f"data.sources.{i}.weight", source.weight)
         if source.epochs is not None and not source.epochs > 0:
             raise _error(run, f"data.sources.{i}.epochs = {source.epochs} is not positive")
-    total = math.fsum(source.weight for source in sources)
+    _check_sum(run, "data.sources", [source.weight for source in sources])
+    _check_mixture(run, names)
+
+
+def _check_mixture(run: RunConfig, names: list[str]) -> None:
+    before = 0
+    for i, stage in enumerate(run.data.mixture):
+        key = f"data.mixture.{i}"
+        if stage.at_tokens <= before or stage.at_tokens >= run.training.tokens:
+            raise _error(
+                run,
+                f"{key}.at_tokens = {stage.at_tokens} is not between {before}, where the stage before it begins, and "
+                f"the run's {run.training.tokens} tokens",
+            )
+        step = run.training.global_batch * run.data.seq_len
+        if -(-stage.at_tokens // step) == -(-before // step):
+            raise _error(run, f"{key}.at_tokens = {stage.at_tokens} is in the same step of {step} tokens as {before}")
+        for name, weight in stage.weights.items():
+            if name not in names:
+                raise _error(run, f"{key}.weights.{name} is not one of data.sources{did_you_mean(name, names)}")
+            _check_weight(run, f"{key}.weights.{name}", weight)
+        _check_sum(run, f"{key}.weights", list(stage.weights.values()))
+        before = stage.at_tokens
+
+
+def _check_weight(run: RunConfig, key: str, weight: float) -> None:
+    if not weight >= SMALLEST_WEIGHT:
+        raise _error(run, f"{key} = {weight} is below {SMALLEST_WEIGHT:g}; leave the source out")
+
+
+def _check_sum(run: RunConfig, key: str, weights: list[float]) -> None:
+    total = math.fsum(weights)
     if abs(total - 1) > 1e-6:
-        weights = " + ".join(f"{source.weight:g}" for source in sources)
-        raise _error(run, f"data.sources: the weights {weights} sum to {total:.6g}, not 1; divide each by {total:.6g}")
+        shown = " + ".join(f"{weight:g}" for weight in weights)
+        raise _error(run, f"{key}: the weights {shown} sum to {total:.6g}, not 1; divide each by {total:.6g}")
 
 
 def _check_optimizer(run: RunConfig) -> None:

@@ -42,9 +42,17 @@ class SourceConfig:
     """One source of the data mixture."""
 
     name: str
-    path: str  # folder with the source's manifest.json
+    path: str  # folder or URL with the source's manifest.json: file, http(s), s3, gs, or "pipe:COMMAND {}"
     weight: float  # share of the sampled rows; the weights of a mixture sum to 1
     epochs: float | None = None  # epochs the run means to make over it; checked against the manifest
+
+
+@dataclass(frozen=True)
+class MixtureStage:
+    """Other weights from a point of the run on."""
+
+    at_tokens: int  # tokens of the run before it; it begins with the first step that finds as many read
+    weights: dict[str, float]  # by source; they sum to 1, a source left out is not read
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,13 @@ class DataConfig:
     tokenizer: str  # path of the sentencepiece .model file
     seq_len: int
     sources: tuple[SourceConfig, ...]
+    mixture: tuple[MixtureStage, ...] = ()  # changes of the sources' weights in mid-run
     document_mask: bool = False  # True: attention does not cross document boundaries in a packed row
+    cache_dir: str = ""  # a folder on every node's own disk, for the shards of sources that are URLs
+    cache_gib: float = 64.0  # what it may hold; the least recently used shards go first
+    deadline_s: float = 300.0  # how long a shard is asked for again before it counts as damaged
+    check_interval: int = 100  # steps after which ranks compare what they read, and agree on damaged shards
+    max_bad_shards: int = 16  # damaged shards that are replaced by others before the run stops
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from llama_ds.config.layout import Layout
@@ -150,12 +151,18 @@ def _schedule(run: RunConfig) -> list[str]:
 
 
 def _data(run: RunConfig) -> Iterable[tuple[str, ...]]:
-    yield "source", "weight", "tokens", "epochs", "tokens of the source", "path"
+    stages = run.data.mixture
+    yield (
+        *("source", "weight", *(f"from {short(stage.at_tokens)}" for stage in stages)),
+        *("tokens", "epochs", "tokens of the source", "path"),
+    )
+    ends = [0, *(stage.at_tokens for stage in stages), run.training.tokens]
     for source in run.data.sources:
-        tokens = source.weight * run.training.tokens
+        weights = [source.weight, *(stage.weights.get(source.name, 0.0) for stage in stages)]
+        tokens = sum(weight * (end - start) for weight, (start, end) in zip(weights, pairwise(ends), strict=True))
         whole = short(tokens / source.epochs) if source.epochs else "-"
         epochs = f"{source.epochs:g}" if source.epochs else "-"
-        yield source.name, f"{source.weight:.2%}", short(tokens), epochs, whole, source.path
+        yield source.name, *(f"{weight:.2%}" for weight in weights), short(tokens), epochs, whole, source.path
 
 
 def _pairs(*pairs: tuple[str, object]) -> list[str]:

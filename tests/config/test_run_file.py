@@ -108,6 +108,16 @@ def test_last_override_wins(folder: Path) -> None:
     assert load("optimizer.lr=1", "optimizer.lr=2").optimizer.lr == 2.0
 
 
+def test_a_source_may_wait_for_a_later_stage(folder: Path) -> None:
+    stages = "data.mixture=[{at_tokens: 20K, weights: {code: 0.4, prose: 0.6}}, {at_tokens: 30K, weights: {prose: 1}}]"
+    run = load("data.sources.0.weight=1", "data.sources.1.weight=0", stages)
+    assert [(stage.at_tokens, stage.weights) for stage in run.data.mixture] == [
+        (20_000, {"code": 0.4, "prose": 0.6}), (30_000, {"prose": 1.0})
+    ]  # fmt: skip
+    folder.joinpath("a.yaml").write_text(dump(run))
+    assert load_resolved("a.yaml") == run
+
+
 def test_resolved_run_reads_back_the_same(folder: Path) -> None:
     run = load("model.rope_scaling={factor: 8, low_freq_factor: 1, high_freq_factor: 4, "
                "original_max_position_embeddings: 8192}", "name=1e5-steps")  # fmt: skip
@@ -180,6 +190,23 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
          "divide each by 0.9"),
         ("data.sources.1.name=code", "tiny.yaml: data.sources.1.name = 'code' is also source 0's"),
         ("data.sources.1.weight=0", "tiny.yaml: data.sources.1.weight = 0.0 is below 1e-06; leave the source out"),
+        ("data.check_interval=0", "tiny.yaml: data.check_interval = 0 is not positive"),
+        ("data.max_bad_shards=-1", "tiny.yaml: data.max_bad_shards = -1 is negative"),
+        ("data.mixture=[{at_tokens: 10, weight: 1}]", "command line: data.mixture.0.weight is not a known key "
+         "(did you mean 'weights'?)"),
+        ("data.mixture=[{at_tokens: 1K, weights: [1]}]", "command line: data.mixture.0.weights = [1] is not a mapping"),
+        ("data.mixture=[{at_tokens: 1K, weights: {code: a}}]", "command line: data.mixture.0.weights.code = 'a' is not "
+         "a finite number"),
+        ("data.mixture=[{at_tokens: 1K, weights: {cod: 1}}]", "tiny.yaml: data.mixture.0.weights.cod is not one of "
+         "data.sources (did you mean 'code'?)"),
+        ("data.mixture=[{at_tokens: 1K, weights: {code: 0.9}}]", "tiny.yaml: data.mixture.0.weights: the weights 0.9 "
+         "sum to 0.9, not 1; divide each by 0.9"),
+        ("data.mixture=[{at_tokens: 1K, weights: {code: 1, prose: 0}}]", "tiny.yaml: data.mixture.0.weights.prose = 0.0"
+         " is below 1e-06; leave the source out"),
+        ("data.mixture=[{at_tokens: 51200, weights: {code: 1}}]", "tiny.yaml: data.mixture.0.at_tokens = 51200 is not "
+         "between 0, where the stage before it begins, and the run's 51200 tokens"),
+        ("data.mixture=[{at_tokens: 1030, weights: {code: 1}}, {at_tokens: 1031, weights: {code: 1}}]", "tiny.yaml: "
+         "data.mixture.1.at_tokens = 1031 is in the same step of 512 tokens as 1030"),
         ("data.sources=[]", "tiny.yaml: data.sources is empty; name at least one source with name, path and weight"),
         ("optimizer.warmup_steps=100", "tiny.yaml: optimizer.warmup_steps = 100 is not below training.steps = 100"),
         ("optimizer.schedule=wsd", "tiny.yaml: optimizer.decay_steps = 0 is not in 1..90 = "
