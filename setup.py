@@ -17,18 +17,22 @@ setup(
     packages=find_packages(include=["llama_ds", "llama_ds.*"]),
     install_requires=[
         "deepspeed>=0.19.4,<0.20",  # earlier releases scale pipeline gradients wrongly
+        "fsspec>=2024.6",
         "numpy>=2.1",
         "pyyaml>=6",
         "safetensors>=0.5",
-        "sentencepiece>=0.2.1",
+        "sentencepiece>=0.2.3",  # gives ids as arrays
         "torch>=2.11",
         "tqdm>=4.66",
         "transformers>=5,<6",  # only tools/ import it: an export is checked by the library it is for
         "webdataset>=1.0",
+        "zstandard>=0.22",
     ],
     extras_require={
+        "gs": ["gcsfs"],
         "gpu": ["flash-attn>=2.8", "nvidia-ml-py"],  # flash-attn compiles for an hour: see CONTRIBUTING.md
         "mpi": ["mpi4py>=4"],  # wants an MPI library on the machine: the cluster's own
+        "parquet": ["pyarrow>=15"],  # to build shards from parquet files
         "s3": ["s3fs"],
         "tensorboard": ["tensorboard>=2.20"],
         "dev": [
@@ -36,6 +40,7 @@ setup(
             "mpi4py>=4",
             "mypy>=2",
             "openmpi>=5; sys_platform == 'linux'",  # brings mpirun for its test, without root
+            "pyarrow>=15",
             "pytest>=9",
             "ruff>=0.17",
             "tensorboard>=2.20",

@@ -26,13 +26,18 @@ FLOORS = (
 
 # Heavy packages, and the only files that may import or name them (in fnmatch, * also crosses folders).
 DOORS = {
+    "datasets": ("llama_ds/data/benchmark/rivals.py",),
     "deepspeed": ("llama_ds/parallel/*", "llama_ds/training/engine*.py"),
+    "fsspec": ("llama_ds/data/source/remote.py",),
     "flash_attn": ("llama_ds/model/attention*.py",),
-    "sentencepiece": ("llama_ds/data/tokenizer.py",),
+    "pyarrow": ("llama_ds/data/text/piece_reader.py",),
+    "sentencepiece": ("llama_ds/data/text/tokenizer.py",),
+    "streaming": ("llama_ds/data/benchmark/rivals.py",),
     "torch.distributed": ("llama_ds/parallel/*",),
     "transformers": ("tools/*",),
     "webdataset": ("llama_ds/data/*",),
     "yaml": ("llama_ds/config/*",),
+    "zstandard": ("llama_ds/data/text/piece_reader.py",),
 }
 
 # Variables by which launchers tell a process who it is, and the only files that may ask the environment for them.
@@ -44,7 +49,8 @@ RANK_READERS = ("llama_ds/parallel/*",)
 
 # Arithmetic and text: usable on a login node where torch is not installed.
 TORCH_FREE = (
-    *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/config/*", "llama_ds/launch/*", "llama_ds/data/order.py"),
+    *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/config/*", "llama_ds/launch/*"),
+    *("llama_ds/data/order.py", "llama_ds/data/mixture.py", "llama_ds/data/text/*", "llama_ds/data/building/*"),
     *("llama_ds/schedules/*", "llama_ds/model/loss_chunks.py", "llama_ds/perf/timeline.py"),
     *(
         "llama_ds/model/flops.py",
@@ -245,7 +251,7 @@ def test_torch_free_files_load_without_torch() -> None:
         ("llama_ds/model/head.py", "import torch as t\nt.distributed.barrier()", 2, "touches torch.distributed"),
         ("llama_ds/model/layer.py", "import importlib\nimportlib.import_module('flash_attn.cute')", 2, "flash_attn"),
         ("llama_ds/training/loop.py", "from yaml import safe_load", 1, "touches yaml"),
-        ("llama_ds/data/shards.py", "import sentencepiece", 1, "touches sentencepiece"),
+        ("llama_ds/data/source/shards.py", "import sentencepiece", 1, "touches sentencepiece"),
         ("llama_ds/checkpoint/hf.py", "from transformers import LlamaConfig", 1, "touches transformers"),
         ("llama_ds/train.py", "import os\nos.environ['RANK']", 2, "asks the environment for RANK"),
         ("llama_ds/train.py", "from os import environ\nenviron.get('LOCAL_RANK', 0)", 2, "for LOCAL_RANK"),
