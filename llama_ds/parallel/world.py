@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -146,14 +147,30 @@ def together(step: Callable[[], T]) -> T:
         result = step()
     except UserError as mistake:
         error = mistake
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        messages: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, str(error) if error else None)
-        first = next((message for message in messages if message), None)
-        error = UserError(first) if first else None
+    first = next((message for message in gather(str(error) if error else None) if message), None)
+    error = UserError(first) if first else None
     if error:
         raise error
     return result  # type: ignore[return-value]
+
+
+def gather_numbers(values: list[int], where: torch.device) -> np.ndarray:
+    """Return the integers of all ranks: (world, len(values)). Collective; synchronises with the device."""
+    own = torch.tensor(values, dtype=torch.int64, device=where)
+    if not dist.is_initialized():
+        return own.cpu().numpy()[None]
+    every = own.new_empty(dist.get_world_size() * len(values))
+    dist.all_gather_into_tensor(every, own)
+    return every.view(-1, len(values)).cpu().numpy()
+
+
+def gather(value: T) -> list[T]:
+    """Return the value of every rank, any that can be pickled. Collective; for what happens rarely."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    every: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
 
 
 def maximum(values: list[float], where: torch.device) -> list[float]:
