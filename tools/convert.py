@@ -20,7 +20,7 @@ from llama_ds.checkpoint.huggingface import export
 from llama_ds.checkpoint.load_model import locate
 from llama_ds.checkpoint.store import TOKENIZER
 from llama_ds.checkpoint.weights import DTYPES
-from llama_ds.data.tokenizer import Tokenizer
+from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 EXAMPLES = """examples:

@@ -24,7 +24,7 @@ from llama_ds.checkpoint.load_model import load_model, locate, run_of
 from llama_ds.checkpoint.store import describe
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.schema import DataConfig, RunConfig
-from llama_ds.data.stream import open_data
+from llama_ds.data.sources import open_sources
 from llama_ds.errors import UserError
 from llama_ds.model.attention import Documents
 from llama_ds.model.embedding import document_starts
@@ -106,7 +106,7 @@ def validation_rows(run: RunConfig, count: int | None) -> np.ndarray:
         raise UserError(
             f"command line: --rows {count} is not positive; the run has evaluation.rows {run.evaluation.rows}"
         )
-    return open_data(run.data, run.model.vocab_size, run.seed).validation_rows(count)
+    return open_sources(run.data, run.model.vocab_size).validation_rows(count)
 
 
 def transformers_loss(folder: str, run: RunConfig, device: torch.device, dtype: torch.dtype) -> Loss:

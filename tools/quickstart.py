@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
-from llama_ds.data.stream import open_data
+from llama_ds.data.sources import open_sources
 from llama_ds.data.unigram import mixture_counts, unigram_loss
 from llama_ds.errors import UserError
 
@@ -96,8 +96,8 @@ def _prepare_data(run: RunConfig) -> None:
 
 def _unigram(run: RunConfig) -> float:
     """Return what a unigram model of the training tokens reaches on the validation rows, in nats per token."""
-    data = open_data(run.data, run.model.vocab_size, run.seed)
-    counts = mixture_counts(data.sources, [s.weight for s in run.data.sources])
+    data = open_sources(run.data, run.model.vocab_size)
+    counts = mixture_counts(data.train, [s.weight for s in run.data.sources])
     return unigram_loss(counts, data.validation_rows(run.evaluation.rows))
 
 

@@ -7,27 +7,42 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from llama_ds.data.build import build_source
-from llama_ds.data.gather import gather_local_corpus
-from llama_ds.data.shards import MANIFEST, Manifest, open_source, read_manifest
-from llama_ds.data.stream import validation_rows
-from llama_ds.data.unigram import mixture_counts, unigram_loss
-from llama_ds.data.verify import verify_source
+from llama_ds import log
+from llama_ds.data.building.build import build_source
+from llama_ds.data.source.manifest import MANIFEST, Manifest, parse_manifest
+from llama_ds.data.text.corpus import source_files
+from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from llama_ds.data.source.verify import Damage
 
 EXAMPLES = """examples:
   tools/shards.py gather --out corpus --limit-mb 32
   tools/shards.py build --source code=corpus/code.jsonl --source prose=corpus/prose.jsonl \\
       --tokenizer corpus/tokenizer.model --seq-len 256 --out corpus/shards
-  tools/shards.py verify corpus/shards
+  tools/shards.py build --source web='crawl/*.jsonl.zst' --source books=books.parquet --dedup --skip-bad \\
+      --tokenizer corpus/tokenizer.model --seq-len 2048 --out shards --workers 32
+  tools/shards.py verify corpus/shards --repair
+  tools/shards.py audit runs/quickstart --step 17
+  tools/shards.py consumed runs/quickstart
   tools/shards.py info corpus/shards --rows 100000 --weight code=0.7 --weight prose=0.3
   tools/shards.py unigram corpus/shards/code=0.7 corpus/shards/prose=0.3
+"""
+
+BUILD = """Tokenize and pack text files, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) and parquet with a column "text".
+
+The same input and flags give the same bytes with any number of workers. A build that was killed is gone on with by the
+same command, which does nothing twice that was finished.
 """
 
 
@@ -35,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     args = parse(argv)
     try:
-        commands = {"gather": gather, "build": build, "verify": verify, "info": info, "unigram": unigram}
-        return commands[args.command](args)
+        commands = (gather, build, verify, audit, consumed, info, unigram)
+        return next(command for command in commands if command.__name__ == args.command)(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE
@@ -50,8 +65,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("gather", help="collect Python sources and prose that this machine holds")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/code.jsonl and DIR/prose.jsonl")
     command.add_argument("--limit-mb", type=float, default=32.0, help="text in all (default: %(default)s)")
-    command = commands.add_parser("build", help="tokenize and pack", epilog=EXAMPLES, formatter_class=formatter)
-    command.add_argument("--source", action="append", required=True, metavar="NAME=PATTERN", type=_assignment)
+    command = commands.add_parser(
+        "build", help="tokenize and pack", description=BUILD, epilog=EXAMPLES, formatter_class=formatter
+    )
+    command.add_argument(
+        "--source", action="append", required=True, metavar="NAME=PATTERN", type=_assignment,
+        help="PATTERN: a file, a folder, or a glob in quotes; may be given several times",
+    )  # fmt: skip
     command.add_argument("--tokenizer", required=True, metavar="MODEL")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/NAME/")
     command.add_argument("--seq-len", type=int, required=True, help="labels per row; a row holds one id more")
@@ -59,9 +79,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--validation-fraction", type=float, default=0.01, help="of documents (default: %(default)s)")
     command.add_argument("--rows-per-shard", type=int, default=16384, help="(default: %(default)s)")
     command.add_argument("--document-chars", type=int, default=0, help="cut longer documents after line ends")
-    command.add_argument("--overwrite", action="store_true", help="replace finished sources")
-    command = commands.add_parser("verify", help="check checksums, and read every row with webdataset itself")
-    command.add_argument("dir", help="a source, or a folder of sources")
+    command.add_argument("--dedup", action="store_true", help="keep only the first of equal documents")
+    command.add_argument(
+        "--skip-bad", action="store_true", help="leave out documents that are empty, not UTF-8, no JSON"
+    )
+    command.add_argument("--append", action="store_true", help="add the documents to finished sources")
+    command.add_argument("--overwrite", action="store_true", help="replace finished sources, give up unfinished ones")
+    command = commands.add_parser("verify", help="check every shard against its checksum and its manifest")
+    command.add_argument("dir", help="a source, a folder of sources, or the URL of a source")
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
+    command.add_argument("--repair", action="store_true", help="list what is damaged, and only that, in the manifest")
+    command.add_argument("--cache-dir", default="", help="of a URL: a folder for its shards on the way")
+    command.add_argument("--cache-gib", type=float, default=8.0, help="(default: %(default)s)")
+    command.add_argument("--json", action="store_true")
+    command = commands.add_parser("audit", help="which documents a step of a run reads")
+    command.add_argument("run", help="the folder of a run, such as runs/quickstart")
+    command.add_argument("--step", type=int, required=True, help="counted from 0")
+    command.add_argument("--json", action="store_true")
+    command = commands.add_parser("consumed", help="tokens and epochs that a run reads of each source")
+    command.add_argument("run", help="the folder of a run")
+    command.add_argument("--step", type=int, help="before this step (default: in all)")
+    command.add_argument("--json", action="store_true")
     command = commands.add_parser("info", help="rows and tokens of each source")
     command.add_argument("dir", help="a source, or a folder of sources")
     command.add_argument("--rows", type=int, metavar="N", help="print the epochs of a run of steps * batch = N rows")
@@ -91,44 +129,122 @@ def gather(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace) -> int:
     """Tokenize and pack every source."""
+    log.setup()
     for name, pattern in args.source:
-        with tqdm(unit=" docs", desc=name, delay=0.5) as bar:
-            ids = 0
-
-            def progress(documents: int, more_ids: int, bar: tqdm = bar) -> None:
-                nonlocal ids
-                ids += more_ids
-                bar.set_postfix_str(f"{ids / max(1e-9, bar.format_dict['elapsed']):,.0f} tokens/s", refresh=False)
-                bar.update(documents)
-
+        with (
+            tqdm(unit="B", unit_scale=True, desc=name, delay=0.5) as bar,
+            logging_redirect_tqdm([log.logger]),
+        ):
             manifest = build_source(
                 name, pattern, args.tokenizer, args.out, args.seq_len,
                 validation_fraction=args.validation_fraction, rows_per_shard=args.rows_per_shard, workers=args.workers,
-                document_chars=args.document_chars, overwrite=args.overwrite, progress=progress,
+                document_chars=args.document_chars, overwrite=args.overwrite, dedup=args.dedup, append=args.append,
+                skip_bad=args.skip_bad, progress=BuildProgress(bar, pattern).update,
             )  # fmt: skip
         print(_line(os.path.join(args.out, name), manifest))
     return 0
 
 
+class BuildProgress:
+    """Shows on a bar of input bytes how many documents and tokens are done in a second; the bar knows the time left."""
+
+    def __init__(self, bar: tqdm, pattern: str) -> None:
+        self._bar, self._pattern = bar, pattern
+        self._documents = self._ids = 0
+
+    def update(self, documents: int, ids: int, input_bytes: int) -> None:
+        """Add what was done."""
+        if self._bar.total is None:
+            self._bar.total = sum(map(os.path.getsize, source_files(self._pattern)))
+        if not documents:  # by an earlier, killed build: no part of this one's speed
+            self._bar.initial += input_bytes
+        self._documents += documents
+        self._ids += ids
+        seconds = max(1e-9, self._bar.format_dict["elapsed"])
+        rates = f"{self._documents / seconds:,.0f} docs/s, {self._ids / seconds:,.0f} tokens/s"
+        self._bar.set_postfix_str(rates, refresh=False)
+        self._bar.update(input_bytes)
+
+
 def verify(args: argparse.Namespace) -> int:
-    """Check every byte of the sources."""
-    for folder in _source_folders(args.dir):
-        with tqdm(unit=" rows", desc=folder, delay=0.5) as bar:
-            verify_source(folder, bar.update)
-        print(f"{folder}: sound")
+    """Check every byte of the sources; return 1 where damage was found and not taken out."""
+    from llama_ds.data.source.cache import Cache  # here: the workers of a build load this file and do without
+    from llama_ds.data.source.store import open_store
+    from llama_ds.data.source.verify import repair, verify_source
+
+    log.setup()
+    cache = Cache(args.cache_dir, round(args.cache_gib * 2**30)) if args.cache_dir else None
+    found = {}
+    for place in [args.dir] if _is_remote(args.dir) else _source_folders(args.dir):
+        store = open_store(place, cache)
+        with tqdm(unit=" rows", desc=place, delay=0.5) as bar:
+            found[place] = verify_source(store, args.workers, bar.update)
+        if args.repair:
+            repair(store, found[place])
+    if args.json:
+        print(json.dumps({place: [asdict(damage) for damage in damages] for place, damages in found.items()}, indent=1))
+    else:
+        _print_damage(found, args.repair)
+    return 0 if args.repair or not any(found.values()) else 1
+
+
+def _print_damage(found: dict[str, list[Damage]], repaired: bool) -> None:
+    for place, damages in found.items():
+        for damage in damages:
+            at = "" if damage.offset is None else f", first at byte {damage.offset}"
+            print(f"{place}: {damage.split} shard {damage.shard}: {damage.reason}{at}")
+        if not damages:
+            print(f"{place}: sound")
+        else:
+            done = (
+                f"listed in {MANIFEST}: runs read others" if repaired else "copy them again, or list them with --repair"
+            )
+            print(f"{place}: {len(damages)} of its shards are damaged; {done}")
+
+
+def audit(args: argparse.Namespace) -> int:
+    """Print the rows of a step, and the documents in them."""
+    from llama_ds.data.audit import documents_of_step, open_run
+
+    rows = documents_of_step(*open_run(args.run), args.step)
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return 0
+    for number, row in enumerate(rows):
+        print(f"row {number}: {row.source}, epoch {row.epoch}, {row.shard}, row {row.row} of it")
+        for d in row.documents:
+            print(f"  {d.place}  ids {d.first} to {d.last} of {d.length}  sha256 {d.digest}...")
+    return 0
+
+
+def consumed(args: argparse.Namespace) -> int:
+    """Print what the steps of a run before --step read of each source."""
+    from llama_ds.data.audit import open_run
+
+    run, order = open_run(args.run)
+    step = run.training.steps if args.step is None else args.step
+    if not 0 <= step <= run.training.steps:
+        raise UserError(f"--step {step} is not between 0 and the run's {run.training.steps} steps")
+    read = {name: (rows * run.data.seq_len, epochs) for name, (rows, epochs) in order.consumed(step).items()}
+    if args.json:
+        print(json.dumps({name: {"tokens": tokens, "epochs": epochs} for name, (tokens, epochs) in read.items()}))
+        return 0
+    print(f"{args.run}: read before step {step}")
+    for name, (tokens, epochs) in read.items():
+        print(f"  {name}: {tokens:,} tokens, {epochs:.3f} epochs")
     return 0
 
 
 def info(args: argparse.Namespace) -> int:
     """Describe the sources."""
-    manifests = {folder: read_manifest(folder) for folder in _source_folders(args.dir)}
+    manifests = {folder: _manifest(folder) for folder in _source_folders(args.dir)}
     epochs = _epochs(manifests, args.rows, dict(args.weight)) if args.rows else {}
     if args.json:
         print(json.dumps([
             {"folder": folder, "source": m.source, "seq_len": m.seq_len, "vocab_size": m.vocab_size,
              "tokenizer_sha256": m.tokenizer_sha256, "epochs": epochs.get(m.source),
-             **{name: {"rows": s.rows, "tokens": s.tokens, "documents": s.documents, "shards": len(s.shards)}
-                for name, s in m.splits.items()}}
+             **{name: {"rows": s.rows, "tokens": s.ids, "documents": s.documents, "shards": s.shards,
+                       "bad_shards": list(s.bad)} for name, s in m.splits.items()}}
             for folder, m in manifests.items()
         ], indent=1))  # fmt: skip
         return 0
@@ -140,6 +256,10 @@ def info(args: argparse.Namespace) -> int:
 
 def unigram(args: argparse.Namespace) -> int:
     """Print the loss of the unigram model of a mixture."""
+    from llama_ds.data.source.shards import open_source  # here: as in verify
+    from llama_ds.data.sources import validation_rows
+    from llama_ds.data.unigram import mixture_counts, unigram_loss
+
     folders, weights = zip(*args.sources, strict=True)
     counts = mixture_counts([open_source(folder, "train") for folder in folders], weights)
     rows = validation_rows([open_source(folder, "validation") for folder in folders], weights, args.rows)
@@ -156,6 +276,15 @@ def _source_folders(path: str) -> list[str]:
     return found
 
 
+def _is_remote(path: str) -> bool:
+    return "://" in path or path.startswith("pipe:")
+
+
+def _manifest(folder: str) -> Manifest:
+    path = os.path.join(folder, MANIFEST)
+    return parse_manifest(Path(path).read_bytes(), path)
+
+
 def _epochs(manifests: dict[str, Manifest], rows: int, weights: dict[str, float]) -> dict[str, float]:
     size = {m.source: m.splits["train"].rows for m in manifests.values()}
     if weights and set(weights) != set(size):
@@ -165,7 +294,7 @@ def _epochs(manifests: dict[str, Manifest], rows: int, weights: dict[str, float]
 
 
 def _line(folder: str, manifest: Manifest) -> str:
-    parts = [f"{name} {s.rows} rows, {s.tokens} tokens, {s.documents} documents" for name, s in manifest.splits.items()]
+    parts = [f"{name} {s.rows} rows, {s.ids} tokens, {s.documents} documents" for name, s in manifest.splits.items()]
     return f"{folder}: seq_len {manifest.seq_len}, vocab {manifest.vocab_size}; " + "; ".join(parts)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_ds.data.corpus import documents
-from llama_ds.data.tokenizer import Tokenizer, train_tokenizer
+from llama_ds.data.text.corpus import documents
+from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.errors import UserError
 
 EXAMPLES = """examples:

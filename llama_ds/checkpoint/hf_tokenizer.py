@@ -2,7 +2,7 @@
 
 Differences between the two libraries that matter here:
 - sentencepiece spells a space U+2581. Here the vocabulary spells it " ", so a literal U+2581 in a text stays one: it
-  becomes its three bytes, as `llama_ds.data.tokenizer` encodes it.
+  becomes its three bytes, as `llama_ds.data.text.tokenizer` encodes it.
 - sentencepiece merges any two neighbours whose concatenation is a piece, the best score first, then the leftmost.
   Here every split of every piece is a merge, in the order of the pieces' scores.
 - Names of control ids in a text ("<s>") are text to sentencepiece: split_special_tokens makes them so here.

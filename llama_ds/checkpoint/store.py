@@ -27,6 +27,7 @@ class Description:
     dtype: str  # of the weights that computed: bf16 | fp32
     layout: dict[str, int]
     run: dict[str, Any]  # the resolved run
+    data: dict[str, Any] = field(default_factory=dict)  # `llama_ds.data.mixture.DataState`
     files: dict[str, int] = field(default_factory=dict)  # bytes of each of its files, filled in by `commit`
 
 
@@ -108,6 +109,13 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any], la
         if found.run[section] != run[section]:
             raise UserError(
                 f"{tag_folder}: was trained with {section} {_difference(found.run[section], run[section])}; "
+                "use the same run file, or another name for a new run"
+            )
+    for section, key in (("training", "global_batch"), ("data", "seq_len")):  # rows are counted by steps of one size
+        then, now = found.run[section][key], run[section][key]
+        if then != now:
+            raise UserError(
+                f"{tag_folder}: was trained with {section}.{key} {then}, not {now}; "
                 "use the same run file, or another name for a new run"
             )
     now = {**asdict(layout), "zero_stage": zero_stage, "engine": _engine(run)}

@@ -1,22 +1,61 @@
-"""Which row comes when: integer arithmetic from (seed, index) to (source, epoch, row), at any index at one cost.
+"""Which row comes when: arithmetic from (seed, history of the mixture, step) to (source, epoch, row).
 
 The rows of a run are numbered 0, 1, ...: step s reads the rows s * global_batch .. (s + 1) * global_batch. Nothing is
 remembered from row to row, so a run resumed at step 300,000, on any number of ranks, reads what it would have read.
+
+Three levels, each a pure function of what stands above it:
+
+    run      in every block of rows each source gets its weight to within one row; inside a block sources are shuffled
+    source   the n-th row of a source: in every epoch its shards are shuffled, each row comes once per epoch
+    window   WINDOW shards lie open at a time and their rows are shuffled together
+
+A history is a list of segments: from a step on other weights hold, or a source has grown by extents. What a source
+gained joins the epoch in progress: windows that were begun are finished, the shards not begun are shuffled with the new
+ones. Segments leave every step before them as it was.
 """
 
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 MIN_BLOCK = 1024  # rows over which the mixture is met to within one row per source
 WINDOW = 8  # shards shuffled together: bounds the files open at a time
 WEIGHT_ONE = 1 << 40  # weights as integers: exact at any row number
+
+
+@dataclass(frozen=True)
+class Segment:
+    """From `step` on, what is mixed. A source that a segment does not name is not read in it."""
+
+    step: int
+    weights: dict[str, float]  # relative to their sum; 0: known, not read
+    extents: dict[str, tuple[int, ...]]  # rows of each extent of each source that it reads
+
+
+@dataclass(frozen=True)
+class BadShard:
+    """From `step` on, rows of this shard are replaced by those of the next sound one."""
+
+    step: int
+    source: str
+    shard: int
+    reason: str = ""
+    offset: int | None = None  # of the damage in the shard, in bytes, where known
+
+
+class Rows(NamedTuple):
+    """Rows of a run, as arrays of one length."""
+
+    source: np.ndarray  # index into `Order.names`
+    epoch: np.ndarray
+    row: np.ndarray  # of the source
 
 
 def permutation(n: int, *key: object) -> np.ndarray:
@@ -32,90 +71,278 @@ def permutation(n: int, *key: object) -> np.ndarray:
 class Order:
     """The order in which a run reads its sources.
 
-    sources: (name, weight, rows of each shard). Weights are relative to their sum. In every block of rows each source
-    gets its weight to within one row; inside a block sources are shuffled; each source gives every row once per epoch.
+    rows_per_shard: of every source by name. segments: by step, the first at 0. bad: shards to replace; more are added
+    by `replace_shards`.
     """
 
-    def __init__(self, seed: int, sources: Sequence[tuple[str, float, Sequence[int]]]) -> None:
-        self._seed = int(seed)
-        self._names = [name for name, _, _ in sources]
-        weights = [weight for _, weight, _ in sources]
-        if not sources or min(weights) <= 0 or any(sum(shards) <= 0 for _, _, shards in sources):
-            raise ValueError("every source needs a weight above 0 and at least one row")
+    def __init__(
+        self,
+        seed: int,
+        global_batch: int,
+        rows_per_shard: Mapping[str, int],
+        segments: Sequence[Segment],
+        bad: Sequence[BadShard] = (),
+    ) -> None:
+        if not segments or segments[0].step or any(b.step <= a.step for a, b in pairwise(segments)):
+            raise ValueError("segments start at step 0 and follow one another")
+        self.seed, self.global_batch = int(seed), global_batch
+        self.names = tuple(rows_per_shard)
+        self._rows_per_shard = dict(rows_per_shard)
+        self._mixes: list[_Mix] = []
+        counts = [0] * len(self.names)
+        for i, segment in enumerate(segments):
+            self._mixes.append(_Mix(self.seed, i, self.names, segment, segment.step * global_batch, counts))
+            if i + 1 < len(segments):
+                counts = self._mixes[-1].counts((segments[i + 1].step - segment.step) * global_batch)
+        self._sources = [SourceOrder(self.seed, name, rows_per_shard[name]) for name in self.names]
+        for mix in self._mixes:
+            for source, name in enumerate(self.names):
+                if mix.segment.extents.get(name):
+                    self._sources[source].grow(mix.base[source], mix.segment.extents[name])
+        self.bad = list(bad)
+
+    def replace_shards(self, bad: Sequence[BadShard]) -> None:
+        """Replace more shards, from steps on that nobody has read yet."""
+        self.bad = [*self.bad, *bad]  # a new list: another thread may be going through the old one
+
+    def at(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Rows:
+        """Return what one data-parallel rank reads in `step`: the dp_rank-th of dp_size equal parts of its rows.
+
+        A step's rows are shared out in the order of the shards that hold them: a rank reads forward through few files,
+        and the same few throughout a window, whatever dp is. Their mean does not depend on it.
+        """
+        rows = self.rows(step * self.global_batch, self.global_batch)
+        share = self.global_batch // dp_size
+        mine = np.lexsort((rows.row, rows.source))[dp_rank * share : (dp_rank + 1) * share]
+        return Rows(*(column[mine] for column in rows))
+
+    def rows(self, start: int, count: int) -> Rows:
+        """Return the rows numbered start .. start + count."""
+        out = Rows(*(np.empty(count, np.int64) for _ in Rows._fields))
+        for mix, first, last in self._spans(start, start + count):
+            labels, begins = mix.labels(first, last)
+            here = slice(first - start, last - start)
+            out.source[here] = labels
+            for source in np.unique(labels):
+                places = np.flatnonzero(labels == source) + here.start
+                found = self._sources[source].rows(begins[source], begins[source] + len(places))
+                out.epoch[places], out.row[places] = found
+        self._replace(out, start)
+        return out
+
+    def consumed(self, step: int) -> dict[str, tuple[int, float]]:
+        """Return (rows, epochs) that the steps before `step` have read of each source."""
+        mix = self._mix_at(step * self.global_batch)
+        counts = mix.counts(step * self.global_batch - mix.start)
+        return {
+            name: (count, source.epochs(count))
+            for name, count, source in zip(self.names, counts, self._sources, strict=True)
+        }
+
+    def shards_of(self, step: int) -> dict[str, int]:
+        """Return how many shards of each source the segment of `step` reads."""
+        extents = self._mix_at(step * self.global_batch).segment.extents
+        return {name: len(_shard_sizes(extents[name], self._rows_per_shard[name])) for name in extents}
+
+    def _mix_at(self, row: int) -> _Mix:
+        return next(mix for mix in reversed(self._mixes) if mix.start <= row)
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[_Mix, int, int]]:
+        ends = [*(mix.start for mix in self._mixes[1:]), stop]
+        for mix, end in zip(self._mixes, ends, strict=True):
+            first, last = max(start, mix.start), min(stop, end)
+            if first < last:
+                yield mix, first, last
+
+    def _replace(self, rows: Rows, start: int) -> None:
+        if not any(bad.step * self.global_batch < start + len(rows.row) for bad in self.bad):
+            return
+        for source, name in enumerate(self.names):
+            bad = [b for b in self.bad if b.source == name]
+            for place in np.flatnonzero(rows.source == source) if bad else ():
+                extents = self._mix_at(start + place).segment.extents[name]
+                now = {b.shard for b in bad if b.step * self.global_batch <= start + place}
+                rows.row[place] = _sound(int(rows.row[place]), extents, self._rows_per_shard[name], now)
+
+
+class _Mix:
+    """One segment: which source each of its rows comes from, and how many of that source came before, ever."""
+
+    def __init__(
+        self, seed: int, number: int, names: Sequence[str], segment: Segment, start: int, base: list[int]
+    ) -> None:
+        self.segment, self.start, self.base = segment, start, base
+        weights = [segment.weights.get(name, 0.0) for name in names]
+        if min(weights) < 0 or not sum(weights) > 0:
+            raise ValueError(f"weights {weights} of a mixture are not negative, and one is above 0")
+        if any(w > 0 and not sum(segment.extents.get(name, ())) for name, w in zip(names, weights, strict=True)):
+            raise ValueError("every source with a weight needs a row")
+        self._key = (seed, "mixture", number)
         self._edges = [0, *(round(w / sum(weights) * WEIGHT_ONE) for w in accumulate(weights))]
         self._edges[-1] = WEIGHT_ONE
         # A source's share of a block must be two rows or more, else rounding could take a row back in the next block.
-        smallest = min(b - a for a, b in pairwise(self._edges))
-        self._block = max(MIN_BLOCK, 1 << (2 * WEIGHT_ONE // max(1, smallest)).bit_length())
-        self._sources = [SourceOrder(self._seed, name, shards) for name, _, shards in sources]
-        self._mixed = lru_cache(maxsize=2)(self._mix_block)
+        smallest = min(b - a for a, b in pairwise(self._edges) if b > a)
+        self.block = max(MIN_BLOCK, 1 << (2 * WEIGHT_ONE // smallest).bit_length())
+        self._mixed = lru_cache(maxsize=4)(self._mix_block)
 
-    def at(self, step: int, global_batch: int, dp_rank: int = 0, dp_size: int = 1) -> list[tuple[int, int, int]]:
-        """Return what one data-parallel rank reads in `step`: the dp_rank-th of dp_size equal runs of its rows."""
-        share = global_batch // dp_size
-        return self.rows(step * global_batch + dp_rank * share, share)
+    def counts(self, rows: int) -> list[int]:
+        """Return the rows that each source has given, ever, when `rows` rows of this segment are read."""
+        block, inside = divmod(rows, self.block)
+        more = np.bincount(self._mixed(block)[:inside], minlength=len(self.base))
+        return [before + int(m) for before, m in zip(self._counts(block), more, strict=True)]
 
-    def rows(self, start: int, count: int) -> list[tuple[int, int, int]]:
-        """Return (source index, epoch, row) of the rows numbered start .. start + count."""
-        return [self._row(index) for index in range(start, start + count)]
-
-    def epochs(self, after_rows: int) -> dict[str, float]:
-        """Return how many times each source has been read after the first `after_rows` rows."""
-        block, inside = divmod(after_rows, self._block)
-        labels, _ = self._mixed(block)
-        inside_block = np.bincount(labels[:inside], minlength=len(self._names))
-        counts = [before + int(more) for before, more in zip(self._counts(block), inside_block, strict=True)]
-        return {
-            name: count / source.rows for name, count, source in zip(self._names, counts, self._sources, strict=True)
-        }
-
-    def _row(self, index: int) -> tuple[int, int, int]:
-        block, inside = divmod(index, self._block)
-        labels, numbers = self._mixed(block)
-        source = int(labels[inside])
-        return source, *self._sources[source].row(int(numbers[inside]))
+    def labels(self, first: int, last: int) -> tuple[np.ndarray, list[int]]:
+        """Return the source of each row of the run from `first` to `last`, and what each source has given before."""
+        parts, at = [], first - self.start
+        while at < last - self.start:
+            block, inside = divmod(at, self.block)
+            parts.append(self._mixed(block)[inside : inside + last - self.start - at])
+            at += len(parts[-1])
+        return np.concatenate(parts), self.counts(first - self.start)
 
     def _counts(self, block: int) -> list[int]:
-        # Rows of each source before `block`: differences of rounded cumulative weights, so they add up exactly.
-        rows = block * self._block
+        # Differences of rounded cumulative weights: they add up exactly.
+        rows = block * self.block
         edges = [(rows * edge + WEIGHT_ONE // 2) // WEIGHT_ONE for edge in self._edges]
-        return [b - a for a, b in pairwise(edges)]
+        return [base + b - a for base, (a, b) in zip(self.base, pairwise(edges), strict=True)]
 
-    def _mix_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        # labels: the source of each row of the block; numbers: how many rows of that source come before, ever.
-        before, after = self._counts(block), self._counts(block + 1)
-        sizes = [b - a for a, b in zip(before, after, strict=True)]
-        labels = np.repeat(np.arange(len(sizes)), sizes)[permutation(self._block, self._seed, "mixture", block)]
-        numbers = np.empty(self._block, np.int64)
-        for source, (first, size) in enumerate(zip(before, sizes, strict=True)):
-            numbers[labels == source] = np.arange(first, first + size)
-        return labels, numbers
+    def _mix_block(self, block: int) -> np.ndarray:
+        sizes = [b - a for a, b in zip(self._counts(block), self._counts(block + 1), strict=True)]
+        return np.repeat(np.arange(len(sizes)), sizes)[permutation(self.block, *self._key, block)]
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Epochs of one source from its n-th row on: all alike, or a single one in which the source grew."""
+
+    start: int  # rows of the source before it
+    epoch: int
+    extents: tuple[int, ...]  # at the beginning of the epoch
+    growth: tuple[tuple[int, tuple[int, ...]], ...] = ()  # rows read of the epoch, and the extents from there on
+
+    @property
+    def length(self) -> int:
+        """Rows of an epoch."""
+        return sum(self.growth[-1][1] if self.growth else self.extents)
 
 
 class SourceOrder:
     """The order of one source: per epoch shards are shuffled, then rows over WINDOW shards at a time."""
 
-    def __init__(self, seed: int, name: str, shard_rows: Sequence[int]) -> None:
-        self.rows = sum(shard_rows)
+    def __init__(self, seed: int, name: str, rows_per_shard: int) -> None:
         self._key = (seed, name)
-        self._shard_rows = np.array(shard_rows, np.int64)
-        self._shard_first = np.cumsum(self._shard_rows) - self._shard_rows
-        self._epoch = lru_cache(maxsize=2)(self._shuffle_shards)
-        self._window = lru_cache(maxsize=2)(self._shuffle_window)
+        self._rows_per_shard = rows_per_shard
+        self._spans: list[_Span] = []
+        self._epoch = lru_cache(maxsize=4)(self._shuffle_shards)
+        self._window = lru_cache(maxsize=4)(self._shuffle_window)
 
-    def row(self, n: int) -> tuple[int, int]:
-        """Return (epoch, row of the source) of the n-th row that is read from it."""
-        epoch, n = divmod(n, self.rows)
-        _, starts = self._epoch(epoch)
-        window = bisect_right(starts, n) - 1
-        return epoch, int(self._window(epoch, window)[n - starts[window]])
+    def grow(self, n: int, extents: tuple[int, ...]) -> None:
+        """Let the source have these extents from its n-th row on."""
+        if not self._spans:
+            self._spans = [_Span(n, 0, extents)]
+            return
+        known = self._spans[-1].extents if not self._spans[-1].growth else self._spans[-1].growth[-1][1]
+        if extents == known:
+            return
+        if extents[: len(known)] != known:
+            raise ValueError(f"source {self._key[1]}: extents {extents} do not begin with {known}")
+        span = self._span_at(n)
+        epochs = (n - span.start) // span.length
+        start, epoch = span.start + epochs * span.length, span.epoch + epochs
+        self._spans = [s for s in self._spans if s.start < start]
+        if n == start:
+            self._spans.append(_Span(start, epoch, extents))
+            return
+        grown = _Span(start, epoch, span.extents, (*span.growth, (n - start, extents)))
+        self._spans += [grown, _Span(start + grown.length, epoch + 1, extents)]
 
-    def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        shards = permutation(len(self._shard_rows), *self._key, "shards", epoch)
-        sizes = np.add.reduceat(self._shard_rows[shards], np.arange(0, len(shards), WINDOW))
-        return shards, [0, *accumulate(sizes[:-1].tolist())]
+    def epochs(self, n: int) -> float:
+        """Return how many epochs the first `n` rows are."""
+        if not self._spans or n <= self._spans[0].start:
+            return 0.0
+        span = self._span_at(n)
+        return span.epoch + (n - span.start) / span.length
 
-    def _shuffle_window(self, epoch: int, window: int) -> np.ndarray:
-        shards = self._epoch(epoch)[0][window * WINDOW : (window + 1) * WINDOW]
-        rows = np.concatenate([self._shard_first[s] + np.arange(self._shard_rows[s]) for s in shards])
-        return rows[permutation(len(rows), *self._key, "rows", epoch, window)]
+    def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (epoch, row of the source) of its rows from the first-th to the last-th."""
+        epochs, rows = np.empty(last - first, np.int64), np.empty(last - first, np.int64)
+        at = first
+        while at < last:
+            span = self._span_at(at)
+            passed, inside = divmod(at - span.start, span.length)
+            span = replace(span, start=span.start + passed * span.length, epoch=span.epoch + passed)
+            _, _, starts = self._epoch(span)
+            window = int(np.searchsorted(starts, inside, side="right")) - 1
+            found = self._window(span, window)[inside - int(starts[window]) :][: last - at]
+            here = slice(at - first, at - first + len(found))
+            epochs[here], rows[here] = span.epoch, found
+            at += len(found)
+        return epochs, rows
+
+    def _span_at(self, n: int) -> _Span:
+        return next(span for span in reversed(self._spans) if span.start <= n)
+
+    def _shuffle_shards(self, span: _Span) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return an epoch's shards in order, the windows' edges in that list, and the rows before each window."""
+        shards = permutation(len(self._sizes(span.extents)), *self._key, "shards", span.epoch)
+        edges = _edges(0, len(shards))
+        starts = self._window_starts(shards, edges, span.extents)
+        known = len(shards)
+        for number, (read, extents) in enumerate(span.growth):
+            begun = int(np.searchsorted(starts, read, side="left"))
+            kept = int(edges[begun])
+            rest = np.concatenate([shards[kept:], np.arange(known, len(self._sizes(extents)))])
+            known = len(self._sizes(extents))
+            rest = rest[permutation(len(rest), *self._key, "shards", span.epoch, number)]
+            shards = np.concatenate([shards[:kept], rest])
+            edges = np.concatenate([edges[:begun], _edges(kept, len(shards))])
+            starts = self._window_starts(shards, edges, extents)
+        return shards, edges, starts
+
+    def _window_starts(self, shards: np.ndarray, edges: np.ndarray, extents: tuple[int, ...]) -> np.ndarray:
+        before = np.concatenate([[0], np.cumsum(self._sizes(extents)[shards])])
+        return before[edges[:-1]]
+
+    def _shuffle_window(self, span: _Span, window: int) -> np.ndarray:
+        shards, edges, _ = self._epoch(span)
+        extents = span.growth[-1][1] if span.growth else span.extents
+        sizes = self._sizes(extents)
+        first = _shard_ends(extents, self._rows_per_shard) - sizes
+        chosen = shards[edges[window] : edges[window + 1]]
+        rows = np.concatenate([first[s] + np.arange(sizes[s]) for s in chosen])
+        return rows[permutation(len(rows), *self._key, "rows", span.epoch, window)]
+
+    def _sizes(self, extents: tuple[int, ...]) -> np.ndarray:
+        return _shard_sizes(extents, self._rows_per_shard)
+
+
+def _edges(first: int, last: int) -> np.ndarray:
+    return np.append(np.arange(first, last, WINDOW), last)
+
+
+@lru_cache(maxsize=64)
+def _shard_sizes(extents: tuple[int, ...], rows_per_shard: int) -> np.ndarray:
+    """Return the rows of every shard: each extent's are full but the last."""
+    sizes = []
+    for rows in extents:
+        own = np.full(-(-rows // rows_per_shard), rows_per_shard, np.int64)
+        own[-1:] -= len(own) * rows_per_shard - rows
+        sizes.append(own)
+    return np.concatenate([*sizes, np.empty(0, np.int64)])
+
+
+@lru_cache(maxsize=64)
+def _shard_ends(extents: tuple[int, ...], rows_per_shard: int) -> np.ndarray:
+    """Return the rows up to the end of every shard."""
+    return np.cumsum(_shard_sizes(extents, rows_per_shard))
+
+
+def _sound(row: int, extents: tuple[int, ...], rows_per_shard: int, bad: set[int]) -> int:
+    """Return `row`, or where its shard is bad the row as far into the next shard that is not."""
+    sizes, ends = _shard_sizes(extents, rows_per_shard), _shard_ends(extents, rows_per_shard)
+    shard = int(np.searchsorted(ends, row, side="right"))
+    if shard not in bad:
+        return row
+    inside = row - int(ends[shard] - sizes[shard])
+    other = next(s % len(sizes) for s in range(shard + 1, shard + len(sizes)) if s % len(sizes) not in bad)
+    return int(ends[other] - sizes[other]) + inside % int(sizes[other])

@@ -6,17 +6,26 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llama_ds.data.shards import Source
+from llama_ds.data.source.shards import Source
+from llama_ds.data.source.store import BadFile
+from llama_ds.errors import UserError
 
 CHUNK = 4096  # rows counted at a time
 
 
 def count_labels(source: Source) -> np.ndarray:
-    """Return how often each id is a label in `source`: int64 (vocab_size,)."""
+    """Return how often each id is a label in `source`: int64 (vocab_size,).
+
+    Raises:
+        UserError: a shard is damaged.
+    """
     counts = np.zeros(source.vocab_size, np.int64)
-    for block in source.blocks():
-        for start in range(0, len(block), CHUNK):
-            counts += np.bincount(block[start : start + CHUNK, 1:].ravel(), minlength=source.vocab_size)
+    try:
+        for block in source.blocks():
+            for start in range(0, len(block), CHUNK):
+                counts += np.bincount(block[start : start + CHUNK, 1:].ravel(), minlength=source.vocab_size)
+    except BadFile as error:
+        raise UserError(f"{error}; copy the shard again, or rebuild the source") from None
     return counts
 
 

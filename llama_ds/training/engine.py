@@ -1,7 +1,7 @@
 """DeepSpeed's two engines behind one small interface: a pipeline, or one stage with any ZeRO.
 
-Shapes: b micro-batch rows, T tokens; a micro-batch is an int64 array (b, T + 1) whose columns overlap as inputs and
-labels.
+Shapes: b micro-batch rows, T tokens; a micro-batch is an integer array (b, T + 1) whose columns overlap as inputs and
+labels, or one on its way to the device.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ from llama_ds.parallel.recompute import stage_policies
 from llama_ds.parallel.scheduling import schedule_of
 from llama_ds.parallel.stock_trace import trace_instructions
 from llama_ds.parallel.trace import Trace
+from llama_ds.training.device_batches import Arriving
 from llama_ds.training.finite import check_layers, layer_name
 from llama_ds.training.host_memory import keep_freed_memory
 
-Batches = Iterable[np.ndarray]
+Batch = np.ndarray | Arriving
+Batches = Iterable[Batch]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Engine(Protocol):
     reads_data: bool  # first and last pipeline stage only
     trace: Trace
 
-    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         """Take one optimizer step over `accumulation` micro-batches."""
 
     def read(self, result: StepResult) -> tuple[float, float]:
@@ -203,10 +205,8 @@ def _set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def _split(batch: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows = torch.from_numpy(batch)
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)
+def _split(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows = batch.take() if isinstance(batch, Arriving) else torch.from_numpy(batch).to(device).long()
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -248,7 +248,7 @@ class SingleStageEngine(_DeepSpeedCheckpoints):
             engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
         )
 
-    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         engine = self.deepspeed
         engine.train()
         _set_learning_rate(engine, lr)
@@ -293,7 +293,7 @@ class PipelinedEngine(_DeepSpeedCheckpoints):
         self.dp_rank = engine.grid.get_data_parallel_rank()
         self.reads_data = engine.reads_data()
 
-    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         _set_learning_rate(self.deepspeed, lr)
         loss, norm = self.deepspeed.train_step(_split_all(batches, self.deepspeed.device)).unbind()
         return StepResult(loss, norm)
@@ -314,7 +314,7 @@ class StockPipelinedEngine(_DeepSpeedCheckpoints):
         self.reads_data = engine.is_first_stage() or engine.is_last_stage()
         trace_instructions(engine, trace)
 
-    def train_step(self, batches: Iterator[np.ndarray], lr: float) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         _set_learning_rate(self.deepspeed, lr)
         begin = self.trace.now()
         loss = self.deepspeed.train_batch(self._split_all(batches))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,13 +13,17 @@ from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import AUTO
 from llama_ds.config.run_file import dump, resolved
 from llama_ds.config.schema import RunConfig
-from llama_ds.data.stream import Dataset, MicroBatches, open_data
+from llama_ds.data.mixture import state_from_json
+from llama_ds.data.source.shards import check_present
+from llama_ds.data.sources import Sources
+from llama_ds.data.stream import Dataset, open_data
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.parallel.scheduling import describe_trace
 from llama_ds.training.engine import Engine, StepResult, build_engine
+from llama_ds.training.feed import Feed
 from llama_ds.training.meter import Meter
 from llama_ds.training.plan import memory_table
 from llama_ds.training.reporter import Reporter
@@ -40,7 +42,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     dtype = "bf16" if config["bf16"]["enabled"] else "fp32"
     least = -int(world.maximum([-float(world.device_memory(device))], device)[0])
     run = with_device_memory(run, least)
-    tag, data = world.together(lambda: (_checkpoint_to_resume(run, layout, place), _open_data(run, layout)))
+    tag, data = world.together(lambda: _open(run, layout, place))
     engine = world.together(lambda: build_engine(run, layout, config, device))
     first = _load(engine, _checkpoints(run), tag) if tag else 0
     if run.parallel.recompute.startswith(AUTO):
@@ -51,9 +53,9 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     total, every = run.training.steps, run.logging.interval
     last = min(run.checkpoint.stop_at or total, total)
     meter = Meter(run, layout, dtype, device)
-    batches = _training_batches(engine, data, layout, first)
-    validation = data.validation_micro_batches(run.evaluation.rows, engine.dp_rank, layout.dp, layout.micro_batch)
+    validation = world.together(lambda: _validation(run, layout, data.sources, engine))
     report = world.together(lambda: _open_report(run, first, place))
+    feed = Feed(run, layout, data, range(first, last), engine, place, device)
 
     # On CUDA a step's result is read while the next step runs: reading waits for the device.
     defers = device.type == "cuda"
@@ -63,29 +65,30 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
         lr, done = learning_rate(step, run.optimizer, total), step + 1
         evaluates = bool(validation) and _due(done, run.evaluation.interval, last)
         saves = _due(done, run.checkpoint.interval, last)
+        feed.before_step(step)
         if done == run.logging.trace_step:
             engine.trace.start()
-        result = engine.train_step(batches, lr)
+        result = engine.train_step(feed, lr)
         if engine.trace.recording:
             folder = os.path.join(run.run_dir, "trace")
             engine.trace.write(folder, place.rank, **describe_trace(run, layout, place.rank))
 
         if unread:
-            _report(run, engine, report, meter, waited(batches), *unread)
+            _report(run, engine, report, meter, feed.wait_s, *unread)
         unread = (done, lr, result) if _due(done, every, last) else None
         if unread and (evaluates or saves or not defers):
-            _report(run, engine, report, meter, waited(batches), *unread)
+            _report(run, engine, report, meter, feed.wait_s, *unread)
             unread = None
         if evaluates:
             report.validation(done, engine.evaluate(validation, len(validation)))
-            meter.restart(done, waited(batches))
+            meter.restart(done, feed.wait_s)
         if saves:
-            save(engine, run, layout, dtype, done, place)
+            save(engine, run, layout, dtype, done, place, data)
+            report.consumed(done, data.order.consumed(done), run.data.seq_len)
             report.note(f"step {done} | saved {_checkpoints(run)}/{store.tag_of(done)}")
-            meter.restart(done, waited(batches))
+            meter.restart(done, feed.wait_s)
     report.close()
-    if isinstance(batches, MicroBatches):
-        batches.close()  # a reading thread that the interpreter's end cuts short aborts the process
+    feed.close()
 
 
 def _report(
@@ -105,36 +108,44 @@ def _report(
         raise UserError(_divergence(run, done, mean))
 
 
-def save(engine: Engine, run: RunConfig, layout: Layout, dtype: str, step: int, place: world.Place) -> None:
+def save(
+    engine: Engine, run: RunConfig, layout: Layout, dtype: str, step: int, place: world.Place, data: Dataset
+) -> None:
     """Write the checkpoint of `step` and then, when all ranks' files are down, make it the newest. Collective."""
     folder = _checkpoints(run)
     engine.save(folder, store.tag_of(step))
     world.barrier()
     if place.rank == 0:
         tokens = step * layout.global_batch * run.data.seq_len
-        description = store.Description(step, tokens, run.zero_stage, dtype, vars(layout), resolved(run))
+        description = store.Description(
+            step, tokens, run.zero_stage, dtype, vars(layout), resolved(run), data.state.as_json()
+        )
         store.commit(folder, description, run.data.tokenizer)
     world.barrier()
 
 
-def waited(batches: Iterator[np.ndarray]) -> float:
-    """Return how long the training stream has kept this rank waiting, in seconds."""
-    return batches.wait_s if isinstance(batches, MicroBatches) else 0.0
+def _open(run: RunConfig, layout: Layout, place: world.Place) -> tuple[str | None, Dataset]:
+    """Return the checkpoint to resume from, if any, and the data from there on."""
+    tag = _checkpoint_to_resume(run, layout, place)
+    if tag:
+        folder = os.path.join(_checkpoints(run), tag)
+        found = store.describe(folder)
+        data = open_data(run, state_from_json(found.data, folder), found.step, folder)
+    else:
+        data = open_data(run)
+    if place.local_rank == 0:  # once per node, as for the files of a checkpoint
+        for source in data.sources.train:
+            check_present(source)
+    return tag, data
 
 
-def _training_batches(engine: Engine, data: Dataset, layout: Layout, first_step: int) -> Iterator[np.ndarray]:
-    if not engine.reads_data:
-        return itertools.repeat(np.empty(0))
-    return data.micro_batches(
-        first_step, engine.dp_rank, layout.dp, layout.micro_batch, layout.global_batch, layout.accumulation
-    )
-
-
-def _open_data(run: RunConfig, layout: Layout) -> Dataset:
-    total_rows = run.training.steps * run.training.global_batch
-    data = open_data(run.data, run.model.vocab_size, run.seed, total_rows)
-    data.validation_micro_batches(run.evaluation.rows, 0, layout.dp, layout.micro_batch)  # refuse now, not at the end
-    return data
+def _validation(run: RunConfig, layout: Layout, sources: Sources, engine: Engine) -> list[np.ndarray]:
+    """Return a rank's part of the validation rows; those in the middle of the pipeline are asked only how many."""
+    rows = run.evaluation.rows
+    sources.check_validation(rows, layout.dp * layout.micro_batch)
+    if engine.reads_data:
+        return sources.validation_micro_batches(rows, engine.dp_rank, layout.dp, layout.micro_batch)
+    return [np.empty(0)] * (rows // layout.dp // layout.micro_batch)
 
 
 def _checkpoint_to_resume(run: RunConfig, layout: Layout, place: world.Place) -> str | None:

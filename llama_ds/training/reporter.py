@@ -47,6 +47,15 @@ class Reporter:
         self._record({"step": step, "val_loss": loss, "val_perplexity": math.exp(loss)})
         self._say(f"step {step} | validation loss {loss:.4f} | perplexity {math.exp(loss):.2f}")
 
+    def consumed(self, step: int, sources: dict[str, tuple[int, float]], seq_len: int) -> None:
+        """Report what has been read of each source: (rows, epochs)."""
+        if not self.active:
+            return
+        values = {f"tokens/{name}": rows * seq_len for name, (rows, _) in sources.items()}
+        self._record({"step": step, **values, **{f"epochs/{name}": epochs for name, (_, epochs) in sources.items()}})
+        shares = (f"{name} {rows * seq_len:,} tokens, {epochs:.3f} epochs" for name, (rows, epochs) in sources.items())
+        self._say(f"step {step} | read {'; '.join(shares)}")
+
     def note(self, text: str) -> None:
         """Report something that happened, on the console only."""
         if self.active:

@@ -26,8 +26,8 @@ from llama_ds.config.schema import (
     SourceConfig,
     TrainingConfig,
 )
-from llama_ds.data.build import build_source
-from llama_ds.data.tokenizer import train_tokenizer
+from llama_ds.data.building.build import build_source
+from llama_ds.data.text.tokenizer import train_tokenizer
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank

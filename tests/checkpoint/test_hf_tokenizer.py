@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llama_ds.checkpoint.hf_tokenizer import tokenizer_config
-from llama_ds.data.tokenizer import Tokenizer
+from llama_ds.data.text.tokenizer import Tokenizer
 from tools import convert
 
 SPECIAL = " \t\n\r\u2581\u2585\u2047\ufffd\ufeff\u0301\u3000\x00\x7f<s>/unk0x4１é😀\U0010ffff"

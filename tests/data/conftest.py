@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from built_sources import SEQ_LEN, VOCAB_SIZE, Built
 
-from llama_ds.data.build import build_source
-from llama_ds.data.tokenizer import train_tokenizer
+from llama_ds.data.building.build import build_source
+from llama_ds.data.text.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from llama_ds.data.corpus import cut_at_lines, documents
-from llama_ds.data.gather import gather_local_corpus
+from llama_ds.data.building.parts import plan_parts
+from llama_ds.data.text.corpus import cut_at_lines, documents
+from llama_ds.data.text.gather import gather_local_corpus
+from llama_ds.data.text.piece_reader import Piece, PieceReader
 from llama_ds.errors import UserError
 
 
@@ -41,6 +48,49 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message:
         list(documents(str(tmp_path)))
     assert str(tmp_path / name) in str(error.value) and message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@given(
+    texts=st.lists(st.none() | st.text(max_size=20), min_size=1, max_size=12),
+    cuts=st.lists(st.integers(0, 600), max_size=4),
+    ends_in_newline=st.booleans(),
+)
+def test_a_line_belongs_to_the_range_of_bytes_in_which_it_starts(
+    texts: list[str | None], cuts: list[int], ends_in_newline: bool
+) -> None:
+    lines = ["  " if text is None else json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    data = "\n".join(lines).encode() + b"\n" * ends_in_newline
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        path.write_bytes(data)
+        found, before = [], 0
+        for start, stop in pairwise([0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]):
+            reader = PieceReader(Piece(str(path), start, stop))
+            for line, text in reader:
+                assert reader.place(line) == f"{path}:{before + line}"
+                found.append((before + line, text))
+            before += reader.lines
+        assert found == [(n, text) for n, text in enumerate(texts, 1) if text is not None]
+
+
+def test_parts_hold_every_byte_once_and_big_lists_are_cut(tmp_path: Path) -> None:
+    sizes = {
+        "a.jsonl": 3_500_000,
+        "b.txt": 100,
+        "c.txt": 200,
+        "d.txt": 5_000_000,
+        "e.txt": 100,
+        "f.jsonl.gz": 9_000_000,
+    }
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    parts = plan_parts([str(tmp_path / name) for name in sizes])
+    names = [[Path(piece.path).name for piece in part] for part in parts]
+    assert names == [["a.jsonl"]] * 3 + [["a.jsonl", "b.txt", "c.txt"], ["d.txt"], ["e.txt"], ["f.jsonl.gz"]]
+    ranges = [(piece.start, piece.stop) for part in parts for piece in part if piece.path.endswith(".jsonl")]
+    assert ranges[0][0] == 0 and ranges[-1][1] == 3_500_000
+    assert all(left[1] == right[0] for left, right in pairwise(ranges))
+    assert sum(piece.size for part in parts for piece in part) == sum(sizes.values())
 
 
 def test_nothing_found_is_an_error(tmp_path: Path) -> None:

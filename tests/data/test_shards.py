@@ -1,9 +1,11 @@
-"""Packing loses no token, shards are plain webdataset tars, and damage is found before it is trained on."""
+"""Shards are plain webdataset tars, rows are read from them exactly, and damage is found before it is trained on."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -13,40 +15,25 @@ from built_sources import SEQ_LEN, VOCAB_SIZE, Built
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_ds.data.build import build_source, in_validation
-from llama_ds.data.corpus import documents
-from llama_ds.data.packing import Packer, id_dtype
-from llama_ds.data.shards import check_tokenizer, open_source, read_manifest
-from llama_ds.data.tokenizer import Tokenizer, train_tokenizer
+from llama_ds.data.source import tar_rows
+from llama_ds.data.source.manifest import (
+    CHECKSUM_BLOCK,
+    Extent,
+    Manifest,
+    Split,
+    check_tokenizer,
+    checksum_blocks,
+    checksum_of,
+    checksums_name,
+    parse_manifest,
+    write_manifest,
+)
+from llama_ds.data.source.shards import OPEN_SHARDS, Source, check_present, open_source, read_manifest
+from llama_ds.data.source.store import BadFile, open_store
+from llama_ds.data.source.verify import repair, verify_source
+from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.data.unigram import count_labels, mixture_counts, unigram_loss
-from llama_ds.data.verify import verify_source
 from llama_ds.errors import UserError
-
-
-@given(lengths=st.lists(st.integers(0, 40)), seq_len=st.integers(1, 12))
-def test_every_id_but_the_first_is_a_label_once_in_order(lengths: list[int], seq_len: int) -> None:
-    stream = np.arange(sum(lengths), dtype=np.uint32)
-    packer = Packer(seq_len, id_dtype(1 << 20))
-    rows = [row for part in np.split(stream, np.cumsum(lengths)[:-1] if lengths else []) for row in packer.add(part)]
-    assert all(len(row) == seq_len + 1 for row in rows)
-    labels = np.concatenate([row[1:] for row in rows]) if rows else stream[:0]
-    assert labels.tolist() == stream[1 : 1 + len(labels)].tolist()
-    assert all(row[0] + 1 == row[1] for row in rows)
-    assert 0 <= len(stream) - 1 - len(labels) < seq_len or not len(stream)
-    assert packer.left == len(stream) - len(labels)
-
-
-def test_rows_are_the_documents_laid_end_to_end(built: Built) -> None:
-    tokenizer = Tokenizer(built.tokenizer)
-    for split in ("train", "validation"):
-        texts = [d.text for d in documents(built.prose) if in_validation(d.text, 0.2) == (split == "validation")]
-        stream = [i for text in texts for i in (tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id)]
-        source = open_source(str(built.shards / "prose"), split)
-        assert source.rows == (len(stream) - 1) // SEQ_LEN > 0
-        for i in range(source.rows):
-            assert source.row(i).tolist() == stream[i * SEQ_LEN : (i + 1) * SEQ_LEN + 1]
-        with pytest.raises(IndexError):
-            source.row(source.rows)
 
 
 @pytest.mark.parametrize("name", ["code", "prose"])
@@ -55,107 +42,212 @@ def test_webdataset_and_tarfile_read_the_same_rows(built: Built, name: str) -> N
 
     folder = built.shards / name
     source = open_source(str(folder), "train")
-    assert len(source.shard_rows) > 1
+    assert source.geometry.shards > 1
     urls = sorted(str(path) for path in folder.glob("train-*.tar"))
     samples = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert [s["__key__"] for s in samples] == [f"{i:08d}" for i in range(source.rows)]
-    for i, sample in enumerate(samples):
-        assert np.frombuffer(sample["ids.u16"], "<u2").tolist() == source.row(i).tolist()
+    assert [s["__key__"] for s in samples] == [f"{i:010d}" for i in range(source.rows)]
+    rows = source.read(np.arange(source.rows))
+    for sample, row in zip(samples, rows, strict=True):
+        assert np.frombuffer(sample["ids.u16"], "<u2").tolist() == row.tolist()
     with tarfile.open(urls[0]) as tar:
         members = tar.getmembers()
-        assert [m.name for m in members] == [f"{i:08d}.ids.u16" for i in range(source.shard_rows[0])]
-        assert tar.extractfile(members[3]).read() == source.row(3).tobytes()  # type: ignore[union-attr]
-    assert verify_source(str(folder)) == read_manifest(str(folder))
+        assert [m.name for m in members] == [f"{i:010d}.ids.u16" for i in source.geometry.shard_rows(0)]
+        assert tar.extractfile(members[3]).read() == rows[3].tobytes()  # type: ignore[union-attr]
 
 
-def test_workers_and_repetition_change_no_byte(built: Built, tmp_path: Path) -> None:
-    text = "".join(document.text for document in documents(built.code))
-    for i in range(20):  # enough for several tasks per worker, of unequal lengths
-        (tmp_path / f"{i}.txt").write_text(f"{i}\n" + text * (i % 3 + 1))
-    folders = [tmp_path / f"workers-{workers}" for workers in (1, 2)]
-    for folder, workers in zip(folders, (1, 2), strict=True):
-        build_source("s", str(tmp_path / "*.txt"), built.tokenizer, str(folder), SEQ_LEN, 0.2, 3000, workers)
-    files = sorted(path.name for path in (folders[0] / "s").iterdir())
-    assert len(files) > 3 and files == sorted(path.name for path in (folders[1] / "s").iterdir())
-    for name in files:
-        assert len({(folder / "s" / name).read_bytes() for folder in folders}) == 1
-
-
-def test_a_finished_source_is_replaced_only_when_told(built: Built, tmp_path: Path) -> None:
-    def build(seq_len: int, overwrite: bool = False) -> None:
-        build_source("p", built.prose, built.tokenizer, str(tmp_path), seq_len, 0.2, overwrite=overwrite)
-
-    build(16)
-    with pytest.raises(UserError, match="--overwrite"):
-        build(32)
-    assert read_manifest(str(tmp_path / "p")).seq_len == 16
-    build(32, overwrite=True)
-    assert read_manifest(str(tmp_path / "p")).seq_len == 32
-    assert not list((tmp_path / "p").glob("*.tmp"))
-
-
-def test_a_build_that_fails_leaves_no_source(built: Built, tmp_path: Path) -> None:
-    (tmp_path / "good.txt").write_text("words " * 5000)
-    (tmp_path / "worse.txt").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"worse\.txt: invalid UTF-8"):
-        build_source("s", str(tmp_path / "*.txt"), built.tokenizer, str(tmp_path), SEQ_LEN)
-    with pytest.raises(UserError, match=r"manifest\.json: cannot read"):
-        open_source(str(tmp_path / "s"), "train")
-
-
-@pytest.mark.parametrize(
-    ("text", "fraction", "split"), [("short", 0.0, "train"), ("words " * 5000, 0.0001, "validation")]
+@given(
+    rows=st.integers(1, 30),
+    first=st.integers(0, 10**10 - 31),
+    seq_len=st.integers(1, 700),
+    dtype=st.sampled_from(["<u2", "<u4"]),
 )
-def test_a_split_without_rows_says_why(built: Built, tmp_path: Path, text: str, fraction: float, split: str) -> None:
-    (tmp_path / "a.txt").write_text(text)
-    with pytest.raises(UserError, match=f"the {split} split got . of 1 documents.*--document-chars"):
-        build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, fraction)
+def test_members_are_what_tarfile_reads(rows: int, first: int, seq_len: int, dtype: str) -> None:
+    import io
+
+    ids = np.random.default_rng(rows).integers(0, 60000, (rows, seq_len + 1)).astype(dtype)
+    members = tar_rows.members(first, ids)
+    assert tar_rows.first_damage(members, first, seq_len, ids.dtype) is None
+    content = members.tobytes().ljust(tar_rows.shard_bytes(rows, seq_len, ids.dtype), b"\0")
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        for i, member in enumerate(tar):
+            assert member.name == f"{first + i:010d}.{tar_rows.extension(ids.dtype)}"
+            assert tar.extractfile(member).read() == ids[i].tobytes()  # type: ignore[union-attr]
+    assert np.array_equal(tar_rows.rows_of(members, seq_len, ids.dtype), ids)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=5), st.integers(1, 9))
+def test_rows_and_shards_are_numbered_through_all_extents(sizes: list[int], rows_per_shard: int) -> None:
+    split = Split(rows_per_shard, tuple(Extent(rows, 1, 1) for rows in sizes))
+    ranges = [split.shard_rows(shard) for shard in range(split.shards)]
+    assert [row for rows in ranges for row in rows] == list(range(split.rows))
+    shards, inside = split.locate(np.arange(split.rows))
+    for row, (shard, place) in enumerate(zip(shards.tolist(), inside.tolist(), strict=True)):
+        assert ranges[shard][place] == row
+    with pytest.raises(IndexError):
+        split.shard_rows(split.shards)
+
+
+def test_checksums_are_found_by_place_and_read_by_sha256sum(built: Built) -> None:
+    digests = [f"{i:064x}" for i in range(2 * CHECKSUM_BLOCK + 5)]
+    blocks = {name: text.encode() for name, text in checksum_blocks("train", digests)}
+    assert len(blocks) == 3
+    for i in (0, 1, CHECKSUM_BLOCK - 1, CHECKSUM_BLOCK, 2 * CHECKSUM_BLOCK + 4):
+        assert checksum_of(blocks[checksums_name("train", i)], "train", i) == digests[i]
+    assert checksum_of(blocks[checksums_name("train", 2048)], "train", 2 * CHECKSUM_BLOCK + 5) is None
+    assert checksum_of(b"not a list of checksums", "train", 0) is None
+    done = subprocess.run(["sha256sum", "-c", "index/train-0000.sha256"], cwd=built.shards / "code", check=True)
+    assert done.returncode == 0
+
+
+def test_any_rows_in_any_order(built: Built) -> None:
+    source = open_source(str(built.shards / "prose"), "train")
+    every = np.concatenate(list(source.blocks()))
+    assert every.shape == (source.rows, SEQ_LEN + 1)
+    chosen = np.random.default_rng(0).integers(0, source.rows, 500)
+    assert np.array_equal(source.read(chosen), every[chosen])
+    assert source.read(np.empty(0, np.int64)).shape == (0, SEQ_LEN + 1)
+    for outside in (-1, source.rows):
+        with pytest.raises(IndexError):
+            source.row(outside)
+
+
+def test_few_files_stay_open(built: Built, tmp_path: Path) -> None:
+    rows = np.arange(3 * OPEN_SHARDS * (SEQ_LEN + 1), dtype="<u2").reshape(-1, SEQ_LEN + 1) % VOCAB_SIZE
+    folder = source_of_one_row_shards(built, tmp_path, rows)
+    source = open_source(str(folder), "train")
+    before = len(os.listdir("/proc/self/fd"))
+    assert np.array_equal(source.read(np.arange(len(rows))), rows)
+    assert len(os.listdir("/proc/self/fd")) - before <= OPEN_SHARDS
+    source.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def source_of_one_row_shards(built: Built, folder: Path, rows: np.ndarray) -> Path:
+    import hashlib
+
+    (folder / "index").mkdir()
+    digests = []
+    for i, row in enumerate(rows):
+        content = tar_rows.members(i, row[None]).tobytes().ljust(tar_rows.shard_bytes(1, SEQ_LEN, row.dtype), b"\0")
+        (folder / f"train-{i:06d}.tar").write_bytes(content)
+        digests.append(hashlib.sha256(content).hexdigest())
+    for name, text in checksum_blocks("train", digests):
+        (folder / name).write_text(text)
+    old = read_manifest(open_store(str(built.shards / "prose")))
+    splits = {"train": Split(1, (Extent(len(rows), 1, 1),)), "validation": Split(1, ())}
+    write_manifest(str(folder), Manifest("rows", SEQ_LEN, VOCAB_SIZE, "<u2", old.tokenizer_sha256, 0.0, splits))
+    return folder
+
+
+def test_opening_does_not_look_at_shards(built: Built, tmp_path: Path) -> None:
+    """A source of a hundred thousand shards opens like one of ten: from its manifest, here without any shard."""
+    old = read_manifest(open_store(str(built.shards / "prose")))
+    splits = {"train": Split(1000, (Extent(10**8 - 1, 1, 1),)), "validation": Split(1000, ())}
+    write_manifest(str(tmp_path), Manifest("big", SEQ_LEN, VOCAB_SIZE, "<u2", old.tokenizer_sha256, 0.0, splits))
+    assert (tmp_path / "manifest.json").stat().st_size < 2000
+    source = open_source(str(tmp_path), "train")
+    assert source.geometry.shards == 100_000 and source.geometry.shard_rows(99_999) == range(99_999_000, 10**8 - 1)
+    with pytest.raises(BadFile, match=r"train-0097\.sha256"):
+        source.check(99_999)
 
 
 def copy(built: Built, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built.shards / "prose", tmp_path / "prose"))
 
 
-def test_a_shard_cut_short_is_found_on_opening(built: Built, tmp_path: Path) -> None:
-    shard = copy(built, tmp_path) / "train-00001.tar"
-    size = shard.stat().st_size
-    shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(UserError) as error:
-        open_source(str(shard.parent), "train")
-    for part in (str(shard), f"is {size - 1} bytes", f"says {size}", "cut short", "tools/shards.py build"):
-        assert part in str(error.value)
-    shard.unlink()
-    with pytest.raises(UserError, match=r"train-00001\.tar: cannot open the shard"):
-        open_source(str(shard.parent), "train")
-
-
-def test_a_shard_of_the_right_size_with_wrong_content_is_found(built: Built, tmp_path: Path) -> None:
+def test_a_shard_that_is_missing_is_named(built: Built, tmp_path: Path) -> None:
     folder = copy(built, tmp_path)
-    shard = folder / "train-00000.tar"
-    sound = shard.read_bytes()
-    shard.write_bytes(bytes(len(sound)))
     source = open_source(str(folder), "train")
-    with pytest.raises(UserError, match=r"train-00000\.tar: no tar header of 00000000\.ids\.u16"):
-        source.row(0)
-    shard.write_bytes(sound[:600] + b"\x07" + sound[601:])
-    open_source(str(folder), "train").row(0)  # one flipped byte looks sound here ...
-    with pytest.raises(UserError, match="sha256"):
-        verify_source(str(folder))  # ... and is what verify is for
+    check_present(source)
+    (folder / "train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"train-000001\.tar: the shard is missing, its manifest names \d+; copy"):
+        check_present(source)
+    store = open_store(str(folder))
+    repair(store, verify_source(store))
+    check_present(open_source(str(folder), "train"))
+
+
+def test_damage_is_found_when_a_shard_is_first_used(built: Built, tmp_path: Path) -> None:
+    folder = copy(built, tmp_path)
+    shard = folder / "train-000001.tar"
+    sound = shard.read_bytes()
+
+    def reason(content: bytes) -> str:
+        shard.write_bytes(content)
+        with pytest.raises(BadFile) as error:
+            open_source(str(folder), "train").check(1)
+        assert str(shard) in str(error.value)
+        return str(error.value)
+
+    assert f"{len(sound) - 1} bytes, not the {len(sound)}" in reason(sound[:-1])
+    assert f"{len(sound) + 9} bytes, not the {len(sound)}" in reason(sound + b"\0" * 9)
+    assert "sha256" in reason(sound[:600] + bytes([sound[600] ^ 1]) + sound[601:])
+    assert "sha256" in reason(bytes(len(sound)))
+    shard.unlink()
+    with pytest.raises(BadFile, match="No such file"):
+        open_source(str(folder), "train").check(1)
+
+
+def test_verify_finds_every_kind_of_damage_and_repair_lists_it(built: Built, tmp_path: Path) -> None:
+    folder = copy(built, tmp_path)
+    shards = [folder / f"train-{i:06d}.tar" for i in range(6)]
+    sound = {shard: shard.read_bytes() for shard in shards}
+    store = open_store(str(folder))
+    rows: list[int] = []
+    assert verify_source(store, 2, rows.append) == []
+    manifest = read_manifest(store)
+    assert sum(rows) == sum(split.rows for split in manifest.splits.values())
+    shards[0].write_bytes(sound[shards[0]][:600] + b"\xff" + sound[shards[0]][601:])
+    shards[2].unlink()
+    shards[3].write_bytes(sound[shards[3]][:2048])
+    shards[5].write_bytes(sound[shards[5]][:1024] + bytes(512) + sound[shards[5]][1536:])
+    (folder / "index" / "train-000004.documents.gz").write_bytes(b"\x1f\x8b no gzip")
+    index = (folder / "index" / "validation-000000.documents.gz").read_bytes()
+    (folder / "index" / "train-000001.documents.gz").write_bytes(index)
+    found = verify_source(store, 3)
+    assert [(damage.split, damage.shard, damage.offset) for damage in found] == [
+        ("train", 0, None), ("train", 1, None), ("train", 2, None), ("train", 3, 2048), ("train", 4, None),
+        ("train", 5, 1024),
+    ]  # fmt: skip
+    words = ("sha256", "documents that begin in the shard", "No such file", "2048 bytes", "damaged index", "sha256")
+    assert all(word in damage.reason for word, damage in zip(words, found, strict=True))
+    repair(store, found)
+    assert read_manifest(store).splits["train"].bad == (0, 1, 2, 3, 4, 5)
+    for shard, content in sound.items():
+        shard.write_bytes(content)
+    repair(store, verify_source(store))
+    assert read_manifest(store).splits["train"].bad == (1, 4)  # their indexes are still damaged
+
+
+def test_repair_leaves_a_source_that_is_lost(built: Built, tmp_path: Path) -> None:
+    folder = copy(built, tmp_path)
+    for shard in folder.glob("train-*.tar"):
+        shard.unlink()
+    before = (folder / "manifest.json").read_bytes()
+    store = open_store(str(folder))
+    with pytest.raises(UserError, match=r"none of the \d+ train shards is sound"):
+        repair(store, verify_source(store))
+    assert (folder / "manifest.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("{", "not a"), ('{"format": 99}', "format 99"), ('{"format": 1}', "not a"), ("[]", "not a")],
+    [
+        (b"{", "not a"),
+        (b'{"format": 99}', "format 99"),
+        (b'{"format": 2}', "not a"),
+        (b"[]", "not a"),
+        (b"\xff", "not a"),
+    ],
 )
-def test_a_damaged_manifest_is_a_user_error(built: Built, tmp_path: Path, change: str, message: str) -> None:
-    (tmp_path / "manifest.json").write_text(change)
-    with pytest.raises(UserError, match=message):
-        read_manifest(str(tmp_path))
+def test_a_damaged_manifest_is_a_user_error(change: bytes, message: str) -> None:
+    with pytest.raises(UserError, match=f"here: .*{message}"):
+        parse_manifest(change, "here")
 
 
 def test_another_tokenizer_is_refused(built: Built) -> None:
     other = train_tokenizer([built.code], str(built.shards.parent / "other"), 400)
-    manifest = read_manifest(str(built.shards / "prose"))
+    manifest = read_manifest(open_store(str(built.shards / "prose")))
     check_tokenizer(manifest, Tokenizer(built.tokenizer))
     with pytest.raises(UserError, match=r"built with tokenizer .*vocab 600.*vocab 400"):
         check_tokenizer(manifest, Tokenizer(other))
@@ -163,10 +255,10 @@ def test_another_tokenizer_is_refused(built: Built) -> None:
 
 def test_manifest_states_what_is_there(built: Built) -> None:
     raw = json.loads((built.shards / "code" / "manifest.json").read_text())
-    assert (raw["format"], raw["seq_len"], raw["vocab_size"], raw["dtype"]) == (1, SEQ_LEN, VOCAB_SIZE, "<u2")
-    for split in raw["splits"].values():
-        assert split["rows"] == sum(shard["rows"] for shard in split["shards"]) > 0
-        assert split["tokens"] == split["rows"] * SEQ_LEN
+    assert (raw["format"], raw["seq_len"], raw["vocab_size"], raw["dtype"]) == (2, SEQ_LEN, VOCAB_SIZE, "<u2")
+    for name, split in raw["splits"].items():
+        source = Source(open_store(str(built.shards / "code")), parse_manifest(json.dumps(raw).encode(), "x"), name)
+        assert sum(len(block) for block in source.blocks()) == sum(extent["rows"] for extent in split["extents"]) > 0
 
 
 def test_unigram_loss_is_its_formula(built: Built) -> None:

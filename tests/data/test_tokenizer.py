@@ -9,7 +9,7 @@ from built_sources import VOCAB_SIZE, Built
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_ds.data.tokenizer import Tokenizer, train_tokenizer
+from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.errors import UserError
 
 SPECIAL = " \t\n\r\u2581\u2585\u2047\ufffd\ufeff\u0301\u2028\u3000\u00a0\x00\x01\x7f<s>/unk0x4１é😀\U0010ffff"

@@ -40,14 +40,25 @@ def test_from_text_to_checked_shards(tmp_path: Path) -> None:
              "--validation-fraction", 0.2, "--workers", 2, "--out", tmp_path / "shards")  # fmt: skip
     done("shards.py", *build)
     assert done("shards.py", "verify", tmp_path / "shards").count("sound") == 2
+    remote = ("verify", f"pipe:cat {tmp_path}/shards/code/{{}}", "--cache-dir", tmp_path / "cache")
+    assert json.loads(done("shards.py", *remote, "--json")) == {remote[1]: []}
     code_info, prose_info = json.loads(done("shards.py", "info", tmp_path / "shards", "--rows", 1000, "--json"))
     assert (code_info["source"], prose_info["source"]) == ("code", "prose")
     rows = code_info["train"]["rows"] + prose_info["train"]["rows"]
     assert code_info["epochs"] == pytest.approx(1000 / rows)
     mixture = [f"{tmp_path}/shards/code=0.7", f"{tmp_path}/shards/prose=0.3"]
     assert 2 < float(done("shards.py", "unigram", *mixture).split()[0]) < 6.7  # ln 800
+    damage(tmp_path / "shards" / "code" / "train-000000.tar")
+    found = tool("shards.py", "verify", tmp_path / "shards")
+    assert found.returncode == 1 and "train shard 0" in found.stdout and "1 of its shards are damaged" in found.stdout
     again = tool("shards.py", *build)
     assert again.returncode == 2 and "--overwrite" in again.stderr
+
+
+def damage(shard: Path) -> None:
+    content = bytearray(shard.read_bytes())
+    content[600] ^= 1
+    shard.write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +69,10 @@ def test_from_text_to_checked_shards(tmp_path: Path) -> None:
         (("shards.py", "info", "no-shards"), "no-shards"),
         (("shards.py", "verify", "no-shards"), "no-shards"),
         (("shards.py", "unigram", "no-shards=1"), "no-shards"),
+        (("shards.py", "audit", "no-run", "--step", 1), "no-run"),
+        (("shards.py", "consumed", "no-run"), "no-run"),
+        (("shards.py", "verify", "foo://bucket/x"), "foo://bucket/x"),
+        (("shards.py", "verify", "http://127.0.0.1:9/x"), "cache"),
         (("shards.py", "build", "--source=a=x", "--tokenizer=no.model", "--seq-len=8", "--out=x"), "no.model"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from tiny_run import Corpus, Run
 
-from llama_ds.data.tokenizer import train_tokenizer
+from llama_ds.data.text.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Site:
 
     def shard(self, number: int) -> Path:
         """A shard of the training rows."""
-        return self.corpus.shards / "code" / f"train-{number:05d}.tar"
+        return self.corpus.shards / "code" / f"train-{number:06d}.tar"
 
     @property
     def optimizer_file(self) -> Path:
@@ -73,7 +74,7 @@ def tokenizer_is_text(site: Site) -> list[str]:
 
 def shard_cut_short(site: Site) -> list[str]:
     os.truncate(site.shard(2), 10_000)
-    return site.arguments
+    return [*site.arguments, "data.max_bad_shards=0"]
 
 
 def shard_missing(site: Site) -> list[str]:
@@ -82,11 +83,30 @@ def shard_missing(site: Site) -> list[str]:
 
 
 def shard_damaged(site: Site) -> list[str]:
-    """Full size, so it shows in mid-run, and with dp = 2 to the rank that reads it first."""
+    """Full size, so its checksum tells, and with dp = 2 the ranks that read it."""
     for number in range(16):
-        if number != 3:
+        if number != 3 and site.shard(number).exists():
             site.shard(number).write_bytes(bytes(site.shard(number).stat().st_size))
-    return [*site.arguments, "parallel.pp=1"]
+    return [*site.arguments, "parallel.pp=1", "data.max_bad_shards=3"]
+
+
+def remote_missing(site: Site) -> list[str]:
+    place = "data.sources.0.path=http://127.0.0.1:9/code"
+    return [*site.arguments, place, f"data.cache_dir={site.root}/cache", "data.deadline_s=1"]
+
+
+def cache_too_small(site: Site) -> list[str]:
+    place = f"data.sources.0.path=pipe:cat {site.corpus.shards}/code/{{}}"
+    return [*site.arguments, place, f"data.cache_dir={site.root}/cache", "data.cache_gib=1e-6"]
+
+
+def state_gone(site: Site) -> list[str]:
+    """A checkpoint from before checkpoints held the state of the data."""
+    description = site.run.newest / "llama_ds.json"
+    found = json.loads(description.read_text())
+    del found["data"]
+    description.write_text(json.dumps(found))
+    return site.arguments
 
 
 def shards_on_one_rank(site: Site) -> list[str]:
@@ -139,10 +159,17 @@ CASES = [
     Case("other tokenizer", other_tokenizer, ("other.model", "built with tokenizer")),
     Case("missing tokenizer", overriding("data.tokenizer=nowhere.model"), ("nowhere.model",)),
     Case("tokenizer is text", tokenizer_is_text, ("tokenizer.model", "not a sentencepiece model")),
-    Case("shard cut short", shard_cut_short, ("train-00002.tar", "cut short")),
-    Case("shard missing", shard_missing, ("train-00002.tar",)),
-    Case("shard damaged", shard_damaged, ("train-000", "no tar header")),
+    Case("shard cut short", shard_cut_short, ("train-000002.tar", "10000 bytes", "data.max_bad_shards = 0")),
+    Case("shard missing", shard_missing, ("train-000002.tar", "is missing")),
+    Case("shards damaged", shard_damaged, ("shards are damaged", "step 0, code, shard ", "sha256")),
     Case("shards on one rank", shards_on_one_rank, ("node1",)),
+    Case("unknown kind of place", overriding("data.sources.0.path=foo://bar/baz"), ("foo://bar/baz", "s3://")),
+    Case("remote without a cache", overriding("data.sources.0.path=http://127.0.0.1:9/x"), ("data.cache_dir",)),
+    Case("pipe without a name", overriding("data.sources.0.path=pipe:cat"), ("pipe:cat", "{}")),
+    Case("remote that is not there", remote_missing, ("manifest.json", "refused")),
+    Case("cache too small", cache_too_small, ("data.cache_gib",)),
+    Case("data of a checkpoint gone", state_gone, ("holds no state of the data",), trained=True),
+    Case("other batch", overriding("training.global_batch=16"), ("training.global_batch 8, not 16",), trained=True),
     Case("nothing to resume", overriding("checkpoint.resume=must"), ("no checkpoint to resume from",)),
     Case("not to resume", overriding("checkpoint.resume=never"), ("checkpoint.resume = never",), trained=True),
     Case("checkpoint cut short", checkpoint_cut_short, ("optim_states.pt", "is 1000 bytes"), trained=True),

@@ -11,7 +11,7 @@ from tiny_run import LAYOUTS, Run
 
 from llama_ds.checkpoint.huggingface import export
 from llama_ds.config.run_file import load_run
-from llama_ds.data.stream import open_data
+from llama_ds.data.sources import open_sources
 
 
 @pytest.mark.slow
@@ -29,7 +29,7 @@ def loss_by_transformers(run: Run, folder: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     config = load_run(str(run.file))
-    data = open_data(config.data, config.model.vocab_size, config.seed)
+    data = open_sources(config.data, config.model.vocab_size)
     rows = torch.from_numpy(data.validation_rows(config.evaluation.rows))
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == (torch.bfloat16 if config.deepspeed["bf16"]["enabled"] else torch.float32)

@@ -13,8 +13,8 @@ from typing import Any
 from launching import ROOT
 
 from llama_ds.config.text import dump_yaml
-from llama_ds.data.build import build_source
-from llama_ds.data.tokenizer import train_tokenizer
+from llama_ds.data.building.build import build_source
+from llama_ds.data.text.tokenizer import train_tokenizer
 
 SEQ_LEN, VOCAB_SIZE, GLOBAL_BATCH, STEPS = 48, 384, 8, 6
 MODULES = ("bisect", "heapq", "keyword", "linecache", "queue", "sched", "shelve", "token", "types", "weakref")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-from llama_ds.data.corpus import cut_at_lines, documents, source_files
+from llama_ds.data.text.corpus import cut_at_lines, documents, source_files
 from llama_ds.errors import UserError
 
 SPACE_MARK = "\u2581"  # sentencepiece's own spelling of a space: it decodes a mark in the text to a space
@@ -64,6 +64,12 @@ class Tokenizer:
             return self._model.encode(text)
         first, *others = (self._model.encode(part) for part in text.split(SPACE_MARK))
         return first + [i for part in others for i in (*self._mark_ids, *part)]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Return what `encode` does, as int32: without a Python object for each id."""
+        if self._mark_ids and SPACE_MARK in text:
+            return np.array(self.encode(text), np.int32)
+        return self._model.encode(text, out_type="numpy")
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Return the ids of each text, in order, encoded on `threads` threads."""

@@ -1,0 +1,1 @@
+"""Building a source: from documents to shards."""

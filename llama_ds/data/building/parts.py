@@ -1,0 +1,65 @@
+"""Which part of the input is tokenized at a time: a function of the files alone, so that workers change no byte."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from llama_ds.data.text.piece_reader import PARQUET, Piece, open_parquet
+from llama_ds.errors import UserError
+
+PARTS = 1024  # about so many: enough to share among workers, few enough to keep a file for each
+LEAST_BYTES, MOST_BYTES = 1 << 20, 64 << 20  # of a part: large against the cost of handing it over, small for memory
+
+Part = tuple[Piece, ...]
+
+
+def plan_parts(files: Sequence[str]) -> list[Part]:
+    """Return the parts of the files, in order.
+
+    Small files share a part. Plain JSON lines are cut into ranges of bytes, parquet between row groups; other files
+    cannot be read from the middle and are one piece, whatever their size.
+
+    Raises:
+        UserError: a parquet file is damaged.
+    """
+    sizes = [_size(path) for path in files]
+    size = min(MOST_BYTES, max(LEAST_BYTES, sum(sizes) // PARTS))
+    parts: list[Part] = []
+    pieces: list[Piece] = []
+    filled = 0
+    for path, file_size in zip(files, sizes, strict=True):
+        for piece in _pieces(path, file_size, size):
+            if pieces and filled + piece.size > size:
+                parts.append(tuple(pieces))
+                pieces, filled = [], 0
+            pieces.append(piece)
+            filled += piece.size
+    return [*parts, tuple(pieces)] if pieces else parts
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _pieces(path: str, file_size: int, size: int) -> Iterator[Piece]:
+    if path.lower().endswith(PARQUET):
+        yield from _row_groups(path, file_size, size)
+    elif path.lower().endswith(".jsonl") and file_size > size:
+        for start in range(0, file_size, size):
+            stop = min(start + size, file_size)
+            yield Piece(path, start, stop, stop - start)
+    else:
+        yield Piece(path, size=file_size)
+
+
+def _row_groups(path: str, file_size: int, size: int) -> Iterator[Piece]:
+    with open_parquet(path) as file:
+        groups = file.num_row_groups
+    together = max(1, groups * size // max(1, file_size))
+    for start in range(0, groups, together):
+        stop = min(start + together, groups)
+        yield Piece(path, start, stop, file_size * stop // groups - file_size * start // groups)

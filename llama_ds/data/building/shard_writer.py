@@ -1,0 +1,154 @@
+"""Writing a shard from the tokenized parts that it spans, independently of all other shards.
+
+Positions count the ids of a split from the first id of this build on. Shard k of R rows of T + 1 ids holds the
+positions k*R*T .. (k+1)*R*T.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from llama_ds.data.building.packing import pack
+from llama_ds.data.building.tokenized import documents_path, ids_path
+from llama_ds.data.building.whole_file import writing
+from llama_ds.data.source import tar_rows
+from llama_ds.data.source.documents_index import IndexedDocument, write_documents
+from llama_ds.data.source.manifest import documents_name, shard_name
+
+CHUNK_BYTES = 8 << 20  # written at a time
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tokenized part, and where its documents of a split stand."""
+
+    number: int
+    start: int  # position of its first id
+    ids: int
+    copies: np.ndarray  # indices of its documents (of both splits) that are left out
+    files: tuple[tuple[str, int], ...]  # of each piece: path, and lines of the file before it
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard that is done; `shard` is its number in the split."""
+
+    split: str
+    shard: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WriteShard:
+    """The task to write a shard of `folder`."""
+
+    folder: str
+    build: str
+    split: str
+    shard: int
+    first_row: int  # in the split
+    rows: int
+    start: int  # position of its first id
+    seq_len: int
+    dtype: str
+    eos_id: int
+    spans: tuple[Span, ...]
+
+    def run(self) -> Iterator[WrittenShard]:
+        """Write the index of documents, then a record of the checksum, then, by renaming, the tar; yield the record.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        dtype = np.dtype(self.dtype)
+        size = tar_rows.shard_bytes(self.rows, self.seq_len, dtype)
+        documents = [_Documents.of(self, span) for span in self.spans]
+        sha256 = hashlib.sha256()
+        with writing(os.path.join(self.folder, shard_name(self.split, self.shard)), size) as tar:
+            for data in self._content(documents, dtype):
+                sha256.update(data)
+                tar.write(data)
+            end = bytes(size - tar.tell())
+            sha256.update(end)
+            tar.write(end)
+            with writing(os.path.join(self.folder, documents_name(self.split, self.shard))) as index:
+                write_documents(index, (entry for d in documents for entry in d.entries(self.start)))
+            shard = WrittenShard(self.split, self.shard, sha256.hexdigest())
+            with writing(_record_path(self.build, self.split, self.shard)) as record:
+                record.write(json.dumps(asdict(shard)).encode())
+        yield shard
+
+    @property
+    def stop(self) -> int:
+        """Position after its last id."""
+        return self.start + self.rows * self.seq_len + 1
+
+    def _content(self, documents: Sequence[_Documents], dtype: np.dtype) -> Iterator[memoryview]:
+        rows = max(1, CHUNK_BYTES // tar_rows.stride(self.seq_len, dtype))
+        runs = (run for d in documents for run in d.runs(dtype, self.start, self.stop))
+        row = self.first_row
+        for ids in pack(runs, self.seq_len, dtype, self.eos_id, min(rows, self.rows)):
+            yield tar_rows.members(row, ids).reshape(-1).data
+            row += len(ids)
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """The documents of a part that have an id in a shard: where they stand in the part's file and in the split."""
+
+    path: str
+    files: tuple[tuple[str, int], ...]
+    records: np.ndarray
+    offsets: np.ndarray  # in the file of ids
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, shard: WriteShard, span: Span) -> _Documents:
+        records = np.load(documents_path(shard.build, span.number))
+        kept = np.ones(len(records), bool)
+        kept[span.copies] = False
+        mine = records["validation"] == (shard.split == "validation")
+        records, kept = records[mine], kept[mine]
+        offsets = (np.cumsum(records["length"]) - records["length"])[kept]
+        records = records[kept]
+        positions = span.start + np.cumsum(records["length"]) - records["length"]
+        here = (positions < shard.stop) & (positions + records["length"] > shard.start)
+        path = ids_path(shard.build, span.number, shard.split)
+        return cls(path, span.files, records[here], offsets[here], positions[here])
+
+    def runs(self, dtype: np.dtype, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yield the ids at the positions start .. stop - 1, as far as documents without a gap in the file go."""
+        if not len(self.records):
+            return
+        ids = np.memmap(self.path, dtype, "r")
+        ends = self.offsets + self.records["length"]
+        gaps = np.flatnonzero(self.offsets[1:] != ends[:-1]) + 1
+        for first, after in zip([0, *gaps], [*gaps, len(ends)], strict=True):
+            shift = int(self.offsets[first] - self.positions[first])
+            yield ids[max(int(self.offsets[first]), start + shift) : min(int(ends[after - 1]), stop + shift)]
+
+    def entries(self, start: int) -> Iterator[IndexedDocument]:
+        """Yield the lines of the index of a shard that begins at the position `start`."""
+        for record, position in zip(self.records, self.positions, strict=True):
+            path, lines = self.files[record["piece"]]
+            place = f"{path}:{lines + record['line']}" if record["line"] else path
+            digest = record["digest"].ljust(16, b"\0")
+            yield IndexedDocument(int(position) - start, int(record["length"]), digest, place)
+
+
+def read_shard(folder: str, build: str, split: str, shard: int) -> WrittenShard | None:
+    """Return a shard that an earlier, killed build finished, or None."""
+    if not os.path.exists(os.path.join(folder, shard_name(split, shard))):
+        return None
+    with open(_record_path(build, split, shard), "rb") as file:
+        return WrittenShard(**json.load(file))
+
+
+def _record_path(build: str, split: str, shard: int) -> str:
+    return os.path.join(build, f"{split}-{shard:06d}.json")

@@ -1,0 +1,112 @@
+"""The stream of ids of a split as parts are added to it, and its shards: which can be written, which are."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+from llama_ds.data.building.packing import rows_of
+from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard, read_shard
+from llama_ds.data.building.tokenized import ids_path
+from llama_ds.data.source.manifest import Extent, Split
+
+
+@dataclass(frozen=True)
+class ShardForm:
+    """What all shards of a build have in common."""
+
+    folder: str
+    build: str
+    seq_len: int
+    rows_per_shard: int
+    dtype: str
+    eos_id: int
+
+
+class SplitStream:
+    """The documents of a split in order, cut into shards. Positions and shards count from the start of this build."""
+
+    def __init__(self, form: ShardForm, split: str, base: Split | None) -> None:
+        self.documents = self.ids = 0
+        self._form, self._split = form, split
+        self._base = base or Split(form.rows_per_shard, ())
+        self._shard_ids = form.rows_per_shard * form.seq_len  # from the start of one shard to that of the next
+        self._spans: deque[Span] = deque()
+        self._is_whole = False
+        self._next = 0
+        self._sha256: dict[int, str] = {}
+        self._done = 0  # shards 0 .. done - 1 are written
+
+    def add(self, span: Span, documents: int) -> None:
+        """Append a part's documents."""
+        self.documents += documents
+        self.ids += span.ids
+        if span.ids:
+            self._spans.append(span)
+
+    def end(self) -> None:
+        """Say that no part follows."""
+        self._is_whole = True
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all shards are done."""
+        return self._is_whole and self._done * self._form.rows_per_shard >= self.rows
+
+    @property
+    def rows(self) -> int:
+        """Rows that the ids so far fill."""
+        return rows_of(self.ids, self._form.seq_len)
+
+    @property
+    def sha256(self) -> list[str]:
+        """Checksums of the shards of this build."""
+        return [self._sha256[shard] for shard in range(self._done)]
+
+    def result(self) -> Split:
+        """Return the split with what this build added."""
+        added = (Extent(self.rows, self.documents, self.ids),) if self.documents else ()
+        return Split(self._base.rows_per_shard, (*self._base.extents, *added), self._base.bad)
+
+    def next_task(self) -> WriteShard | None:
+        """Return the task to write the next shard, None while its ids are not all there; skip those that are done."""
+        while rows := self._rows_ready():
+            shard = self._next
+            self._next += 1
+            form, number = self._form, self._base.shards + shard
+            if done := read_shard(form.folder, form.build, self._split, number):
+                self.take(done)
+                continue
+            first_row = self._base.rows + shard * form.rows_per_shard
+            return WriteShard(
+                form.folder, form.build, self._split, number, first_row, rows, shard * self._shard_ids,
+                form.seq_len, form.dtype, form.eos_id, tuple(self._spans_of(shard)),
+            )  # fmt: skip
+        return None
+
+    def take(self, shard: WrittenShard) -> None:
+        """Note a shard as written, and delete the ids of parts that no other needs."""
+        self._sha256[shard.shard - self._base.shards] = shard.sha256
+        while self._done in self._sha256:
+            self._done += 1
+        while self._spans and self._spans[0].start + self._spans[0].ids <= self._done * self._shard_ids:
+            with suppress(FileNotFoundError):
+                os.remove(ids_path(self._form.build, self._spans.popleft().number, self._split))
+
+    def _rows_ready(self) -> int:
+        start = self._next * self._shard_ids
+        if self.ids > start + self._shard_ids:
+            return self._form.rows_per_shard
+        return max(0, self.rows - self._next * self._form.rows_per_shard) if self._is_whole else 0
+
+    def _spans_of(self, shard: int) -> Iterator[Span]:
+        start = shard * self._shard_ids
+        stop = start + self._shard_ids + 1
+        for span in self._spans:
+            if span.start >= stop:
+                return
+            if span.start + span.ids > start:
+                yield span

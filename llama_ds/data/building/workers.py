@@ -1,0 +1,168 @@
+"""Processes that run tasks. A task's `run` yields messages, which come back as they are yielded.
+
+Not concurrent.futures: its processes outlive a killed parent, cannot be told to stop at once when one of them meets an
+error, and send nothing before a task is done.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Protocol
+
+from llama_ds.errors import UserError
+
+
+class Task(Protocol):
+    """Something to do, in any process."""
+
+    def run(self) -> Iterator[object]:
+        """Do it."""
+
+
+class _Done:
+    """Message: the task is done."""
+
+
+class _Failed:
+    """Message: the task raised an error; `is_users` when it was a UserError."""
+
+    def __init__(self, text: str, is_users: bool) -> None:
+        self.text, self.is_users = text, is_users
+
+
+class ThisProcess:
+    """Runs one task at a time in this process, a message at a time."""
+
+    def __init__(self) -> None:
+        self._messages: Iterator[object] | None = None
+
+    def __enter__(self) -> ThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a task can be started."""
+        return self._messages is None
+
+    def start(self, task: Task) -> None:
+        """Take a task."""
+        self._messages = task.run()
+
+    def receive(self) -> list[object]:
+        """Return the messages that came since the last call, after the first has come or a task is done."""
+        for message in self._messages or ():
+            return [message]
+        self._messages = None
+        return []
+
+
+class Workers:
+    """Runs tasks in processes; as a context it ends them at its end, whatever they are at."""
+
+    def __init__(self, count: int) -> None:
+        context = get_context("spawn")
+        self._processes: dict[Connection, SpawnProcess] = {}
+        self._free: deque[Connection] = deque()
+        self._busy: list[Connection] = []
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()  # so that the pipe ends when the process does
+            self._processes[ours] = process
+            self._free.append(ours)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.kill()
+        for connection, process in self._processes.items():
+            process.join()
+            connection.close()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a task can be started."""
+        return bool(self._free)
+
+    def start(self, task: Task) -> None:
+        """Hand a task to a free process."""
+        connection = self._free.popleft()
+        self._busy.append(connection)
+        try:
+            connection.send(task)
+        except OSError:
+            raise self._died(connection) from None
+
+    def receive(self) -> list[object]:
+        """Return the messages that came since the last call, after the first has come or a task is done.
+
+        Raises:
+            UserError: a task raised it, or a process was killed.
+        """
+        messages: list[object] = []
+        for connection in wait(self._busy):
+            assert isinstance(connection, Connection)
+            try:
+                message = connection.recv()
+            except (EOFError, OSError):
+                raise self._died(connection) from None
+            if isinstance(message, _Failed):
+                raise UserError(message.text) if message.is_users else RuntimeError(message.text)
+            if isinstance(message, _Done):
+                self._busy.remove(connection)
+                self._free.append(connection)
+            else:
+                messages.append(message)
+        return messages
+
+    def _died(self, connection: Connection) -> UserError:
+        process = self._processes[connection]
+        process.join(10)
+        code = process.exitcode or 0
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return UserError(
+            f"a worker process (pid {process.pid}) of the build was killed ({how}; the system does so when memory runs "
+            "out); run the same command again, it goes on where it stopped, with fewer --workers if memory is short"
+        )
+
+
+def workers(count: int) -> ThisProcess | Workers:
+    """Return `count` processes, or this one in the place of one."""
+    return Workers(count) if count > 1 else ThisProcess()
+
+
+def _work(connection: Connection) -> None:
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    while True:
+        try:
+            task: Task = connection.recv()
+        except EOFError:  # the parent is gone
+            return
+        try:
+            for message in task.run():
+                connection.send(message)
+            connection.send(_Done())
+        except UserError as error:
+            connection.send(_Failed(str(error), True))
+        except Exception:
+            connection.send(_Failed(f"in a worker process:\n{traceback.format_exc()}", False))
+
+
+def _leave_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

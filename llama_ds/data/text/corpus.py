@@ -1,0 +1,90 @@
+"""Documents of a corpus: which files a pattern names, and the texts in them."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llama_ds.data.text.piece_reader import JSON_LINES, PARQUET, Piece, PieceReader, empty_file
+from llama_ds.errors import UserError
+
+# What counts as text when a whole folder is named; a glob or a file name takes files of any suffix.
+TEXT_SUFFIXES = (
+    *(".txt", ".md", ".rst", ".tex", ".html", *JSON_LINES, PARQUET),
+    *(".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".sh"),
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text; `path` is its file, or file:line (parquet: file:row) where a file holds several."""
+
+    path: str
+    text: str
+
+
+def source_files(pattern: str) -> list[str]:
+    """Return the files that `pattern` (a file, a folder or a glob with `**`) names, sorted.
+
+    Raises:
+        UserError: when there are none.
+    """
+    if os.path.isdir(pattern):
+        found = [f for f in _walk(pattern) if f.lower().endswith(TEXT_SUFFIXES)]
+        if not found:
+            raise UserError(
+                f"{pattern}: the folder holds no text file (suffix {' '.join(TEXT_SUFFIXES)}); "
+                f"name the files with a glob, such as '{os.path.join(pattern, '**', '*')}'"
+            )
+        return found
+    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+    files = sorted({f for f in found if os.path.isfile(f)})
+    if not files:
+        raise UserError(f"{pattern}: no such file, and as a pattern it matches nothing; check the path and quote globs")
+    return files
+
+
+def documents(pattern: str, max_chars: int = 0) -> Iterator[Document]:
+    """Yield the documents of `pattern` (see `source_files`) in a fixed order, without the empty ones of a list.
+
+    With `max_chars`, longer documents are cut after line ends into documents of at most that many characters
+    (a line longer than that stays whole).
+
+    Raises:
+        UserError: nothing matches, or a file is empty, binary, damaged, not UTF-8 or has no text; names the place.
+    """
+    for path in source_files(pattern):
+        reader = PieceReader(Piece(path))
+        for line, text in reader:
+            if not (text or line):
+                raise empty_file(path)
+            for part in cut(text, max_chars):
+                yield Document(reader.place(line), part)
+
+
+def cut(text: str, max_chars: int) -> Iterator[str]:
+    """Yield the documents that a text becomes: none if it is empty, pieces if it is longer than `max_chars` (not 0)."""
+    if max_chars and len(text) > max_chars:
+        yield from cut_at_lines(text, max_chars)
+    elif text:
+        yield text
+
+
+def cut_at_lines(text: str, max_chars: int) -> Iterator[str]:
+    """Yield consecutive pieces of `text`: whole lines, at most `max_chars` long unless one line is longer."""
+    piece: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        if piece and size + len(line) > max_chars:
+            yield "".join(piece)
+            piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    if piece:
+        yield "".join(piece)
+
+
+def _walk(folder: str) -> list[str]:
+    return sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)

@@ -1,0 +1,205 @@
+"""A rank's micro-batches: read once per host, checked against the other ranks', on the device before they are needed.
+
+Ranks agree on two things, every `data.check_interval` steps and before the first:
+
+- that they read the same. The first and the last stage, and all tensor-parallel ranks, of one data-parallel rank must
+  hold the same batches; all ranks the same order. A checksum of each says so.
+- which shards are damaged. Steps come in periods of check_interval. In the midst of one every reading rank has fetched
+  and checked the shards that it needs in the next; what any rank found damaged all replace from there on.
+
+It costs one gather of a few integers; nothing else waits, and nothing is read that was not agreed on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import RunConfig
+from llama_ds.data.mixture import STATE, save_state
+from llama_ds.data.order import BadShard
+from llama_ds.data.stream import Dataset, ReadAhead, Reader
+from llama_ds.errors import UserError
+from llama_ds.log import logger
+from llama_ds.parallel import world
+from llama_ds.parallel.sharing import Neighbours, find_neighbours, share
+from llama_ds.training.device_batches import on_device
+from llama_ds.training.engine import Engine
+
+SOUND, FOUND_BAD, FAILED = range(3)  # what a rank says of the shards that it needs next
+
+
+class Feed:
+    """The micro-batches of a rank, step after step."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        layout: Layout,
+        data: Dataset,
+        steps: range,
+        engine: Engine,
+        place: world.Place,
+        device: torch.device,
+    ) -> None:
+        """Agree with the other ranks on the first steps, and begin to read. Collective.
+
+        Raises:
+            UserError: ranks do not read the same, or shards are damaged beyond what the run file allows.
+        """
+        self._run, self._layout, self._data, self._steps = run, layout, data, steps
+        self._engine, self._place, self._device = engine, place, device
+        self._interval = run.data.check_interval
+        self._crc_of: dict[int, int] = {}  # of the steps that were read since ranks last compared
+        self._batches: Iterator[Any] = itertools.repeat(np.empty(0))
+        self._ahead: ReadAhead[Any] | None = None
+        self._reader: Reader | None = None
+        neighbours = find_neighbours(engine.reads_data, engine.dp_rank)
+        if engine.reads_data and neighbours.reads:
+            self._reader = Reader(data, steps, engine.dp_rank, layout.dp, layout.micro_batch)
+        world.together(self._save_state)
+        self._agree(steps.start, self._period_end(steps.start))
+        if steps.start % self._interval > self._interval // 2:  # its turn to agree on the next period has passed
+            self._agree(self._period_end(steps.start), self._period_end(steps.start) + self._interval)
+        if engine.reads_data:
+            self._read(neighbours)
+        self._compare(steps.start + 1, SOUND)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that this rank has waited for data in all."""
+        return self._ahead.wait_s if self._ahead else 0.0
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._batches)
+
+    def before_step(self, step: int) -> None:
+        """Agree on the next period, in the midst of each. Collective.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        if step % self._interval == self._interval // 2:
+            self._agree(self._period_end(step), self._period_end(step) + self._interval, done=step)
+
+    def close(self) -> None:
+        """End the threads that read: one that the interpreter's end cuts short aborts the process."""
+        if self._reader:
+            self._reader.close()
+        if self._ahead:
+            self._ahead.close()
+
+    def _period_end(self, step: int) -> int:
+        return (step // self._interval + 1) * self._interval
+
+    def _read(self, neighbours: Neighbours) -> None:
+        shape = (self._layout.micro_batch, self._run.data.seq_len + 1)
+        accumulation = self._layout.accumulation
+        own = self._reader.batches() if self._reader else None
+        shared = self._summed(share(own, len(self._steps) * accumulation, shape, neighbours))
+        # The last stage draws a micro-batch up to a whole step after the first: with less read ahead, one could starve
+        # the other where both are fed by one reader.
+        self._ahead = ReadAhead(on_device(shared, self._device), depth=accumulation + 2)
+        first_step = list(itertools.islice(self._ahead, accumulation))
+        self._batches = itertools.chain(first_step, self._ahead)
+
+    def _summed(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        """Pass batches on; keep a checksum of every step's."""
+        for step in self._steps:
+            crc = 0
+            for _ in range(self._layout.accumulation):
+                batch = next(batches)
+                crc = zlib.crc32(batch.data, crc)
+                self._crc_of[step] = crc
+                yield batch
+
+    def _agree(self, first: int, last: int, done: int = 0) -> None:
+        """Agree on the shards of the steps `first` to `last`, and let them be read; compare what was, before `done`."""
+        first, last = min(first, self._steps.stop), min(last, self._steps.stop)
+        while True:
+            status, bad, error = self._look(first, last)
+            said = self._compare(done, status)
+            if FAILED in said:
+                world.together(lambda error=error: _raise(error))  # type: ignore[misc]
+            if FOUND_BAD not in said:
+                break
+            found = sorted({bad for rank in world.gather(bad) for bad in rank}, key=_shard)
+            self._replace([next(group) for _, group in itertools.groupby(found, key=_shard)])
+        if self._reader:
+            self._reader.allow(last)
+            self._reader.prepare(last, min(last + self._interval, self._steps.stop))
+
+    def _look(self, first: int, last: int) -> tuple[int, list[BadShard], UserError | None]:
+        """Return what this rank has to say of the shards that it will read."""
+        try:
+            bad = self._reader.find_bad(first, last) if self._reader else []
+            return (FOUND_BAD if bad else SOUND), bad, None
+        except UserError as error:
+            return FAILED, [], error
+
+    def _replace(self, found: list[BadShard]) -> None:
+        for bad in found:
+            logger.warning(
+                "data: shard %d of source %s is damaged and will be replaced from step %d on: %s",
+                bad.shard, bad.source, bad.step, bad.reason,
+            )  # fmt: skip
+        self._data.replace(found, self._run.data.max_bad_shards)  # all ranks find alike whether they are too many
+        world.together(self._save_state)
+
+    def _compare(self, done: int, status: int) -> set[int]:
+        """Compare what ranks have read of the steps before `done`; return the statuses of all. Collective."""
+        crc = 0
+        for step in sorted(step for step in self._crc_of if step < done):
+            crc = zlib.crc32(self._crc_of.pop(step).to_bytes(4, "little"), crc)
+        own = [int(self._engine.reads_data), self._engine.dp_rank, crc, self._data.fingerprint, status]
+        ranks = world.gather_numbers(own, self._device)
+        reads, dp_rank, crcs, fingerprints, statuses = ranks.T
+        _check_same(
+            "have another order of the data (source, seed or history)", fingerprints, np.arange(len(ranks)), done
+        )
+        for number in np.unique(dp_rank[reads == 1]):
+            readers = np.flatnonzero((reads == 1) & (dp_rank == number))
+            _check_same(f"of data-parallel rank {number} read other batches", crcs[readers], readers, done)
+        return set(statuses.tolist())
+
+    def _save_state(self) -> None:
+        if self._place.rank == 0:
+            try:
+                save_state(os.path.join(self._run.run_dir, STATE), self._data.state)
+            except OSError as error:
+                raise UserError(
+                    f"{self._run.run_dir}: cannot write {STATE} ({error}); set output_dir to another"
+                ) from None
+
+
+def _check_same(what: str, values: np.ndarray, ranks: np.ndarray, step: int) -> None:
+    if len(kinds := np.unique(values)) > 1:
+        groups = sorted((ranks[values == kind] for kind in kinds), key=lambda group: (-len(group), group[0]))
+        raise UserError(
+            f"step {step}: ranks {' | '.join(map(_listed, groups))} {what}; training on would mix different rows: "
+            "compare the sources' folders and the code on the hosts of these ranks, then resume"
+        )
+
+
+def _listed(ranks: np.ndarray, most: int = 16) -> str:
+    shown = ", ".join(map(str, ranks[:most].tolist()))
+    return shown if len(ranks) <= most else f"{shown} and {len(ranks) - most} more"
+
+
+def _shard(bad: BadShard) -> tuple[str, int]:
+    return bad.source, bad.shard
+
+
+def _raise(error: UserError | None) -> None:
+    if error:
+        raise error

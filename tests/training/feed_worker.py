@@ -1,0 +1,67 @@
+"""One of four ranks: draws the batches of each scenario through a `Feed`, and writes what it saw."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama_ds.config.layout import resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.data.stream import open_data
+from llama_ds.errors import UserError
+from llama_ds.parallel import world
+from llama_ds.training.feed import Feed
+
+CLONE_NEWUTS = 0x04000000
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    place = world.find_place()
+    world.join(place)
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUTS):  # a host name of its own
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, scenario in json.loads((folder / "scenarios.json").read_text()).items():
+        socket.sethostname(scenario["hosts"][place.rank])
+        seen = draw(scenario, place, folder)
+        np.savez(folder / f"{name}.r{place.rank}.npz", **seen)
+        world.barrier()
+    print("fine", flush=True)
+    os._exit(0)  # scenarios that failed leave groups of which a rank waits in a broadcast
+
+
+def draw(scenario: dict[str, Any], place: world.Place, folder: Path) -> dict[str, Any]:
+    run = load_run(scenario["run_files"][place.rank], scenario["overrides"])
+    layout = resolve_layout(run, place.world)
+    engine: Any = SimpleNamespace(reads_data=scenario["reads"][place.rank], dp_rank=scenario["dp_ranks"][place.rank])
+    steps = range(*scenario["steps"])
+    batches, error, data = [], "", open_data(run)
+    try:
+        feed = Feed(run, layout, data, steps, engine, place, torch.device("cpu"))
+        for step in steps:
+            feed.before_step(step)
+            batches.append([next(feed) for _ in range(layout.accumulation)])
+            if step in scenario["spoil_after"] and place.rank == 0:
+                for shard in Path(scenario["spoil"]).glob("train-*.tar"):
+                    shard.write_bytes(shard.read_bytes()[:600])
+            if step in scenario["spoil_after"]:
+                world.barrier()
+        feed.close()
+        reads = feed._reader is not None
+    except UserError as mistake:
+        error, reads = str(mistake), False
+    bad = json.dumps(data.state.as_json()["bad"])
+    return {"batches": np.array(batches), "error": error, "reads": reads, "bad": bad}
+
+
+if __name__ == "__main__":
+    main()
