@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure training steps: ours against transformers, and against the matrix products that neither can do without."""
+"""Measure training steps, layers and the data path, ours against others'."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from llama_ds.checkpoint.hf_tokenizer import tokenizer_json
 from llama_ds.checkpoint.huggingface import hf_config
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
@@ -32,6 +34,10 @@ from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run, resolved
 from llama_ds.config.schema import ParallelConfig, RunConfig
+from llama_ds.data.benchmark import report as data_report
+from llama_ds.data.benchmark.bench import QUICK, Sizes
+from llama_ds.data.benchmark.run import measure, set_up
+from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from llama_ds.model.decoder import DecoderLayer
 from llama_ds.model.llama import Llama, shared_parts
@@ -52,9 +58,19 @@ EXAMPLES = """examples:
   tools/throughput.py compare-hf
   tools/throughput.py layer --shape 65b --tp 8 --seq-len 4096 --device cuda --out measured.json
   tools/throughput.py layer --shape quickstart --policy none
+  tools/throughput.py data --streaming-python /tmp/rivals/bin/python --out measured.json
   tools/throughput.py analyse runs/quickstart/trace --svg step.svg
   tools/throughput.py compare-hf --batch 2 --seq-len 512 --threads 2 model.hidden_size=1024 \\
       model.intermediate_size=2752 model.num_hidden_layers=4 model.vocab_size=8192
+"""
+DATA = """Build, read, open and resume data on this machine, every measurement in a fresh process.
+
+mosaicml-streaming and datasets want other versions than we do, so they need an environment of their own (which pulls a
+CUDA build of torch):
+  python3 -m venv /tmp/rivals
+  /tmp/rivals/bin/pip install mosaicml-streaming==0.13.0 datasets
+Without --streaming-python both are left out. Sources are written to TMPDIR, about 1 GB. Opening 100,000 shards with
+mosaicml-streaming takes some 12 GB of memory; it may take three quarters of the machine's.
 """
 AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}  # of the losses on the initial weights
 LEARNING_RATE = 1e-4
@@ -66,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     args = parse(argv)
     try:
-        return {"compare-hf": compare_hf, "layer": layer, "analyse": analyse}[args.command](args)
+        return {"compare-hf": compare_hf, "layer": layer, "data": data, "analyse": analyse}[args.command](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE
@@ -99,6 +115,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on cuda, fp32 on cpu)")
     _common(command, policy="selective")
+    command = commands.add_parser(
+        "data",
+        help="building, reading, opening and resuming: ours, sentencepiece, Hugging Face, webdataset, streaming",
+        description=DATA,
+        epilog=EXAMPLES,
+        formatter_class=formatter,
+    )
+    command.add_argument("--corpus", nargs="+", default=[], metavar="PATTERN", help="(default: texts of this machine)")
+    command.add_argument("--corpus-mb", type=int, help="text to build from (default: 30); more tells more of workers")
+    command.add_argument("--tokenizer", default="", metavar="MODEL", help="(default: one is trained, of 4096 ids)")
+    command.add_argument("--streaming-python", default="", metavar="PYTHON", help="that has the other packages")
+    command.add_argument("--run", default=str(ROOT / "ds_configs" / "llama_65b.yaml"), help="that is resumed")
+    command.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not for numbers")
+    command.add_argument("--repeats", type=int, default=5, help="processes of each (default: %(default)s)")
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
+    command.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
     command = commands.add_parser(
         "analyse",
         help="where a pipeline step's time went, from what logging.trace_step left",
@@ -216,6 +248,29 @@ def analyse(args: argparse.Namespace) -> int:
     if args.svg:
         Path(args.svg).write_text(timeline.picture(next(iter(traces.values())), next(iter(found))))
     _publish(args, {name: asdict(step) for name, step in found.items()}, timeline.table(found))
+    return 0
+
+
+def data(args: argparse.Namespace) -> int:
+    """Measure the data path."""
+    sizes = QUICK if args.quick else Sizes()
+    if args.corpus_mb is not None:
+        _check_positive(args, "corpus_mb")
+        sizes = replace(sizes, corpus_mb=args.corpus_mb)
+    _check_positive(args, "repeats")
+
+    def hf_json(tokenizer: Tokenizer) -> dict[str, Any]:
+        return tokenizer_json(tokenizer.pieces(), tokenizer.prefixed)
+
+    with tempfile.TemporaryDirectory(prefix="throughput-data-") as folder, tqdm(unit="run", disable=None) as bar:
+
+        def tick(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        bench = set_up(folder, args.corpus, args.tokenizer, hf_json, sizes, args.repeats, args.streaming_python, tick)
+        results = measure(bench, args.run)
+    _publish(args, results, data_report.table(results))
     return 0
 
 

@@ -1,0 +1,1 @@
+"""The data benchmark: ours against others, every measurement in a process of its own."""

@@ -1,0 +1,56 @@
+"""What all parts of the data benchmark share: its sizes, where its files are, who takes part."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llama_ds.data.text.tokenizer import Tokenizer
+
+OURS = "llama_ds"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    corpus_mb: float = 30.0
+    vocab_size: int = 4096
+    validation_fraction: float = 0.01
+    seq_len: int = 2048
+    rows: int = 16384  # read in a pass; a multiple of global_batch and of shards
+    shards: int = 8  # that hold them
+    global_batch: int = 256  # rows of a step of the run that reads them
+    micro_batch: int = 8
+    passes: int = 3  # over the rows that a process times
+    opened: tuple[int, ...] = (10, 1000, 100_000)  # shards in the manifests that are opened
+    opened_rows_per_shard: int = 16384
+
+
+QUICK = Sizes(0.3, 600, 0.0, 64, 512, 4, 64, 8, 1, (10, 1000), 1024)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark that is set up."""
+
+    folder: str  # for all it writes
+    texts: str  # file of JSON lines
+    documents: int
+    text_bytes: int
+    tokenizer: Tokenizer
+    tokenizer_json: str  # the same tokenizer in Hugging Face's format
+    sizes: Sizes
+    repeats: int
+    streaming_python: str  # an interpreter that has mosaicml-streaming and perhaps datasets; "": none
+    versions: dict[str, dict[str, str]]  # of rivals' packages: "here", and of the other interpreter
+    tick: Callable[[str], object] = lambda name: None  # called with the name of what is measured next
+
+    def path(self, *names: str) -> str:
+        """Return the path of a file of the benchmark."""
+        return os.path.join(self.folder, *names)
+
+    def other_has(self, package: str) -> bool:
+        """Whether the other interpreter has a package."""
+        return bool(self.versions.get("streaming_python", {}).get(package))

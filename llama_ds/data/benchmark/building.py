@@ -1,0 +1,82 @@
+"""How fast text becomes ids: our build against sentencepiece's own loop and Hugging Face's tokenizers and datasets.
+
+All read the same texts with the same vocabulary on one core for each worker. Only ours hashes, splits, packs, writes
+shards, checksums and an index: it is held against the bare loop, which writes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from llama_ds.data.benchmark.bench import OURS, Bench
+from llama_ds.data.benchmark.processes import Contestant, Result, interleave, ours, rival, summary
+
+BARE = "sentencepiece"
+ID_TOLERANCE = 0.001  # of the count of ids: U+2581 in a text is spelt otherwise by the bare loop
+
+
+def contestants(bench: Bench) -> dict[str, Contestant]:
+    """Return who builds. The number at the end of a name is that of workers."""
+    given = {"texts": bench.texts, "tokenizer": bench.tokenizer.path}
+    found = {f"{BARE}_{workers}": ours("bare_encode", **given, workers=workers) for workers in (1, 2)}
+    for workers in (1, 2):
+        found[f"{OURS}_{workers}"] = ours(
+            "build",
+            **given,
+            workers=workers,
+            seq_len=bench.sizes.seq_len,
+            folder=bench.path("builds"),
+            validation_fraction=bench.sizes.validation_fraction,
+        )
+    hf = {"texts": bench.texts, "tokenizer_json": bench.tokenizer_json}
+    found["hf_tokenizers_1"] = rival(sys.executable, "encode_hf", **hf)
+    if bench.other_has("datasets"):
+        for workers in (1, 2):
+            found[f"hf_datasets_map_{workers}"] = rival(
+                bench.streaming_python, "map_hf", **hf, workers=workers, cache=bench.path("mapped.arrow")
+            )
+    return found
+
+
+def measure(bench: Bench) -> dict[str, Any]:
+    """Measure all of them."""
+    found = interleave(contestants(bench), bench.repeats, bench.tick)
+    ids = found[f"{OURS}_1"][0]["ids"]
+    for name, results in found.items():
+        for result in results:
+            if abs(result["ids"] - ids) > ID_TOLERANCE * ids:
+                raise AssertionError(f"{name} made {result['ids']} ids of texts that llama_ds made {ids} of")
+    rows = {name: _row(results, ids, _workers(name)) for name, results in found.items()}
+    return {
+        "documents": bench.documents,
+        "text_bytes": bench.text_bytes,
+        "text_ids": ids,
+        "contestants": rows,
+        # Above 1: ours is faster per core, with as many workers. By wall time, and by CPU time, which other processes
+        # disturb less.
+        "speed_over": _speeds(rows, "tokens_per_s_per_core"),
+        "cpu_speed_over": _speeds(rows, "tokens_per_cpu_s"),
+    }
+
+
+def _workers(name: str) -> int:
+    return int(name.rpartition("_")[2])
+
+
+def _row(results: list[Result], ids: int, workers: int) -> dict[str, Any]:
+    seconds = summary((result["seconds"] for result in results), "s")
+    cpu = summary((result["cpu_s"] for result in results), "cpu_s")
+    return {
+        "workers": workers,
+        **seconds,
+        **cpu,
+        "tokens_per_s_per_core": ids / seconds["median_s"] / workers,
+        "tokens_per_cpu_s": ids / cpu["median_cpu_s"],
+        **summary((result["peak_bytes"] for result in results), "peak_bytes"),
+    }
+
+
+def _speeds(rows: dict[str, dict[str, Any]], rate: str) -> dict[str, float]:
+    own = {_workers(name): row[rate] for name, row in rows.items() if name.startswith(OURS)}
+    return {name: own[_workers(name)] / row[rate] for name, row in rows.items() if not name.startswith(OURS)}

@@ -1,0 +1,101 @@
+"""Measurements in processes of their own, taking turns, so that a busy moment of the machine hits all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_ds.data.benchmark import rivals
+from llama_ds.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]  # what `llama_ds` is imported from
+PROBE = (sys.executable, "-m", "llama_ds.data.benchmark.probe")
+ONE_CORE = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+ERROR_CHARS = 2000  # of what a process said last
+SLOW_S = 30.0  # what takes longer in one process is not repeated, where that is allowed
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A program and what to ask it for."""
+
+    command: Sequence[str]
+    request: Mapping[str, Any]
+
+    def measure(self) -> Result:
+        """Run it in a fresh process and return what it measured.
+
+        Raises:
+            UserError: its interpreter cannot be started.
+        """
+        request = {**self.request, "began": time.monotonic()}
+        environment = {**os.environ, **ONE_CORE, "PYTHONPATH": str(ROOT)}
+        if self.command[0] != sys.executable:
+            del environment["PYTHONPATH"]
+        try:
+            done = subprocess.run(
+                [*self.command, json.dumps(request)], env=environment, capture_output=True, text=True, check=False
+            )
+        except OSError as error:
+            raise UserError(f"{self.command[0]}: cannot be run as a Python ({error.strerror}); name another") from None
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(self.command)}: exit code {done.returncode}\n{done.stderr[-ERROR_CHARS:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+
+def ours(task: str, **request: Any) -> Contestant:
+    """Return one of our own measurements (`probe.py`)."""
+    return Contestant(PROBE, {"task": task, **request})
+
+
+def rival(python: str, task: str, **request: Any) -> Contestant:
+    """Return a measurement of others' programs (`rivals.py`) by the interpreter that has them."""
+    return Contestant((python, str(Path(rivals.__file__).resolve())), {"task": task, **request})
+
+
+def interleave(
+    contestants: Mapping[str, Contestant], repeats: int, tick: Callable[[str], object], repeat_slow: bool = True
+) -> dict[str, list[Result]]:
+    """Measure every contestant `repeats` times in turns; `tick` is called with its name before each.
+
+    Unless `repeat_slow`, those whose process took longer than SLOW_S are measured once.
+    """
+    results: dict[str, list[Result]] = {name: [] for name in contestants}
+    slow: set[str] = set()
+    for _ in range(repeats):
+        for name, contestant in contestants.items():
+            if name in slow and not repeat_slow:
+                continue
+            tick(name)
+            start = time.monotonic()
+            results[name].append(contestant.measure())
+            if time.monotonic() - start > SLOW_S:
+                slow.add(name)
+    return results
+
+
+def summary(values: Iterable[float], name: str) -> dict[str, float]:
+    """Return the median, least and greatest of values, as plain data under `name`."""
+    found = list(values)
+    return {f"median_{name}": statistics.median(found), f"min_{name}": min(found), f"max_{name}": max(found)}
+
+
+def median(results: Iterable[Result], *path: str) -> float:
+    """Return the median of a number in all results."""
+    return statistics.median(_at(result, path) for result in results)
+
+
+def _at(result: Any, path: Sequence[str]) -> float:
+    for key in path:
+        result = result[key]
+    return result

@@ -1,0 +1,85 @@
+"""The whole data benchmark: it makes its corpus, tokenizer, sources and manifests, and has all contestants measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from llama_ds.data.benchmark import building, opening, reading, report
+from llama_ds.data.benchmark.bench import Bench, Sizes
+from llama_ds.data.benchmark.made_sources import gather_texts
+from llama_ds.data.benchmark.processes import rival
+from llama_ds.data.text.gather import gather_local_corpus
+from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
+from llama_ds.errors import UserError
+
+Tick = Callable[[str], object]
+
+
+def set_up(
+    folder: str,
+    corpus: Sequence[str],
+    tokenizer: str,
+    hf_json: Callable[[Tokenizer], dict[str, Any]],
+    sizes: Sizes,
+    repeats: int,
+    streaming_python: str,
+    tick: Tick,
+) -> Bench:
+    """Return the benchmark with its texts and tokenizer in `folder`.
+
+    corpus: patterns; none: what this machine holds. tokenizer: a model, "": one is trained. hf_json: the content of
+    tokenizer.json for a tokenizer. `tick` is called with a name for each thing that is done.
+
+    Raises:
+        UserError: bad documents or tokenizer, or no such interpreter.
+    """
+    versions = {"here": rival(sys.executable, "versions").measure()}
+    if streaming_python:
+        versions["streaming_python"] = _versions(streaming_python)
+    tick("gather texts")
+    patterns = corpus or list(gather_local_corpus(os.path.join(folder, "corpus"), sizes.corpus_mb).values())
+    texts = os.path.join(folder, "texts.jsonl")
+    counts = gather_texts(patterns, texts, sizes.corpus_mb)
+    tick("train the tokenizer")
+    model = Tokenizer(tokenizer or train_tokenizer([texts], os.path.join(folder, "tokenizer"), sizes.vocab_size))
+    tokenizer_json = os.path.join(folder, "tokenizer.json")
+    with open(tokenizer_json, "w", encoding="utf-8") as file:
+        json.dump(hf_json(model), file)
+    return Bench(
+        folder, texts, counts["documents"], counts["text_bytes"], model, tokenizer_json, sizes, repeats,
+        streaming_python, versions, tick,
+    )  # fmt: skip
+
+
+def measure(bench: Bench, resumed_run: str) -> dict[str, Any]:
+    """Measure everything; the run file `resumed_run` says which run is resumed."""
+    machine = report.machine()
+    bench.tick("write rows")
+    digest = reading.prepare(bench)
+    bench.tick("write manifests")
+    opening.prepare(bench)
+    return {
+        "machine": machine,
+        "versions": bench.versions,
+        "repeats": bench.repeats,
+        "sizes": asdict(bench.sizes),
+        "vocab_size": bench.tokenizer.vocab_size,
+        "read": reading.measure(bench, digest),
+        "open": opening.measure(bench),
+        "resume": opening.measure_resume(bench, resumed_run),
+        "build": building.measure(bench),
+    }
+
+
+def _versions(python: str) -> dict[str, str]:
+    """Return the versions of the packages that an interpreter has."""
+    try:
+        return rival(python, "versions").measure()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise UserError(f"{python}: is of no use here ({reason}); name a Python that has mosaicml-streaming") from None
