@@ -36,7 +36,7 @@ from llama_ds.config.run_file import load_run, resolved
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.data.benchmark import report as data_report
 from llama_ds.data.benchmark.bench import QUICK, Sizes
-from llama_ds.data.benchmark.run import measure, set_up
+from llama_ds.data.benchmark.run import PARTS, measure, set_up
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from llama_ds.model.decoder import DecoderLayer
@@ -127,6 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--tokenizer", default="", metavar="MODEL", help="(default: one is trained, of 4096 ids)")
     command.add_argument("--streaming-python", default="", metavar="PYTHON", help="that has the other packages")
     command.add_argument("--run", default=str(ROOT / "ds_configs" / "llama_65b.yaml"), help="that is resumed")
+    command.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     command.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not for numbers")
     command.add_argument("--repeats", type=int, default=5, help="processes of each (default: %(default)s)")
     command.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -269,7 +270,7 @@ def data(args: argparse.Namespace) -> int:
             bar.update()
 
         bench = set_up(folder, args.corpus, args.tokenizer, hf_json, sizes, args.repeats, args.streaming_python, tick)
-        results = measure(bench, args.run)
+        results = measure(bench, args.only or PARTS, args.run)
     _publish(args, results, data_report.table(results))
     return 0
 

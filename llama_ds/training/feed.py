@@ -133,7 +133,9 @@ class Feed:
                 world.together(lambda error=error: _raise(error))  # type: ignore[misc]
             if FOUND_BAD not in said:
                 break
-            found = sorted({bad for rank in world.gather(bad) for bad in rank}, key=_shard)
+            found = sorted(
+                itertools.chain(*world.gather(bad)), key=_shard
+            )  # stable: of one shard the first rank's word
             self._replace([next(group) for _, group in itertools.groupby(found, key=_shard)])
         if self._reader:
             self._reader.allow(last)
@@ -159,7 +161,7 @@ class Feed:
     def _compare(self, done: int, status: int) -> set[int]:
         """Compare what ranks have read of the steps before `done`; return the statuses of all. Collective."""
         crc = 0
-        for step in sorted(step for step in self._crc_of if step < done):
+        for step in sorted(step for step in list(self._crc_of) if step < done):  # a copy: a thread adds to it
             crc = zlib.crc32(self._crc_of.pop(step).to_bytes(4, "little"), crc)
         own = [int(self._engine.reads_data), self._engine.dp_rank, crc, self._data.fingerprint, status]
         ranks = world.gather_numbers(own, self._device)

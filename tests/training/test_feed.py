@@ -45,9 +45,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         build_source(name, file, tokenizer, str(root / "sound"), SEQ_LEN, 0.1, rows_per_shard=40)
     build_source("a", files[0], tokenizer, str(root / "longer"), SEQ_LEN, 0.1, rows_per_shard=40)
     build_source("b", files[0], tokenizer, str(root / "longer"), SEQ_LEN, 0.1, rows_per_shard=40)
-    for copy in ("flipped", "other rows", "other rows later", "spoilt"):
+    for copy in ("flipped", "cut", "other rows", "other rows later", "spoilt"):
         shutil.copytree(root / "sound", root / copy)
     flip(root / "flipped" / "b" / shard_name("train", first_shards(root)[0]))
+    cut = root / "cut" / "b" / shard_name("train", first_shards(root)[0])
+    cut.write_bytes(cut.read_bytes()[:5000])
     for shard in sorted((root / "other rows" / "a").glob("train-*.tar")):
         turn_round(shard)
     turn_round(root / "other rows later" / "a" / shard_name("train", late_shard(root)))
@@ -150,6 +152,7 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         "every step": scenario(root, sound, hosts=TWO_HOSTS, overrides=["data.check_interval=1"]),
         "from step 7": scenario(root, sound, steps=[7, STEPS]),
         "one host's copy is damaged": scenario(root, [*half, "flipped", "flipped"], hosts=TWO_HOSTS),
+        "each host's copy is damaged": scenario(root, ["flipped", "flipped", "cut", "cut"], hosts=TWO_HOSTS),
         "from step 7 damaged": scenario(root, [*half, "flipped", "flipped"], hosts=TWO_HOSTS, steps=[7, STEPS]),
         "none may be": scenario(
             root, [*half, "flipped", "flipped"], hosts=TWO_HOSTS, overrides=["data.max_bad_shards=0"]
@@ -225,7 +228,7 @@ def test_one_rank_of_a_host_reads_for_all(outcome: Callable[[str], Outcome]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one host's copy is damaged", "from step 7 damaged"])
+@pytest.mark.parametrize("name", ["one host's copy is damaged", "each host's copy is damaged", "from step 7 damaged"])
 def test_damage_on_one_host_is_replaced_on_all(name: str, root: Path, outcome: Callable[[str], Outcome]) -> None:
     """And from the step on that the ledger states, as if it had been known from the start."""
     ranks, data, first = outcome(name), dataset(root), scenarios(root)[name]["steps"][0]

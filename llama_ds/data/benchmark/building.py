@@ -6,6 +6,7 @@ shards, checksums and an index: it is held against the bare loop, which writes n
 
 from __future__ import annotations
 
+import statistics
 import sys
 from typing import Any
 
@@ -19,8 +20,9 @@ ID_TOLERANCE = 0.001  # of the count of ids: U+2581 in a text is spelt otherwise
 def contestants(bench: Bench) -> dict[str, Contestant]:
     """Return who builds. The number at the end of a name is that of workers."""
     given = {"texts": bench.texts, "tokenizer": bench.tokenizer.path}
-    found = {f"{BARE}_{workers}": ours("bare_encode", **given, workers=workers) for workers in (1, 2)}
-    for workers in (1, 2):
+    found = {}
+    for workers in (1, 2):  # side by side, so that they meet the same moments of the machine
+        found[f"{BARE}_{workers}"] = ours("bare_encode", **given, workers=workers)
         found[f"{OURS}_{workers}"] = ours(
             "build",
             **given,
@@ -53,10 +55,10 @@ def measure(bench: Bench) -> dict[str, Any]:
         "text_bytes": bench.text_bytes,
         "text_ids": ids,
         "contestants": rows,
-        # Above 1: ours is faster per core, with as many workers. By wall time, and by CPU time, which other processes
-        # disturb less.
-        "speed_over": _speeds(rows, "tokens_per_s_per_core"),
-        "cpu_speed_over": _speeds(rows, "tokens_per_cpu_s"),
+        # Above 1: ours is faster, with as many workers. Medians over the turns of what each turn says, as a shared
+        # machine changes its speed from one to the next; by wall time, and by CPU time, which is disturbed less.
+        "speed_over": _speeds(found, "seconds"),
+        "cpu_speed_over": _speeds(found, "cpu_s"),
     }
 
 
@@ -77,6 +79,11 @@ def _row(results: list[Result], ids: int, workers: int) -> dict[str, Any]:
     }
 
 
-def _speeds(rows: dict[str, dict[str, Any]], rate: str) -> dict[str, float]:
-    own = {_workers(name): row[rate] for name, row in rows.items() if name.startswith(OURS)}
-    return {name: own[_workers(name)] / row[rate] for name, row in rows.items() if not name.startswith(OURS)}
+def _speeds(found: dict[str, list[Result]], time: str) -> dict[str, float]:
+    return {
+        name: statistics.median(
+            result[time] / own[time] for result, own in zip(results, found[f"{OURS}_{_workers(name)}"], strict=True)
+        )
+        for name, results in found.items()
+        if not name.startswith(OURS)
+    }

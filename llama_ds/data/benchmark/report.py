@@ -27,7 +27,8 @@ def machine() -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Return the results for people."""
     here = results["machine"]
-    parts = (_build(results["build"]), _read(results["read"]), _open(results["open"]), _resume(results["resume"]))
+    tables = {"build": _build, "read": _read, "open": _open, "resume": _resume}
+    parts = [make(results[part]) for part, make in tables.items() if part in results]
     lines = [
         f"{here['cpu']}, {here['cores']} cores, load {here['load_1_min']:.1f} before; every measurement in a fresh "
         f"process, in turns, median of {results['repeats']}",

@@ -56,23 +56,30 @@ def set_up(
     )  # fmt: skip
 
 
-def measure(bench: Bench, resumed_run: str) -> dict[str, Any]:
-    """Measure everything; the run file `resumed_run` says which run is resumed."""
+PARTS = ("build", "read", "open", "resume")
+
+
+def measure(bench: Bench, parts: Sequence[str], resumed_run: str) -> dict[str, Any]:
+    """Measure those of PARTS; the run file `resumed_run` says which run is resumed."""
     machine = report.machine()
-    bench.tick("write rows")
-    digest = reading.prepare(bench)
-    bench.tick("write manifests")
-    opening.prepare(bench)
+    if {"read", "open"} & set(parts):
+        bench.tick("write rows")
+        digest = reading.prepare(bench)
+        bench.tick("write manifests")
+        opening.prepare(bench)
+    tasks = {
+        "read": lambda: reading.measure(bench, digest),
+        "open": lambda: opening.measure(bench),
+        "resume": lambda: opening.measure_resume(bench, resumed_run),
+        "build": lambda: building.measure(bench),
+    }
     return {
         "machine": machine,
         "versions": bench.versions,
         "repeats": bench.repeats,
         "sizes": asdict(bench.sizes),
         "vocab_size": bench.tokenizer.vocab_size,
-        "read": reading.measure(bench, digest),
-        "open": opening.measure(bench),
-        "resume": opening.measure_resume(bench, resumed_run),
-        "build": building.measure(bench),
+        **{part: task() for part, task in tasks.items() if part in parts},
     }
 
 
