@@ -271,3 +271,12 @@ def test_unigram_loss_is_its_formula(built: Built) -> None:
     rows = np.array([[5, 1, 40], [9, 40, 2]])
     nats = [-np.log((counts[i] + 1) / (counts.sum() + VOCAB_SIZE)) for i in (1, 40, 40, 2)]
     assert unigram_loss(counts, rows) == pytest.approx(np.mean(nats), rel=1e-12)
+
+
+def test_webdataset_has_its_say_in_verifying(built: Built) -> None:
+    from llama_ds.data.source.verify import _check_with_webdataset
+
+    source = open_source(str(built.shards / "code"), "train")
+    _check_with_webdataset(source, source.check(0))
+    with pytest.raises(BadFile, match=r"webdataset finds 20 samples in it that are not its 20 rows"):
+        _check_with_webdataset(source, source.check(1))
