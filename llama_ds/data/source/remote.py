@@ -32,6 +32,7 @@ from llama_ds.errors import UserError
 Chunks = Generator[tuple[int, bytes], None, None]
 
 CHUNK = 1 << 18  # bytes asked of a socket or a pipe at once
+EXIT_S = 1.0  # that a command may take to end after its output, also past the deadline: its status says what happened
 FSSPEC_CHUNK = 1 << 22  # bytes: an object store is asked anew for each
 MISSING_STATUS = (401, 403, 404, 410)
 KINDS = "a folder, file://, http://, https://, s3://, gs://, pipe:COMMAND, or what fsspec knows"
@@ -201,7 +202,7 @@ def _output(process: subprocess.Popen[bytes], stall_s: float, until: float) -> C
         yield offset, chunk
         offset += len(chunk)
     try:
-        code = process.wait(max(0, min(stall_s, until - time.monotonic())))
+        code = process.wait(max(EXIT_S, min(stall_s, until - time.monotonic())))
     except subprocess.TimeoutExpired:
         raise Fault("closed its output but does not end", offset) from None
     if code:  # 126, 127: the shell found no such program

@@ -21,6 +21,7 @@ from llama_ds.errors import UserError
 from llama_ds.log import logger
 
 PATIENCE = Patience()
+LEAST_TRY_S = 1.0  # left for a try to begin: one that the deadline cuts short says nothing about the file
 MISSING_TRIES = 3  # of a file that is not there: object stores may show a new one late
 
 
@@ -176,6 +177,7 @@ class Tries:
         self.place, self.patience = place, patience
         self.start = time.monotonic()
         self.until = self.start + patience.deadline_s
+        self.least_s = min(LEAST_TRY_S, patience.deadline_s / 4)
         self.failed = self.missing = 0
         self.sign: str | None = None  # of the last answer that was whole but not the file
 
@@ -194,7 +196,7 @@ class Tries:
         pause = min(self.patience.longest_wait_s, self.patience.first_wait_s * 2.0 ** min(self.failed - 1, 60))
         pause *= random.uniform(0.5, 1.0)  # many hosts fail at once: they must not come back at once
         now = time.monotonic()
-        if self.missing >= MISSING_TRIES or now + pause >= self.until:
+        if self.missing >= MISSING_TRIES or now + pause + self.least_s >= self.until:
             reason = f"{fault.reason} (gave up after {now - self.start:.1f} s, tries: {self.failed})"
             raise BadFile(self.place, reason, fault.offset)
         logger.warning("%s: try %d failed: %s; next in %.1f s", self.place, self.failed, fault.reason, pause)
