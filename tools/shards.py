@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llama_ds import log
 from llama_ds.data.building.build import build_source
-from llama_ds.data.source.manifest import MANIFEST, Manifest, parse_manifest
+from llama_ds.data.source.manifest import MANIFEST, Manifest
 from llama_ds.data.text.corpus import source_files
 from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.errors import UserError
@@ -240,7 +240,10 @@ def consumed(args: argparse.Namespace) -> int:
 
 def info(args: argparse.Namespace) -> int:
     """Describe the sources."""
-    manifests = {folder: _manifest(folder) for folder in _source_folders(args.dir)}
+    from llama_ds.data.source.shards import read_manifest  # here: as in verify
+    from llama_ds.data.source.store import open_store
+
+    manifests = {folder: read_manifest(open_store(folder)) for folder in _source_folders(args.dir)}
     epochs = _epochs(manifests, args.rows, dict(args.weight)) if args.rows else {}
     if args.json:
         print(json.dumps([
@@ -281,11 +284,6 @@ def _source_folders(path: str) -> list[str]:
 
 def _is_remote(path: str) -> bool:
     return "://" in path or path.startswith("pipe:")
-
-
-def _manifest(folder: str) -> Manifest:
-    path = os.path.join(folder, MANIFEST)
-    return parse_manifest(Path(path).read_bytes(), path)
 
 
 def _epochs(manifests: dict[str, Manifest], rows: int, weights: dict[str, float]) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 from llama_ds.config.layout import Layout
@@ -105,25 +106,19 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any], la
     Raises:
         UserError: naming what differs.
     """
-    for section in ("model", "seed"):
-        if found.run[section] != run[section]:
-            raise UserError(
-                f"{tag_folder}: was trained with {section} {_difference(found.run[section], run[section])}; "
-                "use the same run file, or another name for a new run"
-            )
-    for section, key in (("training", "global_batch"), ("data", "seq_len")):  # rows are counted by steps of one size
-        then, now = found.run[section][key], run[section][key]
+    for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # rows are counted by steps of one size
+        then, now = (reduce(lambda node, part: node[part], key.split("."), whole) for whole in (found.run, run))
         if then != now:
             raise UserError(
-                f"{tag_folder}: was trained with {section}.{key} {then}, not {now}; "
+                f"{tag_folder}: was trained with {key} {_difference(then, now)}; "
                 "use the same run file, or another name for a new run"
             )
-    now = {**asdict(layout), "zero_stage": zero_stage, "engine": _engine(run)}
-    then = {**found.layout, "zero_stage": found.zero_stage, "engine": _engine(found.run)}
+    here = {**asdict(layout), "zero_stage": zero_stage, "engine": _engine(run)}
+    there = {**found.layout, "zero_stage": found.zero_stage, "engine": _engine(found.run)}
     fixed = ("pp", "tp", "dp", "zero_stage", "engine")
-    if any(now[k] != then[k] for k in fixed):
+    if any(here[k] != there[k] for k in fixed):
         raise UserError(
-            f"{tag_folder}: was written under {_words(then, fixed)}, this run has {_words(now, fixed)}; "
+            f"{tag_folder}: was written under {_words(there, fixed)}, this run has {_words(here, fixed)}; "
             "resume under the layout it was written with"
         )
 

@@ -55,8 +55,7 @@ def open_run(folder: str) -> tuple[RunConfig, Order]:
     except (OSError, ValueError) as error:
         raise UserError(f"{place}: cannot be read ({error}); name the folder of a run, as in runs/quickstart") from None
     run = load_resolved(os.path.join(folder, "run.yaml"))
-    order = Order(run.seed, run.training.global_batch, state.rows_per_shard, state.segments, state.bad)
-    return run, order
+    return run, state.order(run.seed, run.training.global_batch)
 
 
 def documents_of_step(run: RunConfig, order: Order, step: int) -> list[ReadRow]:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llama_ds.config.schema import DataConfig
-from llama_ds.data.order import BadShard, Segment
+from llama_ds.data.order import BadShard, Order, Segment
 from llama_ds.data.source.manifest import Split, write_whole
 from llama_ds.errors import UserError
 
@@ -27,6 +27,10 @@ class DataState:
     rows_per_shard: dict[str, int]  # of every source that was ever read
     segments: tuple[Segment, ...]
     bad: tuple[BadShard, ...] = ()
+
+    def order(self, seed: int, global_batch: int) -> Order:
+        """Return the order in which a run of this history reads."""
+        return Order(seed, global_batch, self.rows_per_shard, self.segments, self.bad)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""

@@ -82,7 +82,7 @@ def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, plac
     state = planned(run.data, run.training.global_batch * run.data.seq_len, geometry)
     if past:
         state = continued(past, state, step, place)
-    order = Order(run.seed, run.training.global_batch, state.rows_per_shard, state.segments, state.bad)
+    order = state.order(run.seed, run.training.global_batch)
     _check_epochs(run, order)
     dataset = Dataset(sources, order, state)
     dataset.replace([], run.data.max_bad_shards)

@@ -133,9 +133,8 @@ class Feed:
                 world.together(lambda error=error: _raise(error))  # type: ignore[misc]
             if FOUND_BAD not in said:
                 break
-            found = sorted(
-                itertools.chain(*world.gather(bad)), key=_shard
-            )  # stable: of one shard the first rank's word
+            # Sorting is stable: of one shard all ranks take the first rank's word.
+            found = sorted(itertools.chain(*world.gather(bad)), key=_shard)
             self._replace([next(group) for _, group in itertools.groupby(found, key=_shard)])
         if self._reader:
             self._reader.allow(last)
