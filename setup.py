@@ -26,6 +26,7 @@ setup(
         "tqdm>=4.66",
         "transformers>=5,<6",  # only tools/ import it: an export is checked by the library it is for
         "webdataset>=1.0",
+        "xxhash>=3.5",
         "zstandard>=0.22",
     ],
     extras_require={

@@ -36,6 +36,7 @@ DOORS = {
     "torch.distributed": ("llama_ds/parallel/*",),
     "transformers": ("tools/*",),
     "webdataset": ("llama_ds/data/*",),
+    "xxhash": ("llama_ds/checkpoint/*",),
     "yaml": ("llama_ds/config/*",),
     "zstandard": ("llama_ds/data/text/piece_reader.py",),
 }

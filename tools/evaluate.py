@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llama_ds.checkpoint.load_model import load_model, locate, run_of
-from llama_ds.checkpoint.store import describe
-from llama_ds.checkpoint.weights import DTYPES
+from llama_ds.checkpoint.manifest import describe
+from llama_ds.checkpoint.weights import DTYPES, open_checkpoint
 from llama_ds.config.schema import DataConfig, RunConfig
 from llama_ds.data.sources import open_sources
 from llama_ds.errors import UserError
@@ -74,7 +74,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.hf:
         loss_of = transformers_loss(args.hf, run, device, DTYPES[dtype])
     else:
-        loss_of = load_model(folder, device, DTYPES[dtype])
+        loss_of = load_model(open_checkpoint(folder), device, DTYPES[dtype], run.data.document_mask)
     loss = mean_loss(loss_of, rows, run.parallel.micro_batch, device)
     found = {"loss": loss, "perplexity": math.exp(loss), "rows": len(rows), "step": description.step, "dtype": dtype}
     if args.json:
@@ -112,7 +112,7 @@ def validation_rows(run: RunConfig, count: int | None) -> np.ndarray:
 def transformers_loss(folder: str, run: RunConfig, device: torch.device, dtype: torch.dtype) -> Loss:
     """Return the loss of an exported model by transformers."""
     if not os.path.exists(os.path.join(folder, "config.json")):
-        raise UserError(f"{folder}: no config.json, so no export; make one with tools/convert.py deepspeed-to-hf")
+        raise UserError(f"{folder}: no config.json, so no export; make one with tools/convert.py --to hf")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate text with an exported model, by transformers."""
+"""Generate text by transformers with a model of any format: a run, a checkpoint, a Hugging Face or a Meta folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,28 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import tokenizers
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
 
+from llama_ds.checkpoint.hf_config import hf_config
+from llama_ds.checkpoint.hf_tokenizer import imitation, tokenizer_config
+from llama_ds.checkpoint.load_model import KINDS, kind_of, open_model
+from llama_ds.checkpoint.names import hf_name
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles
+from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 EXAMPLES = """examples:
   tools/generate.py runs/quickstart/hf
+  tools/generate.py runs/quickstart --num 2
   tools/generate.py runs/quickstart/hf --prompt 'def main(' --prompt 'import ' --max-new-tokens 200 --temperature 0
   tools/generate.py runs/quickstart/hf --prompt 'Once upon a time' --num 4 --seed 7 --json
 """
@@ -39,7 +54,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
-    parser.add_argument("model", metavar="HF_DIR", help="folder written by tools/convert.py deepspeed-to-hf")
+    parser.add_argument("model", help="a run or a checkpoint, a Hugging Face folder or a Meta folder")
+    parser.add_argument("--from", dest="kind", choices=KINDS, help="which of these it is (default: by its files)")
     parser.add_argument("--prompt", action="append", help="text to go on from; repeat for more (default: a few)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
@@ -53,9 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def generate(args: argparse.Namespace) -> int:
     """Print what the model makes of the prompts."""
     check(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, model = load(args.model, args.kind or kind_of(args.model))
+    model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     set_seed(args.seed)
     texts = []
     for prompt in args.prompt or PROMPTS:
@@ -69,10 +84,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse a folder that holds no export, and numbers that sampling cannot take."""
-    for name in ("config.json", "tokenizer.json"):
-        if not os.path.exists(os.path.join(args.model, name)):
-            raise UserError(f"{args.model}: no {name}, so no export; make one with tools/convert.py deepspeed-to-hf")
+    """Refuse numbers that sampling cannot take."""
     for name, sound, rule in (
         ("temperature", args.temperature >= 0, "0 or more"),
         ("top-p", 0 < args.top_p <= 1, "in (0, 1]"),
@@ -81,6 +93,33 @@ def check(args: argparse.Namespace) -> None:
     ):
         if not sound:
             raise UserError(f"command line: --{name} {getattr(args, name.replace('-', '_'))} is not {rule}")
+
+
+def load(path: str, kind: str) -> tuple[Any, Any]:
+    """Return transformers' tokenizer and model of a folder of any kind."""
+    files = open_model(path, kind)
+    if kind == "hf":
+        if not os.path.exists(os.path.join(path, "tokenizer.json")):
+            raise UserError(f"{path}: no tokenizer.json in it; convert its model again by tools/convert.py")
+        return AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    if files.tokenizer is None:
+        raise UserError(f"{files.path}: no tokenizer.model in it; put the model's own there")
+    content = imitation(Tokenizer(files.tokenizer))
+    if content is None:
+        raise UserError(f"{files.tokenizer}: not a BPE model without normalisation, so transformers cannot imitate it")
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokenizer_config()), transformers_model(files)
+
+
+def transformers_model(files: ModelFiles) -> Any:
+    """Return transformers' model with the weights of `files`, a layer at a time."""
+    dtype = DTYPES[files.dtype]
+    config = LlamaConfig(**hf_config(files.model, files.seq_len, str(dtype).removeprefix("torch.")))
+    model = LlamaForCausalLM(config).to(dtype)
+    for layer in files.layers():
+        named = {hf_name(layer, name, files.model.num_hidden_layers): w for name, w in files.layer(layer).items()}
+        model.load_state_dict(named, strict=False)
+    return model
 
 
 def continuations(model: Any, tokenizer: Any, prompt: str, args: argparse.Namespace) -> list[str]:

@@ -115,7 +115,7 @@ def _export(run: RunConfig) -> tuple[float, float]:
     """Export; return the validation loss that training wrote and what transformers finds with the export."""
     stage("Export to Hugging Face format, judged by transformers")
     folder = f"{run.run_dir}/hf"
-    tool("convert.py", "deepspeed-to-hf", run.run_dir, folder, "--overwrite")
+    tool("convert.py", run.run_dir, folder, "--to", "hf", "--overwrite")
     judged = json.loads(tool("evaluate.py", run.run_dir, "--hf", folder, "--json", capture=True))
     with open(f"{run.run_dir}/metrics.jsonl") as file:
         losses = [line["val_loss"] for line in map(json.loads, file) if "val_loss" in line]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure training steps, layers and the data path, ours against others'."""
+"""Measure training steps, layers, the data path and checkpoints, ours against others'."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from llama_ds.checkpoint.hf_config import hf_config
 from llama_ds.checkpoint.hf_tokenizer import tokenizer_json
-from llama_ds.checkpoint.huggingface import hf_config
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import POLICIES
-from llama_ds.config.run_file import load_run, resolved
+from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.data.benchmark import report as data_report
 from llama_ds.data.benchmark.bench import QUICK, Sizes
@@ -51,14 +51,15 @@ from llama_ds.perf.step_benchmark import Step, Timing, gemm_step, time_interleav
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when imported; ours is for results
     from llama_ds.parallel import world
+    from llama_ds.training.checkpoint_benchmark import run as checkpoint_benchmark
     from llama_ds.training.engine import build_engine, build_optimizer, decay_groups
     from llama_ds.training.host_memory import keep_freed_memory
 
 EXAMPLES = """examples:
   tools/throughput.py compare-hf
   tools/throughput.py layer --shape 65b --tp 8 --seq-len 4096 --device cuda --out measured.json
-  tools/throughput.py layer --shape quickstart --policy none
   tools/throughput.py data --streaming-python /tmp/rivals/bin/python --out measured.json
+  tools/throughput.py checkpoint --folder /mnt/scratch --out measured.json
   tools/throughput.py analyse runs/quickstart/trace --svg step.svg
   tools/throughput.py compare-hf --batch 2 --seq-len 512 --threads 2 model.hidden_size=1024 \\
       model.intermediate_size=2752 model.num_hidden_layers=4 model.vocab_size=8192
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one subcommand and return the exit code."""
     args = parse(argv)
     try:
-        return {"compare-hf": compare_hf, "layer": layer, "data": data, "analyse": analyse}[args.command](args)
+        return COMMANDS[args.command](args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE
@@ -130,8 +131,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     command.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not for numbers")
     command.add_argument("--repeats", type=int, default=5, help="processes of each (default: %(default)s)")
-    command.add_argument("--json", action="store_true", help="print the results as JSON")
-    command.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
+    _results(command)
+    command = commands.add_parser(
+        "checkpoint",
+        help="saving, loading, resharding and converting: ours, the disk, torch.save, safetensors",
+        epilog=EXAMPLES,
+        formatter_class=formatter,
+    )
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of ds_configs/quickstart.yaml")
+    command.add_argument(
+        "--folder", default=tempfile.gettempdir(), help="on the disk to measure (default: %(default)s)"
+    )
+    command.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
+    _results(command)
     command = commands.add_parser(
         "analyse",
         help="where a pipeline step's time went, from what logging.trace_step left",
@@ -140,8 +152,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     command.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of rank*.json, such as runs/NAME/trace")
     command.add_argument("--svg", metavar="FILE", help="draw the first folder's step")
-    command.add_argument("--json", action="store_true", help="print the results as JSON")
-    command.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
+    _results(command)
     return parser.parse_args(argv)
 
 
@@ -151,6 +162,10 @@ def _common(command: argparse.ArgumentParser, policy: str) -> None:
     command.add_argument("--policy", choices=POLICIES, default=policy, help="of our layers (default: %(default)s)")
     command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
     command.add_argument("--repeats", type=int, default=15, help="timed steps of each (default: %(default)s)")
+    _results(command)
+
+
+def _results(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print the results as JSON")
     command.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
 
@@ -224,7 +239,7 @@ def _layers(
     for written_out in ours.values():
         written_out.load_state_dict(reference.state_dict())
         written_out.lay_weights_together()  # as DeepSpeed's flat buffers do
-    config = LlamaConfig(**hf_config(resolved(run), str(dtype).removeprefix("torch.")))
+    config = LlamaConfig(**hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch.")))
     config._attn_implementation = "flash_attention_2" if shared.attention.name == "flash_attn" else "sdpa"
     theirs = LlamaDecoderLayer(config, 0).to(device, dtype).train()
     theirs.load_state_dict(reference.state_dict())
@@ -272,6 +287,14 @@ def data(args: argparse.Namespace) -> int:
         bench = set_up(folder, args.corpus, args.tokenizer, hf_json, sizes, args.repeats, args.streaming_python, tick)
         results = measure(bench, args.only or PARTS, args.run)
     _publish(args, results, data_report.table(results))
+    return 0
+
+
+def checkpoints(args: argparse.Namespace) -> int:
+    """Measure checkpoints."""
+    with tempfile.TemporaryDirectory(prefix="throughput-checkpoint-", dir=args.folder) as folder:
+        results = checkpoint_benchmark.measure(args.overrides, folder, args.repeats)
+    _publish(args, {"machine": data_report.machine(), **results}, checkpoint_benchmark.table(results))
     return 0
 
 
@@ -341,7 +364,8 @@ def _contestants(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str
 
 def transformers_model(run: RunConfig, source: Llama, dtype: torch.dtype) -> LlamaForCausalLM:
     """Return transformers' model of the same shape with a copy of our weights."""
-    model = LlamaForCausalLM(LlamaConfig(**hf_config(resolved(run), str(dtype).removeprefix("torch.")))).to(dtype)
+    config = hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch."))
+    model = LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
     count = run.model.num_hidden_layers
     weights = {
         hf_name(i, name, count): w for i, layer in enumerate(source.layers) for name, w in layer.state_dict().items()
@@ -369,6 +393,8 @@ def _check_losses(timings: dict[str, Timing], dtype: str) -> None:
     if max(first.values()) - min(first.values()) > AGREEMENT[dtype]:
         raise AssertionError(f"losses on the same weights and rows differ by more than {AGREEMENT[dtype]}: {first}")
 
+
+COMMANDS = {"compare-hf": compare_hf, "layer": layer, "data": data, "checkpoint": checkpoints, "analyse": analyse}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,11 +10,38 @@ Differences between the two libraries that matter here:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
+
+import tokenizers
 
 SPACE_MARK = "\u2581"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
+# What sentencepiece models differ in: normalisation, spaces, digits, bytes, control names, U+2581.
+PROBE = "  Two  spaces, ﬁne 2048 ｆｕｌｌ e\u0301é 漢字 😀\t\x00\r\n\u3000<s>\u2581 end "
+
+
+class Sentencepiece(Protocol):
+    """A sentencepiece model as `llama_ds.data.text.tokenizer.Tokenizer` reads it."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text."""
+
+    def pieces(self) -> Sequence[tuple[str, float, bool]]:
+        """Return the vocabulary by id, as `tokenizer_json` takes it."""
+
+    @property
+    def prefixed(self) -> bool:
+        """Whether the model puts a space before every text."""
+
+
+def imitation(ours: Sentencepiece) -> dict[str, Any] | None:
+    """Return the content of tokenizer.json for a sentencepiece model; None where it would give other ids."""
+    content = tokenizer_json(ours.pieces(), ours.prefixed)
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    theirs.encode_special_tokens = True  # as split_special_tokens has it
+    return content if theirs.encode(PROBE, add_special_tokens=False).ids == ours.encode(PROBE) else None
 
 
 def tokenizer_json(pieces: Sequence[tuple[str, float, bool]], prefixed: bool) -> dict[str, Any]:

@@ -1,150 +1,191 @@
-"""Conversion of a checkpoint to Hugging Face's LlamaForCausalLM format: safetensors, config, tokenizer.
+"""Hugging Face's format of a LLaMA: safetensors or pytorch_model*.bin, config.json, the tokenizer's files.
 
 The names and the rotary layout inside the model are Hugging Face's, so conversion merges shards and renames.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
+from llama_ds.checkpoint.hf_config import CONFIG, TOKEN_IDS, hf_config, model_of, read_config, read_object
 from llama_ds.checkpoint.hf_tokenizer import tokenizer_config
-from llama_ds.checkpoint.names import hf_name
-from llama_ds.checkpoint.store import TOKENIZER, Description
-from llama_ds.checkpoint.weights import DTYPES, CheckpointWeights
+from llama_ds.checkpoint.inventory import check_file, check_names, check_tensors, dtype_of, same, with_vocabulary
+from llama_ds.checkpoint.manifest import TOKENIZER
+from llama_ds.checkpoint.names import Key, hf_name, sharded_dim, weight_shapes
+from llama_ds.checkpoint.plan import OutputFile, Placed, Plan, Target, as_json
+from llama_ds.checkpoint.spread import in_one_file
+from llama_ds.checkpoint.stored import Stored, safetensors_tensors, torch_tensors
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.errors import UserError
 
-SHARD_BYTES = 5 * 10**9  # transformers' own limit per file
-COPIED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+SHARD_BYTES = 5 * 10**9  # transformers' own limit per file, up to its version 4
+SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
+INDEX = ".index.json"
+INVERSE_FREQUENCIES = re.compile(r".*\brotary_emb\.inv_freq")  # old exports hold them; they follow from rope_theta
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", TOKENIZER, "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja"),
 )
 
 
-def export(
-    source: str,
-    destination: str,
-    tokenizer: dict[str, Any] | None,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Description:
-    """Convert checkpoint folder `source` to a Hugging Face model folder.
+@dataclass(frozen=True)
+class HfTokenizer:
+    """What a sentencepiece model says to transformers."""
 
-    Args:
-        tokenizer: content of tokenizer.json (`hf_tokenizer.tokenizer_json`); None leaves only the sentencepiece model.
-        dtype: fp32 or bf16; None keeps the one the run computed in, so the export computes what training did.
-        progress: called with (layers written, layers in all).
+    content: Mapping[str, Any] | None  # of tokenizer.json, `hf_tokenizer.tokenizer_json`; None: it cannot be imitated
+    bos: int = 1
+    eos: int = 2
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The tensors of a folder by name, and the path that messages about them name."""
+
+    path: str
+    tensors: dict[str, Stored] = field(default_factory=dict)
+
+
+def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
+    """Return the weights of a folder that transformers' LlamaForCausalLM loads.
+
+    `vocab_size` gives the tables that many rows; else they must have those of config.json.
 
     Raises:
-        UserError: for a broken source or a destination that exists. A failed export leaves no destination.
+        UserError: another architecture, missing, unknown or misshapen tensors, a damaged file.
     """
-    if os.path.exists(destination) and not overwrite:
-        raise UserError(f"{destination}: exists already; give another folder or --overwrite")
-    weights = CheckpointWeights(source)
-    description = weights.description
-    parent = os.path.dirname(os.path.abspath(destination))
-    os.makedirs(parent, exist_ok=True)
-    work = tempfile.mkdtemp(prefix=os.path.basename(destination) + ".", dir=parent)
-    try:
-        chosen = DTYPES[dtype or description.dtype]
-        _write_weights(weights, work, chosen, progress)
-        _write_json(work, "config.json", hf_config(description.run, str(chosen).removeprefix("torch.")))
-        _write_json(work, "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "do_sample": True})
-        _write_tokenizer(os.path.join(source, TOKENIZER), tokenizer, work)
-        os.chmod(work, 0o755)
-        if os.path.exists(destination):
-            shutil.rmtree(destination)
-        os.rename(work, destination)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    return description
+    config = read_config(folder)
+    model, seq_len = model_of(folder, config)
+    found = _stored_tensors(folder)
+    stored = {n: t for n, t in found.tensors.items() if not INVERSE_FREQUENCIES.fullmatch(n)}
+    if model.tie_word_embeddings:
+        _drop_tied_head(folder, stored)
+    names = {key: hf_name(*key, model.num_hidden_layers) for key in weight_shapes(model)}
+    check_names(found.path, names.values(), stored)
+    tensors: dict[Key, Readable] = {key: in_one_file(stored[n], sharded_dim(key[1])) for key, n in names.items()}
+    if vocab_size is not None:
+        model, tensors = with_vocabulary(model, tensors, vocab_size)
+    check_tensors(found.path, tensors, model, names, CONFIG, "vocab_size")
+    tokenizer = os.path.join(folder, TOKENIZER)
+    return ModelFiles(
+        path=folder,
+        model=model,
+        seq_len=seq_len,
+        dtype=dtype_of(folder, tensors),
+        tensors=tensors,
+        tokenizer=tokenizer if os.path.exists(tokenizer) else None,
+    )
 
 
-def hf_config(run: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Return config.json for transformers' LlamaConfig, from a resolved run; dtype in torch's words: float32."""
-    model, seq_len = run["model"], run["data"]["seq_len"]
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model["rope_theta"]}
-    if model["rope_scaling"]:
-        rope.update(model["rope_scaling"], rope_type="llama3")
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{key: model[key] for key in COPIED},
-        "rope_parameters": rope,
-        "rope_theta": model["rope_theta"],  # readers older than transformers 5 look here
-        "rope_scaling": rope if model["rope_scaling"] else None,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "max_position_embeddings": seq_len,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "dtype": dtype,
-        "torch_dtype": dtype,
+def holds_huggingface(folder: str) -> bool:
+    """Tell whether a folder looks like one of Hugging Face's."""
+    return os.path.lexists(os.path.join(folder, CONFIG))
+
+
+def plan_huggingface(files: ModelFiles, target: Target, tokenizer: HfTokenizer | None) -> Plan:
+    """Return what to write: files of at most SHARD_BYTES, or one layer, and what AutoTokenizer reads.
+
+    From a Hugging Face folder its tokenizer and generation settings are kept as they are; else `tokenizer` says what
+    to make of the sentencepiece model, None: there is none.
+
+    Raises:
+        UserError: parts were asked for.
+    """
+    if (target.tp, target.pp) != (1, 1):
+        raise UserError("command line: --tp and --pp cut checkpoints of deepspeed and meta; leave them out for hf")
+    dtype = DTYPES[target.dtype]
+    shards = list(_shards(files, dtype.itemsize))
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = [SAFETENSORS]
+    outputs = tuple(OutputFile(name, tuple(shard)) for name, shard in zip(names, shards, strict=True))
+    small, copied = _settings(files, str(dtype).removeprefix("torch."), tokenizer)
+    if len(shards) > 1:
+        where = {tensor.name: output.name for output in outputs for tensor in output.tensors}
+        total = sum(output.nbytes(dtype) for output in outputs)
+        small[SAFETENSORS + INDEX] = as_json({"metadata": {"total_size": total}, "weight_map": where})
+    return Plan("hf", dtype, outputs, small, copied)
+
+
+def _shards(files: ModelFiles, itemsize: int) -> list[list[Placed]]:
+    """Cut the layers into files."""
+    shards: list[list[Placed]] = [[]]
+    size = 0
+    for layer in files.layers():
+        placed = [
+            Placed(hf_name(index, name, files.model.num_hidden_layers), tensor.shape, tensor)
+            for (index, name), tensor in files.tensors.items()
+            if index == layer
+        ]
+        nbytes = sum(p.numel for p in placed) * itemsize
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1] += placed
+        size += nbytes
+    return shards
+
+
+def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Return the small files: content of those to write, paths of those to copy."""
+    if holds_huggingface(files.path):
+        config = hf_config(files.model, files.seq_len, dtype)
+        given = read_object(os.path.join(files.path, CONFIG))
+        config.update({key: given.get(key) for key in TOKEN_IDS if key in given})
+        kept = (os.path.join(files.path, name) for name in (*TOKENIZER_FILES, GENERATION))
+        return {CONFIG: as_json(config)}, {os.path.basename(path): path for path in kept if os.path.exists(path)}
+    ids = tokenizer or HfTokenizer(None)
+    small = {
+        CONFIG: as_json(hf_config(files.model, files.seq_len, dtype, ids.bos, ids.eos)),
+        GENERATION: as_json({"bos_token_id": ids.bos, "eos_token_id": ids.eos, "do_sample": True}),
     }
+    if ids.content is not None:
+        small["tokenizer.json"] = as_json(ids.content)
+        small["tokenizer_config.json"] = as_json(tokenizer_config())
+    return small, {TOKENIZER: files.tokenizer} if files.tokenizer else {}
 
 
-def _write_weights(
-    weights: CheckpointWeights, folder: str, dtype: torch.dtype, progress: Callable[[int, int], None]
-) -> None:
-    """Write safetensors files of at most SHARD_BYTES (or one layer), holding one of them in memory at a time."""
-    layers = weights.description.run["model"]["num_hidden_layers"]
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    total = 0
-
-    def flush() -> None:
-        if pending:
-            shards.append(list(pending))
-            save_file(pending, os.path.join(folder, f"part-{len(shards)}"), metadata={"format": "pt"})
-            pending.clear()
-
-    for index, state in weights:
-        named = {hf_name(index, name, layers): w.to(dtype).contiguous() for name, w in state.items()}
-        if _bytes(pending) + _bytes(named) > SHARD_BYTES:
-            flush()
-        pending.update(named)
-        total += _bytes(named)
-        progress(index + 1, weights.layers)
-    flush()
-    _name_shards(folder, shards, total)
+def _stored_tensors(folder: str) -> _Found:
+    """Find the tensors: in the files of an index, or in the one file there is; safetensors before pickles."""
+    for name, find in ((SAFETENSORS, safetensors_tensors), (BIN, torch_tensors)):
+        path = os.path.join(folder, name)
+        if os.path.lexists(path + INDEX):
+            found = _Found(path + INDEX)
+            for file, wanted in _files_of_index(check_file(path + INDEX)).items():
+                there = find(check_file(os.path.join(folder, file)))
+                check_names(os.path.join(folder, file), sorted(wanted), [n for n in there if n in wanted])
+                found.tensors.update(there)
+            return found
+        if os.path.lexists(path):
+            return _Found(path, find(check_file(path)))
+    raise UserError(f"{folder}: neither {SAFETENSORS} nor {BIN}, nor an index of several, in it; copy the model again")
 
 
-def _name_shards(folder: str, shards: list[list[str]], total: int) -> None:
-    count = len(shards)
-    if count == 1:
-        os.rename(os.path.join(folder, "part-1"), os.path.join(folder, "model.safetensors"))
+def _files_of_index(path: str) -> dict[str, set[str]]:
+    """Return the names of the tensors that an index puts into each file."""
+    where = read_object(path).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{path}: no weight_map in it, so no index of a model's files; copy it again")
+    files: dict[str, set[str]] = {}
+    for name, file in where.items():
+        if not isinstance(file, str) or os.path.basename(file) != file or not file:
+            raise UserError(f"{path}: puts {name} into {file!r}, which is no file of this folder; copy it again")
+        files.setdefault(file, set()).add(name)
+    return files
+
+
+def _drop_tied_head(folder: str, stored: dict[str, Stored]) -> None:
+    """Leave out a head that is the embedding's table written a second time."""
+    table, head = stored.get("model.embed_tokens.weight"), stored.get("lm_head.weight")
+    if head is None or table is None:
         return
-    where = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{count:05d}.safetensors"
-        os.rename(os.path.join(folder, f"part-{number}"), os.path.join(folder, file))
-        where.update(dict.fromkeys(names, file))
-    _write_json(folder, "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def _write_tokenizer(model: str, content: dict[str, Any] | None, folder: str) -> None:
-    shutil.copyfile(model, os.path.join(folder, TOKENIZER))
-    if content is not None:
-        _write_json(folder, "tokenizer.json", content)
-        _write_json(folder, "tokenizer_config.json", tokenizer_config())
-
-
-def _bytes(tensors: dict[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
-
-
-def _write_json(folder: str, name: str, content: dict[str, Any]) -> None:
-    with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+    if not same(in_one_file(table, 0), in_one_file(head, 0)):
+        raise UserError(
+            f"{folder}: {CONFIG} has tie_word_embeddings = true, but lm_head.weight differs from "
+            "model.embed_tokens.weight; set it to false there"
+        )
+    del stored["lm_head.weight"]

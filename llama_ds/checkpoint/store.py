@@ -1,35 +1,32 @@
-"""The run's folder of checkpoints: one tag per saved step, described by a file, named by `latest` once complete."""
+"""The run's folder of checkpoints: one folder for each saved step, the newest named by `latest`.
+
+Names: `step_00000100` is a whole checkpoint. A suffix says that it is none, or none any more: `.partial` was never
+committed, `.damaged` was found so, `.replaced` and `.removed` are on their way out.
+"""
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from llama_ds.config.layout import Layout
-from llama_ds.config.rules import STOCK_ENGINE
+from llama_ds.checkpoint.manifest import DESCRIPTION, Description, sync_folder, write_durably
 from llama_ds.errors import UserError
 
 LATEST = "latest"
-DESCRIPTION = "llama_ds.json"
-TOKENIZER = "tokenizer.model"
+PARTIAL, DAMAGED, REPLACED, REMOVED = ".partial", ".damaged", ".replaced", ".removed"
+_TAG = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
-class Description:
-    """What a checkpoint is: enough to resume or convert it without the run file that made it."""
+class Retention:
+    """Which checkpoints stay when a new one is there: the newest `last`, and those of every `every`-th step."""
 
-    step: int
-    tokens: int
-    zero_stage: int
-    dtype: str  # of the weights that computed: bf16 | fp32
-    layout: dict[str, int]
-    run: dict[str, Any]  # the resolved run
-    data: dict[str, Any] = field(default_factory=dict)  # `llama_ds.data.mixture.DataState`
-    files: dict[str, int] = field(default_factory=dict)  # bytes of each of its files, filled in by `commit`
+    last: int = 0  # 0: all
+    every: int = 0  # 0: none beside them
 
 
 def tag_of(step: int) -> str:
@@ -37,75 +34,98 @@ def tag_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def partial_of(step: int) -> str:
+    """Return the name of a checkpoint's folder while it is written."""
+    return tag_of(step) + PARTIAL
+
+
+def tags(folder: str) -> list[str]:
+    """Return the tags of a folder's whole checkpoints, the newest first."""
+    if not os.path.isdir(folder):
+        return []
+    found = [name for name in os.listdir(folder) if _TAG.fullmatch(name)]
+    complete = [name for name in found if os.path.lexists(os.path.join(folder, name, DESCRIPTION))]
+    return sorted(complete, key=_step, reverse=True)
+
+
 def newest(folder: str) -> str | None:
-    """Return the tag that `latest` names, or None where nothing was committed yet.
+    """Return the tag that `latest` names, or where it names none that is there the newest; None where there is none."""
+    complete = tags(folder)
+    named = _named(folder)
+    return named if named in complete else next(iter(complete), None)
 
-    Raises:
-        UserError: when the tag it names is not there.
+
+def candidates(folder: str) -> list[str]:
+    """Return the tags to go on from, in the order in which to try them: what `latest` names, then the newest first.
+
+    What it names is there even where nothing else is: its absence is damage, not a run that never saved.
     """
-    pointer = os.path.join(folder, LATEST)
-    if not os.path.exists(pointer):
-        return None
-    with open(pointer) as file:
-        tag = file.read().strip()
-    if not os.path.exists(os.path.join(folder, tag, DESCRIPTION)):
-        raise UserError(
-            f"{pointer}: names checkpoint '{tag}', which is missing or incomplete; "
-            f"write the name of a complete one into it, or delete it to start over"
-        )
-    return tag
+    named = _named(folder)
+    others = [tag for tag in tags(folder) if tag != named]
+    return [named, *others] if named else others
 
 
-def commit(folder: str, description: Description, tokenizer: str) -> None:
-    """Describe a tag whose every file is down and make `latest` name it, atomically.
-
-    To be called by one rank, after a barrier behind all ranks' writes: DeepSpeed would write `latest` before.
-    """
-    tag = os.path.join(folder, tag_of(description.step))
-    shutil.copyfile(tokenizer, os.path.join(tag, TOKENIZER))
-    description = replace(description, files=_sizes(tag))
-    _write(os.path.join(tag, DESCRIPTION), json.dumps(asdict(description), indent=1))
-    _write(os.path.join(folder, LATEST), tag_of(description.step))
+def publish(folder: str, step: int) -> None:
+    """Make the partial checkpoint of `step`, whose every file is on the disk, a whole one, and the newest."""
+    tag = os.path.join(folder, tag_of(step))
+    if os.path.lexists(tag):  # left by a run that went back to an earlier step; `latest` does not name it
+        os.rename(tag, _free_name(tag + REPLACED))
+    os.rename(tag + PARTIAL, tag)
+    sync_folder(folder)
+    point_to(folder, tag_of(step))
 
 
-def describe(tag_folder: str) -> Description:
-    """Read the description of a checkpoint folder.
-
-    Raises:
-        UserError: when the folder holds none.
-    """
-    path = os.path.join(tag_folder, DESCRIPTION)
-    if not os.path.exists(path):
-        raise UserError(
-            f"{tag_folder}: no {DESCRIPTION} in it, so it is not a complete checkpoint of llama_ds; "
-            "give a folder such as runs/NAME/checkpoints/step_00000100"
-        )
-    with open(path) as file:
-        return Description(**json.load(file))
+def point_to(folder: str, tag: str) -> None:
+    """Make `latest` name `tag`, atomically."""
+    write_durably(os.path.join(folder, LATEST), tag)
 
 
-def check_files(tag_folder: str, description: Description) -> None:
-    """Check that the files of a checkpoint are all there at their full size.
-
-    Raises:
-        UserError: naming the first that is not.
-    """
-    found = _sizes(tag_folder)
-    for name, size in description.files.items():
-        if found.get(name) != size:
-            state = f"is {found[name]} bytes, not {size}" if name in found else "is missing"
-            raise UserError(
-                f"{os.path.join(tag_folder, name)}: {state}, the checkpoint is damaged; copy it again, or write the "
-                f"name of an older one into {os.path.join(os.path.dirname(tag_folder), LATEST)}"
-            )
+def set_aside(folder: str, tag: str) -> str:
+    """Rename a damaged checkpoint, if it is there, so that nobody takes it for a whole one; return its new name."""
+    if not os.path.lexists(os.path.join(folder, tag)):
+        return "gone"
+    aside = _free_name(os.path.join(folder, tag) + DAMAGED)
+    os.rename(os.path.join(folder, tag), aside)
+    return os.path.basename(aside)
 
 
-def check_resumable(tag_folder: str, found: Description, run: dict[str, Any], layout: Layout, zero_stage: int) -> None:
-    """Refuse to continue a checkpoint of another model, data order or layout.
+def clean(folder: str) -> list[str]:
+    """Remove what was never committed or is on its way out; return the names of partial checkpoints removed."""
+    if not os.path.isdir(folder):
+        return []
+    gone = []
+    for name in sorted(os.listdir(folder)):
+        match = re.fullmatch(rf"{_TAG.pattern}(\.[a-z]+)[\d-]*", name)
+        if match and match[2] in (PARTIAL, REPLACED, REMOVED):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            gone += [name] if match[2] == PARTIAL else []
+    return gone
+
+
+def remove_old(folder: str, keep: Retention) -> None:
+    """Remove the checkpoints that `keep` does not keep, and those that were replaced. The newest stays in any case."""
+    clean(folder)
+    if not keep.last:
+        return
+    named = _named(folder)
+    for tag in [tag for tag in tags(folder) if tag != named][max(keep.last - 1, 0) :]:
+        if not keep.every or _step(tag) % keep.every:
+            removed = _free_name(os.path.join(folder, tag) + REMOVED)
+            os.rename(os.path.join(folder, tag), removed)  # at once, as far as readers are concerned
+            shutil.rmtree(removed, ignore_errors=True)
+
+
+def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) -> None:
+    """Refuse to continue a checkpoint of another model or data order, or one that holds weights only.
 
     Raises:
         UserError: naming what differs.
     """
+    if found.optimizer_steps is None:
+        raise UserError(
+            f"{tag_folder}: holds weights only, no optimizer, so it is not a run to go on with; "
+            "start a run from it with checkpoint.start_from"
+        )
     for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # rows are counted by steps of one size
         then, now = (reduce(lambda node, part: node[part], key.split("."), whole) for whole in (found.run, run))
         if then != now:
@@ -113,40 +133,29 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any], la
                 f"{tag_folder}: was trained with {key} {_difference(then, now)}; "
                 "use the same run file, or another name for a new run"
             )
-    here = {**asdict(layout), "zero_stage": zero_stage, "engine": _engine(run)}
-    there = {**found.layout, "zero_stage": found.zero_stage, "engine": _engine(found.run)}
-    fixed = ("pp", "tp", "dp", "zero_stage", "engine")
-    if any(here[k] != there[k] for k in fixed):
-        raise UserError(
-            f"{tag_folder}: was written under {_words(there, fixed)}, this run has {_words(here, fixed)}; "
-            "resume under the layout it was written with"
-        )
 
 
-def _engine(run: dict[str, Any]) -> str:
-    """Return whose pipeline engine a run has: their optimizer files differ. One stage has only DeepSpeed's."""
-    parallel = run["parallel"]
-    stock = parallel["pp"] == 1 or parallel.get("schedule", STOCK_ENGINE) == STOCK_ENGINE
-    return "deepspeed" if stock else "llama_ds"
+def _named(folder: str) -> str | None:
+    try:
+        with open(os.path.join(folder, LATEST), encoding="utf-8") as file:
+            tag = file.read().strip()
+    except (OSError, ValueError):
+        return None
+    return tag if _TAG.fullmatch(tag) else None
 
 
-def _sizes(folder: str) -> dict[str, int]:
-    return {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.name != DESCRIPTION}
+def _step(tag: str) -> int:
+    match = _TAG.match(tag)
+    assert match
+    return int(match[1])
 
 
-def _words(values: dict[str, Any], keys: tuple[str, ...]) -> str:
-    return ", ".join(f"{k} {values[k]}" for k in keys)
+def _free_name(path: str) -> str:
+    names = (path, *(f"{path}-{number}" for number in range(2, 10_000)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def _difference(then: Any, now: Any) -> str:
     if not isinstance(then, dict):
         return f"{then}, not {now}"
     return ", ".join(f"{k} {then.get(k)}, not {now.get(k)}" for k in {**then, **now} if then.get(k) != now.get(k))
-
-
-def _write(path: str, text: str) -> None:
-    with open(path + ".tmp", "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)

@@ -1,73 +1,94 @@
-"""Weights of a checkpoint, read without DeepSpeed and merged over the tensor-parallel ranks, one layer at a time."""
+"""A model's weights in files, whatever wrote them: a checkpoint of ours, Hugging Face's format or Meta's."""
 
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llama_ds.checkpoint.names import sharded_dim
-from llama_ds.checkpoint.store import Description, describe
+from llama_ds.checkpoint.manifest import MASTER, TOKENIZER, WEIGHT, describe, read_tensors
+from llama_ds.checkpoint.names import Key, weight_shapes
+from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # by the names that descriptions use
-SINGLE_STAGE_PREFIX = "layers."  # of parameter names in llama_ds.model.llama.Llama
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that people use
 
 
-def layer_file(folder: str, layer: int, tp_rank: int) -> str:
-    """Return the path of one layer's weights as DeepSpeed's PipelineModule names it."""
-    return os.path.join(folder, f"layer_{layer:02d}-model_{tp_rank:02d}-model_states.pt")
+class Readable(Protocol):
+    """One weight in files; `llama_ds.checkpoint.spread.Spread` is one."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it is stored in."""
+
+    def whole(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the whole tensor, in `dtype` or as stored."""
+
+    def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
+        """Fill `out` with the elements from `start` on of what tensor-parallel rank `rank` of `size` holds."""
 
 
-class CheckpointWeights:
-    """The model weights of one checkpoint folder, whatever layout wrote it.
+@dataclass(frozen=True)
+class ModelFiles:
+    """The weights of one model, where they lie, and what they are of."""
 
-    A pipeline writes a file per layer and tensor-parallel rank, and so do we under ZeRO-3; a single stage under
-    ZeRO 0 to 2 has all layers in one file per tensor-parallel rank.
-    """
+    path: str
+    model: ModelConfig
+    seq_len: int  # the longest the model was trained for
+    dtype: str  # of DTYPES: what it computed in, and a conversion's default
+    tensors: Mapping[Key, Readable]  # exactly `names.weight_shapes(model)`, in the rotary layout of this project
+    tokenizer: str | None  # path of its sentencepiece model, if it has one
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
-        self.description: Description = describe(folder)
-        self.tp = self.description.layout["tp"]
-        model = self.description.run["model"]
-        self.layers: int = model["num_hidden_layers"] + (2 if model["tie_word_embeddings"] else 3)
-        self._by_layer = os.path.exists(layer_file(folder, 0, 0))
-        self._single_stage: list[dict[str, Tensor]] = [] if self._by_layer else self._read_single_stage()
-
-    def __iter__(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Yield (layer index, whole weights by local name), in order."""
-        for layer in range(self.layers):
-            yield layer, self.layer(layer)
-
-    def layer(self, layer: int) -> dict[str, Tensor]:
+    def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the whole weights of one layer by local name."""
-        parts = [self._part(layer, rank) for rank in range(self.tp)]
-        return {name: _merge(name, [part[name] for part in parts]) for name in parts[0]}
+        return {name: stored.whole(dtype) for (index, name), stored in self.tensors.items() if index == layer}
 
-    def _part(self, layer: int, tp_rank: int) -> dict[str, Tensor]:
-        if self._by_layer:
-            return _load(layer_file(self.folder, layer, tp_rank))
-        prefix = f"{SINGLE_STAGE_PREFIX}{layer}."
-        states = self._single_stage[tp_rank]
-        return {name.removeprefix(prefix): w for name, w in states.items() if name.startswith(prefix)}
-
-    def _read_single_stage(self) -> list[dict[str, Tensor]]:
-        files = [os.path.join(self.folder, f"mp_rank_{rank:02d}_model_states.pt") for rank in range(self.tp)]
-        return [_load(file)["module"] for file in files]  # type: ignore[misc]
+    def layers(self) -> Iterator[int]:
+        """Yield the indices of the layers in order."""
+        yield from sorted({index for index, _ in self.tensors})
 
 
-def _merge(name: str, parts: list[Tensor]) -> Tensor:
-    dim = sharded_dim(name)
-    return parts[0] if dim is None or len(parts) == 1 else torch.cat(parts, dim)
+def open_checkpoint(folder: str) -> ModelFiles:
+    """Return the weights of a checkpoint folder of ours.
+
+    ZeRO-3 checkpoints hold no weights as computed with, only fp32 masters: those round to the same.
+
+    Raises:
+        UserError: a broken checkpoint.
+    """
+    description = describe(folder)
+    kinds = read_tensors(folder, description, (WEIGHT, MASTER))
+    if not kinds:
+        raise UserError(f"{folder}: holds no weights; use another checkpoint")
+    tokenizer = os.path.join(folder, TOKENIZER)
+    return ModelFiles(
+        path=folder,
+        model=description.model,
+        seq_len=description.run["data"]["seq_len"],
+        dtype=description.dtype,
+        tensors=kinds.get(WEIGHT) or kinds[MASTER],
+        tokenizer=tokenizer if os.path.exists(tokenizer) else None,
+    )
 
 
-def _load(path: str) -> dict[str, Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a checkpoint file ({reason}); use another checkpoint") from None
+def check_shapes(found: ModelFiles, wanted: ModelConfig) -> None:
+    """Check that a model's weights are those of `wanted`.
+
+    Raises:
+        UserError: naming the first weight that is missing, too many or of another shape.
+    """
+    shapes = weight_shapes(wanted)
+    for key in {**shapes, **found.tensors}:
+        here, there = shapes.get(key), found.tensors[key].shape if key in found.tensors else None
+        if here != there:
+            shown = [f"has shape {list(shape)}" if shape else "is not there" for shape in (there, here)]
+            raise UserError(
+                f"{found.path}: layer {key[0]} {key[1]} {shown[0]}, in the run's model it {shown[1]}; "
+                "set the run file's model to the shape of these weights"
+            )

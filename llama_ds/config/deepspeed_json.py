@@ -109,6 +109,13 @@ def _check_combination(run: RunConfig, layout: Layout, dtype: str) -> None:
             f"zero_optimization.offload_optimizer with parallel.pp = {pp}: schedule {run.parallel.schedule} keeps the "
             f"optimizer on the device; take it out, or use parallel.schedule = {STOCK_ENGINE}",
         )
+    for section in ("offload_optimizer", "offload_param"):
+        if (_section(run, "zero_optimization").get(section) or {}).get("device") == "nvme":
+            raise _error(
+                run,
+                f"zero_optimization.{section}.device = nvme: checkpoints cannot follow what DeepSpeed swaps there; "
+                "use cpu",
+            )
     if pp > 1 and run.deepspeed.get("wall_clock_breakdown"):
         raise _error(run, f"wall_clock_breakdown with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
     if pp > 1 and _section(run, "flops_profiler").get("enabled"):

@@ -55,6 +55,10 @@ _NOT_NEGATIVE = (
     "evaluation.rows",
     "checkpoint.interval",
     "checkpoint.stop_at",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
+    "checkpoint.wall_time_s",
+    "checkpoint.wall_time_margin_s",
     "logging.trace_step",
     "parallel.extra_warmup",
 )

@@ -133,7 +133,14 @@ class CheckpointConfig:
 
     interval: int = 0  # steps; 0: only after the last step
     stop_at: int = 0  # save and end after this step, as at a wall-time limit; 0: run to training.steps
-    resume: str = "auto"  # auto: from the newest checkpoint of this run if any | never | must
+    resume: str = "auto"  # auto: from the newest good checkpoint of this run if any | never | must
+    strict: bool = False  # True: end at a damaged newest checkpoint instead of going on from an older one
+    start_from: str = ""  # weights to begin a new run with: a checkpoint, or a model folder of Hugging Face or Meta
+    asynchronous: bool = True  # False: training waits until a checkpoint is on the disk
+    keep_last: int = 0  # newest checkpoints to keep; 0: all
+    keep_every: int = 0  # and beside them those of every so many steps; 0: none
+    wall_time_s: float = 0.0  # the job's time limit: save and end before it; 0: none
+    wall_time_margin_s: float = 120.0  # how long before it
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Reader:
         self._share, self._micro_batch = (dp_rank, dp_size), micro_batch
         own = [source.name for source in dataset.sources.config.sources]
         self._source = dict(zip(map(dataset.order.names.index, own), dataset.sources.train, strict=True))
-        self._allowed, self._closed, self._may_read = steps.start, False, threading.Condition()
+        self._allowed, self._may_read, self._closed = steps.start, threading.Condition(), threading.Event()
         self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch-shards")
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan-shards")
         self._prepared: dict[tuple[int, int], Future[list[BadShard]]] = {}
@@ -133,18 +133,20 @@ class Reader:
         """
         for step in self._steps:
             with self._may_read:
-                self._may_read.wait_for(lambda step=step: self._closed or step < self._allowed)  # type: ignore[misc]
-                if self._closed:
+                self._may_read.wait_for(lambda step=step: self._closed.is_set() or step < self._allowed)  # type: ignore[misc]
+                if self._closed.is_set():
                     return
             rows = self._data.order.at(step, *self._share)
             for start in range(0, len(rows.row), self._micro_batch):
+                if self._closed.is_set():
+                    return
                 here = slice(start, start + self._micro_batch)
                 yield self._read(rows.source[here], rows.row[here])
 
     def close(self) -> None:
         """Give up what was not read or fetched yet."""
         with self._may_read:
-            self._closed = True
+            self._closed.set()
             self._may_read.notify_all()
         for pool in (self._planner, self._pool):
             pool.shutdown(wait=True, cancel_futures=True)

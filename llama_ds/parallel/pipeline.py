@@ -71,12 +71,6 @@ class LlamaPipeline(PipelineModule):
             self.activate(chunk)
             super().save_state_dict(*args, **kwargs)
 
-    def load_state_dir(self, *args: Any, **kwargs: Any) -> None:
-        """Read this rank's layers."""
-        for chunk in range(len(self.chunks)):
-            self.activate(chunk)
-            super().load_state_dir(*args, **kwargs)
-
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
         super()._synchronize_tied_weights()  # a broadcast, which autograd warns of

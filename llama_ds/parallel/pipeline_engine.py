@@ -18,7 +18,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from llama_ds.model.decoder import Shared
 from llama_ds.model.written_out import WrittenOutLayer
-from llama_ds.parallel.optimizer_files import gather_groups
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.point_to_point import Mail, Work, wait
@@ -134,19 +133,6 @@ class LlamaPipelineEngine(PipelineEngine):
         """Let nothing be under way when the process ends."""
         self.optimizer.finish()
         super().destroy()
-
-    def _load_zero_checkpoint(self, load_dir: str, tag: str, load_optimizer_states: bool = True) -> bool:
-        """Load this rank's optimizer groups, also where another schedule had put their layers on other ranks."""
-        grid, dp_rank = self.grid, self.grid.get_data_parallel_rank()
-        tp_rank, tp = grid.get_slice_parallel_rank(), grid.get_slice_parallel_world_size()
-        own_first = [self.stage_id, *(r for r in range(self.num_stages) if r != self.stage_id)]
-        paths = (
-            self._get_rank_zero_ckpt_name(load_dir, tag, r * tp + tp_rank, dp_rank, self.bfloat16_enabled())
-            for r in own_first
-        )
-        names = [group["name"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict({dp_rank: gather_groups(paths, names)}, load_from_fp32_weights=True)
-        return True
 
     def _run(self, instructions: list[Instruction], batches: Batches) -> None:
         self._batches = batches

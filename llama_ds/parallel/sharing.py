@@ -19,6 +19,7 @@ import torch.distributed as dist
 from llama_ds.errors import UserError
 from llama_ds.parallel import world
 
+END = -1
 PATIENCE = timedelta(days=30)  # a thread waits through evaluations, checkpoints and whatever else holds a step up
 
 
@@ -55,6 +56,8 @@ def share(
 ) -> Iterator[np.ndarray]:
     """Yield `count` int32 batches of `shape`: read from `batches` where this rank reads, else from the one that does.
 
+    Where `batches` end before, as in a run that is asked to end, so do all neighbours'.
+
     Raises:
         UserError: the reading rank could not read, on all its neighbours alike.
     """
@@ -62,18 +65,25 @@ def share(
         assert batches is not None
         yield from batches
     elif batches is not None:
-        yield from _hand_out(batches, shape, neighbours)
+        yield from _hand_out(batches, count, shape, neighbours)
     else:
         yield from _take(count, shape, neighbours)
 
 
-def _hand_out(batches: Iterator[np.ndarray], shape: tuple[int, ...], to: Neighbours) -> Iterator[np.ndarray]:
-    message = np.zeros(1 + math.prod(shape), np.int32)  # the length of an error, 0 where there is none; the batch
+def _hand_out(
+    batches: Iterator[np.ndarray], count: int, shape: tuple[int, ...], to: Neighbours
+) -> Iterator[np.ndarray]:
+    # The length of an error, 0 where there is none, END where no more batches come; the batch.
+    message = np.zeros(1 + math.prod(shape), np.int32)
     try:
         for batch in batches:
             message[1:] = batch.ravel()
             _broadcast(message, to)
+            count -= 1
             yield batch
+        if count:
+            message[0] = END
+            _broadcast(message, to)
     except UserError as error:
         text = np.frombuffer(str(error).encode(), np.uint8).copy()
         message[0] = len(text)
@@ -86,6 +96,8 @@ def _take(count: int, shape: tuple[int, ...], source: Neighbours) -> Iterator[np
     for _ in range(count):
         message = np.empty(1 + math.prod(shape), np.int32)
         _broadcast(message, source)
+        if message[0] == END:
+            return
         if message[0]:
             text = np.empty(message[0], np.uint8)
             _broadcast(text, source)

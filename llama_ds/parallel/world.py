@@ -182,6 +182,19 @@ def maximum(values: list[float], where: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def start_maximum(value: int, where: torch.device) -> Callable[[], int]:
+    """Begin to agree on the maximum of an integer over all ranks; the returned call waits and gives it. Collective."""
+    tensor = torch.tensor([value], dtype=torch.int32, device=where)
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
+
+    def wait() -> int:
+        if work:
+            work.wait()
+        return int(tensor)
+
+    return wait
+
+
 def mean(value: torch.Tensor, group: dist.ProcessGroup) -> float:
     """Return the mean of a scalar over `group`. Collective; synchronises with the device."""
     total = value.detach().clone()

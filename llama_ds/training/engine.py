@@ -7,7 +7,6 @@ labels, or one on its way to the device.
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from llama_ds.checkpoint.weights import layer_file
 from llama_ds.config.layout import Layout
 from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import OptimizerConfig, RunConfig
@@ -71,12 +69,6 @@ class Engine(Protocol):
 
     def evaluate(self, batches: Batches, count: int) -> float:
         """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective."""
-
-    def save(self, folder: str, tag: str) -> None:
-        """Write this rank's part of a checkpoint to folder/tag; do not touch `latest`. Collective."""
-
-    def load(self, folder: str, tag: str) -> int:
-        """Read the checkpoint folder/tag, written under the same layout; return its step. Collective."""
 
 
 def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device: torch.device) -> Engine:
@@ -214,21 +206,7 @@ def _split_all(batches: Batches, device: torch.device) -> Iterator[tuple[Tensor,
     return (_split(batch, device) for batch in batches)
 
 
-class _DeepSpeedCheckpoints:
-    """Saving and loading, the same for both engines."""
-
-    deepspeed: Any
-
-    def save(self, folder: str, tag: str) -> None:
-        # DeepSpeed would write `latest` before every rank's files are down.
-        self.deepspeed.save_checkpoint(folder, tag=tag, save_latest=False)
-
-    def load(self, folder: str, tag: str) -> int:
-        self.deepspeed.load_checkpoint(folder, tag=tag)
-        return self.deepspeed.global_steps
-
-
-class SingleStageEngine(_DeepSpeedCheckpoints):
+class SingleStageEngine:
     """pp = 1: DeepSpeedEngine with ZeRO 0 to 3."""
 
     def __init__(self, engine: Any, accumulation: int, device: torch.device, trace: Trace) -> None:
@@ -271,21 +249,8 @@ class SingleStageEngine(_DeepSpeedCheckpoints):
             total += self.deepspeed(*_split(batch, self.device))
         return world.mean(total / count, self.deepspeed.mpu.get_data_parallel_group())
 
-    def save(self, folder: str, tag: str) -> None:
-        super().save(folder, tag)
-        if self.deepspeed.zero_optimization_stage() == 3:
-            self._save_layers(os.path.join(folder, tag))
 
-    def _save_layers(self, folder: str) -> None:
-        """Write whole layers in the pipeline's file format: ZeRO-3's own files hold slices of a flat buffer."""
-        mpu = self.deepspeed.mpu
-        for index, layer in enumerate(self.deepspeed.module.layers):
-            with deepspeed.zero.GatheredParameters(list(layer.parameters())):
-                if self.dp_rank == 0:
-                    torch.save(layer.state_dict(), layer_file(folder, index, mpu.get_model_parallel_rank()))
-
-
-class PipelinedEngine(_DeepSpeedCheckpoints):
+class PipelinedEngine:
     """pp > 1: the pipeline engine of `llama_ds.parallel.pipeline_engine` with ZeRO-1."""
 
     def __init__(self, engine: LlamaPipelineEngine, trace: Trace) -> None:
@@ -305,7 +270,7 @@ class PipelinedEngine(_DeepSpeedCheckpoints):
         return float(self.deepspeed.mean_loss(_split_all(batches, self.deepspeed.device), count))
 
 
-class StockPipelinedEngine(_DeepSpeedCheckpoints):
+class StockPipelinedEngine:
     """pp > 1: DeepSpeed's PipelineEngine as it is, with ZeRO-1, to measure against."""
 
     def __init__(self, engine: Any, trace: Trace) -> None:

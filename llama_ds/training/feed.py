@@ -59,6 +59,7 @@ class Feed:
         self._interval = run.data.check_interval
         self._crc_of: dict[int, int] = {}  # of the steps that were read since ranks last compared
         self._batches: Iterator[Any] = itertools.repeat(np.empty(0))
+        self._shared: Iterator[np.ndarray] = iter(())
         self._ahead: ReadAhead[Any] | None = None
         self._reader: Reader | None = None
         neighbours = find_neighbours(engine.reads_data, engine.dp_rank)
@@ -93,11 +94,13 @@ class Feed:
             self._agree(self._period_end(step), self._period_end(step) + self._interval, done=step)
 
     def close(self) -> None:
-        """End the threads that read: one that the interpreter's end cuts short aborts the process."""
+        """End the threads that read: one that the interpreter's end cuts short aborts the process. Collective."""
         if self._reader:
             self._reader.close()
         if self._ahead:
             self._ahead.close()
+        for _ in self._shared:  # of a run that ends early, until the neighbours have all heard of it
+            pass
 
     def _period_end(self, step: int) -> int:
         return (step // self._interval + 1) * self._interval
@@ -106,10 +109,11 @@ class Feed:
         shape = (self._layout.micro_batch, self._run.data.seq_len + 1)
         accumulation = self._layout.accumulation
         own = self._reader.batches() if self._reader else None
-        shared = self._summed(share(own, len(self._steps) * accumulation, shape, neighbours))
+        self._shared = share(own, len(self._steps) * accumulation, shape, neighbours)
+        summed = self._summed(self._shared)
         # The last stage draws a micro-batch up to a whole step after the first: with less read ahead, one could starve
         # the other where both are fed by one reader.
-        self._ahead = ReadAhead(on_device(shared, self._device), depth=accumulation + 2)
+        self._ahead = ReadAhead(on_device(summed, self._device), depth=accumulation + 2)
         first_step = list(itertools.islice(self._ahead, accumulation))
         self._batches = itertools.chain(first_step, self._ahead)
 
@@ -118,7 +122,9 @@ class Feed:
         for step in self._steps:
             crc = 0
             for _ in range(self._layout.accumulation):
-                batch = next(batches)
+                batch = next(batches, None)
+                if batch is None:  # the run ends before its last step
+                    return
                 crc = zlib.crc32(batch.data, crc)
                 self._crc_of[step] = crc
                 yield batch

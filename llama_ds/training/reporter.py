@@ -6,12 +6,14 @@ import json
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
 from llama_ds.errors import UserError
+from llama_ds.log import logger
 from llama_ds.training.meter import StepMetrics
 
 
@@ -66,7 +68,8 @@ class Reporter:
         if not self.active:
             return
         self._bar.close()
-        self._file.close()
+        with suppress(OSError):  # what a full disk did not take was warned of
+            self._file.close()
         if self._board:
             self._board.close()
 
@@ -75,7 +78,10 @@ class Reporter:
         sys.stdout.flush()
 
     def _record(self, values: dict[str, Any]) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        try:
+            self._file.write(json.dumps(values) + "\n")
+        except OSError as error:  # a full disk ends no run
+            logger.warning("METRICS LOST: step %s: %s (%s); the run goes on", values["step"], self._file.name, error)
         if self._board:
             for name, value in values.items():
                 if name != "step" and value is not None:

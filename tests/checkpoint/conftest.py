@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sysconfig
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -12,7 +13,20 @@ import pytest
 import torch
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.weights import layer_file
+from llama_ds.checkpoint.layer_files import layer_file
+from llama_ds.checkpoint.manifest import (
+    TOKENIZER,
+    WEIGHT,
+    Description,
+    FileEntry,
+    Piece,
+    Record,
+    checksum,
+    name_of,
+    write_manifest,
+)
+from llama_ds.checkpoint.stored import Stored, torch_tensors
+from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.layout import Layout
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import (
@@ -45,7 +59,15 @@ MODEL = ModelConfig(
     initializer_range=0.1,
 )
 
-Write = Callable[..., str]  # (tp, by_layer, tied=, document_mask=) -> the run's folder
+META_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # what Meta's code has built in
+SHAPES = {  # of models that every format can hold; LLaMA 1 and 2 cut the embedding otherwise than Llama 3
+    "mha": replace(MODEL, num_key_value_heads=4, rope_scaling=None),
+    "gqa": replace(MODEL, rope_scaling=None, rms_norm_eps=1e-6),
+    "tied": replace(MODEL, rope_scaling=None, rope_theta=500_000.0, tie_word_embeddings=True),
+    "llama3": replace(MODEL, rope_scaling=META_SCALING, rope_theta=500_000.0, intermediate_size=112),
+}
+
+Write = Callable[..., str]  # (tp, by_layer, tied=, document_mask=, dtype=, model=) -> the run's folder
 
 
 class Rank(SingleRank):
@@ -87,21 +109,53 @@ def build(run: RunConfig, rank: int = 0, size: int = 1) -> Llama:
 
 @pytest.fixture
 def write(run: RunConfig, tokenizer: str, tmp_path: Path) -> Write:
-    def write(tp: int, by_layer: bool, tied: bool = False, document_mask: bool = False) -> str:
-        this = replace(
-            run, model=replace(run.model, tie_word_embeddings=tied), data=replace(run.data, document_mask=document_mask)
-        )
+    def write(
+        tp: int,
+        by_layer: bool,
+        tied: bool = False,
+        document_mask: bool = False,
+        dtype: str = "fp32",
+        model: ModelConfig | None = None,
+    ) -> str:
+        model = model or replace(run.model, tie_word_embeddings=tied)
+        this = replace(run, model=model, data=replace(run.data, document_mask=document_mask))
         folder = tmp_path / "run" / "checkpoints" / store.tag_of(7)
         os.makedirs(folder)
-        for rank in range(tp):
-            model = build(this, rank, tp)
-            if by_layer:
-                for index, layer in enumerate(model.layers):
-                    torch.save(layer.state_dict(), layer_file(str(folder), index, rank))
-            else:
-                torch.save({"module": model.state_dict()}, folder / f"mp_rank_{rank:02d}_model_states.pt")
         layout = asdict(Layout(tp, 1, tp, 1, 4, 1, 4))
-        store.commit(str(folder.parent), store.Description(7, 896, 1, "fp32", layout, resolved(this)), tokenizer)
+        description = Description(7, 896, 1, dtype, layout, resolved(this), optimizer_steps=7)
+        records = [write_rank(this, str(folder), rank, tp, by_layer, dtype) for rank in range(tp)]
+        shutil.copyfile(tokenizer, folder / TOKENIZER)
+        write_manifest(str(folder), description, records)
+        (folder.parent / store.LATEST).write_text(folder.name)
         return str(tmp_path / "run")
 
     return write
+
+
+def write_rank(run: RunConfig, folder: str, rank: int, tp: int, by_layer: bool, dtype: str) -> Record:
+    """Write one tensor-parallel rank's weights: a file per layer, or one whose tensors the index cuts in two."""
+    record = Record(rank)
+    layers = [layer.to(DTYPES[dtype]).state_dict() for layer in build(run, rank, tp).layers]
+    if by_layer:
+        contents = {layer_file(index, rank): {(index, n): w for n, w in s.items()} for index, s in enumerate(layers)}
+    else:
+        whole = {(index, name): w for index, state in enumerate(layers) for name, w in state.items()}
+        contents = {f"mp_rank_{rank:02d}_model_states.pt": whole}
+    for file, tensors in contents.items():
+        path = os.path.join(folder, file)
+        torch.save({name_of(key): weight for key, weight in tensors.items()}, path)
+        record.files[file] = FileEntry(os.path.getsize(path), checksum(path), rank)
+        for name, stored in torch_tensors(path).items():
+            if rank == 0 or "norm" not in name:
+                record.pieces[name] = pieces(file, rank, stored, [0] if by_layer else [0, 13])
+    return record
+
+
+def pieces(file: str, rank: int, stored: Stored, starts: list[int]) -> list[Piece]:
+    """Return the runs of a tensor that begin at `starts`."""
+    ends = [*starts[1:], torch.Size(stored.shape).numel()]
+    size, dtype = stored.dtype.itemsize, str(stored.dtype).removeprefix("torch.")
+    return [
+        Piece(WEIGHT, rank, start, end - start, file, stored.offset + start * size, dtype)
+        for start, end in zip(starts, ends, strict=True)
+    ]

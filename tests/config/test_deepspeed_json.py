@@ -131,6 +131,9 @@ ZERO1 = {"zero_optimization": {"stage": 1}}
         ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, 2,
          "zero_optimization.offload_optimizer with parallel.pp = 2: schedule 1f1b keeps the optimizer on the device; "
          "take it out, or use parallel.schedule = deepspeed"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, 1,
+         "zero_optimization.offload_param.device = nvme: checkpoints cannot follow what DeepSpeed swaps there; "
+         "use cpu"),
         ({**ZERO1, "wall_clock_breakdown": True}, 2, "wall_clock_breakdown with parallel.pp = 2 crashes DeepSpeed's "
          "timers; take it out"),
         ({**ZERO1, "flops_profiler": {"enabled": True}}, 2, "flops_profiler.enabled with parallel.pp = 2 crashes "

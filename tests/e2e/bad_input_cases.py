@@ -100,12 +100,27 @@ def cache_too_small(site: Site) -> list[str]:
     return [*site.arguments, place, f"data.cache_dir={site.root}/cache", "data.cache_gib=1e-6"]
 
 
-def state_gone(site: Site) -> list[str]:
-    """A checkpoint from before checkpoints held the state of the data."""
+def description_edited(site: Site) -> list[str]:
+    """A number that somebody, or a bad disk, has changed."""
     description = site.run.newest / "llama_ds.json"
     found = json.loads(description.read_text())
-    del found["data"]
+    found["tokens"] += 1
     description.write_text(json.dumps(found))
+    return site.arguments
+
+
+def checkpoint_of_before(site: Site) -> list[str]:
+    """Of a version that knew no checksums."""
+    description = site.run.newest / "llama_ds.json"
+    found = json.loads(description.read_text())
+    del found["format"], found["checksum"]
+    description.write_text(json.dumps(found))
+    return site.arguments
+
+
+def checkpoint_loops(site: Site) -> list[str]:
+    site.optimizer_file.unlink()
+    site.optimizer_file.symlink_to(site.optimizer_file.name)
     return site.arguments
 
 
@@ -131,7 +146,7 @@ def checkpoint_file_missing(site: Site) -> list[str]:
 
 
 def checkpoint_overwritten(site: Site) -> list[str]:
-    """Full size, so only the rank that loads it finds out."""
+    """Full size, so its checksum tells."""
     site.optimizer_file.write_bytes(bytes(site.optimizer_file.stat().st_size))
     return site.arguments
 
@@ -139,6 +154,10 @@ def checkpoint_overwritten(site: Site) -> list[str]:
 def checkpoint_gone(site: Site) -> list[str]:
     (site.run.newest / "llama_ds.json").unlink()
     return site.arguments
+
+
+def other_shape(site: Site) -> list[str]:
+    return [*site.arguments, f"checkpoint.start_from={site.run.dir}", "name=other", "model.intermediate_size=96"]
 
 
 def run_folder_is_a_file(site: Site) -> list[str]:
@@ -168,15 +187,20 @@ CASES = [
     Case("pipe without a name", overriding("data.sources.0.path=pipe:cat"), ("pipe:cat", "{}")),
     Case("remote that is not there", remote_missing, ("manifest.json", "refused")),
     Case("cache too small", cache_too_small, ("data.cache_gib",)),
-    Case("data of a checkpoint gone", state_gone, ("holds no state of the data",), trained=True),
+    Case("description edited", description_edited, ("llama_ds.json", "checksum does not fit"), trained=True),
+    Case("checkpoint of before", checkpoint_of_before, ("checkpoint format 1",), trained=True),
+    Case("checkpoint loops", checkpoint_loops, ("optim_states.pt", "symbolic links"), trained=True),
     Case("other batch", overriding("training.global_batch=16"), ("training.global_batch 8, not 16",), trained=True),
     Case("nothing to resume", overriding("checkpoint.resume=must"), ("no checkpoint to resume from",)),
     Case("not to resume", overriding("checkpoint.resume=never"), ("checkpoint.resume = never",), trained=True),
     Case("checkpoint cut short", checkpoint_cut_short, ("optim_states.pt", "is 1000 bytes"), trained=True),
     Case("checkpoint file missing", checkpoint_file_missing, ("optim_states.pt", "is missing"), trained=True),
-    Case("checkpoint overwritten", checkpoint_overwritten, ("step_00000006", "cannot load"), trained=True),
-    Case("checkpoint gone", checkpoint_gone, ("latest", "step_00000006"), trained=True),
-    Case("other layout", overriding("parallel.pp=1"), ("written under pp 2", "this run has pp 1"), trained=True),
+    Case("checkpoint overwritten", checkpoint_overwritten, ("optim_states.pt", "have checksum"), trained=True),
+    Case("checkpoint gone", checkpoint_gone, ("step_00000006", "no llama_ds.json"), trained=True),
+    Case("nothing to start from", overriding("checkpoint.start_from=nowhere"), ("nowhere", "no such folder")),
+    Case(
+        "start from another shape", other_shape, ("layer 1 mlp.gate_proj.weight", "[88, 32]", "[96, 32]"), trained=True
+    ),
     Case("other model", overriding("model.intermediate_size=96"), ("intermediate_size 88, not 96",), trained=True),
     Case("run folder is a file", run_folder_is_a_file, ("cannot write",)),
     Case("divergence", overriding("optimizer.lr=1e38", "optimizer.warmup_steps=0"), ("diverged", "optimizer.lr")),

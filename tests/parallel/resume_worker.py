@@ -1,48 +1,96 @@
-"""One rank: trains some steps under each given case, saving and loading between them; rank 0 writes the history."""
+"""Started on every rank: go through the cases of one world size, each from the checkpoint of the one before.
+
+resume_worker.py CASES FOLDER FIRST_TURN STEPS_A_TURN OUT
+"""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from llama_ds import log
+from llama_ds.checkpoint.manifest import MASTER, MOMENTS, Description, read_tensors
+from llama_ds.checkpoint.names import key_of, sharded_dim
 from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.schema import CheckpointConfig
 from llama_ds.parallel import world
+from llama_ds.parallel.optimizer_state import adam_steps, fragments
+from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engine import build_engine
 from llama_ds.training.schedule import learning_rate
 from tests.parallel.layout_cases import STEPS, Case, micro_batches
 
 
 def main() -> None:
-    cases_file, folder, out = sys.argv[1:]
+    cases_file, folder, first_turn, share, out = sys.argv[1:]
     place = world.find_place()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with open(cases_file) as file:
         cases = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in json.load(file)]
-    share = STEPS // len(cases)
     history: list[tuple[float, float]] = []
     with world.failing_together():
         world.join(place)
-        for turn, case in enumerate(cases):
-            run = case.run
-            config = deepspeed_config(run, case.layout, bf16_native=True)
-            engine = build_engine(run, case.layout, config, torch.device("cpu"))
-            first = engine.load(folder, f"turn{turn - 1}") if turn else 0
-            assert first == turn * share
-            batches = micro_batches(case, engine.dp_rank, first)
-            for step in range(first, first + share):
-                history.append(engine.read(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))))
-            engine.save(folder, f"turn{turn}")
-            dist.barrier()
-            engine.deepspeed.destroy()
+        for turn, case in enumerate(cases, int(first_turn)):
+            history += take_turn(case, Path(folder), turn * int(share), int(share), place)
         if place.rank == 0:
-            with open(out, "w") as file:
-                json.dump(history, file)
+            Path(out).write_text(json.dumps(history))
+
+
+def take_turn(case: Case, folder: Path, first: int, steps: int, place: world.Place) -> list[tuple[float, float]]:
+    """Train `steps` steps from `first` on, and save."""
+    run = replace(case.run, output_dir=str(folder), checkpoint=CheckpointConfig(strict=True))
+    run = replace(run, data=replace(run.data, tokenizer=__file__))  # any file
+    config = deepspeed_config(run, case.layout, bf16_native=True)
+    engine = build_engine(run, case.layout, config, torch.device("cpu"))
+    checkpoints = Checkpoints(run, case.layout, case.dtype, place)
+    chosen = checkpoints.choose()
+    assert bool(chosen) == bool(first)
+    if chosen:
+        assert checkpoints.load(engine.deepspeed, *chosen) == first
+        check_loaded(engine.deepspeed, Path(checkpoints.folder) / chosen[0], chosen[1], case)
+    batches = micro_batches(case, engine.dp_rank, first)
+    random = torch.get_rng_state()
+    history = [
+        engine.read(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS)))
+        for step in range(first, first + steps)
+    ]
+    assert torch.equal(torch.get_rng_state(), random), (
+        "a step draws random numbers: a checkpoint must carry their state"
+    )
+    checkpoints.save(engine.deepspeed, first + steps, {})
+    checkpoints.close()
+    engine.deepspeed.destroy()
+    return history
+
+
+def check_loaded(engine: Any, tag: Path, found: Description, case: Case) -> None:
+    """Every number is there to the bit, cut the plain way: chunk the whole, flatten, take the range."""
+    rank = engine.mpu.get_tensor_model_parallel_rank()
+    wholes = read_tensors(str(tag), found, (MASTER, *MOMENTS))
+
+    def own_part(kind: str, name: str) -> torch.Tensor:
+        key = key_of(name)
+        whole, dim = wholes[kind][key].whole(), sharded_dim(key[1])
+        return whole if dim is None else whole.chunk(case.tp, dim)[rank]
+
+    elements = 0
+    for fragment in fragments(engine):
+        for kind, tensor in fragment.tensors.items():
+            wanted = own_part(kind, fragment.name).reshape(-1)[fragment.start : fragment.start + fragment.numel]
+            assert torch.equal(tensor, wanted), f"{fragment.name} {kind}"
+            elements += tensor.numel()
+    assert elements > 3 * 10_000 // case.world
+    for parameter, name in engine.param_names.items():
+        if not hasattr(parameter, "ds_id"):
+            assert torch.equal(parameter, own_part(MASTER, name).to(parameter.dtype)), name
+    assert adam_steps(engine) == found.step
 
 
 if __name__ == "__main__":

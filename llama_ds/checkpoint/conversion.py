@@ -1,0 +1,232 @@
+"""Carrying a plan out: files in parallel, tensors read in pieces and written at their places, and a proof at the end.
+
+Memory: CHUNK_BYTES for each worker, and blocks of rows (`spread.BLOCK_ELEMENTS`) where the cut changes on the way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from llama_ds.checkpoint.huggingface import HfTokenizer, plan_huggingface
+from llama_ds.checkpoint.layer_files import plan_layer_files, write_index
+from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, MASTER, WEIGHT, checksum, describe, read_tensors, verify
+from llama_ds.checkpoint.meta import plan_meta
+from llama_ds.checkpoint.partial import Partial, cannot_write
+from llama_ds.checkpoint.plan import OutputFile, Placed, Plan, Target
+from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.errors import UserError
+
+CHUNK_BYTES = 1 << 20  # what the processor's cache holds: larger ones are copied at half the speed
+WORKERS = 4  # at most, unless told otherwise: preads, pwrites and casts run beside one another
+
+T = TypeVar("T")
+Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a conversion is carried out, whatever it makes."""
+
+    overwrite: bool = False
+    workers: int = min(WORKERS, max(2, os.cpu_count() or 1))
+
+
+class Counter:
+    """Adds up bytes for a progress bar, and stops those who count when one of them has failed."""
+
+    def __init__(self, progress: Progress, what: str, total: int) -> None:
+        self.stop = threading.Event()
+        self._progress, self._what, self._total = progress, what, total
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def add(self, count: int) -> None:
+        """Count bytes done.
+
+        Raises:
+            Stopped: the work is given up.
+        """
+        if self.stop.is_set():
+            raise Stopped
+        with self._lock:
+            self._done += count
+            self._progress(self._what, self._done, self._total)
+
+
+class Stopped(Exception):
+    """Another worker has failed."""
+
+
+def run_all(jobs: Iterable[Callable[[], None]], workers: int, counter: Counter) -> None:
+    """Run jobs in threads; the first that fails ends them all, and its error is raised."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(job) for job in jobs]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            counter.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def convert(
+    files: ModelFiles,
+    plan: Plan,
+    destination: str,
+    options: Options,
+    prove: Callable[[str], T],
+    progress: Progress = lambda what, done, total: None,
+) -> T:
+    """Write what `plan` says to `destination`, whole or not at all.
+
+    A conversion that was killed goes on with the files it has not finished. `prove` is given the folder before it gets
+    its name, and raises where the result is not the source; what it returns is returned.
+
+    Raises:
+        UserError: a broken source, a destination that exists or cannot be written, a failed proof.
+    """
+    _check_apart(files.path, destination)
+    with Partial(destination, fingerprint(files, plan), options.overwrite) as work:
+        _check_source(files, options, progress)
+        _write_all(plan, work, options, progress)
+        try:
+            found = prove(work.folder)
+        except UserError:
+            work.discard_journal()
+            raise
+        work.commit()
+    return found
+
+
+def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer | None = None) -> Plan:
+    """Return what a conversion to `kind` writes. `tokenizer` is for hf, made of the source's sentencepiece model.
+
+    Raises:
+        UserError: the model cannot be written so.
+    """
+    if kind == "hf":
+        return plan_huggingface(files, target, tokenizer)
+    return plan_meta(files, target) if kind == "meta" else plan_layer_files(files, target)
+
+
+def fingerprint(files: ModelFiles, plan: Plan) -> str:
+    """Return a hash of what is read and what is to be written, of all but the tensors' own bytes."""
+    paths = [os.path.join(files.path, name) for name in sorted(os.listdir(files.path))]
+    states = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
+    source = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
+    outputs = [(file.name, [(t.name, t.shape, t.rank, t.size) for t in file.tensors]) for file in plan.files]
+    small = {name: hashlib.sha256(content).hexdigest() for name, content in plan.small.items()}
+    whole = [os.path.realpath(files.path), source, plan.kind, str(plan.dtype), outputs, small]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _check_apart(source: str, destination: str) -> None:
+    """Refuse a destination whose replacement would take the source with it."""
+    inner, outer = os.path.realpath(source), os.path.realpath(destination)
+    if os.path.commonpath([inner, outer]) == outer:
+        raise UserError(f"{destination}: holds the source {source}; give another folder")
+
+
+def _check_source(files: ModelFiles, options: Options, progress: Progress) -> None:
+    """Compare the checksums of the files that hold the weights, where they are known: those of our checkpoints."""
+    if not os.path.exists(os.path.join(files.path, DESCRIPTION)):
+        return
+    description = describe(files.path)
+    verify(files.path, description, [INDEX])
+    kinds = read_tensors(files.path, description, (WEIGHT, MASTER))
+    tensors = kinds.get(WEIGHT) or kinds[MASTER]
+    names = sorted({os.path.relpath(path, files.path) for tensor in tensors.values() for path in tensor.paths})
+    counter = Counter(progress, "check", sum(description.files[name].size for name in names))
+
+    def check(name: str) -> None:
+        verify(files.path, description, [name])
+        counter.add(description.files[name].size)
+
+    run_all((partial(check, name) for name in names), options.workers, counter)
+
+
+def _write_all(plan: Plan, work: Partial, options: Options, progress: Progress) -> None:
+    left = [file for file in plan.files if file.name not in work.finished]
+    remaining = sum(file.nbytes(plan.dtype) for file in left)
+    counter = Counter(progress, "convert", plan.nbytes)
+    counter.add(plan.nbytes - remaining)
+    try:
+        free = shutil.disk_usage(work.folder).free
+        if free < remaining:
+            raise UserError(
+                f"{work.folder}: wants {remaining / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB left; "
+                "free space, or give another destination"
+            )
+        _write_small(plan, work)
+        run_all((partial(_write_file, file, plan, work, counter) for file in left), options.workers, counter)
+        if plan.description is not None:
+            write_index(work.folder, plan, work.finished)
+    except (OSError, RuntimeError) as error:
+        raise cannot_write(work.folder, error) from None
+
+
+def _write_small(plan: Plan, work: Partial) -> None:
+    contents = {name: lambda p=path: Path(p).read_bytes() for name, path in plan.copied.items()}
+    contents |= {name: lambda c=content: c for name, content in plan.small.items()}
+    for name, content_of in contents.items():
+        if name in work.finished:
+            continue
+        with open(os.path.join(work.folder, name), "wb") as file:
+            file.write(content_of())
+            file.flush()
+            os.fsync(file.fileno())
+        work.finish(name)
+
+
+def _write_file(file: OutputFile, plan: Plan, work: Partial, counter: Counter) -> None:
+    path = os.path.join(work.folder, file.name)
+    if os.path.lexists(path):
+        os.unlink(path)  # of a conversion that was killed
+    dtype = plan.dtype
+    places = file.create(work.folder, dtype)
+    buffer = torch.empty(CHUNK_BYTES // dtype.itemsize, dtype=dtype)
+    output = os.open(path, os.O_WRONLY)
+    try:
+        for tensor in file.tensors:
+            for start in range(0, tensor.numel, len(buffer)):
+                part = buffer[: min(len(buffer), tensor.numel - start)]
+                tensor.source.read(part, tensor.rank, tensor.size, start)
+                _check_range(tensor, part)
+                _write_at(output, part, places[tensor.name].offset + start * dtype.itemsize)
+                counter.add(part.nbytes)
+        os.fsync(output)
+    finally:
+        os.close(output)
+    work.finish(file.name, checksum(path) if plan.description else "")
+
+
+def _write_at(output: int, part: Tensor, position: int) -> None:
+    begin, left = position, part.view(torch.uint8).numpy().data
+    while left:
+        count = os.pwrite(output, left, position)
+        left, position = left[count:], position + count
+    # Linux begins to write what it is told is not needed; the sync at the end would else wait for all of it.
+    os.posix_fadvise(output, begin, part.nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _check_range(tensor: Placed, part: Tensor) -> None:
+    """Refuse a value that fp16 has no room for: it would become infinity."""
+    if part.dtype == torch.float16 and tensor.source.dtype != torch.float16 and not part.isfinite().all():
+        raise UserError(
+            f"{tensor.name}: holds numbers above {torch.finfo(torch.float16).max:.0f}, which fp16 has not; "
+            "convert with --dtype bf16"
+        )

@@ -1,0 +1,130 @@
+"""config.json of transformers' LlamaForCausalLM, both ways."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from llama_ds.checkpoint.inventory import check_file, check_model
+from llama_ds.config.reader import Place, read
+from llama_ds.config.schema import ModelConfig
+from llama_ds.errors import UserError
+
+CONFIG = "config.json"
+COPIED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# Settings by which a LlamaForCausalLM computes otherwise than this project's model, with the values that do not.
+PLAIN: dict[str, tuple[object, ...]] = {
+    "model_type": ("llama",),
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, 1.0, None),
+}
+
+
+def hf_config(model: ModelConfig, seq_len: int, dtype: str, bos: int = 1, eos: int = 2) -> dict[str, Any]:
+    """Return the content of config.json, or what transformers' LlamaConfig takes; dtype in torch's words: float32."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.rope_scaling:
+        rope.update(asdict(model.rope_scaling), rope_type="llama3")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{key: getattr(model, key) for key in COPIED},
+        "rope_parameters": rope,
+        "rope_theta": model.rope_theta,  # readers older than transformers 5 look here
+        "rope_scaling": rope if model.rope_scaling else None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "max_position_embeddings": seq_len,
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def read_config(folder: str) -> dict[str, Any]:
+    """Return config.json of a folder, of a LLaMA that this project's model computes.
+
+    Raises:
+        UserError: it is missing, damaged, or of another architecture, naming the setting.
+    """
+    path = check_file(os.path.join(folder, CONFIG))
+    config = read_object(path)
+    for key, values in PLAIN.items():
+        if config.get(key) not in values or (key == "model_type" and key not in config):
+            raise UserError(
+                f"{path}: {key} = {json.dumps(config.get(key))}, this project's LLaMA has {json.dumps(values[0])}; "
+                "give a model of that architecture"
+            )
+    return config
+
+
+def model_of(folder: str, config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """Return the shape of the model that config.json describes, and the longest row it was trained for.
+
+    Raises:
+        UserError: a number that is missing, of no sense, or a rotary embedding that is not computed here.
+    """
+    path = os.path.join(folder, CONFIG)
+    given = {key: config[key] for key in COPIED if config.get(key) is not None}
+    heads = given.get("num_attention_heads")
+    given.setdefault("num_key_value_heads", heads)
+    if isinstance(heads, int) and isinstance(given.get("hidden_size"), int) and heads > 0:
+        given.setdefault("head_dim", given["hidden_size"] // heads)
+    given.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's own
+    place = Place(path)
+    model = read(ModelConfig, {**given, **_rotary(path, config)}, place)
+    seq_len = read(int, config.get("max_position_embeddings", 2048), place, "max_position_embeddings")
+    check_model(path, model)
+    return model, seq_len
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        UserError: it cannot be read as one.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if not isinstance(content, dict):
+            raise ValueError(f"holds {type(content).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); copy it again") from None
+    return content
+
+
+def _rotary(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rope_theta and rope_scaling as ModelConfig has them; transformers 5 writes both into rope_parameters."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters = {json.dumps(rope)} is not an object; copy the file again")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    found: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
+    if kind not in ("default", "llama3"):
+        raise UserError(
+            f"{path}: rope_type = {json.dumps(kind)}, this project computes default and llama3; "
+            "give a model with one of these"
+        )
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise UserError(
+            f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']}, this project turns all of a head"
+        )
+    if kind == "llama3":
+        found["rope_scaling"] = {key: rope[key] for key in SCALING if key in rope}
+    return found

@@ -1,0 +1,120 @@
+"""A checkpoint of weights alone in DeepSpeed's pipeline format: a file per layer and tensor-parallel rank.
+
+DeepSpeed's PipelineEngine loads it (load_module_only) under the same tensor-parallel size and the pp it was made for;
+our own index makes it one of this project's checkpoints, which any layout starts from.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from llama_ds.checkpoint.manifest import (
+    DESCRIPTION,
+    TOKENIZER,
+    WEIGHT,
+    Description,
+    FileEntry,
+    Piece,
+    Record,
+    checksum,
+    describe,
+    name_of,
+    write_manifest,
+)
+from llama_ds.checkpoint.names import sharded_dim
+from llama_ds.checkpoint.plan import OutputFile, Placed, Plan, Target, check_parts, part_shape
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles
+from llama_ds.config.layout import Layout
+
+
+def layer_file(layer: int, tp_rank: int) -> str:
+    """Return the name that DeepSpeed's PipelineModule gives to the file of one layer's weights."""
+    return f"layer_{layer:02d}-model_{tp_rank:02d}-model_states.pt"
+
+
+def plan_layer_files(files: ModelFiles, target: Target) -> Plan:
+    """Return what to write. Step, tokens and run are the source's if it is a checkpoint of ours; else there are none.
+
+    Raises:
+        UserError: the model cannot be cut so.
+    """
+    check_parts(files, target)
+    outputs = tuple(
+        OutputFile(layer_file(layer, rank), tuple(_placed(files, layer, rank, target.tp)))
+        for layer in files.layers()
+        for rank in range(target.tp)
+    )
+    description = _description(files, target)
+    state = _engine_state(description.step, target)
+    small = {f"mp_rank_{rank:02d}_model_states.pt": state for rank in range(target.pp * target.tp)}
+    copied = {TOKENIZER: files.tokenizer} if files.tokenizer else {}
+    return Plan("deepspeed", DTYPES[target.dtype], outputs, small, copied, description)
+
+
+def write_index(folder: str, plan: Plan, checksums: Mapping[str, str]) -> None:
+    """Write index and description of a checkpoint whose files are there; `checksums` by name, of its layers."""
+    assert plan.description is not None
+    record = Record(rank=0)
+    for name in (*checksums, *plan.small):
+        path = os.path.join(folder, name)
+        record.files[name] = FileEntry(os.path.getsize(path), checksums.get(name) or checksum(path), 0)
+    for file in plan.files:
+        layer = int(file.name.split("_")[1].partition("-")[0])
+        places = file.places(folder)
+        for tensor in file.tensors:
+            if tensor.rank and sharded_dim(tensor.name) is None:
+                continue  # the same on every rank: the first one's is the one that is read
+            stored = places[tensor.name]
+            dtype = str(stored.dtype).removeprefix("torch.")
+            piece = Piece(WEIGHT, tensor.rank, 0, tensor.numel, file.name, stored.offset, dtype)
+            record.pieces.setdefault(name_of((layer, tensor.name)), []).append(piece)
+    write_manifest(folder, plan.description, [record])
+
+
+def _placed(files: ModelFiles, layer: int, rank: int, size: int) -> list[Placed]:
+    return [
+        Placed(name, part_shape(tensor.shape, sharded_dim(name), size), tensor, rank, size)
+        for (index, name), tensor in files.tensors.items()
+        if index == layer
+    ]
+
+
+def _description(files: ModelFiles, target: Target) -> Description:
+    pp, tp = target.pp, target.tp
+    layout = asdict(Layout(world=pp * tp, pp=pp, tp=tp, dp=1, micro_batch=1, accumulation=1, global_batch=1))
+    model = asdict(files.model)
+    if not os.path.exists(os.path.join(files.path, DESCRIPTION)):
+        run: dict[str, Any] = {"model": model, "data": {"seq_len": files.seq_len}}
+        return Description(step=0, tokens=0, zero_stage=0, dtype=target.dtype, layout=layout, run=run)
+    found = describe(files.path)
+    return replace(
+        found,
+        zero_stage=0,
+        dtype=target.dtype,
+        layout=layout,
+        run={**found.run, "model": model},
+        optimizer_steps=None,
+        files={},
+    )
+
+
+def _engine_state(step: int, target: Target) -> bytes:
+    """Return the file that DeepSpeed's engine reads first: no weights ("module"), what it counts, and its sizes."""
+    state = {
+        "module": None,
+        "optimizer": None,
+        "lr_scheduler": None,
+        "global_steps": step,
+        "skipped_steps": 0,
+        "dp_world_size": 1,
+        "mp_world_size": target.pp * target.tp,
+    }
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()

@@ -1,0 +1,303 @@
+"""What a checkpoint holds: its description, a checksum of every file, and where in them every tensor lies.
+
+A checkpoint is a folder. DeepSpeed's own files hold the numbers; beside them are
+
+- `llama_ds.json`: the description, with size and checksum of every other file, and its own;
+- `index.json`: for every weight and each of its kinds (KINDS) the runs of elements, with file and byte, so that any
+  layout reads what it needs, and nothing else, without unpickling anything.
+
+A rank says what it wrote in a record of its own; whoever commits puts the records together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+
+from llama_ds.checkpoint.names import Key, sharded_dim, weight_shapes
+from llama_ds.checkpoint.spread import Run, Spread
+from llama_ds.checkpoint.stored import Stored
+from llama_ds.config.reader import Place, read
+from llama_ds.config.schema import ModelConfig
+from llama_ds.errors import UserError
+
+DESCRIPTION = "llama_ds.json"
+INDEX = "index.json"
+TOKENIZER = "tokenizer.model"
+FORMAT = 2
+WEIGHT = "weight"  # as the run computed with it
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, fp32
+MASTER = "fp32"  # the weight that the optimizer updates
+KINDS = (WEIGHT, MASTER, *MOMENTS)
+READ_BYTES = 8 << 20
+
+
+class FileEntry(NamedTuple):
+    """A file of a checkpoint."""
+
+    size: int  # bytes
+    checksum: str  # XXH3, 128 bits, of all its bytes
+    rank: int  # of the run, that wrote it
+
+
+class Piece(NamedTuple):
+    """A run of a tensor-parallel part's elements in a file."""
+
+    kind: str
+    part: int
+    start: int  # the first of them, counted in the part
+    numel: int
+    file: str
+    offset: int  # bytes
+    dtype: str  # torch's name: float32
+
+    @property
+    def end(self) -> int:
+        """The element after the last."""
+        return self.start + self.numel
+
+
+@dataclass
+class Record:
+    """What one rank wrote."""
+
+    rank: int
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)  # by `name_of` their weight
+
+    def as_json(self) -> str:
+        """Return it as text."""
+        return json.dumps({"rank": self.rank, "files": self.files, "pieces": self.pieces})
+
+    @staticmethod
+    def from_json(text: str) -> Record:
+        """Return what `as_json` was given."""
+        found = json.loads(text)
+        files = {name: FileEntry(*entry) for name, entry in found["files"].items()}
+        pieces = {name: [Piece(*piece) for piece in rows] for name, rows in found["pieces"].items()}
+        return Record(found["rank"], files, pieces)
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a checkpoint is: enough to resume or convert it without the run file that made it."""
+
+    step: int
+    tokens: int
+    zero_stage: int
+    dtype: str  # of the weights that computed: bf16 | fp32
+    layout: dict[str, int]
+    run: dict[str, Any]  # the resolved run
+    data: dict[str, Any] = field(default_factory=dict)  # `llama_ds.data.mixture.DataState`
+    optimizer_steps: int | None = None  # Adam's own count, without steps that were not finite; None: weights only
+    # Nothing in a run has a random state that moves: initial weights are a function of (seed, layer, name, block) and
+    # rows of (seed, row), so the seed is all there is to carry.
+    rng: dict[str, int] = field(default_factory=dict)
+    config_hash: str = ""  # of `run`, filled in by `write_manifest`
+    files: dict[str, FileEntry] = field(default_factory=dict)  # filled in by `write_manifest`
+    format: int = FORMAT
+
+    @cached_property
+    def model(self) -> ModelConfig:
+        """The shape of the model."""
+        return read(ModelConfig, self.run["model"], Place(DESCRIPTION))
+
+
+def name_of(key: Key) -> str:
+    """Return a weight's name in the index: "3.mlp.up_proj.weight"."""
+    return f"{key[0]}.{key[1]}"
+
+
+def hash_of(run: Mapping[str, Any]) -> str:
+    """Return a short hash of a resolved run."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_manifest(folder: str, description: Description, records: Iterable[Record]) -> Description:
+    """Write the index and then, last of all, the description; return it filled in. All durable on return.
+
+    Raises:
+        ValueError: the records do not hold every element of every weight once.
+    """
+    files: dict[str, FileEntry] = {}
+    pieces: dict[str, list[Piece]] = {}
+    for record in records:
+        files.update(record.files)
+        for name, rows in record.pieces.items():
+            pieces.setdefault(name, []).extend(rows)
+    _check_cover(description, pieces)
+    index = json.dumps(pieces, separators=(",", ":"))
+    write_durably(os.path.join(folder, INDEX), index)
+    files[INDEX] = FileEntry(len(index.encode()), _checksum_of(index.encode()), 0)
+    if os.path.exists(tokenizer := os.path.join(folder, TOKENIZER)):
+        files[TOKENIZER] = FileEntry(os.path.getsize(tokenizer), checksum(tokenizer), 0)
+    description = replace(description, files=files, config_hash=hash_of(description.run))
+    content = json.loads(json.dumps(asdict(description)))  # as it will be read
+    content["checksum"] = _checksum_of(_canonical(content))
+    write_durably(os.path.join(folder, DESCRIPTION), json.dumps(content, indent=1))
+    return description
+
+
+def describe(folder: str) -> Description:
+    """Read the description of a checkpoint folder.
+
+    Raises:
+        UserError: there is none, or it is damaged, or of a version that is not read.
+    """
+    path = os.path.join(folder, DESCRIPTION)
+    if not os.path.exists(path):
+        raise UserError(
+            f"{folder}: no {DESCRIPTION} in it, so it is not a complete checkpoint of llama_ds; "
+            "give a folder such as runs/NAME/checkpoints/step_00000100"
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        version = content.get("format", 1)
+        if version == FORMAT:
+            wanted = content.pop("checksum")
+            if wanted != _checksum_of(_canonical(content)):
+                raise ValueError("its checksum does not fit")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: damaged ({error}); use another checkpoint, or copy this one again") from None
+    if version != FORMAT:
+        raise UserError(
+            f"{path}: checkpoint format {version}, this version reads {FORMAT}; go on with the version that wrote it, "
+            "or convert its weights there (tools/convert.py) and start from them"
+        )
+    content["files"] = {name: FileEntry(*entry) for name, entry in content["files"].items()}
+    return Description(**{key: content[key] for key in content if key in {f.name for f in fields(Description)}})
+
+
+def check_present(folder: str, description: Description) -> None:
+    """Check that every file of a checkpoint is there at its full size.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    for name, entry in description.files.items():
+        path = os.path.join(folder, name)
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            raise UserError(f"{path}: is missing ({error.strerror}), {_DAMAGED}") from None
+        if size != entry.size:
+            raise UserError(f"{path}: is {size} bytes, not {entry.size}, {_DAMAGED}")
+
+
+def verify(folder: str, description: Description, names: Iterable[str]) -> None:
+    """Read the files `names` of a checkpoint and compare their checksums.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    for name in names:
+        path = os.path.join(folder, name)
+        try:
+            found = checksum(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror}), {_DAMAGED}") from None
+        if found != description.files[name].checksum:
+            raise UserError(
+                f"{path}: its bytes have checksum {found}, not {description.files[name].checksum}, {_DAMAGED}"
+            )
+
+
+_DAMAGED = "the checkpoint is damaged; copy it again, or use another"
+
+
+def read_tensors(folder: str, description: Description, kinds: Iterable[str] = KINDS) -> dict[str, dict[Key, Spread]]:
+    """Return the tensors of a checkpoint by kind and weight: all of the model's for each of `kinds` that it holds.
+
+    Raises:
+        UserError: the index is damaged.
+    """
+    path = os.path.join(folder, INDEX)
+    try:
+        with open(path, encoding="utf-8") as file:
+            rows = json.load(file)
+        found: dict[str, dict[Key, Spread]] = {}
+        for key, shape in weight_shapes(description.model).items():
+            pieces = [Piece(*row) for row in rows[name_of(key)]]
+            for kind in kinds:
+                parts = _parts([p for p in pieces if p.kind == kind])
+                if parts:
+                    runs = [[Run(p.start, _stored(folder, p), p.numel) for p in part] for part in parts]
+                    found.setdefault(kind, {})[key] = Spread(shape, sharded_dim(key[1]), runs)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); use another checkpoint, or copy this one again") from None
+    return found
+
+
+def checksum(path: str) -> str:
+    """Return the checksum of a file's bytes."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(READ_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def write_durably(path: str, text: str) -> None:
+    """Write a small file: whole and on the disk on return, or not there."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(folder: str) -> None:
+    """Put a folder's entries on the disk."""
+    entry = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(entry)
+    finally:
+        os.close(entry)
+
+
+def _stored(folder: str, piece: Piece) -> Stored:
+    return Stored(os.path.join(folder, piece.file), piece.offset, getattr(torch, piece.dtype), (piece.numel,))
+
+
+def _parts(pieces: list[Piece]) -> list[list[Piece]]:
+    """Return the pieces of one weight and kind by part, each part in order."""
+    count = 1 + max((p.part for p in pieces), default=-1)
+    parts: list[list[Piece]] = [[] for _ in range(count)]
+    for piece in sorted(pieces, key=lambda p: (p.part, p.start)):
+        parts[piece.part].append(piece)
+    return parts
+
+
+def _check_cover(description: Description, pieces: Mapping[str, list[Piece]]) -> None:
+    """Check that each kind that is there is there whole: of every weight every part, of every part every element."""
+    kinds = {p.kind for rows in pieces.values() for p in rows} or {WEIGHT}
+    for key, shape in weight_shapes(description.model).items():
+        count = description.layout["tp"] if sharded_dim(key[1]) is not None else 1
+        numel = torch.Size(shape).numel() // count
+        for kind in kinds:
+            parts = _parts([p for p in pieces.get(name_of(key), ()) if p.kind == kind])
+            if len(parts) != count:
+                raise ValueError(f"{name_of(key)}: {len(parts)} parts of its {kind} were written, not {count}")
+            for part in parts:
+                ends = [0, *(p.end for p in part)]
+                if [p.start for p in part] != ends[:-1] or ends[-1] != numel:
+                    raise ValueError(f"{name_of(key)}: its {kind} was not written whole and once")
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _checksum_of(data: bytes) -> str:
+    return xxhash.xxh3_128(data).hexdigest()

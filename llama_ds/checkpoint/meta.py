@@ -1,0 +1,189 @@
+"""Meta's format of a LLaMA: consolidated.NN.pth, one for each model-parallel rank, params.json, tokenizer.model.
+
+Against this project's tensors: other names; the rows of query and key heads in the order of neighbouring pairs; the
+embedding cut by columns in LLaMA 1 and 2 and by rows from Llama 3 on; no tied head, but a copy of the table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import torch
+
+from llama_ds.checkpoint.inventory import (
+    check_file,
+    check_names,
+    check_shape,
+    check_tensors,
+    dtype_of,
+    same,
+    with_vocabulary,
+)
+from llama_ds.checkpoint.manifest import TOKENIZER
+from llama_ds.checkpoint.meta_params import LLAMA3_THETA, PARAMS, model_of, params_of, read_params
+from llama_ds.checkpoint.names import Key, sharded_dim, weight_shapes
+from llama_ds.checkpoint.plan import OutputFile, Placed, Plan, Target, as_json, check_parts, part_shape
+from llama_ds.checkpoint.spread import Run, Spread
+from llama_ds.checkpoint.stored import Stored, torch_tensors
+from llama_ds.checkpoint.views import Columns, Rows, TurnedHeads
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
+from llama_ds.config.schema import ModelConfig
+from llama_ds.errors import UserError
+
+PART = re.compile(r"consolidated\.(\d\d)\.pth")
+LOCAL = {
+    "input_layernorm.weight": "attention_norm.weight",
+    "self_attn.q_proj.weight": "attention.wq.weight",
+    "self_attn.k_proj.weight": "attention.wk.weight",
+    "self_attn.v_proj.weight": "attention.wv.weight",
+    "self_attn.o_proj.weight": "attention.wo.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "feed_forward.w1.weight",
+    "mlp.down_proj.weight": "feed_forward.w2.weight",
+    "mlp.up_proj.weight": "feed_forward.w3.weight",
+}
+TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
+IGNORED = ("rope.freqs",)  # follow from rope_theta
+
+
+def meta_name(layer: int, name: str, num_hidden_layers: int) -> str:
+    """Return the name that Meta's Transformer gives to weight `name` of layer `layer`."""
+    if layer == 0:
+        return EMBEDDING
+    if layer <= num_hidden_layers:
+        return f"layers.{layer - 1}.{LOCAL[name]}"
+    return "norm.weight" if layer == num_hidden_layers + 1 else HEAD
+
+
+def open_meta(folder: str, vocab_size: int | None = None) -> ModelFiles:
+    """Return the weights of a folder as Meta releases them.
+
+    `vocab_size` gives the tables that many rows; else they must have those of params.json. A head that equals the
+    embedding bit for bit is a tied one.
+
+    Raises:
+        UserError: missing, unknown or misshapen tensors, a damaged file.
+    """
+    params = read_params(folder)
+    paths = _parts_of(folder)
+    parts = [{n: t for n, t in torch_tensors(path).items() if n not in IGNORED} for path in paths]
+    for path, part in zip(paths, parts, strict=True):
+        check_names(path, (EMBEDDING, HEAD), [n for n in part if n in (EMBEDDING, HEAD)])
+    embedding, head = (_whole(name, parts, paths, _table_dim(name, parts)) for name in (EMBEDDING, HEAD))
+    untied, seq_len = model_of(folder, params, head.shape[0], tied=False)
+    names = {key: meta_name(*key, untied.num_hidden_layers) for key in weight_shapes(untied)}
+    for path, part in zip(paths, parts, strict=True):
+        check_names(path, names.values(), part)
+    table: Readable = Rows(embedding, embedding.shape[0])
+    tied = same(table, head)
+    model, _ = model_of(folder, params, head.shape[0], tied)
+    tensors = _tensors(model, names, parts, paths)
+    tensors[0, "weight"] = table
+    if vocab_size is not None:
+        model, tensors = with_vocabulary(model, tensors, vocab_size)
+    check_tensors(folder, tensors, model, names, PARAMS, "vocab_size")
+    tokenizer = os.path.join(folder, TOKENIZER)
+    return ModelFiles(
+        path=folder,
+        model=model,
+        seq_len=seq_len,
+        dtype=dtype_of(folder, tensors),
+        tensors=tensors,
+        tokenizer=tokenizer if os.path.exists(tokenizer) else None,
+    )
+
+
+def holds_meta(folder: str) -> bool:
+    """Tell whether a folder looks like one of Meta's."""
+    return os.path.lexists(os.path.join(folder, PARAMS)) or any(PART.fullmatch(name) for name in os.listdir(folder))
+
+
+def plan_meta(files: ModelFiles, target: Target) -> Plan:
+    """Return what to write: a file for each of `target.tp` model-parallel ranks.
+
+    Raises:
+        UserError: a model that Meta's code cannot be, or that cannot be cut into so many parts.
+    """
+    if target.pp != 1:
+        raise UserError("command line: --pp cuts checkpoints of deepspeed; leave it out for meta")
+    params = params_of(files.model, files.path)
+    check_parts(files, target)
+    outputs = tuple(
+        OutputFile(f"consolidated.{rank:02d}.pth", tuple(_placed(files, rank, target.tp))) for rank in range(target.tp)
+    )
+    copied = {TOKENIZER: files.tokenizer} if files.tokenizer else {}
+    return Plan("meta", DTYPES[target.dtype], outputs, {PARAMS: as_json(params)}, copied)
+
+
+def _placed(files: ModelFiles, rank: int, size: int) -> list[Placed]:
+    layers = files.model.num_hidden_layers
+    placed = []
+    for (layer, local), tensor in files.tensors.items():
+        name, source = meta_name(layer, local, layers), tensor
+        dim = _dim(name, local, files.model)
+        if local in TURNED:
+            source = TurnedHeads(tensor, files.model.head_dim, to_halves=False)
+        if name == EMBEDDING and dim == 1:
+            source = Columns(tensor)
+        placed.append(Placed(name, part_shape(tensor.shape, dim, size), source, rank, size))
+        if name == EMBEDDING and files.model.tie_word_embeddings:
+            placed.append(Placed(HEAD, part_shape(tensor.shape, 0, size), tensor, rank, size))
+    return placed
+
+
+def _dim(name: str, local: str, model: ModelConfig) -> int | None:
+    """Return the dimension along which Meta cuts a tensor when it is written: as here, but for the embedding."""
+    if name == EMBEDDING:
+        return 0 if model.rope_theta >= LLAMA3_THETA else 1
+    return sharded_dim(local)
+
+
+def _table_dim(name: str, parts: list[dict[str, Stored]]) -> int:
+    """Return the dimension along which a table of the vocabulary is cut: the embedding's shows in its width.
+
+    The head's is always 0, and then both are as wide as the model.
+    """
+    return 0 if name == HEAD or parts[0][EMBEDDING].shape[1:] == parts[0][HEAD].shape[1:] else 1
+
+
+def _parts_of(folder: str) -> list[str]:
+    """Return the paths of the files of all ranks, in order.
+
+    Raises:
+        UserError: there is none, or one of them is missing.
+    """
+    found = {int(match[1]) for name in os.listdir(folder) if (match := PART.fullmatch(name))}
+    return [check_file(os.path.join(folder, f"consolidated.{i:02d}.pth")) for i in range(max(found, default=0) + 1)]
+
+
+def _tensors(
+    model: ModelConfig, names: dict[Key, str], parts: list[dict[str, Stored]], paths: list[str]
+) -> dict[Key, Readable]:
+    tensors: dict[Key, Readable] = {}
+    for key in weight_shapes(model):
+        if key[0] == 0:
+            continue
+        dim = sharded_dim(key[1])
+        whole = _whole(names[key], parts, paths, dim)
+        tensors[key] = TurnedHeads(whole, model.head_dim, to_halves=True) if key[1] in TURNED else whole
+    return tensors
+
+
+def _whole(name: str, parts: list[dict[str, Stored]], paths: list[str], dim: int | None) -> Spread:
+    """Return a tensor put together from all parts; one that is not cut must be the same in each."""
+    first = parts[0][name]
+    for path, part in zip(paths, parts, strict=True):
+        check_shape(path, name, part[name].shape, first.shape, os.path.basename(paths[0]))
+    runs = [[Run(0, part[name], torch.Size(first.shape).numel())] for part in parts]
+    if dim is not None and len(first.shape) != 2:
+        raise UserError(f"{paths[0]}: tensor {name} has shape {list(first.shape)}, not that of a matrix; copy it again")
+    if dim is None:
+        whole = Spread(first.shape, None, runs[:1])
+        for path, run in zip(paths[1:], runs[1:], strict=True):
+            if not same(whole, Spread(first.shape, None, [run])):
+                raise UserError(f"{path}: {name} differs from that of {paths[0]}: parts of two models; copy it again")
+        return whole
+    shape = tuple(n * len(parts) if i == dim else n for i, n in enumerate(first.shape))
+    return Spread(shape, dim, runs)

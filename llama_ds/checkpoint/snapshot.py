@@ -1,0 +1,136 @@
+"""State dicts copied to host memory that is kept from one save to the next, and where in them tensors lie.
+
+Training waits for this copy and nothing else. The memory is as large as this rank's part of a checkpoint, once.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_ds.checkpoint.manifest import WEIGHT
+from llama_ds.checkpoint.names import Key
+
+OPTIMIZER_FILE = "optim_states"  # in the names of DeepSpeed's files that hold ZeRO's partitions
+
+
+@dataclass(frozen=True)
+class Located:
+    """A tensor whose place in a checkpoint's files is wanted: elements `start` .. of a tensor-parallel part."""
+
+    key: Key
+    kind: str
+    part: int
+    start: int
+    tensor: Tensor  # contiguous; a view of one that is saved, or of none
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A located tensor's place in a snapshot."""
+
+    wanted: Located
+    file: str
+    leaf: Tensor  # the copy that it is part of
+    begin: int  # the first of its elements in that
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The files to write, as trees whose tensors are copies."""
+
+    files: dict[str, Any]
+    copied: list[Copied]
+    ready: Any = None  # CUDA event after which the copies are there
+
+
+class HostMemory:
+    """The memory that snapshots are copied to."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, list[Tensor]] = {}  # by file, in the order of its tree
+
+    @property
+    def nbytes(self) -> int:
+        """How much it is."""
+        return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers)
+
+    def take(self, files: Iterable[tuple[str, Any]], wanted: Iterable[Located]) -> Snapshot:
+        """Copy the tensors of all `files` (name, tree). On CUDA the copies are only begun: `Snapshot.ready`."""
+        leaves: list[tuple[int, Tensor, str, Tensor]] = []  # address, tensor, file, copy
+        copies = {}
+        for name, tree in files:
+            kept = self._buffers.get(name, [])
+            used: list[Tensor] = []
+            copies[name] = _map(tree, lambda tensor, k=kept, u=used: _copy(tensor, k, u))
+            self._buffers[name] = used
+            leaves += [(t.data_ptr(), t, name, c) for t, c in zip(_tensors(tree), used, strict=True)]
+        on_cuda = any(tensor.is_cuda for _, tensor, _, _ in leaves)
+        ready = torch.cuda.current_stream().record_event() if on_cuda else None
+        return Snapshot(copies, list(_locate(leaves, wanted)), ready)
+
+
+def _copy(tensor: Tensor, kept: list[Tensor], used: list[Tensor]) -> Tensor:
+    index = len(used)
+    if index < len(kept) and kept[index].shape == tensor.shape and kept[index].dtype == tensor.dtype:
+        buffer = kept[index]
+    else:
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    buffer.copy_(tensor.detach(), non_blocking=True)
+    used.append(buffer)
+    return buffer
+
+
+def _locate(leaves: list[tuple[int, Tensor, str, Tensor]], wanted: Iterable[Located]) -> Iterator[Copied]:
+    """Find each wanted tensor in the leaf whose memory it is a part of.
+
+    In fp32 a weight may be its own master, saved twice: each kind is looked for in its own files first.
+    """
+    of_optimizer = sorted((x for x in leaves if OPTIMIZER_FILE in x[2]), key=lambda x: x[0])
+    of_model = sorted((x for x in leaves if OPTIMIZER_FILE not in x[2]), key=lambda x: x[0])
+    for item in wanted:
+        first, second = (of_model, of_optimizer) if item.kind == WEIGHT else (of_optimizer, of_model)
+        found = _holding(first, item.tensor) or (_holding(second, item.tensor) if item.kind != WEIGHT else None)
+        if found:
+            address, tensor, file, copy = found
+            yield Copied(item, file, copy, (item.tensor.data_ptr() - address) // tensor.element_size())
+
+
+def _holding(leaves: list[tuple[int, Tensor, str, Tensor]], wanted: Tensor) -> tuple[int, Tensor, str, Tensor] | None:
+    begin, end = wanted.data_ptr(), wanted.data_ptr() + wanted.nbytes
+    index = bisect_right(leaves, begin, key=lambda x: x[0]) - 1
+    # Of several leaves at one address the empty ones come to nothing here.
+    while index >= 0:
+        address, tensor, _, _ = leaves[index]
+        if address + tensor.nbytes >= end and tensor.dtype == wanted.dtype and tensor.is_contiguous():
+            return leaves[index]
+        if address < begin and tensor.nbytes:
+            return None
+        index -= 1
+    return None
+
+
+def _map(tree: Any, copy: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return copy(tree)
+    if isinstance(tree, dict):
+        return type(tree)((key, _map(value, copy)) for key, value in tree.items())
+    if type(tree) in (list, tuple):
+        return type(tree)(_map(value, copy) for value in tree)
+    return tree
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif type(tree) in (list, tuple):
+        for value in tree:
+            yield from _tensors(value)

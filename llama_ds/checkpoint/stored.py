@@ -1,0 +1,125 @@
+"""Tensors where they lie in files: found without reading them, read a range at a time, and nothing is ever executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_ds.errors import UserError
+
+CHUNK_ELEMENTS = 4 << 20  # read at a time where the dtype changes on the way: 16 MiB of fp32
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A contiguous tensor in a file."""
+
+    path: str
+    offset: int  # bytes from the file's beginning
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, out: Tensor, start: int = 0) -> None:
+        """Fill `out`, contiguous and on the CPU, with the elements from `start` on, in their order in memory.
+
+        Raises:
+            UserError: the file ends before.
+        """
+        out = out.view(-1)
+        if out.dtype == self.dtype:
+            self._read_bytes(out, start)
+            return
+        buffer = torch.empty(min(len(out), CHUNK_ELEMENTS), dtype=self.dtype)
+        for begin in range(0, len(out), CHUNK_ELEMENTS):
+            part = out[begin : begin + CHUNK_ELEMENTS]
+            self._read_bytes(buffer[: len(part)], start + begin)
+            part.copy_(buffer[: len(part)])
+
+    def _read_bytes(self, out: Tensor, start: int) -> None:
+        if not len(out):
+            return
+        left = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        position = self.offset + start * self.dtype.itemsize
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+            try:
+                while left:
+                    count = os.preadv(file, [left], position)
+                    if not count:
+                        raise UserError(f"{self.path}: ends at byte {position}, the file is truncated; copy it again")
+                    left, position = left[count:], position + count
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); copy it again") from None
+
+
+def torch_tensors(path: str) -> dict[str, Stored]:
+    """Return the tensors of a state dict that torch.save wrote, by name.
+
+    Raises:
+        UserError: not such a file, or one that holds more than tensors: nothing in it is executed.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # seconds to import
+
+    try:
+        with FakeTensorMode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles in another protocol
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind: what a damaged pickle raises is anybody's guess
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again") from None
+    if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
+        raise UserError(f"{path}: holds no state dict (tensors by name); give a file that torch.save wrote of one")
+    return {str(name): _stored(path, str(name), tensor) for name, tensor in content.items()}
+
+
+def _stored(path: str, name: str, tensor: Tensor) -> Stored:
+    begin: Any = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if begin is None or not tensor.is_contiguous():
+        raise UserError(f"{path}: tensor {name} is not stored as one run of numbers; save it again, contiguous")
+    return Stored(path, begin + tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape))
+
+
+def safetensors_tensors(path: str) -> dict[str, Stored]:
+    """Return the tensors of a safetensors file by name.
+
+    Format: 8 bytes, the little-endian length of the JSON header that follows; then the tensors' bytes.
+
+    Raises:
+        UserError: not such a file, or a dtype that no LLaMA is published in.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {name: _safetensor(path, 8 + length, size, name, entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{path}: cannot be read as a safetensors file ({error}); copy it again") from None
+    return found
+
+
+def _safetensor(path: str, base: int, size: int, name: str, entry: dict[str, Any]) -> Stored:
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] not in SAFETENSORS_DTYPES:
+        raise UserError(
+            f"{path}: tensor {name} has dtype {entry['dtype']}, not one of {', '.join(SAFETENSORS_DTYPES)}; "
+            "quantised models cannot be trained: give the original weights"
+        )
+    stored = Stored(path, base + begin, SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    if base + end > size:
+        raise UserError(f"{path}: tensor {name} ends at byte {base + end} of {size}, the file is truncated; copy again")
+    if torch.Size(stored.shape).numel() * stored.dtype.itemsize != end - begin:
+        raise ValueError(f"tensor {name}: {end - begin} bytes for shape {list(stored.shape)}")
+    return stored

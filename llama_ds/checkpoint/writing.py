@@ -1,0 +1,252 @@
+"""Saving: every rank writes its files in the background, and rank 0 commits when all of them are down.
+
+The protocol, for a tag `step_00000100` in the run's folder of checkpoints:
+
+1. each rank writes its files to `step_00000100.partial`, hashing them as they go by, and syncs them;
+2. then its record (what it wrote, where every tensor is), durably: `rank_00003.json`;
+3. rank 0 waits for the records of all ranks, and writes index and description, durably;
+4. it renames the folder, syncs, and makes `latest` name it.
+
+Whatever dies, and whenever: until 4 the folder is a partial one that nobody reads, and after it a whole one. Ranks need
+nothing of one another but the folder, so no collective runs beside the training's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+
+from llama_ds.checkpoint import store
+from llama_ds.checkpoint.manifest import (
+    MASTER,
+    MOMENTS,
+    TOKENIZER,
+    Description,
+    FileEntry,
+    Piece,
+    Record,
+    name_of,
+    sync_folder,
+    write_durably,
+    write_manifest,
+)
+from llama_ds.checkpoint.snapshot import Snapshot
+from llama_ds.log import logger
+
+POLL_S = 0.02  # at first, for the other ranks' records; at last twenty times as much
+WRITE_BYTES = 16 << 20  # given to the system at once
+
+
+class Abandoned(Exception):
+    """A save that is given up because another rank's part of it failed."""
+
+
+class Writer:
+    """One rank's share of the saves of a run. At most one is under way."""
+
+    def __init__(self, folder: str, rank: int, ranks: int, tokenizer: str, keep: store.Retention) -> None:
+        """`folder` is the run's folder of checkpoints, the same on every rank; `tokenizer` goes into each of them."""
+        self.folder, self.rank, self.ranks = folder, rank, ranks
+        self.tokenizer, self.keep = tokenizer, keep
+        self._thread: threading.Thread | None = None
+        self._written = threading.Event()
+        self._abandoned = threading.Event()
+        self._error: Exception | None = None
+        self._partial = ""  # folder of the save under way
+        self.seconds = 0.0  # that the last save took in the background
+
+    def start(self, description: Description, snapshot: Snapshot) -> None:
+        """Begin to write. The one before must have been waited for."""
+        assert self._thread is None, "a save is under way"
+        self._written.clear()
+        self._abandoned.clear()
+        self._error = None
+        self._partial = os.path.join(self.folder, store.partial_of(description.step))
+        self._thread = threading.Thread(target=self._run, args=(description, snapshot), name="checkpoint")
+        self._thread.start()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save has not been waited for yet."""
+        return self._thread is not None
+
+    def wait_written(self) -> Exception | None:
+        """Wait until this rank's own files are down; return what went wrong, if anything."""
+        if self._thread:
+            self._written.wait()
+        return self._error
+
+    def wait_committed(self, abandon: bool = False, timeout_s: float | None = None) -> Exception | None:
+        """Wait for the rest, on rank 0 the commit; return what went wrong, if anything. What failed is removed.
+
+        `abandon` gives the save up: some rank's files are not coming.
+        """
+        if self._thread is None:
+            return None
+        if abandon:
+            self._abandoned.set()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._abandoned.set()
+            self._thread.join()
+        self._thread = None
+        if self._error and self.rank == 0:  # only now: until they were waited for, other ranks may have been writing
+            shutil.rmtree(self._partial, ignore_errors=True)
+        return self._error
+
+    def _run(self, description: Description, snapshot: Snapshot) -> None:
+        begin = time.monotonic()
+        try:
+            write_rank(self._partial, self.rank, snapshot)
+            self._written.set()
+            if self.rank == 0:
+                records = collect(self._partial, self.ranks, self._abandoned.is_set)
+                commit(self.folder, description, records, self.tokenizer, self.keep)
+        except Exception as error:  # of any kind: it is the training's thread that must hear of it
+            self._error = error
+            logger.error("step %d is not saved: %s: %s", description.step, type(error).__name__, error)
+            self._written.set()
+        self.seconds = time.monotonic() - begin
+
+
+def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
+    """Write one rank's files, sync them, and then write its record.
+
+    Raises:
+        OSError: as the system says.
+    """
+    os.makedirs(partial, exist_ok=True)
+    record = Record(rank)
+    if snapshot.ready is not None:
+        snapshot.ready.synchronize()
+    for name, tree in snapshot.files.items():
+        path = os.path.join(partial, name)
+        with HashedFile(path) as file:
+            save_tree(tree, file)
+        record.files[name] = FileEntry(file.size, file.checksum, rank)
+        for copied in snapshot.copied:
+            if copied.file == name:
+                wanted, leaf = copied.wanted, copied.leaf
+                offset = file.places[leaf.data_ptr()] + copied.begin * leaf.element_size()
+                dtype = str(leaf.dtype).removeprefix("torch.")
+                piece = Piece(wanted.kind, wanted.part, wanted.start, wanted.tensor.numel(), name, offset, dtype)
+                record.pieces.setdefault(name_of(wanted.key), []).append(piece)
+    sync_folder(partial)
+    write_durably(os.path.join(partial, _record_name(rank)), record.as_json())
+
+
+def collect(partial: str, ranks: int, abandoned: Callable[[], bool]) -> list[Record]:
+    """Wait for the records of all ranks and return them.
+
+    Raises:
+        Abandoned: another rank's is not coming.
+    """
+    wanted, pause = {_record_name(rank) for rank in range(ranks)}, POLL_S
+    while not wanted <= {entry.name for entry in os.scandir(partial)}:
+        if abandoned():
+            raise Abandoned("another rank did not write its files")
+        time.sleep(pause)
+        pause = min(pause * 1.2, 20 * POLL_S)
+    records = []
+    for name in sorted(wanted):
+        with open(os.path.join(partial, name), encoding="utf-8") as file:
+            records.append(Record.from_json(file.read()))
+    return records
+
+
+def commit(folder: str, description: Description, records: list[Record], tokenizer: str, keep: store.Retention) -> None:
+    """Make what all ranks have written the newest checkpoint; then remove what is kept no longer.
+
+    Raises:
+        ValueError: a run could not go on from it.
+        OSError: as the system says.
+    """
+    kinds = {piece.kind for record in records for rows in record.pieces.values() for piece in rows}
+    if missing := {MASTER, *MOMENTS} - kinds:
+        raise ValueError(f"step {description.step}: no {', '.join(sorted(missing))} of any weight was written")
+    partial = os.path.join(folder, store.partial_of(description.step))
+    if tokenizer:
+        with open(tokenizer, "rb") as source, HashedFile(os.path.join(partial, TOKENIZER)) as target:
+            target.write(source.read())
+    write_manifest(partial, description, records)
+    for record in records:
+        os.unlink(os.path.join(partial, _record_name(record.rank)))
+    store.publish(folder, description.step)
+    try:
+        store.remove_old(folder, keep)
+    except OSError as error:  # this one is there all the same
+        logger.warning("%s: old checkpoints cannot be removed (%s)", folder, error)
+
+
+def save_tree(tree: Any, file: HashedFile) -> None:
+    """torch.save without its own checksum of every tensor: the whole file has one."""
+    computes = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tree, file)  # type: ignore[arg-type]
+    finally:
+        torch.serialization.set_crc32_options(computes)
+
+
+class HashedFile:
+    """A file being written: its checksum, and where in it every buffer of memory went. Synced when it is closed."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.size = 0
+        self.places: dict[int, int] = {}  # byte in the file of what lay at an address
+        self._digest = xxhash.xxh3_128()
+        self._error: OSError | None = None  # the first: of one that it is told torch makes a RuntimeError of its own
+
+    def __enter__(self) -> HashedFile:
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                os.fsync(self._file)
+        finally:
+            os.close(self._file)
+        if self._error and error is not self._error:
+            raise self._error from None
+
+    def write(self, data: Any) -> int:
+        """Append bytes, all of them."""
+        view = memoryview(data).cast("B")
+        if len(view):
+            self.places.setdefault(np.frombuffer(view, np.uint8).ctypes.data, self.size)
+        for begin in range(0, len(view), WRITE_BYTES):
+            left = view[begin : begin + WRITE_BYTES]
+            self._digest.update(left)
+            while left:
+                left = left[self._write(left) :]
+        self.size += len(view)
+        return len(view)
+
+    def _write(self, data: memoryview) -> int:
+        try:
+            return os.write(self._file, data)
+        except OSError as error:
+            self._error = self._error or error
+            raise
+
+    def flush(self) -> None:
+        """Do nothing: nothing is held back."""
+
+    @property
+    def checksum(self) -> str:
+        """Of all bytes so far, as `llama_ds.checkpoint.manifest.checksum` computes it."""
+        return self._digest.hexdigest()
+
+
+def _record_name(rank: int) -> str:
+    return f"rank_{rank:05d}.json"

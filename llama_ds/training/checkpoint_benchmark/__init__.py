@@ -1,0 +1,1 @@
+"""Checkpoints measured: saving, loading, resharding and converting, against the disk and plain libraries."""

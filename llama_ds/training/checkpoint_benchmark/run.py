@@ -1,0 +1,140 @@
+"""The measurement as a whole: ranks are started, a conversion is timed, medians are put in a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llama_ds.checkpoint.conversion import Options, convert, plan_of
+from llama_ds.checkpoint.load_model import open_model
+from llama_ds.checkpoint.plan import Target
+from llama_ds.training.checkpoint_benchmark.worker import Settings, forget, peak_memory, sync
+
+GB = 1e9
+ROOT = Path(__file__).resolve().parents[3]
+RUN_FILE = str(ROOT / "ds_configs" / "quickstart.yaml")
+# The quickstart's run, scaled up until a save takes seconds: 188 million parameters.
+SHAPE = (
+    *("model.hidden_size=1024", "model.intermediate_size=2816", "model.num_hidden_layers=12"),
+    *("model.num_attention_heads=16", "model.num_key_value_heads=16", "model.vocab_size=16384"),
+    *("data.seq_len=64", "training.global_batch=2", "parallel.micro_batch=1", "deepspeed.bf16.enabled=false"),
+)
+SAVED = ("parallel.pp=2", "parallel.tp=1", "parallel.sequence_parallel=false")  # the layout it is saved under
+RESHARDED = ("parallel.pp=1", "parallel.tp=2")  # and the one it is then loaded under
+RANKS = 2
+
+
+def measure(overrides: list[str], folder: str, repeats: int) -> dict[str, Any]:
+    """Return all seconds, and their medians as rates; what is written in `folder` stays there.
+
+    Raises:
+        subprocess.CalledProcessError: a rank failed; what it said is on stderr.
+    """
+    settings = Settings(RUN_FILE, [*SHAPE, *SAVED, *overrides], list(RESHARDED), folder, repeats)
+    asked, out = os.path.join(folder, "settings.json"), os.path.join(folder, "results.json")
+    Path(asked).write_text(json.dumps(asdict(settings)))
+    worker = str(Path(__file__).with_name("worker.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", worker]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, asked, out], env=environment, check=True, stdout=sys.stderr)
+    results = json.loads(Path(out).read_text())
+    results["convert"] = _conversion(results.pop("checkpoint"), folder, repeats)
+    return {"overrides": settings.overrides, "reshard": settings.reshard, **results, "summary": summary(results)}
+
+
+def _conversion(checkpoint: str, folder: str, repeats: int) -> dict[str, Any]:
+    """Time the conversion to Hugging Face's format, without its proof, in turns with a copy of the result's files."""
+    target, copied, growth = os.path.join(folder, "hf"), os.path.join(folder, "copied"), 0
+    files = open_model(checkpoint)
+    plan = plan_of(files, "hf", Target(files.dtype))
+    paths = [os.path.join(checkpoint, name) for name in os.listdir(checkpoint) if name.endswith(".pt")]
+
+    def ours() -> None:
+        convert(files, plan, target, Options(), lambda _: None)
+
+    def copy() -> None:
+        os.makedirs(copied)
+        for name in os.listdir(target + ".source"):
+            shutil.copyfile(os.path.join(target + ".source", name), os.path.join(copied, name))
+            sync(os.path.join(copied, name))
+
+    ours()
+    os.rename(target, target + ".source")
+    ways: dict[str, tuple[Callable[[], None], list[str]]] = {
+        "ours": (ours, paths),
+        "copy": (copy, [os.path.join(target + ".source", name) for name in os.listdir(target + ".source")]),
+    }
+    found: dict[str, Any] = {"bytes": plan.nbytes, "ours": [], "copy": []}
+    for turn in range(repeats):
+        for name in ("ours", "copy") if turn % 2 else ("copy", "ours"):
+            for folder_of in (target, copied):
+                shutil.rmtree(folder_of, ignore_errors=True)
+            os.sync()
+            call, sources = ways[name]
+            forget(sources)
+            before, begin = peak_memory(reset=True), time.perf_counter()
+            call()
+            found[name].append(time.perf_counter() - begin)
+            growth = max(growth, peak_memory() - before) if name == "ours" else growth
+    return {**found, "memory_bytes": growth}
+
+
+def summary(results: dict[str, Any]) -> dict[str, Any]:
+    """Return medians in seconds, rates and ratios."""
+    median = {
+        kind: {name: statistics.median(values) for name, values in results[kind].items() if isinstance(values, list)}
+        for kind in ("save", "load", "step_s", "convert")
+    }
+    size = results["bytes"] / GB
+    save, load, change = median["save"], median["load"], median["convert"]
+    return {
+        "save_gb_per_s": {name: size / s for name, s in save.items() if name != "ours_stall"},
+        "load_gb_per_s": {name: size / s for name, s in load.items()},
+        "convert_gb_per_s": {name: results["convert"]["bytes"] / GB / s for name, s in change.items()},
+        "save_of_disk": save["raw"] / save["ours"],
+        "load_of_disk": load["raw"] / load["load"],
+        "reshard_of_disk": load["raw"] / load["reshard"],
+        "convert_of_copy": change["copy"] / change["ours"],
+        "stall_s": save["ours_stall"],
+        "stall_of_save": save["ours_stall"] / save["ours"],
+        "step_s": median["step_s"],
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results for people."""
+    found = results["summary"]
+
+    def rates(kind: str, names: dict[str, str]) -> str:
+        return ", ".join(f"{label} {found[kind][name]:.2f}" for name, label in names.items())
+
+    plain = {"torch.save": "torch.save", "torch.load": "torch.load", "safetensors": "safetensors"}
+    lines = [
+        f"{results['parameters'] / 1e6:.0f} million parameters, {results['bytes'] / GB:.2f} GB, {RANKS} ranks, "
+        f"medians of {len(results['save']['ours'])} turns, GB/s with sync, from a disk that holds nothing in memory",
+        "save     " + rates("save_gb_per_s", {"raw": "disk", "ours": "ours", **_of(plain, found, "save_gb_per_s")}),
+        "load     " + rates("load_gb_per_s", {"raw": "disk", "load": "ours, verified", "reshard": "resharded"})
+        + ", " + rates("load_gb_per_s", _of(plain, found, "load_gb_per_s")),
+        "convert  " + rates("convert_gb_per_s", {"copy": "file copy", "ours": "to Hugging Face"}),
+        f"ours to the disk: save {found['save_of_disk']:.2f}, load {found['load_of_disk']:.2f}, reshard "
+        f"{found['reshard_of_disk']:.2f}; convert to copy {found['convert_of_copy']:.2f}",
+        f"training waits {found['stall_s']:.2f} s, {found['stall_of_save']:.1%} of the save; a step takes "
+        f"{found['step_s']['alone']:.2f} s, beside a save {found['step_s']['beside a save']:.2f} s",
+        f"memory on top: load {results['load']['load_memory_bytes'] / 2**20:.0f} MiB, reshard "
+        f"{results['load']['reshard_memory_bytes'] / 2**20:.0f} MiB, convert "
+        f"{results['convert']['memory_bytes'] / 2**20:.0f} MiB",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _of(names: dict[str, str], found: dict[str, Any], kind: str) -> dict[str, str]:
+    return {name: label for name, label in names.items() if name in found[kind]}

@@ -1,0 +1,255 @@
+"""Started on every rank by `tools/throughput.py checkpoint`: save, load and reshard, against disk and libraries.
+
+worker.py SETTINGS OUT, SETTINGS a JSON file of `Settings`.
+
+All contestants write and read the same bytes, every rank its own, with nothing in memory that the disk should give.
+Seconds are those between two barriers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from llama_ds import log
+from llama_ds.checkpoint import store
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.layout import Layout, resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.parallel import world
+from llama_ds.training.checkpoints import Checkpoints
+from llama_ds.training.engine import Engine, build_engine
+
+READ_BYTES = 8 << 20
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, where."""
+
+    run_file: str
+    overrides: list[str]
+    reshard: list[str]  # overrides beside them, of the layout that the checkpoint is loaded under too
+    folder: str  # on the disk to measure; what is written there is removed, but for the last checkpoint
+    repeats: int
+
+
+def main() -> None:
+    """Measure, and write the results on the first rank."""
+    with open(sys.argv[1]) as file:
+        settings = Settings(**json.load(file))
+    place = world.find_place()
+    log.setup(quiet=True)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with world.failing_together():
+        world.join(place)
+        results = Bench(settings, place).measure()
+        if place.rank == 0:
+            Path(sys.argv[2]).write_text(json.dumps(results))
+
+
+class Bench:
+    """One rank of the measurement."""
+
+    def __init__(self, settings: Settings, place: world.Place) -> None:
+        self.settings, self.place = settings, place
+        self.scratch = os.path.join(settings.folder, f"rank{place.rank}")
+
+    def measure(self) -> dict[str, Any]:
+        """Return everything. Collective."""
+        run, layout, engine = self._engine(self.settings.overrides)
+        _train(engine, run, layout)
+        checkpoints = Checkpoints(run, layout, "fp32" if not run.deepspeed["bf16"]["enabled"] else "bf16", self.place)
+        checkpoints.save(engine.deepspeed, 1, {})  # the first one finds its memory
+        checkpoints.settle()
+        saving, steps = self._saving(checkpoints, engine, run, layout)
+        loading = self._loading("load", checkpoints, engine, rivals=True)
+        engine.deepspeed.destroy()
+        del engine, checkpoints
+        run, layout, engine = self._engine([*self.settings.overrides, *self.settings.reshard])
+        checkpoints = Checkpoints(run, layout, "unused", self.place)
+        _train(engine, run, layout)
+        loading |= self._loading("reshard", checkpoints, engine, rivals=False)
+        sizes = world.gather_numbers([_bytes_of(self._own_files(checkpoints))], torch.device("cpu"))
+        return {
+            "parameters": sum(world.gather(sum(p.numel() for p in engine.deepspeed.param_names))),
+            "bytes": int(sizes.sum()),
+            "save": saving,
+            "load": loading,
+            "step_s": steps,
+            "checkpoint": os.path.join(checkpoints.folder, store.tag_of(1)),
+        }
+
+    def _engine(self, overrides: list[str]) -> tuple[RunConfig, Layout, Engine]:
+        run = load_run(self.settings.run_file, overrides)
+        run = replace(run, output_dir=self.settings.folder, data=replace(run.data, tokenizer=""))
+        layout = resolve_layout(run, self.place.world)
+        return run, layout, build_engine(run, layout, deepspeed_config(run, layout, False), world.device())
+
+    def _saving(
+        self, checkpoints: Checkpoints, engine: Engine, run: RunConfig, layout: Layout
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+        """Return seconds of every way to save, and of training steps beside a save and alone."""
+        trees = checkpoints.snapshot(engine.deepspeed, 1).files
+        tensors = {f"{name}/{i}": t for name, tree in trees.items() for i, t in enumerate(_tensors(tree)) if t.numel()}
+        found: dict[str, list[float]] = {}
+        steps: dict[str, list[float]] = {"alone": [], "beside a save": []}
+
+        def asynchronous() -> None:
+            begin = time.perf_counter()
+            checkpoints.save(engine.deepspeed, 1, {})
+            found.setdefault("ours_stall", []).append(time.perf_counter() - begin)
+            checkpoints.settle()
+
+        ways: dict[str, Callable[[], None]] = {
+            "raw": lambda: self._write_raw(tensors),
+            "torch.save": lambda: self._write_torch(trees),
+            "safetensors": lambda: self._write_safetensors(tensors),
+            "ours": asynchronous,
+        }
+        for turn in range(self.settings.repeats):
+            for name in _rotated(list(ways), turn):
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                os.makedirs(self.scratch)
+                os.sync()
+                found.setdefault(name, []).append(self._seconds(ways[name]))
+        for _ in range(self.settings.repeats):
+            steps["alone"].append(self._seconds(lambda: _train(engine, run, layout)))
+            checkpoints.save(engine.deepspeed, 1, {})
+            steps["beside a save"].append(self._seconds(lambda: _train(engine, run, layout)))
+            checkpoints.settle()
+        self._write_torch(trees)
+        self._write_safetensors(tensors)
+        return found, steps
+
+    def _loading(self, name: str, checkpoints: Checkpoints, engine: Engine, rivals: bool) -> dict[str, Any]:
+        own, growth = self._own_files(checkpoints), 0
+
+        def ours() -> None:
+            nonlocal growth
+            begin = peak_memory(reset=True)
+            chosen = checkpoints.choose()
+            assert chosen
+            checkpoints.load(engine.deepspeed, *chosen)
+            growth = max(growth, peak_memory() - begin)
+
+        scratch = [os.path.join(self.scratch, name) for name in sorted(os.listdir(self.scratch))]
+        torch_files = [path for path in scratch if path.endswith(".pt")]
+        ways: dict[str, tuple[Callable[[], Any], list[str]]] = {name: (ours, own)}
+        if rivals:
+            ways["raw"] = (lambda: _read_raw(own), own)
+            ways["torch.load"] = (lambda: [torch.load(path, weights_only=False) for path in torch_files], torch_files)
+            safe = [path for path in scratch if path.endswith(".safetensors")]
+            ways["safetensors"] = (lambda: [load_file(path) for path in safe], safe)
+        found: dict[str, Any] = {}
+        for turn in range(self.settings.repeats):
+            for way in _rotated(list(ways), turn):
+                call, files = ways[way]
+                forget(files)
+                found.setdefault(way, []).append(self._seconds(call))
+        found[f"{name}_memory_bytes"] = int(world.gather_numbers([growth], torch.device("cpu")).max())
+        return found
+
+    def _own_files(self, checkpoints: Checkpoints) -> list[str]:
+        """Return the files of the checkpoint that this rank verifies, and so reads from the disk."""
+        folder = os.path.join(checkpoints.folder, store.tag_of(1))
+        names = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
+        return [os.path.join(folder, name) for name in names[self.place.rank :: self.place.world]]
+
+    def _seconds(self, call: Callable[[], Any]) -> float:
+        world.barrier()
+        begin = time.perf_counter()
+        call()
+        world.barrier()
+        return time.perf_counter() - begin
+
+    def _write_raw(self, tensors: dict[str, torch.Tensor]) -> None:
+        with open(os.path.join(self.scratch, "raw"), "wb", buffering=0) as file:
+            for tensor in tensors.values():
+                left = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+                while left:
+                    left = left[file.write(left[:READ_BYTES]) :]
+            os.fsync(file.fileno())
+
+    def _write_torch(self, trees: dict[str, Any]) -> None:
+        for name, tree in trees.items():
+            path = os.path.join(self.scratch, name)
+            torch.save(tree, path)
+            sync(path)
+
+    def _write_safetensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        path = os.path.join(self.scratch, "all.safetensors")
+        save_file(tensors, path)
+        sync(path)
+
+
+def _train(engine: Engine, run: RunConfig, layout: Layout) -> None:
+    """Take a step on tokens that mean nothing."""
+    shape = (layout.micro_batch, run.data.seq_len + 1)
+    rows = np.random.default_rng(0).integers(3, run.model.vocab_size, shape)
+    engine.read(engine.train_step(iter([rows] * layout.accumulation), LEARNING_RATE))
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value)
+
+
+def _rotated(names: list[str], turn: int) -> list[str]:
+    turn %= len(names)
+    return names[turn:] + names[:turn]
+
+
+def _read_raw(paths: list[str]) -> None:
+    buffer = memoryview(bytearray(READ_BYTES))
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def forget(paths: list[str]) -> None:
+    """Have the system forget what it holds of files in memory."""
+    world.barrier()
+    for path in paths:
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def sync(path: str) -> None:
+    """Have a file on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _bytes_of(paths: list[str]) -> int:
+    return sum(os.path.getsize(path) for path in paths)
+
+
+def peak_memory(reset: bool = False) -> int:
+    """Return the most memory that this process has held, in bytes, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    main()

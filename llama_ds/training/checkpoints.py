@@ -1,0 +1,278 @@
+"""The checkpoints of a run: which one to go on from, saving beside the training, and what all ranks agree on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama_ds.checkpoint import store
+from llama_ds.checkpoint.manifest import (
+    MASTER,
+    MOMENTS,
+    WEIGHT,
+    Description,
+    check_present,
+    describe,
+    read_tensors,
+    verify,
+)
+from llama_ds.checkpoint.names import Key, key_of, sharded_dim
+from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
+from llama_ds.checkpoint.weights import Readable
+from llama_ds.checkpoint.writing import Abandoned, Writer
+from llama_ds.config.layout import Layout
+from llama_ds.config.run_file import resolved
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.log import logger
+from llama_ds.parallel import world
+from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, spread_masters
+from llama_ds.parallel.state_files import state_files
+
+DRAIN_S = 60.0  # that a rank which ends by an error gives a save under way
+READ_ELEMENTS = 16 << 20  # read at a time where they go on to a device: 64 MiB
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one rank sees them."""
+
+    def __init__(self, run: RunConfig, layout: Layout, dtype: str, place: world.Place) -> None:
+        self.run, self.layout, self.dtype, self.place = run, layout, dtype, place
+        self.folder = os.path.join(run.run_dir, "checkpoints")
+        keep = store.Retention(run.checkpoint.keep_last, run.checkpoint.keep_every)
+        self._writer = Writer(self.folder, place.rank, place.world, run.data.tokenizer, keep)
+        self._memory = HostMemory()
+        self._step = 0  # of the save under way
+        self._stalled_s = 0.0
+        self._news: list[str] = []
+        self._lost = ""  # why the last save failed
+
+    def choose(self) -> tuple[str, Description] | None:
+        """Return tag and description of the checkpoint to go on from: the newest good one, if any. Collective.
+
+        All ranks read a share of its files and compare their checksums. A damaged one is reported and set aside.
+
+        Raises:
+            UserError: it is of another run, or `checkpoint.resume` or `checkpoint.strict` forbid what was found.
+        """
+        settings = self.run.checkpoint
+        tags: list[str] = world.gather(store.candidates(self.folder) if self.place.rank == 0 else [])[0]
+        if tags and settings.resume == "never":
+            raise UserError(
+                f"{self.folder}: holds checkpoints of an earlier run and checkpoint.resume = never; "
+                "choose another name, move the folder away, or set checkpoint.resume=auto"
+            )
+        damaged: list[str] = []
+        for tag in tags:
+            found, problem = self._examine(tag)
+            if problem is None:
+                assert found
+                # On every rank alike: all have read the same description.
+                store.check_resumable(os.path.join(self.folder, tag), found, resolved(self.run))
+                self._tidy(damaged, tag)
+                return tag, found
+            if settings.strict:
+                raise UserError(f"{problem} (checkpoint.strict: without it the newest good one would be used)")
+            logger.warning("DAMAGED CHECKPOINT: %s", problem)
+            damaged.append(tag)
+        if damaged:
+            raise UserError(
+                f"{self.folder}: none of its {len(damaged)} checkpoints is good; copy them again, or move the folder "
+                f"away to start anew ({problem})"
+            )
+        if settings.resume == "must":
+            raise UserError(f"{self.folder}: no checkpoint to resume from (checkpoint.resume = must); auto starts anew")
+        self._tidy([], None)
+        return None
+
+    def _examine(self, tag: str) -> tuple[Description | None, str | None]:
+        """Return a checkpoint's description, and what is wrong with it, if anything, the same on all ranks."""
+        folder, found, problem = os.path.join(self.folder, tag), None, None
+        try:
+            found = describe(folder)
+            if self.place.local_rank == 0:  # on a shared disk thousands of ranks would ask for thousands of files
+                check_present(folder, found)
+            mine = [name for name, file in found.files.items() if file.rank % self.place.world == self.place.rank]
+            verify(folder, found, mine)
+        except UserError as error:
+            problem = str(error)
+        return found, next((text for text in world.gather(problem) if text), None)
+
+    def _tidy(self, damaged: list[str], chosen: str | None) -> None:
+        """Set damaged checkpoints aside and remove what is left of saves that never ended. Collective."""
+        if self.place.rank == 0:
+            try:
+                for tag in damaged:
+                    logger.warning("%s is now %s", tag, store.set_aside(self.folder, tag))
+                if damaged and chosen:
+                    store.point_to(self.folder, chosen)
+                for name in store.clean(self.folder):
+                    logger.info("removed %s/%s, which was never finished", self.folder, name)
+            except OSError as error:
+                logger.warning("%s: cannot be tidied up (%s)", self.folder, error)
+        world.barrier()
+
+    def load(self, engine: Any, tag: str, found: Description) -> int:
+        """Load a checkpoint, whatever layout wrote it, and return its step. Collective.
+
+        Each rank reads the elements that it holds, and no others.
+        """
+        folder = os.path.join(self.folder, tag)
+        kinds = world.together(lambda: read_tensors(folder, found, (MASTER, *MOMENTS)))
+        begin_moments(engine, found.optimizer_steps or 0)
+        self._fill(engine, kinds)
+        engine.global_steps = found.step
+        engine.global_samples = found.step * self.layout.global_batch
+        engine.skipped_steps = found.step - (found.optimizer_steps or 0)
+        return found.step
+
+    def start_from(self, engine: Any, weights: Mapping[Key, Readable]) -> None:
+        """Begin a run with the weights of a model. Collective."""
+        self._fill(engine, {MASTER: weights})
+
+    def _fill(self, engine: Any, kinds: Mapping[str, Mapping[Key, Readable]]) -> None:
+        def fill() -> None:
+            for fragment in fragments(engine):
+                key = key_of(fragment.name)
+                rank, size = self._part(engine, key)
+                for kind, tensors in kinds.items():
+                    _read(tensors[key], fragment.tensors[kind], rank, size, fragment.start)
+
+        world.together(fill)
+        spread_masters(engine)
+
+    def save(self, engine: Any, step: int, data: Mapping[str, Any]) -> None:
+        """Begin to save `step`; training goes on when everything is copied to host memory. Collective.
+
+        A save that is under way is waited for.
+        """
+        self.settle()
+        begin = time.monotonic()
+        snapshot = self.snapshot(engine, step)
+        description = Description(
+            step=step,
+            tokens=step * self.layout.global_batch * self.run.data.seq_len,
+            zero_stage=self.run.zero_stage,
+            dtype=self.dtype,
+            layout=asdict(self.layout),
+            run=resolved(self.run),
+            data=dict(data),
+            optimizer_steps=adam_steps(engine),
+            rng={"seed": self.run.seed},
+        )
+        self._writer.start(description, snapshot)
+        self._step, self._stalled_s = step, time.monotonic() - begin
+        if not self.run.checkpoint.asynchronous:
+            self.settle()
+
+    def snapshot(self, engine: Any, step: int) -> Snapshot:
+        """Copy this rank's share of a checkpoint to host memory, over the last such copy. Collective."""
+        tied = self.run.model.tie_word_embeddings and self.layout.pp > 1
+        files = state_files(engine, store.tag_of(step), tied)
+        return self._memory.take(files, self._located(engine))
+
+    def settle(self) -> None:
+        """Wait for the save that is under way, if one is, and agree on whether it is there. Collective."""
+        if not self._writer.under_way:
+            return
+        errors = world.gather(_reason(self._writer.wait_written()))
+        failed = [(rank, reason) for rank, reason in enumerate(errors) if reason]
+        outcome = self._writer.wait_committed(abandon=bool(failed))
+        committed = world.gather(None if isinstance(outcome, Abandoned) else _reason(outcome))[0]
+        if committed and not failed:
+            failed = [(0, committed)]
+        self._lost = f"rank {failed[0][0]}: {failed[0][1]}" if failed else ""
+        path = os.path.join(self.folder, store.tag_of(self._step))
+        if failed:
+            logger.warning(
+                "CHECKPOINT LOST: %s was not written (%s); the run goes on, and the next save will be tried",
+                path,
+                self._lost,
+            )
+        else:
+            self._news.append(
+                f"step {self._step} | saved {path} | training waited {self._stalled_s:.2f} s, "
+                f"written in {self._writer.seconds:.2f} s"
+            )
+
+    def news(self) -> list[str]:
+        """Return what there is to report since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def close(self) -> None:
+        """Wait for the last save. Collective.
+
+        Raises:
+            UserError: it failed.
+        """
+        self.settle()
+        if self._lost:
+            newest = world.gather(store.newest(self.folder) if self.place.rank == 0 else None)[0]
+            raise UserError(
+                f"{self.folder}: the last checkpoint, {store.tag_of(self._step)}, could not be written ({self._lost}); "
+                f"make room and run the same command again: it goes on from {newest or 'the start'}"
+            )
+
+    @contextmanager
+    def drained(self) -> Iterator[None]:
+        """Where this rank leaves by an error, give a save that is under way its time; others may have left already."""
+        try:
+            yield
+        except BaseException:
+            self._writer.wait_committed(timeout_s=DRAIN_S)
+            raise
+
+    def _located(self, engine: Any) -> Iterator[Located]:
+        """Yield the tensors that this rank's files are to be read by; of what several ranks hold one is enough."""
+        for parameter, name in engine.param_names.items():
+            key = key_of(name)
+            if self._counts(engine, key, parameter) and not hasattr(parameter, "ds_id"):
+                yield Located(key, WEIGHT, self._part(engine, key)[0], 0, parameter.detach())
+        parameters = {name: parameter for parameter, name in engine.param_names.items()}
+        for fragment in fragments(engine):
+            key = key_of(fragment.name)
+            if self._counts(engine, key, parameters[fragment.name]):
+                for kind, tensor in fragment.tensors.items():
+                    yield Located(key, kind, self._part(engine, key)[0], fragment.start, tensor)
+
+    def _part(self, engine: Any, key: Key) -> tuple[int, int]:
+        """Return which tensor-parallel part of a weight this rank holds, of how many."""
+        if sharded_dim(key[1]) is None:
+            return 0, 1
+        return engine.mpu.get_tensor_model_parallel_rank(), self.layout.tp
+
+    def _counts(self, engine: Any, key: Key, parameter: Any) -> bool:
+        whole_elsewhere = sharded_dim(key[1]) is None and engine.mpu.get_tensor_model_parallel_rank() > 0
+        return not whole_elsewhere and not getattr(parameter, "ds_pipe_replicated", False)
+
+
+def _read(source: Readable, target: Tensor, rank: int, size: int, start: int) -> None:
+    if target.device.type == "cpu" and target.is_contiguous():
+        source.read(target, rank, size, start)
+        return
+    buffer = torch.empty(min(target.numel(), READ_ELEMENTS), dtype=target.dtype, pin_memory=target.is_cuda)
+    for begin in range(0, target.numel(), READ_ELEMENTS):
+        part = target[begin : begin + READ_ELEMENTS]
+        source.read(buffer[: len(part)], rank, size, start + begin)
+        part.copy_(buffer[: len(part)])
+
+
+def _reason(error: Exception | None) -> str | None:
+    """Return an error of the disk in words; any other is a mistake of this program.
+
+    Raises:
+        Exception: such a one.
+    """
+    if error is None:
+        return None
+    if not isinstance(error, OSError):
+        raise error
+    return str(error)

@@ -1,0 +1,65 @@
+"""Started on every rank: have DeepSpeed's own PipelineEngine load a converted checkpoint, and compare its weights.
+
+start_worker.py CHECKPOINT PP TP
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Any
+
+import torch
+
+from llama_ds.checkpoint.load_model import open_model
+from llama_ds.checkpoint.names import key_of, sharded_dim
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import (
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from llama_ds.parallel import world
+from llama_ds.training.engine import build_engine
+
+
+def main() -> None:
+    folder, pp, tp = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    files = open_model(folder)
+    place = world.find_place()
+    with world.failing_together():
+        world.join(place)
+        run = RunConfig(
+            name="start",
+            seed=99,
+            output_dir="runs",
+            model=files.model,
+            data=DataConfig(__file__, files.seq_len, (SourceConfig("x", "x", 1.0),)),
+            training=TrainingConfig(2, 2, 4 * files.seq_len),
+            optimizer=OptimizerConfig(lr=1e-3),
+            parallel=ParallelConfig(pp=pp, tp=tp, schedule="deepspeed"),
+            deepspeed={"bf16": {"enabled": False}, "zero_optimization": {"stage": 1}},
+        )
+        layout = Layout(pp * tp, pp, tp, 1, 1, 2, 2)
+        engine: Any = build_engine(run, layout, deepspeed_config(run, layout, True), torch.device("cpu")).deepspeed
+        path, _ = engine.load_checkpoint(
+            os.path.dirname(folder), tag=os.path.basename(folder), load_module_only=True, load_optimizer_states=False
+        )
+        assert path, "DeepSpeed loaded nothing"
+        rank = engine.grid.get_slice_parallel_rank()
+        for name, parameter in engine.module.named_parameters():
+            key = key_of(name)
+            whole, dim = files.tensors[key].whole(), sharded_dim(key[1])
+            wanted = whole if dim is None else whole.chunk(tp, dim)[rank]
+            assert torch.equal(parameter, wanted), name
+        print("loaded", len(list(engine.module.named_parameters())), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""Saves that fail or are given up cost nothing but themselves; what is old goes, and nothing else."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from commit_contents import ONE, SMALL, THREE, Rank, Share, check_checkpoint, check_folder, ranks, save, settle
+
+from llama_ds.checkpoint import store
+from llama_ds.checkpoint.manifest import describe
+from llama_ds.checkpoint.store import Retention
+from llama_ds.checkpoint.writing import Abandoned
+
+MIDDLING = replace(SMALL, vocab_size=512, hidden_size=16)
+LIMIT = 80_000  # bytes: more than the files with half an optimizer of that, less than the one with a whole
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    return str(tmp_path / "checkpoints")
+
+
+def content(folder: str) -> dict[str, tuple[int, int]]:
+    """Return all files of a folder, and when they were last written."""
+    files = [p for p in Path(folder).rglob("*") if p.is_file()]
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (Retention(), {1: [1], 2: [1, 2], 7: [1, 2, 3, 4, 5, 6, 7]}),
+        (Retention(last=1), {1: [1], 2: [2], 7: [7]}),
+        (Retention(last=3), {2: [1, 2], 3: [1, 2, 3], 4: [2, 3, 4], 7: [5, 6, 7]}),
+        (Retention(last=2, every=3), {3: [2, 3], 5: [3, 4, 5], 6: [3, 5, 6], 7: [3, 6, 7]}),
+        (Retention(last=1, every=2), {3: [2, 3], 4: [2, 4], 7: [2, 4, 6, 7]}),
+        (Retention(every=3), {7: [1, 2, 3, 4, 5, 6, 7]}),
+    ],
+)
+def test_what_is_old_goes(folder: str, keep: Retention, kept: dict[int, list[int]]) -> None:
+    """A disk would fill up, or the checkpoint that somebody wanted to keep would be gone."""
+    run = ranks(folder, ONE, keep=keep)
+    for step in range(1, 8):
+        save(run, 1, step)
+        assert store.newest(folder) == store.tag_of(step)
+        if step in kept:
+            assert sorted(store.tags(folder)) == [store.tag_of(s) for s in kept[step]]
+            assert set(os.listdir(folder)) == {store.LATEST, *store.tags(folder)}
+    assert [s for _, s in check_folder(folder, ONE)] == kept[7][::-1]
+
+
+def test_the_newest_stays_though_others_have_higher_numbers(folder: str) -> None:
+    """A run told to go back would save, and remove what it has just saved."""
+    save_all(ranks(folder, ONE), 1, range(1, 7))
+    store.point_to(folder, store.tag_of(2))
+    save(ranks(folder, ONE, keep=Retention(last=1)), 2, 3)
+    assert check_folder(folder, ONE) == [(2, 3)]
+
+
+def number_of(error: Exception | None) -> int | None:
+    """Return the system's number of an error."""
+    return error.errno if isinstance(error, OSError) else None
+
+
+def save_all(run: list[Rank], life: int, steps: range) -> None:
+    for step in steps:
+        save(run, life, step)
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(folder: str) -> None:
+    """A run that went back would fail at the step where it was before, or mix two checkpoints in one folder."""
+    save_all(ranks(folder), 1, range(1, 4))
+    Path(folder, store.tag_of(3), "old").touch()
+    store.point_to(folder, store.tag_of(2))
+    run = ranks(folder)
+    for life in (2, 3):
+        save(run, life, 3)
+        assert check_folder(folder) == [(life, 3), (1, 2), (1, 1)]
+    assert set(os.listdir(folder)) == {store.LATEST, *store.tags(folder)}
+
+
+def test_every_checkpoint_has_its_tokenizer(folder: str, tmp_path: Path) -> None:
+    """Text could not be generated from a checkpoint that was copied elsewhere."""
+    tokenizer = tmp_path / "pieces.model"
+    tokenizer.write_bytes(os.urandom(1000))
+    run = ranks(folder, THREE, str(tokenizer))
+    save(run, 1, 1)
+    place = Path(folder, store.tag_of(1))
+    assert (place / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    assert describe(str(place)).files["tokenizer.model"].size == 1000
+    tokenizer.unlink()
+    before = content(folder)
+    for rank in run:
+        rank.start(1, 2)
+    written, outcomes = settle(run)
+    assert written == [None] * 3 and isinstance(outcomes[0], FileNotFoundError) and outcomes[1:] == [None] * 2
+    assert content(folder) == before and os.listdir(folder).count(store.partial_of(2)) == 0
+
+
+@contextmanager
+def mounted(place: Path) -> Iterator[None]:
+    """Put a file system of 1 MB at a folder."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "llama_ds-test", str(place)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system is mounted only by root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    with mounted(place):
+        yield place
+
+
+def test_a_full_disk_costs_one_save(small_disk: Path) -> None:
+    """Days of training would end for want of disk, or the last checkpoint would go with the one that found no room.
+
+    Each time there is room for one page more than the time before, until the save succeeds.
+    """
+    folder = str(small_disk / "checkpoints")
+    run = ranks(folder)
+    save(run, 1, 1)
+    before = content(folder)
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
+    filler = small_disk / "filler"
+    failures: Counter[tuple[int | None, ...]] = Counter()  # by what each rank said of its files, and rank 0 at the end
+    for step in range(2, 100):
+        filler.write_bytes(bytes(free - (step - 2) * resource.getpagesize()))
+        for rank in run:
+            rank.start(1, step)
+        written, outcomes = settle(run)
+        if outcomes[0] is None:
+            break
+        failures[tuple(map(number_of, written))] += 1
+        assert any(written) or number_of(outcomes[0]) == errno.ENOSPC
+        assert {error and number_of(error) for error in written} <= {None, errno.ENOSPC}
+        assert content(folder) == before and os.listdir(folder).count(store.partial_of(step)) == 0
+        assert check_folder(folder) == [(1, 1)]
+    assert check_folder(folder) == [(1, step), (1, 1)]
+    assert failures[None, None, None] > 1  # room for the files, and none for description and index
+    assert len(failures) > 2
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("first", [True, False], ids=["it fails first", "it fails last"])
+def test_one_rank_that_cannot_write_costs_one_save(folder: str, failing: int, first: bool) -> None:
+    """A checkpoint that lacks one rank's files would count as whole, or be left where it takes the room of the next."""
+    shares = [THREE[0], THREE[2]]
+    shares.insert(failing, THREE[1])  # the rank whose optimizer file is larger than the others'
+    run = ranks(folder, shares, model=MIDDLING)
+    save(run, 1, 1)
+    before = content(folder)
+    others = [rank for rank in run if rank is not run[failing]]
+    with files_of_at_most(LIMIT):
+        for rank in [run[failing], *others] if first else [*others, run[failing]]:
+            rank.start(1, 2)
+            rank.writer.wait_written()
+        written, outcomes = settle(run)
+    assert [number_of(error) for error in written] == [errno.EFBIG if rank == failing else None for rank in range(3)]
+    assert outcomes[failing] is written[failing]
+    assert failing == 0 or isinstance(outcomes[0], Abandoned)
+    assert content(folder) == before and set(os.listdir(folder)) == {store.LATEST, store.tag_of(1)}
+    save(run, 1, 3)
+    assert check_folder(folder, shares) == [(1, 3), (1, 1)]
+
+
+def test_ranks_wait_for_their_own_files_and_rank_0_for_all(folder: str) -> None:
+    """Training would stand still until the slowest rank has written, or count on a checkpoint that is not there yet."""
+    run = ranks(folder)
+    assert [(r.writer.under_way, r.writer.wait_written(), r.writer.wait_committed()) for r in run] == [
+        (False, None, None)
+    ] * 3
+    for rank in run[:2]:
+        rank.start(1, 1)
+        assert rank.writer.wait_written() is None and rank.writer.under_way
+    assert run[1].writer.wait_committed() is None and not run[1].writer.under_way
+    assert store.tags(folder) == []
+    run[2].start(1, 1)
+    assert run[0].writer.wait_committed() is None and not run[0].writer.under_way
+    assert store.newest(folder) == store.tag_of(1)
+    assert run[2].writer.wait_committed() is None
+    assert check_folder(folder) == [(1, 1)]
+
+
+def test_one_save_at_a_time(folder: str) -> None:
+    """A second save would be copied over the memory that the first is still being written from."""
+    run = ranks(folder)
+    run[0].start(1, 1)
+    with pytest.raises(AssertionError, match="a save is under way"):
+        run[0].start(1, 2)
+    run[0].writer.wait_committed(abandon=True)
+
+
+@pytest.mark.parametrize("how", [{"abandon": True}, {"timeout_s": 0.1}], ids=["told so", "out of patience"])
+def test_an_abandoned_save_leaves_nothing_and_the_next_one_works(folder: str, how: dict[str, float]) -> None:
+    """Where a rank is gone, rank 0 would wait for its files for ever; or a later save would find half an old one."""
+    run = ranks(folder)
+    save(run, 1, 1)
+    for rank in run[:2]:
+        rank.start(1, 2)
+        assert rank.writer.wait_written() is None
+    assert isinstance(run[0].writer.wait_committed(**how), Abandoned)  # type: ignore[arg-type]
+    assert run[1].writer.wait_committed(**how) is None  # type: ignore[arg-type]
+    assert set(os.listdir(folder)) == {store.LATEST, store.tag_of(1)}
+    save(run, 1, 2)
+    assert check_folder(folder) == [(1, 2), (1, 1)]
+
+
+def test_what_rank_0_cannot_name_newest_is_not_loaded(folder: str) -> None:
+    """A run that was told its save was lost would go on from it after all, with steps that it has taken twice."""
+    run = ranks(folder)
+    save(run, 1, 1)
+    blocker = Path(folder, store.LATEST + ".tmp")
+    blocker.mkdir()
+    for rank in run:
+        rank.start(1, 2)
+    assert isinstance(settle(run)[1][0], IsADirectoryError)
+    assert check_folder(folder)[0] == (1, 1)
+    blocker.rmdir()
+    save(run, 2, 2)
+    assert check_folder(folder) == [(2, 2), (1, 1)]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Training would report checkpoints lost that are there, and end with an error."""
+    run = ranks(folder, ONE, keep=Retention(last=1))
+    save(run, 1, 1)
+    with mounted(Path(folder, store.tag_of(1))):  # the system refuses to rename it: it is busy
+        Path(folder, store.tag_of(1), "llama_ds.json").touch()
+        save(run, 1, 2)
+        assert store.newest(folder) == store.tag_of(2) and check_checkpoint(folder, store.tag_of(2), ONE) == (1, 2)
+    assert "old checkpoints cannot be removed" in caplog.text
+    save(run, 1, 3)
+    assert check_folder(folder, ONE) == [(1, 3)]
+
+
+def test_one_rank_alone_writes_whole_checkpoints(folder: str) -> None:
+    """A run on one device would wait for others."""
+    save(ranks(folder, (Share(0, 0, 1),)), 1, 1)
+    assert check_checkpoint(folder, store.tag_of(1), ONE) == (1, 1)

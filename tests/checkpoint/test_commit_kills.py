@@ -1,0 +1,230 @@
+"""kill -9 of one rank or of all, at every point of a save and at random times: no checkpoint is lost, none is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from commit_contents import LARGE, SMALL, THREE, check_checkpoint, check_folder, ranks, save
+from commit_worker import Outcome, Trial
+
+from llama_ds.checkpoint import store
+
+REPO = Path(__file__).resolve().parents[2]
+RANKS = (0, 1, 2)
+KILLED = -9
+# Some of the points that must be among those found: the protocol's own, as it is written down.
+PARTIAL, DURABLY = "step_00000004.partial", ("open", "fsync", "rename")
+SMALL_FILES = ("rank_00000", "rank_00001", "rank_00002", "index", "llama_ds")
+PROTOCOL = {
+    *(f"{how} {PARTIAL}/mp_rank_0{part}_model_states.pt" for how in ("open", "write", "fsync") for part in (0, 1)),
+    *(f"{how} {PARTIAL}/{name}.json.tmp" for how in DURABLY for name in SMALL_FILES),
+    *(f"{how} latest.tmp" for how in DURABLY),
+    *("rename step_00000004", f"rename {PARTIAL}", "fsync .", "fsync . #2"),
+    *("rename step_00000002", "rmdir step_00000002.removed", "rmdir step_00000004.replaced"),
+}
+PUBLISHING = (f"rename {PARTIAL}", "open latest.tmp", "rename latest.tmp")
+RANDOM_KILLS = 20
+Perform = Callable[[Trial], Outcome]
+Save = tuple[int, int]  # life, step
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def perform() -> Iterator[Perform]:
+    """Return what runs a trial: in processes of its own, which die of nothing but the trial's kills."""
+    command = [sys.executable, str(Path(__file__).with_name("commit_worker.py"))]
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as worker:
+        assert worker.stdin and worker.stdout
+
+        def perform(trial: Trial) -> Outcome:
+            assert worker.stdin and worker.stdout
+            print(json.dumps(asdict(trial)), file=worker.stdin, flush=True)
+            answer = worker.stdout.readline()
+            assert answer, "the worker has ended: see its errors"
+            outcome = Outcome(**json.loads(answer))
+            assert not outcome.hung, trial
+            return outcome
+
+        yield perform
+        worker.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """Return a folder, in memory if possible: a kill leaves in it what it leaves on a disk, and syncs cost nothing."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(place: Path) -> str:
+    path = place / "any.model"
+    path.write_bytes(b"pieces" * 100)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def three(perform: Perform, tokenizer: str, place: Path) -> Path:
+    """Return a folder in which steps 1, 2 and 3 were saved, in life 1."""
+    folder = place / "three"
+    assert perform(Trial(str(folder), 1, [1, 2, 3], tokenizer)).committed == [1, 2, 3]
+    assert check_folder(str(folder)) == [(1, 3), (1, 2), (1, 1)]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def went_back(perform: Perform, three: Path, tokenizer: str, place: Path) -> Path:
+    """Return a folder of a run that has saved step 4 and then was told to go on from step 3."""
+    folder = shutil.copytree(three, place / "went_back")
+    assert perform(Trial(str(folder), 1, [4], tokenizer)).committed == [4]
+    store.point_to(str(folder), store.tag_of(3))
+    assert check_folder(str(folder)) == [(1, 3), (1, 4), (1, 2), (1, 1)]
+    return folder
+
+
+def points_of(outcome: Outcome, rank: int) -> list[str]:
+    """Return the points at which to kill a rank: all that it does, of a file's writes the first, one amid, the last."""
+    seen = [point for _, of, point in sorted(outcome.points) if of == rank and not point.startswith("synced")]
+    writes: dict[str, list[str]] = {}
+    for point in seen:
+        if point.startswith("write"):
+            writes.setdefault(point.split()[1], []).append(point)
+    chosen = [point for point in seen if not point.startswith("write")]
+    for points in writes.values():
+        torn = "torn" + points[len(points) // 2].removeprefix("write")
+        chosen += dict.fromkeys((points[0], torn, points[-1]))
+    return chosen
+
+
+def kill_and_restart(perform: Perform, trial: Trial, before: Save | None) -> set[str]:
+    """Perform a trial in which all die; check what it left, start the run anew as training does, and see it save.
+
+    `before`: what would have been loaded without the trial. Returns the suffixes of what was left behind.
+    """
+    folder, tags = trial.folder, store.tags(trial.folder)
+    outcome = perform(trial)
+    assert outcome.ends == [KILLED] * len(RANKS)
+    found = check_folder(folder)
+    least = max(outcome.committed, default=0)
+    good = {(trial.life, step) for step in trial.steps if step >= least} | (set() if least else {before})
+    first = found[0] if found else None
+    assert first in good, f"{first} would be loaded, though the last that rank 0 saw committed was {least or before}"
+    if not trial.keep[0]:
+        assert {*tags, *map(store.tag_of, outcome.committed)} <= set(store.tags(folder))
+
+    candidates, names = store.candidates(folder), os.listdir(folder)
+    store.clean(folder)
+    assert [name for name in os.listdir(folder) if not re.fullmatch(r"step_\d+|latest(\.tmp)?", name)] == []
+    assert store.candidates(folder) == candidates
+    life, step = trial.life + 1, first[1] + 1 if first else 1
+    model = LARGE if trial.large else SMALL
+    save(ranks(folder, THREE, trial.tokenizer, store.Retention(last=2), model), life, step)
+    assert store.candidates(folder)[0] == store.tag_of(step)
+    assert check_checkpoint(folder, store.tag_of(step)) == (life, step)
+    assert len(store.tags(folder)) <= 2 and set(os.listdir(folder)) == {store.LATEST, *store.tags(folder)}
+    return {"." + name.partition(".")[2] for name in names if "." in name}
+
+
+def test_a_kill_at_any_point_of_a_save_loses_nothing(
+    perform: Perform, three: Path, went_back: Path, tokenizer: str, place: Path
+) -> None:
+    """A node that dies while a checkpoint is written, replaced or removed would cost the run, or give it wrong weights.
+
+    One rank dies, before or amid each thing that it does in the folder, and the others at once or when they can do no
+    more without it. First when step 4 is saved after three others; then when it replaces another and two are removed.
+    """
+    kills: Counter[str] = Counter()
+    known: set[str] = set()
+    for base, keep in ((three, (0, 0)), (went_back, (2, 0))):
+        folder = shutil.copytree(base, place / "counted")
+        outcome = perform(Trial(str(folder), 2, [4], tokenizer, keep, watch=True))
+        assert outcome.committed == [4] and check_folder(str(folder))[0] == (2, 4)
+        shutil.rmtree(folder)
+        points = [(rank, point) for rank in RANKS for point in points_of(outcome, rank)]
+        for number, (rank, point) in enumerate([x for x in points if x[1] not in known or x[1] in PUBLISHING]):
+            folder = shutil.copytree(base, place / "killed")
+            leave = number % 2 == 0
+            trial = Trial(str(folder), 2, [4], tokenizer, keep, victim=rank, point=point, leave=leave)
+            try:
+                kill_and_restart(perform, trial, (1, 3))
+            except AssertionError as error:
+                raise AssertionError(f"rank {rank} killed at: {point}; the others left alone: {leave}") from error
+            kills[point] += 1
+            shutil.rmtree(folder)
+        known |= {point for _, point in points}
+    assert set(kills) == known >= PROTOCOL
+    assert sum(kills.values()) >= 100
+    print(f"\n{sum(kills.values())} kills at {len(kills)} points")
+
+
+@pytest.mark.parametrize(
+    "point", ["rename step_00000001.partial/rank_00000.json.tmp", "rename step_00000001.partial", "rename latest.tmp"]
+)
+def test_a_kill_in_the_first_save_leaves_a_run_that_starts(
+    perform: Perform, tokenizer: str, place: Path, point: str
+) -> None:
+    """Half of a first checkpoint would keep the run from starting at all."""
+    folder = str(place / point.replace("/", " "))
+    kill_and_restart(perform, Trial(folder, 1, [1], tokenizer, victim=0, point=point), None)
+
+
+def test_kills_at_random_times_lose_nothing(perform: Perform, tokenizer: str, place: Path) -> None:
+    """The points above are those that the test can see; a kill may come at any other moment, of 4 MB checkpoints too.
+
+    All ranks are killed up to 0.4 s after a first commit, while they save as fast as they can.
+    """
+    generator = random.Random(7)
+    left: Counter[str] = Counter()
+    for number in range(RANDOM_KILLS):
+        folder, after_s = place / str(number), generator.uniform(0, 0.4)
+        steps = list(range(1, 200))
+        trial = Trial(str(folder), 1, steps, tokenizer, (2, 3), large=True, kill_after_s=after_s)
+        left.update(kill_and_restart(perform, trial, None) or {"nothing"})
+        shutil.rmtree(folder)
+    assert left[".partial"] > 0
+    print(f"\n{RANDOM_KILLS} kills at random times left {dict(left)}")
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_counts(
+    perform: Perform, three: Path, tokenizer: str, place: Path
+) -> None:
+    """A power cut would leave a checkpoint whose names are there and whose bytes are not: what kill -9 cannot show.
+
+    Each rank must have synced all that it did before it says so: in its record, the description, by tag and `latest`.
+    """
+    folder = shutil.copytree(three, place / "c")
+    outcome = perform(Trial(str(folder), 2, [4], tokenizer, watch=True))
+    unsynced: set[tuple[int, str]] = set()  # a rank, and a file or folder that it has changed in memory only so far
+    said = []
+    for _, rank, point in sorted(outcome.points):
+        operation, path, *again = point.split()
+        name, parent = os.path.basename(path), os.path.dirname(path) or "."
+        own = {p for r, p in unsynced if r == rank}
+        if operation == "write" or (operation == "open" and name.endswith(".tmp")):
+            unsynced.add((rank, path))
+        elif operation == "open" and name.endswith((".pt", ".model")) and not again:
+            unsynced |= {(rank, path), (rank, parent)}
+        elif operation == "synced":
+            unsynced.discard((rank, path))
+        elif operation == "rename":
+            assert own == set() or (name == "index.json.tmp" and own <= {parent}), f"{point}: before {own} are synced"
+            unsynced.add((rank, parent))
+            said.append(name)
+    assert unsynced == set()
+    records = [f"rank_{rank:05d}.json.tmp" for rank in RANKS]
+    assert sorted(said[:3]) == records
+    assert said[3:] == ["index.json.tmp", "llama_ds.json.tmp", "step_00000004.partial", "latest.tmp"]

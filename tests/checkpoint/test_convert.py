@@ -1,0 +1,181 @@
+"""A model goes through all formats and comes back bit for bit, and says what was done on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPES, Write, build
+
+from llama_ds.checkpoint import huggingface
+from llama_ds.checkpoint.load_model import load_model, open_model
+from llama_ds.checkpoint.manifest import describe, verify
+from llama_ds.checkpoint.names import weight_shapes
+from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.config.schema import ModelConfig, RunConfig
+from tools import convert
+
+# Every direction once: each result is the next one's source.
+CHAIN = (
+    *(("hf", 1), ("meta", 2), ("deepspeed", 1), ("deepspeed", 2), ("meta", 1), ("meta", 2), ("hf", 1), ("hf", 1)),
+    ("deepspeed", 2),
+)
+
+
+def bits(files: ModelFiles) -> dict[tuple[int, str], torch.Tensor]:
+    kind = {2: torch.int16, 4: torch.int32}
+    return {key: t.whole().view(kind[t.dtype.itemsize]) for key, t in files.tensors.items()}
+
+
+def shape(model: ModelConfig) -> ModelConfig:
+    """Return the model as all formats carry it: Meta's params.json has no initializer_range."""
+    return replace(model, initializer_range=0.02, attention_backend="auto")
+
+
+def convert_quickly(*words: object) -> int:
+    return convert.main([str(word) for word in words] + ["--no-logits"])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_directions_keep_every_bit(
+    write: Write, run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: str
+) -> None:
+    monkeypatch.setattr(huggingface, "SHARD_BYTES", 60_000)  # several files
+    source = write(2, by_layer=name != "mha", dtype=dtype, model=SHAPES[name])
+    whole = build(replace(run, model=SHAPES[name])).to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]))
+    expected = bits(open_model(source))
+    for (layer, local), tensor in expected.items():
+        weight = whole.layers[layer].state_dict()[local]
+        assert torch.equal(weight.view(tensor.dtype), tensor)
+    assert expected.keys() == weight_shapes(SHAPES[name]).keys()
+    for turn, (kind, tp) in enumerate(CHAIN):
+        result = tmp_path / f"{turn}-{kind}"
+        assert convert_quickly(source, result, "--to", kind, "--tp", tp) == 0
+        files = open_model(str(result))
+        assert shape(files.model) == shape(SHAPES[name]) and files.dtype == dtype
+        found = bits(files)
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+        assert not (tmp_path / f"{turn}-{kind}.partial").exists()
+        source = str(result)
+    for turn in (6, 7):  # made from different sources
+        for file in (f for f in os.listdir(tmp_path / "0-hf") if f.endswith((".safetensors", "index.json"))):
+            assert (tmp_path / f"{turn}-hf" / file).read_bytes() == (tmp_path / "0-hf" / file).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "hf", "meta"])
+def test_the_proof_is_printed(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    assert convert.main([write(2, True, model=SHAPES["llama3"]), str(tmp_path / "out"), "--to", kind]) == 0
+    first, tensors, source, result, logits = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{tmp_path / 'out'}: {kind}, fp32, ")
+    assert tensors.startswith("proof   tensors 30 of 30, ")
+    assert source.split()[-1] == result.split()[-1] and len(source.split()[-1]) == 32
+    difference, largest = (float(logits.split()[i]) for i in (5, 7))
+    assert largest > 1
+    # Our own model twice is the same to the bit; transformers sums in another order.
+    assert difference == 0 if kind != "hf" else difference < 1e-5
+
+
+def test_a_checkpoint_keeps_what_it_says_of_its_run(write: Write, tmp_path: Path) -> None:
+    source, out = write(2, True, model=SHAPES["gqa"]), str(tmp_path / "start")
+    assert convert_quickly(source, out, "--to", "deepspeed", "--tp", 2, "--pp", 3) == 0
+    before, after = describe(f"{source}/checkpoints/step_00000007"), describe(out)
+    assert (after.step, after.tokens, after.run, after.config_hash) == (7, 896, before.run, before.config_hash)
+    assert after.optimizer_steps is None and (after.layout["pp"], after.layout["tp"]) == (3, 2)
+    verify(out, after, after.files)
+    assert {*after.files, "llama_ds.json"} == set(os.listdir(out))
+    assert sorted(n for n in os.listdir(out) if n.startswith("mp_rank")) == [
+        f"mp_rank_{i:02d}_model_states.pt" for i in range(6)
+    ]
+
+
+def test_another_format_has_no_run_to_keep(write: Write, tmp_path: Path) -> None:
+    assert convert_quickly(write(1, True), tmp_path / "hf", "--to", "hf") == 0
+    assert convert_quickly(tmp_path / "hf", tmp_path / "start", "--to", "deepspeed") == 0
+    found = describe(str(tmp_path / "start"))
+    assert (found.step, found.tokens, found.run["data"]) == (0, 0, {"seq_len": 32})
+    assert (tmp_path / "start" / "tokenizer.model").exists()
+
+
+def test_every_rank_has_its_copy_of_what_is_not_cut(write: Write, tmp_path: Path) -> None:
+    """Index and Meta's reader look at one copy; DeepSpeed and Meta's code read their own."""
+    source = write(1, True, model=SHAPES["gqa"])
+    assert convert_quickly(source, tmp_path / "start", "--to", "deepspeed", "--tp", 2) == 0
+    assert convert_quickly(source, tmp_path / "meta", "--to", "meta", "--tp", 2) == 0
+    norms = [
+        torch.load(tmp_path / "start" / f"layer_02-model_{rank:02d}-model_states.pt", weights_only=True)
+        for rank in range(2)
+    ]
+    name = "input_layernorm.weight"
+    assert torch.equal(norms[0][name], norms[1][name]) and norms[0][name].abs().min() > 0
+    parts = [torch.load(tmp_path / "meta" / f"consolidated.{i:02d}.pth", weights_only=True) for i in range(2)]
+    assert torch.equal(parts[0]["norm.weight"], parts[1]["norm.weight"]) and parts[0]["norm.weight"].abs().min() > 0
+
+
+@pytest.mark.parametrize(("source", "target"), [("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "fp32"), ("bf16", "fp16")])
+def test_dtypes_are_rounded_as_torch_does(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, target: str
+) -> None:
+    checkpoint = write(1, True, dtype=source)
+    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[target]
+    # Narrower ones differ in their logits: printed, and no error.
+    assert convert.main([checkpoint, str(tmp_path / "start"), "--to", "deepspeed", "--dtype", target]) == 0
+    difference = float(capsys.readouterr().out.splitlines()[-1].split()[5])
+    assert (difference > 0) == (target != "fp32")  # fp16 has fewer exponents than bf16, too
+    before, after = open_model(checkpoint), open_model(str(tmp_path / "start"))
+    assert after.dtype == target
+    for key, tensor in before.tensors.items():
+        assert torch.equal(after.tensors[key].whole(), tensor.whole().to(kind))
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "hf", "meta"])
+@pytest.mark.parametrize("rows", [832, 790])
+def test_the_vocabulary_is_padded_or_cut(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, rows: int
+) -> None:
+    source = write(1, True, model=SHAPES["gqa"])
+    first = tmp_path / "first"
+    assert convert_quickly(source, first, "--to", kind) == 0
+    capsys.readouterr()
+    last = tmp_path / "last"
+    assert convert.main([str(first), str(last), "--to", "deepspeed", "--tp", "2", "--vocab-size", str(rows)]) == 0
+    change = "32 rows of zeros added" if rows == 832 else "the last 10 rows left out"
+    assert f"vocabulary: 800 -> {rows} rows, {change}" in capsys.readouterr().out
+    before, after = open_model(source), open_model(str(last))
+    assert after.model.vocab_size == rows == describe(str(last)).run["model"]["vocab_size"]
+    for key in ((0, "weight"), (5, "lm_head.weight")):
+        found, wanted = after.tensors[key].whole(), before.tensors[key].whole()
+        both = min(rows, 800)
+        assert found.shape[0] == rows and torch.equal(found[:both], wanted[:both]) and not found[both:].any()
+    assert load_model(after, torch.device("cpu"), torch.float32)(torch.zeros(1, 4, dtype=torch.long)).shape[-1] == rows
+
+
+def test_ids_and_tokenizer_files_of_a_hugging_face_model_are_kept(write: Write, tmp_path: Path) -> None:
+    assert convert_quickly(write(1, True), tmp_path / "hf", "--to", "hf") == 0
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config |= {"bos_token_id": 5, "eos_token_id": [6, 7], "pad_token_id": 8}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "hf" / "generation_config.json").write_text('{"eos_token_id": [6, 7]}')
+    assert convert_quickly(tmp_path / "hf", tmp_path / "copy", "--to", "hf", "--dtype", "bf16") == 0
+    found = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert found == {**config, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"):
+        assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
+def test_a_model_without_a_sentencepiece_tokenizer_says_so(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert_quickly(write(1, True, model=SHAPES["mha"]), tmp_path / "hf", "--to", "hf") == 0
+    (tmp_path / "hf" / "tokenizer.model").unlink()
+    for kind in ("deepspeed", "meta"):
+        capsys.readouterr()
+        assert convert_quickly(tmp_path / "hf", tmp_path / kind, "--to", kind) == 0
+        assert f"no tokenizer was written: {tmp_path / 'hf'} has no tokenizer.model" in capsys.readouterr().out
+        assert not (tmp_path / kind / "tokenizer.model").exists()
+    assert convert_quickly(tmp_path / "meta", tmp_path / "back", "--to", "hf") == 0
+    assert not (tmp_path / "back" / "tokenizer.json").exists()

@@ -1,0 +1,326 @@
+"""Whatever was done to a checkpoint's files is found and named, and nothing that they hold is ever executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import xxhash
+from commit_contents import SMALL, THREE, check_checkpoint, description, elements, ranks, save
+
+from llama_ds.checkpoint import store
+from llama_ds.checkpoint.manifest import (
+    DESCRIPTION,
+    FORMAT,
+    INDEX,
+    KINDS,
+    MASTER,
+    MOMENTS,
+    WEIGHT,
+    Piece,
+    Record,
+    check_present,
+    checksum,
+    describe,
+    hash_of,
+    read_tensors,
+    verify,
+    write_manifest,
+)
+from llama_ds.checkpoint.stored import torch_tensors
+from llama_ds.checkpoint.writing import commit
+from llama_ds.errors import UserError
+
+DATA = [
+    "mp_rank_00_model_states.pt",
+    "mp_rank_01_model_states.pt",
+    "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+    "zero_pp_rank_0_mp_rank_01_optim_states.pt",
+    "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+]
+FILES = [*DATA, INDEX, "tokenizer.model"]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the checkpoints of steps 1 and 2."""
+    root = tmp_path_factory.mktemp("saved")
+    (root / "any.model").write_bytes(bytes(range(256)))
+    run = ranks(str(root / "checkpoints"), THREE, str(root / "any.model"))
+    for step in (1, 2):
+        save(run, 1, step)
+    return root / "checkpoints"
+
+
+@pytest.fixture
+def place(saved: Path, tmp_path: Path) -> Path:
+    """Return a copy of one checkpoint, to be damaged."""
+    return Path(shutil.copytree(saved / store.tag_of(2), tmp_path / store.tag_of(2)))
+
+
+def examine(place: Path) -> None:
+    """Do what a run does before it loads a checkpoint."""
+    found = describe(str(place))
+    check_present(str(place), found)
+    verify(str(place), found, found.files)
+
+
+def flip(path: Path, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        (byte,) = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
+def test_a_checkpoint_says_what_it_is(place: Path) -> None:
+    """Nobody could tell which run, which data and which files belong to it; or its checksums would need this code."""
+    examine(place)
+    found = describe(str(place))
+    assert sorted(found.files) == sorted(FILES) and set(os.listdir(place)) == {*FILES, DESCRIPTION}
+    for name, entry in found.files.items():
+        content = (place / name).read_bytes()
+        assert entry.size == len(content)
+        assert entry.checksum == checksum(str(place / name)) == xxhash.xxh3_128(content).hexdigest()
+    assert [found.files[name].rank for name in DATA] == [0, 1, 0, 1, 2]
+    assert (found.step, found.tokens, found.layout["tp"], found.optimizer_steps) == (2, 256, 2, 2)
+    assert (found.data, found.rng) == ({"life": 1, "rows": 8}, {"seed": 1})
+    assert found.config_hash == hash_of(found.run) != hash_of({**found.run, "seed": 2})
+    assert found.model == SMALL
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def lengthen(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b"\0")
+
+
+def link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [cut, empty, lengthen, Path.unlink, link_to_itself, folder_instead])
+def test_a_file_that_is_not_whole_is_named_before_anything_is_read(
+    place: Path, damage: Callable[[Path], None], name: str
+) -> None:
+    """A run would find out hours later, or load a part of its weights."""
+    damage(place / name)
+    with pytest.raises(UserError, match=rf"{place / name}: is .*damaged; copy it again, or use another") as error:
+        check_present(str(place), describe(str(place)))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=rf"{place / name}: .*damaged"):
+        verify(str(place), describe(str(place)), [name])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_found(place: Path, name: str) -> None:
+    """A weight would be wrong by any factor, and nothing would say so."""
+    path = place / name
+    size = path.stat().st_size
+    for bit in (0, 8 * size - 1, *random.Random(1).sample(range(8 * size), 20)):
+        flip(path, bit)
+        check_present(str(place), describe(str(place)))
+        with pytest.raises(UserError, match=rf"{path}: its bytes have checksum [0-9a-f]{{32}}, not .*damaged"):
+            verify(str(place), describe(str(place)), FILES)
+        verify(str(place), describe(str(place)), [other for other in FILES if other != name])
+        flip(path, bit)
+    examine(place)
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_the_same_file_of_another_step_is_found(saved: Path, place: Path, name: str) -> None:
+    """Two steps would be mixed: a copy that was interrupted, and went on from another checkpoint."""
+    shutil.copy(saved / store.tag_of(1) / name, place / name)
+    check_present(str(place), describe(str(place)))
+    with pytest.raises(UserError, match=rf"{place / name}: its bytes have checksum"):
+        examine(place)
+
+
+def test_no_bit_of_the_description_matters_unseen(place: Path) -> None:
+    """Damage there would be the one that no checksum sees: of step, data state or checksums themselves."""
+    path = place / DESCRIPTION
+    wanted, harmless = describe(str(place)), 0
+    for bit in random.Random(2).sample(range(8 * path.stat().st_size), 2000):
+        flip(path, bit)
+        try:
+            found = describe(str(place))
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert found == wanted
+            harmless += 1
+        flip(path, bit)
+    assert harmless < 20  # 1e-05 and 1E-05 are one number
+    assert describe(str(place)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (empty, "damaged"),
+        (cut, "damaged"),
+        (Path.unlink, "no llama_ds.json in it, so it is not a complete checkpoint"),
+        (link_to_itself, "no llama_ds.json in it, so it is not a complete checkpoint"),
+        (folder_instead, r"damaged \(.*Is a directory"),
+        (lambda path: path.write_text("[1]"), "damaged"),
+        (lambda path: path.write_text("7"), "damaged"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "damaged"),
+    ],
+)
+def test_a_damaged_description_is_named(place: Path, damage: Callable[[Path], None], message: str) -> None:
+    """A traceback would stand where the user is to read which checkpoint is lost."""
+    damage(place / DESCRIPTION)
+    with pytest.raises(UserError, match=rf"{place}.*{message}") as error:
+        describe(str(place))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("version", [1, FORMAT + 1, "next"])
+def test_another_format_is_refused_by_its_number(place: Path, version: object) -> None:
+    """An older version would read what it does not understand, and call it damaged or load it wrongly."""
+    content = json.loads((place / DESCRIPTION).read_text())
+    (place / DESCRIPTION).write_text(json.dumps({**content, "format": version, "what": "is new"}))
+    with pytest.raises(UserError, match=rf"checkpoint format {version}, this version reads {FORMAT}; .*convert"):
+        describe(str(place))
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_is_executed(place: Path, tmp_path: Path) -> None:
+    """Whoever can write a checkpoint, or send one, could run anything on every node."""
+    mark, name = tmp_path / "executed", DATA[2]
+    size = (place / name).stat().st_size
+    torch.save({"optimizer_state_dict": Bomb(mark)}, place / name)
+    with open(place / name, "ab") as file:
+        file.write(bytes(size - file.tell()))
+    with pytest.raises(UserError, match=f"{name}: its bytes have checksum"):
+        examine(place)
+    for spreads in read_tensors(str(place), describe(str(place))).values():
+        for spread in spreads.values():
+            spread.whole()
+    for plain in (place / name, place / DATA[0]):
+        plain.write_bytes(pickle.dumps(Bomb(mark)))
+        with pytest.raises(UserError, match="cannot be read as a file of torch tensors"):
+            torch_tensors(str(plain))
+    torch.save({"w": Bomb(mark)}, place / name)
+    with pytest.raises(UserError, match="cannot be read as a file of torch tensors"):
+        torch_tensors(str(place / name))
+    assert not mark.exists()
+    torch.load(place / name, weights_only=False)
+    assert mark.exists()  # it was a live one
+
+
+@pytest.fixture
+def records(place: Path) -> list[Record]:
+    """Return what the ranks of the checkpoint wrote, as one record each."""
+    rows = json.loads((place / INDEX).read_text())
+    found = [Record(rank) for rank in range(len(THREE))]
+    files = describe(str(place)).files
+    for name in DATA:
+        found[files[name].rank].files[name] = files[name]
+    for weight, pieces in rows.items():
+        for piece in (Piece(*row) for row in pieces):
+            found[files[piece.file].rank].pieces.setdefault(weight, []).append(piece)
+    return found
+
+
+def test_records_make_the_same_checkpoint_again(place: Path, records: list[Record]) -> None:
+    """A record that says less on disk than in memory would leave a checkpoint that cannot be read."""
+    assert [Record.from_json(record.as_json()) for record in records] == records
+    (place / DESCRIPTION).unlink()
+    (place / INDEX).unlink()
+    write_manifest(str(place), description(SMALL, THREE, 1, 2), records)
+    assert check_checkpoint(str(place.parent), place.name) == (1, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weight", ["0.weight", "1.self_attn.o_proj.weight", "2.norm.weight"])
+@pytest.mark.parametrize("change", ["lost", "short", "twice", "shifted", "other part"])
+def test_a_save_that_lacks_elements_is_not_committed(
+    place: Path, records: list[Record], kind: str, weight: str, change: str
+) -> None:
+    """A mistake of ours in where tensors lie would be found when the checkpoint is needed, and is gone."""
+    (place / DESCRIPTION).unlink()
+    pieces, index = next(
+        (record.pieces[weight], i)
+        for record in records
+        for i, piece in enumerate(record.pieces.get(weight, []))
+        if piece.kind == kind
+    )
+    piece = pieces.pop(index)
+    pieces += {
+        "lost": [],
+        "short": [piece._replace(numel=piece.numel - 1)],
+        "twice": [piece, piece],
+        "shifted": [piece._replace(start=piece.start + 1)],
+        "other part": [piece._replace(part=piece.part + 1)],
+    }[change]
+    with pytest.raises(ValueError, match=rf"^{weight}: .*{kind}"):
+        write_manifest(str(place), description(SMALL, THREE, 1, 2), records)
+    assert not (place / DESCRIPTION).exists()
+
+
+def test_a_save_without_weights_is_not_committed(place: Path) -> None:
+    """A checkpoint of nothing would count as one."""
+    (place / DESCRIPTION).unlink()
+    with pytest.raises(ValueError, match=r"^0\.weight: 0 parts of its weight were written, not 2"):
+        write_manifest(str(place), description(SMALL, THREE, 1, 2), [Record(0)])
+    assert not (place / DESCRIPTION).exists()
+
+
+@pytest.mark.parametrize("kinds", [(WEIGHT,), (MASTER, "exp_avg"), (WEIGHT, *MOMENTS)])
+def test_a_run_saves_what_it_can_go_on_from(saved: Path, records: list[Record], kinds: tuple[str, ...]) -> None:
+    """A run could not go on from its only checkpoint; of weights alone there may be one, though not of a run's save."""
+    for record in records:
+        record.pieces = {weight: [p for p in rows if p.kind in kinds] for weight, rows in record.pieces.items()}
+    before = sorted(os.listdir(saved))
+    with pytest.raises(ValueError, match=rf"^step 2: no .*{(set(KINDS) - set(kinds) - {WEIGHT}).pop()}.* was written"):
+        commit(str(saved), description(SMALL, THREE, 1, 2), records, "", store.Retention())
+    assert sorted(os.listdir(saved)) == before
+
+
+@pytest.mark.parametrize("kinds", [(WEIGHT,), (MASTER,), (WEIGHT, MASTER)])
+def test_weights_alone_are_a_checkpoint(place: Path, records: list[Record], kinds: tuple[str, ...]) -> None:
+    """A model could not be converted; or what is said of it would come back as something else."""
+    for record in records:
+        record.pieces = {weight: [p for p in rows if p.kind in kinds] for weight, rows in record.pieces.items()}
+    state = {"rows": [1, 2**70], "text": "Größe 🦙", "none": None, "small": 1e-300}
+    given = replace(description(SMALL, THREE, 1, 2), data=state, optimizer_steps=None)
+    written = write_manifest(str(place), given, records)
+    found = describe(str(place))
+    assert found == written == replace(given, files=found.files, config_hash=hash_of(given.run))
+    tensors = read_tensors(str(place), found)
+    assert list(tensors) == list(kinds)
+    for kind, spreads in tensors.items():
+        for key, spread in spreads.items():
+            assert torch.equal(spread.whole(), elements(SMALL, key, kind, 1, 2))

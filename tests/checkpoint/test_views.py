@@ -1,0 +1,73 @@
+"""Any run of elements of any rank's part is what torch cuts out of the whole tensor, whatever the files' own cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from llama_ds.checkpoint import spread, views
+from llama_ds.checkpoint.spread import Run, Spread
+from llama_ds.checkpoint.stored import safetensors_tensors
+from llama_ds.checkpoint.views import Columns, Rows, TurnedHeads
+
+ROWS, COLUMNS, HEAD = 24, 20, 4
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int | None, int], tuple[torch.Tensor, Spread]]:
+    """By (dimension, parts): a matrix and where it lies."""
+    folder = tmp_path_factory.mktemp("views")
+    found = {}
+    for dim, parts in ((0, 1), (0, 3), (1, 1), (1, 2)):
+        whole = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(parts))
+        path = str(folder / f"{dim}-{parts}")
+        save_file({str(i): part.contiguous() for i, part in enumerate(whole.chunk(parts, dim))}, path)
+        stored = safetensors_tensors(path)
+        runs = [[Run(0, stored[str(i)], whole.numel() // parts)] for i in range(parts)]
+        found[dim, parts] = whole, Spread(whole.shape, dim, runs)
+    return found
+
+
+def turned(whole: torch.Tensor) -> torch.Tensor:
+    """Meta's order of a head's rows, as Hugging Face's converter to its own order (`permute`) would undo it."""
+    halves = whole.view(ROWS // HEAD, 2, HEAD // 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
+    back = halves.view(ROWS // HEAD, HEAD // 2, 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
+    assert torch.equal(back, whole)
+    return halves
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_parts_are_cut_as_torch_does(
+    files: dict[tuple[int | None, int], tuple[torch.Tensor, Spread]], data: st.DataObject
+) -> None:
+    whole, source = files[data.draw(st.sampled_from(sorted(files)))]
+    kind = data.draw(st.sampled_from(["spread", "rows", "columns", "turned"]))
+    wanted, view, dim = whole, source, source.dim
+    if kind == "rows":
+        rows = data.draw(st.sampled_from([4, 24, 40]))
+        wanted, view, dim = torch.zeros(rows, COLUMNS), Rows(source, rows), 0
+        wanted[: min(rows, ROWS)] = whole[:rows]
+    elif kind == "columns":
+        wanted, view, dim = whole, Columns(source), 1
+    elif kind == "turned":
+        wanted, view, dim = turned(whole), TurnedHeads(Rows(source, ROWS), HEAD, to_halves=False), 0
+        assert torch.equal(TurnedHeads(view, HEAD, to_halves=True).whole(), whole)
+    size = data.draw(st.sampled_from([1, 2, 4] if dim == 1 or kind == "rows" else [1, 2, 3, 6]))
+    rank = data.draw(st.integers(0, size - 1))
+    part = wanted.chunk(size, dim)[rank].reshape(-1)
+    start = data.draw(st.integers(0, len(part) - 1))
+    out = torch.empty(data.draw(st.integers(1, len(part) - start)), dtype=data.draw(st.sampled_from(DTYPES)))
+    block = data.draw(st.sampled_from([1, 70, 4 << 20]))
+    spread.BLOCK_ELEMENTS = views.BLOCK_ELEMENTS = block
+    try:
+        view.read(out, rank, size, start)
+    finally:
+        spread.BLOCK_ELEMENTS = views.BLOCK_ELEMENTS = 4 << 20
+    assert torch.equal(out, part[start : start + len(out)].to(out.dtype))
+
+
+DTYPES = [torch.float32, torch.bfloat16]

@@ -1,0 +1,202 @@
+"""What happens to a run's checkpoints while it runs: signals, time limits, full disks, damage, retention."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from launching import TIMEOUT_S, TRAIN, alone, deepspeed, finish, run, start, succeed
+from tiny_run import LAYOUTS, Run
+
+from tools import convert
+
+LONG = 120  # steps: enough for signals to arrive in the midst of them
+PP2 = {"parallel.pp": 2}
+
+
+def wait_for(process: subprocess.Popen[bytes], log: Path, happened: Callable[[], bool]) -> None:
+    """Wait for something that a run does."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not happened():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.001)
+
+
+def reported(run: Run, step: int) -> bool:
+    path = run.dir / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text()
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return the processes of a launcher's ranks, the first rank's first."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    ranks = [p for p in children if TRAIN in p.cmdline() and "deepspeed" not in " ".join(p.cmdline()[:4])]
+    return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
+
+
+def interrupt(run: Run, number: int, at_step: int, whom: Callable[[subprocess.Popen[bytes]], psutil.Process]) -> str:
+    """Start the run, send a signal to one of its processes when a step is reported; return its output."""
+    process = start(deepspeed(2, TRAIN, run.file), run.log)
+    wait_for(process, run.log, lambda: reported(run, at_step))
+    whom(process).send_signal(number)
+    return finish(process, run.log).output
+
+
+@pytest.mark.slow
+def test_signals_and_the_time_limit_save_and_the_run_goes_on(make_run: Callable[..., Run]) -> None:
+    """One rank hears of it, all save the same step; nothing of the run is lost or done twice."""
+    changes = {**PP2, "training.steps": LONG}
+    whole, this = make_run("uninterrupted", changes), make_run("interrupted", changes)
+    succeed(deepspeed(2, TRAIN, whole.file), whole.log)
+
+    process = start(deepspeed(2, TRAIN, this.file), this.log)
+    wait_for(process, this.log, lambda: reported(this, 3))
+    ranks_of(process)[1].send_signal(signal.SIGUSR1)
+    wait_for(process, this.log, lambda: (this.checkpoints / "latest").exists())
+    saved = this.newest.name
+    wait_for(process, this.log, lambda: reported(this, int(saved[5:]) + 3))  # it went on
+    ranks_of(process)[1].send_signal(signal.SIGTERM)
+    done = finish(process, this.log)
+    assert done.code == 0, done.output
+    first_end = int(this.newest.name[5:])
+    assert f"ending at step {first_end} of {LONG}" in done.output
+    assert int(saved[5:]) < first_end < LONG
+
+    output = succeed(deepspeed(2, TRAIN, this.file, "checkpoint.wall_time_s=120.2"), this.log)
+    assert f"resumed at step {first_end} of {LONG}" in output
+    assert "the wall-time limit" in output
+    second_end = int(this.newest.name[5:])
+    assert first_end < second_end < LONG
+
+    # As schedulers do: to the launcher, which passes it on to its ranks and then waits for them.
+    interrupt(this, signal.SIGTERM, second_end + 2, lambda p: ranks_of(p)[0].parent())
+    third_end = int(this.newest.name[5:])
+    assert second_end < third_end < LONG
+    assert not list(this.checkpoints.glob("*.partial"))
+
+    succeed(deepspeed(2, TRAIN, this.file), this.log)
+    assert this.losses == whole.losses
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over_or_refused(
+    trained: Callable[[str], Run], make_run: Callable[..., Run]
+) -> None:
+    whole, this = trained("pp2"), make_run("damaged", {**PP2, "checkpoint.interval": 1, "checkpoint.stop_at": 5})
+    this_run = deepspeed(2, TRAIN, this.file, "checkpoint.keep_last=2", "checkpoint.keep_every=2")
+    succeed(this_run, this.log)
+    tags = sorted(path.name for path in this.checkpoints.glob("step_*"))
+    assert tags == ["step_00000002", "step_00000004", "step_00000005"]  # 4 and 5 are the last, 2 is a second one's
+    victim = sorted(this.newest.glob("zero_*optim_states.pt"))[1]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    (this.checkpoints / "step_00000007.partial").mkdir()
+
+    refused = run(deepspeed(2, TRAIN, this.file, "checkpoint.strict=true"), this.log)
+    assert refused.code != 0
+    (error,) = refused.errors
+    assert victim.name in error and "checkpoint.strict" in error
+    output = succeed(deepspeed(2, TRAIN, this.file, "checkpoint.stop_at=0"), this.log)
+    assert "DAMAGED CHECKPOINT" in output and victim.name in output
+    assert "resumed at step 4 of 6" in output
+    assert this.losses == whole.losses
+    assert {path.name for path in this.checkpoints.iterdir()} >= {"step_00000005.damaged", "step_00000006"}
+    assert not (this.checkpoints / "step_00000007.partial").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for two checkpoints of the tiny run, not three."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_no_run(make_run: Callable[..., Run], small_disk: Path) -> None:
+    """The run goes on without the checkpoint, warns, and saves again when there is room."""
+    changes: dict[str, Any] = {
+        "training.steps": LONG, "checkpoint.interval": 4, "checkpoint.keep_last": 1, "output_dir": str(small_disk),
+    }  # fmt: skip
+    this = make_run("full", changes)
+    folder = small_disk / "full"
+    room = Run(this.file, folder)
+    process = start(alone(TRAIN, this.file), this.log)
+    wait_for(process, this.log, lambda: (room.checkpoints / "latest").exists())
+    before = room.newest.name
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(max(free - 100_000, 0)))
+    wait_for(process, this.log, lambda: "CHECKPOINT LOST" in this.log.read_text())
+    (small_disk / "filler").unlink()
+    done = finish(process, this.log)
+    assert done.code == 0, done.output
+    assert "No space left on device" in done.output
+    assert room.newest.name == f"step_{LONG:08d}" > before
+    assert [path.name for path in room.checkpoints.glob("step_*")] == [room.newest.name]
+
+
+@pytest.mark.slow
+def test_a_run_whose_last_save_failed_says_so(make_run: Callable[..., Run], small_disk: Path) -> None:
+    this = make_run("full_at_last", {"output_dir": str(small_disk)})
+    succeed(alone(TRAIN, this.file, "checkpoint.stop_at=3"), this.log)
+    room = Run(this.file, small_disk / "full_at_last")
+    free = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(max(free - 100_000, 0)))
+    done = run(alone(TRAIN, this.file), this.log)
+    assert done.code == 2
+    (error,) = done.errors
+    assert "step_00000006, could not be written" in error and "it goes on from step_00000003" in error
+    assert [path.name for path in room.checkpoints.glob("step_*")] == ["step_00000003"]
+    (small_disk / "filler").unlink()
+    assert "resumed at step 3 of 6" in succeed(alone(TRAIN, this.file), this.log)
+    assert len(room.losses) == 6
+
+
+@pytest.mark.slow
+def test_any_layout_goes_on_with_the_ordinary_command(
+    trained: Callable[[str], Run], make_run: Callable[..., Run]
+) -> None:
+    """What changes is on the command line only. 1e-5 relative: as between layouts that train from the start."""
+    whole, this = trained("alone"), make_run("moving", {"checkpoint.stop_at": 2})
+    succeed(deepspeed(4, TRAIN, this.file, *overrides(LAYOUTS["pp2_tp2"][1])), this.log)
+    output = succeed(
+        deepspeed(2, TRAIN, this.file, *overrides(LAYOUTS["dp2_zero3"][1]), "checkpoint.stop_at=4"), this.log
+    )
+    assert "resumed at step 2 of 6" in output
+    succeed(alone(TRAIN, this.file, "checkpoint.stop_at=0"), this.log)
+    assert this.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert this.validation_loss == pytest.approx(whole.validation_loss, rel=1e-5)
+
+
+def overrides(changes: dict[str, Any]) -> list[str]:
+    return [f"{key}={str(value).lower()}" for key, value in changes.items()]
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_weights_of_any_format(
+    trained: Callable[[str], Run], make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Continued pre-training: the first loss is that of the trained weights, in whatever format they come."""
+    source = trained("alone")
+    losses = {}
+    for kind, ranks, layout in (("deepspeed", 1, {}), ("hf", 2, PP2), ("meta", 2, {"parallel.tp": 2})):
+        folder = source.dir
+        if kind != "deepspeed":
+            folder = tmp_path / kind
+            assert convert.main([str(source.dir), str(folder), "--to", kind]) == 0
+        this = make_run(f"from_{kind}", {**layout, "checkpoint.start_from": str(folder), "checkpoint.stop_at": 2})
+        succeed(deepspeed(ranks, TRAIN, this.file), this.log)
+        losses[kind] = this.losses
+    assert losses["hf"] == pytest.approx(losses["deepspeed"], rel=1e-5)
+    assert losses["meta"] == pytest.approx(losses["deepspeed"], rel=1e-5)
+    assert losses["deepspeed"][0] < source.losses[0] - 0.2  # which six steps had brought down

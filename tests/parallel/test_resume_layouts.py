@@ -1,0 +1,117 @@
+"""A checkpoint goes on under any other layout, ZeRO stage, schedule and engine, and DeepSpeed's converter takes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_ds.checkpoint.manifest import MASTER, MOMENTS, describe, name_of, read_tensors
+from tests.parallel.layout_cases import STEPS, Case, train_reference
+from tests.parallel.reshard_memory_worker import LAYER_BYTES
+
+ROOT = Path(__file__).resolve().parents[2]
+Turns = Callable[[list[Case]], tuple[list[tuple[float, float]], Path]]
+
+# pp, tp, dp of the issue, both ZeRO stages.
+LAYOUTS = [Case(2, 2, 2), Case(1, 1, 1, zero=3), Case(4, 1, 2), Case(1, 4, 1, zero=3)]
+ENGINES = [
+    Case(1, 1, 2, zero=0, tied=True),
+    Case(2, 1, 1, schedule="interleaved", virtual_stages=2, tied=True),
+    Case(1, 2, 1, zero=2, sequence_parallel=True, tied=True),
+    Case(2, 1, 1, schedule="zb_h1", partition=(3, 1), tied=True),
+    Case(1, 1, 2, zero=3, tied=True),
+    Case(2, 1, 1, schedule="dualpipe_v", virtual_stages=2, tied=True),
+    Case(2, 1, 1, schedule="deepspeed", tied=True),
+    Case(1, 1, 2, zero=1, tied=True),
+    Case(1, 2, 1, zero=0, tied=True),
+    Case(2, 1, 1, tied=True),
+]
+BF16 = [
+    Case(2, 1, 2, dtype="bf16"),
+    Case(1, 4, 1, dtype="bf16"),
+    Case(1, 2, 2, zero=3, dtype="bf16"),
+    Case(2, 2, 1, dtype="bf16", schedule="deepspeed"),
+    Case(2, 1, 2),  # and into fp32
+]
+
+
+@pytest.fixture
+def take(tmp_path: Path) -> Turns:
+    """Return a function that trains through cases; it gives losses and norms of all steps, and the checkpoints."""
+
+    def take(cases: list[Case]) -> tuple[list[tuple[float, float]], Path]:
+        history, turn, share = [], 0, STEPS // len(cases)
+        for world, group in groupby(cases, key=lambda case: case.world):
+            these = list(group)
+            (tmp_path / "cases.json").write_text(json.dumps([asdict(case) for case in these]))
+            files = [str(tmp_path / "cases.json"), str(tmp_path), str(turn), str(share), str(tmp_path / "out")]
+            torchrun(world, "tests.parallel.resume_worker", files)
+            history += json.loads((tmp_path / "out").read_text())
+            turn += len(these)
+        return history, tmp_path / "layouts" / "checkpoints"
+
+    return take
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [LAYOUTS, ENGINES], ids=["layouts", "engines"])
+def test_history_is_that_of_one_run(cases: list[Case], take: Turns, tmp_path: Path) -> None:
+    """1e-5 relative: as in test_layouts.py, only the order of sums differs. The worker compares loaded bits exactly."""
+    history, checkpoints = take(cases)
+    reference = train_reference(cases[0].reference)
+    assert len(history) == STEPS
+    for step, (found, wanted) in enumerate(zip(history, reference, strict=True)):
+        assert found == pytest.approx(wanted, rel=1e-5), f"step {step}"
+    for turn, case in enumerate(cases, 1):
+        if case.zero and (case.world < 8 or turn == 1):
+            check_universal(checkpoints / f"step_{turn * STEPS // len(cases):08d}", tmp_path / "universal" / str(turn))
+
+
+@pytest.mark.slow
+def test_bf16_keeps_masters_and_moments_to_the_bit(take: Turns, tmp_path: Path) -> None:
+    """The worker compares; a loss that falls says that what was loaded was trained on."""
+    history, checkpoints = take(BF16)
+    assert history[-1][0] < history[0][0] - 0.5
+    check_universal(checkpoints / f"step_{STEPS:08d}", tmp_path / "universal")
+
+
+@pytest.mark.slow
+def test_resharding_takes_the_memory_of_a_layer_at_most(tmp_path: Path) -> None:
+    """On top of what the engine holds anyway: the model has eight layers. tp 2 to tp 1 puts columns together."""
+    for tp, action in ((2, "save"), (1, "load")):
+        torchrun(tp, "tests.parallel.reshard_memory_worker", [str(tmp_path), str(tp), action])
+    assert int((tmp_path / "growth").read_text()) < LAYER_BYTES
+
+
+def torchrun(ranks: int, module: str, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
+    done = subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def check_universal(tag: Path, universal: Path) -> None:
+    """DeepSpeed's converter takes the checkpoint, and finds the masters and moments that we do."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(tag)]
+    command += ["--output_folder", str(universal), "--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    kinds = read_tensors(str(tag), describe(str(tag)), (MASTER, *MOMENTS))
+    for kind, tensors in kinds.items():
+        for key, ours in tensors.items():
+            names = (name_of(key), f"layers.{name_of(key)}", f"tied_modules.embed.{key[1]}")
+            (found,) = [file for name in names if (file := universal / "zero" / name / f"{kind}.pt").exists()]
+            theirs = torch.load(found, weights_only=False)
+            theirs = theirs["param"] if isinstance(theirs, dict) else theirs  # ZeRO-3's are tensors
+            assert torch.equal(theirs.view(ours.shape), ours.whole()), f"{name_of(key)} {kind}"
