@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llama_ds.checkpoint.conversion import Options, convert, plan_of
-from llama_ds.checkpoint.hf_tokenizer import imitation
-from llama_ds.checkpoint.huggingface import HfTokenizer, holds_huggingface
+from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
+from llama_ds.checkpoint.conversion.proof import Proof, prove
+from llama_ds.checkpoint.formats.hf_tokenizer import imitation
+from llama_ds.checkpoint.formats.huggingface import HfTokenizer, holds_huggingface
+from llama_ds.checkpoint.formats.plan import Target
+from llama_ds.checkpoint.formats.views import Rows
 from llama_ds.checkpoint.load_model import KINDS, open_model
-from llama_ds.checkpoint.plan import Target
-from llama_ds.checkpoint.proof import Proof, prove
-from llama_ds.checkpoint.views import Rows
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError

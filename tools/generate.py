@@ -23,8 +23,8 @@ from transformers import (
     set_seed,
 )
 
-from llama_ds.checkpoint.hf_config import hf_config
-from llama_ds.checkpoint.hf_tokenizer import imitation, tokenizer_config
+from llama_ds.checkpoint.formats.hf_config import hf_config
+from llama_ds.checkpoint.formats.hf_tokenizer import imitation, tokenizer_config
 from llama_ds.checkpoint.load_model import KINDS, kind_of, open_model
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from llama_ds.checkpoint.hf_config import hf_config
-from llama_ds.checkpoint.hf_tokenizer import tokenizer_json
+from llama_ds.checkpoint.formats.hf_config import hf_config
+from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_json
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.deepspeed_json import deepspeed_config

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from llama_ds.checkpoint.huggingface import holds_huggingface, open_huggingface
-from llama_ds.checkpoint.inventory import with_vocabulary
+from llama_ds.checkpoint.formats.huggingface import holds_huggingface, open_huggingface
+from llama_ds.checkpoint.formats.inventory import with_vocabulary
+from llama_ds.checkpoint.formats.meta import holds_meta, open_meta
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
-from llama_ds.checkpoint.meta import holds_meta, open_meta
 from llama_ds.checkpoint.store import LATEST, newest
 from llama_ds.checkpoint.weights import ModelFiles, open_checkpoint
 from llama_ds.config.reader import Place, read

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.layer_files import layer_file
+from llama_ds.checkpoint.formats.layer_files import layer_file
 from llama_ds.checkpoint.manifest import (
     TOKENIZER,
     WEIGHT,

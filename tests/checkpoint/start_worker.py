@@ -5,6 +5,7 @@ start_worker.py CHECKPOINT PP TP
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ from llama_ds.training.engine import build_engine
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(240, exit=True)  # a rank that waits for another says where
     folder, pp, tp = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     files = open_model(folder)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import SHAPES, Write, build
 
-from llama_ds.checkpoint import huggingface
+from llama_ds.checkpoint.formats import huggingface
 from llama_ds.checkpoint.load_model import load_model, open_model
 from llama_ds.checkpoint.manifest import describe, verify
 from llama_ds.checkpoint.names import weight_shapes

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import MODEL
 
-from llama_ds.checkpoint.hf_config import hf_config
+from llama_ds.checkpoint.formats.hf_config import hf_config
+from llama_ds.checkpoint.formats.plan import Placed, safetensors_header
 from llama_ds.checkpoint.names import hf_name, weight_shapes
-from llama_ds.checkpoint.plan import Placed, safetensors_header
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDE = replace(
@@ -24,8 +24,8 @@ WIDE = replace(
 )  # fmt: skip
 LAYER = 2 * (4 * 4096**2 + 3 * 4096 * 11008)  # bytes in bf16
 LIMIT = 2 * LAYER + 10**9  # of the issue
-# What is measured is the whole process, of which python, torch and all that converting imports are 300 MB; far less than
-# the model's 1.1 GB is wanted, so that nothing of it stays mapped or held.
+# What is measured is the whole process, of which python, torch and all that converting imports are 300 MB. Far less
+# than the model's 1.1 GB is wanted: nothing of it stays mapped or held.
 MEASURED = 0.6e9
 PROGRAM = """
 import resource, sys

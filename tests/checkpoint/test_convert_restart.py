@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import MODEL, SHAPES, Write
 
-from llama_ds.checkpoint.huggingface import plan_huggingface
+from llama_ds.checkpoint.conversion.partial import JOURNAL, Partial
+from llama_ds.checkpoint.formats.huggingface import plan_huggingface
+from llama_ds.checkpoint.formats.plan import Plan, Target
 from llama_ds.checkpoint.load_model import open_model
-from llama_ds.checkpoint.partial import JOURNAL, Partial
-from llama_ds.checkpoint.plan import Plan, Target
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.errors import UserError
 from tools import convert
@@ -46,7 +46,7 @@ class Noise:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of 100 MB."""
-    from llama_ds.checkpoint.conversion import Options, convert
+    from llama_ds.checkpoint.conversion.convert import Options, convert
     from llama_ds.checkpoint.names import weight_shapes
 
     folder = tmp_path_factory.mktemp("wide")

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llama_ds.checkpoint.hf_tokenizer import tokenizer_config
+from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_config
 from llama_ds.data.text.tokenizer import Tokenizer
 from tools import convert
 

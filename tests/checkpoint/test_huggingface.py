@@ -14,7 +14,7 @@ from conftest import SHAPES, Write, build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llama_ds.checkpoint import huggingface
+from llama_ds.checkpoint.formats import huggingface
 from llama_ds.checkpoint.load_model import load_model, open_model
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.text.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ import torch
 from conftest import MODEL, SHAPES, Write, build
 from meta_reference import MetaModel
 
+from llama_ds.checkpoint.formats.meta_params import inner_size, params_of
 from llama_ds.checkpoint.load_model import load_model, open_model
-from llama_ds.checkpoint.meta_params import inner_size, params_of
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError
 from tools import convert

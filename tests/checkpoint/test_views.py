@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from llama_ds.checkpoint import spread, views
+from llama_ds.checkpoint import spread
+from llama_ds.checkpoint.formats import views
+from llama_ds.checkpoint.formats.views import Columns, Rows, TurnedHeads
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import safetensors_tensors
-from llama_ds.checkpoint.views import Columns, Rows, TurnedHeads
 
 ROWS, COLUMNS, HEAD = 24, 20, 4
 

@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llama_ds.checkpoint.conversion import Options, convert, plan_of
+from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
+from llama_ds.checkpoint.formats.plan import Target
 from llama_ds.checkpoint.load_model import open_model
-from llama_ds.checkpoint.plan import Target
 from llama_ds.training.checkpoint_benchmark.worker import Settings, forget, peak_memory, sync
 
 GB = 1e9

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, check_parts, part_shape
 from llama_ds.checkpoint.manifest import (
     DESCRIPTION,
     TOKENIZER,
@@ -28,7 +29,6 @@ from llama_ds.checkpoint.manifest import (
     write_manifest,
 )
 from llama_ds.checkpoint.names import sharded_dim
-from llama_ds.checkpoint.plan import OutputFile, Placed, Plan, Target, check_parts, part_shape
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles
 from llama_ds.config.layout import Layout
 

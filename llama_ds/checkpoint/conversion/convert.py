@@ -20,12 +20,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llama_ds.checkpoint.huggingface import HfTokenizer, plan_huggingface
-from llama_ds.checkpoint.layer_files import plan_layer_files, write_index
+from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
+from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
+from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
+from llama_ds.checkpoint.formats.meta import plan_meta
+from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, MASTER, WEIGHT, checksum, describe, read_tensors, verify
-from llama_ds.checkpoint.meta import plan_meta
-from llama_ds.checkpoint.partial import Partial, cannot_write
-from llama_ds.checkpoint.plan import OutputFile, Placed, Plan, Target
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.errors import UserError
 

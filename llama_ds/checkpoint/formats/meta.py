@@ -11,7 +11,7 @@ import re
 
 import torch
 
-from llama_ds.checkpoint.inventory import (
+from llama_ds.checkpoint.formats.inventory import (
     check_file,
     check_names,
     check_shape,
@@ -20,13 +20,13 @@ from llama_ds.checkpoint.inventory import (
     same,
     with_vocabulary,
 )
+from llama_ds.checkpoint.formats.meta_params import LLAMA3_THETA, PARAMS, model_of, params_of, read_params
+from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json, check_parts, part_shape
+from llama_ds.checkpoint.formats.views import Columns, Rows, TurnedHeads
 from llama_ds.checkpoint.manifest import TOKENIZER
-from llama_ds.checkpoint.meta_params import LLAMA3_THETA, PARAMS, model_of, params_of, read_params
 from llama_ds.checkpoint.names import Key, sharded_dim, weight_shapes
-from llama_ds.checkpoint.plan import OutputFile, Placed, Plan, Target, as_json, check_parts, part_shape
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored, torch_tensors
-from llama_ds.checkpoint.views import Columns, Rows, TurnedHeads
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError

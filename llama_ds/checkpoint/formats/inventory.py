@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import torch
 
+from llama_ds.checkpoint.formats.views import Rows
 from llama_ds.checkpoint.names import Key, weight_shapes
-from llama_ds.checkpoint.views import Rows
 from llama_ds.checkpoint.weights import DTYPES, Readable
 from llama_ds.config.layout import divisors, listed
 from llama_ds.config.schema import ModelConfig

@@ -11,12 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama_ds.checkpoint.hf_config import CONFIG, TOKEN_IDS, hf_config, model_of, read_config, read_object
-from llama_ds.checkpoint.hf_tokenizer import tokenizer_config
-from llama_ds.checkpoint.inventory import check_file, check_names, check_tensors, dtype_of, same, with_vocabulary
+from llama_ds.checkpoint.formats.hf_config import CONFIG, TOKEN_IDS, hf_config, model_of, read_config, read_object
+from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_config
+from llama_ds.checkpoint.formats.inventory import (
+    check_file,
+    check_names,
+    check_tensors,
+    dtype_of,
+    same,
+    with_vocabulary,
+)
+from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json
 from llama_ds.checkpoint.manifest import TOKENIZER
 from llama_ds.checkpoint.names import Key, hf_name, sharded_dim, weight_shapes
-from llama_ds.checkpoint.plan import OutputFile, Placed, Plan, Target, as_json
 from llama_ds.checkpoint.spread import in_one_file
 from llama_ds.checkpoint.stored import Stored, safetensors_tensors, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from llama_ds.checkpoint.conversion import CHUNK_BYTES, Counter, Options, Progress, run_all
+from llama_ds.checkpoint.conversion.convert import CHUNK_BYTES, Counter, Options, Progress, run_all
 from llama_ds.checkpoint.load_model import load_model
 from llama_ds.checkpoint.manifest import name_of
 from llama_ds.checkpoint.names import Key

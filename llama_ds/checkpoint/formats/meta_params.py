@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from llama_ds.checkpoint.hf_config import read_object
-from llama_ds.checkpoint.inventory import check_file, check_model
+from llama_ds.checkpoint.formats.hf_config import read_object
+from llama_ds.checkpoint.formats.inventory import check_file, check_model
 from llama_ds.config.reader import Place, check_keys, read
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.errors import UserError

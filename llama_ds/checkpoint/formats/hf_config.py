@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from llama_ds.checkpoint.inventory import check_file, check_model
+from llama_ds.checkpoint.formats.inventory import check_file, check_model
 from llama_ds.config.reader import Place, read
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
