@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ from llama_ds.checkpoint.snapshot import Snapshot
 from llama_ds.log import logger
 
 POLL_S = 0.02  # at first, for the other ranks' records; at last twenty times as much
-WRITE_BYTES = 16 << 20  # given to the system at once
+WRITE_BYTES = 1 << 20  # given to the system at once: what was hashed is then still in the processor's cache
 
 
 class Abandoned(Exception):
@@ -127,18 +128,18 @@ def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
     record = Record(rank)
     if snapshot.ready is not None:
         snapshot.ready.synchronize()
-    for name, tree in snapshot.files.items():
-        path = os.path.join(partial, name)
-        with HashedFile(path) as file:
-            save_tree(tree, file)
-        record.files[name] = FileEntry(file.size, file.checksum, rank)
-        for copied in snapshot.copied:
-            if copied.file == name:
-                wanted, leaf = copied.wanted, copied.leaf
-                offset = file.places[leaf.data_ptr()] + copied.begin * leaf.element_size()
-                dtype = str(leaf.dtype).removeprefix("torch.")
-                piece = Piece(wanted.kind, wanted.part, wanted.start, wanted.tensor.numel(), name, offset, dtype)
-                record.pieces.setdefault(name_of(wanted.key), []).append(piece)
+    files: dict[str, HashedFile] = {}
+    with ExitStack() as open_files:  # they are synced together at its end: the disk works while the next are written
+        for name, tree in snapshot.files.items():
+            files[name] = open_files.enter_context(HashedFile(os.path.join(partial, name)))
+            save_tree(tree, files[name])
+            record.files[name] = FileEntry(files[name].size, files[name].checksum, rank)
+    for copied in snapshot.copied:
+        wanted, leaf, file = copied.wanted, copied.leaf, files[copied.file]
+        offset = file.places[leaf.data_ptr()] + copied.begin * leaf.element_size()
+        dtype = str(leaf.dtype).removeprefix("torch.")
+        piece = Piece(wanted.kind, wanted.part, wanted.start, wanted.tensor.numel(), copied.file, offset, dtype)
+        record.pieces.setdefault(name_of(wanted.key), []).append(piece)
     sync_folder(partial)
     write_durably(os.path.join(partial, _record_name(rank)), record.as_json())
 
@@ -229,6 +230,8 @@ class HashedFile:
             self._digest.update(left)
             while left:
                 left = left[self._write(left) :]
+            # Linux begins to write what it is told is not needed; the sync at the end would else wait for all of it.
+            os.posix_fadvise(self._file, self.size + begin, WRITE_BYTES, os.POSIX_FADV_DONTNEED)
         self.size += len(view)
         return len(view)
 

@@ -60,7 +60,8 @@ def main() -> None:
             whole, dim = files.tensors[key].whole(), sharded_dim(key[1])
             wanted = whole if dim is None else whole.chunk(tp, dim)[rank]
             assert torch.equal(parameter, wanted), name
-        print("loaded", len(list(engine.module.named_parameters())), flush=True)
+        with open(f"{folder}.loaded-{place.rank}", "w") as file:
+            file.write(str(len(list(engine.module.named_parameters()))))
 
 
 if __name__ == "__main__":
