@@ -55,7 +55,8 @@ def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layou
     from llama_ds.parallel import world
 
     check_launcher_hostfile()
-    run = load_run(arguments.run_file, arguments.overrides)
+    strict = ["checkpoint.strict=true"] if arguments.strict else []
+    run = load_run(arguments.run_file, [*arguments.overrides, *strict])
     layout = resolve_layout(run, ranks)
     return run, layout, deepspeed_config(run, layout, world.computes_bf16(world.device()))
 
@@ -68,6 +69,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("run_file", help="YAML run file, e.g. ds_configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
+    parser.add_argument("--strict", action="store_true", help="end at a damaged checkpoint: checkpoint.strict=true")
     parser.add_argument("--world", type=int, help="with --dry-run: the number of ranks to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_intermixed_args(argv)

@@ -60,7 +60,7 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
         self._abandoned = threading.Event()
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self._partial = ""  # folder of the save under way
         self.seconds = 0.0  # that the last save took in the background
 
@@ -69,7 +69,7 @@ class Writer:
         assert self._thread is None, "a save is under way"
         self._written.clear()
         self._abandoned.clear()
-        self._error = None
+        self.error = None
         self._partial = os.path.join(self.folder, store.partial_of(description.step))
         self._thread = threading.Thread(target=self._run, args=(description, snapshot), name="checkpoint")
         self._thread.start()
@@ -79,11 +79,16 @@ class Writer:
         """Whether a save has not been waited for yet."""
         return self._thread is not None
 
+    @property
+    def ended(self) -> bool:
+        """Whether the save that is under way has come to its end, on rank 0 to the commit's."""
+        return self._thread is not None and not self._thread.is_alive()
+
     def wait_written(self) -> Exception | None:
         """Wait until this rank's own files are down; return what went wrong, if anything."""
         if self._thread:
             self._written.wait()
-        return self._error
+        return self.error
 
     def wait_committed(self, abandon: bool = False, timeout_s: float | None = None) -> Exception | None:
         """Wait for the rest, on rank 0 the commit; return what went wrong, if anything. What failed is removed.
@@ -99,9 +104,9 @@ class Writer:
             self._abandoned.set()
             self._thread.join()
         self._thread = None
-        if self._error and self.rank == 0:  # only now: until they were waited for, other ranks may have been writing
+        if self.error and self.rank == 0:  # only now: until they were waited for, other ranks may have been writing
             shutil.rmtree(self._partial, ignore_errors=True)
-        return self._error
+        return self.error
 
     def _run(self, description: Description, snapshot: Snapshot) -> None:
         begin = time.monotonic()
@@ -112,7 +117,7 @@ class Writer:
                 records = collect(self._partial, self.ranks, self._abandoned.is_set)
                 commit(self.folder, description, records, self.tokenizer, self.keep)
         except Exception as error:  # of any kind: it is the training's thread that must hear of it
-            self._error = error
+            self.error = error
             logger.error("step %d is not saved: %s: %s", description.step, type(error).__name__, error)
             self._written.set()
         self.seconds = time.monotonic() - begin

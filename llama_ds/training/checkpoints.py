@@ -50,6 +50,7 @@ class Checkpoints:
         self._writer = Writer(self.folder, place.rank, place.world, run.data.tokenizer, keep)
         self._memory = HostMemory()
         self._step = 0  # of the save under way
+        self._announced = 0  # the last step that was reported as saved
         self._stalled_s = 0.0
         self._news: list[str] = []
         self._lost = ""  # why the last save failed
@@ -189,21 +190,28 @@ class Checkpoints:
         if committed and not failed:
             failed = [(0, committed)]
         self._lost = f"rank {failed[0][0]}: {failed[0][1]}" if failed else ""
-        path = os.path.join(self.folder, store.tag_of(self._step))
         if failed:
             logger.warning(
                 "CHECKPOINT LOST: %s was not written (%s); the run goes on, and the next save will be tried",
-                path,
+                os.path.join(self.folder, store.tag_of(self._step)),
                 self._lost,
             )
         else:
+            self._announce()
+
+    def _announce(self) -> None:
+        """Have it reported, once, that the last save is there."""
+        if self._announced < self._step:
+            self._announced = self._step
             self._news.append(
-                f"step {self._step} | saved {path} | training waited {self._stalled_s:.2f} s, "
-                f"written in {self._writer.seconds:.2f} s"
+                f"step {self._step} | saved {os.path.join(self.folder, store.tag_of(self._step))} | "
+                f"training waited {self._stalled_s:.2f} s, written in {self._writer.seconds:.2f} s"
             )
 
     def news(self) -> list[str]:
-        """Return what there is to report since the last call."""
+        """Return what there is to report since the last call: of the first rank, whose end of a save is the save's."""
+        if self.place.rank == 0 and self._writer.ended and not self._writer.error:
+            self._announce()
         news, self._news = self._news, []
         return news
 

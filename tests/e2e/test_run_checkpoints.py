@@ -100,7 +100,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
     victim.write_bytes(content)
     (this.checkpoints / "step_00000007.partial").mkdir()
 
-    refused = run(deepspeed(2, TRAIN, this.file, "checkpoint.strict=true"), this.log)
+    refused = run(deepspeed(2, TRAIN, this.file, "--strict"), this.log)
     assert refused.code != 0
     (error,) = refused.errors
     assert victim.name in error and "checkpoint.strict" in error
