@@ -37,7 +37,7 @@ WEIGHT = "weight"  # as the run computed with it
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, fp32
 MASTER = "fp32"  # the weight that the optimizer updates
 KINDS = (WEIGHT, MASTER, *MOMENTS)
-READ_BYTES = 8 << 20
+READ_BYTES = 1 << 20  # what was read is then still in the processor's cache when it is hashed
 
 
 class FileEntry(NamedTuple):

@@ -28,10 +28,12 @@ LIMIT = 2 * LAYER + 10**9  # of the issue
 # than the model's 1.1 GB is wanted: nothing of it stays mapped or held.
 MEASURED = 0.6e9
 PROGRAM = """
-import resource, sys
+import sys
 from tools import convert
 code = convert.main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
+# Not ru_maxrss: that counts what pytest had when it forked.
+(line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(line.split()[1]) * 1024, file=sys.stderr)
 sys.exit(code)
 """
 
@@ -77,7 +79,7 @@ def test_memory_is_bounded(wide: Path, tmp_path: Path) -> None:
         for file in source.iterdir():
             file.unlink()  # a gigabyte each
         source = result
-    assert MEASURED < LIMIT; open("/tmp/peaks","a").write(f"{peaks}\n")
+    assert MEASURED < LIMIT
     assert max(peaks.values()) < MEASURED, peaks
     for file in source.iterdir():
         file.unlink()
