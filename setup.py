@@ -22,6 +22,7 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.5",
         "sentencepiece>=0.2.3",  # gives ids as arrays
+        "tokenizers>=0.22",
         "torch>=2.11",
         "tqdm>=4.66",
         "transformers>=5,<6",  # only tools/ import it: an export is checked by the library it is for
