@@ -119,8 +119,9 @@ def checkpoint_of_before(site: Site) -> list[str]:
 
 
 def checkpoint_loops(site: Site) -> list[str]:
-    site.optimizer_file.unlink()
-    site.optimizer_file.symlink_to(site.optimizer_file.name)
+    file = site.optimizer_file
+    file.unlink()
+    file.symlink_to(file.name)
     return site.arguments
 
 
