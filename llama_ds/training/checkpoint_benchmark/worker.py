@@ -68,13 +68,14 @@ class Bench:
     def __init__(self, settings: Settings, place: world.Place) -> None:
         self.settings, self.place = settings, place
         self.scratch = os.path.join(settings.folder, f"rank{place.rank}")
+        self.step = 0  # of the newest checkpoint
 
     def measure(self) -> dict[str, Any]:
         """Return everything. Collective."""
         run, layout, engine = self._engine(self.settings.overrides)
         _train(engine, run, layout)
         checkpoints = Checkpoints(run, layout, "fp32" if not run.deepspeed["bf16"]["enabled"] else "bf16", self.place)
-        checkpoints.save(engine.deepspeed, 1, {})  # the first one finds its memory
+        self._save(checkpoints, engine)  # the first one finds its memory
         checkpoints.settle()
         saving, steps = self._saving(checkpoints, engine, run, layout)
         loading = self._loading("load", checkpoints, engine, rivals=True)
@@ -91,7 +92,7 @@ class Bench:
             "save": saving,
             "load": loading,
             "step_s": steps,
-            "checkpoint": os.path.join(checkpoints.folder, store.tag_of(1)),
+            "checkpoint": os.path.join(checkpoints.folder, store.tag_of(self.step)),
         }
 
     def _engine(self, overrides: list[str]) -> tuple[RunConfig, Layout, Engine]:
@@ -104,14 +105,14 @@ class Bench:
         self, checkpoints: Checkpoints, engine: Engine, run: RunConfig, layout: Layout
     ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """Return seconds of every way to save, and of training steps beside a save and alone."""
-        trees = checkpoints.snapshot(engine.deepspeed, 1).files
+        trees = checkpoints.snapshot(engine.deepspeed, self.step).files
         tensors = {f"{name}/{i}": t for name, tree in trees.items() for i, t in enumerate(_tensors(tree)) if t.numel()}
         found: dict[str, list[float]] = {}
         steps: dict[str, list[float]] = {"alone": [], "beside a save": []}
 
         def asynchronous() -> None:
             begin = time.perf_counter()
-            checkpoints.save(engine.deepspeed, 1, {})
+            self._save(checkpoints, engine)
             found.setdefault("ours_stall", []).append(time.perf_counter() - begin)
             checkpoints.settle()
 
@@ -123,18 +124,30 @@ class Bench:
         }
         for turn in range(self.settings.repeats):
             for name in _rotated(list(ways), turn):
-                shutil.rmtree(self.scratch, ignore_errors=True)
-                os.makedirs(self.scratch)
-                os.sync()
+                self._make_room(checkpoints)
                 found.setdefault(name, []).append(self._seconds(ways[name]))
         for _ in range(self.settings.repeats):
             steps["alone"].append(self._seconds(lambda: _train(engine, run, layout)))
-            checkpoints.save(engine.deepspeed, 1, {})
+            self._make_room(checkpoints)
+            self._save(checkpoints, engine)
             steps["beside a save"].append(self._seconds(lambda: _train(engine, run, layout)))
             checkpoints.settle()
         self._write_torch(trees)
         self._write_safetensors(tensors)
         return found, steps
+
+    def _save(self, checkpoints: Checkpoints, engine: Engine) -> None:
+        self.step += 1
+        checkpoints.save(engine.deepspeed, self.step, {})
+
+    def _make_room(self, checkpoints: Checkpoints) -> None:
+        """Remove what was written before, and have the disk done with it, so that it is in nobody's time."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        os.makedirs(self.scratch)
+        if self.place.rank == 0:
+            for tag in store.tags(checkpoints.folder):
+                shutil.rmtree(os.path.join(checkpoints.folder, tag))
+        os.sync()
 
     def _loading(self, name: str, checkpoints: Checkpoints, engine: Engine, rivals: bool) -> dict[str, Any]:
         own, growth = self._own_files(checkpoints), 0
@@ -166,7 +179,7 @@ class Bench:
 
     def _own_files(self, checkpoints: Checkpoints) -> list[str]:
         """Return the files of the checkpoint that this rank verifies, and so reads from the disk."""
-        folder = os.path.join(checkpoints.folder, store.tag_of(1))
+        folder = os.path.join(checkpoints.folder, store.tag_of(self.step))
         names = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
         return [os.path.join(folder, name) for name in names[self.place.rank :: self.place.world]]
 
