@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -37,6 +38,7 @@ from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragmen
 from llama_ds.parallel.state_files import state_files
 
 DRAIN_S = 60.0  # that a rank which ends by an error gives a save under way
+SHARED_S = 10.0  # that a file of another host's may take to be seen
 READ_ELEMENTS = 16 << 20  # read at a time where they go on to a device: 64 MiB
 
 
@@ -119,6 +121,41 @@ class Checkpoints:
             except OSError as error:
                 logger.warning("%s: cannot be tidied up (%s)", self.folder, error)
         world.barrier()
+
+    def check_shared(self) -> None:
+        """Check that all hosts see one folder: ranks meet there, and read what others wrote. Collective.
+
+        Raises:
+            UserError: one does not, or the folder cannot be written.
+        """
+        probe = world.gather(os.path.join(self.folder, f".shared-{os.getpid()}"))[0]
+        own = os.path.join(self.folder, os.path.basename(probe))
+        try:
+            world.together(lambda: self._make(own) if self.place.rank == 0 else None)
+            world.together(lambda: self._find(own))
+        finally:
+            if self.place.rank == 0:
+                with suppress(OSError):
+                    os.unlink(own)
+
+    def _make(self, probe: str) -> None:
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            open(probe, "w").close()
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error.strerror}); set output_dir to another") from None
+
+    def _find(self, probe: str) -> None:
+        deadline = time.monotonic() + SHARED_S
+        while not os.path.exists(probe):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self.folder}: rank {self.place.rank} on host {socket.gethostname()} does not see what rank 0 "
+                    "wrote there; set output_dir to a folder that all hosts share"
+                )
+            with suppress(OSError):
+                os.listdir(self.folder)  # a network file system may remember that it was not there
+            time.sleep(0.05)
 
     def load(self, engine: Any, tag: str, found: Description) -> int:
         """Load a checkpoint, whatever layout wrote it, and return its step. Collective.

@@ -63,6 +63,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     meter = Meter(run, layout, dtype, device)
     validation = world.together(lambda: _validation(run, layout, data.sources, engine))
     report = world.together(lambda: _open_report(run, first, place))
+    checkpoints.check_shared()
     feed = Feed(run, layout, data, range(first, last), engine, place, device)
     interruptions = Interruptions(run.checkpoint, device)
 

@@ -131,6 +131,11 @@ def shards_on_one_rank(site: Site) -> list[str]:
     return [*site.arguments, f"data.sources.0.path={site.root}/node{{rank}}"]
 
 
+def folder_of_its_own(site: Site) -> list[str]:
+    """Every node has a folder of this name on a disk of its own."""
+    return [*site.arguments, f"output_dir={site.root}/node{{rank}}"]
+
+
 def run_file_on_one_rank(site: Site) -> list[str]:
     (site.root / "node0.yaml").write_bytes(site.run.file.read_bytes())
     return [f"{site.root}/node{{rank}}.yaml"]
@@ -183,6 +188,7 @@ CASES = [
     Case("shard missing", shard_missing, ("train-000002.tar", "is missing")),
     Case("shards damaged", shard_damaged, ("shards are damaged", "step 0, code, shard ", "sha256")),
     Case("shards on one rank", shards_on_one_rank, ("node1",)),
+    Case("folder not shared", folder_of_its_own, ("node1/site/checkpoints", "rank 1 on host", "share")),
     Case("unknown kind of place", overriding("data.sources.0.path=foo://bar/baz"), ("foo://bar/baz", "s3://")),
     Case("remote without a cache", overriding("data.sources.0.path=http://127.0.0.1:9/x"), ("data.cache_dir",)),
     Case("pipe without a name", overriding("data.sources.0.path=pipe:cat"), ("pipe:cat", "{}")),
