@@ -254,12 +254,12 @@ def write_durably(path: str, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
-    sync_folder(os.path.dirname(path))
+    sync(os.path.dirname(path))
 
 
-def sync_folder(folder: str) -> None:
-    """Put a folder's entries on the disk."""
-    entry = os.open(folder, os.O_RDONLY)
+def sync(path: str) -> None:
+    """Put a folder's entries, or a file's bytes, on the disk."""
+    entry = os.open(path, os.O_RDONLY)
     try:
         os.fsync(entry)
     finally:

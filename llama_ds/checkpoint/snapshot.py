@@ -69,7 +69,7 @@ class HostMemory:
             used: list[Tensor] = []
             copies[name] = _map(tree, lambda tensor, k=kept, u=used: _copy(tensor, k, u))
             self._buffers[name] = used
-            leaves += [(t.data_ptr(), t, name, c) for t, c in zip(_tensors(tree), used, strict=True)]
+            leaves += [(t.data_ptr(), t, name, c) for t, c in zip(tensors_in(tree), used, strict=True)]
         on_cuda = any(tensor.is_cuda for _, tensor, _, _ in leaves)
         ready = torch.cuda.current_stream().record_event() if on_cuda else None
         return Snapshot(copies, list(_locate(leaves, wanted)), ready)
@@ -125,12 +125,13 @@ def _map(tree: Any, copy: Any) -> Any:
     return tree
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a tree of dicts, lists and tuples, in its order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, dict):
         for value in tree.values():
-            yield from _tensors(value)
+            yield from tensors_in(value)
     elif type(tree) in (list, tuple):
         for value in tree:
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from llama_ds.checkpoint.manifest import DESCRIPTION, Description, sync_folder, write_durably
+from llama_ds.checkpoint.manifest import DESCRIPTION, Description, sync, write_durably
 from llama_ds.errors import UserError
 
 LATEST = "latest"
@@ -71,7 +71,7 @@ def publish(folder: str, step: int) -> None:
     if os.path.lexists(tag):  # left by a run that went back to an earlier step; `latest` does not name it
         os.rename(tag, _free_name(tag + REPLACED))
     os.rename(tag + PARTIAL, tag)
-    sync_folder(folder)
+    sync(folder)
     point_to(folder, tag_of(step))
 
 

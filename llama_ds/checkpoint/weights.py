@@ -54,6 +54,12 @@ class ModelFiles:
         yield from sorted({index for index, _ in self.tensors})
 
 
+def tokenizer_in(folder: str) -> str | None:
+    """Return the path of a model folder's sentencepiece model, if it has one."""
+    path = os.path.join(folder, TOKENIZER)
+    return path if os.path.exists(path) else None
+
+
 def open_checkpoint(folder: str) -> ModelFiles:
     """Return the weights of a checkpoint folder of ours.
 
@@ -66,14 +72,13 @@ def open_checkpoint(folder: str) -> ModelFiles:
     kinds = read_tensors(folder, description, (WEIGHT, MASTER))
     if not kinds:
         raise UserError(f"{folder}: holds no weights; use another checkpoint")
-    tokenizer = os.path.join(folder, TOKENIZER)
     return ModelFiles(
         path=folder,
         model=description.model,
         seq_len=description.run["data"]["seq_len"],
         dtype=description.dtype,
         tensors=kinds.get(WEIGHT) or kinds[MASTER],
-        tokenizer=tokenizer if os.path.exists(tokenizer) else None,
+        tokenizer=tokenizer_in(folder),
     )
 
 

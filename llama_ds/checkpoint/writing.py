@@ -35,7 +35,7 @@ from llama_ds.checkpoint.manifest import (
     Piece,
     Record,
     name_of,
-    sync_folder,
+    sync,
     write_durably,
     write_manifest,
 )
@@ -145,7 +145,7 @@ def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
         dtype = str(leaf.dtype).removeprefix("torch.")
         piece = Piece(wanted.kind, wanted.part, wanted.start, wanted.tensor.numel(), copied.file, offset, dtype)
         record.pieces.setdefault(name_of(wanted.key), []).append(piece)
-    sync_folder(partial)
+    sync(partial)
     write_durably(os.path.join(partial, _record_name(rank)), record.as_json())
 
 

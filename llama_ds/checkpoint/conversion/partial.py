@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llama_ds.checkpoint.manifest import sync_folder
+from llama_ds.checkpoint.manifest import sync
 from llama_ds.errors import UserError
 
 JOURNAL = ".conversion"
@@ -87,12 +87,12 @@ class Partial:
         old = f"{self.destination}.replaced-{os.getpid()}"
         parent = os.path.dirname(self.destination)
         try:
-            sync_folder(self.folder)
+            sync(self.folder)
             if replaced := os.path.lexists(self.destination):
                 os.rename(self.destination, old)
             self.discard_journal()
             os.rename(self.folder, self.destination)
-            sync_folder(parent)
+            sync(parent)
             if replaced:
                 _remove(old)
         except OSError as error:
@@ -113,8 +113,8 @@ class Partial:
         os.ftruncate(self._journal, size)  # without a last line that was cut short
         if not lines:
             self._append({"fingerprint": fingerprint})
-            sync_folder(self.folder)
-            sync_folder(os.path.dirname(self.folder))
+            sync(self.folder)
+            sync(os.path.dirname(self.folder))
         self.finished = {line["file"]: line["checksum"] for line in lines[1:] if self._is_there(line)}
 
     def _is_there(self, line: dict[str, Any]) -> bool:

@@ -13,14 +13,7 @@ from typing import Any
 
 from llama_ds.checkpoint.formats.hf_config import CONFIG, TOKEN_IDS, hf_config, model_of, read_config, read_object
 from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_config
-from llama_ds.checkpoint.formats.inventory import (
-    check_file,
-    check_names,
-    check_tensors,
-    dtype_of,
-    same,
-    with_vocabulary,
-)
+from llama_ds.checkpoint.formats.inventory import check_file, check_names, model_files, same
 from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json
 from llama_ds.checkpoint.manifest import TOKENIZER
 from llama_ds.checkpoint.names import Key, hf_name, sharded_dim, weight_shapes
@@ -74,18 +67,7 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
     names = {key: hf_name(*key, model.num_hidden_layers) for key in weight_shapes(model)}
     check_names(found.path, names.values(), stored)
     tensors: dict[Key, Readable] = {key: in_one_file(stored[n], sharded_dim(key[1])) for key, n in names.items()}
-    if vocab_size is not None:
-        model, tensors = with_vocabulary(model, tensors, vocab_size)
-    check_tensors(found.path, tensors, model, names, CONFIG, "vocab_size")
-    tokenizer = os.path.join(folder, TOKENIZER)
-    return ModelFiles(
-        path=folder,
-        model=model,
-        seq_len=seq_len,
-        dtype=dtype_of(folder, tensors),
-        tensors=tensors,
-        tokenizer=tokenizer if os.path.exists(tokenizer) else None,
-    )
+    return model_files(folder, found.path, CONFIG, names, model, seq_len, tensors, vocab_size)
 
 
 def holds_huggingface(folder: str) -> bool:

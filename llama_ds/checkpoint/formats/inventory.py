@@ -11,7 +11,7 @@ import torch
 
 from llama_ds.checkpoint.formats.views import Rows
 from llama_ds.checkpoint.names import Key, weight_shapes
-from llama_ds.checkpoint.weights import DTYPES, Readable
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_in
 from llama_ds.config.layout import divisors, listed
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
@@ -89,10 +89,37 @@ def check_shape(path: str, name: str, found: tuple[int, ...], wanted: tuple[int,
         )
 
 
-def check_tensors(
-    path: str, tensors: Mapping[Key, Readable], model: ModelConfig, names: Mapping[Key, str], config: str, rows: str
+def model_files(
+    folder: str,
+    where: str,
+    config: str,
+    names: Mapping[Key, str],
+    model: ModelConfig,
+    seq_len: int,
+    tensors: Mapping[Key, Readable],
+    vocab_size: int | None,
+) -> ModelFiles:
+    """Return the model of a folder, its tensors checked against its configuration.
+
+    Args:
+        where: the path that messages about tensors name.
+        config: name of the file that says the model's shape.
+        names: of the tensors in the folder.
+        vocab_size: rows to give the tables of the vocabulary; None: they must be as many as `config` says.
+
+    Raises:
+        UserError: naming the first that differs.
+    """
+    if vocab_size is not None:
+        model, tensors = with_vocabulary(model, tensors, vocab_size)
+    _check_tensors(where, tensors, model, names, config)
+    return ModelFiles(folder, model, seq_len, _dtype_of(folder, tensors), tensors, tokenizer_in(folder))
+
+
+def _check_tensors(
+    path: str, tensors: Mapping[Key, Readable], model: ModelConfig, names: Mapping[Key, str], config: str
 ) -> None:
-    """Check the shapes of a model's tensors. `names` are those in the folder; `rows` names the vocabulary in `config`.
+    """Check the shapes of a model's tensors. `names` are those in the folder.
 
     Raises:
         UserError: naming the first that differs, for a vocabulary with the flag that mends it.
@@ -101,13 +128,13 @@ def check_tensors(
         found, name = tensors[key].shape, names[key]
         if key in vocabulary_tables(model) and found[1:] == wanted[1:] and found[0] != wanted[0]:
             raise UserError(
-                f"{path}: {name} has {found[0]} rows, {config} has {rows} = {wanted[0]}; convert with "
+                f"{path}: {name} has {found[0]} rows, {config} has vocab_size = {wanted[0]}; convert with "
                 f"--vocab-size {found[0]} or --vocab-size {wanted[0]}: rows that lack become zeros, others are cut"
             )
         check_shape(path, name, found, wanted, config)
 
 
-def dtype_of(path: str, tensors: Mapping[Key, Readable]) -> str:
+def _dtype_of(path: str, tensors: Mapping[Key, Readable]) -> str:
     """Return the name of the dtype of a model's matrices.
 
     Raises:

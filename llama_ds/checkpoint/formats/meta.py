@@ -11,15 +11,7 @@ import re
 
 import torch
 
-from llama_ds.checkpoint.formats.inventory import (
-    check_file,
-    check_names,
-    check_shape,
-    check_tensors,
-    dtype_of,
-    same,
-    with_vocabulary,
-)
+from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, model_files, same
 from llama_ds.checkpoint.formats.meta_params import LLAMA3_THETA, PARAMS, model_of, params_of, read_params
 from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json, check_parts, part_shape
 from llama_ds.checkpoint.formats.views import Columns, Rows, TurnedHeads
@@ -81,18 +73,7 @@ def open_meta(folder: str, vocab_size: int | None = None) -> ModelFiles:
     model, _ = model_of(folder, params, head.shape[0], tied)
     tensors = _tensors(model, names, parts, paths)
     tensors[0, "weight"] = table
-    if vocab_size is not None:
-        model, tensors = with_vocabulary(model, tensors, vocab_size)
-    check_tensors(folder, tensors, model, names, PARAMS, "vocab_size")
-    tokenizer = os.path.join(folder, TOKENIZER)
-    return ModelFiles(
-        path=folder,
-        model=model,
-        seq_len=seq_len,
-        dtype=dtype_of(folder, tensors),
-        tensors=tensors,
-        tokenizer=tokenizer if os.path.exists(tokenizer) else None,
-    )
+    return model_files(folder, folder, PARAMS, names, model, seq_len, tensors, vocab_size)
 
 
 def holds_meta(folder: str) -> bool:

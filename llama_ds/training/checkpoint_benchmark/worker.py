@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 
 from llama_ds import log
 from llama_ds.checkpoint import store
+from llama_ds.checkpoint.manifest import sync
+from llama_ds.checkpoint.snapshot import tensors_in
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.run_file import load_run
@@ -106,7 +108,9 @@ class Bench:
     ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
         """Return seconds of every way to save, and of training steps beside a save and alone."""
         trees = checkpoints.snapshot(engine.deepspeed, self.step).files
-        tensors = {f"{name}/{i}": t for name, tree in trees.items() for i, t in enumerate(_tensors(tree)) if t.numel()}
+        tensors = {
+            f"{name}/{i}": t for name, tree in trees.items() for i, t in enumerate(tensors_in(tree)) if t.numel()
+        }
         found: dict[str, list[float]] = {}
         steps: dict[str, list[float]] = {"alone": [], "beside a save": []}
 
@@ -217,14 +221,6 @@ def _train(engine: Engine, run: RunConfig, layout: Layout) -> None:
     engine.read(engine.train_step(iter([rows] * layout.accumulation), LEARNING_RATE))
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        yield tree
-    elif isinstance(tree, (dict, list, tuple)):
-        for value in tree.values() if isinstance(tree, dict) else tree:
-            yield from _tensors(value)
-
-
 def _rotated(names: list[str], turn: int) -> list[str]:
     turn %= len(names)
     return names[turn:] + names[:turn]
@@ -244,12 +240,6 @@ def forget(paths: list[str]) -> None:
     for path in paths:
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def sync(path: str) -> None:
-    """Have a file on the disk."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def _bytes_of(paths: list[str]) -> int:
