@@ -17,7 +17,8 @@ REPO = Path(__file__).resolve().parent.parent
 FLOORS = (
     ("errors", "log"),
     ("schedules",),
-    ("config", "launch"),
+    ("config",),
+    ("launch",),
     ("model",),
     ("parallel", "checkpoint", "data", "perf"),
     ("training",),

@@ -214,7 +214,8 @@ def failing_together() -> Iterator[None]:
 
     A user error, whether all ranks raise it or one, is printed once; ranks that fail because another has left do not
     add to it. Anything else is this rank's own and is printed with its traceback. The exit skips atexit handlers: a
-    process group whose peers are gone would hang in them.
+    process group whose peers are gone would hang in them. So does that of a rank that is done: its work is on the disk,
+    and a native thread that still runs while the interpreter is taken down would make an abort of it.
     """
     try:
         yield
@@ -227,6 +228,7 @@ def failing_together() -> Iterator[None]:
         _leave(_report_own(error))
     if dist.is_initialized():
         dist.destroy_process_group()
+        _leave(0)
 
 
 def _report_once(message: str) -> None:
