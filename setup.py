@@ -19,6 +19,7 @@ setup(
         "deepspeed>=0.19.4,<0.20",  # earlier releases scale pipeline gradients wrongly
         "fsspec>=2024.6",
         "numpy>=2.1",
+        "psutil>=5.9",
         "pyyaml>=6",
         "safetensors>=0.5",
         "sentencepiece>=0.2.3",  # gives ids as arrays
@@ -47,6 +48,7 @@ setup(
             "ruff>=0.17",
             "tensorboard>=2.20",
             "types-PyYAML",
+            "types-psutil",
         ],
     },
 )

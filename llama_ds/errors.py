@@ -14,6 +14,13 @@ class UserError(Exception):
     """
 
     EXIT_CODE = 2
+    kind = "mistake"
+
+
+class Divergence(UserError):
+    """The loss is no number any more: other data or another learning rate may help, the same again may not."""
+
+    kind = "divergence"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -21,7 +21,9 @@ from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
+from llama_ds.launch.attendance import Presence, check_hosts, check_world, host_identity, keep_output
 from llama_ds.launch.hostfile import check_launcher_hostfile
+from llama_ds.launch.job import MPI_LAUNCHERS, current
 
 
 def main() -> int:
@@ -30,7 +32,8 @@ def main() -> int:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     from llama_ds.parallel import world
 
-    with world.failing_together():
+    presence = Presence()
+    with world.failing_together(presence.tell):
         if arguments.dry_run:
             from llama_ds.parallel.recompute import with_device_memory
             from llama_ds.training.plan import describe
@@ -41,12 +44,23 @@ def main() -> int:
             return 0
         place = world.find_place()
         log.setup(quiet=place.rank != 0)
+        job = current(os.environ)
+        if job:
+            if job.launcher in MPI_LAUNCHERS:
+                world.check_mpi(place)
+            check_world(job, place.rank, place.world)
+            keep_output(job, place.rank)
+            presence.begin(job, place.rank, place.local_rank)
         # First of all: a mistake that only one rank can see, such as a file missing on its node, must reach the others.
-        world.join(place)
+        world.join(place, job.nic if job else "")
+        if job:
+            identities = world.gather(host_identity())
+            world.together(lambda: check_hosts(job, identities))
         run, layout, config = world.together(lambda: resolve(arguments, place.world))
         from llama_ds.training.loop import train
 
-        train(run, layout, config, place)
+        train(run, layout, config, place, presence.progress)
+        presence.end()
     return 0
 
 
@@ -64,7 +78,10 @@ def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layou
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line; DeepSpeed's launcher adds --local_rank, which the environment says too."""
     parser = argparse.ArgumentParser(
-        description="Train a LLaMA on DeepSpeed.", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description="Train a LLaMA on DeepSpeed.",
+        epilog=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",  # tools/launch.py hands over a file: nothing that users write reaches a shell
     )
     parser.add_argument("run_file", help="YAML run file, e.g. ds_configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")

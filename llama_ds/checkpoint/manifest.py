@@ -101,6 +101,7 @@ class Description:
     # Nothing in a run has a random state that moves: initial weights are a function of (seed, layer, name, block) and
     # rows of (seed, row), so the seed is all there is to carry.
     rng: dict[str, int] = field(default_factory=dict)
+    rewinds: list[dict[str, int]] = field(default_factory=list)  # that the run made on its way here: {to, id}
     config_hash: str = ""  # of `run`, filled in by `write_manifest`
     files: dict[str, FileEntry] = field(default_factory=dict)  # filled in by `write_manifest`
     format: int = FORMAT

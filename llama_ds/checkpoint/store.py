@@ -1,7 +1,8 @@
 """The run's folder of checkpoints: one folder for each saved step, the newest named by `latest`.
 
 Names: `step_00000100` is a whole checkpoint. A suffix says that it is none, or none any more: `.partial` was never
-committed, `.damaged` was found so, `.replaced` and `.removed` are on their way out.
+committed, `.damaged` was found so, `.rewound` is newer than a step that the run was told to go back to, `.replaced` and
+`.removed` are on their way out.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ from typing import Any
 
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description, sync, write_durably
 from llama_ds.errors import UserError
+from llama_ds.log import logger
 
 LATEST = "latest"
-PARTIAL, DAMAGED, REPLACED, REMOVED = ".partial", ".damaged", ".replaced", ".removed"
+PARTIAL, DAMAGED, REWOUND, REPLACED, REMOVED = ".partial", ".damaged", ".rewound", ".replaced", ".removed"
 _TAG = re.compile(r"step_(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay when a new one is there: the newest `last`, and those of every `every`-th step."""
+    """Which checkpoints stay when a new one is there: the newest `last`, and those of every `every`-th step.
+
+    Where not all stay, one that was rewound stays until the run has saved a later step than its.
+    """
 
     last: int = 0  # 0: all
     every: int = 0  # 0: none beside them
@@ -32,6 +37,13 @@ class Retention:
 def tag_of(step: int) -> str:
     """Return the tag (folder name) of the checkpoint of `step`."""
     return f"step_{step:08d}"
+
+
+def step_of(tag: str) -> int:
+    """Return the step of a tag, also of one with a suffix."""
+    match = _TAG.match(tag)
+    assert match
+    return int(match[1])
 
 
 def partial_of(step: int) -> str:
@@ -45,7 +57,7 @@ def tags(folder: str) -> list[str]:
         return []
     found = [name for name in os.listdir(folder) if _TAG.fullmatch(name)]
     complete = [name for name in found if os.path.lexists(os.path.join(folder, name, DESCRIPTION))]
-    return sorted(complete, key=_step, reverse=True)
+    return sorted(complete, key=step_of, reverse=True)
 
 
 def newest(folder: str) -> str | None:
@@ -80,6 +92,17 @@ def point_to(folder: str, tag: str) -> None:
     write_durably(os.path.join(folder, LATEST), tag)
 
 
+def go_back(folder: str, tag: str, newer: list[str]) -> None:
+    """Make `tag` the newest, and set the whole checkpoints `newer` aside, so that nobody goes on from them.
+
+    `latest` goes first: cut off before that the run has not gone back, and after it, whatever is set aside, it has.
+    """
+    point_to(folder, tag)
+    for other in newer:
+        os.rename(os.path.join(folder, other), _free_name(os.path.join(folder, other) + REWOUND))
+    sync(folder)
+
+
 def set_aside(folder: str, tag: str) -> str:
     """Rename a damaged checkpoint, if it is there, so that nobody takes it for a whole one; return its new name."""
     if not os.path.lexists(os.path.join(folder, tag)):
@@ -109,10 +132,23 @@ def remove_old(folder: str, keep: Retention) -> None:
         return
     named = _named(folder)
     for tag in [tag for tag in tags(folder) if tag != named][max(keep.last - 1, 0) :]:
-        if not keep.every or _step(tag) % keep.every:
-            removed = _free_name(os.path.join(folder, tag) + REMOVED)
-            os.rename(os.path.join(folder, tag), removed)  # at once, as far as readers are concerned
-            shutil.rmtree(removed, ignore_errors=True)
+        if not keep.every or step_of(tag) % keep.every:
+            _remove(folder, tag)
+    for name in _outlived(folder, named):
+        _remove(folder, name)
+        logger.info("removed %s/%s: the run that went back has saved a later step", folder, name)
+
+
+def _outlived(folder: str, named: str | None) -> list[str]:
+    """Return the rewound checkpoints of earlier steps than that of `latest`."""
+    rewound = [n for n in os.listdir(folder) if re.fullmatch(rf"{_TAG.pattern}{re.escape(REWOUND)}[\d-]*", n)]
+    return sorted(name for name in rewound if named and step_of(name) < step_of(named))
+
+
+def _remove(folder: str, name: str) -> None:
+    removed = _free_name(os.path.join(folder, tag_of(step_of(name))) + REMOVED)
+    os.rename(os.path.join(folder, name), removed)  # at once, as far as readers are concerned
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) -> None:
@@ -142,12 +178,6 @@ def _named(folder: str) -> str | None:
     except (OSError, ValueError):
         return None
     return tag if _TAG.fullmatch(tag) else None
-
-
-def _step(tag: str) -> int:
-    match = _TAG.match(tag)
-    assert match
-    return int(match[1])
 
 
 def _free_name(path: str) -> str:

@@ -55,10 +55,13 @@ _NOT_NEGATIVE = (
     "evaluation.rows",
     "checkpoint.interval",
     "checkpoint.stop_at",
+    "checkpoint.rewind_to",
+    "checkpoint.rewind_id",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
     "checkpoint.wall_time_s",
     "checkpoint.wall_time_margin_s",
+    "logging.straggler_interval",
     "logging.trace_step",
     "parallel.extra_warmup",
 )
@@ -78,6 +81,8 @@ def check(run: RunConfig) -> None:
     _check_values(run)
     _check_model(run)
     _check_data(run)
+    _check_skips(run)
+    _check_rewind(run)
     _check_optimizer(run)
     _check_tensor_parallel(run)
     _check_pipeline(run)
@@ -174,6 +179,32 @@ def _check_mixture(run: RunConfig, names: list[str]) -> None:
             _check_weight(run, f"{key}.weights.{name}", weight)
         _check_sum(run, f"{key}.weights", list(stage.weights.values()))
         before = stage.at_tokens
+
+
+def _check_skips(run: RunConfig) -> None:
+    before, last = -1, run.training.steps - 1
+    for i, skip in enumerate(run.data.skip):
+        key = f"data.skip.{i}"
+        if not before < skip.at_step <= last:
+            raise _error(
+                run,
+                f"{key}.at_step = {skip.at_step} is not in {before + 1}..{last}: entries stand in the order of their "
+                "steps, one for each, within the run",
+            )
+        if skip.steps <= 0:
+            raise _error(run, f"{key}.steps = {skip.steps} is not positive; leave the entry out")
+        before = skip.at_step
+
+
+def _check_rewind(run: RunConfig) -> None:
+    to, steps = run.checkpoint.rewind_to, run.training.steps
+    if to >= steps:
+        raise _error(run, f"checkpoint.rewind_to = {to} is not below training.steps = {steps}; name an earlier step")
+    if to and run.checkpoint.resume == "never":
+        raise _error(
+            run,
+            f"checkpoint.rewind_to = {to} goes on from a checkpoint, which checkpoint.resume = never forbids; use auto",
+        )
 
 
 def _check_weight(run: RunConfig, key: str, weight: float) -> None:

@@ -56,6 +56,14 @@ class MixtureStage:
 
 
 @dataclass(frozen=True)
+class SkipConfig:
+    """Rows that the run passes over, as after a spike of the loss (PaLM, arXiv 2204.02311, section 5.1)."""
+
+    at_step: int  # steps of the run before it
+    steps: int  # whose rows are not read: this one, counted from 0, reads those that would come so many steps later
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What the model reads."""
 
@@ -63,6 +71,7 @@ class DataConfig:
     seq_len: int
     sources: tuple[SourceConfig, ...]
     mixture: tuple[MixtureStage, ...] = ()  # changes of the sources' weights in mid-run
+    skip: tuple[SkipConfig, ...] = ()  # by at_step; a run that resumes keeps those of its past
     document_mask: bool = False  # True: attention does not cross document boundaries in a packed row
     cache_dir: str = ""  # a folder on every node's own disk, for the shards of sources that are URLs
     cache_gib: float = 64.0  # what it may hold; the least recently used shards go first
@@ -135,6 +144,8 @@ class CheckpointConfig:
     stop_at: int = 0  # save and end after this step, as at a wall-time limit; 0: run to training.steps
     resume: str = "auto"  # auto: from the newest good checkpoint of this run if any | never | must
     strict: bool = False  # True: end at a damaged newest checkpoint instead of going on from an older one
+    rewind_to: int = 0  # go back, once: to the newest good checkpoint at or before this step; 0: no
+    rewind_id: int = 0  # another id makes it another rewind: to go back to the same step once more
     start_from: str = ""  # weights to begin a new run with: a checkpoint, or a model folder of Hugging Face or Meta
     asynchronous: bool = True  # False: training waits until a checkpoint is on the disk
     keep_last: int = 0  # newest checkpoints to keep; 0: all
@@ -149,6 +160,7 @@ class LoggingConfig:
 
     interval: int = 1  # steps between log lines
     tensorboard: bool = False
+    straggler_interval: int = 100  # steps between reports of ranks that the others wait for; 0: none
     trace_step: int = 0  # pp > 1: write what every rank did in this step, and when, to the run's folder; 0: none
     check_finite: bool = False  # debugging: name the first layer that puts out NaN or infinity; slow
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from llama_ds.config.schema import DataConfig
 from llama_ds.data.order import BadShard, Order, Segment
+from llama_ds.data.skips import Skip, unmade
 from llama_ds.data.source.manifest import Split, write_whole
 from llama_ds.errors import UserError
 
@@ -22,15 +23,16 @@ LISTED = "its manifest lists it as damaged"
 
 @dataclass(frozen=True)
 class DataState:
-    """Every mixture of a run so far and to come, and the shards that it replaces, by step."""
+    """Every mixture of a run so far and to come, the shards that it replaces and what it skips, by step."""
 
     rows_per_shard: dict[str, int]  # of every source that was ever read
     segments: tuple[Segment, ...]
     bad: tuple[BadShard, ...] = ()
+    skips: tuple[Skip, ...] = ()
 
     def order(self, seed: int, global_batch: int) -> Order:
         """Return the order in which a run of this history reads."""
-        return Order(seed, global_batch, self.rows_per_shard, self.segments, self.bad)
+        return Order(seed, global_batch, self.rows_per_shard, self.segments, self.bad, self.skips)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -48,7 +50,8 @@ def state_from_json(raw: dict[str, Any], place: str) -> DataState:
             Segment(s["step"], s["weights"], {name: tuple(rows) for name, rows in s["extents"].items()})
             for s in raw["segments"]
         )
-        return DataState(raw["rows_per_shard"], segments, tuple(BadShard(**bad) for bad in raw["bad"]))
+        skips = tuple(Skip(**skip) for skip in raw.get("skips", ()))  # a checkpoint without the key knew of none
+        return DataState(raw["rows_per_shard"], segments, tuple(BadShard(**bad) for bad in raw["bad"]), skips)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{place}: holds no state of the data ({type(error).__name__}: {error}); it was written by another version"
@@ -74,24 +77,46 @@ def planned(data: DataConfig, tokens_per_step: int, geometry: Mapping[str, Split
         step = -(-stage.at_tokens // tokens_per_step)
         segments.append(Segment(step, {name: stage.weights.get(name, 0.0) for name in weights}, extents))
     bad = tuple(BadShard(0, name, shard, LISTED) for name, split in geometry.items() for shard in split.bad)
-    return DataState({name: split.rows_per_shard for name, split in geometry.items()}, tuple(segments), bad)
+    rows_per_shard = {name: split.rows_per_shard for name, split in geometry.items()}
+    return DataState(rows_per_shard, tuple(segments), bad, planned_skips(data))
+
+
+def planned_skips(data: DataConfig) -> tuple[Skip, ...]:
+    """Return what the run file would have the run pass over."""
+    return tuple(Skip(skip.at_step, skip.steps) for skip in data.skip)
 
 
 def continued(past: DataState, plan: DataState, step: int, place: str) -> DataState:
     """Return the state of a run that resumes at `step`: its past as it was, from there on the run file's plan.
 
     Raises:
-        UserError: a source has other rows than the run read; `place` names the checkpoint.
+        UserError: a source has other rows than the run read, or the run file skips in the past what the run did not;
+            `place` names the checkpoint.
     """
     kept = [segment for segment in past.segments if segment.step < step]
     _check_rows_are_the_same(kept, past.rows_per_shard, plan, place)
     now = next(segment for segment in reversed(plan.segments) if segment.step <= step)
-    if not kept or (kept[-1].weights, kept[-1].extents) != (now.weights, now.extents):
+    begins = now.step == step  # a stage does, also one that changes no weight
+    if not kept or begins or (kept[-1].weights, kept[-1].extents) != (now.weights, now.extents):
         kept.append(Segment(step, now.weights, now.extents))
     later = (segment for segment in plan.segments if segment.step > step)
     known = {(bad.source, bad.shard) for bad in past.bad}
     listed = (replace(bad, step=step) for bad in plan.bad if (bad.source, bad.shard) not in known)
-    return DataState({**past.rows_per_shard, **plan.rows_per_shard}, (*kept, *later), (*past.bad, *listed))
+    rows_per_shard = {**past.rows_per_shard, **plan.rows_per_shard}
+    skips = _continued_skips(past.skips, plan.skips, step, place)
+    return DataState(rows_per_shard, (*kept, *later), (*past.bad, *listed), skips)
+
+
+def _continued_skips(past: tuple[Skip, ...], plan: tuple[Skip, ...], step: int, place: str) -> tuple[Skip, ...]:
+    made = tuple(skip for skip in past if skip.step < step)
+    for skip in unmade(plan, made, step):
+        then = next((f"{s.steps} steps" for s in made if s.step == skip.step), "nothing")
+        back = f"go back there with checkpoint.rewind_to={skip.step}, or " if skip.step else ""
+        raise UserError(
+            f"{place}: is at step {step} and has passed over {then} at step {skip.step}, where data.skip says "
+            f"{skip.steps}; {back}skip at step {step} or later"
+        )
+    return (*made, *(skip for skip in plan if skip.step >= step))
 
 
 def _check_rows_are_the_same(kept: list[Segment], rows_per_shard: dict[str, int], plan: DataState, place: str) -> None:

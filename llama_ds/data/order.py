@@ -12,6 +12,8 @@ Three levels, each a pure function of what stands above it:
 A history is a list of segments: from a step on other weights hold, or a source has grown by extents. What a source
 gained joins the epoch in progress: windows that were begun are finished, the shards not begun are shuffled with the new
 ones. Segments leave every step before them as it was.
+
+Where a run skips (`skips.py`), the levels order a stream of which it reads all but the windows that it passes over.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
+
+from llama_ds.data.skips import Skip, Skips
 
 MIN_BLOCK = 1024  # rows over which the mixture is met to within one row per source
 WINDOW = 8  # shards shuffled together: bounds the files open at a time
@@ -72,7 +76,7 @@ class Order:
     """The order in which a run reads its sources.
 
     rows_per_shard: of every source by name. segments: by step, the first at 0. bad: shards to replace; more are added
-    by `replace_shards`.
+    by `replace_shards`. skips: by step. All steps are the run's; what begins with `_` counts in the stream.
     """
 
     def __init__(
@@ -82,18 +86,21 @@ class Order:
         rows_per_shard: Mapping[str, int],
         segments: Sequence[Segment],
         bad: Sequence[BadShard] = (),
+        skips: Sequence[Skip] = (),
     ) -> None:
         if not segments or segments[0].step or any(b.step <= a.step for a, b in pairwise(segments)):
             raise ValueError("segments start at step 0 and follow one another")
         self.seed, self.global_batch = int(seed), global_batch
         self.names = tuple(rows_per_shard)
         self._rows_per_shard = dict(rows_per_shard)
+        self.skips = Skips(skips)
         self._mixes: list[_Mix] = []
+        starts = [self.skips.end(segment.step) * global_batch for segment in segments]
         counts = [0] * len(self.names)
         for i, segment in enumerate(segments):
-            self._mixes.append(_Mix(self.seed, i, self.names, segment, segment.step * global_batch, counts))
+            self._mixes.append(_Mix(self.seed, i, self.names, segment, starts[i], counts))
             if i + 1 < len(segments):
-                counts = self._mixes[-1].counts((segments[i + 1].step - segment.step) * global_batch)
+                counts = self._mixes[-1].counts(starts[i + 1] - starts[i])
         self._sources = [SourceOrder(self.seed, name, rows_per_shard[name]) for name in self.names]
         for mix in self._mixes:
             for source, name in enumerate(self.names):
@@ -118,6 +125,17 @@ class Order:
 
     def rows(self, start: int, count: int) -> Rows:
         """Return the rows numbered start .. start + count."""
+        begins = (skip.step * self.global_batch for skip in self.skips.all)
+        cuts = [start, *(begin for begin in begins if start < begin < start + count), start + count]
+        parts = [self._rows(self._place(first), last - first) for first, last in pairwise(cuts)]
+        return Rows(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _place(self, row: int) -> int:
+        """Return where a row of the run stands in the stream."""
+        step, inside = divmod(row, self.global_batch)
+        return self.skips.place(step) * self.global_batch + inside
+
+    def _rows(self, start: int, count: int) -> Rows:
         out = Rows(*(np.empty(count, np.int64) for _ in Rows._fields))
         for mix, first, last in self._spans(start, start + count):
             labels, begins = mix.labels(first, last)
@@ -131,17 +149,25 @@ class Order:
         return out
 
     def consumed(self, step: int) -> dict[str, tuple[int, float]]:
-        """Return (rows, epochs) that the steps before `step` have read of each source."""
+        """Return (rows, epochs) that the steps before `step` have read of each source.
+
+        What they passed over is not read: it counts neither as rows nor as parts of an epoch.
+        """
+        read = self._passed(self.skips.end(step))
+        for first, last in self.skips.windows(step):
+            for source, (begin, end) in enumerate(zip(self._passed(first), self._passed(last), strict=True)):
+                read[source] = (read[source][0] - (end[0] - begin[0]), read[source][1] - (end[1] - begin[1]))
+        return dict(zip(self.names, read, strict=True))
+
+    def _passed(self, step: int) -> list[tuple[int, float]]:
+        """Return (rows, epochs) of each source that lie before `step` of the stream."""
         mix = self._mix_at(step * self.global_batch)
         counts = mix.counts(step * self.global_batch - mix.start)
-        return {
-            name: (count, source.epochs(count))
-            for name, count, source in zip(self.names, counts, self._sources, strict=True)
-        }
+        return [(count, source.epochs(count)) for count, source in zip(counts, self._sources, strict=True)]
 
     def shards_of(self, step: int) -> dict[str, int]:
         """Return how many shards of each source the segment of `step` reads."""
-        extents = self._mix_at(step * self.global_batch).segment.extents
+        extents = self._mix_at(self._place(step * self.global_batch)).segment.extents
         return {name: len(_shard_sizes(extents[name], self._rows_per_shard[name])) for name in extents}
 
     def _mix_at(self, row: int) -> _Mix:
@@ -155,13 +181,14 @@ class Order:
                 yield mix, first, last
 
     def _replace(self, rows: Rows, start: int) -> None:
-        if not any(bad.step * self.global_batch < start + len(rows.row) for bad in self.bad):
+        since = {bad: self._place(bad.step * self.global_batch) for bad in self.bad}
+        if not any(row < start + len(rows.row) for row in since.values()):
             return
         for source, name in enumerate(self.names):
-            bad = [b for b in self.bad if b.source == name]
+            bad = [b for b in since if b.source == name]  # not self.bad: another thread may have replaced it since
             for place in np.flatnonzero(rows.source == source) if bad else ():
                 extents = self._mix_at(start + place).segment.extents[name]
-                now = {b.shard for b in bad if b.step * self.global_batch <= start + place}
+                now = {b.shard for b in bad if since[b] <= start + place}
                 rows.row[place] = _sound(int(rows.row[place]), extents, self._rows_per_shard[name], now)
 
 

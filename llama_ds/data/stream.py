@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -38,7 +38,7 @@ class Dataset:
     @property
     def state(self) -> DataState:
         """What a run that resumes has to know, with the shards found damaged since."""
-        return DataState(self.start.rows_per_shard, self.start.segments, tuple(self.order.bad))
+        return replace(self.start, bad=tuple(self.order.bad))
 
     @property
     def fingerprint(self) -> int:

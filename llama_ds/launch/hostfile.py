@@ -1,4 +1,4 @@
-"""The hostfile: its grammar, and the one that DeepSpeed's launcher was given.
+"""The hostfile: its grammar, filters of its hosts, and the one that DeepSpeed's launcher was given.
 
 DeepSpeed's runner starts on local resources, silently, when `--hostfile F` names no file: a run meant for 256 nodes
 would train on one. So the ranks look up what the runner was told and check it themselves.
@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, did_you_mean
+from llama_ds.launch.nodelist import check_host, clip, expand
 
-_LINE = re.compile(r"(\S+)\s+slots=([0-9]+)(?:\s+#.*)?")
+_LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]+)(?:[ \t]+#.*)?")
+_MAX_DIGITS = 6  # of a number of slots: int() takes no more than 4300, and a million devices are a slip
+_SLOT = re.compile(r"[0-9]{1,6}")
 _RUNNER_NAMES = ("deepspeed", "ds")  # DeepSpeed's console scripts
 _RUNNER_MODULE = "deepspeed.launcher.runner"
 
@@ -20,28 +24,75 @@ _RUNNER_MODULE = "deepspeed.launcher.runner"
 def parse_hostfile(path: str) -> dict[str, int]:
     """Return the slots of each host of the hostfile `path`, in its order.
 
-    A line is `host slots=N`, a `#` comment or blank.
+    A line is `host slots=N`, a `#` comment or blank; a comment may also follow a host. What is read here DeepSpeed
+    reads the same. It would take more: other characters in a name, which it gives to ssh and to shells as they are.
 
     Raises:
         UserError: missing or empty file, another line, a host twice, or no slots, with file and line.
     """
     slots: dict[str, int] = {}
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        text = line.strip()
+    for number, line in enumerate(_read(path).split("\n"), start=1):  # not splitlines: it splits at more than DeepSpeed
+        text = line.strip(" \t")
         if not text or text.startswith("#"):
             continue
-        match = _LINE.fullmatch(text)
-        if not match:
-            raise UserError(f"{path}:{number}: {text!r} is not a host; write HOST slots=N, as in node001 slots=8")
-        host, count = match[1], int(match[2])
+        host, count = _read_line(text, f"{path}:{number}")
         if host in slots:
             raise UserError(f"{path}:{number}: host {host} is listed twice; keep one line with all of its slots")
-        if count == 0:
-            raise UserError(f"{path}:{number}: host {host} has slots=0; give its number of devices or take it out")
         slots[host] = count
     if not slots:
         raise UserError(f"{path}: lists no host; write one HOST slots=N per line, as in node001 slots=8")
     return slots
+
+
+def write_hostfile(path: str, hosts: Mapping[str, int], comment: str = "") -> None:
+    """Write a hostfile, whole or not at all, with the lines of `comment` before its hosts."""
+    content = hostfile_text(hosts, comment, path).encode(errors="replace")  # an argument may hold lone surrogates
+    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout: the new file would take its place
+        raise UserError(f"{path}: is not a plain file, which alone can be replaced; name another for the hostfile")
+    temporary = f"{os.path.realpath(path)}.{os.getpid()}.partial"
+    try:
+        try:
+            Path(temporary).write_bytes(content)
+            os.replace(temporary, os.path.realpath(path))
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: the hostfile cannot be written: {error.strerror}; name another file") from None
+
+
+def hostfile_text(hosts: Mapping[str, int], comment: str = "", place: str = "hosts") -> str:
+    """Return the content of a hostfile, checked as `parse_hostfile` would check it."""
+    for host, count in hosts.items():
+        check_host(host, place)
+        _check_slots(host, str(count), place)
+    if not hosts:
+        raise UserError(f"{place}: a hostfile without hosts would start nothing; name at least one")
+    comments = [f"# {line}".rstrip() for line in comment.splitlines()]
+    return "\n".join([*comments, *(f"{host} slots={count}" for host, count in hosts.items()), ""])
+
+
+def select(
+    hosts: Mapping[str, int], include: str = "", exclude: str = "", place: str = "command line"
+) -> dict[str, list[int]]:
+    """Return the slots that DeepSpeed's --include or --exclude leaves of each host, in the order of `hosts`.
+
+    A filter is NODE[:SLOT,SLOT...][@NODE...]; without slots it means all of a node's. A node may be a range, as in
+    node[001-004]:0,1, which DeepSpeed does not know. Of several items for a node the slots are added, and one without
+    slots adds none (as in DeepSpeed: a@a:0 means slot 0).
+
+    Raises:
+        UserError: another grammar, a host or slot that is not there, both filters, or nothing left.
+    """
+    if include and exclude:
+        raise UserError(f"{place}: --include and --exclude cannot be given both; keep one")
+    if not include and not exclude:
+        return {host: list(range(count)) for host, count in hosts.items()}
+    name = f"{place}: --include" if include else f"{place}: --exclude"
+    named = _read_filter(include or exclude, hosts, name)
+    left = {host: _left(count, named.get(host), bool(include)) for host, count in hosts.items()}
+    if not any(left.values()):
+        raise UserError(f"{name} {clip(include or exclude)} leaves no host; take an item out of it")
+    return {host: slots for host, slots in left.items() if slots}
 
 
 def launcher_hostfile() -> str | None:
@@ -70,6 +121,54 @@ def check_launcher_hostfile() -> None:
     path = launcher_hostfile()
     if path is not None:
         parse_hostfile(path)
+
+
+def _read_line(text: str, place: str) -> tuple[str, int]:
+    match = _LINE.fullmatch(text)
+    if not match:
+        raise UserError(f"{place}: {clip(text)} is not a host; write HOST slots=N, as in node001 slots=8")
+    check_host(match[1], place)
+    _check_slots(match[1], match[2], place)
+    return match[1], int(match[2])
+
+
+def _check_slots(host: str, count: str, place: str) -> None:
+    if len(count) > _MAX_DIGITS or int(count) < 1:
+        raise UserError(f"{place}: host {host} has slots={count[:80]}; give its number of devices or take it out")
+
+
+def _read_filter(text: str, hosts: Mapping[str, int], place: str) -> dict[str, list[int]]:
+    """Return the slots that a filter names of each host, none for all."""
+    named: dict[str, list[int]] = {}
+    for item in text.split("@"):
+        node, colon, numbers = item.partition(":")
+        slots = [_read_slot(number, item, place) for number in numbers.split(",")] if colon else []
+        for host in expand(node, place) if "[" in node else [node]:
+            if host not in hosts:
+                raise UserError(
+                    f"{place} {clip(item)}: host {clip(host)} is not in the hostfile{did_you_mean(host, hosts)}; "
+                    "write NODE, NODE:SLOT,SLOT or several of them with @ between"
+                )
+            if slots and max(slots) >= hosts[host]:
+                raise UserError(
+                    f"{place} {clip(item)}: host {host} has no slot {max(slots)}; use 0 to {hosts[host] - 1}"
+                )
+            named.setdefault(host, []).extend(slots)
+    return named
+
+
+def _read_slot(text: str, item: str, place: str) -> int:
+    if not _SLOT.fullmatch(text.strip(" ")):
+        raise UserError(f"{place} {clip(item)}: {clip(text)} is not a slot; write numbers from 0, as in node001:0,2")
+    return int(text)
+
+
+def _left(count: int, named: list[int] | None, included: bool) -> list[int]:
+    """Return the slots of a host that remain, where a filter names `named` of them (none: all) or not the host."""
+    if named is None:
+        return [] if included else list(range(count))
+    chosen = set(named or range(count))
+    return [slot for slot in range(count) if (slot in chosen) == included]
 
 
 def _read(path: str) -> str:

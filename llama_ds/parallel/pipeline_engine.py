@@ -101,10 +101,14 @@ class LlamaPipelineEngine(PipelineEngine):
         self.module.train()
         begin = self._trace.now()
         self._run(self._instructions, batches)
+        self._trace.doing, self._trace.waits = "the reduction of gradients and the optimizer's step", True
         self._reduce_tied()
         self.optimizer.reduce_rest()
         summary = self.optimizer.step(self._own_share_of_loss(self.micro_batches))
+        begin_sends = self._trace.mark()
         self._mail.finish()
+        self._trace.add("wait sends", begin_sends)
+        self._trace.waits = False
         self._trace.add("step", begin)
         if self._trace.recording:
             self.optimizer.finish()  # or the weights' way would be missing from the record
@@ -138,6 +142,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._batches = batches
         self._loss.zero_()
         for step in instructions:
+            self._trace.doing = step
             self._INSTRUCTION_MAP[step.op](self, step)
 
     def _own_share_of_loss(self, micro_batches: int) -> Tensor:
@@ -148,7 +153,9 @@ class LlamaPipelineEngine(PipelineEngine):
     def _batch(self, micro_batch: int, last_use: bool) -> tuple[Tensor, Tensor]:
         while micro_batch not in self._read:
             # Each end of the model reads all micro-batches in order.
+            begin = self._trace.mark()
             self._read[micro_batch] = next(self._batches)
+            self._trace.add("wait data", begin)
         return self._read.pop(micro_batch) if last_use else self._read[micro_batch]
 
     def _forward(self, step: Instruction) -> None:
@@ -210,8 +217,10 @@ class LlamaPipelineEngine(PipelineEngine):
         key = kind, step.chunk, step.micro_batch
         if key in self._handed:
             return self._handed.pop(key)
-        begin = self._trace.now()
+        begin = self._trace.mark()
+        self._trace.waits = True
         tensors = list(wait(self._posted.pop(key)))
+        self._trace.waits = False
         self._note(f"wait {kind}", begin, step)
         return tensors
 
@@ -229,7 +238,7 @@ class LlamaPipelineEngine(PipelineEngine):
     def _send(self, step: Instruction) -> None:
         tensors = [tensor.contiguous() for tensor in self._outgoing.pop(step)]
         message = message_of(step, self.stage_id, self._schedule.place)
-        begin = self._trace.now()
+        begin = self._trace.mark()
         self._mail.send(message, tensors)
         size = sum(tensor.nbytes for tensor in tensors)
         self._trace.add(f"send {message.kind}", begin, message.into, step.micro_batch, size)
@@ -246,8 +255,10 @@ class LlamaPipelineEngine(PipelineEngine):
         self._posted[message.kind, step.chunk, step.micro_batch] = self._mail.post(message, buffers)
 
     def _reduce_tied(self) -> None:
+        begin = self._trace.mark()
         for weight, group in self.module.get_tied_weights_and_groups():
             dist.all_reduce(weight._hp_grad, group=group)
+        self._trace.add("wait tied", begin)
 
     def _stage(self, step: Instruction) -> int:
         return self._schedule.place.stage(self.stage_id, step.chunk)

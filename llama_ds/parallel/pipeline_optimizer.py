@@ -111,18 +111,18 @@ class PipelineOptimizer(BF16_Optimizer):
         The one thing the device waits for is a sum of two numbers over all ranks; the host waits for nothing. A norm
         that is not finite leaves weights and moments as they are.
         """
-        begin = self.trace.now()
+        begin = self.trace.mark()
         for bucket in self._buckets:
             bucket.end_reduction()
         self.trace.add("wait reduction", begin)
-        begin = self.trace.now()
+        begin = self.trace.mark()
         parts = self.fp32_groups_gradient_flat_partition
         norms = torch._foreach_norm([part for part, counts in zip(parts, self._counted, strict=True) if counts])
         square = torch.stack(norms).float().square().sum() if norms else loss.new_zeros(())
         summary = torch.stack([loss, square])
         dist.all_reduce(summary)
         self.trace.add("wait norm", begin)
-        begin = self.trace.now()
+        begin = self.trace.mark()
         norm = summary[1].sqrt_()
         self._global_grad_norm = norm
         self._update(norm)
@@ -234,7 +234,7 @@ class _Bucket:
 
     def end_gather(self) -> None:
         if self._gather:
-            begin = self._optimizer.trace.now()
+            begin = self._optimizer.trace.mark()
             self._gather()
             self._gather = None
             self._optimizer.trace.add("wait weights", begin)

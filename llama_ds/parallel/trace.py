@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 
+from llama_ds.parallel.step_times import StepTimes
+
 
 class Trace:
-    """Records while `recording`; otherwise each call is one comparison."""
+    """Records while `recording`; otherwise each call is a comparison or two, and waits are added up (`times`)."""
 
     def __init__(self, device: torch.device) -> None:
         self.recording = False
+        self.doing: object = ""  # what this rank is doing now, for who asks why nothing moves
+        self.waits = False  # whether that is to wait for another rank
         self._cuda = device.type == "cuda"
+        self.times = StepTimes(self._cuda)
         self._events: list[tuple[str, Any, Any, int, int, int]] = []
         self._origin: tuple[Any, float] | None = None
 
@@ -31,6 +36,10 @@ class Trace:
             torch.cuda.synchronize()
             self._origin = (self.now(), time.monotonic_ns() / 1e3)
 
+    def doing_now(self) -> tuple[str, bool]:
+        """Return in words what this rank is doing, and whether it waits for another."""
+        return str(self.doing), self.waits
+
     def now(self) -> Any:
         """Return a mark of this moment."""
         if not self.recording:
@@ -41,11 +50,17 @@ class Trace:
             return event
         return time.monotonic_ns() / 1e3
 
+    def mark(self) -> Any:
+        """Return a mark of this moment for one of the things that are added up as well as recorded."""
+        return self.times.now() if self.times.counting else self.now()
+
     def add(self, what: str, begin: Any = None, stage: int = -1, micro_batch: int = -1, size: int = 0) -> None:
         """Note that `what` lasted from the mark `begin` until now; without it, that it happened now."""
         if self.recording:
             end = self.now()
             self._events.append((what, end if begin is None else begin, end, stage, micro_batch, size))
+        elif begin is not None:
+            self.times.add(what, begin)
 
     def watch(self, what: str, work: Any, size: int) -> None:
         """Note a collective from now to its completion, which a callback tells; on CUDA only that it was issued."""

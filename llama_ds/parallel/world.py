@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from llama_ds.errors import UserError
+from llama_ds.launch.attendance import interface_towards
 from llama_ds.log import logger
 
 T = TypeVar("T")
@@ -67,14 +68,18 @@ def _first_set(names: tuple[str, ...]) -> str | None:
     return next((os.environ[name] for name in names if name in os.environ), None)
 
 
-def join(place: Place) -> None:
-    """Join the run's process group: NCCL on CUDA, gloo elsewhere.
+def join(place: Place, nic: str = "") -> None:
+    """Join the run's process group: NCCL on CUDA, gloo elsewhere, over `nic` or else the interface towards rank 0.
 
     DeepSpeed adopts the group. It is made here, without a device id, because DeepSpeed's own call makes NCCL build
     a communicator eagerly for each of the hundreds of groups of a large grid.
     """
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
     _find_master(place)
+    interface = nic or interface_towards(os.environ["MASTER_ADDR"])
+    if interface and not _on_one_host():  # gloo would take the one that the host's name leads to
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     if on_cuda():
         torch.cuda.set_device(place.local_rank)
     dist.init_process_group("nccl" if on_cuda() else "gloo", timeout=TIMEOUT)
@@ -107,7 +112,30 @@ def _first_mpi_host() -> str:
         ) from None
     import socket
 
-    return MPI.COMM_WORLD.bcast(socket.gethostbyname(socket.gethostname()), root=0)
+    address = MPI.COMM_WORLD.bcast(socket.gethostbyname(socket.gethostname()), root=0)
+    MPI.Finalize()  # this process ends without atexit handlers, which mpirun would take for a crash
+    return address
+
+
+def check_mpi(place: Place) -> None:
+    """Check that MPI itself knows of as many ranks as its launcher said, and of this one as the same.
+
+    Raises:
+        UserError: mpi4py is missing, or of another MPI than the launcher, which makes every process a world of its own.
+    """
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError(
+            "mpi4py is missing, and the job's launcher is an MPI's; install the [mpi] extra, or use --launcher pdsh"
+        ) from None
+    found = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
+    MPI.Finalize()
+    if found != (place.rank, place.world):
+        raise UserError(
+            f"MPI: mpi4py says rank {found[0]} of {found[1]}, the launcher rank {place.rank} of {place.world}; "
+            "install the mpi4py of the MPI whose mpirun starts the job (pip install --no-binary mpi4py mpi4py)"
+        )
 
 
 def on_cuda() -> bool:
@@ -209,23 +237,26 @@ def barrier() -> None:
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
+def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[None]:
     """Turn an exception of this rank into a message and a non-zero exit, without waiting for the other ranks' work.
 
     A user error, whether all ranks raise it or one, is printed once; ranks that fail because another has left do not
     add to it. Anything else is this rank's own and is printed with its traceback. The exit skips atexit handlers: a
     process group whose peers are gone would hang in them. So does that of a rank that is done: its work is on the disk,
     and a native thread that still runs while the interpreter is taken down would make an abort of it.
+
+    `tell` hears of the failure first: its kind ("echo" where another rank's was first) and text.
     """
     try:
         yield
     except UserError as error:
+        tell(what="failure", kind=error.kind, text=f"error: {error}")
         _report_once(f"error: {error}")
         _leave(UserError.EXIT_CODE)
     except KeyboardInterrupt:
         _leave(130)
     except Exception as error:
-        _leave(_report_own(error))
+        _leave(_report_own(error, tell))
     if dist.is_initialized():
         dist.destroy_process_group()
         _leave(0)
@@ -245,9 +276,10 @@ def _report_once(message: str) -> None:
             store.wait([REPORTED], REPORT_TIMEOUT)
 
 
-def _report_own(error: Exception) -> int:
+def _report_own(error: Exception, tell: Callable[..., None]) -> int:
     """Print what went wrong on this rank, unless it is the echo of another's failure; return the exit code."""
     if not dist.is_initialized():
+        tell(what="failure", kind="failure", text=traceback.format_exc())
         logger.error("%s", traceback.format_exc())
         return 1
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -256,11 +288,14 @@ def _report_own(error: Exception) -> int:
         if store.check([REPORTED]):
             return UserError.EXIT_CODE
         if store.add(BROKEN, 1) > 1:
+            tell(what="failure", kind="echo", text=str(error))
             logger.error("rank %d of %d ends after another failed (%s)", rank, world, str(error).partition("\n")[0])
             return 1
     except dist.DistError:
+        tell(what="failure", kind="echo", text=str(error))
         logger.error("rank %d of %d: rank 0 has ended (%s)", rank, world, str(error).partition("\n")[0])
         return 1
+    tell(what="failure", kind="failure", text=traceback.format_exc())
     logger.error("rank %d of %d failed:\n%s", rank, world, traceback.format_exc())
     return 1
 

@@ -36,6 +36,7 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, spread_masters
 from llama_ds.parallel.state_files import state_files
+from llama_ds.training.rewind import Choice, choice, rewinds
 
 DRAIN_S = 60.0  # that a rank which ends by an error gives a save under way
 SHARED_S = 10.0  # that a file of another host's may take to be seen
@@ -56,17 +57,26 @@ class Checkpoints:
         self._stalled_s = 0.0
         self._news: list[str] = []
         self._lost = ""  # why the last save failed
+        self._aside: list[str] = []  # tags that a rewind is to set aside
+        self._rewinds: list[dict[str, int]] = []  # that were made on the way of this run
 
     def choose(self) -> tuple[str, Description] | None:
         """Return tag and description of the checkpoint to go on from: the newest good one, if any. Collective.
 
         All ranks read a share of its files and compare their checksums. A damaged one is reported and set aside.
+        Where the run is told to go back, it has done so once `go_back` is called.
 
         Raises:
             UserError: it is of another run, or `checkpoint.resume` or `checkpoint.strict` forbid what was found.
         """
         settings = self.run.checkpoint
-        tags: list[str] = world.gather(store.candidates(self.folder) if self.place.rank == 0 else [])[0]
+        seen: Choice = world.gather(choice(self.folder, self.run) if self.place.rank == 0 else Choice([], []))[0]
+        tags, self._aside = seen.tags, seen.aside
+        if self._aside and not tags:
+            raise UserError(
+                f"{self.folder}: no checkpoint at or before checkpoint.rewind_to = {settings.rewind_to}, the first is "
+                f"{self._aside[-1]}; go back to a later step, or move the folder away to start anew"
+            )
         if tags and settings.resume == "never":
             raise UserError(
                 f"{self.folder}: holds checkpoints of an earlier run and checkpoint.resume = never; "
@@ -79,7 +89,8 @@ class Checkpoints:
                 assert found
                 # On every rank alike: all have read the same description.
                 store.check_resumable(os.path.join(self.folder, tag), found, resolved(self.run))
-                self._tidy(damaged, tag)
+                self._tidy(damaged, None if self._aside else tag)
+                self._rewinds = rewinds(self.run, found)
                 return tag, found
             if settings.strict:
                 raise UserError(f"{problem} (checkpoint.strict: without it the newest good one would be used)")
@@ -93,6 +104,7 @@ class Checkpoints:
         if settings.resume == "must":
             raise UserError(f"{self.folder}: no checkpoint to resume from (checkpoint.resume = must); auto starts anew")
         self._tidy([], None)
+        self._rewinds = rewinds(self.run, None)
         return None
 
     def _examine(self, tag: str) -> tuple[Description | None, str | None]:
@@ -121,6 +133,24 @@ class Checkpoints:
             except OSError as error:
                 logger.warning("%s: cannot be tidied up (%s)", self.folder, error)
         world.barrier()
+
+    def go_back(self, chosen: tuple[str, Description] | None) -> None:
+        """Set aside what is newer than the checkpoint that a rewind chose, if it did. Collective.
+
+        Call it when nothing can refuse the run any more: until then its folder is as it was.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        if chosen and self._aside:
+            world.together(lambda: self._go_back(chosen[0]) if self.place.rank == 0 else None)
+
+    def _go_back(self, tag: str) -> None:
+        try:
+            store.go_back(self.folder, tag, self._aside)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be set back to {tag} ({error}); make it writable") from None
+        logger.warning("REWOUND to %s: set aside as %s are %s", tag, store.REWOUND, ", ".join(self._aside))
 
     def check_shared(self) -> None:
         """Check that all hosts see one folder: ranks meet there, and read what others wrote. Collective.
@@ -204,6 +234,7 @@ class Checkpoints:
             data=dict(data),
             optimizer_steps=adam_steps(engine),
             rng={"seed": self.run.seed},
+            rewinds=self._rewinds,
         )
         self._writer.start(description, snapshot)
         self._step, self._stalled_s = step, time.monotonic() - begin

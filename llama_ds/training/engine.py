@@ -215,6 +215,10 @@ class SingleStageEngine:
         self.device = device
         self.dp_rank = engine.mpu.get_data_parallel_rank()
         self.reads_data = True
+        # Where DeepSpeed's collectives are: in a forward under ZeRO-3, in every micro-batch's backward from ZeRO-2 on,
+        # else in the last one's. What holds some is not this rank's own time.
+        self._forward_waits = engine.zero_optimization_stage() == 3
+        self._backward_waits = engine.zero_optimization_stage() >= 2
         if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
             engine.enable_backward_allreduce = False  # there is nobody to reduce with, but it copies every gradient
         # fp32 without ZeRO is the one case in which DeepSpeed computes the norm, clips by it and drops it.
@@ -231,10 +235,22 @@ class SingleStageEngine:
         engine.train()
         _set_learning_rate(engine, lr)
         total = torch.zeros((), device=self.device)
-        for _ in range(self.accumulation):
-            loss = engine(*_split(next(batches), self.device))
+        trace = self.trace
+        for i in range(self.accumulation):
+            trace.doing = "forward", i
+            begin = trace.mark()
+            batch = next(batches)
+            trace.add("wait data", begin)
+            begin = trace.mark() if self._forward_waits else None
+            loss = engine(*_split(batch, self.device))
+            trace.doing = "backward, and the reduction in it", i
+            if begin is None and (self._backward_waits or i == self.accumulation - 1):
+                begin = trace.mark()
             engine.backward(loss)
+            trace.doing, trace.waits = "the optimizer's step", True
             engine.step()
+            trace.waits = False
+            trace.add("with collectives", begin)
             total += loss.detach()
         return StepResult(total / self.accumulation, engine.get_global_grad_norm())
 

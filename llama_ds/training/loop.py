@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,10 @@ from llama_ds.data.mixture import state_from_json
 from llama_ds.data.source.shards import check_present
 from llama_ds.data.sources import Sources
 from llama_ds.data.stream import Dataset, open_data
-from llama_ds.errors import UserError
+from llama_ds.errors import Divergence, UserError
+from llama_ds.launch.attendance import Progress
+from llama_ds.launch.job import current
+from llama_ds.launch.wire import Phase
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.recompute import ELEMENT_BYTES, with_device_memory
@@ -34,16 +38,18 @@ from llama_ds.training.meter import Meter
 from llama_ds.training.plan import memory_table
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.schedule import learning_rate
+from llama_ds.training.stragglers import Stragglers
 
 
-def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.Place) -> None:
+def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.Place, progress: Progress) -> None:
     """Train `run` from its newest checkpoint, or from its seed, to its last step. Collective.
 
-    `config` is the merged DeepSpeed configuration.
+    `config` is the merged DeepSpeed configuration; `progress` is told where this rank is.
 
     Raises:
         UserError: on every rank alike, for what is wrong with data, checkpoints or the outcome.
     """
+    progress.enter(Phase.LOADING)
     device = world.device()
     dtype = "bf16" if config["bf16"]["enabled"] else "fp32"
     least = -int(world.maximum([-float(world.device_memory(device))], device)[0])
@@ -53,6 +59,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     data = world.together(lambda: _open_data(run, checkpoints.folder, chosen, place))
     engine = world.together(lambda: build_engine(run, layout, config, device))
     first = _load(run, engine, checkpoints, chosen)
+    checkpoints.go_back(chosen)
     if run.parallel.recompute.startswith(AUTO):
         for line in memory_table(run, layout, ELEMENT_BYTES[dtype]):
             logger.info("%s", line)
@@ -66,6 +73,9 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     checkpoints.check_shared()
     feed = Feed(run, layout, data, range(first, last), engine, place, device)
     interruptions = Interruptions(run.checkpoint, device)
+    stragglers = Stragglers(run, layout, place, _host(place), engine.trace, device, first)
+    progress.doing = engine.trace.doing_now
+    progress.enter(Phase.TRAINING, first)
 
     # On CUDA a step's result is read while the next step runs: reading waits for the device.
     defers = device.type == "cuda"
@@ -77,7 +87,10 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
             feed.before_step(step)
             if done == run.logging.trace_step:
                 engine.trace.start()
+            stragglers.before_step()
             result = engine.train_step(feed, lr)
+            for line in stragglers.after_step(done):
+                report.note(line)
             if engine.trace.recording:
                 folder = os.path.join(run.run_dir, "trace")
                 engine.trace.write(folder, place.rank, **describe_trace(run, layout, place.rank))
@@ -87,23 +100,27 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
             evaluates = bool(validation) and (done == last or _due(done, run.evaluation.interval))
             saves = ends or wish is Wish.SAVE or _due(done, run.checkpoint.interval)
             if unread:
-                _report(run, engine, report, meter, feed.wait_s, *unread)
+                _report(run, engine, report, meter, progress, feed.wait_s, *unread)
             unread = (done, lr, result) if ends or _due(done, every) else None
             if unread and (evaluates or saves or not defers):
-                _report(run, engine, report, meter, feed.wait_s, *unread)
+                _report(run, engine, report, meter, progress, feed.wait_s, *unread)
                 unread = None
             if evaluates:
+                progress.enter(Phase.EVALUATING)
                 report.validation(done, engine.evaluate(validation, len(validation)))
                 meter.restart(done, feed.wait_s)
             if saves:
+                progress.enter(Phase.SAVING)
                 checkpoints.save(engine.deepspeed, done, data.state.as_json())
                 report.consumed(done, data.order.consumed(done), run.data.seq_len)
                 meter.restart(done, feed.wait_s)
+            progress.enter(Phase.TRAINING, done)
             for line in checkpoints.news():
                 report.note(line)
             if wish is Wish.END and done < last:
                 logger.info("ending at step %d of %d: %s", done, total, interruptions.reason or "asked on another rank")
                 break
+    progress.enter(Phase.ENDING)
     checkpoints.close()
     for line in checkpoints.news():
         report.note(line)
@@ -112,11 +129,18 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     interruptions.close()
 
 
+def _host(place: world.Place) -> str:
+    """Return what people call this host: its name in the hostfile, or else its own."""
+    job = current(os.environ)
+    return job.host_of(place.rank) if job else socket.gethostname()
+
+
 def _report(
     run: RunConfig,
     engine: Engine,
     report: Reporter,
     meter: Meter,
+    progress: Progress,
     waited_s: float,
     done: int,
     lr: float,
@@ -124,9 +148,10 @@ def _report(
 ) -> None:
     """Read a step's result and report it."""
     mean, norm = engine.read(result)
+    progress.tell(what="loss", step=done, loss=mean)
     report.step(meter.measure(done, mean, lr, norm, waited_s))
     if not math.isfinite(mean):
-        raise UserError(_divergence(run, done, mean))
+        raise Divergence(_divergence(run, done, mean))
 
 
 def _open_data(run: RunConfig, checkpoints: str, chosen: tuple[str, Description] | None, place: world.Place) -> Dataset:

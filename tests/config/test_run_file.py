@@ -118,6 +118,19 @@ def test_a_source_may_wait_for_a_later_stage(folder: Path) -> None:
     assert load_resolved("a.yaml") == run
 
 
+def test_skips_and_a_rewind_are_asked_for_on_the_command_line(folder: Path) -> None:
+    run = load("checkpoint.rewind_to=40", "data.skip=[{at_step: 0, steps: 1}, {at_step: 40, steps: 3}]")
+    assert [(skip.at_step, skip.steps) for skip in run.data.skip] == [(0, 1), (40, 3)]
+    assert (run.checkpoint.rewind_to, run.checkpoint.rewind_id) == (40, 0)
+    folder.joinpath("a.yaml").write_text(dump(run))
+    assert load_resolved("a.yaml") == run
+    with pytest.raises(UserError) as error:
+        load("checkpoint.rewind_to=40", "checkpoint.resume=never")
+    assert str(error.value).startswith(
+        "tiny.yaml: checkpoint.rewind_to = 40 goes on from a checkpoint, which checkpoint.resume"
+    )
+
+
 def test_resolved_run_reads_back_the_same(folder: Path) -> None:
     run = load("model.rope_scaling={factor: 8, low_freq_factor: 1, high_freq_factor: 4, "
                "original_max_position_embeddings: 8192}", "name=1e5-steps")  # fmt: skip
@@ -207,6 +220,17 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
          "between 0, where the stage before it begins, and the run's 51200 tokens"),
         ("data.mixture=[{at_tokens: 1030, weights: {code: 1}}, {at_tokens: 1031, weights: {code: 1}}]", "tiny.yaml: "
          "data.mixture.1.at_tokens = 1031 is in the same step of 512 tokens as 1030"),
+        ("data.skip=[{at_step: 4}]", "command line: data.skip.0.steps is missing and has no default"),
+        ("data.skip=[{at_step: 4, steps: 0}]", "tiny.yaml: data.skip.0.steps = 0 is not positive; leave the entry out"),
+        ("data.skip=[{at_step: 4, steps: 1}, {at_step: 4, steps: 2}]", "tiny.yaml: data.skip.1.at_step = 4 is not in "
+         "5..99: entries stand in the order of their steps, one for each, within the run"),
+        ("data.skip=[{at_step: 100, steps: 1}]", "tiny.yaml: data.skip.0.at_step = 100 is not in 0..99: entries stand "
+         "in the order of their steps, one for each, within the run"),
+        ("data.skip=[{at_step: -1, steps: 1}]", "tiny.yaml: data.skip.0.at_step = -1 is not in 0..99: entries stand "
+         "in the order of their steps, one for each, within the run"),
+        ("checkpoint.rewind_to=-4", "tiny.yaml: checkpoint.rewind_to = -4 is negative"),
+        ("checkpoint.rewind_to=100", "tiny.yaml: checkpoint.rewind_to = 100 is not below training.steps = 100; name an "
+         "earlier step"),
         ("data.sources=[]", "tiny.yaml: data.sources is empty; name at least one source with name, path and weight"),
         ("optimizer.warmup_steps=100", "tiny.yaml: optimizer.warmup_steps = 100 is not below training.steps = 100"),
         ("optimizer.schedule=wsd", "tiny.yaml: optimizer.decay_steps = 0 is not in 1..90 = "

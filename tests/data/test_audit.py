@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from built_sources import SEQ_LEN, Built, run_on
+from built_sources import BATCH, SEQ_LEN, Built, run_on
 
 from llama_ds.config.run_file import dump
 from llama_ds.data.audit import documents_of_step, open_run
@@ -54,6 +54,20 @@ def test_a_step_is_traced_to_its_documents(built: Built, tmp_path: Path) -> None
     )
     with pytest.raises(UserError, match="step 200 is not one of the run's steps 0 to 199"):
         documents_of_step(opened, order, 200)
+
+
+def test_what_a_step_read_after_a_skip_is_what_it_read(built: Built, tmp_path: Path) -> None:
+    """After a spike the documents of the window would be blamed for what others did."""
+    data = open_data(run_on(built, tmp_path, skip=[{"at_step": 5, "steps": 7}, {"at_step": 9, "steps": 1}]))
+    plain = open_data(run_on(built, tmp_path))
+    run = run_on(built, tmp_path, skip=[{"at_step": 5, "steps": 7}, {"at_step": 9, "steps": 1}])
+    folder = Path(run.run_dir)
+    save_state(str(folder / STATE), data.state)
+    (folder / "run.yaml").write_text(dump(run))
+    opened, order = open_run(str(folder))
+    for step, read in ((0, 0), (4, 4), (5, 12), (8, 15), (9, 17), (191, 199)):
+        assert documents_of_step(opened, order, step) == documents_of_step(opened, plain.order, read)
+    assert sum(rows for rows, _ in order.consumed(200).values()) == 200 * BATCH
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

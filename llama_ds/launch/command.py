@@ -1,0 +1,249 @@
+"""The command that starts DeepSpeed's runner, which starts the ranks on all hosts.
+
+A pure function of what it is given. What the runner makes of it, by launcher:
+
+    pdsh            ssh to each host: `export K=V; cd FOLDER; python -u -m deepspeed.launcher.launch .. SCRIPT @FILE`
+    local           the same launch.py on this machine, without a shell, in the runner's own environment
+    openmpi         mpirun -hostfile F -x K=V .. python -u SCRIPT @FILE; sets no MASTER_ADDR
+    mpich, impi     mpirun -ppn S -genv K=V -hosts H,.. python -u [helper] SCRIPT @FILE
+    slurm           srun -n N --export=ALL,.. python -u SCRIPT @FILE; sets no MASTER_ADDR, takes no list of hosts
+
+Everywhere rank r belongs on host r // slots, hosts in the order of the hostfile.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llama_ds.errors import UserError, did_you_mean
+from llama_ds.launch import words
+
+LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm", "impi")
+LOCAL_HOSTS = ("localhost", "127.0.0.1")
+MAX_WORD = 128 * 1024  # Linux: MAX_ARG_STRLEN
+MAX_COMMAND = 2 * 1024 * 1024  # Linux: ARG_MAX, a quarter of the usual 8 MiB of stack, argv and environment together
+
+# DeepSpeed exports what begins with these from the runner's environment, whoever set it; NCCL where it finds CUDA.
+FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+_EQUAL_SLOTS = ("mpich", "impi", "slurm")
+_NEEDS_MASTER = ("openmpi", "slurm")  # where DeepSpeed tells the ranks nothing of --master_addr
+_SSH_ARGUMENTS = {  # where a launcher looks for what its ssh is to be given
+    "pdsh": "PDSH_SSH_ARGS_APPEND",
+    "openmpi": "PRTE_MCA_plm_ssh_args",
+    "mpich": "HYDRA_LAUNCHER_EXTRA_ARGS",
+    "impi": "I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is started, where, and what it must find there."""
+
+    argv: list[str]  # of DeepSpeed's runner
+    environment: dict[str, str]  # added to the runner's own
+    env_file: str  # path of a file with env_text, which is to exist before the start
+    env_text: str  # lines KEY=VALUE that the runner exports to the ranks: it crashes at any other line, blank ones too
+    working_folder: str
+
+
+def build(
+    *,
+    launcher: str,
+    hostfile: str,
+    hosts: Mapping[str, int],
+    script: str,
+    arguments_file: str,
+    master_addr: str,
+    master_port: int,
+    exports: Mapping[str, str],
+    env_file: str,
+    python: str,
+    working_folder: str,
+    nic: str = "",
+    ssh_port: int | None = None,
+    ssh_args: str = "",
+    launcher_args: Sequence[str] = (),
+    force_multi: bool = False,
+) -> Command:
+    """Return the command that runs `script @arguments_file` on all slots of the `hosts` of `hostfile`.
+
+    `python` is the interpreter of this machine and, at the same path, of all hosts: the runner hands on its own.
+    `working_folder` is a real path (os.path.realpath), for the runner asks the system for it. `exports` reach the
+    ranks and what starts them. `ssh_args` are more words for ssh, such as "-F /path/config"; pdsh, which inherits its
+    own variable, and slurm need none. `force_multi` sends a single host through pdsh, where it is not this machine.
+
+    Raises:
+        UserError: a value that would not arrive as it is, a secret, slots that differ where they must not, or a command
+            longer than Linux takes.
+    """
+    way = _checked_launcher(launcher, hosts, force_multi)
+    _check_hosts(way, hostfile, hosts)
+    words.address("master address", master_addr)
+    for place, port in (("--master_port", master_port), ("--ssh_port", ssh_port)):
+        if port is not None and not 0 < port < 65536:
+            raise UserError(f"{place}: {port} is not a port; give one of 1 to 65535")
+    paths = {"the hostfile": hostfile, "the script": script, "the arguments' file": arguments_file}
+    paths |= {"the environment's file": env_file, "python": python, "the working folder": working_folder}
+    for place, value in paths.items():
+        words.path(place, value, way)
+    exported = _exported(way, exports, nic, master_addr, master_port)
+    own_args = _launcher_args(way, hosts, nic, words.launcher_arguments(launcher_args, launcher))
+
+    argv = [python, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", f"--launcher={launcher}"]
+    argv += [f"--master_addr={master_addr}", f"--master_port={master_port}"]
+    argv += ["--no_ssh_check", "--no_local_rank", "--log_level=warning"]
+    argv += [] if way == "local" else ["--force_multi"]
+    argv += [f"--ssh_port={ssh_port}"] if way == "pdsh" and ssh_port else []
+    argv += [f"--launcher_args={shlex.join(own_args)}"] if own_args else []
+    argv += [script, f"@{arguments_file}"]
+
+    by_inheritance = way in ("local", "slurm")  # launch.py on this machine; srun --export=ALL
+    environment = dict(exported) if by_inheritance else {}
+    environment["DS_ENV_FILE"] = (
+        env_file  # empty or not: in its place the runner would read the user's ~/.deepspeed_env
+    )
+    environment |= _ssh_environment(way, ssh_args, ssh_port)
+    # mpirun wants these itself, and -x gives them only to the ranks
+    environment |= {k: v for k, v in exported.items() if way == "openmpi" and k.startswith("OMPI_ALLOW_RUN_AS_ROOT")}
+    text = "" if by_inheritance else "".join(f"{name}={value}\n" for name, value in exported.items())
+    command = Command(argv, environment, env_file, text, working_folder)
+    _check_size(way, command, hosts)
+    return command
+
+
+def inherited(environ: Mapping[str, str], launcher: str) -> dict[str, str]:
+    """Return the environment that the runner may be started in: `environ` without what may not be seen in argv.
+
+    DeepSpeed forwards some variables of its own accord (`FORWARDED`). Secrets among them, such as
+    MLFLOW_TRACKING_TOKEN, are left out. Those of NCCL and UCX are too: they travel as `exports` or not at all, whether
+    or not this machine has CUDA.
+
+    Raises:
+        UserError: one of the others would not arrive as it is.
+    """
+    kept = {}
+    for name, value in environ.items():
+        forwarded = name.startswith(FORWARDED)
+        if forwarded and (words.is_secret(name) or name.startswith(("NCCL", "UCX"))):
+            continue
+        if forwarded and launcher != "local":
+            words.value_of(f"environment variable {name}", name, value, "openmpi" if launcher == "slurm" else launcher)
+            _check_commas(launcher, name, value)
+        kept[name] = value
+    return kept
+
+
+def runner_command(command: Command) -> str:
+    """Return the lines of a shell that do what starting `command` does."""
+    lines = shlex.join(command.env_text.splitlines())
+    write = f"printf '%s\\n' {lines}" if lines else ":"
+    variables = [f"{name}={value}" for name, value in command.environment.items()]
+    return (
+        f"{write} > {shlex.quote(command.env_file)}\n"
+        f"cd {shlex.quote(command.working_folder)}\n"
+        f"{shlex.join(['env', *variables, *command.argv])}\n"
+    )
+
+
+def _checked_launcher(launcher: str, hosts: Mapping[str, int], force_multi: bool) -> str:
+    """Return which way the runner takes: the launcher, or "local" for one host under pdsh that is this machine.
+
+    The runner would take that way with every launcher; srun and mpirun are for the host in the hostfile, so they are
+    forced.
+    """
+    if launcher not in LAUNCHERS:
+        known = ", ".join(LAUNCHERS)
+        raise UserError(f"--launcher: {launcher!r} is unknown{did_you_mean(launcher, LAUNCHERS)}; give one of {known}")
+    return "local" if launcher == "pdsh" and len(hosts) == 1 and not force_multi else launcher
+
+
+def _check_hosts(way: str, hostfile: str, hosts: Mapping[str, int]) -> None:
+    if not hosts:
+        raise UserError(f"{hostfile}: lists no host; write one HOST slots=N per line, as in node001 slots=8")
+    for host, slots in hosts.items():
+        words.host(hostfile, host)
+        if slots < 1:
+            raise UserError(f"{hostfile}: host {host} has slots={slots}; give its number of devices or take it out")
+    first, slots = next(iter(hosts.items()))
+    others = [f"{host} has {count}" for host, count in hosts.items() if count != slots]
+    if way in _EQUAL_SLOTS and others:
+        more = f" and {len(others) - 3} more hosts differ" if len(others) > 3 else ""
+        raise UserError(
+            f"{hostfile}: {way} needs the same slots on every host, and {first} has {slots},"
+            f" {', '.join(others[:3])}{more}; make them equal or use --launcher pdsh or openmpi"
+        )
+
+
+def _exported(way: str, exports: Mapping[str, str], nic: str, master_addr: str, master_port: int) -> dict[str, str]:
+    """Return the variables that the ranks shall have, in the order given."""
+    exported = dict(exports)
+    if nic:
+        words.nic("--nic", nic)
+        exported = {"NCCL_SOCKET_IFNAME": nic, "GLOO_SOCKET_IFNAME": nic} | exported
+    if way in _NEEDS_MASTER:
+        exported |= {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port)}
+    for name, value in exported.items():
+        words.variable("exports", name)
+        words.value_of("exports", name, value, way)
+        if name.startswith(FORWARDED):
+            _check_commas(way, name, value)
+    return exported
+
+
+def _check_commas(way: str, name: str, value: str) -> None:
+    """Refuse what DeepSpeed would write into srun's --export=ALL,K=V: a comma ends V there, and nothing quotes it."""
+    if way == "slurm" and not set(value) <= words.PLAIN - {","}:
+        raise UserError(
+            f"exports: srun would cut the value of {name} at a comma, and keep quotes in it;"
+            " set it in the ranks (the job's own environment file) or give one value"
+        )
+
+
+def _launcher_args(way: str, hosts: Mapping[str, int], nic: str, given: list[str]) -> list[str]:
+    """Return the launcher's own arguments: ours, then the user's."""
+    ours: list[str] = []
+    if way == "openmpi":
+        # DeepSpeed says eth0 where nothing is said; the empty word leaves the choice to Open MPI. The daemons' own
+        # connections are left alone: mpirun fails where the machine that it is started on has no NIC of that name.
+        ours += ["--mca", "btl_tcp_if_include", nic, "--map-by", "slot"]
+        ours += [] if {"--bind-to", "-bind-to"} & set(given) else ["--bind-to", "none"]
+    if way == "slurm":
+        # srun sorts the hosts of a list; only under `arbitrary` are tasks laid out as the list says, a name for each.
+        # It counts the nodes itself: --nodes is an error there.
+        listed = ",".join(host for host, slots in hosts.items() for _ in range(slots))
+        ours += [f"--nodelist={listed}", "--distribution=arbitrary", "--kill-on-bad-exit=1", "--cpu-bind=none"]
+    return ours + given
+
+
+def _ssh_environment(way: str, ssh_args: str, ssh_port: int | None) -> dict[str, str]:
+    """Return the variables that hand arguments to the launcher's ssh."""
+    try:
+        given = shlex.split(ssh_args)
+    except ValueError as error:
+        raise UserError(f"ssh's arguments: {ssh_args!r}: {error}; close the quotes") from None
+    for word in given:  # MPI launchers split at spaces, quotes or not, and PRRTE's tree hands them to shells
+        words.plain("ssh's arguments", word, "openmpi" if way != "pdsh" else way)
+    if ssh_port and way in ("openmpi", "mpich", "impi"):
+        given += ["-p", str(ssh_port)]
+    variables = {_SSH_ARGUMENTS[way]: " ".join(given)} if given and way in _SSH_ARGUMENTS else {}
+    # As pdsh does, and so that no host needs ssh to another: all connections are made from here.
+    return variables | ({"PRTE_MCA_plm_ssh_no_tree_spawn": "1"} if way == "openmpi" else {})
+
+
+def _check_size(way: str, command: Command, hosts: Mapping[str, int]) -> None:
+    """Refuse a command that the kernel would not start, here or on the hosts."""
+    world_info = 4 * len(json.dumps({host: list(range(slots)) for host, slots in hosts.items()})) // 3
+    longest = max(len(word) for word in command.argv)
+    total = sum(len(word) + 9 for word in command.argv)  # 9: the NUL and a pointer
+    if way == "pdsh":  # ssh's last words arrive as one
+        longest = max(longest, world_info + len(command.env_text) + 8 * command.env_text.count("\n") + total)
+    if way == "impi":  # each rank has its own part, `: -n 1 -env RANK r -env LOCAL_RANK l python -u SCRIPT @FILE`
+        total += sum(hosts.values()) * (sum(len(word) for word in [command.argv[0], *command.argv[-2:]]) + 15 * 9 + 50)
+    if longest >= MAX_WORD or total >= MAX_COMMAND * 3 // 4:  # the rest is for the environment
+        raise UserError(
+            f"--launcher {way}: {sum(hosts.values())} ranks on {len(hosts)} hosts make a command of {total} bytes with"
+            f" a word of {longest}, more than Linux starts; use shorter names and paths, or another launcher"
+        )

@@ -1,0 +1,128 @@
+"""A job's folder: all that the launcher, the ranks and a person look for, in one place that all hosts see.
+
+runs/NAME/jobs/0001/events.jsonl        what happened, one event a line
+runs/NAME/jobs/0001/attempt_01/         one start of the ranks:
+    job.json hostfile arguments environment     what they were started with
+    token                               the secret by which they know each other; only the owner may read it
+    logs/launcher.log rank_00000.log    what DeepSpeed's launcher and every rank printed
+    stacks/rank_00000.txt               where a hanging rank was
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_ds.errors import UserError
+from llama_ds.launch.hostfile import write_hostfile
+from llama_ds.launch.wire import TOKEN_BYTES
+
+MPI_LAUNCHERS = ("openmpi", "mpich", "impi")
+VARIABLE = "LLAMA_DS_JOB"  # in every process of a job: the attempt's folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a rank must know of the attempt that it is part of."""
+
+    folder: str  # of the attempt
+    hosts: dict[str, int]  # slots of each, in the order of the ranks
+    launcher: str
+    server: tuple[str, int]  # where the supervisor listens
+    beat_s: float  # between two beats of a rank
+    orphan_s: float  # after which a rank that has lost the supervisor ends
+    nic: str = ""  # of the ranks' traffic; "": the one that leads to the first host
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return sum(self.hosts.values())
+
+    def log(self, rank: int) -> Path:
+        """Return the file of a rank's output."""
+        return Path(self.folder, "logs", f"rank_{rank:05d}.log")
+
+    @property
+    def launcher_log(self) -> Path:
+        """The file of the launcher's output."""
+        return Path(self.folder, "logs", "launcher.log")
+
+    def stacks(self, rank: int) -> Path:
+        """Return the file into which a rank's fault handler writes."""
+        return Path(self.folder, "stacks", f"rank_{rank:05d}.txt")
+
+    def path(self, name: str) -> str:
+        """Return the path of one of the attempt's files."""
+        return os.path.join(self.folder, name)
+
+    def token(self) -> bytes:
+        """Return the attempt's secret."""
+        return bytes.fromhex(Path(self.folder, "token").read_text())
+
+    def host_of(self, rank: int) -> str:
+        """Return the host on which a rank belongs."""
+        for host, slots in self.hosts.items():
+            if rank < slots:
+                return host
+            rank -= slots
+        raise IndexError(rank)
+
+
+def new_folder(run_dir: str) -> Path:
+    """Make the folder of a new job of a run, and return it."""
+    jobs = Path(os.path.abspath(run_dir), "jobs")
+    try:
+        jobs.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.name) for path in jobs.iterdir() if path.name.isdecimal()), default=0)
+        while True:
+            number += 1
+            try:
+                (jobs / f"{number:04d}").mkdir()
+            except FileExistsError:  # another launcher has just started
+                continue
+            return jobs / f"{number:04d}"
+    except OSError as error:
+        raise UserError(f"{jobs}: cannot be written ({error.strerror}); set output_dir to a folder of yours") from None
+
+
+def prepare(job: Job, arguments: Sequence[str]) -> None:
+    """Write the files of an attempt."""
+    for name in ("logs", "stacks"):
+        Path(job.folder, name).mkdir(parents=True)
+    secret = os.open(job.path("token"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(secret, "w") as file:
+        file.write(secrets.token_bytes(TOKEN_BYTES).hex())
+    write_hostfile(job.path("hostfile"), job.hosts)
+    write_text(job.path("arguments"), "".join(f"{line}\n" for line in arguments))
+    write_text(job.path("job.json"), json.dumps(asdict(job), indent=1))
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a small file."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def current(environment: Mapping[str, str]) -> Job | None:
+    """Return the job that this process is part of, None where it was started otherwise.
+
+    Raises:
+        UserError: its folder cannot be read here.
+    """
+    folder = environment.get(VARIABLE)
+    if not folder:
+        return None
+    try:
+        with open(os.path.join(folder, "job.json"), encoding="utf-8") as file:
+            values: dict[str, Any] = json.load(file)
+        return Job(**values | {"server": tuple(values["server"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder}: the job's folder cannot be read on this host ({error}); "
+            "set output_dir to a folder that all hosts share"
+        ) from None

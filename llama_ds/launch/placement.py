@@ -1,0 +1,185 @@
+"""Which rank stands where, and whether groups of ranks lie well on the hosts.
+
+Tensor parallelism exchanges activations four times a layer and must stay within a host. A pipeline stage sends to the
+next once a micro-batch, which a network carries if a host's traffic is with one host before and one after it. Gradients
+are reduced once a step, over as many hosts as a data-parallel group has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from llama_ds.config.layout import divisors, listed
+from llama_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank of the job: its device, a slot of a host, and its places in the three kinds of groups."""
+
+    rank: int
+    host: str
+    slot: int  # the local rank
+    pp: int
+    dp: int
+    tp: int
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a look at the placement found, in one line."""
+
+    severity: Literal["error", "warning", "ok"]
+    text: str
+
+
+def place(hosts: Mapping[str, int], pp: int, tp: int, source: str = "hosts") -> list[Rank]:
+    """Return the ranks on the slots of `hosts`, in the order of both: rank = (pp_rank * dp + dp_rank) * tp + tp_rank.
+
+    Raises:
+        UserError: no whole number of pp * tp ranks; `source` is where the hosts stand.
+    """
+    for name, size in (("pp", pp), ("tp", tp)):
+        if size < 1:
+            raise UserError(f"{name} {size} is not a parallel size; use 1 or more")
+    world, replica = sum(hosts.values()), pp * tp
+    if world == 0 or world % replica:
+        fits = [n for n in (world // replica * replica, (world // replica + 1) * replica) if n]
+        raise UserError(
+            f"{source}: {world} slots are not a multiple of pp {pp} * tp {tp} = {replica}; "
+            f"use {listed(fits)} slots, or change pp or tp"
+        )
+    dp = world // replica
+    slots = [(host, slot) for host, count in hosts.items() for slot in range(count)]
+    return [Rank(n, host, slot, n // tp // dp, n // tp % dp, n % tp) for n, (host, slot) in enumerate(slots)]
+
+
+def sizes(ranks: Sequence[Rank]) -> tuple[int, int, int]:
+    """Return pp, dp and tp of all the ranks of a job."""
+    last = ranks[-1]
+    return last.pp + 1, last.dp + 1, last.tp + 1
+
+
+def by_host(ranks: Iterable[Rank]) -> dict[str, list[Rank]]:
+    """Return the ranks of each host."""
+    found: dict[str, list[Rank]] = defaultdict(list)
+    for rank in ranks:
+        found[rank.host].append(rank)
+    return dict(found)
+
+
+def findings(ranks: Sequence[Rank]) -> list[Finding]:
+    """Return what is to be said of all the ranks of a job: hosts, tensor, pipeline and data parallelism."""
+    slots = {host: len(found) for host, found in by_host(ranks).items()}
+    return [_slots(slots, sizes(ranks)), _tensor(ranks, slots), _pipeline(ranks, slots), _data(ranks)]
+
+
+def _slots(slots: Mapping[str, int], parallel: tuple[int, int, int]) -> Finding:
+    pp, dp, tp = parallel
+    job = f"{_count(sum(slots.values()), 'rank')} = pp {pp} * dp {dp} * tp {tp}"
+    counts = Counter(slots.values())
+    if len(counts) == 1:
+        return Finding("ok", f"hosts: {_count(len(slots), 'host')} of {_count(next(iter(counts)), 'slot')}, {job}")
+    kinds = []
+    for size, hosts in sorted(counts.items(), reverse=True):
+        names = _some([host for host, count in slots.items() if count == size])
+        kinds.append(f"{_count(hosts, 'host')} of {_count(size, 'slot')} ({names})")
+    return Finding(
+        "warning", f"hosts: slots differ: {', '.join(kinds)}; {job}; use as many of every host, or leave hosts out"
+    )
+
+
+def _tensor(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
+    tp = sizes(ranks)[2]
+    if tp == 1:
+        return Finding("ok", "tp: 1, nothing to exchange within a layer")
+    groups = [ranks[at : at + tp] for at in range(0, len(ranks), tp)]
+    spanning = [group for group in groups if group[0].host != group[-1].host]
+    if not spanning:
+        return Finding("ok", f"tp: {_whole(len(groups))} of {tp} ranks within a host")
+    first = spanning[0]
+    return Finding(
+        "error",
+        f"tp: {len(spanning)} of {len(groups)} groups of {tp} ranks span hosts, first ranks "
+        f"{first[0].rank}-{first[-1].rank} on {_some(_distinct(r.host for r in first))}; use a tp that divides "
+        f"every host's slots: {listed(divisors(math.gcd(*slots.values())))}",
+    )
+
+
+def _pipeline(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
+    pp, dp, tp = sizes(ranks)
+    if pp == 1:
+        return Finding("ok", "pp: 1, no stage sends to another")
+    stage = dp * tp
+    links = list(zip(ranks, ranks[stage:], strict=False))
+    after, before = defaultdict(set), defaultdict(set)  # hosts that hold neighbours of a host's ranks
+    within = 0
+    for here, there in links:
+        if here.host == there.host:
+            within += 1
+        else:
+            after[here.host].add(there.host)
+            before[there.host].add(here.host)
+    text = f"pp: of {_count(len(links), 'stage-to-stage link')} {within} within a host, {len(links) - within} between"
+    far = {host: max(after[host], before[host], key=len) for host in slots}
+    scattered = {host: others for host, others in far.items() if len(others) > 1}
+    if not scattered:
+        way = "" if within == len(links) else ", those of a host to one next and from one previous host"
+        return Finding("ok", text + way)
+    host = next(iter(scattered))
+    way = "to" if len(after[host]) > 1 else "from"
+    others = _some([other for other in slots if other in scattered[host]])
+    fix = (
+        f"a stage's {stage} ranks do not fill hosts of {slots[host]}; use a pp that divides {len(slots)} hosts"
+        if len(set(slots.values())) == 1
+        else "the hosts' slots differ; use as many of every host, or have each stage begin with a host of its own"
+    )
+    return Finding(
+        "warning", f"{text}, those of {_count(len(scattered), 'host')} scattered, first {host}'s {way} {others}; {fix}"
+    )
+
+
+def _data(ranks: Sequence[Rank]) -> Finding:
+    dp = sizes(ranks)[1]
+    if dp == 1:
+        return Finding("ok", "dp: 1, no gradients to reduce between ranks")
+    groups: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
+    for rank in ranks:
+        groups[rank.pp, rank.tp][rank.host] += 1
+    spanning = [group for group in groups.values() if len(group) > 1]
+    whole = _whole(len(groups))
+    if not spanning:
+        return Finding("ok", f"dp: {whole} of {dp} ranks within a host, gradients reduced there")
+    hosts = _from_to({len(group) for group in groups.values()})
+    each = _from_to({count for group in groups.values() for count in group.values()})
+    shared = max(Counter(host for group in spanning for host in group).values())
+    return Finding(
+        "ok",
+        f"dp: {whole} of {dp} ranks over {hosts} hosts, {each} on a host; "
+        f"{_count(shared, 'group')} at most {'reduce' if shared > 1 else 'reduces'} gradients through a host's network",
+    )
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _whole(groups: int) -> str:
+    return "the group" if groups == 1 else f"all {groups} groups"
+
+
+def _from_to(numbers: Collection[int]) -> str:
+    return str(min(numbers)) if len(numbers) == 1 else f"{min(numbers)} to {max(numbers)}"
+
+
+def _distinct(hosts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(hosts))
+
+
+def _some(hosts: Sequence[str]) -> str:
+    """Return the names as words, not too many."""
+    return " and ".join(hosts) if len(hosts) < 4 else f"{hosts[0]}, {hosts[1]} and {len(hosts) - 2} more"

@@ -1,0 +1,217 @@
+"""The rank map for people: which ranks stand on which host, as a table and as a picture."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape, quoteattr
+
+from llama_ds.launch.nodelist import compress
+from llama_ds.launch.placement import Rank, by_host, sizes
+
+
+def table(ranks: Sequence[Rank], every_host: bool = False) -> str:
+    """Return the ranks of a job as a table, neighbouring hosts with the same pattern in one line.
+
+    The ranks of a host that are of several stages with different places in them have a line for each stage.
+    """
+    hosts = list(by_host(ranks).values())
+    runs = [[host] for host in hosts] if every_host else _runs(hosts)
+    rows = [("hosts", "count", "slots", "ranks", "stage", "dp", "tp")]
+    for run in runs:
+        names = compress(host[0].host for host in run)
+        for part in _parts(run):
+            rows.append(
+                (
+                    *(names, str(len(run)), _spans(r.slot for r in part), _spans(r.rank for r in part)),
+                    *(_spans(r.pp for r in part), _dp(part, run), _spans(r.tp for r in part)),
+                )
+            )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def svg(ranks: Sequence[Rank], title: str) -> str:
+    """Return the ranks of a job as an SVG: a box for each host, slots in their stage's colour, tp groups outlined."""
+    pp, dp, tp = sizes(ranks)
+    hosts = by_host(ranks)
+    spanning = {(r.pp, r.dp) for host in hosts.values() for r in host if r.tp and ranks[r.rank - 1].host != r.host}
+    grid = _grid(hosts, 5 * max(len(_place(rank)) for rank in ranks) + 4)
+    legend, top = _legend(pp, grid.width, dp * tp)
+    about = f"{len(hosts)} hosts, {len(ranks)} ranks: pp {pp} * dp {dp} * tp {tp}"
+    parts = [_head(grid.width, top + grid.height, title, about), *legend]
+    colours = _colours(pp)
+    for n, (name, found) in enumerate(hosts.items()):
+        x, y = grid.corner(n)
+        parts += _host(name, found, x, y + top, grid, colours)
+        if tp > 1:
+            parts += _outlines(found, spanning, grid.slot)
+        parts.append("</g>")
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _runs(hosts: Iterable[list[Rank]]) -> list[list[list[Rank]]]:
+    """Join neighbouring hosts whose ranks have the same stages, tp and steps of dp."""
+    runs: list[list[list[Rank]]] = []
+    last: list[tuple[int, int, int]] = []
+    for host in hosts:
+        shape = [(r.pp, r.dp - host[0].dp, r.tp) for r in host]
+        if shape == last:
+            runs[-1].append(host)
+        else:
+            runs.append([host])
+        last = shape
+    return runs
+
+
+def _parts(run: Sequence[list[Rank]]) -> list[list[Rank]]:
+    """Return the ranks of a run of hosts, by stages where these do not have the same places in dp and tp."""
+    stages: dict[int, list[Rank]] = {}
+    for host in run:
+        for rank in host:
+            stages.setdefault(rank.pp, []).append(rank)
+    places = {tuple((r.dp, r.tp) for r in stage) for stage in stages.values()}
+    return [[rank for stage in stages.values() for rank in stage]] if len(places) == 1 else list(stages.values())
+
+
+def _dp(part: Sequence[Rank], run: Sequence[list[Rank]]) -> str:
+    each = len({rank.dp for rank in run[0]})
+    return _spans(r.dp for r in part) + (f" ({each} a host)" if len(run) > 1 else "")
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """Return integers as spans: "0-3,6"."""
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and number == spans[-1][-1] + 1:
+            spans[-1] = [spans[-1][0], number]
+        else:
+            spans.append([number])
+    return ",".join("-".join(map(str, span)) for span in spans)
+
+
+_SLOT, _ROW, _NAME, _GAP = 34, 28, 16, 10  # in pixels: of a slot, least width and height; a host's name; between hosts
+_STAGE = 180  # width of an entry of the legend
+_STYLE = (
+    "text{fill:#222}.n{font-size:11px;font-weight:bold}.r{font-size:10px;font-weight:bold;text-anchor:middle}"
+    ".p{font-size:8px;text-anchor:middle}.h{fill:#f4f4f4;stroke:#999}.g{fill:none;stroke:#222;stroke-width:1.6}"
+    ".x{fill:none;stroke:#d00;stroke-width:2;stroke-dasharray:4 2}.s{stroke:#fff;stroke-width:.6}"
+)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Boxes of hosts in rows, as wide as the largest host."""
+
+    slot: int  # its width
+    slots: int
+    columns: int
+    rows: int
+
+    @property
+    def box(self) -> tuple[int, int]:
+        return self.slots * self.slot + 8, _NAME + _ROW + 6
+
+    @property
+    def width(self) -> int:
+        return max(self.columns * (self.box[0] + _GAP) + _GAP, 560)
+
+    @property
+    def height(self) -> int:
+        return self.rows * (self.box[1] + _GAP) + _GAP
+
+    def corner(self, n: int) -> tuple[int, int]:
+        row, column = divmod(n, self.columns)
+        return _GAP + column * (self.box[0] + _GAP), row * (self.box[1] + _GAP)
+
+
+def _grid(hosts: dict[str, list[Rank]], label: int) -> _Grid:
+    """Arrange the hosts in a picture somewhat wider than high, a power of two in a row, as their number mostly is."""
+    slot = max(_SLOT, label)
+    slots = max(*map(len, hosts.values()), *(-(-len(name) * 7 // slot) for name in hosts))
+    width, height = _Grid(slot, slots, 1, 1).box
+    columns = (1.5 * len(hosts) * (height + _GAP) / (width + _GAP)) ** 0.5
+    columns = min(len(hosts), 2 ** max(0, round(math.log2(columns))))
+    return _Grid(slot, slots, columns, -(-len(hosts) // columns))
+
+
+def _place(rank: Rank) -> str:
+    return f"{rank.pp}.{rank.dp}.{rank.tp}"
+
+
+def _text(text: str) -> str:
+    """Return a text fit for XML, which has no way to write most control characters."""
+    return escape("".join(c if c.isprintable() else "?" for c in text))
+
+
+def _head(width: int, height: int, title: str, subtitle: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif"><title>{_text(title)}</title><style>{_STYLE}</style>'
+        f'<rect width="{width}" height="{height}" fill="#fff"/>\n'
+        f'<text x="{_GAP}" y="22" font-size="15">{_text(title)}</text>'
+        f'<text x="{_GAP}" y="40" font-size="12">{_text(subtitle)}</text>'
+    )
+
+
+def _legend(pp: int, width: int, stage: int) -> tuple[list[str], int]:
+    """Return the legend's parts and where it ends."""
+    columns = max(1, (width - _GAP) // _STAGE)
+    parts = []
+    for pp_rank, colour in enumerate(_colours(pp)):
+        x, y = _GAP + pp_rank % columns * _STAGE, 50 + pp_rank // columns * 18
+        what = f"stage {pp_rank}: ranks {pp_rank * stage}-{(pp_rank + 1) * stage - 1}"
+        parts.append(f'<rect x="{x}" y="{y}" width="14" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 19}" y="{y + 10}" font-size="11">{what}</text>')
+    y = 50 + -(-pp // columns) * 18
+    parts.append(f'<rect class="g" x="{_GAP}" y="{y}" width="14" height="12"/>')
+    parts.append(f'<text x="{_GAP + 19}" y="{y + 10}" font-size="11">tp group</text>')
+    parts.append(f'<rect class="x" x="{_GAP + 80}" y="{y}" width="14" height="12"/>')
+    parts.append(f'<text x="{_GAP + 99}" y="{y + 10}" font-size="11">tp group over several hosts</text>')
+    parts.append(f'<text x="{_GAP + 270}" y="{y + 10}" font-size="11">in a slot: rank, below it stage.dp.tp</text>')
+    return parts, y + 26
+
+
+def _colours(pp: int) -> list[str]:
+    """Return a light colour for each stage: around the circle, every other one a little darker."""
+    colours = []
+    for stage in range(pp):
+        rgb = colorsys.hls_to_rgb(stage / pp, 0.8 if stage % 2 else 0.7, 0.65)
+        colours.append("#" + "".join(f"{round(255 * channel):02x}" for channel in rgb))
+    return colours
+
+
+def _host(name: str, found: Sequence[Rank], x: int, y: int, grid: _Grid, colours: Sequence[str]) -> list[str]:
+    """Draw a host's box and slots, as a group whose origin is the corner of the first slot."""
+    width, height = grid.box
+    parts = [
+        f'<g id={quoteattr("host-" + name)} transform="translate({x + 4} {y + _NAME})">'
+        f'<rect class="h" x="-4" y="-{_NAME}" width="{width}" height="{height}" rx="3"/>'
+        f'<text class="n" y="-4">{_text(name)}</text>'
+    ]
+    for r in found:
+        left, middle = r.slot * grid.slot, r.slot * grid.slot + grid.slot // 2
+        label = f"rank {r.rank}: {r.host} slot {r.slot}, stage {r.pp}, dp {r.dp}, tp {r.tp}"
+        parts.append(
+            f"<g><title>{_text(label)}</title>"
+            f'<rect class="s" x="{left}" width="{grid.slot}" height="{_ROW}" fill="{colours[r.pp]}"/>'
+            f'<text class="r" x="{middle}" y="12">{r.rank}</text>'
+            f'<text class="p" x="{middle}" y="23">{_place(r)}</text></g>'
+        )
+    return parts
+
+
+def _outlines(found: Sequence[Rank], spanning: set[tuple[int, int]], slot: int) -> list[str]:
+    """Draw a frame around each tp group's slots on a host."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for rank in found:
+        groups.setdefault((rank.pp, rank.dp), []).append(rank.slot)
+    return [
+        f'<rect class="{"x" if group in spanning else "g"}" x="{slots[0] * slot + 1}" y="1" '
+        f'width="{len(slots) * slot - 2}" height="{_ROW - 2}" rx="3"/>'
+        for group, slots in groups.items()
+    ]

@@ -1,0 +1,165 @@
+"""What watching a job of thousands of ranks costs, measured with connections of that many simulated ranks on loopback."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import statistics
+import tempfile
+import time
+import tracemalloc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llama_ds.launch import placement, rank_map
+from llama_ds.launch.command import build
+from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
+from llama_ds.launch.job import Job
+from llama_ds.launch.supervise import hang
+from llama_ds.launch.supervise.attempt import TICK_S
+from llama_ds.launch.supervise.events import Events
+from llama_ds.launch.supervise.processes import Host
+from llama_ds.launch.supervise.progress import Pace, Patience
+from llama_ds.launch.supervise.server import Server
+from llama_ds.launch.wire import Beat, Kind, Phase, frame, frames, hello, new_nonce, pack_beat
+
+TOKEN = bytes(32)
+REPEATS = 7
+
+
+def measure(hosts: Mapping[str, int], pp: int, tp: int, beat_s: float, seconds: float) -> dict[str, Any]:
+    """Return what a job on `hosts` costs the machine that launches it: seconds, MiB, and the share of a core."""
+    world = sum(hosts.values())
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "hostfile")
+        write_hostfile(path, hosts)
+        ranks = placement.place(hosts, pp, tp)
+        steps: dict[str, Callable[[], Any]] = {
+            "parse the hostfile": lambda: parse_hostfile(path),
+            "build the command": lambda: _command(path, hosts),
+            "place the ranks": lambda: placement.place(hosts, pp, tp),
+            "check the placement": lambda: placement.findings(ranks),
+            "rank map, table": lambda: rank_map.table(ranks),
+            "rank map, SVG": lambda: rank_map.svg(ranks, "ranks"),
+        }
+        parts = {name: _cost(step) for name, step in steps.items()}
+        watching = watch(world, beat_s, seconds, folder)
+    return {"hosts": len(hosts), "ranks": world, "parts": parts, "supervisor": watching}
+
+
+def watch(world: int, beat_s: float, seconds: float, folder: str) -> dict[str, Any]:
+    """Return what hearing `world` ranks costs that beat every `beat_s`, and a hang report of all of them."""
+    _allow_files(2 * world + 100)
+    server = Server("127.0.0.1")
+    server.expect(TOKEN, world)
+    fork = multiprocessing.get_context("fork")
+    begin = time.monotonic()
+    ranks = fork.Process(target=_ranks, args=(server.address, world, beat_s), daemon=True)
+    ranks.start()
+    try:
+        while len(server.members) < world:
+            server.hear()
+            time.sleep(0.01)
+        joined_s = time.monotonic() - begin
+        while any(member.beat.step == 0 for member in server.members.values()):
+            server.hear()
+            time.sleep(0.01)
+        pace = Pace(Patience())
+        busy, until = _busy(), time.monotonic() + seconds
+        first = {rank: member.beat.step for rank, member in server.members.items()}
+        while time.monotonic() < until:
+            time.sleep(TICK_S)
+            server.hear()
+            pace.look(server.members.values())
+            (time.monotonic() - server.last_beat > 15).nonzero()
+        heard = sum(member.beat.step - first[rank] for rank, member in server.members.items())
+        share = (_busy() - busy) / seconds
+    finally:
+        ranks.kill()
+        ranks.join()
+    report_s = _report(server, world, folder)
+    server.close()
+    return {
+        "beat_s": beat_s,
+        "seconds": seconds,
+        "joined_s": round(joined_s, 3),
+        "beats": heard,
+        "share_of_a_core": round(share, 5),
+        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "hang_report_s": round(report_s, 4),
+    }
+
+
+def _ranks(address: tuple[str, int], world: int, beat_s: float) -> None:
+    """Be all ranks: shake hands, then beat, each at its own moment. A beat's step counts the beats."""
+    lines = [socket.create_connection(address) for _ in range(world)]
+    for rank, line in enumerate(lines):
+        buffer = bytearray()
+        while not (got := list(frames(buffer))):
+            buffer += line.recv(4096)
+        about = {"rank": rank, "host": f"node{rank // 8}", "pid": rank}
+        line.sendall(frame(Kind.HELLO, hello(TOKEN, got[0][1], new_nonce(), about)))
+    begin, number = time.monotonic(), 0
+    while True:
+        number += 1
+        data = frame(Kind.BEAT, pack_beat(Beat(number, Phase.TRAINING, False, "FORWARD of micro-batch 3")))
+        for rank, line in enumerate(lines):
+            early = begin + (number + rank / world) * beat_s - time.monotonic()
+            if early > 0.002:
+                time.sleep(early)
+            line.sendall(data)
+
+
+def _report(server: Server, world: int, folder: str) -> float:
+    """Return the seconds that a hang report of all ranks and an event take."""
+    job = Job(folder, {f"node{i}": 8 for i in range(world // 8)}, "pdsh", ("", 0), 5, 60)
+    command = "python llama_ds/train.py"
+    processes = {str(rank): {"rank": str(rank), "state": "S", "command": command} for rank in range(world)}
+    hosts = {host: Host(host, None, {"processes": processes}) for host in job.hosts}
+    for member in server.members.values():
+        member.stacks = 'MainThread:\n  File "/x/train.py", line 1, in main\n  File "/x/wait.py", line 9, in wait\n'
+    events = Events(Path(folder, "events.jsonl"), lambda text: None)
+    begin = time.monotonic()
+    report = hang.HangReport(60, 50)
+    beats = {rank: float(server.last_beat[rank]) for rank in server.members}
+    report.standings = hang.examine(job, server.members, hosts, beats, 15)
+    text = json.dumps(report.as_json())
+    events.add("hang", "", ranks=list(range(world)), report=len(text))
+    events.close()
+    return time.monotonic() - begin
+
+
+def _command(path: str, hosts: Mapping[str, int]) -> Any:
+    return build(
+        launcher="pdsh", hostfile=path, hosts=hosts, script="/opt/llama_ds/train.py", arguments_file="/runs/arguments",
+        master_addr="10.0.0.1", master_port=29500, exports={"DS_ACCELERATOR": "cuda"}, env_file="/runs/environment",
+        python="/opt/venv/bin/python", working_folder="/opt",
+    )  # fmt: skip
+
+
+def _cost(step: Callable[[], Any]) -> dict[str, float]:
+    times = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - begin)
+    tracemalloc.start()
+    step()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return {"median_s": round(statistics.median(times), 6), "peak_mib": round(peak / 2**20, 3)}
+
+
+def _busy() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _allow_files(count: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(count, hard) if hard > 0 else count, hard))

@@ -1,0 +1,42 @@
+"""What happened to a job: one JSON object a line, durably, and a line for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+
+class Events:
+    """The file events.jsonl of a job."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        """Append to `path`; `say` gets what people should read at once."""
+        self.path, self._say = path, say
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def add(self, event: str, text: str = "", **values: Any) -> None:
+        """Record an event. What a full disk does not take is said all the same."""
+        now = time.time()
+        line = {"time": now, "at": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="milliseconds")}
+        line |= {"event": event, **({"text": text} if text else {}), **values}
+        if text:
+            self._say(text)
+        try:
+            os.write(self._file, json.dumps(line).encode() + b"\n")
+            os.fsync(self._file)
+        except OSError as error:
+            self._say(f"EVENT LOST: {self.path}: {error.strerror}: {event}")
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._file)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,244 @@
+"""A job from its first start to its end: after a failure, good hosts and the newest checkpoint, within bounds."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.launch.command import Command, build
+from llama_ds.launch.job import VARIABLE, Job, prepare
+from llama_ds.launch.meeting import Meeting, arrange
+from llama_ds.launch.preflight import Report
+from llama_ds.launch.remote import is_local
+from llama_ds.launch.supervise import attempt as outcomes
+from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
+from llama_ds.launch.supervise.events import Events
+from llama_ds.launch.supervise.roster import Roster
+from llama_ds.launch.supervise.server import Server
+
+RESTARTED = (outcomes.FAILURE, outcomes.DEATH, outcomes.HOST_LOST, outcomes.HANG, outcomes.LAUNCHER)
+LONGEST_BACKOFF_S = 300.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """How ranks are started, the same in every attempt."""
+
+    run_file: str
+    overrides: Sequence[str]
+    train: str  # path of llama_ds/train.py
+    launcher: str = "pdsh"
+    launcher_args: Sequence[str] = ()
+    exports: Mapping[str, str] = field(default_factory=dict)
+    nic: str = ""
+    master: str = ""
+    master_port: int = 0
+    listen: str = ""
+    ssh_port: int | None = None
+    beat_s: float = 5.0
+    orphan_s: float = 60.0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How often and how soon a job is started again. A restart counts while it brings the run no step further."""
+
+    restarts: int = 0  # in a row that make no progress; 0: never start again
+    backoff_s: float = 5.0  # before the first of them; doubled for each further one
+    rewind_steps: int = 0  # after a loss spike: how far before it to go back; 0: a spike ends nothing
+    skip_steps: int = 0  # and how many steps' data to leave out
+
+
+class Supervisor:
+    """One job."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        start: Start,
+        roster: Roster,
+        watch: Watch,
+        bounds: Bounds,
+        folder: Path,
+        examine: Callable[[Mapping[str, int]], Report],
+        say: Callable[[str], None],
+    ) -> None:
+        """`folder` is the job's; `examine` the preflight, and `say` what shows a line to people."""
+        self.run, self.start, self.roster, self.watch, self.bounds = run, start, roster, watch, bounds
+        self.folder, self._examine, self._say = folder, examine, say
+        self.events = Events(folder / "events.jsonl", say)
+        self._extra: list[str] = []  # overrides that a rewind asks for
+        self._attempt: Attempt | None = None
+        self._ending = False
+
+    def ask(self, what: str) -> None:
+        """Have the ranks "save", or save and "end". For signal handlers."""
+        self._ending = self._ending or what == "end"
+        if self._attempt:
+            self._attempt.ask(what)
+
+    def supervise(self) -> int:
+        """Run the job to its end; return the exit code: 0 done, 1 given up, 2 a mistake of the user's."""
+        hosts, number, in_a_row, furthest = dict(self.roster.hosts), 0, 0, 0
+        server: Server | None = None
+        self.events.add("job started", run=self.run.path, hosts=hosts, spares=self.roster.spares)
+        try:
+            while True:
+                number += 1
+                meeting = self._meet(hosts)
+                server = server or Server(self.start.listen or meeting.listen)
+                outcome = self._try(number, hosts, meeting, server)
+                self._record(outcome)
+                if outcome.kind == outcomes.DONE or (self._ending and outcome.kind != outcomes.MISTAKE):
+                    self.events.add("job ended", "")
+                    return 0 if outcome.kind == outcomes.DONE else 1
+                in_a_row = 1 if outcome.step > furthest else in_a_row + 1
+                furthest = max(furthest, outcome.step)
+                code = self._stops(outcome, in_a_row)
+                if code is not None:
+                    return code
+                hosts = self._next(outcome, hosts, in_a_row)
+        except UserError as error:
+            self.events.add("gave up", str(error))
+            return UserError.EXIT_CODE
+        finally:
+            if server:
+                server.close()
+            self.events.close()
+
+    def _meet(self, hosts: Mapping[str, int]) -> Meeting:
+        start = self.start
+        return arrange(list(hosts), start.nic, start.master_port, start.master, start.ssh_port)
+
+    def _try(self, number: int, hosts: dict[str, int], meeting: Meeting, server: Server) -> Outcome:
+        start = self.start
+        job = Job(
+            folder=str(self.folder / f"attempt_{number:02d}"),
+            hosts=hosts,
+            launcher=start.launcher,
+            server=server.address,
+            beat_s=start.beat_s,
+            orphan_s=start.orphan_s,
+            nic=start.nic,
+        )
+        prepare(job, [start.run_file, *start.overrides, *self._extra])
+        command = command_of(job, start, meeting)
+        self._attempt = Attempt(job, command, server, self.watch, self.events, self._say, start.ssh_port)
+        if self._ending:
+            return Outcome(outcomes.FAILURE, "ended before the ranks were started")
+        return self._attempt.run()
+
+    def _record(self, outcome: Outcome) -> None:
+        text = outcome.text if outcome.kind != outcomes.DONE else ""
+        self.events.add(
+            outcome.kind, text, step=outcome.step, ranks=outcome.ranks, hosts=outcome.hosts, unclean=outcome.unclean
+        )
+
+    def _stops(self, outcome: Outcome, in_a_row: int) -> int | None:
+        """Return the exit code where the job is not started again."""
+        rewinds = self.bounds.rewind_steps > 0
+        if outcome.kind == outcomes.MISTAKE or (outcome.kind == outcomes.DIVERGENCE and not rewinds):
+            return UserError.EXIT_CODE
+        if self.bounds.restarts == 0:
+            return 1
+        if in_a_row > self.bounds.restarts:
+            self.events.add(
+                "gave up",
+                f"{in_a_row - 1} restarts in a row got no further than step {outcome.step}; "
+                f"see {self.folder}, mend the cause and run the same command again",
+            )
+            return 1
+        return None
+
+    def _next(self, outcome: Outcome, hosts: dict[str, int], in_a_row: int) -> dict[str, int]:
+        """Prepare the next attempt; return its hosts."""
+        if outcome.kind in (outcomes.SPIKE, outcomes.DIVERGENCE):
+            self._rewind(outcome)
+            chosen = hosts
+        else:
+            self._fence(outcome)
+            self.roster.blame(outcome.hosts)
+            chosen = self._choose(hosts)
+        pause = min(self.bounds.backoff_s * 2 ** (in_a_row - 1), LONGEST_BACKOFF_S)
+        self.events.add("restart", f"starting again in {pause:g} s, restart {in_a_row} in a row", pause_s=pause)
+        until = time.monotonic() + pause
+        while time.monotonic() < until and not self._ending:
+            time.sleep(0.1)
+        return chosen
+
+    def _choose(self, hosts: dict[str, int]) -> dict[str, int]:
+        report = self._examine(self.roster.every)
+        bad = [finding for finding in report.findings if finding.severity == "error"]
+        self.events.add(
+            "preflight", good=report.good, bad=[[f.host, f.check, f.text] for f in bad], strikes=self.roster.strikes
+        )
+        for finding in bad:
+            self._say(f"PREFLIGHT: {finding.host}: {finding.check}: {finding.text}")
+        chosen = self.roster.choose(report.good)
+        out, into = [h for h in hosts if h not in chosen], [h for h in chosen if h not in hosts]
+        before, after = sum(hosts.values()), sum(chosen.values())
+        if into or out:
+            said = f"hosts out: {', '.join(out) or 'none'}; in: {', '.join(into) or 'none'}"
+            self.events.add("hosts changed", said, out=out, into=into)
+        if before != after:
+            self.events.add(
+                "world changed",
+                f"{after} ranks instead of {before}, with the same global batch",
+                before=before,
+                after=after,
+            )
+        return chosen
+
+    def _fence(self, outcome: Outcome) -> None:
+        """Wait until ranks on hosts that do not answer have ended themselves: two attempts must not write at once."""
+        if not outcome.unclean:
+            return
+        self.events.add(
+            "fence",
+            f"{', '.join(outcome.unclean)}: cannot be told to end their ranks, which end themselves within "
+            f"{self.start.orphan_s:g} s; waiting for that",
+            hosts=outcome.unclean,
+        )
+        time.sleep(self.start.orphan_s + 2 * self.start.beat_s)
+
+    def _rewind(self, outcome: Outcome) -> None:
+        """Have the next attempt go back before the spike and leave out the data that led to it."""
+        at = outcome.spike.step if outcome.spike else outcome.step
+        back = max(at - self.bounds.rewind_steps, 0)
+        self._extra = rewind_overrides(back, self.bounds.skip_steps)
+        self.events.add(
+            "rewind", f"going back to step {back}, and leaving out {self.bounds.skip_steps} steps of data", to=back
+        )
+
+
+def rewind_overrides(back: int, skip: int) -> list[str]:
+    """Return the overrides that make a run go back to the newest checkpoint up to `back`, and skip `skip` steps."""
+    return [f"checkpoint.rewind_to={back}", f"data.skip=[{{at_step: {back}, steps: {skip}}}]"]
+
+
+def command_of(job: Job, start: Start, meeting: Meeting) -> Command:
+    """Return the command that starts a job's ranks."""
+    return build(
+        launcher=start.launcher,
+        hostfile=job.path("hostfile"),
+        hosts=job.hosts,
+        script=start.train,
+        arguments_file=job.path("arguments"),
+        master_addr=meeting.master,
+        master_port=meeting.port,
+        exports={**start.exports, VARIABLE: job.folder},
+        env_file=job.path("environment"),
+        nic=start.nic,
+        ssh_port=start.ssh_port,
+        launcher_args=start.launcher_args,
+        ssh_args=os.environ.get("PDSH_SSH_ARGS_APPEND", ""),
+        force_multi=not all(is_local(host) for host in job.hosts),
+        python=sys.executable,
+        working_folder=os.path.realpath(os.getcwd()),
+    )

@@ -1,0 +1,172 @@
+"""Names the ranks and hosts that all others wait for, and in what, every `logging.straggler_interval` steps.
+
+Each rank adds up the parts of its steps (`llama_ds.parallel.step_times`). One gather of their means and medians brings
+all ranks' to the first, which judges them (`llama_ds.training.outliers`), says who is slow and writes a line of
+stragglers.jsonl: the medians of every stage, and of ranks only those that are slow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import RunConfig
+from llama_ds.log import logger
+from llama_ds.parallel import world
+from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.parallel.step_times import PARTS
+from llama_ds.parallel.trace import Trace
+from llama_ds.training.outliers import Found, Slow, SlowLink, find
+from llama_ds.training.reporter import forget_after
+
+FILE = "stragglers.jsonl"
+MOST_LINES = 8  # on the console; the file has all
+WORDS = ("waiting for data", "compute", "", "", "", "optimizer", "between steps")  # of PARTS that are a rank's own
+
+
+class Stragglers:
+    """This rank's part of the report; what is said is said by the first."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        layout: Layout,
+        place: world.Place,
+        host: str,
+        trace: Trace,
+        device: torch.device,
+        first: int,
+    ) -> None:
+        """`host` is what people call the host of this rank; the run begins after step `first`. Collective."""
+        self._every, self._trace, self._device = run.logging.straggler_interval, trace, device
+        self._layout, self._one_way = layout, schedule_of(run, layout).chunks == 1
+        self._active = place.rank == 0
+        self._path = os.path.join(run.run_dir, FILE)
+        self._hosts = world.gather(host) if self._every else []
+        if self._every and self._active:
+            forget_after(self._path, first)
+
+    def before_step(self) -> None:
+        """Begin to time a step, unless it is recorded."""
+        if self._trace.recording:
+            self._trace.times.pause()
+        elif self._every:
+            self._trace.times.begin()
+
+    def after_step(self, done: int) -> list[str]:
+        """End it; return what there is to say after `done` steps. Collective."""
+        times = self._trace.times
+        if times.counting:
+            times.end()
+        if not self._every or done % self._every:
+            return []
+        steps = times.take()
+        parts = [steps.mean(0), np.median(steps, 0)] if len(steps) else np.zeros((2, len(PARTS)))
+        ranks = world.gather_numbers([len(steps), *np.rint(np.concatenate(parts)).astype(int).tolist()], self._device)
+        if not self._active or not ranks[:, 0].all():
+            return []
+        mean, median = np.split(ranks[:, 1:] / 1e3, 2, 1)  # milliseconds
+        layout = self._layout
+        found = find(mean, median, (layout.pp, layout.dp, layout.tp), self._one_way)
+        self._write(record(done, int(ranks[0, 0]), found, mean, self._hosts))
+        return lines(found, self._hosts)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+        except OSError as error:  # a full disk ends no run
+            logger.warning("%s: step %s could not be written (%s); the run goes on", self._path, values["step"], error)
+
+
+def record(done: int, steps: int, found: Found, mean: np.ndarray, hosts: list[str]) -> dict[str, Any]:
+    """Return what the file says of the `steps` steps before `done`; times are milliseconds a step."""
+    return {
+        "step": done,
+        "steps": steps,
+        "step_ms": round(found.step, 3),
+        "stages": [_parts(row) for row in found.medians],
+        "slow": [
+            {
+                "part": PARTS[slow.part],
+                "ranks": list(slow.ranks),
+                "host": hosts[slow.ranks[0]],
+                "stage": slow.stage,
+                "ms": round(slow.time, 3),
+                "median_ms": round(slow.median, 3),
+                "steady": slow.steady,
+                "parts": _parts(mean[list(slow.ranks)].mean(0)),
+            }
+            for slow in found.slow
+        ],
+        "slow_links": [
+            {"ranks": link.ranks.ravel().tolist(), "after_stage": link.after, "ms": round(link.time, 3)}
+            for link in found.links
+        ],
+    }
+
+
+def lines(found: Found, hosts: list[str]) -> list[str]:
+    """Return what a person should read: nothing where nobody is slow, else the worst first."""
+    by_host: dict[tuple[int, str], list[Slow]] = defaultdict(list)
+    for slow in found.slow:
+        by_host[slow.part, hosts[slow.ranks[0]]].append(slow)
+    worst = sorted(by_host.values(), key=lambda group: -max(map(_excess, group)))
+    held = Counter(hosts)
+    said = [_slow_line(group, hosts, held, found.step) for group in worst]
+    said += [_link_line(link, hosts, found.step) for link in found.links]
+    more = [f"SLOW: {len(said) - MOST_LINES} more, see {FILE}"] if len(said) > MOST_LINES else []
+    return [*said[:MOST_LINES], *more]
+
+
+def _slow_line(group: list[Slow], hosts: list[str], held: Counter[str], step: float) -> str:
+    """Say it of the host if most of its ranks are slow, else of the ranks."""
+    ranks = [rank for slow in group for rank in slow.ranks]
+    worst = max(group, key=_excess)
+    host = hosts[ranks[0]]
+    whole = len(held) > 1 and len(ranks) > 1 and 2 * len(ranks) > held[host]
+    named = f"SLOW HOST: {host} ({_ranks(ranks)})" if whole else f"SLOW: {_ranks(ranks)} on {host}"
+    more = _excess(worst)
+    steadily = "" if worst.steady else ", in few of the steps"
+    return (
+        f"{named}: {WORDS[worst.part]} {worst.time:.0f} ms a step, the median of its stage is {worst.median:.0f} ms: "
+        f"{more:.0f} ms ({more / step:.0%} of the step) for which all ranks wait{steadily}"
+    )
+
+
+def _link_line(link: SlowLink, hosts: list[str], step: float) -> str:
+    ends = link.ranks if link.after is None else link.ranks[link.after : link.after + 2]
+    where = " and ".join(
+        f"{_ranks(stage)} on {', '.join(dict.fromkeys(hosts[rank] for rank in stage))}" for stage in ends.tolist()
+    )
+    return (
+        f"SLOW LINK: between {where}: their pipeline waits {link.time:.0f} ms a step ({link.time / step:.0%} of "
+        "the step) longer for messages than the others, and no rank of it computes longer"
+    )
+
+
+def _excess(slow: Slow) -> float:
+    return slow.time - slow.median
+
+
+def _parts(times: np.ndarray) -> dict[str, float]:
+    return {f"{part}_ms": round(float(time), 3) for part, time in zip(PARTS, times, strict=True)}
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """Name ranks in few words: "ranks 0-3, 8"."""
+    runs: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    return f"rank{'s' if len(runs) > 1 or len(runs[0]) > 1 else ''} {shown}"

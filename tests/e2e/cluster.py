@@ -1,0 +1,156 @@
+"""A job on real hosts: tools/launch.py started on them, faults put into it, and what it left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from launching import ROOT, TRAIN, environment
+from tiny_run import Run
+
+from tests.hosts import Hosts
+
+LAUNCH = os.environ.get("LAUNCH") or str(ROOT / "tools" / "launch.py")
+TIMEOUT_S = 400
+# Steps of the tiny run take a few milliseconds: what counts in minutes on a cluster counts in seconds here.
+QUICK = {
+    "beat-s": 0.5,
+    "silent-s": 3,
+    "orphan-s": 9,
+    "hang-min-s": 6,
+    "backoff-s": 0.2,
+    "start-s": 120,
+}
+
+
+@dataclass
+class Job:
+    """A started tools/launch.py."""
+
+    run: Run
+    hosts: Hosts
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def folder(self) -> Path:
+        """The job's folder, the newest of the run."""
+        return sorted((self.run.dir / "jobs").iterdir())[-1]
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What it has recorded so far."""
+        path = self.folder / "events.jsonl" if (self.run.dir / "jobs").exists() else None
+        if not path or not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+    def named(self, event: str) -> list[dict[str, Any]]:
+        """Return the events of a name."""
+        return [e for e in self.events if e["event"] == event]
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self.log.read_text(errors="replace")
+
+    @property
+    def step(self) -> int:
+        """The last step that is reported."""
+        path = self.run.dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+    def wait_for(self, what: Callable[[], Any], timeout_s: float = 120) -> Any:
+        """Wait until something is so, while the job runs."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := what()):
+            assert self.process.poll() is None, self.output[-4000:]
+            assert time.monotonic() < deadline, self.output[-4000:]
+            time.sleep(0.02)
+        return found
+
+    def wait_for_steps(self, count: int) -> None:
+        """Wait until the run has got `count` steps further than it is now."""
+        goal = self.step + count
+        self.wait_for(lambda: self.step >= goal)
+
+    def wait_for_attempt(self, number: int) -> None:
+        """Wait until all ranks of an attempt have joined and steps are taken."""
+        self.wait_for(lambda: len(self.named("ranks joined")) >= number)
+        self.wait_for(lambda: "starting at step" in self._log(number) or "resumed at step" in self._log(number))
+        self.wait_for(lambda: "| loss " in self._log(number))
+
+    def _log(self, attempt: int) -> str:
+        path = self.folder / f"attempt_{attempt:02d}" / "logs" / "rank_00000.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def ranks(self, host: str) -> list[psutil.Process]:
+        """Return the ranks on a host, by rank."""
+        found = [p for p in self.hosts.processes(host, TRAIN) if "deepspeed.launcher" not in " ".join(p.cmdline())]
+        return sorted(found, key=lambda p: int(p.environ()["RANK"]))
+
+    def finish(self) -> int:
+        """Wait for its end."""
+        try:
+            return self.process.wait(TIMEOUT_S)
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """Leave nothing of it."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        for process in self.leftovers():
+            process.kill()
+
+    def leftovers(self) -> list[psutil.Process]:
+        """Return the living processes of the job, wherever they are, other than tools/launch.py itself."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                words = " ".join(process.cmdline())
+                alive = process.status() != psutil.STATUS_ZOMBIE and process.pid != self.process.pid
+                if alive and str(self.run.dir / "jobs") in words + process.environ().get("LLAMA_DS_JOB", ""):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+
+def start(run: Run, hosts: Hosts, names: Sequence[str], slots: int, *options: str, **changed: float | str) -> Job:
+    """Start tools/launch.py on hosts; `changed` are options other than those of QUICK."""
+    hostfile = hosts.write_hostfile(run.file.with_suffix(".hosts"), slots, names)
+    settings = QUICK | {name.replace("_", "-"): value for name, value in changed.items()}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    log = run.file.with_suffix(".out")
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, LAUNCH, str(run.file), "--hostfile", str(hostfile), *words, *options],
+            cwd=ROOT,
+            env={**environment(), **hosts.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+        )
+    return Job(run, hosts, process, log)
+
+
+def send(process: psutil.Process, number: int) -> None:
+    """Send a signal to a process of a host."""
+    os.kill(process.pid, number)
+
+
+def stop(process: psutil.Process) -> None:
+    """Make a process hang."""
+    send(process, signal.SIGSTOP)

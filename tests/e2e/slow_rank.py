@@ -1,0 +1,56 @@
+"""train.py on a rank that is slow: slow_rank.py WHERE SECONDS RANK ARGUMENTS OF train.py..."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from llama_ds import train
+from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.parallel import point_to_point
+from llama_ds.training.feed import Feed
+
+PLACES: dict[str, tuple[Any, str]] = {
+    "forward": (WrittenOutLayer, "forward"),
+    "data": (Feed, "__next__"),
+    "messages": (point_to_point.Mail, "post"),
+}
+
+
+def slow_down(where: str, seconds: float) -> None:
+    """Have every call of a function take longer; of a receive, the wait for what it brings."""
+    owner, name = PLACES[where]
+    whole = getattr(owner, name)
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        if where == "messages":
+            handles, buffers = whole(*args, **kwargs)
+            return [_Late(handle, seconds) for handle in handles], buffers
+        time.sleep(seconds)
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, slow)
+
+
+class _Late:
+    """A receive whose message comes later than it does."""
+
+    def __init__(self, handle: Any, seconds: float) -> None:
+        self._handle, self._seconds = handle, seconds
+
+    def wait(self) -> None:
+        self._handle.wait()
+        time.sleep(self._seconds)
+
+
+if __name__ == "__main__":
+    where, seconds, rank, *arguments = sys.argv[1:]
+    if os.environ["RANK"] == rank:
+        slow_down(where, float(seconds))
+    sys.argv[1:] = arguments
+    sys.exit(train.main())

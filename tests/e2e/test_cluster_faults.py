@@ -1,0 +1,135 @@
+"""A job on real hosts meets the faults that end jobs, and its losses are those of a run that met none.
+
+Three or four hosts, each with its own network, processes and sshd; DeepSpeed's launcher over pdsh and ssh.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from cluster import QUICK, Job, start, stop
+from launching import TRAIN, deepspeed, succeed
+from tiny_run import Run
+
+from tests.hosts import Hosts, missing
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+STEPS = 300
+LAYOUT = {
+    "parallel.pp": 2,
+    "training.global_batch": 32,
+    "training.steps": STEPS,
+    "checkpoint.interval": 10,
+    "checkpoint.keep_last": 3,
+}
+DETECTED_S = 15.0  # within which a killed rank must be noticed, on a machine of two cores
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with Hosts(4, tmp_path_factory.mktemp("hosts")) as those:
+        yield those
+
+
+@pytest.fixture(scope="module")
+def whole(make_run: Callable[..., Run]) -> Run:
+    """The run that nothing happens to: four ranks on this machine."""
+    run = make_run("whole", LAYOUT)
+    succeed(deepspeed(4, TRAIN, run.file), run.log)
+    return run
+
+
+def test_killed_stopped_cut_off_and_killed_while_saving(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
+    """Four faults in one job of pp 2, dp 2 on two hosts, with two spares; the losses are the whole run's, to the bit."""
+    run = make_run("faults", LAYOUT)
+    spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 2, ["node3", "node4"])
+    job = start(run, hosts, ["node1", "node2"], 2, "--supervise", "--spares", str(spares))
+    try:
+        job.wait_for_attempt(1)
+        killed_at = time.time()
+        job.ranks("node2")[1].kill()
+        job.wait_for(lambda: job.named("death"))
+
+        job.wait_for_attempt(2)
+        job.wait_for_steps(30)  # so that the time of a step is known
+        stop(job.ranks("node1")[1])
+        job.wait_for(lambda: job.named("hang"))
+
+        job.wait_for_attempt(3)
+        kill_while_saving(job, "node1")
+        job.wait_for(lambda: len(job.named("death")) == 2)
+
+        job.wait_for_attempt(4)  # node1 has failed twice: a spare has its place
+        hosts.unplug("node2")
+        job.wait_for(lambda: job.named("host lost"))
+        code = job.finish()
+    finally:
+        job.kill()
+        hosts.plug("node2")
+    assert code == 0, job.output[-4000:]
+
+    first, second = job.named("death")
+    assert (first["ranks"], first["hosts"]) == ([3], ["node2"])
+    detected = next(event for event in job.named("detected") if event["ranks"] == [3])
+    assert detected["time"] - killed_at < DETECTED_S
+    assert "rank 3 on node2" in first["text"]
+    (hang,) = job.named("hang")
+    assert (hang["ranks"], hang["hosts"]) == ([1], ["node1"])
+    assert "probably because of rank 1 on node1: its process is stopped" in hang["text"]
+    assert second["ranks"] == [0]
+    (lost,) = job.named("host lost")
+    assert lost["hosts"] == ["node2"]
+    assert [(e["out"], e["into"]) for e in job.named("hosts changed")] == [
+        (["node1"], ["node3"]),
+        (["node2"], ["node4"]),
+    ]
+    assert run.losses == whole.losses
+    assert run.validation_loss == whole.validation_loss
+    assert not job.leftovers()
+
+
+def kill_while_saving(job: Job, host: str) -> None:
+    """Kill the first rank of a host while a checkpoint is being written."""
+    partial = job.run.checkpoints
+    victim = job.ranks(host)[0]
+    job.wait_for(lambda: any(path.name.endswith(".partial") for path in partial.iterdir()))
+    victim.kill()
+
+
+def test_without_a_spare_fewer_ranks_go_on(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
+    """dp 2 becomes dp 1 with the same global batch: losses to the rounding of another order of sums."""
+    run = make_run("fewer", LAYOUT)
+    job = start(run, hosts, ["node1", "node2"], 2, "--supervise")
+    try:
+        job.wait_for_attempt(1)
+        hosts.unplug("node2")
+        code = job.finish()
+    finally:
+        job.kill()
+        hosts.plug("node2")
+    assert code == 0, job.output[-4000:]
+    (changed,) = job.named("world changed")
+    assert (changed["before"], changed["after"]) == (4, 2)
+    assert run.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert not job.leftovers()
+
+
+def test_killed_launcher_leaves_no_process_and_loses_nothing(hosts: Hosts, make_run: Callable[..., Run]) -> None:
+    """kill -9 of tools/launch.py: the ranks notice, save and end; the same command goes on from there."""
+    run = make_run("launcher_killed", LAYOUT | {"training.steps": 10**6, "checkpoint.interval": 0})
+    job = start(run, hosts, ["node1", "node2"], 1)
+    try:
+        job.wait_for_attempt(1)
+        job.wait_for_steps(5)
+        at = job.step
+        job.process.kill()
+        deadline = time.monotonic() + QUICK["orphan-s"] + 15
+        while job.leftovers() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not job.leftovers()
+    finally:
+        job.kill()
+    assert int(run.newest.name.removeprefix("step_")) >= at

@@ -1,0 +1,248 @@
+"""tools/launch.py on real hosts: the run is the one of a single host, and what goes wrong is said first and once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from cluster import LAUNCH, Job, start
+from launching import ROOT, TRAIN, deepspeed, environment, succeed
+from tiny_run import Run
+
+from llama_ds.launch.job import VARIABLE, prepare
+from llama_ds.launch.job import Job as Attempt
+from tests.hosts import Hosts, missing
+
+needs_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+LAYOUT = {"parallel.pp": 2, "training.steps": 12, "checkpoint.interval": 5}
+ENDLESS = {"parallel.pp": 2, "training.steps": 10**6}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with Hosts(2, tmp_path_factory.mktemp("hosts"), subnet=96) as those:
+        yield those
+
+
+@pytest.fixture(scope="module")
+def alone(make_run: Callable[..., Run]) -> Run:
+    """The run on one host."""
+    run = make_run("one_host", LAYOUT)
+    succeed(deepspeed(4, TRAIN, run.file), run.log)
+    return run
+
+
+@pytest.mark.slow
+@needs_hosts
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
+def test_two_hosts_train_as_one(launcher: str, hosts: Hosts, alone: Run, make_run: Callable[..., Run]) -> None:
+    """pp 2, dp 2 on two hosts of two ranks: the same losses to the bit, a log for each rank, the console's from rank 0."""
+    run = make_run(f"two_hosts_{launcher}", LAYOUT)
+    job = start(run, hosts, ["node1", "node2"], 2, "--launcher", launcher)
+    code = job.finish()
+    assert code == 0, job.output[-4000:]
+    assert run.losses == alone.losses
+    assert run.validation_loss == alone.validation_loss
+    logs = job.folder / "attempt_01" / "logs"
+    assert sorted(path.name for path in logs.glob("rank_*")) == [f"rank_{rank:05d}.log" for rank in range(4)]
+    assert f"step 12/12 | loss {run.losses[-1]:.4f}" in job.output
+    assert [event["event"] for event in job.events if event["event"] != "killed"] == [
+        *("job started", "attempt started", "ranks joined", "done", "job ended"),
+    ]
+    assert not job.leftovers()
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_the_first_failing_rank_is_shown_first(hosts: Hosts, make_run: Callable[..., Run], tmp_path: Path) -> None:
+    """One host's copy of the code raises: its error comes first, with rank and host, and is the only traceback."""
+    source = (ROOT / "llama_ds" / "model" / "written_out.py").read_text()
+    broken = tmp_path / "written_out.py"
+    broken.write_text(source + "\n\ndef _broken(*_):\n    raise RuntimeError('broken on this host')\n\n"
+                      "WrittenOutLayer.forward = _broken\n")  # fmt: skip
+    hosts.restart("node2", f"mount --bind {broken} {ROOT / 'llama_ds' / 'model' / 'written_out.py'}")
+    run = make_run("exception", LAYOUT)
+    try:
+        job = start(run, hosts, ["node1", "node2"], 2)
+        code = job.finish()
+    finally:
+        hosts.restart("node2")
+    assert code == 1, job.output[-4000:]
+    (failure,) = job.named("failure")
+    assert failure["hosts"] == ["node2"]
+    assert failure["ranks"][0] in (2, 3)
+    assert failure["text"].startswith(f"rank {failure['ranks'][0]} on node2 failed:\nTraceback")
+    assert job.output.count("RuntimeError: broken on this host") == 1
+    assert not job.leftovers()
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_a_mistake_that_one_host_sees_ends_the_job_for_good(hosts: Hosts, make_run: Callable[..., Run]) -> None:
+    """The data is not on node2: one error, code 2, and no restart, which would not mend it."""
+    run = make_run("no_data", LAYOUT)
+    shards = next(path for path in run.file.parent.parent.glob("corpus*/shards"))
+    hosts.restart("node2", f"mount -t tmpfs none {shards}")
+    try:
+        job = start(run, hosts, ["node1", "node2"], 2, "--supervise")
+        code = job.finish()
+    finally:
+        hosts.restart("node2")
+    assert code == 2, job.output[-4000:]
+    assert job.output.count("error: ") == 1
+    assert str(shards) in job.output
+    assert len(job.named("attempt started")) == 1
+    assert not job.leftovers()
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_signals_to_the_launcher_save_and_end(hosts: Hosts, make_run: Callable[..., Run]) -> None:
+    run = make_run("signals", ENDLESS)
+    job = start(run, hosts, ["node1", "node2"], 1)
+    try:
+        job.wait_for_attempt(1)
+        job.process.send_signal(signal.SIGUSR1)
+        job.wait_for(lambda: (run.checkpoints / "latest").exists())
+        saved = run.newest
+        job.wait_for_steps(3)
+        job.process.send_signal(signal.SIGTERM)
+        code = job.finish()
+    finally:
+        job.kill()
+    assert code == 0, job.output[-4000:]
+    assert run.newest.name > saved.name
+    assert not job.leftovers()
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_two_jobs_on_the_same_hosts_end_one_by_one(hosts: Hosts, make_run: Callable[..., Run]) -> None:
+    """Ending one job everywhere must not touch another's processes on the same hosts."""
+    jobs: list[Job] = []
+    try:
+        for name in ("first", "second"):
+            jobs.append(start(make_run(name, ENDLESS | {"parallel.pp": 1}), hosts, ["node1", "node2"], 1))
+        for job in jobs:
+            job.wait_for_attempt(1)
+        jobs[0].ranks("node2")  # both jobs' ranks are there
+        victim = next(p for p in hosts.processes("node2", TRAIN) if str(jobs[0].run.dir) in " ".join(p.cmdline()))
+        victim.kill()
+        assert jobs[0].finish() == 1
+        jobs[1].wait_for_steps(5)
+        assert jobs[1].process.poll() is None
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [event["event"] for event in jobs[1].events] == ["job started", "attempt started", "ranks joined"]
+
+
+@pytest.mark.slow
+def test_single_processes_of_a_broken_mpi_are_refused(make_run: Callable[..., Run]) -> None:
+    """An mpirun that is not mpi4py's starts worlds of one rank: each must refuse to be the whole run."""
+    run = make_run("singleton", LAYOUT)
+    attempt = Attempt(str(run.dir / "jobs" / "0001" / "attempt_01"), {"node1": 2, "node2": 2}, "openmpi", ("", 0), 1, 9)
+    prepare(attempt, [str(run.file)])
+    done = subprocess.run(
+        [sys.executable, TRAIN, f"@{attempt.path('arguments')}"],
+        env=environment() | {VARIABLE: attempt.folder},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert "has 4 slots, but openmpi started rank 0 of 1; its processes do not know of each other" in done.stderr
+
+
+def launch(*words: object) -> subprocess.CompletedProcess[str]:
+    """Run tools/launch.py to its end."""
+    return subprocess.run(
+        [sys.executable, LAUNCH, *map(str, words)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def test_dry_run_shows_the_command_and_starts_nothing(make_run: Callable[..., Run]) -> None:
+    run = make_run("dry", LAYOUT)
+    done = launch("ds_configs/llama_65b.yaml", f"output_dir={run.dir}", "--hostfile", "hostfiles/256x8", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "deepspeed.launcher.runner" in done.stdout
+    assert "--master_addr=node001" in done.stdout
+    assert not run.dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--hostfile", "nowhere"], "nowhere: the hostfile cannot be read"),
+        (["--hostfile", "hostfiles/2x8", "--include", "node003"], "node003"),
+        (["--hostfile", "hostfiles/local", "--export", "HF_TOKEN=abc"], "HF_TOKEN"),
+        (["--hostfile", "hostfiles/local", "--export", "X"], "--export X: write NAME=VALUE"),
+        (["--hostfile", "hostfiles/local", "--listen", "192.0.2.1"], "--listen 192.0.2.1"),
+        (["--hostfile", "hostfiles/local", "--nic", "nic7"], "--nic nic7: localhost has no such interface"),
+        (["--hostfile", "hostfiles/local", "parallel.pp=3"], "world size 2 is not a multiple"),
+        (["--hostfile", "hostfiles/local", "--spares", "nowhere"], "nowhere: the hostfile cannot be read"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], error: str, make_run: Callable[..., Run]) -> None:
+    run = make_run("mistake", LAYOUT | {"parallel.pp": 1})
+    done = launch(run.file, *words)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if error in line]
+    assert len(lines) == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert "abc" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@needs_hosts
+def test_a_host_that_does_not_answer_is_named(hosts: Hosts, make_run: Callable[..., Run]) -> None:
+    run = make_run("no_answer", LAYOUT)
+    hosts.unplug("node1")
+    try:
+        job = start(run, hosts, ["node1", "node2"], 1)
+        assert job.finish() == 2
+    finally:
+        hosts.plug("node1")
+    assert "node1: the first host does not answer" in job.output
+
+
+def test_no_secret_in_any_argv_or_log(make_run: Callable[..., Run]) -> None:
+    """The token is in its file only: not in a command line, an environment, or what is printed."""
+    run = make_run("secret", LAYOUT | {"parallel.pp": 1})
+    hostfile = run.file.with_suffix(".hosts")
+    hostfile.write_text("localhost slots=2\n")
+    process = subprocess.Popen(
+        [sys.executable, LAUNCH, str(run.file), "--hostfile", str(hostfile)],
+        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    token_file = None
+    seen = ""
+    while process.poll() is None:
+        token_file = token_file or next(iter(run.dir.glob("jobs/*/attempt_01/token")), None)
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                for part in ("cmdline", "environ"):
+                    try:
+                        seen += Path("/proc", name, part).read_bytes().decode(errors="replace") if token_file else ""
+                    except OSError:
+                        continue
+        seen = seen[-(1 << 24) :]
+        time.sleep(0.5)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert token_file
+    secret = token_file.read_text()
+    assert "train.py" in seen
+    assert secret not in seen
+    files = [path for path in (run.dir / "jobs").rglob("*") if path.is_file() and path != token_file]
+    assert files
+    assert not any(secret in path.read_text(errors="replace") for path in files)
+    assert secret not in output
+    assert json.loads((run.dir / "jobs/0001/events.jsonl").read_text().splitlines()[-1])["event"] == "job ended"

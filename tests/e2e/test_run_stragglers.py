@@ -1,0 +1,66 @@
+"""logging.straggler_interval names the rank that the others wait for, and in what, and changes nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launching import TRAIN, succeed, torchrun
+from tiny_run import Run
+
+SLOW = Path(__file__).with_name("slow_rank.py")
+# What is slow is so by far more than four ranks on a busy machine differ in. Half a second a step is 2 to 4 calls.
+PP2_DP2 = {"parallel.pp": 2, "logging.straggler_interval": 3}
+DP4 = {"logging.straggler_interval": 3}
+
+
+def found(run: Run) -> list[dict[str, Any]]:
+    """The lines of stragglers.jsonl."""
+    return [json.loads(line) for line in (run.dir / "stragglers.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "where", "seconds", "rank", "part"),
+    [
+        (PP2_DP2, "forward", 0.15, 1, "compute"),
+        (PP2_DP2, "data", 0.3, 3, "data"),
+        (DP4, "forward", 0.3, 2, "compute"),
+    ],
+)
+def test_the_slow_rank_is_named(
+    layout: dict[str, Any], where: str, seconds: float, rank: int, part: str, make_run: Callable[..., Run]
+) -> None:
+    run = make_run(f"slow_{where}_{rank}", layout)
+    output = succeed(torchrun(4, SLOW, where, seconds, rank, run.file), run.log)
+    reports = found(run)
+    # The first step is left out.
+    assert [(report["step"], report["steps"]) for report in reports] == [(3, 2), (6, 3)]
+    for report in reports:
+        (slow,) = report["slow"]
+        assert slow["ranks"] == [rank] and slow["part"] == part and slow["steady"]
+        assert report["slow_links"] == []
+        assert slow["ms"] - slow["median_ms"] > 400
+        parts = slow["parts"]
+        # All ranks take the same time for a step: the parts of the slow one add up to it.
+        assert sum(parts.values()) - parts["between_ms"] == pytest.approx(report["step_ms"], rel=0.2)
+    said = [line for line in output.splitlines() if line.startswith("SLOW: ")]
+    assert len(said) == 2 and all(f"rank {rank} on " in line for line in said)
+
+
+@pytest.mark.slow
+def test_a_slow_link_is_told_from_a_slow_rank_and_losses_are_those_without(make_run: Callable[..., Run]) -> None:
+    """Rank 3's messages come late: no rank computes longer, the waits of its pipeline, ranks 1 and 3, tell it."""
+    run, without = make_run("slow_link", PP2_DP2), make_run("no_report", {**PP2_DP2, "logging.straggler_interval": 0})
+    output = succeed(torchrun(4, SLOW, "messages", 0.3, 3, run.file), run.log)
+    for report in found(run):
+        assert report["slow"] == []
+        assert [(link["ranks"], link["after_stage"]) for link in report["slow_links"]] == [([1, 3], 0)]
+    assert "SLOW LINK: between rank 1 on " in output
+
+    succeed(torchrun(4, TRAIN, without.file), without.log)
+    assert run.losses == without.losses and run.validation_loss == without.validation_loss
+    assert not (without.dir / "stragglers.jsonl").exists()

@@ -1,0 +1,201 @@
+"""The supervisor's rules: when a loss is a spike, a job stands still, who is to blame, and where it goes on."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.launch.job import Job
+from llama_ds.launch.supervise import hang
+from llama_ds.launch.supervise.processes import Host
+from llama_ds.launch.supervise.progress import Pace, Patience
+from llama_ds.launch.supervise.roster import Roster, first_slots, largest_world
+from llama_ds.launch.supervise.server import Member
+from llama_ds.launch.supervise.spikes import WINDOW, SpikeRule
+from llama_ds.launch.wire import Beat, Phase
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def falling(step: int) -> float:
+    """A loss as runs have it: a power law with the noise of a batch."""
+    return 2.0 + 8.0 * (step + 10) ** -0.3 + 0.02 * math.sin(step * 12.9898)
+
+
+def test_no_spike_in_a_run_as_they_are() -> None:
+    rule = SpikeRule()
+    assert not any(rule.take(step, falling(step)) for step in range(5000))
+
+
+@pytest.mark.parametrize("at", [3 * WINDOW, 1000, 4000])
+def test_a_spike_is_found_at_its_first_step(at: int) -> None:
+    rule = SpikeRule()
+    found = [rule.take(step, falling(step) + (1.0 if at <= step else 0)) for step in range(at + 4)]
+    (spike,) = [one for one in found[: at + 3] if one]
+    assert spike.step == at
+    assert spike.before == pytest.approx(falling(at), rel=0.05)
+
+
+def test_one_bad_batch_is_none_and_nan_is_one_at_once() -> None:
+    rule = SpikeRule()
+    losses = [falling(step) + (3.0 if step in (200, 201, 250) else 0) for step in range(300)]
+    assert not any(rule.take(step, loss) for step, loss in enumerate(losses))
+    assert rule.take(300, math.nan) is not None
+
+
+def member(rank: int, step: int, phase: Phase = Phase.TRAINING, waits: bool = True, stacks: str = "") -> Member:
+    return Member(rank, f"node{rank // 2 + 1}", {"pid": rank}, Beat(step, phase, waits, "wait"), stacks=stacks or None)
+
+
+def test_patience_is_learnt_from_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten times the median step, never less than the least, and the starting time where nothing is known."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    pace = Pace(Patience(factor=10, least_s=5, start_s=600))
+    pace.look([member(0, 0)])
+    assert pace.bound() == 600
+    for step in range(1, 9):
+        now[0] += 2.0
+        assert not pace.look([member(0, step), member(1, step)])
+    assert pace.step_s == 2.0
+    assert pace.bound() == 20
+    now[0] += 19.9
+    assert not pace.look([member(0, 8), member(1, 8)])
+    now[0] += 0.2
+    assert pace.look([member(0, 8), member(1, 8)])
+    # A save is no step: as long as none has been seen it may take the starting time, then ten times the longest.
+    assert not pace.look([member(0, 8, Phase.SAVING), member(1, 8)])
+    assert pace.bound() == 600
+    pace.learn(Phase.SAVING, 3.0)
+    assert pace.bound() == 30
+
+
+STACK = 'MainThread:\n  File "/x/train.py", line 1, in main\n  File "/x/{file}", line {line}, in {function}\n'
+WAITING = STACK.format(file="point_to_point.py", line=9, function="wait")
+WORKING = STACK.format(file="loss.py", line=40, function="forward")
+
+
+def standings(
+    tmp_path: Path, members: dict[int, Member], hosts: dict[str, Host], silent: tuple[int, ...] = ()
+) -> hang.HangReport:
+    job = Job(str(tmp_path), {"node1": 2, "node2": 2}, "pdsh", ("", 0), 1, 1)
+    now = time.monotonic()
+    beats = {rank: now - (60 if rank in silent else 0) for rank in members}
+    report = hang.HangReport(12, 10)
+    report.standings = hang.examine(job, members, hosts, beats, 5)
+    return report
+
+
+def host(name: str, ranks: dict[int, str], problem: str | None = None) -> Host:
+    command = "python llama_ds/train.py"
+    found = {str(r): {"rank": str(r), "state": s, "command": command} for r, s in ranks.items()}
+    return Host(name, problem, {"processes": found} if problem is None else {})
+
+
+ALIVE = {"node1": host("node1", {0: "S", 1: "S"}), "node2": host("node2", {2: "S", 3: "S"})}
+ALL_WAIT = {rank: member(rank, 5, stacks=WAITING) for rank in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("members", "hosts", "silent", "culprits", "reason"),
+    [
+        (ALL_WAIT, ALIVE, (), [], "no rank stands out"),
+        (ALL_WAIT, ALIVE | {"node2": host("node2", {2: "S", 3: "T"})}, (3,), [3], "its process is stopped"),
+        (ALL_WAIT, ALIVE | {"node2": host("node2", {2: "S"})}, (), [3], "its process is gone"),
+        (ALL_WAIT, ALIVE | {"node2": host("node2", {}, "ssh: no route")}, (2, 3), [2, 3], "its host does not answer"),
+        (ALL_WAIT, ALIVE, (1,), [1], "does not report"),
+        (ALL_WAIT | {2: member(2, 5, waits=False, stacks=WORKING)}, ALIVE, (), [2], "at work while most"),
+        (ALL_WAIT | {0: member(0, 4, stacks=WAITING)}, ALIVE, (), [0], "fewer steps"),
+        (ALL_WAIT | {1: member(1, 5, stacks=WORKING)}, ALIVE, (), [1], "elsewhere than most"),
+        (
+            {r: ALL_WAIT[r] for r in (0, 1, 2)},
+            ALIVE | {"node2": host("node2", {2: "S"})},
+            (),
+            [3],
+            "its process is gone",
+        ),
+    ],
+)
+def test_the_culprit_is_named(
+    tmp_path: Path,
+    members: dict[int, Member],
+    hosts: dict[str, Host],
+    silent: tuple[int, ...],
+    culprits: list[int],
+    reason: str,
+) -> None:
+    report = standings(tmp_path, members, hosts, silent)
+    assert [s.rank for s in report.culprits] == culprits
+    assert reason in report.text()
+    assert len(report.as_json()["ranks"]) == 4  # type: ignore[arg-type]
+
+
+def test_stacks_of_the_fault_handler_are_read_too() -> None:
+    text = (
+        'Thread 0x01 (most recent call first):\n  File "/x/threading.py", line 5 in wait\n\n'
+        'Current thread 0x02 (most recent call first):\n  File "/x/loss.py", line 40 in forward\n'
+        '  File "/x/t.py", line 1 in main\n'
+    )
+    assert hang.innermost(text) == ("t.py:1 main", "loss.py:40 forward")
+
+
+@pytest.fixture(scope="module")
+def run() -> RunConfig:
+    return load_run(str(ROOT / "ds_configs" / "llama_65b.yaml"), [])
+
+
+HOSTS = {f"node{i:03}": 8 for i in range(256)}
+
+
+def test_spares_take_the_places_of_bad_hosts(run: RunConfig) -> None:
+    """Ranks of good hosts stay where they are: their data caches are there."""
+    roster = Roster(run, HOSTS, {"spare1": 8, "spare2": 4, "spare3": 8})
+    good = [host for host in roster.every if host not in ("node003", "node200")]
+    chosen = roster.choose(good)
+    assert list(chosen)[3] == "spare1"
+    assert list(chosen)[200] == "spare3"  # spare2 has too few slots
+    assert [h for h in chosen if h in HOSTS] == [h for h in HOSTS if h in good]
+    assert roster.choose(list(HOSTS)) == HOSTS
+
+
+def test_a_host_that_fails_twice_makes_place_for_a_spare(run: RunConfig) -> None:
+    roster = Roster(run, HOSTS, {"spare1": 8})
+    roster.blame(["node007"])
+    assert roster.choose(list(roster.every)) == HOSTS
+    roster.blame(["node007"])
+    assert list(roster.choose(list(roster.every)))[7] == "spare1"
+    # But is better than none.
+    assert roster.choose(list(HOSTS)) == HOSTS
+
+
+def test_without_spares_the_world_shrinks_to_a_legal_one(run: RunConfig) -> None:
+    """65B: pp * tp = 64 and dp a divisor of the global batch: of 255 hosts 128 are used."""
+    roster = Roster(run, HOSTS)
+    chosen = roster.choose([host for host in HOSTS if host != "node000"])
+    world = sum(chosen.values())
+    parallel = run.parallel
+    assert world % (parallel.pp * parallel.tp) == 0
+    dp = world // (parallel.pp * parallel.tp)
+    assert run.training.global_batch % dp == 0
+    assert "node000" not in chosen
+    assert largest_world(run, 2048) == 2048
+    assert largest_world(run, 2047) == world
+    with pytest.raises(UserError, match="too few"):
+        roster.choose(["node001"])
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.integers(1, 8), min_size=1), st.integers(0, 40))
+def test_first_slots_are_as_many_as_asked(hosts: dict[str, int], world: int) -> None:
+    world = min(world, sum(hosts.values()))
+    chosen = first_slots(hosts, world)
+    assert sum(chosen.values()) == world
+    assert all(chosen[host] <= hosts[host] for host in chosen)
+    assert list(chosen) == list(hosts)[: len(chosen)]

@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Make a hostfile, check how a run's ranks lie on its hosts, print the rank map, and select hosts of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llama_ds.config.layout import resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.errors import UserError
+from llama_ds.launch import rank_map
+from llama_ds.launch.hostfile import hostfile_text, parse_hostfile, select, write_hostfile
+from llama_ds.launch.nodelist import SYSTEMS, expand, from_scheduler
+from llama_ds.launch.placement import Finding, Rank, findings, place
+
+EXAMPLES = """examples:
+  tools/hostfile.py generate --hosts 'node[001-256]' --slots 8 --out hostfiles/mine
+  tools/hostfile.py generate --slurm --slots 8 --out hostfile              # within a Slurm job
+  tools/hostfile.py generate --slurm 'gpu[01-04,07]' --slots 8
+  tools/hostfile.py generate --lsf --out hostfile                          # within an LSF job
+  tools/hostfile.py generate --pbs "$PBS_NODEFILE" --slots 8
+  tools/hostfile.py check hostfiles/256x8 --run ds_configs/llama_65b.yaml parallel.pp=4
+  tools/hostfile.py map hostfiles/256x8 --run ds_configs/llama_65b.yaml --svg ranks.svg
+  tools/hostfile.py map hostfiles/2x8 --pp 2 --tp 4 --every-host
+  tools/hostfile.py select hostfiles/256x8 --exclude 'node[017-018]@node200' --out hostfile
+"""
+
+CHECK = """Check a hostfile's grammar and how the ranks of a run lie on it; exit with 2 where that is wrong.
+
+With --run also that the run's batch can be divided over the ranks.
+"""
+
+SELECT = """Take the hosts and slots that DeepSpeed's --include or --exclude leaves: NODE[:SLOT,SLOT...][@NODE...].
+
+A NODE may be a range, as in node[001-004]. A hostfile counts slots and cannot say which: where others than the first
+are left, --json prints them.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one subcommand and return the exit code."""
+    args = parse(argv)
+    try:
+        commands = {"generate": generate, "check": check, "map": show_map, "select": select_hosts}
+        return commands[args.command](args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+    except BrokenPipeError:  # whoever read the output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("generate", help="make a hostfile", epilog=EXAMPLES, formatter_class=formatter)
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hosts", metavar="LIST", help="such as 'node[001-256]' or 'a[1-4,7]-ib0,b', in quotes")
+    source.add_argument("--slurm", nargs="?", const="", metavar="NODELIST", help="(default: of this job)")
+    source.add_argument("--lsf", nargs="?", const="", metavar="FILE", help="LSB_DJOB_HOSTFILE (default: of this job)")
+    source.add_argument("--pbs", nargs="?", const="", metavar="FILE", help="PBS_NODEFILE (default: of this job)")
+    command.add_argument("--slots", type=int, help="ranks of every host (default: what the batch system counts)")
+    command.add_argument("--comment", default="", metavar="TEXT", help="in the file's first lines")
+    command.add_argument("--out", metavar="FILE", help="(default: print it)")
+    command = commands.add_parser("check", help="how ranks lie on it", description=CHECK, formatter_class=formatter)
+    _add_parallel(command)
+    command.add_argument("--json", action="store_true")
+    command = commands.add_parser("map", help="which rank is where, hosts of one pattern in one line")
+    _add_parallel(command)
+    command.add_argument("--every-host", action="store_true", help="a line for each host")
+    command.add_argument("--svg", metavar="FILE", help="draw it, too")
+    command.add_argument("--json", action="store_true", help="a list of all ranks")
+    command = commands.add_parser("select", help="some of its hosts", description=SELECT, formatter_class=formatter)
+    command.add_argument("file", metavar="FILE")
+    command.add_argument("--include", default="", metavar="FILTER", help="only these")
+    command.add_argument("--exclude", default="", metavar="FILTER", help="all but these")
+    command.add_argument("--out", metavar="FILE", help="(default: print it)")
+    command.add_argument("--json", action="store_true", help="the slots of each host")
+    return parser.parse_args(argv)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Make a hostfile."""
+    if args.hosts is not None:
+        if args.slots is None:
+            raise UserError("command line: --hosts does not say how many slots a host has; add --slots 8")
+        hosts = dict.fromkeys(expand(args.hosts, "--hosts"), args.slots)
+    else:
+        system = next(name for name in SYSTEMS if getattr(args, name) is not None)
+        hosts = from_scheduler(system, getattr(args, system), args.slots, os.environ)
+    return _give(hosts, args.out, args.comment)
+
+
+def check(args: argparse.Namespace) -> int:
+    """Print the findings; return 2 where one is an error."""
+    found = findings(_ranks(args))
+    if args.json:
+        print(json.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        _print_findings(found)
+    return UserError.EXIT_CODE if any(finding.severity == "error" for finding in found) else 0
+
+
+def show_map(args: argparse.Namespace) -> int:
+    """Print the rank map, and draw it."""
+    ranks = _ranks(args)
+    if args.svg:
+        try:
+            Path(args.svg).write_text(rank_map.svg(ranks, f"Ranks on {args.file}"), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{args.svg}: cannot be written: {error.strerror}; name another file") from None
+    print(json.dumps([asdict(rank) for rank in ranks]) if args.json else rank_map.table(ranks, args.every_host))
+    return 0
+
+
+def select_hosts(args: argparse.Namespace) -> int:
+    """Write the hostfile of the hosts that a filter leaves."""
+    left = select(parse_hostfile(args.file), args.include, args.exclude)
+    if args.json:
+        print(json.dumps(left))
+        return 0
+    for host, slots in left.items():
+        if slots != list(range(len(slots))):
+            raise UserError(
+                f"{args.file}: slots {','.join(map(str, slots))} of {host} are not its first {len(slots)}, and a "
+                "hostfile only counts; leave out its last slots, or give the filter to deepspeed itself"
+            )
+    return _give({host: len(slots) for host, slots in left.items()}, args.out, "")
+
+
+def _add_parallel(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE")
+    command.add_argument("--run", nargs="+", metavar=("RUN.yaml", "key=value"), help="pp and tp of it; give FILE first")
+    command.add_argument("--pp", type=int, help="pipeline stages (default: 1)")
+    command.add_argument("--tp", type=int, help="tensor-parallel size (default: 1)")
+
+
+def _ranks(args: argparse.Namespace) -> list[Rank]:
+    hosts = parse_hostfile(args.file)
+    if not args.run:
+        pp, tp = (1 if size is None else size for size in (args.pp, args.tp))
+        return place(hosts, pp, tp, args.file)
+    if args.pp is not None or args.tp is not None:
+        raise UserError("command line: --pp and --tp are in the run file; write parallel.pp=N after --run RUN.yaml")
+    layout = resolve_layout(load_run(args.run[0], args.run[1:]), sum(hosts.values()))
+    return place(hosts, layout.pp, layout.tp, args.file)
+
+
+def _print_findings(found: list[Finding]) -> None:
+    for finding in found:
+        print(f"{finding.severity:7}  {finding.text}")
+
+
+def _give(hosts: Mapping[str, int], out: str | None, comment: str) -> int:
+    if out is None:
+        print(hostfile_text(hosts, comment, "command line"), end="")
+    else:
+        write_hostfile(out, hosts, comment)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Start a run on the hosts of a hostfile with DeepSpeed's launcher, watch it, and show the first error first.
+
+With --supervise a job that fails is ended on all hosts and started again from its newest good checkpoint: on the same
+hosts, on spares in the places of bad ones, or on fewer ranks with the same global batch.
+
+SIGINT and SIGTERM have the ranks save and end (a second one ends them at once), SIGUSR1 has them save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llama_ds.config.layout import resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.launch.command import LAUNCHERS, runner_command
+from llama_ds.launch.hostfile import parse_hostfile, select
+from llama_ds.launch.job import VARIABLE, Job, new_folder
+from llama_ds.launch.meeting import Meeting
+from llama_ds.launch.placement import findings, place
+from llama_ds.launch.preflight import Report, Settings, examine
+from llama_ds.launch.supervise.attempt import Watch
+from llama_ds.launch.supervise.progress import Patience
+from llama_ds.launch.supervise.roster import Roster
+from llama_ds.launch.supervise.supervisor import Bounds, Start, Supervisor, command_of
+
+EXAMPLES = """examples:
+  tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --dry-run
+  tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --supervise --spares hostfiles/spares
+  tools/launch.py ds_configs/quickstart.yaml training.steps=20 --hostfile hostfiles/local parallel.pp=1
+"""
+FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "OMPI_ALLOW_", "HF_HUB_OFFLINE", "CUDA_DEVICE_MAX_CONNECTIONS")
+FORWARDED_NAMES = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0 done, 1 failed for good, 2 a mistake in what was asked for."""
+    args = parse(argv)
+    os.environ.pop(VARIABLE, None)  # of a job that started this one: its end is not ours
+    try:
+        return launch(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+    except KeyboardInterrupt:
+        print("ended at once: nothing was saved", file=sys.stderr)
+        return 130
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+    parser.add_argument("run_file", help="YAML run file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as for llama_ds/train.py")
+    parser.add_argument("--hostfile", required=True, help="HOST slots=N, one per line, in the order of the ranks")
+    parser.add_argument("--include", default="", help="only these of its hosts: node1@node2:0,1")
+    parser.add_argument("--exclude", default="", help="all of its hosts but these")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: %(default)s")
+    parser.add_argument("--launcher-args", default="", help="further words for pdsh, mpirun or srun")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and where ranks go; start nothing")
+    network = parser.add_argument_group("network")
+    network.add_argument("--nic", default="", help="interface of the ranks' traffic (default: the one to rank 0)")
+    network.add_argument("--master-addr", default="", help="address of the first host, as the others see it")
+    network.add_argument("--master-port", type=int, default=0, help="default: one that is free")
+    network.add_argument("--listen", default="", help="this machine's address, as the hosts see it")
+    network.add_argument("--ssh-port", type=int)
+    network.add_argument("--export", action="append", default=[], metavar="NAME=VALUE", help="a variable for the ranks")
+    watch = parser.add_argument_group("supervision")
+    watch.add_argument("--supervise", action="store_true", help="start again after failures")
+    watch.add_argument("--spares", default="", help="hostfile of hosts to take the places of bad ones")
+    watch.add_argument("--max-restarts", type=int, default=5, help="in a row, without progress (default: %(default)s)")
+    watch.add_argument("--backoff-s", type=float, default=5.0, help="before the first restart (default: %(default)s)")
+    watch.add_argument("--beat-s", type=float, default=5.0, help="between reports of a rank (default: %(default)s)")
+    watch.add_argument("--silent-s", type=float, default=15.0, help="without one, until its host is looked at")
+    watch.add_argument("--orphan-s", type=float, default=60.0, help="until ranks without a launcher end themselves")
+    watch.add_argument("--hang-factor", type=float, default=10.0, help="times the median step (default: %(default)s)")
+    watch.add_argument("--hang-min-s", type=float, default=60.0, help="however short steps are (default: %(default)s)")
+    watch.add_argument("--start-s", type=float, default=1800.0, help="to start and load (default: %(default)s)")
+    watch.add_argument(
+        "--rewind-steps", type=int, default=0, help="after a loss spike, go back so far before it; 0: never"
+    )
+    watch.add_argument(
+        "--skip-steps", type=int, default=0, help="and leave out so many steps' data (default: rewind + 200)"
+    )
+    return parser.parse_intermixed_args(argv)
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Start the job and see it through."""
+    run = load_run(args.run_file, args.overrides)
+    hosts = hosts_of(args)
+    layout = resolve_layout(run, sum(hosts.values()))
+    ranks = place(hosts, layout.pp, layout.tp)
+    for finding in findings(ranks):
+        if finding.severity == "error":
+            raise UserError(f"{args.hostfile}: {finding.text}")
+        if finding.severity == "warning" or args.dry_run:
+            say(f"{finding.severity}: {finding.text}")
+    start = start_of(args)
+    if args.dry_run:
+        show(args, run, start, hosts)
+        return 0
+    supervisor = Supervisor(
+        run=run,
+        start=start,
+        roster=Roster(run, hosts, parse_hostfile(args.spares) if args.spares else {}),
+        watch=Watch(
+            Patience(args.hang_factor, args.hang_min_s, args.start_s), args.silent_s, spikes=args.rewind_steps > 0
+        ),
+        bounds=Bounds(
+            restarts=args.max_restarts if args.supervise else 0,
+            backoff_s=args.backoff_s,
+            rewind_steps=args.rewind_steps,
+            skip_steps=args.skip_steps or args.rewind_steps + 200,
+        ),
+        folder=new_folder(run.run_dir),
+        examine=lambda those: preflight(args, run, those),
+        say=say,
+    )
+    say(f"job folder: {supervisor.folder}")
+    handle_signals(supervisor)
+    return supervisor.supervise()
+
+
+def hosts_of(args: argparse.Namespace) -> dict[str, int]:
+    """Return the slots of the hosts to start on."""
+    hosts = parse_hostfile(args.hostfile)
+    if not (args.include or args.exclude):
+        return hosts
+    chosen = select(hosts, args.include, args.exclude)
+    for host, slots in chosen.items():
+        if slots != list(range(len(slots))):
+            raise UserError(
+                f"--include/--exclude: slots {slots} of {host} are not its first ones; write a hostfile with fewer "
+                "slots, and set CUDA_VISIBLE_DEVICES on that host"
+            )
+    return {host: len(slots) for host, slots in chosen.items()}
+
+
+def start_of(args: argparse.Namespace) -> Start:
+    """Return how ranks are started."""
+    exports = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED) or k in FORWARDED_NAMES}
+    for pair in args.export:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--export {pair}: write NAME=VALUE")
+        exports[name] = value
+    return Start(
+        run_file=os.path.abspath(args.run_file),
+        overrides=args.overrides,
+        train=str(ROOT / "llama_ds" / "train.py"),
+        launcher=args.launcher,
+        launcher_args=args.launcher_args.split(),
+        exports=exports,
+        nic=args.nic,
+        master=args.master_addr,
+        master_port=args.master_port,
+        listen=args.listen,
+        ssh_port=args.ssh_port,
+        beat_s=args.beat_s,
+        orphan_s=args.orphan_s,
+    )
+
+
+def show(args: argparse.Namespace, run: RunConfig, start: Start, hosts: Mapping[str, int]) -> None:
+    """Print what would be started. Nothing is asked of any host, so what they would answer has a stand-in."""
+    folder = os.path.join(os.path.abspath(run.run_dir), "jobs", "NNNN", "attempt_01")
+    job = Job(folder, dict(hosts), start.launcher, ("", 0), start.beat_s, start.orphan_s, start.nic)
+    meeting = Meeting(start.master or next(iter(hosts)), start.master_port or 29500, "")
+    print(runner_command(command_of(job, start, meeting)))
+
+
+def preflight(args: argparse.Namespace, run: RunConfig, hosts: Mapping[str, int]) -> Report:
+    """Look at hosts before they are used again."""
+    os.makedirs(run.run_dir, exist_ok=True)
+    settings = Settings(output_dir=run.output_dir, measure=False, nic=args.nic, ssh_port=args.ssh_port)
+    return examine(hosts, settings)
+
+
+def handle_signals(supervisor: Supervisor) -> None:
+    """Pass on what a person or a scheduler wants; a second wish to end is not waited for."""
+
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        supervisor.ask("end")
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGUSR1, lambda *_: supervisor.ask("save"))
+
+
+def say(text: str) -> None:
+    """Show a line to people."""
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
