@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 CONNECT_S = 5  # for a host to answer at all
 MAX_OUTPUT = 1 << 20  # bytes of an answer that are kept: a host may send garbage without end
@@ -56,6 +57,12 @@ def ssh_command(host: str, argv: Sequence[str], port: int | None = None) -> list
     words += ["-p", str(port)] if port else []
     words += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
     return ["ssh", *words, "--", host, shlex.join(argv)]
+
+
+def script_with(path: Path, request: str) -> bytes:
+    """Return a script of ours with the text of its request put in, as its constant REQUEST, to be sent over stdin."""
+    head, future, rest = path.read_text(encoding="utf-8").partition("from __future__ import annotations\n")
+    return f"{head}{future}REQUEST = {request!r}\n{rest}".encode()
 
 
 def on_hosts(

@@ -137,7 +137,7 @@ class Checkpoints:
     def go_back(self, chosen: tuple[str, Description] | None) -> None:
         """Set aside what is newer than the checkpoint that a rewind chose, if it did. Collective.
 
-        Call it when nothing can refuse the run any more: until then its folder is as it was.
+        Call it when data and engine have accepted the checkpoint: until then `latest` names what it did.
 
         Raises:
             UserError: the folder cannot be written.

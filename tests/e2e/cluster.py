@@ -19,7 +19,7 @@ from tiny_run import Run
 
 from tests.hosts import Hosts
 
-LAUNCH = os.environ.get("LAUNCH") or str(ROOT / "tools" / "launch.py")
+LAUNCH = str(ROOT / "tools" / "launch.py")
 TIMEOUT_S = 400
 # Steps of the tiny run take a few milliseconds: what counts in minutes on a cluster counts in seconds here.
 QUICK = {
@@ -96,7 +96,8 @@ class Job:
 
     def ranks(self, host: str) -> list[psutil.Process]:
         """Return the ranks on a host, by rank."""
-        found = [p for p in self.hosts.processes(host, TRAIN) if "deepspeed.launcher" not in " ".join(p.cmdline())]
+        every = self.hosts.processes(host, str(self.run.dir / "jobs"))
+        found = [p for p in every if TRAIN in p.cmdline()[:4] and "RANK" in p.environ()]
         return sorted(found, key=lambda p: int(p.environ()["RANK"]))
 
     def finish(self) -> int:

@@ -42,14 +42,8 @@ def look(hosts: Sequence[str], folder: str, stacks: bool = False, port: int | No
 
 def _ask(hosts: Sequence[str], what: str, folder: str, port: int | None) -> dict[str, Host]:
     request = json.dumps({"do": what, "variable": VARIABLE, "folder": folder})
-    answers = remote.on_hosts(hosts, [sys.executable, "-I", "-"], _script(request).encode(), TIMEOUT_S, port)
+    answers = remote.on_hosts(hosts, [sys.executable, "-I", "-"], remote.script_with(AGENT, request), TIMEOUT_S, port)
     return {host: _read(answer) for host, answer in answers.items()}
-
-
-def _script(request: str) -> str:
-    source = AGENT.read_text(encoding="utf-8")
-    head, future, rest = source.partition("from __future__ import annotations\n")
-    return f"{head}{future}REQUEST = {request!r}\n{rest}"
 
 
 def _read(answer: remote.Answer) -> Host:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.launch.preflight import promote
 
 STRIKES = 2  # failures because of a host after which it is left out, as long as others are there
 
@@ -47,7 +48,7 @@ class Roster:
         struck = {host for host in good if self.strikes.get(host, 0) >= STRIKES}
         for out in (struck, set()):  # a host that has failed twice is better than none
             usable = [host for host in good if host not in out]
-            chosen = self._with_spares(usable)
+            chosen = promote(self.hosts, usable, self.spares)
             if chosen:
                 return chosen
         world = largest_world(self.run, sum(self.every[host] for host in good))
@@ -59,20 +60,6 @@ class Roster:
             )
         ordered = [host for host in good if host not in struck] + [host for host in good if host in struck]
         return first_slots({host: self.every[host] for host in ordered}, world)
-
-    def _with_spares(self, good: list[str]) -> dict[str, int] | None:
-        left = [host for host in self.spares if host in good]
-        chosen: dict[str, int] = {}
-        for host, slots in self.hosts.items():
-            if host in good:
-                chosen[host] = slots
-                continue
-            spare = next((name for name in left if self.spares[name] >= slots), None)
-            if spare is None:
-                return None
-            left.remove(spare)
-            chosen[spare] = slots
-        return chosen
 
 
 def largest_world(run: RunConfig, slots: int) -> int | None:

@@ -1,0 +1,112 @@
+"""How fast a host's devices multiply and its links reduce: the ranks of the preflight's measurement.
+
+Started on each host by `llama_ds/launch/preflight/measure.py` with one JSON argument; it starts a process for each
+slot, and prints what they measured as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama_ds.launch.attendance import interface_towards
+from llama_ds.parallel.world import on_cuda
+
+GROUP_S = 20.0  # for a group to come together, and for each of its all-reduces
+REPEATS = 5
+
+
+def main() -> None:
+    """Be a host, or one of its slots."""
+    plan = json.loads(sys.argv[1])
+    if "slot" in plan:
+        print(json.dumps(measure(plan)), flush=True)
+        os._exit(0)  # a group whose partner failed would be waited for
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    code = f"import sys; sys.path.insert(0, {root!r}); from llama_ds.parallel.burn import main; main()"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps(plan | {"slot": slot})],
+            stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for slot in range(plan["slots"])
+    ]  # fmt: skip
+    lines = [process.communicate()[0].strip().splitlines() for process in started]
+    print("<burn>" + json.dumps([json.loads(found[-1]) if found else None for found in lines]) + "</burn>")
+
+
+def measure(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return a slot's TFLOP/s, and the bus bandwidth in GB/s of each of its groups, None where it did not come about."""
+    cuda = on_cuda()
+    device = torch.device("cuda", plan["slot"]) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    found: dict[str, Any] = {"tflops": multiply(device, plan["burn_s"]), "groups": {}}
+    for group in plan["groups"]:
+        try:
+            found["groups"][group["name"]] = all_reduce(group, plan["slot"], device)
+        except (RuntimeError, dist.DistError) as error:
+            found["groups"][group["name"]] = None
+            found["problem"] = f"{group['name']}: {str(error).splitlines()[0][:200]}"
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return found
+
+
+def multiply(device: torch.device, seconds: float) -> float:
+    """Return the TFLOP/s of square matrix products: bf16 on CUDA, fp32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    _finish(device)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        for _ in range(10):
+            a @ b
+        _finish(device)
+        count += 10
+    return 2 * size**3 * count / (time.perf_counter() - begin) / 1e12
+
+
+def all_reduce(group: dict[str, Any], slot: int, device: torch.device) -> float:
+    """Return the bus bandwidth of an all-reduce in GB/s: 2 (n - 1) / n times the bytes, by the median time."""
+    interface = interface_towards(group["master"])
+    if interface:
+        os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"tcp://{group['master']}:{group['port']}",
+        rank=group["first"] + slot,
+        world_size=group["size"],
+        timeout=timedelta(seconds=GROUP_S),
+    )
+    elements = (64 << 20 if device.type == "cuda" else 2 << 20) // 4
+    data = torch.ones(elements, device=device)
+    times = []
+    for _ in range(REPEATS):
+        dist.barrier()
+        begin = time.perf_counter()
+        dist.all_reduce(data)
+        _finish(device)
+        times.append(time.perf_counter() - begin)
+    median = sorted(times)[REPEATS // 2]
+    return 2 * (group["size"] - 1) / group["size"] * elements * 4 / median / 1e9
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Look at all hosts of a hostfile before a job uses them; write one without the bad ones, spares in their places.
+
+Exit code: 0 all hosts are good, 1 some are not but enough are left, 2 not enough, or a mistake in what was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llama_ds.config.run_file import load_run
+from llama_ds.errors import UserError
+from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
+from llama_ds.launch.preflight import Report, Settings, examine, promote
+
+EXAMPLES = """examples:
+  tools/preflight.py --hostfile hostfiles/256x8 --run ds_configs/llama_65b.yaml
+  tools/preflight.py --hostfile hostfiles/256x8 --spares hostfiles/spares --out hostfiles/today
+  tools/preflight.py --hostfile hostfiles/local --no-measure --json
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    args = parse(argv)
+    try:
+        return preflight(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of --run")
+    parser.add_argument("--hostfile", required=True)
+    parser.add_argument("--run", help="run file: its folders and its tokenizer are looked for")
+    parser.add_argument("--spares", help="hostfile of hosts to take the places of bad ones")
+    parser.add_argument("--world", type=int, help="ranks that are needed (default: all of the hostfile's)")
+    parser.add_argument("--out", metavar="FILE", help="write the hostfile of the good hosts there")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--no-measure", action="store_true", help="do not time devices and links")
+    parser.add_argument("--slow", choices=("warning", "error"), default="warning", help="what a slow host is")
+    parser.add_argument("--burn-s", type=float, default=2.0, help="to multiply on each device (default: %(default)s)")
+    parser.add_argument("--timeout-s", type=float, default=20.0, help="for a host to answer (default: %(default)s)")
+    parser.add_argument("--min-free-gib", type=float, default=1.0, help="on each disk (default: %(default)s)")
+    parser.add_argument("--nic", default="", help="interface that every host must have")
+    parser.add_argument("--ssh-port", type=int)
+    return parser.parse_intermixed_args(argv)
+
+
+def preflight(args: argparse.Namespace) -> int:
+    """Look, print, and write the hostfile."""
+    hosts = parse_hostfile(args.hostfile)
+    spares = parse_hostfile(args.spares) if args.spares else {}
+    if both := hosts.keys() & spares.keys():
+        raise UserError(f"{args.spares}: {', '.join(sorted(both))} is in {args.hostfile} too; take it out of one")
+    run = load_run(args.run, args.overrides) if args.run else None
+    settings = Settings(
+        output_dir=run.output_dir if run else "runs",
+        cache_dir=run.data.cache_dir if run else "",
+        files=[run.data.tokenizer] if run else [],
+        min_free_gib=args.min_free_gib,
+        timeout_s=args.timeout_s,
+        nic=args.nic,
+        ssh_port=args.ssh_port,
+        measure=not args.no_measure,
+        burn_s=args.burn_s,
+        slow=args.slow,
+    )
+    report = examine(hosts | spares, settings, say)
+    chosen = promote(hosts, report.good, spares, args.world)
+    print(json.dumps(report.as_json() | {"hosts": chosen}, indent=1) if args.json else table(report))
+    bad = len(report.hosts) - len(report.good)
+    if chosen is None:
+        slots = sum((hosts | spares)[host] for host in report.good)
+        raise UserError(f"{args.hostfile}: the good hosts have {slots} slots, too few; mend hosts, or add --spares")
+    if args.out:
+        write_hostfile(args.out, chosen, f"{len(chosen)} hosts found good")
+    return 1 if bad else 0
+
+
+def table(report: Report) -> str:
+    """Return the report for people: what is wrong, then how many are good."""
+    width = max(map(len, report.hosts))
+    lines = [f"{f.host:{width}}  {f.severity:7}  {f.check}: {f.text}" for f in report.findings]
+    return "\n".join([*lines, f"{len(report.good)} of {len(report.hosts)} hosts are good"])
+
+
+def say(text: str) -> None:
+    """Show progress."""
+    print(text, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
