@@ -244,7 +244,7 @@ def test_torch_free_files_load_without_torch() -> None:
         ("llama_ds/model/layer.py", "import os\nfrom llama_ds.training import loop", 2, "points up"),
         ("llama_ds/data/stream.py", "def f():\n    from ..parallel import grid", 2, "points sideways"),
         ("llama_ds/data/stream.py", "from .. import checkpoint", 1, "points sideways"),
-        ("llama_ds/config/run.py", "import llama_ds.launch.hostfile", 1, "points sideways"),
+        ("llama_ds/config/run.py", "import llama_ds.launch.hostfile", 1, "points up"),
         ("llama_ds/training/loop.py", "from tools import shards", 1, "points up"),
         ("llama_ds/attic/old.py", "", 1, "no floor"),
         ("llama_ds/__init__.py", "from llama_ds import log", 1, "stays empty"),

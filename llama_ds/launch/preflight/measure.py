@@ -53,7 +53,7 @@ def measure(
             continue
         slots[host] = found
         findings += [Finding(host, "all-reduce", "error", one["problem"]) for one in found[:1] if one.get("problem")]
-    return slots, findings + slow(slots, severity)  # type: ignore[return-value]
+    return slots, findings + slow(slots, severity)
 
 
 def plan(hosts: Mapping[str, int], addresses: Mapping[str, str], port: int) -> dict[str, list[dict[str, Any]]]:

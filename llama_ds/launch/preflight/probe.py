@@ -86,7 +86,11 @@ def gpus() -> dict | None:
     if done.returncode:
         return {"problem": (done.stdout + done.stderr).strip()[:300]}
     names = GPU_FIELDS.split(",")
-    rows = [dict(zip(names, (v.strip() for v in line.split(",")), strict=False)) for line in done.stdout.splitlines() if line.strip()]
+    rows = [
+        dict(zip(names, (v.strip() for v in line.split(",")), strict=False))
+        for line in done.stdout.splitlines()
+        if line.strip()
+    ]
     return {"devices": rows}
 
 

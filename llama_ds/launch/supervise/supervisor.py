@@ -73,7 +73,9 @@ class Supervisor:
         self.run, self.start, self.roster, self.watch, self.bounds = run, start, roster, watch, bounds
         self.folder, self._examine, self._say = folder, examine, say
         self.events = Events(folder / "events.jsonl", say)
-        self._extra: list[str] = []  # overrides that a rewind asks for
+        self._extra: list[str] = []  # overrides that a rewind asks for, kept in all later attempts
+        self._skips: list[tuple[int, int]] = []  # step, and steps of data left out from there
+        self._rewinds = 0
         self._attempt: Attempt | None = None
         self._ending = False
 
@@ -211,15 +213,19 @@ class Supervisor:
         """Have the next attempt go back before the spike and leave out the data that led to it."""
         at = outcome.spike.step if outcome.spike else outcome.step
         back = max(at - self.bounds.rewind_steps, 0)
-        self._extra = rewind_overrides(back, self.bounds.skip_steps)
+        kept = [skip for skip in self._skips if skip[0] < back]  # later ones are of the run that is given up
+        self._skips = [*kept, (back, self.bounds.skip_steps)]
+        self._rewinds += 1
+        self._extra = rewind_overrides(self._skips, self._rewinds)
         self.events.add(
             "rewind", f"going back to step {back}, and leaving out {self.bounds.skip_steps} steps of data", to=back
         )
 
 
-def rewind_overrides(back: int, skip: int) -> list[str]:
-    """Return the overrides that make a run go back to the newest checkpoint up to `back`, and skip `skip` steps."""
-    return [f"checkpoint.rewind_to={back}", f"data.skip=[{{at_step: {back}, steps: {skip}}}]"]
+def rewind_overrides(skips: Sequence[tuple[int, int]], number: int) -> list[str]:
+    """Return the overrides that make a run go back to the last of `skips` and leave their data out."""
+    entries = ", ".join(f"{{at_step: {at}, steps: {steps}}}" for at, steps in skips)
+    return [f"checkpoint.rewind_to={skips[-1][0]}", f"checkpoint.rewind_id={number}", f"data.skip=[{entries}]"]
 
 
 def command_of(job: Job, start: Start, meeting: Meeting) -> Command:
