@@ -1,4 +1,4 @@
-"""What watching a job of thousands of ranks costs, measured with connections of that many simulated ranks on loopback."""
+"""What watching a job of thousands of ranks costs, measured with as many simulated ranks on loopback."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(plan: dict[str, Any]) -> dict[str, Any]:
-    """Return a slot's TFLOP/s, and the bus bandwidth in GB/s of each of its groups, None where it did not come about."""
+    """Return a slot's TFLOP/s, and the bus bandwidth in GB/s of each of its groups, None where there is none."""
     cuda = on_cuda()
     device = torch.device("cuda", plan["slot"]) if cuda else torch.device("cpu")
     if cuda:

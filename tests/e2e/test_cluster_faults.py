@@ -43,7 +43,7 @@ def whole(make_run: Callable[..., Run]) -> Run:
 
 
 def test_killed_stopped_cut_off_and_killed_while_saving(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
-    """Four faults in one job of pp 2, dp 2 on two hosts, with two spares; the losses are the whole run's, to the bit."""
+    """Four faults in one job of pp 2, dp 2 on two hosts, with two spares; the losses are a whole run's, to the bit."""
     run = make_run("faults", LAYOUT)
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 2, ["node3", "node4"])
     job = start(run, hosts, ["node1", "node2"], 2, "--supervise", "--spares", str(spares))

@@ -43,7 +43,7 @@ def alone(make_run: Callable[..., Run]) -> Run:
 @needs_hosts
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
 def test_two_hosts_train_as_one(launcher: str, hosts: Hosts, alone: Run, make_run: Callable[..., Run]) -> None:
-    """pp 2, dp 2 on two hosts of two ranks: the same losses to the bit, a log for each rank, the console's from rank 0."""
+    """pp 2, dp 2 on two hosts: the same losses to the bit, a log for each rank, the console's from rank 0."""
     run = make_run(f"two_hosts_{launcher}", LAYOUT)
     job = start(run, hosts, ["node1", "node2"], 2, "--launcher", launcher)
     code = job.finish()
