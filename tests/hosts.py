@@ -197,7 +197,8 @@ class Hosts:
             with suppress(ProcessLookupError):
                 os.killpg(daemon.pid, signal.SIGKILL)
             daemon.wait()
-        for name in self.names:
+        for name in self.names:  # the cable first: with its namespace the kernel removes it only some time later
+            subprocess.run(["ip", "link", "del", self._cable(name)], capture_output=True)
             subprocess.run(["ip", "netns", "del", self._namespace(name)], capture_output=True)
         subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)
 
