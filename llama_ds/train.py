@@ -50,12 +50,11 @@ def main() -> int:
                 world.check_mpi(place)
             check_world(job, place.rank, place.world)
             keep_output(job, place.rank)
-            presence.begin(job, place.rank, place.local_rank)
+            presence.begin(job, place.rank)
         # First of all: a mistake that only one rank can see, such as a file missing on its node, must reach the others.
         world.join(place, job.nic if job else "")
         if job:
-            identities = world.gather(host_identity())
-            world.together(lambda: check_hosts(job, identities))
+            check_hosts(job, world.gather(host_identity()))
         run, layout, config = world.together(lambda: resolve(arguments, place.world))
         from llama_ds.training.loop import train
 

@@ -184,7 +184,6 @@ def show(args: argparse.Namespace, run: RunConfig, start: Start, hosts: Mapping[
 
 def preflight(args: argparse.Namespace, run: RunConfig, hosts: Mapping[str, int]) -> Report:
     """Look at hosts before they are used again."""
-    os.makedirs(run.run_dir, exist_ok=True)
     settings = Settings(output_dir=run.output_dir, measure=False, nic=args.nic, ssh_port=args.ssh_port)
     return examine(hosts, settings)
 

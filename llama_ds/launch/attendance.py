@@ -53,6 +53,7 @@ class Progress:
         self.step = 0  # steps done
         self.doing: Callable[[], tuple[str, bool]] = lambda: ("", False)  # in words, and whether it waits for others
         self.told: deque[dict[str, Any]] = deque()  # to go with the next beat
+        self.host = socket.gethostname()  # what people call it: its name in the hostfile, where there is one
         self.speaks = False  # for the job: one rank tells what all know
         self._since = time.monotonic()
 
@@ -79,25 +80,16 @@ class Progress:
 class Attendance:
     """This rank's connection to its job's supervisor."""
 
-    def __init__(self, job: Job, rank: int, local_rank: int, progress: Progress) -> None:
+    def __init__(self, job: Job, rank: int, progress: Progress) -> None:
         """Connect and begin to beat.
 
         Raises:
             UserError: the supervisor cannot be reached.
         """
         self.job, self.rank, self.progress = job, rank, progress
-        progress.speaks = rank == 0
+        progress.speaks, progress.host = rank == 0, job.places[rank]
         self._token = job.token()
-        own = psutil.Process()
-        self._about = {
-            "rank": rank,
-            "host": job.host_of(rank),
-            "hostname": socket.gethostname(),
-            "local_rank": local_rank,
-            "pid": own.pid,
-            "group": os.getpgrp(),
-            "started": own.create_time(),
-        }
+        self._about = {"rank": rank, "host": progress.host, "pid": os.getpid()}
         self._socket: socket.socket | None = None
         self._sending = threading.Lock()
         self._ended = threading.Event()
@@ -109,7 +101,7 @@ class Attendance:
         while (problem := self._connect()) is not None:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"rank {rank} on {self._about['hostname']} cannot reach the launcher at "
+                    f"rank {rank} on {socket.gethostname()} cannot reach the launcher at "
                     f"{job.server[0]}:{job.server[1]} ({problem}); open that port range to the hosts, or give the "
                     "launcher's address that they see with --listen"
                 )
@@ -244,13 +236,13 @@ class Presence:
         self.progress = Progress()
         self._attendance: Attendance | None = None
 
-    def begin(self, job: Job, rank: int, local_rank: int) -> None:
+    def begin(self, job: Job, rank: int) -> None:
         """Attend `job`.
 
         Raises:
             UserError: its supervisor cannot be reached.
         """
-        self._attendance = Attendance(job, rank, local_rank, self.progress)
+        self._attendance = Attendance(job, rank, self.progress)
 
     def tell(self, **values: Any) -> None:
         """Tell the supervisor something now, if there is one."""
@@ -296,8 +288,7 @@ def check_hosts(job: Job, identities: list[str]) -> None:
         UserError: they are not.
     """
     places: dict[str, str] = {}
-    for rank, identity in enumerate(identities):
-        host = job.host_of(rank)
+    for rank, (host, identity) in enumerate(zip(job.places, identities, strict=True)):
         if places.setdefault(host, identity) != identity:
             raise UserError(
                 f"{job.path('hostfile')}: rank {rank} belongs on {host}, but is on {identity.split()[0]}, apart "

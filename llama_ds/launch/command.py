@@ -22,7 +22,6 @@ from llama_ds.errors import UserError, did_you_mean
 from llama_ds.launch import words
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm", "impi")
-LOCAL_HOSTS = ("localhost", "127.0.0.1")
 MAX_WORD = 128 * 1024  # Linux: MAX_ARG_STRLEN
 MAX_COMMAND = 2 * 1024 * 1024  # Linux: ARG_MAX, a quarter of the usual 8 MiB of stack, argv and environment together
 

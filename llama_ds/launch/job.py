@@ -64,13 +64,10 @@ class Job:
         """Return the attempt's secret."""
         return bytes.fromhex(Path(self.folder, "token").read_text())
 
-    def host_of(self, rank: int) -> str:
-        """Return the host on which a rank belongs."""
-        for host, slots in self.hosts.items():
-            if rank < slots:
-                return host
-            rank -= slots
-        raise IndexError(rank)
+    @property
+    def places(self) -> list[str]:
+        """The host of every rank."""
+        return [host for host, slots in self.hosts.items() for _ in range(slots)]
 
 
 def new_folder(run_dir: str) -> Path:
@@ -98,14 +95,8 @@ def prepare(job: Job, arguments: Sequence[str]) -> None:
     with os.fdopen(secret, "w") as file:
         file.write(secrets.token_bytes(TOKEN_BYTES).hex())
     write_hostfile(job.path("hostfile"), job.hosts)
-    write_text(job.path("arguments"), "".join(f"{line}\n" for line in arguments))
-    write_text(job.path("job.json"), json.dumps(asdict(job), indent=1))
-
-
-def write_text(path: str, text: str) -> None:
-    """Write a small file."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    Path(job.path("arguments")).write_text("".join(f"{line}\n" for line in arguments), encoding="utf-8")
+    Path(job.path("job.json")).write_text(json.dumps(asdict(job), indent=1), encoding="utf-8")
 
 
 def current(environment: Mapping[str, str]) -> Job | None:

@@ -25,8 +25,8 @@ def table(ranks: Sequence[Rank], every_host: bool = False) -> str:
         for part in _parts(run):
             rows.append(
                 (
-                    *(names, str(len(run)), _spans(r.slot for r in part), _spans(r.rank for r in part)),
-                    *(_spans(r.pp for r in part), _dp(part, run), _spans(r.tp for r in part)),
+                    *(names, str(len(run)), spans(r.slot for r in part), spans(r.rank for r in part)),
+                    *(spans(r.pp for r in part), _dp(part, run), spans(r.tp for r in part)),
                 )
             )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -80,10 +80,10 @@ def _parts(run: Sequence[list[Rank]]) -> list[list[Rank]]:
 
 def _dp(part: Sequence[Rank], run: Sequence[list[Rank]]) -> str:
     each = len({rank.dp for rank in run[0]})
-    return _spans(r.dp for r in part) + (f" ({each} a host)" if len(run) > 1 else "")
+    return spans(r.dp for r in part) + (f" ({each} a host)" if len(run) > 1 else "")
 
 
-def _spans(numbers: Iterable[int]) -> str:
+def spans(numbers: Iterable[int]) -> str:
     """Return integers as spans: "0-3,6"."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):

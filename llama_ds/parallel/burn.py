@@ -30,11 +30,9 @@ def main() -> None:
     if "slot" in plan:
         print(json.dumps(measure(plan)), flush=True)
         os._exit(0)  # a group whose partner failed would be waited for
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    code = f"import sys; sys.path.insert(0, {root!r}); from llama_ds.parallel.burn import main; main()"
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps(plan | {"slot": slot})],
+            [sys.executable, *sys.orig_argv[1:-1], json.dumps(plan | {"slot": slot})],
             stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         for slot in range(plan["slots"])
@@ -106,7 +104,3 @@ def all_reduce(group: dict[str, Any], slot: int, device: torch.device) -> float:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-if __name__ == "__main__":
-    main()

@@ -76,8 +76,8 @@ def join(place: Place, nic: str = "") -> None:
     """
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
     _find_master(place)
-    interface = nic or interface_towards(os.environ["MASTER_ADDR"])
-    if interface and not _on_one_host():  # gloo would take the one that the host's name leads to
+    interface = None if _on_one_host() else nic or interface_towards(os.environ["MASTER_ADDR"])
+    if interface:  # gloo would take the one that the host's name leads to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     if on_cuda():

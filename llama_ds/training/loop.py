@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +23,6 @@ from llama_ds.data.sources import Sources
 from llama_ds.data.stream import Dataset, open_data
 from llama_ds.errors import Divergence, UserError
 from llama_ds.launch.attendance import Progress
-from llama_ds.launch.job import current
 from llama_ds.launch.wire import Phase
 from llama_ds.log import logger
 from llama_ds.parallel import world
@@ -73,7 +71,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     checkpoints.check_shared()
     feed = Feed(run, layout, data, range(first, last), engine, place, device)
     interruptions = Interruptions(run.checkpoint, device)
-    stragglers = Stragglers(run, layout, place, _host(place), engine.trace, device, first)
+    stragglers = Stragglers(run, layout, place, progress.host, engine.trace, device, first)
     progress.doing = engine.trace.doing_now
     progress.enter(Phase.TRAINING, first)
 
@@ -127,12 +125,6 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     report.close()
     feed.close()
     interruptions.close()
-
-
-def _host(place: world.Place) -> str:
-    """Return what people call this host: its name in the hostfile, or else its own."""
-    job = current(os.environ)
-    return job.host_of(place.rank) if job else socket.gethostname()
 
 
 def _report(

@@ -31,11 +31,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llama_ds.launch.spread import NORMAL
 from llama_ds.parallel.step_times import BETWEEN, COMPUTE, DATA, EARLIER, LATER, OPTIMIZER
 
 SHARE, SPREADS = 0.05, 6.0
 FEW, SHARE_OF_FEW = 16, 0.1
-NORMAL = 1.4826  # from the median absolute deviation to the standard deviation, of normal noise
 OWN = (DATA, COMPUTE, OPTIMIZER, BETWEEN)  # parts in which a rank waits for nobody
 
 

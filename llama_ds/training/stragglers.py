@@ -18,6 +18,7 @@ import torch
 
 from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
+from llama_ds.launch.rank_map import spans
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.scheduling import schedule_of
@@ -162,11 +163,5 @@ def _parts(times: np.ndarray) -> dict[str, float]:
 
 def _ranks(ranks: Iterable[int]) -> str:
     """Name ranks in few words: "ranks 0-3, 8"."""
-    runs: list[list[int]] = []
-    for rank in sorted(set(ranks)):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    shown = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank{'s' if len(runs) > 1 or len(runs[0]) > 1 else ''} {shown}"
+    distinct = set(ranks)
+    return f"rank{'s' if len(distinct) > 1 else ''} {spans(distinct).replace(',', ', ')}"

@@ -166,7 +166,7 @@ def attend(server: Server, job: Job, rank: int, progress: Progress) -> Attendanc
     thread = threading.Thread(target=hear)
     thread.start()
     try:
-        return Attendance(job, rank, rank, progress)
+        return Attendance(job, rank, progress)
     finally:
         hearing.set()
         thread.join()

@@ -19,6 +19,7 @@ from typing import Any
 
 from llama_ds.launch import remote
 from llama_ds.launch.preflight.checks import Finding
+from llama_ds.launch.spread import median_and_deviation
 
 ROOT = Path(__file__).resolve().parents[3]
 DEVICE_SHARE, LINK_SHARE, SIGMAS = 0.9, 0.7, 5.0
@@ -106,6 +107,5 @@ def _link(one: Mapping[str, Any]) -> float:
 def _bounds(values: list[float], share: float) -> tuple[float, float]:
     if len(values) < 3:  # of two, neither can be said to be the odd one
         return 0.0, 0.0
-    middle = statistics.median(values)
-    deviation = 1.4826 * statistics.median(abs(value - middle) for value in values)
+    middle, deviation = median_and_deviation(values)
     return middle, min(share * middle, middle - SIGMAS * deviation)

@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from llama_ds.launch.command import Command, inherited
-from llama_ds.launch.job import Job, write_text
+from llama_ds.launch.job import Job
 from llama_ds.launch.supervise import hang, processes
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.progress import Pace, Patience
@@ -81,7 +82,7 @@ class Attempt:
     def run(self) -> Outcome:
         """Start the ranks and return when they have ended, on all hosts."""
         self.server.expect(self.job.token(), self.job.world)
-        write_text(self._command.env_file, self._command.env_text)
+        Path(self._command.env_file).write_text(self._command.env_text, encoding="utf-8")
         launcher = self._start()
         self.events.add("attempt started", pid=launcher.pid, world=self.job.world, hosts=dict(self.job.hosts))
         try:
@@ -216,8 +217,7 @@ class Attempt:
                     self._settle(Outcome(HOST_LOST, text, ranks=[m.rank for m in own], hosts=[host]))
                 continue
             living = look.found.answer["processes"]
-            silent = [m for m in own if not any(told.get("what") == "failure" for told in m.told)]
-            dead = [m for m in silent if not m.connected and str(m.about["pid"]) not in living]
+            dead = [m for m in own if not (m.connected or m.failed) and str(m.about["pid"]) not in living]
             dead.sort(key=lambda m: (m is not self._broken, m.gone_at or 0))
             if dead:
                 self._settle(self._died(dead[0]))
@@ -240,13 +240,13 @@ class Attempt:
             text = f"no rank has started; DeepSpeed's launcher ended with code {code}; the end of {log}:\n"
             return Outcome(LAUNCHER, text + last_lines(log, 2 * LOG_LINES))
         absent = [r for r in range(self.job.world) if r not in self.server.members or not self.server.members[r].left]
-        rank = absent[0]
+        rank, host = absent[0], self.job.places[absent[0]]
         shown = str(self.job.log(rank)) if rank in self.server.members else log
         text = (
-            f"rank {rank} on {self.job.host_of(rank)} has not ended as it should, nor {len(absent) - 1} others; "
+            f"rank {rank} on {host} has not ended as it should, nor {len(absent) - 1} others; "
             f"DeepSpeed's launcher ended with code {code}; the end of {shown}:\n{last_lines(shown)}"
         )
-        return Outcome(LAUNCHER, text, ranks=absent, hosts=[self.job.host_of(rank)])
+        return Outcome(LAUNCHER, text, ranks=absent, hosts=[host])
 
     def _report_hang(self, outcome: Outcome) -> Outcome:
         """Ask every rank where it is, and say which one probably keeps the others waiting."""
@@ -264,8 +264,8 @@ class Attempt:
         report.standings = hang.examine(self.job, self.server.members, hosts, last_beat, self.watch.silent_s)
         for rank, member in self.server.members.items():
             if member.stacks:
-                write_text(str(self.job.stacks(rank)), member.stacks)
-        write_text(self.job.path("hang.json"), json.dumps(report.as_json(), indent=1))
+                self.job.stacks(rank).write_text(member.stacks, encoding="utf-8")
+        Path(self.job.path("hang.json")).write_text(json.dumps(report.as_json(), indent=1), encoding="utf-8")
         found = report.culprits
         text = f"{report.text()}\nall ranks: {self.job.path('hang.json')}, their stacks: {self.job.path('stacks')}"
         return replace(outcome, text=text, ranks=[s.rank for s in found], hosts=list({s.host: 0 for s in found}))

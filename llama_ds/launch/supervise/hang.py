@@ -103,8 +103,8 @@ def examine(
     most_steps = max((member.beat.step for member in members.values()), default=0)
     waiting = sum(member.beat.waits for member in members.values()) * 2 > len(members)
     standings = []
-    for rank in range(job.world):
-        host, member = job.host_of(rank), members.get(rank)
+    for rank, host in enumerate(job.places):
+        member = members.get(rank)
         state = states.get(rank, "" if host in answering else "?")
         silent = now - last_beat[rank] if member else now
         beat = member.beat if member else None

@@ -41,7 +41,7 @@ class Member:
     beat: Beat = field(default_factory=lambda: Beat(0, Phase.STARTING, False, ""))
     connected: bool = True
     left: bool = False  # said goodbye
-    told: list[dict[str, Any]] = field(default_factory=list)
+    failed: bool = False  # told that it has, itself or because of another
     stacks: str | None = None
     gone_at: float | None = None  # when its connection ended
     told_silent_at: float = 0.0  # when its host was last looked at for want of beats
@@ -184,7 +184,7 @@ class Server:
             self.last_beat[member.rank] = time.monotonic()
         elif kind is Kind.TELL:
             values = from_json(payload)
-            member.told.append(values)
+            member.failed = member.failed or values.get("what") == "failure"
             self.news.append((member, values))
         elif kind is Kind.STACKS:
             member.stacks = payload.decode(errors="replace")

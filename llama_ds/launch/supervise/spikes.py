@@ -14,6 +14,8 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
+from llama_ds.launch.spread import median_and_deviation
+
 WINDOW = 64
 SIGMAS = 8.0
 SHARE = 0.05
@@ -54,6 +56,5 @@ class SpikeRule:
     def _is_high(self, loss: float) -> bool:
         if len(self._usual) < (self._usual.maxlen or 0):
             return False
-        median = statistics.median(self._usual)
-        deviation = statistics.median(abs(value - median) for value in self._usual)
-        return loss - median > max(SIGMAS * 1.4826 * deviation, SHARE * abs(median))
+        median, deviation = median_and_deviation(self._usual)
+        return loss - median > max(SIGMAS * deviation, SHARE * abs(median))
