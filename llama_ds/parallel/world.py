@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import traceback
@@ -242,8 +243,8 @@ def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[N
 
     A user error, whether all ranks raise it or one, is printed once; ranks that fail because another has left do not
     add to it. Anything else is this rank's own and is printed with its traceback. The exit skips atexit handlers: a
-    process group whose peers are gone would hang in them. So does that of a rank that is done: its work is on the disk,
-    and a native thread that still runs while the interpreter is taken down would make an abort of it.
+    process group whose peers are gone would hang in them. A rank that is done goes on to the end of its program, and
+    ends there without the interpreter's shutdown (`_end_at_once`).
 
     `tell` hears of the failure first: its kind ("echo" where another rank's was first) and text.
     """
@@ -259,7 +260,7 @@ def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[N
         _leave(_report_own(error, tell))
     if dist.is_initialized():
         dist.destroy_process_group()
-        _leave(0)
+        atexit.register(_end_at_once)
 
 
 def _report_once(message: str) -> None:
@@ -298,6 +299,11 @@ def _report_own(error: Exception, tell: Callable[..., None]) -> int:
     tell(what="failure", kind="failure", text=traceback.format_exc())
     logger.error("rank %d of %d failed:\n%s", rank, world, traceback.format_exc())
     return 1
+
+
+def _end_at_once() -> NoReturn:
+    """Be the first atexit handler: a native thread still running while the interpreter is taken down is an abort."""
+    _leave(1 if getattr(sys, "last_value", None) else 0)  # it is there where an exception has ended the program
 
 
 def _leave(code: int) -> NoReturn:
