@@ -18,21 +18,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return build_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_run(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     """Return a function that writes a run file under a name, with changes by dotted key."""
-    root = tmp_path_factory.mktemp("runs")
+    root = tmp_path_factory.mktemp("runs")  # each module's own: a name used by two would be one run that goes on
     return lambda name, changes: write_run(root, name, corpus, changes)
 
 
 @pytest.fixture(scope="session")
-def trained(make_run: MakeRun) -> Callable[[str], Run]:
+def trained(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     """Return a function that gives the finished run of a layout, trained on its first use."""
+    root = tmp_path_factory.mktemp("trained")
 
     @cache
     def train(name: str) -> Run:
         ranks, changes = LAYOUTS[name]
-        run = make_run(name, changes)
+        run = write_run(root, name, corpus, changes)
         succeed(deepspeed(ranks, TRAIN, run.file) if ranks > 1 else alone(TRAIN, run.file), run.log)
         return run
 
