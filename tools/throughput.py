@@ -39,6 +39,7 @@ from llama_ds.data.benchmark.bench import QUICK, Sizes
 from llama_ds.data.benchmark.run import PARTS, measure, set_up
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
+from llama_ds.model.attention import flash_module
 from llama_ds.model.decoder import DecoderLayer
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
@@ -61,17 +62,14 @@ EXAMPLES = """examples:
   tools/throughput.py data --streaming-python /tmp/rivals/bin/python --out measured.json
   tools/throughput.py checkpoint --folder /mnt/scratch --out measured.json
   tools/throughput.py analyse runs/quickstart/trace --svg step.svg
-  tools/throughput.py compare-hf --batch 2 --seq-len 512 --threads 2 model.hidden_size=1024 \\
-      model.intermediate_size=2752 model.num_hidden_layers=4 model.vocab_size=8192
+  tools/throughput.py compare-hf --batch 2 --seq-len 512 model.hidden_size=1024 model.intermediate_size=2752
 """
 DATA = """Build, read, open and resume data on this machine, every measurement in a fresh process.
 
-mosaicml-streaming and datasets want other versions than we do, so they need an environment of their own (which pulls a
-CUDA build of torch):
+mosaicml-streaming and datasets want other versions than we do, so they need an environment of their own (a CUDA torch):
   python3 -m venv /tmp/rivals
   /tmp/rivals/bin/pip install mosaicml-streaming==0.13.0 datasets
-Without --streaming-python both are left out. Sources are written to TMPDIR, about 1 GB. Opening 100,000 shards with
-mosaicml-streaming takes some 12 GB of memory; it may take three quarters of the machine's.
+Without --streaming-python both are left out. TMPDIR gets about 1 GB. 100,000 shards need 12 GB of memory there.
 """
 AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}  # of the losses on the initial weights
 LEARNING_RATE = 1e-4
@@ -221,7 +219,7 @@ def layer(args: argparse.Namespace) -> int:
     sizes = [timing.losses[0] for timing in timings.values()]
     if max(sizes) - min(sizes) > LAYER_AGREEMENT[args.dtype] * max(sizes):
         raise AssertionError(f"the layers compute different gradients: {dict(zip(timings, sizes, strict=True))}")
-    results = layer_results(model, _settings(args, "shape", "tp", "device"), timings, measured)
+    results = layer_results(model, _settings(args, "shape", "tp", "device", "attention"), timings, measured)
     _publish(args, results, layer_table(results))
     return 0
 
@@ -240,7 +238,9 @@ def _layers(
         written_out.load_state_dict(reference.state_dict())
         written_out.lay_weights_together()  # as DeepSpeed's flat buffers do
     config = LlamaConfig(**hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch.")))
-    config._attn_implementation = "flash_attention_2" if shared.attention.name == "flash_attn" else "sdpa"
+    flash = {"flash_attn": "flash_attention_2", "flash_attn.cute": "flash_attention_4"}  # as transformers names them
+    args.attention = flash[flash_module().__name__] if shared.attention.name == "flash_attn" else "sdpa"
+    config._attn_implementation = args.attention
     theirs = LlamaDecoderLayer(config, 0).to(device, dtype).train()
     theirs.load_state_dict(reference.state_dict())
     positions = torch.arange(args.seq_len, device=device)[None]

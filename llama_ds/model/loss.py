@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from llama_ds.model.loss_chunks import chunk_tokens
+from llama_ds.model.pointwise import compiled_for
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients, add_product
 
@@ -89,7 +90,8 @@ def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Te
     here = (local >= 0) & (local < logits.shape[1])
     index = local.masked_fill(~here, 0)[:, None]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    lse = torch.cat([logits[part].to(wide).logsumexp(1) for part in _blocks(logits)])
+    by_rows = compiled_for(logits, _rows_log_sum_exp)
+    lse = torch.cat([by_rows(logits[part]) for part in _blocks(logits)])
     target = torch.where(here, logits.gather(1, index)[:, 0].to(wide), 0.0)
     if tp.size > 1:
         # log sum exp of the parts; one collective carries both sums.
@@ -99,13 +101,22 @@ def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Te
     return lse, target, index, here
 
 
+def _rows_log_sum_exp(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
+
+
 def _softmax_(logits: Tensor, lse: Tensor, factor: Tensor) -> None:
     """logits = exp(logits - lse) * factor, in place, in the width of lse."""
+    by_rows = compiled_for(logits, _rows_softmax_)
     for part in _blocks(logits):
-        block = logits[part]
-        block.copy_(torch.sub(block, lse[part, None]).exp_().mul_(factor[part, None]))
+        by_rows(logits[part], lse[part, None], factor[part, None])
+
+
+def _rows_softmax_(logits: Tensor, lse: Tensor, factor: Tensor) -> None:
+    logits.copy_(torch.sub(logits, lse).exp_().mul_(factor))
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
+    """Cut the rows for a CPU's cache; a CUDA kernel takes them whole."""
     step = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
     return (slice(start, start + step) for start in range(0, len(logits), step))

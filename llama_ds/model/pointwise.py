@@ -16,7 +16,7 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, equation 4): (..., D) -> (..., D)."""
-    return _for(x, _rms_norm)(x, weight, eps)
+    return compiled_for(x, _rms_norm)(x, weight, eps)
 
 
 def rms_norm_backward(
@@ -26,12 +26,12 @@ def rms_norm_backward(
 
     `residual` is the gradient that x has from its other use. Shapes: (..., D) and (D,); dL/dw is in float32 at least.
     """
-    return _for(x, _rms_norm_backward)(grad, x, weight, eps, residual)
+    return compiled_for(x, _rms_norm_backward)(grad, x, weight, eps, residual)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """a = silu(g) u with silu(g) = g sigmoid(g) (Shazeer 2020): [g | u] (N, 2F) -> (N, F)."""
-    return _for(gate_up, _swiglu)(gate_up)
+    return compiled_for(gate_up, _swiglu)(gate_up)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -39,20 +39,28 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, product: Tensor | None) -> tu
 
     dL/du = dL/da g s, dL/dg = dL/da u s (1 + g (1 - s)).
     """
-    grad_gate_up, again = _for(gate_up, _swiglu_backward)(grad, gate_up, product is None)
+    grad_gate_up = torch.empty_like(gate_up)
+    halves = grad_gate_up.chunk(2, -1)  # cut here: of one tensor, a compiler would write each half by a pass over both
+    again = compiled_for(gate_up, _swiglu_backward)(grad, gate_up, *halves, product is None)
     return grad_gate_up, again if product is None else product
 
 
-def rotate_(x: Tensor, tables: tuple[Tensor, Tensor]) -> None:
-    """Rotate the pairs (x_i, x_{i+K/2}) of queries or keys by their positions, in place: (B, T, H, K), maybe a view."""
-    cos, sin = _tables_for(x, tables)
-    _for(x, _rotate)(x, cos, sin, x)
+def rotate_heads(qkv: Tensor, turned: int, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Return R x for the pairs (x_i, x_{i+K/2}) of the first `turned` heads and x for the others: (B, T, heads, K).
+
+    On a CPU in place. In place a GPU's kernel would need its input twice, before and after.
+    """
+    cos, sin = _tables_for(qkv, tables)
+    if qkv.is_cuda:
+        return _compiled(_rotated_heads)(qkv, turned, cos, sin)
+    _rotate(qkv[:, :, :turned], cos, sin, qkv[:, :, :turned])
+    return qkv
 
 
-def rotate_back(grad: Tensor, tables: tuple[Tensor, Tensor], out: Tensor) -> None:
-    """Write dL/dx into `out` for y = R x and grad = dL/dy: the rotation by the opposite angle, R^T."""
-    cos, sin = _tables_for(grad, tables)
-    _for(grad, _rotate)(grad, cos, -sin, out)
+def rotate_heads_back(grads: tuple[Tensor, Tensor, Tensor], tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Return [R^T dq | R^T dk | dv] (B, T, H + 2 G, K): the rotation by the opposite angle, for y = R x."""
+    cos, sin = _tables_for(grads[0], tables)
+    return compiled_for(grads[0], _rotated_back)(*grads, cos, sin)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -84,19 +92,17 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate).mul_(up).to(gate_up.dtype)
 
 
-def _swiglu_backward(grad: Tensor, gate_up: Tensor, again: bool) -> tuple[Tensor, Tensor | None]:
+def _swiglu_backward(grad: Tensor, gate_up: Tensor, grad_gate: Tensor, grad_up: Tensor, again: bool) -> Tensor | None:
     wide = grad.to(_wide(grad))
     gate, up = gate_up.to(wide.dtype).chunk(2, -1)
     silu = torch.nn.functional.silu(gate)
-    out = torch.empty_like(gate_up)
-    grad_gate, grad_up = out.chunk(2, -1)
-    if out.dtype != wide.dtype or torch.compiler.is_compiling():
+    if grad_up.dtype != wide.dtype or torch.compiler.is_compiling():
         grad_gate.copy_(torch.ops.aten.silu_backward(wide * up, gate))
         grad_up.copy_(wide * silu)
     else:  # into place, which a compiler does by itself
         torch.ops.aten.silu_backward.grad_input(torch.mul(wide, up, out=grad_gate), gate, grad_input=grad_gate)
         torch.mul(wide, silu, out=grad_up)
-    return out, silu.mul_(up).to(grad.dtype) if again else None
+    return silu.mul_(up).to(grad.dtype) if again else None
 
 
 def _tables_for(x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -108,20 +114,38 @@ def _tables_for(x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     """Write x cos + swapped(x) sin, where swapped exchanges the halves of each head; `out` may be x."""
-    wide = x.to(cos.dtype)
-    first, second = wide.chunk(2, -1)
-    swapped = torch.cat([second, first], -1)
     if out is x and x.dtype == cos.dtype:
+        swapped = _swapped(x)
         out.mul_(cos).addcmul_(swapped, sin)
     else:
-        out.copy_((wide * cos).addcmul_(swapped, sin))
+        out.copy_(_rotated(x, cos, sin))
+
+
+def _rotated_heads(qkv: Tensor, turned: int, cos: Tensor, sin: Tensor) -> Tensor:
+    turns = torch.arange(qkv.shape[2], device=qkv.device)[:, None] < turned
+    return torch.where(turns, _rotated(qkv, cos, sin).to(qkv.dtype), qkv)
+
+
+def _rotated_back(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    back = [_rotated(grad, cos, -sin).to(grad.dtype) for grad in (grad_q, grad_k)]
+    return torch.cat([*back, grad_v], 2)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(cos.dtype)
+    return (wide * cos).addcmul_(_swapped(wide), sin)
+
+
+def _swapped(x: Tensor) -> Tensor:
+    return x.roll(x.shape[-1] // 2, -1)  # a compiler fuses it, which it does not with a concatenation
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _for(x: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled_for(x: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, as one kernel by torch.compile where x is on CUDA."""
     return _compiled(function) if x.is_cuda else function
 
 

@@ -29,7 +29,14 @@ from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import Statistics, attention_kernel
 from llama_ds.model.decoder import DecoderLayer, Hidden, Shared
 from llama_ds.model.linear import lay_together, stacked
-from llama_ds.model.pointwise import rms_norm, rms_norm_backward, rotate_, rotate_back, swiglu, swiglu_backward
+from llama_ds.model.pointwise import (
+    rms_norm,
+    rms_norm_backward,
+    rotate_heads,
+    rotate_heads_back,
+    swiglu,
+    swiglu_backward,
+)
 from llama_ds.model.weight_gradients import LayerWeightGradients
 
 
@@ -133,11 +140,11 @@ def forward(
     n = tp.start_gather(rms_norm(x, layer.input_layernorm.weight, eps))()
     rows = n.shape[:2]
     n = n.flatten(0, 1)
-    # 2. [q | k | v] = n [W_q | W_k | W_v]^T; q = R q, k = R k in place
+    # 2. [q | k | v] = n [W_q | W_k | W_v]^T; q = R q, k = R k
     qkv = (n @ stacked([m.weight for m in layer.wide_attention]).t()).view(*rows, -1, attention.head_dim)
+    turned = sum(len(m.weight) for m in layer.wide_attention[:2]) // attention.head_dim
+    qkv = rotate_heads(qkv, turned, layer.shared.rotary.on(x.device))
     q, k, v = _split_heads(layer, qkv)
-    tables = layer.shared.rotary.on(x.device)
-    rotate_(qkv[:, :, : q.shape[2] + k.shape[2]], tables)
     # 3. o = attention(q, k, v)
     out, statistics = layer.kernel.forward(q, k, v, documents)
     # 4. m = x + o W_o^T, summed over ranks
@@ -203,16 +210,10 @@ def backward(
     grad_out = (grad_whole @ attention.o_proj.weight).view_as(out)
     # 3. dq, dk, dv of the attention: `llama_ds.model.attention_kernels`
     q, k, v = _split_heads(layer, qkv)
-    grad_qkv = qkv.new_empty(qkv.shape)
-    parts = _split_heads(layer, grad_qkv)
     grads = layer.kernel.backward(grad_out, q, k, v, out, saved.statistics, documents)
     # 2. dq = R^T dq, dk = R^T dk; dn = [dq | dk | dv] [W_q | W_k | W_v], dW = [dq | dk | dv]^T n
-    tables = layer.shared.rotary.on(x.device)
-    rotate_back(grads[0], tables, parts[0])
-    rotate_back(grads[1], tables, parts[1])
-    parts[2].copy_(grads[2])
+    flat = rotate_heads_back(grads, layer.shared.rotary.on(x.device)).flatten(2).flatten(0, 1)
     del grads, grad_out
-    flat = grad_qkv.flatten(2).flatten(0, 1)
     reduced = tp.start_reduce((flat @ stacked([m.weight for m in layer.wide_attention])).view(whole_shape))
     output = weights.of((attention.o_proj,), grad_whole, out.flatten(2).flatten(0, 1))
     normed_x = rms_norm(x, norm, eps).flatten(0, 1) if saved.normed_x is None else saved.normed_x

@@ -99,7 +99,8 @@ def layer_table(results: dict[str, Any]) -> str:
     """Return `layer_results` for people."""
     lines = [
         f"{results['shape']} layer, one of {results['tp']} tensor-parallel ranks, {results['batch']} x "
-        f"{results['seq_len']} tokens, {results['dtype']}, {results['device']}, median of {results['repeats']}",
+        f"{results['seq_len']} tokens, {results['dtype']}, {results['attention']}, "
+        f"{results['device']}, median of {results['repeats']}",
         f"{'':26} {'ms':>9} {'tokens/s':>10} {'TFLOP/s':>8} {'MFU':>6} {'saved MiB':>10} {'peak MiB':>9}",
     ]
     for name, row in results["layers"].items():
