@@ -89,9 +89,10 @@ def preflight(args: argparse.Namespace) -> int:
 
 
 def table(report: Report) -> str:
-    """Return the report for people: what is wrong, then how many are good."""
+    """Return the report for people: what is wrong, how fast the hosts are, and how many are good."""
     width = max(map(len, report.hosts))
     lines = [f"{f.host:{width}}  {f.severity:7}  {f.check}: {f.text}" for f in report.findings]
+    lines += report.speed_lines()
     return "\n".join([*lines, f"{len(report.good)} of {len(report.hosts)} hosts are good"])
 
 

@@ -1,1 +1,4 @@
-"""Starting ranks: the hostfile's grammar and what a launcher was given. Text and processes only: no tensors."""
+"""Jobs on hosts: hostfiles, where ranks go, how they are started, what hosts are like, and seeing jobs through.
+
+Text, sockets and processes only: no tensors. `preflight` looks at hosts, `supervise` watches, ends and restarts jobs.
+"""

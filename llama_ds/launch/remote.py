@@ -1,4 +1,4 @@
-"""Commands on the hosts of a job: all at once, over ssh, each host with its own time and its own failure.
+"""Commands on the hosts of a job: side by side, over ssh, each host with its own time and its own failure.
 
 Our ssh takes the arguments that pdsh is given: PDSH_SSH_ARGS_APPEND, such as "-F ssh_config".
 """
@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONNECT_S = 5  # for a host to answer at all
+# Handshakes cost a core some hundredths of a second: with hundreds at once on few cores, none ends within CONNECT_S.
+AT_ONCE = 16 * (os.cpu_count() or 1)
+HOLD_S = 3.0  # after which a host that has not answered keeps no other waiting
 MAX_OUTPUT = 1 << 20  # bytes of an answer that are kept: a host may send garbage without end
 LOCAL = ("localhost", "127.0.0.1")
 
@@ -40,7 +43,7 @@ class Answer:
         said = last[0][:300] if last else "without a word"
         if self.code is None:
             return f"no answer within {self.seconds:.0f} s"
-        return f"ssh: {said}" if self.code == 255 else f"exit code {self.code}: {said}"
+        return f"ssh: {said.removeprefix('ssh: ')}" if self.code == 255 else f"exit code {self.code}: {said}"
 
 
 def is_local(host: str) -> bool:
@@ -72,27 +75,37 @@ def on_hosts(
     timeout_s: float = 20.0,
     port: int | None = None,
     done: Callable[[Answer], None] | None = None,
+    hold_s: float = HOLD_S,
 ) -> dict[str, Answer]:
-    """Run a command on all hosts at once and return their answers, in the hosts' order.
+    """Run a command on all hosts side by side and return their answers, in the hosts' order.
 
-    `argv` and `stdin` may differ by host. A host that hangs costs its own `timeout_s` and nobody else's. `done` is
-    called with each answer as it comes.
+    `argv` and `stdin` may differ by host. A host that hangs costs its own `timeout_s` and nobody else's: at most
+    AT_ONCE hosts are waited for, each of them `hold_s`, before others are asked. `done` is called with each answer as
+    it comes.
     """
     answers: dict[str, Answer] = {}
-    lock = threading.Lock()
+    asked: dict[str, float] = {}  # when, of hosts that have not answered
+    change = threading.Condition()
 
     def ask(host: str) -> None:
         words = argv[host] if isinstance(argv, Mapping) else argv
         given = stdin[host] if isinstance(stdin, Mapping) else stdin
         answer = _run(host, ssh_command(host, words, port), given, timeout_s)
-        with lock:
+        with change:
             answers[host] = answer
+            del asked[host]
             if done:
                 done(answer)
+            change.notify()
 
-    threads = [threading.Thread(target=ask, args=(host,), daemon=True) for host in hosts]
-    for thread in threads:
-        thread.start()
+    threads = []
+    for host in hosts:
+        with change:
+            while len(held := [at for at in asked.values() if at > time.monotonic() - hold_s]) >= AT_ONCE:
+                change.wait(max(min(held) + hold_s - time.monotonic(), 0.001))
+            asked[host] = time.monotonic()
+        threads.append(threading.Thread(target=ask, args=(host,), daemon=True))
+        threads[-1].start()
     for thread in threads:
         thread.join()
     return {host: answers[host] for host in hosts}

@@ -1,24 +1,35 @@
-"""What watching a job of thousands of ranks costs, measured with as many simulated ranks on loopback."""
+"""What looking at hundreds of hosts and watching thousands of ranks costs, measured with simulated ones on loopback."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import platform
 import resource
 import socket
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from llama_ds.errors import UserError
 from llama_ds.launch import placement, rank_map
 from llama_ds.launch.command import build
 from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
 from llama_ds.launch.job import Job
+from llama_ds.launch.preflight.examine import Settings
+from llama_ds.launch.preflight.stubs import StubHosts
 from llama_ds.launch.supervise import hang
 from llama_ds.launch.supervise.attempt import TICK_S
 from llama_ds.launch.supervise.events import Events
@@ -29,6 +40,17 @@ from llama_ds.launch.wire import Beat, Kind, Phase, frame, frames, hello, new_no
 
 TOKEN = bytes(32)
 REPEATS = 7
+
+
+def setting() -> dict[str, Any]:
+    """Return when and on what is measured."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+    load = round(os.getloadavg()[0], 2)
+    return {"date": time.strftime("%Y-%m-%d"), "machine": {"cpu": cpu, "cores": os.cpu_count(), "load_1_min": load}}
 
 
 def measure(hosts: Mapping[str, int], pp: int, tp: int, beat_s: float, seconds: float) -> dict[str, Any]:
@@ -49,6 +71,72 @@ def measure(hosts: Mapping[str, int], pp: int, tp: int, beat_s: float, seconds: 
         parts = {name: _cost(step) for name, step in steps.items()}
         watching = watch(world, beat_s, seconds, folder)
     return {"hosts": len(hosts), "ranks": world, "parts": parts, "supervisor": watching}
+
+
+def fan_out(tool: str, count: int, slots: int, timeout_s: float) -> dict[str, Any]:
+    """Return what `tool`, the preflight, costs on `count` stub hosts, and whom it names.
+
+    Once all are well; once the one in the middle hangs, and the last answers garbage; once all hang. Needs root.
+    """
+    _allow_files(20 * count)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with StubHosts(count, folder, Settings(output_dir=str(folder / "runs"), timeout_s=timeout_s)) as hosts:
+            write_hostfile(str(folder / "hostfile"), dict.fromkeys(hosts.names, slots))
+            argv = [sys.executable, tool, "--hostfile", str(folder / "hostfile"), "--json", "--no-measure"]
+            argv += ["--timeout-s", str(timeout_s)]
+            well = _look(argv, hosts)
+            hosts.spoil(hangs=hosts.names[count // 2], garbage=hosts.names[-1])
+            spoilt = _look(argv, hosts)
+            hosts.spoil(hangs=" ".join(hosts.names))
+            hanging = _look(argv, hosts)
+    cases = {"all well": well, "one hangs, one answers garbage": spoilt, "all hang": hanging}
+    return {"hosts": count, "timeout_s": timeout_s, **cases}
+
+
+def _look(argv: list[str], hosts: StubHosts) -> dict[str, Any]:
+    begin, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=hosts.folder, env=os.environ | hosts.environment
+    )
+    peaks: Counter[str] = Counter()
+    watcher = threading.Thread(target=_watch_processes, args=(process, hosts.daemon, peaks), daemon=True)
+    watcher.start()
+    out, err = process.communicate()
+    seconds, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    watcher.join()
+    if not out:
+        raise UserError(f"{' '.join(argv)}: {err.decode(errors='replace').strip()}")
+    report = json.loads(out)
+    named = [f"{f['host']}: {f['severity']}: {f['check']}: {f['text']}" for f in report["findings"]]
+    return {
+        "seconds": round(seconds, 2),
+        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 2),
+        "exit_code": process.returncode,
+        "good": len(report["good"]),
+        "named": len(named),
+        "first_named": named[:4],
+        **peaks,
+    }
+
+
+def _watch_processes(process: subprocess.Popen[bytes], daemon: psutil.Process, peaks: Counter[str]) -> None:
+    """Keep the most that was seen: of the tool and its ssh processes, threads and memory, of the hosts processes."""
+    tool = psutil.Process(process.pid)
+    while process.returncode is None:
+        with suppress(psutil.Error):
+            own, theirs = tool.children(recursive=True), daemon.children(recursive=True)
+            now = {
+                "peak_processes": 1 + len(own),
+                "peak_threads": tool.num_threads(),
+                "peak_rss_mib": tool.memory_info().rss >> 20,
+                "peak_processes_of_hosts": len(theirs),
+            }
+            with suppress(psutil.Error):
+                now["peak_rss_mib_with_ssh"] = sum(one.memory_info().rss for one in [tool, *own]) >> 20
+            for name, value in now.items():
+                peaks[name] = max(peaks[name], value)
+        time.sleep(0.25)
 
 
 def watch(world: int, beat_s: float, seconds: float, folder: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """From what hosts say of themselves to what is wrong with them: pure functions.
 
-Code, Python and packages must be those of the machine that launches. Hardware is compared with what most hosts have.
+Code, Python, packages and clock are compared with those of the machine that launches, hardware with what most hosts
+have.
 """
 
 from __future__ import annotations
@@ -10,21 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llama_ds.launch.preflight import devices
+from llama_ds.launch.preflight.devices import Problem
+
 GIB = 2**30
 MAX_SKEW_S = 2.0  # logs and checkpoints of hosts are read together
-MAX_TEMPERATURE = 85  # Celsius: an A100 slows itself down a little above
 SHM_GIB = 1.0  # NCCL's and the data's shared memory
-# Bits of clocks_throttle_reasons.active that mean trouble: hardware slowdown, thermal and power brake (NVML's names).
-BAD_THROTTLE = 0x8 | 0x40 | 0x80
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What is right or wrong with a host."""
+    """What is wrong with a host."""
 
     host: str
     check: str
-    severity: str  # ok | warning | error
+    severity: str  # warning | error
     text: str
 
 
@@ -40,23 +41,62 @@ class Own:
 
 def judge(answers: Mapping[str, Mapping[str, Any]], own: Own, slots: Mapping[str, int], settings: Any) -> list[Finding]:
     """Return what is wrong with each host that has answered."""
-    usual = Counter(_hardware(answer) for answer in answers.values()).most_common(1)
-    found: list[Finding] = []
+    found = unlike(answers)
     for host, answer in answers.items():
         problems = [
             *_software(answer, own),
             *_disks(answer, own, settings.min_free_gib),
-            *_devices(answer, slots[host]),
-            *_rest(answer, settings.nic),
+            *devices.problems(answer["gpus"], answer["xids"], slots[host]),
+            *_network(answer, settings.nic),
+            *clock(answer["skew_s"], answer["skew_bound_s"]),
         ]
-        if usual and _hardware(answer) != usual[0][0]:
-            text = f"has {_hardware(answer)}, most hosts {usual[0][0]}"
-            problems.append(("hardware", "warning", text))
         found += [Finding(host, *problem) for problem in problems]
     return found
 
 
-def _software(answer: Mapping[str, Any], own: Own) -> list[tuple[str, str, str]]:
+def unlike(answers: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Return which hosts have other hardware than most."""
+    told = {host: a for host, a in answers.items() if "problem" not in (a["gpus"] or {})}
+    models = {host: devices.models(answer["gpus"]) for host, answer in told.items()}
+    drivers = {host: version for host, answer in told.items() if (version := devices.drivers(answer["gpus"]))}
+    cores = {host: f"{answer['cores']} cores" for host, answer in told.items() if not answer["gpus"]}
+    found = []
+    for host, text in _odd(models).items():
+        severity = "error" if models[host] == devices.NO_GPU else "warning"
+        found.append(Finding(host, "gpu model", severity, f"{text}; leave it out, or expect the others to wait for it"))
+    for host, text in _odd(drivers).items():
+        found.append(Finding(host, "gpu driver", "warning", f"{text}; install the same"))
+    for host, text in _odd(cores).items():
+        found.append(Finding(host, "cores", "warning", f"{text}; leave it out, or expect the others to wait for it"))
+    return found
+
+
+def _odd(values: Mapping[str, str]) -> dict[str, str]:
+    """Return the hosts whose value is not the most frequent one, in words; of several, one with GPUs, and the first."""
+    counts = Counter(values.values())
+    usual = max(counts, key=lambda value: (counts[value], value != devices.NO_GPU), default="")
+    votes = counts[usual]
+    have = "has" if votes == 1 else "have"
+    return {
+        host: f"has {value}, {votes} of {len(values)} hosts {have} {usual}"
+        for host, value in values.items()
+        if value != usual
+    }
+
+
+def clock(skew_s: float, bound_s: float) -> list[Problem]:
+    """Judge a clock by how far it is ahead of this machine's, which is known up to `bound_s`.
+
+    The host read its clock at some moment of its answer, half of which is the bound. NaN is as wrong as a year.
+    """
+    if abs(skew_s) <= MAX_SKEW_S + bound_s:
+        return []
+    known = f"(known to {bound_s:.1f} s, {MAX_SKEW_S:g} s are allowed)"
+    fix = "start chrony or ntpd there, or here if other hosts say the same"
+    return [("clock", "error", f"its clock is {skew_s:+.1f} s from this machine's {known}; {fix}")]
+
+
+def _software(answer: Mapping[str, Any], own: Own) -> list[Problem]:
     found = []
     if answer["python"] != own.python:
         text = f"Python {answer['python']} at {answer['executable']}, here {own.python}; install the same"
@@ -75,68 +115,32 @@ def _software(answer: Mapping[str, Any], own: Own) -> list[tuple[str, str, str]]
     return found
 
 
-def _disks(answer: Mapping[str, Any], own: Own, min_free_gib: float) -> list[tuple[str, str, str]]:
+def _disks(answer: Mapping[str, Any], own: Own, min_free_gib: float) -> list[Problem]:
     found = []
     for path, left in answer["free"].items():
         least = SHM_GIB if path == "/dev/shm" else min_free_gib
         if left is None:
-            found.append(("disk", "error", f"{path} cannot be looked at"))
+            found.append(("disk", "error", f"{path} cannot be looked at; mount it"))
         elif left < least * GIB:
             found.append(("disk", "error", f"{path} has {left / GIB:.2f} GiB free, {least:g} are wanted; make room"))
-    found += [("disk", "error", f"{path} cannot be written: {why}") for path, why in answer["unwritable"].items()]
-    for path, text in own.nonce.items():
-        if answer["shared"].get(path) != text:
-            found.append(("shared folder", "error", f"does not see what is written to {path.rpartition('/')[0]} here"))
-    found += [("file", "error", f"{path} is not there") for path in answer["missing"]]
+    for path, why in answer["unwritable"].items():
+        found.append(("disk", "error", f"{path} cannot be written: {why}; make room, or mount it for writing"))
+    for path, nonce in own.nonce.items():
+        if answer["shared"].get(path) != nonce:
+            folder = path.rpartition("/")[0]
+            text = f"does not see what is written to {folder} here; mount the same folder there, or set output_dir"
+            found.append(("shared folder", "error", text))
+    found += [("file", "error", f"{path} is not there; copy or mount it") for path in answer["missing"]]
     return found
 
 
-def _devices(answer: Mapping[str, Any], slots: int) -> list[tuple[str, str, str]]:
-    gpus = answer["gpus"]
-    found: list[tuple[str, str, str]] = [("xid", "warning", line) for line in answer["xids"][-1:]]
-    if gpus is None:
-        return found
-    if "problem" in gpus:
-        return [*found, ("gpu", "error", f"nvidia-smi: {gpus['problem']}")]
-    if len(gpus["devices"]) < slots:
-        found.append(("gpu", "error", f"{len(gpus['devices'])} GPUs for {slots} slots"))
-    for device in gpus["devices"]:
-        name = f"GPU {device['index']}"
-        if (errors := _number(device["ecc.errors.uncorrected.volatile.total"])) and errors > 0:
-            found.append(("ecc", "error", f"{name} has {errors:.0f} uncorrected ECC errors; reset or replace it"))
-        if (heat := _number(device["temperature.gpu"])) and heat >= MAX_TEMPERATURE:
-            found.append(("temperature", "warning", f"{name} has {heat:.0f} C"))
-        reasons = device["clocks_throttle_reasons.active"]
-        if reasons.lower().startswith("0x") and int(reasons, 16) & BAD_THROTTLE:
-            found.append(("throttling", "error", f"{name} is slowed down by its hardware ({reasons})"))
-    return found
-
-
-def _rest(answer: Mapping[str, Any], nic: str) -> list[tuple[str, str, str]]:
-    found = []
-    if abs(answer["skew_s"]) > MAX_SKEW_S + answer["skew_bound_s"]:
-        found.append(("clock", "error", f"its clock is {answer['skew_s']:+.1f} s off; start chrony or ntpd"))
-    if nic and nic not in answer["nics"]:
-        found.append(("nic", "error", f"no interface {nic}; it has {', '.join(answer['nics'])}"))
-    elif nic and answer["nics"][nic] == "down":
-        found.append(("nic", "error", f"interface {nic} is down"))
-    return found
-
-
-def _hardware(answer: Mapping[str, Any]) -> str:
-    gpus = answer["gpus"]
-    if not gpus or "devices" not in gpus:
-        return f"{answer['cores']} cores, no GPU"
-    kinds = Counter(f"{d['name']}, driver {d['driver_version']}" for d in gpus["devices"])
-    return ", ".join(f"{count} x {kind}" for kind, count in sorted(kinds.items()))
-
-
-def _number(text: str) -> float | None:
-    """Return a number of nvidia-smi's, None for "[N/A]" and its like."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
+def _network(answer: Mapping[str, Any], nic: str) -> list[Problem]:
+    nics = answer["nics"]
+    if nic and nic not in nics:
+        return [("nic", "error", f"no interface {nic}; it has {', '.join(nics)}; give another --nic")]
+    if nic and nics[nic] == "down":
+        return [("nic", "error", f"interface {nic} is down; plug it in, or set it up")]
+    return []
 
 
 def promote(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import secrets
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +17,10 @@ from typing import Any
 
 from llama_ds.errors import UserError
 from llama_ds.launch import remote
-from llama_ds.launch.preflight import measure, probe
+from llama_ds.launch.preflight import answer, measure, probe
 from llama_ds.launch.preflight.checks import Finding, Own, judge
 
 ROOT = Path(__file__).resolve().parents[3]
-_ANSWER = re.compile(r"<preflight>(\{.*?\})</preflight>\s*$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -46,13 +45,26 @@ class Report:
 
     hosts: list[str]
     findings: list[Finding]
-    speeds: dict[str, Any] = field(default_factory=dict)
+    speeds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def good(self) -> list[str]:
         """The hosts without an error, in order."""
         bad = {finding.host for finding in self.findings if finding.severity == "error"}
         return [host for host in self.hosts if host not in bad]
+
+    def speed_lines(self) -> list[str]:
+        """Say how fast devices and links are, as far as they were measured."""
+        devices = {f"{host}:{i}": one["tflops"] for host, slots in self.speeds.items() for i, one in enumerate(slots)}
+        links = {host: measure.link(found) for host, found in self.speeds.items()}
+        kinds = (("devices multiply", "TFLOP/s", devices), ("hosts all-reduce in pairs", "GB/s", links))
+        return [
+            f"{what} at {statistics.median(values.values()):.3g} {unit} (median of {len(values)}; "
+            f"slowest {min(values, key=values.__getitem__)} {min(values.values()):.3g}, "
+            f"fastest {max(values, key=values.__getitem__)} {max(values.values()):.3g})"
+            for what, unit, values in kinds
+            if any(values.values())
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it."""
@@ -63,19 +75,18 @@ def examine(hosts: Mapping[str, int], settings: Settings, progress: Callable[[st
     """Look at all hosts; return what is wrong with them."""
     say = progress or (lambda text: None)
     findings: list[Finding] = []
-    with _shared_file(settings.output_dir) as nonce:
-        stamps, answers = _ask(hosts, settings, list(nonce), say)
+    with shared_file(settings.output_dir) as nonce:
+        ends, answers = _ask(hosts, settings, list(nonce), say)
         own = Own(platform.python_version(), probe.packages(), probe.code_digest(str(ROOT)), nonce)
     told: dict[str, dict[str, Any]] = {}
-    for host, answer in answers.items():
-        match = _ANSWER.search(answer.out)
-        value = _parsed(match[1]) if match else None
-        if answer.problem or value is None:
-            said = answer.problem or f"answers {answer.out[:60]!r} instead of what it was asked"
-            findings.append(Finding(host, "answer", "error", said))
+    for host, said in answers.items():
+        value = answer.read(said.out, "preflight", answer.ANSWER)
+        if said.problem or value is None:
+            problem = said.problem or f"answers {said.out[:40]!a} instead of what it was asked"
+            fix = "mend its ssh, its Python or its shell's start files, or leave it out"
+            findings.append(Finding(host, "answer", "error", f"{problem}; {fix}"))
             continue
-        begin, end = stamps[host]
-        value["skew_s"], value["skew_bound_s"] = value["time"] - (begin + end) / 2, (end - begin) / 2
+        value["skew_s"], value["skew_bound_s"] = value["time"] - ends[host] + said.seconds / 2, said.seconds / 2
         told[host] = value
     findings += judge(told, own, hosts, settings)
     report = Report(list(hosts), findings)
@@ -84,35 +95,45 @@ def examine(hosts: Mapping[str, int], settings: Settings, progress: Callable[[st
         addresses = {host: told[host]["address"] for host in good}
         report.speeds, slow = measure.measure(good, addresses, settings.burn_s, settings.ssh_port, settings.slow, say)
         report.findings += slow
+    places = {host: place for place, host in enumerate(hosts)}
+    report.findings.sort(key=lambda finding: places[finding.host])
     return report
 
 
 def _ask(
     hosts: Mapping[str, int], settings: Settings, shared: list[str], say: Callable[[str], None]
-) -> tuple[dict[str, tuple[float, float]], dict[str, remote.Answer]]:
+) -> tuple[dict[str, float], dict[str, remote.Answer]]:
+    """Return when each host had answered, and what."""
+    ends: dict[str, float] = {}
+
+    def done(said: remote.Answer) -> None:
+        ends[said.host] = time.time()
+        if len(ends) * 10 // len(hosts) > (len(ends) - 1) * 10 // len(hosts):
+            say(f"{len(ends)} of {len(hosts)} hosts have answered")
+
+    argv = [sys.executable, "-I", "-"]
+    return ends, remote.on_hosts(
+        list(hosts), argv, question(settings, shared), settings.timeout_s, settings.ssh_port, done
+    )
+
+
+def question(settings: Settings, shared: Sequence[str]) -> bytes:
+    """Return the script that a host's Python is sent; `shared` are files that it is to read."""
     folders = [os.path.abspath(settings.output_dir), "/tmp", "/dev/shm"]
     folders += [settings.cache_dir] if settings.cache_dir else []
     request = {
         "root": str(ROOT),
         "folders": folders,
-        "shared": shared,
+        "shared": list(shared),
         "files": list(settings.files),
         "timeout_s": settings.timeout_s,
     }
-    script = remote.script_with(Path(probe.__file__), json.dumps(request))
-    begin, ends = time.time(), {}
-
-    def done(answer: remote.Answer) -> None:
-        ends[answer.host] = time.time()
-        say(f"{len(ends)} of {len(hosts)} hosts have answered")
-
-    argv = [sys.executable, "-I", "-"]
-    answers = remote.on_hosts(list(hosts), argv, script, settings.timeout_s, settings.ssh_port, done)
-    return {host: (begin, ends[host]) for host in hosts}, answers
+    return remote.script_with(Path(probe.__file__), json.dumps(request))
 
 
 @contextmanager
-def _shared_file(folder: str) -> Iterator[dict[str, str]]:
+def shared_file(folder: str) -> Iterator[dict[str, str]]:
+    """A context in which a file of a random text is in a folder: path -> text."""
     path, text = os.path.join(os.path.abspath(folder), f".preflight-{secrets.token_hex(8)}"), secrets.token_hex(8)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -124,11 +145,3 @@ def _shared_file(folder: str) -> Iterator[dict[str, str]]:
     finally:
         with suppress(OSError):
             os.unlink(path)
-
-
-def _parsed(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) and value.keys() >= probe.ANSWERS else None

@@ -1,16 +1,20 @@
 """How fast hosts are beside each other: matrix products on every device, all-reduces within hosts and between pairs.
 
 A device is slow when it is below 90 percent of the median of all and below it by five standard deviations, estimated
-from the median absolute deviation: the first keeps the spread of healthy devices quiet, the second a noisy machine. A
-host's link is judged by the better of its two pairings, with the host before it and the one after it: a slow partner
-makes one slow, a slow host both. It is slow below 70 percent of the median.
+from the median absolute deviation: the first keeps the spread of healthy devices quiet, the second a noisy machine. As
+long as fewer than half are slow, they do not move that measure much; where half are, nobody can say which half, and
+nothing is said. Of two neither is slow: both are as far from the median.
+
+A host's link is judged by the better of its two pairings, with the host before it and the one after it: a slow partner
+makes one slow, a slow host both. It is slow below 70 percent of the median of all hosts, of which there must be three.
+In the same way an all-reduce that fails is held against a host only when none of its pairings succeeded.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from llama_ds.launch import remote
+from llama_ds.launch.preflight import answer
 from llama_ds.launch.preflight.checks import Finding
 from llama_ds.launch.spread import median_and_deviation
 
 ROOT = Path(__file__).resolve().parents[3]
 DEVICE_SHARE, LINK_SHARE, SIGMAS = 0.9, 0.7, 5.0
 START_S = 90.0  # for torch to be loaded and for the groups to come together
-_ANSWER = re.compile(r"<burn>(.*)</burn>", re.DOTALL)
+TOGETHER_S = 0.25  # between bunches of hosts that are started: pairs wait for each other
+WITHIN, PAIRINGS = "within", ("pair", "other pair", "last pair")
 
 
 def measure(
@@ -34,7 +40,7 @@ def measure(
     ssh_port: int | None,
     severity: str,
     say: Callable[[str], None],
-) -> tuple[dict[str, Any], list[Finding]]:
+) -> tuple[dict[str, list[dict[str, Any]]], list[Finding]]:
     """Return the speeds of all hosts, and what is slow among them; `severity` is what slow is."""
     say(f"measuring {len(hosts)} hosts for about {burn_s + 10:.0f} s")
     plans = plan(hosts, addresses, random.randrange(20000, 30000))
@@ -43,18 +49,17 @@ def measure(
         host: [sys.executable, "-c", code, json.dumps({"slots": hosts[host], "burn_s": burn_s, "groups": plans[host]})]
         for host in hosts
     }
-    answers = remote.on_hosts(list(hosts), argv, b"", START_S + burn_s, ssh_port)
+    answers = remote.on_hosts(list(hosts), argv, b"", START_S + burn_s, ssh_port, hold_s=TOGETHER_S)
     slots: dict[str, list[dict[str, Any]]] = {}
     findings = []
-    for host, answer in answers.items():
-        match = _ANSWER.search(answer.out)
-        found = json.loads(match[1]) if match else []
-        if answer.problem or not found or None in found:
-            findings.append(Finding(host, "measurement", "error", answer.problem or "a slot's process ended early"))
+    for host, said in answers.items():
+        found = answer.read(said.out, "burn", answer.SPEEDS)
+        if said.problem or not found:
+            problem = said.problem or "a slot's process ended early"
+            findings.append(Finding(host, "measurement", "error", f"{problem}; run it there to see why"))
             continue
         slots[host] = found
-        findings += [Finding(host, "all-reduce", "error", one["problem"]) for one in found[:1] if one.get("problem")]
-    return slots, findings + slow(slots, severity)
+    return slots, findings + failed(slots) + slow(slots, severity)
 
 
 def plan(hosts: Mapping[str, int], addresses: Mapping[str, str], port: int) -> dict[str, list[dict[str, Any]]]:
@@ -71,41 +76,58 @@ def plan(hosts: Mapping[str, int], addresses: Mapping[str, str], port: int) -> d
 
     for host in names:
         if hosts[host] > 1:
-            add("within", [host], port)
-    for i in range(0, len(names) - 1, 2):
-        add("pair", names[i : i + 2], port + 1)
-    shifted = names[1:] + names[:1]
-    if len(names) > 2:
-        for i in range(0, len(names) - 1, 2):
-            add("other pair", shifted[i : i + 2], port + 2)
+            add(WITHIN, [host], port)
+    rounds = [names, names[1:] + names[:1], [names[-1], names[0]]]
+    rounds = rounds[: 1 if len(names) < 3 else 2 + len(names) % 2]  # of an odd number one host is left out of each
+    for number, (name, order) in enumerate(zip(PAIRINGS, rounds, strict=False), 1):
+        for i in range(0, len(order) - 1, 2):
+            add(name, order[i : i + 2], port + number)
     return groups
+
+
+def failed(slots: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
+    """Return the hosts whose all-reduces failed, within them or with whomever they were paired."""
+    findings = []
+    for host, found in slots.items():
+        within = [one["groups"][WITHIN] for one in found if WITHIN in one["groups"]]
+        paired = [one["groups"][name] for one in found for name in PAIRINGS if name in one["groups"]]
+        if None in within or (paired and set(paired) == {None}):
+            said = next((str(one["problem"]) for one in found if one.get("problem")), "no answer")
+            fix = "look at its network, and at what stands between it and the others"
+            findings.append(Finding(host, "all-reduce", "error", f"{said}; {fix}"))
+    return findings
 
 
 def slow(slots: Mapping[str, Sequence[Mapping[str, Any]]], severity: str) -> list[Finding]:
     """Return which devices and links are slow among those of all hosts."""
     findings = []
-    devices = {(host, i): float(one["tflops"]) for host, found in slots.items() for i, one in enumerate(found)}
-    middle, least = _bounds(list(devices.values()), DEVICE_SHARE)
+    devices = {(host, slot): float(one["tflops"]) for host, found in slots.items() for slot, one in enumerate(found)}
+    middle, least = bounds(list(devices.values()))
     for (host, slot), value in devices.items():
-        if value < least:
+        if not value >= least:
             text = f"device {slot} multiplies at {value:.3g} TFLOP/s, the median is {middle:.3g}"
+            text += f", {least:.3g} are wanted; look at its temperature, its clocks and what else runs there"
             findings.append(Finding(host, "slow device", severity, text))
-    links = {host: max((_link(one) for one in found), default=0.0) for host, found in slots.items()}
+    links = {host: link(found) for host, found in slots.items()}
     links = {host: value for host, value in links.items() if value > 0}
     middle = statistics.median(links.values()) if len(links) > 2 else 0.0
     for host, value in links.items():
         if value < LINK_SHARE * middle:
             text = f"all-reduces with either neighbour at {value:.3g} GB/s, the median is {middle:.3g}"
+            text += f", {LINK_SHARE * middle:.3g} are wanted; look at its cable, its port and its NIC"
             findings.append(Finding(host, "slow link", severity, text))
     return findings
 
 
-def _link(one: Mapping[str, Any]) -> float:
-    return max(one["groups"].get("pair") or 0.0, one["groups"].get("other pair") or 0.0)
+def link(found: Sequence[Mapping[str, Any]]) -> float:
+    """Return the better of a host's pairings in GB/s, 0 where it has none."""
+    return max((one["groups"].get(name) or 0.0 for one in found for name in PAIRINGS), default=0.0)
 
 
-def _bounds(values: list[float], share: float) -> tuple[float, float]:
-    if len(values) < 3:  # of two, neither can be said to be the odd one
+def bounds(speeds: Sequence[float]) -> tuple[float, float]:
+    """Return the median of the devices' speeds, and the least that is not slow."""
+    finite = [speed for speed in speeds if math.isfinite(speed)]
+    if not finite:
         return 0.0, 0.0
-    middle, deviation = median_and_deviation(values)
-    return middle, min(share * middle, middle - SIGMAS * deviation)
+    middle, deviation = median_and_deviation(finite)
+    return middle, min(DEVICE_SHARE * middle, middle - SIGMAS * deviation)

@@ -1,4 +1,7 @@
-"""What a host says of itself: this file is sent to `python -I -` there. Standard library only; prints JSON."""
+"""What a host says of itself: this file is sent to `python -I -` there. Standard library only; prints JSON.
+
+Nothing here may need a newer Python than a host is likely to have: one with the wrong Python is to say so.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,14 @@ import subprocess
 import sys
 import time
 
-GPU_FIELDS = (
-    "index,name,driver_version,ecc.errors.uncorrected.volatile.total,temperature.gpu,"
-    "clocks_throttle_reasons.active,memory.total,uuid"
+GPU_FIELDS = (  # of nvidia-smi, but for "slowdown"
+    *("index", "name", "driver_version", "memory.total", "temperature.gpu"),
+    *("ecc.errors.uncorrected.volatile.total", "slowdown", "uuid"),
 )
-
-ANSWERS = {
-    *("time", "address", "hostname", "python", "executable", "packages", "code", "free", "unwritable", "shared"),
-    *("missing", "nics", "cores", "gpus", "xids"),
-}
+SLOWDOWN = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # since driver 535, and before
+MOST_XIDS = 20  # the newest
+# Parts of the time for the whole answer, after which a host can still say that these have hung.
+SMI_SHARE, DMESG_SHARE = 0.5, 0.2
 
 
 def code_digest(root: str) -> str:
@@ -45,7 +47,12 @@ def code_digest(root: str) -> str:
 
 def packages() -> dict[str, str]:
     """Return the installed distributions and their versions."""
-    return {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
+    found = {}
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]  # None where an installation was cut short
+        if name:
+            found[name.lower().replace("_", "-")] = distribution.version or "of no version"
+    return found
 
 
 def free(path: str) -> int | None:
@@ -74,33 +81,41 @@ def writable(path: str) -> str | None:
     return None
 
 
-def gpus() -> dict | None:
-    """Return what nvidia-smi says, None where there is none."""
+def gpus(timeout_s: float) -> dict | None:
+    """Return what nvidia-smi says of each GPU, or its problem; None where there is no nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return None
-    command = ["nvidia-smi", f"--query-gpu={GPU_FIELDS}", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=15)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return {"problem": str(error)}
-    if done.returncode:
-        return {"problem": (done.stdout + done.stderr).strip()[:300]}
-    names = GPU_FIELDS.split(",")
-    rows = [
-        dict(zip(names, (v.strip() for v in line.split(",")), strict=False))
-        for line in done.stdout.splitlines()
-        if line.strip()
-    ]
-    return {"devices": rows}
+    until = time.monotonic() + timeout_s
+    for slowdown in SLOWDOWN:
+        fields = ",".join(slowdown if name == "slowdown" else name for name in GPU_FIELDS)
+        command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+        try:
+            done = _run(command, max(until - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            return {"problem": f"no answer within {timeout_s:.0f} s"}
+        except OSError as error:
+            return {"problem": str(error)}
+        if "not a valid field" not in done.stdout + done.stderr:
+            break
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    rows = [[value.strip() for value in line.split(",")] for line in lines]
+    fit = [len(row) == len(GPU_FIELDS) and row[0].isdigit() for row in rows]
+    if done.returncode or not all(fit):  # of eight GPUs of which one is lost it may list seven, and fail
+        said = "; ".join(line for i, line in enumerate(lines) if not fit[i])[:300]
+        return {"problem": said or f"exit code {done.returncode}"}
+    return {"devices": [{name: row[i] for i, name in enumerate(GPU_FIELDS)} for row in rows]}
 
 
-def xids() -> list[str]:
-    """Return the Xid lines of the kernel's log, as far as it may be read."""
+def xids(timeout_s: float) -> list[dict]:
+    """Return the Xid lines of the kernel's log, as far as it may be read, and how long ago each was written."""
     try:
-        done = subprocess.run(["dmesg"], capture_output=True, text=True, timeout=10)
+        log = _run(["dmesg"], timeout_s).stdout
+        with open("/proc/uptime") as file:
+            uptime = float(file.read().split()[0])
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return re.findall(r"NVRM: Xid[^\n]*", done.stdout)[-5:]
+    found = re.findall(r"^(?:\[\s*(\d+\.\d+)\])?.*?(NVRM: Xid.*)$", log, re.MULTILINE)[-MOST_XIDS:]
+    return [{"age_s": uptime - float(stamp) if stamp else None, "text": text[:200]} for stamp, text in found]
 
 
 def nics() -> dict[str, str]:
@@ -127,7 +142,6 @@ def main() -> None:
         except OSError as error:
             shared[path] = f"error: {error.strerror}"
     answer = {
-        "time": time.time(),
         "address": (os.environ.get("SSH_CONNECTION", "").split() or ["", "", "127.0.0.1"])[2],
         "hostname": socket.gethostname(),
         "python": platform.python_version(),
@@ -140,10 +154,15 @@ def main() -> None:
         "missing": [path for path in wanted["files"] if not os.path.exists(path)],
         "nics": nics(),
         "cores": os.cpu_count(),
-        "gpus": gpus(),
-        "xids": xids(),
+        "gpus": gpus(SMI_SHARE * wanted["timeout_s"]),
+        "xids": xids(DMESG_SHARE * wanted["timeout_s"]),
+        "time": time.time(),
     }
     sys.stdout.write("\n<preflight>" + json.dumps(answer) + "</preflight>\n")
+
+
+def _run(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s)
 
 
 if __name__ == "__main__":
