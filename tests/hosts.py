@@ -99,6 +99,7 @@ class Hosts:
             f"ListenAddress {self.address(name)}\nHostKey {self.folder / 'host_key'}\nPidFile none\nUsePAM no\n"
             f"AuthorizedKeysFile {self.folder / 'authorized_keys'}\nStrictModes no\nPasswordAuthentication no\n"
             "MaxStartups 200\nMaxSessions 200\nPermitRootLogin yes\n"
+            f"SetEnv HOME={self.folder}\n"  # without this machine's start files of a shell, which may be slow
         )
         sshd = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"])
         script = f"hostname {name}; {before}\nexec {sshd} -D -e -f {config}"
