@@ -48,6 +48,7 @@ class Case:
     extra_warmup: int = 0
     virtual_stages: int = 1
     layers: int = 4
+    steps: int = STEPS  # of the STEPS that the learning rate is planned for
 
     @property
     def world(self) -> int:

@@ -21,7 +21,7 @@ def train(case: Case) -> list[tuple[float, float]]:
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
     batches = micro_batches(case, engine.dp_rank)
     history = []
-    for step in range(STEPS):
+    for step in range(case.steps):
         result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
         history.append(engine.read(result))
     if (case.dtype, case.zero, case.decoder_layer) == ("bf16", 1, "written_out"):

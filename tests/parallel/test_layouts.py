@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.layout_cases import STEPS, Case, train_reference
+from tests.parallel.layout_cases import Case, train_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (3e-3, 2e-2)}
@@ -82,7 +82,8 @@ SCHEDULES = [
     *(Case(2, 1, dp, dtype=dtype, **STOCK) for dp, dtype in ((1, "fp32"), (2, "fp32"), (2, "bf16"))),
 ]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in NAMED_IN_THE_ISSUE if case.tp > 1]
-CASES = NAMED_IN_THE_ISSUE + SEQUENCE_PARALLEL + OPTIONS + SCHEDULES
+# What is wrong shows in the first steps; where all that differs is an option, later ones say nothing new.
+CASES = NAMED_IN_THE_ISSUE + SCHEDULES + [replace(case, steps=8) for case in SEQUENCE_PARALLEL + OPTIONS]
 
 History = list[tuple[float, float]]
 
@@ -120,9 +121,9 @@ reference_of = cache(train_reference)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_plain_torch(case: Case, history_of: Callable[[Case], History]) -> None:
     history, reference = history_of(case), reference_of(case.reference)
-    assert len(history) == len(reference) == STEPS
+    assert len(history) == case.steps <= len(reference)
     loss_tolerance, norm_tolerance = TOLERANCE[case.dtype]
-    for step, ((loss, norm), (wanted_loss, wanted_norm)) in enumerate(zip(history, reference, strict=True)):
+    for step, ((loss, norm), (wanted_loss, wanted_norm)) in enumerate(zip(history, reference, strict=False)):
         assert loss == pytest.approx(wanted_loss, rel=loss_tolerance), f"loss of step {step}"
         assert norm == pytest.approx(wanted_norm, rel=norm_tolerance), f"gradient norm of step {step}"
 
