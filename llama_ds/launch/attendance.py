@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from llama_ds.errors import UserError
-from llama_ds.launch.job import Job
+from llama_ds.launch.job import RETRY_S, Job
 from llama_ds.launch.wire import (
     Beat,
     Kind,
@@ -39,9 +39,7 @@ from llama_ds.launch.wire import (
     pack_beat,
 )
 
-CONNECT_S = 5.0
 REACH_S = 60.0  # to find the supervisor at the start
-RETRY_S = 1.0
 STACKS_SIGNAL = signal.SIGUSR2  # has the C library write the stacks, also while Python hangs
 
 
@@ -109,7 +107,8 @@ class Attendance:
         threading.Thread(target=self._attend, name="attendance", daemon=True).start()
 
     def tell(self, **values: Any) -> None:
-        """Tell the supervisor something now; what cannot be said is lost."""
+        """Tell the supervisor something now, after what waits to be told; what cannot be said is lost."""
+        self._flush()
         self._send(Kind.TELL, as_json(values))
 
     def close(self) -> None:
@@ -160,8 +159,9 @@ class Attendance:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _flush(self) -> None:
-        while self.progress.told:
-            self.tell(**self.progress.told.popleft())
+        with suppress(IndexError):  # the other thread has taken the last one
+            while self.progress.told:
+                self._send(Kind.TELL, as_json(self.progress.told.popleft()))
 
     def _orphaned(self, now: float) -> None:
         """Save and end when the supervisor stays away, and end without when that takes too long."""
@@ -180,7 +180,7 @@ class Attendance:
     def _connect(self) -> str | None:
         """Connect and shake hands; return what went wrong, if anything."""
         try:
-            connection = socket.create_connection(self.job.server, CONNECT_S)
+            connection = socket.create_connection(self.job.server, self.job.connect_s)
             try:
                 self._shake_hands(connection)
             except BaseException:
@@ -190,8 +190,7 @@ class Attendance:
             return str(error)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # A supervisor whose host vanishes closes nothing: beats that nobody acknowledges tell.
-        patience_ms = int(1e3 * max(self.job.orphan_s / 3, 2 * self.job.beat_s))
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, patience_ms)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * self.job.unheard_s))
         self._socket, self._lost_since = connection, None
         return None
 

@@ -24,6 +24,8 @@ from llama_ds.launch.wire import TOKEN_BYTES
 
 MPI_LAUNCHERS = ("openmpi", "mpich", "impi")
 VARIABLE = "LLAMA_DS_JOB"  # in every process of a job: the attempt's folder
+CONNECT_S = 5.0  # that a rank tries to connect at a time
+RETRY_S = 1.0  # between two tries
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,21 @@ class Job:
     def world(self) -> int:
         """The number of ranks."""
         return sum(self.hosts.values())
+
+    @property
+    def connect_s(self) -> float:
+        """How long a rank tries to connect at a time; in between it looks at the clock."""
+        return min(CONNECT_S, self.orphan_s / 3)
+
+    @property
+    def unheard_s(self) -> float:
+        """How long what a rank sends may stay unacknowledged until it takes the supervisor for gone."""
+        return max(self.orphan_s / 3, 2 * self.beat_s)
+
+    @property
+    def fence_s(self) -> float:
+        """Within which a rank that the supervisor hears no more has ended itself, counted from the supervisor's end."""
+        return self.beat_s + self.unheard_s + self.orphan_s + self.connect_s + RETRY_S
 
     def log(self, rank: int) -> Path:
         """Return the file of a rank's output."""

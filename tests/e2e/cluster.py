@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Job:
     """A started tools/launch.py."""
 
     run: Run
-    hosts: Hosts
+    hosts: Hosts | None  # None: on this machine alone
     process: subprocess.Popen[bytes]
     log: Path
 
@@ -49,10 +49,9 @@ class Job:
     @property
     def events(self) -> list[dict[str, Any]]:
         """What it has recorded so far."""
-        path = self.folder / "events.jsonl" if (self.run.dir / "jobs").exists() else None
-        if not path or not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        files = sorted((self.run.dir / "jobs").glob("*/events.jsonl"))
+        lines = files[-1].read_text().splitlines() if files else []
+        return [json.loads(line) for line in lines if line.endswith("}")]
 
     def named(self, event: str) -> list[dict[str, Any]]:
         """Return the events of a name."""
@@ -70,19 +69,29 @@ class Job:
         lines = path.read_text().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
-    def wait_for(self, what: Callable[[], Any], timeout_s: float = 120) -> Any:
+    def wait_for(self, what: Callable[[], Any], timeout_s: float = 120, pause_s: float = 0.02) -> Any:
         """Wait until something is so, while the job runs."""
         deadline = time.monotonic() + timeout_s
         while not (found := what()):
             assert self.process.poll() is None, self.output[-4000:]
             assert time.monotonic() < deadline, self.output[-4000:]
-            time.sleep(0.02)
+            time.sleep(pause_s)
         return found
 
     def wait_for_steps(self, count: int) -> None:
         """Wait until the run has got `count` steps further than it is now."""
         goal = self.step + count
         self.wait_for(lambda: self.step >= goal)
+
+    def wait_for_save(self) -> None:
+        """Wait until a checkpoint is being written: it takes some hundredths of a second."""
+        self.wait_for(lambda: self.saves, pause_s=0.001)
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is being written, or was when it was cut short."""
+        folder = self.run.checkpoints
+        return folder.exists() and any(path.name.endswith(".partial") for path in folder.iterdir())
 
     def wait_for_attempt(self, number: int) -> None:
         """Wait until all ranks of an attempt have joined and steps are taken."""
@@ -96,6 +105,7 @@ class Job:
 
     def ranks(self, host: str) -> list[psutil.Process]:
         """Return the ranks on a host, by rank."""
+        assert self.hosts
         every = self.hosts.processes(host, str(self.run.dir / "jobs"))
         found = [p for p in every if TRAIN in p.cmdline()[:4] and "RANK" in p.environ()]
         return sorted(found, key=lambda p: int(p.environ()["RANK"]))
@@ -132,6 +142,19 @@ class Job:
 def start(run: Run, hosts: Hosts, names: Sequence[str], slots: int, *options: str, **changed: float | str) -> Job:
     """Start tools/launch.py on hosts; `changed` are options other than those of QUICK."""
     hostfile = hosts.write_hostfile(run.file.with_suffix(".hosts"), slots, names)
+    return _start(run, hosts, hostfile, options, changed)
+
+
+def start_here(run: Run, slots: int, *options: str, **changed: float | str) -> Job:
+    """Start it on this machine, as `start` does."""
+    hostfile = run.file.with_suffix(".hosts")
+    hostfile.write_text(f"localhost slots={slots}\n")
+    return _start(run, None, hostfile, options, changed)
+
+
+def _start(
+    run: Run, hosts: Hosts | None, hostfile: Path, options: Sequence[str], changed: Mapping[str, float | str]
+) -> Job:
     settings = QUICK | {name.replace("_", "-"): value for name, value in changed.items()}
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     log = run.file.with_suffix(".out")
@@ -139,7 +162,7 @@ def start(run: Run, hosts: Hosts, names: Sequence[str], slots: int, *options: st
         process = subprocess.Popen(
             [sys.executable, LAUNCH, str(run.file), "--hostfile", str(hostfile), *words, *options],
             cwd=ROOT,
-            env={**environment(), **hosts.environment},
+            env={**environment(), **(hosts.environment if hosts else {})},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

@@ -74,6 +74,7 @@ class Attempt:
         self._broken: Member | None = None  # the first whose connection ended without a word
         self._first: Outcome | None = None  # what is known of the first failure
         self._first_at = 0.0
+        self.ended_at = 0.0  # when the supervisor turned its back on the ranks
 
     def ask(self, what: str) -> None:
         """Have the ranks "save", or save and "end". For signal handlers."""
@@ -90,8 +91,10 @@ class Attempt:
         except BaseException:
             self._end(launcher)
             raise
-        outcome.step = max(outcome.step, self._pace.step)
+        if outcome.spike is None:  # a spike's step is its first
+            outcome.step = max(outcome.step, self._pace.step)
         if outcome.kind == HANG:
+            self.events.add("detected", kind=HANG, ranks=[], hosts=[])  # whose fault it is takes some seconds more
             outcome = self._report_hang(outcome)
         outcome.unclean = self._end(launcher)
         self._relay()
@@ -140,7 +143,8 @@ class Attempt:
 
     def _relay(self) -> None:
         for line in self._tail.lines():
-            self._say(line)
+            if not line.startswith("error: "):  # the rank has told it too, and it is said as the end of the attempt
+                self._say(line)
 
     def _pass_on(self) -> None:
         asked, self._asked = self._asked, None
@@ -240,6 +244,9 @@ class Attempt:
             text = f"no rank has started; DeepSpeed's launcher ended with code {code}; the end of {log}:\n"
             return Outcome(LAUNCHER, text + last_lines(log, 2 * LOG_LINES))
         absent = [r for r in range(self.job.world) if r not in self.server.members or not self.server.members[r].left]
+        if all(rank in self.server.members and self.server.members[rank].connected for rank in absent):
+            text = f"DeepSpeed's launcher ended with code {code} while {len(absent)} ranks were at work; "
+            return Outcome(LAUNCHER, f"{text}the end of {log}:\n{last_lines(log)}")
         rank, host = absent[0], self.job.places[absent[0]]
         shown = str(self.job.log(rank)) if rank in self.server.members else log
         text = (
@@ -272,7 +279,9 @@ class Attempt:
 
     def _end(self, launcher: subprocess.Popen[bytes]) -> list[str]:
         """End every process of this attempt on every host; return the hosts of which that is not certain."""
-        begin = time.monotonic()
+        begin = self.ended_at = time.monotonic()
+        self.server.hear()
+        self.server.dismiss()
         found = processes.kill(list(self.job.hosts), self.job.folder, self._ssh_port)
         with suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)

@@ -95,6 +95,10 @@ class Server:
         self.members, self.news, self.ends = {}, [], []
         self.last_beat = np.zeros(world)
 
+    def dismiss(self) -> None:
+        """Hear nobody any more: ranks that are left somewhere find that nobody waits for them, and end themselves."""
+        self.expect(b"", 0)
+
     def hear(self) -> None:
         """Take in all that has come. Does not wait."""
         for number, _ in self._poll.poll(0):

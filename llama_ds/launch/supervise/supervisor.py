@@ -74,8 +74,9 @@ class Supervisor:
         self.folder, self._examine, self._say = folder, examine, say
         self.events = Events(folder / "events.jsonl", say)
         self._extra: list[str] = []  # overrides that a rewind asks for, kept in all later attempts
-        self._skips: list[tuple[int, int]] = []  # step, and steps of data left out from there
-        self._rewinds = 0
+        # Step, and steps of data left out from there: those of the run file, to which rewinds add.
+        self._skips = [(skip.at_step, skip.steps) for skip in run.data.skip]
+        self._rewind_id = int(time.time())  # none of an earlier job's: the run would take it for done
         self._attempt: Attempt | None = None
         self._ending = False
 
@@ -93,9 +94,12 @@ class Supervisor:
         try:
             while True:
                 number += 1
-                meeting = self._meet(hosts)
-                server = server or Server(self.start.listen or meeting.listen)
-                outcome = self._try(number, hosts, meeting, server)
+                meeting = self._meet(hosts, again=number > 1)
+                if isinstance(meeting, Meeting):
+                    server = server or Server(self.start.listen or meeting.listen)
+                    outcome = self._try(number, hosts, meeting, server)
+                else:
+                    outcome = meeting
                 self._record(outcome)
                 if outcome.kind == outcomes.DONE or (self._ending and outcome.kind != outcomes.MISTAKE):
                     self.events.add("job ended", "")
@@ -114,9 +118,15 @@ class Supervisor:
                 server.close()
             self.events.close()
 
-    def _meet(self, hosts: Mapping[str, int]) -> Meeting:
+    def _meet(self, hosts: Mapping[str, int], again: bool) -> Meeting | Outcome:
+        """Return where ranks meet; a first host that has just been found good and fails now is one more failure."""
         start = self.start
-        return arrange(list(hosts), start.nic, start.master_port, start.master, start.ssh_port)
+        try:
+            return arrange(list(hosts), start.nic, start.master_port, start.master, start.ssh_port)
+        except UserError as error:
+            if not again:
+                raise
+            return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[next(iter(hosts))])
 
     def _try(self, number: int, hosts: dict[str, int], meeting: Meeting, server: Server) -> Outcome:
         start = self.start
@@ -167,14 +177,33 @@ class Supervisor:
             self._fence(outcome)
             self.roster.blame(outcome.hosts)
             chosen = self._choose(hosts)
-        pause = min(self.bounds.backoff_s * 2 ** (in_a_row - 1), LONGEST_BACKOFF_S)
+        pause = self._backoff_s(in_a_row)
         self.events.add("restart", f"starting again in {pause:g} s, restart {in_a_row} in a row", pause_s=pause)
-        until = time.monotonic() + pause
-        while time.monotonic() < until and not self._ending:
-            time.sleep(0.1)
+        self._sleep(pause)
         return chosen
 
+    def _backoff_s(self, in_a_row: int) -> float:
+        return float(min(self.bounds.backoff_s * 2 ** (in_a_row - 1), LONGEST_BACKOFF_S))
+
+    def _sleep(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self._ending:
+            time.sleep(0.1)
+
     def _choose(self, hosts: dict[str, int]) -> dict[str, int]:
+        """Look for hosts to go on with; where too few are good, look again: a network may be away for a while."""
+        for tries in range(1, self.bounds.restarts + 1):
+            try:
+                return self._look_for(hosts)
+            except UserError as error:
+                pause = self._backoff_s(tries)
+                self.events.add("too few hosts", f"{error}; looking again in {pause:g} s", pause_s=pause)
+                self._sleep(pause)
+            if self._ending:
+                return hosts  # on which nothing will be started
+        return self._look_for(hosts)
+
+    def _look_for(self, hosts: dict[str, int]) -> dict[str, int]:
         report = self._examine(self.roster.every)
         bad = [finding for finding in report.findings if finding.severity == "error"]
         self.events.add(
@@ -199,33 +228,48 @@ class Supervisor:
 
     def _fence(self, outcome: Outcome) -> None:
         """Wait until ranks on hosts that do not answer have ended themselves: two attempts must not write at once."""
-        if not outcome.unclean:
+        if not outcome.unclean or self._attempt is None:
             return
+        until = self._attempt.ended_at + self._attempt.job.fence_s
+        seconds = max(until - time.monotonic(), 0.0)
         self.events.add(
             "fence",
-            f"{', '.join(outcome.unclean)}: cannot be told to end their ranks, which end themselves within "
-            f"{self.start.orphan_s:g} s; waiting for that",
+            f"{', '.join(outcome.unclean)}: cannot be told to end ranks, which end themselves within {seconds:.1f} s; "
+            "waiting for that",
             hosts=outcome.unclean,
+            pause_s=round(seconds, 3),
         )
-        time.sleep(self.start.orphan_s + 2 * self.start.beat_s)
+        time.sleep(seconds)
 
     def _rewind(self, outcome: Outcome) -> None:
         """Have the next attempt go back before the spike and leave out the data that led to it."""
-        at = outcome.spike.step if outcome.spike else outcome.step
-        back = max(at - self.bounds.rewind_steps, 0)
-        kept = [skip for skip in self._skips if skip[0] < back]  # later ones are of the run that is given up
-        self._skips = [*kept, (back, self.bounds.skip_steps)]
-        self._rewinds += 1
-        self._extra = rewind_overrides(self._skips, self._rewinds)
+        # Without a checkpoint so far back the ranks say so, and that ends the job; where there is none at all, the
+        # run begins anew. Both go for step 1 too, which stands for all before it: checkpoint.rewind_to = 0 means no.
+        back = max(outcome.step - self.bounds.rewind_steps, 1)
+        self._skips = skips_with(self._skips, back, self.bounds.skip_steps)
+        self._rewind_id += 1
+        self._extra = rewind_overrides(self._skips, back, self._rewind_id)
         self.events.add(
             "rewind", f"going back to step {back}, and leaving out {self.bounds.skip_steps} steps of data", to=back
         )
 
 
-def rewind_overrides(skips: Sequence[tuple[int, int]], number: int) -> list[str]:
-    """Return the overrides that make a run go back to the last of `skips` and leave their data out."""
+def skips_with(skips: Sequence[tuple[int, int]], back: int, steps: int) -> list[tuple[int, int]]:
+    """Return what a run skips, (step, steps of data), that goes back to step `back` and leaves out `steps` it has read.
+
+    What it had left out before stays left out: going back twice to one step skips twice as much there, not the same
+    once more. From `back` on, step s reads what step s + `steps` read or would have read.
+    """
+    before = [(at, count) for at, count in skips if at < back]
+    within = sum(count for at, count in skips if back <= at <= back + steps)
+    after = [(at - steps, count) for at, count in skips if at > back + steps]
+    return [*before, (back, steps + within), *after]
+
+
+def rewind_overrides(skips: Sequence[tuple[int, int]], back: int, name: int) -> list[str]:
+    """Return the overrides that make a run go back to step `back`, once under this name, and skip data."""
     entries = ", ".join(f"{{at_step: {at}, steps: {steps}}}" for at, steps in skips)
-    return [f"checkpoint.rewind_to={skips[-1][0]}", f"checkpoint.rewind_id={number}", f"data.skip=[{entries}]"]
+    return [f"checkpoint.rewind_to={back}", f"checkpoint.rewind_id={name}", f"data.skip=[{entries}]"]
 
 
 def command_of(job: Job, start: Start, meeting: Meeting) -> Command:

@@ -1,0 +1,175 @@
+"""Faults at random, one after another, in one job on real hosts: it ends as if nothing had happened.
+
+SOAK_FAULTS and SOAK_SEED say how many and which, SOAK_RECORD a file for what was measured:
+
+    SOAK_FAULTS=30 SOAK_RECORD=soak.json python -m pytest tests/e2e/test_cluster_soak.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cluster import Job, send, start
+from launching import TRAIN, deepspeed, succeed
+from tiny_run import Run
+
+from tests.hosts import Hosts, missing
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+
+FAULTS = int(os.environ.get("SOAK_FAULTS", "4"))
+SEED = int(os.environ.get("SOAK_SEED", "3"))  # the first four: of kinds that test_cluster_faults.py has not, but one
+RECORD = os.environ.get("SOAK_RECORD", "")
+KINDS = {  # and what the supervisor must call it
+    "killed": "death",
+    "killed while saving": "death",
+    "stopped": "hang",
+    "cut off": "host lost",
+    "powered off": "host lost",
+    "pdsh": "launcher",
+    "launcher of a host": None,  # its ranks do not need it: they go on
+}
+ENDS = ("death", "failure", "hang", "host lost", "launcher", "done", "gave up", "mistake")
+NAMES = ("node1", "node2", "node3")  # the last is a spare
+LAYOUT = {
+    "training.global_batch": 16,
+    "training.steps": 40 * FAULTS + 200,  # faults come by progress: enough for all
+    "checkpoint.interval": 5,
+    "checkpoint.keep_last": 3,
+    "evaluation.interval": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with Hosts(len(NAMES), tmp_path_factory.mktemp("hosts"), subnet=94) as those:
+        yield those
+
+
+@pytest.fixture(scope="module")
+def whole(make_run: Callable[..., Run]) -> Run:
+    """The run that nothing happens to: two ranks on this machine."""
+    run = make_run("whole", LAYOUT)
+    succeed(deepspeed(2, TRAIN, run.file), run.log)
+    return run
+
+
+def test_the_losses_are_those_of_a_run_without_faults(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
+    """To the bit at every step, with code 0 and no process left; every fault is laid to whom it happened to."""
+    run = make_run("soak", LAYOUT)
+    spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 1, NAMES[2:])
+    began = time.monotonic()
+    job = start(run, hosts, NAMES[:2], 1, "--supervise", "--spares", str(spares), orphan_s=6, hang_min_s=5, start_s=40)
+    chance = random.Random(SEED)
+    kinds = [kind for _ in range(-(-FAULTS // len(KINDS))) for kind in chance.sample([*KINDS], len(KINDS))][:FAULTS]
+    faults: list[dict[str, Any]] = []
+    try:
+        for kind in kinds:
+            faults.append(meet(kind, job, hosts, chance))
+        code = job.finish()
+    finally:
+        job.kill()
+        print(*faults, sep="\n")
+    seconds = time.monotonic() - began
+    equal = run.losses == whole.losses and run.validation_loss == whole.validation_loss
+    if RECORD:
+        record(Path(RECORD), job, faults, seconds, equal)
+    assert code == 0, job.output[-4000:]
+    assert len(run.losses) == LAYOUT["training.steps"]
+    assert equal
+    assert not job.leftovers()
+    for fault in faults:
+        assert fault["found"] == KINDS[fault["kind"]], fault
+        assert fault["restarts"] == (fault["found"] is not None), fault
+        assert fault["ranks"] == ([fault["rank"]] if fault["found"] in ("death", "hang", "host lost") else []), fault
+
+
+def meet(kind: str, job: Job, hosts: Hosts, chance: random.Random) -> dict[str, Any]:
+    """Let the job get further than it has been, put a fault into it, and see it go on; return what that was like."""
+    goal = job.step + chance.randint(2, 12) + (60 if kind == "stopped" else 0)  # so that the time of a step is known
+    job.wait_for(lambda: job.step >= goal)
+    attempt = job.named("attempt started")[-1]
+    places = list(attempt["hosts"])
+    rank = chance.randrange(len(places))
+    host = places[rank]
+    seen, step = len(job.events), job.step
+    mend = put(kind, job, hosts, host, rank)
+    began, wall, cut_short = time.monotonic(), time.time(), job.saves
+    if KINDS[kind]:
+        job.wait_for(lambda: any(event["event"] in ENDS for event in job.events[seen:]))
+        job.wait_for(lambda: any(event["event"] == "ranks joined" for event in job.events[seen:]))
+    job.wait_for(lambda: job.step > step)
+    went_on_s = time.monotonic() - began
+    mend()
+    new = job.events[seen:]
+    first = next((event for event in new if event["event"] in ("detected", *ENDS)), None)
+    ended = next((event for event in new if event["event"] in ENDS), {})
+    return {
+        "kind": kind,
+        "step": step,
+        **({"save_cut_short": cut_short} if kind == "killed while saving" else {}),
+        "rank": rank,
+        "host": host,
+        "detected_s": round(first["time"] - wall, 2) if first else None,
+        "went_on_s": round(went_on_s, 2),
+        "found": ended.get("event"),
+        "ranks": ended.get("ranks", []),
+        "hosts": ended.get("hosts", []),
+        "restarts": sum(event["event"] == "restart" for event in new),
+    }
+
+
+def put(kind: str, job: Job, hosts: Hosts, host: str, rank: int) -> Callable[[], object]:
+    """Put a fault into a job; return what mends it."""
+    if kind == "cut off":
+        hosts.unplug(host)
+        return lambda: hosts.plug(host)
+    if kind == "powered off":
+        hosts.power_off(host)
+        return lambda: hosts.start(host)
+    if kind == "pdsh":
+        every = psutil.Process(job.process.pid).children(recursive=True)
+        send(next(process for process in every if process.name() == "pdsh.bin"), signal.SIGKILL)
+        return lambda: None
+    if kind == "launcher of a host":
+        send(hosts.processes(host, "deepspeed.launcher.launch")[-1], signal.SIGKILL)
+        return lambda: None
+    (victim,) = job.ranks(host)
+    if kind == "killed while saving":
+        job.wait_for_save()
+    send(victim, signal.SIGSTOP if kind == "stopped" else signal.SIGKILL)
+    return lambda: None
+
+
+def record(path: Path, job: Job, faults: list[dict[str, Any]], seconds: float, equal: bool) -> None:
+    """Write down what the job went through."""
+    losses = json.dumps(job.run.losses).encode()
+    path.write_text(
+        json.dumps(
+            {
+                "date": date.today().isoformat(),
+                "machine": "2-core AMD EPYC VM, CPU only",
+                "load_1_min": round(os.getloadavg()[0], 2),
+                "seed": SEED,
+                "steps": LAYOUT["training.steps"],
+                "seconds": round(seconds, 1),
+                "restarts": len(job.named("restart")),
+                "losses_equal": equal,
+                "losses_sha256": hashlib.sha256(losses).hexdigest(),
+                "faults": faults,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
