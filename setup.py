@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["llama_ds", "llama_ds.*"]),
+    package_data={"llama_ds.perf.plan": ["data/*.yaml"]},
     install_requires=[
         "deepspeed>=0.19.4,<0.20",  # earlier releases scale pipeline gradients wrongly
         "fsspec>=2024.6",
