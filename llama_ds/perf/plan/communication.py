@@ -1,0 +1,85 @@
+"""Seconds that collectives and messages take.
+
+A ring of n ranks sends (n - 1) / n of the bytes in each of the two halves of an all-reduce (reduce-scatter,
+all-gather). Ranks lie as DeepSpeed's topology puts them, rank = (pp_rank * dp + dp_rank) * tp + tp_rank, so a group is
+a stride and a size. A group over several nodes shares its nodes' links with the groups beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_ds.perf.plan.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks at equal distances, while all ranks of the job communicate in groups like it."""
+
+    size: int
+    stride: int = 1
+
+
+def ranks_per_node(gpu: Hardware, group: Group) -> int:
+    """Return how many of the group's ranks are on one node."""
+    return max(1, min(group.size, gpu.links.gpus_per_node // group.stride))
+
+
+def nodes(gpu: Hardware, group: Group) -> int:
+    """Return over how many nodes the group lies."""
+    return -(-group.size // ranks_per_node(gpu, group))
+
+
+def bus_bandwidth(gpu: Hardware, group: Group) -> float:
+    """Return the bytes a second of a ring over the group."""
+    within = gpu.links.nvlink_gb_s * 1e9
+    here = ranks_per_node(gpu, group)
+    if here >= group.size:
+        return within
+    share = here / gpu.links.gpus_per_node
+    return min(within, gpu.links.network_gb_s * 1e9 * gpu.calibration.network * share)
+
+
+def ring_latency(gpu: Hardware, group: Group) -> float:
+    """Return the time in which nothing goes once round the ring: n - 1 hops, one between nodes for each node."""
+    here, many, links = ranks_per_node(gpu, group), nodes(gpu, group), gpu.links
+    start = links.nvlink_latency_us / 2 if here > 1 else 0.0
+    return (start + links.nvlink_hop_us * many * (here - 1) + links.network_latency_us * (many - 1)) * 1e-6
+
+
+def tree_latency(gpu: Hardware, group: Group) -> float:
+    """Return the same up and down a tree of nodes, as NCCL sums small tensors over many."""
+    here, many, links = ranks_per_node(gpu, group), nodes(gpu, group), gpu.links
+    start = links.nvlink_latency_us if here > 1 else 0.0
+    up = links.nvlink_hop_us * (here - 1) + links.network_latency_us * (many - 1).bit_length()
+    return (start + 2 * up) * 1e-6
+
+
+def all_reduce(gpu: Hardware, group: Group, size: float) -> float:
+    """Return the time to sum `size` bytes over the group."""
+    wait = min(2 * ring_latency(gpu, group), tree_latency(gpu, group))
+    return 2 * _wire(gpu, group, size) + wait if group.size > 1 and size > 0 else 0.0
+
+
+def half(gpu: Hardware, group: Group, size: float) -> float:
+    """Return the time of a reduce-scatter or all-gather whose whole is `size` bytes."""
+    return _wire(gpu, group, size) + ring_latency(gpu, group) if group.size > 1 and size > 0 else 0.0
+
+
+def _wire(gpu: Hardware, group: Group, size: float) -> float:
+    return (group.size - 1) / group.size * size / bus_bandwidth(gpu, group)
+
+
+def message(gpu: Hardware, stride: int, size: float) -> tuple[float, float]:
+    """Return (time on the link, latency) of a message to the rank `stride` further, all ranks sending one.
+
+    Of messages that cross nodes, as many share the links as the node has ranks whose partner is elsewhere.
+    """
+    per_node = gpu.links.gpus_per_node
+    inside = max(0.0, 1 - stride / per_node)
+    link = gpu.links.nvlink_gb_s * 1e9
+    crossing = min(per_node, stride)
+    outside = gpu.links.network_gb_s * 1e9 * gpu.calibration.network / crossing
+    time = inside * size / link + (1 - inside) * size / min(link, outside)
+    wait = inside * gpu.links.nvlink_latency_us + (1 - inside) * gpu.links.network_latency_us
+    return time, wait * 1e-6

@@ -1,0 +1,71 @@
+"""Seconds that one GPU computes: matrix products, attention, pointwise kernels.
+
+A product of (M x K) and (K x N) is cut into tiles; the GPU's multiprocessors work them off in waves, the last of which
+may be nearly empty (NVIDIA, "Matrix Multiplication Background"). A tile reads (tm + tn) K numbers for tm tn K products,
+so small tiles are slower, and its start and end cost as much as some columns of K.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from llama_ds.perf.plan.hardware import Hardware
+
+_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
+_TILE_TRAFFIC = 12.0  # a tile of t x t is 1 / (1 + 2 * this / t) as fast as one without end
+_ALIGNED = 64  # numbers of 16 bits: 128 bytes
+_SPLITS = (1, 2, 4, 8)  # parts of K that tiles may share
+_BARE_SHARE = 0.03  # of the peak: products whose rows are no multiples of 16 bytes, without tensor cores
+_HALF_ROW = 256  # keys at which fused attention has half of what its ramp takes from it
+_HALF_HEAD = 32  # size of heads likewise
+
+
+@lru_cache(maxsize=200_000)
+def gemm(gpu: Hardware, m: int, n: int, k: int, batch: int = 1) -> float:
+    """Return the time of `batch` products of (m, k) and (k, n) in 16 bits."""
+    fit = gpu.calibration
+    rate = gpu.peak / gpu.processors * fit.gemm_ceiling
+    align = math.gcd(math.gcd(k, n), _ALIGNED)
+    if align < 8:
+        return 2.0 * m * n * k * batch / (gpu.peak * _BARE_SHARE)
+    rate *= fit.misaligned ** (math.log2(_ALIGNED / align) / 3)
+    best = math.inf
+    for tm, tn in _TILES:
+        tiles = -(-m // tm) * -(-n // tn) * batch
+        speed = rate / (1 + _TILE_TRAFFIC * (1 / tm + 1 / tn)) * (1 + _TILE_TRAFFIC * (1 / 256 + 1 / 128))
+        for split in _SPLITS:
+            waves = -(-tiles * split // gpu.processors)
+            time = waves * 2.0 * tm * tn * (k / split + fit.gemm_ramp) / speed
+            best = min(best, time)
+            if tiles * split >= gpu.processors:
+                break
+    numbers = batch * (m * k + k * n + m * n)
+    return max(best, 2.0 * numbers / bandwidth(gpu))
+
+
+def bandwidth(gpu: Hardware) -> float:
+    """Return the bytes a second that pointwise kernels move."""
+    return gpu.bandwidth_gb_s * 1e9 * gpu.calibration.memory
+
+
+def pointwise(gpu: Hardware, bytes_moved: float) -> float:
+    """Return the time of kernels that move so many bytes."""
+    return bytes_moved / bandwidth(gpu)
+
+
+def flash_attention(gpu: Hardware, rows: int, seq_len: int, heads: int, head_dim: int) -> tuple[float, float]:
+    """Return (forward, backward) of fused causal attention: 2 and 5 products over half of the T x T square."""
+    product = 2.0 * rows * heads * head_dim * seq_len * (seq_len + 1) / 2
+    ramp = seq_len / (seq_len + _HALF_ROW) * head_dim / (head_dim + _HALF_HEAD) * (128 + _HALF_HEAD) / 128
+    fit = gpu.calibration
+    forward, backward = fit.flash_forward * gpu.peak * ramp, fit.flash_backward * gpu.peak * ramp
+    return 2 * product / forward, 5 * product / backward
+
+
+def plain_attention(gpu: Hardware, rows: int, seq_len: int, heads: int, head_dim: int) -> tuple[float, float]:
+    """Return (forward, backward) of the products of attention that writes its scores: 2 and 4 over the whole square."""
+    batch = rows * heads
+    scores = gemm(gpu, seq_len, seq_len, head_dim, batch)
+    values = gemm(gpu, seq_len, head_dim, seq_len, batch)
+    return scores + values, 2 * (scores + values)

@@ -1,0 +1,164 @@
+"""Where each number of an estimate comes from: its formula, the numbers in it, and who says so."""
+
+from __future__ import annotations
+
+from llama_ds.model.flops import flops_per_token, parameter_count
+from llama_ds.parallel.recompute import GIB, USABLE
+from llama_ds.perf.plan.communication import Group, bus_bandwidth, nodes
+from llama_ds.perf.plan.estimate import Estimate
+from llama_ds.perf.plan.layer import Parts, embedding_time, head_time, layer_time
+from llama_ds.perf.plan.step import rank_parameters
+
+_WIDTH = 24
+
+
+def explain(found: Estimate) -> str:
+    """Return the derivation, from the machine to the run."""
+    sections = (
+        ("machine", _machine(found)),
+        ("one decoder layer, one micro-batch, on one rank (ms)", _layers(found)),
+        ("stages, one micro-batch (ms)", _stages(found)),
+        ("communication", _communication(found)),
+        ("step", _step(found)),
+        ("memory of the fullest rank (GiB)", _memory(found)),
+    )
+    lines = []
+    for title, rows in sections:
+        lines += ["", title, *(f"  {name:{_WIDTH}} {text}" for name, text in rows)]
+    return "\n".join(lines[1:])
+
+
+def _machine(found: Estimate) -> list[tuple[str, str]]:
+    gpu, fit, links = found.gpu, found.gpu.calibration, found.gpu.links
+    return [
+        ("peak", f"{gpu.peak / 1e12:.0f} TFLOP/s bf16 dense (data sheet, model/flops.py)"),
+        ("matrix products", f"reach {fit.gemm_ceiling:.0%} of it in large tiles; {gpu.processors} multiprocessors"),
+        ("memory", f"{gpu.bandwidth_gb_s:,.0f} GB/s (data sheet), pointwise kernels reach {fit.memory:.0%}"),
+        ("fused attention", f"forward {fit.flash_forward:.0%}, backward {fit.flash_backward:.0%} of the peak"),
+        ("host", f"{fit.launch_us:.1f} us a kernel, {fit.step_ms:.1f} ms a step"),
+        ("within a node", f"{links.nvlink_gb_s:.0f} GB/s of a ring's bus bandwidth among {links.gpus_per_node} GPUs"),
+        ("between nodes", f"{links.network_gb_s:.0f} GB/s a node, of which collectives reach {fit.network:.0%}"),
+        ("calibration", fit.sources or "not stated"),
+    ]
+
+
+def _layers(found: Estimate) -> list[tuple[str, str]]:
+    job = found.step.job
+    rows = []
+    for policy in dict.fromkeys(policy for stage in job.stages for policy, _ in stage):
+        time = layer_time(found.gpu, job, policy)
+        rows += [
+            (f"{policy}: forward", _parts(time.forward)),
+            (f"{policy}: computed again", _parts(time.recompute)),
+            (f"{policy}: input gradients", _parts(time.input_backward)),
+            (f"{policy}: weight gradients", _parts(time.weight_backward)),
+        ]
+    for name, time in (("embedding", embedding_time(found.gpu, job)), ("head and loss", head_time(found.gpu, job))):
+        rows.append((name, _parts(time.forward + time.input_backward + time.weight_backward)))
+    return rows
+
+
+def _parts(parts: Parts) -> str:
+    return (
+        f"{parts.device * 1e3:8.3f} = matrices {parts.matrices * 1e3:.3f} + attention {parts.attention * 1e3:.3f} + "
+        f"pointwise {parts.pointwise * 1e3:.3f} + exposed tensor-parallel {parts.tensor * 1e3:.3f}"
+        f" (host {parts.host * 1e3:.3f} beside it)"
+    )
+
+
+def _stages(found: Estimate) -> list[tuple[str, str]]:
+    rows = []
+    for number, stage in enumerate(found.step.stages):
+        cost = stage.cost()
+        rows.append(
+            (
+                f"stage {number}",
+                f"forward {cost.forward * 1e3:.2f}, input gradients and recompute {cost.input_backward * 1e3:.2f}, "
+                f"weight gradients {cost.weight_backward * 1e3:.2f}; GPU or host, whichever takes longer",
+            )
+        )
+    return rows
+
+
+def _communication(found: Estimate) -> list[tuple[str, str]]:
+    job, gpu = found.step.job, found.gpu
+    rows = []
+    for name, group in (("tensor parallel", Group(job.tp)), ("data parallel", Group(job.dp, job.tp))):
+        if group.size > 1:
+            where = f"on {nodes(gpu, group)} nodes" if nodes(gpu, group) > 1 else "within a node"
+            rows.append(
+                (
+                    name,
+                    f"groups of {group.size} {where}: {bus_bandwidth(gpu, group) / 1e9:.1f} GB/s of bus bandwidth each",
+                )
+            )
+    if job.pp > 1:
+        size = 2 * job.tokens * job.model.hidden_size / (job.tp if job.sequence_parallel else 1)
+        rows.append(
+            ("between stages", f"{size / 2**20:.1f} MiB a message, {found.step.transfer * 1e3:.3f} ms on its link")
+        )
+    return rows
+
+
+def _step(found: Estimate) -> list[tuple[str, str]]:
+    step, job = found.step, found.step.job
+    flops = flops_per_token(job.model, job.seq_len)
+    largest = max(rank_parameters(job))
+    return [
+        (
+            "pipeline",
+            f"{step.pipeline:.4f} s: event simulation of {job.schedule} with {job.pp} ranks of {job.chunks} stages, "
+            f"{job.micro_batches} micro-batches (schedules/simulate.py); ranks wait {step.bubble:.1%}",
+        ),
+        (
+            "reduction",
+            f"{step.reduction:.4f} s not hidden: gradients of {largest:,} parameters x {job.program.reduced_bytes} "
+            "bytes and weights x 2, (dp - 1) / dp of them over the ring, beside the last backward and next forward",
+        ),
+        (
+            "optimizer",
+            f"{step.optimizer:.4f} s: {job.program.optimizer_bytes:.0f} bytes moved for each of a rank's {largest:,} "
+            "/ dp parameters",
+        ),
+        ("host", f"{step.host:.4f} s at the end of a step"),
+        ("sum", f"{step.seconds:.4f} s for {job.rows:,} rows of {job.seq_len:,} tokens on {job.ranks:,} GPUs"),
+        ("model FLOPs per token", f"{flops:.4g} for {parameter_count(job.model):,} parameters (model/flops.py)"),
+        (
+            "MFU",
+            f"{step.mfu(found.gpu):.2%} = {step.tokens_per_second:.1f} tokens/s/GPU x {flops:.4g} / "
+            f"{found.gpu.peak:.4g}; attention counted causally, {_whole_attention(found):.1%} with the whole square",
+        ),
+    ]
+
+
+def _whole_attention(found: Estimate) -> float:
+    """MFU as papers count it that give attention 12 L D T FLOPs per token (PaLM, appendix B)."""
+    job = found.step.job
+    model = job.model
+    more = 6.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * (job.seq_len - 1)
+    return found.step.tokens_per_second * (flops_per_token(model, job.seq_len) + more) / found.gpu.peak
+
+
+def _memory(found: Estimate) -> list[tuple[str, str]]:
+    rank = max(range(len(found.memory)), key=lambda r: found.memory[r].total)
+    held = found.memory[rank]
+    parameters = rank_parameters(found.step.job)[rank]
+    return [
+        ("rank", f"{rank} of {len(found.memory)} in the pipeline, {parameters:,} parameters"),
+        (
+            "weights",
+            f"{held.weights / GIB:8.2f}: 2 bytes each{', over dp under ZeRO-3' if found.run.zero_stage == 3 else ''}",
+        ),
+        (
+            "gradients",
+            f"{held.gradients / GIB:8.2f}: 4 bytes each, fp32{', over dp' if found.run.zero_stage > 1 else ''}",
+        ),
+        ("optimizer", f"{held.optimizer / GIB:8.2f}: 12 bytes each, masters and two moments, over dp"),
+        (
+            "activations",
+            f"{held.activations / GIB:8.2f}: what layers keep (model/saving.py), for micro-batches in flight",
+        ),
+        ("working", f"{held.working / GIB:8.2f}: within a layer or the head's chunk of logits, and messages"),
+        ("margin", f"{held.margin / GIB:8.2f}: {1 - USABLE:.0%} of the device for driver, libraries, fragmentation"),
+        ("sum", f"{held.total / GIB:8.2f} of {found.gpu.memory_gib:.0f}"),
+    ]

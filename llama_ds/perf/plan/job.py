@@ -1,0 +1,87 @@
+"""What a step computes and how it is cut: all that the time model reads, for this stack's runs and published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.recompute import POLICIES
+from llama_ds.config.schema import ModelConfig, RunConfig
+from llama_ds.parallel.recompute import StagePolicies
+from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.perf.plan.program import OURS, Program
+from llama_ds.schedules.schedule import Schedule
+
+Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
+
+
+@dataclass(frozen=True)
+class Job:
+    """One optimizer step on a layout."""
+
+    model: ModelConfig
+    program: Program
+    seq_len: int
+    micro_batch: int
+    micro_batches: int
+    tp: int
+    pp: int
+    dp: int
+    sequence_parallel: bool
+    zero_stage: int
+    schedule: str
+    chunks: int  # stages of the model on each pipeline rank
+    extra_warmup: int
+    stages: tuple[Counts, ...]  # policies of the decoder layers of each of the pp * chunks stages
+    whole_model: bool = True  # False: bare layers, without embedding, head and optimizer
+    launch_blocking: bool = False  # CUDA_LAUNCH_BLOCKING=1: the host's time and the GPU's add up
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch * self.seq_len
+
+    @property
+    def rows(self) -> int:
+        """Sequences of a step."""
+        return self.micro_batch * self.micro_batches * self.dp
+
+    @property
+    def vocab(self) -> int:
+        """The vocabulary as the program pads it, on one tensor-parallel rank."""
+        unit = self.program.padded_vocab * self.tp if self.program.padded_vocab > 1 else 1
+        return -(-self.model.vocab_size // unit) * unit // self.tp
+
+    def plan(self, micro_batches: int) -> Schedule:
+        """Return the schedule of the job with so many micro-batches."""
+        return Schedule(self.schedule, self.pp, micro_batches, self.chunks, self.extra_warmup)
+
+
+def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies]) -> Job:
+    """Return the step of one of this stack's runs, whose stages have these policies."""
+    schedule = schedule_of(run, layout)
+    return Job(
+        model=run.model,
+        program=OURS,
+        seq_len=run.data.seq_len,
+        micro_batch=layout.micro_batch,
+        micro_batches=layout.accumulation,
+        tp=layout.tp,
+        pp=layout.pp,
+        dp=layout.dp,
+        sequence_parallel=run.parallel.sequence_parallel,
+        zero_stage=run.zero_stage,
+        schedule=schedule.name,
+        chunks=schedule.chunks,
+        extra_warmup=schedule.extra_warmup,
+        stages=tuple(_counts(stage.policies) for stage in policies),
+    )
+
+
+def _counts(policies: tuple[str, ...]) -> Counts:
+    return tuple((name, policies.count(name)) for name in POLICIES if name in policies)

@@ -1,0 +1,170 @@
+"""Seconds of one decoder layer, of the embedding and of the head, for one micro-batch on one rank.
+
+D hidden size, F inner size, N tokens, H and G query and key-value heads of size K, V vocabulary. The host starts
+kernels ahead of the GPU: of its time and the GPU's, the longer counts, for a whole stage (`step.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+from llama_ds.model.loss_chunks import chunk_tokens
+from llama_ds.perf.plan.communication import Group, half
+from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, pointwise
+from llama_ds.perf.plan.hardware import Hardware
+from llama_ds.perf.plan.job import Job
+from llama_ds.perf.plan.program import PROGRAMS, Traffic
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where a pass's time goes. `tensor` is what of tensor parallelism's collectives nothing else hides."""
+
+    matrices: float = 0.0
+    attention: float = 0.0
+    pointwise: float = 0.0
+    tensor: float = 0.0
+    host: float = 0.0  # the host's own time, beside the GPU's
+
+    @property
+    def device(self) -> float:
+        return self.matrices + self.attention + self.pointwise + self.tensor
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: float) -> Parts:
+        return Parts(*(getattr(self, f.name) * times for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """A layer's passes. A schedule that splits the backward runs its two parts apart."""
+
+    forward: Parts
+    recompute: Parts  # before the backward
+    input_backward: Parts
+    weight_backward: Parts
+
+
+def layer_time(gpu: Hardware, job: Job, policy: str) -> LayerTime:
+    """Return the time of a decoder layer that keeps what `policy` says."""
+    m = job.model
+    shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
+    return _layer(gpu, job.program.name, shape, job.micro_batch, job.seq_len, job.tp, job.sequence_parallel, policy)
+
+
+@lru_cache(maxsize=100_000)
+def _layer(
+    gpu: Hardware,
+    program_name: str,
+    shape: tuple[int, int, int, int, int],
+    rows: int,
+    seq_len: int,
+    tp: int,
+    sequence_parallel: bool,
+    policy: str,
+) -> LayerTime:
+    program = PROGRAMS[program_name]
+    hidden, inner, heads, kv_heads, head_dim = shape
+    tokens = rows * seq_len
+    own = tokens / tp if sequence_parallel else tokens
+    local_heads = -(-heads // tp)
+    queries, keys, inner = local_heads * head_dim, -(-kv_heads // tp) * head_dim, -(-inner // tp)
+
+    products = [
+        (hidden, queries + 2 * keys),
+        (queries, hidden),
+        (hidden, inner * (2 if program.gated else 1)),
+        (inner, hidden),
+    ]
+    forward_gemm = [gemm(gpu, tokens, n, k) for k, n in products]
+    input_gemm = [gemm(gpu, tokens, k, n) for k, n in products]
+    weight_gemm = [gemm(gpu, k, n, tokens) for k, n in products]
+
+    attend = flash_attention if program.flash else plain_attention
+    attention, attention_back = attend(gpu, rows, seq_len, local_heads, head_dim)
+    scores = rows * local_heads * seq_len * seq_len
+    score_time = pointwise(gpu, program.scores.forward * scores), pointwise(gpu, program.scores.backward * scores)
+
+    def passes(forward: bool) -> float:
+        def of(traffic: Traffic) -> float:
+            return traffic.forward if forward else traffic.backward
+
+        moved = of(program.hidden) * own * hidden + of(program.inner) * tokens * inner
+        return pointwise(gpu, moved + of(program.heads) * tokens * (2 * queries + 2 * keys))
+
+    group = Group(tp)
+    size = 2.0 * tokens * hidden
+    collective = half(gpu, group, size)
+    launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
+    collectives = 8 if tp > 1 else 0  # kernels and calls around them, as the host sees it
+    forward = Parts(
+        sum(forward_gemm),
+        attention + score_time[0],
+        passes(True) + start * program.kernels_forward,
+        4 * collective,
+        launch * (program.kernels_forward + collectives),
+    )
+    hidden_by_weights = 0.0
+    sent = 4 * collective + (2 * collective if sequence_parallel and not program.overlaps_tensor else 0)
+    if program.overlaps_tensor and tp > 1:
+        # Issued beside the weights' gradients of the down projection, gate and up, and the output projection.
+        beside = [weight_gemm[3], weight_gemm[2], weight_gemm[1], weight_gemm[0]]
+        beside = [min(collective, time) for time in beside]
+        hidden_by_weights = sum(beside) * (1 - gpu.calibration.contention)
+    backward = Parts(
+        sum(input_gemm),
+        attention_back + score_time[1],
+        passes(False) + start * program.kernels_backward,
+        sent - hidden_by_weights,
+        launch * (program.kernels_backward + collectives),
+    )
+    numbers = sum(k * n for k, n in products)
+    weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers))
+    return LayerTime(
+        forward, _again(gpu, program.flash, policy, forward, forward_gemm, collective, tp), backward, weights
+    )
+
+
+def _again(
+    gpu: Hardware, flash: bool, policy: str, forward: Parts, products: list[float], collective: float, tp: int
+) -> Parts:
+    """Return what the backward computes again: of the whole forward, or of attention or cheap products only."""
+    if policy == "full":
+        return forward
+    if policy == "selective" and not flash:
+        return Parts(attention=forward.attention, host=forward.host * 0.2)
+    if policy == "selective":  # `model/saving.py`: norms and SwiGLU, and the output projection on one rank
+        return Parts(products[1] if tp == 1 else 0.0, 0.0, forward.pointwise * 0.5, collective if tp > 1 else 0.0)
+    return Parts()
+
+
+def head_time(gpu: Hardware, job: Job) -> LayerTime:
+    """Return the time of the head and the loss."""
+    hidden, tokens, vocab = job.model.hidden_size, job.tokens, job.vocab
+    chunk = chunk_tokens(tokens, hidden, vocab) if job.program.name == "llama_ds" else tokens
+    chunks = tokens / chunk
+    group = Group(job.tp)
+    reduce = 2 * half(gpu, group, 2.0 * tokens * hidden)
+    traffic = job.program.logits
+    loss = pointwise(gpu, traffic.forward * tokens * vocab), pointwise(gpu, traffic.backward * tokens * vocab)
+    forward = Parts(
+        gemm(gpu, chunk, vocab, hidden) * chunks, 0.0, loss[0], reduce / 2 if job.sequence_parallel else 0.0
+    )
+    backward = Parts(gemm(gpu, chunk, hidden, vocab) * chunks, 0.0, loss[1], reduce)
+    added = pointwise(gpu, job.program.accumulation * hidden * vocab)
+    return LayerTime(forward, Parts(), backward, Parts(gemm(gpu, hidden, vocab, tokens), 0.0, added))
+
+
+def embedding_time(gpu: Hardware, job: Job) -> LayerTime:
+    """Return the time of the embedding: rows read, their gradients added, and summed over tensor-parallel ranks."""
+    numbers = job.tokens * job.model.hidden_size
+    reduce = 2 * half(gpu, Group(job.tp), 2.0 * numbers)
+    return LayerTime(
+        Parts(pointwise=pointwise(gpu, 6 * numbers), tensor=reduce),
+        Parts(),
+        Parts(),
+        Parts(pointwise=pointwise(gpu, 10 * numbers + job.program.accumulation * job.vocab * job.model.hidden_size)),
+    )

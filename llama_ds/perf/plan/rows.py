@@ -1,0 +1,236 @@
+"""Measured runs from CSV files (docs/calibration/README.md says the columns) as jobs of the time model."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_ds.config.recompute import POLICIES
+from llama_ds.config.schema import ModelConfig
+from llama_ds.errors import UserError
+from llama_ds.perf.plan.job import Counts, Job
+from llama_ds.perf.plan.program import AUTOGRAD, FSDP, MEGATRON, MEGATRON_BF16, NEOX, Program
+from llama_ds.schedules.schedule import obstacle
+
+COLUMNS = (
+    *("id", "source", "model", "hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "seq_len", "gpu_type"),
+    *("n_gpus", "tp", "pp", "dp", "virtual_stages", "sequence_parallel", "recompute", "zero_stage", "micro_batch"),
+    *("global_batch_seqs", "measured_kind", "value", "note"),
+)
+KINDS = ("iteration_s", "tokens_per_s_per_gpu", "mfu_pct", "hfu_pct", "tflops_per_gpu_model", "peak_mem_gib")
+_LAYOUT = ("hidden", "layers", "seq_len", "n_gpus", "tp", "pp", "dp", "micro_batch", "global_batch_seqs")
+
+# Links of machines that rows do not state, from their sources, GB/s in one direction: bus bandwidth within a node where
+# it is not that of twelve NVLinks, and a node's network. "N Gbps" in a note goes before.
+_LINKS: tuple[tuple[str, float | None, float | None], ...] = (
+    ("BigScience", 77.0, 50.0),  # Jean Zay: four NVLinks between GPUs, four Omni-Path links of 100 Gbit/s
+    ("Korthikanti", None, 200.0),  # Selene: eight HDR links
+    ("Zero Bubble", None, 100.0),  # RoCE, bandwidth not stated
+)
+_GBPS = re.compile(r"([0-9]+) ?Gbps")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured row: its job, or why it has none."""
+
+    line: int
+    id: str
+    source: str
+    gpu: str  # a machine of data/, or the row's own word where none is described
+    kind: str
+    value: float
+    links: tuple[float | None, float | None]  # what differs from the machine's: NVLink and network, GB/s
+    job: Job | None
+    reserved: bool  # memory as nvidia-smi shows it, not of tensors
+    skipped: str = ""
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """Return the rows of a CSV file.
+
+    Raises:
+        UserError: no such file, a missing column, or a value that is no number, by line.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as stream:
+            reader = csv.DictReader(stream)
+            missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                raise UserError(
+                    f"{path}:1: column {missing[0]} is missing; the header names {', '.join(COLUMNS)} "
+                    "(docs/calibration/README.md)"
+                )
+            return [
+                _row({k: v or "" for k, v in row.items() if k}, f"{path}:{reader.line_num}", reader.line_num)
+                for row in reader
+            ]
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; give the path of a CSV file of measured runs"
+        ) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: is not a CSV file in UTF-8: {error}; save it as one") from None
+
+
+def group_of(source: str) -> str:
+    """Return the name under which rows of a source are counted together: its first two words."""
+    words = source.replace("/", " ").split()
+    return " ".join(words[:2])
+
+
+def _row(row: dict[str, str], place: str, line: int) -> Row:
+    kind = row["measured_kind"]
+    if kind not in KINDS:
+        raise UserError(f"{place}: measured_kind = {kind!r} is none of {', '.join(KINDS)}; correct the row")
+    if row["recompute"] not in ("", *POLICIES):
+        raise UserError(f"{place}: recompute = {row['recompute']!r} is none of {', '.join(POLICIES)}; correct the row")
+    value = _number(row, "value", place)
+    if value is None or not value > 0:
+        raise UserError(f"{place}: value = {row['value']!r} is not a positive number; correct or remove the row")
+    numbers = {name: _count(row, name, place) for name in (*_LAYOUT, "heads", "kv_heads", "ffn", "vocab")}
+    virtual = _count(row, "virtual_stages", place) or 1
+    sharded = row["sequence_parallel"].strip() == "1"
+    zero = _number(row, "zero_stage", place)
+    if zero not in (None, 0, 1, 2, 3):
+        raise UserError(f"{place}: zero_stage = {row['zero_stage']} is not 0, 1, 2 or 3; correct the row")
+    if (numbers["heads"] or 1) > (numbers["hidden"] or math.inf):
+        raise UserError(f"{place}: heads = {row['heads']} are more than hidden = {row['hidden']}; correct the row")
+    links = links_of(row)
+    gpu = {"A100-80GB": "a100-80gb", "A100-40GB": "a100-40gb", "H100-80GB": "h100-80gb-2023"}.get(
+        row["gpu_type"], row["gpu_type"]
+    )
+    reason = _obstacle(row, numbers)
+    job = None
+    if not reason:
+        found = _job(row, {k: v or 0 for k, v in numbers.items()}, virtual, sharded, zero)
+        job, reason = (None, found) if isinstance(found, str) else (found, "")
+    return Row(line, row["id"], row["source"], gpu, kind, value, links, job, "nvidia-smi" in row["note"], reason)
+
+
+def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:
+    note = row["note"].lower()
+    stated = [name for name in _LAYOUT if not numbers[name]]
+    if row["measured_kind"] == "peak_mem_gib" and stated == ["global_batch_seqs"]:
+        stated = []  # memory does not depend on it once the pipeline is full
+    if stated:
+        return f"{', '.join(stated)} not stated"
+    if "fp8" in note and "not fp8" not in note:
+        return "fp8"
+    tp, pp, dp, n = (numbers[name] or 0 for name in ("tp", "pp", "dp", "n_gpus"))
+    if tp * pp * dp != n:
+        return f"tp {tp} * pp {pp} * dp {dp} is not n_gpus {n}"
+    return ""
+
+
+def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, zero: float | None) -> Job | str:
+    bare = "one layer" in row["model"].lower()
+    program = program_of(row)
+    heads = n["heads"] or likely_heads(n["hidden"], n["tp"])
+    head_dim = n["hidden"] // heads
+    model = ModelConfig(
+        vocab_size=n["vocab"] or (1 if bare else 50257),
+        hidden_size=n["hidden"],
+        intermediate_size=n["ffn"] or 4 * n["hidden"],
+        num_hidden_layers=n["layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=n["kv_heads"] or heads,
+        head_dim=head_dim,
+        tie_word_embeddings=not program.gated,
+    )
+    rows = n["global_batch_seqs"] or n["dp"] * n["micro_batch"] * 4 * n["pp"]
+    micro_batches = max(1, round(rows / n["dp"] / n["micro_batch"]))
+    schedule, chunks, warmup = schedule_named(row["note"], n["pp"], virtual)
+    reason = obstacle(schedule, n["pp"], micro_batches, chunks, warmup)
+    if reason:
+        return f"schedule {schedule}: {reason}"
+    stages = n["pp"] * chunks
+    return Job(
+        model=model,
+        program=program,
+        seq_len=n["seq_len"],
+        micro_batch=n["micro_batch"],
+        micro_batches=micro_batches,
+        tp=n["tp"],
+        pp=n["pp"],
+        dp=n["dp"],
+        sequence_parallel=sharded and n["tp"] > 1,
+        zero_stage=int(zero) if zero is not None else 0,
+        schedule=schedule,
+        chunks=chunks,
+        extra_warmup=warmup,
+        stages=stages_of(n["layers"], stages, row["recompute"] or "none"),
+        whole_model=not bare,
+        launch_blocking="CUDA_LAUNCH_BLOCKING=1" in row["note"] and n["n_gpus"] >= 320,
+    )
+
+
+def program_of(row: dict[str, str]) -> Program:
+    """Return the program that ran: LLaMA's by its model, FSDP and GPT-NeoX by the note, else Megatron's."""
+    note, model = row["note"].lower(), row["model"].lower()
+    if "llama" in model or "mistral" in model or "smollm" in model:
+        return AUTOGRAD
+    if "neox" in note:
+        return NEOX
+    if "fsdp" in note or "flash" in note:
+        return FSDP
+    return MEGATRON_BF16 if "bf16" in note else MEGATRON
+
+
+def links_of(row: dict[str, str]) -> tuple[float | None, float | None]:
+    """Return what of (NVLink, network), GB/s, the row or its source states."""
+    nvlink, network = next(((a, b) for name, a, b in _LINKS if name in row["source"]), (None, None))
+    stated = _GBPS.search(row["note"])
+    return nvlink, float(stated[1]) / 8 if stated else network
+
+
+def schedule_named(note: str, pp: int, virtual: int) -> tuple[str, int, int]:
+    """Return (schedule, chunks, extra warm-up) that a row's note names; 1F1B where it names none."""
+    if pp == 1:
+        return "1f1b", 1, 0
+    if "ZB-1p" in note:
+        return "zb_h1", 1, 0
+    if "ZB-2p" in note:
+        return "zb_h1", 1, 1
+    return ("interleaved", virtual, 0) if virtual > 1 else ("1f1b", 1, 0)
+
+
+def likely_heads(hidden: int, tp: int) -> int:
+    """Return heads for a row that states none: a multiple of tp that divides D, with heads nearest to 128."""
+    fits = [n for n in range(tp, hidden + 1, tp) if hidden % n == 0]
+    return min(fits or [1], key=lambda n: abs(hidden / n - 128))
+
+
+def stages_of(layers: int, stages: int, policy: str) -> tuple[Counts, ...]:
+    """Return the layers of each stage: as even as can be, what is missing to that first at the last and first stage."""
+    each = math.ceil(layers / stages)
+    counts = [each] * stages
+    order = [i for pair in zip(range(stages - 1, -1, -1), range(stages), strict=True) for i in pair]
+    for stage in list(dict.fromkeys(order))[: each * stages - layers]:
+        counts[stage] -= 1
+    return tuple(((policy, count),) if count else () for count in counts)
+
+
+def _number(row: dict[str, str], name: str, place: str) -> float | None:
+    text = row[name].strip()
+    if not text:
+        return None
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{place}: {name} = {text!r} is not a number; correct the row, or leave the field empty")
+    return number
+
+
+def _count(row: dict[str, str], name: str, place: str) -> int | None:
+    number = _number(row, name, place)
+    if number is None:
+        return None
+    if number < 1 or number != int(number):
+        raise UserError(f"{place}: {name} = {row[name]} is not a positive whole number; correct the row")
+    return int(number)

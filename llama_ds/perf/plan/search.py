@@ -1,0 +1,285 @@
+"""All legal layouts of a model on so many GPUs, ranked by simulated time; and why the others are none.
+
+What is legal is asked of the trainer's own rules (`config`), what fits of its own memory plan (`parallel`). Layouts
+whose lower bound, the busiest rank's work and what must precede and follow it, is above the best found are not
+simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.layout import Layout, divisors, resolve_layout
+from llama_ds.config.rules import check
+from llama_ds.config.schema import ModelConfig, ParallelConfig, RunConfig
+from llama_ds.errors import UserError
+from llama_ds.parallel.memory import rank_memory
+from llama_ds.parallel.partition import boundaries, decoder_layers
+from llama_ds.parallel.recompute import GIB, USABLE, StagePolicies
+from llama_ds.perf.plan.estimate import Estimate, filled, held_by
+from llama_ds.perf.plan.hardware import Hardware
+from llama_ds.perf.plan.job import Job, job_of
+from llama_ds.perf.plan.memory import Memory
+from llama_ds.perf.plan.step import end_of_step, stage_costs, stage_message, step_time
+
+MAX_MICRO_BATCH = 16
+_VIRTUAL = (2, 3, 4, 5, 6, 8, 10)
+_SCHEDULES = (
+    *((("1f1b", 1, 0), ("zb_h1", 1, 0), ("zb_h1", 1, 1), ("dualpipe_v", 2, 0))),
+    *(("interleaved", chunks, 0) for chunks in _VIRTUAL),
+)
+
+
+# Layouts that people know, to compare the best with.
+KINDS: dict[str, Callable[[ParallelConfig, Hardware], bool]] = {
+    "1F1B with tp over a whole node, as in 2021-23": lambda parallel, gpu: (
+        parallel.schedule == "1f1b" and parallel.pp > 1 and parallel.tp == gpu.links.gpus_per_node
+    ),
+    "any pipeline": lambda parallel, gpu: parallel.pp > 1,
+    "no pipeline, ZeRO over all ranks": lambda parallel, gpu: parallel.pp == 1,
+}
+
+
+@dataclass
+class Rejected:
+    """Layouts that cannot be had for one reason."""
+
+    count: int = 0
+    example: str = ""
+
+    def add(self, why: str) -> None:
+        self.count += 1
+        self.example = self.example or why
+
+
+@dataclass
+class Found:
+    """What the search found."""
+
+    best: list[Estimate]
+    of_kind: dict[str, Estimate] = field(default_factory=dict)  # the fastest of each of KINDS
+    legal: int = 0
+    simulated: int = 0
+    rejected: dict[str, Rejected] = field(default_factory=dict)
+    points: list[tuple[str, int, float, float]] = field(default_factory=list)  # schedule, pp, GiB, tokens/s/GPU
+
+
+def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> Found:
+    """Return the `top` fastest layouts of the run `base` on `world` GPUs; its own layout does not matter.
+
+    Raises:
+        UserError: no layout can be had, with the nearest that could.
+    """
+    found = Found([])
+    candidates = []
+    for run in layouts(base, world, gpu, found.rejected):
+        candidate = _candidate(run, world, gpu, found.rejected)
+        if candidate:
+            candidates.append(candidate)
+    found.legal = len(candidates)
+    if not candidates:
+        raise nothing(base, world, gpu, found.rejected)
+    candidates.sort(key=lambda c: c.bound)
+    worst = float("inf")
+    for candidate in candidates:
+        if candidate.bound >= worst:
+            break
+        result = _simulate(candidate, gpu, found)
+        found.best = sorted([*found.best, result], key=lambda e: e.step.seconds)[:top]
+        if len(found.best) == top:
+            worst = found.best[-1].step.seconds
+    for kind, belongs in KINDS.items():  # where it is not among them
+        for candidate in candidates:
+            known = found.of_kind.get(kind)
+            if known and candidate.bound >= known.step.seconds:
+                break
+            if belongs(candidate.run.parallel, gpu):
+                _simulate(candidate, gpu, found)
+    return found
+
+
+def layouts(
+    base: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected] | None = None
+) -> Iterator[RunConfig]:
+    """Yield the runs that differ from `base` in their layout: every tp within a node, pp, micro-batch and schedule."""
+    rejected = {} if rejected is None else rejected
+    model = base.model
+    for tp in divisors(world):
+        if tp > gpu.links.gpus_per_node:
+            _reject(rejected, "tensor parallelism across nodes", f"tp {tp} on nodes of {gpu.links.gpus_per_node}")
+            continue
+        for pp in divisors(world // tp):
+            if pp > model.num_hidden_layers:
+                _reject(rejected, "more stages than layers", f"pp {pp}, {model.num_hidden_layers} layers")
+                continue
+            dp = world // tp // pp
+            if base.training.global_batch % dp:
+                near = [n for n in divisors(world // tp) if base.training.global_batch % (world // tp // n) == 0]
+                _reject(
+                    rejected,
+                    "dp does not divide the global batch",
+                    f"tp {tp} pp {pp}: dp {dp} does not divide {base.training.global_batch} rows"
+                    + (f"; at tp {tp} pp {near[0]} it would" if near else ""),
+                )
+                continue
+            yield from _of_sizes(base, tp, pp, dp)
+
+
+def _of_sizes(base: RunConfig, tp: int, pp: int, dp: int) -> Iterator[RunConfig]:
+    for micro in divisors(base.training.global_batch // dp):
+        if micro > MAX_MICRO_BATCH:
+            break
+        if pp == 1:
+            for zero, policies in (
+                (1, ("auto",)),
+                (2, ("none", "selective", "full")),
+                (3, ("none", "selective", "full")),
+            ):
+                for recompute in policies:
+                    yield _run(base, tp, 1, micro, "1f1b", 1, 0, zero, recompute)
+            continue
+        for schedule, chunks, warmup in _SCHEDULES:
+            if pp * chunks <= base.model.num_hidden_layers:
+                yield _run(base, tp, pp, micro, schedule, chunks, warmup, 1, "auto")
+
+
+def _run(
+    base: RunConfig, tp: int, pp: int, micro: int, schedule: str, chunks: int, warmup: int, zero: int, recompute: str
+) -> RunConfig:
+    parallel = ParallelConfig(
+        pp=pp,
+        tp=tp,
+        sequence_parallel=tp > 1,
+        micro_batch=micro,
+        recompute=recompute,
+        schedule=schedule,
+        virtual_stages=chunks,
+        extra_warmup=warmup,
+    )
+    block: dict[str, object] = {"stage": zero}
+    if zero >= 2:
+        block["overlap_comm"] = True
+    return replace(base, parallel=parallel, deepspeed={"zero_optimization": block, "bf16": {"enabled": True}})
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    run: RunConfig
+    layout: Layout
+    policies: tuple[StagePolicies, ...]
+    memory: tuple[Memory, ...]
+    job: Job
+    bound: float
+
+
+def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected]) -> _Candidate | None:
+    parallel = run.parallel
+    words = f"tp {parallel.tp} pp {parallel.pp} micro-batch {parallel.micro_batch} {parallel.schedule}"
+    partition = _partition(run.model, run.data.seq_len, parallel.pp * parallel.virtual_stages)
+    recompute = f"auto: {gpu.memory_gib:g} GiB" if parallel.recompute == "auto" else parallel.recompute
+    run = replace(run, parallel=replace(parallel, partition=partition, recompute=recompute))
+    try:
+        check(run)
+        layout = resolve_layout(run, world)
+        deepspeed_config(run, layout, bf16_native=True)
+    except UserError as error:
+        _reject(rejected, "refused by the trainer's rules: " + _class_of(str(error)), f"{words}: {error}")
+        return None
+    states = max(rank.fixed for rank in rank_memory(run, filled(layout), 2)) if run.zero_stage == 1 else 0
+    if states > USABLE * gpu.memory_bytes:
+        _reject(
+            rejected,
+            "weights, gradients and optimizer alone do not fit",
+            f"{words}: {states / GIB:.1f} of the {USABLE * gpu.memory_gib:.1f} GiB that may be used",
+        )
+        return None
+    try:
+        policies, memory = held_by(run, layout, gpu)
+    except UserError as error:
+        _reject(rejected, "does not fit, even with full recompute", f"{words}: {error}")
+        return None
+    peak = max(rank.total for rank in memory)
+    if peak > gpu.memory_bytes:
+        _reject(
+            rejected,
+            "does not fit",
+            f"{words} ZeRO-{run.zero_stage} recompute {recompute}: {peak / GIB:.1f} of {gpu.memory_gib:g} GiB",
+        )
+        return None
+    job = job_of(run, layout, policies)
+    return _Candidate(run, layout, policies, memory, job, lower_bound(gpu, job))
+
+
+@lru_cache(maxsize=1000)
+def _partition(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]:
+    return tuple(decoder_layers(boundaries(model, seq_len, stages, None)))
+
+
+def lower_bound(gpu: Hardware, job: Job) -> float:
+    """Return seconds that the step takes at least.
+
+    Every rank waits for a forward through the stages before its first, and, unless weights' gradients fill the end, its
+    last backward is followed by those of the stages before it.
+    """
+    costs = stage_costs(gpu, job)
+    transfer, wait = stage_message(gpu, job)
+    place = job.plan(max(job.micro_batches, 2 * job.pp)).place
+    split = job.schedule in ("zb_h1", "dualpipe_v")
+    longest = 0.0
+    for rank in range(job.pp):
+        own = [costs[place.stage(rank, chunk)] for chunk in range(job.chunks)]
+        busy = job.micro_batches * sum(c.forward + c.input_backward + c.weight_backward for c in own)
+        before = costs[:rank]
+        fill = sum(c.forward + transfer + wait for c in before)
+        drain = 0.0 if split else sum(c.input_backward + c.weight_backward for c in before)
+        longest = max(longest, fill + busy + drain)
+    return longest + sum(end_of_step(gpu, job, costs)) + gpu.calibration.step_ms * 1e-3
+
+
+def _simulate(candidate: _Candidate, gpu: Hardware, found: Found) -> Estimate:
+    """Return the candidate's estimate, and note it."""
+    step = step_time(gpu, candidate.job)
+    result = Estimate(candidate.run, candidate.layout, gpu, candidate.policies, candidate.memory, step)
+    found.simulated += 1
+    schedule = candidate.run.parallel.schedule if candidate.layout.pp > 1 else "no pipeline"
+    found.points.append((schedule, candidate.layout.pp, result.peak_bytes / GIB, result.step.tokens_per_second))
+    for kind, belongs in KINDS.items():
+        known = found.of_kind.get(kind)
+        if belongs(candidate.run.parallel, gpu) and (known is None or result.step.seconds < known.step.seconds):
+            found.of_kind[kind] = result
+    return result
+
+
+def _reject(rejected: dict[str, Rejected], why: str, example: str) -> None:
+    rejected.setdefault(why, Rejected()).add(example)
+
+
+def _class_of(message: str) -> str:
+    """Return the key that an error of the rules is about."""
+    words = message.split(": ", 1)[-1].split()
+    return words[0] if words else "?"
+
+
+def nothing(base: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected]) -> UserError:
+    """Return the error that there is no layout, with the reason most often met and what would do."""
+    reasons = sorted(rejected.items(), key=lambda item: -item[1].count)
+    why = "; ".join(f"{name} ({item.count} layouts, as {item.example})" for name, item in reasons[:3])
+    return UserError(f"{base.name} on {world:,} x {gpu.name}: no layout can be had: {why}. {nearest(base, world, gpu)}")
+
+
+def nearest(base: RunConfig, world: int, gpu: Hardware) -> str:
+    """Return the nearest numbers of GPUs, in multiples and parts of a node, on which a layout can be had."""
+    per_node = gpu.links.gpus_per_node
+    node = max(per_node, round(world / per_node) * per_node)
+    near = [n for n in (node, node - per_node, node + per_node) if n > 0]
+    near += [1 << k for k in range(0, 13) if 1 << k >= world / 4]
+    for count in sorted(dict.fromkeys(near), key=lambda n: (abs(n - world), n)):
+        if count == world:
+            continue
+        for run in layouts(base, count, gpu):
+            if _candidate(run, count, gpu, {}):
+                return f"On {count:,} GPUs there is one: use that, or a smaller model, sequence length or batch"
+    return "Use GPUs with more memory, a smaller model or a shorter sequence length"

@@ -1,0 +1,223 @@
+"""The time of one optimizer step: the schedule's event simulation with the stages' times, then what follows it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from llama_ds.model.flops import embedding_parameters, flops_per_token, layer_parameters
+from llama_ds.perf.plan.communication import Group, all_reduce, half, message
+from llama_ds.perf.plan.compute import pointwise
+from llama_ds.perf.plan.hardware import Hardware
+from llama_ds.perf.plan.job import Job
+from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time, layer_time
+from llama_ds.schedules.simulate import StageCost, Timeline, simulate
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """One stage's passes for one micro-batch."""
+
+    forward: Parts
+    recompute: Parts
+    input_backward: Parts
+    weight_backward: Parts
+
+    def cost(self, launch_blocking: bool = False) -> StageCost:
+        """Return the simulation's view: of GPU and host, the one that is later. The recompute precedes the backward."""
+        join = sum if launch_blocking else max
+        back = self.recompute + self.input_backward + self.weight_backward
+        backward = join((back.device, back.host))
+        weights = min(self.weight_backward.device, backward)
+        return StageCost(join((self.forward.device, self.forward.host)), backward - weights, weights)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step's seconds, and what they consist of."""
+
+    job: Job
+    stages: tuple[StageTime, ...]
+    pipeline: float  # first forward to last backward, simulated
+    bubble: float  # share of it in which ranks wait
+    reduction: float  # of gradients, with what gathers the weights; what nothing hides
+    optimizer: float
+    host: float
+    transfer: float  # of one message between stages
+
+    @property
+    def seconds(self) -> float:
+        return self.pipeline + self.reduction + self.optimizer + self.host
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one GPU."""
+        return self.job.rows * self.job.seq_len / self.seconds / self.job.ranks
+
+    def mfu(self, gpu: Hardware) -> float:
+        """Model FLOPs utilization as `model/flops.py` counts: causal attention, no recompute."""
+        return self.tokens_per_second * flops_per_token(self.job.model, self.job.seq_len) / gpu.peak
+
+
+def step_time(gpu: Hardware, job: Job) -> StepTime:
+    """Return the time of one step."""
+    stages = stage_times(gpu, job)
+    transfer, wait = stage_message(gpu, job)
+    costs = stage_costs(gpu, job)
+    if job.program.blocking_sends and job.pp > 1:
+        costs = [StageCost(c.forward + transfer, c.input_backward + transfer, c.weight_backward) for c in costs]
+        transfer, wait = 0.0, 0.0
+    pipeline, bubble = run_schedule(job, tuple(costs), transfer, wait)
+    if not job.whole_model:
+        return StepTime(job, stages, pipeline, bubble, 0.0, 0.0, 0.0, transfer)
+    reduction, optimizer = end_of_step(gpu, job, costs)
+    return StepTime(job, stages, pipeline, bubble, reduction, optimizer, gpu.calibration.step_ms * 1e-3, transfer)
+
+
+def stage_times(gpu: Hardware, job: Job) -> tuple[StageTime, ...]:
+    """Return the passes of every stage of the model."""
+    last = len(job.stages) - 1
+    found = []
+    for stage, counts in enumerate(job.stages):
+        pieces: list[tuple[LayerTime, int]] = [(layer_time(gpu, job, policy), n) for policy, n in counts]
+        if job.whole_model and stage == 0:
+            pieces.append((embedding_time(gpu, job), 1))
+        if job.whole_model and stage == last:
+            pieces.append((head_time(gpu, job), 1))
+        totals = [_host(gpu, job, stage), Parts(), _host(gpu, job, stage), Parts()]
+        for piece, n in pieces:
+            parts = (piece.forward, piece.recompute, piece.input_backward, piece.weight_backward)
+            totals = [total + part * n for total, part in zip(totals, parts, strict=True)]
+        found.append(StageTime(*totals))
+    return tuple(found)
+
+
+def _host(gpu: Hardware, job: Job, stage: int) -> Parts:
+    """Return the host's time for what surrounds a stage's layers, in each direction."""
+    kernels = job.program.kernels_message if job.pp > 1 else 0
+    kernels += job.program.kernels_ends * ((stage == 0) + (stage == len(job.stages) - 1)) if job.whole_model else 0
+    return Parts(host=kernels * gpu.calibration.launch_us * 1e-6)
+
+
+def stage_costs(gpu: Hardware, job: Job) -> list[StageCost]:
+    """Return what the simulation wants of every stage, with what ZeRO 2 and 3 send in every micro-batch."""
+    costs = [stage.cost(job.launch_blocking) for stage in stage_times(gpu, job)]
+    if job.zero_stage < 2:
+        return costs
+    return [_with_zero(gpu, job, stage, cost) for stage, cost in enumerate(costs)]
+
+
+def stage_message(gpu: Hardware, job: Job) -> tuple[float, float]:
+    """Return (transfer, latency) of hidden states between stages."""
+    if job.pp == 1:
+        return 0.0, 0.0
+    size = 2.0 * job.tokens * job.model.hidden_size
+    split = job.sequence_parallel or job.program.name.startswith("megatron")
+    transfer, wait = message(gpu, job.tp * job.dp, size / job.tp if split else size)
+    if split and not job.sequence_parallel:
+        transfer += half(gpu, Group(job.tp), size)
+    return transfer, wait
+
+
+@lru_cache(maxsize=50_000)
+def run_schedule(job: Job, costs: tuple[StageCost, ...], transfer: float, wait: float) -> tuple[float, float]:
+    """Return (length, bubble) of the schedule.
+
+    Once all ranks are busy every further p micro-batches take the same time, so long steps are simulated with fewer and
+    prolonged.
+    """
+    short, longer = (8 * job.pp, 9 * job.pp) if job.schedule == "dualpipe_v" else (3 * job.pp, 4 * job.pp)
+    if job.micro_batches <= longer + job.pp:
+        timeline = _timeline(job, job.micro_batches, costs, transfer, wait)
+        return timeline.length, timeline.bubble
+    rest = job.micro_batches % job.pp
+    first = _timeline(job, short + rest, costs, transfer, wait).length
+    second = _timeline(job, longer + rest, costs, transfer, wait).length
+    length = second + (second - first) * (job.micro_batches - longer - rest) / job.pp
+    busy = sum(c.forward + c.input_backward + c.weight_backward for c in costs) * job.micro_batches
+    return length, max(0.0, 1 - busy / (length * job.pp))
+
+
+def _timeline(job: Job, micro_batches: int, costs: tuple[StageCost, ...], transfer: float, wait: float) -> Timeline:
+    return simulate(job.plan(micro_batches), costs, transfer, wait)
+
+
+def stage_parameters(job: Job) -> list[int]:
+    """Return the parameters of each stage on one rank."""
+    model = job.model
+    layer = layer_parameters(model)
+    if not job.program.gated:
+        layer -= model.hidden_size * model.intermediate_size
+    held = [sum(n for _, n in counts) * (layer // job.tp) for counts in job.stages]
+    if job.whole_model:
+        table = job.vocab * model.hidden_size
+        held[0] += table
+        if len(held) > 1 or not model.tie_word_embeddings:
+            held[-1] += table
+    return held
+
+
+def rank_parameters(job: Job) -> list[int]:
+    """Return the parameters on a rank of each pipeline position."""
+    place = job.plan(max(job.micro_batches, 2 * job.pp)).place
+    held = [0] * job.pp
+    for stage, parameters in enumerate(stage_parameters(job)):
+        held[place.home(stage)[0]] += parameters
+    return held
+
+
+def end_of_step(gpu: Hardware, job: Job, costs: list[StageCost]) -> tuple[float, float]:
+    """Return (reduction that nothing hides, optimizer) of the rank for which they take longest."""
+    group = Group(job.dp, job.tp)
+    found = []
+    for rank, parameters in enumerate(rank_parameters(job)):
+        shard = parameters / job.dp if job.zero_stage else parameters
+        update = pointwise(gpu, job.program.optimizer_bytes * shard)
+        scatter = half(gpu, group, float(job.program.reduced_bytes) * parameters)
+        gather = half(gpu, group, 2.0 * parameters) if job.zero_stage else scatter
+        if job.zero_stage >= 2:  # sent already, in every micro-batch
+            scatter = 0.0 if job.zero_stage == 3 or job.program.overlaps_reduction else scatter
+            gather = 0.0 if job.zero_stage == 3 else gather
+        if job.program.overlaps_reduction:
+            # Layer by layer beside the last backward and the next forward; the last layer's reduction is seen.
+            cost = costs[rank]
+            layers = sum(n for _, n in job.stages[rank]) or 1
+            scatter = _exposed(gpu, cost.input_backward + cost.weight_backward, scatter, layers)
+            gather = _exposed(gpu, cost.forward, gather, layers)
+        tied = 0.0
+        if job.pp > 1 and rank in (0, job.pp - 1) and not job.program.gated:  # tied tables are summed over two stages
+            tied = all_reduce(gpu, Group(2, job.tp * job.dp), float(job.program.reduced_bytes) * embedding_share(job))
+        found.append((scatter + gather + tied, update))
+    return max(found, key=sum)
+
+
+def embedding_share(job: Job) -> float:
+    """Return the numbers of the vocabulary's table on one rank."""
+    return job.vocab / max(1, job.model.vocab_size) * embedding_parameters(job.model)
+
+
+def _with_zero(gpu: Hardware, job: Job, stage: int, cost: StageCost) -> StageCost:
+    """Return the passes with what ZeRO 2 and 3 send in every micro-batch, beside the computation.
+
+    ZeRO-3 gathers a layer's 16-bit weights for each pass over it and reduce-scatters its gradients; ZeRO-2 only the
+    latter (Rajbhandari et al., arXiv 1910.02054, section 7). The first layer's gather hides behind nothing.
+    """
+    group = Group(job.dp, job.tp)
+    parameters, layers = stage_parameters(job)[stage], sum(n for _, n in job.stages[stage]) or 1
+    gather = layers * half(gpu, group, 2.0 * parameters / layers) if job.zero_stage == 3 else 0.0
+    scatter = layers * half(gpu, group, float(job.program.reduced_bytes) * parameters / layers)
+    forward = _beside(gpu, cost.forward, gather) + gather / layers
+    whole = _beside(gpu, cost.input_backward + cost.weight_backward, gather + scatter) + scatter / layers
+    return StageCost(forward, whole - cost.weight_backward, cost.weight_backward)
+
+
+def _beside(gpu: Hardware, compute: float, communicate: float) -> float:
+    """Return the time of both at once: the longer, and what the communication takes from the computation."""
+    return max(compute, communicate) + gpu.calibration.contention * min(compute, communicate)
+
+
+def _exposed(gpu: Hardware, compute: float, communicate: float, layers: int) -> float:
+    """Return what communication layer by layer adds to the computation of all layers but the last."""
+    beside = compute * (1 - 1 / layers)
+    first = communicate / layers
+    return first + _beside(gpu, beside, communicate - first) - beside

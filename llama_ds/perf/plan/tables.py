@@ -1,0 +1,242 @@
+"""The planner's results as text and as plain data."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama_ds.model.flops import parameter_count
+from llama_ds.parallel.recompute import GIB
+from llama_ds.perf.plan.cost import TABLE_15, TABLE_15_TOKENS, Cost, Rates, cheapest, life, run_cost
+from llama_ds.perf.plan.estimate import Estimate, as_data
+from llama_ds.perf.plan.search import Found
+from llama_ds.perf.plan.validate import Checked, groups, summary
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Return rows as columns: the first `left` flush left, the others flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [f"{c:<{w}}" if i < left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def search_table(found: Found, cost: Cost) -> str:
+    """Return the ranking, why others are none, and what the best costs."""
+    rows = [
+        ("", "tp", "pp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "MFU", "bubble", "GiB", "days")
+    ]
+    for place, item in enumerate(found.best, 1):
+        rows.append(tuple(_ranked(place, item)))  # type: ignore[arg-type]
+    best = found.best[0]
+    lines = [
+        f"{best.run.name} on {best.layout.world:,} x {best.gpu.name}: {best.layout.global_batch:,} rows of "
+        f"{best.run.data.seq_len:,} tokens; {found.legal:,} legal layouts, {found.simulated:,} simulated, the others "
+        "bounded to be slower",
+        "",
+        aligned(rows, 0),
+        "",
+        f"the best's step: {_why(best)}",
+    ]
+    for kind, item in found.of_kind.items():
+        if item.run != best.run:
+            lines.append(
+                f"the best of {kind}: {_words(item)}, {item.step.tokens_per_second:,.0f} tokens/s/GPU: {_why(item)}"
+            )
+    paper = paper_speed(best)
+    if paper:
+        lines.append(f"the LLaMA paper trained this model at {paper:,.0f} tokens/s/GPU (table 15) on 2,048 A100-80GB")
+    lines += [
+        "",
+        f"the run with the best: {cost.gpu_hours:,.0f} GPU-hours, {cost.days:,.1f} days, "
+        f"{cost.megawatt_hours:,.0f} MWh, {cost.carbon_tonnes:,.0f} t CO2eq",
+        "",
+        "rejected:",
+    ]
+    for why, others in sorted(found.rejected.items(), key=lambda pair: -pair[1].count):
+        lines.append(f"  {others.count:>5}  {why}: {others.example}")
+    return "\n".join(lines)
+
+
+def paper_speed(item: Estimate) -> float | None:
+    """Return the tokens/s/GPU of the LLaMA paper's model of this size, on its GPUs."""
+    size = f"{round(parameter_count(item.run.model) / 1e9)}b"
+    if size not in TABLE_15 or not item.gpu.name.startswith("a100-80gb"):
+        return None
+    return TABLE_15_TOKENS[size] / TABLE_15[size] / 3600
+
+
+def _ranked(place: int, item: Estimate) -> list[str]:
+    parallel, step = item.run.parallel, item.step
+    counts: dict[str, int] = {}
+    for policy, number in (pair for stage in step.job.stages for pair in stage):
+        counts[policy] = counts.get(policy, 0) + number
+    return [
+        *(str(n) for n in (place, parallel.tp, parallel.pp, item.layout.dp, parallel.micro_batch)),
+        _schedule(item),
+        str(item.run.zero_stage),
+        "+".join(f"{n} {policy}" for policy, n in counts.items()),
+        f"{step.tokens_per_second:,.0f}",
+        f"{step.mfu(item.gpu):.1%}",
+        f"{step.bubble:.1%}",
+        f"{item.peak_bytes / GIB:.1f}",
+        f"{item.days:.1f}",
+    ]
+
+
+def _schedule(item: Estimate) -> str:
+    parallel = item.run.parallel
+    if parallel.pp == 1:
+        return "-"
+    chunks = f" x{parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
+    return parallel.schedule + chunks + (f" +{parallel.extra_warmup}" if parallel.extra_warmup else "")
+
+
+def _words(item: Estimate) -> str:
+    parallel = item.run.parallel
+    return f"tp {parallel.tp} pp {parallel.pp} dp {item.layout.dp} {_schedule(item)}"
+
+
+def _why(item: Estimate) -> str:
+    """Say what the step's time consists of, summed over the pipeline's busiest stage."""
+    step = item.step
+    stage = max(step.stages, key=lambda s: sum(p.device for p in (s.forward, s.recompute, s.input_backward)))
+    parts = stage.forward + stage.recompute + stage.input_backward + stage.weight_backward
+    whole = step.seconds / item.layout.accumulation / step.job.chunks
+    known = parts.device / whole + (step.bubble * step.pipeline + step.reduction) / step.seconds
+    return (
+        f"matrices {parts.matrices / whole:.0%}, attention {parts.attention / whole:.0%}, pointwise "
+        f"{parts.pointwise / whole:.0%}, exposed tensor-parallel {parts.tensor / whole:.0%}, bubble "
+        f"{step.bubble * step.pipeline / step.seconds:.0%}, exposed reduction {step.reduction / step.seconds:.0%}, "
+        f"other (imbalance, ZeRO's gathers, the host) {max(0.0, 1 - known):.0%}"
+    )
+
+
+def search_data(found: Found, cost: Cost) -> dict[str, Any]:
+    """Return the search as plain data."""
+    return {
+        "legal": found.legal,
+        "simulated": found.simulated,
+        "best": [as_data(item) for item in found.best],
+        "of_kind": {kind: as_data(item) for kind, item in found.of_kind.items()},
+        "cost": cost_data(cost),
+        "rejected": {why: {"count": item.count, "example": item.example} for why, item in found.rejected.items()},
+    }
+
+
+def cost_data(cost: Cost) -> dict[str, float]:
+    """Return the cost as plain data."""
+    return {
+        "gpu_hours": cost.gpu_hours,
+        "gpus": cost.gpus,
+        "days": cost.days,
+        "mwh": cost.megawatt_hours,
+        "t_co2eq": cost.carbon_tonnes,
+    }
+
+
+def cost_text(name: str, cost: Cost, tokens: float, speed: float, layout: Estimate | None, as_json: bool) -> str:
+    """Return the cost of one run."""
+    if as_json:
+        return json.dumps({**cost_data(cost), "tokens": tokens, "tokens_per_s_per_gpu": speed}, indent=1)
+    how = f"the best layout found: {_words(layout)}" if layout else "as given"
+    return "\n".join(
+        (
+            f"{name}: {tokens:.4g} tokens at {speed:,.1f} tokens/s/GPU ({how})",
+            f"  {cost.gpu_hours:,.0f} GPU-hours; {cost.days:,.1f} days on {cost.gpus:,} GPUs",
+            f"  {cost.megawatt_hours:,.1f} MWh = GPU-hours x {cost.power_w:g} W x PUE 1.1",
+            f"  {cost.carbon_tonnes:,.1f} t CO2eq = MWh x 0.385 (LLaMA paper, section 6)",
+        )
+    )
+
+
+def table_15(found: Mapping[str, Found], as_json: bool) -> str:
+    """Return the paper's table 15 beside what the best layouts would take."""
+    rows = [("size", "paper: GPU-hours", "MWh", "t CO2eq", "tok/s/GPU", "planned: tok/s/GPU", "GPU-hours", "layout")]
+    data = {}
+    for size, hours in TABLE_15.items():
+        best = found[size].best[0]
+        paper = Cost(hours, 2048, 400)
+        planned = run_cost(TABLE_15_TOKENS[size], best.step.tokens_per_second, 2048, best.gpu.power_w)
+        speed = TABLE_15_TOKENS[size] / hours / 3600
+        data[size] = {"paper": cost_data(paper), "planned": cost_data(planned)}
+        rows.append(
+            (
+                size,
+                f"{hours:,}",
+                f"{paper.megawatt_hours:,.0f}",
+                f"{paper.carbon_tonnes:,.0f}",
+                f"{speed:,.0f}",
+                f"{best.step.tokens_per_second:,.0f}",
+                f"{planned.gpu_hours:,.0f}",
+                _words(best),
+            )
+        )
+    return json.dumps(data, indent=1) if as_json else aligned(rows)
+
+
+def trade(target: float, inference_tokens: float, rates: Rates, as_json: bool) -> str:
+    """Return the sizes that reach a loss: cheapest to train, and cheapest with what the model will answer."""
+    training, whole = cheapest(target, 0, rates), cheapest(target, inference_tokens, rates)
+    sizes = [training, whole, *(life(target, n, inference_tokens, rates) for n in (7e9, 13e9, 33e9, 65e9))]
+    names = ["cheapest to train", "cheapest over its life", "7B", "13B", "33B", "65B"]
+    sizes[0] = life(target, training.parameters, inference_tokens, rates)
+    reached = [(name, size) for name, size in zip(names, sizes, strict=True) if size.tokens < 1e16]
+    if as_json:
+        return json.dumps({name: {**vars(size), "hours": size.hours} for name, size in reached}, indent=1)
+    rows = [("", "parameters", "tokens", "tokens/parameter", "GPU-hours: training", "inference", "life")]
+    for name, size in reached:
+        rows.append(
+            (
+                name,
+                f"{size.parameters / 1e9:,.1f}B",
+                f"{size.tokens / 1e12:,.2f}T",
+                f"{size.tokens / size.parameters:,.0f}",
+                f"{size.training_hours:,.0f}",
+                f"{size.inference_hours:,.0f}",
+                f"{size.hours:,.0f}",
+            )
+        )
+    missing = [name for name, size in zip(names, sizes, strict=True) if size.tokens >= 1e16]
+    note = f"\nnot reached by {', '.join(missing)} with any number of tokens" if missing else ""
+    head = f"loss {target:g} by L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28; {inference_tokens:.3g} tokens to answer"
+    return f"{head}\n{aligned(rows)}{note}"
+
+
+def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool, as_json: bool) -> str:
+    """Return the planner's errors by source, and over all rows of a machine."""
+    tables = {name: summary(items) for name, items in groups(checked).items()}
+    time = [item for item in checked if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100")]
+    held = [item for item in checked if item.row.kind == "peak_mem_gib"]
+    totals = {name: summary(items) for name, items in (("all A100 | time", time), ("all | memory", held)) if items}
+    if time:
+        of_sources = [t["median"] for name, t in tables.items() if name.endswith("time") and "| a100" in name]
+        totals["all A100 | time"]["median_of_sources"] = statistics.median(of_sources)
+    if as_json:
+        rows = [{"id": c.row.id, "measured": c.row.value, "predicted": c.predicted, "error": c.error} for c in checked]
+        return json.dumps({"sources": tables, "overall": totals, "skipped": dict(skipped), "rows": rows}, indent=1)
+    lines = [("source | machine | what", "rows", "median |error|", "90th percentile", "bias")]
+    for name, found in {**tables, **totals}.items():
+        lines.append(
+            (name, str(found["rows"]), f"{found['median']:.1%}", f"{found['p90']:.1%}", f"{found['bias']:+.1%}")
+        )
+    text = aligned(lines)
+    if each:
+        table = [("row", "measured", "predicted", "error")]
+        table += [(c.row.id, f"{c.row.value:.4g}", f"{c.predicted:.4g}", f"{c.error:+.1%}") for c in checked]
+        text = aligned(table) + "\n\n" + text
+    if skipped:
+        text += "\n\nskipped:\n" + "\n".join(f"  {count:>5}  {why}" for why, count in sorted(skipped.items()))
+    return text
+
+
+def left_out(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the errors on sources that the fit did not see."""
+    lines = [("source left out of the fit", "rows", "median |error|", "90th percentile", "bias")]
+    for name, item in found.items():
+        lines.append((name, str(item["rows"]), f"{item['median']:.1%}", f"{item['p90']:.1%}", f"{item['bias']:+.1%}"))
+    return aligned(lines)

@@ -1,0 +1,105 @@
+"""The planner against measured runs: what it would have said, and how far that is off."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llama_ds.model.flops import parameter_count
+from llama_ds.perf.plan.hardware import Hardware
+from llama_ds.perf.plan.job import Job
+from llama_ds.perf.plan.memory import published_memory
+from llama_ds.perf.plan.rows import Row, group_of
+from llama_ds.perf.plan.step import step_time
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A row and what the planner says of it, in the row's own unit."""
+
+    row: Row
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Predicted over measured, less 1."""
+        return self.predicted / self.row.value - 1
+
+
+def check(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> tuple[list[Checked], dict[str, int]]:
+    """Return the rows that have a job on a machine that is described, and how many were skipped why."""
+    found: list[Checked] = []
+    skipped: dict[str, int] = defaultdict(int)
+    for row in rows:
+        if row.job is None:
+            skipped[row.skipped] += 1
+        elif row.gpu not in machines:
+            skipped[f"no description of {row.gpu}"] += 1
+        else:
+            found.append(Checked(row, predict(row, machines[row.gpu])))
+    return found, dict(skipped)
+
+
+def predict(row: Row, gpu: Hardware) -> float:
+    """Return what the row would have measured."""
+    assert row.job is not None
+    if any(row.links):
+        gpu = gpu.with_links(*row.links)
+    if row.kind == "peak_mem_gib":
+        return published_memory(row.job, row.reserved) / 2**30
+    step = step_time(gpu, row.job)
+    if row.kind == "iteration_s":
+        return step.seconds
+    if row.kind == "tokens_per_s_per_gpu":
+        return step.tokens_per_second
+    rate = step.tokens_per_second * stated_flops(row.job, hardware=row.kind == "hfu_pct")
+    return rate / 1e12 if row.kind == "tflops_per_gpu_model" else 100 * rate / gpu.peak
+
+
+def stated_flops(job: Job, hardware: bool) -> float:
+    """Return FLOPs per token as the sources count them: 6 N + 12 L D T, attention not halved by causality.
+
+    Hardware FLOPs of full recompute are 4/3 of it; with selective, attention counts twice (Korthikanti, equation 8).
+    """
+    model = job.model
+    parameters = parameter_count(model)
+    if not job.program.gated:
+        parameters -= model.num_hidden_layers * model.hidden_size * model.intermediate_size
+    attention = 12.0 * model.num_hidden_layers * model.hidden_size * job.seq_len
+    if not hardware:
+        return 6 * parameters + attention
+    policy = job.stages[0][0][0]
+    if policy == "full":
+        return 4 / 3 * (6 * parameters + attention)
+    return 6 * parameters + attention * (2 if policy == "selective" else 1)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return the value that `share` of the values do not exceed, between neighbours by proportion."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def summary(checked: Sequence[Checked]) -> dict[str, float]:
+    """Return the count, median and 90th percentile of |error|, and the median of the error with its sign."""
+    errors = [abs(item.error) for item in checked]
+    return {
+        "rows": len(errors),
+        "median": statistics.median(errors),
+        "p90": quantile(errors, 0.9),
+        "bias": statistics.median(item.error for item in checked),
+    }
+
+
+def groups(checked: Iterable[Checked]) -> dict[str, list[Checked]]:
+    """Return the rows by what they are counted under: source, machine, time or memory."""
+    found: dict[str, list[Checked]] = defaultdict(list)
+    for item in checked:
+        what = "memory" if item.row.kind == "peak_mem_gib" else "time"
+        found[f"{group_of(item.row.source)} | {item.row.gpu} | {what}"].append(item)
+    return dict(sorted(found.items()))

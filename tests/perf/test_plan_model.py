@@ -1,0 +1,177 @@
+"""The planner's time and memory of a step: what must hold of any machine, and what was measured on some."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llama_ds.config.layout import resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import ModelConfig
+from llama_ds.errors import UserError
+from llama_ds.parallel.memory import rank_memory
+from llama_ds.perf.plan import hardware
+from llama_ds.perf.plan.communication import Group, all_reduce, half, message
+from llama_ds.perf.plan.compute import gemm
+from llama_ds.perf.plan.estimate import Estimate, as_data, estimate, report
+from llama_ds.perf.plan.explain import explain
+from llama_ds.perf.plan.job import Job
+from llama_ds.perf.plan.layer import layer_time
+from llama_ds.perf.plan.program import OURS
+from llama_ds.perf.plan.step import run_schedule
+from llama_ds.schedules.simulate import StageCost, simulate
+
+REPO = Path(__file__).resolve().parents[2]
+A100, H100 = hardware.load("a100-80gb"), hardware.load("h100-80gb")
+
+
+def planned(*overrides: str, size: str = "65b", gpus: int = 2048, gpu: hardware.Hardware = A100) -> Estimate:
+    return estimate(load_run(str(REPO / f"ds_configs/llama_{size}.yaml"), overrides), gpus, gpu)
+
+
+def test_the_papers_65b_run_comes_out_as_the_paper_has_it() -> None:
+    """LLaMA, section 2.4: around 380 tokens/s/GPU on 2,048 A100-80GB, 1.4T tokens in about 21 days."""
+    found = planned("parallel.schedule=zb_h1")
+    assert found.fits
+    assert found.step.tokens_per_second == pytest.approx(380, rel=0.08)
+    assert found.days == pytest.approx(21, rel=0.08)
+
+
+@pytest.mark.parametrize("name", hardware.names())
+def test_every_machine_loads_as_it_is_written(name: str, tmp_path: Path) -> None:
+    machine = hardware.load(name)
+    path = tmp_path / "copy.yaml"
+    path.write_text(hardware.text(machine))
+    assert hardware.load(str(path)) == machine
+    assert machine.name == name
+
+
+@pytest.mark.parametrize("machine", [A100, H100])
+@pytest.mark.parametrize("sizes", [(2048, 4096, 4096), (8192, 8192, 8192), (512, 1376, 4096), (8, 8, 8)])
+def test_no_product_is_faster_than_peak_and_memory(machine: hardware.Hardware, sizes: tuple[int, int, int]) -> None:
+    m, n, k = sizes
+    time = gemm(machine, m, n, k)
+    assert time >= 2 * m * n * k / machine.peak
+    assert time >= 2 * (m * k + k * n + m * n) / (machine.bandwidth_gb_s * 1e9)
+
+
+def test_products_whose_rows_are_badly_aligned_are_slower() -> None:
+    aligned, bytes_16, bytes_8 = (gemm(A100, 4096, 4096, k) / k for k in (4096, 4104, 4100))
+    assert aligned < bytes_16 < bytes_8
+
+
+def test_collectives_take_what_ring_and_links_say() -> None:
+    size = 2.0**30
+    within = half(A100, Group(8), size)
+    assert within == pytest.approx(7 / 8 * size / (A100.links.nvlink_gb_s * 1e9), rel=0.05)
+    assert half(A100, Group(1), size) == 0
+    assert all_reduce(A100, Group(8), size) == pytest.approx(2 * within, rel=0.05)
+    # All eight ranks of a node reduce to other nodes at once: each has an eighth of the node's links.
+    across = half(A100, Group(16, stride=8), size)
+    share = A100.links.network_gb_s * 1e9 * A100.calibration.network / 8
+    assert across == pytest.approx(15 / 16 * size / share, rel=0.05)
+    assert message(A100, 8, size)[0] == pytest.approx(size / share)
+
+
+def test_all_reduce_is_near_what_nccl_measured_on_nvlink() -> None:
+    """docs/calibration/nccl_allreduce_a100_nvlink.csv, which no constant of a collective was fitted to row by row."""
+    lines = (REPO / "docs/calibration/nccl_allreduce_a100_nvlink.csv").read_text().splitlines()[1:]
+    errors = []
+    for line in lines:
+        n, size, time_us, _ = map(float, line.split(","))
+        errors.append(abs(all_reduce(A100, Group(int(n)), size) * 1e6 / time_us - 1))
+    assert sorted(errors)[len(errors) // 2] < 0.12
+
+
+@pytest.mark.parametrize("seq_len", [2048, 4096])
+@pytest.mark.parametrize(("shape", "within"), [("7b-tp1", 0.05), ("65b-tp8", 0.10)])
+@pytest.mark.parametrize("policy", ["none", "selective"])
+def test_a_layer_takes_what_was_measured_on_an_h100(shape: str, within: float, seq_len: int, policy: str) -> None:
+    """docs/measurements; the 65B file's model is one rank's shard. Nothing was fitted to these."""
+    name = f"docs/measurements/2026-11-26-h100-layer-{shape}-bf16-seq{seq_len}.json"
+    measured = json.loads((REPO / name).read_text())
+    job = bare_job(ModelConfig(**measured["model"]), seq_len, measured["batch"])
+    time = layer_time(H100, job, policy)
+    parts = (time.forward, time.recompute, time.input_backward, time.weight_backward)
+    assert sum(p.device for p in parts) == pytest.approx(
+        measured["layers"][f"llama_ds_{policy}"]["median_s"], rel=within
+    )
+
+
+def bare_job(model: ModelConfig, seq_len: int, rows: int) -> Job:
+    return Job(model, OURS, seq_len, rows, 1, 1, 1, 1, False, 1, "1f1b", 1, 0, ((("none", 1),),), whole_model=False)
+
+
+def test_a_long_step_is_what_the_whole_simulation_says() -> None:
+    """Long steps are simulated in part and prolonged; that must not show."""
+    for schedule, chunks, stages in (("1f1b", 1, 4), ("zb_h1", 1, 4), ("interleaved", 2, 8), ("dualpipe_v", 2, 8)):
+        layers = tuple((("none", 1),) for _ in range(stages))
+        job = replace(
+            bare_job(planned().run.model, 2048, 1),
+            **{"pp": 4, "chunks": chunks, "schedule": schedule, "stages": layers, "micro_batches": 88},
+        )
+        costs = tuple(StageCost(1.0 + 0.1 * s, 1.1, 0.9) for s in range(stages))
+        whole = simulate(job.plan(88), costs, 0.05, 0.01)
+        length, bubble = run_schedule(job, costs, 0.05, 0.01)
+        assert length == pytest.approx(whole.length, rel=0.01), schedule
+        assert bubble == pytest.approx(whole.bubble, abs=0.01), schedule
+
+
+def test_more_of_anything_costs_what_it_should() -> None:
+    base = planned()
+    recomputing = planned("parallel.recompute=full")
+    assert recomputing.step.seconds > 1.2 * base.step.seconds
+    assert recomputing.peak_bytes < base.peak_bytes
+    assert planned("parallel.micro_batch=2").step.bubble > base.step.bubble
+    assert planned("parallel.schedule=zb_h1").step.bubble < base.step.bubble
+    slow = replace(A100, links=replace(A100.links, network_gb_s=A100.links.network_gb_s / 8))
+    assert planned(gpu=slow).step.seconds > base.step.seconds
+    assert planned(gpu=H100).step.seconds < base.step.seconds / 1.5
+    assert planned("training.global_batch=4096").step.bubble < base.step.bubble
+
+
+def test_memory_is_that_of_the_trainers_own_plan() -> None:
+    run = load_run(str(REPO / "ds_configs/llama_65b.yaml"))
+    owner = rank_memory(run, resolve_layout(run, 2048), 2)
+    for held, rank in zip(planned().memory, owner, strict=True):
+        assert (held.weights, held.gradients, held.optimizer) == (rank.weights, rank.gradients, rank.optimizer)
+    zero = [planned("parallel.recompute=full", f"deepspeed=zero{z}_bf16.json", size="7b", gpus=256) for z in (1, 2, 3)]
+    assert zero[0].peak_bytes > zero[1].peak_bytes > zero[2].peak_bytes
+
+
+def test_every_number_is_finite_and_explained() -> None:
+    for found in (planned(), planned(size="7b", gpus=256), planned(size="13b", gpus=256, gpu=H100)):
+        text = json.dumps(as_data(found), allow_nan=False)
+        assert math.isfinite(json.loads(text)["step_s"])
+        for words in (report(found), explain(found)):
+            assert "nan" not in words.lower().split() and "inf" not in words.lower().split()
+        for word in ("peak", "pipeline", "reduction", "optimizer", "MFU", "weights", "activations"):
+            assert word in explain(found)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("memory_gib: -1", "memory_gib = -1.0 is not positive"),
+        ("device: A101", "device = 'A101' is no device"),
+        ("processors: many", "processors = 'many' is not an integer"),
+        ("colour: red", "colour is not a known key"),
+    ],
+)
+def test_a_bad_machine_is_refused_with_its_key(line: str, words: str, tmp_path: Path) -> None:
+    key = line.split(":")[0]
+    lines = [row for row in hardware.text(A100).splitlines() if not row.startswith(f"{key}:")]
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join([*lines, line]) + "\n")
+    with pytest.raises(UserError, match=words) as error:
+        hardware.load(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_an_unknown_machine_is_refused_with_the_nearest() -> None:
+    with pytest.raises(UserError, match=r"a100-90gb: not a machine.*did you mean 'a100-80gb'"):
+        hardware.load("a100-90gb")

@@ -1,0 +1,143 @@
+"""The search finds the best legal layout, writes what the trainer takes, and says why others are none."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.layout import resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.parallel.recompute import stage_policies
+from llama_ds.perf.plan import hardware
+from llama_ds.perf.plan.cost import run_cost
+from llama_ds.perf.plan.estimate import estimate
+from llama_ds.perf.plan.job import job_of
+from llama_ds.perf.plan.page import page
+from llama_ds.perf.plan.search import KINDS, Found, layouts, lower_bound, search
+from llama_ds.perf.plan.sizes import rows_of
+from llama_ds.perf.plan.step import step_time
+from llama_ds.perf.plan.tables import paper_speed, search_data, search_table
+from llama_ds.perf.plan.write import write
+
+REPO = Path(__file__).resolve().parents[2]
+A100 = hardware.load("a100-80gb")
+
+
+def base(size: str, *overrides: str) -> RunConfig:
+    return load_run(str(REPO / f"ds_configs/llama_{size}.yaml"), ["parallel={}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def found() -> Found:
+    return search(base("65b"), 2048, A100, top=5)
+
+
+def test_the_ranking_is_of_legal_layouts_fastest_first(found: Found) -> None:
+    assert len(found.best) == 5
+    seconds = [item.step.seconds for item in found.best]
+    assert seconds == sorted(seconds)
+    for item in found.best:
+        layout = resolve_layout(item.run, 2048)
+        assert layout.pp * layout.tp * layout.dp == 2048
+        deepspeed_config(item.run, layout, bf16_native=True)
+        assert item.fits and item.peak_bytes <= A100.memory_bytes
+        assert 0.2 < item.step.mfu(A100) < 0.75
+
+
+def test_the_papers_speed_is_among_layouts_and_what_beats_it_is_said(found: Found) -> None:
+    """380 tokens/s/GPU (section 2.4): between the layout of those years and the best."""
+    plain = found.of_kind["1F1B with tp over a whole node, as in 2021-23"]
+    paper = paper_speed(found.best[0])
+    assert paper == pytest.approx(380.4, abs=0.1)
+    assert plain.step.tokens_per_second == pytest.approx(paper, rel=0.12)
+    assert found.best[0].step.tokens_per_second > paper
+    text = search_table(found, run_cost(1.4e12, 400, 2048, 400))
+    assert "380 tokens/s/GPU" in text and "exposed tensor-parallel" in text
+    assert set(found.of_kind) == set(KINDS)
+
+
+def test_no_layout_that_was_left_out_is_faster() -> None:
+    """Exhaustive on a small problem: the bound may cut nothing that belongs among the best."""
+    run = base("7b", "training.global_batch=64")
+    best = search(run, 16, A100, top=3)
+    every = []
+    for layout in layouts(run, 16, A100):
+        try:
+            item = estimate(layout, 16, A100)
+        except UserError:
+            continue
+        if item.fits:
+            every.append(item.step.seconds)
+    assert best.legal == len(every)
+    assert [item.step.seconds for item in best.best] == pytest.approx(sorted(every)[:3])
+
+
+def test_the_bound_is_below_what_is_simulated() -> None:
+    run = base("13b", "training.global_batch=256")
+    for layout in list(layouts(run, 64, A100))[::7]:
+        try:
+            item = estimate(layout, 64, A100)
+        except UserError:
+            continue
+        job = job_of(item.run, item.layout, stage_policies(item.run, item.layout, 2))
+        assert lower_bound(A100, job) <= step_time(A100, job).seconds * (1 + 1e-9)
+
+
+def test_what_is_written_is_taken_by_the_trainer(found: Found, tmp_path: Path) -> None:
+    for item in (found.best[0], *found.of_kind.values()):
+        yaml_path, json_path = write(item.run, tmp_path / "planned")
+        run = load_run(str(yaml_path))
+        assert run.deepspeed_path == str(json_path)
+        assert (run.parallel, run.training, run.model) == (item.run.parallel, item.run.training, item.run.model)
+        again = estimate(run, 2048, A100)
+        assert again.step.seconds == pytest.approx(item.step.seconds)
+
+
+def test_the_page_is_one_file_with_all_pictures(found: Found) -> None:
+    text = page("65B <on> 2,048", found, run_cost(1.4e12, 400, 2048, 400))
+    assert text.count("<svg") == 3 and text.count("</svg>") == 3
+    assert "&lt;on&gt;" in text
+    assert not re.search(r"(src|href)=", text)
+    assert "nan" not in text.lower().split() and "NaN" not in text
+    assert "<circle" in text and "MWh" in text and "rank 0" in text
+
+
+def test_rejections_are_counted_with_an_example(found: Found) -> None:
+    assert "tensor parallelism across nodes" in found.rejected
+    assert any(why.startswith("does not fit") for why in found.rejected)
+    data = search_data(found, run_cost(1.4e12, 400, 2048, 400))
+    assert all(item["count"] > 0 and item["example"] for item in data["rejected"].values())
+
+
+@pytest.mark.parametrize(
+    ("size", "gpus", "batch", "words"),
+    [
+        (
+            "65b",
+            8,
+            2048,
+            r"no layout can be had: weights, gradients and optimizer alone do not fit.* On (\d+) GPUs there is one",
+        ),
+        ("7b", 37, 2048, r"no layout can be had: dp does not divide the global batch.* On (\d+) GPUs there is one"),
+    ],
+)
+def test_an_impossible_request_names_the_nearest_possible(size: str, gpus: int, batch: int, words: str) -> None:
+    run = base(size, f"training.global_batch={batch}")
+    with pytest.raises(UserError, match=words) as error:
+        search(run, gpus, A100)
+    match = re.search(r"On ([\d,]+) GPUs there is one", str(error.value))
+    assert match
+    assert search(run, int(match[1].replace(",", "")), A100, top=1).best
+
+
+def test_tokens_become_rows_that_layouts_divide() -> None:
+    assert rows_of(4_194_304, 2048) == 2048
+    assert rows_of(4_000_000, 2048) == 2048
+    assert rows_of(6144, 2048) == 3
+    with pytest.raises(UserError, match="less than one row"):
+        rows_of(1000, 2048)

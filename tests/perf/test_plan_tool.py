@@ -1,0 +1,85 @@
+"""tools/plan.py as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def plan(*args: object, torch: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the tool, where torch cannot be imported."""
+    block = "" if torch else "sys.modules['torch'] = None; "
+    program = f"import sys, runpy; {block}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", program, str(ROOT / "tools" / "plan.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_estimate_prints_and_explains() -> None:
+    done = plan("estimate", "65b", "--gpus", 2048, "--explain", "parallel.schedule=zb_h1")
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s/GPU" in done.stdout and "data sheet" in done.stdout
+    data = json.loads(plan("estimate", "65b", "--gpus", 2048, "--json").stdout)
+    assert data["fits"] and data["layout"]["dp"] == 32
+
+
+def test_search_prints_writes_and_draws(tmp_path: Path) -> None:
+    html = tmp_path / "plan.html"
+    done = plan(
+        *("search", "--model", "7b", "--gpus", 64, "--gpu", "h100-80gb", "--seq-len", 4096),
+        *("--global-batch-tokens", "1M", "--top", 3, "--html", html, "--write", tmp_path / "planned"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "rejected:" in done.stdout and "1M tokens are 244.1 rows: taken as 256" in done.stderr
+    assert html.read_text().startswith("<!DOCTYPE html>")
+    (run,) = (tmp_path / "planned").glob("*.yaml")
+    again = plan("estimate", run, "--gpus", 64, "--gpu", "h100-80gb", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["fits"]
+
+
+def test_validate_reads_any_file_of_the_format() -> None:
+    done = plan("validate", "--data", "docs/calibration/published_runs.csv", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["overall"]["all A100 | time"]["median"] < 0.07
+    assert len(found["rows"]) == sum(item["rows"] for item in found["sources"].values())
+
+
+def test_cost_gives_a_runs_price() -> None:
+    done = plan("cost", "--model", "65b", "--gpus", 2048, "--tokens-per-second", 380.4, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["gpu_hours"] == pytest.approx(1_022_362, rel=0.001)
+    done = plan("cost", "--target-loss", 2.0, "--inference-tokens", "2T")
+    assert "cheapest over its life" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("estimate", "65b", "--gpus", 2048, "--gpu", "a100"), "--gpu a100: not a machine"),
+        (("estimate", "66b", "--gpus", 2048), "66b: no such model (did you mean '65b'?)"),
+        (("estimate", "65b", "--gpus", 2000), "world size 2000 is not a multiple"),
+        (("estimate", "65b", "--gpus", 2048, "parallel.tp=3"), "parallel.tp = 3 does not divide"),
+        (("search", "--model", "7b", "--gpus", 37), "On "),
+        (("search", "--model", "7b", "--gpus", 8, "--global-batch-tokens", "lots"), "lots: is not a number of tokens"),
+        (("search", "--model", "7b", "--gpus", 8, "--seq-len", "0"), "data.seq_len"),
+        (("validate", "--data", "nowhere.csv"), "nowhere.csv: cannot be read"),
+        (("validate", "--data", "setup.py"), "setup.py:1: column id is missing"),
+        (("cost",), "cost: wants --model and --gpus"),
+        (("cost", "--target-loss", "1.5"), "--target-loss 1.5"),
+        (("cost", "--model", "7b", "--gpus", 8, "--tokens-per-second", 0), "--tokens-per-second = 0"),
+        (("cost", "--target-loss", "2", "--training-mfu", "0"), "--training-mfu = 0"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args: tuple, words: str) -> None:
+    done = plan(*args)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and words in line
+    assert done.stdout == ""

@@ -1,0 +1,178 @@
+"""The planner against published runs: its errors stay what docs/planner.md says, and bad files are named by line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llama_ds.errors import UserError
+from llama_ds.perf.plan import hardware
+from llama_ds.perf.plan.fit import BOUNDS, fit, loss, usable
+from llama_ds.perf.plan.memory import layer_activations, published_memory
+from llama_ds.perf.plan.rows import COLUMNS, Row, read_rows, stages_of
+from llama_ds.perf.plan.validate import Checked, check, groups, quantile, stated_flops, summary
+
+DATA = Path(__file__).resolve().parents[2] / "docs/calibration"
+MACHINES = {name: hardware.load(name) for name in hardware.names()}
+HEADER = ",".join(COLUMNS)
+GOOD = "x,Somebody 2026,GPT,4096,32,32,32,16384,50257,2048,A100-80GB,8,1,1,8,1,0,full,1,4,64,iteration_s,10.0,"
+
+
+@pytest.fixture(scope="module")
+def published() -> list[Checked]:
+    checked, _ = check(read_rows(DATA / "published_runs.csv"), MACHINES)
+    return checked
+
+
+@pytest.fixture(scope="module")
+def single_node() -> list[Checked]:
+    checked, _ = check(read_rows(DATA / "a100_single_node_runs.csv")[::5], MACHINES)
+    return checked
+
+
+def times(checked: list[Checked], machine: str) -> list[Checked]:
+    return [c for c in checked if c.row.kind != "peak_mem_gib" and c.row.gpu.startswith(machine)]
+
+
+def test_a100_runs_with_a_stated_layout_are_told_within_bounds(published: list[Checked]) -> None:
+    found = summary(times(published, "a100"))
+    assert found["rows"] >= 190
+    assert found["median"] < 0.05
+    assert found["p90"] < 0.16
+
+
+def test_small_models_on_one_node_are_told_within_bounds(single_node: list[Checked]) -> None:
+    found = summary(single_node)
+    assert found["rows"] == 288
+    assert found["median"] < 0.085
+    assert found["p90"] < 0.22
+
+
+def test_h100_runs_are_told_within_bounds(published: list[Checked]) -> None:
+    found = summary([c for c in times(published, "h100") if "mosaicml" in c.row.source])
+    assert found["rows"] >= 30
+    assert found["median"] < 0.06
+
+
+def test_memory_is_told_within_bounds(published: list[Checked]) -> None:
+    found = summary([c for c in published if c.row.kind == "peak_mem_gib" and c.row.gpu.startswith("a100")])
+    assert found["rows"] >= 40
+    assert found["median"] < 0.07
+
+
+def test_every_source_is_in_the_table_once(published: list[Checked]) -> None:
+    tables = groups(published)
+    assert sum(map(len, tables.values())) == len(published)
+    assert any("Korthikanti" in name for name in tables)
+
+
+def test_layouts_that_did_not_fit_are_seen_not_to_fit(published: list[Checked]) -> None:
+    """BigScience's layouts that ran out of 80 GB (docs/calibration/CONVENTIONS.md, section 3), from a row beside."""
+    near = next(c.row.job for c in published if c.row.id == "bs_181b_h14336_tp8pp12dp4_mb1_gbs2048_a64_0221")
+    assert near is not None
+
+    def cut(tp: int, pp: int, dp: int, micro: int) -> float:
+        stages = stages_of(72, pp, "full")
+        job = replace(near, tp=tp, pp=pp, dp=dp, micro_batch=micro, micro_batches=2048 // dp // micro, stages=stages)
+        return published_memory(job, reserved=True) / 2**30
+
+    assert cut(8, 12, 4, 1) < 80
+    assert cut(8, 1, 48, 1) > 80
+    assert cut(2, 6, 32, 1) > 80
+    assert cut(2, 6, 32, 2) > cut(2, 6, 32, 1)
+
+
+def test_activations_follow_korthikanti(published: list[Checked]) -> None:
+    """arXiv 2205.05198: equation 2 with tp, equation 4 with sequence parallelism, 34 s b h / t with selective."""
+    row = next(c.row for c in published if c.row.id == "korth_22b_selsp")
+    assert row.job is not None
+    model, t = row.job.model, row.job.tp
+    sbh = row.job.tokens * model.hidden_size
+    scores = 5 * model.num_attention_heads * row.job.seq_len / model.hidden_size
+    assert layer_activations(row.job, "selective") == pytest.approx(34 * sbh / t)
+    assert layer_activations(row.job, "none") == pytest.approx(sbh / t * (34 + scores))
+    plain = replace(row.job, sequence_parallel=False)
+    assert layer_activations(plain, "none") == pytest.approx(sbh * (10 + 24 / t + scores / t))
+    assert layer_activations(plain, "full") == 2 * sbh
+
+
+def test_flops_are_counted_as_sources_count_them(published: list[Checked]) -> None:
+    """Korthikanti's 1.10 s of the 22B model are 41.5% MFU and 43.7% HFU (table 5)."""
+    row = next(c.row for c in published if c.row.id == "korth_22b_selsp")
+    assert row.job is not None
+    per_second = row.job.rows * row.job.seq_len / 1.10 / 8 / MACHINES["a100-80gb"].peak
+    assert stated_flops(row.job, hardware=False) * per_second == pytest.approx(0.415, abs=0.004)
+    assert stated_flops(row.job, hardware=True) * per_second == pytest.approx(0.437, abs=0.004)
+
+
+def test_a_row_is_read_as_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    note = '"flash attn; 400 Gbps"'
+    bare = GOOD.replace("full", "none").replace(",8,1,1,8,", ",8,,,,")
+    path.write_text(f"{HEADER}\n{GOOD}{note}\n{bare}\n")
+    stated, unstated = read_rows(path)
+    assert stated.job is not None
+    assert (stated.job.dp, stated.job.micro_batches, stated.job.stages) == (8, 2, ((("full", 32),),))
+    assert stated.links == (None, 50.0)
+    assert unstated.job is None and unstated.skipped == "tp, pp, dp not stated"
+    checked, skipped = check([stated, unstated], MACHINES)
+    assert len(checked) == 1 and skipped == {"tp, pp, dp not stated": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"{HEADER}\n{GOOD.replace('10.0', 'ten')}\n", ":2: value = 'ten' is not a number"),
+        (f"{HEADER}\n{GOOD}\n{GOOD.replace('10.0', '-1')}\n", ":3: value = '-1' is not a positive number"),
+        (f"{HEADER}\n{GOOD.replace('10.0', 'nan')}\n", ":2: value = 'nan' is not a number"),
+        (f"{HEADER}\n{GOOD.replace('4096,32', '4096,0')}\n", ":2: layers = 0 is not a positive whole number"),
+        (f"{HEADER}\n{GOOD.replace('4096,32', '4096,1.5')}\n", ":2: layers = 1.5 is not a positive whole number"),
+        (f"{HEADER}\n{GOOD.replace('iteration_s', 'hours')}\n", ":2: measured_kind = 'hours' is none of"),
+        (f"{HEADER}\n{GOOD.replace('full', 'some')}\n", ":2: recompute = 'some' is none of"),
+        ("id,source\nx,y\n", ":1: column model is missing"),
+        ("", ":1: column id is missing"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_line(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_rows(path)
+    assert words in str(error.value)
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(UserError, match=r"nowhere\.csv: cannot be read"):
+        read_rows("nowhere.csv")
+
+
+def test_the_fit_finds_what_made_the_rows() -> None:
+    """Rows made by the model itself: from a wrong ceiling the fit comes back to the right one."""
+    machine = MACHINES["a100-80gb"]
+    rows = [row for row in usable(read_rows(DATA / "published_runs.csv"), {"a100-80gb": machine}, 1) if row.job][::20]
+    checked, _ = check(rows, MACHINES)
+    made: list[Row] = [replace(c.row, value=c.predicted) for c in checked]
+    wrong = replace(machine.calibration, gemm_ceiling=0.6)
+    found = fit(made, {"a100-80gb": machine}, wrong, free=("gemm_ceiling",), rounds=7)
+    assert found.gemm_ceiling == pytest.approx(machine.calibration.gemm_ceiling, rel=0.02)
+    assert loss(made, {"a100-80gb": machine}, found) < 0.01
+
+
+@pytest.mark.parametrize("name", ["a100-80gb", "a100-40gb", "h100-80gb", "h100-80gb-2023", "h200"])
+def test_constants_are_what_physics_allows(name: str) -> None:
+    for constant, (low, high) in BOUNDS.items():
+        assert low <= getattr(MACHINES[name].calibration, constant) <= high, constant
+    assert MACHINES[name].calibration.sources
+
+
+def test_layers_go_to_stages_evenly_with_fewer_at_the_ends() -> None:
+    assert [sum(n for _, n in stage) for stage in stages_of(30, 8, "none")] == [3, 4, 4, 4, 4, 4, 4, 3]
+    assert stages_of(70, 72, "full")[0] == () and stages_of(70, 72, "full")[-1] == ()
+
+
+def test_quantiles_lie_between_neighbours() -> None:
+    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert quantile([0.0, 1.0], 0.9) == pytest.approx(0.9)
+    assert quantile([5.0], 0.9) == 5.0
