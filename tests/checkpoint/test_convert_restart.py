@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import MODEL, SHAPES, Write
 
-from llama_ds.checkpoint.conversion.partial import JOURNAL, Partial
+from llama_ds.checkpoint.conversion.partial import JOURNAL, Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import plan_huggingface
 from llama_ds.checkpoint.formats.plan import Plan, Target
 from llama_ds.checkpoint.load_model import open_model
@@ -240,6 +240,13 @@ def test_a_full_disk_is_said_and_gone_on_from(
     assert convert.main([source, str(out), *words]) == 0
     assert {name: inode_and_time(out / name) for name in kept} == kept
     assert len(open_model(str(out)).tensors) == 30
+
+
+def test_torchs_writer_says_no_cause_and_the_disk_does(mount: Path) -> None:
+    remount(mount, "size=100k")
+    with pytest.raises((OSError, RuntimeError)) as error:
+        torch.save(torch.zeros(100_000), mount / "weights.pt")
+    assert "No space left on device" in str(cannot_write(str(mount / "weights.pt"), error.value))
 
 
 def test_a_read_only_destination_is_said(

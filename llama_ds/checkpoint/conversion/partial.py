@@ -20,12 +20,14 @@ from llama_ds.checkpoint.manifest import sync
 from llama_ds.errors import UserError
 
 JOURNAL = ".conversion"
+NEARLY_NOTHING = 1 << 20  # bytes free on a disk to which something could not be written for want of space
 
 
 def cannot_write(path: str, error: OSError | RuntimeError) -> UserError:
     """Return the error that a file or folder cannot be written, as the user is to read it."""
-    if not isinstance(error, OSError):
-        reason = str(error).partition("\n")[0]
+    if not isinstance(error, OSError):  # torch's writer in C++, which does not say why
+        full = shutil.disk_usage(os.path.dirname(path)).free < NEARLY_NOTHING
+        reason = os.strerror(errno.ENOSPC) if full else str(error).partition("\n")[0]
     else:
         reason = error.strerror or str(error)
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
