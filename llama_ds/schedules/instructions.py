@@ -36,6 +36,9 @@ class Instruction(NamedTuple):
     chunk: int
     micro_batch: int
 
+    def __str__(self) -> str:
+        return f"{self.op.name.lower().replace('_', ' ')} of micro-batch {self.micro_batch}, chunk {self.chunk}"
+
 
 @dataclass(frozen=True)
 class Placement:

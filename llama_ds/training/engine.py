@@ -237,13 +237,13 @@ class SingleStageEngine:
         total = torch.zeros((), device=self.device)
         trace = self.trace
         for i in range(self.accumulation):
-            trace.doing = "forward", i
+            trace.doing = f"forward of micro-batch {i}"
             begin = trace.mark()
             batch = next(batches)
             trace.add("wait data", begin)
             begin = trace.mark() if self._forward_waits else None
             loss = engine(*_split(batch, self.device))
-            trace.doing = "backward, and the reduction in it", i
+            trace.doing = f"backward of micro-batch {i}, and the reduction in it"
             if begin is None and (self._backward_waits or i == self.accumulation - 1):
                 begin = trace.mark()
             engine.backward(loss)

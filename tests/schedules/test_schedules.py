@@ -248,3 +248,8 @@ def test_verifier_sees_wrong_memory() -> None:
 def test_impossible_numbers_are_refused(name: str, ranks: int, micro_batches: int, chunks: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Schedule(name, ranks, micro_batches, chunks)
+
+
+def test_an_instruction_reads_as_words() -> None:
+    """Hang reports show it to people."""
+    assert str(Instruction(Op.INPUT_BACKWARD, 1, 6)) == "input backward of micro-batch 6, chunk 1"
