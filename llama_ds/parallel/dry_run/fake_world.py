@@ -1,0 +1,105 @@
+"""A process that takes itself for one rank of a large run: a process group that reaches nobody, tensors without data.
+
+Collectives and messages on torch's `fake` group return at once and move nothing; a FakeTensor has shape, dtype and a
+storage of stated size, and computes only these. What the program would read off values is answered here: numbers are
+1, comparisons false.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+from unittest import mock
+
+import deepspeed.runtime.bf16_optimizer
+import torch
+import torch.distributed as dist
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.zero import utils as zero_utils
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from llama_ds.model import loss, pointwise, weight_gradients
+from llama_ds.parallel.dry_run.ledger import Ledger, within
+from llama_ds.parallel.dry_run.memo import Memo
+from llama_ds.parallel.world import Place
+
+with suppress(ImportError):  # DeepSpeed does with its first engine, for a second or two: before ranks are forked
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+@contextmanager
+def fake_world(
+    place: Place, backend: str, ledger: Ledger, made: Callable[[tuple[int, ...] | None], None]
+) -> Iterator[None]:
+    """Be rank `place.rank` of `place.world` within; `backend` is the one that the program is to believe in.
+
+    `made` is told of the ranks of every process group, which all ranks have to make in one order.
+
+    The process ends after it: DeepSpeed keeps the groups of the world that it saw first.
+    """
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", DS_ACCELERATOR="cpu")
+    dist.init_process_group("fake", rank=place.rank, world_size=place.world, store=FakeStore())
+    with ExitStack() as stack:
+        for target, name, value in [*_answers(backend, ledger), (dist, "new_group", _telling(made))]:
+            stack.enter_context(mock.patch.object(target, name, value, create=True))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        ledger.execute = Memo()
+        stack.enter_context(ledger)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(ledger.saved, lambda tensor: tensor))
+        yield
+
+
+def _asking(get: Callable[[list[int]], list[int]]) -> Callable[[list[int]], list[int]]:
+    def ask(own: list[int]) -> list[int]:
+        get(own)
+        return own
+
+    return ask
+
+
+def _telling(made: Callable[[tuple[int, ...] | None], None]) -> Callable[..., Any]:
+    new_group = dist.new_group
+
+    def tell_and_make(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        made(None if ranks is None else tuple(ranks))
+        return new_group(ranks, *args, **kwargs)
+
+    return tell_and_make
+
+
+def _answers(backend: str, ledger: Ledger) -> Iterator[tuple[Any, str, Any]]:
+    """Yield (object, name, stand-in) of what reads values or addresses, or goes by the device."""
+    yield FakeTensor, "tolist", lambda self: [0] * self.numel()
+    yield FakeTensor, "item", lambda self: 1.0 if self.is_floating_point() else 1
+    yield FakeTensor, "__bool__", lambda self: False
+    yield FakeTensor, "__float__", lambda self: 0.0
+    yield FakeTensor, "__int__", lambda self: 0
+    yield FakeTensor, "__format__", lambda self, spec: "0"
+    yield gc, "collect", lambda generation=2: 0  # DeepSpeed does for every group of parameters, half a second each
+    if backend == "nccl":  # on CUDA the head's gradients are multiplied by the loss's without a look whether it is 1
+        yield FakeTensor, "__ne__", lambda self, other: type(other) is int or torch.Tensor.__ne__(self, other)
+    # Addresses are compared, to see whether two tensors are one: those of fake storages are all 0.
+    yield FakeTensor, "data_ptr", lambda self: self.untyped_storage()._cdata + self.storage_offset() * self.itemsize
+    yield torch.UntypedStorage, "data_ptr", lambda self: self._cdata
+    for module in (nn.Module, PipelineModule):  # torch cannot put other data into a fake parameter; none is elsewhere
+        yield module, "to", lambda self, *args, **kwargs: self
+    # Rank 0 is asked for numbers and compared with: the question is put, the answer is what this rank has itself.
+    yield zero_utils, "get_lst_from_rank0", _asking(zero_utils.get_lst_from_rank0)
+    yield zero_utils, "assert_lst_len_same_as_other_ranks", lambda lst: zero_utils.get_lst_from_rank0([len(lst)])
+    yield deepspeed.runtime.bf16_optimizer, "is_invalid_grad_norm", lambda norm: False
+    yield dist, "get_backend", lambda group=None: backend
+    # What is one kernel on CUDA, and several operations with temporaries on a CPU.
+    for module in (loss, pointwise):
+        yield module, "compiled_for", lambda x, function: within(ledger.fused, function)
+    yield weight_gradients, "add_product", within(ledger.fused, weight_gradients.add_product)
+    yield loss, "add_product", within(ledger.fused, loss.add_product)
+    # Head and loss compute their gradients in the forward; the plan counts these as working memory.
+    yield loss.NextTokenLoss, "forward", within(ledger.passing, loss.NextTokenLoss.forward)
+    yield loss, "_blocks", lambda logits: (slice(0, len(logits)),)

@@ -1,0 +1,88 @@
+"""Which of the memory that an engine holds is weights, gradients or the optimizer's, whichever engine it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger
+from llama_ds.parallel.optimizer_state import begin_moments, fragments
+
+# Buffers of BF16_Optimizer and of ZeRO 1 to 3, where there are such.
+_GRADIENTS = ("fp32_groups_gradients_flat", "averaged_gradients", "grad_partitions_flat_buffer", "ipg_buffer")
+_WEIGHTS = ("bf16_groups_flat", "bit16_groups_flat", "fp16_partitioned_groups_flat")
+
+
+def sort_holdings(engine: Any, ledger: Ledger) -> None:
+    """Give everything that `engine`, of DeepSpeed, holds before its first step its category, moments included.
+
+    What comes during the step sorts itself: gradients as autograd has added them, weights' work that is put off as what
+    a layer keeps.
+    """
+    begin_moments(engine, 0)  # they come in the first step's last moment, and are there in every later step's fullest
+    for fragment in fragments(engine):
+        ledger.mark(fragment.tensors.values(), OPTIMIZER)
+    ledger.mark(_buffers(engine.optimizer, _GRADIENTS), GRADIENTS)
+    # Weights last: in fp32 they are their own masters.
+    ledger.mark(_buffers(engine.optimizer, _WEIGHTS), WEIGHTS)
+    for parameter in engine.module.parameters():
+        ledger.mark([parameter, *_partition(parameter)], WEIGHTS)
+        parameter.register_post_accumulate_grad_hook(lambda p: ledger.mark(_grad(p), GRADIENTS))
+    for layer in engine.module.modules():
+        if isinstance(layer, WrittenOutLayer):
+            _watch_put_off(layer, ledger)
+    ledger.mark_rest(OTHER)
+
+
+def parameter_counts(engine: Any) -> tuple[int, int]:
+    """Return this rank's parameters: those cut over tensor-parallel ranks, and those that each of them holds."""
+    cut = whole = 0
+    for parameter in engine.module.parameters():
+        count = int(getattr(parameter, "ds_numel", parameter.numel()))  # under ZeRO-3 the parameter itself is empty
+        if getattr(parameter, "ds_pipe_replicated", False):
+            continue  # a tied table, which another stage has too
+        if getattr(parameter, "tensor_model_parallel", False):
+            cut += count
+        else:
+            whole += count
+    return cut, whole
+
+
+def _buffers(optimizer: Any, names: tuple[str, ...]) -> Iterator[Tensor]:
+    for name in names:
+        yield from _tensors(getattr(optimizer, name, None))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _partition(parameter: Any) -> list[Tensor]:
+    return [parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else []
+
+
+def _grad(parameter: nn.Parameter) -> list[Tensor]:
+    return [] if parameter.grad is None else [parameter.grad]
+
+
+def _watch_put_off(layer: WrittenOutLayer, ledger: Ledger) -> None:
+    end = layer.weights.end_micro_batch
+
+    def end_and_mark() -> None:
+        before = len(layer.weights)
+        end()
+        if len(layer.weights) > before:
+            for _, grad, x in layer.weights._waiting[-1]:
+                for tensor in (grad, x):
+                    ledger.saved(tensor)
+
+    layer.weights.end_micro_batch = end_and_mark  # type: ignore[method-assign]

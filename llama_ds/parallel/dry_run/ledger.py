@@ -1,0 +1,195 @@
+"""What a rank allocates and communicates, read off torch's dispatcher: every operation of tensors passes here.
+
+It counts the same on fake tensors and on real ones. A storage counts once, whatever views there are of it, from the
+operation that makes it until the last tensor lets go of it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, WORKING = "weights", "gradients", "optimizer", "activations", "working"
+OTHER = "other"  # held before the step and none of these: tables, buffers of ids
+
+
+class Call(NamedTuple):
+    """A collective, send or receive, in the order in which the rank issued it."""
+
+    kind: str
+    group: tuple[int, ...]  # global ranks
+    name: str  # of the group: two groups may have the same ranks
+    peer: int  # global rank of the other end of a message or of a root; -1: none
+    bytes: int  # of the whole buffer: what all-gather yields, what reduce-scatter and all-to-all take
+
+
+# Of each operation: its kind, the argument whose bytes count, the argument that is the process group, and a peer's.
+_OPERATIONS = {
+    "allreduce_": ("all_reduce", 0, 1, None),
+    "allreduce_coalesced_": ("all_reduce", 0, 1, None),
+    "_allgather_base_": ("all_gather", 0, 2, None),
+    "allgather_": ("all_gather", 0, 2, None),
+    "allgather_coalesced_": ("all_gather", 0, 2, None),
+    "allgather_into_tensor_coalesced_": ("all_gather", 0, 2, None),
+    "_reduce_scatter_base_": ("reduce_scatter", 1, 2, None),
+    "reduce_scatter_": ("reduce_scatter", 1, 2, None),
+    "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1, 2, None),
+    "alltoall_base_": ("all_to_all", 1, 2, None),
+    "alltoall_": ("all_to_all", 1, 2, None),
+    "broadcast_": ("broadcast", 0, 1, 2),
+    "reduce_": ("reduce", 0, 1, 3),
+    "gather_": ("gather", 1, 2, 3),
+    "scatter_": ("scatter", 0, 2, 3),
+    "barrier": ("barrier", None, 1, None),
+    "monitored_barrier_": ("barrier", None, 1, None),
+    "send": ("send", 0, 1, 2),
+    "recv_": ("receive", 0, 1, 2),
+}
+
+
+class Ledger(TorchDispatchMode):
+    """Records while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.now: Counter[str] = Counter()  # bytes held, by category
+        self.peak: dict[str, int] = {}
+        self.peak_bytes = 0
+        self.whole = 0
+        self._held: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # by address: bytes, category, the storage
+        self._groups: dict[str, tuple[int, ...]] = {}
+        self._fused = False
+        self._passing = False
+        self.execute = _execute  # what runs an operation: returns its result and the tensors that may be new in it
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to say so at every operation takes longer than it
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out, tensors = self.execute(func, args, kwargs or {})
+        if func.namespace == "c10d":
+            self._communicate(func, args)
+        else:
+            for tensor in tensors:
+                self._hold(tensor)
+        return out
+
+    def restart(self) -> None:
+        """Forget calls and peak; what is held stays."""
+        self.calls = []
+        self.peak, self.peak_bytes = dict(self.now), self.whole
+
+    def mark(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Count the storages of `tensors` under `category` from now on, until they are gone."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._held:
+                self._take(storage)
+            self._move(storage._cdata, category)
+
+    def mark_rest(self, category: str) -> None:
+        """Count what is held and is called working memory under `category` from now on."""
+        for key in [key for key, held in self._held.items() if held[1] == WORKING]:
+            self._move(key, category)
+
+    def saved(self, tensor: Tensor) -> Tensor:
+        """Count what autograd saves as an activation, unless it is something else already: a hook for it."""
+        storage = tensor.untyped_storage()
+        if not self._passing and storage._cdata in self._held and self._held[storage._cdata][1] == WORKING:
+            self._move(storage._cdata, ACTIVATIONS)
+        return tensor.detach()  # not the tensor itself: as an output of its node it would hold itself
+
+    @contextmanager
+    def fused(self) -> Iterator[None]:
+        """Within, what is gone again at the end does not count: on a GPU it is one kernel."""
+        outer, self._fused = self._fused, True
+        try:
+            yield
+        finally:
+            self._fused = outer
+            self._look()
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Within, what autograd saves stays working memory: the backward that reads it comes at once."""
+        self._passing = True
+        try:
+            yield
+        finally:
+            self._passing = False
+
+    def _hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._held:
+            self._take(storage)
+
+    def _take(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._held[key] = size, WORKING, weakref.ref(storage, lambda _: self._release(key))
+        self.now[WORKING] += size
+        self.whole += size
+        self._look()
+
+    def _look(self) -> None:
+        if self.whole > self.peak_bytes and not self._fused:
+            self.peak_bytes, self.peak = self.whole, dict(self.now)
+
+    def _release(self, key: int) -> None:
+        size, category, _ = self._held.pop(key)
+        self.now[category] -= size
+        self.whole -= size
+
+    def _move(self, key: int, category: str) -> None:
+        size, old, reference = self._held[key]
+        self.now[old] -= size
+        self.now[category] += size
+        self._held[key] = size, category, reference
+
+    def _communicate(self, func: Any, args: Any) -> None:
+        name = func._schema.name.partition("::")[2]
+        if name not in _OPERATIONS:
+            raise NotImplementedError(f"the ledger does not know the collective {name}; add it to _OPERATIONS")
+        kind, counted, group_at, peer_at = _OPERATIONS[name]
+        group = dist.ProcessGroup.unbox(args[group_at])
+        ranks = self._ranks(group)
+        peer = -1 if peer_at is None else ranks[args[peer_at]]
+        size = 0 if counted is None else sum(tensor.nbytes for tensor in _tensors(args[counted]))
+        self.calls.append(Call(kind, ranks, group.group_name, peer, size))
+
+    def _ranks(self, group: Any) -> tuple[int, ...]:
+        if group.group_name not in self._groups:
+            self._groups[group.group_name] = tuple(dist.get_process_group_ranks(group))
+        return self._groups[group.group_name]
+
+
+def _execute(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
+    out = func(*args, **kwargs)
+    items = out if isinstance(out, (tuple, list)) else (out,)
+    return out, [item for item in items if isinstance(item, Tensor)]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    else:
+        for item in value:
+            yield from _tensors(item)
+
+
+def within(context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function` run in `context`: a ledger's `fused` or `passing`."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return function(*args, **kwargs)
+
+    return run

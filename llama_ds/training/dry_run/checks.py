@@ -1,0 +1,184 @@
+"""What must agree between ranks. Pure arithmetic on their reports."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import RunConfig
+from llama_ds.model.flops import parameter_count
+from llama_ds.training.dry_run.report import Check, Group, RankReport, Traffic
+
+MESSAGES = ("send", "receive")
+Channel = tuple[Group, int, int]  # group, sending rank, receiving rank
+
+
+def check_ranks(run: RunConfig, layout: Layout, reports: Sequence[RankReport]) -> list[Check]:
+    """Return what was compared between the ranks of `reports`, and found."""
+    return [
+        check_groups(reports),
+        check_messages(reports),
+        check_collectives(reports),
+        check_progress(reports),
+        check_batch(layout, reports),
+        check_parameters(run, layout, reports),
+    ]
+
+
+def check_groups(reports: Sequence[RankReport]) -> Check:
+    """All ranks make the same process groups in the same order: making one waits for the others."""
+    name, first = "process groups", reports[0]
+    for report in reports[1:]:
+        if report.new_groups != first.new_groups:
+            return Check(
+                name, False, f"rank {first.rank} and rank {report.rank} make other groups, or in another order"
+            )
+    members: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for report in reports:
+        for group in report.groups:
+            rank, ranks = members.setdefault(group.name, (report.rank, group.ranks))
+            if ranks != group.ranks:
+                return Check(
+                    name, False, f"group {group.name} is {_listed(ranks)} on rank {rank}, {_listed(group.ranks)} on "
+                    f"rank {report.rank}",
+                )  # fmt: skip
+    return Check(name, True, f"made in one order on {len(reports)} ranks, {len(members)} in use")
+
+
+def check_messages(reports: Sequence[RankReport]) -> Check:
+    """Whatever a rank sends, its target receives: in this order, with these bytes, in this group."""
+    known = {report.rank for report in reports}
+    sent: dict[Channel, list[int]] = defaultdict(list)
+    received: dict[Channel, list[int]] = defaultdict(list)
+    outside = 0
+    for report in reports:
+        for call in _all(report):
+            if call.kind not in MESSAGES:
+                continue
+            group = report.groups[call.group]
+            if call.peer not in known:
+                outside += 1
+            elif call.kind == "send":
+                sent[group, report.rank, call.peer].append(call.bytes)
+            else:
+                received[group, call.peer, report.rank].append(call.bytes)
+    for channel in sorted(sent.keys() | received.keys()):
+        (group, source, target), there, here = channel, sent[channel], received[channel]
+        for n, (out, into) in enumerate(zip_longest(there, here), start=1):
+            if out != into:
+                return Check(
+                    "messages", False, f"group {group.name}, rank {source} to rank {target}: of {len(there)} sends and "
+                    f"{len(here)} receives number {n} is {_size(out)} sent, {_size(into)} received",
+                )  # fmt: skip
+    rest = f"; {outside} to or from ranks that were not run" if outside else ""
+    return Check("messages", True, f"{sum(map(len, sent.values()))} sends meet their receives{rest}")
+
+
+def check_collectives(reports: Sequence[RankReport]) -> Check:
+    """All members of a group issue the same collectives on it, in the same order."""
+    issued: dict[Group, dict[int, list[Traffic]]] = defaultdict(dict)
+    for report in reports:
+        for index, group in enumerate(report.groups):
+            own = [call for call in _all(report) if call.group == index and call.kind not in MESSAGES]
+            issued[group][report.rank] = own
+    compared = 0
+    for group, by_rank in sorted(issued.items()):
+        first, *others = sorted(by_rank)
+        for rank in others:
+            for n, (ours, theirs) in enumerate(zip_longest(by_rank[first], by_rank[rank]), start=1):
+                if ours is None or theirs is None or ours._replace(group=0) != theirs._replace(group=0):
+                    return Check(
+                        "collectives", False, f"group {group.name} of ranks {_listed(group.ranks)}: number {n} is "
+                        f"{_call(ours)} on rank {first}, {_call(theirs)} on rank {rank}",
+                    )  # fmt: skip
+            compared += len(by_rank[rank])
+    shared = sum(len(by_rank) > 1 for by_rank in issued.values())
+    return Check(
+        "collectives", True, f"{compared} issued alike by other members, of {shared} groups run by two or more"
+    )
+
+
+def check_progress(reports: Sequence[RankReport]) -> Check:
+    """Collectives one after the other, each waiting for all the ranks run: all of them get to their end."""
+    rest: dict[int, deque[tuple[Group, str]]] = {
+        report.rank: deque((report.groups[c.group], c.kind) for c in _all(report) if c.kind not in MESSAGES)
+        for report in reports
+    }
+    members = {group: [rank for rank in rest if rank in group.ranks] for r in reports for group in r.groups}
+    total = sum(map(len, rest.values()))
+    ready = deque(rest)
+    waiting: dict[Group, set[int]] = defaultdict(set)
+    while ready:
+        rank = ready.popleft()
+        if not rest[rank]:
+            continue
+        group = rest[rank][0][0]
+        waiting[group].add(rank)
+        if len(waiting[group]) == len(members[group]):
+            for member in members[group]:
+                rest[member].popleft()
+            ready.extend(waiting.pop(group))
+    stuck = {rank: calls[0] for rank, calls in rest.items() if calls}
+    if stuck:
+        heads = "; ".join(
+            f"rank {rank} in {kind} of group {group.name} ({_listed(group.ranks)})"
+            for rank, (group, kind) in sorted(stuck.items())[:4]
+        )
+        return Check("no deadlock", False, f"{len(stuck)} ranks wait for one another: {heads}")
+    return Check("no deadlock", True, f"{total} collectives of {len(rest)} ranks come to an end, one at a time")
+
+
+def check_batch(layout: Layout, reports: Sequence[RankReport]) -> Check:
+    """Every reading rank reads its micro-batches, which make up the global batch; DeepSpeed counts the same."""
+    name = "batch"
+    for report in reports:
+        wanted = layout.accumulation if report.reads_data else 0
+        if report.micro_batches != wanted:
+            return Check(name, False, f"rank {report.rank} reads {report.micro_batches} micro-batches, not {wanted}")
+        if report.engine_batch != (layout.global_batch, layout.accumulation, layout.dp):
+            return Check(
+                name, False, f"rank {report.rank}: DeepSpeed's engine has (batch, accumulation, dp) = "
+                f"{report.engine_batch}, the layout {(layout.global_batch, layout.accumulation, layout.dp)}",
+            )  # fmt: skip
+    text = f"dp {layout.dp} x micro batch {layout.micro_batch} x {layout.accumulation} micro-batches"
+    rows = layout.dp * layout.micro_batch * layout.accumulation
+    return Check(name, rows == layout.global_batch, f"{text} = {rows} rows, global batch {layout.global_batch}")
+
+
+def check_parameters(run: RunConfig, layout: Layout, reports: Sequence[RankReport]) -> Check:
+    """The stages' parameters are the model's: those cut over tensor-parallel ranks tp times, the others once."""
+    name = "parameters"
+    by_position: dict[int, tuple[int, int]] = {}
+    for report in reports:
+        own = report.parameters_cut, report.parameters_whole
+        if by_position.setdefault(report.pp_rank, own) != own:
+            return Check(
+                name, False, f"rank {report.rank} holds {report.parameters} parameters, others of its stage not"
+            )
+    if len(by_position) < layout.pp:
+        return Check(name, True, f"alike on ranks of a stage; {layout.pp - len(by_position)} stages were not run")
+    total = sum(cut * layout.tp + whole for cut, whole in by_position.values())
+    model = parameter_count(run.model)
+    return Check(name, total == model, f"all stages hold {total:,}, the model has {model:,}")
+
+
+def _all(report: RankReport) -> Iterable[Traffic]:
+    yield from report.building
+    yield from report.step
+
+
+def _size(size: int | None) -> str:
+    return "none" if size is None else f"{size} bytes"
+
+
+def _call(call: Traffic | None) -> str:
+    if call is None:
+        return "none"
+    return f"{call.kind} of {call.bytes} bytes" + (f" with root {call.peer}" if call.peer >= 0 else "")
+
+
+def _listed(ranks: Sequence[int], most: int = 8) -> str:
+    shown = ", ".join(map(str, ranks[:most]))
+    return shown if len(ranks) <= most else f"{shown} and {len(ranks) - most} more"

@@ -1,0 +1,124 @@
+"""One rank of the run: the trainer's own engine, built and stepped once on fake tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import RunConfig
+from llama_ds.parallel.dry_run.fake_world import fake_world
+from llama_ds.parallel.dry_run.holdings import parameter_counts, sort_holdings
+from llama_ds.parallel.dry_run.ledger import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, WORKING, Call, Ledger
+from llama_ds.parallel.memory import rank_memory
+from llama_ds.parallel.recompute import ELEMENT_BYTES, stage_policies
+from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.parallel.world import Place
+from llama_ds.training.dry_run.report import Group, RankReport, Traffic, place_of
+from llama_ds.training.engine import build_engine
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all ranks of a dry run share."""
+
+    run: RunConfig
+    layout: Layout
+    config: dict[str, Any]  # the merged DeepSpeed configuration
+    backend: str  # nccl or gloo: they are handed gradients in different ways
+
+
+def dry_rank(task: Task, place: Place) -> RankReport:
+    """Build the engine of one rank and take one optimizer step; to be called once in a process."""
+    started = time.perf_counter()
+    run, layout = task.run, task.layout
+    ledger, made = Ledger(), hashlib.sha256()
+    with fake_world(place, task.backend, ledger, lambda ranks: made.update(repr(ranks).encode())):
+        engine = build_engine(run, layout, task.config, torch.device("cpu"))
+        sort_holdings(engine.deepspeed, ledger)
+        building = ledger.calls
+        ledger.restart()
+        batches = _Batches(layout.micro_batch, run.data.seq_len)
+        result = engine.train_step(batches, run.optimizer.lr)
+        engine.read(result)
+        cut, whole = parameter_counts(engine.deepspeed)
+        inner = engine.deepspeed
+        batch = (inner.train_batch_size(), inner.gradient_accumulation_steps(), inner.dp_world_size)
+    groups: dict[Group, int] = {}
+    pp_rank, dp_rank, tp_rank = place_of(place.rank, layout)
+    if engine.dp_rank != dp_rank:
+        raise AssertionError(f"rank {place.rank} is data-parallel rank {engine.dp_rank}, not {dp_rank}")
+    return RankReport(
+        rank=place.rank,
+        pp_rank=pp_rank,
+        dp_rank=dp_rank,
+        tp_rank=tp_rank,
+        stages=stages_of(run, layout, pp_rank),
+        parameters_cut=cut,
+        parameters_whole=whole,
+        memory={category: size for category, size in ledger.peak.items() if size},
+        planned=planned_memory(
+            run, layout, ELEMENT_BYTES["bf16" if task.config["bf16"]["enabled"] else "fp32"], pp_rank
+        ),
+        building=_traffic(building, groups),
+        step=_traffic(ledger.calls, groups),
+        groups=list(groups),
+        new_groups=made.hexdigest(),
+        micro_batches=batches.count,
+        engine_batch=batch,
+        reads_data=engine.reads_data,
+        seconds=time.perf_counter() - started,
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def stages_of(run: RunConfig, layout: Layout, pp_rank: int) -> list[int]:
+    """Return the pipeline stages that a rank holds."""
+    place = schedule_of(run, layout).place
+    return [place.stage(pp_rank, chunk) for chunk in range(place.chunks)]
+
+
+def planned_memory(run: RunConfig, layout: Layout, element_bytes: int, pp_rank: int) -> dict[str, int]:
+    """Return what the trainer's own plan says of a rank, by category; nothing where it plans for another ZeRO stage."""
+    if run.zero_stage != 1:
+        return {}
+    held = rank_memory(run, layout, element_bytes)[pp_rank]
+    stages = stage_policies(run, layout, element_bytes)
+    kept = sum(stages[stage].saved_bytes for stage in stages_of(run, layout, pp_rank))
+    return {
+        WEIGHTS: held.weights,
+        GRADIENTS: held.gradients,
+        OPTIMIZER: held.optimizer,
+        ACTIVATIONS: kept,
+        WORKING: held.working,
+    }
+
+
+class _Batches:
+    """Micro-batches of no text, counted."""
+
+    def __init__(self, rows: int, seq_len: int) -> None:
+        self.count = 0
+        self._batch = np.zeros((rows, seq_len + 1), np.int32)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        self.count += 1
+        return self._batch
+
+
+def _traffic(calls: list[Call], groups: dict[Group, int]) -> list[Traffic]:
+    """Return the calls with their groups by number; new ones are added to `groups`."""
+    return [
+        Traffic(call.kind, groups.setdefault(Group(call.name, call.group), len(groups)), call.peer, call.bytes)
+        for call in calls
+    ]

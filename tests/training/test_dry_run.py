@@ -1,0 +1,191 @@
+"""The dry run foretells what real ranks do: their collectives and messages call by call, and what they hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_ds.config.layout import resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.config.text import dump_yaml
+from llama_ds.parallel.recompute import stage_policies
+from llama_ds.perf.plan.memory import run_memory
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 3,
+    "output_dir": "runs",
+    "deepspeed": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+    "model": {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 88,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "data": {
+        "tokenizer": "none.model",
+        "seq_len": 16,
+        "sources": [{"name": "text", "path": "nowhere", "weight": 1.0}],
+    },
+    "training": {"global_batch": 16, "steps": 4},
+    "optimizer": {"lr": 1e-3, "warmup_steps": 1},
+    "parallel": {"micro_batch": 2},
+}
+# Layouts that differ in what is communicated: of 4 ranks, on gloo.
+REAL = {
+    "pp2_tp2": ["parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"],
+    "pp2_dp2_split": ["parallel.pp=2", "parallel.schedule=zb_h1", "model.tie_word_embeddings=true"],
+    "zero3": ["parallel.tp=2", "deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=false"],
+}
+# The 7B model on 16 ranks, with few micro-batches.
+SEVEN_B = [
+    *("model.hidden_size=4096", "model.intermediate_size=11008", "model.num_attention_heads=32"),
+    *("model.num_key_value_heads=32", "model.num_hidden_layers=32", "model.vocab_size=32000", "data.seq_len=2048"),
+    *("parallel.pp=4", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.micro_batch=1"),
+    "training.global_batch=16",
+]
+
+
+def dryrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "tools" / "dryrun.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def report(*arguments: object) -> dict[str, Any]:
+    done = dryrun(*arguments, "--json")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dry_run") / "tiny.yaml"
+    path.write_text(dump_yaml(RUN))
+    return path
+
+
+@pytest.fixture(scope="module")
+def real(run_file: Path) -> Path:
+    """A folder with what four real ranks recorded of every layout."""
+    folder = run_file.parent / "real"
+    cases = [json.dumps([name, overrides]) for name, overrides in REAL.items()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    worker = [*launcher, "-m", "tests.training.dry_run_worker", str(folder), str(run_file), *cases]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(worker, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@cache
+def foretold(name: str, run_file: Path, calls: Path) -> dict[str, Any]:
+    """What the dry run says of all four ranks of a layout of REAL."""
+    return report(run_file, *REAL[name], "--world", 4, "--rank", "0,1,2,3", "--backend", "gloo", "--calls", calls)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_every_call_and_all_memory_are_those_of_real_ranks(name: str, real: Path, run_file: Path) -> None:
+    folder = real.parent / f"dry_{name}"
+    found = foretold(name, run_file, folder)
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1, 2, 3]
+    for rank in found["ranks"]:
+        dry = json.loads((folder / f"rank{rank['rank']:05d}.json").read_text())
+        recorded = json.loads((real / name / f"calls{rank['rank']}.json").read_text())
+        for part in ("building", "step"):
+            calls = [[kind, dry["groups"][group]["ranks"], peer, size] for kind, group, peer, size in dry[part]]
+            assert calls == [[kind, ranks, peer, size] for kind, ranks, _, peer, size in recorded[part]]
+        assert len(dry["step"]) > 10
+        for category in ("weights", "gradients", "optimizer"):
+            if name != "zero3":  # whose gradients and gathered weights come and go
+                assert rank["memory"][category] == recorded["held"][category]
+
+
+def test_messages_and_reductions_are_those_that_the_trainer_traces(real: Path, run_file: Path) -> None:
+    """The engine's own trace of a real step, which knows nothing of the ledger, counts the same bytes."""
+    name = "pp2_dp2_split"
+    found = foretold(name, run_file, real.parent / f"dry_{name}")
+    for rank in found["ranks"]:
+        events = json.loads((real / name / f"rank{rank['rank']:05d}.json").read_text())["events"]
+        traced = {
+            kind: sorted(e["bytes"] for e in events if e["what"] in words)
+            for kind, words in {
+                "send": ("send activation", "send grad"),
+                "all_to_all": ("reduce",),
+                "all_gather": ("gather",),
+            }.items()
+        }
+        for kind, sizes in traced.items():
+            calls = [call for call in rank["calls"] if call["kind"] == kind]
+            assert sorted(c["bytes"] for c in calls for _ in range(c["count"])) == sizes, (rank["rank"], kind)
+
+
+def test_memory_is_what_trainer_and_planner_say(run_file: Path) -> None:
+    run = load_run(str(run_file), SEVEN_B)
+    layout = resolve_layout(run, 16)
+    planned = run_memory(run, layout, stage_policies(run, layout, 2), device_bytes=0)
+    found = report(run_file, *SEVEN_B, "--world", 16, "--rank", "0,4,8,12", "--device-gib", 40)
+    assert found["ok"]
+    assert {rank["pp_rank"] for rank in found["ranks"]} == {0, 1, 2, 3}
+    for rank in found["ranks"]:
+        memory, plan = rank["memory"], planned[rank["pp_rank"]]
+        for category in ("weights", "gradients", "optimizer", "activations"):
+            assert memory[category] == pytest.approx(rank["planned"][category], rel=0.01), category
+            assert memory[category] == pytest.approx(getattr(plan, category), rel=0.01), category
+        if rank["pp_rank"] < 3:  # on CUDA the head's backward holds its weight's gradient twice, the plan once
+            assert memory["working"] <= 1.02 * plan.working
+        assert rank["memory_total"] == pytest.approx(plan.total, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--world", "8", "--rank", "8"], ["--rank 8", "8 ranks", "use 0 to 7"]),
+        (["--world", "8", "--rank", "frist"], ["--rank 'frist'", "did you mean 'first'?"]),
+        (["--world", "8", "--rank", ""], ["--rank ''", "first, middle, last"]),
+        (["--world", "7", "parallel.pp=2"], ["world size 7", "start 4, 6 or 8 ranks"]),
+        (["--world", "0"], ["--world 0", "use 1 to"]),
+        (["--world", "8", "--jobs", "0"], ["--jobs 0", "use 1 or more"]),
+        (["--world", "8", "--device-gib", "nan"], ["--device-gib nan"]),
+        (["--world", "8", "--calls", __file__], ["--calls", "name a folder"]),
+        (["--world", "8", "parallel.recompute=auto"], ["parallel.recompute = auto", "--device-gib 80"]),
+        (["--world", "8", "parallel.pp=2", "parallel.schedule=deepspeed"], ["schedule = deepspeed", "use"]),
+        (
+            ["--world", "8", "deepspeed.zero_optimization.offload_optimizer.device=cpu"],
+            ["offload_optimizer", "take it"],
+        ),
+        (["--hostfile", "/nowhere/hosts"], ["/nowhere/hosts"]),
+        (["--world", "8", "modell.x=1"], ["modell", "did you mean 'model'?"]),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], parts: list[str], run_file: Path) -> None:
+    done = dryrun(run_file, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all(part in line for part in parts), line
+
+
+@pytest.mark.slow
+def test_65b_on_2048_ranks() -> None:
+    found = report(
+        *("ds_configs/llama_65b.yaml", "--hostfile", "hostfiles/256x8", "--rank", "all-distinct", "--device-gib", 80)
+    )
+    assert found["ok"] and len(found["checks"]) == 8
+    assert len(found["ranks"]) == 24
+    run = load_run(str(ROOT / "ds_configs/llama_65b.yaml"), [])
+    layout = resolve_layout(run, 2048)
+    planned = run_memory(run, layout, stage_policies(run, layout, 2), device_bytes=0)
+    for rank in found["ranks"]:
+        assert rank["memory_total"] == pytest.approx(planned[rank["pp_rank"]].total, rel=0.03)
+        assert rank["micro_batches"] == (64 if rank["pp_rank"] in (0, 7) else 0)
+    assert max(rank["host_bytes"] for rank in found["ranks"]) < 1e9  # of which two run at a time

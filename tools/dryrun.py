@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Run chosen ranks of a job of any size on this machine: the trainer's own engine, one step, no data, no GPU, no hosts.
+
+Says what each rank holds and sends, and checks that the ranks fit one another.
+Exit code: 0 all checks hold, 1 one does not, 2 a mistake in what was asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Before torch and DeepSpeed are imported, which read them once.
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from llama_ds.errors import UserError
+from llama_ds.launch.hostfile import parse_hostfile
+from llama_ds.training.dry_run.run import dry_run
+from llama_ds.training.dry_run.text import as_json, calls_as_json, table
+
+EXAMPLES = """examples:
+  tools/dryrun.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --rank all-distinct
+  tools/dryrun.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --rank first,777,last --device-gib 80
+  tools/dryrun.py ds_configs/quickstart.yaml parallel.pp=2 --world 4 --rank all-distinct --backend gloo --json
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    args = parse(argv)
+    try:
+        check(args)
+        return report(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+    parser.add_argument("run_file", help="YAML run file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")
+    ranks = parser.add_mutually_exclusive_group(required=True)
+    ranks.add_argument("--hostfile", help="the job's hosts")
+    ranks.add_argument("--world", type=int, help="number of ranks, in place of a hostfile")
+    parser.add_argument(
+        "--rank",
+        default="first,middle,last",
+        metavar="R",
+        help="numbers, first, middle, last, or all-distinct, with commas between (default: %(default)s)",
+    )
+    parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="of the job (default: %(default)s)")
+    parser.add_argument("--device-gib", type=float, help="memory of a rank's device: for recompute auto, and checked")
+    parser.add_argument("--jobs", type=int, default=2, help="ranks that run at a time (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--calls", metavar="FOLDER", help="write each rank's collectives and messages there, in order")
+    return parser.parse_intermixed_args(argv)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check the numbers of the command line."""
+    if args.world is not None and not 1 <= args.world <= 1_000_000:
+        raise UserError(f"--world {args.world} is not a number of ranks; use 1 to 1000000")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least one rank runs at a time; use 1 or more")
+    if args.device_gib is not None and not 0 < args.device_gib < float("inf"):
+        raise UserError(
+            f"--device-gib {args.device_gib:g} is not a device's memory; use a number as in --device-gib 80"
+        )
+    if args.calls and os.path.exists(args.calls) and not os.path.isdir(args.calls):
+        raise UserError(f"--calls {args.calls}: is a file; name a folder")
+
+
+def report(args: argparse.Namespace) -> int:
+    """Run the ranks, print what was found."""
+    slots = parse_hostfile(args.hostfile) if args.hostfile else {"this": args.world}
+    found = dry_run(args.run_file, args.overrides, slots, args.rank, args.backend, args.device_gib, args.jobs)
+    if args.calls:
+        write_calls(args.calls, {report.rank: calls_as_json(found, report) for report in found.ranks})
+    print(json.dumps(as_json(found), indent=1) if args.json else table(found))
+    return 0 if found.ok else 1
+
+
+def write_calls(folder: str, by_rank: dict[int, object]) -> None:
+    """Write FOLDER/rank<N>.json for each rank."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for rank, calls in by_rank.items():
+            Path(folder, f"rank{rank:05d}.json").write_text(json.dumps(calls) + "\n")
+    except OSError as error:
+        raise UserError(f"--calls {folder}: cannot be written ({error.strerror}); name another folder") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
