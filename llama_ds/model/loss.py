@@ -78,10 +78,10 @@ class _HeadLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        if grad.is_cuda or grad != 1:  # reading it costs nothing but on CUDA
-            # Out of place: the saved gradients stay what they are if the graph is kept.
-            grad_x, grad_weight = grad_x * grad, grad_weight * grad
-        return grad_x, ctx.owner.weight_gradients.add(ctx.weight, grad_weight), None, None, None
+        factor = grad if grad.is_cuda or grad != 1 else None  # reading it costs nothing but on CUDA
+        if factor is not None:
+            grad_x = grad_x * factor  # out of place: the saved gradients stay what they are if the graph is kept
+        return grad_x, ctx.owner.weight_gradients.add(ctx.weight, grad_weight, factor), None, None, None
 
 
 def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -44,11 +44,15 @@ class WeightGradients:
             self.added(weight)
         return [None] * len(weights)
 
-    def add(self, weight: nn.Parameter, grad: Tensor) -> Tensor | None:
-        """Put a gradient that is computed already where it belongs; return it if that is autograd."""
+    def add(self, weight: nn.Parameter, grad: Tensor, factor: Tensor | None) -> Tensor | None:
+        """Put a gradient that is computed already, times `factor`, where it belongs; return it if that is autograd."""
         if self.buffer_of is None:
-            return grad.to(weight.dtype)
-        self.buffer_of(weight).add_(grad)
+            return (grad if factor is None else grad * factor).to(weight.dtype)
+        buffer = self.buffer_of(weight)
+        if factor is None:
+            buffer.add_(grad)
+        else:
+            buffer.addcmul_(grad, factor)  # the gradient of the head's matrix is large: no second one
         self.added(weight)
         return None
 
