@@ -294,7 +294,7 @@ def checkpoints(args: argparse.Namespace) -> int:
     """Measure checkpoints."""
     with tempfile.TemporaryDirectory(prefix="throughput-checkpoint-", dir=args.folder) as folder:
         results = checkpoint_benchmark.measure(args.overrides, folder, args.repeats)
-    _publish(args, {"machine": data_report.machine(), **results}, checkpoint_benchmark.table(results))
+    _publish(args, results, checkpoint_benchmark.table(results))
     return 0
 
 

@@ -27,6 +27,16 @@ class Layout:
     accumulation: int  # micro-batches per optimizer step
     global_batch: int  # rows per optimizer step
 
+    def rank_at(self, pp_rank: int, dp_rank: int, tp_rank: int) -> int:
+        """Return the global rank at a place."""
+        return (pp_rank * self.dp + dp_rank) * self.tp + tp_rank
+
+    def place_of(self, rank: int) -> tuple[int, int, int]:
+        """Return (pp_rank, dp_rank, tp_rank) of a global rank."""
+        rest, tp_rank = divmod(rank, self.tp)
+        pp_rank, dp_rank = divmod(rest, self.dp)
+        return pp_rank, dp_rank, tp_rank
+
 
 def divisors(n: int) -> list[int]:
     """Return the divisors of `n` in increasing order."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import socket
 import statistics
@@ -28,6 +27,7 @@ from llama_ds.launch import placement, rank_map
 from llama_ds.launch.command import build
 from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
 from llama_ds.launch.job import Job
+from llama_ds.launch.machine import machine
 from llama_ds.launch.preflight.examine import Settings
 from llama_ds.launch.preflight.stubs import StubHosts
 from llama_ds.launch.supervise import hang
@@ -44,13 +44,9 @@ REPEATS = 7
 
 def setting() -> dict[str, Any]:
     """Return when and on what is measured."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    load = round(os.getloadavg()[0], 2)
-    return {"date": time.strftime("%Y-%m-%d"), "machine": {"cpu": cpu, "cores": os.cpu_count(), "load_1_min": load}}
+    here = machine()
+    here["load_1_min"] = round(here["load_1_min"], 2)
+    return {"date": time.strftime("%Y-%m-%d"), "machine": here}
 
 
 def measure(hosts: Mapping[str, int], pp: int, tp: int, beat_s: float, seconds: float) -> dict[str, Any]:

@@ -20,8 +20,7 @@ def schedule_of(run: RunConfig, layout: Layout) -> Schedule:
 
 def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
     """Return what a reader of a rank's trace has to know of it."""
-    place, tp_rank = divmod(rank, layout.tp)
-    pp_rank, dp_rank = divmod(place, layout.dp)
+    pp_rank, dp_rank, tp_rank = layout.place_of(rank)
     schedule = schedule_of(run, layout)
     return {
         "engine": run.parallel.schedule,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_ds.config.schema import ModelConfig
+from llama_ds.launch.machine import cpu_name
 from llama_ds.model.flops import device_peak, flops_per_token, layer_forward_flops, parameter_count
 from llama_ds.perf.step_benchmark import Timing
 
@@ -36,7 +35,7 @@ def step_results(model: ModelConfig, settings: dict[str, Any], timings: dict[str
         "shape": asdict(model),
         "parameters": parameter_count(model),
         **settings,
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},
         "model_gflops_per_step": flops_per_token(model, settings["seq_len"]) * tokens / 1e9,
         "steps": steps,
         # Above 1: ours takes fewer seconds. The second is against the better of their two optimizers.
@@ -71,7 +70,7 @@ def layer_results(
     tokens = settings["batch"] * settings["seq_len"]
     flops = 3 * layer_forward_flops(model, settings["seq_len"]) * tokens
     on_cuda = settings["device"] == "cuda"
-    name = torch.cuda.get_device_name() if on_cuda else _cpu_name()
+    name = torch.cuda.get_device_name() if on_cuda else cpu_name()
     peak = device_peak(name, settings["dtype"]) if on_cuda else None
     return {
         "model": asdict(model),
@@ -110,11 +109,3 @@ def layer_table(results: dict[str, Any]) -> str:
             f"{row['saved_bytes'] / 2**20:10.2f} {row['peak_bytes'] / 2**20:9.2f}"
         )
     return "\n".join(lines)
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())

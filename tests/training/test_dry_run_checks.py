@@ -18,7 +18,7 @@ from llama_ds.training.dry_run.checks import (
     check_progress,
 )
 from llama_ds.training.dry_run.choice import choose_ranks, distinct_ranks
-from llama_ds.training.dry_run.report import Check, Group, RankReport, Traffic, axis_of, place_of
+from llama_ds.training.dry_run.report import Check, Group, RankReport, Traffic, axis_of
 from llama_ds.training.dry_run.rows import compare_rows
 
 LAYOUT = Layout(world=8, pp=2, tp=2, dp=2, micro_batch=1, accumulation=4, global_batch=8)
@@ -27,7 +27,7 @@ PAIR, OTHER, PIPE = Group("1", (0, 1)), Group("2", (0, 1)), Group("3", (0, 1))
 
 def rank_report(rank: int, *step: Traffic, **changes: object) -> RankReport:
     """A rank that is in the groups PAIR, OTHER and PIPE, numbered 0, 1 and 2."""
-    pp_rank, dp_rank, tp_rank = place_of(rank, LAYOUT)
+    pp_rank, dp_rank, tp_rank = LAYOUT.place_of(rank)
     report = RankReport(
         rank=rank,
         pp_rank=pp_rank,
@@ -137,7 +137,7 @@ def test_rows_that_two_data_parallel_ranks_read_are_named() -> None:
 
 
 def test_distinct_ranks_cover_every_position_and_both_ends_of_each_axis() -> None:
-    chosen = [place_of(rank, LAYOUT) for rank in distinct_ranks(LAYOUT)]
+    chosen = [LAYOUT.place_of(rank) for rank in distinct_ranks(LAYOUT)]
     assert chosen == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 1, 0)]
     assert choose_ranks("last, first,3,middle", LAYOUT) == [0, 3, 4, 7]
     alone = replace(LAYOUT, world=1, pp=1, tp=1, dp=1)

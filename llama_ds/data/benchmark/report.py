@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from pathlib import Path
 from typing import Any
 
 from llama_ds.data.benchmark.bench import OURS
@@ -12,16 +9,6 @@ from llama_ds.data.benchmark.bench import OURS
 NAME = 22  # characters
 MIB = 2**20
 NOT_INSTALLED = "not installed (--streaming-python names an interpreter that has it)"
-
-
-def machine() -> dict[str, Any]:
-    """Return where it runs, and how busy that is."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-    return {"cpu": cpu, "cores": os.cpu_count(), "load_1_min": os.getloadavg()[0]}
 
 
 def table(results: dict[str, Any]) -> str:

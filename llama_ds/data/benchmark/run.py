@@ -9,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llama_ds.data.benchmark import building, opening, reading, report
+from llama_ds.data.benchmark import building, opening, reading
 from llama_ds.data.benchmark.bench import Bench, Sizes
 from llama_ds.data.benchmark.made_sources import gather_texts
 from llama_ds.data.benchmark.processes import rival
 from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.errors import UserError
+from llama_ds.launch.machine import machine as this_machine
 
 Tick = Callable[[str], object]
 
@@ -61,7 +62,7 @@ PARTS = ("build", "read", "open", "resume")
 
 def measure(bench: Bench, parts: Sequence[str], resumed_run: str) -> dict[str, Any]:
     """Measure those of PARTS; the run file `resumed_run` says which run is resumed."""
-    machine = report.machine()
+    machine = this_machine()
     if {"read", "open"} & set(parts):
         bench.tick("write rows")
         digest = reading.prepare(bench)

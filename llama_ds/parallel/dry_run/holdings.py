@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llama_ds.model.written_out import WrittenOutLayer
-from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger
+from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger, tensors_in
 from llama_ds.parallel.optimizer_state import begin_moments, fragments
 
 # Buffers of BF16_Optimizer and of ZeRO 1 to 3, where there are such.
@@ -53,17 +53,7 @@ def parameter_counts(engine: Any) -> tuple[int, int]:
 
 def _buffers(optimizer: Any, names: tuple[str, ...]) -> Iterator[Tensor]:
     for name in names:
-        yield from _tensors(getattr(optimizer, name, None))
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+        yield from tensors_in(getattr(optimizer, name, None))
 
 
 def _partition(parameter: Any) -> list[Tensor]:

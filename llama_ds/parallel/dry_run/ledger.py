@@ -162,7 +162,7 @@ class Ledger(TorchDispatchMode):
         group = dist.ProcessGroup.unbox(args[group_at])
         ranks = self._ranks(group)
         peer = -1 if peer_at is None else ranks[args[peer_at]]
-        size = 0 if counted is None else sum(tensor.nbytes for tensor in _tensors(args[counted]))
+        size = 0 if counted is None else sum(tensor.nbytes for tensor in tensors_in(args[counted]))
         self.calls.append(Call(kind, ranks, group.group_name, peer, size))
 
     def _ranks(self, group: Any) -> tuple[int, ...]:
@@ -177,12 +177,15 @@ def _execute(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, list[Te
     return out, [item for item in items if isinstance(item, Tensor)]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a value, a list, or a dictionary of such, however deep."""
     if isinstance(value, Tensor):
         yield value
-    else:
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def within(context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> Callable[..., Any]:

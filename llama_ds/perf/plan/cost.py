@@ -18,6 +18,7 @@ TABLE_15 = {"7b": 82_432, "13b": 135_168, "33b": 530_432, "65b": 1_022_362}  # G
 TABLE_15_TOKENS = {"7b": 1.0e12, "13b": 1.0e12, "33b": 1.4e12, "65b": 1.4e12}
 
 E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
+LAW = f"L = {E:g} + {A:g} / N^{ALPHA:g} + {B:g} / D^{BETA:g}"
 _SMALLEST, _LARGEST = 1e7, 1e13  # parameters that are considered
 
 

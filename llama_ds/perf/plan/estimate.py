@@ -12,7 +12,7 @@ from llama_ds.errors import UserError
 from llama_ds.parallel.partition import decoder_layers, stage_boundaries
 from llama_ds.parallel.recompute import GIB, StagePolicies, stage_policies, with_device_memory
 from llama_ds.perf.plan.hardware import Hardware
-from llama_ds.perf.plan.job import job_of
+from llama_ds.perf.plan.job import job_of, layers_by_policy
 from llama_ds.perf.plan.memory import Memory, run_memory
 from llama_ds.perf.plan.step import StepTime, step_time
 
@@ -138,9 +138,7 @@ def report(found: Estimate) -> str:
     place = step.job.plan(max(layout.accumulation, 2 * layout.pp)).place
     for rank, held in enumerate(found.memory):
         own = [step.job.stages[place.stage(rank, chunk)] for chunk in range(place.chunks)]
-        counts: dict[str, int] = {}
-        for policy, number in (pair for stage in own for pair in stage):
-            counts[policy] = counts.get(policy, 0) + number
+        counts = layers_by_policy(own)
         words = ", ".join(f"{number} {policy}" for policy, number in counts.items())
         parts = (held.weights, held.gradients, held.optimizer, held.activations, held.working, held.margin, held.total)
         numbers = " ".join(

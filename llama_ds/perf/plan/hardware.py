@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llama_ds.config.reader import Place, read
+from llama_ds.config.recompute import GIB
 from llama_ds.config.text import dump_yaml, read_yaml
 from llama_ds.errors import UserError, did_you_mean
 from llama_ds.model.flops import device_peak
@@ -68,7 +69,7 @@ class Hardware:
 
     @property
     def memory_bytes(self) -> int:
-        return int(self.memory_gib * 2**30)
+        return int(self.memory_gib * GIB)
 
     def with_links(self, nvlink_gb_s: float | None, network_gb_s: float | None) -> Hardware:
         """Return the machine with other links, where given."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from llama_ds.config.layout import Layout
@@ -14,6 +15,14 @@ from llama_ds.perf.plan.program import OURS, Program
 from llama_ds.schedules.schedule import Schedule
 
 Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
+
+
+def layers_by_policy(stages: Iterable[Counts]) -> Counter[str]:
+    """Return how many layers of all these stages have each policy, in order of the first of each."""
+    found: Counter[str] = Counter()
+    for policy, layers in (pair for stage in stages for pair in stage):
+        found[policy] += layers
+    return found
 
 
 @dataclass(frozen=True)

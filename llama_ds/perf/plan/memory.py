@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
 from llama_ds.parallel.memory import rank_memory
-from llama_ds.parallel.recompute import USABLE, StagePolicies
+from llama_ds.parallel.recompute import GIB, USABLE, StagePolicies
 from llama_ds.parallel.scheduling import schedule_of
 from llama_ds.perf.plan.job import Job
 from llama_ds.perf.plan.step import rank_parameters
 
-CONTEXT_BYTES = 4.0 * 2**30  # driver, NCCL's and DeepSpeed's buffers, workspaces: what nvidia-smi adds to tensors
+CONTEXT_BYTES = 4.0 * GIB  # driver, NCCL's and DeepSpeed's buffers, workspaces: what nvidia-smi adds to tensors
 FRAGMENTATION = 1.08  # what the caching allocator holds over what tensors need
 
 

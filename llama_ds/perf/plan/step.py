@@ -63,7 +63,7 @@ def step_time(gpu: Hardware, job: Job) -> StepTime:
     """Return the time of one step."""
     stages = stage_times(gpu, job)
     transfer, wait = stage_message(gpu, job)
-    costs = stage_costs(gpu, job)
+    costs = stage_costs(gpu, job, stages)
     if job.program.blocking_sends and job.pp > 1:
         costs = [StageCost(c.forward + transfer, c.input_backward + transfer, c.weight_backward) for c in costs]
         transfer, wait = 0.0, 0.0
@@ -99,9 +99,12 @@ def _host(gpu: Hardware, job: Job, stage: int) -> Parts:
     return Parts(host=kernels * gpu.calibration.launch_us * 1e-6)
 
 
-def stage_costs(gpu: Hardware, job: Job) -> list[StageCost]:
-    """Return what the simulation wants of every stage, with what ZeRO 2 and 3 send in every micro-batch."""
-    costs = [stage.cost(job.launch_blocking) for stage in stage_times(gpu, job)]
+def stage_costs(gpu: Hardware, job: Job, stages: tuple[StageTime, ...] | None = None) -> list[StageCost]:
+    """Return what the simulation wants of every stage, with what ZeRO 2 and 3 send in every micro-batch.
+
+    `stages` are the stages' times, where they are known already.
+    """
+    costs = [stage.cost(job.launch_blocking) for stage in stages or stage_times(gpu, job)]
     if job.zero_stage < 2:
         return costs
     return [_with_zero(gpu, job, stage, cost) for stage, cost in enumerate(costs)]

@@ -9,8 +9,20 @@ from typing import Any
 
 from llama_ds.model.flops import parameter_count
 from llama_ds.parallel.recompute import GIB
-from llama_ds.perf.plan.cost import TABLE_15, TABLE_15_TOKENS, Cost, Rates, cheapest, life, run_cost
+from llama_ds.perf.plan.cost import (
+    CARBON,
+    LAW,
+    OVERHEAD,
+    TABLE_15,
+    TABLE_15_TOKENS,
+    Cost,
+    Rates,
+    cheapest,
+    life,
+    run_cost,
+)
 from llama_ds.perf.plan.estimate import Estimate, as_data
+from llama_ds.perf.plan.job import layers_by_policy
 from llama_ds.perf.plan.search import Found
 from llama_ds.perf.plan.validate import Checked, groups, summary
 
@@ -72,9 +84,7 @@ def paper_speed(item: Estimate) -> float | None:
 
 def _ranked(place: int, item: Estimate) -> list[str]:
     parallel, step = item.run.parallel, item.step
-    counts: dict[str, int] = {}
-    for policy, number in (pair for stage in step.job.stages for pair in stage):
-        counts[policy] = counts.get(policy, 0) + number
+    counts = layers_by_policy(step.job.stages)
     return [
         *(str(n) for n in (place, parallel.tp, parallel.pp, item.layout.dp, parallel.micro_batch)),
         _schedule(item),
@@ -148,8 +158,8 @@ def cost_text(name: str, cost: Cost, tokens: float, speed: float, layout: Estima
         (
             f"{name}: {tokens:.4g} tokens at {speed:,.1f} tokens/s/GPU ({how})",
             f"  {cost.gpu_hours:,.0f} GPU-hours; {cost.days:,.1f} days on {cost.gpus:,} GPUs",
-            f"  {cost.megawatt_hours:,.1f} MWh = GPU-hours x {cost.power_w:g} W x PUE 1.1",
-            f"  {cost.carbon_tonnes:,.1f} t CO2eq = MWh x 0.385 (LLaMA paper, section 6)",
+            f"  {cost.megawatt_hours:,.1f} MWh = GPU-hours x {cost.power_w:g} W x PUE {OVERHEAD:g}",
+            f"  {cost.carbon_tonnes:,.1f} t CO2eq = MWh x {CARBON:g} (LLaMA paper, section 6)",
         )
     )
 
@@ -203,7 +213,7 @@ def trade(target: float, inference_tokens: float, rates: Rates, as_json: bool) -
         )
     missing = [name for name, size in zip(names, sizes, strict=True) if size.tokens >= 1e16]
     note = f"\nnot reached by {', '.join(missing)} with any number of tokens" if missing else ""
-    head = f"loss {target:g} by L = 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28; {inference_tokens:.3g} tokens to answer"
+    head = f"loss {target:g} by {LAW}; {inference_tokens:.3g} tokens to answer"
     return f"{head}\n{aligned(rows)}{note}"
 
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from llama_ds.config.recompute import GIB
 from llama_ds.model.flops import parameter_count
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import Job
@@ -48,7 +49,7 @@ def predict(row: Row, gpu: Hardware) -> float:
     if any(row.links):
         gpu = gpu.with_links(*row.links)
     if row.kind == "peak_mem_gib":
-        return published_memory(row.job, row.reserved) / 2**30
+        return published_memory(row.job, row.reserved) / GIB
     step = step_time(gpu, row.job)
     if row.kind == "iteration_s":
         return step.seconds

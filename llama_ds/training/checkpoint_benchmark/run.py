@@ -18,6 +18,7 @@ from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
 from llama_ds.checkpoint.formats.plan import Target
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import sync
+from llama_ds.launch.machine import machine
 from llama_ds.training.checkpoint_benchmark.worker import Settings, forget, peak_memory
 
 GB = 1e9
@@ -49,7 +50,8 @@ def measure(overrides: list[str], folder: str, repeats: int) -> dict[str, Any]:
     subprocess.run([*command, asked, out], env=environment, check=True, stdout=sys.stderr)
     results = json.loads(Path(out).read_text())
     results["convert"] = _conversion(results.pop("checkpoint"), folder, repeats)
-    return {"overrides": settings.overrides, "reshard": settings.reshard, **results, "summary": summary(results)}
+    asked_for = {"overrides": settings.overrides, "reshard": settings.reshard}
+    return {"machine": machine(), **asked_for, **results, "summary": summary(results)}
 
 
 def _conversion(checkpoint: str, folder: str, repeats: int) -> dict[str, Any]:

@@ -47,4 +47,4 @@ def distinct_ranks(layout: Layout) -> list[int]:
     beside it in its tensor-parallel group, the last in its data-parallel group.
     """
     corners = [(0, 0), (0, layout.tp - 1), (layout.dp - 1, 0)]
-    return sorted({(pp * layout.dp + dp) * layout.tp + tp for pp, (dp, tp) in product(range(layout.pp), corners)})
+    return sorted({layout.rank_at(pp, dp, tp) for pp, (dp, tp) in product(range(layout.pp), corners)})

@@ -21,7 +21,7 @@ from llama_ds.parallel.memory import rank_memory
 from llama_ds.parallel.recompute import ELEMENT_BYTES, stage_policies
 from llama_ds.parallel.scheduling import schedule_of
 from llama_ds.parallel.world import Place
-from llama_ds.training.dry_run.report import Group, RankReport, Traffic, place_of
+from llama_ds.training.dry_run.report import Group, RankReport, Traffic
 from llama_ds.training.engine import build_engine
 
 
@@ -52,7 +52,7 @@ def dry_rank(task: Task, place: Place) -> RankReport:
         inner = engine.deepspeed
         batch = (inner.train_batch_size(), inner.gradient_accumulation_steps(), inner.dp_world_size)
     groups: dict[Group, int] = {}
-    pp_rank, dp_rank, tp_rank = place_of(place.rank, layout)
+    pp_rank, dp_rank, tp_rank = layout.place_of(place.rank)
     if engine.dp_rank != dp_rank:
         raise AssertionError(f"rank {place.rank} is data-parallel rank {engine.dp_rank}, not {dp_rank}")
     return RankReport(

@@ -83,17 +83,10 @@ class DryRun:
         return all(check.ok for check in self.checks)
 
 
-def place_of(rank: int, layout: Layout) -> tuple[int, int, int]:
-    """Return (pp_rank, dp_rank, tp_rank) of a global rank."""
-    rest, tp_rank = divmod(rank, layout.tp)
-    pp_rank, dp_rank = divmod(rest, layout.dp)
-    return pp_rank, dp_rank, tp_rank
-
-
 def axis_of(ranks: tuple[int, ...], layout: Layout) -> str:
     """Return what a group connects: tp, dp, pp, all ranks, or "mixed"."""
     if len(ranks) == layout.world:
         return "all"
-    places = [place_of(rank, layout) for rank in ranks]
+    places = [layout.place_of(rank) for rank in ranks]
     varies = [name for i, name in enumerate(("pp", "dp", "tp")) if len({place[i] for place in places}) > 1]
     return varies[0] if len(varies) == 1 else ("self" if not varies else "mixed")
