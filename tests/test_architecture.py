@@ -23,21 +23,22 @@ FLOORS = (
     ("parallel", "checkpoint", "data"),
     ("perf",),
     ("training",),
+    ("benchmarks",),
     ("train", "tools"),
 )
 
 # Heavy packages, and the only files that may import or name them (in fnmatch, * also crosses folders).
 DOORS = {
-    "datasets": ("llama_ds/data/benchmark/rivals.py",),
+    "datasets": ("llama_ds/benchmarks/data/rivals.py",),
     "deepspeed": ("llama_ds/parallel/*", "llama_ds/training/engine*.py"),
     "fsspec": ("llama_ds/data/source/remote.py",),
     "flash_attn": ("llama_ds/model/attention*.py",),
     "pyarrow": ("llama_ds/data/text/piece_reader.py",),
     "sentencepiece": ("llama_ds/data/text/tokenizer.py",),
-    "streaming": ("llama_ds/data/benchmark/rivals.py",),
+    "streaming": ("llama_ds/benchmarks/data/rivals.py",),
     "torch.distributed": ("llama_ds/parallel/*",),
-    "transformers": ("tools/*",),
-    "webdataset": ("llama_ds/data/*",),
+    "transformers": ("llama_ds/benchmarks/*", "tools/*"),
+    "webdataset": ("llama_ds/data/*", "llama_ds/benchmarks/data/*"),
     "xxhash": ("llama_ds/checkpoint/*",),
     "yaml": ("llama_ds/config/*",),
     "zstandard": ("llama_ds/data/text/piece_reader.py",),

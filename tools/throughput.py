@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -19,41 +18,26 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from llama_ds.checkpoint.formats.hf_config import hf_config
+from llama_ds.benchmarks.data import report as data_report
+from llama_ds.benchmarks.data.bench import QUICK, Sizes
+from llama_ds.benchmarks.data.run import PARTS, measure, set_up
+from llama_ds.benchmarks.layer import shard
+from llama_ds.benchmarks.report import layer_results, layer_table, step_results, step_table
+from llama_ds.benchmarks.step import Step, Timing, time_interleaved
 from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_json
-from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
-from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
-from llama_ds.data.benchmark import report as data_report
-from llama_ds.data.benchmark.bench import QUICK, Sizes
-from llama_ds.data.benchmark.run import PARTS, measure, set_up
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
-from llama_ds.model.attention import flash_module
-from llama_ds.model.decoder import DecoderLayer
-from llama_ds.model.llama import Llama, shared_parts
-from llama_ds.model.loss import NextTokenLoss
-from llama_ds.model.tensor_parallel import SingleRank
-from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.perf import timeline
-from llama_ds.perf.layer_benchmark import Contestant, shard
-from llama_ds.perf.report import layer_results, layer_table, step_results, step_table
-from llama_ds.perf.step_benchmark import Step, Timing, gemm_step, time_interleaved, training_step
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when imported; ours is for results
-    from llama_ds.parallel import world
-    from llama_ds.training.checkpoint_benchmark import run as checkpoint_benchmark
-    from llama_ds.training.engine import build_engine, build_optimizer, decay_groups
+    from llama_ds.benchmarks import against_transformers
+    from llama_ds.benchmarks.checkpoint import run as checkpoint_benchmark
     from llama_ds.training.host_memory import keep_freed_memory
 
 EXAMPLES = """examples:
@@ -71,9 +55,6 @@ mosaicml-streaming and datasets want other versions than we do, so they need an 
   /tmp/rivals/bin/pip install mosaicml-streaming==0.13.0 datasets
 Without --streaming-python both are left out. TMPDIR gets about 1 GB. 100,000 shards need 12 GB of memory there.
 """
-AGREEMENT = {"fp32": 1e-5, "bf16": 2e-2}  # of the losses on the initial weights
-LEARNING_RATE = 1e-4
-LAYER_AGREEMENT = {"fp32": 1e-4, "bf16": 2e-2}  # of the input gradients' norms, relative
 SHAPES = {"quickstart": "quickstart", "7b": "llama_7b", "13b": "llama_13b", "33b": "llama_33b", "65b": "llama_65b"}
 
 
@@ -212,49 +193,15 @@ def layer(args: argparse.Namespace) -> int:
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(args.batch, args.seq_len, model.hidden_size, generator=generator) for _ in range(2))
     x, grad = x.to(device, dtype), grad.to(device, dtype)
-    contestants = _layers(replace(run, model=model), args, device, dtype)
+    run = replace(run, model=model, data=replace(run.data, seq_len=args.seq_len, document_mask=False))
+    contestants, args.attention = against_transformers.layers(run, args.policy, device, dtype)
     steps = {name: contestant.step(x, grad) for name, contestant in contestants.items()}
     measured = {name: (c.saved_bytes(x), c.peak_bytes(steps[name], device)) for name, c in contestants.items()}
     timings = _timed(steps, args.repeats)
-    sizes = [timing.losses[0] for timing in timings.values()]
-    if max(sizes) - min(sizes) > LAYER_AGREEMENT[args.dtype] * max(sizes):
-        raise AssertionError(f"the layers compute different gradients: {dict(zip(timings, sizes, strict=True))}")
+    against_transformers.check_gradients(timings, args.dtype)
     results = layer_results(model, _settings(args, "shape", "tp", "device", "attention"), timings, measured)
     _publish(args, results, layer_table(results))
     return 0
-
-
-def _layers(
-    run: RunConfig, args: argparse.Namespace, device: torch.device, dtype: torch.dtype
-) -> dict[str, Contestant]:
-    """Return the layers to time, with the same weights."""
-    run = replace(run, data=replace(run.data, seq_len=args.seq_len, document_mask=False))
-    shared = shared_parts(run, SingleRank(), device.type, dtype)
-    tables = shared.rotary.on(device)
-    reference = DecoderLayer(shared, 0).to(device, dtype)
-    policies = dict.fromkeys(("none", args.policy))  # in this order, once each
-    ours = {policy: WrittenOutLayer(shared, 0, policy).to(device, dtype) for policy in policies}
-    for written_out in ours.values():
-        written_out.load_state_dict(reference.state_dict())
-        written_out.lay_weights_together()  # as DeepSpeed's flat buffers do
-    config = LlamaConfig(**hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch.")))
-    flash = {"flash_attn": "flash_attention_2", "flash_attn.cute": "flash_attention_4"}  # as transformers names them
-    args.attention = flash[flash_module().__name__] if shared.attention.name == "flash_attn" else "sdpa"
-    config._attn_implementation = args.attention
-    theirs = LlamaDecoderLayer(config, 0).to(device, dtype).train()
-    theirs.load_state_dict(reference.state_dict())
-    positions = torch.arange(args.seq_len, device=device)[None]
-    embeddings = LlamaRotaryEmbedding(config).to(device)(torch.empty(0, device=device, dtype=dtype), positions)
-
-    def call(x: Tensor) -> Tensor:
-        return theirs(x, position_ids=positions, position_embeddings=embeddings)
-
-    return {
-        **{f"llama_ds_{policy}": Contestant(own, own, tables) for policy, own in ours.items()},
-        "llama_ds_autograd": Contestant(reference, reference, tables),
-        "transformers": Contestant(theirs, call, embeddings),
-        "transformers_checkpointed": Contestant(theirs, lambda x: checkpoint(call, x, use_reentrant=False), embeddings),
-    }
 
 
 def analyse(args: argparse.Namespace) -> int:
@@ -303,9 +250,9 @@ def compare_hf(args: argparse.Namespace) -> int:
     run = _benchmark_run(args)
     torch.set_num_threads(args.threads)
     batch = np.random.default_rng(0).integers(0, run.model.vocab_size, (args.batch, args.seq_len + 1))
-    steps = _contestants(run, batch, args.dtype)
+    steps = against_transformers.steps(run, batch, args.dtype)
     timings = _timed(steps, args.repeats)
-    _check_losses(timings, args.dtype)
+    against_transformers.check_losses(timings, args.dtype)
     results = step_results(run.model, _settings(args, "zero"), timings)
     _publish(args, results, step_table(results))
     return 0
@@ -329,69 +276,6 @@ def _benchmark_run(args: argparse.Namespace) -> RunConfig:
         parallel=ParallelConfig(micro_batch=args.batch, recompute=args.policy),
         deepspeed={"zero_optimization": {"stage": args.zero}, "bf16": {"enabled": args.dtype == "bf16"}},
     )
-
-
-def _contestants(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]:
-    """Return the steps to time: the same weights, rows, optimizer settings and clipping for all."""
-    dtype, settings = DTYPES[dtype_name], run.optimizer
-    rows = torch.from_numpy(batch)
-    ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    shared = shared_parts(run, SingleRank(), "cpu", dtype)
-    policies = [run.parallel.recompute] * run.model.num_hidden_layers
-    ours = Llama(shared, NextTokenLoss(shared.tp), policies).to(dtype)
-
-    def theirs(fused: bool | None) -> Step:
-        model = transformers_model(run, ours, dtype)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), LEARNING_RATE, settings.betas, settings.eps, settings.weight_decay, fused=fused
-        )
-
-        def loss() -> Tensor:
-            return model(input_ids=ids, labels=labels, shift_labels=labels, use_cache=False).loss
-
-        return training_step(model, optimizer, settings.clip, loss)
-
-    own_settings = replace(settings, lr=LEARNING_RATE)
-    own_optimizer = build_optimizer(decay_groups(ours, own_settings), own_settings, run.deepspeed)
-    return {
-        "transformers": theirs(fused=None),
-        "transformers_fused_adamw": theirs(fused=True),
-        "llama_ds_model": training_step(ours, own_optimizer, settings.clip, lambda: ours(ids, labels)),
-        "llama_ds_engine": _engine_step(run, batch),
-        "gemms": gemm_step(run.model, ids.numel(), dtype),
-    }
-
-
-def transformers_model(run: RunConfig, source: Llama, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Return transformers' model of the same shape with a copy of our weights."""
-    config = hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch."))
-    model = LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
-    count = run.model.num_hidden_layers
-    weights = {
-        hf_name(i, name, count): w for i, layer in enumerate(source.layers) for name, w in layer.state_dict().items()
-    }
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"} or (missing and not run.model.tie_word_embeddings):
-        raise AssertionError(f"transformers names its weights otherwise: {missing} missing, {unexpected} unexpected")
-    model.tie_weights()
-    return model.train()
-
-
-def _engine_step(run: RunConfig, batch: np.ndarray) -> Step:
-    """Return the step as training takes it: DeepSpeed's engine, from the same initial weights."""
-    layout = Layout(1, 1, 1, 1, len(batch), 1, len(batch))
-    config = deepspeed_config(run, layout, bf16_native=True)
-    world.join(world.Place(0, 1, 0))
-    engine = build_engine(run, layout, config, torch.device("cpu"))
-    batches = itertools.repeat(batch)
-    return lambda: engine.read(engine.train_step(batches, LEARNING_RATE))[0]
-
-
-def _check_losses(timings: dict[str, Timing], dtype: str) -> None:
-    """Make sure that all contestants computed the same thing: their losses on the initial weights agree."""
-    first = {name: timing.losses[0] for name, timing in timings.items() if name != "gemms"}
-    if max(first.values()) - min(first.values()) > AGREEMENT[dtype]:
-        raise AssertionError(f"losses on the same weights and rows differ by more than {AGREEMENT[dtype]}: {first}")
 
 
 COMMANDS = {"compare-hf": compare_hf, "layer": layer, "data": data, "checkpoint": checkpoints, "analyse": analyse}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llama_ds.benchmarks.layer import saved_bytes
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig
 from llama_ds.model import loss_chunks
@@ -24,7 +25,6 @@ from llama_ds.model.saving import LayerWork
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.weight_gradients import WeightGradients
 from llama_ds.model.written_out import WrittenOutLayer
-from llama_ds.perf.layer_benchmark import saved_bytes
 
 ROWS, T = 2, 24
 PLAIN = ModelConfig(64, 32, 84, 2, 4, 4, 8, initializer_range=0.2)

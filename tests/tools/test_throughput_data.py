@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llama_ds.data.benchmark.bench import QUICK
-from llama_ds.data.benchmark.rivals import digest_of, stacked, time_passes
-from llama_ds.data.benchmark.run import set_up
+from llama_ds.benchmarks.data.bench import QUICK
+from llama_ds.benchmarks.data.rivals import digest_of, stacked, time_passes
+from llama_ds.benchmarks.data.run import set_up
 from llama_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,8 +10,8 @@ import statistics
 import sys
 from typing import Any
 
-from llama_ds.data.benchmark.bench import OURS, Bench
-from llama_ds.data.benchmark.processes import Contestant, Result, interleave, ours, rival, summary
+from llama_ds.benchmarks.data.bench import OURS, Bench
+from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, ours, rival, summary
 
 BARE = "sentencepiece"
 ID_TOLERANCE = 0.001  # of the count of ids: U+2581 in a text is spelt otherwise by the bare loop

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama_ds.data.benchmark.bench import OURS
+from llama_ds.benchmarks.data.bench import OURS
 
 NAME = 22  # characters
 MIB = 2**20

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from llama_ds.benchmarks.step import Step
 from llama_ds.config.schema import ModelConfig
-from llama_ds.perf.step_benchmark import Step
 
 
 def shard(model: ModelConfig, tp: int) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 A script for an interpreter that has them, not necessarily this one: `rivals.py REQUEST` carries out one request, a JSON
 object with the name of a task, in a fresh process and prints what it measured as JSON. It imports nothing of llama_ds.
-Our own side of the comparison (benchmark/probe.py) is measured by the same functions, below.
+Our own side of the comparison (data/probe.py) is measured by the same functions, below.
 
 Shapes: b rows of a micro-batch, T seq_len; a batch is int32 (b, T + 1).
 """

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_ds.data.benchmark import rivals
+from llama_ds.benchmarks.data import rivals
 from llama_ds.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]  # what `llama_ds` is imported from
-PROBE = (sys.executable, "-m", "llama_ds.data.benchmark.probe")
+PROBE = (sys.executable, "-m", "llama_ds.benchmarks.data.probe")
 ONE_CORE = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ERROR_CHARS = 2000  # of what a process said last
 SLOW_S = 30.0  # what takes longer in one process is not repeated, where that is allowed

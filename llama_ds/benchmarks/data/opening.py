@@ -12,12 +12,12 @@ import os
 import sys
 from typing import Any
 
+from llama_ds.benchmarks.data.bench import OURS, Bench
+from llama_ds.benchmarks.data.made_sources import simulate_source, write_run
+from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, median, ours, rival, summary
+from llama_ds.benchmarks.data.reading import STREAMING, WEBDATASET, webdataset_request
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
-from llama_ds.data.benchmark.bench import OURS, Bench
-from llama_ds.data.benchmark.made_sources import simulate_source, write_run
-from llama_ds.data.benchmark.processes import Contestant, Result, interleave, median, ours, rival, summary
-from llama_ds.data.benchmark.reading import STREAMING, WEBDATASET, webdataset_request
 from llama_ds.data.mixture import save_state
 from llama_ds.data.stream import open_data
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from llama_ds.benchmarks.step import Timing
 from llama_ds.config.schema import ModelConfig
 from llama_ds.launch.machine import cpu_name
 from llama_ds.model.flops import device_peak, flops_per_token, layer_forward_flops, parameter_count
-from llama_ds.perf.step_benchmark import Timing
 
 
 def step_results(model: ModelConfig, settings: dict[str, Any], timings: dict[str, Timing]) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llama_ds.data.benchmark import building, opening, reading
-from llama_ds.data.benchmark.bench import Bench, Sizes
-from llama_ds.data.benchmark.made_sources import gather_texts
-from llama_ds.data.benchmark.processes import rival
+from llama_ds.benchmarks.data import building, opening, reading
+from llama_ds.benchmarks.data.bench import Bench, Sizes
+from llama_ds.benchmarks.data.made_sources import gather_texts
+from llama_ds.benchmarks.data.processes import rival
 from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.errors import UserError

@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from llama_ds.benchmarks.checkpoint.worker import Settings, forget, peak_memory
 from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
 from llama_ds.checkpoint.formats.plan import Target
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import sync
 from llama_ds.launch.machine import machine
-from llama_ds.training.checkpoint_benchmark.worker import Settings, forget, peak_memory
 
 GB = 1e9
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,4 +1,4 @@
-"""Our side of the data benchmark, each task in a fresh process: `python -m llama_ds.data.benchmark.probe REQUEST`.
+"""Our side of the data benchmark, each task in a fresh process: `python -m llama_ds.benchmarks.data.probe REQUEST`.
 
 Shapes: b rows of a micro-batch, T seq_len; a batch is (b, T + 1).
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_ds.data.benchmark.rivals import Clock, Request, memory, run, time_opening, time_passes
+from llama_ds.benchmarks.data.rivals import Clock, Request, memory, run, time_opening, time_passes
 
 
 def bare_encode(request: Request) -> dict[str, Any]:
