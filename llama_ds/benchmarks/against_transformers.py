@@ -1,4 +1,4 @@
-"""Our layers and training steps beside transformers', with the same weights: `benchmarks/step.py` times them in turns."""
+"""Layers and training steps, ours and transformers', with the same weights: `benchmarks/step.py` times them in turns."""
 
 from __future__ import annotations
 
