@@ -1,4 +1,4 @@
-"""Layers and training steps, ours and transformers', with the same weights: `benchmarks/step.py` times them in turns."""
+"""Layers and training steps, ours and transformers', of the same weights, for `benchmarks/step.py` to time in turns."""
 
 from __future__ import annotations
 
