@@ -2,13 +2,15 @@
 
 A ring of n ranks sends (n - 1) / n of the bytes in each of the two halves of an all-reduce (reduce-scatter,
 all-gather). Ranks lie as DeepSpeed's topology puts them, rank = (pp_rank * dp + dp_rank) * tp + tp_rank, so a group is
-a stride and a size. A group over several nodes shares its nodes' links with the groups beside it.
+a stride and a size. A group over several nodes shares its nodes' links with the groups beside it. Where the machine's
+description holds times of an operation among such ranks, those count.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llama_ds.perf.plan.curves import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, SEND
 from llama_ds.perf.plan.hardware import Hardware
 
 
@@ -57,13 +59,42 @@ def tree_latency(gpu: Hardware, group: Group) -> float:
 
 def all_reduce(gpu: Hardware, group: Group, size: float) -> float:
     """Return the time to sum `size` bytes over the group."""
+    measured = _measured(gpu, ALL_REDUCE, group, size)
+    if measured is not None:
+        return measured
     wait = min(2 * ring_latency(gpu, group), tree_latency(gpu, group))
     return 2 * _wire(gpu, group, size) + wait if group.size > 1 and size > 0 else 0.0
 
 
+def all_gather(gpu: Hardware, group: Group, size: float) -> float:
+    """Return the time to gather `size` bytes, of which each rank has a part."""
+    measured = _measured(gpu, ALL_GATHER, group, size)
+    return half(gpu, group, size) if measured is None else measured
+
+
+def reduce_scatter(gpu: Hardware, group: Group, size: float) -> float:
+    """Return the time to sum `size` bytes over the group, each rank keeping a part."""
+    measured = _measured(gpu, REDUCE_SCATTER, group, size)
+    return half(gpu, group, size) if measured is None else measured
+
+
+def layer_sum(gpu: Hardware, group: Group, size: float) -> float:
+    """Return the time of a layer's all-reduce: a reduce-scatter and an all-gather, if no tree is asked for."""
+    measured = _measured(gpu, ALL_REDUCE, group, size)
+    return 2 * half(gpu, group, size) if measured is None else measured
+
+
 def half(gpu: Hardware, group: Group, size: float) -> float:
-    """Return the time of a reduce-scatter or all-gather whose whole is `size` bytes."""
+    """Return the time of a ring's reduce-scatter or all-gather whose whole is `size` bytes."""
     return _wire(gpu, group, size) + ring_latency(gpu, group) if group.size > 1 and size > 0 else 0.0
+
+
+def _measured(gpu: Hardware, operation: str, group: Group, size: float) -> float | None:
+    """Return the time of an operation by the machine's measurements; None where there are none of such groups."""
+    if group.size <= 1 or size <= 0 or not gpu.curves:
+        return None
+    found = gpu.curves.collective(operation, ranks_per_node(gpu, group), nodes(gpu, group))
+    return found.seconds(size) if found else None
 
 
 def _wire(gpu: Hardware, group: Group, size: float) -> float:
@@ -77,6 +108,10 @@ def message(gpu: Hardware, stride: int, size: float) -> tuple[float, float]:
     """
     per_node = gpu.links.gpus_per_node
     inside = max(0.0, 1 - stride / per_node)
+    near = gpu.curves.collective(SEND, 2, 1) if gpu.curves else None
+    far = gpu.curves.collective(SEND, 1, 2) if gpu.curves else None
+    if (near or not inside) and (far or inside == 1) and (near or far):
+        return sum(share * c.seconds(size) for share, c in ((inside, near), (1 - inside, far)) if c), 0.0
     link = gpu.links.nvlink_gb_s * 1e9
     crossing = min(per_node, stride)
     outside = gpu.links.network_gb_s * 1e9 * gpu.calibration.network / crossing

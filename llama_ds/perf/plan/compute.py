@@ -1,4 +1,4 @@
-"""Seconds that one GPU computes: matrix products, attention, pointwise kernels.
+"""Seconds that one GPU computes: matrix products, attention, pointwise kernels; as measured, where they were.
 
 A product of (M x K) and (K x N) is cut into tiles; the GPU's multiprocessors work them off in waves, the last of which
 may be nearly empty (NVIDIA, "Matrix Multiplication Background"). A tile reads (tm + tn) K numbers for tm tn K products,
@@ -23,7 +23,9 @@ _HALF_HEAD = 32  # size of heads likewise
 
 @lru_cache(maxsize=200_000)
 def gemm(gpu: Hardware, m: int, n: int, k: int, batch: int = 1) -> float:
-    """Return the time of `batch` products of (m, k) and (k, n) in 16 bits."""
+    """Return the time of `batch` products of (m, k) and (k, n)."""
+    if gpu.curves and gpu.curves.products:
+        return 2.0 * m * n * k * batch / gpu.curves.products.flops_per_second(m, n, k)
     fit = gpu.calibration
     rate = gpu.peak / gpu.processors * fit.gemm_ceiling
     align = math.gcd(math.gcd(k, n), _ALIGNED)
@@ -41,7 +43,7 @@ def gemm(gpu: Hardware, m: int, n: int, k: int, batch: int = 1) -> float:
             if tiles * split >= gpu.processors:
                 break
     numbers = batch * (m * k + k * n + m * n)
-    return max(best, 2.0 * numbers / bandwidth(gpu))
+    return max(best, gpu.element_bytes * numbers / bandwidth(gpu))
 
 
 def bandwidth(gpu: Hardware) -> float:
@@ -49,14 +51,19 @@ def bandwidth(gpu: Hardware) -> float:
     return gpu.bandwidth_gb_s * 1e9 * gpu.calibration.memory
 
 
-def pointwise(gpu: Hardware, bytes_moved: float) -> float:
-    """Return the time of kernels that move so many bytes."""
+def pointwise(gpu: Hardware, bytes_moved: float, kind: str = "forward") -> float:
+    """Return the time of kernels that move so many bytes; `kind` names one of `curves.Kernels`."""
+    if gpu.curves and gpu.curves.kernels:
+        return bytes_moved / getattr(gpu.curves.kernels, kind).bytes_per_second(bytes_moved)
     return bytes_moved / bandwidth(gpu)
 
 
 def flash_attention(gpu: Hardware, rows: int, seq_len: int, heads: int, head_dim: int) -> tuple[float, float]:
     """Return (forward, backward) of fused causal attention: 2 and 5 products over half of the T x T square."""
     product = 2.0 * rows * heads * head_dim * seq_len * (seq_len + 1) / 2
+    if gpu.curves and gpu.curves.attention:
+        forward, backward = gpu.curves.attention.flops_per_second(seq_len, head_dim)
+        return 2 * product / forward, 5 * product / backward
     ramp = seq_len / (seq_len + _HALF_ROW) * head_dim / (head_dim + _HALF_HEAD) * (128 + _HALF_HEAD) / 128
     fit = gpu.calibration
     forward, backward = fit.flash_forward * gpu.peak * ramp, fit.flash_backward * gpu.peak * ramp

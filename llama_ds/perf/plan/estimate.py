@@ -63,20 +63,25 @@ def held_by(run: RunConfig, layout: Layout, gpu: Hardware) -> tuple[tuple[StageP
         UserError: a recompute budget that cannot be kept.
     """
     enough = filled(layout)
-    policies = tuple(stage_policies(run, enough, 2))
-    return policies, tuple(run_memory(run, enough, policies, gpu.memory_bytes))
+    policies = tuple(stage_policies(run, enough, gpu.element_bytes))
+    return policies, tuple(run_memory(run, enough, policies, gpu.memory_bytes, gpu.element_bytes))
 
 
 def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
     """Return what the run costs on `world` GPUs of that kind.
 
     Raises:
-        UserError: a layout that the trainer would refuse, or a run in fp32.
+        UserError: a layout that the trainer would refuse, or a run in another dtype than the machine is described in.
     """
     layout = resolve_layout(run, world)
-    deepspeed_config(run, layout, bf16_native=True)
-    if training_dtype(run, bf16_native=True) != "bf16":
-        raise UserError(f"{run.deepspeed_path}: bf16.enabled is false; the planner knows runs in bf16: set it to true")
+    native = gpu.dtype == "bf16"
+    deepspeed_config(run, layout, native)
+    dtype = training_dtype(run, native)
+    if dtype != gpu.dtype:
+        raise UserError(
+            f"{run.deepspeed_path}: bf16.enabled makes this a run in {dtype}, and {gpu.name} is described for "
+            f"{gpu.dtype}: set it to {str(native).lower()}"
+        )
     for section in ("offload_optimizer", "offload_param"):
         if run.deepspeed.get("zero_optimization", {}).get(section):
             raise UserError(
@@ -85,7 +90,7 @@ def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
             )
     run = with_device_memory(with_partition(run), gpu.memory_bytes)
     policies, memory = held_by(run, layout, gpu)
-    return Estimate(run, layout, gpu, policies, memory, step_time(gpu, job_of(run, layout, policies)))
+    return Estimate(run, layout, gpu, policies, memory, step_time(gpu, job_of(run, layout, policies, gpu.dtype)))
 
 
 def as_data(found: Estimate) -> dict[str, Any]:

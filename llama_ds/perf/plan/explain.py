@@ -5,7 +5,9 @@ from __future__ import annotations
 from llama_ds.model.flops import flops_per_token, parameter_count
 from llama_ds.parallel.recompute import GIB, USABLE
 from llama_ds.perf.plan.communication import Group, bus_bandwidth, nodes
+from llama_ds.perf.plan.curves import Curves
 from llama_ds.perf.plan.estimate import Estimate
+from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.layer import Parts, embedding_time, head_time, layer_time
 from llama_ds.perf.plan.step import rank_parameters
 
@@ -31,15 +33,39 @@ def explain(found: Estimate) -> str:
 def _machine(found: Estimate) -> list[tuple[str, str]]:
     gpu, fit, links = found.gpu, found.gpu.calibration, found.gpu.links
     return [
-        ("peak", f"{gpu.peak / 1e12:.0f} TFLOP/s bf16 dense (data sheet, model/flops.py)"),
-        ("matrix products", f"reach {fit.gemm_ceiling:.0%} of it in large tiles; {gpu.processors} multiprocessors"),
-        ("memory", f"{gpu.bandwidth_gb_s:,.0f} GB/s (data sheet), pointwise kernels reach {fit.memory:.0%}"),
-        ("fused attention", f"forward {fit.flash_forward:.0%}, backward {fit.flash_backward:.0%} of the peak"),
+        ("peak", f"{gpu.peak / 1e12:.4g} TFLOP/s {gpu.dtype} dense ({_peak_source(gpu)})"),
+        *_computing(gpu),
         ("host", f"{fit.launch_us:.1f} us a kernel, {fit.step_ms:.1f} ms a step"),
         ("within a node", f"{links.nvlink_gb_s:.0f} GB/s of a ring's bus bandwidth among {links.gpus_per_node} GPUs"),
         ("between nodes", f"{links.network_gb_s:.0f} GB/s a node, of which collectives reach {fit.network:.0%}"),
         ("calibration", fit.sources or "not stated"),
     ]
+
+
+def _peak_source(gpu: Hardware) -> str:
+    return "its description" if gpu.peak_tflops else "data sheet, model/flops.py"
+
+
+def _computing(gpu: Hardware) -> list[tuple[str, str]]:
+    """What computing is derived from: measured rates, or shares of the data sheet's."""
+    fit, curves = gpu.calibration, gpu.curves or Curves()
+    rows = [
+        ("matrix products", f"reach {fit.gemm_ceiling:.0%} of it in large tiles; {gpu.processors} multiprocessors"),
+        ("memory", f"{gpu.bandwidth_gb_s:,.0f} GB/s (data sheet), pointwise kernels reach {fit.memory:.0%}"),
+        ("fused attention", f"forward {fit.flash_forward:.0%}, backward {fit.flash_backward:.0%} of the peak"),
+    ]
+    if curves.products:
+        sizes = curves.products.sizes
+        rows[0] = rows[0][0], f"measured, {len(sizes) ** 3} sizes from {sizes[0]} to {sizes[-1]} of M, N and K"
+    if curves.kernels:
+        each = ", ".join(f"{name} {max(rate.gb_s):.3g}" for name, rate in vars(curves.kernels).items())
+        rows[1] = rows[1][0], f"measured, at most GB/s of {each}"
+    if curves.attention:
+        rows[2] = rows[2][0], f"measured, rows of {curves.attention.seq_len[0]} to {curves.attention.seq_len[-1]}"
+    if curves.collectives:
+        groups = len({(c.ranks, c.nodes) for c in curves.collectives})
+        rows.append(("collectives", f"measured, {len(curves.collectives)} curves among {groups} kinds of groups"))
+    return rows
 
 
 def _layers(found: Estimate) -> list[tuple[str, str]]:
@@ -68,13 +94,14 @@ def _parts(parts: Parts) -> str:
 
 def _stages(found: Estimate) -> list[tuple[str, str]]:
     rows = []
+    together = "device and host" if found.gpu.host_computes else "GPU or host, whichever takes longer"
     for number, stage in enumerate(found.step.stages):
-        cost = stage.cost()
+        cost = stage.cost(found.gpu.host_computes)
         rows.append(
             (
                 f"stage {number}",
                 f"forward {cost.forward * 1e3:.2f}, input gradients and recompute {cost.input_backward * 1e3:.2f}, "
-                f"weight gradients {cost.weight_backward * 1e3:.2f}; GPU or host, whichever takes longer",
+                f"weight gradients {cost.weight_backward * 1e3:.2f}; {together}",
             )
         )
     return rows
@@ -113,7 +140,8 @@ def _step(found: Estimate) -> list[tuple[str, str]]:
         (
             "reduction",
             f"{step.reduction:.4f} s not hidden: gradients of {largest:,} parameters x {job.program.reduced_bytes} "
-            "bytes and weights x 2, (dp - 1) / dp of them over the ring, beside the last backward and next forward",
+            f"bytes and weights x {job.program.element_bytes}, (dp - 1) / dp of them over the ring, beside the last "
+            "backward and next forward",
         ),
         (
             "optimizer",
@@ -139,6 +167,10 @@ def _whole_attention(found: Estimate) -> float:
     return found.step.tokens_per_second * (flops_per_token(model, job.seq_len) + more) / found.gpu.peak
 
 
+def _states(gpu: Hardware) -> str:
+    return "8 bytes each, two moments" if gpu.dtype == "fp32" else "12 bytes each, masters and two moments"
+
+
 def _memory(found: Estimate) -> list[tuple[str, str]]:
     rank = max(range(len(found.memory)), key=lambda r: found.memory[r].total)
     held = found.memory[rank]
@@ -147,13 +179,14 @@ def _memory(found: Estimate) -> list[tuple[str, str]]:
         ("rank", f"{rank} of {len(found.memory)} in the pipeline, {parameters:,} parameters"),
         (
             "weights",
-            f"{held.weights / GIB:8.2f}: 2 bytes each{', over dp under ZeRO-3' if found.run.zero_stage == 3 else ''}",
+            f"{held.weights / GIB:8.2f}: {found.gpu.element_bytes} bytes each"
+            f"{', over dp under ZeRO-3' if found.run.zero_stage == 3 else ''}",
         ),
         (
             "gradients",
             f"{held.gradients / GIB:8.2f}: 4 bytes each, fp32{', over dp' if found.run.zero_stage > 1 else ''}",
         ),
-        ("optimizer", f"{held.optimizer / GIB:8.2f}: 12 bytes each, masters and two moments, over dp"),
+        ("optimizer", f"{held.optimizer / GIB:8.2f}: {_states(found.gpu)}, over dp"),
         (
             "activations",
             f"{held.activations / GIB:8.2f}: what layers keep (model/saving.py), for micro-batches in flight",

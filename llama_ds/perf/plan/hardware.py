@@ -5,14 +5,17 @@ Makers' figures (peak, memory bandwidth, links) are kept apart from what was mea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llama_ds.config.reader import Place, read
 from llama_ds.config.recompute import GIB
 from llama_ds.config.text import dump_yaml, read_yaml
 from llama_ds.errors import UserError, did_you_mean
 from llama_ds.model.flops import device_peak
+from llama_ds.perf.plan.curves import OPERATIONS, Curves
 
 FOLDER = Path(__file__).parent / "data"
 
@@ -59,13 +62,23 @@ class Hardware:
     power_w: float  # of one GPU, for the energy of a run
     links: Links
     calibration: Calibration
+    dtype: str = "bf16"  # of the runs that it describes: bf16 or fp32
+    peak_tflops: float | None = None  # of a device that `model/flops.py` does not know
+    at_once: int | None = None  # ranks of a node that compute at full speed at once, where they share processors
+    host_computes: bool = False  # a CPU: the host's time and the device's add up
+    curves: Curves | None = None  # what was measured goes before what is calculated
 
     @property
     def peak(self) -> float:
-        """Dense bf16 peak, FLOP/s."""
-        peak = device_peak(self.device, "bf16")
+        """Dense peak in `dtype`, FLOP/s."""
+        peak = self.peak_tflops * 1e12 if self.peak_tflops else device_peak(self.device, self.dtype)
         assert peak is not None
         return peak
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a number of the runs that it describes."""
+        return 4 if self.dtype == "fp32" else 2
 
     @property
     def memory_bytes(self) -> int:
@@ -104,19 +117,61 @@ def load(name: str) -> Hardware:
 
 def text(hardware: Hardware) -> str:
     """Return the description as YAML."""
-    return dump_yaml(asdict(hardware))
+    return dump_yaml({key: value for key, value in _plain(asdict(hardware)).items() if value not in (None, False)})
+
+
+def _plain(value: Any) -> Any:
+    """Return the value with lists for tuples, as YAML has them."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _check(hardware: Hardware, path: str) -> None:
     place = Place(path)
-    if device_peak(hardware.device, "bf16") is None:
-        raise place.error("device", f"= {hardware.device!r} is no device whose peak model/flops.py knows, such as A100")
+    if hardware.dtype not in ("bf16", "fp32"):
+        raise place.error("dtype", f"= {hardware.dtype!r} is not bf16 or fp32")
+    if hardware.peak_tflops is None and device_peak(hardware.device, hardware.dtype) is None:
+        known = f"= {hardware.device!r} is no device whose {hardware.dtype} peak model/flops.py knows, such as A100"
+        raise place.error("device", f"{known}; give its peak_tflops")
+    _check_curves(hardware.curves or Curves(), place)
     for key, section in (("", hardware), ("links.", hardware.links), ("calibration.", hardware.calibration)):
         for name, value in vars(section).items():
-            if isinstance(value, int | float) and not value > 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 raise place.error(key + name, f"= {value} is not positive")
     for name in ("gemm_ceiling", "misaligned", "memory", "flash_forward", "flash_backward", "network", "contention"):
         if getattr(hardware.calibration, name) > 1:
             raise place.error(
                 f"calibration.{name}", f"= {getattr(hardware.calibration, name)} is above 1; it is a share"
             )
+
+
+def _check_curves(curves: Curves, place: Place) -> None:
+    """Refuse curves that cannot be read between their points: sizes that do not grow, tables of other shapes, zeros."""
+    axes: list[tuple[str, Sequence[float], Any]] = []  # name, sizes, what stands at each size
+    if curves.products:
+        sizes: Sequence[float] = curves.products.sizes
+        axes += [("products.tflops", sizes, curves.products.tflops)]
+        for i, plane in enumerate(curves.products.tflops):
+            axes += [(f"products.tflops.{i}", sizes, plane)]
+            axes += [(f"products.tflops.{i}.{j}", sizes, row) for j, row in enumerate(plane)]
+    if curves.attention:
+        for name in ("forward_tflops", "backward_tflops"):
+            table = getattr(curves.attention, name)
+            axes += [(f"attention.{name}", curves.attention.head_dim, table)]
+            axes += [(f"attention.{name}.{i}", curves.attention.seq_len, row) for i, row in enumerate(table)]
+    if curves.kernels:
+        axes += [(f"kernels.{name}", rate.bytes, rate.gb_s) for name, rate in vars(curves.kernels).items()]
+    for i, found in enumerate(curves.collectives):
+        axes += [(f"collectives.{i}", found.bytes, found.us)]
+        if found.operation not in OPERATIONS:
+            raise place.error(
+                f"curves.collectives.{i}.operation", f"= {found.operation!r} is not one of {', '.join(OPERATIONS)}"
+            )
+    for name, sizes, values in axes:
+        if not sizes or any(b <= a for a, b in zip((0, *sizes), sizes, strict=False)):
+            raise place.error(f"curves.{name}", f"has sizes {list(sizes)}; they must be positive and grow")
+        if len(values) != len(sizes):
+            raise place.error(f"curves.{name}", f"has {len(values)} entries for {len(sizes)} sizes")
+        if any(isinstance(value, float | int) and not value > 0 for value in values):
+            raise place.error(f"curves.{name}", "holds a value that is not positive")

@@ -11,7 +11,7 @@ from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.parallel.recompute import StagePolicies
 from llama_ds.parallel.scheduling import schedule_of
-from llama_ds.perf.plan.program import OURS, Program
+from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
 from llama_ds.schedules.schedule import Schedule
 
 Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
@@ -71,12 +71,12 @@ class Job:
         return Schedule(self.schedule, self.pp, micro_batches, self.chunks, self.extra_warmup)
 
 
-def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies]) -> Job:
-    """Return the step of one of this stack's runs, whose stages have these policies."""
+def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dtype: str = "bf16") -> Job:
+    """Return the step of one of this stack's runs in `dtype`, whose stages have these policies."""
     schedule = schedule_of(run, layout)
     return Job(
         model=run.model,
-        program=OURS,
+        program=OURS if dtype == "bf16" else OURS_FP32,
         seq_len=run.data.seq_len,
         micro_batch=layout.micro_batch,
         micro_batches=layout.accumulation,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from llama_ds.model.loss_chunks import chunk_tokens
-from llama_ds.perf.plan.communication import Group, half
+from llama_ds.perf.plan.communication import Group, all_gather, layer_sum, reduce_scatter
 from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import Job
@@ -85,7 +85,8 @@ def _layer(
 
     attend = flash_attention if program.flash else plain_attention
     attention, attention_back = attend(gpu, rows, seq_len, local_heads, head_dim)
-    scores = rows * local_heads * seq_len * seq_len
+    wide = program.element_bytes / 2
+    scores = rows * local_heads * seq_len * seq_len * wide
     score_time = pointwise(gpu, program.scores.forward * scores), pointwise(gpu, program.scores.backward * scores)
 
     def passes(forward: bool) -> float:
@@ -93,78 +94,82 @@ def _layer(
             return traffic.forward if forward else traffic.backward
 
         moved = of(program.hidden) * own * hidden + of(program.inner) * tokens * inner
-        return pointwise(gpu, moved + of(program.heads) * tokens * (2 * queries + 2 * keys))
+        moved += of(program.heads) * tokens * (2 * queries + 2 * keys)
+        return pointwise(gpu, wide * moved, "forward" if forward else "backward")
 
-    group = Group(tp)
-    size = 2.0 * tokens * hidden
-    collective = half(gpu, group, size)
+    sent = _collectives(gpu, Group(tp), float(program.element_bytes) * tokens * hidden, sequence_parallel)
     launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
     collectives = 8 if tp > 1 else 0  # kernels and calls around them, as the host sees it
     forward = Parts(
         sum(forward_gemm),
         attention + score_time[0],
         passes(True) + start * program.kernels_forward,
-        4 * collective,
+        sum(sent),
         launch * (program.kernels_forward + collectives),
     )
-    hidden_by_weights = 0.0
-    sent = 4 * collective + (2 * collective if sequence_parallel and not program.overlaps_tensor else 0)
+    exposed = sum(sent) + (2 * sent[0] if sequence_parallel and not program.overlaps_tensor else 0)
     if program.overlaps_tensor and tp > 1:
-        # Issued beside the weights' gradients of the down projection, gate and up, and the output projection.
-        beside = [weight_gemm[3], weight_gemm[2], weight_gemm[1], weight_gemm[0]]
-        beside = [min(collective, time) for time in beside]
-        hidden_by_weights = sum(beside) * (1 - gpu.calibration.contention)
+        # Under sequence parallelism a gather, scatter, gather and scatter, in this order, beside the weights' gradients
+        # of q, k and v, of the down projection, of gate and up, and of the output projection; else two sums.
+        order = (0, 3, 2, 1) if sequence_parallel else (3, 1)
+        beside = sum(min(time, weight_gemm[i]) for time, i in zip(sent, order, strict=True))
+        exposed -= beside * (1 - gpu.calibration.contention)
     backward = Parts(
         sum(input_gemm),
         attention_back + score_time[1],
         passes(False) + start * program.kernels_backward,
-        sent - hidden_by_weights,
+        exposed,
         launch * (program.kernels_backward + collectives),
     )
     numbers = sum(k * n for k, n in products)
-    weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers))
-    return LayerTime(
-        forward, _again(gpu, program.flash, policy, forward, forward_gemm, collective, tp), backward, weights
-    )
+    weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers, "optimizer"))
+    again = _again(program.flash, policy, forward, forward_gemm, tp)
+    return LayerTime(forward, again, backward, weights)
 
 
-def _again(
-    gpu: Hardware, flash: bool, policy: str, forward: Parts, products: list[float], collective: float, tp: int
-) -> Parts:
+def _collectives(gpu: Hardware, group: Group, size: float, sequence_parallel: bool) -> list[float]:
+    """Return the times of a layer's collectives in one direction, in their order."""
+    if not sequence_parallel:
+        return [layer_sum(gpu, group, size)] * 2
+    return [all_gather(gpu, group, size), reduce_scatter(gpu, group, size)] * 2
+
+
+def _again(flash: bool, policy: str, forward: Parts, products: list[float], tp: int) -> Parts:
     """Return what the backward computes again: of the whole forward, or of attention or cheap products only."""
     if policy == "full":
         return forward
     if policy == "selective" and not flash:
         return Parts(attention=forward.attention, host=forward.host * 0.2)
     if policy == "selective":  # `model/saving.py`: norms and SwiGLU, and the output projection on one rank
-        return Parts(products[1] if tp == 1 else 0.0, 0.0, forward.pointwise * 0.5, collective if tp > 1 else 0.0)
+        return Parts(products[1] if tp == 1 else 0.0, 0.0, forward.pointwise * 0.5)
     return Parts()
 
 
 def head_time(gpu: Hardware, job: Job) -> LayerTime:
     """Return the time of the head and the loss."""
     hidden, tokens, vocab = job.model.hidden_size, job.tokens, job.vocab
-    chunk = chunk_tokens(tokens, hidden, vocab) if job.program.name == "llama_ds" else tokens
+    chunk = chunk_tokens(tokens, hidden, vocab) if job.program.name.startswith("llama_ds") else tokens
     chunks = tokens / chunk
-    group = Group(job.tp)
-    reduce = 2 * half(gpu, group, 2.0 * tokens * hidden)
-    traffic = job.program.logits
-    loss = pointwise(gpu, traffic.forward * tokens * vocab), pointwise(gpu, traffic.backward * tokens * vocab)
-    forward = Parts(
-        gemm(gpu, chunk, vocab, hidden) * chunks, 0.0, loss[0], reduce / 2 if job.sequence_parallel else 0.0
-    )
+    group, size = Group(job.tp), float(job.program.element_bytes) * tokens * hidden
+    gather, reduce = all_gather(gpu, group, size), layer_sum(gpu, group, size)
+    if job.sequence_parallel:
+        reduce = gather + reduce_scatter(gpu, group, size)
+    numbers, traffic = job.program.element_bytes / 2 * tokens * vocab, job.program.logits
+    loss = pointwise(gpu, traffic.forward * numbers, "loss"), pointwise(gpu, traffic.backward * numbers, "loss")
+    forward = Parts(gemm(gpu, chunk, vocab, hidden) * chunks, 0.0, loss[0], gather if job.sequence_parallel else 0.0)
     backward = Parts(gemm(gpu, chunk, hidden, vocab) * chunks, 0.0, loss[1], reduce)
-    added = pointwise(gpu, job.program.accumulation * hidden * vocab)
+    added = pointwise(gpu, job.program.accumulation * hidden * vocab, "optimizer")
     return LayerTime(forward, Parts(), backward, Parts(gemm(gpu, hidden, vocab, tokens), 0.0, added))
 
 
 def embedding_time(gpu: Hardware, job: Job) -> LayerTime:
     """Return the time of the embedding: rows read, their gradients added, and summed over tensor-parallel ranks."""
-    numbers = job.tokens * job.model.hidden_size
-    reduce = 2 * half(gpu, Group(job.tp), 2.0 * numbers)
+    numbers, wide = job.tokens * job.model.hidden_size, job.program.element_bytes
+    reduce = layer_sum(gpu, Group(job.tp), float(wide) * numbers)
+    moved = 5 * wide * numbers + job.program.accumulation * job.vocab * job.model.hidden_size
     return LayerTime(
-        Parts(pointwise=pointwise(gpu, 6 * numbers), tensor=reduce),
+        Parts(pointwise=pointwise(gpu, 3 * wide * numbers), tensor=reduce),
         Parts(),
         Parts(),
-        Parts(pointwise=pointwise(gpu, 10 * numbers + job.program.accumulation * job.vocab * job.model.hidden_size)),
+        Parts(pointwise=pointwise(gpu, moved, "optimizer")),
     )

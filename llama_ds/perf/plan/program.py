@@ -43,6 +43,7 @@ class Program:
     gradient_bytes: float = 4  # kept for each parameter until the step
     keeps_outputs: int = 0  # 1: a stage's outputs are kept beside its inputs, as DeepSpeed's pipeline buffers are
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
+    element_bytes: int = 2  # of a number; traffic is scaled by it
 
 
 # RMSNorm 4 and 6 bytes, twice; two residual additions of 6. Rotation reads and writes q and k. SwiGLU reads gate and up
@@ -68,6 +69,9 @@ OURS = Program(
     overlaps_reduction=True,
     overlaps_tensor=True,
 )
+
+# In fp32 there is no second copy of the weights, and products are added to the gradients in place.
+OURS_FP32 = replace(OURS, name="llama_ds_fp32", element_bytes=4, optimizer_bytes=36, accumulation=8)
 
 # Megatron-LM and Megatron-DeepSpeed, 2021-23: two LayerNorms (4; 10 with the weights' gradients), two fused
 # bias-dropout-additions (7; 5 and a residual sum of 6), bias sums. q, k, v are copied out of one tensor. Fused
@@ -140,4 +144,4 @@ AUTOGRAD = replace(
     blocking_sends=True,
 )
 
-PROGRAMS = {program.name: program for program in (OURS, MEGATRON, MEGATRON_BF16, FSDP, NEOX, AUTOGRAD)}
+PROGRAMS = {program.name: program for program in (OURS, OURS_FP32, MEGATRON, MEGATRON_BF16, FSDP, NEOX, AUTOGRAD)}

@@ -162,7 +162,7 @@ def _run(
     block: dict[str, object] = {"stage": zero}
     if zero >= 2:
         block["overlap_comm"] = True
-    return replace(base, parallel=parallel, deepspeed={"zero_optimization": block, "bf16": {"enabled": True}})
+    return replace(base, parallel=parallel, deepspeed={"zero_optimization": block})
 
 
 @dataclass(frozen=True)
@@ -180,15 +180,17 @@ def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Re
     words = f"tp {parallel.tp} pp {parallel.pp} micro-batch {parallel.micro_batch} {parallel.schedule}"
     partition = _partition(run.model, run.data.seq_len, parallel.pp * parallel.virtual_stages)
     recompute = f"auto: {gpu.memory_gib:g} GiB" if parallel.recompute == "auto" else parallel.recompute
-    run = replace(run, parallel=replace(parallel, partition=partition, recompute=recompute))
+    settings = {**run.deepspeed, "bf16": {"enabled": gpu.dtype == "bf16"}}
+    run = replace(run, parallel=replace(parallel, partition=partition, recompute=recompute), deepspeed=settings)
     try:
         check(run)
         layout = resolve_layout(run, world)
-        deepspeed_config(run, layout, bf16_native=True)
+        deepspeed_config(run, layout, gpu.dtype == "bf16")
     except UserError as error:
         _reject(rejected, "refused by the trainer's rules: " + _class_of(str(error)), f"{words}: {error}")
         return None
-    states = max(rank.fixed for rank in rank_memory(run, filled(layout), 2)) if run.zero_stage == 1 else 0
+    held = rank_memory(run, filled(layout), gpu.element_bytes)
+    states = max(rank.fixed for rank in held) if run.zero_stage == 1 else 0
     if states > USABLE * gpu.memory_bytes:
         _reject(
             rejected,
@@ -209,7 +211,7 @@ def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Re
             f"{words} ZeRO-{run.zero_stage} recompute {recompute}: {peak / GIB:.1f} of {gpu.memory_gib:g} GiB",
         )
         return None
-    job = job_of(run, layout, policies)
+    job = job_of(run, layout, policies, gpu.dtype)
     return _Candidate(run, layout, policies, memory, job, lower_bound(gpu, job))
 
 

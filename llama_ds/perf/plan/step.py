@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from llama_ds.model.flops import embedding_parameters, flops_per_token, layer_parameters
-from llama_ds.perf.plan.communication import Group, all_reduce, half, message
+from llama_ds.perf.plan.communication import Group, all_gather, all_reduce, message, reduce_scatter
 from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import Job
@@ -68,10 +68,19 @@ def step_time(gpu: Hardware, job: Job) -> StepTime:
         costs = [StageCost(c.forward + transfer, c.input_backward + transfer, c.weight_backward) for c in costs]
         transfer, wait = 0.0, 0.0
     pipeline, bubble = run_schedule(job, tuple(costs), transfer, wait)
+    crowd = crowding(gpu, job)
+    if crowd > 1:  # waiting ranks leave the processors to others, so the work is what is least; the end has no waits
+        pipeline = max(pipeline, crowd * (1 - bubble) * pipeline)
     if not job.whole_model:
         return StepTime(job, stages, pipeline, bubble, 0.0, 0.0, 0.0, transfer)
     reduction, optimizer = end_of_step(gpu, job, costs)
-    return StepTime(job, stages, pipeline, bubble, reduction, optimizer, gpu.calibration.step_ms * 1e-3, transfer)
+    host = gpu.calibration.step_ms * 1e-3
+    return StepTime(job, stages, pipeline, bubble, reduction, crowd * optimizer, host, transfer)
+
+
+def crowding(gpu: Hardware, job: Job) -> float:
+    """Return how many ranks of a node share what one computes with at full speed."""
+    return max(1.0, min(job.ranks, gpu.links.gpus_per_node) / (gpu.at_once or gpu.links.gpus_per_node))
 
 
 def stage_times(gpu: Hardware, job: Job) -> tuple[StageTime, ...]:
@@ -104,7 +113,7 @@ def stage_costs(gpu: Hardware, job: Job, stages: tuple[StageTime, ...] | None = 
 
     `stages` are the stages' times, where they are known already.
     """
-    costs = [stage.cost(job.launch_blocking) for stage in stages or stage_times(gpu, job)]
+    costs = [stage.cost(job.launch_blocking or gpu.host_computes) for stage in stages or stage_times(gpu, job)]
     if job.zero_stage < 2:
         return costs
     return [_with_zero(gpu, job, stage, cost) for stage, cost in enumerate(costs)]
@@ -114,11 +123,11 @@ def stage_message(gpu: Hardware, job: Job) -> tuple[float, float]:
     """Return (transfer, latency) of hidden states between stages."""
     if job.pp == 1:
         return 0.0, 0.0
-    size = 2.0 * job.tokens * job.model.hidden_size
+    size = float(job.program.element_bytes) * job.tokens * job.model.hidden_size
     split = job.sequence_parallel or job.program.name.startswith("megatron")
     transfer, wait = message(gpu, job.tp * job.dp, size / job.tp if split else size)
     if split and not job.sequence_parallel:
-        transfer += half(gpu, Group(job.tp), size)
+        transfer += all_gather(gpu, Group(job.tp), size)
     return transfer, wait
 
 
@@ -175,9 +184,9 @@ def end_of_step(gpu: Hardware, job: Job, costs: list[StageCost]) -> tuple[float,
     found = []
     for rank, parameters in enumerate(rank_parameters(job)):
         shard = parameters / job.dp if job.zero_stage else parameters
-        update = pointwise(gpu, job.program.optimizer_bytes * shard)
-        scatter = half(gpu, group, float(job.program.reduced_bytes) * parameters)
-        gather = half(gpu, group, 2.0 * parameters) if job.zero_stage else scatter
+        update = pointwise(gpu, job.program.optimizer_bytes * shard, "optimizer")
+        scatter = reduce_scatter(gpu, group, float(job.program.reduced_bytes) * parameters)
+        gather = all_gather(gpu, group, float(job.program.element_bytes) * parameters) if job.zero_stage else scatter
         if job.zero_stage >= 2:  # sent already, in every micro-batch
             scatter = 0.0 if job.zero_stage == 3 or job.program.overlaps_reduction else scatter
             gather = 0.0 if job.zero_stage == 3 else gather
@@ -207,8 +216,10 @@ def _with_zero(gpu: Hardware, job: Job, stage: int, cost: StageCost) -> StageCos
     """
     group = Group(job.dp, job.tp)
     parameters, layers = stage_parameters(job)[stage], sum(n for _, n in job.stages[stage]) or 1
-    gather = layers * half(gpu, group, 2.0 * parameters / layers) if job.zero_stage == 3 else 0.0
-    scatter = layers * half(gpu, group, float(job.program.reduced_bytes) * parameters / layers)
+    gather = 0.0
+    if job.zero_stage == 3:
+        gather = layers * all_gather(gpu, group, float(job.program.element_bytes) * parameters / layers)
+    scatter = layers * reduce_scatter(gpu, group, float(job.program.reduced_bytes) * parameters / layers)
     forward = _beside(gpu, cost.forward, gather) + gather / layers
     whole = _beside(gpu, cost.input_backward + cost.weight_backward, gather + scatter) + scatter / layers
     return StageCost(forward, whole - cost.weight_backward, cost.weight_backward)
