@@ -106,7 +106,7 @@ def layouts(
 ) -> Iterator[RunConfig]:
     """Yield the runs that differ from `base` in their layout: every tp within a node, pp, micro-batch and schedule."""
     rejected = {} if rejected is None else rejected
-    model = base.model
+    model, base = base.model, replace(base, deepspeed={"bf16": {"enabled": gpu.dtype == "bf16"}})
     for tp in divisors(world):
         if tp > gpu.links.gpus_per_node:
             _reject(rejected, "tensor parallelism across nodes", f"tp {tp} on nodes of {gpu.links.gpus_per_node}")
@@ -162,7 +162,7 @@ def _run(
     block: dict[str, object] = {"stage": zero}
     if zero >= 2:
         block["overlap_comm"] = True
-    return replace(base, parallel=parallel, deepspeed={"zero_optimization": block})
+    return replace(base, parallel=parallel, deepspeed={"zero_optimization": block} | base.deepspeed)
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,7 @@ def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Re
     words = f"tp {parallel.tp} pp {parallel.pp} micro-batch {parallel.micro_batch} {parallel.schedule}"
     partition = _partition(run.model, run.data.seq_len, parallel.pp * parallel.virtual_stages)
     recompute = f"auto: {gpu.memory_gib:g} GiB" if parallel.recompute == "auto" else parallel.recompute
-    settings = {**run.deepspeed, "bf16": {"enabled": gpu.dtype == "bf16"}}
-    run = replace(run, parallel=replace(parallel, partition=partition, recompute=recompute), deepspeed=settings)
+    run = replace(run, parallel=replace(parallel, partition=partition, recompute=recompute))
     try:
         check(run)
         layout = resolve_layout(run, world)
