@@ -24,6 +24,8 @@ from llama_ds.benchmarks.data import report as data_report
 from llama_ds.benchmarks.data.bench import QUICK, Sizes
 from llama_ds.benchmarks.data.run import PARTS, measure, set_up
 from llama_ds.benchmarks.layer import shard
+from llama_ds.benchmarks.machine import describe
+from llama_ds.benchmarks.machine.check import compare, comparison_table
 from llama_ds.benchmarks.report import layer_results, layer_table, step_results, step_table
 from llama_ds.benchmarks.step import Step, Timing, time_interleaved
 from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_json
@@ -33,7 +35,13 @@ from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
+from llama_ds.launch.command import LAUNCHERS
+from llama_ds.launch.hostfile import parse_hostfile
+from llama_ds.launch.run_ranks import run_ranks
 from llama_ds.perf import timeline
+from llama_ds.perf.plan import hardware
+from llama_ds.perf.plan.curves import OPERATIONS
+from llama_ds.perf.plan.estimate import estimate
 
 with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when imported; ours is for results
     from llama_ds.benchmarks import against_transformers
@@ -132,6 +140,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of rank*.json, such as runs/NAME/trace")
     command.add_argument("--svg", metavar="FILE", help="draw the first folder's step")
     _results(command)
+    words = "how fast all ranks of a hostfile compute: products, attention, pointwise kernels, for the planner"
+    command = commands.add_parser("gemm", help=words, description=words, epilog=EXAMPLES, formatter_class=formatter)
+    command.add_argument("--run", default=str(ROOT / "ds_configs" / "quickstart.yaml"), help="whose attention backend")
+    command.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: what the device computes natively)")
+    command.add_argument("--power-w", type=float, help="of one device, for the energy of runs")
+    command.add_argument("--quick", action="store_true", help="few small sizes: to see that it works, not for numbers")
+    _machine(command)
+    words = "how fast the ranks of a hostfile communicate, as nccl-tests measures, for the planner"
+    command = commands.add_parser("comm", help=words, description=words, epilog=EXAMPLES, formatter_class=formatter)
+    command.add_argument("--operations", nargs="+", choices=OPERATIONS, help="(default: all)")
+    command.add_argument("--min-bytes", type=int, default=1 << 12, help="smallest tensor (default: %(default)s)")
+    command.add_argument("--max-bytes", type=int, help="largest (default: 256 MiB on CUDA machines, else 16 MiB)")
+    command.add_argument("--seconds", type=float, default=0.3, help="for each size (default: %(default)s)")
+    _machine(command)
+    words = "what the planner predicts for layouts of a run beside what they take on the ranks of a hostfile"
+    command = commands.add_parser(
+        "check-plan", help=words, description=words, epilog=EXAMPLES, formatter_class=formatter
+    )
+    command.add_argument("run", help="run file")
+    command.add_argument(
+        "--layout", nargs="+", action="append", metavar="key=value", help="overrides of the run file; again for others"
+    )
+    command.add_argument("--rounds", type=int, default=3, help="turns of all layouts (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=5, help="timed steps in each (default: %(default)s)")
+    _machine(command)
     return parser.parse_args(argv)
 
 
@@ -141,6 +174,17 @@ def _common(command: argparse.ArgumentParser, policy: str) -> None:
     command.add_argument("--policy", choices=POLICIES, default=policy, help="of our layers (default: %(default)s)")
     command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
     command.add_argument("--repeats", type=int, default=15, help="timed steps of each (default: %(default)s)")
+    _results(command)
+
+
+def _machine(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--cluster", required=True, metavar="FILE", help="YAML of the machine: tools/plan.py --gpu FILE"
+    )
+    command.add_argument("--hostfile", default=str(ROOT / "hostfiles" / "local"), help="(default: %(default)s)")
+    command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="(default: %(default)s)")
+    command.add_argument("--nic", default="", help="interface of the ranks' traffic (default: the one to rank 0)")
+    command.add_argument("--ssh-port", type=int)
     _results(command)
 
 
@@ -165,6 +209,14 @@ def _publish(args: argparse.Namespace, results: dict[str, Any], table: str) -> N
 def _timed(steps: dict[str, Step], repeats: int) -> dict[str, Timing]:
     with tqdm(total=len(steps) * (repeats + 2), unit="step", disable=None) as bar:
         return time_interleaved(steps, repeats, tick=bar.update)
+
+
+def _save(path: str, text: str) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; give another path") from None
 
 
 def _check_positive(args: argparse.Namespace, *names: str) -> None:
@@ -212,6 +264,81 @@ def analyse(args: argparse.Namespace) -> int:
         Path(args.svg).write_text(timeline.picture(next(iter(traces.values())), next(iter(found))))
     _publish(args, {name: asdict(step) for name, step in found.items()}, timeline.table(found))
     return 0
+
+
+def gemm(args: argparse.Namespace) -> int:
+    """Measure how fast ranks compute; write it to the cluster's YAML."""
+    load_run(args.run)
+    asked = {"what": "computing", "run": os.path.abspath(args.run), "dtype": args.dtype, "quick": args.quick}
+    machine = describe.begin(Path(args.cluster), Path(args.cluster).stem, _equal_slots(args))
+    found = _on_ranks(args, asked)
+    machine = describe.with_computing(machine, found, args.power_w)
+    for rank, share in describe.slow_ranks(found):
+        print(f"rank {rank} multiplies at {share:.0%} of the median rank's rate", file=sys.stderr)
+    _save(args.cluster, hardware.text(machine))
+    _publish(args, found, describe.computing_table(machine))
+    return 0
+
+
+def comm(args: argparse.Namespace) -> int:
+    """Measure how fast ranks communicate; write it to the cluster's YAML."""
+    machine = describe.begin(Path(args.cluster), Path(args.cluster).stem, _equal_slots(args))
+    most = args.max_bytes or (16 << 20 if machine.host_computes or not torch.cuda.is_available() else 256 << 20)
+    if not 4 <= args.min_bytes <= most:
+        raise UserError(f"command line: --min-bytes {args.min_bytes} is not 4 to --max-bytes {most}")
+    sizes = [args.min_bytes << i for i in range(0, 64, 2) if args.min_bytes << i <= most]
+    found = _on_ranks(
+        args, {"what": "links", "operations": args.operations, "sizes": sizes, "seconds": args.seconds, "nic": args.nic}
+    )
+    machine = describe.with_links(machine, found)
+    _save(args.cluster, hardware.text(machine))
+    _publish(args, found, describe.links_table(machine))
+    return 0
+
+
+def check_plan(args: argparse.Namespace) -> int:
+    """Hold the planner against the machine that it was told about."""
+    _check_positive(args, "rounds", "steps")
+    machine = hardware.load(args.cluster)
+    world = _equal_slots(args) * len(parse_hostfile(args.hostfile))
+    layouts = args.layout or [[]]
+    planned = [estimate(load_run(args.run, words), world, machine) for words in layouts]
+    asked = {"what": "layouts", "run": os.path.abspath(args.run), "layouts": layouts}
+    found = _on_ranks(args, {**asked, "rounds": args.rounds, "steps": args.steps})
+    results = compare(planned, found)
+    _publish(args, results, comparison_table(results))
+    return 0
+
+
+def _equal_slots(args: argparse.Namespace) -> int:
+    slots = set(parse_hostfile(args.hostfile).values())
+    if len(slots) != 1:
+        raise UserError(
+            f"{args.hostfile}: hosts have {sorted(slots)} slots; the planner takes nodes to be alike: make them equal"
+        )
+    return slots.pop()
+
+
+def _on_ranks(args: argparse.Namespace, asked: dict[str, Any]) -> dict[str, Any]:
+    """Have all slots of the hostfile measure; return what rank 0 wrote, beside the cluster's file: hosts share that."""
+    hosts, slots = parse_hostfile(args.hostfile), _equal_slots(args)
+    beside = Path(args.cluster).resolve().parent
+    beside.mkdir(parents=True, exist_ok=True)
+    exports = {
+        name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "GLOO_", "DS_ACCELERATOR"))
+    }
+    exports.setdefault(
+        "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // slots)))
+    )
+    with tempfile.TemporaryDirectory(prefix="measure-", dir=beside) as folder:
+        out = Path(folder, "found.json")
+        text = json.dumps({**asked, "out": str(out), "slots": slots, "nic": args.nic})
+        settings = {"launcher": args.launcher, "nic": args.nic, "ssh_port": args.ssh_port}
+        script = str(ROOT / "llama_ds" / "benchmarks" / "machine" / "rank.py")
+        code = run_ranks(script, [text], hosts, Path(folder), exports=exports, **settings)
+        if code or not out.exists():
+            raise UserError(f"{args.hostfile}: a rank ended with exit code {code}; its own message stands above")
+        return json.loads(out.read_text())
 
 
 def data(args: argparse.Namespace) -> int:
@@ -278,7 +405,16 @@ def _benchmark_run(args: argparse.Namespace) -> RunConfig:
     )
 
 
-COMMANDS = {"compare-hf": compare_hf, "layer": layer, "data": data, "checkpoint": checkpoints, "analyse": analyse}
+COMMANDS = {
+    "compare-hf": compare_hf,
+    "layer": layer,
+    "data": data,
+    "checkpoint": checkpoints,
+    "analyse": analyse,
+    "gemm": gemm,
+    "comm": comm,
+    "check-plan": check_plan,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -199,6 +199,15 @@ def gather(value: T) -> list[T]:
         return [value]
     every: list[T] = [value] * dist.get_world_size()
     dist.all_gather_object(every, value)
+    return every
+
+
+def gather_at_first(value: T) -> list[T]:
+    """Return every rank's `value` on rank 0, an empty list on the others. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    every: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
+    dist.gather_object(value, every or None)
     return every
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from llama_ds.model.loss_chunks import chunk_tokens
-from llama_ds.perf.plan.communication import Group, all_gather, layer_sum, reduce_scatter
+from llama_ds.perf.plan.communication import Group, all_gather, all_reduce, layer_sum, reduce_scatter
 from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import Job
@@ -95,6 +95,8 @@ def _layer(
 
         moved = of(program.hidden) * own * hidden + of(program.inner) * tokens * inner
         moved += of(program.heads) * tokens * (2 * queries + 2 * keys)
+        if sequence_parallel and rows > 1:
+            moved += 4 * program.rows_copied * tokens * hidden
         return pointwise(gpu, wide * moved, "forward" if forward else "backward")
 
     sent = _collectives(gpu, Group(tp), float(program.element_bytes) * tokens * hidden, sequence_parallel)
@@ -114,6 +116,8 @@ def _layer(
         order = (0, 3, 2, 1) if sequence_parallel else (3, 1)
         beside = sum(min(time, weight_gemm[i]) for time, i in zip(sent, order, strict=True))
         exposed -= beside * (1 - gpu.calibration.contention)
+    if program.sums_norms and sequence_parallel:
+        exposed += 2 * all_reduce(gpu, Group(tp), 4.0 * hidden) * gpu.calibration.contention
     backward = Parts(
         sum(input_gemm),
         attention_back + score_time[1],
@@ -156,7 +160,9 @@ def head_time(gpu: Hardware, job: Job) -> LayerTime:
         reduce = gather + reduce_scatter(gpu, group, size)
     numbers, traffic = job.program.element_bytes / 2 * tokens * vocab, job.program.logits
     loss = pointwise(gpu, traffic.forward * numbers, "loss"), pointwise(gpu, traffic.backward * numbers, "loss")
-    forward = Parts(gemm(gpu, chunk, vocab, hidden) * chunks, 0.0, loss[0], gather if job.sequence_parallel else 0.0)
+    sums = chunks * (all_reduce(gpu, group, 4.0 * chunk) + all_reduce(gpu, group, 8.0 * chunk))  # maximum, two sums
+    sums += gather if job.sequence_parallel else 0.0
+    forward = Parts(gemm(gpu, chunk, vocab, hidden) * chunks, 0.0, loss[0], sums)
     backward = Parts(gemm(gpu, chunk, hidden, vocab) * chunks, 0.0, loss[1], reduce)
     added = pointwise(gpu, job.program.accumulation * hidden * vocab, "optimizer")
     return LayerTime(forward, Parts(), backward, Parts(gemm(gpu, hidden, vocab, tokens), 0.0, added))

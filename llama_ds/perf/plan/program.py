@@ -40,6 +40,9 @@ class Program:
     blocking_sends: bool  # a rank waits until its message has arrived
     overlaps_reduction: bool  # gradients are reduced, and weights gathered, while others are computed
     overlaps_tensor: bool  # collectives of the backward run beside the weights' gradients
+    sums_at_end: bool = False  # one stage, below ZeRO-2: all gradients are summed when the last is there (DeepSpeed)
+    sums_norms: bool = False  # under sequence parallelism, of each norm's gradient and micro-batch
+    rows_copied: float = 0  # bytes moved for each number that a gather or reduce-scatter of several rows reorders
     gradient_bytes: float = 4  # kept for each parameter until the step
     keeps_outputs: int = 0  # 1: a stage's outputs are kept beside its inputs, as DeepSpeed's pipeline buffers are
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
@@ -68,6 +71,9 @@ OURS = Program(
     blocking_sends=False,
     overlaps_reduction=True,
     overlaps_tensor=True,
+    sums_at_end=True,
+    sums_norms=True,
+    rows_copied=4,
 )
 
 # In fp32 there is no second copy of the weights, and products are added to the gradients in place.
@@ -135,6 +141,9 @@ NEOX = replace(MEGATRON, name="neox", flash=True, scores=Traffic(0, 0), kernels_
 AUTOGRAD = replace(
     OURS,
     name="autograd",
+    sums_at_end=False,
+    sums_norms=False,
+    rows_copied=0,
     hidden=Traffic(28, 44),
     heads=Traffic(8, 12),
     inner=Traffic(10, 16),

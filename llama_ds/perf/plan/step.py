@@ -190,7 +190,10 @@ def end_of_step(gpu: Hardware, job: Job, costs: list[StageCost]) -> tuple[float,
         if job.zero_stage >= 2:  # sent already, in every micro-batch
             scatter = 0.0 if job.zero_stage == 3 or job.program.overlaps_reduction else scatter
             gather = 0.0 if job.zero_stage == 3 else gather
-        if job.program.overlaps_reduction:
+        if job.program.sums_at_end and job.pp == 1 and job.zero_stage < 2:
+            scatter = all_reduce(gpu, group, float(job.program.reduced_bytes) * parameters)
+            gather = gather if job.zero_stage else 0.0
+        elif job.program.overlaps_reduction:
             # Layer by layer beside the last backward and the next forward; the last layer's reduction is seen.
             cost = costs[rank]
             layers = sum(n for _, n in job.stages[rank]) or 1

@@ -1,0 +1,66 @@
+"""The planner's predictions beside measured steps, and how far apart they are."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from llama_ds.launch.machine import machine
+from llama_ds.perf.plan.estimate import Estimate
+
+AGREEMENT = 1e-3  # of the first losses, relative: the layouts computed the same
+
+
+def compare(planned: Sequence[Estimate], found: dict[str, Any]) -> dict[str, Any]:
+    """Return for each layout what was predicted and measured, in seconds, and the error as a share of the measured."""
+    rows = []
+    for plan, measured in zip(planned, found["layouts"], strict=True):
+        step, seconds = plan.step, measured["seconds"]
+        middle = statistics.median(seconds)
+        rows.append(
+            {
+                "overrides": measured["overrides"],
+                "predicted_s": step.seconds,
+                "measured_s": middle,
+                "fastest_s": min(seconds),
+                "slowest_s": max(seconds),
+                "error": step.seconds / middle - 1,
+                "parts_s": {
+                    "pipeline": step.pipeline,
+                    "reduction": step.reduction,
+                    "optimizer": step.optimizer,
+                    "host": step.host,
+                },
+                "bubble": step.bubble,
+                "loss": measured["losses"][0],
+            }
+        )
+    losses = [row["loss"] for row in rows]
+    if max(losses) - min(losses) > AGREEMENT * max(losses):
+        raise AssertionError(f"the layouts compute different losses of the same weights and rows: {losses}")
+    return {
+        "machine": machine(),
+        "cluster": planned[0].gpu.name,
+        "ranks": planned[0].layout.world,
+        "layouts": rows,
+        "median_abs_error": statistics.median(abs(row["error"]) for row in rows),
+        "largest_abs_error": max(abs(row["error"]) for row in rows),
+    }
+
+
+def comparison_table(results: dict[str, Any]) -> str:
+    """Return the comparison for people."""
+    names = [" ".join(word.removeprefix("parallel.") for word in row["overrides"]) or "-" for row in results["layouts"]]
+    width = max(map(len, names))
+    lines = [
+        f"{results['ranks']} ranks of {results['cluster']}: a step in ms",
+        f"{'layout':{width}} {'predicted':>10} {'measured':>10} {'fastest':>9} {'slowest':>9} {'error':>7} "
+        f"{'bubble':>7}",
+    ]
+    for name, row in zip(names, results["layouts"], strict=True):
+        times = (row["predicted_s"], row["measured_s"], row["fastest_s"], row["slowest_s"])
+        numbers = " ".join(f"{t * 1e3:{w}.1f}" for t, w in zip(times, (10, 10, 9, 9), strict=True))
+        lines.append(f"{name:{width}} {numbers} {row['error']:+7.1%} {row['bubble']:7.1%}")
+    lines.append(f"median of |error| {results['median_abs_error']:.1%}, largest {results['largest_abs_error']:.1%}")
+    return "\n".join(lines)

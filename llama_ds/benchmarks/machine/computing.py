@@ -1,0 +1,291 @@
+"""How fast one rank computes: products, attention and pointwise kernels by the trainer's own functions, at many sizes.
+
+Rates are in the units of `perf/plan/curves.py`. Buffers are used in turns, so that nothing stays in a cache that would
+not in a step.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from llama_ds.config.schema import RunConfig
+from llama_ds.model.attention_kernels import attention_kernel
+from llama_ds.model.llama import shared_parts
+from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.pointwise import (
+    rms_norm,
+    rms_norm_backward,
+    rotate_heads,
+    rotate_heads_back,
+    swiglu,
+    swiglu_backward,
+)
+from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.perf.plan.curves import Attention, Kernels, Products, Rate
+from llama_ds.perf.plan.program import OURS, OURS_FP32
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """At which sizes to measure."""
+
+    products: tuple[int, ...]
+    head_dim: tuple[int, ...]
+    seq_len: tuple[int, ...]
+    tokens: tuple[int, ...]  # of the pointwise kernels
+    hidden: int  # and their hidden size
+    cache_bytes: int  # buffers of a product together exceed this
+    seconds: float  # to spend on each, at least
+
+
+CPU = Sizes(
+    (32, 64, 128, 256, 512, 1024, 2048), (32, 64, 128), (128, 256, 512, 1024), (64, 512, 4096), 256, 8 << 20, 0.02
+)
+CUDA = Sizes(
+    (256, 512, 1024, 2048, 4096, 8192, 16384),
+    (64, 128),
+    (512, 1024, 2048, 4096, 8192),
+    (512, 2048, 8192),
+    4096,
+    128 << 20,
+    0.02,
+)
+QUICK = Sizes((32, 128), (32,), (32, 64), (64, 256), 64, 1 << 20, 0.0)
+
+
+@dataclass(frozen=True)
+class Computing:
+    """What one rank measured."""
+
+    products: Products
+    attention: Attention
+    kernels: Kernels
+    launch_us: float  # the host's time for a kernel
+
+    @property
+    def best_tflops(self) -> float:
+        """The fastest product's."""
+        return max(rate for plane in self.products.tflops for row in plane for rate in row)
+
+
+class Clock:
+    """Times calls on a device."""
+
+    def __init__(self, device: torch.device, seconds: float) -> None:
+        self.device, self._seconds = device, seconds
+
+    def time(self, call: Callable[[], object]) -> float:
+        """Return the seconds of a call: the median of five or more turns after one that is not counted."""
+        self._once(call)
+        found = [self._once(call) for _ in range(5)]
+        while sum(found) < self._seconds:
+            found.append(self._once(call))
+        return statistics.median(found)
+
+    def _once(self, call: Callable[[], object]) -> float:
+        self._finish()
+        begin = time.perf_counter()
+        call()
+        self._finish()
+        return time.perf_counter() - begin
+
+    def _finish(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def measure(run: RunConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype, say: Say) -> Computing:
+    """Return the rates of this rank's device. `run` says which attention backend is asked for."""
+    products = measure_products(sizes, Clock(device, sizes.seconds), dtype, say)
+    clock = Clock(device, 10 * sizes.seconds)  # for fewer sizes
+    say("attention")
+    attention = measure_attention(run, sizes, clock, dtype)
+    say("pointwise kernels")
+    kernels = measure_kernels(sizes, clock, dtype)
+    say("the host's part")
+    return Computing(products, attention, kernels, measure_host(run, clock, dtype))
+
+
+def measure_products(sizes: Sizes, clock: Clock, dtype: torch.dtype, say: Say = lambda text: None) -> Products:
+    """Return the rates of products (M, K) (K, N): the mean over the three forms that a step has.
+
+    x W^T, dy W and dy^T x read their factors as they lie, or transposed.
+    """
+
+    def rate(m: int, n: int, k: int) -> float:
+        each = (m * k + n * k + m * n) * dtype.itemsize
+        shapes = ((m, k), (k, n), (m, n))
+        copies = [
+            [torch.randn(shape, device=clock.device).to(dtype) for shape in shapes]
+            for _ in range(min(64, 1 + sizes.cache_bytes // each))
+        ]
+        seconds = 0.0
+        for first, second in ((False, True), (False, False), (True, False)):
+            turns = cycle(copies)
+
+            def multiply(turns: Iterator[list[Tensor]] = turns, first: bool = first, second: bool = second) -> None:
+                a, b, out = next(turns)
+                torch.mm(a.view(k, m).t() if first else a, b.view(n, k).t() if second else b, out=out)
+
+            seconds += clock.time(multiply) / 3
+        return 2.0 * m * n * k / seconds / 1e12
+
+    planes = []
+    for m in sizes.products:
+        say(f"products of {m} rows")
+        planes.append(tuple(tuple(rate(m, n, k) for k in sizes.products) for n in sizes.products))
+    return Products(sizes.products, tuple(planes))
+
+
+def measure_attention(run: RunConfig, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> Attention:
+    """Return the rates of the attention that the run would choose on this device, by causal FLOPs: 2 and 5 products.
+
+    Its heads share keys and values as the run's do: where the kernel knows no groups, that costs copies.
+    """
+    shared_by = run.model.num_attention_heads // run.model.num_key_value_heads
+    heads = max(4, shared_by)
+
+    def rates(head_dim: int, seq_len: int) -> tuple[float, float]:
+        rows = max(1, sizes.seq_len[-1] // seq_len)
+        model = replace(run.model, head_dim=head_dim, hidden_size=heads * head_dim)
+        shape = replace(run, model=model, data=replace(run.data, seq_len=seq_len, document_mask=False))
+        kernel = attention_kernel(shared_parts(shape, SingleRank(), clock.device.type, dtype).attention.name)
+        q, grad, k, v = (
+            torch.randn(rows, seq_len, count, head_dim, device=clock.device).to(dtype)
+            for count in (heads, heads, heads // shared_by, heads // shared_by)
+        )
+        out, statistics_ = kernel.forward(q, k, v, None)
+        flops = 2.0 * rows * heads * head_dim * seq_len * (seq_len + 1) / 2
+        forward = clock.time(lambda: kernel.forward(q, k, v, None))
+        backward = clock.time(lambda: kernel.backward(grad, q, k, v, out, statistics_, None))
+        return 2 * flops / forward / 1e12, 5 * flops / backward / 1e12
+
+    found = [[rates(head_dim, seq_len) for seq_len in sizes.seq_len] for head_dim in sizes.head_dim]
+    forward, backward = (tuple(tuple(pair[i] for pair in row) for row in found) for i in (0, 1))
+    return Attention(sizes.head_dim, sizes.seq_len, forward, backward)
+
+
+def measure_kernels(sizes: Sizes, clock: Clock, dtype: torch.dtype) -> Kernels:
+    """Return the rates of what a layer, the loss and the optimizer do beside products.
+
+    The bytes are those that `perf/plan/program.py` says these functions move if each reads and writes once.
+    """
+    program = OURS if dtype == torch.bfloat16 else OURS_FP32
+    wide = dtype.itemsize / 2
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ("forward", "backward", "loss", "optimizer")}
+    for tokens in sizes.tokens:
+        numbers = _layer_numbers(tokens, sizes.hidden)
+        for name, call in _layer_calls(tokens, sizes.hidden, clock.device, dtype).items():
+            moved = wide * sum(
+                getattr(getattr(program, part), name) * count
+                for part, count in zip(("hidden", "heads", "inner"), numbers, strict=True)
+            )
+            found[name].append((moved, moved / clock.time(call) / 1e9))
+        vocab = 8 * sizes.hidden
+        moved = wide * (program.logits.forward + program.logits.backward) * tokens * vocab
+        found["loss"].append((moved, moved / _loss_time(tokens, vocab, clock, dtype) / 1e9))
+        parameters = 4 * tokens * sizes.hidden
+        moved = program.optimizer_bytes * parameters
+        found["optimizer"].append((moved, moved / clock.time(_optimizer_call(parameters, clock.device)) / 1e9))
+    return Kernels(**{name: Rate(*map(tuple, zip(*points, strict=True))) for name, points in found.items()})
+
+
+def _layer_numbers(tokens: int, hidden: int) -> tuple[int, int, int]:
+    """Return the numbers of activations: hidden, of heads (queries, keys, values, result), inner."""
+    return tokens * hidden, 4 * tokens * hidden, tokens * _inner(hidden)
+
+
+def _inner(hidden: int) -> int:
+    return 8 * hidden // 3
+
+
+def _layer_calls(tokens: int, hidden: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Return the forward's and the backward's pointwise functions of one layer, one after the other."""
+    heads = max(1, hidden // 64)
+    x, grad, residual = (torch.randn(1, tokens, hidden, device=device).to(dtype) for _ in range(3))
+    weight = torch.ones(hidden, device=device, dtype=dtype)
+    qkv = torch.randn(1, tokens, 3 * heads, hidden // heads, device=device).to(dtype)
+    gate_up, grad_product = (torch.randn(tokens, width * _inner(hidden), device=device).to(dtype) for width in (2, 1))
+    product = swiglu(gate_up)
+    angles = torch.rand(tokens, 1, hidden // heads, device=device)
+    tables = (angles.cos(), angles.sin())
+    thirds = tuple(part.contiguous() for part in qkv.chunk(3, 2))
+
+    def forward() -> None:
+        for _ in range(2):
+            rms_norm(x, weight, 1e-5)
+            grad.add_(residual)
+        rotate_heads(qkv, 2 * heads, tables)
+        swiglu(gate_up)
+
+    def backward() -> None:
+        for _ in range(2):
+            rms_norm_backward(residual, x, weight, 1e-5, residual)
+        rotate_heads_back(thirds, tables)  # type: ignore[arg-type]
+        swiglu_backward(grad_product, gate_up, product)
+
+    return {"forward": forward, "backward": backward}
+
+
+def _loss_time(tokens: int, vocab: int, clock: Clock, dtype: torch.dtype, hidden: int = 16) -> float:
+    """Return the time of the loss without its three products."""
+    loss = NextTokenLoss(SingleRank())
+    weight = torch.randn(vocab, hidden, device=clock.device).to(dtype).requires_grad_()
+    x = torch.randn(1, tokens, hidden, device=clock.device).to(dtype).requires_grad_()
+    labels = torch.randint(vocab, (1, tokens), device=clock.device)
+    logits = torch.randn(tokens, vocab, device=clock.device).to(dtype)
+    rows, matrix = x.detach()[0], weight.detach()
+
+    def products() -> None:
+        rows @ matrix.t()
+        logits @ matrix
+        logits.t() @ rows
+
+    whole = clock.time(lambda: loss((x, weight), labels))
+    return max(whole / 10, whole - clock.time(products))
+
+
+def _optimizer_call(parameters: int, device: torch.device) -> Callable[[], object]:
+    """Return a step: the gradients' norm, AdamW, gradients to zero."""
+    weight = torch.zeros(parameters, device=device).requires_grad_()
+    weight.grad = torch.ones(parameters, device=device)
+    adam = torch.optim.AdamW([weight], fused=True)
+
+    def step() -> None:
+        assert weight.grad is not None
+        torch.linalg.vector_norm(weight.grad)
+        adam.step()
+        weight.grad.zero_()
+
+    return step
+
+
+def measure_host(run: RunConfig, clock: Clock, dtype: torch.dtype) -> float:
+    """Return the host's microseconds for each kernel of a layer: of one so small that nothing else counts."""
+    model = replace(
+        run.model, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16
+    )
+    tiny = replace(run, model=model, data=replace(run.data, seq_len=8, document_mask=False))
+    layer = WrittenOutLayer(shared_parts(tiny, SingleRank(), clock.device.type, dtype), 0).to(clock.device, dtype)
+    layer.lay_weights_together()
+    x = torch.randn(1, 8, 32, device=clock.device).to(dtype).requires_grad_()
+    grad = torch.randn_like(x)
+
+    def both() -> None:
+        output = layer(x)
+        assert isinstance(output, Tensor)
+        output.backward(grad)
+
+    for _ in range(20):
+        both()
+    return clock.time(both) * 1e6 / (OURS.kernels_forward + OURS.kernels_backward)

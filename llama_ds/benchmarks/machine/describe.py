@@ -1,0 +1,154 @@
+"""From what ranks measured to a description of the machine that the planner takes, and to tables for people."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llama_ds.model.flops import device_peak
+from llama_ds.perf.plan import hardware
+from llama_ds.perf.plan.curves import ALL_REDUCE, SEND, Attention, Collective, Curves, Kernels, Products, Rate
+from llama_ds.perf.plan.hardware import Calibration, Hardware, Links
+
+GIB = 2**30
+SOURCES = "measured by tools/throughput.py"
+# What nothing measures yet, and what measured curves leave unread; a run on one node needs no network.
+_LINKS = Links(1, 1.0, 1.0, 1.0, 1.0, 1.0)
+_CALIBRATION = Calibration(0.8, 64.0, 0.6, 0.85, 0.4, 0.3, 0.8, 0.3, 10.0, 1e-3, 1.0, SOURCES)
+
+
+def begin(path: Path, name: str, slots: int) -> Hardware:
+    """Return the description in the file, or an empty one of that name.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    if path.exists():
+        found = hardware.load(str(path))
+        return replace(found, links=replace(found.links, gpus_per_node=slots))
+    links = replace(_LINKS, gpus_per_node=slots)
+    return Hardware(name, "", 1.0, 1, 1.0, 1.0, links, _CALIBRATION, peak_tflops=1.0)
+
+
+def with_computing(machine: Hardware, found: dict[str, Any], power_w: float | None) -> Hardware:
+    """Return the machine with the rates that its ranks measured, the median rank's."""
+    ranks = list(found["ranks"].values())
+    products = _middle(Products, [rank["products"] for rank in ranks])
+    kernels = {name: _middle(Rate, [rank["kernels"][name] for rank in ranks]) for name in ranks[0]["kernels"]}
+    measured = Curves(products, _middle(Attention, [rank["attention"] for rank in ranks]), Kernels(**kernels))
+    known = device_peak(found["device"], found["dtype"])
+    best = max(rate for plane in products.tflops for row in plane for rate in row)
+    launch = statistics.median(rank["launch_us"] for rank in ranks)
+    return replace(
+        machine,
+        device=found["device"],
+        memory_gib=_short(found["memory_bytes"] / GIB),
+        bandwidth_gb_s=max(kernels["optimizer"].gb_s),
+        power_w=power_w or machine.power_w,
+        calibration=replace(machine.calibration, launch_us=_short(launch)),
+        dtype=found["dtype"],
+        peak_tflops=None if known else best,
+        at_once=found["at_once"] if found["at_once"] < machine.links.gpus_per_node else None,
+        host_computes=found["host_computes"],
+        curves=replace(measured, collectives=machine.curves.collectives if machine.curves else ()),
+    )
+
+
+def with_links(machine: Hardware, found: dict[str, Any]) -> Hardware:
+    """Return the machine with the times of its collectives, and the links that follow from the largest and smallest."""
+    curves = tuple(
+        Collective(one["operation"], one["ranks"], one["nodes"], tuple(one["sizes"]), tuple(map(_us, one["seconds"])))
+        for one in found["collectives"]
+    )
+    calibration, links = machine.calibration, machine.links
+    if found["contention"] is not None:
+        calibration = replace(calibration, contention=_short(found["contention"]))
+    sums = [curve for curve in curves if curve.operation == ALL_REDUCE]
+    within = [curve for curve in sums if curve.nodes == 1]
+    if within:
+        most = max(within, key=lambda curve: curve.ranks)
+        links = replace(links, nvlink_gb_s=_short(most.bus_gb_s()[-1]), nvlink_latency_us=within[0].us[0])
+    between = [curve for curve in sums if curve.nodes > 1 and curve.ranks == links.gpus_per_node]
+    if between:  # a ring over all slots of its nodes has their links to itself
+        most = max(between, key=lambda curve: curve.nodes)
+        calibration = replace(calibration, network=1.0)
+        links = replace(links, network_gb_s=_short(most.bus_gb_s()[-1]))
+        sent = [curve for curve in curves if curve.operation == SEND and curve.nodes == 2]
+        links = replace(links, network_latency_us=sent[0].us[0]) if sent else links
+    measured = replace(machine.curves or Curves(), collectives=curves)
+    return replace(machine, links=links, calibration=calibration, curves=measured)
+
+
+def slow_ranks(found: dict[str, Any], below: float = 0.9) -> list[tuple[int, float]]:
+    """Return the ranks whose largest products run at less than `below` of the median rank's rate, with their share."""
+    rates = {int(rank): one["products"]["tflops"][-1][-1][-1] for rank, one in found["ranks"].items()}
+    middle = statistics.median(rates.values())
+    return sorted((rank, rate / middle) for rank, rate in rates.items() if rate < below * middle)
+
+
+def computing_table(machine: Hardware) -> str:
+    """Return the measured rates for people."""
+    assert machine.curves and machine.curves.products and machine.curves.attention and machine.curves.kernels
+    products, attention, kernels = machine.curves.products, machine.curves.attention, machine.curves.kernels
+    lines = [
+        f"{machine.device}, {machine.dtype}: products in TFLOP/s, M = N by K",
+        "   M = N " + "".join(f"{k:>9}" for k in products.sizes),
+        *(
+            f"{m:8} " + "".join(f"{products.tflops[i][i][j]:9.3g}" for j in range(len(products.sizes)))
+            for i, m in enumerate(products.sizes)
+        ),
+        "causal attention in TFLOP/s, forward / backward, heads by length of rows",
+        "   heads " + "".join(f"{t:>15}" for t in attention.seq_len),
+        *(
+            f"{d:8} "
+            + "".join(
+                f"{attention.forward_tflops[i][j]:8.3g}/{attention.backward_tflops[i][j]:<6.3g}"
+                for j in range(len(attention.seq_len))
+            )
+            for i, d in enumerate(attention.head_dim)
+        ),
+        "pointwise kernels in GB/s of what they would move if fused, by MB",
+        *(
+            f"{name:>9} "
+            + "".join(f"{size / 1e6:9.3g}: {gb_s:<6.3g}" for size, gb_s in zip(r.bytes, r.gb_s, strict=True))
+            for name, r in vars(kernels).items()
+        ),
+        f"host     {machine.calibration.launch_us:.3g} us a kernel",
+    ]
+    return "\n".join(lines)
+
+
+def links_table(machine: Hardware) -> str:
+    """Return times and bandwidths as nccl-tests prints them."""
+    assert machine.curves
+    lines = []
+    for curve in machine.curves.collectives:
+        where = f"{curve.ranks} ranks on {'one node' if curve.nodes == 1 else f'each of {curve.nodes} nodes'}"
+        lines += [f"{curve.operation}, {where}", f"{'bytes':>14} {'us':>12} {'algbw GB/s':>11} {'busbw GB/s':>11}"]
+        for size, us, bus in zip(curve.bytes, curve.us, curve.bus_gb_s(), strict=True):
+            lines.append(f"{size:14,} {us:12.1f} {size / us / 1e3:11.3f} {bus:11.3f}")
+    lines.append(f"a second of all-reduce beside products costs them {machine.calibration.contention:.2f} s")
+    return "\n".join(lines)
+
+
+def _middle(kind: Any, ranks: Sequence[dict[str, Any]]) -> Any:
+    """Return a curve with the median over ranks of each number; sizes are the same on all."""
+    return kind(**{name: _medians([rank[name] for rank in ranks]) for name in ranks[0]})
+
+
+def _medians(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], list | tuple):
+        return tuple(_medians(column) for column in zip(*values, strict=True))
+    return values[0] if isinstance(values[0], int) else _short(statistics.median(values))
+
+
+def _us(seconds: float) -> float:
+    return _short(seconds * 1e6)
+
+
+def _short(value: float) -> float:
+    """Return the value with four digits: more are not measured."""
+    return float(f"{value:.4g}")

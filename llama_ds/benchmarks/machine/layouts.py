@@ -1,0 +1,59 @@
+"""Training steps of several layouts on the ranks of a job, to hold the planner's predictions against.
+
+The steps are the trainer's, on random rows: nothing is read, reported or saved.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.layout import Layout, resolve_layout
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.log import logger
+from llama_ds.parallel import world
+from llama_ds.training.engine import build_engine
+
+LEARNING_RATE = 1e-5
+WARM_UP = 2  # steps of each engine that are not timed
+
+
+def measure(asked: dict[str, Any], place: world.Place, device: torch.device) -> dict[str, Any]:
+    """Return the seconds of all timed steps of every layout, and the loss of its first step. Collective.
+
+    Layouts are built and timed in turns, `rounds` times, so that a busy moment of the machine hits all of them.
+    """
+    found: list[dict[str, Any]] = [{"overrides": words, "seconds": [], "losses": []} for words in asked["layouts"]]
+    for turn in range(asked["rounds"]):
+        for one in found:
+            run = load_run(asked["run"], one["overrides"])
+            layout = resolve_layout(run, place.world)
+            logger.info("round %d of %d: %s", turn + 1, asked["rounds"], " ".join(one["overrides"]) or "as it is")
+            seconds, loss = _steps(run, layout, asked["steps"], device)
+            one["seconds"] += seconds
+            one["losses"].append(loss)
+    return {"layouts": found}
+
+
+def _steps(run: RunConfig, layout: Layout, steps: int, device: torch.device) -> tuple[list[float], float]:
+    """Return the seconds of each timed step, as the slowest rank saw it, and the first step's loss."""
+    engine = build_engine(run, layout, deepspeed_config(run, layout, world.computes_bf16(device)), device)
+    shape = (layout.dp, layout.accumulation, layout.micro_batch, run.data.seq_len + 1)
+    rows = np.random.default_rng(run.seed).integers(0, run.model.vocab_size, shape)[engine.dp_rank]
+    seconds, first = [], 0.0
+    for step in range(WARM_UP + steps):
+        world.barrier()
+        begin = time.perf_counter()
+        loss, _ = engine.read(engine.train_step(iter(rows), LEARNING_RATE))
+        world.barrier()
+        first = loss if step == 0 else first
+        if step >= WARM_UP:
+            seconds.append(time.perf_counter() - begin)
+    engine.deepspeed.destroy()
+    slowest = world.maximum(seconds, device)
+    return slowest, first

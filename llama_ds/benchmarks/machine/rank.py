@@ -1,0 +1,90 @@
+"""One rank of a measurement of the machine: started on every slot by `llama_ds/launch/run_ranks.py`.
+
+Rank 0 writes what all have found as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+# A script's own folder comes first on the path.
+sys.path[0] = str(Path(__file__).resolve().parents[3])
+
+import torch
+
+from llama_ds import log
+from llama_ds.benchmarks.machine import computing, layouts
+from llama_ds.checkpoint.weights import DTYPES
+from llama_ds.config.run_file import load_run
+from llama_ds.errors import UserError
+from llama_ds.launch.machine import cpu_name
+from llama_ds.log import logger
+from llama_ds.parallel import sweep, world
+from llama_ds.perf.plan.curves import OPERATIONS
+from llama_ds.training.host_memory import keep_freed_memory
+
+
+def main() -> None:
+    """Measure what the file of arguments asks for."""
+    parser = argparse.ArgumentParser(fromfile_prefix_chars="@")
+    parser.add_argument("asked", help="JSON: what, out, slots, ...")
+    parser.add_argument("--local_rank", type=int)
+    asked = json.loads(parser.parse_args().asked)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    place = world.find_place()
+    log.setup(quiet=place.rank != 0)
+    with world.failing_together():
+        world.join(place, asked["nic"])
+        if world.device().type == "cpu":
+            keep_freed_memory()  # as training does
+        found = MEASUREMENTS[asked["what"]](asked, place, world.device())
+        if place.rank == 0:
+            Path(asked["out"]).write_text(json.dumps(found), encoding="utf-8")
+
+
+def measure_computing(asked: dict[str, Any], place: world.Place, device: torch.device) -> dict[str, Any]:
+    """Measure on as many ranks of each node as compute at full speed at once; the medians of all of them count."""
+    native = world.computes_bf16(device)
+    dtype = asked["dtype"] or ("bf16" if native else "fp32")
+    sizes = computing.QUICK if asked["quick"] else computing.CUDA if device.type == "cuda" else computing.CPU
+    at_once = asked["slots"] if device.type == "cuda" else min(asked["slots"], os.cpu_count() or 1)
+    run, own = load_run(asked["run"]), None
+    world.barrier()
+    if place.local_rank < at_once:
+        own = asdict(computing.measure(run, sizes, device, DTYPES[dtype], logger.info))
+    found = [one for one in world.gather_at_first((place.rank, own)) if one[1]]
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "host_computes": device.type == "cpu",
+        "dtype": dtype,
+        "at_once": at_once,
+        "memory_bytes": world.device_memory(device),
+        "ranks": dict(found),
+    }
+
+
+def measure_links(asked: dict[str, Any], place: world.Place, device: torch.device) -> dict[str, Any]:
+    """Measure collectives in every kind of group, and what they cost the computation beside them."""
+    slots = asked["slots"]
+    if place.world % slots:
+        raise UserError(
+            f"--hostfile: {place.world} ranks are no whole number of nodes of {slots} slots; make them equal"
+        )
+    operations = asked["operations"] or OPERATIONS
+    found = sweep.sweep(operations, slots, asked["sizes"], asked["seconds"], device, logger.info)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    beside = sweep.contention(asked["sizes"][-1], device, dtype) if place.world > 1 else None
+    return {"collectives": [asdict(one) for one in found], "contention": beside}
+
+
+MEASUREMENTS = {"computing": measure_computing, "links": measure_links, "layouts": layouts.measure}
+
+if __name__ == "__main__":
+    main()

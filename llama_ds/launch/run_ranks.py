@@ -1,0 +1,60 @@
+"""A script on all slots of hosts, by DeepSpeed's launcher, until it ends: for measurements, which nobody watches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llama_ds.launch.command import build, inherited
+from llama_ds.launch.hostfile import write_hostfile
+from llama_ds.launch.meeting import arrange
+
+
+def run_ranks(
+    script: str,
+    arguments: Sequence[str],
+    hosts: Mapping[str, int],
+    folder: Path,
+    *,
+    launcher: str = "pdsh",
+    exports: Mapping[str, str] | None = None,
+    nic: str = "",
+    ssh_port: int | None = None,
+) -> int:
+    """Run `script` with `arguments`, one a line of a file, and return the launcher's exit code.
+
+    What the ranks print goes to stderr. `folder` is one that all hosts see.
+
+    Raises:
+        UserError: the first host does not answer, or a word would not arrive as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: str((folder / name).resolve()) for name in ("hostfile", "arguments", "environment")}
+    write_hostfile(paths["hostfile"], dict(hosts))
+    Path(paths["arguments"]).write_text("".join(f"{line}\n" for line in arguments), encoding="utf-8")
+    meeting = arrange(list(hosts), nic, ssh_port=ssh_port)
+    command = build(
+        launcher=launcher,
+        hostfile=paths["hostfile"],
+        hosts=hosts,
+        script=script,
+        arguments_file=paths["arguments"],
+        master_addr=meeting.master,
+        master_port=meeting.port,
+        exports=exports or {},
+        env_file=paths["environment"],
+        python=sys.executable,
+        working_folder=os.path.realpath(os.getcwd()),
+        nic=nic,
+        ssh_port=ssh_port,
+    )
+    Path(paths["environment"]).write_text(command.env_text, encoding="utf-8")
+    environment = inherited(os.environ, launcher) | command.environment
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment.get('PATH', os.defpath)}"
+    done = subprocess.run(
+        command.argv, env=environment, cwd=command.working_folder, stdin=subprocess.DEVNULL, stdout=sys.stderr
+    )
+    return done.returncode
