@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -66,7 +67,12 @@ def sweep(
             if operation == SEND and kind[0] * kind[1] != 2:
                 continue
             say(f"{operation} among {kind[0]} ranks on each of {kind[1]} nodes")
-            times = [_time(_call(operation, size, own, group, device), seconds, device) for size in sizes]
+            times = []
+            for size in sizes:
+                part = torch.zeros(max(1, size // 4 // len(own)), device=device)
+                whole = torch.zeros(len(part) * len(own), device=device)
+                call = partial(CALLS[operation], whole, part, own, group)
+                times.append(_time(call, seconds, device))
             if operation == SEND:
                 times = [there_and_back / 2 for there_and_back in times]
             found.append(Found(operation, *kind, list(sizes), times))
@@ -99,22 +105,19 @@ def _counts(most: int) -> list[int]:
     return sorted({most, *(1 << i for i in range(most.bit_length()) if most % (1 << i) == 0)})
 
 
-def _call(
-    operation: str, size: int, own: list[int], group: dist.ProcessGroup | None, device: torch.device
-) -> Callable[[], object]:
-    ranks = len(own)
-    part = max(1, size // 4 // ranks)
-    data, piece = torch.zeros(part * ranks, device=device), torch.zeros(part, device=device)
-    calls: dict[str, Callable[[], object]] = {
-        SEND: lambda: _ping_pong(data, own, group),
-        "all_reduce": lambda: dist.all_reduce(data, group=group),
-        "all_gather": lambda: all_gather_flat(data, piece, group=group),
-        "reduce_scatter": lambda: reduce_scatter_flat(piece, data, group=group),
-    }
-    return calls[operation]
+def _all_reduce(data: Tensor, part: Tensor, own: list[int], group: dist.ProcessGroup | None) -> None:
+    dist.all_reduce(data, group=group)
 
 
-def _ping_pong(data: Tensor, own: list[int], group: dist.ProcessGroup | None) -> None:
+def _all_gather(data: Tensor, part: Tensor, own: list[int], group: dist.ProcessGroup | None) -> None:
+    all_gather_flat(data, part, group=group)
+
+
+def _reduce_scatter(data: Tensor, part: Tensor, own: list[int], group: dist.ProcessGroup | None) -> None:
+    reduce_scatter_flat(part, data, group=group)
+
+
+def _ping_pong(data: Tensor, part: Tensor, own: list[int], group: dist.ProcessGroup | None) -> None:
     """Send there and back."""
     first, second = own
     if dist.get_rank() == first:
@@ -123,6 +126,15 @@ def _ping_pong(data: Tensor, own: list[int], group: dist.ProcessGroup | None) ->
     else:
         dist.recv(data, first, group=group)
         dist.send(data, first, group=group)
+
+
+# By operation: the whole tensor, this rank's part of it, the ranks of the group.
+CALLS: dict[str, Callable[[Tensor, Tensor, list[int], dist.ProcessGroup | None], None]] = {
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    SEND: _ping_pong,
+}
 
 
 def _time(call: Callable[[], object], seconds: float, device: torch.device) -> float:

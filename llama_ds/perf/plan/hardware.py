@@ -117,7 +117,7 @@ def load(name: str) -> Hardware:
 
 def text(hardware: Hardware) -> str:
     """Return the description as YAML."""
-    return dump_yaml({key: value for key, value in _plain(asdict(hardware)).items() if value not in (None, False)})
+    return dump_yaml({k: v for k, v in _plain(asdict(hardware)).items() if v is not None and v is not False})
 
 
 def _plain(value: Any) -> Any:
