@@ -13,6 +13,7 @@ from llama_ds.perf.plan.estimate import Estimate, report
 from llama_ds.perf.plan.memory import Memory
 from llama_ds.perf.plan.search import Found
 from llama_ds.perf.plan.step import stage_costs, stage_message
+from llama_ds.perf.plan.tables import RANKED, ranked
 from llama_ds.schedules.simulate import simulate
 
 _PARTS = {
@@ -38,7 +39,7 @@ def page(title: str, found: Found, cost: Cost) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{found.legal:,} legal layouts; {found.simulated:,} simulated, the others bounded to be slower.</p>",
-        ranking(found.best),
+        _table(RANKED, [ranked(place, item) for place, item in enumerate(found.best, 1)]),
         "<h2>The best layout</h2>",
         f"<pre>{escape(report(best))}</pre>",
         "<h2>Memory of the pipeline's ranks</h2>",
@@ -59,30 +60,6 @@ def page(title: str, found: Found, cost: Cost) -> str:
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
-
-
-def ranking(best: Sequence[Estimate]) -> str:
-    """Return the table of the best layouts."""
-    head = ("", "tp", "pp", "dp", "micro", "schedule", "ZeRO", "tokens/s/GPU", "MFU", "bubble", "GiB", "days")
-    rows = []
-    for place, item in enumerate(best, 1):
-        parallel, step = item.run.parallel, item.step
-        name = parallel.schedule if parallel.pp > 1 else "-"
-        more = f" x {parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
-        more += f" + {parallel.extra_warmup}" if parallel.extra_warmup else ""
-        rows.append(
-            (
-                *(str(n) for n in (place, parallel.tp, parallel.pp, item.layout.dp, parallel.micro_batch)),
-                name + more,
-                str(item.run.zero_stage),
-                f"{step.tokens_per_second:,.0f}",
-                f"{step.mfu(item.gpu):.1%}",
-                f"{step.bubble:.1%}",
-                f"{item.peak_bytes / GIB:.1f}",
-                f"{item.days:.1f}",
-            )
-        )
-    return _table(head, rows)
 
 
 def memory_bars(ranks: Sequence[Memory], device_gib: float) -> str:

@@ -26,6 +26,8 @@ from llama_ds.perf.plan.job import layers_by_policy
 from llama_ds.perf.plan.search import Found
 from llama_ds.perf.plan.validate import Checked, groups, summary
 
+RANKED = ["", "tp", "pp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "MFU", "bubble", "GiB", "days"]
+
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Return rows as columns: the first `left` flush left, the others flush right."""
@@ -39,11 +41,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 def search_table(found: Found, cost: Cost) -> str:
     """Return the ranking, why others are none, and what the best costs."""
-    rows = [
-        ("", "tp", "pp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "MFU", "bubble", "GiB", "days")
-    ]
-    for place, item in enumerate(found.best, 1):
-        rows.append(tuple(_ranked(place, item)))  # type: ignore[arg-type]
+    rows = [RANKED, *(ranked(place, item) for place, item in enumerate(found.best, 1))]
     best = found.best[0]
     lines = [
         f"{best.run.name} on {best.layout.world:,} x {best.gpu.name}: {best.layout.global_batch:,} rows of "
@@ -82,7 +80,8 @@ def paper_speed(item: Estimate) -> float | None:
     return TABLE_15_TOKENS[size] / TABLE_15[size] / 3600
 
 
-def _ranked(place: int, item: Estimate) -> list[str]:
+def ranked(place: int, item: Estimate) -> list[str]:
+    """Return a row of the ranking."""
     parallel, step = item.run.parallel, item.step
     counts = layers_by_policy(step.job.stages)
     return [
