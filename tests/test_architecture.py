@@ -55,7 +55,7 @@ RANK_READERS = ("llama_ds/parallel/*",)
 TORCH_FREE = (
     *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/config/*", "llama_ds/launch/*"),
     *("llama_ds/data/order.py", "llama_ds/data/mixture.py", "llama_ds/data/text/*", "llama_ds/data/building/*"),
-    *("llama_ds/schedules/*", "llama_ds/model/loss_chunks.py", "llama_ds/perf/timeline.py", "llama_ds/perf/plan/*"),
+    *("llama_ds/schedules/*", "llama_ds/model/loss_chunks.py", "llama_ds/perf/trace/*", "llama_ds/perf/plan/*"),
     *(
         "llama_ds/model/flops.py",
         "llama_ds/model/saving.py",
@@ -63,6 +63,7 @@ TORCH_FREE = (
         "llama_ds/parallel/partition.py",
         "llama_ds/parallel/scheduling.py",
         "llama_ds/parallel/recompute.py",
+        "llama_ds/parallel/trace_format.py",
         "llama_ds/training/schedule.py",
     ),
 )

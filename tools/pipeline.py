@@ -34,7 +34,10 @@ from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.launch.namespaces import INTERFACE, Hosts
-from llama_ds.perf import timeline
+from llama_ds.perf.trace.files import analyse_folder
+from llama_ds.perf.trace.picture import picture
+from llama_ds.perf.trace.read import read
+from llama_ds.perf.trace.report import table
 
 EXAMPLES = """examples:
   tools/pipeline.py --pp 4 --rate-mbit 50 --delay-ms 5 --schedules deepspeed 1f1b zb_h1
@@ -198,7 +201,9 @@ def measure(args: argparse.Namespace) -> None:
             world.barrier()
             engine.trace.start()
             steps[name]()
-            engine.trace.write(str(Path(args.folder, name)), place.rank, **describe_trace(run, layout, place.rank))
+            about = {**describe_trace(run, layout, place.rank), "host": f"host{place.rank}", "device": "cpu"}
+            about |= {"first_step": 1, "measured_steps": 1, "clock": [(0, 0, 0)]}  # network namespaces share the clock
+            engine.trace.write(str(Path(args.folder, name)), place.rank, **about)
             engine.deepspeed.destroy()
         if place.rank == 0:
             Path(args.folder, "times.json").write_text(json.dumps({"seconds": seconds, "losses": losses}))
@@ -215,8 +220,7 @@ def publish(args: argparse.Namespace, folder: Path) -> None:
     first = {name: losses[0] for name, losses in found["losses"].items()}
     if max(first.values()) - min(first.values()) > 1e-5 * max(first.values()) * (1 if args.dtype == "fp32" else 1e3):
         raise AssertionError(f"the schedules compute different losses: {first}")
-    traces = {name: timeline.read(folder / name) for name in args.schedules}
-    analyses = {name: timeline.analyse(ranks) for name, ranks in traces.items()}
+    analyses = {name: analyse_folder(folder / name) for name in args.schedules}
     median = {name: statistics.median(times) for name, times in found["seconds"].items()}
     run, _ = contestant(args, args.schedules[0])
     results = {
@@ -230,7 +234,8 @@ def publish(args: argparse.Namespace, folder: Path) -> None:
                 "min_s": min(found["seconds"][name]),
                 "max_s": max(found["seconds"][name]),
                 "over_first": median[name] / median[args.schedules[0]],
-                **asdict(analyses[name]),
+                "step_ms": analyses[name].step_ms,
+                **analyses[name].metrics,
             }
             for name in args.schedules
         },
@@ -243,8 +248,8 @@ def publish(args: argparse.Namespace, folder: Path) -> None:
         shutil.copytree(folder, args.keep, ignore=shutil.ignore_patterns("*.log"), dirs_exist_ok=True)
     if args.svg:
         Path(args.svg).mkdir(parents=True, exist_ok=True)
-        for name, ranks in traces.items():
-            Path(args.svg, f"{name}.svg").write_text(timeline.picture(ranks, name))
+        for name in args.schedules:
+            Path(args.svg, f"{name}.svg").write_text(picture(read(folder / name), name))
     links = f"links of {args.rate_mbit:g} Mbit/s and {args.delay_ms:g} ms" if args.rate_mbit else "loopback"
     lines = [
         f"pp {args.pp} tp {args.tp} dp {args.dp}, {args.micro_batches} micro-batches of {args.micro_batch} x "
@@ -252,11 +257,11 @@ def publish(args: argparse.Namespace, folder: Path) -> None:
         f"{links}, {os.cpu_count()} cores, median of {args.repeats}",
         *(
             f"{name:14} {median[name] * 1e3:8.1f} ms a step, {median[name] / median[args.schedules[0]]:.3f} x "
-            f"{args.schedules[0]}; bubble simulated with the measured times {analyses[name].simulated_bubble:.1%}"
+            f"{args.schedules[0]}; bubble simulated with the measured times {analyses[name].ideal.bubble:.1%}"
             for name in args.schedules
         ),
         "one step of each, as shares of all ranks' time:",
-        timeline.table(analyses),
+        table(analyses),
     ]
     print(text if args.json else "\n".join(lines))
 

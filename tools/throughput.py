@@ -1,59 +1,46 @@
 #!/usr/bin/env python3
-"""Measure training steps, layers, the data path and checkpoints, ours against others'."""
+"""Measure training steps, layers, the data path and checkpoints, ours against others'; say where a job's time goes."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import signal
+import subprocess
 import sys
 import tempfile
 from contextlib import redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from llama_ds.benchmarks.data import report as data_report
-from llama_ds.benchmarks.data.bench import QUICK, Sizes
-from llama_ds.benchmarks.data.run import PARTS, measure, set_up
-from llama_ds.benchmarks.layer import shard
-from llama_ds.benchmarks.machine import describe
-from llama_ds.benchmarks.machine.check import compare, comparison_table
-from llama_ds.benchmarks.report import layer_results, layer_table, step_results, step_table
-from llama_ds.benchmarks.step import Step, Timing, time_interleaved
-from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_json
-from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
-from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from llama_ds.launch.command import LAUNCHERS
 from llama_ds.launch.hostfile import parse_hostfile
-from llama_ds.launch.run_ranks import run_ranks
-from llama_ds.perf import timeline
-from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.curves import OPERATIONS
-from llama_ds.perf.plan.estimate import estimate
+from llama_ds.perf.trace.job import DEFAULT_RANKS
+from llama_ds.perf.trace.kinds import METRICS
 
-with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when imported; ours is for results
-    from llama_ds.benchmarks import against_transformers
-    from llama_ds.benchmarks.checkpoint import run as checkpoint_benchmark
-    from llama_ds.training.host_memory import keep_freed_memory
+# What is heavy is imported by the commands that want it: analyse must run where torch is not, and start at once.
+if TYPE_CHECKING:
+    from llama_ds.benchmarks.step import Step, Timing
+    from llama_ds.data.text.tokenizer import Tokenizer
+    from llama_ds.perf.trace.analyse import Analysis
 
 EXAMPLES = """examples:
   tools/throughput.py compare-hf
   tools/throughput.py layer --shape 65b --tp 8 --seq-len 4096 --device cuda --out measured.json
   tools/throughput.py data --streaming-python /tmp/rivals/bin/python --out measured.json
   tools/throughput.py checkpoint --folder /mnt/scratch --out measured.json
-  tools/throughput.py analyse runs/quickstart/trace --svg step.svg
+  tools/throughput.py train ds_configs/quickstart.yaml parallel.micro_batch=4 --ranks first,last --steps 3
+  tools/throughput.py analyse runs/quickstart-profile/trace --svg step.svg --fail-if 'bubble>20' --fail-if 'gemm<40'
   tools/throughput.py compare-hf --batch 2 --seq-len 512 model.hidden_size=1024 model.intermediate_size=2752
 """
 DATA = """Build, read, open and resume data on this machine, every measurement in a fresh process.
@@ -63,6 +50,8 @@ mosaicml-streaming and datasets want other versions than we do, so they need an 
   /tmp/rivals/bin/pip install mosaicml-streaming==0.13.0 datasets
 Without --streaming-python both are left out. TMPDIR gets about 1 GB. 100,000 shards need 12 GB of memory there.
 """
+DTYPES = ("fp32", "bf16", "fp16")
+PARTS = ("build", "read", "open", "resume")  # of the data path
 SHAPES = {"quickstart": "quickstart", "7b": "llama_7b", "13b": "llama_13b", "33b": "llama_33b", "65b": "llama_65b"}
 
 
@@ -100,7 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     command.add_argument("--shape", choices=SHAPES, default="quickstart", help="(default: %(default)s)")
     command.add_argument("--tp", type=int, default=1, help="time one rank's part of tp, without communication")
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     command.add_argument("--dtype", choices=DTYPES, help="(default: bf16 on cuda, fp32 on cpu)")
     _common(command, policy="selective")
     command = commands.add_parser(
@@ -131,15 +120,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     command.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
     _results(command)
+    words = "where the time of recorded steps went, from what logging.trace_step or train left"
     command = commands.add_parser(
-        "analyse",
-        help="where a pipeline step's time went, from what logging.trace_step left",
-        epilog=EXAMPLES,
-        formatter_class=formatter,
+        "analyse", help=words, description=words, epilog=metrics_help(), formatter_class=formatter
     )
     command.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of rank*.json, such as runs/NAME/trace")
-    command.add_argument("--svg", metavar="FILE", help="draw the first folder's step")
+    command.add_argument("--merge", action="store_true", help="write one trace of all ranks for ui.perfetto.dev too")
+    _analysis(command)
     _results(command)
+    words = "record and profile steps of the real job, in a folder of its own, and say where their time went"
+    command = commands.add_parser("train", help=words, description=words, epilog=EXAMPLES, formatter_class=formatter)
+    command.add_argument("run", help="run file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run file")
+    command.add_argument(
+        "--ranks",
+        default=DEFAULT_RANKS,
+        metavar="R",
+        help="that run torch's profiler: numbers, all, none, and first, middle, last, of whose stages the rank with dp "
+        "and tp 0 is meant (default: %(default)s)",
+    )
+    command.add_argument(
+        "--steps", type=int, default=3, help="to record, and as many again with the profiler (default: %(default)s)"
+    )
+    command.add_argument("--warmup", type=int, default=3, help="steps before them (default: %(default)s)")
+    command.add_argument("--out", metavar="FOLDER", help="of the recording (default: the run's own, and -profile)")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", help="the job's hosts, as for tools/launch.py")
+    where.add_argument("--num-ranks", type=int, help="on this machine (default: GPUs, or parallel.pp * parallel.tp)")
+    command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="(default: %(default)s)")
+    command.add_argument("--nic", default="", help="interface of the ranks' traffic (default: the one to rank 0)")
+    command.add_argument("--ssh-port", type=int)
+    command.add_argument("--json", action="store_true", help="print the results as JSON")
+    _analysis(command)
     words = "how fast all ranks of a hostfile compute: products, attention, pointwise kernels, for the planner"
     command = commands.add_parser("gemm", help=words, description=words, epilog=EXAMPLES, formatter_class=formatter)
     command.add_argument("--run", default=str(ROOT / "ds_configs" / "quickstart.yaml"), help="whose attention backend")
@@ -166,6 +178,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--steps", type=int, default=5, help="timed steps in each (default: %(default)s)")
     _machine(command)
     return parser.parse_args(argv)
+
+
+def metrics_help() -> str:
+    """Return what --fail-if can ask for."""
+    lines = [f"  {name:20} {text}" for name, text in METRICS.items()]
+    return "\n".join(["metrics, in percent:", *lines, "", EXAMPLES])
+
+
+def _analysis(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--svg", metavar="FILE", help="draw the first folder's first step")
+    command.add_argument(
+        "--fail-if",
+        action="append",
+        default=[],
+        metavar="LIMIT",
+        help="exit 1 where it holds: a metric, one of > < >= <=, percent, as 'bubble>20'; again for more",
+    )
 
 
 def _common(command: argparse.ArgumentParser, policy: str) -> None:
@@ -207,6 +236,10 @@ def _publish(args: argparse.Namespace, results: dict[str, Any], table: str) -> N
 
 
 def _timed(steps: dict[str, Step], repeats: int) -> dict[str, Timing]:
+    from tqdm import tqdm
+
+    from llama_ds.benchmarks.step import time_interleaved
+
     with tqdm(total=len(steps) * (repeats + 2), unit="step", disable=None) as bar:
         return time_interleaved(steps, repeats, tick=bar.update)
 
@@ -227,8 +260,19 @@ def _check_positive(args: argparse.Namespace, *names: str) -> None:
 
 def layer(args: argparse.Namespace) -> int:
     """Time one decoder layer."""
+    import torch
+
+    from llama_ds.benchmarks.layer import shard
+    from llama_ds.benchmarks.report import layer_results, layer_table
+    from llama_ds.checkpoint import weights
+
+    with redirect_stdout(sys.stderr):  # DeepSpeed logs to the stdout that it finds when imported; ours is for results
+        from llama_ds.benchmarks import against_transformers
+        from llama_ds.training.host_memory import keep_freed_memory
+
     run = load_run(str(ROOT / "ds_configs" / f"{SHAPES[args.shape]}.yaml"))
     _fill_sizes(args, run)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     _check_positive(args, "batch", "seq_len", "threads", "repeats", "tp")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -241,7 +285,7 @@ def layer(args: argparse.Namespace) -> int:
         )
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    device, dtype, model = torch.device(args.device), DTYPES[args.dtype], shard(whole, args.tp)
+    device, dtype, model = torch.device(args.device), weights.DTYPES[args.dtype], shard(whole, args.tp)
     generator = torch.Generator().manual_seed(0)
     x, grad = (torch.randn(args.batch, args.seq_len, model.hidden_size, generator=generator) for _ in range(2))
     x, grad = x.to(device, dtype), grad.to(device, dtype)
@@ -258,16 +302,110 @@ def layer(args: argparse.Namespace) -> int:
 
 def analyse(args: argparse.Namespace) -> int:
     """Say where the time of recorded steps went."""
-    traces = {folder: timeline.read(folder) for folder in args.folders}
-    found = {folder: timeline.analyse(ranks) for folder, ranks in traces.items()}
-    if args.svg:
-        Path(args.svg).write_text(timeline.picture(next(iter(traces.values())), next(iter(found))))
-    _publish(args, {name: asdict(step) for name, step in found.items()}, timeline.table(found))
-    return 0
+    from llama_ds.perf.trace.files import analyse_folder
+    from llama_ds.perf.trace.limits import parse_limit
+    from llama_ds.perf.trace.merge import merge
+    from llama_ds.perf.trace.report import as_json, report, table
+
+    limits = [parse_limit(text, METRICS) for text in args.fail_if]
+    found = {folder: analyse_folder(folder) for folder in args.folders}
+    paths = [f"trace of all ranks, for ui.perfetto.dev: {merge(folder)}" for folder in args.folders if args.merge]
+    _draw(args.svg, args.folders[0])
+    reports = [f"{folder}: {report(analysis)}" for folder, analysis in found.items()]
+    tables = [table(found)] if len(found) > 1 else []
+    text = "\n\n".join([*reports, *tables, *paths])
+    _publish(args, {folder: as_json(analysis) for folder, analysis in found.items()}, text)
+    return _judge(found, limits)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Record and profile steps of the real job."""
+    from llama_ds.config.layout import resolve_layout
+    from llama_ds.launch.hostfile import write_hostfile
+    from llama_ds.perf.trace.files import analyse_folder
+    from llama_ds.perf.trace.job import choose_ranks, recording_overrides
+    from llama_ds.perf.trace.limits import parse_limit
+    from llama_ds.perf.trace.merge import merge
+    from llama_ds.perf.trace.report import as_json, report
+
+    limits = [parse_limit(text, METRICS) for text in args.fail_if]
+    run = load_run(args.run, args.overrides)
+    environment = dict(os.environ)
+    hosts = parse_hostfile(args.hostfile) if args.hostfile else {"localhost": _local_ranks(args, run, environment)}
+    layout = resolve_layout(run, sum(hosts.values()))
+    out = Path(args.out or f"{run.run_dir}-profile").absolute()
+    ranks = choose_ranks(args.ranks, layout)
+    overrides = [*args.overrides, *recording_overrides(run, str(out), args.warmup, args.steps, ranks)]
+    load_run(args.run, overrides)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        hostfile = args.hostfile or str(out / "hostfile")
+        if not args.hostfile:
+            write_hostfile(hostfile, hosts)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give a folder of yours") from None
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), args.run, *overrides, "--hostfile", hostfile]
+    command += ["--launcher", args.launcher, *(["--nic", args.nic] if args.nic else [])]
+    command += ["--ssh-port", str(args.ssh_port)] if args.ssh_port else []
+    code = _run_to_its_end(command, environment)
+    if code:
+        return code
+    folder = str(out / "trace")
+    merged, analysis = merge(folder), analyse_folder(folder)
+    _draw(args.svg, folder)
+    results = {**as_json(analysis), "profiled_ranks": ranks, "folder": folder, "trace": str(merged)}
+    paths = f"records: {folder}\ntrace of all ranks, for ui.perfetto.dev: {merged}"
+    print(json.dumps(results, indent=1) if args.json else f"\n{report(analysis)}\n\n{paths}")
+    return _judge({folder: analysis}, limits)
+
+
+def _local_ranks(args: argparse.Namespace, run: RunConfig, environment: dict[str, str]) -> int:
+    """Return how many ranks this machine is to run; without a GPU for each they run on its cores, each on a share."""
+    import torch
+
+    gpus, least = torch.cuda.device_count(), run.parallel.pp * run.parallel.tp
+    if args.num_ranks is not None:
+        _check_positive(args, "num_ranks")
+    ranks = args.num_ranks or max(least, gpus // least * least)
+    if gpus < ranks:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    return ranks
+
+
+def _run_to_its_end(command: list[str], environment: dict[str, str]) -> int:
+    """Run a command whose output is for people; an interruption is its to handle. Return its exit code."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's reaches it too
+    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr) as process:
+        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        code = process.wait()
+    signal.signal(signal.SIGINT, before)
+    return code if code >= 0 else 128 - code
+
+
+def _draw(path: str | None, folder: str) -> None:
+    from llama_ds.perf.trace.picture import picture
+    from llama_ds.perf.trace.read import read
+
+    if path:
+        _save(path, picture(read(folder), folder))
+
+
+def _judge(found: dict[str, Analysis], limits: list[Any]) -> int:
+    """Say which limits are not kept; return the exit code."""
+    broken = [
+        f"{folder}: {text}" for folder, a in found.items() for limit in limits if (text := limit.broken(a.metrics))
+    ]
+    for line in broken:
+        print(f"failed: {line}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 def gemm(args: argparse.Namespace) -> int:
     """Measure how fast ranks compute; write it to the cluster's YAML."""
+    from llama_ds.benchmarks.machine import describe
+    from llama_ds.perf.plan import hardware
+
     load_run(args.run)
     asked = {"what": "computing", "run": os.path.abspath(args.run), "dtype": args.dtype, "quick": args.quick}
     machine = describe.begin(Path(args.cluster), Path(args.cluster).stem, _equal_slots(args))
@@ -282,6 +420,11 @@ def gemm(args: argparse.Namespace) -> int:
 
 def comm(args: argparse.Namespace) -> int:
     """Measure how fast ranks communicate; write it to the cluster's YAML."""
+    import torch
+
+    from llama_ds.benchmarks.machine import describe
+    from llama_ds.perf.plan import hardware
+
     machine = describe.begin(Path(args.cluster), Path(args.cluster).stem, _equal_slots(args))
     most = args.max_bytes or (16 << 20 if machine.host_computes or not torch.cuda.is_available() else 256 << 20)
     if not 4 <= args.min_bytes <= most:
@@ -298,6 +441,10 @@ def comm(args: argparse.Namespace) -> int:
 
 def check_plan(args: argparse.Namespace) -> int:
     """Hold the planner against the machine that it was told about."""
+    from llama_ds.benchmarks.machine.check import compare, comparison_table
+    from llama_ds.perf.plan import hardware
+    from llama_ds.perf.plan.estimate import estimate
+
     _check_positive(args, "rounds", "steps")
     machine = hardware.load(args.cluster)
     world = _equal_slots(args) * len(parse_hostfile(args.hostfile))
@@ -321,6 +468,8 @@ def _equal_slots(args: argparse.Namespace) -> int:
 
 def _on_ranks(args: argparse.Namespace, asked: dict[str, Any]) -> dict[str, Any]:
     """Have all slots of the hostfile measure; return what rank 0 wrote, beside the cluster's file: hosts share that."""
+    from llama_ds.launch.run_ranks import run_ranks
+
     hosts, slots = parse_hostfile(args.hostfile), _equal_slots(args)
     beside = Path(args.cluster).resolve().parent
     beside.mkdir(parents=True, exist_ok=True)
@@ -343,6 +492,13 @@ def _on_ranks(args: argparse.Namespace, asked: dict[str, Any]) -> dict[str, Any]
 
 def data(args: argparse.Namespace) -> int:
     """Measure the data path."""
+    from tqdm import tqdm
+
+    from llama_ds.benchmarks.data import report as data_report
+    from llama_ds.benchmarks.data.bench import QUICK, Sizes
+    from llama_ds.benchmarks.data.run import measure, set_up
+    from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_json
+
     sizes = QUICK if args.quick else Sizes()
     if args.corpus_mb is not None:
         _check_positive(args, "corpus_mb")
@@ -366,6 +522,9 @@ def data(args: argparse.Namespace) -> int:
 
 def checkpoints(args: argparse.Namespace) -> int:
     """Measure checkpoints."""
+    with redirect_stdout(sys.stderr):
+        from llama_ds.benchmarks.checkpoint import run as checkpoint_benchmark
+
     with tempfile.TemporaryDirectory(prefix="throughput-checkpoint-", dir=args.folder) as folder:
         results = checkpoint_benchmark.measure(args.overrides, folder, args.repeats)
     _publish(args, results, checkpoint_benchmark.table(results))
@@ -374,6 +533,14 @@ def checkpoints(args: argparse.Namespace) -> int:
 
 def compare_hf(args: argparse.Namespace) -> int:
     """Time whole training steps of one process against transformers."""
+    import numpy as np
+    import torch
+
+    from llama_ds.benchmarks.report import step_results, step_table
+
+    with redirect_stdout(sys.stderr):
+        from llama_ds.benchmarks import against_transformers
+
     run = _benchmark_run(args)
     torch.set_num_threads(args.threads)
     batch = np.random.default_rng(0).integers(0, run.model.vocab_size, (args.batch, args.seq_len + 1))
@@ -411,6 +578,7 @@ COMMANDS = {
     "data": data,
     "checkpoint": checkpoints,
     "analyse": analyse,
+    "train": train,
     "gemm": gemm,
     "comm": comm,
     "check-plan": check_plan,

@@ -71,6 +71,7 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
             f"use {listed(divisors(batch // dp))}"
         )
     _check_schedule(run, batch // dp // micro)
+    _check_profile_ranks(run, world)
     return Layout(world, pp, tp, dp, micro, batch // dp // micro, batch)
 
 
@@ -83,6 +84,14 @@ def _check_schedule(run: RunConfig, micro_batches: int) -> None:
         raise UserError(
             f"{run.path}: parallel.schedule = {parallel.schedule}: {reason} "
             "(micro-batches are training.global_batch / (dp * parallel.micro_batch))"
+        )
+
+
+def _check_profile_ranks(run: RunConfig, world: int) -> None:
+    beyond = [rank for rank in run.logging.profile_ranks if not 0 <= rank < world]
+    if beyond:
+        raise UserError(
+            f"{run.path}: logging.profile_ranks: {beyond[0]} is not one of the {world} ranks; use 0 to {world - 1}"
         )
 
 

@@ -42,6 +42,7 @@ _POSITIVE = (
     "parallel.micro_batch",
     "parallel.virtual_stages",
     "logging.interval",
+    "logging.trace_steps",
 )
 _NOT_NEGATIVE = (
     "seed",
@@ -87,6 +88,7 @@ def check(run: RunConfig) -> None:
     _check_tensor_parallel(run)
     _check_pipeline(run)
     _check_recompute(run)
+    _check_profile(run)
 
 
 def _check_values(run: RunConfig) -> None:
@@ -316,6 +318,15 @@ def _check_recompute(run: RunConfig) -> None:
         raise _error(
             run,
             f"parallel.recompute = {text} wants parallel.decoder_layer = written_out; autograd knows none or full",
+        )
+
+
+def _check_profile(run: RunConfig) -> None:
+    if run.logging.profile_ranks and not run.logging.trace_step:
+        raise _error(
+            run,
+            f"logging.profile_ranks = {list(run.logging.profile_ranks)} wants logging.trace_step, the first step to "
+            "record; set it, or leave out profile_ranks",
         )
 
 

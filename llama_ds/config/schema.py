@@ -150,6 +150,7 @@ class CheckpointConfig:
     asynchronous: bool = True  # False: training waits until a checkpoint is on the disk
     keep_last: int = 0  # newest checkpoints to keep; 0: all
     keep_every: int = 0  # and beside them those of every so many steps; 0: none
+    save: bool = True  # False: nothing is saved, as for a profile
     wall_time_s: float = 0.0  # the job's time limit: save and end before it; 0: none
     wall_time_margin_s: float = 120.0  # how long before it
 
@@ -161,7 +162,9 @@ class LoggingConfig:
     interval: int = 1  # steps between log lines
     tensorboard: bool = False
     straggler_interval: int = 100  # steps between reports of ranks that the others wait for; 0: none
-    trace_step: int = 0  # pp > 1: write what every rank did in this step, and when, to the run's folder; 0: none
+    trace_step: int = 0  # write what every rank did from this step on, and when, to the run's folder; 0: nothing
+    trace_steps: int = 1  # how many steps
+    profile_ranks: tuple[int, ...] = ()  # ranks that run torch's profiler, over as many steps again after these
     check_finite: bool = False  # debugging: name the first layer that puts out NaN or infinity; slow
 
 

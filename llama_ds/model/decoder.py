@@ -6,6 +6,8 @@ K head size, tp ranks; S = T / tp under sequence parallelism, else T.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
@@ -32,6 +34,7 @@ class Shared:
     rotary: RotaryTables
     document_mask: bool = False
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
+    recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # around a layer that is run again
 
     def key(self, layer: int, *, residual_output: bool = False) -> WeightKey:
         """Return where a weight of `layer` starts from.

@@ -124,7 +124,8 @@ class _Layer(Function):
         if ctx.again:
             saved = ctx.again
         elif ctx.layer.policy == "full":
-            _, saved = forward(ctx.layer, saved.x, ctx.documents, "none", output=False)
+            with ctx.layer.shared.recomputing():
+                _, saved = forward(ctx.layer, saved.x, ctx.documents, "none", output=False)
         grad_x, grads = backward(ctx.layer, grad, saved, ctx.documents)
         return grad_x, None, None, *grads
 

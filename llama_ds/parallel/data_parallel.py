@@ -33,10 +33,11 @@ def start_reduce_scatter(
         parts = own if own.dtype == dtype else parts
         work = reduce_scatter_flat(parts, wire.view(-1), group=group, async_op=True)
 
-    trace.watch("reduce", work, wire.nbytes)
+    watched = trace.watch("reduce", work, wire.nbytes)
 
     def wait() -> None:
         work.wait()
+        trace.done("reduce", watched, wire.nbytes)
         if parts.dim() > own.dim():
             torch.sum(parts, 0, dtype=own.dtype, out=own)
         elif parts is not own:
@@ -49,9 +50,10 @@ def start_all_gather(whole: Tensor, own: Tensor, group: dist.ProcessGroup, trace
     """Fill `whole` (R, n) with all ranks' `own` (n), which may be a row of it."""
     work = all_gather_flat(whole.view(-1), own, group=group, async_op=True)
 
-    trace.watch("gather", work, whole.nbytes)
+    watched = trace.watch("gather", work, whole.nbytes)
 
     def wait() -> None:
         work.wait()
+        trace.done("gather", watched, whole.nbytes)
 
     return wait

@@ -8,6 +8,7 @@ from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataP
 from llama_ds.config.layout import Layout
 from llama_ds.model.tensor_parallel import SingleRank, TensorParallel
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
+from llama_ds.parallel.trace import Trace
 
 
 def topology(layout: Layout) -> PipeModelDataParallelTopology:
@@ -20,8 +21,8 @@ def grid(layout: Layout) -> PipelineParallelGrid:
     return PipelineParallelGrid(topology=topology(layout))
 
 
-def tensor_parallel(layout: Layout, sequence_parallel: bool) -> TensorParallel:
-    """Return this rank's tensor-parallel communicator. Collective."""
+def tensor_parallel(layout: Layout, sequence_parallel: bool, trace: Trace) -> TensorParallel:
+    """Return this rank's tensor-parallel communicator, whose collectives `trace` records. Collective."""
     if layout.tp == 1:
         return SingleRank()
     rank, own = dist.get_rank(), None
@@ -29,4 +30,4 @@ def tensor_parallel(layout: Layout, sequence_parallel: bool) -> TensorParallel:
         group = dist.new_group(ranks)
         own = group if rank in ranks else own
     assert own is not None
-    return GroupTensorParallel(own, sequence_parallel)
+    return GroupTensorParallel(own, sequence_parallel, trace)

@@ -109,8 +109,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._mail.finish()
         self._trace.add("wait sends", begin_sends)
         self._trace.waits = False
-        self._trace.add("step", begin)
-        if self._trace.recording:
+        if self._trace.end_step(begin):
             self.optimizer.finish()  # or the weights' way would be missing from the record
         self.global_steps += 1
         self.global_samples += self.train_batch_size()

@@ -23,6 +23,7 @@ def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
     pp_rank, dp_rank, tp_rank = layout.place_of(rank)
     schedule = schedule_of(run, layout)
     return {
+        "world": layout.world,
         "engine": run.parallel.schedule,
         "schedule": schedule.name,
         "pp": layout.pp,

@@ -12,12 +12,14 @@ from llama_ds.parallel.trace import Trace
 
 # What an instruction is called, and the stage that a message is for, seen from its own.
 _NAMES: dict[type, tuple[str, int]] = {
+    schedule.LoadMicroBatch: ("wait data", 0),
     schedule.ForwardPass: ("F", 0),
     schedule.BackwardPass: ("BW", 0),
     schedule.RecvActivation: ("wait activation", 0),
     schedule.RecvGrad: ("wait grad", 0),
     schedule.SendActivation: ("send activation", 1),
     schedule.SendGrad: ("send grad", -1),
+    schedule.ReduceTiedGrads: ("wait tied", 0),
     schedule.ReduceGrads: ("wait reduction", 0),
     schedule.OptimizerStep: ("optimizer", 0),
 }

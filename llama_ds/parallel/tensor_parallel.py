@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama_ds.model.tensor_parallel import Pending
+from llama_ds.parallel.trace import Trace
 
 # torch 2.13 renamed both and warns at the old names; 2.11 has only those.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,8 +22,9 @@ reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduc
 class GroupTensorParallel:
     """`llama_ds.model.tensor_parallel.TensorParallel` on a process group."""
 
-    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool) -> None:
+    def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool, trace: Trace | None = None) -> None:
         self.group = group
+        self.trace = trace or Trace(torch.device("cpu"))  # which nobody starts
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.sequence_parallel = sequence_parallel
@@ -58,23 +60,37 @@ class GroupTensorParallel:
         return self._issue_sum(x) if self.sequence_parallel else lambda: x
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
-        return x
+        return self._all_reduce(x.clone(), dist.ReduceOp.MAX)
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x, group=self.group)
+        return self._all_reduce(x.clone(), dist.ReduceOp.SUM)
+
+    def _all_reduce(self, x: Tensor, op: Any) -> Tensor:
+        trace = self.trace
+        begin = trace.now()
+        dist.all_reduce(x, op=op, group=self.group)
+        if trace.recording:
+            trace.add("tp", begin, size=x.nbytes)
+            trace.add("wait tp", begin)
         return x
+
+    def _wait(self, work: dist.Work, watched: Any, size: int) -> None:
+        trace = self.trace
+        begin = trace.now()
+        work.wait()
+        if trace.recording:
+            trace.done("tp", watched, size)
+            trace.add("wait tp", begin)
 
     def _issue_gather(self, x: Tensor) -> Pending:
         """Concatenate the ranks' tokens: (B, S, D) -> (B, T, D)."""
         rows, tokens, width = x.shape
         parts = x.new_empty(self.size, rows, tokens, width)
         work = all_gather_flat(parts.view(-1), x.contiguous().view(-1), group=self.group, async_op=True)
+        watched = self.trace.watch("tp", work, parts.nbytes)
 
         def wait() -> Tensor:
-            work.wait()
+            self._wait(work, watched, parts.nbytes)
             return parts.transpose(0, 1).reshape(rows, -1, width)  # a view when B = 1
 
         return wait
@@ -86,9 +102,10 @@ class GroupTensorParallel:
         parts = x.view(rows, self.size, own, width).transpose(0, 1).contiguous()  # no copy when B = 1
         out = x.new_empty(rows, own, width)
         work = reduce_scatter_flat(out.view(-1), parts.view(-1), group=self.group, async_op=True)
+        watched = self.trace.watch("tp", work, parts.nbytes)
 
         def wait() -> Tensor:
-            work.wait()
+            self._wait(work, watched, parts.nbytes)
             return out
 
         return wait
@@ -96,9 +113,10 @@ class GroupTensorParallel:
     def _issue_sum(self, x: Tensor) -> Pending:
         """Sum over ranks, in place."""
         work = dist.all_reduce(x, group=self.group, async_op=True)
+        watched = self.trace.watch("tp", work, x.nbytes)
 
         def wait() -> Tensor:
-            work.wait()
+            self._wait(work, watched, x.nbytes)
             return x
 
         return wait

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import deepspeed
@@ -29,6 +30,7 @@ from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel import world
+from llama_ds.parallel.deepspeed_trace import collectives_recorded
 from llama_ds.parallel.grid import grid, tensor_parallel
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
@@ -79,10 +81,12 @@ def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device:
     if device.type == "cpu":
         keep_freed_memory()
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-    shared = shared_parts(run, tensor_parallel(layout, run.parallel.sequence_parallel), device.type, dtype)
+    trace = Trace(device)
+    tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
+    shared = shared_parts(run, tp, device.type, dtype)
+    shared = replace(shared, recomputing=partial(trace.around, "recompute"))
     loss = NextTokenLoss(shared.tp, run.optimizer.z_loss, shared.weight_gradients)
     policies = save_policies(run, layout, dtype.itemsize)
-    trace = Trace(device)
     # DeepSpeed prints its topology and seeds to stdout, which belongs to the run's own lines.
     with redirect_stdout(io.StringIO()):
         if layout.pp > 1:
@@ -236,23 +240,38 @@ class SingleStageEngine:
         _set_learning_rate(engine, lr)
         total = torch.zeros((), device=self.device)
         trace = self.trace
-        for i in range(self.accumulation):
-            trace.doing = f"forward of micro-batch {i}"
-            begin = trace.mark()
-            batch = next(batches)
-            trace.add("wait data", begin)
-            begin = trace.mark() if self._forward_waits else None
-            loss = engine(*_split(batch, self.device))
-            trace.doing = f"backward of micro-batch {i}, and the reduction in it"
-            if begin is None and (self._backward_waits or i == self.accumulation - 1):
-                begin = trace.mark()
-            engine.backward(loss)
-            trace.doing, trace.waits = "the optimizer's step", True
-            engine.step()
-            trace.waits = False
-            trace.add("with collectives", begin)
-            total += loss.detach()
+        step_begin = trace.now()
+        with collectives_recorded(trace):
+            for i in range(self.accumulation):
+                total += self._micro_batch(i, batches)
+        trace.end_step(step_begin)
         return StepResult(total / self.accumulation, engine.get_global_grad_norm())
+
+    def _micro_batch(self, i: int, batches: Iterator[Batch]) -> Tensor:
+        """Take the i-th micro-batch of a step forward and backward, and after the last the step; return its loss."""
+        engine, trace = self.deepspeed, self.trace
+        trace.doing = f"forward of micro-batch {i}"
+        begin = trace.mark()
+        batch = next(batches)
+        trace.add("wait data", begin)
+        held = trace.times.now() if trace.times.counting and self._forward_waits else None
+        begin = trace.now()
+        loss = engine(*_split(batch, self.device))
+        trace.add("F", begin, 0, i)
+        trace.doing = f"backward of micro-batch {i}, and the reduction in it"
+        if held is None and trace.times.counting and (self._backward_waits or i == self.accumulation - 1):
+            held = trace.times.now()
+        begin = trace.now()
+        engine.backward(loss)
+        trace.add("BW", begin, 0, i)
+        trace.doing, trace.waits = "the optimizer's step", True
+        begin = trace.now()
+        engine.step()
+        trace.add("optimizer", begin, 0, i)
+        trace.waits = False
+        if held is not None:
+            trace.times.add("with collectives", held)
+        return loss.detach()
 
     def read(self, result: StepResult) -> tuple[float, float]:
         return world.mean(result.loss, self.deepspeed.mpu.get_data_parallel_group()), float(result.norm)
@@ -299,7 +318,7 @@ class StockPipelinedEngine:
         _set_learning_rate(self.deepspeed, lr)
         begin = self.trace.now()
         loss = self.deepspeed.train_batch(self._split_all(batches))
-        self.trace.add("step", begin)
+        self.trace.end_step(begin)
         return StepResult(loss, self.deepspeed.get_global_grad_norm())
 
     def read(self, result: StepResult) -> tuple[float, float]:

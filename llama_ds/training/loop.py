@@ -27,7 +27,7 @@ from llama_ds.launch.wire import Phase
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.recompute import ELEMENT_BYTES, with_device_memory
-from llama_ds.parallel.scheduling import describe_trace
+from llama_ds.parallel.recording import Recording
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engine import Engine, StepResult, build_engine
 from llama_ds.training.feed import Feed
@@ -72,6 +72,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     feed = Feed(run, layout, data, range(first, last), engine, place, device)
     interruptions = Interruptions(run.checkpoint, device)
     stragglers = Stragglers(run, layout, place, progress.host, engine.trace, device, first)
+    recording = Recording(run, layout, engine.trace, place, progress.host, dtype, device)
     progress.doing = engine.trace.doing_now
     progress.enter(Phase.TRAINING, first)
 
@@ -83,24 +84,21 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
         for step in range(first, last):
             lr, done = learning_rate(step, run.optimizer, total), step + 1
             feed.before_step(step)
-            if done == run.logging.trace_step:
-                engine.trace.start()
+            recording.before_step(done)
             stragglers.before_step()
             result = engine.train_step(feed, lr)
             for line in stragglers.after_step(done):
                 report.note(line)
-            if engine.trace.recording:
-                folder = os.path.join(run.run_dir, "trace")
-                engine.trace.write(folder, place.rank, **describe_trace(run, layout, place.rank))
+            recorded = recording.after_step()
 
             wish = interruptions.after_step()
             ends = done == last or wish is Wish.END
             evaluates = bool(validation) and (done == last or _due(done, run.evaluation.interval))
-            saves = ends or wish is Wish.SAVE or _due(done, run.checkpoint.interval)
+            saves = run.checkpoint.save and (ends or wish is Wish.SAVE or _due(done, run.checkpoint.interval))
             if unread:
                 _report(run, engine, report, meter, progress, feed.wait_s, *unread)
             unread = (done, lr, result) if ends or _due(done, every) else None
-            if unread and (evaluates or saves or not defers):
+            if unread and (evaluates or saves or recorded or ends or not defers):
                 _report(run, engine, report, meter, progress, feed.wait_s, *unread)
                 unread = None
             if evaluates:
@@ -112,6 +110,8 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
                 checkpoints.save(engine.deepspeed, done, data.state.as_json())
                 report.consumed(done, data.order.consumed(done), run.data.seq_len)
                 meter.restart(done, feed.wait_s)
+            if recorded:
+                meter.restart(done, feed.wait_s)
             progress.enter(Phase.TRAINING, done)
             for line in checkpoints.news():
                 report.note(line)
@@ -119,6 +119,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
                 logger.info("ending at step %d of %d: %s", done, total, interruptions.reason or "asked on another rank")
                 break
     progress.enter(Phase.ENDING)
+    recording.close()
     checkpoints.close()
     for line in checkpoints.news():
         report.note(line)

@@ -37,6 +37,8 @@ def test_llama_65b_on_2048_ranks() -> None:
          "2 is for schedule interleaved or dualpipe_v; use 1" + COUNT),
         (2048, ["parallel.schedule=interleaved"], "parallel.schedule = interleaved: virtual_stages = 1 is one stage on "
          "each rank; use 2 or more, or schedule 1f1b" + COUNT),
+        (2048, ["logging.trace_step=1", "logging.profile_ranks=[0, 2048]"],
+         "logging.profile_ranks: 2048 is not one of the 2048 ranks; use 0 to 2047"),
     ],
 )  # fmt: skip
 def test_indivisible_numbers_are_told_with_those_that_would_do(world: int, overrides: list[str], rule: str) -> None:

@@ -203,6 +203,9 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
          "divide each by 0.9"),
         ("data.sources.1.name=code", "tiny.yaml: data.sources.1.name = 'code' is also source 0's"),
         ("data.sources.1.weight=0", "tiny.yaml: data.sources.1.weight = 0.0 is below 1e-06; leave the source out"),
+        ("logging.trace_steps=0", "tiny.yaml: logging.trace_steps = 0 is not positive"),
+        ("logging.profile_ranks=[1]", "tiny.yaml: logging.profile_ranks = [1] wants logging.trace_step, the "
+         "first step to record; set it, or leave out profile_ranks"),
         ("data.check_interval=0", "tiny.yaml: data.check_interval = 0 is not positive"),
         ("data.max_bad_shards=-1", "tiny.yaml: data.max_bad_shards = -1 is negative"),
         ("data.mixture=[{at_tokens: 10, weight: 1}]", "command line: data.mixture.0.weight is not a known key "

@@ -12,17 +12,25 @@ import pytest
 from launching import ROOT, TRAIN, deepspeed, environment, succeed
 from tiny_run import SEQ_LEN, Run
 
+from llama_ds.perf.trace.read import read_rank
+
 
 @pytest.mark.slow
 def test_recompute_does_not_wait_for_the_gradient(make_run: Callable[..., Run]) -> None:
     """The last layer of a stage runs its forward again before the wait for the gradient that it is for ends."""
     run = make_run("recomputed", {"parallel.pp": 2, "parallel.recompute": "full", "logging.trace_step": 2})
     succeed(deepspeed(2, TRAIN, run.file), run.log)
-    events = json.loads((run.dir / "trace" / "rank00000.json").read_text())["events"]
+    events = read_rank(run.dir / "trace" / "rank00000.json").events
     for micro_batch in range(4):
-        (again,) = [e for e in events if e["what"] == "recompute" and e["micro_batch"] == micro_batch]
-        (wait,) = [e for e in events if e["what"] == "wait grad" and e["micro_batch"] == micro_batch]
-        assert again["end"] <= wait["begin"] <= wait["end"]
+        (again,) = [e for e in events if e.what == "recompute" and e.micro_batch == micro_batch]
+        (wait,) = [e for e in events if e.what == "wait grad" and e.micro_batch == micro_batch]
+        assert again.end <= wait.begin <= wait.end
+    # The stage's other layer runs again within the backward: both are told from it.
+    backwards = [e for e in events if e.what == "BW"]
+    within = [
+        e for e in events if e.what == "recompute" and any(b.begin <= e.begin and e.end <= b.end for b in backwards)
+    ]
+    assert len(within) == 4
 
 
 @pytest.mark.slow
@@ -41,11 +49,11 @@ def test_traced_step_is_analysed(
     )
     assert done.returncode == 0, done.stderr
     (step,) = json.loads(done.stdout).values()
-    assert step["ranks"] == 2 * tp and 0 < step["compute"] < 1
-    recorded = json.loads((run.dir / "trace" / "rank00001.json").read_text())
-    forwards = [event for event in recorded["events"] if event["what"] == "F"]
+    assert step["ranks"] == 2 * tp and 0 < step["metrics"]["compute"] < 100
+    recorded = read_rank(run.dir / "trace" / "rank00001.json")
+    forwards = [event for event in recorded.events if event.what == "F"]
     assert len(forwards) == 4 * virtual_stages  # a global batch of 8 rows, 2 in a micro-batch
-    sent = [event["bytes"] for event in recorded["events"] if event["what"].startswith("send")]
+    sent = [event.size for event in recorded.events if event.what.startswith("send")]
     # One message for each, of hidden states alone, and of 1 / tp of them under sequence parallelism.
     assert sent == [2 * SEQ_LEN // tp * 32 * 4] * 4 * virtual_stages
     assert (tmp_path / "step.svg").read_text().startswith("<svg")

@@ -117,7 +117,7 @@ def test_messages_and_reductions_are_those_that_the_trainer_traces(real: Path, r
     for rank in found["ranks"]:
         events = json.loads((real / name / f"rank{rank['rank']:05d}.json").read_text())["events"]
         traced = {
-            kind: sorted(e["bytes"] for e in events if e["what"] in words)
+            kind: sorted(size for what, *_, size in events if what in words)
             for kind, words in {
                 "send": ("send activation", "send grad"),
                 "all_to_all": ("reduce",),

@@ -1,0 +1,1 @@
+"""Recorded steps: what ranks did and when, read, analysed, merged and drawn."""

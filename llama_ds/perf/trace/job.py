@@ -1,0 +1,78 @@
+"""The run that records steps of a run: the same training, in a folder of its own, which saves and evaluates nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llama_ds.config.layout import Layout
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError, did_you_mean
+
+DEFAULT_RANKS = "first,middle,last"
+_WORDS = ("first", "middle", "last", "all", "none")
+
+
+def choose_ranks(wanted: str, layout: Layout) -> list[int]:
+    """Return the ranks that `wanted` names, in order: words and numbers with commas between.
+
+    first, middle and last are pipeline stages, of which the rank with dp 0 and tp 0 is meant.
+
+    Raises:
+        UserError: neither a rank of the layout nor a word.
+    """
+    stages = {"first": 0, "middle": layout.pp // 2, "last": layout.pp - 1}
+    chosen: set[int] = set()
+    for word in map(str.strip, wanted.split(",")):
+        if word == "all":
+            chosen.update(range(layout.world))
+        elif word in stages:
+            chosen.add(layout.rank_at(stages[word], 0, 0))
+        elif word.isascii() and word.isdigit() and len(word) < 10:
+            if int(word) >= layout.world:
+                raise UserError(
+                    f"--ranks {word}: the layout has {layout.world} ranks, pp {layout.pp} x dp {layout.dp} x tp "
+                    f"{layout.tp}; use 0 to {layout.world - 1}"
+                )
+            chosen.add(int(word))
+        elif word != "none":
+            raise UserError(
+                f"--ranks {word!r} is not a rank{did_you_mean(word, _WORDS)}; use numbers from 0 to "
+                f"{layout.world - 1}, {', '.join(_WORDS)}, with commas between"
+            )
+    return sorted(chosen)
+
+
+def recording_overrides(run: RunConfig, folder: str, warmup: int, steps: int, ranks: list[int]) -> list[str]:
+    """Return the overrides with which `run` records `steps` steps after `warmup` into `folder`, and as many profiled.
+
+    Raises:
+        UserError: numbers that make no sense, or a run of fewer steps.
+    """
+    for name, value, least in (("--steps", steps, 1), ("--warmup", warmup, 0)):
+        if value < least:
+            raise UserError(f"command line: {name} {value} is fewer than {least}; use {least} or more")
+    last = warmup + steps * (2 if ranks else 1)
+    if run.training.steps < last:
+        raise UserError(
+            f"{run.path}: training.steps = {run.training.steps} is fewer than the {last} of --warmup {warmup}, --steps "
+            f"{steps}{' and as many for the profiler' if ranks else ''}; record fewer, or add training.steps={last}"
+        )
+    where = Path(os.path.abspath(folder))
+    return [
+        f"output_dir={where.parent}",
+        f"name={where.name}",
+        f"logging.trace_step={warmup + 1}",
+        f"logging.trace_steps={steps}",
+        f"logging.profile_ranks={ranks}",
+        "logging.interval=1",
+        "logging.straggler_interval=0",
+        "logging.tensorboard=false",
+        f"checkpoint.stop_at={last}",
+        "checkpoint.save=false",
+        "checkpoint.resume=never",
+        "checkpoint.start_from=''",
+        "checkpoint.rewind_to=0",
+        "evaluation.interval=0",
+        "evaluation.rows=0",
+    ]

@@ -1,0 +1,209 @@
+"""What torch's profiler saw on a rank: matrix products and their rate; on CUDA, kernels of computing and of
+communication, and what of the latter nothing covers.
+
+An operator's FLOPs come from the shapes of its inputs. Its time is its own on a CPU; on CUDA it is that of the kernels
+that it launched, found by the correlation of launch and kernel.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from llama_ds.model.flops import device_peak
+from llama_ds.parallel.trace_format import MARKER
+from llama_ds.perf.trace.spans import common, merged, total
+
+Profiled = dict[str, Any]  # an event of the profiler's file; ts and dur in microseconds
+
+# The two matrices among the inputs of an operator, by position.
+_PRODUCTS = {
+    "aten::mm": (0, 1),
+    "aten::addmm": (1, 2),
+    "aten::addmm_": (1, 2),
+    "aten::bmm": (0, 1),
+    "aten::baddbmm": (1, 2),
+    "aten::baddbmm_": (1, 2),
+}
+_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
+_COMMUNICATION = re.compile(r"nccl|rccl", re.IGNORECASE)
+_MEMORY = ("gpu_memcpy", "gpu_memset")
+_DTYPES = {"c10::BFloat16": "bf16", "c10::Half": "fp16", "float": "fp32"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The products of one shape: (batch, M, K) times (batch, K, N)."""
+
+    dtype: str
+    batch: int
+    m: int
+    k: int
+    n: int
+    count: int
+    seconds: float
+
+    @property
+    def flops(self) -> float:
+        """Of all of them; a multiply-add is two."""
+        return 2.0 * self.batch * self.m * self.k * self.n * self.count
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s."""
+        return self.flops / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Products:
+    """All matrix products of a rank."""
+
+    shapes: list[Shape]  # most time first
+    against: float  # FLOP/s that they are held against
+    peak: str  # whose, "" where no peak is known and it is the best shape's rate
+
+    @property
+    def flops(self) -> float:
+        """Of all of them."""
+        return sum(shape.flops for shape in self.shapes)
+
+    @property
+    def seconds(self) -> float:
+        """That they took."""
+        return sum(shape.seconds for shape in self.shapes)
+
+    @property
+    def efficiency(self) -> float | None:
+        """Their rate over what it is held against."""
+        return self.flops / self.seconds / self.against if self.seconds and self.against else None
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Kernels on a rank's device, in microseconds; of several at a time the union counts."""
+
+    span: float  # from the first to the last
+    busy: float
+    compute: float
+    communication: float
+    overlap: float  # communication while something computes
+    memory: float  # copies and fills
+
+    @property
+    def exposed_kernels(self) -> float:
+        """Share of the span in which there is communication and no computing."""
+        return (self.communication - self.overlap) / self.span
+
+    @property
+    def idle_kernels(self) -> float:
+        """Share of the span without any kernel."""
+        return 1 - self.busy / self.span
+
+
+def products(events: Sequence[Profiled], device: str) -> Products | None:
+    """Return the matrix products of a profile with shapes, None where it has none; `device` is its name."""
+    found = [
+        event
+        for event in events
+        if event.get("ph") == "X" and event.get("name") in _PRODUCTS and _sizes(event) is not None
+    ]
+    seconds = _on_device(events, found) if any(event.get("cat") == "kernel" for event in events) else None
+    taken: dict[tuple[str, int, int, int, int], list[float]] = defaultdict(list)
+    for i, event in enumerate(found):
+        batch, m, k, n = _sizes(event) or (0, 0, 0, 0)
+        time = seconds[i] if seconds else float(event.get("dur", 0)) / 1e6
+        taken[_dtype(event), batch, m, k, n].append(time)
+    if not taken:
+        return None
+    shapes = [Shape(*key, len(times), sum(times)) for key, times in taken.items()]
+    shapes.sort(key=lambda shape: -shape.seconds)
+    dtype = shapes[0].dtype
+    peak = device_peak(device, dtype)
+    best = max(2.0 * prod(key[1:]) / max(statistics.median(times), 1e-9) for key, times in taken.items())
+    return Products(shapes, peak or best, f"{device}, {dtype}" if peak else "")
+
+
+def devices(events: Iterable[Profiled]) -> Devices | None:
+    """Return the kernels of a profile, None where it has none, as on a CPU."""
+    spans: dict[str, list[tuple[float, float]]] = {"compute": [], "communication": [], "memory": []}
+    for event in events:
+        if event.get("cat") not in _DEVICE or event.get("ph") != "X":
+            continue
+        kind = "memory" if event["cat"] in _MEMORY else "compute"
+        kind = "communication" if _COMMUNICATION.match(str(event["name"])) else kind
+        begin = float(event["ts"])
+        spans[kind].append((begin, begin + float(event.get("dur", 0))))
+    every = merged(span for found in spans.values() for span in found)
+    if not every:
+        return None
+    compute, communication = merged(spans["compute"]), merged(spans["communication"])
+    return Devices(
+        span=every[-1][1] - every[0][0],
+        busy=total(every),
+        compute=total(compute),
+        communication=total(communication),
+        overlap=common(compute, communication),
+        memory=total(spans["memory"]),
+    )
+
+
+def monotonic_offset(events: Iterable[Profiled]) -> float | None:
+    """Return what to add to a profile's times to have the rank's monotonic clock, in microseconds.
+
+    A marker's name says when it was about to begin; of many the one that came soonest is believed. None: no marker.
+    """
+    found = [
+        int(name.removeprefix(MARKER)) / 1e3 - float(event["ts"])
+        for event in events
+        if event.get("cat") == "user_annotation" and (name := str(event.get("name", ""))).startswith(MARKER)
+    ]
+    return max(found, default=None)
+
+
+def _sizes(event: Profiled) -> tuple[int, int, int, int] | None:
+    """Return (batch, M, K, N) of an operator's inputs, None where the profile has no shapes."""
+    dims = event.get("args", {}).get("Input Dims")
+    first, second = _PRODUCTS[event["name"]]
+    if not dims or len(dims) <= second or not (dims[first] and dims[second]):
+        return None
+    a, b = dims[first], dims[second]
+    return (a[0] if len(a) == 3 else 1), a[-2], a[-1], b[-1]
+
+
+def _dtype(event: Profiled) -> str:
+    types = event["args"].get("Input type") or []
+    first = _PRODUCTS[event["name"]][0]
+    return _DTYPES.get(types[first], types[first]) if first < len(types) else "fp32"
+
+
+def _on_device(events: Sequence[Profiled], operators: Sequence[Profiled]) -> list[float]:
+    """Return the seconds of the kernels that each of `operators` launched."""
+    by_thread: dict[tuple[Any, Any], list[tuple[float, float, int]]] = defaultdict(list)
+    for i, event in enumerate(operators):
+        begin = float(event["ts"])
+        by_thread[event["pid"], event["tid"]].append((begin, begin + float(event.get("dur", 0)), i))
+    for found in by_thread.values():
+        found.sort()
+    operator_of: dict[int, int] = {}  # by correlation
+    for event in events:
+        correlation = event.get("args", {}).get("correlation") if event.get("cat") in _LAUNCHES else None
+        found = by_thread.get((event.get("pid"), event.get("tid")), [])
+        if correlation is None or not found:
+            continue
+        begin, end, i = found[bisect_right(found, (float(event["ts"]), float("inf"), 0)) - 1]
+        if begin <= float(event["ts"]) <= end:
+            operator_of[correlation] = i
+    seconds = [0.0] * len(operators)
+    for event in events:
+        if event.get("cat") == "kernel" and (i := operator_of.get(event["args"].get("correlation"), -1)) >= 0:
+            seconds[i] += float(event.get("dur", 0)) / 1e6
+    return seconds
+
+
+_LAUNCHES = ("cuda_runtime", "cuda_driver")

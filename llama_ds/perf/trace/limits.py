@@ -1,0 +1,57 @@
+"""Limits that a trace must keep, for CI: `bubble>20` fails where the bubble is more than 20 percent."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llama_ds.errors import UserError, did_you_mean
+
+_COMPARE = {">": operator.gt, "<": operator.lt, ">=": operator.ge, "<=": operator.le}
+_GRAMMAR = re.compile(r"\s*(\w+)\s*([<>]=?)\s*(-?\d+(?:\.\d+)?)\s*%?\s*")
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The condition under which a trace fails."""
+
+    metric: str
+    compare: str
+    percent: float
+
+    def broken(self, metrics: Mapping[str, float | None]) -> str | None:
+        """Return what is wrong with a trace in one line, None where nothing is.
+
+        Raises:
+            UserError: the trace says nothing of the metric.
+        """
+        value = metrics[self.metric]
+        if value is None:
+            raise UserError(
+                f"--fail-if {self.metric}: these traces do not tell it; {_WANTED.get(self.metric, 'ask for another')}"
+            )
+        if _COMPARE[self.compare](value, self.percent):
+            return f"{self.metric} is {value:.2f} percent: fails at {self.compare} {self.percent:g}"
+        return None
+
+
+_WANTED = {"gemm": "record with logging.profile_ranks, or train --ranks first"}
+
+
+def parse_limit(text: str, known: Mapping[str, str]) -> Limit:
+    """Read METRIC, an operator, and percent; `known` are the metrics.
+
+    Raises:
+        UserError: another text, or no such metric.
+    """
+    match = _GRAMMAR.fullmatch(text)
+    if not match:
+        raise UserError(f"--fail-if {text!r}: write METRIC, one of > < >= <=, and percent, as in --fail-if 'bubble>20'")
+    metric, compare, percent = match.groups()
+    if metric not in known:
+        raise UserError(
+            f"--fail-if {text!r}: {metric!r} is not a metric{did_you_mean(metric, known)}; use {', '.join(known)}"
+        )
+    return Limit(metric, compare, float(percent))

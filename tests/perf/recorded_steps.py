@@ -1,0 +1,68 @@
+"""Records of ranks small enough to add up by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llama_ds.parallel.trace_format import FORMAT, RANK_FILE
+from llama_ds.perf.trace.read import Clock, Event, Rank
+
+ABOUT: dict[str, Any] = {
+    "engine": "1f1b", "schedule": "1f1b", "pp": 2, "virtual_stages": 1, "extra_warmup": 0, "micro_batches": 1,
+    "device": "cpu", "dtype": "fp32", "first_step": 7, "measured_steps": 1,
+}  # fmt: skip
+
+
+def rank(number: int, *events: Event, world: int = 2, dp_rank: int = 0, pp_rank: int = -1, **about: Any) -> Rank:
+    """Return the record of a rank on `host<N>`, of its own pipeline stage where nothing else is said."""
+    stage = number if pp_rank < 0 else pp_rank
+    clock = Clock(((0.0, 0.0, 0.0),))
+    return Rank(number, world, f"host{number}", stage, dp_rank, 0, {**ABOUT, **about}, clock, list(events))
+
+
+def two_ranks() -> list[Rank]:
+    """One micro-batch there and back: messages take 30, the first rank's send holds it up for 5."""
+    return [
+        rank(
+            0,
+            Event("F", 0, 100, 0, 0),
+            Event("send activation", 100, 105, 1, 0, size=8),
+            Event("wait grad", 105, 460, 0, 0),
+            Event("BW", 460, 660, 0, 0),
+            Event("reduce", 640, 690),
+            Event("wait reduction", 660, 690),
+            Event("wait norm", 690, 692),
+            Event("optimizer", 692, 700),
+            Event("step", 0, 700),
+            Event("wait weights", 700, 720),  # after the step: of the record, not of the step
+        ),
+        rank(
+            1,
+            Event("wait activation", 0, 130, 1, 0),
+            Event("F", 130, 230, 1, 0),
+            Event("BW", 230, 430, 1, 0),
+            Event("send grad", 430, 430, 0, 0, size=8),
+            Event("reduce", 410, 450),
+            Event("wait reduction", 430, 450),
+            Event("wait norm", 450, 692),
+            Event("optimizer", 692, 700),
+            Event("step", 0, 700),
+        ),
+    ]
+
+
+def later(recorded: Rank, by: float) -> Rank:
+    """Return a record whose events came later."""
+    return replace(recorded, events=[e._replace(begin=e.begin + by, end=e.end + by) for e in recorded.events])
+
+
+def write(folder: Path, ranks: list[Rank]) -> None:
+    """Write the ranks' files as the trainer does."""
+    for recorded in ranks:
+        places = {key: getattr(recorded, key) for key in ("rank", "world", "host", "pp_rank", "dp_rank", "tp_rank")}
+        content = {"format": FORMAT, **places, **recorded.about, "clock": recorded.clock.points}
+        text = json.dumps({**content, "events": recorded.events})
+        (folder / RANK_FILE.format(recorded.rank)).write_text(text)

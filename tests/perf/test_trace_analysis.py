@@ -1,0 +1,161 @@
+"""Where recorded steps' time went, on steps small enough to add up by hand."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from recorded_steps import later, rank, two_ranks, write
+
+from llama_ds.perf.trace.analyse import Analysis, analyse
+from llama_ds.perf.trace.files import analyse_folder
+from llama_ds.perf.trace.kinds import COMMUNICATION, METRICS
+from llama_ds.perf.trace.picture import picture
+from llama_ds.perf.trace.read import Clock, Event, Rank
+from llama_ds.perf.trace.report import report, table
+
+WHOLE = 2 * 700  # microseconds of both ranks of `two_ranks`
+
+
+def share(found: Analysis, name: str) -> float:
+    """Return a metric as microseconds of the two ranks' whole time."""
+    value = found.metrics[name]
+    assert value is not None
+    return value / 100 * WHOLE
+
+
+def test_shares_add_up() -> None:
+    found = analyse(two_ranks())
+    assert (found.ranks, found.steps, found.step_ms) == (2, 1, 0.7)
+    assert share(found, "compute") == pytest.approx(600)
+    assert share(found, "optimizer") == pytest.approx(16)
+    assert share(found, "exposed_p2p") == pytest.approx(5 + 30 + 30)  # the send; each message from its sending on
+    assert share(found, "exposed_reduction") == pytest.approx(30 + 20)
+    assert share(found, "exposed_agreement") == pytest.approx(2 + 2)  # from when the last rank has come to it
+    # Until the first send, until the last stage has the gradient, until the first stage comes to the norm.
+    assert share(found, "bubble") == pytest.approx(100 + (430 - 105) + (690 - 450))
+    assert share(found, "other") == pytest.approx(0)
+    parts = ("compute", "recompute", "optimizer", "data", "bubble", "exposed", "other")
+    assert sum(found.metrics[part] or 0.0 for part in parts) == pytest.approx(100)
+    assert found.communication["p2p"]["under_way_ms"] == pytest.approx(0.03)  # a message of each rank
+    assert found.metrics["hidden_reduction"] == pytest.approx((1 - 50 / 90) * 100)
+    assert found.metrics.keys() == METRICS.keys()
+
+
+def test_message_that_came_while_its_receiver_computed_is_hidden() -> None:
+    """It is sent at 100, and the receiver, busy until then, takes it at 130 at once."""
+    first, last = two_ranks()
+    last.events[0] = Event("wait activation", 130, 130, 1, 0)
+    found = analyse([first, last])
+    assert share(found, "exposed_p2p") == pytest.approx(5 + 30)
+    assert found.communication["p2p"]["under_way_ms"] == pytest.approx(0.03)  # as long as the other of its size
+
+
+def test_waits_within_a_computation_are_not_computing() -> None:
+    """Tensor parallelism waits, and weights that are still on their way, lie within forwards and backwards."""
+    first, last = two_ranks()
+    first.events.extend([Event("tp", 10, 40), Event("wait tp", 20, 40), Event("wait weights", 50, 60)])
+    first.events.extend([Event("recompute", 470, 500), Event("wait tp", 480, 485)])
+    found = analyse([first, last])
+    assert share(found, "compute") == pytest.approx(600 - 20 - 10 - 30)
+    assert share(found, "exposed_tp") == pytest.approx(20 + 5)
+    assert share(found, "exposed_weights") == pytest.approx(10)
+    assert share(found, "recompute") == pytest.approx(30 - 5)
+    assert found.metrics["hidden_tp"] == pytest.approx((1 - 25 / 30) * 100)
+    assert found.metrics["hidden_weights"] is None  # nobody told how long they were under way
+
+
+def test_steps_are_averaged_and_those_under_the_profiler_left_out() -> None:
+    ranks = []
+    for recorded in two_ranks():
+        second, slowed = later(recorded, 1000), later(recorded, 2000)
+        slowed.events.append(Event("F", 2110, 2120, 0, 0))
+        about = {**recorded.about, "measured_steps": 2}
+        ranks.append(replace(recorded, about=about, events=[*recorded.events, *second.events, *slowed.events]))
+    found, single = analyse(ranks), analyse(two_ranks())
+    assert (found.steps, found.step_ms) == (2, 0.7)
+    assert found.metrics == pytest.approx(single.metrics, nan_ok=True)
+    assert found.communication["reduction"] == pytest.approx(single.communication["reduction"])
+
+
+def test_one_stage() -> None:
+    """pp = 1: DeepSpeed's collectives lie within forward, backward and its step; there is nobody to wait for."""
+    events = [
+        Event("step", 0, 1000),
+        *(Event("wait data", 0, 20), Event("F", 20, 220, 0, 0), Event("gather", 30, 60), Event("wait weights", 40, 60)),
+        *(Event("BW", 220, 620, 0, 0), Event("reduce", 500, 560), Event("wait reduction", 520, 560)),
+        *(Event("optimizer", 620, 980, 0, 0), Event("agree", 630, 640), Event("wait agreement", 630, 640)),
+    ]
+    found = analyse([rank(0, *events, world=1, pp=1)])
+    expected = {
+        "data": 2, "compute": 54, "exposed_weights": 2, "exposed_reduction": 4, "exposed_agreement": 1,
+        "optimizer": 35, "other": 2, "bubble": 0, "ideal_bubble": 0, "lost_schedule": 0,
+    }  # fmt: skip
+    assert {name: found.metrics[name] for name in expected} == pytest.approx(expected)
+    assert found.metrics["hidden_weights"] == pytest.approx(100 / 3)
+
+
+def test_lost_time_is_told_by_cause() -> None:
+    """Of stages that take 300 each one micro-batch makes a bubble of half the time; messages of 30 come on top."""
+    found = analyse(two_ranks())
+    assert found.metrics["ideal_bubble"] == pytest.approx(50)
+    assert found.metrics["lost_schedule"] == pytest.approx(300 / 700 * 100)
+    assert found.metrics["lost_imbalance"] == pytest.approx(0)
+    assert found.metrics["lost_messages"] == pytest.approx(60 / 700 * 100)
+    bubble, exposed = found.metrics["bubble"], found.metrics["exposed_p2p"]
+    assert bubble is not None and exposed is not None
+    lost = [found.metrics[f"lost_{cause}"] or 0.0 for cause in ("schedule", "imbalance", "messages", "rest")]
+    assert sum(lost) == pytest.approx(bubble + exposed)
+
+
+def test_slow_stage_and_slow_rank_are_named() -> None:
+    ranks = []
+    for dp_rank in range(3):
+        for recorded in two_ranks():
+            number = recorded.pp_rank * 3 + dp_rank
+            events = list(recorded.events)
+            if number == 4:  # its forward begins 60 earlier
+                events[:2] = [Event("wait activation", 0, 70, 1, 0), Event("F", 70, 230, 1, 0)]
+            ranks.append(rank(number, *events, world=6, dp_rank=dp_rank, pp_rank=recorded.pp_rank))
+    found = analyse(sorted(ranks, key=lambda r: r.rank))
+    assert (found.slowest[0].rank, found.slowest[0].place) == (4, "pp 1 dp 1 tp 0, host4")
+    assert found.metrics["slowest"] == pytest.approx(20)
+    assert found.stages == pytest.approx([0.3, 0.32])
+    assert found.metrics["imbalance"] == pytest.approx((0.32 / 0.31 - 1) * 100)
+    assert "rank 4 " in report(found)
+
+
+def test_clocks_are_aligned_along_the_line_between_their_two_comparisons(tmp_path: Path) -> None:
+    """The second rank's clock runs 1000 behind, and by 1 percent too fast."""
+    first, last = two_ranks()
+    skewed = [e._replace(begin=e.begin * 1.01 - 1000, end=e.end * 1.01 - 1000) for e in last.events]
+    points = ((-1000.0, 1000.0, 3.0), (10100.0 - 1000, 1000.0 - 100, 2.0))
+    write(tmp_path, [first, replace(last, events=skewed, clock=Clock(points))])
+    found = analyse_folder(tmp_path)
+    assert found.metrics == pytest.approx(analyse(two_ranks()).metrics, abs=1e-6)
+    assert found.clock_error_us == 3.0
+
+
+def test_picture_shows_the_first_step(tmp_path: Path) -> None:
+    drawing = ElementTree.fromstring(picture(two_ranks(), "a <step>"))
+    titles = [title.text for title in drawing.iter("{http://www.w3.org/2000/svg}title")]
+    assert "BW 0, 0.2 ms" in titles and sum("wait weights" in t for t in titles if t) == 0
+
+
+def test_two_thousand_ranks_are_read_in_few_lines() -> None:
+    def everyone() -> list[Rank]:
+        first, last = two_ranks()
+        return [
+            replace(r, rank=r.pp_rank * 1024 + dp, world=2048, dp_rank=dp) for r in (first, last) for dp in range(1024)
+        ]
+
+    text = report(analyse(everyone()))
+    assert len(text.splitlines()) < 40
+    assert picture(everyone(), "many").count('">rank ') == 2  # of one pipeline
+
+
+def test_table_has_a_column_for_each_kind() -> None:
+    text = table({"1f1b": analyse(two_ranks())})
+    assert all(kind in text for kind in COMMUNICATION) and "1f1b" in text

@@ -1,0 +1,74 @@
+"""What torch's profiler saw: a real trace of NCCL on an A100, judged by HolisticTraceAnalysis, and products by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_ds.perf.trace.kernels import devices, monotonic_offset, products
+from llama_ds.perf.trace.read import read_profile
+
+REAL = Path(__file__).parent / "data" / "nccl_kernels_a100.json.gz"
+
+
+def test_kernels_agree_with_holistic_trace_analysis() -> None:
+    """By what HTA 0.6.0 says of this file: get_temporal_breakdown, get_gpu_kernel_breakdown, get_comm_comp_overlap."""
+    found = devices(read_profile(REAL))
+    assert found
+    assert (found.span, found.span - found.busy, found.compute) == (215394, 141312, 36226)
+    assert found.busy - found.compute == 37856  # "non_compute_time"
+    alone, with_compute, with_memory = 29509, 483, 142
+    assert found.communication == alone + with_compute + with_memory
+    assert found.overlap == with_compute
+    assert found.memory == 8205 + 856 + 142  # alone, with computing, with communication
+    assert round(100 * found.overlap / found.communication, 2) == 1.60  # "comp_comm_overlap_pctg"
+    assert found.exposed_kernels == (alone + with_memory) / 215394
+
+
+def test_kernels_are_counted_to_the_product_that_launched_them() -> None:
+    """The products of that file and the kernels of each, found by eye; a split product has several."""
+    found = products(read_profile(REAL), "NVIDIA A100-SXM4-80GB")
+    assert found
+    taken = {(s.m, s.k, s.n): (s.count, round(s.seconds * 1e6)) for s in found.shapes}
+    assert taken == {
+        (4096, 100, 64): (1, 14),
+        (4096, 2798, 64): (1, 95),
+        (4096, 64, 2798): (1, 8 + 98),
+        (64, 4096, 2798): (1, 9 + 134),
+        (64, 4096, 100): (1, 23 + 13 + 10),
+    }
+    assert found.flops == 2 * (2 * 4096 * 100 * 64 + 3 * 4096 * 2798 * 64)
+    assert found.peak == "NVIDIA A100-SXM4-80GB, fp32"
+    assert found.efficiency == pytest.approx(found.flops / 404e-6 / 19.5e12)
+
+
+def operator(name: str, begin: float, length: float, *dims: list[int], dtype: str = "float") -> dict[str, Any]:
+    args = {"Input Dims": [*dims], "Input type": [dtype] * len(dims)}
+    return {"ph": "X", "cat": "cpu_op", "name": name, "pid": 9, "tid": 9, "ts": begin, "dur": length, "args": args}
+
+
+def test_products_of_a_cpu_are_held_against_the_best_of_them() -> None:
+    events = [
+        operator("aten::mm", 0, 10, [2, 3], [3, 5]),
+        operator("aten::addmm_", 20, 40, [2, 5], [2, 3], [3, 5]),
+        operator("aten::bmm", 70, 20, [4, 2, 3], [4, 3, 5]),
+        operator("aten::add", 100, 1, [2, 3], [2, 3]),
+    ]
+    found = products(events, "cpu")
+    assert found and not found.peak
+    assert found.flops == 2 * 2 * 3 * 5 * (1 + 1 + 4)
+    assert found.against == pytest.approx(4 * 60 / 20e-6)  # of the batch
+    assert found.efficiency == pytest.approx((360 / 70e-6) / (240 / 20e-6))
+    assert products([operator("aten::mm", 0, 10)], "cpu") is None  # without shapes there is nothing to say
+
+
+def test_markers_tie_a_profile_to_the_monotonic_clock() -> None:
+    """The profiler's clock reads 500 us where the other reads 2000; one marker was held up for 40 us before it."""
+    markers = [(2000, 500), (2100, 640), (2200, 700.5)]
+    events: list[dict[str, Any]] = [
+        {"ph": "X", "cat": "user_annotation", "name": f"llama_ds clock {at * 1000}", "ts": ts} for at, ts in markers
+    ]
+    assert monotonic_offset(events) == 1500
+    assert monotonic_offset([]) is None
