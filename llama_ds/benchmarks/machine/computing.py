@@ -1,17 +1,16 @@
 """How fast one rank computes: products, attention and pointwise kernels by the trainer's own functions, at many sizes.
 
-Rates are in the units of `perf/plan/curves.py`. Buffers are used in turns, so that nothing stays in a cache that would
-not in a step.
+Rates are in the units of `perf/plan/curves.py`. Caches are emptied before each call that is timed: what a step's other
+layers have used in between has done that too.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -48,13 +47,10 @@ class Sizes:
     seq_len: tuple[int, ...]
     tokens: tuple[int, ...]  # of the pointwise kernels
     hidden: int  # and their hidden size
-    cache_bytes: int  # buffers of a product together exceed this
-    seconds: float  # to spend on each, at least
+    cache_bytes: int  # more than the device's caches hold
 
 
-CPU = Sizes(
-    (32, 64, 128, 256, 512, 1024, 2048), (32, 64, 128), (128, 256, 512, 1024), (64, 512, 4096), 256, 8 << 20, 0.02
-)
+CPU = Sizes((32, 64, 128, 256, 512, 1024, 2048), (32, 64, 128), (128, 256, 512, 1024), (64, 512, 4096), 256, 64 << 20)
 CUDA = Sizes(
     (256, 512, 1024, 2048, 4096, 8192, 16384),
     (64, 128),
@@ -62,9 +58,8 @@ CUDA = Sizes(
     (512, 2048, 8192),
     4096,
     128 << 20,
-    0.02,
 )
-QUICK = Sizes((32, 128), (32,), (32, 64), (64, 256), 64, 1 << 20, 0.0)
+QUICK = Sizes((32, 128), (32,), (32, 64), (64, 256), 64, 1 << 20)
 
 
 @dataclass(frozen=True)
@@ -83,33 +78,32 @@ class Computing:
 
 
 class Clock:
-    """Times calls on a device."""
+    """Times calls on a device, on a CUDA device by its own events."""
 
-    def __init__(self, device: torch.device, seconds: float) -> None:
-        self.device, self._seconds = device, seconds
+    def __init__(self, device: torch.device, sizes: Sizes) -> None:
+        self.device = device
+        self._scratch = torch.zeros(sizes.cache_bytes, dtype=torch.uint8, device=device)
 
-    def time(self, call: Callable[[], object]) -> float:
-        """Return the seconds of a call: the median of three or more turns after one that is not counted."""
-        self._once(call)
-        found = [self._once(call) for _ in range(3)]
-        while sum(found) < self._seconds:
-            found.append(self._once(call))
-        return statistics.median(found)
+    def time(self, call: Callable[[], object], turns: int = 5) -> float:
+        """Return the seconds of a call: the median of so many turns after one that is not counted."""
+        return statistics.median([self._once(call) for _ in range(1 + turns)][1:])
 
     def _once(self, call: Callable[[], object]) -> float:
-        self._finish()
-        begin = time.perf_counter()
+        self._scratch.add_(1)
+        if self.device.type == "cpu":
+            begin = time.perf_counter()
+            call()
+            return time.perf_counter() - begin
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
         call()
-        self._finish()
-        return time.perf_counter() - begin
-
-    def _finish(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3
 
 
 def measure(run: RunConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype, say: Say) -> Computing:
-    """Return the rates of this rank's device, each the best of some passes over all sizes: others may disturb one.
+    """Return the rates of this rank's device, each the median of some passes over all sizes: others may disturb one.
 
     `run` says which attention backend is asked for.
     """
@@ -118,32 +112,32 @@ def measure(run: RunConfig, sizes: Sizes, device: torch.device, dtype: torch.dty
     ]
     products, attention, kernels, launch_us = zip(*passes, strict=True)
     rates = {
-        name: replace(first, gb_s=_best([getattr(one, name).gb_s for one in kernels]))
+        name: replace(first, gb_s=_median([getattr(one, name).gb_s for one in kernels]))
         for name, first in vars(kernels[0]).items()
     }
     return Computing(
-        replace(products[0], tflops=_best([p.tflops for p in products])),
+        replace(products[0], tflops=_median([p.tflops for p in products])),
         replace(
             attention[0],
-            forward_tflops=_best([a.forward_tflops for a in attention]),
-            backward_tflops=_best([a.backward_tflops for a in attention]),
+            forward_tflops=_median([a.forward_tflops for a in attention]),
+            backward_tflops=_median([a.backward_tflops for a in attention]),
         ),
         Kernels(**rates),
-        min(launch_us),
+        statistics.median(launch_us),
     )
 
 
 def _pass(
     run: RunConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype, say: Say
 ) -> tuple[Products, Attention, Kernels, float]:
-    products = measure_products(sizes, Clock(device, sizes.seconds), dtype, say)
-    clock = Clock(device, 10 * sizes.seconds)  # for fewer sizes
+    clock = Clock(device, sizes)
+    products = measure_products(sizes, clock, dtype, say)
     say("attention, pointwise kernels, the host's part")
     return (
         products,
         measure_attention(run, sizes, clock, dtype),
         measure_kernels(sizes, clock, dtype),
-        measure_host(run, clock, dtype),
+        measure_host(run, device, dtype),
     )
 
 
@@ -151,11 +145,11 @@ def _say(say: Say, before: str, text: str) -> None:
     say(before + text)
 
 
-def _best(values: Sequence[Any]) -> Any:
-    """Return the largest of each number of nested tuples."""
+def _median(values: Sequence[Any]) -> Any:
+    """Return the median of each number of nested tuples."""
     if isinstance(values[0], tuple):
-        return tuple(_best(column) for column in zip(*values, strict=True))
-    return max(values)
+        return tuple(_median(column) for column in zip(*values, strict=True))
+    return statistics.median(values)
 
 
 def measure_products(sizes: Sizes, clock: Clock, dtype: torch.dtype, say: Say = lambda text: None) -> Products:
@@ -165,21 +159,9 @@ def measure_products(sizes: Sizes, clock: Clock, dtype: torch.dtype, say: Say = 
     """
 
     def rate(m: int, n: int, k: int) -> float:
-        each = (m * k + n * k + m * n) * dtype.itemsize
-        shapes = ((m, k), (k, n), (m, n))
-        copies = [
-            [torch.randn(shape, device=clock.device).to(dtype) for shape in shapes]
-            for _ in range(min(64, 1 + sizes.cache_bytes // each))
-        ]
-        seconds = 0.0
-        for first, second in ((False, True), (False, False), (True, False)):
-            turns = cycle(copies)
-
-            def multiply(turns: Iterator[list[Tensor]] = turns, first: bool = first, second: bool = second) -> None:
-                a, b, out = next(turns)
-                torch.mm(a.view(k, m).t() if first else a, b.view(n, k).t() if second else b, out=out)
-
-            seconds += clock.time(multiply) / 3
+        a, b, out = (torch.randn(shape, device=clock.device).to(dtype) for shape in ((m, k), (k, n), (m, n)))
+        forms = ((a, b.view(n, k).t()), (a, b), (a.view(k, m).t(), b))
+        seconds = statistics.mean(clock.time(partial(torch.mm, x, y, out=out), turns=2) for x, y in forms)
         return 2.0 * m * n * k / seconds / 1e12
 
     planes = []
@@ -310,15 +292,15 @@ def _optimizer_call(parameters: int, device: torch.device) -> Callable[[], objec
     return step
 
 
-def measure_host(run: RunConfig, clock: Clock, dtype: torch.dtype) -> float:
+def measure_host(run: RunConfig, device: torch.device, dtype: torch.dtype) -> float:
     """Return the host's microseconds for each kernel of a layer: of one so small that nothing else counts."""
     model = replace(
         run.model, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16
     )
     tiny = replace(run, model=model, data=replace(run.data, seq_len=8, document_mask=False))
-    layer = WrittenOutLayer(shared_parts(tiny, SingleRank(), clock.device.type, dtype), 0).to(clock.device, dtype)
+    layer = WrittenOutLayer(shared_parts(tiny, SingleRank(), device.type, dtype), 0).to(device, dtype)
     layer.lay_weights_together()
-    x = torch.randn(1, 8, 32, device=clock.device).to(dtype).requires_grad_()
+    x = torch.randn(1, 8, 32, device=device).to(dtype).requires_grad_()
     grad = torch.randn_like(x)
 
     def both() -> None:
@@ -326,6 +308,12 @@ def measure_host(run: RunConfig, clock: Clock, dtype: torch.dtype) -> float:
         assert isinstance(output, Tensor)
         output.backward(grad)
 
-    for _ in range(20):
-        both()
-    return clock.time(both) * 1e6 / (OURS.kernels_forward + OURS.kernels_backward)
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        for _ in range(20):
+            both()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - begin) / 20)
+    return statistics.median(times) * 1e6 / (OURS.kernels_forward + OURS.kernels_backward)
