@@ -1,8 +1,9 @@
 """Fits the calibration's constants to measured runs, and says what the fit is worth on sources it has not seen.
 
 The measure is the mean of |log(predicted / measured)|, capped so that no single row rules, every source counting by the
-square root of its rows. The search goes along one constant at a time, in steps that shrink: constants are few, and
-stay within bounds that physics sets.
+square root of its rows. A constant of which the rows tell little stays near what one would say before seeing any: its
+distance from the prior value counts too. The search goes along one constant at a time, in steps that shrink: constants
+are few, and stay within bounds that physics sets.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "step_ms": (1, 60),
 }
 _CAP = 0.5
+_PRIOR = 0.01  # of a constant that is e times its prior value: as much as 1% more error on all rows
 
 # What one would say of a GPU before seeing any run: large products at 80% of the peak, copies at 85% of the bandwidth,
 # fused attention 30-50% forward and 25-35% backward (FlashAttention-2, arXiv 2307.08691, section 1).
@@ -71,6 +73,12 @@ def loss(rows: Sequence[Row], machines: dict[str, Hardware], fit: Calibration) -
     return total / norm
 
 
+def objective(rows: Sequence[Row], machines: dict[str, Hardware], fit: Calibration) -> float:
+    """Return what is minimized: the rows' errors, and how far the constants are from the prior ones."""
+    distance = sum(math.log(getattr(fit, name) / value) ** 2 for name, value in PRIORS.items())
+    return loss(rows, machines, fit) + _PRIOR * distance
+
+
 def fit(
     rows: Sequence[Row],
     machines: dict[str, Hardware],
@@ -80,7 +88,7 @@ def fit(
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
     """Return the calibration that fits `rows` best, starting from `start`."""
-    best, lowest = start, loss(rows, machines, start)
+    best, lowest = start, objective(rows, machines, start)
     step = 0.16
     for turn in range(rounds):
         moved = False
@@ -90,11 +98,11 @@ def fit(
                     low, high = BOUNDS[name]
                     value = min(high, max(low, getattr(best, name) * factor))
                     trial = changed(best, name, value)
-                    found = loss(rows, machines, trial) if value != getattr(best, name) else lowest
+                    found = objective(rows, machines, trial) if value != getattr(best, name) else lowest
                     if found >= lowest - 1e-6:
                         break
                     best, lowest, moved = trial, found, True
-        say(f"round {turn + 1}: mean |log error| {lowest:.4f}")
+        say(f"round {turn + 1}: mean |log error| {loss(rows, machines, best):.4f}, objective {lowest:.4f}")
         if not moved or turn % 2:
             step /= 2
     return best
