@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from llama_ds.config.reader import integer
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
+from llama_ds.config.text import save_text
 from llama_ds.errors import UserError, did_you_mean
 from llama_ds.perf.plan import cost as costs
 from llama_ds.perf.plan import hardware, tables
@@ -140,7 +141,7 @@ def run_search(args: argparse.Namespace) -> None:
     else:
         print(tables.search_table(found, cost))
     if args.html:
-        _save(args.html, page(f"{base.name} on {args.gpus:,} x {gpu.name}", found, cost))
+        save_text(args.html, page(f"{base.name} on {args.gpus:,} x {gpu.name}", found, cost))
     if args.write:
         run = replace(best.run, name=f"{base.name}_{args.gpus}x{gpu.name}".replace("-", "_"))
         for path in write(run, args.write):
@@ -203,7 +204,7 @@ def run_fit(args: argparse.Namespace) -> None:
     if not args.dry_run:
         for name, machine in machines.items():
             path = hardware.FOLDER / f"{name}.yaml"
-            _save(str(path), hardware.text(replace(machine, calibration=found)))
+            save_text(str(path), hardware.text(replace(machine, calibration=found)))
             print(f"wrote {path}", file=sys.stderr)
 
 
@@ -267,14 +268,6 @@ def _search_for_paper(size: str, gpu: hardware.Hardware) -> Found:
 
 def _rows(paths: Sequence[str]) -> list[Row]:
     return [row for path in paths for row in read_rows(path)]
-
-
-def _save(path: str, text: str) -> None:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; give another path") from None
 
 
 if __name__ == "__main__":

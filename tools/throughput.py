@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
+from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
 from llama_ds.launch.command import LAUNCHERS
 from llama_ds.launch.hostfile import parse_hostfile
@@ -244,14 +245,6 @@ def _timed(steps: dict[str, Step], repeats: int) -> dict[str, Timing]:
         return time_interleaved(steps, repeats, tick=bar.update)
 
 
-def _save(path: str, text: str) -> None:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; give another path") from None
-
-
 def _check_positive(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
@@ -388,7 +381,7 @@ def _draw(path: str | None, folder: str) -> None:
     from llama_ds.perf.trace.read import read
 
     if path:
-        _save(path, picture(read(folder), folder))
+        save_text(path, picture(read(folder), folder))
 
 
 def _judge(found: dict[str, Analysis], limits: list[Any]) -> int:
@@ -413,7 +406,7 @@ def gemm(args: argparse.Namespace) -> int:
     machine = describe.with_computing(machine, found, args.power_w)
     for rank, share in describe.slow_ranks(found):
         print(f"rank {rank} multiplies at {share:.0%} of the median rank's rate", file=sys.stderr)
-    _save(args.cluster, hardware.text(machine))
+    save_text(args.cluster, hardware.text(machine))
     _publish(args, found, describe.computing_table(machine))
     return 0
 
@@ -434,7 +427,7 @@ def comm(args: argparse.Namespace) -> int:
         args, {"what": "links", "operations": args.operations, "sizes": sizes, "seconds": args.seconds, "nic": args.nic}
     )
     machine = describe.with_links(machine, found)
-    _save(args.cluster, hardware.text(machine))
+    save_text(args.cluster, hardware.text(machine))
     _publish(args, found, describe.links_table(machine))
     return 0
 

@@ -1,9 +1,10 @@
-"""Text of run files and DeepSpeed files to plain data and back. The only importer of PyYAML."""
+"""Text of run files and DeepSpeed files to plain data and back, and into files. The only importer of PyYAML."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -41,6 +42,19 @@ for _tag, _pattern, _first in (
 ):
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
+
+
+def save_text(path: str, text: str) -> None:
+    """Write `text` to the file `path`, in folders that are made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; give another path") from None
 
 
 def read_yaml(path: str) -> dict[str, Any]:

@@ -71,11 +71,6 @@ class Computing:
     kernels: Kernels
     launch_us: float  # the host's time for a kernel
 
-    @property
-    def best_tflops(self) -> float:
-        """The fastest product's."""
-        return max(rate for plane in self.products.tflops for row in plane for rate in row)
-
 
 class Clock:
     """Times calls on a device, on a CUDA device by its own events."""
