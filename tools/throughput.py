@@ -164,7 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command = commands.add_parser("comm", help=words, description=words, epilog=EXAMPLES, formatter_class=formatter)
     command.add_argument("--operations", nargs="+", choices=OPERATIONS, help="(default: all)")
     command.add_argument("--min-bytes", type=int, default=1 << 12, help="smallest tensor (default: %(default)s)")
-    command.add_argument("--max-bytes", type=int, help="largest (default: 256 MiB on CUDA machines, else 16 MiB)")
+    command.add_argument("--max-bytes", type=int, help="largest (default: 256 MiB on CUDA, else 16)")
     command.add_argument("--seconds", type=float, default=0.3, help="for each size (default: %(default)s)")
     _machine(command)
     words = "what the planner predicts for layouts of a run beside what they take on the ranks of a hostfile"
@@ -413,19 +413,14 @@ def gemm(args: argparse.Namespace) -> int:
 
 def comm(args: argparse.Namespace) -> int:
     """Measure how fast ranks communicate; write it to the cluster's YAML."""
-    import torch
-
     from llama_ds.benchmarks.machine import describe
     from llama_ds.perf.plan import hardware
 
     machine = describe.begin(Path(args.cluster), Path(args.cluster).stem, _equal_slots(args))
-    most = args.max_bytes or (16 << 20 if machine.host_computes or not torch.cuda.is_available() else 256 << 20)
-    if not 4 <= args.min_bytes <= most:
-        raise UserError(f"command line: --min-bytes {args.min_bytes} is not 4 to --max-bytes {most}")
-    sizes = [args.min_bytes << i for i in range(0, 64, 2) if args.min_bytes << i <= most]
-    found = _on_ranks(
-        args, {"what": "links", "operations": args.operations, "sizes": sizes, "seconds": args.seconds, "nic": args.nic}
-    )
+    if args.min_bytes < 4 or (args.max_bytes or args.min_bytes) < args.min_bytes:
+        raise UserError(f"command line: --min-bytes {args.min_bytes} is not 4 to --max-bytes {args.max_bytes}")
+    names = ("operations", "min_bytes", "max_bytes", "seconds")
+    found = _on_ranks(args, {"what": "links", **{name: getattr(args, name) for name in names}})
     machine = describe.with_links(machine, found)
     save_text(args.cluster, hardware.text(machine))
     _publish(args, found, describe.links_table(machine))
