@@ -378,10 +378,10 @@ def _run_to_its_end(command: list[str], environment: dict[str, str]) -> int:
 
 def _draw(path: str | None, folder: str) -> None:
     from llama_ds.perf.trace.picture import picture
-    from llama_ds.perf.trace.read import read
+    from llama_ds.perf.trace.read import read, shown
 
     if path:
-        save_text(path, picture(read(folder), folder))
+        save_text(path, picture(read(folder, shown(folder)), folder))
 
 
 def _judge(found: dict[str, Analysis], limits: list[Any]) -> int:

@@ -13,7 +13,7 @@ from llama_ds.perf.trace.analyse import Analysis, analyse
 from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.kinds import COMMUNICATION, METRICS
 from llama_ds.perf.trace.picture import picture
-from llama_ds.perf.trace.read import Clock, Event, Rank
+from llama_ds.perf.trace.read import Clock, Event, Rank, read, shown
 from llama_ds.perf.trace.report import report, table
 
 WHOLE = 2 * 700  # microseconds of both ranks of `two_ranks`
@@ -144,16 +144,24 @@ def test_picture_shows_the_first_step(tmp_path: Path) -> None:
     assert "BW 0, 0.2 ms" in titles and sum("wait weights" in t for t in titles if t) == 0
 
 
-def test_two_thousand_ranks_are_read_in_few_lines() -> None:
-    def everyone() -> list[Rank]:
-        first, last = two_ranks()
-        return [
-            replace(r, rank=r.pp_rank * 1024 + dp, world=2048, dp_rank=dp) for r in (first, last) for dp in range(1024)
-        ]
+def many_ranks(dp: int) -> list[Rank]:
+    """Return the two ranks' records `dp` times."""
+    return [
+        replace(each, rank=each.pp_rank * dp + i, world=2 * dp, dp_rank=i) for each in two_ranks() for i in range(dp)
+    ]
 
-    text = report(analyse(everyone()))
-    assert len(text.splitlines()) < 40
-    assert picture(everyone(), "many").count('">rank ') == 2  # of one pipeline
+
+def test_two_thousand_ranks_are_read_in_few_lines() -> None:
+    assert len(report(analyse(many_ranks(1024))).splitlines()) < 40
+
+
+def test_of_many_ranks_one_pipeline_and_those_profiled_are_shown(tmp_path: Path) -> None:
+    write(tmp_path, many_ranks(32))
+    assert shown(tmp_path) == list(range(64))
+    write(tmp_path, many_ranks(40))
+    (tmp_path / "profile_rank00003.json.gz").write_bytes(b"")
+    assert shown(tmp_path) == [0, 3, 40]
+    assert [one.place for one in read(tmp_path, [0, 40])] == ["pp 0 dp 0 tp 0, host0", "pp 1 dp 0 tp 0, host1"]
 
 
 def test_table_has_a_column_for_each_kind() -> None:

@@ -1,4 +1,4 @@
-"""One trace of all ranks in Chrome's format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+"""One trace of many ranks in Chrome's format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
 
 A process is a rank. Its thread "schedule" holds what the rank recorded, "communication" what was under way, and below
 them lie the threads and streams of torch's profiler, where that ran. Arrows go from a send to the wait for it. Times
@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from llama_ds.parallel.trace_format import MERGED_FILE
 from llama_ds.perf.trace.kernels import monotonic_offset
 from llama_ds.perf.trace.kinds import MESSAGES, SENDS, UNDER_WAY
-from llama_ds.perf.trace.read import Event, Rank, profiles, rank_files, read, read_profile
+from llama_ds.perf.trace.read import Event, Rank, profiles, rank_files, read, read_profile, shown
 
 SCHEDULE, COMMUNICATION = 1, 10  # threads; communication that overlaps has threads of its own, up to PROFILER
 PROFILER = 100
@@ -37,20 +37,20 @@ class _Arrows:
 
 
 def merge(folder: str | Path) -> Path:
-    """Write the merged trace of a folder's ranks beside their files; return its path.
+    """Write the merged trace of the ranks that are shown (`read.shown`) beside their files; return its path.
 
     Raises:
         UserError: a file is missing, cut short, or of another recording.
     """
     where = next(iter(rank_files(folder).values())).parent
-    profiled = profiles(folder)
-    origin = min(step.begin for rank in read(folder) for step, _ in rank.steps()[:1])
+    profiled, ranks = profiles(folder), shown(folder)
+    origin = min(step.begin for rank in read(folder, ranks) for step, _ in rank.steps()[:1])
     arrows = _Arrows()
     path = where / MERGED_FILE
     partial = path.with_suffix(".partial")
     with gzip.open(partial, "wt", compresslevel=5) as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        _write(file, _everything(read(folder), profiled, origin, arrows))
+        _write(file, _everything(read(folder, ranks), profiled, origin, arrows))
         file.write("\n]}\n")
     partial.replace(path)
     return path

@@ -8,7 +8,6 @@ from xml.sax.saxutils import escape
 from llama_ds.perf.trace.kinds import COMPUTE, UNDER_WAY
 from llama_ds.perf.trace.read import Event, Rank
 
-MOST_RANKS = 64  # that are drawn
 _COLOURS = {
     "F": "#4e79a7",
     "BW": "#59a14f",
@@ -31,15 +30,8 @@ _UNDER_WAY = {"tp": "#86bcb6", "reduce": "#76b7b2", "gather": "#76b7b2", "agree"
 
 
 def picture(ranks: Iterable[Rank], title: str) -> str:
-    """Return the first recorded step, of at most MOST_RANKS ranks: all, or those with dp and tp 0, or the first."""
-    kept: list[Rank] = []
-    count = 0
-    for rank in ranks:
-        count += 1
-        if len(kept) < MOST_RANKS or rank.dp_rank == rank.tp_rank == 0:
-            kept.append(rank)
-    if count > MOST_RANKS:
-        kept = [rank for rank in kept if rank.dp_rank == rank.tp_rank == 0][:MOST_RANKS]
+    """Return the first recorded step of the ranks."""
+    kept = list(ranks)
     steps = [rank.steps()[0] for rank in kept]
     begin = min(step.begin for step, _ in steps)
     length = max(step.end for step, _ in steps) - begin

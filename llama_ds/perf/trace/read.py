@@ -10,7 +10,7 @@ import gzip
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -22,6 +22,7 @@ from llama_ds.schedules.schedule import NAMES, Schedule
 
 _PROFILE = re.compile(r"profile_rank(\d+)\.json\.gz")
 _RANK = re.compile(r"rank(\d+)\.json")
+MOST_SHOWN = 64  # ranks that are drawn, or merged into one trace
 _MOST_NAMED = 8
 
 
@@ -131,15 +132,30 @@ def rank_files(folder: str | Path) -> dict[int, Path]:
     return files
 
 
-def read(folder: str | Path) -> Iterator[Rank]:
-    """Yield what the ranks of a folder recorded, one after the other.
+def shown(folder: str | Path) -> list[int]:
+    """Return the ranks that people are shown: all, or of more than MOST_SHOWN one pipeline's and those profiled.
+
+    Raises:
+        UserError: as `rank_files` and `read_rank`.
+    """
+    files = rank_files(folder)
+    if len(files) <= MOST_SHOWN:
+        return list(files)
+    pp = read_rank(next(iter(files.values()))).about["pp"]
+    return sorted({stage * (len(files) // pp) for stage in range(pp)} | profiles(folder).keys())
+
+
+def read(folder: str | Path, only: Collection[int] | None = None) -> Iterator[Rank]:
+    """Yield what the ranks of a folder recorded, or `only` these, one after the other.
 
     Raises:
         UserError: as `rank_files` and `read_rank`, or a file of another recording.
     """
     files = rank_files(folder)
     first: Rank | None = None
-    for path in files.values():
+    for number, path in files.items():
+        if only is not None and number not in only:
+            continue
         rank = read_rank(path)
         first = first or rank
         for key in ("first_step", "measured_steps", "schedule", "pp", "micro_batches"):
