@@ -17,14 +17,15 @@ from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.merge import merge
 from tests import time_namespaces
 from tests.chrome_format import check_chrome_format
+from tests.hosts import Hosts, missing
 
 MICRO_BATCHES = 4  # 8 rows by 2
 MakeRun = Callable[..., Run]
 
 
-def train(made: Run, *arguments: object) -> Finished:
+def train(made: Run, *arguments: object, **variables: str) -> Finished:
     tool = [sys.executable, str(ROOT / "tools" / "throughput.py"), "train", str(made.file), *map(str, arguments)]
-    return run(tool, made.log)
+    return run(["env", *(f"{name}={value}" for name, value in variables.items()), *tool], made.log)
 
 
 def merged_events(path: Path) -> list[dict[str, Any]]:
@@ -85,6 +86,23 @@ def test_a_job_is_profiled(make_run: MakeRun, tmp_path: Path) -> None:
     ways = arrows(events)
     assert len(ways) == 2 * 2 * 2 * MICRO_BATCHES  # steps, tp ranks, there and back
     assert all(sent <= came for sent, came in ways)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_hosts_of_a_hostfile_are_profiled(make_run: MakeRun, tmp_path: Path) -> None:
+    made = make_run("profiled_hosts", {"parallel.pp": 2})
+    with Hosts(2, tmp_path / "hosts", subnet=92) as hosts:
+        hostfile = hosts.write_hostfile(tmp_path / "hostfile", 1, ["node1", "node2"])
+        sizes = ("--ranks", "none", "--steps", 1, "--warmup", 1, "--out", tmp_path / "profile")
+        done = train(made, *sizes, "--hostfile", hostfile, "--json", **hosts.environment)
+    assert done.code == 0, done.output[-4000:]
+    found = json.loads(done.output[done.output.index("\n{") :])
+    assert found["communication"]["p2p"]["under_way_ms"] > 0
+    events = merged_events(Path(found["trace"]))
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    assert names == {r: f"rank {r}: pp {r} dp 0 tp 0, node{r + 1}" for r in range(2)}
+    assert len(arrows(events)) == 2 * MICRO_BATCHES
 
 
 @pytest.mark.slow
