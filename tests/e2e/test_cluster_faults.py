@@ -26,7 +26,7 @@ LAYOUT = {
     "checkpoint.keep_last": 3,
 }
 ORPHAN_S = 6.0  # a host that vanishes is waited for longer than that, until its ranks have ended for certain
-LEARN_S = 3.0  # for the supervisor to see steps go by: from a few looks, two a second, it learns how long they take
+LEARN_S = 6.0  # for the supervisor to see steps go by: from a few looks, two a second, it learns how long they take
 DETECTED_S = 15.0  # within which a killed rank must be noticed, on a machine of two cores
 
 
