@@ -95,8 +95,9 @@ def test_the_planner_goes_by_what_was_measured() -> None:
     pair = Group(2)
     times = [operation(CPU, pair, 4000) for operation in (all_reduce, all_gather, reduce_scatter)]
     assert times == pytest.approx([40e-6, 20e-6, 24e-6])
-    assert message(CPU, 1, 4000) == pytest.approx((0.5 * 2e-6 + 0.5 * 8e-6, 0.0))  # every other one leaves its node
-    assert message(CPU, 2, 4000) == pytest.approx((8e-6, 0.0))
+    assert message(CPU, 1, 4000, 4) == pytest.approx((0.5 * 2e-6 + 0.5 * 8e-6, 0.0))  # every other one leaves its node
+    assert message(CPU, 2, 4000, 4) == pytest.approx((8e-6, 0.0))
+    assert message(CPU, 1, 4000, 2) == pytest.approx((2e-6, 0.0))  # the whole job is on one node
 
 
 def test_what_was_not_measured_is_calculated() -> None:
@@ -104,6 +105,22 @@ def test_what_was_not_measured_is_calculated() -> None:
     assert all_gather(CPU, four, 4000) == half(CPU, four, 4000)
     bare = replace(CPU, curves=None)
     assert gemm(bare, 64, 64, 64) != gemm(CPU, 64, 64, 64)
+
+
+def test_nodes_whose_network_is_not_known_are_not_planned_over() -> None:
+    within = replace(CURVES, collectives=CURVES.collectives[:4])
+    alone = replace(CPU, links=replace(CPU.links, network_gb_s=None), curves=within)
+    one_rank = ("parallel.pp=1", "parallel.tp=2")
+    assert planned(alone, 2, *one_rank).step == planned(CPU, 2, *one_rank).step
+    assert "between nodes            not known" in explain(planned(alone, 2, *one_rank))
+    for plan in (
+        lambda: planned(alone, 4),
+        lambda: search(load_run(str(REPO / "ds_configs/quickstart.yaml")), 4, alone, 1),
+    ):
+        with pytest.raises(
+            UserError, match=r"cpu: links.network_gb_s is not stated, and this is over more than one node of 2"
+        ):
+            plan()
 
 
 def test_a_run_in_fp32_is_planned_where_the_machine_is_described_for_it() -> None:

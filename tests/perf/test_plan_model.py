@@ -74,7 +74,7 @@ def test_collectives_take_what_ring_and_links_say() -> None:
     across = half(A100, Group(16, stride=8), size)
     share = A100.links.network_gb_s * 1e9 * A100.calibration.network / 8
     assert across == pytest.approx(15 / 16 * size / share, rel=0.05)
-    assert message(A100, 8, size)[0] == pytest.approx(size / share)
+    assert message(A100, 8, size, 16)[0] == pytest.approx(size / share)
 
 
 def test_all_reduce_is_near_what_nccl_measured_on_nvlink() -> None:

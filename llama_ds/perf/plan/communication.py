@@ -39,7 +39,7 @@ def bus_bandwidth(gpu: Hardware, group: Group) -> float:
     if here >= group.size:
         return within
     share = here / gpu.links.gpus_per_node
-    return min(within, gpu.links.network_gb_s * 1e9 * gpu.calibration.network * share)
+    return min(within, gpu.network * share)
 
 
 def ring_latency(gpu: Hardware, group: Group) -> float:
@@ -101,20 +101,20 @@ def _wire(gpu: Hardware, group: Group, size: float) -> float:
     return (group.size - 1) / group.size * size / bus_bandwidth(gpu, group)
 
 
-def message(gpu: Hardware, stride: int, size: float) -> tuple[float, float]:
-    """Return (time on the link, latency) of a message to the rank `stride` further, all ranks sending one.
+def message(gpu: Hardware, stride: int, size: float, ranks: int) -> tuple[float, float]:
+    """Return (time on the link, latency) of a message to the rank `stride` further, all of `ranks` sending one.
 
     Of messages that cross nodes, as many share the links as the node has ranks whose partner is elsewhere.
     """
     per_node = gpu.links.gpus_per_node
-    inside = max(0.0, 1 - stride / per_node)
+    inside = 1.0 if ranks <= per_node else max(0.0, 1 - stride / per_node)
     near = gpu.curves.collective(SEND, 2, 1) if gpu.curves else None
     far = gpu.curves.collective(SEND, 1, 2) if gpu.curves else None
     if (near or not inside) and (far or inside == 1) and (near or far):
         return sum(share * c.seconds(size) for share, c in ((inside, near), (1 - inside, far)) if c), 0.0
     link = gpu.links.nvlink_gb_s * 1e9
     crossing = min(per_node, stride)
-    outside = gpu.links.network_gb_s * 1e9 * gpu.calibration.network / crossing
+    outside = gpu.network / crossing if inside < 1 else link
     time = inside * size / link + (1 - inside) * size / min(link, outside)
     wait = inside * gpu.links.nvlink_latency_us + (1 - inside) * gpu.links.network_latency_us
     return time, wait * 1e-6

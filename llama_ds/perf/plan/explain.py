@@ -32,12 +32,15 @@ def explain(found: Estimate) -> str:
 
 def _machine(found: Estimate) -> list[tuple[str, str]]:
     gpu, fit, links = found.gpu, found.gpu.calibration, found.gpu.links
+    between = "not known"
+    if links.network_gb_s is not None:
+        between = f"{links.network_gb_s:.0f} GB/s a node, of which collectives reach {fit.network:.0%}"
     return [
         ("peak", f"{gpu.peak / 1e12:.4g} TFLOP/s {gpu.dtype} dense ({_peak_source(gpu)})"),
         *_computing(gpu),
         ("host", f"{fit.launch_us:.1f} us a kernel, {fit.step_ms:.1f} ms a step"),
         ("within a node", f"{links.nvlink_gb_s:.0f} GB/s of a ring's bus bandwidth among {links.gpus_per_node} GPUs"),
-        ("between nodes", f"{links.network_gb_s:.0f} GB/s a node, of which collectives reach {fit.network:.0%}"),
+        ("between nodes", between),
         ("calibration", fit.sources or "not stated"),
     ]
 

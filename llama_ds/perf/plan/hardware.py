@@ -28,8 +28,8 @@ class Links:
     nvlink_gb_s: float  # bus bandwidth of a large all-reduce within a node, GB/s (nccl-tests' busbw)
     nvlink_latency_us: float  # of a collective of two ranks within a node
     nvlink_hop_us: float  # more for each hop of its ring
-    network_gb_s: float  # a node's links to the others together, one direction, GB/s
-    network_latency_us: float  # of a message, or a hop of a ring, between nodes
+    network_gb_s: float | None = None  # a node's links to the others together, one direction, GB/s; None: not known
+    network_latency_us: float = 10.0  # of a message, or a hop of a ring, between nodes
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,20 @@ class Hardware:
     @property
     def memory_bytes(self) -> int:
         return int(self.memory_gib * GIB)
+
+    @property
+    def network(self) -> float:
+        """Bytes a second that collectives reach on a node's links to the others.
+
+        Raises:
+            UserError: they are not known.
+        """
+        if self.links.network_gb_s is None:
+            raise UserError(
+                f"{self.name}: links.network_gb_s is not stated, and this is over more than one node of "
+                f"{self.links.gpus_per_node}; run tools/throughput.py comm on two hosts or more, or state it"
+            )
+        return self.links.network_gb_s * 1e9 * self.calibration.network
 
     def with_links(self, nvlink_gb_s: float | None, network_gb_s: float | None) -> Hardware:
         """Return the machine with other links, where given."""

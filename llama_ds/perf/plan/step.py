@@ -125,7 +125,7 @@ def stage_message(gpu: Hardware, job: Job) -> tuple[float, float]:
         return 0.0, 0.0
     size = float(job.program.element_bytes) * job.tokens * job.model.hidden_size
     split = job.sequence_parallel or job.program.name.startswith("megatron")
-    transfer, wait = message(gpu, job.tp * job.dp, size / job.tp if split else size)
+    transfer, wait = message(gpu, job.tp * job.dp, size / job.tp if split else size, job.ranks)
     if split and not job.sequence_parallel:
         transfer += all_gather(gpu, Group(job.tp), size)
     return transfer, wait
