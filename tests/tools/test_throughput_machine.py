@@ -61,8 +61,10 @@ def test_what_ranks_measured_is_what_the_planner_goes_by(cluster: Path) -> None:
     # Bandwidth as nccl-tests prints it: of two ranks' all-reduce, bytes over time.
     curve = machine.curves.collective("all_reduce", 2, 1)
     assert curve and machine.links.nvlink_gb_s == pytest.approx(curve.bytes[-1] / curve.us[-1] / 1e3, rel=1e-3)
-    wanted = ("--gpus", 4, "--gpu", cluster, "deepspeed.bf16.enabled=false", "--explain")
-    done = run("plan.py", "estimate", "ds_configs/quickstart.yaml", *wanted)
+    wanted = ("estimate", "ds_configs/quickstart.yaml", "--gpu", cluster, "deepspeed.bf16.enabled=false", "--explain")
+    done = run("plan.py", *wanted, "--gpus", 4)
+    assert done.returncode == 2 and "here: links.network_gb_s is not stated" in done.stderr
+    done = run("plan.py", *wanted, "--gpus", 2, "parallel.pp=1")
     assert done.returncode == 0, done.stderr
     assert "measured, 8 sizes from 32 to 128" in done.stdout and "4 curves among 1 kinds of groups" in done.stdout
 
