@@ -14,6 +14,7 @@ Everywhere rank r belongs on host r // slots, hosts in the order of the hostfile
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -133,6 +134,16 @@ def inherited(environ: Mapping[str, str], launcher: str) -> dict[str, str]:
             _check_commas(launcher, name, value)
         kept[name] = value
     return kept
+
+
+def runner_environment(command: Command, environ: Mapping[str, str], launcher: str) -> dict[str, str]:
+    """Return the whole environment to start `command` in, from a process that has `environ`.
+
+    DeepSpeed looks for mpirun on the path; the wheel's stands beside the interpreter.
+    """
+    environment = inherited(environ, launcher) | command.environment
+    environment["PATH"] = f"{os.path.dirname(command.argv[0])}:{environment.get('PATH', os.defpath)}"
+    return environment
 
 
 def runner_command(command: Command) -> str:

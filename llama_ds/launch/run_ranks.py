@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llama_ds.launch.command import build, inherited
+from llama_ds.launch.command import build, runner_environment
 from llama_ds.launch.hostfile import write_hostfile
 from llama_ds.launch.meeting import arrange
 
@@ -52,8 +52,7 @@ def run_ranks(
         ssh_port=ssh_port,
     )
     Path(paths["environment"]).write_text(command.env_text, encoding="utf-8")
-    environment = inherited(os.environ, launcher) | command.environment
-    environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment.get('PATH', os.defpath)}"
+    environment = runner_environment(command, os.environ, launcher)
     done = subprocess.run(
         command.argv, env=environment, cwd=command.working_folder, stdin=subprocess.DEVNULL, stdout=sys.stderr
     )

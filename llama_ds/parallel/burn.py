@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from llama_ds.launch.attendance import interface_towards
-from llama_ds.parallel.world import on_cuda
+from llama_ds.parallel.world import finish, on_cuda
 
 GROUP_S = 20.0  # for a group to come together, and for each of its all-reduces
 REPEATS = 5
@@ -66,12 +66,12 @@ def multiply(device: torch.device, seconds: float) -> float:
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     for _ in range(3):
         a @ b
-    _finish(device)
+    finish(device)
     begin, count = time.perf_counter(), 0
     while time.perf_counter() - begin < seconds:
         for _ in range(10):
             a @ b
-        _finish(device)
+        finish(device)
         count += 10
     return 2 * size**3 * count / (time.perf_counter() - begin) / 1e12
 
@@ -95,12 +95,7 @@ def all_reduce(group: dict[str, Any], slot: int, device: torch.device) -> float:
         dist.barrier()
         begin = time.perf_counter()
         dist.all_reduce(data)
-        _finish(device)
+        finish(device)
         times.append(time.perf_counter() - begin)
     median = sorted(times)[REPEATS // 2]
     return 2 * (group["size"] - 1) / group["size"] * elements * 4 / median / 1e9
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -160,14 +160,9 @@ def _repeated(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _mean(call: Callable[[], object], count: int, device: torch.device) -> float:
-    _finish(device)
+    world.finish(device)
     begin = time.perf_counter()
     for _ in range(count):
         call()
-    _finish(device)
+    world.finish(device)
     return (time.perf_counter() - begin) / count
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

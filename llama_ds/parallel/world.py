@@ -157,6 +157,12 @@ def device_memory(where: torch.device) -> int:
     return free // int(_first_set((*_LOCAL_SIZES, "WORLD_SIZE")) or 1)
 
 
+def finish(where: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
 def computes_bf16(where: torch.device) -> bool:
     """Tell whether the device multiplies bf16 natively; emulated, it is several times slower than fp32."""
     if where.type == "cuda":

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,8 @@ from llama_ds.model.pointwise import (
 )
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.written_out import WrittenOutLayer
-from llama_ds.perf.plan.curves import Attention, Kernels, Products, Rate
+from llama_ds.parallel import world
+from llama_ds.perf.plan.curves import Attention, Kernels, Products, Rate, medians
 from llama_ds.perf.plan.program import OURS, OURS_FP32
 
 Say = Callable[[str], None]
@@ -97,57 +98,25 @@ class Clock:
         return first.elapsed_time(last) / 1e3
 
 
-def measure(run: RunConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype, say: Say) -> Computing:
-    """Return the rates of this rank's device, each the median of some passes over all sizes: others may disturb one.
+def measure(run: RunConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype, say: Say) -> dict[str, Any]:
+    """Return what `Computing` has of this rank's device, each number the median of some passes: others may disturb one.
 
     `run` says which attention backend is asked for.
     """
-    passes = [
-        _pass(run, sizes, device, dtype, partial(_say, say, f"pass {i + 1} of {PASSES}: ")) for i in range(PASSES)
-    ]
-    products, attention, kernels, launch_us = zip(*passes, strict=True)
-    rates = {
-        name: replace(first, gb_s=_median([getattr(one, name).gb_s for one in kernels]))
-        for name, first in vars(kernels[0]).items()
-    }
-    return Computing(
-        replace(products[0], tflops=_median([p.tflops for p in products])),
-        replace(
-            attention[0],
-            forward_tflops=_median([a.forward_tflops for a in attention]),
-            backward_tflops=_median([a.backward_tflops for a in attention]),
-        ),
-        Kernels(**rates),
-        statistics.median(launch_us),
-    )
+    clock, passes = Clock(device, sizes), []
+    for number in range(1, PASSES + 1):
+
+        def told(text: str, number: int = number) -> None:
+            say(f"pass {number} of {PASSES}: {text}")
+
+        products = measure_products(sizes, clock, dtype, told)
+        told("attention, pointwise kernels, the host's part")
+        attention, kernels = measure_attention(run, sizes, clock, dtype), measure_kernels(sizes, clock, dtype)
+        passes.append(asdict(Computing(products, attention, kernels, measure_host(run, device, dtype))))
+    return medians(passes)
 
 
-def _pass(
-    run: RunConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype, say: Say
-) -> tuple[Products, Attention, Kernels, float]:
-    clock = Clock(device, sizes)
-    products = measure_products(sizes, clock, dtype, say)
-    say("attention, pointwise kernels, the host's part")
-    return (
-        products,
-        measure_attention(run, sizes, clock, dtype),
-        measure_kernels(sizes, clock, dtype),
-        measure_host(run, device, dtype),
-    )
-
-
-def _say(say: Say, before: str, text: str) -> None:
-    say(before + text)
-
-
-def _median(values: Sequence[Any]) -> Any:
-    """Return the median of each number of nested tuples."""
-    if isinstance(values[0], tuple):
-        return tuple(_median(column) for column in zip(*values, strict=True))
-    return statistics.median(values)
-
-
-def measure_products(sizes: Sizes, clock: Clock, dtype: torch.dtype, say: Say = lambda text: None) -> Products:
+def measure_products(sizes: Sizes, clock: Clock, dtype: torch.dtype, say: Say) -> Products:
     """Return the rates of products (M, K) (K, N): the mean over the three forms that a step has.
 
     x W^T, dy W and dy^T x read their factors as they lie, or transposed.
@@ -308,7 +277,6 @@ def measure_host(run: RunConfig, device: torch.device, dtype: torch.dtype) -> fl
         begin = time.perf_counter()
         for _ in range(20):
             both()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        world.finish(device)
         times.append((time.perf_counter() - begin) / 20)
     return statistics.median(times) * 1e6 / (OURS.kernels_forward + OURS.kernels_backward)

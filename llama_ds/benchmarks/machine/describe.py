@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llama_ds.model.flops import device_peak
 from llama_ds.perf.plan import hardware
-from llama_ds.perf.plan.curves import ALL_REDUCE, SEND, Attention, Collective, Curves, Kernels, Products, Rate
+from llama_ds.perf.plan.curves import ALL_REDUCE, SEND, Attention, Collective, Curves, Kernels, Products, Rate, medians
 from llama_ds.perf.plan.hardware import Calibration, Hardware, Links
 
 GIB = 2**30
@@ -35,20 +34,19 @@ def begin(path: Path, name: str, slots: int) -> Hardware:
 
 def with_computing(machine: Hardware, found: dict[str, Any], power_w: float | None) -> Hardware:
     """Return the machine with the rates that its ranks measured, the median rank's."""
-    ranks = list(found["ranks"].values())
-    products = _middle(Products, [rank["products"] for rank in ranks])
-    kernels = {name: _middle(Rate, [rank["kernels"][name] for rank in ranks]) for name in ranks[0]["kernels"]}
-    measured = Curves(products, _middle(Attention, [rank["attention"] for rank in ranks]), Kernels(**kernels))
+    middle = _short(medians(list(found["ranks"].values())))
+    products = Products(**middle["products"])
+    kernels = {name: Rate(**rate) for name, rate in middle["kernels"].items()}
+    measured = Curves(products, Attention(**middle["attention"]), Kernels(**kernels))
     known = device_peak(found["device"], found["dtype"])
     best = max(rate for plane in products.tflops for row in plane for rate in row)
-    launch = statistics.median(rank["launch_us"] for rank in ranks)
     return replace(
         machine,
         device=found["device"],
         memory_gib=_short(found["memory_bytes"] / GIB),
         bandwidth_gb_s=max(kernels["optimizer"].gb_s),
         power_w=power_w or machine.power_w,
-        calibration=replace(machine.calibration, launch_us=_short(launch)),
+        calibration=replace(machine.calibration, launch_us=middle["launch_us"]),
         dtype=found["dtype"],
         peak_tflops=None if known else best,
         at_once=found["at_once"] if found["at_once"] < machine.links.gpus_per_node else None,
@@ -134,21 +132,14 @@ def links_table(machine: Hardware) -> str:
     return "\n".join(lines)
 
 
-def _middle(kind: Any, ranks: Sequence[dict[str, Any]]) -> Any:
-    """Return a curve with the median over ranks of each number; sizes are the same on all."""
-    return kind(**{name: _medians([rank[name] for rank in ranks]) for name in ranks[0]})
-
-
-def _medians(values: Sequence[Any]) -> Any:
-    if isinstance(values[0], list | tuple):
-        return tuple(_medians(column) for column in zip(*values, strict=True))
-    return values[0] if isinstance(values[0], int) else _short(statistics.median(values))
-
-
 def _us(seconds: float) -> float:
     return _short(seconds * 1e6)
 
 
-def _short(value: float) -> float:
-    """Return the value with four digits: more are not measured."""
-    return float(f"{value:.4g}")
+def _short(value: Any) -> Any:
+    """Return a number, or each in nested data, with four digits: more are not measured. Whole numbers stay."""
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(_short, value))
+    return value if isinstance(value, int) else float(f"{value:.4g}")

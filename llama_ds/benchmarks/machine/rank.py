@@ -58,7 +58,7 @@ def measure_computing(asked: dict[str, Any], place: world.Place, device: torch.d
     run, own = load_run(asked["run"]), None
     world.barrier()
     if place.local_rank < at_once:
-        own = asdict(computing.measure(run, sizes, device, DTYPES[dtype], logger.info))
+        own = computing.measure(run, sizes, device, DTYPES[dtype], logger.info)
     found = [one for one in world.gather_at_first((place.rank, own)) if one[1]]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),

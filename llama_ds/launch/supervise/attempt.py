@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llama_ds.launch.command import Command, inherited
+from llama_ds.launch.command import Command, runner_environment
 from llama_ds.launch.job import Job
 from llama_ds.launch.supervise import hang, processes
 from llama_ds.launch.supervise.events import Events
@@ -101,9 +100,7 @@ class Attempt:
         return outcome
 
     def _start(self) -> subprocess.Popen[bytes]:
-        environment = inherited(os.environ, self.job.launcher) | self._command.environment
-        # DeepSpeed looks for mpirun on the path; the wheel's stands beside this interpreter.
-        environment["PATH"] = f"{os.path.dirname(sys.executable)}:{environment.get('PATH', os.defpath)}"
+        environment = runner_environment(self._command, os.environ, self.job.launcher)
         with open(self.job.launcher_log, "wb") as log:
             return subprocess.Popen(
                 self._command.argv,

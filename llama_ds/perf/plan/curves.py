@@ -7,9 +7,11 @@ stays that of the end. `tools/throughput.py gemm` and `comm` measure; `compute.p
 from __future__ import annotations
 
 import math
+import statistics
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND = "all_reduce", "all_gather", "reduce_scatter", "send"
 OPERATIONS = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND)
@@ -116,6 +118,16 @@ def bus_share(operation: str, ranks: int) -> float:
     if operation == SEND:
         return 1.0
     return (2.0 if operation == ALL_REDUCE else 1.0) * (ranks - 1) / ranks
+
+
+def medians(found: Sequence[Any]) -> Any:
+    """Return the median of each number of measurements of one shape; whole numbers are sizes, the same in all."""
+    first = found[0]
+    if isinstance(first, dict):
+        return {key: medians([one[key] for one in found]) for key in first}
+    if isinstance(first, list | tuple):
+        return tuple(medians(column) for column in zip(*found, strict=True))
+    return first if isinstance(first, int) else statistics.median(found)
 
 
 def _between(sizes: Sequence[float], size: float) -> tuple[int, float]:

@@ -18,7 +18,7 @@ def analyse_folder(folder: str | Path) -> Analysis:
     files = rank_files(folder)
     found: dict[int, Products] = {}
     kernels: dict[int, Devices] = {}
-    for rank, path in profiles(folder).items():
+    for rank, path in profiles(next(iter(files.values())).parent).items():
         if rank not in files:
             continue
         events = read_profile(path)

@@ -43,7 +43,7 @@ def merge(folder: str | Path) -> Path:
         UserError: a file is missing, cut short, or of another recording.
     """
     where = next(iter(rank_files(folder).values())).parent
-    profiled, ranks = profiles(folder), shown(folder)
+    profiled, ranks = profiles(where), shown(folder)
     origin = min(step.begin for rank in read(folder, ranks) for step, _ in rank.steps()[:1])
     arrows = _Arrows()
     path = where / MERGED_FILE

@@ -141,8 +141,9 @@ def shown(folder: str | Path) -> list[int]:
     files = rank_files(folder)
     if len(files) <= MOST_SHOWN:
         return list(files)
-    pp = read_rank(next(iter(files.values()))).about["pp"]
-    return sorted({stage * (len(files) // pp) for stage in range(pp)} | profiles(folder).keys())
+    first = next(iter(files.values()))
+    pp = read_rank(first).about["pp"]
+    return sorted({stage * (len(files) // pp) for stage in range(pp)} | profiles(first.parent).keys())
 
 
 def read(folder: str | Path, only: Collection[int] | None = None) -> Iterator[Rank]:
@@ -197,9 +198,8 @@ def read_rank(path: Path) -> Rank:
     return found
 
 
-def profiles(folder: str | Path) -> dict[int, Path]:
-    """Return the files of torch's profiler that the ranks of a folder left, by rank."""
-    where = next(iter(rank_files(folder).values())).parent
+def profiles(where: Path) -> dict[int, Path]:
+    """Return the files of torch's profiler beside the ranks' files in `where`, by rank."""
     return {int(match[1]): path for path in sorted(where.iterdir()) if (match := _PROFILE.fullmatch(path.name))}
 
 
