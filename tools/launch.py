@@ -24,7 +24,7 @@ from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.launch.command import LAUNCHERS, runner_command
+from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
 from llama_ds.launch.hostfile import parse_hostfile, select
 from llama_ds.launch.job import VARIABLE, Job, new_folder
 from llama_ds.launch.meeting import Meeting
@@ -40,8 +40,6 @@ EXAMPLES = """examples:
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --supervise --spares hostfiles/spares
   tools/launch.py ds_configs/quickstart.yaml training.steps=20 --hostfile hostfiles/local parallel.pp=1
 """
-FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "OMPI_ALLOW_", "HF_HUB_OFFLINE", "CUDA_DEVICE_MAX_CONNECTIONS")
-FORWARDED_NAMES = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,7 +149,7 @@ def hosts_of(args: argparse.Namespace) -> dict[str, int]:
 
 def start_of(args: argparse.Namespace) -> Start:
     """Return how ranks are started."""
-    exports = {k: v for k, v in os.environ.items() if k.startswith(FORWARDED) or k in FORWARDED_NAMES}
+    exports = exported_to_ranks(os.environ)
     for pair in args.export:
         name, equals, value = pair.partition("=")
         if not equals:

@@ -23,7 +23,7 @@ from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
-from llama_ds.launch.command import LAUNCHERS
+from llama_ds.launch.command import LAUNCHERS, exported_to_ranks
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.perf.plan.curves import OPERATIONS
 from llama_ds.perf.trace.job import DEFAULT_RANKS
@@ -461,12 +461,8 @@ def _on_ranks(args: argparse.Namespace, asked: dict[str, Any]) -> dict[str, Any]
     hosts, slots = parse_hostfile(args.hostfile), _equal_slots(args)
     beside = Path(args.cluster).resolve().parent
     beside.mkdir(parents=True, exist_ok=True)
-    exports = {
-        name: value for name, value in os.environ.items() if name.startswith(("NCCL_", "GLOO_", "DS_ACCELERATOR"))
-    }
-    exports.setdefault(
-        "OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // slots)))
-    )
+    exports = exported_to_ranks(os.environ)
+    exports.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // slots)))
     with tempfile.TemporaryDirectory(prefix="measure-", dir=beside) as folder:
         out = Path(folder, "found.json")
         text = json.dumps({**asked, "out": str(out), "slots": slots, "nic": args.nic})

@@ -28,6 +28,8 @@ MAX_COMMAND = 2 * 1024 * 1024  # Linux: ARG_MAX, a quarter of the usual 8 MiB of
 
 # DeepSpeed exports what begins with these from the runner's environment, whoever set it; NCCL where it finds CUDA.
 FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
+_EXPORTED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "OMPI_ALLOW_", "HF_HUB_OFFLINE", "CUDA_DEVICE_MAX_CONNECTIONS")
+_EXPORTED_NAMES = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
 _EQUAL_SLOTS = ("mpich", "impi", "slurm")
 _NEEDS_MASTER = ("openmpi", "slurm")  # where DeepSpeed tells the ranks nothing of --master_addr
 _SSH_ARGUMENTS = {  # where a launcher looks for what its ssh is to be given
@@ -134,6 +136,11 @@ def inherited(environ: Mapping[str, str], launcher: str) -> dict[str, str]:
             _check_commas(launcher, name, value)
         kept[name] = value
     return kept
+
+
+def exported_to_ranks(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what of `environ` the ranks on all hosts are to have too."""
+    return {k: v for k, v in environ.items() if k.startswith(_EXPORTED) or k in _EXPORTED_NAMES}
 
 
 def runner_environment(command: Command, environ: Mapping[str, str], launcher: str) -> dict[str, str]:
