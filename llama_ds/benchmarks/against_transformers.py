@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llama_ds.benchmarks.layer import Contestant
-from llama_ds.benchmarks.step import Step, Timing, gemm_step, training_step
+from llama_ds.benchmarks.step import Step, Timing, gemm_step, training_step, with_products
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
@@ -37,8 +37,10 @@ _LAYERS_AGREE = {"fp32": 1e-4, "bf16": 2e-2}  # of the input gradients' norms, r
 def layers(run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Contestant], str]:
     """Return the layers to time, with the same weights, and what attention transformers is given.
 
-    Ours keep nothing away from the backward (`none`), or what `policy` says.
+    Ours keep nothing away from the backward (`none`), or what `policy` says. Theirs multiply as torch comes, on a CPU
+    also as ours do.
     """
+    as_torch_comes = torch.get_float32_matmul_precision()
     shared = shared_parts(run, SingleRank(), device.type, dtype)
     tables = shared.rotary.on(device)
     reference = DecoderLayer(shared, 0).to(device, dtype)
@@ -59,12 +61,17 @@ def layers(run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype
     def call(x: Tensor) -> Tensor:
         return theirs(x, position_ids=positions, position_embeddings=embeddings)
 
+    chosen = torch.get_float32_matmul_precision()
     found = {
-        **{f"llama_ds_{kept}": Contestant(own, own, tables) for kept, own in ours.items()},
-        "llama_ds_autograd": Contestant(reference, reference, tables),
-        "transformers": Contestant(theirs, call, embeddings),
-        "transformers_checkpointed": Contestant(theirs, lambda x: checkpoint(call, x, use_reentrant=False), embeddings),
+        **{f"llama_ds_{kept}": Contestant(own, own, chosen, tables) for kept, own in ours.items()},
+        "llama_ds_autograd": Contestant(reference, reference, chosen, tables),
+        "transformers": Contestant(theirs, call, as_torch_comes, embeddings),
+        "transformers_checkpointed": Contestant(
+            theirs, lambda x: checkpoint(call, x, use_reentrant=False), as_torch_comes, embeddings
+        ),
     }
+    if device.type == "cpu":
+        found["transformers_our_products"] = Contestant(theirs, call, chosen, embeddings)
     return found, attention
 
 
@@ -76,10 +83,14 @@ def check_gradients(timings: dict[str, Timing], dtype: str) -> None:
 
 
 def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]:
-    """Return the steps to time: the same weights, rows, optimizer settings and clipping for all."""
+    """Return the steps to time: the same weights, rows, optimizer settings and clipping for all.
+
+    Theirs multiply as torch comes, the one with `_our_products` as ours do.
+    """
     dtype, settings = DTYPES[dtype_name], run.optimizer
     rows = torch.from_numpy(batch)
     ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    as_torch_comes = torch.get_float32_matmul_precision()
     shared = shared_parts(run, SingleRank(), "cpu", dtype)
     policies = [run.parallel.recompute] * run.model.num_hidden_layers
     ours = Llama(shared, NextTokenLoss(shared.tp), policies).to(dtype)
@@ -97,12 +108,17 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]
 
     own_settings = replace(settings, lr=LEARNING_RATE)
     own_optimizer = build_optimizer(decay_groups(ours, own_settings), own_settings, run.deepspeed)
+    own = training_step(ours, own_optimizer, settings.clip, lambda: ours(ids, labels))
+    chosen = torch.get_float32_matmul_precision()
+    gemms = gemm_step(run.model, ids.numel(), dtype)
     return {
-        "transformers": theirs(fused=None),
-        "transformers_fused_adamw": theirs(fused=True),
-        "llama_ds_model": training_step(ours, own_optimizer, settings.clip, lambda: ours(ids, labels)),
-        "llama_ds_engine": _engine_step(run, batch),
-        "gemms": gemm_step(run.model, ids.numel(), dtype),
+        "transformers": with_products(theirs(fused=None), as_torch_comes),
+        "transformers_fused_adamw": with_products(theirs(fused=True), as_torch_comes),
+        "transformers_our_products": with_products(theirs(fused=True), chosen),
+        "llama_ds_model": with_products(own, chosen),
+        "llama_ds_engine": with_products(_engine_step(run, batch), chosen),
+        "gemms": with_products(gemms, as_torch_comes),
+        "gemms_our_products": with_products(gemms, chosen),
     }
 
 
@@ -133,6 +149,6 @@ def _engine_step(run: RunConfig, batch: np.ndarray) -> Step:
 
 def check_losses(timings: dict[str, Timing], dtype: str) -> None:
     """Make sure that all contestants computed the same thing: their losses on the initial weights agree."""
-    first = {name: timing.losses[0] for name, timing in timings.items() if name != "gemms"}
+    first = {name: timing.losses[0] for name, timing in timings.items() if not name.startswith("gemms")}
     if max(first.values()) - min(first.values()) > _STEPS_AGREE[dtype]:
         raise AssertionError(f"losses on the same weights and rows differ by more than {_STEPS_AGREE[dtype]}: {first}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from llama_ds.benchmarks.step import Step
+from llama_ds.benchmarks.step import Step, with_products
 from llama_ds.config.schema import ModelConfig
 
 
@@ -28,10 +28,12 @@ def shard(model: ModelConfig, tp: int) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A layer, how to call it, and constant tensors (tables) that it shares with others and does not pay for."""
+    """A layer, how to call it, who multiplies for it (`with_products`), and constant tensors (tables) that it shares
+    with others and does not pay for."""
 
     module: nn.Module
     call: Callable[[Tensor], Tensor]
+    products: str
     constants: tuple[Tensor, ...] = ()
 
     def step(self, x: Tensor, grad: Tensor) -> Step:
@@ -44,7 +46,7 @@ class Contestant:
             assert inputs.grad is not None
             return float(inputs.grad.norm())  # waits for the device
 
-        return run
+        return with_products(run, self.products)
 
     def saved_bytes(self, x: Tensor) -> int:
         """Return the bytes that autograd keeps for the backward, without weights and constants."""

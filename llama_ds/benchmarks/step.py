@@ -49,6 +49,16 @@ def time_interleaved(
     return timings
 
 
+def with_products(step: Step, precision: str) -> Step:
+    """Return the step with float32 matrix products as torch.set_float32_matmul_precision(`precision`) chooses them."""
+
+    def run() -> float:
+        torch.set_float32_matmul_precision(precision)
+        return step()
+
+    return run
+
+
 def training_step(
     module: nn.Module, optimizer: torch.optim.Optimizer, clip: float, forward: Callable[[], Tensor]
 ) -> Step:

@@ -15,8 +15,17 @@ def machine() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """Return the processor's name, or its architecture where Linux does not tell."""
+    return _cpuinfo("model name") or platform.machine()
+
+
+def cpu_vendor() -> str:
+    """Return who made the processor, as `GenuineIntel`; empty where Linux does not tell."""
+    return _cpuinfo("vendor_id")
+
+
+def _cpuinfo(key: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.partition(": ")[2] for line in lines if line.startswith(key)), "")

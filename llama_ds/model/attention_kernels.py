@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.model.attention import Documents, flash_module, repeat_heads
+from llama_ds.model.attention_blocks import DTYPES, LONGEST_ROW, blocked_backward, blocked_forward
 
 Statistics = tuple[Tensor, ...]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -71,15 +72,34 @@ class _Reference:
 
 
 class _Sdpa:
-    """torch's scaled_dot_product_attention, by its own functions for each device."""
+    """torch's scaled_dot_product_attention, by its own functions for each device; on a CPU blocks for short rows."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
-        return (_SdpaCuda if q.is_cuda else _SdpaCpu)().forward(q, k, v, documents)
+        return self._kernel(q).forward(q, k, v, documents)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
     ) -> Gradients:
-        return (_SdpaCuda if q.is_cuda else _SdpaCpu)().backward(grad, q, k, v, out, statistics, docs)
+        return self._kernel(q).backward(grad, q, k, v, out, statistics, docs)
+
+    @staticmethod
+    def _kernel(q: Tensor) -> AttentionKernel:
+        if q.is_cuda:
+            return _SdpaCuda()
+        return _Blocks() if q.shape[1] <= LONGEST_ROW and q.dtype in DTYPES else _SdpaCpu()
+
+
+class _Blocks:
+    """`attention_blocks`: products of blocks on a CPU."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        out, lse = blocked_forward(q, k, v, _bias(documents, q))
+        return out, (lse,)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
+    ) -> Gradients:
+        return blocked_backward(grad, q, k, v, out, statistics[0], _bias(docs, q))
 
 
 class _SdpaCpu:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.model.attention import CausalAttention, choose_backend
+from llama_ds.model.cpu_products import choose_products
 from llama_ds.model.decoder import DecoderLayer, Shared
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
 from llama_ds.model.loss import NextTokenLoss
@@ -22,8 +23,10 @@ from llama_ds.model.written_out import WrittenOutLayer
 
 
 def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> Shared:
-    """Choose the attention backend and build what the layers of a stage share."""
+    """Choose the attention backend, and on a CPU who multiplies, and build what the layers of a stage share."""
     model = run.model
+    if device_type == "cpu":
+        choose_products()
     backend = choose_backend(model.attention_backend, device_type, dtype, model.head_dim)
     return Shared(
         model=model,

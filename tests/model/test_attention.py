@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llama_ds.errors import UserError
-from llama_ds.model.attention import CausalAttention, choose_backend
+from llama_ds.model.attention import CausalAttention, Documents, choose_backend
+from llama_ds.model.attention_kernels import attention_kernel
 from llama_ds.model.embedding import document_starts
 
 
@@ -30,6 +31,26 @@ def test_sdpa_is_the_reference(masked: bool) -> None:
     wanted = output_and_gradients("reference", "cpu", torch.float32, masked)
     for got, want in zip(output_and_gradients("sdpa", "cpu", torch.float32, masked), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("length", [1, 63, 64, 200, 512, 513])
+def test_written_out_kernel_is_the_reference_on_rows_of_any_length(length: int, groups: int, masked: bool) -> None:
+    """Rows shorter than a block, of whole blocks, with a rest, and the first too long for blocks; float64 to 1e-11."""
+    generator = torch.Generator().manual_seed(length)
+    qkv = torch.randn(2, length, 6 + 2 * groups, 8, generator=generator, dtype=torch.float64)  # views of one tensor
+    q, k, v = qkv.split([6, groups, groups], 2)
+    grad = torch.randn(2, length, 6, 8, generator=generator, dtype=torch.float64)
+    ids = torch.where(torch.rand(2, length, generator=generator) < 0.05, 1, 5)
+    documents = Documents(document_starts(ids)) if masked else None
+    found = []
+    for backend in ("sdpa", "reference"):
+        kernel = attention_kernel(backend)
+        out, statistics = kernel.forward(q, k, v, documents)
+        found.append((out, *kernel.backward(grad, q, k, v, out, statistics, documents)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
 
 
 @pytest.mark.gpu

@@ -26,6 +26,7 @@ from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.launch.machine import cpu_name
 from llama_ds.log import logger
+from llama_ds.model.cpu_products import choose_products
 from llama_ds.parallel import sweep, world
 from llama_ds.perf.plan.curves import OPERATIONS
 from llama_ds.training.host_memory import keep_freed_memory
@@ -44,6 +45,7 @@ def main() -> None:
         world.join(place, asked["nic"])
         if world.device().type == "cpu":
             keep_freed_memory()  # as training does
+            choose_products()
         found = MEASUREMENTS[asked["what"]](asked, place, world.device())
         if place.rank == 0:
             Path(asked["out"]).write_text(json.dumps(found), encoding="utf-8")
