@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # queries or keys at a time
-LONGEST_ROW = 512  # up to here 1.3 to 3 times as fast as torch's kernel, forward and backward, at 1024 no faster
+# Rows up to here take 0.4 to 0.8 of the time of torch's kernel where oneDNN multiplies (`cpu_products`), 0.7 to 1.1
+# where MKL does; rows of 1024 as long.
+LONGEST_ROW = 512
 DTYPES = (torch.float32, torch.float64)  # in narrower ones the scores would have to be widened
 
 
@@ -63,7 +65,8 @@ def blocked_backward(
         grad_q[:, rows] += torch.bmm(grad_s, keys[:, block])
     whole = torch.empty(q.shape, dtype=q.dtype)
     torch.mul(grad_q.view(_grouped(q, groups).shape), _scale(q), out=_grouped(whole, groups))
-    return whole, *(x.view(len(q), groups, length, -1).transpose(1, 2) for x in (grad_k, grad_v))
+    grad_k, grad_v = (x.view(len(q), groups, length, -1).transpose(1, 2) for x in (grad_k, grad_v))
+    return whole, grad_k, grad_v
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,8 @@
 """Which library multiplies float32 matrices on a CPU.
 
 torch has MKL do it, which on processors that are not Intel's reaches half of what they can (AMD EPYC, Zen 5, two cores:
-210 of 450 GFLOP/s). oneDNN, which torch ships too, does not mind the maker, but torch lets it have float32 products only
-where they may be rounded to bfloat16 ("medium" precision). oneDNN does that on processors with AMX alone; elsewhere its
+210 of 450 GFLOP/s). oneDNN, which torch ships too, does not mind the maker, but torch gives it float32 products only
+where they may be rounded to bfloat16 ("medium" precision). oneDNN rounds on processors with AMX alone; elsewhere its
 products are as exact as MKL's.
 """
 
