@@ -2,7 +2,7 @@
 
 Shapes as in `llama_ds.model.attention_kernels`. Inside, the R = H / G query heads of a key-value head are rows of one
 matrix, (B G, T R, K), so that no key is repeated for them. Blocks above the diagonal are not computed, and a block of
-scores is gone before the next one is made: the weights are never whole.
+scores is gone before the next one is made: the weights are never whole. Arithmetic in float32 at least.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # queries or keys at a time
-# Rows up to here take 0.4 to 0.8 of the time of torch's kernel where oneDNN multiplies (`cpu_products`), 0.7 to 1.1
-# where MKL does; rows of 1024 as long.
+# Where oneDNN multiplies (`cpu_products`) rows up to here take 0.4 to 0.8 of the time of torch's kernel, float32 and
+# bfloat16, of 1024 tokens as long. MKL's products are no gain: 0.7 to 1.1.
 LONGEST_ROW = 512
-DTYPES = (torch.float32, torch.float64)  # in narrower ones the scores would have to be widened
 
 
 def blocked_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -28,7 +27,7 @@ def blocked_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tup
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values = _by_group(q, groups, _scale(q)), _by_group(k, groups), _by_group(v, groups)
     out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(*queries.shape[:2], 1, dtype=q.dtype)
+    lse = torch.empty(*queries.shape[:2], 1, dtype=queries.dtype)
     for start, end in _blocks(q.shape[1]):
         rows = slice(start * repeats, end * repeats)
         scores = torch.bmm(queries[:, rows], keys[:, :end].contiguous().transpose(1, 2))
@@ -51,7 +50,7 @@ def blocked_backward(
     length, groups, repeats = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values = _by_group(q, groups, _scale(q)), _by_group(k, groups), _by_group(v, groups)
     grads = _by_group(grad, groups)
-    inner = _by_group((grad * out).sum(-1, keepdim=True), groups)  # rowsum(dO * O)
+    inner = (grads * _by_group(out, groups)).sum(-1, keepdim=True)  # rowsum(dO * O)
     grad_q, grad_k, grad_v = torch.zeros_like(queries), torch.empty_like(keys), torch.empty_like(values)
     for start, end in _blocks(length):
         rows, block = slice(start * repeats, None), slice(start, end)
@@ -65,7 +64,7 @@ def blocked_backward(
         grad_q[:, rows] += torch.bmm(grad_s, keys[:, block])
     whole = torch.empty(q.shape, dtype=q.dtype)
     torch.mul(grad_q.view(_grouped(q, groups).shape), _scale(q), out=_grouped(whole, groups))
-    grad_k, grad_v = (x.view(len(q), groups, length, -1).transpose(1, 2) for x in (grad_k, grad_v))
+    grad_k, grad_v = (x.view(len(q), groups, length, -1).transpose(1, 2).to(q.dtype) for x in (grad_k, grad_v))
     return whole, grad_k, grad_v
 
 
@@ -85,7 +84,12 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 def _by_group(x: Tensor, groups: int, factor: float = 1.0) -> Tensor:
     """Return a copy times `factor`: (B, T, G R, K) -> (B G, T R, K)."""
     view = _grouped(x, groups)
-    return torch.mul(view, factor, out=torch.empty(view.shape, dtype=x.dtype)).flatten(2, 3).flatten(0, 1)
+    whole = torch.empty(view.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    if whole.dtype == x.dtype:
+        torch.mul(view, factor, out=whole)
+    else:  # in two passes: of bfloat16 numbers the product would be one too
+        whole.copy_(view).mul_(factor)
+    return whole.flatten(2, 3).flatten(0, 1)
 
 
 def _mask(scores: Tensor, query: int, key: int, block: int, bias: Tensor | None) -> None:

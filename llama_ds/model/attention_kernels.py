@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from llama_ds.model.attention import Documents, flash_module, repeat_heads
-from llama_ds.model.attention_blocks import DTYPES, LONGEST_ROW, blocked_backward, blocked_forward
+from llama_ds.model.attention_blocks import LONGEST_ROW, blocked_backward, blocked_forward
+from llama_ds.model.cpu_products import onednn_multiplies
 
 Statistics = tuple[Tensor, ...]
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -86,11 +87,11 @@ class _Sdpa:
     def _kernel(q: Tensor) -> AttentionKernel:
         if q.is_cuda:
             return _SdpaCuda()
-        return _Blocks() if q.shape[1] <= LONGEST_ROW and q.dtype in DTYPES else _SdpaCpu()
+        return BlockedAttention() if q.shape[1] <= LONGEST_ROW and onednn_multiplies() else _SdpaCpu()
 
 
-class _Blocks:
-    """`attention_blocks`: products of blocks on a CPU."""
+class BlockedAttention:
+    """`attention_blocks`: products of blocks, on a CPU."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         out, lse = blocked_forward(q, k, v, _bias(documents, q))

@@ -16,6 +16,7 @@ from torch import Tensor
 from llama_ds.launch.machine import cpu_vendor
 
 _SLOW_IN_MKL = ("AuthenticAMD", "HygonGenuine")  # as /proc/cpuinfo names them
+_ROUNDING_ALLOWED = "medium"
 _ROUNDING = 1e-5  # of a sum of 64 products of size 1, in float32; rounded to bfloat16 they would be off by 1e-2
 
 
@@ -24,9 +25,14 @@ def choose_products() -> None:
     if cpu_vendor() not in _SLOW_IN_MKL:
         return
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
     if not exact():
         torch.set_float32_matmul_precision(before)
+
+
+def onednn_multiplies() -> bool:
+    """Tell whether `choose_products` found that it should."""
+    return torch.get_float32_matmul_precision() == _ROUNDING_ALLOWED
 
 
 def exact(multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> bool:

@@ -7,7 +7,7 @@ import torch
 
 from llama_ds.errors import UserError
 from llama_ds.model.attention import CausalAttention, Documents, choose_backend
-from llama_ds.model.attention_kernels import attention_kernel
+from llama_ds.model.attention_kernels import AttentionKernel, BlockedAttention, attention_kernel
 from llama_ds.model.embedding import document_starts
 
 
@@ -33,24 +33,45 @@ def test_sdpa_is_the_reference(masked: bool) -> None:
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+def kernel_inputs(length: int, groups: int, masked: bool) -> tuple[list[torch.Tensor], torch.Tensor, Documents | None]:
+    """Return q, k, v as views of one tensor, as the layer has them, the output's gradient and the documents."""
+    generator = torch.Generator().manual_seed(length)
+    qkv = torch.randn(2, length, 6 + 2 * groups, 8, generator=generator, dtype=torch.float64)
+    grad = torch.randn(2, length, 6, 8, generator=generator, dtype=torch.float64)
+    ids = torch.where(torch.rand(2, length, generator=generator) < 0.05, 1, 5)
+    return list(qkv.split([6, groups, groups], 2)), grad, Documents(document_starts(ids)) if masked else None
+
+
+def run_kernel(
+    kernel: AttentionKernel, qkv: list[torch.Tensor], grad: torch.Tensor, documents: Documents | None
+) -> tuple[torch.Tensor, ...]:
+    q, k, v = qkv
+    out, statistics = kernel.forward(q, k, v, documents)
+    return (out, *kernel.backward(grad, q, k, v, out, statistics, documents))
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("length", [1, 63, 64, 200, 512, 513])
-def test_written_out_kernel_is_the_reference_on_rows_of_any_length(length: int, groups: int, masked: bool) -> None:
-    """Rows shorter than a block, of whole blocks, with a rest, and the first too long for blocks; float64 to 1e-11."""
-    generator = torch.Generator().manual_seed(length)
-    qkv = torch.randn(2, length, 6 + 2 * groups, 8, generator=generator, dtype=torch.float64)  # views of one tensor
-    q, k, v = qkv.split([6, groups, groups], 2)
-    grad = torch.randn(2, length, 6, 8, generator=generator, dtype=torch.float64)
-    ids = torch.where(torch.rand(2, length, generator=generator) < 0.05, 1, 5)
-    documents = Documents(document_starts(ids)) if masked else None
-    found = []
-    for backend in ("sdpa", "reference"):
-        kernel = attention_kernel(backend)
-        out, statistics = kernel.forward(q, k, v, documents)
-        found.append((out, *kernel.backward(grad, q, k, v, out, statistics, documents)))
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+def test_written_out_kernels_are_the_reference_on_rows_of_any_length(length: int, groups: int, masked: bool) -> None:
+    """Rows shorter than a block, of whole blocks and with a rest; float64 to 1e-11."""
+    qkv, grad, documents = kernel_inputs(length, groups, masked)
+    wanted = run_kernel(attention_kernel("reference"), qkv, grad, documents)
+    for kernel in (attention_kernel("sdpa"), BlockedAttention()):
+        for got, want in zip(run_kernel(kernel, qkv, grad, documents), wanted, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_blocks_of_bfloat16_round_only_what_goes_in_and_out(masked: bool) -> None:
+    """Between, they compute in float32: each result is off by its own rounding (2^-9 at most) and that of `out`."""
+    qkv, grad, documents = kernel_inputs(200, 2, masked)
+    narrow, narrow_grad = [x.bfloat16() for x in qkv], grad.bfloat16()
+    exactly = [x.double() for x in narrow]
+    wanted = run_kernel(attention_kernel("reference"), exactly, narrow_grad.double(), documents)
+    for got, want in zip(run_kernel(BlockedAttention(), narrow, narrow_grad, documents), wanted, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - want).norm() <= 2**-8 * want.norm()
 
 
 @pytest.mark.gpu

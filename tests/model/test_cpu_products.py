@@ -53,6 +53,7 @@ def test_a_processor_that_would_round_keeps_what_it_had(monkeypatch: pytest.Monk
     monkeypatch.setattr(cpu_products, "exact", lambda: False)
     cpu_products.choose_products()
     assert torch.get_float32_matmul_precision() == "highest"
+    assert not cpu_products.onednn_multiplies()
 
 
 def test_rounding_to_bfloat16_is_noticed() -> None:
