@@ -20,6 +20,7 @@ from llama_ds.config.reader import Place, read
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.attention import CausalAttention, choose_backend
+from llama_ds.model.cpu_products import choose_products
 from llama_ds.model.decoder import Shared
 from llama_ds.model.llama import Llama
 from llama_ds.model.loss import NextTokenLoss
@@ -110,6 +111,8 @@ def load_model(files: ModelFiles, device: torch.device, dtype: torch.dtype, docu
     Raises:
         UserError: a broken file.
     """
+    if device.type == "cpu":
+        choose_products()
     shared = Shared(
         model=files.model,
         seed=0,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from llama_ds.errors import UserError
+from llama_ds.model import attention
 from llama_ds.model.attention import CausalAttention, Documents, choose_backend
 from llama_ds.model.attention_kernels import AttentionKernel, BlockedAttention, attention_kernel
 from llama_ds.model.embedding import document_starts
@@ -94,7 +98,8 @@ def test_document_starts_at_each_bos() -> None:
     [
         ("cpu", torch.bfloat16, 64, "it runs on CUDA, this device is cpu"),
         ("cuda", torch.float32, 64, "it computes in bf16 or fp16, this run in float32"),
-        ("cuda", torch.bfloat16, 512, "head_dim 512 is above its limit 256"),
+        ("cuda", torch.bfloat16, 512, "head_dim 512 is not a multiple of 8 up to 256"),
+        ("cuda", torch.bfloat16, 100, "head_dim 100 is not a multiple of 8 up to 256"),
     ],
 )
 def test_flash_attn_says_why_it_cannot_run(device: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
@@ -102,3 +107,17 @@ def test_flash_attn_says_why_it_cannot_run(device: str, dtype: torch.dtype, head
         choose_backend("flash_attn", device, dtype, head_dim)
     assert str(error.value) == f"model.attention_backend = flash_attn: {reason}; use auto or sdpa"
     assert choose_backend("auto", device, dtype, head_dim) == "sdpa"
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((8, 0), "sdpa"), ((9, 0), "flash_attn"), ((10, 0), "flash_attn")])
+def test_version_4_alone_is_not_given_a_gpu_that_it_has_no_backward_for(
+    capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its forward runs on an A100: the first step would end in the backward."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention, "flash_module", lambda: SimpleNamespace(__name__="flash_attn.cute"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert choose_backend("auto", "cuda", torch.bfloat16, 128) == chosen
+    if chosen == "sdpa":
+        with pytest.raises(UserError, match=r"version 4 has no backward for compute capability 8\.0"):
+            choose_backend("flash_attn", "cuda", torch.bfloat16, 128)
