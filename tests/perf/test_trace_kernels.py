@@ -52,15 +52,15 @@ def operator(name: str, begin: float, length: float, *dims: list[int], dtype: st
 def test_products_of_a_cpu_are_held_against_the_best_of_them() -> None:
     events = [
         operator("aten::mm", 0, 10, [2, 3], [3, 5]),
-        operator("aten::addmm_", 20, 40, [2, 5], [2, 3], [3, 5]),
-        operator("aten::bmm", 70, 20, [4, 2, 3], [4, 3, 5]),
+        operator("aten::addmm_", 20, 40, [2, 9], [2, 3], [3, 9]),
+        operator("aten::bmm", 70, 20, [4, 2, 3], [4, 3, 5]),  # attention's
         operator("aten::add", 100, 1, [2, 3], [2, 3]),
     ]
     found = products(events, "cpu")
     assert found and not found.peak
-    assert found.flops == 2 * 2 * 3 * 5 * (1 + 1 + 4)
-    assert found.against == pytest.approx(4 * 60 / 20e-6)  # of the batch
-    assert found.efficiency == pytest.approx((360 / 70e-6) / (240 / 20e-6))
+    assert found.flops == 60 + 108
+    assert found.against == pytest.approx(60 / 10e-6)  # the quicker's rate
+    assert found.efficiency == pytest.approx((168 / 50e-6) / (60 / 10e-6))
     assert products([operator("aten::mm", 0, 10)], "cpu") is None  # without shapes there is nothing to say
 
 

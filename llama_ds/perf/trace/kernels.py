@@ -22,15 +22,9 @@ from llama_ds.perf.trace.spans import common, merged, total
 
 Profiled = dict[str, Any]  # an event of the profiler's file; ts and dur in microseconds
 
-# The two matrices among the inputs of an operator, by position.
-_PRODUCTS = {
-    "aten::mm": (0, 1),
-    "aten::addmm": (1, 2),
-    "aten::addmm_": (1, 2),
-    "aten::bmm": (0, 1),
-    "aten::baddbmm": (1, 2),
-    "aten::baddbmm_": (1, 2),
-}
+# The two matrices among the inputs of an operator, by position. Batched products are attention's own on a CPU, which no
+# other attention's kernel shows.
+_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _COMMUNICATION = re.compile(r"nccl|rccl", re.IGNORECASE)
 _MEMORY = ("gpu_memcpy", "gpu_memset")
@@ -39,10 +33,9 @@ _DTYPES = {"c10::BFloat16": "bf16", "c10::Half": "fp16", "float": "fp32"}
 
 @dataclass(frozen=True)
 class Shape:
-    """The products of one shape: (batch, M, K) times (batch, K, N)."""
+    """The products of one shape: (M, K) times (K, N)."""
 
     dtype: str
-    batch: int
     m: int
     k: int
     n: int
@@ -52,7 +45,7 @@ class Shape:
     @property
     def flops(self) -> float:
         """Of all of them; a multiply-add is two."""
-        return 2.0 * self.batch * self.m * self.k * self.n * self.count
+        return 2.0 * self.m * self.k * self.n * self.count
 
     @property
     def rate(self) -> float:
@@ -114,11 +107,11 @@ def products(events: Sequence[Profiled], device: str) -> Products | None:
         if event.get("ph") == "X" and event.get("name") in _PRODUCTS and _sizes(event) is not None
     ]
     seconds = _on_device(events, found) if any(event.get("cat") == "kernel" for event in events) else None
-    taken: dict[tuple[str, int, int, int, int], list[float]] = defaultdict(list)
+    taken: dict[tuple[str, int, int, int], list[float]] = defaultdict(list)
     for i, event in enumerate(found):
-        batch, m, k, n = _sizes(event) or (0, 0, 0, 0)
+        m, k, n = _sizes(event) or (0, 0, 0)
         time = seconds[i] if seconds else float(event.get("dur", 0)) / 1e6
-        taken[_dtype(event), batch, m, k, n].append(time)
+        taken[_dtype(event), m, k, n].append(time)
     if not taken:
         return None
     shapes = [Shape(*key, len(times), sum(times)) for key, times in taken.items()]
@@ -166,14 +159,13 @@ def monotonic_offset(events: Iterable[Profiled]) -> float | None:
     return max(found, default=None)
 
 
-def _sizes(event: Profiled) -> tuple[int, int, int, int] | None:
-    """Return (batch, M, K, N) of an operator's inputs, None where the profile has no shapes."""
+def _sizes(event: Profiled) -> tuple[int, int, int] | None:
+    """Return (M, K, N) of an operator's inputs, None where the profile has no shapes."""
     dims = event.get("args", {}).get("Input Dims")
     first, second = _PRODUCTS[event["name"]]
     if not dims or len(dims) <= second or not (dims[first] and dims[second]):
         return None
-    a, b = dims[first], dims[second]
-    return (a[0] if len(a) == 3 else 1), a[-2], a[-1], b[-1]
+    return *dims[first], dims[second][-1]
 
 
 def _dtype(event: Profiled) -> str:

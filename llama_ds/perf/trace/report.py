@@ -126,9 +126,8 @@ def _products(rank: int, found: Products) -> list[str]:
         f"{found.efficiency or 0.0:.0%} of {against}"
     ]
     for shape in found.shapes[:_MOST_SHAPES]:
-        batch = f"{shape.batch} x " if shape.batch > 1 else ""
         lines.append(
-            f"  {batch}({shape.m}, {shape.k}) ({shape.k}, {shape.n}) {shape.dtype}, {shape.count} times: "
+            f"  ({shape.m}, {shape.k}) ({shape.k}, {shape.n}) {shape.dtype}, {shape.count} times: "
             f"{shape.seconds * 1e3:.1f} ms, {shape.rate / 1e9:.1f} GFLOP/s"
         )
     return lines
