@@ -13,7 +13,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError, did_you_mean
 from llama_ds.schedules.schedule import NAMES as SCHEDULES
 
-FLASH_MAX_HEAD_DIM = 256
+FLASH_HEAD_DIMS = range(8, 256 + 1, 8)
 STOCK_ENGINE = "deepspeed"  # parallel.schedule: DeepSpeed's PipelineEngine as it is, to measure against
 SMALLEST_WEIGHT = 1e-6  # of a source: the order holds a block of 1 / weight rows in memory
 _POSITIVE = (
@@ -130,11 +130,11 @@ def _check_model(run: RunConfig) -> None:
 
 def _check_flash_attention(run: RunConfig) -> None:
     """Refuse what flash_attn cannot compute, before any rank starts; whether it is installed each rank sees."""
-    head_dim, largest = run.model.head_dim, FLASH_MAX_HEAD_DIM
-    if head_dim > largest or head_dim % 8:
+    head_dim, step, largest = run.model.head_dim, FLASH_HEAD_DIMS.step, FLASH_HEAD_DIMS[-1]
+    if head_dim not in FLASH_HEAD_DIMS:
         raise _error(
             run,
-            f"model.head_dim = {head_dim}: flash_attn takes multiples of 8 up to {largest}; "
+            f"model.head_dim = {head_dim}: flash_attn takes multiples of {step} up to {largest}; "
             "change it or use model.attention_backend = sdpa",
         )
     if run.deepspeed.get("bf16", {}).get("enabled") is False:

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama_ds.config.rules import FLASH_MAX_HEAD_DIM
+from llama_ds.config.rules import FLASH_HEAD_DIMS
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
-_FLASH_4 = "flash_attn.cute"
-FLASH_MODULES = ("flash_attn", _FLASH_4)  # 2.x interface, then 4.x; both export the same two functions
+FLASH_4 = "flash_attn.cute"
+FLASH_MODULES = ("flash_attn", FLASH_4)  # 2.x interface, then 4.x; both export the same two functions
 _FLASH_4_BACKWARD = (9, 0)  # lowest compute capability: its forward alone runs on an A100's 8.0 (4.0.0b36)
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -106,12 +106,12 @@ def _flash_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
         return f"it runs on CUDA, this device is {device_type}"
     if dtype not in FLASH_DTYPES:
         return f"it computes in bf16 or fp16, this run in {str(dtype).removeprefix('torch.')}"
-    if head_dim > FLASH_MAX_HEAD_DIM or head_dim % 8:
-        return f"head_dim {head_dim} is not a multiple of 8 up to {FLASH_MAX_HEAD_DIM}"
+    if head_dim not in FLASH_HEAD_DIMS:
+        return f"head_dim {head_dim} is not a multiple of {FLASH_HEAD_DIMS.step} up to {FLASH_HEAD_DIMS[-1]}"
     if importlib.util.find_spec("flash_attn") is None:
         return "the package is not installed (pip install flash-attn)"
     capability = torch.cuda.get_device_capability()
-    if flash_module().__name__ == _FLASH_4 and capability < _FLASH_4_BACKWARD:
+    if flash_module().__name__ == FLASH_4 and capability < _FLASH_4_BACKWARD:
         return (
             f"version 4 has no backward for compute capability {'.'.join(map(str, capability))} "
             "(pip install 'flash-attn<3')"

@@ -31,12 +31,12 @@ def blocked_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tup
     for start, end in _blocks(q.shape[1]):
         rows = slice(start * repeats, end * repeats)
         scores = torch.bmm(queries[:, rows], keys[:, :end].contiguous().transpose(1, 2))
-        _mask(scores.view(*q.shape[:1], groups, end - start, repeats, end), start, 0, end - start, bias)
+        _mask(scores, repeats, start, 0, bias)
         top = scores.amax(-1, keepdim=True)
         total = scores.sub_(top).exp_().sum(-1, keepdim=True)
         torch.add(top, total.log(), out=lse[:, rows])
-        own = torch.bmm(scores, values[:, :end]).div_(total)
-        _grouped(out, groups)[:, :, start:end] = own.view(*q.shape[:1], groups, end - start, repeats, -1)
+        part = _grouped(out, groups)[:, :, start:end]
+        part.copy_(torch.bmm(scores, values[:, :end]).div_(total).view(part.shape))
     return out, lse
 
 
@@ -56,7 +56,7 @@ def blocked_backward(
         rows, block = slice(start * repeats, None), slice(start, end)
         own_q, own_grads = queries[:, rows].contiguous(), grads[:, rows].contiguous()
         p = torch.bmm(own_q, keys[:, block].transpose(1, 2))
-        _mask(p.view(*q.shape[:1], groups, length - start, repeats, end - start), start, start, end - start, bias)
+        _mask(p, repeats, start, start, bias)
         p.sub_(lse[:, rows]).exp_()
         grad_v[:, block] = torch.bmm(p.transpose(1, 2), own_grads)
         grad_s = torch.bmm(own_grads, values[:, block].transpose(1, 2)).sub_(inner[:, rows]).mul_(p)
@@ -92,14 +92,16 @@ def _by_group(x: Tensor, groups: int, factor: float = 1.0) -> Tensor:
     return whole.flatten(2, 3).flatten(0, 1)
 
 
-def _mask(scores: Tensor, query: int, key: int, block: int, bias: Tensor | None) -> None:
-    """Add the mask to scores (B, G, n, R, m) of the queries from `query` on and the keys from `key` on.
+def _mask(scores: Tensor, repeats: int, query: int, key: int, bias: Tensor | None) -> None:
+    """Add the mask to scores (B G, n R, m) of the n queries from `query` on and the m keys from `key` on.
 
-    Without a bias only the `block` keys from position `query` on need one, for as many queries.
+    Without a bias only the block on the diagonal needs one, which is as long as the shorter side.
     """
+    scores = scores.unflatten(1, (-1, repeats))
     if bias is not None:
-        scores.add_(bias[:, :, query : query + scores.shape[2], None, key : key + scores.shape[4]])
+        seen = bias[:, :, query : query + scores.shape[1], None, key : key + scores.shape[3]]
+        scores.unflatten(0, (len(bias), -1)).add_(seen)
         return
+    block, first = min(scores.shape[1], scores.shape[3]), query - key
     causal = torch.full((block, block), -math.inf, dtype=scores.dtype).triu_(1)
-    first = query - key
-    scores[:, :, :block, :, first : first + block].add_(causal[:, None])
+    scores[:, :block, :, first : first + block].add_(causal[:, None])

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llama_ds.model.attention import Documents, flash_module, repeat_heads
+from llama_ds.model.attention import FLASH_4, Documents, flash_module, repeat_heads
 from llama_ds.model.attention_blocks import LONGEST_ROW, blocked_backward, blocked_forward
 from llama_ds.model.cpu_products import onednn_multiplies
 
@@ -39,7 +39,7 @@ class AttentionKernel(Protocol):
 def attention_kernel(backend: str) -> AttentionKernel:
     """Return the kernel of a backend that `llama_ds.model.attention.choose_backend` has resolved."""
     if backend == "flash_attn":
-        return _FlashAttention4() if flash_module().__name__ == "flash_attn.cute" else _FlashAttention2()
+        return _FlashAttention4() if flash_module().__name__ == FLASH_4 else _FlashAttention2()
     return _Reference() if backend == "reference" else _Sdpa()
 
 
