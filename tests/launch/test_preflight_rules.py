@@ -13,7 +13,7 @@ import os
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +335,10 @@ def test_garbage_is_none(text: str) -> None:
 # Speeds.
 
 
-def speeds(*hosts: list[float]) -> dict[str, list[dict[str, Any]]]:
+Speeds = dict[str, list[dict[str, Any]]]
+
+
+def speeds(*hosts: list[float]) -> Speeds:
     return {f"node{i}": [{"tflops": value, "groups": {}} for value in found] for i, found in enumerate(hosts)}
 
 
@@ -408,9 +411,9 @@ def test_every_host_is_paired_with_the_one_before_and_the_one_after_it(count: in
         assert partners[name] == around
 
 
-def paired(rate: Callable[[int, int], float | None], count: int) -> dict[str, list[dict[str, Any]]]:
+def paired(rate: Callable[[int, int], float | None], count: int = 0, order: Sequence[str] = ()) -> Speeds:
     """What hosts with one slot measure when the pair (i, j) all-reduces at rate(i, j)."""
-    names = [str(i) for i in range(count)]
+    names = list(order) or [str(i) for i in range(count)]
     groups = measure.plan(dict.fromkeys(names, 1), {name: name for name in names}, 20000)
     found: dict[str, list[dict[str, Any]]] = {name: [{"tflops": 1.0, "groups": {}}] for name in names}
     for name in names:
@@ -449,6 +452,33 @@ def test_a_failed_all_reduce_is_held_against_the_host_that_has_no_other(count: i
     assert (found.host, found.check, found.severity) == ("1", "all-reduce", "error")
     assert "timed out" in found.text and "look at its network" in found.text
     assert measure.slow(slots, "error") == []
+
+
+def accused(slots: Speeds) -> set[str]:
+    return {found.host for found in measure.failed(slots) + measure.slow(slots, "error")}
+
+
+@pytest.mark.parametrize("wrong", [5.0, None], ids=["slow", "fails"])
+@pytest.mark.parametrize("bad", [{3}, {2, 4}, {0, 6}], ids=str)
+def test_a_sound_host_beside_bad_ones_is_not_named_after_the_second_look(bad: set[int], wrong: float | None) -> None:
+    """Between two bad hosts, or beside one and kept busy when it was paired with the other."""
+    first = paired(lambda i, j: wrong if {i, j} & bad else 8.0 if {i, j} == {1, 2} else 20.0, 8)
+    seen = accused(first)
+    assert seen > {str(i) for i in bad}, "the second look has something to do"
+    order = measure.second_look(first, seen)
+    assert seen < set(order) and len(order) == 2 * len(seen)
+    assert not any({a, b} <= seen for a, b in itertools.pairwise(order))
+    measure.better(first, paired(lambda i, j: wrong if {i, j} & bad else 25.0, order=order), seen)
+    assert accused(first) == {str(i) for i in bad}
+
+
+def test_the_second_look_is_the_better_of_two_and_forgives_nothing_within_a_host() -> None:
+    first = {"a": [{"tflops": 1.0, "groups": {"within": None, "pair": 20.0}}], "b": [{"tflops": 2.0, "groups": {}}]}
+    again = {"a": [{"tflops": 3.0, "groups": {"within": 30.0, "pair": 10.0}}], "b": [{"tflops": 9.0, "groups": {}}]}
+    measure.better(first, again, {"a"})
+    assert first["a"] == [{"tflops": 3.0, "groups": {"within": None, "pair": 20.0}}]
+    assert first["b"][0]["tflops"] == 2.0  # of those that are not accused, the first
+    assert measure.second_look(paired(lambda i, j: None, 4), {"0", "1", "2", "3"}) == []  # nobody to stand beside
 
 
 def test_an_all_reduce_within_a_host_that_fails_is_its_own() -> None:
