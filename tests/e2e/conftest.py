@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from launching import TRAIN, alone, deepspeed, succeed
+from launching import TRAIN, alone, forked, succeed
 from tiny_run import LAYOUTS, Corpus, Run, build_corpus, write_run
 
 MakeRun = Callable[[str, Mapping[str, Any]], Run]
@@ -34,7 +34,7 @@ def trained(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     def train(name: str) -> Run:
         ranks, changes = LAYOUTS[name]
         run = write_run(root, name, corpus, changes)
-        succeed(deepspeed(ranks, TRAIN, run.file) if ranks > 1 else alone(TRAIN, run.file), run.log)
+        succeed(forked(ranks, TRAIN, run.file) if ranks > 1 else alone(TRAIN, run.file), run.log)
         return run
 
     return train

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
+
+from forking import fork, preload
 
 TRAIN = Path(__file__).resolve().parents[2] / "llama_ds" / "train.py"
 TIMEOUT_S = 60
@@ -21,30 +24,26 @@ TIMEOUT_S = 60
 
 def main() -> None:
     """Run the batch."""
+    preload()
     batch, folder = sys.argv[-2:]
     for number, case in enumerate(json.loads(Path(batch).read_text())):
-        done = run(case["arguments"], case["port"])
+        done = run(case["arguments"], case["port"], Path(folder, f"output.r{os.environ['RANK']}"))
         Path(folder, f"{number}.r{os.environ['RANK']}.json").write_text(json.dumps(done))
 
 
-def run(arguments: list[str], port: int) -> dict[str, object]:
+def run(arguments: list[str], port: int, output: Path) -> dict[str, object]:
     """Run one case; its exit code is None when it had to be killed."""
-    command = [sys.executable, str(TRAIN), *(word.replace("{rank}", os.environ["RANK"]) for word in arguments)]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "MASTER_PORT": str(port)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        return {"code": process.returncode, "output": output}
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return {"code": None, "output": process.communicate()[0]}
+    words = [word.replace("{rank}", os.environ["RANK"]) for word in arguments]
+    pid = fork(str(TRAIN), words, {"MASTER_PORT": str(port)}, output)
+    deadline = time.monotonic() + TIMEOUT_S
+    ended = 0
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.01)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return {"code": os.waitstatus_to_exitcode(status) if ended else None, "output": output.read_text(errors="replace")}
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from cluster import QUICK, Job, start, stop
-from launching import TRAIN, deepspeed, succeed
+from launching import TRAIN, forked, succeed
 from tiny_run import Run
 
 from tests.hosts import Hosts, missing
@@ -40,7 +40,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 def whole(make_run: Callable[..., Run]) -> Run:
     """The run that nothing happens to: four ranks on this machine."""
     run = make_run("whole", LAYOUT)
-    succeed(deepspeed(4, TRAIN, run.file), run.log)
+    succeed(forked(4, TRAIN, run.file), run.log)
     return run
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cluster import LAUNCH, Job, start
-from launching import ROOT, TRAIN, deepspeed, environment, succeed
+from launching import ROOT, TRAIN, environment, forked, succeed
 from tiny_run import Run
 
 from llama_ds.launch.job import VARIABLE, prepare
@@ -35,7 +35,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 def alone(make_run: Callable[..., Run]) -> Run:
     """The run on one host."""
     run = make_run("one_host", LAYOUT)
-    succeed(deepspeed(4, TRAIN, run.file), run.log)
+    succeed(forked(4, TRAIN, run.file), run.log)
     return run
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import pytest
 from cluster import Job, send, start
-from launching import TRAIN, deepspeed, succeed
+from launching import TRAIN, forked, succeed
 from tiny_run import Run
 
 from tests.hosts import Hosts, missing
@@ -61,7 +61,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 def whole(make_run: Callable[..., Run]) -> Run:
     """The run that nothing happens to: two ranks on this machine."""
     run = make_run("whole", LAYOUT)
-    succeed(deepspeed(2, TRAIN, run.file), run.log)
+    succeed(forked(2, TRAIN, run.file), run.log)
     return run
 
 

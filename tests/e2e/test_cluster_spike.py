@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cluster import Job, start_here
-from launching import TRAIN, deepspeed, succeed
+from launching import TRAIN, forked, succeed
 from tiny_run import SEQ_LEN, Corpus, Run
 
 from llama_ds.config.run_file import load_run
@@ -82,7 +82,7 @@ def test_the_job_goes_back_before_the_spike_and_leaves_its_data_out(
     run, told = make_run("spoilt", spoilt), make_run("told", spoilt)
     code, job = supervise(run, 2, REWIND)
     assert code == 0, job.output[-4000:]
-    succeed(deepspeed(2, TRAIN, told.file, skipping(BACK)), told.log)
+    succeed(forked(2, TRAIN, told.file, skipping(BACK)), told.log)
     assert run.losses == told.losses
     assert run.validation_loss == told.validation_loss
 

@@ -145,7 +145,7 @@ def test_one_stage_is_recorded(zero: int, make_run: MakeRun) -> None:
     if zero == 3:
         changes["deepspeed.zero_optimization.stage3_param_persistence_threshold"] = 0  # gather what is small too
     made = make_run(f"one_stage_{zero}", {**changes, "checkpoint.stop_at": 4, "parallel.recompute": "full"})
-    succeed(deepspeed(2, TRAIN, made.file), made.log)
+    succeed(forked(2, TRAIN, made.file), made.log)
     recorded = [json.loads((made.dir / "trace" / f"rank0000{r}.json").read_text())["events"] for r in range(2)]
     micro_batches = GLOBAL_BATCH // 2 // 2
     for events in recorded:

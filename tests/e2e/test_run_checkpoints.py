@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import TIMEOUT_S, TRAIN, alone, deepspeed, finish, run, start, succeed
+from launching import TIMEOUT_S, TRAIN, alone, deepspeed, finish, forked, run, start, succeed
 from tiny_run import LAYOUTS, Run
 
 from tools import convert
@@ -54,7 +54,7 @@ def test_signals_and_the_time_limit_save_and_the_run_goes_on(make_run: Callable[
     """One rank hears of it, all save the same step; nothing of the run is lost or done twice."""
     changes = {**PP2, "training.steps": LONG}
     whole, this = make_run("uninterrupted", changes), make_run("interrupted", changes)
-    succeed(deepspeed(2, TRAIN, whole.file), whole.log)
+    succeed(forked(2, TRAIN, whole.file), whole.log)
 
     process = start(deepspeed(2, TRAIN, this.file), this.log)
     wait_for(process, this.log, lambda: reported(this, 3))
@@ -69,7 +69,7 @@ def test_signals_and_the_time_limit_save_and_the_run_goes_on(make_run: Callable[
     assert f"ending at step {first_end} of {LONG}" in done.output
     assert int(saved[5:]) < first_end < LONG
 
-    output = succeed(deepspeed(2, TRAIN, this.file, "checkpoint.wall_time_s=120.2"), this.log)
+    output = succeed(forked(2, TRAIN, this.file, "checkpoint.wall_time_s=120.2"), this.log)
     assert f"resumed at step {first_end} of {LONG}" in output
     assert "the wall-time limit" in output
     second_end = int(this.newest.name[5:])
@@ -81,7 +81,7 @@ def test_signals_and_the_time_limit_save_and_the_run_goes_on(make_run: Callable[
     assert second_end < third_end < LONG
     assert not list(this.checkpoints.glob("*.partial"))
 
-    succeed(deepspeed(2, TRAIN, this.file), this.log)
+    succeed(forked(2, TRAIN, this.file), this.log)
     assert this.losses == whole.losses
 
 
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
     trained: Callable[[str], Run], make_run: Callable[..., Run]
 ) -> None:
     whole, this = trained("pp2"), make_run("damaged", {**PP2, "checkpoint.interval": 1, "checkpoint.stop_at": 5})
-    this_run = deepspeed(2, TRAIN, this.file, "checkpoint.keep_last=2", "checkpoint.keep_every=2")
+    this_run = forked(2, TRAIN, this.file, "checkpoint.keep_last=2", "checkpoint.keep_every=2")
     succeed(this_run, this.log)
     tags = sorted(path.name for path in this.checkpoints.glob("step_*"))
     assert tags == ["step_00000002", "step_00000004", "step_00000005"]  # 4 and 5 are the last, 2 is a second one's
@@ -100,11 +100,11 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
     victim.write_bytes(content)
     (this.checkpoints / "step_00000007.partial").mkdir()
 
-    refused = run(deepspeed(2, TRAIN, this.file, "--strict"), this.log)
+    refused = run(forked(2, TRAIN, this.file, "--strict"), this.log)
     assert refused.code != 0
     (error,) = refused.errors
     assert victim.name in error and "checkpoint.strict" in error
-    output = succeed(deepspeed(2, TRAIN, this.file, "checkpoint.stop_at=0"), this.log)
+    output = succeed(forked(2, TRAIN, this.file, "checkpoint.stop_at=0"), this.log)
     assert "DAMAGED CHECKPOINT" in output and victim.name in output
     assert "resumed at step 4 of 6" in output
     assert this.losses == whole.losses
@@ -168,10 +168,8 @@ def test_any_layout_goes_on_with_the_ordinary_command(
 ) -> None:
     """What changes is on the command line only. 1e-5 relative: as between layouts that train from the start."""
     whole, this = trained("alone"), make_run("moving", {"checkpoint.stop_at": 2})
-    succeed(deepspeed(4, TRAIN, this.file, *overrides(LAYOUTS["pp2_tp2"][1])), this.log)
-    output = succeed(
-        deepspeed(2, TRAIN, this.file, *overrides(LAYOUTS["dp2_zero3"][1]), "checkpoint.stop_at=4"), this.log
-    )
+    succeed(forked(4, TRAIN, this.file, *overrides(LAYOUTS["pp2_tp2"][1])), this.log)
+    output = succeed(forked(2, TRAIN, this.file, *overrides(LAYOUTS["dp2_zero3"][1]), "checkpoint.stop_at=4"), this.log)
     assert "resumed at step 2 of 6" in output
     succeed(alone(TRAIN, this.file, "checkpoint.stop_at=0"), this.log)
     assert this.losses == pytest.approx(whole.losses, rel=1e-5)
@@ -195,7 +193,7 @@ def test_a_run_starts_from_weights_of_any_format(
             folder = tmp_path / kind
             assert convert.main([str(source.dir), str(folder), "--to", kind]) == 0
         this = make_run(f"from_{kind}", {**layout, "checkpoint.start_from": str(folder), "checkpoint.stop_at": 2})
-        succeed(deepspeed(ranks, TRAIN, this.file), this.log)
+        succeed(forked(ranks, TRAIN, this.file), this.log)
         losses[kind] = this.losses
     assert losses["hf"] == pytest.approx(losses["deepspeed"], rel=1e-5)
     assert losses["meta"] == pytest.approx(losses["deepspeed"], rel=1e-5)

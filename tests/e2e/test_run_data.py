@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-from launching import ROOT, TRAIN, alone, deepspeed, succeed
+from launching import ROOT, TRAIN, alone, forked, succeed
 from tiny_run import LAYOUTS, STEPS, Corpus, Run
 
 MakeRun = Callable[..., Run]
@@ -55,8 +55,8 @@ def test_damaged_shards_are_replaced_alike_in_every_layout_and_on_resuming(damag
     assert "is damaged and will be replaced from step" in output and "sha256" in output
     ranks, layout = LAYOUTS["pp2_tp2"]
     four = make_run("four_damaged", layout | data | {"data.sources": sources(damaged)})
-    succeed(deepspeed(ranks, TRAIN, four.file, "checkpoint.stop_at=3"), four.log)
-    succeed(deepspeed(ranks, TRAIN, four.file, "checkpoint.resume=must"), four.log)
+    succeed(forked(ranks, TRAIN, four.file, "checkpoint.stop_at=3"), four.log)
+    succeed(forked(ranks, TRAIN, four.file, "checkpoint.resume=must"), four.log)
     assert four.losses == pytest.approx(one.losses, rel=1e-5)
     states = [json.loads((run.dir / "data.json").read_text()) for run in (one, four)]
     assert states[0]["bad"] and states[0] == states[1]
@@ -74,7 +74,7 @@ def test_shards_behind_a_web_server_train_as_local_ones(
 ) -> None:
     ranks, layout = LAYOUTS["pp2_tp2"]
     remote = make_run("remote", layout | {"data.sources": sources(server), "data.cache_dir": str(tmp_path / "cache")})
-    succeed(deepspeed(ranks, TRAIN, remote.file), remote.log)
+    succeed(forked(ranks, TRAIN, remote.file), remote.log)
     assert remote.losses == trained("pp2_tp2").losses
     assert remote.validation_loss == trained("pp2_tp2").validation_loss
     assert list((tmp_path / "cache").glob("*train-*.tar")) and not list((tmp_path / "cache").glob(".part-*"))

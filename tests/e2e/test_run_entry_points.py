@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from launching import ROOT, TRAIN, alone, deepspeed, mpirun, run, succeed, torchrun
+from launching import ROOT, TRAIN, alone, deepspeed, forked, mpirun, run, succeed, torchrun
 from tiny_run import GLOBAL_BATCH, SEQ_LEN, STEPS, Run
 
 STEP_KEYS = [
@@ -17,7 +17,7 @@ STEP_KEYS = [
 @pytest.mark.slow
 def test_every_launcher_trains_the_same_run(trained: Callable[[str], Run], make_run: Callable[..., Run]) -> None:
     pipeline = trained("pp2")
-    for launch in (torchrun, mpirun):
+    for launch in (deepspeed, torchrun, mpirun):
         started = make_run(launch.__name__, {})
         succeed(launch(2, TRAIN, started.file, "parallel.pp=2"), started.log)
         assert started.losses == pipeline.losses, launch.__name__
@@ -53,7 +53,7 @@ def test_document_mask_crosses_the_pipeline(make_run: Callable[..., Run]) -> Non
     mask = {"data.document_mask": True, "optimizer.lr": 1e-2}
     one, pipeline = make_run("mask_pp1", mask), make_run("mask_pp2", {**mask, "parallel.pp": 2})
     succeed(alone(TRAIN, one.file), one.log)
-    succeed(deepspeed(2, TRAIN, pipeline.file), pipeline.log)
+    succeed(forked(2, TRAIN, pipeline.file), pipeline.log)
     assert pipeline.losses == pytest.approx(one.losses, rel=1e-5)
     assert pipeline.validation_loss == pytest.approx(one.validation_loss, rel=1e-5)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import TIMEOUT_S, TRAIN, deepspeed, finish, kill_all, start, succeed
+from launching import TIMEOUT_S, TRAIN, alone, finish, forked, kill_all, start, succeed
 from tiny_run import LAYOUTS, STEPS, Run
 
 LONG = 16  # steps of the run that is killed: enough to be killed in the midst of them
@@ -21,10 +21,10 @@ LONG = 16  # steps of the run that is killed: enough to be killed in the midst o
 def test_three_steps_and_three_are_six(name: str, trained: Callable[[str], Run], make_run: Callable[..., Run]) -> None:
     whole, (ranks, changes) = trained(name), LAYOUTS[name]
     halves = make_run(f"{name}_halves", changes)
-    succeed(deepspeed(ranks, TRAIN, halves.file, "checkpoint.stop_at=3"), halves.log)
+    succeed(forked(ranks, TRAIN, halves.file, "checkpoint.stop_at=3"), halves.log)
     assert len(halves.losses) == 3
     assert halves.newest.name == "step_00000003"
-    output = succeed(deepspeed(ranks, TRAIN, halves.file, "checkpoint.resume=must"), halves.log)
+    output = succeed(forked(ranks, TRAIN, halves.file, "checkpoint.resume=must"), halves.log)
     assert f"resumed at step 3 of {STEPS}" in output
     assert halves.losses == whole.losses
     assert halves.validation_loss == whole.validation_loss
@@ -35,17 +35,17 @@ def test_three_steps_and_three_are_six(name: str, trained: Callable[[str], Run],
 def test_killed_run_goes_on_where_latest_points(make_run: Callable[..., Run]) -> None:
     changes = {**LAYOUTS["pp2_tp2"][1], "training.steps": LONG}
     whole, killed = make_run("whole", changes), make_run("killed", {**changes, "checkpoint.interval": 1})
-    succeed(deepspeed(4, TRAIN, whole.file), whole.log)
+    succeed(forked(4, TRAIN, whole.file), whole.log)
     complete = {file.name for file in whole.newest.iterdir()}
 
-    process = start(deepspeed(4, TRAIN, killed.file), killed.log)
+    process = start(forked(4, TRAIN, killed.file), killed.log)
     seen = watch_latest(killed, process.poll, until_step=4)
     kill_all(process)
     assert len(seen) >= 3
     assert all(files >= complete for files in seen.values()), "latest named a checkpoint that was not complete"
     assert killed.newest.name < f"step_{LONG:08d}"
 
-    process = start(deepspeed(4, TRAIN, killed.file, "checkpoint.interval=0"), killed.log)
+    process = start(forked(4, TRAIN, killed.file, "checkpoint.interval=0"), killed.log)
     done = finish(process, killed.log)
     assert done.code == 0, done.output
     assert "resumed at step" in done.output
@@ -59,7 +59,7 @@ def test_starting_over_leaves_no_old_lines(trained: Callable[[str], Run], make_r
     shutil.copytree(old.dir, anew.dir, ignore=shutil.ignore_patterns("checkpoints"))
     with open(anew.dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "tok')
-    succeed(deepspeed(1, TRAIN, anew.file), anew.log)
+    succeed(alone(TRAIN, anew.file), anew.log)
     assert anew.losses == old.losses
 
 

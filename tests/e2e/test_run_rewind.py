@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, TIMEOUT_S, TRAIN, alone, deepspeed, kill_all, run, start, succeed
+from launching import ROOT, TIMEOUT_S, TRAIN, alone, forked, kill_all, run, start, succeed
 from test_run_resume import assert_same_bits
 from tiny_run import GLOBAL_BATCH, LAYOUTS, SEQ_LEN, Run
 
@@ -113,7 +113,7 @@ def test_the_steps_after_a_skip_read_the_documents_that_come_behind_it(spiked: R
 def test_another_layout_goes_back_to_the_same_numbers(again: Run, reference: Run) -> None:
     ranks, layout = LAYOUTS["dp2_zero2"]
     changes = [f"{key}={value}" for key, value in layout.items()]
-    output = succeed(deepspeed(ranks, TRAIN, again.file, *BACK, *changes, "checkpoint.keep_last=1"), again.log)
+    output = succeed(forked(ranks, TRAIN, again.file, *BACK, *changes, "checkpoint.keep_last=1"), again.log)
     assert "REWOUND to step_00000004: set aside as .rewound are step_00000008, step_00000006" in output
     assert again.losses == pytest.approx(reference.losses, rel=1e-5)
     # Retention: the run has saved a later step than 6, and none than 8.

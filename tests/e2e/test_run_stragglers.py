@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import TRAIN, succeed, torchrun
+from launching import TRAIN, forked, succeed
 from tiny_run import Run
 
 SLOW = Path(__file__).with_name("slow_rank.py")
@@ -35,7 +35,7 @@ def test_the_slow_rank_is_named(
     layout: dict[str, Any], where: str, seconds: float, rank: int, part: str, make_run: Callable[..., Run]
 ) -> None:
     run = make_run(f"slow_{where}_{rank}", layout)
-    output = succeed(torchrun(4, SLOW, where, seconds, rank, run.file), run.log)
+    output = succeed(forked(4, SLOW, where, seconds, rank, run.file), run.log)
     reports = found(run)
     # The first step is left out.
     assert [(report["step"], report["steps"]) for report in reports] == [(3, 2), (6, 3)]
@@ -55,12 +55,12 @@ def test_the_slow_rank_is_named(
 def test_a_slow_link_is_told_from_a_slow_rank_and_losses_are_those_without(make_run: Callable[..., Run]) -> None:
     """Rank 3's messages come late: no rank computes longer, the waits of its pipeline, ranks 1 and 3, tell it."""
     run, without = make_run("slow_link", PP2_DP2), make_run("no_report", {**PP2_DP2, "logging.straggler_interval": 0})
-    output = succeed(torchrun(4, SLOW, "messages", 0.3, 3, run.file), run.log)
+    output = succeed(forked(4, SLOW, "messages", 0.3, 3, run.file), run.log)
     for report in found(run):
         assert report["slow"] == []
         assert [(link["ranks"], link["after_stage"]) for link in report["slow_links"]] == [([1, 3], 0)]
     assert "SLOW LINK: between rank 1 on " in output
 
-    succeed(torchrun(4, TRAIN, without.file), without.log)
+    succeed(forked(4, TRAIN, without.file), without.log)
     assert run.losses == without.losses and run.validation_loss == without.validation_loss
     assert not (without.dir / "stragglers.jsonl").exists()

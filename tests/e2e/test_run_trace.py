@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TRAIN, deepspeed, environment, succeed
+from launching import ROOT, TRAIN, environment, forked, succeed
 from tiny_run import SEQ_LEN, Run
 
 from llama_ds.perf.trace.read import read_rank
@@ -19,7 +19,7 @@ from llama_ds.perf.trace.read import read_rank
 def test_recompute_does_not_wait_for_the_gradient(make_run: Callable[..., Run]) -> None:
     """The last layer of a stage runs its forward again before the wait for the gradient that it is for ends."""
     run = make_run("recomputed", {"parallel.pp": 2, "parallel.recompute": "full", "logging.trace_step": 2})
-    succeed(deepspeed(2, TRAIN, run.file), run.log)
+    succeed(forked(2, TRAIN, run.file), run.log)
     events = read_rank(run.dir / "trace" / "rank00000.json").events
     for micro_batch in range(4):
         (again,) = [e for e in events if e.what == "recompute" and e.micro_batch == micro_batch]
@@ -41,7 +41,7 @@ def test_traced_step_is_analysed(
     changes = {"parallel.pp": 2, "parallel.schedule": schedule, "parallel.virtual_stages": virtual_stages}
     changes |= {"parallel.tp": tp, "parallel.sequence_parallel": tp > 1}
     run = make_run(f"traced_{schedule}", {**changes, "logging.trace_step": 2, "parallel.recompute": "auto"})
-    output = succeed(deepspeed(2 * tp, TRAIN, run.file), run.log)
+    output = succeed(forked(2 * tp, TRAIN, run.file), run.log)
     assert "kept activations" in output, "recompute: auto prints its table"
     command = [sys.executable, str(ROOT / "tools" / "throughput.py"), "analyse", str(run.dir / "trace"), "--json"]
     done = subprocess.run(
