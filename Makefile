@@ -21,7 +21,7 @@ quickstart: .venv/.installed
 	$(RUN)python tools/quickstart.py
 
 test: .venv/.installed
-	$(RUN)python -m pytest -q --durations=15 -m "$(ALL)"
+	.ci/test $(RUN)python -m pytest -q --durations=15 -m "$(ALL)"
 
 test-fast: .venv/.installed
 	$(RUN)python -m pytest -q -m "$(FAST)"

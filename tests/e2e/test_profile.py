@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, TRAIN, Finished, deepspeed, environment, free_port, run, succeed
+from launching import ROOT, TRAIN, Finished, environment, forked, free_port, run, succeed
 from tiny_run import DATA, GLOBAL_BATCH, SEQ_LEN, Run
 
 from llama_ds.perf.trace.files import analyse_folder
