@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from recorded_steps import later, rank, two_ranks, write
 
+from llama_ds.errors import UserError
+from llama_ds.perf.trace.account import account
 from llama_ds.perf.trace.analyse import Analysis, analyse
 from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.kinds import COMMUNICATION, METRICS
@@ -19,6 +22,10 @@ from llama_ds.perf.trace.report import report, table
 WHOLE = 2 * 700  # microseconds of both ranks of `two_ranks`
 
 
+def analysis(ranks: Iterable[Rank]) -> Analysis:
+    return analyse(account(ranks), {}, {})
+
+
 def share(found: Analysis, name: str) -> float:
     """Return a metric as microseconds of the two ranks' whole time."""
     value = found.metrics[name]
@@ -27,7 +34,7 @@ def share(found: Analysis, name: str) -> float:
 
 
 def test_shares_add_up() -> None:
-    found = analyse(two_ranks())
+    found = analysis(two_ranks())
     assert (found.ranks, found.steps, found.step_ms) == (2, 1, 0.7)
     assert share(found, "compute") == pytest.approx(600)
     assert share(found, "optimizer") == pytest.approx(16)
@@ -48,7 +55,7 @@ def test_message_that_came_while_its_receiver_computed_is_hidden() -> None:
     """It is sent at 100, and the receiver, busy until then, takes it at 130 at once."""
     first, last = two_ranks()
     last.events[0] = Event("wait activation", 130, 130, 1, 0)
-    found = analyse([first, last])
+    found = analysis([first, last])
     assert share(found, "exposed_p2p") == pytest.approx(5 + 30)
     assert found.communication["p2p"]["under_way_ms"] == pytest.approx(0.03)  # as long as the other of its size
 
@@ -58,7 +65,7 @@ def test_waits_within_a_computation_are_not_computing() -> None:
     first, last = two_ranks()
     first.events.extend([Event("tp", 10, 40), Event("wait tp", 20, 40), Event("wait weights", 50, 60)])
     first.events.extend([Event("recompute", 470, 500), Event("wait tp", 480, 485)])
-    found = analyse([first, last])
+    found = analysis([first, last])
     assert share(found, "compute") == pytest.approx(600 - 20 - 10 - 30)
     assert share(found, "exposed_tp") == pytest.approx(20 + 5)
     assert share(found, "exposed_weights") == pytest.approx(10)
@@ -74,7 +81,7 @@ def test_steps_are_averaged_and_those_under_the_profiler_left_out() -> None:
         slowed.events.append(Event("F", 2110, 2120, 0, 0))
         about = {**recorded.about, "measured_steps": 2}
         ranks.append(replace(recorded, about=about, events=[*recorded.events, *second.events, *slowed.events]))
-    found, single = analyse(ranks), analyse(two_ranks())
+    found, single = analysis(ranks), analysis(two_ranks())
     assert (found.steps, found.step_ms) == (2, 0.7)
     assert found.metrics == pytest.approx(single.metrics, nan_ok=True)
     assert found.communication["reduction"] == pytest.approx(single.communication["reduction"])
@@ -88,7 +95,7 @@ def test_one_stage() -> None:
         *(Event("BW", 220, 620, 0, 0), Event("reduce", 500, 560), Event("wait reduction", 520, 560)),
         *(Event("optimizer", 620, 980, 0, 0), Event("agree", 630, 640), Event("wait agreement", 630, 640)),
     ]
-    found = analyse([rank(0, *events, world=1, pp=1)])
+    found = analysis([rank(0, *events, world=1, pp=1)])
     expected = {
         "data": 2, "compute": 54, "exposed_weights": 2, "exposed_reduction": 4, "exposed_agreement": 1,
         "optimizer": 35, "other": 2, "bubble": 0, "ideal_bubble": 0, "lost_schedule": 0,
@@ -99,7 +106,7 @@ def test_one_stage() -> None:
 
 def test_lost_time_is_told_by_cause() -> None:
     """Of stages that take 300 each one micro-batch makes a bubble of half the time; messages of 30 come on top."""
-    found = analyse(two_ranks())
+    found = analysis(two_ranks())
     assert found.metrics["ideal_bubble"] == pytest.approx(50)
     assert found.metrics["lost_schedule"] == pytest.approx(300 / 700 * 100)
     assert found.metrics["lost_imbalance"] == pytest.approx(0)
@@ -119,7 +126,7 @@ def test_slow_stage_and_slow_rank_are_named() -> None:
             if number == 4:  # its forward begins 60 earlier
                 events[:2] = [Event("wait activation", 0, 70, 1, 0), Event("F", 70, 230, 1, 0)]
             ranks.append(rank(number, *events, world=6, dp_rank=dp_rank, pp_rank=recorded.pp_rank))
-    found = analyse(sorted(ranks, key=lambda r: r.rank))
+    found = analysis(sorted(ranks, key=lambda r: r.rank))
     assert (found.slowest[0].rank, found.slowest[0].place) == (4, "pp 1 dp 1 tp 0, host4")
     assert found.metrics["slowest"] == pytest.approx(20)
     assert found.stages == pytest.approx([0.3, 0.32])
@@ -134,7 +141,7 @@ def test_clocks_are_aligned_along_the_line_between_their_two_comparisons(tmp_pat
     points = ((-1000.0, 1000.0, 3.0), (10100.0 - 1000, 1000.0 - 100, 2.0))
     write(tmp_path, [first, replace(last, events=skewed, clock=Clock(points))])
     found = analyse_folder(tmp_path)
-    assert found.metrics == pytest.approx(analyse(two_ranks()).metrics, abs=1e-6)
+    assert found.metrics == pytest.approx(analysis(two_ranks()).metrics, abs=1e-6)
     assert found.clock_error_us == 3.0
 
 
@@ -152,7 +159,30 @@ def many_ranks(dp: int) -> list[Rank]:
 
 
 def test_two_thousand_ranks_are_read_in_few_lines() -> None:
-    assert len(report(analyse(many_ranks(1024))).splitlines()) < 40
+    assert len(report(analysis(many_ranks(1024))).splitlines()) < 40
+
+
+def test_pipelines_that_are_read_side_by_side_are_judged_as_one_job(tmp_path: Path) -> None:
+    """Which rank came last to the norm, how long the step was and which rank is slow are matters of all of them."""
+    ranks = [later(each, 10.0 * each.dp_rank) for each in many_ranks(20)]
+    wait, forward = ranks[25].events[:2]  # begins its forward 60 earlier
+    ranks[25].events[:2] = [wait._replace(end=wait.end - 60), forward._replace(begin=forward.begin - 60)]
+    write(tmp_path, ranks)
+    found, whole = analyse_folder(tmp_path), analysis(ranks)
+    assert (found.ranks, found.steps, found.step_ms) == (40, 1, pytest.approx(0.7 + 0.19))
+    assert found.metrics == pytest.approx(whole.metrics, nan_ok=True)
+    assert found.communication == {kind: pytest.approx(times) for kind, times in whole.communication.items()}
+    assert found.slowest[0].rank == whole.slowest[0].rank == 25
+    assert (found.stages, found.ideal) == (pytest.approx(whole.stages), whole.ideal)
+
+    path = tmp_path / "rank00033.json"
+    text = path.read_text()
+    path.write_text(text[:-9])
+    with pytest.raises(UserError, match=f"^{path}: is not a whole record"):
+        analyse_folder(tmp_path)
+    path.write_text(text.replace('"dp_rank": 13', '"dp_rank": 14'))
+    with pytest.raises(UserError, match=r"stands at pp 1 dp 14 tp 0, host1, in another pipeline than rank00013.json"):
+        analyse_folder(tmp_path)
 
 
 def test_of_many_ranks_one_pipeline_and_those_profiled_are_shown(tmp_path: Path) -> None:
@@ -165,5 +195,5 @@ def test_of_many_ranks_one_pipeline_and_those_profiled_are_shown(tmp_path: Path)
 
 
 def test_table_has_a_column_for_each_kind() -> None:
-    text = table({"1f1b": analyse(two_ranks())})
+    text = table({"1f1b": analysis(two_ranks())})
     assert all(kind in text for kind in COMMUNICATION) and "1f1b" in text

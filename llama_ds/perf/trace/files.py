@@ -1,24 +1,37 @@
-"""From a folder of records to its analysis."""
+"""From a folder of records to its analysis: pipelines are read side by side, on all cores, and only sums come back."""
 
 from __future__ import annotations
 
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from llama_ds.errors import UserError
+from llama_ds.perf.trace.account import Account, account
 from llama_ds.perf.trace.analyse import Analysis, analyse
 from llama_ds.perf.trace.kernels import Devices, Products, devices, products
-from llama_ds.perf.trace.read import profiles, rank_files, read, read_profile, read_rank
+from llama_ds.perf.trace.read import Rank, check_alike, profiles, rank_files, read_profile, read_rank
+
+_FEW = 32  # ranks that are read before processes would have started
+_SILENT_S = 5.0  # after which it is said how far it has come, and again
 
 
 def analyse_folder(folder: str | Path) -> Analysis:
-    """Analyse what the ranks of a folder recorded, and their profiles. One rank is held in memory at a time.
+    """Analyse what the ranks of a folder recorded, and their profiles. A process holds one rank in memory at a time.
 
     Raises:
         UserError: a file is missing, cut short, or of another recording.
     """
     files = rank_files(folder)
+    first = replace(read_rank(next(iter(files.values()))), events=[])
     found: dict[int, Products] = {}
     kernels: dict[int, Devices] = {}
-    for rank, path in profiles(next(iter(files.values())).parent).items():
+    for rank, path in profiles(files[first.rank].parent).items():
         if rank not in files:
             continue
         events = read_profile(path)
@@ -26,4 +39,49 @@ def analyse_folder(folder: str | Path) -> Analysis:
             found[rank] = measured
         if seen := devices(events):
             kernels[rank] = seen
-    return analyse(read(folder), found, kernels)
+    return analyse(_all(files, first), found, kernels)
+
+
+def _all(files: dict[int, Path], first: Rank) -> Account:
+    """Return the account of all ranks."""
+    stride = len(files) // first.about["pp"]  # ranks are numbered through a stage before the next
+    pipelines = [[files[rank] for rank in range(i, len(files), stride)] for i in range(stride)]
+    read = partial(_pipeline, first)
+    if len(files) <= _FEW:
+        return _sum(map(read, pipelines), stride)
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, stride)) as processes:
+        try:
+            return _sum(processes.map(read, pipelines), stride)
+        except BaseException:
+            processes.shutdown(cancel_futures=True)
+            raise
+
+
+def _sum(accounts: Iterator[Account], count: int) -> Account:
+    found = next(accounts)
+    said = time.monotonic()
+    for number, more in enumerate(accounts, 2):
+        found.add(more)
+        if time.monotonic() > said + _SILENT_S:
+            said = time.monotonic()
+            print(f"read {number} of {count} pipelines", file=sys.stderr, flush=True)
+    return found
+
+
+def _pipeline(first: Rank, paths: list[Path]) -> Account:
+    """Return the account of the ranks of one pipeline."""
+    return account(_ranks(first, paths))
+
+
+def _ranks(first: Rank, paths: list[Path]) -> Iterator[Rank]:
+    places = set()
+    for path in paths:
+        rank = read_rank(path)
+        check_alike(path, rank, first)
+        places.add((rank.dp_rank, rank.tp_rank))
+        if len(places) > 1:
+            raise UserError(
+                f"{path}: stands at {rank.place}, in another pipeline than {paths[0].name}; the files are of several "
+                "recordings: record into an empty folder"
+            )
+        yield rank

@@ -16,11 +16,16 @@ from llama_ds.schedules.simulate import StageCost, Timeline, simulate
 class Times:
     """How long computations took, by kind and stage of the model, in microseconds."""
 
-    of: dict[str, dict[int, list[float]]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(list)))
+    of: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, event: Event, length: float) -> None:
         """Add one computation of `length`, without what lay within it."""
-        self.of[event.what][max(event.stage, 0)].append(length)
+        self.of[event.what, max(event.stage, 0)].append(length)
+
+    def extend(self, other: Times) -> None:
+        """Add what others took."""
+        for key, found in other.of.items():
+            self.of[key] += found
 
     def costs(self, stages: int) -> list[StageCost]:
         """Return the medians of each stage; a whole backward counts half for inputs, half for weights.
@@ -31,13 +36,13 @@ class Times:
 
     def _cost(self, stage: int) -> StageCost:
         backward = self._median("BW", stage)
-        again = sum(self.of[RECOMPUTE][stage]) / max(1, len(self.of["BW"][stage]) + len(self.of["B"][stage]))
-        if self.of["W"][stage]:
+        again = sum(self.of[RECOMPUTE, stage]) / max(1, len(self.of["BW", stage]) + len(self.of["B", stage]))
+        if self.of["W", stage]:
             return StageCost(self._median("F", stage), self._median("B", stage) + again, self._median("W", stage))
         return StageCost(self._median("F", stage), backward / 2 + again, backward / 2)
 
     def _median(self, what: str, stage: int) -> float:
-        found = self.of[what][stage]
+        found = self.of[what, stage]
         return statistics.median(found) if found else 0.0
 
 

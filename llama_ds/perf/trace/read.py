@@ -159,13 +159,22 @@ def read(folder: str | Path, only: Collection[int] | None = None) -> Iterator[Ra
             continue
         rank = read_rank(path)
         first = first or rank
-        for key in ("first_step", "measured_steps", "schedule", "pp", "micro_batches"):
-            if rank.about[key] != first.about[key]:
-                raise UserError(
-                    f"{path}: {key} is {rank.about[key]!r}, rank {first.rank}'s is {first.about[key]!r}; the files are "
-                    "of several recordings: record into an empty folder"
-                )
+        check_alike(path, rank, first)
         yield rank
+
+
+def check_alike(path: Path, rank: Rank, first: Rank) -> None:
+    """Check that a rank's file is of the same recording as the first.
+
+    Raises:
+        UserError: it is not.
+    """
+    for key in ("first_step", "measured_steps", "schedule", "pp", "micro_batches"):
+        if rank.about[key] != first.about[key]:
+            raise UserError(
+                f"{path}: {key} is {rank.about[key]!r}, rank {first.rank}'s is {first.about[key]!r}; the files are of "
+                "several recordings: record into an empty folder"
+            )
 
 
 def read_rank(path: Path) -> Rank:
