@@ -43,7 +43,7 @@ class Analysis:
 
 
 def analyse(found: Account, products: dict[int, Products], kernels: dict[int, Devices]) -> Analysis:
-    """Return what the account of all ranks, and profiles of some of them, say. It ends in the account."""
+    """Return what the account of all ranks, and profiles of some of them, say. It closes the account's steps."""
     steps = found.steps
     for step in steps:
         _close(step)
