@@ -82,7 +82,7 @@ def _look(
 
 
 def second_look(slots: Mapping[str, Sequence[Mapping[str, Any]]], accused: Set[str]) -> list[str]:
-    """Return an order of hosts in which each that is accused, at every second place, stands between the fastest others."""
+    """Return an order of hosts: at every second place one that is accused, between them the fastest others."""
     others = sorted((host for host in slots if host not in accused), key=lambda host: -link(slots[host]))
     pairs = zip([host for host in slots if host in accused], others, strict=False)
     return [host for pair in pairs for host in pair]
