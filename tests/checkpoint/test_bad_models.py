@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPES, Write
 from safetensors.torch import load_file, save_file
+from written_ranks import SHAPES, Write
 
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPES, Write, build
+from written_ranks import SHAPES, Write, build
 
 from llama_ds.checkpoint.formats import huggingface
 from llama_ds.checkpoint.load_model import load_model, open_model

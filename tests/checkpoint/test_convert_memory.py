@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL
+from written_ranks import MODEL
 
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.formats.plan import Placed, safetensors_header

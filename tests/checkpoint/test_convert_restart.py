@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL, SHAPES, Write
+from written_ranks import MODEL, SHAPES, Write
 
 from llama_ds.checkpoint.conversion.partial import JOURNAL, Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import plan_huggingface

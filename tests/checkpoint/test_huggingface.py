@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPES, Write, build
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from written_ranks import SHAPES, Write, build
 
 from llama_ds.checkpoint.formats import huggingface
 from llama_ds.checkpoint.load_model import load_model, open_model

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import SHAPES, Write
+from written_ranks import SHAPES, Write
 
 from tools import convert
 

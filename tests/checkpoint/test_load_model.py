@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHAPES, Write
+from written_ranks import SHAPES, Write
 
 from llama_ds.checkpoint.load_model import load_model, locate, open_model, run_of
 from llama_ds.checkpoint.manifest import describe

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MODEL, SHAPES, Write, build
 from meta_reference import MetaModel
+from written_ranks import MODEL, SHAPES, Write, build
 
 from llama_ds.checkpoint.formats.meta_params import inner_size, params_of
 from llama_ds.checkpoint.load_model import load_model, open_model

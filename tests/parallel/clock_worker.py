@@ -11,7 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from llama_ds.parallel import clock, world
 
 place = world.find_place()
-world.join(place)
-found = clock.compare(place.rank)
-Path(sys.argv[1], f"{place.rank}.json").write_text(json.dumps(found))
-world.barrier()
+with world.failing_together():
+    world.join(place)
+    found = clock.compare(place.rank)
+    Path(sys.argv[1], f"{place.rank}.json").write_text(json.dumps(found))
+    world.barrier()

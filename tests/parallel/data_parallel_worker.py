@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from llama_ds.launch.namespaces import INTERFACE
+from llama_ds.parallel import world
 from llama_ds.parallel.data_parallel import start_all_gather, start_reduce_scatter
 from llama_ds.parallel.trace import Trace
 
@@ -49,8 +50,8 @@ def main() -> None:
     found["gathered"] = torch.equal(gathered, torch.stack([both[0][0], both[1][1]]))
     found["all-reduce bytes"] = sent_by(lambda: dist.all_reduce(mine.clone()))
     print(json.dumps(found))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with world.failing_together():
+        main()

@@ -198,8 +198,8 @@ def main() -> None:
     if place.rank == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with world.failing_together():
+        main()
