@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -49,7 +50,8 @@ def _all(files: dict[int, Path], first: Rank) -> Account:
     read = partial(_pipeline, first)
     if len(files) <= _FEW:
         return _sum(map(read, pipelines), stride)
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, stride)) as processes:
+    # Events are many and hold no cycles: garbage collection would walk them for nothing, a quarter of the time.
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, stride), initializer=gc.disable) as processes:
         try:
             return _sum(processes.map(read, pipelines), stride)
         except BaseException:
