@@ -97,6 +97,8 @@ def test_files_of_two_recordings_are_told(tmp_path: Path) -> None:
         lambda text: text.replace('["F", 130', '["F", null'),
         lambda text: text.replace('"schedule": "1f1b"', '"schedule": "2f2b"'),
         lambda text: text.replace('["step"', '["stop"'),
+        lambda text: text.replace('"pp": 2', '"pp": 0'),
+        lambda text: text.replace('"pp": 2', '"pp": 3'),
     ],
 )
 def test_damaged_files_are_named_in_one_line(damage: Any, tmp_path: Path) -> None:

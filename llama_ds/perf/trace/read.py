@@ -196,7 +196,8 @@ def read_rank(path: Path) -> Rank:
         places = [int(data.pop(key)) for key in ("rank", "world", "pp_rank", "dp_rank", "tp_rank")]
         rank, world, pp_rank, dp_rank, tp_rank = places
         found = Rank(rank, world, str(data.pop("host")), pp_rank, dp_rank, tp_rank, data, clock, events)
-        assert found.schedule.name in NAMES and min(data["first_step"], data["measured_steps"]) > 0
+        assert found.schedule.name in NAMES and min(data["first_step"], data["measured_steps"], data["pp"]) > 0
+        assert world % data["pp"] == 0
     except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         what = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else error.strerror
         raise UserError(
