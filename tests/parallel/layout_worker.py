@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -19,6 +20,7 @@ from tests.parallel.layout_cases import STEPS, Case, micro_batches
 def train(case: Case) -> list[tuple[float, float]]:
     run = case.run
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
+    assert gc.get_freeze_count() > 100_000, "DeepSpeed's collections of garbage walk all that is imported"
     batches = micro_batches(case, engine.dp_rank)
     history = []
     for step in range(case.steps):
