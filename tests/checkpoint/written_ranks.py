@@ -9,21 +9,10 @@ from dataclasses import replace
 import torch
 
 from llama_ds.checkpoint.formats.layer_files import layer_file
-from llama_ds.checkpoint.manifest import (
-    WEIGHT,
-    FileEntry,
-    Piece,
-    Record,
-    checksum,
-    name_of,
-)
+from llama_ds.checkpoint.manifest import WEIGHT, FileEntry, Piece, Record, checksum, name_of
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES
-from llama_ds.config.schema import (
-    ModelConfig,
-    RopeScaling,
-    RunConfig,
-)
+from llama_ds.config.schema import ModelConfig, RopeScaling, RunConfig
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank

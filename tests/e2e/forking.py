@@ -7,7 +7,6 @@ The launcher of tests that look at what a run does. Like DeepSpeed's, it ends th
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import runpy
@@ -38,10 +37,9 @@ def main() -> int:
 
 
 def preload() -> None:
-    """Import what ranks would; their collections of garbage do not walk it."""
+    """Import what ranks would."""
     for name in HEAVY:
         importlib.import_module(name)
-    gc.freeze()
 
 
 def fork(script: str, arguments: Sequence[str], environment: Mapping[str, str], output: Path | None = None) -> int:

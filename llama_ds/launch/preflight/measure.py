@@ -45,17 +45,15 @@ def measure(
     say: Callable[[str], None],
 ) -> tuple[dict[str, list[dict[str, Any]]], list[Finding]]:
     """Return the speeds of all hosts, and what is slow among them; `severity` is what slow is."""
-
-    def look(names: Sequence[str]) -> tuple[dict[str, list[dict[str, Any]]], list[Finding]]:
-        return _look({host: hosts[host] for host in names}, addresses, burn_s, ssh_port)
-
     say(f"measuring {len(hosts)} hosts for about {burn_s + 10:.0f} s")
-    slots, findings = look(list(hosts))
-    accused = {finding.host for finding in failed(slots) + slow(slots, severity)}
+    slots, problems = _look(hosts, addresses, burn_s, ssh_port)
+    found = failed(slots) + slow(slots, severity)
+    accused = {finding.host for finding in found}
     if order := second_look(slots, accused):
         say(f"measuring again beside others, before they are named: {', '.join(order[::2])}")
-        better(slots, look(order)[0], accused)
-    return slots, findings + [f for f in failed(slots) + slow(slots, severity) if f.host in accused]
+        better(slots, _look({host: hosts[host] for host in order}, addresses, burn_s, ssh_port)[0], accused)
+        found = [finding for finding in failed(slots) + slow(slots, severity) if finding.host in accused]
+    return slots, problems + found
 
 
 def _look(
