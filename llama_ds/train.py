@@ -18,12 +18,12 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from llama_ds import log
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
-from llama_ds.launch.attendance import Presence, check_hosts, check_world, host_identity, keep_output
+from llama_ds.job.folder import MPI_LAUNCHERS, current
+from llama_ds.job.heartbeat import Presence, check_hosts, check_world, host_identity, keep_output
 from llama_ds.launch.hostfile import check_launcher_hostfile
-from llama_ds.launch.job import MPI_LAUNCHERS, current
+from llama_ds.layout.layout import Layout, resolve_layout
 
 
 def main() -> int:
@@ -35,7 +35,7 @@ def main() -> int:
     presence = Presence()
     with world.failing_together(presence.tell):
         if arguments.dry_run:
-            from llama_ds.parallel.recompute import with_device_memory
+            from llama_ds.layout.recompute import with_device_memory
             from llama_ds.training.plan import describe
 
             run, layout, config = resolve(arguments, arguments.world or 1)

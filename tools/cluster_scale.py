@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.launch.scale import fan_out, measure, setting
+from llama_ds.layout.axes import Axes
 
 
 def main() -> int:
@@ -39,7 +40,7 @@ def main() -> int:
             slots = max(hosts.values())
             found = fan_out(str(ROOT / "tools" / "preflight.py"), len(hosts), slots, args.timeout_s)
         else:
-            found = measure(hosts, args.pp, args.tp, args.beat_s, args.seconds)
+            found = measure(hosts, Axes(pp=args.pp, tp=args.tp), args.beat_s, args.seconds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE

@@ -13,13 +13,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
-from llama_ds.launch import rank_map
 from llama_ds.launch.hostfile import hostfile_text, parse_hostfile, select, write_hostfile
-from llama_ds.launch.nodelist import SYSTEMS, expand, from_scheduler
-from llama_ds.launch.placement import Finding, Rank, findings, place
+from llama_ds.layout import rank_map
+from llama_ds.layout.axes import Axes
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.nodelist import SYSTEMS, expand, from_scheduler
+from llama_ds.layout.placement import Finding, Rank, findings, place
 
 EXAMPLES = """examples:
   tools/hostfile.py generate --hosts 'node[001-256]' --slots 8 --out hostfiles/mine
@@ -120,7 +121,7 @@ def show_map(args: argparse.Namespace) -> int:
             Path(args.svg).write_text(rank_map.svg(ranks, f"Ranks on {args.file}"), encoding="utf-8")
         except OSError as error:
             raise UserError(f"{args.svg}: cannot be written: {error.strerror}; name another file") from None
-    print(json.dumps([asdict(rank) for rank in ranks]) if args.json else rank_map.table(ranks, args.every_host))
+    print(json.dumps([rank.as_data() for rank in ranks]) if args.json else rank_map.table(ranks, args.every_host))
     return 0
 
 
@@ -150,11 +151,11 @@ def _ranks(args: argparse.Namespace) -> list[Rank]:
     hosts = parse_hostfile(args.file)
     if not args.run:
         pp, tp = (1 if size is None else size for size in (args.pp, args.tp))
-        return place(hosts, pp, tp, args.file)
+        return place(hosts, Axes(pp=pp, tp=tp), args.file)
     if args.pp is not None or args.tp is not None:
         raise UserError("command line: --pp and --tp are in the run file; write parallel.pp=N after --run RUN.yaml")
     layout = resolve_layout(load_run(args.run[0], args.run[1:]), sum(hosts.values()))
-    return place(hosts, layout.pp, layout.tp, args.file)
+    return place(hosts, layout, args.file)
 
 
 def _print_findings(found: list[Finding]) -> None:

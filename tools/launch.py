@@ -20,20 +20,21 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
 from llama_ds.launch.hostfile import parse_hostfile, select
-from llama_ds.launch.job import VARIABLE, Job, new_folder
+from llama_ds.launch.job_files import new_folder
 from llama_ds.launch.meeting import Meeting
-from llama_ds.launch.placement import findings, place
 from llama_ds.launch.preflight import Report, Settings, examine
 from llama_ds.launch.supervise.attempt import Watch
 from llama_ds.launch.supervise.progress import Patience
 from llama_ds.launch.supervise.roster import Roster
 from llama_ds.launch.supervise.supervisor import Bounds, Start, Supervisor, command_of
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.placement import findings, place
 
 EXAMPLES = """examples:
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --dry-run
@@ -100,7 +101,7 @@ def launch(args: argparse.Namespace) -> int:
     run = load_run(args.run_file, args.overrides)
     hosts = hosts_of(args)
     layout = resolve_layout(run, sum(hosts.values()))
-    ranks = place(hosts, layout.pp, layout.tp)
+    ranks = place(hosts, layout)
     for finding in findings(ranks):
         if finding.severity == "error":
             raise UserError(f"{args.hostfile}: {finding.text}")

@@ -28,12 +28,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.rules import check
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.launch.namespaces import INTERFACE, Hosts
+from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.picture import picture
 from llama_ds.perf.trace.read import read
@@ -167,8 +167,8 @@ def measure(args: argparse.Namespace) -> None:
     import torch
 
     from llama_ds import log
+    from llama_ds.layout.pipeline_schedule import describe_trace
     from llama_ds.parallel import world
-    from llama_ds.parallel.scheduling import describe_trace
     from llama_ds.training.engine import build_engine
 
     log.setup(quiet=True)

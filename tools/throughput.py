@@ -313,10 +313,11 @@ def analyse(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Record and profile steps of the real job."""
-    from llama_ds.config.layout import resolve_layout
     from llama_ds.launch.hostfile import write_hostfile
+    from llama_ds.layout.layout import resolve_layout
+    from llama_ds.layout.ranks import choose_ranks
     from llama_ds.perf.trace.files import analyse_folder
-    from llama_ds.perf.trace.job import choose_ranks, recording_overrides
+    from llama_ds.perf.trace.job import recording_overrides
     from llama_ds.perf.trace.limits import parse_limit
     from llama_ds.perf.trace.merge import merge
     from llama_ds.perf.trace.report import as_json, report
@@ -327,7 +328,7 @@ def train(args: argparse.Namespace) -> int:
     hosts = parse_hostfile(args.hostfile) if args.hostfile else {"localhost": _local_ranks(args, run, environment)}
     layout = resolve_layout(run, sum(hosts.values()))
     out = Path(args.out or f"{run.run_dir}-profile").absolute()
-    ranks = choose_ranks(args.ranks, layout)
+    ranks = choose_ranks(args.ranks, layout, "--ranks")
     overrides = [*args.overrides, *recording_overrides(run, str(out), args.warmup, args.steps, ranks)]
     load_run(args.run, overrides)
     try:

@@ -18,8 +18,8 @@ from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout
 from llama_ds.model.attention import flash_module
 from llama_ds.model.decoder import DecoderLayer
 from llama_ds.model.llama import Llama, shared_parts
@@ -139,7 +139,7 @@ def transformers_model(run: RunConfig, source: Llama, dtype: torch.dtype) -> Lla
 
 def _engine_step(run: RunConfig, batch: np.ndarray) -> Step:
     """Return the step as training takes it: DeepSpeed's engine, from the same initial weights."""
-    layout = Layout(1, 1, 1, 1, len(batch), 1, len(batch))
+    layout = Layout(micro_batch=len(batch))
     config = deepspeed_config(run, layout, bf16_native=True)
     world.join(world.Place(0, 1, 0))
     engine = build_engine(run, layout, config, torch.device("cpu"))

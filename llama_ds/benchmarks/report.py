@@ -10,8 +10,8 @@ import torch
 
 from llama_ds.benchmarks.step import Timing
 from llama_ds.config.schema import ModelConfig
-from llama_ds.launch.machine import cpu_name
-from llama_ds.model.flops import device_peak, flops_per_token, layer_forward_flops, parameter_count
+from llama_ds.layout.flops import device_peak, flops_per_token, layer_forward_flops, parameter_count
+from llama_ds.machine import cpu_name
 
 
 def step_results(model: ModelConfig, settings: dict[str, Any], timings: dict[str, Timing]) -> dict[str, Any]:

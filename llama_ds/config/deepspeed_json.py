@@ -7,14 +7,26 @@ each number has one owner.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Protocol
 
 from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO, SECTION_KEYS, USER_KEYS
-from llama_ds.config.layout import Layout
 from llama_ds.config.reader import Place, check_keys
 from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+
+
+class BatchSizes(Protocol):
+    """The numbers of a layout that DeepSpeed's configuration repeats."""
+
+    @property
+    def pp(self) -> int: ...
+    @property
+    def global_batch(self) -> int: ...
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def accumulation(self) -> int: ...
 
 
 def check_user_keys(run: RunConfig) -> None:
@@ -54,7 +66,7 @@ def training_dtype(run: RunConfig, bf16_native: bool) -> str:
     return "bf16" if enabled else "fp32"
 
 
-def deepspeed_config(run: RunConfig, layout: Layout, bf16_native: bool) -> dict[str, Any]:
+def deepspeed_config(run: RunConfig, layout: BatchSizes, bf16_native: bool) -> dict[str, Any]:
     """Return the configuration for `deepspeed.initialize`: a new dict; `run` stays as it is.
 
     `bf16_native` says whether the device computes bf16 natively, for `bf16.enabled: "auto"`.
@@ -94,7 +106,7 @@ def _bf16(run: RunConfig) -> dict[str, Any]:
     return block
 
 
-def _check_combination(run: RunConfig, layout: Layout, dtype: str) -> None:
+def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
     stage, pp = run.zero_stage, layout.pp
     if pp > 1 and stage != 1:
         why = "takes the clip norm from one stage only" if stage == 0 else "cannot split what the pipeline accumulates"

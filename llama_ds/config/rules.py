@@ -7,10 +7,10 @@ import re
 from functools import reduce
 from typing import Any
 
-from llama_ds.config.layout import divisors, listed
+from llama_ds.config.numbers import divisors
 from llama_ds.config.recompute import AUTO, POLICIES, parse
 from llama_ds.config.schema import RunConfig
-from llama_ds.errors import UserError, did_you_mean
+from llama_ds.errors import UserError, did_you_mean, listed
 from llama_ds.schedules.schedule import NAMES as SCHEDULES
 
 FLASH_HEAD_DIMS = range(8, 256 + 1, 8)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llama_ds.config.deepspeed_json import check_user_keys
-from llama_ds.config.layout import divisors, listed
+from llama_ds.config.numbers import divisors
 from llama_ds.config.reader import Place, check_keys, read
 from llama_ds.config.recompute import canonical
 from llama_ds.config.rules import check
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import dump_yaml, parse_yaml, read_json, read_yaml
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, listed
 
 _DEFAULTS = {"seed": 0, "output_dir": "runs"}
 _NOT_WRITTEN = {"path", "deepspeed_path"}  # fields of RunConfig that only the reader sets

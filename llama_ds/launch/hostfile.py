@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llama_ds.errors import UserError, did_you_mean
-from llama_ds.launch.nodelist import check_host, clip, expand
+from llama_ds.layout.nodelist import check_host, clip, expand
 
 _LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]+)(?:[ \t]+#.*)?")
 _MAX_DIGITS = 6  # of a number of slots: int() takes no more than 4300, and a million devices are a slip

@@ -23,11 +23,10 @@ from typing import Any
 import psutil
 
 from llama_ds.errors import UserError
-from llama_ds.launch import placement, rank_map
+from llama_ds.job.folder import Job
+from llama_ds.job.wire import Beat, Kind, Phase, frame, frames, hello, new_nonce, pack_beat
 from llama_ds.launch.command import build
 from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
-from llama_ds.launch.job import Job
-from llama_ds.launch.machine import machine
 from llama_ds.launch.preflight.examine import Settings
 from llama_ds.launch.preflight.stubs import StubHosts
 from llama_ds.launch.supervise import hang
@@ -36,7 +35,9 @@ from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.processes import Host
 from llama_ds.launch.supervise.progress import Pace, Patience
 from llama_ds.launch.supervise.server import Server
-from llama_ds.launch.wire import Beat, Kind, Phase, frame, frames, hello, new_nonce, pack_beat
+from llama_ds.layout import placement, rank_map
+from llama_ds.layout.axes import Axes
+from llama_ds.machine import machine
 
 TOKEN = bytes(32)
 REPEATS = 7
@@ -49,17 +50,17 @@ def setting() -> dict[str, Any]:
     return {"date": time.strftime("%Y-%m-%d"), "machine": here}
 
 
-def measure(hosts: Mapping[str, int], pp: int, tp: int, beat_s: float, seconds: float) -> dict[str, Any]:
+def measure(hosts: Mapping[str, int], axes: Axes, beat_s: float, seconds: float) -> dict[str, Any]:
     """Return what a job on `hosts` costs the machine that launches it: seconds, MiB, and the share of a core."""
     world = sum(hosts.values())
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "hostfile")
         write_hostfile(path, hosts)
-        ranks = placement.place(hosts, pp, tp)
+        ranks = placement.place(hosts, axes)
         steps: dict[str, Callable[[], Any]] = {
             "parse the hostfile": lambda: parse_hostfile(path),
             "build the command": lambda: _command(path, hosts),
-            "place the ranks": lambda: placement.place(hosts, pp, tp),
+            "place the ranks": lambda: placement.place(hosts, axes),
             "check the placement": lambda: placement.findings(ranks),
             "rank map, table": lambda: rank_map.table(ranks),
             "rank map, SVG": lambda: rank_map.svg(ranks, "ranks"),

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llama_ds.launch.machine import cpu_vendor
+from llama_ds.machine import cpu_vendor
 
 _SLOW_IN_MKL = ("AuthenticAMD", "HygonGenuine")  # as /proc/cpuinfo names them
 _ROUNDING_ALLOWED = "medium"

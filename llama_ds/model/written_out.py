@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of a row, D hidden size, H query and G key-value heads,
 ranks; S = T / tp under sequence parallelism, else T. N = B * T and M = B * S tokens as rows of a matrix. H, G and F are
 this rank's, 1 / tp of the model's. dX stands for dL/dX.
 
-What a layer keeps between forward and backward is its policy (`llama_ds.model.saving` counts the bytes):
+What a layer keeps between forward and backward is its policy (`llama_ds.layout.activation_memory` counts the bytes):
 
 - none: everything the backward reads. Nothing is computed again.
 - selective: the layer's input, the outputs of its wide products (q, k and v rotated; gate and up), the attention's

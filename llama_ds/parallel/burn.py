@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llama_ds.launch.attendance import interface_towards
+from llama_ds.job.heartbeat import interface_towards
 from llama_ds.parallel.world import finish, on_cuda
 
 GROUP_S = 20.0  # for a group to come together, and for each of its all-reduces

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
-from llama_ds.config.layout import Layout
+from llama_ds.layout.layout import Layout
 from llama_ds.model.tensor_parallel import SingleRank, TensorParallel
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
 from llama_ds.parallel.trace import Trace
 
 
 def topology(layout: Layout) -> PipeModelDataParallelTopology:
-    """Return DeepSpeed's rank order for the layout: pipe outermost, tensor-parallel ranks adjacent."""
+    """Return DeepSpeed's topology for the layout; its rank order is that of `llama_ds.layout.axes`."""
     return PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
 
 
@@ -26,7 +26,7 @@ def tensor_parallel(layout: Layout, sequence_parallel: bool, trace: Trace) -> Te
     if layout.tp == 1:
         return SingleRank()
     rank, own = dist.get_rank(), None
-    for ranks in topology(layout).get_axis_comm_lists("model"):
+    for ranks in layout.groups("tp"):
         group = dist.new_group(ranks)
         own = group if rank in ranks else own
     assert own is not None

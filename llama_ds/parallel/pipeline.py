@@ -10,13 +10,13 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.partition import stage_boundaries
 from llama_ds.model.decoder import DecoderLayer, Shared
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
 from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel.grid import topology
-from llama_ds.parallel.partition import stage_boundaries
 from llama_ds.schedules.instructions import Placement
 
 

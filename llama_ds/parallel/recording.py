@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
+from llama_ds.job.trace_format import MARKER, MERGED_FILE, PROFILE_FILE, RANK_FILE
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.pipeline_schedule import describe_trace
 from llama_ds.log import logger
 from llama_ds.parallel import clock, world
-from llama_ds.parallel.scheduling import describe_trace
 from llama_ds.parallel.trace import Trace
-from llama_ds.parallel.trace_format import MARKER, MERGED_FILE, PROFILE_FILE, RANK_FILE
 
 _MARKERS = 8  # at each end; the one that began soonest after its time was taken is believed
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from llama_ds.job.trace_format import FORMAT, RANK_FILE
 from llama_ds.parallel.step_times import StepTimes
-from llama_ds.parallel.trace_format import FORMAT, RANK_FILE
 
 _NOTHING = nullcontext()
 

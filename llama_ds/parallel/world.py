@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from llama_ds.errors import UserError
-from llama_ds.launch.attendance import interface_towards
+from llama_ds.job.heartbeat import interface_towards
 from llama_ds.log import logger
 
 T = TypeVar("T")

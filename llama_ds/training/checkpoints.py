@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,10 +27,10 @@ from llama_ds.checkpoint.names import Key, key_of, sharded_dim
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
-from llama_ds.config.layout import Layout
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, spread_masters
@@ -229,7 +228,7 @@ class Checkpoints:
             tokens=step * self.layout.global_batch * self.run.data.seq_len,
             zero_stage=self.run.zero_stage,
             dtype=self.dtype,
-            layout=asdict(self.layout),
+            layout=self.layout.as_data(),
             run=resolved(self.run),
             data=dict(data),
             optimizer_steps=adam_steps(engine),

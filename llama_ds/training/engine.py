@@ -22,9 +22,11 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import OptimizerConfig, RunConfig
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.recompute import stage_policies
 from llama_ds.model.embedding import Head
 from llama_ds.model.linear import RMSNorm
 from llama_ds.model.llama import Llama, shared_parts
@@ -36,8 +38,6 @@ from llama_ds.parallel.grid import grid, tensor_parallel
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
 from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
-from llama_ds.parallel.recompute import stage_policies
-from llama_ds.parallel.scheduling import schedule_of
 from llama_ds.parallel.stock_trace import trace_instructions
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Arriving

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import STATE, save_state
 from llama_ds.data.order import BadShard
 from llama_ds.data.stream import Dataset, ReadAhead, Reader
 from llama_ds.errors import UserError
+from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.sharing import Neighbours, find_neighbours, share

@@ -13,7 +13,6 @@ from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.names import Key
 from llama_ds.checkpoint.weights import Readable, check_shapes
-from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import AUTO
 from llama_ds.config.run_file import dump
 from llama_ds.config.schema import RunConfig
@@ -22,11 +21,12 @@ from llama_ds.data.source.shards import check_present
 from llama_ds.data.sources import Sources
 from llama_ds.data.stream import Dataset, open_data
 from llama_ds.errors import Divergence, UserError
-from llama_ds.launch.attendance import Progress
-from llama_ds.launch.wire import Phase
+from llama_ds.job.heartbeat import Progress
+from llama_ds.job.wire import Phase
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.log import logger
 from llama_ds.parallel import world
-from llama_ds.parallel.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.parallel.recording import Recording
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engine import Engine, StepResult, build_engine

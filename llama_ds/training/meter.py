@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import GIB
 from llama_ds.config.schema import RunConfig
-from llama_ds.model.flops import device_peak, flops_per_token
+from llama_ds.layout.flops import device_peak, flops_per_token
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.recompute import ELEMENT_BYTES, recomputed_flops_per_token
 from llama_ds.parallel import world
-from llama_ds.parallel.recompute import ELEMENT_BYTES, recomputed_flops_per_token
 
 
 @dataclass(frozen=True)

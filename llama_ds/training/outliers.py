@@ -21,7 +21,8 @@ A slow link shows as waits: all ranks of a pipeline wait longer for messages tha
 of them has anything of its own that would explain half of it. Stages before the link then wait for later ones, those
 after it for earlier ones.
 
-Shapes: P stages, D data-parallel ranks, T tensor-parallel ranks, K parts of a step; n ranks that are compared.
+Shapes: P stages, D pipelines of tensor-parallel groups, T tensor-parallel ranks, K parts of a step; n ranks that are
+compared.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_ds.launch.spread import NORMAL
+from llama_ds.job.robust_stats import NORMAL
 from llama_ds.parallel.step_times import BETWEEN, COMPUTE, DATA, EARLIER, LATER, OPTIMIZER
 
 SHARE, SPREADS = 0.05, 6.0

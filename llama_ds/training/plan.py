@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import GIB, POLICIES
 from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import RunConfig
-from llama_ds.model.flops import flops_per_token, layer_costs, parameter_count
-from llama_ds.parallel.memory import rank_memory
-from llama_ds.parallel.partition import stage_boundaries, stage_parameters
-from llama_ds.parallel.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
-from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.layout.flops import flops_per_token, layer_costs, parameter_count
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.partition import stage_boundaries, stage_parameters
+from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.rank_memory import rank_memory
+from llama_ds.layout.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
 from llama_ds.schedules.simulate import StageCost, simulate
 from llama_ds.training.schedule import learning_rate
 

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
-from llama_ds.launch.rank_map import spans
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.rank_map import spans
 from llama_ds.log import logger
 from llama_ds.parallel import world
-from llama_ds.parallel.scheduling import schedule_of
 from llama_ds.parallel.step_times import PARTS
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.outliers import Found, Slow, SlowLink, find
@@ -75,7 +75,7 @@ class Stragglers:
             return []
         mean, median = np.split(ranks[:, 1:] / 1e3, 2, 1)  # milliseconds
         layout = self._layout
-        found = find(mean, median, (layout.pp, layout.dp, layout.tp), self._one_way)
+        found = find(mean, median, (layout.pp, layout.stride("pp") // layout.tp, layout.tp), self._one_way)
         self._write(record(done, int(ranks[0, 0]), found, mean, self._hosts))
         return lines(found, self._hosts)
 

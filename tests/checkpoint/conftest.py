@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,6 @@ from written_ranks import MODEL, SEQ_LEN, Write, write_rank
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.manifest import TOKENIZER, Description, write_manifest
-from llama_ds.config.layout import Layout
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import (
     DataConfig,
@@ -27,6 +26,7 @@ from llama_ds.config.schema import (
 )
 from llama_ds.data.building.build import build_source
 from llama_ds.data.text.tokenizer import train_tokenizer
+from llama_ds.layout.layout import Layout
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +67,7 @@ def write(run: RunConfig, tokenizer: str, tmp_path: Path) -> Write:
         this = replace(run, model=model, data=replace(run.data, document_mask=document_mask))
         folder = tmp_path / "run" / "checkpoints" / store.tag_of(7)
         os.makedirs(folder)
-        layout = asdict(Layout(tp, 1, tp, 1, 4, 1, 4))
+        layout = Layout(tp=tp, micro_batch=4).as_data()
         description = Description(7, 896, 1, dtype, layout, resolved(this), optimizer_steps=7)
         records = [write_rank(this, str(folder), rank, tp, by_layer, dtype) for rank in range(tp)]
         shutil.copyfile(tokenizer, folder / TOKENIZER)

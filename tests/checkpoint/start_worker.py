@@ -16,7 +16,6 @@ import torch
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.names import key_of, sharded_dim
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import (
     DataConfig,
     OptimizerConfig,
@@ -25,6 +24,7 @@ from llama_ds.config.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from llama_ds.layout.layout import Layout
 from llama_ds.parallel import world
 from llama_ds.training.engine import build_engine
 
@@ -48,7 +48,7 @@ def main() -> None:
             parallel=ParallelConfig(pp=pp, tp=tp, schedule="deepspeed"),
             deepspeed={"bf16": {"enabled": False}, "zero_optimization": {"stage": 1}},
         )
-        layout = Layout(pp * tp, pp, tp, 1, 1, 2, 2)
+        layout = Layout(pp=pp, tp=tp, accumulation=2)
         engine: Any = build_engine(run, layout, deepspeed_config(run, layout, True), torch.device("cpu")).deepspeed
         path, _ = engine.load_checkpoint(
             os.path.dirname(folder), tag=os.path.basename(folder), load_module_only=True, load_optimizer_states=False

@@ -12,10 +12,10 @@ import pytest
 
 from llama_ds.config.deepspeed_json import deepspeed_config, training_dtype
 from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO, SECTION_KEYS, USER_KEYS
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.layout.layout import resolve_layout
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.launch.hostfile import parse_hostfile
-from llama_ds.model.flops import parameter_count
+from llama_ds.layout.flops import parameter_count
+from llama_ds.layout.layout import resolve_layout
 
 REPO = Path(__file__).resolve().parents[2]
 

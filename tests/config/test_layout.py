@@ -6,16 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from llama_ds.config.layout import Layout, divisors, listed, resolve_layout
+from llama_ds.config.numbers import divisors
 from llama_ds.config.run_file import load_run
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, listed
+from llama_ds.layout.layout import Layout, resolve_layout
 
 COUNT = " (micro-batches are training.global_batch / (dp * parallel.micro_batch))"
 RUN = str(Path(__file__).resolve().parents[2] / "ds_configs" / "llama_65b.yaml")
 
 
 def test_llama_65b_on_2048_ranks() -> None:
-    assert resolve_layout(load_run(RUN), 2048) == Layout(2048, 8, 8, 32, 1, 64, 2048)
+    assert resolve_layout(load_run(RUN), 2048) == Layout(pp=8, dp=32, tp=8, micro_batch=1, accumulation=64)
 
 
 @pytest.mark.parametrize(

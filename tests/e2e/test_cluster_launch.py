@@ -16,8 +16,9 @@ from cluster import LAUNCH, Job, start
 from launching import ROOT, TRAIN, environment, forked, succeed
 from tiny_run import Run
 
-from llama_ds.launch.job import VARIABLE, prepare
-from llama_ds.launch.job import Job as Attempt
+from llama_ds.job.folder import VARIABLE
+from llama_ds.job.folder import Job as Attempt
+from llama_ds.launch.job_files import prepare
 from tests.hosts import Hosts, missing
 
 needs_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))

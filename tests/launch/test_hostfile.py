@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import launcher_hostfile, parse_hostfile, select, write_hostfile
-from llama_ds.launch.nodelist import expand
+from llama_ds.layout.nodelist import expand
 
 REPO = Path(__file__).resolve().parents[2]
 CHECK = f"""\

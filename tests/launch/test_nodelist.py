@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama_ds.errors import UserError
-from llama_ds.launch.nodelist import MAX_HOSTS, check_host, compress, expand, from_lsf, from_scheduler, from_slurm
+from llama_ds.layout.nodelist import MAX_HOSTS, check_host, compress, expand, from_lsf, from_scheduler, from_slurm
 
 HOST_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 # Names as clusters give them, close to each other, so that many differ in one number.

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ds.errors import UserError
-from llama_ds.launch.nodelist import expand
-from llama_ds.launch.placement import findings, place, sizes
-from llama_ds.launch.rank_map import svg, table
+from llama_ds.layout.axes import Axes
+from llama_ds.layout.nodelist import expand
+from llama_ds.layout.placement import findings, place, sizes
+from llama_ds.layout.rank_map import svg, table
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -25,21 +26,23 @@ def nodes(count: int, slots: int = 8) -> dict[str, int]:
 
 def found(hosts: Mapping[str, int], pp: int, tp: int) -> dict[str, tuple[str, str]]:
     """Return (severity, text) of each of the findings by what it is about."""
-    return {f.text.partition(":")[0]: (f.severity, f.text) for f in findings(place(hosts, pp, tp))}
+    return {f.text.partition(":")[0]: (f.severity, f.text) for f in findings(place(hosts, Axes(pp=pp, tp=tp)))}
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
 def test_the_order_of_ranks_is_deepspeeds(pp: int, dp: int, tp: int) -> None:
     topology = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=dp)
-    ranks = place({"a": pp * dp * tp}, pp, tp)
-    assert sizes(ranks) == (pp, dp, tp)
+    ranks = place({"a": pp * dp * tp}, Axes(pp=pp, tp=tp))
+    assert sizes(ranks) == Axes(pp=pp, dp=dp, tp=tp)
     for rank in ranks:
-        assert topology.get_rank(pipe=rank.pp, data=rank.dp, model=rank.tp) == rank.rank == rank.slot
+        assert (
+            topology.get_rank(pipe=rank.coords.pp, data=rank.coords.dp, model=rank.coords.tp) == rank.rank == rank.slot
+        )
 
 
 def test_hosts_are_filled_in_the_files_order() -> None:
-    ranks = place({"b": 1, "a": 3}, pp=2, tp=2)
+    ranks = place({"b": 1, "a": 3}, Axes(pp=2, tp=2))
     assert [(r.host, r.slot) for r in ranks] == [("b", 0), ("a", 0), ("a", 1), ("a", 2)]
 
 
@@ -54,7 +57,7 @@ def test_hosts_are_filled_in_the_files_order() -> None:
 )
 def test_ranks_that_do_not_fit_are_told(pp: int, tp: int, message: str) -> None:
     with pytest.raises(UserError) as error:
-        place(nodes(2), pp, tp)
+        place(nodes(2), Axes(pp=pp, tp=tp))
     assert str(error.value) == message
 
 
@@ -142,7 +145,7 @@ def test_uneven_slots_are_warned_of() -> None:
 
 
 def test_the_table_has_a_line_for_each_pattern() -> None:
-    assert table(place(nodes(256), 4, 8)).splitlines() == [
+    assert table(place(nodes(256), Axes(pp=4, tp=8))).splitlines() == [
         "hosts       count  slots  ranks      stage  dp               tp",
         "n[1-64]     64     0-7    0-511      0      0-63 (1 a host)  0-7",
         "n[65-128]   64     0-7    512-1023   1      0-63 (1 a host)  0-7",
@@ -152,14 +155,14 @@ def test_the_table_has_a_line_for_each_pattern() -> None:
 
 
 def test_the_table_splits_hosts_whose_stages_hold_other_places() -> None:
-    assert table(place(nodes(3), 2, 1)).splitlines() == [
+    assert table(place(nodes(3), Axes(pp=2, tp=1))).splitlines() == [
         "hosts  count  slots  ranks  stage  dp    tp",
         "n1     1      0-7    0-7    0      0-7   0",
         "n2     1      0-3    8-11   0      8-11  0",
         "n2     1      4-7    12-15  1      0-3   0",
         "n3     1      0-7    16-23  1      4-11  0",
     ]
-    assert len(table(place(nodes(8), 2, 1), every_host=True).splitlines()) == 1 + 8
+    assert len(table(place(nodes(8), Axes(pp=2, tp=1)), every_host=True).splitlines()) == 1 + 8
 
 
 LAYOUTS = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 4))
@@ -170,7 +173,7 @@ LAYOUTS = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.int
 def test_the_table_holds_every_rank_once(layout: tuple[list[int], int, int], every_host: bool) -> None:
     slots, pp, tp = layout
     slots[-1] += -sum(slots) % (pp * tp)
-    ranks = place({f"n{i}": count for i, count in enumerate(slots)}, pp, tp)
+    ranks = place({f"n{i}": count for i, count in enumerate(slots)}, Axes(pp=pp, tp=tp))
     lines = [re.split(r"  +", line) for line in table(ranks, every_host).splitlines()[1:]]
     listed = [rank for line in lines for rank in span(line[3])]
     assert sorted(listed) == list(range(len(ranks)))
@@ -178,8 +181,8 @@ def test_the_table_holds_every_rank_once(layout: tuple[list[int], int, int], eve
         assert len(expand(names)) == int(count)
         here = [ranks[rank] for rank in span(some)]
         assert {r.host for r in here} == set(expand(names))
-        assert {r.pp for r in here} == set(span(stages)) and {r.tp for r in here} == set(span(tp_ranks))
-        assert {r.dp for r in here} == set(span(dp.partition(" ")[0]))
+        assert {r.coords.pp for r in here} == set(span(stages)) and {r.coords.tp for r in here} == set(span(tp_ranks))
+        assert {r.coords.dp for r in here} == set(span(dp.partition(" ")[0]))
 
 
 def span(text: str) -> list[int]:
@@ -189,21 +192,21 @@ def span(text: str) -> list[int]:
 
 @pytest.mark.parametrize(("hosts", "pp", "tp"), [(nodes(2), 2, 4), (nodes(256), 8, 8), ({"x.y": 3, "b": 9}, 2, 3)])
 def test_the_picture_shows_every_rank_in_its_stages_colour(hosts: dict[str, int], pp: int, tp: int) -> None:
-    ranks = place(hosts, pp, tp)
+    ranks = place(hosts, Axes(pp=pp, tp=tp))
     root = ElementTree.fromstring(svg(ranks, "Ranks"))
     slots = [g for g in root.iter(f"{SVG}g") if g.find(f"{SVG}title") is not None]
     assert [g.findtext(f"{SVG}title") for g in slots] == [
-        f"rank {r.rank}: {r.host} slot {r.slot}, stage {r.pp}, dp {r.dp}, tp {r.tp}" for r in ranks
+        f"rank {r.rank}: {r.host} slot {r.slot}, stage {r.coords.pp}, dp {r.coords.dp}, tp {r.coords.tp}" for r in ranks
     ]
     colours = [g.find(f"{SVG}rect").attrib["fill"] for g in slots]
-    assert len(set(colours)) == pp and len(set(zip(colours, (r.pp for r in ranks), strict=True))) == pp
+    assert len(set(colours)) == pp and len(set(zip(colours, (r.coords.pp for r in ranks), strict=True))) == pp
     assert [[t.text for t in g.iter(f"{SVG}text")] for g in slots] == [
-        [str(r.rank), f"{r.pp}.{r.dp}.{r.tp}"] for r in ranks
+        [str(r.rank), f"{r.coords.pp}.{r.coords.dp}.{r.coords.tp}"] for r in ranks
     ]
 
 
 def test_the_picture_holds_all_it_draws_and_nothing_overlaps() -> None:
-    root = ElementTree.fromstring(svg(place(nodes(32), 4, 8), "Ranks"))
+    root = ElementTree.fromstring(svg(place(nodes(32), Axes(pp=4, tp=8)), "Ranks"))
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
     boxes = set()
     for group in root.iter(f"{SVG}g"):
@@ -218,14 +221,14 @@ def test_the_picture_holds_all_it_draws_and_nothing_overlaps() -> None:
 
 
 def test_tensor_parallel_groups_are_outlined_and_those_on_two_hosts_in_red() -> None:
-    drawn = svg(place({"a": 3, "b": 5}, 1, 2), "Ranks")
+    drawn = svg(place({"a": 3, "b": 5}, Axes(pp=1, tp=2)), "Ranks")
     assert len(re.findall(r'<rect class="g" x="\d+" y="1"', drawn)) == 3
     assert len(re.findall(r'<rect class="x" x="\d+" y="1"', drawn)) == 2  # ranks 2 and 3, each on its host
-    assert '<rect class="g" x="1" y="1"' not in svg(place({"a": 4}, 2, 1), "Ranks")
+    assert '<rect class="g" x="1" y="1"' not in svg(place({"a": 4}, Axes(pp=2, tp=1)), "Ranks")
 
 
 @settings(deadline=None)
 @given(st.text())
 def test_any_title_gives_xml(title: str) -> None:
-    root = ElementTree.fromstring(svg(place({"a": 1}, 1, 1), f"<&\"'\x00\ud800>{title}").encode())
+    root = ElementTree.fromstring(svg(place({"a": 1}, Axes(pp=1, tp=1)), f"<&\"'\x00\ud800>{title}").encode())
     assert (root.findtext(f"{SVG}title") or "").startswith("<&\"'??>")

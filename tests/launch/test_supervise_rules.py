@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.launch.job import Job
+from llama_ds.job.folder import Job
+from llama_ds.job.wire import Beat, Phase
 from llama_ds.launch.supervise import hang
 from llama_ds.launch.supervise.processes import Host
 from llama_ds.launch.supervise.progress import Pace, Patience
 from llama_ds.launch.supervise.roster import Roster, first_slots, largest_world
 from llama_ds.launch.supervise.server import Member
 from llama_ds.launch.supervise.spikes import WINDOW, SpikeRule
-from llama_ds.launch.wire import Beat, Phase
 
 ROOT = Path(__file__).resolve().parents[2]
 

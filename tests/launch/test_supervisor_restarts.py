@@ -14,7 +14,8 @@ import pytest
 
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
-from llama_ds.launch.job import Job, prepare
+from llama_ds.job.folder import Job
+from llama_ds.launch.job_files import prepare
 from llama_ds.launch.preflight import Finding, Report
 from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Outcome, Watch
@@ -81,8 +82,8 @@ def test_a_first_host_that_is_gone_at_a_restart_is_one_more_failure(tmp_path: Pa
 
 RANK = """
 import signal, sys, time
-from llama_ds.launch.attendance import Attendance, Progress
-from llama_ds.launch.job import current
+from llama_ds.job.heartbeat import Attendance, Progress
+from llama_ds.job.folder import current
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 attendance = Attendance(current({"LLAMA_DS_JOB": sys.argv[1]}), 0, Progress())
 while True:

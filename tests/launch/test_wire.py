@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_ds.errors import UserError
-from llama_ds.launch import wire
-from llama_ds.launch.attendance import Attendance, Progress
-from llama_ds.launch.job import Job, prepare
+from llama_ds.job import wire
+from llama_ds.job.folder import Job
+from llama_ds.job.heartbeat import Attendance, Progress
+from llama_ds.job.wire import Beat, Kind, Phase
+from llama_ds.launch.job_files import prepare
 from llama_ds.launch.supervise.server import Server
-from llama_ds.launch.wire import Beat, Kind, Phase
 
 TOKEN = bytes(range(32))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llama_ds.config.schema import ModelConfig
-from llama_ds.model.flops import (
+from llama_ds.layout.flops import (
     device_peak,
     embedding_parameters,
     flops_per_token,

@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves
 from llama_ds.benchmarks.layer import saved_bytes
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig
-from llama_ds.model import loss_chunks
+from llama_ds.layout import loss_chunks
+from llama_ds.layout.activation_memory import LayerWork
+from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import DecoderLayer, Shared
 from llama_ds.model.linear import adjacent
 from llama_ds.model.loss import NextTokenLoss
-from llama_ds.model.loss_chunks import chunk_tokens
 from llama_ds.model.rope import RotaryTables
-from llama_ds.model.saving import LayerWork
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.weight_gradients import WeightGradients
 from llama_ds.model.written_out import WrittenOutLayer

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import (
     DataConfig,
     ModelConfig,
@@ -18,6 +17,7 @@ from llama_ds.config.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from llama_ds.layout.layout import Layout
 from llama_ds.model.linear import RMSNorm
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
@@ -63,7 +63,7 @@ class Case:
     @property
     def layout(self) -> Layout:
         accumulation = GLOBAL_BATCH // self.dp // self.micro_batch
-        return Layout(self.world, self.pp, self.tp, self.dp, self.micro_batch, accumulation, GLOBAL_BATCH)
+        return Layout(pp=self.pp, dp=self.dp, tp=self.tp, micro_batch=self.micro_batch, accumulation=accumulation)
 
     @property
     def reference(self) -> Case:

@@ -17,7 +17,7 @@ from llama_ds import log
 from llama_ds.benchmarks.checkpoint.worker import peak_memory
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.schema import ModelConfig
-from llama_ds.model.flops import layer_parameters
+from llama_ds.layout.flops import layer_parameters
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import begin_moments, fragments
 from llama_ds.training.checkpoints import Checkpoints

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_ds.config.schema import ModelConfig
-from llama_ds.model.flops import layer_costs
-from llama_ds.parallel.partition import balance, boundaries, decoder_layers
+from llama_ds.layout.flops import layer_costs
+from llama_ds.layout.partition import balance, boundaries, decoder_layers
 
 LLAMA_65B = ModelConfig(32000, 8192, 22016, 80, 64, 64, 128)
 LLAMA_3_8B = ModelConfig(128256, 4096, 14336, 32, 32, 8, 128)

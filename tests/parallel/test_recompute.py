@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.model.flops import layer_forward_flops
-from llama_ds.parallel.memory import layer_work, rank_memory
-from llama_ds.parallel.recompute import (
+from llama_ds.layout.flops import layer_forward_flops
+from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.layout.rank_memory import layer_work, rank_memory
+from llama_ds.layout.recompute import (
     GIB,
     USABLE,
     recomputed_flops_per_token,

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llama_ds.model.saving import LayerWork
+from llama_ds.layout.activation_memory import LayerWork
 from tests.parallel.written_out_worker import CASES, PLAIN, ROWS, Case, T
 
 ROOT = Path(__file__).resolve().parents[2]

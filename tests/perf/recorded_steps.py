@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llama_ds.parallel.trace_format import FORMAT, RANK_FILE
+from llama_ds.job.trace_format import FORMAT, RANK_FILE
+from llama_ds.layout.axes import Coords
 from llama_ds.perf.trace.read import Clock, Event, Rank
 
 ABOUT: dict[str, Any] = {
@@ -20,7 +21,7 @@ def rank(number: int, *events: Event, world: int = 2, dp_rank: int = 0, pp_rank:
     """Return the record of a rank on `host<N>`, of its own pipeline stage where nothing else is said."""
     stage = number if pp_rank < 0 else pp_rank
     clock = Clock(((0.0, 0.0, 0.0),))
-    return Rank(number, world, f"host{number}", stage, dp_rank, 0, {**ABOUT, **about}, clock, list(events))
+    return Rank(number, world, f"host{number}", Coords(pp=stage, dp=dp_rank), {**ABOUT, **about}, clock, list(events))
 
 
 def two_ranks() -> list[Rank]:
@@ -62,7 +63,8 @@ def later(recorded: Rank, by: float) -> Rank:
 def write(folder: Path, ranks: list[Rank]) -> None:
     """Write the ranks' files as the trainer does."""
     for recorded in ranks:
-        places = {key: getattr(recorded, key) for key in ("rank", "world", "host", "pp_rank", "dp_rank", "tp_rank")}
+        places = {key: getattr(recorded, key) for key in ("rank", "world", "host")}
+        places |= {f"{axis}_rank": at for axis, at in recorded.coords.named.items()}
         content = {"format": FORMAT, **places, **recorded.about, "clock": recorded.clock.points}
         text = json.dumps({**content, "events": recorded.events})
         (folder / RANK_FILE.format(recorded.rank)).write_text(text)

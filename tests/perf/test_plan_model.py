@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
-from llama_ds.parallel.memory import rank_memory
+from llama_ds.layout.axes import Axes
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.communication import Group, all_reduce, half, message
 from llama_ds.perf.plan.compute import gemm
@@ -103,7 +104,7 @@ def test_a_layer_takes_what_was_measured_on_an_h100(shape: str, within: float, s
 
 
 def bare_job(model: ModelConfig, seq_len: int, rows: int) -> Job:
-    return Job(model, OURS, seq_len, rows, 1, 1, 1, 1, False, 1, "1f1b", 1, 0, ((("none", 1),),), whole_model=False)
+    return Job(model, OURS, seq_len, rows, 1, Axes(), False, 1, "1f1b", 1, 0, ((("none", 1),),), whole_model=False)
 
 
 def test_a_long_step_is_what_the_whole_simulation_says() -> None:
@@ -112,7 +113,7 @@ def test_a_long_step_is_what_the_whole_simulation_says() -> None:
         layers = tuple((("none", 1),) for _ in range(stages))
         job = replace(
             bare_job(planned().run.model, 2048, 1),
-            **{"pp": 4, "chunks": chunks, "schedule": schedule, "stages": layers, "micro_batches": 88},
+            **{"axes": Axes(pp=4), "chunks": chunks, "schedule": schedule, "stages": layers, "micro_batches": 88},
         )
         costs = tuple(StageCost(1.0 + 0.1 * s, 1.1, 0.9) for s in range(stages))
         whole = simulate(job.plan(88), costs, 0.05, 0.01)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.parallel.recompute import stage_policies
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.recompute import stage_policies
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.cost import run_cost
 from llama_ds.perf.plan.estimate import estimate

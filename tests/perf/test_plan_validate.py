@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llama_ds.errors import UserError
+from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.fit import BOUNDS, fit, loss, usable
 from llama_ds.perf.plan.memory import layer_activations, published_memory
@@ -75,7 +76,9 @@ def test_layouts_that_did_not_fit_are_seen_not_to_fit(published: list[Checked]) 
 
     def cut(tp: int, pp: int, dp: int, micro: int) -> float:
         stages = stages_of(72, pp, "full")
-        job = replace(near, tp=tp, pp=pp, dp=dp, micro_batch=micro, micro_batches=2048 // dp // micro, stages=stages)
+        job = replace(
+            near, axes=Axes(pp=pp, dp=dp, tp=tp), micro_batch=micro, micro_batches=2048 // dp // micro, stages=stages
+        )
         return published_memory(job, reserved=True) / 2**30
 
     assert cut(8, 12, 4, 1) < 80

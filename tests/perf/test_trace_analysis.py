@@ -121,11 +121,11 @@ def test_slow_stage_and_slow_rank_are_named() -> None:
     ranks = []
     for dp_rank in range(3):
         for recorded in two_ranks():
-            number = recorded.pp_rank * 3 + dp_rank
+            number = recorded.coords.pp * 3 + dp_rank
             events = list(recorded.events)
             if number == 4:  # its forward begins 60 earlier
                 events[:2] = [Event("wait activation", 0, 70, 1, 0), Event("F", 70, 230, 1, 0)]
-            ranks.append(rank(number, *events, world=6, dp_rank=dp_rank, pp_rank=recorded.pp_rank))
+            ranks.append(rank(number, *events, world=6, dp_rank=dp_rank, pp_rank=recorded.coords.pp))
     found = analysis(sorted(ranks, key=lambda r: r.rank))
     assert (found.slowest[0].rank, found.slowest[0].place) == (4, "pp 1 dp 1 tp 0, host4")
     assert found.metrics["slowest"] == pytest.approx(20)
@@ -154,7 +154,9 @@ def test_picture_shows_the_first_step(tmp_path: Path) -> None:
 def many_ranks(dp: int) -> list[Rank]:
     """Return the two ranks' records `dp` times."""
     return [
-        replace(each, rank=each.pp_rank * dp + i, world=2 * dp, dp_rank=i) for each in two_ranks() for i in range(dp)
+        replace(each, rank=each.coords.pp * dp + i, world=2 * dp, coords=each.coords._replace(dp=i))
+        for each in two_ranks()
+        for i in range(dp)
     ]
 
 
@@ -164,7 +166,7 @@ def test_two_thousand_ranks_are_read_in_few_lines() -> None:
 
 def test_pipelines_that_are_read_side_by_side_are_judged_as_one_job(tmp_path: Path) -> None:
     """Which rank came last to the norm, how long the step was and which rank is slow are matters of all of them."""
-    ranks = [later(each, 10.0 * each.dp_rank) for each in many_ranks(20)]
+    ranks = [later(each, 10.0 * each.coords.dp) for each in many_ranks(20)]
     wait, forward = ranks[25].events[:2]  # begins its forward 60 earlier
     ranks[25].events[:2] = [wait._replace(end=wait.end - 60), forward._replace(begin=forward.begin - 60)]
     write(tmp_path, ranks)

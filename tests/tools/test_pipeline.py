@@ -43,7 +43,7 @@ def test_shaped_links_show_the_overlap(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.svg").read_text().startswith("<svg")
     ranks = list(read(tmp_path / "traces" / "zb_h1+1"))
     first, last = ranks[0], ranks[2]  # of one pipeline
-    assert (first.pp_rank, last.pp_rank, first.dp_rank, last.dp_rank) == (0, 1, 0, 0)
+    assert (first.coords.pp, last.coords.pp, first.coords.dp, last.coords.dp) == (0, 1, 0, 0)
     # The first stage computes its second micro-batch before the first one has arrived at the last stage.
     assert one(first, "F", 1).begin < one(last, "wait activation", 0).end
     # The last stage computes on while a gradient travels.

@@ -13,8 +13,8 @@ import torch
 
 from llama_ds import log
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
+from llama_ds.layout.layout import resolve_layout
 from llama_ds.parallel import world
 from llama_ds.parallel.dry_run.holdings import sort_holdings
 from llama_ds.parallel.dry_run.ledger import Ledger

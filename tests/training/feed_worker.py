@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.data.stream import open_data
 from llama_ds.errors import UserError
+from llama_ds.layout.layout import resolve_layout
 from llama_ds.parallel import world
 from llama_ds.training.feed import Feed
 

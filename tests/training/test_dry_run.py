@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.text import dump_yaml
-from llama_ds.parallel.recompute import stage_policies
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.recompute import stage_policies
 from llama_ds.perf.plan.memory import run_memory
 
 ROOT = Path(__file__).resolve().parents[2]

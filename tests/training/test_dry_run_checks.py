@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llama_ds.config.layout import Layout
 from llama_ds.data.order import Rows
+from llama_ds.layout.axes import Axes, Coords
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.ranks import choose_ranks, distinct_ranks
 from llama_ds.training.dry_run.checks import (
     check_batch,
     check_collectives,
@@ -17,23 +19,20 @@ from llama_ds.training.dry_run.checks import (
     check_messages,
     check_progress,
 )
-from llama_ds.training.dry_run.choice import choose_ranks, distinct_ranks
 from llama_ds.training.dry_run.report import Check, Group, RankReport, Traffic, axis_of
 from llama_ds.training.dry_run.rows import compare_rows
 
-LAYOUT = Layout(world=8, pp=2, tp=2, dp=2, micro_batch=1, accumulation=4, global_batch=8)
+LAYOUT = Layout(pp=2, dp=2, tp=2, micro_batch=1, accumulation=4)
 PAIR, OTHER, PIPE = Group("1", (0, 1)), Group("2", (0, 1)), Group("3", (0, 1))
 
 
 def rank_report(rank: int, *step: Traffic, **changes: object) -> RankReport:
     """A rank that is in the groups PAIR, OTHER and PIPE, numbered 0, 1 and 2."""
-    pp_rank, dp_rank, tp_rank = LAYOUT.place_of(rank)
+    coords = LAYOUT.coords(rank)
     report = RankReport(
         rank=rank,
-        pp_rank=pp_rank,
-        dp_rank=dp_rank,
-        tp_rank=tp_rank,
-        stages=[pp_rank],
+        coords=coords,
+        stages=[coords.pp],
         parameters_cut=10,
         parameters_whole=1,
         memory={},
@@ -137,11 +136,10 @@ def test_rows_that_two_data_parallel_ranks_read_are_named() -> None:
 
 
 def test_distinct_ranks_cover_every_position_and_both_ends_of_each_axis() -> None:
-    chosen = [LAYOUT.place_of(rank) for rank in distinct_ranks(LAYOUT)]
-    assert chosen == [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 1, 0)]
-    assert choose_ranks("last, first,3,middle", LAYOUT) == [0, 3, 4, 7]
-    alone = replace(LAYOUT, world=1, pp=1, tp=1, dp=1)
-    assert choose_ranks("all-distinct,first", alone) == [0]
+    chosen = [LAYOUT.coords(rank) for rank in distinct_ranks(LAYOUT)]
+    corners = [{}, {"tp": 1}, {"dp": 1}]
+    assert chosen == [Coords(pp=stage, **corner) for stage in (0, 1) for corner in corners]
+    assert choose_ranks("all-distinct,first", Axes(), "--rank") == [0]
 
 
 def test_groups_are_named_by_what_they_connect() -> None:

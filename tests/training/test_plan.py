@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ModelConfig
-from llama_ds.model.flops import parameter_count
-from llama_ds.parallel.partition import boundaries, stage_parameters
+from llama_ds.layout.flops import parameter_count
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.partition import boundaries, stage_parameters
 from llama_ds.training.plan import describe, short
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"

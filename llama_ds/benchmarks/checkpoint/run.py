@@ -19,7 +19,7 @@ from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
 from llama_ds.checkpoint.formats.plan import Target
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import sync
-from llama_ds.launch.machine import machine
+from llama_ds.machine import machine
 
 GB = 1e9
 ROOT = Path(__file__).resolve().parents[3]

@@ -28,9 +28,9 @@ from llama_ds.checkpoint import store
 from llama_ds.checkpoint.manifest import sync
 from llama_ds.checkpoint.snapshot import tensors_in
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.parallel import world
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engine import Engine, build_engine

@@ -16,7 +16,7 @@ from llama_ds.benchmarks.data.processes import rival
 from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.errors import UserError
-from llama_ds.launch.machine import machine as this_machine
+from llama_ds.machine import machine as this_machine
 
 Tick = Callable[[str], object]
 

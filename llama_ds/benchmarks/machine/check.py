@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from llama_ds.launch.machine import machine
+from llama_ds.machine import machine
 from llama_ds.perf.plan.estimate import Estimate
 
 AGREEMENT = 1e-3  # of the first losses, relative: the layouts computed the same

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llama_ds.model.flops import device_peak
+from llama_ds.layout.flops import device_peak
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.curves import ALL_REDUCE, SEND, Attention, Collective, Curves, Kernels, Products, Rate, medians
 from llama_ds.perf.plan.hardware import Calibration, Hardware, Links

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.training.engine import build_engine

@@ -24,8 +24,8 @@ from llama_ds.benchmarks.machine import computing, layouts
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
-from llama_ds.launch.machine import cpu_name
 from llama_ds.log import logger
+from llama_ds.machine import cpu_name
 from llama_ds.model.cpu_products import choose_products
 from llama_ds.parallel import sweep, world
 from llama_ds.perf.plan.curves import OPERATIONS

@@ -12,9 +12,9 @@ import torch
 from llama_ds.checkpoint.formats.views import Rows
 from llama_ds.checkpoint.names import Key, weight_shapes
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_in
-from llama_ds.config.layout import divisors, listed
+from llama_ds.config.numbers import divisors
 from llama_ds.config.schema import ModelConfig
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, listed
 
 MOST_LAYERS = 10_000  # more is a damaged number: the list of their tensors would not end
 SHOWN = 3  # of the tensors that an error is about

@@ -30,7 +30,7 @@ from llama_ds.checkpoint.manifest import (
 )
 from llama_ds.checkpoint.names import sharded_dim
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles
-from llama_ds.config.layout import Layout
+from llama_ds.layout.layout import Layout
 
 
 def layer_file(layer: int, tp_rank: int) -> str:
@@ -87,7 +87,7 @@ def _placed(files: ModelFiles, layer: int, rank: int, size: int) -> list[Placed]
 
 def _description(files: ModelFiles, target: Target) -> Description:
     pp, tp = target.pp, target.tp
-    layout = asdict(Layout(world=pp * tp, pp=pp, tp=tp, dp=1, micro_batch=1, accumulation=1, global_batch=1))
+    layout = Layout(pp=pp, tp=tp).as_data()
     model = asdict(files.model)
     if not os.path.exists(os.path.join(files.path, DESCRIPTION)):
         run: dict[str, Any] = {"model": model, "data": {"seq_len": files.seq_len}}

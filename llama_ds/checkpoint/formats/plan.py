@@ -15,8 +15,8 @@ from torch.serialization import skip_data
 from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.stored import SAFETENSORS_DTYPES, Stored, safetensors_tensors, torch_tensors
 from llama_ds.checkpoint.weights import ModelFiles, Readable
-from llama_ds.config.layout import divisors, listed
-from llama_ds.errors import UserError
+from llama_ds.config.numbers import divisors
+from llama_ds.errors import UserError, listed
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 ALIGNMENT = 8  # bytes: where the first tensor of a safetensors file begins

@@ -24,10 +24,10 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+from llama_ds.job.robust_stats import median_and_deviation
 from llama_ds.launch import remote
 from llama_ds.launch.preflight import answer
 from llama_ds.launch.preflight.checks import Finding
-from llama_ds.launch.spread import median_and_deviation
 
 ROOT = Path(__file__).resolve().parents[3]
 DEVICE_SHARE, LINK_SHARE, SIGMAS = 0.9, 0.7, 5.0

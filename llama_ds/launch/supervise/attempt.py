@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llama_ds.job.folder import Job
 from llama_ds.launch.command import Command, runner_environment
-from llama_ds.launch.job import Job
 from llama_ds.launch.supervise import hang, processes
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.progress import Pace, Patience

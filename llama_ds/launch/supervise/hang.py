@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from llama_ds.launch.job import Job
+from llama_ds.job.folder import Job
 from llama_ds.launch.supervise.processes import Host
 from llama_ds.launch.supervise.server import Member
 

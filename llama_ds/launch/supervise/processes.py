@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_ds.job.folder import VARIABLE
 from llama_ds.launch import remote
-from llama_ds.launch.job import VARIABLE
 
 TIMEOUT_S = 20.0
 AGENT = Path(__file__).with_name("agent.py")

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llama_ds.job.wire import Phase
 from llama_ds.launch.supervise.server import Member
-from llama_ds.launch.wire import Phase
 
 SAMPLES = 32
 FEWEST = 3  # steps seen before anything is concluded from them

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.launch.preflight import promote
+from llama_ds.layout.layout import Layout, model_axes, resolve_layout
 
 STRIKES = 2  # failures because of a host after which it is left out, as long as others are there
 
@@ -53,10 +53,10 @@ class Roster:
                 return chosen
         world = largest_world(self.run, sum(self.every[host] for host in good))
         if world is None:
-            need = self.run.parallel.pp * self.run.parallel.tp
+            axes = model_axes(self.run.parallel)
             raise UserError(
                 f"{len(good)} good hosts with {sum(self.every[host] for host in good)} slots are left, too few for any "
-                f"layout of {self.run.path} (pp * tp = {need}, and dp must divide its batches); add spares"
+                f"layout of {self.run.path} (pp * tp = {axes.replica}, and dp must divide its batches); add spares"
             )
         ordered = [host for host in good if host not in struck] + [host for host in good if host in struck]
         return first_slots({host: self.every[host] for host in ordered}, world)
@@ -64,7 +64,7 @@ class Roster:
 
 def largest_world(run: RunConfig, slots: int) -> int | None:
     """Return the most ranks, up to `slots`, on which a run can keep its global batch; None when there are none."""
-    unit = run.parallel.pp * run.parallel.tp
+    unit = model_axes(run.parallel).replica
     return next((world for world in range(slots - slots % unit, 0, -unit) if legal(run, world)), None)
 
 

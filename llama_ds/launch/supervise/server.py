@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llama_ds.errors import UserError
-from llama_ds.launch.wire import (
+from llama_ds.job.wire import (
     Beat,
     Kind,
     Phase,

@@ -14,7 +14,7 @@ import statistics
 from collections import deque
 from dataclasses import dataclass
 
-from llama_ds.launch.spread import median_and_deviation
+from llama_ds.job.robust_stats import median_and_deviation
 
 WINDOW = 64
 SIGMAS = 8.0

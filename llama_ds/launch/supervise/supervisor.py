@@ -11,8 +11,9 @@ from pathlib import Path
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import Command, build
-from llama_ds.launch.job import VARIABLE, Job, prepare
+from llama_ds.launch.job_files import prepare
 from llama_ds.launch.meeting import Meeting, arrange
 from llama_ds.launch.preflight import Report
 from llama_ds.launch.remote import is_local

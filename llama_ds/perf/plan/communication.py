@@ -1,9 +1,9 @@
 """Seconds that collectives and messages take.
 
 A ring of n ranks sends (n - 1) / n of the bytes in each of the two halves of an all-reduce (reduce-scatter,
-all-gather). Ranks lie as DeepSpeed's topology puts them, rank = (pp_rank * dp + dp_rank) * tp + tp_rank, so a group is
-a stride and a size. A group over several nodes shares its nodes' links with the groups beside it. Where the machine's
-description holds times of an operation among such ranks, those count.
+all-gather). Ranks lie as `llama_ds.layout.axes` numbers them, so a group is a stride and a size. A group over several
+nodes shares its nodes' links with the groups beside it. Where the machine's description holds times of an operation
+among such ranks, those count.
 """
 
 from __future__ import annotations

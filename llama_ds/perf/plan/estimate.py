@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llama_ds.config.deepspeed_json import deepspeed_config, training_dtype
-from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.parallel.partition import decoder_layers, stage_boundaries
-from llama_ds.parallel.recompute import GIB, StagePolicies, stage_policies, with_device_memory
+from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.layout.partition import decoder_layers, stage_boundaries
+from llama_ds.layout.recompute import GIB, StagePolicies, stage_policies, with_device_memory
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import job_of, layers_by_policy
 from llama_ds.perf.plan.memory import Memory, run_memory
@@ -99,7 +99,7 @@ def as_data(found: Estimate) -> dict[str, Any]:
     return {
         "gpu": found.gpu.name,
         "gpus": layout.world,
-        "layout": {**asdict(layout), "schedule": parallel.schedule, "virtual_stages": parallel.virtual_stages},
+        "layout": {**layout.as_data(), "schedule": parallel.schedule, "virtual_stages": parallel.virtual_stages},
         "sequence_parallel": parallel.sequence_parallel,
         "extra_warmup": parallel.extra_warmup,
         "zero_stage": found.run.zero_stage,
@@ -123,7 +123,7 @@ def report(found: Estimate) -> str:
     """Return the estimate for people."""
     step, layout, parallel = found.step, found.layout, found.run.parallel
     lines = [
-        f"{found.run.name} on {layout.world:,} x {found.gpu.name}: tp {layout.tp} pp {layout.pp} dp {layout.dp}, "
+        f"{found.run.name} on {layout.world:,} x {found.gpu.name}: {layout.words(' ')}, "
         f"{parallel.schedule if layout.pp > 1 else 'no pipeline'}"
         f"{f' with {parallel.virtual_stages} stages a rank' if parallel.virtual_stages > 1 else ''}"
         f"{f', extra warm-up {parallel.extra_warmup}' if parallel.extra_warmup else ''}, ZeRO-{found.run.zero_stage}",

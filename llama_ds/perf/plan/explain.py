@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from llama_ds.model.flops import flops_per_token, parameter_count
-from llama_ds.parallel.recompute import GIB, USABLE
-from llama_ds.perf.plan.communication import Group, bus_bandwidth, nodes
+from llama_ds.layout.flops import flops_per_token, parameter_count
+from llama_ds.layout.recompute import GIB, USABLE
+from llama_ds.perf.plan.communication import bus_bandwidth, nodes
 from llama_ds.perf.plan.curves import Curves
 from llama_ds.perf.plan.estimate import Estimate
 from llama_ds.perf.plan.hardware import Hardware
@@ -46,7 +46,7 @@ def _machine(found: Estimate) -> list[tuple[str, str]]:
 
 
 def _peak_source(gpu: Hardware) -> str:
-    return "its description" if gpu.peak_tflops else "data sheet, model/flops.py"
+    return "its description" if gpu.peak_tflops else "data sheet, layout/flops.py"
 
 
 def _computing(gpu: Hardware) -> list[tuple[str, str]]:
@@ -113,7 +113,7 @@ def _stages(found: Estimate) -> list[tuple[str, str]]:
 def _communication(found: Estimate) -> list[tuple[str, str]]:
     job, gpu = found.step.job, found.gpu
     rows = []
-    for name, group in (("tensor parallel", Group(job.tp)), ("data parallel", Group(job.dp, job.tp))):
+    for name, group in (("tensor parallel", job.group("tp")), ("data parallel", job.group("dp"))):
         if group.size > 1:
             where = f"on {nodes(gpu, group)} nodes" if nodes(gpu, group) > 1 else "within a node"
             rows.append(
@@ -153,7 +153,7 @@ def _step(found: Estimate) -> list[tuple[str, str]]:
         ),
         ("host", f"{step.host:.4f} s at the end of a step"),
         ("sum", f"{step.seconds:.4f} s for {job.rows:,} rows of {job.seq_len:,} tokens on {job.ranks:,} GPUs"),
-        ("model FLOPs per token", f"{flops:.4g} for {parameter_count(job.model):,} parameters (model/flops.py)"),
+        ("model FLOPs per token", f"{flops:.4g} for {parameter_count(job.model):,} parameters (layout/flops.py)"),
         (
             "MFU",
             f"{step.mfu(found.gpu):.2%} = {step.tokens_per_second:.1f} tokens/s/GPU x {flops:.4g} / "
@@ -192,7 +192,7 @@ def _memory(found: Estimate) -> list[tuple[str, str]]:
         ("optimizer", f"{held.optimizer / GIB:8.2f}: {_states(found.gpu)}, over dp"),
         (
             "activations",
-            f"{held.activations / GIB:8.2f}: what layers keep (model/saving.py), for micro-batches in flight",
+            f"{held.activations / GIB:8.2f}: what layers keep (layout/activation_memory.py), all micro-batches",
         ),
         ("working", f"{held.working / GIB:8.2f}: within a layer or the head's chunk of logits, and messages"),
         ("margin", f"{held.margin / GIB:8.2f}: {1 - USABLE:.0%} of the device for driver, libraries, fragmentation"),

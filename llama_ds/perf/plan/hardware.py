@@ -14,7 +14,7 @@ from llama_ds.config.reader import Place, read
 from llama_ds.config.recompute import GIB
 from llama_ds.config.text import dump_yaml, read_yaml
 from llama_ds.errors import UserError, did_you_mean
-from llama_ds.model.flops import device_peak
+from llama_ds.layout.flops import device_peak
 from llama_ds.perf.plan.curves import OPERATIONS, Curves
 
 FOLDER = Path(__file__).parent / "data"
@@ -55,7 +55,7 @@ class Hardware:
     """One kind of machine."""
 
     name: str
-    device: str  # as `model/flops.py` knows it: its peak
+    device: str  # as `layout/flops.py` knows it: its peak
     memory_gib: float
     processors: int  # streaming multiprocessors
     bandwidth_gb_s: float  # memory bandwidth, GB/s
@@ -63,7 +63,7 @@ class Hardware:
     links: Links
     calibration: Calibration
     dtype: str = "bf16"  # of the runs that it describes: bf16 or fp32
-    peak_tflops: float | None = None  # of a device that `model/flops.py` does not know
+    peak_tflops: float | None = None  # of a device that `layout/flops.py` does not know
     at_once: int | None = None  # ranks of a node that compute at full speed at once, where they share processors
     host_computes: bool = False  # a CPU: the host's time and the device's add up
     curves: Curves | None = None  # what was measured goes before what is calculated
@@ -146,7 +146,7 @@ def _check(hardware: Hardware, path: str) -> None:
     if hardware.dtype not in ("bf16", "fp32"):
         raise place.error("dtype", f"= {hardware.dtype!r} is not bf16 or fp32")
     if hardware.peak_tflops is None and device_peak(hardware.device, hardware.dtype) is None:
-        known = f"= {hardware.device!r} is no device whose {hardware.dtype} peak model/flops.py knows, such as A100"
+        known = f"= {hardware.device!r} is no device whose {hardware.dtype} peak layout/flops.py knows, such as A100"
         raise place.error("device", f"{known}; give its peak_tflops")
     _check_curves(hardware.curves or Curves(), place)
     for key, section in (("", hardware), ("links.", hardware.links), ("calibration.", hardware.calibration)):

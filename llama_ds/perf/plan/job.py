@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
-from llama_ds.parallel.recompute import StagePolicies
-from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.layout.axes import Axes
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.recompute import StagePolicies
+from llama_ds.perf.plan.communication import Group
 from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
 from llama_ds.schedules.schedule import Schedule
 
@@ -34,9 +36,7 @@ class Job:
     seq_len: int
     micro_batch: int
     micro_batches: int
-    tp: int
-    pp: int
-    dp: int
+    axes: Axes
     sequence_parallel: bool
     zero_stage: int
     schedule: str
@@ -47,8 +47,24 @@ class Job:
     launch_blocking: bool = False  # CUDA_LAUNCH_BLOCKING=1: the host's time and the GPU's add up
 
     @property
+    def pp(self) -> int:
+        return self.axes.pp
+
+    @property
+    def dp(self) -> int:
+        return self.axes.dp
+
+    @property
+    def tp(self) -> int:
+        return self.axes.tp
+
+    @property
     def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.axes.world
+
+    def group(self, axis: str) -> Group:
+        """Return the groups along an axis."""
+        return Group(getattr(self.axes, axis), self.axes.stride(axis))
 
     @property
     def tokens(self) -> int:
@@ -80,9 +96,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         seq_len=run.data.seq_len,
         micro_batch=layout.micro_batch,
         micro_batches=layout.accumulation,
-        tp=layout.tp,
-        pp=layout.pp,
-        dp=layout.dp,
+        axes=Axes(**layout.sizes._asdict()),
         sequence_parallel=run.parallel.sequence_parallel,
         zero_stage=run.zero_stage,
         schedule=schedule.name,

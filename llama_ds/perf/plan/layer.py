@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
-from llama_ds.model.loss_chunks import chunk_tokens
+from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.perf.plan.communication import Group, all_gather, all_reduce, layer_sum, reduce_scatter
 from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
@@ -144,7 +144,7 @@ def _again(flash: bool, policy: str, forward: Parts, products: list[float], tp: 
         return forward
     if policy == "selective" and not flash:
         return Parts(attention=forward.attention, host=forward.host * 0.2)
-    if policy == "selective":  # `model/saving.py`: norms and SwiGLU, and the output projection on one rank
+    if policy == "selective":  # `layout/activation_memory.py`: norms and SwiGLU, and the output projection on one rank
         return Parts(products[1] if tp == 1 else 0.0, 0.0, forward.pointwise * 0.5)
     return Parts()
 
@@ -154,7 +154,7 @@ def head_time(gpu: Hardware, job: Job) -> LayerTime:
     hidden, tokens, vocab = job.model.hidden_size, job.tokens, job.vocab
     chunk = chunk_tokens(tokens, hidden, vocab) if job.program.name.startswith("llama_ds") else tokens
     chunks = tokens / chunk
-    group, size = Group(job.tp), float(job.program.element_bytes) * tokens * hidden
+    group, size = job.group("tp"), float(job.program.element_bytes) * tokens * hidden
     gather, reduce = all_gather(gpu, group, size), layer_sum(gpu, group, size)
     if job.sequence_parallel:
         reduce = gather + reduce_scatter(gpu, group, size)
@@ -171,7 +171,7 @@ def head_time(gpu: Hardware, job: Job) -> LayerTime:
 def embedding_time(gpu: Hardware, job: Job) -> LayerTime:
     """Return the time of the embedding: rows read, their gradients added, and summed over tensor-parallel ranks."""
     numbers, wide = job.tokens * job.model.hidden_size, job.program.element_bytes
-    reduce = layer_sum(gpu, Group(job.tp), float(wide) * numbers)
+    reduce = layer_sum(gpu, job.group("tp"), float(wide) * numbers)
     moved = 5 * wide * numbers + job.program.accumulation * job.vocab * job.model.hidden_size
     return LayerTime(
         Parts(pointwise=pointwise(gpu, 3 * wide * numbers), tensor=reduce),

@@ -1,4 +1,4 @@
-"""What a rank holds at its fullest moment: of this stack's runs by `parallel/memory.py`, of published runs by formulas.
+"""Peak memory of a rank: of this stack's runs by `layout/rank_memory.py`, of published runs by formulas.
 
 Published programs with P parameters on a rank hold 2 P weights, 2 P or 4 P gradients, 12 P optimizer (fp32 weights and
 two moments), whichever ZeRO cuts by dp (Rajbhandari et al., arXiv 1910.02054, section 5), and activations by
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
-from llama_ds.parallel.memory import rank_memory
-from llama_ds.parallel.recompute import GIB, USABLE, StagePolicies
-from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.rank_memory import rank_memory
+from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
 from llama_ds.perf.plan.job import Job
 from llama_ds.perf.plan.step import rank_parameters
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from html import escape
 
-from llama_ds.parallel.recompute import GIB
+from llama_ds.layout.recompute import GIB
 from llama_ds.perf.plan.cost import Cost
 from llama_ds.perf.plan.estimate import Estimate, report
 from llama_ds.perf.plan.memory import Memory

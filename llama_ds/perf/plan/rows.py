@@ -11,6 +11,7 @@ from pathlib import Path
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
+from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.job import Counts, Job
 from llama_ds.perf.plan.program import AUTOGRAD, FSDP, MEGATRON, MEGATRON_BF16, NEOX, Program
 from llama_ds.schedules.schedule import obstacle
@@ -154,9 +155,7 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
         seq_len=n["seq_len"],
         micro_batch=n["micro_batch"],
         micro_batches=micro_batches,
-        tp=n["tp"],
-        pp=n["pp"],
-        dp=n["dp"],
+        axes=Axes(pp=n["pp"], dp=n["dp"], tp=n["tp"]),
         sequence_parallel=sharded and n["tp"] > 1,
         zero_stage=int(zero) if zero is not None else 0,
         schedule=schedule,

@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import Layout, divisors, resolve_layout
+from llama_ds.config.numbers import divisors
 from llama_ds.config.rules import check
 from llama_ds.config.schema import ModelConfig, ParallelConfig, RunConfig
 from llama_ds.errors import UserError
-from llama_ds.parallel.memory import rank_memory
-from llama_ds.parallel.partition import boundaries, decoder_layers
-from llama_ds.parallel.recompute import GIB, USABLE, StagePolicies
+from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.layout.partition import boundaries, decoder_layers
+from llama_ds.layout.rank_memory import rank_memory
+from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
 from llama_ds.perf.plan.estimate import Estimate, filled, held_by
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import Job, job_of

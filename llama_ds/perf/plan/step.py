@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from llama_ds.model.flops import embedding_parameters, flops_per_token, layer_parameters
+from llama_ds.layout.flops import embedding_parameters, flops_per_token
+from llama_ds.layout.partition import held_parameters
 from llama_ds.perf.plan.communication import Group, all_gather, all_reduce, message, reduce_scatter
 from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
@@ -55,7 +56,7 @@ class StepTime:
         return self.job.rows * self.job.seq_len / self.seconds / self.job.ranks
 
     def mfu(self, gpu: Hardware) -> float:
-        """Model FLOPs utilization as `model/flops.py` counts: causal attention, no recompute."""
+        """Model FLOPs utilization as `layout/flops.py` counts: causal attention, no recompute."""
         return self.tokens_per_second * flops_per_token(self.job.model, self.job.seq_len) / gpu.peak
 
 
@@ -125,9 +126,9 @@ def stage_message(gpu: Hardware, job: Job) -> tuple[float, float]:
         return 0.0, 0.0
     size = float(job.program.element_bytes) * job.tokens * job.model.hidden_size
     split = job.sequence_parallel or job.program.name.startswith("megatron")
-    transfer, wait = message(gpu, job.tp * job.dp, size / job.tp if split else size, job.ranks)
+    transfer, wait = message(gpu, job.axes.stride("pp"), size / job.tp if split else size, job.ranks)
     if split and not job.sequence_parallel:
-        transfer += all_gather(gpu, Group(job.tp), size)
+        transfer += all_gather(gpu, job.group("tp"), size)
     return transfer, wait
 
 
@@ -156,17 +157,8 @@ def _timeline(job: Job, micro_batches: int, costs: tuple[StageCost, ...], transf
 
 def stage_parameters(job: Job) -> list[int]:
     """Return the parameters of each stage on one rank."""
-    model = job.model
-    layer = layer_parameters(model)
-    if not job.program.gated:
-        layer -= model.hidden_size * model.intermediate_size
-    held = [sum(n for _, n in counts) * (layer // job.tp) for counts in job.stages]
-    if job.whole_model:
-        table = job.vocab * model.hidden_size
-        held[0] += table
-        if len(held) > 1 or not model.tie_word_embeddings:
-            held[-1] += table
-    return held
+    layers = [sum(n for _, n in counts) for counts in job.stages]
+    return held_parameters(job.model, layers, job.tp, job.vocab if job.whole_model else None, job.program.gated)
 
 
 def rank_parameters(job: Job) -> list[int]:
@@ -180,7 +172,10 @@ def rank_parameters(job: Job) -> list[int]:
 
 def end_of_step(gpu: Hardware, job: Job, costs: list[StageCost]) -> tuple[float, float]:
     """Return (reduction that nothing hides, optimizer) of the rank for which they take longest."""
-    group = Group(job.dp, job.tp)
+    group = job.group("dp")
+    place = job.plan(max(job.micro_batches, 2 * job.pp)).place
+    ends = {place.home(stage)[0] for stage in (0, place.stages - 1)}
+    tied_ranks = ends if job.model.tie_word_embeddings and len(ends) > 1 else set()
     found = []
     for rank, parameters in enumerate(rank_parameters(job)):
         shard = parameters / job.dp if job.zero_stage else parameters
@@ -200,8 +195,9 @@ def end_of_step(gpu: Hardware, job: Job, costs: list[StageCost]) -> tuple[float,
             scatter = _exposed(gpu, cost.input_backward + cost.weight_backward, scatter, layers)
             gather = _exposed(gpu, cost.forward, gather, layers)
         tied = 0.0
-        if job.pp > 1 and rank in (0, job.pp - 1) and not job.program.gated:  # tied tables are summed over two stages
-            tied = all_reduce(gpu, Group(2, job.tp * job.dp), float(job.program.reduced_bytes) * embedding_share(job))
+        if rank in tied_ranks:  # the table's gradient is summed over both ends of the pipeline
+            pair = Group(2, job.axes.stride("pp"))
+            tied = all_reduce(gpu, pair, float(job.program.reduced_bytes) * embedding_share(job))
         found.append((scatter + gather + tied, update))
     return max(found, key=sum)
 
@@ -217,7 +213,7 @@ def _with_zero(gpu: Hardware, job: Job, stage: int, cost: StageCost) -> StageCos
     ZeRO-3 gathers a layer's 16-bit weights for each pass over it and reduce-scatters its gradients; ZeRO-2 only the
     latter (Rajbhandari et al., arXiv 1910.02054, section 7). The first layer's gather hides behind nothing.
     """
-    group = Group(job.dp, job.tp)
+    group = job.group("dp")
     parameters, layers = stage_parameters(job)[stage], sum(n for _, n in job.stages[stage]) or 1
     gather = 0.0
     if job.zero_stage == 3:

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_ds.model.flops import parameter_count
-from llama_ds.parallel.recompute import GIB
+from llama_ds.layout.flops import parameter_count
+from llama_ds.layout.recompute import GIB
 from llama_ds.perf.plan.cost import (
     CARBON,
     LAW,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llama_ds.config.recompute import GIB
-from llama_ds.model.flops import parameter_count
+from llama_ds.layout.flops import parameter_count
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import Job
 from llama_ds.perf.plan.memory import published_memory

@@ -87,7 +87,7 @@ def account(ranks: Iterable[Rank]) -> Account:
     messages: list[_Messages] = []
     for rank in ranks:
         found = found or Account(rank.schedule)
-        found.places[rank.rank] = rank.pp_rank, rank.place
+        found.places[rank.rank] = rank.coords.pp, rank.place
         found.errors.append(rank.clock.error)
         recorded = rank.steps()[: rank.about["measured_steps"]]
         found.steps += [Step() for _ in range(len(recorded) - len(found.steps))]
@@ -148,4 +148,4 @@ def _split_waits(step: Step, messages: _Messages) -> None:
 
 
 def _key(rank: Rank, event: Event) -> Key:
-    return rank.dp_rank, rank.tp_rank, event.what.split()[1], event.stage, event.micro_batch
+    return rank.pipeline, event.what.split()[1], event.stage, event.micro_batch

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from llama_ds.errors import UserError
+from llama_ds.layout.axes import Axes
 from llama_ds.perf.trace.account import Account, account
 from llama_ds.perf.trace.analyse import Analysis, analyse
 from llama_ds.perf.trace.kernels import Devices, Products, devices, products
@@ -45,15 +46,15 @@ def analyse_folder(folder: str | Path) -> Analysis:
 
 def _all(files: dict[int, Path], first: Rank) -> Account:
     """Return the account of all ranks."""
-    stride = len(files) // first.about["pp"]  # ranks are numbered through a stage before the next
-    pipelines = [[files[rank] for rank in range(i, len(files), stride)] for i in range(stride)]
+    pp = first.about["pp"]
+    pipelines = [[files[rank] for rank in group] for group in Axes(pp=pp, dp=len(files) // pp).groups("pp")]
     read = partial(_pipeline, first)
     if len(files) <= _FEW:
-        return _sum(map(read, pipelines), stride)
+        return _sum(map(read, pipelines), len(pipelines))
     # Events are many and hold no cycles: garbage collection would walk them for nothing, a quarter of the time.
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, stride), initializer=gc.disable) as processes:
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(pipelines)), initializer=gc.disable) as processes:
         try:
-            return _sum(processes.map(read, pipelines), stride)
+            return _sum(processes.map(read, pipelines), len(pipelines))
         except BaseException:
             processes.shutdown(cancel_futures=True)
             raise
@@ -80,7 +81,7 @@ def _ranks(first: Rank, paths: list[Path]) -> Iterator[Rank]:
     for path in paths:
         rank = read_rank(path)
         check_alike(path, rank, first)
-        places.add((rank.dp_rank, rank.tp_rank))
+        places.add(rank.pipeline)
         if len(places) > 1:
             raise UserError(
                 f"{path}: stands at {rank.place}, in another pipeline than {paths[0].name}; the files are of several "

@@ -5,42 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
-from llama_ds.errors import UserError, did_you_mean
+from llama_ds.errors import UserError
 
 DEFAULT_RANKS = "first,middle,last"
-_WORDS = ("first", "middle", "last", "all", "none")
-
-
-def choose_ranks(wanted: str, layout: Layout) -> list[int]:
-    """Return the ranks that `wanted` names, in order: words and numbers with commas between.
-
-    first, middle and last are pipeline stages, of which the rank with dp 0 and tp 0 is meant.
-
-    Raises:
-        UserError: neither a rank of the layout nor a word.
-    """
-    stages = {"first": 0, "middle": layout.pp // 2, "last": layout.pp - 1}
-    chosen: set[int] = set()
-    for word in map(str.strip, wanted.split(",")):
-        if word == "all":
-            chosen.update(range(layout.world))
-        elif word in stages:
-            chosen.add(layout.rank_at(stages[word], 0, 0))
-        elif word.isascii() and word.isdigit() and len(word) < 10:
-            if int(word) >= layout.world:
-                raise UserError(
-                    f"--ranks {word}: the layout has {layout.world} ranks, pp {layout.pp} x dp {layout.dp} x tp "
-                    f"{layout.tp}; use 0 to {layout.world - 1}"
-                )
-            chosen.add(int(word))
-        elif word != "none":
-            raise UserError(
-                f"--ranks {word!r} is not a rank{did_you_mean(word, _WORDS)}; use numbers from 0 to "
-                f"{layout.world - 1}, {', '.join(_WORDS)}, with commas between"
-            )
-    return sorted(chosen)
 
 
 def recording_overrides(run: RunConfig, folder: str, warmup: int, steps: int, ranks: list[int]) -> list[str]:

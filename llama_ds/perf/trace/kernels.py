@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from llama_ds.model.flops import device_peak
-from llama_ds.parallel.trace_format import MARKER
+from llama_ds.job.trace_format import MARKER
+from llama_ds.layout.flops import device_peak
 from llama_ds.perf.trace.spans import common, merged, total
 
 Profiled = dict[str, Any]  # an event of the profiler's file; ts and dur in microseconds

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from llama_ds.parallel.trace_format import MERGED_FILE
+from llama_ds.job.trace_format import MERGED_FILE
 from llama_ds.perf.trace.kernels import monotonic_offset
 from llama_ds.perf.trace.kinds import MESSAGES, SENDS, UNDER_WAY
 from llama_ds.perf.trace.read import Event, Rank, profiles, rank_files, read, read_profile, shown
@@ -153,7 +153,7 @@ def _slice(process: int, thread: int, name: str, event: Event, origin: float) ->
 def _arrow(rank: Rank, event: Event, step: int, origin: float, arrows: _Arrows) -> Chrome:
     """Return one end of the arrow of a message: it binds to the slice of send or wait around it."""
     kind = event.what.split()[1]
-    number = arrows.number((rank.dp_rank, rank.tp_rank, step, kind, event.stage, event.micro_batch))
+    number = arrows.number((rank.pipeline, step, kind, event.stage, event.micro_batch))
     found: Chrome = {"cat": "message", "name": kind, "id": number, "pid": rank.rank, "tid": SCHEDULE}
     if event.what in SENDS:
         return {"ph": "s", **found, "ts": round(event.begin - origin, 3)}

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_ds.errors import UserError
-from llama_ds.parallel.trace_format import FORMAT, RANK_FILE
+from llama_ds.job.trace_format import FORMAT, RANK_FILE
+from llama_ds.layout.axes import AXES, NAMED, Axes, Coords
 from llama_ds.schedules.schedule import NAMES, Schedule
 
 _PROFILE = re.compile(r"profile_rank(\d+)\.json\.gz")
@@ -70,9 +71,7 @@ class Rank:
     rank: int
     world: int
     host: str
-    pp_rank: int
-    dp_rank: int
-    tp_rank: int
+    coords: Coords
     about: dict[str, Any]  # schedule, device, dtype, first step, how many steps there are before the profiled ones
     clock: Clock
     events: list[Event]
@@ -80,7 +79,12 @@ class Rank:
     @property
     def place(self) -> str:
         """Where it stands, in words."""
-        return f"pp {self.pp_rank} dp {self.dp_rank} tp {self.tp_rank}, {self.host}"
+        return f"{self.coords.words()}, {self.host}"
+
+    @property
+    def pipeline(self) -> Coords:
+        """What the ranks of its pipeline have in common."""
+        return self.coords._replace(pp=0)
 
     @property
     def schedule(self) -> Schedule:
@@ -143,7 +147,8 @@ def shown(folder: str | Path) -> list[int]:
         return list(files)
     first = next(iter(files.values()))
     pp = read_rank(first).about["pp"]
-    return sorted({stage * (len(files) // pp) for stage in range(pp)} | profiles(first.parent).keys())
+    axes = Axes(pp=pp, dp=len(files) // pp)
+    return sorted({axes.rank(pp=stage) for stage in range(pp)} | profiles(first.parent).keys())
 
 
 def read(folder: str | Path, only: Collection[int] | None = None) -> Iterator[Rank]:
@@ -193,9 +198,10 @@ def read_rank(path: Path) -> Rank:
             Event(what, a + offset + (a - t0) * drift, b + offset + (b - t0) * drift, stage, micro_batch, size)
             for what, a, b, stage, micro_batch, size in data.pop("events")
         ]
-        places = [int(data.pop(key)) for key in ("rank", "world", "pp_rank", "dp_rank", "tp_rank")]
-        rank, world, pp_rank, dp_rank, tp_rank = places
-        found = Rank(rank, world, str(data.pop("host")), pp_rank, dp_rank, tp_rank, data, clock, events)
+        rank, world = int(data.pop("rank")), int(data.pop("world"))
+        recorded = [axis for axis in AXES if axis in NAMED or f"{axis}_rank" in data]
+        coords = Coords(**{axis: int(data.pop(f"{axis}_rank")) for axis in recorded})
+        found = Rank(rank, world, str(data.pop("host")), coords, data, clock, events)
         assert found.schedule.name in NAMES and min(data["first_step"], data["measured_steps"], data["pp"]) > 0
         assert world % data["pp"] == 0
     except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:

@@ -6,9 +6,9 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
-from llama_ds.model.flops import parameter_count
+from llama_ds.layout.flops import parameter_count
+from llama_ds.layout.layout import Layout
 from llama_ds.training.dry_run.report import Check, Group, RankReport, Traffic
 
 MESSAGES = ("send", "receive")
@@ -153,7 +153,7 @@ def check_parameters(run: RunConfig, layout: Layout, reports: Sequence[RankRepor
     by_position: dict[int, tuple[int, int]] = {}
     for report in reports:
         own = report.parameters_cut, report.parameters_whole
-        if by_position.setdefault(report.pp_rank, own) != own:
+        if by_position.setdefault(report.coords.pp, own) != own:
             return Check(
                 name, False, f"rank {report.rank} holds {report.parameters} parameters, others of its stage not"
             )

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.rank_memory import rank_memory
+from llama_ds.layout.recompute import ELEMENT_BYTES, stage_policies
 from llama_ds.parallel.dry_run.fake_world import fake_world
 from llama_ds.parallel.dry_run.holdings import parameter_counts, sort_holdings
 from llama_ds.parallel.dry_run.ledger import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, WORKING, Call, Ledger
-from llama_ds.parallel.memory import rank_memory
-from llama_ds.parallel.recompute import ELEMENT_BYTES, stage_policies
-from llama_ds.parallel.scheduling import schedule_of
 from llama_ds.parallel.world import Place
 from llama_ds.training.dry_run.report import Group, RankReport, Traffic
 from llama_ds.training.engine import build_engine
@@ -52,20 +52,18 @@ def dry_rank(task: Task, place: Place) -> RankReport:
         inner = engine.deepspeed
         batch = (inner.train_batch_size(), inner.gradient_accumulation_steps(), inner.dp_world_size)
     groups: dict[Group, int] = {}
-    pp_rank, dp_rank, tp_rank = layout.place_of(place.rank)
-    if engine.dp_rank != dp_rank:
-        raise AssertionError(f"rank {place.rank} is data-parallel rank {engine.dp_rank}, not {dp_rank}")
+    coords = layout.coords(place.rank)
+    if engine.dp_rank != coords.dp:
+        raise AssertionError(f"rank {place.rank} is data-parallel rank {engine.dp_rank}, not {coords.dp}")
     return RankReport(
         rank=place.rank,
-        pp_rank=pp_rank,
-        dp_rank=dp_rank,
-        tp_rank=tp_rank,
-        stages=stages_of(run, layout, pp_rank),
+        coords=coords,
+        stages=stages_of(run, layout, coords.pp),
         parameters_cut=cut,
         parameters_whole=whole,
         memory={category: size for category, size in ledger.peak.items() if size},
         planned=planned_memory(
-            run, layout, ELEMENT_BYTES["bf16" if task.config["bf16"]["enabled"] else "fp32"], pp_rank
+            run, layout, ELEMENT_BYTES["bf16" if task.config["bf16"]["enabled"] else "fp32"], coords.pp
         ),
         building=_traffic(building, groups),
         step=_traffic(ledger.calls, groups),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from llama_ds.config.layout import Layout
+from llama_ds.layout.axes import Coords
+from llama_ds.layout.layout import Layout
 
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "working")  # as parallel/dry_run/ledger.py has them
 
@@ -31,14 +32,12 @@ class RankReport:
     """One rank's step. Memory in bytes by category, at the moment at which most is held."""
 
     rank: int
-    pp_rank: int
-    dp_rank: int
-    tp_rank: int
+    coords: Coords
     stages: list[int]
     parameters_cut: int  # over tensor-parallel ranks
     parameters_whole: int
     memory: dict[str, int]
-    planned: dict[str, int]  # what parallel/memory.py and parallel/recompute.py say
+    planned: dict[str, int]  # what layout/rank_memory.py and layout/recompute.py say
     groups: list[Group]
     building: list[Traffic]  # while the engine was built
     step: list[Traffic]
@@ -84,9 +83,8 @@ class DryRun:
 
 
 def axis_of(ranks: tuple[int, ...], layout: Layout) -> str:
-    """Return what a group connects: tp, dp, pp, all ranks, or "mixed"."""
+    """Return the axis along which a group lies, or "all", "self" (one rank) or "mixed"."""
     if len(ranks) == layout.world:
         return "all"
-    places = [layout.place_of(rank) for rank in ranks]
-    varies = [name for i, name in enumerate(("pp", "dp", "tp")) if len({place[i] for place in places}) > 1]
+    varies = layout.varying(ranks)
     return varies[0] if len(varies) == 1 else ("self" if not varies else "mixed")

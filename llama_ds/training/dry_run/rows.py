@@ -6,12 +6,12 @@ import os
 
 import numpy as np
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import planned
 from llama_ds.data.order import Order, Rows
 from llama_ds.data.source.manifest import Extent, Split
 from llama_ds.data.stream import open_data
+from llama_ds.layout.layout import Layout
 from llama_ds.training.dry_run.report import Check
 
 MOST_RANKS = 256  # data-parallel ranks whose rows are compared

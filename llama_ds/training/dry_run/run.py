@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.config.layout import resolve_layout
 from llama_ds.config.recompute import AUTO, GIB
 from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.parallel.recompute import USABLE, with_device_memory
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.ranks import choose_ranks
+from llama_ds.layout.recompute import USABLE, with_device_memory
 from llama_ds.training.dry_run.checks import check_ranks
-from llama_ds.training.dry_run.choice import choose_ranks
 from llama_ds.training.dry_run.report import Check, DryRun, RankReport
 from llama_ds.training.dry_run.rows import check_rows
 
@@ -42,7 +42,7 @@ def dry_run(
     run = load_run(run_file, overrides)
     layout = resolve_layout(run, sum(slots.values()))
     run = _definite(run, device_gib)
-    chosen = choose_ranks(wanted, layout)
+    chosen = choose_ranks(wanted, layout, "--rank")
     rows = check_rows(run, layout)
     config = deepspeed_config(run, layout, bf16_native=backend == "nccl")
 

@@ -22,7 +22,7 @@ def table(found: DryRun) -> str:
     fullest = max(report.total for report in found.ranks)
     unit = next((name for name, size in UNITS.items() if fullest >= size), "KiB")
     title = (
-        f"dry run of {found.name}: {layout.world:,} ranks = pp {layout.pp} x dp {layout.dp} x tp {layout.tp}, as on "
+        f"dry run of {found.name}: {layout.world:,} ranks = {layout.words()}, as on "
         f"{found.backend}; {len(found.ranks)} ranks in {found.seconds:.0f} s, {slowest:.1f} s and "
         f"{memory / 1e9:.2f} GB of this host at most for one"
     )
@@ -47,7 +47,7 @@ def as_json(found: DryRun) -> dict[str, Any]:
     return {
         "name": found.name,
         "ok": found.ok,
-        "layout": asdict(found.layout),
+        "layout": found.layout.as_data(),
         "backend": found.backend,
         "seconds": found.seconds,
         "checks": [asdict(check) for check in found.checks],
@@ -62,7 +62,7 @@ def calls_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
 
 
 def _rank_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
-    kept = ("rank", "pp_rank", "dp_rank", "tp_rank", "stages", "parameters", "memory", "planned", "micro_batches")
+    kept = ("stages", "parameters", "memory", "planned", "micro_batches")
     lines = [
         {
             "kind": kind,
@@ -76,6 +76,8 @@ def _rank_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
         for (kind, group, peer, size), at in _places(report.step).items()
     ]
     return {
+        "rank": report.rank,
+        **{f"{axis}_rank": at for axis, at in report.coords.named.items()},
         **{name: getattr(report, name) for name in kept},
         "memory_total": report.total,
         "building_calls": len(report.building),
@@ -97,7 +99,7 @@ def _places(calls: list[Traffic]) -> dict[Traffic, list[int]]:
 def _memory(report: RankReport, unit: int) -> tuple[str, ...]:
     numbers = [report.memory.get(category, 0) for category in CATEGORIES]
     return (
-        str(report.pp_rank),
+        str(report.coords.pp),
         ",".join(map(str, report.stages)),
         f"{report.parameters:,}",
         *(f"{number / unit:.3f}" for number in (*numbers, report.total)),

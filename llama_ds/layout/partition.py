@@ -12,7 +12,7 @@ from fractions import Fraction
 from itertools import accumulate, pairwise
 
 from llama_ds.config.schema import ModelConfig, RunConfig
-from llama_ds.model.flops import embedding_parameters, layer_costs, layer_parameters
+from llama_ds.layout.flops import layer_costs, layer_parameters
 
 _BEFORE, _AFTER = 1, 2  # layers around the decoder: the embedding; the final norm and the head
 
@@ -42,13 +42,27 @@ def stage_parameters(model: ModelConfig, bounds: Sequence[int], tp: int) -> list
 
     A tied embedding counts on the first and the last stage where they differ: each keeps a copy.
     """
-    norm, table = model.hidden_size, embedding_parameters(model) // tp
-    layer = (layer_parameters(model) - 2 * norm) // tp + 2 * norm
-    held = [layers * layer for layers in decoder_layers(bounds)]
-    held[0] += table
-    held[-1] += norm
-    if len(held) > 1 or not model.tie_word_embeddings:
-        held[-1] += table
+    return held_parameters(model, decoder_layers(bounds), tp, model.vocab_size // tp)
+
+
+def held_parameters(
+    model: ModelConfig, layers: Sequence[int], tp: int, local_vocab: int | None, gated: bool = True
+) -> list[int]:
+    """Return the parameters that a rank of each stage holds; for published programs too, which the planner models.
+
+    Args:
+        layers: decoder layers of each stage.
+        local_vocab: rows of the embedding and of the head on a rank; None: decoder layers alone.
+        gated: False: the feed-forward network has two matrices instead of SwiGLU's three.
+    """
+    norm, hidden = model.hidden_size, model.hidden_size
+    cut = layer_parameters(model) - 2 * norm - (0 if gated else hidden * model.intermediate_size)
+    held = [count * (cut // tp + 2 * norm) for count in layers]
+    if local_vocab is not None:
+        held[0] += local_vocab * hidden
+        held[-1] += norm
+        if len(held) > 1 or not model.tie_word_embeddings:
+            held[-1] += local_vocab * hidden
     return held
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.schema import RunConfig
-from llama_ds.model.loss_chunks import chunk_tokens
-from llama_ds.model.saving import LayerWork
-from llama_ds.parallel.partition import stage_boundaries, stage_parameters
-from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.layout.activation_memory import LayerWork
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.loss_chunks import chunk_tokens
+from llama_ds.layout.partition import stage_boundaries, stage_parameters
+from llama_ds.layout.pipeline_schedule import schedule_of
 
 
 @dataclass(frozen=True)

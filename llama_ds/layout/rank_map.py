@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
-from llama_ds.launch.nodelist import compress
-from llama_ds.launch.placement import Rank, by_host, sizes
+from llama_ds.layout.axes import Axes, Coords
+from llama_ds.layout.nodelist import compress
+from llama_ds.layout.placement import Rank, by_host, sizes
 
 
 def table(ranks: Sequence[Rank], every_host: bool = False) -> str:
@@ -19,14 +20,15 @@ def table(ranks: Sequence[Rank], every_host: bool = False) -> str:
     """
     hosts = list(by_host(ranks).values())
     runs = [[host] for host in hosts] if every_host else _runs(hosts)
-    rows = [("hosts", "count", "slots", "ranks", "stage", "dp", "tp")]
+    inner = [axis for axis in sizes(ranks).named if axis != "pp"]
+    rows = [("hosts", "count", "slots", "ranks", "stage", *inner)]
     for run in runs:
         names = compress(host[0].host for host in run)
         for part in _parts(run):
             rows.append(
                 (
                     *(names, str(len(run)), spans(r.slot for r in part), spans(r.rank for r in part)),
-                    *(spans(r.pp for r in part), _dp(part, run), spans(r.tp for r in part)),
+                    *(spans(r.coords.pp for r in part), *(_along(axis, part, run) for axis in inner)),
                 )
             )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -37,29 +39,31 @@ def table(ranks: Sequence[Rank], every_host: bool = False) -> str:
 
 def svg(ranks: Sequence[Rank], title: str) -> str:
     """Return the ranks of a job as an SVG: a box for each host, slots in their stage's colour, tp groups outlined."""
-    pp, dp, tp = sizes(ranks)
+    axes = sizes(ranks)
     hosts = by_host(ranks)
-    spanning = {(r.pp, r.dp) for host in hosts.values() for r in host if r.tp and ranks[r.rank - 1].host != r.host}
+    spanning = {
+        _tp_group(r) for host in hosts.values() for r in host if r.coords.tp and ranks[r.rank - 1].host != r.host
+    }
     grid = _grid(hosts, 5 * max(len(_place(rank)) for rank in ranks) + 4)
-    legend, top = _legend(pp, grid.width, dp * tp)
-    about = f"{len(hosts)} hosts, {len(ranks)} ranks: pp {pp} * dp {dp} * tp {tp}"
+    legend, top = _legend(axes, grid.width)
+    about = f"{len(hosts)} hosts, {len(ranks)} ranks: {axes.words(' * ')}"
     parts = [_head(grid.width, top + grid.height, title, about), *legend]
-    colours = _colours(pp)
+    colours = _colours(axes.pp)
     for n, (name, found) in enumerate(hosts.items()):
         x, y = grid.corner(n)
         parts += _host(name, found, x, y + top, grid, colours)
-        if tp > 1:
+        if axes.tp > 1:
             parts += _outlines(found, spanning, grid.slot)
         parts.append("</g>")
     return "\n".join([*parts, "</svg>", ""])
 
 
 def _runs(hosts: Iterable[list[Rank]]) -> list[list[list[Rank]]]:
-    """Join neighbouring hosts whose ranks have the same stages, tp and steps of dp."""
+    """Join neighbouring hosts whose ranks have the same coordinates, but for the replica of their first rank."""
     runs: list[list[list[Rank]]] = []
-    last: list[tuple[int, int, int]] = []
+    last: list[Coords] = []
     for host in hosts:
-        shape = [(r.pp, r.dp - host[0].dp, r.tp) for r in host]
+        shape = [r.coords._replace(dp=r.coords.dp - host[0].coords.dp) for r in host]
         if shape == last:
             runs[-1].append(host)
         else:
@@ -69,18 +73,25 @@ def _runs(hosts: Iterable[list[Rank]]) -> list[list[list[Rank]]]:
 
 
 def _parts(run: Sequence[list[Rank]]) -> list[list[Rank]]:
-    """Return the ranks of a run of hosts, by stages where these do not have the same places in dp and tp."""
+    """Return the ranks of a run of hosts, by stages where these do not have the same coordinates along other axes."""
     stages: dict[int, list[Rank]] = {}
     for host in run:
         for rank in host:
-            stages.setdefault(rank.pp, []).append(rank)
-    places = {tuple((r.dp, r.tp) for r in stage) for stage in stages.values()}
+            stages.setdefault(rank.coords.pp, []).append(rank)
+    places = {tuple(r.coords._replace(pp=0) for r in stage) for stage in stages.values()}
     return [[rank for stage in stages.values() for rank in stage]] if len(places) == 1 else list(stages.values())
 
 
-def _dp(part: Sequence[Rank], run: Sequence[list[Rank]]) -> str:
-    each = len({rank.dp for rank in run[0]})
-    return spans(r.dp for r in part) + (f" ({each} a host)" if len(run) > 1 else "")
+def _along(axis: str, part: Sequence[Rank], run: Sequence[list[Rank]]) -> str:
+    """Return the coordinates along an axis; of dp also how many replicas each host of the run has a part of."""
+    each = len({rank.coords.dp for rank in run[0]})
+    more = f" ({each} a host)" if axis == "dp" and len(run) > 1 else ""
+    return spans(getattr(r.coords, axis) for r in part) + more
+
+
+def _tp_group(rank: Rank) -> Coords:
+    """Return what the ranks of a tensor-parallel group have in common."""
+    return rank.coords._replace(tp=0)
 
 
 def spans(numbers: Iterable[int]) -> str:
@@ -140,7 +151,7 @@ def _grid(hosts: dict[str, list[Rank]], label: int) -> _Grid:
 
 
 def _place(rank: Rank) -> str:
-    return f"{rank.pp}.{rank.dp}.{rank.tp}"
+    return ".".join(map(str, rank.coords.named.values()))
 
 
 def _text(text: str) -> str:
@@ -158,16 +169,17 @@ def _head(width: int, height: int, title: str, subtitle: str) -> str:
     )
 
 
-def _legend(pp: int, width: int, stage: int) -> tuple[list[str], int]:
+def _legend(axes: Axes, width: int) -> tuple[list[str], int]:
     """Return the legend's parts and where it ends."""
     columns = max(1, (width - _GAP) // _STAGE)
     parts = []
-    for pp_rank, colour in enumerate(_colours(pp)):
-        x, y = _GAP + pp_rank % columns * _STAGE, 50 + pp_rank // columns * 18
-        what = f"stage {pp_rank}: ranks {pp_rank * stage}-{(pp_rank + 1) * stage - 1}"
+    for stage, colour in enumerate(_colours(axes.pp)):
+        x, y = _GAP + stage % columns * _STAGE, 50 + stage // columns * 18
+        first = axes.rank(pp=stage)
+        what = f"stage {stage}: ranks {first}-{first + axes.stride('pp') - 1}"
         parts.append(f'<rect x="{x}" y="{y}" width="14" height="12" fill="{colour}"/>')
         parts.append(f'<text x="{x + 19}" y="{y + 10}" font-size="11">{what}</text>')
-    y = 50 + -(-pp // columns) * 18
+    y = 50 + -(-axes.pp // columns) * 18
     parts.append(f'<rect class="g" x="{_GAP}" y="{y}" width="14" height="12"/>')
     parts.append(f'<text x="{_GAP + 19}" y="{y + 10}" font-size="11">tp group</text>')
     parts.append(f'<rect class="x" x="{_GAP + 80}" y="{y}" width="14" height="12"/>')
@@ -195,21 +207,22 @@ def _host(name: str, found: Sequence[Rank], x: int, y: int, grid: _Grid, colours
     ]
     for r in found:
         left, middle = r.slot * grid.slot, r.slot * grid.slot + grid.slot // 2
-        label = f"rank {r.rank}: {r.host} slot {r.slot}, stage {r.pp}, dp {r.dp}, tp {r.tp}"
+        place = ", ".join(f"{'stage' if axis == 'pp' else axis} {at}" for axis, at in r.coords.named.items())
+        label = f"rank {r.rank}: {r.host} slot {r.slot}, {place}"
         parts.append(
             f"<g><title>{_text(label)}</title>"
-            f'<rect class="s" x="{left}" width="{grid.slot}" height="{_ROW}" fill="{colours[r.pp]}"/>'
+            f'<rect class="s" x="{left}" width="{grid.slot}" height="{_ROW}" fill="{colours[r.coords.pp]}"/>'
             f'<text class="r" x="{middle}" y="12">{r.rank}</text>'
             f'<text class="p" x="{middle}" y="23">{_place(r)}</text></g>'
         )
     return parts
 
 
-def _outlines(found: Sequence[Rank], spanning: set[tuple[int, int]], slot: int) -> list[str]:
+def _outlines(found: Sequence[Rank], spanning: set[Coords], slot: int) -> list[str]:
     """Draw a frame around each tp group's slots on a host."""
-    groups: dict[tuple[int, int], list[int]] = {}
+    groups: dict[Coords, list[int]] = {}
     for rank in found:
-        groups.setdefault((rank.pp, rank.dp), []).append(rank.slot)
+        groups.setdefault(_tp_group(rank), []).append(rank.slot)
     return [
         f'<rect class="{"x" if group in spanning else "g"}" x="{slots[0] * slot + 1}" y="1" '
         f'width="{len(slots) * slot - 2}" height="{_ROW - 2}" rx="3"/>'

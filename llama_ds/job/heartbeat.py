@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 
 from llama_ds.errors import UserError
-from llama_ds.launch.job import RETRY_S, Job
-from llama_ds.launch.wire import (
+from llama_ds.job.folder import RETRY_S, Job
+from llama_ds.job.wire import (
     Beat,
     Kind,
     Phase,

@@ -3,7 +3,7 @@
 Convention: a multiply-add is 2 FLOPs; only matrix products are counted (norms, rotary, softmax, SiLU and the embedding
 lookup are not); a query at position t attends to t + 1 keys, so attention counts (T + 1) / 2 keys per query, the half
 of the square that causal attention needs. The backward pass costs twice the forward. Model FLOPs are the same for
-every layout and recompute policy; hardware FLOPs add what the backward computes again (`model/saving.py`)
+every layout and recompute policy; hardware FLOPs add what the backward computes again (`layout/activation_memory.py`)
 (PaLM, arXiv 2204.02311, appendix B; Korthikanti et al., arXiv 2205.05198, appendix A).
 """
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama_ds.config.schema import ModelConfig
-from llama_ds.model.flops import layer_forward_flops
+from llama_ds.layout.flops import layer_forward_flops
 
 LOGSUMEXP_BYTES = 4
 

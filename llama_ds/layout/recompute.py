@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.recompute import AUTO, GIB, Recompute, parse
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.model.flops import layer_forward_flops
-from llama_ds.model.saving import LayerWork
-from llama_ds.parallel.memory import layer_work, rank_memory
-from llama_ds.parallel.partition import decoder_layers, stage_boundaries
-from llama_ds.parallel.scheduling import schedule_of
+from llama_ds.layout.activation_memory import LayerWork
+from llama_ds.layout.flops import layer_forward_flops
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.partition import decoder_layers, stage_boundaries
+from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.rank_memory import layer_work, rank_memory
 from llama_ds.schedules.schedule import Held
 
 USABLE = 0.92  # of a device's memory: the rest is the driver's, the communication library's and fragmentation

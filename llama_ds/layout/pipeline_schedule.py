@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama_ds.config.layout import Layout
 from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout
 from llama_ds.schedules.schedule import Schedule
 
 
@@ -20,7 +20,6 @@ def schedule_of(run: RunConfig, layout: Layout) -> Schedule:
 
 def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
     """Return what a reader of a rank's trace has to know of it."""
-    pp_rank, dp_rank, tp_rank = layout.place_of(rank)
     schedule = schedule_of(run, layout)
     return {
         "world": layout.world,
@@ -30,7 +29,5 @@ def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
         "virtual_stages": schedule.chunks,
         "extra_warmup": schedule.extra_warmup,
         "micro_batches": layout.accumulation,
-        "pp_rank": pp_rank,
-        "dp_rank": dp_rank,
-        "tp_rank": tp_rank,
+        **{f"{axis}_rank": at for axis, at in layout.coords(rank).named.items()},
     }

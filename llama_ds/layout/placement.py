@@ -10,23 +10,26 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from llama_ds.config.layout import divisors, listed
-from llama_ds.errors import UserError
+from llama_ds.config.numbers import divisors
+from llama_ds.errors import UserError, listed
+from llama_ds.layout.axes import Axes, Coords
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank of the job: its device, a slot of a host, and its places in the three kinds of groups."""
+    """A rank of the job: its device, a slot of a host, and its coordinates."""
 
     rank: int
     host: str
-    slot: int  # the local rank
-    pp: int
-    dp: int
-    tp: int
+    slot: int  # local rank
+    coords: Coords
+
+    def as_data(self) -> dict[str, str | int]:
+        """Return the rank as plain data, the coordinates by the names of their axes."""
+        return {"rank": self.rank, "host": self.host, "slot": self.slot, **self.coords.named}
 
 
 @dataclass(frozen=True)
@@ -37,31 +40,37 @@ class Finding:
     text: str
 
 
-def place(hosts: Mapping[str, int], pp: int, tp: int, source: str = "hosts") -> list[Rank]:
-    """Return the ranks on the slots of `hosts`, in the order of both: rank = (pp_rank * dp + dp_rank) * tp + tp_rank.
+def place(hosts: Mapping[str, int], axes: Axes, source: str = "hosts") -> list[Rank]:
+    """Return the ranks on the slots of `hosts`, in the order of both.
+
+    Args:
+        hosts: slots by host.
+        axes: sizes of a replica's axes; dp is derived from the number of slots.
+        source: file or option that names the hosts, for messages.
 
     Raises:
-        UserError: no whole number of pp * tp ranks; `source` is where the hosts stand.
+        UserError: the slots are not a whole number of replicas.
     """
-    for name, size in (("pp", pp), ("tp", tp)):
+    replica = {axis: size for axis, size in axes.named.items() if axis != "dp"}
+    for name, size in replica.items():
         if size < 1:
             raise UserError(f"{name} {size} is not a parallel size; use 1 or more")
-    world, replica = sum(hosts.values()), pp * tp
-    if world == 0 or world % replica:
-        fits = [n for n in (world // replica * replica, (world // replica + 1) * replica) if n]
+    world, ranks = sum(hosts.values()), math.prod(replica.values())
+    if world == 0 or world % ranks:
+        fits = [n for n in (world // ranks * ranks, (world // ranks + 1) * ranks) if n]
+        product = " * ".join(f"{name} {size}" for name, size in replica.items())
         raise UserError(
-            f"{source}: {world} slots are not a multiple of pp {pp} * tp {tp} = {replica}; "
-            f"use {listed(fits)} slots, or change pp or tp"
+            f"{source}: {world} slots are not a multiple of {product} = {ranks}; "
+            f"use {listed(fits)} slots, or change {listed(replica)}"
         )
-    dp = world // replica
+    whole = replace(axes, dp=world // ranks)
     slots = [(host, slot) for host, count in hosts.items() for slot in range(count)]
-    return [Rank(n, host, slot, n // tp // dp, n // tp % dp, n % tp) for n, (host, slot) in enumerate(slots)]
+    return [Rank(n, host, slot, whole.coords(n)) for n, (host, slot) in enumerate(slots)]
 
 
-def sizes(ranks: Sequence[Rank]) -> tuple[int, int, int]:
-    """Return pp, dp and tp of all the ranks of a job."""
-    last = ranks[-1]
-    return last.pp + 1, last.dp + 1, last.tp + 1
+def sizes(ranks: Sequence[Rank]) -> Axes:
+    """Return the sizes of the axes, of all the ranks of a job."""
+    return Axes(*(at + 1 for at in ranks[-1].coords))
 
 
 def by_host(ranks: Iterable[Rank]) -> dict[str, list[Rank]]:
@@ -78,9 +87,8 @@ def findings(ranks: Sequence[Rank]) -> list[Finding]:
     return [_slots(slots, sizes(ranks)), _tensor(ranks, slots), _pipeline(ranks, slots), _data(ranks)]
 
 
-def _slots(slots: Mapping[str, int], parallel: tuple[int, int, int]) -> Finding:
-    pp, dp, tp = parallel
-    job = f"{_count(sum(slots.values()), 'rank')} = pp {pp} * dp {dp} * tp {tp}"
+def _slots(slots: Mapping[str, int], axes: Axes) -> Finding:
+    job = f"{_count(sum(slots.values()), 'rank')} = {axes.words(' * ')}"
     counts = Counter(slots.values())
     if len(counts) == 1:
         return Finding("ok", f"hosts: {_count(len(slots), 'host')} of {_count(next(iter(counts)), 'slot')}, {job}")
@@ -94,10 +102,11 @@ def _slots(slots: Mapping[str, int], parallel: tuple[int, int, int]) -> Finding:
 
 
 def _tensor(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
-    tp = sizes(ranks)[2]
+    axes = sizes(ranks)
+    tp = axes.tp
     if tp == 1:
         return Finding("ok", "tp: 1, nothing to exchange within a layer")
-    groups = [ranks[at : at + tp] for at in range(0, len(ranks), tp)]
+    groups = [[ranks[rank] for rank in group] for group in axes.groups("tp")]
     spanning = [group for group in groups if group[0].host != group[-1].host]
     if not spanning:
         return Finding("ok", f"tp: {_whole(len(groups))} of {tp} ranks within a host")
@@ -111,10 +120,10 @@ def _tensor(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
 
 
 def _pipeline(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
-    pp, dp, tp = sizes(ranks)
-    if pp == 1:
+    axes = sizes(ranks)
+    if axes.pp == 1:
         return Finding("ok", "pp: 1, no stage sends to another")
-    stage = dp * tp
+    stage = axes.stride("pp")
     links = list(zip(ranks, ranks[stage:], strict=False))
     after, before = defaultdict(set), defaultdict(set)  # hosts that hold neighbours of a host's ranks
     within = 0
@@ -144,12 +153,12 @@ def _pipeline(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
 
 
 def _data(ranks: Sequence[Rank]) -> Finding:
-    dp = sizes(ranks)[1]
+    dp = sizes(ranks).dp
     if dp == 1:
         return Finding("ok", "dp: 1, no gradients to reduce between ranks")
-    groups: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
+    groups: dict[Coords, Counter[str]] = defaultdict(Counter)
     for rank in ranks:
-        groups[rank.pp, rank.tp][rank.host] += 1
+        groups[rank.coords._replace(dp=0)][rank.host] += 1
     spanning = [group for group in groups.values() if len(group) > 1]
     whole = _whole(len(groups))
     if not spanning:

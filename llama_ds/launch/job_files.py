@@ -1,0 +1,44 @@
+"""The launcher's side of a job's folder (`llama_ds.job.folder`): making it, and the files of an attempt."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from llama_ds.errors import UserError
+from llama_ds.job.folder import Job
+from llama_ds.job.wire import TOKEN_BYTES
+from llama_ds.launch.hostfile import write_hostfile
+
+
+def new_folder(run_dir: str) -> Path:
+    """Make the folder of a new job of a run, and return it."""
+    jobs = Path(os.path.abspath(run_dir), "jobs")
+    try:
+        jobs.mkdir(parents=True, exist_ok=True)
+        number = max((int(path.name) for path in jobs.iterdir() if path.name.isdecimal()), default=0)
+        while True:
+            number += 1
+            try:
+                (jobs / f"{number:04d}").mkdir()
+            except FileExistsError:  # another launcher has just started
+                continue
+            return jobs / f"{number:04d}"
+    except OSError as error:
+        raise UserError(f"{jobs}: cannot be written ({error.strerror}); set output_dir to a folder of yours") from None
+
+
+def prepare(job: Job, arguments: Sequence[str]) -> None:
+    """Write the files of an attempt."""
+    for name in ("logs", "stacks"):
+        Path(job.folder, name).mkdir(parents=True)
+    secret = os.open(job.path("token"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(secret, "w") as file:
+        file.write(secrets.token_bytes(TOKEN_BYTES).hex())
+    write_hostfile(job.path("hostfile"), job.hosts)
+    Path(job.path("arguments")).write_text("".join(f"{line}\n" for line in arguments), encoding="utf-8")
+    Path(job.path("job.json")).write_text(json.dumps(asdict(job), indent=1), encoding="utf-8")

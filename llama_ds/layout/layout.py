@@ -1,0 +1,92 @@
+"""How a job's ranks share one global batch: the axes of its ranks and its micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llama_ds.config.numbers import divisors
+from llama_ds.config.schema import ParallelConfig, RunConfig
+from llama_ds.errors import UserError, listed
+from llama_ds.layout.axes import Axes
+from llama_ds.schedules.schedule import NAMES as SCHEDULES
+from llama_ds.schedules.schedule import obstacle
+
+
+@dataclass(frozen=True)
+class Layout(Axes):
+    """Axes and micro-batches: global_batch = dp * micro_batch * accumulation."""
+
+    micro_batch: int = 1  # rows per forward pass
+    accumulation: int = 1  # micro-batches per optimizer step
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per optimizer step."""
+        return self.dp * self.micro_batch * self.accumulation
+
+    def as_data(self) -> dict[str, int]:
+        """Return all numbers by name, as checkpoints record them."""
+        batch = {name: getattr(self, name) for name in ("micro_batch", "accumulation", "global_batch")}
+        return {"world": self.world, **self.named, **batch}
+
+
+def model_axes(parallel: ParallelConfig) -> Axes:
+    """Return the axes of one copy of the model, as the run file sizes them; dp is derived from the world size."""
+    return Axes(pp=parallel.pp, tp=parallel.tp)
+
+
+def resolve_layout(run: RunConfig, world: int) -> Layout:
+    """Derive dp and the accumulation steps of `run` on `world` ranks.
+
+    Raises:
+        UserError: when a number does not divide; the message lists the numbers that would.
+    """
+    place, axes = run.path, model_axes(run.parallel)
+    replica = axes.replica
+    if world % replica:
+        fits = range(replica, max(world, replica) * 2 + 1, replica)
+        near = sorted(sorted(fits, key=lambda n: abs(n - world))[:3])
+        keys = [f"parallel.{axis}" for axis in axes.named if axis != "dp"]
+        product = " * ".join(f"parallel.{axis} {size}" for axis, size in axes.named.items() if axis != "dp")
+        raise UserError(
+            f"{place}: world size {world} is not a multiple of {product} = {replica}; "
+            f"start {listed(near)} ranks, or change {listed(keys)}"
+        )
+    dp = world // replica
+    batch, micro = run.training.global_batch, run.parallel.micro_batch
+    if batch % dp:
+        near = sorted(sorted(range(dp, batch + 2 * dp, dp), key=lambda n: abs(n - batch))[:2])
+        product = " * ".join(f"{axis} {size}" for axis, size in axes.named.items() if axis != "dp")
+        raise UserError(
+            f"{place}: training.global_batch = {batch} is not a multiple of "
+            f"dp {dp} = world {world} / ({product}); use {listed(near)}"
+        )
+    if (batch // dp) % micro:
+        raise UserError(
+            f"{place}: parallel.micro_batch = {micro} does not divide {batch} / dp {dp} = {batch // dp}; "
+            f"use {listed(divisors(batch // dp))}"
+        )
+    _check_schedule(run, batch // dp // micro)
+    _check_profile_ranks(run, world)
+    sizes = axes.sizes._asdict() | {"dp": dp}
+    return Layout(**sizes, micro_batch=micro, accumulation=batch // dp // micro)
+
+
+def _check_schedule(run: RunConfig, micro_batches: int) -> None:
+    parallel = run.parallel
+    if parallel.pp == 1 or parallel.schedule not in SCHEDULES:
+        return
+    reason = obstacle(parallel.schedule, parallel.pp, micro_batches, parallel.virtual_stages, parallel.extra_warmup)
+    if reason:
+        raise UserError(
+            f"{run.path}: parallel.schedule = {parallel.schedule}: {reason} "
+            "(micro-batches are training.global_batch / (dp * parallel.micro_batch))"
+        )
+
+
+def _check_profile_ranks(run: RunConfig, world: int) -> None:
+    beyond = [rank for rank in run.logging.profile_ranks if not 0 <= rank < world]
+    if beyond:
+        raise UserError(
+            f"{run.path}: logging.profile_ranks: {beyond[0]} is not one of the {world} ranks; use 0 to {world - 1}"
+        )
