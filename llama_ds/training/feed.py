@@ -31,7 +31,7 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.sharing import Neighbours, find_neighbours, share
 from llama_ds.training.device_batches import on_device
-from llama_ds.training.engine import Engine
+from llama_ds.training.engines.interface import Engine
 
 SOUND, FOUND_BAD, FAILED = range(3)  # what a rank says of the shards that it needs next
 

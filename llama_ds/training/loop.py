@@ -29,13 +29,14 @@ from llama_ds.parallel import world
 from llama_ds.parallel.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.parallel.recording import Recording
 from llama_ds.training.checkpoints import Checkpoints
-from llama_ds.training.engine import Engine, StepResult, build_engine
+from llama_ds.training.engines.build import build_engine
+from llama_ds.training.engines.interface import Engine, StepResult
 from llama_ds.training.feed import Feed
-from llama_ds.training.interruptions import Interruptions, Wish
+from llama_ds.training.interruptions import Interruptions, Request
+from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.meter import Meter
 from llama_ds.training.plan import memory_table
 from llama_ds.training.reporter import Reporter
-from llama_ds.training.schedule import learning_rate
 from llama_ds.training.stragglers import Stragglers
 
 
@@ -91,10 +92,10 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
                 report.note(line)
             recorded = recording.after_step()
 
-            wish = interruptions.after_step()
-            ends = done == last or wish is Wish.END
+            request = interruptions.after_step()
+            ends = done == last or request is Request.END
             evaluates = bool(validation) and (done == last or _due(done, run.evaluation.interval))
-            saves = run.checkpoint.save and (ends or wish is Wish.SAVE or _due(done, run.checkpoint.interval))
+            saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             if unread:
                 _report(run, engine, report, meter, progress, feed.wait_s, *unread)
             unread = (done, lr, result) if ends or _due(done, every) else None
@@ -115,8 +116,8 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
             progress.enter(Phase.TRAINING, done)
             for line in checkpoints.news():
                 report.note(line)
-            if wish is Wish.END and done < last:
-                logger.info("ending at step %d of %d: %s", done, total, interruptions.reason or "asked on another rank")
+            if request is Request.END and done < last:
+                logger.info("ending at step %d of %d: %s", done, total, interruptions.reason)
                 break
     progress.enter(Phase.ENDING)
     recording.close()

@@ -22,7 +22,7 @@ from llama_ds.parallel.recompute import ELEMENT_BYTES, stage_policies
 from llama_ds.parallel.scheduling import schedule_of
 from llama_ds.parallel.world import Place
 from llama_ds.training.dry_run.report import Group, RankReport, Traffic
-from llama_ds.training.engine import build_engine
+from llama_ds.training.engines.build import build_engine
 
 
 @dataclass(frozen=True)
