@@ -25,7 +25,7 @@ from llama_ds.parallel.scheduling import schedule_of
 from llama_ds.parallel.step_times import PARTS
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.outliers import Found, Slow, SlowLink, find
-from llama_ds.training.reporter import forget_after
+from llama_ds.training.run_log import forget_after
 
 FILE = "stragglers.jsonl"
 MOST_LINES = 8  # on the console; the file has all

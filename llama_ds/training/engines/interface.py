@@ -1,4 +1,4 @@
-"""What the training knows of an engine."""
+"""The interface between the training loop and an engine."""
 
 from __future__ import annotations
 
