@@ -169,7 +169,7 @@ def measure(args: argparse.Namespace) -> None:
     from llama_ds import log
     from llama_ds.layout.pipeline_schedule import describe_trace
     from llama_ds.parallel import world
-    from llama_ds.training.engine import build_engine
+    from llama_ds.training.engines.build import build_engine
 
     log.setup(quiet=True)
     place = world.find_place()

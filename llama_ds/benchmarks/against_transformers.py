@@ -27,7 +27,8 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel import world
-from llama_ds.training.engine import build_engine, build_optimizer, decay_groups
+from llama_ds.training.engines.build import build_engine
+from llama_ds.training.engines.optimizer_groups import build_optimizer, decay_groups
 
 LEARNING_RATE = 1e-4
 _STEPS_AGREE = {"fp32": 1e-5, "bf16": 2e-2}  # of the losses on the initial weights

@@ -168,6 +168,9 @@ class LoggingConfig:
     check_finite: bool = False  # debugging: name the first layer that puts out NaN or infinity; slow
 
 
+NO_BOARDS = ("logging.tensorboard=false",)  # overrides of a run that reports to no board
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A whole run, resolved. `deepspeed` is the user's DeepSpeed JSON as parsed, before the merge."""

@@ -1,8 +1,12 @@
-"""Micro-batches on their way to the device, on a stream of their own, while earlier ones are computed with."""
+"""Micro-batches on the device: copied there on a stream of their own while earlier ones are computed.
+
+Shapes: b rows of a micro-batch, T tokens; a micro-batch is an integer array (b, T + 1) whose columns overlap as ids and
+labels, (b, T) each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,23 +16,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Arriving:
-    """A micro-batch (b, T + 1) whose copy to a CUDA device was begun."""
+    """A micro-batch (b, T + 1) whose copy to a CUDA device has begun."""
 
     rows: Tensor
     copied: torch.cuda.Event
 
     def take(self) -> Tensor:
-        """Return it for the current stream, which waits for the copy; the host does not."""
+        """Return the rows for the current stream, which waits for the copy; the host does not wait."""
         stream = torch.cuda.current_stream(self.rows.device)
         stream.wait_event(self.copied)
         self.rows.record_stream(stream)
         return self.rows
 
 
-def on_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[np.ndarray | Arriving]:
-    """Yield the batches as they are for a CPU, and for CUDA as copies that were begun from pinned memory.
+Batch = np.ndarray | Arriving
+Batches = Iterable[Batch]
 
-    To be drawn from by the thread that reads ahead: pinning and starting a copy then cost the step nothing.
+
+def on_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[Batch]:
+    """Yield the batches unchanged for a CPU; for CUDA yield copies that have begun from pinned memory.
+
+    The thread that reads ahead draws from this iterator, so that pinning and starting a copy cost the step nothing.
     """
     if device.type != "cuda":
         yield from batches
@@ -38,3 +46,9 @@ def on_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[n
         with torch.cuda.stream(stream):
             rows = torch.from_numpy(batch).pin_memory().to(device, non_blocking=True).long()
             yield Arriving(rows, stream.record_event())
+
+
+def ids_and_labels(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a micro-batch as the model takes it: ids (b, T) and labels (b, T), the ids one position further."""
+    rows = batch.take() if isinstance(batch, Arriving) else torch.from_numpy(batch).to(device).long()
+    return rows[:, :-1], rows[:, 1:]

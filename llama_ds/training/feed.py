@@ -1,13 +1,14 @@
-"""A rank's micro-batches: read once per host, checked against the other ranks', on the device before they are needed.
+"""A rank's micro-batches: read once per host, compared between ranks, on the device before they are needed.
 
 Ranks agree on two things, every `data.check_interval` steps and before the first:
 
-- that they read the same. The first and the last stage, and all tensor-parallel ranks, of one data-parallel rank must
-  hold the same batches; all ranks the same order. A checksum of each says so.
-- which shards are damaged. Steps come in periods of check_interval. In the midst of one every reading rank has fetched
-  and checked the shards that it needs in the next; what any rank found damaged all replace from there on.
+- They read the same. The first and the last stage, and all tensor-parallel ranks, of one data-parallel rank must hold
+  the same batches; all ranks must hold the same order. Checksums of both are compared.
+- They know which shards are damaged. Steps come in periods of check_interval. By the middle of a period every reading
+  rank has fetched and checked its shards of the next one. From the next period on, all ranks replace the shards that
+  any rank has found damaged.
 
-It costs one gather of a few integers; nothing else waits, and nothing is read that was not agreed on.
+This costs one gather of a few integers; nothing else waits, and no rank reads beyond the agreed steps.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.sharing import Neighbours, find_neighbours, share
 from llama_ds.training.device_batches import on_device
-from llama_ds.training.engine import Engine
+from llama_ds.training.engines.interface import Engine
 
-SOUND, FOUND_BAD, FAILED = range(3)  # what a rank says of the shards that it needs next
+SOUND, FOUND_BAD, FAILED = range(3)  # status of the shards that a rank needs next
 
 
 class Feed:
@@ -57,7 +58,7 @@ class Feed:
         self._run, self._layout, self._data, self._steps = run, layout, data, steps
         self._engine, self._place, self._device = engine, place, device
         self._interval = run.data.check_interval
-        self._crc_of: dict[int, int] = {}  # of the steps that were read since ranks last compared
+        self._crc_of: dict[int, int] = {}  # checksum of every step read since ranks last compared them
         self._batches: Iterator[Any] = itertools.repeat(np.empty(0))
         self._shared: Iterator[np.ndarray] = iter(())
         self._ahead: ReadAhead[Any] | None = None
@@ -67,7 +68,7 @@ class Feed:
             self._reader = Reader(data, steps, engine.dp_rank, layout.dp, layout.micro_batch)
         world.together(self._save_state)
         self._agree(steps.start, self._period_end(steps.start))
-        if steps.start % self._interval > self._interval // 2:  # its turn to agree on the next period has passed
+        if steps.start % self._interval > self._interval // 2:  # the step that agrees on the next period has passed
             self._agree(self._period_end(steps.start), self._period_end(steps.start) + self._interval)
         if engine.reads_data:
             self._read(neighbours)
@@ -85,7 +86,7 @@ class Feed:
         return next(self._batches)
 
     def before_step(self, step: int) -> None:
-        """Agree on the next period, in the midst of each. Collective.
+        """Agree on the next period, in the middle of each. Collective.
 
         Raises:
             UserError: as the constructor.
@@ -94,12 +95,12 @@ class Feed:
             self._agree(self._period_end(step), self._period_end(step) + self._interval, done=step)
 
     def close(self) -> None:
-        """End the threads that read: one that the interpreter's end cuts short aborts the process. Collective."""
+        """End the reading threads: one that still runs at the interpreter's end aborts the process. Collective."""
         if self._reader:
             self._reader.close()
         if self._ahead:
             self._ahead.close()
-        for _ in self._shared:  # of a run that ends early, until the neighbours have all heard of it
+        for _ in self._shared:  # where a run ends early, until all neighbours know of it
             pass
 
     def _period_end(self, step: int) -> int:
@@ -118,7 +119,7 @@ class Feed:
         self._batches = itertools.chain(first_step, self._ahead)
 
     def _summed(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """Pass batches on; keep a checksum of every step's."""
+        """Yield the batches and keep a checksum of every step."""
         for step in self._steps:
             crc = 0
             for _ in range(self._layout.accumulation):
@@ -130,7 +131,7 @@ class Feed:
                 yield batch
 
     def _agree(self, first: int, last: int, done: int = 0) -> None:
-        """Agree on the shards of the steps `first` to `last`, and let them be read; compare what was, before `done`."""
+        """Agree on the shards of steps `first` to `last` and allow reading them; compare the steps before `done`."""
         first, last = min(first, self._steps.stop), min(last, self._steps.stop)
         while True:
             status, bad, error = self._look(first, last)
@@ -139,7 +140,7 @@ class Feed:
                 world.together(lambda error=error: _raise(error))  # type: ignore[misc]
             if FOUND_BAD not in said:
                 break
-            # Sorting is stable: of one shard all ranks take the first rank's word.
+            # Sorting is stable: where several ranks report a shard, all ranks take the first report.
             found = sorted(itertools.chain(*world.gather(bad)), key=_shard)
             self._replace([next(group) for _, group in itertools.groupby(found, key=_shard)])
         if self._reader:
@@ -147,7 +148,7 @@ class Feed:
             self._reader.prepare(last, min(last + self._interval, self._steps.stop))
 
     def _look(self, first: int, last: int) -> tuple[int, list[BadShard], UserError | None]:
-        """Return what this rank has to say of the shards that it will read."""
+        """Return the status of the shards that this rank will read, the damaged ones, and the error if one occurred."""
         try:
             bad = self._reader.find_bad(first, last) if self._reader else []
             return (FOUND_BAD if bad else SOUND), bad, None
@@ -160,11 +161,11 @@ class Feed:
                 "data: shard %d of source %s is damaged and will be replaced from step %d on: %s",
                 bad.shard, bad.source, bad.step, bad.reason,
             )  # fmt: skip
-        self._data.replace(found, self._run.data.max_bad_shards)  # all ranks find alike whether they are too many
+        self._data.replace(found, self._run.data.max_bad_shards)  # all ranks decide alike whether they are too many
         world.together(self._save_state)
 
     def _compare(self, done: int, status: int) -> set[int]:
-        """Compare what ranks have read of the steps before `done`; return the statuses of all. Collective."""
+        """Compare the checksums of the steps before `done`; return the statuses of all ranks. Collective."""
         crc = 0
         for step in sorted(step for step in list(self._crc_of) if step < done):  # a copy: a thread adds to it
             crc = zlib.crc32(self._crc_of.pop(step).to_bytes(4, "little"), crc)

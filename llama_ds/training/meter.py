@@ -14,14 +14,15 @@ from llama_ds.layout.flops import device_peak, flops_per_token
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import ELEMENT_BYTES, recomputed_flops_per_token
 from llama_ds.parallel import world
+from llama_ds.training.feed import Feed
 
 
 @dataclass(frozen=True)
 class StepMetrics:
     """One line of metrics.jsonl. Times are seconds per step, averaged since the line before.
 
-    mfu counts the model's FLOPs (recompute does not count), hfu what the hardware ran; both None where the device's
-    peak is not known.
+    mfu counts the model's FLOPs without recompute, hfu all FLOPs that the hardware executes; both are None where the
+    device's peak is not known.
     """
 
     step: int
@@ -39,29 +40,34 @@ class StepMetrics:
 
 
 class Meter:
-    """Turns the clock into rates. Evaluation and checkpoints are left out of the step time by `pause`."""
+    """Turns the clock into rates. `restart` leaves out of a step's time what is no part of it."""
 
-    def __init__(self, run: RunConfig, layout: Layout, dtype: str, device: torch.device) -> None:
+    def __init__(
+        self, run: RunConfig, layout: Layout, feed: Feed, dtype: str, device: torch.device, first_step: int
+    ) -> None:
+        """Start the clock of a run that has finished `first_step` steps."""
         self.device = device
         self.world = layout.world
         self.tokens_per_step = layout.global_batch * run.data.seq_len
         self.model_flops = flops_per_token(run.model, run.data.seq_len)
         self.hardware_flops = self.model_flops + recomputed_flops_per_token(run, layout, ELEMENT_BYTES[dtype])
         self.peak = device_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-        self.restart(0, 0.0)
+        self._feed = feed
+        self.restart(first_step)
+        self._waited = 0.0  # the first interval includes the wait for the run's first batches
 
-    def restart(self, step: int, waited_s: float) -> None:
-        """Begin a new interval now, after `step` steps; `waited_s` is what the data stream has waited in all so far."""
-        self._step, self._since, self._waited = step, time.perf_counter(), waited_s
+    def restart(self, step: int) -> None:
+        """Begin a new interval now, after `step` finished steps."""
+        self._step, self._since, self._waited = step, time.perf_counter(), self._feed.wait_s
 
-    def measure(self, step: int, loss: float, lr: float, grad_norm: float, waited_s: float) -> StepMetrics:
-        """Close the interval with the line for `step`, the number of finished steps. Collective."""
+    def measure(self, step: int, loss: float, lr: float, grad_norm: float) -> StepMetrics:
+        """Close the interval with the metrics of `step`, the number of finished steps. Collective."""
         steps = step - self._step
         step_s = (time.perf_counter() - self._since) / steps
-        data_wait_s = (waited_s - self._waited) / steps
+        data_wait_s = (self._feed.wait_s - self._waited) / steps
         data_wait_s, peak_mem = world.maximum([data_wait_s, peak_memory(self.device)], self.device)
         rate = self.tokens_per_step / step_s
-        self.restart(step, waited_s)
+        self.restart(step)
         return StepMetrics(
             step=step,
             tokens=step * self.tokens_per_step,
@@ -82,7 +88,7 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most bytes this rank has held: of the CUDA allocator, or resident on a CPU."""
+    """Return the peak memory of this rank in bytes: of the CUDA allocator, or resident memory on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,25 +1,26 @@
-"""The rule by which a rank is called slow. Pure arithmetic on the times of all ranks.
+"""The rule for slow ranks and links. Pure arithmetic on the times of all ranks.
 
-Like is compared with like: the ranks of one pipeline stage do the same work, those of different stages may not. In each
-part of a step that is a rank's own (it waits for nobody in it) a rank is slow when its mean over the steps is above the
-median of its stage by more than
+Ranks are compared within a pipeline stage, because ranks of different stages may do different work. Only parts of a
+step in which a rank waits for no other rank count as its own. In such a part a rank is slow when its mean over the
+steps exceeds the median of its stage by more than
 
     max(SHARE of the step, SPREADS times the spread of the stage)
 
-SHARE, because less is not worth a person's time; SPREADS, so that noise accuses nobody. The spread is the robust
-standard deviation, 1.4826 * median |x - median|, of the stage or of the stage in the middle, whichever is larger: that
-of few ranks is small by chance. The median is the lower one of an even number, so that half of a stage may be slow.
+A smaller share is not worth a person's time, and a smaller multiple of the spread may be noise. The spread is the
+robust standard deviation, 1.4826 * median |x - median|, of the stage, or the median of all stages' spreads if that is
+larger, because the spread of few ranks is small by chance. The median of an even number is the lower one, so that half
+of a stage may be slow.
 
-Fewer ranks than FEW hardly tell their spread. Their share is larger, and the median over the steps must be as high as
-the mean: one hiccup does not accuse. Of two ranks the faster one is the measure; one alone has none, and nothing is
-said of it.
+Fewer ranks than FEW do not give a reliable spread. Their share is larger, and the median over the steps must exceed the
+threshold too, so that a single long step does not count. Of two ranks, the faster one is the reference; a single rank
+has no reference and is not judged.
 
-Tensor-parallel ranks compute in lockstep, so their computing is that of the slowest and they are judged as one: by the
-least of their times, since one that waits for data has the others wait in what they take for computing.
+Tensor-parallel ranks compute in lockstep and are judged as one, by the least of their times: when one waits for data,
+the others' wait for it appears as their compute time.
 
-A slow link shows as waits: all ranks of a pipeline wait longer for messages than those of the other pipelines, and none
-of them has anything of its own that would explain half of it. Stages before the link then wait for later ones, those
-after it for earlier ones.
+A slow link shows as waits: all ranks of a pipeline wait longer for messages than the other pipelines' ranks, and their
+own parts explain less than half of it. Stages before the link then wait for later stages, stages after it for earlier
+ones.
 
 Shapes: P stages, D pipelines of tensor-parallel groups, T tensor-parallel ranks, K parts of a step; n ranks that are
 compared.
@@ -37,41 +38,41 @@ from llama_ds.parallel.step_times import BETWEEN, COMPUTE, DATA, EARLIER, LATER,
 
 SHARE, SPREADS = 0.05, 6.0
 FEW, SHARE_OF_FEW = 16, 0.1
-OWN = (DATA, COMPUTE, OPTIMIZER, BETWEEN)  # parts in which a rank waits for nobody
+OWN = (DATA, COMPUTE, OPTIMIZER, BETWEEN)  # parts in which a rank waits for no other rank
 
 
 @dataclass(frozen=True)
-class Slow:
-    """Ranks that are slow in a part, neighbours if several: a tensor-parallel group."""
+class SlowRanks:
+    """One rank that is slow in a part of the step, or a tensor-parallel group."""
 
     ranks: tuple[int, ...]
     stage: int
     part: int
     time: float
-    median: float  # of the stage
-    steady: bool  # in most steps, not in few of them
+    median: float  # median of the stage
+    steady: bool  # slow in most steps, not only in few
 
 
 @dataclass(frozen=True)
 class SlowLink:
-    """A pipeline whose messages take long, and the stage after which; None where that cannot be told."""
+    """A pipeline with slow messages."""
 
     ranks: np.ndarray  # (P, T)
-    after: int | None
-    time: float  # that its ranks wait longer than the median
+    after: int | None  # the stage before the link; None if unknown
+    time: float  # how much longer its ranks wait than the median
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was found in some steps, in the unit of the times."""
+class Outliers:
+    """The slow ranks and links of some steps, and the medians they exceed; in the unit of the times."""
 
-    step: float  # all parts but what is between steps
-    medians: np.ndarray  # (P, K): of each stage
-    slow: list[Slow]
+    step: float  # median over the ranks of a step without the time between steps
+    medians: np.ndarray  # (P, K): median of each stage
+    slow: list[SlowRanks]
     links: list[SlowLink]
 
 
-def find(mean: np.ndarray, median: np.ndarray, layout: Sequence[int], one_way: bool) -> Found:
+def find(mean: np.ndarray, median: np.ndarray, layout: Sequence[int], one_way: bool) -> Outliers:
     """Judge the ranks by the mean and the median of their times over the steps, both (P * D * T, K).
 
     `layout` is (P, D, T), ranks in that order; `one_way`: each rank has one stage, not several.
@@ -79,32 +80,34 @@ def find(mean: np.ndarray, median: np.ndarray, layout: Sequence[int], one_way: b
     means, medians = mean.reshape(*layout, -1), median.reshape(*layout, -1)
     step = float(np.median(mean.sum(1) - mean[:, BETWEEN]))
     ranks = np.arange(len(mean)).reshape(layout)
-    slow: list[Slow] = []
-    own = np.zeros(layout[:2])  # what each pipeline's ranks do longer than the median of their stage, in all parts
+    slow: list[SlowRanks] = []
+    own = np.zeros(layout[:2])  # each tensor-parallel group's excess over the median of its stage, over all parts
     for part in OWN:
         usual = _units(part, medians[..., part])
-        # Evaluations and saves are between few of the steps; they are no rank's own.
+        # Evaluations and saves fall between a few of the steps; the median leaves them out.
         average = usual if part == BETWEEN else _units(part, means[..., part])
         units = ranks if part == COMPUTE else ranks.reshape(layout[0], -1, 1)
         slow += _slow(part, units, average, usual, step)
         own += _excess(average).clip(0).reshape(*layout[:2], -1).max(2)
     stages = np.median(means.reshape(layout[0], -1, means.shape[-1]), 1)
-    return Found(step, stages, slow, _links(means, medians, own, ranks, step, one_way))
+    return Outliers(step, stages, slow, _links(means, medians, own, ranks, step, one_way))
 
 
 def _units(part: int, times: np.ndarray) -> np.ndarray:
-    """Return what is compared within the stages, (P, n), of the times (P, D, T) of one part."""
+    """Return the times to compare within each stage, (P, n), from the times (P, D, T) of one part."""
     return times.min(2) if part == COMPUTE else times.reshape(len(times), -1)
 
 
-def _slow(part: int, units: np.ndarray, average: np.ndarray, usual: np.ndarray, step: float) -> list[Slow]:
-    """Return the slow ones of `units` (P, n, ranks) by their times (P, n)."""
+def _slow(part: int, units: np.ndarray, average: np.ndarray, usual: np.ndarray, step: float) -> list[SlowRanks]:
+    """Return the slow of `units` (P, n, ranks) by their mean times and their median times, (P, n) each."""
     reference, often = _lower_median(average), _above(usual, step)
     over = _above(average, step)
     if average.shape[1] < FEW:
         over &= often
     return [
-        Slow(tuple(units[s, i].tolist()), int(s), part, float(average[s, i]), float(reference[s]), bool(often[s, i]))
+        SlowRanks(
+            tuple(units[s, i].tolist()), int(s), part, float(average[s, i]), float(reference[s]), bool(often[s, i])
+        )
         for s, i in np.argwhere(over)
     ]
 
@@ -117,13 +120,13 @@ def _links(
         return []
     earlier, later = (means[..., part].mean(2) for part in (EARLIER, LATER))
     waits, usual = earlier + later, (medians[..., EARLIER] + medians[..., LATER]).mean(2)
-    late = (_above(waits, step) & _above(usual, step)).mean(0) > 0.5  # most of its stages
+    late = (_above(waits, step) & _above(usual, step)).mean(0) > 0.5  # in most of the stages
     excess = np.median(_excess(waits), 0)
     late &= own.sum(0) < excess / 2
     links = []
     for d in np.flatnonzero(late):
         before, after = (_excess(x)[:, d] for x in (later, earlier))
-        # The cut that has most of the waiting for later stages before it, and for earlier ones after it.
+        # The cut with the most waiting for later stages before it plus waiting for earlier stages after it.
         cut = int(np.argmax(np.cumsum(before)[:-1] + np.cumsum(after[::-1])[::-1][1:]))
         links.append(SlowLink(ranks[:, d], cut if one_way else None, float(excess[d])))
     return links

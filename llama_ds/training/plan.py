@@ -17,7 +17,7 @@ from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
 from llama_ds.schedules.simulate import StageCost, simulate
-from llama_ds.training.schedule import learning_rate
+from llama_ds.training.lr_schedule import learning_rate
 
 
 def describe(run: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> str:

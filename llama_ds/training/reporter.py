@@ -1,95 +1,118 @@
-"""Where metrics go: a line on the console with a progress bar on terminals, metrics.jsonl, TensorBoard."""
+"""The reports of a run: results of steps, validation losses, data read, notes.
+
+On CUDA the result of a step is read while the next step runs, because reading it waits for the device. On a CPU it is
+read at once.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-from contextlib import suppress
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 
-from tqdm import tqdm
+import torch
 
-from llama_ds.errors import UserError
-from llama_ds.log import logger
-from llama_ds.training.meter import StepMetrics
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import Divergence
+from llama_ds.job.heartbeat import Progress
+from llama_ds.training.engines.interface import Engine, StepResult
+from llama_ds.training.meter import Meter, StepMetrics
+from llama_ds.training.run_log import RunLog
+
+
+@dataclass(frozen=True)
+class _UnreadStep:
+    """A step whose result is deferred."""
+
+    step: int  # number of finished steps
+    lr: float
+    result: StepResult
 
 
 class Reporter:
-    """Reports of the first rank; on the others every call does nothing."""
+    """Measures and reads the steps of a run on all ranks, and writes reports on the first."""
 
-    def __init__(self, run_dir: str, total_steps: int, first_step: int, active: bool, tensorboard: bool) -> None:
-        self.total = total_steps
-        self.active = active
-        self._board: Any = None
-        if not active:
-            return
-        os.makedirs(run_dir, exist_ok=True)
-        path = os.path.join(run_dir, "metrics.jsonl")
-        forget_after(path, first_step)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
-        self._bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
-        if tensorboard:
-            self._board = _tensorboard(os.path.join(run_dir, "tensorboard"), first_step)
+    def __init__(
+        self, run: RunConfig, engine: Engine, meter: Meter, log: RunLog | None, progress: Progress, device: torch.device
+    ) -> None:
+        """`log` receives the reports, None on all ranks but the first; `progress` is told every loss."""
+        self._run, self._engine, self._meter, self._log, self._progress = run, engine, meter, log, progress
+        self._defers = device.type == "cuda"
+        self._unread: _UnreadStep | None = None
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Report one log line."""
-        if not self.active:
-            return
-        self._record(asdict(metrics))
-        self._say(console_line(metrics, self.total))
-        self._bar.update(metrics.step - self._bar.n)
+    def step_done(self, step: int, lr: float, result: StepResult, last: bool) -> None:
+        """Take the result of `step`, the number of finished steps, if it is the last or `logging.interval` says so.
+
+        Report the deferred result, if there is one; then defer this one, or report it at once. Collective.
+
+        Raises:
+            Divergence: the loss that was read is not finite.
+        """
+        self.flush()
+        if last or step % self._run.logging.interval == 0:
+            self._unread = _UnreadStep(step, lr, result)
+            if last or not self._defers:
+                self.flush()
+
+    def flush(self) -> None:
+        """Report the deferred result now, if there is one. Collective.
+
+        Raises:
+            Divergence: as `step_done`.
+        """
+        if self._unread:
+            unread, self._unread = self._unread, None
+            self._report(unread)
+
+    def _report(self, unread: _UnreadStep) -> None:
+        loss, norm = self._engine.read(unread.result)
+        self._progress.tell(what="loss", step=unread.step, loss=loss)
+        metrics = self._meter.measure(unread.step, loss, unread.lr, norm)
+        if self._log:
+            self._log.record(asdict(metrics))
+            self._log.say(console_line(metrics, self._run.training.steps))
+            self._log.advance(unread.step)
+        if not math.isfinite(loss):
+            raise Divergence(_divergence(self._run, unread.step, loss))
+
+    def restart_clock(self, step: int) -> None:
+        """Restart the timing after `step`, so that what happened since it does not count as time of a step."""
+        self._meter.restart(step)
 
     def validation(self, step: int, loss: float) -> None:
         """Report a validation loss in nats per token, and its perplexity."""
-        if not self.active:
-            return
-        self._record({"step": step, "val_loss": loss, "val_perplexity": math.exp(loss)})
-        self._say(f"step {step} | validation loss {loss:.4f} | perplexity {math.exp(loss):.2f}")
+        if self._log:
+            perplexity = math.exp(loss)
+            self._log.record({"step": step, "val_loss": loss, "val_perplexity": perplexity})
+            self._log.say(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.2f}")
 
-    def consumed(self, step: int, sources: dict[str, tuple[int, float]], seq_len: int) -> None:
-        """Report what has been read of each source: (rows, epochs)."""
-        if not self.active:
-            return
-        values = {f"tokens/{name}": rows * seq_len for name, (rows, _) in sources.items()}
-        self._record({"step": step, **values, **{f"epochs/{name}": epochs for name, (_, epochs) in sources.items()}})
-        shares = (f"{name} {rows * seq_len:,} tokens, {epochs:.3f} epochs" for name, (rows, epochs) in sources.items())
-        self._say(f"step {step} | read {'; '.join(shares)}")
+    def consumed(self, step: int, sources: dict[str, tuple[int, float]]) -> None:
+        """Report how much of each source has been read: (rows, epochs) by name."""
+        if self._log:
+            seq_len = self._run.data.seq_len
+            tokens = {f"tokens/{name}": rows * seq_len for name, (rows, _) in sources.items()}
+            self._log.record(
+                {"step": step, **tokens, **{f"epochs/{name}": epochs for name, (_, epochs) in sources.items()}}
+            )
+            shares = (
+                f"{name} {rows * seq_len:,} tokens, {epochs:.3f} epochs" for name, (rows, epochs) in sources.items()
+            )
+            self._log.say(f"step {step} | read {'; '.join(shares)}")
 
-    def note(self, text: str) -> None:
-        """Report something that happened, on the console only."""
-        if self.active:
-            self._say(text)
+    def notes(self, lines: Iterable[str]) -> None:
+        """Report events, on the console only."""
+        if self._log:
+            for line in lines:
+                self._log.say(line)
 
     def close(self) -> None:
-        """Finish files and the bar."""
-        if not self.active:
-            return
-        self._bar.close()
-        with suppress(OSError):  # what a full disk did not take was warned of
-            self._file.close()
-        if self._board:
-            self._board.close()
-
-    def _say(self, text: str) -> None:
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-    def _record(self, values: dict[str, Any]) -> None:
-        try:
-            self._file.write(json.dumps(values) + "\n")
-        except OSError as error:  # a full disk ends no run
-            logger.warning("METRICS LOST: step %s: %s (%s); the run goes on", values["step"], self._file.name, error)
-        if self._board:
-            for name, value in values.items():
-                if name != "step" and value is not None:
-                    self._board.add_scalar(name, value, values["step"])
+        """Close files and the progress bar."""
+        if self._log:
+            self._log.close()
 
 
 def console_line(metrics: StepMetrics, total: int) -> str:
-    """Return the one line that a person watches."""
+    """Return the console's line for a step of a run of `total` steps."""
     remaining = (total - metrics.step) * metrics.step_s
     utilisation = "" if metrics.mfu is None else f" | MFU {metrics.mfu:.1%}"
     return (
@@ -99,30 +122,16 @@ def console_line(metrics: StepMetrics, total: int) -> str:
     )
 
 
-def forget_after(path: str, step: int) -> None:
-    """Drop lines of steps after `step`: a run resumed there will write them again."""
-    if not os.path.exists(path):
-        return
-    with open(path) as file:
-        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(path + ".tmp", "w") as file:
-        file.writelines(lines)
-    os.replace(path + ".tmp", path)
-
-
-def _tensorboard(folder: str, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "logging.tensorboard = true: the tensorboard package is not installed; "
-            "install the [tensorboard] extra or set logging.tensorboard=false"
-        ) from None
-    return SummaryWriter(folder, purge_step=first_step + 1)
-
-
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
     return f"{days}d{hours:02d}h" if days else f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _divergence(run: RunConfig, step: int, loss: float) -> str:
+    """Return the message of a run whose loss is not finite."""
+    return (
+        f"{run.path}: loss is {loss} at step {step}, the run has diverged; lower optimizer.lr {run.optimizer.lr:g}, "
+        f"lengthen optimizer.warmup_steps {run.optimizer.warmup_steps}, and start from the last checkpoint"
+    )

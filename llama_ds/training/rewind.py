@@ -1,8 +1,8 @@
-"""Going back to an earlier checkpoint (`checkpoint.rewind_to`), once: a restart with the same command goes on instead.
+"""Rewind to an earlier checkpoint once (`checkpoint.rewind_to`); a restart with the same command does not repeat it.
 
-A checkpoint says in its description which rewinds the run made on its way to it, and in the state of its data what it
-passed over. One that is newer than the step to go back to stays if it is beyond this very rewind: it names it, and has
-passed over what `data.skip` says of the steps before it. All other newer ones are to be set aside.
+The description of a checkpoint lists the rewinds of the run up to it, and the state of its data the skipped rows. A
+checkpoint newer than the step to go back to stays if it was written after this very rewind: it lists the rewind, and
+has skipped what `data.skip` demands of the steps before it. All other newer checkpoints are set aside.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from llama_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoints of a folder, as a run that starts sees them."""
+    """The checkpoints of a folder from the view of a starting run."""
 
-    tags: list[str]  # to go on from, in the order in which to try them
-    aside: list[str]  # that nobody is to go on from any more, the newest first
+    tags: list[str]  # candidates to resume from, in the order of trying
+    aside: list[str]  # checkpoints to set aside, the newest first
 
 
 def choice(folder: str, run: RunConfig) -> Choice:
-    """Return what the run may go on from, and what it has to set aside before it saves."""
+    """Return the checkpoints that the run may resume from, and those to set aside before it saves."""
     to, candidates = run.checkpoint.rewind_to, store.candidates(folder)
     if not to:
         return Choice(candidates, [])
     newer = [tag for tag in store.tags(folder) if store.step_of(tag) > to]
     beyond = {tag: _is_beyond(folder, tag, run) for tag in newer}
-    if any(beyond.values()):  # one that cannot be read is among the candidates, to be reported as damaged
+    if any(beyond.values()):  # unreadable ones (None) stay candidates, to be reported as damaged
         aside = [tag for tag in newer if beyond[tag] is False]
         return Choice([tag for tag in candidates if tag not in aside], aside)
     return Choice([tag for tag in candidates if store.step_of(tag) <= to], newer)
 
 
 def rewinds(run: RunConfig, chosen: Description | None) -> list[dict[str, int]]:
-    """Return the rewinds on the way of a run that goes on from a checkpoint, with the one that it is asked for."""
+    """Return the rewinds up to the chosen checkpoint, with the one that the run is asked for."""
     made, asked = chosen.rewinds if chosen else [], _asked(run)
     return [*made, asked] if run.checkpoint.rewind_to and asked not in made else made
 
@@ -50,7 +50,7 @@ def _asked(run: RunConfig) -> dict[str, int]:
 
 
 def _is_beyond(folder: str, tag: str, run: RunConfig) -> bool | None:
-    """Return whether a checkpoint is of the run after this rewind; None where it cannot be told."""
+    """Tell whether a checkpoint was written after this rewind; None if it cannot be read."""
     place = os.path.join(folder, tag)
     try:
         found = describe(place)

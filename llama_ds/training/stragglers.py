@@ -1,8 +1,8 @@
-"""Names the ranks and hosts that all others wait for, and in what, every `logging.straggler_interval` steps.
+"""Report the ranks and hosts for which all others wait, every `logging.straggler_interval` steps.
 
-Each rank adds up the parts of its steps (`llama_ds.parallel.step_times`). One gather of their means and medians brings
-all ranks' to the first, which judges them (`llama_ds.training.outliers`), says who is slow and writes a line of
-stragglers.jsonl: the medians of every stage, and of ranks only those that are slow.
+Each rank adds up the parts of its steps (`llama_ds.parallel.step_times`). One gather brings the means and medians of
+all ranks to the first. It judges them (`llama_ds.training.outliers`), reports slow ranks and writes a line of
+stragglers.jsonl with the medians of every stage and the parts of the slow ranks.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.step_times import PARTS
 from llama_ds.parallel.trace import Trace
-from llama_ds.training.outliers import Found, Slow, SlowLink, find
-from llama_ds.training.reporter import forget_after
+from llama_ds.training.outliers import Outliers, SlowLink, SlowRanks, find
+from llama_ds.training.run_log import forget_after
 
 FILE = "stragglers.jsonl"
-MOST_LINES = 8  # on the console; the file has all
-WORDS = ("waiting for data", "compute", "", "", "", "optimizer", "between steps")  # of PARTS that are a rank's own
+MAX_CONSOLE_LINES = 8  # stragglers.jsonl has all
+WORDS = ("waiting for data", "compute", "", "", "", "optimizer", "between steps")  # words for the PARTS in OWN
 
 
 class Stragglers:
-    """This rank's part of the report; what is said is said by the first."""
+    """Times this rank's steps and takes part in the report; only the first rank writes it."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class Stragglers:
         device: torch.device,
         first: int,
     ) -> None:
-        """`host` is what people call the host of this rank; the run begins after step `first`. Collective."""
+        """`host` is the name of this rank's host in messages; the run begins after step `first`. Collective."""
         self._every, self._trace, self._device = run.logging.straggler_interval, trace, device
         self._layout, self._one_way = layout, schedule_of(run, layout).chunks == 1
         self._active = place.rank == 0
@@ -55,14 +55,14 @@ class Stragglers:
             forget_after(self._path, first)
 
     def before_step(self) -> None:
-        """Begin to time a step, unless it is recorded."""
+        """Begin to time a step, unless it is traced."""
         if self._trace.recording:
             self._trace.times.pause()
         elif self._every:
             self._trace.times.begin()
 
     def after_step(self, done: int) -> list[str]:
-        """End it; return what there is to say after `done` steps. Collective."""
+        """End the timing of a step; return the report that is due after `done` steps, in lines. Collective."""
         times = self._trace.times
         if times.counting:
             times.end()
@@ -83,12 +83,12 @@ class Stragglers:
         try:
             with open(self._path, "a") as file:
                 file.write(json.dumps(values) + "\n")
-        except OSError as error:  # a full disk ends no run
+        except OSError as error:  # a full disk does not end the run
             logger.warning("%s: step %s could not be written (%s); the run goes on", self._path, values["step"], error)
 
 
-def record(done: int, steps: int, found: Found, mean: np.ndarray, hosts: list[str]) -> dict[str, Any]:
-    """Return what the file says of the `steps` steps before `done`; times are milliseconds a step."""
+def record(done: int, steps: int, found: Outliers, mean: np.ndarray, hosts: list[str]) -> dict[str, Any]:
+    """Return the line of the file for the `steps` steps up to `done`; times are milliseconds a step."""
     return {
         "step": done,
         "steps": steps,
@@ -114,21 +114,21 @@ def record(done: int, steps: int, found: Found, mean: np.ndarray, hosts: list[st
     }
 
 
-def lines(found: Found, hosts: list[str]) -> list[str]:
-    """Return what a person should read: nothing where nobody is slow, else the worst first."""
-    by_host: dict[tuple[int, str], list[Slow]] = defaultdict(list)
+def lines(found: Outliers, hosts: list[str]) -> list[str]:
+    """Return the report for the console, the worst first; nothing if no rank is slow."""
+    by_host: dict[tuple[int, str], list[SlowRanks]] = defaultdict(list)
     for slow in found.slow:
         by_host[slow.part, hosts[slow.ranks[0]]].append(slow)
     worst = sorted(by_host.values(), key=lambda group: -max(map(_excess, group)))
     held = Counter(hosts)
     said = [_slow_line(group, hosts, held, found.step) for group in worst]
     said += [_link_line(link, hosts, found.step) for link in found.links]
-    more = [f"SLOW: {len(said) - MOST_LINES} more, see {FILE}"] if len(said) > MOST_LINES else []
-    return [*said[:MOST_LINES], *more]
+    more = [f"SLOW: {len(said) - MAX_CONSOLE_LINES} more, see {FILE}"] if len(said) > MAX_CONSOLE_LINES else []
+    return [*said[:MAX_CONSOLE_LINES], *more]
 
 
-def _slow_line(group: list[Slow], hosts: list[str], held: Counter[str], step: float) -> str:
-    """Say it of the host if most of its ranks are slow, else of the ranks."""
+def _slow_line(group: list[SlowRanks], hosts: list[str], held: Counter[str], step: float) -> str:
+    """Name the host if most of its ranks are slow, else the ranks."""
     ranks = [rank for slow in group for rank in slow.ranks]
     worst = max(group, key=_excess)
     host = hosts[ranks[0]]
@@ -153,7 +153,7 @@ def _link_line(link: SlowLink, hosts: list[str], step: float) -> str:
     )
 
 
-def _excess(slow: Slow) -> float:
+def _excess(slow: SlowRanks) -> float:
     return slow.time - slow.median
 
 
@@ -162,6 +162,6 @@ def _parts(times: np.ndarray) -> dict[str, float]:
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    """Name ranks in few words: "ranks 0-3, 8"."""
+    """Return the ranks in short form: "ranks 0-3, 8"."""
     distinct = set(ranks)
     return f"rank{'s' if len(distinct) > 1 else ''} {spans(distinct).replace(',', ', ')}"

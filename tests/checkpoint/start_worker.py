@@ -26,7 +26,7 @@ from llama_ds.config.schema import (
 )
 from llama_ds.layout.layout import Layout
 from llama_ds.parallel import world
-from llama_ds.training.engine import build_engine
+from llama_ds.training.engines.build import build_engine
 
 
 def main() -> None:

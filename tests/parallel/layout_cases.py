@@ -22,7 +22,7 @@ from llama_ds.model.linear import RMSNorm
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
-from llama_ds.training.schedule import learning_rate
+from llama_ds.training.lr_schedule import learning_rate
 
 STEPS, GLOBAL_BATCH, SEQ_LEN = 20, 8, 32
 

@@ -12,8 +12,8 @@ import torch
 from llama_ds import log
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.parallel import world
-from llama_ds.training.engine import build_engine
-from llama_ds.training.schedule import learning_rate
+from llama_ds.training.engines.build import build_engine
+from llama_ds.training.lr_schedule import learning_rate
 from tests.parallel.layout_cases import STEPS, Case, micro_batches
 
 

@@ -17,7 +17,7 @@ from llama_ds import log
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.model.embedding import FinalNorm
 from llama_ds.parallel import world
-from llama_ds.training.engine import build_engine
+from llama_ds.training.engines.build import build_engine
 from tests.parallel.layout_cases import Case, micro_batches
 
 

@@ -21,7 +21,7 @@ from llama_ds.layout.flops import layer_parameters
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import begin_moments, fragments
 from llama_ds.training.checkpoints import Checkpoints
-from llama_ds.training.engine import build_engine
+from llama_ds.training.engines.build import build_engine
 from tests.parallel.layout_cases import Case
 
 MODEL = ModelConfig(96, 768, 2112, 8, 8, 4, 96)

@@ -22,8 +22,8 @@ from llama_ds.config.schema import CheckpointConfig
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, fragments
 from llama_ds.training.checkpoints import Checkpoints
-from llama_ds.training.engine import build_engine
-from llama_ds.training.schedule import learning_rate
+from llama_ds.training.engines.build import build_engine
+from llama_ds.training.lr_schedule import learning_rate
 from tests.parallel.layout_cases import STEPS, Case, micro_batches
 
 

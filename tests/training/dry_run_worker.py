@@ -18,7 +18,7 @@ from llama_ds.layout.layout import resolve_layout
 from llama_ds.parallel import world
 from llama_ds.parallel.dry_run.holdings import sort_holdings
 from llama_ds.parallel.dry_run.ledger import Ledger
-from llama_ds.training.engine import build_engine
+from llama_ds.training.engines.build import build_engine
 
 
 def record(name: str, run_file: str, overrides: list[str], folder: Path, place: world.Place) -> None:

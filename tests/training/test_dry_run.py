@@ -106,7 +106,7 @@ def test_every_call_and_all_memory_are_those_of_real_ranks(name: str, real: Path
             assert calls == [[kind, ranks, peer, size] for kind, ranks, _, peer, size in recorded[part]]
         assert len(dry["step"]) > 10
         for category in ("weights", "gradients", "optimizer"):
-            if name != "zero3":  # whose gradients and gathered weights come and go
+            if name != "zero3":  # ZeRO-3 frees gradients and gathered weights within the step
                 assert rank["memory"][category] == recorded["held"][category]
 
 
@@ -188,4 +188,4 @@ def test_65b_on_2048_ranks() -> None:
     for rank in found["ranks"]:
         assert rank["memory_total"] == pytest.approx(planned[rank["pp_rank"]].total, rel=0.03)
         assert rank["micro_batches"] == (64 if rank["pp_rank"] in (0, 7) else 0)
-    assert max(rank["host_bytes"] for rank in found["ranks"]) < 1e9  # of which two run at a time
+    assert max(rank["host_bytes"] for rank in found["ranks"]) < 1e9  # two processes run at a time

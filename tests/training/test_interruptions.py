@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from llama_ds.config.schema import CheckpointConfig
-from llama_ds.training.interruptions import Interruptions, Wish
+from llama_ds.training.interruptions import Interruptions, Request
 
 
 @contextmanager
@@ -27,24 +27,24 @@ def handled(**settings: float) -> Iterator[Interruptions]:
 def test_a_checkpoint_is_asked_for_once() -> None:
     """Agreed on beside one step and acted on after the next, by all ranks alike; then the run goes on."""
     with handled() as this:
-        assert this.after_step() is Wish.NOTHING
+        assert this.after_step() is Request.NOTHING
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert [this.after_step() for _ in range(3)] == [Wish.NOTHING, Wish.SAVE, Wish.NOTHING]
+        assert [this.after_step() for _ in range(3)] == [Request.NOTHING, Request.SAVE, Request.NOTHING]
 
 
 def test_the_end_is_final_and_outdoes_a_checkpoint() -> None:
     with handled() as this:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert [this.after_step() for _ in range(3)] == [Wish.NOTHING, Wish.END, Wish.END]
+        assert [this.after_step() for _ in range(3)] == [Request.NOTHING, Request.END, Request.END]
 
 
 def test_the_time_limit_leaves_its_margin() -> None:
     with handled(wall_time_s=100.0, wall_time_margin_s=100.0) as this:
-        assert [this.after_step() for _ in range(2)] == [Wish.NOTHING, Wish.END]
+        assert [this.after_step() for _ in range(2)] == [Request.NOTHING, Request.END]
         assert this.reason == "the wall-time limit"
     with handled(wall_time_s=200.0, wall_time_margin_s=100.0) as this:
-        assert [this.after_step() for _ in range(2)] == [Wish.NOTHING, Wish.NOTHING]
+        assert [this.after_step() for _ in range(2)] == [Request.NOTHING, Request.NOTHING]
 
 
 def test_a_second_sigterm_ends_the_process() -> None:

@@ -21,8 +21,8 @@ from llama_ds.parallel.step_times import (
     PARTS,
 )
 from llama_ds.parallel.trace import Trace
-from llama_ds.training.outliers import FEW, SHARE, SHARE_OF_FEW, Found, find
-from llama_ds.training.stragglers import MOST_LINES, lines, record
+from llama_ds.training.outliers import FEW, SHARE, SHARE_OF_FEW, Outliers, find
+from llama_ds.training.stragglers import MAX_CONSOLE_LINES, lines, record
 
 STEP = 500.0  # milliseconds
 Layout = tuple[int, int, int]
@@ -40,7 +40,7 @@ def times(layout: Layout, noise: float = 0.0, seed: int = 0) -> np.ndarray:
     return made
 
 
-def judge(made: np.ndarray, usual: np.ndarray | None = None) -> Found:
+def judge(made: np.ndarray, usual: np.ndarray | None = None) -> Outliers:
     """Judge the ranks in a job of theirs, in which whoever is not the slowest waits, in collectives."""
     median = made if usual is None else usual
 
@@ -53,7 +53,7 @@ def judge(made: np.ndarray, usual: np.ndarray | None = None) -> Found:
     return find(filled(made), filled(median), made.shape[:3], one_way=True)
 
 
-def named(found: Found) -> list[tuple[tuple[int, ...], int]]:
+def named(found: Outliers) -> list[tuple[tuple[int, ...], int]]:
     return [(slow.ranks, slow.part) for slow in found.slow]
 
 
@@ -216,7 +216,7 @@ def test_the_console_is_told_of_the_worst_only() -> None:
     for i in range(20):
         flat[8 * i, COMPUTE] += 100 + i
     said = lines(judge(flat.reshape(1, 256, 1, -1)), hosts_of(256))
-    assert len(said) == MOST_LINES + 1 and said[0].startswith("SLOW: rank 152 on node019")
+    assert len(said) == MAX_CONSOLE_LINES + 1 and said[0].startswith("SLOW: rank 152 on node019")
     assert said[-1] == "SLOW: 12 more, see stragglers.jsonl"
 
 

@@ -33,7 +33,8 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.parallel import world
 from llama_ds.training.checkpoints import Checkpoints
-from llama_ds.training.engine import Engine, build_engine
+from llama_ds.training.engines.build import build_engine
+from llama_ds.training.engines.interface import Engine
 
 READ_BYTES = 8 << 20
 LEARNING_RATE = 1e-4

@@ -17,7 +17,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
-from llama_ds.training.engine import build_engine
+from llama_ds.training.engines.build import build_engine
 
 LEARNING_RATE = 1e-5
 WARM_UP = 2  # steps of each engine that are not timed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llama_ds.config.schema import RunConfig
+from llama_ds.config.schema import NO_BOARDS, RunConfig
 from llama_ds.errors import UserError
 
 DEFAULT_RANKS = "first,middle,last"
@@ -35,7 +35,7 @@ def recording_overrides(run: RunConfig, folder: str, warmup: int, steps: int, ra
         f"logging.profile_ranks={ranks}",
         "logging.interval=1",
         "logging.straggler_interval=0",
-        "logging.tensorboard=false",
+        *NO_BOARDS,
         f"checkpoint.stop_at={last}",
         "checkpoint.save=false",
         "checkpoint.resume=never",

@@ -22,7 +22,7 @@ from llama_ds.parallel.dry_run.holdings import parameter_counts, sort_holdings
 from llama_ds.parallel.dry_run.ledger import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, WORKING, Call, Ledger
 from llama_ds.parallel.world import Place
 from llama_ds.training.dry_run.report import Group, RankReport, Traffic
-from llama_ds.training.engine import build_engine
+from llama_ds.training.engines.build import build_engine
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,11 @@ class RankReport:
     building: list[Traffic]  # while the engine was built
     step: list[Traffic]
     new_groups: str  # fingerprint of all groups made by the job, in their order
-    micro_batches: int  # that the rank read in the step
+    micro_batches: int  # number that the rank read in the step
     engine_batch: tuple[int, int, int]  # global batch, accumulation and dp as DeepSpeed's engine has them
     reads_data: bool
     seconds: float = 0.0
-    host_bytes: int = 0  # of this machine, at most, by the process that was the rank
+    host_bytes: int = 0  # peak resident memory of the process that ran the rank
 
     @property
     def parameters(self) -> int:

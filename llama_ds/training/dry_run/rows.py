@@ -14,8 +14,8 @@ from llama_ds.data.stream import open_data
 from llama_ds.layout.layout import Layout
 from llama_ds.training.dry_run.report import Check
 
-MOST_RANKS = 256  # data-parallel ranks whose rows are compared
-ROWS_PER_SHARD = 8192  # of sources that are not here
+MAX_RANKS = 256  # rows of at most this many data-parallel ranks are compared
+ROWS_PER_SHARD = 8192  # assumed for sources that are not on this machine
 
 
 def check_rows(run: RunConfig, layout: Layout) -> Check:
@@ -26,7 +26,7 @@ def check_rows(run: RunConfig, layout: Layout) -> Check:
     """
     here = all(os.path.isdir(source.path) for source in run.data.sources)
     order = open_data(run).order if here else _order_of_stated_sizes(run)
-    some = sorted({round(i) for i in np.linspace(0, layout.dp - 1, min(layout.dp, MOST_RANKS))})
+    some = sorted({round(i) for i in np.linspace(0, layout.dp - 1, min(layout.dp, MAX_RANKS))})
     check = compare_rows([(rank, order.at(0, rank, layout.dp)) for rank in some], layout.global_batch // layout.dp)
     whence = "sources as they are" if here else "sources are not here: of the sizes that data.sources states"
     return Check(check.name, check.ok, f"{check.text} ({whence})")

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from llama_ds.config.schema import OptimizerConfig
-from llama_ds.training.schedule import learning_rate
+from llama_ds.training.lr_schedule import learning_rate
 
 COSINE = OptimizerConfig(lr=1.5e-4, warmup_steps=2000)
 WSD = OptimizerConfig(lr=1e-3, schedule="wsd", warmup_steps=10, decay_steps=25, min_lr_ratio=0.0)

@@ -1,4 +1,4 @@
-"""A debugging aid: name the layer whose output or gradient is the first that is not finite."""
+"""A debugging aid: name the first layer whose output or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from llama_ds.errors import UserError
 
 
-def check_layers(layers: Iterable[tuple[str, nn.Module]]) -> None:
-    """Make every named layer check what it puts out, and the gradient that comes back to it.
+def check_layers(layers: Iterable[tuple[int, nn.Module]], num_hidden_layers: int) -> None:
+    """Make every layer check its output and the gradient of its output; `layers` come with their indices in the model.
 
-    Synchronises with the device at each layer. The checks raise UserError in the forward or the backward.
+    The checks synchronise with the device at each layer. They raise UserError in the forward or the backward.
     """
-    for name, layer in layers:
+    for index, layer in layers:
+        name = layer_name(index, num_hidden_layers)
         layer.register_forward_hook(lambda _, inputs, output, name=name: _check_output(name, inputs, output))
 
 
 def layer_name(index: int, num_hidden_layers: int) -> str:
-    """Return what a person calls the layer at `index` of [embedding, decoder layers, final norm, head]."""
+    """Return how messages name the layer at `index` of [embedding, decoder layers, final norm, head]."""
     if 1 <= index <= num_hidden_layers:
         return f"decoder layer {index - 1} of {num_hidden_layers}"
     return {0: "the embedding", num_hidden_layers + 1: "the final norm"}.get(index, "the head")

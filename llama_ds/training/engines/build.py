@@ -1,0 +1,38 @@
+"""Build the engine that a run asks for."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stdout
+from typing import Any
+
+import deepspeed
+import torch
+
+from llama_ds.config.rules import STOCK_ENGINE
+from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout
+from llama_ds.training.engines.interface import Engine
+from llama_ds.training.engines.layer_parts import layer_parts
+from llama_ds.training.engines.pipelined import build_pipelined
+from llama_ds.training.engines.single_stage import build_single_stage
+from llama_ds.training.engines.stock import build_stock
+from llama_ds.training.host_memory import keep_freed_memory
+
+
+def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device: torch.device) -> Engine:
+    """Build this rank's layers, partition them and hand them to DeepSpeed with the merged `config`. Collective."""
+    # Otherwise DeepSpeed compiles its shared-memory all-reduce at start, which only inference uses.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)  # adopts the process group of world.join
+    if device.type == "cpu":
+        keep_freed_memory()
+    dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+    parts = layer_parts(run, layout, dtype, device)
+    # DeepSpeed prints its topology and seeds to stdout, which is reserved for the run's own lines.
+    with redirect_stdout(io.StringIO()):
+        if layout.pp == 1:
+            return build_single_stage(run, layout, config, parts, device)
+        if run.parallel.schedule == STOCK_ENGINE:
+            return build_stock(run, layout, config, parts)
+        return build_pipelined(run, layout, config, parts)

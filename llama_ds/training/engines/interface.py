@@ -1,0 +1,38 @@
+"""The interface between the training loop and an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from llama_ds.parallel.trace import Trace
+from llama_ds.training.device_batches import Batch, Batches
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """The outcome of a step, still on the device: reading it waits for the device."""
+
+    loss: Tensor  # mean over the global batch; with one stage over this rank's share of it
+    norm: Tensor | float  # norm of the gradients before clipping
+
+
+class Engine(Protocol):
+    """One rank's part of the model, its optimizer and its position in the grid."""
+
+    deepspeed: Any  # the DeepSpeed engine
+    dp_rank: int
+    reads_data: bool  # true on the first and the last pipeline stage
+    trace: Trace
+
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
+        """Take one optimizer step over `accumulation` micro-batches."""
+
+    def read(self, result: StepResult) -> tuple[float, float]:
+        """Return a step's global mean loss and gradient norm, the same on all ranks. Collective; synchronises."""
+
+    def evaluate(self, batches: Batches, count: int) -> float:
+        """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective."""

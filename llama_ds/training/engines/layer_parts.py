@@ -1,0 +1,44 @@
+"""What every engine builds its layers from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.recompute import stage_policies
+from llama_ds.model.decoder import Shared
+from llama_ds.model.llama import shared_parts
+from llama_ds.model.loss import NextTokenLoss
+from llama_ds.parallel.grid import tensor_parallel
+from llama_ds.parallel.trace import Trace
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The parts of a rank's layers that depend on the run and the device, but not on the engine."""
+
+    shared: Shared
+    loss: NextTokenLoss
+    policies: list[str] | None  # save policy of every decoder layer; None: layers by autograd
+    dtype: torch.dtype
+    trace: Trace
+
+
+def layer_parts(run: RunConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> LayerParts:
+    """Create the tensor-parallel communicator, choose the attention backend and plan what each layer saves."""
+    trace = Trace(device)
+    tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
+    shared = shared_parts(run, tp, device.type, dtype)
+    shared = replace(shared, recomputing=partial(trace.around, "recompute"))
+    loss = NextTokenLoss(shared.tp, run.optimizer.z_loss, shared.weight_gradients)
+    return LayerParts(shared, loss, _save_policies(run, layout, dtype), dtype, trace)
+
+
+def _save_policies(run: RunConfig, layout: Layout, dtype: torch.dtype) -> list[str] | None:
+    if run.parallel.decoder_layer == "autograd":
+        return None
+    return [policy for stage in stage_policies(run, layout, dtype.itemsize) for policy in stage.policies]

@@ -1,0 +1,68 @@
+"""The optimizer of a rank's layers: its groups of parameters, and where their gradients accumulate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from torch import Tensor, nn
+
+from llama_ds.config.schema import OptimizerConfig
+from llama_ds.model.linear import RMSNorm
+from llama_ds.model.weight_gradients import WeightGradients
+
+
+def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
+    """Return the optimizer groups of a module: its matrices, which decay, and its norm weights, which do not."""
+    # By module, not by shape: under ZeRO-3 a partitioned parameter has lost its shape.
+    norms = [p for m in module.modules() if isinstance(m, RMSNorm) for p in m.parameters()]
+    known = {id(p) for p in norms}
+    matrices = [p for p in module.parameters() if id(p) not in known]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay, "name": f"{name}matrices"},
+        {"params": norms, "weight_decay": 0.0, "name": f"{name}norms"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Return AdamW over `groups`; where the DeepSpeed configuration offloads the optimizer, DeepSpeed's for the CPU."""
+    if "offload_optimizer" in config["zero_optimization"]:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Give all groups of a DeepSpeed engine's optimizer the learning rate `lr`."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def accumulate_in_fp32(weight_gradients: WeightGradients, optimizer: Any) -> None:
+    """Let layers add their weight gradients to the fp32 buffers of DeepSpeed's BF16_Optimizer, if it is one.
+
+    It would accumulate the bf16 gradients there itself. This way a gradient never exists in bf16, is not zeroed and not
+    copied.
+    """
+    if isinstance(optimizer, BF16_Optimizer):
+        weight_gradients.buffer_of = _fp32_buffers(optimizer)
+
+
+def _fp32_buffers(optimizer: BF16_Optimizer) -> Callable[[nn.Parameter], Tensor]:
+    """Return a function from a parameter to its fp32 gradient buffer, which it marks as filled."""
+    index = {id(p): (i, j) for i, group in enumerate(optimizer.bf16_groups) for j, p in enumerate(group)}
+
+    def buffer_of(parameter: nn.Parameter) -> Tensor:
+        i, j = index[id(parameter)]
+        buffer = optimizer.fp32_groups_gradients[i][j]
+        optimizer.fp32_groups_has_gradients[i][j] = True
+        parameter._hp_grad = buffer  # type: ignore[attr-defined]
+        return buffer.view(parameter.shape)
+
+    return buffer_of

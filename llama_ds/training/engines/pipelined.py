@@ -1,0 +1,75 @@
+"""pp > 1: the pipeline engine of `llama_ds.parallel.pipeline_engine` with ZeRO-1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.parallel.pipeline import LlamaPipeline
+from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
+from llama_ds.parallel.trace import Trace
+from llama_ds.training.device_batches import Batch, Batches, ids_and_labels
+from llama_ds.training.engines.interface import StepResult
+from llama_ds.training.engines.layer_parts import LayerParts
+from llama_ds.training.engines.optimizer_groups import (
+    accumulate_in_fp32,
+    build_optimizer,
+    decay_groups,
+    set_learning_rate,
+)
+from llama_ds.training.host_memory import freeze_imports
+from llama_ds.training.nan_check import check_layers
+
+
+def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts) -> PipelinedEngine:
+    """Build this rank's stages as layer specs; each layer has optimizer groups of its own. Collective."""
+    schedule = schedule_of(run, layout)
+    module = LlamaPipeline(run, layout, schedule.place, parts.shared, parts.loss, parts.policies)
+    if run.logging.check_finite:
+        check_layers(module.numbered_layers(), run.model.num_hidden_layers)
+    groups = [group for name, layer in _named_layers(module) for group in decay_groups(layer, run.optimizer, name)]
+    optimizer = build_optimizer(groups, run.optimizer, config)
+    freeze_imports()
+    rows = (layout.micro_batch, run.data.seq_len)
+    engine = LlamaPipelineEngine(module, schedule, parts.shared, rows, parts.dtype, optimizer, config, parts.trace)
+    accumulate_in_fp32(parts.shared.weight_gradients, engine.optimizer)
+    parts.shared.weight_gradients.added = engine.optimizer.gradient_added
+    return PipelinedEngine(engine, parts.trace)
+
+
+def _named_layers(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]]:
+    """Yield this rank's layers with the names of their optimizer groups, each parameter once.
+
+    A tied table has a name of its own, because the last stage holds it too, and no layer 0.
+    """
+    yield from ((f"tied {key} ", table) for key, table in module.tied_modules.items())
+    tied = set(module.tied_modules.values())
+    yield from ((f"layer {index} ", layer) for index, layer in module.numbered_layers() if layer not in tied)
+
+
+class PipelinedEngine:
+    """Takes steps by the run's pipeline schedule."""
+
+    def __init__(self, engine: LlamaPipelineEngine, trace: Trace) -> None:
+        self.deepspeed, self.trace = engine, trace
+        self.dp_rank = engine.grid.get_data_parallel_rank()
+        self.reads_data = engine.reads_data()
+
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
+        set_learning_rate(self.deepspeed, lr)
+        loss, norm = self.deepspeed.train_step(self._ids_and_labels(batches)).unbind()
+        return StepResult(loss, norm)
+
+    def read(self, result: StepResult) -> tuple[float, float]:
+        return float(result.loss), float(result.norm)
+
+    def evaluate(self, batches: Batches, count: int) -> float:
+        return float(self.deepspeed.mean_loss(self._ids_and_labels(batches), count))
+
+    def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        return (ids_and_labels(batch, self.deepspeed.device) for batch in batches)

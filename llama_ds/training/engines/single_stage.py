@@ -1,0 +1,135 @@
+"""pp = 1: the whole model under DeepSpeedEngine with ZeRO 0 to 3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.utils import set_z3_leaf_modules
+from torch import Tensor
+
+from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout
+from llama_ds.model.embedding import Head
+from llama_ds.model.llama import Llama
+from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.parallel import world
+from llama_ds.parallel.deepspeed_trace import collectives_recorded
+from llama_ds.parallel.grid import grid
+from llama_ds.parallel.trace import Trace
+from llama_ds.training.device_batches import Batch, Batches, ids_and_labels
+from llama_ds.training.engines.interface import StepResult
+from llama_ds.training.engines.layer_parts import LayerParts
+from llama_ds.training.engines.optimizer_groups import (
+    accumulate_in_fp32,
+    build_optimizer,
+    decay_groups,
+    set_learning_rate,
+)
+from llama_ds.training.host_memory import freeze_imports
+from llama_ds.training.nan_check import check_layers
+
+
+def build_single_stage(
+    run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts, device: torch.device
+) -> SingleStageEngine:
+    """Build the model, partitioned as it is built under ZeRO-3, and hand it to DeepSpeed. Collective."""
+    mpu = grid(layout)
+    checkpointed = parts.policies is None and run.parallel.recompute == "full"
+    with _zero_init(run, config, mpu):
+        module = Llama(parts.shared, parts.loss, parts.policies, checkpointed)
+    if run.zero_stage == 3:  # they read the weights of their submodules directly, so ZeRO gathers each as a whole
+        set_z3_leaf_modules(module, [WrittenOutLayer, Head])
+    if run.logging.check_finite:
+        check_layers(enumerate(module.layers), run.model.num_hidden_layers)
+    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
+    freeze_imports()
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
+    accumulate_in_fp32(parts.shared.weight_gradients, engine.optimizer)
+    return SingleStageEngine(engine, layout.accumulation, device, parts.trace)
+
+
+def _zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractContextManager[Any]:
+    """Return the context in which ZeRO-3 partitions each layer as soon as it is built, so no rank holds the model."""
+    if run.zero_stage < 3:
+        return nullcontext()
+    return deepspeed.zero.Init(data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu)
+
+
+class SingleStageEngine:
+    """Takes steps micro-batch by micro-batch."""
+
+    def __init__(self, engine: Any, accumulation: int, device: torch.device, trace: Trace) -> None:
+        self.deepspeed, self.trace = engine, trace
+        self.accumulation = accumulation
+        self.device = device
+        self.dp_rank = engine.mpu.get_data_parallel_rank()
+        self.reads_data = True
+        # DeepSpeed's collectives run within the forward under ZeRO-3, within the backward of every micro-batch from
+        # ZeRO-2 on, else within the last backward. Time that includes collectives is not counted as this rank's own.
+        self._forward_waits = engine.zero_optimization_stage() == 3
+        self._backward_waits = engine.zero_optimization_stage() >= 2
+        if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
+            engine.enable_backward_allreduce = False  # a reduction within one rank would still copy every gradient
+        # In fp32 without ZeRO, and only there, DeepSpeed discards the gradient norm after clipping.
+        engine.clip_fp32_gradients = self._clip_and_keep_norm
+
+    def _clip_and_keep_norm(self) -> None:
+        engine = self.deepspeed
+        engine._global_grad_norm = clip_grad_norm_(
+            engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
+        )
+
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
+        engine = self.deepspeed
+        engine.train()
+        set_learning_rate(engine, lr)
+        total = torch.zeros((), device=self.device)
+        trace = self.trace
+        step_begin = trace.now()
+        with collectives_recorded(trace):
+            for i in range(self.accumulation):
+                total += self._micro_batch(i, batches)
+        trace.end_step(step_begin)
+        return StepResult(total / self.accumulation, engine.get_global_grad_norm())
+
+    def _micro_batch(self, i: int, batches: Iterator[Batch]) -> Tensor:
+        """Run forward and backward of a step's i-th micro-batch, after the last also the update; return its loss."""
+        engine, trace = self.deepspeed, self.trace
+        trace.doing = f"forward of micro-batch {i}"
+        begin = trace.mark()
+        batch = next(batches)
+        trace.add("wait data", begin)
+        held = trace.times.now() if trace.times.counting and self._forward_waits else None
+        begin = trace.now()
+        loss = engine(*ids_and_labels(batch, self.device))
+        trace.add("F", begin, 0, i)
+        trace.doing = f"backward of micro-batch {i}, and the reduction in it"
+        if held is None and trace.times.counting and (self._backward_waits or i == self.accumulation - 1):
+            held = trace.times.now()
+        begin = trace.now()
+        engine.backward(loss)
+        trace.add("BW", begin, 0, i)
+        trace.doing, trace.waits = "the optimizer's step", True
+        begin = trace.now()
+        engine.step()
+        trace.add("optimizer", begin, 0, i)
+        trace.waits = False
+        if held is not None:
+            trace.times.add("with collectives", held)
+        return loss.detach()
+
+    def read(self, result: StepResult) -> tuple[float, float]:
+        return world.mean(result.loss, self.deepspeed.mpu.get_data_parallel_group()), float(result.norm)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Batches, count: int) -> float:
+        self.deepspeed.eval()
+        total = torch.zeros((), device=self.device)
+        for batch in batches:
+            total += self.deepspeed(*ids_and_labels(batch, self.device))
+        return world.mean(total / count, self.deepspeed.mpu.get_data_parallel_group())

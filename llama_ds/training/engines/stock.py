@@ -1,0 +1,66 @@
+"""pp > 1: DeepSpeed's PipelineEngine unchanged, with ZeRO-1, as a reference for measurements."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+from torch import Tensor
+
+from llama_ds.config.schema import RunConfig
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.parallel.pipeline import LlamaPipeline
+from llama_ds.parallel.stock_trace import trace_instructions
+from llama_ds.parallel.trace import Trace
+from llama_ds.training.device_batches import Batch, Batches, ids_and_labels
+from llama_ds.training.engines.interface import StepResult
+from llama_ds.training.engines.layer_parts import LayerParts
+from llama_ds.training.engines.optimizer_groups import (
+    accumulate_in_fp32,
+    build_optimizer,
+    decay_groups,
+    set_learning_rate,
+)
+from llama_ds.training.host_memory import freeze_imports
+from llama_ds.training.nan_check import check_layers
+
+
+def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts) -> StockPipelinedEngine:
+    """Build this rank's stage as layer specs and hand it to DeepSpeed. Collective."""
+    module = LlamaPipeline(run, layout, schedule_of(run, layout).place, parts.shared, parts.loss, parts.policies)
+    if run.logging.check_finite:
+        check_layers(module.numbered_layers(), run.model.num_hidden_layers)
+    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
+    freeze_imports()
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # the module brings its grid
+    accumulate_in_fp32(parts.shared.weight_gradients, engine.optimizer)
+    return StockPipelinedEngine(engine, parts.trace)
+
+
+class StockPipelinedEngine:
+    """Takes steps by DeepSpeed's own 1F1B schedule."""
+
+    def __init__(self, engine: Any, trace: Trace) -> None:
+        self.deepspeed, self.trace = engine, trace
+        self.dp_rank = engine.grid.get_data_parallel_rank()
+        self.reads_data = engine.is_first_stage() or engine.is_last_stage()
+        trace_instructions(engine, trace)
+
+    def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
+        set_learning_rate(self.deepspeed, lr)
+        begin = self.trace.now()
+        loss = self.deepspeed.train_batch(self._ids_and_labels(batches))
+        self.trace.end_step(begin)
+        return StepResult(loss, self.deepspeed.get_global_grad_norm())
+
+    def read(self, result: StepResult) -> tuple[float, float]:
+        return float(result.loss), float(result.norm)
+
+    def evaluate(self, batches: Batches, count: int) -> float:
+        return float(self.deepspeed.eval_batch(self._ids_and_labels(batches), num_micro_batches=count))
+
+    def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """Return an iterator over the pairs, or None on the stages between the first and the last."""
+        return (ids_and_labels(batch, self.deepspeed.device) for batch in batches) if self.reads_data else None

@@ -1,0 +1,84 @@
+"""Where the first rank writes its reports: the console, with a progress bar on terminals, metrics.jsonl and boards."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import suppress
+from typing import Any
+
+from tqdm import tqdm
+
+from llama_ds.config.run_file import dump
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.log import logger
+from llama_ds.training.boards import open_boards
+
+
+class RunLog:
+    """The outputs of one run; a resumed run continues them after `first_step`."""
+
+    def __init__(self, run: RunConfig, first_step: int) -> None:
+        os.makedirs(run.run_dir, exist_ok=True)
+        path = os.path.join(run.run_dir, "metrics.jsonl")
+        forget_after(path, first_step)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
+        steps = run.training.steps
+        self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+        self._boards = open_boards(run.logging, run.run_dir, first_step)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Write a line of metrics.jsonl, and its numbers to the boards; `values` includes the step."""
+        step = values["step"]
+        try:
+            self._file.write(json.dumps(values) + "\n")
+        except OSError as error:  # a full disk does not end the run
+            logger.warning("METRICS LOST: step %s: %s (%s); the run goes on", step, self._file.name, error)
+        numbers = {name: value for name, value in values.items() if name != "step" and value is not None}
+        for board in self._boards:
+            board.add(step, numbers)
+
+    def say(self, text: str) -> None:
+        """Print a line on the console."""
+        self._bar.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Close the files and the bar."""
+        self._bar.close()
+        with suppress(OSError):  # `record` has warned of a full disk
+            self._file.close()
+        for board in self._boards:
+            board.close()
+
+
+def open_run_log(run: RunConfig, first_step: int) -> RunLog:
+    """Open the log of a run, and write its resolved run file beside it.
+
+    Raises:
+        UserError: the folder cannot be written, or the package of a board is not installed.
+    """
+    try:
+        log = RunLog(run, first_step)
+        with open(os.path.join(run.run_dir, "run.yaml"), "w") as file:
+            file.write(dump(run))
+    except OSError as error:
+        raise UserError(f"{run.run_dir}: cannot write the run's files ({error}); set output_dir to another") from None
+    return log
+
+
+def forget_after(path: str, step: int) -> None:
+    """Drop the lines of steps after `step` from a file of JSON lines: a run resumed there writes them again."""
+    if not os.path.exists(path):
+        return
+    with open(path) as file:
+        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+    with open(path + ".tmp", "w") as file:
+        file.writelines(lines)
+    os.replace(path + ".tmp", path)

@@ -1,0 +1,86 @@
+"""What a run needs before its first step: device memory, data, its state so far, validation rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from llama_ds.checkpoint.load_model import open_model
+from llama_ds.checkpoint.manifest import Description
+from llama_ds.checkpoint.names import Key
+from llama_ds.checkpoint.weights import Readable, check_shapes
+from llama_ds.config.recompute import AUTO
+from llama_ds.config.schema import RunConfig
+from llama_ds.data.mixture import state_from_json
+from llama_ds.data.source.shards import check_present
+from llama_ds.data.sources import Sources
+from llama_ds.data.stream import Dataset, open_data
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
+from llama_ds.log import logger
+from llama_ds.parallel import world
+from llama_ds.training.checkpoints import Checkpoints
+from llama_ds.training.engines.interface import Engine
+from llama_ds.training.plan import memory_table
+
+Chosen = tuple[str, Description] | None  # tag and description of the checkpoint to resume from, if any
+
+
+def with_least_memory(run: RunConfig, device: torch.device) -> RunConfig:
+    """Return the run with the memory of the job's smallest device put into `recompute: auto`. Collective."""
+    least = -int(world.maximum([-float(world.device_memory(device))], device)[0])
+    return with_device_memory(run, least)
+
+
+def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, place: world.Place) -> Dataset:
+    """Open the data at the chosen checkpoint of the folder `checkpoints`, or at the start."""
+    if chosen:
+        folder = os.path.join(checkpoints, chosen[0])
+        data = open_data(run, state_from_json(chosen[1].data, folder), chosen[1].step, folder)
+    else:
+        data = open_data(run)
+    if place.local_rank == 0:  # once per node, as for the files of a checkpoint
+        for source in data.sources.train:
+            check_present(source)
+    return data
+
+
+def load_state(run: RunConfig, engine: Engine, checkpoints: Checkpoints, chosen: Chosen) -> int:
+    """Load the chosen checkpoint, or the weights that the run starts from; return the number of finished steps.
+
+    A run that was told to go back then sets newer checkpoints aside: data and engine have accepted the chosen one.
+    Collective.
+    """
+    if chosen:
+        first = checkpoints.load(engine.deepspeed, *chosen)
+        checkpoints.go_back(chosen)
+        return first
+    if run.checkpoint.start_from:
+        checkpoints.start_from(engine.deepspeed, world.together(lambda: _weights_to_start_from(run)))
+    return 0
+
+
+def _weights_to_start_from(run: RunConfig) -> Mapping[Key, Readable]:
+    found = open_model(run.checkpoint.start_from)
+    check_shapes(found, run.model)
+    return found.tensors
+
+
+def log_start(run: RunConfig, layout: Layout, dtype: str, first: int, resumed: bool) -> None:
+    """Log the step at which the run starts, and under `recompute: auto` the memory plan of every stage."""
+    if run.parallel.recompute.startswith(AUTO):
+        for line in memory_table(run, layout, ELEMENT_BYTES[dtype]):
+            logger.info("%s", line)
+    logger.info("%s at step %d of %d", "resumed" if resumed else "starting", first, run.training.steps)
+
+
+def validation_batches(run: RunConfig, layout: Layout, sources: Sources, engine: Engine) -> list[np.ndarray]:
+    """Return a rank's micro-batches of validation rows; a middle stage of a pipeline needs only their number."""
+    rows = run.evaluation.rows
+    sources.check_validation(rows, layout.dp * layout.micro_batch)
+    if engine.reads_data:
+        return sources.validation_micro_batches(rows, engine.dp_rank, layout.dp, layout.micro_batch)
+    return [np.empty(0)] * (rows // layout.dp // layout.micro_batch)

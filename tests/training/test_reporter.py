@@ -1,0 +1,100 @@
+"""When results of steps are read and reported, and what a diverged run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llama_ds.config.run_file import load_run
+from llama_ds.errors import Divergence, UserError
+from llama_ds.job.heartbeat import Progress
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.training.meter import Meter
+from llama_ds.training.reporter import Reporter
+from llama_ds.training.run_log import RunLog, open_run_log
+
+QUICKSTART = str(Path(__file__).resolve().parents[2] / "ds_configs" / "quickstart.yaml")
+
+
+def open_log(folder: Path, *overrides: str, first: int = 0) -> tuple[Any, RunLog]:
+    run = load_run(QUICKSTART, [f"output_dir={folder}", "name=reported", "logging.interval=1", *overrides])
+    return run, open_run_log(run, first)
+
+
+def report(folder: Path, device: str, *overrides: str) -> Reporter:
+    """A reporter of steps whose result is their loss, on a device of that type."""
+    run, log = open_log(folder, *overrides)
+    engine: Any = SimpleNamespace(read=lambda loss: (loss, 1.0))
+    feed: Any = SimpleNamespace(wait_s=0.0)
+    meter = Meter(run, resolve_layout(run, 4), feed, "fp32", torch.device("cpu"), 0)
+    return Reporter(run, engine, meter, log, Progress(), torch.device(device))
+
+
+def reported(folder: Path) -> list[int]:
+    """The steps in metrics.jsonl."""
+    lines = (folder / "reported" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def step_done(reporter: Reporter, step: int, last: bool = False) -> None:
+    reporter.step_done(step, 0.1, step / 2, last)  # type: ignore[arg-type]
+
+
+def test_on_cuda_a_result_is_read_while_the_next_step_runs(tmp_path: Path) -> None:
+    """Or at once where the training pauses, and after the last step."""
+    reporter = report(tmp_path, "cuda")
+    step_done(reporter, 1)
+    assert reported(tmp_path) == []
+    step_done(reporter, 2)
+    assert reported(tmp_path) == [1]
+    reporter.flush()
+    reporter.flush()
+    assert reported(tmp_path) == [1, 2]
+    step_done(reporter, 3, last=True)
+    assert reported(tmp_path) == [1, 2, 3]
+
+
+def test_on_a_cpu_a_result_is_read_at_once(tmp_path: Path) -> None:
+    reporter = report(tmp_path, "cpu")
+    for step in (1, 2):
+        step_done(reporter, step)
+        assert reported(tmp_path)[-1] == step
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_interval_and_the_last_step_are_reported(device: str, tmp_path: Path) -> None:
+    reporter = report(tmp_path, device, "logging.interval=3")
+    for step in range(1, 8):
+        step_done(reporter, step, last=step == 7)
+    assert reported(tmp_path) == [3, 6, 7]
+
+
+def test_a_run_that_diverges_reports_the_step_and_ends(tmp_path: Path) -> None:
+    reporter = report(tmp_path, "cuda")
+    reporter.step_done(1, 0.1, math.nan, last=False)  # type: ignore[arg-type]
+    with pytest.raises(Divergence, match="loss is nan at step 1, the run has diverged"):
+        step_done(reporter, 2)
+    assert reported(tmp_path) == [1]
+
+
+def test_a_resumed_run_writes_later_steps_anew(tmp_path: Path) -> None:
+    reporter = report(tmp_path, "cpu")
+    for step in (1, 2, 3):
+        step_done(reporter, step)
+    reporter.close()
+    _, log = open_log(tmp_path, first=2)
+    log.close()
+    assert reported(tmp_path) == [1, 2]
+
+
+def test_a_board_whose_package_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r"logging\.tensorboard = true: the tensorboard package is not installed"):
+        open_log(tmp_path, "logging.tensorboard=true")
