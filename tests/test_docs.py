@@ -1,8 +1,12 @@
-"""The documentation agrees with the repository: links, paths, the length of the entrance pages, the picture of the rooms."""
+"""The documentation agrees with the repository: links, file names, commands, lengths and the picture of the rooms."""
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,10 @@ PAGES = sorted(
     path for path in (*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("hostfiles/*.md")) if path.is_file()
 )
 MAX_LINES = {"README.md": 120, "docs/tour.md": 80}
+
+
+COMMAND = re.compile(r"^ +(?:\$ )?(?:python +)?tools/(\w+)\.py +(.*)$", re.MULTILINE)
+PLACEHOLDERS = ("...", "|")  # of a command that shows its grammar
 
 
 def names_of(pages: list[Path]) -> list[str]:
@@ -45,6 +53,24 @@ def test_source_files_that_pages_name_exist(page: str) -> None:
     text = (REPO / page).read_text(encoding="utf-8")
     for name in re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)*/[a-z_0-9]+\.py)`", text):
         assert any((top / name).exists() for top in (REPO, REPO / "llama_ds")), f"{page} names {name}"
+
+
+def commands_of(page: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the tool and the arguments of each command on a page."""
+    text = (REPO / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    for tool, words in COMMAND.findall(text):
+        if not any(placeholder in words for placeholder in PLACEHOLDERS):
+            yield tool, shlex.split(words.partition(";")[0], comments=True)
+
+
+@pytest.mark.parametrize("page", names_of(PAGES))
+def test_commands_parse(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for tool, arguments in commands_of(page):
+        parser: argparse.ArgumentParser = importlib.import_module(f"tools.{tool}").parser()
+        try:
+            parser.parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{page}: tools/{tool}.py {shlex.join(arguments)}: {capsys.readouterr().err}")
 
 
 @pytest.mark.parametrize("page", MAX_LINES)
