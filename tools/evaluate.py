@@ -74,7 +74,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.hf:
         loss_of = transformers_loss(args.hf, run, device, DTYPES[dtype])
     else:
-        loss_of = load_model(open_checkpoint(folder), device, DTYPES[dtype], run.data.document_mask)
+        loss_of = load_model(open_checkpoint(folder), device, DTYPES[dtype])
     loss = mean_loss(loss_of, rows, run.parallel.micro_batch, device)
     found = {"loss": loss, "perplexity": math.exp(loss), "rows": len(rows), "step": description.step, "dtype": dtype}
     if args.json:

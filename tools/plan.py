@@ -14,10 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llama_ds.config.reader import integer
-from llama_ds.config.run_file import load_run
+from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import save_text
-from llama_ds.errors import UserError, did_you_mean
+from llama_ds.errors import UserError
 from llama_ds.perf.plan import cost as costs
 from llama_ds.perf.plan import hardware, tables
 from llama_ds.perf.plan.estimate import as_data, estimate, report
@@ -120,7 +120,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run_estimate(args: argparse.Namespace) -> None:
     """Print the estimate of one layout."""
-    found = estimate(load_run(_run_file(args.run), args.overrides), args.gpus, hardware.load(args.gpu))
+    found = estimate(load_run(find_run_file(args.run), args.overrides), args.gpus, hardware.load(args.gpu))
     if args.json:
         print(json.dumps(as_data(found), indent=1))
         return
@@ -164,7 +164,7 @@ def run_cost(args: argparse.Namespace) -> None:
     elif args.model is None or args.gpus is None:
         raise UserError("cost: wants --model and --gpus, or --table15, or --target-loss; see --help")
     else:
-        base = load_run(_run_file(args.model), ["parallel={}"])
+        base = load_run(find_run_file(args.model), ["parallel={}"])
         tokens = _tokens("--tokens", args.tokens) if args.tokens else base.training.tokens
         speed, layout = args.tokens_per_second, None
         if speed is None:
@@ -227,25 +227,9 @@ def _tokens(flag: str, text: str) -> int:
     return number
 
 
-def _run_file(name: str) -> str:
-    """Return the path of a run file: the one given, or the one in ds_configs/ whose name ends in that size."""
-    if name.endswith((".yaml", ".yml")):
-        return name
-    folder = ROOT / "ds_configs"
-    known = {path.stem: path for path in folder.glob("*.yaml")}
-    short = {stem.rpartition("_")[2]: path for stem, path in known.items()}
-    found = known.get(name) or short.get(name.lower())
-    if not found:
-        raise UserError(
-            f"{name}: no such model{did_you_mean(name.lower(), [*known, *short])}; use one of "
-            f"{', '.join(sorted(short))}, or the path of a run file"
-        )
-    return str(found)
-
-
 def _base(model: str, seq_len: str | None, batch_tokens: str | None, quiet: bool = False) -> RunConfig:
     """Return the model's run with another sequence length and batch; its own layout is left out."""
-    path, overrides = _run_file(model), ["parallel={}"]
+    path, overrides = find_run_file(model), ["parallel={}"]
     if seq_len:
         overrides.append(f"data.seq_len={seq_len}")
     base = load_run(path, overrides)

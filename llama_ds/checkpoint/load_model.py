@@ -15,17 +15,12 @@ from llama_ds.checkpoint.formats.inventory import with_vocabulary
 from llama_ds.checkpoint.formats.meta import holds_meta, open_meta
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
 from llama_ds.checkpoint.store import LATEST, newest
-from llama_ds.checkpoint.weights import ModelFiles, open_checkpoint
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles, open_checkpoint
 from llama_ds.config.reader import Place, read
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.model.attention import CausalAttention, choose_backend
-from llama_ds.model.cpu_products import choose_products
-from llama_ds.model.decoder import Shared
+from llama_ds.model.build import build_model
 from llama_ds.model.llama import Llama
-from llama_ds.model.loss import NextTokenLoss
-from llama_ds.model.rope import RotaryTables
-from llama_ds.model.tensor_parallel import SingleRank
 
 KINDS = ("deepspeed", "hf", "meta")
 
@@ -105,24 +100,27 @@ def run_of(folder: str, description: Description) -> RunConfig:
     return read(RunConfig, description.run, Place(os.path.join(folder, DESCRIPTION)))
 
 
-def load_model(files: ModelFiles, device: torch.device, dtype: torch.dtype, document_mask: bool = False) -> Llama:
-    """Return the whole model on one device, in evaluation mode; beside it no more than a layer is in memory.
+def load_model(
+    source: str | ModelFiles,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    document_mask: bool | None = None,
+) -> Llama:
+    """Return a trained model, whole and on one device, in evaluation mode; beside it no more than a layer is in memory.
+
+    Args:
+        source: a folder as `open_model` takes it, or what that returns.
+        device: device of weights and computation.
+        dtype: dtype of weights and computation; None: the one that the model was trained in.
+        document_mask: whether attention stays inside the documents of a row; None: as in training.
 
     Raises:
-        UserError: a broken file.
+        UserError: no such folder or device, or a broken file.
     """
-    if device.type == "cpu":
-        choose_products()
-    shared = Shared(
-        model=files.model,
-        seed=0,
-        tp=SingleRank(),
-        # Not the backend of the run that trained it: this device may lack it.
-        attention=CausalAttention(choose_backend("auto", device.type, dtype, files.model.head_dim)),
-        rotary=RotaryTables(files.model, files.seq_len),
-        document_mask=document_mask,
-    )
-    model = Llama(shared, NextTokenLoss(shared.tp)).to(device, dtype)
+    files = open_model(source) if isinstance(source, str) else source
+    masked = files.document_mask if document_mask is None else document_mask
+    dtype = DTYPES[files.dtype] if dtype is None else dtype
+    model = build_model(files.model, files.seq_len, device=device, dtype=dtype, document_mask=masked)
     for index in files.layers():
         model.layers[index].load_state_dict(files.layer(index))
     return model.eval()

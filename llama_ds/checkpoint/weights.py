@@ -44,6 +44,7 @@ class ModelFiles:
     dtype: str  # of DTYPES: what it computed in, and a conversion's default
     tensors: Mapping[Key, Readable]  # exactly `names.weight_shapes(model)`, in the rotary layout of this project
     tokenizer: str | None  # path of its sentencepiece model, if it has one
+    document_mask: bool = False  # True: in training, attention stayed inside the documents of a row
 
     def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the whole weights of one layer by local name."""
@@ -79,6 +80,7 @@ def open_checkpoint(folder: str) -> ModelFiles:
         dtype=description.dtype,
         tensors=kinds.get(WEIGHT) or kinds[MASTER],
         tokenizer=tokenizer_in(folder),
+        document_mask=description.run["data"].get("document_mask", False),
     )
 
 

@@ -15,10 +15,32 @@ from llama_ds.config.recompute import canonical
 from llama_ds.config.rules import check
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import dump_yaml, parse_yaml, read_json, read_yaml
-from llama_ds.errors import UserError, listed
+from llama_ds.errors import UserError, did_you_mean, listed
 
+RUN_FILES = Path(__file__).resolve().parents[2] / "ds_configs"
 _DEFAULTS = {"seed": 0, "output_dir": "runs"}
 _NOT_WRITTEN = {"path", "deepspeed_path"}  # fields of RunConfig that only the reader sets
+
+
+def find_run_file(name: str) -> str:
+    """Return the path of a run file: `name` itself where it is one, else of the one in ds_configs/ that it names.
+
+    "65b" names llama_65b.yaml, and "llama_65b" does.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return name
+    known = {path.stem: path for path in RUN_FILES.glob("*.yaml")}
+    short = {stem.rpartition("_")[2]: path for stem, path in known.items()}
+    found = known.get(name) or short.get(name.lower())
+    if not found:
+        raise UserError(
+            f"{name}: no such model{did_you_mean(name.lower(), [*known, *short])}; use one of "
+            f"{', '.join(sorted(short))}, or the path of a run file"
+        )
+    return str(found)
 
 
 def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -124,7 +124,7 @@ class Order:
         return Rows(*(column[mine] for column in rows))
 
     def rows(self, start: int, count: int) -> Rows:
-        """Return the rows numbered start .. start + count."""
+        """Return the rows of the run numbered start .. start + count, which may lie beyond its last step."""
         begins = (skip.step * self.global_batch for skip in self.skips.all)
         cuts = [start, *(begin for begin in begins if start < begin < start + count), start + count]
         parts = [self._rows(self._place(first), last - first) for first, last in pairwise(cuts)]

@@ -28,7 +28,7 @@ class Sources:
     validation: list[Source]
 
     def validation_rows(self, rows: int) -> np.ndarray:
-        """Return the run's `rows` validation rows, int64 (rows, seq_len + 1): see the function `validation_rows`."""
+        """Return as many validation rows, int64 (rows, seq_len + 1): see the function `validation_rows`."""
         return validation_rows(self.validation, self._weights, rows)
 
     def check_validation(self, rows: int, unit: int) -> None:
@@ -48,7 +48,7 @@ class Sources:
         validation_shares(self.validation, self._weights, rows)
 
     def validation_micro_batches(self, rows: int, dp_rank: int, dp_size: int, micro_batch: int) -> list[np.ndarray]:
-        """Return one rank's part of `validation_rows`, as int64 (micro_batch, seq_len + 1) each.
+        """Return one rank's part of the `rows` validation rows, as int64 (micro_batch, seq_len + 1) each.
 
         Raises:
             UserError: as `check_validation`, or a shard of them is damaged.

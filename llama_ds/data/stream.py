@@ -1,30 +1,45 @@
-"""What a run reads: its order, the shards it needs next, and one rank's micro-batches, read ahead in a thread."""
+"""What a run reads: its rows in order, and one rank's micro-batches with the shards that they need next."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import queue
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import LISTED, DataState, continued, planned
-from llama_ds.data.order import BadShard, Order
+from llama_ds.data.order import BadShard, Order, Rows
+from llama_ds.data.source.shards import Source
 from llama_ds.data.source.store import BadFile
 from llama_ds.data.sources import Sources, open_sources
+from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 EPOCH_TOLERANCE = 0.1  # of the epochs that a run file states
 FETCHES = 4  # shards fetched and checked at a time
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, eq=False)
+class TokenRow:
+    """One row that a run trains on."""
+
+    number: int  # row number in the run, counted from 0
+    step: int  # optimizer step that trains on it, counted from 0
+    source: str
+    epoch: int  # pass over its source, counted from 0
+    row: int  # row number in the training split of its source
+    ids: np.ndarray = field(repr=False)  # int32 (seq_len + 1,): inputs ids[:-1], labels ids[1:]
+    tokenizer: Tokenizer = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """The decoded ids; a row begins and ends anywhere in a document."""
+        return self.tokenizer.decode(self.ids)
 
 
 @dataclass(frozen=True)
@@ -34,6 +49,48 @@ class Dataset:
     sources: Sources
     order: Order
     start: DataState  # as the run began or resumed
+    steps: int  # optimizer steps of the whole run
+
+    def rows(self, start: int = 0, count: int | None = None) -> Iterator[TokenRow]:
+        """Return an iterator over `count` rows of the run from row number `start` on, in the order of `Order.rows`.
+
+        Step s trains on the rows s * global_batch .. (s + 1) * global_batch. `count` None: all to the end of the run.
+
+        Raises:
+            UserError: the run has no such rows; while iterating, a shard is missing or damaged.
+        """
+        total = self.steps * self.order.global_batch
+        stop = total if count is None else start + count
+        if not 0 <= start <= stop <= total:
+            raise UserError(
+                f"rows from {start} to {stop}: the run has the rows 0 to {total}, training.steps {self.steps} times "
+                f"training.global_batch {self.order.global_batch}; ask for some of these"
+            )
+        return self._rows(start, stop)
+
+    def read(self, rows: Rows) -> np.ndarray:
+        """Return the ids of `rows`, int32 (len(rows.row), seq_len + 1). One thread at a time.
+
+        Raises:
+            BadFile: a shard is missing or damaged.
+            UserError: as `source`.
+        """
+        out = np.empty((len(rows.row), self.sources.config.seq_len + 1), np.int32)
+        for index in np.unique(rows.source):
+            places = rows.source == index
+            out[places] = self.source(int(index)).read(rows.row[places])
+        return out
+
+    def source(self, index: int) -> Source:
+        """Return the training split of the source that `Order.names` lists at `index`.
+
+        Raises:
+            UserError: the run once read it, and its run file does not name it any more.
+        """
+        name, own = self.order.names[index], [source.name for source in self.sources.config.sources]
+        if name not in own:
+            raise UserError(f"data.sources: {name} is missing, which these rows come from; add it again")
+        return self.sources.train[own.index(name)]
 
     @property
     def state(self) -> DataState:
@@ -66,9 +123,30 @@ class Dataset:
                 f"with tools/shards.py verify --repair: {_ledger(unforeseen)}"
             )
 
+    def _rows(self, start: int, stop: int) -> Iterator[TokenRow]:
+        batch = self.order.global_batch
+        for first in range(start, stop, batch):
+            found = self.order.rows(first, min(batch, stop - first))
+            try:
+                read = self.read(found)
+            except BadFile as error:
+                raise UserError(
+                    f"{error}; copy the shard again, or have it left out with tools/shards.py verify --repair"
+                ) from None
+            columns = (column.tolist() for column in found)
+            for number, (source, epoch, row, ids) in enumerate(zip(*columns, read, strict=True), first):
+                yield TokenRow(
+                    number, number // batch, self.order.names[source], epoch, row, ids, self.sources.tokenizer
+                )
+
 
 def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, place: str = "") -> Dataset:
     """Open the data of `run`, which starts, or resumes at `step` with the state that its checkpoint `place` holds.
+
+    Args:
+        past: the data's state in the checkpoint; None: the run starts.
+        step: number of steps that the checkpoint has made.
+        place: path of the checkpoint, for messages.
 
     Raises:
         UserError: anything that would fail, or silently train on something else, later.
@@ -84,24 +162,48 @@ def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, plac
         state = continued(past, state, step, place)
     order = state.order(run.seed, run.training.global_batch)
     _check_epochs(run, order)
-    dataset = Dataset(sources, order, state)
+    dataset = Dataset(sources, order, state, run.training.steps)
     dataset.replace([], run.data.max_bad_shards)
     return dataset
 
 
 class Reader:
-    """What one data-parallel rank reads in `steps`, and no further than it is allowed.
+    """What one data-parallel rank reads in `steps`, no further than it is allowed where a bound was set.
 
-    Shards of coming steps are fetched and checked in threads. Ranks agree on which are damaged before any of them reads
-    that far: `find_bad`, then `Dataset.replace` on all alike, then `allow`.
+    In training, shards of coming steps are fetched and checked in threads, and ranks agree on which are damaged before
+    any of them reads that far: `find_bad`, then `Dataset.replace` on all alike, then `allow`.
     """
 
-    def __init__(self, dataset: Dataset, steps: range, dp_rank: int, dp_size: int, micro_batch: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        steps: range,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        micro_batch: int = 1,
+        allowed: int | None = None,
+    ) -> None:
+        """Begin nothing yet: `batches` reads.
+
+        Args:
+            steps: consecutive optimizer steps, counted from 0.
+            dp_rank: which of the `dp_size` equal parts of each step's rows to read.
+            micro_batch: rows of a batch.
+            allowed: `batches` waits before this step until `allow` raises the bound; None: it never waits.
+
+        Raises:
+            UserError: a step's rows cannot be shared out like this.
+        """
+        batch = dataset.order.global_batch
+        if not 0 <= dp_rank < dp_size or micro_batch < 1 or batch % (dp_size * micro_batch):
+            raise UserError(
+                f"Reader: dp_rank {dp_rank} of dp_size {dp_size} with micro_batch {micro_batch}: training.global_batch "
+                f"{batch} must be a multiple of dp_size * micro_batch, and dp_rank below dp_size; change one of them"
+            )
         self._data, self._steps = dataset, steps
         self._share, self._micro_batch = (dp_rank, dp_size), micro_batch
-        own = [source.name for source in dataset.sources.config.sources]
-        self._source = dict(zip(map(dataset.order.names.index, own), dataset.sources.train, strict=True))
-        self._allowed, self._may_read, self._closed = steps.start, threading.Condition(), threading.Event()
+        self._allowed = steps.stop if allowed is None else allowed
+        self._may_read, self._closed = threading.Condition(), threading.Event()
         self._pool = ThreadPoolExecutor(FETCHES, thread_name_prefix="fetch-shards")
         self._planner = ThreadPoolExecutor(1, thread_name_prefix="plan-shards")
         self._prepared: dict[tuple[int, int], Future[list[BadShard]]] = {}
@@ -140,8 +242,7 @@ class Reader:
             for start in range(0, len(rows.row), self._micro_batch):
                 if self._closed.is_set():
                     return
-                here = slice(start, start + self._micro_batch)
-                yield self._read(rows.source[here], rows.row[here])
+                yield self._read(Rows(*(column[start : start + self._micro_batch] for column in rows)))
 
     def close(self) -> None:
         """Give up what was not read or fetched yet."""
@@ -151,83 +252,31 @@ class Reader:
         for pool in (self._planner, self._pool):
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, source: np.ndarray, row: np.ndarray) -> np.ndarray:
-        out = np.empty((len(row), self._data.sources.config.seq_len + 1), np.int32)
-        for index in np.unique(source):
-            places = source == index
-            try:
-                out[places] = self._source[int(index)].read(row[places])
-            except BadFile as error:
-                raise UserError(
-                    f"{error}; the run cannot tell what it read: resume it, and the shard is replaced"
-                ) from None
-        return out
+    def _read(self, rows: Rows) -> np.ndarray:
+        try:
+            return self._data.read(rows)
+        except BadFile as error:
+            raise UserError(
+                f"{error}; the run cannot tell what it read: resume it, and the shard is replaced"
+            ) from None
 
     def _check_steps(self, first: int, last: int) -> list[BadShard]:
         needed: set[tuple[int, int]] = set()
         for step in range(first, last):
             rows = self._data.order.at(step, *self._share)
             for index in np.unique(rows.source).tolist():
-                shards, _ = self._source[index].geometry.locate(rows.row[rows.source == index])
+                shards, _ = self._data.source(index).geometry.locate(rows.row[rows.source == index])
                 needed |= {(index, shard) for shard in np.unique(shards).tolist()}
         checks = [self._pool.submit(self._check, first, *shard) for shard in sorted(needed)]
         return [bad for check in checks if (bad := check.result())]
 
     def _check(self, step: int, index: int, shard: int) -> BadShard | None:
-        source = self._source[index]
+        source = self._data.source(index)
         try:
             source.check(shard)
         except BadFile as error:
             return BadShard(step, self._data.order.names[index], shard, str(error), source.offset_of(shard, error))
         return None
-
-
-class ReadAhead(Generic[T]):
-    """Items drawn from an iterator by a thread; an error there is raised where they are consumed.
-
-    `wait_s` adds up the seconds that the consumer waited.
-    """
-
-    def __init__(self, items: Iterator[T], depth: int) -> None:
-        self.wait_s = 0.0
-        self._items = items
-        self._queue: queue.Queue[T | BaseException] = queue.Queue(depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> ReadAhead[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._closed.is_set():
-            raise StopIteration
-        start = time.perf_counter()
-        item = self._queue.get()
-        self.wait_s += time.perf_counter() - start
-        if isinstance(item, BaseException):
-            self.close()
-            raise item
-        return item
-
-    def close(self) -> None:
-        """Stop reading and wait for the thread to end."""
-        self._closed.set()
-        while self._thread.is_alive():
-            with self._queue.mutex:  # make room for a reader that waits to put
-                self._queue.queue.clear()
-                self._queue.not_full.notify_all()
-            self._thread.join(0.01)
-
-    def _read_ahead(self) -> None:
-        try:
-            for item in self._items:
-                self._queue.put(item)
-                if self._closed.is_set():
-                    return
-            self._queue.put(StopIteration())
-        except BaseException as error:  # to the consumer, whatever it is: a dead thread would be a hang
-            self._queue.put(error)
 
 
 def _check_epochs(run: RunConfig, order: Order) -> None:

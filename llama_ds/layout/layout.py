@@ -36,14 +36,14 @@ def model_axes(parallel: ParallelConfig) -> Axes:
 
 
 def resolve_layout(run: RunConfig, world: int) -> Layout:
-    """Derive dp and the accumulation steps of `run` on `world` ranks.
+    """Derive dp and the accumulation steps of `run` on `world` ranks in all.
 
     Raises:
         UserError: when a number does not divide; the message lists the numbers that would.
     """
     place, axes = run.path, model_axes(run.parallel)
     replica = axes.replica
-    if world % replica:
+    if world < 1 or world % replica:
         fits = range(replica, max(world, replica) * 2 + 1, replica)
         near = sorted(sorted(fits, key=lambda n: abs(n - world))[:3])
         keys = [f"parallel.{axis}" for axis in axes.named if axis != "dp"]

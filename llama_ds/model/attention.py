@@ -89,6 +89,8 @@ class CausalAttention:
 def choose_backend(wanted: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     """Resolve `auto` for the device at hand and check that a named backend can run there.
 
+    `device_type` is torch's: "cpu" or "cuda". `dtype` is what queries, keys and values have.
+
     Raises:
         UserError: when `wanted` is missing here or cannot take the dtype or the head size.
     """

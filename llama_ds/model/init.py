@@ -28,6 +28,8 @@ def normal_shard(
 
     Args:
         shape: of the whole matrix; `shape[dim]` is a multiple of `size`.
+        layer: number of the decoder layer from 0, or the key of embedding or head (`embedding.py`).
+        name: name of the weight in its layer.
 
     Returns:
         float32 tensor of `shape` with `shape[dim] / size` in place of `shape[dim]`.

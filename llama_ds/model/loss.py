@@ -28,6 +28,7 @@ class NextTokenLoss(nn.Module):
     def __init__(
         self, tp: TensorParallel, z_weight: float = 0.0, weight_gradients: WeightGradients | None = None
     ) -> None:
+        """Take the weight of the z-loss, and where the gradient of W goes; None: to autograd."""
         super().__init__()
         self.tp = tp
         self.z_weight = z_weight
@@ -37,6 +38,9 @@ class NextTokenLoss(nn.Module):
         """Return the scalar loss of head = (hidden states (B, S, D), W (V / tp, D)) and labels (B, T)."""
         x, weight = head
         return _HeadLoss.apply(x, weight, labels, self, torch.is_grad_enabled())
+
+    def extra_repr(self) -> str:
+        return f"z-loss {self.z_weight:g}"
 
 
 class _HeadLoss(Function):

@@ -32,6 +32,7 @@ class RotaryTables:
     """Cosines and sines of all positions of a row, computed once per device and shared by a stage's layers."""
 
     def __init__(self, model: ModelConfig, seq_len: int) -> None:
+        """`seq_len` is the most tokens that a row may have."""
         self.model = model
         self.seq_len = seq_len
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}

@@ -59,7 +59,12 @@ class WrittenOutLayer(DecoderLayer):
     """`DecoderLayer` without autograd inside: the same parameters, the same numbers."""
 
     def __init__(self, shared: Shared, layer: int, policy: str = "none", first: bool = False) -> None:
-        """`first` says that no layer of this stage will want the gathered gradient of the input."""
+        """Build decoder layer number `layer`, counted from 0.
+
+        Args:
+            policy: save policy: none, selective or full.
+            first: whether no layer of this stage will want the gathered gradient of the input.
+        """
         super().__init__(shared, layer)
         self.policy = policy
         self.first = first
@@ -79,6 +84,9 @@ class WrittenOutLayer(DecoderLayer):
         self._recording = self.recomputes_early and torch.is_grad_enabled()
         y = _Layer.apply(x, self, self.shared.attention.documents(document_start), *self._parameters_in_order())
         return y if document_start is None else (y, document_start)
+
+    def extra_repr(self) -> str:
+        return f"recompute {self.policy}"
 
     def lay_weights_together(self) -> None:
         """Lay the matrices of one input side by side in memory, again after they were converted one by one."""
@@ -133,7 +141,7 @@ class _Layer(Function):
 def forward(
     layer: WrittenOutLayer, x: Tensor, documents: Documents | None, policy: str, output: bool = True
 ) -> tuple[Tensor | None, Saved]:
-    """Return y (B, S, D), if wanted, and what `policy` keeps. Each step stands with the same number in `backward`."""
+    """Return y (B, S, D), None if not `output`, and what `policy` keeps; `backward` numbers the steps alike."""
     tp, eps, attention, mlp = layer.tp, layer.input_layernorm.eps, layer.self_attn, layer.mlp
     keep = policy == "none"
 

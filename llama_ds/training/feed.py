@@ -25,7 +25,8 @@ import torch
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import STATE, save_state
 from llama_ds.data.order import BadShard
-from llama_ds.data.stream import Dataset, ReadAhead, Reader
+from llama_ds.data.read_ahead import ReadAhead
+from llama_ds.data.stream import Dataset, Reader
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
@@ -65,7 +66,7 @@ class Feed:
         self._reader: Reader | None = None
         neighbours = find_neighbours(engine.reads_data, engine.dp_rank)
         if engine.reads_data and neighbours.reads:
-            self._reader = Reader(data, steps, engine.dp_rank, layout.dp, layout.micro_batch)
+            self._reader = Reader(data, steps, engine.dp_rank, layout.dp, layout.micro_batch, allowed=steps.start)
         world.together(self._save_state)
         self._agree(steps.start, self._period_end(steps.start))
         if steps.start % self._interval > self._interval // 2:  # the step that agrees on the next period has passed

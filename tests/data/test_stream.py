@@ -19,11 +19,12 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.data.building.build import build_source
 from llama_ds.data.mixture import DataState, state_from_json
 from llama_ds.data.order import BadShard
+from llama_ds.data.read_ahead import ReadAhead
 from llama_ds.data.source.manifest import shard_name
 from llama_ds.data.source.store import open_store
 from llama_ds.data.source.verify import repair, verify_source
 from llama_ds.data.sources import Sources, open_sources
-from llama_ds.data.stream import Dataset, ReadAhead, Reader, open_data
+from llama_ds.data.stream import Dataset, Reader, open_data
 from llama_ds.errors import UserError
 
 
@@ -46,7 +47,6 @@ def steps(dataset: Dataset, first: int, count: int, dp: int = 1, micro: int = BA
     ranks = []
     for rank in range(dp):
         reader = Reader(dataset, range(first, first + count), rank, dp, micro)
-        reader.allow(first + count)
         batches = list(reader.batches())
         assert all(batch.shape == (micro, SEQ_LEN + 1) and batch.dtype == np.int32 for batch in batches)
         ranks.append(np.stack(batches).reshape(count, BATCH // dp, SEQ_LEN + 1))
@@ -203,14 +203,13 @@ def test_a_shard_that_changes_under_the_run_ends_it(built: Built, tmp_path: Path
     assert reader.find_bad(0, 110) == []
     for shard in (tmp_path / "shards" / "code").glob("train-*.tar"):
         shard.write_bytes(shard.read_bytes()[:600])
-    reader.allow(110)
     with pytest.raises(UserError, match=r"was cut short after it had been checked; .*resume it"):
         list(reader.batches())
     reader.close()
 
 
 def test_nothing_is_read_that_was_not_agreed_on(dataset: Dataset) -> None:
-    reader = Reader(dataset, range(0, 10), 0, 1, BATCH)
+    reader = Reader(dataset, range(0, 10), 0, 1, BATCH, allowed=0)
     ahead = ReadAhead(reader.batches(), depth=20)
     reader.allow(3)
     assert len(list(islice(ahead, 3))) == 3

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llama_ds.data.stream import ReadAhead
+from llama_ds.data.read_ahead import ReadAhead
 from llama_ds.training.device_batches import Arriving, on_device
 
 

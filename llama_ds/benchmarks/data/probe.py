@@ -86,7 +86,6 @@ def read_reader(request: Request) -> dict[str, Any]:
     def batches() -> Iterator[np.ndarray]:
         first = next(passed) * epoch
         reader = Reader(data, range(first, first + epoch), *share)  # the sources, and so their files, stay open
-        reader.allow(first + epoch)
         yield from reader.batches()
         reader.close()
 

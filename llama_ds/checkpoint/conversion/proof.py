@@ -149,4 +149,4 @@ def _hash(tensor: Readable, dtype: torch.dtype, counter: Counter | None) -> str:
 
 @torch.no_grad()
 def _our_logits(files: ModelFiles, ids: Tensor) -> Tensor:
-    return load_model(files, torch.device("cpu"), torch.float32)(ids)
+    return load_model(files, "cpu", torch.float32, document_mask=False)(ids)

@@ -70,6 +70,14 @@ def build_source(
     a finished source, whose shards stay as they are. With `skip_bad`, documents that have no
     text, are not UTF-8 or no JSON are left out.
 
+    Args:
+        pattern: a file, a folder or a glob with `**`.
+        seq_len: tokens of a row; rows hold one id more, the last label.
+        validation_fraction: share of the documents that are held out.
+        workers: processes that tokenize and write.
+        document_chars: longer documents are cut after line ends; 0: none is.
+        overwrite: delete the finished source, or the unfinished build of other documents or flags, that is there.
+
     The bytes written depend on the documents, the tokenizer and the sizes, not on `workers`, nor on whether the build
     was killed and started again. `progress` is called with the documents, ids and input bytes done since its last call,
     and with (0, 0, bytes) for what an earlier, killed build had done.

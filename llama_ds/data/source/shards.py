@@ -101,7 +101,7 @@ class Source:
         return self.first_damage(shard, path) if error.offset is None and os.path.isfile(path) else error.offset
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the ids of rows of the split: (len(rows), seq_len + 1). One thread at a time.
+        """Return the ids of rows of the split, (len(rows), seq_len + 1), by their numbers. One thread at a time.
 
         Raises:
             BadFile: as `check`; or a shard changed after it was checked.

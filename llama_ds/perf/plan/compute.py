@@ -59,7 +59,10 @@ def pointwise(gpu: Hardware, bytes_moved: float, kind: str = "forward") -> float
 
 
 def flash_attention(gpu: Hardware, rows: int, seq_len: int, heads: int, head_dim: int) -> tuple[float, float]:
-    """Return (forward, backward) of fused causal attention: 2 and 5 products over half of the T x T square."""
+    """Return (forward, backward) of fused causal attention: 2 and 5 products over half of the T x T square.
+
+    `rows` are sequences of a micro-batch, `heads` those of this rank.
+    """
     product = 2.0 * rows * heads * head_dim * seq_len * (seq_len + 1) / 2
     if gpu.curves and gpu.curves.attention:
         forward, backward = gpu.curves.attention.flops_per_second(seq_len, head_dim)

@@ -45,7 +45,11 @@ class Cost:
 
 
 def run_cost(tokens: float, tokens_per_second: float, gpus: int, power_w: float) -> Cost:
-    """Return the cost of training on so many tokens at a GPU's tokens/s.
+    """Return the cost of training on so many tokens.
+
+    Args:
+        tokens_per_second: speed of one GPU.
+        power_w: power of one GPU in watts.
 
     Raises:
         UserError: a number that is not positive.
@@ -58,7 +62,7 @@ def run_cost(tokens: float, tokens_per_second: float, gpus: int, power_w: float)
 
 
 def loss(parameters: float, tokens: float) -> float:
-    """Return the loss that the law foretells, nats per token of its data."""
+    """Return the loss that the law foretells for a model and the tokens it was trained on, nats per token."""
     return E + A / parameters**ALPHA + B / tokens**BETA
 
 

@@ -68,7 +68,11 @@ def held_by(run: RunConfig, layout: Layout, gpu: Hardware) -> tuple[tuple[StageP
 
 
 def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
-    """Return what the run costs on `world` GPUs of that kind.
+    """Return what the run costs with its own layout.
+
+    Args:
+        world: GPUs in all.
+        gpu: the kind of machine, such as `hardware.load("a100-80gb")`.
 
     Raises:
         UserError: a layout that the trainer would refuse, or a run in another dtype than the machine is described in.
@@ -94,7 +98,7 @@ def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
 
 
 def as_data(found: Estimate) -> dict[str, Any]:
-    """Return the estimate as plain data, in seconds, bytes and shares."""
+    """Return the estimate as plain data for JSON, in seconds, GiB and shares of 1."""
     step, parallel, layout = found.step, found.run.parallel, found.layout
     return {
         "gpu": found.gpu.name,

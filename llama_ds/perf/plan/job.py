@@ -88,7 +88,7 @@ class Job:
 
 
 def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dtype: str = "bf16") -> Job:
-    """Return the step of one of this stack's runs in `dtype`, whose stages have these policies."""
+    """Return the step of one of this stack's runs in `dtype`, bf16 or fp32; `policies` are its stages', in order."""
     schedule = schedule_of(run, layout)
     return Job(
         model=run.model,

@@ -44,6 +44,11 @@ def run_memory(
     """Return the memory of each pipeline rank of one of this stack's runs, whose stages have these policies.
 
     ZeRO-2 cuts gradients by dp too and ZeRO-3 weights, which then exist whole for two layers at a time.
+
+    Args:
+        policies: save policies of the model's stages, in order.
+        device_bytes: memory of one GPU.
+        element_bytes: bytes of a number in the dtype that the run computes in.
     """
     place = schedule_of(run, layout).place
     zero = run.zero_stage

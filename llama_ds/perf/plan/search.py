@@ -69,11 +69,17 @@ class Found:
 
 
 def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> Found:
-    """Return the `top` fastest layouts of the run `base` on `world` GPUs; its own layout does not matter.
+    """Return the `top` fastest layouts of the run `base`; its own layout does not matter.
+
+    Args:
+        world: GPUs in all.
+        gpu: the kind of machine, such as `hardware.load("a100-80gb")`.
 
     Raises:
         UserError: no layout can be had, with the nearest that could.
     """
+    if world < 1:
+        raise UserError(f"{world} GPUs: there is nothing to lay out on; give 1 or more")
     found = Found([])
     candidates = []
     for run in layouts(base, world, gpu, found.rejected):

@@ -1,0 +1,59 @@
+"""Items of an iterator drawn ahead of their use by a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[T]):
+    """Items drawn from an iterator by a thread; an error there is raised where they are consumed.
+
+    `wait_s` adds up the seconds that the consumer waited.
+    """
+
+    def __init__(self, items: Iterator[T], depth: int) -> None:
+        self.wait_s = 0.0
+        self._items = items
+        self._queue: queue.Queue[T | BaseException] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> ReadAhead[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._closed.is_set():
+            raise StopIteration
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.wait_s += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stop reading and wait for the thread to end."""
+        self._closed.set()
+        while self._thread.is_alive():
+            with self._queue.mutex:  # make room for a reader that waits to put
+                self._queue.queue.clear()
+                self._queue.not_full.notify_all()
+            self._thread.join(0.01)
+
+    def _read_ahead(self) -> None:
+        try:
+            for item in self._items:
+                self._queue.put(item)
+                if self._closed.is_set():
+                    return
+            self._queue.put(StopIteration())
+        except BaseException as error:  # to the consumer, whatever it is: a dead thread would be a hang
+            self._queue.put(error)
