@@ -73,6 +73,13 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, heads)
         return self.o_proj(self.shared.attention(q, k, v, document_start).flatten(2))
 
+    def extra_repr(self) -> str:
+        model, tp = self.shared.model, self.shared.tp
+        own = f", 1 / {tp.size} of them on this rank" if tp.size > 1 else ""
+        return (
+            f"{model.num_attention_heads} query and {model.num_key_value_heads} key-value heads of {self.head_dim}{own}"
+        )
+
 
 class SwiGLU(nn.Module):
     """x -> W_down (silu(W_gate x) * W_up x) with this rank's part of the F intermediate features (Shazeer 2020)."""

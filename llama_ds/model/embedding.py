@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llama_ds.model.decoder import Hidden, Shared
 from llama_ds.model.init import normal_shard
-from llama_ds.model.linear import ROWS, RMSNorm, ShardedLinear, mark_tensor_parallel
+from llama_ds.model.linear import ROWS, RMSNorm, ShardedLinear, describe, mark_tensor_parallel
 
 EMBEDDING_LAYER = -1  # keys of initial weights; decoder layers are 0 .. L - 1
 HEAD_LAYER = -2
@@ -23,6 +23,7 @@ BOS = 1  # sentencepiece's id, as in the LLaMA tokenizer: every packed document 
 def document_starts(ids: Tensor, bos: int = BOS) -> Tensor:
     """Return for each token the position at which its document begins: (B, T) ids -> (B, T) int32.
 
+    bos: the id that every document begins with.
     A row that begins in the middle of a document begins a document at position 0.
     """
     position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
@@ -58,6 +59,9 @@ class VocabParallelEmbedding(nn.Module):
         absent = (local < 0) | (local >= self.count)
         rows = F.embedding(local.masked_fill(absent, 0), self.weight)
         return rows.masked_fill(absent[..., None], 0.0)
+
+    def extra_repr(self) -> str:
+        return describe(self.weight, self.tp, ROWS)
 
 
 class FinalNorm(nn.Module):

@@ -32,11 +32,23 @@ def mark_tensor_parallel(weight: nn.Parameter) -> nn.Parameter:
     return weight
 
 
+def describe(weight: Tensor, tp: TensorParallel, dim: int | None = None) -> str:
+    """Return shape and dtype of a weight in words, for `print(model)`.
+
+    tp: of its layer. dim: which tp cuts; None: every rank holds it whole. Under ZeRO-3 the shape is in `ds_shape`.
+    """
+    part = list(getattr(weight, "ds_shape", weight.shape))
+    whole = [size * tp.size if i == dim else size for i, size in enumerate(part)]
+    cut = "" if whole == part else f", {part} on this rank: dim {dim} cut over tp {tp.size}"
+    return f"{whole}{cut}, {str(weight.dtype).removeprefix('torch.')}"
+
+
 class ShardedLinear(nn.Module):
     """y = x W^T with this rank's part of W (out, in), cut along `dim`; no bias, no collective."""
 
     def __init__(self, out_size: int, in_size: int, dim: int, name: str, key: WeightKey, tp: TensorParallel) -> None:
         super().__init__()
+        self.dim, self.tp = dim, tp
         self.weight: nn.Parameter
         shard = normal_shard((out_size, in_size), dim, tp.rank, tp.size, key.std, key.seed, key.layer, name)
         self.weight = nn.Parameter(shard)
@@ -45,6 +57,9 @@ class ShardedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return describe(self.weight, self.tp, self.dim)
 
 
 def adjacent(matrices: Sequence[Tensor]) -> Tensor | None:
@@ -110,3 +125,6 @@ class RMSNorm(nn.Module):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
         return self.tp.replicated(self.weight) * normed.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{describe(self.weight, self.tp)}, eps {self.eps:g}"

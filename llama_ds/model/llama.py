@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.layout.flops import parameter_count
 from llama_ds.model.attention import CausalAttention, choose_backend
 from llama_ds.model.cpu_products import choose_products
 from llama_ds.model.decoder import DecoderLayer, Shared
@@ -51,9 +56,15 @@ class Llama(nn.Module):
         policies: Sequence[str] | None = None,
         checkpointed: bool = False,
     ) -> None:
-        """Build all layers: written out with a save policy each, or by autograd (None), checkpointed or not."""
+        """Build all layers.
+
+        Args:
+            policies: save policy of each decoder layer, which is then written out; None: layers by autograd.
+            checkpointed: layers by autograd keep their input only and run their forward again.
+        """
         super().__init__()
         model = shared.model
+        self.shared = shared
         self.checkpointed = checkpointed
         self.layers = nn.ModuleList()
         self.layers.append(VocabParallelEmbedding(shared))
@@ -78,6 +89,51 @@ class Llama(nn.Module):
             hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
         then = self._logits if labels is None else lambda x, weight: self.loss((x, weight), labels)
         return cast(Tensor, head(norm(hidden), then))
+
+    @torch.no_grad()
+    def logits(self, ids: ArrayLike | Tensor) -> Tensor:
+        """Return the logits of every next token: ids (B, T), a tensor, an array or lists -> (B, T, V).
+
+        They are in the model's dtype and on its device, without gradients; `model(ids)` has them.
+
+        Raises:
+            UserError: ids that the model cannot take, or a model cut over several ranks.
+        """
+        if self.tp.size > 1:
+            raise UserError(f"logits: tp {self.tp.size} cuts the vocabulary; call the model itself for this rank's part")
+        return self(self._checked(ids))
+
+    def extra_repr(self) -> str:
+        model, weights = self.shared.model, list(self.parameters())
+        own = sum(math.prod(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
+        whole = parameter_count(model)
+        part = "" if own == whole else f", {own:,} on this rank of tp {self.tp.size}"
+        dtype = str(weights[0].dtype).removeprefix("torch.")
+        return f"{whole:,} parameters{part}, {dtype} on {weights[0].device}, rows of {self.shared.rotary.seq_len} tokens"
+
+    def _checked(self, ids: ArrayLike | Tensor) -> Tensor:
+        """Return ids as an int64 tensor on the model's device.
+
+        Raises:
+            UserError: they are no integers of the vocabulary, or not rows that the rotary tables reach.
+        """
+        limit, vocab = self.shared.rotary.seq_len, self.shared.model.vocab_size
+        try:
+            found = ids if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"ids: not rows of one length ({error}); give integers (rows, tokens)") from None
+        if found.ndim != 2 or found.is_floating_point() or not 0 < found.shape[1] <= limit:
+            raise UserError(
+                f"ids: {found.dtype} of shape {list(found.shape)} are not integers (rows, tokens) with 1 to {limit} "
+                "tokens in a row, as the model was built for; put a single row into brackets: [ids]"
+            )
+        found = found.to(next(self.parameters()).device, torch.int64)
+        if found.numel() and not 0 <= found.min() <= found.max() < vocab:
+            raise UserError(
+                f"ids: {int(found.min())} to {int(found.max())} are not all in the vocabulary of {vocab}; "
+                "encode the text with the model's own tokenizer"
+            )
+        return found
 
     def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(self.tp.enter(x), weight)

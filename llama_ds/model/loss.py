@@ -38,6 +38,9 @@ class NextTokenLoss(nn.Module):
         x, weight = head
         return _HeadLoss.apply(x, weight, labels, self, torch.is_grad_enabled())
 
+    def extra_repr(self) -> str:
+        return f"z-loss {self.z_weight:g}"
+
 
 class _HeadLoss(Function):
     """mean(lse - logit[label] + z lse^2) with logits = x W^T and lse = log sum exp over the whole vocabulary."""

@@ -80,6 +80,9 @@ class WrittenOutLayer(DecoderLayer):
         y = _Layer.apply(x, self, self.shared.attention.documents(document_start), *self._parameters_in_order())
         return y if document_start is None else (y, document_start)
 
+    def extra_repr(self) -> str:
+        return f"recompute {self.policy}"
+
     def lay_weights_together(self) -> None:
         """Lay the matrices of one input side by side in memory, again after they were converted one by one."""
         for modules in (self.wide_attention, self.wide_mlp):

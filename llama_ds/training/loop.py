@@ -57,7 +57,7 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     data = world.together(lambda: _open_data(run, checkpoints.folder, chosen, place))
     engine = world.together(lambda: build_engine(run, layout, config, device))
     first = _load(run, engine, checkpoints, chosen)
-    checkpoints.go_back(chosen)
+    checkpoints.begin()
     if run.parallel.recompute.startswith(AUTO):
         for line in memory_table(run, layout, ELEMENT_BYTES[dtype]):
             logger.info("%s", line)
@@ -68,7 +68,6 @@ def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.P
     meter = Meter(run, layout, dtype, device)
     validation = world.together(lambda: _validation(run, layout, data.sources, engine))
     report = world.together(lambda: _open_report(run, first, place))
-    checkpoints.check_shared()
     feed = Feed(run, layout, data, range(first, last), engine, place, device)
     interruptions = Interruptions(run.checkpoint, device)
     stragglers = Stragglers(run, layout, place, progress.host, engine.trace, device, first)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.checkpoint import store
+from llama_ds.checkpoint.attempt import Attempt, new_id
 from llama_ds.checkpoint.manifest import (
     KINDS,
     MASTER,
@@ -124,12 +125,19 @@ class Rank:
     """One rank of a run: what it holds, and its writer."""
 
     def __init__(
-        self, folder: str, rank: int, model: ModelConfig, shares: Sequence[Share], tokenizer: str, keep: store.Retention
+        self,
+        attempt: Attempt,
+        rank: int,
+        model: ModelConfig,
+        shares: Sequence[Share],
+        tokenizer: str,
+        keep: store.Retention,
     ) -> None:
+        self.attempt = attempt
         self.model, self.shares = model, shares
         self.live = LiveRank(model, shares[rank], 1 + max(share.tp_rank for share in shares))
         self.memory = HostMemory()
-        self.writer = Writer(folder, rank, len(shares), tokenizer, keep)
+        self.writer = Writer(attempt, rank, len(shares), tokenizer, keep)
 
     def start(self, life: int, step: int) -> None:
         """Begin to save a step, and go on: by the time that it is written, the live tensors are others."""
@@ -147,8 +155,22 @@ def ranks(
     keep: store.Retention = store.Retention(),  # noqa: B008 (frozen)
     model: ModelConfig = SMALL,
 ) -> list[Rank]:
-    """Return the ranks of a run that all live in this process."""
-    return [Rank(folder, rank, model, shares, tokenizer, keep) for rank in range(len(shares))]
+    """Begin an attempt of a run whose ranks all live in this process; return them."""
+    attempt = begin(folder)
+    return [Rank(attempt, rank, model, shares, tokenizer, keep) for rank in range(len(shares))]
+
+
+def begin(folder: str) -> Attempt:
+    """Begin an attempt, as rank 0 does."""
+    attempt = Attempt(folder, new_id())
+    attempt.begin()
+    return attempt
+
+
+def names(attempt: Attempt) -> set[str]:
+    """Return what is in the folder of checkpoints beside the folder of the attempt, which must be empty."""
+    assert os.listdir(attempt.path) == []
+    return set(os.listdir(attempt.folder)) - {os.path.basename(attempt.path)}
 
 
 def settle(run: Sequence[Rank]) -> tuple[list[Exception | None], list[Exception | None]]:
