@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from commit_points import Points
+from commit_points import Points, without_writes
 
 Act = Callable[[], object]
 
@@ -66,7 +66,7 @@ def note(file: int, point: str) -> None:
 
 
 def points_of(folder: str, act: Act, log: Path) -> list[str]:
-    """Return the points that a process which acts passes in a folder, in order."""
+    """Return the points that a process which acts passes in a folder: of a file's writes the first and the last."""
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     process = os.fork()
     if not process:
@@ -79,4 +79,7 @@ def points_of(folder: str, act: Act, log: Path) -> list[str]:
             os._exit(status)
     os.close(file)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
-    return [point for point in log.read_text().splitlines() if not point.startswith("synced")]
+    points = [point for point in log.read_text().splitlines() if not point.startswith("synced")]
+    others, writes = without_writes(points)
+    chosen = {*others, *(point for own in writes for point in (own[0], own[-1]))}
+    return [point for point in points if point in chosen]

@@ -5,6 +5,7 @@ Answers each with a line of JSON (an Outcome). It has torch in memory and one th
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -65,6 +66,8 @@ class Outcome:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save(ranks(folder), 1, 1)  # what torch imports only when it saves is in memory, too
+    gc.collect()
+    gc.freeze()  # a collection in a forked rank would copy the pages of all objects
     for line in sys.stdin:
         outcome = perform(Trial(**json.loads(line)))
         print(json.dumps(asdict(outcome)), flush=True)

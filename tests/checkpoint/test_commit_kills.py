@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from commit_contents import LARGE, SMALL, THREE, check_checkpoint, check_folder, names, ranks, save
+from commit_contents import LARGE, SMALL, THREE, check_checkpoint, check_folder, linked, names, ranks, save
+from commit_points import without_writes
 from commit_worker import Outcome, Trial
 
 from llama_ds.checkpoint import store
@@ -100,12 +101,8 @@ def went_back(perform: Perform, three: Path, tokenizer: str, place: Path) -> Pat
 def points_of(outcome: Outcome, rank: int) -> list[str]:
     """Return the points at which to kill a rank: all that it does, of a file's writes the first, one amid, the last."""
     seen = [point for _, of, point in sorted(outcome.points) if of == rank and not point.startswith("synced")]
-    writes: dict[str, list[str]] = {}
-    for point in seen:
-        if point.startswith("write"):
-            writes.setdefault(point.split()[1], []).append(point)
-    chosen = [point for point in seen if not point.startswith("write")]
-    for points in writes.values():
+    chosen, writes = without_writes(seen)
+    for points in writes:
         torn = "torn" + points[len(points) // 2].removeprefix("write")
         chosen += dict.fromkeys((points[0], torn, points[-1]))
     return chosen
@@ -151,13 +148,13 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(
     kills: Counter[str] = Counter()
     known: set[str] = set()
     for base, keep in ((three, (0, 0)), (went_back, (2, 0))):
-        folder = shutil.copytree(base, place / "counted")
+        folder = linked(base, place / "counted")
         outcome = perform(Trial(str(folder), 2, [4], tokenizer, keep, watch=True))
         assert outcome.committed == [4] and check_folder(str(folder))[0] == (2, 4)
         shutil.rmtree(folder)
         points = [(rank, point) for rank in RANKS for point in points_of(outcome, rank)]
         for number, (rank, point) in enumerate([x for x in points if x[1] not in known or x[1] in PUBLISHING]):
-            folder = shutil.copytree(base, place / "killed")
+            folder = linked(base, place / "killed")
             leave = number % 2 == 0
             trial = Trial(str(folder), 2, [4], tokenizer, keep, victim=rank, point=point, leave=leave)
             try:
@@ -208,7 +205,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(
 
     Each rank must have synced all that it did before it says so: in its record, the description, by tag and `latest`.
     """
-    saved = shutil.copytree(three, place / "c")
+    saved = linked(three, place / "c")
     outcome = perform(Trial(str(saved), 2, [4], tokenizer, watch=True))
     unsynced: set[tuple[int, str]] = set()  # a rank, and a file or folder that it has changed in memory only so far
     said = []
