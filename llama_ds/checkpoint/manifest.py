@@ -249,13 +249,21 @@ def checksum(path: str) -> str:
 
 
 def write_durably(path: str, text: str) -> None:
-    """Write a small file: whole and on the disk on return, or not there."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
+    """Write a small file: complete and on the disk on return, or not there."""
+    write_complete(path, text, path + ".tmp")
+    sync(os.path.dirname(path))
+
+
+def write_complete(path: str, text: str, temporary: str) -> None:
+    """Write a small file and then give it its name, so that nobody sees it incomplete, not even after a power failure.
+
+    The rename is the last thing that is done in the file's folder. It is on the disk once the folder is synced.
+    """
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
-    sync(os.path.dirname(path))
+    os.replace(temporary, path)
 
 
 def sync(path: str) -> None:

@@ -1,31 +1,34 @@
-"""Saving: every rank writes its files in the background, and rank 0 commits when all of them are down.
+"""Saving: every rank writes its files in the background, and rank 0 commits when all of them are on the disk.
 
-The protocol, for a tag `step_00000100` in the run's folder of checkpoints:
+The protocol, for a tag `step_00000100` and the folder of this attempt of the run (`llama_ds.checkpoint.attempt`):
 
-1. each rank writes its files to `step_00000100.partial`, hashing them as they go by, and syncs them;
-2. then its record (what it wrote, where every tensor is), durably: `rank_00003.json`;
+1. each rank writes its files to `attempt_X/step_00000100`, hashing them as they go by, and syncs them and the folder;
+2. then its record (what it wrote, where every tensor is), `rank_00003.json`. It appears by a rename, the last thing
+   that the rank does there: from then on rank 0 may commit, and so rename the folder, at any moment;
 3. rank 0 waits for the records of all ranks, and writes index and description, durably;
-4. it renames the folder, syncs, and makes `latest` name it.
+4. it renames the folder to `step_00000100`, syncs, and makes `latest` name it.
 
-Whatever dies, and whenever: until 4 the folder is a partial one that nobody reads, and after it a whole one. Ranks need
-nothing of one another but the folder, so no collective runs beside the training's.
+Wherever a process dies, before 4 the folder is a partial checkpoint that nobody reads, and after it a complete one.
+Ranks need nothing of one another but the folder, so no collective runs beside the training's.
+
+Processes of an earlier attempt may be anywhere in these steps when an attempt begins. Their files and records are in
+another folder. That one is moved away before this attempt's first save, so 4 has happened by then or never does.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
 
-from llama_ds.checkpoint import store
+from llama_ds.checkpoint.attempt import Attempt
 from llama_ds.checkpoint.manifest import (
     MASTER,
     MOMENTS,
@@ -36,10 +39,11 @@ from llama_ds.checkpoint.manifest import (
     Record,
     name_of,
     sync,
-    write_durably,
+    write_complete,
     write_manifest,
 )
 from llama_ds.checkpoint.snapshot import Snapshot
+from llama_ds.checkpoint.store import Retention
 from llama_ds.log import logger
 
 POLL_S = 0.02  # at first, for the other ranks' records; at last twenty times as much
@@ -51,17 +55,17 @@ class Abandoned(Exception):
 
 
 class Writer:
-    """One rank's share of the saves of a run. At most one is under way."""
+    """One rank's share of the saves of an attempt. At most one is under way."""
 
-    def __init__(self, folder: str, rank: int, ranks: int, tokenizer: str, keep: store.Retention) -> None:
-        """`folder` is the run's folder of checkpoints, the same on every rank; `tokenizer` goes into each of them."""
-        self.folder, self.rank, self.ranks = folder, rank, ranks
+    def __init__(self, attempt: Attempt, rank: int, ranks: int, tokenizer: str, keep: Retention) -> None:
+        """`attempt` is the same on every rank; `tokenizer` goes into each checkpoint."""
+        self.attempt, self.rank, self.ranks = attempt, rank, ranks
         self.tokenizer, self.keep = tokenizer, keep
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
         self._abandoned = threading.Event()
         self.error: Exception | None = None
-        self._partial = ""  # folder of the save under way
+        self._step = 0  # of the save under way
         self.seconds = 0.0  # that the last save took in the background
 
     def start(self, description: Description, snapshot: Snapshot) -> None:
@@ -70,7 +74,7 @@ class Writer:
         self._written.clear()
         self._abandoned.clear()
         self.error = None
-        self._partial = os.path.join(self.folder, store.partial_of(description.step))
+        self._step = description.step
         self._thread = threading.Thread(target=self._run, args=(description, snapshot), name="checkpoint")
         self._thread.start()
 
@@ -105,17 +109,18 @@ class Writer:
             self._thread.join()
         self._thread = None
         if self.error and self.rank == 0:  # only now: until they were waited for, other ranks may have been writing
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self.attempt.discard(self._step)
         return self.error
 
     def _run(self, description: Description, snapshot: Snapshot) -> None:
         begin = time.monotonic()
         try:
-            write_rank(self._partial, self.rank, snapshot)
+            partial = self.attempt.partial(description.step)
+            write_rank(partial, self.rank, snapshot)
             self._written.set()
             if self.rank == 0:
-                records = collect(self._partial, self.ranks, self._abandoned.is_set)
-                commit(self.folder, description, records, self.tokenizer, self.keep)
+                records = collect(partial, self.ranks, self._abandoned.is_set)
+                commit(self.attempt, description, records, self.tokenizer, self.keep)
         except Exception as error:  # of any kind: it is the training's thread that must hear of it
             self.error = error
             logger.error("step %d is not saved: %s: %s", description.step, type(error).__name__, error)
@@ -129,7 +134,8 @@ def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
     Raises:
         OSError: as the system says.
     """
-    os.makedirs(partial, exist_ok=True)
+    with suppress(FileExistsError):  # not what it is in: an attempt's folder is made once
+        os.mkdir(partial)
     record = Record(rank)
     if snapshot.ready is not None:
         snapshot.ready.synchronize()
@@ -146,7 +152,8 @@ def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
         piece = Piece(wanted.kind, wanted.part, wanted.start, wanted.tensor.numel(), copied.file, offset, dtype)
         record.pieces.setdefault(name_of(wanted.key), []).append(piece)
     sync(partial)
-    write_durably(os.path.join(partial, _record_name(rank)), record.as_json())
+    path = os.path.join(partial, _record_name(rank))
+    write_complete(path, record.as_json(), path + ".tmp")
 
 
 def collect(partial: str, ranks: int, abandoned: Callable[[], bool]) -> list[Record]:
@@ -168,7 +175,7 @@ def collect(partial: str, ranks: int, abandoned: Callable[[], bool]) -> list[Rec
     return records
 
 
-def commit(folder: str, description: Description, records: list[Record], tokenizer: str, keep: store.Retention) -> None:
+def commit(attempt: Attempt, description: Description, records: list[Record], tokenizer: str, keep: Retention) -> None:
     """Make what all ranks have written the newest checkpoint; then remove what is kept no longer.
 
     Raises:
@@ -178,18 +185,18 @@ def commit(folder: str, description: Description, records: list[Record], tokeniz
     kinds = {piece.kind for record in records for rows in record.pieces.values() for piece in rows}
     if missing := {MASTER, *MOMENTS} - kinds:
         raise ValueError(f"step {description.step}: no {', '.join(sorted(missing))} of any weight was written")
-    partial = os.path.join(folder, store.partial_of(description.step))
+    partial = attempt.partial(description.step)
     if tokenizer:
         with open(tokenizer, "rb") as source, HashedFile(os.path.join(partial, TOKENIZER)) as target:
             target.write(source.read())
     write_manifest(partial, description, records)
     for record in records:
         os.unlink(os.path.join(partial, _record_name(record.rank)))
-    store.publish(folder, description.step)
+    attempt.publish(description.step)
     try:
-        store.remove_old(folder, keep)
+        attempt.remove_old(keep)
     except OSError as error:  # this one is there all the same
-        logger.warning("%s: old checkpoints cannot be removed (%s)", folder, error)
+        logger.warning("%s: old checkpoints cannot be removed (%s)", attempt.folder, error)
 
 
 def save_tree(tree: Any, file: HashedFile) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.checkpoint import store
+from llama_ds.checkpoint.attempt import Attempt, new_id
 from llama_ds.checkpoint.manifest import (
     MASTER,
     MOMENTS,
@@ -46,63 +47,66 @@ class Checkpoints:
     """The checkpoints of one run, as one rank sees them."""
 
     def __init__(self, run: RunConfig, layout: Layout, dtype: str, place: world.Place) -> None:
+        """Agree with the other ranks on the attempt's identity. Collective."""
         self.run, self.layout, self.dtype, self.place = run, layout, dtype, place
         self.folder = os.path.join(run.run_dir, "checkpoints")
         keep = store.Retention(run.checkpoint.keep_last, run.checkpoint.keep_every)
-        self._writer = Writer(self.folder, place.rank, place.world, run.data.tokenizer, keep)
+        self._attempt = Attempt(self.folder, world.gather(new_id())[0])
+        self._writer = Writer(self._attempt, place.rank, place.world, run.data.tokenizer, keep)
         self._memory = HostMemory()
         self._step = 0  # of the save under way
         self._announced = 0  # the last step that was reported as saved
         self._stalled_s = 0.0
         self._news: list[str] = []
         self._lost = ""  # why the last save failed
-        self._aside: list[str] = []  # tags that a rewind is to set aside
+        self._seen: Choice | None = None  # what there was when a checkpoint was chosen
+        self._chosen: tuple[str, Description] | None = None
+        self._damaged: list[str] = []  # tags that were passed over
         self._rewinds: list[dict[str, int]] = []  # that were made on the way of this run
 
     def choose(self) -> tuple[str, Description] | None:
         """Return tag and description of the checkpoint to go on from: the newest good one, if any. Collective.
 
-        All ranks read a share of its files and compare their checksums. A damaged one is reported and set aside.
-        Where the run is told to go back, it has done so once `go_back` is called.
+        All ranks read a share of its files and compare their checksums. A damaged one is reported. Nothing is changed
+        until `begin`.
 
         Raises:
             UserError: it is of another run, or `checkpoint.resume` or `checkpoint.strict` forbid what was found.
         """
         settings = self.run.checkpoint
-        seen: Choice = world.gather(choice(self.folder, self.run) if self.place.rank == 0 else Choice([], []))[0]
-        tags, self._aside = seen.tags, seen.aside
-        if self._aside and not tags:
+        self._seen = world.gather(choice(self.folder, self.run) if self.place.rank == 0 else Choice([], []))[0]
+        tags, aside = self._seen.tags, self._seen.aside
+        if aside and not tags:
             raise UserError(
                 f"{self.folder}: no checkpoint at or before checkpoint.rewind_to = {settings.rewind_to}, the first is "
-                f"{self._aside[-1]}; go back to a later step, or move the folder away to start anew"
+                f"{aside[-1]}; go back to a later step, or move the folder away to start anew"
             )
         if tags and settings.resume == "never":
             raise UserError(
                 f"{self.folder}: holds checkpoints of an earlier run and checkpoint.resume = never; "
                 "choose another name, move the folder away, or set checkpoint.resume=auto"
             )
-        damaged: list[str] = []
+        self._chosen, self._damaged = None, []
         for tag in tags:
             found, problem = self._examine(tag)
             if problem is None:
                 assert found
                 # On every rank alike: all have read the same description.
                 store.check_resumable(os.path.join(self.folder, tag), found, resolved(self.run))
-                self._tidy(damaged, None if self._aside else tag)
                 self._rewinds = rewinds(self.run, found)
-                return tag, found
+                self._chosen = tag, found
+                return self._chosen
             if settings.strict:
                 raise UserError(f"{problem} (checkpoint.strict: without it the newest good one would be used)")
             logger.warning("DAMAGED CHECKPOINT: %s", problem)
-            damaged.append(tag)
-        if damaged:
+            self._damaged.append(tag)
+        if self._damaged:
             raise UserError(
-                f"{self.folder}: none of its {len(damaged)} checkpoints is good; copy them again, or move the folder "
-                f"away to start anew ({problem})"
+                f"{self.folder}: none of its {len(self._damaged)} checkpoints is good; copy them again, or move the "
+                f"folder away to start anew ({problem})"
             )
         if settings.resume == "must":
             raise UserError(f"{self.folder}: no checkpoint to resume from (checkpoint.resume = must); auto starts anew")
-        self._tidy([], None)
         self._rewinds = rewinds(self.run, None)
         return None
 
@@ -119,64 +123,58 @@ class Checkpoints:
             problem = str(error)
         return found, next((text for text in world.gather(problem) if text), None)
 
-    def _tidy(self, damaged: list[str], chosen: str | None) -> None:
-        """Set damaged checkpoints aside and remove what is left of saves that never ended. Collective."""
-        if self.place.rank == 0:
-            try:
-                for tag in damaged:
-                    logger.warning("%s is now %s", tag, store.set_aside(self.folder, tag))
-                if damaged and chosen:
-                    store.point_to(self.folder, chosen)
-                for name in store.clean(self.folder):
-                    logger.info("removed %s/%s, which was never finished", self.folder, name)
-            except OSError as error:
-                logger.warning("%s: cannot be tidied up (%s)", self.folder, error)
-        world.barrier()
+    def begin(self) -> None:
+        """End all earlier attempts, whose processes may still run; set aside what `choose` passed over. Collective.
 
-    def go_back(self, chosen: tuple[str, Description] | None) -> None:
-        """Set aside what is newer than the checkpoint that a rewind chose, if it did. Collective.
-
-        Call it when data and engine have accepted the checkpoint: until then `latest` names what it did.
+        Call it before the first save, when data and engine have accepted the checkpoint: until then a mistake in the
+        command costs nothing. A run that saves nothing leaves the folder as it is.
 
         Raises:
-            UserError: the folder cannot be written.
+            UserError: the folder cannot be written or is not one that all hosts see, or another attempt is using it.
         """
-        if chosen and self._aside:
-            world.together(lambda: self._go_back(chosen[0]) if self.place.rank == 0 else None)
+        if self.run.checkpoint.save:
+            world.together(lambda: self._begin() if self.place.rank == 0 else None)
+            world.together(self._find)
 
-    def _go_back(self, tag: str) -> None:
+    def _begin(self) -> None:
+        self._check_unchanged()
+        for name in self._attempt.begin():
+            logger.info("removed %s/%s, which was never finished", self.folder, name)
+        self._check_unchanged()  # by what an earlier attempt did just before its end; from now on it can do nothing
+        aside = self._seen.aside if self._seen else []
         try:
-            store.go_back(self.folder, tag, self._aside)
+            for tag in self._damaged:
+                logger.warning("%s is now %s", tag, self._attempt.set_aside_damaged(tag))
+            if self._damaged and self._chosen and not aside:
+                self._attempt.point_to(self._chosen[0])
+        except OSError as error:
+            logger.warning("%s: damaged checkpoints cannot be set aside (%s)", self.folder, error)
+        if self._chosen and aside:
+            self._go_back(self._chosen[0], aside)
+
+    def _check_unchanged(self) -> None:
+        """Check that the checkpoints are those that `choose` saw, if it was called."""
+        if self._seen is None:
+            return
+        unchanged = choice(self.folder, self.run) == self._seen
+        if self._chosen:
+            unchanged = unchanged and describe(os.path.join(self.folder, self._chosen[0])) == self._chosen[1]
+        if not unchanged:
+            raise UserError(
+                f"{self.folder}: another start of this run has changed its checkpoints while this one was starting; "
+                "let only one of them run, and start it again"
+            )
+
+    def _go_back(self, tag: str, aside: list[str]) -> None:
+        try:
+            self._attempt.go_back(tag, aside)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be set back to {tag} ({error}); make it writable") from None
-        logger.warning("REWOUND to %s: set aside as %s are %s", tag, store.REWOUND, ", ".join(self._aside))
+        logger.warning("REWOUND to %s: set aside as %s are %s", tag, store.REWOUND, ", ".join(aside))
 
-    def check_shared(self) -> None:
-        """Check that all hosts see one folder: ranks meet there, and read what others wrote. Collective.
-
-        Raises:
-            UserError: one does not, or the folder cannot be written.
-        """
-        probe = world.gather(os.path.join(self.folder, f".shared-{os.getpid()}"))[0]
-        own = os.path.join(self.folder, os.path.basename(probe))
-        try:
-            world.together(lambda: self._make(own) if self.place.rank == 0 else None)
-            world.together(lambda: self._find(own))
-        finally:
-            if self.place.rank == 0:
-                with suppress(OSError):
-                    os.unlink(own)
-
-    def _make(self, probe: str) -> None:
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-            open(probe, "w").close()
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror}); set output_dir to another") from None
-
-    def _find(self, probe: str) -> None:
+    def _find(self) -> None:
         deadline = time.monotonic() + SHARED_S
-        while not os.path.exists(probe):
+        while not os.path.exists(self._attempt.path):
             if time.monotonic() > deadline:
                 raise UserError(
                     f"{self.folder}: rank {self.place.rank} on host {socket.gethostname()} does not see what rank 0 "
@@ -247,7 +245,11 @@ class Checkpoints:
         return self._memory.take(files, self._located(engine))
 
     def settle(self) -> None:
-        """Wait for the save that is under way, if one is, and agree on whether it is there. Collective."""
+        """Wait for the save that is under way, if one is, and agree on whether it is there. Collective.
+
+        Raises:
+            UserError: it failed, and so would every other, because another start of the run has begun.
+        """
         if not self._writer.under_way:
             return
         errors = world.gather(_reason(self._writer.wait_written()))
@@ -258,6 +260,7 @@ class Checkpoints:
             failed = [(0, committed)]
         self._lost = f"rank {failed[0][0]}: {failed[0][1]}" if failed else ""
         if failed:
+            world.together(self._attempt.check)
             logger.warning(
                 "CHECKPOINT LOST: %s was not written (%s); the run goes on, and the next save will be tried",
                 os.path.join(self.folder, store.tag_of(self._step)),
@@ -295,6 +298,8 @@ class Checkpoints:
                 f"{self.folder}: the last checkpoint, {store.tag_of(self._step)}, could not be written ({self._lost}); "
                 f"make room and run the same command again: it goes on from {newest or 'the start'}"
             )
+        if self.place.rank == 0:
+            self._attempt.end()
 
     @contextmanager
     def drained(self) -> Iterator[None]:

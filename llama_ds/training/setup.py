@@ -51,13 +51,10 @@ def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, place: wor
 def load_state(run: RunConfig, engine: Engine, checkpoints: Checkpoints, chosen: Chosen) -> int:
     """Load the chosen checkpoint, or the weights that the run starts from; return the number of finished steps.
 
-    A run that was told to go back then sets newer checkpoints aside: data and engine have accepted the chosen one.
     Collective.
     """
     if chosen:
-        first = checkpoints.load(engine.deepspeed, *chosen)
-        checkpoints.go_back(chosen)
-        return first
+        return checkpoints.load(engine.deepspeed, *chosen)
     if run.checkpoint.start_from:
         checkpoints.start_from(engine.deepspeed, world.together(lambda: _weights_to_start_from(run)))
     return 0

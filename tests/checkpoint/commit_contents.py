@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llama_ds.checkpoint import store
+from llama_ds.checkpoint.attempt import Attempt, new_id
 from llama_ds.checkpoint.manifest import (
     KINDS,
     MASTER,
@@ -49,6 +53,7 @@ ONE = (Share(0, 0, 1),)
 THREE = (Share(0, 0, 2), Share(1, 0, 1), Share(0, 1, 2))
 
 
+@lru_cache(maxsize=4096)
 def elements(model: ModelConfig, key: Key, kind: str, life: int, step: int) -> Tensor:
     """Return a whole tensor as it is at a step: no element is the same at another step, or in another life.
 
@@ -108,7 +113,7 @@ class LiveRank:
 
     def _part(self, key: Key, kind: str, life: int, step: int) -> Tensor:
         whole, dim = elements(self.model, key, kind, life, step), sharded_dim(key[1])
-        return whole if dim is None else whole.chunk(self.tp, dim)[self.share.tp_rank].contiguous()
+        return whole.clone() if dim is None else whole.chunk(self.tp, dim)[self.share.tp_rank].contiguous()
 
 
 def description(model: ModelConfig, shares: Sequence[Share], life: int, step: int) -> Description:
@@ -124,12 +129,19 @@ class Rank:
     """One rank of a run: what it holds, and its writer."""
 
     def __init__(
-        self, folder: str, rank: int, model: ModelConfig, shares: Sequence[Share], tokenizer: str, keep: store.Retention
+        self,
+        attempt: Attempt,
+        rank: int,
+        model: ModelConfig,
+        shares: Sequence[Share],
+        tokenizer: str,
+        keep: store.Retention,
     ) -> None:
+        self.attempt = attempt
         self.model, self.shares = model, shares
         self.live = LiveRank(model, shares[rank], 1 + max(share.tp_rank for share in shares))
         self.memory = HostMemory()
-        self.writer = Writer(folder, rank, len(shares), tokenizer, keep)
+        self.writer = Writer(attempt, rank, len(shares), tokenizer, keep)
 
     def start(self, life: int, step: int) -> None:
         """Begin to save a step, and go on: by the time that it is written, the live tensors are others."""
@@ -147,8 +159,22 @@ def ranks(
     keep: store.Retention = store.Retention(),  # noqa: B008 (frozen)
     model: ModelConfig = SMALL,
 ) -> list[Rank]:
-    """Return the ranks of a run that all live in this process."""
-    return [Rank(folder, rank, model, shares, tokenizer, keep) for rank in range(len(shares))]
+    """Begin an attempt of a run whose ranks all live in this process; return them."""
+    attempt = begin(folder)
+    return [Rank(attempt, rank, model, shares, tokenizer, keep) for rank in range(len(shares))]
+
+
+def begin(folder: str) -> Attempt:
+    """Begin an attempt, as rank 0 does."""
+    attempt = Attempt(folder, new_id())
+    attempt.begin()
+    return attempt
+
+
+def names(attempt: Attempt) -> set[str]:
+    """Return what is in the folder of checkpoints beside the folder of the attempt, which must be empty."""
+    assert os.listdir(attempt.path) == []
+    return set(os.listdir(attempt.folder)) - {os.path.basename(attempt.path)}
 
 
 def settle(run: Sequence[Rank]) -> tuple[list[Exception | None], list[Exception | None]]:
@@ -164,9 +190,23 @@ def save(run: Sequence[Rank], life: int, step: int) -> None:
     assert settle(run) == ([None] * len(run), [None] * len(run))
 
 
+checked: dict[Any, tuple[int, int]] = {}  # checkpoints, by all that tells their files from others
+
+
 def check_checkpoint(folder: str, tag: str, shares: Sequence[Share] = THREE) -> tuple[int, int]:
-    """Check a checkpoint to its last element; return the (life, step) that it is of."""
+    """Check a checkpoint to its last element; return the (life, step) that it is of.
+
+    One whose files were checked before, and have not been written to since, is known.
+    """
     place = os.path.join(folder, tag)
+    states = sorted((entry.name, entry.stat()) for entry in os.scandir(place)) if os.path.isdir(place) else []
+    files = (tag, tuple(shares), *((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in states))
+    if files not in checked:
+        checked[files] = _check(place, tag, shares)
+    return checked[files]
+
+
+def _check(place: str, tag: str, shares: Sequence[Share]) -> tuple[int, int]:
     found = describe(place)
     check_present(place, found)
     verify(place, found, found.files)
@@ -189,3 +229,8 @@ def check_checkpoint(folder: str, tag: str, shares: Sequence[Share] = THREE) -> 
 def check_folder(folder: str, shares: Sequence[Share] = THREE) -> list[tuple[int, int]]:
     """Check all checkpoints that could be loaded; return the (life, step) of each, the one to load first."""
     return [check_checkpoint(folder, tag, shares) for tag in store.candidates(folder)]
+
+
+def linked(base: Path, folder: Path) -> Path:
+    """Return a copy of a folder with the same files: no save changes one, so that each need be checked only once."""
+    return shutil.copytree(base, folder, copy_function=os.link)

@@ -19,6 +19,16 @@ OPERATIONS = {"open": "open", "os.mkdir": "mkdir", "os.rename": "rename", "os.re
 # Where that stands in an event's arguments: path, its folder's descriptor (None: it has none).
 ARGUMENTS = {"open": (0, None), "os.mkdir": (0, 2), "os.rename": (0, 2), "os.remove": (0, 1), "os.rmdir": (0, 1)}
 
+
+def without_writes(points: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Return the points that are no writes, and those that are by the file to which they write."""
+    writes: dict[str, list[str]] = {}
+    for point in points:
+        if point.startswith("write"):
+            writes.setdefault(point.split()[1], []).append(point)
+    return [point for point in points if not point.startswith("write")], list(writes.values())
+
+
 Log = Callable[[str, int], None]  # of a point and when it was, in ns of the system's monotonic clock
 
 

@@ -5,6 +5,7 @@ Answers each with a line of JSON (an Outcome). It has torch in memory and one th
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ from commit_contents import LARGE, SMALL, THREE, Rank, ranks, save
 from commit_points import Points
 
 from llama_ds.checkpoint import store
+from llama_ds.checkpoint.attempt import Attempt
 from llama_ds.checkpoint.manifest import DESCRIPTION
 
 PATIENCE_S = 120.0  # then a trial counts as hung
@@ -45,6 +47,11 @@ class Trial:
     leave: bool = False  # the others until they can do no more; else they die as soon as it is dead
     kill_after_s: float | None = None  # all ranks, counted from the first commit
 
+    @property
+    def attempt(self) -> Attempt:
+        """The run's attempt. Its id says which life it is, so that points have the same names each time."""
+        return Attempt(self.folder, f"{self.life:016x}")
+
 
 @dataclass
 class Outcome:
@@ -59,6 +66,8 @@ class Outcome:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save(ranks(folder), 1, 1)  # what torch imports only when it saves is in memory, too
+    gc.collect()
+    gc.freeze()  # a collection in a forked rank would copy the pages of all objects
     for line in sys.stdin:
         outcome = perform(Trial(**json.loads(line)))
         print(json.dumps(asdict(outcome)), flush=True)
@@ -67,6 +76,7 @@ def main() -> None:
 def perform(trial: Trial) -> Outcome:
     """Run a trial to its end."""
     outcome = Outcome(ends=[0] * len(THREE))
+    trial.attempt.begin()
     together = multiprocessing.get_context("fork").Barrier(len(THREE))
     living: dict[int, int] = {}  # process ids
     at_rest: set[int] = set()  # ranks that have written the last step, and 0 only when it is committed if it will be
@@ -99,6 +109,8 @@ def perform(trial: Trial) -> Outcome:
                 deadline, begun = time.monotonic() + trial.kill_after_s, True
             if trial.leave and trial.victim not in living and at_rest >= awaited(trial, set(living)):
                 kill(living)
+    if not any(outcome.ends):
+        trial.attempt.end()
     return outcome
 
 
@@ -116,7 +128,7 @@ def hear(outcome: Outcome, at_rest: set[int], rank: int, news: list[Any], last: 
 def awaited(trial: Trial, living: set[int]) -> set[int]:
     """Return what is to be heard of before the ranks that are left can do no more."""
     tag = os.path.join(trial.folder, store.tag_of(trial.steps[-1]))
-    unfinished = os.path.join(trial.folder, store.partial_of(trial.steps[-1]))
+    unfinished = trial.attempt.partial(trial.steps[-1])
     record = os.path.join(unfinished, f"rank_{trial.victim:05d}.json")
     # In the order in which they come into being: rank 0 may be at work just now.
     complete = any(os.path.exists(p) for p in (record, os.path.join(unfinished, DESCRIPTION)))
@@ -149,7 +161,7 @@ def run_rank(trial: Trial, rank: int, together: Any, pipe: int) -> None:
 def save_steps(trial: Trial, rank: int, together: Any, say: Callable[..., None]) -> None:
     """Save all steps, in step with the other ranks."""
     keep = store.Retention(*trial.keep)
-    run = Rank(trial.folder, rank, LARGE if trial.large else SMALL, THREE, trial.tokenizer, keep)
+    run = Rank(trial.attempt, rank, LARGE if trial.large else SMALL, THREE, trial.tokenizer, keep)
     for step in trial.steps:
         if step == trial.steps[-1] and (trial.watch or trial.victim == rank):
             log = partial(say, "point") if trial.watch else None

@@ -13,7 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commit_contents import ONE, SMALL, THREE, Rank, Share, check_checkpoint, check_folder, ranks, save, settle
+from commit_contents import (
+    ONE,
+    SMALL,
+    THREE,
+    Rank,
+    Share,
+    begin,
+    check_checkpoint,
+    check_folder,
+    names,
+    ranks,
+    save,
+    settle,
+)
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.manifest import describe
@@ -54,14 +67,14 @@ def test_what_is_old_goes(folder: str, keep: Retention, kept: dict[int, list[int
         assert store.newest(folder) == store.tag_of(step)
         if step in kept:
             assert sorted(store.tags(folder)) == [store.tag_of(s) for s in kept[step]]
-            assert set(os.listdir(folder)) == {store.LATEST, *store.tags(folder)}
+            assert names(run[0].attempt) == {store.LATEST, *store.tags(folder)}
     assert [s for _, s in check_folder(folder, ONE)] == kept[7][::-1]
 
 
 def test_the_newest_stays_though_others_have_higher_numbers(folder: str) -> None:
     """A run told to go back would save, and remove what it has just saved."""
     save_all(ranks(folder, ONE), 1, range(1, 7))
-    store.point_to(folder, store.tag_of(2))
+    begin(folder).point_to(store.tag_of(2))
     save(ranks(folder, ONE, keep=Retention(last=1)), 2, 3)
     assert check_folder(folder, ONE) == [(2, 3)]
 
@@ -80,12 +93,12 @@ def test_a_checkpoint_of_the_same_step_is_replaced(folder: str) -> None:
     """A run that went back would fail at the step where it was before, or mix two checkpoints in one folder."""
     save_all(ranks(folder), 1, range(1, 4))
     Path(folder, store.tag_of(3), "old").touch()
-    store.point_to(folder, store.tag_of(2))
+    begin(folder).point_to(store.tag_of(2))
     run = ranks(folder)
     for life in (2, 3):
         save(run, life, 3)
         assert check_folder(folder) == [(life, 3), (1, 2), (1, 1)]
-    assert set(os.listdir(folder)) == {store.LATEST, *store.tags(folder)}
+    assert names(run[0].attempt) == {store.LATEST, *store.tags(folder)}
 
 
 def test_every_checkpoint_has_its_tokenizer(folder: str, tmp_path: Path) -> None:
@@ -103,19 +116,19 @@ def test_every_checkpoint_has_its_tokenizer(folder: str, tmp_path: Path) -> None
         rank.start(1, 2)
     written, outcomes = settle(run)
     assert written == [None] * 3 and isinstance(outcomes[0], FileNotFoundError) and outcomes[1:] == [None] * 2
-    assert content(folder) == before and os.listdir(folder).count(store.partial_of(2)) == 0
+    assert content(folder) == before and names(run[0].attempt) == {store.LATEST, store.tag_of(1)}
 
 
 @contextmanager
-def mounted(place: Path) -> Iterator[None]:
-    """Put a file system of 1 MB at a folder."""
+def mounted(place: Path, moved_to: Path | None = None) -> Iterator[None]:
+    """Put a file system of 1 MB at a folder, which may be moved together with one that it is in."""
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "llama_ds-test", str(place)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small file system is mounted only by root")
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(moved_to or place)], check=True)
 
 
 @pytest.fixture
@@ -148,7 +161,7 @@ def test_a_full_disk_costs_one_save(small_disk: Path) -> None:
         failures[tuple(map(number_of, written))] += 1
         assert any(written) or number_of(outcomes[0]) == errno.ENOSPC
         assert {error and number_of(error) for error in written} <= {None, errno.ENOSPC}
-        assert content(folder) == before and os.listdir(folder).count(store.partial_of(step)) == 0
+        assert content(folder) == before and names(run[0].attempt) == {store.LATEST, store.tag_of(1)}
         assert check_folder(folder) == [(1, 1)]
     assert check_folder(folder) == [(1, step), (1, 1)]
     assert failures[None, None, None] > 1  # room for the files, and none for description and index
@@ -184,7 +197,7 @@ def test_one_rank_that_cannot_write_costs_one_save(folder: str, failing: int, fi
     assert [number_of(error) for error in written] == [errno.EFBIG if rank == failing else None for rank in range(3)]
     assert outcomes[failing] is written[failing]
     assert failing == 0 or isinstance(outcomes[0], Abandoned)
-    assert content(folder) == before and set(os.listdir(folder)) == {store.LATEST, store.tag_of(1)}
+    assert content(folder) == before and names(run[0].attempt) == {store.LATEST, store.tag_of(1)}
     save(run, 1, 3)
     assert check_folder(folder, shares) == [(1, 3), (1, 1)]
 
@@ -226,7 +239,7 @@ def test_an_abandoned_save_leaves_nothing_and_the_next_one_works(folder: str, ho
         assert rank.writer.wait_written() is None
     assert isinstance(run[0].writer.wait_committed(**how), Abandoned)  # type: ignore[arg-type]
     assert run[1].writer.wait_committed(**how) is None  # type: ignore[arg-type]
-    assert set(os.listdir(folder)) == {store.LATEST, store.tag_of(1)}
+    assert names(run[0].attempt) == {store.LATEST, store.tag_of(1)}
     save(run, 1, 2)
     assert check_folder(folder) == [(1, 2), (1, 1)]
 
@@ -235,7 +248,7 @@ def test_what_rank_0_cannot_name_newest_is_not_loaded(folder: str) -> None:
     """A run that was told its save was lost would go on from it after all, with steps that it has taken twice."""
     run = ranks(folder)
     save(run, 1, 1)
-    blocker = Path(folder, store.LATEST + ".tmp")
+    blocker = Path(run[0].attempt.path, store.LATEST)
     blocker.mkdir()
     for rank in run:
         rank.start(1, 2)

@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from commit_contents import LARGE, SMALL, THREE, check_checkpoint, check_folder, ranks, save
+from commit_contents import LARGE, SMALL, THREE, check_checkpoint, check_folder, linked, names, ranks, save
+from commit_points import without_writes
 from commit_worker import Outcome, Trial
 
 from llama_ds.checkpoint import store
@@ -25,16 +26,17 @@ REPO = Path(__file__).resolve().parents[2]
 RANKS = (0, 1, 2)
 KILLED = -9
 # Some of the points that must be among those found: the protocol's own, as it is written down.
-PARTIAL, DURABLY = "step_00000004.partial", ("open", "fsync", "rename")
+FIRST, OWN = "attempt_0000000000000001", "attempt_0000000000000002"  # of lives 1 and 2
+PARTIAL, DURABLY = f"{OWN}/step_00000004", ("open", "fsync", "rename")
 SMALL_FILES = ("rank_00000", "rank_00001", "rank_00002", "index", "llama_ds")
 PROTOCOL = {
     *(f"{how} {PARTIAL}/mp_rank_0{part}_model_states.pt" for how in ("open", "write", "fsync") for part in (0, 1)),
     *(f"{how} {PARTIAL}/{name}.json.tmp" for how in DURABLY for name in SMALL_FILES),
-    *(f"{how} latest.tmp" for how in DURABLY),
+    *(f"{how} {OWN}/latest" for how in DURABLY),
     *("rename step_00000004", f"rename {PARTIAL}", "fsync .", "fsync . #2"),
-    *("rename step_00000002", "rmdir step_00000002.removed", "rmdir step_00000004.replaced"),
+    *("rename step_00000002", f"rmdir {OWN}/step_00000002.removed", f"rmdir {OWN}/step_00000004.replaced"),
 }
-PUBLISHING = (f"rename {PARTIAL}", "open latest.tmp", "rename latest.tmp")
+PUBLISHING = (f"rename {PARTIAL}", f"open {OWN}/latest", f"rename {OWN}/latest")
 RANDOM_KILLS = 20
 Perform = Callable[[Trial], Outcome]
 Save = tuple[int, int]  # life, step
@@ -91,7 +93,7 @@ def went_back(perform: Perform, three: Path, tokenizer: str, place: Path) -> Pat
     """Return a folder of a run that has saved step 4 and then was told to go on from step 3."""
     folder = shutil.copytree(three, place / "went_back")
     assert perform(Trial(str(folder), 1, [4], tokenizer)).committed == [4]
-    store.point_to(str(folder), store.tag_of(3))
+    (folder / store.LATEST).write_text(store.tag_of(3))  # as a user does
     assert check_folder(str(folder)) == [(1, 3), (1, 4), (1, 2), (1, 1)]
     return folder
 
@@ -99,12 +101,8 @@ def went_back(perform: Perform, three: Path, tokenizer: str, place: Path) -> Pat
 def points_of(outcome: Outcome, rank: int) -> list[str]:
     """Return the points at which to kill a rank: all that it does, of a file's writes the first, one amid, the last."""
     seen = [point for _, of, point in sorted(outcome.points) if of == rank and not point.startswith("synced")]
-    writes: dict[str, list[str]] = {}
-    for point in seen:
-        if point.startswith("write"):
-            writes.setdefault(point.split()[1], []).append(point)
-    chosen = [point for point in seen if not point.startswith("write")]
-    for points in writes.values():
+    chosen, writes = without_writes(seen)
+    for points in writes:
         torn = "torn" + points[len(points) // 2].removeprefix("write")
         chosen += dict.fromkeys((points[0], torn, points[-1]))
     return chosen
@@ -113,7 +111,7 @@ def points_of(outcome: Outcome, rank: int) -> list[str]:
 def kill_and_restart(perform: Perform, trial: Trial, before: Save | None) -> set[str]:
     """Perform a trial in which all die; check what it left, start the run anew as training does, and see it save.
 
-    `before`: what would have been loaded without the trial. Returns the suffixes of what was left behind.
+    `before`: what would have been loaded without the trial. Returns what was left behind in the attempt's folder.
     """
     folder, tags = trial.folder, store.tags(trial.folder)
     outcome = perform(trial)
@@ -126,17 +124,17 @@ def kill_and_restart(perform: Perform, trial: Trial, before: Save | None) -> set
     if not trial.keep[0]:
         assert {*tags, *map(store.tag_of, outcome.committed)} <= set(store.tags(folder))
 
-    candidates, names = store.candidates(folder), os.listdir(folder)
-    store.clean(folder)
-    assert [name for name in os.listdir(folder) if not re.fullmatch(r"step_\d+|latest(\.tmp)?", name)] == []
-    assert store.candidates(folder) == candidates
+    candidates, left = store.candidates(folder), os.listdir(trial.attempt.path)
     life, step = trial.life + 1, first[1] + 1 if first else 1
     model = LARGE if trial.large else SMALL
-    save(ranks(folder, THREE, trial.tokenizer, store.Retention(last=2), model), life, step)
+    run = ranks(folder, THREE, trial.tokenizer, store.Retention(last=2), model)
+    assert {name for name in names(run[0].attempt) if not re.fullmatch(r"step_\d+", name)} <= {store.LATEST}
+    assert store.candidates(folder) == candidates
+    save(run, life, step)
     assert store.candidates(folder)[0] == store.tag_of(step)
     assert check_checkpoint(folder, store.tag_of(step)) == (life, step)
-    assert len(store.tags(folder)) <= 2 and set(os.listdir(folder)) == {store.LATEST, *store.tags(folder)}
-    return {"." + name.partition(".")[2] for name in names if "." in name}
+    assert len(store.tags(folder)) <= 2 and names(run[0].attempt) == {store.LATEST, *store.tags(folder)}
+    return {name.partition(".")[2] or "partial" for name in left}
 
 
 def test_a_kill_at_any_point_of_a_save_loses_nothing(
@@ -150,13 +148,13 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(
     kills: Counter[str] = Counter()
     known: set[str] = set()
     for base, keep in ((three, (0, 0)), (went_back, (2, 0))):
-        folder = shutil.copytree(base, place / "counted")
+        folder = linked(base, place / "counted")
         outcome = perform(Trial(str(folder), 2, [4], tokenizer, keep, watch=True))
         assert outcome.committed == [4] and check_folder(str(folder))[0] == (2, 4)
         shutil.rmtree(folder)
         points = [(rank, point) for rank in RANKS for point in points_of(outcome, rank)]
         for number, (rank, point) in enumerate([x for x in points if x[1] not in known or x[1] in PUBLISHING]):
-            folder = shutil.copytree(base, place / "killed")
+            folder = linked(base, place / "killed")
             leave = number % 2 == 0
             trial = Trial(str(folder), 2, [4], tokenizer, keep, victim=rank, point=point, leave=leave)
             try:
@@ -172,7 +170,8 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(
 
 
 @pytest.mark.parametrize(
-    "point", ["rename step_00000001.partial/rank_00000.json.tmp", "rename step_00000001.partial", "rename latest.tmp"]
+    "point",
+    [f"rename {FIRST}/step_00000001/rank_00000.json.tmp", f"rename {FIRST}/step_00000001", f"rename {FIRST}/latest"],
 )
 def test_a_kill_in_the_first_save_leaves_a_run_that_starts(
     perform: Perform, tokenizer: str, place: Path, point: str
@@ -195,7 +194,7 @@ def test_kills_at_random_times_lose_nothing(perform: Perform, tokenizer: str, pl
         trial = Trial(str(folder), 1, steps, tokenizer, (2, 3), large=True, kill_after_s=after_s)
         left.update(kill_and_restart(perform, trial, None) or {"nothing"})
         shutil.rmtree(folder)
-    assert left[".partial"] > 0
+    assert left["partial"] > 0
     print(f"\n{RANDOM_KILLS} kills at random times left {dict(left)}")
 
 
@@ -206,15 +205,15 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(
 
     Each rank must have synced all that it did before it says so: in its record, the description, by tag and `latest`.
     """
-    folder = shutil.copytree(three, place / "c")
-    outcome = perform(Trial(str(folder), 2, [4], tokenizer, watch=True))
+    saved = linked(three, place / "c")
+    outcome = perform(Trial(str(saved), 2, [4], tokenizer, watch=True))
     unsynced: set[tuple[int, str]] = set()  # a rank, and a file or folder that it has changed in memory only so far
     said = []
     for _, rank, point in sorted(outcome.points):
         operation, path, *again = point.split()
         name, parent = os.path.basename(path), os.path.dirname(path) or "."
         own = {p for r, p in unsynced if r == rank}
-        if operation == "write" or (operation == "open" and name.endswith(".tmp")):
+        if operation == "write" or (operation == "open" and name.endswith((".tmp", "latest"))):
             unsynced.add((rank, path))
         elif operation == "open" and name.endswith((".pt", ".model")) and not again:
             unsynced |= {(rank, path), (rank, parent)}
@@ -222,9 +221,11 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(
             unsynced.discard((rank, path))
         elif operation == "rename":
             assert own == set() or (name == "index.json.tmp" and own <= {parent}), f"{point}: before {own} are synced"
-            unsynced.add((rank, parent))
+            changed = {"step_00000004": [parent, "."], "latest": ["."]}.get(name, [parent])
+            if not name.startswith("rank_"):  # a record is removed before the checkpoint counts
+                unsynced |= {(rank, folder) for folder in changed}
             said.append(name)
     assert unsynced == set()
     records = [f"rank_{rank:05d}.json.tmp" for rank in RANKS]
     assert sorted(said[:3]) == records
-    assert said[3:] == ["index.json.tmp", "llama_ds.json.tmp", "step_00000004.partial", "latest.tmp"]
+    assert said[3:] == ["index.json.tmp", "llama_ds.json.tmp", "step_00000004", "latest"]

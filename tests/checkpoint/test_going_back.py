@@ -8,13 +8,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from commit_contents import ONE, check_checkpoint, check_folder, ranks, save
+from commit_contents import ONE, begin, check_checkpoint, check_folder, names, ranks, save
+from commit_holds import note
 from commit_points import Points
 from test_tags import make
 
 from llama_ds.checkpoint import store
+from llama_ds.checkpoint.attempt import Attempt, new_id
 from llama_ds.checkpoint.store import Retention
 
+FIXED = 16 * "0"  # an attempt's id, so that points have the same names each time
 OLD, NEW = 1, 2  # lives: before and after going back
 TO = store.tag_of(4)
 NEWER = [store.tag_of(8), store.tag_of(6)]
@@ -30,37 +33,38 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def go_back(folder: str, tag: str, newer: list[str], fatal: str | None, log: Path) -> int:
+def go_back(attempt: Attempt, tag: str, newer: list[str], fatal: str | None, log: Path) -> int:
     """Go back in a process that dies at a point; return how it ended."""
     child = os.fork()
     if not child:
         status = 1
         try:
             seen = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-            Points(folder, lambda point, _: note(seen, point), fatal)
-            store.go_back(folder, tag, newer)
+            Points(attempt.folder, lambda point, _: note(seen, point), fatal)
+            attempt.go_back(tag, newer)
             status = 0
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def note(file: int, point: str) -> None:
-    os.writev(file, [point.encode() + b"\n"])  # os.write is watched
-
-
 def test_a_kill_at_any_point_leaves_one_or_the_other(eight: Path, tmp_path: Path) -> None:
     """A run would go on from the middle of nowhere: without a newest checkpoint, or from one that it was to leave."""
     log = tmp_path / "points"
     counted = shutil.copytree(eight, tmp_path / "counted")
-    assert go_back(str(counted), TO, NEWER, None, log) == 0
+    first = Attempt(str(counted), FIXED)
+    first.begin()
+    assert go_back(first, TO, NEWER, None, log) == 0
     points = [point for point in log.read_text().splitlines() if not point.startswith("synced")]
-    renames = ["rename latest.tmp", *(f"rename {tag}" for tag in NEWER)]
+    own = os.path.basename(first.path)
+    renames = [f"rename {own}/latest", *(f"rename {x}" for tag in NEWER for x in (tag, f"{own}/{tag}.rewound"))]
     assert [p for p in points if p.startswith("rename")] == renames and points[-1].startswith("fsync .")
     meant = []
     for point in [*points, *(p.replace("write", "torn") for p in points if p.startswith("write"))]:
         folder = shutil.copytree(eight, tmp_path / "killed")
-        assert go_back(str(folder), TO, NEWER, point, log) == -signal.SIGKILL, point
+        killed = Attempt(str(folder), FIXED)
+        killed.begin()
+        assert go_back(killed, TO, NEWER, point, log) == -signal.SIGKILL, point
         newest = store.newest(str(folder))
         whole = check_folder(str(folder), ONE)
         assert newest in (NEWER[0], TO) and whole[0] == (OLD, store.step_of(newest))
@@ -69,9 +73,9 @@ def test_a_kill_at_any_point_leaves_one_or_the_other(eight: Path, tmp_path: Path
         meant.append(newest)
         # The same command once more ends where the first would have.
         left = [tag for tag in store.tags(str(folder)) if tag > TO]
-        store.clean(str(folder))
-        store.go_back(str(folder), TO, left)
-        assert sorted(os.listdir(folder)) == sorted(os.listdir(counted))
+        again = begin(str(folder))
+        again.go_back(TO, left)
+        assert names(again) == names(first)
         assert check_folder(str(folder), ONE) == [(OLD, 4), (OLD, 2)]
         shutil.rmtree(folder)
     assert NEWER[0] in meant and TO in meant
@@ -80,9 +84,11 @@ def test_a_kill_at_any_point_leaves_one_or_the_other(eight: Path, tmp_path: Path
 def test_what_was_set_aside_is_whole_and_no_candidate(eight: Path, tmp_path: Path) -> None:
     """Somebody may want to look into the spike, or to take the step back."""
     folder = str(shutil.copytree(eight, tmp_path / "c"))
-    store.go_back(folder, TO, NEWER)
+    attempt = begin(folder)
+    attempt.go_back(TO, NEWER)
     assert store.candidates(folder) == [TO, store.tag_of(2)] and store.newest(folder) == TO
-    assert store.clean(folder) == []
+    attempt.end()
+    assert Attempt(folder, new_id()).begin() == []
     for tag in NEWER:
         os.rename(os.path.join(folder, tag + store.REWOUND), os.path.join(folder, tag))
         assert check_checkpoint(folder, tag, ONE) == (OLD, store.step_of(tag))
@@ -91,21 +97,21 @@ def test_what_was_set_aside_is_whole_and_no_candidate(eight: Path, tmp_path: Pat
 def test_what_was_set_aside_goes_when_the_run_is_past_it(eight: Path, tmp_path: Path) -> None:
     """A disk would fill with what nobody goes on from; or what led to the spike be gone before the run is past it."""
     folder = str(shutil.copytree(eight, tmp_path / "c"))
-    store.go_back(folder, TO, NEWER)
+    begin(folder).go_back(TO, NEWER)
     run = ranks(folder, ONE, keep=Retention(last=2))
     rewound = {6: [6, 8], 7: [8], 8: [8], 9: []}
     for step, left in rewound.items():
         save(run, NEW, step)
-        names = sorted(name for name in os.listdir(folder) if name.endswith(store.REWOUND))
-        assert names == [store.tag_of(old) + store.REWOUND for old in left]
+        aside = sorted(name for name in os.listdir(folder) if name.endswith(store.REWOUND))
+        assert aside == [store.tag_of(old) + store.REWOUND for old in left]
         assert store.candidates(folder)[0] == store.tag_of(step)
         assert check_checkpoint(folder, store.tag_of(step), ONE) == (NEW, step)
-    assert sorted(os.listdir(folder)) == sorted([store.LATEST, store.tag_of(8), store.tag_of(9)])
+    assert names(run[0].attempt) == {store.LATEST, store.tag_of(8), store.tag_of(9)}
 
 
 def test_a_run_that_keeps_all_keeps_them_too(eight: Path, tmp_path: Path) -> None:
     folder = str(shutil.copytree(eight, tmp_path / "c"))
-    store.go_back(folder, TO, NEWER)
+    begin(folder).go_back(TO, NEWER)
     save(ranks(folder, ONE), NEW, 9)
     assert {tag + store.REWOUND for tag in NEWER} <= set(os.listdir(folder))
 
@@ -113,13 +119,13 @@ def test_a_run_that_keeps_all_keeps_them_too(eight: Path, tmp_path: Path) -> Non
 def test_going_back_twice_keeps_both(tmp_path: Path) -> None:
     """The second spike's checkpoint must not hide the first's; and only folders of ours are removed."""
     folder = make(tmp_path, *map(store.tag_of, (4, 8)), "step_00000006.rewound.mine", "old.rewound")
-    store.go_back(folder, TO, NEWER[:1])
+    attempt = begin(folder)
+    attempt.go_back(TO, NEWER[:1])
     make(tmp_path, store.tag_of(8))
-    store.go_back(folder, TO, NEWER[:1])
+    attempt.go_back(TO, NEWER[:1])
     twice = [NEWER[0] + ".rewound", NEWER[0] + ".rewound-2"]
     assert set(twice) <= set(os.listdir(folder)) and store.tags(folder) == [TO]
     make(tmp_path, store.tag_of(9))
-    store.point_to(folder, store.tag_of(9))
-    store.remove_old(folder, Retention(last=1))
-    foreign = ["old.rewound", "step_00000006.rewound.mine"]
-    assert sorted(os.listdir(folder)) == sorted([store.LATEST, store.tag_of(9), *foreign])
+    attempt.point_to(store.tag_of(9))
+    attempt.remove_old(Retention(last=1))
+    assert names(attempt) == {store.LATEST, store.tag_of(9), "old.rewound", "step_00000006.rewound.mine"}

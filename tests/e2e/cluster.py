@@ -91,7 +91,7 @@ class Job:
     def saves(self) -> bool:
         """Whether a checkpoint is being written, or was when it was cut short."""
         folder = self.run.checkpoints
-        return folder.exists() and any(path.name.endswith(".partial") for path in folder.iterdir())
+        return any(folder.glob("attempt_*/step_*"))
 
     def wait_for_attempt(self, number: int) -> None:
         """Wait until all ranks of an attempt have joined and steps are taken."""

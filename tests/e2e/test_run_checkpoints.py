@@ -79,7 +79,7 @@ def test_signals_and_the_time_limit_save_and_the_run_goes_on(make_run: Callable[
     interrupt(this, signal.SIGTERM, second_end + 2, lambda p: ranks_of(p)[0].parent())
     third_end = int(this.newest.name[5:])
     assert second_end < third_end < LONG
-    assert not list(this.checkpoints.glob("*.partial"))
+    assert not list(this.checkpoints.glob("attempt_*"))
 
     succeed(forked(2, TRAIN, this.file), this.log)
     assert this.losses == whole.losses

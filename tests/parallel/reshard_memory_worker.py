@@ -44,6 +44,7 @@ def main() -> None:
         if action == "save":
             for fragment in fragments(engine.deepspeed):
                 fragment.tensors["exp_avg"].fill_(fragment.start + 1)
+            checkpoints.begin()
             checkpoints.save(engine.deepspeed, 3, {})
             checkpoints.close()
             return

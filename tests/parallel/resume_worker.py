@@ -55,6 +55,7 @@ def take_turn(case: Case, folder: Path, first: int, steps: int, place: world.Pla
     if chosen:
         assert checkpoints.load(engine.deepspeed, *chosen) == first
         check_loaded(engine.deepspeed, Path(checkpoints.folder) / chosen[0], chosen[1], case)
+    checkpoints.begin()
     batches = micro_batches(case, engine.dp_rank, first)
     random = torch.get_rng_state()
     history = [

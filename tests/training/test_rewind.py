@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from llama_ds.checkpoint import store
+from llama_ds.checkpoint.attempt import Attempt, new_id
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description, _canonical, _checksum_of, describe
 from llama_ds.config.schema import (
     CheckpointConfig,
@@ -46,7 +47,13 @@ def write(folder: Path, step: int, made: list[dict[str, int]], skipped: Skipped 
     content["checksum"] = _checksum_of(_canonical(content))
     (folder / store.tag_of(step)).mkdir()
     (folder / store.tag_of(step) / DESCRIPTION).write_text(json.dumps(content))
-    store.point_to(str(folder), store.tag_of(step))
+    (folder / store.LATEST).write_text(store.tag_of(step))
+
+
+def begin(folder: Path) -> Attempt:
+    attempt = Attempt(str(folder), new_id())
+    attempt.begin()
+    return attempt
 
 
 def seen(folder: Path, run: RunConfig) -> tuple[list[int], list[int]]:
@@ -58,7 +65,7 @@ def go_back(folder: Path, run: RunConfig) -> list[dict[str, int]]:
     """Do what a run does that starts; return the rewinds that it saves."""
     found = choice(str(folder), run)
     if found.aside:
-        store.go_back(str(folder), found.tags[0], found.aside)
+        begin(folder).go_back(found.tags[0], found.aside)
     return rewinds(run, describe(str(folder / found.tags[0])))
 
 
@@ -132,7 +139,7 @@ def test_a_second_rewind_remembers_the_first(folder: Path) -> None:
 
 def test_a_rewind_that_was_cut_short_is_finished(folder: Path) -> None:
     """`latest` was moved, one of two was set aside; and then somebody went on without the override."""
-    store.go_back(str(folder), store.tag_of(4), [store.tag_of(8)])
+    begin(folder).go_back(store.tag_of(4), [store.tag_of(8)])
     assert seen(folder, run_of(4)) == ([4, 2], [6])
     write(folder, 8, [])
     assert seen(folder, run_of(4)) == ([4, 2], [8, 6])
@@ -145,7 +152,7 @@ def test_what_others_left_is_set_aside_beside_what_is_beyond(folder: Path) -> No
 
 def test_latest_is_heard_among_the_earlier_ones(folder: Path) -> None:
     """A run set back by hand would go on from what it had left."""
-    store.point_to(str(folder), store.tag_of(2))
+    (folder / store.LATEST).write_text(store.tag_of(2))
     assert seen(folder, run_of(4)) == ([2, 4], [8, 6])
 
 

@@ -78,6 +78,7 @@ class Bench:
         run, layout, engine = self._engine(self.settings.overrides)
         _train(engine, run, layout)
         checkpoints = Checkpoints(run, layout, "fp32" if not run.deepspeed["bf16"]["enabled"] else "bf16", self.place)
+        checkpoints.begin()
         self._save(checkpoints, engine)  # the first one finds its memory
         checkpoints.settle()
         saving, steps = self._saving(checkpoints, engine, run, layout)
