@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama_ds.checkpoint.manifest import MASTER, TOKENIZER, WEIGHT, describe, read_tensors
 from llama_ds.checkpoint.names import Key, weight_shapes
-from llama_ds.config.schema import ModelConfig
+from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that people use
@@ -44,6 +44,7 @@ class ModelFiles:
     dtype: str  # of DTYPES: what it computed in, and a conversion's default
     tensors: Mapping[Key, Readable]  # exactly `names.weight_shapes(model)`, in the rotary layout of this project
     tokenizer: str | None  # path of its sentencepiece model, if it has one
+    initializer_range: float = TrainingConfig.initializer_range  # standard deviation of its initial weights
 
     def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the whole weights of one layer by local name."""
@@ -79,6 +80,7 @@ def open_checkpoint(folder: str) -> ModelFiles:
         dtype=description.dtype,
         tensors=kinds.get(WEIGHT) or kinds[MASTER],
         tokenizer=tokenizer_in(folder),
+        initializer_range=description.run.get("training", {}).get("initializer_range", ModelFiles.initializer_range),
     )
 
 

@@ -22,8 +22,8 @@ from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
 
-from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import OptimizerConfig, RunConfig
+from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.recompute import stage_policies
@@ -150,7 +150,7 @@ def _fp32_gradients(optimizer: BF16_Optimizer) -> Callable[[nn.Parameter], Tenso
 
 def save_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[str] | None:
     """Return the save policy of every decoder layer, None where the run wants layers by autograd."""
-    if run.parallel.decoder_layer == "autograd":
+    if run.compute.decoder_layer == "autograd":
         return None
     return [policy for stage in stage_policies(run, layout, element_bytes) for policy in stage.policies]
 
