@@ -27,7 +27,6 @@ MODEL = ModelConfig(
     num_key_value_heads=2,
     head_dim=8,
     rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
-    initializer_range=0.1,
 )
 
 META_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # what Meta's code has built in

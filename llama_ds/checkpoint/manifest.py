@@ -25,6 +25,7 @@ import xxhash
 from llama_ds.checkpoint.names import Key, sharded_dim, weight_shapes
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored
+from llama_ds.config.moved_keys import renamed_data
 from llama_ds.config.reader import Place, read
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
@@ -148,7 +149,7 @@ def write_manifest(folder: str, description: Description, records: Iterable[Reco
 
 
 def describe(folder: str) -> Description:
-    """Read the description of a checkpoint folder.
+    """Read the description of a checkpoint folder; old names of keys in its run are replaced by the present ones.
 
     Raises:
         UserError: there is none, or it is damaged, or of a version that is not read.
@@ -174,6 +175,7 @@ def describe(folder: str) -> Description:
             f"{path}: checkpoint format {version}, this version reads {FORMAT}; go on with the version that wrote it, "
             "or convert its weights there (tools/convert.py) and start from them"
         )
+    content["run"] = renamed_data(content["run"], Place(path))
     content["files"] = {name: FileEntry(*entry) for name, entry in content["files"].items()}
     return Description(**{key: content[key] for key in content if key in {f.name for f in fields(Description)}})
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama_ds.checkpoint.manifest import MASTER, TOKENIZER, WEIGHT, describe, read_tensors
 from llama_ds.checkpoint.names import Key, weight_shapes
-from llama_ds.config.schema import ModelConfig
+from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that people use
@@ -45,6 +45,7 @@ class ModelFiles:
     tensors: Mapping[Key, Readable]  # exactly `names.weight_shapes(model)`, in the rotary layout of this project
     tokenizer: str | None  # path of its sentencepiece model, if it has one
     document_mask: bool = False  # True: in training, attention stayed inside the documents of a row
+    initializer_range: float = TrainingConfig.initializer_range  # standard deviation of its initial weights
 
     def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the whole weights of one layer by local name."""
@@ -81,6 +82,7 @@ def open_checkpoint(folder: str) -> ModelFiles:
         tensors=kinds.get(WEIGHT) or kinds[MASTER],
         tokenizer=tokenizer_in(folder),
         document_mask=description.run["data"].get("document_mask", False),
+        initializer_range=description.run.get("training", {}).get("initializer_range", ModelFiles.initializer_range),
     )
 
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO, SECTION_KEYS, USER_KEYS
 from llama_ds.config.reader import Place, check_keys
-from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import RunConfig
+from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError
 
 

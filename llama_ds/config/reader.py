@@ -13,6 +13,7 @@ from decimal import Decimal
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from llama_ds.config.declare import SectionError
 from llama_ds.errors import UserError, did_you_mean
 
 T = TypeVar("T")
@@ -45,7 +46,8 @@ def read(kind: type[T], data: object, place: Place, key: str = "") -> T:
     """Return `data` as an instance of `kind`, a dataclass or a type its fields may have.
 
     Raises:
-        UserError: unknown, missing or wrongly typed key, with its dotted name under `key`.
+        UserError: unknown, missing or wrongly typed key, or a value that breaks a rule of its section, with its dotted
+            name under `key`.
     """
     return _read(kind, data, place, key)
 
@@ -93,7 +95,11 @@ def _read_dataclass(kind: Any, data: object, place: Place, key: str) -> Any:
     if missing:
         raise place.error(_join(key, missing[0]), "is missing and has no default")
     given = [f.name for f in known if f.name in data]
-    return kind(**{name: _read(hints[name], data[name], place, _join(key, name)) for name in given})
+    values = {name: _read(hints[name], data[name], place, _join(key, name)) for name in given}
+    try:
+        return kind(**values)
+    except SectionError as error:
+        raise error.placed(place.path, key) from None
 
 
 def _read_tuple(arms: tuple[Any, ...], data: object, place: Place, key: str) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ds.config.deepspeed_json import check_user_keys
+from llama_ds.config.moved_keys import renamed_data, renamed_overrides, warn_of_old_names
 from llama_ds.config.numbers import divisors
 from llama_ds.config.reader import Place, check_keys, read
 from llama_ds.config.recompute import canonical
@@ -50,13 +51,16 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     and output_dir "runs". Derived where left out: model.num_key_value_heads = num_attention_heads, model.head_dim
     = hidden_size / heads, and from the one of training.steps and training.tokens that is given the other:
     steps = ceil(tokens / (global_batch * seq_len)).
+    Old names of keys and values (`config/moved_keys.py`) are taken for the present ones, with a warning each.
     An override of training.steps or training.tokens replaces whichever of the two the file gives.
 
     Raises:
         UserError: any mistake in the files or the overrides: place, value, rule, fix.
     """
-    data = read_yaml(path)
-    changes = [_split(override) for override in overrides]
+    data, changes = read_yaml(path), [_split(override) for override in overrides]
+    warn_of_old_names(path, data, changes)
+    data = renamed_data(data, Place(path))
+    changes = renamed_overrides(changes, Place("command line"))
     place = Place(path, frozenset(key for key, _ in changes))
     written = {**data, **{key.split(".")[0]: value for key, value in changes}}
     check_keys(written, (f.name for f in fields(RunConfig) if f.name not in _NOT_WRITTEN), place)
@@ -75,7 +79,8 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_resolved(path: str) -> RunConfig:
     """Return the run whose `resolved` data was saved as YAML or JSON in `path`."""
-    run = read(RunConfig, read_yaml(path), Place(path))
+    place = Place(path)
+    run = read(RunConfig, renamed_data(read_yaml(path), place), place)
     check(run)
     return run
 

@@ -1,194 +1,328 @@
-"""The run file's sections as frozen dataclasses: every key a run file may hold, its type and its default.
+"""The run file's sections as frozen dataclasses: every key a run file may hold, its type, default, meaning and rule.
 
-Names follow Hugging Face's LlamaConfig where it has one. `config/run_file.py` reads YAML into these.
+Names follow Hugging Face's LlamaConfig where it has one. `config/run_file.py` reads YAML into these, and
+`config/reference.py` makes docs/run_file.md of them.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section
+from llama_ds.config.schema_data import DataConfig, MixtureStage, SkipConfig, SourceConfig
+from llama_ds.config.schema_operation import CheckpointConfig, EvaluationConfig, LoggingConfig
+from llama_ds.config.section_rules import (
+    STOCK_ENGINE,
+    check_model,
+    check_optimizer,
+    check_parallel,
+    check_rope_scaling,
+)
+from llama_ds.schedules.schedule import NAMES as SCHEDULES
+
+__all__ = [
+    "CheckpointConfig",
+    "ComputeConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "MixtureStage",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RopeScaling",
+    "RunConfig",
+    "SkipConfig",
+    "SourceConfig",
+    "TrainingConfig",
+]
+
+ATTENTION_BACKENDS = ("auto", "flash_attn", "sdpa", "reference")
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Section):
     """Llama-3 frequency scaling of the rotary embedding (Llama 3.1 release; HF `rope_type: llama3`)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    SECTION: ClassVar[str] = "model.rope_scaling"
+
+    factor: Annotated[float, Key("Factor by which low frequencies are divided.", rule="At least 1.")]
+    low_freq_factor: Annotated[
+        float,
+        Key(
+            "Wavelengths above `original_max_position_embeddings / low_freq_factor` are scaled in full.",
+            rule="Positive and below `high_freq_factor`.",
+        ),
+    ]
+    high_freq_factor: Annotated[
+        float, Key("Wavelengths below `original_max_position_embeddings / high_freq_factor` are not scaled.")
+    ]
+    original_max_position_embeddings: Annotated[int, Key("Longest row before the scaling.", "tokens", rule="Positive.")]
+
+    def check(self) -> None:
+        check_rope_scaling(self)
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section):
     """Shape of a LLaMA model (arXiv 2302.13971, table 2; grouped-query attention from 2307.09288)."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int  # run files may leave it out: num_attention_heads
-    head_dim: int  # run files may leave it out: hidden_size / num_attention_heads
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
-    initializer_range: float = 0.02
-    attention_backend: str = "auto"  # auto | flash_attn | sdpa | reference
+    SECTION: ClassVar[str] = "model"
+
+    vocab_size: Annotated[
+        int, Key("Rows of the embedding table and of the head.", "tokens", POSITIVE, rule="Divisible by `parallel.tp`.")
+    ]
+    hidden_size: Annotated[int, Key("Width of the residual stream.", sign=POSITIVE)]
+    intermediate_size: Annotated[
+        int, Key("Width of the SwiGLU feed-forward layer.", sign=POSITIVE, rule="Divisible by `parallel.tp`.")
+    ]
+    num_hidden_layers: Annotated[
+        int, Key("Number of decoder layers.", "layers", POSITIVE, rule="At least `parallel.pp`.")
+    ]
+    num_attention_heads: Annotated[
+        int, Key("Number of query heads.", "heads", POSITIVE, rule="Divisible by `parallel.tp`.")
+    ]
+    num_key_value_heads: Annotated[
+        int,
+        Key(
+            "Number of key-value heads; fewer than query heads is grouped-query attention.",
+            "heads",
+            POSITIVE,
+            rule="Divides `num_attention_heads`; divisible by `parallel.tp`.",
+            default="`num_attention_heads`",
+        ),
+    ]
+    head_dim: Annotated[
+        int, Key("Width of a head.", sign=POSITIVE, rule="Even.", default="`hidden_size / num_attention_heads`")
+    ]
+    rms_norm_eps: Annotated[float, Key("Added to the mean square in RMSNorm.", sign=POSITIVE)] = 1e-5
+    rope_theta: Annotated[float, Key("Base of the rotary embedding's frequencies.", sign=POSITIVE)] = 10000.0
+    rope_scaling: Annotated[
+        RopeScaling | None, Key("Scaling of the rotary frequencies for longer rows; null: none.")
+    ] = None
+    tie_word_embeddings: Annotated[bool, Key("Whether the head shares the embedding's weights.")] = False
+
+    def check(self) -> None:
+        check_model(self)
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """One source of the data mixture."""
+class ComputeConfig(Section):
+    """How the model is computed. It is no part of what the model is: a run may resume with other values."""
 
-    name: str
-    path: str  # folder or URL with the source's manifest.json: file, http(s), s3, gs, or "pipe:COMMAND {}"
-    weight: float  # share of the sampled rows; the weights of a mixture sum to 1
-    epochs: float | None = None  # epochs the run means to make over it; checked against the manifest
+    SECTION: ClassVar[str] = "compute"
 
-
-@dataclass(frozen=True)
-class MixtureStage:
-    """Other weights from a point of the run on."""
-
-    at_tokens: int  # tokens of the run before it; it begins with the first step that finds as many read
-    weights: dict[str, float]  # by source; they sum to 1, a source left out is not read
-
-
-@dataclass(frozen=True)
-class SkipConfig:
-    """Rows that the run passes over, as after a spike of the loss (PaLM, arXiv 2204.02311, section 5.1)."""
-
-    at_step: int  # steps of the run before it
-    steps: int  # whose rows are not read: this one, counted from 0, reads those that would come so many steps later
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What the model reads."""
-
-    tokenizer: str  # path of the sentencepiece .model file
-    seq_len: int
-    sources: tuple[SourceConfig, ...]
-    mixture: tuple[MixtureStage, ...] = ()  # changes of the sources' weights in mid-run
-    skip: tuple[SkipConfig, ...] = ()  # by at_step; a run that resumes keeps those of its past
-    document_mask: bool = False  # True: attention does not cross document boundaries in a packed row
-    cache_dir: str = ""  # a folder on every node's own disk, for the shards of sources that are URLs
-    cache_gib: float = 64.0  # what it may hold; the least recently used shards go first
-    deadline_s: float = 300.0  # how long a shard is asked for again before it counts as damaged
-    check_interval: int = 100  # steps after which ranks compare what they read, and agree on damaged shards
-    max_bad_shards: int = 16  # damaged shards that are replaced by others before the run stops
+    attention_backend: Annotated[
+        str,
+        Key(
+            "Implementation of attention: FlashAttention, torch's `scaled_dot_product_attention`, or plain matrix "
+            "products; `auto` takes flash_attn where it can run, else sdpa.",
+            choices=ATTENTION_BACKENDS,
+            rule="`flash_attn` needs CUDA, bf16 and a `model.head_dim` that is a multiple of 8 up to 256.",
+        ),
+    ] = "auto"
+    decoder_layer: Annotated[
+        str,
+        Key(
+            "Implementation of the decoder layer: the hand-written backward that trains, or plain autograd, "
+            "its reference.",
+            choices=("manual_backward", "autograd"),
+            rule="`autograd` takes only `parallel.recompute` none or full, and no `parallel.schedule` that defers "
+            "weight gradients (zb_h1, dualpipe_v).",
+        ),
+    ] = "manual_backward"
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """How much is trained. Exactly one of `steps` and `tokens` stands in a run file; both are set here."""
+class TrainingConfig(Section):
+    """How much is trained, and from which initial weights."""
 
-    global_batch: int  # rows (sequences) per optimizer step
-    steps: int
-    tokens: int
+    SECTION: ClassVar[str] = "training"
 
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its schedule (LLaMA paper, section 2.3)."""
-
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1  # matrices only: norms are not decayed
-    clip: float = 1.0  # global gradient norm
-    schedule: str = "cosine"  # cosine | wsd
-    warmup_steps: int = 2000
-    min_lr_ratio: float = 0.1  # final learning rate / peak
-    decay_steps: int = 0  # wsd only: length of the final decay
-    z_loss: float = 0.0  # weight of (log Z)^2 (PaLM, section 5)
-
-
-@dataclass(frozen=True)
-class ParallelConfig:
-    """How the model is cut. dp and the accumulation steps are derived, never written."""
-
-    pp: int = 1
-    tp: int = 1
-    sequence_parallel: bool = False
-    micro_batch: int = 1
-    partition: tuple[int, ...] | None = None  # decoder layers per stage, pp * virtual_stages; None: balanced by cost
-    decoder_layer: str = "written_out"  # written_out | autograd (the reference)
-    # Of decoder layers, `model/written_out.py`: none | selective | full, a list with one for each stage, or the memory
-    # that a rank's layers may keep: {budget: 20 GiB}, or auto: as little as the device's memory allows, measured or
-    # given: {auto: 80 GiB}. Held as one text: "selective", "none,full", "budget: 20 GiB".
-    recompute: str = "none"
-    schedule: str = (
-        "1f1b"  # 1f1b | interleaved | zb_h1 | dualpipe_v (`llama_ds.schedules`) | deepspeed (its own engine)
-    )
-    extra_warmup: int = (
-        0  # 1f1b, zb_h1: forwards more to start with, for each rank behind: memory that hides slow links
-    )
-    virtual_stages: int = 1  # stages of the model on each pipeline rank: interleaved 2 or more, dualpipe_v 2
+    global_batch: Annotated[
+        int,
+        Key(
+            "Rows (sequences) per optimizer step.",
+            "rows",
+            POSITIVE,
+            rule="Divisible by data-parallel size * `parallel.micro_batch`.",
+        ),
+    ]
+    steps: Annotated[
+        int,
+        Key(
+            "Length of the run.",
+            "steps",
+            POSITIVE,
+            rule="A run file sets `steps` or `tokens`, not both.",
+            default="`ceil(tokens / (global_batch * data.seq_len))`",
+        ),
+    ]
+    tokens: Annotated[
+        int,
+        Key(
+            "Length of the run.",
+            "tokens",
+            POSITIVE,
+            rule="A run file sets `steps` or `tokens`, not both.",
+            default="`steps * global_batch * data.seq_len`",
+        ),
+    ]
+    initializer_range: Annotated[
+        float,
+        Key(
+            "Standard deviation of initial weights; projections into the residual stream start smaller by "
+            "`sqrt(2 * model.num_hidden_layers)`.",
+            sign=POSITIVE,
+        ),
+    ] = 0.02
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """Validation during training."""
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule (LLaMA paper, section 2.3)."""
 
-    interval: int = 0  # steps; 0: only after the last step
-    rows: int = 64  # validation rows, fixed for the run; 0: no validation
+    SECTION: ClassVar[str] = "optimizer"
 
+    lr: Annotated[float, Key("Peak learning rate.", sign=POSITIVE)]
+    betas: Annotated[
+        tuple[float, float], Key("Decay rates of AdamW's first and second moment.", rule="Each in [0, 1).")
+    ] = (0.9, 0.95)
+    eps: Annotated[float, Key("Added to the root of the second moment.", sign=POSITIVE)] = 1e-8
+    weight_decay: Annotated[
+        float, Key("Decoupled weight decay of matrices; norm weights do not decay.", sign=NOT_NEGATIVE)
+    ] = 0.1
+    clip: Annotated[float, Key("Largest global gradient norm; longer gradients are clipped.", sign=POSITIVE)] = 1.0
+    schedule: Annotated[
+        str,
+        Key("Learning rate after warm-up: cosine decay, or warmup-stable-decay.", choices=("cosine", "wsd")),
+    ] = "cosine"
+    warmup_steps: Annotated[
+        int, Key("Length of the linear warm-up.", "steps", NOT_NEGATIVE, rule="Below `training.steps`.")
+    ] = 2000
+    min_lr_ratio: Annotated[
+        float, Key("Final learning rate / peak learning rate.", sign=NOT_NEGATIVE, rule="At most 1.")
+    ] = 0.1
+    decay_steps: Annotated[
+        int,
+        Key(
+            "Length of the final decay of schedule wsd.",
+            "steps",
+            NOT_NEGATIVE,
+            rule="With wsd 1 to `training.steps - warmup_steps`; with cosine 0.",
+        ),
+    ] = 0
+    z_loss: Annotated[float, Key("Weight of the auxiliary loss (log Z)^2 (PaLM, section 5).", sign=NOT_NEGATIVE)] = 0.0
 
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """Where and when to save, and whether to go on from what is there."""
-
-    interval: int = 0  # steps; 0: only after the last step
-    stop_at: int = 0  # save and end after this step, as at a wall-time limit; 0: run to training.steps
-    resume: str = "auto"  # auto: from the newest good checkpoint of this run if any | never | must
-    strict: bool = False  # True: end at a damaged newest checkpoint instead of going on from an older one
-    rewind_to: int = 0  # go back, once: to the newest good checkpoint at or before this step; 0: no
-    rewind_id: int = 0  # another id makes it another rewind: to go back to the same step once more
-    start_from: str = ""  # weights to begin a new run with: a checkpoint, or a model folder of Hugging Face or Meta
-    asynchronous: bool = True  # False: training waits until a checkpoint is on the disk
-    keep_last: int = 0  # newest checkpoints to keep; 0: all
-    keep_every: int = 0  # and beside them those of every so many steps; 0: none
-    save: bool = True  # False: nothing is saved, as for a profile
-    wall_time_s: float = 0.0  # the job's time limit: save and end before it; 0: none
-    wall_time_margin_s: float = 120.0  # how long before it
-
-
-@dataclass(frozen=True)
-class LoggingConfig:
-    """What is reported."""
-
-    interval: int = 1  # steps between log lines
-    tensorboard: bool = False
-    straggler_interval: int = 100  # steps between reports of ranks that the others wait for; 0: none
-    trace_step: int = 0  # write what every rank did from this step on, and when, to the run's folder; 0: nothing
-    trace_steps: int = 1  # how many steps
-    profile_ranks: tuple[int, ...] = ()  # ranks that run torch's profiler, over as many steps again after these
-    check_finite: bool = False  # debugging: name the first layer that puts out NaN or infinity; slow
-
-
-NO_BOARDS = ("logging.tensorboard=false",)  # overrides of a run that reports to no board
+    def check(self) -> None:
+        check_optimizer(self)
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class ParallelConfig(Section):
+    """How the model is cut. Data-parallel size and accumulation steps are derived from the world size."""
+
+    SECTION: ClassVar[str] = "parallel"
+
+    pp: Annotated[int, Key("Pipeline-parallel size.", "ranks", POSITIVE, rule="At most `model.num_hidden_layers`.")] = 1
+    tp: Annotated[
+        int,
+        Key(
+            "Tensor-parallel size.",
+            "ranks",
+            POSITIVE,
+            rule="Divides `model.num_attention_heads`, `num_key_value_heads`, `intermediate_size` and `vocab_size`.",
+        ),
+    ] = 1
+    sequence_parallel: Annotated[
+        bool,
+        Key("Whether tensor-parallel ranks share the activations between products by sequence.", rule="Needs tp > 1."),
+    ] = False
+    micro_batch: Annotated[int, Key("Rows per micro-batch of a data-parallel rank.", "rows", POSITIVE)] = 1
+    partition: Annotated[
+        tuple[int, ...] | None,
+        Key(
+            "Decoder layers of each pipeline stage; null: balanced by cost.",
+            "layers",
+            rule="`pp * virtual_stages` positive entries that sum to `model.num_hidden_layers`.",
+        ),
+    ] = None
+    recompute: Annotated[
+        str,
+        Key(
+            "Activations that decoder layers recompute in the backward (see below).",
+            form="none, selective, full, a list of these for each stage, `{budget: 20 GiB}`, auto or `{auto: 80 GiB}`",
+            rule="A list names `pp * virtual_stages` stages.",
+        ),
+    ] = "none"  # `config/recompute.py` says how lists and mappings are held in one text
+    schedule: Annotated[
+        str,
+        Key(
+            "Pipeline schedule for `pp` > 1 (`llama_ds/schedules`); `deepspeed` is DeepSpeed's own pipeline engine.",
+            choices=(*SCHEDULES, STOCK_ENGINE),
+        ),
+    ] = "1f1b"
+    extra_warmup: Annotated[
+        int,
+        Key(
+            "Additional warm-up forwards for each rank behind: memory that hides slow links.",
+            "micro-batches",
+            NOT_NEGATIVE,
+            rule="For schedules 1f1b and zb_h1.",
+        ),
+    ] = 0
+    virtual_stages: Annotated[
+        int,
+        Key(
+            "Stages of the model on each pipeline rank.",
+            "stages",
+            POSITIVE,
+            rule="Schedule interleaved needs 2 or more, dualpipe_v 2, others 1.",
+        ),
+    ] = 1
+
+    def check(self) -> None:
+        check_parallel(self)
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
     """A whole run, resolved. `deepspeed` is the user's DeepSpeed JSON as parsed, before the merge."""
 
-    name: str
-    seed: int
-    output_dir: str  # the run's files go to output_dir/name
+    name: Annotated[
+        str,
+        Key(
+            "Name of the run and of its folder.", rule="Letters, digits, '_', '-' and '.'; no '-' or '.' at the start."
+        ),
+    ]
+    seed: Annotated[int, Key("Seed of initial weights and of the order of rows.", sign=NOT_NEGATIVE, default="`0`")]
+    output_dir: Annotated[str, Key("Folder of the runs: files go to `output_dir/name`.", default="`runs`")]
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
     optimizer: OptimizerConfig
     parallel: ParallelConfig
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    deepspeed: dict = field(default_factory=dict)
+    deepspeed: Annotated[
+        dict,
+        Key(
+            "DeepSpeed configuration: ZeRO, dtypes, buckets and offload.",
+            form="path of a JSON file, relative to the run file's folder, or the mapping itself",
+            rule="Keys that the run file owns are refused.",
+            default="*required*",
+        ),
+    ] = field(default_factory=dict)
     deepspeed_path: str = ""
     path: str = ""  # the run file
+
+    def check(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
+            raise self.broken(f"name = {self.name!r} names the run's folder: letters, digits, '_', '-' and '.' only")
 
     @property
     def zero_stage(self) -> int:

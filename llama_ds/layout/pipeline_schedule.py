@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import RunConfig
+from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.layout import Layout
 from llama_ds.schedules.schedule import Schedule
 

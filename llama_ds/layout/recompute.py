@@ -83,7 +83,7 @@ def _in_flight(held: Sequence[Held]) -> int:
 
 def recomputed_flops_per_token(run: RunConfig, layout: Layout, element_bytes: int) -> float:
     """Return the FLOPs per token that the whole model computes again in its backward."""
-    if run.parallel.decoder_layer == "autograd":
+    if run.compute.decoder_layer == "autograd":
         forward = layer_forward_flops(run.model, run.data.seq_len)
         return run.model.num_hidden_layers * forward if run.parallel.recompute == "full" else 0.0
     work = layer_work(run, layout, element_bytes)

@@ -96,7 +96,7 @@ def choose_backend(wanted: str, device_type: str, dtype: torch.dtype, head_dim: 
     """
     obstacle = _flash_obstacle(device_type, dtype, head_dim)
     if wanted == "flash_attn" and obstacle:
-        raise UserError(f"model.attention_backend = flash_attn: {obstacle}; use auto or sdpa")
+        raise UserError(f"compute.attention_backend = flash_attn: {obstacle}; use auto or sdpa")
     chosen = wanted if wanted != "auto" else ("sdpa" if obstacle else "flash_attn")
     why = f" (not flash_attn: {obstacle})" if wanted == "auto" and obstacle else ""
     logger.info("attention backend: %s%s", chosen, why)
@@ -164,7 +164,7 @@ def flash_module() -> Any:
             if hasattr(module, "flash_attn_func"):  # 4.x alone leaves `flash_attn` an empty namespace
                 return module
     raise UserError(
-        f"model.attention_backend = flash_attn: neither {' nor '.join(FLASH_MODULES)} can be imported; "
+        f"compute.attention_backend = flash_attn: neither {' nor '.join(FLASH_MODULES)} can be imported; "
         "reinstall flash-attn for this torch and CUDA, or use sdpa"
     )
 

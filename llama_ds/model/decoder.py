@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ds.config.schema import ModelConfig
+from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.linear import COLUMNS, ROWS, RMSNorm, ShardedLinear, WeightKey
 from llama_ds.model.rope import RotaryTables, rotate
@@ -33,6 +33,7 @@ class Shared:
     attention: CausalAttention
     rotary: RotaryTables
     document_mask: bool = False
+    initializer_range: float = TrainingConfig.initializer_range  # standard deviation of initial weights
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
     recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # around a layer that is run again
 
@@ -42,7 +43,7 @@ class Shared:
         Matrices that write to the residual stream start smaller by sqrt(2 L) (GPT-2, section 2.3), so that its
         variance does not grow with depth.
         """
-        std = self.model.initializer_range
+        std = self.initializer_range
         if residual_output:
             std /= (2 * self.model.num_hidden_layers) ** 0.5
         return WeightKey(self.seed, layer, std)

@@ -35,7 +35,7 @@ def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: to
     model = run.model
     if device_type == "cpu":
         choose_products()
-    backend = choose_backend(model.attention_backend, device_type, dtype, model.head_dim)
+    backend = choose_backend(run.compute.attention_backend, device_type, dtype, model.head_dim)
     return Shared(
         model=model,
         seed=run.seed,
@@ -43,6 +43,7 @@ def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: to
         attention=CausalAttention(backend),
         rotary=RotaryTables(model, run.data.seq_len),
         document_mask=run.data.document_mask,
+        initializer_range=run.training.initializer_range,
     )
 
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from llama_ds.config.recompute import GIB, POLICIES
-from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import RunConfig
+from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.flops import flops_per_token, layer_costs, parameter_count
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.partition import stage_boundaries, stage_parameters
@@ -109,7 +109,7 @@ def _stages(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tupl
 
 def _recompute(run: RunConfig, saved: StagePolicies) -> tuple[str, str]:
     """Return a stage's policies, and what its decoder layers keep for the micro-batches in flight."""
-    if run.parallel.decoder_layer == "autograd":
+    if run.compute.decoder_layer == "autograd":
         return f"{run.parallel.recompute} (autograd)", "-"
     counts = ", ".join(f"{saved.policies.count(p)} {p}" for p in POLICIES if p in saved.policies)
     return counts, f"{saved.saved_bytes / GIB:.2f} GiB in {saved.in_flight} micro-batches"

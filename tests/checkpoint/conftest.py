@@ -46,7 +46,7 @@ def run(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         output_dir="runs",
         model=MODEL,
         data=DataConfig(tokenizer, SEQ_LEN, (SourceConfig("code", str(root / "code"), 1.0),)),
-        training=TrainingConfig(4, 10, 10 * 4 * SEQ_LEN),
+        training=TrainingConfig(4, 10, 10 * 4 * SEQ_LEN, initializer_range=0.1),
         optimizer=OptimizerConfig(lr=1e-3),
         parallel=ParallelConfig(micro_batch=4),
         evaluation=EvaluationConfig(rows=12),

@@ -16,7 +16,7 @@ from llama_ds.checkpoint.load_model import load_model, open_model
 from llama_ds.checkpoint.manifest import describe, verify
 from llama_ds.checkpoint.names import weight_shapes
 from llama_ds.checkpoint.weights import ModelFiles
-from llama_ds.config.schema import ModelConfig, RunConfig
+from llama_ds.config.schema import RunConfig
 from tools import convert
 
 # Every direction once: each result is the next one's source.
@@ -31,13 +31,17 @@ def bits(files: ModelFiles) -> dict[tuple[int, str], torch.Tensor]:
     return {key: t.whole().view(kind[t.dtype.itemsize]) for key, t in files.tensors.items()}
 
 
-def shape(model: ModelConfig) -> ModelConfig:
-    """Return the model as all formats carry it: Meta's params.json has no initializer_range."""
-    return replace(model, initializer_range=0.02, attention_backend="auto")
-
-
 def convert_quickly(*words: object) -> int:
     return convert.main([str(word) for word in words] + ["--no-logits"])
+
+
+def test_the_spread_of_initial_weights_is_carried_along(write: Write, tmp_path: Path) -> None:
+    """transformers would start new weights, as of a longer vocabulary, otherwise than the run did."""
+    source: object = write(1, by_layer=True)
+    for turn, kind in enumerate(("hf", "deepspeed", "deepspeed", "hf")):
+        assert convert_quickly(source, source := tmp_path / str(turn), "--to", kind) == 0
+        assert open_model(str(source)).initializer_range == 0.1
+    assert json.loads((tmp_path / "3" / "config.json").read_text())["initializer_range"] == 0.1
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -57,7 +61,7 @@ def test_all_directions_keep_every_bit(
         result = tmp_path / f"{turn}-{kind}"
         assert convert_quickly(source, result, "--to", kind, "--tp", tp) == 0
         files = open_model(str(result))
-        assert shape(files.model) == shape(SHAPES[name]) and files.dtype == dtype
+        assert files.model == SHAPES[name] and files.dtype == dtype
         found = bits(files)
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
         assert not (tmp_path / f"{turn}-{kind}.partial").exists()

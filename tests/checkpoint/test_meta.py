@@ -106,7 +106,8 @@ PUBLISHED = [  # hidden size, intermediate size; LLaMA 1: 7B to 65B, 2: 70B, 3: 
 
 @pytest.mark.parametrize(("dim", "inner"), PUBLISHED)
 def test_params_make_the_intermediate_size(dim: int, inner: int) -> None:
-    model = replace(MODEL, rope_scaling=None, hidden_size=dim, intermediate_size=inner, head_dim=dim // 4)
+    heads = {"num_attention_heads": 2, "head_dim": dim // 2}
+    model = replace(MODEL, rope_scaling=None, hidden_size=dim, intermediate_size=inner, **heads)
     params = params_of(model, "here")
     assert inner_size(dim, params["multiple_of"], params.get("ffn_dim_multiplier")) == inner
     assert ("ffn_dim_multiplier" in params) == (inner in (28672, 14336, 53248, 112, 64, 333, 1))

@@ -265,8 +265,16 @@ def test_wrong_value_is_told(folder: Path, override: str, message: str) -> None:
          "not pp * virtual_stages = 4"),
         (["parallel.virtual_stages=2", "parallel.schedule=deepspeed"], "parallel.virtual_stages = 2: DeepSpeed's own "
          "engine has one stage on a rank; use 1"),
-        (["parallel.schedule=zb_h1", "parallel.decoder_layer=autograd"], "parallel.schedule = zb_h1 puts weight "
-         "gradients off, which parallel.decoder_layer = autograd cannot; use written_out, or schedule 1f1b"),
+        (["parallel.schedule=zb_h1", "compute.decoder_layer=autograd"], "parallel.schedule = zb_h1 defers weight "
+         "gradients, which compute.decoder_layer = autograd cannot; use manual_backward, or schedule 1f1b or "
+         "interleaved"),
+        (["parallel.schedule=dualpipe_v", "parallel.virtual_stages=2", "compute.decoder_layer=autograd"],
+         "parallel.schedule = dualpipe_v defers weight gradients, which compute.decoder_layer = autograd cannot; use "
+         "manual_backward, or schedule 1f1b or interleaved"),
+        (["parallel.recompute=[none, full]", "compute.decoder_layer=autograd"], "parallel.recompute = none,full wants "
+         "compute.decoder_layer = manual_backward; autograd knows none or full"),
+        (["parallel.recompute=auto", "compute.decoder_layer=autograd"], "parallel.recompute = auto wants "
+         "compute.decoder_layer = manual_backward; autograd knows none or full"),
     ],
 )  # fmt: skip
 def test_schedule_that_cannot_be_is_told(folder: Path, overrides: list[str], message: str) -> None:
@@ -346,12 +354,15 @@ def test_missing_run_file_is_told(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("model.head_dim=12", "model.head_dim = 12: flash_attn takes multiples of 8 up to 256; change it or use model"),
+        (
+            "model.head_dim=12",
+            "model.head_dim = 12: flash_attn takes multiples of 8 up to 256; change it or use compute",
+        ),
         ("model.head_dim=264", "model.head_dim = 264: flash_attn takes multiples of 8 up to 256"),
         ("deepspeed.bf16.enabled=false", "flash_attn computes in bf16 and the DeepSpeed JSON has bf16.enabled = false"),
     ],
 )
 def test_what_flash_attn_cannot_take_is_refused_before_the_start(folder: Path, override: str, words: str) -> None:
     with pytest.raises(UserError) as error:
-        load_run("tiny.yaml", ["model.attention_backend=flash_attn", override])
+        load_run("tiny.yaml", ["compute.attention_backend=flash_attn", override])
     assert words in str(error.value)

@@ -38,8 +38,9 @@ def runs(draw: st.DrawFn) -> tuple[DataConfig, Geometry]:
     ends = sorted(draw(st.sets(st.integers(1, STEPS * TOKENS - 1), max_size=3)))
     ends = [e for i, e in enumerate(ends) if not i or -(-e // TOKENS) > -(-ends[i - 1] // TOKENS)]
     stages = tuple(MixtureStage(end, weights()) for end in ends)
-    sources = tuple(SourceConfig(name, name, first.get(name, 0.0)) for name in names)
-    geometry = {name: split(draw(st.integers(1, 200))) for name in names}
+    read = sorted({*first, *(name for stage in stages for name in stage.weights)})
+    sources = tuple(SourceConfig(name, name, first.get(name, 0.0)) for name in read)
+    geometry = {name: split(draw(st.integers(1, 200))) for name in read}
     return DataConfig("t.model", 10, sources, stages), geometry
 
 
@@ -79,9 +80,11 @@ def test_shards_or_a_source_added_in_mid_run_change_no_step_before(
 ) -> None:
     data, geometry = run
     before = planned(data, TOKENS, geometry)
-    grown = {**geometry, "s0": split(geometry["s0"].rows, more)}
+    first, *_ = geometry
+    grown = {**geometry, first: split(geometry[first].rows, more)}
     if new:  # at the front: the order of the run file's sources does not matter to the past
-        data = replace(data, sources=(SourceConfig("new", "new", 0.5), *data.sources))
+        halved = [replace(source, weight=source.weight / 2) for source in data.sources]
+        data = replace(data, sources=(SourceConfig("new", "new", 0.5), *halved))
         grown = {"new": split(40), **grown}
     after = continued(before, planned(data, TOKENS, grown), at, "x")
     orders = order_of(before, seed), order_of(after, seed)

@@ -105,7 +105,7 @@ def test_document_starts_at_each_bos() -> None:
 def test_flash_attn_says_why_it_cannot_run(device: str, dtype: torch.dtype, head_dim: int, reason: str) -> None:
     with pytest.raises(UserError) as error:
         choose_backend("flash_attn", device, dtype, head_dim)
-    assert str(error.value) == f"model.attention_backend = flash_attn: {reason}; use auto or sdpa"
+    assert str(error.value) == f"compute.attention_backend = flash_attn: {reason}; use auto or sdpa"
     assert choose_backend("auto", device, dtype, head_dim) == "sdpa"
 
 

@@ -28,7 +28,6 @@ LLAMA1 = ModelConfig(
     num_key_value_heads=4,
     head_dim=16,
     rms_norm_eps=1e-6,
-    initializer_range=0.1,  # large enough that attention is far from uniform
 )
 SHAPES = {
     "llama1": LLAMA1,
@@ -42,7 +41,8 @@ SHAPES = {
 
 def ours(model: ModelConfig, backend: str, policy: str | None = None) -> Llama:
     tp = SingleRank()
-    shared = Shared(model, 7, tp, CausalAttention(backend), RotaryTables(model, T))
+    # Initial weights are large enough that attention is far from uniform.
+    shared = Shared(model, 7, tp, CausalAttention(backend), RotaryTables(model, T), initializer_range=0.1)
     return Llama(shared, NextTokenLoss(tp), policy and [policy] * model.num_hidden_layers)
 
 

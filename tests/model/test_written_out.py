@@ -27,7 +27,7 @@ from llama_ds.model.weight_gradients import WeightGradients
 from llama_ds.model.written_out import WrittenOutLayer
 
 ROWS, T = 2, 24
-PLAIN = ModelConfig(64, 32, 84, 2, 4, 4, 8, initializer_range=0.2)
+PLAIN = ModelConfig(64, 32, 84, 2, 4, 4, 8)
 SHAPES = {
     "multi_head": PLAIN,
     "grouped_query": replace(PLAIN, num_key_value_heads=2),
@@ -36,8 +36,9 @@ SHAPES = {
 STARTS = torch.tensor([0] * 7 + [7] * 10 + [17] * 7, dtype=torch.int32).expand(ROWS, T)
 
 
-def shared_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T) -> Shared:
-    return Shared(model, 7, SingleRank(), CausalAttention(backend), RotaryTables(model, seq_len))
+def shared_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T, spread: float = 0.2) -> Shared:
+    tables = RotaryTables(model, seq_len)
+    return Shared(model, 7, SingleRank(), CausalAttention(backend), tables, initializer_range=spread)
 
 
 def layers(shape: str, policy: str, backend: str = "sdpa") -> tuple[DecoderLayer, WrittenOutLayer]:
@@ -83,8 +84,8 @@ def test_output_and_gradients_are_autograds(shape: str, policy: str, backend: st
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradcheck(policy: str, masked: bool) -> None:
     """Against finite differences: of the input and of every parameter at once."""
-    model = ModelConfig(16, 8, 12, 1, 4, 2, 4, initializer_range=0.3)
-    layer = WrittenOutLayer(shared_for(model), 0, policy).double()
+    model = ModelConfig(16, 8, 12, 1, 4, 2, 4)
+    layer = WrittenOutLayer(shared_for(model, spread=0.3), 0, policy).double()
     starts = torch.tensor([[0, 0, 2, 2, 2]], dtype=torch.int32)
     names = [name for name, _ in layer.named_parameters()]
 

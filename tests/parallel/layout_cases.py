@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from llama_ds.config.schema import (
+    ComputeConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -39,7 +40,7 @@ class Case:
     tied: bool = False
     document_mask: bool = False
     recompute: str = "none"
-    decoder_layer: str = "written_out"
+    decoder_layer: str = "manual_backward"
     dtype: str = "fp32"
     micro_batch: int = 1
     partition: tuple[int, ...] | None = None
@@ -81,7 +82,6 @@ class Case:
             num_key_value_heads=4,
             head_dim=8,
             tie_word_embeddings=self.tied,
-            initializer_range=0.1,
         )
         return RunConfig(
             name="layouts",
@@ -89,7 +89,7 @@ class Case:
             output_dir="unused",
             model=model,
             data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), self.document_mask),
-            training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN),
+            training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
             # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
             # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
             optimizer=OptimizerConfig(lr=3e-3, eps=1e-6, warmup_steps=5, clip=0.5, z_loss=self.z_loss),
@@ -99,12 +99,12 @@ class Case:
                 self.sequence_parallel,
                 self.micro_batch,
                 self.partition,
-                self.decoder_layer,
                 self.recompute,
                 self.schedule,
                 self.extra_warmup,
                 self.virtual_stages,
             ),
+            compute=ComputeConfig(decoder_layer=self.decoder_layer),
             deepspeed={
                 "zero_optimization": {"stage": self.zero},
                 "bf16": {"enabled": self.dtype == "bf16"},
@@ -133,7 +133,7 @@ def micro_batches(case: Case, dp_rank: int, first_step: int = 0) -> Iterator[np.
 def train_reference(case: Case) -> list[tuple[float, float]]:
     """Train in plain torch on one rank; return (loss, gradient norm before clipping) of each step."""
     run = case.run
-    run = replace(run, model=replace(run.model, attention_backend="reference"))
+    run = replace(run, compute=ComputeConfig(attention_backend="reference"))
     shared = shared_parts(run, SingleRank(), "cpu", torch.float32)
     model = Llama(shared, NextTokenLoss(shared.tp, run.optimizer.z_loss))
     norms = {id(p) for m in model.modules() if isinstance(m, RMSNorm) for p in m.parameters()}

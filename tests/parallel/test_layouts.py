@@ -78,7 +78,7 @@ SCHEDULES_AND_OPTIONS = [
     Case(2, 1, 2, tied=True, **V),
     Case(2, 1, 1, recompute="budget: 0.000281 GiB", **H1),
     Case(2, 1, 2, document_mask=True, recompute="selective", **V),
-    Case(2, 1, 2, decoder_layer="autograd", recompute="full", **V),
+    Case(2, 1, 2, decoder_layer="autograd", recompute="full", **INTERLEAVED),
     Case(2, 2, 1, sequence_parallel=True, recompute="full", dtype="bf16", **INTERLEAVED),
     Case(2, 2, 1, sequence_parallel=True, document_mask=True, recompute="none,full", **H1),
     Case(2, 1, 1, partition=(1, 1, 1, 1), recompute="none,full,selective,none", **V),

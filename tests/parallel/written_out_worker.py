@@ -25,7 +25,7 @@ from llama_ds.parallel.tensor_parallel import GroupTensorParallel
 from tests.model.test_written_out import saved_by_hooks
 
 ROWS, T = 2, 16
-PLAIN = ModelConfig(64, 32, 88, 2, 8, 8, 4, initializer_range=0.2)
+PLAIN = ModelConfig(64, 32, 88, 2, 8, 8, 4)
 STARTS = torch.tensor([0] * 5 + [5] * 11, dtype=torch.int32).expand(ROWS, T)
 
 
@@ -87,7 +87,7 @@ class Products(TorchDispatchMode):
 
 def build(case: Case, tp: TensorParallel) -> Shared:
     model = replace(PLAIN, num_key_value_heads=case.groups)
-    return Shared(model, 7, tp, CausalAttention("sdpa"), RotaryTables(model, T))
+    return Shared(model, 7, tp, CausalAttention("sdpa"), RotaryTables(model, T), initializer_range=0.2)
 
 
 def random(seed: int, *shape: int) -> Tensor:

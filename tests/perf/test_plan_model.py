@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from llama_ds.config.moved_keys import renamed_data
+from llama_ds.config.reader import Place, read
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
@@ -95,12 +97,17 @@ def test_a_layer_takes_what_was_measured_on_an_h100(shape: str, within: float, s
     """docs/measurements; the 65B file's model is one rank's shard. Nothing was fitted to these."""
     name = f"docs/measurements/2026-11-26-h100-layer-{shape}-bf16-seq{seq_len}.json"
     measured = json.loads((REPO / name).read_text())
-    job = bare_job(ModelConfig(**measured["model"]), seq_len, measured["batch"])
+    job = bare_job(shape_of(measured["model"]), seq_len, measured["batch"])
     time = layer_time(H100, job, policy)
     parts = (time.forward, time.recompute, time.input_backward, time.weight_backward)
     assert sum(p.device for p in parts) == pytest.approx(
         measured["layers"][f"llama_ds_{policy}"]["median_s"], rel=within
     )
+
+
+def shape_of(recorded: dict[str, object]) -> ModelConfig:
+    """Return the shape that a measurement records, under the names that keys had when it was made."""
+    return read(ModelConfig, renamed_data({"model": recorded}, Place("measurement"))["model"], Place("measurement"))
 
 
 def bare_job(model: ModelConfig, seq_len: int, rows: int) -> Job:

@@ -21,6 +21,7 @@ from llama_ds.config.schema import (
     ParallelConfig,
     RunConfig,
     SkipConfig,
+    SourceConfig,
     TrainingConfig,
 )
 from llama_ds.data.mixture import DataState
@@ -32,7 +33,7 @@ Skipped = Sequence[tuple[int, int]]
 
 
 def run_of(to: int, skip: Skipped = (), number: int = 0) -> RunConfig:
-    data = DataConfig("t", 10, (), (), tuple(SkipConfig(*one) for one in skip))
+    data = DataConfig("t", 10, (SourceConfig("a", "a", 1.0),), (), tuple(SkipConfig(*one) for one in skip))
     training = TrainingConfig(8, 100, 8000)
     checkpoint = CheckpointConfig(rewind_to=to, rewind_id=number)
     shape = ModelConfig(6, 4, 6, 1, 2, 2, 2)

@@ -145,7 +145,7 @@ def measure_attention(run: RunConfig, sizes: Sizes, clock: Clock, dtype: torch.d
 
     def rates(head_dim: int, seq_len: int) -> tuple[float, float]:
         rows = max(1, sizes.seq_len[-1] // seq_len)
-        kernel = attention_kernel(choose_backend(run.model.attention_backend, clock.device.type, dtype, head_dim))
+        kernel = attention_kernel(choose_backend(run.compute.attention_backend, clock.device.type, dtype, head_dim))
         q, grad, k, v = (
             torch.randn(rows, seq_len, count, head_dim, device=clock.device).to(dtype)
             for count in (heads, heads, heads // shared_by, heads // shared_by)

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from llama_ds.checkpoint.formats.inventory import check_file, check_model
+from llama_ds.checkpoint.formats.inventory import check_file, check_layers
 from llama_ds.config.reader import Place, read
-from llama_ds.config.schema import ModelConfig
+from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.errors import UserError
 
 CONFIG = "config.json"
 COPIED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"),
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -32,7 +32,14 @@ PLAIN: dict[str, tuple[object, ...]] = {
 }
 
 
-def hf_config(model: ModelConfig, seq_len: int, dtype: str, bos: int = 1, eos: int = 2) -> dict[str, Any]:
+def hf_config(
+    model: ModelConfig,
+    seq_len: int,
+    dtype: str,
+    bos: int = 1,
+    eos: int = 2,
+    initializer_range: float = TrainingConfig.initializer_range,
+) -> dict[str, Any]:
     """Return the content of config.json, or what transformers' LlamaConfig takes; dtype in torch's words: float32."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling:
@@ -41,6 +48,7 @@ def hf_config(model: ModelConfig, seq_len: int, dtype: str, bos: int = 1, eos: i
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         **{key: getattr(model, key) for key in COPIED},
+        "initializer_range": initializer_range,
         "rope_parameters": rope,
         "rope_theta": model.rope_theta,  # readers older than transformers 5 look here
         "rope_scaling": rope if model.rope_scaling else None,
@@ -88,8 +96,19 @@ def model_of(folder: str, config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     place = Place(path)
     model = read(ModelConfig, {**given, **_rotary(path, config)}, place)
     seq_len = read(int, config.get("max_position_embeddings", 2048), place, "max_position_embeddings")
-    check_model(path, model)
+    check_layers(path, model)
     return model, seq_len
+
+
+def initializer_range_of(folder: str, config: Mapping[str, Any]) -> float:
+    """Return the standard deviation of the initial weights that config.json names, transformers' own where it does not.
+
+    Raises:
+        UserError: it is no number.
+    """
+    value = config.get("initializer_range")
+    path = os.path.join(folder, CONFIG)
+    return 0.02 if value is None else read(float, value, Place(path), "initializer_range")
 
 
 def read_object(path: str) -> dict[str, Any]:

@@ -8,10 +8,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llama_ds.checkpoint.formats.hf_config import CONFIG, TOKEN_IDS, hf_config, model_of, read_config, read_object
+from llama_ds.checkpoint.formats.hf_config import (
+    CONFIG,
+    TOKEN_IDS,
+    hf_config,
+    initializer_range_of,
+    model_of,
+    read_config,
+    read_object,
+)
 from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_config
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, model_files, same
 from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json
@@ -67,7 +75,8 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
     names = {key: hf_name(*key, model.num_hidden_layers) for key in weight_shapes(model)}
     check_names(found.path, names.values(), stored)
     tensors: dict[Key, Readable] = {key: in_one_file(stored[n], sharded_dim(key[1])) for key, n in names.items()}
-    return model_files(folder, found.path, CONFIG, names, model, seq_len, tensors, vocab_size)
+    files = model_files(folder, found.path, CONFIG, names, model, seq_len, tensors, vocab_size)
+    return replace(files, initializer_range=initializer_range_of(folder, config))
 
 
 def holds_huggingface(folder: str) -> bool:
@@ -122,14 +131,14 @@ def _shards(files: ModelFiles, itemsize: int) -> list[list[Placed]]:
 def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> tuple[dict[str, bytes], dict[str, str]]:
     """Return the small files: content of those to write, paths of those to copy."""
     if holds_huggingface(files.path):
-        config = hf_config(files.model, files.seq_len, dtype)
+        config = hf_config(files.model, files.seq_len, dtype, initializer_range=files.initializer_range)
         given = read_object(os.path.join(files.path, CONFIG))
         config.update({key: given.get(key) for key in TOKEN_IDS if key in given})
         kept = (os.path.join(files.path, name) for name in (*TOKENIZER_FILES, GENERATION))
         return {CONFIG: as_json(config)}, {os.path.basename(path): path for path in kept if os.path.exists(path)}
     ids = tokenizer or HfTokenizer(None)
     small = {
-        CONFIG: as_json(hf_config(files.model, files.seq_len, dtype, ids.bos, ids.eos)),
+        CONFIG: as_json(hf_config(files.model, files.seq_len, dtype, ids.bos, ids.eos, files.initializer_range)),
         GENERATION: as_json({"bos_token_id": ids.bos, "eos_token_id": ids.eos, "do_sample": True}),
     }
     if ids.content is not None:

@@ -12,9 +12,8 @@ import torch
 from llama_ds.checkpoint.formats.views import Rows
 from llama_ds.checkpoint.names import Key, weight_shapes
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_in
-from llama_ds.config.numbers import divisors
 from llama_ds.config.schema import ModelConfig
-from llama_ds.errors import UserError, listed
+from llama_ds.errors import UserError
 
 MOST_LAYERS = 10_000  # more is a damaged number: the list of their tensors would not end
 SHOWN = 3  # of the tensors that an error is about
@@ -37,25 +36,14 @@ def check_file(path: str) -> str:
     return path
 
 
-def check_model(path: str, model: ModelConfig) -> None:
-    """Check that the numbers of `model`, which stand in the file `path`, make a LLaMA.
+def check_layers(path: str, model: ModelConfig) -> None:
+    """Check that the number of layers in the file `path` is one that a model may have.
 
     Raises:
-        UserError: naming the first that does not.
+        UserError: it is so large that it must be damaged.
     """
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    for name in (*sizes, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
-        if not getattr(model, name) > 0:
-            raise UserError(f"{path}: {name} = {getattr(model, name)} is not positive; copy the file again")
     if model.num_hidden_layers > MOST_LAYERS:
         raise UserError(f"{path}: num_hidden_layers = {model.num_hidden_layers} is above {MOST_LAYERS}; copy it again")
-    if model.num_attention_heads % model.num_key_value_heads:
-        raise UserError(
-            f"{path}: num_key_value_heads = {model.num_key_value_heads} does not divide "
-            f"num_attention_heads = {model.num_attention_heads}; use {listed(divisors(model.num_attention_heads))}"
-        )
-    if model.head_dim % 2:
-        raise UserError(f"{path}: head_dim = {model.head_dim} is odd; rotary embeddings turn pairs: use an even one")
 
 
 def check_names(path: str, wanted: Collection[str], found: Collection[str]) -> None:

@@ -90,7 +90,11 @@ def _description(files: ModelFiles, target: Target) -> Description:
     layout = Layout(pp=pp, tp=tp).as_data()
     model = asdict(files.model)
     if not os.path.exists(os.path.join(files.path, DESCRIPTION)):
-        run: dict[str, Any] = {"model": model, "data": {"seq_len": files.seq_len}}
+        run: dict[str, Any] = {
+            "model": model,
+            "data": {"seq_len": files.seq_len},
+            "training": {"initializer_range": files.initializer_range},
+        }
         return Description(step=0, tokens=0, zero_stage=0, dtype=target.dtype, layout=layout, run=run)
     found = describe(files.path)
     return replace(

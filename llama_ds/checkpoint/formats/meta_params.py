@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llama_ds.checkpoint.formats.hf_config import read_object
-from llama_ds.checkpoint.formats.inventory import check_file, check_model
+from llama_ds.checkpoint.formats.inventory import check_file, check_layers
 from llama_ds.config.reader import Place, check_keys, read
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.errors import UserError
@@ -71,24 +71,25 @@ def model_of(folder: str, params: Mapping[str, Any], vocab_size: int, tied: bool
         raise place.error("multiple_of", f"= {multiple} is not positive; copy the file again")
     multiplier = params.get("ffn_dim_multiplier")
     scaled = read(bool, params.get("use_scaled_rope", False), place, "use_scaled_rope")
-    model = ModelConfig(
-        vocab_size=vocab_size if vocabulary == -1 else vocabulary,
-        hidden_size=dim,
-        intermediate_size=inner_size(
+    shape = {
+        "vocab_size": vocab_size if vocabulary == -1 else vocabulary,
+        "hidden_size": dim,
+        "intermediate_size": inner_size(
             dim, multiple, None if multiplier is None else read(float, multiplier, place, "ffn_dim_multiplier")
         ),
-        num_hidden_layers=sizes["n_layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=heads
+        "num_hidden_layers": sizes["n_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads
         if params.get("n_kv_heads") is None
         else read(int, params["n_kv_heads"], place, "n_kv_heads"),
-        head_dim=dim // heads,
-        rms_norm_eps=read(float, params.get("norm_eps", 1e-5), place, "norm_eps"),
-        rope_theta=read(float, params.get("rope_theta", 10_000.0), place, "rope_theta"),
-        rope_scaling=SCALING if scaled else None,
-        tie_word_embeddings=tied,
-    )
-    check_model(path, model)
+        "head_dim": dim // heads,
+        "rms_norm_eps": read(float, params.get("norm_eps", 1e-5), place, "norm_eps"),
+        "rope_theta": read(float, params.get("rope_theta", 10_000.0), place, "rope_theta"),
+        "rope_scaling": asdict(SCALING) if scaled else None,
+        "tie_word_embeddings": tied,
+    }
+    model = read(ModelConfig, shape, place)
+    check_layers(path, model)
     llama3 = model.rope_theta >= LLAMA3_THETA
     return model, 131_072 if scaled else 8192 if llama3 else 2048
 

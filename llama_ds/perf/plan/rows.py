@@ -132,16 +132,19 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
     program = program_of(row)
     heads = n["heads"] or likely_heads(n["hidden"], n["tp"])
     head_dim = n["hidden"] // heads
-    model = ModelConfig(
-        vocab_size=n["vocab"] or (1 if bare else 50257),
-        hidden_size=n["hidden"],
-        intermediate_size=n["ffn"] or 4 * n["hidden"],
-        num_hidden_layers=n["layers"],
-        num_attention_heads=heads,
-        num_key_value_heads=n["kv_heads"] or heads,
-        head_dim=head_dim,
-        tie_word_embeddings=not program.gated,
-    )
+    try:
+        model = ModelConfig(
+            vocab_size=n["vocab"] or (1 if bare else 50257),
+            hidden_size=n["hidden"],
+            intermediate_size=n["ffn"] or 4 * n["hidden"],
+            num_hidden_layers=n["layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=n["kv_heads"] or heads,
+            head_dim=head_dim,
+            tie_word_embeddings=not program.gated,
+        )
+    except UserError as error:
+        return str(error)
     rows = n["global_batch_seqs"] or n["dp"] * n["micro_batch"] * 4 * n["pp"]
     micro_batches = max(1, round(rows / n["dp"] / n["micro_batch"]))
     schedule, chunks, warmup = schedule_named(row["note"], n["pp"], virtual)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llama_ds.config.schema import NO_BOARDS, RunConfig
+from llama_ds.config.schema import RunConfig
+from llama_ds.config.schema_operation import NO_BOARDS
 from llama_ds.errors import UserError
 
 DEFAULT_RANKS = "first,middle,last"

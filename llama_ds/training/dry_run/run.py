@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import AUTO, GIB
-from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
+from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.ranks import choose_ranks
@@ -84,8 +84,8 @@ def _definite(run: RunConfig, device_gib: float | None) -> RunConfig:
                 "run has none; take it out for the dry run"
             )
     # flash_attn wants a GPU to run on; what it keeps and gives is what torch's own kernel does.
-    if run.model.attention_backend in ("auto", "flash_attn"):
-        run = replace(run, model=replace(run.model, attention_backend="sdpa"))
+    if run.compute.attention_backend in ("auto", "flash_attn"):
+        run = replace(run, compute=replace(run.compute, attention_backend="sdpa"))
     return run
 
 

@@ -39,6 +39,6 @@ def layer_parts(run: RunConfig, layout: Layout, dtype: torch.dtype, device: torc
 
 
 def _save_policies(run: RunConfig, layout: Layout, dtype: torch.dtype) -> list[str] | None:
-    if run.parallel.decoder_layer == "autograd":
+    if run.compute.decoder_layer == "autograd":
         return None
     return [policy for stage in stage_policies(run, layout, dtype.itemsize) for policy in stage.policies]

@@ -1,0 +1,132 @@
+"""The reference of the run file, docs/run_file.md: a table for each section, made of what its keys declare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from llama_ds.config.declare import Key, declared
+from llama_ds.config.moved_keys import MOVED_KEYS, RENAMED_VALUES
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import listed
+
+_INTRODUCTION = """\
+# Run file
+
+<!-- Made of the declarations in llama_ds/config/schema*.py by `tools/run_file_reference.py --write`: edit them. -->
+
+A run file is YAML: the keys of the first table stand at its top, those of each other table in the section of that name.
+Any key can be overridden on the command line as `section.key=value`; entries of lists have numbers, as in
+`data.sources.0.weight=0.5`. Unknown keys are errors. *Required* keys have no default.
+
+Integers may be written 4194304, 4_194_304, 4M, 1.4T or 1.4e12, numbers also as 1e-5. Data-parallel size and
+accumulation steps are never written: they follow from the number of ranks.
+"""
+_RECOMPUTE = """\
+## Recompute policies
+
+`parallel.recompute` says what decoder layers of `compute.decoder_layer: manual_backward` keep for their backward:
+
+- `none` keeps everything that the backward reads.
+- `selective` keeps the layer's input, the outputs of its large matrix products (q, k and v; gate and up), and the
+  output and logsumexp of attention. It recomputes what is cheap: both norms, the SwiGLU product and, with tp = 1, the
+  output projection. No collective is repeated.
+- `full` keeps the layer's input and runs its forward again, collectives included.
+- `{budget: 20 GiB}` chooses for each layer, with the fewest repeated FLOPs, so that a rank's layers keep no more than
+  that. `{auto: 80 GiB}` does so for what a device of that memory has left, and `auto` for the device at hand.
+
+Megatron-LM's `selective` (Korthikanti et al., arXiv 2205.05198) is another choice: it recomputes the attention core
+(scores, softmax, dropout and the product with the values) and keeps everything else. With fused attention, which never
+stores the scores, that saves nothing. `selective` here never recomputes attention, and drops what Megatron keeps.
+"""
+_OLD_NAMES = """\
+## Old names
+
+Run files, overrides and checkpoints with these names still work; a warning names the new one. An old and a new name
+with different values are an error.
+
+| old | new |
+|---|---|"""
+
+
+def reference() -> str:
+    """Return the text of docs/run_file.md."""
+    tables = [_section("", RunConfig)]
+    tables += [_section(key, kind) for key, kind in _sections("", RunConfig)]
+    return "\n".join([_INTRODUCTION, *tables, _RECOMPUTE, _old_names()])
+
+
+def _sections(at: str, kind: type) -> Iterator[tuple[str, type]]:
+    """Yield the sections within a section with their dotted keys; N stands for the number of a list's entry."""
+    for name, hint in get_type_hints(kind).items():
+        for arm in (hint, *get_args(hint)):
+            if is_dataclass(arm) and isinstance(arm, type):
+                key = f"{at}{name}{'.N' if get_origin(hint) is tuple else ''}"
+                yield key, arm
+                yield from _sections(f"{key}.", arm)
+
+
+def _section(key: str, kind: type) -> str:
+    heading = f"## `{key}`\n\n{kind.__doc__}\n" if key else "## Top level\n"
+    types, keys = get_type_hints(kind), declared(kind)
+    rows = [_row(field, types[field.name], keys[field.name]) for field in fields(kind) if field.name in keys]
+    return "\n".join(
+        [heading, "| key | type | default | unit | meaning | rule |", "|---|---|---|---|---|---|", *rows, ""]
+    )
+
+
+def _row(field: Field[Any], kind: Any, key: Key) -> str:
+    choices = listed(f"`{choice}`" for choice in key.choices) if key.choices else ""
+    rules = [key.sign.capitalize() + "." if key.sign else "", key.rule]
+    cells = (
+        f"`{field.name}`",
+        key.form or choices or _type(kind),
+        key.default or _default(field),
+        key.unit,
+        key.meaning,
+        " ".join(filter(None, rules)),
+    )
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |".replace("|  |", "| |")
+
+
+def _type(kind: Any) -> str:
+    arms = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return " or ".join("null" if arm is NoneType else _type(arm) for arm in arms)
+    if get_origin(kind) is tuple:
+        return f"list of {_plural(arms[0])}" if arms[-1] is Ellipsis else f"list of {len(arms)} {_plural(arms[0])}"
+    if get_origin(kind) is dict:
+        return f"mapping to {_plural(arms[1])}"
+    return "section" if is_dataclass(kind) else _TYPES[kind]
+
+
+_TYPES = {int: "integer", float: "number", str: "string", bool: "true or false"}
+
+
+def _plural(kind: Any) -> str:
+    return f"{_type(kind)}s"
+
+
+def _default(field: Field[Any]) -> str:
+    value = field.default
+    if value is MISSING:
+        return "*required*"
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(_yaml, value))}]`"
+    return f"`{_yaml(value)}`"
+
+
+def _yaml(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-")
+    return str(value) if value != "" else '""'
+
+
+def _old_names() -> str:
+    rows = [f"| `{old}` | `{new}` |" for old, new in MOVED_KEYS.items()]
+    rows += [f"| `{key}: {old}` | `{key}: {new}` |" for (key, old), new in RENAMED_VALUES.items()]
+    return "\n".join([_OLD_NAMES, *rows, ""])

@@ -1,0 +1,150 @@
+"""Sections of the run file about data: sources, their mixture, and rows to skip."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section
+from llama_ds.errors import did_you_mean
+
+SMALLEST_WEIGHT = 1e-6  # of a source: the order holds a block of 1 / weight rows in memory
+
+
+@dataclass(frozen=True)
+class SourceConfig(Section):
+    """One source of the data mixture."""
+
+    SECTION: ClassVar[str] = "data.sources.N"
+
+    name: Annotated[str, Key("Name of the source in reports and in `mixture`.", rule="No two sources share one.")]
+    path: Annotated[
+        str,
+        Key('Folder or URL (file, http(s), s3, gs, or "pipe:COMMAND {}") that holds the source\'s manifest.json.'),
+    ]
+    weight: Annotated[
+        float,
+        Key(
+            "Share of the sampled rows.",
+            rule="At least 1e-6, or 0 for a source that a later stage of `mixture` reads; the weights sum to 1.",
+        ),
+    ]
+    epochs: Annotated[
+        float | None,
+        Key(
+            "Expected passes over the source; null: any.",
+            "epochs",
+            rule="Positive; within 10 percent of what the run reads.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class MixtureStage(Section):
+    """Source weights from a point of the run on."""
+
+    SECTION: ClassVar[str] = "data.mixture.N"
+
+    at_tokens: Annotated[
+        int,
+        Key(
+            "Tokens trained before the stage; it begins with the first step that finds as many read.",
+            "tokens",
+            rule="Above the stage before it, in a later step, and below `training.tokens`.",
+        ),
+    ]
+    weights: Annotated[
+        dict[str, float],
+        Key("Share of each source, by name; a source left out is not read.", rule="Each at least 1e-6; they sum to 1."),
+    ]
+
+
+@dataclass(frozen=True)
+class SkipConfig(Section):
+    """Rows that the run passes over, as after a loss spike (PaLM, arXiv 2204.02311, section 5.1)."""
+
+    SECTION: ClassVar[str] = "data.skip.N"
+
+    at_step: Annotated[
+        int,
+        Key("Steps of the run before the skip.", "steps", rule="Above the entry before it; below `training.steps`."),
+    ]
+    steps: Annotated[
+        int,
+        Key(
+            "Length of the skip: step `at_step`, counted from 0, reads the rows that would come so many steps later.",
+            "steps",
+            rule="Positive.",
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class DataConfig(Section):
+    """What the model reads."""
+
+    SECTION: ClassVar[str] = "data"
+
+    tokenizer: Annotated[str, Key("Path of the sentencepiece .model file.")]
+    seq_len: Annotated[
+        int,
+        Key("Length of a row.", "tokens", POSITIVE, rule="Divisible by `parallel.tp` under sequence parallelism."),
+    ]
+    sources: Annotated[tuple[SourceConfig, ...], Key("Sources of the mixture.", rule="At least one.")]
+    mixture: Annotated[tuple[MixtureStage, ...], Key("Changes of the sources' weights during the run.")] = ()
+    skip: Annotated[
+        tuple[SkipConfig, ...], Key("Rows to skip, ordered by `at_step`; a resumed run keeps the skips of its past.")
+    ] = ()
+    document_mask: Annotated[bool, Key("Whether attention stops at document boundaries within a packed row.")] = False
+    cache_dir: Annotated[
+        str, Key("Folder on every node's own disk for shards of sources that are URLs.", rule="Required for URLs.")
+    ] = ""
+    cache_gib: Annotated[
+        float, Key("Size of `cache_dir`; the least recently used shards are evicted.", "GiB", POSITIVE)
+    ] = 64.0
+    deadline_s: Annotated[
+        float, Key("Time for which a shard is requested again before it counts as damaged.", "seconds", POSITIVE)
+    ] = 300.0
+    check_interval: Annotated[
+        int,
+        Key("Interval at which ranks compare what they read and agree on damaged shards.", "steps", POSITIVE),
+    ] = 100
+    max_bad_shards: Annotated[
+        int, Key("Damaged shards that are replaced by others before the run stops.", "shards", NOT_NEGATIVE)
+    ] = 16
+
+    def check(self) -> None:
+        if not self.sources:
+            raise self.broken("data.sources is empty; name at least one source with name, path and weight")
+        names = [source.name for source in self.sources]
+        later = {name for stage in self.mixture for name in stage.weights}
+        for i, source in enumerate(self.sources):
+            if names.index(source.name) < i:
+                raise self.broken(
+                    f"data.sources.{i}.name = {source.name!r} is also source {names.index(source.name)}'s"
+                )
+            if source.weight or source.name not in later:  # weight 0: read from a later stage of the mixture on
+                _check_weight(self, f"data.sources.{i}.weight", source.weight)
+            if source.epochs is not None and not source.epochs > 0:
+                raise self.broken(f"data.sources.{i}.epochs = {source.epochs} is not positive")
+        _check_sum(self, "data.sources", [source.weight for source in self.sources])
+        for i, stage in enumerate(self.mixture):
+            key = f"data.mixture.{i}.weights"
+            for name, weight in stage.weights.items():
+                if name not in names:
+                    raise self.broken(f"{key}.{name} is not one of data.sources{did_you_mean(name, names)}")
+                _check_weight(self, f"{key}.{name}", weight)
+            _check_sum(self, key, list(stage.weights.values()))
+
+
+def _check_weight(data: DataConfig, key: str, weight: float) -> None:
+    if not weight >= SMALLEST_WEIGHT:
+        raise data.broken(f"{key} = {weight} is below {SMALLEST_WEIGHT:g}; leave the source out")
+
+
+def _check_sum(data: DataConfig, key: str, weights: list[float]) -> None:
+    total = math.fsum(weights)
+    if abs(total - 1) > 1e-6:
+        shown = " + ".join(f"{weight:g}" for weight in weights)
+        raise data.broken(f"{key}: the weights {shown} sum to {total:.6g}, not 1; divide each by {total:.6g}")

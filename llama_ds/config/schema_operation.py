@@ -1,0 +1,124 @@
+"""Sections of the run file about a run's operation: validation, checkpoints and reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(Section):
+    """Validation during training."""
+
+    SECTION: ClassVar[str] = "evaluation"
+
+    interval: Annotated[
+        int, Key("Interval between validations; 0: only after the last step.", "steps", NOT_NEGATIVE)
+    ] = 0
+    rows: Annotated[
+        int,
+        Key(
+            "Validation rows, the same throughout the run; 0: no validation.",
+            "rows",
+            NOT_NEGATIVE,
+            rule="Divisible by data-parallel size * `parallel.micro_batch`.",
+        ),
+    ] = 64
+
+
+@dataclass(frozen=True)
+class CheckpointConfig(Section):
+    """Where and when to save, and whether to resume."""
+
+    SECTION: ClassVar[str] = "checkpoint"
+
+    interval: Annotated[int, Key("Interval between saves; 0: only after the last step.", "steps", NOT_NEGATIVE)] = 0
+    stop_at: Annotated[
+        int,
+        Key("Step after which the run saves and ends; 0: run to `training.steps`.", "steps", NOT_NEGATIVE),
+    ] = 0
+    resume: Annotated[
+        str,
+        Key(
+            "Resume from the newest good checkpoint: `auto` if there is one, `never`, or `must`, an error without one.",
+            choices=("auto", "never", "must"),
+        ),
+    ] = "auto"
+    strict: Annotated[
+        bool, Key("Whether a damaged newest checkpoint ends the run; else the run resumes from an older one.")
+    ] = False
+    rewind_to: Annotated[
+        int,
+        Key(
+            "Go back, once, to the newest good checkpoint at or before this step; 0: no.",
+            "steps",
+            NOT_NEGATIVE,
+            rule="Below `training.steps`; not with `resume: never`.",
+        ),
+    ] = 0
+    rewind_id: Annotated[
+        int, Key("Another id makes another rewind, which may go back to the same step.", sign=NOT_NEGATIVE)
+    ] = 0
+    start_from: Annotated[
+        str,
+        Key("Initial weights of a new run: a checkpoint, or a model folder in Hugging Face's or Meta's format."),
+    ] = ""
+    asynchronous: Annotated[bool, Key("Whether training continues while a checkpoint is written.")] = True
+    keep_last: Annotated[int, Key("Newest checkpoints to keep; 0: all.", "checkpoints", NOT_NEGATIVE)] = 0
+    keep_every: Annotated[
+        int, Key("Interval of steps whose checkpoints are kept as well; 0: none.", "steps", NOT_NEGATIVE)
+    ] = 0
+    save: Annotated[bool, Key("Whether anything is saved; false suits a profile.")] = True
+    wall_time_s: Annotated[
+        float, Key("Time limit of the job; the run saves and ends before it. 0: none.", "seconds", NOT_NEGATIVE)
+    ] = 0.0
+    wall_time_margin_s: Annotated[
+        float, Key("Time before the limit at which the run saves and ends.", "seconds", NOT_NEGATIVE)
+    ] = 120.0
+
+    def check(self) -> None:
+        if self.rewind_to and self.resume == "never":
+            raise self.broken(
+                f"checkpoint.rewind_to = {self.rewind_to} goes on from a checkpoint, which checkpoint.resume = never "
+                "forbids; use auto"
+            )
+
+
+@dataclass(frozen=True)
+class LoggingConfig(Section):
+    """What is reported."""
+
+    SECTION: ClassVar[str] = "logging"
+
+    interval: Annotated[int, Key("Interval between log lines.", "steps", POSITIVE)] = 1
+    tensorboard: Annotated[bool, Key("Whether to write TensorBoard event files.")] = False
+    straggler_interval: Annotated[
+        int, Key("Interval between reports of ranks that others wait for; 0: none.", "steps", NOT_NEGATIVE)
+    ] = 100
+    trace_step: Annotated[
+        int,
+        Key("First step whose events every rank records in the run's folder; 0: none.", "steps", NOT_NEGATIVE),
+    ] = 0
+    trace_steps: Annotated[int, Key("Number of recorded steps.", "steps", POSITIVE)] = 1
+    profile_ranks: Annotated[
+        tuple[int, ...],
+        Key(
+            "Ranks that run torch's profiler for as many steps after the recorded ones.",
+            rule="Needs `trace_step`; each below the world size.",
+        ),
+    ] = ()
+    check_finite: Annotated[bool, Key("Whether to look for the first layer that outputs NaN or infinity; slow.")] = (
+        False
+    )
+
+    def check(self) -> None:
+        if self.profile_ranks and not self.trace_step:
+            raise self.broken(
+                f"logging.profile_ranks = {list(self.profile_ranks)} wants logging.trace_step, the first step to "
+                "record; set it, or leave out profile_ranks"
+            )
+
+
+NO_BOARDS = ("logging.tensorboard=false",)  # overrides of a run that reports to no board

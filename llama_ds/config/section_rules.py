@@ -1,0 +1,99 @@
+"""Rules between the keys of one section of `config/schema.py`; each section checks its own when it is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama_ds.config.numbers import divisors
+from llama_ds.config.recompute import AUTO, POLICIES, parse
+from llama_ds.errors import did_you_mean, listed
+
+if TYPE_CHECKING:
+    from llama_ds.config.schema import (
+        ModelConfig,
+        OptimizerConfig,
+        ParallelConfig,
+        RopeScaling,
+    )
+
+STOCK_ENGINE = "deepspeed"  # parallel.schedule: DeepSpeed's PipelineEngine as it is, to measure against
+
+
+def check_rope_scaling(scaling: RopeScaling) -> None:
+    """Check that the factors order the frequencies."""
+    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+        raise scaling.broken(
+            f"model.rope_scaling.low_freq_factor = {scaling.low_freq_factor} is not between 0 and "
+            f"high_freq_factor = {scaling.high_freq_factor}; Llama 3.1 has 1 and 4"
+        )
+    if not (scaling.factor >= 1 and scaling.original_max_position_embeddings > 0):
+        raise scaling.broken("model.rope_scaling wants factor >= 1 and original_max_position_embeddings > 0")
+
+
+def check_model(model: ModelConfig) -> None:
+    """Check that heads share key-value heads evenly, and that their numbers pair up for the rotation."""
+    heads, groups = model.num_attention_heads, model.num_key_value_heads
+    if heads % groups:
+        raise model.broken(
+            f"model.num_key_value_heads = {groups} does not divide model.num_attention_heads = {heads}; "
+            f"use {listed(divisors(heads))}"
+        )
+    if model.head_dim % 2:
+        raise model.broken(f"model.head_dim = {model.head_dim} is odd; rotary embeddings turn pairs: use an even one")
+
+
+def check_optimizer(optimizer: OptimizerConfig) -> None:
+    """Check the ranges of the betas and of the final learning rate, and that only wsd has a decay of its own."""
+    for i, beta in enumerate(optimizer.betas):
+        if not 0 <= beta < 1:
+            raise optimizer.broken(f"optimizer.betas.{i} = {beta} is not in [0, 1)")
+    if optimizer.min_lr_ratio > 1:
+        raise optimizer.broken(
+            f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio} is above 1; it is final / peak learning rate"
+        )
+    if optimizer.schedule == "cosine" and optimizer.decay_steps:
+        raise optimizer.broken(
+            f"optimizer.decay_steps = {optimizer.decay_steps} is for schedule wsd; leave it out with cosine"
+        )
+
+
+def check_parallel(parallel: ParallelConfig) -> None:
+    """Check that options have the ranks and stages that they divide."""
+    tp, pp, virtual = parallel.tp, parallel.pp, parallel.virtual_stages
+    if parallel.sequence_parallel and tp == 1:
+        raise parallel.broken(
+            "parallel.sequence_parallel = true shares rows over tp ranks and tp is 1; set it to false"
+        )
+    if virtual > 1 and pp == 1:
+        raise parallel.broken(f"parallel.virtual_stages = {virtual} cuts what pipeline ranks hold and pp is 1; use 1")
+    if virtual > 1 and parallel.schedule == STOCK_ENGINE:
+        raise parallel.broken(
+            f"parallel.virtual_stages = {virtual}: DeepSpeed's own engine has one stage on a rank; use 1"
+        )
+    _check_partition(parallel)
+    _check_recompute(parallel)
+
+
+def _check_partition(parallel: ParallelConfig) -> None:
+    partition, stages = parallel.partition, parallel.pp * parallel.virtual_stages
+    if partition is None:
+        return
+    if len(partition) != stages:
+        virtual = f" * virtual_stages = {stages}" if stages > parallel.pp else f" = {parallel.pp}"
+        raise parallel.broken(f"parallel.partition = {list(partition)} has {len(partition)} entries, not pp{virtual}")
+    if min(partition) < 1:
+        raise parallel.broken(f"parallel.partition = {list(partition)}: every stage needs a decoder layer or more")
+
+
+def _check_recompute(parallel: ParallelConfig) -> None:
+    text, stages = parallel.recompute, parallel.pp * parallel.virtual_stages
+    found = parse(text)
+    if found is None:
+        raise parallel.broken(
+            f"parallel.recompute = {text!r} is not {listed(POLICIES)}, a list of these for each stage, or "
+            f"{{budget: 20 GiB}}, auto or {{auto: 80 GiB}}{did_you_mean(text, (*POLICIES, AUTO))}"
+        )
+    if len(found.policies) not in (0, 1, stages):
+        raise parallel.broken(
+            f"parallel.recompute = {text} names {len(found.policies)} stages of {stages}; name one or {stages}"
+        )

@@ -1,0 +1,65 @@
+"""A checkpoint that was written before keys of its run moved: read, converted and resumed as any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama_ds.checkpoint import store
+from llama_ds.checkpoint.load_model import run_of
+from llama_ds.checkpoint.manifest import DESCRIPTION, Description, describe
+from llama_ds.config.run_file import load_run, resolved
+from llama_ds.config.schema import ComputeConfig
+from llama_ds.config.text import dump_yaml
+from llama_ds.errors import UserError
+
+# As commit b2589a0 wrote it at step 4 of 6.
+RECORDED = Path(__file__).parent / "data" / "before_compute_section.json"
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Description:
+    shutil.copyfile(RECORDED, tmp_path / DESCRIPTION)
+    return describe(str(tmp_path))
+
+
+def test_its_run_is_described_by_the_present_names(found: Description) -> None:
+    run = run_of("folder", found)
+    assert run.compute == ComputeConfig("sdpa", "manual_backward") and run.training.initializer_range == 0.05
+    assert found.model == run.model and found.run == resolved(run)
+    assert found.config_hash == json.loads(RECORDED.read_text())["config_hash"]
+
+
+def test_its_run_file_resumes_it(found: Description, tmp_path: Path) -> None:
+    """A run of before this version could not go on: "was trained with model attention_backend sdpa, not None"."""
+    run = json.loads(RECORDED.read_text())["run"]
+    del run["path"], run["deepspeed_path"], run["training"]["tokens"]
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    store.check_resumable("place", found, resolved(load_run(str(tmp_path / "run.yaml"))))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"compute": ComputeConfig("reference", "autograd")},
+        {"training": {"initializer_range": 0.1}},
+        {"parallel": {"micro_batch": 1}},
+    ],
+)
+def test_how_it_is_computed_may_change(found: Description, change: dict[str, Any]) -> None:
+    """A run could not move to machines without flash_attn, or be checked by the reference layer."""
+    run = run_of("folder", found)
+    changes = {k: replace(getattr(run, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
+    store.check_resumable("place", found, resolved(replace(run, **changes)))
+
+
+def test_what_the_model_is_may_not(found: Description) -> None:
+    run = run_of("folder", found)
+    other = resolved(replace(run, model=replace(run.model, rope_theta=500_000.0)))
+    with pytest.raises(UserError, match=r"^place: was trained with model rope_theta 10000.0, not 500000.0; use the"):
+        store.check_resumable("place", found, other)
