@@ -21,23 +21,23 @@ from llama_ds.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     RunConfig,
+    SourceConfig,
     TrainingConfig,
 )
 from llama_ds.errors import UserError
-from llama_ds.layout.layout import Layout
 from llama_ds.parallel.world import Place
 from llama_ds.training.checkpoints import Checkpoints
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunConfig:
-    shape, data = ModelConfig(6, 4, 6, 1, 2, 2, 2), DataConfig("", 8, (), ())
+    shape, data = ModelConfig(6, 4, 6, 1, 2, 2, 2), DataConfig("any", 8, (SourceConfig("any", "any", 1.0),))
     training = TrainingConfig(4, 100, 3200)
     return RunConfig("r", 0, str(tmp_path), shape, data, training, OptimizerConfig(1e-3), ParallelConfig())
 
 
 def start(run: RunConfig) -> Checkpoints:
-    return Checkpoints(run, Layout(1, 1, 1, 1, 1, 1, 4), "fp32", Place(0, 1, 0))
+    return Checkpoints(run, resolve_layout(run, 1), "fp32", Place(0, 1, 0))
 
 
 def description(run: RunConfig, step: int) -> Description:
