@@ -39,8 +39,6 @@ __all__ = [
     "TrainingConfig",
 ]
 
-ATTENTION_BACKENDS = ("auto", "flash_attn", "sdpa", "reference")
-
 
 @dataclass(frozen=True)
 class RopeScaling(Section):
@@ -119,7 +117,7 @@ class ComputeConfig(Section):
         Key(
             "Implementation of attention: FlashAttention, torch's `scaled_dot_product_attention`, or plain matrix "
             "products; `auto` takes flash_attn where it can run, else sdpa.",
-            choices=ATTENTION_BACKENDS,
+            choices=("auto", "flash_attn", "sdpa", "reference"),
             rule="`flash_attn` needs CUDA, bf16 and a `model.head_dim` that is a multiple of 8 up to 256.",
         ),
     ] = "auto"

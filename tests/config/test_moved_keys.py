@@ -12,6 +12,7 @@ from llama_ds.config.run_file import dump, load_resolved, load_run, resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import dump_yaml
 from llama_ds.errors import UserError
+from llama_ds.log import logger
 
 MODEL: dict[str, Any] = {
     **{"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4},
@@ -42,8 +43,10 @@ MOVED = {
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logger, "propagate", True)  # whatever a test before has set up
+    caplog.set_level(logging.WARNING, logger.name)
 
 
 def load(data: dict[str, Any], *overrides: str) -> RunConfig:
@@ -63,10 +66,7 @@ def test_an_old_run_file_is_the_same_run(caplog: pytest.LogCaptureFixture) -> No
 def test_a_recorded_run_is_read_under_either_name(caplog: pytest.LogCaptureFixture) -> None:
     """tools/shards.py rows would not open the folder of a run that began before; nobody could mend its run.yaml."""
     new = load(NEW)
-    text = dump(new)
-    Path("new.yaml").write_text(text)
-    for old, now in MOVED.items():
-        assert f"{old.split('.')[1]}: " in text and old not in text and now.split(".")[0] in text
+    Path("new.yaml").write_text(dump(new))
     recorded = resolved(new)
     recorded["model"] |= {"attention_backend": "sdpa", "initializer_range": 0.05}
     recorded["parallel"] |= {"decoder_layer": "written_out"}

@@ -88,7 +88,7 @@ class Case:
             seed=11,
             output_dir="unused",
             model=model,
-            data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), self.document_mask),
+            data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), document_mask=self.document_mask),
             training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
             # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
             # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
