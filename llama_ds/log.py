@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 logger = logging.getLogger("llama_ds")
 
@@ -16,3 +17,11 @@ def setup(quiet: bool = False) -> None:
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.ERROR if quiet else logging.INFO)
+
+
+def silence_libraries() -> None:
+    """Keep off the console what libraries say that no user can act on; to be called before they are imported."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings(  # DeepSpeed calls collectives by names that torch has replaced
+        "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\.c10d_logger"
+    )

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from llama_ds.child_processes import without_interrupts
 from llama_ds.errors import UserError
 from llama_ds.perf.trace.account import Account, account
 from llama_ds.perf.trace.analyse import Analysis, analyse
@@ -53,7 +54,9 @@ def _all(files: dict[int, Path], first: Rank) -> Account:
     # Events are many and hold no cycles: garbage collection would walk them for nothing, a quarter of the time.
     with ProcessPoolExecutor(min(os.cpu_count() or 1, stride), initializer=gc.disable) as processes:
         try:
-            return _sum(processes.map(read, pipelines), stride)
+            with without_interrupts():
+                accounts = processes.map(read, pipelines)
+            return _sum(accounts, stride)
         except BaseException:
             processes.shutdown(cancel_futures=True)
             raise
