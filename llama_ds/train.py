@@ -8,7 +8,6 @@ python llama_ds/train.py ds_configs/llama_65b.yaml --dry-run --world 2048
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from typing import Any
@@ -29,7 +28,7 @@ from llama_ds.launch.job import MPI_LAUNCHERS, current
 def main() -> int:
     """Run the command line; return the exit code. User errors end every rank with code 2 and one message."""
     arguments = parse(sys.argv[1:])
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    log.silence_libraries()
     from llama_ds.parallel import world
 
     presence = Presence()

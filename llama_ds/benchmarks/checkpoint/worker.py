@@ -55,6 +55,7 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         settings = Settings(**json.load(file))
     place = world.find_place()
+    log.silence_libraries()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():
