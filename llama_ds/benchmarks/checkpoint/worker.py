@@ -1,4 +1,4 @@
-"""Started on every rank by `tools/throughput.py checkpoint`: save, load and reshard, against disk and libraries.
+"""Started on every rank by `tools/benchmark.py checkpoint`: save, load and reshard, against disk and libraries.
 
 worker.py SETTINGS OUT, SETTINGS a JSON file of `Settings`.
 
