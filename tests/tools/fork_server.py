@@ -1,10 +1,12 @@
 """A process that has imported what tools import, and forks one for every call: no call starts Python anew.
 
-A call ends by the interpreter's own shutdown, as a script does.
+A call ends as a script does, but for the shutdown of what was imported, which takes seconds: it flushes what was
+printed, which fails aloud where nobody reads it, and exits.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -12,9 +14,11 @@ import runpy
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
@@ -89,16 +93,17 @@ def main() -> None:
     """The server's side: fork and wait as the lines of stdin ask."""
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a call would copy all of it
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
         elif not (answer := os.fork()):
-            return be(request["argv"], request["out"], request["err"])
+            be(request["argv"], request["out"], request["err"])
         print(answer, flush=True)
 
 
-def be(argv: Sequence[str], out: str, err: str) -> None:
+def be(argv: Sequence[str], out: str, err: str) -> NoReturn:
     """Be a call."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setpgid(0, 0)
@@ -111,8 +116,18 @@ def be(argv: Sequence[str], out: str, err: str) -> None:
         writer = os.open(out, os.O_WRONLY | os.O_CREAT)
     os.dup2(writer, 1)
     os.close(writer)
-    sys.argv = list(argv)
-    runpy.run_path(argv[0], run_name="__main__")
+    sys.argv, code = list(argv), 1
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        traceback.print_exc()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from calls import NORMAL, WAITING, WITH_RANKS
 from fork_server import Finished, ForkServer
@@ -94,3 +97,35 @@ def when_read(pipe: Path) -> int:
         except OSError as error:
             assert error.errno == errno.ENXIO and time.monotonic() < until, "nobody reads it"
             time.sleep(0.01)
+
+
+def test_an_interruption_ends_the_ranks_too(server: ForkServer) -> None:
+    call, process = server.start("tools/pipeline.py", "--pp", 2, "--schedules", "1f1b")
+    ranks = when_started(process, 2)
+    os.kill(process, signal.SIGINT)
+    done = server.finish(call, process)
+    assert (done.code, done.err) == (INTERRUPTED, "interrupted\n")
+    assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.parametrize(("grace_s", "number"), [(30, signal.SIGINT), (30, signal.SIGTERM), (0.2, signal.SIGHUP)])
+def test_a_child_and_its_own_end_with_the_tool(tmp_path: Path, grace_s: float, number: int) -> None:
+    """Those that have little time ignore SIGTERM."""
+    trap = "trap '' TERM;" if grace_s < 1 else ""
+    command = ["sh", "-c", f"{trap} sleep 99 & sleep 99; true"]
+    program = f"from llama_ds.child_processes import run_child\nrun_child({command}, {grace_s})"
+    tool = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+    (shell,) = when_started(tool.pid, 1)
+    children = [shell, *when_started(shell.pid, 2)]
+    tool.send_signal(number)
+    assert tool.wait(30) in (1, -signal.SIGINT)  # by KeyboardInterrupt
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def when_started(process: int, count: int) -> list[psutil.Process]:
+    """Return the children of a process as soon as there are `count`."""
+    until = time.monotonic() + 60
+    while len(children := psutil.Process(process).children()) < count:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return children

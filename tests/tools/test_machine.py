@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama_ds.perf.plan import hardware
+from tests.console import foreign_lines
 from tests.hosts import Hosts, missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("machine") / "here.yaml"
     done = run("machine.py", "gemm", "--cluster", path, "--quick", "--dtype", "fp32", "--power-w", 90)
     assert done.returncode == 0, done.stderr
-    assert "products in TFLOP/s" in done.stdout
+    assert "products in TFLOP/s" in done.stdout and foreign_lines(done.stderr) == []
     limits = ("--max-bytes", 65536, "--seconds", 0.01)
     done = run("machine.py", "comm", "--cluster", path, *limits, "--json")
     assert done.returncode == 0, done.stderr
@@ -77,6 +78,7 @@ def test_predictions_stand_beside_steps_of_the_trainers_engines(cluster: Path) -
     shown = ("--rounds", 1, "--steps", 2, "--json")
     done = run("machine.py", "check-plan", "ds_configs/quickstart.yaml", "--cluster", cluster, *words, *shown)
     assert done.returncode == 0, done.stderr
+    assert foreign_lines(done.stderr) == []
     found = json.loads(done.stdout)
     assert [row["overrides"] for row in found["layouts"]] == [[*SMALL, *layout] for layout in layouts]
     for row in found["layouts"]:
