@@ -82,12 +82,20 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Do what a command line asks for; return the exit code.
 
-    A UserError is one line on stderr and exit code 2. A reader of the output that has left, such as `head`, ends the
-    tool quietly with 141, and Ctrl-C with one line and 130. With --json nothing but the answer is written to stdout.
+    A UserError is one line on stderr and exit code 2. With --json nothing but the answer is written to stdout.
+    Otherwise as `ending_quietly`.
     """
     log.silence_libraries()
+    return ending_quietly(lambda: _outcome(parser, argv))
+
+
+def ending_quietly(main: Callable[[], int]) -> int:
+    """Return the exit code of `main`, 141 where the reader of its output has left, such as `head`, or 130 for Ctrl-C.
+
+    The former says nothing, the latter one line.
+    """
     try:
-        code = _outcome(parser, argv)
+        code = main()
         print(end="", flush=True)
         return code
     except BrokenPipeError:

@@ -16,6 +16,7 @@ from typing import Any
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from llama_ds import log
+from llama_ds.command_line import ending_quietly
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.layout import Layout, resolve_layout
 from llama_ds.config.run_file import load_run
@@ -91,4 +92,4 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -73,6 +73,11 @@ def test_a_normal_call_says_what_is_ours(server: ForkServer, words: dict[str, An
         assert done.out and "Warning" not in done.out
 
 
+def test_the_plan_of_a_training_may_be_left_unread(server: ForkServer, words: dict[str, Any]) -> None:
+    done = server.call("llama_ds/train.py", words["run_file"], "--dry-run", closed=True)
+    assert (done.code, done.err) == (CLOSED_PIPE, "")
+
+
 def test_a_training_says_what_is_ours(words: dict[str, Any]) -> None:
     done: Finished = words["trained"]
     assert foreign_lines(done.out + done.err) == []
