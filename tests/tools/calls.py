@@ -27,10 +27,10 @@ WITH_RANKS = ("machine.py", "pipeline.py", "quickstart.py")
 WAITING = {
     "benchmark.py": "step --run {waits}/pipe.yaml",
     "cluster_scale.py": "{waits}/pipe.yaml",
-    "convert.py": "{waits}/meta {new}/hf --from meta --to hf",
+    "convert.py": "{waits}/step_00000001 {new}/hf --to hf",
     "dryrun.py": "{waits}/pipe.yaml --world 2",
     "evaluate.py": "{waits}/step_00000001",
-    "generate.py": "{waits}/meta --from meta",
+    "generate.py": "{waits}/step_00000001",
     "hostfile.py": "check {waits}/pipe.yaml",
     "launch.py": "{waits}/pipe.yaml --hostfile hostfiles/local",
     "machine.py": "gemm --cluster {new}/here.yaml --run {waits}/pipe.yaml",

@@ -31,13 +31,12 @@ def words(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[
     done = server.call("llama_ds/train.py", run.file)
     assert done.code == 0, done.err
     waits = root / "waits"
-    for place in ("pipe.yaml", "meta/params.json", "step_00000001/llama_ds.json", "source/manifest.json"):
+    for place in ("pipe.yaml", "step_00000001/llama_ds.json", "source/manifest.json"):
         (waits / place).parent.mkdir(parents=True, exist_ok=True)
         if place == "pipe.yaml":
             os.mkfifo(waits / place)
         else:
             (waits / place).symlink_to(waits / "pipe.yaml")
-    (waits / "meta" / "consolidated.00.pth").touch()
     (waits / "corpus").mkdir()
     (waits / "corpus" / "prose.jsonl").touch()
     return {
