@@ -8,7 +8,6 @@ python llama_ds/train.py ds_configs/llama_65b.yaml --dry-run --world 2048
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from llama_ds import log
+from llama_ds.command_line import ending_quietly
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
@@ -29,7 +29,7 @@ from llama_ds.layout.layout import Layout, resolve_layout
 def main() -> int:
     """Run the command line; return the exit code. User errors end every rank with code 2 and one message."""
     arguments = parse(sys.argv[1:])
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    log.silence_libraries()
     from llama_ds.parallel import world
 
     presence = Presence()
@@ -92,4 +92,4 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ending_quietly(main))

@@ -15,7 +15,8 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Lowest first. A room may import itself and the rooms on lower floors; rooms on one floor are strangers.
 FLOORS = (
-    ("errors", "log", "machine"),
+    ("errors", "log", "machine", "child_processes"),
+    ("command_line",),
     ("schedules",),
     ("config",),
     ("layout",),
@@ -54,7 +55,8 @@ RANK_READERS = ("llama_ds/parallel/*",)
 
 # Arithmetic and text: usable on a login node where torch is not installed.
 TORCH_FREE = (
-    *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/machine.py", "llama_ds/config/*", "llama_ds/layout/*"),
+    *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/machine.py", "llama_ds/child_processes.py"),
+    *("llama_ds/command_line.py", "llama_ds/config/*", "llama_ds/layout/*"),
     *("llama_ds/schedules/*", "llama_ds/job/*", "llama_ds/launch/*", "llama_ds/perf/*"),
     *("llama_ds/data/order.py", "llama_ds/data/mixture.py", "llama_ds/data/text/*", "llama_ds/data/building/*"),
     "llama_ds/training/lr_schedule.py",

@@ -15,40 +15,46 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama_ds.errors import UserError
+from llama_ds.command_line import Answer, add_results, new_parser, run
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.launch.scale import fan_out, measure, setting
 from llama_ds.layout.axes import Axes
 
+EXAMPLES = """examples:
+  tools/cluster_scale.py hostfiles/256x8 --pp 8 --tp 8 --out measured.json
+  tools/cluster_scale.py hostfiles/256x8 --preflight
+"""
 
-def main() -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("hostfile", nargs="?", default=str(ROOT / "hostfiles" / "256x8"))
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return run(parser(), argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(scale, __doc__, EXAMPLES)
+    parser.add_argument("hostfile", nargs="?", default=str(ROOT / "hostfiles" / "256x8"), help="(default: %(default)s)")
     parser.add_argument("--pp", type=int, default=8)
     parser.add_argument("--tp", type=int, default=8)
     parser.add_argument("--beat-s", type=float, default=5.0, help="between reports of a rank (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="to watch (default: %(default)s)")
     parser.add_argument("--preflight", action="store_true", help="measure the preflight instead")
     parser.add_argument("--timeout-s", type=float, default=20.0, help="of the preflight (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE", help="write the results as JSON to FILE too")
-    args = parser.parse_args()
+    add_results(parser)
+    return parser
+
+
+def scale(args: argparse.Namespace) -> Answer:
+    """Measure."""
     begin = setting()
-    try:
-        hosts = parse_hostfile(args.hostfile)
-        if args.preflight:
-            slots = max(hosts.values())
-            found = fan_out(str(ROOT / "tools" / "preflight.py"), len(hosts), slots, args.timeout_s)
-        else:
-            found = measure(hosts, Axes(pp=args.pp, tp=args.tp), args.beat_s, args.seconds)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
-    text = json.dumps(begin | found, indent=1)
-    if args.out:
-        Path(args.out).write_text(text + "\n")
-    print(text)
-    return 0
+    hosts = parse_hostfile(args.hostfile)
+    if args.preflight:
+        slots = max(hosts.values())
+        found = fan_out(str(ROOT / "tools" / "preflight.py"), len(hosts), slots, args.timeout_s)
+    else:
+        found = measure(hosts, Axes(pp=args.pp, tp=args.tp), args.beat_s, args.seconds)
+    return Answer(begin | found, json.dumps(begin | found, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,24 +12,22 @@ import argparse
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
-from llama_ds.checkpoint.conversion.proof import Proof, prove
-from llama_ds.checkpoint.formats.hf_tokenizer import imitation
-from llama_ds.checkpoint.formats.huggingface import HfTokenizer, holds_huggingface
-from llama_ds.checkpoint.formats.plan import Target
-from llama_ds.checkpoint.formats.views import Rows
-from llama_ds.checkpoint.load_model import KINDS, open_model
-from llama_ds.checkpoint.weights import DTYPES, ModelFiles
-from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS
+from llama_ds.command_line import check_positive, new_parser, run
 from llama_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llama_ds.checkpoint.conversion.proof import Proof
+    from llama_ds.checkpoint.formats.huggingface import HfTokenizer
+    from llama_ds.checkpoint.weights import ModelFiles
 
 EXAMPLES = """examples:
   tools/convert.py runs/quickstart runs/quickstart/hf --to hf
@@ -39,42 +37,41 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Convert and return the exit code."""
-    try:
-        return run(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+    """Run the command line; return the exit code."""
+    return run(parser(), argv)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(convert_model, __doc__, EXAMPLES)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("destination", metavar="DST")
     parser.add_argument("--from", dest="kind", choices=KINDS, help="what SRC is (default: what its files look like)")
     parser.add_argument("--to", choices=KINDS, required=True, help="what DST becomes")
     parser.add_argument("--tp", type=int, default=1, help="parts to cut matrices into; Meta's model-parallel size")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages that DeepSpeed's own loader expects")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the source's)")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights (default: the source's)")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="rows of the result's tables: zeros added, or cut")
-    parser.add_argument("--workers", type=int, default=Options.workers, help="threads (default: %(default)s)")
+    parser.add_argument("--workers", type=int, help="threads (default: 2 to 4, by the cores of this machine)")
     parser.add_argument("--no-logits", action="store_true", help="prove without running the model: it may be too large")
     parser.add_argument("--overwrite", action="store_true", help="replace DST, and what is left of another DST.partial")
-    return parser.parse_args(argv)
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def convert_model(args: argparse.Namespace) -> None:
     """Convert, and say what was found."""
-    for name in ("workers", "vocab_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"command line: --{name.replace('_', '-')} {getattr(args, name)} is not positive")
+    check_positive(args, "workers", "vocab_size")
+    from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
+    from llama_ds.checkpoint.conversion.proof import prove
+    from llama_ds.checkpoint.formats.huggingface import holds_huggingface
+    from llama_ds.checkpoint.formats.plan import Target
+    from llama_ds.checkpoint.load_model import open_model
+
     files = open_model(args.source, args.kind, args.vocab_size)
     target = Target(args.dtype or files.dtype, args.tp, args.pp)
     tokenizer = sentencepiece_tokenizer(files) if args.to == "hf" and not holds_huggingface(files.path) else None
     plan = plan_of(files, args.to, target, tokenizer)
-    options = Options(args.overwrite, args.workers)
+    options = Options(args.overwrite, args.workers or Options.workers)
     with closing(Bars()) as bars:
 
         def proof_of(folder: str) -> Proof:
@@ -84,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
         proof = convert(files, plan, args.destination, options, proof_of, bars.show)
     report(files, args.destination, args.to, target.dtype, len(plan.files), plan.nbytes)
     print("\n".join(proof.lines()))
-    return 0
 
 
 class Bars:
@@ -107,6 +103,8 @@ class Bars:
 
 def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: int, nbytes: int) -> None:
     """Print what was converted to what."""
+    from llama_ds.checkpoint.formats.views import Rows
+
     print(f"{destination}: {kind}, {dtype}, {count} file{'s' * (count > 1)}, {nbytes / 1e9:.3f} GB, from {files.path}")
     table = files.tensors[0, "weight"]
     if isinstance(table, Rows) and table.source.shape[0] != table.shape[0]:
@@ -117,19 +115,18 @@ def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: in
         print(f"no tokenizer was written: {files.path} has no tokenizer.model")
 
 
-@torch.no_grad()
 def transformers_logits(folder: str, ids: Tensor) -> Tensor:
-    """Return the logits (1, T, V) that transformers computes in fp32."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    """Return the logits (1, T, V) that transformers computes; it is imported where it is asked."""
+    from llama_ds.benchmarks.generation import fp32_logits
 
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return model(input_ids=ids, use_cache=False).logits
+    return fp32_logits(folder, ids)
 
 
 def sentencepiece_tokenizer(files: ModelFiles) -> HfTokenizer | None:
     """Return what the model's tokenizer.model says to transformers; None where there is none."""
+    from llama_ds.checkpoint.formats.huggingface import HfTokenizer
+    from llama_ds.data.text.tokenizer import Tokenizer
+
     if files.tokenizer is None:
         return None
     try:
@@ -142,6 +139,9 @@ def sentencepiece_tokenizer(files: ModelFiles) -> HfTokenizer | None:
 
 def hf_tokenizer(path: str) -> dict[str, Any] | None:
     """Return tokenizer.json for a sentencepiece model; None, with a warning, where it would give other ids."""
+    from llama_ds.checkpoint.formats.hf_tokenizer import imitation
+    from llama_ds.data.text.tokenizer import Tokenizer
+
     content = imitation(Tokenizer(path))
     if content is None:
         print(

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from llama_ds.command_line import Answer, add_json, new_parser, run
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.training.dry_run.run import dry_run
@@ -33,20 +34,13 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    args = parse(argv)
-    try:
-        check(args)
-        return report(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+    """Run the command line; return the exit code."""
+    return run(parser(), argv)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(report, __doc__, EXAMPLES)
     parser.add_argument("run_file", help="YAML run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")
     ranks = parser.add_mutually_exclusive_group(required=True)
@@ -61,9 +55,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="of the job (default: %(default)s)")
     parser.add_argument("--device-gib", type=float, help="memory of a rank's device: for recompute auto, and checked")
     parser.add_argument("--jobs", type=int, default=2, help="ranks that run at a time (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser, "the report")
     parser.add_argument("--calls", metavar="FOLDER", help="write each rank's collectives and messages there, in order")
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def check(args: argparse.Namespace) -> None:
@@ -80,14 +74,14 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--calls {args.calls}: is a file; name a folder")
 
 
-def report(args: argparse.Namespace) -> int:
-    """Run the ranks, print what was found."""
+def report(args: argparse.Namespace) -> Answer:
+    """Run the ranks; return what was found."""
+    check(args)
     slots = parse_hostfile(args.hostfile) if args.hostfile else {"this": args.world}
     found = dry_run(args.run_file, args.overrides, slots, args.rank, args.backend, args.device_gib, args.jobs)
     if args.calls:
         write_calls(args.calls, {report.rank: calls_as_json(found, report) for report in found.ranks})
-    print(json.dumps(as_json(found), indent=1) if args.json else table(found))
-    return 0 if found.ok else 1
+    return Answer(as_json(found), table(found), 0 if found.ok else 1)
 
 
 def write_calls(folder: str, by_rank: dict[int, object]) -> None:

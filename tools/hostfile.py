@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import hostfile_text, parse_hostfile, select, write_hostfile
@@ -20,7 +20,7 @@ from llama_ds.layout import rank_map
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.nodelist import SYSTEMS, expand, from_scheduler
-from llama_ds.layout.placement import Finding, Rank, findings, place
+from llama_ds.layout.placement import Rank, findings, place
 
 EXAMPLES = """examples:
   tools/hostfile.py generate --hosts 'node[001-256]' --slots 8 --out hostfiles/mine
@@ -47,25 +47,15 @@ are left, --json prints them.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand and return the exit code."""
-    args = parse(argv)
-    try:
-        commands = {"generate": generate, "check": check, "map": show_map, "select": select_hosts}
-        return commands[args.command](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
-    except BrokenPipeError:  # whoever read the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    """Run the command line; return the exit code."""
+    return run(parser(), argv)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("generate", help="make a hostfile", epilog=EXAMPLES, formatter_class=formatter)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(None, __doc__, EXAMPLES)
+    add = subcommands(parser)
+    command = add("generate", generate, "make a hostfile")
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--hosts", metavar="LIST", help="such as 'node[001-256]' or 'a[1-4,7]-ib0,b', in quotes")
     source.add_argument("--slurm", nargs="?", const="", metavar="NODELIST", help="(default: of this job)")
@@ -74,24 +64,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command.add_argument("--slots", type=int, help="ranks of every host (default: what the batch system counts)")
     command.add_argument("--comment", default="", metavar="TEXT", help="in the file's first lines")
     command.add_argument("--out", metavar="FILE", help="(default: print it)")
-    command = commands.add_parser("check", help="how ranks lie on it", description=CHECK, formatter_class=formatter)
+    command = add("check", check, "how ranks lie on it", CHECK)
     _add_parallel(command)
-    command.add_argument("--json", action="store_true")
-    command = commands.add_parser("map", help="which rank is where, hosts of one pattern in one line")
+    add_json(command, "the findings")
+    command = add("map", show_map, "which rank is where, hosts of one pattern in one line")
     _add_parallel(command)
     command.add_argument("--every-host", action="store_true", help="a line for each host")
     command.add_argument("--svg", metavar="FILE", help="draw it, too")
-    command.add_argument("--json", action="store_true", help="a list of all ranks")
-    command = commands.add_parser("select", help="some of its hosts", description=SELECT, formatter_class=formatter)
+    add_json(command, "a list of all ranks")
+    command = add("select", select_hosts, "some of its hosts", SELECT)
     command.add_argument("file", metavar="FILE")
     command.add_argument("--include", default="", metavar="FILTER", help="only these")
     command.add_argument("--exclude", default="", metavar="FILTER", help="all but these")
     command.add_argument("--out", metavar="FILE", help="(default: print it)")
-    command.add_argument("--json", action="store_true", help="the slots of each host")
-    return parser.parse_args(argv)
+    add_json(command, "the slots of each host")
+    return parser
 
 
-def generate(args: argparse.Namespace) -> int:
+def generate(args: argparse.Namespace) -> None:
     """Make a hostfile."""
     if args.hosts is not None:
         if args.slots is None:
@@ -100,44 +90,41 @@ def generate(args: argparse.Namespace) -> int:
     else:
         system = next(name for name in SYSTEMS if getattr(args, name) is not None)
         hosts = from_scheduler(system, getattr(args, system), args.slots, os.environ)
-    return _give(hosts, args.out, args.comment)
+    _give(hosts, args.out, args.comment)
 
 
-def check(args: argparse.Namespace) -> int:
-    """Print the findings; return 2 where one is an error."""
+def check(args: argparse.Namespace) -> Answer:
+    """Return the findings; the exit code is 2 where one is an error."""
     found = findings(_ranks(args))
-    if args.json:
-        print(json.dumps([asdict(finding) for finding in found], indent=1))
-    else:
-        _print_findings(found)
-    return UserError.EXIT_CODE if any(finding.severity == "error" for finding in found) else 0
+    code = UserError.EXIT_CODE if any(finding.severity == "error" for finding in found) else 0
+    text = "\n".join(f"{finding.severity:7}  {finding.text}" for finding in found)
+    return Answer([asdict(finding) for finding in found], text, code)
 
 
-def show_map(args: argparse.Namespace) -> int:
-    """Print the rank map, and draw it."""
+def show_map(args: argparse.Namespace) -> Answer:
+    """Return the rank map, and draw it."""
     ranks = _ranks(args)
     if args.svg:
         try:
             Path(args.svg).write_text(rank_map.svg(ranks, f"Ranks on {args.file}"), encoding="utf-8")
         except OSError as error:
             raise UserError(f"{args.svg}: cannot be written: {error.strerror}; name another file") from None
-    print(json.dumps([rank.as_data() for rank in ranks]) if args.json else rank_map.table(ranks, args.every_host))
-    return 0
+    return Answer([rank.as_data() for rank in ranks], rank_map.table(ranks, args.every_host))
 
 
-def select_hosts(args: argparse.Namespace) -> int:
+def select_hosts(args: argparse.Namespace) -> Answer | None:
     """Write the hostfile of the hosts that a filter leaves."""
     left = select(parse_hostfile(args.file), args.include, args.exclude)
     if args.json:
-        print(json.dumps(left))
-        return 0
+        return Answer(left, "")
     for host, slots in left.items():
         if slots != list(range(len(slots))):
             raise UserError(
                 f"{args.file}: slots {','.join(map(str, slots))} of {host} are not its first {len(slots)}, and a "
                 "hostfile only counts; leave out its last slots, or give the filter to deepspeed itself"
             )
-    return _give({host: len(slots) for host, slots in left.items()}, args.out, "")
+    _give({host: len(slots) for host, slots in left.items()}, args.out, "")
+    return None
 
 
 def _add_parallel(command: argparse.ArgumentParser) -> None:
@@ -158,17 +145,11 @@ def _ranks(args: argparse.Namespace) -> list[Rank]:
     return place(hosts, layout, args.file)
 
 
-def _print_findings(found: list[Finding]) -> None:
-    for finding in found:
-        print(f"{finding.severity:7}  {finding.text}")
-
-
-def _give(hosts: Mapping[str, int], out: str | None, comment: str) -> int:
+def _give(hosts: Mapping[str, int], out: str | None, comment: str) -> None:
     if out is None:
         print(hostfile_text(hosts, comment, "command line"), end="")
     else:
         write_hostfile(out, hosts, comment)
-    return 0
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds.command_line import new_parser, run
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
@@ -45,22 +46,12 @@ EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 failed for good, 2 a mistake in what was asked for."""
-    args = parse(argv)
-    os.environ.pop(VARIABLE, None)  # of a job that started this one: its end is not ours
-    try:
-        return launch(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
-    except KeyboardInterrupt:
-        print("ended at once: nothing was saved", file=sys.stderr)
-        return 130
+    return run(parser(), argv)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(launch, __doc__, EXAMPLES)
     parser.add_argument("run_file", help="YAML run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as for llama_ds/train.py")
     parser.add_argument("--hostfile", required=True, help="HOST slots=N, one per line, in the order of the ranks")
@@ -93,14 +84,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     watch.add_argument(
         "--skip-steps", type=int, default=0, help="and leave out so many steps' data (default: rewind + 200)"
     )
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
 def launch(args: argparse.Namespace) -> int:
     """Start the job and see it through."""
-    run = load_run(args.run_file, args.overrides)
+    os.environ.pop(VARIABLE, None)  # of a job that started this one: its end is not ours
+    wanted = load_run(args.run_file, args.overrides)
     hosts = hosts_of(args)
-    layout = resolve_layout(run, sum(hosts.values()))
+    layout = resolve_layout(wanted, sum(hosts.values()))
     ranks = place(hosts, layout)
     for finding in findings(ranks):
         if finding.severity == "error":
@@ -109,12 +101,12 @@ def launch(args: argparse.Namespace) -> int:
             say(f"{finding.severity}: {finding.text}")
     start = start_of(args)
     if args.dry_run:
-        show(args, run, start, hosts)
+        show(args, wanted, start, hosts)
         return 0
     supervisor = Supervisor(
-        run=run,
+        run=wanted,
         start=start,
-        roster=Roster(run, hosts, parse_hostfile(args.spares) if args.spares else {}),
+        roster=Roster(wanted, hosts, parse_hostfile(args.spares) if args.spares else {}),
         watch=Watch(
             Patience(args.hang_factor, args.hang_min_s, args.start_s), args.silent_s, spikes=args.rewind_steps > 0
         ),
@@ -124,13 +116,16 @@ def launch(args: argparse.Namespace) -> int:
             rewind_steps=args.rewind_steps,
             skip_steps=args.skip_steps or args.rewind_steps + 200,
         ),
-        folder=new_folder(run.run_dir),
-        examine=lambda those: preflight(args, run, those),
+        folder=new_folder(wanted.run_dir),
+        examine=lambda those: preflight(args, wanted, those),
         say=say,
     )
     say(f"job folder: {supervisor.folder}")
     handle_signals(supervisor)
-    return supervisor.supervise()
+    try:
+        return supervisor.supervise()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("ended at once: nothing was saved") from None
 
 
 def hosts_of(args: argparse.Namespace) -> dict[str, int]:

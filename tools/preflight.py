@@ -7,13 +7,13 @@ Exit code: 0 all hosts are good, 1 some are not but enough are left, 2 not enoug
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds.command_line import Answer, add_json, new_parser, run
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
@@ -27,26 +27,20 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    args = parse(argv)
-    try:
-        return preflight(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+    """Run the command line; return the exit code."""
+    return run(parser(), argv)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(preflight, __doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of --run")
     parser.add_argument("--hostfile", required=True)
     parser.add_argument("--run", help="run file: its folders and its tokenizer are looked for")
     parser.add_argument("--spares", help="hostfile of hosts to take the places of bad ones")
     parser.add_argument("--world", type=int, help="ranks that are needed (default: all of the hostfile's)")
     parser.add_argument("--out", metavar="FILE", help="write the hostfile of the good hosts there")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_json(parser, "the report")
     parser.add_argument("--no-measure", action="store_true", help="do not time devices and links")
     parser.add_argument("--slow", choices=("warning", "error"), default="warning", help="what a slow host is")
     parser.add_argument("--burn-s", type=float, default=2.0, help="to multiply on each device (default: %(default)s)")
@@ -54,20 +48,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--min-free-gib", type=float, default=1.0, help="on each disk (default: %(default)s)")
     parser.add_argument("--nic", default="", help="interface that every host must have")
     parser.add_argument("--ssh-port", type=int)
-    return parser.parse_intermixed_args(argv)
+    return parser
 
 
-def preflight(args: argparse.Namespace) -> int:
-    """Look, print, and write the hostfile."""
+def preflight(args: argparse.Namespace) -> Answer:
+    """Look, and write the hostfile; return the report."""
     hosts = parse_hostfile(args.hostfile)
     spares = parse_hostfile(args.spares) if args.spares else {}
     if both := hosts.keys() & spares.keys():
         raise UserError(f"{args.spares}: {', '.join(sorted(both))} is in {args.hostfile} too; take it out of one")
-    run = load_run(args.run, args.overrides) if args.run else None
+    wanted = load_run(args.run, args.overrides) if args.run else None
     settings = Settings(
-        output_dir=run.output_dir if run else "runs",
-        cache_dir=run.data.cache_dir if run else "",
-        files=[run.data.tokenizer] if run else [],
+        output_dir=wanted.output_dir if wanted else "runs",
+        cache_dir=wanted.data.cache_dir if wanted else "",
+        files=[wanted.data.tokenizer] if wanted else [],
         min_free_gib=args.min_free_gib,
         timeout_s=args.timeout_s,
         nic=args.nic,
@@ -78,14 +72,14 @@ def preflight(args: argparse.Namespace) -> int:
     )
     report = examine(hosts | spares, settings, say)
     chosen = promote(hosts, report.good, spares, args.world)
-    print(json.dumps(report.as_json() | {"hosts": chosen}, indent=1) if args.json else table(report))
-    bad = len(report.hosts) - len(report.good)
+    found = report.as_json() | {"hosts": chosen}
     if chosen is None:
         slots = sum((hosts | spares)[host] for host in report.good)
-        raise UserError(f"{args.hostfile}: the good hosts have {slots} slots, too few; mend hosts, or add --spares")
+        few = f"error: {args.hostfile}: the good hosts have {slots} slots, too few; mend hosts, or add --spares"
+        return Answer(found, table(report), UserError.EXIT_CODE, [few])
     if args.out:
         write_hostfile(args.out, chosen, f"{len(chosen)} hosts found good")
-    return 1 if bad else 0
+    return Answer(found, table(report), 1 if len(report.good) < len(report.hosts) else 0)
 
 
 def table(report: Report) -> str:

@@ -1,9 +1,8 @@
+#!/usr/bin/env python3
 """The whole job at small scale on this machine: text, tokenizer, shards, training, export, generated text.
 
-Every stage is the command a user would type; the training is DeepSpeed's own launcher with four ranks.
-
-    python tools/quickstart.py            # what `make quickstart` runs; goes on from what is there
-    python tools/quickstart.py --fresh    # from nothing
+Every stage is the command a user would type; the training is DeepSpeed's own launcher with four ranks. Ctrl-C ends all
+of it, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import os
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,34 +20,39 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds import command_line
+from llama_ds.child_processes import PIPE, run_child
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
-from llama_ds.data.sources import open_sources
-from llama_ds.data.unigram import mixture_counts, unigram_loss
 from llama_ds.errors import UserError
 
+EXAMPLES = """examples:
+  tools/quickstart.py                      # what `make quickstart` runs; goes on from what is there
+  tools/quickstart.py --fresh              # from nothing
+  tools/quickstart.py training.steps=60
+"""
 RUN_FILE = "ds_configs/quickstart.yaml"
 RANKS = 4
 PROMPTS = ('def main():\n    """', "The function returns ")
 
 
-def main() -> int:
-    """Run the stages; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Train, export and talk to a small LLaMA.",
-        epilog=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--fresh", action="store_true", help="remove the run's folder first")
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return command_line.run(parser(), argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = command_line.new_parser(begin, __doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run file")
-    arguments = parser.parse_intermixed_args()
+    parser.add_argument("--fresh", action="store_true", help="remove the run's folder first")
+    return parser
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Run the stages, in the folder that run file and commands are relative to."""
     os.chdir(ROOT)
-    try:
-        quickstart(arguments.fresh, arguments.overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
-    return 0
+    quickstart(args.fresh, args.overrides)
 
 
 def quickstart(fresh: bool, overrides: list[str]) -> None:
@@ -76,16 +79,8 @@ def _prepare_data(run: RunConfig) -> None:
     if not os.path.exists(run.data.tokenizer):
         stage("Tokenizer: sentencepiece BPE, digits split, byte fallback")
         prefix = run.data.tokenizer.removesuffix(".model")
-        tool(
-            "tokenizer.py",
-            "train",
-            "--input",
-            f"{corpus}/*.jsonl",
-            "--vocab-size",
-            run.model.vocab_size,
-            "--out",
-            prefix,
-        )
+        size = ("--vocab-size", run.model.vocab_size)
+        tool("tokenizer.py", "train", "--input", f"{corpus}/*.jsonl", *size, "--out", prefix)
     missing = [s for s in run.data.sources if not os.path.exists(f"{s.path}/manifest.json")]
     if missing:
         stage("Shards: rows of ids in webdataset tars")
@@ -96,6 +91,9 @@ def _prepare_data(run: RunConfig) -> None:
 
 def _unigram(run: RunConfig) -> float:
     """Return what a unigram model of the training tokens reaches on the validation rows, in nats per token."""
+    from llama_ds.data.sources import open_sources
+    from llama_ds.data.unigram import mixture_counts, unigram_loss
+
     data = open_sources(run.data, run.model.vocab_size)
     counts = mixture_counts(data.train, [s.weight for s in run.data.sources])
     return unigram_loss(counts, data.validation_rows(run.evaluation.rows))
@@ -148,7 +146,7 @@ def tool(script: str, *arguments: object, capture: bool = False) -> str:
 def launch(*arguments: str) -> None:
     """Run the training script under DeepSpeed's launcher."""
     deepspeed = os.path.join(os.path.dirname(sys.executable), "deepspeed")
-    ranks = ["--num_accelerators", str(RANKS), "--master_port", str(free_port())]
+    ranks = ["--num_accelerators", str(RANKS), "--master_port", str(free_port()), "--log_level", "error"]
     run_command([deepspeed, *ranks, "llama_ds/train.py", RUN_FILE, *arguments], ranks=RANKS)
 
 
@@ -156,7 +154,7 @@ def run_command(command: list[str], capture: bool = False, ranks: int = 1) -> st
     """Run a command; a failure ends the quickstart."""
     shown = shlex.join([os.path.basename(command[0]), *command[1:]])
     print(f"$ {shown}", flush=True)
-    done = subprocess.run(command, env=environment(ranks), stdout=subprocess.PIPE if capture else None, text=True)
+    done = run_child(command, env=environment(ranks), stdout=PIPE if capture else None)
     if done.returncode:
         raise UserError(f"`{shown}` ended with exit code {done.returncode}; its own message stands above")
     return done.stdout or ""

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llama_ds import log
+from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands
 from llama_ds.data.building.build import build_source
-from llama_ds.data.source.manifest import MANIFEST, Manifest
+from llama_ds.data.source.listing import as_data, as_line, epochs, find_sources
+from llama_ds.data.source.manifest import MANIFEST
 from llama_ds.data.text.corpus import source_files
 from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.errors import UserError
@@ -47,30 +49,46 @@ same command, which does nothing twice that was finished.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand and return the exit code."""
-    args = parse(argv)
-    try:
-        commands = (gather, build, verify, audit, consumed, info, unigram)
-        return next(command for command in commands if command.__name__ == args.command)(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
-    except BrokenPipeError:  # whoever read the output, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    """Run the command line; return the exit code."""
+    return run(parser(), argv)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("gather", help="collect Python sources and prose that this machine holds")
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(None, __doc__, EXAMPLES)
+    add = subcommands(parser)
+    command = add("gather", gather, "collect Python sources and prose that this machine holds")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/code.jsonl and DIR/prose.jsonl")
     command.add_argument("--limit-mb", type=float, default=32.0, help="text in all (default: %(default)s)")
-    command = commands.add_parser(
-        "build", help="tokenize and pack", description=BUILD, epilog=EXAMPLES, formatter_class=formatter
-    )
+    _add_build_options(add("build", build, "tokenize and pack", BUILD))
+    command = add("verify", verify, "check every shard against its checksum and its manifest")
+    command.add_argument("dir", help="a source, a folder of sources, or the URL of a source")
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
+    command.add_argument("--repair", action="store_true", help="list what is damaged, and only that, in the manifest")
+    command.add_argument("--cache-dir", default="", help="of a URL: a folder for its shards on the way")
+    command.add_argument("--cache-gib", type=float, default=8.0, help="(default: %(default)s)")
+    add_json(command, "the damage of each source")
+    command = add("audit", audit, "which documents a step of a run reads")
+    command.add_argument("run", help="the folder of a run, such as runs/quickstart")
+    command.add_argument("--step", type=int, required=True, help="counted from 0")
+    add_json(command, "its rows")
+    command = add("consumed", consumed, "tokens and epochs that a run reads of each source")
+    command.add_argument("run", help="the folder of a run")
+    command.add_argument("--step", type=int, help="before this step (default: in all)")
+    add_json(command, "them")
+    command = add("info", info, "rows and tokens of each source")
+    command.add_argument("dir", help="a source, or a folder of sources")
+    command.add_argument("--rows", type=int, metavar="N", help="print the epochs of a run of steps * batch = N rows")
+    words = "with --rows: weight of a source (default: all by their rows)"
+    command.add_argument("--weight", action="append", default=[], metavar="NAME=W", type=_weight, help=words)
+    add_json(command, "them")
+    command = add("unigram", unigram, "loss of a unigram model on the validation rows, nats per token")
+    command.add_argument("sources", nargs="+", metavar="DIR=WEIGHT", type=_weight)
+    command.add_argument("--rows", type=int, default=64, help="as evaluation.rows of the run (default: %(default)s)")
+    return parser
+
+
+def _add_build_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--source", action="append", required=True, metavar="NAME=PATTERN", type=_assignment,
         help="PATTERN: a file, a folder, or a glob in quotes; may be given several times",
@@ -88,54 +106,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     command.add_argument("--append", action="store_true", help="add the documents to finished sources")
     command.add_argument("--overwrite", action="store_true", help="replace finished sources, give up unfinished ones")
-    command = commands.add_parser("verify", help="check every shard against its checksum and its manifest")
-    command.add_argument("dir", help="a source, a folder of sources, or the URL of a source")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
-    command.add_argument("--repair", action="store_true", help="list what is damaged, and only that, in the manifest")
-    command.add_argument("--cache-dir", default="", help="of a URL: a folder for its shards on the way")
-    command.add_argument("--cache-gib", type=float, default=8.0, help="(default: %(default)s)")
-    command.add_argument("--json", action="store_true")
-    command = commands.add_parser("audit", help="which documents a step of a run reads")
-    command.add_argument("run", help="the folder of a run, such as runs/quickstart")
-    command.add_argument("--step", type=int, required=True, help="counted from 0")
-    command.add_argument("--json", action="store_true")
-    command = commands.add_parser("consumed", help="tokens and epochs that a run reads of each source")
-    command.add_argument("run", help="the folder of a run")
-    command.add_argument("--step", type=int, help="before this step (default: in all)")
-    command.add_argument("--json", action="store_true")
-    command = commands.add_parser("info", help="rows and tokens of each source")
-    command.add_argument("dir", help="a source, or a folder of sources")
-    command.add_argument("--rows", type=int, metavar="N", help="print the epochs of a run of steps * batch = N rows")
-    command.add_argument(
-        "--weight",
-        action="append",
-        default=[],
-        metavar="NAME=W",
-        type=_weight,
-        help="with --rows: weight of a source (default: all by their rows)",
-    )
-    command.add_argument("--json", action="store_true")
-    command = commands.add_parser("unigram", help="loss of a unigram model on the validation rows, nats per token")
-    command.add_argument("sources", nargs="+", metavar="DIR=WEIGHT", type=_weight)
-    command.add_argument("--rows", type=int, default=64, help="as evaluation.rows of the run (default: %(default)s)")
-    return parser.parse_args(argv)
 
 
-def gather(args: argparse.Namespace) -> int:
+def gather(args: argparse.Namespace) -> None:
     """Collect the local corpus."""
-    with tqdm(total=int(args.limit_mb * 1e6), unit="B", unit_scale=True, desc="gather") as bar:
+    with tqdm(total=int(args.limit_mb * 1e6), unit="B", unit_scale=True, desc="gather", disable=None) as bar:
         paths = gather_local_corpus(args.out, args.limit_mb, bar.update)
     for name, path in paths.items():
         print(f"{name}: {path}, {os.path.getsize(path) / 1e6:.1f} MB")
-    return 0
 
 
-def build(args: argparse.Namespace) -> int:
+def build(args: argparse.Namespace) -> None:
     """Tokenize and pack every source."""
     log.setup()
     for name, pattern in args.source:
         with (
-            tqdm(unit="B", unit_scale=True, desc=name, delay=0.5) as bar,
+            tqdm(unit="B", unit_scale=True, desc=name, delay=0.5, disable=None) as bar,
             logging_redirect_tqdm([log.logger]),
         ):
             manifest = build_source(
@@ -144,8 +130,7 @@ def build(args: argparse.Namespace) -> int:
                 document_chars=args.document_chars, overwrite=args.overwrite, dedup=args.dedup, append=args.append,
                 skip_bad=args.skip_bad, progress=BuildProgress(bar, pattern).update,
             )  # fmt: skip
-        print(_line(os.path.join(args.out, name), manifest))
-    return 0
+        print(as_line(os.path.join(args.out, name), manifest))
 
 
 class BuildProgress:
@@ -169,8 +154,8 @@ class BuildProgress:
         self._bar.update(input_bytes)
 
 
-def verify(args: argparse.Namespace) -> int:
-    """Check every byte of the sources; return 1 where damage was found and not taken out."""
+def verify(args: argparse.Namespace) -> Answer:
+    """Check every byte of the sources; the exit code is 1 where damage was found and not taken out."""
     from llama_ds.data.source.cache import Cache  # here: the workers of a build load this file and do without
     from llama_ds.data.source.store import open_store
     from llama_ds.data.source.verify import repair, verify_source
@@ -178,89 +163,70 @@ def verify(args: argparse.Namespace) -> int:
     log.setup()
     cache = Cache(args.cache_dir, round(args.cache_gib * 2**30)) if args.cache_dir else None
     found = {}
-    for place in [args.dir] if _is_remote(args.dir) else _source_folders(args.dir):
+    for place in find_sources(args.dir):
         store = open_store(place, cache)
-        with tqdm(unit=" rows", desc=place, delay=0.5) as bar:
+        with tqdm(unit=" rows", desc=place, delay=0.5, disable=None) as bar:
             found[place] = verify_source(store, args.workers, bar.update)
         if args.repair:
             repair(store, found[place])
-    if args.json:
-        print(json.dumps({place: [asdict(damage) for damage in damages] for place, damages in found.items()}, indent=1))
-    else:
-        _print_damage(found, args.repair)
-    return 0 if args.repair or not any(found.values()) else 1
+    code = 0 if args.repair or not any(found.values()) else 1
+    data = {place: [asdict(damage) for damage in damages] for place, damages in found.items()}
+    return Answer(data, "\n".join(_damage_lines(found, args.repair)), code)
 
 
-def _print_damage(found: dict[str, list[Damage]], repaired: bool) -> None:
+def _damage_lines(found: dict[str, list[Damage]], repaired: bool) -> Iterator[str]:
     for place, damages in found.items():
         for damage in damages:
             at = "" if damage.offset is None else f", first at byte {damage.offset}"
-            print(f"{place}: {damage.split} shard {damage.shard}: {damage.reason}{at}")
+            yield f"{place}: {damage.split} shard {damage.shard}: {damage.reason}{at}"
         if not damages:
-            print(f"{place}: sound")
+            yield f"{place}: sound"
         else:
             done = (
                 f"listed in {MANIFEST}: runs read others" if repaired else "copy them again, or list them with --repair"
             )
-            print(f"{place}: {len(damages)} of its shards are damaged; {done}")
+            yield f"{place}: {len(damages)} of its shards are damaged; {done}"
 
 
-def audit(args: argparse.Namespace) -> int:
-    """Print the rows of a step, and the documents in them."""
+def audit(args: argparse.Namespace) -> Answer:
+    """Return the rows of a step, and the documents in them."""
     from llama_ds.data.audit import documents_of_step, open_run
 
     rows = documents_of_step(*open_run(args.run), args.step)
-    if args.json:
-        print(json.dumps([asdict(row) for row in rows], indent=1))
-        return 0
+    lines = []
     for number, row in enumerate(rows):
-        print(f"row {number}: {row.source}, epoch {row.epoch}, {row.shard}, row {row.row} of it")
+        lines.append(f"row {number}: {row.source}, epoch {row.epoch}, {row.shard}, row {row.row} of it")
         for d in row.documents:
-            print(f"  {d.place}  ids {d.first} to {d.last} of {d.length}  sha256 {d.digest}...")
-    return 0
+            lines.append(f"  {d.place}  ids {d.first} to {d.last} of {d.length}  sha256 {d.digest}...")
+    return Answer([asdict(row) for row in rows], "\n".join(lines))
 
 
-def consumed(args: argparse.Namespace) -> int:
-    """Print what the steps of a run before --step read of each source."""
+def consumed(args: argparse.Namespace) -> Answer:
+    """Return what the steps of a run before --step read of each source."""
     from llama_ds.data.audit import open_run
 
-    run, order = open_run(args.run)
-    step = run.training.steps if args.step is None else args.step
-    if not 0 <= step <= run.training.steps:
-        raise UserError(f"--step {step} is not between 0 and the run's {run.training.steps} steps")
-    read = {name: (rows * run.data.seq_len, epochs) for name, (rows, epochs) in order.consumed(step).items()}
-    if args.json:
-        print(json.dumps({name: {"tokens": tokens, "epochs": epochs} for name, (tokens, epochs) in read.items()}))
-        return 0
-    print(f"{args.run}: read before step {step}")
-    for name, (tokens, epochs) in read.items():
-        print(f"  {name}: {tokens:,} tokens, {epochs:.3f} epochs")
-    return 0
+    read_by, order = open_run(args.run)
+    step = read_by.training.steps if args.step is None else args.step
+    if not 0 <= step <= read_by.training.steps:
+        raise UserError(f"--step {step} is not between 0 and the run's {read_by.training.steps} steps")
+    read = {name: (rows * read_by.data.seq_len, epochs) for name, (rows, epochs) in order.consumed(step).items()}
+    lines = [f"  {name}: {tokens:,} tokens, {epochs:.3f} epochs" for name, (tokens, epochs) in read.items()]
+    data = {name: {"tokens": tokens, "epochs": epochs} for name, (tokens, epochs) in read.items()}
+    return Answer(data, "\n".join([f"{args.run}: read before step {step}", *lines]))
 
 
-def info(args: argparse.Namespace) -> int:
+def info(args: argparse.Namespace) -> Answer:
     """Describe the sources."""
     from llama_ds.data.source.shards import read_manifest  # here: as in verify
     from llama_ds.data.source.store import open_store
 
-    manifests = {folder: read_manifest(open_store(folder)) for folder in _source_folders(args.dir)}
-    epochs = _epochs(manifests, args.rows, dict(args.weight)) if args.rows else {}
-    if args.json:
-        print(json.dumps([
-            {"folder": folder, "source": m.source, "seq_len": m.seq_len, "vocab_size": m.vocab_size,
-             "tokenizer_sha256": m.tokenizer_sha256, "epochs": epochs.get(m.source),
-             **{name: {"rows": s.rows, "tokens": s.ids, "documents": s.documents, "shards": s.shards,
-                       "bad_shards": list(s.bad)} for name, s in m.splits.items()}}
-            for folder, m in manifests.items()
-        ], indent=1))  # fmt: skip
-        return 0
-    for folder, manifest in manifests.items():
-        made = f", {epochs[manifest.source]:.3f} epochs" if epochs else ""
-        print(_line(folder, manifest) + made)
-    return 0
+    manifests = {folder: read_manifest(open_store(folder)) for folder in find_sources(args.dir)}
+    times = epochs(manifests, args.rows, dict(args.weight)) if args.rows else {}
+    sources = [(folder, m, times.get(m.source)) for folder, m in manifests.items()]
+    return Answer([as_data(*source) for source in sources], "\n".join(as_line(*source) for source in sources))
 
 
-def unigram(args: argparse.Namespace) -> int:
+def unigram(args: argparse.Namespace) -> None:
     """Print the loss of the unigram model of a mixture."""
     from llama_ds.data.source.shards import open_source  # here: as in verify
     from llama_ds.data.sources import validation_rows
@@ -270,33 +236,6 @@ def unigram(args: argparse.Namespace) -> int:
     counts = mixture_counts([open_source(folder, "train") for folder in folders], weights)
     rows = validation_rows([open_source(folder, "validation") for folder in folders], weights, args.rows)
     print(f"{unigram_loss(counts, rows):.4f} nats per token on {args.rows} validation rows")
-    return 0
-
-
-def _source_folders(path: str) -> list[str]:
-    if os.path.exists(os.path.join(path, MANIFEST)):
-        return [path]
-    found = sorted(str(file.parent) for file in Path(path).glob(f"*/{MANIFEST}"))
-    if not found:
-        raise UserError(f"{path}: no {MANIFEST} here or one folder below; build shards with tools/shards.py build")
-    return found
-
-
-def _is_remote(path: str) -> bool:
-    return "://" in path or path.startswith("pipe:")
-
-
-def _epochs(manifests: dict[str, Manifest], rows: int, weights: dict[str, float]) -> dict[str, float]:
-    size = {m.source: m.splits["train"].rows for m in manifests.values()}
-    if weights and set(weights) != set(size):
-        raise UserError(f"--weight names {', '.join(weights)}, the sources are {', '.join(size)}; give each a weight")
-    weights = weights or {name: float(n) for name, n in size.items()}
-    return {name: rows * weights[name] / sum(weights.values()) / n for name, n in size.items()}
-
-
-def _line(folder: str, manifest: Manifest) -> str:
-    parts = [f"{name} {s.rows} rows, {s.ids} tokens, {s.documents} documents" for name, s in manifest.splits.items()]
-    return f"{folder}: seq_len {manifest.seq_len}, vocab {manifest.vocab_size}; " + "; ".join(parts)
 
 
 def _assignment(text: str) -> tuple[str, str]:

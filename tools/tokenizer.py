@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import new_parser, run, subcommands
 from llama_ds.data.text.corpus import documents
 from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.errors import UserError
@@ -22,62 +23,53 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one subcommand and return the exit code."""
-    args = parse(argv)
-    try:
-        return {"train": train, "encode": encode, "decode": decode, "check": check}[args.command](args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+    """Run the command line; return the exit code."""
+    return run(parser(), argv)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=formatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("train", help="train a BPE model", epilog=EXAMPLES, formatter_class=formatter)
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(None, __doc__, EXAMPLES)
+    add = subcommands(parser)
+    command = add("train", train, "train a BPE model")
     command.add_argument("--input", nargs="+", required=True, metavar="PATTERN", help="files, folders or globs")
     command.add_argument("--vocab-size", type=int, required=True, help="ids, with unk, bos, eos and 256 bytes")
     command.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.model")
     command.add_argument("--sample-mb", type=float, default=16.0, help="text to learn from (default: %(default)s)")
-    command = commands.add_parser("encode", help="print the ids of a text")
+    command = add("encode", encode, "print the ids of a text")
     command.add_argument("--model", required=True)
     command.add_argument("text", nargs="?", help="default: standard input")
-    command = commands.add_parser("decode", help="print the text of ids")
+    command = add("decode", decode, "print the text of ids")
     command.add_argument("--model", required=True)
     command.add_argument("ids", nargs="*", type=int, help="default: standard input")
-    command = commands.add_parser("check", help="prove that decode(encode(x)) == x on documents")
+    command = add("check", check, "prove that decode(encode(x)) == x on documents")
     command.add_argument("--model", required=True)
     command.add_argument("--input", nargs="+", required=True, metavar="PATTERN")
-    return parser.parse_args(argv)
+    return parser
 
 
-def train(args: argparse.Namespace) -> int:
+def train(args: argparse.Namespace) -> None:
     """Train a model."""
     path = train_tokenizer(args.input, args.out, args.vocab_size, args.sample_mb)
     print(f"{path}: {args.vocab_size} ids, sha256 {Tokenizer(path).sha256}")
-    return 0
 
 
-def encode(args: argparse.Namespace) -> int:
+def encode(args: argparse.Namespace) -> None:
     """Print the ids of a text."""
     text = args.text if args.text is not None else sys.stdin.buffer.read().decode()
     print(*Tokenizer(args.model).encode(text))
-    return 0
 
 
-def decode(args: argparse.Namespace) -> int:
+def decode(args: argparse.Namespace) -> None:
     """Print the text of ids."""
     tokenizer = Tokenizer(args.model)
     ids = args.ids or [int(word) for word in sys.stdin.read().split()]
     if bad := [i for i in ids if not 0 <= i < tokenizer.vocab_size]:
         raise UserError(f"{args.model}: id {bad[0]} is outside 0 .. {tokenizer.vocab_size - 1}; is it another model's?")
     sys.stdout.buffer.write(tokenizer.decode(ids).encode())
-    return 0
 
 
-def check(args: argparse.Namespace) -> int:
+def check(args: argparse.Namespace) -> None:
     """Prove the round trip on documents."""
     tokenizer, count, ids, size = Tokenizer(args.model), 0, 0, 0
     for pattern in args.input:
@@ -87,7 +79,6 @@ def check(args: argparse.Namespace) -> int:
                 raise UserError(f"{document.path}: does not survive {args.model}; train with tools/tokenizer.py train")
             count, ids, size = count + 1, ids + len(encoded), size + len(document.text.encode())
     print(f"{count} documents survive: {size} bytes, {ids} ids, {size / max(1, ids):.3f} bytes per id")
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llama_ds.benchmarks.step import Step, with_products
 from llama_ds.config.schema import ModelConfig
+from llama_ds.log import without_profiler_marks
 
 
 def shard(model: ModelConfig, tp: int) -> ModelConfig:
@@ -60,7 +61,7 @@ class Contestant:
             before = torch.cuda.memory_allocated(device)
             step()
             return torch.cuda.max_memory_allocated(device) - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with without_profiler_marks(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             step()
         now = peak = 0
         events = profiler.profiler.kineto_results.events()

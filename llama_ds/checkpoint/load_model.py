@@ -22,15 +22,13 @@ from llama_ds.errors import UserError
 from llama_ds.model.build import build_model
 from llama_ds.model.llama import Llama
 
-KINDS = ("deepspeed", "hf", "meta")
-
 
 def open_model(path: str, kind: str | None = None, vocab_size: int | None = None) -> ModelFiles:
     """Return the weights of a model folder; nothing but headers is read.
 
     Args:
         path: a run folder or its checkpoints folder (the newest), a checkpoint, a Hugging Face or a Meta folder.
-        kind: one of KINDS; None: what the files look like.
+        kind: one of `choices.KINDS`; None: what the files look like.
         vocab_size: rows to give the tables of the vocabulary; None: they must be as many as the configuration says.
 
     Raises:
@@ -49,7 +47,7 @@ def open_model(path: str, kind: str | None = None, vocab_size: int | None = None
 
 
 def kind_of(path: str) -> str:
-    """Return which of KINDS a folder is.
+    """Return which of `choices.KINDS` a folder is.
 
     Raises:
         UserError: none of them.

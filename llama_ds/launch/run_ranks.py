@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from llama_ds.child_processes import run_child
 from llama_ds.launch.command import build, runner_environment
 from llama_ds.launch.hostfile import write_hostfile
 from llama_ds.launch.meeting import arrange
@@ -53,7 +54,7 @@ def run_ranks(
     )
     Path(paths["environment"]).write_text(command.env_text, encoding="utf-8")
     environment = runner_environment(command, os.environ, launcher)
-    done = subprocess.run(
+    done = run_child(
         command.argv, env=environment, cwd=command.working_folder, stdin=subprocess.DEVNULL, stdout=sys.stderr
     )
     return done.returncode

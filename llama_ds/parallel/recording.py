@@ -18,7 +18,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.job.trace_format import MARKER, MERGED_FILE, PROFILE_FILE, RANK_FILE
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import describe_trace
-from llama_ds.log import logger
+from llama_ds.log import logger, without_profiler_marks
 from llama_ds.parallel import clock, world
 from llama_ds.parallel.trace import Trace
 
@@ -64,7 +64,8 @@ class Recording:
         if self._rank in self._settings.profile_ranks:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
             self._profile = profile(activities=activities, record_shapes=True)
-            self._profile.start()
+            with without_profiler_marks():
+                self._profile.start()
             _mark()
         world.barrier()
 
@@ -84,7 +85,8 @@ class Recording:
         self._trace.stop()
         if self._profile:
             _mark()
-            self._profile.stop()
+            with without_profiler_marks():
+                self._profile.stop()
         self._clock.append(clock.compare(self._rank))
         about: dict[str, Any] = {"first_step": self._settings.trace_step, "measured_steps": self._settings.trace_steps}
         about["clock"] = [point for point in self._clock if point]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from written_ranks import MODEL, SHAPES, Write
 
+from llama_ds.checkpoint.conversion import proof
 from llama_ds.checkpoint.conversion.partial import JOURNAL, Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import plan_huggingface
 from llama_ds.checkpoint.formats.plan import Plan, Target
@@ -188,7 +189,7 @@ def test_a_failed_proof_leaves_no_destination(
 ) -> None:
     source, *words = small(write, "hf")
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    prove = convert.prove
+    prove = proof.prove
 
     def bit_flipped(*args: object, **kwargs: object) -> object:
         with open(partial / "model.safetensors", "r+b") as file:
@@ -197,7 +198,7 @@ def test_a_failed_proof_leaves_no_destination(
         return prove(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert, "prove", bit_flipped)  # a disk that does not keep what it was given
+        patch.setattr(proof, "prove", bit_flipped)  # a disk that does not keep what it was given
         assert convert.main([source, str(out), *words]) == 2
     wanted = f"{partial}: 5.lm_head.weight is not what {source}/checkpoints/step_00000007 holds"
     assert wanted in capsys.readouterr().err

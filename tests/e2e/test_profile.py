@@ -1,4 +1,4 @@
-"""`throughput.py train` profiles the real job and merges what ranks recorded; hosts' clocks are aligned in it."""
+"""`profile_run.py record` profiles the real job and merges what ranks recorded; hosts' clocks are aligned in it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MICRO_BATCHES = 4  # 8 rows by 2
 MakeRun = Callable[..., Run]
 
 
-def train(made: Run, *arguments: object, **variables: str) -> Finished:
-    tool = [sys.executable, str(ROOT / "tools" / "throughput.py"), "train", str(made.file), *map(str, arguments)]
+def record(made: Run, *arguments: object, **variables: str) -> Finished:
+    tool = [sys.executable, str(ROOT / "tools" / "profile_run.py"), "record", str(made.file), *map(str, arguments)]
     return run(["env", *(f"{name}={value}" for name, value in variables.items()), *tool], made.log)
 
 
@@ -50,7 +50,9 @@ def test_a_job_is_profiled(make_run: MakeRun, tmp_path: Path) -> None:
     layout = {"parallel.pp": 2, "parallel.tp": 2, "parallel.sequence_parallel": True}
     made = make_run("profiled", {**layout, "checkpoint.interval": 1})
     out = tmp_path / "profile"
-    done = train(made, "--out", out, "--ranks", "all", "--steps", 1, "--warmup", 1, "--json", "--fail-if", "other>=100")
+    done = record(
+        made, "--out", out, "--ranks", "all", "--steps", 1, "--warmup", 1, "--json", "--fail-if", "other>=100"
+    )
     assert done.code == 0, done.output[-4000:]
     assert "step 3/6" in done.output and "step 4/6" not in done.output
     assert not made.dir.exists() and not list((out / "checkpoints").iterdir()), "nothing of the run itself is touched"
@@ -95,7 +97,7 @@ def test_hosts_of_a_hostfile_are_profiled(make_run: MakeRun, tmp_path: Path) -> 
     with Hosts(2, tmp_path / "hosts", subnet=92) as hosts:
         hostfile = hosts.write_hostfile(tmp_path / "hostfile", 1, ["node1", "node2"])
         sizes = ("--ranks", "none", "--steps", 1, "--warmup", 1, "--out", tmp_path / "profile")
-        done = train(made, *sizes, "--hostfile", hostfile, "--json", **hosts.environment)
+        done = record(made, *sizes, "--hostfile", hostfile, "--json", **hosts.environment)
     assert done.code == 0, done.output[-4000:]
     found = json.loads(done.output[done.output.index("\n{") :])
     assert found["communication"]["p2p"]["under_way_ms"] > 0
@@ -178,7 +180,7 @@ def test_mistakes_are_told_before_anything_starts(make_run: MakeRun, tmp_path: P
         (("--fail-if", "bubble"), "--fail-if 'bubble': write METRIC"),
         (("--hostfile", tmp_path / "none"), str(tmp_path / "none")),
     ):
-        done = train(made, "--out", tmp_path / "out", *arguments)
+        done = record(made, "--out", tmp_path / "out", *arguments)
         assert done.code == 2 and len(done.errors) == 1 and message in done.errors[0], done.output
     assert not (tmp_path / "out").exists()
 
@@ -186,6 +188,6 @@ def test_mistakes_are_told_before_anything_starts(make_run: MakeRun, tmp_path: P
 @pytest.mark.slow
 def test_a_failing_job_says_why_once(make_run: MakeRun, tmp_path: Path) -> None:
     made = make_run("failing", {"data.tokenizer": str(tmp_path / "absent.model")})
-    done = train(made, "--out", tmp_path / "out", "--steps", 1, "--warmup", 1, "--num-ranks", 1)
+    done = record(made, "--out", tmp_path / "out", "--steps", 1, "--warmup", 1, "--num-ranks", 1)
     assert done.code == 2 and done.output.count("absent.model") == 1, done.output
     assert "Traceback" not in done.output

@@ -1,4 +1,4 @@
-"""logging.trace_step leaves a record of one step that `throughput.py analyse` reads."""
+"""logging.trace_step leaves a record of one step that `profile_run.py analyse` reads."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_traced_step_is_analysed(
     run = make_run(f"traced_{schedule}", {**changes, "logging.trace_step": 2, "parallel.recompute": "auto"})
     output = succeed(forked(2 * tp, TRAIN, run.file), run.log)
     assert "kept activations" in output, "recompute: auto prints its table"
-    command = [sys.executable, str(ROOT / "tools" / "throughput.py"), "analyse", str(run.dir / "trace"), "--json"]
+    command = [sys.executable, str(ROOT / "tools" / "profile_run.py"), "analyse", str(run.dir / "trace"), "--json"]
     done = subprocess.run(
         [*command, "--svg", str(tmp_path / "step.svg")], capture_output=True, text=True, env=environment(), timeout=120
     )

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def analyse(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "throughput.py"), "analyse", *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tools" / "profile_run.py"), "analyse", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -56,7 +56,7 @@ def test_other_texts_are_no_limits(text: str) -> None:
 def test_analysing_imports_nothing_heavy() -> None:
     """On a login node without torch; and so that it starts at once."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools import throughput; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools import profile_run; "
         "from llama_ds.perf.trace import files, merge, picture, report; "
         "print({'torch', 'numpy', 'transformers', 'deepspeed'} & sys.modules.keys())"
     )

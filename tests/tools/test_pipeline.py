@@ -33,7 +33,7 @@ def test_shaped_links_show_the_overlap(tmp_path: Path) -> None:
         *("--repeats", "1", "--json", "--svg", str(tmp_path), "--keep", str(tmp_path / "traces"), *SMALL),
         *("--schedules", *schedules),
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0 and not done.stderr, done.stderr[-4000:]
     steps = json.loads(done.stdout)["steps"]
     assert list(steps) == schedules
     parts = ("compute", "recompute", "optimizer", "data", "bubble", "exposed", "other")

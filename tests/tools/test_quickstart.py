@@ -43,6 +43,7 @@ def test_the_whole_job_and_a_second_call(tmp_path: Path) -> None:
     assert exported == pytest.approx(trained, abs=1e-3)
     assert f"resumed at step {STEPS // 2} of {STEPS}" in output
     assert output.count("--- '") == 2  # both prompts are answered
+    assert not re.search(r"Warning|\[INFO\]|it/s\]|USDT:|Loading weights", output)  # as libraries say
 
     again = quickstart(tmp_path)
     assert losses(again) == (trained, unigram, exported)

@@ -25,6 +25,7 @@ from llama_ds.config.schema import (
     TrainingConfig,
 )
 from llama_ds.errors import UserError
+from llama_ds.layout.layout import resolve_layout
 from llama_ds.parallel.world import Place
 from llama_ds.training.checkpoints import Checkpoints
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
 from llama_ds.checkpoint.formats.plan import Target
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import sync
+from llama_ds.child_processes import run_child
 from llama_ds.machine import machine
 
 GB = 1e9
@@ -47,7 +47,7 @@ def measure(overrides: list[str], folder: str, repeats: int) -> dict[str, Any]:
     worker = str(Path(__file__).with_name("worker.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", worker]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, asked, out], env=environment, check=True, stdout=sys.stderr)
+    run_child([*command, asked, out], grace_s=0, env=environment, stdout=sys.stderr).check_returncode()
     results = json.loads(Path(out).read_text())
     results["convert"] = _conversion(results.pop("checkpoint"), folder, repeats)
     asked_for = {"overrides": settings.overrides, "reshard": settings.reshard}

@@ -1,4 +1,4 @@
-"""Started on every rank by `tools/throughput.py checkpoint`: save, load and reshard, against disk and libraries.
+"""Started on every rank by `tools/benchmark.py checkpoint`: save, load and reshard, against disk and libraries.
 
 worker.py SETTINGS OUT, SETTINGS a JSON file of `Settings`.
 
@@ -56,6 +56,7 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         settings = Settings(**json.load(file))
     place = world.find_place()
+    log.silence_libraries()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():

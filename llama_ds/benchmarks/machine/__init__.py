@@ -1,1 +1,1 @@
-"""What a machine can do, measured on all its ranks at once, for the planner: `tools/throughput.py gemm` and `comm`."""
+"""What a machine can do, measured on all its ranks at once, for the planner: `tools/machine.py gemm` and `comm`."""

@@ -13,7 +13,7 @@ from llama_ds.perf.plan.curves import ALL_REDUCE, SEND, Attention, Collective, C
 from llama_ds.perf.plan.hardware import Calibration, Hardware, Links
 
 GIB = 2**30
-SOURCES = "measured by tools/throughput.py"
+SOURCES = "measured by tools/machine.py"
 # What measured curves leave unread.
 _LINKS = Links(1, 1.0, 1.0, 1.0)
 _CALIBRATION = Calibration(0.8, 64.0, 0.6, 0.85, 0.4, 0.3, 0.8, 0.3, 10.0, 1e-3, 1.0, SOURCES)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from dataclasses import asdict
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("asked", help="JSON: what, out, slots, ...")
     parser.add_argument("--local_rank", type=int)
     asked = json.loads(parser.parse_args().asked)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    log.silence_libraries()
     place = world.find_place()
     log.setup(quiet=place.rank != 0)
     with world.failing_together():

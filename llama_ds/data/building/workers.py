@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
 
+from llama_ds.child_processes import without_interrupts
 from llama_ds.errors import UserError
 
 
@@ -77,7 +78,8 @@ class Workers:
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
+            with without_interrupts():
+                process.start()
             theirs.close()  # so that the pipe ends when the process does
             self._processes[ours] = process
             self._free.append(ours)

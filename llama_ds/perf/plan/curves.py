@@ -1,7 +1,7 @@
 """What was measured on a machine, at the sizes that it was measured at, and what is read between them.
 
 Between two sizes the logarithm of the rate is interpolated over the logarithm of the size; beyond the ends the rate
-stays that of the end. `tools/throughput.py gemm` and `comm` measure; `compute.py` and `communication.py` look here.
+stays that of the end. `tools/machine.py gemm` and `comm` measure; `compute.py` and `communication.py` look here.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Hardware:
         if self.links.network_gb_s is None:
             raise UserError(
                 f"{self.name}: links.network_gb_s is not stated, and this is over more than one node of "
-                f"{self.links.gpus_per_node}; run tools/throughput.py comm on two hosts or more, or state it"
+                f"{self.links.gpus_per_node}; run tools/machine.py comm on two hosts or more, or state it"
             )
         return self.links.network_gb_s * 1e9 * self.calibration.network
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -148,10 +147,8 @@ def cost_data(cost: Cost) -> dict[str, float]:
     }
 
 
-def cost_text(name: str, cost: Cost, tokens: float, speed: float, layout: Estimate | None, as_json: bool) -> str:
-    """Return the cost of one run."""
-    if as_json:
-        return json.dumps({**cost_data(cost), "tokens": tokens, "tokens_per_s_per_gpu": speed}, indent=1)
+def cost_text(name: str, cost: Cost, tokens: float, speed: float, layout: Estimate | None) -> str:
+    """Return the cost of one run for people."""
     how = f"the best layout found: {_words(layout)}" if layout else "as given"
     return "\n".join(
         (
@@ -163,8 +160,8 @@ def cost_text(name: str, cost: Cost, tokens: float, speed: float, layout: Estima
     )
 
 
-def table_15(found: Mapping[str, Found], as_json: bool) -> str:
-    """Return the paper's table 15 beside what the best layouts would take."""
+def table_15(found: Mapping[str, Found]) -> tuple[dict[str, Any], str]:
+    """Return the paper's table 15 beside what the best layouts would take, as plain data and for people."""
     rows = [("size", "paper: GPU-hours", "MWh", "t CO2eq", "tok/s/GPU", "planned: tok/s/GPU", "GPU-hours", "layout")]
     data = {}
     for size, hours in TABLE_15.items():
@@ -185,18 +182,18 @@ def table_15(found: Mapping[str, Found], as_json: bool) -> str:
                 _words(best),
             )
         )
-    return json.dumps(data, indent=1) if as_json else aligned(rows)
+    return data, aligned(rows)
 
 
-def trade(target: float, inference_tokens: float, rates: Rates, as_json: bool) -> str:
-    """Return the sizes that reach a loss: cheapest to train, and cheapest with what the model will answer."""
+def trade(target: float, inference_tokens: float, rates: Rates) -> tuple[dict[str, Any], str]:
+    """Return the sizes that reach a loss, as plain data and for people: cheapest to train, and with what the model
+    will answer."""
     training, whole = cheapest(target, 0, rates), cheapest(target, inference_tokens, rates)
     sizes = [training, whole, *(life(target, n, inference_tokens, rates) for n in (7e9, 13e9, 33e9, 65e9))]
     names = ["cheapest to train", "cheapest over its life", "7B", "13B", "33B", "65B"]
     sizes[0] = life(target, training.parameters, inference_tokens, rates)
     reached = [(name, size) for name, size in zip(names, sizes, strict=True) if size.tokens < 1e16]
-    if as_json:
-        return json.dumps({name: {**vars(size), "hours": size.hours} for name, size in reached}, indent=1)
+    data = {name: {**vars(size), "hours": size.hours} for name, size in reached}
     rows = [("", "parameters", "tokens", "tokens/parameter", "GPU-hours: training", "inference", "life")]
     for name, size in reached:
         rows.append(
@@ -213,11 +210,11 @@ def trade(target: float, inference_tokens: float, rates: Rates, as_json: bool) -
     missing = [name for name, size in zip(names, sizes, strict=True) if size.tokens >= 1e16]
     note = f"\nnot reached by {', '.join(missing)} with any number of tokens" if missing else ""
     head = f"loss {target:g} by {LAW}; {inference_tokens:.3g} tokens to answer"
-    return f"{head}\n{aligned(rows)}{note}"
+    return data, f"{head}\n{aligned(rows)}{note}"
 
 
-def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool, as_json: bool) -> str:
-    """Return the planner's errors by source, and over all rows of a machine."""
+def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool) -> tuple[dict[str, Any], str]:
+    """Return the planner's errors by source, and over all rows of a machine, as plain data and for people."""
     tables = {name: summary(items) for name, items in groups(checked).items()}
     time = [item for item in checked if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100")]
     held = [item for item in checked if item.row.kind == "peak_mem_gib"]
@@ -225,9 +222,8 @@ def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool, a
     if time:
         of_sources = [t["median"] for name, t in tables.items() if name.endswith("time") and "| a100" in name]
         totals["all A100 | time"]["median_of_sources"] = statistics.median(of_sources)
-    if as_json:
-        rows = [{"id": c.row.id, "measured": c.row.value, "predicted": c.predicted, "error": c.error} for c in checked]
-        return json.dumps({"sources": tables, "overall": totals, "skipped": dict(skipped), "rows": rows}, indent=1)
+    rows = [{"id": c.row.id, "measured": c.row.value, "predicted": c.predicted, "error": c.error} for c in checked]
+    data = {"sources": tables, "overall": totals, "skipped": dict(skipped), "rows": rows}
     lines = [("source | machine | what", "rows", "median |error|", "90th percentile", "bias")]
     for name, found in {**tables, **totals}.items():
         lines.append(
@@ -240,7 +236,7 @@ def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool, a
         text = aligned(table) + "\n\n" + text
     if skipped:
         text += "\n\nskipped:\n" + "\n".join(f"  {count:>5}  {why}" for why, count in sorted(skipped.items()))
-    return text
+    return data, text
 
 
 def left_out(found: Mapping[str, Mapping[str, float]]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from llama_ds.child_processes import without_interrupts
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.trace.account import Account, account
@@ -54,7 +55,9 @@ def _all(files: dict[int, Path], first: Rank) -> Account:
     # Events are many and hold no cycles: garbage collection would walk them for nothing, a quarter of the time.
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(pipelines)), initializer=gc.disable) as processes:
         try:
-            return _sum(processes.map(read, pipelines), len(pipelines))
+            with without_interrupts():
+                accounts = processes.map(read, pipelines)
+            return _sum(accounts, len(pipelines))
         except BaseException:
             processes.shutdown(cancel_futures=True)
             raise

@@ -37,7 +37,7 @@ class Limit:
         return None
 
 
-_WANTED = {"gemm": "record with logging.profile_ranks, or train --ranks first"}
+_WANTED = {"gemm": "record with logging.profile_ranks, or profile_run.py record --ranks first"}
 
 
 def parse_limit(text: str, known: Mapping[str, str]) -> Limit:

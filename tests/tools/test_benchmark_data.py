@@ -1,4 +1,4 @@
-"""`throughput.py data` compares readers of the same rows and builders of the same ids, and says so in JSON."""
+"""`benchmark.py data` compares readers of the same rows and builders of the same ids, and says so in JSON."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from llama_ds.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def throughput(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "throughput.py"), "data", *map(str, args)]
+def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "data", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     out = tmp_path_factory.mktemp("measured") / "data.json"
-    done = throughput("--quick", "--repeats", 1, "--out", out)
+    done = benchmark("--quick", "--repeats", 1, "--out", out)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout
 

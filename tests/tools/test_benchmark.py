@@ -1,4 +1,4 @@
-"""`throughput.py compare-hf` compares like with like and says so in JSON that a script can read."""
+"""`benchmark.py step` compares like with like and says so in JSON that a script can read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ TINY = ("model.vocab_size=64", "model.hidden_size=16", "model.intermediate_size=
 HEADS = ("model.num_attention_heads=4", "model.num_key_value_heads=2")
 
 
-def throughput(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "throughput.py"), *map(str, args)]
+def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "measured" / "tiny.json"
     sizes = ("--batch", 2, "--seq-len", 8, "--threads", 1, "--repeats", 2, "--json", "--out", out)
-    done = throughput("compare-hf", *sizes, *TINY, *HEADS)
+    done = benchmark("step", *sizes, *TINY, *HEADS)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert json.loads(out.read_text()) == found
@@ -51,7 +51,7 @@ def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", ["selective", "full"])
 def test_a_layer_is_measured_against_autograd_and_transformers(policy: str) -> None:
     sizes = ("--shape", "quickstart", "--tp", 2, "--batch", 1, "--seq-len", 16, "--threads", 1, "--repeats", 2)
-    done = throughput("layer", *sizes, "--policy", policy, "--device", "cpu", "--json")
+    done = benchmark("layer", *sizes, "--policy", policy, "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     layers = found["layers"]
@@ -75,12 +75,12 @@ def test_a_layer_is_measured_against_autograd_and_transformers(policy: str) -> N
 
 def test_impossible_numbers_are_one_line_and_exit_2() -> None:
     for args, word in (
-        (("compare-hf", "--batch", 0), "--batch 0"),
-        (("compare-hf", "--run", "no.yaml"), "no.yaml"),
-        (("compare-hf", "model.hidde=3"), "hidde"),
+        (("step", "--batch", 0), "--batch 0"),
+        (("step", "--run", "no.yaml"), "no.yaml"),
+        (("step", "model.hidde=3"), "hidde"),
         (("layer", "--tp", 3), "--tp 3 does not divide"),
     ):
-        done = throughput(*args)
+        done = benchmark(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         line = done.stderr.splitlines()[-1]
         assert line.startswith("error: ") and word in line

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import throughput
+from tools import benchmark
 
 TINY = [
     *("model.hidden_size=64", "model.intermediate_size=176", "model.num_hidden_layers=2"),
@@ -21,7 +21,7 @@ PARAMETERS = 2 * (4 * 64**2 + 3 * 64 * 176 + 2 * 64) + 2 * 512 * 64 + 64
 def test_a_small_run_is_measured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "measured.json"
     words = ["checkpoint", *TINY, "--repeats", "3", "--folder", str(tmp_path), "--out", str(out)]
-    assert throughput.main(words) == 0
+    assert benchmark.main(words) == 0
     table = capfd.readouterr().out
     results = json.loads(out.read_text())
     assert results["parameters"] >= PARAMETERS  # norms are counted by both tensor-parallel ranks

@@ -1,4 +1,4 @@
-"""throughput.py gemm, comm and check-plan measure real ranks; the planner takes what they write."""
+"""machine.py gemm, comm and check-plan measure real ranks; the planner takes what they write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama_ds.perf.plan import hardware
+from tests.console import foreign_lines
 from tests.hosts import Hosts, missing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,11 +38,11 @@ def run(tool: str, *args: object, **environment: str) -> subprocess.CompletedPro
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """This machine as two ranks found it."""
     path = tmp_path_factory.mktemp("machine") / "here.yaml"
-    done = run("throughput.py", "gemm", "--cluster", path, "--quick", "--dtype", "fp32", "--power-w", 90)
+    done = run("machine.py", "gemm", "--cluster", path, "--quick", "--dtype", "fp32", "--power-w", 90)
     assert done.returncode == 0, done.stderr
-    assert "products in TFLOP/s" in done.stdout
+    assert "products in TFLOP/s" in done.stdout and foreign_lines(done.stderr) == []
     limits = ("--max-bytes", 65536, "--seconds", 0.01)
-    done = run("throughput.py", "comm", "--cluster", path, *limits, "--json")
+    done = run("machine.py", "comm", "--cluster", path, *limits, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {(one["operation"], one["ranks"], one["nodes"]) for one in found["collectives"]} == {
@@ -75,8 +76,9 @@ def test_predictions_stand_beside_steps_of_the_trainers_engines(cluster: Path) -
     layouts = [[*ONE_RANK, fp32], [*ONE_RANK, fp32, "parallel.pp=2"]]
     words = [word for layout in layouts for word in ("--layout", *SMALL, *layout)]
     shown = ("--rounds", 1, "--steps", 2, "--json")
-    done = run("throughput.py", "check-plan", "ds_configs/quickstart.yaml", "--cluster", cluster, *words, *shown)
+    done = run("machine.py", "check-plan", "ds_configs/quickstart.yaml", "--cluster", cluster, *words, *shown)
     assert done.returncode == 0, done.stderr
+    assert foreign_lines(done.stderr) == []
     found = json.loads(done.stdout)
     assert [row["overrides"] for row in found["layouts"]] == [[*SMALL, *layout] for layout in layouts]
     for row in found["layouts"]:
@@ -98,7 +100,7 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 def test_links_between_hosts_are_told_from_those_within(hosts: Hosts, tmp_path: Path) -> None:
     path, hostfile = tmp_path / "two.yaml", hosts.write_hostfile(tmp_path / "hosts", 2, ["node1", "node2"])
     limits = ("--max-bytes", 16384, "--seconds", 0.01, "--hostfile", hostfile, "--cluster", path)
-    done = run("throughput.py", "comm", *limits, **hosts.environment)
+    done = run("machine.py", "comm", *limits, **hosts.environment)
     assert done.returncode == 0, done.stderr
     machine = hardware.load(str(path))
     assert machine.links.gpus_per_node == 2 and machine.curves
@@ -123,7 +125,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
         (("gemm", "--cluster", new, "--run", "no.yaml"), "no.yaml"),
         (("check-plan", "ds_configs/quickstart.yaml", "--cluster", "nowhere.yaml"), "nowhere.yaml"),
     ):
-        done = run("throughput.py", *args)
+        done = run("machine.py", *args)
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
         line = done.stderr.splitlines()[-1]
         assert line.startswith("error: ") and word in line

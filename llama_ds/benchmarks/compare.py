@@ -1,0 +1,81 @@
+"""Ours beside transformers', measured from what a user asks for to plain data: training steps, and decoder layers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from llama_ds.benchmarks import against_transformers
+from llama_ds.benchmarks.layer import shard
+from llama_ds.benchmarks.report import layer_results, step_results
+from llama_ds.benchmarks.step import Step, Timing, time_interleaved
+from llama_ds.checkpoint.weights import DTYPES
+from llama_ds.config.schema import ParallelConfig, RunConfig
+from llama_ds.errors import UserError
+from llama_ds.training.host_memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What both measurements take."""
+
+    batch: int  # rows
+    seq_len: int
+    dtype: str
+    policy: str  # of our layers
+    threads: int
+    repeats: int
+
+
+def measure_steps(run: RunConfig, settings: Settings, zero: int) -> dict[str, Any]:
+    """Time whole training steps of one process, ours with ZeRO stage `zero`."""
+    torch.set_num_threads(settings.threads)
+    run = replace(
+        run,
+        data=replace(run.data, seq_len=settings.seq_len),
+        training=replace(run.training, global_batch=settings.batch),
+        parallel=ParallelConfig(micro_batch=settings.batch, recompute=settings.policy),
+        deepspeed={"zero_optimization": {"stage": zero}, "bf16": {"enabled": settings.dtype == "bf16"}},
+    )
+    shape = (settings.batch, settings.seq_len + 1)
+    batch = np.random.default_rng(0).integers(0, run.model.vocab_size, shape)
+    timings = _timed(against_transformers.steps(run, batch, settings.dtype), settings.repeats)
+    against_transformers.check_losses(timings, settings.dtype)
+    return step_results(run.model, {**asdict(settings), "zero": zero}, timings)
+
+
+def measure_layer(run: RunConfig, shape: str, settings: Settings, tp: int, device_type: str) -> dict[str, Any]:
+    """Time one decoder layer's forward and backward, one rank's part of `tp`; `shape` is the run's name for people.
+
+    Raises:
+        UserError: `tp` does not divide the layer.
+    """
+    whole = run.model
+    if any(size % tp for size in (whole.num_attention_heads, whole.num_key_value_heads, whole.intermediate_size)):
+        raise UserError(
+            f"command line: --tp {tp} does not divide the {whole.num_attention_heads} query heads, "
+            f"{whole.num_key_value_heads} key-value heads or {whole.intermediate_size} features of {shape}"
+        )
+    torch.set_num_threads(settings.threads)
+    keep_freed_memory()
+    device, dtype, model = torch.device(device_type), DTYPES[settings.dtype], shard(whole, tp)
+    generator = torch.Generator().manual_seed(0)
+    size = (settings.batch, settings.seq_len, model.hidden_size)
+    x, grad = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
+    run = replace(run, model=model, data=replace(run.data, seq_len=settings.seq_len, document_mask=False))
+    contestants, attention = against_transformers.layers(run, settings.policy, device, dtype)
+    steps = {name: contestant.step(x, grad) for name, contestant in contestants.items()}
+    measured = {name: (c.saved_bytes(x), c.peak_bytes(steps[name], device)) for name, c in contestants.items()}
+    timings = _timed(steps, settings.repeats)
+    against_transformers.check_gradients(timings, settings.dtype)
+    about = {**asdict(settings), "shape": shape, "tp": tp, "device": device_type, "attention": attention}
+    return layer_results(model, about, timings, measured)
+
+
+def _timed(steps: dict[str, Step], repeats: int) -> dict[str, Timing]:
+    with tqdm(total=len(steps) * (repeats + 2), unit="step", disable=None) as bar:
+        return time_interleaved(steps, repeats, tick=bar.update)

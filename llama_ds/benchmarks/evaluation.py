@@ -1,0 +1,76 @@
+"""The loss of a checkpoint on its run's validation rows, by our model or by transformers with an export.
+
+Shapes: B rows, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama_ds.config.schema import DataConfig, RunConfig
+from llama_ds.data.sources import open_sources
+from llama_ds.errors import UserError
+from llama_ds.model.attention import Documents
+from llama_ds.model.embedding import document_starts
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # ids and labels (B, T) -> mean loss in nats per token
+
+
+def moved(data: DataConfig, tokenizer: str | None, sources: list[str]) -> DataConfig:
+    """Return the run's data with other paths: `sources` are NAME=DIR."""
+    paths = dict(source.partition("=")[::2] for source in sources)
+    known = [source.name for source in data.sources]
+    for name, path in paths.items():
+        if name not in known or not path:
+            raise UserError(f"command line: --source {name}={path} is not NAME=DIR of a source: {', '.join(known)}")
+    return replace(
+        data,
+        tokenizer=tokenizer or data.tokenizer,
+        sources=tuple(replace(source, path=paths.get(source.name, source.path)) for source in data.sources),
+    )
+
+
+def validation_rows(run: RunConfig, count: int | None) -> np.ndarray:
+    """Return the first `count` validation rows, or as many as the run evaluates: int64 (rows, seq_len + 1)."""
+    count = run.evaluation.rows if count is None else count
+    if count < 1:
+        raise UserError(
+            f"command line: --rows {count} is not positive; the run has evaluation.rows {run.evaluation.rows}"
+        )
+    return open_sources(run.data, run.model.vocab_size).validation_rows(count)
+
+
+def transformers_loss(folder: str, run: RunConfig, device: torch.device, dtype: torch.dtype) -> Loss:
+    """Return the loss of an exported model by transformers."""
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        raise UserError(f"{folder}: no config.json, so no export; make one with tools/convert.py --to hf")
+    from llama_ds.benchmarks.generation import load_exported
+
+    model = load_exported(folder, dtype).to(device).eval()
+
+    def loss(ids: Tensor, labels: Tensor) -> Tensor:
+        mask = Documents(document_starts(ids)).mask if run.data.document_mask else None
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+    return loss
+
+
+@torch.no_grad()
+def mean_loss(
+    loss_of: Loss, rows: np.ndarray, micro_batch: int, device: torch.device, tick: Callable[[int], object]
+) -> float:
+    """Return the mean loss over rows, in nats per token; `tick` hears how many rows were done."""
+    total = 0.0
+    for start in range(0, len(rows), micro_batch):
+        batch = torch.from_numpy(rows[start : start + micro_batch]).to(device)
+        total += len(batch) * loss_of(batch[:, :-1], batch[:, 1:]).item()
+        tick(len(batch))
+    return total / len(rows)

@@ -1,0 +1,1 @@
+"""Pipeline schedules timed against each other on real ranks, on links of a given bandwidth."""

@@ -1,0 +1,63 @@
+"""What is timed: schedules of one run, and the run and layout of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llama_ds.config.rules import check
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import ParallelConfig, RunConfig
+from llama_ds.layout.layout import Layout, resolve_layout
+
+VIRTUAL_STAGES = {"interleaved": 2, "dualpipe_v": 2}
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The run, the schedules that compete, and their ranks and links."""
+
+    run_file: str
+    overrides: list[str]
+    schedules: list[str]  # zb_h1+2: with extra_warmup 2
+    pp: int
+    tp: int
+    dp: int
+    micro_batches: int  # of each rank
+    micro_batch: int  # rows
+    dtype: str
+    recompute: str
+    rate_mbit: float | None  # of a link, each way; None: loopback
+    delay_ms: float
+    repeats: int
+
+    @property
+    def world(self) -> int:
+        """The number of ranks."""
+        return self.pp * self.tp * self.dp
+
+    def contestant(self, schedule: str) -> tuple[RunConfig, Layout]:
+        """Return the run and layout that time one schedule.
+
+        Raises:
+            UserError: there is no such schedule, or it wants other sizes.
+        """
+        run = load_run(self.run_file, self.overrides)
+        name, _, extra = schedule.partition("+")
+        parallel = ParallelConfig(
+            pp=self.pp,
+            tp=self.tp,
+            micro_batch=self.micro_batch,
+            recompute=self.recompute,
+            schedule=name,
+            extra_warmup=int(extra or 0),
+            virtual_stages=VIRTUAL_STAGES.get(name, 1),
+        )
+        run = replace(
+            run,
+            training=replace(run.training, global_batch=self.dp * self.micro_batches * self.micro_batch),
+            parallel=parallel,
+            deepspeed={"zero_optimization": {"stage": 1}, "bf16": {"enabled": self.dtype == "bf16"}},
+            path="command line",
+        )
+        check(run)
+        return run, resolve_layout(run, self.world)

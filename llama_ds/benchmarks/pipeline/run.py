@@ -1,0 +1,70 @@
+"""The ranks of a contest: started, waited for, and ended when one of them fails or the user has enough."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from llama_ds.benchmarks.pipeline.contest import Contest
+from llama_ds.child_processes import without_interrupts
+from llama_ds.errors import UserError
+from llama_ds.launch.namespaces import INTERFACE, Hosts
+
+ROOT = Path(__file__).resolve().parents[3]
+PORT = 29507
+
+
+def run_contest(contest: Contest, folder: Path) -> None:
+    """Run all ranks; they leave times.json and a folder of records for each schedule in `folder`.
+
+    Raises:
+        UserError: a rank failed; its last words.
+    """
+    asked = folder / "contest.json"
+    asked.write_text(json.dumps(asdict(contest)))
+    with ExitStack() as stack:
+        hosts = None
+        if contest.rate_mbit:
+            hosts = stack.enter_context(Hosts(contest.world, contest.rate_mbit, contest.delay_ms))
+        processes: list[subprocess.Popen[bytes]] = []
+        stack.callback(_end, processes)
+        for rank, environment in enumerate(_environments(contest.world, hosts)):
+            command = [sys.executable, "-m", "llama_ds.benchmarks.pipeline.rank", str(asked), str(folder)]
+            command = hosts.command(rank, command) if hosts else command
+            log = stack.enter_context(open(folder / f"rank{rank}.log", "w"))
+            with without_interrupts():
+                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            time.sleep(0.1)
+        failed = [rank for rank, process in enumerate(processes) if process.poll()]
+    if failed:
+        raise UserError(f"rank {failed[0]} failed:\n{(folder / f'rank{failed[0]}.log').read_text()[-3000:]}")
+
+
+def _environments(world: int, hosts: Hosts | None) -> list[dict[str, str]]:
+    """Return the environment of each rank: a host of its own, or a core of this one."""
+    common = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
+    common |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(PORT if hosts else _free_port())}
+    common |= {"MASTER_ADDR": hosts.address(0) if hosts else "127.0.0.1"}
+    if hosts:
+        common |= {"GLOO_SOCKET_IFNAME": INTERFACE}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": "0" if hosts else str(rank)} for rank in range(world)]
+
+
+def _end(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

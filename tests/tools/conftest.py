@@ -1,0 +1,45 @@
+"""One small finished run for all tests of tools, files that never come, and a process that forks calls."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fork_server import ForkServer
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "e2e"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    server = ForkServer(tmp_path_factory.mktemp("calls"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def words(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What stands for the words in braces of `calls.py`, but for `new`."""
+    from tiny_run import build_corpus, write_run
+
+    root = tmp_path_factory.mktemp("run")
+    corpus = build_corpus(root)
+    run = write_run(root, "finished", corpus, {"training.steps": 3, "logging.trace_step": 2, "evaluation.rows": 4})
+    done = server.call("llama_ds/train.py", run.file)
+    assert done.code == 0, done.err
+    waits = root / "waits"
+    for place in ("pipe.yaml", "step_00000001/llama_ds.json", "source/manifest.json"):
+        (waits / place).parent.mkdir(parents=True, exist_ok=True)
+        if place == "pipe.yaml":
+            os.mkfifo(waits / place)
+        else:
+            (waits / place).symlink_to(waits / "pipe.yaml")
+    (waits / "corpus").mkdir()
+    (waits / "corpus" / "prose.jsonl").touch()
+    return {
+        "run": run.dir, "run_file": run.file, "shards": corpus.shards, "tokenizer": corpus.tokenizer, "waits": waits,
+        "trained": done,
+    }  # fmt: skip

@@ -1,0 +1,136 @@
+"""All tools alike: help, mistakes, a reader that leaves, Ctrl-C, an answer alone on stdout, no chatter of libraries."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from calls import NORMAL, WAITING, WITH_RANKS
+from fork_server import Finished, ForkServer
+
+from tests.console import foreign_lines
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+CLOSED_PIPE, INTERRUPTED = 141, 130
+
+
+def filled(call: str, words: dict[str, Any], new: Path) -> list[str]:
+    return [word.format(**words, new=new) for word in call.split()]
+
+
+def test_every_tool_has_its_calls() -> None:
+    assert sorted([*NORMAL, *WITH_RANKS]) == sorted(WAITING) == TOOLS
+
+
+def test_imports_say_nothing(server: ForkServer, words: dict[str, Any]) -> None:
+    assert server.said.read_text() == ""
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_shows_an_example(server: ForkServer, tool: str) -> None:
+    done = server.call(f"tools/{tool}", "--help")
+    assert (done.code, done.err) == (0, "")
+    assert f"\n  tools/{tool} " in done.out
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_unknown_option_is_one_line_below_the_usage(server: ForkServer, words: dict[str, Any], tool: str) -> None:
+    done = server.call(f"tools/{tool}", *filled(WAITING[tool], words, Path("new")), "--no-such-option")
+    assert (done.code, done.out) == (2, "")
+    usage, line = done.err.rstrip("\n").rsplit("\n", 1)
+    assert usage.startswith(f"usage: {tool} ") and line == f"{tool}: error: unrecognized arguments: --no-such-option"
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_reader_that_leaves_ends_it_quietly(server: ForkServer, tool: str) -> None:
+    done = server.call(f"tools/{tool}", "--help", closed=True)
+    assert (done.code, done.err) == (CLOSED_PIPE, "")
+
+
+@pytest.mark.parametrize("tool", ["dryrun.py", "evaluate.py", "hostfile.py", "plan.py", "shards.py", "tokenizer.py"])
+def test_a_reader_that_leaves_before_the_answer(server: ForkServer, words: dict[str, Any], tool: str) -> None:
+    done = server.call(f"tools/{tool}", *filled(NORMAL[tool], words, Path("new")), closed=True)
+    assert (done.code, done.err) == (CLOSED_PIPE, "")
+
+
+@pytest.mark.parametrize("tool", NORMAL)
+def test_a_normal_call_says_what_is_ours(server: ForkServer, words: dict[str, Any], tmp_path: Path, tool: str) -> None:
+    done = server.call(f"tools/{tool}", *filled(NORMAL[tool], words, tmp_path))
+    assert done.code == 0 and foreign_lines(done.err) == [], done.err
+    if "--json" in NORMAL[tool]:
+        assert json.loads(done.out)  # nothing before it, nothing behind
+    else:
+        assert done.out and "Warning" not in done.out
+
+
+def test_the_plan_of_a_training_may_be_left_unread(server: ForkServer, words: dict[str, Any]) -> None:
+    done = server.call("llama_ds/train.py", words["run_file"], "--dry-run", closed=True)
+    assert (done.code, done.err) == (CLOSED_PIPE, "")
+
+
+def test_a_training_says_what_is_ours(words: dict[str, Any]) -> None:
+    done: Finished = words["trained"]
+    assert foreign_lines(done.out + done.err) == []
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_interruption_is_one_line(server: ForkServer, words: dict[str, Any], tmp_path: Path, tool: str) -> None:
+    call, process = server.start(f"tools/{tool}", *filled(WAITING[tool], words, tmp_path))
+    writer = when_read(words["waits"] / "pipe.yaml")
+    os.kill(process, signal.SIGINT)
+    done = server.finish(call, process)
+    os.close(writer)
+    assert (done.code, done.err) == (INTERRUPTED, "interrupted\n")
+
+
+def when_read(pipe: Path) -> int:
+    """Return the pipe's writing end, as soon as somebody reads it."""
+    until = time.monotonic() + 60
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            assert error.errno == errno.ENXIO and time.monotonic() < until, "nobody reads it"
+            time.sleep(0.01)
+
+
+def test_an_interruption_ends_the_ranks_too(server: ForkServer) -> None:
+    call, process = server.start("tools/pipeline.py", "--pp", 2, "--schedules", "1f1b")
+    ranks = when_started(process, 2)
+    os.kill(process, signal.SIGINT)
+    done = server.finish(call, process)
+    assert (done.code, done.err) == (INTERRUPTED, "interrupted\n")
+    assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.parametrize(("grace_s", "number"), [(30, signal.SIGINT), (30, signal.SIGTERM), (0.2, signal.SIGHUP)])
+def test_a_child_and_its_own_end_with_the_tool(tmp_path: Path, grace_s: float, number: int) -> None:
+    """Those that have little time ignore SIGTERM."""
+    trap = "trap '' TERM;" if grace_s < 1 else ""
+    command = ["sh", "-c", f"{trap} sleep 99 & sleep 99; true"]
+    program = f"from llama_ds.child_processes import run_child\nrun_child({command}, {grace_s})"
+    tool = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
+    (shell,) = when_started(tool.pid, 1)
+    children = [shell, *when_started(shell.pid, 2)]
+    tool.send_signal(number)
+    assert tool.wait(30) in (1, -signal.SIGINT)  # by KeyboardInterrupt
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def when_started(process: int, count: int) -> list[psutil.Process]:
+    """Return the children of a process as soon as there are `count`."""
+    until = time.monotonic() + 60
+    while len(children := psutil.Process(process).children()) < count:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return children

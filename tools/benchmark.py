@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+"""Measure ours beside others': training steps, decoder layers, the data path and checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llama_ds.checkpoint.choices import DTYPE_NAMES
+from llama_ds.command_line import Answer, add_results, check_positive, new_parser, run, subcommands
+from llama_ds.config.recompute import POLICIES
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+
+# What is heavy is imported by the commands that want it: --help starts at once.
+if TYPE_CHECKING:
+    from llama_ds.benchmarks.compare import Settings
+    from llama_ds.data.text.tokenizer import Tokenizer
+
+EXAMPLES = """examples:
+  tools/benchmark.py step
+  tools/benchmark.py step --batch 2 --seq-len 512 model.hidden_size=1024 model.intermediate_size=2752
+  tools/benchmark.py layer --shape 65b --tp 8 --seq-len 4096 --device cuda --out measured.json
+  tools/benchmark.py data --streaming-python /tmp/rivals/bin/python --out measured.json
+  tools/benchmark.py checkpoint --folder /mnt/scratch --out measured.json
+"""
+DATA = """Build, read, open and resume data on this machine, every measurement in a fresh process.
+
+mosaicml-streaming and datasets want other versions than we do, so they need an environment of their own (a CUDA torch):
+  python3 -m venv /tmp/rivals
+  /tmp/rivals/bin/pip install mosaicml-streaming==0.13.0 datasets
+Without --streaming-python both are left out. TMPDIR gets about 1 GB. 100,000 shards need 12 GB of memory there.
+"""
+PARTS = ("build", "read", "open", "resume")  # of the data path
+SHAPES = {"quickstart": "quickstart", "7b": "llama_7b", "13b": "llama_13b", "33b": "llama_33b", "65b": "llama_65b"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return run(parser(), argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(None, __doc__, EXAMPLES)
+    add = subcommands(parser)
+    words = "a whole training step of one process, ours and transformers' LlamaForCausalLM with torch's AdamW"
+    command = add("step", step, words)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run file: another shape")
+    command.add_argument("--run", default="ds_configs/quickstart.yaml", help="run file (default: %(default)s)")
+    command.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32")
+    command.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="of our engine (default: fp32 0, bf16 1)")
+    _add_sizes(command, policy="none")  # as transformers and as run files do
+    words = "one decoder layer forward and backward: written out, by autograd, and transformers' LlamaDecoderLayer"
+    command = add("layer", layer, words)
+    command.add_argument("--shape", choices=SHAPES, default="quickstart", help="(default: %(default)s)")
+    command.add_argument("--tp", type=int, default=1, help="time one rank's part of tp, without communication")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    command.add_argument("--dtype", choices=DTYPE_NAMES, help="(default: bf16 on cuda, fp32 on cpu)")
+    _add_sizes(command, policy="selective")
+    words = "building, reading, opening and resuming: ours, sentencepiece, Hugging Face, webdataset, streaming"
+    _add_data_options(add("data", data, words, DATA))
+    words = "saving, loading, resharding and converting: ours, the disk, torch.save, safetensors"
+    command = add("checkpoint", checkpoints, words)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of ds_configs/quickstart.yaml")
+    words = "on the disk to measure (default: %(default)s)"
+    command.add_argument("--folder", default=tempfile.gettempdir(), help=words)
+    command.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
+    add_results(command)
+    return parser
+
+
+def _add_sizes(command: argparse.ArgumentParser, policy: str) -> None:
+    command.add_argument("--batch", type=int, help="rows per step (default: the run's parallel.micro_batch)")
+    command.add_argument("--seq-len", type=int, help="tokens per row (default: the run's data.seq_len)")
+    command.add_argument("--policy", choices=POLICIES, default=policy, help="of our layers (default: %(default)s)")
+    command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
+    command.add_argument("--repeats", type=int, default=15, help="timed steps of each (default: %(default)s)")
+    add_results(command)
+
+
+def _add_data_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--corpus", nargs="+", default=[], metavar="PATTERN", help="(default: texts of this machine)")
+    command.add_argument("--corpus-mb", type=int, help="text to build from (default: 30); more tells more of workers")
+    command.add_argument("--tokenizer", default="", metavar="MODEL", help="(default: one is trained, of 4096 ids)")
+    command.add_argument("--streaming-python", default="", metavar="PYTHON", help="that has the other packages")
+    command.add_argument("--run", default=str(ROOT / "ds_configs" / "llama_65b.yaml"), help="that is resumed")
+    command.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
+    command.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not for numbers")
+    command.add_argument("--repeats", type=int, default=5, help="processes of each (default: %(default)s)")
+    add_results(command)
+
+
+def step(args: argparse.Namespace) -> Answer:
+    """Time whole training steps of one process against transformers."""
+    wanted = load_run(args.run, args.overrides)
+    check_positive(args, "batch", "seq_len", "threads", "repeats")
+    from llama_ds.benchmarks.compare import measure_steps
+    from llama_ds.benchmarks.report import step_table
+
+    zero = int(args.dtype == "bf16") if args.zero is None else args.zero
+    results = measure_steps(wanted, _settings(args, wanted, args.dtype), zero)
+    return Answer(results, step_table(results))
+
+
+def layer(args: argparse.Namespace) -> Answer:
+    """Time one decoder layer."""
+    wanted = load_run(str(ROOT / "ds_configs" / f"{SHAPES[args.shape]}.yaml"))
+    check_positive(args, "batch", "seq_len", "threads", "repeats", "tp")
+    import torch
+
+    from llama_ds.benchmarks.compare import measure_layer
+    from llama_ds.benchmarks.report import layer_table
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("command line: --device cuda: torch finds no CUDA device here; use --device cpu")
+    dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
+    results = measure_layer(wanted, args.shape, _settings(args, wanted, dtype), args.tp, device)
+    return Answer(results, layer_table(results))
+
+
+def _settings(args: argparse.Namespace, wanted: RunConfig, dtype: str) -> Settings:
+    from llama_ds.benchmarks.compare import Settings
+
+    batch = wanted.parallel.micro_batch if args.batch is None else args.batch
+    seq_len = wanted.data.seq_len if args.seq_len is None else args.seq_len
+    return Settings(batch, seq_len, dtype, args.policy, args.threads, args.repeats)
+
+
+def data(args: argparse.Namespace) -> Answer:
+    """Measure the data path."""
+    check_positive(args, "corpus_mb", "repeats")
+    from tqdm import tqdm
+
+    from llama_ds.benchmarks.data.bench import QUICK, Sizes
+    from llama_ds.benchmarks.data.report import table
+    from llama_ds.benchmarks.data.run import measure, set_up
+    from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_json
+
+    sizes = QUICK if args.quick else Sizes()
+    if args.corpus_mb is not None:
+        sizes = replace(sizes, corpus_mb=args.corpus_mb)
+
+    def hf_json(tokenizer: Tokenizer) -> dict[str, Any]:
+        return tokenizer_json(tokenizer.pieces(), tokenizer.prefixed)
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder, tqdm(unit="run", disable=None) as bar:
+
+        def tick(name: str) -> None:
+            bar.set_description(name)
+            bar.update()
+
+        bench = set_up(folder, args.corpus, args.tokenizer, hf_json, sizes, args.repeats, args.streaming_python, tick)
+        results = measure(bench, args.only or PARTS, args.run)
+    return Answer(results, table(results))
+
+
+def checkpoints(args: argparse.Namespace) -> Answer:
+    """Measure checkpoints."""
+    check_positive(args, "repeats")
+    from llama_ds.benchmarks.checkpoint.run import measure, table
+
+    with tempfile.TemporaryDirectory(prefix="benchmark-checkpoint-", dir=args.folder) as folder:
+        results = measure(args.overrides, folder, args.repeats)
+    return Answer(results, table(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

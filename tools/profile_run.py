@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Profile a training run: record some of its steps on all ranks, and say where their time went."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from llama_ds.child_processes import run_child
+from llama_ds.command_line import Answer, add_json, add_results, check_positive, new_parser, run, subcommands
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.config.text import save_text
+from llama_ds.errors import UserError
+from llama_ds.launch.command import LAUNCHERS
+from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.ranks import choose_ranks
+from llama_ds.perf.trace.job import DEFAULT_RANKS, recording_overrides
+from llama_ds.perf.trace.kinds import METRICS
+from llama_ds.perf.trace.limits import Limit, parse_limit
+
+if TYPE_CHECKING:
+    from llama_ds.perf.trace.analyse import Analysis
+
+EXAMPLES = """examples:
+  tools/profile_run.py record ds_configs/quickstart.yaml parallel.micro_batch=4 --ranks first,last --steps 3
+  tools/profile_run.py record ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --ranks first,last --svg step.svg
+  tools/profile_run.py analyse runs/quickstart-profile/trace --svg step.svg --fail-if 'bubble>20' --fail-if 'gemm<40'
+"""
+GRACE_S = 120.0  # that a job has to end on all of its hosts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    return run(parser(), argv)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = new_parser(None, __doc__, EXAMPLES)
+    add = subcommands(parser)
+    words = "record and profile steps of the real job, in a folder of its own, and say where their time went"
+    command = add("record", record, words)
+    _add_record_options(command)
+    _add_analysis_options(command)
+    add_json(command)
+    words = "where the time of recorded steps went, from what logging.trace_step or record left"
+    metrics = "\n".join(f"  {name:20} {text}" for name, text in METRICS.items())
+    command = add("analyse", analyse, words, examples=f"metrics, in percent:\n{metrics}\n\n{EXAMPLES}")
+    command.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of rank*.json, such as runs/NAME/trace")
+    command.add_argument("--merge", action="store_true", help="write one trace of all ranks for ui.perfetto.dev too")
+    _add_analysis_options(command)
+    add_results(command)
+    return parser
+
+
+def _add_record_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", help="run file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run file")
+    words = (
+        "that run torch's profiler: numbers, all, none, and first, middle, last, of whose stages the rank with dp and "
+        "tp 0 is meant (default: %(default)s)"
+    )
+    command.add_argument("--ranks", default=DEFAULT_RANKS, metavar="R", help=words)
+    words = "to record, and as many again with the profiler (default: %(default)s)"
+    command.add_argument("--steps", type=int, default=3, help=words)
+    command.add_argument("--warmup", type=int, default=3, help="steps before them (default: %(default)s)")
+    command.add_argument("--out", metavar="FOLDER", help="of the recording (default: the run's own, and -profile)")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", help="the job's hosts, as for tools/launch.py")
+    where.add_argument("--num-ranks", type=int, help="on this machine (default: GPUs, or parallel.pp * parallel.tp)")
+    command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="(default: %(default)s)")
+    command.add_argument("--nic", default="", help="interface of the ranks' traffic (default: the one to rank 0)")
+    command.add_argument("--ssh-port", type=int)
+
+
+def _add_analysis_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--svg", metavar="FILE", help="draw the first folder's first step")
+    words = "exit 1 where it holds: a metric, one of > < >= <=, percent, as 'bubble>20'; again for more"
+    command.add_argument("--fail-if", action="append", default=[], metavar="LIMIT", help=words)
+
+
+def record(args: argparse.Namespace) -> Answer | int:
+    """Record and profile steps of the real job; where it fails, its exit code is the answer."""
+    from llama_ds.perf.trace.files import analyse_folder
+    from llama_ds.perf.trace.merge import merge
+    from llama_ds.perf.trace.report import as_json, report
+
+    limits = [parse_limit(text, METRICS) for text in args.fail_if]
+    wanted = load_run(args.run, args.overrides)
+    environment = dict(os.environ)
+    hosts = parse_hostfile(args.hostfile) if args.hostfile else {"localhost": _local_ranks(args, wanted, environment)}
+    layout = resolve_layout(wanted, sum(hosts.values()))
+    out = Path(args.out or f"{wanted.run_dir}-profile").absolute()
+    ranks = choose_ranks(args.ranks, layout, "--ranks")
+    overrides = [*args.overrides, *recording_overrides(wanted, str(out), args.warmup, args.steps, ranks)]
+    load_run(args.run, overrides)
+    command = _launch_command(args, overrides, _hostfile_in(out, args.hostfile, hosts))
+    done = run_child(command, GRACE_S, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    if done.returncode:
+        return done.returncode if done.returncode > 0 else 128 - done.returncode
+    folder = str(out / "trace")
+    merged, analysis = merge(folder), analyse_folder(folder)
+    _draw(args.svg, folder)
+    results = {**as_json(analysis), "profiled_ranks": ranks, "folder": folder, "trace": str(merged)}
+    paths = f"records: {folder}\ntrace of all ranks, for ui.perfetto.dev: {merged}"
+    return _judged(results, f"\n{report(analysis)}\n\n{paths}", {folder: analysis}, limits)
+
+
+def _local_ranks(args: argparse.Namespace, wanted: RunConfig, environment: dict[str, str]) -> int:
+    """Return how many ranks this machine is to run; without a GPU for each they run on its cores, each on a share."""
+    import torch
+
+    check_positive(args, "num_ranks")
+    gpus, least = torch.cuda.device_count(), wanted.parallel.pp * wanted.parallel.tp
+    ranks = args.num_ranks or max(least, gpus // least * least)
+    if gpus < ranks:
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    return ranks
+
+
+def _hostfile_in(out: Path, given: str | None, hosts: dict[str, int]) -> str:
+    """Make the folder of the recording; return the hostfile of its job."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not given:
+            write_hostfile(str(out / "hostfile"), hosts)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give a folder of yours") from None
+    return given or str(out / "hostfile")
+
+
+def _launch_command(args: argparse.Namespace, overrides: list[str], hostfile: str) -> list[str]:
+    command = [sys.executable, str(ROOT / "tools" / "launch.py"), args.run, *overrides, "--hostfile", hostfile]
+    command += ["--launcher", args.launcher, *(["--nic", args.nic] if args.nic else [])]
+    return command + (["--ssh-port", str(args.ssh_port)] if args.ssh_port else [])
+
+
+def analyse(args: argparse.Namespace) -> Answer:
+    """Say where the time of recorded steps went."""
+    from llama_ds.perf.trace.files import analyse_folder
+    from llama_ds.perf.trace.merge import merge
+    from llama_ds.perf.trace.report import as_json, report, table
+
+    limits = [parse_limit(text, METRICS) for text in args.fail_if]
+    found = {folder: analyse_folder(folder) for folder in args.folders}
+    paths = [f"trace of all ranks, for ui.perfetto.dev: {merge(folder)}" for folder in args.folders if args.merge]
+    _draw(args.svg, args.folders[0])
+    reports = [f"{folder}: {report(analysis)}" for folder, analysis in found.items()]
+    text = "\n\n".join([*reports, *([table(found)] if len(found) > 1 else []), *paths])
+    return _judged({folder: as_json(analysis) for folder, analysis in found.items()}, text, found, limits)
+
+
+def _draw(path: str | None, folder: str) -> None:
+    from llama_ds.perf.trace.picture import picture
+    from llama_ds.perf.trace.read import read, shown
+
+    if path:
+        save_text(path, picture(read(folder, shown(folder)), folder))
+
+
+def _judged(results: object, text: str, found: dict[str, Analysis], limits: list[Limit]) -> Answer:
+    """Return the answer, which says at its end which limits are not kept."""
+    broken = [
+        f"failed: {folder}: {why}"
+        for folder, analysis in found.items()
+        for limit in limits
+        if (why := limit.broken(analysis.metrics))
+    ]
+    return Answer(results, text, 1 if broken else 0, broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
