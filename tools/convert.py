@@ -30,6 +30,7 @@ from llama_ds.checkpoint.load_model import KINDS, open_model
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
+from llama_ds.layout.weights import EMBEDDING_KEY
 
 EXAMPLES = """examples:
   tools/convert.py runs/quickstart runs/quickstart/hf --to hf
@@ -108,7 +109,7 @@ class Bars:
 def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: int, nbytes: int) -> None:
     """Print what was converted to what."""
     print(f"{destination}: {kind}, {dtype}, {count} file{'s' * (count > 1)}, {nbytes / 1e9:.3f} GB, from {files.path}")
-    table = files.tensors[0, "weight"]
+    table = files.tensors[EMBEDDING_KEY]
     if isinstance(table, Rows) and table.source.shape[0] != table.shape[0]:
         change = table.shape[0] - table.source.shape[0]
         what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows left out"

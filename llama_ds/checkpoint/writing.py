@@ -27,8 +27,6 @@ import xxhash
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.manifest import (
-    MASTER,
-    MOMENTS,
     TOKENIZER,
     Description,
     FileEntry,
@@ -176,7 +174,7 @@ def commit(folder: str, description: Description, records: list[Record], tokeniz
         OSError: as the system says.
     """
     kinds = {piece.kind for record in records for rows in record.pieces.values() for piece in rows}
-    if missing := {MASTER, *MOMENTS} - kinds:
+    if missing := set(description.states.all_kinds()) - kinds:
         raise ValueError(f"step {description.step}: no {', '.join(sorted(missing))} of any weight was written")
     partial = os.path.join(folder, store.partial_of(description.step))
     if tokenizer:

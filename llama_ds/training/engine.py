@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from llama_ds.config.rules import STOCK_ENGINE
 from llama_ds.config.schema import OptimizerConfig, RunConfig
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.optimizer_states import ADAMW
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.recompute import stage_policies
+from llama_ds.layout.weights import weight_of
 from llama_ds.model.embedding import Head
-from llama_ds.model.linear import RMSNorm
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.written_out import WrittenOutLayer
@@ -173,16 +174,20 @@ def _layers_of_pipeline(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]
 
 
 def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
-    """Return optimizer groups of what `module` has of matrices, which decay, and norm weights, which do not."""
-    # By module, not by shape: under ZeRO-3 a partitioned parameter has lost its shape.
-    norms = [p for m in module.modules() if isinstance(m, RMSNorm) for p in m.parameters()]
-    known = {id(p) for p in norms}
-    matrices = [p for p in module.parameters() if id(p) not in known]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay, "name": f"{name}matrices"},
-        {"params": norms, "weight_decay": 0.0, "name": f"{name}norms"},
+    """Return optimizer groups of what `module` has of matrices, which decay, and norm weights, which do not.
+
+    Weights of one group have the same states, which lie in buffers of the whole group.
+    """
+    groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
+    for parameter_name, parameter in module.named_parameters():
+        weight = weight_of(parameter_name)
+        groups.setdefault((weight.decays, ADAMW.kinds(weight.role)), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": settings.weight_decay * decays, "name": name + label}
+        for decays, label in ((True, "matrices"), (False, "norms"))
+        for (decaying, _), parameters in groups.items()
+        if decaying == decays
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(

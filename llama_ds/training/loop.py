@@ -11,7 +11,6 @@ import numpy as np
 
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import Description
-from llama_ds.checkpoint.names import Key
 from llama_ds.checkpoint.weights import Readable, check_shapes
 from llama_ds.config.recompute import AUTO
 from llama_ds.config.run_file import dump
@@ -25,6 +24,7 @@ from llama_ds.job.heartbeat import Progress
 from llama_ds.job.wire import Phase
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
+from llama_ds.layout.weights import Key
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.recording import Recording
