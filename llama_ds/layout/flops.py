@@ -9,6 +9,8 @@ every layout and recompute policy; hardware FLOPs add what the backward computes
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.weights import DECODER_LAYER, EMBEDDING, HEAD, Role, weights
 
@@ -75,5 +77,9 @@ def layer_forward_flops(model: ModelConfig, seq_len: int) -> float:
     """Return the forward FLOPs per token of one decoder layer, QK^T and PV included."""
     keys = (seq_len + 1) / 2
     attention = 2 * (2 * model.num_attention_heads * model.head_dim * keys)
-    matrices = sum(weight.numel(model) for weight in DECODER_LAYER if weight.role is Role.HIDDEN_MATRIX)
-    return 2 * matrices + attention
+    return 2 * _matrix_parameters(model) + attention
+
+
+@lru_cache(maxsize=1000)  # the planner asks for every layout
+def _matrix_parameters(model: ModelConfig) -> int:
+    return sum(weight.numel(model) for weight in DECODER_LAYER if weight.role is Role.HIDDEN_MATRIX)

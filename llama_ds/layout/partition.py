@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from llama_ds.config.schema import ModelConfig, RunConfig
@@ -62,7 +63,7 @@ def held_parameters(
         local_vocab: rows of the embedding and of the head on a rank; None: decoder layers alone.
         gated: False: the feed-forward network has two matrices instead of SwiGLU's three.
     """
-    layer = held_elements((weight for weight in DECODER_LAYER if gated or weight is not GATE), model, tp)
+    layer = _decoder_layer(model, tp, gated)
     held = [Counter({role: layers_here * count for role, count in layer.items()}) for layers_here in layers]
     if local_vocab is not None:
         table = local_vocab * model.hidden_size
@@ -73,6 +74,11 @@ def held_parameters(
         elif len(held) > 1:
             held[-1][Role.EMBEDDING] += table
     return held
+
+
+@lru_cache(maxsize=1000)  # the planner asks for every layout
+def _decoder_layer(model: ModelConfig, tp: int, gated: bool) -> Mapping[Role, int]:
+    return held_elements((weight for weight in DECODER_LAYER if gated or weight is not GATE), model, tp)
 
 
 def balance(costs: Sequence[float], stages: int) -> list[int]:
