@@ -21,6 +21,7 @@ from tqdm import tqdm
 from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS
 from llama_ds.command_line import check_positive, new_parser, run
 from llama_ds.errors import UserError
+from llama_ds.layout.weights import EMBEDDING_KEY
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +107,7 @@ def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: in
     from llama_ds.checkpoint.formats.views import Rows
 
     print(f"{destination}: {kind}, {dtype}, {count} file{'s' * (count > 1)}, {nbytes / 1e9:.3f} GB, from {files.path}")
-    table = files.tensors[0, "weight"]
+    table = files.tensors[EMBEDDING_KEY]
     if isinstance(table, Rows) and table.source.shape[0] != table.shape[0]:
         change = table.shape[0] - table.source.shape[0]
         what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows left out"

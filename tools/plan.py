@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands
 from llama_ds.config.reader import integer
-from llama_ds.config.run_file import load_run
+from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
 from llama_ds.perf.plan import cost as costs
@@ -23,7 +23,7 @@ from llama_ds.perf.plan import hardware, tables
 from llama_ds.perf.plan.estimate import as_data, estimate, report
 from llama_ds.perf.plan.explain import explain
 from llama_ds.perf.plan.fit import BOUNDS, cross_validate, fit, usable
-from llama_ds.perf.plan.models import base_run, run_file
+from llama_ds.perf.plan.models import base_run
 from llama_ds.perf.plan.page import page
 from llama_ds.perf.plan.rows import Row, read_rows
 from llama_ds.perf.plan.search import search
@@ -113,7 +113,7 @@ def _add_fit_options(command: argparse.ArgumentParser) -> None:
 
 def plan_estimate(args: argparse.Namespace) -> Answer:
     """Return the estimate of one layout."""
-    found = estimate(load_run(run_file(args.run), args.overrides), args.gpus, hardware.load(args.gpu))
+    found = estimate(load_run(find_run_file(args.run), args.overrides), args.gpus, hardware.load(args.gpu))
     return Answer(as_data(found), report(found) + (f"\n\n{explain(found)}" if args.explain else ""))
 
 

@@ -20,6 +20,7 @@ from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.weights import HEAD
 from llama_ds.model.attention import flash_module
 from llama_ds.model.decoder import DecoderLayer
 from llama_ds.model.llama import Llama, shared_parts
@@ -132,7 +133,7 @@ def transformers_model(run: RunConfig, source: Llama, dtype: torch.dtype) -> Lla
         hf_name(i, name, count): w for i, layer in enumerate(source.layers) for name, w in layer.state_dict().items()
     }
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"} or (missing and not run.model.tie_word_embeddings):
+    if unexpected or set(missing) - {HEAD.name} or (missing and not run.model.tie_word_embeddings):
         raise AssertionError(f"transformers names its weights otherwise: {missing} missing, {unexpected} unexpected")
     model.tie_weights()
     return model.train()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.weights import HEAD, Role, weights
 
 Step = Callable[[], float]  # one whole step; returns its loss
 
@@ -75,13 +76,10 @@ def training_step(
     return step
 
 
-def weight_shapes(model: ModelConfig) -> list[tuple[int, int]]:
+def product_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
     """Return the (O, I) of every matrix that a token is multiplied with: the decoder layers' and the head's."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    attention = [(queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries)]
-    swiglu = [(inner, hidden), (inner, hidden), (hidden, inner)]
-    return (attention + swiglu) * model.num_hidden_layers + [(model.vocab_size, hidden)]
+    matrices = [weight.shape(model) for _, weight in weights(model) if weight.role is Role.HIDDEN_MATRIX]
+    return [*matrices, HEAD.shape(model)]
 
 
 def gemm_step(model: ModelConfig, tokens: int, dtype: torch.dtype) -> Step:
@@ -90,7 +88,7 @@ def gemm_step(model: ModelConfig, tokens: int, dtype: torch.dtype) -> Step:
     Every matrix has its own weight and its own results, as in a step: nothing stays in a cache that would not there.
     """
     problems = []
-    for out, into in weight_shapes(model):
+    for out, into in product_shapes(model):
         x, w, grad = torch.randn(tokens, into), torch.randn(out, into), torch.randn(tokens, out)
         problems.append(tuple(t.to(dtype) for t in (x, w, grad, torch.empty_like(w))))
 

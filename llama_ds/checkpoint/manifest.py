@@ -3,8 +3,8 @@
 A checkpoint is a folder. DeepSpeed's own files hold the numbers; beside them are
 
 - `llama_ds.json`: the description, with size and checksum of every other file, and its own;
-- `index.json`: for every weight and each of its kinds (KINDS) the runs of elements, with file and byte, so that any
-  layout reads what it needs, and nothing else, without unpickling anything.
+- `index.json`: for every weight and each of its kinds (WEIGHT and the optimizer's states) the runs of elements, with
+  file and byte, so that any layout reads what it needs, and nothing else, without unpickling anything.
 
 A rank says what it wrote in a record of its own; whoever commits puts the records together.
 """
@@ -22,22 +22,20 @@ from typing import Any, NamedTuple
 import torch
 import xxhash
 
-from llama_ds.checkpoint.names import Key, sharded_dim, weight_shapes
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored
 from llama_ds.config.moved_keys import renamed_data
 from llama_ds.config.reader import Place, read
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
+from llama_ds.layout.optimizer_states import ADAMW, OptimizerStates
+from llama_ds.layout.weights import Key, weights
 
 DESCRIPTION = "llama_ds.json"
 INDEX = "index.json"
 TOKENIZER = "tokenizer.model"
 FORMAT = 2
-WEIGHT = "weight"  # as the run computed with it
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, fp32
-MASTER = "fp32"  # the weight that the optimizer updates
-KINDS = (WEIGHT, MASTER, *MOMENTS)
+WEIGHT = "weight"  # the kind of what the run computed with; others are the optimizer's states
 READ_BYTES = 1 << 20  # what was read is then still in the processor's cache when it is hashed
 
 
@@ -111,6 +109,11 @@ class Description:
     def model(self) -> ModelConfig:
         """The shape of the model."""
         return read(ModelConfig, self.run["model"], Place(DESCRIPTION))
+
+    @property
+    def states(self) -> OptimizerStates:
+        """What the optimizer of the run keeps of each weight."""
+        return ADAMW
 
 
 def name_of(key: Key) -> str:
@@ -217,8 +220,8 @@ def verify(folder: str, description: Description, names: Iterable[str]) -> None:
 _DAMAGED = "the checkpoint is damaged; copy it again, or use another"
 
 
-def read_tensors(folder: str, description: Description, kinds: Iterable[str] = KINDS) -> dict[str, dict[Key, Spread]]:
-    """Return the tensors of a checkpoint by kind and weight: all of the model's for each of `kinds` that it holds.
+def read_tensors(folder: str, description: Description, kinds: Iterable[str]) -> dict[str, dict[Key, Spread]]:
+    """Return the tensors of a checkpoint by kind and weight, for each of `kinds` those of all weights that have it.
 
     Raises:
         UserError: the index is damaged.
@@ -228,13 +231,13 @@ def read_tensors(folder: str, description: Description, kinds: Iterable[str] = K
         with open(path, encoding="utf-8") as file:
             rows = json.load(file)
         found: dict[str, dict[Key, Spread]] = {}
-        for key, shape in weight_shapes(description.model).items():
+        for key, weight in weights(description.model):
             pieces = [Piece(*row) for row in rows[name_of(key)]]
             for kind in kinds:
                 parts = _parts([p for p in pieces if p.kind == kind])
                 if parts:
                     runs = [[Run(p.start, _stored(folder, p), p.numel) for p in part] for part in parts]
-                    found.setdefault(kind, {})[key] = Spread(shape, sharded_dim(key[1]), runs)
+                    found.setdefault(kind, {})[key] = Spread(weight.shape(description.model), weight.cut, runs)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); use another checkpoint, or copy this one again") from None
     return found
@@ -291,15 +294,16 @@ def _parts(pieces: list[Piece]) -> list[list[Piece]]:
 
 
 def _check_cover(description: Description, pieces: Mapping[str, list[Piece]]) -> None:
-    """Check that each kind that is there is there whole: of every weight every part, of every part every element."""
+    """Check that every saved kind covers all elements of all parts of every weight that has it, exactly once."""
     kinds = {p.kind for rows in pieces.values() for p in rows} or {WEIGHT}
-    for key, shape in weight_shapes(description.model).items():
-        count = description.layout["tp"] if sharded_dim(key[1]) is not None else 1
-        numel = torch.Size(shape).numel() // count
+    for key, weight in weights(description.model):
+        count = description.layout["tp"] if weight.cut is not None else 1
+        numel = weight.numel(description.model) // count
         for kind in kinds:
+            wanted = count if kind in (WEIGHT, *description.states.kinds(weight.role)) else 0
             parts = _parts([p for p in pieces.get(name_of(key), ()) if p.kind == kind])
-            if len(parts) != count:
-                raise ValueError(f"{name_of(key)}: {len(parts)} parts of its {kind} were written, not {count}")
+            if len(parts) != wanted:
+                raise ValueError(f"{name_of(key)}: {len(parts)} parts of its {kind} were written, not {wanted}")
             for part in parts:
                 ends = [0, *(p.end for p in part)]
                 if [p.start for p in part] != ends[:-1] or ends[-1] != numel:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.checkpoint.manifest import WEIGHT
-from llama_ds.checkpoint.names import Key
+from llama_ds.layout.weights import Key
 
 OPTIMIZER_FILE = "optim_states"  # in the names of DeepSpeed's files that hold ZeRO's partitions
 

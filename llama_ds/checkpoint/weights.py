@@ -10,10 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llama_ds.checkpoint.manifest import MASTER, TOKENIZER, WEIGHT, describe, read_tensors
-from llama_ds.checkpoint.names import Key, weight_shapes
+from llama_ds.checkpoint.manifest import TOKENIZER, WEIGHT, describe, read_tensors
 from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.errors import UserError
+from llama_ds.layout.optimizer_states import MASTER
+from llama_ds.layout.weights import Key, weight_shapes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that people use
 
@@ -42,7 +43,8 @@ class ModelFiles:
     model: ModelConfig
     seq_len: int  # the longest the model was trained for
     dtype: str  # of DTYPES: what it computed in, and a conversion's default
-    tensors: Mapping[Key, Readable]  # exactly `names.weight_shapes(model)`, in the rotary layout of this project
+    # The keys are those of `layout.weights.weight_shapes(model)`, the values in the rotary layout of this project.
+    tensors: Mapping[Key, Readable]
     tokenizer: str | None  # path of its sentencepiece model, if it has one
     document_mask: bool = False  # True: in training, attention stayed inside the documents of a row
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of its initial weights

@@ -30,8 +30,6 @@ import xxhash
 
 from llama_ds.checkpoint.attempt import Attempt
 from llama_ds.checkpoint.manifest import (
-    MASTER,
-    MOMENTS,
     TOKENIZER,
     Description,
     FileEntry,
@@ -183,7 +181,7 @@ def commit(attempt: Attempt, description: Description, records: list[Record], to
         OSError: as the system says.
     """
     kinds = {piece.kind for record in records for rows in record.pieces.values() for piece in rows}
-    if missing := {MASTER, *MOMENTS} - kinds:
+    if missing := set(description.states.all_kinds()) - kinds:
         raise ValueError(f"step {description.step}: no {', '.join(sorted(missing))} of any weight was written")
     partial = attempt.partial(description.step)
     if tokenizer:

@@ -9,7 +9,10 @@ every layout and recompute policy; hardware FLOPs add what the backward computes
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.weights import DECODER_LAYER, EMBEDDING, HEAD, Role, weights
 
 # Dense peaks in FLOP/s from the makers' data sheets, without sparsity, by dtype. V100 has no bf16.
 DEVICE_PEAK_FLOPS: dict[str, dict[str, float]] = {
@@ -34,24 +37,22 @@ DEVICE_PEAK_FLOPS: dict[str, dict[str, float]] = {
 
 def layer_parameters(model: ModelConfig) -> int:
     """Return the parameters of one decoder layer: attention, SwiGLU and its two norms."""
-    return _matrix_parameters(model) + 2 * model.hidden_size
+    return sum(weight.numel(model) for weight in DECODER_LAYER)
 
 
 def embedding_parameters(model: ModelConfig) -> int:
     """Return the parameters of the token embedding, which are also the head's."""
-    return model.vocab_size * model.hidden_size
+    return EMBEDDING.numel(model)
 
 
 def parameter_count(model: ModelConfig) -> int:
     """Return the exact number of parameters; a tied embedding is counted once."""
-    tables = 1 if model.tie_word_embeddings else 2
-    decoder = model.num_hidden_layers * layer_parameters(model)
-    return tables * embedding_parameters(model) + decoder + model.hidden_size
+    return sum(weight.numel(model) for _, weight in weights(model))
 
 
 def layer_costs(model: ModelConfig, seq_len: int) -> list[float]:
     """Return the forward FLOPs per token of [embedding, decoder layer x L, final norm, head]."""
-    head = 2.0 * embedding_parameters(model)
+    head = 2.0 * HEAD.numel(model)
     return [0.0, *[layer_forward_flops(model, seq_len)] * model.num_hidden_layers, 0.0, head]
 
 
@@ -79,8 +80,6 @@ def layer_forward_flops(model: ModelConfig, seq_len: int) -> float:
     return 2 * _matrix_parameters(model) + attention
 
 
+@lru_cache(maxsize=1000)  # the planner asks for every layout
 def _matrix_parameters(model: ModelConfig) -> int:
-    hidden, queries = model.hidden_size, model.num_attention_heads * model.head_dim
-    keys = model.num_key_value_heads * model.head_dim
-    attention = hidden * (queries + 2 * keys) + queries * hidden  # q, k, v and o
-    return attention + 3 * hidden * model.intermediate_size  # gate, up and down
+    return sum(weight.numel(model) for weight in DECODER_LAYER if weight.role is Role.HIDDEN_MATRIX)

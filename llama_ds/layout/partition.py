@@ -7,12 +7,15 @@ stages: stage s holds layers b[s] to b[s + 1] - 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from llama_ds.config.schema import ModelConfig, RunConfig
-from llama_ds.layout.flops import layer_costs, layer_parameters
+from llama_ds.layout.flops import layer_costs
+from llama_ds.layout.weights import DECODER_LAYER, FINAL_NORM, GATE, Role, held_elements
 
 _BEFORE, _AFTER = 1, 2  # layers around the decoder: the embedding; the final norm and the head
 
@@ -38,7 +41,12 @@ def decoder_layers(bounds: Sequence[int]) -> list[int]:
 
 
 def stage_parameters(model: ModelConfig, bounds: Sequence[int], tp: int) -> list[int]:
-    """Return the parameters that a rank of each stage holds: matrices split over `tp` ranks, norms whole.
+    """Return the parameters that a rank of each stage holds: matrices split over `tp` ranks, norms whole."""
+    return [held.total() for held in stage_roles(model, bounds, tp)]
+
+
+def stage_roles(model: ModelConfig, bounds: Sequence[int], tp: int) -> list[Counter[Role]]:
+    """Return the parameters that a rank of each stage holds by role.
 
     A tied embedding counts on the first and the last stage where they differ: each keeps a copy.
     """
@@ -47,23 +55,30 @@ def stage_parameters(model: ModelConfig, bounds: Sequence[int], tp: int) -> list
 
 def held_parameters(
     model: ModelConfig, layers: Sequence[int], tp: int, local_vocab: int | None, gated: bool = True
-) -> list[int]:
-    """Return the parameters that a rank of each stage holds; for published programs too, which the planner models.
+) -> list[Counter[Role]]:
+    """Return the parameters that a rank of each stage holds by role; for published programs too.
 
     Args:
         layers: decoder layers of each stage.
         local_vocab: rows of the embedding and of the head on a rank; None: decoder layers alone.
         gated: False: the feed-forward network has two matrices instead of SwiGLU's three.
     """
-    norm, hidden = model.hidden_size, model.hidden_size
-    cut = layer_parameters(model) - 2 * norm - (0 if gated else hidden * model.intermediate_size)
-    held = [count * (cut // tp + 2 * norm) for count in layers]
+    layer = _decoder_layer(model, tp, gated)
+    held = [Counter({role: layers_here * count for role, count in layer.items()}) for layers_here in layers]
     if local_vocab is not None:
-        held[0] += local_vocab * hidden
-        held[-1] += norm
-        if len(held) > 1 or not model.tie_word_embeddings:
-            held[-1] += local_vocab * hidden
+        table = local_vocab * model.hidden_size
+        held[0][Role.EMBEDDING] += table
+        held[-1] += held_elements([FINAL_NORM], model, tp)
+        if not model.tie_word_embeddings:
+            held[-1][Role.HEAD] += table
+        elif len(held) > 1:
+            held[-1][Role.EMBEDDING] += table
     return held
+
+
+@lru_cache(maxsize=1000)  # the planner asks for every layout
+def _decoder_layer(model: ModelConfig, tp: int, gated: bool) -> Mapping[Role, int]:
+    return held_elements((weight for weight in DECODER_LAYER if gated or weight is not GATE), model, tp)
 
 
 def balance(costs: Sequence[float], stages: int) -> list[int]:

@@ -1,20 +1,22 @@
 """What a rank holds besides the activations that its layers keep. Pure arithmetic; e bytes a number of the run's dtype.
 
-With P parameters on the rank: weights e P, gradients 4 P (fp32 buffers), and of the optimizer this data-parallel rank's
-part of the moments, 8 P / dp, and in bf16 of the masters, 4 P / dp (ZeRO-1; Rajbhandari et al., arXiv 1910.02054,
-section 5). Working memory: one layer's whole activations with as much again in gradients, or the head's chunk of logits
-and its fp32 gradient, whichever is more, and the messages posted and under way.
+With P parameters on the rank: weights e P, gradients 4 P (fp32 buffers), and this data-parallel rank's part of the
+optimizer's states, of AdamW 8 P / dp, and in bf16 12 P / dp (ZeRO-1; Rajbhandari et al., arXiv 1910.02054, section 5).
+Working memory: one layer's whole activations with as much again in gradients, or the head's chunk of logits and its
+fp32 gradient, whichever is more, and the messages posted and under way.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.activation_memory import LayerWork
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.loss_chunks import chunk_tokens
-from llama_ds.layout.partition import stage_boundaries, stage_parameters
+from llama_ds.layout.optimizer_states import ADAMW
+from llama_ds.layout.partition import stage_boundaries, stage_roles
 from llama_ds.layout.pipeline_schedule import schedule_of
 
 
@@ -37,7 +39,7 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
     """Return what the ranks of each pipeline position hold."""
     schedule = schedule_of(run, layout)
     place, model = schedule.place, run.model
-    parameters = stage_parameters(model, stage_boundaries(run), layout.tp)
+    parameters = stage_roles(model, stage_boundaries(run), layout.tp)
     work = layer_work(run, layout, element_bytes)
     tokens = layout.micro_batch * run.data.seq_len
     vocab = model.vocab_size // layout.tp
@@ -49,12 +51,13 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
     found = []
     for rank in range(layout.pp):
         own = [place.stage(rank, c) for c in range(place.chunks)]
-        held = sum(parameters[stage] for stage in own)
+        by_role = sum((parameters[stage] for stage in own), Counter())
+        held = by_role.total()
         at_end = place.stages - 1 in own
         working = max(2 * work.saved_bytes("none"), head if at_end else 0)
         # In each direction: receives posted, one send under way and one being handed over.
         messages = 2 * place.chunks * (3 + schedule.extra_warmup) * message if layout.pp > 1 else 0
-        states = (8 if element_bytes == 4 else 12) * held // layout.dp
+        states = ADAMW.nbytes(by_role, element_bytes) // layout.dp
         found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages))
     return found
 

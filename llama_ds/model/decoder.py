@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ds.config.schema import ModelConfig, TrainingConfig
+from llama_ds.layout.weights import Weight, weight_of
 from llama_ds.model.attention import CausalAttention
-from llama_ds.model.linear import COLUMNS, ROWS, RMSNorm, ShardedLinear, WeightKey
+from llama_ds.model.init import initial_shard
+from llama_ds.model.linear import RMSNorm, ShardedLinear
 from llama_ds.model.rope import RotaryTables, rotate
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients
@@ -37,16 +39,30 @@ class Shared:
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
     recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # around a layer that is run again
 
-    def key(self, layer: int, *, residual_output: bool = False) -> WeightKey:
-        """Return where a weight of `layer` starts from.
+    def parameter(self, weight: Weight, layer: int = 0) -> nn.Parameter:
+        """Return this rank's part of a weight with its initial values, which depend on `layer` unless they are ones.
 
         Matrices that write to the residual stream start smaller by sqrt(2 L) (GPT-2, section 2.3), so that its
         variance does not grow with depth.
         """
         std = self.initializer_range
-        if residual_output:
+        if weight.residual_output:
             std /= (2 * self.model.num_hidden_layers) ** 0.5
-        return WeightKey(self.seed, layer, std)
+        tp = self.tp
+        parameter = nn.Parameter(initial_shard(weight, self.model, tp.rank, tp.size, std, self.seed, layer))
+        if tp.size > 1 and weight.cut is not None:
+            # For DeepSpeed: the weight differs between tensor-parallel ranks, so its norm counts on each of them.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        return parameter
+
+    def linear(self, name: str, layer: int) -> ShardedLinear:
+        """Return a matrix by its name in its layer."""
+        weight = weight_of(f"{name}.weight")
+        return ShardedLinear(self.parameter(weight, layer), weight.cut, self.tp)
+
+    def norm(self, name: str) -> RMSNorm:
+        """Return a norm by its name in its layer."""
+        return RMSNorm(self.parameter(weight_of(f"{name}.weight")), self.model.rms_norm_eps, self.tp)
 
 
 class Attention(nn.Module):
@@ -54,16 +70,12 @@ class Attention(nn.Module):
 
     def __init__(self, shared: Shared, layer: int) -> None:
         super().__init__()
-        model, tp = shared.model, shared.tp
         self.shared = shared
-        self.head_dim = model.head_dim
-        hidden, queries = model.hidden_size, model.num_attention_heads * model.head_dim
-        keys = model.num_key_value_heads * model.head_dim
-        key = shared.key(layer)
-        self.q_proj = ShardedLinear(queries, hidden, ROWS, "q_proj", key, tp)
-        self.k_proj = ShardedLinear(keys, hidden, ROWS, "k_proj", key, tp)
-        self.v_proj = ShardedLinear(keys, hidden, ROWS, "v_proj", key, tp)
-        self.o_proj = ShardedLinear(hidden, queries, COLUMNS, "o_proj", shared.key(layer, residual_output=True), tp)
+        self.head_dim = shared.model.head_dim
+        self.q_proj = shared.linear("self_attn.q_proj", layer)
+        self.k_proj = shared.linear("self_attn.k_proj", layer)
+        self.v_proj = shared.linear("self_attn.v_proj", layer)
+        self.o_proj = shared.linear("self_attn.o_proj", layer)
 
     def forward(self, x: Tensor, document_start: Tensor | None) -> Tensor:
         """(B, T, D) -> partial sums (B, T, D)."""
@@ -87,11 +99,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, shared: Shared, layer: int) -> None:
         super().__init__()
-        model, tp = shared.model, shared.tp
-        hidden, inner = model.hidden_size, model.intermediate_size
-        self.gate_proj = ShardedLinear(inner, hidden, ROWS, "gate_proj", shared.key(layer), tp)
-        self.up_proj = ShardedLinear(inner, hidden, ROWS, "up_proj", shared.key(layer), tp)
-        self.down_proj = ShardedLinear(hidden, inner, COLUMNS, "down_proj", shared.key(layer, residual_output=True), tp)
+        self.gate_proj = shared.linear("mlp.gate_proj", layer)
+        self.up_proj = shared.linear("mlp.up_proj", layer)
+        self.down_proj = shared.linear("mlp.down_proj", layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> partial sums (B, T, D)."""
@@ -103,12 +113,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, shared: Shared, layer: int) -> None:
         super().__init__()
-        model = shared.model
         self.shared = shared
         self.tp = shared.tp
-        self.input_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, shared.tp)
+        self.input_layernorm = shared.norm("input_layernorm")
         self.self_attn = Attention(shared, layer)
-        self.post_attention_layernorm = RMSNorm(model.hidden_size, model.rms_norm_eps, shared.tp)
+        self.post_attention_layernorm = shared.norm("post_attention_layernorm")
         self.mlp = SwiGLU(shared, layer)
 
     def forward(self, inputs: Hidden) -> Hidden:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ds.layout.weights import EMBEDDING
 from llama_ds.model.decoder import Hidden, Shared
-from llama_ds.model.init import normal_shard
-from llama_ds.model.linear import ROWS, RMSNorm, ShardedLinear, describe, mark_tensor_parallel
+from llama_ds.model.linear import describe
 
-EMBEDDING_LAYER = -1  # keys of initial weights; decoder layers are 0 .. L - 1
+EMBEDDING_LAYER = -1  # in the seeds of initial weights, where decoder layers are 0 .. L - 1
 HEAD_LAYER = -2
 BOS = 1  # sentencepiece's id, as in the LLaMA tokenizer: every packed document begins with it
 
@@ -38,11 +38,7 @@ class VocabParallelEmbedding(nn.Module):
         model, tp = shared.model, shared.tp
         self.tp = tp
         self.document_mask = shared.document_mask
-        shape = (model.vocab_size, model.hidden_size)
-        key = shared.key(EMBEDDING_LAYER)
-        self.weight = nn.Parameter(normal_shard(shape, ROWS, tp.rank, tp.size, key.std, key.seed, key.layer, "embed"))
-        if tp.size > 1:
-            mark_tensor_parallel(self.weight)
+        self.weight = shared.parameter(EMBEDDING, EMBEDDING_LAYER)
         self.first = tp.rank * model.vocab_size // tp.size
         self.count = model.vocab_size // tp.size
 
@@ -61,7 +57,7 @@ class VocabParallelEmbedding(nn.Module):
         return rows.masked_fill(absent[..., None], 0.0)
 
     def extra_repr(self) -> str:
-        return describe(self.weight, self.tp, ROWS)
+        return describe(self.weight, self.tp, EMBEDDING.cut)
 
 
 class FinalNorm(nn.Module):
@@ -69,7 +65,7 @@ class FinalNorm(nn.Module):
 
     def __init__(self, shared: Shared) -> None:
         super().__init__()
-        self.norm = RMSNorm(shared.model.hidden_size, shared.model.rms_norm_eps, shared.tp)
+        self.norm = shared.norm("norm")
 
     def forward(self, inputs: Hidden) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -84,10 +80,7 @@ class Head(nn.Module):
 
     def __init__(self, shared: Shared) -> None:
         super().__init__()
-        model = shared.model
-        self.lm_head = ShardedLinear(
-            model.vocab_size, model.hidden_size, ROWS, "lm_head", shared.key(HEAD_LAYER), shared.tp
-        )
+        self.lm_head = shared.linear("lm_head", HEAD_LAYER)
 
     def forward(self, x: Tensor, then: Then | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return (x, W) for x (B, S, D), or then(x, W) where the weight is at hand only inside this call (ZeRO-3)."""

@@ -12,6 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.weights import Weight
+
 BLOCKS = 64  # finest cut that costs no extra drawing; any tp works, tp dividing 64 draws nothing in vain
 
 
@@ -19,6 +22,18 @@ def block_seed(seed: int, layer: int, name: str, block: int) -> int:
     """Return the 63-bit generator seed of one block of one weight."""
     digest = hashlib.sha256(f"{seed}/{layer}/{name}/{block}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
+
+
+def initial_shard(
+    weight: Weight, model: ModelConfig, rank: int, size: int, std: float, seed: int, layer: int
+) -> Tensor:
+    """Return initial values of the part of `weight` that `rank` of `size` holds: normal (0, std); norms are ones."""
+    shape = weight.shape(model)
+    if weight.seed_name is None:
+        return torch.ones(shape)
+    out_size, in_size = shape
+    assert weight.cut is not None, "matrices are drawn in blocks along the dimension that is cut"
+    return normal_shard((out_size, in_size), weight.cut, rank, size, std, seed, layer, weight.seed_name)
 
 
 def normal_shard(

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ds.model.init import normal_shard
 from llama_ds.model.pointwise import rms_norm, rms_norm_backward
 from llama_ds.model.tensor_parallel import TensorParallel
-
-ROWS, COLUMNS = 0, 1  # the dimension of the (out, in) weight that is cut: column-parallel layers cut their outputs
-
-
-@dataclass(frozen=True)
-class WeightKey:
-    """Where a weight's initial values come from."""
-
-    seed: int
-    layer: int
-    std: float
-
-
-def mark_tensor_parallel(weight: nn.Parameter) -> nn.Parameter:
-    """Tell DeepSpeed that the weight differs between tensor-parallel ranks, so its norm counts on each of them."""
-    weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-    return weight
 
 
 def describe(weight: Tensor, tp: TensorParallel, dim: int | None = None) -> str:
@@ -45,23 +26,18 @@ def describe(weight: Tensor, tp: TensorParallel, dim: int | None = None) -> str:
 
 
 class ShardedLinear(nn.Module):
-    """y = x W^T with this rank's part of W (out, in), cut along `dim`; no bias, no collective."""
+    """y = x W^T with this rank's part of W (out, in), which `tp` cuts along `cut`; no bias, no collective."""
 
-    def __init__(self, out_size: int, in_size: int, dim: int, name: str, key: WeightKey, tp: TensorParallel) -> None:
-        """Draw this rank's part. The sizes are the whole matrix's; `name` and `key` say where its values come from."""
+    def __init__(self, weight: nn.Parameter, cut: int | None, tp: TensorParallel) -> None:
         super().__init__()
-        self.dim, self.tp = dim, tp
-        self.weight: nn.Parameter
-        shard = normal_shard((out_size, in_size), dim, tp.rank, tp.size, key.std, key.seed, key.layer, name)
-        self.weight = nn.Parameter(shard)
-        if tp.size > 1:
-            mark_tensor_parallel(self.weight)
+        self.weight = weight
+        self.cut, self.tp = cut, tp
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
     def extra_repr(self) -> str:
-        return describe(self.weight, self.tp, self.dim)
+        return describe(self.weight, self.tp, self.cut)
 
 
 def adjacent(matrices: Sequence[Tensor]) -> Tensor | None:
@@ -113,9 +89,9 @@ class _Normed(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * w over the last dimension (Zhang and Sennrich 2019, equation 4)."""
 
-    def __init__(self, hidden_size: int, eps: float, tp: TensorParallel) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, tp: TensorParallel) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.weight = weight
         self.eps = eps
         self.tp = tp
 

@@ -1,7 +1,7 @@
 """What this rank's optimizer holds of every weight, whichever of DeepSpeed's optimizers it is.
 
-Under ZeRO a rank holds some elements of its tensor-parallel part of a weight: fp32 master and Adam's two moments lie at
-one place of three flat buffers. Without ZeRO, and in fp32, each weight is its own master.
+Under ZeRO a rank holds some elements of its tensor-parallel part of a weight: fp32 master and moments lie at one place
+of as many flat buffers, one set for each optimizer group. Without ZeRO, and in fp32, each weight is its own master.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
-MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
+from llama_ds.layout.optimizer_states import MASTER, OptimizerStates
+from llama_ds.layout.weights import weight_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Fragment:
 
     name: str  # of the parameter in the DeepSpeed engine
     start: int
-    tensors: dict[str, Tensor]  # views (n,) of the optimizer's memory: MASTER, and MOMENTS once they are there
+    tensors: dict[str, Tensor]  # views (n,) of the optimizer's memory: MASTER, and moments once they are there
 
     @property
     def numel(self) -> int:
@@ -38,19 +39,21 @@ def fragments(engine: Any) -> Iterator[Fragment]:
         if place:
             master, begin, count, start = place
             state = _adam(engine).state[master]
-            flats = {MASTER: master, **{key: state[key] for key in MOMENTS if key in state}}
+            moments = {k: s for k, s in state.items() if isinstance(s, Tensor) and s.shape == master.shape}
+            flats = {MASTER: master, **moments}
             views = {key: flat.detach().view(-1).narrow(0, begin, count) for key, flat in flats.items()}
             yield Fragment(name, start, views)
 
 
-def begin_moments(engine: Any, steps: int) -> None:
+def begin_moments(engine: Any, steps: int, states: OptimizerStates) -> None:
     """Set the steps taken, and make room for the moments, whatever is in it, for what will be loaded."""
     adam = _adam(engine)
-    for master in _masters(engine):
+    for master, parameters in zip(_masters(engine), _groups(engine), strict=True):
         count = torch.tensor(float(steps), device=master.device) if isinstance(adam, torch.optim.AdamW) else steps
         state = adam.state[master]
         state["step"] = count
-        for key in MOMENTS:
+        (moments,) = {states.moments[weight_of(engine.param_names[p]).role] for p in parameters}
+        for key in moments:
             if key not in state:
                 state[key] = torch.zeros_like(master)
 
@@ -112,6 +115,15 @@ def _masters(engine: Any) -> list[Tensor]:
         if hasattr(optimizer, name):
             return getattr(optimizer, name)
     return list(engine.param_names)
+
+
+def _groups(engine: Any) -> list[list[nn.Parameter]]:
+    """Return the weights of each of `_masters`."""
+    optimizer = engine.optimizer
+    for name in ("fp16_groups", "bf16_groups", "bit16_groups"):
+        if hasattr(optimizer, name):
+            return getattr(optimizer, name)
+    return [[parameter] for parameter in engine.param_names]
 
 
 def _adam(engine: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.partition import stage_boundaries
+from llama_ds.layout.weights import EMBEDDING, TIED_TABLE
 from llama_ds.model.decoder import DecoderLayer, Shared
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
 from llama_ds.model.written_out import WrittenOutLayer
@@ -104,6 +105,7 @@ def layer_specs(shared: Shared, policies: Sequence[str] | None, bounds: Sequence
     norm = LayerSpec(FinalNorm, shared)
     if not model.tie_word_embeddings:
         return [LayerSpec(VocabParallelEmbedding, shared), *decoders, norm, LayerSpec(Head, shared)]
-    first = TiedLayerSpec("embed", VocabParallelEmbedding, shared, tied_weight_attr="weight")
-    last = TiedLayerSpec("embed", VocabParallelEmbedding, shared, forward_fn=tied_head, tied_weight_attr="weight")
+    table, attribute = (TIED_TABLE, VocabParallelEmbedding, shared), EMBEDDING.name
+    first = TiedLayerSpec(*table, tied_weight_attr=attribute)
+    last = TiedLayerSpec(*table, forward_fn=tied_head, tied_weight_attr=attribute)
     return [first, *decoders, norm, last]

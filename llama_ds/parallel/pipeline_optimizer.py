@@ -17,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
+from llama_ds.layout.weights import Role, weight_of
 from llama_ds.parallel.data_parallel import Wait, start_all_gather, start_reduce_scatter
 from llama_ds.parallel.trace import Trace
 
@@ -73,10 +74,10 @@ class PipelineOptimizer(BF16_Optimizer):
         return counted.pop()
 
     def _make_buckets(self, reduce: torch.dtype) -> list[_Bucket]:
-        names = [group["name"] for group in self.optimizer.param_groups]
+        roles = [weight_of(self.param_names[group[0]]).role for group in self.bf16_groups]
         # In the order in which the backward fills them: the last layer first, and the norms with the first layer.
-        alone = [[i] for i, name in enumerate(names) if not name.endswith("norms")]
-        norms = [i for i, name in enumerate(names) if name.endswith("norms")]
+        alone = [[i] for i, role in enumerate(roles) if role is not Role.NORM]
+        norms = [i for i, role in enumerate(roles) if role is Role.NORM]
         buckets = [_Bucket(self, groups, reduce) for groups in [*reversed(alone), norms] if groups]
         for bucket in buckets:
             for i in bucket.groups:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from llama_ds.layout.weights import TABLE, TIED_MODULES
+
+
+def _patterns(cut: int | None) -> list[str]:
+    """Return patterns of the names of weights that tensor-parallel ranks cut along one dimension."""
+    return [rf".*\.{re.escape(weight.name)}" for weight in TABLE if weight.cut == cut]
+
+
 # What DeepSpeed's ds_to_universal asks for: how tensor-parallel ranks cut weights, as patterns of their names.
 UNIVERSAL = {
     "universal_checkpoint_version": 0.2,
-    "parameter_with_row_parallelism_patterns": [r".*\.(o_proj|down_proj)\.weight"],
-    "tp_replicated_parameter_patterns": [r".*norm\.weight"],
+    "parameter_with_row_parallelism_patterns": _patterns(1),
+    "tp_replicated_parameter_patterns": _patterns(None),
 }
-TIED = {"pipeline_replicated_parameter_patterns": [r"tied_modules\..*"]}
+TIED = {"pipeline_replicated_parameter_patterns": [rf"{re.escape(TIED_MODULES)}.*"]}
 
 
 def state_files(engine: Any, tag: str, tied_stages: bool) -> list[tuple[str, Any]]:

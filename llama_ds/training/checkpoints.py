@@ -15,8 +15,6 @@ from torch import Tensor
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import Attempt, new_id
 from llama_ds.checkpoint.manifest import (
-    MASTER,
-    MOMENTS,
     WEIGHT,
     Description,
     check_present,
@@ -24,7 +22,6 @@ from llama_ds.checkpoint.manifest import (
     read_tensors,
     verify,
 )
-from llama_ds.checkpoint.names import Key, key_of, sharded_dim
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
@@ -32,6 +29,8 @@ from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.optimizer_states import MASTER
+from llama_ds.layout.weights import Key, key_of, weight_of
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, spread_masters
@@ -190,8 +189,8 @@ class Checkpoints:
         Each rank reads the elements that it holds, and no others.
         """
         folder = os.path.join(self.folder, tag)
-        kinds = world.together(lambda: read_tensors(folder, found, (MASTER, *MOMENTS)))
-        begin_moments(engine, found.optimizer_steps or 0)
+        kinds = world.together(lambda: read_tensors(folder, found, found.states.all_kinds()))
+        begin_moments(engine, found.optimizer_steps or 0, found.states)
         self._fill(engine, kinds)
         engine.global_steps = found.step
         engine.global_samples = found.step * self.layout.global_batch
@@ -207,8 +206,9 @@ class Checkpoints:
             for fragment in fragments(engine):
                 key = key_of(fragment.name)
                 rank, size = self._part(engine, key)
-                for kind, tensors in kinds.items():
-                    _read(tensors[key], fragment.tensors[kind], rank, size, fragment.start)
+                for kind, target in fragment.tensors.items():
+                    if kind in kinds:
+                        _read(kinds[kind][key], target, rank, size, fragment.start)
 
         world.together(fill)
         spread_masters(engine)
@@ -325,12 +325,12 @@ class Checkpoints:
 
     def _part(self, engine: Any, key: Key) -> tuple[int, int]:
         """Return which tensor-parallel part of a weight this rank holds, of how many."""
-        if sharded_dim(key[1]) is None:
+        if weight_of(key[1]).cut is None:
             return 0, 1
         return engine.mpu.get_tensor_model_parallel_rank(), self.layout.tp
 
     def _counts(self, engine: Any, key: Key, parameter: Any) -> bool:
-        whole_elsewhere = sharded_dim(key[1]) is None and engine.mpu.get_tensor_model_parallel_rank() > 0
+        whole_elsewhere = weight_of(key[1]).cut is None and engine.mpu.get_tensor_model_parallel_rank() > 0
         return not whole_elsewhere and not getattr(parameter, "ds_pipe_replicated", False)
 
 

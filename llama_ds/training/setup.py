@@ -10,7 +10,6 @@ import torch
 
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import Description
-from llama_ds.checkpoint.names import Key
 from llama_ds.checkpoint.weights import Readable, check_shapes
 from llama_ds.config.recompute import AUTO
 from llama_ds.config.schema import RunConfig
@@ -20,6 +19,7 @@ from llama_ds.data.sources import Sources
 from llama_ds.data.stream import Dataset, open_data
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
+from llama_ds.layout.weights import Key
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.training.checkpoints import Checkpoints

@@ -21,9 +21,6 @@ from torch import Tensor
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import Attempt, new_id
 from llama_ds.checkpoint.manifest import (
-    KINDS,
-    MASTER,
-    MOMENTS,
     WEIGHT,
     Description,
     check_present,
@@ -31,11 +28,14 @@ from llama_ds.checkpoint.manifest import (
     read_tensors,
     verify,
 )
-from llama_ds.checkpoint.names import Key, sharded_dim, weight_shapes
 from llama_ds.checkpoint.snapshot import HostMemory, Located
 from llama_ds.checkpoint.writing import Writer
 from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.optimizer_states import ADAMW, MASTER
+from llama_ds.layout.weights import Key, weight_of, weight_shapes
 
+KINDS = (WEIGHT, *ADAMW.all_kinds())
+MOMENTS = KINDS[2:]
 SMALL = ModelConfig(6, 4, 6, 1, 2, 2, 2)
 LARGE = ModelConfig(2048, 64, 128, 1, 4, 4, 16)  # 4 MB a checkpoint
 
@@ -103,7 +103,7 @@ class LiveRank:
         first = 0  # element of this weight's part, among those of all weights
         for key, weight in self.weights.items():
             begin, end = max(first, self.begin), min(first + weight.numel(), self.begin + len(self.flats[MASTER]))
-            if not self.share.tp_rank or sharded_dim(key[1]) is not None:
+            if not self.share.tp_rank or weight_of(key[1]).cut is not None:
                 part = self.share.tp_rank
                 if not self.share.dp_rank:
                     yield Located(key, WEIGHT, part, 0, weight)
@@ -112,7 +112,7 @@ class LiveRank:
             first += weight.numel()
 
     def _part(self, key: Key, kind: str, life: int, step: int) -> Tensor:
-        whole, dim = elements(self.model, key, kind, life, step), sharded_dim(key[1])
+        whole, dim = elements(self.model, key, kind, life, step), weight_of(key[1]).cut
         return whole.clone() if dim is None else whole.chunk(self.tp, dim)[self.share.tp_rank].contiguous()
 
 
@@ -217,7 +217,7 @@ def _check(place: str, tag: str, shares: Sequence[Share]) -> tuple[int, int]:
         del content[filled_in], said[filled_in]
     assert content == json.loads(json.dumps(said))
     assert set(os.listdir(place)) == {*found.files, "llama_ds.json"}
-    tensors = read_tensors(place, found)
+    tensors = read_tensors(place, found, KINDS)
     assert list(tensors) == list(KINDS)
     for kind, spreads in tensors.items():
         for key in weight_shapes(found.model):

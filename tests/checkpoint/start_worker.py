@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from llama_ds.checkpoint.load_model import open_model
-from llama_ds.checkpoint.names import key_of, sharded_dim
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.schema import (
     DataConfig,
@@ -25,6 +24,7 @@ from llama_ds.config.schema import (
     TrainingConfig,
 )
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel import world
 from llama_ds.training.engines.build import build_engine
 
@@ -57,7 +57,7 @@ def main() -> None:
         rank = engine.grid.get_slice_parallel_rank()
         for name, parameter in engine.module.named_parameters():
             key = key_of(name)
-            whole, dim = files.tensors[key].whole(), sharded_dim(key[1])
+            whole, dim = files.tensors[key].whole(), weight_of(key[1]).cut
             wanted = whole if dim is None else whole.chunk(tp, dim)[rank]
             assert torch.equal(parameter, wanted), name
         with open(f"{folder}.loaded-{place.rank}", "w") as file:

@@ -14,9 +14,9 @@ from written_ranks import SHAPES, Write, build
 from llama_ds.checkpoint.formats import huggingface
 from llama_ds.checkpoint.load_model import load_model, open_model
 from llama_ds.checkpoint.manifest import describe, verify
-from llama_ds.checkpoint.names import weight_shapes
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.config.schema import RunConfig
+from llama_ds.layout.weights import weight_shapes
 from tools import convert
 
 # Every direction once: each result is the next one's source.

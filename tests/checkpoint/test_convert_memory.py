@@ -15,7 +15,8 @@ from written_ranks import MODEL
 
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.formats.plan import Placed, safetensors_header
-from llama_ds.checkpoint.names import hf_name, weight_shapes
+from llama_ds.checkpoint.names import hf_name
+from llama_ds.layout.weights import weight_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDE = replace(

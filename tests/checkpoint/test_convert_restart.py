@@ -48,7 +48,7 @@ class Noise:
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder of 100 MB."""
     from llama_ds.checkpoint.conversion.convert import Options, convert
-    from llama_ds.checkpoint.names import weight_shapes
+    from llama_ds.layout.weights import weight_shapes
 
     folder = tmp_path_factory.mktemp("wide")
     tensors = {key: Noise(shape, i) for i, (key, shape) in enumerate(weight_shapes(WIDE).items())}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from commit_contents import SMALL, THREE, check_checkpoint, description, elements, ranks, save
+from commit_contents import KINDS, MOMENTS, SMALL, THREE, check_checkpoint, description, elements, ranks, save
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import Attempt, new_id
@@ -22,9 +22,6 @@ from llama_ds.checkpoint.manifest import (
     DESCRIPTION,
     FORMAT,
     INDEX,
-    KINDS,
-    MASTER,
-    MOMENTS,
     WEIGHT,
     Piece,
     Record,
@@ -39,6 +36,8 @@ from llama_ds.checkpoint.manifest import (
 from llama_ds.checkpoint.stored import torch_tensors
 from llama_ds.checkpoint.writing import commit
 from llama_ds.errors import UserError
+from llama_ds.layout.optimizer_states import ADAMW, EXP_AVG, EXP_AVG_SQ, MASTER
+from llama_ds.layout.weights import Role, weight_of, weight_shapes
 
 DATA = [
     "mp_rank_00_model_states.pt",
@@ -226,7 +225,7 @@ def test_nothing_is_executed(place: Path, tmp_path: Path) -> None:
         file.write(bytes(size - file.tell()))
     with pytest.raises(UserError, match=f"{name}: its bytes have checksum"):
         examine(place)
-    for spreads in read_tensors(str(place), describe(str(place))).values():
+    for spreads in read_tensors(str(place), describe(str(place)), KINDS).values():
         for spread in spreads.values():
             spread.whole()
     for plain in (place / name, place / DATA[0]):
@@ -291,6 +290,38 @@ def test_a_save_that_lacks_elements_is_not_committed(
     assert not (place / DESCRIPTION).exists()
 
 
+def without_second_moments(records: list[Record], role: Role) -> None:
+    for record in records:
+        for name, pieces in record.pieces.items():
+            if weight_of(name).role is role:
+                record.pieces[name] = [piece for piece in pieces if piece.kind != EXP_AVG_SQ]
+
+
+def test_a_save_holds_of_a_weight_what_its_role_has(
+    place: Path, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An optimizer that keeps other states of some weights could not save, or would save without being looked at."""
+    given = description(SMALL, THREE, 1, 2)
+    (place / DESCRIPTION).unlink()
+    monkeypatch.setitem(ADAMW.moments, Role.HIDDEN_MATRIX, (EXP_AVG,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^1\.self_attn\.q_proj.*: 2 parts of its exp_avg_sq were written, not 0"):
+        write_manifest(str(place), given, records)
+    without_second_moments(records, Role.HIDDEN_MATRIX)
+    write_manifest(str(place), given, records)
+    found = read_tensors(str(place), describe(str(place)), KINDS)
+    shapes = weight_shapes(SMALL)
+    assert {kind: list(tensors) for kind, tensors in found.items()} == {
+        kind: [key for key in shapes if kind != EXP_AVG_SQ or weight_of(key[1]).role is not Role.HIDDEN_MATRIX]
+        for kind in KINDS
+    }
+    assert all(torch.equal(s.whole(), elements(SMALL, k, EXP_AVG_SQ, 1, 2)) for k, s in found[EXP_AVG_SQ].items())
+    (place / DESCRIPTION).unlink()
+    without_second_moments(records, Role.NORM)
+    with pytest.raises(ValueError, match=r"^1\.input_layernorm.*: 0 parts of its exp_avg_sq were written, not 1"):
+        write_manifest(str(place), given, records)
+    assert not (place / DESCRIPTION).exists()
+
+
 def test_a_save_without_weights_is_not_committed(place: Path) -> None:
     """A checkpoint of nothing would count as one."""
     (place / DESCRIPTION).unlink()
@@ -320,7 +351,7 @@ def test_weights_alone_are_a_checkpoint(place: Path, records: list[Record], kind
     written = write_manifest(str(place), given, records)
     found = describe(str(place))
     assert found == written == replace(given, files=found.files, config_hash=hash_of(given.run))
-    tensors = read_tensors(str(place), found)
+    tensors = read_tensors(str(place), found, KINDS)
     assert list(tensors) == list(kinds)
     for kind, spreads in tensors.items():
         for key, spread in spreads.items():

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from commit_contents import SMALL, THREE, LiveRank
+from commit_contents import KINDS, MOMENTS, SMALL, THREE, LiveRank
 from torch import Tensor, nn
 
-from llama_ds.checkpoint.manifest import KINDS, MASTER, MOMENTS, WEIGHT, Piece, Record
+from llama_ds.checkpoint.manifest import WEIGHT, Piece, Record
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.stored import Stored
 from llama_ds.checkpoint.writing import write_rank
+from llama_ds.layout.optimizer_states import MASTER
 
 MODEL_FILE, OPTIMIZER_FILE = "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 A, B, C = (0, "weight"), (1, "mlp.up_proj.weight"), (2, "norm.weight")

@@ -18,6 +18,7 @@ from llama_ds.benchmarks.checkpoint.worker import peak_memory
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.flops import layer_parameters
+from llama_ds.layout.optimizer_states import ADAMW
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import begin_moments, fragments
 from llama_ds.training.checkpoints import Checkpoints
@@ -39,7 +40,7 @@ def main() -> None:
         run = replace(case.run, model=MODEL, output_dir=folder)
         run = replace(run, data=replace(run.data, tokenizer=__file__))
         engine: Any = build_engine(run, case.layout, deepspeed_config(run, case.layout, True), torch.device("cpu"))
-        begin_moments(engine.deepspeed, 3)
+        begin_moments(engine.deepspeed, 3, ADAMW)
         checkpoints = Checkpoints(run, case.layout, "fp32", place)
         if action == "save":
             for fragment in fragments(engine.deepspeed):

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from llama_ds import log
-from llama_ds.checkpoint.manifest import MASTER, MOMENTS, Description, read_tensors
-from llama_ds.checkpoint.names import key_of, sharded_dim
+from llama_ds.checkpoint.manifest import Description, read_tensors
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.schema import CheckpointConfig
+from llama_ds.layout.optimizer_states import ADAMW, MASTER
+from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, fragments
 from llama_ds.training.checkpoints import Checkpoints
@@ -74,11 +75,11 @@ def take_turn(case: Case, folder: Path, first: int, steps: int, place: world.Pla
 def check_loaded(engine: Any, tag: Path, found: Description, case: Case) -> None:
     """Every number is there to the bit, cut the plain way: chunk the whole, flatten, take the range."""
     rank = engine.mpu.get_tensor_model_parallel_rank()
-    wholes = read_tensors(str(tag), found, (MASTER, *MOMENTS))
+    wholes = read_tensors(str(tag), found, ADAMW.all_kinds())
 
     def own_part(kind: str, name: str) -> torch.Tensor:
         key = key_of(name)
-        whole, dim = wholes[kind][key].whole(), sharded_dim(key[1])
+        whole, dim = wholes[kind][key].whole(), weight_of(key[1]).cut
         return whole if dim is None else whole.chunk(case.tp, dim)[rank]
 
     elements = 0

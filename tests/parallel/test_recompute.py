@@ -14,6 +14,8 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.flops import layer_forward_flops
 from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.layout.optimizer_states import ADAMW, EXP_AVG
+from llama_ds.layout.partition import stage_boundaries, stage_roles
 from llama_ds.layout.rank_memory import layer_work, rank_memory
 from llama_ds.layout.recompute import (
     GIB,
@@ -22,6 +24,7 @@ from llama_ds.layout.recompute import (
     stage_policies,
     with_device_memory,
 )
+from llama_ds.layout.weights import Role
 
 RUN_FILE = str(Path(__file__).resolve().parents[2] / "ds_configs" / "llama_65b.yaml")
 
@@ -29,6 +32,21 @@ RUN_FILE = str(Path(__file__).resolve().parents[2] / "ds_configs" / "llama_65b.y
 def plan(*overrides: str) -> tuple[RunConfig, Layout]:
     run = load_run(RUN_FILE, overrides)
     return run, resolve_layout(run, 2048)
+
+
+@pytest.mark.parametrize(("element_bytes", "each", "hidden"), [(2, 12, 8), (4, 8, 4)])
+def test_the_optimizer_takes_the_bytes_of_each_weights_states(
+    element_bytes: int, each: int, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, layout = plan()
+    held = stage_roles(run.model, stage_boundaries(run), layout.tp)
+    found = [memory.optimizer for memory in rank_memory(run, layout, element_bytes)]
+    assert found == [each * by_role.total() // layout.dp for by_role in held]
+    monkeypatch.setitem(ADAMW.moments, Role.HIDDEN_MATRIX, (EXP_AVG,))  # type: ignore[arg-type]
+    assert [memory.optimizer for memory in rank_memory(run, layout, element_bytes)] == [
+        (each * (by_role.total() - by_role[Role.HIDDEN_MATRIX]) + hidden * by_role[Role.HIDDEN_MATRIX]) // layout.dp
+        for by_role in held
+    ]
 
 
 @pytest.mark.parametrize("text", ["selective", "none,none,none,none,full,full,full,selective"])

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama_ds.checkpoint.manifest import MASTER, MOMENTS, describe, name_of, read_tensors
+from llama_ds.checkpoint.manifest import WEIGHT, describe, name_of, read_tensors
+from llama_ds.layout.optimizer_states import ADAMW, EXP_AVG_SQ
+from llama_ds.layout.weights import Role, weights
 from tests.parallel.layout_cases import STEPS, Case, train_reference
 from tests.parallel.reshard_memory_worker import LAYER_BYTES
 
 ROOT = Path(__file__).resolve().parents[2]
-Turns = Callable[[list[Case]], tuple[list[tuple[float, float]], Path]]
+Turns = Callable[..., tuple[list[tuple[float, float]], Path]]
 
 # pp, tp, dp of the issue, both ZeRO stages.
 LAYOUTS = [Case(2, 2, 2), Case(1, 1, 1, zero=3), Case(4, 1, 2), Case(1, 4, 1, zero=3)]
@@ -42,19 +44,20 @@ BF16 = [
     Case(2, 2, 1, dtype="bf16", schedule="deepspeed"),
     Case(2, 1, 2),  # and into fp32
 ]
+OTHER_STATES = [Case(1, 1, 2), Case(1, 2, 1, zero=3), Case(1, 1, 2, zero=2, dtype="bf16"), Case(1, 2, 1, zero=0)]
 
 
 @pytest.fixture
 def take(tmp_path: Path) -> Turns:
     """Return a function that trains through cases; it gives losses and norms of all steps, and the checkpoints."""
 
-    def take(cases: list[Case]) -> tuple[list[tuple[float, float]], Path]:
+    def take(cases: list[Case], worker: str = "tests.parallel.resume_worker") -> tuple[list[tuple[float, float]], Path]:
         history, turn, share = [], 0, STEPS // len(cases)
         for world, group in groupby(cases, key=lambda case: case.world):
             these = list(group)
             (tmp_path / "cases.json").write_text(json.dumps([asdict(case) for case in these]))
             files = [str(tmp_path / "cases.json"), str(tmp_path), str(turn), str(share), str(tmp_path / "out")]
-            torchrun(world, "tests.parallel.resume_worker", files)
+            torchrun(world, worker, files)
             history += json.loads((tmp_path / "out").read_text())
             turn += len(these)
         return history, tmp_path / "layouts" / "checkpoints"
@@ -85,6 +88,20 @@ def test_bf16_keeps_masters_and_moments_to_the_bit(take: Turns, tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_weights_have_the_states_of_their_role(take: Turns) -> None:
+    """An optimizer that keeps of hidden matrices no second moments: the worker compares what was loaded to the bit."""
+    history, checkpoints = take(OTHER_STATES, "tests.parallel.other_states_worker")
+    assert history[-1][0] < history[0][0] - 0.2
+    for turn, case in enumerate(OTHER_STATES, 1):
+        tag = str(checkpoints / f"step_{turn * STEPS // len(OTHER_STATES):08d}")
+        kinds = read_tensors(tag, describe(tag), (WEIGHT, *ADAMW.all_kinds()))
+        assert list(kinds) == [*([] if case.zero == 3 else [WEIGHT]), *ADAMW.all_kinds()]
+        for key, weight in weights(case.run.model):
+            has = [kind for kind, tensors in kinds.items() if key in tensors]
+            assert has == [kind for kind in kinds if kind != EXP_AVG_SQ or weight.role is not Role.HIDDEN_MATRIX], key
+
+
+@pytest.mark.slow
 def test_resharding_takes_the_memory_of_a_layer_at_most(tmp_path: Path) -> None:
     """On top of what the engine holds anyway: the model has eight layers. tp 2 to tp 1 puts columns together."""
     for tp, action in ((2, "save"), (1, "load")):
@@ -107,7 +124,7 @@ def check_universal(tag: Path, universal: Path) -> None:
     command += ["--output_folder", str(universal), "--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    kinds = read_tensors(str(tag), describe(str(tag)), (MASTER, *MOMENTS))
+    kinds = read_tensors(str(tag), describe(str(tag)), ADAMW.all_kinds())
     for kind, tensors in kinds.items():
         for key, ours in tensors.items():
             names = (name_of(key), f"layers.{name_of(key)}", f"tied_modules.embed.{key[1]}")

@@ -25,9 +25,10 @@ from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingfac
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
 from llama_ds.checkpoint.formats.meta import plan_meta
 from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target
-from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, MASTER, WEIGHT, checksum, describe, read_tensors, verify
+from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, checksum, describe, read_tensors, verify
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.errors import UserError
+from llama_ds.layout.optimizer_states import MASTER
 
 CHUNK_BYTES = 1 << 20  # what the processor's cache holds: larger ones are copied at half the speed
 WORKERS = 4  # at most, unless told otherwise: preads, pwrites and casts run beside one another

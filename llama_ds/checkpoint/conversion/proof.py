@@ -17,9 +17,9 @@ from torch import Tensor
 from llama_ds.checkpoint.conversion.convert import CHUNK_BYTES, Counter, Options, Progress, run_all
 from llama_ds.checkpoint.load_model import load_model
 from llama_ds.checkpoint.manifest import name_of
-from llama_ds.checkpoint.names import Key, weight_shapes
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.errors import UserError
+from llama_ds.layout.weights import Key, weight_shapes
 
 PROMPT_TOKENS = 32
 # Of the largest logit: one model in fp32 by two libraries, which sum in other orders. Heads in the wrong rotary layout,

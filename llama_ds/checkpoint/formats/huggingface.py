@@ -24,15 +24,17 @@ from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_config
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, model_files, same
 from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json
 from llama_ds.checkpoint.manifest import TOKENIZER
-from llama_ds.checkpoint.names import Key, hf_name, sharded_dim, weight_shapes
+from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.spread import in_one_file
 from llama_ds.checkpoint.stored import Stored, safetensors_tensors, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.errors import UserError
+from llama_ds.layout.weights import Key, weight_of, weight_shapes
 
 SHARD_BYTES = 5 * 10**9  # transformers' own limit per file, up to its version 4
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # of the vocabulary, at the two ends
 INVERSE_FREQUENCIES = re.compile(r".*\brotary_emb\.inv_freq")  # old exports hold them; they follow from rope_theta
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
@@ -74,7 +76,7 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
         _drop_tied_head(folder, stored)
     names = {key: hf_name(*key, model.num_hidden_layers) for key in weight_shapes(model)}
     check_names(found.path, names.values(), stored)
-    tensors: dict[Key, Readable] = {key: in_one_file(stored[n], sharded_dim(key[1])) for key, n in names.items()}
+    tensors: dict[Key, Readable] = {key: in_one_file(stored[n], weight_of(key[1]).cut) for key, n in names.items()}
     files = model_files(folder, found.path, CONFIG, names, model, seq_len, tensors, vocab_size)
     return replace(files, initializer_range=initializer_range_of(folder, config))
 
@@ -178,12 +180,11 @@ def _files_of_index(path: str) -> dict[str, set[str]]:
 
 def _drop_tied_head(folder: str, stored: dict[str, Stored]) -> None:
     """Leave out a head that is the embedding's table written a second time."""
-    table, head = stored.get("model.embed_tokens.weight"), stored.get("lm_head.weight")
+    table, head = stored.get(TABLE), stored.get(HEAD)
     if head is None or table is None:
         return
     if not same(in_one_file(table, 0), in_one_file(head, 0)):
         raise UserError(
-            f"{folder}: {CONFIG} has tie_word_embeddings = true, but lm_head.weight differs from "
-            "model.embed_tokens.weight; set it to false there"
+            f"{folder}: {CONFIG} has tie_word_embeddings = true, but {HEAD} differs from {TABLE}; set it to false there"
         )
-    del stored["lm_head.weight"]
+    del stored[HEAD]

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 
 from llama_ds.checkpoint.formats.views import Rows
-from llama_ds.checkpoint.names import Key, weight_shapes
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_in
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
+from llama_ds.layout.weights import Key, Role, weight_of, weight_shapes, weights
 
 MOST_LAYERS = 10_000  # more is a damaged number: the list of their tensors would not end
 SHOWN = 3  # of the tensors that an error is about
@@ -128,7 +128,7 @@ def _dtype_of(path: str, tensors: Mapping[Key, Readable]) -> str:
     Raises:
         UserError: it is none that a model is trained in.
     """
-    stored = tensors[1, "self_attn.q_proj.weight"].dtype
+    stored = next(tensor.dtype for (_, name), tensor in tensors.items() if weight_of(name).role is Role.HIDDEN_MATRIX)
     for name, dtype in DTYPES.items():
         if stored == dtype:
             return name
@@ -137,8 +137,7 @@ def _dtype_of(path: str, tensors: Mapping[Key, Readable]) -> str:
 
 def vocabulary_tables(model: ModelConfig) -> tuple[Key, ...]:
     """Return the keys of the tables with a row for each id of the vocabulary."""
-    head = (model.num_hidden_layers + 2, "lm_head.weight")
-    return ((0, "weight"),) if model.tie_word_embeddings else ((0, "weight"), head)
+    return tuple(key for key, weight in weights(model) if weight.role in (Role.EMBEDDING, Role.HEAD))
 
 
 def with_vocabulary(

@@ -28,9 +28,9 @@ from llama_ds.checkpoint.manifest import (
     name_of,
     write_manifest,
 )
-from llama_ds.checkpoint.names import sharded_dim
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.weights import weight_of
 
 
 def layer_file(layer: int, tp_rank: int) -> str:
@@ -68,7 +68,7 @@ def write_index(folder: str, plan: Plan, checksums: Mapping[str, str]) -> None:
         layer = int(file.name.split("_")[1].partition("-")[0])
         places = file.places(folder)
         for tensor in file.tensors:
-            if tensor.rank and sharded_dim(tensor.name) is None:
+            if tensor.rank and weight_of(tensor.name).cut is None:
                 continue  # the same on every rank: the first one's is the one that is read
             stored = places[tensor.name]
             dtype = str(stored.dtype).removeprefix("torch.")
@@ -79,7 +79,7 @@ def write_index(folder: str, plan: Plan, checksums: Mapping[str, str]) -> None:
 
 def _placed(files: ModelFiles, layer: int, rank: int, size: int) -> list[Placed]:
     return [
-        Placed(name, part_shape(tensor.shape, sharded_dim(name), size), tensor, rank, size)
+        Placed(name, part_shape(tensor.shape, weight_of(name).cut, size), tensor, rank, size)
         for (index, name), tensor in files.tensors.items()
         if index == layer
     ]

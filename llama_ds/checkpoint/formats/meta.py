@@ -16,12 +16,12 @@ from llama_ds.checkpoint.formats.meta_params import LLAMA3_THETA, PARAMS, model_
 from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json, check_parts, part_shape
 from llama_ds.checkpoint.formats.views import Columns, Rows, TurnedHeads
 from llama_ds.checkpoint.manifest import TOKENIZER
-from llama_ds.checkpoint.names import Key, sharded_dim, weight_shapes
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
+from llama_ds.layout.weights import EMBEDDING_KEY, Key, weight_of, weight_shapes
 
 PART = re.compile(r"consolidated\.(\d\d)\.pth")
 LOCAL = {
@@ -72,7 +72,7 @@ def open_meta(folder: str, vocab_size: int | None = None) -> ModelFiles:
     tied = same(table, head)
     model, _ = model_of(folder, params, head.shape[0], tied)
     tensors = _tensors(model, names, parts, paths)
-    tensors[0, "weight"] = table
+    tensors[EMBEDDING_KEY] = table
     return model_files(folder, folder, PARAMS, names, model, seq_len, tensors, vocab_size)
 
 
@@ -118,7 +118,7 @@ def _dim(name: str, local: str, model: ModelConfig) -> int | None:
     """Return the dimension along which Meta cuts a tensor when it is written: as here, but for the embedding."""
     if name == EMBEDDING:
         return 0 if model.rope_theta >= LLAMA3_THETA else 1
-    return sharded_dim(local)
+    return weight_of(local).cut
 
 
 def _table_dim(name: str, parts: list[dict[str, Stored]]) -> int:
@@ -144,9 +144,9 @@ def _tensors(
 ) -> dict[Key, Readable]:
     tensors: dict[Key, Readable] = {}
     for key in weight_shapes(model):
-        if key[0] == 0:
+        if key == EMBEDDING_KEY:
             continue
-        dim = sharded_dim(key[1])
+        dim = weight_of(key[1]).cut
         whole = _whole(names[key], parts, paths, dim)
         tensors[key] = TurnedHeads(whole, model.head_dim, to_halves=True) if key[1] in TURNED else whole
     return tensors

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llama_ds.layout.optimizer_states import ADAMW
 from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger, tensors_in
 from llama_ds.parallel.optimizer_state import begin_moments, fragments
@@ -22,7 +23,8 @@ def sort_holdings(engine: Any, ledger: Ledger) -> None:
     What comes during the step sorts itself: gradients as autograd has added them, weights' work that is put off as what
     a layer keeps.
     """
-    begin_moments(engine, 0)  # they come in the first step's last moment, and are there in every later step's fullest
+    # Moments are made at the end of the first step, and are there in every later step's fullest moment.
+    begin_moments(engine, 0, ADAMW)
     for fragment in fragments(engine):
         ledger.mark(fragment.tensors.values(), OPTIMIZER)
     ledger.mark(_buffers(engine.optimizer, _GRADIENTS), GRADIENTS)

@@ -7,16 +7,19 @@ Korthikanti et al. (arXiv 2205.05198, equations 1 to 6), for the micro-batches t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.optimizer_states import ADAMW
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
+from llama_ds.layout.weights import Role
 from llama_ds.perf.plan.job import Job
-from llama_ds.perf.plan.step import rank_parameters
+from llama_ds.perf.plan.step import rank_roles
 
 CONTEXT_BYTES = 4.0 * GIB  # driver, NCCL's and DeepSpeed's buffers, workspaces: what nvidia-smi adds to tensors
 FRAGMENTATION = 1.08  # what the caching allocator holds over what tensors need
@@ -76,7 +79,7 @@ def _published(job: Job) -> list[float]:
     schedule = job.plan(min(full, 3 * job.pp + full % job.pp))  # what ranks hold does not grow with more
     boundary = 2.0 * job.tokens * job.model.hidden_size
     found = []
-    for rank, parameters in enumerate(rank_parameters(job)):
+    for rank, by_role in enumerate(rank_roles(job)):
         own = [schedule.place.stage(rank, chunk) for chunk in range(schedule.place.chunks)]
         kept = 0.0
         for chunk, stage in enumerate(own):
@@ -87,14 +90,15 @@ def _published(job: Job) -> list[float]:
         working = layer_activations(job, "none") * (2 if again else 1)  # with as much in gradients
         if len(job.stages) - 1 in own:
             working = max(working, 10.0 * job.tokens * job.vocab)  # logits in 16 bits and fp32, their gradient
-        found.append(_states(job, parameters) + kept + working)
+        found.append(_states(job, by_role) + kept + working)
     return found
 
 
-def _states(job: Job, parameters: float) -> float:
-    """Weights in 16 bits, gradients, and the optimizer: 12 bytes, and 4 for the gradients that it reads in fp32."""
-    optimizer = 12.0 + (4.0 if job.program.gradient_bytes == 2 else 0.0)
-    optimizer *= parameters / (job.dp if job.zero_stage else 1)
+def _states(job: Job, by_role: Counter[Role]) -> float:
+    """Weights in 16 bits, gradients, and the optimizer, with 4 bytes for the gradients if it reads them in fp32."""
+    parameters = by_role.total()
+    optimizer = ADAMW.nbytes(by_role, weight_bytes=2) + (4.0 * parameters if job.program.gradient_bytes == 2 else 0.0)
+    optimizer /= job.dp if job.zero_stage else 1
     gradients = job.program.gradient_bytes * parameters / (job.dp if job.zero_stage >= 2 else 1)
     weights = 2.0 * parameters
     if job.zero_stage == 3:

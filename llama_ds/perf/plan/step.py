@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
 from llama_ds.layout.flops import embedding_parameters, flops_per_token
 from llama_ds.layout.partition import held_parameters
+from llama_ds.layout.weights import Role
 from llama_ds.perf.plan.communication import Group, all_gather, all_reduce, message, reduce_scatter
 from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
@@ -155,19 +157,24 @@ def _timeline(job: Job, micro_batches: int, costs: tuple[StageCost, ...], transf
     return simulate(job.plan(micro_batches), costs, transfer, wait)
 
 
-def stage_parameters(job: Job) -> list[int]:
-    """Return the parameters of each stage on one rank."""
+def stage_roles(job: Job) -> list[Counter[Role]]:
+    """Return the parameters of each stage on one rank, by role."""
     layers = [sum(n for _, n in counts) for counts in job.stages]
     return held_parameters(job.model, layers, job.tp, job.vocab if job.whole_model else None, job.program.gated)
 
 
+def rank_roles(job: Job) -> list[Counter[Role]]:
+    """Return the parameters on a rank of each pipeline position, by role."""
+    place = job.plan(max(job.micro_batches, 2 * job.pp)).place
+    held: list[Counter[Role]] = [Counter() for _ in range(job.pp)]
+    for stage, by_role in enumerate(stage_roles(job)):
+        held[place.home(stage)[0]] += by_role
+    return held
+
+
 def rank_parameters(job: Job) -> list[int]:
     """Return the parameters on a rank of each pipeline position."""
-    place = job.plan(max(job.micro_batches, 2 * job.pp)).place
-    held = [0] * job.pp
-    for stage, parameters in enumerate(stage_parameters(job)):
-        held[place.home(stage)[0]] += parameters
-    return held
+    return [by_role.total() for by_role in rank_roles(job)]
 
 
 def end_of_step(gpu: Hardware, job: Job, costs: list[StageCost]) -> tuple[float, float]:
@@ -214,7 +221,7 @@ def _with_zero(gpu: Hardware, job: Job, stage: int, cost: StageCost) -> StageCos
     latter (Rajbhandari et al., arXiv 1910.02054, section 7). The first layer's gather hides behind nothing.
     """
     group = job.group("dp")
-    parameters, layers = stage_parameters(job)[stage], sum(n for _, n in job.stages[stage]) or 1
+    parameters, layers = stage_roles(job)[stage].total(), sum(n for _, n in job.stages[stage]) or 1
     gather = 0.0
     if job.zero_stage == 3:
         gather = layers * all_gather(gpu, group, float(job.program.element_bytes) * parameters / layers)

@@ -10,21 +10,26 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from llama_ds.config.schema import OptimizerConfig
-from llama_ds.model.linear import RMSNorm
+from llama_ds.layout.optimizer_states import ADAMW
+from llama_ds.layout.weights import weight_of
 from llama_ds.model.weight_gradients import WeightGradients
 
 
 def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
-    """Return the optimizer groups of a module: its matrices, which decay, and its norm weights, which do not."""
-    # By module, not by shape: under ZeRO-3 a partitioned parameter has lost its shape.
-    norms = [p for m in module.modules() if isinstance(m, RMSNorm) for p in m.parameters()]
-    known = {id(p) for p in norms}
-    matrices = [p for p in module.parameters() if id(p) not in known]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay, "name": f"{name}matrices"},
-        {"params": norms, "weight_decay": 0.0, "name": f"{name}norms"},
+    """Return the optimizer groups of a module: its matrices, which decay, and its norm weights, which do not.
+
+    Weights of one group have the same states, because each state is one buffer of the whole group.
+    """
+    groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
+    for parameter_name, parameter in module.named_parameters():
+        weight = weight_of(parameter_name)
+        groups.setdefault((weight.decays, ADAMW.kinds(weight.role)), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": settings.weight_decay * decays, "name": name + label}
+        for decays, label in ((True, "matrices"), (False, "norms"))
+        for (decaying, _), parameters in groups.items()
+        if decaying == decays
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(

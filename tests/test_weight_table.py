@@ -1,0 +1,200 @@
+"""The weight table against the modules and transformers, what other rooms make of it, and that nobody else knows it."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_ds.checkpoint.names import hf_name
+from llama_ds.config.schema import ModelConfig, OptimizerConfig
+from llama_ds.layout.partition import boundaries, stage_roles
+from llama_ds.layout.weights import DECODER_LAYER, TABLE, Role, held_elements, key_of, weight_of, weight_shapes, weights
+from llama_ds.model.attention import CausalAttention
+from llama_ds.model.decoder import Shared
+from llama_ds.model.llama import Llama
+from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.rope import RotaryTables
+from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.parallel.state_files import UNIVERSAL
+from llama_ds.training.engines.optimizer_groups import decay_groups
+
+REPO = Path(__file__).resolve().parent.parent
+GQA = ModelConfig(96, 32, 88, 3, 8, 4, 8)
+WIDE_HEADS = ModelConfig(96, 32, 88, 2, 8, 2, 16)  # wider than hidden / heads
+TIED = replace(GQA, tie_word_embeddings=True)
+MODELS = pytest.mark.parametrize("model", [GQA, WIDE_HEADS, TIED], ids=["gqa", "wide heads", "tied"])
+RANKS = pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
+
+
+def build(model: ModelConfig, rank: int = 0, size: int = 1) -> Llama:
+    """Return the model as one tensor-parallel rank holds it."""
+    tp = SingleRank()
+    tp.rank, tp.size = rank, size
+    shared = Shared(model, 7, tp, CausalAttention("reference"), RotaryTables(model, 16))
+    return Llama(shared, NextTokenLoss(tp))
+
+
+@MODELS
+@RANKS
+def test_the_table_is_what_the_modules_hold(model: ModelConfig, rank: int, size: int) -> None:
+    """A weight that the table lacks, or has of another shape, would be neither saved nor counted."""
+    found = {key_of(name): parameter for name, parameter in build(model, rank, size).named_parameters()}
+    assert list(found) == [key for key, _ in weights(model)]
+    for key, weight in weights(model):
+        shape = list(weight.shape(model))
+        if weight.cut is not None:
+            shape[weight.cut] //= size
+        assert list(found[key].shape) == shape, key
+        assert getattr(found[key], "tensor_model_parallel", False) == (size > 1 and weight.cut is not None), key
+    held = held_elements((weight for _, weight in weights(model)), model, size)
+    assert held.total() == sum(p.numel() for p in found.values())
+
+
+@MODELS
+def test_names_and_shapes_are_those_of_transformers(model: ModelConfig) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "tie_word_embeddings")  # fmt: skip
+    reference = LlamaForCausalLM(LlamaConfig(**{key: getattr(model, key) for key in keys}))
+    assert {hf_name(*key, model.num_hidden_layers): shape for key, shape in weight_shapes(model).items()} == {
+        name: tuple(parameter.shape) for name, parameter in reference.named_parameters()
+    }
+
+
+@pytest.mark.parametrize(
+    ("model", "rank", "size", "digest"),
+    [
+        (GQA, 0, 1, "b6989eaccc4dfd681e81c89acb0ac23d"),
+        (GQA, 0, 2, "d1d8117740a190634036966bc911a760"),
+        (GQA, 1, 2, "734dd522f5faaf169511c1bbad4d8780"),
+        (TIED, 0, 1, "7f5398a33cbe9f7e0e252f7fa4a987a2"),
+        (TIED, 0, 2, "2e326dbba810f614cafb75b319eccb75"),
+        (TIED, 1, 2, "b45184eb95402d0f4d25e86b88c06634"),
+    ],
+)
+def test_initial_weights_stay_as_they_are(model: ModelConfig, rank: int, size: int, digest: str) -> None:
+    """Runs that are begun again would begin elsewhere."""
+    found = hashlib.sha256()
+    for name, parameter in build(model, rank, size).named_parameters():
+        found.update(name.encode())
+        found.update(parameter.detach().numpy().tobytes())
+    assert found.hexdigest()[:32] == digest
+
+
+@MODELS
+def test_decay_groups_go_by_the_table(model: ModelConfig) -> None:
+    module = build(model)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    matrices, norms = decay_groups(module, OptimizerConfig(lr=1e-3, weight_decay=0.25), "all ")
+    assert [(group["weight_decay"], group["name"]) for group in (matrices, norms)] == [
+        (0.25, "all matrices"),
+        (0.0, "all norms"),
+    ]
+    for group, decays in ((matrices, True), (norms, False)):
+        assert [key_of(names[p]) for p in group["params"]] == [key for key, w in weights(model) if w.decays == decays]
+
+
+def test_decay_groups_of_one_layer_have_its_matrices_first() -> None:
+    """The order of groups is that of buffers in checkpoint files; a decoder layer's first weight is a norm's."""
+    groups = decay_groups(build(GQA).layers[1], OptimizerConfig(lr=1e-3), "layer 1 ")
+    assert [(group["name"], len(group["params"])) for group in groups] == [
+        ("layer 1 matrices", 7),
+        ("layer 1 norms", 2),
+    ]
+    (table,) = decay_groups(build(TIED).layers[0], OptimizerConfig(lr=1e-3))
+    assert table["weight_decay"] > 0
+
+
+def test_a_parameter_finds_its_row_by_any_of_its_names() -> None:
+    for prefix, layer in (("layers.3.", 3), ("3.", 3), ("12.", 12)):
+        for weight in TABLE:
+            assert weight_of(prefix + weight.name) is weight_of(weight.name) is weight
+            assert key_of(prefix + weight.name) == (layer, weight.name)
+    assert key_of("tied_modules.embed.weight") == (0, "weight")
+    assert weight_of("tied_modules.embed.weight").role is Role.EMBEDDING
+    with pytest.raises(ValueError, match="is not the name of a parameter"):
+        key_of("self_attn.q_proj.weight")
+
+
+def test_universal_patterns_cut_weights_as_the_table_says() -> None:
+    """As `re.match` of DeepSpeed's ds_to_universal reads them, on names with one stage, in a pipeline and tied."""
+    rows = UNIVERSAL["parameter_with_row_parallelism_patterns"]
+    whole = UNIVERSAL["tp_replicated_parameter_patterns"]
+    assert isinstance(rows, list) and isinstance(whole, list)
+    for weight in TABLE:
+        for name in (f"layers.3.{weight.name}", f"3.{weight.name}"):
+            assert any(re.match(pattern, name) for pattern in rows) == (weight.cut == 1), name
+            assert any(re.match(pattern, name) for pattern in whole) == (weight.cut is None), name
+    assert not any(re.match(pattern, "tied_modules.embed.weight") for pattern in (*rows, *whole))
+
+
+def test_stages_hold_tables_at_their_ends() -> None:
+    held = stage_roles(GQA, boundaries(GQA, 16, 3, None), 2)
+    layer = held_elements(DECODER_LAYER, GQA, 2)
+    table = 96 * 32 // 2
+    assert held == [layer + Counter({Role.EMBEDDING: table}), layer, layer + Counter({Role.HEAD: table, Role.NORM: 32})]
+    assert stage_roles(TIED, boundaries(TIED, 16, 3, None), 2)[2][Role.EMBEDDING] == table
+    assert stage_roles(TIED, boundaries(TIED, 16, 1, None), 1)[0].total() == sum(
+        torch.Size(shape).numel() for shape in weight_shapes(TIED).values()
+    )
+
+
+# What names a weight, or tells one kind of weight from another.
+WORDS = {part for weight in TABLE for part in weight.name.split(".") if "_" in part} - {"self_attn"} | {"embed_tokens"}
+MODULES = {"RMSNorm", "ShardedLinear"}
+KNOWING = ("llama_ds/layout/weights.py", "llama_ds/model/", "llama_ds/checkpoint/names.py")
+FOREIGN = ("llama_ds/checkpoint/formats/huggingface.py", "llama_ds/checkpoint/formats/meta.py")
+
+
+def weight_names(source: str) -> list[int]:
+    """Return the lines that name a weight: in a string other than a docstring, as an attribute, or by its module."""
+    tree = ast.parse(source)
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    found = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Constant(value=str(text)) if id(node) not in told:
+                words = re.findall(r"\w+", text)
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+                words = [name]
+            case _:
+                continue
+        if not (WORDS | MODULES).isdisjoint(words):
+            found.append(node.lineno)
+    return found
+
+
+def test_only_the_table_the_modules_and_foreign_formats_name_weights() -> None:
+    files = [p.relative_to(REPO).as_posix() for top in ("llama_ds", "tools") for p in (REPO / top).rglob("*.py")]
+    others = [path for path in files if not path.startswith((*KNOWING, *FOREIGN))]
+    assert len(others) > 200
+    broken = [f"{path}:{line}" for path in others for line in weight_names((REPO / path).read_text())]
+    assert not broken, "ask llama_ds.layout.weights instead: " + ", ".join(broken)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'ROW_PARALLEL = ("o_proj", "down_proj")',
+        'pattern = r".*\\.(o_proj|down_proj)\\.weight"',
+        'head = (layers + 2, "lm_head.weight")',
+        "queries = layer.self_attn.q_proj.weight",
+        "norms = [p for m in module.modules() if isinstance(m, RMSNorm) for p in m.parameters()]",
+        "from llama_ds.model.linear import ShardedLinear",
+    ],
+)
+def test_a_weight_known_elsewhere_is_caught(code: str) -> None:
+    assert weight_names(code)
+
+
+@pytest.mark.parametrize("code", ['"""Return "3.mlp.up_proj.weight"."""', "x = source.weight", "norm = total.norm()"])
+def test_other_code_is_not(code: str) -> None:
+    assert not weight_names(code)
