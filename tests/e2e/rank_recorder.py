@@ -16,12 +16,11 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests import forking
 
-TRAIN = ROOT / "llama_ds" / "train.py"
+TRAIN = Path(__file__).resolve().parents[2] / "llama_ds" / "train.py"
 TIMEOUT_S = 60
 
 
