@@ -205,6 +205,7 @@ def test_a_host_that_does_not_answer_is_named(hosts: Hosts, make_run: Callable[.
     assert "node1: the first host does not answer" in job.output
 
 
+@pytest.mark.slow
 def test_no_secret_in_any_argv_or_log(make_run: Callable[..., Run]) -> None:
     """The token is in its file only: not in a command line, an environment, or what is printed."""
     run = make_run("secret", LAYOUT | {"parallel.pp": 1})

@@ -88,6 +88,7 @@ def foretold(name: str, run_file: Path, calls: Path) -> dict[str, Any]:
     return report(run_file, *REAL[name], "--world", 4, "--rank", "0,1,2,3", "--backend", "gloo", "--calls", calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_every_call_and_all_memory_are_those_of_real_ranks(name: str, real: Path, run_file: Path) -> None:
     folder = real.parent / f"dry_{name}"
@@ -124,6 +125,7 @@ def test_messages_and_reductions_are_those_that_the_trainer_traces(real: Path, r
             assert sorted(c["bytes"] for c in calls for _ in range(c["count"])) == sizes, (rank["rank"], kind)
 
 
+@pytest.mark.slow
 def test_memory_is_what_trainer_and_planner_say(run_file: Path) -> None:
     run = load_run(str(run_file), SEVEN_B)
     layout = resolve_layout(run, 16)
