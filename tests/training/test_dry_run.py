@@ -56,7 +56,7 @@ SEVEN_B = [
 
 
 def dryrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return warm.run(ROOT / "tools" / "dryrun.py", *arguments)
+    return warm.run(ROOT / "tools" / "dryrun.py", *arguments, timeout_s=900)
 
 
 def report(*arguments: object) -> dict[str, Any]:
