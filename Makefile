@@ -21,10 +21,10 @@ quickstart: .venv/.installed
 	$(RUN)python tools/quickstart.py
 
 test: .venv/.installed
-	.ci/test $(RUN)python -m pytest -q --durations=15 -m "$(ALL)"
+	.ci/test $(RUN)python -m pytest --durations=15 -m "$(ALL)"
 
 test-fast: .venv/.installed
-	$(RUN)python -m pytest -q -m "$(FAST)"
+	.ci/test $(RUN)python -m pytest -m "$(FAST)"
 
 lint: .venv/.installed
 	$(RUN)ruff check .

@@ -24,7 +24,7 @@ WIDE = replace(
     num_key_value_heads=32, head_dim=128, rope_scaling=None,
 )  # fmt: skip
 LAYER = 2 * (4 * 4096**2 + 3 * 4096 * 11008)  # bytes in bf16
-LIMIT = 2 * LAYER + 10**9  # of the issue
+LIMIT = 2 * LAYER + 10**9  # bytes: two decoder layers, and the libraries themselves
 # What is measured is the whole process, of which python, torch and all that converting imports are 300 MB. Far less
 # than the model's 1.1 GB is wanted: nothing of it stays mapped or held.
 MEASURED = 0.6e9

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests import warm
+from tests.warm import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "llama_ds" / "train.py")
@@ -28,6 +30,22 @@ class Finished:
     def errors(self) -> list[str]:
         """The lines that tell a user what to mend."""
         return [line for line in self.output.splitlines() if line.startswith("error: ")]
+
+
+@dataclass(frozen=True)
+class Warm:
+    """A command that tests/warm.py starts: `python WORDS`, or that many ranks of it."""
+
+    words: list[str]
+    ranks: int = 0
+
+    def with_more(self, *arguments: object) -> Warm:
+        """Return this command with more arguments."""
+        return Warm([*self.words, *words(arguments)], self.ranks)
+
+
+Command = Sequence[str] | Warm
+Process = subprocess.Popen[bytes] | warm.Process
 
 
 def deepspeed(ranks: int, *arguments: object) -> list[str]:
@@ -53,32 +71,33 @@ def mpirun(ranks: int, *arguments: object) -> list[str]:
     return [str(BIN / "mpirun"), "-n", str(ranks), *options, sys.executable, *words(arguments)]
 
 
-def forked(ranks: int, *arguments: object) -> list[str]:
-    """Return the command of a launcher for tests that are not of launchers: it starts in a third of the time."""
-    return [
-        sys.executable,
-        str(Path(__file__).with_name("forking.py")),
-        str(ranks),
-        str(free_port()),
-        *words(arguments),
-    ]
+def forked(ranks: int, *arguments: object) -> Warm:
+    """Return the command of a launcher for tests that are not of launchers: ranks start in no time."""
+    return Warm(words(arguments), ranks)
 
 
-def alone(*arguments: object) -> list[str]:
+def alone(*arguments: object) -> Warm:
     """Return the command of a single process without a launcher."""
+    return Warm(words(arguments))
+
+
+def python(*arguments: object) -> list[str]:
+    """Return the command of a process that starts as a user's does, with nothing imported."""
     return [sys.executable, *words(arguments)]
 
 
-def start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def start(command: Command, log: Path) -> Process:
     """Start a command in a session of its own, so that all its processes can be killed together."""
     with open(log, "wb") as file:
+        if isinstance(command, Warm):
+            return warm.start(command.words, file, ranks=command.ranks, environment=environment())
         return subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             start_new_session=True,
         )  # fmt: skip
 
 
-def finish(process: subprocess.Popen[bytes], log: Path, timeout_s: float = TIMEOUT_S) -> Finished:
+def finish(process: Process, log: Path, timeout_s: float = TIMEOUT_S) -> Finished:
     """Wait for a started command; nothing of it is left running, also when it hangs."""
     try:
         code = process.wait(timeout_s)
@@ -89,19 +108,19 @@ def finish(process: subprocess.Popen[bytes], log: Path, timeout_s: float = TIMEO
     return Finished(code, log.read_text(errors="replace"))
 
 
-def run(command: Sequence[str], log: Path, timeout_s: float = TIMEOUT_S) -> Finished:
+def run(command: Command, log: Path, timeout_s: float = TIMEOUT_S) -> Finished:
     """Run a command to its end."""
     return finish(start(command, log), log, timeout_s)
 
 
-def succeed(command: Sequence[str], log: Path, timeout_s: float = TIMEOUT_S) -> str:
+def succeed(command: Command, log: Path, timeout_s: float = TIMEOUT_S) -> str:
     """Run a command that must succeed; return its output."""
     done = run(command, log, timeout_s)
     assert done.code == 0, f"exit code {done.code}: {command}\n{done.output[-6000:]}"
     return done.output
 
 
-def kill_all(process: subprocess.Popen[bytes]) -> None:
+def kill_all(process: Process) -> None:
     """Kill -9 a started command: the launcher and every rank at once."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -115,13 +134,6 @@ def environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "SLURM_", "RANK", "WORLD_SIZE"))}
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return {**kept, **as_root, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-
-
-def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def words(arguments: Sequence[object]) -> list[str]:

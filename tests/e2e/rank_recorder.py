@@ -1,6 +1,6 @@
-"""One rank of a batch of commands: the launcher starts this once, and it starts every command as that rank.
+"""One rank of a batch of commands: it starts every command as that rank.
 
-    deepspeed --num_accelerators 2 rank_recorder.py BATCH.json FOLDER
+    rank_recorder.py BATCH.json FOLDER, as one of two ranks that have torch and DeepSpeed imported
 
 BATCH is a list of {"arguments": of train.py, with {rank} for the rank, "port": of its process group}. Rank r leaves the
 exit code and the output of case i in FOLDER/i.rR.json. No launcher watches the single commands and ends the ranks that
@@ -16,7 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-from forking import fork, preload
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests import forking
 
 TRAIN = Path(__file__).resolve().parents[2] / "llama_ds" / "train.py"
 TIMEOUT_S = 60
@@ -24,7 +26,6 @@ TIMEOUT_S = 60
 
 def main() -> None:
     """Run the batch."""
-    preload()
     batch, folder = sys.argv[-2:]
     for number, case in enumerate(json.loads(Path(batch).read_text())):
         done = run(case["arguments"], case["port"], Path(folder, f"output.r{os.environ['RANK']}"))
@@ -34,7 +35,12 @@ def main() -> None:
 def run(arguments: list[str], port: int, output: Path) -> dict[str, object]:
     """Run one case; its exit code is None when it had to be killed."""
     words = [word.replace("{rank}", os.environ["RANK"]) for word in arguments]
-    pid = fork(str(TRAIN), words, {"MASTER_PORT": str(port)}, output)
+    if not (pid := os.fork()):
+        os.environ["MASTER_PORT"] = str(port)
+        with open(output, "wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        forking.run([str(TRAIN), *words])
     deadline = time.monotonic() + TIMEOUT_S
     ended = 0
     while not ended and time.monotonic() < deadline:

@@ -105,42 +105,36 @@ def test_a_mistake_that_one_host_sees_ends_the_job_for_good(hosts: Hosts, make_r
 
 @pytest.mark.slow
 @needs_hosts
-def test_signals_to_the_launcher_save_and_end(hosts: Hosts, make_run: Callable[..., Run]) -> None:
-    run = make_run("signals", ENDLESS)
-    job = start(run, hosts, ["node1", "node2"], 1)
-    try:
-        job.wait_for_attempt(1)
-        job.process.send_signal(signal.SIGUSR1)
-        job.wait_for(lambda: (run.checkpoints / "latest").exists())
-        saved = run.newest
-        job.wait_for_steps(3)
-        job.process.send_signal(signal.SIGTERM)
-        code = job.finish()
-    finally:
-        job.kill()
-    assert code == 0, job.output[-4000:]
-    assert run.newest.name > saved.name
-    assert not job.leftovers()
-
-
-@pytest.mark.slow
-@needs_hosts
 def test_two_jobs_on_the_same_hosts_end_one_by_one(hosts: Hosts, make_run: Callable[..., Run]) -> None:
-    """Ending one job everywhere must not touch another's processes on the same hosts."""
+    """Ending one job everywhere must not touch another's processes on the same hosts.
+
+    The other then saves and goes on, and saves and ends, when its launcher is sent signals.
+    """
     jobs: list[Job] = []
+    runs = [make_run(name, ENDLESS | layout) for name, layout in (("first", {"parallel.pp": 1}), ("second", {}))]
     try:
-        for name in ("first", "second"):
-            jobs.append(start(make_run(name, ENDLESS | {"parallel.pp": 1}), hosts, ["node1", "node2"], 1))
+        for run in runs:
+            jobs.append(start(run, hosts, ["node1", "node2"], 1))
         for job in jobs:
             job.wait_for_attempt(1)
         jobs[0].ranks("node2")[0].kill()
         assert jobs[0].finish() == 1
         jobs[1].wait_for_steps(5)
         assert jobs[1].process.poll() is None
+        assert [event["event"] for event in jobs[1].events] == ["job started", "attempt started", "ranks joined"]
+
+        jobs[1].process.send_signal(signal.SIGUSR1)
+        jobs[1].wait_for(lambda: (runs[1].checkpoints / "latest").exists())
+        saved = runs[1].newest
+        jobs[1].wait_for_steps(3)
+        jobs[1].process.send_signal(signal.SIGTERM)
+        code = jobs[1].finish()
     finally:
         for job in jobs:
             job.kill()
-    assert [event["event"] for event in jobs[1].events] == ["job started", "attempt started", "ranks joined"]
+    assert code == 0, jobs[1].output[-4000:]
+    assert runs[1].newest.name > saved.name
+    assert not jobs[1].leftovers()
 
 
 @pytest.mark.slow
@@ -212,6 +206,7 @@ def test_a_host_that_does_not_answer_is_named(hosts: Hosts, make_run: Callable[.
     assert "node1: the first host does not answer" in job.output
 
 
+@pytest.mark.slow
 def test_no_secret_in_any_argv_or_log(make_run: Callable[..., Run]) -> None:
     """The token is in its file only: not in a command line, an environment, or what is printed."""
     run = make_run("secret", LAYOUT | {"parallel.pp": 1})

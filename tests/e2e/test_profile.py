@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, TRAIN, Finished, environment, forked, free_port, run, succeed
+from launching import ROOT, TRAIN, Finished, alone, environment, forked, free_port, python, run, succeed
 from tiny_run import DATA, GLOBAL_BATCH, SEQ_LEN, Run
 
 from llama_ds.perf.trace.files import analyse_folder
@@ -24,8 +24,9 @@ MakeRun = Callable[..., Run]
 
 
 def record(made: Run, *arguments: object, **variables: str) -> Finished:
-    tool = [sys.executable, str(ROOT / "tools" / "profile_run.py"), "record", str(made.file), *map(str, arguments)]
-    return run(["env", *(f"{name}={value}" for name, value in variables.items()), *tool], made.log)
+    tool = (ROOT / "tools" / "profile_run.py", "record", made.file, *arguments)
+    named = [f"{name}={value}" for name, value in variables.items()]
+    return run(["env", *named, *python(*tool)] if named else alone(*tool), made.log)
 
 
 def merged_events(path: Path) -> list[dict[str, Any]]:

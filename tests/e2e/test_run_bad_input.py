@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from bad_input_cases import CASES, Case, Site
-from launching import TRAIN, Finished, deepspeed, free_port, run, succeed
+from launching import TRAIN, Finished, deepspeed, forked, free_port, run, succeed
 from tiny_run import Corpus, Run, write_run
 
 RECORDER = Path(__file__).with_name("rank_recorder.py")
@@ -20,14 +20,14 @@ Outcomes = dict[str, list[Finished]]
 
 @pytest.fixture(scope="module")
 def outcomes(corpus: Corpus, trained: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """What each rank of each case left; all cases share one start of the launcher."""
+    """What each rank of each case left; all cases share one start of two ranks."""
     root = tmp_path_factory.mktemp("bad_input")
     batch = []
     for number, case in enumerate(CASES):
         site = make_site(root / f"site{number}", corpus, trained("pp2") if case.trained else None)
         batch.append({"arguments": case.prepare(site), "port": free_port()})
     (root / "batch.json").write_text(json.dumps(batch))
-    succeed(deepspeed(RANKS, RECORDER, root / "batch.json", root), root / "log", timeout_s=900)
+    succeed(forked(RANKS, RECORDER, root / "batch.json", root), root / "log", timeout_s=900)
     return {
         case.name: [Finished(**json.loads((root / f"{number}.r{rank}.json").read_text())) for rank in range(RANKS)]
         for number, case in enumerate(CASES)

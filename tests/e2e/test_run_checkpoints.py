@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import TIMEOUT_S, TRAIN, alone, deepspeed, finish, forked, run, start, succeed
+from launching import TIMEOUT_S, TRAIN, Process, alone, deepspeed, finish, forked, run, start, succeed
 from tiny_run import LAYOUTS, Run
 
 from tools import convert
@@ -21,7 +21,7 @@ LONG = 120  # steps: enough for signals to arrive in the midst of them
 PP2 = {"parallel.pp": 2}
 
 
-def wait_for(process: subprocess.Popen[bytes], log: Path, happened: Callable[[], bool]) -> None:
+def wait_for(process: Process, log: Path, happened: Callable[[], bool]) -> None:
     """Wait for something that a run does."""
     deadline = time.monotonic() + TIMEOUT_S
     while not happened():
@@ -34,14 +34,14 @@ def reported(run: Run, step: int) -> bool:
     return path.exists() and f'"step": {step},' in path.read_text()
 
 
-def ranks_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def ranks_of(process: Process) -> list[psutil.Process]:
     """Return the processes of a launcher's ranks, the first rank's first."""
     children = psutil.Process(process.pid).children(recursive=True)
     ranks = [p for p in children if TRAIN in p.cmdline() and "deepspeed" not in " ".join(p.cmdline()[:4])]
     return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
 
 
-def interrupt(run: Run, number: int, at_step: int, whom: Callable[[subprocess.Popen[bytes]], psutil.Process]) -> str:
+def interrupt(run: Run, number: int, at_step: int, whom: Callable[[Process], psutil.Process]) -> str:
     """Start the run, send a signal to one of its processes when a step is reported; return its output."""
     process = start(deepspeed(2, TRAIN, run.file), run.log)
     wait_for(process, run.log, lambda: reported(run, at_step))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -48,7 +46,9 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 
 @pytest.mark.slow
-def test_damaged_shards_are_replaced_alike_in_every_layout_and_on_resuming(damaged: Path, make_run: MakeRun) -> None:
+def test_damaged_shards_are_replaced_alike_in_every_layout_and_on_resuming(
+    damaged: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
     data = {"data.check_interval": 2}
     one = make_run("one_damaged", data | {"data.sources": sources(damaged)})
     output = succeed(alone(TRAIN, one.file), one.log)
@@ -61,8 +61,8 @@ def test_damaged_shards_are_replaced_alike_in_every_layout_and_on_resuming(damag
     states = [json.loads((run.dir / "data.json").read_text()) for run in (one, four)]
     assert states[0]["bad"] and states[0] == states[1]
     assert json.loads((four.newest / "llama_ds.json").read_text())["data"] == states[1]
-    audit = [sys.executable, str(ROOT / "tools/shards.py"), "audit", str(four.dir), "--step", "4", "--json"]
-    rows = json.loads(subprocess.run(audit, capture_output=True, text=True, check=True).stdout)
+    audit = alone(ROOT / "tools/shards.py", "audit", four.dir, "--step", 4, "--json")
+    rows = json.loads(succeed(audit, tmp_path / "log"))
     gone = {f"train-{bad['shard']:06d}.tar" for bad in states[0]["bad"] if bad["step"] <= 4}
     assert all(row["documents"] for row in rows)
     assert len(rows) == 8 and not any(row["source"] == "code" and row["shard"] in gone for row in rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from launching import ROOT, TRAIN, alone, deepspeed, forked, mpirun, run, succeed, torchrun
+from launching import ROOT, TRAIN, alone, deepspeed, forked, mpirun, python, run, succeed, torchrun
 from tiny_run import GLOBAL_BATCH, SEQ_LEN, STEPS, Run
 
 STEP_KEYS = [
@@ -45,7 +45,7 @@ print(f"{len(readers)} readers left")
 def test_no_reader_outlives_the_run(make_run: Callable[..., Run]) -> None:
     """A daemon thread in native code when the interpreter ends is an abort, now and then: "terminate called"."""
     started = make_run("readers", {"training.steps": 3, "optimizer.warmup_steps": 1})
-    assert "0 readers left" in succeed(alone("-c", AND_COUNT_READERS, TRAIN, started.file), started.log)
+    assert "0 readers left" in succeed(python("-c", AND_COUNT_READERS, TRAIN, started.file), started.log)
 
 
 @pytest.mark.slow

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from launching import TIMEOUT_S, environment, free_port
 from tiny_run import Run
+
+from tests import warm
 
 FAILING = Path(__file__).with_name("failing_rank.py")
 
@@ -33,12 +33,11 @@ def test_exception_on_one_stage_ends_all(
         f"{schedule}_{method}",
         {"parallel.pp": 2, "parallel.schedule": schedule, "parallel.virtual_stages": virtual_stages},
     )
-    common = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, str(FAILING), method, "11", str(rank), str(run.file)]
+    common = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = (FAILING, method, 11, rank, run.file)
     with open(run.log, "wb") as log:
         ranks = [
-            subprocess.Popen(command, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=log, stderr=log)
-            for r in range(2)
+            warm.start(command, log, environment=common | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
         ]
         try:
             codes = [process.wait(TIMEOUT_S) for process in ranks]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,6 +17,7 @@ from test_run_resume import assert_same_bits
 from tiny_run import GLOBAL_BATCH, LAYOUTS, SEQ_LEN, Run
 
 from llama_ds.config.run_file import dump, load_resolved
+from tests import warm
 
 STEPS, TO, WINDOW = 8, 4, 2
 CHANGES = {"training.steps": STEPS, "checkpoint.interval": 2}
@@ -30,8 +29,9 @@ pytestmark = pytest.mark.slow
 
 def shards(command: str, folder: Path, *arguments: object) -> Any:
     """Return what tools/shards.py says of a run."""
-    line = [sys.executable, str(ROOT / "tools/shards.py"), command, str(folder), *map(str, arguments), "--json"]
-    return json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout)
+    done = warm.run(ROOT / "tools/shards.py", command, folder, *arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def tags(this: Run) -> list[str]:
@@ -81,7 +81,7 @@ def test_a_run_goes_back_once_and_reads_on_behind_the_window(again: Run, spiked:
     aside = ["step_00000006.rewound", "step_00000008.rewound"]
     assert tags(again)[:2] == ["step_00000002", "step_00000004"] and {*aside} <= {*tags(again)}
 
-    output = succeed([*command, "checkpoint.stop_at=6"], again.log)
+    output = succeed(command.with_more("checkpoint.stop_at=6"), again.log)
     assert f"resumed at step {TO} of {STEPS}" in output
     assert again.losses[:TO] == old[:TO] and len(again.losses) == 6
     output = succeed(command, again.log)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import ROOT, TRAIN, environment, forked, succeed
+from launching import ROOT, TRAIN, forked, succeed
 from tiny_run import SEQ_LEN, Run
 
 from llama_ds.perf.trace.read import read_rank
+from tests import warm
 
 
 @pytest.mark.slow
@@ -43,10 +42,8 @@ def test_traced_step_is_analysed(
     run = make_run(f"traced_{schedule}", {**changes, "logging.trace_step": 2, "parallel.recompute": "auto"})
     output = succeed(forked(2 * tp, TRAIN, run.file), run.log)
     assert "kept activations" in output, "recompute: auto prints its table"
-    command = [sys.executable, str(ROOT / "tools" / "profile_run.py"), "analyse", str(run.dir / "trace"), "--json"]
-    done = subprocess.run(
-        [*command, "--svg", str(tmp_path / "step.svg")], capture_output=True, text=True, env=environment(), timeout=120
-    )
+    command = ("analyse", run.dir / "trace", "--json", "--svg", tmp_path / "step.svg")
+    done = warm.run(ROOT / "tools" / "profile_run.py", *command)
     assert done.returncode == 0, done.stderr
     (step,) = json.loads(done.stdout).values()
     assert step["ranks"] == 2 * tp and 0 < step["metrics"]["compute"] < 100

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import groupby
@@ -17,13 +14,13 @@ import torch
 from llama_ds.checkpoint.manifest import WEIGHT, describe, name_of, read_tensors
 from llama_ds.layout.optimizer_states import ADAMW, EXP_AVG_SQ
 from llama_ds.layout.weights import Role, weights
+from tests import warm
 from tests.parallel.layout_cases import STEPS, Case, train_reference
 from tests.parallel.reshard_memory_worker import LAYER_BYTES
 
-ROOT = Path(__file__).resolve().parents[2]
 Turns = Callable[..., tuple[list[tuple[float, float]], Path]]
 
-# pp, tp, dp of the issue, both ZeRO stages.
+# pp, tp and dp differ between neighbours; both ZeRO stages.
 LAYOUTS = [Case(2, 2, 2), Case(1, 1, 1, zero=3), Case(4, 1, 2), Case(1, 4, 1, zero=3)]
 ENGINES = [
     Case(1, 1, 2, zero=0, tied=True),
@@ -56,8 +53,8 @@ def take(tmp_path: Path) -> Turns:
         for world, group in groupby(cases, key=lambda case: case.world):
             these = list(group)
             (tmp_path / "cases.json").write_text(json.dumps([asdict(case) for case in these]))
-            files = [str(tmp_path / "cases.json"), str(tmp_path), str(turn), str(share), str(tmp_path / "out")]
-            torchrun(world, worker, files)
+            arguments = (tmp_path / "cases.json", tmp_path, turn, share, tmp_path / "out")
+            succeed("-m", worker, *arguments, ranks=world)
             history += json.loads((tmp_path / "out").read_text())
             turn += len(these)
         return history, tmp_path / "layouts" / "checkpoints"
@@ -105,25 +102,20 @@ def test_weights_have_the_states_of_their_role(take: Turns) -> None:
 def test_resharding_takes_the_memory_of_a_layer_at_most(tmp_path: Path) -> None:
     """On top of what the engine holds anyway: the model has eight layers. tp 2 to tp 1 puts columns together."""
     for tp, action in ((2, "save"), (1, "load")):
-        torchrun(tp, "tests.parallel.reshard_memory_worker", [str(tmp_path), str(tp), action])
+        succeed("-m", "tests.parallel.reshard_memory_worker", tmp_path, tp, action, ranks=tp)
     assert int((tmp_path / "growth").read_text()) < LAYER_BYTES
 
 
-def torchrun(ranks: int, module: str, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+def succeed(*words: object, ranks: int = 0) -> None:
+    done = warm.run(*words, ranks=ranks)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
 def check_universal(tag: Path, universal: Path) -> None:
     """DeepSpeed's converter takes the checkpoint, and finds the masters and moments that we do."""
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(tag)]
-    command += ["--output_folder", str(universal), "--num_extract_workers", "1", "--num_merge_workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    options = ("--input_folder", tag, "--output_folder", universal)
+    options += ("--num_extract_workers", "1", "--num_merge_workers", "1")
+    succeed("-m", "deepspeed.checkpoint.ds_to_universal", *options)
     kinds = read_tensors(str(tag), describe(str(tag)), ADAMW.all_kinds())
     for kind, tensors in kinds.items():
         for key, ours in tensors.items():

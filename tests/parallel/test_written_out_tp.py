@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llama_ds.layout.activation_memory import LayerWork
+from tests import warm
 from tests.parallel.written_out_worker import CASES, PLAIN, ROWS, Case, T
 
-ROOT = Path(__file__).resolve().parents[2]
 RECORDED = [case for case in CASES if not case.masked]
 Results = dict[Case, dict[str, Any]]
 
@@ -32,10 +28,7 @@ def name_of(case: Case) -> str:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Run all cases in one start of four processes."""
     out = tmp_path_factory.mktemp("written_out") / "results.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    command += ["-m", "tests.parallel.written_out_worker", str(out)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = warm.run("-m", "tests.parallel.written_out_worker", out, ranks=4)
     assert done.returncode == 0, done.stderr[-6000:]
     return {Case(**found["case"]): found for found in json.loads(out.read_text())}
 

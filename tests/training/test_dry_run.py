@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from llama_ds.config.text import dump_yaml
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.recompute import stage_policies
 from llama_ds.perf.plan.memory import run_memory
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN: dict[str, Any] = {
@@ -57,8 +56,7 @@ SEVEN_B = [
 
 
 def dryrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "tools" / "dryrun.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return warm.run(ROOT / "tools" / "dryrun.py", *arguments, timeout_s=900)
 
 
 def report(*arguments: object) -> dict[str, Any]:
@@ -79,10 +77,7 @@ def real(run_file: Path) -> Path:
     """A folder with what four real ranks recorded of every layout."""
     folder = run_file.parent / "real"
     cases = [json.dumps([name, overrides]) for name, overrides in REAL.items()]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    worker = [*launcher, "-m", "tests.training.dry_run_worker", str(folder), str(run_file), *cases]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(worker, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = warm.run("-m", "tests.training.dry_run_worker", folder, run_file, *cases, ranks=4)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -93,6 +88,7 @@ def foretold(name: str, run_file: Path, calls: Path) -> dict[str, Any]:
     return report(run_file, *REAL[name], "--world", 4, "--rank", "0,1,2,3", "--backend", "gloo", "--calls", calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 def test_every_call_and_all_memory_are_those_of_real_ranks(name: str, real: Path, run_file: Path) -> None:
     folder = real.parent / f"dry_{name}"
@@ -129,6 +125,7 @@ def test_messages_and_reductions_are_those_that_the_trainer_traces(real: Path, r
             assert sorted(c["bytes"] for c in calls for _ in range(c["count"])) == sizes, (rank["rank"], kind)
 
 
+@pytest.mark.slow
 def test_memory_is_what_trainer_and_planner_say(run_file: Path) -> None:
     run = load_run(str(run_file), SEVEN_B)
     layout = resolve_layout(run, 16)

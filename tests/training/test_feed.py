@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,8 @@ from llama_ds.data.order import BadShard
 from llama_ds.data.source.manifest import checksum_line, checksums_name, shard_name
 from llama_ds.data.stream import Dataset, open_data
 from llama_ds.data.text.tokenizer import train_tokenizer
+from tests import warm
 
-ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN, VOCAB_SIZE, BATCH, RANKS = 16, 340, 8, 4
 STEPS = 24
 
@@ -179,16 +177,7 @@ def outcome(root: Path) -> Callable[[str], Outcome]:
     (root / "other seed.yaml").write_text(other)
     every["other seed"]["run_files"][3] = str(root / "other seed.yaml")
     (root / "scenarios.json").write_text(json.dumps(every))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
-    done = subprocess.run(
-        [*command, "-m", "tests.training.feed_worker", str(root)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = warm.run("-m", "tests.training.feed_worker", root, ranks=RANKS)
     assert done.returncode == 0 and done.stdout.count("fine") == RANKS, done.stdout + done.stderr[-4000:]
     return lambda name: [dict(np.load(root / f"{name}.r{rank}.npz")) for rank in range(RANKS)]
 
