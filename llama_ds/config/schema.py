@@ -95,7 +95,7 @@ class ModelConfig(Section):
     head_dim: Annotated[
         int, Key("Width of a head.", sign=POSITIVE, rule="Even.", default="`hidden_size / num_attention_heads`")
     ]
-    rms_norm_eps: Annotated[float, Key("Added to the mean square in RMSNorm.", sign=POSITIVE)] = 1e-5
+    rms_norm_eps: Annotated[float, Key("Added to the mean square in each RMS norm.", sign=POSITIVE)] = 1e-5
     rope_theta: Annotated[float, Key("Base of the rotary embedding's frequencies.", sign=POSITIVE)] = 10000.0
     rope_scaling: Annotated[
         RopeScaling | None, Key("Scaling of the rotary frequencies for longer rows; null: none.")
