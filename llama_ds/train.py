@@ -21,7 +21,7 @@ from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.job.folder import MPI_LAUNCHERS, current
-from llama_ds.job.heartbeat import Presence, check_hosts, check_world, host_identity, keep_output
+from llama_ds.job.heartbeat import Heartbeat, check_hosts, check_world, host_identity, keep_output
 from llama_ds.launch.hostfile import check_launcher_hostfile
 from llama_ds.layout.layout import Layout, resolve_layout
 
@@ -32,7 +32,7 @@ def main() -> int:
     log.silence_libraries()
     from llama_ds.parallel import world
 
-    presence = Presence()
+    presence = Heartbeat()
     with world.failing_together(presence.tell):
         if arguments.dry_run:
             from llama_ds.layout.recompute import with_device_memory

@@ -17,7 +17,7 @@ from llama_ds.config.schema import ModelConfig, OptimizerConfig
 from llama_ds.layout.partition import boundaries, stage_roles
 from llama_ds.layout.weights import DECODER_LAYER, TABLE, Role, held_elements, key_of, weight_of, weight_shapes, weights
 from llama_ds.model.attention import CausalAttention
-from llama_ds.model.decoder import Shared
+from llama_ds.model.decoder import LayerContext
 from llama_ds.model.llama import Llama
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.rope import RotaryTables
@@ -37,7 +37,7 @@ def build(model: ModelConfig, rank: int = 0, size: int = 1) -> Llama:
     """Return the model as one tensor-parallel rank holds it."""
     tp = SingleRank()
     tp.rank, tp.size = rank, size
-    shared = Shared(model, 7, tp, CausalAttention("reference"), RotaryTables(model, 16))
+    shared = LayerContext(model, 7, tp, CausalAttention("reference"), RotaryTables(model, 16))
     return Llama(shared, NextTokenLoss(tp))
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from llama_ds.checkpoint.formats.layer_files import layer_file
-from llama_ds.checkpoint.manifest import WEIGHT, FileEntry, Piece, Record, checksum, name_of
+from llama_ds.checkpoint.manifest import WEIGHT, FileEntry, Record, StoredPiece, checksum, name_of
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.schema import ModelConfig, RopeScaling, RunConfig
@@ -72,11 +72,11 @@ def write_rank(run: RunConfig, folder: str, rank: int, tp: int, by_layer: bool, 
     return record
 
 
-def pieces(file: str, rank: int, stored: Stored, starts: list[int]) -> list[Piece]:
+def pieces(file: str, rank: int, stored: Stored, starts: list[int]) -> list[StoredPiece]:
     """Return the runs of a tensor that begin at `starts`."""
     ends = [*starts[1:], torch.Size(stored.shape).numel()]
     size, dtype = stored.dtype.itemsize, str(stored.dtype).removeprefix("torch.")
     return [
-        Piece(WEIGHT, rank, start, end - start, file, stored.offset + start * size, dtype)
+        StoredPiece(WEIGHT, rank, start, end - start, file, stored.offset + start * size, dtype)
         for start, end in zip(starts, ends, strict=True)
     ]

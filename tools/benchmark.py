@@ -142,12 +142,12 @@ def data(args: argparse.Namespace) -> Answer:
     check_positive(args, "corpus_mb", "repeats")
     from tqdm import tqdm
 
-    from llama_ds.benchmarks.data.bench import QUICK, Sizes
+    from llama_ds.benchmarks.data.bench import QUICK, DataBenchSizes
     from llama_ds.benchmarks.data.report import table
     from llama_ds.benchmarks.data.run import measure, set_up
     from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_json
 
-    sizes = QUICK if args.quick else Sizes()
+    sizes = QUICK if args.quick else DataBenchSizes()
     if args.corpus_mb is not None:
         sizes = replace(sizes, corpus_mb=args.corpus_mb)
 

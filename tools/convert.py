@@ -104,11 +104,11 @@ class Bars:
 
 def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: int, nbytes: int) -> None:
     """Print what was converted to what."""
-    from llama_ds.checkpoint.formats.views import Rows
+    from llama_ds.checkpoint.formats.views import TableRows
 
     print(f"{destination}: {kind}, {dtype}, {count} file{'s' * (count > 1)}, {nbytes / 1e9:.3f} GB, from {files.path}")
     table = files.tensors[EMBEDDING_KEY]
-    if isinstance(table, Rows) and table.source.shape[0] != table.shape[0]:
+    if isinstance(table, TableRows) and table.source.shape[0] != table.shape[0]:
         change = table.shape[0] - table.source.shape[0]
         what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows left out"
         print(f"vocabulary: {table.source.shape[0]} -> {table.shape[0]} rows, {what}")

@@ -20,7 +20,7 @@ from llama_ds.layout import rank_map
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.nodelist import SYSTEMS, expand, from_scheduler
-from llama_ds.layout.placement import Rank, findings, place
+from llama_ds.layout.placement import PlacedRank, findings, place
 
 EXAMPLES = """examples:
   tools/hostfile.py generate --hosts 'node[001-256]' --slots 8 --out hostfiles/mine
@@ -134,7 +134,7 @@ def _add_parallel(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tp", type=int, help="tensor-parallel size (default: 1)")
 
 
-def _ranks(args: argparse.Namespace) -> list[Rank]:
+def _ranks(args: argparse.Namespace) -> list[PlacedRank]:
     hosts = parse_hostfile(args.file)
     if not args.run:
         pp, tp = (1 if size is None else size for size in (args.pp, args.tp))

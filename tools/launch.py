@@ -28,11 +28,11 @@ from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
 from llama_ds.launch.hostfile import parse_hostfile, select
 from llama_ds.launch.job_files import new_folder
-from llama_ds.launch.meeting import Meeting
-from llama_ds.launch.preflight import Report, Settings, examine
+from llama_ds.launch.preflight import PreflightSettings, Report, examine
+from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.attempt import Watch
-from llama_ds.launch.supervise.progress import Patience
-from llama_ds.launch.supervise.roster import Roster
+from llama_ds.launch.supervise.hang_detector import HangLimits
+from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.supervisor import Bounds, Start, Supervisor, command_of
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place
@@ -106,9 +106,9 @@ def launch(args: argparse.Namespace) -> int:
     supervisor = Supervisor(
         run=wanted,
         start=start,
-        roster=Roster(wanted, hosts, parse_hostfile(args.spares) if args.spares else {}),
+        roster=HostPool(wanted, hosts, parse_hostfile(args.spares) if args.spares else {}),
         watch=Watch(
-            Patience(args.hang_factor, args.hang_min_s, args.start_s), args.silent_s, spikes=args.rewind_steps > 0
+            HangLimits(args.hang_factor, args.hang_min_s, args.start_s), args.silent_s, spikes=args.rewind_steps > 0
         ),
         bounds=Bounds(
             restarts=args.max_restarts if args.supervise else 0,
@@ -172,13 +172,13 @@ def show(args: argparse.Namespace, run: RunConfig, start: Start, hosts: Mapping[
     """Print what would be started. Nothing is asked of any host, so what they would answer has a stand-in."""
     folder = os.path.join(os.path.abspath(run.run_dir), "jobs", "NNNN", "attempt_01")
     job = Job(folder, dict(hosts), start.launcher, ("", 0), start.beat_s, start.orphan_s, start.nic)
-    meeting = Meeting(start.master or next(iter(hosts)), start.master_port or 29500, "")
+    meeting = Rendezvous(start.master or next(iter(hosts)), start.master_port or 29500, "")
     print(runner_command(command_of(job, start, meeting)))
 
 
 def preflight(args: argparse.Namespace, run: RunConfig, hosts: Mapping[str, int]) -> Report:
     """Look at hosts before they are used again."""
-    settings = Settings(output_dir=run.output_dir, measure=False, nic=args.nic, ssh_port=args.ssh_port)
+    settings = PreflightSettings(output_dir=run.output_dir, measure=False, nic=args.nic, ssh_port=args.ssh_port)
     return examine(hosts, settings)
 
 

@@ -17,7 +17,7 @@ from llama_ds.command_line import Answer, add_json, new_parser, run
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
-from llama_ds.launch.preflight import Report, Settings, examine, promote
+from llama_ds.launch.preflight import PreflightSettings, Report, examine, promote
 
 EXAMPLES = """examples:
   tools/preflight.py --hostfile hostfiles/256x8 --run ds_configs/llama_65b.yaml
@@ -58,7 +58,7 @@ def preflight(args: argparse.Namespace) -> Answer:
     if both := hosts.keys() & spares.keys():
         raise UserError(f"{args.spares}: {', '.join(sorted(both))} is in {args.hostfile} too; take it out of one")
     wanted = load_run(args.run, args.overrides) if args.run else None
-    settings = Settings(
+    settings = PreflightSettings(
         output_dir=wanted.output_dir if wanted else "runs",
         cache_dir=wanted.data.cache_dir if wanted else "",
         files=[wanted.data.tokenizer] if wanted else [],

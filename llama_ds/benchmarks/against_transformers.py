@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from llama_ds.benchmarks.layer import Contestant
+from llama_ds.benchmarks.layer import LayerContestant
 from llama_ds.benchmarks.step import Step, Timing, gemm_step, training_step, with_products
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.names import hf_name
@@ -25,8 +25,8 @@ from llama_ds.model.attention import flash_module
 from llama_ds.model.decoder import DecoderLayer
 from llama_ds.model.llama import Llama, shared_parts
 from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.tensor_parallel import SingleRank
-from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel import world
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.engines.optimizer_groups import build_optimizer, decay_groups
@@ -36,7 +36,9 @@ _STEPS_AGREE = {"fp32": 1e-5, "bf16": 2e-2}  # of the losses on the initial weig
 _LAYERS_AGREE = {"fp32": 1e-4, "bf16": 2e-2}  # of the input gradients' norms, relative
 
 
-def layers(run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Contestant], str]:
+def layers(
+    run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, LayerContestant], str]:
     """Return the layers to time, with the same weights, and what attention transformers is given.
 
     Ours keep nothing away from the backward (`none`), or what `policy` says. Theirs multiply as torch comes, on a CPU
@@ -47,7 +49,7 @@ def layers(run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype
     tables = shared.rotary.on(device)
     reference = DecoderLayer(shared, 0).to(device, dtype)
     policies = dict.fromkeys(("none", policy))  # in this order, once each
-    ours = {kept: WrittenOutLayer(shared, 0, kept).to(device, dtype) for kept in policies}
+    ours = {kept: ManualBackwardLayer(shared, 0, kept).to(device, dtype) for kept in policies}
     for written_out in ours.values():
         written_out.load_state_dict(reference.state_dict())
         written_out.lay_weights_together()  # as DeepSpeed's flat buffers do
@@ -65,15 +67,15 @@ def layers(run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype
 
     chosen = torch.get_float32_matmul_precision()
     found = {
-        **{f"llama_ds_{kept}": Contestant(own, own, chosen, tables) for kept, own in ours.items()},
-        "llama_ds_autograd": Contestant(reference, reference, chosen, tables),
-        "transformers": Contestant(theirs, call, as_torch_comes, embeddings),
-        "transformers_checkpointed": Contestant(
+        **{f"llama_ds_{kept}": LayerContestant(own, own, chosen, tables) for kept, own in ours.items()},
+        "llama_ds_autograd": LayerContestant(reference, reference, chosen, tables),
+        "transformers": LayerContestant(theirs, call, as_torch_comes, embeddings),
+        "transformers_checkpointed": LayerContestant(
             theirs, lambda x: checkpoint(call, x, use_reentrant=False), as_torch_comes, embeddings
         ),
     }
     if device.type == "cpu":
-        found["transformers_our_products"] = Contestant(theirs, call, chosen, embeddings)
+        found["transformers_our_products"] = LayerContestant(theirs, call, chosen, embeddings)
     return found, attention
 
 
@@ -143,7 +145,7 @@ def _engine_step(run: RunConfig, batch: np.ndarray) -> Step:
     """Return the step as training takes it: DeepSpeed's engine, from the same initial weights."""
     layout = Layout(micro_batch=len(batch))
     config = deepspeed_config(run, layout, bf16_native=True)
-    world.join(world.Place(0, 1, 0))
+    world.join(world.RankInfo(0, 1, 0))
     engine = build_engine(run, layout, config, torch.device("cpu"))
     batches = itertools.repeat(batch)
     return lambda: engine.read(engine.train_step(batches, LEARNING_RATE))[0]

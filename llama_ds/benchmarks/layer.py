@@ -28,7 +28,7 @@ def shard(model: ModelConfig, tp: int) -> ModelConfig:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class LayerContestant:
     """A layer, how to call it, who multiplies for it (`with_products`), and constant tensors (tables) that it shares
     with others and does not pay for."""
 

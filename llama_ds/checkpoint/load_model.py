@@ -16,7 +16,7 @@ from llama_ds.checkpoint.formats.meta import holds_meta, open_meta
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
 from llama_ds.checkpoint.store import LATEST, newest
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, open_checkpoint
-from llama_ds.config.reader import Place, read
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.build import build_model
@@ -95,7 +95,7 @@ def locate(path: str) -> str:
 
 def run_of(folder: str, description: Description) -> RunConfig:
     """Return the run that wrote the checkpoint `folder`."""
-    return read(RunConfig, description.run, Place(os.path.join(folder, DESCRIPTION)))
+    return read(RunConfig, description.run, ConfigSource(os.path.join(folder, DESCRIPTION)))
 
 
 def load_model(

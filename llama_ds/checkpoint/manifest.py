@@ -25,7 +25,7 @@ import xxhash
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored
 from llama_ds.config.moved_keys import renamed_data
-from llama_ds.config.reader import Place, read
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.optimizer_states import ADAMW, OptimizerStates
@@ -47,7 +47,7 @@ class FileEntry(NamedTuple):
     rank: int  # of the run, that wrote it
 
 
-class Piece(NamedTuple):
+class StoredPiece(NamedTuple):
     """A run of a tensor-parallel part's elements in a file."""
 
     kind: str
@@ -70,7 +70,7 @@ class Record:
 
     rank: int
     files: dict[str, FileEntry] = field(default_factory=dict)
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)  # by `name_of` their weight
+    pieces: dict[str, list[StoredPiece]] = field(default_factory=dict)  # by `name_of` their weight
 
     def as_json(self) -> str:
         """Return it as text."""
@@ -81,7 +81,7 @@ class Record:
         """Return what `as_json` was given."""
         found = json.loads(text)
         files = {name: FileEntry(*entry) for name, entry in found["files"].items()}
-        pieces = {name: [Piece(*piece) for piece in rows] for name, rows in found["pieces"].items()}
+        pieces = {name: [StoredPiece(*piece) for piece in rows] for name, rows in found["pieces"].items()}
         return Record(found["rank"], files, pieces)
 
 
@@ -108,7 +108,7 @@ class Description:
     @cached_property
     def model(self) -> ModelConfig:
         """The shape of the model."""
-        return read(ModelConfig, self.run["model"], Place(DESCRIPTION))
+        return read(ModelConfig, self.run["model"], ConfigSource(DESCRIPTION))
 
     @property
     def states(self) -> OptimizerStates:
@@ -133,7 +133,7 @@ def write_manifest(folder: str, description: Description, records: Iterable[Reco
         ValueError: the records do not hold every element of every weight once.
     """
     files: dict[str, FileEntry] = {}
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[StoredPiece]] = {}
     for record in records:
         files.update(record.files)
         for name, rows in record.pieces.items():
@@ -178,7 +178,7 @@ def describe(folder: str) -> Description:
             f"{path}: checkpoint format {version}, this version reads {FORMAT}; go on with the version that wrote it, "
             "or convert its weights there (tools/convert.py) and start from them"
         )
-    content["run"] = renamed_data(content["run"], Place(path))
+    content["run"] = renamed_data(content["run"], ConfigSource(path))
     content["files"] = {name: FileEntry(*entry) for name, entry in content["files"].items()}
     return Description(**{key: content[key] for key in content if key in {f.name for f in fields(Description)}})
 
@@ -232,7 +232,7 @@ def read_tensors(folder: str, description: Description, kinds: Iterable[str]) ->
             rows = json.load(file)
         found: dict[str, dict[Key, Spread]] = {}
         for key, weight in weights(description.model):
-            pieces = [Piece(*row) for row in rows[name_of(key)]]
+            pieces = [StoredPiece(*row) for row in rows[name_of(key)]]
             for kind in kinds:
                 parts = _parts([p for p in pieces if p.kind == kind])
                 if parts:
@@ -280,20 +280,20 @@ def sync(path: str) -> None:
         os.close(entry)
 
 
-def _stored(folder: str, piece: Piece) -> Stored:
+def _stored(folder: str, piece: StoredPiece) -> Stored:
     return Stored(os.path.join(folder, piece.file), piece.offset, getattr(torch, piece.dtype), (piece.numel,))
 
 
-def _parts(pieces: list[Piece]) -> list[list[Piece]]:
+def _parts(pieces: list[StoredPiece]) -> list[list[StoredPiece]]:
     """Return the pieces of one weight and kind by part, each part in order."""
     count = 1 + max((p.part for p in pieces), default=-1)
-    parts: list[list[Piece]] = [[] for _ in range(count)]
+    parts: list[list[StoredPiece]] = [[] for _ in range(count)]
     for piece in sorted(pieces, key=lambda p: (p.part, p.start)):
         parts[piece.part].append(piece)
     return parts
 
 
-def _check_cover(description: Description, pieces: Mapping[str, list[Piece]]) -> None:
+def _check_cover(description: Description, pieces: Mapping[str, list[StoredPiece]]) -> None:
     """Check that every saved kind covers all elements of all parts of every weight that has it, exactly once."""
     kinds = {p.kind for rows in pieces.values() for p in rows} or {WEIGHT}
     for key, weight in weights(description.model):

@@ -33,8 +33,8 @@ from llama_ds.checkpoint.manifest import (
     TOKENIZER,
     Description,
     FileEntry,
-    Piece,
     Record,
+    StoredPiece,
     name_of,
     sync,
     write_complete,
@@ -147,7 +147,7 @@ def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
         wanted, leaf, file = copied.wanted, copied.leaf, files[copied.file]
         offset = file.places[leaf.data_ptr()] + copied.begin * leaf.element_size()
         dtype = str(leaf.dtype).removeprefix("torch.")
-        piece = Piece(wanted.kind, wanted.part, wanted.start, wanted.tensor.numel(), copied.file, offset, dtype)
+        piece = StoredPiece(wanted.kind, wanted.part, wanted.start, wanted.tensor.numel(), copied.file, offset, dtype)
         record.pieces.setdefault(name_of(wanted.key), []).append(piece)
     sync(partial)
     path = os.path.join(partial, _record_name(rank))

@@ -10,7 +10,7 @@ import copy
 from typing import Any, Protocol
 
 from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO, SECTION_KEYS, USER_KEYS
-from llama_ds.config.reader import Place, check_keys
+from llama_ds.config.reader import ConfigSource, check_keys
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError
@@ -36,7 +36,7 @@ def check_user_keys(run: RunConfig) -> None:
             raise _error(run, f"{key} was removed in DeepSpeed 0.19; take it out")
         if key in OWNED:
             raise _error(run, f"{key} is not the DeepSpeed file's to set: {OWNED[key]} and take it out here")
-    place = Place(run.deepspeed_path)
+    place = ConfigSource(run.deepspeed_path)
     check_keys(run.deepspeed, sorted(USER_KEYS), place)
     for section in ("zero_optimization", "bf16", "fp16", "data_types", "flops_profiler", "compile"):
         if not isinstance(run.deepspeed.get(section, {}), dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llama_ds.config.reader import Place
+from llama_ds.config.reader import ConfigSource
 from llama_ds.log import logger
 
 MOVED_KEYS = {
@@ -18,7 +18,7 @@ RENAMED_VALUES = {("compute.decoder_layer", "written_out"): "manual_backward"}
 Entry = tuple[str, Any]  # dotted key, value
 
 
-def renamed_data(data: Mapping[str, Any], place: Place) -> dict[str, Any]:
+def renamed_data(data: Mapping[str, Any], place: ConfigSource) -> dict[str, Any]:
     """Return a run's plain data under the present names.
 
     Raises:
@@ -37,7 +37,7 @@ def renamed_data(data: Mapping[str, Any], place: Place) -> dict[str, Any]:
     return copied
 
 
-def renamed_overrides(changes: Sequence[Entry], place: Place) -> list[Entry]:
+def renamed_overrides(changes: Sequence[Entry], place: ConfigSource) -> list[Entry]:
     """Return overrides under the present names, in their order.
 
     Raises:
@@ -87,7 +87,7 @@ def _renamed(key: str, value: Any) -> Entry:
     return key, RENAMED_VALUES.get((key, value), value) if isinstance(value, str) else value
 
 
-def _check_same(old: Entry, given: Entry, place: Place) -> None:
+def _check_same(old: Entry, given: Entry, place: ConfigSource) -> None:
     """Refuse an entry under its old name that is not what is `given` under the present one."""
     if _renamed(*old) != given:
         raise place.error(old[0], f"= {old[1]} is now called {given[0]}, which is {given[1]}; keep {given[0]} alone")

@@ -30,7 +30,7 @@ _WANTED = {
 
 
 @dataclass(frozen=True)
-class Place:
+class ConfigSource:
     """Where a value was written: the run file, or the command line for overridden keys."""
 
     path: str
@@ -42,7 +42,7 @@ class Place:
         return UserError(f"{'command line' if there else self.path}: {key} {rule}")
 
 
-def read(kind: type[T], data: object, place: Place, key: str = "") -> T:
+def read(kind: type[T], data: object, place: ConfigSource, key: str = "") -> T:
     """Return `data` as an instance of `kind`, a dataclass or a type its fields may have.
 
     Raises:
@@ -52,7 +52,7 @@ def read(kind: type[T], data: object, place: Place, key: str = "") -> T:
     return _read(kind, data, place, key)
 
 
-def check_keys(data: dict, known: Iterable[str], place: Place, key: str = "") -> None:
+def check_keys(data: dict, known: Iterable[str], place: ConfigSource, key: str = "") -> None:
     """Refuse a key of `data` that is not `known`, with the nearest one that is."""
     names = list(known)
     for name in data:
@@ -69,7 +69,7 @@ def integer(text: str) -> int | None:
     return int(number) if number == number.to_integral_value() else None
 
 
-def _read(kind: Any, data: object, place: Place, key: str) -> Any:
+def _read(kind: Any, data: object, place: ConfigSource, key: str) -> Any:
     if get_origin(kind) in (Union, UnionType):
         if data is None and NoneType in get_args(kind):
             return None
@@ -86,7 +86,7 @@ def _read(kind: Any, data: object, place: Place, key: str) -> Any:
     return value
 
 
-def _read_dataclass(kind: Any, data: object, place: Place, key: str) -> Any:
+def _read_dataclass(kind: Any, data: object, place: ConfigSource, key: str) -> Any:
     if not isinstance(data, dict):
         raise place.error(key, f"= {data!r} is not a section of keys")
     known, hints = fields(kind), get_type_hints(kind)
@@ -102,7 +102,7 @@ def _read_dataclass(kind: Any, data: object, place: Place, key: str) -> Any:
         raise error.placed(place.path, key) from None
 
 
-def _read_tuple(arms: tuple[Any, ...], data: object, place: Place, key: str) -> tuple[Any, ...]:
+def _read_tuple(arms: tuple[Any, ...], data: object, place: ConfigSource, key: str) -> tuple[Any, ...]:
     if not isinstance(data, list):
         raise place.error(key, f"= {data!r} is not a list")
     if arms[-1] is Ellipsis:
@@ -112,7 +112,7 @@ def _read_tuple(arms: tuple[Any, ...], data: object, place: Place, key: str) -> 
     return tuple(_read(arm, item, place, f"{key}.{i}") for i, (arm, item) in enumerate(zip(arms, data, strict=True)))
 
 
-def _read_mapping(kind: Any, data: object, place: Place, key: str) -> dict[str, Any]:
+def _read_mapping(kind: Any, data: object, place: ConfigSource, key: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise place.error(key, f"= {data!r} is not {_WANTED[dict]}")
     return {str(name): _read(kind, item, place, f"{key}.{name}") for name, item in data.items()}

@@ -11,7 +11,7 @@ from typing import Any
 from llama_ds.config.deepspeed_json import check_user_keys
 from llama_ds.config.moved_keys import renamed_data, renamed_overrides, warn_of_old_names
 from llama_ds.config.numbers import divisors
-from llama_ds.config.reader import Place, check_keys, read
+from llama_ds.config.reader import ConfigSource, check_keys, read
 from llama_ds.config.recompute import canonical
 from llama_ds.config.rules import check
 from llama_ds.config.schema import RunConfig
@@ -59,9 +59,9 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """
     data, changes = read_yaml(path), [_split(override) for override in overrides]
     warn_of_old_names(path, data, changes)
-    data = renamed_data(data, Place(path))
-    changes = renamed_overrides(changes, Place("command line"))
-    place = Place(path, frozenset(key for key, _ in changes))
+    data = renamed_data(data, ConfigSource(path))
+    changes = renamed_overrides(changes, ConfigSource("command line"))
+    place = ConfigSource(path, frozenset(key for key, _ in changes))
     written = {**data, **{key.split(".")[0]: value for key, value in changes}}
     check_keys(written, (f.name for f in fields(RunConfig) if f.name not in _NOT_WRITTEN), place)
     if place.overridden & {"training.steps", "training.tokens"} and isinstance(data.get("training"), dict):
@@ -79,7 +79,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_resolved(path: str) -> RunConfig:
     """Return the run whose `resolved` data was saved as YAML or JSON in `path`."""
-    place = Place(path)
+    place = ConfigSource(path)
     run = read(RunConfig, renamed_data(read_yaml(path), place), place)
     check(run)
     return run
@@ -108,7 +108,7 @@ def _split(override: str) -> tuple[str, Any]:
     return key, parse_yaml(text, f"command line: {key}")
 
 
-def _deepspeed(named: object, place: Place) -> tuple[dict[str, Any], str]:
+def _deepspeed(named: object, place: ConfigSource) -> tuple[dict[str, Any], str]:
     """Return the DeepSpeed JSON's content and the file it stands in, from the run file's `deepspeed` key."""
     if isinstance(named, dict):
         return copy.deepcopy(named), place.path
@@ -118,7 +118,7 @@ def _deepspeed(named: object, place: Place) -> tuple[dict[str, Any], str]:
     return read_json(path), path
 
 
-def _set(data: dict[str, Any], dotted: str, value: Any, place: Place) -> None:
+def _set(data: dict[str, Any], dotted: str, value: Any, place: ConfigSource) -> None:
     """Write `value` at the dotted key of plain data. Whether the key may exist is for the reader to say."""
     *parents, last = dotted.split(".")
     node: Any = data
@@ -138,13 +138,13 @@ def _set(data: dict[str, Any], dotted: str, value: Any, place: Place) -> None:
         raise place.error(dotted, f"is inside {'.'.join(parents)} = {node!r}, which has no keys")
 
 
-def _index(node: list, part: str, key: str, place: Place) -> int:
+def _index(node: list, part: str, key: str, place: ConfigSource) -> int:
     if not part.isdecimal() or int(part) >= len(node):
         raise place.error(key, f"counts into a list of {len(node)}; use 0 to {len(node) - 1} or give the whole list")
     return int(part)
 
 
-def _derive(data: dict[str, Any], place: Place) -> None:
+def _derive(data: dict[str, Any], place: ConfigSource) -> None:
     """Write the numbers that a run file may leave out into its plain data.
 
     A section that lacks the numbers they come from is left as it is: the reader then names the missing key.
@@ -179,7 +179,7 @@ def _section(data: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _positive(data: dict[str, Any], dotted: str, place: Place) -> int | None:
+def _positive(data: dict[str, Any], dotted: str, place: ConfigSource) -> int | None:
     """Return the positive integer at `section.key`, None where it is missing."""
     section, key = dotted.split(".")
     if key not in _section(data, section):

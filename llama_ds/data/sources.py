@@ -11,7 +11,7 @@ import numpy as np
 from llama_ds.config.schema import DataConfig, SourceConfig
 from llama_ds.data.source.cache import Cache
 from llama_ds.data.source.manifest import Manifest, check_tokenizer
-from llama_ds.data.source.remote import Patience
+from llama_ds.data.source.remote import RetryPolicy
 from llama_ds.data.source.shards import Source, read_manifest
 from llama_ds.data.source.store import BadFile, open_store
 from llama_ds.data.text.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def open_sources(data: DataConfig, vocab_size: int) -> Sources:
     cache = Cache(data.cache_dir, round(data.cache_gib * 2**30)) if data.cache_dir else None
     train, validation = [], []
     for config in data.sources:
-        store = open_store(config.path, cache, Patience(data.deadline_s))
+        store = open_store(config.path, cache, RetryPolicy(data.deadline_s))
         manifest = read_manifest(store)
         check_tokenizer(manifest, tokenizer)
         _check_shapes(config, manifest, data.seq_len, vocab_size)

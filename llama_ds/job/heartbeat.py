@@ -75,7 +75,7 @@ class Progress:
         return Beat(self.step, self.phase, waits, doing)
 
 
-class Attendance:
+class HeartbeatConnection:
     """This rank's connection to its job's supervisor."""
 
     def __init__(self, job: Job, rank: int, progress: Progress) -> None:
@@ -228,12 +228,12 @@ class Attendance:
                 connection.close()
 
 
-class Presence:
+class Heartbeat:
     """A rank's attendance where it is part of a job, and nothing where it is not."""
 
     def __init__(self) -> None:
         self.progress = Progress()
-        self._attendance: Attendance | None = None
+        self._attendance: HeartbeatConnection | None = None
 
     def begin(self, job: Job, rank: int) -> None:
         """Attend `job`.
@@ -241,7 +241,7 @@ class Presence:
         Raises:
             UserError: its supervisor cannot be reached.
         """
-        self._attendance = Attendance(job, rank, self.progress)
+        self._attendance = HeartbeatConnection(job, rank, self.progress)
 
     def tell(self, **values: Any) -> None:
         """Tell the supervisor something now, if there is one."""

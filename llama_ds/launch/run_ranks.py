@@ -11,7 +11,7 @@ from pathlib import Path
 from llama_ds.child_processes import run_child
 from llama_ds.launch.command import build, runner_environment
 from llama_ds.launch.hostfile import write_hostfile
-from llama_ds.launch.meeting import arrange
+from llama_ds.launch.rendezvous import arrange
 
 
 def run_ranks(

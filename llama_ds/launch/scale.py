@@ -27,13 +27,13 @@ from llama_ds.job.folder import Job
 from llama_ds.job.wire import Beat, Kind, Phase, frame, frames, hello, new_nonce, pack_beat
 from llama_ds.launch.command import build
 from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
-from llama_ds.launch.preflight.examine import Settings
+from llama_ds.launch.preflight.examine import PreflightSettings
 from llama_ds.launch.preflight.stubs import StubHosts
 from llama_ds.launch.supervise import hang
 from llama_ds.launch.supervise.attempt import TICK_S
 from llama_ds.launch.supervise.events import Events
+from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
 from llama_ds.launch.supervise.processes import Host
-from llama_ds.launch.supervise.progress import Pace, Patience
 from llama_ds.launch.supervise.server import Server
 from llama_ds.layout import placement, rank_map
 from llama_ds.layout.axes import Axes
@@ -78,7 +78,7 @@ def fan_out(tool: str, count: int, slots: int, timeout_s: float) -> dict[str, An
     _allow_files(20 * count)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with StubHosts(count, folder, Settings(output_dir=str(folder / "runs"), timeout_s=timeout_s)) as hosts:
+        with StubHosts(count, folder, PreflightSettings(output_dir=str(folder / "runs"), timeout_s=timeout_s)) as hosts:
             write_hostfile(str(folder / "hostfile"), dict.fromkeys(hosts.names, slots))
             argv = [sys.executable, tool, "--hostfile", str(folder / "hostfile"), "--json", "--no-measure"]
             argv += ["--timeout-s", str(timeout_s)]
@@ -153,7 +153,7 @@ def watch(world: int, beat_s: float, seconds: float, folder: str) -> dict[str, A
         while any(member.beat.step == 0 for member in server.members.values()):
             server.hear()
             time.sleep(0.01)
-        pace = Pace(Patience())
+        pace = HangDetector(HangLimits())
         busy, until = _busy(), time.monotonic() + seconds
         first = {rank: member.beat.step for rank, member in server.members.items()}
         while time.monotonic() < until:

@@ -19,7 +19,7 @@ from llama_ds.layout.axes import Axes, Coords
 
 
 @dataclass(frozen=True)
-class Rank:
+class PlacedRank:
     """A rank of the job: its device, a slot of a host, and its coordinates."""
 
     rank: int
@@ -33,14 +33,14 @@ class Rank:
 
 
 @dataclass(frozen=True)
-class Finding:
+class PlacementFinding:
     """What a look at the placement found, in one line."""
 
     severity: Literal["error", "warning", "ok"]
     text: str
 
 
-def place(hosts: Mapping[str, int], axes: Axes, source: str = "hosts") -> list[Rank]:
+def place(hosts: Mapping[str, int], axes: Axes, source: str = "hosts") -> list[PlacedRank]:
     """Return the ranks on the slots of `hosts`, in the order of both.
 
     Args:
@@ -65,53 +65,55 @@ def place(hosts: Mapping[str, int], axes: Axes, source: str = "hosts") -> list[R
         )
     whole = replace(axes, dp=world // ranks)
     slots = [(host, slot) for host, count in hosts.items() for slot in range(count)]
-    return [Rank(n, host, slot, whole.coords(n)) for n, (host, slot) in enumerate(slots)]
+    return [PlacedRank(n, host, slot, whole.coords(n)) for n, (host, slot) in enumerate(slots)]
 
 
-def sizes(ranks: Sequence[Rank]) -> Axes:
+def sizes(ranks: Sequence[PlacedRank]) -> Axes:
     """Return the sizes of the axes, of all the ranks of a job."""
     return Axes(*(at + 1 for at in ranks[-1].coords))
 
 
-def by_host(ranks: Iterable[Rank]) -> dict[str, list[Rank]]:
+def by_host(ranks: Iterable[PlacedRank]) -> dict[str, list[PlacedRank]]:
     """Return the ranks of each host."""
-    found: dict[str, list[Rank]] = defaultdict(list)
+    found: dict[str, list[PlacedRank]] = defaultdict(list)
     for rank in ranks:
         found[rank.host].append(rank)
     return dict(found)
 
 
-def findings(ranks: Sequence[Rank]) -> list[Finding]:
+def findings(ranks: Sequence[PlacedRank]) -> list[PlacementFinding]:
     """Return what is to be said of all the ranks of a job: hosts, tensor, pipeline and data parallelism."""
     slots = {host: len(found) for host, found in by_host(ranks).items()}
     return [_slots(slots, sizes(ranks)), _tensor(ranks, slots), _pipeline(ranks, slots), _data(ranks)]
 
 
-def _slots(slots: Mapping[str, int], axes: Axes) -> Finding:
+def _slots(slots: Mapping[str, int], axes: Axes) -> PlacementFinding:
     job = f"{_count(sum(slots.values()), 'rank')} = {axes.words(' * ')}"
     counts = Counter(slots.values())
     if len(counts) == 1:
-        return Finding("ok", f"hosts: {_count(len(slots), 'host')} of {_count(next(iter(counts)), 'slot')}, {job}")
+        return PlacementFinding(
+            "ok", f"hosts: {_count(len(slots), 'host')} of {_count(next(iter(counts)), 'slot')}, {job}"
+        )
     kinds = []
     for size, hosts in sorted(counts.items(), reverse=True):
         names = _some([host for host, count in slots.items() if count == size])
         kinds.append(f"{_count(hosts, 'host')} of {_count(size, 'slot')} ({names})")
-    return Finding(
+    return PlacementFinding(
         "warning", f"hosts: slots differ: {', '.join(kinds)}; {job}; use as many of every host, or leave hosts out"
     )
 
 
-def _tensor(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
+def _tensor(ranks: Sequence[PlacedRank], slots: Mapping[str, int]) -> PlacementFinding:
     axes = sizes(ranks)
     tp = axes.tp
     if tp == 1:
-        return Finding("ok", "tp: 1, nothing to exchange within a layer")
+        return PlacementFinding("ok", "tp: 1, nothing to exchange within a layer")
     groups = [[ranks[rank] for rank in group] for group in axes.groups("tp")]
     spanning = [group for group in groups if group[0].host != group[-1].host]
     if not spanning:
-        return Finding("ok", f"tp: {_whole(len(groups))} of {tp} ranks within a host")
+        return PlacementFinding("ok", f"tp: {_whole(len(groups))} of {tp} ranks within a host")
     first = spanning[0]
-    return Finding(
+    return PlacementFinding(
         "error",
         f"tp: {len(spanning)} of {len(groups)} groups of {tp} ranks span hosts, first ranks "
         f"{first[0].rank}-{first[-1].rank} on {_some(_distinct(r.host for r in first))}; use a tp that divides "
@@ -119,10 +121,10 @@ def _tensor(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
     )
 
 
-def _pipeline(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
+def _pipeline(ranks: Sequence[PlacedRank], slots: Mapping[str, int]) -> PlacementFinding:
     axes = sizes(ranks)
     if axes.pp == 1:
-        return Finding("ok", "pp: 1, no stage sends to another")
+        return PlacementFinding("ok", "pp: 1, no stage sends to another")
     stage = axes.stride("pp")
     links = list(zip(ranks, ranks[stage:], strict=False))
     after, before = defaultdict(set), defaultdict(set)  # hosts that hold neighbours of a host's ranks
@@ -138,7 +140,7 @@ def _pipeline(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
     scattered = {host: others for host, others in far.items() if len(others) > 1}
     if not scattered:
         way = "" if within == len(links) else ", those of a host to one next and from one previous host"
-        return Finding("ok", text + way)
+        return PlacementFinding("ok", text + way)
     host = next(iter(scattered))
     way = "to" if len(after[host]) > 1 else "from"
     others = _some([other for other in slots if other in scattered[host]])
@@ -147,26 +149,26 @@ def _pipeline(ranks: Sequence[Rank], slots: Mapping[str, int]) -> Finding:
         if len(set(slots.values())) == 1
         else "the hosts' slots differ; use as many of every host, or have each stage begin with a host of its own"
     )
-    return Finding(
+    return PlacementFinding(
         "warning", f"{text}, those of {_count(len(scattered), 'host')} scattered, first {host}'s {way} {others}; {fix}"
     )
 
 
-def _data(ranks: Sequence[Rank]) -> Finding:
+def _data(ranks: Sequence[PlacedRank]) -> PlacementFinding:
     dp = sizes(ranks).dp
     if dp == 1:
-        return Finding("ok", "dp: 1, no gradients to reduce between ranks")
+        return PlacementFinding("ok", "dp: 1, no gradients to reduce between ranks")
     groups: dict[Coords, Counter[str]] = defaultdict(Counter)
     for rank in ranks:
         groups[rank.coords._replace(dp=0)][rank.host] += 1
     spanning = [group for group in groups.values() if len(group) > 1]
     whole = _whole(len(groups))
     if not spanning:
-        return Finding("ok", f"dp: {whole} of {dp} ranks within a host, gradients reduced there")
+        return PlacementFinding("ok", f"dp: {whole} of {dp} ranks within a host, gradients reduced there")
     hosts = _from_to({len(group) for group in groups.values()})
     each = _from_to({count for group in groups.values() for count in group.values()})
     shared = max(Counter(host for group in spanning for host in group).values())
-    return Finding(
+    return PlacementFinding(
         "ok",
         f"dp: {whole} of {dp} ranks over {hosts} hosts, {each} on a host; "
         f"{_count(shared, 'group')} at most {'reduce' if shared > 1 else 'reduces'} gradients through a host's network",

@@ -10,10 +10,10 @@ from xml.sax.saxutils import escape, quoteattr
 
 from llama_ds.layout.axes import Axes, Coords
 from llama_ds.layout.nodelist import compress
-from llama_ds.layout.placement import Rank, by_host, sizes
+from llama_ds.layout.placement import PlacedRank, by_host, sizes
 
 
-def table(ranks: Sequence[Rank], every_host: bool = False) -> str:
+def table(ranks: Sequence[PlacedRank], every_host: bool = False) -> str:
     """Return the ranks of a job as a table, neighbouring hosts with the same pattern in one line.
 
     The ranks of a host that are of several stages with different places in them have a line for each stage.
@@ -37,7 +37,7 @@ def table(ranks: Sequence[Rank], every_host: bool = False) -> str:
     )
 
 
-def svg(ranks: Sequence[Rank], title: str) -> str:
+def svg(ranks: Sequence[PlacedRank], title: str) -> str:
     """Return the ranks of a job as an SVG: a box for each host, slots in their stage's colour, tp groups outlined."""
     axes = sizes(ranks)
     hosts = by_host(ranks)
@@ -58,9 +58,9 @@ def svg(ranks: Sequence[Rank], title: str) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _runs(hosts: Iterable[list[Rank]]) -> list[list[list[Rank]]]:
+def _runs(hosts: Iterable[list[PlacedRank]]) -> list[list[list[PlacedRank]]]:
     """Join neighbouring hosts whose ranks have the same coordinates, but for the replica of their first rank."""
-    runs: list[list[list[Rank]]] = []
+    runs: list[list[list[PlacedRank]]] = []
     last: list[Coords] = []
     for host in hosts:
         shape = [r.coords._replace(dp=r.coords.dp - host[0].coords.dp) for r in host]
@@ -72,9 +72,9 @@ def _runs(hosts: Iterable[list[Rank]]) -> list[list[list[Rank]]]:
     return runs
 
 
-def _parts(run: Sequence[list[Rank]]) -> list[list[Rank]]:
+def _parts(run: Sequence[list[PlacedRank]]) -> list[list[PlacedRank]]:
     """Return the ranks of a run of hosts, by stages where these do not have the same coordinates along other axes."""
-    stages: dict[int, list[Rank]] = {}
+    stages: dict[int, list[PlacedRank]] = {}
     for host in run:
         for rank in host:
             stages.setdefault(rank.coords.pp, []).append(rank)
@@ -82,14 +82,14 @@ def _parts(run: Sequence[list[Rank]]) -> list[list[Rank]]:
     return [[rank for stage in stages.values() for rank in stage]] if len(places) == 1 else list(stages.values())
 
 
-def _along(axis: str, part: Sequence[Rank], run: Sequence[list[Rank]]) -> str:
+def _along(axis: str, part: Sequence[PlacedRank], run: Sequence[list[PlacedRank]]) -> str:
     """Return the coordinates along an axis; of dp also how many replicas each host of the run has a part of."""
     each = len({rank.coords.dp for rank in run[0]})
     more = f" ({each} a host)" if axis == "dp" and len(run) > 1 else ""
     return spans(getattr(r.coords, axis) for r in part) + more
 
 
-def _tp_group(rank: Rank) -> Coords:
+def _tp_group(rank: PlacedRank) -> Coords:
     """Return what the ranks of a tensor-parallel group have in common."""
     return rank.coords._replace(tp=0)
 
@@ -140,7 +140,7 @@ class _Grid:
         return _GAP + column * (self.box[0] + _GAP), row * (self.box[1] + _GAP)
 
 
-def _grid(hosts: dict[str, list[Rank]], label: int) -> _Grid:
+def _grid(hosts: dict[str, list[PlacedRank]], label: int) -> _Grid:
     """Arrange the hosts in a picture somewhat wider than high, a power of two in a row, as their number mostly is."""
     slot = max(_SLOT, label)
     slots = max(*map(len, hosts.values()), *(-(-len(name) * 7 // slot) for name in hosts))
@@ -150,7 +150,7 @@ def _grid(hosts: dict[str, list[Rank]], label: int) -> _Grid:
     return _Grid(slot, slots, columns, -(-len(hosts) // columns))
 
 
-def _place(rank: Rank) -> str:
+def _place(rank: PlacedRank) -> str:
     return ".".join(map(str, rank.coords.named.values()))
 
 
@@ -197,7 +197,7 @@ def _colours(pp: int) -> list[str]:
     return colours
 
 
-def _host(name: str, found: Sequence[Rank], x: int, y: int, grid: _Grid, colours: Sequence[str]) -> list[str]:
+def _host(name: str, found: Sequence[PlacedRank], x: int, y: int, grid: _Grid, colours: Sequence[str]) -> list[str]:
     """Draw a host's box and slots, as a group whose origin is the corner of the first slot."""
     width, height = grid.box
     parts = [
@@ -218,7 +218,7 @@ def _host(name: str, found: Sequence[Rank], x: int, y: int, grid: _Grid, colours
     return parts
 
 
-def _outlines(found: Sequence[Rank], spanning: set[Coords], slot: int) -> list[str]:
+def _outlines(found: Sequence[PlacedRank], spanning: set[Coords], slot: int) -> list[str]:
     """Draw a frame around each tp group's slots on a host."""
     groups: dict[Coords, list[int]] = {}
     for rank in found:

@@ -9,7 +9,7 @@ from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.model.attention import CausalAttention, choose_backend
 from llama_ds.model.cpu_products import choose_products
-from llama_ds.model.decoder import Shared
+from llama_ds.model.decoder import LayerContext
 from llama_ds.model.llama import Llama
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.rope import RotaryTables
@@ -55,7 +55,7 @@ def build_model(
     device = _checked_device(device)
     if device.type == "cpu":
         choose_products()
-    shared = Shared(
+    shared = LayerContext(
         model=shape,
         seed=seed or 0,
         tp=SingleRank(),

@@ -26,7 +26,7 @@ Hidden = Tensor | tuple[Tensor, Tensor]  # (B, S, D), with document_start (B, T)
 
 
 @dataclass(frozen=True)
-class Shared:
+class LayerContext:
     """What the layers of one stage share: configuration, communicator, kernels and tables."""
 
     model: ModelConfig
@@ -68,7 +68,7 @@ class Shared:
 class Attention(nn.Module):
     """x -> W_o attention(rope(W_q x), rope(W_k x), W_v x) with this rank's heads."""
 
-    def __init__(self, shared: Shared, layer: int) -> None:
+    def __init__(self, shared: LayerContext, layer: int) -> None:
         super().__init__()
         self.shared = shared
         self.head_dim = shared.model.head_dim
@@ -97,7 +97,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """x -> W_down (silu(W_gate x) * W_up x) with this rank's part of the F intermediate features (Shazeer 2020)."""
 
-    def __init__(self, shared: Shared, layer: int) -> None:
+    def __init__(self, shared: LayerContext, layer: int) -> None:
         super().__init__()
         self.gate_proj = shared.linear("mlp.gate_proj", layer)
         self.up_proj = shared.linear("mlp.up_proj", layer)
@@ -111,7 +111,7 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     """h = x + attention(norm(x)); y = h + swiglu(norm(h))."""
 
-    def __init__(self, shared: Shared, layer: int) -> None:
+    def __init__(self, shared: LayerContext, layer: int) -> None:
         super().__init__()
         self.shared = shared
         self.tp = shared.tp

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ds.layout.weights import EMBEDDING
-from llama_ds.model.decoder import Hidden, Shared
+from llama_ds.model.decoder import Hidden, LayerContext
 from llama_ds.model.linear import describe
 
 EMBEDDING_LAYER = -1  # in the seeds of initial weights, where decoder layers are 0 .. L - 1
@@ -33,7 +33,7 @@ def document_starts(ids: Tensor, bos: int = BOS) -> Tensor:
 class VocabParallelEmbedding(nn.Module):
     """Look up this rank's V / tp tokens; other tokens contribute zero to the sum over ranks."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: LayerContext) -> None:
         super().__init__()
         model, tp = shared.model, shared.tp
         self.tp = tp
@@ -63,7 +63,7 @@ class VocabParallelEmbedding(nn.Module):
 class FinalNorm(nn.Module):
     """The norm before the head; drops what the head does not need."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: LayerContext) -> None:
         super().__init__()
         self.norm = shared.norm("norm")
 
@@ -78,7 +78,7 @@ Then = Callable[[Tensor, Tensor], Tensor]
 class Head(nn.Module):
     """The output matrix W (V / tp, D); the logits x W^T are the loss's business, which never makes them whole."""
 
-    def __init__(self, shared: Shared) -> None:
+    def __init__(self, shared: LayerContext) -> None:
         super().__init__()
         self.lm_head = shared.linear("lm_head", HEAD_LAYER)
 

@@ -19,15 +19,15 @@ from llama_ds.errors import UserError
 from llama_ds.layout.flops import parameter_count
 from llama_ds.model.attention import CausalAttention, choose_backend
 from llama_ds.model.cpu_products import choose_products
-from llama_ds.model.decoder import DecoderLayer, Shared
+from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
 from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import TensorParallel
-from llama_ds.model.written_out import WrittenOutLayer
 
 
-def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> Shared:
+def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> LayerContext:
     """Choose the attention backend, and on a CPU who multiplies, and build what the layers of a stage share.
 
     `device_type` is torch's: "cpu" or "cuda". `dtype` is what the layers compute in.
@@ -36,7 +36,7 @@ def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: to
     if device_type == "cpu":
         choose_products()
     backend = choose_backend(run.compute.attention_backend, device_type, dtype, model.head_dim)
-    return Shared(
+    return LayerContext(
         model=model,
         seed=run.seed,
         tp=tp,
@@ -55,7 +55,7 @@ class Llama(nn.Module):
 
     def __init__(
         self,
-        shared: Shared,
+        shared: LayerContext,
         loss: NextTokenLoss,
         policies: Sequence[str] | None = None,
         checkpointed: bool = False,
@@ -73,7 +73,7 @@ class Llama(nn.Module):
         self.layers = nn.ModuleList()
         self.layers.append(VocabParallelEmbedding(shared))
         for i in range(model.num_hidden_layers):
-            self.layers.append(WrittenOutLayer(shared, i, policies[i]) if policies else DecoderLayer(shared, i))
+            self.layers.append(ManualBackwardLayer(shared, i, policies[i]) if policies else DecoderLayer(shared, i))
         self.layers.append(FinalNorm(shared))
         if not model.tie_word_embeddings:
             self.layers.append(Head(shared))

@@ -14,9 +14,9 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.partition import stage_boundaries
 from llama_ds.layout.weights import EMBEDDING, TIED_TABLE
-from llama_ds.model.decoder import DecoderLayer, Shared
+from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
-from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.parallel.grid import topology
 from llama_ds.schedules.instructions import Placement
 
@@ -32,7 +32,7 @@ class LlamaPipeline(PipelineModule):
         run: RunConfig,
         layout: Layout,
         place: Placement,
-        shared: Shared,
+        shared: LayerContext,
         loss: nn.Module,
         policies: Sequence[str] | None,
     ) -> None:
@@ -93,11 +93,11 @@ class LlamaPipeline(PipelineModule):
         self.activate(0)
 
 
-def layer_specs(shared: Shared, policies: Sequence[str] | None, bounds: Sequence[int]) -> list[LayerSpec]:
+def layer_specs(shared: LayerContext, policies: Sequence[str] | None, bounds: Sequence[int]) -> list[LayerSpec]:
     """Return the layers in order; their indices name the parameters in checkpoints."""
     model = shared.model
     decoders = [
-        LayerSpec(WrittenOutLayer, shared, i, policies[i], first=1 + i in bounds[1:])
+        LayerSpec(ManualBackwardLayer, shared, i, policies[i], first=1 + i in bounds[1:])
         if policies
         else LayerSpec(DecoderLayer, shared, i)
         for i in range(model.num_hidden_layers)

@@ -16,11 +16,11 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from llama_ds.model.decoder import Shared
-from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.model.decoder import LayerContext
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
-from llama_ds.parallel.point_to_point import Mail, Work, wait
+from llama_ds.parallel.point_to_point import PipelineComm, Work, wait
 from llama_ds.parallel.trace import Trace
 from llama_ds.schedules import forward_only
 from llama_ds.schedules.communication import message_of, produced
@@ -38,7 +38,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self,
         module: LlamaPipeline,
         schedule: Schedule,
-        shared: Shared,
+        shared: LayerContext,
         rows: tuple[int, int],
         dtype: torch.dtype,
         optimizer: torch.optim.Optimizer,
@@ -60,7 +60,7 @@ class LlamaPipelineEngine(PipelineEngine):
         place = schedule.place
         self._first, self._last = place.home(0), place.home(place.stages - 1)
         self._instructions = schedule.instructions(self.stage_id)
-        self._mail = Mail(self.grid.pipe_groups, place, self.device)
+        self._mail = PipelineComm(self.grid.pipe_groups, place, self.device)
         self._posted: dict[tuple[str, int, int], Work] = {}  # kind, chunk, micro-batch
         self._handed: dict[tuple[str, int, int], list[Tensor]] = {}  # from one chunk of this rank to another
         self._live: dict[Key, tuple[Tensor | None, GradientEdge]] = {}  # input and output of a forward
@@ -68,7 +68,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._batches: Batches = iter(())
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
         self._loss = torch.zeros((), device=self.device)
-        self._written_out = [[x for x in chunk if isinstance(x, WrittenOutLayer)] for chunk in module.chunks]
+        self._written_out = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
         self._prepare_layers(module)
 
     def _prepare_layers(self, module: LlamaPipeline) -> None:

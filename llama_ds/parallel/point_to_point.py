@@ -22,7 +22,7 @@ Work = tuple[list[Any], Sequence[Tensor]]
 UNFINISHED = 1  # sends of a channel that may be under way when the next is issued
 
 
-class Mail:
+class PipelineComm:
     """One rank's messages to and from the other ranks of its pipeline."""
 
     def __init__(self, columns: Sequence[Sequence[int]], place: Placement, device: torch.device) -> None:

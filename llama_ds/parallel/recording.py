@@ -33,7 +33,7 @@ class Recording:
         run: RunConfig,
         layout: Layout,
         trace: Trace,
-        place: world.Place,
+        place: world.RankInfo,
         host: str,
         dtype: str,
         device: torch.device,

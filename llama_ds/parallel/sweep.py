@@ -26,7 +26,7 @@ SEND = "send"
 
 
 @dataclass(frozen=True)
-class Found:
+class SweepResult:
     """Seconds of one operation at each size, in bytes of the whole tensor."""
 
     operation: str
@@ -56,7 +56,7 @@ def members(rank: int, slots: int, kind: Kind) -> list[int]:
 
 def sweep(
     operations: Sequence[str], slots: int, sizes: Sequence[int], seconds: float, device: torch.device, say: Say
-) -> list[Found]:
+) -> list[SweepResult]:
     """Time `operations` in every kind of group, spending `seconds` or so on each size. Collective."""
     found = []
     rank, nodes = dist.get_rank(), dist.get_world_size() // slots
@@ -75,7 +75,7 @@ def sweep(
                 times.append(_time(call, seconds, device))
             if operation == SEND:
                 times = [there_and_back / 2 for there_and_back in times]
-            found.append(Found(operation, *kind, list(sizes), times))
+            found.append(SweepResult(operation, *kind, list(sizes), times))
         dist.destroy_process_group(group)
     return found
 

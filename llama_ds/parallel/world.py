@@ -39,7 +39,7 @@ REPORT_TIMEOUT = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Where this process stands: its rank, the number of ranks and its index on this host."""
 
     rank: int
@@ -47,7 +47,7 @@ class Place:
     local_rank: int
 
 
-def find_place() -> Place:
+def find_place() -> RankInfo:
     """Read this process's place from the launcher's environment; alone when no launcher set one.
 
     Raises:
@@ -55,21 +55,21 @@ def find_place() -> Place:
     """
     found = {name: _first_set(names) for name, names in LAUNCHER_VARIABLES.items()}
     if found["RANK"] is None and found["WORLD_SIZE"] is None:
-        return Place(0, 1, 0)
+        return RankInfo(0, 1, 0)
     missing = [name for name, value in found.items() if value is None]
     if missing:
         raise UserError(
             f"environment: {' and '.join(missing)} not set but other launcher variables are; "
             "start with deepspeed, torchrun or mpirun, or set RANK, WORLD_SIZE and LOCAL_RANK together"
         )
-    return Place(*(int(found[name] or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    return RankInfo(*(int(found[name] or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
 def _first_set(names: tuple[str, ...]) -> str | None:
     return next((os.environ[name] for name in names if name in os.environ), None)
 
 
-def join(place: Place, nic: str = "") -> None:
+def join(place: RankInfo, nic: str = "") -> None:
     """Join the run's process group: NCCL on CUDA, gloo elsewhere, over `nic` or else the interface towards rank 0.
 
     DeepSpeed adopts the group. It is made here, without a device id, because DeepSpeed's own call makes NCCL build
@@ -86,7 +86,7 @@ def join(place: Place, nic: str = "") -> None:
     dist.init_process_group("nccl" if on_cuda() else "gloo", timeout=TIMEOUT)
 
 
-def _find_master(place: Place) -> None:
+def _find_master(place: RankInfo) -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = "127.0.0.1" if _on_one_host() else _first_mpi_host()
     if "MASTER_PORT" not in os.environ and place.world == 1:
@@ -118,7 +118,7 @@ def _first_mpi_host() -> str:
     return address
 
 
-def check_mpi(place: Place) -> None:
+def check_mpi(place: RankInfo) -> None:
     """Check that MPI itself knows of as many ranks as its launcher said, and of this one as the same.
 
     Raises:

@@ -45,7 +45,7 @@ READ_ELEMENTS = 16 << 20  # read at a time where they go on to a device: 64 MiB
 class Checkpoints:
     """The checkpoints of one run, as one rank sees them."""
 
-    def __init__(self, run: RunConfig, layout: Layout, dtype: str, place: world.Place) -> None:
+    def __init__(self, run: RunConfig, layout: Layout, dtype: str, place: world.RankInfo) -> None:
         """Agree with the other ranks on the attempt's identity. Collective."""
         self.run, self.layout, self.dtype, self.place = run, layout, dtype, place
         self.folder = os.path.join(run.run_dir, "checkpoints")

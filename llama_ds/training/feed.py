@@ -48,7 +48,7 @@ class Feed:
         data: Dataset,
         steps: range,
         engine: Engine,
-        place: world.Place,
+        place: world.RankInfo,
         device: torch.device,
     ) -> None:
         """Agree with the other ranks on the first steps, and begin to read. Collective.

@@ -23,7 +23,7 @@ from llama_ds.training.setup import load_state, log_start, open_train_data, vali
 from llama_ds.training.stragglers import Stragglers
 
 
-def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.Place, progress: Progress) -> None:
+def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.RankInfo, progress: Progress) -> None:
     """Train `run` from its newest checkpoint, or from its seed, to its last step. Collective.
 
     `config` is the merged DeepSpeed configuration; `progress` is told where this rank is.

@@ -35,7 +35,7 @@ def with_least_memory(run: RunConfig, device: torch.device) -> RunConfig:
     return with_device_memory(run, least)
 
 
-def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, place: world.Place) -> Dataset:
+def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, place: world.RankInfo) -> Dataset:
     """Open the data at the chosen checkpoint of the folder `checkpoints`, or at the start."""
     if chosen:
         folder = os.path.join(checkpoints, chosen[0])

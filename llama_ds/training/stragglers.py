@@ -39,7 +39,7 @@ class Stragglers:
         self,
         run: RunConfig,
         layout: Layout,
-        place: world.Place,
+        place: world.RankInfo,
         host: str,
         trace: Trace,
         device: torch.device,

@@ -23,8 +23,8 @@ from llama_ds.checkpoint.manifest import (
     FORMAT,
     INDEX,
     WEIGHT,
-    Piece,
     Record,
+    StoredPiece,
     check_present,
     checksum,
     describe,
@@ -249,7 +249,7 @@ def records(place: Path) -> list[Record]:
     for name in DATA:
         found[files[name].rank].files[name] = files[name]
     for weight, pieces in rows.items():
-        for piece in (Piece(*row) for row in pieces):
+        for piece in (StoredPiece(*row) for row in pieces):
             found[files[piece.file].rank].pieces.setdefault(weight, []).append(piece)
     return found
 

@@ -13,7 +13,7 @@ import xxhash
 from commit_contents import KINDS, MOMENTS, SMALL, THREE, LiveRank
 from torch import Tensor, nn
 
-from llama_ds.checkpoint.manifest import WEIGHT, Piece, Record
+from llama_ds.checkpoint.manifest import WEIGHT, Record, StoredPiece
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.stored import Stored
 from llama_ds.checkpoint.writing import write_rank
@@ -29,7 +29,7 @@ def written(folder: Path, files: Sequence[tuple[str, Any]], wanted: Sequence[Loc
     return Record.from_json((folder / "rank_00000.json").read_text())
 
 
-def read(folder: Path, piece: Piece) -> Tensor:
+def read(folder: Path, piece: StoredPiece) -> Tensor:
     """Read a tensor where a record says it is."""
     out = torch.empty(piece.numel, dtype=getattr(torch, piece.dtype))
     Stored(str(folder / piece.file), piece.offset, out.dtype, (piece.numel,)).read(out)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from llama_ds.checkpoint import spread
 from llama_ds.checkpoint.formats import views
-from llama_ds.checkpoint.formats.views import Columns, Rows, TurnedHeads
+from llama_ds.checkpoint.formats.views import Columns, RotaryReordered, TableRows
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import safetensors_tensors
 
@@ -50,13 +50,13 @@ def test_parts_are_cut_as_torch_does(
     wanted, view, dim = whole, source, source.dim
     if kind == "rows":
         rows = data.draw(st.sampled_from([4, 24, 40]))
-        wanted, view, dim = torch.zeros(rows, COLUMNS), Rows(source, rows), 0
+        wanted, view, dim = torch.zeros(rows, COLUMNS), TableRows(source, rows), 0
         wanted[: min(rows, ROWS)] = whole[:rows]
     elif kind == "columns":
         wanted, view, dim = whole, Columns(source), 1
     elif kind == "turned":
-        wanted, view, dim = turned(whole), TurnedHeads(Rows(source, ROWS), HEAD, to_halves=False), 0
-        assert torch.equal(TurnedHeads(view, HEAD, to_halves=True).whole(), whole)
+        wanted, view, dim = turned(whole), RotaryReordered(TableRows(source, ROWS), HEAD, to_halves=False), 0
+        assert torch.equal(RotaryReordered(view, HEAD, to_halves=True).whole(), whole)
     size = data.draw(st.sampled_from([1, 2, 4] if dim == 1 or kind == "rows" else [1, 2, 3, 6]))
     rank = data.draw(st.integers(0, size - 1))
     part = wanted.chunk(size, dim)[rank].reshape(-1)

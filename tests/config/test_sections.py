@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from llama_ds.config.reader import Place, read
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import (
     CheckpointConfig,
     ComputeConfig,
@@ -75,5 +75,5 @@ def test_errors_name_keys_as_they_stand_in_the_file() -> None:
     shape = {**vars(MODEL), "head_dim": 7}
     for key, name in (("", "head_dim"), ("model", "model.head_dim"), ("base.model", "base.model.head_dim")):
         with pytest.raises(UserError, match=rf"^config.json: {name} = 7 is odd; rotary embeddings turn pairs") as error:
-            read(ModelConfig, shape, Place("config.json"), key)
+            read(ModelConfig, shape, ConfigSource("config.json"), key)
         assert type(error.value) is UserError

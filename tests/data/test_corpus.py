@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llama_ds.data.building.parts import plan_parts
 from llama_ds.data.text.corpus import cut_at_lines, documents
 from llama_ds.data.text.gather import gather_local_corpus
-from llama_ds.data.text.piece_reader import Piece, PieceReader
+from llama_ds.data.text.piece_reader import PieceReader, TextPiece
 from llama_ds.errors import UserError
 
 
@@ -65,7 +65,7 @@ def test_a_line_belongs_to_the_range_of_bytes_in_which_it_starts(
         path.write_bytes(data)
         found, before = [], 0
         for start, stop in pairwise([0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]):
-            reader = PieceReader(Piece(str(path), start, stop))
+            reader = PieceReader(TextPiece(str(path), start, stop))
             for line, text in reader:
                 assert reader.place(line) == f"{path}:{before + line}"
                 found.append((before + line, text))

@@ -15,7 +15,7 @@ from llama_ds.model import written_out
 
 def break_layers(method: str, call: int) -> None:
     """Have the `call`-th call of a function of the written-out layer raise."""
-    owner: Any = written_out.WrittenOutLayer if method == "weight_grads" else written_out
+    owner: Any = written_out.ManualBackwardLayer if method == "weight_grads" else written_out
     whole, calls = getattr(owner, method), iter(range(10**9))
 
     def broken(*args: Any, **kwargs: Any) -> Any:

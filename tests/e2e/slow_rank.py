@@ -11,14 +11,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llama_ds import train
-from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.parallel import point_to_point
 from llama_ds.training.feed import Feed
 
 PLACES: dict[str, tuple[Any, str]] = {
-    "forward": (WrittenOutLayer, "forward"),
+    "forward": (ManualBackwardLayer, "forward"),
     "data": (Feed, "__next__"),
-    "messages": (point_to_point.Mail, "post"),
+    "messages": (point_to_point.PipelineComm, "post"),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama_ds.launch import remote
-from llama_ds.launch.preflight import Settings
+from llama_ds.launch.preflight import PreflightSettings
 from llama_ds.launch.preflight.examine import question
 from llama_ds.launch.preflight.stubs import StubHosts
 from llama_ds.launch.scale import fan_out
@@ -36,7 +36,7 @@ def test_only_the_host_that_hangs_and_the_one_with_garbage_are_named() -> None:
 def test_hosts_that_hang_keep_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More hosts hang than are waited for at once: the others are asked before these have had their time."""
     monkeypatch.setattr(remote, "AT_ONCE", 2)
-    settings = Settings(output_dir=str(tmp_path))
+    settings = PreflightSettings(output_dir=str(tmp_path))
     with StubHosts(6, tmp_path, settings) as hosts:
         hanging, well = hosts.names[:4], hosts.names[4:]
         hosts.spoil(hangs=" ".join(hanging))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llama_ds.launch.hostfile import parse_hostfile
-from llama_ds.launch.preflight import Report, Settings, examine, promote
+from llama_ds.launch.preflight import PreflightSettings, Report, examine, promote
 from tests.hosts import Hosts, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -27,16 +27,16 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 
 @pytest.fixture
-def settings(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings(hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreflightSettings:
     for name, value in hosts.environment.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "runs").mkdir()
     needed = tmp_path / "tokenizer.model"
     needed.write_text("a tokenizer")
-    return Settings(output_dir=str(tmp_path / "runs"), files=[str(needed)], min_free_gib=0.5, timeout_s=10)
+    return PreflightSettings(output_dir=str(tmp_path / "runs"), files=[str(needed)], min_free_gib=0.5, timeout_s=10)
 
 
-def look(hosts: Hosts, settings: Settings) -> Report:
+def look(hosts: Hosts, settings: PreflightSettings) -> Report:
     return examine(dict.fromkeys(hosts.names, 1), settings)
 
 
@@ -49,7 +49,7 @@ def assert_only_bad(report: Report, check: str, text: str) -> None:
     assert list(chosen or {}) == ["node1", SPARE, "node3"]
 
 
-def test_good_hosts_are_good_and_measured(hosts: Hosts, settings: Settings) -> None:
+def test_good_hosts_are_good_and_measured(hosts: Hosts, settings: PreflightSettings) -> None:
     said: list[str] = []
     report = examine(dict.fromkeys(hosts.names, 1), replace(settings, measure=True, burn_s=0.3), said.append)
     assert report.good == hosts.names, report.findings
@@ -76,7 +76,7 @@ def test_good_hosts_are_good_and_measured(hosts: Hosts, settings: Settings) -> N
     ids=["full disk", "not shared", "read-only", "no Python", "packages", "code", "garbage", "hangs", "file"],
 )
 def test_what_is_wrong_with_a_host_is_named(
-    before: str, check: str, text: str, hosts: Hosts, settings: Settings, tmp_path: Path
+    before: str, check: str, text: str, hosts: Hosts, settings: PreflightSettings, tmp_path: Path
 ) -> None:
     programs = {
         "garbage": "#!/bin/sh\nhead -c 5000000 /dev/urandom\n",
@@ -105,7 +105,7 @@ def test_what_is_wrong_with_a_host_is_named(
     assert seconds < 3 * settings.timeout_s  # a host that hangs costs its own time-out, once
 
 
-def test_refused_wrong_key_and_cut_off(hosts: Hosts, settings: Settings) -> None:
+def test_refused_wrong_key_and_cut_off(hosts: Hosts, settings: PreflightSettings) -> None:
     hosts.unplug(BAD)
     assert_only_bad(look(hosts, settings), "answer", "Connection timed out")
     hosts.power_off(BAD)
@@ -121,7 +121,7 @@ def test_refused_wrong_key_and_cut_off(hosts: Hosts, settings: Settings) -> None
         hosts.restart(BAD)
 
 
-def test_a_slow_link_is_found_by_its_pairings(hosts: Hosts, settings: Settings) -> None:
+def test_a_slow_link_is_found_by_its_pairings(hosts: Hosts, settings: PreflightSettings) -> None:
     """A host whose interface is held to 20 Mbit/s is slow with both neighbours; these are not."""
     hosts.restart(BAD, "tc qdisc add dev eth0 root tbf rate 20mbit burst 64kb limit 4mb")
     try:
@@ -131,7 +131,7 @@ def test_a_slow_link_is_found_by_its_pairings(hosts: Hosts, settings: Settings) 
     assert_only_bad(report, "slow link", "GB/s")
 
 
-def test_the_tool_writes_the_hostfile_with_the_spare(hosts: Hosts, settings: Settings, tmp_path: Path) -> None:
+def test_the_tool_writes_the_hostfile_with_the_spare(hosts: Hosts, settings: PreflightSettings, tmp_path: Path) -> None:
     import subprocess
 
     names = ["node1", BAD, "node3"]

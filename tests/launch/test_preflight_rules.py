@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from llama_ds.launch import remote
-from llama_ds.launch.preflight import Finding, Settings, answer, devices, examine, measure, probe
+from llama_ds.launch.preflight import HostFinding, PreflightSettings, answer, devices, examine, measure, probe
 from llama_ds.launch.preflight.checks import MAX_SKEW_S, Own, clock, judge, unlike
 from llama_ds.launch.preflight.examine import question
 
@@ -212,7 +212,7 @@ def test_old_xids_are_warnings_and_each_is_said_once() -> None:
 
 def test_a_host_with_a_bad_gpu_is_named_by_the_whole_preflight(install: Run, tmp_path: Path) -> None:
     install(put(6, "ecc.errors.uncorrected.volatile.total", "2"), dmesg=f"[    3.000000] {FALLEN}\n")
-    report = examine({"localhost": 9}, Settings(output_dir=str(tmp_path), min_free_gib=0.0))
+    report = examine({"localhost": 9}, PreflightSettings(output_dir=str(tmp_path), min_free_gib=0.0))
     found = [f for f in report.findings if f.check in ("ecc", "xid", "gpu")]
     assert [(f.host, f.check, f.severity) for f in found] == [
         ("localhost", "xid", "error"),
@@ -277,13 +277,13 @@ def test_each_clock_is_judged_alone(tmp_path: Path) -> None:
     for skews in ([5.0], [0.0, 5.0], [0.0, 0.0], [5.0, 5.0, 5.0], [0.0, 0.0, 5.0, 5.0], [math.nan, 0.0]):
         answers = {f"node{i}": good | {"skew_s": skew, "skew_bound_s": 0.5} for i, skew in enumerate(skews)}
         slots = dict.fromkeys(answers, 1)
-        found = [f for f in judge(answers, own, slots, Settings(min_free_gib=0.0)) if f.check == "clock"]
+        found = [f for f in judge(answers, own, slots, PreflightSettings(min_free_gib=0.0)) if f.check == "clock"]
         assert [f.host for f in found] == [f"node{i}" for i, skew in enumerate(skews) if skew != 0]
 
 
 def examine_answer(folder: Path) -> dict[str, Any]:
     """What this machine answers."""
-    settings = Settings(output_dir=str(folder))
+    settings = PreflightSettings(output_dir=str(folder))
     said = remote.on_hosts(["localhost"], [sys.executable, "-I", "-"], question(settings, []))["localhost"]
     value = answer.read(said.out, "preflight", answer.ANSWER)
     assert value is not None, said
@@ -309,7 +309,7 @@ def test_an_answer_of_another_shape_is_none(tmp_path: Path) -> None:
             assert read(changed) is None, (name, value)
         else:
             unjudged = read(changed) | {"skew_s": 0.0, "skew_bound_s": 0.0}
-            judge({"x": unjudged}, Own("", {}, "", {}), {"x": 1}, Settings(nic="eth0"))  # no exception
+            judge({"x": unjudged}, Own("", {}, "", {}), {"x": 1}, PreflightSettings(nic="eth0"))  # no exception
     for name in ("time", "cores"):
         assert read(good | {name: math.nan}) is None and read(good | {name: True}) is None
 
@@ -352,7 +352,7 @@ def test_a_device_far_below_the_others_is_slow() -> None:
     assert slow_devices([250.0, 251.0, 249.0, 180.0]) == [("node0", "device 3")]  # of one host
     assert slow_devices(*[[250.0 + i % 3] * 8 for i in range(255)], [250.0] * 7 + [200.0]) == [("node255", "device 7")]
     (found,) = measure.slow(speeds([250.0], [250.0], [100.0]), "warning")
-    assert found == Finding("node2", "slow device", "warning", found.text)
+    assert found == HostFinding("node2", "slow device", "warning", found.text)
     assert "100 TFLOP/s, the median is 250, 225 are wanted; look at" in found.text
 
 

@@ -16,7 +16,7 @@ from llama_ds.data.skips import Skip, Skips
 from llama_ds.launch.preflight import Report
 from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Outcome, Watch
-from llama_ds.launch.supervise.roster import Roster
+from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.spikes import Spike
 from llama_ds.launch.supervise.supervisor import Bounds, Start, Supervisor, rewind_overrides, skips_with
 
@@ -61,7 +61,7 @@ def supervising(tmp_path: Path, *overrides: str) -> Supervisor:
     return Supervisor(
         run=run,
         start=Start(RUN_FILE, [], "train.py"),
-        roster=Roster(run, HOSTS),
+        roster=HostPool(run, HOSTS),
         watch=Watch(spikes=True),
         bounds=Bounds(restarts=3, backoff_s=0, rewind_steps=100, skip_steps=300),
         folder=tmp_path,

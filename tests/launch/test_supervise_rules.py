@@ -16,9 +16,9 @@ from llama_ds.errors import UserError
 from llama_ds.job.folder import Job
 from llama_ds.job.wire import Beat, Phase
 from llama_ds.launch.supervise import hang
+from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
+from llama_ds.launch.supervise.host_pool import HostPool, first_slots, largest_world
 from llama_ds.launch.supervise.processes import Host
-from llama_ds.launch.supervise.progress import Pace, Patience
-from llama_ds.launch.supervise.roster import Roster, first_slots, largest_world
 from llama_ds.launch.supervise.server import Member
 from llama_ds.launch.supervise.spikes import WINDOW, SpikeRule
 
@@ -59,7 +59,7 @@ def test_patience_is_learnt_from_the_steps(monkeypatch: pytest.MonkeyPatch) -> N
     """Ten times the median step, never less than the least, and the starting time where nothing is known."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    pace = Pace(Patience(factor=10, least_s=5, start_s=600))
+    pace = HangDetector(HangLimits(factor=10, least_s=5, start_s=600))
     pace.look([member(0, 0)])
     assert pace.bound() == 600
     for step in range(1, 9):
@@ -157,7 +157,7 @@ HOSTS = {f"node{i:03}": 8 for i in range(256)}
 
 def test_spares_take_the_places_of_bad_hosts(run: RunConfig) -> None:
     """Ranks of good hosts stay where they are: their data caches are there."""
-    roster = Roster(run, HOSTS, {"spare1": 8, "spare2": 4, "spare3": 8})
+    roster = HostPool(run, HOSTS, {"spare1": 8, "spare2": 4, "spare3": 8})
     good = [host for host in roster.every if host not in ("node003", "node200")]
     chosen = roster.choose(good)
     assert list(chosen)[3] == "spare1"
@@ -167,7 +167,7 @@ def test_spares_take_the_places_of_bad_hosts(run: RunConfig) -> None:
 
 
 def test_a_host_that_fails_twice_makes_place_for_a_spare(run: RunConfig) -> None:
-    roster = Roster(run, HOSTS, {"spare1": 8})
+    roster = HostPool(run, HOSTS, {"spare1": 8})
     roster.blame(["node007"])
     assert roster.choose(list(roster.every)) == HOSTS
     roster.blame(["node007"])
@@ -178,7 +178,7 @@ def test_a_host_that_fails_twice_makes_place_for_a_spare(run: RunConfig) -> None
 
 def test_without_spares_the_world_shrinks_to_a_legal_one(run: RunConfig) -> None:
     """65B: pp * tp = 64 and dp a divisor of the global batch: of 255 hosts 128 are used."""
-    roster = Roster(run, HOSTS)
+    roster = HostPool(run, HOSTS)
     chosen = roster.choose([host for host in HOSTS if host != "node000"])
     world = sum(chosen.values())
     parallel = run.parallel

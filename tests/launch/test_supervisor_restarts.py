@@ -16,10 +16,10 @@ from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.job.folder import Job
 from llama_ds.launch.job_files import prepare
-from llama_ds.launch.preflight import Finding, Report
+from llama_ds.launch.preflight import HostFinding, Report
 from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Outcome, Watch
-from llama_ds.launch.supervise.roster import Roster
+from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.server import Server
 from llama_ds.launch.supervise.supervisor import Bounds, Start, Supervisor
 
@@ -32,7 +32,7 @@ def supervisor(folder: Path, examine: Callable[[Mapping[str, int]], Report]) -> 
     run = load_run(RUN_FILE, [])
     bounds = Bounds(restarts=2, backoff_s=0.01)
     return Supervisor(
-        run, Start(RUN_FILE, [], "train.py"), Roster(run, HOSTS), Watch(), bounds, folder, examine, lambda text: None
+        run, Start(RUN_FILE, [], "train.py"), HostPool(run, HOSTS), Watch(), bounds, folder, examine, lambda text: None
     )
 
 
@@ -45,7 +45,7 @@ def reports(*good: bool) -> Callable[[Mapping[str, int]], Report]:
     answers = iter(good)
 
     def examine(hosts: Mapping[str, int]) -> Report:
-        bad = [] if next(answers) else [Finding(host, "answer", "error", "no route") for host in hosts]
+        bad = [] if next(answers) else [HostFinding(host, "answer", "error", "no route") for host in hosts]
         return Report(list(hosts), bad)
 
     return examine

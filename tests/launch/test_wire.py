@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llama_ds.errors import UserError
 from llama_ds.job import wire
 from llama_ds.job.folder import Job
-from llama_ds.job.heartbeat import Attendance, Progress
+from llama_ds.job.heartbeat import HeartbeatConnection, Progress
 from llama_ds.job.wire import Beat, Kind, Phase
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.supervise.server import Server
@@ -153,7 +153,7 @@ def test_listens_on_the_given_address_only(server: Server) -> None:
         Server("192.0.2.1")
 
 
-def attend(server: Server, job: Job, rank: int, progress: Progress) -> Attendance:
+def attend(server: Server, job: Job, rank: int, progress: Progress) -> HeartbeatConnection:
     """Return a rank's attendance, with the server hearing while it shakes hands."""
     import threading
 
@@ -167,7 +167,7 @@ def attend(server: Server, job: Job, rank: int, progress: Progress) -> Attendanc
     thread = threading.Thread(target=hear)
     thread.start()
     try:
-        return Attendance(job, rank, progress)
+        return HeartbeatConnection(job, rank, progress)
     finally:
         hearing.set()
         thread.join()

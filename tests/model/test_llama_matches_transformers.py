@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.model.attention import CausalAttention
-from llama_ds.model.decoder import Shared
+from llama_ds.model.decoder import LayerContext
 from llama_ds.model.embedding import BOS
 from llama_ds.model.llama import Llama
 from llama_ds.model.loss import NextTokenLoss
@@ -42,7 +42,7 @@ SHAPES = {
 def ours(model: ModelConfig, backend: str, policy: str | None = None) -> Llama:
     tp = SingleRank()
     # Initial weights are large enough that attention is far from uniform.
-    shared = Shared(model, 7, tp, CausalAttention(backend), RotaryTables(model, T), initializer_range=0.1)
+    shared = LayerContext(model, 7, tp, CausalAttention(backend), RotaryTables(model, T), initializer_range=0.1)
     return Llama(shared, NextTokenLoss(tp), policy and [policy] * model.num_hidden_layers)
 
 

@@ -44,7 +44,7 @@ def main() -> None:
             Path(out).write_text(json.dumps(history))
 
 
-def take_turn(case: Case, folder: Path, first: int, steps: int, place: world.Place) -> list[tuple[float, float]]:
+def take_turn(case: Case, folder: Path, first: int, steps: int, place: world.RankInfo) -> list[tuple[float, float]]:
     """Train `steps` steps from `first` on, and save."""
     run = replace(case.run, output_dir=str(folder), checkpoint=CheckpointConfig(strict=True))
     run = replace(run, data=replace(run.data, tokenizer=__file__))  # any file

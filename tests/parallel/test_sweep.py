@@ -7,7 +7,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from llama_ds.parallel.sweep import kinds, members
 from llama_ds.perf.plan import hardware
-from llama_ds.perf.plan.communication import Group, nodes, ranks_per_node
+from llama_ds.perf.plan.communication import RankGroup, nodes, ranks_per_node
 
 
 def test_kinds_are_powers_of_two_and_all() -> None:
@@ -24,7 +24,7 @@ def test_groups_of_a_layout_are_measured_groups(tp: int, dp: int, pp: int) -> No
     for axis, size, stride in (("model", tp, 1), ("data", dp, tp)):
         if size == 1:
             continue
-        group = Group(size, stride)
+        group = RankGroup(size, stride)
         kind = (ranks_per_node(machine, group), nodes(machine, group))
         assert kind in kinds(4, 8)
         for ranks in topology.get_axis_comm_lists(axis):

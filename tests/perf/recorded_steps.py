@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_ds.job.trace_format import FORMAT, RANK_FILE
 from llama_ds.layout.axes import Coords
-from llama_ds.perf.trace.read import Clock, Event, Rank
+from llama_ds.perf.trace.read import Event, RankClock, RankRecord
 
 ABOUT: dict[str, Any] = {
     "engine": "1f1b", "schedule": "1f1b", "pp": 2, "virtual_stages": 1, "extra_warmup": 0, "micro_batches": 1,
@@ -17,14 +17,16 @@ ABOUT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def rank(number: int, *events: Event, world: int = 2, dp_rank: int = 0, pp_rank: int = -1, **about: Any) -> Rank:
+def rank(number: int, *events: Event, world: int = 2, dp_rank: int = 0, pp_rank: int = -1, **about: Any) -> RankRecord:
     """Return the record of a rank on `host<N>`, of its own pipeline stage where nothing else is said."""
     stage = number if pp_rank < 0 else pp_rank
-    clock = Clock(((0.0, 0.0, 0.0),))
-    return Rank(number, world, f"host{number}", Coords(pp=stage, dp=dp_rank), {**ABOUT, **about}, clock, list(events))
+    clock = RankClock(((0.0, 0.0, 0.0),))
+    return RankRecord(
+        number, world, f"host{number}", Coords(pp=stage, dp=dp_rank), {**ABOUT, **about}, clock, list(events)
+    )
 
 
-def two_ranks() -> list[Rank]:
+def two_ranks() -> list[RankRecord]:
     """One micro-batch there and back: messages take 30, the first rank's send holds it up for 5."""
     return [
         rank(
@@ -55,12 +57,12 @@ def two_ranks() -> list[Rank]:
     ]
 
 
-def later(recorded: Rank, by: float) -> Rank:
+def later(recorded: RankRecord, by: float) -> RankRecord:
     """Return a record whose events came later."""
     return replace(recorded, events=[e._replace(begin=e.begin + by, end=e.end + by) for e in recorded.events])
 
 
-def write(folder: Path, ranks: list[Rank]) -> None:
+def write(folder: Path, ranks: list[RankRecord]) -> None:
     """Write the ranks' files as the trainer does."""
     for recorded in ranks:
         places = {key: getattr(recorded, key) for key in ("rank", "world", "host")}

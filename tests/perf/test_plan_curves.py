@@ -11,9 +11,18 @@ import pytest
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.perf.plan import hardware
-from llama_ds.perf.plan.communication import Group, all_gather, all_reduce, half, message, reduce_scatter
+from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, half, message, reduce_scatter
 from llama_ds.perf.plan.compute import flash_attention, gemm, pointwise
-from llama_ds.perf.plan.curves import OPERATIONS, Attention, Collective, Curves, Kernels, Products, Rate, bus_share
+from llama_ds.perf.plan.curves import (
+    OPERATIONS,
+    AttentionRates,
+    Collective,
+    Curves,
+    Kernels,
+    ProductRates,
+    Rate,
+    bus_share,
+)
 from llama_ds.perf.plan.estimate import Estimate, estimate
 from llama_ds.perf.plan.explain import explain
 from llama_ds.perf.plan.hardware import Hardware
@@ -21,9 +30,9 @@ from llama_ds.perf.plan.search import search
 
 REPO = Path(__file__).resolve().parents[2]
 A100 = hardware.load("a100-80gb")
-PRODUCTS = Products((16, 64), (((1.0, 2.0), (3.0, 4.0)), ((5.0, 6.0), (7.0, 8.0))))
+PRODUCTS = ProductRates((16, 64), (((1.0, 2.0), (3.0, 4.0)), ((5.0, 6.0), (7.0, 8.0))))
 RATE = Rate((1e6, 1e8), (10.0, 40.0))
-ATTENTION = Attention((32, 128), (256, 1024), ((1.0, 2.0), (3.0, 4.0)), ((0.5, 1.0), (1.5, 2.0)))
+ATTENTION = AttentionRates((32, 128), (256, 1024), ((1.0, 2.0), (3.0, 4.0)), ((0.5, 1.0), (1.5, 2.0)))
 CURVES = Curves(
     PRODUCTS,
     ATTENTION,
@@ -92,7 +101,7 @@ def test_the_planner_goes_by_what_was_measured() -> None:
     assert pointwise(CPU, 1e6, "loss") == pytest.approx(1e6 / 10e9)
     product = 2.0 * 2 * 4 * 32 * 256 * 257 / 2
     assert flash_attention(CPU, 2, 256, 4, 32) == pytest.approx((2 * product / 1e12, 5 * product / 0.5e12))
-    pair = Group(2)
+    pair = RankGroup(2)
     times = [operation(CPU, pair, 4000) for operation in (all_reduce, all_gather, reduce_scatter)]
     assert times == pytest.approx([40e-6, 20e-6, 24e-6])
     assert message(CPU, 1, 4000, 4) == pytest.approx((0.5 * 2e-6 + 0.5 * 8e-6, 0.0))  # every other one leaves its node
@@ -101,7 +110,7 @@ def test_the_planner_goes_by_what_was_measured() -> None:
 
 
 def test_what_was_not_measured_is_calculated() -> None:
-    four = Group(4, 1)
+    four = RankGroup(4, 1)
     assert all_gather(CPU, four, 4000) == half(CPU, four, 4000)
     bare = replace(CPU, curves=None)
     assert gemm(bare, 64, 64, 64) != gemm(CPU, 64, 64, 64)
@@ -172,8 +181,8 @@ def test_a_description_with_curves_is_read_back(tmp_path: Path) -> None:
         ({"dtype": "int8"}, r"dtype = 'int8' is not bf16 or fp32"),
         ({"peak_tflops": None}, r"no device whose fp32 peak layout/flops.py knows, such as A100; give its peak_tflops"),
         ({"at_once": 0}, r"at_once = 0 is not positive"),
-        (with_curves(products=Products((64, 16), PRODUCTS.tflops)), r"products.tflops has sizes \[64, 16\]"),
-        (with_curves(products=Products((16,), PRODUCTS.tflops)), r"products.tflops has 2 entries for 1 sizes"),
+        (with_curves(products=ProductRates((64, 16), PRODUCTS.tflops)), r"products.tflops has sizes \[64, 16\]"),
+        (with_curves(products=ProductRates((16,), PRODUCTS.tflops)), r"products.tflops has 2 entries for 1 sizes"),
         (with_curves(kernels=Kernels(RATE, RATE, RATE, Rate((1.0,), (0.0,)))), r"kernels.optimizer holds a value that"),
         (
             with_curves(collectives=(Collective("cast", 2, 1, (1,), (1.0,)),)),
@@ -195,7 +204,7 @@ def test_without_a_pipeline_gradients_are_summed_when_the_last_is_there() -> Non
     """DeepSpeed's BF16_Optimizer: one all-reduce of fp32 gradients, which nothing hides, and a gather of weights."""
     step = planned(A100, 2, "parallel.pp=1", "parallel.tp=1", "parallel.sequence_parallel=false").step
     parameters = 6_450_176  # but the norms
-    expected = all_reduce(A100, Group(2), 4.0 * parameters) + all_gather(A100, Group(2), 2.0 * parameters)
+    expected = all_reduce(A100, RankGroup(2), 4.0 * parameters) + all_gather(A100, RankGroup(2), 2.0 * parameters)
     assert step.reduction == pytest.approx(expected, rel=1e-3)
 
 

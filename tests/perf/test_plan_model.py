@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama_ds.config.moved_keys import renamed_data
-from llama_ds.config.reader import Place, read
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
@@ -18,11 +18,11 @@ from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.perf.plan import hardware
-from llama_ds.perf.plan.communication import Group, all_reduce, half, message
+from llama_ds.perf.plan.communication import RankGroup, all_reduce, half, message
 from llama_ds.perf.plan.compute import gemm
 from llama_ds.perf.plan.estimate import Estimate, as_data, estimate, report
 from llama_ds.perf.plan.explain import explain
-from llama_ds.perf.plan.job import Job
+from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import layer_time
 from llama_ds.perf.plan.program import OURS
 from llama_ds.perf.plan.step import run_schedule
@@ -69,12 +69,12 @@ def test_products_whose_rows_are_badly_aligned_are_slower() -> None:
 
 def test_collectives_take_what_ring_and_links_say() -> None:
     size = 2.0**30
-    within = half(A100, Group(8), size)
+    within = half(A100, RankGroup(8), size)
     assert within == pytest.approx(7 / 8 * size / (A100.links.nvlink_gb_s * 1e9), rel=0.05)
-    assert half(A100, Group(1), size) == 0
-    assert all_reduce(A100, Group(8), size) == pytest.approx(2 * within, rel=0.05)
+    assert half(A100, RankGroup(1), size) == 0
+    assert all_reduce(A100, RankGroup(8), size) == pytest.approx(2 * within, rel=0.05)
     # All eight ranks of a node reduce to other nodes at once: each has an eighth of the node's links.
-    across = half(A100, Group(16, stride=8), size)
+    across = half(A100, RankGroup(16, stride=8), size)
     share = A100.links.network_gb_s * 1e9 * A100.calibration.network / 8
     assert across == pytest.approx(15 / 16 * size / share, rel=0.05)
     assert message(A100, 8, size, 16)[0] == pytest.approx(size / share)
@@ -86,7 +86,7 @@ def test_all_reduce_is_near_what_nccl_measured_on_nvlink() -> None:
     errors = []
     for line in lines:
         n, size, time_us, _ = map(float, line.split(","))
-        errors.append(abs(all_reduce(A100, Group(int(n)), size) * 1e6 / time_us - 1))
+        errors.append(abs(all_reduce(A100, RankGroup(int(n)), size) * 1e6 / time_us - 1))
     assert sorted(errors)[len(errors) // 2] < 0.12
 
 
@@ -107,11 +107,15 @@ def test_a_layer_takes_what_was_measured_on_an_h100(shape: str, within: float, s
 
 def shape_of(recorded: dict[str, object]) -> ModelConfig:
     """Return the shape that a measurement records, under the names that keys had when it was made."""
-    return read(ModelConfig, renamed_data({"model": recorded}, Place("measurement"))["model"], Place("measurement"))
+    return read(
+        ModelConfig,
+        renamed_data({"model": recorded}, ConfigSource("measurement"))["model"],
+        ConfigSource("measurement"),
+    )
 
 
-def bare_job(model: ModelConfig, seq_len: int, rows: int) -> Job:
-    return Job(model, OURS, seq_len, rows, 1, Axes(), False, 1, "1f1b", 1, 0, ((("none", 1),),), whole_model=False)
+def bare_job(model: ModelConfig, seq_len: int, rows: int) -> StepJob:
+    return StepJob(model, OURS, seq_len, rows, 1, Axes(), False, 1, "1f1b", 1, 0, ((("none", 1),),), whole_model=False)
 
 
 def test_a_long_step_is_what_the_whole_simulation_says() -> None:

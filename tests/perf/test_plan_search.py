@@ -18,7 +18,7 @@ from llama_ds.perf.plan.cost import run_cost
 from llama_ds.perf.plan.estimate import estimate
 from llama_ds.perf.plan.job import job_of
 from llama_ds.perf.plan.page import page
-from llama_ds.perf.plan.search import KINDS, Found, layouts, lower_bound, search
+from llama_ds.perf.plan.search import KINDS, SearchResult, layouts, lower_bound, search
 from llama_ds.perf.plan.sizes import rows_of
 from llama_ds.perf.plan.step import step_time
 from llama_ds.perf.plan.tables import paper_speed, search_data, search_table
@@ -33,11 +33,11 @@ def base(size: str, *overrides: str) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def found() -> Found:
+def found() -> SearchResult:
     return search(base("65b"), 2048, A100, top=5)
 
 
-def test_the_ranking_is_of_legal_layouts_fastest_first(found: Found) -> None:
+def test_the_ranking_is_of_legal_layouts_fastest_first(found: SearchResult) -> None:
     assert len(found.best) == 5
     seconds = [item.step.seconds for item in found.best]
     assert seconds == sorted(seconds)
@@ -49,7 +49,7 @@ def test_the_ranking_is_of_legal_layouts_fastest_first(found: Found) -> None:
         assert 0.2 < item.step.mfu(A100) < 0.75
 
 
-def test_the_papers_speed_is_among_layouts_and_what_beats_it_is_said(found: Found) -> None:
+def test_the_papers_speed_is_among_layouts_and_what_beats_it_is_said(found: SearchResult) -> None:
     """380 tokens/s/GPU (section 2.4): between the layout of those years and the best."""
     plain = found.of_kind["1F1B with tp over a whole node, as in 2021-23"]
     paper = paper_speed(found.best[0])
@@ -88,7 +88,7 @@ def test_the_bound_is_below_what_is_simulated() -> None:
         assert lower_bound(A100, job) <= step_time(A100, job).seconds * (1 + 1e-9)
 
 
-def test_what_is_written_is_taken_by_the_trainer(found: Found, tmp_path: Path) -> None:
+def test_what_is_written_is_taken_by_the_trainer(found: SearchResult, tmp_path: Path) -> None:
     for item in (found.best[0], *found.of_kind.values()):
         yaml_path, json_path = write(item.run, tmp_path / "planned")
         run = load_run(str(yaml_path))
@@ -98,7 +98,7 @@ def test_what_is_written_is_taken_by_the_trainer(found: Found, tmp_path: Path) -
         assert again.step.seconds == pytest.approx(item.step.seconds)
 
 
-def test_the_page_is_one_file_with_all_pictures(found: Found) -> None:
+def test_the_page_is_one_file_with_all_pictures(found: SearchResult) -> None:
     text = page("65B <on> 2,048", found, run_cost(1.4e12, 400, 2048, 400))
     assert text.count("<svg") == 3 and text.count("</svg>") == 3
     assert "&lt;on&gt;" in text
@@ -107,7 +107,7 @@ def test_the_page_is_one_file_with_all_pictures(found: Found) -> None:
     assert "<circle" in text and "MWh" in text and "rank 0" in text
 
 
-def test_rejections_are_counted_with_an_example(found: Found) -> None:
+def test_rejections_are_counted_with_an_example(found: SearchResult) -> None:
     assert "tensor parallelism across nodes" in found.rejected
     assert any(why.startswith("does not fit") for why in found.rejected)
     data = search_data(found, run_cost(1.4e12, 400, 2048, 400))

@@ -16,13 +16,13 @@ from llama_ds.perf.trace.analyse import Analysis, analyse
 from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.kinds import COMMUNICATION, METRICS
 from llama_ds.perf.trace.picture import picture
-from llama_ds.perf.trace.read import Clock, Event, Rank, read, shown
+from llama_ds.perf.trace.read import Event, RankClock, RankRecord, read, shown
 from llama_ds.perf.trace.report import report, table
 
 WHOLE = 2 * 700  # microseconds of both ranks of `two_ranks`
 
 
-def analysis(ranks: Iterable[Rank]) -> Analysis:
+def analysis(ranks: Iterable[RankRecord]) -> Analysis:
     return analyse(account(ranks), {}, {})
 
 
@@ -139,7 +139,7 @@ def test_clocks_are_aligned_along_the_line_between_their_two_comparisons(tmp_pat
     first, last = two_ranks()
     skewed = [e._replace(begin=e.begin * 1.01 - 1000, end=e.end * 1.01 - 1000) for e in last.events]
     points = ((-1000.0, 1000.0, 3.0), (10100.0 - 1000, 1000.0 - 100, 2.0))
-    write(tmp_path, [first, replace(last, events=skewed, clock=Clock(points))])
+    write(tmp_path, [first, replace(last, events=skewed, clock=RankClock(points))])
     found = analyse_folder(tmp_path)
     assert found.metrics == pytest.approx(analysis(two_ranks()).metrics, abs=1e-6)
     assert found.clock_error_us == 3.0
@@ -151,7 +151,7 @@ def test_picture_shows_the_first_step(tmp_path: Path) -> None:
     assert "BW 0, 0.2 ms" in titles and sum("wait weights" in t for t in titles if t) == 0
 
 
-def many_ranks(dp: int) -> list[Rank]:
+def many_ranks(dp: int) -> list[RankRecord]:
     """Return the two ranks' records `dp` times."""
     return [
         replace(each, rank=each.coords.pp * dp + i, world=2 * dp, coords=each.coords._replace(dp=i))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llama_ds.launch.namespaces import missing
-from llama_ds.perf.trace.read import Event, Rank, read
+from llama_ds.perf.trace.read import Event, RankRecord, read
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model.num_hidden_layers=4", "model.vocab_size=512", "data.seq_len=64"]
@@ -54,7 +54,7 @@ def test_shaped_links_show_the_overlap(tmp_path: Path) -> None:
         assert begun < backwards, "the first bucket leaves while the backward of others still runs"
 
 
-def one(rank: Rank, what: str, micro_batch: int) -> Event:
+def one(rank: RankRecord, what: str, micro_batch: int) -> Event:
     (found,) = [e for e in rank.events if e.what == what and e.micro_batch == micro_batch]
     return found
 

@@ -21,7 +21,7 @@ from llama_ds.parallel.dry_run.ledger import Ledger
 from llama_ds.training.engines.build import build_engine
 
 
-def record(name: str, run_file: str, overrides: list[str], folder: Path, place: world.Place) -> None:
+def record(name: str, run_file: str, overrides: list[str], folder: Path, place: world.RankInfo) -> None:
     run = load_run(run_file, overrides)
     layout = resolve_layout(run, place.world)
     config = deepspeed_config(run, layout, bf16_native=False)

@@ -39,7 +39,7 @@ def main() -> None:
     os._exit(0)  # scenarios that failed leave groups of which a rank waits in a broadcast
 
 
-def draw(scenario: dict[str, Any], place: world.Place, folder: Path) -> dict[str, Any]:
+def draw(scenario: dict[str, Any], place: world.RankInfo, folder: Path) -> dict[str, Any]:
     run = load_run(scenario["run_files"][place.rank], scenario["overrides"])
     layout = resolve_layout(run, place.world)
     engine: Any = SimpleNamespace(reads_data=scenario["reads"][place.rank], dp_rank=scenario["dp_ranks"][place.rank])

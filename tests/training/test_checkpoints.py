@@ -26,7 +26,7 @@ from llama_ds.config.schema import (
 )
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
-from llama_ds.parallel.world import Place
+from llama_ds.parallel.world import RankInfo
 from llama_ds.training.checkpoints import Checkpoints
 
 
@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> RunConfig:
 
 
 def start(run: RunConfig) -> Checkpoints:
-    return Checkpoints(run, resolve_layout(run, 1), "fp32", Place(0, 1, 0))
+    return Checkpoints(run, resolve_layout(run, 1), "fp32", RankInfo(0, 1, 0))
 
 
 def description(run: RunConfig, step: int) -> Description:

@@ -19,14 +19,14 @@ from llama_ds.training.dry_run.checks import (
     check_messages,
     check_progress,
 )
-from llama_ds.training.dry_run.report import Check, Group, RankReport, Traffic, axis_of
+from llama_ds.training.dry_run.report import Check, IssuedCall, ProcessGroup, RankReport, axis_of
 from llama_ds.training.dry_run.rows import compare_rows
 
 LAYOUT = Layout(pp=2, dp=2, tp=2, micro_batch=1, accumulation=4)
-PAIR, OTHER, PIPE = Group("1", (0, 1)), Group("2", (0, 1)), Group("3", (0, 1))
+PAIR, OTHER, PIPE = ProcessGroup("1", (0, 1)), ProcessGroup("2", (0, 1)), ProcessGroup("3", (0, 1))
 
 
-def rank_report(rank: int, *step: Traffic, **changes: object) -> RankReport:
+def rank_report(rank: int, *step: IssuedCall, **changes: object) -> RankReport:
     """A rank that is in the groups PAIR, OTHER and PIPE, numbered 0, 1 and 2."""
     coords = LAYOUT.coords(rank)
     report = RankReport(
@@ -48,16 +48,16 @@ def rank_report(rank: int, *step: Traffic, **changes: object) -> RankReport:
     return replace(report, **changes)  # type: ignore[arg-type]
 
 
-def reduce(group: int = 0, size: int = 8) -> Traffic:
-    return Traffic("all_reduce", group, -1, size)
+def reduce(group: int = 0, size: int = 8) -> IssuedCall:
+    return IssuedCall("all_reduce", group, -1, size)
 
 
-def sent(to: int, size: int) -> Traffic:
-    return Traffic("send", 2, to, size)
+def sent(to: int, size: int) -> IssuedCall:
+    return IssuedCall("send", 2, to, size)
 
 
-def received(source: int, size: int) -> Traffic:
-    return Traffic("receive", 2, source, size)
+def received(source: int, size: int) -> IssuedCall:
+    return IssuedCall("receive", 2, source, size)
 
 
 GOOD = [rank_report(0, reduce(), sent(1, 16), reduce(1)), rank_report(1, received(0, 16), reduce(), reduce(1))]
@@ -90,7 +90,7 @@ def test_ranks_that_fit_pass(check: Callable[[list[RankReport]], Check]) -> None
         ),
         (
             check_collectives,
-            [rank_report(0, Traffic("broadcast", 0, 0, 8)), rank_report(1, Traffic("broadcast", 0, 1, 8))],
+            [rank_report(0, IssuedCall("broadcast", 0, 0, 8)), rank_report(1, IssuedCall("broadcast", 0, 1, 8))],
             "with root 0 on rank 0, broadcast of 8 bytes with root 1",
         ),
         # Each group's order agrees, but each rank waits in the group that the other comes to second.
@@ -103,7 +103,7 @@ def test_ranks_that_fit_pass(check: Callable[[list[RankReport]], Check]) -> None
         (check_groups, [rank_report(0), rank_report(1, new_groups="other")], "rank 0 and rank 1 make other groups"),
         (
             check_groups,
-            [rank_report(0), rank_report(1, groups=[Group("1", (1, 2))])],
+            [rank_report(0), rank_report(1, groups=[ProcessGroup("1", (1, 2))])],
             "group 1 is 0, 1 on rank 0, 1, 2 on rank 1",
         ),
     ],

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llama_ds.benchmarks.checkpoint.worker import Settings, forget, peak_memory
+from llama_ds.benchmarks.checkpoint.worker import CheckpointBenchSettings, forget, peak_memory
 from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
 from llama_ds.checkpoint.formats.plan import Target
 from llama_ds.checkpoint.load_model import open_model
@@ -41,7 +41,7 @@ def measure(overrides: list[str], folder: str, repeats: int) -> dict[str, Any]:
     Raises:
         subprocess.CalledProcessError: a rank failed; what it said is on stderr.
     """
-    settings = Settings(RUN_FILE, [*SHAPE, *SAVED, *overrides], list(RESHARDED), folder, repeats)
+    settings = CheckpointBenchSettings(RUN_FILE, [*SHAPE, *SAVED, *overrides], list(RESHARDED), folder, repeats)
     asked, out = os.path.join(folder, "settings.json"), os.path.join(folder, "results.json")
     Path(asked).write_text(json.dumps(asdict(settings)))
     worker = str(Path(__file__).with_name("worker.py"))

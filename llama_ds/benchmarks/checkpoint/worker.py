@@ -1,6 +1,6 @@
 """Started on every rank by `tools/benchmark.py checkpoint`: save, load and reshard, against disk and libraries.
 
-worker.py SETTINGS OUT, SETTINGS a JSON file of `Settings`.
+worker.py SETTINGS OUT, SETTINGS a JSON file of `CheckpointBenchSettings`.
 
 All contestants write and read the same bytes, every rank its own, with nothing in memory that the disk should give.
 Seconds are those between two barriers.
@@ -41,7 +41,7 @@ LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
-class Settings:
+class CheckpointBenchSettings:
     """What is measured, where."""
 
     run_file: str
@@ -54,22 +54,22 @@ class Settings:
 def main() -> None:
     """Measure, and write the results on the first rank."""
     with open(sys.argv[1]) as file:
-        settings = Settings(**json.load(file))
+        settings = CheckpointBenchSettings(**json.load(file))
     place = world.find_place()
     log.silence_libraries()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():
         world.join(place)
-        results = Bench(settings, place).measure()
+        results = CheckpointBench(settings, place).measure()
         if place.rank == 0:
             Path(sys.argv[2]).write_text(json.dumps(results))
 
 
-class Bench:
+class CheckpointBench:
     """One rank of the measurement."""
 
-    def __init__(self, settings: Settings, place: world.Place) -> None:
+    def __init__(self, settings: CheckpointBenchSettings, place: world.RankInfo) -> None:
         self.settings, self.place = settings, place
         self.scratch = os.path.join(settings.folder, f"rank{place.rank}")
         self.step = 0  # of the newest checkpoint

@@ -12,7 +12,7 @@ OURS = "llama_ds"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class DataBenchSizes:
     """How much is measured."""
 
     corpus_mb: float = 30.0
@@ -28,11 +28,11 @@ class Sizes:
     opened_rows_per_shard: int = 16384
 
 
-QUICK = Sizes(0.3, 600, 0.0, 64, 512, 4, 64, 8, 1, (10, 1000), 1024)
+QUICK = DataBenchSizes(0.3, 600, 0.0, 64, 512, 4, 64, 8, 1, (10, 1000), 1024)
 
 
 @dataclass(frozen=True)
-class Bench:
+class DataBench:
     """A benchmark that is set up."""
 
     folder: str  # for all it writes
@@ -41,7 +41,7 @@ class Bench:
     text_bytes: int
     tokenizer: Tokenizer
     tokenizer_json: str  # the same tokenizer in Hugging Face's format
-    sizes: Sizes
+    sizes: DataBenchSizes
     repeats: int
     streaming_python: str  # an interpreter that has mosaicml-streaming and perhaps datasets; "": none
     versions: dict[str, dict[str, str]]  # of rivals' packages: "here", and of the other interpreter

@@ -10,14 +10,14 @@ import statistics
 import sys
 from typing import Any
 
-from llama_ds.benchmarks.data.bench import OURS, Bench
+from llama_ds.benchmarks.data.bench import OURS, DataBench
 from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, ours, rival, summary
 
 BARE = "sentencepiece"
 ID_TOLERANCE = 0.001  # of the count of ids: U+2581 in a text is spelt otherwise by the bare loop
 
 
-def contestants(bench: Bench) -> dict[str, Contestant]:
+def contestants(bench: DataBench) -> dict[str, Contestant]:
     """Return who builds. The number at the end of a name is that of workers."""
     given = {"texts": bench.texts, "tokenizer": bench.tokenizer.path}
     found = {}
@@ -41,7 +41,7 @@ def contestants(bench: Bench) -> dict[str, Contestant]:
     return found
 
 
-def measure(bench: Bench) -> dict[str, Any]:
+def measure(bench: DataBench) -> dict[str, Any]:
     """Measure all of them."""
     found = interleave(contestants(bench), bench.repeats, bench.tick)
     ids = found[f"{OURS}_1"][0]["ids"]

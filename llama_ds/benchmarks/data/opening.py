@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from llama_ds.benchmarks.data.bench import OURS, Bench
+from llama_ds.benchmarks.data.bench import OURS, DataBench
 from llama_ds.benchmarks.data.made_sources import simulate_source, write_run
 from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, median, ours, rival, summary
 from llama_ds.benchmarks.data.reading import STREAMING, WEBDATASET, webdataset_request
@@ -27,7 +27,7 @@ DP_RANK = 19  # any
 DP = 32  # of llama_65b.yaml on 2048 GPUs: pp 8, tp 8
 
 
-def prepare(bench: Bench) -> None:
+def prepare(bench: DataBench) -> None:
     """Write the manifests."""
     for shards in bench.sizes.opened:
         rows_per_shard = bench.sizes.opened_rows_per_shard
@@ -40,7 +40,7 @@ def prepare(bench: Bench) -> None:
             rival(bench.streaming_python, "simulate_mds", **mds).measure()
 
 
-def contestants(bench: Bench, shards: int) -> dict[str, Contestant]:
+def contestants(bench: DataBench, shards: int) -> dict[str, Contestant]:
     """Return who opens `shards` shards."""
     steps, micro_batch = 1, bench.sizes.micro_batch
     tars = webdataset_request(bench)
@@ -56,7 +56,7 @@ def contestants(bench: Bench, shards: int) -> dict[str, Contestant]:
     return found
 
 
-def measure(bench: Bench) -> dict[str, Any]:
+def measure(bench: DataBench) -> dict[str, Any]:
     """Measure all of them, for each number of shards."""
     found: dict[str, Any] = {}
     for shards in bench.sizes.opened:
@@ -65,7 +65,7 @@ def measure(bench: Bench) -> dict[str, Any]:
     return found
 
 
-def measure_resume(bench: Bench, run_file: str) -> dict[str, Any]:
+def measure_resume(bench: DataBench, run_file: str) -> dict[str, Any]:
     """Measure how one rank of the run in `run_file`, with sources simulated to have its epochs, resumes in mid-run."""
     overrides, shards = _simulate_sources(bench, load_run(run_file))
     run = load_run(run_file, overrides)
@@ -91,7 +91,7 @@ def measure_resume(bench: Bench, run_file: str) -> dict[str, Any]:
     }
 
 
-def _simulate_sources(bench: Bench, run: RunConfig) -> tuple[list[str], list[int]]:
+def _simulate_sources(bench: DataBench, run: RunConfig) -> tuple[list[str], list[int]]:
     """Return overrides of the run file that name the simulated sources, and the shards of each.
 
     Its vocabulary becomes the benchmark's tokenizer's: which row comes when does not depend on it.

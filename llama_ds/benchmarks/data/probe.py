@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_ds.benchmarks.data.rivals import Clock, Request, memory, run, time_opening, time_passes
+from llama_ds.benchmarks.data.rivals import Request, Stopwatch, memory, run, time_opening, time_passes
 
 
 def bare_encode(request: Request) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def bare_encode(request: Request) -> dict[str, Any]:
     model = Tokenizer(request["tokenizer"])._model  # the bare library, which only tokenizer.py imports
     with open(request["texts"], encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
-    clock = Clock()
+    clock = Stopwatch()
     ids = _shared_out(lambda part: _encode(model, part), texts, request["workers"])
     return {**clock.read(), "ids": ids, "peak_bytes": memory("VmHWM")}
 
@@ -59,7 +59,7 @@ def build(request: Request) -> dict[str, Any]:
     from llama_ds.data.building.build import build_source
 
     out = os.path.join(request["folder"], str(os.getpid()))
-    clock = Clock()
+    clock = Stopwatch()
     manifest = build_source(
         "built", request["texts"], request["tokenizer"], out, request["seq_len"], request["validation_fraction"],
         workers=request["workers"],
@@ -76,7 +76,7 @@ def read_reader(request: Request) -> dict[str, Any]:
 
     data = open_data(load_run(request["run"]))
     share, epoch = (0, 1, request["micro_batch"]), request["steps"]
-    reader, clock = Reader(data, range(0), *share), Clock()
+    reader, clock = Reader(data, range(0), *share), Stopwatch()
     if bad := reader.find_bad(0, epoch):  # a pass needs every shard
         raise AssertionError(f"damaged: {bad}")
     check = clock.read()
@@ -143,7 +143,7 @@ def resume(request: Request) -> dict[str, Any]:
     first = data.order.at(step, *share)
     _sums_of(data, first)
     resumed = {"opened_s": opened_s, "resumed_s": time.monotonic() - began, "resumed_bytes": memory("VmHWM")}
-    clock, rows = Clock(), 0
+    clock, rows = Stopwatch(), 0
     while rows < request["rows"]:
         step += 1
         rows += len(data.order.at(step, *share).row)

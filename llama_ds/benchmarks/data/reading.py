@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_ds.benchmarks.data.bench import OURS, Bench
+from llama_ds.benchmarks.data.bench import OURS, DataBench
 from llama_ds.benchmarks.data.made_sources import write_rows, write_run
 from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, ours, rival, summary
 from llama_ds.benchmarks.data.rivals import digest_of
@@ -25,7 +25,7 @@ from llama_ds.data.source.manifest import shard_name
 STREAMING, WEBDATASET = "mosaicml_streaming", "webdataset"
 
 
-def prepare(bench: Bench) -> str:
+def prepare(bench: DataBench) -> str:
     """Write rows of random ids as our source (which webdataset reads too) and as MDS; return their digest."""
     sizes = bench.sizes
     dtype = id_dtype(bench.tokenizer.vocab_size)
@@ -40,7 +40,7 @@ def prepare(bench: Bench) -> str:
     return f"{digest_of(rows):016x}"
 
 
-def webdataset_request(bench: Bench) -> dict[str, Any]:
+def webdataset_request(bench: DataBench) -> dict[str, Any]:
     """Return what webdataset is told of our shards."""
     dtype = id_dtype(bench.tokenizer.vocab_size)
     return {
@@ -51,7 +51,7 @@ def webdataset_request(bench: Bench) -> dict[str, Any]:
     }
 
 
-def contestants(bench: Bench) -> dict[str, Contestant]:
+def contestants(bench: DataBench) -> dict[str, Contestant]:
     """Return who reads."""
     sizes = bench.sizes
     shape = {"micro_batch": sizes.micro_batch, "passes": sizes.passes}
@@ -66,7 +66,7 @@ def contestants(bench: Bench) -> dict[str, Contestant]:
     return found
 
 
-def measure(bench: Bench, digest: str) -> dict[str, Any]:
+def measure(bench: DataBench, digest: str) -> dict[str, Any]:
     """Measure all of them, and make sure that each read the rows whose digest is given."""
     found = interleave(contestants(bench), bench.repeats, bench.tick)
     for name, results in found.items():
@@ -95,11 +95,11 @@ def measure(bench: Bench, digest: str) -> dict[str, Any]:
     }
 
 
-def _run(bench: Bench) -> str:
+def _run(bench: DataBench) -> str:
     return os.path.join(bench.folder, "read.yaml")
 
 
-def _row(bench: Bench, results: list[Result]) -> dict[str, Any]:
+def _row(bench: DataBench, results: list[Result]) -> dict[str, Any]:
     passes = [timed for result in results for timed in result["passes"]]
     seconds = summary((timed["seconds"] for timed in passes), "s")
     cpu = summary((timed["cpu_s"] for timed in passes), "cpu_s")

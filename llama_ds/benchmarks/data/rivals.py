@@ -30,7 +30,7 @@ Request = dict[str, Any]
 Batches = Callable[[], Iterable[np.ndarray]]
 
 
-class Clock:
+class Stopwatch:
     """Wall and CPU seconds since it was made; CPU of all threads, and of child processes that have ended."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ def time_passes(batches: Batches, passes: int) -> dict[str, Any]:
         digest = (digest + digest_of(batch)) % 2**64
     timed = []
     for _ in range(passes):
-        clock = Clock()
+        clock = Stopwatch()
         found = sum(len(batch) for batch in batches())
         timed.append(clock.read())
         if found != rows:
@@ -77,7 +77,7 @@ def time_opening(began: float, imported: int, first_batch: Callable[[], object])
 
     imported: bytes held before anything was opened.
     """
-    clock = Clock()
+    clock = Stopwatch()
     first_batch()
     return {
         **clock.read(),
@@ -200,7 +200,7 @@ def encode_hf(request: Request) -> dict[str, Any]:
     from tokenizers import Tokenizer
 
     tokenizer, texts = Tokenizer.from_file(request["tokenizer_json"]), _texts(request["texts"])
-    clock, ids = Clock(), 0
+    clock, ids = Stopwatch(), 0
     for start in range(0, len(texts), TEXTS_PER_BATCH):
         encoded = tokenizer.encode_batch(texts[start : start + TEXTS_PER_BATCH], add_special_tokens=False)
         ids += sum(len(e.ids) for e in encoded)
@@ -220,7 +220,7 @@ def map_hf(request: Request) -> dict[str, Any]:
     dataset = Dataset.from_dict({"text": texts})
     workers = request["workers"] if request["workers"] > 1 else None  # None: in this process
     size, cache = min(TEXTS_PER_BATCH, -(-len(texts) // request["workers"])), request["cache"] + f".{os.getpid()}"
-    clock = Clock()
+    clock = Stopwatch()
     found = dataset.map(
         encode, batched=True, batch_size=size, num_proc=workers, remove_columns=["text"], cache_file_name=cache
     )

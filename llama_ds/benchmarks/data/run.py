@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llama_ds.benchmarks.data import building, opening, reading
-from llama_ds.benchmarks.data.bench import Bench, Sizes
+from llama_ds.benchmarks.data.bench import DataBench, DataBenchSizes
 from llama_ds.benchmarks.data.made_sources import gather_texts
 from llama_ds.benchmarks.data.processes import rival
 from llama_ds.data.text.gather import gather_local_corpus
@@ -26,11 +26,11 @@ def set_up(
     corpus: Sequence[str],
     tokenizer: str,
     hf_json: Callable[[Tokenizer], dict[str, Any]],
-    sizes: Sizes,
+    sizes: DataBenchSizes,
     repeats: int,
     streaming_python: str,
     tick: Tick,
-) -> Bench:
+) -> DataBench:
     """Return the benchmark with its texts and tokenizer in `folder`.
 
     corpus: patterns; none: what this machine holds. tokenizer: a model, "": one is trained. hf_json: the content of
@@ -51,7 +51,7 @@ def set_up(
     tokenizer_json = os.path.join(folder, "tokenizer.json")
     with open(tokenizer_json, "w", encoding="utf-8") as file:
         json.dump(hf_json(model), file)
-    return Bench(
+    return DataBench(
         folder, texts, counts["documents"], counts["text_bytes"], model, tokenizer_json, sizes, repeats,
         streaming_python, versions, tick,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def set_up(
 PARTS = ("build", "read", "open", "resume")
 
 
-def measure(bench: Bench, parts: Sequence[str], resumed_run: str) -> dict[str, Any]:
+def measure(bench: DataBench, parts: Sequence[str], resumed_run: str) -> dict[str, Any]:
     """Measure those of PARTS; the run file `resumed_run` says which run is resumed."""
     machine = this_machine()
     if {"read", "open"} & set(parts):

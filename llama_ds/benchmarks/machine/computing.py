@@ -21,6 +21,7 @@ from llama_ds.model.attention import choose_backend
 from llama_ds.model.attention_kernels import attention_kernel
 from llama_ds.model.llama import shared_parts
 from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.pointwise import (
     rms_norm,
     rms_norm_backward,
@@ -30,9 +31,8 @@ from llama_ds.model.pointwise import (
     swiglu_backward,
 )
 from llama_ds.model.tensor_parallel import SingleRank
-from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel import world
-from llama_ds.perf.plan.curves import Attention, Kernels, Products, Rate, medians
+from llama_ds.perf.plan.curves import AttentionRates, Kernels, ProductRates, Rate, medians
 from llama_ds.perf.plan.program import OURS, OURS_FP32
 
 Say = Callable[[str], None]
@@ -40,7 +40,7 @@ PASSES = 3
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MeasuredSizes:
     """At which sizes to measure."""
 
     products: tuple[int, ...]
@@ -51,8 +51,10 @@ class Sizes:
     cache_bytes: int  # more than the device's caches hold
 
 
-CPU = Sizes((32, 64, 128, 256, 512, 1024, 2048), (32, 64, 128), (128, 256, 512, 1024), (64, 512, 4096), 256, 64 << 20)
-CUDA = Sizes(
+CPU = MeasuredSizes(
+    (32, 64, 128, 256, 512, 1024, 2048), (32, 64, 128), (128, 256, 512, 1024), (64, 512, 4096), 256, 64 << 20
+)
+CUDA = MeasuredSizes(
     (256, 512, 1024, 2048, 4096, 8192, 16384),
     (64, 128),
     (512, 1024, 2048, 4096, 8192),
@@ -60,23 +62,23 @@ CUDA = Sizes(
     4096,
     128 << 20,
 )
-QUICK = Sizes((32, 128), (32,), (32, 64), (64, 256), 64, 1 << 20)
+QUICK = MeasuredSizes((32, 128), (32,), (32, 64), (64, 256), 64, 1 << 20)
 
 
 @dataclass(frozen=True)
 class Computing:
     """What one rank measured."""
 
-    products: Products
-    attention: Attention
+    products: ProductRates
+    attention: AttentionRates
     kernels: Kernels
     launch_us: float  # the host's time for a kernel
 
 
-class Clock:
+class DeviceTimer:
     """Times calls on a device, on a CUDA device by its own events."""
 
-    def __init__(self, device: torch.device, sizes: Sizes) -> None:
+    def __init__(self, device: torch.device, sizes: MeasuredSizes) -> None:
         self.device = device
         self._scratch = torch.zeros(sizes.cache_bytes, dtype=torch.uint8, device=device)
 
@@ -98,12 +100,12 @@ class Clock:
         return first.elapsed_time(last) / 1e3
 
 
-def measure(run: RunConfig, sizes: Sizes, device: torch.device, dtype: torch.dtype, say: Say) -> dict[str, Any]:
+def measure(run: RunConfig, sizes: MeasuredSizes, device: torch.device, dtype: torch.dtype, say: Say) -> dict[str, Any]:
     """Return what `Computing` has of this rank's device, each number the median of some passes: others may disturb one.
 
     `run` says which attention backend is asked for.
     """
-    clock, passes = Clock(device, sizes), []
+    clock, passes = DeviceTimer(device, sizes), []
     for number in range(1, PASSES + 1):
 
         def told(text: str, number: int = number) -> None:
@@ -116,7 +118,7 @@ def measure(run: RunConfig, sizes: Sizes, device: torch.device, dtype: torch.dty
     return medians(passes)
 
 
-def measure_products(sizes: Sizes, clock: Clock, dtype: torch.dtype, say: Say) -> Products:
+def measure_products(sizes: MeasuredSizes, clock: DeviceTimer, dtype: torch.dtype, say: Say) -> ProductRates:
     """Return the rates of products (M, K) (K, N): the mean over the three forms that a step has.
 
     x W^T, dy W and dy^T x read their factors as they lie, or transposed.
@@ -132,10 +134,10 @@ def measure_products(sizes: Sizes, clock: Clock, dtype: torch.dtype, say: Say) -
     for m in sizes.products:
         say(f"products of {m} rows")
         planes.append(tuple(tuple(rate(m, n, k) for k in sizes.products) for n in sizes.products))
-    return Products(sizes.products, tuple(planes))
+    return ProductRates(sizes.products, tuple(planes))
 
 
-def measure_attention(run: RunConfig, sizes: Sizes, clock: Clock, dtype: torch.dtype) -> Attention:
+def measure_attention(run: RunConfig, sizes: MeasuredSizes, clock: DeviceTimer, dtype: torch.dtype) -> AttentionRates:
     """Return the rates of the attention that the run would choose on this device, by causal FLOPs: 2 and 5 products.
 
     Its heads share keys and values as the run's do: where the kernel knows no groups, that costs copies.
@@ -158,10 +160,10 @@ def measure_attention(run: RunConfig, sizes: Sizes, clock: Clock, dtype: torch.d
 
     found = [[rates(head_dim, seq_len) for seq_len in sizes.seq_len] for head_dim in sizes.head_dim]
     forward, backward = (tuple(tuple(pair[i] for pair in row) for row in found) for i in (0, 1))
-    return Attention(sizes.head_dim, sizes.seq_len, forward, backward)
+    return AttentionRates(sizes.head_dim, sizes.seq_len, forward, backward)
 
 
-def measure_kernels(sizes: Sizes, clock: Clock, dtype: torch.dtype) -> Kernels:
+def measure_kernels(sizes: MeasuredSizes, clock: DeviceTimer, dtype: torch.dtype) -> Kernels:
     """Return the rates of what a layer, the loss and the optimizer do beside products.
 
     The bytes are those that `perf/plan/program.py` says these functions move if each reads and writes once.
@@ -223,7 +225,7 @@ def _layer_calls(tokens: int, hidden: int, device: torch.device, dtype: torch.dt
     return {"forward": forward, "backward": backward}
 
 
-def _loss_time(tokens: int, vocab: int, clock: Clock, dtype: torch.dtype, hidden: int = 16) -> float:
+def _loss_time(tokens: int, vocab: int, clock: DeviceTimer, dtype: torch.dtype, hidden: int = 16) -> float:
     """Return the time of the loss without its three products."""
     loss = NextTokenLoss(SingleRank())
     weight = torch.randn(vocab, hidden, device=clock.device).to(dtype).requires_grad_()
@@ -262,7 +264,7 @@ def measure_host(run: RunConfig, device: torch.device, dtype: torch.dtype) -> fl
         run.model, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16
     )
     tiny = replace(run, model=model, data=replace(run.data, seq_len=8, document_mask=False))
-    layer = WrittenOutLayer(shared_parts(tiny, SingleRank(), device.type, dtype), 0).to(device, dtype)
+    layer = ManualBackwardLayer(shared_parts(tiny, SingleRank(), device.type, dtype), 0).to(device, dtype)
     layer.lay_weights_together()
     x = torch.randn(1, 8, 32, device=device).to(dtype).requires_grad_()
     grad = torch.randn_like(x)

@@ -9,7 +9,17 @@ from typing import Any
 
 from llama_ds.layout.flops import device_peak
 from llama_ds.perf.plan import hardware
-from llama_ds.perf.plan.curves import ALL_REDUCE, SEND, Attention, Collective, Curves, Kernels, Products, Rate, medians
+from llama_ds.perf.plan.curves import (
+    ALL_REDUCE,
+    SEND,
+    AttentionRates,
+    Collective,
+    Curves,
+    Kernels,
+    ProductRates,
+    Rate,
+    medians,
+)
 from llama_ds.perf.plan.hardware import Calibration, Hardware, Links
 
 GIB = 2**30
@@ -35,9 +45,9 @@ def begin(path: Path, name: str, slots: int) -> Hardware:
 def with_computing(machine: Hardware, found: dict[str, Any], power_w: float | None) -> Hardware:
     """Return the machine with the rates that its ranks measured, the median rank's."""
     middle = _short(medians(list(found["ranks"].values())))
-    products = Products(**middle["products"])
+    products = ProductRates(**middle["products"])
     kernels = {name: Rate(**rate) for name, rate in middle["kernels"].items()}
-    measured = Curves(products, Attention(**middle["attention"]), Kernels(**kernels))
+    measured = Curves(products, AttentionRates(**middle["attention"]), Kernels(**kernels))
     known = device_peak(found["device"], found["dtype"])
     best = max(rate for plane in products.tflops for row in plane for rate in row)
     return replace(

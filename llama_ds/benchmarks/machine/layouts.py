@@ -23,7 +23,7 @@ LEARNING_RATE = 1e-5
 WARM_UP = 2  # steps of each engine that are not timed
 
 
-def measure(asked: dict[str, Any], place: world.Place, device: torch.device) -> dict[str, Any]:
+def measure(asked: dict[str, Any], place: world.RankInfo, device: torch.device) -> dict[str, Any]:
     """Return the seconds of all timed steps of every layout, and the loss of its first step. Collective.
 
     Layouts are built and timed in turns, `rounds` times, so that a busy moment of the machine hits all of them.

@@ -50,7 +50,7 @@ def main() -> None:
             Path(asked["out"]).write_text(json.dumps(found), encoding="utf-8")
 
 
-def measure_computing(asked: dict[str, Any], place: world.Place, device: torch.device) -> dict[str, Any]:
+def measure_computing(asked: dict[str, Any], place: world.RankInfo, device: torch.device) -> dict[str, Any]:
     """Measure on as many ranks of each node as compute at full speed at once; the medians of all of them count."""
     native = world.computes_bf16(device)
     dtype = asked["dtype"] or ("bf16" if native else "fp32")
@@ -71,7 +71,7 @@ def measure_computing(asked: dict[str, Any], place: world.Place, device: torch.d
     }
 
 
-def measure_links(asked: dict[str, Any], place: world.Place, device: torch.device) -> dict[str, Any]:
+def measure_links(asked: dict[str, Any], place: world.RankInfo, device: torch.device) -> dict[str, Any]:
     """Measure collectives in every kind of group, and what they cost the computation beside them."""
     most = asked["max_bytes"] or (256 << 20 if device.type == "cuda" else 16 << 20)
     sizes = [size for i in range(0, 64, 2) if (size := asked["min_bytes"] << i) <= most]

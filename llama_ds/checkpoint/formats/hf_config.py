@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llama_ds.checkpoint.formats.inventory import check_file, check_layers
-from llama_ds.config.reader import Place, read
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.errors import UserError
 
@@ -93,7 +93,7 @@ def model_of(folder: str, config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     if isinstance(heads, int) and isinstance(given.get("hidden_size"), int) and heads > 0:
         given.setdefault("head_dim", given["hidden_size"] // heads)
     given.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's own
-    place = Place(path)
+    place = ConfigSource(path)
     model = read(ModelConfig, {**given, **_rotary(path, config)}, place)
     seq_len = read(int, config.get("max_position_embeddings", 2048), place, "max_position_embeddings")
     check_layers(path, model)
@@ -108,7 +108,7 @@ def initializer_range_of(folder: str, config: Mapping[str, Any]) -> float:
     """
     value = config.get("initializer_range")
     path = os.path.join(folder, CONFIG)
-    return 0.02 if value is None else read(float, value, Place(path), "initializer_range")
+    return 0.02 if value is None else read(float, value, ConfigSource(path), "initializer_range")
 
 
 def read_object(path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from llama_ds.checkpoint.formats.views import Rows
+from llama_ds.checkpoint.formats.views import TableRows
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_in
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
@@ -144,7 +144,7 @@ def with_vocabulary(
     model: ModelConfig, tensors: Mapping[Key, Readable], vocab_size: int
 ) -> tuple[ModelConfig, dict[Key, Readable]]:
     """Return model and tensors with `vocab_size` rows in their tables: zeros added at the end, or rows left out."""
-    tables = {key: Rows(tensors[key], vocab_size) for key in vocabulary_tables(model)}
+    tables = {key: TableRows(tensors[key], vocab_size) for key in vocabulary_tables(model)}
     return replace(model, vocab_size=vocab_size), {**tensors, **tables}
 
 

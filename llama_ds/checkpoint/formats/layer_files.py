@@ -21,8 +21,8 @@ from llama_ds.checkpoint.manifest import (
     WEIGHT,
     Description,
     FileEntry,
-    Piece,
     Record,
+    StoredPiece,
     checksum,
     describe,
     name_of,
@@ -72,7 +72,7 @@ def write_index(folder: str, plan: Plan, checksums: Mapping[str, str]) -> None:
                 continue  # the same on every rank: the first one's is the one that is read
             stored = places[tensor.name]
             dtype = str(stored.dtype).removeprefix("torch.")
-            piece = Piece(WEIGHT, tensor.rank, 0, tensor.numel, file.name, stored.offset, dtype)
+            piece = StoredPiece(WEIGHT, tensor.rank, 0, tensor.numel, file.name, stored.offset, dtype)
             record.pieces.setdefault(name_of((layer, tensor.name)), []).append(piece)
     write_manifest(folder, plan.description, [record])
 

@@ -14,7 +14,7 @@ import torch
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, model_files, same
 from llama_ds.checkpoint.formats.meta_params import LLAMA3_THETA, PARAMS, model_of, params_of, read_params
 from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json, check_parts, part_shape
-from llama_ds.checkpoint.formats.views import Columns, Rows, TurnedHeads
+from llama_ds.checkpoint.formats.views import Columns, RotaryReordered, TableRows
 from llama_ds.checkpoint.manifest import TOKENIZER
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored, torch_tensors
@@ -68,7 +68,7 @@ def open_meta(folder: str, vocab_size: int | None = None) -> ModelFiles:
     names = {key: meta_name(*key, untied.num_hidden_layers) for key in weight_shapes(untied)}
     for path, part in zip(paths, parts, strict=True):
         check_names(path, names.values(), part)
-    table: Readable = Rows(embedding, embedding.shape[0])
+    table: Readable = TableRows(embedding, embedding.shape[0])
     tied = same(table, head)
     model, _ = model_of(folder, params, head.shape[0], tied)
     tensors = _tensors(model, names, parts, paths)
@@ -105,7 +105,7 @@ def _placed(files: ModelFiles, rank: int, size: int) -> list[Placed]:
         name, source = meta_name(layer, local, layers), tensor
         dim = _dim(name, local, files.model)
         if local in TURNED:
-            source = TurnedHeads(tensor, files.model.head_dim, to_halves=False)
+            source = RotaryReordered(tensor, files.model.head_dim, to_halves=False)
         if name == EMBEDDING and dim == 1:
             source = Columns(tensor)
         placed.append(Placed(name, part_shape(tensor.shape, dim, size), source, rank, size))
@@ -148,7 +148,7 @@ def _tensors(
             continue
         dim = weight_of(key[1]).cut
         whole = _whole(names[key], parts, paths, dim)
-        tensors[key] = TurnedHeads(whole, model.head_dim, to_halves=True) if key[1] in TURNED else whole
+        tensors[key] = RotaryReordered(whole, model.head_dim, to_halves=True) if key[1] in TURNED else whole
     return tensors
 
 

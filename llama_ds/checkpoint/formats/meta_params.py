@@ -13,7 +13,7 @@ from typing import Any
 
 from llama_ds.checkpoint.formats.hf_config import read_object
 from llama_ds.checkpoint.formats.inventory import check_file, check_layers
-from llama_ds.config.reader import Place, check_keys, read
+from llama_ds.config.reader import ConfigSource, check_keys, read
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.errors import UserError
 
@@ -43,7 +43,7 @@ def read_params(folder: str) -> dict[str, Any]:
     """
     path = check_file(os.path.join(folder, PARAMS))
     params = read_object(path)
-    check_keys(params, KEYS, Place(path))
+    check_keys(params, KEYS, ConfigSource(path))
     return params
 
 
@@ -57,7 +57,7 @@ def model_of(folder: str, params: Mapping[str, Any], vocab_size: int, tied: bool
         UserError: a number that is missing or of no sense.
     """
     path = os.path.join(folder, PARAMS)
-    place = Place(path)
+    place = ConfigSource(path)
     missing = [key for key in ("dim", "n_layers", "n_heads") if key not in params]
     if missing:
         raise place.error(missing[0], "is missing and has no default; copy the file again")

@@ -35,7 +35,7 @@ class View:
         raise NotImplementedError
 
 
-class Rows(View):
+class TableRows(View):
     """A table of `rows` rows, cut by rows whatever way its files are: rows that they lack are zeros."""
 
     def __init__(self, source: Readable, rows: int) -> None:
@@ -94,7 +94,7 @@ class Columns(RowBlocks):
         return room[:, rank * width : (rank + 1) * width]
 
 
-class TurnedHeads(RowBlocks):
+class RotaryReordered(RowBlocks):
     """The query or key projection with the rows of every head in the other rotary layout; cut by rows.
 
     Rotary embeddings turn K / 2 pairs of a head's rows. Here and at Hugging Face pair i is rows i and i + K / 2

@@ -20,7 +20,7 @@ from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part, plan_parts
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard
 from llama_ds.data.building.split_stream import ShardForm, SplitStream
-from llama_ds.data.building.tokenized import Progress, TokenizedPart, TokenizePart, documents_path, read_part
+from llama_ds.data.building.tokenized import TokenizedCounts, TokenizedPart, TokenizePart, documents_path, read_part
 from llama_ds.data.building.whole_file import naming_a_full_disk
 from llama_ds.data.building.workers import ThisProcess, Workers
 from llama_ds.data.building.workers import workers as start_workers
@@ -150,7 +150,7 @@ class _Build:
             if all(stream.is_written for stream in self.splits.values()):
                 return
             for message in pool.receive():
-                if isinstance(message, Progress):
+                if isinstance(message, TokenizedCounts):
                     progress(*message)
                 elif isinstance(message, TokenizedPart):
                     self._waiting[message.number] = message

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 
-from llama_ds.data.text.piece_reader import PARQUET, Piece, open_parquet
+from llama_ds.data.text.piece_reader import PARQUET, TextPiece, open_parquet
 from llama_ds.errors import UserError
 
 PARTS = 1024  # about so many: enough to share among workers, few enough to keep a file for each
 LEAST_BYTES, MOST_BYTES = 1 << 20, 64 << 20  # of a part: large against the cost of handing it over, small for memory
 
-Part = tuple[Piece, ...]
+Part = tuple[TextPiece, ...]
 
 
 def plan_parts(files: Sequence[str]) -> list[Part]:
@@ -26,7 +26,7 @@ def plan_parts(files: Sequence[str]) -> list[Part]:
     sizes = [_size(path) for path in files]
     size = min(MOST_BYTES, max(LEAST_BYTES, sum(sizes) // PARTS))
     parts: list[Part] = []
-    pieces: list[Piece] = []
+    pieces: list[TextPiece] = []
     filled = 0
     for path, file_size in zip(files, sizes, strict=True):
         for piece in _pieces(path, file_size, size):
@@ -45,21 +45,21 @@ def _size(path: str) -> int:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
 
-def _pieces(path: str, file_size: int, size: int) -> Iterator[Piece]:
+def _pieces(path: str, file_size: int, size: int) -> Iterator[TextPiece]:
     if path.lower().endswith(PARQUET):
         yield from _row_groups(path, file_size, size)
     elif path.lower().endswith(".jsonl") and file_size > size:
         for start in range(0, file_size, size):
             stop = min(start + size, file_size)
-            yield Piece(path, start, stop, stop - start)
+            yield TextPiece(path, start, stop, stop - start)
     else:
-        yield Piece(path, size=file_size)
+        yield TextPiece(path, size=file_size)
 
 
-def _row_groups(path: str, file_size: int, size: int) -> Iterator[Piece]:
+def _row_groups(path: str, file_size: int, size: int) -> Iterator[TextPiece]:
     with open_parquet(path) as file:
         groups = file.num_row_groups
     together = max(1, groups * size // max(1, file_size))
     for start in range(0, groups, together):
         stop = min(start + together, groups)
-        yield Piece(path, start, stop, file_size * stop // groups - file_size * start // groups)
+        yield TextPiece(path, start, stop, file_size * stop // groups - file_size * start // groups)

@@ -38,7 +38,7 @@ DOCUMENT = np.dtype(
 )  # line: from the start of the piece, 0 where the file is one document
 
 
-class Progress(NamedTuple):
+class TokenizedCounts(NamedTuple):
     """What was done since the last report; `bytes` of input."""
 
     documents: int
@@ -69,7 +69,7 @@ class TokenizePart:
     document_chars: int
     skip_bad: bool
 
-    def run(self) -> Iterator[Progress | TokenizedPart]:
+    def run(self) -> Iterator[TokenizedCounts | TokenizedPart]:
         """Write the files of the part; yield progress, then the part's counts.
 
         Raises:
@@ -147,7 +147,7 @@ class _Output:
         self._digests += digest[: DIGEST.itemsize]
         self.chars += len(text)
 
-    def flush(self, read_bytes: int) -> Progress:
+    def flush(self, read_bytes: int) -> TokenizedCounts:
         """Write the ids that wait, and return what was done since the last call."""
         for i, (ids, file) in enumerate(zip(self._ids, self._files, strict=True)):
             if ids:
@@ -157,7 +157,7 @@ class _Output:
         documents, ids_ = self._reported
         self._reported = len(self._lengths), sum(self._written)
         self.chars = 0
-        return Progress(self._reported[0] - documents, self._reported[1] - ids_, read_bytes)
+        return TokenizedCounts(self._reported[0] - documents, self._reported[1] - ids_, read_bytes)
 
     def totals(self) -> tuple[int, int]:
         """Return the ids written for each split."""

@@ -20,7 +20,7 @@ from llama_ds.child_processes import without_interrupts
 from llama_ds.errors import UserError
 
 
-class Task(Protocol):
+class WorkerTask(Protocol):
     """Something to do, in any process."""
 
     def run(self) -> Iterator[object]:
@@ -55,7 +55,7 @@ class ThisProcess:
         """Whether a task can be started."""
         return self._messages is None
 
-    def start(self, task: Task) -> None:
+    def start(self, task: WorkerTask) -> None:
         """Take a task."""
         self._messages = task.run()
 
@@ -99,7 +99,7 @@ class Workers:
         """Whether a task can be started."""
         return bool(self._free)
 
-    def start(self, task: Task) -> None:
+    def start(self, task: WorkerTask) -> None:
         """Hand a task to a free process."""
         connection = self._free.popleft()
         self._busy.append(connection)
@@ -150,7 +150,7 @@ def _work(connection: Connection) -> None:
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     while True:
         try:
-            task: Task = connection.recv()
+            task: WorkerTask = connection.recv()
         except EOFError:  # the parent is gone
             return
         try:

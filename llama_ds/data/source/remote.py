@@ -39,7 +39,7 @@ KINDS = "a folder, file://, http://, https://, s3://, gs://, pipe:COMMAND, or wh
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How long a remote file is waited for, in seconds."""
 
     deadline_s: float = 300.0  # from the first try to giving up

@@ -1,6 +1,6 @@
 """Where the files of a data source come from: a folder, or a place that is fetched from into a cache on a local disk.
 
-A file that is slow, cut short or spoilt on its way is asked for again, for as long as `Patience` says. What cannot be
+A file that is slow, cut short or spoilt on its way is asked for again, for as long as `RetryPolicy` says. What cannot be
 had sound in that time is a `BadFile`: what to do without it is the reader's to decide.
 """
 
@@ -16,11 +16,11 @@ from contextlib import closing
 from typing import Protocol
 
 from llama_ds.data.source.cache import Busy, Cache, Part, digest_of, key_of
-from llama_ds.data.source.remote import Fault, Missing, Patience, Transport, Unsound, open_transport
+from llama_ds.data.source.remote import Fault, Missing, RetryPolicy, Transport, Unsound, open_transport
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
-PATIENCE = Patience()
+PATIENCE = RetryPolicy()
 LEAST_TRY_S = 1.0  # left for a try to begin: one that the deadline cuts short says nothing about the file
 MISSING_TRIES = 3  # of a file that is not there: object stores may show a new one late
 
@@ -51,7 +51,7 @@ class Store(Protocol):
         """
 
 
-def open_store(place: str, cache: Cache | None = None, patience: Patience = PATIENCE) -> Store:
+def open_store(place: str, cache: Cache | None = None, patience: RetryPolicy = PATIENCE) -> Store:
     """Return the store of a folder, a URL or a `pipe:` command, without connecting.
 
     Raises:
@@ -103,7 +103,7 @@ class LocalStore:
 class RemoteStore:
     """Files by a transport: small ones into memory, shards into the cache."""
 
-    def __init__(self, place: str, transport: Transport, cache: Cache, patience: Patience) -> None:
+    def __init__(self, place: str, transport: Transport, cache: Cache, patience: RetryPolicy) -> None:
         self.place, self.key_place = transport.place, place.rstrip("/")
         self.transport, self.cache, self.patience = transport, cache, patience
 
@@ -173,7 +173,7 @@ class RemoteStore:
 class Tries:
     """The tries at one file: how often, how long, and when it is enough."""
 
-    def __init__(self, place: str, patience: Patience) -> None:
+    def __init__(self, place: str, patience: RetryPolicy) -> None:
         self.place, self.patience = place, patience
         self.start = time.monotonic()
         self.until = self.start + patience.deadline_s

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llama_ds.data.text.piece_reader import JSON_LINES, PARQUET, Piece, PieceReader, empty_file
+from llama_ds.data.text.piece_reader import JSON_LINES, PARQUET, PieceReader, TextPiece, empty_file
 from llama_ds.errors import UserError
 
 # What counts as text when a whole folder is named; a glob or a file name takes files of any suffix.
@@ -56,7 +56,7 @@ def documents(pattern: str, max_chars: int = 0) -> Iterator[Document]:
         UserError: nothing matches, or a file is empty, binary, damaged, not UTF-8 or has no text; names the place.
     """
     for path in source_files(pattern):
-        reader = PieceReader(Piece(path))
+        reader = PieceReader(TextPiece(path))
         for line, text in reader:
             if not (text or line):
                 raise empty_file(path)

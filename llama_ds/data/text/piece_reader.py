@@ -24,7 +24,7 @@ BATCH_ROWS = 256  # of parquet at a time
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextPiece:
     """A file, or what starts in start .. stop - 1 of it: bytes of plain JSON lines, row groups of parquet."""
 
     path: str
@@ -47,7 +47,7 @@ class PieceReader:
         UserError: the file is empty, binary, damaged, not UTF-8, or a line has no text; names the place.
     """
 
-    def __init__(self, piece: Piece, skip_bad: bool | None = None) -> None:
+    def __init__(self, piece: TextPiece, skip_bad: bool | None = None) -> None:
         self.piece = piece
         self.lines = self.skipped = 0
         self.share = 0.0

@@ -19,7 +19,7 @@ SPACE_MARK = "\u2581"  # sentencepiece's own spelling of a space: it decodes a m
 SENTENCE_CHARS = 2000  # the trainer skips very long sentences and merges never cross whitespace: any cut will do
 
 
-class Piece(NamedTuple):
+class VocabularyPiece(NamedTuple):
     """One entry of the vocabulary, in sentencepiece's spelling: a space is SPACE_MARK."""
 
     text: str
@@ -84,12 +84,12 @@ class Tokenizer:
         """Return the text of `ids`; bos and eos have none, bytes that are not UTF-8 become U+FFFD."""
         return self._model.decode([int(i) for i in ids])
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[VocabularyPiece]:
         """Return the vocabulary by id, for conversion to other formats."""
         model = self._model
         special = (model.is_byte, model.is_control, model.is_unknown, model.is_unused)
         return [
-            Piece(model.id_to_piece(i), model.get_score(i), not any(test(i) for test in special))
+            VocabularyPiece(model.id_to_piece(i), model.get_score(i), not any(test(i) for test in special))
             for i in range(self.vocab_size)
         ]
 

@@ -20,7 +20,7 @@ SHM_GIB = 1.0  # NCCL's and the data's shared memory
 
 
 @dataclass(frozen=True)
-class Finding:
+class HostFinding:
     """What is wrong with a host."""
 
     host: str
@@ -39,7 +39,9 @@ class Own:
     nonce: Mapping[str, str]  # what stands in the files that must be shared
 
 
-def judge(answers: Mapping[str, Mapping[str, Any]], own: Own, slots: Mapping[str, int], settings: Any) -> list[Finding]:
+def judge(
+    answers: Mapping[str, Mapping[str, Any]], own: Own, slots: Mapping[str, int], settings: Any
+) -> list[HostFinding]:
     """Return what is wrong with each host that has answered."""
     found = unlike(answers)
     for host, answer in answers.items():
@@ -50,11 +52,11 @@ def judge(answers: Mapping[str, Mapping[str, Any]], own: Own, slots: Mapping[str
             *_network(answer, settings.nic),
             *clock(answer["skew_s"], answer["skew_bound_s"]),
         ]
-        found += [Finding(host, *problem) for problem in problems]
+        found += [HostFinding(host, *problem) for problem in problems]
     return found
 
 
-def unlike(answers: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+def unlike(answers: Mapping[str, Mapping[str, Any]]) -> list[HostFinding]:
     """Return which hosts have other hardware than most."""
     told = {host: a for host, a in answers.items() if "problem" not in (a["gpus"] or {})}
     models = {host: devices.models(answer["gpus"]) for host, answer in told.items()}
@@ -63,11 +65,15 @@ def unlike(answers: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     found = []
     for host, text in _odd(models).items():
         severity = "error" if models[host] == devices.NO_GPU else "warning"
-        found.append(Finding(host, "gpu model", severity, f"{text}; leave it out, or expect the others to wait for it"))
+        found.append(
+            HostFinding(host, "gpu model", severity, f"{text}; leave it out, or expect the others to wait for it")
+        )
     for host, text in _odd(drivers).items():
-        found.append(Finding(host, "gpu driver", "warning", f"{text}; install the same"))
+        found.append(HostFinding(host, "gpu driver", "warning", f"{text}; install the same"))
     for host, text in _odd(cores).items():
-        found.append(Finding(host, "cores", "warning", f"{text}; leave it out, or expect the others to wait for it"))
+        found.append(
+            HostFinding(host, "cores", "warning", f"{text}; leave it out, or expect the others to wait for it")
+        )
     return found
 
 

@@ -18,13 +18,13 @@ from typing import Any
 from llama_ds.errors import UserError
 from llama_ds.launch import remote
 from llama_ds.launch.preflight import answer, measure, probe
-from llama_ds.launch.preflight.checks import Finding, Own, judge
+from llama_ds.launch.preflight.checks import HostFinding, Own, judge
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass(frozen=True)
-class Settings:
+class PreflightSettings:
     """What is looked at."""
 
     output_dir: str = "runs"  # must be one folder for all hosts
@@ -44,7 +44,7 @@ class Report:
     """What was found."""
 
     hosts: list[str]
-    findings: list[Finding]
+    findings: list[HostFinding]
     speeds: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
@@ -71,10 +71,12 @@ class Report:
         return {"good": self.good, "findings": [asdict(f) for f in self.findings], "speeds": self.speeds}
 
 
-def examine(hosts: Mapping[str, int], settings: Settings, progress: Callable[[str], None] | None = None) -> Report:
+def examine(
+    hosts: Mapping[str, int], settings: PreflightSettings, progress: Callable[[str], None] | None = None
+) -> Report:
     """Look at all hosts; return what is wrong with them."""
     say = progress or (lambda text: None)
-    findings: list[Finding] = []
+    findings: list[HostFinding] = []
     with shared_file(settings.output_dir) as nonce:
         ends, answers = _ask(hosts, settings, list(nonce), say)
         own = Own(platform.python_version(), probe.packages(), probe.code_digest(str(ROOT)), nonce)
@@ -84,7 +86,7 @@ def examine(hosts: Mapping[str, int], settings: Settings, progress: Callable[[st
         if said.problem or value is None:
             problem = said.problem or f"answers {said.out[:40]!a} instead of what it was asked"
             fix = "mend its ssh, its Python or its shell's start files, or leave it out"
-            findings.append(Finding(host, "answer", "error", f"{problem}; {fix}"))
+            findings.append(HostFinding(host, "answer", "error", f"{problem}; {fix}"))
             continue
         value["skew_s"], value["skew_bound_s"] = value["time"] - ends[host] + said.seconds / 2, said.seconds / 2
         told[host] = value
@@ -101,7 +103,7 @@ def examine(hosts: Mapping[str, int], settings: Settings, progress: Callable[[st
 
 
 def _ask(
-    hosts: Mapping[str, int], settings: Settings, shared: list[str], say: Callable[[str], None]
+    hosts: Mapping[str, int], settings: PreflightSettings, shared: list[str], say: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, remote.Answer]]:
     """Return when each host had answered, and what."""
     ends: dict[str, float] = {}
@@ -117,7 +119,7 @@ def _ask(
     )
 
 
-def question(settings: Settings, shared: Sequence[str]) -> bytes:
+def question(settings: PreflightSettings, shared: Sequence[str]) -> bytes:
     """Return the script that a host's Python is sent; `shared` are files that it is to read."""
     folders = [os.path.abspath(settings.output_dir), "/tmp", "/dev/shm"]
     folders += [settings.cache_dir] if settings.cache_dir else []

@@ -27,7 +27,7 @@ from typing import Any
 from llama_ds.job.robust_stats import median_and_deviation
 from llama_ds.launch import remote
 from llama_ds.launch.preflight import answer
-from llama_ds.launch.preflight.checks import Finding
+from llama_ds.launch.preflight.checks import HostFinding
 
 ROOT = Path(__file__).resolve().parents[3]
 DEVICE_SHARE, LINK_SHARE, SIGMAS = 0.9, 0.7, 5.0
@@ -43,7 +43,7 @@ def measure(
     ssh_port: int | None,
     severity: str,
     say: Callable[[str], None],
-) -> tuple[dict[str, list[dict[str, Any]]], list[Finding]]:
+) -> tuple[dict[str, list[dict[str, Any]]], list[HostFinding]]:
     """Return the speeds of all hosts, and what is slow among them; `severity` is what slow is."""
     say(f"measuring {len(hosts)} hosts for about {burn_s + 10:.0f} s")
     slots, problems = _look(hosts, addresses, burn_s, ssh_port)
@@ -58,7 +58,7 @@ def measure(
 
 def _look(
     hosts: Mapping[str, int], addresses: Mapping[str, str], burn_s: float, ssh_port: int | None
-) -> tuple[dict[str, list[dict[str, Any]]], list[Finding]]:
+) -> tuple[dict[str, list[dict[str, Any]]], list[HostFinding]]:
     """Return what hosts measure that are paired in this order, and those that do not end well."""
     plans = plan(hosts, addresses, random.randrange(20000, 30000))
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from llama_ds.parallel.burn import main; main()"
@@ -73,7 +73,7 @@ def _look(
         found = answer.read(said.out, "burn", answer.SPEEDS)
         if said.problem or not found:
             problem = said.problem or "a slot's process ended early"
-            findings.append(Finding(host, "measurement", "error", f"{problem}; run it there to see why"))
+            findings.append(HostFinding(host, "measurement", "error", f"{problem}; run it there to see why"))
             continue
         slots[host] = found
     return slots, findings
@@ -124,7 +124,7 @@ def plan(hosts: Mapping[str, int], addresses: Mapping[str, str], port: int) -> d
     return groups
 
 
-def failed(slots: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
+def failed(slots: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[HostFinding]:
     """Return the hosts whose all-reduces failed, within them or with whomever they were paired."""
     findings = []
     for host, found in slots.items():
@@ -133,11 +133,11 @@ def failed(slots: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
         if None in within or (paired and set(paired) == {None}):
             said = next((str(one["problem"]) for one in found if one.get("problem")), "no answer")
             fix = "look at its network, and at what stands between it and the others"
-            findings.append(Finding(host, "all-reduce", "error", f"{said}; {fix}"))
+            findings.append(HostFinding(host, "all-reduce", "error", f"{said}; {fix}"))
     return findings
 
 
-def slow(slots: Mapping[str, Sequence[Mapping[str, Any]]], severity: str) -> list[Finding]:
+def slow(slots: Mapping[str, Sequence[Mapping[str, Any]]], severity: str) -> list[HostFinding]:
     """Return which devices and links are slow among those of all hosts."""
     findings = []
     devices = {(host, slot): float(one["tflops"]) for host, found in slots.items() for slot, one in enumerate(found)}
@@ -146,7 +146,7 @@ def slow(slots: Mapping[str, Sequence[Mapping[str, Any]]], severity: str) -> lis
         if not value >= least:
             text = f"device {slot} multiplies at {value:.3g} TFLOP/s, the median is {middle:.3g}"
             text += f", {least:.3g} are wanted; look at its temperature, its clocks and what else runs there"
-            findings.append(Finding(host, "slow device", severity, text))
+            findings.append(HostFinding(host, "slow device", severity, text))
     links = {host: link(found) for host, found in slots.items()}
     links = {host: value for host, value in links.items() if value > 0}
     middle = statistics.median(links.values()) if len(links) > 2 else 0.0
@@ -154,7 +154,7 @@ def slow(slots: Mapping[str, Sequence[Mapping[str, Any]]], severity: str) -> lis
         if value < LINK_SHARE * middle:
             text = f"all-reduces with either neighbour at {value:.3g} GB/s, the median is {middle:.3g}"
             text += f", {LINK_SHARE * middle:.3g} are wanted; look at its cable, its port and its NIC"
-            findings.append(Finding(host, "slow link", severity, text))
+            findings.append(HostFinding(host, "slow link", severity, text))
     return findings
 
 

@@ -23,7 +23,7 @@ import psutil
 from llama_ds.errors import UserError
 from llama_ds.launch import remote
 from llama_ds.launch.preflight import answer
-from llama_ds.launch.preflight.examine import Settings, question
+from llama_ds.launch.preflight.examine import PreflightSettings, question
 
 HOST, NONCE, PATH, TIME = "@HOST@", "@NONCE@", "@PATH@", "@TIME@"
 _ANSWERING = """#!/bin/sh
@@ -38,7 +38,7 @@ exec sed "s|@HOST@|$3|g; s|@PATH@|$path|; s|@NONCE@|$(cat "$path")|; s|@TIME@|$(
 class StubHosts:
     """A context in which `names` are hosts for whoever has `environment`."""
 
-    def __init__(self, count: int, folder: Path, settings: Settings) -> None:
+    def __init__(self, count: int, folder: Path, settings: PreflightSettings) -> None:
         """Record an answer to what `settings` ask; files go to `folder`."""
         self.names = [f"127.0.{1 + i // 250}.{1 + i % 250}" for i in range(count)]
         self.folder = folder
@@ -117,7 +117,7 @@ class StubHosts:
         self._daemon.wait()
 
 
-def _recorded(settings: Settings) -> dict[str, object]:
+def _recorded(settings: PreflightSettings) -> dict[str, object]:
     """Return what this machine answers, with marks where hosts and questions differ."""
     said = remote.on_hosts(["localhost"], [sys.executable, "-I", "-"], question(settings, []))["localhost"]
     value = answer.read(said.out, "preflight", answer.ANSWER)

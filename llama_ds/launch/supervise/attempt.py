@@ -18,7 +18,7 @@ from llama_ds.job.folder import Job
 from llama_ds.launch.command import Command, runner_environment
 from llama_ds.launch.supervise import hang, processes
 from llama_ds.launch.supervise.events import Events
-from llama_ds.launch.supervise.progress import Pace, Patience
+from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
 from llama_ds.launch.supervise.server import Member, Server
 from llama_ds.launch.supervise.spikes import Spike, SpikeRule
 
@@ -50,7 +50,7 @@ class Outcome:
 class Watch:
     """What is watched for, and how."""
 
-    patience: Patience = field(default_factory=Patience)
+    patience: HangLimits = field(default_factory=HangLimits)
     silent_s: float = 15.0  # without a beat, after which a rank's host is looked at
     spikes: bool = False  # whether a loss spike ends the attempt
 
@@ -65,7 +65,7 @@ class Attempt:
         """`server` listens where `job` says. `say` gets what rank 0 prints."""
         self.job, self.server, self.watch, self.events = job, server, watch, events
         self._command, self._say, self._ssh_port = command, say, ssh_port
-        self._pace, self._spikes = Pace(watch.patience), SpikeRule()
+        self._pace, self._spikes = HangDetector(watch.patience), SpikeRule()
         self._tail = Tail(str(job.log(0)))
         self._looks: dict[str, _Look] = {}  # under way, by host
         self._joined = False

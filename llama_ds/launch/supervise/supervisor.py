@@ -14,13 +14,13 @@ from llama_ds.errors import UserError
 from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import Command, build
 from llama_ds.launch.job_files import prepare
-from llama_ds.launch.meeting import Meeting, arrange
 from llama_ds.launch.preflight import Report
 from llama_ds.launch.remote import is_local
+from llama_ds.launch.rendezvous import Rendezvous, arrange
 from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
-from llama_ds.launch.supervise.roster import Roster
+from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.server import Server
 
 RESTARTED = (outcomes.FAILURE, outcomes.DEATH, outcomes.HOST_LOST, outcomes.HANG, outcomes.LAUNCHER)
@@ -63,7 +63,7 @@ class Supervisor:
         self,
         run: RunConfig,
         start: Start,
-        roster: Roster,
+        roster: HostPool,
         watch: Watch,
         bounds: Bounds,
         folder: Path,
@@ -96,7 +96,7 @@ class Supervisor:
             while True:
                 number += 1
                 meeting = self._meet(hosts, again=number > 1)
-                if isinstance(meeting, Meeting):
+                if isinstance(meeting, Rendezvous):
                     server = server or Server(self.start.listen or meeting.listen)
                     outcome = self._try(number, hosts, meeting, server)
                 else:
@@ -119,7 +119,7 @@ class Supervisor:
                 server.close()
             self.events.close()
 
-    def _meet(self, hosts: Mapping[str, int], again: bool) -> Meeting | Outcome:
+    def _meet(self, hosts: Mapping[str, int], again: bool) -> Rendezvous | Outcome:
         """Return where ranks meet; a first host that has just been found good and fails now is one more failure."""
         start = self.start
         try:
@@ -129,7 +129,7 @@ class Supervisor:
                 raise
             return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[next(iter(hosts))])
 
-    def _try(self, number: int, hosts: dict[str, int], meeting: Meeting, server: Server) -> Outcome:
+    def _try(self, number: int, hosts: dict[str, int], meeting: Rendezvous, server: Server) -> Outcome:
         start = self.start
         job = Job(
             folder=str(self.folder / f"attempt_{number:02d}"),
@@ -273,7 +273,7 @@ def rewind_overrides(skips: Sequence[tuple[int, int]], back: int, name: int) -> 
     return [f"checkpoint.rewind_to={back}", f"checkpoint.rewind_id={name}", f"data.skip=[{entries}]"]
 
 
-def command_of(job: Job, start: Start, meeting: Meeting) -> Command:
+def command_of(job: Job, start: Start, meeting: Rendezvous) -> Command:
     """Return the command that starts a job's ranks."""
     return build(
         launcher=start.launcher,

@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llama_ds.model import loss, pointwise, weight_gradients
 from llama_ds.parallel.dry_run.ledger import Ledger, within
 from llama_ds.parallel.dry_run.memo import Memo
-from llama_ds.parallel.world import Place
+from llama_ds.parallel.world import RankInfo
 
 with suppress(ImportError):  # DeepSpeed does with its first engine, for a second or two: before ranks are forked
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
@@ -34,7 +34,7 @@ with suppress(ImportError):  # DeepSpeed does with its first engine, for a secon
 
 @contextmanager
 def fake_world(
-    place: Place, backend: str, ledger: Ledger, made: Callable[[tuple[int, ...] | None], None]
+    place: RankInfo, backend: str, ledger: Ledger, made: Callable[[tuple[int, ...] | None], None]
 ) -> Iterator[None]:
     """Be rank `place.rank` of `place.world` within; `backend` is the one that the program is to believe in.
 

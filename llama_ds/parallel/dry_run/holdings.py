@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from llama_ds.layout.optimizer_states import ADAMW
-from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger, tensors_in
 from llama_ds.parallel.optimizer_state import begin_moments, fragments
 
@@ -34,7 +34,7 @@ def sort_holdings(engine: Any, ledger: Ledger) -> None:
         ledger.mark([parameter, *_partition(parameter)], WEIGHTS)
         parameter.register_post_accumulate_grad_hook(lambda p: ledger.mark(_grad(p), GRADIENTS))
     for layer in engine.module.modules():
-        if isinstance(layer, WrittenOutLayer):
+        if isinstance(layer, ManualBackwardLayer):
             _watch_put_off(layer, ledger)
     ledger.mark_rest(OTHER)
 
@@ -66,7 +66,7 @@ def _grad(parameter: nn.Parameter) -> list[Tensor]:
     return [] if parameter.grad is None else [parameter.grad]
 
 
-def _watch_put_off(layer: WrittenOutLayer, ledger: Ledger) -> None:
+def _watch_put_off(layer: ManualBackwardLayer, ledger: Ledger) -> None:
     end = layer.weights.end_micro_batch
 
     def end_and_mark() -> None:

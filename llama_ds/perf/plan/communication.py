@@ -15,24 +15,24 @@ from llama_ds.perf.plan.hardware import Hardware
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """Ranks at equal distances, while all ranks of the job communicate in groups like it."""
 
     size: int
     stride: int = 1
 
 
-def ranks_per_node(gpu: Hardware, group: Group) -> int:
+def ranks_per_node(gpu: Hardware, group: RankGroup) -> int:
     """Return how many of the group's ranks are on one node."""
     return max(1, min(group.size, gpu.links.gpus_per_node // group.stride))
 
 
-def nodes(gpu: Hardware, group: Group) -> int:
+def nodes(gpu: Hardware, group: RankGroup) -> int:
     """Return over how many nodes the group lies."""
     return -(-group.size // ranks_per_node(gpu, group))
 
 
-def bus_bandwidth(gpu: Hardware, group: Group) -> float:
+def bus_bandwidth(gpu: Hardware, group: RankGroup) -> float:
     """Return the bytes a second of a ring over the group."""
     within = gpu.links.nvlink_gb_s * 1e9
     here = ranks_per_node(gpu, group)
@@ -42,14 +42,14 @@ def bus_bandwidth(gpu: Hardware, group: Group) -> float:
     return min(within, gpu.network * share)
 
 
-def ring_latency(gpu: Hardware, group: Group) -> float:
+def ring_latency(gpu: Hardware, group: RankGroup) -> float:
     """Return the time in which nothing goes once round the ring: n - 1 hops, one between nodes for each node."""
     here, many, links = ranks_per_node(gpu, group), nodes(gpu, group), gpu.links
     start = links.nvlink_latency_us / 2 if here > 1 else 0.0
     return (start + links.nvlink_hop_us * many * (here - 1) + links.network_latency_us * (many - 1)) * 1e-6
 
 
-def tree_latency(gpu: Hardware, group: Group) -> float:
+def tree_latency(gpu: Hardware, group: RankGroup) -> float:
     """Return the same up and down a tree of nodes, as NCCL sums small tensors over many."""
     here, many, links = ranks_per_node(gpu, group), nodes(gpu, group), gpu.links
     start = links.nvlink_latency_us if here > 1 else 0.0
@@ -57,7 +57,7 @@ def tree_latency(gpu: Hardware, group: Group) -> float:
     return (start + 2 * up) * 1e-6
 
 
-def all_reduce(gpu: Hardware, group: Group, size: float) -> float:
+def all_reduce(gpu: Hardware, group: RankGroup, size: float) -> float:
     """Return the time to sum `size` bytes over the group."""
     measured = _measured(gpu, ALL_REDUCE, group, size)
     if measured is not None:
@@ -66,30 +66,30 @@ def all_reduce(gpu: Hardware, group: Group, size: float) -> float:
     return 2 * _wire(gpu, group, size) + wait if group.size > 1 and size > 0 else 0.0
 
 
-def all_gather(gpu: Hardware, group: Group, size: float) -> float:
+def all_gather(gpu: Hardware, group: RankGroup, size: float) -> float:
     """Return the time to gather `size` bytes, of which each rank has a part."""
     measured = _measured(gpu, ALL_GATHER, group, size)
     return half(gpu, group, size) if measured is None else measured
 
 
-def reduce_scatter(gpu: Hardware, group: Group, size: float) -> float:
+def reduce_scatter(gpu: Hardware, group: RankGroup, size: float) -> float:
     """Return the time to sum `size` bytes over the group, each rank keeping a part."""
     measured = _measured(gpu, REDUCE_SCATTER, group, size)
     return half(gpu, group, size) if measured is None else measured
 
 
-def layer_sum(gpu: Hardware, group: Group, size: float) -> float:
+def layer_sum(gpu: Hardware, group: RankGroup, size: float) -> float:
     """Return the time of a layer's all-reduce: a reduce-scatter and an all-gather, if no tree is asked for."""
     measured = _measured(gpu, ALL_REDUCE, group, size)
     return 2 * half(gpu, group, size) if measured is None else measured
 
 
-def half(gpu: Hardware, group: Group, size: float) -> float:
+def half(gpu: Hardware, group: RankGroup, size: float) -> float:
     """Return the time of a ring's reduce-scatter or all-gather whose whole is `size` bytes."""
     return _wire(gpu, group, size) + ring_latency(gpu, group) if group.size > 1 and size > 0 else 0.0
 
 
-def _measured(gpu: Hardware, operation: str, group: Group, size: float) -> float | None:
+def _measured(gpu: Hardware, operation: str, group: RankGroup, size: float) -> float | None:
     """Return the time of an operation by the machine's measurements; None where there are none of such groups."""
     if group.size <= 1 or size <= 0 or not gpu.curves:
         return None
@@ -97,7 +97,7 @@ def _measured(gpu: Hardware, operation: str, group: Group, size: float) -> float
     return found.seconds(size) if found else None
 
 
-def _wire(gpu: Hardware, group: Group, size: float) -> float:
+def _wire(gpu: Hardware, group: RankGroup, size: float) -> float:
     return (group.size - 1) / group.size * size / bus_bandwidth(gpu, group)
 
 

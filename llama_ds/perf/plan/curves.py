@@ -18,7 +18,7 @@ OPERATIONS = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND)
 
 
 @dataclass(frozen=True)
-class Products:
+class ProductRates:
     """Rates of matrix products (M x K) (K x N)."""
 
     sizes: tuple[int, ...]  # of M, N and K alike
@@ -32,7 +32,7 @@ class Products:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionRates:
     """Rates of causal attention, in the FLOPs that causality leaves."""
 
     head_dim: tuple[int, ...]
@@ -99,8 +99,8 @@ class Collective:
 class Curves:
     """All that was measured."""
 
-    products: Products | None = None
-    attention: Attention | None = None
+    products: ProductRates | None = None
+    attention: AttentionRates | None = None
     kernels: Kernels | None = None
     collectives: tuple[Collective, ...] = field(default=())
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama_ds.config.reader import Place, read
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.recompute import GIB
 from llama_ds.config.text import dump_yaml, read_yaml
 from llama_ds.errors import UserError, did_you_mean
@@ -124,7 +124,7 @@ def load(name: str) -> Hardware:
                 f"{', '.join(known)}, or the path of a YAML file like llama_ds/perf/plan/data/a100-80gb.yaml"
             )
         path = Path(name)
-    hardware = read(Hardware, read_yaml(str(path)), Place(str(path)))
+    hardware = read(Hardware, read_yaml(str(path)), ConfigSource(str(path)))
     _check(hardware, str(path))
     return hardware
 
@@ -142,7 +142,7 @@ def _plain(value: Any) -> Any:
 
 
 def _check(hardware: Hardware, path: str) -> None:
-    place = Place(path)
+    place = ConfigSource(path)
     if hardware.dtype not in ("bf16", "fp32"):
         raise place.error("dtype", f"= {hardware.dtype!r} is not bf16 or fp32")
     if hardware.peak_tflops is None and device_peak(hardware.device, hardware.dtype) is None:
@@ -160,7 +160,7 @@ def _check(hardware: Hardware, path: str) -> None:
             )
 
 
-def _check_curves(curves: Curves, place: Place) -> None:
+def _check_curves(curves: Curves, place: ConfigSource) -> None:
     """Refuse curves that cannot be read between their points: sizes that do not grow, tables of other shapes, zeros."""
     axes: list[tuple[str, Sequence[float], Any]] = []  # name, sizes, what stands at each size
     if curves.products:

@@ -12,7 +12,7 @@ from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.recompute import StagePolicies
-from llama_ds.perf.plan.communication import Group
+from llama_ds.perf.plan.communication import RankGroup
 from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
 from llama_ds.schedules.schedule import Schedule
 
@@ -28,7 +28,7 @@ def layers_by_policy(stages: Iterable[Counts]) -> Counter[str]:
 
 
 @dataclass(frozen=True)
-class Job:
+class StepJob:
     """One optimizer step on a layout."""
 
     model: ModelConfig
@@ -62,9 +62,9 @@ class Job:
     def ranks(self) -> int:
         return self.axes.world
 
-    def group(self, axis: str) -> Group:
+    def group(self, axis: str) -> RankGroup:
         """Return the groups along an axis."""
-        return Group(getattr(self.axes, axis), self.axes.stride(axis))
+        return RankGroup(getattr(self.axes, axis), self.axes.stride(axis))
 
     @property
     def tokens(self) -> int:
@@ -87,10 +87,10 @@ class Job:
         return Schedule(self.schedule, self.pp, micro_batches, self.chunks, self.extra_warmup)
 
 
-def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dtype: str = "bf16") -> Job:
+def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dtype: str = "bf16") -> StepJob:
     """Return the step of one of this stack's runs in `dtype`, bf16 or fp32; `policies` are its stages', in order."""
     schedule = schedule_of(run, layout)
-    return Job(
+    return StepJob(
         model=run.model,
         program=OURS if dtype == "bf16" else OURS_FP32,
         seq_len=run.data.seq_len,

@@ -10,11 +10,11 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from llama_ds.layout.loss_chunks import chunk_tokens
-from llama_ds.perf.plan.communication import Group, all_gather, all_reduce, layer_sum, reduce_scatter
+from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, layer_sum, reduce_scatter
 from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
-from llama_ds.perf.plan.job import Job
-from llama_ds.perf.plan.program import PROGRAMS, Traffic
+from llama_ds.perf.plan.job import StepJob
+from llama_ds.perf.plan.program import PROGRAMS, MemoryTraffic
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LayerTime:
     weight_backward: Parts
 
 
-def layer_time(gpu: Hardware, job: Job, policy: str) -> LayerTime:
+def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
     """Return the time of a decoder layer that keeps what `policy` says."""
     m = job.model
     shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
@@ -90,7 +90,7 @@ def _layer(
     score_time = pointwise(gpu, program.scores.forward * scores), pointwise(gpu, program.scores.backward * scores)
 
     def passes(forward: bool) -> float:
-        def of(traffic: Traffic) -> float:
+        def of(traffic: MemoryTraffic) -> float:
             return traffic.forward if forward else traffic.backward
 
         moved = of(program.hidden) * own * hidden + of(program.inner) * tokens * inner
@@ -99,7 +99,7 @@ def _layer(
             moved += 4 * program.rows_copied * tokens * hidden
         return pointwise(gpu, wide * moved, "forward" if forward else "backward")
 
-    sent = _collectives(gpu, Group(tp), float(program.element_bytes) * tokens * hidden, sequence_parallel)
+    sent = _collectives(gpu, RankGroup(tp), float(program.element_bytes) * tokens * hidden, sequence_parallel)
     launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
     collectives = 8 if tp > 1 else 0  # kernels and calls around them, as the host sees it
     forward = Parts(
@@ -117,7 +117,7 @@ def _layer(
         beside = sum(min(time, weight_gemm[i]) for time, i in zip(sent, order, strict=True))
         exposed -= beside * (1 - gpu.calibration.contention)
     if program.sums_norms and sequence_parallel:
-        exposed += 2 * all_reduce(gpu, Group(tp), 4.0 * hidden) * gpu.calibration.contention
+        exposed += 2 * all_reduce(gpu, RankGroup(tp), 4.0 * hidden) * gpu.calibration.contention
     backward = Parts(
         sum(input_gemm),
         attention_back + score_time[1],
@@ -131,7 +131,7 @@ def _layer(
     return LayerTime(forward, again, backward, weights)
 
 
-def _collectives(gpu: Hardware, group: Group, size: float, sequence_parallel: bool) -> list[float]:
+def _collectives(gpu: Hardware, group: RankGroup, size: float, sequence_parallel: bool) -> list[float]:
     """Return the times of a layer's collectives in one direction, in their order."""
     if not sequence_parallel:
         return [layer_sum(gpu, group, size)] * 2
@@ -149,7 +149,7 @@ def _again(flash: bool, policy: str, forward: Parts, products: list[float], tp: 
     return Parts()
 
 
-def head_time(gpu: Hardware, job: Job) -> LayerTime:
+def head_time(gpu: Hardware, job: StepJob) -> LayerTime:
     """Return the time of the head and the loss."""
     hidden, tokens, vocab = job.model.hidden_size, job.tokens, job.vocab
     chunk = chunk_tokens(tokens, hidden, vocab) if job.program.name.startswith("llama_ds") else tokens
@@ -168,7 +168,7 @@ def head_time(gpu: Hardware, job: Job) -> LayerTime:
     return LayerTime(forward, Parts(), backward, Parts(gemm(gpu, hidden, vocab, tokens), 0.0, added))
 
 
-def embedding_time(gpu: Hardware, job: Job) -> LayerTime:
+def embedding_time(gpu: Hardware, job: StepJob) -> LayerTime:
     """Return the time of the embedding: rows read, their gradients added, and summed over tensor-parallel ranks."""
     numbers, wide = job.tokens * job.model.hidden_size, job.program.element_bytes
     reduce = layer_sum(gpu, job.group("tp"), float(wide) * numbers)

@@ -18,7 +18,7 @@ from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
 from llama_ds.layout.weights import Role
-from llama_ds.perf.plan.job import Job
+from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.step import rank_roles
 
 CONTEXT_BYTES = 4.0 * GIB  # driver, NCCL's and DeepSpeed's buffers, workspaces: what nvidia-smi adds to tensors
@@ -68,13 +68,13 @@ def run_memory(
     return found
 
 
-def published_memory(job: Job, reserved: bool) -> float:
+def published_memory(job: StepJob, reserved: bool) -> float:
     """Return the bytes on the fullest rank of a published run: as nvidia-smi shows them (`reserved`), or of tensors."""
     tensors = max(_published(job))
     return tensors * FRAGMENTATION + CONTEXT_BYTES if reserved else tensors
 
 
-def _published(job: Job) -> list[float]:
+def _published(job: StepJob) -> list[float]:
     full = max(job.micro_batches, 2 * job.pp)
     schedule = job.plan(min(full, 3 * job.pp + full % job.pp))  # what ranks hold does not grow with more
     boundary = 2.0 * job.tokens * job.model.hidden_size
@@ -94,7 +94,7 @@ def _published(job: Job) -> list[float]:
     return found
 
 
-def _states(job: Job, by_role: Counter[Role]) -> float:
+def _states(job: StepJob, by_role: Counter[Role]) -> float:
     """Weights in 16 bits, gradients, and the optimizer, with 4 bytes for the gradients if it reads them in fp32."""
     parameters = by_role.total()
     optimizer = ADAMW.nbytes(by_role, weight_bytes=2) + (4.0 * parameters if job.program.gradient_bytes == 2 else 0.0)
@@ -106,7 +106,7 @@ def _states(job: Job, by_role: Counter[Role]) -> float:
     return weights + gradients + optimizer
 
 
-def layer_activations(job: Job, policy: str) -> float:
+def layer_activations(job: StepJob, policy: str) -> float:
     """Return the bytes that one layer of one micro-batch keeps."""
     numbers = float(job.tokens) * job.model.hidden_size
     if job.program.gated and policy != "full":

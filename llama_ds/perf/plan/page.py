@@ -11,7 +11,7 @@ from llama_ds.layout.recompute import GIB
 from llama_ds.perf.plan.cost import Cost
 from llama_ds.perf.plan.estimate import Estimate, report
 from llama_ds.perf.plan.memory import Memory
-from llama_ds.perf.plan.search import Found
+from llama_ds.perf.plan.search import SearchResult
 from llama_ds.perf.plan.step import stage_costs, stage_message
 from llama_ds.perf.plan.tables import RANKED, ranked
 from llama_ds.schedules.simulate import simulate
@@ -33,7 +33,7 @@ _STYLE = (
 )
 
 
-def page(title: str, found: Found, cost: Cost) -> str:
+def page(title: str, found: SearchResult, cost: Cost) -> str:
     """Return the page; the pictures are of the best layout."""
     best = found.best[0]
     parts = [

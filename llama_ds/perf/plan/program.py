@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class Traffic:
+class MemoryTraffic:
     """Bytes moved for each number, forward and backward."""
 
     forward: float
@@ -25,11 +25,11 @@ class Program:
     name: str
     gated: bool  # SwiGLU with three matrices; else two
     flash: bool  # attention never writes T x T scores, and skips the half that causality leaves out
-    hidden: Traffic  # norms, residual additions, dropout: numbers N x D
-    heads: Traffic  # of q, k, v and the attention's result: transposes, rotation, biases
-    inner: Traffic  # the activation function: numbers N x F
-    scores: Traffic  # softmax, mask, dropout: numbers H x T x T; zero with flash
-    logits: Traffic  # of the loss: numbers N x V
+    hidden: MemoryTraffic  # norms, residual additions, dropout: numbers N x D
+    heads: MemoryTraffic  # of q, k, v and the attention's result: transposes, rotation, biases
+    inner: MemoryTraffic  # the activation function: numbers N x F
+    scores: MemoryTraffic  # softmax, mask, dropout: numbers H x T x T; zero with flash
+    logits: MemoryTraffic  # of the loss: numbers N x V
     optimizer_bytes: float  # moved for each parameter of the optimizer's part in a step
     kernels_forward: int  # kernels that the host starts for a layer
     kernels_backward: int
@@ -56,11 +56,11 @@ OURS = Program(
     "llama_ds",
     gated=True,
     flash=True,
-    hidden=Traffic(20, 24),
-    heads=Traffic(4, 6),
-    inner=Traffic(6, 10),
-    scores=Traffic(0, 0),
-    logits=Traffic(10, 10),
+    hidden=MemoryTraffic(20, 24),
+    heads=MemoryTraffic(4, 6),
+    inner=MemoryTraffic(6, 10),
+    scores=MemoryTraffic(0, 0),
+    logits=MemoryTraffic(10, 10),
     optimizer_bytes=38,
     kernels_forward=16,
     kernels_backward=32,
@@ -88,11 +88,11 @@ MEGATRON = Program(
     "megatron",
     gated=False,
     flash=False,
-    hidden=Traffic(22, 46),
-    heads=Traffic(6, 8),
-    inner=Traffic(4, 8),
-    scores=Traffic(9, 11),
-    logits=Traffic(38, 14),
+    hidden=MemoryTraffic(22, 46),
+    heads=MemoryTraffic(6, 8),
+    inner=MemoryTraffic(4, 8),
+    scores=MemoryTraffic(9, 11),
+    logits=MemoryTraffic(38, 14),
     optimizer_bytes=62,
     kernels_forward=34,
     kernels_backward=56,
@@ -117,11 +117,11 @@ FSDP = Program(
     "fsdp",
     gated=False,
     flash=True,
-    hidden=Traffic(20, 36),
-    heads=Traffic(6, 10),
-    inner=Traffic(4, 8),
-    scores=Traffic(0, 0),
-    logits=Traffic(14, 14),
+    hidden=MemoryTraffic(20, 36),
+    heads=MemoryTraffic(6, 10),
+    inner=MemoryTraffic(4, 8),
+    scores=MemoryTraffic(0, 0),
+    logits=MemoryTraffic(14, 14),
     optimizer_bytes=80,
     kernels_forward=24,
     kernels_backward=44,
@@ -134,7 +134,7 @@ FSDP = Program(
     overlaps_tensor=False,
 )
 # GPT-NeoX on DeepSpeed: Megatron's layer with fused attention, without dropout.
-NEOX = replace(MEGATRON, name="neox", flash=True, scores=Traffic(0, 0), kernels_forward=30, kernels_backward=48)
+NEOX = replace(MEGATRON, name="neox", flash=True, scores=MemoryTraffic(0, 0), kernels_forward=30, kernels_backward=48)
 
 # LLaMA layers by autograd, as nanotron and torchtitan have them: norms and the activation function are several kernels,
 # logits exist whole and in fp32.
@@ -144,9 +144,9 @@ AUTOGRAD = replace(
     sums_at_end=False,
     sums_norms=False,
     rows_copied=0,
-    hidden=Traffic(28, 44),
-    heads=Traffic(8, 12),
-    inner=Traffic(10, 16),
+    hidden=MemoryTraffic(28, 44),
+    heads=MemoryTraffic(8, 12),
+    inner=MemoryTraffic(10, 16),
     kernels_forward=30,
     kernels_backward=56,
     overlaps_tensor=False,

@@ -12,7 +12,7 @@ from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
-from llama_ds.perf.plan.job import Counts, Job
+from llama_ds.perf.plan.job import Counts, StepJob
 from llama_ds.perf.plan.program import AUTOGRAD, FSDP, MEGATRON, MEGATRON_BF16, NEOX, Program
 from llama_ds.schedules.schedule import obstacle
 
@@ -45,7 +45,7 @@ class Row:
     kind: str
     value: float
     links: tuple[float | None, float | None]  # what differs from the machine's: NVLink and network, GB/s
-    job: Job | None
+    job: StepJob | None
     reserved: bool  # memory as nvidia-smi shows it, not of tensors
     skipped: str = ""
 
@@ -127,7 +127,7 @@ def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:
     return ""
 
 
-def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, zero: float | None) -> Job | str:
+def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, zero: float | None) -> StepJob | str:
     bare = "one layer" in row["model"].lower()
     program = program_of(row)
     heads = n["heads"] or likely_heads(n["hidden"], n["tp"])
@@ -152,7 +152,7 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
     if reason:
         return f"schedule {schedule}: {reason}"
     stages = n["pp"] * chunks
-    return Job(
+    return StepJob(
         model=model,
         program=program,
         seq_len=n["seq_len"],

@@ -22,7 +22,7 @@ from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
 from llama_ds.perf.plan.estimate import Estimate, filled, held_by
 from llama_ds.perf.plan.hardware import Hardware
-from llama_ds.perf.plan.job import Job, job_of
+from llama_ds.perf.plan.job import StepJob, job_of
 from llama_ds.perf.plan.memory import Memory
 from llama_ds.perf.plan.step import end_of_step, stage_costs, stage_message, step_time
 
@@ -57,7 +57,7 @@ class Rejected:
 
 
 @dataclass
-class Found:
+class SearchResult:
     """What the search found."""
 
     best: list[Estimate]
@@ -68,7 +68,7 @@ class Found:
     points: list[tuple[str, int, float, float]] = field(default_factory=list)  # schedule, pp, GiB, tokens/s/GPU
 
 
-def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> Found:
+def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchResult:
     """Return the `top` fastest layouts of the run `base`; its own layout does not matter.
 
     Args:
@@ -80,7 +80,7 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> Found:
     """
     if world < 1:
         raise UserError(f"{world} GPUs: there is nothing to lay out on; give 1 or more")
-    found = Found([])
+    found = SearchResult([])
     candidates = []
     for run in layouts(base, world, gpu, found.rejected):
         candidate = _candidate(run, world, gpu, found.rejected)
@@ -178,7 +178,7 @@ class _Candidate:
     layout: Layout
     policies: tuple[StagePolicies, ...]
     memory: tuple[Memory, ...]
-    job: Job
+    job: StepJob
     bound: float
 
 
@@ -226,7 +226,7 @@ def _partition(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]
     return tuple(decoder_layers(boundaries(model, seq_len, stages, None)))
 
 
-def lower_bound(gpu: Hardware, job: Job) -> float:
+def lower_bound(gpu: Hardware, job: StepJob) -> float:
     """Return seconds that the step takes at least.
 
     Every rank waits for a forward through the stages before its first, and, unless weights' gradients fill the end, its
@@ -247,7 +247,7 @@ def lower_bound(gpu: Hardware, job: Job) -> float:
     return longest + sum(end_of_step(gpu, job, costs)) + gpu.calibration.step_ms * 1e-3
 
 
-def _simulate(candidate: _Candidate, gpu: Hardware, found: Found) -> Estimate:
+def _simulate(candidate: _Candidate, gpu: Hardware, found: SearchResult) -> Estimate:
     """Return the candidate's estimate, and note it."""
     step = step_time(gpu, candidate.job)
     result = Estimate(candidate.run, candidate.layout, gpu, candidate.policies, candidate.memory, step)

@@ -9,10 +9,10 @@ from functools import lru_cache
 from llama_ds.layout.flops import embedding_parameters, flops_per_token
 from llama_ds.layout.partition import held_parameters
 from llama_ds.layout.weights import Role
-from llama_ds.perf.plan.communication import Group, all_gather, all_reduce, message, reduce_scatter
+from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, message, reduce_scatter
 from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
-from llama_ds.perf.plan.job import Job
+from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time, layer_time
 from llama_ds.schedules.simulate import StageCost, Timeline, simulate
 
@@ -39,7 +39,7 @@ class StageTime:
 class StepTime:
     """A step's seconds, and what they consist of."""
 
-    job: Job
+    job: StepJob
     stages: tuple[StageTime, ...]
     pipeline: float  # first forward to last backward, simulated
     bubble: float  # share of it in which ranks wait
@@ -62,7 +62,7 @@ class StepTime:
         return self.tokens_per_second * flops_per_token(self.job.model, self.job.seq_len) / gpu.peak
 
 
-def step_time(gpu: Hardware, job: Job) -> StepTime:
+def step_time(gpu: Hardware, job: StepJob) -> StepTime:
     """Return the time of one step."""
     stages = stage_times(gpu, job)
     transfer, wait = stage_message(gpu, job)
@@ -81,12 +81,12 @@ def step_time(gpu: Hardware, job: Job) -> StepTime:
     return StepTime(job, stages, pipeline, bubble, reduction, crowd * optimizer, host, transfer)
 
 
-def crowding(gpu: Hardware, job: Job) -> float:
+def crowding(gpu: Hardware, job: StepJob) -> float:
     """Return how many ranks of a node share what one computes with at full speed."""
     return max(1.0, min(job.ranks, gpu.links.gpus_per_node) / (gpu.at_once or gpu.links.gpus_per_node))
 
 
-def stage_times(gpu: Hardware, job: Job) -> tuple[StageTime, ...]:
+def stage_times(gpu: Hardware, job: StepJob) -> tuple[StageTime, ...]:
     """Return the passes of every stage of the model."""
     last = len(job.stages) - 1
     found = []
@@ -104,14 +104,14 @@ def stage_times(gpu: Hardware, job: Job) -> tuple[StageTime, ...]:
     return tuple(found)
 
 
-def _host(gpu: Hardware, job: Job, stage: int) -> Parts:
+def _host(gpu: Hardware, job: StepJob, stage: int) -> Parts:
     """Return the host's time for what surrounds a stage's layers, in each direction."""
     kernels = job.program.kernels_message if job.pp > 1 else 0
     kernels += job.program.kernels_ends * ((stage == 0) + (stage == len(job.stages) - 1)) if job.whole_model else 0
     return Parts(host=kernels * gpu.calibration.launch_us * 1e-6)
 
 
-def stage_costs(gpu: Hardware, job: Job, stages: tuple[StageTime, ...] | None = None) -> list[StageCost]:
+def stage_costs(gpu: Hardware, job: StepJob, stages: tuple[StageTime, ...] | None = None) -> list[StageCost]:
     """Return what the simulation wants of every stage, with what ZeRO 2 and 3 send in every micro-batch.
 
     `stages` are the stages' times, where they are known already.
@@ -122,7 +122,7 @@ def stage_costs(gpu: Hardware, job: Job, stages: tuple[StageTime, ...] | None = 
     return [_with_zero(gpu, job, stage, cost) for stage, cost in enumerate(costs)]
 
 
-def stage_message(gpu: Hardware, job: Job) -> tuple[float, float]:
+def stage_message(gpu: Hardware, job: StepJob) -> tuple[float, float]:
     """Return (transfer, latency) of hidden states between stages."""
     if job.pp == 1:
         return 0.0, 0.0
@@ -135,7 +135,7 @@ def stage_message(gpu: Hardware, job: Job) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=50_000)
-def run_schedule(job: Job, costs: tuple[StageCost, ...], transfer: float, wait: float) -> tuple[float, float]:
+def run_schedule(job: StepJob, costs: tuple[StageCost, ...], transfer: float, wait: float) -> tuple[float, float]:
     """Return (length, bubble) of the schedule.
 
     Once all ranks are busy every further p micro-batches take the same time, so long steps are simulated with fewer and
@@ -153,17 +153,17 @@ def run_schedule(job: Job, costs: tuple[StageCost, ...], transfer: float, wait: 
     return length, max(0.0, 1 - busy / (length * job.pp))
 
 
-def _timeline(job: Job, micro_batches: int, costs: tuple[StageCost, ...], transfer: float, wait: float) -> Timeline:
+def _timeline(job: StepJob, micro_batches: int, costs: tuple[StageCost, ...], transfer: float, wait: float) -> Timeline:
     return simulate(job.plan(micro_batches), costs, transfer, wait)
 
 
-def stage_roles(job: Job) -> list[Counter[Role]]:
+def stage_roles(job: StepJob) -> list[Counter[Role]]:
     """Return the parameters of each stage on one rank, by role."""
     layers = [sum(n for _, n in counts) for counts in job.stages]
     return held_parameters(job.model, layers, job.tp, job.vocab if job.whole_model else None, job.program.gated)
 
 
-def rank_roles(job: Job) -> list[Counter[Role]]:
+def rank_roles(job: StepJob) -> list[Counter[Role]]:
     """Return the parameters on a rank of each pipeline position, by role."""
     place = job.plan(max(job.micro_batches, 2 * job.pp)).place
     held: list[Counter[Role]] = [Counter() for _ in range(job.pp)]
@@ -172,12 +172,12 @@ def rank_roles(job: Job) -> list[Counter[Role]]:
     return held
 
 
-def rank_parameters(job: Job) -> list[int]:
+def rank_parameters(job: StepJob) -> list[int]:
     """Return the parameters on a rank of each pipeline position."""
     return [by_role.total() for by_role in rank_roles(job)]
 
 
-def end_of_step(gpu: Hardware, job: Job, costs: list[StageCost]) -> tuple[float, float]:
+def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[float, float]:
     """Return (reduction that nothing hides, optimizer) of the rank for which they take longest."""
     group = job.group("dp")
     place = job.plan(max(job.micro_batches, 2 * job.pp)).place
@@ -203,18 +203,18 @@ def end_of_step(gpu: Hardware, job: Job, costs: list[StageCost]) -> tuple[float,
             gather = _exposed(gpu, cost.forward, gather, layers)
         tied = 0.0
         if rank in tied_ranks:  # the table's gradient is summed over both ends of the pipeline
-            pair = Group(2, job.axes.stride("pp"))
+            pair = RankGroup(2, job.axes.stride("pp"))
             tied = all_reduce(gpu, pair, float(job.program.reduced_bytes) * embedding_share(job))
         found.append((scatter + gather + tied, update))
     return max(found, key=sum)
 
 
-def embedding_share(job: Job) -> float:
+def embedding_share(job: StepJob) -> float:
     """Return the numbers of the vocabulary's table on one rank."""
     return job.vocab / max(1, job.model.vocab_size) * embedding_parameters(job.model)
 
 
-def _with_zero(gpu: Hardware, job: Job, stage: int, cost: StageCost) -> StageCost:
+def _with_zero(gpu: Hardware, job: StepJob, stage: int, cost: StageCost) -> StageCost:
     """Return the passes with what ZeRO 2 and 3 send in every micro-batch, beside the computation.
 
     ZeRO-3 gathers a layer's 16-bit weights for each pass over it and reduce-scatters its gradients; ZeRO-2 only the

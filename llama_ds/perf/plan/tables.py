@@ -22,7 +22,7 @@ from llama_ds.perf.plan.cost import (
 )
 from llama_ds.perf.plan.estimate import Estimate, as_data
 from llama_ds.perf.plan.job import layers_by_policy
-from llama_ds.perf.plan.search import Found
+from llama_ds.perf.plan.search import SearchResult
 from llama_ds.perf.plan.validate import Checked, groups, summary
 
 RANKED = ["", "tp", "pp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "MFU", "bubble", "GiB", "days"]
@@ -38,7 +38,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(lines)
 
 
-def search_table(found: Found, cost: Cost) -> str:
+def search_table(found: SearchResult, cost: Cost) -> str:
     """Return the ranking, why others are none, and what the best costs."""
     rows = [RANKED, *(ranked(place, item) for place, item in enumerate(found.best, 1))]
     best = found.best[0]
@@ -124,7 +124,7 @@ def _why(item: Estimate) -> str:
     )
 
 
-def search_data(found: Found, cost: Cost) -> dict[str, Any]:
+def search_data(found: SearchResult, cost: Cost) -> dict[str, Any]:
     """Return the search as plain data."""
     return {
         "legal": found.legal,
@@ -160,7 +160,7 @@ def cost_text(name: str, cost: Cost, tokens: float, speed: float, layout: Estima
     )
 
 
-def table_15(found: Mapping[str, Found]) -> tuple[dict[str, Any], str]:
+def table_15(found: Mapping[str, SearchResult]) -> tuple[dict[str, Any], str]:
     """Return the paper's table 15 beside what the best layouts would take, as plain data and for people."""
     rows = [("size", "paper: GPU-hours", "MWh", "t CO2eq", "tok/s/GPU", "planned: tok/s/GPU", "GPU-hours", "layout")]
     data = {}

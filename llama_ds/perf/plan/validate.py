@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llama_ds.config.recompute import GIB
 from llama_ds.layout.flops import parameter_count
 from llama_ds.perf.plan.hardware import Hardware
-from llama_ds.perf.plan.job import Job
+from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.memory import published_memory
 from llama_ds.perf.plan.rows import Row, group_of
 from llama_ds.perf.plan.step import step_time
@@ -59,7 +59,7 @@ def predict(row: Row, gpu: Hardware) -> float:
     return rate / 1e12 if row.kind == "tflops_per_gpu_model" else 100 * rate / gpu.peak
 
 
-def stated_flops(job: Job, hardware: bool) -> float:
+def stated_flops(job: StepJob, hardware: bool) -> float:
     """Return FLOPs per token as the sources count them: 6 N + 12 L D T, attention not halved by causality.
 
     Hardware FLOPs of full recompute are 4/3 of it; with selective, attention counts twice (Korthikanti, equation 8).

@@ -14,7 +14,7 @@ from typing import Any
 
 from llama_ds.perf.trace.ideal import Times
 from llama_ds.perf.trace.kinds import COMPUTE, MESSAGES, RECOMPUTE, SENDS, UNDER_WAY, WAITS
-from llama_ds.perf.trace.read import Event, Rank
+from llama_ds.perf.trace.read import Event, RankRecord
 from llama_ds.perf.trace.spans import own_times, total
 from llama_ds.schedules.schedule import Schedule
 
@@ -81,7 +81,7 @@ class _Messages:
     awaited: list[tuple[Key, Event]] = field(default_factory=list)
 
 
-def account(ranks: Iterable[Rank]) -> Account:
+def account(ranks: Iterable[RankRecord]) -> Account:
     """Return what ranks did that make up whole pipelines, at least one."""
     found: Account | None = None
     messages: list[_Messages] = []
@@ -102,7 +102,9 @@ def account(ranks: Iterable[Rank]) -> Account:
     return found
 
 
-def _add(step: Step, messages: _Messages, rank: Rank, outer: Event, inner: Sequence[Event], times: Times) -> float:
+def _add(
+    step: Step, messages: _Messages, rank: RankRecord, outer: Event, inner: Sequence[Event], times: Times
+) -> float:
     """Add one rank's step; return the microseconds of its own computing."""
     step.ranks += 1
     step.begin, step.end = min(step.begin, outer.begin), max(step.end, outer.end)
@@ -147,5 +149,5 @@ def _split_waits(step: Step, messages: _Messages) -> None:
             step.transits[sent.size].append(event.end - sent.begin)
 
 
-def _key(rank: Rank, event: Event) -> Key:
+def _key(rank: RankRecord, event: Event) -> Key:
     return rank.pipeline, event.what.split()[1], event.stage, event.micro_batch

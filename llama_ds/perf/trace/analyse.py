@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 from llama_ds.perf.trace.account import Account, Step
 from llama_ds.perf.trace.ideal import Ideal, ideal
-from llama_ds.perf.trace.kernels import Devices, Products
+from llama_ds.perf.trace.kernels import Devices, MeasuredProducts
 from llama_ds.perf.trace.kinds import COMMUNICATION
 
 MOST_RANKS = 5  # that are named
 
 
 @dataclass(frozen=True)
-class Slow:
+class SlowRank:
     """A rank by its own computing, in milliseconds a step, beside the median of its stage."""
 
     rank: int
@@ -35,14 +35,14 @@ class Analysis:
     metrics: dict[str, float | None]
     communication: dict[str, dict[str, float]]  # by kind: milliseconds of a rank and step, exposed and under way
     stages: list[float]  # a rank's own computing, milliseconds a step
-    slowest: list[Slow]
+    slowest: list[SlowRank]
     ideal: Ideal
     clock_error_us: float | None  # None: clocks were not compared
-    products: dict[int, Products] = field(default_factory=dict)  # of profiled ranks
+    products: dict[int, MeasuredProducts] = field(default_factory=dict)  # of profiled ranks
     kernels: dict[int, Devices] = field(default_factory=dict)
 
 
-def analyse(found: Account, products: dict[int, Products], kernels: dict[int, Devices]) -> Analysis:
+def analyse(found: Account, products: dict[int, MeasuredProducts], kernels: dict[int, Devices]) -> Analysis:
     """Return what the account of all ranks, and profiles of some of them, say. It closes the account's steps."""
     steps = found.steps
     for step in steps:
@@ -121,12 +121,12 @@ def _hidden(times: dict[str, float]) -> float | None:
     return max(0.0, 1 - times["exposed_ms"] / times["under_way_ms"]) * 100
 
 
-def _stages(own: dict[int, float], places: dict[int, tuple[int, str]]) -> tuple[list[float], list[Slow]]:
+def _stages(own: dict[int, float], places: dict[int, tuple[int, str]]) -> tuple[list[float], list[SlowRank]]:
     """Return the stages' mean computing, and the ranks by how much longer than their stage's median they compute."""
     by_stage: dict[int, list[float]] = defaultdict(list)
     for rank, time in own.items():
         by_stage[places[rank][0]].append(time)
     medians = {stage: statistics.median(times) for stage, times in by_stage.items()}
-    slow = [Slow(rank, places[rank][1], time, medians[places[rank][0]]) for rank, time in own.items()]
+    slow = [SlowRank(rank, places[rank][1], time, medians[places[rank][0]]) for rank, time in own.items()]
     slow.sort(key=lambda s: s.median_ms - s.own_ms if len(own) > len(by_stage) else -s.own_ms)
     return [statistics.mean(by_stage[stage]) for stage in sorted(by_stage)], slow

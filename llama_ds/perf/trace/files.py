@@ -17,8 +17,8 @@ from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.trace.account import Account, account
 from llama_ds.perf.trace.analyse import Analysis, analyse
-from llama_ds.perf.trace.kernels import Devices, Products, devices, products
-from llama_ds.perf.trace.read import Rank, check_alike, profiles, rank_files, read_profile, read_rank
+from llama_ds.perf.trace.kernels import Devices, MeasuredProducts, devices, products
+from llama_ds.perf.trace.read import RankRecord, check_alike, profiles, rank_files, read_profile, read_rank
 
 _FEW = 32  # ranks that are read before processes would have started
 _SILENT_S = 5.0  # after which it is said how far it has come, and again
@@ -32,7 +32,7 @@ def analyse_folder(folder: str | Path) -> Analysis:
     """
     files = rank_files(folder)
     first = replace(read_rank(next(iter(files.values()))), events=[])
-    found: dict[int, Products] = {}
+    found: dict[int, MeasuredProducts] = {}
     kernels: dict[int, Devices] = {}
     for rank, path in profiles(files[first.rank].parent).items():
         if rank not in files:
@@ -45,7 +45,7 @@ def analyse_folder(folder: str | Path) -> Analysis:
     return analyse(_all(files, first), found, kernels)
 
 
-def _all(files: dict[int, Path], first: Rank) -> Account:
+def _all(files: dict[int, Path], first: RankRecord) -> Account:
     """Return the account of all ranks."""
     pp = first.about["pp"]
     pipelines = [[files[rank] for rank in group] for group in Axes(pp=pp, dp=len(files) // pp).groups("pp")]
@@ -74,12 +74,12 @@ def _sum(accounts: Iterator[Account], count: int) -> Account:
     return found
 
 
-def _pipeline(first: Rank, paths: list[Path]) -> Account:
+def _pipeline(first: RankRecord, paths: list[Path]) -> Account:
     """Return the account of the ranks of one pipeline."""
     return account(_ranks(first, paths))
 
 
-def _ranks(first: Rank, paths: list[Path]) -> Iterator[Rank]:
+def _ranks(first: RankRecord, paths: list[Path]) -> Iterator[RankRecord]:
     places = set()
     for path in paths:
         rank = read_rank(path)

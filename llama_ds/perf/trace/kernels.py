@@ -54,7 +54,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Products:
+class MeasuredProducts:
     """All matrix products of a rank."""
 
     shapes: list[Shape]  # most time first
@@ -99,7 +99,7 @@ class Devices:
         return 1 - self.busy / self.span
 
 
-def products(events: Sequence[Profiled], device: str) -> Products | None:
+def products(events: Sequence[Profiled], device: str) -> MeasuredProducts | None:
     """Return the matrix products of a profile with shapes, None where it has none; `device` is its name."""
     found = [
         event
@@ -119,7 +119,7 @@ def products(events: Sequence[Profiled], device: str) -> Products | None:
     dtype = shapes[0].dtype
     peak = device_peak(device, dtype)
     best = max(2.0 * prod(key[1:]) / max(statistics.median(times), 1e-9) for key, times in taken.items())
-    return Products(shapes, peak or best, f"{device}, {dtype}" if peak else "")
+    return MeasuredProducts(shapes, peak or best, f"{device}, {dtype}" if peak else "")
 
 
 def devices(events: Iterable[Profiled]) -> Devices | None:

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from llama_ds.job.trace_format import MERGED_FILE
 from llama_ds.perf.trace.kernels import monotonic_offset
 from llama_ds.perf.trace.kinds import MESSAGES, SENDS, UNDER_WAY
-from llama_ds.perf.trace.read import Event, Rank, profiles, rank_files, read, read_profile, shown
+from llama_ds.perf.trace.read import Event, RankRecord, profiles, rank_files, read, read_profile, shown
 
 SCHEDULE, COMMUNICATION = 1, 10  # threads; communication that overlaps has threads of its own, up to PROFILER
 PROFILER = 100
@@ -56,7 +56,9 @@ def merge(folder: str | Path) -> Path:
     return path
 
 
-def _everything(ranks: Iterable[Rank], profiled: dict[int, Path], origin: float, arrows: _Arrows) -> Iterator[Chrome]:
+def _everything(
+    ranks: Iterable[RankRecord], profiled: dict[int, Path], origin: float, arrows: _Arrows
+) -> Iterator[Chrome]:
     for rank in ranks:
         yield from _of_rank(rank, origin, arrows)
         if rank.rank in profiled:
@@ -70,7 +72,7 @@ def _write(file: TextIO, events: Iterable[Chrome]) -> None:
         separator = ",\n"
 
 
-def _of_rank(rank: Rank, origin: float, arrows: _Arrows) -> Iterator[Chrome]:
+def _of_rank(rank: RankRecord, origin: float, arrows: _Arrows) -> Iterator[Chrome]:
     yield _named("process_name", rank.rank, 0, name=f"rank {rank.rank}: {rank.place}")
     yield _named("process_sort_index", rank.rank, 0, sort_index=rank.rank)
     yield from _thread(rank.rank, SCHEDULE, "schedule")
@@ -90,7 +92,7 @@ def _of_rank(rank: Rank, origin: float, arrows: _Arrows) -> Iterator[Chrome]:
             yield _slice(rank.rank, COMMUNICATION + lane, event.what, event, origin)
 
 
-def _of_profile(rank: Rank, events: Sequence[Chrome], origin: float) -> Iterator[Chrome]:
+def _of_profile(rank: RankRecord, events: Sequence[Chrome], origin: float) -> Iterator[Chrome]:
     """Give the profiler's events the rank as their process and its clock as their time."""
     offset = monotonic_offset(events)
     if offset is None:
@@ -150,7 +152,7 @@ def _slice(process: int, thread: int, name: str, event: Event, origin: float) ->
     return {**found, "args": told} if told else found
 
 
-def _arrow(rank: Rank, event: Event, step: int, origin: float, arrows: _Arrows) -> Chrome:
+def _arrow(rank: RankRecord, event: Event, step: int, origin: float, arrows: _Arrows) -> Chrome:
     """Return one end of the arrow of a message: it binds to the slice of send or wait around it."""
     kind = event.what.split()[1]
     number = arrows.number((rank.pipeline, step, kind, event.stage, event.micro_batch))

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
 from llama_ds.perf.trace.kinds import COMPUTE, UNDER_WAY
-from llama_ds.perf.trace.read import Event, Rank
+from llama_ds.perf.trace.read import Event, RankRecord
 
 _COLOURS = {
     "F": "#4e79a7",
@@ -29,7 +29,7 @@ _COLOURS = {
 _UNDER_WAY = {"tp": "#86bcb6", "reduce": "#76b7b2", "gather": "#76b7b2", "agree": "#76b7b2"}
 
 
-def picture(ranks: Iterable[Rank], title: str) -> str:
+def picture(ranks: Iterable[RankRecord], title: str) -> str:
     """Return the first recorded step of the ranks."""
     kept = list(ranks)
     steps = [rank.steps()[0] for rank in kept]

@@ -44,7 +44,7 @@ class Event(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Clock:
+class RankClock:
     """What to add to a rank's clock to have rank 0's: measured at points of the rank's time, along a line elsewhere."""
 
     points: tuple[tuple[float, float, float], ...]  # at, offset, and its greatest possible error; microseconds
@@ -65,7 +65,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankRecord:
     """What one rank recorded."""
 
     rank: int
@@ -73,7 +73,7 @@ class Rank:
     host: str
     coords: Coords
     about: dict[str, Any]  # schedule, device, dtype, first step, how many steps there are before the profiled ones
-    clock: Clock
+    clock: RankClock
     events: list[Event]
 
     @property
@@ -151,14 +151,14 @@ def shown(folder: str | Path) -> list[int]:
     return sorted({axes.rank(pp=stage) for stage in range(pp)} | profiles(first.parent).keys())
 
 
-def read(folder: str | Path, only: Collection[int] | None = None) -> Iterator[Rank]:
+def read(folder: str | Path, only: Collection[int] | None = None) -> Iterator[RankRecord]:
     """Yield what the ranks of a folder recorded, or `only` these, one after the other.
 
     Raises:
         UserError: as `rank_files` and `read_rank`, or a file of another recording.
     """
     files = rank_files(folder)
-    first: Rank | None = None
+    first: RankRecord | None = None
     for number, path in files.items():
         if only is not None and number not in only:
             continue
@@ -168,7 +168,7 @@ def read(folder: str | Path, only: Collection[int] | None = None) -> Iterator[Ra
         yield rank
 
 
-def check_alike(path: Path, rank: Rank, first: Rank) -> None:
+def check_alike(path: Path, rank: RankRecord, first: RankRecord) -> None:
     """Check that a rank's file is of the same recording as the first.
 
     Raises:
@@ -182,7 +182,7 @@ def check_alike(path: Path, rank: Rank, first: Rank) -> None:
             )
 
 
-def read_rank(path: Path) -> Rank:
+def read_rank(path: Path) -> RankRecord:
     """Read the file of one rank.
 
     Raises:
@@ -192,7 +192,7 @@ def read_rank(path: Path) -> Rank:
         data = json.loads(path.read_bytes())
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}, not {FORMAT}")
-        clock = Clock(tuple((float(at), float(offset), float(error)) for at, offset, error in data.pop("clock")))
+        clock = RankClock(tuple((float(at), float(offset), float(error)) for at, offset, error in data.pop("clock")))
         t0, offset, drift = clock.line
         events = [
             Event(what, a + offset + (a - t0) * drift, b + offset + (b - t0) * drift, stage, micro_batch, size)
@@ -201,7 +201,7 @@ def read_rank(path: Path) -> Rank:
         rank, world = int(data.pop("rank")), int(data.pop("world"))
         recorded = [axis for axis in AXES if axis in NAMED or f"{axis}_rank" in data]
         coords = Coords(**{axis: int(data.pop(f"{axis}_rank")) for axis in recorded})
-        found = Rank(rank, world, str(data.pop("host")), coords, data, clock, events)
+        found = RankRecord(rank, world, str(data.pop("host")), coords, data, clock, events)
         assert found.schedule.name in NAMES and min(data["first_step"], data["measured_steps"], data["pp"]) > 0
         assert world % data["pp"] == 0
     except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:

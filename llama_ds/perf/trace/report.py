@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llama_ds.perf.trace.analyse import Analysis
-from llama_ds.perf.trace.kernels import Devices, Products
+from llama_ds.perf.trace.kernels import Devices, MeasuredProducts
 from llama_ds.perf.trace.kinds import COMMUNICATION
 
 _MOST_SHAPES = 3
@@ -118,7 +118,7 @@ def _ranks(found: Analysis) -> list[str]:
     ]
 
 
-def _products(rank: int, found: Products) -> list[str]:
+def _products(rank: int, found: MeasuredProducts) -> list[str]:
     against = f"the peak of {found.peak}" if found.peak else "the best product here, as the device's peak is not known"
     lines = [
         f"rank {rank}: {sum(s.count for s in found.shapes)} matrix products, {found.flops / 1e9:.1f} GFLOP in "

@@ -9,10 +9,10 @@ from itertools import zip_longest
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.flops import parameter_count
 from llama_ds.layout.layout import Layout
-from llama_ds.training.dry_run.report import Check, Group, RankReport, Traffic
+from llama_ds.training.dry_run.report import Check, IssuedCall, ProcessGroup, RankReport
 
 MESSAGES = ("send", "receive")
-Channel = tuple[Group, int, int]  # group, sending rank, receiving rank
+Channel = tuple[ProcessGroup, int, int]  # group, sending rank, receiving rank
 
 
 def check_ranks(run: RunConfig, layout: Layout, reports: Sequence[RankReport]) -> list[Check]:
@@ -78,7 +78,7 @@ def check_messages(reports: Sequence[RankReport]) -> Check:
 
 def check_collectives(reports: Sequence[RankReport]) -> Check:
     """All members of a group issue the same collectives on it, in the same order."""
-    issued: dict[Group, dict[int, list[Traffic]]] = defaultdict(dict)
+    issued: dict[ProcessGroup, dict[int, list[IssuedCall]]] = defaultdict(dict)
     for report in reports:
         for index, group in enumerate(report.groups):
             own = [call for call in _all(report) if call.group == index and call.kind not in MESSAGES]
@@ -102,14 +102,14 @@ def check_collectives(reports: Sequence[RankReport]) -> Check:
 
 def check_progress(reports: Sequence[RankReport]) -> Check:
     """Collectives one after the other, each waiting for all the ranks run: all of them get to their end."""
-    rest: dict[int, deque[tuple[Group, str]]] = {
+    rest: dict[int, deque[tuple[ProcessGroup, str]]] = {
         report.rank: deque((report.groups[c.group], c.kind) for c in _all(report) if c.kind not in MESSAGES)
         for report in reports
     }
     members = {group: [rank for rank in rest if rank in group.ranks] for r in reports for group in r.groups}
     total = sum(map(len, rest.values()))
     ready = deque(rest)
-    waiting: dict[Group, set[int]] = defaultdict(set)
+    waiting: dict[ProcessGroup, set[int]] = defaultdict(set)
     while ready:
         rank = ready.popleft()
         if not rest[rank]:
@@ -164,7 +164,7 @@ def check_parameters(run: RunConfig, layout: Layout, reports: Sequence[RankRepor
     return Check(name, total == model, f"all stages hold {total:,}, the model has {model:,}")
 
 
-def _all(report: RankReport) -> Iterable[Traffic]:
+def _all(report: RankReport) -> Iterable[IssuedCall]:
     yield from report.building
     yield from report.step
 
@@ -173,7 +173,7 @@ def _size(size: int | None) -> str:
     return "none" if size is None else f"{size} bytes"
 
 
-def _call(call: Traffic | None) -> str:
+def _call(call: IssuedCall | None) -> str:
     if call is None:
         return "none"
     return f"{call.kind} of {call.bytes} bytes" + (f" with root {call.peer}" if call.peer >= 0 else "")

@@ -15,12 +15,12 @@ from typing import Any
 
 from llama_ds import log
 from llama_ds.errors import UserError
-from llama_ds.parallel.world import Place
-from llama_ds.training.dry_run.rank import Task, dry_rank
+from llama_ds.parallel.world import RankInfo
+from llama_ds.training.dry_run.rank import DryRunTask, dry_rank
 from llama_ds.training.dry_run.report import RankReport
 
 
-def dry_ranks(task: Task, places: Sequence[Place], jobs: int) -> list[RankReport]:
+def dry_ranks(task: DryRunTask, places: Sequence[RankInfo], jobs: int) -> list[RankReport]:
     """Return the reports of `places` in their order; `jobs` processes run at a time.
 
     Raises:
@@ -29,7 +29,7 @@ def dry_ranks(task: Task, places: Sequence[Place], jobs: int) -> list[RankReport
     """
     context: Any = multiprocessing.get_context("fork")
     todo = list(places)
-    running: dict[Any, tuple[Place, Any]] = {}
+    running: dict[Any, tuple[RankInfo, Any]] = {}
     done: dict[int, RankReport] = {}
     try:
         while todo or running:
@@ -50,7 +50,7 @@ def dry_ranks(task: Task, places: Sequence[Place], jobs: int) -> list[RankReport
     return [done[place.rank] for place in places]
 
 
-def _receive(connection: Any, place: Place, process: Any) -> RankReport:
+def _receive(connection: Any, place: RankInfo, process: Any) -> RankReport:
     try:
         result = connection.recv()
     except EOFError:
@@ -65,7 +65,7 @@ def _receive(connection: Any, place: Place, process: Any) -> RankReport:
     return result
 
 
-def _be_rank(task: Task, place: Place, out: Connection) -> None:
+def _be_rank(task: DryRunTask, place: RankInfo, out: Connection) -> None:
     """Run in a process of its own, which ends without the interpreter's shutdown."""
     gc.disable()  # a step makes millions of objects and few cycles
     log.setup(quiet=True)

@@ -20,13 +20,13 @@ from llama_ds.layout.recompute import ELEMENT_BYTES, stage_policies
 from llama_ds.parallel.dry_run.fake_world import fake_world
 from llama_ds.parallel.dry_run.holdings import parameter_counts, sort_holdings
 from llama_ds.parallel.dry_run.ledger import ACTIVATIONS, GRADIENTS, OPTIMIZER, WEIGHTS, WORKING, Call, Ledger
-from llama_ds.parallel.world import Place
-from llama_ds.training.dry_run.report import Group, RankReport, Traffic
+from llama_ds.parallel.world import RankInfo
+from llama_ds.training.dry_run.report import IssuedCall, ProcessGroup, RankReport
 from llama_ds.training.engines.build import build_engine
 
 
 @dataclass(frozen=True)
-class Task:
+class DryRunTask:
     """What all ranks of a dry run share."""
 
     run: RunConfig
@@ -35,7 +35,7 @@ class Task:
     backend: str  # nccl or gloo: they are handed gradients in different ways
 
 
-def dry_rank(task: Task, place: Place) -> RankReport:
+def dry_rank(task: DryRunTask, place: RankInfo) -> RankReport:
     """Build the engine of one rank and take one optimizer step; to be called once in a process."""
     started = time.perf_counter()
     run, layout = task.run, task.layout
@@ -51,7 +51,7 @@ def dry_rank(task: Task, place: Place) -> RankReport:
         cut, whole = parameter_counts(engine.deepspeed)
         inner = engine.deepspeed
         batch = (inner.train_batch_size(), inner.gradient_accumulation_steps(), inner.dp_world_size)
-    groups: dict[Group, int] = {}
+    groups: dict[ProcessGroup, int] = {}
     coords = layout.coords(place.rank)
     if engine.dp_rank != coords.dp:
         raise AssertionError(f"rank {place.rank} is data-parallel rank {engine.dp_rank}, not {coords.dp}")
@@ -114,9 +114,11 @@ class _Batches:
         return self._batch
 
 
-def _traffic(calls: list[Call], groups: dict[Group, int]) -> list[Traffic]:
+def _traffic(calls: list[Call], groups: dict[ProcessGroup, int]) -> list[IssuedCall]:
     """Return the calls with their groups by number; new ones are added to `groups`."""
     return [
-        Traffic(call.kind, groups.setdefault(Group(call.name, call.group), len(groups)), call.peer, call.bytes)
+        IssuedCall(
+            call.kind, groups.setdefault(ProcessGroup(call.name, call.group), len(groups)), call.peer, call.bytes
+        )
         for call in calls
     ]

@@ -11,7 +11,7 @@ from llama_ds.layout.layout import Layout
 CATEGORIES = ("weights", "gradients", "optimizer", "activations", "working")  # as parallel/dry_run/ledger.py has them
 
 
-class Traffic(NamedTuple):
+class IssuedCall(NamedTuple):
     """A collective or message, in the order in which the rank issued it."""
 
     kind: str
@@ -20,7 +20,7 @@ class Traffic(NamedTuple):
     bytes: int
 
 
-class Group(NamedTuple):
+class ProcessGroup(NamedTuple):
     """A process group: its name is the same on all of its ranks, and no other group's."""
 
     name: str
@@ -38,9 +38,9 @@ class RankReport:
     parameters_whole: int
     memory: dict[str, int]
     planned: dict[str, int]  # what layout/rank_memory.py and layout/recompute.py say
-    groups: list[Group]
-    building: list[Traffic]  # while the engine was built
-    step: list[Traffic]
+    groups: list[ProcessGroup]
+    building: list[IssuedCall]  # while the engine was built
+    step: list[IssuedCall]
     new_groups: str  # fingerprint of all groups made by the job, in their order
     micro_batches: int  # number that the rank read in the step
     engine_batch: tuple[int, int, int]  # global batch, accumulation and dp as DeepSpeed's engine has them

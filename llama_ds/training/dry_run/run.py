@@ -47,13 +47,13 @@ def dry_run(
     config = deepspeed_config(run, layout, bf16_native=backend == "nccl")
 
     # Mistakes are said before torch and DeepSpeed are imported, which takes seconds.
-    from llama_ds.parallel.world import Place
+    from llama_ds.parallel.world import RankInfo
     from llama_ds.training.dry_run.processes import dry_ranks
-    from llama_ds.training.dry_run.rank import Task
+    from llama_ds.training.dry_run.rank import DryRunTask
 
     local = [index for count in slots.values() for index in range(count)]
-    places = [Place(rank, layout.world, local[rank]) for rank in chosen]
-    reports = dry_ranks(Task(run, layout, config, backend), places, jobs)
+    places = [RankInfo(rank, layout.world, local[rank]) for rank in chosen]
+    reports = dry_ranks(DryRunTask(run, layout, config, backend), places, jobs)
     checks = [*check_ranks(run, layout, reports), rows, *_check_fit(reports, device_gib)]
     return DryRun(run.name, layout, backend, reports, checks, time.perf_counter() - started)
 

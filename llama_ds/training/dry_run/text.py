@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from llama_ds.training.dry_run.report import CATEGORIES, DryRun, RankReport, Traffic, axis_of
+from llama_ds.training.dry_run.report import CATEGORIES, DryRun, IssuedCall, RankReport, axis_of
 
 UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
 _HEAD = ("ranks", "pp", "stages", "parameters", *CATEGORIES, "all", "planned")
@@ -88,9 +88,9 @@ def _rank_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
     }
 
 
-def _places(calls: list[Traffic]) -> dict[Traffic, list[int]]:
+def _places(calls: list[IssuedCall]) -> dict[IssuedCall, list[int]]:
     """Return where in the step each kind of call stands, in order of its first."""
-    found: dict[Traffic, list[int]] = defaultdict(list)
+    found: dict[IssuedCall, list[int]] = defaultdict(list)
     for n, call in enumerate(calls):
         found[call].append(n)
     return found

@@ -10,7 +10,7 @@ import torch
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import stage_policies
-from llama_ds.model.decoder import Shared
+from llama_ds.model.decoder import LayerContext
 from llama_ds.model.llama import shared_parts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.parallel.grid import tensor_parallel
@@ -21,7 +21,7 @@ from llama_ds.parallel.trace import Trace
 class LayerParts:
     """The parts of a rank's layers that depend on the run and the device, but not on the engine."""
 
-    shared: Shared
+    shared: LayerContext
     loss: NextTokenLoss
     policies: list[str] | None  # save policy of every decoder layer; None: layers by autograd
     dtype: torch.dtype

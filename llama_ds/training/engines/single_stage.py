@@ -16,7 +16,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.model.embedding import Head
 from llama_ds.model.llama import Llama
-from llama_ds.model.written_out import WrittenOutLayer
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.parallel import world
 from llama_ds.parallel.deepspeed_trace import collectives_recorded
 from llama_ds.parallel.grid import grid
@@ -43,7 +43,7 @@ def build_single_stage(
     with _zero_init(run, config, mpu):
         module = Llama(parts.shared, parts.loss, parts.policies, checkpointed)
     if run.zero_stage == 3:  # they read the weights of their submodules directly, so ZeRO gathers each as a whole
-        set_z3_leaf_modules(module, [WrittenOutLayer, Head])
+        set_z3_leaf_modules(module, [ManualBackwardLayer, Head])
     if run.logging.check_finite:
         check_layers(enumerate(module.layers), run.model.num_hidden_layers)
     optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)

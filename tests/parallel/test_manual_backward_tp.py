@@ -11,7 +11,7 @@ import pytest
 
 from llama_ds.layout.activation_memory import LayerWork
 from tests import warm
-from tests.parallel.written_out_worker import CASES, PLAIN, ROWS, Case, T
+from tests.parallel.manual_backward_worker import CASES, PLAIN, ROWS, Case, T
 
 RECORDED = [case for case in CASES if not case.masked]
 Results = dict[Case, dict[str, Any]]
@@ -28,7 +28,7 @@ def name_of(case: Case) -> str:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Run all cases in one start of four processes."""
     out = tmp_path_factory.mktemp("written_out") / "results.json"
-    done = warm.run("-m", "tests.parallel.written_out_worker", out, ranks=4)
+    done = warm.run("-m", "tests.parallel.manual_backward_worker", out, ranks=4)
     assert done.returncode == 0, done.stderr[-6000:]
     return {Case(**found["case"]): found for found in json.loads(out.read_text())}
 

@@ -16,13 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig
 from llama_ds.model.attention import CausalAttention
-from llama_ds.model.decoder import DecoderLayer, Shared
+from llama_ds.model.decoder import DecoderLayer, LayerContext
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import Pending, TensorParallel
-from llama_ds.model.written_out import WrittenOutLayer
 from llama_ds.parallel import world
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
-from tests.model.test_written_out import saved_by_hooks
+from tests.model.test_manual_backward import saved_by_hooks
 
 ROWS, T = 2, 16
 PLAIN = ModelConfig(64, 32, 88, 2, 8, 8, 4)
@@ -85,9 +85,9 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(case: Case, tp: TensorParallel) -> Shared:
+def build(case: Case, tp: TensorParallel) -> LayerContext:
     model = replace(PLAIN, num_key_value_heads=case.groups)
-    return Shared(model, 7, tp, CausalAttention("sdpa"), RotaryTables(model, T), initializer_range=0.2)
+    return LayerContext(model, 7, tp, CausalAttention("sdpa"), RotaryTables(model, T), initializer_range=0.2)
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -111,7 +111,10 @@ def run(layer: nn.Module, x: Tensor, grad: Tensor, masked: bool) -> dict[str, Te
 def compare(case: Case, tp: TensorParallel) -> dict[str, Any]:
     """Return the largest difference from autograd, relative to each gradient's size, and from finite differences."""
     shared = build(case, tp)
-    reference, layer = DecoderLayer(shared, 0).double(), WrittenOutLayer(shared, 0, case.policy, first=True).double()
+    reference, layer = (
+        DecoderLayer(shared, 0).double(),
+        ManualBackwardLayer(shared, 0, case.policy, first=True).double(),
+    )
     with torch.no_grad():
         for seed, norm in enumerate((reference.input_layernorm, reference.post_attention_layernorm)):
             norm.weight.add_(random(seed, 32) * 0.1)
@@ -157,7 +160,7 @@ def slope_error(
 
 def saved_bytes(case: Case, tp: TensorParallel) -> int:
     """Return what a layer in float32 keeps for its backward on this rank."""
-    layer = WrittenOutLayer(build(case, tp), 0, case.policy, first=True)
+    layer = ManualBackwardLayer(build(case, tp), 0, case.policy, first=True)
     return saved_by_hooks(layer, own_tokens(random(3, ROWS, T, 32), tp).float().requires_grad_())
 
 
@@ -167,7 +170,7 @@ def record(case: Case, group: dist.ProcessGroup) -> list[str]:
     tp.events = []
     shared = build(case, tp)
     both = nn.Sequential(
-        WrittenOutLayer(shared, 0, case.policy, first=True), WrittenOutLayer(shared, 1, case.policy)
+        ManualBackwardLayer(shared, 0, case.policy, first=True), ManualBackwardLayer(shared, 1, case.policy)
     ).double()
     x, grad = (own_tokens(random(seed, ROWS, T, 32), tp) for seed in (3, 4))
     with Products(tp.events):

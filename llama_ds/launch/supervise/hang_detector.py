@@ -16,7 +16,7 @@ FEWEST = 3  # steps seen before anything is concluded from them
 
 
 @dataclass(frozen=True)
-class Patience:
+class HangLimits:
     """How long is too long."""
 
     factor: float = 10.0  # times the median step
@@ -24,10 +24,10 @@ class Patience:
     start_s: float = 1800.0  # for a phase whose length is not known yet: starting, loading, the first save
 
 
-class Pace:
+class HangDetector:
     """Follows the steps of all ranks."""
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, patience: HangLimits) -> None:
         self._patience = patience
         self._steps: deque[float] = deque(maxlen=SAMPLES)  # seconds of a step
         self._longest: dict[int, float] = {}  # of the other phases, as far as they ended

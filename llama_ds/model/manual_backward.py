@@ -27,7 +27,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import Statistics, attention_kernel
-from llama_ds.model.decoder import DecoderLayer, Hidden, Shared
+from llama_ds.model.decoder import DecoderLayer, Hidden, LayerContext
 from llama_ds.model.linear import lay_together, stacked
 from llama_ds.model.pointwise import (
     rms_norm,
@@ -55,10 +55,10 @@ class Saved:
     statistics: Statistics = ()  # of the attention
 
 
-class WrittenOutLayer(DecoderLayer):
+class ManualBackwardLayer(DecoderLayer):
     """`DecoderLayer` without autograd inside: the same parameters, the same numbers."""
 
-    def __init__(self, shared: Shared, layer: int, policy: str = "none", first: bool = False) -> None:
+    def __init__(self, shared: LayerContext, layer: int, policy: str = "none", first: bool = False) -> None:
         """Build decoder layer number `layer`, counted from 0.
 
         Args:
@@ -112,7 +112,7 @@ class WrittenOutLayer(DecoderLayer):
 class _Layer(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layer: WrittenOutLayer, documents: Documents | None, *parameters: nn.Parameter
+        ctx: Any, x: Tensor, layer: ManualBackwardLayer, documents: Documents | None, *parameters: nn.Parameter
     ) -> Tensor:
         y, saved = forward(layer, x, documents, layer.policy)
         assert y is not None
@@ -139,7 +139,7 @@ class _Layer(Function):
 
 
 def forward(
-    layer: WrittenOutLayer, x: Tensor, documents: Documents | None, policy: str, output: bool = True
+    layer: ManualBackwardLayer, x: Tensor, documents: Documents | None, policy: str, output: bool = True
 ) -> tuple[Tensor | None, Saved]:
     """Return y (B, S, D), None if not `output`, and what `policy` keeps; `backward` numbers the steps alike."""
     tp, eps, attention, mlp = layer.tp, layer.input_layernorm.eps, layer.self_attn, layer.mlp
@@ -182,7 +182,7 @@ def forward(
 
 
 def backward(
-    layer: WrittenOutLayer, grad: Tensor, saved: Saved, documents: Documents | None
+    layer: ManualBackwardLayer, grad: Tensor, saved: Saved, documents: Documents | None
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Return dx (B, S, D) for dy = `grad`, and the gradients of the parameters in their order, None where taken over.
 
@@ -237,7 +237,7 @@ def backward(
     return grad_x, [*wide_attention, *output, *wide_mlp, *down, *norms]
 
 
-def _split_heads(layer: WrittenOutLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split_heads(layer: ManualBackwardLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return views (B, T, H, K), (B, T, G, K) and (B, T, G, K) of (B, T, H + 2 G, K)."""
     q, k, v = qkv.split([len(m.weight) // layer.self_attn.head_dim for m in layer.wide_attention], 2)
     return q, k, v

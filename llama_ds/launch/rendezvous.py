@@ -48,7 +48,7 @@ print(json.dumps(found))
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where processes meet."""
 
     master: str  # address of rank 0's host
@@ -58,7 +58,7 @@ class Meeting:
 
 def arrange(
     hosts: Sequence[str], nic: str = "", port: int = 0, master: str = "", ssh_port: int | None = None
-) -> Meeting:
+) -> Rendezvous:
     """Return where the ranks on `hosts` meet.
 
     `nic`, `port` and `master` are taken where given; otherwise a port that is free, and the first host's address on the
@@ -86,4 +86,4 @@ def arrange(
         raise UserError(f"--master-port {port}: cannot be used on {first} ({found['taken']}); give another, or none")
     client, _, server, _ = found["ssh"] if len(found["ssh"]) == 4 else ("127.0.0.1", "", "127.0.0.1", "")
     towards = found["towards"] if found["towards"] and not found["towards"].startswith("127.") else None
-    return Meeting(master or found["nic"] or towards or server, found["port"], client)
+    return Rendezvous(master or found["nic"] or towards or server, found["port"], client)

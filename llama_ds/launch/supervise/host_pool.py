@@ -14,7 +14,7 @@ STRIKES = 2  # failures because of a host after which it is left out, as long as
 
 
 @dataclass
-class Roster:
+class HostPool:
     """The hosts of a job: those of its hostfile, its spares, and what is held against them."""
 
     run: RunConfig

@@ -18,13 +18,13 @@ from llama_ds.layout import loss_chunks
 from llama_ds.layout.activation_memory import LayerWork
 from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.model.attention import CausalAttention
-from llama_ds.model.decoder import DecoderLayer, Shared
+from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.linear import adjacent
 from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.weight_gradients import WeightGradients
-from llama_ds.model.written_out import WrittenOutLayer
 
 ROWS, T = 2, 24
 PLAIN = ModelConfig(64, 32, 84, 2, 4, 4, 8)
@@ -36,14 +36,14 @@ SHAPES = {
 STARTS = torch.tensor([0] * 7 + [7] * 10 + [17] * 7, dtype=torch.int32).expand(ROWS, T)
 
 
-def shared_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T, spread: float = 0.2) -> Shared:
+def shared_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T, spread: float = 0.2) -> LayerContext:
     tables = RotaryTables(model, seq_len)
-    return Shared(model, 7, SingleRank(), CausalAttention(backend), tables, initializer_range=spread)
+    return LayerContext(model, 7, SingleRank(), CausalAttention(backend), tables, initializer_range=spread)
 
 
-def layers(shape: str, policy: str, backend: str = "sdpa") -> tuple[DecoderLayer, WrittenOutLayer]:
+def layers(shape: str, policy: str, backend: str = "sdpa") -> tuple[DecoderLayer, ManualBackwardLayer]:
     shared = shared_for(SHAPES[shape], backend)
-    reference, layer = DecoderLayer(shared, 0).double(), WrittenOutLayer(shared, 0, policy).double()
+    reference, layer = DecoderLayer(shared, 0).double(), ManualBackwardLayer(shared, 0, policy).double()
     with torch.no_grad():
         for weight in reference.parameters():  # norm weights of one would hide a factor
             weight.add_(torch.randn_like(weight) * 0.1)
@@ -85,7 +85,7 @@ def test_output_and_gradients_are_autograds(shape: str, policy: str, backend: st
 def test_gradcheck(policy: str, masked: bool) -> None:
     """Against finite differences: of the input and of every parameter at once."""
     model = ModelConfig(16, 8, 12, 1, 4, 2, 4)
-    layer = WrittenOutLayer(shared_for(model, spread=0.3), 0, policy).double()
+    layer = ManualBackwardLayer(shared_for(model, spread=0.3), 0, policy).double()
     starts = torch.tensor([[0, 0, 2, 2, 2]], dtype=torch.int32)
     names = [name for name, _ in layer.named_parameters()]
 
@@ -141,7 +141,7 @@ def saved_by_hooks(layer: DecoderLayer, x: Tensor) -> int:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_saved_bytes_are_the_cost_tables(shape: str, policy: str, dtype: torch.dtype) -> None:
-    layer = WrittenOutLayer(shared_for(SHAPES[shape]), 0, policy).to(dtype)
+    layer = ManualBackwardLayer(shared_for(SHAPES[shape]), 0, policy).to(dtype)
     x = torch.randn(ROWS, T, 32, dtype=dtype, requires_grad=True)
     assert saved_by_hooks(layer, x) == LayerWork(SHAPES[shape], T, ROWS, element_bytes=dtype.itemsize).saved_bytes(
         policy
@@ -150,7 +150,7 @@ def test_saved_bytes_are_the_cost_tables(shape: str, policy: str, dtype: torch.d
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_put_off_bytes_are_the_cost_tables(shape: str) -> None:
-    layer = WrittenOutLayer(shared_for(SHAPES[shape]), 0, "none")
+    layer = ManualBackwardLayer(shared_for(SHAPES[shape]), 0, "none")
     layer.shared.weight_gradients.deferred = True
     layer(torch.randn(ROWS, T, 32, requires_grad=True)).backward(torch.randn(ROWS, T, 32))
     ((*work,),) = layer.weights._waiting
@@ -176,7 +176,7 @@ def test_selective_keeps_half_of_what_autograd_keeps(groups: int, dtype: torch.d
     model = ModelConfig(64, 1024, 2752, 1, 8, groups, 128)
     x = torch.randn(1, 8, 1024, dtype=dtype, requires_grad=True)
     plain = saved_by_hooks(DecoderLayer(shared_for(model), 0).to(dtype), x)
-    selective = saved_by_hooks(WrittenOutLayer(shared_for(model), 0, "selective").to(dtype), x)
+    selective = saved_by_hooks(ManualBackwardLayer(shared_for(model), 0, "selective").to(dtype), x)
     assert selective <= share * plain, selective / plain
     work = LayerWork(model, 2048, 1)
     step = 3 * (2 * (4 if groups == 8 else 2.5) * 1024**2 + 6 * 1024 * 2752)  # its matrix products, per token
@@ -219,7 +219,7 @@ def test_gradients_go_straight_into_the_engines_buffers() -> None:
 
 def test_matrices_of_one_input_lie_together() -> None:
     """One product for q, k and v, one for gate and up, without copying weights; else the same numbers with a copy."""
-    layer = WrittenOutLayer(shared_for(PLAIN), 0)
+    layer = ManualBackwardLayer(shared_for(PLAIN), 0)
     for modules in (layer.wide_attention, layer.wide_mlp):
         assert adjacent([m.weight for m in modules]) is not None
     layer.double()  # each converted on its own
