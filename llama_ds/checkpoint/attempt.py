@@ -40,7 +40,7 @@ def new_id() -> str:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class SaveAttempt:
     """The changes that an attempt makes in `folder`, the run's folder of checkpoints. Rank 0 makes them."""
 
     folder: str

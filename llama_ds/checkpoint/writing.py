@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import xxhash
 
-from llama_ds.checkpoint.attempt import Attempt
+from llama_ds.checkpoint.attempt import SaveAttempt
 from llama_ds.checkpoint.manifest import (
     TOKENIZER,
     Description,
@@ -55,7 +55,7 @@ class Abandoned(Exception):
 class Writer:
     """One rank's share of the saves of an attempt. At most one is under way."""
 
-    def __init__(self, attempt: Attempt, rank: int, ranks: int, tokenizer: str, keep: Retention) -> None:
+    def __init__(self, attempt: SaveAttempt, rank: int, ranks: int, tokenizer: str, keep: Retention) -> None:
         """`attempt` is the same on every rank; `tokenizer` goes into each checkpoint."""
         self.attempt, self.rank, self.ranks = attempt, rank, ranks
         self.tokenizer, self.keep = tokenizer, keep
@@ -173,7 +173,9 @@ def collect(partial: str, ranks: int, abandoned: Callable[[], bool]) -> list[Rec
     return records
 
 
-def commit(attempt: Attempt, description: Description, records: list[Record], tokenizer: str, keep: Retention) -> None:
+def commit(
+    attempt: SaveAttempt, description: Description, records: list[Record], tokenizer: str, keep: Retention
+) -> None:
     """Make what all ranks have written the newest checkpoint; then remove what is kept no longer.
 
     Raises:

@@ -25,7 +25,7 @@ LOCAL = ("localhost", "127.0.0.1")
 
 
 @dataclass(frozen=True)
-class Answer:
+class HostAnswer:
     """What a host made of a command."""
 
     host: str
@@ -74,16 +74,16 @@ def on_hosts(
     stdin: bytes | Mapping[str, bytes] = b"",
     timeout_s: float = 20.0,
     port: int | None = None,
-    done: Callable[[Answer], None] | None = None,
+    done: Callable[[HostAnswer], None] | None = None,
     hold_s: float = HOLD_S,
-) -> dict[str, Answer]:
+) -> dict[str, HostAnswer]:
     """Run a command on all hosts side by side and return their answers, in the hosts' order.
 
     `argv` and `stdin` may differ by host. A host that hangs costs its own `timeout_s` and nobody else's: at most
     AT_ONCE hosts are waited for, each of them `hold_s`, before others are asked. `done` is called with each answer as
     it comes.
     """
-    answers: dict[str, Answer] = {}
+    answers: dict[str, HostAnswer] = {}
     asked: dict[str, float] = {}  # when, of hosts that have not answered
     change = threading.Condition()
 
@@ -111,7 +111,7 @@ def on_hosts(
     return {host: answers[host] for host in hosts}
 
 
-def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> Answer:
+def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostAnswer:
     begin = time.monotonic()
     try:
         process = subprocess.Popen(
@@ -122,7 +122,7 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> Answe
             start_new_session=True,  # no terminal to ask for a password on, and one group to kill
         )
     except OSError as error:
-        return Answer(host, 255, "", f"{command[0]}: {error.strerror}", 0.0)
+        return HostAnswer(host, 255, "", f"{command[0]}: {error.strerror}", 0.0)
     timer = threading.Timer(timeout_s, _kill, (process,))
     timer.start()
     kept: dict[str, bytes] = {}
@@ -146,7 +146,7 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> Answe
         reader.join(1.0)
     seconds = time.monotonic() - begin
     out, err = (kept.get(name, b"").decode(errors="replace") for name in ("out", "err"))
-    return Answer(host, None if late and code == -signal.SIGKILL else code, out, err, seconds)
+    return HostAnswer(host, None if late and code == -signal.SIGKILL else code, out, err, seconds)
 
 
 def _read(stream: object) -> bytes:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.attempt import Attempt, new_id
+from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.manifest import (
     WEIGHT,
     Description,
@@ -50,7 +50,7 @@ class Checkpoints:
         self.run, self.layout, self.dtype, self.place = run, layout, dtype, place
         self.folder = os.path.join(run.run_dir, "checkpoints")
         keep = store.Retention(run.checkpoint.keep_last, run.checkpoint.keep_every)
-        self._attempt = Attempt(self.folder, world.gather(new_id())[0])
+        self._attempt = SaveAttempt(self.folder, world.gather(new_id())[0])
         self._writer = Writer(self._attempt, place.rank, place.world, run.data.tokenizer, keep)
         self._memory = HostMemory()
         self._step = 0  # of the save under way

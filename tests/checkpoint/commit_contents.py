@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.attempt import Attempt, new_id
+from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.manifest import (
     WEIGHT,
     Description,
@@ -130,7 +130,7 @@ class Rank:
 
     def __init__(
         self,
-        attempt: Attempt,
+        attempt: SaveAttempt,
         rank: int,
         model: ModelConfig,
         shares: Sequence[Share],
@@ -164,14 +164,14 @@ def ranks(
     return [Rank(attempt, rank, model, shares, tokenizer, keep) for rank in range(len(shares))]
 
 
-def begin(folder: str) -> Attempt:
+def begin(folder: str) -> SaveAttempt:
     """Begin an attempt, as rank 0 does."""
-    attempt = Attempt(folder, new_id())
+    attempt = SaveAttempt(folder, new_id())
     attempt.begin()
     return attempt
 
 
-def names(attempt: Attempt) -> set[str]:
+def names(attempt: SaveAttempt) -> set[str]:
     """Return what is in the folder of checkpoints beside the folder of the attempt, which must be empty."""
     assert os.listdir(attempt.path) == []
     return set(os.listdir(attempt.folder)) - {os.path.basename(attempt.path)}

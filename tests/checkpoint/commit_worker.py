@@ -25,7 +25,7 @@ from commit_contents import LARGE, SMALL, THREE, Rank, ranks, save
 from commit_points import Points
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.attempt import Attempt
+from llama_ds.checkpoint.attempt import SaveAttempt
 from llama_ds.checkpoint.manifest import DESCRIPTION
 
 PATIENCE_S = 120.0  # then a trial counts as hung
@@ -48,9 +48,9 @@ class Trial:
     kill_after_s: float | None = None  # all ranks, counted from the first commit
 
     @property
-    def attempt(self) -> Attempt:
+    def attempt(self) -> SaveAttempt:
         """The run's attempt. Its id says which life it is, so that points have the same names each time."""
-        return Attempt(self.folder, f"{self.life:016x}")
+        return SaveAttempt(self.folder, f"{self.life:016x}")
 
 
 @dataclass

@@ -29,7 +29,7 @@ from commit_holds import held, points_of
 from test_commit import mounted
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.attempt import Attempt
+from llama_ds.checkpoint.attempt import SaveAttempt
 from llama_ds.checkpoint.store import Retention
 from llama_ds.errors import UserError
 
@@ -55,8 +55,8 @@ def went_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def late(folder: str) -> Attempt:
-    attempt = Attempt(folder, OLD)
+def late(folder: str) -> SaveAttempt:
+    attempt = SaveAttempt(folder, OLD)
     attempt.begin()
     return attempt
 
@@ -114,15 +114,15 @@ def test_a_late_record_is_not_taken_for_a_new_one(folder: str) -> None:
 
 def commits(folder: str) -> None:
     """Save step 4, which replaces another of it and has two removed: every change that a save can make."""
-    write(Rank(Attempt(folder, OLD), 0, SMALL, ONE, "", KEEP), 2, 4)
+    write(Rank(SaveAttempt(folder, OLD), 0, SMALL, ONE, "", KEEP), 2, 4)
 
 
 def goes_back(folder: str) -> None:
-    Attempt(folder, OLD).go_back(store.tag_of(2), [store.tag_of(4), store.tag_of(3)])
+    SaveAttempt(folder, OLD).go_back(store.tag_of(2), [store.tag_of(4), store.tag_of(3)])
 
 
 def sets_aside(folder: str) -> None:
-    Attempt(folder, OLD).set_aside_damaged(store.tag_of(3))
+    SaveAttempt(folder, OLD).set_aside_damaged(store.tag_of(3))
 
 
 @pytest.mark.parametrize("act", [commits, goes_back, sets_aside])
@@ -168,12 +168,12 @@ def test_an_attempt_begins_beside_one_that_still_writes(went_back: Path, tmp_pat
     new_id = 16 * "1"
     counted = str(shutil.copytree(went_back, tmp_path / "counted"))
     unfinished(counted)
-    points = points_of(counted, lambda: Attempt(counted, new_id).begin(), tmp_path / "points")
+    points = points_of(counted, lambda: SaveAttempt(counted, new_id).begin(), tmp_path / "points")
     assert f"rename {OWN}" in points and f"rmdir {store.ATTEMPT}{new_id}/{OWN}" in points
     saved = []
     for point in points:
         folder = str(linked(went_back, tmp_path / "racing"))
-        old, new = unfinished(folder), Attempt(folder, new_id)
+        old, new = unfinished(folder), SaveAttempt(folder, new_id)
         handle = os.open(old.attempt.partial(7), os.O_RDONLY)
         with held(folder, lambda new=new: new.begin(), point.__eq__) as starting:
             try:
@@ -215,7 +215,7 @@ def test_of_two_attempts_that_begin_at_once_one_goes_on(went_back: Path, tmp_pat
             begun = first.release()
         first_goes_on = os.path.isdir(os.path.join(folder, OWN))
         assert begun or not first_goes_on
-        winner, loser = (Attempt(folder, OLD), second) if first_goes_on else (second, Attempt(folder, OLD))
+        winner, loser = (SaveAttempt(folder, OLD), second) if first_goes_on else (second, SaveAttempt(folder, OLD))
         outcomes.add(first_goes_on)
         with pytest.raises(UserError, match="let only one of them run"):
             loser.check()
@@ -229,7 +229,7 @@ def test_of_two_attempts_that_begin_at_once_one_goes_on(went_back: Path, tmp_pat
 
 def test_a_rank_cannot_save_before_its_attempt_has_begun(folder: str) -> None:
     """Rank 0 would delete what a faster rank has begun to write, or take another attempt's folder for its own."""
-    attempt = Attempt(folder, OLD)
+    attempt = SaveAttempt(folder, OLD)
     run = [Rank(attempt, rank, SMALL, THREE, "", KEEP) for rank in range(3)]
     with pytest.raises(FileNotFoundError):
         write(run[1], 1, 1)
@@ -261,7 +261,7 @@ def test_what_cannot_be_taken_over_or_deleted_is_named(folder: str, caplog: pyte
     save([Rank(old, 0, SMALL, ONE, "", KEEP)], 1, 1)
     stuck = Path(old.partial(2))
     stuck.mkdir()
-    new = Attempt(folder, 16 * "1")
+    new = SaveAttempt(folder, 16 * "1")
     with mounted(stuck, Path(new.path, OWN, stuck.name)):  # the system refuses to delete it: it is busy
         assert new.begin() == [OWN]
         assert f"{new.path}/{OWN}: cannot be deleted" in caplog.text and "Device or resource busy" in caplog.text

@@ -14,7 +14,7 @@ from commit_points import Points
 from test_tags import make
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.attempt import Attempt, new_id
+from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.store import Retention
 
 FIXED = 16 * "0"  # an attempt's id, so that points have the same names each time
@@ -33,7 +33,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def go_back(attempt: Attempt, tag: str, newer: list[str], fatal: str | None, log: Path) -> int:
+def go_back(attempt: SaveAttempt, tag: str, newer: list[str], fatal: str | None, log: Path) -> int:
     """Go back in a process that dies at a point; return how it ended."""
     child = os.fork()
     if not child:
@@ -52,7 +52,7 @@ def test_a_kill_at_any_point_leaves_one_or_the_other(eight: Path, tmp_path: Path
     """A run would go on from the middle of nowhere: without a newest checkpoint, or from one that it was to leave."""
     log = tmp_path / "points"
     counted = shutil.copytree(eight, tmp_path / "counted")
-    first = Attempt(str(counted), FIXED)
+    first = SaveAttempt(str(counted), FIXED)
     first.begin()
     assert go_back(first, TO, NEWER, None, log) == 0
     points = [point for point in log.read_text().splitlines() if not point.startswith("synced")]
@@ -62,7 +62,7 @@ def test_a_kill_at_any_point_leaves_one_or_the_other(eight: Path, tmp_path: Path
     meant = []
     for point in [*points, *(p.replace("write", "torn") for p in points if p.startswith("write"))]:
         folder = shutil.copytree(eight, tmp_path / "killed")
-        killed = Attempt(str(folder), FIXED)
+        killed = SaveAttempt(str(folder), FIXED)
         killed.begin()
         assert go_back(killed, TO, NEWER, point, log) == -signal.SIGKILL, point
         newest = store.newest(str(folder))
@@ -88,7 +88,7 @@ def test_what_was_set_aside_is_whole_and_no_candidate(eight: Path, tmp_path: Pat
     attempt.go_back(TO, NEWER)
     assert store.candidates(folder) == [TO, store.tag_of(2)] and store.newest(folder) == TO
     attempt.end()
-    assert Attempt(folder, new_id()).begin() == []
+    assert SaveAttempt(folder, new_id()).begin() == []
     for tag in NEWER:
         os.rename(os.path.join(folder, tag + store.REWOUND), os.path.join(folder, tag))
         assert check_checkpoint(folder, tag, ONE) == (OLD, store.step_of(tag))

@@ -17,7 +17,7 @@ import xxhash
 from commit_contents import KINDS, MOMENTS, SMALL, THREE, check_checkpoint, description, elements, ranks, save
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.attempt import Attempt, new_id
+from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.manifest import (
     DESCRIPTION,
     FORMAT,
@@ -337,7 +337,7 @@ def test_a_run_saves_what_it_can_go_on_from(saved: Path, records: list[Record], 
         record.pieces = {weight: [p for p in rows if p.kind in kinds] for weight, rows in record.pieces.items()}
     before = sorted(os.listdir(saved))
     with pytest.raises(ValueError, match=rf"^step 2: no .*{(set(KINDS) - set(kinds) - {WEIGHT}).pop()}.* was written"):
-        commit(Attempt(str(saved), new_id()), description(SMALL, THREE, 1, 2), records, "", store.Retention())
+        commit(SaveAttempt(str(saved), new_id()), description(SMALL, THREE, 1, 2), records, "", store.Retention())
     assert sorted(os.listdir(saved)) == before
 
 

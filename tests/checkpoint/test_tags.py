@@ -10,7 +10,7 @@ import pytest
 from commit_contents import ONE, SMALL, begin, description, names
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.attempt import Attempt, new_id
+from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
 from llama_ds.checkpoint.store import Retention
 from llama_ds.errors import UserError
@@ -95,7 +95,7 @@ def test_cleaning_takes_what_is_unfinished_and_nothing_else(tmp_path: Path) -> N
     folder = make(tmp_path, *going, *staying)
     (tmp_path / "latest").write_text(store.tag_of(4))
     (tmp_path / "latest.tmp").touch()  # of an earlier version, too
-    attempt = Attempt(folder, new_id())
+    attempt = SaveAttempt(folder, new_id())
     assert attempt.begin() == sorted([*going, "latest.tmp"])
     assert names(attempt) == {*staying, store.LATEST}
     attempt.end()

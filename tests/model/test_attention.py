@@ -57,7 +57,9 @@ def run_kernel(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("length", [1, 63, 64, 200, 512, 513])
-def test_manual_backward_kernels_are_the_reference_on_rows_of_any_length(length: int, groups: int, masked: bool) -> None:
+def test_manual_backward_kernels_are_the_reference_on_rows_of_any_length(
+    length: int, groups: int, masked: bool
+) -> None:
     """Rows shorter than a block, of whole blocks and with a rest; float64 to 1e-11."""
     qkv, grad, documents = kernel_inputs(length, groups, masked)
     wanted = run_kernel(attention_kernel("reference"), qkv, grad, documents)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.attempt import Attempt, new_id
+from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description, _canonical, _checksum_of
 from llama_ds.checkpoint.snapshot import HostMemory
 from llama_ds.config.run_file import resolved
@@ -45,7 +45,7 @@ def description(run: RunConfig, step: int) -> Description:
     return Description(step, 32 * step, 0, "fp32", {"tp": 1}, resolved(run), optimizer_steps=step)
 
 
-def commit(attempt: Attempt, run: RunConfig, step: int, tokens: int = 0) -> None:
+def commit(attempt: SaveAttempt, run: RunConfig, step: int, tokens: int = 0) -> None:
     """Commit a checkpoint, as far as a start looks at it."""
     content = json.loads(json.dumps(asdict(replace(description(run, step), tokens=tokens))))
     content["checksum"] = _checksum_of(_canonical(content))
@@ -55,15 +55,15 @@ def commit(attempt: Attempt, run: RunConfig, step: int, tokens: int = 0) -> None
 
 
 @pytest.fixture
-def running(run: RunConfig) -> Attempt:
+def running(run: RunConfig) -> SaveAttempt:
     """The attempt of a start that has saved step 2, and still runs."""
-    attempt = Attempt(start(run).folder, new_id())
+    attempt = SaveAttempt(start(run).folder, new_id())
     attempt.begin()
     commit(attempt, run, 2)
     return attempt
 
 
-def test_a_start_ends_the_one_before_it(run: RunConfig, running: Attempt) -> None:
+def test_a_start_ends_the_one_before_it(run: RunConfig, running: SaveAttempt) -> None:
     """Two starts would save over each other; or the first would train on, and lose every checkpoint."""
     first, second = start(run), start(run)
     for one in (first, second):
@@ -79,7 +79,7 @@ def test_a_start_ends_the_one_before_it(run: RunConfig, running: Attempt) -> Non
 
 @pytest.mark.parametrize(("step", "tokens"), [(3, 0), (2, 1)], ids=["another step", "the same step again"])
 def test_what_is_committed_while_a_run_starts_is_not_passed_over(
-    run: RunConfig, running: Attempt, step: int, tokens: int
+    run: RunConfig, running: SaveAttempt, step: int, tokens: int
 ) -> None:
     """The run would go on from a checkpoint that is not the newest any more, and replace what came after it."""
     late = start(run)
@@ -96,7 +96,7 @@ def test_what_is_committed_while_a_run_starts_is_not_passed_over(
 
 @pytest.mark.parametrize("changes", [{"resume": "never"}, {"save": False}, {"save": False, "rewind_to": 1}])
 def test_a_start_that_is_refused_or_saves_nothing_leaves_the_other_alone(
-    run: RunConfig, running: Attempt, changes: dict[str, object]
+    run: RunConfig, running: SaveAttempt, changes: dict[str, object]
 ) -> None:
     """A mistyped command, or a profile beside the run, would end it."""
     commit(running, run, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.attempt import Attempt, new_id
+from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description, _canonical, _checksum_of, describe
 from llama_ds.config.schema import (
     CheckpointConfig,
@@ -51,8 +51,8 @@ def write(folder: Path, step: int, made: list[dict[str, int]], skipped: Skipped 
     (folder / store.LATEST).write_text(store.tag_of(step))
 
 
-def begin(folder: Path) -> Attempt:
-    attempt = Attempt(str(folder), new_id())
+def begin(folder: Path) -> SaveAttempt:
+    attempt = SaveAttempt(str(folder), new_id())
     attempt.begin()
     return attempt
 

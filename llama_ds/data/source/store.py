@@ -1,7 +1,7 @@
 """Where the files of a data source come from: a folder, or a place that is fetched from into a cache on a local disk.
 
-A file that is slow, cut short or spoilt on its way is asked for again, for as long as `RetryPolicy` says. What cannot be
-had sound in that time is a `BadFile`: what to do without it is the reader's to decide.
+A file that arrives slowly, truncated or corrupted is requested again for as long as `RetryPolicy` says. A file that is
+still not intact after that is a `BadFile`; the reader decides what to do without it.
 """
 
 from __future__ import annotations

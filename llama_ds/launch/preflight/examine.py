@@ -104,11 +104,11 @@ def examine(
 
 def _ask(
     hosts: Mapping[str, int], settings: PreflightSettings, shared: list[str], say: Callable[[str], None]
-) -> tuple[dict[str, float], dict[str, remote.Answer]]:
+) -> tuple[dict[str, float], dict[str, remote.HostAnswer]]:
     """Return when each host had answered, and what."""
     ends: dict[str, float] = {}
 
-    def done(said: remote.Answer) -> None:
+    def done(said: remote.HostAnswer) -> None:
         ends[said.host] = time.time()
         if len(ends) * 10 // len(hosts) > (len(ends) - 1) * 10 // len(hosts):
             say(f"{len(ends)} of {len(hosts)} hosts have answered")

@@ -46,7 +46,7 @@ def _ask(hosts: Sequence[str], what: str, folder: str, port: int | None) -> dict
     return {host: _read(answer) for host, answer in answers.items()}
 
 
-def _read(answer: remote.Answer) -> Host:
+def _read(answer: remote.HostAnswer) -> Host:
     if answer.problem:
         return Host(answer.host, answer.problem, {})
     try:
