@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return warm.run(ROOT / "tools" / name, *args)
 
 
 def done(name: str, *args: object) -> str:
