@@ -7,6 +7,8 @@ RUN := .venv/bin/
 
 # One thread per process: the tests start up to eight processes on few cores.
 test test-fast: export OMP_NUM_THREADS = 1
+# Hundreds of processes start: none should have to compile what others have, whatever the user's setting is.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
 
 # Without an NVIDIA GPU, DeepSpeed is told so (it guesses from what is installed) and tests marked gpu are deselected.
 ifeq ($(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU '),0)

@@ -24,8 +24,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
 
-# What every rank imports sooner or later, in four seconds; nothing of this project.
-HEAVY = ("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.original_muon")
+# What ranks and tools import sooner or later, in four seconds; nothing of this project.
+HEAVY = (
+    *("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.original_muon"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama"),
+)
 MAX_REQUEST = 1 << 20  # bytes
 
 
@@ -48,6 +51,8 @@ def main() -> None:
         os.environ.clear()
         os.environ.update(request.environment)
         os.chdir(request.folder)
+        unbuffered = bool(os.environ.get("PYTHONUNBUFFERED"))  # lines at once are near enough to it
+        sys.stdout = open(1, "w", buffering=1 if unbuffered else -1, closefd=False)  # noqa: SIM115
         if request.ranks:
             launch(request.ranks, request.port)
         run(request.words)
@@ -83,6 +88,7 @@ def serve(requests: socket.socket) -> Request | None:
             os.setsid()
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started the tests without it
             os.dup2(files[0], 1)
             os.dup2(files[1], 2)
             files += [*answers.values(), requests.detach(), woken.detach(), wake.detach()]

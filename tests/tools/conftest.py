@@ -1,34 +1,31 @@
-"""One small finished run for all tests of tools, files that never come, and a process that forks calls."""
+"""One small finished run for all tests of tools, files that never come."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fork_server import ForkServer
+from calling import Tools
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "e2e"))
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    server = ForkServer(tmp_path_factory.mktemp("calls"))
-    yield server
-    server.close()
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Tools:
+    return Tools(tmp_path_factory.mktemp("calls"))
 
 
 @pytest.fixture(scope="session")
-def words(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def words(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What stands for the words in braces of `calls.py`, but for `new`."""
     from tiny_run import build_corpus, write_run
 
     root = tmp_path_factory.mktemp("run")
     corpus = build_corpus(root)
     run = write_run(root, "finished", corpus, {"training.steps": 3, "logging.trace_step": 2, "evaluation.rows": 4})
-    done = server.call("llama_ds/train.py", run.file)
+    done = tools.call("llama_ds/train.py", run.file)
     assert done.code == 0, done.err
     waits = root / "waits"
     for place in ("pipe.yaml", "step_00000001/llama_ds.json", "source/manifest.json"):

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
+from calling import Finished, Tools
 from calls import NORMAL, WAITING, WITH_RANKS
-from fork_server import Finished, ForkServer
 
 from tests.console import foreign_lines
 
@@ -32,40 +32,42 @@ def test_every_tool_has_its_calls() -> None:
     assert sorted([*NORMAL, *WITH_RANKS]) == sorted(WAITING) == TOOLS
 
 
-def test_imports_say_nothing(server: ForkServer, words: dict[str, Any]) -> None:
-    assert server.said.read_text() == ""
+def test_imports_say_nothing() -> None:
+    program = "import llama_ds.benchmarks.compare, llama_ds.training.loop, llama_ds.training.dry_run.run"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_help_shows_an_example(server: ForkServer, tool: str) -> None:
-    done = server.call(f"tools/{tool}", "--help")
+def test_help_shows_an_example(tools: Tools, tool: str) -> None:
+    done = tools.call(f"tools/{tool}", "--help")
     assert (done.code, done.err) == (0, "")
     assert f"\n  tools/{tool} " in done.out
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_an_unknown_option_is_one_line_below_the_usage(server: ForkServer, words: dict[str, Any], tool: str) -> None:
-    done = server.call(f"tools/{tool}", *filled(WAITING[tool], words, Path("new")), "--no-such-option")
+def test_an_unknown_option_is_one_line_below_the_usage(tools: Tools, words: dict[str, Any], tool: str) -> None:
+    done = tools.call(f"tools/{tool}", *filled(WAITING[tool], words, Path("new")), "--no-such-option")
     assert (done.code, done.out) == (2, "")
     usage, line = done.err.rstrip("\n").rsplit("\n", 1)
     assert usage.startswith(f"usage: {tool} ") and line == f"{tool}: error: unrecognized arguments: --no-such-option"
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_a_reader_that_leaves_ends_it_quietly(server: ForkServer, tool: str) -> None:
-    done = server.call(f"tools/{tool}", "--help", closed=True)
+def test_a_reader_that_leaves_ends_it_quietly(tools: Tools, tool: str) -> None:
+    done = tools.call(f"tools/{tool}", "--help", closed=True)
     assert (done.code, done.err) == (CLOSED_PIPE, "")
 
 
 @pytest.mark.parametrize("tool", ["dryrun.py", "evaluate.py", "hostfile.py", "plan.py", "shards.py", "tokenizer.py"])
-def test_a_reader_that_leaves_before_the_answer(server: ForkServer, words: dict[str, Any], tool: str) -> None:
-    done = server.call(f"tools/{tool}", *filled(NORMAL[tool], words, Path("new")), closed=True)
+def test_a_reader_that_leaves_before_the_answer(tools: Tools, words: dict[str, Any], tool: str) -> None:
+    done = tools.call(f"tools/{tool}", *filled(NORMAL[tool], words, Path("new")), closed=True)
     assert (done.code, done.err) == (CLOSED_PIPE, "")
 
 
 @pytest.mark.parametrize("tool", NORMAL)
-def test_a_normal_call_says_what_is_ours(server: ForkServer, words: dict[str, Any], tmp_path: Path, tool: str) -> None:
-    done = server.call(f"tools/{tool}", *filled(NORMAL[tool], words, tmp_path))
+def test_a_normal_call_says_what_is_ours(tools: Tools, words: dict[str, Any], tmp_path: Path, tool: str) -> None:
+    done = tools.call(f"tools/{tool}", *filled(NORMAL[tool], words, tmp_path))
     assert done.code == 0 and foreign_lines(done.err) == [], done.err
     if "--json" in NORMAL[tool]:
         assert json.loads(done.out)  # nothing before it, nothing behind
@@ -73,8 +75,8 @@ def test_a_normal_call_says_what_is_ours(server: ForkServer, words: dict[str, An
         assert done.out and "Warning" not in done.out
 
 
-def test_the_plan_of_a_training_may_be_left_unread(server: ForkServer, words: dict[str, Any]) -> None:
-    done = server.call("llama_ds/train.py", words["run_file"], "--dry-run", closed=True)
+def test_the_plan_of_a_training_may_be_left_unread(tools: Tools, words: dict[str, Any]) -> None:
+    done = tools.call("llama_ds/train.py", words["run_file"], "--dry-run", closed=True)
     assert (done.code, done.err) == (CLOSED_PIPE, "")
 
 
@@ -84,11 +86,11 @@ def test_a_training_says_what_is_ours(words: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("tool", TOOLS)
-def test_an_interruption_is_one_line(server: ForkServer, words: dict[str, Any], tmp_path: Path, tool: str) -> None:
-    call, process = server.start(f"tools/{tool}", *filled(WAITING[tool], words, tmp_path))
+def test_an_interruption_is_one_line(tools: Tools, words: dict[str, Any], tmp_path: Path, tool: str) -> None:
+    started = tools.start(f"tools/{tool}", *filled(WAITING[tool], words, tmp_path))
     writer = when_read(words["waits"] / "pipe.yaml")
-    os.kill(process, signal.SIGINT)
-    done = server.finish(call, process)
+    os.kill(started.process.pid, signal.SIGINT)
+    done = started.finish()
     os.close(writer)
     assert (done.code, done.err) == (INTERRUPTED, "interrupted\n")
 
@@ -104,11 +106,11 @@ def when_read(pipe: Path) -> int:
             time.sleep(0.01)
 
 
-def test_an_interruption_ends_the_ranks_too(server: ForkServer) -> None:
-    call, process = server.start("tools/pipeline.py", "--pp", 2, "--schedules", "1f1b")
-    ranks = when_started(process, 2)
-    os.kill(process, signal.SIGINT)
-    done = server.finish(call, process)
+def test_an_interruption_ends_the_ranks_too(tools: Tools) -> None:
+    started = tools.start("tools/pipeline.py", "--pp", 2, "--schedules", "1f1b")
+    ranks = when_started(started.process.pid, 2)
+    os.kill(started.process.pid, signal.SIGINT)
+    done = started.finish()
     assert (done.code, done.err) == (INTERRUPTED, "interrupted\n")
     assert not any(rank.is_running() for rank in ranks)
 
