@@ -250,7 +250,7 @@ class Checkpoints:
         Raises:
             UserError: it failed, and so would every other, because another start of the run has begun.
         """
-        if not self._writer.under_way:
+        if not self._writer.in_flight:
             return
         errors = world.gather(_reason(self._writer.wait_written()))
         failed = [(rank, reason) for rank, reason in enumerate(errors) if reason]

@@ -205,16 +205,16 @@ def test_one_rank_that_cannot_write_costs_one_save(folder: str, failing: int, fi
 def test_ranks_wait_for_their_own_files_and_rank_0_for_all(folder: str) -> None:
     """Training would stand still until the slowest rank has written, or count on a checkpoint that is not there yet."""
     run = ranks(folder)
-    assert [(r.writer.under_way, r.writer.wait_written(), r.writer.wait_committed()) for r in run] == [
+    assert [(r.writer.in_flight, r.writer.wait_written(), r.writer.wait_committed()) for r in run] == [
         (False, None, None)
     ] * 3
     for rank in run[:2]:
         rank.start(1, 1)
-        assert rank.writer.wait_written() is None and rank.writer.under_way
-    assert run[1].writer.wait_committed() is None and not run[1].writer.under_way
+        assert rank.writer.wait_written() is None and rank.writer.in_flight
+    assert run[1].writer.wait_committed() is None and not run[1].writer.in_flight
     assert store.tags(folder) == []
     run[2].start(1, 1)
-    assert run[0].writer.wait_committed() is None and not run[0].writer.under_way
+    assert run[0].writer.wait_committed() is None and not run[0].writer.in_flight
     assert store.newest(folder) == store.tag_of(1)
     assert run[2].writer.wait_committed() is None
     assert check_folder(folder) == [(1, 1)]

@@ -106,7 +106,7 @@ def test_a_late_record_is_not_taken_for_a_new_one(folder: str) -> None:
             rank.start(2, 4)
             assert rank.writer.wait_written() is None
         assert not straggler.release()
-        assert store.tags(folder) == [] and new[0].writer.under_way and not new[0].writer.ended
+        assert store.tags(folder) == [] and new[0].writer.in_flight and not new[0].writer.ended
         new[1].start(2, 4)
         assert settle(new) == ([None] * 3, [None] * 3)
     assert check_folder(folder) == [(2, 4)] and names(new[0].attempt) == {store.LATEST, store.tag_of(4)}

@@ -229,7 +229,7 @@ def test_a_full_disk_is_said_and_gone_on_from(
     out = mount / "start"
     remount(mount, "size=100k")
     assert convert.main([source, str(out), *words]) == 2
-    assert f"{out}.partial: wants 0.00 GB more and the disk has 0.00 GB left" in capsys.readouterr().err
+    assert f"{out}.partial: needs 0.00 GB more and the disk has 0.00 GB left" in capsys.readouterr().err
     remount(mount, "size=360k")  # room for the numbers, but not for what files are beside them
     assert convert.main([source, str(out), *words]) == 2
     error = capsys.readouterr().err
