@@ -170,7 +170,7 @@ def describe(folder: str) -> Description:
         if version == FORMAT:
             wanted = content.pop("checksum")
             if wanted != _checksum_of(_canonical(content)):
-                raise ValueError("its checksum does not fit")
+                raise ValueError("its checksum does not match")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); use another checkpoint, or copy this one again") from None
     if version != FORMAT:

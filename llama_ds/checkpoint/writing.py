@@ -138,7 +138,7 @@ def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
     if snapshot.ready is not None:
         snapshot.ready.synchronize()
     files: dict[str, HashedFile] = {}
-    with ExitStack() as open_files:  # all files are synced on exit, so that writeback overlaps with writing the next one
+    with ExitStack() as open_files:  # files are synced only on exit, so that writeback overlaps with further writes
         for name, tree in snapshot.files.items():
             files[name] = open_files.enter_context(HashedFile(os.path.join(partial, name)))
             save_tree(tree, files[name])

@@ -79,7 +79,7 @@ def test_a_damaged_file_is_named(models: Models, capsys: pytest.CaptureFixture[s
     if kind == "hf" and how == "missing":
         refuse(folder, capsys, f"{folder}: neither model.safetensors nor pytorch_model.bin")
     elif kind == "meta" and how == "missing":  # nothing says how many there were
-        refuse(folder, capsys, f"{folder}: tensor tok_embeddings.weight has shape [800, 16]", "or not all there")
+        refuse(folder, capsys, f"{folder}: tensor tok_embeddings.weight has shape [800, 16]", "or are incomplete")
     else:
         refuse(folder, capsys, str(folder / LARGE[kind]), what.get(how, ""))
 

@@ -14,7 +14,7 @@ import torch
 from written_ranks import MODEL
 
 from llama_ds.checkpoint.formats.hf_config import hf_config
-from llama_ds.checkpoint.formats.plan import Placed, safetensors_header
+from llama_ds.checkpoint.formats.plan import OutputTensor, safetensors_header
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.layout.weights import weight_shapes
 
@@ -46,12 +46,12 @@ def wide(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config(WIDE, 64, "bfloat16")))
     names = {hf_name(*key, WIDE.num_hidden_layers): shape for key, shape in weight_shapes(WIDE).items()}
-    placed = tuple(Placed(name, shape, None) for name, shape in names.items())  # type: ignore[arg-type]
-    header = safetensors_header(placed, torch.bfloat16)
+    tensors = tuple(OutputTensor(name, shape, None) for name, shape in names.items())  # type: ignore[arg-type]
+    header = safetensors_header(tensors, torch.bfloat16)
     position = len(header)
     with open(folder / "model.safetensors", "wb") as file:
         file.write(header)
-        for i, tensor in enumerate(placed):
+        for i, tensor in enumerate(tensors):
             some = torch.randn(4000, generator=torch.Generator().manual_seed(i)).bfloat16()
             file.seek(position)
             file.write(some.view(torch.uint8).numpy().tobytes())

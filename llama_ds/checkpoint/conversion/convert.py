@@ -25,7 +25,7 @@ from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
 from llama_ds.checkpoint.formats.meta import plan_meta
-from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target
+from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, checksum, describe, read_tensors, verify
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.errors import UserError
@@ -126,7 +126,7 @@ def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer
 
 
 def fingerprint(files: ModelFiles, plan: Plan) -> str:
-    """Return a hash that identifies a conversion: its source files by size and time, and its outputs by name and shape."""
+    """Return a hash of the source files (path, size, mtime) and the planned outputs, without the tensor data."""
     paths = [os.path.join(files.path, name) for name in sorted(os.listdir(files.path))]
     states = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
     source = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
@@ -225,7 +225,7 @@ def _write_at(output: int, part: Tensor, position: int) -> None:
     os.posix_fadvise(output, begin, part.nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def _check_range(tensor: Placed, part: Tensor) -> None:
+def _check_range(tensor: OutputTensor, part: Tensor) -> None:
     """Refuse a value beyond the range of fp16, which would become infinity."""
     if part.dtype == torch.float16 and tensor.source.dtype != torch.float16 and not part.isfinite().all():
         raise UserError(

@@ -22,8 +22,8 @@ from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, weight_shapes
 
 PROMPT_TOKENS = 32
-# Relative to the largest logit. Two libraries that compute one model in fp32 sum in different orders. Heads in the wrong
-# rotary layout, or a wrong theta, cause differences more than a hundred times as large.
+# Relative to the largest logit: two libraries that compute one model in fp32 sum in different orders. Heads in the
+# wrong rotary layout, or a wrong theta, cause differences more than a hundred times as large.
 TOLERANCE = 1e-3
 
 Logits = Callable[[str, Tensor], Tensor]  # model folder, ids (1, T) -> logits (1, T, V) in fp32
