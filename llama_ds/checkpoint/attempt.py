@@ -59,7 +59,7 @@ class SaveAttempt:
         """Create the attempt's folder and end all other attempts; return the names of their leftovers.
 
         Raises:
-            UserError: the folder cannot be written, or another attempt's folder cannot be moved away from its processes.
+            UserError: the folder cannot be written, or another attempt's folder cannot be moved.
         """
         try:
             os.makedirs(self.folder, exist_ok=True)
@@ -147,7 +147,7 @@ class SaveAttempt:
         try:
             os.rename(os.path.join(self.folder, name), moved)
         except FileNotFoundError:
-            self.check()  # if this attempt is still current, the leftover's own process has just committed or deleted it
+            self.check()  # if this passes, the other attempt has just committed or deleted it
             return False
         except OSError as error:
             raise UserError(

@@ -102,7 +102,7 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
             f"{tag_folder}: holds weights only, no optimizer states, so it cannot be resumed; "
             "start a run from it with checkpoint.start_from"
         )
-    for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # the step gives the position in the data
+    for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # a step implies a position in the data
         then, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (found.run, run))
         if then != now:
             raise UserError(

@@ -18,7 +18,7 @@ import tokenizers
 
 SPACE_MARK = "\u2581"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
-# A text with everything in which sentencepiece models differ: normalisation, spaces, digits, bytes, control names, U+2581.
+# Covers everything in which sentencepiece models differ: normalisation, spaces, digits, bytes, control names, U+2581.
 PROBE = "  Two  spaces, ﬁne 2048 ｆｕｌｌ e\u0301é 漢字 😀\t\x00\r\n\u3000<s>\u2581 end "
 
 

@@ -185,6 +185,7 @@ def _drop_tied_head(folder: str, stored: dict[str, Stored]) -> None:
         return
     if not same(in_one_file(embedding, 0), in_one_file(head, 0)):
         raise UserError(
-            f"{folder}: {CONFIG} has tie_word_embeddings = true, but {HEAD} differs from {EMBEDDING}; set it to false there"
+            f"{folder}: {CONFIG} has tie_word_embeddings = true, but {HEAD} differs from {EMBEDDING}; "
+            "set it to false there"
         )
     del stored[HEAD]
