@@ -116,7 +116,8 @@ class Checkpoints:
             found = describe(folder)
             if self.rank_info.local_rank == 0:  # once per host: each call stats all files on the shared file system
                 check_present(folder, found)
-            mine = [name for name, file in found.files.items() if file.rank % self.rank_info.world == self.rank_info.rank]
+            rank, ranks = self.rank_info.rank, self.rank_info.world
+            mine = [name for name, file in found.files.items() if file.rank % ranks == rank]
             verify(folder, found, mine)
         except UserError as error:
             problem = str(error)
@@ -311,7 +312,7 @@ class Checkpoints:
             raise
 
     def _located(self, engine: Any) -> Iterator[Located]:
-        """Yield the tensors that the index locates in this rank's files. Replicated ones are indexed on one rank only."""
+        """Yield the tensors to index in this rank's files. Only one rank indexes a replicated tensor."""
         for parameter, name in engine.param_names.items():
             key = key_of(name)
             if self._is_indexed(engine, key, parameter) and not hasattr(parameter, "ds_id"):
