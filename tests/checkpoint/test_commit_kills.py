@@ -99,7 +99,7 @@ def rewound(perform: Perform, three: Path, tokenizer: str, workspace: Path) -> P
 
 
 def points_of(outcome: Outcome, rank: int) -> list[str]:
-    """Return the points at which to kill a rank: all of its points, but per file only the first, a torn and the last write."""
+    """Return the points at which to kill a rank; of the writes to a file only the first, a torn one and the last."""
     seen = [point for _, of, point in sorted(outcome.points) if of == rank and not point.startswith("synced")]
     chosen, writes = without_writes(seen)
     for points in writes:

@@ -97,7 +97,7 @@ def test_a_rank_does_not_need_its_folder_after_its_record(folder: str) -> None:
 
 
 def test_a_late_record_is_not_taken_for_a_new_one(folder: str) -> None:
-    """Otherwise a checkpoint could hold files of two attempts, or incomplete files, with an earlier attempt's record."""
+    """Otherwise a checkpoint could hold files of two attempts, or incomplete files with an earlier record."""
     old = Rank(late(folder), 1, SMALL, THREE, "", KEEP)
     record = f"rename {OWN}/{store.tag_of(4)}/rank_00001.json.tmp"
     with held(folder, lambda: write(old, 1, 4), record.__eq__) as straggler:

@@ -51,12 +51,10 @@ def test_all_directions_keep_every_bit(
 ) -> None:
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 60_000)  # several files
     source = write(2, by_layer=name != "mha", dtype=dtype, model=SHAPES[name])
-    unsharded = build(replace(run, model=SHAPES[name])).to(
-        getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype])
-    )
+    model = build(replace(run, model=SHAPES[name])).to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]))
     expected = bits(open_model(source))
     for (layer, local), tensor in expected.items():
-        weight = unsharded.layers[layer].state_dict()[local]
+        weight = model.layers[layer].state_dict()[local]
         assert torch.equal(weight.view(tensor.dtype), tensor)
     assert expected.keys() == weight_shapes(SHAPES[name]).keys()
     for turn, (kind, tp) in enumerate(CHAIN):
@@ -108,7 +106,7 @@ def test_another_format_has_no_run_to_keep(write: Write, tmp_path: Path) -> None
 
 
 def test_every_rank_has_a_copy_of_replicated_weights(write: Write, tmp_path: Path) -> None:
-    """Our index and our reader of Meta's format use one copy; each rank of DeepSpeed and of Meta's code reads its own."""
+    """Our readers use one copy, but each rank of DeepSpeed and of Meta's code reads its own."""
     source = write(1, True, model=SHAPES["gqa"])
     assert convert_quickly(source, tmp_path / "start", "--to", "deepspeed", "--tp", 2) == 0
     assert convert_quickly(source, tmp_path / "meta", "--to", "meta", "--tp", 2) == 0
