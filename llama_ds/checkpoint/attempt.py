@@ -78,8 +78,8 @@ class SaveAttempt:
         """
         if not os.path.isdir(self.path):
             raise UserError(
-                f"{self.path}: is gone, because another start of this run has taken over {self.folder}; "
-                "let only one of them run, or give each a name of its own"
+                f"{self.path}: no longer exists, because another start of this run has taken over {self.folder}; "
+                "let only one of them run, or give each a different name"
             )
 
     def publish(self, step: int) -> None:

@@ -61,13 +61,13 @@ def kind_of(path: str) -> str:
     found = [kind for kind, holds in (("hf", holds_huggingface), ("meta", holds_meta)) if holds(path)]
     if len(found) != 1:
         what = (
-            "config.json and Meta's params.json both"
+            "both config.json and Meta's params.json"
             if found
             else f"none of {DESCRIPTION}, {LATEST}, config.json, params.json"
         )
         raise UserError(
-            f"{path}: {what} in it; give a run, a checkpoint, a Hugging Face or a Meta folder"
-            + (", and say which with --from" if found else "")
+            f"{path}: contains {what}; give a run, a checkpoint, a Hugging Face or a Meta folder"
+            + (", and choose the format with --from" if found else "")
         )
     return found[0]
 
@@ -88,7 +88,7 @@ def locate(path: str) -> str:
         if tag := newest(folder):
             return os.path.join(folder, tag)
     raise UserError(
-        f"{path}: neither {DESCRIPTION}, nor {LATEST}, nor checkpoints/{LATEST} in it, so no complete checkpoint; "
+        f"{path}: contains none of {DESCRIPTION}, {LATEST}, checkpoints/{LATEST}, so it has no complete checkpoint; "
         "give a run (runs/NAME), its checkpoints folder, or one checkpoint"
     )
 

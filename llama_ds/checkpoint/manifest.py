@@ -160,7 +160,7 @@ def describe(folder: str) -> Description:
     path = os.path.join(folder, DESCRIPTION)
     if not os.path.exists(path):
         raise UserError(
-            f"{folder}: no {DESCRIPTION} in it, so it is not a complete checkpoint of llama_ds; "
+            f"{folder}: contains no {DESCRIPTION}, so it is not a complete checkpoint of llama_ds; "
             "give a folder such as runs/NAME/checkpoints/step_00000100"
         )
     try:

@@ -48,7 +48,7 @@ class Spread:
         return {run.stored.path for part in self._parts for run in part}
 
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the whole tensor, in `dtype` or as stored."""
+        """Return the unsharded tensor, in `dtype` or as stored."""
         out = torch.empty(self.shape, dtype=dtype or self.dtype)
         self.read(out)
         return out

@@ -87,7 +87,7 @@ def torch_tensors(path: str) -> dict[str, Stored]:
 def _stored(path: str, name: str, tensor: Tensor) -> Stored:
     begin: Any = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if begin is None or not tensor.is_contiguous():
-        raise UserError(f"{path}: tensor {name} is not stored as one run of numbers; save it again, contiguous")
+        raise UserError(f"{path}: tensor {name} is not stored contiguously; save a contiguous copy of it")
     return Stored(path, begin + tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape))
 
 

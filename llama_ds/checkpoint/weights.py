@@ -29,7 +29,7 @@ class Readable(Protocol):
         """The stored dtype."""
 
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the whole tensor, in `dtype` or as stored."""
+        """Return the unsharded tensor, in `dtype` or as stored."""
 
     def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
         """Fill `out` with elements of the shard of tensor-parallel rank `rank` of `size`, from `start` on."""

@@ -105,7 +105,7 @@ class Checkpoints:
                 f"folder away to start anew ({problem})"
             )
         if settings.resume == "must":
-            raise UserError(f"{self.folder}: no checkpoint to resume from (checkpoint.resume = must); auto starts anew")
+            raise UserError(f"{self.folder}: no checkpoint to resume from (checkpoint.resume = must); set it to auto")
         self._rewinds = rewinds(self.run, None)
         return None
 
@@ -170,7 +170,7 @@ class Checkpoints:
             self._attempt.go_back(tag, aside)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be set back to {tag} ({error}); make it writable") from None
-        logger.warning("REWOUND to %s: set aside as %s are %s", tag, store.REWOUND, ", ".join(aside))
+        logger.warning("REWOUND to %s: set aside as %s: %s", tag, store.REWOUND, ", ".join(aside))
 
     def _find(self) -> None:
         deadline = time.monotonic() + SHARED_S
@@ -263,7 +263,7 @@ class Checkpoints:
         if failed:
             world.together(self._attempt.check)
             logger.warning(
-                "CHECKPOINT LOST: %s was not written (%s); the run goes on, and the next save will be tried",
+                "CHECKPOINT LOST: %s was not written (%s); training continues, and the next save will be attempted",
                 os.path.join(self.folder, store.tag_of(self._step)),
                 self._lost,
             )

@@ -77,7 +77,7 @@ def test_a_damaged_file_is_named(models: Models, capsys: pytest.CaptureFixture[s
     damage_large(kind, how)(folder)
     what = {"missing": "No such file", "looped": "symbolic links"}
     if kind == "hf" and how == "missing":
-        refuse(folder, capsys, f"{folder}: neither model.safetensors nor pytorch_model.bin")
+        refuse(folder, capsys, f"{folder}: contains neither model.safetensors nor pytorch_model.bin")
     elif kind == "meta" and how == "missing":  # no file records the number of ranks
         refuse(folder, capsys, f"{folder}: tensor tok_embeddings.weight has shape [800, 16]", "or are incomplete")
     else:
@@ -158,7 +158,7 @@ def test_code_in_a_checkpoint_is_not_executed(
         ({"tok_embeddings.weight": torch.ones(800, 16)}, "1 tensor (output.weight) is missing of 2"),
         (
             {"tok_embeddings.weight": torch.ones(16, 400).t(), "output.weight": torch.ones(400, 32)},
-            "one run of numbers",
+            "is not stored contiguously",
         ),
         ({"tok_embeddings.weight": torch.ones(()), "output.weight": torch.ones(400, 32)}, "has shape []"),
         ({}, "holds no state dict"),
@@ -186,7 +186,7 @@ NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 def test_wrong_tensors_are_named(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
     folder = models("hf")
     change_tensors(folder, lambda state: state.update({UP: torch.ones(96, 32)}))
-    refuse(folder, capsys, f"tensor {UP} has shape [96, 32], config.json makes it [88, 32]")
+    refuse(folder, capsys, f"tensor {UP} has shape [96, 32], config.json implies [88, 32]")
     change_tensors(folder, lambda state: (state.pop(UP), state.pop(NORM)))
     refuse(folder, capsys, f"2 tensors ({UP}, {NORM}) are missing of 30")
     change_tensors(folder, lambda state: state.update({UP: torch.ones(88, 32), NORM: torch.ones(32)}))
@@ -221,7 +221,9 @@ def test_a_folder_of_an_unknown_format_is_named(
 ) -> None:
     (tmp_path / "empty").mkdir()
     refuse(
-        tmp_path / "empty", capsys, f"{tmp_path}/empty: none of llama_ds.json, latest, config.json, params.json in it"
+        tmp_path / "empty",
+        capsys,
+        f"{tmp_path}/empty: contains none of llama_ds.json, latest, config.json, params.json",
     )
     refuse(tmp_path / "nowhere", capsys, f"{tmp_path}/nowhere: no such folder")
     (tmp_path / "loop").symlink_to("loop")
@@ -229,7 +231,7 @@ def test_a_folder_of_an_unknown_format_is_named(
     both = models("hf")
     for file in models("meta").iterdir():
         shutil.copy(file, both)
-    refuse(both, capsys, "config.json and Meta's params.json both in it", "--from")
+    refuse(both, capsys, "contains both config.json and Meta's params.json", "--from")
     assert convert.main([str(both), str(tmp_path / "x"), "--from", "meta", "--to", "hf", "--no-logits"]) == 0
     refuse(tmp_path / "meta", capsys, "config.json: cannot be read (No such file", words=("--from", "hf"))
     refuse(tmp_path / "hf", capsys, "no complete checkpoint", words=("--from", "deepspeed"))

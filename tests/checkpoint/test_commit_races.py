@@ -180,7 +180,9 @@ def test_an_attempt_begins_beside_one_that_still_writes(rewound: Path, tmp_path:
                 write(old, 2, 4)
                 saved.append(point)
             except FileNotFoundError:
-                with pytest.raises(UserError, match="is gone, because another start of this run has taken over"):
+                with pytest.raises(
+                    UserError, match="no longer exists, because another start of this run has taken over"
+                ):
                     old.attempt.check()
             try:
                 os.close(os.open("late", os.O_CREAT | os.O_WRONLY, dir_fd=handle))

@@ -200,7 +200,7 @@ def test_a_failed_proof_leaves_no_destination(
     with monkeypatch.context() as patch:
         patch.setattr(proof, "prove", bit_flipped)  # simulates a faulty disk
         assert convert.main([source, str(out), *words]) == 2
-    wanted = f"{partial}: 5.lm_head.weight is not what {source}/checkpoints/step_00000007 holds"
+    wanted = f"{partial}: 5.lm_head.weight differs from that of {source}/checkpoints/step_00000007"
     assert wanted in capsys.readouterr().err
     assert partial.exists() and not out.exists()
     assert convert.main([source, str(out), *words]) == 2  # the next conversion does not resume in the bad folder
@@ -270,4 +270,4 @@ def test_a_file_in_place_of_the_parent_folder_is_reported(
     (tmp_path / "file").touch()
     assert convert.main([source, str(tmp_path / "file" / "start"), *words]) == 2
     error = capsys.readouterr().err
-    assert error == f"error: {tmp_path}/file/start.partial: cannot be made (File exists); give another destination\n"
+    assert error == f"error: {tmp_path}/file/start.partial: cannot be created (File exists); give another destination\n"

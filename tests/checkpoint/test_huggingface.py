@@ -132,7 +132,7 @@ def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:
         ({"num_hidden_layers": -3}, "num_hidden_layers = -3"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"head_dim": 7}, "head_dim = 7 is odd"),
-        ({"hidden_size": 64}, "tensor model.embed_tokens.weight has shape [800, 32], config.json makes it [800, 64]"),
+        ({"hidden_size": 64}, "tensor model.embed_tokens.weight has shape [800, 32], config.json implies [800, 64]"),
         ({"intermediate_size": 96}, "tensor model.layers.0.mlp.gate_proj.weight has shape [88, 32]"),
         ({"num_hidden_layers": 2}, "9 tensors (model.layers.2."),
         ({"num_hidden_layers": 4}, "9 tensors (model.layers.3.input_layernorm.weight, model.layers.3.self_attn"),

@@ -181,8 +181,8 @@ def test_a_flipped_bit_in_the_description_is_found_or_harmless(folder: Path) -> 
     [
         (empty, "damaged"),
         (cut, "damaged"),
-        (Path.unlink, "no llama_ds.json in it, so it is not a complete checkpoint"),
-        (link_to_itself, "no llama_ds.json in it, so it is not a complete checkpoint"),
+        (Path.unlink, "contains no llama_ds.json, so it is not a complete checkpoint"),
+        (link_to_itself, "contains no llama_ds.json, so it is not a complete checkpoint"),
         (folder_instead, r"damaged \(.*Is a directory"),
         (lambda path: path.write_text("[1]"), "damaged"),
         (lambda path: path.write_text("7"), "damaged"),

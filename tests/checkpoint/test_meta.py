@@ -140,8 +140,8 @@ def damage_params(folder: Path, **change: Any) -> None:
         ({"dim": "wide"}, "dim = 'wide' is not an integer"),
         ({"n_heads": 5}, "n_heads = 5 does not divide dim = 32"),
         ({"n_kv_heads": 3}, "num_key_value_heads = 3 does not divide"),
-        ({"n_kv_heads": 2}, "tensor layers.0.attention.wk.weight has shape [32, 32], params.json makes it [16, 32]"),
-        ({"dim": 64}, "tensor tok_embeddings.weight has shape [800, 32], params.json makes it [800, 64]"),
+        ({"n_kv_heads": 2}, "tensor layers.0.attention.wk.weight has shape [32, 32], params.json implies [16, 32]"),
+        ({"dim": 64}, "tensor tok_embeddings.weight has shape [800, 32], params.json implies [800, 64]"),
         ({"multiple_of": 64}, "tensor layers.0.feed_forward.w1.weight has shape [96, 32]"),
         ({"multiple_of": 0}, "multiple_of = 0"),
         ({"n_layers": 3}, "9 tensors (layers.2.attention_norm.weight, layers.2."),
@@ -166,7 +166,7 @@ def test_parts_must_be_complete_and_of_one_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"consolidated\.03\.pth: layers.1.ffn_norm.weight differs"):
         open_model(str(tmp_path / "meta"))
     last.unlink()
-    with pytest.raises(UserError, match=r"tensor tok_embeddings.weight has shape \[800, 24\], params.json makes it"):
+    with pytest.raises(UserError, match=r"tensor tok_embeddings.weight has shape \[800, 24\], params.json implies"):
         open_model(str(tmp_path / "meta"))
     first.unlink()
     with pytest.raises(UserError, match=r"consolidated\.00\.pth: cannot be read \(No such file"):

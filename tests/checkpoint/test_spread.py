@@ -36,10 +36,10 @@ class Cut:
     gaps: tuple[int, ...]  # unused bytes before each run in its file
     dtype: torch.dtype
 
-    def write(self, folder: str, whole: Tensor) -> Spread:
+    def write(self, folder: str, full: Tensor) -> Spread:
         """Write the files."""
         contents: dict[str, bytearray] = defaultdict(bytearray)
-        parts = [whole] if self.dim is None else whole.chunk(self.parts, self.dim)
+        parts = [full] if self.dim is None else full.chunk(self.parts, self.dim)
         positions = zip(self.files, self.gaps, strict=True)
         found = []
         for part, borders in zip(parts, self.borders, strict=True):
@@ -111,36 +111,36 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def test_any_sharding_is_read_by_any_rank(reading: tuple[Cut, list[Part]], block: int, chunk: int) -> None:
     """Otherwise a run that resumes with another layout could read wrong weights or moments."""
     cut, parts = reading
-    whole = numbers(cut.shape, cut.dtype)
+    full = numbers(cut.shape, cut.dtype)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(spread, "BLOCK_ELEMENTS", block)
         patch.setattr(stored, "CHUNK_ELEMENTS", chunk)
-        found = cut.write(folder, whole)
-        assert torch.equal(found.whole(), whole) and found.whole().dtype == found.dtype == cut.dtype
+        found = cut.write(folder, full)
+        assert torch.equal(found.whole(), full) and found.whole().dtype == found.dtype == cut.dtype
         for part in parts:
-            held = whole if cut.dim is None else whole.chunk(part.size, cut.dim)[part.rank]
+            held = full if cut.dim is None else full.chunk(part.size, cut.dim)[part.rank]
             wanted = held.reshape(-1)[part.start : part.start + part.count].to(part.dtype)
             around = torch.full((part.count + 2,), -7.0, dtype=part.dtype)
             found.read(around[1:-1], part.rank, part.size, part.start)
             assert torch.equal(around[1:-1], wanted)
             assert around[0] == around[-1] == -7.0
         assert found.paths == {os.path.join(folder, str(file)) for file in cut.files}
-        assert found.numel == whole.numel()
+        assert found.numel == full.numel()
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1])
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
 def test_an_unsharded_tensor_is_sharded_for_ranks(tmp_path: Path, dim: int | None, size: int) -> None:
     """Otherwise a run with tensor parallelism could not start from a Hugging Face model."""
-    whole = numbers((6, 12), torch.float32)
-    (tmp_path / "f").write_bytes(bytes(5) + whole.numpy().tobytes())
+    full = numbers((6, 12), torch.float32)
+    (tmp_path / "f").write_bytes(bytes(5) + full.numpy().tobytes())
     found = in_one_file(Stored(str(tmp_path / "f"), 5, torch.float32, (6, 12)), dim)
     for rank in range(size):
-        wanted = whole if dim is None else whole.chunk(size, dim)[rank]
+        wanted = full if dim is None else full.chunk(size, dim)[rank]
         out = torch.empty(wanted.shape, dtype=torch.bfloat16)
         found.read(out, rank, size)
         assert torch.equal(out, wanted.bfloat16())
-    assert torch.equal(found.whole(torch.bfloat16), whole.bfloat16())
+    assert torch.equal(found.whole(torch.bfloat16), full.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,20 +23,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int | None, in
     folder = tmp_path_factory.mktemp("views")
     found = {}
     for dim, parts in ((0, 1), (0, 3), (1, 1), (1, 2)):
-        whole = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(parts))
+        full = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(parts))
         path = str(folder / f"{dim}-{parts}")
-        save_file({str(i): part.contiguous() for i, part in enumerate(whole.chunk(parts, dim))}, path)
+        save_file({str(i): part.contiguous() for i, part in enumerate(full.chunk(parts, dim))}, path)
         stored = safetensors_tensors(path)
-        runs = [[Run(0, stored[str(i)], whole.numel() // parts)] for i in range(parts)]
-        found[dim, parts] = whole, Spread(whole.shape, dim, runs)
+        runs = [[Run(0, stored[str(i)], full.numel() // parts)] for i in range(parts)]
+        found[dim, parts] = full, Spread(full.shape, dim, runs)
     return found
 
 
-def metas_order(whole: torch.Tensor) -> torch.Tensor:
+def metas_order(full: torch.Tensor) -> torch.Tensor:
     """Return the matrix with each head's rows in Meta's order, the inverse of `permute` in Hugging Face's converter."""
-    halves = whole.view(ROWS // HEAD, 2, HEAD // 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
+    halves = full.view(ROWS // HEAD, 2, HEAD // 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
     back = halves.view(ROWS // HEAD, HEAD // 2, 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
-    assert torch.equal(back, whole)
+    assert torch.equal(back, full)
     return halves
 
 
@@ -45,18 +45,18 @@ def metas_order(whole: torch.Tensor) -> torch.Tensor:
 def test_parts_are_sharded_as_torch_does(
     files: dict[tuple[int | None, int], tuple[torch.Tensor, Spread]], data: st.DataObject
 ) -> None:
-    whole, source = files[data.draw(st.sampled_from(sorted(files)))]
+    full, source = files[data.draw(st.sampled_from(sorted(files)))]
     kind = data.draw(st.sampled_from(["spread", "rows", "columns", "rotary"]))
-    wanted, view, dim = whole, source, source.dim
+    wanted, view, dim = full, source, source.dim
     if kind == "rows":
         rows = data.draw(st.sampled_from([4, 24, 40]))
         wanted, view, dim = torch.zeros(rows, COLUMNS), TableRows(source, rows), 0
-        wanted[: min(rows, ROWS)] = whole[:rows]
+        wanted[: min(rows, ROWS)] = full[:rows]
     elif kind == "columns":
-        wanted, view, dim = whole, Columns(source), 1
+        wanted, view, dim = full, Columns(source), 1
     elif kind == "rotary":
-        wanted, view, dim = metas_order(whole), RotaryReordered(TableRows(source, ROWS), HEAD, to_halves=False), 0
-        assert torch.equal(RotaryReordered(view, HEAD, to_halves=True).whole(), whole)
+        wanted, view, dim = metas_order(full), RotaryReordered(TableRows(source, ROWS), HEAD, to_halves=False), 0
+        assert torch.equal(RotaryReordered(view, HEAD, to_halves=True).whole(), full)
     size = data.draw(st.sampled_from([1, 2, 4] if dim == 1 or kind == "rows" else [1, 2, 3, 6]))
     rank = data.draw(st.integers(0, size - 1))
     part = wanted.chunk(size, dim)[rank].reshape(-1)

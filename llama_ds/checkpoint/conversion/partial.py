@@ -33,7 +33,7 @@ def cannot_write(path: str, error: OSError | RuntimeError) -> UserError:
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return UserError(f"{path}: cannot be written ({reason}); give a destination where you may write")
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG):
-            return UserError(f"{path}: cannot be made ({reason}); give another destination")
+            return UserError(f"{path}: cannot be created ({reason}); give another destination")
     return UserError(
         f"{path}: cannot be written ({reason}); free space, or repair the disk, and run the same command again: it "
         "resumes where it stopped"

@@ -121,7 +121,7 @@ def _compare_hashes(source: ModelFiles, result: ModelFiles, options: Options, pr
         dtype = result.tensors[key].dtype
         hashes[key] = _hash(source.tensors[key], dtype, None), _hash(result.tensors[key], dtype, counter)
         if len(set(hashes[key])) > 1:
-            raise UserError(f"{result.path}: {name_of(key)} is not what {source.path} holds; {_AGAIN}")
+            raise UserError(f"{result.path}: {name_of(key)} differs from that of {source.path}; {_AGAIN}")
 
     run_all((partial(compare, key) for key in result.tensors), options.workers, counter)
     combined = [xxhash.xxh3_128(), xxhash.xxh3_128()]

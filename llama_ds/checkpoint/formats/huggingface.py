@@ -96,7 +96,7 @@ def plan_huggingface(files: ModelFiles, target: Target, tokenizer: HfTokenizer |
         UserError: the target is sharded.
     """
     if (target.tp, target.pp) != (1, 1):
-        raise UserError("command line: --tp and --pp cut checkpoints of deepspeed and meta; leave them out for hf")
+        raise UserError("command line: --tp and --pp apply only to deepspeed and meta; leave them out for hf")
     dtype = DTYPES[target.dtype]
     shards = list(_shards(files, dtype.itemsize))
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -162,18 +162,20 @@ def _stored_tensors(folder: str) -> _Found:
             return found
         if os.path.lexists(path):
             return _Found(path, find(check_file(path)))
-    raise UserError(f"{folder}: neither {SAFETENSORS} nor {BIN}, nor an index of several, in it; copy the model again")
+    raise UserError(f"{folder}: contains neither {SAFETENSORS} nor {BIN}, nor an index of them; copy the model again")
 
 
 def _files_of_index(path: str) -> dict[str, set[str]]:
     """Return the names of the tensors in each file of an index."""
     where = read_object(path).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise UserError(f"{path}: no weight_map in it, so no index of a model's files; copy it again")
+        raise UserError(f"{path}: contains no weight_map, so it is not the index of a model's files; copy it again")
     files: dict[str, set[str]] = {}
     for name, file in where.items():
         if not isinstance(file, str) or os.path.basename(file) != file or not file:
-            raise UserError(f"{path}: puts {name} into {file!r}, which is no file of this folder; copy it again")
+            raise UserError(
+                f"{path}: puts {name} into {file!r}, which is not a file name in this folder; copy it again"
+            )
         files.setdefault(file, set()).add(name)
     return files
 

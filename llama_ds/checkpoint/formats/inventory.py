@@ -72,7 +72,7 @@ def check_shape(path: str, name: str, found: tuple[int, ...], wanted: tuple[int,
     """
     if found != wanted:
         raise UserError(
-            f"{path}: tensor {name} has shape {list(found)}, {config} makes it {list(wanted)}: "
+            f"{path}: tensor {name} has shape {list(found)}, {config} implies {list(wanted)}: "
             "the weights belong to another model or are incomplete; copy both from one release"
         )
 

@@ -64,7 +64,7 @@ def open_meta(folder: str, vocab_size: int | None = None) -> ModelFiles:
     parts = [{n: t for n, t in torch_tensors(path).items() if n not in IGNORED} for path in paths]
     for path, part in zip(paths, parts, strict=True):
         check_names(path, (EMBEDDING, HEAD), [n for n in part if n in (EMBEDDING, HEAD)])
-    embedding, head = (_whole(name, parts, paths, _table_dim(name, parts)) for name in (EMBEDDING, HEAD))
+    embedding, head = (_merged(name, parts, paths, _table_dim(name, parts)) for name in (EMBEDDING, HEAD))
     untied, seq_len = model_of(folder, params, head.shape[0], tied=False)
     names = {key: meta_name(*key, untied.num_hidden_layers) for key in weight_shapes(untied)}
     for path, part in zip(paths, parts, strict=True):
@@ -89,7 +89,7 @@ def plan_meta(files: ModelFiles, target: Target) -> Plan:
         UserError: Meta's code does not support the model, or it cannot be sharded over that many ranks.
     """
     if target.pp != 1:
-        raise UserError("command line: --pp cuts checkpoints of deepspeed; leave it out for meta")
+        raise UserError("command line: --pp applies only to deepspeed; leave it out for meta")
     params = params_of(files.model, files.path)
     check_parts(files, target)
     outputs = tuple(
@@ -149,12 +149,12 @@ def _tensors(
         if key == EMBEDDING_KEY:
             continue
         dim = weight_of(key[1]).cut
-        whole = _whole(names[key], parts, paths, dim)
-        tensors[key] = RotaryReordered(whole, model.head_dim, to_halves=True) if key[1] in ROTATED else whole
+        full = _merged(names[key], parts, paths, dim)
+        tensors[key] = RotaryReordered(full, model.head_dim, to_halves=True) if key[1] in ROTATED else full
     return tensors
 
 
-def _whole(name: str, parts: list[dict[str, Stored]], paths: list[str], dim: int | None) -> Spread:
+def _merged(name: str, parts: list[dict[str, Stored]], paths: list[str], dim: int | None) -> Spread:
     """Return a tensor assembled from all parts. An unsharded one must be equal in every part."""
     first = parts[0][name]
     for path, part in zip(paths, parts, strict=True):
@@ -163,10 +163,10 @@ def _whole(name: str, parts: list[dict[str, Stored]], paths: list[str], dim: int
     if dim is not None and len(first.shape) != 2:
         raise UserError(f"{paths[0]}: tensor {name} has shape {list(first.shape)}, not that of a matrix; copy it again")
     if dim is None:
-        whole = Spread(first.shape, None, runs[:1])
+        full = Spread(first.shape, None, runs[:1])
         for path, run in zip(paths[1:], runs[1:], strict=True):
-            if not same(whole, Spread(first.shape, None, [run])):
+            if not same(full, Spread(first.shape, None, [run])):
                 raise UserError(f"{path}: {name} differs from that of {paths[0]}: parts of two models; copy it again")
-        return whole
+        return full
     shape = tuple(n * len(parts) if i == dim else n for i, n in enumerate(first.shape))
     return Spread(shape, dim, runs)

@@ -25,7 +25,7 @@ class View:
         return self.source.dtype
 
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the whole tensor, in `dtype` or as stored."""
+        """Return the unsharded tensor, in `dtype` or as stored."""
         out = torch.empty(self.shape, dtype=dtype or self.dtype)
         self.read(out)
         return out
