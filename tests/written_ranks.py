@@ -1,4 +1,4 @@
-"""Small models of every kind, and their files as the ranks of a layout write them."""
+"""Small models of every kind, and their checkpoint files as written by the ranks of a layout."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ MODEL = ModelConfig(
     rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
 )
 
-META_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # what Meta's code has built in
-SHAPES = {  # of models that every format can hold; LLaMA 1 and 2 cut the embedding otherwise than Llama 3
+META_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # constants in Meta's code
+# Models that every format supports. LLaMA 1 and 2 shard the embedding along another dimension than Llama 3.
+SHAPES = {
     "mha": replace(MODEL, num_key_value_heads=4, rope_scaling=None),
     "gqa": replace(MODEL, rope_scaling=None, rms_norm_eps=1e-6),
     "tied": replace(MODEL, rope_scaling=None, rope_theta=500_000.0, tie_word_embeddings=True),
@@ -41,7 +42,7 @@ Write = Callable[..., str]  # (tp, by_layer, tied=, document_mask=, dtype=, mode
 
 
 class Rank(SingleRank):
-    """One of several tensor-parallel ranks, as far as its weights are concerned."""
+    """One of several tensor-parallel ranks, without communication: enough to create its weights."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
@@ -54,14 +55,14 @@ def build(run: RunConfig, rank: int = 0, size: int = 1) -> Llama:
 
 
 def write_rank(run: RunConfig, folder: str, rank: int, tp: int, by_layer: bool, dtype: str) -> Record:
-    """Write one tensor-parallel rank's weights: a file per layer, or one whose tensors the index cuts in two."""
+    """Write one tensor-parallel rank's weights: one file per layer, or a single file with two runs per tensor."""
     record = Record(rank)
     layers = [layer.to(DTYPES[dtype]).state_dict() for layer in build(run, rank, tp).layers]
     if by_layer:
         contents = {layer_file(index, rank): {(index, n): w for n, w in s.items()} for index, s in enumerate(layers)}
     else:
-        whole = {(index, name): w for index, state in enumerate(layers) for name, w in state.items()}
-        contents = {f"mp_rank_{rank:02d}_model_states.pt": whole}
+        all_weights = {(index, name): w for index, state in enumerate(layers) for name, w in state.items()}
+        contents = {f"mp_rank_{rank:02d}_model_states.pt": all_weights}
     for file, tensors in contents.items():
         path = os.path.join(folder, file)
         torch.save({name_of(key): weight for key, weight in tensors.items()}, path)
@@ -73,7 +74,7 @@ def write_rank(run: RunConfig, folder: str, rank: int, tp: int, by_layer: bool, 
 
 
 def pieces(file: str, rank: int, stored: Stored, starts: list[int]) -> list[StoredPiece]:
-    """Return the runs of a tensor that begin at `starts`."""
+    """Return a tensor's runs, which begin at `starts`."""
     ends = [*starts[1:], torch.Size(stored.shape).numel()]
     size, dtype = stored.dtype.itemsize, str(stored.dtype).removeprefix("torch.")
     return [

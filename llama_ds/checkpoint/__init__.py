@@ -1,1 +1,1 @@
-"""Checkpoints on disk: commit, reading them back without DeepSpeed, conversion to Hugging Face's format."""
+"""Checkpoints on disk: atomic commit, reading without DeepSpeed, and conversion between model formats."""

@@ -1,4 +1,4 @@
-"""The names by which people choose a model's format and dtype; without torch, for command lines."""
+"""Names of model formats and dtypes for command lines. Importing this module does not import torch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""From what a user names to a model: a run or checkpoint of this project, a folder of Hugging Face's or of Meta's.
+"""Loading a model from a path: a run or checkpoint of this project, or a Hugging Face or Meta folder.
 
-`open_model` finds the weights in the files, `load_model` builds the model of them.
+`open_model` locates the weights in the files, and `load_model` builds a model with them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from llama_ds.model.llama import Llama
 
 
 def open_model(path: str, kind: str | None = None, vocab_size: int | None = None) -> ModelFiles:
-    """Return the weights of a model folder; nothing but headers is read.
+    """Return the weights of a model folder. Only headers are read.
 
     Args:
         path: a run folder or its checkpoints folder (the newest), a checkpoint, a Hugging Face or a Meta folder.
-        kind: one of `choices.KINDS`; None: what the files look like.
-        vocab_size: rows to give the tables of the vocabulary; None: they must be as many as the configuration says.
+        kind: one of `choices.KINDS`; None: detected from the files.
+        vocab_size: rows of the vocabulary tables; missing rows become zeros. None: as many as the configuration says.
 
     Raises:
-        UserError: no such folder, or a damaged one.
+        UserError: the folder does not exist or is damaged.
     """
     kind = kind or kind_of(path)
     if kind == "deepspeed":
@@ -47,10 +47,10 @@ def open_model(path: str, kind: str | None = None, vocab_size: int | None = None
 
 
 def kind_of(path: str) -> str:
-    """Return which of `choices.KINDS` a folder is.
+    """Return the format of a folder, one of `choices.KINDS`.
 
     Raises:
-        UserError: none of them.
+        UserError: the folder has none of these formats, or two of them.
     """
     if not os.path.isdir(path):
         raise _no_folder(path)
@@ -61,22 +61,22 @@ def kind_of(path: str) -> str:
     found = [kind for kind, holds in (("hf", holds_huggingface), ("meta", holds_meta)) if holds(path)]
     if len(found) != 1:
         what = (
-            "config.json and Meta's params.json both"
+            "both config.json and Meta's params.json"
             if found
             else f"none of {DESCRIPTION}, {LATEST}, config.json, params.json"
         )
         raise UserError(
-            f"{path}: {what} in it; give a run, a checkpoint, a Hugging Face or a Meta folder"
-            + (", and say which with --from" if found else "")
+            f"{path}: contains {what}; give a run, a checkpoint, a Hugging Face or a Meta folder"
+            + (", and choose the format with --from" if found else "")
         )
     return found[0]
 
 
 def locate(path: str) -> str:
-    """Return the checkpoint folder that `path` names: itself, or the newest of a checkpoints folder or a run folder.
+    """Return the checkpoint folder for `path`: itself, or the newest checkpoint of a run or checkpoints folder.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no checkpoint.
     """
     if not os.path.isdir(path):
         raise UserError(
@@ -88,7 +88,7 @@ def locate(path: str) -> str:
         if tag := newest(folder):
             return os.path.join(folder, tag)
     raise UserError(
-        f"{path}: neither {DESCRIPTION}, nor {LATEST}, nor checkpoints/{LATEST} in it, so no complete checkpoint; "
+        f"{path}: contains none of {DESCRIPTION}, {LATEST}, checkpoints/{LATEST}, so it has no complete checkpoint; "
         "give a run (runs/NAME), its checkpoints folder, or one checkpoint"
     )
 
@@ -104,16 +104,16 @@ def load_model(
     dtype: torch.dtype | None = None,
     document_mask: bool | None = None,
 ) -> Llama:
-    """Return a trained model, whole and on one device, in evaluation mode; beside it no more than a layer is in memory.
+    """Return a trained, unsharded model on one device in evaluation mode. Extra memory: at most one layer.
 
     Args:
-        source: a folder as `open_model` takes it, or what that returns.
+        source: a folder that `open_model` accepts, or the result of `open_model`.
         device: device of weights and computation.
-        dtype: dtype of weights and computation; None: the one that the model was trained in.
+        dtype: dtype of weights and computation; None: the dtype in which the model was trained.
         document_mask: whether attention stays inside the documents of a row; None: as in training.
 
     Raises:
-        UserError: no such folder or device, or a broken file.
+        UserError: the folder or device does not exist, or a file is damaged.
     """
     files = open_model(source) if isinstance(source, str) else source
     masked = files.document_mask if document_mask is None else document_mask

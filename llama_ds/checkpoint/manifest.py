@@ -1,12 +1,12 @@
-"""What a checkpoint holds: its description, a checksum of every file, and where in them every tensor lies.
+"""The manifest of a checkpoint: its description, a checksum of every file, and the location of every tensor.
 
-A checkpoint is a folder. DeepSpeed's own files hold the numbers; beside them are
+A checkpoint is a folder. DeepSpeed's own files hold the tensor data; beside them are
 
-- `llama_ds.json`: the description, with size and checksum of every other file, and its own;
-- `index.json`: for every weight and each of its kinds (WEIGHT and the optimizer's states) the runs of elements, with
-  file and byte, so that any layout reads what it needs, and nothing else, without unpickling anything.
+- `llama_ds.json`: the description, with the size and checksum of every other file, and a checksum of itself;
+- `index.json`: for every weight and each of its kinds (WEIGHT and the optimizer states), its runs of elements with
+  file and byte offset. Any layout can thus read exactly the elements that it needs, without unpickling anything.
 
-A rank says what it wrote in a record of its own; whoever commits puts the records together.
+Each rank lists the files and tensors that it wrote in a record; the committing rank merges the records.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ DESCRIPTION = "llama_ds.json"
 INDEX = "index.json"
 TOKENIZER = "tokenizer.model"
 FORMAT = 2
-WEIGHT = "weight"  # the kind of what the run computed with; others are the optimizer's states
-READ_BYTES = 1 << 20  # what was read is then still in the processor's cache when it is hashed
+WEIGHT = "weight"  # kind of the weights used in forward and backward; the other kinds are optimizer states
+READ_BYTES = 1 << 20  # small enough that a chunk is still in the CPU cache when it is hashed
 
 
 class FileEntry(NamedTuple):
     """A file of a checkpoint."""
 
     size: int  # bytes
-    checksum: str  # XXH3, 128 bits, of all its bytes
-    rank: int  # of the run, that wrote it
+    checksum: str  # 128-bit XXH3 over the entire file
+    rank: int  # the global rank that wrote it
 
 
 class StoredPiece(NamedTuple):
-    """A run of a tensor-parallel part's elements in a file."""
+    """A run of consecutive elements of a tensor-parallel part, stored in a file."""
 
     kind: str
     part: int
-    start: int  # the first of them, counted in the part
+    start: int  # index of the first element within the part
     numel: int
     file: str
     offset: int  # bytes
@@ -60,25 +60,25 @@ class StoredPiece(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The element after the last."""
+        """Index after the last element."""
         return self.start + self.numel
 
 
 @dataclass
 class Record:
-    """What one rank wrote."""
+    """The files and tensors that one rank wrote."""
 
     rank: int
     files: dict[str, FileEntry] = field(default_factory=dict)
-    pieces: dict[str, list[StoredPiece]] = field(default_factory=dict)  # by `name_of` their weight
+    pieces: dict[str, list[StoredPiece]] = field(default_factory=dict)  # by name of the weight (`name_of`)
 
     def as_json(self) -> str:
-        """Return it as text."""
+        """Return the record as JSON text."""
         return json.dumps({"rank": self.rank, "files": self.files, "pieces": self.pieces})
 
     @staticmethod
     def from_json(text: str) -> Record:
-        """Return what `as_json` was given."""
+        """Return the record that `as_json` wrote."""
         found = json.loads(text)
         files = {name: FileEntry(*entry) for name, entry in found["files"].items()}
         pieces = {name: [StoredPiece(*piece) for piece in rows] for name, rows in found["pieces"].items()}
@@ -92,16 +92,16 @@ class Description:
     step: int
     tokens: int
     zero_stage: int
-    dtype: str  # of the weights that computed: bf16 | fp32
+    dtype: str  # dtype of the weights used in forward and backward: bf16 | fp32
     layout: dict[str, int]
     run: dict[str, Any]  # the resolved run
     data: dict[str, Any] = field(default_factory=dict)  # `llama_ds.data.mixture.DataState`
-    optimizer_steps: int | None = None  # Adam's own count, without steps that were not finite; None: weights only
-    # Nothing in a run has a random state that moves: initial weights are a function of (seed, layer, name, block) and
-    # rows of (seed, row), so the seed is all there is to carry.
+    optimizer_steps: int | None = None  # Adam's own count, without skipped non-finite steps; None: weights only
+    # A run has no random state that advances: initial weights are a function of (seed, layer, name, block) and rows of
+    # (seed, row), so the seed suffices.
     rng: dict[str, int] = field(default_factory=dict)
-    rewinds: list[dict[str, int]] = field(default_factory=list)  # that the run made on its way here: {to, id}
-    config_hash: str = ""  # of `run`, filled in by `write_manifest`
+    rewinds: list[dict[str, int]] = field(default_factory=list)  # rewinds of the run before this step: {to, id}
+    config_hash: str = ""  # hash of `run`, filled in by `write_manifest`
     files: dict[str, FileEntry] = field(default_factory=dict)  # filled in by `write_manifest`
     format: int = FORMAT
 
@@ -112,7 +112,7 @@ class Description:
 
     @property
     def states(self) -> OptimizerStates:
-        """What the optimizer of the run keeps of each weight."""
+        """The states that the run's optimizer keeps for each weight."""
         return ADAMW
 
 
@@ -127,10 +127,10 @@ def hash_of(run: Mapping[str, Any]) -> str:
 
 
 def write_manifest(folder: str, description: Description, records: Iterable[Record]) -> Description:
-    """Write the index and then, last of all, the description; return it filled in. All durable on return.
+    """Write the index and, last, the description; return the completed description. All files are durable on return.
 
     Raises:
-        ValueError: the records do not hold every element of every weight once.
+        ValueError: the records do not cover every element of every weight exactly once.
     """
     files: dict[str, FileEntry] = {}
     pieces: dict[str, list[StoredPiece]] = {}
@@ -145,22 +145,22 @@ def write_manifest(folder: str, description: Description, records: Iterable[Reco
     if os.path.exists(tokenizer := os.path.join(folder, TOKENIZER)):
         files[TOKENIZER] = FileEntry(os.path.getsize(tokenizer), checksum(tokenizer), 0)
     description = replace(description, files=files, config_hash=hash_of(description.run))
-    content = json.loads(json.dumps(asdict(description)))  # as it will be read
+    content = json.loads(json.dumps(asdict(description)))  # in the form in which it will be read
     content["checksum"] = _checksum_of(_canonical(content))
     write_durably(os.path.join(folder, DESCRIPTION), json.dumps(content, indent=1))
     return description
 
 
 def describe(folder: str) -> Description:
-    """Read the description of a checkpoint folder; old names of keys in its run are replaced by the present ones.
+    """Read the description of a checkpoint folder. Renamed keys in its run are translated to their present names.
 
     Raises:
-        UserError: there is none, or it is damaged, or of a version that is not read.
+        UserError: the description is missing, damaged, or of an unsupported version.
     """
     path = os.path.join(folder, DESCRIPTION)
     if not os.path.exists(path):
         raise UserError(
-            f"{folder}: no {DESCRIPTION} in it, so it is not a complete checkpoint of llama_ds; "
+            f"{folder}: contains no {DESCRIPTION}, so it is not a complete checkpoint of llama_ds; "
             "give a folder such as runs/NAME/checkpoints/step_00000100"
         )
     try:
@@ -170,12 +170,12 @@ def describe(folder: str) -> Description:
         if version == FORMAT:
             wanted = content.pop("checksum")
             if wanted != _checksum_of(_canonical(content)):
-                raise ValueError("its checksum does not fit")
+                raise ValueError("its checksum does not match")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); use another checkpoint, or copy this one again") from None
     if version != FORMAT:
         raise UserError(
-            f"{path}: checkpoint format {version}, this version reads {FORMAT}; go on with the version that wrote it, "
+            f"{path}: checkpoint format {version}, this version reads {FORMAT}; resume with the version that wrote it, "
             "or convert its weights there (tools/convert.py) and start from them"
         )
     content["run"] = renamed_data(content["run"], ConfigSource(path))
@@ -184,10 +184,10 @@ def describe(folder: str) -> Description:
 
 
 def check_present(folder: str, description: Description) -> None:
-    """Check that every file of a checkpoint is there at its full size.
+    """Check that every file of a checkpoint exists at its full size.
 
     Raises:
-        UserError: naming the first that is not.
+        UserError: one does not; the message names the first.
     """
     for name, entry in description.files.items():
         path = os.path.join(folder, name)
@@ -200,10 +200,10 @@ def check_present(folder: str, description: Description) -> None:
 
 
 def verify(folder: str, description: Description, names: Iterable[str]) -> None:
-    """Read the files `names` of a checkpoint and compare their checksums.
+    """Read the files `names` of a checkpoint and verify their checksums.
 
     Raises:
-        UserError: naming the first that differs.
+        UserError: one differs; the message names the first.
     """
     for name in names:
         path = os.path.join(folder, name)
@@ -221,7 +221,7 @@ _DAMAGED = "the checkpoint is damaged; copy it again, or use another"
 
 
 def read_tensors(folder: str, description: Description, kinds: Iterable[str]) -> dict[str, dict[Key, Spread]]:
-    """Return the tensors of a checkpoint by kind and weight, for each of `kinds` those of all weights that have it.
+    """Return the tensors of a checkpoint by kind and weight, for each of `kinds` the weights that have it.
 
     Raises:
         UserError: the index is damaged.
@@ -254,15 +254,15 @@ def checksum(path: str) -> str:
 
 
 def write_durably(path: str, text: str) -> None:
-    """Write a small file: complete and on the disk on return, or not there."""
+    """Write a small file atomically. It is durable on return."""
     write_complete(path, text, path + ".tmp")
     sync(os.path.dirname(path))
 
 
 def write_complete(path: str, text: str, temporary: str) -> None:
-    """Write a small file and then give it its name, so that nobody sees it incomplete, not even after a power failure.
+    """Write and sync `temporary`, then rename it to `path`, so that no reader ever sees an incomplete file.
 
-    The rename is the last thing that is done in the file's folder. It is on the disk once the folder is synced.
+    The rename is the last operation in the file's folder. It is durable once the folder is synced.
     """
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -272,7 +272,7 @@ def write_complete(path: str, text: str, temporary: str) -> None:
 
 
 def sync(path: str) -> None:
-    """Put a folder's entries, or a file's bytes, on the disk."""
+    """Make a folder's entries, or a file's bytes, durable."""
     entry = os.open(path, os.O_RDONLY)
     try:
         os.fsync(entry)
@@ -285,7 +285,7 @@ def _stored(folder: str, piece: StoredPiece) -> Stored:
 
 
 def _parts(pieces: list[StoredPiece]) -> list[list[StoredPiece]]:
-    """Return the pieces of one weight and kind by part, each part in order."""
+    """Return the pieces of one weight and kind for each part, in the order of their elements."""
     count = 1 + max((p.part for p in pieces), default=-1)
     parts: list[list[StoredPiece]] = [[] for _ in range(count)]
     for piece in sorted(pieces, key=lambda p: (p.part, p.start)):
@@ -294,7 +294,7 @@ def _parts(pieces: list[StoredPiece]) -> list[list[StoredPiece]]:
 
 
 def _check_cover(description: Description, pieces: Mapping[str, list[StoredPiece]]) -> None:
-    """Check that every saved kind covers all elements of all parts of every weight that has it, exactly once."""
+    """Check that every saved kind covers all elements of all TP parts of every weight that has it, exactly once."""
     kinds = {p.kind for rows in pieces.values() for p in rows} or {WEIGHT}
     for key, weight in weights(description.model):
         count = description.layout["tp"] if weight.cut is not None else 1
@@ -307,7 +307,7 @@ def _check_cover(description: Description, pieces: Mapping[str, list[StoredPiece
             for part in parts:
                 ends = [0, *(p.end for p in part)]
                 if [p.start for p in part] != ends[:-1] or ends[-1] != numel:
-                    raise ValueError(f"{name_of(key)}: its {kind} was not written whole and once")
+                    raise ValueError(f"{name_of(key)}: the elements of its {kind} were not written exactly once")
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

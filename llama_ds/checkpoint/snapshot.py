@@ -1,6 +1,6 @@
-"""State dicts copied to host memory that is kept from one save to the next, and where in them tensors lie.
+"""Snapshots: state dicts copied to reusable host memory, and the positions of tensors within them.
 
-Training waits for this copy and nothing else. The memory is as large as this rank's part of a checkpoint, once.
+Training waits only for this copy. The memory is as large as one copy of this rank's share of a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,52 +16,52 @@ from torch import Tensor
 from llama_ds.checkpoint.manifest import WEIGHT
 from llama_ds.layout.weights import Key
 
-OPTIMIZER_FILE = "optim_states"  # in the names of DeepSpeed's files that hold ZeRO's partitions
+OPTIMIZER_FILE = "optim_states"  # part of the name of every DeepSpeed file that holds ZeRO partitions
 
 
 @dataclass(frozen=True)
 class Located:
-    """A tensor whose place in a checkpoint's files is wanted: elements `start` .. of a tensor-parallel part."""
+    """A tensor to be indexed in a checkpoint's files: elements `start` .. of a tensor-parallel part."""
 
     key: Key
     kind: str
     part: int
     start: int
-    tensor: Tensor  # contiguous; a view of one that is saved, or of none
+    tensor: Tensor  # contiguous; skipped unless it shares memory with a saved tensor
 
 
 @dataclass(frozen=True)
 class Copied:
-    """A located tensor's place in a snapshot."""
+    """The position of a tensor in a snapshot."""
 
     wanted: Located
     file: str
-    leaf: Tensor  # the copy that it is part of
-    begin: int  # the first of its elements in that
+    leaf: Tensor  # the copied tensor that contains it
+    begin: int  # index of its first element in `leaf`
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The files to write, as trees whose tensors are copies."""
+    """The files to write, as trees that hold copies of the tensors."""
 
     files: dict[str, Any]
     copied: list[Copied]
-    ready: Any = None  # CUDA event after which the copies are there
+    ready: Any = None  # CUDA event recorded after the copies; None on CPU
 
 
 class HostMemory:
-    """The memory that snapshots are copied to."""
+    """Host memory for snapshots, reused by every save."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, list[Tensor]] = {}  # by file, in the order of its tree
+        self._buffers: dict[str, list[Tensor]] = {}  # by file, in the order of the tensors in its tree
 
     @property
     def nbytes(self) -> int:
-        """How much it is."""
+        """Total size of the buffers in bytes."""
         return sum(buffer.nbytes for buffers in self._buffers.values() for buffer in buffers)
 
     def take(self, files: Iterable[tuple[str, Any]], wanted: Iterable[Located]) -> Snapshot:
-        """Copy the tensors of all `files` (name, tree). On CUDA the copies are only begun: `Snapshot.ready`."""
+        """Copy the tensors of all `files` (name, tree). On CUDA the copies are asynchronous: wait for `ready`."""
         leaves: list[tuple[int, Tensor, str, Tensor]] = []  # address, tensor, file, copy
         copies = {}
         for name, tree in files:
@@ -87,9 +87,9 @@ def _copy(tensor: Tensor, kept: list[Tensor], used: list[Tensor]) -> Tensor:
 
 
 def _locate(leaves: list[tuple[int, Tensor, str, Tensor]], wanted: Iterable[Located]) -> Iterator[Copied]:
-    """Find each wanted tensor in the leaf whose memory it is a part of.
+    """Find the leaf whose memory contains each wanted tensor.
 
-    In fp32 a weight may be its own master, saved twice: each kind is looked for in its own files first.
+    In fp32 a weight may be its own master and so be saved twice; each kind is looked up in its own files first.
     """
     of_optimizer = sorted((x for x in leaves if OPTIMIZER_FILE in x[2]), key=lambda x: x[0])
     of_model = sorted((x for x in leaves if OPTIMIZER_FILE not in x[2]), key=lambda x: x[0])
@@ -104,7 +104,7 @@ def _locate(leaves: list[tuple[int, Tensor, str, Tensor]], wanted: Iterable[Loca
 def _holding(leaves: list[tuple[int, Tensor, str, Tensor]], wanted: Tensor) -> tuple[int, Tensor, str, Tensor] | None:
     begin, end = wanted.data_ptr(), wanted.data_ptr() + wanted.nbytes
     index = bisect_right(leaves, begin, key=lambda x: x[0]) - 1
-    # Of several leaves at one address the empty ones come to nothing here.
+    # Empty leaves may share an address with the one that is looked for; they are skipped.
     while index >= 0:
         address, tensor, _, _ = leaves[index]
         if address + tensor.nbytes >= end and tensor.dtype == wanted.dtype and tensor.is_contiguous():
@@ -126,7 +126,7 @@ def _map(tree: Any, copy: Any) -> Any:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a tree of dicts, lists and tuples, in its order."""
+    """Yield the tensors of a tree of dicts, lists and tuples in order."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, dict):

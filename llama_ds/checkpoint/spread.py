@@ -1,7 +1,7 @@
-"""One tensor of the model, wherever its elements lie: cut over tensor-parallel parts, and each part into runs.
+"""One tensor of the model, stored in several files: sharded into tensor-parallel parts, each split into runs.
 
-Shapes: a matrix is (R, C). Parts cut it along dimension 0 (R / parts rows each) or 1 (C / parts columns each); a tensor
-that is not cut has one part. Elements of a part are counted as they would lie in its memory.
+Shapes: a matrix is (R, C). It is sharded along dimension 0 (R / parts rows each) or 1 (C / parts columns each); an
+unsharded tensor has one part. Elements of a part are numbered in its row-major order.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from llama_ds.checkpoint.stored import Stored
 
-BLOCK_ELEMENTS = 4 << 20  # held at a time where columns are put together
+BLOCK_ELEMENTS = 4 << 20  # size of the block in memory when columns are regrouped
 
 
 @dataclass(frozen=True)
 class Run:
-    """Elements `start` .. of a part."""
+    """A run of `numel` elements of a part, from `start` on."""
 
     start: int
     stored: Stored
@@ -28,10 +28,10 @@ class Run:
 
 
 class Spread:
-    """A tensor of the model in files."""
+    """A tensor of the model, spread over files."""
 
     def __init__(self, shape: Sequence[int], dim: int | None, parts: Sequence[Sequence[Run]]) -> None:
-        """`parts` are in order, and their runs too, without gaps. `dim` None: one part, the whole."""
+        """Take the runs of each part, both in order and without gaps. `dim` None: unsharded, with a single part."""
         self.shape, self.dim = tuple(shape), dim
         self._parts = [list(part) for part in parts]
         self._starts = [[run.start for run in part] for part in self._parts]
@@ -39,27 +39,27 @@ class Spread:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype it is stored in."""
+        """The stored dtype."""
         return self._parts[0][0].stored.dtype
 
     @property
     def paths(self) -> set[str]:
-        """The files that it lies in."""
+        """The files that hold it."""
         return {run.stored.path for part in self._parts for run in part}
 
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the whole tensor, in `dtype` or as stored."""
+        """Return the unsharded tensor, in `dtype` or as stored."""
         out = torch.empty(self.shape, dtype=dtype or self.dtype)
         self.read(out)
         return out
 
     def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
-        """Fill `out` with the elements from `start` on of what tensor-parallel rank `rank` of `size` holds.
+        """Fill `out` with elements of the shard of tensor-parallel rank `rank` of `size`, from `start` on.
 
-        `out` is contiguous, on the CPU, of any dtype; `size` divides what the tensor is cut along.
+        `out` is contiguous, on the CPU, of any dtype; `size` divides the dimension that the tensor is sharded along.
 
         Raises:
-            UserError: a file ends too early or cannot be read.
+            UserError: a file is truncated or cannot be read.
         """
         out = out.view(-1)
         if self.dim is None:
@@ -72,7 +72,7 @@ class Spread:
             self._read_columns(out, rank, size, start)
 
     def _read_rows(self, out: Tensor, start: int) -> None:
-        """Parts that are rows lie one after the other: `start` counts through all of them."""
+        """Read from parts that are blocks of rows. `start` counts through all parts, one after the other."""
         length = self.numel // len(self._parts)
         done = 0
         while done < len(out):
@@ -111,5 +111,5 @@ class Spread:
 
 
 def in_one_file(stored: Stored, dim: int | None) -> Spread:
-    """Return a tensor that one file holds whole, to be cut along `dim`."""
+    """Return a tensor stored unsharded in one file, to be sharded along `dim`."""
     return Spread(stored.shape, dim, [[Run(0, stored, torch.Size(stored.shape).numel())]])

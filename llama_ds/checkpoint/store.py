@@ -1,9 +1,9 @@
-"""The run's folder of checkpoints: one folder for each saved step, the newest named by `latest`.
+"""The checkpoint folder of a run: one folder for each saved step; `latest` names the newest.
 
-Names: `step_00000100` is a complete checkpoint. With a suffix it was set aside: `.damaged` was found so, `.rewound` is
-newer than a step that the run was told to go back to. `attempt_0123456789abcdef` belongs to one start of the run's
-ranks (`llama_ds.checkpoint.attempt`): it holds the checkpoint that is being written, and those on their way out,
-`.replaced` and `.removed`. Earlier versions had these two, and the one being written as `.partial`, beside the others.
+Names: `step_00000100` is a complete checkpoint. A suffix marks one that was set aside: `.damaged` failed verification,
+`.rewound` is newer than the step that the run was rewound to. `attempt_0123456789abcdef` belongs to one start of the
+run's ranks (`llama_ds.checkpoint.attempt`). It holds the checkpoint that is being written, and those being deleted,
+`.replaced` and `.removed`. Earlier versions kept these, and the one being written (`.partial`), beside the checkpoints.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _LEFTOVER = re.compile(rf"{ATTEMPT}[0-9a-f]{{16}}|{_TAG.pattern}\.(partial|repla
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay when a new one is there: the newest `last`, and those of every `every`-th step.
+    """Which checkpoints are retained after a save: the newest `last`, and those of every `every`-th step.
 
-    Where not all stay, one that was rewound stays until the run has saved a later step than its.
+    Unless all are retained, a rewound checkpoint is deleted once the run has saved a later step.
     """
 
-    last: int = 0  # 0: all
-    every: int = 0  # 0: none beside them
+    last: int = 0  # 0: retain all
+    every: int = 0  # 0: retain no others
 
 
 def tag_of(step: int) -> str:
@@ -42,24 +42,24 @@ def tag_of(step: int) -> str:
 
 
 def step_of(tag: str) -> int:
-    """Return the step of a tag, also of one with a suffix."""
+    """Return the step of a tag, with or without a suffix."""
     match = _TAG.match(tag)
     assert match
     return int(match[1])
 
 
 def is_leftover(name: str) -> bool:
-    """Return whether a name in the folder is that of an attempt, or of what an earlier version left of a save."""
+    """Return whether a name in the folder belongs to an attempt, or to an unfinished save of an earlier version."""
     return bool(_LEFTOVER.fullmatch(name))
 
 
 def is_set_aside(name: str) -> bool:
-    """Return whether a name is that of a checkpoint that was set aside, to be kept."""
+    """Return whether a name is that of a checkpoint that was set aside."""
     return bool(_SET_ASIDE.fullmatch(name))
 
 
 def tags(folder: str) -> list[str]:
-    """Return the tags of a folder's whole checkpoints, the newest first."""
+    """Return the tags of the complete checkpoints in a folder, newest first."""
     if not os.path.isdir(folder):
         return []
     found = [name for name in os.listdir(folder) if _TAG.fullmatch(name)]
@@ -68,42 +68,42 @@ def tags(folder: str) -> list[str]:
 
 
 def newest(folder: str) -> str | None:
-    """Return the tag that `latest` names, or where it names none that is there the newest; None where there is none."""
+    """Return the tag named by `latest`; if it is missing, the newest complete checkpoint; else None."""
     complete = tags(folder)
-    latest = named(folder)
+    latest = latest_tag(folder)
     return latest if latest in complete else next(iter(complete), None)
 
 
 def candidates(folder: str) -> list[str]:
-    """Return the tags to go on from, in the order in which to try them: what `latest` names, then the newest first.
+    """Return the tags to resume from in the order to try them: the one named by `latest`, then newest first.
 
-    What it names is there even where nothing else is: its absence is damage, not a run that never saved.
+    The tag named by `latest` is included even if its checkpoint is missing: that is damage, not a run that never saved.
     """
-    latest = named(folder)
+    latest = latest_tag(folder)
     others = [tag for tag in tags(folder) if tag != latest]
     return [latest, *others] if latest else others
 
 
-def outlived(folder: str) -> list[str]:
-    """Return the rewound checkpoints of earlier steps than that of `latest`."""
-    latest = named(folder)
+def expired_rewound(folder: str) -> list[str]:
+    """Return the rewound checkpoints whose step is before that of `latest`."""
+    latest = latest_tag(folder)
     rewound = [n for n in os.listdir(folder) if re.fullmatch(rf"{_TAG.pattern}{re.escape(REWOUND)}[\d-]*", n)]
     return sorted(name for name in rewound if latest and step_of(name) < step_of(latest))
 
 
 def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) -> None:
-    """Refuse to continue a checkpoint of another model or data order, or one that holds weights only.
+    """Refuse to resume from a checkpoint with another model or data order, or with weights only.
 
     Raises:
-        UserError: naming what differs.
+        UserError: the checkpoint cannot be resumed; the message names what differs.
     """
     if found.optimizer_steps is None:
         raise UserError(
-            f"{tag_folder}: holds weights only, no optimizer, so it is not a run to go on with; "
+            f"{tag_folder}: holds weights only, no optimizer states, so it cannot be resumed; "
             "start a run from it with checkpoint.start_from"
         )
-    for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # rows are counted by steps of one size
-        then, now = (reduce(lambda node, part: node[part], key.split("."), whole) for whole in (found.run, run))
+    for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # a step implies a position in the data
+        then, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (found.run, run))
         if then != now:
             raise UserError(
                 f"{tag_folder}: was trained with {key} {_difference(then, now)}; "
@@ -111,8 +111,8 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
             )
 
 
-def named(folder: str) -> str | None:
-    """Return the tag that `latest` names, whether it is there or not; None where there is no such name."""
+def latest_tag(folder: str) -> str | None:
+    """Return the tag named by `latest`, even if its checkpoint is missing; None if `latest` names no tag."""
     try:
         with open(os.path.join(folder, LATEST), encoding="utf-8") as file:
             tag = file.read().strip()
@@ -122,7 +122,7 @@ def named(folder: str) -> str | None:
 
 
 def free_name(path: str) -> str:
-    """Return `path`, or where it is taken the first of `path-2`, `path-3` ... that is not."""
+    """Return `path`, or if it exists the first unused one of `path-2`, `path-3` and so on."""
     names = (path, *(f"{path}-{number}" for number in range(2, 10_000)))
     return next(name for name in names if not os.path.lexists(name))
 

@@ -1,4 +1,7 @@
-"""Tensors where they lie in files: found without reading them, read a range at a time, and nothing is ever executed."""
+"""Tensors located in files: headers are parsed without loading tensors, and ranges of elements are read on demand.
+
+No pickled code is ever executed.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from llama_ds.errors import UserError
 
-CHUNK_ELEMENTS = 4 << 20  # read at a time where the dtype changes on the way: 16 MiB of fp32
+CHUNK_ELEMENTS = 4 << 20  # chunk size of a read that converts the dtype: 16 MiB of fp32
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -22,15 +25,15 @@ class Stored:
     """A contiguous tensor in a file."""
 
     path: str
-    offset: int  # bytes from the file's beginning
+    offset: int  # bytes from the start of the file
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     def read(self, out: Tensor, start: int = 0) -> None:
-        """Fill `out`, contiguous and on the CPU, with the elements from `start` on, in their order in memory.
+        """Fill `out`, contiguous and on the CPU, with the elements from `start` on in row-major order.
 
         Raises:
-            UserError: the file ends before.
+            UserError: the file is truncated or cannot be read.
         """
         out = out.view(-1)
         if out.dtype == self.dtype:
@@ -62,39 +65,39 @@ class Stored:
 
 
 def torch_tensors(path: str) -> dict[str, Stored]:
-    """Return the tensors of a state dict that torch.save wrote, by name.
+    """Return the tensors of a state dict written by torch.save, by name.
 
     Raises:
-        UserError: not such a file, or one that holds more than tensors: nothing in it is executed.
+        UserError: the file is no state dict, or it holds other objects than tensors; none of them is executed.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # seconds to import
+    from torch._subclasses.fake_tensor import FakeTensorMode  # the import takes seconds
 
     try:
         with FakeTensorMode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles in another protocol
+            warnings.simplefilter("ignore")  # torch warns of other pickle protocols
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of any kind: what a damaged pickle raises is anybody's guess
+    except Exception as error:  # a damaged pickle can raise any exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again") from None
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
-        raise UserError(f"{path}: holds no state dict (tensors by name); give a file that torch.save wrote of one")
+        raise UserError(f"{path}: holds no state dict (tensors by name); give a state dict written by torch.save")
     return {str(name): _stored(path, str(name), tensor) for name, tensor in content.items()}
 
 
 def _stored(path: str, name: str, tensor: Tensor) -> Stored:
     begin: Any = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if begin is None or not tensor.is_contiguous():
-        raise UserError(f"{path}: tensor {name} is not stored as one run of numbers; save it again, contiguous")
+        raise UserError(f"{path}: tensor {name} is not stored contiguously; save a contiguous copy of it")
     return Stored(path, begin + tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape))
 
 
 def safetensors_tensors(path: str) -> dict[str, Stored]:
     """Return the tensors of a safetensors file by name.
 
-    Format: 8 bytes, the little-endian length of the JSON header that follows; then the tensors' bytes.
+    Format: 8 bytes with the little-endian length of the JSON header, the header, then the tensor data.
 
     Raises:
-        UserError: not such a file, or a dtype that no LLaMA is published in.
+        UserError: the file is no valid safetensors file, or a tensor has an unsupported dtype.
     """
     try:
         with open(path, "rb") as file:

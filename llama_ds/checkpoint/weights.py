@@ -1,4 +1,4 @@
-"""A model's weights in files, whatever wrote them: a checkpoint of ours, Hugging Face's format or Meta's."""
+"""The weights of a model in files of any supported format: this project's checkpoints, Hugging Face's or Meta's."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from llama_ds.errors import UserError
 from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import Key, weight_shapes
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by the names that people use
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their short names
 
 
 class Readable(Protocol):
-    """One weight in files; `llama_ds.checkpoint.spread.Spread` is one."""
+    """Interface of a weight stored in files, as implemented by `llama_ds.checkpoint.spread.Spread`."""
 
     shape: tuple[int, ...]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype it is stored in."""
+        """The stored dtype."""
 
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the whole tensor, in `dtype` or as stored."""
+        """Return the unsharded tensor, in `dtype` or as stored."""
 
     def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
-        """Fill `out` with the elements from `start` on of what tensor-parallel rank `rank` of `size` holds."""
+        """Fill `out` with elements of the shard of tensor-parallel rank `rank` of `size`, from `start` on."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The weights of one model, where they lie, and what they are of."""
+    """The weights of one model in files, with the model's configuration."""
 
     path: str
     model: ModelConfig
-    seq_len: int  # the longest the model was trained for
-    dtype: str  # of DTYPES: what it computed in, and a conversion's default
-    # The keys are those of `layout.weights.weight_shapes(model)`, the values in the rotary layout of this project.
+    seq_len: int  # longest sequence that the model was trained for
+    dtype: str  # key of DTYPES: the dtype of forward and backward, and the default of a conversion
+    # The keys are those of `layout.weights.weight_shapes(model)`; the values have the rotary layout of this project.
     tensors: Mapping[Key, Readable]
-    tokenizer: str | None  # path of its sentencepiece model, if it has one
+    tokenizer: str | None  # path of the sentencepiece model, if there is one
     document_mask: bool = False  # True: in training, attention stayed inside the documents of a row
-    initializer_range: float = TrainingConfig.initializer_range  # standard deviation of its initial weights
+    initializer_range: float = TrainingConfig.initializer_range  # standard deviation of the initial weights
 
     def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """Return the whole weights of one layer by local name."""
+        """Return the unsharded weights of one layer by local name."""
         return {name: stored.whole(dtype) for (index, name), stored in self.tensors.items() if index == layer}
 
     def layers(self) -> Iterator[int]:
@@ -65,12 +65,12 @@ def tokenizer_in(folder: str) -> str | None:
 
 
 def open_checkpoint(folder: str) -> ModelFiles:
-    """Return the weights of a checkpoint folder of ours.
+    """Return the weights of a checkpoint of this project.
 
-    ZeRO-3 checkpoints hold no weights as computed with, only fp32 masters: those round to the same.
+    ZeRO-3 checkpoints hold only fp32 masters; rounded, these equal the weights used in forward and backward.
 
     Raises:
-        UserError: a broken checkpoint.
+        UserError: the checkpoint is damaged.
     """
     description = describe(folder)
     kinds = read_tensors(folder, description, (WEIGHT, MASTER))
@@ -89,10 +89,10 @@ def open_checkpoint(folder: str) -> ModelFiles:
 
 
 def check_shapes(found: ModelFiles, wanted: ModelConfig) -> None:
-    """Check that a model's weights are those of `wanted`.
+    """Check that the weights found are those of the model `wanted`.
 
     Raises:
-        UserError: naming the first weight that is missing, too many or of another shape.
+        UserError: a weight is missing, unexpected or of another shape; the message names the first.
     """
     shapes = weight_shapes(wanted)
     for key in {**shapes, **found.tensors}:

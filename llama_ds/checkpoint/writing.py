@@ -1,18 +1,18 @@
-"""Saving: every rank writes its files in the background, and rank 0 commits when all of them are on the disk.
+"""Saving: every rank writes its files in the background, and rank 0 commits once all of them are durable.
 
 The protocol, for a tag `step_00000100` and the folder of this attempt of the run (`llama_ds.checkpoint.attempt`):
 
-1. each rank writes its files to `attempt_X/step_00000100`, hashing them as they go by, and syncs them and the folder;
-2. then its record (what it wrote, where every tensor is), `rank_00003.json`. It appears by a rename, the last thing
-   that the rank does there: from then on rank 0 may commit, and so rename the folder, at any moment;
-3. rank 0 waits for the records of all ranks, and writes index and description, durably;
-4. it renames the folder to `step_00000100`, syncs, and makes `latest` name it.
+1. Each rank writes its files to `attempt_X/step_00000100`, hashes them while writing, and syncs them and the folder.
+2. It then writes its record `rank_00003.json`: the files it wrote and the location of every tensor. The record appears
+   by a rename, the rank's last operation in the folder: from then on, rank 0 may commit and rename the folder.
+3. Rank 0 waits for the records of all ranks, and durably writes the index and the description.
+4. It renames the folder to `step_00000100`, syncs, and makes `latest` name it.
 
-Wherever a process dies, before 4 the folder is a partial checkpoint that nobody reads, and after it a complete one.
-Ranks need nothing of one another but the folder, so no collective runs beside the training's.
+Whenever a process dies, the folder is either a partial checkpoint that no reader sees (before step 4) or a complete
+one. Ranks communicate only through the folder, so no collective runs concurrently with those of training.
 
-Processes of an earlier attempt may be anywhere in these steps when an attempt begins. Their files and records are in
-another folder. That one is moved away before this attempt's first save, so 4 has happened by then or never does.
+When an attempt begins, processes of an earlier attempt may be anywhere in these steps. Their files and records are in
+another folder, which is moved away before this attempt's first save. Their step 4 has either happened by then or fails.
 """
 
 from __future__ import annotations
@@ -44,31 +44,31 @@ from llama_ds.checkpoint.snapshot import Snapshot
 from llama_ds.checkpoint.store import Retention
 from llama_ds.log import logger
 
-POLL_S = 0.02  # at first, for the other ranks' records; at last twenty times as much
-WRITE_BYTES = 1 << 20  # given to the system at once: what was hashed is then still in the processor's cache
+POLL_S = 0.02  # initial polling interval for the other ranks' records; it grows to twenty times as much
+WRITE_BYTES = 1 << 20  # bytes per write call, small enough that hashed data is still in the CPU cache
 
 
 class Abandoned(Exception):
-    """A save that is given up because another rank's part of it failed."""
+    """Raised when a save is abandoned because another rank failed to write its files."""
 
 
 class Writer:
-    """One rank's share of the saves of an attempt. At most one is under way."""
+    """Writes one rank's share of an attempt's saves. At most one save is in flight."""
 
     def __init__(self, attempt: SaveAttempt, rank: int, ranks: int, tokenizer: str, keep: Retention) -> None:
-        """`attempt` is the same on every rank; `tokenizer` goes into each checkpoint."""
+        """Prepare saves. `attempt` is the same on every rank; rank 0 copies `tokenizer` into each checkpoint."""
         self.attempt, self.rank, self.ranks = attempt, rank, ranks
         self.tokenizer, self.keep = tokenizer, keep
         self._thread: threading.Thread | None = None
         self._written = threading.Event()
         self._abandoned = threading.Event()
         self.error: Exception | None = None
-        self._step = 0  # of the save under way
-        self.seconds = 0.0  # that the last save took in the background
+        self._step = 0  # step of the save in flight
+        self.seconds = 0.0  # duration of the last save in the background
 
     def start(self, description: Description, snapshot: Snapshot) -> None:
-        """Begin to write. The one before must have been waited for."""
-        assert self._thread is None, "a save is under way"
+        """Begin to write. The caller must have waited for the previous save."""
+        assert self._thread is None, "a save is in flight"
         self._written.clear()
         self._abandoned.clear()
         self.error = None
@@ -77,25 +77,25 @@ class Writer:
         self._thread.start()
 
     @property
-    def under_way(self) -> bool:
-        """Whether a save has not been waited for yet."""
+    def in_flight(self) -> bool:
+        """Whether a save was started and not yet waited for."""
         return self._thread is not None
 
     @property
     def ended(self) -> bool:
-        """Whether the save that is under way has come to its end, on rank 0 to the commit's."""
+        """Whether the save in flight has finished; on rank 0, including the commit."""
         return self._thread is not None and not self._thread.is_alive()
 
     def wait_written(self) -> Exception | None:
-        """Wait until this rank's own files are down; return what went wrong, if anything."""
+        """Wait until this rank's own files are durable; return the error of the save, if any."""
         if self._thread:
             self._written.wait()
         return self.error
 
     def wait_committed(self, abandon: bool = False, timeout_s: float | None = None) -> Exception | None:
-        """Wait for the rest, on rank 0 the commit; return what went wrong, if anything. What failed is removed.
+        """Wait for the save to finish, on rank 0 for the commit; return its error, if any.
 
-        `abandon` gives the save up: some rank's files are not coming.
+        `abandon` or a timeout gives the save up because a rank did not write its files. Rank 0 deletes a failed save.
         """
         if self._thread is None:
             return None
@@ -106,7 +106,7 @@ class Writer:
             self._abandoned.set()
             self._thread.join()
         self._thread = None
-        if self.error and self.rank == 0:  # only now: until they were waited for, other ranks may have been writing
+        if self.error and self.rank == 0:  # all ranks have stopped writing: the caller has waited for them
             self.attempt.discard(self._step)
         return self.error
 
@@ -119,7 +119,7 @@ class Writer:
             if self.rank == 0:
                 records = collect(partial, self.ranks, self._abandoned.is_set)
                 commit(self.attempt, description, records, self.tokenizer, self.keep)
-        except Exception as error:  # of any kind: it is the training's thread that must hear of it
+        except Exception as error:  # any error must be reported to the training thread
             self.error = error
             logger.error("step %d is not saved: %s: %s", description.step, type(error).__name__, error)
             self._written.set()
@@ -130,22 +130,22 @@ def write_rank(partial: str, rank: int, snapshot: Snapshot) -> None:
     """Write one rank's files, sync them, and then write its record.
 
     Raises:
-        OSError: as the system says.
+        OSError: a file operation failed.
     """
-    with suppress(FileExistsError):  # not what it is in: an attempt's folder is made once
+    with suppress(FileExistsError):  # mkdir, not makedirs: only `SaveAttempt.begin` creates the attempt's folder
         os.mkdir(partial)
     record = Record(rank)
     if snapshot.ready is not None:
         snapshot.ready.synchronize()
     files: dict[str, HashedFile] = {}
-    with ExitStack() as open_files:  # they are synced together at its end: the disk works while the next are written
+    with ExitStack() as open_files:  # files are synced only on exit, so that writeback overlaps with further writes
         for name, tree in snapshot.files.items():
             files[name] = open_files.enter_context(HashedFile(os.path.join(partial, name)))
             save_tree(tree, files[name])
             record.files[name] = FileEntry(files[name].size, files[name].checksum, rank)
     for copied in snapshot.copied:
         wanted, leaf, file = copied.wanted, copied.leaf, files[copied.file]
-        offset = file.places[leaf.data_ptr()] + copied.begin * leaf.element_size()
+        offset = file.offsets[leaf.data_ptr()] + copied.begin * leaf.element_size()
         dtype = str(leaf.dtype).removeprefix("torch.")
         piece = StoredPiece(wanted.kind, wanted.part, wanted.start, wanted.tensor.numel(), copied.file, offset, dtype)
         record.pieces.setdefault(name_of(wanted.key), []).append(piece)
@@ -158,7 +158,7 @@ def collect(partial: str, ranks: int, abandoned: Callable[[], bool]) -> list[Rec
     """Wait for the records of all ranks and return them.
 
     Raises:
-        Abandoned: another rank's is not coming.
+        Abandoned: another rank did not write its files.
     """
     wanted, pause = {_record_name(rank) for rank in range(ranks)}, POLL_S
     while not wanted <= {entry.name for entry in os.scandir(partial)}:
@@ -176,11 +176,11 @@ def collect(partial: str, ranks: int, abandoned: Callable[[], bool]) -> list[Rec
 def commit(
     attempt: SaveAttempt, description: Description, records: list[Record], tokenizer: str, keep: Retention
 ) -> None:
-    """Make what all ranks have written the newest checkpoint; then remove what is kept no longer.
+    """Commit the files of all ranks as the newest checkpoint; then delete checkpoints that are no longer retained.
 
     Raises:
-        ValueError: a run could not go on from it.
-        OSError: as the system says.
+        ValueError: the checkpoint would not be resumable.
+        OSError: a file operation failed.
     """
     kinds = {piece.kind for record in records for rows in record.pieces.values() for piece in rows}
     if missing := set(description.states.all_kinds()) - kinds:
@@ -195,29 +195,29 @@ def commit(
     attempt.publish(description.step)
     try:
         attempt.remove_old(keep)
-    except OSError as error:  # this one is there all the same
+    except OSError as error:  # the new checkpoint is committed nevertheless
         logger.warning("%s: old checkpoints cannot be removed (%s)", attempt.folder, error)
 
 
 def save_tree(tree: Any, file: HashedFile) -> None:
-    """torch.save without its own checksum of every tensor: the whole file has one."""
-    computes = torch.serialization.get_crc32_options()
+    """Call torch.save without its own checksum of every tensor, since the entire file has one."""
+    enabled = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(tree, file)  # type: ignore[arg-type]
     finally:
-        torch.serialization.set_crc32_options(computes)
+        torch.serialization.set_crc32_options(enabled)
 
 
 class HashedFile:
-    """A file being written: its checksum, and where in it every buffer of memory went. Synced when it is closed."""
+    """A file being written, with its checksum and the offset of every memory buffer. It is synced when closed."""
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.size = 0
-        self.places: dict[int, int] = {}  # byte in the file of what lay at an address
+        self.offsets: dict[int, int] = {}  # offset in the file by memory address of the data
         self._digest = xxhash.xxh3_128()
-        self._error: OSError | None = None  # the first: of one that it is told torch makes a RuntimeError of its own
+        self._error: OSError | None = None  # the first error, which torch would replace by a RuntimeError of its own
 
     def __enter__(self) -> HashedFile:
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -233,16 +233,16 @@ class HashedFile:
             raise self._error from None
 
     def write(self, data: Any) -> int:
-        """Append bytes, all of them."""
+        """Append all bytes of `data`."""
         view = memoryview(data).cast("B")
         if len(view):
-            self.places.setdefault(np.frombuffer(view, np.uint8).ctypes.data, self.size)
+            self.offsets.setdefault(np.frombuffer(view, np.uint8).ctypes.data, self.size)
         for begin in range(0, len(view), WRITE_BYTES):
             left = view[begin : begin + WRITE_BYTES]
             self._digest.update(left)
             while left:
                 left = left[self._write(left) :]
-            # Linux begins to write what it is told is not needed; the sync at the end would else wait for all of it.
+            # DONTNEED makes Linux start writeback now; otherwise the final fsync would wait for all of it.
             os.posix_fadvise(self._file, self.size + begin, WRITE_BYTES, os.POSIX_FADV_DONTNEED)
         self.size += len(view)
         return len(view)
@@ -255,11 +255,11 @@ class HashedFile:
             raise
 
     def flush(self) -> None:
-        """Do nothing: nothing is held back."""
+        """Do nothing, because writes are not buffered."""
 
     @property
     def checksum(self) -> str:
-        """Of all bytes so far, as `llama_ds.checkpoint.manifest.checksum` computes it."""
+        """Checksum of all bytes written so far, equal to `llama_ds.checkpoint.manifest.checksum` of the file."""
         return self._digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which one to go on from, saving beside the training, and what all ranks agree on."""
+"""The checkpoints of a run: choosing one to resume from, loading, and saving in the background, for all ranks alike."""
 
 from __future__ import annotations
 
@@ -37,43 +37,43 @@ from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragmen
 from llama_ds.parallel.state_files import state_files
 from llama_ds.training.rewind import Choice, choice, rewinds
 
-DRAIN_S = 60.0  # that a rank which ends by an error gives a save under way
-SHARED_S = 10.0  # that a file of another host's may take to be seen
-READ_ELEMENTS = 16 << 20  # read at a time where they go on to a device: 64 MiB
+DRAIN_S = 60.0  # grace period for an in-flight save when a rank fails
+SHARED_S = 10.0  # time for a file written by another host to become visible
+READ_ELEMENTS = 16 << 20  # chunk size of reads into device memory: 64 MiB of fp32
 
 
 class Checkpoints:
-    """The checkpoints of one run, as one rank sees them."""
+    """One rank's view of the checkpoints of a run."""
 
-    def __init__(self, run: RunConfig, layout: Layout, dtype: str, place: world.RankInfo) -> None:
+    def __init__(self, run: RunConfig, layout: Layout, dtype: str, rank_info: world.RankInfo) -> None:
         """Agree with the other ranks on the attempt's identity. Collective."""
-        self.run, self.layout, self.dtype, self.place = run, layout, dtype, place
+        self.run, self.layout, self.dtype, self.rank_info = run, layout, dtype, rank_info
         self.folder = os.path.join(run.run_dir, "checkpoints")
         keep = store.Retention(run.checkpoint.keep_last, run.checkpoint.keep_every)
         self._attempt = SaveAttempt(self.folder, world.gather(new_id())[0])
-        self._writer = Writer(self._attempt, place.rank, place.world, run.data.tokenizer, keep)
+        self._writer = Writer(self._attempt, rank_info.rank, rank_info.world, run.data.tokenizer, keep)
         self._memory = HostMemory()
-        self._step = 0  # of the save under way
+        self._step = 0  # step of the save in flight
         self._announced = 0  # the last step that was reported as saved
         self._stalled_s = 0.0
         self._news: list[str] = []
         self._lost = ""  # why the last save failed
-        self._seen: Choice | None = None  # what there was when a checkpoint was chosen
+        self._seen: Choice | None = None  # content of the folder when a checkpoint was chosen
         self._chosen: tuple[str, Description] | None = None
-        self._damaged: list[str] = []  # tags that were passed over
-        self._rewinds: list[dict[str, int]] = []  # that were made on the way of this run
+        self._damaged: list[str] = []  # tags skipped as damaged
+        self._rewinds: list[dict[str, int]] = []  # rewinds of this run so far
 
     def choose(self) -> tuple[str, Description] | None:
-        """Return tag and description of the checkpoint to go on from: the newest good one, if any. Collective.
+        """Return tag and description of the newest intact checkpoint to resume from, if any. Collective.
 
-        All ranks read a share of its files and compare their checksums. A damaged one is reported. Nothing is changed
-        until `begin`.
+        Each rank reads a share of its files and verifies their checksums. A damaged checkpoint is reported and skipped.
+        The folder does not change before `begin`.
 
         Raises:
-            UserError: it is of another run, or `checkpoint.resume` or `checkpoint.strict` forbid what was found.
+            UserError: it belongs to another run, or `checkpoint.resume` or `checkpoint.strict` forbids using it.
         """
         settings = self.run.checkpoint
-        self._seen = world.gather(choice(self.folder, self.run) if self.place.rank == 0 else Choice([], []))[0]
+        self._seen = world.gather(choice(self.folder, self.run) if self.rank_info.rank == 0 else Choice([], []))[0]
         tags, aside = self._seen.tags, self._seen.aside
         if aside and not tags:
             raise UserError(
@@ -90,56 +90,57 @@ class Checkpoints:
             found, problem = self._examine(tag)
             if problem is None:
                 assert found
-                # On every rank alike: all have read the same description.
+                # All ranks have read the same description, so all of them raise or none does.
                 store.check_resumable(os.path.join(self.folder, tag), found, resolved(self.run))
                 self._rewinds = rewinds(self.run, found)
                 self._chosen = tag, found
                 return self._chosen
             if settings.strict:
-                raise UserError(f"{problem} (checkpoint.strict: without it the newest good one would be used)")
+                raise UserError(f"{problem} (checkpoint.strict: without it the newest intact one would be used)")
             logger.warning("DAMAGED CHECKPOINT: %s", problem)
             self._damaged.append(tag)
         if self._damaged:
             raise UserError(
-                f"{self.folder}: none of its {len(self._damaged)} checkpoints is good; copy them again, or move the "
+                f"{self.folder}: none of its {len(self._damaged)} checkpoints is intact; copy them again, or move the "
                 f"folder away to start anew ({problem})"
             )
         if settings.resume == "must":
-            raise UserError(f"{self.folder}: no checkpoint to resume from (checkpoint.resume = must); auto starts anew")
+            raise UserError(f"{self.folder}: no checkpoint to resume from (checkpoint.resume = must); set it to auto")
         self._rewinds = rewinds(self.run, None)
         return None
 
     def _examine(self, tag: str) -> tuple[Description | None, str | None]:
-        """Return a checkpoint's description, and what is wrong with it, if anything, the same on all ranks."""
+        """Return a checkpoint's description and the first problem found by any rank, if there is one. Collective."""
         folder, found, problem = os.path.join(self.folder, tag), None, None
         try:
             found = describe(folder)
-            if self.place.local_rank == 0:  # on a shared disk thousands of ranks would ask for thousands of files
+            if self.rank_info.local_rank == 0:  # once per host: each call stats all files on the shared file system
                 check_present(folder, found)
-            mine = [name for name, file in found.files.items() if file.rank % self.place.world == self.place.rank]
+            rank, ranks = self.rank_info.rank, self.rank_info.world
+            mine = [name for name, file in found.files.items() if file.rank % ranks == rank]
             verify(folder, found, mine)
         except UserError as error:
             problem = str(error)
         return found, next((text for text in world.gather(problem) if text), None)
 
     def begin(self) -> None:
-        """End all earlier attempts, whose processes may still run; set aside what `choose` passed over. Collective.
+        """End all earlier attempts, whose processes may still run; set damaged checkpoints aside. Collective.
 
-        Call it before the first save, when data and engine have accepted the checkpoint: until then a mistake in the
-        command costs nothing. A run that saves nothing leaves the folder as it is.
+        Call it before the first save, once data and engine have accepted the checkpoint, so that a wrong command
+        changes nothing. A run with `checkpoint.save` off leaves the folder unchanged.
 
         Raises:
-            UserError: the folder cannot be written or is not one that all hosts see, or another attempt is using it.
+            UserError: the folder cannot be written or is not shared by all hosts, or another attempt is using it.
         """
         if self.run.checkpoint.save:
-            world.together(lambda: self._begin() if self.place.rank == 0 else None)
+            world.together(lambda: self._begin() if self.rank_info.rank == 0 else None)
             world.together(self._find)
 
     def _begin(self) -> None:
         self._check_unchanged()
         for name in self._attempt.begin():
             logger.info("removed %s/%s, which was never finished", self.folder, name)
-        self._check_unchanged()  # by what an earlier attempt did just before its end; from now on it can do nothing
+        self._check_unchanged()  # again: an earlier attempt may have committed until `begin` ended it
         aside = self._seen.aside if self._seen else []
         try:
             for tag in self._damaged:
@@ -152,7 +153,7 @@ class Checkpoints:
             self._go_back(self._chosen[0], aside)
 
     def _check_unchanged(self) -> None:
-        """Check that the checkpoints are those that `choose` saw, if it was called."""
+        """Check that the checkpoints have not changed since `choose`, if it was called."""
         if self._seen is None:
             return
         unchanged = choice(self.folder, self.run) == self._seen
@@ -169,24 +170,24 @@ class Checkpoints:
             self._attempt.go_back(tag, aside)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be set back to {tag} ({error}); make it writable") from None
-        logger.warning("REWOUND to %s: set aside as %s are %s", tag, store.REWOUND, ", ".join(aside))
+        logger.warning("REWOUND to %s: set aside as %s: %s", tag, store.REWOUND, ", ".join(aside))
 
     def _find(self) -> None:
         deadline = time.monotonic() + SHARED_S
         while not os.path.exists(self._attempt.path):
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"{self.folder}: rank {self.place.rank} on host {socket.gethostname()} does not see what rank 0 "
-                    "wrote there; set output_dir to a folder that all hosts share"
+                    f"{self.folder}: rank {self.rank_info.rank} on host {socket.gethostname()} does not see what rank "
+                    "0 wrote there; set output_dir to a folder that all hosts share"
                 )
             with suppress(OSError):
-                os.listdir(self.folder)  # a network file system may remember that it was not there
+                os.listdir(self.folder)  # refreshes a network file system's cache of absent names
             time.sleep(0.05)
 
     def load(self, engine: Any, tag: str, found: Description) -> int:
-        """Load a checkpoint, whatever layout wrote it, and return its step. Collective.
+        """Load a checkpoint written by any layout, and return its step. Collective.
 
-        Each rank reads the elements that it holds, and no others.
+        Each rank reads only the elements that it holds.
         """
         folder = os.path.join(self.folder, tag)
         kinds = world.together(lambda: read_tensors(folder, found, found.states.all_kinds()))
@@ -198,7 +199,7 @@ class Checkpoints:
         return found.step
 
     def start_from(self, engine: Any, weights: Mapping[Key, Readable]) -> None:
-        """Begin a run with the weights of a model. Collective."""
+        """Initialize a run with the weights of a model. Collective."""
         self._fill(engine, {MASTER: weights})
 
     def _fill(self, engine: Any, kinds: Mapping[str, Mapping[Key, Readable]]) -> None:
@@ -214,9 +215,9 @@ class Checkpoints:
         spread_masters(engine)
 
     def save(self, engine: Any, step: int, data: Mapping[str, Any]) -> None:
-        """Begin to save `step`; training goes on when everything is copied to host memory. Collective.
+        """Begin to save `step`, and return as soon as everything is copied to host memory. Collective.
 
-        A save that is under way is waited for.
+        It first waits for a save that is still in flight.
         """
         self.settle()
         begin = time.monotonic()
@@ -239,18 +240,18 @@ class Checkpoints:
             self.settle()
 
     def snapshot(self, engine: Any, step: int) -> Snapshot:
-        """Copy this rank's share of a checkpoint to host memory, over the last such copy. Collective."""
+        """Copy this rank's share of a checkpoint to host memory, reusing the memory of the last one. Collective."""
         tied = self.run.model.tie_word_embeddings and self.layout.pp > 1
         files = state_files(engine, store.tag_of(step), tied)
         return self._memory.take(files, self._located(engine))
 
     def settle(self) -> None:
-        """Wait for the save that is under way, if one is, and agree on whether it is there. Collective.
+        """Wait for the save in flight, if any, and agree on whether it succeeded. Collective.
 
         Raises:
-            UserError: it failed, and so would every other, because another start of the run has begun.
+            UserError: it failed because another start of the run has begun, so every later save would fail, too.
         """
-        if not self._writer.under_way:
+        if not self._writer.in_flight:
             return
         errors = world.gather(_reason(self._writer.wait_written()))
         failed = [(rank, reason) for rank, reason in enumerate(errors) if reason]
@@ -262,7 +263,7 @@ class Checkpoints:
         if failed:
             world.together(self._attempt.check)
             logger.warning(
-                "CHECKPOINT LOST: %s was not written (%s); the run goes on, and the next save will be tried",
+                "CHECKPOINT LOST: %s was not written (%s); training continues, and the next save will be attempted",
                 os.path.join(self.folder, store.tag_of(self._step)),
                 self._lost,
             )
@@ -270,7 +271,7 @@ class Checkpoints:
             self._announce()
 
     def _announce(self) -> None:
-        """Have it reported, once, that the last save is there."""
+        """Report once that the last save is committed."""
         if self._announced < self._step:
             self._announced = self._step
             self._news.append(
@@ -279,8 +280,8 @@ class Checkpoints:
             )
 
     def news(self) -> list[str]:
-        """Return what there is to report since the last call: of the first rank, whose end of a save is the save's."""
-        if self.place.rank == 0 and self._writer.ended and not self._writer.error:
+        """Return the messages since the last call. Only rank 0 has any, because its save ends with the commit."""
+        if self.rank_info.rank == 0 and self._writer.ended and not self._writer.error:
             self._announce()
         news, self._news = self._news, []
         return news
@@ -293,17 +294,17 @@ class Checkpoints:
         """
         self.settle()
         if self._lost:
-            newest = world.gather(store.newest(self.folder) if self.place.rank == 0 else None)[0]
+            newest = world.gather(store.newest(self.folder) if self.rank_info.rank == 0 else None)[0]
             raise UserError(
                 f"{self.folder}: the last checkpoint, {store.tag_of(self._step)}, could not be written ({self._lost}); "
-                f"make room and run the same command again: it goes on from {newest or 'the start'}"
+                f"free space and run the same command again: it resumes from {newest or 'the start'}"
             )
-        if self.place.rank == 0:
+        if self.rank_info.rank == 0:
             self._attempt.end()
 
     @contextmanager
     def drained(self) -> Iterator[None]:
-        """Where this rank leaves by an error, give a save that is under way its time; others may have left already."""
+        """If this rank fails, wait up to DRAIN_S for its save in flight. Not collective: other ranks may have ended."""
         try:
             yield
         except BaseException:
@@ -311,27 +312,27 @@ class Checkpoints:
             raise
 
     def _located(self, engine: Any) -> Iterator[Located]:
-        """Yield the tensors that this rank's files are to be read by; of what several ranks hold one is enough."""
+        """Yield the tensors to index in this rank's files. Only one rank indexes a replicated tensor."""
         for parameter, name in engine.param_names.items():
             key = key_of(name)
-            if self._counts(engine, key, parameter) and not hasattr(parameter, "ds_id"):
+            if self._is_indexed(engine, key, parameter) and not hasattr(parameter, "ds_id"):
                 yield Located(key, WEIGHT, self._part(engine, key)[0], 0, parameter.detach())
         parameters = {name: parameter for parameter, name in engine.param_names.items()}
         for fragment in fragments(engine):
             key = key_of(fragment.name)
-            if self._counts(engine, key, parameters[fragment.name]):
+            if self._is_indexed(engine, key, parameters[fragment.name]):
                 for kind, tensor in fragment.tensors.items():
                     yield Located(key, kind, self._part(engine, key)[0], fragment.start, tensor)
 
     def _part(self, engine: Any, key: Key) -> tuple[int, int]:
-        """Return which tensor-parallel part of a weight this rank holds, of how many."""
+        """Return the index of this rank's tensor-parallel part of a weight, and the number of parts."""
         if weight_of(key[1]).cut is None:
             return 0, 1
         return engine.mpu.get_tensor_model_parallel_rank(), self.layout.tp
 
-    def _counts(self, engine: Any, key: Key, parameter: Any) -> bool:
-        whole_elsewhere = weight_of(key[1]).cut is None and engine.mpu.get_tensor_model_parallel_rank() > 0
-        return not whole_elsewhere and not getattr(parameter, "ds_pipe_replicated", False)
+    def _is_indexed(self, engine: Any, key: Key, parameter: Any) -> bool:
+        tp_replica = weight_of(key[1]).cut is None and engine.mpu.get_tensor_model_parallel_rank() > 0
+        return not tp_replica and not getattr(parameter, "ds_pipe_replicated", False)
 
 
 def _read(source: Readable, target: Tensor, rank: int, size: int, start: int) -> None:
@@ -346,10 +347,10 @@ def _read(source: Readable, target: Tensor, rank: int, size: int, start: int) ->
 
 
 def _reason(error: Exception | None) -> str | None:
-    """Return an error of the disk in words; any other is a mistake of this program.
+    """Return the text of an OSError. Any other error is a bug of this program.
 
     Raises:
-        Exception: such a one.
+        Exception: `error`, if it is not an OSError.
     """
     if error is None:
         return None

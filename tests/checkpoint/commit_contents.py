@@ -1,7 +1,8 @@
-"""Checkpoints whose every element says which save it is of: ranks that hold such weights, and a check of their saves.
+"""Checkpoints in which every element identifies its save: ranks that hold such weights, and a check of their saves.
 
-A save is (life, step): runs that were started anew save the same steps in another life. Files and trees are those of
-DeepSpeed's ZeRO-1. Three ranks: 0 and 2 share tensor-parallel part 0, each with half of its optimizer; 1 has part 1.
+A save is (life, step): a run that is started again saves the same steps in another life. Files and trees are those of
+DeepSpeed's ZeRO-1. Three ranks: 0 and 2 share tensor-parallel part 0, each with half of its optimizer states; rank 1
+has part 1.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from llama_ds.layout.weights import Key, weight_of, weight_shapes
 KINDS = (WEIGHT, *ADAMW.all_kinds())
 MOMENTS = KINDS[2:]
 SMALL = ModelConfig(6, 4, 6, 1, 2, 2, 2)
-LARGE = ModelConfig(2048, 64, 128, 1, 4, 4, 16)  # 4 MB a checkpoint
+LARGE = ModelConfig(2048, 64, 128, 1, 4, 4, 16)  # 4 MB per checkpoint
 
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank holds: a tensor-parallel part of the weights, and a part of that one's optimizer."""
+    """What a rank holds: a tensor-parallel part of the weights, and a shard of its optimizer states."""
 
     tp_rank: int
     dp_rank: int
@@ -55,9 +56,9 @@ THREE = (Share(0, 0, 2), Share(1, 0, 1), Share(0, 1, 2))
 
 @lru_cache(maxsize=4096)
 def elements(model: ModelConfig, key: Key, kind: str, life: int, step: int) -> Tensor:
-    """Return a whole tensor as it is at a step: no element is the same at another step, or in another life.
+    """Return an unsharded tensor at a step. Every element differs from that of any other step or life.
 
-    All are whole numbers, exact in their dtype: bf16 up to 256, fp32 up to 2^24.
+    All elements are integers that are exact in their dtype: bf16 up to 256, fp32 up to 2^24.
     """
     shape = weight_shapes(model)[key]
     number = list(weight_shapes(model)).index(key) * len(KINDS) + KINDS.index(kind)
@@ -70,18 +71,18 @@ def elements(model: ModelConfig, key: Key, kind: str, life: int, step: int) -> T
 
 
 class LiveRank:
-    """The tensors of one rank, in memory that stays as it is from step to step."""
+    """The tensors of one rank, in the same memory at every step."""
 
     def __init__(self, model: ModelConfig, share: Share, tp: int) -> None:
         self.model, self.share, self.tp = model, share, tp
         self.weights = {key: self._part(key, WEIGHT, 0, 0) for key in weight_shapes(model)}
         total = sum(weight.numel() for weight in self.weights.values())
         length = -(-total // share.dp_size)
-        self.begin = share.dp_rank * length  # of this rank's optimizer, in all weights of the part one after the other
+        self.begin = share.dp_rank * length  # start of this rank's shard in the flattened weights of the part
         self.flats = {kind: torch.zeros(min(length, total - self.begin)) for kind in (MASTER, *MOMENTS)}
 
     def set(self, life: int, step: int) -> None:
-        """Become what the rank holds at a step."""
+        """Set the tensors to their values at a step."""
         for key, weight in self.weights.items():
             weight.copy_(self._part(key, WEIGHT, life, step))
         for kind, flat in self.flats.items():
@@ -99,8 +100,8 @@ class LiveRank:
         return [*shared, (own, {"optimizer_state_dict": optimizer})]
 
     def located(self) -> Iterator[Located]:
-        """Yield the tensors that are to be found again."""
-        first = 0  # element of this weight's part, among those of all weights
+        """Yield the tensors that the index must locate."""
+        first = 0  # position of this weight in the flattened weights of the part
         for key, weight in self.weights.items():
             begin, end = max(first, self.begin), min(first + weight.numel(), self.begin + len(self.flats[MASTER]))
             if not self.share.tp_rank or weight_of(key[1]).cut is not None:
@@ -112,12 +113,12 @@ class LiveRank:
             first += weight.numel()
 
     def _part(self, key: Key, kind: str, life: int, step: int) -> Tensor:
-        whole, dim = elements(self.model, key, kind, life, step), weight_of(key[1]).cut
-        return whole.clone() if dim is None else whole.chunk(self.tp, dim)[self.share.tp_rank].contiguous()
+        full, dim = elements(self.model, key, kind, life, step), weight_of(key[1]).cut
+        return full.clone() if dim is None else full.chunk(self.tp, dim)[self.share.tp_rank].contiguous()
 
 
 def description(model: ModelConfig, shares: Sequence[Share], life: int, step: int) -> Description:
-    """Return what is said of a save: every number in it follows from life and step."""
+    """Return the description of a save. Every number in it follows from life and step."""
     tp = 1 + max(share.tp_rank for share in shares)
     layout = {"world": len(shares), "pp": 1, "tp": tp, "dp": max(share.dp_size for share in shares)}
     run = {"model": asdict(model), "seed": life}
@@ -126,7 +127,7 @@ def description(model: ModelConfig, shares: Sequence[Share], life: int, step: in
 
 
 class Rank:
-    """One rank of a run: what it holds, and its writer."""
+    """One rank of a run: its tensors and its writer."""
 
     def __init__(
         self,
@@ -144,7 +145,7 @@ class Rank:
         self.writer = Writer(attempt, rank, len(shares), tokenizer, keep)
 
     def start(self, life: int, step: int) -> None:
-        """Begin to save a step, and go on: by the time that it is written, the live tensors are others."""
+        """Begin to save a step, and then overwrite the live tensors as training would."""
         self.live.set(life, step)
         snapshot = self.memory.take(self.live.files(), self.live.located())
         self.writer.start(description(self.model, self.shares, life, step), snapshot)
@@ -159,26 +160,26 @@ def ranks(
     keep: store.Retention = store.Retention(),  # noqa: B008 (frozen)
     model: ModelConfig = SMALL,
 ) -> list[Rank]:
-    """Begin an attempt of a run whose ranks all live in this process; return them."""
+    """Begin an attempt of a run whose ranks are all in this process; return the ranks."""
     attempt = begin(folder)
     return [Rank(attempt, rank, model, shares, tokenizer, keep) for rank in range(len(shares))]
 
 
 def begin(folder: str) -> SaveAttempt:
-    """Begin an attempt, as rank 0 does."""
+    """Begin an attempt, as rank 0 does; return it."""
     attempt = SaveAttempt(folder, new_id())
     attempt.begin()
     return attempt
 
 
 def names(attempt: SaveAttempt) -> set[str]:
-    """Return what is in the folder of checkpoints beside the folder of the attempt, which must be empty."""
+    """Return the names in the checkpoint folder beside the attempt's folder, which must be empty."""
     assert os.listdir(attempt.path) == []
     return set(os.listdir(attempt.folder)) - {os.path.basename(attempt.path)}
 
 
 def settle(run: Sequence[Rank]) -> tuple[list[Exception | None], list[Exception | None]]:
-    """Wait for a save as training does, all ranks together; return what each says of its files, and of the commit."""
+    """Wait for a save on all ranks as training does; return each rank's error of its own files and of the commit."""
     written = [rank.writer.wait_written() for rank in run]
     return written, [rank.writer.wait_committed(abandon=any(written)) for rank in run]
 
@@ -190,47 +191,46 @@ def save(run: Sequence[Rank], life: int, step: int) -> None:
     assert settle(run) == ([None] * len(run), [None] * len(run))
 
 
-checked: dict[Any, tuple[int, int]] = {}  # checkpoints, by all that tells their files from others
+checked: dict[Any, tuple[int, int]] = {}  # (life, step) of checked checkpoints, by the identity of their files
 
 
 def check_checkpoint(folder: str, tag: str, shares: Sequence[Share] = THREE) -> tuple[int, int]:
-    """Check a checkpoint to its last element; return the (life, step) that it is of.
+    """Check every element of a checkpoint; return its (life, step).
 
-    One whose files were checked before, and have not been written to since, is known.
+    Files that were checked before and have not been written to since are not checked again.
     """
-    place = os.path.join(folder, tag)
-    states = sorted((entry.name, entry.stat()) for entry in os.scandir(place)) if os.path.isdir(place) else []
+    path = os.path.join(folder, tag)
+    states = sorted((entry.name, entry.stat()) for entry in os.scandir(path)) if os.path.isdir(path) else []
     files = (tag, tuple(shares), *((name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in states))
     if files not in checked:
-        checked[files] = _check(place, tag, shares)
+        checked[files] = _check(path, tag, shares)
     return checked[files]
 
 
-def _check(place: str, tag: str, shares: Sequence[Share]) -> tuple[int, int]:
-    found = describe(place)
-    check_present(place, found)
-    verify(place, found, found.files)
+def _check(path: str, tag: str, shares: Sequence[Share]) -> tuple[int, int]:
+    found = describe(path)
+    check_present(path, found)
+    verify(path, found, found.files)
     life, step = found.data["life"], int(tag.removeprefix("step_"))
-    wanted = description(found.model, shares, life, step)
-    content, said = asdict(found), asdict(wanted)
+    content, wanted = asdict(found), asdict(description(found.model, shares, life, step))
     for filled_in in ("files", "config_hash"):
-        del content[filled_in], said[filled_in]
-    assert content == json.loads(json.dumps(said))
-    assert set(os.listdir(place)) == {*found.files, "llama_ds.json"}
-    tensors = read_tensors(place, found, KINDS)
+        del content[filled_in], wanted[filled_in]
+    assert content == json.loads(json.dumps(wanted))
+    assert set(os.listdir(path)) == {*found.files, "llama_ds.json"}
+    tensors = read_tensors(path, found, KINDS)
     assert list(tensors) == list(KINDS)
     for kind, spreads in tensors.items():
         for key in weight_shapes(found.model):
             is_equal = torch.equal(spreads[key].whole(), elements(found.model, key, kind, life, step))
-            assert is_equal, f"{place}: {kind} of {key} is not that of step {step}"
+            assert is_equal, f"{path}: {kind} of {key} is not that of step {step}"
     return life, step
 
 
 def check_folder(folder: str, shares: Sequence[Share] = THREE) -> list[tuple[int, int]]:
-    """Check all checkpoints that could be loaded; return the (life, step) of each, the one to load first."""
+    """Check all checkpoints that a run could resume from; return the (life, step) of each, in the order of trying."""
     return [check_checkpoint(folder, tag, shares) for tag in store.candidates(folder)]
 
 
 def linked(base: Path, folder: Path) -> Path:
-    """Return a copy of a folder with the same files: no save changes one, so that each need be checked only once."""
+    """Return a copy of a folder with hard links to its files. Saves never modify files, so one check each suffices."""
     return shutil.copytree(base, folder, copy_function=os.link)

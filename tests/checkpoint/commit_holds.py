@@ -1,4 +1,4 @@
-"""Processes that stop at one of the steps that they take in a folder, until the test has done something else there."""
+"""Processes that stop at a given operation in a folder until the test lets them continue."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ Act = Callable[[], object]
 
 
 class Held:
-    """A process that has come to a point, or has ended without coming to it."""
+    """A process that has reached a point, or has ended without reaching it."""
 
-    def __init__(self, process: int, going_on: int) -> None:
-        self._process, self._going_on = process, going_on
+    def __init__(self, process: int, resume: int) -> None:
+        self._process, self._resume = process, resume
 
     def release(self) -> bool:
-        """Let the process do what is left; return whether it could."""
-        with suppress(BrokenPipeError):  # it has ended
-            os.write(self._going_on, b".")
+        """Let the process continue to its end; return whether it succeeded."""
+        with suppress(BrokenPipeError):  # the process has ended
+            os.write(self._resume, b".")
         return os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1]) == 0
 
 
 @contextmanager
 def held(folder: str, act: Act, at: Callable[[str], bool]) -> Iterator[Held]:
-    """Have another process `act`, and wait until it is about to do something in `folder` whose point fulfils `at`."""
+    """Run `act` in another process, and wait until it is at a point in `folder` for which `at` is true."""
     arrived, arriving = os.pipe()
-    to_go_on, going_on = os.pipe()
-    write = os.write  # not the one that is watched
+    resumed, resume = os.pipe()
+    write = os.write  # the original, which `Points` does not watch
 
     def stop(point: str, _: int) -> None:
         if at(point):
             write(arriving, b".")
-            os.read(to_go_on, 1)
+            os.read(resumed, 1)
 
     process = os.fork()
     if not process:
         status = 1
         try:
-            os.close(going_on)  # so that it goes on where the test ends
+            os.close(resume)  # so that the process continues if the test ends early
             Points(folder, stop, None)
             act()
             status = 0
@@ -51,22 +51,22 @@ def held(folder: str, act: Act, at: Callable[[str], bool]) -> Iterator[Held]:
         finally:
             os._exit(status)
     os.close(arriving)
-    os.close(to_go_on)
+    os.close(resumed)
     os.read(arrived, 1)
     try:
-        yield Held(process, going_on)
+        yield Held(process, resume)
     finally:
         os.close(arrived)
-        os.close(going_on)
+        os.close(resume)
 
 
 def note(file: int, point: str) -> None:
-    """Write a point down."""
+    """Append a point to a log file."""
     os.writev(file, [point.encode() + b"\n"])  # os.write is watched
 
 
 def points_of(folder: str, act: Act, log: Path) -> list[str]:
-    """Return the points that a process which acts passes in a folder: of a file's writes the first and the last."""
+    """Return the points of `act` in a folder; of the writes to a file, only the first and the last."""
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     process = os.fork()
     if not process:
@@ -81,5 +81,5 @@ def points_of(folder: str, act: Act, log: Path) -> list[str]:
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
     points = [point for point in log.read_text().splitlines() if not point.startswith("synced")]
     others, writes = without_writes(points)
-    chosen = {*others, *(point for own in writes for point in (own[0], own[-1]))}
+    chosen = {*others, *(point for of_file in writes for point in (of_file[0], of_file[-1]))}
     return [point for point in points if point in chosen]

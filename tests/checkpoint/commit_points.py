@@ -1,7 +1,7 @@
-"""The steps that a process takes in a folder, seen as they come by; and its death at one of them.
+"""Observes the operations of a process in a folder, and kills the process at one of them.
 
-A point is "operation path", the path within the folder: the moment before the operation. Of those of one name the
-second is "... #2", and so on. A write has two points: before it, and when half of its bytes are written ("torn").
+A point is the moment before an operation, named "operation path" with the path relative to the folder. The second
+point of the same name is "... #2", and so on. A write has another point when half of its bytes are written ("torn").
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-# Python's own audit events of what changes a folder, or reads a file.
+# Python's audit events for operations that change a folder or open a file.
 OPERATIONS = {"open": "open", "os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "remove", "os.rmdir": "rmdir"}
-# Where that stands in an event's arguments: path, its folder's descriptor (None: it has none).
+# Positions in an event's arguments: the path, and the descriptor of its folder (None: the event has none).
 ARGUMENTS = {"open": (0, None), "os.mkdir": (0, 2), "os.rename": (0, 2), "os.remove": (0, 1), "os.rmdir": (0, 1)}
 
 
 def without_writes(points: list[str]) -> tuple[list[str], list[list[str]]]:
-    """Return the points that are no writes, and those that are by the file to which they write."""
+    """Return the points other than writes, and the writes grouped by file."""
     writes: dict[str, list[str]] = {}
     for point in points:
         if point.startswith("write"):
@@ -29,11 +29,11 @@ def without_writes(points: list[str]) -> tuple[list[str], list[list[str]]]:
     return [point for point in points if not point.startswith("write")], list(writes.values())
 
 
-Log = Callable[[str, int], None]  # of a point and when it was, in ns of the system's monotonic clock
+Log = Callable[[str, int], None]  # (point, time in ns of the monotonic clock)
 
 
 class Points:
-    """Sees what this process does in `folder` from now on, tells `log` of it, and kills it at the point `fatal`."""
+    """Reports this process's operations in `folder` to `log`, and kills the process at the point `fatal`."""
 
     def __init__(self, folder: str, log: Log | None, fatal: str | None) -> None:
         self.folder, self.log, self.fatal = folder + "/", log, fatal
@@ -62,23 +62,23 @@ class Points:
         self._pass("fsync", path)
         self._fsync(file)
         if path.startswith(self.folder) or path + "/" == self.folder:
-            self._tell(f"synced {self._within(path)}")
+            self._report(f"synced {self._within(path)}")
 
     def _pass(self, operation: str, path: str) -> bool:
         if not path.startswith(self.folder) and path + "/" != self.folder:
             return False
         name = self._name(operation, path)
-        self._tell(name)
+        self._report(name)
         if name == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
         return True
 
-    def _tell(self, point: str) -> None:
+    def _report(self, point: str) -> None:
         if self.log:
             self.log(point, time.monotonic_ns())
 
     def _name(self, operation: str, path: str, count: bool = True) -> str:
-        """Return a point's name. A torn write is numbered as the write that it is."""
+        """Return a point's name. A torn write has the number of its write."""
         within = self._within(path)
         numbered = f"{'write' if operation == 'torn' else operation} {within}"
         self.seen[numbered] += count

@@ -1,6 +1,6 @@
-"""Started by a test: forks the ranks of a run that saves, one run for each line of JSON (a Trial) that it is given.
+"""Worker process of a test: for each line of JSON (a Trial) it forks the ranks of a run that saves.
 
-Answers each with a line of JSON (an Outcome). It has torch in memory and one thread, so that a trial costs little.
+It answers with a line of JSON (an Outcome). Forking is cheap because torch is loaded already and there is one thread.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt
 from llama_ds.checkpoint.manifest import DESCRIPTION
 
-PATIENCE_S = 120.0  # then a trial counts as hung
+HANG_S = 120.0  # timeout after which a trial counts as hung
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A run: it saves `steps` one after the other, and may die on the way."""
+    """A run that saves `steps` one after the other, and may be killed."""
 
     folder: str
     life: int
@@ -41,31 +41,31 @@ class Trial:
     tokenizer: str = ""
     keep: tuple[int, int] = (0, 0)
     large: bool = False
-    watch: bool = False  # what the ranks do in the folder while they save the last step
-    victim: int = -1  # the rank that dies in the last step
-    point: str | None = None  # at which it does
-    leave: bool = False  # the others until they can do no more; else they die as soon as it is dead
-    kill_after_s: float | None = None  # all ranks, counted from the first commit
+    watch: bool = False  # report the operations of all ranks in the folder during the last step
+    victim: int = -1  # the rank that is killed in the last step
+    point: str | None = None  # the point at which it is killed
+    leave: bool = False  # True: kill the other ranks once they cannot proceed; False: at once
+    kill_after_s: float | None = None  # kill all ranks this long after the first commit
 
     @property
     def attempt(self) -> SaveAttempt:
-        """The run's attempt. Its id says which life it is, so that points have the same names each time."""
+        """The run's attempt. Its id is the life, so that points have the same names in every trial."""
         return SaveAttempt(self.folder, f"{self.life:016x}")
 
 
 @dataclass
 class Outcome:
-    """What came of it."""
+    """The result of a trial."""
 
-    committed: list[int] = field(default_factory=list)  # the steps of which rank 0 knew that they were there
-    ends: list[int] = field(default_factory=list)  # how each rank ended: exit status, or minus the signal
-    points: list[tuple[int, int, str]] = field(default_factory=list)  # when (ns), rank, what
+    committed: list[int] = field(default_factory=list)  # the steps that rank 0 reported as committed
+    ends: list[int] = field(default_factory=list)  # each rank's exit status, or minus its signal
+    points: list[tuple[int, int, str]] = field(default_factory=list)  # (time in ns, rank, point)
     hung: bool = False
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        save(ranks(folder), 1, 1)  # what torch imports only when it saves is in memory, too
+        save(ranks(folder), 1, 1)  # load the modules that torch imports at its first save
     gc.collect()
     gc.freeze()  # a collection in a forked rank would copy the pages of all objects
     for line in sys.stdin:
@@ -79,7 +79,7 @@ def perform(trial: Trial) -> Outcome:
     trial.attempt.begin()
     together = multiprocessing.get_context("fork").Barrier(len(THREE))
     living: dict[int, int] = {}  # process ids
-    at_rest: set[int] = set()  # ranks that have written the last step, and 0 only when it is committed if it will be
+    at_rest: set[int] = set()  # ranks that have written the last step; len(THREE) stands for its commit by rank 0
     with selectors.DefaultSelector() as selector:
         for rank in range(len(THREE)):
             ours, theirs = os.pipe()
@@ -88,13 +88,13 @@ def perform(trial: Trial) -> Outcome:
                 run_rank(trial, rank, together, theirs)
             os.close(theirs)
             selector.register(os.fdopen(ours, "rb", 0), selectors.EVENT_READ, rank)
-        deadline, begun = time.monotonic() + PATIENCE_S, False
+        deadline, begun = time.monotonic() + HANG_S, False
         while living:
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if not ready:
                 outcome.hung = not begun
                 kill(living)
-                deadline = time.monotonic() + PATIENCE_S
+                deadline = time.monotonic() + HANG_S
             for entry, _ in ready:
                 rank, text = entry.data, entry.fileobj.readline()  # type: ignore[union-attr]
                 if not text:
@@ -115,7 +115,7 @@ def perform(trial: Trial) -> Outcome:
 
 
 def hear(outcome: Outcome, at_rest: set[int], rank: int, news: list[Any], last: int) -> None:
-    """Take in what a rank says."""
+    """Process a message of a rank."""
     what, value = news[0], news[1]
     if what == "point":
         outcome.points.append((news[2], rank, value))
@@ -126,54 +126,54 @@ def hear(outcome: Outcome, at_rest: set[int], rank: int, news: list[Any], last: 
 
 
 def awaited(trial: Trial, living: set[int]) -> set[int]:
-    """Return what is to be heard of before the ranks that are left can do no more."""
+    """Return the entries of `at_rest` to wait for; then the remaining ranks cannot proceed."""
     tag = os.path.join(trial.folder, store.tag_of(trial.steps[-1]))
     unfinished = trial.attempt.partial(trial.steps[-1])
     record = os.path.join(unfinished, f"rank_{trial.victim:05d}.json")
-    # In the order in which they come into being: rank 0 may be at work just now.
+    # In the order of their creation, because rank 0 may create them at this moment.
     complete = any(os.path.exists(p) for p in (record, os.path.join(unfinished, DESCRIPTION)))
     complete = complete or (not os.path.exists(unfinished) and os.path.exists(tag))
     return living | ({len(THREE)} if 0 in living and complete else set())
 
 
 def kill(living: dict[int, int]) -> None:
-    """Kill all ranks at once, in any order. They are waited for where their pipes end."""
+    """Kill all ranks in random order. `perform` reaps each one when its pipe closes."""
     for process in random.sample(list(living.values()), len(living)):
         os.kill(process, signal.SIGKILL)
 
 
 def run_rank(trial: Trial, rank: int, together: Any, pipe: int) -> None:
-    """Be a rank, and then be gone."""
+    """Run a rank in this process, and exit."""
     status = 1
     try:
-        write = os.write  # not the one that is watched
+        write = os.write  # the original, which `Points` does not watch
 
-        def say(*news: Any) -> None:
+        def report(*news: Any) -> None:
             write(pipe, json.dumps(news).encode() + b"\n")
 
-        save_steps(trial, rank, together, say)
+        save_steps(trial, rank, together, report)
         status = 0
     except BaseException:
         traceback.print_exc()
     os._exit(status)
 
 
-def save_steps(trial: Trial, rank: int, together: Any, say: Callable[..., None]) -> None:
-    """Save all steps, in step with the other ranks."""
+def save_steps(trial: Trial, rank: int, together: Any, report: Callable[..., None]) -> None:
+    """Save all steps, with a barrier after each."""
     keep = store.Retention(*trial.keep)
     run = Rank(trial.attempt, rank, LARGE if trial.large else SMALL, THREE, trial.tokenizer, keep)
     for step in trial.steps:
         if step == trial.steps[-1] and (trial.watch or trial.victim == rank):
-            log = partial(say, "point") if trial.watch else None
+            log = partial(report, "point") if trial.watch else None
             Points(trial.folder, log, trial.point if trial.victim == rank else None)
         run.start(trial.life, step)
         if error := run.writer.wait_written():
             raise error
-        say("written", step)
+        report("written", step)
         if error := run.writer.wait_committed():
             raise error
         if rank == 0:
-            say("committed", step)
+            report("committed", step)
         together.wait()
 
 

@@ -1,4 +1,4 @@
-"""A small tokenizer and its rows, and checkpoints written as the ranks of a layout write them."""
+"""A small tokenizer and its rows, and checkpoints as the ranks of a layout write them."""
 
 from __future__ import annotations
 

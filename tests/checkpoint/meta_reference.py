@@ -1,10 +1,10 @@
-"""Meta's model as published, to judge consolidated files by: all model-parallel ranks side by side, each with its file.
+"""Meta's published model as a reference for consolidated files: all model-parallel ranks, each with its own file.
 
-After llama/model.py of github.com/meta-llama/llama and llama3 and models/llama3/reference_impl of llama-models: rotary
-embeddings as complex numbers of neighbouring pairs; ColumnParallelLinear, RowParallelLinear, ParallelEmbedding (LLaMA 1
-and 2, cut by columns) and VocabParallelEmbedding (Llama 3, cut by rows) of fairscale.
+It follows llama/model.py of github.com/meta-llama/llama and llama3, and models/llama3/reference_impl of llama-models:
+rotary embeddings rotate adjacent pairs as complex numbers. From fairscale: ColumnParallelLinear, RowParallelLinear,
+ParallelEmbedding (LLaMA 1 and 2, sharded by columns) and VocabParallelEmbedding (Llama 3, sharded by rows).
 
-Shapes: B rows, T tokens, H heads of a rank, K head size.
+Shapes: B rows, T tokens, H heads per rank, K head size.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 class MetaModel:
-    """The model of a folder; logits in fp32."""
+    """The model in a folder; it computes logits in fp32."""
 
     def __init__(self, folder: Path) -> None:
         self.p = json.loads((folder / "params.json").read_text())

@@ -1,4 +1,4 @@
-"""Started on every rank: have DeepSpeed's own PipelineEngine load a converted checkpoint, and compare its weights.
+"""Worker for every rank: DeepSpeed's own PipelineEngine loads a converted checkpoint, and its weights are compared.
 
 start_worker.py CHECKPOINT PP TP
 """
@@ -30,13 +30,13 @@ from llama_ds.training.engines.build import build_engine
 
 
 def main() -> None:
-    faulthandler.dump_traceback_later(240, exit=True)  # a rank that waits for another says where
+    faulthandler.dump_traceback_later(240, exit=True)  # show where a hung rank waits
     folder, pp, tp = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     files = open_model(folder)
-    place = world.find_place()
+    rank_info = world.find_place()
     with world.failing_together():
-        world.join(place)
+        world.join(rank_info)
         run = RunConfig(
             name="start",
             seed=99,
@@ -57,10 +57,10 @@ def main() -> None:
         rank = engine.grid.get_slice_parallel_rank()
         for name, parameter in engine.module.named_parameters():
             key = key_of(name)
-            whole, dim = files.tensors[key].whole(), weight_of(key[1]).cut
-            wanted = whole if dim is None else whole.chunk(tp, dim)[rank]
+            full, dim = files.tensors[key].whole(), weight_of(key[1]).cut
+            wanted = full if dim is None else full.chunk(tp, dim)[rank]
             assert torch.equal(parameter, wanted), name
-        with open(f"{folder}.loaded-{place.rank}", "w") as file:
+        with open(f"{folder}.loaded-{rank_info.rank}", "w") as file:
             file.write(str(len(list(engine.module.named_parameters()))))
 
 

@@ -1,4 +1,4 @@
-"""Whatever is wrong with a model's files is one line that names it; nothing in them is ever executed."""
+"""Every problem with a model's files is reported in one line that names the file; no code in them is executed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_ds.checkpoint.load_model import open_model
 from llama_ds.errors import UserError
 from tools import convert
 
-Models = Callable[[str], Path]  # deepspeed, hf, meta -> a folder of its own to be damaged
+Models = Callable[[str], Path]  # deepspeed, hf, meta -> a new model folder that a test may damage
 LARGE = {"deepspeed": "layer_02-model_01-model_states.pt", "hf": "model.safetensors", "meta": "consolidated.01.pth"}
 
 
@@ -35,7 +35,7 @@ def models(write: Write, tmp_path: Path) -> Models:
 
 
 def refuse(folder: Path, capsys: pytest.CaptureFixture[str], *named: str, words: tuple[str, ...] = ()) -> str:
-    """Convert to every kind; return the line that says why not. Nothing is left behind but what can be gone on with."""
+    """Convert to every kind; check that each conversion fails with the same line, without a destination; return it."""
     capsys.readouterr()
     out, lines = folder.parent / "refused", set()
     for kind in ("hf", "meta", "deepspeed"):
@@ -77,30 +77,30 @@ def test_a_damaged_file_is_named(models: Models, capsys: pytest.CaptureFixture[s
     damage_large(kind, how)(folder)
     what = {"missing": "No such file", "looped": "symbolic links"}
     if kind == "hf" and how == "missing":
-        refuse(folder, capsys, f"{folder}: neither model.safetensors nor pytorch_model.bin")
-    elif kind == "meta" and how == "missing":  # nothing says how many there were
-        refuse(folder, capsys, f"{folder}: tensor tok_embeddings.weight has shape [800, 16]", "or not all there")
+        refuse(folder, capsys, f"{folder}: contains neither model.safetensors nor pytorch_model.bin")
+    elif kind == "meta" and how == "missing":  # no file records the number of ranks
+        refuse(folder, capsys, f"{folder}: tensor tok_embeddings.weight has shape [800, 16]", "or are incomplete")
     else:
         refuse(folder, capsys, str(folder / LARGE[kind]), what.get(how, ""))
 
 
 @pytest.mark.parametrize("file", ["layer_02-model_01-model_states.pt", "index.json", "llama_ds.json"])
 def test_a_flipped_bit_in_a_checkpoint_is_found(models: Models, capsys: pytest.CaptureFixture[str], file: str) -> None:
-    """The other formats have no checksums: of theirs, only what cannot be read is found."""
+    """The other formats have no checksums: there, only unreadable files are found."""
     folder = models("deepspeed")
     path = folder / file
     content = bytearray(path.read_bytes())
-    # The last digit of an offset; a weight; whatever it is.
-    place = content.index(b',"float32"') - 1 if file == "index.json" else len(content) // 2
-    content[place] ^= 1
+    # In the index, the last digit of an offset; in the other files, any byte in the middle.
+    position = content.index(b',"float32"') - 1 if file == "index.json" else len(content) // 2
+    content[position] ^= 1
     path.write_bytes(content)
     refuse(folder, capsys, str(path))
 
 
 @pytest.mark.parametrize("kind", ["hf", "meta"])
 @pytest.mark.parametrize("seed", range(4))
-def test_any_damage_is_a_line_or_harmless(models: Models, kind: str, seed: int) -> None:
-    """Bytes changed at random in headers and tables of contents: a UserError, or numbers that are read as they are."""
+def test_random_damage_is_reported_or_harmless(models: Models, kind: str, seed: int) -> None:
+    """Random bytes in headers and tables of contents cause a UserError in one line, or change only numbers."""
     folder = models(kind)
     path = folder / LARGE[kind]
     content, draw = path.read_bytes(), random.Random(seed)
@@ -108,8 +108,8 @@ def test_any_damage_is_a_line_or_harmless(models: Models, kind: str, seed: int) 
     for _ in range(40):
         damaged = bytearray(content)
         for _ in range(draw.choice([1, 1, 3])):
-            near = draw.randrange(4000) if draw.random() < 0.6 else -1 - draw.randrange(3000)
-            damaged[near] = draw.randrange(256)
+            position = draw.randrange(4000) if draw.random() < 0.6 else -1 - draw.randrange(3000)
+            damaged[position] = draw.randrange(256)
         path.write_bytes(damaged)
         try:
             for tensor in open_model(str(folder)).tensors.values():
@@ -121,7 +121,7 @@ def test_any_damage_is_a_line_or_harmless(models: Models, kind: str, seed: int) 
 
 
 class Bomb:
-    """A pickle that makes a file when it is loaded."""
+    """A pickle that creates a folder when its code is executed."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -147,7 +147,7 @@ def test_code_in_a_checkpoint_is_not_executed(
     refuse(folder, capsys, str(folder / name))
     assert not (tmp_path / "executed").exists()
     torch.load(folder / name, weights_only=False) if how == "torch.save" else pickle.loads((folder / name).read_bytes())
-    assert (tmp_path / "executed").exists()  # it was no dud
+    assert (tmp_path / "executed").exists()  # an unsafe load does execute it
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,13 @@ def test_code_in_a_checkpoint_is_not_executed(
         ({"tok_embeddings.weight": torch.ones(800, 16)}, "1 tensor (output.weight) is missing of 2"),
         (
             {"tok_embeddings.weight": torch.ones(16, 400).t(), "output.weight": torch.ones(400, 32)},
-            "one run of numbers",
+            "is not stored contiguously",
         ),
         ({"tok_embeddings.weight": torch.ones(()), "output.weight": torch.ones(400, 32)}, "has shape []"),
         ({}, "holds no state dict"),
     ],
 )
-def test_what_is_no_state_dict_is_named(
+def test_a_file_without_a_state_dict_is_named(
     models: Models, capsys: pytest.CaptureFixture[str], content: object, named: str
 ) -> None:
     folder = models("meta")
@@ -186,7 +186,7 @@ NORM, UP = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
 def test_wrong_tensors_are_named(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
     folder = models("hf")
     change_tensors(folder, lambda state: state.update({UP: torch.ones(96, 32)}))
-    refuse(folder, capsys, f"tensor {UP} has shape [96, 32], config.json makes it [88, 32]")
+    refuse(folder, capsys, f"tensor {UP} has shape [96, 32], config.json implies [88, 32]")
     change_tensors(folder, lambda state: (state.pop(UP), state.pop(NORM)))
     refuse(folder, capsys, f"2 tensors ({UP}, {NORM}) are missing of 30")
     change_tensors(folder, lambda state: state.update({UP: torch.ones(88, 32), NORM: torch.ones(32)}))
@@ -216,10 +216,14 @@ def test_a_bad_index_is_named(models: Models, capsys: pytest.CaptureFixture[str]
     refuse(folder, capsys, str(folder), named)
 
 
-def test_a_folder_of_no_known_kind_is_named(models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_an_unknown_format_is_named(
+    models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     refuse(
-        tmp_path / "empty", capsys, f"{tmp_path}/empty: none of llama_ds.json, latest, config.json, params.json in it"
+        tmp_path / "empty",
+        capsys,
+        f"{tmp_path}/empty: contains none of llama_ds.json, latest, config.json, params.json",
     )
     refuse(tmp_path / "nowhere", capsys, f"{tmp_path}/nowhere: no such folder")
     (tmp_path / "loop").symlink_to("loop")
@@ -227,7 +231,7 @@ def test_a_folder_of_no_known_kind_is_named(models: Models, tmp_path: Path, caps
     both = models("hf")
     for file in models("meta").iterdir():
         shutil.copy(file, both)
-    refuse(both, capsys, "config.json and Meta's params.json both in it", "--from")
+    refuse(both, capsys, "contains both config.json and Meta's params.json", "--from")
     assert convert.main([str(both), str(tmp_path / "x"), "--from", "meta", "--to", "hf", "--no-logits"]) == 0
     refuse(tmp_path / "meta", capsys, "config.json: cannot be read (No such file", words=("--from", "hf"))
     refuse(tmp_path / "hf", capsys, "no complete checkpoint", words=("--from", "deepspeed"))
@@ -247,7 +251,7 @@ def test_a_folder_of_no_known_kind_is_named(models: Models, tmp_path: Path, caps
         (["--to", "hf", "--workers", "0"], "--workers 0 is not positive"),
     ],
 )  # fmt: skip
-def test_a_number_that_does_not_go_is_named(
+def test_an_invalid_number_on_the_command_line_is_named(
     models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], named: str
 ) -> None:
     source = models("hf")
@@ -260,7 +264,7 @@ def test_a_number_that_does_not_go_is_named(
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_number_that_fp16_has_not_is_named(
+def test_a_tensor_beyond_the_range_of_fp16_is_named(
     models: Models, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = models("hf")

@@ -1,4 +1,4 @@
-"""Saves that fail or are given up cost nothing but themselves; what is old goes, and nothing else."""
+"""A save that fails or is abandoned harms nothing else; retention deletes old checkpoints, and nothing else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from llama_ds.checkpoint.store import Retention
 from llama_ds.checkpoint.writing import Abandoned
 
 MIDDLING = replace(SMALL, vocab_size=512, hidden_size=16)
-LIMIT = 80_000  # bytes: more than the files with half an optimizer of that, less than the one with a whole
+LIMIT = 80_000  # bytes; between MIDDLING's optimizer files on a rank with half of the states and with all of them
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> str:
 
 
 def content(folder: str) -> dict[str, tuple[int, int]]:
-    """Return all files of a folder, and when they were last written."""
+    """Return the inode and modification time of all files in a folder."""
     files = [p for p in Path(folder).rglob("*") if p.is_file()]
     return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
 
@@ -59,8 +59,8 @@ def content(folder: str) -> dict[str, tuple[int, int]]:
         (Retention(every=3), {7: [1, 2, 3, 4, 5, 6, 7]}),
     ],
 )
-def test_what_is_old_goes(folder: str, keep: Retention, kept: dict[int, list[int]]) -> None:
-    """A disk would fill up, or the checkpoint that somebody wanted to keep would be gone."""
+def test_retention_deletes_old_checkpoints(folder: str, keep: Retention, kept: dict[int, list[int]]) -> None:
+    """Otherwise the disk would fill up, or a checkpoint to be kept would be lost."""
     run = ranks(folder, ONE, keep=keep)
     for step in range(1, 8):
         save(run, 1, step)
@@ -71,8 +71,8 @@ def test_what_is_old_goes(folder: str, keep: Retention, kept: dict[int, list[int
     assert [s for _, s in check_folder(folder, ONE)] == kept[7][::-1]
 
 
-def test_the_newest_stays_though_others_have_higher_numbers(folder: str) -> None:
-    """A run told to go back would save, and remove what it has just saved."""
+def test_the_newest_stays_though_others_have_higher_steps(folder: str) -> None:
+    """Otherwise a rewound run would delete the checkpoint that it has just saved."""
     save_all(ranks(folder, ONE), 1, range(1, 7))
     begin(folder).point_to(store.tag_of(2))
     save(ranks(folder, ONE, keep=Retention(last=1)), 2, 3)
@@ -80,7 +80,7 @@ def test_the_newest_stays_though_others_have_higher_numbers(folder: str) -> None
 
 
 def number_of(error: Exception | None) -> int | None:
-    """Return the system's number of an error."""
+    """Return the errno of an error."""
     return error.errno if isinstance(error, OSError) else None
 
 
@@ -90,7 +90,7 @@ def save_all(run: list[Rank], life: int, steps: range) -> None:
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(folder: str) -> None:
-    """A run that went back would fail at the step where it was before, or mix two checkpoints in one folder."""
+    """Otherwise a rewound run would fail at a step that it has saved before, or mix two checkpoints in one folder."""
     save_all(ranks(folder), 1, range(1, 4))
     Path(folder, store.tag_of(3), "old").touch()
     begin(folder).point_to(store.tag_of(2))
@@ -102,14 +102,14 @@ def test_a_checkpoint_of_the_same_step_is_replaced(folder: str) -> None:
 
 
 def test_every_checkpoint_has_its_tokenizer(folder: str, tmp_path: Path) -> None:
-    """Text could not be generated from a checkpoint that was copied elsewhere."""
+    """Otherwise a checkpoint that was copied elsewhere could not generate text."""
     tokenizer = tmp_path / "pieces.model"
     tokenizer.write_bytes(os.urandom(1000))
     run = ranks(folder, THREE, str(tokenizer))
     save(run, 1, 1)
-    place = Path(folder, store.tag_of(1))
-    assert (place / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
-    assert describe(str(place)).files["tokenizer.model"].size == 1000
+    saved = Path(folder, store.tag_of(1))
+    assert (saved / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    assert describe(str(saved)).files["tokenizer.model"].size == 1000
     tokenizer.unlink()
     before = content(folder)
     for rank in run:
@@ -120,29 +120,29 @@ def test_every_checkpoint_has_its_tokenizer(folder: str, tmp_path: Path) -> None
 
 
 @contextmanager
-def mounted(place: Path, moved_to: Path | None = None) -> Iterator[None]:
-    """Put a file system of 1 MB at a folder, which may be moved together with one that it is in."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "llama_ds-test", str(place)]
+def mounted(path: Path, moved_to: Path | None = None) -> Iterator[None]:
+    """Mount a file system of 1 MB at a folder; `moved_to` is its path at the end if a parent folder is moved."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "llama_ds-test", str(path)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system is mounted only by root")
+        pytest.skip("only root can mount a small file system")
     try:
         yield
     finally:
-        subprocess.run(["umount", str(moved_to or place)], check=True)
+        subprocess.run(["umount", str(moved_to or path)], check=True)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    with mounted(place):
-        yield place
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    with mounted(disk):
+        yield disk
 
 
 def test_a_full_disk_costs_one_save(small_disk: Path) -> None:
-    """Days of training would end for want of disk, or the last checkpoint would go with the one that found no room.
+    """Otherwise a full disk would end the training, or the failed save would damage the last checkpoint.
 
-    Each time there is room for one page more than the time before, until the save succeeds.
+    Each attempt has one page of disk space more than the one before, until the save succeeds.
     """
     folder = str(small_disk / "checkpoints")
     run = ranks(folder)
@@ -150,7 +150,7 @@ def test_a_full_disk_costs_one_save(small_disk: Path) -> None:
     before = content(folder)
     free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize
     filler = small_disk / "filler"
-    failures: Counter[tuple[int | None, ...]] = Counter()  # by what each rank said of its files, and rank 0 at the end
+    failures: Counter[tuple[int | None, ...]] = Counter()  # number of failed saves by the errno of every rank
     for step in range(2, 100):
         filler.write_bytes(bytes(free - (step - 2) * resource.getpagesize()))
         for rank in run:
@@ -164,13 +164,13 @@ def test_a_full_disk_costs_one_save(small_disk: Path) -> None:
         assert content(folder) == before and names(run[0].attempt) == {store.LATEST, store.tag_of(1)}
         assert check_folder(folder) == [(1, 1)]
     assert check_folder(folder) == [(1, step), (1, 1)]
-    assert failures[None, None, None] > 1  # room for the files, and none for description and index
+    assert failures[None, None, None] > 1  # space for the files, but not for description and index
     assert len(failures) > 2
 
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond `size` bytes."""
+    """Limit the size of files that this process writes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -182,9 +182,9 @@ def files_of_at_most(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("failing", [0, 1, 2])
 @pytest.mark.parametrize("first", [True, False], ids=["it fails first", "it fails last"])
 def test_one_rank_that_cannot_write_costs_one_save(folder: str, failing: int, first: bool) -> None:
-    """A checkpoint that lacks one rank's files would count as whole, or be left where it takes the room of the next."""
+    """Otherwise a checkpoint without one rank's files would count as complete, or its files would remain."""
     shares = [THREE[0], THREE[2]]
-    shares.insert(failing, THREE[1])  # the rank whose optimizer file is larger than the others'
+    shares.insert(failing, THREE[1])  # the optimizer file of this rank is larger than those of the others
     run = ranks(folder, shares, model=MIDDLING)
     save(run, 1, 1)
     before = content(folder)
@@ -203,35 +203,35 @@ def test_one_rank_that_cannot_write_costs_one_save(folder: str, failing: int, fi
 
 
 def test_ranks_wait_for_their_own_files_and_rank_0_for_all(folder: str) -> None:
-    """Training would stand still until the slowest rank has written, or count on a checkpoint that is not there yet."""
+    """Otherwise training would wait for the slowest rank, or rely on a checkpoint that is not committed yet."""
     run = ranks(folder)
-    assert [(r.writer.under_way, r.writer.wait_written(), r.writer.wait_committed()) for r in run] == [
+    assert [(r.writer.in_flight, r.writer.wait_written(), r.writer.wait_committed()) for r in run] == [
         (False, None, None)
     ] * 3
     for rank in run[:2]:
         rank.start(1, 1)
-        assert rank.writer.wait_written() is None and rank.writer.under_way
-    assert run[1].writer.wait_committed() is None and not run[1].writer.under_way
+        assert rank.writer.wait_written() is None and rank.writer.in_flight
+    assert run[1].writer.wait_committed() is None and not run[1].writer.in_flight
     assert store.tags(folder) == []
     run[2].start(1, 1)
-    assert run[0].writer.wait_committed() is None and not run[0].writer.under_way
+    assert run[0].writer.wait_committed() is None and not run[0].writer.in_flight
     assert store.newest(folder) == store.tag_of(1)
     assert run[2].writer.wait_committed() is None
     assert check_folder(folder) == [(1, 1)]
 
 
 def test_one_save_at_a_time(folder: str) -> None:
-    """A second save would be copied over the memory that the first is still being written from."""
+    """Otherwise a second snapshot would overwrite the memory from which the first is still being written."""
     run = ranks(folder)
     run[0].start(1, 1)
-    with pytest.raises(AssertionError, match="a save is under way"):
+    with pytest.raises(AssertionError, match="a save is in flight"):
         run[0].start(1, 2)
     run[0].writer.wait_committed(abandon=True)
 
 
-@pytest.mark.parametrize("how", [{"abandon": True}, {"timeout_s": 0.1}], ids=["told so", "out of patience"])
+@pytest.mark.parametrize("how", [{"abandon": True}, {"timeout_s": 0.1}], ids=["abandoned", "timeout"])
 def test_an_abandoned_save_leaves_nothing_and_the_next_one_works(folder: str, how: dict[str, float]) -> None:
-    """Where a rank is gone, rank 0 would wait for its files for ever; or a later save would find half an old one."""
+    """Otherwise rank 0 would wait forever for the files of a dead rank, or a later save would find old files."""
     run = ranks(folder)
     save(run, 1, 1)
     for rank in run[:2]:
@@ -244,8 +244,8 @@ def test_an_abandoned_save_leaves_nothing_and_the_next_one_works(folder: str, ho
     assert check_folder(folder) == [(1, 2), (1, 1)]
 
 
-def test_what_rank_0_cannot_name_newest_is_not_loaded(folder: str) -> None:
-    """A run that was told its save was lost would go on from it after all, with steps that it has taken twice."""
+def test_a_checkpoint_that_latest_does_not_name_is_not_loaded(folder: str) -> None:
+    """Otherwise a run whose save was reported as lost would resume from it nevertheless."""
     run = ranks(folder)
     save(run, 1, 1)
     blocker = Path(run[0].attempt.path, store.LATEST)
@@ -260,10 +260,10 @@ def test_what_rank_0_cannot_name_newest_is_not_loaded(folder: str) -> None:
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing(folder: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Training would report checkpoints lost that are there, and end with an error."""
+    """Otherwise training would report committed checkpoints as lost, and end with an error."""
     run = ranks(folder, ONE, keep=Retention(last=1))
     save(run, 1, 1)
-    with mounted(Path(folder, store.tag_of(1))):  # the system refuses to rename it: it is busy
+    with mounted(Path(folder, store.tag_of(1))):  # a mount point is busy and cannot be renamed
         Path(folder, store.tag_of(1), "llama_ds.json").touch()
         save(run, 1, 2)
         assert store.newest(folder) == store.tag_of(2) and check_checkpoint(folder, store.tag_of(2), ONE) == (1, 2)
@@ -272,7 +272,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing(folder: str, cap
     assert check_folder(folder, ONE) == [(1, 3)]
 
 
-def test_one_rank_alone_writes_whole_checkpoints(folder: str) -> None:
-    """A run on one device would wait for others."""
+def test_a_single_rank_writes_complete_checkpoints(folder: str) -> None:
+    """Otherwise a run on one device would wait for other ranks."""
     save(ranks(folder, (Share(0, 0, 1),)), 1, 1)
     assert check_checkpoint(folder, store.tag_of(1), ONE) == (1, 1)

@@ -1,4 +1,4 @@
-"""kill -9 of one rank or of all, at every point of a save and at random times: no checkpoint is lost, none is wrong."""
+"""kill -9 of one rank or all ranks, at every point of a save and at random times, loses or damages no checkpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from llama_ds.checkpoint import store
 REPO = Path(__file__).resolve().parents[2]
 RANKS = (0, 1, 2)
 KILLED = -9
-# Some of the points that must be among those found: the protocol's own, as it is written down.
-FIRST, OWN = "attempt_0000000000000001", "attempt_0000000000000002"  # of lives 1 and 2
+# Points that must be among those observed: the operations of the documented protocol.
+FIRST, OWN = "attempt_0000000000000001", "attempt_0000000000000002"  # the attempts of lives 1 and 2
 PARTIAL, DURABLY = f"{OWN}/step_00000004", ("open", "fsync", "rename")
 SMALL_FILES = ("rank_00000", "rank_00001", "rank_00002", "index", "llama_ds")
 PROTOCOL = {
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def perform() -> Iterator[Perform]:
-    """Return what runs a trial: in processes of its own, which die of nothing but the trial's kills."""
+    """Return a function that runs a trial in separate processes, which die only of the trial's kills."""
     command = [sys.executable, str(Path(__file__).with_name("commit_worker.py"))]
     environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as worker:
@@ -56,7 +56,7 @@ def perform() -> Iterator[Perform]:
             assert worker.stdin and worker.stdout
             print(json.dumps(asdict(trial)), file=worker.stdin, flush=True)
             answer = worker.stdout.readline()
-            assert answer, "the worker has ended: see its errors"
+            assert answer, "the worker has ended: see its stderr"
             outcome = Outcome(**json.loads(answer))
             assert not outcome.hung, trial
             return outcome
@@ -66,40 +66,40 @@ def perform() -> Iterator[Perform]:
 
 
 @pytest.fixture(scope="module")
-def place() -> Iterator[Path]:
-    """Return a folder, in memory if possible: a kill leaves in it what it leaves on a disk, and syncs cost nothing."""
+def workspace() -> Iterator[Path]:
+    """Return a folder, in memory if possible: kills have the same effect there as on a disk, and syncs are free."""
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(place: Path) -> str:
-    path = place / "any.model"
+def tokenizer(workspace: Path) -> str:
+    path = workspace / "any.model"
     path.write_bytes(b"pieces" * 100)
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def three(perform: Perform, tokenizer: str, place: Path) -> Path:
-    """Return a folder in which steps 1, 2 and 3 were saved, in life 1."""
-    folder = place / "three"
+def three(perform: Perform, tokenizer: str, workspace: Path) -> Path:
+    """Return a folder in which life 1 has saved steps 1, 2 and 3."""
+    folder = workspace / "three"
     assert perform(Trial(str(folder), 1, [1, 2, 3], tokenizer)).committed == [1, 2, 3]
     assert check_folder(str(folder)) == [(1, 3), (1, 2), (1, 1)]
     return folder
 
 
 @pytest.fixture(scope="module")
-def went_back(perform: Perform, three: Path, tokenizer: str, place: Path) -> Path:
-    """Return a folder of a run that has saved step 4 and then was told to go on from step 3."""
-    folder = shutil.copytree(three, place / "went_back")
+def rewound(perform: Perform, three: Path, tokenizer: str, workspace: Path) -> Path:
+    """Return a folder of a run that has saved step 4 and is to resume from step 3."""
+    folder = shutil.copytree(three, workspace / "rewound")
     assert perform(Trial(str(folder), 1, [4], tokenizer)).committed == [4]
-    (folder / store.LATEST).write_text(store.tag_of(3))  # as a user does
+    (folder / store.LATEST).write_text(store.tag_of(3))  # a user may edit it like this
     assert check_folder(str(folder)) == [(1, 3), (1, 4), (1, 2), (1, 1)]
     return folder
 
 
 def points_of(outcome: Outcome, rank: int) -> list[str]:
-    """Return the points at which to kill a rank: all that it does, of a file's writes the first, one amid, the last."""
+    """Return the points at which to kill a rank; of the writes to a file only the first, a torn one and the last."""
     seen = [point for _, of, point in sorted(outcome.points) if of == rank and not point.startswith("synced")]
     chosen, writes = without_writes(seen)
     for points in writes:
@@ -109,18 +109,18 @@ def points_of(outcome: Outcome, rank: int) -> list[str]:
 
 
 def kill_and_restart(perform: Perform, trial: Trial, before: Save | None) -> set[str]:
-    """Perform a trial in which all die; check what it left, start the run anew as training does, and see it save.
+    """Perform a trial in which all ranks die; check the folder, restart the run as training does, and let it save.
 
-    `before`: what would have been loaded without the trial. Returns what was left behind in the attempt's folder.
+    `before` is the save to resume from before the trial. Return the kinds of leftovers in the attempt's folder.
     """
     folder, tags = trial.folder, store.tags(trial.folder)
     outcome = perform(trial)
     assert outcome.ends == [KILLED] * len(RANKS)
     found = check_folder(folder)
-    least = max(outcome.committed, default=0)
-    good = {(trial.life, step) for step in trial.steps if step >= least} | (set() if least else {before})
+    committed = max(outcome.committed, default=0)
+    good = {(trial.life, step) for step in trial.steps if step >= committed} | (set() if committed else {before})
     first = found[0] if found else None
-    assert first in good, f"{first} would be loaded, though the last that rank 0 saw committed was {least or before}"
+    assert first in good, f"{first} would be loaded, though rank 0 last committed {committed or before}"
     if not trial.keep[0]:
         assert {*tags, *map(store.tag_of, outcome.committed)} <= set(store.tags(folder))
 
@@ -138,23 +138,24 @@ def kill_and_restart(perform: Perform, trial: Trial, before: Save | None) -> set
 
 
 def test_a_kill_at_any_point_of_a_save_loses_nothing(
-    perform: Perform, three: Path, went_back: Path, tokenizer: str, place: Path
+    perform: Perform, three: Path, rewound: Path, tokenizer: str, workspace: Path
 ) -> None:
-    """A node that dies while a checkpoint is written, replaced or removed would cost the run, or give it wrong weights.
+    """Otherwise a node failure during a save could lose the run, or make it resume with wrong weights.
 
-    One rank dies, before or amid each thing that it does in the folder, and the others at once or when they can do no
-    more without it. First when step 4 is saved after three others; then when it replaces another and two are removed.
+    One rank dies before or during each of its operations in the folder. The others die at once, or when they cannot
+    proceed without it. In the first folder, step 4 is a new checkpoint; in the second, it replaces one, and two others
+    are deleted.
     """
     kills: Counter[str] = Counter()
     known: set[str] = set()
-    for base, keep in ((three, (0, 0)), (went_back, (2, 0))):
-        folder = linked(base, place / "counted")
+    for base, keep in ((three, (0, 0)), (rewound, (2, 0))):
+        folder = linked(base, workspace / "counted")
         outcome = perform(Trial(str(folder), 2, [4], tokenizer, keep, watch=True))
         assert outcome.committed == [4] and check_folder(str(folder))[0] == (2, 4)
         shutil.rmtree(folder)
         points = [(rank, point) for rank in RANKS for point in points_of(outcome, rank)]
         for number, (rank, point) in enumerate([x for x in points if x[1] not in known or x[1] in PUBLISHING]):
-            folder = linked(base, place / "killed")
+            folder = linked(base, workspace / "killed")
             leave = number % 2 == 0
             trial = Trial(str(folder), 2, [4], tokenizer, keep, victim=rank, point=point, leave=leave)
             try:
@@ -174,22 +175,22 @@ def test_a_kill_at_any_point_of_a_save_loses_nothing(
     [f"rename {FIRST}/step_00000001/rank_00000.json.tmp", f"rename {FIRST}/step_00000001", f"rename {FIRST}/latest"],
 )
 def test_a_kill_in_the_first_save_leaves_a_run_that_starts(
-    perform: Perform, tokenizer: str, place: Path, point: str
+    perform: Perform, tokenizer: str, workspace: Path, point: str
 ) -> None:
-    """Half of a first checkpoint would keep the run from starting at all."""
-    folder = str(place / point.replace("/", " "))
+    """Otherwise an incomplete first checkpoint would keep the run from starting."""
+    folder = str(workspace / point.replace("/", " "))
     kill_and_restart(perform, Trial(folder, 1, [1], tokenizer, victim=0, point=point), None)
 
 
-def test_kills_at_random_times_lose_nothing(perform: Perform, tokenizer: str, place: Path) -> None:
-    """The points above are those that the test can see; a kill may come at any other moment, of 4 MB checkpoints too.
+def test_kills_at_random_times_lose_nothing(perform: Perform, tokenizer: str, workspace: Path) -> None:
+    """The test above kills only at observable points; a kill may come at any other moment, also with 4 MB checkpoints.
 
-    All ranks are killed up to 0.4 s after a first commit, while they save as fast as they can.
+    All ranks are killed up to 0.4 s after the first commit, while they save as fast as possible.
     """
     generator = random.Random(7)
     left: Counter[str] = Counter()
     for number in range(RANDOM_KILLS):
-        folder, after_s = place / str(number), generator.uniform(0, 0.4)
+        folder, after_s = workspace / str(number), generator.uniform(0, 0.4)
         steps = list(range(1, 200))
         trial = Trial(str(folder), 1, steps, tokenizer, (2, 3), large=True, kill_after_s=after_s)
         left.update(kill_and_restart(perform, trial, None) or {"nothing"})
@@ -198,17 +199,17 @@ def test_kills_at_random_times_lose_nothing(perform: Perform, tokenizer: str, pl
     print(f"\n{RANDOM_KILLS} kills at random times left {dict(left)}")
 
 
-def test_a_checkpoint_is_on_the_disk_before_it_counts(
-    perform: Perform, three: Path, tokenizer: str, place: Path
+def test_a_checkpoint_is_durable_before_it_counts(
+    perform: Perform, three: Path, tokenizer: str, workspace: Path
 ) -> None:
-    """A power cut would leave a checkpoint whose names are there and whose bytes are not: what kill -9 cannot show.
+    """Otherwise a power failure could leave a checkpoint whose files have names but no content; kill -9 cannot.
 
-    Each rank must have synced all that it did before it says so: in its record, the description, by tag and `latest`.
+    Each rank must sync its changes before it announces them by its record, the description, the tag or `latest`.
     """
-    saved = linked(three, place / "c")
+    saved = linked(three, workspace / "c")
     outcome = perform(Trial(str(saved), 2, [4], tokenizer, watch=True))
-    unsynced: set[tuple[int, str]] = set()  # a rank, and a file or folder that it has changed in memory only so far
-    said = []
+    unsynced: set[tuple[int, str]] = set()  # (rank, file or folder whose changes are not yet durable)
+    announced = []
     for _, rank, point in sorted(outcome.points):
         operation, path, *again = point.split()
         name, parent = os.path.basename(path), os.path.dirname(path) or "."
@@ -222,10 +223,10 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts(
         elif operation == "rename":
             assert own == set() or (name == "index.json.tmp" and own <= {parent}), f"{point}: before {own} are synced"
             changed = {"step_00000004": [parent, "."], "latest": ["."]}.get(name, [parent])
-            if not name.startswith("rank_"):  # a record is removed before the checkpoint counts
+            if not name.startswith("rank_"):  # records are deleted before the commit and need not be durable
                 unsynced |= {(rank, folder) for folder in changed}
-            said.append(name)
+            announced.append(name)
     assert unsynced == set()
     records = [f"rank_{rank:05d}.json.tmp" for rank in RANKS]
-    assert sorted(said[:3]) == records
-    assert said[3:] == ["index.json.tmp", "llama_ds.json.tmp", "step_00000004", "latest"]
+    assert sorted(announced[:3]) == records
+    assert announced[3:] == ["index.json.tmp", "llama_ds.json.tmp", "step_00000004", "latest"]

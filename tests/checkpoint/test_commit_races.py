@@ -1,7 +1,7 @@
-"""Ranks of one attempt that meet at the worst moment, and processes of an earlier attempt that are late.
+"""Races between the ranks of one attempt, and with late processes of an earlier attempt.
 
-A late process is stopped before each thing that it does in the folder; meanwhile the next attempt begins and saves;
-then it goes on. Nothing that it does from then on may be seen.
+A late process is stopped before each of its operations in the folder. Meanwhile the next attempt begins and saves.
+Then the process continues, and none of its further operations may have a visible effect.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llama_ds.checkpoint.attempt import SaveAttempt
 from llama_ds.checkpoint.store import Retention
 from llama_ds.errors import UserError
 
-OLD = 16 * "0"  # the late attempt's id: its points have the same names each time
+OLD = 16 * "0"  # id of the late attempt, fixed so that its points have the same names every time
 OWN = f"{store.ATTEMPT}{OLD}"
 KEEP = Retention(last=2)
 
@@ -44,8 +44,8 @@ def folder(tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def went_back(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which steps 1 to 4 were saved in life 1, and `latest` was then set to 3."""
+def rewound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which life 1 has saved steps 1 to 4; `latest` was then set to step 3."""
     folder = tmp_path_factory.mktemp("base") / "checkpoints"
     run = ranks(str(folder), ONE)
     for step in (1, 2, 3, 4):
@@ -62,7 +62,7 @@ def late(folder: str) -> SaveAttempt:
 
 
 def write(rank: Rank, life: int, step: int) -> None:
-    """Save this rank's part, and on rank 0 all."""
+    """Save this rank's share, and commit on rank 0."""
     rank.start(life, step)
     rank.writer.wait_written()
     if error := rank.writer.wait_committed():
@@ -70,14 +70,14 @@ def write(rank: Rank, life: int, step: int) -> None:
 
 
 def content(folder: str) -> dict[str, int]:
-    """Return all that is in a folder, and which files they are."""
+    """Return the inodes of all files and folders in a folder by path."""
     return {str(path): path.stat().st_ino for path in Path(folder).rglob("*")}
 
 
-def test_a_rank_whose_record_is_there_needs_its_folder_no_more(folder: str) -> None:
-    """A save that is there would be reported lost, by a rank that is slow between its record and rank 0's commit.
+def test_a_rank_does_not_need_its_folder_after_its_record(folder: str) -> None:
+    """Otherwise a rank that is slow after its record would report a committed save as lost.
 
-    This failed once in a while on a busy machine: FileNotFoundError for a folder that rank 0 had just renamed.
+    Its error would be a FileNotFoundError for the folder that rank 0 has just renamed.
     """
     run = ranks(folder)
     record = f"rename {os.path.basename(run[0].attempt.path)}/{store.tag_of(4)}/rank_00001.json.tmp"
@@ -97,7 +97,7 @@ def test_a_rank_whose_record_is_there_needs_its_folder_no_more(folder: str) -> N
 
 
 def test_a_late_record_is_not_taken_for_a_new_one(folder: str) -> None:
-    """A checkpoint would hold files of two attempts, or half a file, under a record of what an earlier one wrote."""
+    """Otherwise a checkpoint could hold files of two attempts, or incomplete files with an earlier record."""
     old = Rank(late(folder), 1, SMALL, THREE, "", KEEP)
     record = f"rename {OWN}/{store.tag_of(4)}/rank_00001.json.tmp"
     with held(folder, lambda: write(old, 1, 4), record.__eq__) as straggler:
@@ -106,18 +106,18 @@ def test_a_late_record_is_not_taken_for_a_new_one(folder: str) -> None:
             rank.start(2, 4)
             assert rank.writer.wait_written() is None
         assert not straggler.release()
-        assert store.tags(folder) == [] and new[0].writer.under_way and not new[0].writer.ended
+        assert store.tags(folder) == [] and new[0].writer.in_flight and not new[0].writer.ended
         new[1].start(2, 4)
         assert settle(new) == ([None] * 3, [None] * 3)
     assert check_folder(folder) == [(2, 4)] and names(new[0].attempt) == {store.LATEST, store.tag_of(4)}
 
 
 def commits(folder: str) -> None:
-    """Save step 4, which replaces another of it and has two removed: every change that a save can make."""
+    """Save step 4, which replaces a checkpoint and deletes two: every change that a save can make."""
     write(Rank(SaveAttempt(folder, OLD), 0, SMALL, ONE, "", KEEP), 2, 4)
 
 
-def goes_back(folder: str) -> None:
+def rewinds(folder: str) -> None:
     SaveAttempt(folder, OLD).go_back(store.tag_of(2), [store.tag_of(4), store.tag_of(3)])
 
 
@@ -125,17 +125,17 @@ def sets_aside(folder: str) -> None:
     SaveAttempt(folder, OLD).set_aside_damaged(store.tag_of(3))
 
 
-@pytest.mark.parametrize("act", [commits, goes_back, sets_aside])
-def test_whatever_an_earlier_attempt_does_late_is_not_seen(went_back: Path, tmp_path: Path, act: object) -> None:
-    """It would name its own checkpoint the newest, replace or delete a newer one, or set aside one that is good."""
+@pytest.mark.parametrize("act", [commits, rewinds, sets_aside])
+def test_late_operations_of_an_earlier_attempt_have_no_effect(rewound: Path, tmp_path: Path, act: object) -> None:
+    """Otherwise they could make `latest` name an old checkpoint, or replace, delete or set aside a good one."""
     assert callable(act)
-    counted = str(shutil.copytree(went_back, tmp_path / "counted"))
+    counted = str(shutil.copytree(rewound, tmp_path / "counted"))
     late(counted)
     points = points_of(counted, lambda: act(counted), tmp_path / "points")
     assert f"rename {OWN}/latest" in points or act is sets_aside
     taken = 0
     for point in points:
-        folder = str(linked(went_back, tmp_path / "late"))
+        folder = str(linked(rewound, tmp_path / "late"))
         late(folder)
         with held(folder, lambda folder=folder: act(folder), point.__eq__) as straggler:
             new = ranks(folder, ONE)
@@ -151,11 +151,11 @@ def test_whatever_an_earlier_attempt_does_late_is_not_seen(went_back: Path, tmp_
     assert taken >= len(points) // 2
 
 
-def test_an_attempt_begins_beside_one_that_still_writes(went_back: Path, tmp_path: Path) -> None:
-    """A run could not start again, or would delete what an earlier start of it commits just then.
+def test_an_attempt_begins_beside_one_that_still_writes(rewound: Path, tmp_path: Path) -> None:
+    """Otherwise a run could not restart, or would delete a checkpoint that an earlier start is committing.
 
-    The new attempt is stopped before each thing that it does to begin. Meanwhile the old one saves, and a host of it
-    that still knows its folder by the old name, as on a network file system, puts one more file into it.
+    The new attempt is stopped before each operation of `begin`. Meanwhile the old one saves. One of its hosts, which
+    still knows the folder by its old name as on a network file system, adds another file to it.
     """
 
     def unfinished(folder: str) -> Rank:
@@ -166,13 +166,13 @@ def test_an_attempt_begins_beside_one_that_still_writes(went_back: Path, tmp_pat
         return old
 
     new_id = 16 * "1"
-    counted = str(shutil.copytree(went_back, tmp_path / "counted"))
+    counted = str(shutil.copytree(rewound, tmp_path / "counted"))
     unfinished(counted)
     points = points_of(counted, lambda: SaveAttempt(counted, new_id).begin(), tmp_path / "points")
     assert f"rename {OWN}" in points and f"rmdir {store.ATTEMPT}{new_id}/{OWN}" in points
     saved = []
     for point in points:
-        folder = str(linked(went_back, tmp_path / "racing"))
+        folder = str(linked(rewound, tmp_path / "racing"))
         old, new = unfinished(folder), SaveAttempt(folder, new_id)
         handle = os.open(old.attempt.partial(7), os.O_RDONLY)
         with held(folder, lambda new=new: new.begin(), point.__eq__) as starting:
@@ -180,7 +180,9 @@ def test_an_attempt_begins_beside_one_that_still_writes(went_back: Path, tmp_pat
                 write(old, 2, 4)
                 saved.append(point)
             except FileNotFoundError:
-                with pytest.raises(UserError, match="is gone, because another start of this run has taken over"):
+                with pytest.raises(
+                    UserError, match="no longer exists, because another start of this run has taken over"
+                ):
                     old.attempt.check()
             try:
                 os.close(os.open("late", os.O_CREAT | os.O_WRONLY, dir_fd=handle))
@@ -198,25 +200,25 @@ def test_an_attempt_begins_beside_one_that_still_writes(went_back: Path, tmp_pat
 
 
 def leave(folder: str) -> None:
-    """Leave what an earlier version of this program did that was killed."""
+    """Create the leftovers of an earlier version of this program that was killed during a save."""
     (Path(folder) / "step_00000004.partial").mkdir()
     (Path(folder) / "step_00000004.partial" / "rank_00000.json").touch()
 
 
-def test_of_two_attempts_that_begin_at_once_one_goes_on(went_back: Path, tmp_path: Path) -> None:
-    """Both would save, each over what the other does; or neither would, and nobody would know why."""
-    leave(counted := str(linked(went_back, tmp_path / "counted")))
+def test_of_two_attempts_that_begin_at_once_one_continues(rewound: Path, tmp_path: Path) -> None:
+    """Otherwise both would save over each other, or both would fail."""
+    leave(counted := str(linked(rewound, tmp_path / "counted")))
     points = points_of(counted, lambda: late(counted), tmp_path / "points")
     outcomes = set()
     for point in points:
-        leave(folder := str(linked(went_back, tmp_path / "racing")))
+        leave(folder := str(linked(rewound, tmp_path / "racing")))
         with held(folder, lambda folder=folder: late(folder), point.__eq__) as first:
             second = begin(folder)
             begun = first.release()
-        first_goes_on = os.path.isdir(os.path.join(folder, OWN))
-        assert begun or not first_goes_on
-        winner, loser = (SaveAttempt(folder, OLD), second) if first_goes_on else (second, SaveAttempt(folder, OLD))
-        outcomes.add(first_goes_on)
+        first_wins = os.path.isdir(os.path.join(folder, OWN))
+        assert begun or not first_wins
+        winner, loser = (SaveAttempt(folder, OLD), second) if first_wins else (second, SaveAttempt(folder, OLD))
+        outcomes.add(first_wins)
         with pytest.raises(UserError, match="let only one of them run"):
             loser.check()
         with pytest.raises(FileNotFoundError):
@@ -228,7 +230,7 @@ def test_of_two_attempts_that_begin_at_once_one_goes_on(went_back: Path, tmp_pat
 
 
 def test_a_rank_cannot_save_before_its_attempt_has_begun(folder: str) -> None:
-    """Rank 0 would delete what a faster rank has begun to write, or take another attempt's folder for its own."""
+    """Otherwise rank 0 would delete files of a faster rank, or take another attempt's folder for its own."""
     attempt = SaveAttempt(folder, OLD)
     run = [Rank(attempt, rank, SMALL, THREE, "", KEEP) for rank in range(3)]
     with pytest.raises(FileNotFoundError):
@@ -242,11 +244,11 @@ def test_a_rank_cannot_save_before_its_attempt_has_begun(folder: str) -> None:
 
 
 def test_a_rank_that_still_writes_while_its_save_is_discarded_leaves_nothing(folder: str) -> None:
-    """What it writes would be there when the same step is saved again, and be taken for a part of it."""
+    """Otherwise its files would exist when the same step is saved again, and be mistaken for parts of that save."""
     run = ranks(folder)
     save(run, 1, 3)
-    amid = f"write {os.path.basename(run[0].attempt.path)}/{store.tag_of(4)}/mp_rank_01_model_states.pt #3"
-    with held(folder, lambda: write(run[1], 1, 4), amid.__eq__) as slow:
+    middle = f"write {os.path.basename(run[0].attempt.path)}/{store.tag_of(4)}/mp_rank_01_model_states.pt #3"
+    with held(folder, lambda: write(run[1], 1, 4), middle.__eq__) as slow:
         run[0].start(1, 4)
         run[0].writer.wait_committed(timeout_s=0.01)
         assert not slow.release()
@@ -255,14 +257,14 @@ def test_a_rank_that_still_writes_while_its_save_is_discarded_leaves_nothing(fol
     assert check_folder(folder) == [(2, 4), (1, 3)]
 
 
-def test_what_cannot_be_taken_over_or_deleted_is_named(folder: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A disk would fill without a word; or a run would save beside one that may still commit what it writes."""
+def test_leftovers_that_cannot_be_moved_or_deleted_are_named(folder: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise a disk would fill up silently, or a run would save beside one that can still commit."""
     old = late(folder)
     save([Rank(old, 0, SMALL, ONE, "", KEEP)], 1, 1)
     stuck = Path(old.partial(2))
     stuck.mkdir()
     new = SaveAttempt(folder, 16 * "1")
-    with mounted(stuck, Path(new.path, OWN, stuck.name)):  # the system refuses to delete it: it is busy
+    with mounted(stuck, Path(new.path, OWN, stuck.name)):  # a mount point is busy and cannot be deleted
         assert new.begin() == [OWN]
         assert f"{new.path}/{OWN}: cannot be deleted" in caplog.text and "Device or resource busy" in caplog.text
         save([Rank(new, 0, SMALL, ONE, "", KEEP)], 2, 2)

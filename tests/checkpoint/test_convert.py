@@ -1,4 +1,4 @@
-"""A model goes through all formats and comes back bit for bit, and says what was done on the way."""
+"""A model converted through all formats comes back bit for bit, and every conversion reports its verification."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.weights import weight_shapes
 from tools import convert
 
-# Every direction once: each result is the next one's source.
+# Every direction once: each result is the source of the next conversion.
 CHAIN = (
     *(("hf", 1), ("meta", 2), ("deepspeed", 1), ("deepspeed", 2), ("meta", 1), ("meta", 2), ("hf", 1), ("hf", 1)),
     ("deepspeed", 2),
@@ -35,8 +35,8 @@ def convert_quickly(*words: object) -> int:
     return convert.main([str(word) for word in words] + ["--no-logits"])
 
 
-def test_the_spread_of_initial_weights_is_carried_along(write: Write, tmp_path: Path) -> None:
-    """transformers would start new weights, as of a longer vocabulary, otherwise than the run did."""
+def test_the_initializer_range_is_preserved(write: Write, tmp_path: Path) -> None:
+    """Otherwise transformers would initialize new weights, as for a larger vocabulary, differently from the run."""
     source: object = write(1, by_layer=True)
     for turn, kind in enumerate(("hf", "deepspeed", "deepspeed", "hf")):
         assert convert_quickly(source, source := tmp_path / str(turn), "--to", kind) == 0
@@ -51,10 +51,10 @@ def test_all_directions_keep_every_bit(
 ) -> None:
     monkeypatch.setattr(huggingface, "SHARD_BYTES", 60_000)  # several files
     source = write(2, by_layer=name != "mha", dtype=dtype, model=SHAPES[name])
-    whole = build(replace(run, model=SHAPES[name])).to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]))
+    model = build(replace(run, model=SHAPES[name])).to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype]))
     expected = bits(open_model(source))
     for (layer, local), tensor in expected.items():
-        weight = whole.layers[layer].state_dict()[local]
+        weight = model.layers[layer].state_dict()[local]
         assert torch.equal(weight.view(tensor.dtype), tensor)
     assert expected.keys() == weight_shapes(SHAPES[name]).keys()
     for turn, (kind, tp) in enumerate(CHAIN):
@@ -66,7 +66,7 @@ def test_all_directions_keep_every_bit(
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
         assert not (tmp_path / f"{turn}-{kind}.partial").exists()
         source = str(result)
-    for turn in (6, 7):  # made from different sources
+    for turn in (6, 7):  # these conversions have different sources
         for file in (f for f in os.listdir(tmp_path / "0-hf") if f.endswith((".safetensors", "index.json"))):
             assert (tmp_path / f"{turn}-hf" / file).read_bytes() == (tmp_path / "0-hf" / file).read_bytes()
 
@@ -80,11 +80,11 @@ def test_the_proof_is_printed(write: Write, tmp_path: Path, capsys: pytest.Captu
     assert source.split()[-1] == result.split()[-1] and len(source.split()[-1]) == 32
     difference, largest = (float(logits.split()[i]) for i in (5, 7))
     assert largest > 1
-    # Our own model twice is the same to the bit; transformers sums in another order.
+    # The project's model gives equal bits for both; transformers sums in another order.
     assert difference == 0 if kind != "hf" else difference < 1e-5
 
 
-def test_a_checkpoint_keeps_what_it_says_of_its_run(write: Write, tmp_path: Path) -> None:
+def test_a_checkpoint_keeps_the_description_of_its_run(write: Write, tmp_path: Path) -> None:
     source, out = write(2, True, model=SHAPES["gqa"]), str(tmp_path / "start")
     assert convert_quickly(source, out, "--to", "deepspeed", "--tp", 2, "--pp", 3) == 0
     before, after = describe(f"{source}/checkpoints/step_00000007"), describe(out)
@@ -105,8 +105,8 @@ def test_another_format_has_no_run_to_keep(write: Write, tmp_path: Path) -> None
     assert (tmp_path / "start" / "tokenizer.model").exists()
 
 
-def test_every_rank_has_its_copy_of_what_is_not_cut(write: Write, tmp_path: Path) -> None:
-    """Index and Meta's reader look at one copy; DeepSpeed and Meta's code read their own."""
+def test_every_rank_has_a_copy_of_replicated_weights(write: Write, tmp_path: Path) -> None:
+    """Our readers use one copy, but each rank of DeepSpeed and of Meta's code reads its own."""
     source = write(1, True, model=SHAPES["gqa"])
     assert convert_quickly(source, tmp_path / "start", "--to", "deepspeed", "--tp", 2) == 0
     assert convert_quickly(source, tmp_path / "meta", "--to", "meta", "--tp", 2) == 0
@@ -126,10 +126,10 @@ def test_dtypes_are_rounded_as_torch_does(
 ) -> None:
     checkpoint = write(1, True, dtype=source)
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[target]
-    # Narrower ones differ in their logits: printed, and no error.
+    # A narrower dtype changes the logits; the difference is printed and is no error.
     assert convert.main([checkpoint, str(tmp_path / "start"), "--to", "deepspeed", "--dtype", target]) == 0
     difference = float(capsys.readouterr().out.splitlines()[-1].split()[5])
-    assert (difference > 0) == (target != "fp32")  # fp16 has fewer exponents than bf16, too
+    assert (difference > 0) == (target != "fp32")  # fp16 has a smaller range than bf16, so it also loses values
     before, after = open_model(checkpoint), open_model(str(tmp_path / "start"))
     assert after.dtype == target
     for key, tensor in before.tensors.items():

@@ -1,4 +1,4 @@
-"""Memory does not grow with the model: a wide one is converted in less than its parts would take."""
+"""Memory of a conversion does not grow with the model: a wide one is converted in less memory than its shards take."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from written_ranks import MODEL
 
 from llama_ds.checkpoint.formats.hf_config import hf_config
-from llama_ds.checkpoint.formats.plan import Placed, safetensors_header
+from llama_ds.checkpoint.formats.plan import OutputTensor, safetensors_header
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.layout.weights import weight_shapes
 
@@ -25,14 +25,14 @@ WIDE = replace(
 )  # fmt: skip
 LAYER = 2 * (4 * 4096**2 + 3 * 4096 * 11008)  # bytes in bf16
 LIMIT = 2 * LAYER + 10**9  # bytes: two decoder layers, and the libraries themselves
-# What is measured is the whole process, of which python, torch and all that converting imports are 300 MB. Far less
-# than the model's 1.1 GB is wanted: nothing of it stays mapped or held.
+# The peak of the entire process; python, torch and other imports take 300 MB of it. It must be far below the model's
+# 1.1 GB, because no tensor stays mapped or in memory.
 MEASURED = 0.6e9
 PROGRAM = """
 import sys
 from tools import convert
 code = convert.main(sys.argv[1:])
-# Not ru_maxrss: that counts what pytest had when it forked.
+# Not ru_maxrss: that includes the memory of pytest at the fork.
 (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(int(line.split()[1]) * 1024, file=sys.stderr)
 sys.exit(code)
@@ -41,17 +41,17 @@ sys.exit(code)
 
 @pytest.fixture
 def wide(tmp_path: Path) -> Iterator[Path]:
-    """A Hugging Face folder of 1.1 GB in bf16: holes, and some numbers at the beginning of every tensor."""
+    """A Hugging Face folder of 1.1 GB in bf16: sparse files with some numbers at the beginning of every tensor."""
     folder = tmp_path / "hf"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config(WIDE, 64, "bfloat16")))
     names = {hf_name(*key, WIDE.num_hidden_layers): shape for key, shape in weight_shapes(WIDE).items()}
-    placed = tuple(Placed(name, shape, None) for name, shape in names.items())  # type: ignore[arg-type]
-    header = safetensors_header(placed, torch.bfloat16)
+    tensors = tuple(OutputTensor(name, shape, None) for name, shape in names.items())  # type: ignore[arg-type]
+    header = safetensors_header(tensors, torch.bfloat16)
     position = len(header)
     with open(folder / "model.safetensors", "wb") as file:
         file.write(header)
-        for i, tensor in enumerate(placed):
+        for i, tensor in enumerate(tensors):
             some = torch.randn(4000, generator=torch.Generator().manual_seed(i)).bfloat16()
             file.seek(position)
             file.write(some.view(torch.uint8).numpy().tobytes())
@@ -62,7 +62,7 @@ def wide(tmp_path: Path) -> Iterator[Path]:
 
 
 def peak(source: Path, destination: Path, *words: str) -> int:
-    """Convert in a process of its own; return the most memory that it had, in bytes."""
+    """Convert in a separate process; return its peak memory in bytes."""
     command = [sys.executable, "-c", PROGRAM, str(source), str(destination), "--no-logits", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -71,14 +71,14 @@ def peak(source: Path, destination: Path, *words: str) -> int:
 
 @pytest.mark.slow
 def test_memory_is_bounded(wide: Path, tmp_path: Path) -> None:
-    """Whatever is done on the way: copy, cut, put together, turn heads, change the dtype."""
+    """The chain copies, shards, merges, reorders heads and changes the dtype."""
     chain = (("deepspeed", "--tp", "2"), ("hf",), ("meta", "--tp", "2", "--dtype", "fp16"))
     source, peaks = wide, {}
     for i, (kind, *words) in enumerate(chain):
         result = tmp_path / str(i)
         peaks[kind, i] = peak(source, result, "--to", kind, *words, "--workers", "4")
         for file in source.iterdir():
-            file.unlink()  # a gigabyte each
+            file.unlink()  # the files take a gigabyte per format
         source = result
     assert MEASURED < LIMIT
     assert max(peaks.values()) < MEASURED, peaks

@@ -1,4 +1,4 @@
-"""A conversion that is killed, or has no room, goes on; a destination is whole or not there; sources stay."""
+"""A conversion resumes after a kill or a full disk; a destination is complete or absent; sources are never changed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WIDE = replace(MODEL, hidden_size=512, intermediate_size=1024, num_hidden_layers
 
 
 class Noise:
-    """A weight that is made when it is read: no file holds it."""
+    """A weight that is generated when it is read; no file holds it."""
 
     dtype = torch.float32
 
@@ -76,15 +76,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_a_killed_conversion_goes_on(wide: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_resumes(wide: Path, tmp_path: Path) -> None:
     plain, out = tmp_path / "plain", tmp_path / "out"
     assert subprocess.run(command(wide, plain), capture_output=True).returncode == 0
     partial = tmp_path / "out.partial"
     kept: dict[str, tuple[int, int]] = {}
-    for wanted in (5, 12):  # killed twice, the second time in what the first left
+    for wanted in (5, 12):  # the second kill hits the resumed conversion
         process = subprocess.Popen(command(wide, out), stdout=subprocess.DEVNULL)
         while len(finished(partial)) < wanted:
-            assert process.poll() is None, "it ended before it could be killed"
+            assert process.poll() is None, "the conversion ended before the kill"
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -108,13 +108,13 @@ def small(write: Write, kind: str = "deepspeed") -> list[str]:
     return [write(1, True, model=SHAPES["gqa"]), "--to", kind, "--no-logits"]
 
 
-def test_work_on_something_else_is_not_gone_on_with(
+def test_the_working_folder_of_another_conversion_is_not_resumed(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, *words = small(write)
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     (tmp_path / "out.partial").mkdir()
-    (partial / "mine").touch()  # a folder of the user's, by chance
+    (partial / "mine").touch()  # it might be a folder of the user with the same name
     for _ in range(2):
         assert convert.main([source, str(out), *words]) == 2
         assert f"{partial}: was left by a conversion of another source" in capsys.readouterr().err
@@ -124,8 +124,8 @@ def test_work_on_something_else_is_not_gone_on_with(
     assert not partial.exists() and not (out / "mine").exists()
 
 
-def test_a_journal_that_was_cut_short_counts_as_far_as_it_goes(tmp_path: Path) -> None:
-    """As a power failure leaves it: a line without its end, and a file whose name did not get to the disk."""
+def test_a_truncated_journal_counts_up_to_its_last_complete_line(tmp_path: Path) -> None:
+    """A power failure can leave an incomplete line, and a finished file whose name is not on the disk."""
     out = tmp_path / "out"
     with Partial(str(out), "same", False) as work:
         for name in "abc":
@@ -198,39 +198,39 @@ def test_a_failed_proof_leaves_no_destination(
         return prove(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(proof, "prove", bit_flipped)  # a disk that does not keep what it was given
+        patch.setattr(proof, "prove", bit_flipped)  # simulates a faulty disk
         assert convert.main([source, str(out), *words]) == 2
-    wanted = f"{partial}: 5.lm_head.weight is not what {source}/checkpoints/step_00000007 holds"
+    wanted = f"{partial}: 5.lm_head.weight differs from that of {source}/checkpoints/step_00000007"
     assert wanted in capsys.readouterr().err
     assert partial.exists() and not out.exists()
-    assert convert.main([source, str(out), *words]) == 2  # nor does the next one take it for good
+    assert convert.main([source, str(out), *words]) == 2  # the next conversion does not resume in the bad folder
     assert convert.main([source, str(out), *words, "--overwrite"]) == 0
 
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Path]:
-    place = tmp_path / "disk"
-    place.mkdir()
-    options = ["mount", "-t", "tmpfs", "-o", "size=100m", "llama_ds-test", str(place)]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=100m", "llama_ds-test", str(disk)]
     if os.geteuid() or subprocess.run(options, capture_output=True).returncode:
-        pytest.skip("a small file system is mounted only by root")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True)
+        pytest.skip("only root can mount a small file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def remount(place: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
 
 
-def test_a_full_disk_is_said_and_gone_on_from(
+def test_a_full_disk_is_reported_and_the_conversion_resumes(
     write: Write, tmp_path: Path, mount: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, *words = small(write)
     out = mount / "start"
     remount(mount, "size=100k")
     assert convert.main([source, str(out), *words]) == 2
-    assert f"{out}.partial: wants 0.00 GB more and the disk has 0.00 GB left" in capsys.readouterr().err
-    remount(mount, "size=360k")  # room for the numbers, but not for what files are beside them
+    assert f"{out}.partial: needs 0.00 GB more and the disk has 0.00 GB left" in capsys.readouterr().err
+    remount(mount, "size=360k")  # enough for the tensor data, but not for the overhead of the files
     assert convert.main([source, str(out), *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {out}.partial: cannot be written (No space left on device); free space")
@@ -243,14 +243,14 @@ def test_a_full_disk_is_said_and_gone_on_from(
     assert len(open_model(str(out)).tensors) == 30
 
 
-def test_torchs_writer_says_no_cause_and_the_disk_does(mount: Path) -> None:
+def test_an_error_of_torchs_writer_names_the_full_disk(mount: Path) -> None:
     remount(mount, "size=100k")
     with pytest.raises((OSError, RuntimeError)) as error:
         torch.save(torch.zeros(100_000), mount / "weights.pt")
     assert "No space left on device" in str(cannot_write(str(mount / "weights.pt"), error.value))
 
 
-def test_a_read_only_destination_is_said(
+def test_a_read_only_destination_is_reported(
     write: Write, tmp_path: Path, mount: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, *words = small(write)
@@ -263,11 +263,11 @@ def test_a_read_only_destination_is_said(
     )
 
 
-def test_a_file_in_the_destinations_way_is_said(
+def test_a_file_in_place_of_the_parent_folder_is_reported(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, *words = small(write)
     (tmp_path / "file").touch()
     assert convert.main([source, str(tmp_path / "file" / "start"), *words]) == 2
     error = capsys.readouterr().err
-    assert error == f"error: {tmp_path}/file/start.partial: cannot be made (File exists); give another destination\n"
+    assert error == f"error: {tmp_path}/file/start.partial: cannot be created (File exists); give another destination\n"

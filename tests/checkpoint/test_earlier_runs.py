@@ -1,4 +1,4 @@
-"""A checkpoint that was written before keys of its run moved: read, converted and resumed as any other."""
+"""A checkpoint written before some keys of its run moved is read, converted and resumed like any other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_ds.config.schema import ComputeConfig
 from llama_ds.config.text import dump_yaml
 from llama_ds.errors import UserError
 
-# As commit b2589a0 wrote it at step 4 of 6.
+# Written by commit b2589a0 at step 4 of 6.
 RECORDED = Path(__file__).parent / "data" / "before_compute_section.json"
 
 
@@ -36,11 +36,11 @@ def test_its_run_is_described_by_the_present_names(found: Description) -> None:
 
 
 def test_its_run_file_resumes_it(found: Description, tmp_path: Path) -> None:
-    """A run of before this version could not go on: "was trained with model attention_backend sdpa, not None"."""
+    """Otherwise a run of an earlier version could not resume: "attention_backend sdpa, not None"."""
     run = json.loads(RECORDED.read_text())["run"]
     del run["path"], run["deepspeed_path"], run["training"]["tokens"]
     (tmp_path / "run.yaml").write_text(dump_yaml(run))
-    store.check_resumable("place", found, resolved(load_run(str(tmp_path / "run.yaml"))))
+    store.check_resumable("folder", found, resolved(load_run(str(tmp_path / "run.yaml"))))
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_its_run_file_resumes_it(found: Description, tmp_path: Path) -> None:
     ],
 )
 def test_how_it_is_computed_may_change(found: Description, change: dict[str, Any]) -> None:
-    """A run could not move to machines without flash_attn, or be checked by the reference layer."""
+    """Otherwise a run could not move to machines without flash_attn, or be checked with the reference layer."""
     run = run_of("folder", found)
     changes = {k: replace(getattr(run, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
-    store.check_resumable("place", found, resolved(replace(run, **changes)))
+    store.check_resumable("folder", found, resolved(replace(run, **changes)))
 
 
-def test_what_the_model_is_may_not(found: Description) -> None:
+def test_the_model_may_not_change(found: Description) -> None:
     run = run_of("folder", found)
     other = resolved(replace(run, model=replace(run.model, rope_theta=500_000.0)))
-    with pytest.raises(UserError, match=r"^place: was trained with model rope_theta 10000.0, not 500000.0; use the"):
-        store.check_resumable("place", found, other)
+    with pytest.raises(UserError, match=r"^folder: was trained with model rope_theta 10000.0, not 500000.0; use the"):
+        store.check_resumable("folder", found, other)

@@ -1,4 +1,4 @@
-"""Going back to an earlier checkpoint: a kill at any moment leaves a run that has gone back, or one that has not."""
+"""Rewind to an earlier checkpoint: a kill at any moment leaves a run that is either rewound or unchanged."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.store import Retention
 
-FIXED = 16 * "0"  # an attempt's id, so that points have the same names each time
-OLD, NEW = 1, 2  # lives: before and after going back
+FIXED = 16 * "0"  # id of an attempt, fixed so that points have the same names every time
+OLD, NEW = 1, 2  # lives before and after the rewind
 TO = store.tag_of(4)
 NEWER = [store.tag_of(8), store.tag_of(6)]
 
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which steps 2, 4, 6 and 8 were saved."""
+    """A folder with the checkpoints of steps 2, 4, 6 and 8."""
     folder = tmp_path_factory.mktemp("eight") / "checkpoints"
     run = ranks(str(folder), ONE)
     for step in (2, 4, 6, 8):
@@ -34,7 +34,7 @@ def eight(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def go_back(attempt: SaveAttempt, tag: str, newer: list[str], fatal: str | None, log: Path) -> int:
-    """Go back in a process that dies at a point; return how it ended."""
+    """Rewind in a process that dies at the point `fatal`; return its exit code."""
     child = os.fork()
     if not child:
         status = 1
@@ -49,7 +49,7 @@ def go_back(attempt: SaveAttempt, tag: str, newer: list[str], fatal: str | None,
 
 
 def test_a_kill_at_any_point_leaves_one_or_the_other(eight: Path, tmp_path: Path) -> None:
-    """A run would go on from the middle of nowhere: without a newest checkpoint, or from one that it was to leave."""
+    """Otherwise the killed run could have no newest checkpoint, or resume from one that was to be set aside."""
     log = tmp_path / "points"
     counted = shutil.copytree(eight, tmp_path / "counted")
     first = SaveAttempt(str(counted), FIXED)
@@ -59,30 +59,30 @@ def test_a_kill_at_any_point_leaves_one_or_the_other(eight: Path, tmp_path: Path
     own = os.path.basename(first.path)
     renames = [f"rename {own}/latest", *(f"rename {x}" for tag in NEWER for x in (tag, f"{own}/{tag}.rewound"))]
     assert [p for p in points if p.startswith("rename")] == renames and points[-1].startswith("fsync .")
-    meant = []
+    outcomes = []
     for point in [*points, *(p.replace("write", "torn") for p in points if p.startswith("write"))]:
         folder = shutil.copytree(eight, tmp_path / "killed")
         killed = SaveAttempt(str(folder), FIXED)
         killed.begin()
         assert go_back(killed, TO, NEWER, point, log) == -signal.SIGKILL, point
         newest = store.newest(str(folder))
-        whole = check_folder(str(folder), ONE)
-        assert newest in (NEWER[0], TO) and whole[0] == (OLD, store.step_of(newest))
+        complete = check_folder(str(folder), ONE)
+        assert newest in (NEWER[0], TO) and complete[0] == (OLD, store.step_of(newest))
         if newest == NEWER[0]:
-            assert store.tags(str(folder)) == [*NEWER, TO, store.tag_of(2)]  # as if nothing had been asked
-        meant.append(newest)
-        # The same command once more ends where the first would have.
+            assert store.tags(str(folder)) == [*NEWER, TO, store.tag_of(2)]  # nothing has changed
+        outcomes.append(newest)
+        # Repeating the command gives the result of an undisturbed rewind.
         left = [tag for tag in store.tags(str(folder)) if tag > TO]
         again = begin(str(folder))
         again.go_back(TO, left)
         assert names(again) == names(first)
         assert check_folder(str(folder), ONE) == [(OLD, 4), (OLD, 2)]
         shutil.rmtree(folder)
-    assert NEWER[0] in meant and TO in meant
+    assert NEWER[0] in outcomes and TO in outcomes
 
 
-def test_what_was_set_aside_is_whole_and_no_candidate(eight: Path, tmp_path: Path) -> None:
-    """Somebody may want to look into the spike, or to take the step back."""
+def test_rewound_checkpoints_are_complete_and_no_candidates(eight: Path, tmp_path: Path) -> None:
+    """Otherwise nobody could analyse the loss spike, or undo the rewind."""
     folder = str(shutil.copytree(eight, tmp_path / "c"))
     attempt = begin(folder)
     attempt.go_back(TO, NEWER)
@@ -94,8 +94,8 @@ def test_what_was_set_aside_is_whole_and_no_candidate(eight: Path, tmp_path: Pat
         assert check_checkpoint(folder, tag, ONE) == (OLD, store.step_of(tag))
 
 
-def test_what_was_set_aside_goes_when_the_run_is_past_it(eight: Path, tmp_path: Path) -> None:
-    """A disk would fill with what nobody goes on from; or what led to the spike be gone before the run is past it."""
+def test_rewound_checkpoints_are_deleted_after_a_later_save(eight: Path, tmp_path: Path) -> None:
+    """Otherwise the disk would fill up, or the states before the spike would be lost before the run is past it."""
     folder = str(shutil.copytree(eight, tmp_path / "c"))
     begin(folder).go_back(TO, NEWER)
     run = ranks(folder, ONE, keep=Retention(last=2))
@@ -109,15 +109,15 @@ def test_what_was_set_aside_goes_when_the_run_is_past_it(eight: Path, tmp_path: 
     assert names(run[0].attempt) == {store.LATEST, store.tag_of(8), store.tag_of(9)}
 
 
-def test_a_run_that_keeps_all_keeps_them_too(eight: Path, tmp_path: Path) -> None:
+def test_a_run_that_retains_all_checkpoints_retains_rewound_ones(eight: Path, tmp_path: Path) -> None:
     folder = str(shutil.copytree(eight, tmp_path / "c"))
     begin(folder).go_back(TO, NEWER)
     save(ranks(folder, ONE), NEW, 9)
     assert {tag + store.REWOUND for tag in NEWER} <= set(os.listdir(folder))
 
 
-def test_going_back_twice_keeps_both(tmp_path: Path) -> None:
-    """The second spike's checkpoint must not hide the first's; and only folders of ours are removed."""
+def test_two_rewinds_set_both_checkpoints_aside(tmp_path: Path) -> None:
+    """The checkpoint of a second spike must not replace that of the first, and foreign folders must stay."""
     folder = make(tmp_path, *map(store.tag_of, (4, 8)), "step_00000006.rewound.mine", "old.rewound")
     attempt = begin(folder)
     attempt.go_back(TO, NEWER[:1])

@@ -1,4 +1,4 @@
-"""AutoTokenizer reads an export's tokenizer.json and gives the ids that training used, for every text."""
+"""AutoTokenizer, loaded from an exported tokenizer.json, gives the same ids as training for every text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def hf(model: str, folder: Path) -> Any:
     assert content is not None
     (folder / "tokenizer.json").write_text(json.dumps(content))
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config()))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))  # AutoTokenizer looks here first
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))  # AutoTokenizer reads this first
     return AutoTokenizer.from_pretrained(folder)
 
 

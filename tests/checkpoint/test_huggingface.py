@@ -1,4 +1,4 @@
-"""transformers is the judge: it loads what is exported, and what it saves itself is read to the same logits."""
+"""Exports and imports have the same logits in transformers and in this project's model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_transformers_computes_the_same(
     assert len(files) == 1 if shard_bytes > 10**9 else len(files) >= 4
     model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    # fp32 sums of 32 to 112 terms in another order, three layers, logits up to 3.
+    # Tolerance for fp32 sums of 32 to 112 terms in another order, in three layers; logits are up to 3.
     expected = build(replace(run, model=SHAPES[name]))(IDS)
     torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=0)
 
@@ -56,7 +56,7 @@ def test_what_transformers_saves_is_read(tmp_path: Path, variant: str, dtype: to
     files = open_model(str(tmp_path / "hf"))
     assert files.dtype == {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     assert all(tensor.dtype == dtype for tensor in files.tensors.values())
-    # Both in fp32 from the same weights: only the order of sums differs; logits are up to 3.
+    # Both compute in fp32 with the same weights: only the order of sums differs; logits are up to 3.
     found = load_model(files, CPU, torch.float32)(IDS)
     wide = LlamaForCausalLM(model.config).eval().float()  # model.float() would keep rounded rotary frequencies
     wide.load_state_dict(model.state_dict())
@@ -65,7 +65,7 @@ def test_what_transformers_saves_is_read(tmp_path: Path, variant: str, dtype: to
 
 
 def theirs(folder: Path, variant: str, dtype: torch.dtype) -> Any:
-    """Return a model of transformers, saved by it (or, as .bin, as its version 4 did) in folder/hf."""
+    """Return a transformers model that is saved in folder/hf; .bin variants have the format of its version 4."""
     torch.manual_seed(1)
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
     if variant == "llama3":
@@ -132,7 +132,7 @@ def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:
         ({"num_hidden_layers": -3}, "num_hidden_layers = -3"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"head_dim": 7}, "head_dim = 7 is odd"),
-        ({"hidden_size": 64}, "tensor model.embed_tokens.weight has shape [800, 32], config.json makes it [800, 64]"),
+        ({"hidden_size": 64}, "tensor model.embed_tokens.weight has shape [800, 32], config.json implies [800, 64]"),
         ({"intermediate_size": 96}, "tensor model.layers.0.mlp.gate_proj.weight has shape [88, 32]"),
         ({"num_hidden_layers": 2}, "9 tensors (model.layers.2."),
         ({"num_hidden_layers": 4}, "9 tensors (model.layers.3.input_layernorm.weight, model.layers.3.self_attn"),
@@ -140,7 +140,7 @@ def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:
         ({"tie_word_embeddings": True}, "lm_head.weight differs"),
     ],
 )
-def test_a_model_that_is_computed_otherwise_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
+def test_an_unsupported_or_inconsistent_config_is_refused(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     theirs(tmp_path, "one file", torch.float32)
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -149,8 +149,8 @@ def test_a_model_that_is_computed_otherwise_is_refused(tmp_path: Path, change: d
     assert named in str(error.value) and str(tmp_path / "hf") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_table_of_other_rows_goes_with_the_flag(tmp_path: Path) -> None:
-    """As fine-tuned models are: padded to 832 rows by resize_token_embeddings, config.json left as it was."""
+def test_vocab_size_flag_converts_a_table_with_other_rows(tmp_path: Path) -> None:
+    """Fine-tuned models may have tables resized by resize_token_embeddings and an unchanged config.json."""
     theirs(tmp_path, "one file", torch.float32)
     path = tmp_path / "hf" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 832}))
@@ -160,7 +160,7 @@ def test_a_table_of_other_rows_goes_with_the_flag(tmp_path: Path) -> None:
         assert AutoModelForCausalLM.from_pretrained(tmp_path / str(rows)).lm_head.weight.shape == (rows, 32)
 
 
-def test_a_tied_head_that_is_written_out_is_left_out(tmp_path: Path) -> None:
+def test_a_stored_copy_of_a_tied_head_is_dropped(tmp_path: Path) -> None:
     theirs(tmp_path, "tied", torch.float32)
     path = tmp_path / "hf" / "model.safetensors"
     state = load_file(path)

@@ -1,4 +1,4 @@
-"""What is converted to deepspeed is a checkpoint that DeepSpeed's own PipelineEngine loads, the tied table too."""
+"""DeepSpeed's own PipelineEngine loads a checkpoint converted to deepspeed, including a tied embedding."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def test_deepspeed_loads_a_converted_checkpoint(write: Write, tmp_path: Path) ->
     done = warm.run(worker, tmp_path / "deepspeed", pp, tp, ranks=pp * tp)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     found = sum(int(file.read_text()) for file in tmp_path.glob("deepspeed.loaded-*"))
-    # 27 weights of decoder layers and the final norm on every tp rank, and a table at each end.
+    # On every tp rank: 27 weights of decoder layers, the final norm, and a vocabulary table on both end stages.
     assert found == (27 + 1 + 2) * tp

@@ -1,4 +1,4 @@
-"""A checkpoint, named in any way, is loaded to the weights that were trained, and evaluates as its export does."""
+"""A checkpoint, given by any of its paths, loads the trained weights and evaluates like its export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def trained(run: RunConfig, tied: bool = False) -> Llama:
-    """Return the model whose weights `write` cut into a checkpoint."""
+    """Return the model whose weights `write` shards into a checkpoint."""
     shared = shared_parts(
         replace(run, model=replace(run.model, tie_word_embeddings=tied)), SingleRank(), "cpu", torch.float32
     )
@@ -33,10 +33,10 @@ def trained(run: RunConfig, tied: bool = False) -> Llama:
 @pytest.mark.parametrize("by_layer", [True, False])
 @pytest.mark.parametrize("tp", [1, 2])
 def test_weights_of_all_ranks_are_merged(write: Write, run: RunConfig, tp: int, by_layer: bool, tied: bool) -> None:
-    whole = trained(run, tied).state_dict()
+    expected = trained(run, tied).state_dict()
     merged = load_model(open_model(write(tp, by_layer, tied)), CPU, torch.float32).state_dict()
-    assert merged.keys() == whole.keys()
-    assert all(torch.equal(merged[name], whole[name]) for name in whole)
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
 def test_a_run_its_checkpoints_and_one_checkpoint_name_the_same(write: Write) -> None:
@@ -47,7 +47,7 @@ def test_a_run_its_checkpoints_and_one_checkpoint_name_the_same(write: Write) ->
 
 
 @pytest.mark.parametrize("damage", ["no folder", "no checkpoint", "latest names nothing"])
-def test_what_is_no_checkpoint_is_one_line_and_exit_2(
+def test_a_path_without_a_checkpoint_gives_one_line_and_exit_2(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     run = Path(write(1, True))

@@ -1,4 +1,4 @@
-"""Whatever was done to a checkpoint's files is found and named, and nothing that they hold is ever executed."""
+"""Any damage to a checkpoint's files is detected and named, and no code in them is ever executed."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(saved: Path, tmp_path: Path) -> Path:
-    """Return a copy of one checkpoint, to be damaged."""
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """Return a copy of one checkpoint that a test may damage."""
     return Path(shutil.copytree(saved / store.tag_of(2), tmp_path / store.tag_of(2)))
 
 
-def examine(place: Path) -> None:
-    """Do what a run does before it loads a checkpoint."""
-    found = describe(str(place))
-    check_present(str(place), found)
-    verify(str(place), found, found.files)
+def examine(folder: Path) -> None:
+    """Check a checkpoint as a run does before loading it."""
+    found = describe(str(folder))
+    check_present(str(folder), found)
+    verify(str(folder), found, found.files)
 
 
 def flip(path: Path, bit: int) -> None:
@@ -81,15 +81,15 @@ def flip(path: Path, bit: int) -> None:
         file.write(bytes([byte ^ 1 << bit % 8]))
 
 
-def test_a_checkpoint_says_what_it_is(place: Path) -> None:
-    """Nobody could tell which run, which data and which files belong to it; or its checksums would need this code."""
-    examine(place)
-    found = describe(str(place))
-    assert sorted(found.files) == sorted(FILES) and set(os.listdir(place)) == {*FILES, DESCRIPTION}
+def test_a_checkpoint_describes_itself(folder: Path) -> None:
+    """Otherwise run, data and files of a checkpoint would be unknown, or only this code could verify its checksums."""
+    examine(folder)
+    found = describe(str(folder))
+    assert sorted(found.files) == sorted(FILES) and set(os.listdir(folder)) == {*FILES, DESCRIPTION}
     for name, entry in found.files.items():
-        content = (place / name).read_bytes()
+        content = (folder / name).read_bytes()
         assert entry.size == len(content)
-        assert entry.checksum == checksum(str(place / name)) == xxhash.xxh3_128(content).hexdigest()
+        assert entry.checksum == checksum(str(folder / name)) == xxhash.xxh3_128(content).hexdigest()
     assert [found.files[name].rank for name in DATA] == [0, 1, 0, 1, 2]
     assert (found.step, found.tokens, found.layout["tp"], found.optimizer_steps) == (2, 256, 2, 2)
     assert (found.data, found.rng) == ({"life": 1, "rows": 8}, {"seed": 1})
@@ -122,58 +122,58 @@ def folder_instead(path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [cut, empty, lengthen, Path.unlink, link_to_itself, folder_instead])
-def test_a_file_that_is_not_whole_is_named_before_anything_is_read(
-    place: Path, damage: Callable[[Path], None], name: str
+def test_an_incomplete_file_is_named_before_anything_is_read(
+    folder: Path, damage: Callable[[Path], None], name: str
 ) -> None:
-    """A run would find out hours later, or load a part of its weights."""
-    damage(place / name)
-    with pytest.raises(UserError, match=rf"{place / name}: is .*damaged; copy it again, or use another") as error:
-        check_present(str(place), describe(str(place)))
+    """Otherwise a run would fail hours later, or load only some of its weights."""
+    damage(folder / name)
+    with pytest.raises(UserError, match=rf"{folder / name}: is .*damaged; copy it again, or use another") as error:
+        check_present(str(folder), describe(str(folder)))
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match=rf"{place / name}: .*damaged"):
-        verify(str(place), describe(str(place)), [name])
+    with pytest.raises(UserError, match=rf"{folder / name}: .*damaged"):
+        verify(str(folder), describe(str(folder)), [name])
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_one_flipped_bit_is_found(place: Path, name: str) -> None:
-    """A weight would be wrong by any factor, and nothing would say so."""
-    path = place / name
+def test_one_flipped_bit_is_found(folder: Path, name: str) -> None:
+    """Otherwise a weight could silently be wrong by any factor."""
+    path = folder / name
     size = path.stat().st_size
     for bit in (0, 8 * size - 1, *random.Random(1).sample(range(8 * size), 20)):
         flip(path, bit)
-        check_present(str(place), describe(str(place)))
+        check_present(str(folder), describe(str(folder)))
         with pytest.raises(UserError, match=rf"{path}: its bytes have checksum [0-9a-f]{{32}}, not .*damaged"):
-            verify(str(place), describe(str(place)), FILES)
-        verify(str(place), describe(str(place)), [other for other in FILES if other != name])
+            verify(str(folder), describe(str(folder)), FILES)
+        verify(str(folder), describe(str(folder)), [other for other in FILES if other != name])
         flip(path, bit)
-    examine(place)
+    examine(folder)
 
 
 @pytest.mark.parametrize("name", DATA)
-def test_the_same_file_of_another_step_is_found(saved: Path, place: Path, name: str) -> None:
-    """Two steps would be mixed: a copy that was interrupted, and went on from another checkpoint."""
-    shutil.copy(saved / store.tag_of(1) / name, place / name)
-    check_present(str(place), describe(str(place)))
-    with pytest.raises(UserError, match=rf"{place / name}: its bytes have checksum"):
-        examine(place)
+def test_the_same_file_of_another_step_is_found(saved: Path, folder: Path, name: str) -> None:
+    """Otherwise an interrupted copy that was resumed from another checkpoint would mix two steps."""
+    shutil.copy(saved / store.tag_of(1) / name, folder / name)
+    check_present(str(folder), describe(str(folder)))
+    with pytest.raises(UserError, match=rf"{folder / name}: its bytes have checksum"):
+        examine(folder)
 
 
-def test_no_bit_of_the_description_matters_unseen(place: Path) -> None:
-    """Damage there would be the one that no checksum sees: of step, data state or checksums themselves."""
-    path = place / DESCRIPTION
-    wanted, harmless = describe(str(place)), 0
+def test_a_flipped_bit_in_the_description_is_found_or_harmless(folder: Path) -> None:
+    """Otherwise damage to the step, the data state or the checksums themselves would go unnoticed."""
+    path = folder / DESCRIPTION
+    wanted, harmless = describe(str(folder)), 0
     for bit in random.Random(2).sample(range(8 * path.stat().st_size), 2000):
         flip(path, bit)
         try:
-            found = describe(str(place))
+            found = describe(str(folder))
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
         else:
             assert found == wanted
             harmless += 1
         flip(path, bit)
-    assert harmless < 20  # 1e-05 and 1E-05 are one number
-    assert describe(str(place)) == wanted
+    assert harmless < 20  # for example, 1e-05 and 1E-05 are the same number
+    assert describe(str(folder)) == wanted
 
 
 @pytest.mark.parametrize(
@@ -181,33 +181,33 @@ def test_no_bit_of_the_description_matters_unseen(place: Path) -> None:
     [
         (empty, "damaged"),
         (cut, "damaged"),
-        (Path.unlink, "no llama_ds.json in it, so it is not a complete checkpoint"),
-        (link_to_itself, "no llama_ds.json in it, so it is not a complete checkpoint"),
+        (Path.unlink, "contains no llama_ds.json, so it is not a complete checkpoint"),
+        (link_to_itself, "contains no llama_ds.json, so it is not a complete checkpoint"),
         (folder_instead, r"damaged \(.*Is a directory"),
         (lambda path: path.write_text("[1]"), "damaged"),
         (lambda path: path.write_text("7"), "damaged"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "damaged"),
     ],
 )
-def test_a_damaged_description_is_named(place: Path, damage: Callable[[Path], None], message: str) -> None:
-    """A traceback would stand where the user is to read which checkpoint is lost."""
-    damage(place / DESCRIPTION)
-    with pytest.raises(UserError, match=rf"{place}.*{message}") as error:
-        describe(str(place))
+def test_a_damaged_description_is_named(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+    """Otherwise the user would see a traceback instead of the damaged checkpoint's name."""
+    damage(folder / DESCRIPTION)
+    with pytest.raises(UserError, match=rf"{folder}.*{message}") as error:
+        describe(str(folder))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("version", [1, FORMAT + 1, "next"])
-def test_another_format_is_refused_by_its_number(place: Path, version: object) -> None:
-    """An older version would read what it does not understand, and call it damaged or load it wrongly."""
-    content = json.loads((place / DESCRIPTION).read_text())
-    (place / DESCRIPTION).write_text(json.dumps({**content, "format": version, "what": "is new"}))
+def test_another_format_is_refused_by_its_number(folder: Path, version: object) -> None:
+    """Otherwise an older version would call a newer checkpoint damaged, or load it wrongly."""
+    content = json.loads((folder / DESCRIPTION).read_text())
+    (folder / DESCRIPTION).write_text(json.dumps({**content, "format": version, "what": "is new"}))
     with pytest.raises(UserError, match=rf"checkpoint format {version}, this version reads {FORMAT}; .*convert"):
-        describe(str(place))
+        describe(str(folder))
 
 
 class Bomb:
-    """Makes a file when it is unpickled."""
+    """A pickle that creates a folder when its code is executed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -216,36 +216,36 @@ class Bomb:
         return os.mkdir, (str(self.path),)
 
 
-def test_nothing_is_executed(place: Path, tmp_path: Path) -> None:
-    """Whoever can write a checkpoint, or send one, could run anything on every node."""
+def test_no_code_is_executed(folder: Path, tmp_path: Path) -> None:
+    """Otherwise anyone who can write or send a checkpoint could execute code on every node."""
     mark, name = tmp_path / "executed", DATA[2]
-    size = (place / name).stat().st_size
-    torch.save({"optimizer_state_dict": Bomb(mark)}, place / name)
-    with open(place / name, "ab") as file:
+    size = (folder / name).stat().st_size
+    torch.save({"optimizer_state_dict": Bomb(mark)}, folder / name)
+    with open(folder / name, "ab") as file:
         file.write(bytes(size - file.tell()))
     with pytest.raises(UserError, match=f"{name}: its bytes have checksum"):
-        examine(place)
-    for spreads in read_tensors(str(place), describe(str(place)), KINDS).values():
+        examine(folder)
+    for spreads in read_tensors(str(folder), describe(str(folder)), KINDS).values():
         for spread in spreads.values():
             spread.whole()
-    for plain in (place / name, place / DATA[0]):
+    for plain in (folder / name, folder / DATA[0]):
         plain.write_bytes(pickle.dumps(Bomb(mark)))
         with pytest.raises(UserError, match="cannot be read as a file of torch tensors"):
             torch_tensors(str(plain))
-    torch.save({"w": Bomb(mark)}, place / name)
+    torch.save({"w": Bomb(mark)}, folder / name)
     with pytest.raises(UserError, match="cannot be read as a file of torch tensors"):
-        torch_tensors(str(place / name))
+        torch_tensors(str(folder / name))
     assert not mark.exists()
-    torch.load(place / name, weights_only=False)
-    assert mark.exists()  # it was a live one
+    torch.load(folder / name, weights_only=False)
+    assert mark.exists()  # an unsafe load does execute it
 
 
 @pytest.fixture
-def records(place: Path) -> list[Record]:
-    """Return what the ranks of the checkpoint wrote, as one record each."""
-    rows = json.loads((place / INDEX).read_text())
+def records(folder: Path) -> list[Record]:
+    """Return the records of the checkpoint's ranks."""
+    rows = json.loads((folder / INDEX).read_text())
     found = [Record(rank) for rank in range(len(THREE))]
-    files = describe(str(place)).files
+    files = describe(str(folder)).files
     for name in DATA:
         found[files[name].rank].files[name] = files[name]
     for weight, pieces in rows.items():
@@ -254,23 +254,23 @@ def records(place: Path) -> list[Record]:
     return found
 
 
-def test_records_make_the_same_checkpoint_again(place: Path, records: list[Record]) -> None:
-    """A record that says less on disk than in memory would leave a checkpoint that cannot be read."""
+def test_records_make_the_same_checkpoint_again(folder: Path, records: list[Record]) -> None:
+    """Otherwise records that lose information on disk would lead to an unreadable checkpoint."""
     assert [Record.from_json(record.as_json()) for record in records] == records
-    (place / DESCRIPTION).unlink()
-    (place / INDEX).unlink()
-    write_manifest(str(place), description(SMALL, THREE, 1, 2), records)
-    assert check_checkpoint(str(place.parent), place.name) == (1, 2)
+    (folder / DESCRIPTION).unlink()
+    (folder / INDEX).unlink()
+    write_manifest(str(folder), description(SMALL, THREE, 1, 2), records)
+    assert check_checkpoint(str(folder.parent), folder.name) == (1, 2)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weight", ["0.weight", "1.self_attn.o_proj.weight", "2.norm.weight"])
 @pytest.mark.parametrize("change", ["lost", "short", "twice", "shifted", "other part"])
 def test_a_save_that_lacks_elements_is_not_committed(
-    place: Path, records: list[Record], kind: str, weight: str, change: str
+    folder: Path, records: list[Record], kind: str, weight: str, change: str
 ) -> None:
-    """A mistake of ours in where tensors lie would be found when the checkpoint is needed, and is gone."""
-    (place / DESCRIPTION).unlink()
+    """Otherwise a bug in the locations of tensors would be found only when the checkpoint is needed."""
+    (folder / DESCRIPTION).unlink()
     pieces, index = next(
         (record.pieces[weight], i)
         for record in records
@@ -286,8 +286,8 @@ def test_a_save_that_lacks_elements_is_not_committed(
         "other part": [piece._replace(part=piece.part + 1)],
     }[change]
     with pytest.raises(ValueError, match=rf"^{weight}: .*{kind}"):
-        write_manifest(str(place), description(SMALL, THREE, 1, 2), records)
-    assert not (place / DESCRIPTION).exists()
+        write_manifest(str(folder), description(SMALL, THREE, 1, 2), records)
+    assert not (folder / DESCRIPTION).exists()
 
 
 def without_second_moments(records: list[Record], role: Role) -> None:
@@ -297,42 +297,42 @@ def without_second_moments(records: list[Record], role: Role) -> None:
                 record.pieces[name] = [piece for piece in pieces if piece.kind != EXP_AVG_SQ]
 
 
-def test_a_save_holds_of_a_weight_what_its_role_has(
-    place: Path, records: list[Record], monkeypatch: pytest.MonkeyPatch
+def test_a_save_holds_the_optimizer_states_of_each_role(
+    folder: Path, records: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An optimizer that keeps other states of some weights could not save, or would save without being looked at."""
+    """Otherwise an optimizer with different states for some weights could not save, or its saves would be unchecked."""
     given = description(SMALL, THREE, 1, 2)
-    (place / DESCRIPTION).unlink()
+    (folder / DESCRIPTION).unlink()
     monkeypatch.setitem(ADAMW.moments, Role.HIDDEN_MATRIX, (EXP_AVG,))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^1\.self_attn\.q_proj.*: 2 parts of its exp_avg_sq were written, not 0"):
-        write_manifest(str(place), given, records)
+        write_manifest(str(folder), given, records)
     without_second_moments(records, Role.HIDDEN_MATRIX)
-    write_manifest(str(place), given, records)
-    found = read_tensors(str(place), describe(str(place)), KINDS)
+    write_manifest(str(folder), given, records)
+    found = read_tensors(str(folder), describe(str(folder)), KINDS)
     shapes = weight_shapes(SMALL)
     assert {kind: list(tensors) for kind, tensors in found.items()} == {
         kind: [key for key in shapes if kind != EXP_AVG_SQ or weight_of(key[1]).role is not Role.HIDDEN_MATRIX]
         for kind in KINDS
     }
     assert all(torch.equal(s.whole(), elements(SMALL, k, EXP_AVG_SQ, 1, 2)) for k, s in found[EXP_AVG_SQ].items())
-    (place / DESCRIPTION).unlink()
+    (folder / DESCRIPTION).unlink()
     without_second_moments(records, Role.NORM)
     with pytest.raises(ValueError, match=r"^1\.input_layernorm.*: 0 parts of its exp_avg_sq were written, not 1"):
-        write_manifest(str(place), given, records)
-    assert not (place / DESCRIPTION).exists()
+        write_manifest(str(folder), given, records)
+    assert not (folder / DESCRIPTION).exists()
 
 
-def test_a_save_without_weights_is_not_committed(place: Path) -> None:
-    """A checkpoint of nothing would count as one."""
-    (place / DESCRIPTION).unlink()
+def test_a_save_without_weights_is_not_committed(folder: Path) -> None:
+    """Otherwise an empty checkpoint would be committed."""
+    (folder / DESCRIPTION).unlink()
     with pytest.raises(ValueError, match=r"^0\.weight: 0 parts of its weight were written, not 2"):
-        write_manifest(str(place), description(SMALL, THREE, 1, 2), [Record(0)])
-    assert not (place / DESCRIPTION).exists()
+        write_manifest(str(folder), description(SMALL, THREE, 1, 2), [Record(0)])
+    assert not (folder / DESCRIPTION).exists()
 
 
 @pytest.mark.parametrize("kinds", [(WEIGHT,), (MASTER, "exp_avg"), (WEIGHT, *MOMENTS)])
-def test_a_run_saves_what_it_can_go_on_from(saved: Path, records: list[Record], kinds: tuple[str, ...]) -> None:
-    """A run could not go on from its only checkpoint; of weights alone there may be one, though not of a run's save."""
+def test_a_run_commits_only_resumable_checkpoints(saved: Path, records: list[Record], kinds: tuple[str, ...]) -> None:
+    """Otherwise a run could not resume from its only checkpoint. Only conversions write weights-only checkpoints."""
     for record in records:
         record.pieces = {weight: [p for p in rows if p.kind in kinds] for weight, rows in record.pieces.items()}
     before = sorted(os.listdir(saved))
@@ -342,16 +342,16 @@ def test_a_run_saves_what_it_can_go_on_from(saved: Path, records: list[Record], 
 
 
 @pytest.mark.parametrize("kinds", [(WEIGHT,), (MASTER,), (WEIGHT, MASTER)])
-def test_weights_alone_are_a_checkpoint(place: Path, records: list[Record], kinds: tuple[str, ...]) -> None:
-    """A model could not be converted; or what is said of it would come back as something else."""
+def test_weights_alone_are_a_checkpoint(folder: Path, records: list[Record], kinds: tuple[str, ...]) -> None:
+    """Otherwise a model could not be converted, or its description would not survive a round trip."""
     for record in records:
         record.pieces = {weight: [p for p in rows if p.kind in kinds] for weight, rows in record.pieces.items()}
     state = {"rows": [1, 2**70], "text": "Größe 🦙", "none": None, "small": 1e-300}
     given = replace(description(SMALL, THREE, 1, 2), data=state, optimizer_steps=None)
-    written = write_manifest(str(place), given, records)
-    found = describe(str(place))
+    written = write_manifest(str(folder), given, records)
+    found = describe(str(folder))
     assert found == written == replace(given, files=found.files, config_hash=hash_of(given.run))
-    tensors = read_tensors(str(place), found, KINDS)
+    tensors = read_tensors(str(folder), found, KINDS)
     assert list(tensors) == list(kinds)
     for kind, spreads in tensors.items():
         for key, spread in spreads.items():

@@ -1,4 +1,4 @@
-"""Meta's own architecture computes our model from the files we write, and ours computes what Meta releases."""
+"""Exports compute the same logits in Meta's own architecture, and releases of Meta in this project's model."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_metas_model_computes_the_same(write: Write, run: RunConfig, tmp_path: P
     assert convert.main([*words, "--no-logits"]) == 0
     model = MetaModel(tmp_path / "meta")
     assert len(model.ranks) == size
-    # fp32 sums of 32 to 112 terms in another order, three layers, logits up to 3.
+    # Tolerance for fp32 sums of 32 to 112 terms in another order, in three layers; logits are up to 3.
     torch.testing.assert_close(model(IDS), build(replace(run, model=SHAPES[name]))(IDS), atol=1e-5, rtol=0)
 
 
 def release(folder: Path, size: int, **params: Any) -> None:
-    """Write what a release of Meta's looks like: a LLaMA 2 (or, by `params`, 3) of random weights on `size` ranks."""
+    """Write a model with random weights in Meta's release format: LLaMA 2, or 3 by `params`, on `size` ranks."""
     torch.manual_seed(2)
     folder.mkdir()
     p = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 16, "norm_eps": 1e-6, "vocab_size": -1, **params}
@@ -72,14 +72,14 @@ def test_what_meta_releases_is_read(tmp_path: Path, params: dict[str, Any], size
     size = min(size, params.get("n_kv_heads", 4))
     release(tmp_path / "meta", size, **params)
     found = load_model(open_model(str(tmp_path / "meta")), CPU, torch.float32)(IDS)
-    # As above; logits are up to 10.
+    # The same reason as above; logits are up to 10.
     torch.testing.assert_close(found, MetaModel(tmp_path / "meta")(IDS), atol=5e-5, rtol=0)
     assert found.abs().max() > 1
     assert convert.main([str(tmp_path / "meta"), str(tmp_path / "hf"), "--to", "hf"]) == 0
 
 
-def test_rows_are_as_long_as_the_releases(tmp_path: Path) -> None:
-    """params.json does not say, and Meta's code takes no such key."""
+def test_the_sequence_length_is_that_of_the_release(tmp_path: Path) -> None:
+    """params.json does not hold it, and Meta's code accepts no such key."""
     for i, params in enumerate((RELEASES[0], RELEASES[2], RELEASES[3])):
         release(tmp_path / str(i), 1, **params)
     assert [open_model(str(tmp_path / str(i))).seq_len for i in range(3)] == [2048, 8192, 131_072]
@@ -93,19 +93,19 @@ def test_a_head_equal_to_the_embedding_is_tied(tmp_path: Path) -> None:
         torch.save({**state, "output.weight": state["tok_embeddings.weight"].clone()}, path)
     files = open_model(str(tmp_path / "meta"))
     assert files.model.tie_word_embeddings and (4, "lm_head.weight") not in files.tensors
-    state["output.weight"][-1, -1] += 1  # of the last file's last row
+    state["output.weight"][-1, -1] += 1  # only the last element of the last file differs
     torch.save(state, path)
     assert not open_model(str(tmp_path / "meta")).model.tie_word_embeddings
 
 
-PUBLISHED = [  # hidden size, intermediate size; LLaMA 1: 7B to 65B, 2: 70B, 3: 8B, 3.1: 405B
+PUBLISHED = [  # (hidden size, intermediate size) of LLaMA 1 7B to 65B, 2 70B, 3 8B, 3.1 405B; then synthetic sizes
     *((4096, 11008), (5120, 13824), (6656, 17920), (8192, 22016), (8192, 28672), (4096, 14336), (16384, 53248)),
     *((32, 88), (32, 112), (64, 64), (100, 333), (256, 1)),
 ]
 
 
 @pytest.mark.parametrize(("dim", "inner"), PUBLISHED)
-def test_params_make_the_intermediate_size(dim: int, inner: int) -> None:
+def test_params_give_the_intermediate_size(dim: int, inner: int) -> None:
     heads = {"num_attention_heads": 2, "head_dim": dim // 2}
     model = replace(MODEL, rope_scaling=None, hidden_size=dim, intermediate_size=inner, **heads)
     params = params_of(model, "here")
@@ -120,7 +120,7 @@ def test_params_make_the_intermediate_size(dim: int, inner: int) -> None:
         (MODEL, "rope_scaling = [8.0, 1.0, 4.0, 16], Meta's code has [8.0, 1.0, 4.0, 8192]"),
     ],
 )
-def test_what_meta_cannot_express_is_refused(
+def test_a_model_that_metas_code_does_not_support_is_refused(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: ModelConfig, named: str
 ) -> None:
     assert convert.main([write(1, True, model=model), str(tmp_path / "meta"), "--to", "meta"]) == 2
@@ -140,8 +140,8 @@ def damage_params(folder: Path, **change: Any) -> None:
         ({"dim": "wide"}, "dim = 'wide' is not an integer"),
         ({"n_heads": 5}, "n_heads = 5 does not divide dim = 32"),
         ({"n_kv_heads": 3}, "num_key_value_heads = 3 does not divide"),
-        ({"n_kv_heads": 2}, "tensor layers.0.attention.wk.weight has shape [32, 32], params.json makes it [16, 32]"),
-        ({"dim": 64}, "tensor tok_embeddings.weight has shape [800, 32], params.json makes it [800, 64]"),
+        ({"n_kv_heads": 2}, "tensor layers.0.attention.wk.weight has shape [32, 32], params.json implies [16, 32]"),
+        ({"dim": 64}, "tensor tok_embeddings.weight has shape [800, 32], params.json implies [800, 64]"),
         ({"multiple_of": 64}, "tensor layers.0.feed_forward.w1.weight has shape [96, 32]"),
         ({"multiple_of": 0}, "multiple_of = 0"),
         ({"n_layers": 3}, "9 tensors (layers.2.attention_norm.weight, layers.2."),
@@ -157,7 +157,7 @@ def test_params_of_another_model_are_refused(tmp_path: Path, damage: dict[str, A
     assert named in str(error.value) and str(tmp_path / "meta") in str(error.value)
 
 
-def test_parts_must_be_all_there_and_of_one_model(tmp_path: Path) -> None:
+def test_parts_must_be_complete_and_of_one_model(tmp_path: Path) -> None:
     release(tmp_path / "meta", 4)
     first, last = tmp_path / "meta" / "consolidated.00.pth", tmp_path / "meta" / "consolidated.03.pth"
     state = torch.load(last, weights_only=True)
@@ -166,7 +166,7 @@ def test_parts_must_be_all_there_and_of_one_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"consolidated\.03\.pth: layers.1.ffn_norm.weight differs"):
         open_model(str(tmp_path / "meta"))
     last.unlink()
-    with pytest.raises(UserError, match=r"tensor tok_embeddings.weight has shape \[800, 24\], params.json makes it"):
+    with pytest.raises(UserError, match=r"tensor tok_embeddings.weight has shape \[800, 24\], params.json implies"):
         open_model(str(tmp_path / "meta"))
     first.unlink()
     with pytest.raises(UserError, match=r"consolidated\.00\.pth: cannot be read \(No such file"):

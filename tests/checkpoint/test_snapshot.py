@@ -1,4 +1,4 @@
-"""State dicts copied and written: the files are those that torch.save would make, and every tensor is found in them."""
+"""State dicts are copied and written to files that torch.load reads, and every tensor is located in them."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def written(folder: Path, files: Sequence[tuple[str, Any]], wanted: Sequence[Loc
 
 
 def read(folder: Path, piece: StoredPiece) -> Tensor:
-    """Read a tensor where a record says it is."""
+    """Read a tensor at its recorded location."""
     out = torch.empty(piece.numel, dtype=getattr(torch, piece.dtype))
     Stored(str(folder / piece.file), piece.offset, out.dtype, (piece.numel,)).read(out)
     return out
 
 
 def same(left: Any, right: Any) -> bool:
-    """Whether two trees are equal: to the type of every container and the dtype of every tensor."""
+    """Return whether two trees are equal, including the type of every container and the dtype of every tensor."""
     if isinstance(left, Tensor):
         equal = type(right) is Tensor and left.dtype == right.dtype and left.shape == right.shape
         return equal and torch.equal(left.detach(), right)
@@ -51,7 +51,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def test_files_load_as_what_was_saved(tmp_path: Path) -> None:
-    """DeepSpeed, or anybody with torch, could not read the checkpoints of a run."""
+    """Otherwise neither DeepSpeed nor torch.load could read the checkpoints of a run."""
     tree = {
         "module": OrderedDict(w=nn.Parameter(torch.randn(3, 5)), b=torch.arange(4, dtype=torch.bfloat16)),
         "state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.randn(4, 6).T}, "name": "adam"},
@@ -68,23 +68,23 @@ def test_files_load_as_what_was_saved(tmp_path: Path) -> None:
     assert record.pieces == {}
 
 
-def test_pieces_lie_where_the_record_says(tmp_path: Path) -> None:
-    """Another layout would read the neighbours of its weights."""
+def test_pieces_are_at_their_recorded_locations(tmp_path: Path) -> None:
+    """Otherwise another layout would read wrong elements."""
     flats = {kind: torch.randn(100) for kind in (MASTER, *MOMENTS)}
     weights = {A: torch.randn(4, 5).bfloat16(), B: torch.randn(8, 3).bfloat16(), C: torch.randn(7).bfloat16()}
-    flat_weights = torch.randn(60).bfloat16()  # as ZeRO-1 holds them: views of one buffer
+    flat_weights = torch.randn(60).bfloat16()  # under ZeRO-1, weights are views of a flat buffer
     weights[B] = flat_weights[11:35].view(8, 3)
     module = {f"{layer}.{name}": weight for (layer, name), weight in weights.items()}
     optimizer = {"single_partition_of_fp32_groups": [flats[MASTER]], "base": {0: {k: flats[k] for k in MOMENTS}}}
-    places = {A: (0, 20, 0), B: (20, 13, 11), C: (93, 7, 0)}  # in the flat buffers: begin, how many, and start
-    skipped = {A: 0, B: 0, C: 3}  # elements of a weight that are not looked for
+    ranges = {A: (0, 20, 0), B: (20, 13, 11), C: (93, 7, 0)}  # begin in the flat buffers, count, start in the weight
+    skipped = {A: 0, B: 0, C: 3}  # number of leading elements of a weight that are not indexed
     wanted = [Located(key, WEIGHT, 1, skipped[key], weight.view(-1)[skipped[key] :]) for key, weight in weights.items()]
     for kind, flat in flats.items():
-        wanted += [Located(key, kind, 1, start, flat[b : b + n]) for key, (b, n, start) in places.items()]
+        wanted += [Located(key, kind, 1, start, flat[b : b + n]) for key, (b, n, start) in ranges.items()]
     record = written(tmp_path, [(MODEL_FILE, {"module": module}), (OPTIMIZER_FILE, {"o": optimizer})], wanted)
     assert set(record.pieces) == {"0.weight", "1.mlp.up_proj.weight", "2.norm.weight"}
     for (layer, name), weight in weights.items():
-        begin, count, start = places[layer, name]
+        begin, count, start = ranges[layer, name]
         pieces = record.pieces[f"{layer}.{name}"]
         assert [piece.kind for piece in pieces] == [WEIGHT, MASTER, *MOMENTS] == list(KINDS)
         first = skipped[layer, name]
@@ -96,7 +96,7 @@ def test_pieces_lie_where_the_record_says(tmp_path: Path) -> None:
 
 
 def test_a_weight_that_is_its_own_master_is_found_in_each_file(tmp_path: Path) -> None:
-    """In fp32, where one memory is saved twice, the weights would be missing from one of the two kinds."""
+    """Otherwise, in fp32, where the same memory is saved twice, one of the two kinds would be missing."""
     weight, moment = torch.randn(6, 4), torch.randn(24)
     files = [
         (MODEL_FILE, {"module": {"0.weight": weight}}),
@@ -112,18 +112,18 @@ def test_a_weight_that_is_its_own_master_is_found_in_each_file(tmp_path: Path) -
 
 
 def test_a_master_that_only_the_model_file_holds_is_found_there(tmp_path: Path) -> None:
-    """Without ZeRO, in fp32, the optimizer's file holds moments alone: there would be no masters to go on from."""
+    """In fp32 without ZeRO, the optimizer's file holds only moments; without this, a save would have no masters."""
     weight = torch.randn(6, 4)
     files = [(MODEL_FILE, {"module": {"0.weight": weight}}), (OPTIMIZER_FILE, {"exp_avg": torch.randn(24)})]
     wanted = [Located(A, MASTER, 0, 5, weight.view(-1)[5:10]), Located(A, WEIGHT, 0, 0, weight)]
-    master, whole = written(tmp_path, files, wanted).pieces["0.weight"]
+    master, full = written(tmp_path, files, wanted).pieces["0.weight"]
     assert (master.kind, master.file, master.start, master.numel) == (MASTER, MODEL_FILE, 5, 5)
     assert torch.equal(read(tmp_path, master), weight.view(-1)[5:10])
-    assert torch.equal(read(tmp_path, whole), weight.view(-1))
+    assert torch.equal(read(tmp_path, full), weight.view(-1))
 
 
-def test_what_no_file_holds_is_left_out(tmp_path: Path) -> None:
-    """A weight that is not saved would be read from where something else lies."""
+def test_unsaved_tensors_are_not_indexed(tmp_path: Path) -> None:
+    """Otherwise a weight that is not saved would be read from the location of another tensor."""
     block = torch.randn(100)
     saved = block[40:60]
     files = [(MODEL_FILE, {"w": saved}), (OPTIMIZER_FILE, {"m": torch.randn(20), "none": torch.empty(0)})]
@@ -133,18 +133,18 @@ def test_what_no_file_holds_is_left_out(tmp_path: Path) -> None:
         "ends after": block[50:61],
         "after": block[60:70],
         "elsewhere": torch.randn(5),
-        "otherwise": block[40:50].view(torch.int32),
+        "other dtype": block[40:50].view(torch.int32),
     }
     wanted = [Located((0, name), WEIGHT, 0, 0, tensor) for name, tensor in outside.items()]
     wanted.append(Located(A, WEIGHT, 0, 0, saved[3:20]))
     wanted.append(Located(B, WEIGHT, 0, 0, files[1][1]["m"]))
     record = written(tmp_path, files, wanted)
-    assert list(record.pieces) == ["0.weight"]  # a weight is looked for in the model's files alone
+    assert list(record.pieces) == ["0.weight"]  # weights are located only in the model's files
     assert torch.equal(read(tmp_path, record.pieces["0.weight"][0]), saved[3:20])
 
 
 def test_a_tensor_saved_under_two_names_is_found_once(tmp_path: Path) -> None:
-    """A tied table would be counted twice, and the checkpoint refused as not whole."""
+    """Otherwise a tied embedding would be indexed twice, and the save refused."""
     table = torch.randn(6, 4)
     files = [(MODEL_FILE, {"module": {"embed": table, "empty": table[:0], "head": table}})]
     (piece,) = written(tmp_path, files, [Located(A, WEIGHT, 0, 0, table[2:])]).pieces["0.weight"]
@@ -152,7 +152,7 @@ def test_a_tensor_saved_under_two_names_is_found_once(tmp_path: Path) -> None:
 
 
 def addresses(snapshot: Snapshot) -> list[int]:
-    """Return where the copies of a snapshot are."""
+    """Return the addresses of the copies in a snapshot."""
 
     def of(tree: Any) -> list[int]:
         if isinstance(tree, Tensor):
@@ -163,8 +163,8 @@ def addresses(snapshot: Snapshot) -> list[int]:
     return of(list(snapshot.files.values()))
 
 
-def test_memory_is_taken_once(tmp_path: Path) -> None:
-    """A run would need the memory of a checkpoint anew at each save, and some day there would be none."""
+def test_memory_is_allocated_once(tmp_path: Path) -> None:
+    """Otherwise every save would allocate the memory of a checkpoint, and a later one could fail."""
     memory, live = HostMemory(), LiveRank(SMALL, THREE[0], 2)
     live.set(1, 1)
     assert memory.nbytes == 0
@@ -179,8 +179,8 @@ def test_memory_is_taken_once(tmp_path: Path) -> None:
         assert same(dict(live.files()), again.files)
 
 
-def test_copies_stay_when_training_goes_on(tmp_path: Path) -> None:
-    """A checkpoint would hold weights of one step and moments of the next."""
+def test_copies_do_not_change_while_training_continues(tmp_path: Path) -> None:
+    """Otherwise a checkpoint could hold weights of one step and moments of the next."""
     live = LiveRank(SMALL, THREE[0], 2)
     live.set(1, 1)
     snapshot = HostMemory().take(live.files(), live.located())
@@ -197,8 +197,8 @@ def test_copies_stay_when_training_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["shape", "dtype", "count"])
-def test_memory_follows_what_is_saved(change: str) -> None:
-    """Where a state dict changes, as when the first step makes an optimizer's moments, the old one would be saved."""
+def test_memory_adapts_to_the_state_dict(change: str) -> None:
+    """Otherwise an old state dict would be saved after a change, as when the first step creates Adam's moments."""
     memory = HostMemory()
     memory.take([("a", {"x": torch.ones(4), "y": torch.ones(2)})], [])
     new: dict[str, Tensor] = {

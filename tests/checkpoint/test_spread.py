@@ -1,4 +1,4 @@
-"""A tensor cut in any way over any files is read as any rank of any layout holds it."""
+"""A tensor sharded in any way over any files is read correctly by any rank of any layout."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ FACTORS = (1, 2, 3, 4, 6)
 
 @dataclass(frozen=True)
 class Cut:
-    """How a tensor was saved."""
+    """How a tensor is sharded and distributed over files."""
 
     shape: tuple[int, ...]
     dim: int | None
     parts: int
-    borders: tuple[tuple[int, ...], ...]  # of the runs of each part
-    files: tuple[int, ...]  # which file each run is in
-    gaps: tuple[int, ...]  # bytes before each run there
+    borders: tuple[tuple[int, ...], ...]  # for each part, the borders between its runs
+    files: tuple[int, ...]  # file number of each run
+    gaps: tuple[int, ...]  # unused bytes before each run in its file
     dtype: torch.dtype
 
-    def write(self, folder: str, whole: Tensor) -> Spread:
+    def write(self, folder: str, full: Tensor) -> Spread:
         """Write the files."""
         contents: dict[str, bytearray] = defaultdict(bytearray)
-        parts = [whole] if self.dim is None else whole.chunk(self.parts, self.dim)
-        places = zip(self.files, self.gaps, strict=True)
+        parts = [full] if self.dim is None else full.chunk(self.parts, self.dim)
+        positions = zip(self.files, self.gaps, strict=True)
         found = []
         for part, borders in zip(parts, self.borders, strict=True):
             runs = []
             for begin, end in pairwise(borders):
-                file, gap = next(places)
+                file, gap = next(positions)
                 path = os.path.join(folder, str(file))
                 contents[path] += bytes([0xAA]) * gap
-                place = Stored(path, len(contents[path]), self.dtype, (end - begin,))
-                runs.append(Run(begin, place, end - begin))
+                location = Stored(path, len(contents[path]), self.dtype, (end - begin,))
+                runs.append(Run(begin, location, end - begin))
                 contents[path] += part.contiguous().view(-1)[begin:end].view(torch.uint8).numpy().tobytes()
             found.append(runs)
         for path, content in contents.items():
@@ -59,7 +59,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Part:
-    """What is read of it."""
+    """A range of elements that a rank reads."""
 
     rank: int
     size: int
@@ -99,7 +99,7 @@ def readings(draw: st.DrawFn) -> tuple[Cut, list[Part]]:
 
 
 def numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor of which no two elements are the same: in bf16 up to a few hundred of them."""
+    """Return a tensor whose elements are all different; in bf16, for up to a few hundred elements."""
     numel = torch.Size(shape).numel()
     if dtype == torch.bfloat16:
         return (torch.arange(numel, dtype=torch.int16) + 0x3F80).view(torch.bfloat16).view(shape)  # 1.0 and up
@@ -108,44 +108,44 @@ def numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 @settings(max_examples=200, deadline=None)
 @given(readings(), st.integers(1, 40), st.integers(1, 7))
-def test_any_cut_is_read_as_any_rank_holds_it(reading: tuple[Cut, list[Part]], block: int, chunk: int) -> None:
-    """Weights or moments would be taken from the wrong place where a run goes on with another layout."""
+def test_any_sharding_is_read_by_any_rank(reading: tuple[Cut, list[Part]], block: int, chunk: int) -> None:
+    """Otherwise a run that resumes with another layout could read wrong weights or moments."""
     cut, parts = reading
-    whole = numbers(cut.shape, cut.dtype)
+    full = numbers(cut.shape, cut.dtype)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(spread, "BLOCK_ELEMENTS", block)
         patch.setattr(stored, "CHUNK_ELEMENTS", chunk)
-        found = cut.write(folder, whole)
-        assert torch.equal(found.whole(), whole) and found.whole().dtype == found.dtype == cut.dtype
+        found = cut.write(folder, full)
+        assert torch.equal(found.whole(), full) and found.whole().dtype == found.dtype == cut.dtype
         for part in parts:
-            held = whole if cut.dim is None else whole.chunk(part.size, cut.dim)[part.rank]
+            held = full if cut.dim is None else full.chunk(part.size, cut.dim)[part.rank]
             wanted = held.reshape(-1)[part.start : part.start + part.count].to(part.dtype)
             around = torch.full((part.count + 2,), -7.0, dtype=part.dtype)
             found.read(around[1:-1], part.rank, part.size, part.start)
             assert torch.equal(around[1:-1], wanted)
             assert around[0] == around[-1] == -7.0
         assert found.paths == {os.path.join(folder, str(file)) for file in cut.files}
-        assert found.numel == whole.numel()
+        assert found.numel == full.numel()
 
 
 @pytest.mark.parametrize("dim", [None, 0, 1])
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
-def test_a_whole_tensor_of_one_file_is_cut_for_ranks(tmp_path: Path, dim: int | None, size: int) -> None:
-    """A model of Hugging Face could not be started from with tensor parallelism."""
-    whole = numbers((6, 12), torch.float32)
-    (tmp_path / "f").write_bytes(bytes(5) + whole.numpy().tobytes())
+def test_an_unsharded_tensor_is_sharded_for_ranks(tmp_path: Path, dim: int | None, size: int) -> None:
+    """Otherwise a run with tensor parallelism could not start from a Hugging Face model."""
+    full = numbers((6, 12), torch.float32)
+    (tmp_path / "f").write_bytes(bytes(5) + full.numpy().tobytes())
     found = in_one_file(Stored(str(tmp_path / "f"), 5, torch.float32, (6, 12)), dim)
     for rank in range(size):
-        wanted = whole if dim is None else whole.chunk(size, dim)[rank]
+        wanted = full if dim is None else full.chunk(size, dim)[rank]
         out = torch.empty(wanted.shape, dtype=torch.bfloat16)
         found.read(out, rank, size)
         assert torch.equal(out, wanted.bfloat16())
-    assert torch.equal(found.whole(torch.bfloat16), whole.bfloat16())
+    assert torch.equal(found.whole(torch.bfloat16), full.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_file_that_ends_too_early_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Numbers that are not there would be read as whatever was in memory."""
+def test_a_truncated_file_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Otherwise missing elements would be read as uninitialized memory."""
     path = tmp_path / "f"
     path.write_bytes(bytes(4 * 99 + 3))
     found = in_one_file(Stored(str(path), 0, torch.float32, (100,)), None)

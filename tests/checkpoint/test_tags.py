@@ -1,4 +1,4 @@
-"""The folder of checkpoints: which one a run goes on from, what is set aside or removed, and what is left alone."""
+"""The checkpoint folder: which checkpoint a run resumes from, and what is set aside, deleted or kept."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from llama_ds.errors import UserError
 
 
 def make(folder: Path, *names: str) -> str:
-    """Make folders that look like checkpoints as far as names tell; return where they are."""
+    """Create folders with an empty description, which count as checkpoints by their names; return their parent."""
     for name in names:
         (folder / name).mkdir(parents=True)
         (folder / name / DESCRIPTION).touch()
     return str(folder)
 
 
-def test_without_checkpoints_there_is_none_to_go_on_from(tmp_path: Path) -> None:
-    """A run could not start."""
+def test_an_empty_or_absent_folder_has_no_candidates(tmp_path: Path) -> None:
+    """Otherwise a new run could not start."""
     assert store.newest(str(tmp_path / "absent")) is None
     assert store.newest(str(tmp_path)) is None and store.candidates(str(tmp_path)) == []
     assert store.candidates(str(tmp_path / "absent")) == []
 
 
-def test_steps_are_numbers(tmp_path: Path) -> None:
-    """A run of more than 99999999 steps would go on from an earlier one."""
+def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
+    """Otherwise a run of more than 99999999 steps would resume from an earlier checkpoint."""
     steps = [99_999_999, 7, 100_000_000, 1_000_000_000]
     folder = make(tmp_path, *map(store.tag_of, steps))
     assert store.tags(folder) == ["step_1000000000", "step_100000000", "step_99999999", "step_00000007"]
@@ -43,8 +43,8 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
     assert store.tags(folder) == ["step_1000000000", "step_100000000", "step_00000007"]
 
 
-def test_only_whole_checkpoints_are_candidates(tmp_path: Path) -> None:
-    """A run would go on from half a checkpoint, or from somebody's copy of another run's."""
+def test_only_complete_checkpoints_are_candidates(tmp_path: Path) -> None:
+    """Otherwise a run could resume from an incomplete checkpoint, or from a copy of another run's checkpoint."""
     others = ["step_00000005.partial", "step_00000006.damaged", "step_00000007.replaced", "step_00000008.removed-2"]
     others += ["step_9", "step_00000010-mine", "my_step_00000011", "step_00000012.bak", "step_0000001x"]
     folder = make(tmp_path, store.tag_of(4), *others)
@@ -54,7 +54,7 @@ def test_only_whole_checkpoints_are_candidates(tmp_path: Path) -> None:
 
 
 def test_latest_comes_first_and_then_the_newest(tmp_path: Path) -> None:
-    """A user who sets a run back would find it where it was; and one whose checkpoint is damaged at the very start."""
+    """Otherwise a user could not select an earlier checkpoint, or damage to the newest would restart the run."""
     folder = make(tmp_path, *map(store.tag_of, (1, 2, 3, 4)))
     for named in (2, 1, 4):
         begin(folder).point_to(store.tag_of(named))
@@ -66,16 +66,16 @@ def test_latest_comes_first_and_then_the_newest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"..", b"../step_00000001", b"\xff\xfe\0", b"no such tag"])
 def test_a_latest_that_names_no_tag_is_none(tmp_path: Path, content: bytes) -> None:
-    """An empty or foreign `latest` would keep a run from its checkpoints, or have a folder elsewhere set aside."""
+    """Otherwise an invalid `latest` would hide all checkpoints, or a folder elsewhere could be set aside."""
     folder = make(tmp_path, *map(store.tag_of, (1, 2)))
     (tmp_path / "latest").write_bytes(content)
     assert store.candidates(folder) == [store.tag_of(2), store.tag_of(1)]
-    (tmp_path / "latest").write_text(store.tag_of(1) + "\n")  # as an editor writes it
+    (tmp_path / "latest").write_text(store.tag_of(1) + "\n")  # editors append a newline
     assert store.newest(folder) == store.tag_of(1)
 
 
-def test_what_latest_names_is_missed_where_it_is_gone(tmp_path: Path) -> None:
-    """A run whose newest checkpoint was deleted would silently go on from an older one, or start anew."""
+def test_a_missing_checkpoint_that_latest_names_is_a_candidate(tmp_path: Path) -> None:
+    """Otherwise a run whose newest checkpoint was deleted would silently resume from an older one, or start anew."""
     attempt = begin(str(tmp_path))
     attempt.point_to(store.tag_of(3))
     assert store.newest(str(tmp_path)) is None and store.candidates(str(tmp_path)) == [store.tag_of(3)]
@@ -86,25 +86,25 @@ def test_what_latest_names_is_missed_where_it_is_gone(tmp_path: Path) -> None:
     assert store.tags(folder) == [store.tag_of(2), store.tag_of(1)]
 
 
-def test_cleaning_takes_what_is_unfinished_and_nothing_else(tmp_path: Path) -> None:
-    """A disk would fill with what killed saves leave; or a folder that is somebody's own would be gone."""
-    going = ["step_00000005.partial", "step_00000006.replaced", "step_00000006.replaced-2", "step_00000007.removed"]
-    going += ["attempt_0123456789abcdef"]
-    staying = [store.tag_of(4), "step_00000006.damaged", "step_00000006.damaged-2", "step_00000008.mine"]
-    staying += ["step_00000005.partial.bak", "old.partial", "step_7.partial", "step_00000009", "attempt_01"]
-    folder = make(tmp_path, *going, *staying)
+def test_begin_deletes_only_leftovers(tmp_path: Path) -> None:
+    """Otherwise a disk would fill with the leftovers of killed saves, or a user's own folder would be deleted."""
+    deleted = ["step_00000005.partial", "step_00000006.replaced", "step_00000006.replaced-2", "step_00000007.removed"]
+    deleted += ["attempt_0123456789abcdef"]
+    kept = [store.tag_of(4), "step_00000006.damaged", "step_00000006.damaged-2", "step_00000008.mine"]
+    kept += ["step_00000005.partial.bak", "old.partial", "step_7.partial", "step_00000009", "attempt_01"]
+    folder = make(tmp_path, *deleted, *kept)
     (tmp_path / "latest").write_text(store.tag_of(4))
-    (tmp_path / "latest.tmp").touch()  # of an earlier version, too
+    (tmp_path / "latest.tmp").touch()  # an earlier version could leave this file
     attempt = SaveAttempt(folder, new_id())
-    assert attempt.begin() == sorted([*going, "latest.tmp"])
-    assert names(attempt) == {*staying, store.LATEST}
+    assert attempt.begin() == sorted([*deleted, "latest.tmp"])
+    assert names(attempt) == {*kept, store.LATEST}
     attempt.end()
-    assert set(os.listdir(folder)) == {*staying, store.LATEST}
+    assert set(os.listdir(folder)) == {*kept, store.LATEST}
     attempt.end()
 
 
-def test_what_is_damaged_is_set_aside_and_kept(tmp_path: Path) -> None:
-    """Somebody may still want to look into it; and a second one of the same step must not hide the first."""
+def test_damaged_checkpoints_are_set_aside_and_kept(tmp_path: Path) -> None:
+    """Users may want to analyse them, and a second one of the same step must not replace the first."""
     folder = make(tmp_path, *map(store.tag_of, (1, 2)))
     attempt, aside = begin(folder), []
     for content in ("first", "second", "third"):
@@ -119,8 +119,8 @@ def test_what_is_damaged_is_set_aside_and_kept(tmp_path: Path) -> None:
     assert names(attempt) == {store.LATEST, store.tag_of(2), *aside}
 
 
-def test_removal_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
-    """What a killed removal leaves would stand in the way of the next, or stay for ever."""
+def test_an_interrupted_removal_is_completed(tmp_path: Path) -> None:
+    """Otherwise the leftovers of a killed removal would block the next one, or stay forever."""
     attempt = begin(make(tmp_path, *map(store.tag_of, (1, 2, 3))))
     make(Path(attempt.path), "step_00000001.removed", "step_00000002.removed")
     attempt.point_to(store.tag_of(3))
@@ -128,8 +128,8 @@ def test_removal_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     assert names(attempt) == {store.LATEST, store.tag_of(3)}
 
 
-def test_publishing_moves_what_is_there_aside(tmp_path: Path) -> None:
-    """Two checkpoints would be mixed in one folder."""
+def test_publishing_replaces_a_checkpoint_of_the_same_step(tmp_path: Path) -> None:
+    """Otherwise two checkpoints would be mixed in one folder."""
     folder = make(tmp_path, store.tag_of(3))
     attempt = begin(folder)
     own = Path(make(Path(attempt.path), store.tag_of(3), store.tag_of(3) + store.REPLACED))
@@ -156,18 +156,18 @@ def run_of(found: Description) -> dict[str, object]:
     ],
 )
 def test_another_run_is_refused(change: dict[str, object], message: str) -> None:
-    """A run would go on with other weights, or read rows twice and others never."""
+    """Otherwise a run could resume with the weights of another model, or read some rows twice and others never."""
     found = description(SMALL, ONE, 1, 2)
     run = run_of(found)
     found.run.update(run)
-    store.check_resumable("place", found, run)
-    store.check_resumable("place", found, {**run, "optimizer": {"lr": 1.0}})
-    with pytest.raises(UserError, match=f"^place: was trained with {message}; use the same run file"):
-        store.check_resumable("place", found, {**run, **change})
+    store.check_resumable("folder", found, run)
+    store.check_resumable("folder", found, {**run, "optimizer": {"lr": 1.0}})
+    with pytest.raises(UserError, match=f"^folder: was trained with {message}; use the same run file"):
+        store.check_resumable("folder", found, {**run, **change})
 
 
-def test_weights_alone_are_not_a_run_to_go_on_with() -> None:
-    """Training would go on with an optimizer of zeros, as if nothing were missing."""
+def test_a_weights_only_checkpoint_cannot_be_resumed() -> None:
+    """Otherwise training would silently resume with optimizer states of zero."""
     found = Description(2, 0, 0, "bf16", {}, {})
-    with pytest.raises(UserError, match=r"^place: holds weights only.*checkpoint.start_from"):
-        store.check_resumable("place", found, {})
+    with pytest.raises(UserError, match=r"^folder: holds weights only.*checkpoint.start_from"):
+        store.check_resumable("folder", found, {})

@@ -1,4 +1,4 @@
-"""Any run of elements of any rank's part is what torch cuts out of the whole tensor, whatever the files' own cut."""
+"""Any range of any rank's shard equals that of torch.chunk, however the files are sharded."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ ROWS, COLUMNS, HEAD = 24, 20, 4
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int | None, int], tuple[torch.Tensor, Spread]]:
-    """By (dimension, parts): a matrix and where it lies."""
+    """Matrices, and their locations in files, by (dimension, parts)."""
     folder = tmp_path_factory.mktemp("views")
     found = {}
     for dim, parts in ((0, 1), (0, 3), (1, 1), (1, 2)):
-        whole = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(parts))
+        full = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(parts))
         path = str(folder / f"{dim}-{parts}")
-        save_file({str(i): part.contiguous() for i, part in enumerate(whole.chunk(parts, dim))}, path)
+        save_file({str(i): part.contiguous() for i, part in enumerate(full.chunk(parts, dim))}, path)
         stored = safetensors_tensors(path)
-        runs = [[Run(0, stored[str(i)], whole.numel() // parts)] for i in range(parts)]
-        found[dim, parts] = whole, Spread(whole.shape, dim, runs)
+        runs = [[Run(0, stored[str(i)], full.numel() // parts)] for i in range(parts)]
+        found[dim, parts] = full, Spread(full.shape, dim, runs)
     return found
 
 
-def turned(whole: torch.Tensor) -> torch.Tensor:
-    """Meta's order of a head's rows, as Hugging Face's converter to its own order (`permute`) would undo it."""
-    halves = whole.view(ROWS // HEAD, 2, HEAD // 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
+def metas_order(full: torch.Tensor) -> torch.Tensor:
+    """Return the matrix with each head's rows in Meta's order, the inverse of `permute` in Hugging Face's converter."""
+    halves = full.view(ROWS // HEAD, 2, HEAD // 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
     back = halves.view(ROWS // HEAD, HEAD // 2, 2, COLUMNS).transpose(1, 2).reshape(ROWS, COLUMNS)
-    assert torch.equal(back, whole)
+    assert torch.equal(back, full)
     return halves
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_parts_are_cut_as_torch_does(
+def test_parts_are_sharded_as_torch_does(
     files: dict[tuple[int | None, int], tuple[torch.Tensor, Spread]], data: st.DataObject
 ) -> None:
-    whole, source = files[data.draw(st.sampled_from(sorted(files)))]
-    kind = data.draw(st.sampled_from(["spread", "rows", "columns", "turned"]))
-    wanted, view, dim = whole, source, source.dim
+    full, source = files[data.draw(st.sampled_from(sorted(files)))]
+    kind = data.draw(st.sampled_from(["spread", "rows", "columns", "rotary"]))
+    wanted, view, dim = full, source, source.dim
     if kind == "rows":
         rows = data.draw(st.sampled_from([4, 24, 40]))
         wanted, view, dim = torch.zeros(rows, COLUMNS), TableRows(source, rows), 0
-        wanted[: min(rows, ROWS)] = whole[:rows]
+        wanted[: min(rows, ROWS)] = full[:rows]
     elif kind == "columns":
-        wanted, view, dim = whole, Columns(source), 1
-    elif kind == "turned":
-        wanted, view, dim = turned(whole), RotaryReordered(TableRows(source, ROWS), HEAD, to_halves=False), 0
-        assert torch.equal(RotaryReordered(view, HEAD, to_halves=True).whole(), whole)
+        wanted, view, dim = full, Columns(source), 1
+    elif kind == "rotary":
+        wanted, view, dim = metas_order(full), RotaryReordered(TableRows(source, ROWS), HEAD, to_halves=False), 0
+        assert torch.equal(RotaryReordered(view, HEAD, to_halves=True).whole(), full)
     size = data.draw(st.sampled_from([1, 2, 4] if dim == 1 or kind == "rows" else [1, 2, 3, 6]))
     rank = data.draw(st.integers(0, size - 1))
     part = wanted.chunk(size, dim)[rank].reshape(-1)

@@ -194,7 +194,7 @@ CASES = [
     Case("pipe without a name", overriding("data.sources.0.path=pipe:cat"), ("pipe:cat", "{}")),
     Case("remote that is not there", remote_missing, ("manifest.json", "refused")),
     Case("cache too small", cache_too_small, ("data.cache_gib",)),
-    Case("description edited", description_edited, ("llama_ds.json", "checksum does not fit"), trained=True),
+    Case("description edited", description_edited, ("llama_ds.json", "checksum does not match"), trained=True),
     Case("checkpoint of before", checkpoint_of_before, ("checkpoint format 1",), trained=True),
     Case("checkpoint loops", checkpoint_loops, ("optim_states.pt", "symbolic links"), trained=True),
     Case("other batch", overriding("training.global_batch=16"), ("training.global_batch 8, not 16",), trained=True),

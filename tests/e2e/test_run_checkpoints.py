@@ -155,7 +155,7 @@ def test_a_run_whose_last_save_failed_says_so(make_run: Callable[..., Run], smal
     done = run(alone(TRAIN, this.file), this.log)
     assert done.code == 2
     (error,) = done.errors
-    assert "step_00000006, could not be written" in error and "it goes on from step_00000003" in error
+    assert "step_00000006, could not be written" in error and "it resumes from step_00000003" in error
     assert [path.name for path in room.checkpoints.glob("step_*")] == ["step_00000003"]
     (small_disk / "filler").unlink()
     assert "resumed at step 3 of 6" in succeed(alone(TRAIN, this.file), this.log)

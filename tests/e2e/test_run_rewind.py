@@ -114,7 +114,7 @@ def test_another_layout_goes_back_to_the_same_numbers(again: Run, reference: Run
     ranks, layout = LAYOUTS["dp2_zero2"]
     changes = [f"{key}={value}" for key, value in layout.items()]
     output = succeed(forked(ranks, TRAIN, again.file, *BACK, *changes, "checkpoint.keep_last=1"), again.log)
-    assert "REWOUND to step_00000004: set aside as .rewound are step_00000008, step_00000006" in output
+    assert "REWOUND to step_00000004: set aside as .rewound: step_00000008, step_00000006" in output
     assert again.losses == pytest.approx(reference.losses, rel=1e-5)
     # Retention: the run has saved a later step than 6, and none than 8.
     assert tags(again) == ["step_00000008", "step_00000008.rewound"]

@@ -71,7 +71,7 @@ def test_a_start_ends_the_one_before_it(run: RunConfig, running: SaveAttempt) ->
         assert found and found[0] == store.tag_of(2)
         one.begin()
     first._writer.start(description(run, 3), HostMemory().take([], []))
-    with pytest.raises(UserError, match="is gone, because another start of this run has taken over"):
+    with pytest.raises(UserError, match="no longer exists, because another start of this run has taken over"):
         first.settle()
     second.close()
     assert set(os.listdir(first.folder)) == {store.LATEST, store.tag_of(2)}

@@ -1,1 +1,1 @@
-"""From one model format to another: a plan carried out, gone on with after a kill, and proven."""
+"""Conversion from one model format to another: a plan is executed, resumable, and verified."""

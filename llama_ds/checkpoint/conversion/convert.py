@@ -1,6 +1,7 @@
-"""Carrying a plan out: files in parallel, tensors read in pieces and written at their places, and a proof at the end.
+"""Execution of a conversion plan: files are written in parallel, tensors in chunks, and the result is verified.
 
-Memory: CHUNK_BYTES for each worker, and blocks of rows (`spread.BLOCK_ELEMENTS`) where the cut changes on the way.
+Memory: CHUNK_BYTES for each worker, plus blocks of rows (`spread.BLOCK_ELEMENTS`) where source and result are sharded
+along different dimensions.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
 from llama_ds.checkpoint.formats.meta import plan_meta
-from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target
+from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, checksum, describe, read_tensors, verify
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.errors import UserError
 from llama_ds.layout.optimizer_states import MASTER
 
-CHUNK_BYTES = 1 << 20  # what the processor's cache holds: larger ones are copied at half the speed
-WORKERS = 4  # at most, unless told otherwise: preads, pwrites and casts run beside one another
+CHUNK_BYTES = 1 << 20  # fits in the CPU cache: larger chunks are copied at half the speed
+WORKERS = 4  # default upper bound; preads, pwrites and casts overlap
 
 T = TypeVar("T")
-Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in all)
+Progress = Callable[[str, int, int], None]  # (phase, bytes done, total bytes)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a conversion is carried out, whatever it makes."""
+    """How a conversion is executed, independent of its result."""
 
     overwrite: bool = False
     workers: int = min(WORKERS, max(2, os.cpu_count() or 1))
 
 
 class Counter:
-    """Adds up bytes for a progress bar, and stops those who count when one of them has failed."""
+    """Counts bytes for a progress bar, and stops the other workers when one of them has failed."""
 
     def __init__(self, progress: Progress, what: str, total: int) -> None:
         self.stop = threading.Event()
@@ -58,7 +59,7 @@ class Counter:
         """Count bytes done.
 
         Raises:
-            Stopped: the work is given up.
+            Stopped: another worker has failed.
         """
         if self.stop.is_set():
             raise Stopped
@@ -68,11 +69,11 @@ class Counter:
 
 
 class Stopped(Exception):
-    """Another worker has failed."""
+    """Raised in a worker when another worker has failed."""
 
 
 def run_all(jobs: Iterable[Callable[[], None]], workers: int, counter: Counter) -> None:
-    """Run jobs in threads; the first that fails ends them all, and its error is raised."""
+    """Run jobs in threads; the first failure stops all of them and is raised."""
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(job) for job in jobs]
         try:
@@ -92,13 +93,13 @@ def convert(
     prove: Callable[[str], T],
     progress: Progress = lambda what, done, total: None,
 ) -> T:
-    """Write what `plan` says to `destination`, whole or not at all.
+    """Write the files of `plan` to `destination`, completely or not at all, and return the result of `prove`.
 
-    A conversion that was killed goes on with the files it has not finished. `prove` is given the folder before it gets
-    its name, and raises where the result is not the source; what it returns is returned.
+    A conversion that was killed resumes with its unfinished files. `prove` receives the folder before it is renamed to
+    `destination`, and raises if the result differs from the source.
 
     Raises:
-        UserError: a broken source, a destination that exists or cannot be written, a failed proof.
+        UserError: a damaged source, a destination that exists or cannot be written, a failed verification.
     """
     _check_apart(files.path, destination)
     with Partial(destination, fingerprint(files, plan), options.overwrite) as work:
@@ -114,10 +115,10 @@ def convert(
 
 
 def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer | None = None) -> Plan:
-    """Return what a conversion to `kind` writes. `tokenizer` is for hf, made of the source's sentencepiece model.
+    """Return the plan of a conversion to `kind`. `tokenizer`, from the source's sentencepiece model, is for hf only.
 
     Raises:
-        UserError: the model cannot be written so.
+        UserError: the model cannot be written in that format.
     """
     if kind == "hf":
         return plan_huggingface(files, target, tokenizer)
@@ -125,25 +126,25 @@ def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer
 
 
 def fingerprint(files: ModelFiles, plan: Plan) -> str:
-    """Return a hash of what is read and what is to be written, of all but the tensors' own bytes."""
+    """Return a hash of the source files (path, size, mtime) and the planned outputs, without the tensor data."""
     paths = [os.path.join(files.path, name) for name in sorted(os.listdir(files.path))]
     states = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
     source = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
     outputs = [(file.name, [(t.name, t.shape, t.rank, t.size) for t in file.tensors]) for file in plan.files]
     small = {name: hashlib.sha256(content).hexdigest() for name, content in plan.small.items()}
-    whole = [os.path.realpath(files.path), source, plan.kind, str(plan.dtype), outputs, small]
-    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+    identity = [os.path.realpath(files.path), source, plan.kind, str(plan.dtype), outputs, small]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _check_apart(source: str, destination: str) -> None:
-    """Refuse a destination whose replacement would take the source with it."""
+    """Refuse a destination that contains the source, because replacing it would delete the source."""
     inner, outer = os.path.realpath(source), os.path.realpath(destination)
     if os.path.commonpath([inner, outer]) == outer:
         raise UserError(f"{destination}: holds the source {source}; give another folder")
 
 
 def _check_source(files: ModelFiles, options: Options, progress: Progress) -> None:
-    """Compare the checksums of the files that hold the weights, where they are known: those of our checkpoints."""
+    """Verify the checksums of the files that hold the weights. Only checkpoints of this project record them."""
     if not os.path.exists(os.path.join(files.path, DESCRIPTION)):
         return
     description = describe(files.path)
@@ -169,7 +170,7 @@ def _write_all(plan: Plan, work: Partial, options: Options, progress: Progress) 
         free = shutil.disk_usage(work.folder).free
         if free < remaining:
             raise UserError(
-                f"{work.folder}: wants {remaining / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB left; "
+                f"{work.folder}: needs {remaining / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB left; "
                 "free space, or give another destination"
             )
         _write_small(plan, work)
@@ -196,9 +197,9 @@ def _write_small(plan: Plan, work: Partial) -> None:
 def _write_file(file: OutputFile, plan: Plan, work: Partial, counter: Counter) -> None:
     path = os.path.join(work.folder, file.name)
     if os.path.lexists(path):
-        os.unlink(path)  # of a conversion that was killed
+        os.unlink(path)  # a conversion that was killed left it unfinished
     dtype = plan.dtype
-    places = file.create(work.folder, dtype)
+    stored = file.create(work.folder, dtype)
     buffer = torch.empty(CHUNK_BYTES // dtype.itemsize, dtype=dtype)
     output = os.open(path, os.O_WRONLY)
     try:
@@ -207,7 +208,7 @@ def _write_file(file: OutputFile, plan: Plan, work: Partial, counter: Counter) -
                 part = buffer[: min(len(buffer), tensor.numel - start)]
                 tensor.source.read(part, tensor.rank, tensor.size, start)
                 _check_range(tensor, part)
-                _write_at(output, part, places[tensor.name].offset + start * dtype.itemsize)
+                _write_at(output, part, stored[tensor.name].offset + start * dtype.itemsize)
                 counter.add(part.nbytes)
         os.fsync(output)
     finally:
@@ -220,14 +221,14 @@ def _write_at(output: int, part: Tensor, position: int) -> None:
     while left:
         count = os.pwrite(output, left, position)
         left, position = left[count:], position + count
-    # Linux begins to write what it is told is not needed; the sync at the end would else wait for all of it.
+    # DONTNEED makes Linux start writeback now; otherwise the final fsync would wait for all of it.
     os.posix_fadvise(output, begin, part.nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def _check_range(tensor: Placed, part: Tensor) -> None:
-    """Refuse a value that fp16 has no room for: it would become infinity."""
+def _check_range(tensor: OutputTensor, part: Tensor) -> None:
+    """Refuse a value beyond the range of fp16, which would become infinity."""
     if part.dtype == torch.float16 and tensor.source.dtype != torch.float16 and not part.isfinite().all():
         raise UserError(
-            f"{tensor.name}: holds numbers above {torch.finfo(torch.float16).max:.0f}, which fp16 has not; "
+            f"{tensor.name}: holds numbers above {torch.finfo(torch.float16).max:.0f}, the largest of fp16; "
             "convert with --dtype bf16"
         )

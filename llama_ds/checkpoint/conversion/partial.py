@@ -1,7 +1,7 @@
-"""Where a conversion works: a folder beside its destination, gone on with after a kill, renamed when it is whole.
+"""Working folder of a conversion, beside its destination: resumable after a kill, and renamed once it is complete.
 
-`DST.partial` holds the files and a journal: first what is being converted to what (a fingerprint), then a line for each
-file that is finished and on the disk. A lock on the journal keeps a second conversion out.
+`DST.partial` holds the output files and a journal. The journal's first line is a fingerprint of source and outputs;
+one line follows for each file that is finished and durable. A lock on the journal excludes a second conversion.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ from llama_ds.checkpoint.manifest import sync
 from llama_ds.errors import UserError
 
 JOURNAL = ".conversion"
-NEARLY_NOTHING = 1 << 20  # bytes free on a disk to which something could not be written for want of space
+FULL_DISK_BYTES = 1 << 20  # after a failed write, a disk with less free space than this counts as full
 
 
 def cannot_write(path: str, error: OSError | RuntimeError) -> UserError:
-    """Return the error that a file or folder cannot be written, as the user is to read it."""
-    if not isinstance(error, OSError):  # torch's writer in C++, which does not say why
-        full = shutil.disk_usage(os.path.dirname(path)).free < NEARLY_NOTHING
+    """Return the user's error for a file or folder that cannot be written."""
+    if not isinstance(error, OSError):  # torch's C++ writer does not report the reason
+        full = shutil.disk_usage(os.path.dirname(path)).free < FULL_DISK_BYTES
         reason = os.strerror(errno.ENOSPC) if full else str(error).partition("\n")[0]
     else:
         reason = error.strerror or str(error)
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             return UserError(f"{path}: cannot be written ({reason}); give a destination where you may write")
         if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG):
-            return UserError(f"{path}: cannot be made ({reason}); give another destination")
+            return UserError(f"{path}: cannot be created ({reason}); give another destination")
     return UserError(
-        f"{path}: cannot be written ({reason}); free space, or mend the disk, and run the same command again: it goes "
-        "on where it stopped"
+        f"{path}: cannot be written ({reason}); free space, or repair the disk, and run the same command again: it "
+        "resumes where it stopped"
     )
 
 
 class Partial:
-    """The work on one destination."""
+    """The working folder for one destination."""
 
     def __init__(self, destination: str, fingerprint: str, overwrite: bool) -> None:
-        """Make the folder, or take up the one of a conversion that was killed.
+        """Create the folder, or resume the one of a conversion that was killed.
 
         Raises:
-            UserError: the destination exists and is not to be overwritten, or the folder is another conversion's.
+            UserError: the destination exists and `overwrite` is false, or the folder belongs to another conversion.
         """
         self.destination = os.path.abspath(destination)
         self.folder = self.destination + ".partial"
-        self.finished: dict[str, str] = {}  # checksums by name; "" where none was wanted
+        self.finished: dict[str, str] = {}  # checksum by file name; "" if it was not computed
         self._journal_path = os.path.join(self.folder, JOURNAL)
         self._lock = threading.Lock()
         if os.path.lexists(self.destination) and not overwrite:
@@ -70,21 +70,21 @@ class Partial:
         os.close(self._journal)
 
     def finish(self, name: str, checksum: str = "") -> None:
-        """Note that a file is whole and on the disk."""
+        """Record that a file is complete and durable."""
         with self._lock:
             size = os.path.getsize(os.path.join(self.folder, name))
             self._append({"file": name, "size": size, "checksum": checksum})
             self.finished[name] = checksum
 
     def discard_journal(self) -> None:
-        """Make the folder one that no conversion goes on with."""
+        """Delete the journal, so that no conversion resumes in this folder."""
         os.unlink(self._journal_path)
 
     def commit(self) -> None:
-        """Put the folder in the destination's place; what was there is moved aside first, and then removed.
+        """Rename the folder to the destination. An existing destination is moved aside first, and then removed.
 
         Raises:
-            UserError: the system refuses.
+            UserError: a file operation failed.
         """
         old = f"{self.destination}.replaced-{os.getpid()}"
         parent = os.path.dirname(self.destination)
@@ -112,7 +112,7 @@ class Partial:
         os.makedirs(self.folder, exist_ok=True)
         self._journal = self._locked()
         lines, size = self._read_journal()
-        os.ftruncate(self._journal, size)  # without a last line that was cut short
+        os.ftruncate(self._journal, size)  # drop a truncated last line
         if not lines:
             self._append({"fingerprint": fingerprint})
             sync(self.folder)
@@ -120,21 +120,21 @@ class Partial:
         self.finished = {line["file"]: line["checksum"] for line in lines[1:] if self._is_there(line)}
 
     def _is_there(self, line: dict[str, Any]) -> bool:
-        """Tell whether a finished file has its size; after a power failure its name may be gone."""
+        """Return whether a finished file exists at its full size; a power failure may have undone its creation."""
         try:
             return os.path.getsize(os.path.join(self.folder, line["file"])) == line["size"]
         except OSError:
             return False
 
     def _is_of(self, fingerprint: str) -> bool:
-        """Tell whether the folder that is there is this conversion's, or of one killed before it began."""
+        """Return whether the existing folder belongs to this conversion, or to one that was killed before it began."""
         lines, _ = self._read_journal()
         if lines:
             return lines[0].get("fingerprint") == fingerprint
         return os.path.isdir(self.folder) and not set(os.listdir(self.folder)) - {JOURNAL}
 
     def _read_journal(self) -> tuple[list[dict[str, Any]], int]:
-        """Return the whole lines of the journal and the bytes they take."""
+        """Return the complete lines of the journal and their total size in bytes."""
         lines, size = [], 0
         try:
             for text in Path(self._journal_path).read_bytes().splitlines(keepends=True):
@@ -152,7 +152,7 @@ class Partial:
         _remove(self.folder)
 
     def _locked(self) -> int:
-        """Return the journal, open and locked."""
+        """Open and lock the journal; return its file descriptor."""
         journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -167,7 +167,7 @@ class Partial:
 
 
 def _remove(path: str) -> None:
-    """Remove a folder with what is in it, a file, or a link but not what it names."""
+    """Remove a file, a folder with its contents, or a link without its target."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path)
     else:

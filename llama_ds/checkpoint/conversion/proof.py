@@ -1,7 +1,7 @@
-"""The proof that a conversion's result is its source: shapes, a hash of every weight read back, logits.
+"""Verification that a conversion's result equals its source: shapes, a hash of every weight read back, logits.
 
-Hashes are XXH3 with 128 bits of each weight, whole, in this project's layout and the result's dtype: what the source
-holds, rounded to it, against what the result's own reader finds.
+Hashes are 128-bit XXH3 of each unsharded weight in this project's layout and the result's dtype. The source's values,
+rounded to that dtype, are compared with those that the result's own reader returns.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, weight_shapes
 
 PROMPT_TOKENS = 32
-# Of the largest logit: one model in fp32 by two libraries, which sum in other orders. Heads in the wrong rotary layout,
-# or a wrong theta, are off by more than a hundred times as much.
+# Relative to the largest logit: two libraries that compute one model in fp32 sum in different orders. Heads in the
+# wrong rotary layout, or a wrong theta, cause differences more than a hundred times as large.
 TOLERANCE = 1e-3
 
 Logits = Callable[[str, Tensor], Tensor]  # model folder, ids (1, T) -> logits (1, T, V) in fp32
@@ -31,18 +31,18 @@ Logits = Callable[[str, Tensor], Tensor]  # model folder, ids (1, T) -> logits (
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found."""
+    """The findings of a verification."""
 
     tensors: int
     parameters: int
-    dtype: str  # of the result
+    dtype: str  # the result's
     source_hash: str
     result_hash: str
-    max_difference: float | None = None  # of logits; None: not computed
-    largest: float = 0.0  # absolute value of the source's logits
+    max_difference: float | None = None  # largest absolute difference of two logits; None: not computed
+    largest: float = 0.0  # largest absolute value of the source's logits
 
     def lines(self) -> list[str]:
-        """Return it as text."""
+        """Return the findings as lines of text."""
         logits = "skipped (--no-logits)"
         if self.max_difference is not None:
             logits = (
@@ -67,10 +67,10 @@ def prove(
     """Compare the result of a conversion with its source.
 
     Args:
-        logits_of_result: by the library that the result is for; None: by this project's model.
+        logits_of_result: computes logits with the library that the result is meant for; None: this project's model.
 
     Raises:
-        UserError: they differ, naming where.
+        UserError: they differ; the message names the tensor or the logits.
     """
     _compare_shapes(source, result)
     hashes = _compare_hashes(source, result, options, progress)
@@ -103,7 +103,7 @@ def prompt(files: ModelFiles) -> Tensor:
 def _compare_shapes(source: ModelFiles, result: ModelFiles) -> None:
     if source.tensors.keys() != result.tensors.keys():
         different = sorted(source.tensors.keys() ^ result.tensors.keys())
-        raise UserError(f"{result.path}: {name_of(different[0])} is not in both, the source and the result; {_AGAIN}")
+        raise UserError(f"{result.path}: {name_of(different[0])} is missing in the source or in the result; {_AGAIN}")
     for key, tensor in source.tensors.items():
         found = result.tensors[key].shape
         if found != tensor.shape:
@@ -121,17 +121,17 @@ def _compare_hashes(source: ModelFiles, result: ModelFiles, options: Options, pr
         dtype = result.tensors[key].dtype
         hashes[key] = _hash(source.tensors[key], dtype, None), _hash(result.tensors[key], dtype, counter)
         if len(set(hashes[key])) > 1:
-            raise UserError(f"{result.path}: {name_of(key)} is not what {source.path} holds; {_AGAIN}")
+            raise UserError(f"{result.path}: {name_of(key)} differs from that of {source.path}; {_AGAIN}")
 
     run_all((partial(compare, key) for key in result.tensors), options.workers, counter)
     combined = [xxhash.xxh3_128(), xxhash.xxh3_128()]
-    for key in weight_shapes(result.model):  # one order for all formats: equal models have equal hashes
+    for key in weight_shapes(result.model):  # the order is the same for all formats, so equal models have equal hashes
         for digest, found in zip(combined, hashes[key], strict=True):
             digest.update(f"{name_of(key)}:{found}\n".encode())
     return combined[0].hexdigest(), combined[1].hexdigest()
 
 
-_AGAIN = "the disk or the source changed under the conversion: remove the folder and convert again"
+_AGAIN = "the disk or the source changed during the conversion: remove the folder and convert again"
 
 
 def _hash(tensor: Readable, dtype: torch.dtype, counter: Counter | None) -> str:

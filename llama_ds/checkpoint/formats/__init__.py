@@ -1,1 +1,1 @@
-"""Model formats: Hugging Face's, Meta's and DeepSpeed's layer files, read as tensors in files, written by a plan."""
+"""Model formats: readers and write plans for Hugging Face's and Meta's formats and DeepSpeed's layer files."""

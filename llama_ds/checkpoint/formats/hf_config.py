@@ -1,4 +1,4 @@
-"""config.json of transformers' LlamaForCausalLM, both ways."""
+"""Reading and writing config.json of transformers' LlamaForCausalLM."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COPIED = (
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# Settings by which a LlamaForCausalLM computes otherwise than this project's model, with the values that do not.
-PLAIN: dict[str, tuple[object, ...]] = {
+# Settings that can make a LlamaForCausalLM differ from this project's model, with the values for which it does not.
+SUPPORTED: dict[str, tuple[object, ...]] = {
     "model_type": ("llama",),
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
@@ -40,7 +40,7 @@ def hf_config(
     eos: int = 2,
     initializer_range: float = TrainingConfig.initializer_range,
 ) -> dict[str, Any]:
-    """Return the content of config.json, or what transformers' LlamaConfig takes; dtype in torch's words: float32."""
+    """Return the content of config.json, also valid as LlamaConfig's arguments. `dtype` is torch's name: float32."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling:
         rope.update(asdict(model.rope_scaling), rope_type="llama3")
@@ -50,7 +50,7 @@ def hf_config(
         **{key: getattr(model, key) for key in COPIED},
         "initializer_range": initializer_range,
         "rope_parameters": rope,
-        "rope_theta": model.rope_theta,  # readers older than transformers 5 look here
+        "rope_theta": model.rope_theta,  # transformers before version 5 reads this key
         "rope_scaling": rope if model.rope_scaling else None,
         "hidden_act": "silu",
         "attention_bias": False,
@@ -64,14 +64,14 @@ def hf_config(
 
 
 def read_config(folder: str) -> dict[str, Any]:
-    """Return config.json of a folder, of a LLaMA that this project's model computes.
+    """Return the content of a folder's config.json, checked to describe an architecture that this project supports.
 
     Raises:
-        UserError: it is missing, damaged, or of another architecture, naming the setting.
+        UserError: the file is missing or damaged, or a setting is not supported; the message names it.
     """
     path = check_file(os.path.join(folder, CONFIG))
     config = read_object(path)
-    for key, values in PLAIN.items():
+    for key, values in SUPPORTED.items():
         if config.get(key) not in values or (key == "model_type" and key not in config):
             raise UserError(
                 f"{path}: {key} = {json.dumps(config.get(key))}, this project's LLaMA has {json.dumps(values[0])}; "
@@ -81,10 +81,10 @@ def read_config(folder: str) -> dict[str, Any]:
 
 
 def model_of(folder: str, config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
-    """Return the shape of the model that config.json describes, and the longest row it was trained for.
+    """Return the model that config.json describes, and the longest sequence that it was trained for.
 
     Raises:
-        UserError: a number that is missing, of no sense, or a rotary embedding that is not computed here.
+        UserError: a number is missing or invalid, or the rotary embedding is not supported.
     """
     path = os.path.join(folder, CONFIG)
     given = {key: config[key] for key in COPIED if config.get(key) is not None}
@@ -92,19 +92,19 @@ def model_of(folder: str, config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     given.setdefault("num_key_value_heads", heads)
     if isinstance(heads, int) and isinstance(given.get("hidden_size"), int) and heads > 0:
         given.setdefault("head_dim", given["hidden_size"] // heads)
-    given.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's own
-    place = ConfigSource(path)
-    model = read(ModelConfig, {**given, **_rotary(path, config)}, place)
-    seq_len = read(int, config.get("max_position_embeddings", 2048), place, "max_position_embeddings")
+    given.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's default
+    source = ConfigSource(path)
+    model = read(ModelConfig, {**given, **_rotary(path, config)}, source)
+    seq_len = read(int, config.get("max_position_embeddings", 2048), source, "max_position_embeddings")
     check_layers(path, model)
     return model, seq_len
 
 
 def initializer_range_of(folder: str, config: Mapping[str, Any]) -> float:
-    """Return the standard deviation of the initial weights that config.json names, transformers' own where it does not.
+    """Return initializer_range of config.json, by default that of transformers.
 
     Raises:
-        UserError: it is no number.
+        UserError: it is not a number.
     """
     value = config.get("initializer_range")
     path = os.path.join(folder, CONFIG)
@@ -115,7 +115,7 @@ def read_object(path: str) -> dict[str, Any]:
     """Return the object that a JSON file holds.
 
     Raises:
-        UserError: it cannot be read as one.
+        UserError: the file cannot be read as a JSON object.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -128,7 +128,7 @@ def read_object(path: str) -> dict[str, Any]:
 
 
 def _rotary(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return rope_theta and rope_scaling as ModelConfig has them; transformers 5 writes both into rope_parameters."""
+    """Return rope_theta and rope_scaling for ModelConfig; transformers 5 writes both into rope_parameters."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters = {json.dumps(rope)} is not an object; copy the file again")
@@ -142,7 +142,7 @@ def _rotary(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(
-            f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']}, this project turns all of a head"
+            f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']}, this project rotates entire heads"
         )
     if kind == "llama3":
         found["rope_scaling"] = {key: rope[key] for key in SCALING if key in rope}

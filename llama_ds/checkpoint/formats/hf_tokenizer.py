@@ -1,11 +1,11 @@
-"""A sentencepiece BPE model as Hugging Face's tokenizer.json: the same ids for every text.
+"""Conversion of a sentencepiece BPE model to Hugging Face's tokenizer.json, with equal ids for every text.
 
 Differences between the two libraries that matter here:
-- sentencepiece spells a space U+2581. Here the vocabulary spells it " ", so a literal U+2581 in a text stays one: it
-  becomes its three bytes, as `llama_ds.data.text.tokenizer` encodes it.
-- sentencepiece merges any two neighbours whose concatenation is a piece, the best score first, then the leftmost.
+- sentencepiece spells a space as U+2581. The vocabulary here spells it " ", so a literal U+2581 in a text stays
+  distinct: it becomes its three bytes, as in `llama_ds.data.text.tokenizer`.
+- sentencepiece merges any two neighbours whose concatenation is a piece, by best score and then leftmost position.
   Here every split of every piece is a merge, in the order of the pieces' scores.
-- Names of control ids in a text ("<s>") are text to sentencepiece: split_special_tokens makes them so here.
+- sentencepiece treats names of control ids in a text ("<s>") as text; split_special_tokens does the same here.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import tokenizers
 
 SPACE_MARK = "\u2581"
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
-# What sentencepiece models differ in: normalisation, spaces, digits, bytes, control names, U+2581.
+# Covers everything in which sentencepiece models differ: normalisation, spaces, digits, bytes, control names, U+2581.
 PROBE = "  Two  spaces, ﬁne 2048 ｆｕｌｌ e\u0301é 漢字 😀\t\x00\r\n\u3000<s>\u2581 end "
 
 
 class Sentencepiece(Protocol):
-    """A sentencepiece model as `llama_ds.data.text.tokenizer.Tokenizer` reads it."""
+    """Interface of a sentencepiece model, as implemented by `llama_ds.data.text.tokenizer.Tokenizer`."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
 
     def pieces(self) -> Sequence[tuple[str, float, bool]]:
-        """Return the vocabulary by id, as `tokenizer_json` takes it."""
+        """Return the vocabulary by id in the form that `tokenizer_json` accepts."""
 
     @property
     def prefixed(self) -> bool:
@@ -37,10 +37,10 @@ class Sentencepiece(Protocol):
 
 
 def imitation(ours: Sentencepiece) -> dict[str, Any] | None:
-    """Return the content of tokenizer.json for a sentencepiece model; None where it would give other ids."""
+    """Return the content of tokenizer.json for a sentencepiece model; None if it would give different ids."""
     content = tokenizer_json(ours.pieces(), ours.prefixed)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    theirs.encode_special_tokens = True  # as split_special_tokens has it
+    theirs.encode_special_tokens = True  # the effect of split_special_tokens
     return content if theirs.encode(PROBE, add_special_tokens=False).ids == ours.encode(PROBE) else None
 
 
@@ -48,8 +48,8 @@ def tokenizer_json(pieces: Sequence[tuple[str, float, bool]], prefixed: bool) ->
     """Return the content of tokenizer.json.
 
     Args:
-        pieces: by id, (text in sentencepiece's spelling, score, ordinary: no byte, no control id, not unknown).
-        prefixed: the model puts a space before every text (the original LLaMA one does), and reads U+2581 as one.
+        pieces: by id, (text in sentencepiece's spelling, score, ordinary: neither byte nor control nor unknown id).
+        prefixed: the model puts a space before every text (LLaMA's original does), and reads U+2581 as a space.
     """
     vocabulary = {text.replace(SPACE_MARK, " "): i for i, (text, _, _) in enumerate(pieces)}
     ordinary = {text.replace(SPACE_MARK, " "): score for text, score, ordinary in pieces if ordinary}
@@ -80,9 +80,9 @@ def tokenizer_json(pieces: Sequence[tuple[str, float, bool]], prefixed: bool) ->
 
 
 def tokenizer_config() -> dict[str, Any]:
-    """Return the content of tokenizer_config.json that belongs to it."""
+    """Return the content of the matching tokenizer_config.json."""
     return {
-        # Not LlamaTokenizer: transformers 5 would put its own normalizer and pre-tokenizer in place of ours.
+        # Not LlamaTokenizer: transformers 5 would replace our normalizer and pre-tokenizer by its own.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
@@ -94,11 +94,11 @@ def tokenizer_config() -> dict[str, Any]:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Return every pair of pieces that makes a piece, best score first.
+    """Return every pair of pieces whose concatenation is a piece, best score first.
 
-    Pairs that make the same piece have one rank in sentencepiece and two here. They compete where three neighbours
-    a b c hold the piece twice, as ab and as bc; the leftmost, (a, b), must win: its rival (b, c) is the one whose left
-    part also ends the piece.
+    Pairs with the same concatenation share one rank in sentencepiece and have two here. They compete if three
+    neighbours a b c contain the piece twice, as ab and as bc. The leftmost, (a, b), must win; its rival (b, c) is the
+    pair whose left part is also the end of the piece.
     """
     merges = []
     for piece in sorted((p for p in scores if len(p) > 1), key=lambda p: -scores[p]):

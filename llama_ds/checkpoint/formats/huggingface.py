@@ -1,6 +1,6 @@
-"""Hugging Face's format of a LLaMA: safetensors or pytorch_model*.bin, config.json, the tokenizer's files.
+"""Hugging Face's format of a LLaMA: safetensors or pytorch_model*.bin, config.json and tokenizer files.
 
-The names and the rotary layout inside the model are Hugging Face's, so conversion merges shards and renames.
+This project's rotary layout and local weight names are Hugging Face's, so conversion only merges shards and renames.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llama_ds.checkpoint.formats.hf_config import (
 )
 from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_config
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, model_files, same
-from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json
+from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json
 from llama_ds.checkpoint.manifest import TOKENIZER
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.spread import in_one_file
@@ -31,11 +31,11 @@ from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, weight_of, weight_shapes
 
-SHARD_BYTES = 5 * 10**9  # transformers' own limit per file, up to its version 4
+SHARD_BYTES = 5 * 10**9  # default limit per file in transformers up to version 4
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # of the vocabulary, at the two ends
-INVERSE_FREQUENCIES = re.compile(r".*\brotary_emb\.inv_freq")  # old exports hold them; they follow from rope_theta
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INVERSE_FREQUENCIES = re.compile(r".*\brotary_emb\.inv_freq")  # only in old exports; derived from rope_theta
 GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", TOKENIZER, "special_tokens_map.json", "added_tokens.json"),
@@ -45,28 +45,28 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class HfTokenizer:
-    """What a sentencepiece model says to transformers."""
+    """A sentencepiece model converted for transformers."""
 
-    content: Mapping[str, Any] | None  # of tokenizer.json, `hf_tokenizer.tokenizer_json`; None: it cannot be imitated
+    content: Mapping[str, Any] | None  # tokenizer.json, from `hf_tokenizer`; None: no equivalent exists
     bos: int = 1
     eos: int = 2
 
 
 @dataclass(frozen=True)
 class _Found:
-    """The tensors of a folder by name, and the path that messages about them name."""
+    """The tensors of a folder by name, and the path to name in messages about them."""
 
     path: str
     tensors: dict[str, Stored] = field(default_factory=dict)
 
 
 def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
-    """Return the weights of a folder that transformers' LlamaForCausalLM loads.
+    """Return the weights of a folder that transformers' LlamaForCausalLM can load.
 
-    `vocab_size` gives the tables that many rows; else they must have those of config.json.
+    `vocab_size` resizes the vocabulary tables to that many rows; by default they must match config.json.
 
     Raises:
-        UserError: another architecture, missing, unknown or misshapen tensors, a damaged file.
+        UserError: the architecture is not supported, a tensor is missing, unknown or misshapen, or a file is damaged.
     """
     config = read_config(folder)
     model, seq_len = model_of(folder, config)
@@ -82,21 +82,21 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
 
 
 def holds_huggingface(folder: str) -> bool:
-    """Tell whether a folder looks like one of Hugging Face's."""
+    """Return whether a folder looks like a Hugging Face model."""
     return os.path.lexists(os.path.join(folder, CONFIG))
 
 
 def plan_huggingface(files: ModelFiles, target: Target, tokenizer: HfTokenizer | None) -> Plan:
-    """Return what to write: files of at most SHARD_BYTES, or one layer, and what AutoTokenizer reads.
+    """Return the plan: files of at most SHARD_BYTES (or a single larger layer), and the files AutoTokenizer reads.
 
-    From a Hugging Face folder its tokenizer and generation settings are kept as they are; else `tokenizer` says what
-    to make of the sentencepiece model, None: there is none.
+    From a Hugging Face source, tokenizer files and generation settings are copied. Otherwise `tokenizer` holds the
+    converted sentencepiece model; None: the source has no tokenizer.
 
     Raises:
-        UserError: parts were asked for.
+        UserError: the target is sharded.
     """
     if (target.tp, target.pp) != (1, 1):
-        raise UserError("command line: --tp and --pp cut checkpoints of deepspeed and meta; leave them out for hf")
+        raise UserError("command line: --tp and --pp apply only to deepspeed and meta; leave them out for hf")
     dtype = DTYPES[target.dtype]
     shards = list(_shards(files, dtype.itemsize))
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -111,27 +111,27 @@ def plan_huggingface(files: ModelFiles, target: Target, tokenizer: HfTokenizer |
     return Plan("hf", dtype, outputs, small, copied)
 
 
-def _shards(files: ModelFiles, itemsize: int) -> list[list[Placed]]:
-    """Cut the layers into files."""
-    shards: list[list[Placed]] = [[]]
+def _shards(files: ModelFiles, itemsize: int) -> list[list[OutputTensor]]:
+    """Distribute the layers over files."""
+    shards: list[list[OutputTensor]] = [[]]
     size = 0
     for layer in files.layers():
-        placed = [
-            Placed(hf_name(index, name, files.model.num_hidden_layers), tensor.shape, tensor)
+        tensors = [
+            OutputTensor(hf_name(index, name, files.model.num_hidden_layers), tensor.shape, tensor)
             for (index, name), tensor in files.tensors.items()
             if index == layer
         ]
-        nbytes = sum(p.numel for p in placed) * itemsize
+        nbytes = sum(tensor.numel for tensor in tensors) * itemsize
         if shards[-1] and size + nbytes > SHARD_BYTES:
             shards.append([])
             size = 0
-        shards[-1] += placed
+        shards[-1] += tensors
         size += nbytes
     return shards
 
 
 def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Return the small files: content of those to write, paths of those to copy."""
+    """Return the small files: the contents of those to write, and the paths of those to copy."""
     if holds_huggingface(files.path):
         config = hf_config(files.model, files.seq_len, dtype, initializer_range=files.initializer_range)
         given = read_object(os.path.join(files.path, CONFIG))
@@ -150,41 +150,44 @@ def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> t
 
 
 def _stored_tensors(folder: str) -> _Found:
-    """Find the tensors: in the files of an index, or in the one file there is; safetensors before pickles."""
+    """Find the tensors in the files of an index or in a single file; safetensors take precedence over pickles."""
     for name, find in ((SAFETENSORS, safetensors_tensors), (BIN, torch_tensors)):
         path = os.path.join(folder, name)
         if os.path.lexists(path + INDEX):
             found = _Found(path + INDEX)
             for file, wanted in _files_of_index(check_file(path + INDEX)).items():
-                there = find(check_file(os.path.join(folder, file)))
-                check_names(os.path.join(folder, file), sorted(wanted), [n for n in there if n in wanted])
-                found.tensors.update(there)
+                tensors = find(check_file(os.path.join(folder, file)))
+                check_names(os.path.join(folder, file), sorted(wanted), [n for n in tensors if n in wanted])
+                found.tensors.update(tensors)
             return found
         if os.path.lexists(path):
             return _Found(path, find(check_file(path)))
-    raise UserError(f"{folder}: neither {SAFETENSORS} nor {BIN}, nor an index of several, in it; copy the model again")
+    raise UserError(f"{folder}: contains neither {SAFETENSORS} nor {BIN}, nor an index of them; copy the model again")
 
 
 def _files_of_index(path: str) -> dict[str, set[str]]:
-    """Return the names of the tensors that an index puts into each file."""
+    """Return the names of the tensors in each file of an index."""
     where = read_object(path).get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise UserError(f"{path}: no weight_map in it, so no index of a model's files; copy it again")
+        raise UserError(f"{path}: contains no weight_map, so it is not the index of a model's files; copy it again")
     files: dict[str, set[str]] = {}
     for name, file in where.items():
         if not isinstance(file, str) or os.path.basename(file) != file or not file:
-            raise UserError(f"{path}: puts {name} into {file!r}, which is no file of this folder; copy it again")
+            raise UserError(
+                f"{path}: puts {name} into {file!r}, which is not a file name in this folder; copy it again"
+            )
         files.setdefault(file, set()).add(name)
     return files
 
 
 def _drop_tied_head(folder: str, stored: dict[str, Stored]) -> None:
-    """Leave out a head that is the embedding's table written a second time."""
-    table, head = stored.get(TABLE), stored.get(HEAD)
-    if head is None or table is None:
+    """Drop a tied head that was written as a copy of the embedding."""
+    embedding, head = stored.get(EMBEDDING), stored.get(HEAD)
+    if head is None or embedding is None:
         return
-    if not same(in_one_file(table, 0), in_one_file(head, 0)):
+    if not same(in_one_file(embedding, 0), in_one_file(head, 0)):
         raise UserError(
-            f"{folder}: {CONFIG} has tie_word_embeddings = true, but {HEAD} differs from {TABLE}; set it to false there"
+            f"{folder}: {CONFIG} has tie_word_embeddings = true, but {HEAD} differs from {EMBEDDING}; "
+            "set it to false there"
         )
     del stored[HEAD]

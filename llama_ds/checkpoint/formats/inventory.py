@@ -1,4 +1,4 @@
-"""What a model folder must hold: its files, every tensor of the model's shape, and none that the model has not."""
+"""Checks of a model folder: all files exist, and its tensors are exactly those of the model, each of its shape."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, Role, weight_of, weight_shapes, weights
 
-MOST_LAYERS = 10_000  # more is a damaged number: the list of their tensors would not end
-SHOWN = 3  # of the tensors that an error is about
+MAX_LAYERS = 10_000  # a larger number is taken for damage: listing its tensors would exhaust memory
+MAX_SHOWN = 3  # number of tensors that an error message names
 
 
 def check_file(path: str) -> str:
-    """Return `path`, a file that is there.
+    """Return `path`, checked to be an existing regular file.
 
     Raises:
-        UserError: it is missing, a link to nothing or to itself, or no regular file.
+        UserError: it is missing, a broken link, or not a regular file.
     """
     try:
         mode = os.stat(path).st_mode
@@ -37,20 +37,20 @@ def check_file(path: str) -> str:
 
 
 def check_layers(path: str, model: ModelConfig) -> None:
-    """Check that the number of layers in the file `path` is one that a model may have.
+    """Check that the number of layers in the file `path` is plausible.
 
     Raises:
-        UserError: it is so large that it must be damaged.
+        UserError: it exceeds MAX_LAYERS.
     """
-    if model.num_hidden_layers > MOST_LAYERS:
-        raise UserError(f"{path}: num_hidden_layers = {model.num_hidden_layers} is above {MOST_LAYERS}; copy it again")
+    if model.num_hidden_layers > MAX_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers = {model.num_hidden_layers} is above {MAX_LAYERS}; copy it again")
 
 
 def check_names(path: str, wanted: Collection[str], found: Collection[str]) -> None:
-    """Check that a folder has all tensors that its model wants, and no others.
+    """Check that the tensors found are exactly those wanted.
 
     Raises:
-        UserError: with their count and the first few names.
+        UserError: tensors are missing or unknown; the message has their count and the first few names.
     """
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -65,15 +65,15 @@ def check_names(path: str, wanted: Collection[str], found: Collection[str]) -> N
 
 
 def check_shape(path: str, name: str, found: tuple[int, ...], wanted: tuple[int, ...], config: str) -> None:
-    """Check that a tensor has the shape that the file `config` gives it.
+    """Check that a tensor has the shape that follows from the file `config`.
 
     Raises:
-        UserError: naming tensor and shapes.
+        UserError: it has another; the message names the tensor and both shapes.
     """
     if found != wanted:
         raise UserError(
-            f"{path}: tensor {name} has shape {list(found)}, {config} makes it {list(wanted)}: "
-            "the weights are of another model, or not all there; copy both from one place"
+            f"{path}: tensor {name} has shape {list(found)}, {config} implies {list(wanted)}: "
+            "the weights belong to another model or are incomplete; copy both from one release"
         )
 
 
@@ -87,16 +87,16 @@ def model_files(
     tensors: Mapping[Key, Readable],
     vocab_size: int | None,
 ) -> ModelFiles:
-    """Return the model of a folder, its tensors checked against its configuration.
+    """Return the model of a folder, with its tensors checked against its configuration.
 
     Args:
-        where: the path that messages about tensors name.
-        config: name of the file that says the model's shape.
-        names: of the tensors in the folder.
-        vocab_size: rows to give the tables of the vocabulary; None: they must be as many as `config` says.
+        where: the path to name in messages about tensors.
+        config: name of the configuration file, for messages.
+        names: names of the tensors in the folder, for messages.
+        vocab_size: rows of the vocabulary tables; missing rows become zeros. None: as many as `config` says.
 
     Raises:
-        UserError: naming the first that differs.
+        UserError: a tensor has an unexpected shape or dtype; the message names the first.
     """
     if vocab_size is not None:
         model, tensors = with_vocabulary(model, tensors, vocab_size)
@@ -107,26 +107,26 @@ def model_files(
 def _check_tensors(
     path: str, tensors: Mapping[Key, Readable], model: ModelConfig, names: Mapping[Key, str], config: str
 ) -> None:
-    """Check the shapes of a model's tensors. `names` are those in the folder.
+    """Check the shapes of a model's tensors. `names` are their names in the folder.
 
     Raises:
-        UserError: naming the first that differs, for a vocabulary with the flag that mends it.
+        UserError: a shape differs; the message names the first, and for a vocabulary table the flag to use.
     """
     for key, wanted in weight_shapes(model).items():
         found, name = tensors[key].shape, names[key]
         if key in vocabulary_tables(model) and found[1:] == wanted[1:] and found[0] != wanted[0]:
             raise UserError(
                 f"{path}: {name} has {found[0]} rows, {config} has vocab_size = {wanted[0]}; convert with "
-                f"--vocab-size {found[0]} or --vocab-size {wanted[0]}: rows that lack become zeros, others are cut"
+                f"--vocab-size {found[0]} or --vocab-size {wanted[0]}: missing rows become zeros, others are dropped"
             )
         check_shape(path, name, found, wanted, config)
 
 
 def _dtype_of(path: str, tensors: Mapping[Key, Readable]) -> str:
-    """Return the name of the dtype of a model's matrices.
+    """Return the short name of the dtype of a model's matrices.
 
     Raises:
-        UserError: it is none that a model is trained in.
+        UserError: the dtype is not one of DTYPES.
     """
     stored = next(tensor.dtype for (_, name), tensor in tensors.items() if weight_of(name).role is Role.HIDDEN_MATRIX)
     for name, dtype in DTYPES.items():
@@ -136,20 +136,20 @@ def _dtype_of(path: str, tensors: Mapping[Key, Readable]) -> str:
 
 
 def vocabulary_tables(model: ModelConfig) -> tuple[Key, ...]:
-    """Return the keys of the tables with a row for each id of the vocabulary."""
+    """Return the keys of the weights with one row for each id of the vocabulary."""
     return tuple(key for key, weight in weights(model) if weight.role in (Role.EMBEDDING, Role.HEAD))
 
 
 def with_vocabulary(
     model: ModelConfig, tensors: Mapping[Key, Readable], vocab_size: int
 ) -> tuple[ModelConfig, dict[Key, Readable]]:
-    """Return model and tensors with `vocab_size` rows in their tables: zeros added at the end, or rows left out."""
+    """Return model and tensors with vocabulary tables of `vocab_size` rows, padded with zeros or truncated."""
     tables = {key: TableRows(tensors[key], vocab_size) for key in vocabulary_tables(model)}
     return replace(model, vocab_size=vocab_size), {**tensors, **tables}
 
 
 def same(first: Readable, second: Readable, elements: int = 4 << 20) -> bool:
-    """Tell whether two tensors of one shape and dtype are bit for bit equal, reading no further than they are."""
+    """Return whether two tensors are equal in shape, dtype and every bit; stop reading at the first difference."""
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     total = torch.Size(first.shape).numel()
@@ -164,5 +164,5 @@ def same(first: Readable, second: Readable, elements: int = 4 << 20) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    shown = ", ".join(names[:MAX_SHOWN]) + (", ..." if len(names) > MAX_SHOWN else "")
     return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown}) {'is' if len(names) == 1 else 'are'}"

@@ -1,7 +1,7 @@
-"""A checkpoint of weights alone in DeepSpeed's pipeline format: a file per layer and tensor-parallel rank.
+"""A weights-only checkpoint in DeepSpeed's pipeline format: one file per layer and tensor-parallel rank.
 
-DeepSpeed's PipelineEngine loads it (load_module_only) under the same tensor-parallel size and the pp it was made for;
-our own index makes it one of this project's checkpoints, which any layout starts from.
+DeepSpeed's PipelineEngine loads it (load_module_only) with the pp and tp it was written for. With the index of this
+project it is also one of its checkpoints, from which a run of any layout can start.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, check_parts, part_shape
+from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, check_parts, part_shape
 from llama_ds.checkpoint.manifest import (
     DESCRIPTION,
     TOKENIZER,
@@ -34,19 +34,19 @@ from llama_ds.layout.weights import weight_of
 
 
 def layer_file(layer: int, tp_rank: int) -> str:
-    """Return the name that DeepSpeed's PipelineModule gives to the file of one layer's weights."""
+    """Return the file name of one layer's weights in DeepSpeed's PipelineModule."""
     return f"layer_{layer:02d}-model_{tp_rank:02d}-model_states.pt"
 
 
 def plan_layer_files(files: ModelFiles, target: Target) -> Plan:
-    """Return what to write. Step, tokens and run are the source's if it is a checkpoint of ours; else there are none.
+    """Return the plan. Step, tokens and run are copied from a source that is a checkpoint of this project.
 
     Raises:
-        UserError: the model cannot be cut so.
+        UserError: the model cannot be sharded over the target's ranks.
     """
     check_parts(files, target)
     outputs = tuple(
-        OutputFile(layer_file(layer, rank), tuple(_placed(files, layer, rank, target.tp)))
+        OutputFile(layer_file(layer, rank), tuple(_output_tensors(files, layer, rank, target.tp)))
         for layer in files.layers()
         for rank in range(target.tp)
     )
@@ -58,7 +58,7 @@ def plan_layer_files(files: ModelFiles, target: Target) -> Plan:
 
 
 def write_index(folder: str, plan: Plan, checksums: Mapping[str, str]) -> None:
-    """Write index and description of a checkpoint whose files are there; `checksums` by name, of its layers."""
+    """Write the index and description of a checkpoint whose files exist. `checksums` are those of its layer files."""
     assert plan.description is not None
     record = Record(rank=0)
     for name in (*checksums, *plan.small):
@@ -66,20 +66,20 @@ def write_index(folder: str, plan: Plan, checksums: Mapping[str, str]) -> None:
         record.files[name] = FileEntry(os.path.getsize(path), checksums.get(name) or checksum(path), 0)
     for file in plan.files:
         layer = int(file.name.split("_")[1].partition("-")[0])
-        places = file.places(folder)
+        located = file.locate(folder)
         for tensor in file.tensors:
             if tensor.rank and weight_of(tensor.name).cut is None:
-                continue  # the same on every rank: the first one's is the one that is read
-            stored = places[tensor.name]
+                continue  # replicated on every rank; readers use the copy of rank 0
+            stored = located[tensor.name]
             dtype = str(stored.dtype).removeprefix("torch.")
             piece = StoredPiece(WEIGHT, tensor.rank, 0, tensor.numel, file.name, stored.offset, dtype)
             record.pieces.setdefault(name_of((layer, tensor.name)), []).append(piece)
     write_manifest(folder, plan.description, [record])
 
 
-def _placed(files: ModelFiles, layer: int, rank: int, size: int) -> list[Placed]:
+def _output_tensors(files: ModelFiles, layer: int, rank: int, size: int) -> list[OutputTensor]:
     return [
-        Placed(name, part_shape(tensor.shape, weight_of(name).cut, size), tensor, rank, size)
+        OutputTensor(name, part_shape(tensor.shape, weight_of(name).cut, size), tensor, rank, size)
         for (index, name), tensor in files.tensors.items()
         if index == layer
     ]
@@ -109,7 +109,7 @@ def _description(files: ModelFiles, target: Target) -> Description:
 
 
 def _engine_state(step: int, target: Target) -> bytes:
-    """Return the file that DeepSpeed's engine reads first: no weights ("module"), what it counts, and its sizes."""
+    """Return the content of the file that DeepSpeed's engine reads first: step counters and sizes, but no weights."""
     state = {
         "module": None,
         "optimizer": None,

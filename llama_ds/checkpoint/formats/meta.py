@@ -1,7 +1,8 @@
-"""Meta's format of a LLaMA: consolidated.NN.pth, one for each model-parallel rank, params.json, tokenizer.model.
+"""Meta's format of a LLaMA: consolidated.NN.pth for each model-parallel rank, params.json, tokenizer.model.
 
-Against this project's tensors: other names; the rows of query and key heads in the order of neighbouring pairs; the
-embedding cut by columns in LLaMA 1 and 2 and by rows from Llama 3 on; no tied head, but a copy of the table.
+It differs from this project's format in four points: weight names; rows of query and key heads are ordered in adjacent
+rotary pairs; the embedding is sharded by columns in LLaMA 1 and 2, and by rows from Llama 3 on; a tied head is stored
+as a copy of the embedding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, model_files, same
 from llama_ds.checkpoint.formats.meta_params import LLAMA3_THETA, PARAMS, model_of, params_of, read_params
-from llama_ds.checkpoint.formats.plan import OutputFile, Placed, Plan, Target, as_json, check_parts, part_shape
+from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json, check_parts, part_shape
 from llama_ds.checkpoint.formats.views import Columns, RotaryReordered, TableRows
 from llama_ds.checkpoint.manifest import TOKENIZER
 from llama_ds.checkpoint.spread import Run, Spread
@@ -35,13 +36,13 @@ LOCAL = {
     "mlp.down_proj.weight": "feed_forward.w2.weight",
     "mlp.up_proj.weight": "feed_forward.w3.weight",
 }
-TURNED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
+ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
-IGNORED = ("rope.freqs",)  # follow from rope_theta
+IGNORED = ("rope.freqs",)  # derived from rope_theta
 
 
 def meta_name(layer: int, name: str, num_hidden_layers: int) -> str:
-    """Return the name that Meta's Transformer gives to weight `name` of layer `layer`."""
+    """Return the name of weight `name` of layer `layer` in Meta's Transformer."""
     if layer == 0:
         return EMBEDDING
     if layer <= num_hidden_layers:
@@ -50,20 +51,20 @@ def meta_name(layer: int, name: str, num_hidden_layers: int) -> str:
 
 
 def open_meta(folder: str, vocab_size: int | None = None) -> ModelFiles:
-    """Return the weights of a folder as Meta releases them.
+    """Return the weights of a folder in Meta's release format.
 
-    `vocab_size` gives the tables that many rows; else they must have those of params.json. A head that equals the
-    embedding bit for bit is a tied one.
+    `vocab_size` resizes the vocabulary tables to that many rows; by default they must match params.json. A head that
+    equals the embedding bit for bit is considered tied.
 
     Raises:
-        UserError: missing, unknown or misshapen tensors, a damaged file.
+        UserError: a tensor is missing, unknown or misshapen, or a file is damaged.
     """
     params = read_params(folder)
     paths = _parts_of(folder)
     parts = [{n: t for n, t in torch_tensors(path).items() if n not in IGNORED} for path in paths]
     for path, part in zip(paths, parts, strict=True):
         check_names(path, (EMBEDDING, HEAD), [n for n in part if n in (EMBEDDING, HEAD)])
-    embedding, head = (_whole(name, parts, paths, _table_dim(name, parts)) for name in (EMBEDDING, HEAD))
+    embedding, head = (_merged(name, parts, paths, _table_dim(name, parts)) for name in (EMBEDDING, HEAD))
     untied, seq_len = model_of(folder, params, head.shape[0], tied=False)
     names = {key: meta_name(*key, untied.num_hidden_layers) for key in weight_shapes(untied)}
     for path, part in zip(paths, parts, strict=True):
@@ -77,54 +78,55 @@ def open_meta(folder: str, vocab_size: int | None = None) -> ModelFiles:
 
 
 def holds_meta(folder: str) -> bool:
-    """Tell whether a folder looks like one of Meta's."""
+    """Return whether a folder looks like a Meta release."""
     return os.path.lexists(os.path.join(folder, PARAMS)) or any(PART.fullmatch(name) for name in os.listdir(folder))
 
 
 def plan_meta(files: ModelFiles, target: Target) -> Plan:
-    """Return what to write: a file for each of `target.tp` model-parallel ranks.
+    """Return the plan: one file for each of `target.tp` model-parallel ranks.
 
     Raises:
-        UserError: a model that Meta's code cannot be, or that cannot be cut into so many parts.
+        UserError: Meta's code does not support the model, or it cannot be sharded over that many ranks.
     """
     if target.pp != 1:
-        raise UserError("command line: --pp cuts checkpoints of deepspeed; leave it out for meta")
+        raise UserError("command line: --pp applies only to deepspeed; leave it out for meta")
     params = params_of(files.model, files.path)
     check_parts(files, target)
     outputs = tuple(
-        OutputFile(f"consolidated.{rank:02d}.pth", tuple(_placed(files, rank, target.tp))) for rank in range(target.tp)
+        OutputFile(f"consolidated.{rank:02d}.pth", tuple(_output_tensors(files, rank, target.tp)))
+        for rank in range(target.tp)
     )
     copied = {TOKENIZER: files.tokenizer} if files.tokenizer else {}
     return Plan("meta", DTYPES[target.dtype], outputs, {PARAMS: as_json(params)}, copied)
 
 
-def _placed(files: ModelFiles, rank: int, size: int) -> list[Placed]:
+def _output_tensors(files: ModelFiles, rank: int, size: int) -> list[OutputTensor]:
     layers = files.model.num_hidden_layers
-    placed = []
+    outputs = []
     for (layer, local), tensor in files.tensors.items():
         name, source = meta_name(layer, local, layers), tensor
         dim = _dim(name, local, files.model)
-        if local in TURNED:
+        if local in ROTATED:
             source = RotaryReordered(tensor, files.model.head_dim, to_halves=False)
         if name == EMBEDDING and dim == 1:
             source = Columns(tensor)
-        placed.append(Placed(name, part_shape(tensor.shape, dim, size), source, rank, size))
+        outputs.append(OutputTensor(name, part_shape(tensor.shape, dim, size), source, rank, size))
         if name == EMBEDDING and files.model.tie_word_embeddings:
-            placed.append(Placed(HEAD, part_shape(tensor.shape, 0, size), tensor, rank, size))
-    return placed
+            outputs.append(OutputTensor(HEAD, part_shape(tensor.shape, 0, size), tensor, rank, size))
+    return outputs
 
 
 def _dim(name: str, local: str, model: ModelConfig) -> int | None:
-    """Return the dimension along which Meta cuts a tensor when it is written: as here, but for the embedding."""
+    """Return the dimension along which Meta shards a tensor: the same as here, except for the embedding."""
     if name == EMBEDDING:
         return 0 if model.rope_theta >= LLAMA3_THETA else 1
     return weight_of(local).cut
 
 
 def _table_dim(name: str, parts: list[dict[str, Stored]]) -> int:
-    """Return the dimension along which a table of the vocabulary is cut: the embedding's shows in its width.
+    """Return the dimension along which a vocabulary table is sharded.
 
-    The head's is always 0, and then both are as wide as the model.
+    The head is always sharded by rows, so an embedding of another width is sharded by columns.
     """
     return 0 if name == HEAD or parts[0][EMBEDDING].shape[1:] == parts[0][HEAD].shape[1:] else 1
 
@@ -133,7 +135,7 @@ def _parts_of(folder: str) -> list[str]:
     """Return the paths of the files of all ranks, in order.
 
     Raises:
-        UserError: there is none, or one of them is missing.
+        UserError: a file is missing.
     """
     found = {int(match[1]) for name in os.listdir(folder) if (match := PART.fullmatch(name))}
     return [check_file(os.path.join(folder, f"consolidated.{i:02d}.pth")) for i in range(max(found, default=0) + 1)]
@@ -147,13 +149,13 @@ def _tensors(
         if key == EMBEDDING_KEY:
             continue
         dim = weight_of(key[1]).cut
-        whole = _whole(names[key], parts, paths, dim)
-        tensors[key] = RotaryReordered(whole, model.head_dim, to_halves=True) if key[1] in TURNED else whole
+        full = _merged(names[key], parts, paths, dim)
+        tensors[key] = RotaryReordered(full, model.head_dim, to_halves=True) if key[1] in ROTATED else full
     return tensors
 
 
-def _whole(name: str, parts: list[dict[str, Stored]], paths: list[str], dim: int | None) -> Spread:
-    """Return a tensor put together from all parts; one that is not cut must be the same in each."""
+def _merged(name: str, parts: list[dict[str, Stored]], paths: list[str], dim: int | None) -> Spread:
+    """Return a tensor assembled from all parts. An unsharded one must be equal in every part."""
     first = parts[0][name]
     for path, part in zip(paths, parts, strict=True):
         check_shape(path, name, part[name].shape, first.shape, os.path.basename(paths[0]))
@@ -161,10 +163,10 @@ def _whole(name: str, parts: list[dict[str, Stored]], paths: list[str], dim: int
     if dim is not None and len(first.shape) != 2:
         raise UserError(f"{paths[0]}: tensor {name} has shape {list(first.shape)}, not that of a matrix; copy it again")
     if dim is None:
-        whole = Spread(first.shape, None, runs[:1])
+        full = Spread(first.shape, None, runs[:1])
         for path, run in zip(paths[1:], runs[1:], strict=True):
-            if not same(whole, Spread(first.shape, None, [run])):
+            if not same(full, Spread(first.shape, None, [run])):
                 raise UserError(f"{path}: {name} differs from that of {paths[0]}: parts of two models; copy it again")
-        return whole
+        return full
     shape = tuple(n * len(parts) if i == dim else n for i, n in enumerate(first.shape))
     return Spread(shape, dim, runs)

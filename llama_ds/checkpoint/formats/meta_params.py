@@ -1,7 +1,7 @@
-"""params.json of Meta's releases, both ways.
+"""Reading and writing params.json of Meta's releases.
 
-Source: `ModelArgs` of github.com/meta-llama/llama (LLaMA 1 and 2) and of llama3; it takes these keys and no others, so
-a row's length is not written, and comes back as that of the release.
+Source: `ModelArgs` of github.com/meta-llama/llama (LLaMA 1 and 2) and of llama3. It accepts no other keys, so the
+sequence length is not written; on reading it is that of the release.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.errors import UserError
 
 PARAMS = "params.json"
-LLAMA3_THETA = 500_000.0  # from here on a release is a Llama 3
-SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # use_scaled_rope: constants in Meta's code
+LLAMA3_THETA = 500_000.0  # rope_theta of Llama 3; earlier releases have a smaller one
+SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # constants of use_scaled_rope in Meta's code
 KEYS = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier", "norm_eps"),
     *("rope_theta", "use_scaled_rope", "max_seq_len", "max_batch_size"),
 )
-MULTIPLES = (256, 1024, 4096)  # of the published models
+MULTIPLES = (256, 1024, 4096)  # values of multiple_of in the published models
 
 
 def inner_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
@@ -36,10 +36,10 @@ def inner_size(dim: int, multiple_of: int, multiplier: float | None) -> int:
 
 
 def read_params(folder: str) -> dict[str, Any]:
-    """Return params.json of a folder.
+    """Return the content of a folder's params.json.
 
     Raises:
-        UserError: it is missing, damaged, or holds a key that no LLaMA has.
+        UserError: the file is missing or damaged, or holds an unknown key.
     """
     path = check_file(os.path.join(folder, PARAMS))
     params = read_object(path)
@@ -48,66 +48,66 @@ def read_params(folder: str) -> dict[str, Any]:
 
 
 def model_of(folder: str, params: Mapping[str, Any], vocab_size: int, tied: bool) -> tuple[ModelConfig, int]:
-    """Return the shape of the model, and the longest row its release was trained for.
+    """Return the model, and the longest sequence that its release was trained for.
 
     Args:
-        vocab_size: rows of the tables, for files that say -1.
+        vocab_size: rows of the vocabulary tables, used if the file says -1.
 
     Raises:
-        UserError: a number that is missing or of no sense.
+        UserError: a number is missing or invalid.
     """
     path = os.path.join(folder, PARAMS)
-    place = ConfigSource(path)
+    source = ConfigSource(path)
     missing = [key for key in ("dim", "n_layers", "n_heads") if key not in params]
     if missing:
-        raise place.error(missing[0], "is missing and has no default; copy the file again")
-    sizes = {key: read(int, params[key], place, key) for key in ("dim", "n_layers", "n_heads")}
+        raise source.error(missing[0], "is missing and has no default; copy the file again")
+    sizes = {key: read(int, params[key], source, key) for key in ("dim", "n_layers", "n_heads")}
     dim, heads = sizes["dim"], sizes["n_heads"]
     if heads < 1 or dim % heads:
-        raise place.error("n_heads", f"= {heads} does not divide dim = {dim}; copy the file again")
-    vocabulary = read(int, params.get("vocab_size", -1), place, "vocab_size")
-    multiple = read(int, params.get("multiple_of", 256), place, "multiple_of")
+        raise source.error("n_heads", f"= {heads} does not divide dim = {dim}; copy the file again")
+    vocabulary = read(int, params.get("vocab_size", -1), source, "vocab_size")
+    multiple = read(int, params.get("multiple_of", 256), source, "multiple_of")
     if multiple < 1:
-        raise place.error("multiple_of", f"= {multiple} is not positive; copy the file again")
+        raise source.error("multiple_of", f"= {multiple} is not positive; copy the file again")
     multiplier = params.get("ffn_dim_multiplier")
-    scaled = read(bool, params.get("use_scaled_rope", False), place, "use_scaled_rope")
+    scaled = read(bool, params.get("use_scaled_rope", False), source, "use_scaled_rope")
     shape = {
         "vocab_size": vocab_size if vocabulary == -1 else vocabulary,
         "hidden_size": dim,
         "intermediate_size": inner_size(
-            dim, multiple, None if multiplier is None else read(float, multiplier, place, "ffn_dim_multiplier")
+            dim, multiple, None if multiplier is None else read(float, multiplier, source, "ffn_dim_multiplier")
         ),
         "num_hidden_layers": sizes["n_layers"],
         "num_attention_heads": heads,
         "num_key_value_heads": heads
         if params.get("n_kv_heads") is None
-        else read(int, params["n_kv_heads"], place, "n_kv_heads"),
+        else read(int, params["n_kv_heads"], source, "n_kv_heads"),
         "head_dim": dim // heads,
-        "rms_norm_eps": read(float, params.get("norm_eps", 1e-5), place, "norm_eps"),
-        "rope_theta": read(float, params.get("rope_theta", 10_000.0), place, "rope_theta"),
+        "rms_norm_eps": read(float, params.get("norm_eps", 1e-5), source, "norm_eps"),
+        "rope_theta": read(float, params.get("rope_theta", 10_000.0), source, "rope_theta"),
         "rope_scaling": asdict(SCALING) if scaled else None,
         "tie_word_embeddings": tied,
     }
-    model = read(ModelConfig, shape, place)
+    model = read(ModelConfig, shape, source)
     check_layers(path, model)
     llama3 = model.rope_theta >= LLAMA3_THETA
     return model, 131_072 if scaled else 8192 if llama3 else 2048
 
 
-def params_of(model: ModelConfig, place: str) -> dict[str, Any]:
-    """Return the content of params.json for a model; `place` is where that comes from.
+def params_of(model: ModelConfig, source: str) -> dict[str, Any]:
+    """Return the content of params.json for a model; `source` is its path, for messages.
 
     Raises:
-        UserError: what Meta's model cannot be: heads of another size, other scaling of the rotary embedding.
+        UserError: Meta's code does not support the model's head size or rotary scaling.
     """
     if model.head_dim * model.num_attention_heads != model.hidden_size:
         raise UserError(
-            f"{place}: head_dim = {model.head_dim}, Meta's model has hidden_size {model.hidden_size} / "
+            f"{source}: head_dim = {model.head_dim}, Meta's model has hidden_size {model.hidden_size} / "
             f"num_attention_heads {model.num_attention_heads}; convert to hf or deepspeed"
         )
     if model.rope_scaling not in (None, SCALING):
         raise UserError(
-            f"{place}: rope_scaling = {list(asdict(model.rope_scaling).values())}, Meta's code has "
+            f"{source}: rope_scaling = {list(asdict(model.rope_scaling).values())}, Meta's code has "
             f"{list(asdict(SCALING).values())} built in; convert to hf or deepspeed"
         )
     return {
@@ -116,25 +116,25 @@ def params_of(model: ModelConfig, place: str) -> dict[str, Any]:
         "n_heads": model.num_attention_heads,
         "n_kv_heads": model.num_key_value_heads,
         "vocab_size": model.vocab_size,
-        **_inner_params(model, place),
+        **_inner_params(model, source),
         "norm_eps": model.rms_norm_eps,
         "rope_theta": model.rope_theta,
         **({"use_scaled_rope": True} if model.rope_scaling else {}),
     }
 
 
-def _inner_params(model: ModelConfig, place: str) -> dict[str, Any]:
-    """Return multiple_of, and if need be ffn_dim_multiplier, that make F by Meta's formula."""
+def _inner_params(model: ModelConfig, source: str) -> dict[str, Any]:
+    """Return multiple_of and, if needed, ffn_dim_multiplier for which Meta's formula gives F."""
     dim, inner = model.hidden_size, model.intermediate_size
     for multiplier in _multipliers(dim, inner):
         for multiple in (*MULTIPLES, *(1 << power for power in range(16, -1, -1))):
             if inner_size(dim, multiple, multiplier) == inner:
                 return {"multiple_of": multiple} | ({} if multiplier is None else {"ffn_dim_multiplier": multiplier})
-    raise UserError(f"{place}: no ffn_dim_multiplier makes intermediate_size = {inner}; convert to hf or deepspeed")
+    raise UserError(f"{source}: no ffn_dim_multiplier makes intermediate_size = {inner}; convert to hf or deepspeed")
 
 
 def _multipliers(dim: int, inner: int) -> Iterator[float | None]:
-    """Yield multipliers to try, the plainest first."""
+    """Yield the multipliers to try, those with the fewest digits first."""
     yield None
     ratio = inner / inner_size(dim, 1, None)
     for digits in range(1, 17):

@@ -1,4 +1,4 @@
-"""What a conversion will write: files, the tensors in each, and the small files beside them. Nothing is read yet."""
+"""The plan of a conversion: output files, the tensors in each, and small files. Making it reads no tensor data."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from llama_ds.config.numbers import divisors
 from llama_ds.errors import UserError, listed
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-ALIGNMENT = 8  # bytes: where the first tensor of a safetensors file begins
+ALIGNMENT = 8  # bytes; alignment of the first tensor in a safetensors file
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a conversion is to make."""
+    """The dtype and layout of a conversion's result."""
 
-    dtype: str  # of DTYPES
+    dtype: str  # key of DTYPES
     tp: int = 1  # tensor-parallel parts
-    pp: int = 1  # pipeline stages that DeepSpeed's own loader is to expect
+    pp: int = 1  # pipeline stages that DeepSpeed's own loader expects
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A tensor, or a tensor-parallel rank's part of one, in a file to be written."""
+class OutputTensor:
+    """A tensor in a file to be written: shard `rank` of `size` of `source`."""
 
     name: str
     shape: tuple[int, ...]
@@ -43,63 +43,63 @@ class Placed:
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """Number of elements."""
         return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file of tensors: safetensors or, by its name, what torch.save writes of a state dict."""
+    """A file of tensors. Its name decides the format: safetensors, or a state dict written by torch.save."""
 
     name: str
-    tensors: tuple[Placed, ...]
+    tensors: tuple[OutputTensor, ...]
 
     def nbytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of its tensors."""
+        """Return the size of the tensors in bytes."""
         return sum(tensor.numel for tensor in self.tensors) * dtype.itemsize
 
     def create(self, folder: str, dtype: torch.dtype) -> dict[str, Stored]:
-        """Write the file without its tensors' bytes, and return where they belong.
+        """Write the file without tensor data, and return the location of every tensor.
 
         Raises:
-            OSError, RuntimeError: as the system, or torch, says.
+            OSError, RuntimeError: the system, or torch, cannot write the file.
         """
         path = os.path.join(folder, self.name)
         if not self.name.endswith(".safetensors"):
-            with skip_data():  # the memory of torch.empty is not touched either
+            with skip_data():  # the pages of torch.empty are not touched, so they take no memory
                 torch.save({t.name: torch.empty(t.shape, dtype=dtype) for t in self.tensors}, path)
         else:
             header = safetensors_header(self.tensors, dtype)
             with open(path, "wb") as file:
                 file.write(header)
                 file.truncate(len(header) + self.nbytes(dtype))
-        return self.places(folder)
+        return self.locate(folder)
 
-    def places(self, folder: str) -> dict[str, Stored]:
-        """Return where in the file its tensors are."""
+    def locate(self, folder: str) -> dict[str, Stored]:
+        """Return the location of every tensor in the written file."""
         find = safetensors_tensors if self.name.endswith(".safetensors") else torch_tensors
         return find(os.path.join(folder, self.name))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a conversion writes."""
+    """All files that a conversion writes."""
 
-    kind: str  # of the result
+    kind: str  # the result's format
     dtype: torch.dtype
     files: tuple[OutputFile, ...]
-    small: Mapping[str, bytes]  # by name
-    copied: Mapping[str, str] = field(default_factory=dict)  # paths by name
-    description: Description | None = None  # of a checkpoint of ours: its index and manifest are written at the end
+    small: Mapping[str, bytes]  # contents of small files by name
+    copied: Mapping[str, str] = field(default_factory=dict)  # paths of files to copy by name
+    description: Description | None = None  # only for a checkpoint of this project, whose manifest is written last
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all tensors."""
+        """Size of all tensors in bytes."""
         return sum(file.nbytes(self.dtype) for file in self.files)
 
 
-def safetensors_header(tensors: tuple[Placed, ...], dtype: torch.dtype) -> bytes:
-    """Return what a safetensors file begins with: 8 bytes of length, little-endian, and JSON padded with spaces."""
+def safetensors_header(tensors: tuple[OutputTensor, ...], dtype: torch.dtype) -> bytes:
+    """Return the header of a safetensors file: its length in 8 little-endian bytes, and JSON padded with spaces."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -115,15 +115,15 @@ def safetensors_header(tensors: tuple[Placed, ...], dtype: torch.dtype) -> bytes
 
 
 def part_shape(shape: tuple[int, ...], dim: int | None, size: int) -> tuple[int, ...]:
-    """Return the shape of a rank's part of a tensor that `size` ranks cut along `dim`."""
+    """Return the shape of one rank's part of a tensor that is sharded over `size` ranks along `dim`."""
     return shape if dim is None else tuple(n // size if i == dim else n for i, n in enumerate(shape))
 
 
 def check_parts(files: ModelFiles, target: Target) -> None:
-    """Check that the model can be cut as the target says.
+    """Check that the model can be sharded as the target says.
 
     Raises:
-        UserError: naming the size that cannot, and the numbers that would do.
+        UserError: it cannot; the message names the indivisible size and the numbers that are possible.
     """
     model = files.model
     keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
@@ -141,5 +141,5 @@ def check_parts(files: ModelFiles, target: Target) -> None:
 
 
 def as_json(content: object) -> bytes:
-    """Return a small file's content."""
+    """Return the content of a JSON file."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,7 +1,7 @@
-"""Tensors of files seen otherwise: with other rows, cut along columns, or with the rows of a head in another order.
+"""Views of tensors in files: with another number of rows, sharded by columns, or with each head's rows reordered.
 
-Shapes: a matrix is (R, C), as in `llama_ds.checkpoint.spread`; heads are K rows each. Nothing is read before it is
-asked for, and then a block of rows at a time.
+Shapes: a matrix is (R, C), as in `llama_ds.checkpoint.spread`; heads are K rows each. Views read lazily, one block of
+rows at a time.
 """
 
 from __future__ import annotations
@@ -14,51 +14,51 @@ from llama_ds.checkpoint.weights import Readable
 
 
 class View:
-    """A matrix that is read through another one."""
+    """A matrix whose elements are read from another one."""
 
     def __init__(self, source: Readable, shape: tuple[int, ...]) -> None:
         self.source, self.shape = source, shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype it is stored in."""
+        """The stored dtype."""
         return self.source.dtype
 
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the whole tensor, in `dtype` or as stored."""
+        """Return the unsharded tensor, in `dtype` or as stored."""
         out = torch.empty(self.shape, dtype=dtype or self.dtype)
         self.read(out)
         return out
 
     def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
-        """Fill `out` with the elements from `start` on of what tensor-parallel rank `rank` of `size` holds."""
+        """Fill `out` with elements of the shard of tensor-parallel rank `rank` of `size`, from `start` on."""
         raise NotImplementedError
 
 
 class TableRows(View):
-    """A table of `rows` rows, cut by rows whatever way its files are: rows that they lack are zeros."""
+    """A table resized to `rows` rows and sharded by rows, however its files are sharded. Missing rows are zeros."""
 
     def __init__(self, source: Readable, rows: int) -> None:
         super().__init__(source, (rows, *source.shape[1:]))
 
     def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
-        """Fill `out` with the elements from `start` on of rows rank * R / size and on."""
+        """Fill `out` with elements of the rows from rank * R / size on, starting at element `start`."""
         out = out.view(-1)
         rows, width = self.shape
         begin = rank * (rows // size) * width + start
-        there = min(max(self.source.shape[0] * width - begin, 0), len(out))
-        if there:
-            self.source.read(out[:there], 0, 1, begin)
-        out[there:] = 0
+        available = min(max(self.source.shape[0] * width - begin, 0), len(out))
+        if available:
+            self.source.read(out[:available], 0, 1, begin)
+        out[available:] = 0
 
 
 class RowBlocks(View):
-    """A matrix that is made a block of rows at a time, each block a multiple of `unit` rows."""
+    """A matrix that is computed in blocks of rows; the rows of a block are a multiple of `unit`."""
 
     unit = 1
 
     def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
-        """Fill `out` with the elements from `start` on of what tensor-parallel rank `rank` of `size` holds."""
+        """Fill `out` with elements of the shard of tensor-parallel rank `rank` of `size`, from `start` on."""
         out = out.view(-1)
         width, unit = self._width(size), self.unit
         end = start + len(out)
@@ -71,16 +71,16 @@ class RowBlocks(View):
             out[begin - start : stop - start] = block[begin - row * width : stop - row * width]
 
     def _width(self, size: int) -> int:
-        """Return the columns that a rank of `size` holds."""
+        """Return the number of columns in the shard of one of `size` ranks."""
         return self.shape[1]
 
-    def _block(self, rank: int, size: int, row: int, room: Tensor) -> Tensor:
-        """Return the rank's rows from `row` on, as many as `room` (rows, C) has, which may be used to read them."""
+    def _block(self, rank: int, size: int, row: int, buffer: Tensor) -> Tensor:
+        """Return the rank's rows from `row` on. `buffer` (rows, C) gives their number and is scratch memory."""
         raise NotImplementedError
 
 
 class Columns(RowBlocks):
-    """A matrix that is cut by rows in its files, cut by columns: rank r of n holds columns r C / n and on."""
+    """A matrix sharded by columns, although its files are sharded by rows: rank r of n has columns from r C / n on."""
 
     def __init__(self, source: Readable) -> None:
         super().__init__(source, source.shape)
@@ -88,17 +88,17 @@ class Columns(RowBlocks):
     def _width(self, size: int) -> int:
         return self.shape[1] // size
 
-    def _block(self, rank: int, size: int, row: int, room: Tensor) -> Tensor:
-        self.source.read(room.view(-1), 0, 1, row * self.shape[1])
+    def _block(self, rank: int, size: int, row: int, buffer: Tensor) -> Tensor:
+        self.source.read(buffer.view(-1), 0, 1, row * self.shape[1])
         width = self._width(size)
-        return room[:, rank * width : (rank + 1) * width]
+        return buffer[:, rank * width : (rank + 1) * width]
 
 
 class RotaryReordered(RowBlocks):
-    """The query or key projection with the rows of every head in the other rotary layout; cut by rows.
+    """The query or key projection with the rows of every head in the other rotary layout, sharded by rows.
 
-    Rotary embeddings turn K / 2 pairs of a head's rows. Here and at Hugging Face pair i is rows i and i + K / 2
-    (halves); at Meta it is rows 2 i and 2 i + 1 (neighbours), as complex numbers.
+    Rotary embeddings rotate K / 2 pairs of a head's rows. Here and in Hugging Face's format, pair i is rows i and
+    i + K / 2 (halves). In Meta's format it is rows 2 i and 2 i + 1 (a complex number).
     """
 
     def __init__(self, source: Readable, head_dim: int, to_halves: bool) -> None:
@@ -106,6 +106,6 @@ class RotaryReordered(RowBlocks):
         self.unit = head_dim
         self._pairs = (head_dim // 2, 2) if to_halves else (2, head_dim // 2)
 
-    def _block(self, rank: int, size: int, row: int, room: Tensor) -> Tensor:
-        self.source.read(room.view(-1), rank, size, row * self.shape[1])
-        return room.view(-1, *self._pairs, self.shape[1]).transpose(1, 2)  # (heads, 2, K / 2, C) or back
+    def _block(self, rank: int, size: int, row: int, buffer: Tensor) -> Tensor:
+        self.source.read(buffer.view(-1), rank, size, row * self.shape[1])
+        return buffer.view(-1, *self._pairs, self.shape[1]).transpose(1, 2)  # (heads, 2, K / 2, C) or back
