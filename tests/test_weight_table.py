@@ -120,7 +120,7 @@ def test_a_parameter_finds_its_row_by_any_of_its_names() -> None:
             assert key_of(prefix + weight.name) == (layer, weight.name)
     assert key_of("tied_modules.embed.weight") == (0, "weight")
     assert weight_of("tied_modules.embed.weight").role is Role.EMBEDDING
-    with pytest.raises(ValueError, match="is not the name of a parameter"):
+    with pytest.raises(ValueError, match="is not the name of a model parameter"):
         key_of("self_attn.q_proj.weight")
 
 
