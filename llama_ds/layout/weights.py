@@ -118,7 +118,7 @@ def weight_of(name: str) -> Weight:
 
 
 def key_of(name: str) -> Key:
-    """Return the key of a parameter, given its name in a DeepSpeed engine with or without a pipeline, or its tied name."""
+    """Return the key of a parameter by its name in a DeepSpeed engine: with or without a pipeline, or tied."""
     prefix = _PREFIX.match(name)
     if prefix is None:
         raise ValueError(f"{name} is not the name of a model parameter")

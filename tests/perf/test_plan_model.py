@@ -169,7 +169,7 @@ def test_every_number_is_finite_and_explained() -> None:
     ("line", "words"),
     [
         ("memory_gib: -1", "memory_gib = -1.0 is not positive"),
-        ("device: A101", "device = 'A101' is no device"),
+        ("device: A101", "device = 'A101' is not a device"),
         ("processors: many", "processors = 'many' is not an integer"),
         ("colour: red", "colour is not a known key"),
     ],
@@ -185,5 +185,5 @@ def test_a_bad_machine_is_refused_with_its_key(line: str, words: str, tmp_path: 
 
 
 def test_an_unknown_machine_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"a100-90gb: not a machine.*did you mean 'a100-80gb'"):
+    with pytest.raises(UserError, match=r"a100-90gb: not a described machine.*did you mean 'a100-80gb'"):
         hardware.load("a100-90gb")
