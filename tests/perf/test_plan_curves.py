@@ -179,7 +179,7 @@ def test_a_description_with_curves_is_read_back(tmp_path: Path) -> None:
     "changed, words",
     [
         ({"dtype": "int8"}, r"dtype = 'int8' is not bf16 or fp32"),
-        ({"peak_tflops": None}, r"not a device whose fp32 peak layout/flops.py has, such as A100; give its peak_tflops"),
+        ({"peak_tflops": None}, r"not a device whose fp32 peak layout/flops.py has, such as A100; give its peak_t"),
         ({"at_once": 0}, r"at_once = 0 is not positive"),
         (with_curves(products=ProductRates((64, 16), PRODUCTS.tflops)), r"products.tflops has sizes \[64, 16\]"),
         (with_curves(products=ProductRates((16,), PRODUCTS.tflops)), r"products.tflops has 2 entries for 1 sizes"),

@@ -1,4 +1,6 @@
-"""Work of training programs besides matrix products: memory traffic, kernels, overlap. Taken from their code, not fitted.
+"""Work of training programs besides matrix products: memory traffic, kernels, overlap.
+
+All numbers are counted in the programs' code, not fitted.
 
 Memory traffic is in bytes per element of an activation. Every kernel reads its inputs and writes its outputs once, in
 16 bits (dropout masks 1 byte). A layer has activations of N x D (hidden), N x F (inner) and, without fused attention,
@@ -50,7 +52,7 @@ class Program:
 
 
 # RMSNorm takes 4 and 6 bytes, twice; two residual additions take 6 each. Rotary embedding reads and writes q and k.
-# SwiGLU reads gate and up and writes one output; its backward reads three tensors and writes two (`model/pointwise.py`).
+# SwiGLU reads gate and up and writes one output; its backward reads three and writes two (`model/pointwise.py`).
 # Fused AdamW reads weight, gradient and two moments in fp32 and writes three of them and the 16-bit weight: 30 bytes.
 # Gradient norm and zeroing take 8.
 OURS = Program(

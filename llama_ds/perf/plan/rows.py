@@ -24,8 +24,8 @@ COLUMNS = (
 KINDS = ("iteration_s", "tokens_per_s_per_gpu", "mfu_pct", "hfu_pct", "tflops_per_gpu_model", "peak_mem_gib")
 _LAYOUT = ("hidden", "layers", "seq_len", "n_gpus", "tp", "pp", "dp", "micro_batch", "global_batch_seqs")
 
-# Links of a source's machines, GB/s in one direction: bus bandwidth within a node if it differs from twelve NVLinks, and
-# a node's network. "N Gbps" in a row's note takes precedence.
+# Links of a source's machines, GB/s in one direction: bus bandwidth within a node if it is not that of twelve NVLinks,
+# and a node's network. "N Gbps" in a row's note takes precedence.
 _LINKS: tuple[tuple[str, float | None, float | None], ...] = (
     ("BigScience", 77.0, 50.0),  # Jean Zay: four NVLinks between GPUs, four Omni-Path links of 100 Gbit/s
     ("Korthikanti", None, 200.0),  # Selene: eight HDR links

@@ -229,8 +229,8 @@ def _partition(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]
 def lower_bound(gpu: Hardware, job: StepJob) -> float:
     """Return a lower bound of the step time in seconds.
 
-    Every rank waits for one forward through the preceding stages. Unless deferred weight gradients fill the drain phase,
-    the backwards of the preceding stages follow its last one.
+    Every rank first waits for one forward through the preceding stages. The backwards of these stages follow its last
+    backward, unless deferred weight gradients fill the drain phase.
     """
     costs = stage_costs(gpu, job)
     transfer, wait = stage_message(gpu, job)
@@ -291,5 +291,5 @@ def nearest(base: RunConfig, world: int, gpu: Hardware) -> str:
             continue
         for run in layouts(base, count, gpu):
             if _candidate(run, count, gpu, {}):
-                return f"On {count:,} GPUs there is one: use them, or a smaller model, sequence length or batch"
+                return f"On {count:,} GPUs there is one: use that, or a smaller model, sequence length or batch"
     return "Use GPUs with more memory, a smaller model or a shorter sequence length"

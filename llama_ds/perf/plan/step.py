@@ -197,7 +197,7 @@ def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[fl
             scatter = all_reduce(gpu, group, float(job.program.reduced_bytes) * parameters)
             gather = gather if job.zero_stage else 0.0
         elif job.program.overlaps_reduction:
-            # These overlap the last backward and the next forward layer by layer; only one layer's share is always exposed.
+            # These overlap the last backward and the next forward layer by layer; one layer's share is always exposed.
             cost = costs[rank]
             layers = sum(n for _, n in job.stages[rank]) or 1
             scatter = _exposed(gpu, cost.input_backward + cost.weight_backward, scatter, layers)

@@ -186,14 +186,14 @@ def table_15(found: Mapping[str, SearchResult]) -> tuple[dict[str, Any], str]:
 
 
 def trade(target: float, inference_tokens: float, rates: Rates) -> tuple[dict[str, Any], str]:
-    """Return the model sizes that reach a loss, as plain data and as text: cheapest to train, cheapest over lifetime."""
+    """Return the model sizes that reach a loss, as plain data and as text, with the cheapest to train and over life."""
     training, lifetime = cheapest(target, 0, rates), cheapest(target, inference_tokens, rates)
     sizes = [training, lifetime, *(life(target, n, inference_tokens, rates) for n in (7e9, 13e9, 33e9, 65e9))]
     names = ["cheapest to train", "cheapest over its life", "7B", "13B", "33B", "65B"]
     sizes[0] = life(target, training.parameters, inference_tokens, rates)
     reached = [(name, size) for name, size in zip(names, sizes, strict=True) if size.tokens < 1e16]
     data = {name: {**vars(size), "hours": size.hours} for name, size in reached}
-    rows = [("", "parameters", "tokens", "tokens/parameter", "GPU-hours: training", "inference", "lifetime")]
+    rows = [("", "parameters", "tokens", "tokens/parameter", "GPU-hours: training", "inference", "life")]
     for name, size in reached:
         rows.append(
             (
