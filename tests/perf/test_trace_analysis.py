@@ -180,10 +180,10 @@ def test_pipelines_that_are_read_side_by_side_are_judged_as_one_job(tmp_path: Pa
     path = tmp_path / "rank00033.json"
     text = path.read_text()
     path.write_text(text[:-9])
-    with pytest.raises(UserError, match=f"^{path}: is not a whole record"):
+    with pytest.raises(UserError, match=f"^{path}: is not a complete record"):
         analyse_folder(tmp_path)
     path.write_text(text.replace('"dp_rank": 13', '"dp_rank": 14'))
-    with pytest.raises(UserError, match=r"stands at pp 1 dp 14 tp 0, host1, in another pipeline than rank00013.json"):
+    with pytest.raises(UserError, match=r"rank at pp 1 dp 14 tp 0, host1 is in another pipeline than rank00013.json"):
         analyse_folder(tmp_path)
 
 
@@ -193,7 +193,7 @@ def test_of_many_ranks_one_pipeline_and_those_profiled_are_shown(tmp_path: Path)
     write(tmp_path, many_ranks(40))
     (tmp_path / "profile_rank00003.json.gz").write_bytes(b"")
     assert shown(tmp_path) == [0, 3, 40]
-    assert [one.place for one in read(tmp_path, [0, 40])] == ["pp 0 dp 0 tp 0, host0", "pp 1 dp 0 tp 0, host1"]
+    assert [one.location for one in read(tmp_path, [0, 40])] == ["pp 0 dp 0 tp 0, host0", "pp 1 dp 0 tp 0, host1"]
 
 
 def test_table_has_a_column_for_each_kind() -> None:

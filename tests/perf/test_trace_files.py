@@ -44,7 +44,7 @@ def test_limits_decide_the_exit_code(tmp_path: Path) -> None:
     unknown = analyse(tmp_path, "--fail-if", "buble>20")
     assert unknown.returncode == 2 and "did you mean 'bubble'?" in unknown.stderr and not unknown.stdout
     untold = analyse(tmp_path, "--fail-if", "gemm<50")
-    assert untold.returncode == 2 and "--fail-if gemm: these traces do not tell it; record with" in untold.stderr
+    assert untold.returncode == 2 and "--fail-if gemm: these traces do not have it; record with" in untold.stderr
 
 
 @pytest.mark.parametrize("text", ["bubble", "bubble=20", "bubble>", ">20", "bubble>20>30", "bubble>a"])
@@ -82,7 +82,7 @@ def test_files_of_two_recordings_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rank00001.json: first_step is 8, rank 0's is 7; .*record into an empty"):
         analyse_folder(tmp_path)
     write(tmp_path, [first, last, rank(2, Event("step", 0, 1), world=3)])
-    with pytest.raises(UserError, match=r"rank00002.json: rank00000.json is of 2 ranks"):
+    with pytest.raises(UserError, match=r"rank00002.json: rank00000.json is from a job of 2 ranks"):
         analyse_folder(tmp_path)
 
 
@@ -118,7 +118,7 @@ def test_damaged_profile_is_named(tmp_path: Path) -> None:
     path = tmp_path / "profile_rank00000.json.gz"
     for content in (whole[:-9], b"{", b"\x1f\x8b\x00"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{path}: is not a whole file of torch's profiler"):
+        with pytest.raises(UserError, match=f"{path}: is not a complete file of torch's profiler"):
             analyse_folder(tmp_path)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_ds.perf.trace.ideal import Times
-from llama_ds.perf.trace.kinds import COMPUTE, MESSAGES, RECOMPUTE, SENDS, IN_FLIGHT, WAITS
+from llama_ds.perf.trace.kinds import COMPUTE, IN_FLIGHT, MESSAGES, RECOMPUTE, SENDS, WAITS
 from llama_ds.perf.trace.read import Event, RankRecord
 from llama_ds.perf.trace.spans import own_times, total
 from llama_ds.schedules.schedule import Schedule

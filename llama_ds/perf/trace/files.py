@@ -87,7 +87,7 @@ def _ranks(first: RankRecord, paths: list[Path]) -> Iterator[RankRecord]:
         pipelines.add(rank.pipeline)
         if len(pipelines) > 1:
             raise UserError(
-                f"{path}: rank at {rank.location} is in another pipeline than {paths[0].name}; the files are from several "
-                "recordings: record into an empty folder"
+                f"{path}: rank at {rank.location} is in another pipeline than {paths[0].name}; the files are from "
+                "several recordings: record into an empty folder"
             )
         yield rank

@@ -30,8 +30,8 @@ class Times:
     def costs(self, stages: int) -> list[StageCost]:
         """Return the median costs of each stage.
 
-        An unsplit backward counts half as input backward and half as weight backward. The recompute of a stage is spread
-        evenly over its backwards.
+        An unsplit backward counts half as input backward and half as weight backward. Recompute time is spread
+        evenly over the stage's backwards.
         """
         return [self._cost(stage) for stage in range(stages)]
 
@@ -59,7 +59,7 @@ class Ideal:
     transit: float  # median transit time of a message, microseconds
 
     def lost(self, step: float, idle: float) -> dict[str, float | None]:
-        """Return the lost time by cause, in percent of a step of `step` microseconds that idles `idle` percent in all."""
+        """Return the lost time by cause, in percent of a step of `step` microseconds with `idle` percent idle time."""
         parts = [self.idle, self.idle_imbalanced - self.idle, self.idle_messages - self.idle_imbalanced]
         schedule, imbalance, messages = (part / step * 100 for part in parts)
         return {

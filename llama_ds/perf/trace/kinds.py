@@ -25,12 +25,8 @@ WAITS = {  # blocking waits, by kind of communication
     "wait norm": "agreement",  # all ranks of a step take part, so the last one to arrive is known
     "wait agreement": "agreement",
 }
-IN_FLIGHT = {
-    "tp": "tp",
-    "reduce": "reduction",
-    "gather": "weights",
-    "agree": "agreement",
-}  # intervals from issue to completion
+# Intervals from issue to completion, by kind of communication.
+IN_FLIGHT = {"tp": "tp", "reduce": "reduction", "gather": "weights", "agree": "agreement"}
 MESSAGES = ("wait activation", "wait grad")
 SENDS = ("send activation", "send grad")
 

@@ -30,14 +30,14 @@ class Limit:
         value = metrics[self.metric]
         if value is None:
             raise UserError(
-                f"--fail-if {self.metric}: these traces do not have it; {_WANTED.get(self.metric, 'use another metric')}"
+                f"--fail-if {self.metric}: these traces do not have it; {_REMEDY.get(self.metric, 'use another one')}"
             )
         if _COMPARE[self.compare](value, self.percent):
             return f"{self.metric} is {value:.2f} percent: fails at {self.compare} {self.percent:g}"
         return None
 
 
-_WANTED = {"gemm": "record with logging.profile_ranks, or profile_run.py record --ranks first"}
+_REMEDY = {"gemm": "record with logging.profile_ranks, or profile_run.py record --ranks first"}
 
 
 def parse_limit(text: str, known: Mapping[str, str]) -> Limit:
