@@ -1,4 +1,4 @@
-"""tools/plan.py as a user calls it."""
+"""tools/plan.py on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def plan(*args: object, torch: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run the tool, where torch cannot be imported."""
+    """Run the tool; without `torch`, importing torch fails."""
     block = "" if torch else "sys.modules['torch'] = None; "
     program = f"import sys, runpy; {block}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", program, str(ROOT / "tools" / "plan.py"), *map(str, args)]
