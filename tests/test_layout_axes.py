@@ -88,7 +88,7 @@ def test_words_for_ranks_mean_the_same_in_every_tool() -> None:
 
 
 def _is_size(node: ast.expr) -> bool:
-    """Return whether an expression is an axis size by name, or a product of them: `layout.dp`, `self._tp`, `dp * tp`."""
+    """Return whether an expression is an axis size or a product of them: `layout.dp`, `self._tp`, `dp * tp`."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         return _is_size(node.left) and _is_size(node.right)
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
