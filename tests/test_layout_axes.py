@@ -1,4 +1,4 @@
-"""Ranks and coordinates: one order for all rooms, DeepSpeed's own, and a test that nobody else computes it."""
+"""Ranks and coordinates: the numbering is DeepSpeed's, and only the layout room converts between them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_coordinates_and_ranks_are_inverse_and_in_deepspeeds_order(axes: Axes) -
 
 @settings(deadline=None, max_examples=50)
 @given(SIZES, st.sets(st.sampled_from(AXES)))
-def test_groups_part_the_ranks_and_vary_along_their_axes_only(axes: Axes, along: set[str]) -> None:
+def test_groups_partition_the_ranks_and_vary_only_along_their_axes(axes: Axes, along: set[str]) -> None:
     groups = axes.groups(*along)
     assert sorted(rank for group in groups for rank in group) == list(range(axes.world))
     for group in groups:
@@ -65,13 +65,13 @@ def test_a_rank_beyond_the_world_is_refused() -> None:
         Axes(pp=2, tp=4).coords(8)
 
 
-def test_texts_name_the_three_axes_and_others_where_they_are_used() -> None:
+def test_messages_name_the_three_axes_and_others_only_if_used() -> None:
     assert Axes(pp=2, tp=4).words() == "pp 2 x dp 1 x tp 4"
     assert Axes(pp=2, cp=2).words(" * ") == "pp 2 * dp 1 * cp 2 * tp 1"
     assert (Coords(pp=1).words(), Coords(cp=1).words()) == ("pp 1 dp 0 tp 0", "pp 0 dp 0 cp 1 tp 0")
 
 
-def test_a_checkpoint_records_the_layout_as_before_contexts_were_split() -> None:
+def test_checkpoints_record_the_layout_without_unused_axes() -> None:
     assert Layout(pp=2, dp=4, tp=2, micro_batch=1, accumulation=8).as_data() == {
         "world": 16, "pp": 2, "dp": 4, "tp": 2, "micro_batch": 1, "accumulation": 8, "global_batch": 32,
     }  # fmt: skip
@@ -88,7 +88,7 @@ def test_words_for_ranks_mean_the_same_in_every_tool() -> None:
 
 
 def _is_size(node: ast.expr) -> bool:
-    """Tell whether an expression is an axis's size by name, or a product: `layout.dp`, `self._tp`, `dp * tp`."""
+    """Return whether an expression is an axis size or a product of them: `layout.dp`, `self._tp`, `dp * tp`."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         return _is_size(node.left) and _is_size(node.right)
     name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
@@ -96,14 +96,14 @@ def _is_size(node: ast.expr) -> bool:
 
 
 def _has_rank(node: ast.expr) -> bool:
-    """Tell whether an expression contains something called a rank."""
+    """Return whether an expression contains a name that ends in rank."""
     named = [n for n in ast.walk(node) if isinstance(n, ast.Name | ast.Attribute)]
     names = {n.id if isinstance(n, ast.Name) else n.attr for n in named}
     return any(name == "rank" or name.endswith("_rank") for name in names)
 
 
 def rank_arithmetic(source: str) -> list[int]:
-    """Return the lines that turn a rank into coordinates, or coordinates into a rank."""
+    """Return the lines that convert a rank to coordinates or coordinates to a rank."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "divmod":
@@ -117,12 +117,12 @@ def rank_arithmetic(source: str) -> list[int]:
     return found
 
 
-def test_only_the_layout_room_turns_a_rank_into_coordinates() -> None:
+def test_only_the_layout_room_converts_ranks_to_coordinates() -> None:
     files = [p for top in ("llama_ds", "tools") for p in (REPO / top).rglob("*.py")]
     others = [p for p in files if "layout" not in p.relative_to(REPO).parts[:2]]
     assert len(others) > 200
     broken = [f"{p.relative_to(REPO)}:{line}" for p in others for line in rank_arithmetic(p.read_text())]
-    assert not broken, "ask llama_ds.layout.axes instead: " + ", ".join(broken)
+    assert not broken, "use llama_ds.layout.axes instead: " + ", ".join(broken)
 
 
 @pytest.mark.parametrize(

@@ -225,8 +225,8 @@ def test_what_cannot_be_built_or_planned_is_one_sentence() -> None:
         (lambda: build_model("quickstart", device="gpu"), "device 'gpu': not available here"),
         (lambda: load_model("runs/nowhere"), "runs/nowhere: no such folder"),
         (lambda: estimate(run, 0, gpu), "world size 0 is not a multiple of"),
-        (lambda: search(run, 0, gpu), "0 GPUs: there is nothing to lay out on"),
-        (lambda: load("a100"), "a100: not a machine that is described"),
+        (lambda: search(run, 0, gpu), "0 GPUs: the number of GPUs is not positive"),
+        (lambda: load("a100"), "a100: not a described machine"),
     ):
         with pytest.raises(UserError, match=message):
             call()

@@ -1,4 +1,4 @@
-"""The weight table against the modules and transformers, what other rooms make of it, and that nobody else knows it."""
+"""The weight table agrees with the modules and transformers; other rooms use it and do not name weights themselves."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from llama_ds.training.engines.optimizer_groups import decay_groups
 
 REPO = Path(__file__).resolve().parent.parent
 GQA = ModelConfig(96, 32, 88, 3, 8, 4, 8)
-WIDE_HEADS = ModelConfig(96, 32, 88, 2, 8, 2, 16)  # wider than hidden / heads
+WIDE_HEADS = ModelConfig(96, 32, 88, 2, 8, 2, 16)  # head_dim above hidden / heads
 TIED = replace(GQA, tie_word_embeddings=True)
 MODELS = pytest.mark.parametrize("model", [GQA, WIDE_HEADS, TIED], ids=["gqa", "wide heads", "tied"])
 RANKS = pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
 
 
 def build(model: ModelConfig, rank: int = 0, size: int = 1) -> Llama:
-    """Return the model as one tensor-parallel rank holds it."""
+    """Return the model of one tensor-parallel rank."""
     tp = SingleRank()
     tp.rank, tp.size = rank, size
     shared = LayerContext(model, 7, tp, CausalAttention("reference"), RotaryTables(model, 16))
@@ -43,8 +43,8 @@ def build(model: ModelConfig, rank: int = 0, size: int = 1) -> Llama:
 
 @MODELS
 @RANKS
-def test_the_table_is_what_the_modules_hold(model: ModelConfig, rank: int, size: int) -> None:
-    """A weight that the table lacks, or has of another shape, would be neither saved nor counted."""
+def test_the_table_agrees_with_the_modules(model: ModelConfig, rank: int, size: int) -> None:
+    """A weight that is missing in the table, or has another shape there, would be neither saved nor counted."""
     found = {key_of(name): parameter for name, parameter in build(model, rank, size).named_parameters()}
     assert list(found) == [key for key, _ in weights(model)]
     for key, weight in weights(model):
@@ -80,8 +80,8 @@ def test_names_and_shapes_are_those_of_transformers(model: ModelConfig) -> None:
         (TIED, 1, 2, "b45184eb95402d0f4d25e86b88c06634"),
     ],
 )
-def test_initial_weights_stay_as_they_are(model: ModelConfig, rank: int, size: int, digest: str) -> None:
-    """Runs that are begun again would begin elsewhere."""
+def test_initial_weights_do_not_change(model: ModelConfig, rank: int, size: int, digest: str) -> None:
+    """A repeated run must start from the same weights."""
     found = hashlib.sha256()
     for name, parameter in build(model, rank, size).named_parameters():
         found.update(name.encode())
@@ -90,7 +90,7 @@ def test_initial_weights_stay_as_they_are(model: ModelConfig, rank: int, size: i
 
 
 @MODELS
-def test_decay_groups_go_by_the_table(model: ModelConfig) -> None:
+def test_decay_groups_follow_the_table(model: ModelConfig) -> None:
     module = build(model)
     names = {parameter: name for name, parameter in module.named_parameters()}
     matrices, norms = decay_groups(module, OptimizerConfig(lr=1e-3, weight_decay=0.25), "all ")
@@ -103,7 +103,7 @@ def test_decay_groups_go_by_the_table(model: ModelConfig) -> None:
 
 
 def test_decay_groups_of_one_layer_have_its_matrices_first() -> None:
-    """The order of groups is that of buffers in checkpoint files; a decoder layer's first weight is a norm's."""
+    """The order of groups is the order of buffers in checkpoint files, although a layer's first weight is a norm."""
     groups = decay_groups(build(GQA).layers[1], OptimizerConfig(lr=1e-3), "layer 1 ")
     assert [(group["name"], len(group["params"])) for group in groups] == [
         ("layer 1 matrices", 7),
@@ -113,19 +113,19 @@ def test_decay_groups_of_one_layer_have_its_matrices_first() -> None:
     assert table["weight_decay"] > 0
 
 
-def test_a_parameter_finds_its_row_by_any_of_its_names() -> None:
+def test_a_parameter_is_looked_up_by_any_of_its_names() -> None:
     for prefix, layer in (("layers.3.", 3), ("3.", 3), ("12.", 12)):
         for weight in TABLE:
             assert weight_of(prefix + weight.name) is weight_of(weight.name) is weight
             assert key_of(prefix + weight.name) == (layer, weight.name)
     assert key_of("tied_modules.embed.weight") == (0, "weight")
     assert weight_of("tied_modules.embed.weight").role is Role.EMBEDDING
-    with pytest.raises(ValueError, match="is not the name of a parameter"):
+    with pytest.raises(ValueError, match="is not the name of a model parameter"):
         key_of("self_attn.q_proj.weight")
 
 
-def test_universal_patterns_cut_weights_as_the_table_says() -> None:
-    """As `re.match` of DeepSpeed's ds_to_universal reads them, on names with one stage, in a pipeline and tied."""
+def test_universal_patterns_shard_weights_as_the_table_does() -> None:
+    """DeepSpeed's ds_to_universal applies them with `re.match`, to names without a pipeline, in a pipeline and tied."""
     rows = UNIVERSAL["parameter_with_row_parallelism_patterns"]
     whole = UNIVERSAL["tp_replicated_parameter_patterns"]
     assert isinstance(rows, list) and isinstance(whole, list)
@@ -136,7 +136,7 @@ def test_universal_patterns_cut_weights_as_the_table_says() -> None:
     assert not any(re.match(pattern, "tied_modules.embed.weight") for pattern in (*rows, *whole))
 
 
-def test_stages_hold_tables_at_their_ends() -> None:
+def test_the_first_and_last_stage_hold_the_tables() -> None:
     held = stage_roles(GQA, boundaries(GQA, 16, 3, None), 2)
     layer = held_elements(DECODER_LAYER, GQA, 2)
     table = 96 * 32 // 2
@@ -147,21 +147,21 @@ def test_stages_hold_tables_at_their_ends() -> None:
     )
 
 
-# What names a weight, or tells one kind of weight from another.
+# Words that name a weight or identify a kind of weight.
 WORDS = {part for weight in TABLE for part in weight.name.split(".") if "_" in part} - {"self_attn"} | {"embed_tokens"}
 MODULES = {"RMSNorm", "ShardedLinear"}
-KNOWING = ("llama_ds/layout/weights.py", "llama_ds/model/", "llama_ds/checkpoint/names.py")
+OWNERS = ("llama_ds/layout/weights.py", "llama_ds/model/", "llama_ds/checkpoint/names.py")
 FOREIGN = ("llama_ds/checkpoint/formats/huggingface.py", "llama_ds/checkpoint/formats/meta.py")
 
 
 def weight_names(source: str) -> list[int]:
     """Return the lines that name a weight: in a string other than a docstring, as an attribute, or by its module."""
     tree = ast.parse(source)
-    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     found = []
     for node in ast.walk(tree):
         match node:
-            case ast.Constant(value=str(text)) if id(node) not in told:
+            case ast.Constant(value=str(text)) if id(node) not in docstrings:
                 words = re.findall(r"\w+", text)
             case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
                 words = [name]
@@ -174,10 +174,10 @@ def weight_names(source: str) -> list[int]:
 
 def test_only_the_table_the_modules_and_foreign_formats_name_weights() -> None:
     files = [p.relative_to(REPO).as_posix() for top in ("llama_ds", "tools") for p in (REPO / top).rglob("*.py")]
-    others = [path for path in files if not path.startswith((*KNOWING, *FOREIGN))]
+    others = [path for path in files if not path.startswith((*OWNERS, *FOREIGN))]
     assert len(others) > 200
     broken = [f"{path}:{line}" for path in others for line in weight_names((REPO / path).read_text())]
-    assert not broken, "ask llama_ds.layout.weights instead: " + ", ".join(broken)
+    assert not broken, "use llama_ds.layout.weights instead: " + ", ".join(broken)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_only_the_table_the_modules_and_foreign_formats_name_weights() -> None:
         "from llama_ds.model.linear import ShardedLinear",
     ],
 )
-def test_a_weight_known_elsewhere_is_caught(code: str) -> None:
+def test_a_weight_named_elsewhere_is_caught(code: str) -> None:
     assert weight_names(code)
 
 

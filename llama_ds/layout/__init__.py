@@ -1,1 +1,1 @@
-"""Axes of a layout and everything counted from them: partition, weights, parameters, FLOPs, memory, placement."""
+"""Axes of a layout, and everything derived from them: partition, weights, parameters, FLOPs, memory, placement."""

@@ -1,16 +1,17 @@
-"""What a decoder layer keeps between forward and backward, and what it computes again: the policies' cost table.
+"""Activation memory and recompute cost of a decoder layer under each save policy.
 
-Per layer and micro-batch, in numbers of the run's dtype, with N = micro_batch * T tokens, M = N / tp under sequence
-parallelism else N, D hidden size, F intermediate size, H query and G key-value heads of size K:
+Saved between forward and backward, per layer and micro-batch, in elements of the run's dtype. N = micro_batch * T
+tokens, M = N / tp under sequence parallelism, else N; D hidden size, F intermediate size, H query heads and G
+key-value heads of size K:
 
     none       2 M D + N ((H + 2 G) K + H K + 3 F) / tp + 2 N D
     selective    M D + N ((H + 2 G) K + H K + 2 F) / tp, + M D where tp > 1, + 2 N D under sequence parallelism
     full         M D
 
-and, but for full, the attention's logsumexp: N H / tp numbers of 4 bytes. Where the weights' gradients are put off,
-both factors of their products are kept from the backward until then:
+All policies but full also save the attention's logsumexp: N H / tp elements of 4 bytes. A schedule that defers the
+weight gradients keeps both factors of their products from the input backward to the weight backward:
 
-    put off    4 N D + N ((H + 2 G) K + H K + 3 F) / tp
+    deferred    4 N D + N ((H + 2 G) K + H K + 3 F) / tp
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class LayerWork:
     element_bytes: int = 2
 
     def saved_bytes(self, policy: str) -> int:
-        """Return the bytes kept between the layer's forward and backward: the formulas above."""
+        """Return the bytes that the layer saves between its forward and backward, by the formulas above."""
         model = self.model
         tokens = self.micro_batch * self.seq_len
         own = tokens // self.tp if self.sequence_parallel else tokens
@@ -49,8 +50,8 @@ class LayerWork:
         numbers += 2 * tokens * hidden if keep or self.sequence_parallel else 0
         return numbers * self.element_bytes + tokens * model.num_attention_heads // self.tp * LOGSUMEXP_BYTES
 
-    def put_off_bytes(self) -> int:
-        """Return the bytes kept between the backward of the inputs and that of the weights."""
+    def deferred_wgrad_bytes(self) -> int:
+        """Return the bytes kept between the input backward and a deferred weight backward."""
         model = self.model
         tokens = self.micro_batch * self.seq_len
         queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
@@ -58,10 +59,10 @@ class LayerWork:
         return (4 * tokens * model.hidden_size + own) * self.element_bytes
 
     def recomputed_flops(self, policy: str) -> float:
-        """Return the FLOPs per token, over all tensor-parallel ranks, that the backward computes again.
+        """Return the FLOPs per token, over all tensor-parallel ranks, that the backward recomputes.
 
-        selective repeats the output projection on one rank; full the forward without its last product, whose
-        result the backward does not read.
+        selective recomputes the output projection where tp is 1. full recomputes the forward without its last
+        product, because the backward does not read its result.
         """
         model = self.model
         queries = model.num_attention_heads * model.head_dim

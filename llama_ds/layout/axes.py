@@ -1,8 +1,8 @@
-"""The parallel axes of a job: the one place that turns a rank into coordinates and back.
+"""The parallel axes of a job. Only this module converts ranks to coordinates and back.
 
 Ranks are numbered with the axes of `AXES` from the outermost to the innermost, as DeepSpeed's
-PipeModelDataParallelTopology numbers them, so that the ranks of a tensor-parallel group are neighbours on one node.
-An axis is added here, in `ParallelConfig`, and where it computes something.
+PipeModelDataParallelTopology does, so that the ranks of a tensor-parallel group are neighbours on one node. A new axis
+is added here, in `ParallelConfig`, and in the code that computes along it.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-NAMED = ("pp", "dp", "tp")  # always named in texts; other axes only where they are larger than 1
+NAMED = ("pp", "dp", "tp")  # messages always name these axes; they name other axes only if larger than 1
 
 
 class Coords(NamedTuple):
     """A rank's coordinates, counted from 0 along each axis; outermost axis first."""
 
-    pp: int = 0  # pipeline stage of the rank
+    pp: int = 0  # pipeline rank
     dp: int = 0  # data-parallel replica
-    cp: int = 0  # part of the sequence
-    tp: int = 0  # part of each matrix
+    cp: int = 0  # shard of the sequence
+    tp: int = 0  # shard of each matrix
 
     @property
     def named(self) -> dict[str, int]:
-        """The coordinates that texts name: along pp, dp and tp, and along further axes where they are not 0."""
+        """The coordinates that messages name: pp, dp and tp always, other axes only if not 0."""
         return {axis: at for axis, at in self._asdict().items() if axis in NAMED or at}
 
     def words(self) -> str:
@@ -38,7 +38,7 @@ AXES = Coords._fields
 
 @dataclass(frozen=True)
 class Axes:
-    """Sizes of the axes."""
+    """Sizes of the parallel axes."""
 
     pp: int = 1
     dp: int = 1
@@ -57,7 +57,7 @@ class Axes:
 
     @property
     def replica(self) -> int:
-        """The number of ranks that hold one copy of the model."""
+        """The number of ranks that hold one model replica."""
         return self.world // self.dp
 
     def stride(self, axis: str) -> int:
@@ -68,7 +68,7 @@ class Axes:
         """Return the coordinates of a rank.
 
         Raises:
-            ValueError: no such rank.
+            ValueError: The rank is out of range.
         """
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is not one of 0 to {self.world - 1}")
@@ -79,20 +79,20 @@ class Axes:
         return Coords(*reversed(found))
 
     def rank(self, **coords: int) -> int:
-        """Return the rank at `coords`; axes left out are at 0.
+        """Return the rank at `coords`; omitted coordinates are 0.
 
         Raises:
-            TypeError: an unknown axis.
-            ValueError: a coordinate beyond its axis.
+            TypeError: An axis is unknown.
+            ValueError: A coordinate is out of range.
         """
-        place = Coords(**coords)
-        for axis, at, size in zip(AXES, place, self.sizes, strict=True):
+        complete = Coords(**coords)
+        for axis, at, size in zip(AXES, complete, self.sizes, strict=True):
             if not 0 <= at < size:
                 raise ValueError(f"{axis} {at} is not one of 0 to {size - 1}")
-        return sum(at * self.stride(axis) for axis, at in zip(AXES, place, strict=True))
+        return sum(at * self.stride(axis) for axis, at in zip(AXES, complete, strict=True))
 
     def group(self, rank: int, *axes: str) -> list[int]:
-        """Return the ranks that share all coordinates of `rank` but those along `axes`, in increasing order."""
+        """Return the ranks of the group along `axes` that contains `rank`, in increasing order."""
         members = [self.coords(rank)]
         for axis in axes:
             members = [at._replace(**{axis: n}) for at in members for n in range(getattr(self, axis))]
@@ -105,12 +105,12 @@ class Axes:
 
     def varying(self, ranks: Iterable[int]) -> list[str]:
         """Return the axes along which `ranks` differ."""
-        places = [self.coords(rank) for rank in ranks]
-        return [axis for axis, values in zip(AXES, zip(*places, strict=True), strict=True) if len(set(values)) > 1]
+        coords = [self.coords(rank) for rank in ranks]
+        return [axis for axis, values in zip(AXES, zip(*coords, strict=True), strict=True) if len(set(values)) > 1]
 
     @property
     def named(self) -> dict[str, int]:
-        """The sizes that texts name: pp, dp and tp, and further axes where they are larger than 1."""
+        """The sizes that messages name: pp, dp and tp always, other axes only if larger than 1."""
         return {axis: size for axis, size in self.sizes._asdict().items() if axis in NAMED or size > 1}
 
     def words(self, times: str = " x ") -> str:

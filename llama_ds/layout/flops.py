@@ -1,10 +1,10 @@
-"""What a LLaMA model costs: parameters, floating-point operations per token, and the peaks of known devices.
+"""Parameters and FLOPs per token of a LLaMA model, and the peak FLOP/s of known devices.
 
-Convention: a multiply-add is 2 FLOPs; only matrix products are counted (norms, rotary, softmax, SiLU and the embedding
-lookup are not); a query at position t attends to t + 1 keys, so attention counts (T + 1) / 2 keys per query, the half
-of the square that causal attention needs. The backward pass costs twice the forward. Model FLOPs are the same for
-every layout and recompute policy; hardware FLOPs add what the backward computes again (`layout/activation_memory.py`)
-(PaLM, arXiv 2204.02311, appendix B; Korthikanti et al., arXiv 2205.05198, appendix A).
+Convention: a multiply-add is 2 FLOPs. Only matrix products are counted; norms, rotary embedding, softmax, SiLU and the
+embedding lookup are not. A query at position t attends to t + 1 keys, so causal attention counts (T + 1) / 2 keys per
+query. The backward pass costs twice the forward. Model FLOPs are the same for every layout and recompute policy;
+hardware FLOPs add the recomputed ones (`layout/activation_memory.py`). See PaLM (arXiv 2204.02311, appendix B) and
+Korthikanti et al. (arXiv 2205.05198, appendix A).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import lru_cache
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.weights import DECODER_LAYER, EMBEDDING, HEAD, Role, weights
 
-# Dense peaks in FLOP/s from the makers' data sheets, without sparsity, by dtype. V100 has no bf16.
+# Dense peaks in FLOP/s (no sparsity) from the vendors' data sheets, by dtype. V100 has no bf16.
 DEVICE_PEAK_FLOPS: dict[str, dict[str, float]] = {
     "H200": {"bf16": 989.4e12, "fp32": 66.9e12},
     "H100 PCIe": {"bf16": 756e12, "fp32": 51.2e12},
@@ -41,7 +41,7 @@ def layer_parameters(model: ModelConfig) -> int:
 
 
 def embedding_parameters(model: ModelConfig) -> int:
-    """Return the parameters of the token embedding, which are also the head's."""
+    """Return the parameters of the token embedding; the head has as many."""
     return EMBEDDING.numel(model)
 
 
@@ -57,14 +57,15 @@ def layer_costs(model: ModelConfig, seq_len: int) -> list[float]:
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Return the model FLOPs per token of forward and backward; times tokens/s and over the peak it is the MFU."""
+    """Return the model FLOPs per token of forward and backward. MFU is this times tokens/s over the peak."""
     return 3 * sum(layer_costs(model, seq_len))
 
 
 def device_peak(name: str, dtype: str) -> float | None:
-    """Return the dense peak in FLOP/s of the device that torch.cuda.get_device_name calls `name`, None if unknown.
+    """Return the dense peak in FLOP/s of a device, or None if it is unknown.
 
-    `dtype` is "bf16", "fp16" or "fp32" (without TF32). fp16 runs at bf16's rate where a device has both.
+    `name` is the result of torch.cuda.get_device_name. `dtype` is "bf16", "fp16" or "fp32" (without TF32); fp16 has
+    the rate of bf16 on devices that support both.
     """
     words = name.upper().replace("-", " ").split()
     for device, peaks in DEVICE_PEAK_FLOPS.items():
@@ -74,12 +75,12 @@ def device_peak(name: str, dtype: str) -> float | None:
 
 
 def layer_forward_flops(model: ModelConfig, seq_len: int) -> float:
-    """Return the forward FLOPs per token of one decoder layer, QK^T and PV included."""
+    """Return the forward FLOPs per token of one decoder layer, including QK^T and PV."""
     keys = (seq_len + 1) / 2
     attention = 2 * (2 * model.num_attention_heads * model.head_dim * keys)
     return 2 * _matrix_parameters(model) + attention
 
 
-@lru_cache(maxsize=1000)  # the planner asks for every layout
+@lru_cache(maxsize=1000)  # the planner calls this for every layout
 def _matrix_parameters(model: ModelConfig) -> int:
     return sum(weight.numel(model) for weight in DECODER_LAYER if weight.role is Role.HIDDEN_MATRIX)

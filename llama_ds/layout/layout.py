@@ -1,4 +1,4 @@
-"""How a job's ranks share one global batch: the axes of its ranks and its micro-batches."""
+"""The layout of a job: its parallel axes, and how its ranks share one global batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llama_ds.schedules.schedule import obstacle
 
 @dataclass(frozen=True)
 class Layout(Axes):
-    """Axes and micro-batches: global_batch = dp * micro_batch * accumulation."""
+    """Parallel axes and micro-batches: global_batch = dp * micro_batch * accumulation."""
 
     micro_batch: int = 1  # rows per forward pass
     accumulation: int = 1  # micro-batches per optimizer step
@@ -25,23 +25,23 @@ class Layout(Axes):
         return self.dp * self.micro_batch * self.accumulation
 
     def as_data(self) -> dict[str, int]:
-        """Return all numbers by name, as checkpoints record them."""
+        """Return all sizes by name, as checkpoints record them."""
         batch = {name: getattr(self, name) for name in ("micro_batch", "accumulation", "global_batch")}
         return {"world": self.world, **self.named, **batch}
 
 
 def model_axes(parallel: ParallelConfig) -> Axes:
-    """Return the axes of one copy of the model, as the run file sizes them; dp is derived from the world size."""
+    """Return the axes of one model replica, as the run file sizes them; dp follows from the world size."""
     return Axes(pp=parallel.pp, tp=parallel.tp)
 
 
 def resolve_layout(run: RunConfig, world: int) -> Layout:
-    """Derive dp and the accumulation steps of `run` on `world` ranks in all.
+    """Derive dp and the accumulation steps of `run` from the world size.
 
     Raises:
-        UserError: when a number does not divide; the message lists the numbers that would.
+        UserError: A size does not divide; the message lists sizes that do.
     """
-    place, axes = run.path, model_axes(run.parallel)
+    source, axes = run.path, model_axes(run.parallel)
     replica = axes.replica
     if world < 1 or world % replica:
         fits = range(replica, max(world, replica) * 2 + 1, replica)
@@ -49,7 +49,7 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
         keys = [f"parallel.{axis}" for axis in axes.named if axis != "dp"]
         product = " * ".join(f"parallel.{axis} {size}" for axis, size in axes.named.items() if axis != "dp")
         raise UserError(
-            f"{place}: world size {world} is not a multiple of {product} = {replica}; "
+            f"{source}: world size {world} is not a multiple of {product} = {replica}; "
             f"start {listed(near)} ranks, or change {listed(keys)}"
         )
     dp = world // replica
@@ -58,12 +58,12 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
         near = sorted(sorted(range(dp, batch + 2 * dp, dp), key=lambda n: abs(n - batch))[:2])
         product = " * ".join(f"{axis} {size}" for axis, size in axes.named.items() if axis != "dp")
         raise UserError(
-            f"{place}: training.global_batch = {batch} is not a multiple of "
+            f"{source}: training.global_batch = {batch} is not a multiple of "
             f"dp {dp} = world {world} / ({product}); use {listed(near)}"
         )
     if (batch // dp) % micro:
         raise UserError(
-            f"{place}: parallel.micro_batch = {micro} does not divide {batch} / dp {dp} = {batch // dp}; "
+            f"{source}: parallel.micro_batch = {micro} does not divide {batch} / dp {dp} = {batch // dp}; "
             f"use {listed(divisors(batch // dp))}"
         )
     _check_schedule(run, batch // dp // micro)

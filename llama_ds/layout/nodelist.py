@@ -1,4 +1,4 @@
-"""Names of hosts, and the lists of them that Slurm, LSF and PBS write."""
+"""Host names, and the host lists of Slurm, LSF and PBS."""
 
 from __future__ import annotations
 
@@ -9,67 +9,67 @@ from math import prod
 
 from llama_ds.errors import UserError
 
-MAX_HOSTS = 65_536  # of a list: n[1-9999999999] is a slip of the keyboard, not a cluster
+MAX_HOSTS = 65_536  # limit of one list; a larger range such as n[1-9999999999] is a typing error
 SYSTEMS = ("slurm", "lsf", "pbs")
 
-# 253: the longest name of the DNS.
+# The DNS allows names of at most 253 characters.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,252}")
 _LITERAL = re.compile(r"[A-Za-z0-9._-]+")
 _SPAN = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 _SPACE = re.compile(r"[ \t\n]*")
 _TASKS = re.compile(r"([0-9]{1,6})(?:\(x([0-9]{1,6})\))?")
 _COUNT = re.compile(r"[0-9]{1,6}")
-# A number that may vary from host to host. Of longer ones `expand` knows nothing.
+# A number that may vary from host to host. `expand` does not accept longer ones.
 _NUMBER = re.compile(r"(?<![0-9])([0-9]{1,18})(?![0-9])")
 
 
-def check_host(name: str, place: str) -> None:
-    """Raise UserError unless `name` is a host's name and nothing else to ssh, pdsh, DeepSpeed's filters and a shell."""
+def check_host(name: str, source: str) -> None:
+    """Raise UserError unless `name` is a host name that ssh, pdsh, DeepSpeed's filters and a shell take literally."""
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"{place}: {clip(name)} is not a host name; "
+            f"{source}: {clip(name)} is not a host name; "
             "use letters, digits, '.', '_' and '-', at most 253, the first a letter, a digit or '_'"
         )
 
 
 def clip(text: str) -> str:
-    """Return what a user gave in quotes, on one line, its end left out where it is long."""
+    """Return a user's text quoted on one line, truncated if long."""
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
-def expand(text: str, place: str = "host list") -> list[str]:
-    """Return the hosts of a list in Slurm's grammar, such as `a,b[1-3,7],c[01-12]-ib[0-1]`, in its order.
+def expand(text: str, source: str = "host list") -> list[str]:
+    """Return the hosts of a list in Slurm's syntax, such as `a,b[1-3,7],c[01-12]-ib[0-1]`, in order.
 
     A range keeps the zero padding of its first number; the last of several brackets varies first.
 
     Raises:
-        UserError: another grammar, with the position; a host twice; more than `MAX_HOSTS` hosts.
+        UserError: The syntax is wrong (with the position), a host appears twice, or there are over `MAX_HOSTS` hosts.
     """
     names: list[str] = []
-    for at, parts in _items(text, place):
-        count = len(names) + prod(map(_size, parts))  # before the names are made
+    for at, parts in _items(text, source):
+        count = len(names) + prod(map(_size, parts))  # checked before the names are built
         if count > MAX_HOSTS:
-            raise _error(text, at, place, f"there are more than {MAX_HOSTS} hosts; check the range")
+            raise _error(text, at, source, f"there are more than {MAX_HOSTS} hosts; check the range")
         texts = [_texts(part) for part in parts]
-        check_host("".join(words[0] for words in texts), f"{place}: position {at + 1}")
+        check_host("".join(words[0] for words in texts), f"{source}: position {at + 1}")
         names += map("".join, product(*texts))
-    check_distinct(names, place)
+    check_distinct(names, source)
     return names
 
 
-def check_distinct(names: Sequence[str], place: str) -> None:
-    """Raise UserError if a host stands twice among `names`."""
+def check_distinct(names: Sequence[str], source: str) -> None:
+    """Raise UserError if a host appears twice in `names`."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
-            raise UserError(f"{place}: host {name} is listed twice; name every host once")
+            raise UserError(f"{source}: host {name} is listed twice; name every host once")
         seen.add(name)
 
 
 def compress(hosts: Iterable[str]) -> str:
-    """Return the hosts as the short list which `expand` turns into the same hosts in the same order."""
+    """Return the shortest list that `expand` turns back into the same hosts in the same order."""
     items = list(hosts)
-    while len(folded := _folded(items)) < len(items):  # a bracket a turn, from the right
+    while len(folded := _folded(items)) < len(items):  # each pass adds one bracket, from the right
         items = folded
     return ",".join(items)
 
@@ -85,7 +85,7 @@ def from_slurm(nodelist: str, tasks_per_node: str) -> dict[str, int]:
                 f"SLURM_TASKS_PER_NODE: {clip(item)} is not a number of tasks; write it as in 8(x4),4, or give --slots"
             )
         repeats = int(match[2] or 1)
-        if len(counts) + repeats > len(hosts):  # before the list is made: it may be large
+        if len(counts) + repeats > len(hosts):  # checked before the list is built; it may be large
             raise _unequal(f"more than {len(hosts)}", len(hosts))
         counts += [int(match[1])] * repeats
     if len(counts) != len(hosts):
@@ -93,31 +93,34 @@ def from_slurm(nodelist: str, tasks_per_node: str) -> dict[str, int]:
     return dict(zip(hosts, counts, strict=True))
 
 
-def from_lsf(text: str, place: str = "LSB_HOSTS") -> dict[str, int]:
-    """Return the slots of each host, in the order of their first places, from what LSF or PBS says of a job.
+def from_lsf(text: str, source: str = "LSB_HOSTS") -> dict[str, int]:
+    """Return the slots of each host from the host list of LSF or PBS, in order of first appearance.
 
-    `host1 8 host2 8` (LSB_MCPU_HOSTS), or a host for every slot: `host1 host1 host2 host2` (LSB_HOSTS), one per line
-    (the files LSB_DJOB_HOSTFILE and PBS_NODEFILE).
+    The list is `host1 8 host2 8` (LSB_MCPU_HOSTS), or has a host for every slot: `host1 host1 host2 host2` (LSB_HOSTS),
+    one per line in the files LSB_DJOB_HOSTFILE and PBS_NODEFILE.
     """
     words = text.split()
     counted = len(words) % 2 == 0 and all(_COUNT.fullmatch(word) for word in words[1::2])
     pairs = zip(words[::2], map(int, words[1::2]), strict=True) if counted else ((word, 1) for word in words)
     slots: dict[str, int] = {}
     for host, count in pairs:
-        check_host(host, place)
+        check_host(host, source)
         if count == 0:
-            raise UserError(f"{place}: host {host} has 0 slots; give its number of devices or take it out")
+            raise UserError(f"{source}: host {host} has 0 slots; give its number of devices or take it out")
         slots[host] = slots.get(host, 0) + count
     if not slots:
-        raise UserError(f"{place}: lists no host; give 'host1 8 host2 8', or a host for every slot")
+        raise UserError(f"{source}: lists no host; give 'host1 8 host2 8', or a host for every slot")
     return slots
 
 
 def from_scheduler(system: str, given: str, slots: int | None, environment: Mapping[str, str]) -> dict[str, int]:
-    """Return the slots of each host of a job of one of `SYSTEMS`.
+    """Return the slots of each host of a batch job.
 
-    given: Slurm's nodelist, the file of LSF or PBS; "" to look in the job's environment.
-    slots: of every host, instead of what the batch system counts, which may be cores.
+    Args:
+        system: one of `SYSTEMS`.
+        given: Slurm's node list, or the file of LSF or PBS; "" reads the job's environment.
+        slots: slots of every host; None takes the batch system's count, which may count cores.
+        environment: environment variables of the job.
     """
     if system == "slurm":
         return _slurm_job(given, slots, environment)
@@ -169,7 +172,7 @@ def _unequal(counts: str, hosts: int) -> UserError:
     )
 
 
-# Of an item such as c[01-12]-ib[0-1], each part is a literal text, or the ranges of a bracket with their widths.
+# A part of an item such as c[01-12]-ib[0-1]: a literal text, or the ranges of a bracket with their widths.
 _Part = str | list[tuple[range, int]]
 
 
@@ -183,27 +186,27 @@ def _texts(part: _Part) -> list[str]:
     return [str(number).zfill(width) for numbers, width in part for number in numbers]
 
 
-def _items(text: str, place: str) -> Iterator[tuple[int, list[_Part]]]:
+def _items(text: str, source: str) -> Iterator[tuple[int, list[_Part]]]:
     """Yield the position and the parts of each item between commas."""
     at = -1
     while at < len(text):
         start = _skip(text, at + 1)
-        parts, at = _item(text, start, place)
+        parts, at = _item(text, start, source)
         at = _skip(text, at)
         if at < len(text) and text[at] != ",":
-            raise _error(text, at, place, f"{text[at]!r} is in no host list; write it as in node[001-256],login1")
+            raise _error(text, at, source, f"{text[at]!r} is in no host list; write it as in node[001-256],login1")
         if not parts:
-            raise _error(text, at, place, "a host name is missing; write names with one comma between")
+            raise _error(text, at, source, "a host name is missing; write names with one comma between")
         yield start, parts
 
 
-def _item(text: str, at: int, place: str) -> tuple[list[_Part], int]:
+def _item(text: str, at: int, source: str) -> tuple[list[_Part], int]:
     """Return the parts of the item that begins at `at`, and the position after it."""
     parts: list[_Part] = []
     while at < len(text):
         part: _Part
         if text[at] == "[":
-            part, at = _bracket(text, at, place)
+            part, at = _bracket(text, at, source)
         elif literal := _LITERAL.match(text, at):
             part, at = literal[0], literal.end()
         else:
@@ -212,22 +215,22 @@ def _item(text: str, at: int, place: str) -> tuple[list[_Part], int]:
     return parts, at
 
 
-def _bracket(text: str, at: int, place: str) -> tuple[list[tuple[range, int]], int]:
+def _bracket(text: str, at: int, source: str) -> tuple[list[tuple[range, int]], int]:
     """Return the ranges of the bracket that opens at `at`, and the position after it."""
     end = text.find("]", at)
     if end < 0:
-        raise _error(text, at, place, "the bracket is not closed; write it as in node[001-256]")
+        raise _error(text, at, source, "the bracket is not closed; write it as in node[001-256]")
     ranges = []
     at += 1
     for item in text[at:end].split(","):
         match = _SPAN.fullmatch(item)
         if not match:
-            raise _error(text, at, place, f"{clip(item)} is not a number or a range; write it as in [001-004,7]")
+            raise _error(text, at, source, f"{clip(item)} is not a number or a range; write it as in [001-004,7]")
         first, last = match[1], match[2] or match[1]
         if int(last) < int(first):
-            raise _error(text, at, place, f"the range {item} runs backwards; write {last}-{first}")
+            raise _error(text, at, source, f"the range {item} runs backwards; write {last}-{first}")
         if last[0] == "0" and len(last) != len(first):
-            raise _error(text, at, place, f"the range {item} pads its ends differently; give both as many digits")
+            raise _error(text, at, source, f"the range {item} pads its ends differently; give both as many digits")
         ranges.append((range(int(first), int(last) + 1), len(first)))
         at += len(item) + 1
     return ranges, end + 1
@@ -238,12 +241,12 @@ def _skip(text: str, at: int) -> int:
     return match.end() if match else at
 
 
-def _error(text: str, at: int, place: str, what: str) -> UserError:
-    return UserError(f"{place}: {clip(text)}, position {at + 1}: {what}")
+def _error(text: str, at: int, source: str, what: str) -> UserError:
+    return UserError(f"{source}: {clip(text)}, position {at + 1}: {what}")
 
 
 def _folded(items: Sequence[str]) -> list[str]:
-    """Return the items with neighbours that differ in one number joined, a number left of all brackets."""
+    """Join neighbouring items that differ in exactly one number left of all brackets."""
     folded: list[str] = []
     group: list[list[str]] = []
     varying: int | None = None
@@ -259,18 +262,18 @@ def _folded(items: Sequence[str]) -> list[str]:
 
 
 def _tokens(item: str) -> list[str]:
-    """Split an item into literals, at even places, and numbers; its brackets are part of the last literal."""
+    """Split an item into literals at even positions and numbers at odd ones; the last literal includes the brackets."""
     head, bracket, tail = item.partition("[")
     *tokens, last = _NUMBER.split(head)
     return [*tokens, last + bracket + tail]
 
 
 def _difference(a: Sequence[str], b: Sequence[str]) -> int | None:
-    """Return the place of the number in which alone two items differ."""
+    """Return the index of the only token in which two items differ if it is a number, else None."""
     if len(a) != len(b):
         return None
-    places = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
-    return places[0] if len(places) == 1 and places[0] % 2 else None
+    differing = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+    return differing[0] if len(differing) == 1 and differing[0] % 2 else None
 
 
 def _joined(group: Sequence[Sequence[str]], varying: int | None) -> str:

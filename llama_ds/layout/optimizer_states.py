@@ -1,6 +1,7 @@
-"""What an optimizer keeps of a weight: kinds and bytes of its states, by the weight's role.
+"""Optimizer states of a weight, kinds and bytes, by the weight's role.
 
-Every state has the shape of its weight and is fp32. Kinds are DeepSpeed's and torch's names, as in checkpoints.
+Every state is fp32 and has the shape of its weight. The kinds have the names that DeepSpeed and torch use in
+checkpoints.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 
 from llama_ds.layout.weights import Role
 
-MASTER = "fp32"  # the weight that the optimizer updates; in fp32 runs the weight itself
+MASTER = "fp32"  # the master weight; in fp32 runs it is the weight itself
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 STATE_BYTES = 4
 
@@ -19,10 +20,10 @@ STATE_BYTES = 4
 class OptimizerStates:
     """The states of one optimizer."""
 
-    moments: Mapping[Role, tuple[str, ...]]  # kinds beside the master
+    moments: Mapping[Role, tuple[str, ...]]  # kinds other than the master weight
 
     def kinds(self, role: Role) -> tuple[str, ...]:
-        """Return the kinds of state of a weight."""
+        """Return the kinds of state of a weight with this role."""
         return (MASTER, *self.moments[role])
 
     def all_kinds(self) -> tuple[str, ...]:
@@ -30,7 +31,7 @@ class OptimizerStates:
         return tuple(dict.fromkeys(kind for role in self.moments for kind in self.kinds(role)))
 
     def nbytes(self, elements: Mapping[Role, int], weight_bytes: int) -> int:
-        """Return the bytes of the states of so many elements by role, whose weights have `weight_bytes` each."""
+        """Return the bytes of all states of weights with this many elements by role, stored in `weight_bytes` each."""
         master = STATE_BYTES if weight_bytes < STATE_BYTES else 0
         return sum(n * (master + STATE_BYTES * len(self.moments[role])) for role, n in elements.items())
 

@@ -1,7 +1,7 @@
-"""Which layers a pipeline stage holds: balanced by cost, or as the run file says. Pure arithmetic.
+"""Partition of the layers over pipeline stages: balanced by cost, or explicit in the run file.
 
-The layer list is [embedding, decoder layer x L, final norm, head]. Boundaries b have one entry more than there are
-stages: stage s holds layers b[s] to b[s + 1] - 1.
+The layer list is [embedding, decoder layer x L, final norm, head]. There is one boundary more than there are stages:
+stage s holds layers b[s] to b[s + 1] - 1.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def decoder_layers(bounds: Sequence[int]) -> list[int]:
 
 
 def stage_parameters(model: ModelConfig, bounds: Sequence[int], tp: int) -> list[int]:
-    """Return the parameters that a rank of each stage holds: matrices split over `tp` ranks, norms whole."""
+    """Return the parameters that a rank of each stage holds: matrices sharded over `tp` ranks, norms replicated."""
     return [held.total() for held in stage_roles(model, bounds, tp)]
 
 
 def stage_roles(model: ModelConfig, bounds: Sequence[int], tp: int) -> list[Counter[Role]]:
     """Return the parameters that a rank of each stage holds by role.
 
-    A tied embedding counts on the first and the last stage where they differ: each keeps a copy.
+    A tied embedding counts on both the first and the last stage if they differ, because each keeps a copy.
     """
     return held_parameters(model, decoder_layers(bounds), tp, model.vocab_size // tp)
 
@@ -56,12 +56,12 @@ def stage_roles(model: ModelConfig, bounds: Sequence[int], tp: int) -> list[Coun
 def held_parameters(
     model: ModelConfig, layers: Sequence[int], tp: int, local_vocab: int | None, gated: bool = True
 ) -> list[Counter[Role]]:
-    """Return the parameters that a rank of each stage holds by role; for published programs too.
+    """Return the parameters that a rank of each stage holds by role, also for published training programs.
 
     Args:
         layers: decoder layers of each stage.
-        local_vocab: rows of the embedding and of the head on a rank; None: decoder layers alone.
-        gated: False: the feed-forward network has two matrices instead of SwiGLU's three.
+        local_vocab: rows of the embedding and of the head on a rank; None for decoder layers only.
+        gated: whether the feed-forward network is SwiGLU with three matrices; otherwise it has two.
     """
     layer = _decoder_layer(model, tp, gated)
     held = [Counter({role: layers_here * count for role, count in layer.items()}) for layers_here in layers]
@@ -76,19 +76,19 @@ def held_parameters(
     return held
 
 
-@lru_cache(maxsize=1000)  # the planner asks for every layout
+@lru_cache(maxsize=1000)  # the planner calls this for every layout
 def _decoder_layer(model: ModelConfig, tp: int, gated: bool) -> Mapping[Role, int]:
     return held_elements((weight for weight in DECODER_LAYER if gated or weight is not GATE), model, tp)
 
 
 def balance(costs: Sequence[float], stages: int) -> list[int]:
-    """Return the boundaries that make the costliest stage as cheap as can be, with a decoder layer on every stage.
+    """Return the boundaries that minimize the cost of the most expensive stage; every stage has a decoder layer.
 
-    Among those the most even (least sum of squares), and then those with fewer layers on earlier stages, which
-    in 1F1B hold the activations of more micro-batches. Exact: O(stages * layers^2) on integers.
+    Ties are broken by the smallest sum of squared costs, then by fewer layers on earlier stages, because these hold
+    the activations of more micro-batches in 1F1B. The result is exact: O(stages * layers^2) on integers.
 
     Raises:
-        ValueError: fewer decoder layers than stages.
+        ValueError: There are fewer decoder layers than stages.
     """
     if len(costs) - _BEFORE - _AFTER < stages:
         raise ValueError(f"{len(costs) - _BEFORE - _AFTER} decoder layers cannot fill {stages} stages")
@@ -110,7 +110,7 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
 
 
 def _table(prefix: Sequence[int], stages: int, score: Callable[[float, float], float]) -> list[dict[int, float]]:
-    """Return table[s][i]: the least score of layers i.. in s stages. `score` joins a stage's cost to the rest's."""
+    """Return table[s][i], the minimum score of layers i.. in s stages; `score` combines a stage's cost and the rest."""
     last = len(prefix) - 1
     table: list[dict[int, float]] = [{}, {i: score(prefix[last] - prefix[i], 0) for i in range(last)}]
     for left in range(2, stages + 1):
@@ -125,13 +125,13 @@ def _table(prefix: Sequence[int], stages: int, score: Callable[[float, float], f
 
 
 def _ends(prefix: Sequence[int], start: int, left: int) -> range:
-    """Return where a stage that begins at layer `start` may end when it is the first of the `left` last stages."""
+    """Return the possible ends of a stage that begins at layer `start` and is the first of the last `left` stages."""
     decoders_end = len(prefix) - 1 - _AFTER
     return range(max(start, _BEFORE) + 1, decoders_end - (left - 1) + 1)
 
 
 def _integers(costs: Sequence[float]) -> list[int]:
-    """Return integers in the exact proportions of `costs`, so that equal stages compare equal."""
+    """Scale `costs` exactly to integers, so that equal stages compare equal."""
     exact = [Fraction(cost) for cost in costs]
     scale = math.lcm(*(fraction.denominator for fraction in exact))
     return [int(fraction * scale) for fraction in exact]

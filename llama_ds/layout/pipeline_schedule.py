@@ -1,4 +1,4 @@
-"""The pipeline schedule of a run on a layout, and a rank's place in it."""
+"""The pipeline schedule of a run on a layout, and a rank's position in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_ds.schedules.schedule import Schedule
 
 
 def schedule_of(run: RunConfig, layout: Layout) -> Schedule:
-    """Return the run's schedule; DeepSpeed's own engine runs 1F1B."""
+    """Return the run's schedule; DeepSpeed's own pipeline engine runs 1F1B."""
     parallel = run.parallel
     if layout.pp == 1 or parallel.schedule == STOCK_ENGINE:
         return Schedule("1f1b", layout.pp, layout.accumulation)
@@ -19,7 +19,7 @@ def schedule_of(run: RunConfig, layout: Layout) -> Schedule:
 
 
 def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
-    """Return what a reader of a rank's trace has to know of it."""
+    """Return the metadata that a rank's trace needs: schedule, sizes and coordinates."""
     schedule = schedule_of(run, layout)
     return {
         "world": layout.world,

@@ -1,8 +1,8 @@
-"""Which rank stands where, and whether groups of ranks lie well on the hosts.
+"""Placement of ranks on hosts, and checks that groups of ranks suit the network.
 
-Tensor parallelism exchanges activations four times a layer and must stay within a host. A pipeline stage sends to the
-next once a micro-batch, which a network carries if a host's traffic is with one host before and one after it. Gradients
-are reduced once a step, over as many hosts as a data-parallel group has.
+Tensor parallelism exchanges activations four times per layer and must stay within a host. A pipeline stage sends to the
+next stage once per micro-batch; the network sustains this if each host exchanges messages with one previous and one
+next host. Gradients are reduced once per step, over all hosts of a data-parallel group.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llama_ds.layout.axes import Axes, Coords
 
 @dataclass(frozen=True)
 class PlacedRank:
-    """A rank of the job: its device, a slot of a host, and its coordinates."""
+    """A rank with its host, its slot on the host, and its coordinates."""
 
     rank: int
     host: str
@@ -28,28 +28,28 @@ class PlacedRank:
     coords: Coords
 
     def as_data(self) -> dict[str, str | int]:
-        """Return the rank as plain data, the coordinates by the names of their axes."""
+        """Return the rank as plain data with its coordinates by axis name."""
         return {"rank": self.rank, "host": self.host, "slot": self.slot, **self.coords.named}
 
 
 @dataclass(frozen=True)
 class PlacementFinding:
-    """What a look at the placement found, in one line."""
+    """One result of the placement check, in one line."""
 
     severity: Literal["error", "warning", "ok"]
     text: str
 
 
 def place(hosts: Mapping[str, int], axes: Axes, source: str = "hosts") -> list[PlacedRank]:
-    """Return the ranks on the slots of `hosts`, in the order of both.
+    """Assign ranks to the slots of `hosts` in order.
 
     Args:
-        hosts: slots by host.
+        hosts: number of slots by host.
         axes: sizes of a replica's axes; dp is derived from the number of slots.
-        source: file or option that names the hosts, for messages.
+        source: file or option that lists the hosts, for error messages.
 
     Raises:
-        UserError: the slots are not a whole number of replicas.
+        UserError: The number of slots is not a multiple of the replica size.
     """
     replica = {axis: size for axis, size in axes.named.items() if axis != "dp"}
     for name, size in replica.items():
@@ -63,13 +63,13 @@ def place(hosts: Mapping[str, int], axes: Axes, source: str = "hosts") -> list[P
             f"{source}: {world} slots are not a multiple of {product} = {ranks}; "
             f"use {listed(fits)} slots, or change {listed(replica)}"
         )
-    whole = replace(axes, dp=world // ranks)
+    job_axes = replace(axes, dp=world // ranks)
     slots = [(host, slot) for host, count in hosts.items() for slot in range(count)]
-    return [PlacedRank(n, host, slot, whole.coords(n)) for n, (host, slot) in enumerate(slots)]
+    return [PlacedRank(n, host, slot, job_axes.coords(n)) for n, (host, slot) in enumerate(slots)]
 
 
 def sizes(ranks: Sequence[PlacedRank]) -> Axes:
-    """Return the sizes of the axes, of all the ranks of a job."""
+    """Return the sizes of the axes, given all ranks of a job."""
     return Axes(*(at + 1 for at in ranks[-1].coords))
 
 
@@ -82,7 +82,7 @@ def by_host(ranks: Iterable[PlacedRank]) -> dict[str, list[PlacedRank]]:
 
 
 def findings(ranks: Sequence[PlacedRank]) -> list[PlacementFinding]:
-    """Return what is to be said of all the ranks of a job: hosts, tensor, pipeline and data parallelism."""
+    """Check the placement of all ranks of a job: hosts, tensor, pipeline and data parallelism."""
     slots = {host: len(found) for host, found in by_host(ranks).items()}
     return [_slots(slots, sizes(ranks)), _tensor(ranks, slots), _pipeline(ranks, slots), _data(ranks)]
 
@@ -111,7 +111,7 @@ def _tensor(ranks: Sequence[PlacedRank], slots: Mapping[str, int]) -> PlacementF
     groups = [[ranks[rank] for rank in group] for group in axes.groups("tp")]
     spanning = [group for group in groups if group[0].host != group[-1].host]
     if not spanning:
-        return PlacementFinding("ok", f"tp: {_whole(len(groups))} of {tp} ranks within a host")
+        return PlacementFinding("ok", f"tp: {_groups_text(len(groups))} of {tp} ranks within a host")
     first = spanning[0]
     return PlacementFinding(
         "error",
@@ -162,15 +162,15 @@ def _data(ranks: Sequence[PlacedRank]) -> PlacementFinding:
     for rank in ranks:
         groups[rank.coords._replace(dp=0)][rank.host] += 1
     spanning = [group for group in groups.values() if len(group) > 1]
-    whole = _whole(len(groups))
+    groups_text = _groups_text(len(groups))
     if not spanning:
-        return PlacementFinding("ok", f"dp: {whole} of {dp} ranks within a host, gradients reduced there")
+        return PlacementFinding("ok", f"dp: {groups_text} of {dp} ranks within a host, gradients reduced there")
     hosts = _from_to({len(group) for group in groups.values()})
     each = _from_to({count for group in groups.values() for count in group.values()})
     shared = max(Counter(host for group in spanning for host in group).values())
     return PlacementFinding(
         "ok",
-        f"dp: {whole} of {dp} ranks over {hosts} hosts, {each} on a host; "
+        f"dp: {groups_text} of {dp} ranks over {hosts} hosts, {each} on a host; "
         f"{_count(shared, 'group')} at most {'reduce' if shared > 1 else 'reduces'} gradients through a host's network",
     )
 
@@ -179,7 +179,7 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _whole(groups: int) -> str:
+def _groups_text(groups: int) -> str:
     return "the group" if groups == 1 else f"all {groups} groups"
 
 
@@ -192,5 +192,5 @@ def _distinct(hosts: Iterable[str]) -> list[str]:
 
 
 def _some(hosts: Sequence[str]) -> str:
-    """Return the names as words, not too many."""
+    """Return the names as text, abbreviated if there are more than three."""
     return " and ".join(hosts) if len(hosts) < 4 else f"{hosts[0]}, {hosts[1]} and {len(hosts) - 2} more"

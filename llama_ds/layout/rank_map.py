@@ -1,4 +1,4 @@
-"""The rank map for people: which ranks stand on which host, as a table and as a picture."""
+"""The rank map, as a table and as an SVG picture: which ranks run on which host."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llama_ds.layout.placement import PlacedRank, by_host, sizes
 
 
 def table(ranks: Sequence[PlacedRank], every_host: bool = False) -> str:
-    """Return the ranks of a job as a table, neighbouring hosts with the same pattern in one line.
+    """Return the ranks of a job as a table; neighbouring hosts with the same pattern share a line.
 
-    The ranks of a host that are of several stages with different places in them have a line for each stage.
+    A host has a line for each stage if its stages have different coordinates along the other axes.
     """
     hosts = list(by_host(ranks).values())
     runs = [[host] for host in hosts] if every_host else _runs(hosts)
@@ -38,13 +38,13 @@ def table(ranks: Sequence[PlacedRank], every_host: bool = False) -> str:
 
 
 def svg(ranks: Sequence[PlacedRank], title: str) -> str:
-    """Return the ranks of a job as an SVG: a box for each host, slots in their stage's colour, tp groups outlined."""
+    """Return the ranks of a job as an SVG: a box per host, slots coloured by stage, tp groups outlined."""
     axes = sizes(ranks)
     hosts = by_host(ranks)
     spanning = {
         _tp_group(r) for host in hosts.values() for r in host if r.coords.tp and ranks[r.rank - 1].host != r.host
     }
-    grid = _grid(hosts, 5 * max(len(_place(rank)) for rank in ranks) + 4)
+    grid = _grid(hosts, 5 * max(len(_coords_label(rank)) for rank in ranks) + 4)
     legend, top = _legend(axes, grid.width)
     about = f"{len(hosts)} hosts, {len(ranks)} ranks: {axes.words(' * ')}"
     parts = [_head(grid.width, top + grid.height, title, about), *legend]
@@ -59,7 +59,7 @@ def svg(ranks: Sequence[PlacedRank], title: str) -> str:
 
 
 def _runs(hosts: Iterable[list[PlacedRank]]) -> list[list[list[PlacedRank]]]:
-    """Join neighbouring hosts whose ranks have the same coordinates, but for the replica of their first rank."""
+    """Group neighbouring hosts whose ranks have the same coordinates relative to the dp coordinate of their first."""
     runs: list[list[list[PlacedRank]]] = []
     last: list[Coords] = []
     for host in hosts:
@@ -73,29 +73,29 @@ def _runs(hosts: Iterable[list[PlacedRank]]) -> list[list[list[PlacedRank]]]:
 
 
 def _parts(run: Sequence[list[PlacedRank]]) -> list[list[PlacedRank]]:
-    """Return the ranks of a run of hosts, by stages where these do not have the same coordinates along other axes."""
+    """Return the ranks of a run of hosts, split by stage if stages differ in coordinates along the other axes."""
     stages: dict[int, list[PlacedRank]] = {}
     for host in run:
         for rank in host:
             stages.setdefault(rank.coords.pp, []).append(rank)
-    places = {tuple(r.coords._replace(pp=0) for r in stage) for stage in stages.values()}
-    return [[rank for stage in stages.values() for rank in stage]] if len(places) == 1 else list(stages.values())
+    patterns = {tuple(r.coords._replace(pp=0) for r in stage) for stage in stages.values()}
+    return [[rank for stage in stages.values() for rank in stage]] if len(patterns) == 1 else list(stages.values())
 
 
 def _along(axis: str, part: Sequence[PlacedRank], run: Sequence[list[PlacedRank]]) -> str:
-    """Return the coordinates along an axis; of dp also how many replicas each host of the run has a part of."""
+    """Return the coordinates along an axis; for dp also the number of replicas with ranks on each host of the run."""
     each = len({rank.coords.dp for rank in run[0]})
     more = f" ({each} a host)" if axis == "dp" and len(run) > 1 else ""
     return spans(getattr(r.coords, axis) for r in part) + more
 
 
 def _tp_group(rank: PlacedRank) -> Coords:
-    """Return what the ranks of a tensor-parallel group have in common."""
+    """Return the key of the rank's tensor-parallel group."""
     return rank.coords._replace(tp=0)
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Return integers as spans: "0-3,6"."""
+    """Return integers as ranges: "0-3,6"."""
     spans: list[list[int]] = []
     for number in sorted(set(numbers)):
         if spans and number == spans[-1][-1] + 1:
@@ -105,8 +105,9 @@ def spans(numbers: Iterable[int]) -> str:
     return ",".join("-".join(map(str, span)) for span in spans)
 
 
-_SLOT, _ROW, _NAME, _GAP = 34, 28, 16, 10  # in pixels: of a slot, least width and height; a host's name; between hosts
-_STAGE = 180  # width of an entry of the legend
+# Pixels: minimum width and height of a slot, height of a host's name, gap between hosts.
+_SLOT, _ROW, _NAME, _GAP = 34, 28, 16, 10
+_STAGE = 180  # pixels: width of a legend entry
 _STYLE = (
     "text{fill:#222}.n{font-size:11px;font-weight:bold}.r{font-size:10px;font-weight:bold;text-anchor:middle}"
     ".p{font-size:8px;text-anchor:middle}.h{fill:#f4f4f4;stroke:#999}.g{fill:none;stroke:#222;stroke-width:1.6}"
@@ -116,9 +117,9 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class _Grid:
-    """Boxes of hosts in rows, as wide as the largest host."""
+    """A grid of host boxes, all as wide as the largest host."""
 
-    slot: int  # its width
+    slot: int  # width of a slot in pixels
     slots: int
     columns: int
     rows: int
@@ -141,7 +142,7 @@ class _Grid:
 
 
 def _grid(hosts: dict[str, list[PlacedRank]], label: int) -> _Grid:
-    """Arrange the hosts in a picture somewhat wider than high, a power of two in a row, as their number mostly is."""
+    """Arrange the hosts in a picture somewhat wider than high, with a power of two of them in a row."""
     slot = max(_SLOT, label)
     slots = max(*map(len, hosts.values()), *(-(-len(name) * 7 // slot) for name in hosts))
     width, height = _Grid(slot, slots, 1, 1).box
@@ -150,12 +151,12 @@ def _grid(hosts: dict[str, list[PlacedRank]], label: int) -> _Grid:
     return _Grid(slot, slots, columns, -(-len(hosts) // columns))
 
 
-def _place(rank: PlacedRank) -> str:
+def _coords_label(rank: PlacedRank) -> str:
     return ".".join(map(str, rank.coords.named.values()))
 
 
 def _text(text: str) -> str:
-    """Return a text fit for XML, which has no way to write most control characters."""
+    """Escape a text for XML, which cannot represent most control characters."""
     return escape("".join(c if c.isprintable() else "?" for c in text))
 
 
@@ -170,7 +171,7 @@ def _head(width: int, height: int, title: str, subtitle: str) -> str:
 
 
 def _legend(axes: Axes, width: int) -> tuple[list[str], int]:
-    """Return the legend's parts and where it ends."""
+    """Return the legend's elements and the y coordinate below it."""
     columns = max(1, (width - _GAP) // _STAGE)
     parts = []
     for stage, colour in enumerate(_colours(axes.pp)):
@@ -189,7 +190,7 @@ def _legend(axes: Axes, width: int) -> tuple[list[str], int]:
 
 
 def _colours(pp: int) -> list[str]:
-    """Return a light colour for each stage: around the circle, every other one a little darker."""
+    """Return a light colour for each stage, evenly spaced in hue and alternating in lightness."""
     colours = []
     for stage in range(pp):
         rgb = colorsys.hls_to_rgb(stage / pp, 0.8 if stage % 2 else 0.7, 0.65)
@@ -198,7 +199,7 @@ def _colours(pp: int) -> list[str]:
 
 
 def _host(name: str, found: Sequence[PlacedRank], x: int, y: int, grid: _Grid, colours: Sequence[str]) -> list[str]:
-    """Draw a host's box and slots, as a group whose origin is the corner of the first slot."""
+    """Draw a host's box and slots as a group with its origin at the first slot's corner."""
     width, height = grid.box
     parts = [
         f'<g id={quoteattr("host-" + name)} transform="translate({x + 4} {y + _NAME})">'
@@ -207,13 +208,13 @@ def _host(name: str, found: Sequence[PlacedRank], x: int, y: int, grid: _Grid, c
     ]
     for r in found:
         left, middle = r.slot * grid.slot, r.slot * grid.slot + grid.slot // 2
-        place = ", ".join(f"{'stage' if axis == 'pp' else axis} {at}" for axis, at in r.coords.named.items())
-        label = f"rank {r.rank}: {r.host} slot {r.slot}, {place}"
+        coords = ", ".join(f"{'stage' if axis == 'pp' else axis} {at}" for axis, at in r.coords.named.items())
+        label = f"rank {r.rank}: {r.host} slot {r.slot}, {coords}"
         parts.append(
             f"<g><title>{_text(label)}</title>"
             f'<rect class="s" x="{left}" width="{grid.slot}" height="{_ROW}" fill="{colours[r.coords.pp]}"/>'
             f'<text class="r" x="{middle}" y="12">{r.rank}</text>'
-            f'<text class="p" x="{middle}" y="23">{_place(r)}</text></g>'
+            f'<text class="p" x="{middle}" y="23">{_coords_label(r)}</text></g>'
         )
     return parts
 

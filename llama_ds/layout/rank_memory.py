@@ -1,9 +1,9 @@
-"""What a rank holds besides the activations that its layers keep. Pure arithmetic; e bytes a number of the run's dtype.
+"""Memory of a rank other than saved activations. An element of the run's dtype has e bytes.
 
-With P parameters on the rank: weights e P, gradients 4 P (fp32 buffers), and this data-parallel rank's part of the
-optimizer's states, of AdamW 8 P / dp, and in bf16 12 P / dp (ZeRO-1; Rajbhandari et al., arXiv 1910.02054, section 5).
-Working memory: one layer's whole activations with as much again in gradients, or the head's chunk of logits and its
-fp32 gradient, whichever is more, and the messages posted and under way.
+With P parameters on the rank: weights e P, gradients 4 P (fp32 buffers), and this rank's ZeRO-1 shard of the optimizer
+states. AdamW's take 8 P / dp, or 12 P / dp in bf16 (Rajbhandari et al., arXiv 1910.02054, section 5). Working memory is
+the larger of one layer's activations and their gradients, and the head's chunk of logits with its fp32 gradient; the
+buffers of pipeline messages come on top.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llama_ds.layout.pipeline_schedule import schedule_of
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes."""
+    """Bytes on one rank, without saved activations."""
 
     weights: int
     gradients: int
@@ -31,14 +31,14 @@ class RankMemory:
 
     @property
     def fixed(self) -> int:
-        """All but the activations kept between forward and backward."""
+        """The sum: all memory except saved activations."""
         return self.weights + self.gradients + self.optimizer + self.working
 
 
 def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[RankMemory]:
-    """Return what the ranks of each pipeline position hold."""
+    """Return the memory of a rank at each pipeline position."""
     schedule = schedule_of(run, layout)
-    place, model = schedule.place, run.model
+    placement, model = schedule.place, run.model
     parameters = stage_roles(model, stage_boundaries(run), layout.tp)
     work = layer_work(run, layout, element_bytes)
     tokens = layout.micro_batch * run.data.seq_len
@@ -50,20 +50,20 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
     message = work.saved_bytes("full")
     found = []
     for rank in range(layout.pp):
-        own = [place.stage(rank, c) for c in range(place.chunks)]
+        own = [placement.stage(rank, c) for c in range(placement.chunks)]
         by_role = sum((parameters[stage] for stage in own), Counter())
         held = by_role.total()
-        at_end = place.stages - 1 in own
-        working = max(2 * work.saved_bytes("none"), head if at_end else 0)
-        # In each direction: receives posted, one send under way and one being handed over.
-        messages = 2 * place.chunks * (3 + schedule.extra_warmup) * message if layout.pp > 1 else 0
+        has_head = placement.stages - 1 in own
+        working = max(2 * work.saved_bytes("none"), head if has_head else 0)
+        # Buffers in each direction: posted receives, one send in flight and one being queued.
+        messages = 2 * placement.chunks * (3 + schedule.extra_warmup) * message if layout.pp > 1 else 0
         states = ADAMW.nbytes(by_role, element_bytes) // layout.dp
         found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages))
     return found
 
 
 def layer_work(run: RunConfig, layout: Layout, element_bytes: int) -> LayerWork:
-    """Return the run's decoder layer as its cost table wants it."""
+    """Return the run's decoder layer for the cost table in `activation_memory`."""
     parallel = run.parallel
     return LayerWork(
         run.model, run.data.seq_len, layout.micro_batch, layout.tp, parallel.sequence_parallel, element_bytes

@@ -1,4 +1,4 @@
-"""Which ranks a person means."""
+"""Selection of ranks by words and numbers, as command-line options take them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _WORDS = (*_STAGES, "all", ALL_DISTINCT, "none")
 
 
 def choose_ranks(wanted: str, axes: Axes, option: str) -> list[int]:
-    """Return the global ranks that `wanted` names, in order: words and numbers with commas between.
+    """Return the sorted global ranks that `wanted` selects, a comma-separated list of words and numbers.
 
-    first, middle and last are pipeline stages and mean their first ranks; all-distinct is `distinct_ranks`.
+    first, middle and last select the first rank of that pipeline stage; all-distinct selects `distinct_ranks`.
 
     Args:
-        option: command-line option that `wanted` was given to, for messages.
+        option: command-line option with the value `wanted`, for error messages.
 
     Raises:
-        UserError: neither a rank of the job nor a word.
+        UserError: An item is neither a rank of the job nor a known word.
     """
     stages = dict(zip(_STAGES, (0, axes.pp // 2, axes.pp - 1), strict=True))
     last = axes.world - 1
@@ -46,11 +46,11 @@ def choose_ranks(wanted: str, axes: Axes, option: str) -> list[int]:
 
 
 def distinct_ranks(axes: Axes) -> list[int]:
-    """Return ranks of every kind, and of every kind of group two members.
+    """Return a sample of ranks that covers every kind of rank and two members of every kind of group.
 
-    Ranks differ by their pipeline position, by being first or later along an axis that cuts tensors (what all ranks of
-    such a group hold counts once), and by the last data-parallel rank's part (padding). Of each position: the first
-    rank, and along every other axis the last beside it.
+    Ranks differ by pipeline position, by being first or not along an axis that shards tensors (replicated tensors count
+    once), and by the padding in the last data-parallel shard. The sample has, for each pipeline position, the first
+    rank and the last rank along each other axis.
     """
     inner = [axis for axis in axes.sizes._asdict() if axis != "pp"]
     corners = [{}, *({axis: getattr(axes, axis) - 1} for axis in inner)]

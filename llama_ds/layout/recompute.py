@@ -1,7 +1,7 @@
-"""Which save policy each decoder layer has: as the run file says, or the least recomputing that fits a memory budget.
+"""Save policy of each decoder layer: set by the run file, or the one with least recompute within a memory budget.
 
-Pure arithmetic. How many micro-batches' activations a stage holds at a time is read off the schedule: in 1F1B stage s
-of p holds min(p - s, micro-batches) (Narayanan et al., arXiv 2104.04473, section 2.2).
+The schedule determines how many micro-batches' activations a stage holds at a time. In 1F1B, stage s of p holds
+min(p - s, micro-batches) (Narayanan et al., arXiv 2104.04473, section 2.2).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import layer_work, rank_memory
 from llama_ds.schedules.schedule import Held
 
-USABLE = 0.92  # of a device's memory: the rest is the driver's, the communication library's and fragmentation
+USABLE = 0.92  # usable share of device memory; the driver, NCCL and fragmentation take the rest
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
 class StagePolicies:
-    """One stage's decoder layers: their policies, and the bytes they keep for all micro-batches in flight."""
+    """Save policies of one stage's decoder layers, and the bytes they save for all micro-batches in flight."""
 
     policies: tuple[str, ...]
     in_flight: int
@@ -37,20 +37,20 @@ class StagePolicies:
 def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[StagePolicies]:
     """Return each stage's policies, in the model's order; `element_bytes` is 2 in bf16, 4 in fp32.
 
-    A rank's stages share its budget by the activations that they hold.
+    The stages of a rank share its budget in proportion to the activations that they hold.
 
     Raises:
-        UserError: a budget that even full recomputation exceeds.
+        UserError: Even full recompute exceeds the budget.
     """
     wanted = parse(run.parallel.recompute) or Recompute(("none",))
     if run.parallel.recompute == AUTO:
-        raise ValueError("recompute: auto wants the device's memory: with_device_memory() puts it in")
+        raise ValueError("recompute: auto needs the device's memory; call with_device_memory() first")
     work = layer_work(run, layout, element_bytes)
     schedule = schedule_of(run, layout)
-    counts, place = decoder_layers(stage_boundaries(run)), schedule.place
+    counts, placement = decoder_layers(stage_boundaries(run)), schedule.place
     stages = []
     for stage, layers in enumerate(counts):
-        rank, chunk = place.home(stage)
+        rank, chunk = placement.home(stage)
         held = schedule.held[rank][chunk]
         if wanted.policies:
             policies = (wanted.policies[stage if len(wanted.policies) > 1 else 0],) * layers
@@ -59,7 +59,7 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
             if room is None:
                 assert wanted.device_bytes is not None
                 room = int(wanted.device_bytes * USABLE) - rank_memory(run, layout, element_bytes)[rank].fixed
-            own = [(schedule.held[rank][c], counts[place.stage(rank, c)]) for c in range(place.chunks)]
+            own = [(schedule.held[rank][c], counts[placement.stage(rank, c)]) for c in range(placement.chunks)]
             least = [kept_bytes(work, {"full": n}, at) for at, n in own]
             if sum(least) > room:
                 raise _too_little(run, rank, sum(least), room)
@@ -71,10 +71,10 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
 
 
 def kept_bytes(work: LayerWork, policies: Mapping[str, int], held: Sequence[Held]) -> int:
-    """Return the most bytes that layers keep, so many of each policy, at the times `held`."""
+    """Return the peak bytes that a stage saves, given its number of layers by policy and its micro-batches held."""
     saved = sum(work.saved_bytes(policy) * count for policy, count in policies.items())
-    put_off = work.put_off_bytes() * sum(policies.values())
-    return max(at.to_backward * saved + at.to_weights * put_off for at in held)
+    deferred = work.deferred_wgrad_bytes() * sum(policies.values())
+    return max(at.to_backward * saved + at.to_weights * deferred for at in held)
 
 
 def _in_flight(held: Sequence[Held]) -> int:
@@ -82,7 +82,7 @@ def _in_flight(held: Sequence[Held]) -> int:
 
 
 def recomputed_flops_per_token(run: RunConfig, layout: Layout, element_bytes: int) -> float:
-    """Return the FLOPs per token that the whole model computes again in its backward."""
+    """Return the FLOPs per token that the backward of the model recomputes."""
     if run.compute.decoder_layer == "autograd":
         forward = layer_forward_flops(run.model, run.data.seq_len)
         return run.model.num_hidden_layers * forward if run.parallel.recompute == "full" else 0.0
@@ -95,7 +95,7 @@ def recomputed_flops_per_token(run: RunConfig, layout: Layout, element_bytes: in
 
 
 def with_device_memory(run: RunConfig, device_bytes: int) -> RunConfig:
-    """Return `run` with `recompute: auto` made definite."""
+    """Return `run` with the device's memory filled into `recompute: auto`."""
     if run.parallel.recompute != AUTO:
         return run
     return replace(run, parallel=replace(run.parallel, recompute=f"auto: {device_bytes / GIB:.2f} GiB"))
@@ -110,7 +110,7 @@ def _too_little(run: RunConfig, rank: int, least: int, room: int) -> UserError:
 
 
 def _fit(work: LayerWork, layers: int, held: Sequence[Held], budget: int) -> tuple[str, ...]:
-    """Return the policies of equal layers that recompute least within `budget` bytes, of all that there are."""
+    """Return the policies of a stage's equal layers with the least recompute within `budget` bytes, by full search."""
     best: tuple[float, tuple[str, ...]] | None = None
     for full in range(layers + 1):
         for selective in range(layers + 1 - full):
@@ -118,7 +118,7 @@ def _fit(work: LayerWork, layers: int, held: Sequence[Held], budget: int) -> tup
             if kept_bytes(work, counts, held) > budget:
                 continue
             cost = sum(work.recomputed_flops(policy) * count for policy, count in counts.items())
-            # The last layers of a stage are first in the backward: what they keep is given back soonest.
+            # The backward reaches the last layers of a stage first, so they release their activations soonest.
             if best is None or cost < best[0]:
                 order = ("full", "selective", "none")
                 best = cost, tuple(policy for policy in order for _ in range(counts[policy]))

@@ -1,8 +1,8 @@
-"""The weight table: name, role, shape, cut dimension, decay and initial values of every weight, by kind of layer.
+"""The weight table: name, role, shape, sharded dimension, decay and initial values of every weight.
 
-Layers: 0 embedding, 1 .. L decoder, L + 1 final norm, L + 2 head (none where it is tied to the embedding). A weight's
-key is (layer, local name), in memory and in files. A parameter finds its row by its name, never by its shape: under
-ZeRO-3 a partitioned parameter has none.
+Layers: 0 embedding, 1 .. L decoder, L + 1 final norm, L + 2 head (absent if tied to the embedding). The key of a weight
+is (layer, local name), in memory and in files. A parameter is looked up by its name, never by its shape, because a
+parameter that ZeRO-3 partitions has an empty shape.
 
 Dimensions: vocab V, hidden D, intermediate F, queries H K, keys G K with H query and G key-value heads of size K.
 """
@@ -27,7 +27,7 @@ _PREFIX = re.compile(rf"^(?:(?:layers\.)?(\d+)|{re.escape(TIED_MODULES)}{TIED_TA
 
 
 class Role(Enum):
-    """What a weight is to an optimizer."""
+    """Role of a weight, by which optimizers distinguish weights."""
 
     EMBEDDING = "embedding"
     HIDDEN_MATRIX = "hidden matrix"
@@ -39,16 +39,16 @@ class Role(Enum):
 class Weight:
     """A row of the table."""
 
-    name: str  # of the parameter in its layer
+    name: str  # parameter name within its layer
     role: Role
     dimensions: tuple[Dimension, ...]
-    cut: int | None  # dimension that tensor-parallel ranks cut; None: each of them holds the weight whole
+    cut: int | None  # dimension sharded over tensor-parallel ranks; None: replicated
     decays: bool = True
-    seed_name: str | None = None  # initial values are drawn under this name; None: they are ones
+    seed_name: str | None = None  # name that seeds the initial values; None: initialized to ones
     residual_output: bool = False  # the product is added to the residual stream
 
     def shape(self, model: ModelConfig) -> tuple[int, ...]:
-        """Return the shape of the whole weight."""
+        """Return the shape of the unsharded weight."""
         sizes: dict[Dimension, int] = {
             "vocab": model.vocab_size,
             "hidden": model.hidden_size,
@@ -59,7 +59,7 @@ class Weight:
         return tuple(sizes[dimension] for dimension in self.dimensions)
 
     def numel(self, model: ModelConfig) -> int:
-        """Return the number of elements of the whole weight."""
+        """Return the number of elements of the unsharded weight."""
         return prod(self.shape(model))
 
 
@@ -98,7 +98,7 @@ _BY_NAME = {weight.name: weight for weight in TABLE}
 
 
 def weights(model: ModelConfig) -> Iterator[tuple[Key, Weight]]:
-    """Yield key and row of every weight of a model, in the order of its layers; a tied table once, as the embedding."""
+    """Yield (key, row) of every weight of a model in layer order; a tied table appears once, as the embedding."""
     layers = model.num_hidden_layers
     yield EMBEDDING_KEY, EMBEDDING
     yield from (((layer, weight.name), weight) for layer in range(1, layers + 1) for weight in DECODER_LAYER)
@@ -108,27 +108,27 @@ def weights(model: ModelConfig) -> Iterator[tuple[Key, Weight]]:
 
 
 def weight_shapes(model: ModelConfig) -> dict[Key, tuple[int, ...]]:
-    """Return the whole shape of every weight of a model, in the order of its layers."""
+    """Return the unsharded shape of every weight of a model, in layer order."""
     return {key: weight.shape(model) for key, weight in weights(model)}
 
 
 def weight_of(name: str) -> Weight:
-    """Return the row of a parameter by its name in its layer, or in any module that `key_of` reads names of."""
+    """Return the row of a parameter, given its name within its layer or any name that `key_of` accepts."""
     return _BY_NAME[_PREFIX.sub("", name, count=1)]
 
 
 def key_of(name: str) -> Key:
-    """Return the key of a parameter as a DeepSpeed engine names it: with one stage, in a pipeline, tied."""
+    """Return the key of a parameter by its name in a DeepSpeed engine: with or without a pipeline, or tied."""
     prefix = _PREFIX.match(name)
     if prefix is None:
-        raise ValueError(f"{name} is not the name of a parameter in a model")
+        raise ValueError(f"{name} is not the name of a model parameter")
     return int(prefix[1] or 0), name[prefix.end() :]
 
 
 def held_elements(rows: Iterable[Weight], model: ModelConfig, tp: int) -> Counter[Role]:
-    """Return how many elements of `rows` each of `tp` ranks holds, by role."""
-    cut: Counter[Role] = Counter()
-    whole: Counter[Role] = Counter()
+    """Return the number of elements of `rows` that each of `tp` ranks holds, by role."""
+    sharded: Counter[Role] = Counter()
+    replicated: Counter[Role] = Counter()
     for weight in rows:
-        (whole if weight.cut is None else cut)[weight.role] += weight.numel(model)
-    return whole + Counter({role: count // tp for role, count in cut.items()})
+        (replicated if weight.cut is None else sharded)[weight.role] += weight.numel(model)
+    return replicated + Counter({role: count // tp for role, count in sharded.items()})

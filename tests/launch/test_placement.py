@@ -1,4 +1,4 @@
-"""Where ranks stand, what is found about their groups, and the rank map as a table and as a picture."""
+"""Placement of ranks, the check of their groups, and the rank map as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def nodes(count: int, slots: int = 8) -> dict[str, int]:
 
 
 def found(hosts: Mapping[str, int], pp: int, tp: int) -> dict[str, tuple[str, str]]:
-    """Return (severity, text) of each of the findings by what it is about."""
+    """Return (severity, text) of the findings, by topic."""
     return {f.text.partition(":")[0]: (f.severity, f.text) for f in findings(place(hosts, Axes(pp=pp, tp=tp)))}
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
-def test_the_order_of_ranks_is_deepspeeds(pp: int, dp: int, tp: int) -> None:
+def test_ranks_are_numbered_as_in_deepspeed(pp: int, dp: int, tp: int) -> None:
     topology = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=dp)
     ranks = place({"a": pp * dp * tp}, Axes(pp=pp, tp=tp))
     assert sizes(ranks) == Axes(pp=pp, dp=dp, tp=tp)
@@ -55,13 +55,13 @@ def test_hosts_are_filled_in_the_files_order() -> None:
         (1, -1, "tp -1 is not a parallel size; use 1 or more"),
     ],
 )
-def test_ranks_that_do_not_fit_are_told(pp: int, tp: int, message: str) -> None:
+def test_sizes_that_do_not_divide_are_refused(pp: int, tp: int, message: str) -> None:
     with pytest.raises(UserError) as error:
         place(nodes(2), Axes(pp=pp, tp=tp))
     assert str(error.value) == message
 
 
-def test_a_good_placement_is_counted() -> None:
+def test_a_good_placement_is_summarized() -> None:
     assert found(nodes(256), 8, 8) == {
         "hosts": ("ok", "hosts: 256 hosts of 8 slots, 2048 ranks = pp 8 * dp 32 * tp 8"),
         "tp": ("ok", "tp: all 256 groups of 8 ranks within a host"),
@@ -95,7 +95,7 @@ def test_a_tensor_parallel_group_on_two_hosts_is_an_error(hosts: dict[str, int],
     assert found(hosts, 1, tp)["tp"] == ("error", f"tp: {text}")
 
 
-def test_a_tensor_parallel_group_may_lie_within_a_smaller_host() -> None:
+def test_a_tensor_parallel_group_may_fill_a_smaller_host() -> None:
     assert found({"a": 4, "b": 8}, 1, 4)["tp"][0] == "ok"
 
 
@@ -114,11 +114,11 @@ def test_a_tensor_parallel_group_may_lie_within_a_smaller_host() -> None:
         ({"a": 4, "b": 8, "c": 4}, 2, 4, "ok", "of 8 stage-to-stage links 0 within a host, 8 between, those of a host"),
     ],
 )  # fmt: skip
-def test_scattered_pipeline_neighbours_are_warned_of(
+def test_scattered_pipeline_neighbours_cause_a_warning(
     hosts: dict[str, int], pp: int, tp: int, severity: str, text: str
 ) -> None:
-    said = found(hosts, pp, tp)["pp"]
-    assert said[0] == severity and said[1].startswith(f"pp: {text}")
+    actual = found(hosts, pp, tp)["pp"]
+    assert actual[0] == severity and actual[1].startswith(f"pp: {text}")
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ def test_scattered_pipeline_neighbours_are_warned_of(
         (nodes(2), 2, 8, "1, no gradients to reduce between ranks"),
     ],
 )  # fmt: skip
-def test_gradients_are_reduced_over_so_many_hosts(hosts: dict[str, int], pp: int, tp: int, text: str) -> None:
+def test_the_hosts_of_a_gradient_reduction_are_counted(hosts: dict[str, int], pp: int, tp: int, text: str) -> None:
     assert found(hosts, pp, tp)["dp"] == ("ok", f"dp: {text}")
 
 
-def test_uneven_slots_are_warned_of() -> None:
+def test_uneven_slots_cause_a_warning() -> None:
     assert found({"a": 8, "b": 4, "c": 8}, 1, 4)["hosts"] == (
         "warning",
         "hosts: slots differ: 2 hosts of 8 slots (a and c), 1 host of 4 slots (b); 20 ranks = pp 1 * dp 5 * tp 4; "
@@ -154,7 +154,7 @@ def test_the_table_has_a_line_for_each_pattern() -> None:
     ]
 
 
-def test_the_table_splits_hosts_whose_stages_hold_other_places() -> None:
+def test_the_table_splits_hosts_with_differing_stages() -> None:
     assert table(place(nodes(3), Axes(pp=2, tp=1))).splitlines() == [
         "hosts  count  slots  ranks  stage  dp    tp",
         "n1     1      0-7    0-7    0      0-7   0",
@@ -170,7 +170,7 @@ LAYOUTS = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.int
 
 @settings(deadline=None)
 @given(LAYOUTS, st.booleans())
-def test_the_table_holds_every_rank_once(layout: tuple[list[int], int, int], every_host: bool) -> None:
+def test_the_table_has_every_rank_once(layout: tuple[list[int], int, int], every_host: bool) -> None:
     slots, pp, tp = layout
     slots[-1] += -sum(slots) % (pp * tp)
     ranks = place({f"n{i}": count for i, count in enumerate(slots)}, Axes(pp=pp, tp=tp))
@@ -205,7 +205,7 @@ def test_the_picture_shows_every_rank_in_its_stages_colour(hosts: dict[str, int]
     ]
 
 
-def test_the_picture_holds_all_it_draws_and_nothing_overlaps() -> None:
+def test_the_picture_contains_all_boxes_without_overlap() -> None:
     root = ElementTree.fromstring(svg(place(nodes(32), Axes(pp=4, tp=8)), "Ranks"))
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
     boxes = set()
@@ -220,7 +220,7 @@ def test_the_picture_holds_all_it_draws_and_nothing_overlaps() -> None:
         assert not any(abs(a - x) < w and abs(b - y) < h and (a, b) != (x, y) for a, b, _, _ in boxes)
 
 
-def test_tensor_parallel_groups_are_outlined_and_those_on_two_hosts_in_red() -> None:
+def test_tensor_parallel_groups_are_outlined_and_red_if_on_two_hosts() -> None:
     drawn = svg(place({"a": 3, "b": 5}, Axes(pp=1, tp=2)), "Ranks")
     assert len(re.findall(r'<rect class="g" x="\d+" y="1"', drawn)) == 3
     assert len(re.findall(r'<rect class="x" x="\d+" y="1"', drawn)) == 2  # ranks 2 and 3, each on its host
@@ -229,6 +229,6 @@ def test_tensor_parallel_groups_are_outlined_and_those_on_two_hosts_in_red() -> 
 
 @settings(deadline=None)
 @given(st.text())
-def test_any_title_gives_xml(title: str) -> None:
+def test_any_title_gives_valid_xml(title: str) -> None:
     root = ElementTree.fromstring(svg(place({"a": 1}, Axes(pp=1, tp=1)), f"<&\"'\x00\ud800>{title}").encode())
     assert (root.findtext(f"{SVG}title") or "").startswith("<&\"'??>")

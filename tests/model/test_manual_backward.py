@@ -149,13 +149,13 @@ def test_saved_bytes_are_the_cost_tables(shape: str, policy: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_put_off_bytes_are_the_cost_tables(shape: str) -> None:
+def test_deferred_wgrad_bytes_are_the_cost_tables(shape: str) -> None:
     layer = ManualBackwardLayer(shared_for(SHAPES[shape]), 0, "none")
     layer.shared.weight_gradients.deferred = True
     layer(torch.randn(ROWS, T, 32, requires_grad=True)).backward(torch.randn(ROWS, T, 32))
     ((*work,),) = layer.weights._waiting
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, *factors in work for t in factors}
-    assert sum(kept.values()) == LayerWork(SHAPES[shape], T, ROWS, element_bytes=4).put_off_bytes()
+    assert sum(kept.values()) == LayerWork(SHAPES[shape], T, ROWS, element_bytes=4).deferred_wgrad_bytes()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Records of ranks small enough to add up by hand."""
+"""Small records of ranks that can be checked by hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ABOUT: dict[str, Any] = {
 
 
 def rank(number: int, *events: Event, world: int = 2, dp_rank: int = 0, pp_rank: int = -1, **about: Any) -> RankRecord:
-    """Return the record of a rank on `host<N>`, of its own pipeline stage where nothing else is said."""
+    """Return the record of a rank on `host<N>`; its pipeline stage defaults to its rank."""
     stage = number if pp_rank < 0 else pp_rank
     clock = RankClock(((0.0, 0.0, 0.0),))
     return RankRecord(
@@ -27,7 +27,7 @@ def rank(number: int, *events: Event, world: int = 2, dp_rank: int = 0, pp_rank:
 
 
 def two_ranks() -> list[RankRecord]:
-    """One micro-batch there and back: messages take 30, the first rank's send holds it up for 5."""
+    """Return one micro-batch on two stages: messages take 30, and the first rank's send blocks it for 5."""
     return [
         rank(
             0,
@@ -40,7 +40,7 @@ def two_ranks() -> list[RankRecord]:
             Event("wait norm", 690, 692),
             Event("optimizer", 692, 700),
             Event("step", 0, 700),
-            Event("wait weights", 700, 720),  # after the step: of the record, not of the step
+            Event("wait weights", 700, 720),  # after the end of the step, so not a part of it
         ),
         rank(
             1,
@@ -58,15 +58,15 @@ def two_ranks() -> list[RankRecord]:
 
 
 def later(recorded: RankRecord, by: float) -> RankRecord:
-    """Return a record whose events came later."""
+    """Return the record with all events delayed."""
     return replace(recorded, events=[e._replace(begin=e.begin + by, end=e.end + by) for e in recorded.events])
 
 
 def write(folder: Path, ranks: list[RankRecord]) -> None:
     """Write the ranks' files as the trainer does."""
     for recorded in ranks:
-        places = {key: getattr(recorded, key) for key in ("rank", "world", "host")}
-        places |= {f"{axis}_rank": at for axis, at in recorded.coords.named.items()}
-        content = {"format": FORMAT, **places, **recorded.about, "clock": recorded.clock.points}
+        identity = {key: getattr(recorded, key) for key in ("rank", "world", "host")}
+        identity |= {f"{axis}_rank": at for axis, at in recorded.coords.named.items()}
+        content = {"format": FORMAT, **identity, **recorded.about, "clock": recorded.clock.points}
         text = json.dumps({**content, "events": recorded.events})
         (folder / RANK_FILE.format(recorded.rank)).write_text(text)

@@ -1,4 +1,4 @@
-"""A machine's measured curves: how they are read, that the planner goes by them, and what is refused."""
+"""A machine's measured curves: interpolation, use by the planner, and refused descriptions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def planned(gpu: Hardware, gpus: int, *overrides: str) -> Estimate:
     return estimate(load_run(str(REPO / "ds_configs/quickstart.yaml"), overrides), gpus, gpu)
 
 
-def test_rates_are_those_measured_and_their_geometric_means_between() -> None:
+def test_rates_are_interpolated_geometrically_between_measurements() -> None:
     for i, m in enumerate((16, 64)):
         for j, n in enumerate((16, 64)):
             for h, k in enumerate((16, 64)):
@@ -79,7 +79,7 @@ def test_rates_are_those_measured_and_their_geometric_means_between() -> None:
     assert RATE.bytes_per_second(1e7) == pytest.approx(20e9)
 
 
-def test_times_of_collectives_grow_on_at_the_largest_ones_bandwidth() -> None:
+def test_collectives_keep_the_bandwidth_of_the_largest_measured_size() -> None:
     curve = CURVES.collectives[0]
     assert curve.seconds(1000) == pytest.approx(10e-6)
     assert curve.seconds(2000) == pytest.approx(20e-6)
@@ -96,7 +96,7 @@ def test_bus_bandwidth_is_nccl_tests(operation: str, share: float) -> None:
     assert Collective(operation, 4, 2, (8000,), (2.0,)).bus_gb_s() == (share * 4.0,)
 
 
-def test_the_planner_goes_by_what_was_measured() -> None:
+def test_the_planner_prefers_measurements() -> None:
     assert gemm(CPU, 64, 64, 64, batch=2) == pytest.approx(2 * 2 * 64**3 / 8e12)
     assert pointwise(CPU, 1e6, "loss") == pytest.approx(1e6 / 10e9)
     product = 2.0 * 2 * 4 * 32 * 256 * 257 / 2
@@ -104,19 +104,21 @@ def test_the_planner_goes_by_what_was_measured() -> None:
     pair = RankGroup(2)
     times = [operation(CPU, pair, 4000) for operation in (all_reduce, all_gather, reduce_scatter)]
     assert times == pytest.approx([40e-6, 20e-6, 24e-6])
-    assert message(CPU, 1, 4000, 4) == pytest.approx((0.5 * 2e-6 + 0.5 * 8e-6, 0.0))  # every other one leaves its node
+    assert message(CPU, 1, 4000, 4) == pytest.approx(
+        (0.5 * 2e-6 + 0.5 * 8e-6, 0.0)
+    )  # every second message leaves its node
     assert message(CPU, 2, 4000, 4) == pytest.approx((8e-6, 0.0))
-    assert message(CPU, 1, 4000, 2) == pytest.approx((2e-6, 0.0))  # the whole job is on one node
+    assert message(CPU, 1, 4000, 2) == pytest.approx((2e-6, 0.0))  # the job is on one node
 
 
-def test_what_was_not_measured_is_calculated() -> None:
+def test_times_that_were_not_measured_are_calculated() -> None:
     four = RankGroup(4, 1)
     assert all_gather(CPU, four, 4000) == half(CPU, four, 4000)
     bare = replace(CPU, curves=None)
     assert gemm(bare, 64, 64, 64) != gemm(CPU, 64, 64, 64)
 
 
-def test_nodes_whose_network_is_not_known_are_not_planned_over() -> None:
+def test_jobs_over_nodes_with_an_unknown_network_are_refused() -> None:
     within = replace(CURVES, collectives=CURVES.collectives[:4])
     alone = replace(CPU, links=replace(CPU.links, network_gb_s=None), curves=within)
     one_rank = ("parallel.pp=1", "parallel.tp=2")
@@ -132,7 +134,7 @@ def test_nodes_whose_network_is_not_known_are_not_planned_over() -> None:
             plan()
 
 
-def test_a_run_in_fp32_is_planned_where_the_machine_is_described_for_it() -> None:
+def test_a_run_in_fp32_needs_a_machine_described_for_fp32() -> None:
     found = planned(CPU, 4)
     assert found.step.job.program.element_bytes == 4
     held = found.memory[0]
@@ -145,22 +147,22 @@ def test_a_run_in_fp32_is_planned_where_the_machine_is_described_for_it() -> Non
         planned(A100, 4, "deepspeed.bf16.enabled=false")
 
 
-def test_ranks_that_share_processors_compute_in_turns() -> None:
-    """Four ranks, of which two compute at full speed at once: no less than twice the work, and no wait beside it."""
+def test_ranks_on_oversubscribed_processors_are_slower() -> None:
+    """With four ranks and processors for two, the step takes at least twice the work, and waits cost nothing more."""
     machine = replace(CPU, links=replace(CPU.links, gpus_per_node=4))
-    alone, crowded = (planned(replace(machine, at_once=n), 4).step for n in (4, 2))
+    alone, shared = (planned(replace(machine, at_once=n), 4).step for n in (4, 2))
     work = alone.pipeline * (1 - alone.bubble)
-    assert crowded.pipeline == pytest.approx(max(2 * work, alone.pipeline))
-    assert crowded.optimizer == pytest.approx(2 * alone.optimizer)
+    assert shared.pipeline == pytest.approx(max(2 * work, alone.pipeline))
+    assert shared.optimizer == pytest.approx(2 * alone.optimizer)
     assert planned(replace(machine, at_once=4), 4).step == planned(machine, 4).step
 
 
-def test_hosts_that_compute_add_their_own_time() -> None:
-    apart, together = (
+def test_host_time_adds_up_if_the_host_computes() -> None:
+    parallel, serial = (
         planned(replace(CPU, host_computes=c), 2, "parallel.tp=1", "parallel.sequence_parallel=false")
         for c in (False, True)
     )
-    assert together.step.pipeline > apart.step.pipeline
+    assert serial.step.pipeline > parallel.step.pipeline
 
 
 def test_search_ranks_layouts_of_a_measured_machine_in_its_dtype() -> None:
@@ -179,7 +181,7 @@ def test_a_description_with_curves_is_read_back(tmp_path: Path) -> None:
     "changed, words",
     [
         ({"dtype": "int8"}, r"dtype = 'int8' is not bf16 or fp32"),
-        ({"peak_tflops": None}, r"no device whose fp32 peak layout/flops.py knows, such as A100; give its peak_tflops"),
+        ({"peak_tflops": None}, r"not a device whose fp32 peak layout/flops.py has, such as A100; give its peak_t"),
         ({"at_once": 0}, r"at_once = 0 is not positive"),
         (with_curves(products=ProductRates((64, 16), PRODUCTS.tflops)), r"products.tflops has sizes \[64, 16\]"),
         (with_curves(products=ProductRates((16,), PRODUCTS.tflops)), r"products.tflops has 2 entries for 1 sizes"),
@@ -191,24 +193,22 @@ def test_a_description_with_curves_is_read_back(tmp_path: Path) -> None:
         (with_curves(collectives=(Collective("send", 2, 1, (), ()),)), r"collectives.0 has sizes \[\]"),
     ],
 )
-def test_a_description_that_cannot_be_read_between_its_points_is_refused(
-    changed: dict, words: str, tmp_path: Path
-) -> None:
+def test_a_description_that_cannot_be_interpolated_is_refused(changed: dict, words: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(hardware.text(replace(CPU, **changed)))
     with pytest.raises(UserError, match=rf"bad.yaml: .*{words}"):
         hardware.load(str(path))
 
 
-def test_without_a_pipeline_gradients_are_summed_when_the_last_is_there() -> None:
-    """DeepSpeed's BF16_Optimizer: one all-reduce of fp32 gradients, which nothing hides, and a gather of weights."""
+def test_without_a_pipeline_gradients_are_reduced_after_the_last_one() -> None:
+    """DeepSpeed's BF16_Optimizer: one exposed all-reduce of fp32 gradients, and an all-gather of weights."""
     step = planned(A100, 2, "parallel.pp=1", "parallel.tp=1", "parallel.sequence_parallel=false").step
-    parameters = 6_450_176  # but the norms
+    parameters = 6_450_176  # without the norms
     expected = all_reduce(A100, RankGroup(2), 4.0 * parameters) + all_gather(A100, RankGroup(2), 2.0 * parameters)
     assert step.reduction == pytest.approx(expected, rel=1e-3)
 
 
-def test_operations_are_those_that_ranks_measure() -> None:
+def test_the_planner_knows_the_operations_that_ranks_measure() -> None:
     from llama_ds.parallel.sweep import CALLS
 
     assert set(OPERATIONS) == set(CALLS)

@@ -1,4 +1,4 @@
-"""The planner's time and memory of a step: what must hold of any machine, and what was measured on some."""
+"""The planner's step time and memory: invariants for every machine, and agreement with measurements."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def planned(*overrides: str, size: str = "65b", gpus: int = 2048, gpu: hardware.
     return estimate(load_run(str(REPO / f"ds_configs/llama_{size}.yaml"), overrides), gpus, gpu)
 
 
-def test_the_papers_65b_run_comes_out_as_the_paper_has_it() -> None:
+def test_the_papers_65b_run_is_reproduced() -> None:
     """LLaMA, section 2.4: around 380 tokens/s/GPU on 2,048 A100-80GB, 1.4T tokens in about 21 days."""
     found = planned("parallel.schedule=zb_h1")
     assert found.fits
@@ -45,7 +45,7 @@ def test_the_papers_65b_run_comes_out_as_the_paper_has_it() -> None:
 
 
 @pytest.mark.parametrize("name", hardware.names())
-def test_every_machine_loads_as_it_is_written(name: str, tmp_path: Path) -> None:
+def test_every_machine_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     machine = hardware.load(name)
     path = tmp_path / "copy.yaml"
     path.write_text(hardware.text(machine))
@@ -62,18 +62,18 @@ def test_no_product_is_faster_than_peak_and_memory(machine: hardware.Hardware, s
     assert time >= 2 * (m * k + k * n + m * n) / (machine.bandwidth_gb_s * 1e9)
 
 
-def test_products_whose_rows_are_badly_aligned_are_slower() -> None:
+def test_products_with_badly_aligned_rows_are_slower() -> None:
     aligned, bytes_16, bytes_8 = (gemm(A100, 4096, 4096, k) / k for k in (4096, 4104, 4100))
     assert aligned < bytes_16 < bytes_8
 
 
-def test_collectives_take_what_ring_and_links_say() -> None:
+def test_collectives_follow_the_ring_and_the_links() -> None:
     size = 2.0**30
     within = half(A100, RankGroup(8), size)
     assert within == pytest.approx(7 / 8 * size / (A100.links.nvlink_gb_s * 1e9), rel=0.05)
     assert half(A100, RankGroup(1), size) == 0
     assert all_reduce(A100, RankGroup(8), size) == pytest.approx(2 * within, rel=0.05)
-    # All eight ranks of a node reduce to other nodes at once: each has an eighth of the node's links.
+    # All eight ranks of a node send to other nodes at once, so each has an eighth of the node's links.
     across = half(A100, RankGroup(16, stride=8), size)
     share = A100.links.network_gb_s * 1e9 * A100.calibration.network / 8
     assert across == pytest.approx(15 / 16 * size / share, rel=0.05)
@@ -81,7 +81,7 @@ def test_collectives_take_what_ring_and_links_say() -> None:
 
 
 def test_all_reduce_is_near_what_nccl_measured_on_nvlink() -> None:
-    """docs/calibration/nccl_allreduce_a100_nvlink.csv, which no constant of a collective was fitted to row by row."""
+    """No constant was fitted to the rows of docs/calibration/nccl_allreduce_a100_nvlink.csv."""
     lines = (REPO / "docs/calibration/nccl_allreduce_a100_nvlink.csv").read_text().splitlines()[1:]
     errors = []
     for line in lines:
@@ -93,8 +93,8 @@ def test_all_reduce_is_near_what_nccl_measured_on_nvlink() -> None:
 @pytest.mark.parametrize("seq_len", [2048, 4096])
 @pytest.mark.parametrize(("shape", "within"), [("7b-tp1", 0.05), ("65b-tp8", 0.10)])
 @pytest.mark.parametrize("policy", ["none", "selective"])
-def test_a_layer_takes_what_was_measured_on_an_h100(shape: str, within: float, seq_len: int, policy: str) -> None:
-    """docs/measurements; the 65B file's model is one rank's shard. Nothing was fitted to these."""
+def test_a_layer_agrees_with_measurements_on_an_h100(shape: str, within: float, seq_len: int, policy: str) -> None:
+    """The files are in docs/measurements; the 65B file has one rank's shard. No constant was fitted to them."""
     name = f"docs/measurements/2026-11-26-h100-layer-{shape}-bf16-seq{seq_len}.json"
     measured = json.loads((REPO / name).read_text())
     job = bare_job(shape_of(measured["model"]), seq_len, measured["batch"])
@@ -106,7 +106,7 @@ def test_a_layer_takes_what_was_measured_on_an_h100(shape: str, within: float, s
 
 
 def shape_of(recorded: dict[str, object]) -> ModelConfig:
-    """Return the shape that a measurement records, under the names that keys had when it was made."""
+    """Return the model shape in a measurement, which may use old key names."""
     return read(
         ModelConfig,
         renamed_data({"model": recorded}, ConfigSource("measurement"))["model"],
@@ -118,8 +118,8 @@ def bare_job(model: ModelConfig, seq_len: int, rows: int) -> StepJob:
     return StepJob(model, OURS, seq_len, rows, 1, Axes(), False, 1, "1f1b", 1, 0, ((("none", 1),),), whole_model=False)
 
 
-def test_a_long_step_is_what_the_whole_simulation_says() -> None:
-    """Long steps are simulated in part and prolonged; that must not show."""
+def test_the_extrapolation_of_a_long_step_agrees_with_its_full_simulation() -> None:
+    """Long steps are simulated in part and extrapolated."""
     for schedule, chunks, stages in (("1f1b", 1, 4), ("zb_h1", 1, 4), ("interleaved", 2, 8), ("dualpipe_v", 2, 8)):
         layers = tuple((("none", 1),) for _ in range(stages))
         job = replace(
@@ -127,13 +127,13 @@ def test_a_long_step_is_what_the_whole_simulation_says() -> None:
             **{"axes": Axes(pp=4), "chunks": chunks, "schedule": schedule, "stages": layers, "micro_batches": 88},
         )
         costs = tuple(StageCost(1.0 + 0.1 * s, 1.1, 0.9) for s in range(stages))
-        whole = simulate(job.plan(88), costs, 0.05, 0.01)
+        full = simulate(job.plan(88), costs, 0.05, 0.01)
         length, bubble = run_schedule(job, costs, 0.05, 0.01)
-        assert length == pytest.approx(whole.length, rel=0.01), schedule
-        assert bubble == pytest.approx(whole.bubble, abs=0.01), schedule
+        assert length == pytest.approx(full.length, rel=0.01), schedule
+        assert bubble == pytest.approx(full.bubble, abs=0.01), schedule
 
 
-def test_more_of_anything_costs_what_it_should() -> None:
+def test_settings_change_time_and_memory_in_the_expected_direction() -> None:
     base = planned()
     recomputing = planned("parallel.recompute=full")
     assert recomputing.step.seconds > 1.2 * base.step.seconds
@@ -146,7 +146,7 @@ def test_more_of_anything_costs_what_it_should() -> None:
     assert planned("training.global_batch=4096").step.bubble < base.step.bubble
 
 
-def test_memory_is_that_of_the_trainers_own_plan() -> None:
+def test_memory_agrees_with_the_trainers_own_model() -> None:
     run = load_run(str(REPO / "ds_configs/llama_65b.yaml"))
     owner = rank_memory(run, resolve_layout(run, 2048), 2)
     for held, rank in zip(planned().memory, owner, strict=True):
@@ -169,7 +169,7 @@ def test_every_number_is_finite_and_explained() -> None:
     ("line", "words"),
     [
         ("memory_gib: -1", "memory_gib = -1.0 is not positive"),
-        ("device: A101", "device = 'A101' is no device"),
+        ("device: A101", "device = 'A101' is not a device"),
         ("processors: many", "processors = 'many' is not an integer"),
         ("colour: red", "colour is not a known key"),
     ],
@@ -185,5 +185,5 @@ def test_a_bad_machine_is_refused_with_its_key(line: str, words: str, tmp_path: 
 
 
 def test_an_unknown_machine_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"a100-90gb: not a machine.*did you mean 'a100-80gb'"):
+    with pytest.raises(UserError, match=r"a100-90gb: not a described machine.*did you mean 'a100-80gb'"):
         hardware.load("a100-90gb")

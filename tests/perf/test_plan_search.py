@@ -1,4 +1,4 @@
-"""The search finds the best legal layout, writes what the trainer takes, and says why others are none."""
+"""The search finds the best legal layout, writes files for the trainer, and explains rejections."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_the_ranking_is_of_legal_layouts_fastest_first(found: SearchResult) -> N
         assert 0.2 < item.step.mfu(A100) < 0.75
 
 
-def test_the_papers_speed_is_among_layouts_and_what_beats_it_is_said(found: SearchResult) -> None:
-    """380 tokens/s/GPU (section 2.4): between the layout of those years and the best."""
+def test_the_papers_speed_lies_between_a_layout_of_its_time_and_the_best(found: SearchResult) -> None:
+    """The paper reports 380 tokens/s/GPU (section 2.4)."""
     plain = found.of_kind["1F1B with tp over a whole node, as in 2021-23"]
     paper = paper_speed(found.best[0])
     assert paper == pytest.approx(380.4, abs=0.1)
@@ -61,8 +61,8 @@ def test_the_papers_speed_is_among_layouts_and_what_beats_it_is_said(found: Sear
     assert set(found.of_kind) == set(KINDS)
 
 
-def test_no_layout_that_was_left_out_is_faster() -> None:
-    """Exhaustive on a small problem: the bound may cut nothing that belongs among the best."""
+def test_no_pruned_layout_is_faster() -> None:
+    """Exhaustive search on a small problem: the bound must not prune a layout that belongs among the best."""
     run = base("7b", "training.global_batch=64")
     best = search(run, 16, A100, top=3)
     every = []
@@ -77,7 +77,7 @@ def test_no_layout_that_was_left_out_is_faster() -> None:
     assert [item.step.seconds for item in best.best] == pytest.approx(sorted(every)[:3])
 
 
-def test_the_bound_is_below_what_is_simulated() -> None:
+def test_the_bound_is_below_the_simulated_time() -> None:
     run = base("13b", "training.global_batch=256")
     for layout in list(layouts(run, 64, A100))[::7]:
         try:
@@ -88,7 +88,7 @@ def test_the_bound_is_below_what_is_simulated() -> None:
         assert lower_bound(A100, job) <= step_time(A100, job).seconds * (1 + 1e-9)
 
 
-def test_what_is_written_is_taken_by_the_trainer(found: SearchResult, tmp_path: Path) -> None:
+def test_the_trainer_accepts_the_written_files(found: SearchResult, tmp_path: Path) -> None:
     for item in (found.best[0], *found.of_kind.values()):
         yaml_path, json_path = write(item.run, tmp_path / "planned")
         run = load_run(str(yaml_path))
@@ -121,9 +121,9 @@ def test_rejections_are_counted_with_an_example(found: SearchResult) -> None:
             "65b",
             8,
             2048,
-            r"no layout can be had: weights, gradients and optimizer alone do not fit.* On (\d+) GPUs there is one",
+            r"no layout is possible: weights, gradients and optimizer alone do not fit.* On (\d+) GPUs there is one",
         ),
-        ("7b", 37, 2048, r"no layout can be had: dp does not divide the global batch.* On (\d+) GPUs there is one"),
+        ("7b", 37, 2048, r"no layout is possible: dp does not divide the global batch.* On (\d+) GPUs there is one"),
     ],
 )
 def test_an_impossible_request_names_the_nearest_possible(size: str, gpus: int, batch: int, words: str) -> None:
@@ -135,7 +135,7 @@ def test_an_impossible_request_names_the_nearest_possible(size: str, gpus: int, 
     assert search(run, int(match[1].replace(",", "")), A100, top=1).best
 
 
-def test_tokens_become_rows_that_layouts_divide() -> None:
+def test_tokens_become_rows_that_layouts_can_divide() -> None:
     assert rows_of(4_194_304, 2048) == 2048
     assert rows_of(4_000_000, 2048) == 2048
     assert rows_of(6144, 2048) == 3

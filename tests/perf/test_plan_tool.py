@@ -1,4 +1,4 @@
-"""tools/plan.py as a user calls it."""
+"""tools/plan.py on the command line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def plan(*args: object, torch: bool = False) -> subprocess.CompletedProcess[str]:
-    """Run the tool, where torch cannot be imported."""
+    """Run the tool; without `torch`, importing torch fails."""
     block = "" if torch else "sys.modules['torch'] = None; "
     program = f"import sys, runpy; {block}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", program, str(ROOT / "tools" / "plan.py"), *map(str, args)]
@@ -62,7 +62,7 @@ def test_cost_gives_a_runs_price() -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("estimate", "65b", "--gpus", 2048, "--gpu", "a100"), "--gpu a100: not a machine"),
+        (("estimate", "65b", "--gpus", 2048, "--gpu", "a100"), "--gpu a100: not a described machine"),
         (("estimate", "66b", "--gpus", 2048), "66b: no such model (did you mean '65b'?)"),
         (("estimate", "65b", "--gpus", 2000), "world size 2000 is not a multiple"),
         (("estimate", "65b", "--gpus", 2048, "parallel.tp=3"), "parallel.tp = 3 does not divide"),

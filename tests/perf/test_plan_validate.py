@@ -1,4 +1,4 @@
-"""The planner against published runs: its errors stay what docs/planner.md says, and bad files are named by line."""
+"""The planner against published runs: its errors stay within those in docs/planner.md; bad rows are refused."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ def times(checked: list[Checked], machine: str) -> list[Checked]:
     return [c for c in checked if c.row.kind != "peak_mem_gib" and c.row.gpu.startswith(machine)]
 
 
-def test_a100_runs_with_a_stated_layout_are_told_within_bounds(published: list[Checked]) -> None:
+def test_a100_runs_with_a_stated_layout_are_predicted_within_bounds(published: list[Checked]) -> None:
     found = summary(times(published, "a100"))
     assert found["rows"] >= 190
     assert found["median"] < 0.05
     assert found["p90"] < 0.16
 
 
-def test_small_models_on_one_node_are_told_within_bounds(single_node: list[Checked]) -> None:
+def test_small_models_on_one_node_are_predicted_within_bounds(single_node: list[Checked]) -> None:
     found = summary(single_node)
     assert found["rows"] == 288
     assert found["median"] < 0.085
     assert found["p90"] < 0.22
 
 
-def test_h100_runs_are_told_within_bounds(published: list[Checked]) -> None:
+def test_h100_runs_are_predicted_within_bounds(published: list[Checked]) -> None:
     found = summary([c for c in times(published, "h100") if "mosaicml" in c.row.source])
     assert found["rows"] >= 30
     assert found["median"] < 0.06
 
 
-def test_memory_is_told_within_bounds(published: list[Checked]) -> None:
+def test_memory_is_predicted_within_bounds(published: list[Checked]) -> None:
     found = summary([c for c in published if c.row.kind == "peak_mem_gib" and c.row.gpu.startswith("a100")])
     assert found["rows"] >= 40
     assert found["median"] < 0.07
@@ -69,22 +69,22 @@ def test_every_source_is_in_the_table_once(published: list[Checked]) -> None:
     assert any("Korthikanti" in name for name in tables)
 
 
-def test_layouts_that_did_not_fit_are_seen_not_to_fit(published: list[Checked]) -> None:
-    """BigScience's layouts that ran out of 80 GB (docs/calibration/CONVENTIONS.md, section 3), from a row beside."""
+def test_layouts_that_ran_out_of_memory_are_predicted_not_to_fit(published: list[Checked]) -> None:
+    """BigScience's layouts that ran out of 80 GB (docs/calibration/CONVENTIONS.md, section 3), by a similar row."""
     near = next(c.row.job for c in published if c.row.id == "bs_181b_h14336_tp8pp12dp4_mb1_gbs2048_a64_0221")
     assert near is not None
 
-    def cut(tp: int, pp: int, dp: int, micro: int) -> float:
+    def gib(tp: int, pp: int, dp: int, micro: int) -> float:
         stages = stages_of(72, pp, "full")
         job = replace(
             near, axes=Axes(pp=pp, dp=dp, tp=tp), micro_batch=micro, micro_batches=2048 // dp // micro, stages=stages
         )
         return published_memory(job, reserved=True) / 2**30
 
-    assert cut(8, 12, 4, 1) < 80
-    assert cut(8, 1, 48, 1) > 80
-    assert cut(2, 6, 32, 1) > 80
-    assert cut(2, 6, 32, 2) > cut(2, 6, 32, 1)
+    assert gib(8, 12, 4, 1) < 80
+    assert gib(8, 1, 48, 1) > 80
+    assert gib(2, 6, 32, 1) > 80
+    assert gib(2, 6, 32, 2) > gib(2, 6, 32, 1)
 
 
 def test_activations_follow_korthikanti(published: list[Checked]) -> None:
@@ -101,8 +101,8 @@ def test_activations_follow_korthikanti(published: list[Checked]) -> None:
     assert layer_activations(plain, "full") == 2 * sbh
 
 
-def test_flops_are_counted_as_sources_count_them(published: list[Checked]) -> None:
-    """Korthikanti's 1.10 s of the 22B model are 41.5% MFU and 43.7% HFU (table 5)."""
+def test_flops_are_counted_as_in_the_sources(published: list[Checked]) -> None:
+    """Korthikanti's 1.10 s for the 22B model are 41.5% MFU and 43.7% HFU (table 5)."""
     row = next(c.row for c in published if c.row.id == "korth_22b_selsp")
     assert row.job is not None
     per_second = row.job.rows * row.job.seq_len / 1.10 / 8 / MACHINES["a100-80gb"].peak
@@ -110,7 +110,7 @@ def test_flops_are_counted_as_sources_count_them(published: list[Checked]) -> No
     assert stated_flops(row.job, hardware=True) * per_second == pytest.approx(0.437, abs=0.004)
 
 
-def test_a_row_is_read_as_what_it_says(tmp_path: Path) -> None:
+def test_a_row_becomes_the_job_that_it_states(tmp_path: Path) -> None:
     path = tmp_path / "mine.csv"
     note = '"flash attn; 400 Gbps"'
     bare = GOOD.replace("full", "none").replace(",8,1,1,8,", ",8,,,,")
@@ -132,8 +132,8 @@ def test_a_row_is_read_as_what_it_says(tmp_path: Path) -> None:
         (f"{HEADER}\n{GOOD.replace('10.0', 'nan')}\n", ":2: value = 'nan' is not a number"),
         (f"{HEADER}\n{GOOD.replace('4096,32', '4096,0')}\n", ":2: layers = 0 is not a positive whole number"),
         (f"{HEADER}\n{GOOD.replace('4096,32', '4096,1.5')}\n", ":2: layers = 1.5 is not a positive whole number"),
-        (f"{HEADER}\n{GOOD.replace('iteration_s', 'hours')}\n", ":2: measured_kind = 'hours' is none of"),
-        (f"{HEADER}\n{GOOD.replace('full', 'some')}\n", ":2: recompute = 'some' is none of"),
+        (f"{HEADER}\n{GOOD.replace('iteration_s', 'hours')}\n", ":2: measured_kind = 'hours' is not one of"),
+        (f"{HEADER}\n{GOOD.replace('full', 'some')}\n", ":2: recompute = 'some' is not one of"),
         ("id,source\nx,y\n", ":1: column model is missing"),
         ("", ":1: column id is missing"),
     ],
@@ -151,31 +151,31 @@ def test_a_missing_file_is_refused() -> None:
         read_rows("nowhere.csv")
 
 
-def test_the_fit_finds_what_made_the_rows() -> None:
-    """Rows made by the model itself: from a wrong ceiling the fit comes back to the right one."""
+def test_the_fit_recovers_the_constants_behind_the_rows() -> None:
+    """The model itself generates the rows; from a wrong ceiling, the fit returns to the true one."""
     machine = MACHINES["a100-80gb"]
     rows = [row for row in usable(read_rows(DATA / "published_runs.csv"), {"a100-80gb": machine}, 1) if row.job][::20]
     checked, _ = check(rows, MACHINES)
-    made: list[Row] = [replace(c.row, value=c.predicted) for c in checked]
+    generated: list[Row] = [replace(c.row, value=c.predicted) for c in checked]
     wrong = replace(machine.calibration, gemm_ceiling=0.6)
-    found = fit(made, {"a100-80gb": machine}, wrong, free=("gemm_ceiling",), rounds=7)
+    found = fit(generated, {"a100-80gb": machine}, wrong, free=("gemm_ceiling",), rounds=7)
     assert found.gemm_ceiling == pytest.approx(machine.calibration.gemm_ceiling, rel=0.02)
-    assert loss(made, {"a100-80gb": machine}, found) < 0.01
+    assert loss(generated, {"a100-80gb": machine}, found) < 0.01
 
 
 @pytest.mark.parametrize("name", ["a100-80gb", "a100-40gb", "h100-80gb", "h100-80gb-2023", "h200"])
-def test_constants_are_what_physics_allows(name: str) -> None:
+def test_constants_are_within_physical_bounds(name: str) -> None:
     for constant, (low, high) in BOUNDS.items():
         assert low <= getattr(MACHINES[name].calibration, constant) <= high, constant
     assert MACHINES[name].calibration.sources
 
 
-def test_layers_go_to_stages_evenly_with_fewer_at_the_ends() -> None:
+def test_layers_are_spread_evenly_with_fewer_on_the_end_stages() -> None:
     assert [sum(n for _, n in stage) for stage in stages_of(30, 8, "none")] == [3, 4, 4, 4, 4, 4, 4, 3]
     assert stages_of(70, 72, "full")[0] == () and stages_of(70, 72, "full")[-1] == ()
 
 
-def test_quantiles_lie_between_neighbours() -> None:
+def test_quantiles_are_interpolated() -> None:
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert quantile([0.0, 1.0], 0.9) == pytest.approx(0.9)
     assert quantile([5.0], 0.9) == 5.0

@@ -1,4 +1,4 @@
-"""Where recorded steps' time went, on steps small enough to add up by hand."""
+"""Analysis of recorded steps, on steps small enough to check by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_ds.perf.trace.picture import picture
 from llama_ds.perf.trace.read import Event, RankClock, RankRecord, read, shown
 from llama_ds.perf.trace.report import report, table
 
-WHOLE = 2 * 700  # microseconds of both ranks of `two_ranks`
+TOTAL = 2 * 700  # step time of both ranks of `two_ranks`, in microseconds
 
 
 def analysis(ranks: Iterable[RankRecord]) -> Analysis:
@@ -27,10 +27,10 @@ def analysis(ranks: Iterable[RankRecord]) -> Analysis:
 
 
 def share(found: Analysis, name: str) -> float:
-    """Return a metric as microseconds of the two ranks' whole time."""
+    """Return a metric in microseconds, summed over the two ranks."""
     value = found.metrics[name]
     assert value is not None
-    return value / 100 * WHOLE
+    return value / 100 * TOTAL
 
 
 def test_shares_add_up() -> None:
@@ -38,30 +38,34 @@ def test_shares_add_up() -> None:
     assert (found.ranks, found.steps, found.step_ms) == (2, 1, 0.7)
     assert share(found, "compute") == pytest.approx(600)
     assert share(found, "optimizer") == pytest.approx(16)
-    assert share(found, "exposed_p2p") == pytest.approx(5 + 30 + 30)  # the send; each message from its sending on
+    assert share(found, "exposed_p2p") == pytest.approx(
+        5 + 30 + 30
+    )  # the blocking send, and each message from its send on
     assert share(found, "exposed_reduction") == pytest.approx(30 + 20)
-    assert share(found, "exposed_agreement") == pytest.approx(2 + 2)  # from when the last rank has come to it
-    # Until the first send, until the last stage has the gradient, until the first stage comes to the norm.
+    assert share(found, "exposed_agreement") == pytest.approx(2 + 2)  # both ranks wait from the last rank's arrival on
+    # The bubble ends at the first send, at the gradient's send, and at the first stage's arrival at the norm.
     assert share(found, "bubble") == pytest.approx(100 + (430 - 105) + (690 - 450))
     assert share(found, "other") == pytest.approx(0)
     parts = ("compute", "recompute", "optimizer", "data", "bubble", "exposed", "other")
     assert sum(found.metrics[part] or 0.0 for part in parts) == pytest.approx(100)
-    assert found.communication["p2p"]["under_way_ms"] == pytest.approx(0.03)  # a message of each rank
+    assert found.communication["p2p"]["under_way_ms"] == pytest.approx(0.03)  # one message per rank
     assert found.metrics["hidden_reduction"] == pytest.approx((1 - 50 / 90) * 100)
     assert found.metrics.keys() == METRICS.keys()
 
 
-def test_message_that_came_while_its_receiver_computed_is_hidden() -> None:
-    """It is sent at 100, and the receiver, busy until then, takes it at 130 at once."""
+def test_a_message_that_arrives_during_computation_is_hidden() -> None:
+    """The message is sent at 100; the receiver computes until 130 and then does not wait."""
     first, last = two_ranks()
     last.events[0] = Event("wait activation", 130, 130, 1, 0)
     found = analysis([first, last])
     assert share(found, "exposed_p2p") == pytest.approx(5 + 30)
-    assert found.communication["p2p"]["under_way_ms"] == pytest.approx(0.03)  # as long as the other of its size
+    assert found.communication["p2p"]["under_way_ms"] == pytest.approx(
+        0.03
+    )  # estimated from the other message of its size
 
 
 def test_waits_within_a_computation_are_not_computing() -> None:
-    """Tensor parallelism waits, and weights that are still on their way, lie within forwards and backwards."""
+    """Waits for tensor parallelism and for weights in flight nest in forwards and backwards."""
     first, last = two_ranks()
     first.events.extend([Event("tp", 10, 40), Event("wait tp", 20, 40), Event("wait weights", 50, 60)])
     first.events.extend([Event("recompute", 470, 500), Event("wait tp", 480, 485)])
@@ -71,10 +75,10 @@ def test_waits_within_a_computation_are_not_computing() -> None:
     assert share(found, "exposed_weights") == pytest.approx(10)
     assert share(found, "recompute") == pytest.approx(30 - 5)
     assert found.metrics["hidden_tp"] == pytest.approx((1 - 25 / 30) * 100)
-    assert found.metrics["hidden_weights"] is None  # nobody told how long they were under way
+    assert found.metrics["hidden_weights"] is None  # their time in flight is unknown
 
 
-def test_steps_are_averaged_and_those_under_the_profiler_left_out() -> None:
+def test_steps_are_averaged_without_the_profiled_ones() -> None:
     ranks = []
     for recorded in two_ranks():
         second, slowed = later(recorded, 1000), later(recorded, 2000)
@@ -88,7 +92,7 @@ def test_steps_are_averaged_and_those_under_the_profiler_left_out() -> None:
 
 
 def test_one_stage() -> None:
-    """pp = 1: DeepSpeed's collectives lie within forward, backward and its step; there is nobody to wait for."""
+    """With pp = 1, DeepSpeed's collectives nest in forward, backward and step, and there is no pipeline wait."""
     events = [
         Event("step", 0, 1000),
         *(Event("wait data", 0, 20), Event("F", 20, 220, 0, 0), Event("gather", 30, 60), Event("wait weights", 40, 60)),
@@ -104,8 +108,8 @@ def test_one_stage() -> None:
     assert found.metrics["hidden_weights"] == pytest.approx(100 / 3)
 
 
-def test_lost_time_is_told_by_cause() -> None:
-    """Of stages that take 300 each one micro-batch makes a bubble of half the time; messages of 30 come on top."""
+def test_lost_time_is_attributed_to_its_causes() -> None:
+    """Two stages of 300 with one micro-batch have a bubble of half the time; messages of 30 add to it."""
     found = analysis(two_ranks())
     assert found.metrics["ideal_bubble"] == pytest.approx(50)
     assert found.metrics["lost_schedule"] == pytest.approx(300 / 700 * 100)
@@ -123,7 +127,7 @@ def test_slow_stage_and_slow_rank_are_named() -> None:
         for recorded in two_ranks():
             number = recorded.coords.pp * 3 + dp_rank
             events = list(recorded.events)
-            if number == 4:  # its forward begins 60 earlier
+            if number == 4:  # its forward begins 60 earlier than that of its stage
                 events[:2] = [Event("wait activation", 0, 70, 1, 0), Event("F", 70, 230, 1, 0)]
             ranks.append(rank(number, *events, world=6, dp_rank=dp_rank, pp_rank=recorded.coords.pp))
     found = analysis(sorted(ranks, key=lambda r: r.rank))
@@ -134,8 +138,8 @@ def test_slow_stage_and_slow_rank_are_named() -> None:
     assert "rank 4 " in report(found)
 
 
-def test_clocks_are_aligned_along_the_line_between_their_two_comparisons(tmp_path: Path) -> None:
-    """The second rank's clock runs 1000 behind, and by 1 percent too fast."""
+def test_clock_offsets_are_interpolated_between_two_comparisons(tmp_path: Path) -> None:
+    """The second rank's clock is 1000 behind and 1 percent too fast."""
     first, last = two_ranks()
     skewed = [e._replace(begin=e.begin * 1.01 - 1000, end=e.end * 1.01 - 1000) for e in last.events]
     points = ((-1000.0, 1000.0, 3.0), (10100.0 - 1000, 1000.0 - 100, 2.0))
@@ -160,40 +164,40 @@ def many_ranks(dp: int) -> list[RankRecord]:
     ]
 
 
-def test_two_thousand_ranks_are_read_in_few_lines() -> None:
+def test_the_report_of_two_thousand_ranks_is_short() -> None:
     assert len(report(analysis(many_ranks(1024))).splitlines()) < 40
 
 
-def test_pipelines_that_are_read_side_by_side_are_judged_as_one_job(tmp_path: Path) -> None:
-    """Which rank came last to the norm, how long the step was and which rank is slow are matters of all of them."""
+def test_pipelines_read_in_parallel_are_analysed_as_one_job(tmp_path: Path) -> None:
+    """The last rank at the norm, the step's length and the slow ranks depend on all pipelines."""
     ranks = [later(each, 10.0 * each.coords.dp) for each in many_ranks(20)]
-    wait, forward = ranks[25].events[:2]  # begins its forward 60 earlier
+    wait, forward = ranks[25].events[:2]  # its forward begins 60 earlier
     ranks[25].events[:2] = [wait._replace(end=wait.end - 60), forward._replace(begin=forward.begin - 60)]
     write(tmp_path, ranks)
-    found, whole = analyse_folder(tmp_path), analysis(ranks)
+    found, expected = analyse_folder(tmp_path), analysis(ranks)
     assert (found.ranks, found.steps, found.step_ms) == (40, 1, pytest.approx(0.7 + 0.19))
-    assert found.metrics == pytest.approx(whole.metrics, nan_ok=True)
-    assert found.communication == {kind: pytest.approx(times) for kind, times in whole.communication.items()}
-    assert found.slowest[0].rank == whole.slowest[0].rank == 25
-    assert (found.stages, found.ideal) == (pytest.approx(whole.stages), whole.ideal)
+    assert found.metrics == pytest.approx(expected.metrics, nan_ok=True)
+    assert found.communication == {kind: pytest.approx(times) for kind, times in expected.communication.items()}
+    assert found.slowest[0].rank == expected.slowest[0].rank == 25
+    assert (found.stages, found.ideal) == (pytest.approx(expected.stages), expected.ideal)
 
     path = tmp_path / "rank00033.json"
     text = path.read_text()
     path.write_text(text[:-9])
-    with pytest.raises(UserError, match=f"^{path}: is not a whole record"):
+    with pytest.raises(UserError, match=f"^{path}: is not a complete record"):
         analyse_folder(tmp_path)
     path.write_text(text.replace('"dp_rank": 13', '"dp_rank": 14'))
-    with pytest.raises(UserError, match=r"stands at pp 1 dp 14 tp 0, host1, in another pipeline than rank00013.json"):
+    with pytest.raises(UserError, match=r"rank at pp 1 dp 14 tp 0, host1 is in another pipeline than rank00013.json"):
         analyse_folder(tmp_path)
 
 
-def test_of_many_ranks_one_pipeline_and_those_profiled_are_shown(tmp_path: Path) -> None:
+def test_one_pipeline_and_the_profiled_ranks_are_shown_of_many(tmp_path: Path) -> None:
     write(tmp_path, many_ranks(32))
     assert shown(tmp_path) == list(range(64))
     write(tmp_path, many_ranks(40))
     (tmp_path / "profile_rank00003.json.gz").write_bytes(b"")
     assert shown(tmp_path) == [0, 3, 40]
-    assert [one.place for one in read(tmp_path, [0, 40])] == ["pp 0 dp 0 tp 0, host0", "pp 1 dp 0 tp 0, host1"]
+    assert [one.location for one in read(tmp_path, [0, 40])] == ["pp 0 dp 0 tp 0, host0", "pp 1 dp 0 tp 0, host1"]
 
 
 def test_table_has_a_column_for_each_kind() -> None:

@@ -1,4 +1,4 @@
-"""Folders of recorded steps: what is wrong with them is told, and one trace is made of them; limits fail a job."""
+"""Folders of recorded steps: errors in them, the merged trace, and limits that fail a job."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def test_limits_decide_the_exit_code(tmp_path: Path) -> None:
     ]
     unknown = analyse(tmp_path, "--fail-if", "buble>20")
     assert unknown.returncode == 2 and "did you mean 'bubble'?" in unknown.stderr and not unknown.stdout
-    untold = analyse(tmp_path, "--fail-if", "gemm<50")
-    assert untold.returncode == 2 and "--fail-if gemm: these traces do not tell it; record with" in untold.stderr
+    missing = analyse(tmp_path, "--fail-if", "gemm<50")
+    assert missing.returncode == 2 and "--fail-if gemm: these traces do not have it; record with" in missing.stderr
 
 
 @pytest.mark.parametrize("text", ["bubble", "bubble=20", "bubble>", ">20", "bubble>20>30", "bubble>a"])
-def test_other_texts_are_no_limits(text: str) -> None:
+def test_malformed_limits_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="write METRIC, one of > < >= <=, and percent"):
         parse_limit(text, METRICS)
 
 
 def test_analysing_imports_nothing_heavy() -> None:
-    """On a login node without torch; and so that it starts at once."""
+    """The analysis runs on a login node without torch, and starts quickly."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tools import profile_run; "
         "from llama_ds.perf.trace import files, merge, picture, report; "
@@ -64,7 +64,7 @@ def test_analysing_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_wrong_folders_are_told(tmp_path: Path) -> None:
+def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a folder; give one of rank"):
         rank_files(tmp_path / "none")
     with pytest.raises(UserError, match=r"no rank\*.json in it; set logging.trace_step"):
@@ -76,13 +76,13 @@ def test_wrong_folders_are_told(tmp_path: Path) -> None:
         analyse_folder(tmp_path)
 
 
-def test_files_of_two_recordings_are_told(tmp_path: Path) -> None:
+def test_files_of_two_recordings_are_refused(tmp_path: Path) -> None:
     first, last = two_ranks()
     write(tmp_path, [first, replace(last, about={**last.about, "first_step": 8})])
     with pytest.raises(UserError, match=r"rank00001.json: first_step is 8, rank 0's is 7; .*record into an empty"):
         analyse_folder(tmp_path)
     write(tmp_path, [first, last, rank(2, Event("step", 0, 1), world=3)])
-    with pytest.raises(UserError, match=r"rank00002.json: rank00000.json is of 2 ranks"):
+    with pytest.raises(UserError, match=r"rank00002.json: rank00000.json is from a job of 2 ranks"):
         analyse_folder(tmp_path)
 
 
@@ -114,17 +114,17 @@ def test_damaged_files_are_named_in_one_line(damage: Any, tmp_path: Path) -> Non
 
 def test_damaged_profile_is_named(tmp_path: Path) -> None:
     write(tmp_path, two_ranks())
-    whole = gzip.compress(json.dumps({"traceEvents": []}).encode())
+    valid = gzip.compress(json.dumps({"traceEvents": []}).encode())
     path = tmp_path / "profile_rank00000.json.gz"
-    for content in (whole[:-9], b"{", b"\x1f\x8b\x00"):
+    for content in (valid[:-9], b"{", b"\x1f\x8b\x00"):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{path}: is not a whole file of torch's profiler"):
+        with pytest.raises(UserError, match=f"{path}: is not a complete file of torch's profiler"):
             analyse_folder(tmp_path)
 
 
-def test_merged_trace_keeps_the_rules_of_its_format(tmp_path: Path) -> None:
+def test_the_merged_trace_follows_the_chrome_format(tmp_path: Path) -> None:
     ranks = two_ranks()
-    ranks[0].events.append(Event("reduce", 650, 695))  # while another is under way
+    ranks[0].events.append(Event("reduce", 650, 695))  # overlaps another one
     write(tmp_path, ranks)
     events = json.loads(gzip.decompress(merge(tmp_path).read_bytes()))["traceEvents"]
     check_chrome_format(events)

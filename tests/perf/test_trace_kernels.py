@@ -1,4 +1,4 @@
-"""What torch's profiler saw: a real trace of NCCL on an A100, judged by HolisticTraceAnalysis, and products by hand."""
+"""Analysis of torch profiles: a real A100 trace compared with HolisticTraceAnalysis, and small examples by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REAL = Path(__file__).parent / "data" / "nccl_kernels_a100.json.gz"
 
 
 def test_kernels_agree_with_holistic_trace_analysis() -> None:
-    """By what HTA 0.6.0 says of this file: get_temporal_breakdown, get_gpu_kernel_breakdown, get_comm_comp_overlap."""
+    """The numbers are from HTA 0.6.0: get_temporal_breakdown, get_gpu_kernel_breakdown, get_comm_comp_overlap."""
     found = devices(read_profile(REAL))
     assert found
     assert (found.span, found.span - found.busy, found.compute) == (215394, 141312, 36226)
@@ -22,13 +22,13 @@ def test_kernels_agree_with_holistic_trace_analysis() -> None:
     alone, with_compute, with_memory = 29509, 483, 142
     assert found.communication == alone + with_compute + with_memory
     assert found.overlap == with_compute
-    assert found.memory == 8205 + 856 + 142  # alone, with computing, with communication
+    assert found.memory == 8205 + 856 + 142  # alone, overlapping compute, overlapping communication
     assert round(100 * found.overlap / found.communication, 2) == 1.60  # "comp_comm_overlap_pctg"
     assert found.exposed_kernels == (alone + with_memory) / 215394
 
 
-def test_kernels_are_counted_to_the_product_that_launched_them() -> None:
-    """The products of that file and the kernels of each, found by eye; a split product has several."""
+def test_kernels_are_attributed_to_the_product_that_launched_them() -> None:
+    """The products and their kernels are read off the file by hand; a split-K product has several kernels."""
     found = products(read_profile(REAL), "NVIDIA A100-SXM4-80GB")
     assert found
     taken = {(s.m, s.k, s.n): (s.count, round(s.seconds * 1e6)) for s in found.shapes}
@@ -49,23 +49,23 @@ def operator(name: str, begin: float, length: float, *dims: list[int], dtype: st
     return {"ph": "X", "cat": "cpu_op", "name": name, "pid": 9, "tid": 9, "ts": begin, "dur": length, "args": args}
 
 
-def test_products_of_a_cpu_are_held_against_the_best_of_them() -> None:
+def test_products_on_a_cpu_are_compared_with_the_best_of_them() -> None:
     events = [
         operator("aten::mm", 0, 10, [2, 3], [3, 5]),
         operator("aten::addmm_", 20, 40, [2, 9], [2, 3], [3, 9]),
-        operator("aten::bmm", 70, 20, [4, 2, 3], [4, 3, 5]),  # attention's
+        operator("aten::bmm", 70, 20, [4, 2, 3], [4, 3, 5]),  # part of attention, so not counted
         operator("aten::add", 100, 1, [2, 3], [2, 3]),
     ]
     found = products(events, "cpu")
     assert found and not found.peak
     assert found.flops == 60 + 108
-    assert found.against == pytest.approx(60 / 10e-6)  # the quicker's rate
+    assert found.against == pytest.approx(60 / 10e-6)  # rate of the faster product
     assert found.efficiency == pytest.approx((168 / 50e-6) / (60 / 10e-6))
-    assert products([operator("aten::mm", 0, 10)], "cpu") is None  # without shapes there is nothing to say
+    assert products([operator("aten::mm", 0, 10)], "cpu") is None  # no shapes, so no products
 
 
 def test_markers_tie_a_profile_to_the_monotonic_clock() -> None:
-    """The profiler's clock reads 500 us where the other reads 2000; one marker was held up for 40 us before it."""
+    """The profiler's clock shows 500 us when the other shows 2000; one marker is delayed by 40 us."""
     markers = [(2000, 500), (2100, 640), (2200, 700.5)]
     events: list[dict[str, Any]] = [
         {"ph": "X", "cat": "user_annotation", "name": f"llama_ds clock {at * 1000}", "ts": ts} for at, ts in markers

@@ -1,9 +1,8 @@
-"""Seconds that collectives and messages take.
+"""Time model of collectives and point-to-point messages, in seconds.
 
-A ring of n ranks sends (n - 1) / n of the bytes in each of the two halves of an all-reduce (reduce-scatter,
-all-gather). Ranks lie as `llama_ds.layout.axes` numbers them, so a group is a stride and a size. A group over several
-nodes shares its nodes' links with the groups beside it. Where the machine's description holds times of an operation
-among such ranks, those count.
+A ring of n ranks sends (n - 1) / n of the bytes in each half of an all-reduce: the reduce-scatter and the all-gather.
+Ranks are numbered as in `llama_ds.layout.axes`, so a group is defined by a stride and a size. A group over several
+nodes shares its nodes' links with the parallel groups. Measured times in the machine's description take precedence.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from llama_ds.perf.plan.hardware import Hardware
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Ranks at equal distances, while all ranks of the job communicate in groups like it."""
+    """Ranks at equal distances. All ranks of the job communicate at the same time, in groups of this kind."""
 
     size: int
     stride: int = 1
 
 
 def ranks_per_node(gpu: Hardware, group: RankGroup) -> int:
-    """Return how many of the group's ranks are on one node."""
+    """Return the number of the group's ranks on one node."""
     return max(1, min(group.size, gpu.links.gpus_per_node // group.stride))
 
 
 def nodes(gpu: Hardware, group: RankGroup) -> int:
-    """Return over how many nodes the group lies."""
+    """Return the number of nodes that the group spans."""
     return -(-group.size // ranks_per_node(gpu, group))
 
 
 def bus_bandwidth(gpu: Hardware, group: RankGroup) -> float:
-    """Return the bytes a second of a ring over the group."""
+    """Return the bandwidth of a ring over the group, in bytes/s."""
     within = gpu.links.nvlink_gb_s * 1e9
     here = ranks_per_node(gpu, group)
     if here >= group.size:
@@ -43,14 +42,14 @@ def bus_bandwidth(gpu: Hardware, group: RankGroup) -> float:
 
 
 def ring_latency(gpu: Hardware, group: RankGroup) -> float:
-    """Return the time in which nothing goes once round the ring: n - 1 hops, one between nodes for each node."""
+    """Return the latency of one ring pass of an empty message: n - 1 hops, of which one per node crosses nodes."""
     here, many, links = ranks_per_node(gpu, group), nodes(gpu, group), gpu.links
     start = links.nvlink_latency_us / 2 if here > 1 else 0.0
     return (start + links.nvlink_hop_us * many * (here - 1) + links.network_latency_us * (many - 1)) * 1e-6
 
 
 def tree_latency(gpu: Hardware, group: RankGroup) -> float:
-    """Return the same up and down a tree of nodes, as NCCL sums small tensors over many."""
+    """Return the latency up and down a tree of nodes, as NCCL reduces small tensors over many nodes."""
     here, many, links = ranks_per_node(gpu, group), nodes(gpu, group), gpu.links
     start = links.nvlink_latency_us if here > 1 else 0.0
     up = links.nvlink_hop_us * (here - 1) + links.network_latency_us * (many - 1).bit_length()
@@ -58,7 +57,7 @@ def tree_latency(gpu: Hardware, group: RankGroup) -> float:
 
 
 def all_reduce(gpu: Hardware, group: RankGroup, size: float) -> float:
-    """Return the time to sum `size` bytes over the group."""
+    """Return the time of an all-reduce of `size` bytes."""
     measured = _measured(gpu, ALL_REDUCE, group, size)
     if measured is not None:
         return measured
@@ -67,30 +66,30 @@ def all_reduce(gpu: Hardware, group: RankGroup, size: float) -> float:
 
 
 def all_gather(gpu: Hardware, group: RankGroup, size: float) -> float:
-    """Return the time to gather `size` bytes, of which each rank has a part."""
+    """Return the time of an all-gather with a result of `size` bytes."""
     measured = _measured(gpu, ALL_GATHER, group, size)
     return half(gpu, group, size) if measured is None else measured
 
 
 def reduce_scatter(gpu: Hardware, group: RankGroup, size: float) -> float:
-    """Return the time to sum `size` bytes over the group, each rank keeping a part."""
+    """Return the time of a reduce-scatter with an input of `size` bytes."""
     measured = _measured(gpu, REDUCE_SCATTER, group, size)
     return half(gpu, group, size) if measured is None else measured
 
 
 def layer_sum(gpu: Hardware, group: RankGroup, size: float) -> float:
-    """Return the time of a layer's all-reduce: a reduce-scatter and an all-gather, if no tree is asked for."""
+    """Return the time of a layer's all-reduce over a ring: a reduce-scatter and an all-gather."""
     measured = _measured(gpu, ALL_REDUCE, group, size)
     return 2 * half(gpu, group, size) if measured is None else measured
 
 
 def half(gpu: Hardware, group: RankGroup, size: float) -> float:
-    """Return the time of a ring's reduce-scatter or all-gather whose whole is `size` bytes."""
+    """Return the time of a ring's reduce-scatter or all-gather of `size` bytes in total."""
     return _wire(gpu, group, size) + ring_latency(gpu, group) if group.size > 1 and size > 0 else 0.0
 
 
 def _measured(gpu: Hardware, operation: str, group: RankGroup, size: float) -> float | None:
-    """Return the time of an operation by the machine's measurements; None where there are none of such groups."""
+    """Return the measured time of an operation, or None if groups of this kind were not measured."""
     if group.size <= 1 or size <= 0 or not gpu.curves:
         return None
     found = gpu.curves.collective(operation, ranks_per_node(gpu, group), nodes(gpu, group))
@@ -102,9 +101,9 @@ def _wire(gpu: Hardware, group: RankGroup, size: float) -> float:
 
 
 def message(gpu: Hardware, stride: int, size: float, ranks: int) -> tuple[float, float]:
-    """Return (time on the link, latency) of a message to the rank `stride` further, all of `ranks` sending one.
+    """Return (time on the link, latency) of a message to the rank at distance `stride`; all `ranks` send one.
 
-    Of messages that cross nodes, as many share the links as the node has ranks whose partner is elsewhere.
+    Messages that cross nodes share the node's links with those of all its ranks whose partner is on another node.
     """
     per_node = gpu.links.gpus_per_node
     inside = 1.0 if ranks <= per_node else max(0.0, 1 - stride / per_node)

@@ -1,8 +1,8 @@
-"""Seconds that one GPU computes: matrix products, attention, pointwise kernels; as measured, where they were.
+"""Time model of one GPU's matrix products, attention and pointwise kernels, in seconds. Measurements take precedence.
 
-A product of (M x K) and (K x N) is cut into tiles; the GPU's multiprocessors work them off in waves, the last of which
-may be nearly empty (NVIDIA, "Matrix Multiplication Background"). A tile reads (tm + tn) K numbers for tm tn K products,
-so small tiles are slower, and its start and end cost as much as some columns of K.
+A product of (M x K) and (K x N) is cut into tiles, which the multiprocessors compute in waves; the last wave may be
+nearly empty (NVIDIA, "Matrix Multiplication Background"). A tile reads (tm + tn) K elements for tm tn K products, so
+small tiles are slower. Start and end of a tile cost as much as some columns of K.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from functools import lru_cache
 from llama_ds.perf.plan.hardware import Hardware
 
 _TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
-_TILE_TRAFFIC = 12.0  # a tile of t x t is 1 / (1 + 2 * this / t) as fast as one without end
-_ALIGNED = 64  # numbers of 16 bits: 128 bytes
-_SPLITS = (1, 2, 4, 8)  # parts of K that tiles may share
-_BARE_SHARE = 0.03  # of the peak: products whose rows are no multiples of 16 bytes, without tensor cores
-_HALF_ROW = 256  # keys at which fused attention has half of what its ramp takes from it
-_HALF_HEAD = 32  # size of heads likewise
+_TILE_TRAFFIC = 12.0  # a t x t tile has 1 / (1 + 2 * this / t) of the speed of an infinite tile
+_ALIGNED = 64  # elements of 16 bits, 128 bytes in all
+_SPLITS = (1, 2, 4, 8)  # split-K factors
+_BARE_SHARE = 0.03  # share of the peak without tensor cores, for rows that are not multiples of 16 bytes
+_HALF_ROW = 256  # sequence length at which fused attention reaches half of its final rate
+_HALF_HEAD = 32  # head size at which it reaches half of its final rate
 
 
 @lru_cache(maxsize=200_000)
@@ -47,12 +47,12 @@ def gemm(gpu: Hardware, m: int, n: int, k: int, batch: int = 1) -> float:
 
 
 def bandwidth(gpu: Hardware) -> float:
-    """Return the bytes a second that pointwise kernels move."""
+    """Return the memory bandwidth that pointwise kernels reach, in bytes/s."""
     return gpu.bandwidth_gb_s * 1e9 * gpu.calibration.memory
 
 
 def pointwise(gpu: Hardware, bytes_moved: float, kind: str = "forward") -> float:
-    """Return the time of kernels that move so many bytes; `kind` names one of `curves.Kernels`."""
+    """Return the time of kernels that move `bytes_moved`; `kind` is a field of `curves.Kernels`."""
     if gpu.curves and gpu.curves.kernels:
         return bytes_moved / getattr(gpu.curves.kernels, kind).bytes_per_second(bytes_moved)
     return bytes_moved / bandwidth(gpu)
@@ -61,7 +61,9 @@ def pointwise(gpu: Hardware, bytes_moved: float, kind: str = "forward") -> float
 def flash_attention(gpu: Hardware, rows: int, seq_len: int, heads: int, head_dim: int) -> tuple[float, float]:
     """Return (forward, backward) of fused causal attention: 2 and 5 products over half of the T x T square.
 
-    `rows` are sequences of a micro-batch, `heads` those of this rank.
+    Args:
+        rows: sequences of a micro-batch.
+        heads: attention heads on this rank.
     """
     product = 2.0 * rows * heads * head_dim * seq_len * (seq_len + 1) / 2
     if gpu.curves and gpu.curves.attention:
@@ -74,7 +76,7 @@ def flash_attention(gpu: Hardware, rows: int, seq_len: int, heads: int, head_dim
 
 
 def plain_attention(gpu: Hardware, rows: int, seq_len: int, heads: int, head_dim: int) -> tuple[float, float]:
-    """Return (forward, backward) of the products of attention that writes its scores: 2 and 4 over the whole square."""
+    """Return (forward, backward) of the products of unfused attention: 2 and 4 over the full T x T square."""
     batch = rows * heads
     scores = gemm(gpu, seq_len, seq_len, head_dim, batch)
     values = gemm(gpu, seq_len, head_dim, seq_len, batch)

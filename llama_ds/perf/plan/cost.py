@@ -1,8 +1,8 @@
-"""What a run costs in GPU-hours, energy and carbon, and which size is cheapest over a model's life.
+"""Cost of a run in GPU-hours, energy and carbon, and the model size that is cheapest over its lifetime.
 
-Energy and carbon as the LLaMA paper's table 15 has them (arXiv 2302.13971, section 6): GPU-hours x power of a GPU x
-1.1, the data centre's overhead, and 0.385 kg CO2eq for each kWh, the mean of the US grid. The loss law is Chinchilla's
-(Hoffmann et al., arXiv 2203.15556, section D.3): L(N, D) = E + A / N^alpha + B / D^beta.
+Energy and carbon follow the LLaMA paper's table 15 (arXiv 2302.13971, section 6): GPU-hours x power of a GPU x 1.1
+(the data centre's PUE), and 0.385 kg CO2eq per kWh, the mean of the US grid. The loss law is Chinchilla's (Hoffmann
+et al., arXiv 2203.15556, section D.3): L(N, D) = E + A / N^alpha + B / D^beta.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 from llama_ds.errors import UserError
 
-OVERHEAD = 1.1  # PUE
-CARBON = 0.385  # kg CO2eq for each kWh
+OVERHEAD = 1.1  # power usage effectiveness (PUE)
+CARBON = 0.385  # kg CO2eq per kWh
 TABLE_15 = {"7b": 82_432, "13b": 135_168, "33b": 530_432, "65b": 1_022_362}  # GPU-hours on A100-80GB
 TABLE_15_TOKENS = {"7b": 1.0e12, "13b": 1.0e12, "33b": 1.4e12, "65b": 1.4e12}
 
 E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
 LAW = f"L = {E:g} + {A:g} / N^{ALPHA:g} + {B:g} / D^{BETA:g}"
-_SMALLEST, _LARGEST = 1e7, 1e13  # parameters that are considered
+_SMALLEST, _LARGEST = 1e7, 1e13  # range of model sizes to consider, in parameters
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run."""
+    """Cost of one run."""
 
     gpu_hours: float
     gpus: int
@@ -45,14 +45,14 @@ class Cost:
 
 
 def run_cost(tokens: float, tokens_per_second: float, gpus: int, power_w: float) -> Cost:
-    """Return the cost of training on so many tokens.
+    """Return the cost of training on `tokens`.
 
     Args:
-        tokens_per_second: speed of one GPU.
+        tokens_per_second: throughput of one GPU.
         power_w: power of one GPU in watts.
 
     Raises:
-        UserError: a number that is not positive.
+        UserError: A number is not positive.
     """
     given = {"--tokens": tokens, "--tokens-per-second": tokens_per_second, "--gpus": gpus, "--power-w": power_w}
     for name, value in given.items():
@@ -62,43 +62,43 @@ def run_cost(tokens: float, tokens_per_second: float, gpus: int, power_w: float)
 
 
 def loss(parameters: float, tokens: float) -> float:
-    """Return the loss that the law foretells for a model and the tokens it was trained on, nats per token."""
+    """Return the loss that the law predicts for a model size and a number of training tokens, in nats per token."""
     return E + A / parameters**ALPHA + B / tokens**BETA
 
 
 def tokens_for(target: float, parameters: float) -> float:
-    """Return the tokens after which a model of that size reaches `target`; infinity where it never does."""
+    """Return the training tokens with which a model of this size reaches `target`; infinity if it never does."""
     rest = target - E - A / parameters**ALPHA
     return (B / rest) ** (1 / BETA) if rest > 0 else math.inf
 
 
 @dataclass(frozen=True)
 class Life:
-    """One size that reaches the target loss: what training it and answering with it costs."""
+    """Lifetime cost of a model size that reaches the target loss: training and inference."""
 
     parameters: float
     tokens: float
     training_flops: float  # 6 N D
-    inference_flops: float  # 2 N for each token
+    inference_flops: float  # 2 N per token
     training_hours: float
     inference_hours: float
 
     @property
     def hours(self) -> float:
-        """GPU-hours over the model's life."""
+        """GPU-hours over the model's lifetime."""
         return self.training_hours + self.inference_hours
 
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of one GPU, training and answering."""
+    """FLOP/s of one GPU in training and in inference."""
 
     training: float
     inference: float
 
 
 def life(target: float, parameters: float, inference_tokens: float, rates: Rates) -> Life:
-    """Return the life of a model of that size."""
+    """Return the lifetime cost of a model of this size."""
     tokens = tokens_for(target, parameters)
     training, inference = 6 * parameters * tokens, 2 * parameters * inference_tokens
     return Life(
@@ -107,18 +107,18 @@ def life(target: float, parameters: float, inference_tokens: float, rates: Rates
 
 
 def cheapest(target: float, inference_tokens: float, rates: Rates) -> Life:
-    """Return the size that reaches `target` for the fewest GPU-hours over its life, by golden section on log N.
+    """Return the size that reaches `target` for the fewest GPU-hours over its lifetime, by golden section on log N.
 
-    Cost falls and then rises with N: small models need tokens without end, large ones cost by themselves.
+    The cost falls and then rises with N: small models need very many tokens, large ones cost more per token.
 
     Raises:
-        UserError: a target that the law reaches with no size, or not within ten trillion parameters.
+        UserError: No size reaches the target by the law, or none within ten trillion parameters.
     """
     _check_target(target, inference_tokens)
-    floor = (A / (target - E)) ** (1 / ALPHA)  # the size that reaches it with tokens without end
+    floor = (A / (target - E)) ** (1 / ALPHA)  # size that reaches the target with infinitely many tokens
     if floor * 1.001 >= _LARGEST:
         raise UserError(
-            f"--target-loss {target:g}: the law wants more than {_LARGEST:.0e} parameters for it; use "
+            f"--target-loss {target:g}: the law needs more than {_LARGEST:.0e} parameters for it; use "
             f"{E + A / (_LARGEST / 10) ** ALPHA:.3f} or more"
         )
     low, high = math.log(max(_SMALLEST, floor * 1.001)), math.log(_LARGEST)

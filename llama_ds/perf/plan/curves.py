@@ -1,7 +1,7 @@
-"""What was measured on a machine, at the sizes that it was measured at, and what is read between them.
+"""Measured rates of a machine by size, and the interpolation between the measured sizes.
 
-Between two sizes the logarithm of the rate is interpolated over the logarithm of the size; beyond the ends the rate
-stays that of the end. `tools/machine.py gemm` and `comm` measure; `compute.py` and `communication.py` look here.
+The interpolation is linear in log(rate) over log(size); beyond both ends the rate is constant. `tools/machine.py gemm`
+and `comm` measure the curves; `compute.py` and `communication.py` read them.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ OPERATIONS = (ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER, SEND)
 class ProductRates:
     """Rates of matrix products (M x K) (K x N)."""
 
-    sizes: tuple[int, ...]  # of M, N and K alike
-    tflops: tuple[tuple[tuple[float, ...], ...], ...]  # by M, N, K
+    sizes: tuple[int, ...]  # grid of sizes, shared by M, N and K
+    tflops: tuple[tuple[tuple[float, ...], ...], ...]  # indexed by M, N, K
 
     def flops_per_second(self, m: int, n: int, k: int) -> float:
         """Return the rate of one product."""
@@ -33,11 +33,11 @@ class ProductRates:
 
 @dataclass(frozen=True)
 class AttentionRates:
-    """Rates of causal attention, in the FLOPs that causality leaves."""
+    """Rates of causal attention; only unmasked FLOPs count."""
 
     head_dim: tuple[int, ...]
     seq_len: tuple[int, ...]
-    forward_tflops: tuple[tuple[float, ...], ...]  # by size of the heads, length of the rows
+    forward_tflops: tuple[tuple[float, ...], ...]  # indexed by head size, sequence length
     backward_tflops: tuple[tuple[float, ...], ...]
 
     def flops_per_second(self, seq_len: int, head_dim: int) -> tuple[float, float]:
@@ -53,22 +53,22 @@ class AttentionRates:
 
 @dataclass(frozen=True)
 class Rate:
-    """Bytes a second of what only moves memory, by how much it moves."""
+    """Bandwidth of memory-bound kernels, by bytes moved."""
 
     bytes: tuple[float, ...]
     gb_s: tuple[float, ...]
 
     def bytes_per_second(self, size: float) -> float:
-        """Return the rate at which `size` bytes are moved."""
+        """Return the bandwidth for `size` bytes, in bytes/s."""
         i, u = _between(self.bytes, size)
         return _mix(self.gb_s[i : i + 2], u) * 1e9
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Rates of pointwise kernels, in bytes as `program.py` counts them: kernels that are not fused are slow ones."""
+    """Rates of pointwise kernels, in bytes as `program.py` counts them, so unfused kernels have low rates."""
 
-    forward: Rate  # a layer's norms, sums, rotation and activation
+    forward: Rate  # norms, residual sums, rotary embedding and activation of a layer
     backward: Rate
     loss: Rate
     optimizer: Rate
@@ -76,52 +76,52 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Collective:
-    """Times of one operation among `ranks` ranks on each of `nodes` nodes, while all ranks are in such groups."""
+    """Times of one operation among `ranks` ranks on each of `nodes` nodes; all ranks run it at once in such groups."""
 
     operation: str
     ranks: int
     nodes: int
-    bytes: tuple[int, ...]  # of the whole tensor: what a gather gives, a reduce-scatter takes
+    bytes: tuple[int, ...]  # sizes of the unsharded tensor: an all-gather's output, a reduce-scatter's input
     us: tuple[float, ...]
 
     def seconds(self, size: float) -> float:
-        """Return the time for `size` bytes; beyond the largest measured, at its bandwidth."""
+        """Return the time for `size` bytes; above the largest measured size, the bandwidth is constant."""
         i, u = _between(self.bytes, size)
         return _mix(self.us[i : i + 2], u) * max(1.0, size / self.bytes[-1]) * 1e-6
 
     def bus_gb_s(self) -> tuple[float, ...]:
-        """Return nccl-tests' bus bandwidths, at each size: what a link carries, whatever the number of ranks."""
+        """Return the bus bandwidth at each size, as nccl-tests defines it: link bandwidth, independent of the ranks."""
         share = bus_share(self.operation, self.ranks * self.nodes)
         return tuple(share * size / (us * 1e3) for size, us in zip(self.bytes, self.us, strict=True))
 
 
 @dataclass(frozen=True)
 class Curves:
-    """All that was measured."""
+    """All measured curves of a machine."""
 
     products: ProductRates | None = None
     attention: AttentionRates | None = None
     kernels: Kernels | None = None
     collectives: tuple[Collective, ...] = field(default=())
 
-    def __hash__(self) -> int:  # asked for at every call of cached functions
+    def __hash__(self) -> int:  # cheap, because every call of a cached function hashes it
         return hash(len(self.collectives))
 
     def collective(self, operation: str, ranks: int, nodes: int) -> Collective | None:
-        """Return the times of an operation among such ranks, if measured."""
+        """Return the times of an operation in groups of this kind, or None if not measured."""
         wanted = (operation, ranks, nodes)
         return next((c for c in self.collectives if (c.operation, c.ranks, c.nodes) == wanted), None)
 
 
 def bus_share(operation: str, ranks: int) -> float:
-    """Return bus bandwidth over bytes per second (nccl-tests, doc/PERFORMANCE.md)."""
+    """Return the ratio of bus bandwidth to bytes per second (nccl-tests, doc/PERFORMANCE.md)."""
     if operation == SEND:
         return 1.0
     return (2.0 if operation == ALL_REDUCE else 1.0) * (ranks - 1) / ranks
 
 
 def medians(found: Sequence[Any]) -> Any:
-    """Return the median of each number of measurements of one shape; whole numbers are sizes, the same in all."""
+    """Return the elementwise median of nested measurements; integers are sizes and the same in all of them."""
     first = found[0]
     if isinstance(first, dict):
         return {key: medians([one[key] for one in found]) for key in first}
@@ -131,7 +131,7 @@ def medians(found: Sequence[Any]) -> Any:
 
 
 def _between(sizes: Sequence[float], size: float) -> tuple[int, float]:
-    """Return (index of the size at or below, how far it is from there to the next, 0 to 1)."""
+    """Return (index of the size at or below, fraction of the distance to the next, 0 to 1)."""
     if size <= sizes[0] or len(sizes) == 1:
         return 0, 0.0
     i = min(bisect_right(sizes, size) - 1, len(sizes) - 2)
@@ -139,5 +139,5 @@ def _between(sizes: Sequence[float], size: float) -> tuple[int, float]:
 
 
 def _mix(values: Sequence[float], share: float) -> float:
-    """Return the value between two, or the only one."""
+    """Return the geometric interpolation of two values, or the only one."""
     return values[0] if len(values) == 1 or not share else values[0] ** (1 - share) * values[1] ** share

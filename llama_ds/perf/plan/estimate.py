@@ -1,4 +1,4 @@
-"""One run on one layout and machine: what it holds, how long a step takes, and where each number comes from."""
+"""Estimate of one run on one layout and machine: memory, step time and their components."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from llama_ds.perf.plan.step import StepTime, step_time
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout with what it costs."""
+    """A layout with its estimated memory and step time."""
 
     run: RunConfig
     layout: Layout
     gpu: Hardware
     policies: tuple[StagePolicies, ...]
-    memory: tuple[Memory, ...]  # of the pipeline's ranks
+    memory: tuple[Memory, ...]  # one entry per pipeline rank
     step: StepTime
 
     @property
@@ -38,18 +38,18 @@ class Estimate:
 
     @property
     def days(self) -> float:
-        """Days that the whole run takes, without interruptions."""
+        """Duration of the run in days, without interruptions."""
         return self.run.training.steps * self.step.seconds / 86400
 
 
 def with_partition(run: RunConfig) -> RunConfig:
-    """Return the run with the layers of its stages written out: the balanced ones, where it names none."""
+    """Return the run with an explicit partition: its own, or else the balanced one."""
     counts = tuple(decoder_layers(stage_boundaries(run)))
     return replace(run, parallel=replace(run.parallel, partition=counts))
 
 
 def filled(layout: Layout) -> Layout:
-    """Return the layout with as few micro-batches as fill its pipeline: what ranks hold does not grow with more."""
+    """Return the layout with just enough micro-batches to fill its pipeline; more do not need more memory."""
     enough = 3 * layout.pp
     if layout.accumulation <= enough + layout.pp:
         return layout
@@ -57,10 +57,10 @@ def filled(layout: Layout) -> Layout:
 
 
 def held_by(run: RunConfig, layout: Layout, gpu: Hardware) -> tuple[tuple[StagePolicies, ...], tuple[Memory, ...]]:
-    """Return the stages' policies and what the ranks hold.
+    """Return the stages' save policies and the ranks' memory.
 
     Raises:
-        UserError: a recompute budget that cannot be kept.
+        UserError: Even full recompute exceeds the recompute budget.
     """
     enough = filled(layout)
     policies = tuple(stage_policies(run, enough, gpu.element_bytes))
@@ -68,14 +68,14 @@ def held_by(run: RunConfig, layout: Layout, gpu: Hardware) -> tuple[tuple[StageP
 
 
 def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
-    """Return what the run costs with its own layout.
+    """Return the estimate of the run with its own layout.
 
     Args:
-        world: GPUs in all.
+        world: number of GPUs.
         gpu: the kind of machine, such as `hardware.load("a100-80gb")`.
 
     Raises:
-        UserError: a layout that the trainer would refuse, or a run in another dtype than the machine is described in.
+        UserError: The trainer would refuse the layout, or the machine's description is for another dtype.
     """
     layout = resolve_layout(run, world)
     native = gpu.dtype == "bf16"
@@ -89,8 +89,8 @@ def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
     for section in ("offload_optimizer", "offload_param"):
         if run.deepspeed.get("zero_optimization", {}).get(section):
             raise UserError(
-                f"{run.deepspeed_path}: zero_optimization.{section}: the planner does not know what host memory "
-                "holds and what the way there costs; take it out to plan the rest"
+                f"{run.deepspeed_path}: zero_optimization.{section}: the planner does not model "
+                "host memory and its bandwidth; remove it to plan without offload"
             )
     run = with_device_memory(with_partition(run), gpu.memory_bytes)
     policies, memory = held_by(run, layout, gpu)
@@ -98,7 +98,7 @@ def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
 
 
 def as_data(found: Estimate) -> dict[str, Any]:
-    """Return the estimate as plain data for JSON, in seconds, GiB and shares of 1."""
+    """Return the estimate as plain data for JSON, in seconds, GiB and fractions of 1."""
     step, parallel, layout = found.step, found.run.parallel, found.layout
     return {
         "gpu": found.gpu.name,
@@ -124,7 +124,7 @@ def as_data(found: Estimate) -> dict[str, Any]:
 
 
 def report(found: Estimate) -> str:
-    """Return the estimate for people."""
+    """Return the estimate as text."""
     step, layout, parallel = found.step, found.layout, found.run.parallel
     lines = [
         f"{found.run.name} on {layout.world:,} x {found.gpu.name}: {layout.words(' ')}, "
@@ -144,9 +144,9 @@ def report(found: Estimate) -> str:
         f"  {'rank':>4} {'layers':>7} {'recompute':24} {'weights':>8} {'grads':>7} {'optim':>7} {'activ':>7} "
         f"{'working':>8} {'margin':>7} {'GiB':>7}",
     ]
-    place = step.job.plan(max(layout.accumulation, 2 * layout.pp)).place
+    placement = step.job.plan(max(layout.accumulation, 2 * layout.pp)).place
     for rank, held in enumerate(found.memory):
-        own = [step.job.stages[place.stage(rank, chunk)] for chunk in range(place.chunks)]
+        own = [step.job.stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)]
         counts = layers_by_policy(own)
         words = ", ".join(f"{number} {policy}" for policy, number in counts.items())
         parts = (held.weights, held.gradients, held.optimizer, held.activations, held.working, held.margin, held.total)

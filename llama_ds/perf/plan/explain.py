@@ -1,4 +1,4 @@
-"""Where each number of an estimate comes from: its formula, the numbers in it, and who says so."""
+"""Derivation of each number of an estimate: its formula, inputs and sources."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def _machine(found: Estimate) -> list[tuple[str, str]]:
     gpu, fit, links = found.gpu, found.gpu.calibration, found.gpu.links
     between = "not known"
     if links.network_gb_s is not None:
-        between = f"{links.network_gb_s:.0f} GB/s a node, of which collectives reach {fit.network:.0%}"
+        between = f"{links.network_gb_s:.0f} GB/s per node, of which collectives reach {fit.network:.0%}"
     return [
         ("peak", f"{gpu.peak / 1e12:.4g} TFLOP/s {gpu.dtype} dense ({_peak_source(gpu)})"),
         *_computing(gpu),
-        ("host", f"{fit.launch_us:.1f} us a kernel, {fit.step_ms:.1f} ms a step"),
+        ("host", f"{fit.launch_us:.1f} us per kernel, {fit.step_ms:.1f} ms per step"),
         ("within a node", f"{links.nvlink_gb_s:.0f} GB/s of a ring's bus bandwidth among {links.gpus_per_node} GPUs"),
         ("between nodes", between),
         ("calibration", fit.sources or "not stated"),
@@ -50,7 +50,7 @@ def _peak_source(gpu: Hardware) -> str:
 
 
 def _computing(gpu: Hardware) -> list[tuple[str, str]]:
-    """What computing is derived from: measured rates, or shares of the data sheet's."""
+    """Return the sources of compute times: measured rates, or shares of the data sheet's peaks."""
     fit, curves = gpu.calibration, gpu.curves or Curves()
     rows = [
         ("matrix products", f"reach {fit.gemm_ceiling:.0%} of it in large tiles; {gpu.processors} multiprocessors"),
@@ -62,7 +62,7 @@ def _computing(gpu: Hardware) -> list[tuple[str, str]]:
         rows[0] = rows[0][0], f"measured, {len(sizes) ** 3} sizes from {sizes[0]} to {sizes[-1]} of M, N and K"
     if curves.kernels:
         each = ", ".join(f"{name} {max(rate.gb_s):.3g}" for name, rate in vars(curves.kernels).items())
-        rows[1] = rows[1][0], f"measured, at most GB/s of {each}"
+        rows[1] = rows[1][0], f"measured, maximum GB/s: {each}"
     if curves.attention:
         rows[2] = rows[2][0], f"measured, rows of {curves.attention.seq_len[0]} to {curves.attention.seq_len[-1]}"
     if curves.collectives:
@@ -78,7 +78,7 @@ def _layers(found: Estimate) -> list[tuple[str, str]]:
         time = layer_time(found.gpu, job, policy)
         rows += [
             (f"{policy}: forward", _parts(time.forward)),
-            (f"{policy}: computed again", _parts(time.recompute)),
+            (f"{policy}: recompute", _parts(time.recompute)),
             (f"{policy}: input gradients", _parts(time.input_backward)),
             (f"{policy}: weight gradients", _parts(time.weight_backward)),
         ]
@@ -91,7 +91,7 @@ def _parts(parts: Parts) -> str:
     return (
         f"{parts.device * 1e3:8.3f} = matrices {parts.matrices * 1e3:.3f} + attention {parts.attention * 1e3:.3f} + "
         f"pointwise {parts.pointwise * 1e3:.3f} + exposed tensor-parallel {parts.tensor * 1e3:.3f}"
-        f" (host {parts.host * 1e3:.3f} beside it)"
+        f" (host {parts.host * 1e3:.3f} in parallel)"
     )
 
 
@@ -142,14 +142,14 @@ def _step(found: Estimate) -> list[tuple[str, str]]:
         ),
         (
             "reduction",
-            f"{step.reduction:.4f} s not hidden: gradients of {largest:,} parameters x {job.program.reduced_bytes} "
-            f"bytes and weights x {job.program.element_bytes}, (dp - 1) / dp of them over the ring, beside the last "
-            "backward and next forward",
+            f"{step.reduction:.4f} s exposed: gradients of {largest:,} parameters x {job.program.reduced_bytes} "
+            f"bytes and weights x {job.program.element_bytes}, (dp - 1) / dp of them over the ring, overlapping "
+            "the last backward and the next forward",
         ),
         (
             "optimizer",
-            f"{step.optimizer:.4f} s: {job.program.optimizer_bytes:.0f} bytes moved for each of a rank's {largest:,} "
-            "/ dp parameters",
+            f"{step.optimizer:.4f} s: {job.program.optimizer_bytes:.0f} bytes moved for each of the {largest:,} / dp "
+            "parameters of a rank",
         ),
         ("host", f"{step.host:.4f} s at the end of a step"),
         ("sum", f"{step.seconds:.4f} s for {job.rows:,} rows of {job.seq_len:,} tokens on {job.ranks:,} GPUs"),
@@ -157,13 +157,13 @@ def _step(found: Estimate) -> list[tuple[str, str]]:
         (
             "MFU",
             f"{step.mfu(found.gpu):.2%} = {step.tokens_per_second:.1f} tokens/s/GPU x {flops:.4g} / "
-            f"{found.gpu.peak:.4g}; attention counted causally, {_whole_attention(found):.1%} with the whole square",
+            f"{found.gpu.peak:.4g}; attention counted causally; {_full_attention_mfu(found):.1%} with the full square",
         ),
     ]
 
 
-def _whole_attention(found: Estimate) -> float:
-    """MFU as papers count it that give attention 12 L D T FLOPs per token (PaLM, appendix B)."""
+def _full_attention_mfu(found: Estimate) -> float:
+    """Return the MFU with 12 L D T attention FLOPs per token, as in many papers (PaLM, appendix B)."""
     job = found.step.job
     model = job.model
     more = 6.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * (job.seq_len - 1)
@@ -171,7 +171,7 @@ def _whole_attention(found: Estimate) -> float:
 
 
 def _states(gpu: Hardware) -> str:
-    return "8 bytes each, two moments" if gpu.dtype == "fp32" else "12 bytes each, masters and two moments"
+    return "8 bytes each, two moments" if gpu.dtype == "fp32" else "12 bytes each, master weights and two moments"
 
 
 def _memory(found: Estimate) -> list[tuple[str, str]]:
@@ -192,7 +192,7 @@ def _memory(found: Estimate) -> list[tuple[str, str]]:
         ("optimizer", f"{held.optimizer / GIB:8.2f}: {_states(found.gpu)}, over dp"),
         (
             "activations",
-            f"{held.activations / GIB:8.2f}: what layers keep (layout/activation_memory.py), all micro-batches",
+            f"{held.activations / GIB:8.2f}: saved by layers (layout/activation_memory.py), all micro-batches",
         ),
         ("working", f"{held.working / GIB:8.2f}: within a layer or the head's chunk of logits, and messages"),
         ("margin", f"{held.margin / GIB:8.2f}: {1 - USABLE:.0%} of the device for driver, libraries, fragmentation"),

@@ -1,9 +1,8 @@
-"""Fits the calibration's constants to measured runs, and says what the fit is worth on sources it has not seen.
+"""Fits the calibration constants to measured runs, and cross-validates the fit on held-out sources.
 
-The measure is the mean of |log(predicted / measured)|, capped so that no single row rules, every source counting by the
-square root of its rows. A constant of which the rows tell little stays near what one would say before seeing any: its
-distance from the prior value counts too. The search goes along one constant at a time, in steps that shrink: constants
-are few, and stay within bounds that physics sets.
+The loss is the mean of |log(predicted / measured)|, capped so that no single row dominates. Each source is weighted by
+the square root of its number of rows. A penalty on the distance from a prior value keeps constants that the rows hardly
+determine near it. The search is a coordinate descent with shrinking steps, within physical bounds.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "step_ms": (1, 60),
 }
 _CAP = 0.5
-_PRIOR = 0.01  # of a constant that is e times its prior value: as much as 1% more error on all rows
+_PRIOR = 0.01  # penalty of a constant at e times its prior value: as much as 1% more error on all rows
 
-# What one would say of a GPU before seeing any run: large products at 80% of the peak, copies at 85% of the bandwidth,
+# Expectations for a GPU before seeing any run: large products at 80% of the peak, copies at 85% of the bandwidth,
 # fused attention 30-50% forward and 25-35% backward (FlashAttention-2, arXiv 2307.08691, section 1).
 PRIORS = {
     "gemm_ceiling": 0.80,
@@ -56,7 +55,7 @@ def changed(calibration: Calibration, name: str, value: float) -> Calibration:
 
 
 def weights(rows: Sequence[Row]) -> list[float]:
-    """Return each row's weight: sources count by the square root of their rows."""
+    """Return each row's weight, so that a source counts by the square root of its number of rows."""
     count: dict[str, int] = defaultdict(int)
     for row in rows:
         count[group_of(row.source)] += 1
@@ -74,7 +73,7 @@ def loss(rows: Sequence[Row], machines: dict[str, Hardware], fit: Calibration) -
 
 
 def objective(rows: Sequence[Row], machines: dict[str, Hardware], fit: Calibration) -> float:
-    """Return what is minimized: the rows' errors, and how far the constants are from the prior ones."""
+    """Return the objective: the loss on the rows plus the distance of the constants from the priors."""
     distance = sum(math.log(getattr(fit, name) / value) ** 2 for name, value in PRIORS.items())
     return loss(rows, machines, fit) + _PRIOR * distance
 
@@ -109,7 +108,7 @@ def fit(
 
 
 def usable(rows: Sequence[Row], machines: Mapping[str, Hardware], every: int) -> list[Row]:
-    """Return the rows of times on these machines; of a source with over 500, every n-th."""
+    """Return the rows with times on these machines; sources with over 500 rows keep every n-th (`every`)."""
     count = Counter(row.source for row in rows)
     seen: Counter[str] = Counter()
     found = []
@@ -124,9 +123,9 @@ def usable(rows: Sequence[Row], machines: Mapping[str, Hardware], every: int) ->
 def cross_validate(
     rows: Sequence[Row], machines: dict[str, Hardware], start: Calibration, rounds: int = 2
 ) -> dict[str, dict[str, float]]:
-    """Return the errors on each source of a fit to all others, and on all rows so judged together.
+    """Return the errors on each source of a fit to all other sources, and the errors on all rows together.
 
-    Each fit begins at `PRIORS`, so that nothing of the source left out is in it.
+    Each fit starts at `PRIORS`, so that no information about the held-out source leaks in.
     """
     prior = Calibration(**{**asdict(start), **PRIORS})
     found: dict[str, dict[str, float]] = {}

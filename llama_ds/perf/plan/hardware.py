@@ -1,6 +1,6 @@
-"""Descriptions of GPUs and the links between them, as YAML files in data/: one for each kind of machine.
+"""Descriptions of GPUs and their links, one YAML file in data/ for each kind of machine.
 
-Makers' figures (peak, memory bandwidth, links) are kept apart from what was measured or fitted (`Calibration`).
+Vendors' figures (peak, memory bandwidth, links) are kept apart from measured or fitted constants (`Calibration`).
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ FOLDER = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Links:
-    """How the GPUs of a machine, and machines, are connected."""
+    """Links between the GPUs of a node and between nodes."""
 
     gpus_per_node: int
     nvlink_gb_s: float  # bus bandwidth of a large all-reduce within a node, GB/s (nccl-tests' busbw)
-    nvlink_latency_us: float  # of a collective of two ranks within a node
-    nvlink_hop_us: float  # more for each hop of its ring
-    network_gb_s: float | None = None  # a node's links to the others together, one direction, GB/s; None: not known
-    network_latency_us: float = 10.0  # of a message, or a hop of a ring, between nodes
+    nvlink_latency_us: float  # latency of a collective of two ranks within a node
+    nvlink_hop_us: float  # additional latency per hop of its ring
+    network_gb_s: float | None = None  # all network links of a node, one direction, GB/s; None: unknown
+    network_latency_us: float = 10.0  # latency of a message or a ring hop between nodes
 
 
 @dataclass(frozen=True)
 class Calibration:
     """The physical constants of the time model; `tools/plan.py fit` writes them."""
 
-    gemm_ceiling: float  # share of the peak that endless matrix products reach, with the largest tile
-    gemm_ramp: float  # columns of K that a tile's start and end take as long as
-    misaligned: float  # speed of a product whose rows are multiples of 16 bytes only, not of 128
+    gemm_ceiling: float  # share of the peak that very large matrix products reach with the largest tile
+    gemm_ramp: float  # overhead of a tile's start and end, in columns of K
+    misaligned: float  # relative speed of a product whose rows are aligned to 16 bytes but not to 128
     memory: float  # share of the memory bandwidth that pointwise kernels reach
-    flash_forward: float  # share of the peak that fused attention reaches on long rows with heads of 128
+    flash_forward: float  # share of the peak that fused attention reaches on long sequences, head size 128
     flash_backward: float
     network: float  # share of the network's bandwidth that collectives reach
-    contention: float  # what a second of communication beside computation costs this: it takes multiprocessors
-    launch_us: float  # the host's time for each kernel
-    kernel_us: float  # the GPU's time to start and drain a kernel
-    step_ms: float  # the host's time at the end of a step: reading the norm, the optimizer, data
-    sources: str = ""  # where these numbers come from
+    contention: float  # slowdown of computation per second of overlapping communication
+    launch_us: float  # host time per kernel launch
+    kernel_us: float  # GPU time to start and drain a kernel
+    step_ms: float  # host time at the end of a step: reading the norm, optimizer, data
+    sources: str = ""  # origin of these constants
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class Hardware:
     """One kind of machine."""
 
     name: str
-    device: str  # as `layout/flops.py` knows it: its peak
+    device: str  # device name in `layout/flops.py`, which has its peak
     memory_gib: float
     processors: int  # streaming multiprocessors
     bandwidth_gb_s: float  # memory bandwidth, GB/s
-    power_w: float  # of one GPU, for the energy of a run
+    power_w: float  # power of one GPU, for the energy of a run
     links: Links
     calibration: Calibration
-    dtype: str = "bf16"  # of the runs that it describes: bf16 or fp32
-    peak_tflops: float | None = None  # of a device that `layout/flops.py` does not know
-    at_once: int | None = None  # ranks of a node that compute at full speed at once, where they share processors
-    host_computes: bool = False  # a CPU: the host's time and the device's add up
-    curves: Curves | None = None  # what was measured goes before what is calculated
+    dtype: str = "bf16"  # dtype of the runs that it describes, bf16 or fp32
+    peak_tflops: float | None = None  # dense peak, for a device that `layout/flops.py` does not have
+    at_once: int | None = None  # ranks per node that run at full speed in parallel, if they share processors
+    host_computes: bool = False  # True on a CPU: host time and device time add up
+    curves: Curves | None = None  # measured curves take precedence over calculated times
 
     @property
     def peak(self) -> float:
@@ -77,7 +77,7 @@ class Hardware:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of a number of the runs that it describes."""
+        """Bytes of an element in `dtype`."""
         return 4 if self.dtype == "fp32" else 2
 
     @property
@@ -86,10 +86,10 @@ class Hardware:
 
     @property
     def network(self) -> float:
-        """Bytes a second that collectives reach on a node's links to the others.
+        """Bandwidth that collectives reach on a node's network links, in bytes/s.
 
         Raises:
-            UserError: they are not known.
+            UserError: The bandwidth is unknown.
         """
         if self.links.network_gb_s is None:
             raise UserError(
@@ -99,28 +99,28 @@ class Hardware:
         return self.links.network_gb_s * 1e9 * self.calibration.network
 
     def with_links(self, nvlink_gb_s: float | None, network_gb_s: float | None) -> Hardware:
-        """Return the machine with other links, where given."""
+        """Return the machine with the given link bandwidths; None keeps its own."""
         nvlink, network = nvlink_gb_s or self.links.nvlink_gb_s, network_gb_s or self.links.network_gb_s
         return replace(self, links=replace(self.links, nvlink_gb_s=nvlink, network_gb_s=network))
 
 
 def names() -> list[str]:
-    """Return the machines that are described."""
+    """Return the names of the described machines."""
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
 def load(name: str) -> Hardware:
-    """Return the machine of that name, or in the YAML file of that path.
+    """Return the machine with this name, or the one described in the YAML file at this path.
 
     Raises:
-        UserError: no such machine, or a description that is not one.
+        UserError: There is no such machine, or its description is invalid.
     """
     known = names()
     path = FOLDER / f"{name.lower()}.yaml"
     if not path.is_file():
         if not name.endswith((".yaml", ".yml")):
             raise UserError(
-                f"--gpu {name}: not a machine that is described{did_you_mean(name.lower(), known)}; use "
+                f"--gpu {name}: not a described machine{did_you_mean(name.lower(), known)}; use "
                 f"{', '.join(known)}, or the path of a YAML file like llama_ds/perf/plan/data/a100-80gb.yaml"
             )
         path = Path(name)
@@ -135,34 +135,34 @@ def text(hardware: Hardware) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the value with lists for tuples, as YAML has them."""
+    """Return the value with tuples replaced by lists, for YAML."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _check(hardware: Hardware, path: str) -> None:
-    place = ConfigSource(path)
+    source = ConfigSource(path)
     if hardware.dtype not in ("bf16", "fp32"):
-        raise place.error("dtype", f"= {hardware.dtype!r} is not bf16 or fp32")
+        raise source.error("dtype", f"= {hardware.dtype!r} is not bf16 or fp32")
     if hardware.peak_tflops is None and device_peak(hardware.device, hardware.dtype) is None:
-        known = f"= {hardware.device!r} is no device whose {hardware.dtype} peak layout/flops.py knows, such as A100"
-        raise place.error("device", f"{known}; give its peak_tflops")
-    _check_curves(hardware.curves or Curves(), place)
+        known = f"= {hardware.device!r} is not a device whose {hardware.dtype} peak layout/flops.py has, such as A100"
+        raise source.error("device", f"{known}; give its peak_tflops")
+    _check_curves(hardware.curves or Curves(), source)
     for key, section in (("", hardware), ("links.", hardware.links), ("calibration.", hardware.calibration)):
         for name, value in vars(section).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
-                raise place.error(key + name, f"= {value} is not positive")
+                raise source.error(key + name, f"= {value} is not positive")
     for name in ("gemm_ceiling", "misaligned", "memory", "flash_forward", "flash_backward", "network", "contention"):
         if getattr(hardware.calibration, name) > 1:
-            raise place.error(
+            raise source.error(
                 f"calibration.{name}", f"= {getattr(hardware.calibration, name)} is above 1; it is a share"
             )
 
 
-def _check_curves(curves: Curves, place: ConfigSource) -> None:
-    """Refuse curves that cannot be read between their points: sizes that do not grow, tables of other shapes, zeros."""
-    axes: list[tuple[str, Sequence[float], Any]] = []  # name, sizes, what stands at each size
+def _check_curves(curves: Curves, source: ConfigSource) -> None:
+    """Refuse curves that cannot be interpolated: sizes that do not grow, tables of the wrong shape, zeros."""
+    axes: list[tuple[str, Sequence[float], Any]] = []  # name, sizes, values at the sizes
     if curves.products:
         sizes: Sequence[float] = curves.products.sizes
         axes += [("products.tflops", sizes, curves.products.tflops)]
@@ -179,13 +179,13 @@ def _check_curves(curves: Curves, place: ConfigSource) -> None:
     for i, found in enumerate(curves.collectives):
         axes += [(f"collectives.{i}", found.bytes, found.us)]
         if found.operation not in OPERATIONS:
-            raise place.error(
+            raise source.error(
                 f"curves.collectives.{i}.operation", f"= {found.operation!r} is not one of {', '.join(OPERATIONS)}"
             )
     for name, sizes, values in axes:
         if not sizes or any(b <= a for a, b in zip((0, *sizes), sizes, strict=False)):
-            raise place.error(f"curves.{name}", f"has sizes {list(sizes)}; they must be positive and grow")
+            raise source.error(f"curves.{name}", f"has sizes {list(sizes)}; they must be positive and grow")
         if len(values) != len(sizes):
-            raise place.error(f"curves.{name}", f"has {len(values)} entries for {len(sizes)} sizes")
+            raise source.error(f"curves.{name}", f"has {len(values)} entries for {len(sizes)} sizes")
         if any(isinstance(value, float | int) and not value > 0 for value in values):
-            raise place.error(f"curves.{name}", "holds a value that is not positive")
+            raise source.error(f"curves.{name}", "holds a value that is not positive")

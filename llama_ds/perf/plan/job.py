@@ -1,4 +1,4 @@
-"""What a step computes and how it is cut: all that the time model reads, for this stack's runs and published ones."""
+"""Input of the time model: the work of a step and its layout, for runs of this stack and published ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
 
 
 def layers_by_policy(stages: Iterable[Counts]) -> Counter[str]:
-    """Return how many layers of all these stages have each policy, in order of the first of each."""
+    """Return the number of layers with each policy over all these stages, in order of first appearance."""
     found: Counter[str] = Counter()
     for policy, layers in (pair for stage in stages for pair in stage):
         found[policy] += layers
@@ -44,7 +44,7 @@ class StepJob:
     extra_warmup: int
     stages: tuple[Counts, ...]  # policies of the decoder layers of each of the pp * chunks stages
     whole_model: bool = True  # False: bare layers, without embedding, head and optimizer
-    launch_blocking: bool = False  # CUDA_LAUNCH_BLOCKING=1: the host's time and the GPU's add up
+    launch_blocking: bool = False  # CUDA_LAUNCH_BLOCKING=1: host time and GPU time add up
 
     @property
     def pp(self) -> int:
@@ -63,7 +63,7 @@ class StepJob:
         return self.axes.world
 
     def group(self, axis: str) -> RankGroup:
-        """Return the groups along an axis."""
+        """Return the shape of the groups along an axis."""
         return RankGroup(getattr(self.axes, axis), self.axes.stride(axis))
 
     @property
@@ -78,17 +78,17 @@ class StepJob:
 
     @property
     def vocab(self) -> int:
-        """The vocabulary as the program pads it, on one tensor-parallel rank."""
+        """Vocabulary size on one tensor-parallel rank, with the program's padding."""
         unit = self.program.padded_vocab * self.tp if self.program.padded_vocab > 1 else 1
         return -(-self.model.vocab_size // unit) * unit // self.tp
 
     def plan(self, micro_batches: int) -> Schedule:
-        """Return the schedule of the job with so many micro-batches."""
+        """Return the schedule of the job for this number of micro-batches."""
         return Schedule(self.schedule, self.pp, micro_batches, self.chunks, self.extra_warmup)
 
 
 def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dtype: str = "bf16") -> StepJob:
-    """Return the step of one of this stack's runs in `dtype`, bf16 or fp32; `policies` are its stages', in order."""
+    """Return the step of a run of this stack in `dtype` (bf16 or fp32); `policies` has one entry per stage."""
     schedule = schedule_of(run, layout)
     return StepJob(
         model=run.model,

@@ -1,7 +1,7 @@
-"""Seconds of one decoder layer, of the embedding and of the head, for one micro-batch on one rank.
+"""Time of a decoder layer, the embedding and the head, for one micro-batch on one rank, in seconds.
 
-D hidden size, F inner size, N tokens, H and G query and key-value heads of size K, V vocabulary. The host starts
-kernels ahead of the GPU: of its time and the GPU's, the longer counts, for a whole stage (`step.py`).
+D hidden size, F intermediate size, N tokens, H and G query and key-value heads of size K, V vocabulary. The host
+launches kernels ahead of the GPU, so a stage takes the longer of host time and GPU time (`step.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from llama_ds.perf.plan.program import PROGRAMS, MemoryTraffic
 
 @dataclass(frozen=True)
 class Parts:
-    """Where a pass's time goes. `tensor` is what of tensor parallelism's collectives nothing else hides."""
+    """Components of a pass's time. `tensor` is the exposed time of tensor-parallel collectives."""
 
     matrices: float = 0.0
     attention: float = 0.0
     pointwise: float = 0.0
     tensor: float = 0.0
-    host: float = 0.0  # the host's own time, beside the GPU's
+    host: float = 0.0  # host time, in parallel with the GPU
 
     @property
     def device(self) -> float:
@@ -40,16 +40,16 @@ class Parts:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """A layer's passes. A schedule that splits the backward runs its two parts apart."""
+    """Times of a layer's passes. A schedule that splits the backward runs its two parts separately."""
 
     forward: Parts
-    recompute: Parts  # before the backward
+    recompute: Parts  # runs before the backward
     input_backward: Parts
     weight_backward: Parts
 
 
 def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
-    """Return the time of a decoder layer that keeps what `policy` says."""
+    """Return the time of a decoder layer under a save policy."""
     m = job.model
     shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     return _layer(gpu, job.program.name, shape, job.micro_batch, job.seq_len, job.tp, job.sequence_parallel, policy)
@@ -85,11 +85,11 @@ def _layer(
 
     attend = flash_attention if program.flash else plain_attention
     attention, attention_back = attend(gpu, rows, seq_len, local_heads, head_dim)
-    wide = program.element_bytes / 2
-    scores = rows * local_heads * seq_len * seq_len * wide
+    scale = program.element_bytes / 2
+    scores = rows * local_heads * seq_len * seq_len * scale
     score_time = pointwise(gpu, program.scores.forward * scores), pointwise(gpu, program.scores.backward * scores)
 
-    def passes(forward: bool) -> float:
+    def pointwise_time(forward: bool) -> float:
         def of(traffic: MemoryTraffic) -> float:
             return traffic.forward if forward else traffic.backward
 
@@ -97,22 +97,23 @@ def _layer(
         moved += of(program.heads) * tokens * (2 * queries + 2 * keys)
         if sequence_parallel and rows > 1:
             moved += 4 * program.rows_copied * tokens * hidden
-        return pointwise(gpu, wide * moved, "forward" if forward else "backward")
+        return pointwise(gpu, scale * moved, "forward" if forward else "backward")
 
     sent = _collectives(gpu, RankGroup(tp), float(program.element_bytes) * tokens * hidden, sequence_parallel)
     launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
-    collectives = 8 if tp > 1 else 0  # kernels and calls around them, as the host sees it
+    collectives = 8 if tp > 1 else 0  # launches on the host, with the calls around the collectives
     forward = Parts(
         sum(forward_gemm),
         attention + score_time[0],
-        passes(True) + start * program.kernels_forward,
+        pointwise_time(True) + start * program.kernels_forward,
         sum(sent),
         launch * (program.kernels_forward + collectives),
     )
     exposed = sum(sent) + (2 * sent[0] if sequence_parallel and not program.overlaps_tensor else 0)
     if program.overlaps_tensor and tp > 1:
-        # Under sequence parallelism a gather, scatter, gather and scatter, in this order, beside the weights' gradients
-        # of q, k and v, of the down projection, of gate and up, and of the output projection; else two sums.
+        # Each collective overlaps a weight gradient. Under sequence parallelism these are, in order: all-gather with
+        # q, k, v; reduce-scatter with the down projection; all-gather with gate and up; reduce-scatter with the
+        # output projection. Otherwise there are two all-reduces.
         order = (0, 3, 2, 1) if sequence_parallel else (3, 1)
         beside = sum(min(time, weight_gemm[i]) for time, i in zip(sent, order, strict=True))
         exposed -= beside * (1 - gpu.calibration.contention)
@@ -121,25 +122,25 @@ def _layer(
     backward = Parts(
         sum(input_gemm),
         attention_back + score_time[1],
-        passes(False) + start * program.kernels_backward,
+        pointwise_time(False) + start * program.kernels_backward,
         exposed,
         launch * (program.kernels_backward + collectives),
     )
     numbers = sum(k * n for k, n in products)
     weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers, "optimizer"))
-    again = _again(program.flash, policy, forward, forward_gemm, tp)
-    return LayerTime(forward, again, backward, weights)
+    recompute = _recompute(program.flash, policy, forward, forward_gemm, tp)
+    return LayerTime(forward, recompute, backward, weights)
 
 
 def _collectives(gpu: Hardware, group: RankGroup, size: float, sequence_parallel: bool) -> list[float]:
-    """Return the times of a layer's collectives in one direction, in their order."""
+    """Return the times of a layer's collectives in one direction, in order."""
     if not sequence_parallel:
         return [layer_sum(gpu, group, size)] * 2
     return [all_gather(gpu, group, size), reduce_scatter(gpu, group, size)] * 2
 
 
-def _again(flash: bool, policy: str, forward: Parts, products: list[float], tp: int) -> Parts:
-    """Return what the backward computes again: of the whole forward, or of attention or cheap products only."""
+def _recompute(flash: bool, policy: str, forward: Parts, products: list[float], tp: int) -> Parts:
+    """Return the recompute of the backward: the full forward, or the attention or pointwise kernels only."""
     if policy == "full":
         return forward
     if policy == "selective" and not flash:
@@ -169,12 +170,12 @@ def head_time(gpu: Hardware, job: StepJob) -> LayerTime:
 
 
 def embedding_time(gpu: Hardware, job: StepJob) -> LayerTime:
-    """Return the time of the embedding: rows read, their gradients added, and summed over tensor-parallel ranks."""
-    numbers, wide = job.tokens * job.model.hidden_size, job.program.element_bytes
-    reduce = layer_sum(gpu, job.group("tp"), float(wide) * numbers)
-    moved = 5 * wide * numbers + job.program.accumulation * job.vocab * job.model.hidden_size
+    """Return the time of the embedding: lookup, all-reduce over tensor-parallel ranks, accumulation of gradients."""
+    numbers, element_bytes = job.tokens * job.model.hidden_size, job.program.element_bytes
+    reduce = layer_sum(gpu, job.group("tp"), float(element_bytes) * numbers)
+    moved = 5 * element_bytes * numbers + job.program.accumulation * job.vocab * job.model.hidden_size
     return LayerTime(
-        Parts(pointwise=pointwise(gpu, 3 * wide * numbers), tensor=reduce),
+        Parts(pointwise=pointwise(gpu, 3 * element_bytes * numbers), tensor=reduce),
         Parts(),
         Parts(),
         Parts(pointwise=pointwise(gpu, moved, "optimizer")),

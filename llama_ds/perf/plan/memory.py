@@ -1,8 +1,8 @@
-"""Peak memory of a rank: of this stack's runs by `layout/rank_memory.py`, of published runs by formulas.
+"""Peak memory of a rank: by `layout/rank_memory.py` for this stack's runs, by formulas for published runs.
 
-Published programs with P parameters on a rank hold 2 P weights, 2 P or 4 P gradients, 12 P optimizer (fp32 weights and
-two moments), whichever ZeRO cuts by dp (Rajbhandari et al., arXiv 1910.02054, section 5), and activations by
-Korthikanti et al. (arXiv 2205.05198, equations 1 to 6), for the micro-batches that the schedule holds.
+A published program with P parameters on a rank holds 2 P bytes of weights, 2 P or 4 P of gradients and 12 P of
+optimizer states (fp32 weights and two moments); ZeRO shards them over dp (Rajbhandari et al., arXiv 1910.02054,
+section 5). Activations follow Korthikanti et al. (arXiv 2205.05198, equations 1 to 6), for all micro-batches in flight.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from llama_ds.layout.weights import Role
 from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.step import rank_roles
 
-CONTEXT_BYTES = 4.0 * GIB  # driver, NCCL's and DeepSpeed's buffers, workspaces: what nvidia-smi adds to tensors
-FRAGMENTATION = 1.08  # what the caching allocator holds over what tensors need
+CONTEXT_BYTES = 4.0 * GIB  # driver, buffers of NCCL and DeepSpeed, workspaces: nvidia-smi counts them, torch does not
+FRAGMENTATION = 1.08  # memory of the caching allocator over the memory of tensors
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # kept between forward and backward, for all micro-batches in flight
-    working: float  # within a layer or the head, and messages
+    activations: float  # saved between forward and backward, for all micro-batches in flight
+    working: float  # temporaries of a layer or the head, and message buffers
     margin: float  # driver, communication library, fragmentation
 
     @property
@@ -44,22 +44,22 @@ class Memory:
 def run_memory(
     run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], device_bytes: int, element_bytes: int = 2
 ) -> list[Memory]:
-    """Return the memory of each pipeline rank of one of this stack's runs, whose stages have these policies.
+    """Return the memory of each pipeline rank for a run of this stack.
 
-    ZeRO-2 cuts gradients by dp too and ZeRO-3 weights, which then exist whole for two layers at a time.
+    ZeRO-2 also shards gradients over dp. ZeRO-3 also shards weights, and gathers those of two layers at a time.
 
     Args:
         policies: save policies of the model's stages, in order.
         device_bytes: memory of one GPU.
-        element_bytes: bytes of a number in the dtype that the run computes in.
+        element_bytes: bytes of an element in the run's dtype.
     """
-    place = schedule_of(run, layout).place
+    placement = schedule_of(run, layout).place
     zero = run.zero_stage
     found = []
     for rank, held in enumerate(rank_memory(run, layout, element_bytes)):
-        kept = sum(policies[place.stage(rank, chunk)].saved_bytes for chunk in range(place.chunks))
+        kept = sum(policies[placement.stage(rank, chunk)].saved_bytes for chunk in range(placement.chunks))
         weights, gathered = float(held.weights), 0.0
-        layers = sum(len(policies[place.stage(rank, chunk)].policies) for chunk in range(place.chunks))
+        layers = sum(len(policies[placement.stage(rank, chunk)].policies) for chunk in range(placement.chunks))
         if zero == 3:
             weights, gathered = weights / layout.dp, 2 * weights / max(1, layers)
         gradients = held.gradients / (layout.dp if zero >= 2 else 1) + (gathered if zero >= 2 else 0)
@@ -69,14 +69,14 @@ def run_memory(
 
 
 def published_memory(job: StepJob, reserved: bool) -> float:
-    """Return the bytes on the fullest rank of a published run: as nvidia-smi shows them (`reserved`), or of tensors."""
+    """Return the bytes on the fullest rank of a published run, as nvidia-smi shows them (`reserved`) or in tensors."""
     tensors = max(_published(job))
     return tensors * FRAGMENTATION + CONTEXT_BYTES if reserved else tensors
 
 
 def _published(job: StepJob) -> list[float]:
     full = max(job.micro_batches, 2 * job.pp)
-    schedule = job.plan(min(full, 3 * job.pp + full % job.pp))  # what ranks hold does not grow with more
+    schedule = job.plan(min(full, 3 * job.pp + full % job.pp))  # more micro-batches do not need more memory
     boundary = 2.0 * job.tokens * job.model.hidden_size
     found = []
     for rank, by_role in enumerate(rank_roles(job)):
@@ -87,15 +87,15 @@ def _published(job: StepJob) -> list[float]:
             kept += held * sum(n * layer_activations(job, policy) for policy, n in job.stages[stage])
             kept += held * boundary * job.program.keeps_outputs * (job.pp > 1)
         again = any(policy == "full" for stage in own for policy, _ in job.stages[stage])
-        working = layer_activations(job, "none") * (2 if again else 1)  # with as much in gradients
+        working = layer_activations(job, "none") * (2 if again else 1)  # activations and their gradients
         if len(job.stages) - 1 in own:
-            working = max(working, 10.0 * job.tokens * job.vocab)  # logits in 16 bits and fp32, their gradient
+            working = max(working, 10.0 * job.tokens * job.vocab)  # logits in 16 bits and in fp32, and their gradient
         found.append(_states(job, by_role) + kept + working)
     return found
 
 
 def _states(job: StepJob, by_role: Counter[Role]) -> float:
-    """Weights in 16 bits, gradients, and the optimizer, with 4 bytes for the gradients if it reads them in fp32."""
+    """Return the bytes of 16-bit weights, gradients and optimizer states, with fp32 copies of 16-bit gradients."""
     parameters = by_role.total()
     optimizer = ADAMW.nbytes(by_role, weight_bytes=2) + (4.0 * parameters if job.program.gradient_bytes == 2 else 0.0)
     optimizer /= job.dp if job.zero_stage else 1
@@ -107,15 +107,15 @@ def _states(job: StepJob, by_role: Counter[Role]) -> float:
 
 
 def layer_activations(job: StepJob, policy: str) -> float:
-    """Return the bytes that one layer of one micro-batch keeps."""
+    """Return the bytes that one layer saves for one micro-batch."""
     numbers = float(job.tokens) * job.model.hidden_size
     if job.program.gated and policy != "full":
-        # Two norms' inputs and results, q, k, v before and after rotation, attention's result; gate, up, SiLU, product.
+        # Inputs and outputs of two norms; q, k, v before and after rotation; attention output; gate, up, SiLU, product.
         own = numbers / job.tp if job.sequence_parallel else numbers
         return 8 * own + 14 * numbers / job.tp + 8.0 * job.tokens * job.model.intermediate_size / job.tp
     if policy == "full":
         return 2 * numbers / (job.tp if job.program.gated and job.sequence_parallel else 1)
-    whole, cut = (0.0, 34.0) if job.sequence_parallel else (10.0, 24.0)
+    replicated, sharded = (0.0, 34.0) if job.sequence_parallel else (10.0, 24.0)
     if not job.program.flash and policy != "selective":
-        cut += 5.0 * job.model.num_attention_heads * job.seq_len / job.model.hidden_size
-    return numbers * (whole + cut / job.tp)
+        sharded += 5.0 * job.model.num_attention_heads * job.seq_len / job.model.hidden_size
+    return numbers * (replicated + sharded / job.tp)

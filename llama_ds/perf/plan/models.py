@@ -1,4 +1,4 @@
-"""The runs that are planned, by the name of a run file or of a size in ds_configs/."""
+"""Loads the run to plan, by the path of a run file or by a model size in ds_configs/."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llama_ds.perf.plan.sizes import rows_of
 
 
 def base_run(model: str, seq_len: str | None = None, batch_tokens: int | None = None) -> RunConfig:
-    """Return the model's run without a layout of its own, with another sequence length and about `batch_tokens`."""
+    """Return the model's run without its layout, optionally with another sequence length and global batch."""
     path, overrides = find_run_file(model), ["parallel={}"]
     if seq_len:
         overrides.append(f"data.seq_len={seq_len}")

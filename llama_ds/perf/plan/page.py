@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a search: the table, memory by stage, the schedule, a scatter of layouts, cost."""
+"""A search as one self-contained HTML page: ranking, memory by rank, schedule, scatter plot of layouts, cost."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _STYLE = (
 
 
 def page(title: str, found: SearchResult, cost: Cost) -> str:
-    """Return the page; the pictures are of the best layout."""
+    """Return the page; its pictures show the best layout."""
     best = found.best[0]
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{found.legal:,} legal layouts; {found.simulated:,} simulated, the others bounded to be slower.</p>",
-        _table(RANKED, [ranked(place, item) for place, item in enumerate(found.best, 1)]),
+        f"<p>{found.legal:,} legal layouts; {found.simulated:,} simulated, the others pruned by a lower bound.</p>",
+        _table(RANKED, [ranked(position, item) for position, item in enumerate(found.best, 1)]),
         "<h2>The best layout</h2>",
         f"<pre>{escape(report(best))}</pre>",
         "<h2>Memory of the pipeline's ranks</h2>",
@@ -50,9 +50,9 @@ def page(title: str, found: SearchResult, cost: Cost) -> str:
         scatter(found.points),
         "<h2>Cost of the run</h2>",
         cost_table(cost),
-        "<h2>Why others are none</h2>",
+        "<h2>Rejected layouts</h2>",
         _table(
-            ("count", "why", "such as"),
+            ("count", "reason", "example"),
             [(f"{item.count}", why, item.example) for why, item in sorted(found.rejected.items())],
         ),
     ]
@@ -63,7 +63,7 @@ def page(title: str, found: SearchResult, cost: Cost) -> str:
 
 
 def memory_bars(ranks: Sequence[Memory], device_gib: float) -> str:
-    """Return one bar for each rank, in GiB, with the device's memory as a line."""
+    """Return a bar per rank, in GiB, with the device's memory as a line."""
     width, row, left = 1000.0, 20, 60
     scale = width / max(device_gib, *(rank.total / GIB for rank in ranks)) * 0.98
     height = row * len(ranks) + 40
@@ -87,7 +87,7 @@ def memory_bars(ranks: Sequence[Memory], device_gib: float) -> str:
 
 
 def schedule_picture(found: Estimate) -> str:
-    """Return the first micro-batches of the step, as the event simulation runs them."""
+    """Return the timeline of the step's first micro-batches, from the event simulation."""
     job = found.step.job
     shown = min(job.micro_batches, max(2 * job.pp, 8))
     shown -= shown % job.pp if job.schedule == "interleaved" else 0
@@ -106,37 +106,37 @@ def schedule_picture(found: Estimate) -> str:
                 f'<rect x="{left + start * scale:.1f}" y="{y}" width="{max(0.4, (end - start) * scale - 0.4):.1f}" '
                 f'height="{row - 3}" fill="{_OPS[step.op.value]}"><title>{label}</title></rect>'
             )
-    legend = {"forward": _OPS["F"], "backward": _OPS["B"], "weights' gradients apart": _OPS["W"]}
+    legend = {"forward": _OPS["F"], "backward": _OPS["B"], "weight gradients, deferred": _OPS["W"]}
     return _svg(width + left + 40, height + 14, parts, legend, height + 2)
 
 
 def scatter(points: Sequence[tuple[str, int, float, float]]) -> str:
-    """Return the simulated layouts: tokens/s/GPU over GiB, a colour for each schedule."""
+    """Return a scatter plot of the simulated layouts: tokens/s/GPU over GiB, coloured by schedule."""
     width, height, left = 1000.0, 320.0, 60
     names = sorted({name for name, *_ in points})
     colours = {name: _SCHEDULES[n % len(_SCHEDULES)] for n, name in enumerate(names)}
-    most, fastest = max(p[2] for p in points) * 1.05, max(p[3] for p in points)
+    max_gib, fastest = max(p[2] for p in points) * 1.05, max(p[3] for p in points)
     slowest = min(p[3] for p in points)
     span = max(fastest - slowest, 0.05 * fastest)
-    gib_step, speed_step = _round_step(most), _round_step(span)
+    gib_step, speed_step = _round_step(max_gib), _round_step(span)
     parts = [
         f'<text x="{left}" y="12">tokens/s/GPU, over GiB of the fullest rank</text>',
         f'<line x1="{left}" x2="{left + width}" y1="{height}" y2="{height}" stroke="#888"/>',
         f'<line x1="{left}" x2="{left}" y1="20" y2="{height}" stroke="#888"/>',
     ]
 
-    def place(gib: float, speed: float) -> tuple[float, float]:
-        return left + gib / most * width, height - 10 - (speed - slowest) / span * (height - 50)
+    def position(gib: float, speed: float) -> tuple[float, float]:
+        return left + gib / max_gib * width, height - 10 - (speed - slowest) / span * (height - 50)
 
-    for tick in range(int(most / gib_step) + 1):
-        x, _ = place(tick * gib_step, slowest)
+    for tick in range(int(max_gib / gib_step) + 1):
+        x, _ = position(tick * gib_step, slowest)
         parts.append(f'<text x="{x:.1f}" y="{height + 13}" text-anchor="middle">{tick * gib_step:g}</text>')
     for tick in range(math.ceil(slowest / speed_step), int((slowest + span) / speed_step) + 1):
-        _, y = place(0, tick * speed_step)
+        _, y = position(0, tick * speed_step)
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick * speed_step:,g}</text>')
         parts.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>')
     for name, pp, gib, speed in points:
-        x, y = place(gib, speed)
+        x, y = position(gib, speed)
         parts.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colours[name]}" fill-opacity="0.7">'
             f"<title>{name} pp {pp}: {speed:,.0f} tokens/s/GPU, {gib:.1f} GiB</title></circle>"
@@ -145,13 +145,13 @@ def scatter(points: Sequence[tuple[str, int, float, float]]) -> str:
 
 
 def _round_step(span: float) -> float:
-    """Return the distance of about five ticks on an axis: 1, 2 or 5 times a power of ten."""
+    """Return a tick spacing for about five ticks on an axis: 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(span / 5))
     return power * next(step for step in (1, 2, 5, 10) if step * power >= span / 5)
 
 
 def cost_table(cost: Cost) -> str:
-    """Return the run's cost."""
+    """Return the run's cost as a table."""
     return _table(
         ("GPU-hours", "days", "MWh", "t CO2eq"),
         [

@@ -1,8 +1,10 @@
-"""What a program does in a decoder layer besides its matrix products: facts read off its code, not fitted.
+"""Work of training programs besides matrix products: memory traffic, kernels, overlap.
 
-Memory traffic is in bytes for each number of an activation, every kernel reading its inputs and writing its outputs
-once, in 16 bits (dropout masks 1 byte). A layer has activations of N x D (hidden), N x F (inner) and, without fused
-attention, H x T x T (scores).
+All numbers are counted in the programs' code, not fitted.
+
+Memory traffic is in bytes per element of an activation. Every kernel reads its inputs and writes its outputs once, in
+16 bits (dropout masks 1 byte). A layer has activations of N x D (hidden), N x F (inner) and, without fused attention,
+H x T x T (scores).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class MemoryTraffic:
-    """Bytes moved for each number, forward and backward."""
+    """Bytes moved per element, forward and backward."""
 
     forward: float
     backward: float
@@ -23,35 +25,36 @@ class Program:
     """How one training program computes a layer and ends a step."""
 
     name: str
-    gated: bool  # SwiGLU with three matrices; else two
-    flash: bool  # attention never writes T x T scores, and skips the half that causality leaves out
-    hidden: MemoryTraffic  # norms, residual additions, dropout: numbers N x D
-    heads: MemoryTraffic  # of q, k, v and the attention's result: transposes, rotation, biases
-    inner: MemoryTraffic  # the activation function: numbers N x F
-    scores: MemoryTraffic  # softmax, mask, dropout: numbers H x T x T; zero with flash
-    logits: MemoryTraffic  # of the loss: numbers N x V
-    optimizer_bytes: float  # moved for each parameter of the optimizer's part in a step
-    kernels_forward: int  # kernels that the host starts for a layer
+    gated: bool  # SwiGLU with three matrices; otherwise two matrices
+    flash: bool  # fused attention: no T x T scores in memory, masked blocks skipped
+    hidden: MemoryTraffic  # norms, residual additions, dropout; N x D elements
+    heads: MemoryTraffic  # q, k, v and attention output: transposes, rotary embedding, biases
+    inner: MemoryTraffic  # activation function; N x F elements
+    scores: MemoryTraffic  # softmax, mask, dropout; H x T x T elements; zero with flash
+    logits: MemoryTraffic  # loss; N x V elements
+    optimizer_bytes: float  # bytes moved per parameter of the optimizer shard and step
+    kernels_forward: int  # kernel launches per layer
     kernels_backward: int
-    kernels_ends: int  # and for embedding, head and loss, in each direction
-    kernels_message: int  # calls and checks around a message between stages, counted as kernels
-    reduced_bytes: int  # of a gradient, as it is reduced
-    accumulation: float  # bytes moved for each weight in each micro-batch to add its gradient to the sum
-    blocking_sends: bool  # a rank waits until its message has arrived
-    overlaps_reduction: bool  # gradients are reduced, and weights gathered, while others are computed
-    overlaps_tensor: bool  # collectives of the backward run beside the weights' gradients
-    sums_at_end: bool = False  # one stage, below ZeRO-2: all gradients are summed when the last is there (DeepSpeed)
-    sums_norms: bool = False  # under sequence parallelism, of each norm's gradient and micro-batch
-    rows_copied: float = 0  # bytes moved for each number that a gather or reduce-scatter of several rows reorders
-    gradient_bytes: float = 4  # kept for each parameter until the step
-    keeps_outputs: int = 0  # 1: a stage's outputs are kept beside its inputs, as DeepSpeed's pipeline buffers are
+    kernels_ends: int  # kernel launches for embedding, head and loss, in each direction
+    kernels_message: int  # host work for a message between stages, in kernel launches
+    reduced_bytes: int  # bytes of a gradient element in the reduction
+    accumulation: float  # bytes moved per weight and micro-batch to accumulate its gradient
+    blocking_sends: bool  # a rank blocks until its message has arrived
+    overlaps_reduction: bool  # gradient reduction and weight gather overlap computation
+    overlaps_tensor: bool  # collectives of the backward overlap the weight gradients
+    sums_at_end: bool = False  # DeepSpeed without a pipeline, below ZeRO-2: one all-reduce after the last gradient
+    sums_norms: bool = False  # all-reduce of each norm's gradient per micro-batch under sequence parallelism
+    rows_copied: float = 0  # bytes moved per element to reorder an all-gather or reduce-scatter of several rows
+    gradient_bytes: float = 4  # bytes kept per parameter until the step
+    keeps_outputs: int = 0  # 1: pipeline buffers keep a stage's outputs as well as its inputs (DeepSpeed)
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
-    element_bytes: int = 2  # of a number; traffic is scaled by it
+    element_bytes: int = 2  # bytes of an element; the traffic scales with it
 
 
-# RMSNorm 4 and 6 bytes, twice; two residual additions of 6. Rotation reads and writes q and k. SwiGLU reads gate and up
-# and writes one; backward reads three, writes two (`model/pointwise.py`). Fused AdamW reads weight, gradient and two
-# moments in fp32 and writes three and the 16-bit weight, 30 bytes; the norm and zeroing read and write 8.
+# RMSNorm takes 4 and 6 bytes, twice; two residual additions take 6 each. Rotary embedding reads and writes q and k.
+# SwiGLU reads gate and up and writes one output; its backward reads three and writes two (`model/pointwise.py`).
+# Fused AdamW reads weight, gradient and two moments in fp32 and writes three of them and the 16-bit weight: 30 bytes.
+# Gradient norm and zeroing take 8.
 OURS = Program(
     "llama_ds",
     gated=True,
@@ -76,11 +79,11 @@ OURS = Program(
     rows_copied=4,
 )
 
-# In fp32 there is no second copy of the weights, and products are added to the gradients in place.
+# In fp32 there are no master weights, and products accumulate into the gradients in place.
 OURS_FP32 = replace(OURS, name="llama_ds_fp32", element_bytes=4, optimizer_bytes=36, accumulation=8)
 
 # Megatron-LM and Megatron-DeepSpeed, 2021-23: two LayerNorms (4; 10 with the weights' gradients), two fused
-# bias-dropout-additions (7; 5 and a residual sum of 6), bias sums. q, k, v are copied out of one tensor. Fused
+# bias-dropout-additions (7; 5 and a residual sum of 6), bias sums. q, k, v are split from one tensor by a copy. Fused
 # bias-GELU. Scaled masked softmax 4 and 6, dropout 5 and 5. The vocabulary-parallel loss in fp32: cast 6, maximum 4,
 # difference 8, exponential 8, sum 4, quotient 8; backward 8, cast 6. Optimizer: unscaling and checks 8, clipping 12,
 # copies between 16 bits and fp32 14, Adam 28.
@@ -108,11 +111,11 @@ MEGATRON = Program(
     padded_vocab=128,
 )
 
-# The same in bf16: gradients are added up in fp32 beside those in 16 bits.
+# The same in bf16: gradients accumulate in fp32, in addition to those in 16 bits.
 MEGATRON_BF16 = replace(MEGATRON, name="megatron_bf16", reduced_bytes=4, accumulation=14, gradient_bytes=6)
 
-# MosaicML llm-foundry on PyTorch's FSDP: LayerNorm in 16 bits, no dropout, biases whose gradients read once
-# more, GELU, fused attention, torch's loss in fp32, AdamW in passes over lists of tensors.
+# MosaicML llm-foundry on PyTorch FSDP: LayerNorm in 16 bits, no dropout, biases whose gradients need one more read,
+# GELU, fused attention, torch's loss in fp32, multi-tensor AdamW.
 FSDP = Program(
     "fsdp",
     gated=False,
@@ -136,8 +139,8 @@ FSDP = Program(
 # GPT-NeoX on DeepSpeed: Megatron's layer with fused attention, without dropout.
 NEOX = replace(MEGATRON, name="neox", flash=True, scores=MemoryTraffic(0, 0), kernels_forward=30, kernels_backward=48)
 
-# LLaMA layers by autograd, as nanotron and torchtitan have them: norms and the activation function are several kernels,
-# logits exist whole and in fp32.
+# LLaMA layers by autograd, as in nanotron and torchtitan: several kernels for norms and activation function, and all
+# logits at once in fp32.
 AUTOGRAD = replace(
     OURS,
     name="autograd",

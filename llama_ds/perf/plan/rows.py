@@ -1,4 +1,4 @@
-"""Measured runs from CSV files (docs/calibration/README.md says the columns) as jobs of the time model."""
+"""Reads measured runs from CSV files as jobs of the time model; docs/calibration/README.md documents the columns."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ COLUMNS = (
 KINDS = ("iteration_s", "tokens_per_s_per_gpu", "mfu_pct", "hfu_pct", "tflops_per_gpu_model", "peak_mem_gib")
 _LAYOUT = ("hidden", "layers", "seq_len", "n_gpus", "tp", "pp", "dp", "micro_batch", "global_batch_seqs")
 
-# Links of machines that rows do not state, from their sources, GB/s in one direction: bus bandwidth within a node where
-# it is not that of twelve NVLinks, and a node's network. "N Gbps" in a note goes before.
+# Links of a source's machines, GB/s in one direction: bus bandwidth within a node if it is not that of twelve NVLinks,
+# and a node's network. "N Gbps" in a row's note takes precedence.
 _LINKS: tuple[tuple[str, float | None, float | None], ...] = (
     ("BigScience", 77.0, 50.0),  # Jean Zay: four NVLinks between GPUs, four Omni-Path links of 100 Gbit/s
     ("Korthikanti", None, 200.0),  # Selene: eight HDR links
@@ -36,17 +36,17 @@ _GBPS = re.compile(r"([0-9]+) ?Gbps")
 
 @dataclass(frozen=True)
 class Row:
-    """One measured row: its job, or why it has none."""
+    """One measured row with its job, or the reason why it has none."""
 
     line: int
     id: str
     source: str
-    gpu: str  # a machine of data/, or the row's own word where none is described
+    gpu: str  # a machine in data/, or the row's own name if it is not described
     kind: str
     value: float
-    links: tuple[float | None, float | None]  # what differs from the machine's: NVLink and network, GB/s
+    links: tuple[float | None, float | None]  # NVLink and network, GB/s; None: as in the machine's description
     job: StepJob | None
-    reserved: bool  # memory as nvidia-smi shows it, not of tensors
+    reserved: bool  # memory as shown by nvidia-smi, not allocated by tensors
     skipped: str = ""
 
 
@@ -54,7 +54,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """Return the rows of a CSV file.
 
     Raises:
-        UserError: no such file, a missing column, or a value that is no number, by line.
+        UserError: The file or a column is missing, or a value is invalid; the message names the line.
     """
     try:
         with open(path, encoding="utf-8", newline="") as stream:
@@ -78,28 +78,30 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def group_of(source: str) -> str:
-    """Return the name under which rows of a source are counted together: its first two words."""
+    """Return the name by which rows of a source are grouped: its first two words."""
     words = source.replace("/", " ").split()
     return " ".join(words[:2])
 
 
-def _row(row: dict[str, str], place: str, line: int) -> Row:
+def _row(row: dict[str, str], source: str, line: int) -> Row:
     kind = row["measured_kind"]
     if kind not in KINDS:
-        raise UserError(f"{place}: measured_kind = {kind!r} is none of {', '.join(KINDS)}; correct the row")
+        raise UserError(f"{source}: measured_kind = {kind!r} is not one of {', '.join(KINDS)}; correct the row")
     if row["recompute"] not in ("", *POLICIES):
-        raise UserError(f"{place}: recompute = {row['recompute']!r} is none of {', '.join(POLICIES)}; correct the row")
-    value = _number(row, "value", place)
+        raise UserError(
+            f"{source}: recompute = {row['recompute']!r} is not one of {', '.join(POLICIES)}; correct the row"
+        )
+    value = _number(row, "value", source)
     if value is None or not value > 0:
-        raise UserError(f"{place}: value = {row['value']!r} is not a positive number; correct or remove the row")
-    numbers = {name: _count(row, name, place) for name in (*_LAYOUT, "heads", "kv_heads", "ffn", "vocab")}
-    virtual = _count(row, "virtual_stages", place) or 1
+        raise UserError(f"{source}: value = {row['value']!r} is not a positive number; correct or remove the row")
+    numbers = {name: _count(row, name, source) for name in (*_LAYOUT, "heads", "kv_heads", "ffn", "vocab")}
+    virtual = _count(row, "virtual_stages", source) or 1
     sharded = row["sequence_parallel"].strip() == "1"
-    zero = _number(row, "zero_stage", place)
+    zero = _number(row, "zero_stage", source)
     if zero not in (None, 0, 1, 2, 3):
-        raise UserError(f"{place}: zero_stage = {row['zero_stage']} is not 0, 1, 2 or 3; correct the row")
+        raise UserError(f"{source}: zero_stage = {row['zero_stage']} is not 0, 1, 2 or 3; correct the row")
     if (numbers["heads"] or 1) > (numbers["hidden"] or math.inf):
-        raise UserError(f"{place}: heads = {row['heads']} are more than hidden = {row['hidden']}; correct the row")
+        raise UserError(f"{source}: heads = {row['heads']} are more than hidden = {row['hidden']}; correct the row")
     links = links_of(row)
     gpu = {"A100-80GB": "a100-80gb", "A100-40GB": "a100-40gb", "H100-80GB": "h100-80gb-2023"}.get(
         row["gpu_type"], row["gpu_type"]
@@ -116,7 +118,7 @@ def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:
     note = row["note"].lower()
     stated = [name for name in _LAYOUT if not numbers[name]]
     if row["measured_kind"] == "peak_mem_gib" and stated == ["global_batch_seqs"]:
-        stated = []  # memory does not depend on it once the pipeline is full
+        stated = []  # peak memory does not depend on it once the pipeline is full
     if stated:
         return f"{', '.join(stated)} not stated"
     if "fp8" in note and "not fp8" not in note:
@@ -171,7 +173,7 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
 
 
 def program_of(row: dict[str, str]) -> Program:
-    """Return the program that ran: LLaMA's by its model, FSDP and GPT-NeoX by the note, else Megatron's."""
+    """Return the program of a row: AUTOGRAD for LLaMA-like models, FSDP and NEOX by the note, otherwise Megatron."""
     note, model = row["note"].lower(), row["model"].lower()
     if "llama" in model or "mistral" in model or "smollm" in model:
         return AUTOGRAD
@@ -183,14 +185,14 @@ def program_of(row: dict[str, str]) -> Program:
 
 
 def links_of(row: dict[str, str]) -> tuple[float | None, float | None]:
-    """Return what of (NVLink, network), GB/s, the row or its source states."""
+    """Return (NVLink, network) in GB/s as stated by the row or its source, None if not stated."""
     nvlink, network = next(((a, b) for name, a, b in _LINKS if name in row["source"]), (None, None))
     stated = _GBPS.search(row["note"])
     return nvlink, float(stated[1]) / 8 if stated else network
 
 
 def schedule_named(note: str, pp: int, virtual: int) -> tuple[str, int, int]:
-    """Return (schedule, chunks, extra warm-up) that a row's note names; 1F1B where it names none."""
+    """Return (schedule, chunks, extra warm-up) from a row's note; the default is 1F1B."""
     if pp == 1:
         return "1f1b", 1, 0
     if "ZB-1p" in note:
@@ -201,13 +203,13 @@ def schedule_named(note: str, pp: int, virtual: int) -> tuple[str, int, int]:
 
 
 def likely_heads(hidden: int, tp: int) -> int:
-    """Return heads for a row that states none: a multiple of tp that divides D, with heads nearest to 128."""
+    """Return the head count for a row without one: a multiple of tp that divides D, with head size nearest to 128."""
     fits = [n for n in range(tp, hidden + 1, tp) if hidden % n == 0]
     return min(fits or [1], key=lambda n: abs(hidden / n - 128))
 
 
 def stages_of(layers: int, stages: int, policy: str) -> tuple[Counts, ...]:
-    """Return the layers of each stage: as even as can be, what is missing to that first at the last and first stage."""
+    """Return the layers of each stage, as even as possible; the last and first stages are the first to have fewer."""
     each = math.ceil(layers / stages)
     counts = [each] * stages
     order = [i for pair in zip(range(stages - 1, -1, -1), range(stages), strict=True) for i in pair]
@@ -216,7 +218,7 @@ def stages_of(layers: int, stages: int, policy: str) -> tuple[Counts, ...]:
     return tuple(((policy, count),) if count else () for count in counts)
 
 
-def _number(row: dict[str, str], name: str, place: str) -> float | None:
+def _number(row: dict[str, str], name: str, source: str) -> float | None:
     text = row[name].strip()
     if not text:
         return None
@@ -225,14 +227,14 @@ def _number(row: dict[str, str], name: str, place: str) -> float | None:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise UserError(f"{place}: {name} = {text!r} is not a number; correct the row, or leave the field empty")
+        raise UserError(f"{source}: {name} = {text!r} is not a number; correct the row, or leave the field empty")
     return number
 
 
-def _count(row: dict[str, str], name: str, place: str) -> int | None:
-    number = _number(row, name, place)
+def _count(row: dict[str, str], name: str, source: str) -> int | None:
+    number = _number(row, name, source)
     if number is None:
         return None
     if number < 1 or number != int(number):
-        raise UserError(f"{place}: {name} = {row[name]} is not a positive whole number; correct the row")
+        raise UserError(f"{source}: {name} = {row[name]} is not a positive whole number; correct the row")
     return int(number)

@@ -1,8 +1,8 @@
-"""All legal layouts of a model on so many GPUs, ranked by simulated time; and why the others are none.
+"""Search over all layouts of a model on a number of GPUs: ranks the legal ones by simulated time, counts the others.
 
-What is legal is asked of the trainer's own rules (`config`), what fits of its own memory plan (`parallel`). Layouts
-whose lower bound, the busiest rank's work and what must precede and follow it, is above the best found are not
-simulated.
+The trainer's own rules (`config`) decide which layouts are legal, its own memory model (`layout`) which ones fit. The
+lower bound of a layout is the busiest rank's work with its pipeline fill and drain; layouts with a bound above the best
+result are not simulated.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SCHEDULES = (
 )
 
 
-# Layouts that people know, to compare the best with.
+# Well-known kinds of layouts, for comparison with the best.
 KINDS: dict[str, Callable[[ParallelConfig, Hardware], bool]] = {
     "1F1B with tp over a whole node, as in 2021-23": lambda parallel, gpu: (
         parallel.schedule == "1f1b" and parallel.pp > 1 and parallel.tp == gpu.links.gpus_per_node
@@ -46,22 +46,22 @@ KINDS: dict[str, Callable[[ParallelConfig, Hardware], bool]] = {
 
 @dataclass
 class Rejected:
-    """Layouts that cannot be had for one reason."""
+    """Layouts rejected for one reason."""
 
     count: int = 0
     example: str = ""
 
-    def add(self, why: str) -> None:
+    def add(self, example: str) -> None:
         self.count += 1
-        self.example = self.example or why
+        self.example = self.example or example
 
 
 @dataclass
 class SearchResult:
-    """What the search found."""
+    """Result of a search."""
 
     best: list[Estimate]
-    of_kind: dict[str, Estimate] = field(default_factory=dict)  # the fastest of each of KINDS
+    of_kind: dict[str, Estimate] = field(default_factory=dict)  # the fastest layout of each of KINDS
     legal: int = 0
     simulated: int = 0
     rejected: dict[str, Rejected] = field(default_factory=dict)
@@ -69,17 +69,17 @@ class SearchResult:
 
 
 def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchResult:
-    """Return the `top` fastest layouts of the run `base`; its own layout does not matter.
+    """Return the `top` fastest layouts of the run `base`, ignoring its own layout.
 
     Args:
-        world: GPUs in all.
+        world: number of GPUs.
         gpu: the kind of machine, such as `hardware.load("a100-80gb")`.
 
     Raises:
-        UserError: no layout can be had, with the nearest that could.
+        UserError: No layout is possible; the message names the nearest possible number of GPUs.
     """
     if world < 1:
-        raise UserError(f"{world} GPUs: there is nothing to lay out on; give 1 or more")
+        raise UserError(f"{world} GPUs: the number of GPUs is not positive; give 1 or more")
     found = SearchResult([])
     candidates = []
     for run in layouts(base, world, gpu, found.rejected):
@@ -88,7 +88,7 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
             candidates.append(candidate)
     found.legal = len(candidates)
     if not candidates:
-        raise nothing(base, world, gpu, found.rejected)
+        raise no_layout(base, world, gpu, found.rejected)
     candidates.sort(key=lambda c: c.bound)
     worst = float("inf")
     for candidate in candidates:
@@ -98,7 +98,7 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
         found.best = sorted([*found.best, result], key=lambda e: e.step.seconds)[:top]
         if len(found.best) == top:
             worst = found.best[-1].step.seconds
-    for kind, belongs in KINDS.items():  # where it is not among them
+    for kind, belongs in KINDS.items():  # fastest layout of each kind that is not simulated yet
         for candidate in candidates:
             known = found.of_kind.get(kind)
             if known and candidate.bound >= known.step.seconds:
@@ -111,7 +111,7 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
 def layouts(
     base: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected] | None = None
 ) -> Iterator[RunConfig]:
-    """Yield the runs that differ from `base` in their layout: every tp within a node, pp, micro-batch and schedule."""
+    """Yield `base` with every layout: tp within a node, pp, micro-batch, schedule and ZeRO stage."""
     rejected = {} if rejected is None else rejected
     model, base = base.model, replace(base, deepspeed={"bf16": {"enabled": gpu.dtype == "bf16"}})
     for tp in divisors(world):
@@ -227,18 +227,18 @@ def _partition(model: ModelConfig, seq_len: int, stages: int) -> tuple[int, ...]
 
 
 def lower_bound(gpu: Hardware, job: StepJob) -> float:
-    """Return seconds that the step takes at least.
+    """Return a lower bound of the step time in seconds.
 
-    Every rank waits for a forward through the stages before its first, and, unless weights' gradients fill the end, its
-    last backward is followed by those of the stages before it.
+    Every rank first waits for one forward through the preceding stages. The backwards of these stages follow its last
+    backward, unless deferred weight gradients fill the drain phase.
     """
     costs = stage_costs(gpu, job)
     transfer, wait = stage_message(gpu, job)
-    place = job.plan(max(job.micro_batches, 2 * job.pp)).place
+    placement = job.plan(max(job.micro_batches, 2 * job.pp)).place
     split = job.schedule in ("zb_h1", "dualpipe_v")
     longest = 0.0
     for rank in range(job.pp):
-        own = [costs[place.stage(rank, chunk)] for chunk in range(job.chunks)]
+        own = [costs[placement.stage(rank, chunk)] for chunk in range(job.chunks)]
         busy = job.micro_batches * sum(c.forward + c.input_backward + c.weight_backward for c in own)
         before = costs[:rank]
         fill = sum(c.forward + transfer + wait for c in before)
@@ -248,7 +248,7 @@ def lower_bound(gpu: Hardware, job: StepJob) -> float:
 
 
 def _simulate(candidate: _Candidate, gpu: Hardware, found: SearchResult) -> Estimate:
-    """Return the candidate's estimate, and note it."""
+    """Return the candidate's estimate, and record it in `found`."""
     step = step_time(gpu, candidate.job)
     result = Estimate(candidate.run, candidate.layout, gpu, candidate.policies, candidate.memory, step)
     found.simulated += 1
@@ -266,20 +266,22 @@ def _reject(rejected: dict[str, Rejected], why: str, example: str) -> None:
 
 
 def _class_of(message: str) -> str:
-    """Return the key that an error of the rules is about."""
+    """Return the key that a rule's error message names."""
     words = message.split(": ", 1)[-1].split()
     return words[0] if words else "?"
 
 
-def nothing(base: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected]) -> UserError:
-    """Return the error that there is no layout, with the reason most often met and what would do."""
+def no_layout(base: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected]) -> UserError:
+    """Return the error for a search without results: the most frequent reasons and the nearest possible GPU count."""
     reasons = sorted(rejected.items(), key=lambda item: -item[1].count)
     why = "; ".join(f"{name} ({item.count} layouts, as {item.example})" for name, item in reasons[:3])
-    return UserError(f"{base.name} on {world:,} x {gpu.name}: no layout can be had: {why}. {nearest(base, world, gpu)}")
+    return UserError(
+        f"{base.name} on {world:,} x {gpu.name}: no layout is possible: {why}. {nearest(base, world, gpu)}"
+    )
 
 
 def nearest(base: RunConfig, world: int, gpu: Hardware) -> str:
-    """Return the nearest numbers of GPUs, in multiples and parts of a node, on which a layout can be had."""
+    """Return advice that names the nearest possible number of GPUs, in multiples or fractions of a node."""
     per_node = gpu.links.gpus_per_node
     node = max(per_node, round(world / per_node) * per_node)
     near = [n for n in (node, node - per_node, node + per_node) if n > 0]

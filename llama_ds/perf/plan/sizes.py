@@ -1,4 +1,4 @@
-"""Rows of a batch that is asked for in tokens."""
+"""Converts a batch size in tokens to rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ TOLERANCE = 0.05
 
 
 def rows_of(tokens: int, seq_len: int) -> int:
-    """Return the rows nearest to `tokens` / `seq_len` that most layouts divide.
+    """Return a number of rows near `tokens` / `seq_len` that many layouts can divide.
 
-    Whole rows are taken as they are. Else, as with "4M" for 4,194,304, of the numbers within 5 percent the one with the
-    most factors of two, then the nearest.
+    An integral quotient is returned as it is. Otherwise, as for "4M" instead of 4,194,304, the result is the number
+    within 5 percent with the most factors of two, and of those the nearest.
 
     Raises:
-        UserError: fewer tokens than a row has.
+        UserError: There are fewer tokens than one row has.
     """
     if tokens < seq_len:
         raise UserError(

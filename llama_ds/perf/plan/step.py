@@ -1,4 +1,4 @@
-"""The time of one optimizer step: the schedule's event simulation with the stages' times, then what follows it."""
+"""Time of one optimizer step: event simulation of the pipeline schedule, then gradient reduction and optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llama_ds.schedules.simulate import StageCost, Timeline, simulate
 
 @dataclass(frozen=True)
 class StageTime:
-    """One stage's passes for one micro-batch."""
+    """Times of one stage's passes for one micro-batch."""
 
     forward: Parts
     recompute: Parts
@@ -27,7 +27,7 @@ class StageTime:
     weight_backward: Parts
 
     def cost(self, launch_blocking: bool = False) -> StageCost:
-        """Return the simulation's view: of GPU and host, the one that is later. The recompute precedes the backward."""
+        """Return the costs for the simulation: the longer of GPU and host time, with recompute in the backward."""
         join = sum if launch_blocking else max
         back = self.recompute + self.input_backward + self.weight_backward
         backward = join((back.device, back.host))
@@ -37,16 +37,16 @@ class StageTime:
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step's seconds, and what they consist of."""
+    """Time of a step in seconds, and its components."""
 
     job: StepJob
     stages: tuple[StageTime, ...]
     pipeline: float  # first forward to last backward, simulated
-    bubble: float  # share of it in which ranks wait
-    reduction: float  # of gradients, with what gathers the weights; what nothing hides
+    bubble: float  # share of the pipeline time in which ranks wait
+    reduction: float  # exposed time of gradient reduction and weight gather
     optimizer: float
     host: float
-    transfer: float  # of one message between stages
+    transfer: float  # link time of one message between stages
 
     @property
     def seconds(self) -> float:
@@ -54,11 +54,11 @@ class StepTime:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one GPU."""
+        """Throughput of one GPU."""
         return self.job.rows * self.job.seq_len / self.seconds / self.job.ranks
 
     def mfu(self, gpu: Hardware) -> float:
-        """Model FLOPs utilization as `layout/flops.py` counts: causal attention, no recompute."""
+        """Return the model FLOPs utilization by `layout/flops.py`: causal attention, no recompute."""
         return self.tokens_per_second * flops_per_token(self.job.model, self.job.seq_len) / gpu.peak
 
 
@@ -71,23 +71,23 @@ def step_time(gpu: Hardware, job: StepJob) -> StepTime:
         costs = [StageCost(c.forward + transfer, c.input_backward + transfer, c.weight_backward) for c in costs]
         transfer, wait = 0.0, 0.0
     pipeline, bubble = run_schedule(job, tuple(costs), transfer, wait)
-    crowd = crowding(gpu, job)
-    if crowd > 1:  # waiting ranks leave the processors to others, so the work is what is least; the end has no waits
-        pipeline = max(pipeline, crowd * (1 - bubble) * pipeline)
+    factor = oversubscription(gpu, job)
+    if factor > 1:  # waiting ranks free their processors, so only the work scales, not the bubble
+        pipeline = max(pipeline, factor * (1 - bubble) * pipeline)
     if not job.whole_model:
         return StepTime(job, stages, pipeline, bubble, 0.0, 0.0, 0.0, transfer)
     reduction, optimizer = end_of_step(gpu, job, costs)
     host = gpu.calibration.step_ms * 1e-3
-    return StepTime(job, stages, pipeline, bubble, reduction, crowd * optimizer, host, transfer)
+    return StepTime(job, stages, pipeline, bubble, reduction, factor * optimizer, host, transfer)
 
 
-def crowding(gpu: Hardware, job: StepJob) -> float:
-    """Return how many ranks of a node share what one computes with at full speed."""
+def oversubscription(gpu: Hardware, job: StepJob) -> float:
+    """Return the CPU oversubscription factor of a node, 1 if all its ranks run at full speed."""
     return max(1.0, min(job.ranks, gpu.links.gpus_per_node) / (gpu.at_once or gpu.links.gpus_per_node))
 
 
 def stage_times(gpu: Hardware, job: StepJob) -> tuple[StageTime, ...]:
-    """Return the passes of every stage of the model."""
+    """Return the times of every stage's passes."""
     last = len(job.stages) - 1
     found = []
     for stage, counts in enumerate(job.stages):
@@ -105,16 +105,17 @@ def stage_times(gpu: Hardware, job: StepJob) -> tuple[StageTime, ...]:
 
 
 def _host(gpu: Hardware, job: StepJob, stage: int) -> Parts:
-    """Return the host's time for what surrounds a stage's layers, in each direction."""
+    """Return the host time of a stage outside its decoder layers, in each direction."""
     kernels = job.program.kernels_message if job.pp > 1 else 0
     kernels += job.program.kernels_ends * ((stage == 0) + (stage == len(job.stages) - 1)) if job.whole_model else 0
     return Parts(host=kernels * gpu.calibration.launch_us * 1e-6)
 
 
 def stage_costs(gpu: Hardware, job: StepJob, stages: tuple[StageTime, ...] | None = None) -> list[StageCost]:
-    """Return what the simulation wants of every stage, with what ZeRO 2 and 3 send in every micro-batch.
+    """Return every stage's costs for the simulation, including the ZeRO-2 and ZeRO-3 collectives of a micro-batch.
 
-    `stages` are the stages' times, where they are known already.
+    Args:
+        stages: the stages' times, if already computed.
     """
     costs = [stage.cost(job.launch_blocking or gpu.host_computes) for stage in stages or stage_times(gpu, job)]
     if job.zero_stage < 2:
@@ -138,8 +139,8 @@ def stage_message(gpu: Hardware, job: StepJob) -> tuple[float, float]:
 def run_schedule(job: StepJob, costs: tuple[StageCost, ...], transfer: float, wait: float) -> tuple[float, float]:
     """Return (length, bubble) of the schedule.
 
-    Once all ranks are busy every further p micro-batches take the same time, so long steps are simulated with fewer and
-    prolonged.
+    In the steady state every p micro-batches take the same time, so long steps are simulated with fewer micro-batches
+    and extrapolated.
     """
     short, longer = (8 * job.pp, 9 * job.pp) if job.schedule == "dualpipe_v" else (3 * job.pp, 4 * job.pp)
     if job.micro_batches <= longer + job.pp:
@@ -165,10 +166,10 @@ def stage_roles(job: StepJob) -> list[Counter[Role]]:
 
 def rank_roles(job: StepJob) -> list[Counter[Role]]:
     """Return the parameters on a rank of each pipeline position, by role."""
-    place = job.plan(max(job.micro_batches, 2 * job.pp)).place
+    placement = job.plan(max(job.micro_batches, 2 * job.pp)).place
     held: list[Counter[Role]] = [Counter() for _ in range(job.pp)]
     for stage, by_role in enumerate(stage_roles(job)):
-        held[place.home(stage)[0]] += by_role
+        held[placement.home(stage)[0]] += by_role
     return held
 
 
@@ -178,10 +179,10 @@ def rank_parameters(job: StepJob) -> list[int]:
 
 
 def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[float, float]:
-    """Return (reduction that nothing hides, optimizer) of the rank for which they take longest."""
+    """Return (exposed reduction, optimizer) of the rank with the longest sum."""
     group = job.group("dp")
-    place = job.plan(max(job.micro_batches, 2 * job.pp)).place
-    ends = {place.home(stage)[0] for stage in (0, place.stages - 1)}
+    placement = job.plan(max(job.micro_batches, 2 * job.pp)).place
+    ends = {placement.home(stage)[0] for stage in (0, placement.stages - 1)}
     tied_ranks = ends if job.model.tie_word_embeddings and len(ends) > 1 else set()
     found = []
     for rank, parameters in enumerate(rank_parameters(job)):
@@ -189,20 +190,20 @@ def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[fl
         update = pointwise(gpu, job.program.optimizer_bytes * shard, "optimizer")
         scatter = reduce_scatter(gpu, group, float(job.program.reduced_bytes) * parameters)
         gather = all_gather(gpu, group, float(job.program.element_bytes) * parameters) if job.zero_stage else scatter
-        if job.zero_stage >= 2:  # sent already, in every micro-batch
+        if job.zero_stage >= 2:  # already part of every micro-batch
             scatter = 0.0 if job.zero_stage == 3 or job.program.overlaps_reduction else scatter
             gather = 0.0 if job.zero_stage == 3 else gather
         if job.program.sums_at_end and job.pp == 1 and job.zero_stage < 2:
             scatter = all_reduce(gpu, group, float(job.program.reduced_bytes) * parameters)
             gather = gather if job.zero_stage else 0.0
         elif job.program.overlaps_reduction:
-            # Layer by layer beside the last backward and the next forward; the last layer's reduction is seen.
+            # These overlap the last backward and the next forward layer by layer; one layer's share is always exposed.
             cost = costs[rank]
             layers = sum(n for _, n in job.stages[rank]) or 1
             scatter = _exposed(gpu, cost.input_backward + cost.weight_backward, scatter, layers)
             gather = _exposed(gpu, cost.forward, gather, layers)
         tied = 0.0
-        if rank in tied_ranks:  # the table's gradient is summed over both ends of the pipeline
+        if rank in tied_ranks:  # all-reduce of the tied embedding gradient over both ends of the pipeline
             pair = RankGroup(2, job.axes.stride("pp"))
             tied = all_reduce(gpu, pair, float(job.program.reduced_bytes) * embedding_share(job))
         found.append((scatter + gather + tied, update))
@@ -210,15 +211,15 @@ def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[fl
 
 
 def embedding_share(job: StepJob) -> float:
-    """Return the numbers of the vocabulary's table on one rank."""
+    """Return the elements of the embedding shard on one rank."""
     return job.vocab / max(1, job.model.vocab_size) * embedding_parameters(job.model)
 
 
 def _with_zero(gpu: Hardware, job: StepJob, stage: int, cost: StageCost) -> StageCost:
-    """Return the passes with what ZeRO 2 and 3 send in every micro-batch, beside the computation.
+    """Return the costs with the ZeRO-2 and ZeRO-3 collectives of every micro-batch, overlapped with the computation.
 
-    ZeRO-3 gathers a layer's 16-bit weights for each pass over it and reduce-scatters its gradients; ZeRO-2 only the
-    latter (Rajbhandari et al., arXiv 1910.02054, section 7). The first layer's gather hides behind nothing.
+    ZeRO-3 all-gathers a layer's 16-bit weights for each pass and reduce-scatters its gradients; ZeRO-2 only does the
+    latter (Rajbhandari et al., arXiv 1910.02054, section 7). The first layer's all-gather is exposed.
     """
     group = job.group("dp")
     parameters, layers = stage_roles(job)[stage].total(), sum(n for _, n in job.stages[stage]) or 1
@@ -226,18 +227,18 @@ def _with_zero(gpu: Hardware, job: StepJob, stage: int, cost: StageCost) -> Stag
     if job.zero_stage == 3:
         gather = layers * all_gather(gpu, group, float(job.program.element_bytes) * parameters / layers)
     scatter = layers * reduce_scatter(gpu, group, float(job.program.reduced_bytes) * parameters / layers)
-    forward = _beside(gpu, cost.forward, gather) + gather / layers
-    whole = _beside(gpu, cost.input_backward + cost.weight_backward, gather + scatter) + scatter / layers
+    forward = _overlapped(gpu, cost.forward, gather) + gather / layers
+    whole = _overlapped(gpu, cost.input_backward + cost.weight_backward, gather + scatter) + scatter / layers
     return StageCost(forward, whole - cost.weight_backward, cost.weight_backward)
 
 
-def _beside(gpu: Hardware, compute: float, communicate: float) -> float:
-    """Return the time of both at once: the longer, and what the communication takes from the computation."""
+def _overlapped(gpu: Hardware, compute: float, communicate: float) -> float:
+    """Return the time of overlapping computation and communication: the longer of both, plus contention."""
     return max(compute, communicate) + gpu.calibration.contention * min(compute, communicate)
 
 
 def _exposed(gpu: Hardware, compute: float, communicate: float, layers: int) -> float:
-    """Return what communication layer by layer adds to the computation of all layers but the last."""
-    beside = compute * (1 - 1 / layers)
+    """Return the exposed time of communication that overlaps computation layer by layer."""
+    overlapping = compute * (1 - 1 / layers)
     first = communicate / layers
-    return first + _beside(gpu, beside, communicate - first) - beside
+    return first + _overlapped(gpu, overlapping, communicate - first) - overlapping

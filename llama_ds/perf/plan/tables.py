@@ -29,7 +29,7 @@ RANKED = ["", "tp", "pp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Return rows as columns: the first `left` flush left, the others flush right."""
+    """Return rows as aligned columns, the first `left` of them left-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -39,29 +39,29 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def search_table(found: SearchResult, cost: Cost) -> str:
-    """Return the ranking, why others are none, and what the best costs."""
-    rows = [RANKED, *(ranked(place, item) for place, item in enumerate(found.best, 1))]
+    """Return the ranking, the cost of the best layout, and the rejected layouts."""
+    rows = [RANKED, *(ranked(position, item) for position, item in enumerate(found.best, 1))]
     best = found.best[0]
     lines = [
         f"{best.run.name} on {best.layout.world:,} x {best.gpu.name}: {best.layout.global_batch:,} rows of "
         f"{best.run.data.seq_len:,} tokens; {found.legal:,} legal layouts, {found.simulated:,} simulated, the others "
-        "bounded to be slower",
+        "pruned by a lower bound",
         "",
         aligned(rows, 0),
         "",
-        f"the best's step: {_why(best)}",
+        f"step time of the best layout: {_breakdown(best)}",
     ]
     for kind, item in found.of_kind.items():
         if item.run != best.run:
             lines.append(
-                f"the best of {kind}: {_words(item)}, {item.step.tokens_per_second:,.0f} tokens/s/GPU: {_why(item)}"
+                f"best of {kind}: {_words(item)}, {item.step.tokens_per_second:,.0f} tokens/s/GPU: {_breakdown(item)}"
             )
     paper = paper_speed(best)
     if paper:
         lines.append(f"the LLaMA paper trained this model at {paper:,.0f} tokens/s/GPU (table 15) on 2,048 A100-80GB")
     lines += [
         "",
-        f"the run with the best: {cost.gpu_hours:,.0f} GPU-hours, {cost.days:,.1f} days, "
+        f"cost of the run with the best layout: {cost.gpu_hours:,.0f} GPU-hours, {cost.days:,.1f} days, "
         f"{cost.megawatt_hours:,.0f} MWh, {cost.carbon_tonnes:,.0f} t CO2eq",
         "",
         "rejected:",
@@ -72,19 +72,19 @@ def search_table(found: SearchResult, cost: Cost) -> str:
 
 
 def paper_speed(item: Estimate) -> float | None:
-    """Return the tokens/s/GPU of the LLaMA paper's model of this size, on its GPUs."""
+    """Return the LLaMA paper's tokens/s/GPU for a model of this size on its GPUs, or None."""
     size = f"{round(parameter_count(item.run.model) / 1e9)}b"
     if size not in TABLE_15 or not item.gpu.name.startswith("a100-80gb"):
         return None
     return TABLE_15_TOKENS[size] / TABLE_15[size] / 3600
 
 
-def ranked(place: int, item: Estimate) -> list[str]:
+def ranked(position: int, item: Estimate) -> list[str]:
     """Return a row of the ranking."""
     parallel, step = item.run.parallel, item.step
     counts = layers_by_policy(step.job.stages)
     return [
-        *(str(n) for n in (place, parallel.tp, parallel.pp, item.layout.dp, parallel.micro_batch)),
+        *(str(n) for n in (position, parallel.tp, parallel.pp, item.layout.dp, parallel.micro_batch)),
         _schedule(item),
         str(item.run.zero_stage),
         "+".join(f"{n} {policy}" for policy, n in counts.items()),
@@ -109,18 +109,18 @@ def _words(item: Estimate) -> str:
     return f"tp {parallel.tp} pp {parallel.pp} dp {item.layout.dp} {_schedule(item)}"
 
 
-def _why(item: Estimate) -> str:
-    """Say what the step's time consists of, summed over the pipeline's busiest stage."""
+def _breakdown(item: Estimate) -> str:
+    """Return the components of the step time, in percent, for the pipeline's busiest stage."""
     step = item.step
     stage = max(step.stages, key=lambda s: sum(p.device for p in (s.forward, s.recompute, s.input_backward)))
     parts = stage.forward + stage.recompute + stage.input_backward + stage.weight_backward
-    whole = step.seconds / item.layout.accumulation / step.job.chunks
-    known = parts.device / whole + (step.bubble * step.pipeline + step.reduction) / step.seconds
+    per_pass = step.seconds / item.layout.accumulation / step.job.chunks
+    known = parts.device / per_pass + (step.bubble * step.pipeline + step.reduction) / step.seconds
     return (
-        f"matrices {parts.matrices / whole:.0%}, attention {parts.attention / whole:.0%}, pointwise "
-        f"{parts.pointwise / whole:.0%}, exposed tensor-parallel {parts.tensor / whole:.0%}, bubble "
+        f"matrices {parts.matrices / per_pass:.0%}, attention {parts.attention / per_pass:.0%}, pointwise "
+        f"{parts.pointwise / per_pass:.0%}, exposed tensor-parallel {parts.tensor / per_pass:.0%}, bubble "
         f"{step.bubble * step.pipeline / step.seconds:.0%}, exposed reduction {step.reduction / step.seconds:.0%}, "
-        f"other (imbalance, ZeRO's gathers, the host) {max(0.0, 1 - known):.0%}"
+        f"other (imbalance, ZeRO all-gathers, host) {max(0.0, 1 - known):.0%}"
     )
 
 
@@ -148,7 +148,7 @@ def cost_data(cost: Cost) -> dict[str, float]:
 
 
 def cost_text(name: str, cost: Cost, tokens: float, speed: float, layout: Estimate | None) -> str:
-    """Return the cost of one run for people."""
+    """Return the cost of one run as text."""
     how = f"the best layout found: {_words(layout)}" if layout else "as given"
     return "\n".join(
         (
@@ -161,7 +161,7 @@ def cost_text(name: str, cost: Cost, tokens: float, speed: float, layout: Estima
 
 
 def table_15(found: Mapping[str, SearchResult]) -> tuple[dict[str, Any], str]:
-    """Return the paper's table 15 beside what the best layouts would take, as plain data and for people."""
+    """Return the paper's table 15 next to the cost of the best layouts, as plain data and as text."""
     rows = [("size", "paper: GPU-hours", "MWh", "t CO2eq", "tok/s/GPU", "planned: tok/s/GPU", "GPU-hours", "layout")]
     data = {}
     for size, hours in TABLE_15.items():
@@ -186,10 +186,9 @@ def table_15(found: Mapping[str, SearchResult]) -> tuple[dict[str, Any], str]:
 
 
 def trade(target: float, inference_tokens: float, rates: Rates) -> tuple[dict[str, Any], str]:
-    """Return the sizes that reach a loss, as plain data and for people: cheapest to train, and with what the model
-    will answer."""
-    training, whole = cheapest(target, 0, rates), cheapest(target, inference_tokens, rates)
-    sizes = [training, whole, *(life(target, n, inference_tokens, rates) for n in (7e9, 13e9, 33e9, 65e9))]
+    """Return the model sizes that reach a loss, as plain data and as text, with the cheapest to train and over life."""
+    training, lifetime = cheapest(target, 0, rates), cheapest(target, inference_tokens, rates)
+    sizes = [training, lifetime, *(life(target, n, inference_tokens, rates) for n in (7e9, 13e9, 33e9, 65e9))]
     names = ["cheapest to train", "cheapest over its life", "7B", "13B", "33B", "65B"]
     sizes[0] = life(target, training.parameters, inference_tokens, rates)
     reached = [(name, size) for name, size in zip(names, sizes, strict=True) if size.tokens < 1e16]
@@ -209,12 +208,12 @@ def trade(target: float, inference_tokens: float, rates: Rates) -> tuple[dict[st
         )
     missing = [name for name, size in zip(names, sizes, strict=True) if size.tokens >= 1e16]
     note = f"\nnot reached by {', '.join(missing)} with any number of tokens" if missing else ""
-    head = f"loss {target:g} by {LAW}; {inference_tokens:.3g} tokens to answer"
+    head = f"loss {target:g} by {LAW}; {inference_tokens:.3g} tokens of inference"
     return data, f"{head}\n{aligned(rows)}{note}"
 
 
 def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool) -> tuple[dict[str, Any], str]:
-    """Return the planner's errors by source, and over all rows of a machine, as plain data and for people."""
+    """Return the planner's errors by source and over all rows, as plain data and as text."""
     tables = {name: summary(items) for name, items in groups(checked).items()}
     time = [item for item in checked if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100")]
     held = [item for item in checked if item.row.kind == "peak_mem_gib"]
@@ -240,8 +239,8 @@ def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool) -
 
 
 def left_out(found: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the errors on sources that the fit did not see."""
-    lines = [("source left out of the fit", "rows", "median |error|", "90th percentile", "bias")]
+    """Return the errors on held-out sources as a table."""
+    lines = [("held-out source", "rows", "median |error|", "90th percentile", "bias")]
     for name, item in found.items():
         lines.append((name, str(item["rows"]), f"{item['median']:.1%}", f"{item['p90']:.1%}", f"{item['bias']:+.1%}"))
     return aligned(lines)

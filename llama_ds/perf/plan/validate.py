@@ -1,4 +1,4 @@
-"""The planner against measured runs: what it would have said, and how far that is off."""
+"""Validation of the planner: its predictions for measured runs, and their errors."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from llama_ds.perf.plan.step import step_time
 
 @dataclass(frozen=True)
 class Checked:
-    """A row and what the planner says of it, in the row's own unit."""
+    """A row and the planner's prediction for it, in the row's unit."""
 
     row: Row
     predicted: float
 
     @property
     def error(self) -> float:
-        """Predicted over measured, less 1."""
+        """Relative error: predicted / measured - 1."""
         return self.predicted / self.row.value - 1
 
 
 def check(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> tuple[list[Checked], dict[str, int]]:
-    """Return the rows that have a job on a machine that is described, and how many were skipped why."""
+    """Return the predictions for all rows with a job on a described machine, and the skipped rows by reason."""
     found: list[Checked] = []
     skipped: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -44,7 +44,7 @@ def check(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> tuple[list[C
 
 
 def predict(row: Row, gpu: Hardware) -> float:
-    """Return what the row would have measured."""
+    """Return the planner's prediction for the row."""
     assert row.job is not None
     if any(row.links):
         gpu = gpu.with_links(*row.links)
@@ -62,7 +62,8 @@ def predict(row: Row, gpu: Hardware) -> float:
 def stated_flops(job: StepJob, hardware: bool) -> float:
     """Return FLOPs per token as the sources count them: 6 N + 12 L D T, attention not halved by causality.
 
-    Hardware FLOPs of full recompute are 4/3 of it; with selective, attention counts twice (Korthikanti, equation 8).
+    Hardware FLOPs are 4/3 of that with full recompute; with selective recompute, attention counts twice (Korthikanti,
+    equation 8).
     """
     model = job.model
     parameters = parameter_count(model)
@@ -78,12 +79,12 @@ def stated_flops(job: StepJob, hardware: bool) -> float:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Return the value that `share` of the values do not exceed, between neighbours by proportion."""
+    """Return the `share` quantile of the values, with linear interpolation."""
     ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
+    position = share * (len(ordered) - 1)
+    low = int(position)
     high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
 def summary(checked: Sequence[Checked]) -> dict[str, float]:
@@ -98,7 +99,7 @@ def summary(checked: Sequence[Checked]) -> dict[str, float]:
 
 
 def groups(checked: Iterable[Checked]) -> dict[str, list[Checked]]:
-    """Return the rows by what they are counted under: source, machine, time or memory."""
+    """Return the rows grouped by source, machine, and time or memory."""
     found: dict[str, list[Checked]] = defaultdict(list)
     for item in checked:
         what = "memory" if item.row.kind == "peak_mem_gib" else "time"

@@ -1,4 +1,4 @@
-"""A planned layout as files that the trainer takes: a run YAML and the DeepSpeed JSON that it names."""
+"""Writes a planned layout as files for the trainer: a run YAML and the DeepSpeed JSON that it names."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def run_file(run: RunConfig, deepspeed_name: str) -> str:
 
 
 def write(run: RunConfig, folder: str | Path) -> tuple[Path, Path]:
-    """Write run file and DeepSpeed JSON to `folder`, and have the trainer's own reader accept them.
+    """Write run file and DeepSpeed JSON to `folder`, and check that the trainer can load them.
 
     Raises:
-        UserError: a folder that cannot be written to.
+        UserError: The folder cannot be written to.
     """
     yaml_path, json_path = Path(folder, f"{run.name}.yaml"), Path(folder, f"{run.name}_deepspeed.json")
     try:
@@ -37,6 +37,6 @@ def write(run: RunConfig, folder: str | Path) -> tuple[Path, Path]:
         json_path.write_text(json.dumps(run.deepspeed, indent=2) + "\n", encoding="utf-8")
         yaml_path.write_text(run_file(run, json_path.name), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--write {folder}: cannot be written: {error.strerror}; give a folder of your own") from None
+        raise UserError(f"--write {folder}: cannot be written: {error.strerror}; give a writable folder") from None
     load_run(str(yaml_path))
     return yaml_path, json_path

@@ -1,4 +1,4 @@
-"""Where the time of recorded steps went: the conclusions from all ranks' account."""
+"""Analysis of recorded steps: metrics and slow ranks, from the account of all ranks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from llama_ds.perf.trace.ideal import Ideal, ideal
 from llama_ds.perf.trace.kernels import Devices, MeasuredProducts
 from llama_ds.perf.trace.kinds import COMMUNICATION
 
-MOST_RANKS = 5  # that are named
+MAX_REPORTED_RANKS = 5
 
 
 @dataclass(frozen=True)
 class SlowRank:
-    """A rank by its own computing, in milliseconds a step, beside the median of its stage."""
+    """Compute time of a rank and the median of its stage, in milliseconds per step."""
 
     rank: int
     place: str
@@ -27,34 +27,34 @@ class SlowRank:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Where the time of all ranks and steps went. `metrics` are percent, by the names of `kinds.METRICS`."""
+    """Breakdown of the time of all ranks and steps. `metrics` are in percent, named as in `kinds.METRICS`."""
 
     ranks: int
     steps: int
     step_ms: float
     metrics: dict[str, float | None]
-    communication: dict[str, dict[str, float]]  # by kind: milliseconds of a rank and step, exposed and under way
-    stages: list[float]  # a rank's own computing, milliseconds a step
+    communication: dict[str, dict[str, float]]  # by kind: milliseconds per rank and step, exposed and in flight
+    stages: list[float]  # mean compute time of a rank, by stage, in milliseconds per step
     slowest: list[SlowRank]
     ideal: Ideal
-    clock_error_us: float | None  # None: clocks were not compared
-    products: dict[int, MeasuredProducts] = field(default_factory=dict)  # of profiled ranks
-    kernels: dict[int, Devices] = field(default_factory=dict)
+    clock_error_us: float | None  # None: the clocks were not compared
+    products: dict[int, MeasuredProducts] = field(default_factory=dict)  # matrix products by profiled rank
+    kernels: dict[int, Devices] = field(default_factory=dict)  # kernels by profiled rank
 
 
 def analyse(found: Account, products: dict[int, MeasuredProducts], kernels: dict[int, Devices]) -> Analysis:
-    """Return what the account of all ranks, and profiles of some of them, say. It closes the account's steps."""
+    """Return the analysis of the account of all ranks and the profiles of some. It modifies the account's steps."""
     steps = found.steps
     for step in steps:
         _close(step)
     transits = [time for step in steps for times in step.transits.values() for time in times]
     lengths = [step.end - step.begin for step in steps]
-    whole = sum(length * step.ranks for length, step in zip(lengths, steps, strict=True))
+    total_time = sum(length * step.ranks for length, step in zip(lengths, steps, strict=True))
     sums = {key: sum(step.sums[key] for step in steps) for key in {key for step in steps for key in step.sums}}
-    per_step = {rank: time / len(steps) / 1e3 for rank, time in found.own.items()}
-    stages, slowest = _stages(per_step, found.places)
+    per_step = {rank: time / len(steps) / 1e3 for rank, time in found.compute.items()}
+    stages, slowest = _stages(per_step, found.locations)
     communication = _communication(steps, sums, sum(step.ranks for step in steps))
-    metrics = _shares(sums, whole) | {
+    metrics = _shares(sums, total_time) | {
         f"hidden_{kind}": _hidden(communication[kind]) if kind in communication else None for kind in COMMUNICATION
     }
     reference = ideal(found.schedule, found.times, statistics.median(transits) if transits else 0.0)
@@ -70,13 +70,13 @@ def analyse(found: Account, products: dict[int, MeasuredProducts], kernels: dict
         metrics[name] = statistics.mean(shares) if shares else None
     compared = [error for error in found.errors if error is not None]
     return Analysis(
-        ranks=len(found.own),
+        ranks=len(found.compute),
         steps=len(steps),
         step_ms=length / 1e3,
         metrics=metrics,
         communication=communication,
         stages=stages,
-        slowest=slowest[:MOST_RANKS],
+        slowest=slowest[:MAX_REPORTED_RANKS],
         ideal=reference,
         clock_error_us=max(compared) if len(compared) == len(found.errors) else None,
         products=products,
@@ -85,7 +85,7 @@ def analyse(found: Account, products: dict[int, MeasuredProducts], kernels: dict
 
 
 def _close(step: Step) -> None:
-    """Part the waits for the norm at the last rank's coming to it, and tell the messages' time on their way."""
+    """Split the waits for the norm at the last rank's arrival, and estimate the messages' time in flight."""
     last = max((begin for begin, _ in step.norms), default=0.0)
     for begin, end in step.norms:
         late = min(last - begin, end - begin)
@@ -93,40 +93,40 @@ def _close(step: Step) -> None:
         step.sums["exposed_agreement"] += end - begin - late
     step.sums["other"] += (step.end - step.begin) * step.ranks - step.within
     medians = {size: statistics.median(found) for size, found in step.transits.items()}
-    step.under_way["p2p"] = sum(medians.get(size, 0.0) * count for size, count in step.sent.items())
+    step.in_flight["p2p"] = sum(medians.get(size, 0.0) * count for size, count in step.sent.items())
 
 
-def _shares(sums: dict[str, float], whole: float) -> dict[str, float | None]:
-    """Return the percent of all ranks' time: together a hundred."""
+def _shares(sums: dict[str, float], total_time: float) -> dict[str, float | None]:
+    """Return each kind's percentage of all ranks' time; together they are 100."""
     names = ("compute", "recompute", "optimizer", "data", "bubble", *(f"exposed_{kind}" for kind in COMMUNICATION))
-    shares: dict[str, float | None] = {name: sums.get(name, 0.0) / whole * 100 for name in (*names, "other")}
+    shares: dict[str, float | None] = {name: sums.get(name, 0.0) / total_time * 100 for name in (*names, "other")}
     shares["exposed"] = sum(shares[f"exposed_{kind}"] or 0.0 for kind in COMMUNICATION)
     return shares
 
 
 def _communication(steps: Sequence[Step], sums: dict[str, float], count: int) -> dict[str, dict[str, float]]:
-    """Return milliseconds of a rank and step, of the kinds that there were."""
+    """Return milliseconds per rank and step, for the kinds that occurred."""
     found = {}
     for kind in COMMUNICATION:
-        exposed, under_way = sums.get(f"exposed_{kind}", 0.0), sum(step.under_way[kind] for step in steps)
-        if exposed or under_way:
-            found[kind] = {"exposed_ms": exposed / count / 1e3, "under_way_ms": under_way / count / 1e3}
+        exposed, in_flight = sums.get(f"exposed_{kind}", 0.0), sum(step.in_flight[kind] for step in steps)
+        if exposed or in_flight:
+            found[kind] = {"exposed_ms": exposed / count / 1e3, "under_way_ms": in_flight / count / 1e3}
     return found
 
 
 def _hidden(times: dict[str, float]) -> float | None:
-    """Return the percent of a kind's time under way that was not waited for; None where that time is not known."""
+    """Return the hidden percentage of a kind's time in flight, or None if that time is unknown."""
     if not times["under_way_ms"]:
         return None
     return max(0.0, 1 - times["exposed_ms"] / times["under_way_ms"]) * 100
 
 
-def _stages(own: dict[int, float], places: dict[int, tuple[int, str]]) -> tuple[list[float], list[SlowRank]]:
-    """Return the stages' mean computing, and the ranks by how much longer than their stage's median they compute."""
+def _stages(compute: dict[int, float], locations: dict[int, tuple[int, str]]) -> tuple[list[float], list[SlowRank]]:
+    """Return the stages' mean compute times, and the ranks sorted by their excess over their stage's median."""
     by_stage: dict[int, list[float]] = defaultdict(list)
-    for rank, time in own.items():
-        by_stage[places[rank][0]].append(time)
+    for rank, time in compute.items():
+        by_stage[locations[rank][0]].append(time)
     medians = {stage: statistics.median(times) for stage, times in by_stage.items()}
-    slow = [SlowRank(rank, places[rank][1], time, medians[places[rank][0]]) for rank, time in own.items()]
-    slow.sort(key=lambda s: s.median_ms - s.own_ms if len(own) > len(by_stage) else -s.own_ms)
+    slow = [SlowRank(rank, locations[rank][1], time, medians[locations[rank][0]]) for rank, time in compute.items()]
+    slow.sort(key=lambda s: s.median_ms - s.own_ms if len(compute) > len(by_stage) else -s.own_ms)
     return [statistics.mean(by_stage[stage]) for stage in sorted(by_stage)], slow

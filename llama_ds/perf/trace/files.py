@@ -1,4 +1,4 @@
-"""From a folder of records to its analysis: pipelines are read side by side, on all cores, and only sums come back."""
+"""Analyses a folder of records. Worker processes read the pipelines in parallel and return only sums."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from llama_ds.perf.trace.analyse import Analysis, analyse
 from llama_ds.perf.trace.kernels import Devices, MeasuredProducts, devices, products
 from llama_ds.perf.trace.read import RankRecord, check_alike, profiles, rank_files, read_profile, read_rank
 
-_FEW = 32  # ranks that are read before processes would have started
-_SILENT_S = 5.0  # after which it is said how far it has come, and again
+_MAX_IN_PROCESS = 32  # ranks; reading so few is faster than starting worker processes
+_PROGRESS_S = 5.0  # interval between progress lines
 
 
 def analyse_folder(folder: str | Path) -> Analysis:
-    """Analyse what the ranks of a folder recorded, and their profiles. A process holds one rank in memory at a time.
+    """Analyse the records and profiles in a folder. Each process holds one rank in memory at a time.
 
     Raises:
-        UserError: a file is missing, cut short, or of another recording.
+        UserError: A file is missing, truncated, or from another recording.
     """
     files = rank_files(folder)
     first = replace(read_rank(next(iter(files.values()))), events=[])
@@ -50,9 +50,9 @@ def _all(files: dict[int, Path], first: RankRecord) -> Account:
     pp = first.about["pp"]
     pipelines = [[files[rank] for rank in group] for group in Axes(pp=pp, dp=len(files) // pp).groups("pp")]
     read = partial(_pipeline, first)
-    if len(files) <= _FEW:
+    if len(files) <= _MAX_IN_PROCESS:
         return _sum(map(read, pipelines), len(pipelines))
-    # Events are many and hold no cycles: garbage collection would walk them for nothing, a quarter of the time.
+    # The events are many and have no reference cycles; garbage collection would waste a quarter of the time on them.
     with ProcessPoolExecutor(min(os.cpu_count() or 1, len(pipelines)), initializer=gc.disable) as processes:
         try:
             with without_interrupts():
@@ -65,11 +65,11 @@ def _all(files: dict[int, Path], first: RankRecord) -> Account:
 
 def _sum(accounts: Iterator[Account], count: int) -> Account:
     found = next(accounts)
-    said = time.monotonic()
+    reported = time.monotonic()
     for number, more in enumerate(accounts, 2):
         found.add(more)
-        if time.monotonic() > said + _SILENT_S:
-            said = time.monotonic()
+        if time.monotonic() > reported + _PROGRESS_S:
+            reported = time.monotonic()
             print(f"read {number} of {count} pipelines", file=sys.stderr, flush=True)
     return found
 
@@ -80,14 +80,14 @@ def _pipeline(first: RankRecord, paths: list[Path]) -> Account:
 
 
 def _ranks(first: RankRecord, paths: list[Path]) -> Iterator[RankRecord]:
-    places = set()
+    pipelines = set()
     for path in paths:
         rank = read_rank(path)
         check_alike(path, rank, first)
-        places.add(rank.pipeline)
-        if len(places) > 1:
+        pipelines.add(rank.pipeline)
+        if len(pipelines) > 1:
             raise UserError(
-                f"{path}: stands at {rank.place}, in another pipeline than {paths[0].name}; the files are of several "
-                "recordings: record into an empty folder"
+                f"{path}: rank at {rank.location} is in another pipeline than {paths[0].name}; the files are from "
+                "several recordings: record into an empty folder"
             )
         yield rank

@@ -1,4 +1,4 @@
-"""The step that the schedule could have had: simulated with equal stages, with the measured ones, with messages."""
+"""Simulated reference steps of the schedule: with equal stages, with measured stages, and with messages."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ from llama_ds.schedules.simulate import StageCost, Timeline, simulate
 
 @dataclass
 class Times:
-    """How long computations took, by kind and stage of the model, in microseconds."""
+    """Compute times by kind and stage of the model, in microseconds."""
 
     of: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, event: Event, length: float) -> None:
-        """Add one computation of `length`, without what lay within it."""
+        """Add one computation; `length` excludes nested events."""
         self.of[event.what, max(event.stage, 0)].append(length)
 
     def extend(self, other: Times) -> None:
-        """Add what others took."""
+        """Add the times of other ranks."""
         for key, found in other.of.items():
             self.of[key] += found
 
     def costs(self, stages: int) -> list[StageCost]:
-        """Return the medians of each stage; a whole backward counts half for inputs, half for weights.
+        """Return the median costs of each stage.
 
-        What a stage recomputes, in whole, is spread over its backwards.
+        An unsplit backward counts half as input backward and half as weight backward. Recompute time is spread
+        evenly over the stage's backwards.
         """
         return [self._cost(stage) for stage in range(stages)]
 
     def _cost(self, stage: int) -> StageCost:
         backward = self._median("BW", stage)
-        again = sum(self.of[RECOMPUTE, stage]) / max(1, len(self.of["BW", stage]) + len(self.of["B", stage]))
+        recompute = sum(self.of[RECOMPUTE, stage]) / max(1, len(self.of["BW", stage]) + len(self.of["B", stage]))
         if self.of["W", stage]:
-            return StageCost(self._median("F", stage), self._median("B", stage) + again, self._median("W", stage))
-        return StageCost(self._median("F", stage), backward / 2 + again, backward / 2)
+            return StageCost(self._median("F", stage), self._median("B", stage) + recompute, self._median("W", stage))
+        return StageCost(self._median("F", stage), backward / 2 + recompute, backward / 2)
 
     def _median(self, what: str, stage: int) -> float:
         found = self.of[what, stage]
@@ -48,17 +49,17 @@ class Times:
 
 @dataclass(frozen=True)
 class Ideal:
-    """Simulated steps without optimizer. Idle is a rank's mean time without computing, microseconds."""
+    """Simulated steps without optimizer. Idle is the mean time per rank without computation, in microseconds."""
 
     bubble: float  # share of the schedule with equal stages and free messages
-    length: float  # of it, microseconds
-    idle: float  # in it
-    idle_imbalanced: float  # with the stages' own times
-    idle_messages: float  # and messages that take `transit`
-    transit: float  # a message's median time, microseconds
+    length: float  # its length, microseconds
+    idle: float  # its idle time
+    idle_imbalanced: float  # idle time with the stages' measured times
+    idle_messages: float  # idle time with these and messages that take `transit`
+    transit: float  # median transit time of a message, microseconds
 
     def lost(self, step: float, idle: float) -> dict[str, float | None]:
-        """Return what a step of `step` microseconds loses to what, in percent; it idles `idle` percent in all."""
+        """Return the lost time by cause, in percent of a step of `step` microseconds with `idle` percent idle time."""
         parts = [self.idle, self.idle_imbalanced - self.idle, self.idle_messages - self.idle_imbalanced]
         schedule, imbalance, messages = (part / step * 100 for part in parts)
         return {
@@ -71,14 +72,14 @@ class Ideal:
 
 
 def ideal(schedule: Schedule, times: Times, transit: float) -> Ideal:
-    """Simulate the schedule with the measured times."""
+    """Return the simulations of the schedule with the measured times."""
     costs = times.costs(schedule.place.stages)
     equal = StageCost(*(statistics.mean(part) for part in zip(*map(_parts, costs), strict=True)))
     if not sum(_parts(equal)):
         return Ideal(0.0, 0.0, 0.0, 0.0, 0.0, transit)
-    alike, own = simulate(schedule, equal), simulate(schedule, costs)
-    late = simulate(schedule, costs, latency=transit)
-    return Ideal(alike.bubble, alike.length, _idle(alike), _idle(own), _idle(late), transit)
+    balanced, measured = simulate(schedule, equal), simulate(schedule, costs)
+    with_messages = simulate(schedule, costs, latency=transit)
+    return Ideal(balanced.bubble, balanced.length, _idle(balanced), _idle(measured), _idle(with_messages), transit)
 
 
 def _parts(cost: StageCost) -> tuple[float, float, float]:

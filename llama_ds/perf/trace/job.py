@@ -1,4 +1,4 @@
-"""The run that records steps of a run: the same training, in a folder of its own, which saves and evaluates nothing."""
+"""The recording run: the same training in a separate folder, without checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ DEFAULT_RANKS = "first,middle,last"
 
 
 def recording_overrides(run: RunConfig, folder: str, warmup: int, steps: int, ranks: list[int]) -> list[str]:
-    """Return the overrides with which `run` records `steps` steps after `warmup` into `folder`, and as many profiled.
+    """Return the overrides with which `run` records `steps` steps after `warmup` steps into `folder`.
+
+    With `ranks`, it profiles these ranks for as many further steps.
 
     Raises:
-        UserError: numbers that make no sense, or a run of fewer steps.
+        UserError: A number is out of range, or the run has too few steps.
     """
-    for name, value, least in (("--steps", steps, 1), ("--warmup", warmup, 0)):
-        if value < least:
-            raise UserError(f"command line: {name} {value} is fewer than {least}; use {least} or more")
+    for name, value, minimum in (("--steps", steps, 1), ("--warmup", warmup, 0)):
+        if value < minimum:
+            raise UserError(f"command line: {name} {value} is fewer than {minimum}; use {minimum} or more")
     last = warmup + steps * (2 if ranks else 1)
     if run.training.steps < last:
         raise UserError(

@@ -1,8 +1,7 @@
-"""What torch's profiler saw on a rank: matrix products and their rate; on CUDA, kernels of computing and of
-communication, and what of the latter nothing covers.
+"""Analysis of a torch profile: rates of matrix products and, on CUDA, compute and exposed communication kernels.
 
-An operator's FLOPs come from the shapes of its inputs. Its time is its own on a CPU; on CUDA it is that of the kernels
-that it launched, found by the correlation of launch and kernel.
+An operator's FLOPs follow from the shapes of its inputs. Its time is its own duration on a CPU; on CUDA it is that of
+the kernels it launched, which are matched by the correlation id of launch and kernel.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from llama_ds.job.trace_format import MARKER
 from llama_ds.layout.flops import device_peak
 from llama_ds.perf.trace.spans import common, merged, total
 
-Profiled = dict[str, Any]  # an event of the profiler's file; ts and dur in microseconds
+Profiled = dict[str, Any]  # an event of a profile; ts and dur are in microseconds
 
-# The two matrices among the inputs of an operator, by position. Batched products are attention's own on a CPU, which no
-# other attention's kernel shows.
+# Positions of the two matrices among an operator's inputs. Batched products are excluded: on a CPU they belong to
+# attention, which is a fused kernel elsewhere.
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}
 _DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 _COMMUNICATION = re.compile(r"nccl|rccl", re.IGNORECASE)
@@ -33,7 +32,7 @@ _DTYPES = {"c10::BFloat16": "bf16", "c10::Half": "fp16", "float": "fp32"}
 
 @dataclass(frozen=True)
 class Shape:
-    """The products of one shape: (M, K) times (K, N)."""
+    """All matrix products of one shape: (M, K) times (K, N)."""
 
     dtype: str
     m: int
@@ -44,12 +43,12 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """Of all of them; a multiply-add is two."""
+        """FLOPs of all these products; a multiply-add is two."""
         return 2.0 * self.m * self.k * self.n * self.count
 
     @property
     def rate(self) -> float:
-        """FLOP/s."""
+        """Rate in FLOP/s."""
         return self.flops / self.seconds if self.seconds else 0.0
 
 
@@ -57,40 +56,40 @@ class Shape:
 class MeasuredProducts:
     """All matrix products of a rank."""
 
-    shapes: list[Shape]  # most time first
-    against: float  # FLOP/s that they are held against
-    peak: str  # whose, "" where no peak is known and it is the best shape's rate
+    shapes: list[Shape]  # sorted by time, longest first
+    against: float  # reference rate in FLOP/s
+    peak: str  # device and dtype of the reference peak; "" if it is unknown and the best shape's rate is used
 
     @property
     def flops(self) -> float:
-        """Of all of them."""
+        """FLOPs of all products."""
         return sum(shape.flops for shape in self.shapes)
 
     @property
     def seconds(self) -> float:
-        """That they took."""
+        """Time of all products."""
         return sum(shape.seconds for shape in self.shapes)
 
     @property
     def efficiency(self) -> float | None:
-        """Their rate over what it is held against."""
+        """Achieved rate over the reference rate."""
         return self.flops / self.seconds / self.against if self.seconds and self.against else None
 
 
 @dataclass(frozen=True)
 class Devices:
-    """Kernels on a rank's device, in microseconds; of several at a time the union counts."""
+    """Kernel time on a rank's device, in microseconds; concurrent kernels count once."""
 
-    span: float  # from the first to the last
+    span: float  # time from the begin of the first kernel to the end of the last
     busy: float
     compute: float
     communication: float
-    overlap: float  # communication while something computes
-    memory: float  # copies and fills
+    overlap: float  # communication that overlaps compute kernels
+    memory: float  # memcpy and memset
 
     @property
     def exposed_kernels(self) -> float:
-        """Share of the span in which there is communication and no computing."""
+        """Share of the span with communication but no compute kernel."""
         return (self.communication - self.overlap) / self.span
 
     @property
@@ -100,7 +99,7 @@ class Devices:
 
 
 def products(events: Sequence[Profiled], device: str) -> MeasuredProducts | None:
-    """Return the matrix products of a profile with shapes, None where it has none; `device` is its name."""
+    """Return the matrix products of a profile, or None without recorded shapes; `device` is the device name."""
     found = [
         event
         for event in events
@@ -123,7 +122,7 @@ def products(events: Sequence[Profiled], device: str) -> MeasuredProducts | None
 
 
 def devices(events: Iterable[Profiled]) -> Devices | None:
-    """Return the kernels of a profile, None where it has none, as on a CPU."""
+    """Return the kernel times of a profile, or None if it has no kernels, as on a CPU."""
     spans: dict[str, list[tuple[float, float]]] = {"compute": [], "communication": [], "memory": []}
     for event in events:
         if event.get("cat") not in _DEVICE or event.get("ph") != "X":
@@ -147,9 +146,9 @@ def devices(events: Iterable[Profiled]) -> Devices | None:
 
 
 def monotonic_offset(events: Iterable[Profiled]) -> float | None:
-    """Return what to add to a profile's times to have the rank's monotonic clock, in microseconds.
+    """Return the offset from a profile's times to the rank's monotonic clock, in microseconds; None without markers.
 
-    A marker's name says when it was about to begin; of many the one that came soonest is believed. None: no marker.
+    A marker's name has its start time on the monotonic clock. The marker with the shortest delay determines the offset.
     """
     found = [
         int(name.removeprefix(MARKER)) / 1e3 - float(event["ts"])
@@ -160,7 +159,7 @@ def monotonic_offset(events: Iterable[Profiled]) -> float | None:
 
 
 def _sizes(event: Profiled) -> tuple[int, int, int] | None:
-    """Return (M, K, N) of an operator's inputs, None where the profile has no shapes."""
+    """Return (M, K, N) from an operator's inputs, or None if the profile has no shapes."""
     dims = event.get("args", {}).get("Input Dims")
     first, second = _PRODUCTS[event["name"]]
     if not dims or len(dims) <= second or not (dims[first] and dims[second]):
@@ -175,14 +174,14 @@ def _dtype(event: Profiled) -> str:
 
 
 def _on_device(events: Sequence[Profiled], operators: Sequence[Profiled]) -> list[float]:
-    """Return the seconds of the kernels that each of `operators` launched."""
+    """Return the kernel time in seconds of each of `operators`."""
     by_thread: dict[tuple[Any, Any], list[tuple[float, float, int]]] = defaultdict(list)
     for i, event in enumerate(operators):
         begin = float(event["ts"])
         by_thread[event["pid"], event["tid"]].append((begin, begin + float(event.get("dur", 0)), i))
     for found in by_thread.values():
         found.sort()
-    operator_of: dict[int, int] = {}  # by correlation
+    operator_of: dict[int, int] = {}  # operator index by correlation id
     for event in events:
         correlation = event.get("args", {}).get("correlation") if event.get("cat") in _LAUNCHES else None
         found = by_thread.get((event.get("pid"), event.get("tid")), [])

@@ -1,4 +1,4 @@
-"""What ranks record, sorted: computing, communication by kind, waiting; and the metrics that come of it."""
+"""Kinds of recorded events (compute, communication, waits), and the metrics derived from them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ RECOMPUTE = "recompute"
 
 COMMUNICATION = {
     "p2p": "activations and gradients between pipeline stages",
-    "tp": "tensor parallelism: gathers and sums between the parts of a matrix",
+    "tp": "tensor parallelism: all-gathers and reductions between the shards of a matrix",
     "reduction": "gradients over data-parallel ranks",
-    "weights": "gathers of weights",
+    "weights": "all-gathers of weights",
     "agreement": "the norm and the loss over all ranks",
 }
-WAITS = {  # a rank does nothing else meanwhile
+WAITS = {  # blocking waits, by kind of communication
     "wait activation": "p2p",
     "wait grad": "p2p",
     "send activation": "p2p",
@@ -22,31 +22,32 @@ WAITS = {  # a rank does nothing else meanwhile
     "wait reduction": "reduction",
     "wait tied": "reduction",
     "wait weights": "weights",
-    "wait norm": "agreement",  # of all ranks of a pipeline's step, so it is known who came last
+    "wait norm": "agreement",  # all ranks of a step take part, so the last one to arrive is known
     "wait agreement": "agreement",
 }
-UNDER_WAY = {"tp": "tp", "reduce": "reduction", "gather": "weights", "agree": "agreement"}  # from issue to completion
+# Intervals from issue to completion, by kind of communication.
+IN_FLIGHT = {"tp": "tp", "reduce": "reduction", "gather": "weights", "agree": "agreement"}
 MESSAGES = ("wait activation", "wait grad")
 SENDS = ("send activation", "send grad")
 
 METRICS = {  # all in percent
     "compute": "of all ranks' time: forward and backward",
-    "recompute": "of all ranks' time: layers run again for their backward (policy full)",
+    "recompute": "of all ranks' time: recompute of layers for their backward (policy full)",
     "optimizer": "of all ranks' time",
     "data": "of all ranks' time: waiting for a micro-batch",
-    "bubble": "of all ranks' time: waiting for another rank that is not through with its computation",
+    "bubble": "of all ranks' time: waiting for another rank that still computes",
     "exposed": "of all ranks' time: waiting for communication of any kind",
     **{f"exposed_{kind}": f"of all ranks' time: waiting for {text}" for kind, text in COMMUNICATION.items()},
-    "other": "of all ranks' time: within a step, but none of these",
-    **{f"hidden_{kind}": f"of its own time under way that no rank waited for: {kind}" for kind in COMMUNICATION},
+    "other": "of all ranks' time: the rest of a step",
+    **{f"hidden_{kind}": f"of its time in flight that overlaps other work: {kind}" for kind in COMMUNICATION},
     "ideal_bubble": "of the schedule's time: its bubble with equal stages and free messages",
     "lost_schedule": "of the step: that bubble",
-    "lost_imbalance": "of the step: what the stages' measured times add to it",
-    "lost_messages": "of the step: what the messages' measured times add to that",
-    "lost_rest": "of the step: what remains of bubble and exposed_p2p: times that vary, ranks held up by other waits",
-    "imbalance": "by which the slowest stage computes longer than the mean stage",
-    "slowest": "by which the slowest rank computes longer than the median of its stage",
-    "gemm": "of the peak at which matrix products run, or of the best product's rate where no peak is known",
+    "lost_imbalance": "of the step: additional bubble with the stages' measured times",
+    "lost_messages": "of the step: additional bubble with the messages' measured times",
+    "lost_rest": "of the step: the rest of bubble and exposed_p2p, from variation and other waits",
+    "imbalance": "excess compute time of the slowest stage over the mean stage",
+    "slowest": "excess compute time of the slowest rank over the median of its stage",
+    "gemm": "rate of matrix products, of the device's peak, or of the best product's rate if the peak is unknown",
     "exposed_kernels": "of the time from the first kernel to the last: communication kernels alone (CUDA)",
     "idle_kernels": "of the time from the first kernel to the last: no kernel at all (CUDA)",
 }

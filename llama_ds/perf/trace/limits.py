@@ -1,4 +1,4 @@
-"""Limits that a trace must keep, for CI: `bubble>20` fails where the bubble is more than 20 percent."""
+"""Limits on a trace's metrics, for CI: `bubble>20` fails if the bubble exceeds 20 percent."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ class Limit:
     percent: float
 
     def broken(self, metrics: Mapping[str, float | None]) -> str | None:
-        """Return what is wrong with a trace in one line, None where nothing is.
+        """Return the violation in one line, or None if the limit holds.
 
         Raises:
-            UserError: the trace says nothing of the metric.
+            UserError: The trace does not have the metric.
         """
         value = metrics[self.metric]
         if value is None:
             raise UserError(
-                f"--fail-if {self.metric}: these traces do not tell it; {_WANTED.get(self.metric, 'ask for another')}"
+                f"--fail-if {self.metric}: these traces do not have it; {_REMEDY.get(self.metric, 'use another one')}"
             )
         if _COMPARE[self.compare](value, self.percent):
             return f"{self.metric} is {value:.2f} percent: fails at {self.compare} {self.percent:g}"
         return None
 
 
-_WANTED = {"gemm": "record with logging.profile_ranks, or profile_run.py record --ranks first"}
+_REMEDY = {"gemm": "record with logging.profile_ranks, or profile_run.py record --ranks first"}
 
 
 def parse_limit(text: str, known: Mapping[str, str]) -> Limit:
-    """Read METRIC, an operator, and percent; `known` are the metrics.
+    """Parse METRIC, an operator and a percentage; `known` has the metrics.
 
     Raises:
-        UserError: another text, or no such metric.
+        UserError: The syntax is wrong, or the metric is unknown.
     """
     match = _GRAMMAR.fullmatch(text)
     if not match:

@@ -1,8 +1,8 @@
-"""One trace of many ranks in Chrome's format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+"""Merges the records of many ranks into one Chrome trace, for Perfetto (ui.perfetto.dev) and chrome://tracing.
 
-A process is a rank. Its thread "schedule" holds what the rank recorded, "communication" what was under way, and below
-them lie the threads and streams of torch's profiler, where that ran. Arrows go from a send to the wait for it. Times
-are microseconds from the first step's begin, on rank 0's clock. One rank is held in memory at a time.
+Each rank is a process. Its thread "schedule" has the rank's recorded events, "communication" the operations in flight;
+the threads and streams of torch's profiler follow if the rank was profiled. An arrow leads from a send to the wait for
+it. Times are microseconds from the begin of the first step, on rank 0's clock. Only one rank is in memory at a time.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any, TextIO
 
 from llama_ds.job.trace_format import MERGED_FILE
 from llama_ds.perf.trace.kernels import monotonic_offset
-from llama_ds.perf.trace.kinds import MESSAGES, SENDS, UNDER_WAY
+from llama_ds.perf.trace.kinds import IN_FLIGHT, MESSAGES, SENDS
 from llama_ds.perf.trace.read import Event, RankRecord, profiles, rank_files, read, read_profile, shown
 
-SCHEDULE, COMMUNICATION = 1, 10  # threads; communication that overlaps has threads of its own, up to PROFILER
+SCHEDULE, COMMUNICATION = 1, 10  # thread ids; overlapping communication uses further threads below PROFILER
 PROFILER = 100
-_KEPT = ("X", "s", "f", "t", "i")  # of the profiler's events; their arrows go from launch to kernel
+_KEPT = ("X", "s", "f", "t", "i")  # phases of profiler events to keep; the arrows lead from launch to kernel
 Chrome = dict[str, Any]
 
 
 @dataclass
 class _Arrows:
-    """Numbers the messages, so that both ends have the same."""
+    """Assigns ids to messages, so that both ends of an arrow have the same id."""
 
     numbers: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
@@ -37,10 +37,10 @@ class _Arrows:
 
 
 def merge(folder: str | Path) -> Path:
-    """Write the merged trace of the ranks that are shown (`read.shown`) beside their files; return its path.
+    """Write the merged trace of the ranks in `read.shown` into the folder of their files; return its path.
 
     Raises:
-        UserError: a file is missing, cut short, or of another recording.
+        UserError: A file is missing, truncated, or from another recording.
     """
     where = next(iter(rank_files(folder).values())).parent
     profiled, ranks = profiles(where), shown(folder)
@@ -50,19 +50,19 @@ def merge(folder: str | Path) -> Path:
     partial = path.with_suffix(".partial")
     with gzip.open(partial, "wt", compresslevel=5) as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-        _write(file, _everything(read(folder, ranks), profiled, origin, arrows))
+        _write(file, _all_events(read(folder, ranks), profiled, origin, arrows))
         file.write("\n]}\n")
     partial.replace(path)
     return path
 
 
-def _everything(
+def _all_events(
     ranks: Iterable[RankRecord], profiled: dict[int, Path], origin: float, arrows: _Arrows
 ) -> Iterator[Chrome]:
     for rank in ranks:
-        yield from _of_rank(rank, origin, arrows)
+        yield from _rank_events(rank, origin, arrows)
         if rank.rank in profiled:
-            yield from _of_profile(rank, read_profile(profiled[rank.rank]), origin)
+            yield from _profile_events(rank, read_profile(profiled[rank.rank]), origin)
 
 
 def _write(file: TextIO, events: Iterable[Chrome]) -> None:
@@ -72,28 +72,28 @@ def _write(file: TextIO, events: Iterable[Chrome]) -> None:
         separator = ",\n"
 
 
-def _of_rank(rank: RankRecord, origin: float, arrows: _Arrows) -> Iterator[Chrome]:
-    yield _named("process_name", rank.rank, 0, name=f"rank {rank.rank}: {rank.place}")
+def _rank_events(rank: RankRecord, origin: float, arrows: _Arrows) -> Iterator[Chrome]:
+    yield _named("process_name", rank.rank, 0, name=f"rank {rank.rank}: {rank.location}")
     yield _named("process_sort_index", rank.rank, 0, sort_index=rank.rank)
     yield from _thread(rank.rank, SCHEDULE, "schedule")
     number = rank.about["first_step"]
-    under_way = [event for event in rank.events if event.what in UNDER_WAY]
+    in_flight = [event for event in rank.events if event.what in IN_FLIGHT]
     for step, inner in rank.steps():
-        spans = [event for event in inner if event.what not in UNDER_WAY]
+        spans = [event for event in inner if event.what not in IN_FLIGHT]
         for event in (step, *spans):
             name = f"step {number}" if event is step else _name(event)
             yield _slice(rank.rank, SCHEDULE, name, event, origin)
             if event.what in SENDS or event.what in MESSAGES:
                 yield _arrow(rank, event, number, origin, arrows)
         number += 1
-    for lane, events in enumerate(_lanes(under_way)):
+    for lane, events in enumerate(_lanes(in_flight)):
         yield from _thread(rank.rank, COMMUNICATION + lane, "communication" + (f" {lane + 1}" if lane else ""))
         for event in events:
             yield _slice(rank.rank, COMMUNICATION + lane, event.what, event, origin)
 
 
-def _of_profile(rank: RankRecord, events: Sequence[Chrome], origin: float) -> Iterator[Chrome]:
-    """Give the profiler's events the rank as their process and its clock as their time."""
+def _profile_events(rank: RankRecord, events: Sequence[Chrome], origin: float) -> Iterator[Chrome]:
+    """Yield the profiler's events with the rank as process, and times on rank 0's clock."""
     offset = monotonic_offset(events)
     if offset is None:
         return
@@ -106,21 +106,21 @@ def _of_profile(rank: RankRecord, events: Sequence[Chrome], origin: float) -> It
     thread = PROFILER
     for key, own in by_thread.items():
         name = names.get(key, f"profiler {key[0]} {key[1]}")
-        while own:  # what the profiler puts beside other things on one thread, such as messages, on further threads
+        while own:  # events of a thread that overlap without nesting go to further threads
             fitting, own = _nested(own)
             yield from _thread(rank.rank, thread, name)
             for event in fitting:
                 at = float(event["ts"]) + offset  # on the rank's own clock
                 at += shift + (at - t0) * drift - origin
                 moved = {**event, "pid": rank.rank, "tid": thread, "ts": round(at, 3)}
-                if "id" in moved:  # numbers of arrows are each profile's own
+                if "id" in moved:  # arrow ids are unique only within a profile
                     moved["id"] = f"{rank.rank}.{moved['id']}"
                 yield moved
             thread, name = thread + 1, f"{names.get(key, name)}, beside"
 
 
 def _nested(events: Sequence[Chrome]) -> tuple[list[Chrome], list[Chrome]]:
-    """Part a thread's events into those that lie within one another or apart, with all that is no slice, and others."""
+    """Split a thread's events into those that nest properly (and all that are not slices), and the rest."""
     fitting, others = [], []
     open_: list[float] = []
     for event in sorted(events, key=lambda e: (float(e["ts"]), -float(e.get("dur", 0)))):
@@ -148,12 +148,12 @@ def _slice(process: int, thread: int, name: str, event: Event, origin: float) ->
     found: Chrome = {"ph": "X", "cat": event.what, "name": name, "pid": process, "tid": thread}
     found |= {"ts": round(event.begin - origin, 3), "dur": round(event.length, 3)}
     args = {"stage": event.stage, "micro_batch": event.micro_batch, "bytes": event.size}
-    told = {key: value for key, value in args.items() if value > (0 if key == "bytes" else -1)}
-    return {**found, "args": told} if told else found
+    known = {key: value for key, value in args.items() if value > (0 if key == "bytes" else -1)}
+    return {**found, "args": known} if known else found
 
 
 def _arrow(rank: RankRecord, event: Event, step: int, origin: float, arrows: _Arrows) -> Chrome:
-    """Return one end of the arrow of a message: it binds to the slice of send or wait around it."""
+    """Return one end of a message's arrow; it binds to the enclosing send or wait slice."""
     kind = event.what.split()[1]
     number = arrows.number((rank.pipeline, step, kind, event.stage, event.micro_batch))
     found: Chrome = {"cat": "message", "name": kind, "id": number, "pid": rank.rank, "tid": SCHEDULE}
@@ -163,7 +163,7 @@ def _arrow(rank: RankRecord, event: Event, step: int, origin: float, arrows: _Ar
 
 
 def _lanes(events: Sequence[Event]) -> list[list[Event]]:
-    """Deal events out to as few lanes as there are at one time, so that those of a lane do not overlap."""
+    """Distribute events over as few lanes as possible, so that the events of a lane do not overlap."""
     lanes: list[list[Event]] = []
     for event in sorted(events, key=lambda e: e.begin):
         free = next((lane for lane in lanes if lane[-1].end <= event.begin), None)

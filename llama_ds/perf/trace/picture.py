@@ -1,11 +1,11 @@
-"""A recorded step as an SVG: a row for each rank, a box for each thing it did, and below it what was under way."""
+"""A recorded step as an SVG: a row per rank, a box per event, and below it the communication in flight."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from xml.sax.saxutils import escape
 
-from llama_ds.perf.trace.kinds import COMPUTE, UNDER_WAY
+from llama_ds.perf.trace.kinds import COMPUTE, IN_FLIGHT
 from llama_ds.perf.trace.read import Event, RankRecord
 
 _COLOURS = {
@@ -26,11 +26,11 @@ _COLOURS = {
     "send activation": "#e15759",
     "send grad": "#e15759",
 }
-_UNDER_WAY = {"tp": "#86bcb6", "reduce": "#76b7b2", "gather": "#76b7b2", "agree": "#76b7b2"}
+_IN_FLIGHT_COLOURS = {"tp": "#86bcb6", "reduce": "#76b7b2", "gather": "#76b7b2", "agree": "#76b7b2"}
 
 
 def picture(ranks: Iterable[RankRecord], title: str) -> str:
-    """Return the first recorded step of the ranks."""
+    """Return the SVG of the ranks' first recorded step."""
     kept = list(ranks)
     steps = [rank.steps()[0] for rank in kept]
     begin = min(step.begin for step, _ in steps)
@@ -48,16 +48,16 @@ def picture(ranks: Iterable[RankRecord], title: str) -> str:
         top = 34 + n * row
         parts.append(f'<text x="10" y="{top + 18}">rank {rank.rank}</text>')
         for event in inner:
-            if event.what in _COLOURS or event.what in UNDER_WAY:
+            if event.what in _COLOURS or event.what in IN_FLIGHT:
                 parts += _box(event, left + (event.begin - begin) * scale, event.length * scale, top)
     return "\n".join([*parts, *_legend(left, height), "</svg>"])
 
 
 def _box(event: Event, x: float, width: float, top: int) -> list[str]:
     label = f"{event.what}{'' if event.micro_batch < 0 else f' {event.micro_batch}'}, {event.length / 1e3:.1f} ms"
-    under_way = event.what in UNDER_WAY
-    box = f'y="{top + 24}" height="4"' if under_way else f'y="{top}" height="22"'
-    colour = _UNDER_WAY[event.what] if under_way else _COLOURS[event.what]
+    in_flight = event.what in IN_FLIGHT
+    box = f'y="{top + 24}" height="4"' if in_flight else f'y="{top}" height="22"'
+    colour = _IN_FLIGHT_COLOURS[event.what] if in_flight else _COLOURS[event.what]
     parts = [f'<rect x="{x:.1f}" {box} width="{max(width, 0.3):.1f}" fill="{colour}"><title>{label}</title></rect>']
     if event.what in COMPUTE and width > 14:
         parts.append(f'<text x="{x + 2:.1f}" y="{top + 15}" fill="white">{event.micro_batch}</text>')
@@ -73,10 +73,13 @@ def _legend(left: float, height: int) -> list[str]:
         "optimizer": "optimizer",
         "wait for data": "wait data",
         "wait for a stage": "wait grad",
-        "held up by communication": "wait tp",
+        "wait for communication": "wait tp",
     }
     parts, x = [], left
-    for text, colour in {**{k: _COLOURS[v] for k, v in boxes.items()}, "under way": _UNDER_WAY["gather"]}.items():
+    for text, colour in {
+        **{k: _COLOURS[v] for k, v in boxes.items()},
+        "in flight": _IN_FLIGHT_COLOURS["gather"],
+    }.items():
         parts.append(f'<rect x="{x:.0f}" y="{height - 22}" width="12" height="12" fill="{colour}"/>')
         parts.append(f'<text x="{x + 16:.0f}" y="{height - 12}">{text}</text>')
         x += 26 + 6.5 * len(text)

@@ -1,7 +1,7 @@
-"""The records that ranks leave of steps (`llama_ds.parallel.trace`), read and put onto one clock.
+"""Reads the ranks' records of steps (`llama_ds.parallel.trace`) and aligns them to one clock.
 
-A file rank<N>.json holds where its rank stands, how its clock differs from rank 0's, and its events in rows: what it
-was, begin and end in microseconds of the rank's own clock, stage, micro-batch, bytes.
+A file rank<N>.json has the rank's coordinates and host, the offset of its clock from rank 0's, and its events as rows:
+kind, begin and end in microseconds on the rank's own clock, stage, micro-batch, bytes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from llama_ds.schedules.schedule import NAMES, Schedule
 
 _PROFILE = re.compile(r"profile_rank(\d+)\.json\.gz")
 _RANK = re.compile(r"rank(\d+)\.json")
-MOST_SHOWN = 64  # ranks that are drawn, or merged into one trace
-_MOST_NAMED = 8
+MAX_SHOWN = 64  # ranks to draw, or to merge into one trace
+_MAX_NAMED = 8
 
 
 class Event(NamedTuple):
-    """Something that lasted, on rank 0's clock in microseconds."""
+    """A recorded interval, in microseconds on rank 0's clock."""
 
     what: str
     begin: float
@@ -39,24 +39,24 @@ class Event(NamedTuple):
 
     @property
     def length(self) -> float:
-        """How long it lasted, in microseconds."""
+        """Duration in microseconds."""
         return self.end - self.begin
 
 
 @dataclass(frozen=True)
 class RankClock:
-    """What to add to a rank's clock to have rank 0's: measured at points of the rank's time, along a line elsewhere."""
+    """Offset from a rank's clock to rank 0's: measured at some points, linear in between."""
 
-    points: tuple[tuple[float, float, float], ...]  # at, offset, and its greatest possible error; microseconds
+    points: tuple[tuple[float, float, float], ...]  # time, offset, maximum error of the offset; microseconds
 
     @property
     def error(self) -> float | None:
-        """The greatest possible error at the points, in microseconds; None where nothing is known."""
+        """Maximum error at the points, in microseconds; None without points."""
         return max((error for _, _, error in self.points), default=None)
 
     @property
     def line(self) -> tuple[float, float, float]:
-        """(t0, offset, drift): rank 0's clock shows t + offset + (t - t0) drift at t."""
+        """(t0, offset, drift): at the rank's time t, rank 0's clock shows t + offset + (t - t0) * drift."""
         if not self.points:
             return 0.0, 0.0, 0.0
         first, last = self.points[0], self.points[-1]
@@ -66,36 +66,36 @@ class RankClock:
 
 @dataclass(frozen=True)
 class RankRecord:
-    """What one rank recorded."""
+    """The record of one rank."""
 
     rank: int
     world: int
     host: str
     coords: Coords
-    about: dict[str, Any]  # schedule, device, dtype, first step, how many steps there are before the profiled ones
+    about: dict[str, Any]  # schedule, device, dtype, first step, number of steps before the profiled ones
     clock: RankClock
     events: list[Event]
 
     @property
-    def place(self) -> str:
-        """Where it stands, in words."""
+    def location(self) -> str:
+        """Coordinates and host as text."""
         return f"{self.coords.words()}, {self.host}"
 
     @property
     def pipeline(self) -> Coords:
-        """What the ranks of its pipeline have in common."""
+        """Key of the rank's pipeline: its coordinates without pp."""
         return self.coords._replace(pp=0)
 
     @property
     def schedule(self) -> Schedule:
-        """The schedule that it ran."""
+        """The schedule that the rank ran."""
         about = self.about
         return Schedule(
             about["schedule"], about["pp"], about["micro_batches"], about["virtual_stages"], about["extra_warmup"]
         )
 
     def steps(self) -> list[tuple[Event, list[Event]]]:
-        """Return each step with what began within it, by begin; longer things first."""
+        """Return each step with the events that begin within it, sorted by begin, longer events first."""
         events = sorted(sorted(self.events, key=itemgetter(2), reverse=True), key=itemgetter(1))  # by end, by begin
         begins = [event.begin for event in events]
         found = []
@@ -106,10 +106,10 @@ class RankRecord:
 
 
 def rank_files(folder: str | Path) -> dict[int, Path]:
-    """Return the ranks' files of a folder, or of the folder `trace` in it, by rank.
+    """Return the ranks' files in a folder or its subfolder `trace`, by rank.
 
     Raises:
-        UserError: there are none, or not all ranks'.
+        UserError: There are no files, or those of some ranks are missing.
     """
     where = Path(folder)
     if not where.is_dir():
@@ -122,28 +122,28 @@ def rank_files(folder: str | Path) -> dict[int, Path]:
     world = read_rank(first).world
     missing = sorted(set(range(world)) - files.keys())
     if missing:
-        names = ", ".join(RANK_FILE.format(rank) for rank in missing[:_MOST_NAMED])
-        more = f" and {len(missing) - _MOST_NAMED} more" if len(missing) > _MOST_NAMED else ""
+        names = ", ".join(RANK_FILE.format(rank) for rank in missing[:_MAX_NAMED])
+        more = f" and {len(missing) - _MAX_NAMED} more" if len(missing) > _MAX_NAMED else ""
         raise UserError(
-            f"{where}: {len(missing)} of {world} ranks' files are missing: {names}{more}; messages cannot be followed "
+            f"{where}: {len(missing)} of {world} ranks' files are missing: {names}{more}; messages cannot be matched "
             "without them: copy them here, or record again"
         )
     if beyond := sorted(files.keys() - set(range(world))):
         raise UserError(
-            f"{files[beyond[0]]}: {first.name} is of {world} ranks, so this is another recording's; record into an "
-            "empty folder"
+            f"{files[beyond[0]]}: {first.name} is from a job of {world} ranks, so this file is from another recording; "
+            "record into an empty folder"
         )
     return files
 
 
 def shown(folder: str | Path) -> list[int]:
-    """Return the ranks that people are shown: all, or of more than MOST_SHOWN one pipeline's and those profiled.
+    """Return the ranks to show: all of them, or one pipeline and the profiled ranks if there are over MAX_SHOWN.
 
     Raises:
-        UserError: as `rank_files` and `read_rank`.
+        UserError: See `rank_files` and `read_rank`.
     """
     files = rank_files(folder)
-    if len(files) <= MOST_SHOWN:
+    if len(files) <= MAX_SHOWN:
         return list(files)
     first = next(iter(files.values()))
     pp = read_rank(first).about["pp"]
@@ -152,10 +152,10 @@ def shown(folder: str | Path) -> list[int]:
 
 
 def read(folder: str | Path, only: Collection[int] | None = None) -> Iterator[RankRecord]:
-    """Yield what the ranks of a folder recorded, or `only` these, one after the other.
+    """Yield the records of the ranks in a folder one by one, or `only` those of some ranks.
 
     Raises:
-        UserError: as `rank_files` and `read_rank`, or a file of another recording.
+        UserError: See `rank_files` and `read_rank`, or a file is from another recording.
     """
     files = rank_files(folder)
     first: RankRecord | None = None
@@ -169,16 +169,16 @@ def read(folder: str | Path, only: Collection[int] | None = None) -> Iterator[Ra
 
 
 def check_alike(path: Path, rank: RankRecord, first: RankRecord) -> None:
-    """Check that a rank's file is of the same recording as the first.
+    """Check that a rank's file is from the same recording as the first.
 
     Raises:
-        UserError: it is not.
+        UserError: It is from another recording.
     """
     for key in ("first_step", "measured_steps", "schedule", "pp", "micro_batches"):
         if rank.about[key] != first.about[key]:
             raise UserError(
-                f"{path}: {key} is {rank.about[key]!r}, rank {first.rank}'s is {first.about[key]!r}; the files are of "
-                "several recordings: record into an empty folder"
+                f"{path}: {key} is {rank.about[key]!r}, rank {first.rank}'s is {first.about[key]!r}; the files are "
+                "from several recordings: record into an empty folder"
             )
 
 
@@ -186,7 +186,7 @@ def read_rank(path: Path) -> RankRecord:
     """Read the file of one rank.
 
     Raises:
-        UserError: it is cut short, or no such file.
+        UserError: The file is missing or incomplete.
     """
     try:
         data = json.loads(path.read_bytes())
@@ -207,15 +207,15 @@ def read_rank(path: Path) -> RankRecord:
     except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
         what = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else error.strerror
         raise UserError(
-            f"{path}: is not a whole record of a rank's steps ({what}); copy it again, or record again"
+            f"{path}: is not a complete record of a rank's steps ({what}); copy it again, or record again"
         ) from None
     if not any(event.what == "step" for event in events):
-        raise UserError(f"{path}: holds no whole step; let the run go on beyond logging.trace_step, or record again")
+        raise UserError(f"{path}: has no complete step; let the run go on beyond logging.trace_step, or record again")
     return found
 
 
 def profiles(where: Path) -> dict[int, Path]:
-    """Return the files of torch's profiler beside the ranks' files in `where`, by rank."""
+    """Return the files of torch's profiler in the folder `where`, by rank."""
     return {int(match[1]): path for path in sorted(where.iterdir()) if (match := _PROFILE.fullmatch(path.name))}
 
 
@@ -223,7 +223,7 @@ def read_profile(path: Path) -> list[dict[str, Any]]:
     """Return the events of a file of torch's profiler.
 
     Raises:
-        UserError: it is cut short, or no such file.
+        UserError: The file is missing or incomplete.
     """
     try:
         content = path.read_bytes()
@@ -231,4 +231,4 @@ def read_profile(path: Path) -> list[dict[str, Any]]:
         events = data["traceEvents"]
         return [event for event in events if isinstance(event, dict)]
     except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: is not a whole file of torch's profiler ({error}); record again") from None
+        raise UserError(f"{path}: is not a complete file of torch's profiler ({error}); record again") from None

@@ -1,4 +1,4 @@
-"""An analysis for people."""
+"""The analysis of a trace as text."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from llama_ds.perf.trace.analyse import Analysis
 from llama_ds.perf.trace.kernels import Devices, MeasuredProducts
 from llama_ds.perf.trace.kinds import COMMUNICATION
 
-_MOST_SHAPES = 3
-_LEAST_MS = 0.02  # of a kind of communication that is shown
-_MOST_PROFILED = 4  # ranks that are shown
+_MAX_SHAPES = 3  # matrix shapes to show per rank
+_MIN_MS = 0.02  # kinds of communication below this time are not shown
+_MAX_PROFILED = 4  # profiled ranks to show
 
 
 def table(found: dict[str, Analysis]) -> str:
-    """Return the analyses of named steps, a line for each."""
+    """Return a table with a line for each named analysis."""
     width = max(map(len, found))
     columns = ("compute", "recompute", "bubble", *(f"exposed_{kind}" for kind in COMMUNICATION), "optimizer", "data")
     heads = [name.removeprefix("exposed_") for name in columns]
@@ -30,17 +30,17 @@ def table(found: dict[str, Analysis]) -> str:
 
 
 def report(found: Analysis) -> str:
-    """Return where the time of recorded steps went, the worst ranks, and what the schedule could have had."""
+    """Return a breakdown of the recorded steps' time, the slowest ranks, and a comparison with the ideal schedule."""
     blocks = (_head(found), _time(found), _communication(found), _ideal(found), _ranks(found))
-    profiled = [_products(rank, p) for rank, p in list(found.products.items())[:_MOST_PROFILED]]
-    profiled += [_kernels(rank, d) for rank, d in list(found.kernels.items())[:_MOST_PROFILED]]
-    if (more := len(found.products) - _MOST_PROFILED) > 0:
+    profiled = [_products(rank, p) for rank, p in list(found.products.items())[:_MAX_PROFILED]]
+    profiled += [_kernels(rank, d) for rank, d in list(found.kernels.items())[:_MAX_PROFILED]]
+    if (more := len(found.products) - _MAX_PROFILED) > 0:
         profiled.append([f"{more} more ranks were profiled: --json has them"])
     return "\n\n".join("\n".join(lines) for lines in (*blocks, *profiled) if lines)
 
 
 def as_json(found: Analysis) -> dict[str, Any]:
-    """Return an analysis for scripts."""
+    """Return the analysis as plain data for JSON."""
     values = asdict(found)
     for rank, products in found.products.items():
         values["products"][rank] |= {key: getattr(products, key) for key in ("flops", "seconds", "efficiency")}
@@ -57,14 +57,14 @@ def _head(found: Analysis) -> list[str]:
 def _time(found: Analysis) -> list[str]:
     words = {
         "compute": "forward and backward",
-        "recompute": "layers run again (policy full)",
+        "recompute": "recompute of layers (policy full)",
         "optimizer": "optimizer",
         "data": "waiting for data",
         "bubble": "waiting for ranks that still compute",
         **{f"exposed_{kind}": f"exposed communication, {kind}: {text}" for kind, text in COMMUNICATION.items()},
         "other": "other",
     }
-    lines = ["of all ranks' time"]
+    lines = ["share of all ranks' time"]
     for name, text in words.items():
         share = found.metrics[name]
         if share is not None and (share >= 0.005 or name in ("compute", "bubble")):
@@ -75,14 +75,14 @@ def _time(found: Analysis) -> list[str]:
 def _communication(found: Analysis) -> list[str]:
     if not found.communication:
         return []
-    lines = ["communication, ms of a rank and step    under way   exposed    hidden"]
+    lines = ["communication, ms per rank and step     in flight   exposed    hidden"]
     for kind, times in found.communication.items():
-        if max(times.values()) < _LEAST_MS:
+        if max(times.values()) < _MIN_MS:
             continue
         hidden = found.metrics[f"hidden_{kind}"]
-        under_way = f"{times['under_way_ms']:9.2f}" if hidden is not None else f"{'-':>9}"
+        in_flight = f"{times['under_way_ms']:9.2f}" if hidden is not None else f"{'-':>9}"
         share = f"{hidden:8.1f}%" if hidden is not None else f"{'-':>9}"
-        lines.append(f"  {kind:37} {under_way} {times['exposed_ms']:9.2f} {share}")
+        lines.append(f"  {kind:37} {in_flight} {times['exposed_ms']:9.2f} {share}")
     return lines
 
 
@@ -92,13 +92,13 @@ def _ideal(found: Analysis) -> list[str]:
         return []
     lost = {
         "lost_schedule": "its bubble, with equal stages and free messages",
-        "lost_imbalance": "stages that take unequal times",
-        "lost_messages": f"messages on their way ({ideal.transit / 1e3:.2f} ms in the median)",
-        "lost_rest": "the rest: times that vary, ranks held up by other waits",
+        "lost_imbalance": "unequal times of the stages",
+        "lost_messages": f"messages in transit ({ideal.transit / 1e3:.2f} ms median)",
+        "lost_rest": "the rest: variation, and other waits that delay ranks",
     }
     lines = [
         f"against the schedule, simulated with the measured times ({ideal.length / 1e3:.1f} ms, bubble "
-        f"{ideal.bubble:.1%}), of the step"
+        f"{ideal.bubble:.1%}), share of the step lost to"
     ]
     return lines + [f"  {metrics[name] or 0.0:6.2f}%  {text}" for name, text in lost.items()]
 
@@ -109,9 +109,9 @@ def _ranks(found: Analysis) -> list[str]:
         slowest = max(range(len(found.stages)), key=found.stages.__getitem__)
         stages = ", ".join(f"{time:.1f}" for time in found.stages[:16]) + (", .." if len(found.stages) > 16 else "")
         lines.append(
-            f"stages compute {stages} ms a step: stage {slowest} is {found.metrics['imbalance']:.1f}% above the mean"
+            f"stages compute {stages} ms per step: stage {slowest} is {found.metrics['imbalance']:.1f}% above the mean"
         )
-    lines.append("slowest ranks by their own computing, and the median of their stage")
+    lines.append("slowest ranks by compute time, and the median of their stage")
     shown = [slow for slow in found.slowest if slow.own_ms > slow.median_ms] or found.slowest[:1]
     return lines + [
         f"  rank {slow.rank:<5} {slow.own_ms:9.1f} ms {slow.median_ms:9.1f} ms  ({slow.place})" for slow in shown
@@ -119,13 +119,13 @@ def _ranks(found: Analysis) -> list[str]:
 
 
 def _products(rank: int, found: MeasuredProducts) -> list[str]:
-    against = f"the peak of {found.peak}" if found.peak else "the best product here, as the device's peak is not known"
+    against = f"the peak of {found.peak}" if found.peak else "the best product here, as the device's peak is unknown"
     lines = [
         f"rank {rank}: {sum(s.count for s in found.shapes)} matrix products, {found.flops / 1e9:.1f} GFLOP in "
         f"{found.seconds * 1e3:.1f} ms: {found.flops / max(found.seconds, 1e-12) / 1e9:.1f} GFLOP/s, "
         f"{found.efficiency or 0.0:.0%} of {against}"
     ]
-    for shape in found.shapes[:_MOST_SHAPES]:
+    for shape in found.shapes[:_MAX_SHAPES]:
         lines.append(
             f"  ({shape.m}, {shape.k}) ({shape.k}, {shape.n}) {shape.dtype}, {shape.count} times: "
             f"{shape.seconds * 1e3:.1f} ms, {shape.rate / 1e9:.1f} GFLOP/s"
@@ -136,7 +136,7 @@ def _products(rank: int, found: MeasuredProducts) -> list[str]:
 def _kernels(rank: int, found: Devices) -> list[str]:
     hidden = found.overlap / found.communication if found.communication else 0.0
     return [
-        f"rank {rank}: kernels over {found.span / 1e3:.1f} ms: computing {found.compute / found.span:.1%}, "
-        f"communication {found.communication / found.span:.1%} ({hidden:.1%} of it hidden by computing), none at all "
+        f"rank {rank}: kernels over {found.span / 1e3:.1f} ms: compute {found.compute / found.span:.1%}, "
+        f"communication {found.communication / found.span:.1%} ({hidden:.1%} of it hidden by compute), idle "
         f"{found.idle_kernels:.1%}"
     ]

@@ -1,4 +1,4 @@
-"""Arithmetic of times that may nest or overlap."""
+"""Arithmetic of intervals that may nest or overlap."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ Interval = tuple[float, float]
 
 
 def own_times(outer: Event, inner: Sequence[Event]) -> tuple[float, list[float]]:
-    """Return how long `outer`, and each of `inner`, lasted without what lies within it.
+    """Return the durations of `outer` and of each of `inner`, both without their nested events.
 
-    `inner` is sorted by begin, longer events first. What reaches beyond the event around it counts up to its end.
+    `inner` is sorted by begin, longer events first. An event that exceeds its enclosing event is truncated.
     """
     left = [outer.length, *[0.0] * len(inner)]
     open_: list[tuple[float, int]] = [(outer.end, 0)]
@@ -28,7 +28,7 @@ def own_times(outer: Event, inner: Sequence[Event]) -> tuple[float, list[float]]
 
 
 def merged(intervals: Iterable[Interval]) -> list[Interval]:
-    """Return the times in which at least one of `intervals` lasts, in order and apart."""
+    """Return the union of `intervals` as sorted, disjoint intervals."""
     found: list[Interval] = []
     for begin, end in sorted(intervals):
         if found and begin <= found[-1][1]:
@@ -39,12 +39,12 @@ def merged(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def total(intervals: Iterable[Interval]) -> float:
-    """Return the time in which at least one of `intervals` lasts."""
+    """Return the length of the union of `intervals`."""
     return sum(end - begin for begin, end in merged(intervals))
 
 
 def common(a: Sequence[Interval], b: Sequence[Interval]) -> float:
-    """Return the time in which both last, of two results of `merged`."""
+    """Return the length of the intersection of two results of `merged`."""
     i = j = 0
     time = 0.0
     while i < len(a) and j < len(b):
