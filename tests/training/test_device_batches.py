@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_ds.data.read_ahead import ReadAhead
-from llama_ds.training.device_batches import Arriving, on_device
+from llama_ds.training.device_batches import InFlightBatch, on_device
 
 
 def batches() -> list[np.ndarray]:
@@ -28,7 +28,7 @@ def test_a_gpu_gets_them_while_it_computes() -> None:
         for _ in range(4):  # the current stream is behind: a copy that it does not wait for would be read too early
             busy = busy @ busy / 4096
         arriving = next(ahead)
-        assert isinstance(arriving, Arriving)
+        assert isinstance(arriving, InFlightBatch)
         rows = arriving.take()
         assert rows.dtype == torch.int64 and rows.device == device
         assert torch.equal(rows.cpu(), torch.from_numpy(wanted).long())

@@ -71,17 +71,17 @@ def test_ranks_that_fit_pass(check: Callable[[list[RankReport]], Check]) -> None
 @pytest.mark.parametrize(
     ("check", "ranks", "words"),
     [
-        (check_messages, [rank_report(0, sent(1, 16)), rank_report(1)], "number 1 is 16 bytes sent, none received"),
-        (check_messages, [rank_report(0), rank_report(1, received(0, 4))], "number 1 is none sent, 4 bytes received"),
+        (check_messages, [rank_report(0, sent(1, 16)), rank_report(1)], "message 1: 16 bytes sent, none received"),
+        (check_messages, [rank_report(0), rank_report(1, received(0, 4))], "message 1: none sent, 4 bytes received"),
         (
             check_messages,
             [rank_report(0, sent(1, 8), sent(1, 16)), rank_report(1, received(0, 8), received(0, 8))],
-            "rank 0 to rank 1: of 2 sends and 2 receives number 2 is 16 bytes sent, 8 bytes received",
+            "rank 0 to rank 1, 2 sends and 2 receives: message 2: 16 bytes sent, 8 bytes received",
         ),
         (
             check_collectives,
             [rank_report(0, reduce(size=8)), rank_report(1, reduce(size=4))],
-            "group 1 of ranks 0, 1: number 1 is all_reduce of 8 bytes on rank 0, all_reduce of 4 bytes on rank 1",
+            "group 1 of ranks 0, 1: collective 1 is all_reduce of 8 bytes on rank 0, all_reduce of 4 bytes on rank 1",
         ),
         (
             check_collectives,
@@ -100,7 +100,7 @@ def test_ranks_that_fit_pass(check: Callable[[list[RankReport]], Check]) -> None
             "2 ranks wait for one another: rank 0 in all_reduce of group 1 (0, 1); rank 1 in all_reduce of group 2",
         ),
         (check_progress, [rank_report(0, reduce()), rank_report(1)], "1 ranks wait"),
-        (check_groups, [rank_report(0), rank_report(1, new_groups="other")], "rank 0 and rank 1 make other groups"),
+        (check_groups, [rank_report(0), rank_report(1, new_groups="other")], "ranks 0 and 1 create different groups"),
         (
             check_groups,
             [rank_report(0), rank_report(1, groups=[ProcessGroup("1", (1, 2))])],

@@ -240,10 +240,10 @@ def test_damage_on_one_host_is_replaced_on_all(name: str, root: Path, outcome: C
     ("name", "words"),
     [
         ("none may be", ("1 shards are damaged, data.max_bad_shards = 0", "step 0, b, shard")),
-        ("other rows", ("step 1: ranks 0, 1 | 2, 3 of data-parallel rank 0 read other batches",)),
-        ("other rows later", ("ranks 0, 1 | 2, 3 of data-parallel rank 0 read other batches",)),
-        ("other manifest", ("step 0: ranks 0, 2, 3 | 1 have another order of the data",)),
-        ("other seed", ("step 0: ranks 0, 1, 2 | 3 have another order of the data",)),
+        ("other rows", ("step 1: ranks 0, 1 | 2, 3 of data-parallel rank 0 read different batches",)),
+        ("other rows later", ("ranks 0, 1 | 2, 3 of data-parallel rank 0 read different batches",)),
+        ("other manifest", ("step 0: ranks 0, 2, 3 | 1 have a different data order",)),
+        ("other seed", ("step 0: ranks 0, 1, 2 | 3 have a different data order",)),
         ("spoilt", ("was cut short after it had been checked",)),
     ],
 )
