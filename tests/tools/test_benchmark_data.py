@@ -85,7 +85,7 @@ def test_the_table_says_what_was_left_out(measured: tuple[dict[str, Any], str]) 
 
 
 @pytest.mark.parametrize(
-    ("python", "message"), [("/no/python", "cannot be run as a Python"), ("/bin/false", "is of no use here")]
+    ("python", "message"), [("/no/python", "cannot be started"), ("/bin/false", "cannot run the benchmark")]
 )
 def test_an_interpreter_that_will_not_do_is_the_users_mistake(python: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{python}: {message}"):
