@@ -117,7 +117,7 @@ def test_selected_hosts_are_a_hostfile_or_a_list_of_slots(tmp_path: Path) -> Non
         (["check", "hostfiles/2x8", "--run", "ds_configs/llama_7b.yaml", "training.global_batch=3"], "global_batch"),
         (
             ["map", "hostfiles/2x8", "--run", "ds_configs/llama_7b.yaml", "--tp", 2],
-            "command line: --pp and --tp are in",
+            "command line: --pp and --tp conflict with --run",
         ),
         (["map", "hostfiles/2x8", "--svg", "gone/x.svg"], "gone/x.svg: cannot be written: No such file or directory"),
         (

@@ -158,7 +158,7 @@ def test_memory_is_what_trainer_and_planner_say(run_file: Path) -> None:
         (["--world", "8", "parallel.pp=2", "parallel.schedule=deepspeed"], ["schedule = deepspeed", "use"]),
         (
             ["--world", "8", "deepspeed.zero_optimization.offload_optimizer.device=cpu"],
-            ["offload_optimizer", "take it"],
+            ["offload_optimizer", "remove it"],
         ),
         (["--hostfile", "/nowhere/hosts"], ["/nowhere/hosts"]),
         (["--world", "8", "modell.x=1"], ["modell", "did you mean 'model'?"]),
