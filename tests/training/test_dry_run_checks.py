@@ -1,4 +1,4 @@
-"""The checks between ranks of a dry run find what they are for, and say where."""
+"""The consistency checks of the dry run find mismatches between ranks and name the ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PAIR, OTHER, PIPE = ProcessGroup("1", (0, 1)), ProcessGroup("2", (0, 1)), Proces
 
 
 def rank_report(rank: int, *step: IssuedCall, **changes: object) -> RankReport:
-    """A rank that is in the groups PAIR, OTHER and PIPE, numbered 0, 1 and 2."""
+    """The report of a rank in the groups PAIR, OTHER and PIPE, which have the indices 0, 1 and 2."""
     coords = LAYOUT.coords(rank)
     report = RankReport(
         rank=rank,
@@ -93,7 +93,7 @@ def test_ranks_that_fit_pass(check: Callable[[list[RankReport]], Check]) -> None
             [rank_report(0, IssuedCall("broadcast", 0, 0, 8)), rank_report(1, IssuedCall("broadcast", 0, 1, 8))],
             "with root 0 on rank 0, broadcast of 8 bytes with root 1",
         ),
-        # Each group's order agrees, but each rank waits in the group that the other comes to second.
+        # The order agrees within each group, but each rank first waits in the group that the other enters second.
         (
             check_progress,
             [rank_report(0, reduce(0), reduce(1)), rank_report(1, reduce(1), reduce(0))],

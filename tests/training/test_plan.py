@@ -1,4 +1,4 @@
-"""What --dry-run prints: the numbers a user decides by."""
+"""The plan that --dry-run prints: its numbers are correct."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_plan_of_65b_says_what_will_run() -> None:
 
 @pytest.mark.parametrize(("pp", "tp"), [(1, 1), (1, 2), (3, 1), (3, 2)])
 def test_stages_hold_the_whole_model(pp: int, tp: int) -> None:
-    """Shards over tp add up, but for the norms, which every rank holds."""
+    """TP shards add up to the model, except the norms, which every rank holds."""
     model = ModelConfig(512, 64, 96, 6, 8, 2, 8)
     held = stage_parameters(model, boundaries(model, 32, pp, None), tp)
     norms = (2 * 6 + 1) * 64
