@@ -73,7 +73,7 @@ def convert_model(args: argparse.Namespace) -> None:
     tokenizer = sentencepiece_tokenizer(files) if args.to == "hf" and not holds_huggingface(files.path) else None
     plan = plan_of(files, args.to, target, tokenizer)
     options = Options(args.overwrite, args.workers or Options.workers)
-    with closing(Bars()) as bars:
+    with closing(ProgressBars()) as bars:
 
         def proof_of(folder: str) -> Proof:
             reference = transformers_logits if args.to == "hf" else None
@@ -84,7 +84,7 @@ def convert_model(args: argparse.Namespace) -> None:
     print("\n".join(proof.lines()))
 
 
-class Bars:
+class ProgressBars:
     """Shows a progress bar over bytes for each task in turn."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: in
     table = files.tensors[EMBEDDING_KEY]
     if isinstance(table, TableRows) and table.source.shape[0] != table.shape[0]:
         change = table.shape[0] - table.source.shape[0]
-        what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows left out"
+        what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows removed"
         print(f"vocabulary: {table.source.shape[0]} -> {table.shape[0]} rows, {what}")
     if files.tokenizer is None and kind != "hf":
         print(f"no tokenizer was written: {files.path} has no tokenizer.model")

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llama_ds.benchmarks.layer import LayerContestant
-from llama_ds.benchmarks.step import Step, Timing, gemm_step, training_step, with_products
+from llama_ds.benchmarks.step import Step, Timing, gemm_step, training_step, with_matmul_precision
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
@@ -116,13 +116,13 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]
     chosen = torch.get_float32_matmul_precision()
     gemms = gemm_step(run.model, ids.numel(), dtype)
     return {
-        "transformers": with_products(theirs(fused=None), torch_default),
-        "transformers_fused_adamw": with_products(theirs(fused=True), torch_default),
-        "transformers_our_products": with_products(theirs(fused=True), chosen),
-        "llama_ds_model": with_products(own, chosen),
-        "llama_ds_engine": with_products(_engine_step(run, batch), chosen),
-        "gemms": with_products(gemms, torch_default),
-        "gemms_our_products": with_products(gemms, chosen),
+        "transformers": with_matmul_precision(theirs(fused=None), torch_default),
+        "transformers_fused_adamw": with_matmul_precision(theirs(fused=True), torch_default),
+        "transformers_our_products": with_matmul_precision(theirs(fused=True), chosen),
+        "llama_ds_model": with_matmul_precision(own, chosen),
+        "llama_ds_engine": with_matmul_precision(_engine_step(run, batch), chosen),
+        "gemms": with_matmul_precision(gemms, torch_default),
+        "gemms_our_products": with_matmul_precision(gemms, chosen),
     }
 
 

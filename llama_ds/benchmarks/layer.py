@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from llama_ds.benchmarks.step import Step, with_products
+from llama_ds.benchmarks.step import Step, with_matmul_precision
 from llama_ds.config.schema import ModelConfig
 from llama_ds.log import without_profiler_marks
 
@@ -29,12 +29,11 @@ def shard(model: ModelConfig, tp: int) -> ModelConfig:
 
 @dataclass(frozen=True)
 class LayerContestant:
-    """A layer, its call, its matmul precision (`with_products`), and constant tensors (tables) that all layers share
-    and that do not count as saved."""
+    """A layer, its call, its matmul precision, and constant tensors (tables) that do not count as saved memory."""
 
     module: nn.Module
     call: Callable[[Tensor], Tensor]
-    products: str
+    precision: str
     constants: tuple[Tensor, ...] = ()
 
     def step(self, x: Tensor, grad: Tensor) -> Step:
@@ -47,7 +46,7 @@ class LayerContestant:
             assert inputs.grad is not None
             return float(inputs.grad.norm())  # synchronises with the device
 
-        return with_products(run, self.products)
+        return with_matmul_precision(run, self.precision)
 
     def saved_bytes(self, x: Tensor) -> int:
         """Return the bytes that autograd saves for the backward, without weights and constants."""

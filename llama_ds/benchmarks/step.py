@@ -50,7 +50,7 @@ def time_interleaved(
     return timings
 
 
-def with_products(step: Step, precision: str) -> Step:
+def with_matmul_precision(step: Step, precision: str) -> Step:
     """Return the step with torch.set_float32_matmul_precision(`precision`) in effect."""
 
     def run() -> float:

@@ -160,9 +160,9 @@ def _data(run: RunConfig) -> Iterable[tuple[str, ...]]:
     for source in run.data.sources:
         weights = [source.weight, *(stage.weights.get(source.name, 0.0) for stage in stages)]
         tokens = sum(weight * (end - start) for weight, (start, end) in zip(weights, pairwise(ends), strict=True))
-        whole = short(tokens / source.epochs) if source.epochs else "-"
+        size = short(tokens / source.epochs) if source.epochs else "-"
         epochs = f"{source.epochs:g}" if source.epochs else "-"
-        yield source.name, *(f"{weight:.2%}" for weight in weights), short(tokens), epochs, whole, source.path
+        yield source.name, *(f"{weight:.2%}" for weight in weights), short(tokens), epochs, size, source.path
 
 
 def _pairs(*pairs: tuple[str, object]) -> list[str]:

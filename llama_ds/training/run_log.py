@@ -23,7 +23,7 @@ class RunLog:
     def __init__(self, run: RunConfig, first_step: int) -> None:
         os.makedirs(run.run_dir, exist_ok=True)
         path = os.path.join(run.run_dir, "metrics.jsonl")
-        forget_after(path, first_step)
+        drop_steps_after(path, first_step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         steps = run.training.steps
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
@@ -75,7 +75,7 @@ def open_run_log(run: RunConfig, first_step: int) -> RunLog:
     return log
 
 
-def forget_after(path: str, step: int) -> None:
+def drop_steps_after(path: str, step: int) -> None:
     """Drop the lines of steps after `step` from a JSON Lines file: a run resumed at `step` writes them again."""
     if not os.path.exists(path):
         return

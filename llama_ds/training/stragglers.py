@@ -25,7 +25,7 @@ from llama_ds.parallel import world
 from llama_ds.parallel.step_times import PARTS
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.outliers import Outliers, SlowLink, SlowRanks, find
-from llama_ds.training.run_log import forget_after
+from llama_ds.training.run_log import drop_steps_after
 
 FILE = "stragglers.jsonl"
 MAX_CONSOLE_LINES = 8  # stragglers.jsonl has them all
@@ -52,7 +52,7 @@ class Stragglers:
         self._path = os.path.join(run.run_dir, FILE)
         self._hosts = world.gather(host) if self._every else []
         if self._every and self._active:
-            forget_after(self._path, first)
+            drop_steps_after(self._path, first)
 
     def before_step(self) -> None:
         """Start timing a step, unless it is traced."""
@@ -132,10 +132,10 @@ def _slow_line(group: list[SlowRanks], hosts: list[str], ranks_on: Counter[str],
     ranks = [rank for slow in group for rank in slow.ranks]
     worst = max(group, key=_excess)
     host = hosts[ranks[0]]
-    whole = len(ranks_on) > 1 and len(ranks) > 1 and 2 * len(ranks) > ranks_on[host]
-    named = f"SLOW HOST: {host} ({_ranks(ranks)})" if whole else f"SLOW: {_ranks(ranks)} on {host}"
+    host_is_slow = len(ranks_on) > 1 and len(ranks) > 1 and 2 * len(ranks) > ranks_on[host]
+    named = f"SLOW HOST: {host} ({_ranks(ranks)})" if host_is_slow else f"SLOW: {_ranks(ranks)} on {host}"
     more = _excess(worst)
-    steadily = "" if worst.steady else ", in few of the steps"
+    steadily = "" if worst.steady else ", only in a few of the steps"
     return (
         f"{named}: {LABELS[worst.part]} {worst.time:.0f} ms a step, the median of its stage is {worst.median:.0f} ms: "
         f"{more:.0f} ms ({more / step:.0%} of the step) for which all ranks wait{steadily}"

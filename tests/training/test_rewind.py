@@ -152,7 +152,7 @@ def test_what_others_left_is_set_aside_beside_what_is_beyond(folder: Path) -> No
 
 
 def test_latest_is_heard_among_the_earlier_ones(folder: Path) -> None:
-    """Otherwise a run that was reset by hand would resume from the checkpoint that it was to leave."""
+    """Otherwise a run that was reset by hand would resume from the newer checkpoint."""
     (folder / store.LATEST).write_text(store.tag_of(2))
     assert seen(folder, run_of(4)) == ([2, 4], [8, 6])
 

@@ -143,7 +143,7 @@ def test_many_ranks_are_judged_by_the_share_and_stalls_are_called_so() -> None:
         made[0, 5, 0, COMPUTE] += more * STEP
         assert named(judge(made)) == slow
     (line,) = lines(judge(made, usual=times((1, 16, 1))), hosts_of(16))
-    assert line.endswith("for which all ranks wait, in few of the steps")
+    assert line.endswith("for which all ranks wait, only in a few of the steps")
 
 
 def test_a_save_between_two_steps_accuses_nobody() -> None:

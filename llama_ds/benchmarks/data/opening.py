@@ -14,9 +14,9 @@ import sys
 from typing import Any
 
 from llama_ds.benchmarks.data.bench import OURS, DataBench
-from llama_ds.benchmarks.data.made_sources import simulate_source, write_run
 from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, median, ours, rival, summary
 from llama_ds.benchmarks.data.reading import STREAMING, WEBDATASET, webdataset_request
+from llama_ds.benchmarks.data.simulated_data import simulate_source, write_run
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import save_state

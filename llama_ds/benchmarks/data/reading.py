@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from llama_ds.benchmarks.data.bench import OURS, DataBench
-from llama_ds.benchmarks.data.made_sources import write_rows, write_run
 from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, ours, rival, summary
 from llama_ds.benchmarks.data.rivals import digest_of
+from llama_ds.benchmarks.data.simulated_data import write_rows, write_run
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.source import tar_rows
 from llama_ds.data.source.manifest import shard_name

@@ -11,8 +11,8 @@ from typing import Any
 
 from llama_ds.benchmarks.data import building, opening, reading
 from llama_ds.benchmarks.data.bench import DataBench, DataBenchSizes
-from llama_ds.benchmarks.data.made_sources import gather_texts
 from llama_ds.benchmarks.data.processes import rival
+from llama_ds.benchmarks.data.simulated_data import gather_texts
 from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.errors import UserError

@@ -154,14 +154,14 @@ def check_parameters(run: RunConfig, layout: Layout, reports: Sequence[RankRepor
     name = "parameters"
     by_position: dict[int, tuple[int, int]] = {}
     for report in reports:
-        own = report.parameters_cut, report.parameters_whole
+        own = report.parameters_sharded, report.parameters_replicated
         if by_position.setdefault(report.coords.pp, own) != own:
             return Check(
                 name, False, f"rank {report.rank} holds {report.parameters} parameters, unlike others of its stage"
             )
     if len(by_position) < layout.pp:
         return Check(name, True, f"equal on ranks of a stage; {layout.pp - len(by_position)} stages were not run")
-    total = sum(cut * layout.tp + whole for cut, whole in by_position.values())
+    total = sum(sharded * layout.tp + replicated for sharded, replicated in by_position.values())
     model = parameter_count(run.model)
     return Check(name, total == model, f"all stages hold {total:,}, the model has {model:,}")
 

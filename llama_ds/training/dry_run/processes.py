@@ -16,11 +16,11 @@ from typing import Any
 from llama_ds import log
 from llama_ds.errors import UserError
 from llama_ds.parallel.world import RankInfo
-from llama_ds.training.dry_run.rank import DryRunTask, dry_rank
+from llama_ds.training.dry_run.rank import DryRunTask, simulate_rank
 from llama_ds.training.dry_run.report import RankReport
 
 
-def dry_ranks(task: DryRunTask, rank_infos: Sequence[RankInfo], jobs: int) -> list[RankReport]:
+def simulate_ranks(task: DryRunTask, rank_infos: Sequence[RankInfo], jobs: int) -> list[RankReport]:
     """Return the reports of `rank_infos` in order; at most `jobs` processes run at a time.
 
     Raises:
@@ -74,7 +74,7 @@ def _run_rank(task: DryRunTask, rank_info: RankInfo, out: Connection) -> None:
     with open(os.devnull, "w") as null:
         os.dup2(null.fileno(), 1)  # stdout is reserved for the report
     try:
-        out.send(dry_rank(task, rank_info))
+        out.send(simulate_rank(task, rank_info))
     except UserError as error:
         out.send(error)
     except BaseException:

@@ -35,7 +35,7 @@ class DryRunTask:
     backend: str  # nccl or gloo: gradients are passed to them in different ways
 
 
-def dry_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
+def simulate_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
     """Build the engine of one rank and take one optimizer step. Call it only once in a process."""
     started = time.perf_counter()
     run, layout = task.run, task.layout
@@ -48,7 +48,7 @@ def dry_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
         batches = _Batches(layout.micro_batch, run.data.seq_len)
         result = engine.train_step(batches, run.optimizer.lr)
         engine.read(result)
-        cut, whole = parameter_counts(engine.deepspeed)
+        sharded, replicated = parameter_counts(engine.deepspeed)
         inner = engine.deepspeed
         batch = (inner.train_batch_size(), inner.gradient_accumulation_steps(), inner.dp_world_size)
     groups: dict[ProcessGroup, int] = {}
@@ -59,8 +59,8 @@ def dry_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
         rank=rank_info.rank,
         coords=coords,
         stages=stages_of(run, layout, coords.pp),
-        parameters_cut=cut,
-        parameters_whole=whole,
+        parameters_sharded=sharded,
+        parameters_replicated=replicated,
         memory={category: size for category, size in ledger.peak.items() if size},
         planned=planned_memory(
             run, layout, ELEMENT_BYTES["bf16" if task.config["bf16"]["enabled"] else "fp32"], coords.pp

@@ -34,8 +34,8 @@ class RankReport:
     rank: int
     coords: Coords
     stages: list[int]
-    parameters_cut: int  # elements of this rank's tensor-parallel shards
-    parameters_whole: int  # elements replicated on all tensor-parallel ranks
+    parameters_sharded: int  # elements of this rank's tensor-parallel shards
+    parameters_replicated: int  # elements replicated on all tensor-parallel ranks
     memory: dict[str, int]
     planned: dict[str, int]  # predicted by layout/rank_memory.py and layout/recompute.py
     groups: list[ProcessGroup]
@@ -50,7 +50,7 @@ class RankReport:
 
     @property
     def parameters(self) -> int:
-        return self.parameters_cut + self.parameters_whole
+        return self.parameters_sharded + self.parameters_replicated
 
     @property
     def total(self) -> int:

@@ -41,24 +41,24 @@ def dry_run(
     started = time.perf_counter()
     run = load_run(run_file, overrides)
     layout = resolve_layout(run, sum(slots.values()))
-    run = _definite(run, device_gib)
+    run = _with_device(run, device_gib)
     chosen = choose_ranks(wanted, layout, "--rank")
     rows = check_rows(run, layout)
     config = deepspeed_config(run, layout, bf16_native=backend == "nccl")
 
     # Errors in the run file are reported before the slow imports of torch and DeepSpeed.
     from llama_ds.parallel.world import RankInfo
-    from llama_ds.training.dry_run.processes import dry_ranks
+    from llama_ds.training.dry_run.processes import simulate_ranks
     from llama_ds.training.dry_run.rank import DryRunTask
 
     local = [index for count in slots.values() for index in range(count)]
     rank_infos = [RankInfo(rank, layout.world, local[rank]) for rank in chosen]
-    reports = dry_ranks(DryRunTask(run, layout, config, backend), rank_infos, jobs)
+    reports = simulate_ranks(DryRunTask(run, layout, config, backend), rank_infos, jobs)
     checks = [*check_ranks(run, layout, reports), rows, *_check_fit(reports, device_gib)]
     return DryRun(run.name, layout, backend, reports, checks, time.perf_counter() - started)
 
 
-def _definite(run: RunConfig, device_gib: float | None) -> RunConfig:
+def _with_device(run: RunConfig, device_gib: float | None) -> RunConfig:
     """Return `run` with the device memory filled in and the attention kernels that need a GPU replaced.
 
     Raises:
