@@ -96,7 +96,7 @@ def read_reader(request: Request) -> dict[str, Any]:
 
 
 def read_source(request: Request) -> dict[str, Any]:
-    """Read the same rows in the same order with Source.read, without checks or int32 conversion."""
+    """Read the same rows in the same order with Source.read, unconverted, as stored in the shards."""
     from llama_ds.config.run_file import load_run
     from llama_ds.data.stream import open_data
 
