@@ -1,4 +1,4 @@
-"""The import rules of ARCHITECTURE.md, read off the syntax trees of llama_ds/ and tools/."""
+"""The import rules of ARCHITECTURE.md, checked on the syntax trees of llama_ds/ and tools/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 
-# Lowest first. A room may import itself and the rooms on lower floors; rooms on one floor are strangers.
+# Lowest first. A room may import itself and rooms on lower floors, but not other rooms on its own floor.
 FLOORS = (
     ("errors", "log", "machine", "child_processes"),
     ("command_line",),
@@ -46,14 +46,14 @@ DOORS = {
     "zstandard": ("llama_ds/data/text/piece_reader.py",),
 }
 
-# Variables by which launchers tell a process who it is, and the only files that may ask the environment for them.
+# Variables that launchers set to identify a rank, and the only files that may read them.
 RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMPI_COMM_WORLD_*", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 )
 RANK_READERS = ("llama_ds/parallel/*",)
 
-# Arithmetic and text: usable on a login node where torch is not installed.
+# Arithmetic and text, usable on a login node without torch.
 TORCH_FREE = (
     *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/machine.py", "llama_ds/child_processes.py"),
     *("llama_ds/command_line.py", "llama_ds/config/*", "llama_ds/layout/*"),
@@ -63,7 +63,7 @@ TORCH_FREE = (
 )
 
 VAGUE_NAMES = ("utils.py", "common.py", "helpers.py", "manager.py")
-MAX_LINES = 400  # of a file in llama_ds
+MAX_LINES = 400  # limit for a file in llama_ds
 
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -95,7 +95,7 @@ def module_of(path: str) -> str:
 
 
 class Names(ast.NodeVisitor):
-    """Collects the (line, dotted name) pairs that a file imports or uses, with `import a.b as c` seen through."""
+    """Collects the (line, dotted name) pairs that a file imports or uses, with aliases (`import a.b as c`) resolved."""
 
     def __init__(self, path: str, tree: ast.Module) -> None:
         package = module_of(path) if path.endswith("__init__.py") else module_of(path).rpartition(".")[0]
@@ -104,7 +104,7 @@ class Names(ast.NodeVisitor):
         self.imported: list[tuple[int, str]] = []
         self.used: list[tuple[int, str]] = []
         self.rank_variables: list[tuple[int, str]] = []
-        for node in ast.walk(tree):  # aliases first, for uses that stand above a late import
+        for node in ast.walk(tree):  # aliases first, because a use may precede a late import
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self.read_import(node)
         self.visit(tree)
@@ -177,20 +177,20 @@ def floor_violations(path: str, names: Names) -> Iterator[tuple[int, str]]:
             yield line, f"imports {module}: room '{there}' has no floor in FLOORS"
         elif FLOOR_OF[there] >= FLOOR_OF[here]:
             way = "sideways" if FLOOR_OF[there] == FLOOR_OF[here] else "up"
-            yield line, f"imports {module}: from {here} that points {way}; imports point down only"
+            yield line, f"imports {module}, which points {way} from {here}; imports point down only"
 
 
 def door_violations(path: str, names: Names) -> Iterator[tuple[int, str]]:
     for package, doors in DOORS.items():
         if not matches(path, doors):
             lines = {line for line, name in names.imported + names.used if is_within(name, package)}
-            yield from ((line, f"touches {package}: allowed only in {', '.join(doors)}") for line in lines)
+            yield from ((line, f"uses {package}: allowed only in {', '.join(doors)}") for line in lines)
     if not matches(path, RANK_READERS):
         for line, variable in names.rank_variables:
-            yield line, f"asks the environment for {variable}: allowed only in {', '.join(RANK_READERS)}"
+            yield line, f"reads the environment variable {variable}: allowed only in {', '.join(RANK_READERS)}"
     if matches(path, TORCH_FREE):
         lines = {line for line, name in names.imported if is_within(name, "torch")}
-        yield from ((line, "imports torch: this file is arithmetic or text and stays free of it") for line in lines)
+        yield from ((line, "imports torch: this file must work without it") for line in lines)
 
 
 def file_violations(path: str, source: str) -> Iterator[tuple[int, str]]:
@@ -222,13 +222,13 @@ def test_file_keeps_the_rules(path: str) -> None:
 
 
 def test_every_room_is_a_package() -> None:
-    """A folder without __init__.py would be left out of an installed llama_ds."""
+    """A folder without __init__.py would be missing from an installed llama_ds."""
     folders = {(REPO / path).parent for path in source_files() if path.startswith("llama_ds/")}
     assert [f for f in folders if not (f / "__init__.py").exists()] == []
 
 
 def test_torch_free_files_load_without_torch() -> None:
-    """What the syntax tree cannot see: an import of torch by way of another module or a room's __init__."""
+    """This finds what the syntax tree does not show: an import of torch through another module or an __init__."""
     modules = [module_of(path) for path in source_files() if matches(path, TORCH_FREE)]
     program = "import importlib, sys; sys.modules['torch'] = None\nfor m in sys.argv[1:]: importlib.import_module(m)"
     done = subprocess.run([sys.executable, "-c", program, *modules], cwd=REPO, capture_output=True, text=True)
@@ -247,18 +247,18 @@ def test_torch_free_files_load_without_torch() -> None:
         ("llama_ds/training/loop.py", "from tools import shards", 1, "points up"),
         ("llama_ds/attic/old.py", "", 1, "no floor"),
         ("llama_ds/__init__.py", "from llama_ds import log", 1, "stays empty"),
-        ("llama_ds/training/loop.py", "import deepspeed.comm as dist", 1, "touches deepspeed"),
-        ("tools/bench.py", "from torch import distributed as dist", 1, "touches torch.distributed"),
-        ("llama_ds/model/head.py", "import torch as t\nt.distributed.barrier()", 2, "touches torch.distributed"),
+        ("llama_ds/training/loop.py", "import deepspeed.comm as dist", 1, "uses deepspeed"),
+        ("tools/bench.py", "from torch import distributed as dist", 1, "uses torch.distributed"),
+        ("llama_ds/model/head.py", "import torch as t\nt.distributed.barrier()", 2, "uses torch.distributed"),
         ("llama_ds/model/layer.py", "import importlib\nimportlib.import_module('flash_attn.cute')", 2, "flash_attn"),
-        ("llama_ds/training/loop.py", "from yaml import safe_load", 1, "touches yaml"),
-        ("llama_ds/data/source/shards.py", "import sentencepiece", 1, "touches sentencepiece"),
-        ("llama_ds/checkpoint/hf.py", "from transformers import LlamaConfig", 1, "touches transformers"),
-        ("llama_ds/train.py", "import os\nos.environ['RANK']", 2, "asks the environment for RANK"),
-        ("llama_ds/train.py", "from os import environ\nenviron.get('LOCAL_RANK', 0)", 2, "for LOCAL_RANK"),
-        ("llama_ds/data/stream.py", "import os\nos.getenv('OMPI_COMM_WORLD_SIZE')", 2, "for OMPI_COMM_WORLD_SIZE"),
-        ("tools/bench.py", "import os\n'WORLD_SIZE' in os.environ", 2, "for WORLD_SIZE"),
-        ("tools/bench.py", "import os\nos.environ.update(MASTER_ADDR='x')", 2, "for MASTER_ADDR"),
+        ("llama_ds/training/loop.py", "from yaml import safe_load", 1, "uses yaml"),
+        ("llama_ds/data/source/shards.py", "import sentencepiece", 1, "uses sentencepiece"),
+        ("llama_ds/checkpoint/hf.py", "from transformers import LlamaConfig", 1, "uses transformers"),
+        ("llama_ds/train.py", "import os\nos.environ['RANK']", 2, "environment variable RANK"),
+        ("llama_ds/train.py", "from os import environ\nenviron.get('LOCAL_RANK', 0)", 2, "variable LOCAL_RANK"),
+        ("llama_ds/data/stream.py", "import os\nos.getenv('OMPI_COMM_WORLD_SIZE')", 2, "variable OMPI_COMM_WORLD_SIZE"),
+        ("tools/bench.py", "import os\n'WORLD_SIZE' in os.environ", 2, "variable WORLD_SIZE"),
+        ("tools/bench.py", "import os\nos.environ.update(MASTER_ADDR='x')", 2, "variable MASTER_ADDR"),
         ("llama_ds/launch/preflight.py", "import torch", 1, "imports torch"),
         ("llama_ds/data/order.py", "from torch import nn", 1, "imports torch"),
         ("tools/profile.py", "", 1, "shadows the standard library's profile"),

@@ -1,4 +1,4 @@
-"""The documentation agrees with the repository: links, file names, commands, lengths and the picture of the rooms."""
+"""The documentation agrees with the repository: links, file names, commands, lengths and the architecture diagram."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ PAGES = sorted(
 )
 MAX_LINES = {"README.md": 120, "docs/tour.md": 80}
 
-
 COMMAND = re.compile(r"^ +(?:\$ )?(?:python +)?tools/(\w+)\.py +(.*)$", re.MULTILINE)
-PLACEHOLDERS = ("...", "|")  # of a command that shows its grammar
+PLACEHOLDERS = ("...", "|")  # marks of a command that shows only its syntax
 
 
 def names_of(pages: list[Path]) -> list[str]:
@@ -40,16 +39,16 @@ def test_links_lead_somewhere(page: str) -> None:
         path, _, section = target.partition("#")
         if "://" in path:
             continue
-        there = (REPO / page).parent / path if path else REPO / page
-        assert there.exists(), f"{page} links to {target}, which does not exist"
+        linked = (REPO / page).parent / path if path else REPO / page
+        assert linked.exists(), f"{page} links to {target}, which does not exist"
         if section:
-            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
-            assert section in map(anchor, headings), f"{page} links to {target}: no such section"
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert section in map(anchor, headings), f"{page} links to {target}, which has no such section"
 
 
 @pytest.mark.parametrize("page", names_of(PAGES))
 def test_source_files_that_pages_name_exist(page: str) -> None:
-    """Pages name files of llama_ds from its root (`model/loss.py`) or from the repository's."""
+    """Pages name files relative to llama_ds (`model/loss.py`) or to the repository root."""
     text = (REPO / page).read_text(encoding="utf-8")
     for name in re.findall(r"`([a-z_]+(?:/[a-z_0-9]+)*/[a-z_0-9]+\.py)`", text):
         assert any((top / name).exists() for top in (REPO, REPO / "llama_ds")), f"{page} names {name}"
@@ -79,5 +78,5 @@ def test_entrance_pages_stay_short(page: str) -> None:
 
 
 def test_picture_of_the_rooms_is_current() -> None:
-    """Drawn from the imports in the code: run docs/architecture.py again when this fails."""
+    """The diagram is drawn from the imports in the code: if this fails, run docs/architecture.py again."""
     assert architecture.PICTURE.read_text(encoding="utf-8") == architecture.draw()

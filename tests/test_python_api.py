@@ -1,4 +1,4 @@
-"""The snippets of docs/python.md do what they show; models print their shapes; wrong input is one sentence."""
+"""The Python API: the snippets of docs/python.md run, models print their shapes, wrong input gives a one-line error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SNIPPET = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", re.DOTA
 
 @pytest.fixture(scope="module", autouse=True)
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Make the working directory a checkout after `make quickstart`, with less text and initial weights."""
+    """Make the working directory look like a checkout after `make quickstart`, with less text and initial weights."""
     root = tmp_path_factory.mktemp("checkout")
     (root / "ds_configs").symlink_to(ROOT / "ds_configs")
     with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def build_data(run: RunConfig) -> None:
-    """Train the tokenizer of the run and build its sources where it reads them."""
+    """Train the run's tokenizer and build its sources at their configured paths."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     Path("code").mkdir()
     for module in MODULES:
@@ -72,7 +72,7 @@ def build_data(run: RunConfig) -> None:
 
 
 def write_checkpoint(run: RunConfig) -> None:
-    """Write a checkpoint of the run's initial weights, as one rank does."""
+    """Write a checkpoint of the run's initial weights, as saved by a single rank."""
     folder = Path(run.run_dir, "checkpoints", store.tag_of(1))
     folder.mkdir(parents=True)
     record = write_rank(run, str(folder), 0, 1, True, "fp32")
@@ -168,7 +168,7 @@ def test_a_printed_model_shows_what_a_rank_holds() -> None:
     assert "[688, 256], [344, 256] on this rank: dim 0 cut over tp 2, float32" in shown["gate_proj"]
     assert "[256, 688], [256, 344] on this rank: dim 1 cut over tp 2, float32" in shown["down_proj"]
     assert shown["norm"] == "(norm): RMSNorm([256], float32, eps 1e-05)"
-    for weight in part.parameters():  # as ZeRO-3 partitions it
+    for weight in part.parameters():  # partitioned as under ZeRO-3
         weight.ds_shape = weight.shape  # type: ignore[attr-defined]
         weight.data = torch.empty(0)
     assert str(part).splitlines() == lines
@@ -196,10 +196,10 @@ def test_rows_end_with_the_run(data: Dataset) -> None:
 
 
 def test_a_reader_is_iterated_without_further_ado(data: Dataset) -> None:
-    whole = list(Reader(data, range(5, 7)).batches())
-    assert len(whole) == 2 * 16 and all(batch.shape == (1, 257) for batch in whole)
+    batches = list(Reader(data, range(5, 7)).batches())
+    assert len(batches) == 2 * 16 and all(batch.shape == (1, 257) for batch in batches)
     second = list(Reader(data, range(5, 7), dp_rank=1, dp_size=2, micro_batch=4).batches())
-    assert np.array_equal(np.concatenate(second), np.concatenate([*whole[8:16], *whole[24:]]))
+    assert np.array_equal(np.concatenate(second), np.concatenate([*batches[8:16], *batches[24:]]))
 
 
 @pytest.mark.parametrize("share", [(2, 2, 1), (-1, 2, 1), (0, 3, 1), (0, 2, 16), (0, 1, 0)])

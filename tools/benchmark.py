@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure ours beside others': training steps, decoder layers, the data path and checkpoints."""
+"""Benchmark against other libraries: training steps, decoder layers, the data path and checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 
-# What is heavy is imported by the commands that want it: --help starts at once.
+# Commands import heavy modules themselves, so that --help is fast.
 if TYPE_CHECKING:
     from llama_ds.benchmarks.compare import Settings
     from llama_ds.data.text.tokenizer import Tokenizer
@@ -33,14 +33,14 @@ EXAMPLES = """examples:
   tools/benchmark.py data --streaming-python /tmp/rivals/bin/python --out measured.json
   tools/benchmark.py checkpoint --folder /mnt/scratch --out measured.json
 """
-DATA = """Build, read, open and resume data on this machine, every measurement in a fresh process.
+DATA = """Build, read, open and resume data on this machine, with a fresh process for every measurement.
 
-mosaicml-streaming and datasets want other versions than we do, so they need an environment of their own (a CUDA torch):
+mosaicml-streaming and datasets require other package versions, so they need an environment of their own (a CUDA torch):
   python3 -m venv /tmp/rivals
   /tmp/rivals/bin/pip install mosaicml-streaming==0.13.0 datasets
-Without --streaming-python both are left out. TMPDIR gets about 1 GB. 100,000 shards need 12 GB of memory there.
+Without --streaming-python both are omitted. TMPDIR needs about 1 GB. 100,000 shards take them 12 GB of memory.
 """
-PARTS = ("build", "read", "open", "resume")  # of the data path
+PARTS = ("build", "read", "open", "resume")  # parts of the data benchmark
 SHAPES = {"quickstart": "quickstart", "7b": "llama_7b", "13b": "llama_13b", "33b": "llama_33b", "65b": "llama_65b"}
 
 
@@ -53,28 +53,30 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(None, __doc__, EXAMPLES)
     add = subcommands(parser)
-    words = "a whole training step of one process, ours and transformers' LlamaForCausalLM with torch's AdamW"
+    words = "a full training step of one process, ours and transformers' LlamaForCausalLM with torch's AdamW"
     command = add("step", step, words)
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run file: another shape")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="run file overrides, for another shape")
     command.add_argument("--run", default="ds_configs/quickstart.yaml", help="run file (default: %(default)s)")
     command.add_argument("--dtype", choices=DTYPE_NAMES, default="fp32")
-    command.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="of our engine (default: fp32 0, bf16 1)")
-    _add_sizes(command, policy="none")  # as transformers and as run files do
-    words = "one decoder layer forward and backward: written out, by autograd, and transformers' LlamaDecoderLayer"
+    command.add_argument(
+        "--zero", type=int, choices=(0, 1, 2, 3), help="our ZeRO stage (default: 0 in fp32, 1 in bf16)"
+    )
+    _add_sizes(command, policy="none")  # as in transformers and the default of run files
+    words = "forward and backward of a decoder layer: manual, autograd, and transformers' LlamaDecoderLayer"
     command = add("layer", layer, words)
     command.add_argument("--shape", choices=SHAPES, default="quickstart", help="(default: %(default)s)")
-    command.add_argument("--tp", type=int, default=1, help="time one rank's part of tp, without communication")
-    command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
+    command.add_argument("--tp", type=int, default=1, help="time one rank's shard, without communication")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if available)")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="(default: bf16 on cuda, fp32 on cpu)")
     _add_sizes(command, policy="selective")
     words = "building, reading, opening and resuming: ours, sentencepiece, Hugging Face, webdataset, streaming"
     _add_data_options(add("data", data, words, DATA))
     words = "saving, loading, resharding and converting: ours, the disk, torch.save, safetensors"
     command = add("checkpoint", checkpoints, words)
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="of ds_configs/quickstart.yaml")
-    words = "on the disk to measure (default: %(default)s)"
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of ds_configs/quickstart.yaml")
+    words = "folder on the disk to measure (default: %(default)s)"
     command.add_argument("--folder", default=tempfile.gettempdir(), help=words)
-    command.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
+    command.add_argument("--repeats", type=int, default=5, help="number of turns (default: %(default)s)")
     add_results(command)
     return parser
 
@@ -82,26 +84,28 @@ def parser() -> argparse.ArgumentParser:
 def _add_sizes(command: argparse.ArgumentParser, policy: str) -> None:
     command.add_argument("--batch", type=int, help="rows per step (default: the run's parallel.micro_batch)")
     command.add_argument("--seq-len", type=int, help="tokens per row (default: the run's data.seq_len)")
-    command.add_argument("--policy", choices=POLICIES, default=policy, help="of our layers (default: %(default)s)")
-    command.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch (default: all cores)")
-    command.add_argument("--repeats", type=int, default=15, help="timed steps of each (default: %(default)s)")
+    command.add_argument("--policy", choices=POLICIES, default=policy, help="our save policy (default: %(default)s)")
+    command.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
+    command.add_argument(
+        "--repeats", type=int, default=15, help="timed steps of each contestant (default: %(default)s)"
+    )
     add_results(command)
 
 
 def _add_data_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--corpus", nargs="+", default=[], metavar="PATTERN", help="(default: texts of this machine)")
-    command.add_argument("--corpus-mb", type=int, help="text to build from (default: 30); more tells more of workers")
-    command.add_argument("--tokenizer", default="", metavar="MODEL", help="(default: one is trained, of 4096 ids)")
-    command.add_argument("--streaming-python", default="", metavar="PYTHON", help="that has the other packages")
-    command.add_argument("--run", default=str(ROOT / "ds_configs" / "llama_65b.yaml"), help="that is resumed")
-    command.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
-    command.add_argument("--quick", action="store_true", help="small sizes: to see that it works, not for numbers")
-    command.add_argument("--repeats", type=int, default=5, help="processes of each (default: %(default)s)")
+    command.add_argument("--corpus", nargs="+", default=[], metavar="PATTERN", help="(default: texts on this machine)")
+    command.add_argument("--corpus-mb", type=int, help="text to build from (default: 30); more is better for workers")
+    command.add_argument("--tokenizer", default="", metavar="MODEL", help="(default: train one with 4096 ids)")
+    command.add_argument("--streaming-python", default="", metavar="PYTHON", help="interpreter with these packages")
+    command.add_argument("--run", default=str(ROOT / "ds_configs" / "llama_65b.yaml"), help="run file to resume")
+    command.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"any of {', '.join(PARTS)}")
+    command.add_argument("--quick", action="store_true", help="small sizes, for a smoke test only")
+    command.add_argument("--repeats", type=int, default=5, help="processes per contestant (default: %(default)s)")
     add_results(command)
 
 
 def step(args: argparse.Namespace) -> Answer:
-    """Time whole training steps of one process against transformers."""
+    """Time full training steps of one process against transformers."""
     wanted = load_run(args.run, args.overrides)
     check_positive(args, "batch", "seq_len", "threads", "repeats")
     from llama_ds.benchmarks.compare import measure_steps
@@ -123,7 +127,7 @@ def layer(args: argparse.Namespace) -> Answer:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("command line: --device cuda: torch finds no CUDA device here; use --device cpu")
+        raise UserError("command line: --device cuda: torch finds no CUDA device; use --device cpu")
     dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
     results = measure_layer(wanted, args.shape, _settings(args, wanted, dtype), args.tp, device)
     return Answer(results, layer_table(results))

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Measure what a job of a hostfile's size costs the machine that launches and watches it; no host is needed.
+"""Measure the load that a job of a hostfile's size puts on the machine that supervises it, without any host.
 
-Ranks are connections over loopback that beat as real ones do. With --preflight it is the preflight that is measured, on
-as many hosts: addresses of loopback with one sshd (root, openssh-server), which answer what this machine has answered.
+Ranks are loopback connections that send heartbeats as real ranks do. --preflight measures the preflight on as many
+hosts instead: loopback addresses of one sshd (needs root and openssh-server) that replay this machine's answer.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("hostfile", nargs="?", default=str(ROOT / "hostfiles" / "256x8"), help="(default: %(default)s)")
     parser.add_argument("--pp", type=int, default=8)
     parser.add_argument("--tp", type=int, default=8)
-    parser.add_argument("--beat-s", type=float, default=5.0, help="between reports of a rank (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="to watch (default: %(default)s)")
+    parser.add_argument("--beat-s", type=float, default=5.0, help="heartbeat interval (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time to measure (default: %(default)s)")
     parser.add_argument("--preflight", action="store_true", help="measure the preflight instead")
-    parser.add_argument("--timeout-s", type=float, default=20.0, help="of the preflight (default: %(default)s)")
+    parser.add_argument("--timeout-s", type=float, default=20.0, help="preflight timeout (default: %(default)s)")
     add_results(parser)
     return parser
 
 
 def scale(args: argparse.Namespace) -> Answer:
-    """Measure."""
+    """Run the measurement."""
     begin = setting()
     hosts = parse_hostfile(args.hostfile)
     if args.preflight:

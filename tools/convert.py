@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Convert a model between this project's checkpoints, Hugging Face's format and Meta's, and prove the result.
+"""Convert a model between this project's checkpoints, Hugging Face's format and Meta's, and verify the result.
 
-SRC is a run folder or its checkpoints folder (the newest), one checkpoint, a Hugging Face folder or a Meta folder.
-DST is a new folder. It is written as DST.partial, where a conversion that was killed goes on, and gets its name when it
-is whole and proven. With --to deepspeed it is one checkpoint, from which a run begins by checkpoint.start_from.
+SRC is a run folder or its checkpoints folder (newest checkpoint), one checkpoint, a Hugging Face or a Meta folder.
+DST is a new folder. It is written as DST.partial, which makes the conversion resumable, and renamed once it is complete
+and verified. With --to deepspeed it is one checkpoint, from which checkpoint.start_from can start a run.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ def parser() -> argparse.ArgumentParser:
     parser = new_parser(convert_model, __doc__, EXAMPLES)
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("destination", metavar="DST")
-    parser.add_argument("--from", dest="kind", choices=KINDS, help="what SRC is (default: what its files look like)")
-    parser.add_argument("--to", choices=KINDS, required=True, help="what DST becomes")
-    parser.add_argument("--tp", type=int, default=1, help="parts to cut matrices into; Meta's model-parallel size")
+    parser.add_argument("--from", dest="kind", choices=KINDS, help="format of SRC (default: detected from its files)")
+    parser.add_argument("--to", choices=KINDS, required=True, help="format of DST")
+    parser.add_argument("--tp", type=int, default=1, help="number of TP shards; Meta's model-parallel size")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages that DeepSpeed's own loader expects")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="of the weights (default: the source's)")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="rows of the result's tables: zeros added, or cut")
-    parser.add_argument("--workers", type=int, help="threads (default: 2 to 4, by the cores of this machine)")
-    parser.add_argument("--no-logits", action="store_true", help="prove without running the model: it may be too large")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST, and what is left of another DST.partial")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (default: the source's)")
+    parser.add_argument("--vocab-size", type=int, metavar="N", help="pad or cut the embedding and head to N rows")
+    parser.add_argument("--workers", type=int, help="threads (default: 2 to 4, depending on the cores)")
+    parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")
     return parser
 
 
 def convert_model(args: argparse.Namespace) -> None:
-    """Convert, and say what was found."""
+    """Convert, verify and print a report."""
     check_positive(args, "workers", "vocab_size")
     from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
     from llama_ds.checkpoint.conversion.proof import prove
@@ -73,58 +73,58 @@ def convert_model(args: argparse.Namespace) -> None:
     tokenizer = sentencepiece_tokenizer(files) if args.to == "hf" and not holds_huggingface(files.path) else None
     plan = plan_of(files, args.to, target, tokenizer)
     options = Options(args.overwrite, args.workers or Options.workers)
-    with closing(Bars()) as bars:
+    with closing(ProgressBars()) as bars:
 
         def proof_of(folder: str) -> Proof:
-            judge = transformers_logits if args.to == "hf" else None
-            return prove(files, open_model(folder, args.to), options, bars.show, judge, not args.no_logits)
+            reference = transformers_logits if args.to == "hf" else None
+            return prove(files, open_model(folder, args.to), options, bars.show, reference, not args.no_logits)
 
         proof = convert(files, plan, args.destination, options, proof_of, bars.show)
     report(files, args.destination, args.to, target.dtype, len(plan.files), plan.nbytes)
     print("\n".join(proof.lines()))
 
 
-class Bars:
-    """A progress bar over bytes for each thing that is done."""
+class ProgressBars:
+    """Shows a progress bar over bytes for each task in turn."""
 
     def __init__(self) -> None:
         self._what, self._bar = "", tqdm(disable=True)
 
     def show(self, what: str, done: int, total: int) -> None:
-        """Show that of what is being done `done` bytes of `total` are."""
+        """Show that `done` of `total` bytes of the task `what` are done."""
         if what != self._what:
             self.close()
             self._what, self._bar = what, tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=None)
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """End the bar that is shown."""
+        """Close the present bar."""
         self._bar.close()
 
 
 def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: int, nbytes: int) -> None:
-    """Print what was converted to what."""
+    """Print a summary of the conversion."""
     from llama_ds.checkpoint.formats.views import TableRows
 
     print(f"{destination}: {kind}, {dtype}, {count} file{'s' * (count > 1)}, {nbytes / 1e9:.3f} GB, from {files.path}")
     table = files.tensors[EMBEDDING_KEY]
     if isinstance(table, TableRows) and table.source.shape[0] != table.shape[0]:
         change = table.shape[0] - table.source.shape[0]
-        what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows left out"
+        what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows removed"
         print(f"vocabulary: {table.source.shape[0]} -> {table.shape[0]} rows, {what}")
     if files.tokenizer is None and kind != "hf":
         print(f"no tokenizer was written: {files.path} has no tokenizer.model")
 
 
 def transformers_logits(folder: str, ids: Tensor) -> Tensor:
-    """Return the logits (1, T, V) that transformers computes; it is imported where it is asked."""
+    """Return the logits (1, T, V) that transformers computes; the import is lazy because it is slow."""
     from llama_ds.benchmarks.generation import fp32_logits
 
     return fp32_logits(folder, ids)
 
 
 def sentencepiece_tokenizer(files: ModelFiles) -> HfTokenizer | None:
-    """Return what the model's tokenizer.model says to transformers; None where there is none."""
+    """Return the model's tokenizer.model in transformers' form; None if there is none or it cannot be used."""
     from llama_ds.checkpoint.formats.huggingface import HfTokenizer
     from llama_ds.data.text.tokenizer import Tokenizer
 
@@ -139,7 +139,7 @@ def sentencepiece_tokenizer(files: ModelFiles) -> HfTokenizer | None:
 
 
 def hf_tokenizer(path: str) -> dict[str, Any] | None:
-    """Return tokenizer.json for a sentencepiece model; None, with a warning, where it would give other ids."""
+    """Return tokenizer.json for a sentencepiece model; None, with a warning, if it would produce different ids."""
     from llama_ds.checkpoint.formats.hf_tokenizer import imitation
     from llama_ds.data.text.tokenizer import Tokenizer
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Run chosen ranks of a job of any size on this machine: the trainer's own engine, one step, no data, no GPU, no hosts.
+"""Simulate selected ranks of a job of any size on this machine: one step of the trainer's engine, without data or GPUs.
 
-Says what each rank holds and sends, and checks that the ranks fit one another.
-Exit code: 0 all checks hold, 1 one does not, 2 a mistake in what was asked for.
+Reports the memory and communication of each rank and checks that the ranks are consistent.
+Exit code: 0 all checks hold, 1 a check fails, 2 a mistake in the command.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Before torch and DeepSpeed are imported, which read them once.
+# torch and DeepSpeed read these variables once, when they are imported.
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -50,13 +50,13 @@ def parser() -> argparse.ArgumentParser:
         "--rank",
         default="first,middle,last",
         metavar="R",
-        help="numbers, first, middle, last, or all-distinct, with commas between (default: %(default)s)",
+        help="comma-separated numbers, first, middle, last, or all-distinct (default: %(default)s)",
     )
-    parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="of the job (default: %(default)s)")
-    parser.add_argument("--device-gib", type=float, help="memory of a rank's device: for recompute auto, and checked")
-    parser.add_argument("--jobs", type=int, default=2, help="ranks that run at a time (default: %(default)s)")
+    parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="(default: %(default)s)")
+    parser.add_argument("--device-gib", type=float, help="memory of a rank's device, for recompute auto and a check")
+    parser.add_argument("--jobs", type=int, default=2, help="ranks that run concurrently (default: %(default)s)")
     add_json(parser, "the report")
-    parser.add_argument("--calls", metavar="FOLDER", help="write each rank's collectives and messages there, in order")
+    parser.add_argument("--calls", metavar="FOLDER", help="write each rank's collectives and messages to FOLDER")
     return parser
 
 
@@ -65,7 +65,7 @@ def check(args: argparse.Namespace) -> None:
     if args.world is not None and not 1 <= args.world <= 1_000_000:
         raise UserError(f"--world {args.world} is not a number of ranks; use 1 to 1000000")
     if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least one rank runs at a time; use 1 or more")
+        raise UserError(f"--jobs {args.jobs}: at least one rank must run at a time; use 1 or more")
     if args.device_gib is not None and not 0 < args.device_gib < float("inf"):
         raise UserError(
             f"--device-gib {args.device_gib:g} is not a device's memory; use a number as in --device-gib 80"
@@ -75,7 +75,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> Answer:
-    """Run the ranks; return what was found."""
+    """Simulate the ranks; return the results."""
     check(args)
     slots = parse_hostfile(args.hostfile) if args.hostfile else {"this": args.world}
     found = dry_run(args.run_file, args.overrides, slots, args.rank, args.backend, args.device_gib, args.jobs)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Loss and perplexity of a checkpoint on its run's validation rows: those that training evaluated."""
+"""Compute loss and perplexity of a checkpoint on the validation rows that its training run evaluates."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(evaluate, __doc__, EXAMPLES)
-    parser.add_argument("checkpoint", help="a run folder or its checkpoints folder (the newest), or one checkpoint")
+    parser.add_argument(
+        "checkpoint", help="a checkpoint, or a run folder or its checkpoints folder (newest checkpoint)"
+    )
     parser.add_argument("--hf", metavar="DIR", help="evaluate this export with transformers instead, on the same rows")
     parser.add_argument("--rows", type=int, help="validation rows (default: the run's evaluation.rows)")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="to compute in (default: what training computed in)")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="where the run's tokenizer is now, if it was moved")
-    parser.add_argument("--source", action="append", default=[], metavar="NAME=DIR", help="where a source is now")
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="compute dtype (default: that of training)")
+    parser.add_argument("--tokenizer", metavar="MODEL", help="new path of the run's tokenizer, if it was moved")
+    parser.add_argument("--source", action="append", default=[], metavar="NAME=DIR", help="new path of a moved source")
     add_json(parser, "loss, perplexity, rows, step and dtype")
     return parser
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate text by transformers with a model of any format: a run, a checkpoint, a Hugging Face or a Meta folder."""
+"""Generate text in transformers with a model of any format: a run, a checkpoint, a Hugging Face or a Meta folder."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(generate, __doc__, EXAMPLES)
     parser.add_argument("model", help="a run or a checkpoint, a Hugging Face folder or a Meta folder")
-    parser.add_argument("--from", dest="kind", choices=KINDS, help="which of these it is (default: by its files)")
-    parser.add_argument("--prompt", action="append", help="text to go on from; repeat for more (default: a few)")
+    parser.add_argument("--from", dest="kind", choices=KINDS, help="its format (default: detected from its files)")
+    parser.add_argument("--prompt", action="append", help="text to continue; may be repeated (default: a few)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="share of probability kept (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy decoding (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling threshold (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     parser.add_argument("--num", type=int, default=1, help="texts per prompt (default: %(default)s)")
     add_json(parser, "a list of {prompt, text}")
     return parser
 
 
 def generate(args: argparse.Namespace) -> Answer:
-    """Return what the model makes of the prompts; without --json each text is printed when it is there."""
+    """Return the continuations of the prompts; without --json print each one as soon as it is generated."""
     check(args)
     import torch
     from transformers import set_seed
@@ -64,14 +64,14 @@ def generate(args: argparse.Namespace) -> Answer:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse numbers that sampling cannot take."""
-    for name, sound, rule in (
+    """Reject invalid sampling parameters."""
+    for name, valid, rule in (
         ("temperature", args.temperature >= 0, "0 or more"),
         ("top-p", 0 < args.top_p <= 1, "in (0, 1]"),
         ("max-new-tokens", args.max_new_tokens > 0, "1 or more"),
         ("num", args.num > 0, "1 or more"),
     ):
-        if not sound:
+        if not valid:
             raise UserError(f"command line: --{name} {getattr(args, name.replace('-', '_'))} is not {rule}")
 
 

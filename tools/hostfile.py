@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make a hostfile, check how a run's ranks lie on its hosts, print the rank map, and select hosts of it."""
+"""Generate a hostfile, check the placement of a run's ranks on its hosts, print the rank map, and select hosts."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ EXAMPLES = """examples:
   tools/hostfile.py select hostfiles/256x8 --exclude 'node[017-018]@node200' --out hostfile
 """
 
-CHECK = """Check a hostfile's grammar and how the ranks of a run lie on it; exit with 2 where that is wrong.
+CHECK = """Check a hostfile's syntax and the placement of a run's ranks on it; exit with 2 if there is an error.
 
-With --run also that the run's batch can be divided over the ranks.
+With --run, also check that the run's batch is divisible over the ranks.
 """
 
-SELECT = """Take the hosts and slots that DeepSpeed's --include or --exclude leaves: NODE[:SLOT,SLOT...][@NODE...].
+SELECT = """Select hosts and slots with DeepSpeed's --include or --exclude: NODE[:SLOT,SLOT...][@NODE...].
 
-A NODE may be a range, as in node[001-004]. A hostfile counts slots and cannot say which: where others than the first
-are left, --json prints them.
+A NODE may be a range, as in node[001-004]. A hostfile has only the number of slots, not their indices: if the selection
+is not the first slots of a host, use --json.
 """
 
 
@@ -55,34 +55,34 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(None, __doc__, EXAMPLES)
     add = subcommands(parser)
-    command = add("generate", generate, "make a hostfile")
+    command = add("generate", generate, "generate a hostfile")
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--hosts", metavar="LIST", help="such as 'node[001-256]' or 'a[1-4,7]-ib0,b', in quotes")
-    source.add_argument("--slurm", nargs="?", const="", metavar="NODELIST", help="(default: of this job)")
-    source.add_argument("--lsf", nargs="?", const="", metavar="FILE", help="LSB_DJOB_HOSTFILE (default: of this job)")
-    source.add_argument("--pbs", nargs="?", const="", metavar="FILE", help="PBS_NODEFILE (default: of this job)")
-    command.add_argument("--slots", type=int, help="ranks of every host (default: what the batch system counts)")
-    command.add_argument("--comment", default="", metavar="TEXT", help="in the file's first lines")
+    source.add_argument("--slurm", nargs="?", const="", metavar="NODELIST", help="(default: this job's)")
+    source.add_argument("--lsf", nargs="?", const="", metavar="FILE", help="LSB_DJOB_HOSTFILE (default: this job's)")
+    source.add_argument("--pbs", nargs="?", const="", metavar="FILE", help="PBS_NODEFILE (default: this job's)")
+    command.add_argument("--slots", type=int, help="ranks per host (default: from the batch system)")
+    command.add_argument("--comment", default="", metavar="TEXT", help="comment at the top of the file")
     command.add_argument("--out", metavar="FILE", help="(default: print it)")
-    command = add("check", check, "how ranks lie on it", CHECK)
+    command = add("check", check, "check the placement of ranks", CHECK)
     _add_parallel(command)
     add_json(command, "the findings")
-    command = add("map", show_map, "which rank is where, hosts of one pattern in one line")
+    command = add("map", show_map, "print the rank map; hosts with the same pattern share a line")
     _add_parallel(command)
-    command.add_argument("--every-host", action="store_true", help="a line for each host")
-    command.add_argument("--svg", metavar="FILE", help="draw it, too")
+    command.add_argument("--every-host", action="store_true", help="print a line for each host")
+    command.add_argument("--svg", metavar="FILE", help="also draw the map")
     add_json(command, "a list of all ranks")
-    command = add("select", select_hosts, "some of its hosts", SELECT)
+    command = add("select", select_hosts, "select some of the hosts", SELECT)
     command.add_argument("file", metavar="FILE")
-    command.add_argument("--include", default="", metavar="FILTER", help="only these")
-    command.add_argument("--exclude", default="", metavar="FILTER", help="all but these")
+    command.add_argument("--include", default="", metavar="FILTER", help="use only these")
+    command.add_argument("--exclude", default="", metavar="FILTER", help="use all but these")
     command.add_argument("--out", metavar="FILE", help="(default: print it)")
     add_json(command, "the slots of each host")
     return parser
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Make a hostfile."""
+    """Generate a hostfile."""
     if args.hosts is not None:
         if args.slots is None:
             raise UserError("command line: --hosts does not say how many slots a host has; add --slots 8")
@@ -90,11 +90,11 @@ def generate(args: argparse.Namespace) -> None:
     else:
         system = next(name for name in SYSTEMS if getattr(args, name) is not None)
         hosts = from_scheduler(system, getattr(args, system), args.slots, os.environ)
-    _give(hosts, args.out, args.comment)
+    _write(hosts, args.out, args.comment)
 
 
 def check(args: argparse.Namespace) -> Answer:
-    """Return the findings; the exit code is 2 where one is an error."""
+    """Return the findings; the exit code is 2 if one of them is an error."""
     found = findings(_ranks(args))
     code = UserError.EXIT_CODE if any(finding.severity == "error" for finding in found) else 0
     text = "\n".join(f"{finding.severity:7}  {finding.text}" for finding in found)
@@ -102,7 +102,7 @@ def check(args: argparse.Namespace) -> Answer:
 
 
 def show_map(args: argparse.Namespace) -> Answer:
-    """Return the rank map, and draw it."""
+    """Return the rank map and draw it if requested."""
     ranks = _ranks(args)
     if args.svg:
         try:
@@ -113,7 +113,7 @@ def show_map(args: argparse.Namespace) -> Answer:
 
 
 def select_hosts(args: argparse.Namespace) -> Answer | None:
-    """Write the hostfile of the hosts that a filter leaves."""
+    """Write a hostfile of the selected hosts."""
     left = select(parse_hostfile(args.file), args.include, args.exclude)
     if args.json:
         return Answer(left, "")
@@ -121,15 +121,17 @@ def select_hosts(args: argparse.Namespace) -> Answer | None:
         if slots != list(range(len(slots))):
             raise UserError(
                 f"{args.file}: slots {','.join(map(str, slots))} of {host} are not its first {len(slots)}, and a "
-                "hostfile only counts; leave out its last slots, or give the filter to deepspeed itself"
+                "hostfile has only the number of slots; exclude its last slots, or pass the filter to deepspeed itself"
             )
-    _give({host: len(slots) for host, slots in left.items()}, args.out, "")
+    _write({host: len(slots) for host, slots in left.items()}, args.out, "")
     return None
 
 
 def _add_parallel(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE")
-    command.add_argument("--run", nargs="+", metavar=("RUN.yaml", "key=value"), help="pp and tp of it; give FILE first")
+    command.add_argument(
+        "--run", nargs="+", metavar=("RUN.yaml", "key=value"), help="take pp and tp from it; FILE first"
+    )
     command.add_argument("--pp", type=int, help="pipeline stages (default: 1)")
     command.add_argument("--tp", type=int, help="tensor-parallel size (default: 1)")
 
@@ -140,12 +142,14 @@ def _ranks(args: argparse.Namespace) -> list[PlacedRank]:
         pp, tp = (1 if size is None else size for size in (args.pp, args.tp))
         return place(hosts, Axes(pp=pp, tp=tp), args.file)
     if args.pp is not None or args.tp is not None:
-        raise UserError("command line: --pp and --tp are in the run file; write parallel.pp=N after --run RUN.yaml")
+        raise UserError(
+            "command line: --pp and --tp conflict with --run, which sets them; write parallel.pp=N after --run RUN.yaml"
+        )
     layout = resolve_layout(load_run(args.run[0], args.run[1:]), sum(hosts.values()))
     return place(hosts, layout, args.file)
 
 
-def _give(hosts: Mapping[str, int], out: str | None, comment: str) -> None:
+def _write(hosts: Mapping[str, int], out: str | None, comment: str) -> None:
     if out is None:
         print(hostfile_text(hosts, comment, "command line"), end="")
     else:

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Start a run on the hosts of a hostfile with DeepSpeed's launcher, watch it, and show the first error first.
+"""Start a run on the hosts of a hostfile with DeepSpeed's launcher, monitor it, and report the root error first.
 
-With --supervise a job that fails is ended on all hosts and started again from its newest good checkpoint: on the same
-hosts, on spares in the places of bad ones, or on fewer ranks with the same global batch.
+With --supervise, a failed job is stopped on all hosts and restarted from its newest complete checkpoint: on the same
+hosts, with spares in place of bad ones, or on fewer ranks with the same global batch.
 
-SIGINT and SIGTERM have the ranks save and end (a second one ends them at once), SIGUSR1 has them save.
+On SIGINT or SIGTERM the ranks save and stop (a second signal stops them at once); on SIGUSR1 they save.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 failed for good, 2 a mistake in what was asked for."""
+    """Run the command line; return the exit code: 0 done, 1 failed after all restarts, 2 a mistake in the command."""
     return run(parser(), argv)
 
 
@@ -55,41 +55,51 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("run_file", help="YAML run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as for llama_ds/train.py")
     parser.add_argument("--hostfile", required=True, help="HOST slots=N, one per line, in the order of the ranks")
-    parser.add_argument("--include", default="", help="only these of its hosts: node1@node2:0,1")
-    parser.add_argument("--exclude", default="", help="all of its hosts but these")
+    parser.add_argument("--include", default="", help="use only these hosts: node1@node2:0,1")
+    parser.add_argument("--exclude", default="", help="use all hosts but these")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: %(default)s")
-    parser.add_argument("--launcher-args", default="", help="further words for pdsh, mpirun or srun")
-    parser.add_argument("--dry-run", action="store_true", help="print the command and where ranks go; start nothing")
+    parser.add_argument("--launcher-args", default="", help="additional arguments for pdsh, mpirun or srun")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and the placement; start nothing")
     network = parser.add_argument_group("network")
-    network.add_argument("--nic", default="", help="interface of the ranks' traffic (default: the one to rank 0)")
-    network.add_argument("--master-addr", default="", help="address of the first host, as the others see it")
-    network.add_argument("--master-port", type=int, default=0, help="default: one that is free")
-    network.add_argument("--listen", default="", help="this machine's address, as the hosts see it")
+    network.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
+    network.add_argument("--master-addr", default="", help="address of the first host for the other hosts")
+    network.add_argument("--master-port", type=int, default=0, help="default: a free port")
+    network.add_argument("--listen", default="", help="address of this machine for the hosts")
     network.add_argument("--ssh-port", type=int)
     network.add_argument("--export", action="append", default=[], metavar="NAME=VALUE", help="a variable for the ranks")
     watch = parser.add_argument_group("supervision")
-    watch.add_argument("--supervise", action="store_true", help="start again after failures")
-    watch.add_argument("--spares", default="", help="hostfile of hosts to take the places of bad ones")
-    watch.add_argument("--max-restarts", type=int, default=5, help="in a row, without progress (default: %(default)s)")
-    watch.add_argument("--backoff-s", type=float, default=5.0, help="before the first restart (default: %(default)s)")
-    watch.add_argument("--beat-s", type=float, default=5.0, help="between reports of a rank (default: %(default)s)")
-    watch.add_argument("--silent-s", type=float, default=15.0, help="without one, until its host is looked at")
-    watch.add_argument("--orphan-s", type=float, default=60.0, help="until ranks without a launcher end themselves")
-    watch.add_argument("--hang-factor", type=float, default=10.0, help="times the median step (default: %(default)s)")
-    watch.add_argument("--hang-min-s", type=float, default=60.0, help="however short steps are (default: %(default)s)")
-    watch.add_argument("--start-s", type=float, default=1800.0, help="to start and load (default: %(default)s)")
+    watch.add_argument("--supervise", action="store_true", help="restart after failures")
+    watch.add_argument("--spares", default="", help="hostfile of spare hosts that replace bad ones")
     watch.add_argument(
-        "--rewind-steps", type=int, default=0, help="after a loss spike, go back so far before it; 0: never"
+        "--max-restarts", type=int, default=5, help="consecutive restarts without progress (default: %(default)s)"
     )
     watch.add_argument(
-        "--skip-steps", type=int, default=0, help="and leave out so many steps' data (default: rewind + 200)"
+        "--backoff-s", type=float, default=5.0, help="delay before the first restart (default: %(default)s)"
+    )
+    watch.add_argument("--beat-s", type=float, default=5.0, help="heartbeat interval (default: %(default)s)")
+    watch.add_argument(
+        "--silent-s", type=float, default=15.0, help="time without heartbeats before a host is checked (%(default)s)"
+    )
+    watch.add_argument(
+        "--orphan-s", type=float, default=60.0, help="time after which ranks without a launcher exit (%(default)s)"
+    )
+    watch.add_argument(
+        "--hang-factor", type=float, default=10.0, help="hang limit in median step times (default: %(default)s)"
+    )
+    watch.add_argument("--hang-min-s", type=float, default=60.0, help="minimum hang limit (default: %(default)s)")
+    watch.add_argument("--start-s", type=float, default=1800.0, help="limit for start and load (default: %(default)s)")
+    watch.add_argument(
+        "--rewind-steps", type=int, default=0, help="after a loss spike, rewind to this many steps before it; 0: never"
+    )
+    watch.add_argument(
+        "--skip-steps", type=int, default=0, help="then skip the data of this many steps (default: rewind + 200)"
     )
     return parser
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Start the job and see it through."""
-    os.environ.pop(VARIABLE, None)  # of a job that started this one: its end is not ours
+    """Start the job and supervise it to its end."""
+    os.environ.pop(VARIABLE, None)  # this job must not join the job that started it
     wanted = load_run(args.run_file, args.overrides)
     hosts = hosts_of(args)
     layout = resolve_layout(wanted, sum(hosts.values()))
@@ -117,7 +127,7 @@ def launch(args: argparse.Namespace) -> int:
             skip_steps=args.skip_steps or args.rewind_steps + 200,
         ),
         folder=new_folder(wanted.run_dir),
-        examine=lambda those: preflight(args, wanted, those),
+        examine=lambda hosts: preflight(args, wanted, hosts),
         say=say,
     )
     say(f"job folder: {supervisor.folder}")
@@ -125,11 +135,11 @@ def launch(args: argparse.Namespace) -> int:
     try:
         return supervisor.supervise()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("ended at once: nothing was saved") from None
+        raise KeyboardInterrupt("stopped at once: nothing was saved") from None
 
 
 def hosts_of(args: argparse.Namespace) -> dict[str, int]:
-    """Return the slots of the hosts to start on."""
+    """Return the slots of the selected hosts."""
     hosts = parse_hostfile(args.hostfile)
     if not (args.include or args.exclude):
         return hosts
@@ -138,13 +148,13 @@ def hosts_of(args: argparse.Namespace) -> dict[str, int]:
         if slots != list(range(len(slots))):
             raise UserError(
                 f"--include/--exclude: slots {slots} of {host} are not its first ones; write a hostfile with fewer "
-                "slots, and set CUDA_VISIBLE_DEVICES on that host"
+                "slots and set CUDA_VISIBLE_DEVICES on that host"
             )
     return {host: len(slots) for host, slots in chosen.items()}
 
 
 def start_of(args: argparse.Namespace) -> Start:
-    """Return how ranks are started."""
+    """Return the settings with which ranks are started."""
     exports = exported_to_ranks(os.environ)
     for pair in args.export:
         name, equals, value = pair.partition("=")
@@ -169,21 +179,21 @@ def start_of(args: argparse.Namespace) -> Start:
 
 
 def show(args: argparse.Namespace, run: RunConfig, start: Start, hosts: Mapping[str, int]) -> None:
-    """Print what would be started. Nothing is asked of any host, so what they would answer has a stand-in."""
+    """Print the launcher command. No host is contacted, so the values that hosts would report have placeholders."""
     folder = os.path.join(os.path.abspath(run.run_dir), "jobs", "NNNN", "attempt_01")
     job = Job(folder, dict(hosts), start.launcher, ("", 0), start.beat_s, start.orphan_s, start.nic)
-    meeting = Rendezvous(start.master or next(iter(hosts)), start.master_port or 29500, "")
-    print(runner_command(command_of(job, start, meeting)))
+    rendezvous = Rendezvous(start.master or next(iter(hosts)), start.master_port or 29500, "")
+    print(runner_command(command_of(job, start, rendezvous)))
 
 
 def preflight(args: argparse.Namespace, run: RunConfig, hosts: Mapping[str, int]) -> Report:
-    """Look at hosts before they are used again."""
+    """Check hosts before they are used again."""
     settings = PreflightSettings(output_dir=run.output_dir, measure=False, nic=args.nic, ssh_port=args.ssh_port)
     return examine(hosts, settings)
 
 
 def handle_signals(supervisor: Supervisor) -> None:
-    """Pass on what a person or a scheduler wants; a second wish to end is not waited for."""
+    """Forward signals from a person or a scheduler to the supervisor; a second SIGINT or SIGTERM interrupts at once."""
 
     def end(*_: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -196,7 +206,7 @@ def handle_signals(supervisor: Supervisor) -> None:
 
 
 def say(text: str) -> None:
-    """Show a line to people."""
+    """Print a line at once."""
     print(text, flush=True)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what a machine's ranks compute and send, for the planner, and hold the planner's predictions against it."""
+"""Measure a machine's compute and communication rates for the planner, and validate the planner's predictions."""
 
 from __future__ import annotations
 
@@ -40,66 +40,67 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(None, __doc__, EXAMPLES)
     add = subcommands(parser)
-    words = "how fast all ranks of a hostfile compute: products, attention, pointwise kernels, for the planner"
+    words = "measure compute rates of all ranks of a hostfile: products, attention and pointwise kernels"
     command = add("gemm", gemm, words)
-    command.add_argument("--run", default=str(ROOT / "ds_configs" / "quickstart.yaml"), help="whose attention backend")
-    command.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: what the device computes natively)")
-    command.add_argument("--power-w", type=float, help="of one device, for the energy of runs")
-    command.add_argument("--quick", action="store_true", help="few small sizes: to see that it works, not for numbers")
+    words = "run file with the attention backend (default: %(default)s)"
+    command.add_argument("--run", default=str(ROOT / "ds_configs" / "quickstart.yaml"), help=words)
+    command.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: native dtype of the device)")
+    command.add_argument("--power-w", type=float, help="power of one device, for the energy of runs")
+    command.add_argument("--quick", action="store_true", help="few small sizes, for a smoke test only")
     _add_cluster(command)
-    command = add("comm", comm, "how fast the ranks of a hostfile communicate, as nccl-tests measures, for the planner")
+    command = add("comm", comm, "measure communication of the ranks of a hostfile, like nccl-tests")
     command.add_argument("--operations", nargs="+", choices=OPERATIONS, help="(default: all)")
     command.add_argument("--min-bytes", type=int, default=1 << 12, help="smallest tensor (default: %(default)s)")
-    command.add_argument("--max-bytes", type=int, help="largest (default: 256 MiB on CUDA, else 16)")
-    command.add_argument("--seconds", type=float, default=0.3, help="for each size (default: %(default)s)")
+    command.add_argument("--max-bytes", type=int, help="largest tensor (default: 256 MiB on CUDA, else 16 MiB)")
+    command.add_argument("--seconds", type=float, default=0.3, help="time for each size (default: %(default)s)")
     _add_cluster(command)
-    words = "what the planner predicts for layouts of a run beside what they take on the ranks of a hostfile"
+    words = "compare predicted with measured step times, for layouts of a run on the ranks of a hostfile"
     command = add("check-plan", check_plan, words)
     command.add_argument("run", help="run file")
-    words = "overrides of the run file; again for others"
+    words = "overrides of the run file; repeat for more layouts"
     command.add_argument("--layout", nargs="+", action="append", metavar="key=value", help=words)
-    command.add_argument("--rounds", type=int, default=3, help="turns of all layouts (default: %(default)s)")
-    command.add_argument("--steps", type=int, default=5, help="timed steps in each (default: %(default)s)")
+    command.add_argument("--rounds", type=int, default=3, help="rounds over all layouts (default: %(default)s)")
+    command.add_argument("--steps", type=int, default=5, help="timed steps per layout and round (default: %(default)s)")
     _add_cluster(command)
     return parser
 
 
 def _add_cluster(command: argparse.ArgumentParser) -> None:
-    words = "YAML of the machine: tools/plan.py --gpu FILE"
+    words = "YAML description of the machine, for tools/plan.py --gpu FILE"
     command.add_argument("--cluster", required=True, metavar="FILE", help=words)
     command.add_argument("--hostfile", default=str(ROOT / "hostfiles" / "local"), help="(default: %(default)s)")
     command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="(default: %(default)s)")
-    command.add_argument("--nic", default="", help="interface of the ranks' traffic (default: the one to rank 0)")
+    command.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
     command.add_argument("--ssh-port", type=int)
     add_results(command)
 
 
 def gemm(args: argparse.Namespace) -> Answer:
-    """Measure how fast ranks compute; write it to the cluster's YAML."""
+    """Measure compute rates and write them to the cluster's YAML."""
     load_run(args.run)
     from llama_ds.benchmarks.machine import describe
     from llama_ds.benchmarks.machine.on_ranks import measure
 
     cluster = _cluster(args)
     machine = describe.begin(cluster.file, cluster.file.stem, cluster.slots)
-    asked = {"what": "computing", "run": os.path.abspath(args.run), "dtype": args.dtype, "quick": args.quick}
-    found = measure(cluster, asked)
+    request = {"what": "computing", "run": os.path.abspath(args.run), "dtype": args.dtype, "quick": args.quick}
+    found = measure(cluster, request)
     machine = describe.with_computing(machine, found, args.power_w)
     for rank, share in describe.slow_ranks(found):
-        print(f"rank {rank} multiplies at {share:.0%} of the median rank's rate", file=sys.stderr)
+        print(f"rank {rank} computes products at {share:.0%} of the median rank's rate", file=sys.stderr)
     save_text(args.cluster, hardware.text(machine))
     return Answer(found, describe.computing_table(machine))
 
 
 def comm(args: argparse.Namespace) -> Answer:
-    """Measure how fast ranks communicate; write it to the cluster's YAML."""
+    """Measure communication and write the results to the cluster's YAML."""
     from llama_ds.benchmarks.machine import describe
     from llama_ds.benchmarks.machine.on_ranks import measure
 
     cluster = _cluster(args)
     machine = describe.begin(cluster.file, cluster.file.stem, cluster.slots)
     if args.min_bytes < 4 or (args.max_bytes or args.min_bytes) < args.min_bytes:
-        raise UserError(f"command line: --min-bytes {args.min_bytes} is not 4 to --max-bytes {args.max_bytes}")
+        raise UserError(f"command line: --min-bytes {args.min_bytes} is not between 4 and --max-bytes {args.max_bytes}")
     names = ("operations", "min_bytes", "max_bytes", "seconds")
     found = measure(cluster, {"what": "links", **{name: getattr(args, name) for name in names}})
     machine = describe.with_links(machine, found)
@@ -108,7 +109,7 @@ def comm(args: argparse.Namespace) -> Answer:
 
 
 def check_plan(args: argparse.Namespace) -> Answer:
-    """Hold the planner against the machine that it was told about."""
+    """Compare the planner's predictions with measurements on the described machine."""
     check_positive(args, "rounds", "steps")
     from llama_ds.benchmarks.machine.check import compare, comparison_table
     from llama_ds.benchmarks.machine.on_ranks import measure
@@ -118,8 +119,8 @@ def check_plan(args: argparse.Namespace) -> Answer:
     machine = hardware.load(args.cluster)
     layouts = args.layout or [[]]
     planned = [estimate(load_run(args.run, words), sum(cluster.hosts.values()), machine) for words in layouts]
-    asked = {"what": "layouts", "run": os.path.abspath(args.run), "layouts": layouts}
-    results = compare(planned, measure(cluster, {**asked, "rounds": args.rounds, "steps": args.steps}))
+    request = {"what": "layouts", "run": os.path.abspath(args.run), "layouts": layouts}
+    results = compare(planned, measure(cluster, {**request, "rounds": args.rounds, "steps": args.steps}))
     return Answer(results, comparison_table(results))
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Time pipeline schedules against each other and against DeepSpeed's own engine, on links of a given bandwidth.
 
-Every rank is a host of its own: a network namespace with its address and a link of the bandwidth and latency asked for
-(Linux, root, iproute2). Without --rate-mbit all ranks are processes of this host.
+Every rank is a simulated host: a network namespace with its own address and a link of the requested bandwidth and
+latency (needs Linux, root and iproute2). Without --rate-mbit all ranks are processes on this host.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(race, __doc__, EXAMPLES)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the run file: another shape")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="run file overrides, for another shape")
     run_file = "ds_configs/quickstart.yaml"
     parser.add_argument("--run", dest="run_file", default=run_file, help="run file (default: %(default)s)")
     parser.add_argument("--pp", type=int, default=4)
@@ -48,25 +48,25 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dp", type=int, default=1)
     words = "zb_h1+2: with extra_warmup 2 (default: %(default)s)"
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES, metavar="NAME", help=words)
-    parser.add_argument("--micro-batches", type=int, default=8, help="of each rank (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=1, help="rows (default: %(default)s)")
+    parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches per rank (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=int, default=1, help="rows of a micro-batch (default: %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--recompute", default="none", help="save policy (default: %(default)s)")
-    parser.add_argument("--rate-mbit", type=float, help="bandwidth of a link, each way")
-    parser.add_argument("--delay-ms", type=float, default=0.0, help="latency of a link, each way")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--rate-mbit", type=float, help="bandwidth of a link in each direction")
+    parser.add_argument("--delay-ms", type=float, default=0.0, help="latency of a link in each direction")
+    parser.add_argument("--repeats", type=int, default=7, help="timed steps per schedule (default: %(default)s)")
     add_results(parser)
     parser.add_argument("--svg", metavar="FOLDER", help="draw one step of each schedule into FOLDER")
-    words = "keep the records of these steps, for tools/profile_run.py analyse"
+    words = "copy the traces of these steps to FOLDER, for tools/profile_run.py analyse"
     parser.add_argument("--keep", metavar="FOLDER", help=words)
     return parser
 
 
 def race(args: argparse.Namespace) -> Answer:
-    """Start the ranks, wait for them, return what they measured."""
+    """Run the ranks; return their measurements."""
     contest = Contest(**{field.name: getattr(args, field.name) for field in fields(Contest)})
     for schedule in contest.schedules:
-        contest.contestant(schedule)  # refuses before any rank starts
+        contest.contestant(schedule)  # raises errors before any rank starts
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_contest(contest, folder)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Plan a training run: what a layout costs, which is best, what the run costs, and how far the planner is off."""
+"""Plan a training run: cost of a layout, best layouts, cost of the run, and accuracy of the planner."""
 
 from __future__ import annotations
 
@@ -53,24 +53,24 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(None, __doc__, EXAMPLES)
     add = subcommands(parser)
-    _add_estimate_options(add("estimate", plan_estimate, "memory and time of one run file on so many GPUs"))
-    _add_search_options(add("search", plan_search, "rank all legal layouts of a model on so many GPUs"))
-    words = "GPU-hours, days, energy and carbon of a run; or the cheapest size for a loss"
+    _add_estimate_options(add("estimate", plan_estimate, "memory and time of a run file on a number of GPUs"))
+    _add_search_options(add("search", plan_search, "rank all valid layouts of a model on a number of GPUs"))
+    words = "GPU-hours, days, energy and carbon of a run, or the cheapest model size for a loss"
     _add_cost_options(add("cost", plan_cost, words))
     command = add("validate", plan_validate, "compare the planner with measured runs of CSV files")
     command.add_argument("--data", nargs="+", default=[str(CALIBRATION)], metavar="CSV", help="default: %(default)s")
     command.add_argument("--rows", action="store_true", help="print every row")
     add_json(command)
-    words = "fit the physical constants of machines to measured runs, and write them"
+    words = "fit the physical constants of machines to measured runs and write them"
     _add_fit_options(add("fit", plan_fit, words))
     return parser
 
 
 def _add_estimate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", help="run file, or the size of one in ds_configs/, such as 65b")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run file")
     _add_machine_options(command)
-    command.add_argument("--explain", action="store_true", help="say where each number comes from")
+    command.add_argument("--explain", action="store_true", help="explain the origin of each number")
     add_json(command)
 
 
@@ -92,10 +92,12 @@ def _add_cost_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpus", type=_positive, help="GPUs of the run")
     command.add_argument("--gpu", default="a100-80gb", help=f"{', '.join(hardware.names())} (default: %(default)s)")
     command.add_argument("--tokens", help="tokens of the run, such as 1.4T (default: the run file's)")
-    command.add_argument("--tokens-per-second", type=float, help="of one GPU (default: of the best layout found)")
-    command.add_argument("--table15", action="store_true", help="the LLaMA paper's table 15 and its sizes as planned")
-    command.add_argument("--target-loss", type=float, help="the cheapest size that reaches it (Chinchilla's law)")
-    command.add_argument("--inference-tokens", default="0", help="tokens that the model will answer, such as 2T")
+    command.add_argument("--tokens-per-second", type=float, help="rate of one GPU (default: of the best layout found)")
+    command.add_argument(
+        "--table15", action="store_true", help="table 15 of the LLaMA paper beside the planner's costs"
+    )
+    command.add_argument("--target-loss", type=float, help="find the cheapest size for this loss (Chinchilla's law)")
+    command.add_argument("--inference-tokens", default="0", help="tokens generated after training, such as 2T")
     command.add_argument("--training-mfu", type=float, default=0.45, help="default: %(default)s")
     command.add_argument("--inference-mfu", type=float, default=0.25, help="default: %(default)s")
     add_json(command)
@@ -104,9 +106,9 @@ def _add_cost_options(command: argparse.ArgumentParser) -> None:
 def _add_fit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", nargs="+", default=[str(CALIBRATION)], metavar="CSV", help="default: %(default)s")
     command.add_argument("--gpu", nargs="+", required=True, help="machines that share one calibration")
-    command.add_argument("--every", type=_positive, default=16, help="of sources with over 500 rows, take every n-th")
+    command.add_argument("--every", type=_positive, default=16, help="use every n-th row of sources with over 500 rows")
     command.add_argument("--rounds", type=_positive, default=4)
-    command.add_argument("--cross-validate", action="store_true", help="also fit without each source, and judge on it")
+    command.add_argument("--cross-validate", action="store_true", help="also fit without each source and test on it")
     command.add_argument("--dry-run", action="store_true", help="do not write the YAML files")
     add_json(command)
 
@@ -118,15 +120,15 @@ def plan_estimate(args: argparse.Namespace) -> Answer:
 
 
 def plan_search(args: argparse.Namespace) -> Answer:
-    """Return the ranking, and write what was asked for."""
+    """Return the ranking and write the requested files."""
     gpu = hardware.load(args.gpu)
     wanted = _tokens("--global-batch-tokens", args.global_batch_tokens) if args.global_batch_tokens else None
     base = base_run(args.model, args.seq_len, wanted)
     if wanted and wanted != base.training.global_batch * base.data.seq_len:
         rows = base.training.global_batch
         print(
-            f"{args.global_batch_tokens} tokens are {wanted / base.data.seq_len:,.1f} rows: taken as {rows:,} rows, "
-            f"{rows * base.data.seq_len:,} tokens, which more layouts divide",
+            f"{args.global_batch_tokens} tokens are {wanted / base.data.seq_len:,.1f} rows: rounded to {rows:,} rows, "
+            f"{rows * base.data.seq_len:,} tokens, which are divisible in more layouts",
             file=sys.stderr,
         )
     found = search(base, args.gpus, gpu, args.top)
@@ -142,7 +144,7 @@ def plan_search(args: argparse.Namespace) -> Answer:
 
 
 def plan_cost(args: argparse.Namespace) -> Answer:
-    """Return what a run costs, or which size is cheapest."""
+    """Return the cost of a run, or the cheapest model size for a loss."""
     gpu = hardware.load(args.gpu)
     if args.target_loss is not None:
         return _trade(args, gpu)
@@ -150,7 +152,7 @@ def plan_cost(args: argparse.Namespace) -> Answer:
         found = {size: search(base_run(size, "2048", 4194304), 2048, gpu, 1) for size in costs.TABLE_15}
         return Answer(*tables.table_15(found))
     if args.model is None or args.gpus is None:
-        raise UserError("cost: wants --model and --gpus, or --table15, or --target-loss; see --help")
+        raise UserError("cost: needs --model and --gpus, or --table15, or --target-loss; see --help")
     base = base_run(args.model)
     tokens = _tokens("--tokens", args.tokens) if args.tokens else base.training.tokens
     speed, layout = args.tokens_per_second, None
@@ -163,11 +165,11 @@ def plan_cost(args: argparse.Namespace) -> Answer:
 
 
 def _trade(args: argparse.Namespace, gpu: hardware.Hardware) -> Answer:
-    """Return which sizes reach a loss, and what they cost."""
+    """Return the model sizes that reach a loss, and their costs."""
     shares = (args.training_mfu, args.inference_mfu)
     for name, share in zip(("--training-mfu", "--inference-mfu"), shares, strict=True):
         if not 0 < share <= 1:
-            raise UserError(f"{name} = {share:g} is not above 0 and at most 1; it is a share of the GPU's peak")
+            raise UserError(f"{name} = {share:g} is not above 0 and at most 1; give a share of the GPU's peak")
     rates = costs.Rates(gpu.peak * shares[0], gpu.peak * shares[1])
     return Answer(*tables.trade(args.target_loss, _tokens("--inference-tokens", args.inference_tokens), rates))
 
@@ -178,16 +180,16 @@ def plan_validate(args: argparse.Namespace) -> Answer:
     checked, skipped = check(_rows(args.data), machines)
     if not checked:
         reasons = "; ".join(f"{count} {why}" for why, count in skipped.items()) or "the files hold no rows"
-        raise UserError(f"{', '.join(args.data)}: no row can be compared: {reasons}; state layouts as the columns ask")
+        raise UserError(f"{', '.join(args.data)}: no row can be compared: {reasons}; fill in the layout columns")
     return Answer(*tables.errors(checked, skipped, args.rows))
 
 
 def plan_fit(args: argparse.Namespace) -> Answer:
-    """Fit, report on sources left out, and write the YAML files."""
+    """Fit, report on held-out sources, and write the YAML files."""
     machines = {name: hardware.load(name) for name in args.gpu}
     rows = usable(_rows(args.data), machines, args.every)
     if not rows:
-        raise UserError(f"{', '.join(args.data)}: no row of {', '.join(machines)} has a stated layout; give others")
+        raise UserError(f"{', '.join(args.data)}: no row of {', '.join(machines)} states a layout; give other files")
     start = machines[args.gpu[0]].calibration
     say = partial(print, file=sys.stderr, flush=True)
     say(f"{len(rows)} rows, {len(BOUNDS)} constants")
@@ -219,7 +221,7 @@ def _positive(text: str) -> int:
 def _tokens(flag: str, text: str) -> int:
     number = integer(text)
     if number is None or number < 0:
-        raise UserError(f"{flag} {text}: is not a number of tokens; write 4M, 1.4T or 4194304")
+        raise UserError(f"{flag} {text} is not a number of tokens; write 4M, 1.4T or 4194304")
     return number
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Look at all hosts of a hostfile before a job uses them; write one without the bad ones, spares in their places.
+"""Check all hosts of a hostfile before a job uses them, and write a hostfile with spares in place of bad hosts.
 
-Exit code: 0 all hosts are good, 1 some are not but enough are left, 2 not enough, or a mistake in what was asked for.
+Exit code: 0 all hosts are good, 1 some are bad but enough are left, 2 too few are left or a mistake in the command.
 """
 
 from __future__ import annotations
@@ -36,27 +36,31 @@ def parser() -> argparse.ArgumentParser:
     parser = new_parser(preflight, __doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of --run")
     parser.add_argument("--hostfile", required=True)
-    parser.add_argument("--run", help="run file: its folders and its tokenizer are looked for")
-    parser.add_argument("--spares", help="hostfile of hosts to take the places of bad ones")
-    parser.add_argument("--world", type=int, help="ranks that are needed (default: all of the hostfile's)")
-    parser.add_argument("--out", metavar="FILE", help="write the hostfile of the good hosts there")
+    parser.add_argument("--run", help="run file whose folders and tokenizer are checked")
+    parser.add_argument("--spares", help="hostfile of spare hosts that replace bad ones")
+    parser.add_argument("--world", type=int, help="required number of ranks (default: all slots of the hostfile)")
+    parser.add_argument("--out", metavar="FILE", help="write the hostfile of the good hosts to FILE")
     add_json(parser, "the report")
     parser.add_argument("--no-measure", action="store_true", help="do not time devices and links")
-    parser.add_argument("--slow", choices=("warning", "error"), default="warning", help="what a slow host is")
-    parser.add_argument("--burn-s", type=float, default=2.0, help="to multiply on each device (default: %(default)s)")
-    parser.add_argument("--timeout-s", type=float, default=20.0, help="for a host to answer (default: %(default)s)")
-    parser.add_argument("--min-free-gib", type=float, default=1.0, help="on each disk (default: %(default)s)")
-    parser.add_argument("--nic", default="", help="interface that every host must have")
+    parser.add_argument("--slow", choices=("warning", "error"), default="warning", help="severity of a slow host")
+    parser.add_argument("--burn-s", type=float, default=2.0, help="time of the device test (default: %(default)s)")
+    parser.add_argument(
+        "--timeout-s", type=float, default=20.0, help="time for a host to answer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--min-free-gib", type=float, default=1.0, help="free space on each disk (default: %(default)s)"
+    )
+    parser.add_argument("--nic", default="", help="network interface that every host must have")
     parser.add_argument("--ssh-port", type=int)
     return parser
 
 
 def preflight(args: argparse.Namespace) -> Answer:
-    """Look, and write the hostfile; return the report."""
+    """Check the hosts and write the hostfile; return the report."""
     hosts = parse_hostfile(args.hostfile)
     spares = parse_hostfile(args.spares) if args.spares else {}
     if both := hosts.keys() & spares.keys():
-        raise UserError(f"{args.spares}: {', '.join(sorted(both))} is in {args.hostfile} too; take it out of one")
+        raise UserError(f"{args.spares}: {', '.join(sorted(both))} is also in {args.hostfile}; remove it from one")
     wanted = load_run(args.run, args.overrides) if args.run else None
     settings = PreflightSettings(
         output_dir=wanted.output_dir if wanted else "runs",
@@ -75,7 +79,7 @@ def preflight(args: argparse.Namespace) -> Answer:
     found = report.as_json() | {"hosts": chosen}
     if chosen is None:
         slots = sum((hosts | spares)[host] for host in report.good)
-        few = f"error: {args.hostfile}: the good hosts have {slots} slots, too few; mend hosts, or add --spares"
+        few = f"error: {args.hostfile}: the good hosts have {slots} slots, too few; repair hosts, or add --spares"
         return Answer(found, table(report), UserError.EXIT_CODE, [few])
     if args.out:
         write_hostfile(args.out, chosen, f"{len(chosen)} hosts found good")
@@ -83,7 +87,7 @@ def preflight(args: argparse.Namespace) -> Answer:
 
 
 def table(report: Report) -> str:
-    """Return the report for people: what is wrong, how fast the hosts are, and how many are good."""
+    """Return the report as text: findings, speeds and the number of good hosts."""
     width = max(map(len, report.hosts))
     lines = [f"{f.host:{width}}  {f.severity:7}  {f.check}: {f.text}" for f in report.findings]
     lines += report.speed_lines()
@@ -91,7 +95,7 @@ def table(report: Report) -> str:
 
 
 def say(text: str) -> None:
-    """Show progress."""
+    """Print progress on stderr."""
     print(text, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Profile a training run: record some of its steps on all ranks, and say where their time went."""
+"""Profile a training run: record some of its steps on all ranks and attribute their time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXAMPLES = """examples:
   tools/profile_run.py record ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --ranks first,last --svg step.svg
   tools/profile_run.py analyse runs/quickstart-profile/trace --svg step.svg --fail-if 'bubble>20' --fail-if 'gemm<40'
 """
-GRACE_S = 120.0  # that a job has to end on all of its hosts
+GRACE_S = 120.0  # time for the job to stop on all of its hosts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,16 +47,16 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(None, __doc__, EXAMPLES)
     add = subcommands(parser)
-    words = "record and profile steps of the real job, in a folder of its own, and say where their time went"
+    words = "record and profile steps of the real job in a separate folder, and attribute their time"
     command = add("record", record, words)
     _add_record_options(command)
     _add_analysis_options(command)
     add_json(command)
-    words = "where the time of recorded steps went, from what logging.trace_step or record left"
+    words = "attribute the time of recorded steps, from the files of logging.trace_step or record"
     metrics = "\n".join(f"  {name:20} {text}" for name, text in METRICS.items())
     command = add("analyse", analyse, words, examples=f"metrics, in percent:\n{metrics}\n\n{EXAMPLES}")
     command.add_argument("folders", nargs="+", metavar="FOLDER", help="folder of rank*.json, such as runs/NAME/trace")
-    command.add_argument("--merge", action="store_true", help="write one trace of all ranks for ui.perfetto.dev too")
+    command.add_argument("--merge", action="store_true", help="also write a trace of all ranks for ui.perfetto.dev")
     _add_analysis_options(command)
     add_results(command)
     return parser
@@ -64,32 +64,34 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_record_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("run", help="run file")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the run file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run file")
     words = (
-        "that run torch's profiler: numbers, all, none, and first, middle, last, of whose stages the rank with dp and "
-        "tp 0 is meant (default: %(default)s)"
+        "ranks that run torch's profiler: numbers, all, none, or first, middle, last, which name the rank with dp 0 "
+        "and tp 0 of that stage (default: %(default)s)"
     )
     command.add_argument("--ranks", default=DEFAULT_RANKS, metavar="R", help=words)
-    words = "to record, and as many again with the profiler (default: %(default)s)"
+    words = "steps to record, and then as many with the profiler (default: %(default)s)"
     command.add_argument("--steps", type=int, default=3, help=words)
-    command.add_argument("--warmup", type=int, default=3, help="steps before them (default: %(default)s)")
-    command.add_argument("--out", metavar="FOLDER", help="of the recording (default: the run's own, and -profile)")
+    command.add_argument("--warmup", type=int, default=3, help="warm-up steps before them (default: %(default)s)")
+    command.add_argument("--out", metavar="FOLDER", help="output folder (default: the run's folder plus -profile)")
     where = command.add_mutually_exclusive_group()
     where.add_argument("--hostfile", help="the job's hosts, as for tools/launch.py")
-    where.add_argument("--num-ranks", type=int, help="on this machine (default: GPUs, or parallel.pp * parallel.tp)")
+    where.add_argument("--num-ranks", type=int, help="ranks on this machine (default: GPUs, or pp * tp)")
     command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="(default: %(default)s)")
-    command.add_argument("--nic", default="", help="interface of the ranks' traffic (default: the one to rank 0)")
+    command.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
     command.add_argument("--ssh-port", type=int)
 
 
 def _add_analysis_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--svg", metavar="FILE", help="draw the first folder's first step")
-    words = "exit 1 where it holds: a metric, one of > < >= <=, percent, as 'bubble>20'; again for more"
+    words = (
+        "exit with 1 if the condition holds: a metric, one of > < >= <=, percent, as in 'bubble>20'; may be repeated"
+    )
     command.add_argument("--fail-if", action="append", default=[], metavar="LIMIT", help=words)
 
 
 def record(args: argparse.Namespace) -> Answer | int:
-    """Record and profile steps of the real job; where it fails, its exit code is the answer."""
+    """Record and profile steps of the real job; if the job fails, return its exit code."""
     from llama_ds.perf.trace.files import analyse_folder
     from llama_ds.perf.trace.merge import merge
     from llama_ds.perf.trace.report import as_json, report
@@ -116,12 +118,12 @@ def record(args: argparse.Namespace) -> Answer | int:
 
 
 def _local_ranks(args: argparse.Namespace, wanted: RunConfig, environment: dict[str, str]) -> int:
-    """Return how many ranks this machine is to run; without a GPU for each they run on its cores, each on a share."""
+    """Return the number of ranks on this machine; without a GPU for each they share its CPU cores."""
     import torch
 
     check_positive(args, "num_ranks")
-    gpus, least = torch.cuda.device_count(), wanted.parallel.pp * wanted.parallel.tp
-    ranks = args.num_ranks or max(least, gpus // least * least)
+    gpus, model_ranks = torch.cuda.device_count(), wanted.parallel.pp * wanted.parallel.tp
+    ranks = args.num_ranks or max(model_ranks, gpus // model_ranks * model_ranks)
     if gpus < ranks:
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
@@ -129,13 +131,13 @@ def _local_ranks(args: argparse.Namespace, wanted: RunConfig, environment: dict[
 
 
 def _hostfile_in(out: Path, given: str | None, hosts: dict[str, int]) -> str:
-    """Make the folder of the recording; return the hostfile of its job."""
+    """Create the output folder; return the job's hostfile."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not given:
             write_hostfile(str(out / "hostfile"), hosts)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give a folder of yours") from None
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give a writable folder") from None
     return given or str(out / "hostfile")
 
 
@@ -146,7 +148,7 @@ def _launch_command(args: argparse.Namespace, overrides: list[str], hostfile: st
 
 
 def analyse(args: argparse.Namespace) -> Answer:
-    """Say where the time of recorded steps went."""
+    """Attribute the time of recorded steps."""
     from llama_ds.perf.trace.files import analyse_folder
     from llama_ds.perf.trace.merge import merge
     from llama_ds.perf.trace.report import as_json, report, table
@@ -169,7 +171,7 @@ def _draw(path: str | None, folder: str) -> None:
 
 
 def _judged(results: object, text: str, found: dict[str, Analysis], limits: list[Limit]) -> Answer:
-    """Return the answer, which says at its end which limits are not kept."""
+    """Return the answer, which ends with the violated limits."""
     broken = [
         f"failed: {folder}: {why}"
         for folder, analysis in found.items()

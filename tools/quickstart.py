@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""The whole job at small scale on this machine: text, tokenizer, shards, training, export, generated text.
+"""The full workflow at small scale on this machine: text, tokenizer, shards, training, export, generated text.
 
-Every stage is the command a user would type; the training is DeepSpeed's own launcher with four ranks. Ctrl-C ends all
-of it, and the same command goes on from there.
+Every stage is a command that a user would type; training runs four ranks under DeepSpeed's own launcher. Ctrl-C stops
+everything, and the same command resumes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 
 EXAMPLES = """examples:
-  tools/quickstart.py                      # what `make quickstart` runs; goes on from what is there
-  tools/quickstart.py --fresh              # from nothing
+  tools/quickstart.py                      # as `make quickstart`; reuses finished stages
+  tools/quickstart.py --fresh              # start from scratch
   tools/quickstart.py training.steps=60
 """
 RUN_FILE = "ds_configs/quickstart.yaml"
@@ -50,13 +50,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def begin(args: argparse.Namespace) -> None:
-    """Run the stages, in the folder that run file and commands are relative to."""
+    """Run the stages in the repository root, to which all paths are relative."""
     os.chdir(ROOT)
     quickstart(args.fresh, args.overrides)
 
 
 def quickstart(fresh: bool, overrides: list[str]) -> None:
-    """Do every stage that is not done yet, then say where everything is."""
+    """Run all unfinished stages, then print where the results are."""
     started = time.monotonic()
     run = load_run(RUN_FILE, overrides)
     if fresh:
@@ -74,7 +74,7 @@ def _prepare_data(run: RunConfig) -> None:
     data = os.path.dirname(run.data.tokenizer)
     corpus, shards = f"{data}/corpus", os.path.dirname(run.data.sources[0].path)
     if not os.path.exists(f"{corpus}/prose.jsonl"):
-        stage("Corpus: Python sources and prose that this machine already holds")
+        stage("Corpus: Python sources and prose found on this machine")
         tool("shards.py", "gather", "--out", corpus)
     if not os.path.exists(run.data.tokenizer):
         stage("Tokenizer: sentencepiece BPE, digits split, byte fallback")
@@ -90,7 +90,7 @@ def _prepare_data(run: RunConfig) -> None:
 
 
 def _unigram(run: RunConfig) -> float:
-    """Return what a unigram model of the training tokens reaches on the validation rows, in nats per token."""
+    """Return the loss of a unigram model of the training tokens on the validation rows, in nats per token."""
     from llama_ds.data.sources import open_sources
     from llama_ds.data.unigram import mixture_counts, unigram_loss
 
@@ -100,7 +100,7 @@ def _unigram(run: RunConfig) -> float:
 
 
 def _train(run: RunConfig, overrides: list[str]) -> None:
-    """Train in two launches: the second has nothing but the first one's checkpoint to go on from."""
+    """Train in two launches; the second resumes from the first one's checkpoint."""
     half = run.training.steps // 2
     if not os.path.exists(f"{run.run_dir}/checkpoints/latest"):
         stage(f"Training: {RANKS} ranks, pp {run.parallel.pp} x tp {run.parallel.tp}, steps 1 to {half}")
@@ -110,14 +110,14 @@ def _train(run: RunConfig, overrides: list[str]) -> None:
 
 
 def _export(run: RunConfig) -> tuple[float, float]:
-    """Export; return the validation loss that training wrote and what transformers finds with the export."""
-    stage("Export to Hugging Face format, judged by transformers")
+    """Export; return the validation loss from training and the loss of the export in transformers."""
+    stage("Export to Hugging Face format, evaluated by transformers")
     folder = f"{run.run_dir}/hf"
     tool("convert.py", run.run_dir, folder, "--to", "hf", "--overwrite")
-    judged = json.loads(tool("evaluate.py", run.run_dir, "--hf", folder, "--json", capture=True))
+    evaluated = json.loads(tool("evaluate.py", run.run_dir, "--hf", folder, "--json", capture=True))
     with open(f"{run.run_dir}/metrics.jsonl") as file:
         losses = [line["val_loss"] for line in map(json.loads, file) if "val_loss" in line]
-    return losses[-1], judged["loss"]
+    return losses[-1], evaluated["loss"]
 
 
 def _summary(run: RunConfig, unigram: float, trained: float, exported: float, seconds: float) -> None:
@@ -139,7 +139,7 @@ def stage(title: str) -> None:
 
 
 def tool(script: str, *arguments: object, capture: bool = False) -> str:
-    """Run one of tools/ and show its command line; return its stdout if captured."""
+    """Print the command line of a tool and run it; return its stdout if captured."""
     return run_command([sys.executable, f"tools/{script}", *map(str, arguments)], capture)
 
 
@@ -151,17 +151,17 @@ def launch(*arguments: str) -> None:
 
 
 def run_command(command: list[str], capture: bool = False, ranks: int = 1) -> str:
-    """Run a command; a failure ends the quickstart."""
+    """Run a command; a failure stops the quickstart."""
     shown = shlex.join([os.path.basename(command[0]), *command[1:]])
     print(f"$ {shown}", flush=True)
     done = run_child(command, env=environment(ranks), stdout=PIPE if capture else None)
     if done.returncode:
-        raise UserError(f"`{shown}` ended with exit code {done.returncode}; its own message stands above")
+        raise UserError(f"`{shown}` failed with exit code {done.returncode}; see its own message above")
     return done.stdout or ""
 
 
 def environment(ranks: int) -> dict[str, str]:
-    """Return a stage's environment: each rank's share of the cores, and the CPU unless there is a GPU for all ranks."""
+    """Return a stage's environment: threads per rank, and the CPU unless every rank has a GPU."""
     values = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), **os.environ}
     values["PATH"] = os.path.dirname(sys.executable) + os.pathsep + values.get("PATH", "")
     import torch
@@ -172,7 +172,7 @@ def environment(ranks: int) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody uses now."""
+    """Return a free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

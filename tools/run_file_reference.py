@@ -1,4 +1,4 @@
-"""Print the reference of the run file, or write it to docs/run_file.md, after a change of a key.
+"""Print the run file reference, or write it to docs/run_file.md after a change of the schema.
 
 python tools/run_file_reference.py --write
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Gather a local corpus, build webdataset shards of packed rows, verify and describe them."""
+"""Gather a local corpus; build, verify and inspect webdataset shards of packed rows."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ EXAMPLES = """examples:
 
 BUILD = """Tokenize and pack text files, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) and parquet with a column "text".
 
-The same input and flags give the same bytes with any number of workers. A build that was killed is gone on with by the
-same command, which does nothing twice that was finished.
+The same input and flags give the same bytes with any number of workers. Builds are resumable: after a kill, the same
+command continues and does not repeat finished work.
 """
 
 
@@ -57,55 +57,57 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(None, __doc__, EXAMPLES)
     add = subcommands(parser)
-    command = add("gather", gather, "collect Python sources and prose that this machine holds")
+    command = add("gather", gather, "collect Python sources and prose found on this machine")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/code.jsonl and DIR/prose.jsonl")
-    command.add_argument("--limit-mb", type=float, default=32.0, help="text in all (default: %(default)s)")
+    command.add_argument("--limit-mb", type=float, default=32.0, help="total size of text (default: %(default)s)")
     _add_build_options(add("build", build, "tokenize and pack", BUILD))
     command = add("verify", verify, "check every shard against its checksum and its manifest")
     command.add_argument("dir", help="a source, a folder of sources, or the URL of a source")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
-    command.add_argument("--repair", action="store_true", help="list what is damaged, and only that, in the manifest")
-    command.add_argument("--cache-dir", default="", help="of a URL: a folder for its shards on the way")
-    command.add_argument("--cache-gib", type=float, default=8.0, help="(default: %(default)s)")
+    command.add_argument("--repair", action="store_true", help="record exactly the damaged shards in the manifest")
+    command.add_argument("--cache-dir", default="", help="for a URL: cache folder for downloaded shards")
+    command.add_argument("--cache-gib", type=float, default=8.0, help="size of the cache (default: %(default)s)")
     add_json(command, "the damage of each source")
-    command = add("audit", audit, "which documents a step of a run reads")
+    command = add("audit", audit, "list the documents that a step of a run reads")
     command.add_argument("run", help="the folder of a run, such as runs/quickstart")
     command.add_argument("--step", type=int, required=True, help="counted from 0")
     add_json(command, "its rows")
     command = add("consumed", consumed, "tokens and epochs that a run reads of each source")
     command.add_argument("run", help="the folder of a run")
-    command.add_argument("--step", type=int, help="before this step (default: in all)")
+    command.add_argument("--step", type=int, help="count up to this step (default: the full run)")
     add_json(command, "them")
     command = add("info", info, "rows and tokens of each source")
     command.add_argument("dir", help="a source, or a folder of sources")
     command.add_argument("--rows", type=int, metavar="N", help="print the epochs of a run of steps * batch = N rows")
-    words = "with --rows: weight of a source (default: all by their rows)"
+    words = "with --rows: weight of a source (default: proportional to its rows)"
     command.add_argument("--weight", action="append", default=[], metavar="NAME=W", type=_weight, help=words)
     add_json(command, "them")
     command = add("unigram", unigram, "loss of a unigram model on the validation rows, nats per token")
     command.add_argument("sources", nargs="+", metavar="DIR=WEIGHT", type=_weight)
-    command.add_argument("--rows", type=int, default=64, help="as evaluation.rows of the run (default: %(default)s)")
+    command.add_argument("--rows", type=int, default=64, help="evaluation.rows of the run (default: %(default)s)")
     return parser
 
 
 def _add_build_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--source", action="append", required=True, metavar="NAME=PATTERN", type=_assignment,
-        help="PATTERN: a file, a folder, or a glob in quotes; may be given several times",
+        help="PATTERN: a file, a folder, or a glob in quotes; may be repeated",
     )  # fmt: skip
     command.add_argument("--tokenizer", required=True, metavar="MODEL")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/NAME/")
-    command.add_argument("--seq-len", type=int, required=True, help="labels per row; a row holds one id more")
+    command.add_argument("--seq-len", type=int, required=True, help="labels per row; a row has one more id")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    command.add_argument("--validation-fraction", type=float, default=0.01, help="of documents (default: %(default)s)")
-    command.add_argument("--rows-per-shard", type=int, default=16384, help="(default: %(default)s)")
-    command.add_argument("--document-chars", type=int, default=0, help="cut longer documents after line ends")
-    command.add_argument("--dedup", action="store_true", help="keep only the first of equal documents")
     command.add_argument(
-        "--skip-bad", action="store_true", help="leave out documents that are empty, not UTF-8, no JSON"
+        "--validation-fraction", type=float, default=0.01, help="fraction of documents (default: %(default)s)"
     )
-    command.add_argument("--append", action="store_true", help="add the documents to finished sources")
-    command.add_argument("--overwrite", action="store_true", help="replace finished sources, give up unfinished ones")
+    command.add_argument("--rows-per-shard", type=int, default=16384, help="(default: %(default)s)")
+    command.add_argument("--document-chars", type=int, default=0, help="split longer documents at line ends; 0: never")
+    command.add_argument("--dedup", action="store_true", help="drop exact duplicates of documents")
+    command.add_argument(
+        "--skip-bad", action="store_true", help="skip documents that are empty, not UTF-8, or not JSON"
+    )
+    command.add_argument("--append", action="store_true", help="append the documents to finished sources")
+    command.add_argument("--overwrite", action="store_true", help="replace finished sources, discard unfinished ones")
 
 
 def gather(args: argparse.Namespace) -> None:
@@ -134,17 +136,17 @@ def build(args: argparse.Namespace) -> None:
 
 
 class BuildProgress:
-    """Shows on a bar of input bytes how many documents and tokens are done in a second; the bar knows the time left."""
+    """Shows documents and tokens per second on a progress bar over input bytes."""
 
     def __init__(self, bar: tqdm, pattern: str) -> None:
         self._bar, self._pattern = bar, pattern
         self._documents = self._ids = 0
 
     def update(self, documents: int, ids: int, input_bytes: int) -> None:
-        """Add what was done."""
+        """Add finished documents, ids and input bytes."""
         if self._bar.total is None:
             self._bar.total = sum(map(os.path.getsize, source_files(self._pattern)))
-        if not documents:  # by an earlier, killed build: no part of this one's speed
+        if not documents:  # finished by an earlier, killed build, so it does not count in this one's speed
             self._bar.initial += input_bytes
         self._documents += documents
         self._ids += ids
@@ -155,54 +157,56 @@ class BuildProgress:
 
 
 def verify(args: argparse.Namespace) -> Answer:
-    """Check every byte of the sources; the exit code is 1 where damage was found and not taken out."""
-    from llama_ds.data.source.cache import Cache  # here: the workers of a build load this file and do without
+    """Check every byte of the sources; the exit code is 1 if damage was found and not repaired."""
+    from llama_ds.data.source.cache import Cache  # imported here because the workers of a build also load this file
     from llama_ds.data.source.store import open_store
     from llama_ds.data.source.verify import repair, verify_source
 
     log.setup()
     cache = Cache(args.cache_dir, round(args.cache_gib * 2**30)) if args.cache_dir else None
     found = {}
-    for place in find_sources(args.dir):
-        store = open_store(place, cache)
-        with tqdm(unit=" rows", desc=place, delay=0.5, disable=None) as bar:
-            found[place] = verify_source(store, args.workers, bar.update)
+    for source in find_sources(args.dir):
+        store = open_store(source, cache)
+        with tqdm(unit=" rows", desc=source, delay=0.5, disable=None) as bar:
+            found[source] = verify_source(store, args.workers, bar.update)
         if args.repair:
-            repair(store, found[place])
+            repair(store, found[source])
     code = 0 if args.repair or not any(found.values()) else 1
-    data = {place: [asdict(damage) for damage in damages] for place, damages in found.items()}
+    data = {source: [asdict(damage) for damage in damages] for source, damages in found.items()}
     return Answer(data, "\n".join(_damage_lines(found, args.repair)), code)
 
 
 def _damage_lines(found: dict[str, list[Damage]], repaired: bool) -> Iterator[str]:
-    for place, damages in found.items():
+    for source, damages in found.items():
         for damage in damages:
-            at = "" if damage.offset is None else f", first at byte {damage.offset}"
-            yield f"{place}: {damage.split} shard {damage.shard}: {damage.reason}{at}"
+            offset = "" if damage.offset is None else f", first at byte {damage.offset}"
+            yield f"{source}: {damage.split} shard {damage.shard}: {damage.reason}{offset}"
         if not damages:
-            yield f"{place}: sound"
+            yield f"{source}: intact"
         else:
-            done = (
-                f"listed in {MANIFEST}: runs read others" if repaired else "copy them again, or list them with --repair"
+            action = (
+                f"recorded in {MANIFEST}, so that runs replace them"
+                if repaired
+                else "copy them again, or record them with --repair"
             )
-            yield f"{place}: {len(damages)} of its shards are damaged; {done}"
+            yield f"{source}: {len(damages)} of its shards are damaged; {action}"
 
 
 def audit(args: argparse.Namespace) -> Answer:
-    """Return the rows of a step, and the documents in them."""
+    """Return the rows of a step and the documents in them."""
     from llama_ds.data.audit import documents_of_step, open_run
 
     rows = documents_of_step(*open_run(args.run), args.step)
     lines = []
     for number, row in enumerate(rows):
-        lines.append(f"row {number}: {row.source}, epoch {row.epoch}, {row.shard}, row {row.row} of it")
+        lines.append(f"row {number}: {row.source}, epoch {row.epoch}, {row.shard}, row {row.row}")
         for d in row.documents:
             lines.append(f"  {d.place}  ids {d.first} to {d.last} of {d.length}  sha256 {d.digest}...")
     return Answer([asdict(row) for row in rows], "\n".join(lines))
 
 
 def consumed(args: argparse.Namespace) -> Answer:
-    """Return what the steps of a run before --step read of each source."""
+    """Return the tokens and epochs that a run reads of each source before --step."""
     from llama_ds.data.audit import open_run
 
     read_by, order = open_run(args.run)
@@ -217,7 +221,7 @@ def consumed(args: argparse.Namespace) -> Answer:
 
 def info(args: argparse.Namespace) -> Answer:
     """Describe the sources."""
-    from llama_ds.data.source.shards import read_manifest  # here: as in verify
+    from llama_ds.data.source.shards import read_manifest  # imported here as in `verify`
     from llama_ds.data.source.store import open_store
 
     manifests = {folder: read_manifest(open_store(folder)) for folder in find_sources(args.dir)}
@@ -228,7 +232,7 @@ def info(args: argparse.Namespace) -> Answer:
 
 def unigram(args: argparse.Namespace) -> None:
     """Print the loss of the unigram model of a mixture."""
-    from llama_ds.data.source.shards import open_source  # here: as in verify
+    from llama_ds.data.source.shards import open_source  # imported here as in `verify`
     from llama_ds.data.sources import validation_rows
     from llama_ds.data.unigram import mixture_counts, unigram_loss
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train, try and check a sentencepiece tokenizer."""
+"""Train, use and check a sentencepiece tokenizer."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ def parser() -> argparse.ArgumentParser:
     add = subcommands(parser)
     command = add("train", train, "train a BPE model")
     command.add_argument("--input", nargs="+", required=True, metavar="PATTERN", help="files, folders or globs")
-    command.add_argument("--vocab-size", type=int, required=True, help="ids, with unk, bos, eos and 256 bytes")
+    command.add_argument(
+        "--vocab-size", type=int, required=True, help="number of ids, with unk, bos, eos and 256 bytes"
+    )
     command.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.model")
-    command.add_argument("--sample-mb", type=float, default=16.0, help="text to learn from (default: %(default)s)")
+    command.add_argument("--sample-mb", type=float, default=16.0, help="training text (default: %(default)s)")
     command = add("encode", encode, "print the ids of a text")
     command.add_argument("--model", required=True)
     command.add_argument("text", nargs="?", help="default: standard input")
     command = add("decode", decode, "print the text of ids")
     command.add_argument("--model", required=True)
     command.add_argument("ids", nargs="*", type=int, help="default: standard input")
-    command = add("check", check, "prove that decode(encode(x)) == x on documents")
+    command = add("check", check, "check that decode(encode(x)) == x on documents")
     command.add_argument("--model", required=True)
     command.add_argument("--input", nargs="+", required=True, metavar="PATTERN")
     return parser
@@ -65,20 +67,25 @@ def decode(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer(args.model)
     ids = args.ids or [int(word) for word in sys.stdin.read().split()]
     if bad := [i for i in ids if not 0 <= i < tokenizer.vocab_size]:
-        raise UserError(f"{args.model}: id {bad[0]} is outside 0 .. {tokenizer.vocab_size - 1}; is it another model's?")
+        raise UserError(
+            f"{args.model}: id {bad[0]} is outside 0 to {tokenizer.vocab_size - 1}; use the model that encoded the text"
+        )
     sys.stdout.buffer.write(tokenizer.decode(ids).encode())
 
 
 def check(args: argparse.Namespace) -> None:
-    """Prove the round trip on documents."""
+    """Check the round trip on documents."""
     tokenizer, count, ids, size = Tokenizer(args.model), 0, 0, 0
     for pattern in args.input:
         for document in documents(pattern):
             encoded = tokenizer.encode(document.text)
             if tokenizer.decode(encoded) != document.text:
-                raise UserError(f"{document.path}: does not survive {args.model}; train with tools/tokenizer.py train")
+                raise UserError(
+                    f"{document.path}: a document changes in the round trip through {args.model}; train the model with "
+                    "tools/tokenizer.py train"
+                )
             count, ids, size = count + 1, ids + len(encoded), size + len(document.text.encode())
-    print(f"{count} documents survive: {size} bytes, {ids} ids, {size / max(1, ids):.3f} bytes per id")
+    print(f"{count} documents round-trip: {size} bytes, {ids} ids, {size / max(1, ids):.3f} bytes per id")
 
 
 if __name__ == "__main__":

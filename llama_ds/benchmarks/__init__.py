@@ -1,2 +1,2 @@
-"""Measurements: ours against others', and what a machine can do. Started by tools/benchmark.py, pipeline.py and
-machine.py; `evaluation` and `generation` are of evaluate.py and generate.py."""
+"""Benchmarks against other libraries, and measurements of a machine, run by tools/benchmark.py, pipeline.py and
+machine.py; `evaluation` and `generation` belong to tools/evaluate.py and generate.py."""

@@ -1,4 +1,4 @@
-"""Layers and training steps, ours and transformers', of the same weights, for `benchmarks/step.py` to time in turns."""
+"""Layers and training steps of llama_ds and transformers with the same weights, timed in turns by `step.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llama_ds.benchmarks.layer import LayerContestant
-from llama_ds.benchmarks.step import Step, Timing, gemm_step, training_step, with_products
+from llama_ds.benchmarks.step import Step, Timing, gemm_step, training_step, with_matmul_precision
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
@@ -32,29 +32,29 @@ from llama_ds.training.engines.build import build_engine
 from llama_ds.training.engines.optimizer_groups import build_optimizer, decay_groups
 
 LEARNING_RATE = 1e-4
-_STEPS_AGREE = {"fp32": 1e-5, "bf16": 2e-2}  # of the losses on the initial weights
-_LAYERS_AGREE = {"fp32": 1e-4, "bf16": 2e-2}  # of the input gradients' norms, relative
+_LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # absolute, on the initial weights
+_GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, for the norms of input gradients
 
 
 def layers(
     run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[dict[str, LayerContestant], str]:
-    """Return the layers to time, with the same weights, and what attention transformers is given.
+    """Return the layers to time, with the same weights, and the attention implementation used by transformers.
 
-    Ours keep nothing away from the backward (`none`), or what `policy` says. Theirs multiply as torch comes, on a CPU
-    also as ours do.
+    Our layers save all activations (`none`) or follow `policy`. Their layer uses torch's default matmul precision, and
+    on a CPU also ours.
     """
-    as_torch_comes = torch.get_float32_matmul_precision()
+    torch_default = torch.get_float32_matmul_precision()
     shared = shared_parts(run, SingleRank(), device.type, dtype)
     tables = shared.rotary.on(device)
     reference = DecoderLayer(shared, 0).to(device, dtype)
-    policies = dict.fromkeys(("none", policy))  # in this order, once each
+    policies = dict.fromkeys(("none", policy))  # without duplicates, in this order
     ours = {kept: ManualBackwardLayer(shared, 0, kept).to(device, dtype) for kept in policies}
-    for written_out in ours.values():
-        written_out.load_state_dict(reference.state_dict())
-        written_out.lay_weights_together()  # as DeepSpeed's flat buffers do
+    for manual_layer in ours.values():
+        manual_layer.load_state_dict(reference.state_dict())
+        manual_layer.lay_weights_together()  # as in DeepSpeed's flat buffers
     config = LlamaConfig(**hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch.")))
-    flash = {"flash_attn": "flash_attention_2", "flash_attn.cute": "flash_attention_4"}  # as transformers names them
+    flash = {"flash_attn": "flash_attention_2", "flash_attn.cute": "flash_attention_4"}  # names in transformers
     attention = flash[flash_module().__name__] if shared.attention.name == "flash_attn" else "sdpa"
     config._attn_implementation = attention
     theirs = LlamaDecoderLayer(config, 0).to(device, dtype).train()
@@ -69,9 +69,9 @@ def layers(
     found = {
         **{f"llama_ds_{kept}": LayerContestant(own, own, chosen, tables) for kept, own in ours.items()},
         "llama_ds_autograd": LayerContestant(reference, reference, chosen, tables),
-        "transformers": LayerContestant(theirs, call, as_torch_comes, embeddings),
+        "transformers": LayerContestant(theirs, call, torch_default, embeddings),
         "transformers_checkpointed": LayerContestant(
-            theirs, lambda x: checkpoint(call, x, use_reentrant=False), as_torch_comes, embeddings
+            theirs, lambda x: checkpoint(call, x, use_reentrant=False), torch_default, embeddings
         ),
     }
     if device.type == "cpu":
@@ -80,21 +80,21 @@ def layers(
 
 
 def check_gradients(timings: dict[str, Timing], dtype: str) -> None:
-    """Make sure that all layers computed the same thing: the norms of their inputs' gradients agree."""
-    sizes = {name: timing.losses[0] for name, timing in timings.items()}
-    if max(sizes.values()) - min(sizes.values()) > _LAYERS_AGREE[dtype] * max(sizes.values()):
-        raise AssertionError(f"the layers compute different gradients: {sizes}")
+    """Check that all layers compute the same result: the norms of their input gradients agree."""
+    norms = {name: timing.losses[0] for name, timing in timings.items()}
+    if max(norms.values()) - min(norms.values()) > _GRADIENT_TOLERANCE[dtype] * max(norms.values()):
+        raise AssertionError(f"the layers compute different gradients: {norms}")
 
 
 def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]:
-    """Return the steps to time: the same weights, rows, optimizer settings and clipping for all.
+    """Return the steps to time, all with the same weights, rows, optimizer settings and clipping.
 
-    Theirs multiply as torch comes, the one with `_our_products` as ours do.
+    Their steps use torch's default matmul precision; the one with `_our_products` uses ours.
     """
     dtype, settings = DTYPES[dtype_name], run.optimizer
     rows = torch.from_numpy(batch)
     ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-    as_torch_comes = torch.get_float32_matmul_precision()
+    torch_default = torch.get_float32_matmul_precision()
     shared = shared_parts(run, SingleRank(), "cpu", dtype)
     policies = [run.parallel.recompute] * run.model.num_hidden_layers
     ours = Llama(shared, NextTokenLoss(shared.tp), policies).to(dtype)
@@ -116,18 +116,18 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]
     chosen = torch.get_float32_matmul_precision()
     gemms = gemm_step(run.model, ids.numel(), dtype)
     return {
-        "transformers": with_products(theirs(fused=None), as_torch_comes),
-        "transformers_fused_adamw": with_products(theirs(fused=True), as_torch_comes),
-        "transformers_our_products": with_products(theirs(fused=True), chosen),
-        "llama_ds_model": with_products(own, chosen),
-        "llama_ds_engine": with_products(_engine_step(run, batch), chosen),
-        "gemms": with_products(gemms, as_torch_comes),
-        "gemms_our_products": with_products(gemms, chosen),
+        "transformers": with_matmul_precision(theirs(fused=None), torch_default),
+        "transformers_fused_adamw": with_matmul_precision(theirs(fused=True), torch_default),
+        "transformers_our_products": with_matmul_precision(theirs(fused=True), chosen),
+        "llama_ds_model": with_matmul_precision(own, chosen),
+        "llama_ds_engine": with_matmul_precision(_engine_step(run, batch), chosen),
+        "gemms": with_matmul_precision(gemms, torch_default),
+        "gemms_our_products": with_matmul_precision(gemms, chosen),
     }
 
 
 def transformers_model(run: RunConfig, source: Llama, dtype: torch.dtype) -> LlamaForCausalLM:
-    """Return transformers' model of the same shape with a copy of our weights."""
+    """Return a transformers model of the same shape with a copy of our weights."""
     config = hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch."))
     model = LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
     count = run.model.num_hidden_layers
@@ -136,13 +136,13 @@ def transformers_model(run: RunConfig, source: Llama, dtype: torch.dtype) -> Lla
     }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     if unexpected or set(missing) - {HEAD.name} or (missing and not run.model.tie_word_embeddings):
-        raise AssertionError(f"transformers names its weights otherwise: {missing} missing, {unexpected} unexpected")
+        raise AssertionError(f"transformers uses other weight names: {missing} missing, {unexpected} unexpected")
     model.tie_weights()
     return model.train()
 
 
 def _engine_step(run: RunConfig, batch: np.ndarray) -> Step:
-    """Return the step as training takes it: DeepSpeed's engine, from the same initial weights."""
+    """Return a step of the engine used in training, from the same initial weights."""
     layout = Layout(micro_batch=len(batch))
     config = deepspeed_config(run, layout, bf16_native=True)
     world.join(world.RankInfo(0, 1, 0))
@@ -152,7 +152,9 @@ def _engine_step(run: RunConfig, batch: np.ndarray) -> Step:
 
 
 def check_losses(timings: dict[str, Timing], dtype: str) -> None:
-    """Make sure that all contestants computed the same thing: their losses on the initial weights agree."""
+    """Check that all contestants compute the same result: their losses on the initial weights agree."""
     first = {name: timing.losses[0] for name, timing in timings.items() if not name.startswith("gemms")}
-    if max(first.values()) - min(first.values()) > _STEPS_AGREE[dtype]:
-        raise AssertionError(f"losses on the same weights and rows differ by more than {_STEPS_AGREE[dtype]}: {first}")
+    if max(first.values()) - min(first.values()) > _LOSS_TOLERANCE[dtype]:
+        raise AssertionError(
+            f"losses on the same weights and rows differ by more than {_LOSS_TOLERANCE[dtype]}: {first}"
+        )

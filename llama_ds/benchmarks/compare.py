@@ -1,4 +1,4 @@
-"""Ours beside transformers', measured from what a user asks for to plain data: training steps, and decoder layers."""
+"""Compares llama_ds with transformers: training steps and decoder layers, from settings to results as plain data."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from llama_ds.training.host_memory import keep_freed_memory
 
 @dataclass(frozen=True)
 class Settings:
-    """What both measurements take."""
+    """Settings of both measurements."""
 
     batch: int  # rows
     seq_len: int
     dtype: str
-    policy: str  # of our layers
+    policy: str  # save policy of our layers
     threads: int
     repeats: int
 
 
 def measure_steps(run: RunConfig, settings: Settings, zero: int) -> dict[str, Any]:
-    """Time whole training steps of one process, ours with ZeRO stage `zero`."""
+    """Time full training steps of one process, ours with ZeRO stage `zero`."""
     torch.set_num_threads(settings.threads)
     run = replace(
         run,
@@ -49,20 +49,20 @@ def measure_steps(run: RunConfig, settings: Settings, zero: int) -> dict[str, An
 
 
 def measure_layer(run: RunConfig, shape: str, settings: Settings, tp: int, device_type: str) -> dict[str, Any]:
-    """Time one decoder layer's forward and backward, one rank's part of `tp`; `shape` is the run's name for people.
+    """Time forward and backward of one rank's shard (1 / `tp`) of a decoder layer; `shape` is the name to report.
 
     Raises:
         UserError: `tp` does not divide the layer.
     """
-    whole = run.model
-    if any(size % tp for size in (whole.num_attention_heads, whole.num_key_value_heads, whole.intermediate_size)):
+    full = run.model
+    if any(size % tp for size in (full.num_attention_heads, full.num_key_value_heads, full.intermediate_size)):
         raise UserError(
-            f"command line: --tp {tp} does not divide the {whole.num_attention_heads} query heads, "
-            f"{whole.num_key_value_heads} key-value heads or {whole.intermediate_size} features of {shape}"
+            f"command line: --tp {tp} does not divide the {full.num_attention_heads} query heads, "
+            f"{full.num_key_value_heads} key-value heads or {full.intermediate_size} features of {shape}"
         )
     torch.set_num_threads(settings.threads)
     keep_freed_memory()
-    device, dtype, model = torch.device(device_type), DTYPES[settings.dtype], shard(whole, tp)
+    device, dtype, model = torch.device(device_type), DTYPES[settings.dtype], shard(full, tp)
     generator = torch.Generator().manual_seed(0)
     size = (settings.batch, settings.seq_len, model.hidden_size)
     x, grad = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The loss of a checkpoint on its run's validation rows, by our model or by transformers with an export.
+"""Validation loss of a checkpoint on its run's validation rows, by our model or by transformers on an export.
 
 Shapes: B rows, T tokens of a row.
 """
@@ -24,7 +24,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # ids and labels (B, T) -> mean loss 
 
 
 def moved(data: DataConfig, tokenizer: str | None, sources: list[str]) -> DataConfig:
-    """Return the run's data with other paths: `sources` are NAME=DIR."""
+    """Return the run's data configuration with new paths: `sources` are NAME=DIR."""
     paths = dict(source.partition("=")[::2] for source in sources)
     known = [source.name for source in data.sources]
     for name, path in paths.items():
@@ -48,9 +48,9 @@ def validation_rows(run: RunConfig, count: int | None) -> np.ndarray:
 
 
 def transformers_loss(folder: str, run: RunConfig, device: torch.device, dtype: torch.dtype) -> Loss:
-    """Return the loss of an exported model by transformers."""
+    """Return the loss function of an exported model in transformers."""
     if not os.path.exists(os.path.join(folder, "config.json")):
-        raise UserError(f"{folder}: no config.json, so no export; make one with tools/convert.py --to hf")
+        raise UserError(f"{folder}: has no config.json, so it is not an export; make one with tools/convert.py --to hf")
     from llama_ds.benchmarks.generation import load_exported
 
     model = load_exported(folder, dtype).to(device).eval()
@@ -67,7 +67,7 @@ def transformers_loss(folder: str, run: RunConfig, device: torch.device, dtype: 
 def mean_loss(
     loss_of: Loss, rows: np.ndarray, micro_batch: int, device: torch.device, tick: Callable[[int], object]
 ) -> float:
-    """Return the mean loss over rows, in nats per token; `tick` hears how many rows were done."""
+    """Return the mean loss over rows, in nats per token; `tick` is called with the number of rows just done."""
     total = 0.0
     for start in range(0, len(rows), micro_batch):
         batch = torch.from_numpy(rows[start : start + micro_batch]).to(device)

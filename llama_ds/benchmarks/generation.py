@@ -1,4 +1,4 @@
-"""Models of any of our formats as transformers' own: to generate text, and for logits to compare with."""
+"""Loads models of any supported format into transformers, to generate text and to compare logits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from llama_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a text goes on: `count` times, by the likeliest ids where `temperature` is 0."""
+    """Sampling parameters: `count` continuations per prompt; greedy decoding if `temperature` is 0."""
 
     max_new_tokens: int
     temperature: float
@@ -39,8 +39,8 @@ class Sampling:
 
 
 def load_exported(folder: str, dtype: torch.dtype | str) -> Any:
-    """Return transformers' model of a Hugging Face folder."""
-    logging.disable_progress_bar()  # of a few seconds, over files that are on this machine
+    """Return the transformers model in a Hugging Face folder."""
+    logging.disable_progress_bar()  # loading local files takes only a few seconds
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
@@ -51,15 +51,15 @@ def fp32_logits(folder: str, ids: Tensor) -> Tensor:
 
 
 def load(path: str, kind: str | None) -> tuple[Any, Any]:
-    """Return transformers' tokenizer and model of a folder of any kind."""
+    """Return the transformers tokenizer and model for a folder of any kind."""
     kind = kind or kind_of(path)
     files = open_model(path, kind)
     if kind == "hf":
         if not os.path.exists(os.path.join(path, "tokenizer.json")):
-            raise UserError(f"{path}: no tokenizer.json in it; convert its model again by tools/convert.py")
+            raise UserError(f"{path}: has no tokenizer.json; convert its model again with tools/convert.py")
         return AutoTokenizer.from_pretrained(path), load_exported(path, "auto")
     if files.tokenizer is None:
-        raise UserError(f"{files.path}: no tokenizer.model in it; put the model's own there")
+        raise UserError(f"{files.path}: has no tokenizer.model; copy the model's own into it")
     content = imitation(Tokenizer(files.tokenizer))
     if content is None:
         raise UserError(f"{files.tokenizer}: not a BPE model without normalisation, so transformers cannot imitate it")
@@ -68,7 +68,7 @@ def load(path: str, kind: str | None) -> tuple[Any, Any]:
 
 
 def _with_weights(files: ModelFiles) -> Any:
-    """Return transformers' model with the weights of `files`, a layer at a time."""
+    """Return a transformers model with the weights of `files`, loaded layer by layer."""
     dtype = DTYPES[files.dtype]
     config = LlamaConfig(**hf_config(files.model, files.seq_len, str(dtype).removeprefix("torch.")))
     model = LlamaForCausalLM(config).to(dtype)
@@ -79,7 +79,7 @@ def _with_weights(files: ModelFiles) -> Any:
 
 
 def continuations(model: Any, tokenizer: Any, prompt: str, how: Sampling) -> list[str]:
-    """Return texts that follow `prompt`."""
+    """Return continuations of `prompt`."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if how.temperature > 0:
@@ -89,7 +89,7 @@ def continuations(model: Any, tokenizer: Any, prompt: str, how: Sampling) -> lis
         **sampling,
         max_new_tokens=how.max_new_tokens,
         num_return_sequences=how.count if how.temperature > 0 else 1,
-        # Either ends a document: every document of the training rows begins with bos.
+        # Either id ends a document, because every document in the training rows begins with bos.
         eos_token_id=[tokenizer.bos_token_id, tokenizer.eos_token_id],
         pad_token_id=tokenizer.eos_token_id,
     )

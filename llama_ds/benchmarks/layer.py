@@ -1,6 +1,6 @@
-"""One decoder layer's forward and backward: its time, what it keeps between the two, and its peak of memory.
+"""Forward and backward of one decoder layer: time, memory of saved activations and peak memory.
 
-Shapes: B rows, T tokens of a row, D hidden size. A rank of tp holds 1 / tp of the heads and intermediate features.
+Shapes: B rows, T tokens of a row, D hidden size. A rank holds 1 / tp of the heads and intermediate features.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from llama_ds.benchmarks.step import Step, with_products
+from llama_ds.benchmarks.step import Step, with_matmul_precision
 from llama_ds.config.schema import ModelConfig
 from llama_ds.log import without_profiler_marks
 
 
 def shard(model: ModelConfig, tp: int) -> ModelConfig:
-    """Return the layer shape of one of `tp` ranks, without the communication between them."""
+    """Return the shape of a layer's shard on one of `tp` ranks; communication is not simulated."""
     return replace(
         model,
         num_attention_heads=model.num_attention_heads // tp,
@@ -29,32 +29,31 @@ def shard(model: ModelConfig, tp: int) -> ModelConfig:
 
 @dataclass(frozen=True)
 class LayerContestant:
-    """A layer, how to call it, who multiplies for it (`with_products`), and constant tensors (tables) that it shares
-    with others and does not pay for."""
+    """A layer, its call, its matmul precision, and constant tensors (tables) that do not count as saved memory."""
 
     module: nn.Module
     call: Callable[[Tensor], Tensor]
-    products: str
+    precision: str
     constants: tuple[Tensor, ...] = ()
 
     def step(self, x: Tensor, grad: Tensor) -> Step:
-        """Return the step forward, backward for x and grad (B, T, D); it yields the size of the input's gradient."""
+        """Return a step, forward and backward for x and grad (B, T, D), that returns the norm of the input gradient."""
 
         def run() -> float:
             self.module.zero_grad()
             inputs = x.detach().requires_grad_()
             self.call(inputs).backward(grad)
             assert inputs.grad is not None
-            return float(inputs.grad.norm())  # waits for the device
+            return float(inputs.grad.norm())  # synchronises with the device
 
-        return with_products(run, self.products)
+        return with_matmul_precision(run, self.precision)
 
     def saved_bytes(self, x: Tensor) -> int:
-        """Return the bytes that autograd keeps for the backward, without weights and constants."""
+        """Return the bytes that autograd saves for the backward, without weights and constants."""
         return saved_bytes(lambda: self.call(x.detach().requires_grad_()), [*self.module.parameters(), *self.constants])
 
     def peak_bytes(self, step: Step, device: torch.device) -> int:
-        """Return by how much memory rises during a step, at its peak; the weights' gradients are part of it."""
+        """Return the peak increase of memory during a step, which includes the weight gradients."""
         self.module.zero_grad()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -72,7 +71,7 @@ class LayerContestant:
 
 
 def saved_bytes(forward: Callable[[], Tensor], constants: Iterable[Tensor]) -> int:
-    """Return the bytes of the distinct storages that autograd keeps from `forward`, but for those of `constants`."""
+    """Return the bytes of the distinct storages that autograd saves in `forward`, except those of `constants`."""
     known = {t.untyped_storage().data_ptr() for t in constants}
     kept: dict[int, int] = {}
 
@@ -83,6 +82,6 @@ def saved_bytes(forward: Callable[[], Tensor], constants: Iterable[Tensor]) -> i
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()  # alive until counted: no address is used twice
+        output = forward()  # kept alive, so that no address is reused before the count
     assert output.requires_grad
     return sum(kept.values())

@@ -1,4 +1,4 @@
-"""What a benchmark found, as plain data for scripts and as a table for people."""
+"""Formats benchmark results as plain data for scripts and as a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llama_ds.machine import cpu_name
 
 
 def step_results(model: ModelConfig, settings: dict[str, Any], timings: dict[str, Timing]) -> dict[str, Any]:
-    """Return what timed training steps say, as plain data; `settings` are the benchmark's own."""
+    """Return the results of timed training steps as plain data, with the benchmark's `settings`."""
     tokens = settings["batch"] * settings["seq_len"]
     median = {name: timing.median_s for name, timing in timings.items()}
     steps = {
@@ -38,10 +38,10 @@ def step_results(model: ModelConfig, settings: dict[str, Any], timings: dict[str
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__},
         "model_gflops_per_step": flops_per_token(model, settings["seq_len"]) * tokens / 1e9,
         "steps": steps,
-        # Above 1: ours takes fewer seconds. The second is against the better of their two optimizers.
+        # Above 1: ours is faster. The second ratio is against the faster of their two optimizers.
         "speed_over_transformers": {name: median["transformers"] / median[name] for name in ours},
         "speed_over_fastest_transformers": {name: fastest / median[name] for name in ours},
-        # How many times the bare matrix products a step takes: as torch comes, and as ours has them multiplied.
+        # Step time over that of its bare matrix products, in torch's default and in our matmul precision.
         "time_over_gemms": _over(median, "gemms"),
         "time_over_gemms_our_products": _over(median, "gemms_our_products"),
     }
@@ -52,7 +52,7 @@ def _over(median: dict[str, float], floor: str) -> dict[str, float]:
 
 
 def step_table(results: dict[str, Any]) -> str:
-    """Return `step_results` for people."""
+    """Return `step_results` as readable text."""
     shape = results["shape"]
     lines = [
         f"{results['parameters'] / 1e6:.1f} M parameters (hidden {shape['hidden_size']}, "
@@ -73,7 +73,7 @@ def step_table(results: dict[str, Any]) -> str:
 def layer_results(
     model: ModelConfig, settings: dict[str, Any], timings: dict[str, Timing], measured: dict[str, tuple[int, int]]
 ) -> dict[str, Any]:
-    """Return what timed layers say, as plain data; `measured` are each one's saved and peak bytes."""
+    """Return the results of timed layers as plain data; `measured` has each layer's (saved, peak) bytes."""
     tokens = settings["batch"] * settings["seq_len"]
     flops = 3 * layer_forward_flops(model, settings["seq_len"]) * tokens
     on_cuda = settings["device"] == "cuda"
@@ -102,7 +102,7 @@ def layer_results(
 
 
 def layer_table(results: dict[str, Any]) -> str:
-    """Return `layer_results` for people."""
+    """Return `layer_results` as readable text."""
     lines = [
         f"{results['shape']} layer, one of {results['tp']} tensor-parallel ranks, {results['batch']} x "
         f"{results['seq_len']} tokens, {results['dtype']}, {results['attention']}, "

@@ -1,4 +1,4 @@
-"""Training steps timed against each other, and the floor below all of them: the bare matrix products of the step.
+"""Times training steps against each other and against their lower bound, the bare matrix products of a step.
 
 Shapes: B rows, T tokens of a row, N = B * T, (O, I) a weight matrix.
 """
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.weights import HEAD, Role, weights
 
-Step = Callable[[], float]  # one whole step; returns its loss
+Step = Callable[[], float]  # takes one step; returns its loss
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per step, over the repeats of one contestant, and its losses: the first on the initial weights."""
+    """Seconds of each timed step of a contestant, and its losses; the first is on the initial weights."""
 
     seconds: list[float]
     losses: list[float]
@@ -34,7 +34,7 @@ class Timing:
 def time_interleaved(
     steps: Mapping[str, Step], repeats: int, warmup: int = 2, tick: Callable[[], object] = lambda: None
 ) -> dict[str, Timing]:
-    """Run every step `warmup` + `repeats` times in turns, so that a busy moment of the machine hits all of them.
+    """Run every step `warmup` + `repeats` times in turns, so that load on the machine affects all of them alike.
 
     Warm-up steps are not timed, but their losses are kept. `tick` is called after each step.
     """
@@ -50,8 +50,8 @@ def time_interleaved(
     return timings
 
 
-def with_products(step: Step, precision: str) -> Step:
-    """Return the step with float32 matrix products as torch.set_float32_matmul_precision(`precision`) chooses them."""
+def with_matmul_precision(step: Step, precision: str) -> Step:
+    """Return the step with torch.set_float32_matmul_precision(`precision`) in effect."""
 
     def run() -> float:
         torch.set_float32_matmul_precision(precision)
@@ -63,7 +63,7 @@ def with_products(step: Step, precision: str) -> Step:
 def training_step(
     module: nn.Module, optimizer: torch.optim.Optimizer, clip: float, forward: Callable[[], Tensor]
 ) -> Step:
-    """Return the step of a plain torch loop: forward and loss, backward, clip, update."""
+    """Return the step of a plain torch training loop: forward and loss, backward, clip, update."""
 
     def step() -> float:
         optimizer.zero_grad()
@@ -77,15 +77,15 @@ def training_step(
 
 
 def product_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
-    """Return the (O, I) of every matrix that a token is multiplied with: the decoder layers' and the head's."""
+    """Return the (O, I) of every matrix that multiplies tokens: those of the decoder layers and the head."""
     matrices = [weight.shape(model) for _, weight in weights(model) if weight.role is Role.HIDDEN_MATRIX]
     return [*matrices, HEAD.shape(model)]
 
 
 def gemm_step(model: ModelConfig, tokens: int, dtype: torch.dtype) -> Step:
-    """Return the step's bare matrix products on `tokens` = N tokens: the attention's own are not among them.
+    """Return a step of the bare matrix products on `tokens` = N tokens, without those inside attention.
 
-    Every matrix has its own weight and its own results, as in a step: nothing stays in a cache that would not there.
+    Every matrix has its own weight and results, so that caches are as cold as in a real step.
     """
     problems = []
     for out, into in product_shapes(model):

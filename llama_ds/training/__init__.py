@@ -1,1 +1,1 @@
-"""The training of a run: its plan, the loop, schedules, meters and monitors."""
+"""Training: the plan of a run, the loop, engines, learning rate, metrics and monitors."""

@@ -16,14 +16,14 @@ class Board(Protocol):
     """Receives the numbers of every line of metrics.jsonl."""
 
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Show `values`, by name, at `step`."""
+        """Plot `values`, by name, at `step`."""
 
     def close(self) -> None:
-        """Write everything out."""
+        """Flush and close."""
 
 
 def open_boards(settings: LoggingConfig, run_dir: str, first_step: int) -> list[Board]:
-    """Return the boards that the run file asks for; a resumed run replaces what they show after `first_step`.
+    """Return the boards that the run file enables; a resumed run overwrites their points after `first_step`.
 
     Raises:
         UserError: the package of a board is not installed.

@@ -1,4 +1,4 @@
-"""Micro-batches on the device: copied there on a stream of their own while earlier ones are computed.
+"""Micro-batches on the device: a separate stream copies them while earlier ones are computed.
 
 Shapes: b rows of a micro-batch, T tokens; a micro-batch is an integer array (b, T + 1) whose columns overlap as ids and
 labels, (b, T) each.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Arriving:
+class InFlightBatch:
     """A micro-batch (b, T + 1) whose copy to a CUDA device has begun."""
 
     rows: Tensor
@@ -29,14 +29,14 @@ class Arriving:
         return self.rows
 
 
-Batch = np.ndarray | Arriving
+Batch = np.ndarray | InFlightBatch
 Batches = Iterable[Batch]
 
 
 def on_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches unchanged for a CPU; for CUDA yield copies that have begun from pinned memory.
+    """Yield the batches unchanged for a CPU; for CUDA start copies from pinned memory and yield them in flight.
 
-    The thread that reads ahead draws from this iterator, so that pinning and starting a copy cost the step nothing.
+    The read-ahead thread draws from this iterator, so pinning memory and starting a copy cost the step no time.
     """
     if device.type != "cuda":
         yield from batches
@@ -45,10 +45,10 @@ def on_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[B
     for batch in batches:
         with torch.cuda.stream(stream):
             rows = torch.from_numpy(batch).pin_memory().to(device, non_blocking=True).long()
-            yield Arriving(rows, stream.record_event())
+            yield InFlightBatch(rows, stream.record_event())
 
 
 def ids_and_labels(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a micro-batch as the model takes it: ids (b, T) and labels (b, T), the ids one position further."""
-    rows = batch.take() if isinstance(batch, Arriving) else torch.from_numpy(batch).to(device).long()
+    """Split a micro-batch into ids (b, T) and labels (b, T), which are shifted by one position."""
+    rows = batch.take() if isinstance(batch, InFlightBatch) else torch.from_numpy(batch).to(device).long()
     return rows[:, :-1], rows[:, 1:]

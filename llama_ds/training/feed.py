@@ -1,14 +1,14 @@
-"""A rank's micro-batches: read once per host, compared between ranks, on the device before they are needed.
+"""A rank's micro-batches: read once per host, compared between ranks, and copied to the device ahead of time.
 
 Ranks agree on two things, every `data.check_interval` steps and before the first:
 
-- They read the same. The first and the last stage, and all tensor-parallel ranks, of one data-parallel rank must hold
-  the same batches; all ranks must hold the same order. Checksums of both are compared.
-- They know which shards are damaged. Steps come in periods of check_interval. By the middle of a period every reading
-  rank has fetched and checked its shards of the next one. From the next period on, all ranks replace the shards that
-  any rank has found damaged.
+- The data is the same. The first and the last stage, and all tensor-parallel ranks, of a data-parallel rank must read
+  the same batches; all ranks must have the same data order. Checksums of both are compared.
+- The damaged shards are known. Steps form periods of check_interval. By the middle of a period every reading rank has
+  fetched and checked its shards of the next one. From the next period on, all ranks replace the shards that any rank
+  found damaged.
 
-This costs one gather of a few integers; nothing else waits, and no rank reads beyond the agreed steps.
+This costs one gather of a few integers. Nothing else blocks, and no rank reads beyond the agreed steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llama_ds.parallel.sharing import Neighbours, find_neighbours, share
 from llama_ds.training.device_batches import on_device
 from llama_ds.training.engines.interface import Engine
 
-SOUND, FOUND_BAD, FAILED = range(3)  # status of the shards that a rank needs next
+INTACT, DAMAGED, FAILED = range(3)  # status of the shards that a rank needs next
 
 
 class Feed:
@@ -48,18 +48,18 @@ class Feed:
         data: Dataset,
         steps: range,
         engine: Engine,
-        place: world.RankInfo,
+        rank_info: world.RankInfo,
         device: torch.device,
     ) -> None:
-        """Agree with the other ranks on the first steps, and begin to read. Collective.
+        """Agree with the other ranks on the first steps and start reading. Collective.
 
         Raises:
-            UserError: ranks do not read the same, or shards are damaged beyond what the run file allows.
+            UserError: ranks read different data, or more shards are damaged than the run file allows.
         """
         self._run, self._layout, self._data, self._steps = run, layout, data, steps
-        self._engine, self._place, self._device = engine, place, device
+        self._engine, self._rank_info, self._device = engine, rank_info, device
         self._interval = run.data.check_interval
-        self._crc_of: dict[int, int] = {}  # checksum of every step read since ranks last compared them
+        self._crc_of: dict[int, int] = {}  # checksums of the steps read since the last comparison
         self._batches: Iterator[Any] = itertools.repeat(np.empty(0))
         self._shared: Iterator[np.ndarray] = iter(())
         self._ahead: ReadAhead[Any] | None = None
@@ -69,15 +69,15 @@ class Feed:
             self._reader = Reader(data, steps, engine.dp_rank, layout.dp, layout.micro_batch, allowed=steps.start)
         world.together(self._save_state)
         self._agree(steps.start, self._period_end(steps.start))
-        if steps.start % self._interval > self._interval // 2:  # the step that agrees on the next period has passed
+        if steps.start % self._interval > self._interval // 2:  # the agreement on the next period would be overdue
             self._agree(self._period_end(steps.start), self._period_end(steps.start) + self._interval)
         if engine.reads_data:
             self._read(neighbours)
-        self._compare(steps.start + 1, SOUND)
+        self._compare(steps.start + 1, INTACT)
 
     @property
     def wait_s(self) -> float:
-        """Seconds that this rank has waited for data in all."""
+        """Total seconds for which this rank has waited for data."""
         return self._ahead.wait_s if self._ahead else 0.0
 
     def __iter__(self) -> Feed:
@@ -87,21 +87,21 @@ class Feed:
         return next(self._batches)
 
     def before_step(self, step: int) -> None:
-        """Agree on the next period, in the middle of each. Collective.
+        """In the middle of a period, agree on the next one. Collective.
 
         Raises:
-            UserError: as the constructor.
+            UserError: see the constructor.
         """
         if step % self._interval == self._interval // 2:
             self._agree(self._period_end(step), self._period_end(step) + self._interval, done=step)
 
     def close(self) -> None:
-        """End the reading threads: one that still runs at the interpreter's end aborts the process. Collective."""
+        """Stop the reader threads: one still running at interpreter exit would abort the process. Collective."""
         if self._reader:
             self._reader.close()
         if self._ahead:
             self._ahead.close()
-        for _ in self._shared:  # where a run ends early, until all neighbours know of it
+        for _ in self._shared:  # if a run ends early, drain until all neighbours know it
             pass
 
     def _period_end(self, step: int) -> int:
@@ -113,14 +113,14 @@ class Feed:
         own = self._reader.batches() if self._reader else None
         self._shared = share(own, len(self._steps) * accumulation, shape, neighbours)
         summed = self._summed(self._shared)
-        # The last stage draws a micro-batch up to a whole step after the first: with less read ahead, one could starve
-        # the other where both are fed by one reader.
+        # The last stage draws a micro-batch up to a full step after the first. If one reader feeds both, a shorter
+        # read-ahead could starve one of them.
         self._ahead = ReadAhead(on_device(summed, self._device), depth=accumulation + 2)
         first_step = list(itertools.islice(self._ahead, accumulation))
         self._batches = itertools.chain(first_step, self._ahead)
 
     def _summed(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield the batches and keep a checksum of every step."""
+        """Yield the batches and record a checksum of every step."""
         for step in self._steps:
             crc = 0
             for _ in range(self._layout.accumulation):
@@ -135,24 +135,24 @@ class Feed:
         """Agree on the shards of steps `first` to `last` and allow reading them; compare the steps before `done`."""
         first, last = min(first, self._steps.stop), min(last, self._steps.stop)
         while True:
-            status, bad, error = self._look(first, last)
-            said = self._compare(done, status)
-            if FAILED in said:
+            status, bad, error = self._inspect_shards(first, last)
+            statuses = self._compare(done, status)
+            if FAILED in statuses:
                 world.together(lambda error=error: _raise(error))  # type: ignore[misc]
-            if FOUND_BAD not in said:
+            if DAMAGED not in statuses:
                 break
-            # Sorting is stable: where several ranks report a shard, all ranks take the first report.
+            # The sort is stable: if several ranks report a shard, all ranks use the first report.
             found = sorted(itertools.chain(*world.gather(bad)), key=_shard)
             self._replace([next(group) for _, group in itertools.groupby(found, key=_shard)])
         if self._reader:
             self._reader.allow(last)
             self._reader.prepare(last, min(last + self._interval, self._steps.stop))
 
-    def _look(self, first: int, last: int) -> tuple[int, list[BadShard], UserError | None]:
-        """Return the status of the shards that this rank will read, the damaged ones, and the error if one occurred."""
+    def _inspect_shards(self, first: int, last: int) -> tuple[int, list[BadShard], UserError | None]:
+        """Return the status of the shards that this rank will read, the damaged shards, and the error if any."""
         try:
             bad = self._reader.find_bad(first, last) if self._reader else []
-            return (FOUND_BAD if bad else SOUND), bad, None
+            return (DAMAGED if bad else INTACT), bad, None
         except UserError as error:
             return FAILED, [], error
 
@@ -162,32 +162,30 @@ class Feed:
                 "data: shard %d of source %s is damaged and will be replaced from step %d on: %s",
                 bad.shard, bad.source, bad.step, bad.reason,
             )  # fmt: skip
-        self._data.replace(found, self._run.data.max_bad_shards)  # all ranks decide alike whether they are too many
+        self._data.replace(found, self._run.data.max_bad_shards)  # raises on all ranks alike if there are too many
         world.together(self._save_state)
 
     def _compare(self, done: int, status: int) -> set[int]:
         """Compare the checksums of the steps before `done`; return the statuses of all ranks. Collective."""
         crc = 0
-        for step in sorted(step for step in list(self._crc_of) if step < done):  # a copy: a thread adds to it
+        for step in sorted(step for step in list(self._crc_of) if step < done):  # copied: a thread adds to the dict
             crc = zlib.crc32(self._crc_of.pop(step).to_bytes(4, "little"), crc)
         own = [int(self._engine.reads_data), self._engine.dp_rank, crc, self._data.fingerprint, status]
         ranks = world.gather_numbers(own, self._device)
         reads, dp_rank, crcs, fingerprints, statuses = ranks.T
-        _check_same(
-            "have another order of the data (source, seed or history)", fingerprints, np.arange(len(ranks)), done
-        )
+        _check_same("have a different data order (source, seed or history)", fingerprints, np.arange(len(ranks)), done)
         for number in np.unique(dp_rank[reads == 1]):
             readers = np.flatnonzero((reads == 1) & (dp_rank == number))
-            _check_same(f"of data-parallel rank {number} read other batches", crcs[readers], readers, done)
+            _check_same(f"of data-parallel rank {number} read different batches", crcs[readers], readers, done)
         return set(statuses.tolist())
 
     def _save_state(self) -> None:
-        if self._place.rank == 0:
+        if self._rank_info.rank == 0:
             try:
                 save_state(os.path.join(self._run.run_dir, STATE), self._data.state)
             except OSError as error:
                 raise UserError(
-                    f"{self._run.run_dir}: cannot write {STATE} ({error}); set output_dir to another"
+                    f"{self._run.run_dir}: cannot write {STATE} ({error}); set output_dir to a writable folder"
                 ) from None
 
 
@@ -195,14 +193,14 @@ def _check_same(what: str, values: np.ndarray, ranks: np.ndarray, step: int) -> 
     if len(kinds := np.unique(values)) > 1:
         groups = sorted((ranks[values == kind] for kind in kinds), key=lambda group: (-len(group), group[0]))
         raise UserError(
-            f"step {step}: ranks {' | '.join(map(_listed, groups))} {what}; training on would mix different rows: "
+            f"step {step}: ranks {' | '.join(map(_listed, groups))} {what}; further training would mix different rows: "
             "compare the sources' folders and the code on the hosts of these ranks, then resume"
         )
 
 
-def _listed(ranks: np.ndarray, most: int = 16) -> str:
-    shown = ", ".join(map(str, ranks[:most].tolist()))
-    return shown if len(ranks) <= most else f"{shown} and {len(ranks) - most} more"
+def _listed(ranks: np.ndarray, limit: int = 16) -> str:
+    shown = ", ".join(map(str, ranks[:limit].tolist()))
+    return shown if len(ranks) <= limit else f"{shown} and {len(ranks) - limit} more"
 
 
 def _shard(bad: BadShard) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""How this process manages its memory: what the C library's allocator keeps, what Python's garbage collector skips."""
+"""Settings of the C library's allocator and of Python's garbage collector."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _LARGEST_INT = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from returning large freed blocks to the system, which zeroes their pages for the next step.
+    """Stop glibc from returning large freed blocks to the system, which would zero their pages at the next use.
 
-    For training on a CPU: at 63 M parameters this saved up to 0.3 s of a step of 1.2 s. Does nothing without glibc.
+    For CPU training: with 63 M parameters this saves up to 0.3 s of a step of 1.2 s. Does nothing without glibc.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -24,9 +24,9 @@ def keep_freed_memory() -> None:
 
 
 def freeze_imports() -> None:
-    """Make the garbage collector skip all objects that exist now, which includes everything imported.
+    """Make the garbage collector skip all objects that exist now, including all imported modules.
 
-    Call it when torch's optimizer is built, which imports much, and before DeepSpeed's. DeepSpeed's optimizer collects
-    garbage on rank 0 before and after each group, while the others wait; each collection would take 0.2 s.
+    Call it after torch's optimizer is built, which imports many modules, and before DeepSpeed's. DeepSpeed's optimizer
+    collects garbage on rank 0 before and after each group while the others wait: each time would take 0.2 s.
     """
     gc.freeze()

@@ -1,7 +1,8 @@
-"""Requests to a running job, by a scheduler or a person: save a checkpoint, or save one and end.
+"""Requests to a running job by a scheduler or a person: save a checkpoint, or save one and stop.
 
-SIGUSR1 requests a checkpoint; SIGTERM (preemption) and the wall-time limit request a checkpoint and the end. Signals
-reach ranks at different moments, or one rank only. Ranks agree by an all-reduce of one integer beside each step.
+SIGUSR1 requests a checkpoint; SIGTERM (preemption) and the wall-time limit request a checkpoint and then stop the run.
+Signals reach ranks at different times, or one rank only. Ranks agree by an all-reduce of one integer that overlaps
+each step.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llama_ds.parallel import world
 
 
 class Request(IntEnum):
-    """The greatest request of any rank wins."""
+    """A request; the highest one on any rank wins."""
 
     NOTHING = 0
     SAVE = 1
@@ -27,7 +28,7 @@ class Request(IntEnum):
 
 
 class Interruptions:
-    """Collects the requests to this rank, and agrees on them with the other ranks."""
+    """Collects the requests to this rank and agrees on them with the other ranks."""
 
     def __init__(self, settings: CheckpointConfig, device: torch.device) -> None:
         """Handle the signals from now on; a second SIGTERM ends the process at once."""
@@ -36,17 +37,17 @@ class Interruptions:
         )
         self._device = device
         self._own = Request.NOTHING
-        self._agreed: Callable[[], int] | None = None  # waits for the all-reduce that is under way
-        self.reason = "asked on another rank"  # why the run ends early
+        self._agreed: Callable[[], int] | None = None  # waits for the all-reduce in flight
+        self.reason = "requested on another rank"  # reason for the early end
         self._before = {
             signal.SIGTERM: signal.signal(signal.SIGTERM, self._end),
             signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._save),
         }
 
     def after_step(self) -> Request:
-        """Return the greatest request to any rank before the step that has just run, the same on all ranks. Collective.
+        """Return the highest request to any rank before the step that has just run, the same on all ranks. Collective.
 
-        The answer is one step old. It arrived while the device was busy, so that reading it does not wait.
+        The result is one step old. It arrived while the device was busy, so reading it does not block.
         """
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self._add(Request.END, "the wall-time limit")

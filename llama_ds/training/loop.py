@@ -1,4 +1,4 @@
-"""The training loop: read it from top to bottom."""
+"""The training loop, in reading order."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
-from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_least_memory
+from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
 from llama_ds.training.stragglers import Stragglers
 
 
-def train(run: RunConfig, layout: Layout, config: dict[str, Any], place: world.RankInfo, progress: Progress) -> None:
+def train(
+    run: RunConfig, layout: Layout, config: dict[str, Any], rank_info: world.RankInfo, progress: Progress
+) -> None:
     """Train `run` from its newest checkpoint, or from its seed, to its last step. Collective.
 
-    `config` is the merged DeepSpeed configuration; `progress` is told where this rank is.
+    `config` is the merged DeepSpeed configuration; `progress` reports this rank's phase to the supervisor.
 
     Raises:
-        UserError: on every rank alike, for what is wrong with data, checkpoints or the outcome.
+        UserError: on all ranks alike: data or checkpoints cannot be used, or the loss has diverged.
     """
     progress.enter(Phase.LOADING)
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
-    run = with_least_memory(run, device)
-    checkpoints = Checkpoints(run, layout, dtype, place)
+    run = with_min_memory(run, device)
+    checkpoints = Checkpoints(run, layout, dtype, rank_info)
     chosen = checkpoints.choose()
-    data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, place))
+    data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     engine = world.together(lambda: build_engine(run, layout, config, device))
     first = load_state(run, engine, checkpoints, chosen)
     checkpoints.begin()
     last = min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
     log_start(run, layout, dtype, first, resumed=chosen is not None)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))
-    log = world.together(lambda: open_run_log(run, first) if place.rank == 0 else None)
-    feed = Feed(run, layout, data, range(first, last), engine, place, device)
+    log = world.together(lambda: open_run_log(run, first) if rank_info.rank == 0 else None)
+    feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
     interruptions = Interruptions(run.checkpoint, device)
-    stragglers = Stragglers(run, layout, place, progress.host, engine.trace, device, first)
-    recording = Recording(run, layout, engine.trace, place, progress.host, dtype, device)
+    stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)
+    recording = Recording(run, layout, engine.trace, rank_info, progress.host, dtype, device)
     progress.doing = engine.trace.doing_now
     progress.enter(Phase.TRAINING, first)
     report = Reporter(run, engine, Meter(run, layout, feed, dtype, device, first), log, progress, device)

@@ -10,11 +10,11 @@ from llama_ds.config.schema import OptimizerConfig
 def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> float:
     """Return the learning rate of the 0-based `step` of a run of `total_steps`.
 
-    Warm-up is linear: step 0 gets lr / warmup_steps, step warmup_steps - 1 the peak lr. Then
-    - "cosine" falls along half a cosine (LLaMA, arXiv 2302.13971, section 2.3);
-    - "wsd" stays at lr and falls over the last decay_steps as 1 - sqrt (MiniCPM, arXiv 2404.06395;
+    Warm-up is linear: step 0 uses lr / warmup_steps, step warmup_steps - 1 the peak lr. Then
+    - "cosine" decays along half a cosine (LLaMA, arXiv 2302.13971, section 2.3);
+    - "wsd" stays at lr and decays over the last decay_steps as 1 - sqrt (MiniCPM, arXiv 2404.06395;
       the shape: Haegele et al., arXiv 2405.18392, section 3).
-    The last step, total_steps - 1, gets exactly lr * min_lr_ratio, and so would any step after it.
+    The last step, total_steps - 1, uses exactly lr * min_lr_ratio, as would any later step.
     """
     warmup = optimizer.warmup_steps
     if step < warmup:
@@ -27,5 +27,5 @@ def learning_rate(step: int, optimizer: OptimizerConfig, total_steps: int) -> fl
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """Return the share of the steps start .. end - 1 that is done after `step`, within [0, 1]."""
+    """Return the fraction of the steps start .. end - 1 that is done after `step`, clamped to [0, 1]."""
     return min(max((step + 1 - start) / (end - start), 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""What a step cost: throughput, model FLOPs utilisation, waiting for data, memory."""
+"""Metrics of a step: throughput, model FLOPs utilisation, wait for data, memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from llama_ds.training.feed import Feed
 class StepMetrics:
     """One line of metrics.jsonl. Times are seconds per step, averaged since the line before.
 
-    mfu counts the model's FLOPs without recompute, hfu all FLOPs that the hardware executes; both are None where the
-    device's peak is not known.
+    mfu counts the model's FLOPs without recompute, hfu all FLOPs that the hardware executes; both are None if the
+    device's peak is unknown.
     """
 
     step: int
@@ -40,7 +40,7 @@ class StepMetrics:
 
 
 class Meter:
-    """Turns the clock into rates. `restart` leaves out of a step's time what is no part of it."""
+    """Measures rates between reports. `restart` excludes the time since the last report, such as a save."""
 
     def __init__(
         self, run: RunConfig, layout: Layout, feed: Feed, dtype: str, device: torch.device, first_step: int
@@ -61,7 +61,7 @@ class Meter:
         self._step, self._since, self._waited = step, time.perf_counter(), self._feed.wait_s
 
     def measure(self, step: int, loss: float, lr: float, grad_norm: float) -> StepMetrics:
-        """Close the interval with the metrics of `step`, the number of finished steps. Collective."""
+        """End the interval and return the metrics of `step`, the number of finished steps. Collective."""
         steps = step - self._step
         step_s = (time.perf_counter() - self._since) / steps
         data_wait_s = (self._feed.wait_s - self._waited) / steps

@@ -1,4 +1,4 @@
-"""A debugging aid: name the first layer whose output or gradient is not finite."""
+"""A debugging aid: finds the first layer whose output or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llama_ds.errors import UserError
 
 
 def check_layers(layers: Iterable[tuple[int, nn.Module]], num_hidden_layers: int) -> None:
-    """Make every layer check its output and the gradient of its output; `layers` come with their indices in the model.
+    """Make every layer check its output and the gradient of its output; `layers` are (index in the model, layer).
 
-    The checks synchronise with the device at each layer. They raise UserError in the forward or the backward.
+    The checks synchronise with the device at each layer and raise UserError in the forward or the backward.
     """
     for index, layer in layers:
         name = layer_name(index, num_hidden_layers)
@@ -21,7 +21,7 @@ def check_layers(layers: Iterable[tuple[int, nn.Module]], num_hidden_layers: int
 
 
 def layer_name(index: int, num_hidden_layers: int) -> str:
-    """Return how messages name the layer at `index` of [embedding, decoder layers, final norm, head]."""
+    """Return the name used in messages for layer `index` of [embedding, decoder layers, final norm, head]."""
     if 1 <= index <= num_hidden_layers:
         return f"decoder layer {index - 1} of {num_hidden_layers}"
     return {0: "the embedding", num_hidden_layers + 1: "the final norm"}.get(index, "the head")
@@ -30,7 +30,7 @@ def layer_name(index: int, num_hidden_layers: int) -> str:
 def _check_output(name: str, inputs: tuple[object, ...], output: object) -> None:
     if (count := _bad(output)) and not _bad(inputs[0]):
         raise UserError(
-            f"logging.check_finite: {name} puts out {count} values that are NaN or infinite, from finite inputs"
+            f"logging.check_finite: {name} outputs {count} values that are NaN or infinite, from finite inputs"
         )
     first = output[0] if isinstance(output, tuple) else output
     if isinstance(first, Tensor) and first.requires_grad:
@@ -40,12 +40,12 @@ def _check_output(name: str, inputs: tuple[object, ...], output: object) -> None
 def _check_gradient(name: str, grad: Tensor) -> None:
     if count := _bad(grad):
         raise UserError(
-            f"logging.check_finite: the gradient that comes back to {name} has {count} values NaN or infinite"
+            f"logging.check_finite: the gradient of the output of {name} has {count} values that are NaN or infinite"
         )
 
 
 def _bad(value: object) -> int:
-    """Return how many numbers of the first tensor in `value` are not finite."""
+    """Return the number of non-finite elements of the first tensor in `value`."""
     first = value[0] if isinstance(value, tuple) else value
     if not isinstance(first, Tensor) or not first.is_floating_point():
         return 0

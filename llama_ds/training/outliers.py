@@ -1,29 +1,28 @@
-"""The rule for slow ranks and links. Pure arithmetic on the times of all ranks.
+"""Detection of slow ranks and links: pure arithmetic on the times of all ranks.
 
 Ranks are compared within a pipeline stage, because ranks of different stages may do different work. Only parts of a
-step in which a rank waits for no other rank count as its own. In such a part a rank is slow when its mean over the
-steps exceeds the median of its stage by more than
+step in which a rank does not wait for another rank count as its own. In such a part a rank is slow when its mean over
+the steps exceeds the median of its stage by more than
 
     max(SHARE of the step, SPREADS times the spread of the stage)
 
-A smaller share is not worth a person's time, and a smaller multiple of the spread may be noise. The spread is the
+A smaller share is not worth investigating, and a smaller multiple of the spread may be noise. The spread is the
 robust standard deviation, 1.4826 * median |x - median|, of the stage, or the median of all stages' spreads if that is
 larger, because the spread of few ranks is small by chance. The median of an even number is the lower one, so that half
 of a stage may be slow.
 
-Fewer ranks than FEW do not give a reliable spread. Their share is larger, and the median over the steps must exceed the
-threshold too, so that a single long step does not count. Of two ranks, the faster one is the reference; a single rank
+Fewer than FEW ranks do not give a reliable spread. Their threshold is SHARE_OF_FEW, and the median over the steps must
+exceed it too, so that a single long step does not count. Of two ranks, the faster one is the reference; a single rank
 has no reference and is not judged.
 
-Tensor-parallel ranks compute in lockstep and are judged as one, by the least of their times: when one waits for data,
-the others' wait for it appears as their compute time.
+Tensor-parallel ranks compute in lockstep and are judged as one unit, by the minimum of their times: when one waits for
+data, the others' wait for it appears as their compute time.
 
 A slow link shows as waits: all ranks of a pipeline wait longer for messages than the other pipelines' ranks, and their
 own parts explain less than half of it. Stages before the link then wait for later stages, stages after it for earlier
 ones.
 
-Shapes: P stages, D pipelines of tensor-parallel groups, T tensor-parallel ranks, K parts of a step; n ranks that are
-compared.
+Shapes: P stages, D pipelines of tensor-parallel groups, T tensor-parallel ranks, K parts of a step; n compared ranks.
 """
 
 from __future__ import annotations
@@ -38,19 +37,19 @@ from llama_ds.parallel.step_times import BETWEEN, COMPUTE, DATA, EARLIER, LATER,
 
 SHARE, SPREADS = 0.05, 6.0
 FEW, SHARE_OF_FEW = 16, 0.1
-OWN = (DATA, COMPUTE, OPTIMIZER, BETWEEN)  # parts in which a rank waits for no other rank
+OWN = (DATA, COMPUTE, OPTIMIZER, BETWEEN)  # parts in which a rank does not wait for another rank
 
 
 @dataclass(frozen=True)
 class SlowRanks:
-    """One rank that is slow in a part of the step, or a tensor-parallel group."""
+    """A rank, or a tensor-parallel group, that is slow in a part of the step."""
 
     ranks: tuple[int, ...]
     stage: int
     part: int
     time: float
     median: float  # median of the stage
-    steady: bool  # slow in most steps, not only in few
+    steady: bool  # slow in most steps, not only in a few
 
 
 @dataclass(frozen=True)
@@ -58,24 +57,24 @@ class SlowLink:
     """A pipeline with slow messages."""
 
     ranks: np.ndarray  # (P, T)
-    after: int | None  # the stage before the link; None if unknown
-    time: float  # how much longer its ranks wait than the median
+    after: int | None  # stage before the link; None if unknown
+    time: float  # extra wait of its ranks over the median
 
 
 @dataclass(frozen=True)
 class Outliers:
-    """The slow ranks and links of some steps, and the medians they exceed; in the unit of the times."""
+    """The slow ranks and links over an interval of steps, and the reference medians, in the unit of the times."""
 
-    step: float  # median over the ranks of a step without the time between steps
+    step: float  # median over the ranks of the step time, without the time between steps
     medians: np.ndarray  # (P, K): median of each stage
     slow: list[SlowRanks]
     links: list[SlowLink]
 
 
 def find(mean: np.ndarray, median: np.ndarray, layout: Sequence[int], one_way: bool) -> Outliers:
-    """Judge the ranks by the mean and the median of their times over the steps, both (P * D * T, K).
+    """Find the outliers from the mean and the median of each rank's times over the steps, both (P * D * T, K).
 
-    `layout` is (P, D, T), ranks in that order; `one_way`: each rank has one stage, not several.
+    `layout` is (P, D, T), with ranks in that order; `one_way`: each rank has one stage, not several.
     """
     means, medians = mean.reshape(*layout, -1), median.reshape(*layout, -1)
     step = float(np.median(mean.sum(1) - mean[:, BETWEEN]))
@@ -84,7 +83,7 @@ def find(mean: np.ndarray, median: np.ndarray, layout: Sequence[int], one_way: b
     own = np.zeros(layout[:2])  # each tensor-parallel group's excess over the median of its stage, over all parts
     for part in OWN:
         usual = _units(part, medians[..., part])
-        # Evaluations and saves fall between a few of the steps; the median leaves them out.
+        # Evaluations and saves happen between few of the steps; the median ignores them.
         average = usual if part == BETWEEN else _units(part, means[..., part])
         units = ranks if part == COMPUTE else ranks.reshape(layout[0], -1, 1)
         slow += _slow(part, units, average, usual, step)
@@ -99,7 +98,7 @@ def _units(part: int, times: np.ndarray) -> np.ndarray:
 
 
 def _slow(part: int, units: np.ndarray, average: np.ndarray, usual: np.ndarray, step: float) -> list[SlowRanks]:
-    """Return the slow of `units` (P, n, ranks) by their mean times and their median times, (P, n) each."""
+    """Return the slow ones among `units` (P, n, ranks) by their mean and median times, (P, n) each."""
     reference, often = _lower_median(average), _above(usual, step)
     over = _above(average, step)
     if average.shape[1] < FEW:
@@ -115,7 +114,7 @@ def _slow(part: int, units: np.ndarray, average: np.ndarray, usual: np.ndarray, 
 def _links(
     means: np.ndarray, medians: np.ndarray, own: np.ndarray, ranks: np.ndarray, step: float, one_way: bool
 ) -> list[SlowLink]:
-    """Return the pipelines whose messages are slow, tensor-parallel ranks taken together: (P, D)."""
+    """Return the pipelines whose messages are slow; the times of tensor-parallel ranks are averaged: (P, D)."""
     if ranks.shape[0] == 1:
         return []
     earlier, later = (means[..., part].mean(2) for part in (EARLIER, LATER))
@@ -126,14 +125,14 @@ def _links(
     links = []
     for d in np.flatnonzero(late):
         before, after = (_excess(x)[:, d] for x in (later, earlier))
-        # The cut with the most waiting for later stages before it plus waiting for earlier stages after it.
+        # The cut that maximises waits for later stages before it plus waits for earlier stages after it.
         cut = int(np.argmax(np.cumsum(before)[:-1] + np.cumsum(after[::-1])[::-1][1:]))
         links.append(SlowLink(ranks[:, d], cut if one_way else None, float(excess[d])))
     return links
 
 
 def _above(times: np.ndarray, step: float) -> np.ndarray:
-    """Tell which times (P, n) are above their stage's median by more than the rule allows."""
+    """Return a mask of the times (P, n) that exceed their stage's median by more than the threshold."""
     excess = _excess(times)
     spread = NORMAL * _lower_median(np.abs(excess))
     spread = np.maximum(spread, np.median(spread))[:, None]
@@ -142,11 +141,11 @@ def _above(times: np.ndarray, step: float) -> np.ndarray:
 
 
 def _excess(times: np.ndarray) -> np.ndarray:
-    """Return by how much the times (P, n) are above their stage's median."""
+    """Return the excess of the times (P, n) over their stage's median."""
     return times - _lower_median(times)[:, None]
 
 
 def _lower_median(times: np.ndarray) -> np.ndarray:
-    """Return the medians of the rows of (P, n)."""
+    """Return the lower medians of the rows of (P, n)."""
     middle = (times.shape[1] - 1) // 2
     return np.partition(times, middle, 1)[:, middle]

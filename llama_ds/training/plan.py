@@ -1,4 +1,4 @@
-"""What a run will do, as text: what --dry-run prints and the run's folder keeps."""
+"""The plan of a run as text: printed by --dry-run and saved in the run's folder."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _model(run: RunConfig, layout: Layout, element_bytes: int) -> list[str]:
 
 
 def _layout(run: RunConfig, layout: Layout) -> list[str]:
-    sequence = ", activations shared by sequence" if run.parallel.sequence_parallel else ""
+    sequence = ", activations sharded along the sequence" if run.parallel.sequence_parallel else ""
     rows = f"{layout.dp} x {layout.micro_batch} x {layout.accumulation}"
     return _pairs(
         ("ranks", f"{layout.world:,} = pp {layout.pp} x dp {layout.dp} x tp {layout.tp}{sequence}"),
@@ -90,10 +90,10 @@ def _pipeline_schedule(run: RunConfig, layout: Layout) -> str:
     if run.parallel.schedule == STOCK_ENGINE:
         return "DeepSpeed's own engine"
     schedule = schedule_of(run, layout)
-    third = 1 / schedule.chunks  # forward, input backward and weight backward of a chunk taken as equally long
+    third = 1 / schedule.chunks  # assumes equal times for forward, input backward and weight backward of a chunk
     bubble = simulate(schedule, StageCost(third, third, third)).bubble
-    virtual = f", {schedule.chunks} stages on a rank" if schedule.chunks > 1 else ""
-    return f"{schedule.name}{virtual}: {bubble:.1%} of the step is bubble where stages are equal and messages free"
+    virtual = f", {schedule.chunks} stages per rank" if schedule.chunks > 1 else ""
+    return f"{schedule.name}{virtual}: bubble {bubble:.1%} of the step, for equal stages and free messages"
 
 
 def _stages(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tuple[str, ...]]:
@@ -108,7 +108,7 @@ def _stages(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tupl
 
 
 def _recompute(run: RunConfig, saved: StagePolicies) -> tuple[str, str]:
-    """Return a stage's policies, and what its decoder layers keep for the micro-batches in flight."""
+    """Return a stage's recompute policies, and the activation memory of its micro-batches in flight."""
     if run.compute.decoder_layer == "autograd":
         return f"{run.parallel.recompute} (autograd)", "-"
     counts = ", ".join(f"{saved.policies.count(p)} {p}" for p in POLICIES if p in saved.policies)
@@ -116,17 +116,17 @@ def _recompute(run: RunConfig, saved: StagePolicies) -> tuple[str, str]:
 
 
 def memory_table(run: RunConfig, layout: Layout, element_bytes: int) -> list[str]:
-    """Return the table of what a rank of each pipeline position holds, in GiB."""
+    """Return the table of memory per rank, in GiB, with a row for each pipeline rank."""
     return _table(_memory(run, layout, element_bytes))
 
 
 def _memory(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tuple[str, ...]]:
     stages = stage_policies(run, layout, element_bytes)
-    place = schedule_of(run, layout).place
+    placement = schedule_of(run, layout).place
     columns = ("weights", "gradients", "optimizer", "working", "kept activations", "all")
     yield "pipeline rank", *columns, "recompute of its layers"
     for rank, memory in enumerate(rank_memory(run, layout, element_bytes)):
-        own = [stages[place.stage(rank, chunk)] for chunk in range(place.chunks)]
+        own = [stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)]
         kept = sum(stage.saved_bytes for stage in own)
         numbers = (memory.weights, memory.gradients, memory.optimizer, memory.working, kept, memory.fixed + kept)
         policies = "; ".join(_recompute(run, stage)[0] for stage in own)
@@ -160,9 +160,9 @@ def _data(run: RunConfig) -> Iterable[tuple[str, ...]]:
     for source in run.data.sources:
         weights = [source.weight, *(stage.weights.get(source.name, 0.0) for stage in stages)]
         tokens = sum(weight * (end - start) for weight, (start, end) in zip(weights, pairwise(ends), strict=True))
-        whole = short(tokens / source.epochs) if source.epochs else "-"
+        size = short(tokens / source.epochs) if source.epochs else "-"
         epochs = f"{source.epochs:g}" if source.epochs else "-"
-        yield source.name, *(f"{weight:.2%}" for weight in weights), short(tokens), epochs, whole, source.path
+        yield source.name, *(f"{weight:.2%}" for weight in weights), short(tokens), epochs, size, source.path
 
 
 def _pairs(*pairs: tuple[str, object]) -> list[str]:

@@ -1,7 +1,7 @@
 """The reports of a run: results of steps, validation losses, data read, notes.
 
-On CUDA the result of a step is read while the next step runs, because reading it waits for the device. On a CPU it is
-read at once.
+On CUDA the result of a step is read while the next step runs, because reading it synchronises. On a CPU it is read at
+once.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ class _UnreadStep:
 
 
 class Reporter:
-    """Measures and reads the steps of a run on all ranks, and writes reports on the first."""
+    """Reads and measures the results of steps on all ranks; the first rank writes the reports."""
 
     def __init__(
         self, run: RunConfig, engine: Engine, meter: Meter, log: RunLog | None, progress: Progress, device: torch.device
     ) -> None:
-        """`log` receives the reports, None on all ranks but the first; `progress` is told every loss."""
+        """`log` receives the reports and is None on all ranks but the first; `progress` receives every loss."""
         self._run, self._engine, self._meter, self._log, self._progress = run, engine, meter, log, progress
         self._defers = device.type == "cuda"
         self._unread: _UnreadStep | None = None
 
     def step_done(self, step: int, lr: float, result: StepResult, last: bool) -> None:
-        """Take the result of `step`, the number of finished steps, if it is the last or `logging.interval` says so.
+        """Report the deferred result, if any; then defer the result of this step or report it at once. Collective.
 
-        Report the deferred result, if there is one; then defer this one, or report it at once. Collective.
+        `step` is the number of finished steps. Only the last step and every `logging.interval`-th step are reported.
 
         Raises:
             Divergence: the loss that was read is not finite.
@@ -58,7 +58,7 @@ class Reporter:
         """Report the deferred result now, if there is one. Collective.
 
         Raises:
-            Divergence: as `step_done`.
+            Divergence: see `step_done`.
         """
         if self._unread:
             unread, self._unread = self._unread, None
@@ -76,7 +76,7 @@ class Reporter:
             raise Divergence(_divergence(self._run, unread.step, loss))
 
     def restart_clock(self, step: int) -> None:
-        """Restart the timing after `step`, so that what happened since it does not count as time of a step."""
+        """Restart the timing after `step`, so that the time since then does not count as part of a step."""
         self._meter.restart(step)
 
     def validation(self, step: int, loss: float) -> None:
@@ -112,7 +112,7 @@ class Reporter:
 
 
 def console_line(metrics: StepMetrics, total: int) -> str:
-    """Return the console's line for a step of a run of `total` steps."""
+    """Return the console line for a step of a run of `total` steps."""
     remaining = (total - metrics.step) * metrics.step_s
     utilisation = "" if metrics.mfu is None else f" | MFU {metrics.mfu:.1%}"
     return (
@@ -130,7 +130,7 @@ def _duration(seconds: float) -> str:
 
 
 def _divergence(run: RunConfig, step: int, loss: float) -> str:
-    """Return the message of a run whose loss is not finite."""
+    """Return the error message for a non-finite loss."""
     return (
         f"{run.path}: loss is {loss} at step {step}, the run has diverged; lower optimizer.lr {run.optimizer.lr:g}, "
         f"lengthen optimizer.warmup_steps {run.optimizer.warmup_steps}, and start from the last checkpoint"

@@ -1,8 +1,8 @@
 """Rewind to an earlier checkpoint once (`checkpoint.rewind_to`); a restart with the same command does not repeat it.
 
-The description of a checkpoint lists the rewinds of the run up to it, and the state of its data the skipped rows. A
-checkpoint newer than the step to go back to stays if it was written after this very rewind: it lists the rewind, and
-has skipped what `data.skip` demands of the steps before it. All other newer checkpoints are set aside.
+The description of a checkpoint lists the run's earlier rewinds, and its data state lists the skipped rows. A checkpoint
+newer than the rewind step stays if it was written after this rewind: it lists the rewind, and it has skipped what
+`data.skip` requires for the steps before it. All other newer checkpoints are set aside.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from llama_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoints of a folder from the view of a starting run."""
+    """The checkpoints of a folder as a starting run classifies them."""
 
-    tags: list[str]  # candidates to resume from, in the order of trying
-    aside: list[str]  # checkpoints to set aside, the newest first
+    tags: list[str]  # candidates to resume from, in the order in which they are tried
+    aside: list[str]  # checkpoints to set aside, newest first
 
 
 def choice(folder: str, run: RunConfig) -> Choice:
-    """Return the checkpoints that the run may resume from, and those to set aside before it saves."""
+    """Return the checkpoints that the run may resume from, and those to set aside before its first save."""
     to, candidates = run.checkpoint.rewind_to, store.candidates(folder)
     if not to:
         return Choice(candidates, [])
@@ -40,21 +40,21 @@ def choice(folder: str, run: RunConfig) -> Choice:
 
 
 def rewinds(run: RunConfig, chosen: Description | None) -> list[dict[str, int]]:
-    """Return the rewinds up to the chosen checkpoint, with the one that the run is asked for."""
-    made, asked = chosen.rewinds if chosen else [], _asked(run)
-    return [*made, asked] if run.checkpoint.rewind_to and asked not in made else made
+    """Return the rewinds up to the chosen checkpoint, plus the requested one."""
+    made, requested = chosen.rewinds if chosen else [], _requested(run)
+    return [*made, requested] if run.checkpoint.rewind_to and requested not in made else made
 
 
-def _asked(run: RunConfig) -> dict[str, int]:
+def _requested(run: RunConfig) -> dict[str, int]:
     return {"to": run.checkpoint.rewind_to, "id": run.checkpoint.rewind_id}
 
 
 def _is_beyond(folder: str, tag: str, run: RunConfig) -> bool | None:
-    """Tell whether a checkpoint was written after this rewind; None if it cannot be read."""
-    place = os.path.join(folder, tag)
+    """Return whether a checkpoint was written after this rewind; None if it cannot be read."""
+    path = os.path.join(folder, tag)
     try:
-        found = describe(place)
-        made = state_from_json(found.data, place).skips
+        found = describe(path)
+        made = state_from_json(found.data, path).skips
     except UserError:
         return None
-    return _asked(run) in found.rewinds and not unmade(planned_skips(run.data), made, found.step)
+    return _requested(run) in found.rewinds and not unmade(planned_skips(run.data), made, found.step)

@@ -1,4 +1,4 @@
-"""Where the first rank writes its reports: the console, with a progress bar on terminals, metrics.jsonl and boards."""
+"""The first rank's outputs: the console, with a progress bar on terminals, metrics.jsonl and boards."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class RunLog:
     def __init__(self, run: RunConfig, first_step: int) -> None:
         os.makedirs(run.run_dir, exist_ok=True)
         path = os.path.join(run.run_dir, "metrics.jsonl")
-        forget_after(path, first_step)
+        drop_steps_after(path, first_step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         steps = run.training.steps
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
         self._boards = open_boards(run.logging, run.run_dir, first_step)
 
     def record(self, values: dict[str, Any]) -> None:
-        """Write a line of metrics.jsonl, and its numbers to the boards; `values` includes the step."""
+        """Write a line to metrics.jsonl and its numbers to the boards; `values` includes the step."""
         step = values["step"]
         try:
             self._file.write(json.dumps(values) + "\n")
-        except OSError as error:  # a full disk does not end the run
-            logger.warning("METRICS LOST: step %s: %s (%s); the run goes on", step, self._file.name, error)
+        except OSError as error:  # a full disk does not stop the run
+            logger.warning("METRICS LOST: step %s: %s (%s); the run continues", step, self._file.name, error)
         numbers = {name: value for name, value in values.items() if name != "step" and value is not None}
         for board in self._boards:
             board.add(step, numbers)
@@ -59,22 +59,24 @@ class RunLog:
 
 
 def open_run_log(run: RunConfig, first_step: int) -> RunLog:
-    """Open the log of a run, and write its resolved run file beside it.
+    """Open the log of a run and write the resolved run file next to it.
 
     Raises:
-        UserError: the folder cannot be written, or the package of a board is not installed.
+        UserError: the folder is not writable, or the package of a board is not installed.
     """
     try:
         log = RunLog(run, first_step)
         with open(os.path.join(run.run_dir, "run.yaml"), "w") as file:
             file.write(dump(run))
     except OSError as error:
-        raise UserError(f"{run.run_dir}: cannot write the run's files ({error}); set output_dir to another") from None
+        raise UserError(
+            f"{run.run_dir}: cannot write the run's files ({error}); set output_dir to a writable folder"
+        ) from None
     return log
 
 
-def forget_after(path: str, step: int) -> None:
-    """Drop the lines of steps after `step` from a file of JSON lines: a run resumed there writes them again."""
+def drop_steps_after(path: str, step: int) -> None:
+    """Drop the lines of steps after `step` from a JSON Lines file: a run resumed at `step` writes them again."""
     if not os.path.exists(path):
         return
     with open(path) as file:

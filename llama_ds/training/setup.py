@@ -1,4 +1,4 @@
-"""What a run needs before its first step: device memory, data, its state so far, validation rows."""
+"""Preparation for the first step: device memory, data, restored state, validation rows."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ from llama_ds.training.plan import memory_table
 Chosen = tuple[str, Description] | None  # tag and description of the checkpoint to resume from, if any
 
 
-def with_least_memory(run: RunConfig, device: torch.device) -> RunConfig:
-    """Return the run with the memory of the job's smallest device put into `recompute: auto`. Collective."""
-    least = -int(world.maximum([-float(world.device_memory(device))], device)[0])
-    return with_device_memory(run, least)
+def with_min_memory(run: RunConfig, device: torch.device) -> RunConfig:
+    """Return the run with `recompute: auto` resolved for the job's smallest device memory. Collective."""
+    smallest = -int(world.maximum([-float(world.device_memory(device))], device)[0])
+    return with_device_memory(run, smallest)
 
 
-def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, place: world.RankInfo) -> Dataset:
+def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info: world.RankInfo) -> Dataset:
     """Open the data at the chosen checkpoint of the folder `checkpoints`, or at the start."""
     if chosen:
         folder = os.path.join(checkpoints, chosen[0])
         data = open_data(run, state_from_json(chosen[1].data, folder), chosen[1].step, folder)
     else:
         data = open_data(run)
-    if place.local_rank == 0:  # once per node, as for the files of a checkpoint
+    if rank_info.local_rank == 0:  # once per node, as with checkpoint files
         for source in data.sources.train:
             check_present(source)
     return data
 
 
 def load_state(run: RunConfig, engine: Engine, checkpoints: Checkpoints, chosen: Chosen) -> int:
-    """Load the chosen checkpoint, or the weights that the run starts from; return the number of finished steps.
+    """Load the chosen checkpoint or the initial weights; return the number of finished steps.
 
     Collective.
     """
     if chosen:
         return checkpoints.load(engine.deepspeed, *chosen)
     if run.checkpoint.start_from:
-        checkpoints.start_from(engine.deepspeed, world.together(lambda: _weights_to_start_from(run)))
+        checkpoints.start_from(engine.deepspeed, world.together(lambda: _initial_weights(run)))
     return 0
 
 
-def _weights_to_start_from(run: RunConfig) -> Mapping[Key, Readable]:
+def _initial_weights(run: RunConfig) -> Mapping[Key, Readable]:
     found = open_model(run.checkpoint.start_from)
     check_shapes(found, run.model)
     return found.tensors
@@ -75,7 +75,7 @@ def log_start(run: RunConfig, layout: Layout, dtype: str, first: int, resumed: b
 
 
 def validation_batches(run: RunConfig, layout: Layout, sources: Sources, engine: Engine) -> list[np.ndarray]:
-    """Return a rank's micro-batches of validation rows; a middle stage of a pipeline needs only their number."""
+    """Return a rank's validation micro-batches; a middle pipeline stage needs only their number."""
     rows = run.evaluation.rows
     sources.check_validation(rows, layout.dp * layout.micro_batch)
     if engine.reads_data:

@@ -1,8 +1,8 @@
-"""Report the ranks and hosts for which all others wait, every `logging.straggler_interval` steps.
+"""Reports stragglers, the ranks and hosts for which all others wait, every `logging.straggler_interval` steps.
 
-Each rank adds up the parts of its steps (`llama_ds.parallel.step_times`). One gather brings the means and medians of
-all ranks to the first. It judges them (`llama_ds.training.outliers`), reports slow ranks and writes a line of
-stragglers.jsonl with the medians of every stage and the parts of the slow ranks.
+Each rank accumulates the parts of its steps (`llama_ds.parallel.step_times`). One gather brings the means and medians
+of all ranks together. The first rank finds the outliers (`llama_ds.training.outliers`), reports them and writes a line
+to stragglers.jsonl with the medians of every stage and the parts of the slow ranks.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from llama_ds.parallel import world
 from llama_ds.parallel.step_times import PARTS
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.outliers import Outliers, SlowLink, SlowRanks, find
-from llama_ds.training.run_log import forget_after
+from llama_ds.training.run_log import drop_steps_after
 
 FILE = "stragglers.jsonl"
-MAX_CONSOLE_LINES = 8  # stragglers.jsonl has all
-WORDS = ("waiting for data", "compute", "", "", "", "optimizer", "between steps")  # words for the PARTS in OWN
+MAX_CONSOLE_LINES = 8  # stragglers.jsonl has them all
+LABELS = ("waiting for data", "compute", "", "", "", "optimizer", "between steps")  # labels for the PARTS in OWN
 
 
 class Stragglers:
-    """Times this rank's steps and takes part in the report; only the first rank writes it."""
+    """Times this rank's steps and contributes to the report, which the first rank writes."""
 
     def __init__(
         self,
         run: RunConfig,
         layout: Layout,
-        place: world.RankInfo,
+        rank_info: world.RankInfo,
         host: str,
         trace: Trace,
         device: torch.device,
@@ -48,21 +48,21 @@ class Stragglers:
         """`host` is the name of this rank's host in messages; the run begins after step `first`. Collective."""
         self._every, self._trace, self._device = run.logging.straggler_interval, trace, device
         self._layout, self._one_way = layout, schedule_of(run, layout).chunks == 1
-        self._active = place.rank == 0
+        self._active = rank_info.rank == 0
         self._path = os.path.join(run.run_dir, FILE)
         self._hosts = world.gather(host) if self._every else []
         if self._every and self._active:
-            forget_after(self._path, first)
+            drop_steps_after(self._path, first)
 
     def before_step(self) -> None:
-        """Begin to time a step, unless it is traced."""
+        """Start timing a step, unless it is traced."""
         if self._trace.recording:
             self._trace.times.pause()
         elif self._every:
             self._trace.times.begin()
 
     def after_step(self, done: int) -> list[str]:
-        """End the timing of a step; return the report that is due after `done` steps, in lines. Collective."""
+        """Stop timing a step; return the lines of the report if one is due after `done` steps. Collective."""
         times = self._trace.times
         if times.counting:
             times.end()
@@ -83,12 +83,12 @@ class Stragglers:
         try:
             with open(self._path, "a") as file:
                 file.write(json.dumps(values) + "\n")
-        except OSError as error:  # a full disk does not end the run
-            logger.warning("%s: step %s could not be written (%s); the run goes on", self._path, values["step"], error)
+        except OSError as error:  # a full disk does not stop the run
+            logger.warning("%s: cannot write step %s (%s); the run continues", self._path, values["step"], error)
 
 
 def record(done: int, steps: int, found: Outliers, mean: np.ndarray, hosts: list[str]) -> dict[str, Any]:
-    """Return the line of the file for the `steps` steps up to `done`; times are milliseconds a step."""
+    """Return the values of one line of the file, for the `steps` steps up to `done`; times are ms per step."""
     return {
         "step": done,
         "steps": steps,
@@ -115,29 +115,29 @@ def record(done: int, steps: int, found: Outliers, mean: np.ndarray, hosts: list
 
 
 def lines(found: Outliers, hosts: list[str]) -> list[str]:
-    """Return the report for the console, the worst first; nothing if no rank is slow."""
+    """Return the report for the console, worst first; empty if no rank is slow."""
     by_host: dict[tuple[int, str], list[SlowRanks]] = defaultdict(list)
     for slow in found.slow:
         by_host[slow.part, hosts[slow.ranks[0]]].append(slow)
     worst = sorted(by_host.values(), key=lambda group: -max(map(_excess, group)))
-    held = Counter(hosts)
-    said = [_slow_line(group, hosts, held, found.step) for group in worst]
-    said += [_link_line(link, hosts, found.step) for link in found.links]
-    more = [f"SLOW: {len(said) - MAX_CONSOLE_LINES} more, see {FILE}"] if len(said) > MAX_CONSOLE_LINES else []
-    return [*said[:MAX_CONSOLE_LINES], *more]
+    ranks_on = Counter(hosts)
+    report = [_slow_line(group, hosts, ranks_on, found.step) for group in worst]
+    report += [_link_line(link, hosts, found.step) for link in found.links]
+    more = [f"SLOW: {len(report) - MAX_CONSOLE_LINES} more, see {FILE}"] if len(report) > MAX_CONSOLE_LINES else []
+    return [*report[:MAX_CONSOLE_LINES], *more]
 
 
-def _slow_line(group: list[SlowRanks], hosts: list[str], held: Counter[str], step: float) -> str:
+def _slow_line(group: list[SlowRanks], hosts: list[str], ranks_on: Counter[str], step: float) -> str:
     """Name the host if most of its ranks are slow, else the ranks."""
     ranks = [rank for slow in group for rank in slow.ranks]
     worst = max(group, key=_excess)
     host = hosts[ranks[0]]
-    whole = len(held) > 1 and len(ranks) > 1 and 2 * len(ranks) > held[host]
-    named = f"SLOW HOST: {host} ({_ranks(ranks)})" if whole else f"SLOW: {_ranks(ranks)} on {host}"
+    host_is_slow = len(ranks_on) > 1 and len(ranks) > 1 and 2 * len(ranks) > ranks_on[host]
+    named = f"SLOW HOST: {host} ({_ranks(ranks)})" if host_is_slow else f"SLOW: {_ranks(ranks)} on {host}"
     more = _excess(worst)
-    steadily = "" if worst.steady else ", in few of the steps"
+    steadily = "" if worst.steady else ", only in a few of the steps"
     return (
-        f"{named}: {WORDS[worst.part]} {worst.time:.0f} ms a step, the median of its stage is {worst.median:.0f} ms: "
+        f"{named}: {LABELS[worst.part]} {worst.time:.0f} ms a step, the median of its stage is {worst.median:.0f} ms: "
         f"{more:.0f} ms ({more / step:.0%} of the step) for which all ranks wait{steadily}"
     )
 
@@ -149,7 +149,7 @@ def _link_line(link: SlowLink, hosts: list[str], step: float) -> str:
     )
     return (
         f"SLOW LINK: between {where}: their pipeline waits {link.time:.0f} ms a step ({link.time / step:.0%} of "
-        "the step) longer for messages than the others, and no rank of it computes longer"
+        "the step) longer for messages than the others, and none of its ranks computes longer"
     )
 
 

@@ -147,7 +147,7 @@ def test_the_vocabulary_is_padded_or_cut(
     capsys.readouterr()
     last = tmp_path / "last"
     assert convert.main([str(first), str(last), "--to", "deepspeed", "--tp", "2", "--vocab-size", str(rows)]) == 0
-    change = "32 rows of zeros added" if rows == 832 else "the last 10 rows left out"
+    change = "32 rows of zeros added" if rows == 832 else "the last 10 rows removed"
     assert f"vocabulary: 800 -> {rows} rows, {change}" in capsys.readouterr().out
     before, after = open_model(source), open_model(str(last))
     assert after.model.vocab_size == rows == describe(str(last)).run["model"]["vocab_size"]

@@ -32,14 +32,14 @@ def test_from_text_to_checked_shards(tmp_path: Path) -> None:
     done("shards.py", "gather", "--out", tmp_path, "--limit-mb", "1")
     code, prose, model = tmp_path / "code.jsonl", tmp_path / "prose.jsonl", tmp_path / "t.model"
     done("tokenizer.py", "train", "--input", code, prose, "--vocab-size", 800, "--out", tmp_path / "t")
-    assert "documents survive" in done("tokenizer.py", "check", "--model", model, "--input", prose)
+    assert "documents round-trip" in done("tokenizer.py", "check", "--model", model, "--input", prose)
     text = "  two spaces, \u2581 and 2048\n"
     ids = done("tokenizer.py", "encode", "--model", model, text).split()
     assert done("tokenizer.py", "decode", "--model", model, *ids) == text
     build = ("build", "--source", f"code={code}", "--source", f"prose={prose}", "--tokenizer", model, "--seq-len", 32,
              "--validation-fraction", 0.2, "--workers", 2, "--out", tmp_path / "shards")  # fmt: skip
     done("shards.py", *build)
-    assert done("shards.py", "verify", tmp_path / "shards").count("sound") == 2
+    assert done("shards.py", "verify", tmp_path / "shards").count("intact") == 2
     remote = ("verify", f"pipe:cat {tmp_path}/shards/code/{{}}", "--cache-dir", tmp_path / "cache")
     assert json.loads(done("shards.py", *remote, "--json")) == {remote[1]: []}
     code_info, prose_info = json.loads(done("shards.py", "info", tmp_path / "shards", "--rows", 1000, "--json"))

@@ -19,4 +19,4 @@ def test_the_first_layer_with_nan_is_named(pp: int, make_run: Callable[..., Run]
     done = run(forked(2, TRAIN, started.file) if pp == 2 else alone(TRAIN, started.file), started.log)
     assert done.code != 0
     assert len(done.errors) == 1 and "Traceback" not in done.output, done.output[-3000:]
-    assert "logging.check_finite: decoder layer 0 of 4 puts out" in done.errors[0], done.errors
+    assert "logging.check_finite: decoder layer 0 of 4 outputs" in done.errors[0], done.errors

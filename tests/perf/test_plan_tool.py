@@ -35,7 +35,7 @@ def test_search_prints_writes_and_draws(tmp_path: Path) -> None:
         *("--global-batch-tokens", "1M", "--top", 3, "--html", html, "--write", tmp_path / "planned"),
     )
     assert done.returncode == 0, done.stderr
-    assert "rejected:" in done.stdout and "1M tokens are 244.1 rows: taken as 256" in done.stderr
+    assert "rejected:" in done.stdout and "1M tokens are 244.1 rows: rounded to 256" in done.stderr
     assert html.read_text().startswith("<!DOCTYPE html>")
     (run,) = (tmp_path / "planned").glob("*.yaml")
     again = plan("estimate", run, "--gpus", 64, "--gpu", "h100-80gb", "--json")
@@ -67,11 +67,11 @@ def test_cost_gives_a_runs_price() -> None:
         (("estimate", "65b", "--gpus", 2000), "world size 2000 is not a multiple"),
         (("estimate", "65b", "--gpus", 2048, "parallel.tp=3"), "parallel.tp = 3 does not divide"),
         (("search", "--model", "7b", "--gpus", 37), "On "),
-        (("search", "--model", "7b", "--gpus", 8, "--global-batch-tokens", "lots"), "lots: is not a number of tokens"),
+        (("search", "--model", "7b", "--gpus", 8, "--global-batch-tokens", "lots"), "lots is not a number of tokens"),
         (("search", "--model", "7b", "--gpus", 8, "--seq-len", "0"), "data.seq_len"),
         (("validate", "--data", "nowhere.csv"), "nowhere.csv: cannot be read"),
         (("validate", "--data", "setup.py"), "setup.py:1: column id is missing"),
-        (("cost",), "cost: wants --model and --gpus"),
+        (("cost",), "cost: needs --model and --gpus"),
         (("cost", "--target-loss", "1.5"), "--target-loss 1.5"),
         (("cost", "--model", "7b", "--gpus", 8, "--tokens-per-second", 0), "--tokens-per-second = 0"),
         (("cost", "--target-loss", "2", "--training-mfu", "0"), "--training-mfu = 0"),

@@ -1,7 +1,7 @@
-"""A call of every tool: a small one that works, and one that waits for an input that does not come.
+"""Calls of every tool: a small one that succeeds, and one that blocks on an input that never arrives.
 
-Words in braces are what `conftest.py` has made: a finished run with a trace, its data, and `waits`, where a pipe
-stands in the places of files.
+Names in braces are filled in by `conftest.py`: a finished run with a trace, its data, and `waits`, a folder in which
+pipes replace files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NORMAL = {
     "shards.py": "verify {shards} --json",
     "tokenizer.py": "encode --model {tokenizer} text",
 }
-# These start ranks; what they print is looked at where they are tested (`tests/console.py`).
+# These start ranks; their own tests check their output with `tests/console.py`.
 WITH_RANKS = ("machine.py", "pipeline.py", "quickstart.py")
 
 WAITING = {

@@ -1,4 +1,4 @@
-"""`benchmark.py step` compares like with like and says so in JSON that a script can read."""
+"""`benchmark.py step` and `layer` compare equal work and write the results as JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
     }
     for name, step in steps.items():
         assert step["tokens_per_s"] * step["median_s"] == 16 or abs(step["tokens_per_s"] * step["median_s"] - 16) < 1e-9
-        if not name.startswith("gemms"):  # the same rows again and again: the loss falls, and alike
+        if not name.startswith("gemms"):  # every step trains on the same rows, so all losses fall alike
             assert step["last_loss"] < step["first_loss"]
             assert abs(step["last_loss"] - steps["transformers"]["last_loss"]) < 1e-4
             for floor in ("gemms", "gemms_our_products"):
@@ -67,10 +67,10 @@ def test_a_layer_is_measured_against_autograd_and_transformers(policy: str) -> N
     for name, layer in layers.items():
         assert layer["tokens_per_s"] == pytest.approx(16 / layer["median_s"])
         assert layer["tflops"] == pytest.approx(found["model_gflops"] / 1e3 / layer["median_s"])
-        assert layer["mfu"] is None  # the peak of a CPU is not known
+        assert layer["mfu"] is None  # the peak of a CPU is unknown
         assert layer["peak_bytes"] > layer["saved_bytes"] > 0, name
     assert layers[f"llama_ds_{policy}"]["saved_bytes"] < layers["llama_ds_none"]["saved_bytes"]
-    assert layers["transformers_checkpointed"]["saved_bytes"] == 16 * 256 * 4  # its input
+    assert layers["transformers_checkpointed"]["saved_bytes"] == 16 * 256 * 4  # only its input
 
 
 def test_impossible_numbers_are_one_line_and_exit_2() -> None:

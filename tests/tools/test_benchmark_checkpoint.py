@@ -1,4 +1,4 @@
-"""The checkpoint benchmark measures what it says, in turns, and its table says what was measured."""
+"""The checkpoint benchmark measures every contestant in turns, and its table agrees with its results."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def test_a_small_run_is_measured(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert benchmark.main(words) == 0
     table = capfd.readouterr().out
     results = json.loads(out.read_text())
-    assert results["parameters"] >= PARAMETERS  # norms are counted by both tensor-parallel ranks
-    assert 16 * PARAMETERS < results["bytes"] < 20 * PARAMETERS + 500_000  # weight, master, moments; headers
+    assert results["parameters"] >= PARAMETERS  # both tensor-parallel ranks count the norms
+    assert 16 * PARAMETERS < results["bytes"] < 20 * PARAMETERS + 500_000  # weight, master, moments and headers
     assert results["convert"]["bytes"] == 4 * PARAMETERS
     for kind, names in (("save", 5), ("load", 5), ("convert", 2)):
         timed = {name: seconds for name, seconds in results[kind].items() if isinstance(seconds, list)}
@@ -33,4 +33,4 @@ def test_a_small_run_is_measured(tmp_path: Path, capfd: pytest.CaptureFixture[st
     save, summary = results["save"], results["summary"]
     assert summary["stall_of_save"] == statistics.median(save["ours_stall"]) / statistics.median(save["ours"]) < 1
     assert f"{summary['save_of_disk']:.2f}, load {summary['load_of_disk']:.2f}" in table
-    assert [path.name for path in tmp_path.iterdir()] == ["measured.json"], "it left its files"
+    assert [path.name for path in tmp_path.iterdir()] == ["measured.json"], "files of the benchmark remain"

@@ -1,4 +1,4 @@
-"""`benchmark.py data` compares readers of the same rows and builders of the same ids, and says so in JSON."""
+"""`benchmark.py data` compares readers of the same rows and builders of the same ids, and writes JSON."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_all_read_the_same_rows(measured: tuple[dict[str, Any], str]) -> None:
     assert set(read["contestants"]) == {"llama_ds_reader", "llama_ds_source", "webdataset"}
     rows, tokens = read["rows"], read["rows"] * read["seq_len"]
     drawn = np.random.default_rng(0).integers(0, measured[0]["vocab_size"], (rows, read["seq_len"] + 1), "<u2")
-    assert read["digest"] == f"{digest_of(drawn):016x}"  # and every contestant's, or the run would have failed
+    assert read["digest"] == f"{digest_of(drawn):016x}"  # the benchmark fails if a contestant's digest differs
     for row in read["contestants"].values():
         assert row["rows_per_s"] == pytest.approx(rows / row["median_s"])
         assert row["tokens_per_s"] == pytest.approx(tokens / row["median_s"])
-        assert row["median_peak_bytes"] > 10_000_000  # numpy alone
+        assert row["median_peak_bytes"] > 10_000_000  # numpy alone takes more
     ours, theirs = (read["contestants"][name] for name in ("llama_ds_reader", "webdataset"))
     assert read["speed_over"] == {"webdataset": pytest.approx(theirs["median_s"] / ours["median_s"])}
     assert read["check"]["bytes_per_s"] > 0 and read["check"]["tokens_per_s"] < ours["tokens_per_s"]
@@ -71,7 +71,7 @@ def test_opening_and_resuming_are_measured(measured: tuple[dict[str, Any], str])
     assert list(measured[0]["open"]) == ["10", "1000"]
     resume = measured[0]["resume"]
     assert (resume["step"], resume["dp"], resume["sources"], resume["tokens"]) == (300_000, 32, 7, 1_400_000_000_000)
-    assert resume["next_rows"] >= 1000 and resume["shards"] > 30_000  # 2048 rows of 2048 a step, 16,384 in a shard
+    assert resume["next_rows"] >= 1000 and resume["shards"] > 30_000  # 2048 rows per step, 16,384 per shard
     assert resume["median_resumed_s"] > resume["median_opened_s"] > resume["median_imported_s"] > 0
 
 
@@ -85,7 +85,7 @@ def test_the_table_says_what_was_left_out(measured: tuple[dict[str, Any], str]) 
 
 
 @pytest.mark.parametrize(
-    ("python", "message"), [("/no/python", "cannot be run as a Python"), ("/bin/false", "is of no use here")]
+    ("python", "message"), [("/no/python", "cannot be started"), ("/bin/false", "cannot run the benchmark")]
 )
 def test_an_interpreter_that_will_not_do_is_the_users_mistake(python: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{python}: {message}"):

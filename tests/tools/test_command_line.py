@@ -1,4 +1,4 @@
-"""All tools alike: help, mistakes, a reader that leaves, Ctrl-C, an answer alone on stdout, no chatter of libraries."""
+"""Common behaviour of all tools: help, mistakes, closed pipes, Ctrl-C, clean stdout, no output of libraries."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_normal_call_says_what_is_ours(tools: Tools, words: dict[str, Any], tm
     done = tools.call(f"tools/{tool}", *filled(NORMAL[tool], words, tmp_path))
     assert done.code == 0 and foreign_lines(done.err) == [], done.err
     if "--json" in NORMAL[tool]:
-        assert json.loads(done.out)  # nothing before it, nothing behind
+        assert json.loads(done.out)  # stdout holds nothing else
     else:
         assert done.out and "Warning" not in done.out
 
@@ -96,13 +96,13 @@ def test_an_interruption_is_one_line(tools: Tools, words: dict[str, Any], tmp_pa
 
 
 def when_read(pipe: Path) -> int:
-    """Return the pipe's writing end, as soon as somebody reads it."""
+    """Return the write end of the pipe as soon as a reader has opened it."""
     until = time.monotonic() + 60
     while True:
         try:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         except OSError as error:
-            assert error.errno == errno.ENXIO and time.monotonic() < until, "nobody reads it"
+            assert error.errno == errno.ENXIO and time.monotonic() < until, "no reader opened the pipe"
             time.sleep(0.01)
 
 
@@ -117,7 +117,7 @@ def test_an_interruption_ends_the_ranks_too(tools: Tools) -> None:
 
 @pytest.mark.parametrize(("grace_s", "number"), [(30, signal.SIGINT), (30, signal.SIGTERM), (0.2, signal.SIGHUP)])
 def test_a_child_and_its_own_end_with_the_tool(tmp_path: Path, grace_s: float, number: int) -> None:
-    """Those that have little time ignore SIGTERM."""
+    """With a short grace period the children ignore SIGTERM and must be killed."""
     trap = "trap '' TERM;" if grace_s < 1 else ""
     command = ["sh", "-c", f"{trap} sleep 99 & sleep 99; true"]
     program = f"from llama_ds.child_processes import run_child\nrun_child({command}, {grace_s})"
@@ -125,12 +125,12 @@ def test_a_child_and_its_own_end_with_the_tool(tmp_path: Path, grace_s: float, n
     (shell,) = when_started(tool.pid, 1)
     children = [shell, *when_started(shell.pid, 2)]
     tool.send_signal(number)
-    assert tool.wait(30) in (1, -signal.SIGINT)  # by KeyboardInterrupt
+    assert tool.wait(30) in (1, -signal.SIGINT)  # the tool ends by KeyboardInterrupt
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
 def when_started(process: int, count: int) -> list[psutil.Process]:
-    """Return the children of a process as soon as there are `count`."""
+    """Return the children of a process as soon as it has `count`."""
     until = time.monotonic() + 60
     while len(children := psutil.Process(process).children()) < count:
         assert time.monotonic() < until

@@ -1,4 +1,4 @@
-"""tools/hostfile.py: the example hostfiles and the README are what it makes, and what it says of mistakes."""
+"""tools/hostfile.py: it reproduces the example hostfiles and the README, and it reports mistakes in one line."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def hostfile(*args: object, **environment: str) -> subprocess.CompletedProcess[s
 def shown_commands() -> Iterator[tuple[list[str], str]]:
     """Yield the arguments and the output of each command in the README."""
     lines = README.read_text().splitlines()
-    for at, line in enumerate(lines):
+    for position, line in enumerate(lines):
         if line.startswith(PROMPT):
             output = []
-            for below in lines[at + 1 :]:
+            for below in lines[position + 1 :]:
                 if not below.startswith("    ") or below.startswith("    $"):
                     break
                 output.append(f"{below[4:]}\n")
@@ -48,9 +48,9 @@ def test_the_example_is_what_its_command_makes(tmp_path: Path, name: str) -> Non
     assert (tmp_path / name).read_bytes() == (REPO / "hostfiles" / name).read_bytes()
 
 
-@pytest.mark.parametrize("at", [i for i, (arguments, _) in enumerate(COMMANDS) if "--out" not in arguments])
-def test_the_readme_shows_what_is_printed(at: int) -> None:
-    arguments, output = COMMANDS[at]
+@pytest.mark.parametrize("index", [i for i, (arguments, _) in enumerate(COMMANDS) if "--out" not in arguments])
+def test_the_readme_shows_what_is_printed(index: int) -> None:
+    arguments, output = COMMANDS[index]
     done = hostfile(*arguments)
     assert (done.stdout, done.stderr) == (output, "")
     assert done.returncode == (2 if "\nerror " in output else 0)
@@ -117,7 +117,7 @@ def test_selected_hosts_are_a_hostfile_or_a_list_of_slots(tmp_path: Path) -> Non
         (["check", "hostfiles/2x8", "--run", "ds_configs/llama_7b.yaml", "training.global_batch=3"], "global_batch"),
         (
             ["map", "hostfiles/2x8", "--run", "ds_configs/llama_7b.yaml", "--tp", 2],
-            "command line: --pp and --tp are in",
+            "command line: --pp and --tp conflict with --run",
         ),
         (["map", "hostfiles/2x8", "--svg", "gone/x.svg"], "gone/x.svg: cannot be written: No such file or directory"),
         (

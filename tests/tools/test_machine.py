@@ -1,4 +1,4 @@
-"""machine.py gemm, comm and check-plan measure real ranks; the planner takes what they write."""
+"""machine.py gemm, comm and check-plan measure real ranks, and the planner reads the files that they write."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(tool: str, *args: object, **environment: str) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """This machine as two ranks found it."""
+    """The description of this machine as measured by two ranks."""
     path = tmp_path_factory.mktemp("machine") / "here.yaml"
     done = run("machine.py", "gemm", "--cluster", path, "--quick", "--dtype", "fp32", "--power-w", 90)
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def test_what_ranks_measured_is_what_the_planner_goes_by(cluster: Path) -> None:
     assert machine.curves and machine.curves.products and machine.curves.kernels and machine.curves.attention
     assert machine.peak_tflops == max(r for plane in machine.curves.products.tflops for row in plane for r in row)
     assert 0.01 <= machine.calibration.contention <= 1
-    # Bandwidth as nccl-tests prints it: of two ranks' all-reduce, bytes over time.
+    # The bus bandwidth of nccl-tests for an all-reduce of two ranks is bytes over time.
     curve = machine.curves.collective("all_reduce", 2, 1)
     assert curve and machine.links.nvlink_gb_s == pytest.approx(curve.bytes[-1] / curve.us[-1] / 1e3, rel=1e-3)
     wanted = ("estimate", "ds_configs/quickstart.yaml", "--gpu", cluster, "deepspeed.bf16.enabled=false", "--explain")
@@ -84,15 +84,15 @@ def test_predictions_stand_beside_steps_of_the_trainers_engines(cluster: Path) -
     for row in found["layouts"]:
         assert row["error"] == pytest.approx(row["predicted_s"] / row["measured_s"] - 1)
         assert row["fastest_s"] <= row["measured_s"] <= row["slowest_s"]
-    # The same weights and rows under both layouts, whatever they take.
+    # Both layouts train the same weights on the same rows.
     one, two = (row["loss"] for row in found["layouts"])
     assert one == pytest.approx(two, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(2, tmp_path_factory.mktemp("hosts"), subnet=91) as those:
-        yield those
+    with Hosts(2, tmp_path_factory.mktemp("hosts"), subnet=91) as hosts:
+        yield hosts
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     new = tmp_path / "new" / "machine.yaml"
     for args, word in (
         (("comm", "--cluster", new, "--hostfile", uneven), "hosts have [2, 4] slots"),
-        (("comm", "--cluster", new, "--min-bytes", 8192, "--max-bytes", 4096), "--min-bytes 8192 is not 4 to"),
+        (("comm", "--cluster", new, "--min-bytes", 8192, "--max-bytes", 4096), "--min-bytes 8192 is not between 4 and"),
         (("comm", "--cluster", broken), "device is missing"),
         (("gemm", "--cluster", new, "--run", "no.yaml"), "no.yaml"),
         (("check-plan", "ds_configs/quickstart.yaml", "--cluster", "nowhere.yaml"), "nowhere.yaml"),

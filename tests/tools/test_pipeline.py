@@ -1,4 +1,4 @@
-"""tools/pipeline.py on real hosts with slow links: messages travel while ranks compute, and so do gradients."""
+"""tools/pipeline.py on simulated hosts with slow links: messages and gradient reductions overlap with compute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_shaped_links_show_the_overlap(tmp_path: Path) -> None:
-    """The order of events, seen by a clock that all hosts share."""
+    """All hosts share one clock, so the order of events on different ranks can be compared."""
     schedules = ["deepspeed", "1f1b", "zb_h1+1"]
     done = pipeline(
         *("--pp", "2", "--dp", "2", "--rate-mbit", "50", "--delay-ms", "10", "--micro-batches", "4"),
@@ -42,16 +42,16 @@ def test_shaped_links_show_the_overlap(tmp_path: Path) -> None:
     for name in schedules:
         assert (tmp_path / f"{name}.svg").read_text().startswith("<svg")
     ranks = list(read(tmp_path / "traces" / "zb_h1+1"))
-    first, last = ranks[0], ranks[2]  # of one pipeline
+    first, last = ranks[0], ranks[2]  # both stages belong to one pipeline
     assert (first.coords.pp, last.coords.pp, first.coords.dp, last.coords.dp) == (0, 1, 0, 0)
     # The first stage computes its second micro-batch before the first one has arrived at the last stage.
     assert one(first, "F", 1).begin < one(last, "wait activation", 0).end
-    # The last stage computes on while a gradient travels.
+    # The last stage computes while a gradient is in flight.
     assert one(last, "F", 1).begin < one(first, "wait grad", 0).end
     for rank in ranks:
         begun = min(e.begin for e in rank.events if e.what == "reduce")
         backwards = max(e.end for e in rank.events if e.what in ("B", "BW", "W"))
-        assert begun < backwards, "the first bucket leaves while the backward of others still runs"
+        assert begun < backwards, "the first bucket is reduced during the backward of other layers"
 
 
 def one(rank: RankRecord, what: str, micro_batch: int) -> Event:

@@ -1,4 +1,4 @@
-"""One real rank on gloo whose collectives, messages and memory a ledger records: what the dry run must foretell."""
+"""A real rank on gloo; a ledger records its collectives, messages and memory, which the dry run must predict."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from llama_ds.parallel.dry_run.ledger import Ledger
 from llama_ds.training.engines.build import build_engine
 
 
-def record(name: str, run_file: str, overrides: list[str], folder: Path, place: world.RankInfo) -> None:
+def record(name: str, run_file: str, overrides: list[str], folder: Path, rank_info: world.RankInfo) -> None:
     run = load_run(run_file, overrides)
-    layout = resolve_layout(run, place.world)
+    layout = resolve_layout(run, rank_info.world)
     config = deepspeed_config(run, layout, bf16_native=False)
     ledger = Ledger()
     with ExitStack() as stack:
@@ -38,21 +38,21 @@ def record(name: str, run_file: str, overrides: list[str], folder: Path, place: 
         rows = np.random.default_rng(engine.dp_rank).integers(0, run.model.vocab_size, shape)
         engine.read(engine.train_step(iter(rows), run.optimizer.lr))
     world.barrier()
-    engine.trace.write(str(folder / name), place.rank)
+    engine.trace.write(str(folder / name), rank_info.rank)
     found = {"building": building, "step": ledger.calls, "held": held}
-    (folder / name / f"calls{place.rank}.json").write_text(json.dumps(found))
+    (folder / name / f"calls{rank_info.rank}.json").write_text(json.dumps(found))
     engine.deepspeed.destroy()
 
 
 def main() -> None:
     folder, run_file, *cases = sys.argv[1:]
-    place = world.find_place()
+    rank_info = world.find_place()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():
-        world.join(place)
+        world.join(rank_info)
         for name, overrides in map(json.loads, cases):
-            record(name, run_file, overrides, Path(folder), place)
+            record(name, run_file, overrides, Path(folder), rank_info)
 
 
 if __name__ == "__main__":

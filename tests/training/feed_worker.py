@@ -1,4 +1,4 @@
-"""One of four ranks: draws the batches of each scenario through a `Feed`, and writes what it saw."""
+"""One of four ranks: draws the batches of each scenario through a `Feed` and writes what it received."""
 
 from __future__ import annotations
 
@@ -26,31 +26,33 @@ CLONE_NEWUTS = 0x04000000
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    place = world.find_place()
-    world.join(place)
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUTS):  # a host name of its own
+    rank_info = world.find_place()
+    world.join(rank_info)
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUTS):  # gives this process its own host name
         raise OSError(ctypes.get_errno(), "unshare")
     for name, scenario in json.loads((folder / "scenarios.json").read_text()).items():
-        socket.sethostname(scenario["hosts"][place.rank])
-        seen = draw(scenario, place, folder)
-        np.savez(folder / f"{name}.r{place.rank}.npz", **seen)
+        socket.sethostname(scenario["hosts"][rank_info.rank])
+        seen = draw(scenario, rank_info, folder)
+        np.savez(folder / f"{name}.r{rank_info.rank}.npz", **seen)
         world.barrier()
     print("fine", flush=True)
-    os._exit(0)  # scenarios that failed leave groups of which a rank waits in a broadcast
+    os._exit(0)  # after a failed scenario a rank still blocks in a broadcast
 
 
-def draw(scenario: dict[str, Any], place: world.RankInfo, folder: Path) -> dict[str, Any]:
-    run = load_run(scenario["run_files"][place.rank], scenario["overrides"])
-    layout = resolve_layout(run, place.world)
-    engine: Any = SimpleNamespace(reads_data=scenario["reads"][place.rank], dp_rank=scenario["dp_ranks"][place.rank])
+def draw(scenario: dict[str, Any], rank_info: world.RankInfo, folder: Path) -> dict[str, Any]:
+    run = load_run(scenario["run_files"][rank_info.rank], scenario["overrides"])
+    layout = resolve_layout(run, rank_info.world)
+    engine: Any = SimpleNamespace(
+        reads_data=scenario["reads"][rank_info.rank], dp_rank=scenario["dp_ranks"][rank_info.rank]
+    )
     steps = range(*scenario["steps"])
     batches, error, data = [], "", open_data(run)
     try:
-        feed = Feed(run, layout, data, steps, engine, place, torch.device("cpu"))
+        feed = Feed(run, layout, data, steps, engine, rank_info, torch.device("cpu"))
         for step in steps:
             feed.before_step(step)
             batches.append([next(feed) for _ in range(layout.accumulation)])
-            if step in scenario["spoil_after"] and place.rank == 0:
+            if step in scenario["spoil_after"] and rank_info.rank == 0:
                 for shard in Path(scenario["spoil"]).glob("train-*.tar"):
                     shard.write_bytes(shard.read_bytes()[:600])
             if step in scenario["spoil_after"]:

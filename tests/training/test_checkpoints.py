@@ -1,4 +1,4 @@
-"""A run that is started twice: one start goes on, the other ends by an error, and no checkpoint is lost."""
+"""A run that is started twice: one start continues, the other fails with an error, and no checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def description(run: RunConfig, step: int) -> Description:
 
 
 def commit(attempt: SaveAttempt, run: RunConfig, step: int, tokens: int = 0) -> None:
-    """Commit a checkpoint, as far as a start looks at it."""
+    """Commit a checkpoint with the files that a starting run reads."""
     content = json.loads(json.dumps(asdict(replace(description(run, step), tokens=tokens))))
     content["checksum"] = _checksum_of(_canonical(content))
     os.mkdir(attempt.partial(step))
@@ -56,7 +56,7 @@ def commit(attempt: SaveAttempt, run: RunConfig, step: int, tokens: int = 0) -> 
 
 @pytest.fixture
 def running(run: RunConfig) -> SaveAttempt:
-    """The attempt of a start that has saved step 2, and still runs."""
+    """The attempt of a start that has saved step 2 and is still running."""
     attempt = SaveAttempt(start(run).folder, new_id())
     attempt.begin()
     commit(attempt, run, 2)
@@ -64,7 +64,7 @@ def running(run: RunConfig) -> SaveAttempt:
 
 
 def test_a_start_ends_the_one_before_it(run: RunConfig, running: SaveAttempt) -> None:
-    """Two starts would save over each other; or the first would train on, and lose every checkpoint."""
+    """Otherwise starts would overwrite each other, or the first would train on and lose every checkpoint."""
     first, second = start(run), start(run)
     for one in (first, second):
         found = one.choose()
@@ -81,13 +81,13 @@ def test_a_start_ends_the_one_before_it(run: RunConfig, running: SaveAttempt) ->
 def test_what_is_committed_while_a_run_starts_is_not_passed_over(
     run: RunConfig, running: SaveAttempt, step: int, tokens: int
 ) -> None:
-    """The run would go on from a checkpoint that is not the newest any more, and replace what came after it."""
+    """Otherwise the run would resume from an outdated checkpoint and replace newer ones."""
     late = start(run)
     assert late.choose()
     commit(running, run, step, tokens)
     with pytest.raises(UserError, match="another start of this run has changed its checkpoints"):
         late.begin()
-    running.check()  # it goes on, as if nothing had been asked
+    running.check()  # the running start is not affected
     again = start(run)
     found = again.choose()
     assert found and (found[1].step, found[1].tokens) == (step, tokens)
@@ -98,7 +98,7 @@ def test_what_is_committed_while_a_run_starts_is_not_passed_over(
 def test_a_start_that_is_refused_or_saves_nothing_leaves_the_other_alone(
     run: RunConfig, running: SaveAttempt, changes: dict[str, object]
 ) -> None:
-    """A mistyped command, or a profile beside the run, would end it."""
+    """Otherwise a mistyped command, or a concurrent profile, would stop the running start."""
     commit(running, run, 1)
     damaged = Path(running.folder, store.tag_of(2), DESCRIPTION)
     damaged.write_text("{}")

@@ -1,4 +1,4 @@
-"""Micro-batches reach the device whole, on a stream of their own, begun by the thread that reads ahead."""
+"""Micro-batches arrive on the device intact, copied on a separate stream by the read-ahead thread."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from llama_ds.data.read_ahead import ReadAhead
-from llama_ds.training.device_batches import Arriving, on_device
+from llama_ds.training.device_batches import InFlightBatch, on_device
 
 
 def batches() -> list[np.ndarray]:
@@ -25,11 +25,11 @@ def test_a_gpu_gets_them_while_it_computes() -> None:
     ahead = ReadAhead(on_device(iter(batches()), device), depth=4)
     busy = torch.randn(4096, 4096, device=device)
     for wanted in batches():
-        for _ in range(4):  # the current stream is behind: a copy that it does not wait for would be read too early
+        for _ in range(4):  # keeps the current stream busy, so that a missing wait for the copy would show
             busy = busy @ busy / 4096
-        arriving = next(ahead)
-        assert isinstance(arriving, Arriving)
-        rows = arriving.take()
+        in_flight = next(ahead)
+        assert isinstance(in_flight, InFlightBatch)
+        rows = in_flight.take()
         assert rows.dtype == torch.int64 and rows.device == device
         assert torch.equal(rows.cpu(), torch.from_numpy(wanted).long())
     ahead.close()

@@ -1,4 +1,4 @@
-"""The checks between ranks of a dry run find what they are for, and say where."""
+"""The consistency checks of the dry run find mismatches between ranks and name the ranks."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PAIR, OTHER, PIPE = ProcessGroup("1", (0, 1)), ProcessGroup("2", (0, 1)), Proces
 
 
 def rank_report(rank: int, *step: IssuedCall, **changes: object) -> RankReport:
-    """A rank that is in the groups PAIR, OTHER and PIPE, numbered 0, 1 and 2."""
+    """The report of a rank in the groups PAIR, OTHER and PIPE, which have the indices 0, 1 and 2."""
     coords = LAYOUT.coords(rank)
     report = RankReport(
         rank=rank,
         coords=coords,
         stages=[coords.pp],
-        parameters_cut=10,
-        parameters_whole=1,
+        parameters_sharded=10,
+        parameters_replicated=1,
         memory={},
         planned={},
         groups=[PAIR, OTHER, PIPE],
@@ -71,17 +71,17 @@ def test_ranks_that_fit_pass(check: Callable[[list[RankReport]], Check]) -> None
 @pytest.mark.parametrize(
     ("check", "ranks", "words"),
     [
-        (check_messages, [rank_report(0, sent(1, 16)), rank_report(1)], "number 1 is 16 bytes sent, none received"),
-        (check_messages, [rank_report(0), rank_report(1, received(0, 4))], "number 1 is none sent, 4 bytes received"),
+        (check_messages, [rank_report(0, sent(1, 16)), rank_report(1)], "message 1: 16 bytes sent, none received"),
+        (check_messages, [rank_report(0), rank_report(1, received(0, 4))], "message 1: none sent, 4 bytes received"),
         (
             check_messages,
             [rank_report(0, sent(1, 8), sent(1, 16)), rank_report(1, received(0, 8), received(0, 8))],
-            "rank 0 to rank 1: of 2 sends and 2 receives number 2 is 16 bytes sent, 8 bytes received",
+            "rank 0 to rank 1, 2 sends and 2 receives: message 2: 16 bytes sent, 8 bytes received",
         ),
         (
             check_collectives,
             [rank_report(0, reduce(size=8)), rank_report(1, reduce(size=4))],
-            "group 1 of ranks 0, 1: number 1 is all_reduce of 8 bytes on rank 0, all_reduce of 4 bytes on rank 1",
+            "group 1 of ranks 0, 1: collective 1 is all_reduce of 8 bytes on rank 0, all_reduce of 4 bytes on rank 1",
         ),
         (
             check_collectives,
@@ -93,14 +93,14 @@ def test_ranks_that_fit_pass(check: Callable[[list[RankReport]], Check]) -> None
             [rank_report(0, IssuedCall("broadcast", 0, 0, 8)), rank_report(1, IssuedCall("broadcast", 0, 1, 8))],
             "with root 0 on rank 0, broadcast of 8 bytes with root 1",
         ),
-        # Each group's order agrees, but each rank waits in the group that the other comes to second.
+        # The order agrees within each group, but each rank first waits in the group that the other enters second.
         (
             check_progress,
             [rank_report(0, reduce(0), reduce(1)), rank_report(1, reduce(1), reduce(0))],
             "2 ranks wait for one another: rank 0 in all_reduce of group 1 (0, 1); rank 1 in all_reduce of group 2",
         ),
         (check_progress, [rank_report(0, reduce()), rank_report(1)], "1 ranks wait"),
-        (check_groups, [rank_report(0), rank_report(1, new_groups="other")], "rank 0 and rank 1 make other groups"),
+        (check_groups, [rank_report(0), rank_report(1, new_groups="other")], "ranks 0 and 1 create different groups"),
         (
             check_groups,
             [rank_report(0), rank_report(1, groups=[ProcessGroup("1", (1, 2))])],

@@ -1,4 +1,4 @@
-"""Four ranks draw their batches: read once per host, the same at both ends of the pipeline, damage replaced alike."""
+"""Batches of four ranks: read once per host, equal on both ends of the pipeline, with damage replaced alike."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from tests import warm
 SEQ_LEN, VOCAB_SIZE, BATCH, RANKS = 16, 340, 8, 4
 STEPS = 24
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="host names of their own want root")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="a separate host name per process needs root")
 
 Outcome = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sound shards, and copies of them that are damaged or differ."""
+    """Intact shards, and copies that are damaged or different."""
     root = tmp_path_factory.mktemp("feed")
     for name, text in (("a", "one sentence of the first source"), ("b", "of the second another one")):
         records = [{"text": f"{i} {text} {i * i} " * 12} for i in range(60)]
@@ -40,17 +40,17 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = [str(root / "a.jsonl"), str(root / "b.jsonl")]
     tokenizer = train_tokenizer(files, str(root / "tokenizer"), VOCAB_SIZE)
     for name, file in zip("ab", files, strict=True):
-        build_source(name, file, tokenizer, str(root / "sound"), SEQ_LEN, 0.1, rows_per_shard=40)
+        build_source(name, file, tokenizer, str(root / "intact"), SEQ_LEN, 0.1, rows_per_shard=40)
     build_source("a", files[0], tokenizer, str(root / "longer"), SEQ_LEN, 0.1, rows_per_shard=40)
     build_source("b", files[0], tokenizer, str(root / "longer"), SEQ_LEN, 0.1, rows_per_shard=40)
     for copy in ("flipped", "cut", "other rows", "other rows later", "spoilt"):
-        shutil.copytree(root / "sound", root / copy)
+        shutil.copytree(root / "intact", root / copy)
     flip(root / "flipped" / "b" / shard_name("train", first_shards(root)[0]))
     cut = root / "cut" / "b" / shard_name("train", first_shards(root)[0])
     cut.write_bytes(cut.read_bytes()[:5000])
     for shard in sorted((root / "other rows" / "a").glob("train-*.tar")):
-        turn_round(shard)
-    turn_round(root / "other rows later" / "a" / shard_name("train", late_shard(root)))
+        reverse_rows(shard)
+    reverse_rows(root / "other rows later" / "a" / shard_name("train", late_shard(root)))
     return root
 
 
@@ -73,7 +73,7 @@ def late_shard(root: Path) -> int:
 
 
 def dataset(root: Path) -> Dataset:
-    return open_data(load_run(run_file(root, "sound")))
+    return open_data(load_run(run_file(root, "intact")))
 
 
 def flip(shard: Path) -> None:
@@ -82,14 +82,14 @@ def flip(shard: Path) -> None:
     shard.write_bytes(data)
 
 
-def turn_round(shard: Path) -> None:
-    """Give a shard its rows in reverse, and its manifest the checksum of that: sound, and not the same."""
+def reverse_rows(shard: Path) -> None:
+    """Reverse the rows of a shard and update its checksum, so that it is intact but different."""
     data = bytearray(shard.read_bytes())
     stride, width = 1024, 2 * (SEQ_LEN + 1)
-    starts = [at for at in range(512, len(data) - stride, stride) if data[at - 512]]
-    rows = [data[at : at + width] for at in starts]
-    for at, row in zip(starts, reversed(rows), strict=True):
-        data[at : at + width] = row
+    starts = [start for start in range(512, len(data) - stride, stride) if data[start - 512]]
+    rows = [data[start : start + width] for start in starts]
+    for start, row in zip(starts, reversed(rows), strict=True):
+        data[start : start + width] = row
     shard.write_bytes(data)
     index = shard.parent / checksums_name("train", 0)
     number = int(shard.stem.split("-")[1])
@@ -141,14 +141,14 @@ DP2 = {"dp_ranks": [0, 1, 0, 1], "overrides": ["parallel.tp=1"]}
 
 
 def scenarios(root: Path) -> dict[str, dict[str, Any]]:
-    sound, half = ["sound"] * RANKS, ["sound", "sound"]
+    intact, half = ["intact"] * RANKS, ["intact", "intact"]
     every = {
-        "one host": scenario(root, sound),
-        "two hosts": scenario(root, sound, hosts=TWO_HOSTS),
-        "pp 4": scenario(root, sound, hosts=TWO_HOSTS, **PP4),
-        "pp 2 dp 2": scenario(root, sound, hosts=TWO_HOSTS, **DP2),
-        "every step": scenario(root, sound, hosts=TWO_HOSTS, overrides=["data.check_interval=1"]),
-        "from step 7": scenario(root, sound, steps=[7, STEPS]),
+        "one host": scenario(root, intact),
+        "two hosts": scenario(root, intact, hosts=TWO_HOSTS),
+        "pp 4": scenario(root, intact, hosts=TWO_HOSTS, **PP4),
+        "pp 2 dp 2": scenario(root, intact, hosts=TWO_HOSTS, **DP2),
+        "every step": scenario(root, intact, hosts=TWO_HOSTS, overrides=["data.check_interval=1"]),
+        "from step 7": scenario(root, intact, steps=[7, STEPS]),
         "one host's copy is damaged": scenario(root, [*half, "flipped", "flipped"], hosts=TWO_HOSTS),
         "each host's copy is damaged": scenario(root, ["flipped", "flipped", "cut", "cut"], hosts=TWO_HOSTS),
         "from step 7 damaged": scenario(root, [*half, "flipped", "flipped"], hosts=TWO_HOSTS, steps=[7, STEPS]),
@@ -157,12 +157,12 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         ),
         "other rows": scenario(root, [*half, "other rows", "other rows"], hosts=TWO_HOSTS),
         "other rows later": scenario(root, [*half, "other rows later", "other rows later"], hosts=TWO_HOSTS),
-        "other manifest": scenario(root, ["sound", "longer", "sound", "sound"], hosts=TWO_HOSTS),
-        "other seed": scenario(root, sound, hosts=TWO_HOSTS) | {"seed": True},
+        "other manifest": scenario(root, ["intact", "longer", "intact", "intact"], hosts=TWO_HOSTS),
+        "other seed": scenario(root, intact, hosts=TWO_HOSTS) | {"seed": True},
         "spoilt": scenario(root, ["spoilt"] * RANKS, spoil=str(root / "spoilt" / "a"), spoil_after=[3]),
     }
-    for name, told in every.items():
-        told["overrides"] = [*told["overrides"], f"name={folder_name(name)}"]
+    for name, settings in every.items():
+        settings["overrides"] = [*settings["overrides"], f"name={folder_name(name)}"]
     return every
 
 
@@ -173,7 +173,7 @@ def folder_name(scenario: str) -> str:
 @pytest.fixture(scope="module")
 def outcome(root: Path) -> Callable[[str], Outcome]:
     every = scenarios(root)
-    other = Path(run_file(root, "sound")).read_text() + "seed: 3\n"
+    other = Path(run_file(root, "intact")).read_text() + "seed: 3\n"
     (root / "other seed.yaml").write_text(other)
     every["other seed"]["run_files"][3] = str(root / "other seed.yaml")
     (root / "scenarios.json").write_text(json.dumps(every))
@@ -183,7 +183,7 @@ def outcome(root: Path) -> Callable[[str], Outcome]:
 
 
 def read_alone(data: Dataset, first: int, dp_rank: int = 0, dp_size: int = 1) -> np.ndarray:
-    """The rows of each step as one process reads them from sound shards: (steps, rows, T + 1)."""
+    """The rows of each step as one process reads them from intact shards: (steps, rows, T + 1)."""
     out = []
     for step in range(first, STEPS):
         rows = data.order.at(step, dp_rank, dp_size)
@@ -194,12 +194,12 @@ def read_alone(data: Dataset, first: int, dp_rank: int = 0, dp_size: int = 1) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one host", "two hosts", "pp 4", "pp 2 dp 2", "every step", "from step 7"])
 def test_ranks_get_the_rows_of_the_order(name: str, root: Path, outcome: Callable[[str], Outcome]) -> None:
-    data, told = dataset(root), scenarios(root)[name]
-    dp = len(set(told["dp_ranks"]))
+    data, settings = dataset(root), scenarios(root)[name]
+    dp = len(set(settings["dp_ranks"]))
     for rank, seen in enumerate(outcome(name)):
         assert not seen["error"]
-        if told["reads"][rank]:
-            wanted = read_alone(data, told["steps"][0], told["dp_ranks"][rank], dp)
+        if settings["reads"][rank]:
+            wanted = read_alone(data, settings["steps"][0], settings["dp_ranks"][rank], dp)
             assert np.array_equal(seen["batches"].reshape(wanted.shape), wanted)
         else:
             assert seen["batches"].size == 0
@@ -219,15 +219,15 @@ def test_one_rank_of_a_host_reads_for_all(outcome: Callable[[str], Outcome]) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one host's copy is damaged", "each host's copy is damaged", "from step 7 damaged"])
 def test_damage_on_one_host_is_replaced_on_all(name: str, root: Path, outcome: Callable[[str], Outcome]) -> None:
-    """And from the step on that the ledger states, as if it had been known from the start."""
+    """The replacement applies from the recorded step on, as if the damage had been known from the start."""
     ranks, data, first = outcome(name), dataset(root), scenarios(root)[name]["steps"][0]
     (bad,) = json.loads(str(ranks[0]["bad"]))
     assert (bad["source"], bad["shard"]) == ("b", first_shards(root)[0]) and "sha256" in bad["reason"]
     assert bad["step"] == first
-    sound = read_alone(data, first)
+    intact = read_alone(data, first)
     data.replace([BadShard(**bad)], most=1)
     wanted = read_alone(data, first)
-    assert not np.array_equal(sound, wanted)
+    assert not np.array_equal(intact, wanted)
     for seen in ranks:
         assert not seen["error"] and json.loads(str(seen["bad"])) == [bad]
         assert np.array_equal(seen["batches"].reshape(wanted.shape), wanted)
@@ -240,10 +240,10 @@ def test_damage_on_one_host_is_replaced_on_all(name: str, root: Path, outcome: C
     ("name", "words"),
     [
         ("none may be", ("1 shards are damaged, data.max_bad_shards = 0", "step 0, b, shard")),
-        ("other rows", ("step 1: ranks 0, 1 | 2, 3 of data-parallel rank 0 read other batches",)),
-        ("other rows later", ("ranks 0, 1 | 2, 3 of data-parallel rank 0 read other batches",)),
-        ("other manifest", ("step 0: ranks 0, 2, 3 | 1 have another order of the data",)),
-        ("other seed", ("step 0: ranks 0, 1, 2 | 3 have another order of the data",)),
+        ("other rows", ("step 1: ranks 0, 1 | 2, 3 of data-parallel rank 0 read different batches",)),
+        ("other rows later", ("ranks 0, 1 | 2, 3 of data-parallel rank 0 read different batches",)),
+        ("other manifest", ("step 0: ranks 0, 2, 3 | 1 have a different data order",)),
+        ("other seed", ("step 0: ranks 0, 1, 2 | 3 have a different data order",)),
         ("spoilt", ("was cut short after it had been checked",)),
     ],
 )

@@ -1,4 +1,4 @@
-"""What signals and the time limit ask of a run, and when it hears of it."""
+"""Requests by signals and by the wall-time limit, and when a run acts on them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def handled(**settings: float) -> Iterator[Interruptions]:
 
 
 def test_a_checkpoint_is_asked_for_once() -> None:
-    """Agreed on beside one step and acted on after the next, by all ranks alike; then the run goes on."""
+    """Ranks agree on the request during one step and act on it after the next; then the run continues."""
     with handled() as this:
         assert this.after_step() is Request.NOTHING
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -48,7 +48,7 @@ def test_the_time_limit_leaves_its_margin() -> None:
 
 
 def test_a_second_sigterm_ends_the_process() -> None:
-    """A person who is in a hurry, or a scheduler whose patience is at its end."""
+    """Sent by an impatient person, or by a scheduler at the end of its grace period."""
     program = (
         "import os, signal, torch\n"
         "from llama_ds.config.schema import CheckpointConfig\n"

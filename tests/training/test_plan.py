@@ -1,4 +1,4 @@
-"""What --dry-run prints: the numbers a user decides by."""
+"""The plan that --dry-run prints: its numbers are correct."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def test_plan_of_65b_says_what_will_run() -> None:
     lines = {line.strip() for line in describe(run, layout, deepspeed_config(run, layout, True)).splitlines()}
     assert {
         "parameters        65.3B = 65,285,660,672",
-        "ranks         2,048 = pp 8 x dp 32 x tp 8, activations shared by sequence",
+        "ranks         2,048 = pp 8 x dp 32 x tp 8, activations sharded along the sequence",
         "global batch  2,048 rows = 32 x 1 x 64 = 4,194,304 tokens",
         "7      10              12.8%           1.04B                10 none    1.17 GiB in 1 micro-batches",
-        "pipeline      1f1b: 9.9% of the step is bubble where stages are equal and messages free",
+        "pipeline      1f1b: bubble 9.9% of the step, for equal stages and free messages",
         "7              1.95     3.89       0.36       0.26     1.17              7.64   10 none",
         "steps         333,787",
         "step 1,999    lr 0.00015 (end of warm-up)",
@@ -38,7 +38,7 @@ def test_plan_of_65b_says_what_will_run() -> None:
 
 @pytest.mark.parametrize(("pp", "tp"), [(1, 1), (1, 2), (3, 1), (3, 2)])
 def test_stages_hold_the_whole_model(pp: int, tp: int) -> None:
-    """Shards over tp add up, but for the norms, which every rank holds."""
+    """TP shards add up to the model, except the norms, which every rank holds."""
     model = ModelConfig(512, 64, 96, 6, 8, 2, 8)
     held = stage_parameters(model, boundaries(model, 32, pp, None), tp)
     norms = (2 * 6 + 1) * 64

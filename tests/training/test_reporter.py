@@ -1,4 +1,4 @@
-"""When results of steps are read and reported, and what a diverged run leaves behind."""
+"""When the results of steps are read and reported, and what a diverged run reports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def open_log(folder: Path, *overrides: str, first: int = 0) -> tuple[Any, RunLog
 
 
 def report(folder: Path, device: str, *overrides: str) -> Reporter:
-    """A reporter of steps whose result is their loss, on a device of that type."""
+    """Return a reporter for a device type whose step results are plain losses."""
     run, log = open_log(folder, *overrides)
     engine: Any = SimpleNamespace(read=lambda loss: (loss, 1.0))
     feed: Any = SimpleNamespace(wait_s=0.0)
@@ -38,7 +38,7 @@ def report(folder: Path, device: str, *overrides: str) -> Reporter:
 
 
 def reported(folder: Path) -> list[int]:
-    """The steps in metrics.jsonl."""
+    """Return the steps in metrics.jsonl."""
     lines = (folder / "reported" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["step"] for line in lines]
 
@@ -48,7 +48,7 @@ def step_done(reporter: Reporter, step: int, last: bool = False) -> None:
 
 
 def test_on_cuda_a_result_is_read_while_the_next_step_runs(tmp_path: Path) -> None:
-    """Or at once where the training pauses, and after the last step."""
+    """It is read at once if training pauses, and after the last step."""
     reporter = report(tmp_path, "cuda")
     step_done(reporter, 1)
     assert reported(tmp_path) == []

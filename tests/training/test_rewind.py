@@ -1,4 +1,4 @@
-"""Which checkpoints a run that is told to go back goes on from: earlier ones once, and after that its own."""
+"""The checkpoints from which a run with `rewind_to` resumes: earlier ones once, and after that its own."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_of(to: int, skip: Skipped = (), number: int = 0) -> RunConfig:
 
 
 def write(folder: Path, step: int, made: list[dict[str, int]], skipped: Skipped = ()) -> None:
-    """Write a checkpoint as far as `choice` reads it, and let `latest` name it."""
+    """Write the parts of a checkpoint that `choice` reads, and point `latest` to it."""
     state = DataState({"a": 5}, (Segment(0, {"a": 1.0}, {"a": (50,)}),), (), tuple(Skip(*one) for one in skipped))
     found = Description(step, 0, 0, "fp32", {}, {}, state.as_json(), step, rewinds=made)
     content: dict[str, Any] = json.loads(json.dumps(asdict(found)))
@@ -63,7 +63,7 @@ def seen(folder: Path, run: RunConfig) -> tuple[list[int], list[int]]:
 
 
 def go_back(folder: Path, run: RunConfig) -> list[dict[str, int]]:
-    """Do what a run does that starts; return the rewinds that it saves."""
+    """Rewind as a starting run does; return the rewinds that it saves."""
     found = choice(str(folder), run)
     if found.aside:
         begin(folder).go_back(found.tags[0], found.aside)
@@ -72,7 +72,7 @@ def go_back(folder: Path, run: RunConfig) -> list[dict[str, int]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Steps 2, 4, 6, 8 of a run that never went back."""
+    """Checkpoints of steps 2, 4, 6, 8 of a run without rewinds."""
     for step in (2, 4, 6, 8):
         write(tmp_path, step, [])
     return tmp_path
@@ -97,28 +97,28 @@ def test_a_run_goes_back_to_the_newest_at_or_before_the_step(
 
 def test_without_checkpoints_there_is_nothing_to_go_back_to(tmp_path: Path) -> None:
     assert seen(tmp_path, run_of(4)) == ([], []) == seen(tmp_path / "absent", run_of(4))
-    assert rewinds(run_of(4), None) == [{"to": 4, "id": 0}]  # what it saves is beyond it all the same
+    assert rewinds(run_of(4), None) == [{"to": 4, "id": 0}]  # its saves count as written after the rewind
 
 
 def test_the_same_command_goes_back_once(folder: Path) -> None:
-    """A supervisor starts the run again after any death: it would train on the same steps for ever."""
+    """A supervisor restarts the run with the same command; otherwise it would repeat the same steps forever."""
     run = run_of(4, [(4, 2)])
     made = go_back(folder, run)
     assert made == [{"to": 4, "id": 0}]
-    assert seen(folder, run) == ([4, 2], [])  # before it has saved
+    assert seen(folder, run) == ([4, 2], [])  # before its first save
     write(folder, 6, made, [(4, 2)])
     assert seen(folder, run) == ([6, 4, 2], [])
     assert go_back(folder, run) == made
     write(folder, 8, made, [(4, 2)])
     assert seen(folder, run) == ([8, 6, 4, 2], [])
-    assert seen(folder, run_of(4, [(4, 2), (20, 1)])) == ([8, 6, 4, 2], [])  # what is to come may change
+    assert seen(folder, run_of(4, [(4, 2), (20, 1)])) == ([8, 6, 4, 2], [])  # skips of later steps may change
     assert seen(folder, run_of(0)) == ([8, 6, 4, 2], [])
-    assert rewinds(run_of(0), describe(str(folder / store.tag_of(8)))) == made  # nor is it forgotten
+    assert rewinds(run_of(0), describe(str(folder / store.tag_of(8)))) == made  # the rewind stays recorded
 
 
 @pytest.mark.parametrize("again", [run_of(4, [(4, 3)]), run_of(4, [(4, 2)], 1), run_of(4, [(2, 1), (4, 2)])])
 def test_another_skip_or_another_id_is_another_rewind(folder: Path, again: RunConfig) -> None:
-    """The spike came back: a longer window is to be passed over, or the same step be tried otherwise."""
+    """If the spike recurs, a longer window must be skipped, or the same rewind tried again."""
     made = go_back(folder, run_of(4, [(4, 2)]))
     for step in (6, 8):
         write(folder, step, made, [(4, 2)])
@@ -139,7 +139,7 @@ def test_a_second_rewind_remembers_the_first(folder: Path) -> None:
 
 
 def test_a_rewind_that_was_cut_short_is_finished(folder: Path) -> None:
-    """`latest` was moved, one of two was set aside; and then somebody went on without the override."""
+    """`latest` was moved and one of two checkpoints set aside; then the run was resumed without the override."""
     begin(folder).go_back(store.tag_of(4), [store.tag_of(8)])
     assert seen(folder, run_of(4)) == ([4, 2], [6])
     write(folder, 8, [])
@@ -152,13 +152,13 @@ def test_what_others_left_is_set_aside_beside_what_is_beyond(folder: Path) -> No
 
 
 def test_latest_is_heard_among_the_earlier_ones(folder: Path) -> None:
-    """A run set back by hand would go on from what it had left."""
+    """Otherwise a run that was reset by hand would resume from the newer checkpoint."""
     (folder / store.LATEST).write_text(store.tag_of(2))
     assert seen(folder, run_of(4)) == ([2, 4], [8, 6])
 
 
 def test_a_description_that_is_damaged_is_reported_and_not_passed_over(folder: Path) -> None:
-    """The newest after a rewind is damaged: that is to be said, and the one before it used, not all steps be lost."""
+    """If the newest checkpoint after a rewind is damaged, the run must report it and use the one before."""
     made = go_back(folder, run_of(4))
     for step in (6, 8):
         write(folder, step, made)

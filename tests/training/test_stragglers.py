@@ -1,4 +1,4 @@
-"""Who is called slow, on times of ranks that are made up: the slow ones by name, and nobody else."""
+"""Outlier detection on synthetic times: slow ranks and links are reported, and no others."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ Layout = tuple[int, int, int]
 
 
 def times(layout: Layout, noise: float = 0.0, seed: int = 0) -> np.ndarray:
-    """The times of ranks that all do their work, (P, D, T, K): `noise` is relative to the step."""
+    """Return times of healthy ranks, (P, D, T, K); `noise` is relative to the step."""
     random = np.random.default_rng(seed)
     made = np.zeros((*layout, len(PARTS)))
-    made[..., COMPUTE] = 300 + 20 * np.arange(layout[0])[:, None, None]  # each stage its own
+    made[..., COMPUTE] = 300 + 20 * np.arange(layout[0])[:, None, None]  # differs between stages
     made[-1, ..., COMPUTE] += 80  # the head
     made[..., DATA], made[..., OPTIMIZER], made[..., BETWEEN] = 0.1, 10, 1
     own = random.normal(0, noise * STEP, (*layout, 3)).clip(-50, None)
@@ -41,13 +41,13 @@ def times(layout: Layout, noise: float = 0.0, seed: int = 0) -> np.ndarray:
 
 
 def judge(made: np.ndarray, usual: np.ndarray | None = None) -> Outliers:
-    """Judge the ranks in a job of theirs, in which whoever is not the slowest waits, in collectives."""
+    """Find the outliers after filling up all steps to the slowest one with waits in collectives."""
     median = made if usual is None else usual
 
     def filled(values: np.ndarray) -> np.ndarray:
         values = values.copy()
-        whole = values.sum(-1) - values[..., BETWEEN]
-        values[..., COLLECTIVES] += max(STEP, whole.max()) - whole
+        step = values.sum(-1) - values[..., BETWEEN]
+        values[..., COLLECTIVES] += max(STEP, step.max()) - step
         return values.reshape(-1, len(PARTS))
 
     return find(filled(made), filled(median), made.shape[:3], one_way=True)
@@ -77,7 +77,7 @@ def test_a_slow_host_is_named_as_one_and_in_numbers() -> None:
     made = times((4, 256, 1))  # 1024 ranks
     flat = made.reshape(-1, len(PARTS))
     flat[128:136, COMPUTE] += 57
-    flat[135, COMPUTE] += 5  # the worst of them gives the numbers
+    flat[135, COMPUTE] += 5  # the report shows the numbers of the slowest rank
     (line,) = lines(judge(made), hosts_of(1024))
     assert line == (
         "SLOW HOST: node016 (ranks 128-135): compute 362 ms a step, the median of its stage is 300 ms: "
@@ -103,14 +103,14 @@ def test_a_run_on_one_host_names_ranks() -> None:
 @pytest.mark.parametrize("layout", [(1, 1, 1), (1, 2, 1), (2, 3, 1), (4, 4, 2), (4, 8, 1), (1, 64, 1), (16, 16, 8)])
 @pytest.mark.parametrize("noise", [0.002, 0.02])
 def test_nobody_is_accused_of_noise(layout: Layout, noise: float) -> None:
-    """Mean and median of a rank differ by chance too: noise of its own each."""
+    """Mean and median of a rank get independent noise."""
     for seed in range(40):
         found = judge(times(layout, noise, seed), times(layout, noise, seed + 1000))
         assert found.slow == [] and found.links == []
 
 
 def test_wide_noise_of_many_ranks_accuses_nobody() -> None:
-    """Of 64 ranks that differ by 5 percent of the step from each other, one is some 12 percent above the median."""
+    """With a standard deviation of 5 percent, the slowest of 64 ranks is about 12 percent above the median."""
     for seed in range(100):
         assert judge(times((1, 64, 1), 0.05, seed)).slow == []
 
@@ -143,12 +143,12 @@ def test_many_ranks_are_judged_by_the_share_and_stalls_are_called_so() -> None:
         made[0, 5, 0, COMPUTE] += more * STEP
         assert named(judge(made)) == slow
     (line,) = lines(judge(made, usual=times((1, 16, 1))), hosts_of(16))
-    assert line.endswith("for which all ranks wait, in few of the steps")
+    assert line.endswith("for which all ranks wait, only in a few of the steps")
 
 
 def test_a_save_between_two_steps_accuses_nobody() -> None:
     made = times((1, 16, 1))
-    made[0, 0, 0, BETWEEN] += 1000  # in the mean: the first rank did something long once
+    made[0, 0, 0, BETWEEN] += 1000  # raises only the mean, like a single save on the first rank
     assert judge(made, usual=times((1, 16, 1))).slow == []
 
 
@@ -160,7 +160,7 @@ def test_half_of_a_stage_may_be_slow() -> None:
 
 
 def test_tensor_parallel_ranks_are_named_as_one() -> None:
-    """All eight compute as long as the slowest of them; ranks 32 to 39 are those of stage 1, data-parallel rank 1."""
+    """All eight take as long as the slowest one; ranks 32 to 39 are data-parallel rank 1 of stage 1."""
     made = times((2, 3, 8), noise=0.004)
     made[1, 1, :, COMPUTE] += 150
     found = judge(made)
@@ -172,7 +172,7 @@ def test_tensor_parallel_ranks_are_named_as_one() -> None:
 def test_one_that_waits_for_data_does_not_make_its_tensor_parallel_ranks_slow() -> None:
     made = times((1, 4, 8))
     made[0, 2, 3, DATA] += 150
-    made[0, 2, [0, 1, 2, 4, 5, 6, 7], COMPUTE] += 150  # they wait for it in the first all-reduce
+    made[0, 2, [0, 1, 2, 4, 5, 6, 7], COMPUTE] += 150  # the others wait for rank 19 in the first all-reduce
     assert named(judge(made)) == [((19,), DATA)]
 
 
@@ -215,13 +215,13 @@ def test_the_console_is_told_of_the_worst_only() -> None:
     flat = times((1, 256, 1)).reshape(-1, len(PARTS))
     for i in range(20):
         flat[8 * i, COMPUTE] += 100 + i
-    said = lines(judge(flat.reshape(1, 256, 1, -1)), hosts_of(256))
-    assert len(said) == MAX_CONSOLE_LINES + 1 and said[0].startswith("SLOW: rank 152 on node019")
-    assert said[-1] == "SLOW: 12 more, see stragglers.jsonl"
+    report = lines(judge(flat.reshape(1, 256, 1, -1)), hosts_of(256))
+    assert len(report) == MAX_CONSOLE_LINES + 1 and report[0].startswith("SLOW: rank 152 on node019")
+    assert report[-1] == "SLOW: 12 more, see stragglers.jsonl"
 
 
 def steps_of(trace: Trace, spans: Sequence[Sequence[tuple[str, float]]]) -> np.ndarray:
-    """Take steps in which `trace` is told of spans of so many seconds."""
+    """Take steps with spans of the given names and seconds; return their times."""
     for step in spans:
         trace.times.begin()
         for what, seconds in step:
@@ -233,21 +233,21 @@ def steps_of(trace: Trace, spans: Sequence[Sequence[tuple[str, float]]]) -> np.n
 
 
 def test_steps_are_split_into_their_parts() -> None:
-    """Sleeping takes as long as it is told to or longer."""
+    """A sleep takes at minimum its nominal time."""
     trace = Trace(torch.device("cpu"))
     waits = [("wait data", 0.01), ("wait grad", 0.02), ("send grad", 0.01), ("wait norm", 0.01), ("optimizer", 0.02)]
     found = steps_of(trace, [waits] * 4)
     assert found.shape == (3, len(PARTS)), "the first step is left out"
-    least = np.zeros(len(PARTS))
-    least[[DATA, LATER, EARLIER, COLLECTIVES, OPTIMIZER]] = 1e4, 2e4, 1e4, 1e4, 2e4
-    assert (found >= least).all()
+    minimum = np.zeros(len(PARTS))
+    minimum[[DATA, LATER, EARLIER, COLLECTIVES, OPTIMIZER]] = 1e4, 2e4, 1e4, 1e4, 2e4
+    assert (found >= minimum).all()
     assert len(trace.times.take()) == 0
 
 
 def test_what_is_recorded_or_outside_steps_is_not_counted() -> None:
     trace = Trace(torch.device("cpu"))
     steps_of(trace, [[], []])
-    begin = trace.mark()  # as in an evaluation
+    begin = trace.mark()  # outside a step, as in an evaluation
     trace.add("wait data", begin)
     assert begin is None
     trace.start()
@@ -261,7 +261,7 @@ def test_what_is_recorded_or_outside_steps_is_not_counted() -> None:
 
 @pytest.mark.gpu
 def test_steps_on_cuda_are_read_later() -> None:
-    """The device spins in a wait and in computing; what computing hides is no wait."""
+    """The device spins during waits and compute; a wait hidden by compute does not count."""
     trace = Trace(torch.device("cuda"))
     for _ in range(4):
         trace.times.begin()

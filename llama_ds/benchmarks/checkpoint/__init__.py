@@ -1,1 +1,1 @@
-"""Checkpoints measured: saving, loading, resharding and converting, against the disk and plain libraries."""
+"""Checkpoint benchmark: saving, loading, resharding and converting, against the raw disk and other libraries."""

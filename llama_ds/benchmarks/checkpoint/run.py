@@ -1,4 +1,4 @@
-"""The measurement as a whole: ranks are started, a conversion is timed, medians are put in a table."""
+"""Runs the checkpoint benchmark: starts the ranks, times a conversion and tabulates medians."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llama_ds.benchmarks.checkpoint.worker import CheckpointBenchSettings, forget, peak_memory
+from llama_ds.benchmarks.checkpoint.worker import CheckpointBenchSettings, drop_page_cache, peak_memory
 from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
 from llama_ds.checkpoint.formats.plan import Target
 from llama_ds.checkpoint.load_model import open_model
@@ -24,38 +24,38 @@ from llama_ds.machine import machine
 GB = 1e9
 ROOT = Path(__file__).resolve().parents[3]
 RUN_FILE = str(ROOT / "ds_configs" / "quickstart.yaml")
-# The quickstart's run, scaled up until a save takes seconds: 188 million parameters.
+# The quickstart's model, scaled up to 188 million parameters so that a save takes seconds.
 SHAPE = (
     *("model.hidden_size=1024", "model.intermediate_size=2816", "model.num_hidden_layers=12"),
     *("model.num_attention_heads=16", "model.num_key_value_heads=16", "model.vocab_size=16384"),
     *("data.seq_len=64", "training.global_batch=2", "parallel.micro_batch=1", "deepspeed.bf16.enabled=false"),
 )
-SAVED = ("parallel.pp=2", "parallel.tp=1", "parallel.sequence_parallel=false")  # the layout it is saved under
-RESHARDED = ("parallel.pp=1", "parallel.tp=2")  # and the one it is then loaded under
+SAVED = ("parallel.pp=2", "parallel.tp=1", "parallel.sequence_parallel=false")  # layout of the save
+RESHARDED = ("parallel.pp=1", "parallel.tp=2")  # layout of the resharding load
 RANKS = 2
 
 
 def measure(overrides: list[str], folder: str, repeats: int) -> dict[str, Any]:
-    """Return all seconds, and their medians as rates; what is written in `folder` stays there.
+    """Return all times, and their medians as rates. Files written in `folder` remain there.
 
     Raises:
-        subprocess.CalledProcessError: a rank failed; what it said is on stderr.
+        subprocess.CalledProcessError: a rank failed; its message is on stderr.
     """
     settings = CheckpointBenchSettings(RUN_FILE, [*SHAPE, *SAVED, *overrides], list(RESHARDED), folder, repeats)
-    asked, out = os.path.join(folder, "settings.json"), os.path.join(folder, "results.json")
-    Path(asked).write_text(json.dumps(asdict(settings)))
+    request, out = os.path.join(folder, "settings.json"), os.path.join(folder, "results.json")
+    Path(request).write_text(json.dumps(asdict(settings)))
     worker = str(Path(__file__).with_name("worker.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", worker]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    run_child([*command, asked, out], grace_s=0, env=environment, stdout=sys.stderr).check_returncode()
+    run_child([*command, request, out], grace_s=0, env=environment, stdout=sys.stderr).check_returncode()
     results = json.loads(Path(out).read_text())
     results["convert"] = _conversion(results.pop("checkpoint"), folder, repeats)
-    asked_for = {"overrides": settings.overrides, "reshard": settings.reshard}
-    return {"machine": machine(), **asked_for, **results, "summary": summary(results)}
+    inputs = {"overrides": settings.overrides, "reshard": settings.reshard}
+    return {"machine": machine(), **inputs, **results, "summary": summary(results)}
 
 
 def _conversion(checkpoint: str, folder: str, repeats: int) -> dict[str, Any]:
-    """Time the conversion to Hugging Face's format, without its proof, in turns with a copy of the result's files."""
+    """Time the conversion to Hugging Face's format, without verification, alternating with a copy of its output."""
     target, copied, growth = os.path.join(folder, "hf"), os.path.join(folder, "copied"), 0
     files = open_model(checkpoint)
     plan = plan_of(files, "hf", Target(files.dtype))
@@ -72,18 +72,18 @@ def _conversion(checkpoint: str, folder: str, repeats: int) -> dict[str, Any]:
 
     ours()
     os.rename(target, target + ".source")
-    ways: dict[str, tuple[Callable[[], None], list[str]]] = {
+    methods: dict[str, tuple[Callable[[], None], list[str]]] = {
         "ours": (ours, paths),
         "copy": (copy, [os.path.join(target + ".source", name) for name in os.listdir(target + ".source")]),
     }
     found: dict[str, Any] = {"bytes": plan.nbytes, "ours": [], "copy": []}
     for turn in range(repeats):
         for name in ("ours", "copy") if turn % 2 else ("copy", "ours"):
-            for folder_of in (target, copied):
-                shutil.rmtree(folder_of, ignore_errors=True)
+            for output in (target, copied):
+                shutil.rmtree(output, ignore_errors=True)
             os.sync()
-            call, sources = ways[name]
-            forget(sources)
+            call, sources = methods[name]
+            drop_page_cache(sources)
             before, begin = peak_memory(reset=True), time.perf_counter()
             call()
             found[name].append(time.perf_counter() - begin)
@@ -92,7 +92,7 @@ def _conversion(checkpoint: str, folder: str, repeats: int) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any]) -> dict[str, Any]:
-    """Return medians in seconds, rates and ratios."""
+    """Return medians as seconds, rates and ratios."""
     median = {
         kind: {name: statistics.median(values) for name, values in results[kind].items() if isinstance(values, list)}
         for kind in ("save", "load", "step_s", "convert")
@@ -114,7 +114,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results for people."""
+    """Return the results as readable text."""
     found = results["summary"]
 
     def rates(kind: str, names: dict[str, str]) -> str:
@@ -123,16 +123,16 @@ def table(results: dict[str, Any]) -> str:
     plain = {"torch.save": "torch.save", "torch.load": "torch.load", "safetensors": "safetensors"}
     lines = [
         f"{results['parameters'] / 1e6:.0f} million parameters, {results['bytes'] / GB:.2f} GB, {RANKS} ranks, "
-        f"medians of {len(results['save']['ours'])} turns, GB/s with sync, from a disk that holds nothing in memory",
+        f"medians of {len(results['save']['ours'])} turns, GB/s with sync, cold page cache",
         "save     " + rates("save_gb_per_s", {"raw": "disk", "ours": "ours", **_of(plain, found, "save_gb_per_s")}),
         "load     " + rates("load_gb_per_s", {"raw": "disk", "load": "ours, verified", "reshard": "resharded"})
         + ", " + rates("load_gb_per_s", _of(plain, found, "load_gb_per_s")),
         "convert  " + rates("convert_gb_per_s", {"copy": "file copy", "ours": "to Hugging Face"}),
-        f"ours to the disk: save {found['save_of_disk']:.2f}, load {found['load_of_disk']:.2f}, reshard "
-        f"{found['reshard_of_disk']:.2f}; convert to copy {found['convert_of_copy']:.2f}",
+        f"ours as a fraction of the disk: save {found['save_of_disk']:.2f}, load {found['load_of_disk']:.2f}, reshard "
+        f"{found['reshard_of_disk']:.2f}; convert as a fraction of a copy {found['convert_of_copy']:.2f}",
         f"training waits {found['stall_s']:.2f} s, {found['stall_of_save']:.1%} of the save; a step takes "
-        f"{found['step_s']['alone']:.2f} s, beside a save {found['step_s']['beside a save']:.2f} s",
-        f"memory on top: load {results['load']['load_memory_bytes'] / 2**20:.0f} MiB, reshard "
+        f"{found['step_s']['alone']:.2f} s, during a save {found['step_s']['beside a save']:.2f} s",
+        f"additional memory: load {results['load']['load_memory_bytes'] / 2**20:.0f} MiB, reshard "
         f"{results['load']['reshard_memory_bytes'] / 2**20:.0f} MiB, convert "
         f"{results['convert']['memory_bytes'] / 2**20:.0f} MiB",
     ]  # fmt: skip

@@ -1,9 +1,9 @@
-"""Started on every rank by `tools/benchmark.py checkpoint`: save, load and reshard, against disk and libraries.
+"""Benchmarks save, load and reshard on every rank, against the raw disk and other libraries.
 
-worker.py SETTINGS OUT, SETTINGS a JSON file of `CheckpointBenchSettings`.
+`tools/benchmark.py checkpoint` starts it as `worker.py SETTINGS OUT`; SETTINGS is `CheckpointBenchSettings` as JSON.
 
-All contestants write and read the same bytes, every rank its own, with nothing in memory that the disk should give.
-Seconds are those between two barriers.
+All contestants write and read the same bytes, each rank its own, with a cold page cache. Times are measured between two
+barriers.
 """
 
 from __future__ import annotations
@@ -42,52 +42,54 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class CheckpointBenchSettings:
-    """What is measured, where."""
+    """Settings of the benchmark."""
 
     run_file: str
     overrides: list[str]
-    reshard: list[str]  # overrides beside them, of the layout that the checkpoint is loaded under too
-    folder: str  # on the disk to measure; what is written there is removed, but for the last checkpoint
+    reshard: list[str]  # additional overrides for the layout of the resharding load
+    folder: str  # folder on the disk to measure; only the last checkpoint remains in it
     repeats: int
 
 
 def main() -> None:
-    """Measure, and write the results on the first rank."""
+    """Run the benchmark; the first rank writes the results."""
     with open(sys.argv[1]) as file:
         settings = CheckpointBenchSettings(**json.load(file))
-    place = world.find_place()
+    rank_info = world.find_place()
     log.silence_libraries()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():
-        world.join(place)
-        results = CheckpointBench(settings, place).measure()
-        if place.rank == 0:
+        world.join(rank_info)
+        results = CheckpointBench(settings, rank_info).measure()
+        if rank_info.rank == 0:
             Path(sys.argv[2]).write_text(json.dumps(results))
 
 
 class CheckpointBench:
     """One rank of the measurement."""
 
-    def __init__(self, settings: CheckpointBenchSettings, place: world.RankInfo) -> None:
-        self.settings, self.place = settings, place
-        self.scratch = os.path.join(settings.folder, f"rank{place.rank}")
-        self.step = 0  # of the newest checkpoint
+    def __init__(self, settings: CheckpointBenchSettings, rank_info: world.RankInfo) -> None:
+        self.settings, self.rank_info = settings, rank_info
+        self.scratch = os.path.join(settings.folder, f"rank{rank_info.rank}")
+        self.step = 0  # step number of the newest checkpoint
 
     def measure(self) -> dict[str, Any]:
-        """Return everything. Collective."""
+        """Return all results. Collective."""
         run, layout, engine = self._engine(self.settings.overrides)
         _train(engine, run, layout)
-        checkpoints = Checkpoints(run, layout, "fp32" if not run.deepspeed["bf16"]["enabled"] else "bf16", self.place)
+        checkpoints = Checkpoints(
+            run, layout, "fp32" if not run.deepspeed["bf16"]["enabled"] else "bf16", self.rank_info
+        )
         checkpoints.begin()
-        self._save(checkpoints, engine)  # the first one finds its memory
+        self._save(checkpoints, engine)  # warm-up: the first save allocates its buffers
         checkpoints.settle()
         saving, steps = self._saving(checkpoints, engine, run, layout)
         loading = self._loading("load", checkpoints, engine, rivals=True)
         engine.deepspeed.destroy()
         del engine, checkpoints
         run, layout, engine = self._engine([*self.settings.overrides, *self.settings.reshard])
-        checkpoints = Checkpoints(run, layout, "unused", self.place)
+        checkpoints = Checkpoints(run, layout, "unused", self.rank_info)
         _train(engine, run, layout)
         loading |= self._loading("reshard", checkpoints, engine, rivals=False)
         sizes = world.gather_numbers([_bytes_of(self._own_files(checkpoints))], torch.device("cpu"))
@@ -103,13 +105,13 @@ class CheckpointBench:
     def _engine(self, overrides: list[str]) -> tuple[RunConfig, Layout, Engine]:
         run = load_run(self.settings.run_file, overrides)
         run = replace(run, output_dir=self.settings.folder, data=replace(run.data, tokenizer=""))
-        layout = resolve_layout(run, self.place.world)
+        layout = resolve_layout(run, self.rank_info.world)
         return run, layout, build_engine(run, layout, deepspeed_config(run, layout, False), world.device())
 
     def _saving(
         self, checkpoints: Checkpoints, engine: Engine, run: RunConfig, layout: Layout
     ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-        """Return seconds of every way to save, and of training steps beside a save and alone."""
+        """Return the times of every save method, and of training steps during a save and without one."""
         trees = checkpoints.snapshot(engine.deepspeed, self.step).files
         tensors = {
             f"{name}/{i}": t for name, tree in trees.items() for i, t in enumerate(tensors_in(tree)) if t.numel()
@@ -123,16 +125,16 @@ class CheckpointBench:
             found.setdefault("ours_stall", []).append(time.perf_counter() - begin)
             checkpoints.settle()
 
-        ways: dict[str, Callable[[], None]] = {
+        methods: dict[str, Callable[[], None]] = {
             "raw": lambda: self._write_raw(tensors),
             "torch.save": lambda: self._write_torch(trees),
             "safetensors": lambda: self._write_safetensors(tensors),
             "ours": asynchronous,
         }
         for turn in range(self.settings.repeats):
-            for name in _rotated(list(ways), turn):
+            for name in _rotated(list(methods), turn):
                 self._make_room(checkpoints)
-                found.setdefault(name, []).append(self._seconds(ways[name]))
+                found.setdefault(name, []).append(self._seconds(methods[name]))
         for _ in range(self.settings.repeats):
             steps["alone"].append(self._seconds(lambda: _train(engine, run, layout)))
             self._make_room(checkpoints)
@@ -148,10 +150,10 @@ class CheckpointBench:
         checkpoints.save(engine.deepspeed, self.step, {})
 
     def _make_room(self, checkpoints: Checkpoints) -> None:
-        """Remove what was written before, and have the disk done with it, so that it is in nobody's time."""
+        """Remove earlier files and wait for the disk, so that no measurement pays for them."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         os.makedirs(self.scratch)
-        if self.place.rank == 0:
+        if self.rank_info.rank == 0:
             for tag in store.tags(checkpoints.folder):
                 shutil.rmtree(os.path.join(checkpoints.folder, tag))
         os.sync()
@@ -169,26 +171,29 @@ class CheckpointBench:
 
         scratch = [os.path.join(self.scratch, name) for name in sorted(os.listdir(self.scratch))]
         torch_files = [path for path in scratch if path.endswith(".pt")]
-        ways: dict[str, tuple[Callable[[], Any], list[str]]] = {name: (ours, own)}
+        methods: dict[str, tuple[Callable[[], Any], list[str]]] = {name: (ours, own)}
         if rivals:
-            ways["raw"] = (lambda: _read_raw(own), own)
-            ways["torch.load"] = (lambda: [torch.load(path, weights_only=False) for path in torch_files], torch_files)
+            methods["raw"] = (lambda: _read_raw(own), own)
+            methods["torch.load"] = (
+                lambda: [torch.load(path, weights_only=False) for path in torch_files],
+                torch_files,
+            )
             safe = [path for path in scratch if path.endswith(".safetensors")]
-            ways["safetensors"] = (lambda: [load_file(path) for path in safe], safe)
+            methods["safetensors"] = (lambda: [load_file(path) for path in safe], safe)
         found: dict[str, Any] = {}
         for turn in range(self.settings.repeats):
-            for way in _rotated(list(ways), turn):
-                call, files = ways[way]
-                forget(files)
-                found.setdefault(way, []).append(self._seconds(call))
+            for method in _rotated(list(methods), turn):
+                call, files = methods[method]
+                drop_page_cache(files)
+                found.setdefault(method, []).append(self._seconds(call))
         found[f"{name}_memory_bytes"] = int(world.gather_numbers([growth], torch.device("cpu")).max())
         return found
 
     def _own_files(self, checkpoints: Checkpoints) -> list[str]:
-        """Return the files of the checkpoint that this rank verifies, and so reads from the disk."""
+        """Return the checkpoint files that this rank verifies and therefore reads from the disk."""
         folder = os.path.join(checkpoints.folder, store.tag_of(self.step))
         names = sorted(name for name in os.listdir(folder) if name.endswith(".pt"))
-        return [os.path.join(folder, name) for name in names[self.place.rank :: self.place.world]]
+        return [os.path.join(folder, name) for name in names[self.rank_info.rank :: self.rank_info.world]]
 
     def _seconds(self, call: Callable[[], Any]) -> float:
         world.barrier()
@@ -218,7 +223,7 @@ class CheckpointBench:
 
 
 def _train(engine: Engine, run: RunConfig, layout: Layout) -> None:
-    """Take a step on tokens that mean nothing."""
+    """Take a step on random tokens."""
     shape = (layout.micro_batch, run.data.seq_len + 1)
     rows = np.random.default_rng(0).integers(3, run.model.vocab_size, shape)
     engine.read(engine.train_step(iter([rows] * layout.accumulation), LEARNING_RATE))
@@ -237,8 +242,8 @@ def _read_raw(paths: list[str]) -> None:
                 pass
 
 
-def forget(paths: list[str]) -> None:
-    """Have the system forget what it holds of files in memory."""
+def drop_page_cache(paths: list[str]) -> None:
+    """Drop the files from the page cache, on all ranks together."""
     world.barrier()
     for path in paths:
         with open(path, "rb") as file:
@@ -250,7 +255,7 @@ def _bytes_of(paths: list[str]) -> int:
 
 
 def peak_memory(reset: bool = False) -> int:
-    """Return the most memory that this process has held, in bytes, since the last reset."""
+    """Return the peak resident memory of this process in bytes since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     lines = Path("/proc/self/status").read_text().splitlines()

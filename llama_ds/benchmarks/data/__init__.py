@@ -1,1 +1,1 @@
-"""The data benchmark: ours against others, every measurement in a process of its own."""
+"""The data benchmark: llama_ds against other libraries, with a separate process for every measurement."""

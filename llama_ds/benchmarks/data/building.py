@@ -1,7 +1,7 @@
-"""How fast text becomes ids: our build against sentencepiece's own loop and Hugging Face's tokenizers and datasets.
+"""Tokenization speed: our build against sentencepiece's own loop and Hugging Face's tokenizers and datasets.
 
-All read the same texts with the same vocabulary on one core for each worker. Only ours hashes, splits, packs, writes
-shards, checksums and an index: it is held against the bare loop, which writes nothing.
+All encode the same texts with the same vocabulary, with one core per worker. Only ours hashes, splits, packs and writes
+shards, checksums and an index; the bare loop that it is compared with writes nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from llama_ds.benchmarks.data.bench import OURS, DataBench
 from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, ours, rival, summary
 
 BARE = "sentencepiece"
-ID_TOLERANCE = 0.001  # of the count of ids: U+2581 in a text is spelt otherwise by the bare loop
+ID_TOLERANCE = 0.001  # relative, for the number of ids: the bare loop encodes U+2581 in texts differently
 
 
 def contestants(bench: DataBench) -> dict[str, Contestant]:
-    """Return who builds. The number at the end of a name is that of workers."""
+    """Return the contestants. The number at the end of a name is the number of workers."""
     given = {"texts": bench.texts, "tokenizer": bench.tokenizer.path}
     found = {}
-    for workers in (1, 2):  # side by side, so that they meet the same moments of the machine
+    for workers in (1, 2):  # adjacent, so that load on the machine affects both alike
         found[f"{BARE}_{workers}"] = ours("bare_encode", **given, workers=workers)
         found[f"{OURS}_{workers}"] = ours(
             "build",
@@ -42,21 +42,21 @@ def contestants(bench: DataBench) -> dict[str, Contestant]:
 
 
 def measure(bench: DataBench) -> dict[str, Any]:
-    """Measure all of them."""
+    """Measure all contestants."""
     found = interleave(contestants(bench), bench.repeats, bench.tick)
     ids = found[f"{OURS}_1"][0]["ids"]
     for name, results in found.items():
         for result in results:
             if abs(result["ids"] - ids) > ID_TOLERANCE * ids:
-                raise AssertionError(f"{name} made {result['ids']} ids of texts that llama_ds made {ids} of")
+                raise AssertionError(f"{name} encoded the texts as {result['ids']} ids, llama_ds as {ids}")
     rows = {name: _row(results, ids, _workers(name)) for name, results in found.items()}
     return {
         "documents": bench.documents,
         "text_bytes": bench.text_bytes,
         "text_ids": ids,
         "contestants": rows,
-        # Above 1: ours is faster, with as many workers. Medians over the turns of what each turn says, as a shared
-        # machine changes its speed from one to the next; by wall time, and by CPU time, which is disturbed less.
+        # Above 1: ours is faster with the same number of workers. Each is the median of the per-turn ratios, because
+        # the speed of a shared machine varies between turns; by wall time, and by CPU time, which is less noisy.
         "speed_over": _speeds(found, "seconds"),
         "cpu_speed_over": _speeds(found, "cpu_s"),
     }

@@ -1,9 +1,10 @@
-"""What a run costs before its first row: opening sources of 10 to 100,000 shards, and resuming a 1.4T-token run.
+"""Start-up cost before the first row: opening sources of 10 to 100,000 shards, and resuming a 1.4T-token run.
 
-Manifests are simulated: all that a run reads of a source before it fetches a shard, and no shards. Ours opens the run
-(run file, tokenizer, manifest), computes the rows of its first step and looks up their shards' checksums. The others
-are given as many names of the same few files and read their first micro-batch. Those files hold fewer rows than our
-simulated shards (`Sizes`), which is to the good of mosaicml-streaming: it lays out the order of all rows.
+Sources are simulated: they have every file that a run reads before it fetches a shard, but no shards. Ours opens the
+run (run file, tokenizer, manifest), computes the rows of its first step and looks up their shards' checksums. The
+others get the same number of shard names, which refer to the same few files, and read their first micro-batch. Those
+files hold fewer rows than our simulated shards (`DataBenchSizes`), which favours mosaicml-streaming, because it
+materialises the order of all rows.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ import sys
 from typing import Any
 
 from llama_ds.benchmarks.data.bench import OURS, DataBench
-from llama_ds.benchmarks.data.made_sources import simulate_source, write_run
 from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, median, ours, rival, summary
 from llama_ds.benchmarks.data.reading import STREAMING, WEBDATASET, webdataset_request
+from llama_ds.benchmarks.data.simulated_data import simulate_source, write_run
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import save_state
 from llama_ds.data.stream import open_data
 
 RESUMED_STEP = 300_000
-NEXT_ROWS = 1000  # of one rank, computed after it resumed
-DP_RANK = 19  # any
-DP = 32  # of llama_65b.yaml on 2048 GPUs: pp 8, tp 8
+NEXT_ROWS = 1000  # rows of one rank, computed after resuming
+DP_RANK = 19  # arbitrary
+DP = 32  # llama_65b.yaml on 2048 GPUs, with pp 8 and tp 8
 
 
 def prepare(bench: DataBench) -> None:
-    """Write the manifests."""
+    """Write the simulated sources."""
     for shards in bench.sizes.opened:
         rows_per_shard = bench.sizes.opened_rows_per_shard
         folder = bench.path(f"opened-{shards}")
@@ -41,7 +42,7 @@ def prepare(bench: DataBench) -> None:
 
 
 def contestants(bench: DataBench, shards: int) -> dict[str, Contestant]:
-    """Return who opens `shards` shards."""
+    """Return the contestants that open `shards` shards."""
     steps, micro_batch = 1, bench.sizes.micro_batch
     tars = webdataset_request(bench)
     names = {"repeat_urls": -(-shards // len(tars["urls"]))}
@@ -57,7 +58,7 @@ def contestants(bench: DataBench, shards: int) -> dict[str, Contestant]:
 
 
 def measure(bench: DataBench) -> dict[str, Any]:
-    """Measure all of them, for each number of shards."""
+    """Measure all contestants for each number of shards."""
     found: dict[str, Any] = {}
     for shards in bench.sizes.opened:
         results = interleave(contestants(bench, shards), bench.repeats, bench.tick, repeat_slow=False)
@@ -66,7 +67,7 @@ def measure(bench: DataBench) -> dict[str, Any]:
 
 
 def measure_resume(bench: DataBench, run_file: str) -> dict[str, Any]:
-    """Measure how one rank of the run in `run_file`, with sources simulated to have its epochs, resumes in mid-run."""
+    """Measure how one rank of `run_file` resumes in mid-run; simulated source sizes give the run's epochs."""
     overrides, shards = _simulate_sources(bench, load_run(run_file))
     run = load_run(run_file, overrides)
     save_state(bench.path("resume", "data.json"), open_data(run).state)
@@ -92,9 +93,9 @@ def measure_resume(bench: DataBench, run_file: str) -> dict[str, Any]:
 
 
 def _simulate_sources(bench: DataBench, run: RunConfig) -> tuple[list[str], list[int]]:
-    """Return overrides of the run file that name the simulated sources, and the shards of each.
+    """Return run file overrides that point to the simulated sources, and the shard count of each.
 
-    Its vocabulary becomes the benchmark's tokenizer's: which row comes when does not depend on it.
+    The vocabulary is that of the benchmark's tokenizer; the order of rows does not depend on it.
     """
     total = sum(source.weight for source in run.data.sources)
     overrides = [f"data.tokenizer={bench.tokenizer.path}", f"model.vocab_size={bench.tokenizer.vocab_size}"]
@@ -109,7 +110,7 @@ def _simulate_sources(bench: DataBench, run: RunConfig) -> tuple[list[str], list
 
 
 def _memory() -> int:
-    """Return the bytes of memory that this machine has."""
+    """Return the physical memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,4 +1,4 @@
-"""Our side of the data benchmark, each task in a fresh process: `python -m llama_ds.benchmarks.data.probe REQUEST`.
+"""llama_ds's tasks in the data benchmark, each in a fresh process: `python -m llama_ds.benchmarks.data.probe REQUEST`.
 
 Shapes: b rows of a micro-batch, T seq_len; a batch is (b, T + 1).
 """
@@ -19,14 +19,14 @@ from llama_ds.benchmarks.data.rivals import Request, Stopwatch, memory, run, tim
 
 
 def bare_encode(request: Request) -> dict[str, Any]:
-    """Encode texts with sentencepiece's own call and nothing else."""
+    """Encode texts with bare sentencepiece calls."""
     from llama_ds.data.text.tokenizer import Tokenizer
 
-    model = Tokenizer(request["tokenizer"])._model  # the bare library, which only tokenizer.py imports
+    model = Tokenizer(request["tokenizer"])._model  # sentencepiece itself, which only tokenizer.py imports
     with open(request["texts"], encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     clock = Stopwatch()
-    ids = _shared_out(lambda part: _encode(model, part), texts, request["workers"])
+    ids = _sum_over_workers(lambda part: _encode(model, part), texts, request["workers"])
     return {**clock.read(), "ids": ids, "peak_bytes": memory("VmHWM")}
 
 
@@ -37,8 +37,8 @@ def _encode(model: Any, texts: list[str]) -> int:
     return ids
 
 
-def _shared_out(work: Callable[[list[str]], int], texts: list[str], workers: int) -> int:
-    """Return the sum of what `workers` forked processes make of their part of the texts; one worker: this process."""
+def _sum_over_workers(work: Callable[[list[str]], int], texts: list[str], workers: int) -> int:
+    """Return the sum of `work` over `workers` forked processes with a part of the texts each; 1: this process."""
     if workers == 1:
         return work(texts)
     context = get_context("fork")
@@ -50,12 +50,12 @@ def _shared_out(work: Callable[[list[str]], int], texts: list[str], workers: int
     for process in processes:
         process.join()
         if process.exitcode:
-            raise RuntimeError(f"a process that encodes ended with exit code {process.exitcode}")
+            raise RuntimeError(f"an encoder process ended with exit code {process.exitcode}")
     return sum(results.get() for _ in processes)
 
 
 def build(request: Request) -> dict[str, Any]:
-    """Build a source from texts: from JSON lines on the disk to shards, checksums and manifest on the disk."""
+    """Build a source from a JSON Lines file on disk to shards, checksums and manifest on disk."""
     from llama_ds.data.building.build import build_source
 
     out = os.path.join(request["folder"], str(os.getpid()))
@@ -85,7 +85,7 @@ def read_reader(request: Request) -> dict[str, Any]:
 
     def batches() -> Iterator[np.ndarray]:
         first = next(passed) * epoch
-        reader = Reader(data, range(first, first + epoch), *share)  # the sources, and so their files, stay open
+        reader = Reader(data, range(first, first + epoch), *share)  # the files of the sources stay open
         yield from reader.batches()
         reader.close()
 
@@ -96,7 +96,7 @@ def read_reader(request: Request) -> dict[str, Any]:
 
 
 def read_source(request: Request) -> dict[str, Any]:
-    """Read the same rows in the same order by Source.read, as they stand in the shards."""
+    """Read the same rows in the same order with Source.read, unconverted, as stored in the shards."""
     from llama_ds.config.run_file import load_run
     from llama_ds.data.stream import open_data
 
@@ -113,21 +113,21 @@ def read_source(request: Request) -> dict[str, Any]:
 
 
 def open_manifest(request: Request) -> dict[str, Any]:
-    """Open a run and compute which rows and checksums its first step needs; its shards need not be there."""
+    """Open a run and compute the rows and checksums that its first step needs; no shard is read."""
     from llama_ds.config.run_file import load_run
     from llama_ds.data.stream import Reader, open_data
 
     def first_step() -> None:
         data = open_data(load_run(request["run"]))
         reader = Reader(data, range(request["steps"]), 0, 1, request["micro_batch"])
-        _sums_of(data, data.order.at(0))
+        _look_up_checksums(data, data.order.at(0))
         reader.close()
 
     return time_opening(request["began"], memory("VmRSS"), first_step)
 
 
 def resume(request: Request) -> dict[str, Any]:
-    """Resume one data-parallel rank in mid-run: seconds since the process was started, and its memory."""
+    """Resume one data-parallel rank in mid-run; return times since the process start, and memory."""
     from llama_ds.config.run_file import load_run
     from llama_ds.data.mixture import state_from_json
     from llama_ds.data.stream import open_data
@@ -141,7 +141,7 @@ def resume(request: Request) -> dict[str, Any]:
     fingerprint = data.fingerprint
     opened_s = time.monotonic() - began
     first = data.order.at(step, *share)
-    _sums_of(data, first)
+    _look_up_checksums(data, first)
     resumed = {"opened_s": opened_s, "resumed_s": time.monotonic() - began, "resumed_bytes": memory("VmHWM")}
     clock, rows = Stopwatch(), 0
     while rows < request["rows"]:
@@ -153,8 +153,8 @@ def resume(request: Request) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sums_of(data: Any, rows: Any) -> None:
-    """Look up the checksums of the shards that hold `rows`: what is left of a step is to fetch and check these."""
+def _look_up_checksums(data: Any, rows: Any) -> None:
+    """Look up the checksums of the shards with `rows`; a real step would then fetch and check these shards."""
     from llama_ds.data.source.manifest import checksum_of, checksums_name
 
     for index in np.unique(rows.source).tolist():

@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, taking turns, so that a busy moment of the machine hits all of them."""
+"""Runs measurements in separate processes, interleaved so that load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Any
 from llama_ds.benchmarks.data import rivals
 from llama_ds.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[3]  # what `llama_ds` is imported from
+ROOT = Path(__file__).resolve().parents[3]  # folder from which `llama_ds` is imported
 PROBE = (sys.executable, "-m", "llama_ds.benchmarks.data.probe")
 ONE_CORE = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-ERROR_CHARS = 2000  # of what a process said last
-SLOW_S = 30.0  # what takes longer in one process is not repeated, where that is allowed
+ERROR_CHARS = 2000  # length of the stderr tail in errors
+SLOW_S = 30.0  # slower contestants are measured once unless `repeat_slow`
 
 Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A program and what to ask it for."""
+    """A program and its request."""
 
     command: Sequence[str]
     request: Mapping[str, Any]
@@ -47,28 +47,30 @@ class Contestant:
                 [*self.command, json.dumps(request)], env=environment, capture_output=True, text=True, check=False
             )
         except OSError as error:
-            raise UserError(f"{self.command[0]}: cannot be run as a Python ({error.strerror}); name another") from None
+            raise UserError(
+                f"{self.command[0]}: cannot be started ({error.strerror}); give the path of a Python interpreter"
+            ) from None
         if done.returncode:
             raise RuntimeError(f"{' '.join(self.command)}: exit code {done.returncode}\n{done.stderr[-ERROR_CHARS:]}")
         return json.loads(done.stdout.splitlines()[-1])
 
 
 def ours(task: str, **request: Any) -> Contestant:
-    """Return one of our own measurements (`probe.py`)."""
+    """Return a measurement of llama_ds (`probe.py`)."""
     return Contestant(PROBE, {"task": task, **request})
 
 
 def rival(python: str, task: str, **request: Any) -> Contestant:
-    """Return a measurement of others' programs (`rivals.py`) by the interpreter that has them."""
+    """Return a measurement of another library (`rivals.py`) by an interpreter that has it."""
     return Contestant((python, str(Path(rivals.__file__).resolve())), {"task": task, **request})
 
 
 def interleave(
     contestants: Mapping[str, Contestant], repeats: int, tick: Callable[[str], object], repeat_slow: bool = True
 ) -> dict[str, list[Result]]:
-    """Measure every contestant `repeats` times in turns; `tick` is called with its name before each.
+    """Measure every contestant `repeats` times in turns; `tick` is called with its name before each measurement.
 
-    Unless `repeat_slow`, those whose process took longer than SLOW_S are measured once.
+    Unless `repeat_slow`, contestants whose process takes longer than SLOW_S are measured once.
     """
     results: dict[str, list[Result]] = {name: [] for name in contestants}
     slow: set[str] = set()
@@ -85,7 +87,7 @@ def interleave(
 
 
 def summary(values: Iterable[float], name: str) -> dict[str, float]:
-    """Return the median, least and greatest of values, as plain data under `name`."""
+    """Return the median, minimum and maximum of values, as plain data under `name`."""
     found = list(values)
     return {f"median_{name}": statistics.median(found), f"min_{name}": min(found), f"max_{name}": max(found)}
 

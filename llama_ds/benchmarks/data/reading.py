@@ -1,8 +1,8 @@
-"""How fast one process reads shuffled rows: ours, mosaicml-streaming and webdataset on the same rows.
+"""Read speed of one process for shuffled rows: ours, mosaicml-streaming and webdataset on the same rows.
 
-One process without workers or threads of ours, files in the page cache, micro-batches of ids as the result. A digest of
-what each read says that it was the same rows. Our shards' checksums are checked before, and timed apart: the others do
-not check any.
+Each reader is one process without workers or threads, reads from the page cache and yields micro-batches of ids. A
+digest proves that all read the same rows. Our shards' checksums are checked before and timed separately, because the
+others check none.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from llama_ds.benchmarks.data.bench import OURS, DataBench
-from llama_ds.benchmarks.data.made_sources import write_rows, write_run
 from llama_ds.benchmarks.data.processes import Contestant, Result, interleave, ours, rival, summary
 from llama_ds.benchmarks.data.rivals import digest_of
+from llama_ds.benchmarks.data.simulated_data import write_rows, write_run
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.source import tar_rows
 from llama_ds.data.source.manifest import shard_name
@@ -41,7 +41,7 @@ def prepare(bench: DataBench) -> str:
 
 
 def webdataset_request(bench: DataBench) -> dict[str, Any]:
-    """Return what webdataset is told of our shards."""
+    """Return the description of our shards for webdataset."""
     dtype = id_dtype(bench.tokenizer.vocab_size)
     return {
         "urls": [bench.path("rows", shard_name("train", shard)) for shard in range(bench.sizes.shards)],
@@ -52,7 +52,7 @@ def webdataset_request(bench: DataBench) -> dict[str, Any]:
 
 
 def contestants(bench: DataBench) -> dict[str, Contestant]:
-    """Return who reads."""
+    """Return the contestants."""
     sizes = bench.sizes
     shape = {"micro_batch": sizes.micro_batch, "passes": sizes.passes}
     own = {"run": _run(bench), "steps": sizes.rows // sizes.global_batch, **shape}
@@ -67,7 +67,7 @@ def contestants(bench: DataBench) -> dict[str, Contestant]:
 
 
 def measure(bench: DataBench, digest: str) -> dict[str, Any]:
-    """Measure all of them, and make sure that each read the rows whose digest is given."""
+    """Measure all contestants, and check that each read the rows with the given digest."""
     found = interleave(contestants(bench), bench.repeats, bench.tick)
     for name, results in found.items():
         for result in results:
@@ -87,7 +87,7 @@ def measure(bench: DataBench, digest: str) -> dict[str, Any]:
             "median_s": check_s,
             "bytes_per_s": checks[0]["bytes"] / check_s,
             "bytes_per_cpu_s": checks[0]["bytes"] / statistics.median(check["cpu_s"] for check in checks),
-            # Of a pass in which every shard is checked, with the time of that added: an epoch.
+            # Rate of an epoch: a pass plus the check of every shard.
             "tokens_per_s": bench.sizes.rows * bench.sizes.seq_len / (reader["median_s"] + check_s),
         },
         "speed_over": _speeds(rows, "tokens_per_s"),
@@ -115,6 +115,6 @@ def _row(bench: DataBench, results: list[Result]) -> dict[str, Any]:
 
 
 def _speeds(rows: dict[str, dict[str, Any]], rate: str) -> dict[str, float]:
-    """Return how many times as fast as each rival our reader is: the one that does as much as they, stacked batches."""
+    """Return the speedup of our reader over each rival; unlike our bare source it stacks batches, as the rivals do."""
     own = rows[f"{OURS}_reader"][rate]
     return {name: own / row[rate] for name, row in rows.items() if not name.startswith(OURS)}

@@ -1,4 +1,4 @@
-"""What the data benchmark found, as a table for people."""
+"""Formats the results of the data benchmark as a table."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 from llama_ds.benchmarks.data.bench import OURS
 
-NAME = 22  # characters
+NAME = 22  # column width in characters
 MIB = 2**20
 NOT_INSTALLED = "not installed (--streaming-python names an interpreter that has it)"
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return the results for people."""
+    """Return the results as readable text."""
     here = results["machine"]
     tables = {"build": _build, "read": _read, "open": _open, "resume": _resume}
     parts = [make(results[part]) for part, make in tables.items() if part in results]
@@ -27,7 +27,7 @@ def table(results: dict[str, Any]) -> str:
 def _build(found: dict[str, Any]) -> list[str]:
     lines = [
         f"build: {found['documents']:,} documents, {found['text_bytes'] / 1e6:.1f} MB, {found['text_ids']:,} ids; "
-        'the number after a name is its workers, "ours is" compares with as many',
+        'the number after a name is its workers, "ours is" compares at equal workers',
         f"{'':{NAME}} {'s':>8} {'CPU s':>8} {'tokens/s/core':>14} {'tokens/CPU s':>13} {'peak MiB':>9}"
         f" {'ours is':>8} {'by CPU':>7}",
     ]
@@ -64,7 +64,7 @@ def _read(found: dict[str, Any]) -> list[str]:
 
 
 def _times(found: dict[str, Any], name: str) -> str:
-    """Return two columns: how many times as fast ours is, by wall and by CPU time."""
+    """Return two columns: the speedup of ours by wall time and by CPU time."""
     if name.startswith(OURS):
         return ""
     return f" {found['speed_over'][name]:7.2f}x {found['cpu_speed_over'][name]:6.2f}x"
@@ -72,13 +72,14 @@ def _times(found: dict[str, Any], name: str) -> str:
 
 def _open(found: dict[str, Any]) -> list[str]:
     lines = [
-        "open, to the first step's rows (others: their first micro-batch); process: with the interpreter and imports",
+        "open, up to the rows of the first step (others: to their first micro-batch); process: with interpreter and "
+        "imports",
         f"{'':{NAME}} {'shards':>8} {'ms':>8} {'process s':>14} {'MiB for it':>13} {'peak MiB':>9}",
     ]
     for shards, contestants in found.items():
         for name, row in contestants.items():
             if "over_bytes" in row:
-                lines.append(f"{name:{NAME}} {int(shards):8,} did not do with {row['over_bytes'] / 2**30:.1f} GiB")
+                lines.append(f"{name:{NAME}} {int(shards):8,} needs more than {row['over_bytes'] / 2**30:.1f} GiB")
                 continue
             grown = row["median_peak_bytes"] - row["median_imported_bytes"]
             lines.append(

@@ -1,8 +1,8 @@
-"""What others take for the same work: mosaicml-streaming, webdataset, Hugging Face tokenizers and datasets.
+"""The same work by other libraries: mosaicml-streaming, webdataset, Hugging Face tokenizers and datasets.
 
-A script for an interpreter that has them, not necessarily this one: `rivals.py REQUEST` carries out one request, a JSON
-object with the name of a task, in a fresh process and prints what it measured as JSON. It imports nothing of llama_ds.
-Our own side of the comparison (data/probe.py) is measured by the same functions, below.
+This script runs in an interpreter that has them, not necessarily this one, and does not import llama_ds.
+`rivals.py REQUEST` executes one request, a JSON object with the name of a task, in a fresh process and prints the
+measurement as JSON. The measurements of llama_ds (data/probe.py) use the same timing functions.
 
 Shapes: b rows of a micro-batch, T seq_len; a batch is int32 (b, T + 1).
 """
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 PACKAGES = ("mosaicml-streaming", "webdataset", "tokenizers", "datasets", "torch", "numpy")
-SHUFFLE_BUFFER = 1000  # webdataset's, in rows
+SHUFFLE_BUFFER = 1000  # rows in webdataset's shuffle buffer
 TEXTS_PER_BATCH = 1000  # the default of datasets' map(batched=True)
 
 Request = dict[str, Any]
@@ -31,7 +31,7 @@ Batches = Callable[[], Iterable[np.ndarray]]
 
 
 class Stopwatch:
-    """Wall and CPU seconds since it was made; CPU of all threads, and of child processes that have ended."""
+    """Wall and CPU seconds since its creation; CPU time covers all threads and finished child processes."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), _cpu_s()
@@ -42,22 +42,22 @@ class Stopwatch:
 
 
 def memory(field: str) -> int:
-    """Return bytes of this process's memory: "VmHWM", the most it held so far, or "VmRSS", what it holds now.
+    """Return memory of this process in bytes: "VmHWM" for the peak, "VmRSS" for the present.
 
-    Not getrusage's ru_maxrss: that of a fresh process begins with what its parent held.
+    getrusage's ru_maxrss does not serve: in a fresh process it starts from the parent's memory.
     """
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
 
 
 def digest_of(rows: np.ndarray) -> int:
-    """Return a number that equal sets of rows share, in any order and with repetitions: a sum of hashes."""
+    """Return a digest of a multiset of rows, independent of their order: a sum of hashes."""
     hashes = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows.astype("<i4"))
     return sum(int.from_bytes(h, "little") for h in hashes) % 2**64
 
 
 def time_passes(batches: Batches, passes: int) -> dict[str, Any]:
-    """Go through all batches 1 + `passes` times: the first warms up and says what was read, the others are timed."""
+    """Read all batches 1 + `passes` times: the first pass warms up and takes the digest, the others are timed."""
     rows = digest = 0
     for batch in batches():
         rows += len(batch)
@@ -68,14 +68,14 @@ def time_passes(batches: Batches, passes: int) -> dict[str, Any]:
         found = sum(len(batch) for batch in batches())
         timed.append(clock.read())
         if found != rows:
-            raise AssertionError(f"a pass of {found} rows after one of {rows}")
+            raise AssertionError(f"a pass read {found} rows, the first pass {rows}")
     return {"rows": rows, "digest": f"{digest:016x}", "passes": timed, "peak_bytes": memory("VmHWM")}
 
 
 def time_opening(began: float, imported: int, first_batch: Callable[[], object]) -> dict[str, Any]:
-    """Open something and take its first batch. began: the parent's time.monotonic() before it started this process.
+    """Time a call that opens a dataset and takes its first batch.
 
-    imported: bytes held before anything was opened.
+    began: the parent's time.monotonic() before it started this process; imported: memory before the call.
     """
     clock = Stopwatch()
     first_batch()
@@ -88,14 +88,14 @@ def time_opening(began: float, imported: int, first_batch: Callable[[], object])
 
 
 def stacked(rows: Iterable[np.ndarray], micro_batch: int) -> Iterator[np.ndarray]:
-    """Yield micro-batches as training takes them."""
+    """Yield rows stacked to micro-batches, as in training."""
     waiting = iter(rows)
     while batch := list(islice(waiting, micro_batch)):
         yield np.stack(batch, dtype=np.int32, casting="same_kind")
 
 
 def versions(request: Request) -> dict[str, Any]:
-    """Return the version of each package that is installed."""
+    """Return the version of each package, "" if it is not installed."""
     found = {}
     for package in PACKAGES:
         try:
@@ -110,7 +110,7 @@ def write_mds(request: Request) -> dict[str, Any]:
     from streaming import MDSWriter  # type: ignore[import-not-found]
 
     rows = np.load(request["rows"], mmap_mode="r")
-    column = f"ndarray:{rows.dtype.name}:{rows.shape[1]}"  # shape and dtype said once: the fastest to decode
+    column = f"ndarray:{rows.dtype.name}:{rows.shape[1]}"  # a fixed shape and dtype decode fastest
     size = -(-len(rows) // request["shards"]) * (rows.shape[1] * rows.itemsize + 4) + 1024
     with MDSWriter(out=request["folder"], columns={"ids": column}, size_limit=size) as out:
         for row in rows:
@@ -137,7 +137,7 @@ def read_mds(request: Request) -> dict[str, Any]:
 
 
 def open_mds(request: Request) -> dict[str, Any]:
-    """Open a local StreamingDataset and take its first micro-batch, in no more memory than `memory_limit`."""
+    """Open a local StreamingDataset and take its first micro-batch, within `memory_limit` bytes."""
     import streaming  # noqa: F401
 
     resource.setrlimit(resource.RLIMIT_DATA, (request["memory_limit"],) * 2)
@@ -150,14 +150,14 @@ def open_mds(request: Request) -> dict[str, Any]:
 
 
 def simulate_mds(request: Request) -> dict[str, Any]:
-    """Make a dataset of `shards` shards out of one that was written: an index, and names for the same few files."""
+    """Create a dataset of `shards` shards from a smaller one: an index, and symlinks to the same few files."""
     with open(os.path.join(request["from"], "index.json"), encoding="utf-8") as file:
         index = json.load(file)
     written = index["shards"]
     os.makedirs(request["folder"], exist_ok=True)
     shards = []
     for number in range(request["shards"]):
-        like = written[number % (len(written) - 1 or 1)]  # not the last: it may be shorter
+        like = written[number % (len(written) - 1 or 1)]  # without the last, which may be shorter
         name = f"shard.{number:06d}.mds"
         os.symlink(os.path.join(request["from"], like["raw_data"]["basename"]), os.path.join(request["folder"], name))
         shards.append({**like, "raw_data": {**like["raw_data"], "basename": name}})
@@ -178,7 +178,7 @@ def _wds_rows(dataset: Any, extension: str, dtype: str) -> Iterator[np.ndarray]:
 
 
 def read_wds(request: Request) -> dict[str, Any]:
-    """Read tars with webdataset: shards shuffled, and rows in its buffer."""
+    """Read tars with webdataset, with shuffled shards and a shuffle buffer for rows."""
     dataset, form = _wds(request), (request["extension"], request["dtype"])
     return time_passes(lambda: stacked(_wds_rows(dataset, *form), request["micro_batch"]), request["passes"])
 
@@ -196,7 +196,7 @@ def open_wds(request: Request) -> dict[str, Any]:
 
 
 def encode_hf(request: Request) -> dict[str, Any]:
-    """Encode texts with Hugging Face's tokenizers, in batches as datasets' map would."""
+    """Encode texts with Hugging Face's tokenizers, in batches of the size that datasets' map uses."""
     from tokenizers import Tokenizer
 
     tokenizer, texts = Tokenizer.from_file(request["tokenizer_json"]), _texts(request["texts"])
@@ -208,7 +208,7 @@ def encode_hf(request: Request) -> dict[str, Any]:
 
 
 def map_hf(request: Request) -> dict[str, Any]:
-    """Encode texts as users of Hugging Face do: Dataset.map(batched=True), whose result goes to a file."""
+    """Encode texts the usual Hugging Face way: Dataset.map(batched=True) with a cache file."""
     from datasets import Dataset  # type: ignore[import-not-found]
     from tokenizers import Tokenizer
 
@@ -242,7 +242,7 @@ TASKS = (versions, write_mds, simulate_mds, read_mds, open_mds, read_wds, open_w
 
 
 def run(tasks: Iterable[Callable[[Request], dict[str, Any]]], text: str) -> int:
-    """Carry out the request that `text` spells, and print its result as the last line."""
+    """Execute the JSON request `text` and print its result as the last line."""
     request = json.loads(text)
     task = next(task for task in tasks if task.__name__ == request["task"])
     print(json.dumps(task(request)), flush=True)
@@ -250,5 +250,5 @@ def run(tasks: Iterable[Callable[[Request], dict[str, Any]]], text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose files share names with modules elsewhere
+    sys.path.pop(0)  # this folder, because its files shadow other modules
     sys.exit(run(TASKS, sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The whole data benchmark: it makes its corpus, tokenizer, sources and manifests, and has all contestants measured."""
+"""Runs the data benchmark: prepares corpus, tokenizer, sources and manifests, and measures all contestants."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from llama_ds.benchmarks.data import building, opening, reading
 from llama_ds.benchmarks.data.bench import DataBench, DataBenchSizes
-from llama_ds.benchmarks.data.made_sources import gather_texts
 from llama_ds.benchmarks.data.processes import rival
+from llama_ds.benchmarks.data.simulated_data import gather_texts
 from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.errors import UserError
@@ -33,11 +33,14 @@ def set_up(
 ) -> DataBench:
     """Return the benchmark with its texts and tokenizer in `folder`.
 
-    corpus: patterns; none: what this machine holds. tokenizer: a model, "": one is trained. hf_json: the content of
-    tokenizer.json for a tokenizer. `tick` is called with a name for each thing that is done.
+    Args:
+        corpus: patterns of texts; empty: texts found on this machine.
+        tokenizer: a model; "": train one.
+        hf_json: returns the content of tokenizer.json for a tokenizer.
+        tick: called with the name of each stage.
 
     Raises:
-        UserError: bad documents or tokenizer, or no such interpreter.
+        UserError: the documents, the tokenizer or the interpreter cannot be used.
     """
     versions = {"here": rival(sys.executable, "versions").measure()}
     if streaming_python:
@@ -61,7 +64,7 @@ PARTS = ("build", "read", "open", "resume")
 
 
 def measure(bench: DataBench, parts: Sequence[str], resumed_run: str) -> dict[str, Any]:
-    """Measure those of PARTS; the run file `resumed_run` says which run is resumed."""
+    """Measure `parts` of PARTS; "resume" simulates the run in the run file `resumed_run`."""
     machine = this_machine()
     if {"read", "open"} & set(parts):
         bench.tick("write rows")
@@ -90,4 +93,6 @@ def _versions(python: str) -> dict[str, str]:
         return rival(python, "versions").measure()
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
-        raise UserError(f"{python}: is of no use here ({reason}); name a Python that has mosaicml-streaming") from None
+        raise UserError(
+            f"{python}: cannot run the benchmark ({reason}); give a Python interpreter with mosaicml-streaming"
+        ) from None

@@ -1,1 +1,1 @@
-"""What a machine can do, measured on all its ranks at once, for the planner: `tools/machine.py gemm` and `comm`."""
+"""Calibration of the planner: compute and communication rates measured on all ranks at once (`tools/machine.py`)."""

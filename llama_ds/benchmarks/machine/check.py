@@ -1,4 +1,4 @@
-"""The planner's predictions beside measured steps, and how far apart they are."""
+"""Compares the planner's predictions with measured steps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from llama_ds.machine import machine
 from llama_ds.perf.plan.estimate import Estimate
 
-AGREEMENT = 1e-3  # of the first losses, relative: the layouts computed the same
+LOSS_TOLERANCE = 1e-3  # relative: all layouts must compute the same first loss
 
 
 def compare(planned: Sequence[Estimate], found: dict[str, Any]) -> dict[str, Any]:
-    """Return for each layout what was predicted and measured, in seconds, and the error as a share of the measured."""
+    """Return the predicted and measured seconds of each layout, and the error relative to the measured time."""
     rows = []
     for plan, measured in zip(planned, found["layouts"], strict=True):
         step, seconds = plan.step, measured["seconds"]
@@ -37,7 +37,7 @@ def compare(planned: Sequence[Estimate], found: dict[str, Any]) -> dict[str, Any
             }
         )
     losses = [row["loss"] for row in rows]
-    if max(losses) - min(losses) > AGREEMENT * max(losses):
+    if max(losses) - min(losses) > LOSS_TOLERANCE * max(losses):
         raise AssertionError(f"the layouts compute different losses of the same weights and rows: {losses}")
     return {
         "machine": machine(),
@@ -50,7 +50,7 @@ def compare(planned: Sequence[Estimate], found: dict[str, Any]) -> dict[str, Any
 
 
 def comparison_table(results: dict[str, Any]) -> str:
-    """Return the comparison for people."""
+    """Return the comparison as readable text."""
     names = [" ".join(word.removeprefix("parallel.") for word in row["overrides"]) or "-" for row in results["layouts"]]
     width = max(map(len, names))
     lines = [

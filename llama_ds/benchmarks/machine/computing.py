@@ -1,7 +1,7 @@
-"""How fast one rank computes: products, attention and pointwise kernels by the trainer's own functions, at many sizes.
+"""Compute rates of one rank: matrix products, attention and pointwise kernels of the trainer, at many sizes.
 
-Rates are in the units of `perf/plan/curves.py`. Caches are emptied before each call that is timed: what a step's other
-layers have used in between has done that too.
+Rates are in the units of `perf/plan/curves.py`. Caches are flushed before each timed call, because in a step the other
+layers evict them too.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from llama_ds.parallel import world
 from llama_ds.perf.plan.curves import AttentionRates, Kernels, ProductRates, Rate, medians
 from llama_ds.perf.plan.program import OURS, OURS_FP32
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 PASSES = 3
 
 
 @dataclass(frozen=True)
 class MeasuredSizes:
-    """At which sizes to measure."""
+    """The problem sizes to measure."""
 
     products: tuple[int, ...]
     head_dim: tuple[int, ...]
     seq_len: tuple[int, ...]
-    tokens: tuple[int, ...]  # of the pointwise kernels
-    hidden: int  # and their hidden size
-    cache_bytes: int  # more than the device's caches hold
+    tokens: tuple[int, ...]  # token counts for the pointwise kernels
+    hidden: int  # hidden size for the pointwise kernels
+    cache_bytes: int  # larger than the device's caches
 
 
 CPU = MeasuredSizes(
@@ -67,23 +67,23 @@ QUICK = MeasuredSizes((32, 128), (32,), (32, 64), (64, 256), 64, 1 << 20)
 
 @dataclass(frozen=True)
 class Computing:
-    """What one rank measured."""
+    """The rates of one rank."""
 
     products: ProductRates
     attention: AttentionRates
     kernels: Kernels
-    launch_us: float  # the host's time for a kernel
+    launch_us: float  # host time to launch a kernel
 
 
 class DeviceTimer:
-    """Times calls on a device, on a CUDA device by its own events."""
+    """Times calls on a device; on CUDA with events."""
 
     def __init__(self, device: torch.device, sizes: MeasuredSizes) -> None:
         self.device = device
         self._scratch = torch.zeros(sizes.cache_bytes, dtype=torch.uint8, device=device)
 
     def time(self, call: Callable[[], object], turns: int = 5) -> float:
-        """Return the seconds of a call: the median of so many turns after one that is not counted."""
+        """Return the seconds of a call: the median of `turns` calls after one warm-up call."""
         return statistics.median([self._once(call) for _ in range(1 + turns)][1:])
 
     def _once(self, call: Callable[[], object]) -> float:
@@ -100,28 +100,30 @@ class DeviceTimer:
         return first.elapsed_time(last) / 1e3
 
 
-def measure(run: RunConfig, sizes: MeasuredSizes, device: torch.device, dtype: torch.dtype, say: Say) -> dict[str, Any]:
-    """Return what `Computing` has of this rank's device, each number the median of some passes: others may disturb one.
+def measure(
+    run: RunConfig, sizes: MeasuredSizes, device: torch.device, dtype: torch.dtype, progress: Progress
+) -> dict[str, Any]:
+    """Return the `Computing` rates of this rank's device, each the median over several passes to reduce noise.
 
-    `run` says which attention backend is asked for.
+    `run` determines the attention backend.
     """
     clock, passes = DeviceTimer(device, sizes), []
     for number in range(1, PASSES + 1):
 
-        def told(text: str, number: int = number) -> None:
-            say(f"pass {number} of {PASSES}: {text}")
+        def report(text: str, number: int = number) -> None:
+            progress(f"pass {number} of {PASSES}: {text}")
 
-        products = measure_products(sizes, clock, dtype, told)
-        told("attention, pointwise kernels, the host's part")
+        products = measure_products(sizes, clock, dtype, report)
+        report("attention, pointwise kernels, launch overhead")
         attention, kernels = measure_attention(run, sizes, clock, dtype), measure_kernels(sizes, clock, dtype)
         passes.append(asdict(Computing(products, attention, kernels, measure_host(run, device, dtype))))
     return medians(passes)
 
 
-def measure_products(sizes: MeasuredSizes, clock: DeviceTimer, dtype: torch.dtype, say: Say) -> ProductRates:
-    """Return the rates of products (M, K) (K, N): the mean over the three forms that a step has.
+def measure_products(sizes: MeasuredSizes, clock: DeviceTimer, dtype: torch.dtype, progress: Progress) -> ProductRates:
+    """Return the rates of products (M, K) (K, N), as the mean over the three forms that occur in a step.
 
-    x W^T, dy W and dy^T x read their factors as they lie, or transposed.
+    The forms x W^T, dy W and dy^T x differ in which factor is transposed.
     """
 
     def rate(m: int, n: int, k: int) -> float:
@@ -132,15 +134,16 @@ def measure_products(sizes: MeasuredSizes, clock: DeviceTimer, dtype: torch.dtyp
 
     planes = []
     for m in sizes.products:
-        say(f"products of {m} rows")
+        progress(f"products of {m} rows")
         planes.append(tuple(tuple(rate(m, n, k) for k in sizes.products) for n in sizes.products))
     return ProductRates(sizes.products, tuple(planes))
 
 
 def measure_attention(run: RunConfig, sizes: MeasuredSizes, clock: DeviceTimer, dtype: torch.dtype) -> AttentionRates:
-    """Return the rates of the attention that the run would choose on this device, by causal FLOPs: 2 and 5 products.
+    """Return the rates of the attention backend that the run selects on this device.
 
-    Its heads share keys and values as the run's do: where the kernel knows no groups, that costs copies.
+    Causal FLOPs are counted: 2 products in the forward, 5 in the backward. Heads share keys and values as in the run,
+    which costs copies if the kernel does not support grouped heads.
     """
     shared_by = run.model.num_attention_heads // run.model.num_key_value_heads
     heads = max(4, shared_by)
@@ -164,9 +167,9 @@ def measure_attention(run: RunConfig, sizes: MeasuredSizes, clock: DeviceTimer, 
 
 
 def measure_kernels(sizes: MeasuredSizes, clock: DeviceTimer, dtype: torch.dtype) -> Kernels:
-    """Return the rates of what a layer, the loss and the optimizer do beside products.
+    """Return the rates of a layer, the loss and the optimizer without their matrix products.
 
-    The bytes are those that `perf/plan/program.py` says these functions move if each reads and writes once.
+    The bytes are those of `perf/plan/program.py`, which assumes that each function reads and writes once.
     """
     program = OURS if dtype == torch.bfloat16 else OURS_FP32
     wide = dtype.itemsize / 2
@@ -189,7 +192,7 @@ def measure_kernels(sizes: MeasuredSizes, clock: DeviceTimer, dtype: torch.dtype
 
 
 def _layer_numbers(tokens: int, hidden: int) -> tuple[int, int, int]:
-    """Return the numbers of activations: hidden, of heads (queries, keys, values, result), inner."""
+    """Return the numbers of activations: hidden; heads (queries, keys, values, result); intermediate."""
     return tokens * hidden, 4 * tokens * hidden, tokens * _inner(hidden)
 
 
@@ -198,7 +201,7 @@ def _inner(hidden: int) -> int:
 
 
 def _layer_calls(tokens: int, hidden: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Return the forward's and the backward's pointwise functions of one layer, one after the other."""
+    """Return the sequences of pointwise functions in a layer's forward and backward."""
     heads = max(1, hidden // 64)
     x, grad, residual = (torch.randn(1, tokens, hidden, device=device).to(dtype) for _ in range(3))
     weight = torch.ones(hidden, device=device, dtype=dtype)
@@ -226,7 +229,7 @@ def _layer_calls(tokens: int, hidden: int, device: torch.device, dtype: torch.dt
 
 
 def _loss_time(tokens: int, vocab: int, clock: DeviceTimer, dtype: torch.dtype, hidden: int = 16) -> float:
-    """Return the time of the loss without its three products."""
+    """Return the time of the loss without its three matrix products."""
     loss = NextTokenLoss(SingleRank())
     weight = torch.randn(vocab, hidden, device=clock.device).to(dtype).requires_grad_()
     x = torch.randn(1, tokens, hidden, device=clock.device).to(dtype).requires_grad_()
@@ -239,12 +242,12 @@ def _loss_time(tokens: int, vocab: int, clock: DeviceTimer, dtype: torch.dtype, 
         logits @ matrix
         logits.t() @ rows
 
-    whole = clock.time(lambda: loss((x, weight), labels))
-    return max(whole / 10, whole - clock.time(products))
+    total = clock.time(lambda: loss((x, weight), labels))
+    return max(total / 10, total - clock.time(products))
 
 
 def _optimizer_call(parameters: int, device: torch.device) -> Callable[[], object]:
-    """Return a step: the gradients' norm, AdamW, gradients to zero."""
+    """Return an optimizer step: gradient norm, AdamW, zeroing of gradients."""
     weight = torch.zeros(parameters, device=device).requires_grad_()
     weight.grad = torch.ones(parameters, device=device)
     adam = torch.optim.AdamW([weight], fused=True)
@@ -259,7 +262,7 @@ def _optimizer_call(parameters: int, device: torch.device) -> Callable[[], objec
 
 
 def measure_host(run: RunConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the host's microseconds for each kernel of a layer: of one so small that nothing else counts."""
+    """Return the host's microseconds per kernel, from a layer so small that it is launch-bound."""
     model = replace(
         run.model, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16
     )

@@ -1,4 +1,4 @@
-"""From what ranks measured to a description of the machine that the planner takes, and to tables for people."""
+"""Converts the ranks' measurements to the planner's description of the machine, and to tables."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from llama_ds.perf.plan.hardware import Calibration, Hardware, Links
 
 GIB = 2**30
 SOURCES = "measured by tools/machine.py"
-# What measured curves leave unread.
+# Placeholders: the planner does not read these values if measured curves exist.
 _LINKS = Links(1, 1.0, 1.0, 1.0)
 _CALIBRATION = Calibration(0.8, 64.0, 0.6, 0.85, 0.4, 0.3, 0.8, 0.3, 10.0, 1e-3, 1.0, SOURCES)
 
 
 def begin(path: Path, name: str, slots: int) -> Hardware:
-    """Return the description in the file, or an empty one of that name.
+    """Return the description in the file, or an empty one with that name if the file does not exist.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file is not a description of a machine.
     """
     if path.exists():
         found = hardware.load(str(path))
@@ -43,7 +43,7 @@ def begin(path: Path, name: str, slots: int) -> Hardware:
 
 
 def with_computing(machine: Hardware, found: dict[str, Any], power_w: float | None) -> Hardware:
-    """Return the machine with the rates that its ranks measured, the median rank's."""
+    """Return the machine with the measured compute rates, medians over its ranks."""
     middle = _short(medians(list(found["ranks"].values())))
     products = ProductRates(**middle["products"])
     kernels = {name: Rate(**rate) for name, rate in middle["kernels"].items()}
@@ -66,7 +66,7 @@ def with_computing(machine: Hardware, found: dict[str, Any], power_w: float | No
 
 
 def with_links(machine: Hardware, found: dict[str, Any]) -> Hardware:
-    """Return the machine with the times of its collectives, and the links that follow from the largest and smallest."""
+    """Return the machine with the measured collectives, and the links derived from the largest and smallest ones."""
     curves = tuple(
         Collective(one["operation"], one["ranks"], one["nodes"], tuple(one["sizes"]), tuple(map(_us, one["seconds"])))
         for one in found["collectives"]
@@ -77,13 +77,13 @@ def with_links(machine: Hardware, found: dict[str, Any]) -> Hardware:
     sums = [curve for curve in curves if curve.operation == ALL_REDUCE]
     within = [curve for curve in sums if curve.nodes == 1]
     if within:
-        most = max(within, key=lambda curve: curve.ranks)
-        links = replace(links, nvlink_gb_s=_short(most.bus_gb_s()[-1]), nvlink_latency_us=within[0].us[0])
+        largest = max(within, key=lambda curve: curve.ranks)
+        links = replace(links, nvlink_gb_s=_short(largest.bus_gb_s()[-1]), nvlink_latency_us=within[0].us[0])
     between = [curve for curve in sums if curve.nodes > 1 and curve.ranks == links.gpus_per_node]
-    if between:  # a ring over all slots of its nodes has their links to itself
-        most = max(between, key=lambda curve: curve.nodes)
+    if between:  # a ring over all slots of its nodes does not share their links
+        largest = max(between, key=lambda curve: curve.nodes)
         calibration = replace(calibration, network=1.0)
-        links = replace(links, network_gb_s=_short(most.bus_gb_s()[-1]))
+        links = replace(links, network_gb_s=_short(largest.bus_gb_s()[-1]))
         sent = [curve for curve in curves if curve.operation == SEND and curve.nodes == 2]
         links = replace(links, network_latency_us=sent[0].us[0]) if sent else links
     measured = replace(machine.curves or Curves(), collectives=curves)
@@ -91,14 +91,14 @@ def with_links(machine: Hardware, found: dict[str, Any]) -> Hardware:
 
 
 def slow_ranks(found: dict[str, Any], below: float = 0.9) -> list[tuple[int, float]]:
-    """Return the ranks whose largest products run at less than `below` of the median rank's rate, with their share."""
+    """Return (rank, rate / median rate) of the ranks whose rate for the largest products is below `below`."""
     rates = {int(rank): one["products"]["tflops"][-1][-1][-1] for rank, one in found["ranks"].items()}
     middle = statistics.median(rates.values())
     return sorted((rank, rate / middle) for rank, rate in rates.items() if rate < below * middle)
 
 
 def computing_table(machine: Hardware) -> str:
-    """Return the measured rates for people."""
+    """Return the measured rates as readable text."""
     assert machine.curves and machine.curves.products and machine.curves.attention and machine.curves.kernels
     products, attention, kernels = machine.curves.products, machine.curves.attention, machine.curves.kernels
     lines = [
@@ -108,7 +108,7 @@ def computing_table(machine: Hardware) -> str:
             f"{m:8} " + "".join(f"{products.tflops[i][i][j]:9.3g}" for j in range(len(products.sizes)))
             for i, m in enumerate(products.sizes)
         ),
-        "causal attention in TFLOP/s, forward / backward, heads by length of rows",
+        "causal attention in TFLOP/s, forward / backward, head size by sequence length",
         "   heads " + "".join(f"{t:>15}" for t in attention.seq_len),
         *(
             f"{d:8} "
@@ -118,19 +118,19 @@ def computing_table(machine: Hardware) -> str:
             )
             for i, d in enumerate(attention.head_dim)
         ),
-        "pointwise kernels in GB/s of what they would move if fused, by MB",
+        "pointwise kernels in GB/s of the traffic of fused kernels, by MB",
         *(
             f"{name:>9} "
             + "".join(f"{size / 1e6:9.3g}: {gb_s:<6.3g}" for size, gb_s in zip(r.bytes, r.gb_s, strict=True))
             for name, r in vars(kernels).items()
         ),
-        f"host     {machine.calibration.launch_us:.3g} us a kernel",
+        f"host     {machine.calibration.launch_us:.3g} us per kernel",
     ]
     return "\n".join(lines)
 
 
 def links_table(machine: Hardware) -> str:
-    """Return times and bandwidths as nccl-tests prints them."""
+    """Return times and bandwidths in the format of nccl-tests."""
     assert machine.curves
     lines = []
     for curve in machine.curves.collectives:
@@ -138,7 +138,7 @@ def links_table(machine: Hardware) -> str:
         lines += [f"{curve.operation}, {where}", f"{'bytes':>14} {'us':>12} {'algbw GB/s':>11} {'busbw GB/s':>11}"]
         for size, us, bus in zip(curve.bytes, curve.us, curve.bus_gb_s(), strict=True):
             lines.append(f"{size:14,} {us:12.1f} {size / us / 1e3:11.3f} {bus:11.3f}")
-    lines.append(f"a second of all-reduce beside products costs them {machine.calibration.contention:.2f} s")
+    lines.append(f"each second of an overlapped all-reduce slows products by {machine.calibration.contention:.2f} s")
     return "\n".join(lines)
 
 
@@ -147,7 +147,7 @@ def _us(seconds: float) -> float:
 
 
 def _short(value: Any) -> Any:
-    """Return a number, or each in nested data, with four digits: more are not measured. Whole numbers stay."""
+    """Round floats, also in nested data, to four digits, the precision of the measurements; keep integers."""
     if isinstance(value, dict):
         return {key: _short(item) for key, item in value.items()}
     if isinstance(value, tuple):

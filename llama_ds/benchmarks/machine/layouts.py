@@ -1,6 +1,6 @@
-"""Training steps of several layouts on the ranks of a job, to hold the planner's predictions against.
+"""Times training steps of several layouts on the ranks of a job, to validate the planner's predictions.
 
-The steps are the trainer's, on random rows: nothing is read, reported or saved.
+The steps are the trainer's, on random rows, without data reading, reports or checkpoints.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from llama_ds.parallel import world
 from llama_ds.training.engines.build import build_engine
 
 LEARNING_RATE = 1e-5
-WARM_UP = 2  # steps of each engine that are not timed
+WARM_UP = 2  # untimed steps of each engine
 
 
-def measure(asked: dict[str, Any], place: world.RankInfo, device: torch.device) -> dict[str, Any]:
+def measure(request: dict[str, Any], rank_info: world.RankInfo, device: torch.device) -> dict[str, Any]:
     """Return the seconds of all timed steps of every layout, and the loss of its first step. Collective.
 
-    Layouts are built and timed in turns, `rounds` times, so that a busy moment of the machine hits all of them.
+    Layouts are built and timed in turns, `rounds` times, so that load on the machine affects all of them alike.
     """
-    found: list[dict[str, Any]] = [{"overrides": words, "seconds": [], "losses": []} for words in asked["layouts"]]
-    for turn in range(asked["rounds"]):
+    found: list[dict[str, Any]] = [{"overrides": words, "seconds": [], "losses": []} for words in request["layouts"]]
+    for turn in range(request["rounds"]):
         for one in found:
-            run = load_run(asked["run"], one["overrides"])
-            layout = resolve_layout(run, place.world)
-            logger.info("round %d of %d: %s", turn + 1, asked["rounds"], " ".join(one["overrides"]) or "as it is")
-            seconds, loss = _steps(run, layout, asked["steps"], device)
+            run = load_run(request["run"], one["overrides"])
+            layout = resolve_layout(run, rank_info.world)
+            logger.info("round %d of %d: %s", turn + 1, request["rounds"], " ".join(one["overrides"]) or "as it is")
+            seconds, loss = _steps(run, layout, request["steps"], device)
             one["seconds"] += seconds
             one["losses"].append(loss)
     return {"layouts": found}
 
 
 def _steps(run: RunConfig, layout: Layout, steps: int, device: torch.device) -> tuple[list[float], float]:
-    """Return the seconds of each timed step, as the slowest rank saw it, and the first step's loss."""
+    """Return the seconds of each timed step on the slowest rank, and the first step's loss."""
     engine = build_engine(run, layout, deepspeed_config(run, layout, world.computes_bf16(device)), device)
     shape = (layout.dp, layout.accumulation, layout.micro_batch, run.data.seq_len + 1)
     rows = np.random.default_rng(run.seed).integers(0, run.model.vocab_size, shape)[engine.dp_rank]

@@ -1,4 +1,4 @@
-"""All ranks of a hostfile measure at once, and rank 0's findings come back."""
+"""Runs a measurement on all ranks of a hostfile at once and returns the results of rank 0."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_ds.launch.run_ranks import run_ranks
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks that measure, how they are started, and the file that describes their machine."""
+    """The ranks that measure, their launcher, and the file that describes their machine."""
 
     file: Path
     hostfile: str
@@ -41,28 +41,30 @@ class Cluster:
         slots = set(self.hosts.values())
         if len(slots) != 1:
             raise UserError(
-                f"{self.hostfile}: hosts have {sorted(slots)} slots; the planner takes nodes to be alike: make them "
-                "equal"
+                f"{self.hostfile}: hosts have {sorted(slots)} slots, but the planner assumes identical nodes; make "
+                "them equal"
             )
         return slots.pop()
 
 
-def measure(cluster: Cluster, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Have all ranks measure; return what rank 0 wrote beside the cluster's file, in a folder that all hosts see.
+def measure(cluster: Cluster, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the measurement on all ranks; return what rank 0 wrote.
+
+    The scratch folder is next to the cluster's file, because all hosts must see it.
 
     Raises:
         UserError: a rank failed.
     """
-    beside = cluster.file.resolve().parent
-    beside.mkdir(parents=True, exist_ok=True)
+    shared = cluster.file.resolve().parent
+    shared.mkdir(parents=True, exist_ok=True)
     exports = exported_to_ranks(os.environ)
     exports.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // cluster.slots)))
-    with tempfile.TemporaryDirectory(prefix="measure-", dir=beside) as folder:
+    with tempfile.TemporaryDirectory(prefix="measure-", dir=shared) as folder:
         out = Path(folder, "found.json")
-        text = json.dumps({**asked, "out": str(out), "slots": cluster.slots, "nic": cluster.nic})
+        text = json.dumps({**request, "out": str(out), "slots": cluster.slots, "nic": cluster.nic})
         settings: dict[str, Any] = {"launcher": cluster.launcher, "nic": cluster.nic, "ssh_port": cluster.ssh_port}
         script = str(Path(__file__).with_name("rank.py"))
         code = run_ranks(script, [text], cluster.hosts, Path(folder), exports=exports, **settings)
         if code or not out.exists():
-            raise UserError(f"{cluster.hostfile}: a rank ended with exit code {code}; its own message stands above")
+            raise UserError(f"{cluster.hostfile}: a rank failed with exit code {code}; see its own message above")
         return json.loads(out.read_text())

@@ -1,6 +1,6 @@
-"""One rank of a measurement of the machine: started on every slot by `llama_ds/launch/run_ranks.py`.
+"""One rank of a measurement of the machine; `llama_ds/launch/run_ranks.py` starts it on every slot.
 
-Rank 0 writes what all have found as JSON.
+Rank 0 writes the results of all ranks as JSON.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from llama_ds.training.host_memory import keep_freed_memory
 
 
 def main() -> None:
-    """Measure what the file of arguments asks for."""
+    """Run the requested measurement."""
     parser = argparse.ArgumentParser(fromfile_prefix_chars="@")
-    parser.add_argument("asked", help="JSON: what, out, slots, ...")
+    parser.add_argument("request", help="JSON: what, out, slots, ...")
     parser.add_argument("--local_rank", type=int)
-    asked = json.loads(parser.parse_args().asked)
+    request = json.loads(parser.parse_args().request)
     log.silence_libraries()
-    place = world.find_place()
-    log.setup(quiet=place.rank != 0)
+    rank_info = world.find_place()
+    log.setup(quiet=rank_info.rank != 0)
     with world.failing_together():
-        world.join(place, asked["nic"])
+        world.join(rank_info, request["nic"])
         if world.device().type == "cpu":
-            keep_freed_memory()  # as training does
+            keep_freed_memory()  # as in training
             choose_products()
-        found = MEASUREMENTS[asked["what"]](asked, place, world.device())
-        if place.rank == 0:
-            Path(asked["out"]).write_text(json.dumps(found), encoding="utf-8")
+        found = MEASUREMENTS[request["what"]](request, rank_info, world.device())
+        if rank_info.rank == 0:
+            Path(request["out"]).write_text(json.dumps(found), encoding="utf-8")
 
 
-def measure_computing(asked: dict[str, Any], place: world.RankInfo, device: torch.device) -> dict[str, Any]:
-    """Measure on as many ranks of each node as compute at full speed at once; the medians of all of them count."""
+def measure_computing(request: dict[str, Any], rank_info: world.RankInfo, device: torch.device) -> dict[str, Any]:
+    """Measure on as many ranks of each node as can compute at full speed concurrently."""
     native = world.computes_bf16(device)
-    dtype = asked["dtype"] or ("bf16" if native else "fp32")
-    sizes = computing.QUICK if asked["quick"] else computing.CUDA if device.type == "cuda" else computing.CPU
-    at_once = asked["slots"] if device.type == "cuda" else min(asked["slots"], os.cpu_count() or 1)
-    run, own = load_run(asked["run"]), None
+    dtype = request["dtype"] or ("bf16" if native else "fp32")
+    sizes = computing.QUICK if request["quick"] else computing.CUDA if device.type == "cuda" else computing.CPU
+    at_once = request["slots"] if device.type == "cuda" else min(request["slots"], os.cpu_count() or 1)
+    run, own = load_run(request["run"]), None
     world.barrier()
-    if place.local_rank < at_once:
+    if rank_info.local_rank < at_once:
         own = computing.measure(run, sizes, device, DTYPES[dtype], logger.info)
-    found = [one for one in world.gather_at_first((place.rank, own)) if one[1]]
+    found = [one for one in world.gather_at_first((rank_info.rank, own)) if one[1]]
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "host_computes": device.type == "cpu",
@@ -71,16 +71,20 @@ def measure_computing(asked: dict[str, Any], place: world.RankInfo, device: torc
     }
 
 
-def measure_links(asked: dict[str, Any], place: world.RankInfo, device: torch.device) -> dict[str, Any]:
-    """Measure collectives in every kind of group, and what they cost the computation beside them."""
-    most = asked["max_bytes"] or (256 << 20 if device.type == "cuda" else 16 << 20)
-    sizes = [size for i in range(0, 64, 2) if (size := asked["min_bytes"] << i) <= most]
+def measure_links(request: dict[str, Any], rank_info: world.RankInfo, device: torch.device) -> dict[str, Any]:
+    """Measure collectives in every kind of group, and how much they slow down overlapped computation."""
+    limit = request["max_bytes"] or (256 << 20 if device.type == "cuda" else 16 << 20)
+    sizes = [size for i in range(0, 64, 2) if (size := request["min_bytes"] << i) <= limit]
     if not sizes:
-        raise UserError(f"--min-bytes {asked['min_bytes']} is more than the largest tensor of {most}; give --max-bytes")
-    found = sweep.sweep(asked["operations"] or OPERATIONS, asked["slots"], sizes, asked["seconds"], device, logger.info)
+        raise UserError(
+            f"--min-bytes {request['min_bytes']} is more than the largest tensor of {limit}; give --max-bytes"
+        )
+    found = sweep.sweep(
+        request["operations"] or OPERATIONS, request["slots"], sizes, request["seconds"], device, logger.info
+    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    beside = sweep.contention(sizes[-1], device, dtype) if place.world > 1 else None
-    return {"collectives": [asdict(one) for one in found], "contention": beside}
+    contention = sweep.contention(sizes[-1], device, dtype) if rank_info.world > 1 else None
+    return {"collectives": [asdict(one) for one in found], "contention": contention}
 
 
 MEASUREMENTS = {"computing": measure_computing, "links": measure_links, "layouts": layouts.measure}

@@ -1,1 +1,1 @@
-"""Pipeline schedules timed against each other on real ranks, on links of a given bandwidth."""
+"""Benchmarks pipeline schedules against each other on real ranks and links of a given bandwidth."""

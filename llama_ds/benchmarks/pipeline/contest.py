@@ -1,4 +1,4 @@
-"""What is timed: schedules of one run, and the run and layout of each."""
+"""The definition of a contest: the schedules to time, and the run and layout of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VIRTUAL_STAGES = {"interleaved": 2, "dualpipe_v": 2}
 
 @dataclass(frozen=True)
 class Contest:
-    """The run, the schedules that compete, and their ranks and links."""
+    """The run, the schedules to compare, and the ranks and links."""
 
     run_file: str
     overrides: list[str]
@@ -22,11 +22,11 @@ class Contest:
     pp: int
     tp: int
     dp: int
-    micro_batches: int  # of each rank
+    micro_batches: int  # number per rank
     micro_batch: int  # rows
     dtype: str
     recompute: str
-    rate_mbit: float | None  # of a link, each way; None: loopback
+    rate_mbit: float | None  # bandwidth of a link in each direction; None: loopback
     delay_ms: float
     repeats: int
 
@@ -36,10 +36,10 @@ class Contest:
         return self.pp * self.tp * self.dp
 
     def contestant(self, schedule: str) -> tuple[RunConfig, Layout]:
-        """Return the run and layout that time one schedule.
+        """Return the run and layout for one schedule.
 
         Raises:
-            UserError: there is no such schedule, or it wants other sizes.
+            UserError: there is no such schedule, or it does not support these sizes.
         """
         run = load_run(self.run_file, self.overrides)
         name, _, extra = schedule.partition("+")

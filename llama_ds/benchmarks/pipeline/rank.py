@@ -1,4 +1,4 @@
-"""One rank of a contest: `python -m llama_ds.benchmarks.pipeline.rank CONTEST.json FOLDER`, rank variables set."""
+"""One rank of a contest: `python -m llama_ds.benchmarks.pipeline.rank CONTEST.json FOLDER`, with RANK etc. set."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from llama_ds.layout.pipeline_schedule import describe_trace
 from llama_ds.parallel import world
 from llama_ds.training.engines.build import build_engine
 
-WARMUP = 2  # turns that are not timed
+WARMUP = 2  # untimed turns
 
 
 def main() -> None:
-    """Time the schedules in turns, and record one step of each."""
+    """Time the schedules in turns and record one step of each."""
     contest, folder = Contest(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
     log.silence_libraries()
     log.setup(quiet=True)
-    place = world.find_place()
+    rank_info = world.find_place()
     with world.failing_together():
-        world.join(place)
+        world.join(rank_info)
         engines, steps = {}, {}
         for schedule in contest.schedules:
             engines[schedule], steps[schedule] = _build(contest, schedule)
@@ -40,16 +40,16 @@ def main() -> None:
             world.barrier()
             engine.trace.start()
             steps[schedule]()
-            about = {**describe_trace(run, layout, place.rank), "host": f"host{place.rank}", "device": "cpu"}
+            about = {**describe_trace(run, layout, rank_info.rank), "host": f"host{rank_info.rank}", "device": "cpu"}
             about |= {"first_step": 1, "measured_steps": 1, "clock": [(0, 0, 0)]}  # network namespaces share the clock
-            engine.trace.write(str(folder / schedule), place.rank, **about)
+            engine.trace.write(str(folder / schedule), rank_info.rank, **about)
             engine.deepspeed.destroy()
-        if place.rank == 0:
+        if rank_info.rank == 0:
             (folder / "times.json").write_text(json.dumps(times))
 
 
 def _build(contest: Contest, schedule: str) -> tuple[Any, Step]:
-    """Return this rank's engine and a step of it, over the same rows every time."""
+    """Return this rank's engine and a step function that uses the same rows every time."""
     run, layout = contest.contestant(schedule)
     engine = build_engine(run, layout, deepspeed_config(run, layout, bf16_native=True), torch.device("cpu"))
     shape = (contest.micro_batches, contest.micro_batch, run.data.seq_len + 1)
@@ -58,7 +58,7 @@ def _build(contest: Contest, schedule: str) -> tuple[Any, Step]:
 
 
 def _time(steps: Mapping[str, Step], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Return seconds and losses of every step, in turns; a step begins and ends on all ranks together."""
+    """Return seconds and losses of every step, taken in turns; each step begins and ends with a barrier."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     losses: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(WARMUP + repeats):

@@ -1,4 +1,4 @@
-"""What the ranks of a contest left, as plain data and as a table for people."""
+"""Converts the files of a contest to plain data and a table."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.report import table
 
 SETTINGS = ("pp", "tp", "dp", "micro_batches", "micro_batch", "dtype", "recompute", "rate_mbit", "delay_ms", "repeats")
-AGREEMENT = {"fp32": 1e-5, "bf16": 1e-2}  # of the first losses, relative
+LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # relative, for the first losses
 
 
 def report(contest: Contest, folder: Path) -> tuple[dict[str, Any], str]:
-    """Return the results in `folder`, as plain data and for people."""
+    """Return the results in `folder` as plain data and as readable text."""
     found = json.loads((folder / "times.json").read_text())
     first = {name: losses[0] for name, losses in found["losses"].items()}
-    if max(first.values()) - min(first.values()) > AGREEMENT[contest.dtype] * max(first.values()):
+    if max(first.values()) - min(first.values()) > LOSS_TOLERANCE[contest.dtype] * max(first.values()):
         raise AssertionError(f"the schedules compute different losses: {first}")
     analyses = {name: analyse_folder(folder / name) for name in contest.schedules}
     median = {name: statistics.median(times) for name, times in found["seconds"].items()}
@@ -51,11 +51,11 @@ def report(contest: Contest, folder: Path) -> tuple[dict[str, Any], str]:
         f"{run.model.num_hidden_layers} layers, {contest.dtype}, {rate}, {os.cpu_count()} cores, median of "
         f"{contest.repeats}",
         *(
-            f"{name:14} {median[name] * 1e3:8.1f} ms a step, {over[name]:.3f} x {contest.schedules[0]}; bubble "
+            f"{name:14} {median[name] * 1e3:8.1f} ms per step, {over[name]:.3f} x {contest.schedules[0]}; bubble "
             f"simulated with the measured times {analyses[name].ideal.bubble:.1%}"
             for name in contest.schedules
         ),
-        "one step of each, as shares of all ranks' time:",
+        "one step of each schedule, as shares of all ranks' time:",
         table(analyses),
     ]
     return results, "\n".join(lines)

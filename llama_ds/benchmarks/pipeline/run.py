@@ -1,4 +1,4 @@
-"""The ranks of a contest: started, waited for, and ended when one of them fails or the user has enough."""
+"""Runs the ranks of a contest: starts them, waits, and kills them if one fails or the user interrupts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PORT = 29507
 
 
 def run_contest(contest: Contest, folder: Path) -> None:
-    """Run all ranks; they leave times.json and a folder of records for each schedule in `folder`.
+    """Run all ranks; they write times.json and a folder of records for each schedule to `folder`.
 
     Raises:
-        UserError: a rank failed; its last words.
+        UserError: a rank failed; the message has the end of its log.
     """
-    asked = folder / "contest.json"
-    asked.write_text(json.dumps(asdict(contest)))
+    request = folder / "contest.json"
+    request.write_text(json.dumps(asdict(contest)))
     with ExitStack() as stack:
         hosts = None
         if contest.rate_mbit:
@@ -36,7 +36,7 @@ def run_contest(contest: Contest, folder: Path) -> None:
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(_end, processes)
         for rank, environment in enumerate(_environments(contest.world, hosts)):
-            command = [sys.executable, "-m", "llama_ds.benchmarks.pipeline.rank", str(asked), str(folder)]
+            command = [sys.executable, "-m", "llama_ds.benchmarks.pipeline.rank", str(request), str(folder)]
             command = hosts.command(rank, command) if hosts else command
             log = stack.enter_context(open(folder / f"rank{rank}.log", "w"))
             with without_interrupts():
@@ -49,7 +49,7 @@ def run_contest(contest: Contest, folder: Path) -> None:
 
 
 def _environments(world: int, hosts: Hosts | None) -> list[dict[str, str]]:
-    """Return the environment of each rank: a host of its own, or a core of this one."""
+    """Return the environment of each rank, on its own simulated host or on this one."""
     common = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
     common |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(PORT if hosts else _free_port())}
     common |= {"MASTER_ADDR": hosts.address(0) if hosts else "127.0.0.1"}

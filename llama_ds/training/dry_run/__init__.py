@@ -1,1 +1,1 @@
-"""The dry run: chosen ranks take one whole step on fake tensors; what they hold and send, and whether it agrees."""
+"""The dry run: selected ranks take one full step on fake tensors; their memory and communication are checked."""

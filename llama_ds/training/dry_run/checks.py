@@ -1,4 +1,4 @@
-"""What must agree between ranks. Pure arithmetic on their reports."""
+"""Consistency checks between ranks: pure arithmetic on their reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Channel = tuple[ProcessGroup, int, int]  # group, sending rank, receiving rank
 
 
 def check_ranks(run: RunConfig, layout: Layout, reports: Sequence[RankReport]) -> list[Check]:
-    """Return what was compared between the ranks of `reports`, and found."""
+    """Run all checks on the reports of the simulated ranks."""
     return [
         check_groups(reports),
         check_messages(reports),
@@ -28,12 +28,14 @@ def check_ranks(run: RunConfig, layout: Layout, reports: Sequence[RankReport]) -
 
 
 def check_groups(reports: Sequence[RankReport]) -> Check:
-    """All ranks make the same process groups in the same order: making one waits for the others."""
+    """All ranks create the same process groups in the same order: creating a group blocks until all ranks do."""
     name, first = "process groups", reports[0]
     for report in reports[1:]:
         if report.new_groups != first.new_groups:
             return Check(
-                name, False, f"rank {first.rank} and rank {report.rank} make other groups, or in another order"
+                name,
+                False,
+                f"ranks {first.rank} and {report.rank} create different groups, or in a different order",
             )
     members: dict[str, tuple[int, tuple[int, ...]]] = {}
     for report in reports:
@@ -44,11 +46,11 @@ def check_groups(reports: Sequence[RankReport]) -> Check:
                     name, False, f"group {group.name} is {_listed(ranks)} on rank {rank}, {_listed(group.ranks)} on "
                     f"rank {report.rank}",
                 )  # fmt: skip
-    return Check(name, True, f"made in one order on {len(reports)} ranks, {len(members)} in use")
+    return Check(name, True, f"created in the same order on {len(reports)} ranks, {len(members)} in use")
 
 
 def check_messages(reports: Sequence[RankReport]) -> Check:
-    """Whatever a rank sends, its target receives: in this order, with these bytes, in this group."""
+    """Every send has a matching receive on the target rank: same order, same size, same group."""
     known = {report.rank for report in reports}
     sent: dict[Channel, list[int]] = defaultdict(list)
     received: dict[Channel, list[int]] = defaultdict(list)
@@ -69,11 +71,11 @@ def check_messages(reports: Sequence[RankReport]) -> Check:
         for n, (out, into) in enumerate(zip_longest(there, here), start=1):
             if out != into:
                 return Check(
-                    "messages", False, f"group {group.name}, rank {source} to rank {target}: of {len(there)} sends and "
-                    f"{len(here)} receives number {n} is {_size(out)} sent, {_size(into)} received",
+                    "messages", False, f"group {group.name}, rank {source} to rank {target}, {len(there)} sends and "
+                    f"{len(here)} receives: message {n}: {_size(out)} sent, {_size(into)} received",
                 )  # fmt: skip
     rest = f"; {outside} to or from ranks that were not run" if outside else ""
-    return Check("messages", True, f"{sum(map(len, sent.values()))} sends meet their receives{rest}")
+    return Check("messages", True, f"{sum(map(len, sent.values()))} sends match their receives{rest}")
 
 
 def check_collectives(reports: Sequence[RankReport]) -> Check:
@@ -90,18 +92,18 @@ def check_collectives(reports: Sequence[RankReport]) -> Check:
             for n, (ours, theirs) in enumerate(zip_longest(by_rank[first], by_rank[rank]), start=1):
                 if ours is None or theirs is None or ours._replace(group=0) != theirs._replace(group=0):
                     return Check(
-                        "collectives", False, f"group {group.name} of ranks {_listed(group.ranks)}: number {n} is "
+                        "collectives", False, f"group {group.name} of ranks {_listed(group.ranks)}: collective {n} is "
                         f"{_call(ours)} on rank {first}, {_call(theirs)} on rank {rank}",
                     )  # fmt: skip
             compared += len(by_rank[rank])
     shared = sum(len(by_rank) > 1 for by_rank in issued.values())
     return Check(
-        "collectives", True, f"{compared} issued alike by other members, of {shared} groups run by two or more"
+        "collectives", True, f"{compared} match those of other members, in {shared} groups run on two or more ranks"
     )
 
 
 def check_progress(reports: Sequence[RankReport]) -> Check:
-    """Collectives one after the other, each waiting for all the ranks run: all of them get to their end."""
+    """All ranks finish if each collective blocks until every simulated member of its group has issued it."""
     rest: dict[int, deque[tuple[ProcessGroup, str]]] = {
         report.rank: deque((report.groups[c.group], c.kind) for c in _all(report) if c.kind not in MESSAGES)
         for report in reports
@@ -127,11 +129,11 @@ def check_progress(reports: Sequence[RankReport]) -> Check:
             for rank, (group, kind) in sorted(stuck.items())[:4]
         )
         return Check("no deadlock", False, f"{len(stuck)} ranks wait for one another: {heads}")
-    return Check("no deadlock", True, f"{total} collectives of {len(rest)} ranks come to an end, one at a time")
+    return Check("no deadlock", True, f"{total} collectives of {len(rest)} ranks complete, one at a time")
 
 
 def check_batch(layout: Layout, reports: Sequence[RankReport]) -> Check:
-    """Every reading rank reads its micro-batches, which make up the global batch; DeepSpeed counts the same."""
+    """The micro-batches of the ranks that read data make up the global batch; DeepSpeed computes the same sizes."""
     name = "batch"
     for report in reports:
         wanted = layout.accumulation if report.reads_data else 0
@@ -148,18 +150,18 @@ def check_batch(layout: Layout, reports: Sequence[RankReport]) -> Check:
 
 
 def check_parameters(run: RunConfig, layout: Layout, reports: Sequence[RankReport]) -> Check:
-    """The stages' parameters are the model's: those cut over tensor-parallel ranks tp times, the others once."""
+    """The stages' parameters add up to the model's: tensor-parallel shards count tp times, the others once."""
     name = "parameters"
     by_position: dict[int, tuple[int, int]] = {}
     for report in reports:
-        own = report.parameters_cut, report.parameters_whole
+        own = report.parameters_sharded, report.parameters_replicated
         if by_position.setdefault(report.coords.pp, own) != own:
             return Check(
-                name, False, f"rank {report.rank} holds {report.parameters} parameters, others of its stage not"
+                name, False, f"rank {report.rank} holds {report.parameters} parameters, unlike others of its stage"
             )
     if len(by_position) < layout.pp:
-        return Check(name, True, f"alike on ranks of a stage; {layout.pp - len(by_position)} stages were not run")
-    total = sum(cut * layout.tp + whole for cut, whole in by_position.values())
+        return Check(name, True, f"equal on ranks of a stage; {layout.pp - len(by_position)} stages were not run")
+    total = sum(sharded * layout.tp + replicated for sharded, replicated in by_position.values())
     model = parameter_count(run.model)
     return Check(name, total == model, f"all stages hold {total:,}, the model has {model:,}")
 
@@ -179,6 +181,6 @@ def _call(call: IssuedCall | None) -> str:
     return f"{call.kind} of {call.bytes} bytes" + (f" with root {call.peer}" if call.peer >= 0 else "")
 
 
-def _listed(ranks: Sequence[int], most: int = 8) -> str:
-    shown = ", ".join(map(str, ranks[:most]))
-    return shown if len(ranks) <= most else f"{shown} and {len(ranks) - most} more"
+def _listed(ranks: Sequence[int], limit: int = 8) -> str:
+    shown = ", ".join(map(str, ranks[:limit]))
+    return shown if len(ranks) <= limit else f"{shown} and {len(ranks) - limit} more"

@@ -1,4 +1,4 @@
-"""A process for each rank, forked when everything is imported, a few at a time."""
+"""Run each rank in a process of its own, forked after all imports, a few at a time."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from typing import Any
 from llama_ds import log
 from llama_ds.errors import UserError
 from llama_ds.parallel.world import RankInfo
-from llama_ds.training.dry_run.rank import DryRunTask, dry_rank
+from llama_ds.training.dry_run.rank import DryRunTask, simulate_rank
 from llama_ds.training.dry_run.report import RankReport
 
 
-def dry_ranks(task: DryRunTask, places: Sequence[RankInfo], jobs: int) -> list[RankReport]:
-    """Return the reports of `places` in their order; `jobs` processes run at a time.
+def simulate_ranks(task: DryRunTask, rank_infos: Sequence[RankInfo], jobs: int) -> list[RankReport]:
+    """Return the reports of `rank_infos` in order; at most `jobs` processes run at a time.
 
     Raises:
-        UserError: a rank's, as the trainer raises it, or its process was killed.
+        UserError: a rank raised it, as in training, or its process was killed.
         RuntimeError: a rank failed.
     """
     context: Any = multiprocessing.get_context("fork")
-    todo = list(places)
+    todo = list(rank_infos)
     running: dict[Any, tuple[RankInfo, Any]] = {}
     done: dict[int, RankReport] = {}
     try:
         while todo or running:
             while todo and len(running) < jobs:
-                place = todo.pop(0)
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_be_rank, args=(task, place, theirs))
+                rank_info = todo.pop(0)
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_run_rank, args=(task, rank_info, sender))
                 process.start()
-                theirs.close()
-                running[ours] = place, process
+                sender.close()
+                running[receiver] = rank_info, process
             for connection in wait(list(running)):
-                place, process = running.pop(connection)
-                done[place.rank] = _receive(connection, place, process)
+                rank_info, process = running.pop(connection)
+                done[rank_info.rank] = _receive(connection, rank_info, process)
     finally:
         for _, process in running.values():
             process.kill()
             process.join()
-    return [done[place.rank] for place in places]
+    return [done[rank_info.rank] for rank_info in rank_infos]
 
 
-def _receive(connection: Any, place: RankInfo, process: Any) -> RankReport:
+def _receive(connection: Any, rank_info: RankInfo, process: Any) -> RankReport:
     try:
         result = connection.recv()
     except EOFError:
         process.join()
         raise UserError(
-            f"the process that was rank {place.rank} was ended from outside (code {process.exitcode}), maybe for its "
-            "memory, of which a rank takes about half a GB; free some, or run fewer at a time with --jobs 1"
+            f"the process of rank {rank_info.rank} was killed (exit code {process.exitcode}), possibly because memory "
+            "ran out: a rank takes about half a GB; free some, or run fewer ranks at a time with --jobs 1"
         ) from None
     process.join()
     if isinstance(result, Exception):
@@ -65,22 +65,22 @@ def _receive(connection: Any, place: RankInfo, process: Any) -> RankReport:
     return result
 
 
-def _be_rank(task: DryRunTask, place: RankInfo, out: Connection) -> None:
-    """Run in a process of its own, which ends without the interpreter's shutdown."""
-    gc.disable()  # a step makes millions of objects and few cycles
+def _run_rank(task: DryRunTask, rank_info: RankInfo, out: Connection) -> None:
+    """Run one rank in this forked process and exit without the interpreter's shutdown."""
+    gc.disable()  # a step creates millions of objects and few cycles
     log.setup(quiet=True)
-    warnings.simplefilter("ignore")  # DeepSpeed calls what torch has renamed
+    warnings.simplefilter("ignore")  # DeepSpeed calls deprecated names of torch
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)  # stdout belongs to the report
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 1)  # stdout is reserved for the report
     try:
-        out.send(dry_rank(task, place))
+        out.send(simulate_rank(task, rank_info))
     except UserError as error:
         out.send(error)
     except BaseException:
         import traceback
 
-        out.send(RuntimeError(f"rank {place.rank}:\n{traceback.format_exc()}"))
+        out.send(RuntimeError(f"rank {rank_info.rank}:\n{traceback.format_exc()}"))
     finally:
         with suppress(OSError):
             sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""One rank of the run: the trainer's own engine, built and stepped once on fake tensors."""
+"""One simulated rank: the trainer's own engine takes one step on fake tensors."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class DryRunTask:
     run: RunConfig
     layout: Layout
     config: dict[str, Any]  # the merged DeepSpeed configuration
-    backend: str  # nccl or gloo: they are handed gradients in different ways
+    backend: str  # nccl or gloo: gradients are passed to them in different ways
 
 
-def dry_rank(task: DryRunTask, place: RankInfo) -> RankReport:
-    """Build the engine of one rank and take one optimizer step; to be called once in a process."""
+def simulate_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
+    """Build the engine of one rank and take one optimizer step. Call it only once in a process."""
     started = time.perf_counter()
     run, layout = task.run, task.layout
-    ledger, made = Ledger(), hashlib.sha256()
-    with fake_world(place, task.backend, ledger, lambda ranks: made.update(repr(ranks).encode())):
+    ledger, new_groups = Ledger(), hashlib.sha256()
+    with fake_world(rank_info, task.backend, ledger, lambda ranks: new_groups.update(repr(ranks).encode())):
         engine = build_engine(run, layout, task.config, torch.device("cpu"))
         sort_holdings(engine.deepspeed, ledger)
         building = ledger.calls
@@ -48,19 +48,19 @@ def dry_rank(task: DryRunTask, place: RankInfo) -> RankReport:
         batches = _Batches(layout.micro_batch, run.data.seq_len)
         result = engine.train_step(batches, run.optimizer.lr)
         engine.read(result)
-        cut, whole = parameter_counts(engine.deepspeed)
+        sharded, replicated = parameter_counts(engine.deepspeed)
         inner = engine.deepspeed
         batch = (inner.train_batch_size(), inner.gradient_accumulation_steps(), inner.dp_world_size)
     groups: dict[ProcessGroup, int] = {}
-    coords = layout.coords(place.rank)
+    coords = layout.coords(rank_info.rank)
     if engine.dp_rank != coords.dp:
-        raise AssertionError(f"rank {place.rank} is data-parallel rank {engine.dp_rank}, not {coords.dp}")
+        raise AssertionError(f"rank {rank_info.rank} is data-parallel rank {engine.dp_rank}, not {coords.dp}")
     return RankReport(
-        rank=place.rank,
+        rank=rank_info.rank,
         coords=coords,
         stages=stages_of(run, layout, coords.pp),
-        parameters_cut=cut,
-        parameters_whole=whole,
+        parameters_sharded=sharded,
+        parameters_replicated=replicated,
         memory={category: size for category, size in ledger.peak.items() if size},
         planned=planned_memory(
             run, layout, ELEMENT_BYTES["bf16" if task.config["bf16"]["enabled"] else "fp32"], coords.pp
@@ -68,7 +68,7 @@ def dry_rank(task: DryRunTask, place: RankInfo) -> RankReport:
         building=_traffic(building, groups),
         step=_traffic(ledger.calls, groups),
         groups=list(groups),
-        new_groups=made.hexdigest(),
+        new_groups=new_groups.hexdigest(),
         micro_batches=batches.count,
         engine_batch=batch,
         reads_data=engine.reads_data,
@@ -79,12 +79,12 @@ def dry_rank(task: DryRunTask, place: RankInfo) -> RankReport:
 
 def stages_of(run: RunConfig, layout: Layout, pp_rank: int) -> list[int]:
     """Return the pipeline stages that a rank holds."""
-    place = schedule_of(run, layout).place
-    return [place.stage(pp_rank, chunk) for chunk in range(place.chunks)]
+    placement = schedule_of(run, layout).place
+    return [placement.stage(pp_rank, chunk) for chunk in range(placement.chunks)]
 
 
 def planned_memory(run: RunConfig, layout: Layout, element_bytes: int, pp_rank: int) -> dict[str, int]:
-    """Return what the trainer's own plan says of a rank, by category; nothing where it plans for another ZeRO stage."""
+    """Return the planned memory of a rank by category; empty unless ZeRO-1, the only stage that the planner covers."""
     if run.zero_stage != 1:
         return {}
     held = rank_memory(run, layout, element_bytes)[pp_rank]
@@ -100,7 +100,7 @@ def planned_memory(run: RunConfig, layout: Layout, element_bytes: int, pp_rank: 
 
 
 class _Batches:
-    """Micro-batches of no text, counted."""
+    """Yields dummy micro-batches and counts them."""
 
     def __init__(self, rows: int, seq_len: int) -> None:
         self.count = 0
@@ -115,7 +115,7 @@ class _Batches:
 
 
 def _traffic(calls: list[Call], groups: dict[ProcessGroup, int]) -> list[IssuedCall]:
-    """Return the calls with their groups by number; new ones are added to `groups`."""
+    """Return the calls with indices for their groups; add new groups to `groups`."""
     return [
         IssuedCall(
             call.kind, groups.setdefault(ProcessGroup(call.name, call.group), len(groups)), call.peer, call.bytes

@@ -1,4 +1,4 @@
-"""What a dry run found of one rank, and of all: plain data that processes hand over, JSON and tests read."""
+"""Results of a dry run as plain data: pickled between processes, written as JSON, read by tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class IssuedCall(NamedTuple):
 
 
 class ProcessGroup(NamedTuple):
-    """A process group: its name is the same on all of its ranks, and no other group's."""
+    """A process group; its name is unique and the same on all of its ranks."""
 
     name: str
     ranks: tuple[int, ...]
@@ -29,20 +29,20 @@ class ProcessGroup(NamedTuple):
 
 @dataclass
 class RankReport:
-    """One rank's step. Memory in bytes by category, at the moment at which most is held."""
+    """One rank's step. Memory is in bytes by category, at the rank's peak."""
 
     rank: int
     coords: Coords
     stages: list[int]
-    parameters_cut: int  # over tensor-parallel ranks
-    parameters_whole: int
+    parameters_sharded: int  # elements of this rank's tensor-parallel shards
+    parameters_replicated: int  # elements replicated on all tensor-parallel ranks
     memory: dict[str, int]
-    planned: dict[str, int]  # what layout/rank_memory.py and layout/recompute.py say
+    planned: dict[str, int]  # predicted by layout/rank_memory.py and layout/recompute.py
     groups: list[ProcessGroup]
     building: list[IssuedCall]  # while the engine was built
     step: list[IssuedCall]
-    new_groups: str  # fingerprint of all groups made by the job, in their order
-    micro_batches: int  # number that the rank read in the step
+    new_groups: str  # fingerprint of all groups that the job creates, in order
+    micro_batches: int  # number of micro-batches read in the step
     engine_batch: tuple[int, int, int]  # global batch, accumulation and dp as DeepSpeed's engine has them
     reads_data: bool
     seconds: float = 0.0
@@ -50,7 +50,7 @@ class RankReport:
 
     @property
     def parameters(self) -> int:
-        return self.parameters_cut + self.parameters_whole
+        return self.parameters_sharded + self.parameters_replicated
 
     @property
     def total(self) -> int:
@@ -63,12 +63,12 @@ class Check:
 
     name: str
     ok: bool
-    text: str  # what was compared, or what is wrong
+    text: str  # summary of the comparison, or the first mismatch
 
 
 @dataclass
 class DryRun:
-    """All that a dry run found."""
+    """The results of a dry run."""
 
     name: str
     layout: Layout

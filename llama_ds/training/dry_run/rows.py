@@ -1,4 +1,4 @@
-"""Whether data-parallel ranks read different rows: the order of the data is arithmetic, for which no data is needed."""
+"""Check that data-parallel ranks read disjoint rows. The data order is computed, so the data need not be present."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from llama_ds.layout.layout import Layout
 from llama_ds.training.dry_run.report import Check
 
 MAX_RANKS = 256  # rows of at most this many data-parallel ranks are compared
-ROWS_PER_SHARD = 8192  # assumed for sources that are not on this machine
+ROWS_PER_SHARD = 8192  # assumption for sources that are not on this machine
 
 
 def check_rows(run: RunConfig, layout: Layout) -> Check:
-    """Return whether the rows of the run's first step are read by one data-parallel rank each, and all of them are.
+    """Check that each row of the run's first step is read by exactly one data-parallel rank.
 
     Raises:
-        UserError: data that is here cannot be used.
+        UserError: data on this machine cannot be used.
     """
     here = all(os.path.isdir(source.path) for source in run.data.sources)
     order = open_data(run).order if here else _order_of_stated_sizes(run)
     some = sorted({round(i) for i in np.linspace(0, layout.dp - 1, min(layout.dp, MAX_RANKS))})
     check = compare_rows([(rank, order.at(0, rank, layout.dp)) for rank in some], layout.global_batch // layout.dp)
-    whence = "sources as they are" if here else "sources are not here: of the sizes that data.sources states"
-    return Check(check.name, check.ok, f"{check.text} ({whence})")
+    sizes = "actual sources" if here else "sources are not on this machine: sizes estimated from data.sources"
+    return Check(check.name, check.ok, f"{check.text} ({sizes})")
 
 
 def compare_rows(read: list[tuple[int, Rows]], share: int) -> Check:
-    """Return whether data-parallel ranks read `share` rows each and none that another reads."""
+    """Check that each data-parallel rank reads `share` rows and that no two ranks read the same row."""
     name = "data rows"
     owner: dict[tuple[int, ...], int] = {}
     for rank, rows in read:
@@ -47,11 +47,13 @@ def compare_rows(read: list[tuple[int, Rows]], share: int) -> Check:
                     name, False, f"data-parallel ranks {other} and {rank} both read row {number} of source {source} "
                     f"in epoch {epoch}",
                 )  # fmt: skip
-    return Check(name, len(owner) == share * len(read), f"{len(owner)} rows of {len(read)} data-parallel ranks differ")
+    return Check(
+        name, len(owner) == share * len(read), f"{len(owner)} distinct rows read by {len(read)} data-parallel ranks"
+    )
 
 
 def _order_of_stated_sizes(run: RunConfig) -> Order:
-    """Return the order of sources as large as their weights and epochs say."""
+    """Return the data order for sources whose sizes follow from their weights and epochs."""
     geometry = {}
     for source in run.data.sources:
         rows = run.training.tokens / run.data.seq_len * source.weight / (source.epochs or 1.0)

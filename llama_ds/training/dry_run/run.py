@@ -1,4 +1,4 @@
-"""A dry run from its run file to its report."""
+"""Runs a dry run: from the run file to the report."""
 
 from __future__ import annotations
 
@@ -29,61 +29,61 @@ def dry_run(
     device_gib: float | None = None,
     jobs: int = 2,
 ) -> DryRun:
-    """Run the ranks that `wanted` names, of a job on hosts with these slots.
+    """Simulate the ranks selected by `wanted` of a job on hosts with these slots.
 
     Args:
-        device_gib: memory of a rank's device; None: not known, and not checked.
-        jobs: ranks that run at a time.
+        device_gib: memory of a rank's device; None: unknown and not checked.
+        jobs: number of ranks that run at the same time.
 
     Raises:
-        UserError: what the trainer would say of the run file, or what the dry run cannot do.
+        UserError: the run file is invalid, or it uses a feature that the dry run does not support.
     """
     started = time.perf_counter()
     run = load_run(run_file, overrides)
     layout = resolve_layout(run, sum(slots.values()))
-    run = _definite(run, device_gib)
+    run = _with_device(run, device_gib)
     chosen = choose_ranks(wanted, layout, "--rank")
     rows = check_rows(run, layout)
     config = deepspeed_config(run, layout, bf16_native=backend == "nccl")
 
-    # Mistakes are said before torch and DeepSpeed are imported, which takes seconds.
+    # Errors in the run file are reported before the slow imports of torch and DeepSpeed.
     from llama_ds.parallel.world import RankInfo
-    from llama_ds.training.dry_run.processes import dry_ranks
+    from llama_ds.training.dry_run.processes import simulate_ranks
     from llama_ds.training.dry_run.rank import DryRunTask
 
     local = [index for count in slots.values() for index in range(count)]
-    places = [RankInfo(rank, layout.world, local[rank]) for rank in chosen]
-    reports = dry_ranks(DryRunTask(run, layout, config, backend), places, jobs)
+    rank_infos = [RankInfo(rank, layout.world, local[rank]) for rank in chosen]
+    reports = simulate_ranks(DryRunTask(run, layout, config, backend), rank_infos, jobs)
     checks = [*check_ranks(run, layout, reports), rows, *_check_fit(reports, device_gib)]
     return DryRun(run.name, layout, backend, reports, checks, time.perf_counter() - started)
 
 
-def _definite(run: RunConfig, device_gib: float | None) -> RunConfig:
-    """Return `run` as it would be on devices of that memory, with what needs a GPU to be looked at replaced.
+def _with_device(run: RunConfig, device_gib: float | None) -> RunConfig:
+    """Return `run` with the device memory filled in and the attention kernels that need a GPU replaced.
 
     Raises:
-        UserError: it needs what there is no stand-in for.
+        UserError: the run uses a feature that the dry run cannot simulate.
     """
     if run.parallel.recompute == AUTO:
         if device_gib is None:
             raise UserError(
-                f"{run.path}: parallel.recompute = auto goes by the memory of the devices, which are not here; "
-                "say --device-gib, as in --device-gib 80"
+                f"{run.path}: parallel.recompute = auto depends on the device memory, which a dry run cannot query; "
+                "pass --device-gib, as in --device-gib 80"
             )
         run = with_device_memory(run, int(device_gib * GIB))
     if run.parallel.pp > 1 and run.parallel.schedule == STOCK_ENGINE:
         raise UserError(
-            f"{run.path}: parallel.schedule = {STOCK_ENGINE}: DeepSpeed's own engine receives the shapes of its "
-            "messages, which no fake message tells it; use parallel.schedule = 1f1b for the dry run"
+            f"{run.path}: parallel.schedule = {STOCK_ENGINE}: DeepSpeed's own engine receives message shapes over the "
+            "wire, which fake messages do not carry; use parallel.schedule = 1f1b for the dry run"
         )
     zero = run.deepspeed.get("zero_optimization", {})
     for section in ("offload_optimizer", "offload_param"):
         if section in zero:
             raise UserError(
-                f"{run.deepspeed_path}: zero_optimization.{section}: DeepSpeed's offload works on real memory, a dry "
-                "run has none; take it out for the dry run"
+                f"{run.deepspeed_path}: zero_optimization.{section}: DeepSpeed's offload needs real memory, which a "
+                "dry run does not have; remove it for the dry run"
             )
-    # flash_attn wants a GPU to run on; what it keeps and gives is what torch's own kernel does.
+    # flash_attn needs a GPU; torch's SDPA saves and returns tensors of the same shapes.
     if run.compute.attention_backend in ("auto", "flash_attn"):
         run = replace(run, compute=replace(run.compute, attention_backend="sdpa"))
     return run
@@ -95,7 +95,7 @@ def _check_fit(reports: Sequence[RankReport], device_gib: float | None) -> list[
     fullest = max(reports, key=lambda report: report.total)
     usable = int(device_gib * GIB * USABLE)
     text = (
-        f"rank {fullest.rank}, the fullest, holds {fullest.total / GIB:.2f} GiB of the {usable / GIB:.2f} GiB that "
-        f"{device_gib:g} GiB leave to tensors"
+        f"rank {fullest.rank} has the highest peak, {fullest.total / GIB:.2f} GiB, of the {usable / GIB:.2f} GiB "
+        f"usable for tensors on a device of {device_gib:g} GiB"
     )
     return [Check("memory", fullest.total <= usable, text)]

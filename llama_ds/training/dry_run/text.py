@@ -1,4 +1,4 @@
-"""A dry run as tables and as JSON."""
+"""Formats the results of a dry run as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Line = tuple[str, str, int, int]  # kind, axis, ranks of the group, bytes of a c
 
 
 def table(found: DryRun) -> str:
-    """Return the report as readable text; ranks with equal lines share one."""
+    """Return the report as text; ranks with equal values share a line."""
     layout = found.layout
     slowest = max(report.seconds for report in found.ranks)
     memory = max(report.host_bytes for report in found.ranks)
@@ -24,16 +24,16 @@ def table(found: DryRun) -> str:
     title = (
         f"dry run of {found.name}: {layout.world:,} ranks = {layout.words()}, as on "
         f"{found.backend}; {len(found.ranks)} ranks in {found.seconds:.0f} s, {slowest:.1f} s and "
-        f"{memory / 1e9:.2f} GB of this host at most for one"
+        f"{memory / 1e9:.2f} GB of this host at most for one rank"
     )
     return "\n".join(
         [
             title,
             "",
-            f"memory of a rank at its fullest moment in {unit}",
+            f"peak memory of a rank in {unit}",
             *_indented(_columns(_HEAD, _grouped((r.rank, _memory(r, UNITS[unit])) for r in found.ranks))),
             "",
-            "one step's collectives and messages, bytes of the whole buffer",
+            "collectives and messages of one step, bytes of the full buffer",
             *_indented(_traffic_lines(found)),
             "",
             "checks",
@@ -43,7 +43,7 @@ def table(found: DryRun) -> str:
 
 
 def as_json(found: DryRun) -> dict[str, Any]:
-    """Return the report as plain data; a step's calls summed up by kind, group and size."""
+    """Return the report as plain data, with the calls of a step counted by kind, group and size."""
     return {
         "name": found.name,
         "ok": found.ok,
@@ -56,7 +56,7 @@ def as_json(found: DryRun) -> dict[str, Any]:
 
 
 def calls_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
-    """Return everything that a rank issues, in order: [kind, index of the group, peer or -1, bytes]."""
+    """Return all calls that a rank issues, in order: [kind, index of the group, peer or -1, bytes]."""
     groups = [{"name": g.name, "axis": axis_of(g.ranks, found.layout), "ranks": g.ranks} for g in report.groups]
     return {"rank": report.rank, "groups": groups, "building": report.building, "step": report.step}
 
@@ -70,14 +70,14 @@ def _rank_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
             "group": list(report.groups[group].ranks),
             "peer": peer,
             "bytes": size,
-            "count": len(at),
-            "first": at[0],
+            "count": len(positions),
+            "first": positions[0],
         }
-        for (kind, group, peer, size), at in _places(report.step).items()
+        for (kind, group, peer, size), positions in _positions(report.step).items()
     ]
     return {
         "rank": report.rank,
-        **{f"{axis}_rank": at for axis, at in report.coords.named.items()},
+        **{f"{axis}_rank": index for axis, index in report.coords.named.items()},
         **{name: getattr(report, name) for name in kept},
         "memory_total": report.total,
         "building_calls": len(report.building),
@@ -88,8 +88,8 @@ def _rank_as_json(found: DryRun, report: RankReport) -> dict[str, Any]:
     }
 
 
-def _places(calls: list[IssuedCall]) -> dict[IssuedCall, list[int]]:
-    """Return where in the step each kind of call stands, in order of its first."""
+def _positions(calls: list[IssuedCall]) -> dict[IssuedCall, list[int]]:
+    """Return the positions of each distinct call in the step, ordered by first occurrence."""
     found: dict[IssuedCall, list[int]] = defaultdict(list)
     for n, call in enumerate(calls):
         found[call].append(n)
@@ -120,7 +120,7 @@ def _traffic_lines(found: DryRun) -> Iterable[str]:
         for lines, ranks in by_lines.items()
         for n, ((kind, axis, size, each), count) in enumerate(lines)
     ]
-    return _columns(("ranks", "kind", "group", "bytes", "calls", "bytes in all"), rows)
+    return _columns(("ranks", "kind", "group", "bytes", "calls", "total bytes"), rows)
 
 
 def _grouped(lines: Iterable[tuple[int, tuple[str, ...]]]) -> list[tuple[str, ...]]:
@@ -130,9 +130,9 @@ def _grouped(lines: Iterable[tuple[int, tuple[str, ...]]]) -> list[tuple[str, ..
     return [(_listed(own), *line) for line, own in ranks.items()]
 
 
-def _listed(ranks: list[int], most: int = 4) -> str:
-    shown = ", ".join(map(str, ranks[:most]))
-    return shown if len(ranks) <= most else f"{shown}, +{len(ranks) - most}"
+def _listed(ranks: list[int], limit: int = 4) -> str:
+    shown = ", ".join(map(str, ranks[:limit]))
+    return shown if len(ranks) <= limit else f"{shown}, +{len(ranks) - limit}"
 
 
 def _columns(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -1,1 +1,1 @@
-"""DeepSpeed's engines behind one small interface: one stage with any ZeRO, our pipeline, DeepSpeed's own pipeline."""
+"""Engines behind one small interface: a single stage with ZeRO 0 to 3, our pipeline, DeepSpeed's own pipeline."""

@@ -1,4 +1,4 @@
-"""Build the engine that a run asks for."""
+"""Builds the engine that a run requires."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from llama_ds.training.host_memory import keep_freed_memory
 
 
 def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device: torch.device) -> Engine:
-    """Build this rank's layers, partition them and hand them to DeepSpeed with the merged `config`. Collective."""
-    # Otherwise DeepSpeed compiles its shared-memory all-reduce at start, which only inference uses.
+    """Build and partition this rank's layers and initialise DeepSpeed with the merged `config`. Collective."""
+    # Otherwise DeepSpeed compiles its shared-memory all-reduce at startup, which only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # adopts the process group of world.join
     if device.type == "cpu":

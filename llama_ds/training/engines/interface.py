@@ -14,9 +14,9 @@ from llama_ds.training.device_batches import Batch, Batches
 
 @dataclass(frozen=True)
 class StepResult:
-    """The outcome of a step, still on the device: reading it waits for the device."""
+    """The result of a step, still on the device: reading it synchronises."""
 
-    loss: Tensor  # mean over the global batch; with one stage over this rank's share of it
+    loss: Tensor  # mean over the global batch; with a single stage, mean over this rank's share of it
     norm: Tensor | float  # norm of the gradients before clipping
 
 
@@ -25,7 +25,7 @@ class Engine(Protocol):
 
     deepspeed: Any  # the DeepSpeed engine
     dp_rank: int
-    reads_data: bool  # true on the first and the last pipeline stage
+    reads_data: bool  # True on the first and the last pipeline stage
     trace: Trace
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:

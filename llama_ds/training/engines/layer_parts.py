@@ -1,4 +1,4 @@
-"""What every engine builds its layers from."""
+"""The parts from which every engine builds its layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LayerParts:
 
 
 def layer_parts(run: RunConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> LayerParts:
-    """Create the tensor-parallel communicator, choose the attention backend and plan what each layer saves."""
+    """Create the tensor-parallel communicator and choose the attention backend and each layer's save policy."""
     trace = Trace(device)
     tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
     shared = shared_parts(run, tp, device.type, dtype)

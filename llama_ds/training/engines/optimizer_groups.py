@@ -1,4 +1,4 @@
-"""The optimizer of a rank's layers: its groups of parameters, and where their gradients accumulate."""
+"""The optimizer of a rank's layers: parameter groups and gradient accumulation buffers."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llama_ds.model.weight_gradients import WeightGradients
 
 
 def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
-    """Return the optimizer groups of a module: its matrices, which decay, and its norm weights, which do not.
+    """Return the optimizer groups of a module: matrices with weight decay, norm weights without.
 
-    Weights of one group have the same states, because each state is one buffer of the whole group.
+    Weights of a group have the same kinds of state, because each state is one flat buffer for the group.
     """
     groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
     for parameter_name, parameter in module.named_parameters():
@@ -35,7 +35,7 @@ def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -
 def build_optimizer(
     groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return AdamW over `groups`; where the DeepSpeed configuration offloads the optimizer, DeepSpeed's for the CPU."""
+    """Return AdamW over `groups`, or DeepSpeed's CPU Adam if the DeepSpeed configuration offloads the optimizer."""
     if "offload_optimizer" in config["zero_optimization"]:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -44,23 +44,22 @@ def build_optimizer(
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Give all groups of a DeepSpeed engine's optimizer the learning rate `lr`."""
+    """Set the learning rate of all groups of a DeepSpeed engine's optimizer."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
 
 
 def accumulate_in_fp32(weight_gradients: WeightGradients, optimizer: Any) -> None:
-    """Let layers add their weight gradients to the fp32 buffers of DeepSpeed's BF16_Optimizer, if it is one.
+    """Let layers add their weight gradients directly to the fp32 buffers of DeepSpeed's BF16_Optimizer, if it is one.
 
-    It would accumulate the bf16 gradients there itself. This way a gradient never exists in bf16, is not zeroed and not
-    copied.
+    DeepSpeed would accumulate bf16 gradients there itself. This saves the bf16 gradient, its zeroing and its copy.
     """
     if isinstance(optimizer, BF16_Optimizer):
         weight_gradients.buffer_of = _fp32_buffers(optimizer)
 
 
 def _fp32_buffers(optimizer: BF16_Optimizer) -> Callable[[nn.Parameter], Tensor]:
-    """Return a function from a parameter to its fp32 gradient buffer, which it marks as filled."""
+    """Return a function that maps a parameter to its fp32 gradient buffer and marks the buffer as filled."""
     index = {id(p): (i, j) for i, group in enumerate(optimizer.bf16_groups) for j, p in enumerate(group)}
 
     def buffer_of(parameter: nn.Parameter) -> Tensor:

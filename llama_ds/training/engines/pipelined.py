@@ -27,7 +27,7 @@ from llama_ds.training.nan_check import check_layers
 
 
 def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts) -> PipelinedEngine:
-    """Build this rank's stages as layer specs; each layer has optimizer groups of its own. Collective."""
+    """Build this rank's stages from layer specs; each layer has its own optimizer groups. Collective."""
     schedule = schedule_of(run, layout)
     module = LlamaPipeline(run, layout, schedule.place, parts.shared, parts.loss, parts.policies)
     if run.logging.check_finite:
@@ -43,9 +43,9 @@ def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], part
 
 
 def _named_layers(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]]:
-    """Yield this rank's layers with the names of their optimizer groups, each parameter once.
+    """Yield this rank's layers with the names of their optimizer groups; each parameter occurs once.
 
-    A tied table has a name of its own, because the last stage holds it too, and no layer 0.
+    A tied table has its own name instead of "layer 0", because the last stage holds it too.
     """
     yield from ((f"tied {key} ", table) for key, table in module.tied_modules.items())
     tied = set(module.tied_modules.values())

@@ -1,4 +1,4 @@
-"""pp = 1: the whole model under DeepSpeedEngine with ZeRO 0 to 3."""
+"""pp = 1: the full model under DeepSpeedEngine with ZeRO 0 to 3."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from llama_ds.training.nan_check import check_layers
 def build_single_stage(
     run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts, device: torch.device
 ) -> SingleStageEngine:
-    """Build the model, partitioned as it is built under ZeRO-3, and hand it to DeepSpeed. Collective."""
+    """Build the model, under ZeRO-3 already partitioned, and initialise DeepSpeed with it. Collective."""
     mpu = grid(layout)
     checkpointed = parts.policies is None and run.parallel.recompute == "full"
     with _zero_init(run, config, mpu):
         module = Llama(parts.shared, parts.loss, parts.policies, checkpointed)
-    if run.zero_stage == 3:  # they read the weights of their submodules directly, so ZeRO gathers each as a whole
+    if run.zero_stage == 3:  # these modules read their submodules' weights directly, so ZeRO must gather each as a unit
         set_z3_leaf_modules(module, [ManualBackwardLayer, Head])
     if run.logging.check_finite:
         check_layers(enumerate(module.layers), run.model.num_hidden_layers)
@@ -54,7 +54,7 @@ def build_single_stage(
 
 
 def _zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractContextManager[Any]:
-    """Return the context in which ZeRO-3 partitions each layer as soon as it is built, so no rank holds the model."""
+    """Return the context in which ZeRO-3 partitions each layer once it is built, so no rank holds the full model."""
     if run.zero_stage < 3:
         return nullcontext()
     return deepspeed.zero.Init(data_parallel_group=mpu.get_data_parallel_group(), config_dict_or_path=config, mpu=mpu)
@@ -69,13 +69,13 @@ class SingleStageEngine:
         self.device = device
         self.dp_rank = engine.mpu.get_data_parallel_rank()
         self.reads_data = True
-        # DeepSpeed's collectives run within the forward under ZeRO-3, within the backward of every micro-batch from
-        # ZeRO-2 on, else within the last backward. Time that includes collectives is not counted as this rank's own.
+        # DeepSpeed's collectives run in the forward under ZeRO-3, in the backward of every micro-batch from ZeRO-2 on,
+        # else in the last backward only. Time that includes collectives does not count as this rank's own.
         self._forward_waits = engine.zero_optimization_stage() == 3
         self._backward_waits = engine.zero_optimization_stage() >= 2
         if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
-            engine.enable_backward_allreduce = False  # a reduction within one rank would still copy every gradient
-        # In fp32 without ZeRO, and only there, DeepSpeed discards the gradient norm after clipping.
+            engine.enable_backward_allreduce = False  # a reduction over one rank would still copy every gradient
+        # Only in fp32 without ZeRO, DeepSpeed discards the gradient norm after clipping.
         engine.clip_fp32_gradients = self._clip_and_keep_norm
 
     def _clip_and_keep_norm(self) -> None:
@@ -98,7 +98,7 @@ class SingleStageEngine:
         return StepResult(total / self.accumulation, engine.get_global_grad_norm())
 
     def _micro_batch(self, i: int, batches: Iterator[Batch]) -> Tensor:
-        """Run forward and backward of a step's i-th micro-batch, after the last also the update; return its loss."""
+        """Run the forward and backward of micro-batch i, and after the last one the update; return the loss."""
         engine, trace = self.deepspeed, self.trace
         trace.doing = f"forward of micro-batch {i}"
         begin = trace.mark()

@@ -1,4 +1,4 @@
-"""Sources, run files and texts that a benchmark makes for itself."""
+"""Generates sources, run files and texts for the benchmark."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from llama_ds.data.source.manifest import SPLITS, Extent, Manifest, Split, check
 from llama_ds.data.text.corpus import documents
 from llama_ds.data.text.tokenizer import Tokenizer
 
-NO_SHA256 = "0" * 64  # of a shard that is not there
+NO_SHA256 = "0" * 64  # placeholder checksum for a simulated shard
 
 
 def gather_texts(patterns: Sequence[str], path: str, limit_mb: float) -> dict[str, int]:
-    """Write up to `limit_mb` of the documents of `patterns` to a file of JSON lines; return their number and bytes."""
+    """Write up to `limit_mb` of the documents in `patterns` to a JSON Lines file; return their number and size."""
     count = size = 0
     with open(path, "w", encoding="utf-8") as file:
         for document in (document for pattern in patterns for document in documents(pattern)):
@@ -33,7 +33,7 @@ def gather_texts(patterns: Sequence[str], path: str, limit_mb: float) -> dict[st
 
 
 def write_rows(folder: str, tokenizer: Tokenizer, rows: np.ndarray, rows_per_shard: int) -> None:
-    """Write a source that holds `rows`, (R, seq_len + 1), without its index of documents, which runs do not read."""
+    """Write a source with `rows`, (R, seq_len + 1), without the document index, which runs do not read."""
     width, digests = rows.shape[1], []
     os.makedirs(folder)
     for shard, start in enumerate(range(0, len(rows), rows_per_shard)):
@@ -48,7 +48,7 @@ def write_rows(folder: str, tokenizer: Tokenizer, rows: np.ndarray, rows_per_sha
 
 
 def simulate_source(folder: str, tokenizer: Tokenizer, rows: int, rows_per_shard: int, seq_len: int) -> int:
-    """Write the manifest and the checksums of a source of `rows` training rows, no shards; return how many it names."""
+    """Write manifest and checksums, but no shards, of a source of `rows` training rows; return the shard count."""
     os.makedirs(folder)
     splits = {name: _split(rows // (1, 100)[i], seq_len, rows_per_shard) for i, name in enumerate(SPLITS)}
     digests = {name: [NO_SHA256] * split.shards for name, split in splits.items()}
@@ -59,8 +59,8 @@ def simulate_source(folder: str, tokenizer: Tokenizer, rows: int, rows_per_shard
 def write_run(
     path: str, tokenizer: Tokenizer, seq_len: int, weights: Mapping[str, float], global_batch: int, **training: Any
 ) -> str:
-    """Write a run file that mixes source folders by weight; return `path`. The model is as small as it may be."""
-    sources = [{"name": os.path.basename(place), "path": place, "weight": w} for place, w in weights.items()]
+    """Write a run file that mixes source folders by weight, with a minimal model; return `path`."""
+    sources = [{"name": os.path.basename(source), "path": source, "weight": w} for source, w in weights.items()]
     run = {
         "name": "benchmark",
         "deepspeed": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}},
