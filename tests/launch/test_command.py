@@ -318,8 +318,8 @@ REFUSED = [
     ({"launcher": "openmpi", "launcher_args": ["-x", "HF_TOKEN=abc"]}, "HF_TOKEN looks like a secret"),
     ({"launcher": "mpich", "launcher_args": ["-genv", "HF_TOKEN", "abc"]}, "HF_TOKEN looks like a secret"),
     ({"launcher": "mpich", "launcher_args": ["-hosts", "a"]}, "'-hosts' is not an option to give to mpich"),
-    ({"launcher": "slurm", "launcher_args": ["id"]}, "--launcher_args: 'id' may be the program to srun"),
-    ({"launcher": "slurm", "launcher_args": ["-n4"]}, "--launcher_args: '-n4' may be the program to srun"),
+    ({"launcher": "slurm", "launcher_args": ["id"]}, "--launcher_args: srun may take 'id' for the program"),
+    ({"launcher": "slurm", "launcher_args": ["-n4"]}, "--launcher_args: srun may take '-n4' for the program"),
     ({"launcher": "slurm", "launcher_args": ["--nodel=a"]}, "'--nodel=a': hosts and ranks come from the hostfile"),
 ]
 

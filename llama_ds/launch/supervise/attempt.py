@@ -244,7 +244,7 @@ class Attempt:
         if all(rank in self.server.members and self.server.members[rank].connected for rank in absent):
             text = f"DeepSpeed's launcher ended with code {code} while {len(absent)} ranks were at work; "
             return Outcome(LAUNCHER, f"{text}the end of {log}:\n{last_lines(log)}")
-        rank, host = absent[0], self.job.places[absent[0]]
+        rank, host = absent[0], self.job.rank_hosts[absent[0]]
         shown = str(self.job.log(rank)) if rank in self.server.members else log
         text = (
             f"rank {rank} on {host} has not ended as it should, nor {len(absent) - 1} others; "

@@ -103,7 +103,7 @@ def examine(
     most_steps = max((member.beat.step for member in members.values()), default=0)
     waiting = sum(member.beat.waits for member in members.values()) * 2 > len(members)
     standings = []
-    for rank, host in enumerate(job.places):
+    for rank, host in enumerate(job.rank_hosts):
         member = members.get(rank)
         state = states.get(rank, "" if host in answering else "?")
         silent = now - last_beat[rank] if member else now
