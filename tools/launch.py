@@ -106,7 +106,7 @@ def launch(args: argparse.Namespace) -> int:
     supervisor = Supervisor(
         run=wanted,
         start=start,
-        roster=HostPool(wanted, hosts, parse_hostfile(args.spares) if args.spares else {}),
+        host_pool=HostPool(wanted, hosts, parse_hostfile(args.spares) if args.spares else {}),
         watch=Watch(
             HangLimits(args.hang_factor, args.hang_min_s, args.start_s), args.silent_s, spikes=args.rewind_steps > 0
         ),
@@ -172,8 +172,8 @@ def show(args: argparse.Namespace, run: RunConfig, start: Start, hosts: Mapping[
     """Print what would be started. Nothing is asked of any host, so what they would answer has a stand-in."""
     folder = os.path.join(os.path.abspath(run.run_dir), "jobs", "NNNN", "attempt_01")
     job = Job(folder, dict(hosts), start.launcher, ("", 0), start.beat_s, start.orphan_s, start.nic)
-    meeting = Rendezvous(start.master or next(iter(hosts)), start.master_port or 29500, "")
-    print(runner_command(command_of(job, start, meeting)))
+    rendezvous = Rendezvous(start.master or next(iter(hosts)), start.master_port or 29500, "")
+    print(runner_command(command_of(job, start, rendezvous)))
 
 
 def preflight(args: argparse.Namespace, run: RunConfig, hosts: Mapping[str, int]) -> Report:

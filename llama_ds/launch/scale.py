@@ -33,7 +33,7 @@ from llama_ds.launch.supervise import hang
 from llama_ds.launch.supervise.attempt import TICK_S
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
-from llama_ds.launch.supervise.processes import Host
+from llama_ds.launch.supervise.processes import HostProcesses
 from llama_ds.launch.supervise.server import Server
 from llama_ds.layout import placement, rank_map
 from llama_ds.layout.axes import Axes
@@ -147,19 +147,19 @@ def watch(world: int, beat_s: float, seconds: float, folder: str) -> dict[str, A
     ranks.start()
     try:
         while len(server.members) < world:
-            server.hear()
+            server.poll()
             time.sleep(0.01)
         joined_s = time.monotonic() - begin
         while any(member.beat.step == 0 for member in server.members.values()):
-            server.hear()
+            server.poll()
             time.sleep(0.01)
-        pace = HangDetector(HangLimits())
+        detector = HangDetector(HangLimits())
         busy, until = _busy(), time.monotonic() + seconds
         first = {rank: member.beat.step for rank, member in server.members.items()}
         while time.monotonic() < until:
             time.sleep(TICK_S)
-            server.hear()
-            pace.look(server.members.values())
+            server.poll()
+            detector.update(server.members.values())
             (time.monotonic() - server.last_beat > 15).nonzero()
         heard = sum(member.beat.step - first[rank] for rank, member in server.members.items())
         share = (_busy() - busy) / seconds
@@ -204,14 +204,14 @@ def _report(server: Server, world: int, folder: str) -> float:
     job = Job(folder, {f"node{i}": 8 for i in range(world // 8)}, "pdsh", ("", 0), 5, 60)
     command = "python llama_ds/train.py"
     processes = {str(rank): {"rank": str(rank), "state": "S", "command": command} for rank in range(world)}
-    hosts = {host: Host(host, None, {"processes": processes}) for host in job.hosts}
+    hosts = {host: HostProcesses(host, None, {"processes": processes}) for host in job.hosts}
     for member in server.members.values():
         member.stacks = 'MainThread:\n  File "/x/train.py", line 1, in main\n  File "/x/wait.py", line 9, in wait\n'
     events = Events(Path(folder, "events.jsonl"), lambda text: None)
     begin = time.monotonic()
     report = hang.HangReport(60, 50)
     beats = {rank: float(server.last_beat[rank]) for rank in server.members}
-    report.standings = hang.examine(job, server.members, hosts, beats, 15)
+    report.ranks = hang.examine(job, server.members, hosts, beats, 15)
     text = json.dumps(report.as_json())
     events.add("hang", "", ranks=list(range(world)), report=len(text))
     events.close()

@@ -91,7 +91,7 @@ def test_the_job_goes_back_before_the_spike_and_leaves_its_data_out(
     assert "LOSS SPIKE: " in job.output and f" at step {SPIKE}, after " in job.output
     (rewind,) = job.named("rewind")
     assert rewind["to"] == BACK
-    assert f"going back to step {BACK}, and leaving out {SKIP} steps of data" in job.output
+    assert f"going back to step {BACK}, and skipping {SKIP} steps of data" in job.output
     assert [e["event"] for e in job.events if e["event"] != "killed"] == [
         *("job started", "attempt started", "ranks joined", "spike", "rewind", "restart"),
         *("attempt started", "ranks joined", "done", "job ended"),

@@ -81,31 +81,31 @@ def wait_until(server: Server, so: Callable[[], object]) -> None:
     deadline = time.monotonic() + 10
     while not so():
         assert time.monotonic() < deadline
-        server.hear()
+        server.poll()
         time.sleep(0.01)
 
 
 def test_a_rank_is_heard_asked_and_leaves(server: Server, job: Job) -> None:
     progress = Progress()
     # The rank's side waits for its welcome: the server must hear meanwhile.
-    attendance = attend(server, job, 0, progress)
+    heartbeat = attend(server, job, 0, progress)
     progress.enter(Phase.TRAINING, 7)
     progress.doing = lambda: ("a backward", True)
     progress.tell(what="loss", step=7, loss=1.5)
     wait_until(server, lambda: server.members[0].beat == Beat(7, Phase.TRAINING, True, "a backward"))
-    wait_until(server, lambda: (server.members[0], {"what": "loss", "step": 7, "loss": 1.5}) in server.news)
+    wait_until(server, lambda: (server.members[0], {"what": "loss", "step": 7, "loss": 1.5}) in server.reports)
     server.ask("stacks")
     wait_until(server, lambda: server.members[0].stacks)
     assert "test_a_rank_is_heard_asked_and_leaves" in (server.members[0].stacks or "")
-    attendance.close()
+    heartbeat.close()
     wait_until(server, lambda: server.members[0].left)
-    assert not server.ends
+    assert not server.disconnected
     assert server.members[0].about["pid"] == os.getpid()
 
 
 def test_strangers_and_nonsense_are_dropped(server: Server, job: Job) -> None:
     """Whoever has no token, or talks nonsense, loses its own connection; ranks stay."""
-    attendance = attend(server, job, 1, Progress())
+    heartbeat = attend(server, job, 1, Progress())
     for data in (
         b"GET / HTTP/1.0\r\n\r\n",
         wire.frame(Kind.BEAT, b"x"),
@@ -118,7 +118,7 @@ def test_strangers_and_nonsense_are_dropped(server: Server, job: Job) -> None:
         wait_until(server, lambda s=stranger: closed(s))
     assert list(server.members) == [1]
     assert server.members[1].connected
-    attendance.close()
+    heartbeat.close()
 
 
 def test_ranks_of_another_attempt_are_refused(server: Server, job: Job, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_ranks_of_another_attempt_are_refused(server: Server, job: Job, tmp_path
     connection = socket.create_connection(server.address)
     buffer = bytearray()
     while not (got := list(wire.frames(buffer))):
-        server.hear()
+        server.poll()
         buffer += connection.recv(1000)
     hello = wire.hello(stale.token(), got[0][1], wire.new_nonce(), {"rank": 0, "host": "localhost"})
     connection.sendall(wire.frame(Kind.HELLO, hello))
@@ -154,14 +154,14 @@ def test_listens_on_the_given_address_only(server: Server) -> None:
 
 
 def attend(server: Server, job: Job, rank: int, progress: Progress) -> HeartbeatConnection:
-    """Return a rank's attendance, with the server hearing while it shakes hands."""
+    """Return a rank's heartbeat, with the server hearing while it shakes hands."""
     import threading
 
     hearing = threading.Event()
 
     def hear() -> None:
         while not hearing.is_set():
-            server.hear()
+            server.poll()
             time.sleep(0.005)
 
     thread = threading.Thread(target=hear)
