@@ -16,9 +16,7 @@ PLAIN = frozenset(string.ascii_letters + string.digits + "_@%+=:,./-")  # DeepSp
 _IN_QUOTES = frozenset(string.printable[:95]) - frozenset('"$\\`!')  # safe between double quotes
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 _ADDRESS = re.compile(r"[A-Za-z0-9:]([A-Za-z0-9_.:-]*[A-Za-z0-9:])?")  # IPv6 included
-_NIC = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}(,[A-Za-z0-9][A-Za-z0-9_.-]{0,14})*"
-)  # Linux: 15 characters
+_NIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}(,[A-Za-z0-9][A-Za-z0-9_.-]{0,14})*")  # Linux: 15 characters
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(r"(TOKEN|SECRETS?|PASSW(OR)?D|PASSPHRASE|CREDENTIALS?|KEY)(_ID)?(_(?!FILE$|PATH$)|$)", re.I)
 _SECRET_VALUE = re.compile(r"://[^/\s]*:[^/\s]*@")  # a password in a URL

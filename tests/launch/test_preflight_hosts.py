@@ -71,7 +71,7 @@ def test_good_hosts_are_good_and_measured(hosts: Hosts, settings: PreflightSetti
         ("mount --bind {older} {code}", "code", "another version of llama_ds"),
         ("mount --bind {garbage} {python}", "answer", "instead of what it was asked"),
         ("mount --bind {hangs} {python}", "answer", "no answer within 10 s"),
-        ("mount --bind /dev/null {files} && mount -t tmpfs none {parent}", "file", "is not there"),
+        ("mount --bind /dev/null {files} && mount -t tmpfs none {parent}", "file", "does not exist"),
     ],
     ids=["full disk", "not shared", "read-only", "no Python", "packages", "code", "garbage", "hangs", "file"],
 )

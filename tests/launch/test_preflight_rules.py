@@ -134,8 +134,8 @@ def test_idleness_and_power_caps_are_no_trouble(install: Run, reasons: str) -> N
 @pytest.mark.parametrize(
     ("name", "value", "check", "severity", "words"),
     [
-        ("ecc.errors.uncorrected.volatile.total", "12", "ecc", "error", ["12 uncorrected", "0 are wanted", "reset it"]),
-        ("temperature.gpu", "88", "temperature", "warning", ["88 C", "below 85 is wanted", "fans"]),
+        ("ecc.errors.uncorrected.volatile.total", "12", "ecc", "error", ["12 uncorrected", "0 are allowed", "reset it"]),
+        ("temperature.gpu", "88", "temperature", "warning", ["88 C", "the limit is 85", "fans"]),
         ("temperature.gpu", "85", "temperature", "warning", ["85 C"]),
         ("slowdown", "0x0000000000000080", "slowed down", "error", ["power supply", "0x0000000000000080", "look at"]),
         ("slowdown", "0x0000000000000048", "slowed down", "error", ["for its heat", "0x0000000000000048"]),
@@ -163,7 +163,7 @@ def test_a_gpu_in_trouble_is_named(
         ({"edit": lambda found: found.pop(5), "tail": LOST, "code": 255}, [repr(LOST.strip()), "reset the GPU"]),
         (
             {"edit": lambda found: found.clear(), "tail": NO_DRIVER, "code": 9},
-            ["couldn't communicate", "mend its driver"],
+            ["couldn't communicate", "repair its driver"],
         ),
         (
             {"edit": lambda found: found.clear(), "tail": "No devices were found\n", "code": 6},
@@ -238,7 +238,7 @@ def test_other_hardware_than_most_is_named() -> None:
     found = unlike({**usual, "older": host(driver="470.57.02"), "other": host(model="NVIDIA A100-PCIE-40GB")})
     driver, model = sorted(found, key=lambda f: f.host)
     assert (driver.host, driver.check, driver.severity) == ("older", "gpu driver", "warning")
-    assert driver.text == f"has 470.57.02, 255 of 256 hosts have {DRIVER}; install the same"
+    assert driver.text == f"has 470.57.02, 255 of 256 hosts have {DRIVER}; install the same version"
     assert (model.host, model.check, model.severity) == ("other", "gpu model", "warning")
     assert model.text.startswith(f"has NVIDIA A100-PCIE-40GB, 81920 MiB, 255 of 256 hosts have {A100}, 81920 MiB; ")
     assert named({**usual, "without": host(count=0)}) == [("without", "gpu model", "error")]
@@ -353,7 +353,7 @@ def test_a_device_far_below_the_others_is_slow() -> None:
     assert slow_devices(*[[250.0 + i % 3] * 8 for i in range(255)], [250.0] * 7 + [200.0]) == [("node255", "device 7")]
     (found,) = measure.slow(speeds([250.0], [250.0], [100.0]), "warning")
     assert found == HostFinding("node2", "slow device", "warning", found.text)
-    assert "100 TFLOP/s, the median is 250, 225 are wanted; look at" in found.text
+    assert "100 TFLOP/s, the median is 250, the minimum 225; look at" in found.text
 
 
 @pytest.mark.parametrize(
@@ -436,7 +436,7 @@ def test_only_the_slow_host_of_a_pair_has_a_slow_link(count: int) -> None:
     for bad in {0, 1, count // 2, count - 1}:
         found = measure.slow(paired(lambda i, j, bad=bad: 5.0 if bad in (i, j) else 20.0, count), "error")
         assert [(f.host, f.check, f.severity) for f in found] == [(str(bad), "slow link", "error")]
-        assert "at 5 GB/s, the median is 20, 14 are wanted; look at" in found[0].text
+        assert "at 5 GB/s, the median is 20, the minimum 14; look at" in found[0].text
 
 
 def test_links_that_are_alike_or_only_two_are_not_slow() -> None:
