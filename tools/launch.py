@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 def launch(args: argparse.Namespace) -> int:
     """Start the job and see it through."""
-    os.environ.pop(VARIABLE, None)  # of a job that started this one: its end is not ours
+    os.environ.pop(VARIABLE, None)  # an outer job's variable would let that job kill this one
     wanted = load_run(args.run_file, args.overrides)
     hosts = hosts_of(args)
     layout = resolve_layout(wanted, sum(hosts.values()))

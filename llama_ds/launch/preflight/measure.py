@@ -6,7 +6,7 @@ fewer than half of the devices are slow, they hardly move these estimates. If ha
 is unclear which half; of two devices none is slow, since both are equally far from the median.
 
 A host's link is judged by the better of its two pairings, with the host before it and the host after it: a slow partner
-slows one pairing, a slow host both. It is slow below 70 percent of the median of all hosts, if there are at least three.
+slows one pairing, a slow host both. A link is slow below 70 percent of the median, if there are at least three hosts.
 Likewise, a failed all-reduce counts against a host only if none of its pairings succeeded.
 
 Suspect hosts are measured again before they are reported, each paired with one of the fastest other hosts: a healthy
