@@ -45,7 +45,7 @@ def whole(make_run: Callable[..., Run]) -> Run:
 
 
 def test_killed_stopped_cut_off_and_killed_while_saving(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
-    """Four faults in a job of pp 2, dp 2 on two hosts with two spares; losses equal the undisturbed run's to the bit."""
+    """Four faults in a job of pp 2, dp 2 on two hosts with two spares; losses equal an undisturbed run's."""
     run = make_run("faults", LAYOUT)
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 2, ["node3", "node4"])
     job = start(run, hosts, ["node1", "node2"], 2, "--supervise", "--spares", str(spares), orphan_s=ORPHAN_S)

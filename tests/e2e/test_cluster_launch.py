@@ -64,11 +64,11 @@ def test_two_hosts_train_as_one(launcher: str, hosts: Hosts, alone: Run, make_ru
 @needs_hosts
 def test_the_first_failing_rank_is_shown_first(hosts: Hosts, make_run: Callable[..., Run], tmp_path: Path) -> None:
     """One host's copy of the code raises: its error comes first, with rank and host, and is the only traceback."""
-    source = (ROOT / "llama_ds" / "model" / "written_out.py").read_text()
-    broken = tmp_path / "written_out.py"
+    source = (ROOT / "llama_ds" / "model" / "manual_backward.py").read_text()
+    broken = tmp_path / "manual_backward.py"
     broken.write_text(source + "\n\ndef _broken(*_):\n    raise RuntimeError('broken on this host')\n\n"
-                      "WrittenOutLayer.forward = _broken\n")  # fmt: skip
-    hosts.restart("node2", f"mount --bind {broken} {ROOT / 'llama_ds' / 'model' / 'written_out.py'}")
+                      "ManualBackwardLayer.forward = _broken\n")  # fmt: skip
+    hosts.restart("node2", f"mount --bind {broken} {ROOT / 'llama_ds' / 'model' / 'manual_backward.py'}")
     run = make_run("exception", LAYOUT)
     try:
         job = start(run, hosts, ["node1", "node2"], 2)

@@ -29,9 +29,9 @@ from tests.hosts import Hosts, missing
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 FAULTS = int(os.environ.get("SOAK_FAULTS", "4"))
-SEED = int(os.environ.get("SOAK_SEED", "3"))  # the first four: of kinds that test_cluster_faults.py has not, but one
+SEED = int(os.environ.get("SOAK_SEED", "3"))  # the first four are mostly kinds that test_cluster_faults.py lacks
 RECORD = os.environ.get("SOAK_RECORD", "")
-KINDS = {  # and what the supervisor must call it
+KINDS = {  # fault -> outcome that the supervisor must report
     "killed": "death",
     "killed while saving": "death",
     "stopped": "hang",

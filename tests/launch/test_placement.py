@@ -1,4 +1,4 @@
-"""Where ranks stand, what is found about their groups, and the rank map as a table and as a picture."""
+"""The placement of ranks, the findings about their groups, and the rank map as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def nodes(count: int, slots: int = 8) -> dict[str, int]:
 
 
 def found(hosts: Mapping[str, int], pp: int, tp: int) -> dict[str, tuple[str, str]]:
-    """Return (severity, text) of each of the findings by what it is about."""
+    """Return the (severity, text) of each finding, by topic."""
     return {f.text.partition(":")[0]: (f.severity, f.text) for f in findings(place(hosts, Axes(pp=pp, tp=tp)))}
 
 

@@ -1,6 +1,6 @@
-"""The preflight asks hundreds of hosts side by side, and names those that hang or answer garbage, and no others.
+"""The preflight checks hundreds of hosts in parallel, and reports exactly those that hang or answer garbage.
 
-Here on fewer hosts, by the code with which `tools/cluster_scale.py --preflight` measured 256 (docs/measurements).
+The test uses fewer hosts and the code with which `tools/cluster_scale.py --preflight` measured 256 (docs/measurements).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The preflight on real hosts: what is wrong with one is named, with that host alone, and a spare replaces it."""
+"""The preflight on real hosts: a problem of one host is reported for that host alone, and a spare replaces it."""
 
 from __future__ import annotations
 

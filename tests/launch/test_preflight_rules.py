@@ -1,7 +1,6 @@
-"""What the preflight concludes from what hosts say: GPUs by nvidia-smi, clocks, speeds beside each other, garbage.
+"""The preflight's findings from the answers of hosts: GPUs, clocks, relative speeds, garbage.
 
-nvidia-smi is the one stand-in: a program on the path that prints what it prints on hosts of eight A100s, in the columns
-that the probe asks for.
+Only nvidia-smi is simulated: a program on PATH prints the output of a host with eight A100s, in the requested columns.
 """
 
 from __future__ import annotations
@@ -141,9 +140,9 @@ def test_idleness_and_power_caps_are_no_trouble(install: Run, reasons: str) -> N
         ("slowdown", "0x0000000000000048", "slowed down", "error", ["for its heat", "0x0000000000000048"]),
         ("slowdown", "0x0000000000000020", "slowed down", "warning", ["by the driver, for its heat"]),
         ("slowdown", "0x0000000000000060", "slowed down", "error", ["by the driver", "by its hardware"]),
-        ("temperature.gpu", "[Unknown Error]", "gpu", "error", ["'[Unknown Error]' of its temperature.gpu", "reset"]),
-        ("memory.total", "[GPU is lost]", "gpu", "error", ["'[GPU is lost]' of its memory.total"]),
-        ("slowdown", "[GPU requires reset]", "gpu", "error", ["'[GPU requires reset]' of its slowdown"]),
+        ("temperature.gpu", "[Unknown Error]", "gpu", "error", ["'[Unknown Error]' for its temperature.gpu", "reset"]),
+        ("memory.total", "[GPU is lost]", "gpu", "error", ["'[GPU is lost]' for its memory.total"]),
+        ("slowdown", "[GPU requires reset]", "gpu", "error", ["'[GPU requires reset]' for its slowdown"]),
     ],
 )
 def test_a_gpu_in_trouble_is_named(
@@ -450,7 +449,7 @@ def test_a_failed_all_reduce_is_held_against_the_host_that_has_no_other(count: i
     slots = paired(lambda i, j: None if 1 in (i, j) else 20.0, count)
     (found,) = measure.failed(slots)
     assert (found.host, found.check, found.severity) == ("1", "all-reduce", "error")
-    assert "timed out" in found.text and "look at its network" in found.text
+    assert "timed out" in found.text and "check its network" in found.text
     assert measure.slow(slots, "error") == []
 
 

@@ -1,4 +1,4 @@
-"""Going back after a loss spike: what the supervisor has the next attempt told, and which data it then reads."""
+"""Rewinds after a loss spike: the overrides for the next attempt, and the data that it then reads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reads(skips: list[tuple[int, int]], steps: int) -> list[int]:
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=6))
 def test_a_rewind_leaves_out_what_was_read_and_nothing_else(rewinds: list[tuple[int, int]]) -> None:
-    """However often a run goes back, and how far: what was left out stays out, and each time as much is added to it."""
+    """For any number and length of rewinds, skipped data stays skipped, and each rewind skips as much again."""
     skips: list[tuple[int, int]] = []
     for back, steps in rewinds:
         before = reads(skips, 200)
@@ -50,7 +50,7 @@ def test_going_back_twice_to_a_step_skips_more_data_there_not_the_same_again() -
 
 
 def test_the_overrides_are_a_run_s(tmp_path: Path) -> None:
-    """The ranks read them as a user's: what is written here must mean there what is meant here."""
+    """The ranks parse the overrides like a user's, so they must have the intended meaning."""
     run = load_run(RUN_FILE, rewind_overrides([(100, 300), (900, 600)], 900, 2))
     assert (run.checkpoint.rewind_to, run.checkpoint.rewind_id) == (900, 2)
     assert run.data.skip == (SkipConfig(100, 300), SkipConfig(900, 600))
@@ -84,7 +84,7 @@ def events(supervisor: Supervisor) -> list[dict[str, Any]]:
 
 
 def test_a_spike_sends_the_job_back_on_the_same_hosts(supervisor: Supervisor) -> None:
-    """Nobody is to blame and no host is looked at; a second spike goes on from what the first has left out."""
+    """No host is blamed or checked; a second rewind adds to the skips of the first."""
     first = supervisor._rewind_id
     assert supervisor._prepare_restart(spiked(1000), HOSTS, 1) == HOSTS
     assert supervisor._rewind_overrides == rewind_overrides([(900, 300)], 900, first + 1)
@@ -117,7 +117,7 @@ def test_divergence_is_a_spike_where_rewinds_are_on(supervisor: Supervisor) -> N
 
 @pytest.mark.parametrize("step", [1, 50, 100, 101])
 def test_a_spike_too_early_to_go_back_before_it_asks_for_step_1(supervisor: Supervisor, step: int) -> None:
-    """checkpoint.rewind_to = 0 would mean no rewind: the run would go on behind the spike, its data unskipped."""
+    """checkpoint.rewind_to = 0 would mean no rewind: the run would continue after the spike without a skip."""
     supervisor._prepare_restart(spiked(step), HOSTS, 1)
     assert supervisor._rewind_overrides[0] == "checkpoint.rewind_to=1"
     assert load_run(RUN_FILE, supervisor._rewind_overrides).checkpoint.rewind_to == 1

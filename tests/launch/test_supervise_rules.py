@@ -1,4 +1,4 @@
-"""The supervisor's rules: when a loss is a spike, a job stands still, who is to blame, and where it goes on."""
+"""The supervisor's rules: detection of loss spikes and hangs, the culprits of a hang, and the choice of hosts."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def member(rank: int, step: int, phase: Phase = Phase.TRAINING, waits: bool = Tr
     return Member(rank, f"node{rank // 2 + 1}", {"pid": rank}, Beat(step, phase, waits, "wait"), stacks=stacks or None)
 
 
-def test_patience_is_learnt_from_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten times the median step, never less than the least, and the starting time where nothing is known."""
+def test_the_hang_limit_is_learned_from_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is ten times the median step, at least min_s, and start_s while the step time is unknown."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     detector = HangDetector(HangLimits(factor=10, min_s=5, start_s=600))
@@ -71,7 +71,7 @@ def test_patience_is_learnt_from_the_steps(monkeypatch: pytest.MonkeyPatch) -> N
     assert not detector.update([member(0, 8), member(1, 8)])
     now[0] += 0.2
     assert detector.update([member(0, 8), member(1, 8)])
-    # A save is no step: as long as none has been seen it may take the starting time, then ten times the longest.
+    # The first save may take start_s, later ones ten times the longest save.
     assert not detector.update([member(0, 8, Phase.SAVING), member(1, 8)])
     assert detector.bound() == 600
     detector.learn(Phase.SAVING, 3.0)
@@ -156,7 +156,7 @@ HOSTS = {f"node{i:03}": 8 for i in range(256)}
 
 
 def test_spares_take_the_places_of_bad_hosts(run: RunConfig) -> None:
-    """Ranks of good hosts stay where they are: their data caches are there."""
+    """Ranks of good hosts keep their hosts, where their data caches are."""
     host_pool = HostPool(run, HOSTS, {"spare1": 8, "spare2": 4, "spare3": 8})
     good = [host for host in host_pool.all_hosts if host not in ("node003", "node200")]
     chosen = host_pool.choose(good)
@@ -172,12 +172,12 @@ def test_a_host_that_fails_twice_makes_place_for_a_spare(run: RunConfig) -> None
     assert host_pool.choose(list(host_pool.all_hosts)) == HOSTS
     host_pool.blame(["node007"])
     assert list(host_pool.choose(list(host_pool.all_hosts)))[7] == "spare1"
-    # But is better than none.
+    # Without a spare, the host stays.
     assert host_pool.choose(list(HOSTS)) == HOSTS
 
 
 def test_without_spares_the_world_shrinks_to_a_legal_one(run: RunConfig) -> None:
-    """65B: pp * tp = 64 and dp a divisor of the global batch: of 255 hosts 128 are used."""
+    """65B: pp * tp = 64, and dp divides the global batch, so 128 of 255 hosts are used."""
     host_pool = HostPool(run, HOSTS)
     chosen = host_pool.choose([host for host in HOSTS if host != "node000"])
     world = sum(chosen.values())

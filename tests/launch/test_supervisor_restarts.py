@@ -1,4 +1,4 @@
-"""Between two attempts: hosts that are away for a while end no job, and ranks that nobody can reach end themselves."""
+"""Between two attempts: a temporary outage of hosts does not end a job, and unreachable ranks terminate themselves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def events(of: Supervisor) -> list[dict[str, Any]]:
 
 
 def reports(*good: bool) -> Callable[[Mapping[str, int]], Report]:
-    """Return a preflight that finds all hosts good, or none, from call to call."""
+    """Return a preflight that finds all hosts good or all bad, as listed call by call."""
     answers = iter(good)
 
     def examine(hosts: Mapping[str, int]) -> Report:
@@ -70,7 +70,7 @@ def test_one_that_does_not_is_waited_for_no_more_often_than_restarts_are_allowed
 
 
 def test_a_first_host_that_is_gone_at_a_restart_is_one_more_failure(tmp_path: Path) -> None:
-    """At the first start it is the user's to mend; later the job goes on without it."""
+    """At the first start it is a user error; later the job continues without the host."""
     job = supervisor(tmp_path, reports())
     with pytest.raises(UserError, match=r"nowhere1\.invalid: the first host does not answer"):
         job._rendezvous(HOSTS, again=False)
@@ -92,7 +92,7 @@ while True:
 
 
 def test_a_rank_that_is_heard_no_more_has_ended_within_the_fence(tmp_path: Path) -> None:
-    """It is alive and reachable, but ssh to it is not: when the next attempt starts it must not write any more."""
+    """A rank that survives on a host without ssh must not write any more when the next attempt starts."""
     server = Server("127.0.0.1")
     job = Job(str(tmp_path / "attempt"), {"localhost": 1}, "pdsh", server.address, beat_s=0.2, orphan_s=1.5)
     prepare(job, [])
