@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def falling(step: int) -> float:
-    """A loss as runs have it: a power law with the noise of a batch."""
+    """A typical loss: a power law with batch noise."""
     return 2.0 + 8.0 * (step + 10) ** -0.3 + 0.02 * math.sin(step * 12.9898)
 
 

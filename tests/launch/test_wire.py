@@ -1,4 +1,4 @@
-"""The protocol of ranks and supervisor: only peers with the token are served; garbage ends a connection, not the job."""
+"""The protocol of ranks and supervisor: only peers with the token are served, and garbage ends only its connection."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_listens_on_the_given_address_only(server: Server) -> None:
 
 
 def attend(server: Server, job: Job, rank: int, progress: Progress) -> HeartbeatConnection:
-    """Return a rank's heartbeat, with the server hearing while it shakes hands."""
+    """Return a rank's connection; the server polls during the handshake."""
     import threading
 
     hearing = threading.Event()
