@@ -32,8 +32,8 @@ def main() -> int:
     log.silence_libraries()
     from llama_ds.parallel import world
 
-    presence = Heartbeat()
-    with world.failing_together(presence.tell):
+    heartbeat = Heartbeat()
+    with world.failing_together(heartbeat.tell):
         if arguments.dry_run:
             from llama_ds.layout.recompute import with_device_memory
             from llama_ds.training.plan import describe
@@ -50,7 +50,7 @@ def main() -> int:
                 world.check_mpi(place)
             check_world(job, place.rank, place.world)
             keep_output(job, place.rank)
-            presence.begin(job, place.rank)
+            heartbeat.begin(job, place.rank)
         # First of all: a mistake that only one rank can see, such as a file missing on its node, must reach the others.
         world.join(place, job.nic if job else "")
         if job:
@@ -58,8 +58,8 @@ def main() -> int:
         run, layout, config = world.together(lambda: resolve(arguments, place.world))
         from llama_ds.training.loop import train
 
-        train(run, layout, config, place, presence.progress)
-        presence.end()
+        train(run, layout, config, place, heartbeat.progress)
+        heartbeat.end()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Real hosts on one Linux machine: namespaces of network, processes, mounts and name, each with its own sshd.
+"""Hosts on one Linux machine: namespaces for network, processes, mounts and host name, each with its own sshd.
 
 They share the machine's files, as a cluster shares its file system. Needs root, iproute2 and openssh-server.
 """
@@ -28,7 +28,7 @@ PROGRAMS = {
 
 
 def missing() -> str | None:
-    """Return what keeps this machine from having such hosts, None when nothing does."""
+    """Return the reason why this machine cannot create such hosts, or None."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "root on Linux is needed to make hosts of network namespaces"
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -37,10 +37,10 @@ def missing() -> str | None:
 
 
 class Hosts:
-    """A context in which hosts `node1` .. exist, reached by ssh with `environment`, and by nobody else."""
+    """A context in which hosts `node1`, `node2`, ... exist, reachable by ssh with `environment` only."""
 
     def __init__(self, count: int, folder: Path, subnet: int = 98) -> None:
-        """Files go to `folder`; the hosts are 10.`subnet`.0.1 and on, this machine is 10.`subnet`.0.254."""
+        """Files go to `folder`; hosts have the addresses from 10.`subnet`.0.1, this machine 10.`subnet`.0.254."""
         self.names = [f"node{i + 1}" for i in range(count)]
         self.folder, self.subnet = folder, subnet
         self._tag = f"{os.getpid() % 10**6}"
@@ -80,12 +80,12 @@ class Hosts:
 
     @property
     def ssh_config(self) -> Path:
-        """The file that tells ssh how to reach the hosts."""
+        """The ssh configuration for the hosts."""
         return self.folder / "ssh_config"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes ssh and pdsh reach the hosts."""
+        """Environment variables with which ssh and pdsh reach the hosts."""
         return {"PDSH_SSH_ARGS_APPEND": f"-F {self.ssh_config}"}
 
     def address(self, name: str) -> str:
@@ -93,13 +93,13 @@ class Hosts:
         return f"10.{self.subnet}.0.{self.names.index(name) + 1}"
 
     def start(self, name: str, before: str = "") -> None:
-        """Switch a host on, after the shell commands `before` in its namespaces, such as mounts of its own."""
+        """Start a host, after the shell commands `before` in its namespaces, such as private mounts."""
         config = self.folder / f"{name}.sshd"
         config.write_text(
             f"ListenAddress {self.address(name)}\nHostKey {self.folder / 'host_key'}\nPidFile none\nUsePAM no\n"
             f"AuthorizedKeysFile {self.folder / 'authorized_keys'}\nStrictModes no\nPasswordAuthentication no\n"
             "MaxStartups 200\nMaxSessions 200\nPermitRootLogin yes\n"
-            f"SetEnv HOME={self.folder}\n"  # without this machine's start files of a shell, which may be slow
+            f"SetEnv HOME={self.folder}\n"  # skips the user's shell startup files, which may be slow
         )
         sshd = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"])
         script = f"hostname {name}; {before}\nexec {sshd} -D -e -f {config}"
@@ -111,13 +111,13 @@ class Hosts:
             )  # fmt: skip
 
     def restart(self, name: str, before: str = "") -> None:
-        """Switch a host off and on again."""
+        """Power a host off and start it again."""
         self.power_off(name)
         self.start(name, before)
         self._wait_for(name)
 
     def power_off(self, name: str) -> None:
-        """Let all of a host's processes die at once; its sockets say nothing, as its link is cut first."""
+        """Kill all of a host's processes at once; its sockets send no FIN, because its link is cut first."""
         self.unplug(name)
         daemon = self._daemons.pop(name)
         os.killpg(daemon.pid, signal.SIGKILL)
@@ -125,11 +125,11 @@ class Hosts:
         self.plug(name)
 
     def unplug(self, name: str) -> None:
-        """Cut a host's link: it lives, and nobody reaches it."""
+        """Cut a host's link: the host keeps running but is unreachable."""
         _run("ip", "link", "set", self._cable(name), "down")
 
     def plug(self, name: str) -> None:
-        """Mend a host's link."""
+        """Restore a host's link."""
         _run("ip", "link", "set", self._cable(name), "up")
 
     def ssh(self, name: str, *argv: str, timeout_s: float = 20) -> subprocess.CompletedProcess[str]:
@@ -138,7 +138,7 @@ class Hosts:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
     def processes(self, name: str, word: str) -> list[psutil.Process]:
-        """Return the living processes of a host whose command line holds `word`."""
+        """Return the living processes of a host with `word` in their command line."""
         found = []
         space = _namespace_of(self._init(name))
         for process in psutil.process_iter():
@@ -154,7 +154,7 @@ class Hosts:
         return path
 
     def _init(self, name: str) -> int:
-        """Return the process whose namespaces are the host's: sshd."""
+        """Return the pid of the host's sshd, which runs in the host's namespaces."""
         daemon = psutil.Process(self._daemons[name].pid)
         return next(child.pid for child in daemon.children(recursive=True))
 
@@ -198,7 +198,7 @@ class Hosts:
             with suppress(ProcessLookupError):
                 os.killpg(daemon.pid, signal.SIGKILL)
             daemon.wait()
-        for name in self.names:  # the cable first: with its namespace the kernel removes it only some time later
+        for name in self.names:  # delete the cable first: with its namespace the kernel would remove it with a delay
             subprocess.run(["ip", "link", "del", self._cable(name)], capture_output=True)
             subprocess.run(["ip", "netns", "del", self._namespace(name)], capture_output=True)
         subprocess.run(["ip", "link", "del", self._bridge], capture_output=True)

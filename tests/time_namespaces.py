@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 def missing() -> str | None:
-    """Return what keeps this machine from having such hosts, None when nothing does."""
+    """Return the reason why this machine cannot create such hosts, or None."""
     if sys.platform != "linux" or os.geteuid() != 0 or not os.path.exists("/proc/self/ns/time"):
         return "root on Linux with time namespaces is needed for hosts with clocks of their own"
     if not shutil.which("unshare"):
@@ -21,9 +21,9 @@ def missing() -> str | None:
 
 
 def ahead(seconds: int, commands: Sequence[Sequence[str]]) -> list[str]:
-    """Return the command that runs `commands` side by side on a host whose monotonic clock is `seconds` ahead.
+    """Return a command that runs `commands` in parallel on a host whose monotonic clock is `seconds` ahead.
 
-    It fails when one of them does.
+    It fails if one of them fails.
     """
     started = " ".join(f'{shlex.join(command)} & pids="$pids $!";' for command in commands)
     script = f"pids=; {started} for pid in $pids; do wait $pid || exit 1; done"
@@ -31,7 +31,7 @@ def ahead(seconds: int, commands: Sequence[Sequence[str]]) -> list[str]:
 
 
 def run_hosts(hosts: dict[int, list[list[str]]], environment: dict[str, str], timeout_s: float) -> list[str]:
-    """Run commands on hosts that are so many seconds ahead; return the hosts' outputs. All must succeed."""
+    """Run commands on hosts, given by their clock's offset in seconds; return the outputs. All must succeed."""
     processes = [
         subprocess.Popen(
             ahead(seconds, commands), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

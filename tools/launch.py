@@ -116,7 +116,7 @@ def launch(args: argparse.Namespace) -> int:
     supervisor = Supervisor(
         run=wanted,
         start=start,
-        roster=HostPool(wanted, hosts, parse_hostfile(args.spares) if args.spares else {}),
+        host_pool=HostPool(wanted, hosts, parse_hostfile(args.spares) if args.spares else {}),
         watch=Watch(
             HangLimits(args.hang_factor, args.hang_min_s, args.start_s), args.silent_s, spikes=args.rewind_steps > 0
         ),

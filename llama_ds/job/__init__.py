@@ -1,1 +1,1 @@
-"""What a rank shares with the job it is part of: its folder, its heartbeat and the wire format, without torch."""
+"""What ranks and the launcher share: the job's folder, the heartbeat and the wire format. Does not import torch."""

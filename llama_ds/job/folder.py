@@ -1,11 +1,11 @@
-"""A job's folder: all that the launcher, the ranks and a person look for, in one place that all hosts see.
+"""A job's folder on the shared file system, used by the launcher, the ranks and people.
 
-runs/NAME/jobs/0001/events.jsonl        what happened, one event a line
+runs/NAME/jobs/0001/events.jsonl        the event log, one JSON object per line
 runs/NAME/jobs/0001/attempt_01/         one start of the ranks:
-    job.json hostfile arguments environment     what they were started with
-    token                               the secret by which they know each other; only the owner may read it
-    logs/launcher.log rank_00000.log    what DeepSpeed's launcher and every rank printed
-    stacks/rank_00000.txt               where a hanging rank was
+    job.json hostfile arguments environment     inputs of the launch
+    token                               the attempt's shared secret, readable only by its owner
+    logs/launcher.log rank_00000.log    output of DeepSpeed's launcher and of every rank
+    stacks/rank_00000.txt               stack traces of a hanging rank
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from typing import Any
 from llama_ds.errors import UserError
 
 MPI_LAUNCHERS = ("openmpi", "mpich", "impi")
-VARIABLE = "LLAMA_DS_JOB"  # in every process of a job: the attempt's folder
-CONNECT_S = 5.0  # that a rank tries to connect at a time
-RETRY_S = 1.0  # between two tries
+VARIABLE = "LLAMA_DS_JOB"  # environment variable of every process of a job: the attempt's folder
+CONNECT_S = 5.0  # timeout of one connection attempt
+RETRY_S = 1.0  # pause between two connection attempts
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a rank must know of the attempt that it is part of."""
+    """The attempt that a rank belongs to."""
 
-    folder: str  # of the attempt
-    hosts: dict[str, int]  # slots of each, in the order of the ranks
+    folder: str  # the attempt's folder
+    hosts: dict[str, int]  # slots per host, in rank order
     launcher: str
-    server: tuple[str, int]  # where the supervisor listens
-    beat_s: float  # between two beats of a rank
-    orphan_s: float  # after which a rank that has lost the supervisor ends
-    nic: str = ""  # of the ranks' traffic; "": the one that leads to the first host
+    server: tuple[str, int]  # address and port on which the supervisor listens
+    beat_s: float  # heartbeat interval
+    orphan_s: float  # a rank without a supervisor terminates after this time
+    nic: str = ""  # interface for the ranks' traffic; "": the interface that routes to the first host
 
     @property
     def world(self) -> int:
@@ -44,30 +44,30 @@ class Job:
 
     @property
     def connect_s(self) -> float:
-        """How long a rank tries to connect at a time; in between it looks at the clock."""
+        """Timeout of one connection attempt; a rank checks its orphan deadline between two of them."""
         return min(CONNECT_S, self.orphan_s / 3)
 
     @property
     def unheard_s(self) -> float:
-        """How long what a rank sends may stay unacknowledged until it takes the supervisor for gone."""
+        """How long sent data may stay unacknowledged before a rank considers the supervisor unreachable."""
         return max(self.orphan_s / 3, 2 * self.beat_s)
 
     @property
     def fence_s(self) -> float:
-        """Within which a rank that the supervisor hears no more has ended itself, counted from the supervisor's end."""
+        """Seconds after which an unreachable rank has certainly terminated itself, counted from the attempt's end."""
         return self.beat_s + self.unheard_s + self.orphan_s + self.connect_s + RETRY_S
 
     def log(self, rank: int) -> Path:
-        """Return the file of a rank's output."""
+        """Return the path of a rank's log."""
         return Path(self.folder, "logs", f"rank_{rank:05d}.log")
 
     @property
     def launcher_log(self) -> Path:
-        """The file of the launcher's output."""
+        """The path of the launcher's log."""
         return Path(self.folder, "logs", "launcher.log")
 
     def stacks(self, rank: int) -> Path:
-        """Return the file into which a rank's fault handler writes."""
+        """Return the file to which a rank's fault handler writes stack traces."""
         return Path(self.folder, "stacks", f"rank_{rank:05d}.txt")
 
     def path(self, name: str) -> str:
@@ -75,20 +75,20 @@ class Job:
         return os.path.join(self.folder, name)
 
     def token(self) -> bytes:
-        """Return the attempt's secret."""
+        """Return the attempt's shared secret."""
         return bytes.fromhex(Path(self.folder, "token").read_text())
 
     @property
-    def places(self) -> list[str]:
+    def rank_hosts(self) -> list[str]:
         """The host of every rank."""
         return [host for host, slots in self.hosts.items() for _ in range(slots)]
 
 
 def current(environment: Mapping[str, str]) -> Job | None:
-    """Return the job that this process is part of, None where it was started otherwise.
+    """Return the job that this process belongs to, or None if tools/launch.py did not start it.
 
     Raises:
-        UserError: its folder cannot be read here.
+        UserError: the job's folder cannot be read on this host.
     """
     folder = environment.get(VARIABLE)
     if not folder:

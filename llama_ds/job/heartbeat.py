@@ -1,7 +1,6 @@
-"""A rank's side of being supervised: it says where it is, answers when asked, and ends when nobody is left to ask.
+"""The rank's side of supervision: it sends heartbeats, answers requests, and terminates if the supervisor disappears.
 
-All of it is one thread that sleeps. Without a job there is no thread, and `Progress` is a few attributes that nobody
-reads.
+One thread does this and sleeps most of the time. Without a job there is no thread, and nobody reads `Progress`.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ from llama_ds.job.wire import (
     pack_beat,
 )
 
-REACH_S = 60.0  # to find the supervisor at the start
-STACKS_SIGNAL = signal.SIGUSR2  # has the C library write the stacks, also while Python hangs
+REACH_S = 60.0  # timeout for the first connection to the supervisor
+STACKS_SIGNAL = signal.SIGUSR2  # faulthandler dumps the stacks from C, even while Python hangs
 
 
 class Progress:
-    """Where this rank is. Written by the training, read by whoever wants to know."""
+    """The progress of this rank: the training loop writes it, the heartbeat thread reads it."""
 
     def __init__(self) -> None:
         self.phase = Phase.STARTING
-        self.step = 0  # steps done
-        self.doing: Callable[[], tuple[str, bool]] = lambda: ("", False)  # in words, and whether it waits for others
-        self.told: deque[dict[str, Any]] = deque()  # to go with the next beat
-        self.host = socket.gethostname()  # what people call it: its name in the hostfile, where there is one
-        self.speaks = False  # for the job: one rank tells what all know
+        self.step = 0  # completed steps
+        self.doing: Callable[[], tuple[str, bool]] = lambda: ("", False)  # description; whether it waits for others
+        self.queue: deque[dict[str, Any]] = deque()  # reports to send with the next heartbeat
+        self.host = socket.gethostname()  # replaced by the name in the hostfile, if there is one
+        self.is_reporter = False  # one rank reports for the whole job
         self._since = time.monotonic()
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
-        """Begin a phase, with `step` steps done."""
+        """Enter a phase after `step` completed steps."""
         now = time.monotonic()
         if self.phase is not phase:
             self.tell(what="phase", phase=int(self.phase), seconds=now - self._since)
@@ -65,12 +64,12 @@ class Progress:
             self.step = step
 
     def tell(self, **values: Any) -> None:
-        """Have the supervisor told something with the next beat, if this rank is the one that does."""
-        if self.speaks:
-            self.told.append(values)
+        """Queue a report for the next heartbeat, if this rank reports for the job."""
+        if self.is_reporter:
+            self.queue.append(values)
 
     def beat(self) -> Beat:
-        """Return where this rank is now."""
+        """Return the current state of this rank."""
         doing, waits = self.doing()
         return Beat(self.step, self.phase, waits, doing)
 
@@ -79,13 +78,13 @@ class HeartbeatConnection:
     """This rank's connection to its job's supervisor."""
 
     def __init__(self, job: Job, rank: int, progress: Progress) -> None:
-        """Connect and begin to beat.
+        """Connect and start the heartbeat thread.
 
         Raises:
             UserError: the supervisor cannot be reached.
         """
         self.job, self.rank, self.progress = job, rank, progress
-        progress.speaks, progress.host = rank == 0, job.places[rank]
+        progress.is_reporter, progress.host = rank == 0, job.rank_hosts[rank]
         self._token = job.token()
         self._about = {"rank": rank, "host": progress.host, "pid": os.getpid()}
         self._socket: socket.socket | None = None
@@ -93,7 +92,7 @@ class HeartbeatConnection:
         self._ended = threading.Event()
         self._lost_since: float | None = None
         self._term_sent = False
-        self._stacks = open(job.stacks(rank), "w")  # noqa: SIM115 (the fault handler needs it to the end)
+        self._stacks = open(job.stacks(rank), "w")  # noqa: SIM115 (the fault handler keeps it open)
         faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True)
         deadline = time.monotonic() + REACH_S
         while (problem := self._connect()) is not None:
@@ -104,27 +103,27 @@ class HeartbeatConnection:
                     "launcher's address that they see with --listen"
                 )
             time.sleep(RETRY_S)
-        threading.Thread(target=self._attend, name="attendance", daemon=True).start()
+        threading.Thread(target=self._serve, name="heartbeat", daemon=True).start()
 
     def tell(self, **values: Any) -> None:
-        """Tell the supervisor something now, after what waits to be told; what cannot be said is lost."""
+        """Send the queued reports and then this one at once; a report that cannot be sent is lost."""
         self._flush()
         self._send(Kind.TELL, as_json(values))
 
     def close(self) -> None:
-        """Say that this rank ends as it should."""
+        """Report that this rank exits cleanly."""
         self._ended.set()
         self._flush()
         self._send(Kind.BEAT, pack_beat(self.progress.beat()))
         self._send(Kind.GOODBYE)
 
-    def _attend(self) -> None:
+    def _serve(self) -> None:
         due = time.monotonic()
         buffer = bytearray()
         while not self._ended.is_set():
             now = time.monotonic()
             if self._socket is None:
-                self._orphaned(now)
+                self._check_orphaned(now)
                 buffer.clear()
                 if self._connect() is not None:
                     self._ended.wait(RETRY_S)
@@ -133,9 +132,9 @@ class HeartbeatConnection:
                 due = now + self.job.beat_s
                 self._flush()
                 self._send(Kind.BEAT, pack_beat(self.progress.beat()))
-            self._listen(buffer, max(due - time.monotonic(), 0))
+            self._receive(buffer, max(due - time.monotonic(), 0))
 
-    def _listen(self, buffer: bytearray, seconds: float) -> None:
+    def _receive(self, buffer: bytearray, seconds: float) -> None:
         try:
             connection = self._socket
             if connection is None or not select.select([connection], [], [], seconds)[0]:
@@ -150,35 +149,34 @@ class HeartbeatConnection:
         except (OSError, ValueError, ProtocolError):
             self._lose()
 
-    def _answer(self, wanted: Any) -> None:
-        if wanted == "stacks":
+    def _answer(self, request: Any) -> None:
+        if request == "stacks":
             self._send(Kind.STACKS, stacks().encode())
-        elif wanted == "save":
+        elif request == "save":
             os.kill(os.getpid(), signal.SIGUSR1)
-        elif wanted == "end":
+        elif request == "end":
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _flush(self) -> None:
-        with suppress(IndexError):  # the other thread has taken the last one
-            while self.progress.told:
-                self._send(Kind.TELL, as_json(self.progress.told.popleft()))
+        with suppress(IndexError):  # the other thread took the last report
+            while self.progress.queue:
+                self._send(Kind.TELL, as_json(self.progress.queue.popleft()))
 
-    def _orphaned(self, now: float) -> None:
-        """Save and end when the supervisor stays away, and end without when that takes too long."""
+    def _check_orphaned(self, now: float) -> None:
+        """Save and exit if the supervisor stays unreachable; exit without a save if that takes too long."""
         self._lost_since = self._lost_since or now
-        gone = now - self._lost_since
-        if gone > self.job.orphan_s:
-            print(f"rank {self.rank}: the launcher is gone for {gone:.0f} s; ending", file=sys.stderr, flush=True)
+        lost_s = now - self._lost_since
+        prefix = f"rank {self.rank}: no connection to the launcher for {lost_s:.0f} s"
+        if lost_s > self.job.orphan_s:
+            print(f"{prefix}; terminating", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        if gone > self.job.orphan_s / 3 and not self._term_sent:
+        if lost_s > self.job.orphan_s / 3 and not self._term_sent:
             self._term_sent = True
-            print(
-                f"rank {self.rank}: the launcher is gone for {gone:.0f} s; saving, ending", file=sys.stderr, flush=True
-            )
+            print(f"{prefix}; saving a checkpoint and exiting", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _connect(self) -> str | None:
-        """Connect and shake hands; return what went wrong, if anything."""
+        """Connect and perform the handshake; return the reason of a failure."""
         try:
             connection = socket.create_connection(self.job.server, self.job.connect_s)
             try:
@@ -189,7 +187,7 @@ class HeartbeatConnection:
         except (OSError, ProtocolError) as error:
             return str(error)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A supervisor whose host vanishes closes nothing: beats that nobody acknowledges tell.
+        # A supervisor whose host vanishes closes no connection: unacknowledged heartbeats reveal it.
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1e3 * self.job.unheard_s))
         self._socket, self._lost_since = connection, None
         return None
@@ -208,10 +206,10 @@ class HeartbeatConnection:
                     raise ProtocolError("refused: it is the launcher of another attempt")
                 buffer.extend(chunk)
 
-        theirs, own = receive(Kind.NONCE), new_nonce()
-        connection.sendall(frame(Kind.HELLO, hello(self._token, theirs, own, self._about)))
-        if not is_welcome(self._token, theirs, own, receive(Kind.WELCOME)):
-            raise ProtocolError("who answers does not know the job's token")
+        server_nonce, own_nonce = receive(Kind.NONCE), new_nonce()
+        connection.sendall(frame(Kind.HELLO, hello(self._token, server_nonce, own_nonce, self._about)))
+        if not is_welcome(self._token, server_nonce, own_nonce, receive(Kind.WELCOME)):
+            raise ProtocolError("the server does not know the job's token")
 
     def _send(self, kind: Kind, payload: bytes = b"") -> None:
         with self._sending:
@@ -229,36 +227,36 @@ class HeartbeatConnection:
 
 
 class Heartbeat:
-    """A rank's attendance where it is part of a job, and nothing where it is not."""
+    """A rank's heartbeat if it belongs to a job; otherwise every method does nothing."""
 
     def __init__(self) -> None:
         self.progress = Progress()
-        self._attendance: HeartbeatConnection | None = None
+        self._connection: HeartbeatConnection | None = None
 
     def begin(self, job: Job, rank: int) -> None:
-        """Attend `job`.
+        """Connect to the supervisor of `job`.
 
         Raises:
-            UserError: its supervisor cannot be reached.
+            UserError: the supervisor cannot be reached.
         """
-        self._attendance = HeartbeatConnection(job, rank, self.progress)
+        self._connection = HeartbeatConnection(job, rank, self.progress)
 
     def tell(self, **values: Any) -> None:
-        """Tell the supervisor something now, if there is one."""
-        if self._attendance:
-            self._attendance.tell(**values)
+        """Send a report to the supervisor at once, if there is one."""
+        if self._connection:
+            self._connection.tell(**values)
 
     def end(self) -> None:
-        """Say that this rank ends as it should."""
-        if self._attendance:
-            self._attendance.close()
+        """Report that this rank exits cleanly."""
+        if self._connection:
+            self._connection.close()
 
 
 def check_world(job: Job, rank: int, world: int) -> None:
-    """Check that the launcher started the ranks that the job is to have.
+    """Check that the launcher started as many ranks as the job has slots.
 
     Raises:
-        UserError: it started another number, such as many jobs of one rank each.
+        UserError: the world size differs, for example because every process is a world of its own.
     """
     if world == job.world:
         return
@@ -271,7 +269,7 @@ def check_world(job: Job, rank: int, world: int) -> None:
 
 
 def host_identity() -> str:
-    """Return what tells this host from any other: containers share a boot, machines may share a name."""
+    """Return a unique identity of this host: containers share a boot id, and machines may share a name."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot = file.read().strip()
@@ -281,28 +279,28 @@ def host_identity() -> str:
 
 
 def check_hosts(job: Job, identities: list[str]) -> None:
-    """Check that ranks are where the hostfile says: those of a line together, and no others there.
+    """Check that every rank runs on the host that the hostfile assigns to it, and hosts are distinct.
 
     Raises:
-        UserError: they are not.
+        UserError: a rank runs on another host, or two names mean one host.
     """
-    places: dict[str, str] = {}
-    for rank, (host, identity) in enumerate(zip(job.places, identities, strict=True)):
-        if places.setdefault(host, identity) != identity:
+    found: dict[str, str] = {}
+    for rank, (host, identity) in enumerate(zip(job.rank_hosts, identities, strict=True)):
+        if found.setdefault(host, identity) != identity:
             raise UserError(
                 f"{job.path('hostfile')}: rank {rank} belongs on {host}, but is on {identity.split()[0]}, apart "
                 f"from the ranks before it; {job.launcher} must place ranks by slot, in the hostfile's order"
             )
-    if len(set(places.values())) < len(places):
-        first, second = next((a, b) for a in places for b in places if a != b and places[a] == places[b])
+    if len(set(found.values())) < len(found):
+        first, second = next((a, b) for a in found for b in found if a != b and found[a] == found[b])
         raise UserError(
-            f"{job.path('hostfile')}: the ranks of {first} and {second} are on one host, {places[first].split()[0]}; "
+            f"{job.path('hostfile')}: the ranks of {first} and {second} are on one host, {found[first].split()[0]}; "
             "a host may stand under one name only, and must get the ranks of its own slots"
         )
 
 
 def stacks() -> str:
-    """Return where every thread of this process is, the main one first."""
+    """Return the stack traces of all other threads of this process, the main thread first."""
     main, own = threading.main_thread().ident, threading.get_ident()
     frames_now = sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -314,7 +312,7 @@ def stacks() -> str:
 
 
 def keep_output(job: Job, rank: int) -> None:
-    """Send all that this process prints from now on to its own file."""
+    """Redirect stdout and stderr of this process to the rank's log."""
     sys.stdout.flush()
     sys.stderr.flush()
     target = os.open(job.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -324,7 +322,7 @@ def keep_output(job: Job, rank: int) -> None:
 
 
 def interface_towards(address: str) -> str | None:
-    """Return the name of the network interface by which this host reaches `address`."""
+    """Return the name of the network interface that routes to `address`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((address, 9))  # no packet is sent

@@ -1,8 +1,8 @@
-"""What ranks and the supervisor say to each other: frames over TCP, once both have shown the job's token.
+"""The protocol between ranks and the supervisor: frames over TCP, after a mutual authentication by the job's token.
 
-A frame is its kind (1 byte), its length (4 bytes, big-endian) and so many bytes: JSON, UTF-8 text or the fields of a
-beat. Nothing is ever unpickled or evaluated. The handshake: the server sends a nonce; the rank answers with its own
-nonce, what it says of itself, and HMAC-SHA256(token, both nonces and that); the server shows the same for the answer.
+A frame is a kind (1 byte), a length (4 bytes, big-endian) and a payload: JSON, UTF-8 text or the fields of a beat.
+Nothing is ever unpickled or evaluated. The handshake: the server sends a nonce; the rank answers with its own nonce,
+its description and HMAC-SHA256(token, nonces + description); the server proves its knowledge of the token likewise.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ HEADER = struct.Struct("!BI")
 MAX_FRAME = 1 << 20
 NONCE_BYTES = 16
 TOKEN_BYTES = 32
-_BEAT = struct.Struct("!IBB")  # steps done, phase, whether it waits for others; then what it is doing, as text
+_BEAT = struct.Struct("!IBB")  # completed steps, phase, waits; a text of what the rank is doing follows
 DOING_BYTES = 120
 
 
 class Kind(IntEnum):
-    """What a frame is. The first four belong to the handshake."""
+    """The kind of a frame. The first three belong to the handshake."""
 
     NONCE = 1  # server: its nonce
     HELLO = 2  # rank: nonce, MAC, JSON
     WELCOME = 3  # server: MAC
-    BEAT = 4  # rank: where it is
-    TELL = 5  # rank: JSON, something that happened
-    STACKS = 6  # rank: text, where all its threads are
-    GOODBYE = 7  # rank: it ends as it should
+    BEAT = 4  # rank: its progress
+    TELL = 5  # rank: a report, JSON
+    STACKS = 6  # rank: stack traces of its threads, text
+    GOODBYE = 7  # rank: clean exit
     ASK = 8  # server: JSON {"do": "stacks" | "save" | "end"}
 
 
@@ -41,7 +41,7 @@ _KINDS = frozenset(Kind)
 
 
 class Phase(IntEnum):
-    """What a rank is about."""
+    """The phase of a run in which a rank is."""
 
     STARTING = 0
     LOADING = 1
@@ -55,16 +55,16 @@ _PHASES = tuple(Phase)
 
 
 class Beat(NamedTuple):
-    """Where a rank is."""
+    """The progress of a rank."""
 
-    step: int  # steps done
+    step: int  # completed steps
     phase: Phase
-    waits: bool  # for other ranks, as far as it knows
-    doing: str  # in words: "forward of micro-batch 3"
+    waits: bool  # whether it waits for other ranks, as far as it knows
+    doing: str  # description, as in "forward of micro-batch 3"
 
 
 class ProtocolError(Exception):
-    """The other side does not keep to the protocol, or does not know the token."""
+    """The peer violates the protocol, or does not know the token."""
 
 
 def frame(kind: Kind, payload: bytes = b"") -> bytes:
@@ -75,10 +75,10 @@ def frame(kind: Kind, payload: bytes = b"") -> bytes:
 
 
 def frames(buffer: bytearray) -> Iterator[tuple[Kind, bytes]]:
-    """Take whole frames off the front of `buffer`.
+    """Remove complete frames from the front of `buffer` and yield them.
 
     Raises:
-        ProtocolError: at an unknown kind or a frame that is too long.
+        ProtocolError: a frame has an unknown kind or is too long.
     """
     while len(buffer) >= HEADER.size:
         number, length = HEADER.unpack_from(buffer)
@@ -93,35 +93,35 @@ def frames(buffer: bytearray) -> Iterator[tuple[Kind, bytes]]:
 
 
 def as_json(value: Any) -> bytes:
-    """Return JSON bytes."""
+    """Encode a value as JSON."""
     return json.dumps(value).encode()
 
 
 def from_json(payload: bytes) -> dict[str, Any]:
-    """Return a JSON object.
+    """Decode a JSON object.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: the payload is not a JSON object.
     """
     try:
         value = json.loads(payload)
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ProtocolError("a frame that is no JSON object")
+        raise ProtocolError("a frame without a JSON object")
     return value
 
 
 def pack_beat(beat: Beat) -> bytes:
-    """Return a beat's bytes."""
+    """Encode a beat."""
     return _BEAT.pack(beat.step, beat.phase, beat.waits) + beat.doing.encode()[:DOING_BYTES]
 
 
 def unpack_beat(payload: bytes) -> Beat:
-    """Return a beat.
+    """Decode a beat.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: the payload is malformed.
     """
     if not _BEAT.size <= len(payload) <= _BEAT.size + DOING_BYTES:
         raise ProtocolError(f"a beat of {len(payload)} bytes")
@@ -132,7 +132,7 @@ def unpack_beat(payload: bytes) -> Beat:
 
 
 def new_nonce() -> bytes:
-    """Return a nonce."""
+    """Return a random nonce."""
     return secrets.token_bytes(NONCE_BYTES)
 
 
@@ -143,10 +143,10 @@ def hello(token: bytes, server_nonce: bytes, own_nonce: bytes, about: dict[str, 
 
 
 def read_hello(token: bytes, server_nonce: bytes, payload: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Return a HELLO's nonce and what it says.
+    """Return the nonce and the description in a HELLO.
 
     Raises:
-        ProtocolError: its sender does not know the token.
+        ProtocolError: the sender does not know the token.
     """
     nonce, mac = payload[:NONCE_BYTES], payload[NONCE_BYTES : NONCE_BYTES + 32]
     text = payload[NONCE_BYTES + 32 :]
@@ -161,7 +161,7 @@ def welcome(token: bytes, server_nonce: bytes, rank_nonce: bytes) -> bytes:
 
 
 def is_welcome(token: bytes, server_nonce: bytes, rank_nonce: bytes, payload: bytes) -> bool:
-    """Tell whether a WELCOME comes from one who knows the token."""
+    """Return whether the sender of a WELCOME knows the token."""
     return hmac.compare_digest(payload, welcome(token, server_nonce, rank_nonce))
 
 

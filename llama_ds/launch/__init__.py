@@ -1,4 +1,4 @@
-"""Jobs on hosts: hostfiles, where ranks go, how they are started, what hosts are like, and seeing jobs through.
+"""Multi-host jobs: hostfiles, launch commands, host checks (`preflight`) and supervision with restarts (`supervise`).
 
-Text, sockets and processes only: no tensors. `preflight` looks at hosts, `supervise` watches, ends and restarts jobs.
+Text, sockets and processes only: no tensors.
 """

@@ -1,6 +1,6 @@
 """The command that starts DeepSpeed's runner, which starts the ranks on all hosts.
 
-A pure function of what it is given. What the runner makes of it, by launcher:
+`build` is a pure function of its arguments. The runner executes, by launcher:
 
     pdsh            ssh to each host: `export K=V; cd FOLDER; python -u -m deepspeed.launcher.launch .. SCRIPT @FILE`
     local           the same launch.py on this machine, without a shell, in the runner's own environment
@@ -8,7 +8,7 @@ A pure function of what it is given. What the runner makes of it, by launcher:
     mpich, impi     mpirun -ppn S -genv K=V -hosts H,.. python -u [helper] SCRIPT @FILE
     slurm           srun -n N --export=ALL,.. python -u SCRIPT @FILE; sets no MASTER_ADDR, takes no list of hosts
 
-Everywhere rank r belongs on host r // slots, hosts in the order of the hostfile.
+With every launcher, rank r runs on host r // slots, in the order of the hostfile.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm", "impi")
 MAX_WORD = 128 * 1024  # Linux: MAX_ARG_STRLEN
 MAX_COMMAND = 2 * 1024 * 1024  # Linux: ARG_MAX, a quarter of the usual 8 MiB of stack, argv and environment together
 
-# DeepSpeed exports what begins with these from the runner's environment, whoever set it; NCCL where it finds CUDA.
+# DeepSpeed exports every variable of the runner's environment with these prefixes; NCCL only if it finds CUDA.
 FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 _EXPORTED = ("NCCL_", "GLOO_", "TORCH_", "UCX_", "OMPI_ALLOW_", "HF_HUB_OFFLINE", "CUDA_DEVICE_MAX_CONNECTIONS")
 _EXPORTED_NAMES = ("DS_ACCELERATOR", "OMP_NUM_THREADS", "LD_LIBRARY_PATH")
 _EQUAL_SLOTS = ("mpich", "impi", "slurm")
-_NEEDS_MASTER = ("openmpi", "slurm")  # where DeepSpeed tells the ranks nothing of --master_addr
-_SSH_ARGUMENTS = {  # where a launcher looks for what its ssh is to be given
+_NEEDS_MASTER = ("openmpi", "slurm")  # DeepSpeed does not pass --master_addr to the ranks of these
+_SSH_ARGUMENTS = {  # the environment variable from which a launcher reads its ssh arguments
     "pdsh": "PDSH_SSH_ARGS_APPEND",
     "openmpi": "PRTE_MCA_plm_ssh_args",
     "mpich": "HYDRA_LAUNCHER_EXTRA_ARGS",
@@ -42,12 +42,12 @@ _SSH_ARGUMENTS = {  # where a launcher looks for what its ssh is to be given
 
 @dataclass(frozen=True)
 class Command:
-    """What is started, where, and what it must find there."""
+    """A command with its environment, its environment file and its working folder."""
 
-    argv: list[str]  # of DeepSpeed's runner
-    environment: dict[str, str]  # added to the runner's own
-    env_file: str  # path of a file with env_text, which is to exist before the start
-    env_text: str  # lines KEY=VALUE that the runner exports to the ranks: it crashes at any other line, blank ones too
+    argv: list[str]  # command line of DeepSpeed's runner
+    environment: dict[str, str]  # variables added to the runner's environment
+    env_file: str  # path of the file with env_text, to be written before the start
+    env_text: str  # lines KEY=VALUE that the runner exports to the ranks; any other line, even a blank one, crashes it
     working_folder: str
 
 
@@ -72,25 +72,25 @@ def build(
 ) -> Command:
     """Return the command that runs `script @arguments_file` on all slots of the `hosts` of `hostfile`.
 
-    `python` is the interpreter of this machine and, at the same path, of all hosts: the runner hands on its own.
-    `working_folder` is a real path (os.path.realpath), for the runner asks the system for it. `exports` reach the
-    ranks and what starts them. `ssh_args` are more words for ssh, such as "-F /path/config"; pdsh, which inherits its
-    own variable, and slurm need none. `force_multi` sends a single host through pdsh, where it is not this machine.
+    `python` is the interpreter of this machine and, at the same path, of all hosts: the runner uses its own.
+    `working_folder` is a real path (os.path.realpath), because the runner uses os.getcwd(). `exports` reach the ranks
+    and the programs that start them. `ssh_args` are additional ssh arguments, such as "-F /path/config"; pdsh inherits
+    PDSH_SSH_ARGS_APPEND and slurm uses no ssh. `force_multi` uses pdsh for a single host, if it is not this machine.
 
     Raises:
-        UserError: a value that would not arrive as it is, a secret, slots that differ where they must not, or a command
-            longer than Linux takes.
+        UserError: a value would not arrive unchanged, is a secret, slots differ where they must be equal, or the
+            command exceeds a limit of Linux.
     """
     way = _checked_launcher(launcher, hosts, force_multi)
     _check_hosts(way, hostfile, hosts)
     words.address("master address", master_addr)
-    for place, port in (("--master_port", master_port), ("--ssh_port", ssh_port)):
+    for option, port in (("--master_port", master_port), ("--ssh_port", ssh_port)):
         if port is not None and not 0 < port < 65536:
-            raise UserError(f"{place}: {port} is not a port; give one of 1 to 65535")
+            raise UserError(f"{option}: {port} is not a port; give one of 1 to 65535")
     paths = {"the hostfile": hostfile, "the script": script, "the arguments' file": arguments_file}
     paths |= {"the environment's file": env_file, "python": python, "the working folder": working_folder}
-    for place, value in paths.items():
-        words.path(place, value, way)
+    for name, value in paths.items():
+        words.path(name, value, way)
     exported = _exported(way, exports, nic, master_addr, master_port)
     own_args = _launcher_args(way, hosts, nic, words.launcher_arguments(launcher_args, launcher))
 
@@ -104,27 +104,25 @@ def build(
 
     by_inheritance = way in ("local", "slurm")  # launch.py on this machine; srun --export=ALL
     environment = dict(exported) if by_inheritance else {}
-    environment["DS_ENV_FILE"] = (
-        env_file  # empty or not: in its place the runner would read the user's ~/.deepspeed_env
-    )
+    environment["DS_ENV_FILE"] = env_file  # always set: otherwise the runner would read the user's ~/.deepspeed_env
     environment |= _ssh_environment(way, ssh_args, ssh_port)
-    # mpirun wants these itself, and -x gives them only to the ranks
+    # mpirun itself needs these, and -x passes them only to the ranks
     environment |= {k: v for k, v in exported.items() if way == "openmpi" and k.startswith("OMPI_ALLOW_RUN_AS_ROOT")}
-    text = "" if by_inheritance else "".join(f"{name}={value}\n" for name, value in exported.items())
+    text = "" if by_inheritance else "".join(f"{k}={v}\n" for k, v in exported.items())
     command = Command(argv, environment, env_file, text, working_folder)
     _check_size(way, command, hosts)
     return command
 
 
 def inherited(environ: Mapping[str, str], launcher: str) -> dict[str, str]:
-    """Return the environment that the runner may be started in: `environ` without what may not be seen in argv.
+    """Return the environment for the runner: `environ` without the variables that must not appear in an argv.
 
-    DeepSpeed forwards some variables of its own accord (`FORWARDED`). Secrets among them, such as
-    MLFLOW_TRACKING_TOKEN, are left out. Those of NCCL and UCX are too: they travel as `exports` or not at all, whether
-    or not this machine has CUDA.
+    DeepSpeed forwards some variables on its own (`FORWARDED`). Secrets among them, such as MLFLOW_TRACKING_TOKEN, are
+    removed. Variables of NCCL and UCX are removed too: they are passed as `exports` or not at all, whether or not this
+    machine has CUDA.
 
     Raises:
-        UserError: one of the others would not arrive as it is.
+        UserError: a forwarded variable would not arrive unchanged.
     """
     kept = {}
     for name, value in environ.items():
@@ -139,14 +137,14 @@ def inherited(environ: Mapping[str, str], launcher: str) -> dict[str, str]:
 
 
 def exported_to_ranks(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what of `environ` the ranks on all hosts are to have too."""
+    """Return the variables of `environ` to export to the ranks on all hosts."""
     return {k: v for k, v in environ.items() if k.startswith(_EXPORTED) or k in _EXPORTED_NAMES}
 
 
 def runner_environment(command: Command, environ: Mapping[str, str], launcher: str) -> dict[str, str]:
-    """Return the whole environment to start `command` in, from a process that has `environ`.
+    """Return the complete environment for `command`, started from a process with `environ`.
 
-    DeepSpeed looks for mpirun on the path; the wheel's stands beside the interpreter.
+    DeepSpeed searches PATH for mpirun; the one of the MPI wheel is in the interpreter's folder.
     """
     environment = inherited(environ, launcher) | command.environment
     environment["PATH"] = f"{os.path.dirname(command.argv[0])}:{environment.get('PATH', os.defpath)}"
@@ -154,7 +152,7 @@ def runner_environment(command: Command, environ: Mapping[str, str], launcher: s
 
 
 def runner_command(command: Command) -> str:
-    """Return the lines of a shell that do what starting `command` does."""
+    """Return a shell script that is equivalent to starting `command`."""
     lines = shlex.join(command.env_text.splitlines())
     write = f"printf '%s\\n' {lines}" if lines else ":"
     variables = [f"{name}={value}" for name, value in command.environment.items()]
@@ -166,10 +164,10 @@ def runner_command(command: Command) -> str:
 
 
 def _checked_launcher(launcher: str, hosts: Mapping[str, int], force_multi: bool) -> str:
-    """Return which way the runner takes: the launcher, or "local" for one host under pdsh that is this machine.
+    """Return the launcher, or "local" for a single host under pdsh that is this machine.
 
-    The runner would take that way with every launcher; srun and mpirun are for the host in the hostfile, so they are
-    forced.
+    The runner would start a single host locally with every launcher; for srun and mpirun it is forced not to, because
+    the host in the hostfile may be another machine.
     """
     if launcher not in LAUNCHERS:
         known = ", ".join(LAUNCHERS)
@@ -195,7 +193,7 @@ def _check_hosts(way: str, hostfile: str, hosts: Mapping[str, int]) -> None:
 
 
 def _exported(way: str, exports: Mapping[str, str], nic: str, master_addr: str, master_port: int) -> dict[str, str]:
-    """Return the variables that the ranks shall have, in the order given."""
+    """Return the variables to export to the ranks, in the given order."""
     exported = dict(exports)
     if nic:
         words.nic("--nic", nic)
@@ -211,7 +209,7 @@ def _exported(way: str, exports: Mapping[str, str], nic: str, master_addr: str, 
 
 
 def _check_commas(way: str, name: str, value: str) -> None:
-    """Refuse what DeepSpeed would write into srun's --export=ALL,K=V: a comma ends V there, and nothing quotes it."""
+    """Reject values with commas, which srun's --export=ALL,K=V cannot quote: a comma ends V there."""
     if way == "slurm" and not set(value) <= words.PLAIN - {","}:
         raise UserError(
             f"exports: srun would cut the value of {name} at a comma, and keep quotes in it;"
@@ -220,46 +218,46 @@ def _check_commas(way: str, name: str, value: str) -> None:
 
 
 def _launcher_args(way: str, hosts: Mapping[str, int], nic: str, given: list[str]) -> list[str]:
-    """Return the launcher's own arguments: ours, then the user's."""
+    """Return the arguments of the launcher itself: ours, then the user's."""
     ours: list[str] = []
     if way == "openmpi":
-        # DeepSpeed says eth0 where nothing is said; the empty word leaves the choice to Open MPI. The daemons' own
-        # connections are left alone: mpirun fails where the machine that it is started on has no NIC of that name.
+        # DeepSpeed defaults to eth0; an empty word leaves the choice to Open MPI. The interface of the daemons' own
+        # connections is not set: mpirun would fail if the launching machine has no NIC of that name.
         ours += ["--mca", "btl_tcp_if_include", nic, "--map-by", "slot"]
         ours += [] if {"--bind-to", "-bind-to"} & set(given) else ["--bind-to", "none"]
     if way == "slurm":
-        # srun sorts the hosts of a list; only under `arbitrary` are tasks laid out as the list says, a name for each.
-        # It counts the nodes itself: --nodes is an error there.
+        # srun sorts the hosts of a list; only `arbitrary` keeps its order and takes one name per task. srun then
+        # counts the nodes itself, and rejects --nodes.
         listed = ",".join(host for host, slots in hosts.items() for _ in range(slots))
         ours += [f"--nodelist={listed}", "--distribution=arbitrary", "--kill-on-bad-exit=1", "--cpu-bind=none"]
     return ours + given
 
 
 def _ssh_environment(way: str, ssh_args: str, ssh_port: int | None) -> dict[str, str]:
-    """Return the variables that hand arguments to the launcher's ssh."""
+    """Return the variables that pass arguments to the launcher's ssh."""
     try:
         given = shlex.split(ssh_args)
     except ValueError as error:
         raise UserError(f"ssh's arguments: {ssh_args!r}: {error}; close the quotes") from None
-    for word in given:  # MPI launchers split at spaces, quotes or not, and PRRTE's tree hands them to shells
+    for word in given:  # MPI launchers split at spaces, even in quotes, and PRRTE's tree passes them to shells
         words.plain("ssh's arguments", word, "openmpi" if way != "pdsh" else way)
     if ssh_port and way in ("openmpi", "mpich", "impi"):
         given += ["-p", str(ssh_port)]
     variables = {_SSH_ARGUMENTS[way]: " ".join(given)} if given and way in _SSH_ARGUMENTS else {}
-    # As pdsh does, and so that no host needs ssh to another: all connections are made from here.
+    # Without a tree spawn all connections start here, as with pdsh, so that hosts need no ssh to each other.
     return variables | ({"PRTE_MCA_plm_ssh_no_tree_spawn": "1"} if way == "openmpi" else {})
 
 
 def _check_size(way: str, command: Command, hosts: Mapping[str, int]) -> None:
-    """Refuse a command that the kernel would not start, here or on the hosts."""
+    """Reject a command that exceeds the kernel's limits, here or on the hosts."""
     world_info = 4 * len(json.dumps({host: list(range(slots)) for host, slots in hosts.items()})) // 3
     longest = max(len(word) for word in command.argv)
     total = sum(len(word) + 9 for word in command.argv)  # 9: the NUL and a pointer
-    if way == "pdsh":  # ssh's last words arrive as one
+    if way == "pdsh":  # ssh joins the words of the remote command into one
         longest = max(longest, world_info + len(command.env_text) + 8 * command.env_text.count("\n") + total)
-    if way == "impi":  # each rank has its own part, `: -n 1 -env RANK r -env LOCAL_RANK l python -u SCRIPT @FILE`
+    if way == "impi":  # every rank adds `: -n 1 -env RANK r -env LOCAL_RANK l python -u SCRIPT @FILE`
         total += sum(hosts.values()) * (sum(len(word) for word in [command.argv[0], *command.argv[-2:]]) + 15 * 9 + 50)
-    if longest >= MAX_WORD or total >= MAX_COMMAND * 3 // 4:  # the rest is for the environment
+    if longest >= MAX_WORD or total >= MAX_COMMAND * 3 // 4:  # the rest is reserved for the environment
         raise UserError(
             f"--launcher {way}: {sum(hosts.values())} ranks on {len(hosts)} hosts make a command of {total} bytes with"
             f" a word of {longest}, more than Linux starts; use shorter names and paths, or another launcher"

@@ -1,7 +1,7 @@
-"""The hostfile: its grammar, filters of its hosts, and the one that DeepSpeed's launcher was given.
+"""The hostfile: its grammar, filters of its hosts, and a check of the path given to DeepSpeed's launcher.
 
-DeepSpeed's runner starts on local resources, silently, when `--hostfile F` names no file: a run meant for 256 nodes
-would train on one. So the ranks look up what the runner was told and check it themselves.
+If `--hostfile F` names no file, DeepSpeed's runner silently starts on local resources: a run meant for 256 nodes would
+train on one. So the ranks look up the runner's arguments and check the file themselves.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from llama_ds.errors import UserError, did_you_mean
 from llama_ds.layout.nodelist import check_host, clip, expand
 
 _LINE = re.compile(r"(\S+)[ \t]+slots=([0-9]+)(?:[ \t]+#.*)?")
-_MAX_DIGITS = 6  # of a number of slots: int() takes no more than 4300, and a million devices are a slip
+_MAX_DIGITS = 6  # limit for a slot count: int() rejects more than 4300 digits, and a million devices are a typo
 _SLOT = re.compile(r"[0-9]{1,6}")
 _RUNNER_NAMES = ("deepspeed", "ds")  # DeepSpeed's console scripts
 _RUNNER_MODULE = "deepspeed.launcher.runner"
 
 
 def parse_hostfile(path: str) -> dict[str, int]:
-    """Return the slots of each host of the hostfile `path`, in its order.
+    """Return the slots of each host in the hostfile `path`, in the order of the file.
 
-    A line is `host slots=N`, a `#` comment or blank; a comment may also follow a host. What is read here DeepSpeed
-    reads the same. It would take more: other characters in a name, which it gives to ssh and to shells as they are.
+    A line is `host slots=N`, a `#` comment or blank; a comment may also follow a host. DeepSpeed reads every accepted
+    file the same way. It accepts more host names, and passes their special characters to ssh and to shells.
 
     Raises:
-        UserError: missing or empty file, another line, a host twice, or no slots, with file and line.
+        UserError: the file is missing or empty, or a line is malformed, repeats a host or has no slots.
     """
     slots: dict[str, int] = {}
-    for number, line in enumerate(_read(path).split("\n"), start=1):  # not splitlines: it splits at more than DeepSpeed
+    for number, line in enumerate(_read(path).split("\n"), start=1):  # splitlines would split where DeepSpeed does not
         text = line.strip(" \t")
         if not text or text.startswith("#"):
             continue
@@ -45,10 +45,10 @@ def parse_hostfile(path: str) -> dict[str, int]:
 
 
 def write_hostfile(path: str, hosts: Mapping[str, int], comment: str = "") -> None:
-    """Write a hostfile, whole or not at all, with the lines of `comment` before its hosts."""
+    """Write a hostfile atomically, with the lines of `comment` before its hosts."""
     content = hostfile_text(hosts, comment, path).encode(errors="replace")  # an argument may hold lone surrogates
-    if os.path.exists(path) and not os.path.isfile(path):  # /dev/stdout: the new file would take its place
-        raise UserError(f"{path}: is not a plain file, which alone can be replaced; name another for the hostfile")
+    if os.path.exists(path) and not os.path.isfile(path):  # the new file would replace a device such as /dev/stdout
+        raise UserError(f"{path}: is not a regular file, and only those can be replaced; name another for the hostfile")
     temporary = f"{os.path.realpath(path)}.{os.getpid()}.partial"
     try:
         try:
@@ -60,34 +60,34 @@ def write_hostfile(path: str, hosts: Mapping[str, int], comment: str = "") -> No
         raise UserError(f"{path}: the hostfile cannot be written: {error.strerror}; name another file") from None
 
 
-def hostfile_text(hosts: Mapping[str, int], comment: str = "", place: str = "hosts") -> str:
-    """Return the content of a hostfile, checked as `parse_hostfile` would check it."""
+def hostfile_text(hosts: Mapping[str, int], comment: str = "", where: str = "hosts") -> str:
+    """Return the content of a hostfile, after the checks of `parse_hostfile`."""
     for host, count in hosts.items():
-        check_host(host, place)
-        _check_slots(host, str(count), place)
+        check_host(host, where)
+        _check_slots(host, str(count), where)
     if not hosts:
-        raise UserError(f"{place}: a hostfile without hosts would start nothing; name at least one")
+        raise UserError(f"{where}: a hostfile without hosts would start nothing; name at least one")
     comments = [f"# {line}".rstrip() for line in comment.splitlines()]
     return "\n".join([*comments, *(f"{host} slots={count}" for host, count in hosts.items()), ""])
 
 
 def select(
-    hosts: Mapping[str, int], include: str = "", exclude: str = "", place: str = "command line"
+    hosts: Mapping[str, int], include: str = "", exclude: str = "", where: str = "command line"
 ) -> dict[str, list[int]]:
-    """Return the slots that DeepSpeed's --include or --exclude leaves of each host, in the order of `hosts`.
+    """Return the remaining slots of each host after DeepSpeed's --include or --exclude, in the order of `hosts`.
 
-    A filter is NODE[:SLOT,SLOT...][@NODE...]; without slots it means all of a node's. A node may be a range, as in
-    node[001-004]:0,1, which DeepSpeed does not know. Of several items for a node the slots are added, and one without
-    slots adds none (as in DeepSpeed: a@a:0 means slot 0).
+    A filter is NODE[:SLOT,SLOT...][@NODE...]; a node without slots means all of its slots. A node may be a range, as in
+    node[001-004]:0,1, which DeepSpeed does not support. If several items name one node, their slots are merged, and an
+    item without slots adds none (as in DeepSpeed: a@a:0 means slot 0).
 
     Raises:
-        UserError: another grammar, a host or slot that is not there, both filters, or nothing left.
+        UserError: the filter is malformed, names an unknown host or slot, or leaves no host; or both filters are given.
     """
     if include and exclude:
-        raise UserError(f"{place}: --include and --exclude cannot be given both; keep one")
+        raise UserError(f"{where}: --include and --exclude cannot be given both; keep one")
     if not include and not exclude:
         return {host: list(range(count)) for host, count in hosts.items()}
-    name = f"{place}: --include" if include else f"{place}: --exclude"
+    name = f"{where}: --include" if include else f"{where}: --exclude"
     named = _read_filter(include or exclude, hosts, name)
     left = {host: _left(count, named.get(host), bool(include)) for host, count in hosts.items()}
     if not any(left.values()):
@@ -98,8 +98,8 @@ def select(
 def launcher_hostfile() -> str | None:
     """Return the absolute path of the hostfile given to the DeepSpeed runner that started this process.
 
-    None when no ancestor is DeepSpeed's runner (torchrun, mpirun, a remote node), when it was given no hostfile, or
-    where there is no /proc to tell.
+    The result is None if no ancestor is DeepSpeed's runner (torchrun, mpirun, a remote node), if the runner was given
+    no hostfile, or without /proc.
     """
     pid = os.getppid()
     while pid > 0:  # the runner may be process 1 of a container
@@ -123,48 +123,48 @@ def check_launcher_hostfile() -> None:
         parse_hostfile(path)
 
 
-def _read_line(text: str, place: str) -> tuple[str, int]:
+def _read_line(text: str, where: str) -> tuple[str, int]:
     match = _LINE.fullmatch(text)
     if not match:
-        raise UserError(f"{place}: {clip(text)} is not a host; write HOST slots=N, as in node001 slots=8")
-    check_host(match[1], place)
-    _check_slots(match[1], match[2], place)
+        raise UserError(f"{where}: {clip(text)} is not a host; write HOST slots=N, as in node001 slots=8")
+    check_host(match[1], where)
+    _check_slots(match[1], match[2], where)
     return match[1], int(match[2])
 
 
-def _check_slots(host: str, count: str, place: str) -> None:
+def _check_slots(host: str, count: str, where: str) -> None:
     if len(count) > _MAX_DIGITS or int(count) < 1:
-        raise UserError(f"{place}: host {host} has slots={count[:80]}; give its number of devices or take it out")
+        raise UserError(f"{where}: host {host} has slots={count[:80]}; give its number of devices or take it out")
 
 
-def _read_filter(text: str, hosts: Mapping[str, int], place: str) -> dict[str, list[int]]:
-    """Return the slots that a filter names of each host, none for all."""
+def _read_filter(text: str, hosts: Mapping[str, int], where: str) -> dict[str, list[int]]:
+    """Return the slots that a filter names, by host; an empty list means all slots."""
     named: dict[str, list[int]] = {}
     for item in text.split("@"):
         node, colon, numbers = item.partition(":")
-        slots = [_read_slot(number, item, place) for number in numbers.split(",")] if colon else []
-        for host in expand(node, place) if "[" in node else [node]:
+        slots = [_read_slot(number, item, where) for number in numbers.split(",")] if colon else []
+        for host in expand(node, where) if "[" in node else [node]:
             if host not in hosts:
                 raise UserError(
-                    f"{place} {clip(item)}: host {clip(host)} is not in the hostfile{did_you_mean(host, hosts)}; "
+                    f"{where} {clip(item)}: host {clip(host)} is not in the hostfile{did_you_mean(host, hosts)}; "
                     "write NODE, NODE:SLOT,SLOT or several of them with @ between"
                 )
             if slots and max(slots) >= hosts[host]:
                 raise UserError(
-                    f"{place} {clip(item)}: host {host} has no slot {max(slots)}; use 0 to {hosts[host] - 1}"
+                    f"{where} {clip(item)}: host {host} has no slot {max(slots)}; use 0 to {hosts[host] - 1}"
                 )
             named.setdefault(host, []).extend(slots)
     return named
 
 
-def _read_slot(text: str, item: str, place: str) -> int:
+def _read_slot(text: str, item: str, where: str) -> int:
     if not _SLOT.fullmatch(text.strip(" ")):
-        raise UserError(f"{place} {clip(item)}: {clip(text)} is not a slot; write numbers from 0, as in node001:0,2")
+        raise UserError(f"{where} {clip(item)}: {clip(text)} is not a slot; write numbers from 0, as in node001:0,2")
     return int(text)
 
 
 def _left(count: int, named: list[int] | None, included: bool) -> list[int]:
-    """Return the slots of a host that remain, where a filter names `named` of them (none: all) or not the host."""
+    """Return the remaining slots of a host; the filter names the slots `named` (empty: all), or not the host (None)."""
     if named is None:
         return [] if included else list(range(count))
     chosen = set(named or range(count))
@@ -181,8 +181,8 @@ def _read(path: str) -> str:
 
 
 def _runner_arguments(argv: list[str]) -> list[str] | None:
-    """Return the runner's own arguments in a process's `argv`, None where the process is not the runner."""
-    for i, word in enumerate(argv[:6]):  # after the interpreter and its options
+    """Return the runner's own arguments in a process's `argv`, None if the process is not the runner."""
+    for i, word in enumerate(argv[:6]):  # the interpreter and its options come first
         script = Path(word).name in _RUNNER_NAMES or word.endswith(_RUNNER_MODULE.replace(".", "/") + ".py")
         if script or (word == _RUNNER_MODULE and argv[i - 1] == "-m"):
             return argv[i + 1 :]
@@ -190,7 +190,7 @@ def _runner_arguments(argv: list[str]) -> list[str] | None:
 
 
 def _hostfile_argument(arguments: list[str]) -> str | None:
-    """Return the value of the last -H / --hostfile before the training script, as the runner's argparse takes it."""
+    """Return the value of the last -H / --hostfile before the training script, as the runner's argparse reads it."""
     script = next((i for i, word in enumerate(arguments) if word.endswith(".py")), len(arguments))
     value = None
     for i, word in enumerate(arguments[:script]):

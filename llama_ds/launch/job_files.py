@@ -1,4 +1,4 @@
-"""The launcher's side of a job's folder (`llama_ds.job.folder`): making it, and the files of an attempt."""
+"""The launcher's side of a job's folder (`llama_ds.job.folder`): creates it and the files of an attempt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_ds.launch.hostfile import write_hostfile
 
 
 def new_folder(run_dir: str) -> Path:
-    """Make the folder of a new job of a run, and return it."""
+    """Create the folder of a new job of a run, and return it."""
     jobs = Path(os.path.abspath(run_dir), "jobs")
     try:
         jobs.mkdir(parents=True, exist_ok=True)
@@ -29,7 +29,7 @@ def new_folder(run_dir: str) -> Path:
                 continue
             return jobs / f"{number:04d}"
     except OSError as error:
-        raise UserError(f"{jobs}: cannot be written ({error.strerror}); set output_dir to a folder of yours") from None
+        raise UserError(f"{jobs}: cannot be written ({error.strerror}); set output_dir to another folder") from None
 
 
 def prepare(job: Job, arguments: Sequence[str]) -> None:

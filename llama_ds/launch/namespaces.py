@@ -1,7 +1,7 @@
-"""Hosts of their own on one Linux machine: network namespaces joined by links of a given bandwidth and latency.
+"""Simulated hosts on one Linux machine: network namespaces joined by links of a given bandwidth and latency.
 
-Each host is a namespace with a TUN device; a process passes packets between the devices after the latency, and the
-kernel's token bucket filter holds each sender to the bandwidth. Needs root, iproute2 and /dev/net/tun.
+Each host is a namespace with a TUN device. A process forwards packets between the devices with the latency, and the
+kernel's token bucket filter limits each sender to the bandwidth. Needs root, iproute2 and /dev/net/tun.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from llama_ds.errors import UserError
 TUN = "/dev/net/tun"
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 MTU = 9000
-INTERFACE = "link0"  # on every host
+INTERFACE = "link0"  # name of the shaped interface on every host
 
 
 def missing() -> str | None:
-    """Return what keeps this machine from having such hosts, None when nothing does."""
+    """Return the reason why this machine cannot create such hosts, or None."""
     if os.geteuid() != 0:
         return "root is needed to make network namespaces"
     for program in ("ip", "tc"):
         if not shutil.which(program):
             return f"{program} of the package iproute2 is not installed"
-    return None if os.path.exists(TUN) else f"{TUN} is not there"
+    return None if os.path.exists(TUN) else f"{TUN} does not exist"
 
 
 class Hosts:
-    """A context in which `count` hosts exist. Every pair of them has a link each way."""
+    """A context in which `count` hosts exist, with a link in each direction between every pair."""
 
     def __init__(self, count: int, rate_mbit: float, delay_ms: float) -> None:
-        """Raise UserError where the machine cannot have them."""
+        """Raise UserError if this machine cannot create them."""
         reason = missing()
         if reason:
             raise UserError(f"shaped links: {reason}")
@@ -54,7 +54,7 @@ class Hosts:
         try:
             for i, name in enumerate(self.names):
                 self._make(i, name)
-            fork = multiprocessing.get_context("fork")  # the devices are open files of this process
+            fork = multiprocessing.get_context("fork")  # the child inherits the open devices
             carrier = fork.Process(target=carry, args=(self._devices, self._delay), daemon=True)
             carrier.start()
             self._carrier = carrier
@@ -102,22 +102,22 @@ class Hosts:
 
 
 def carry(devices: list[int], delay_s: float) -> None:
-    """Pass IPv4 packets between TUN devices `delay_s` after they came; an address's last byte names its device."""
+    """Forward IPv4 packets between TUN devices after `delay_s`; the last byte of an address selects its device."""
     poll = select.epoll()
     for device in devices:
         poll.register(device, select.EPOLLIN)
-    under_way: list[tuple[float, int, int, bytes]] = []  # due, number, device, packet
+    in_flight: list[tuple[float, int, int, bytes]] = []  # due, number, device, packet
     number = 0
     while True:
-        wait = max(under_way[0][0] - time.monotonic(), 0) if under_way else -1
+        wait = max(in_flight[0][0] - time.monotonic(), 0) if in_flight else -1
         for device, _ in poll.poll(wait):
             for packet in _packets(device):
                 if packet[0] >> 4 == 4 and 0 < packet[19] <= len(devices):
                     number += 1
                     target = devices[packet[19] - 1]
-                    heapq.heappush(under_way, (time.monotonic() + delay_s, number, target, packet))
-        while under_way and under_way[0][0] <= time.monotonic():
-            _, _, target, packet = heapq.heappop(under_way)
+                    heapq.heappush(in_flight, (time.monotonic() + delay_s, number, target, packet))
+        while in_flight and in_flight[0][0] <= time.monotonic():
+            _, _, target, packet = heapq.heappop(in_flight)
             os.write(target, packet)
 
 

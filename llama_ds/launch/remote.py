@@ -1,6 +1,6 @@
-"""Commands on the hosts of a job: side by side, over ssh, each host with its own time and its own failure.
+"""Commands on many hosts in parallel over ssh; each host has its own timeout and fails independently.
 
-Our ssh takes the arguments that pdsh is given: PDSH_SSH_ARGS_APPEND, such as "-F ssh_config".
+ssh gets the same additional arguments as under pdsh: PDSH_SSH_ARGS_APPEND, such as "-F ssh_config".
 """
 
 from __future__ import annotations
@@ -16,43 +16,43 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-CONNECT_S = 5  # for a host to answer at all
-# Handshakes cost a core some hundredths of a second: with hundreds at once on few cores, none ends within CONNECT_S.
+CONNECT_S = 5  # ssh's connection timeout
+# A handshake takes some 10 ms of a core: with hundreds at once on few cores, none would finish within CONNECT_S.
 AT_ONCE = 16 * (os.cpu_count() or 1)
-HOLD_S = 3.0  # after which a host that has not answered keeps no other waiting
-MAX_OUTPUT = 1 << 20  # bytes of an answer that are kept: a host may send garbage without end
+HOLD_S = 3.0  # a host without an answer occupies one of the AT_ONCE slots at most this long
+MAX_OUTPUT = 1 << 20  # kept bytes of an answer: a host may send garbage without end
 LOCAL = ("localhost", "127.0.0.1")
 
 
 @dataclass(frozen=True)
 class HostAnswer:
-    """What a host made of a command."""
+    """The result of a command on a host."""
 
     host: str
-    code: int | None  # its exit code, ssh's 255 when the host was not reached, None: no answer in time
+    code: int | None  # exit code; 255 from ssh if the host was not reached; None after a timeout
     out: str
     err: str
     seconds: float
 
     @property
     def problem(self) -> str | None:
-        """Say why there is no good answer, None when there is one."""
+        """The reason of a failure, or None."""
         if self.code == 0:
             return None
         last = self.err.strip().splitlines()[-1:] or self.out.strip().splitlines()[-1:]
-        said = last[0][:300] if last else "without a word"
+        message = last[0][:300] if last else "no output"
         if self.code is None:
             return f"no answer within {self.seconds:.0f} s"
-        return f"ssh: {said.removeprefix('ssh: ')}" if self.code == 255 else f"exit code {self.code}: {said}"
+        return f"ssh: {message.removeprefix('ssh: ')}" if self.code == 255 else f"exit code {self.code}: {message}"
 
 
 def is_local(host: str) -> bool:
-    """Tell whether a hostfile's name means this machine, to which no ssh is needed."""
+    """Return whether a name in a hostfile means this machine, which needs no ssh."""
     return host in LOCAL or host == socket.gethostname()
 
 
 def ssh_command(host: str, argv: Sequence[str], port: int | None = None) -> list[str]:
-    """Return the command that runs `argv` on a host, without a question asked and without waiting for a dead one."""
+    """Return the command that runs `argv` on a host, without prompts and with a timeout for a dead host."""
     if is_local(host):
         return list(argv)
     options = ["BatchMode=yes", f"ConnectTimeout={CONNECT_S}", "ServerAliveInterval=5", "ServerAliveCountMax=2"]
@@ -63,7 +63,7 @@ def ssh_command(host: str, argv: Sequence[str], port: int | None = None) -> list
 
 
 def script_with(path: Path, request: str) -> bytes:
-    """Return a script of ours with the text of its request put in, as its constant REQUEST, to be sent over stdin."""
+    """Return the source of a script with `request` inserted as its constant REQUEST, to be sent over stdin."""
     head, future, rest = path.read_text(encoding="utf-8").partition("from __future__ import annotations\n")
     return f"{head}{future}REQUEST = {request!r}\n{rest}".encode()
 
@@ -77,14 +77,13 @@ def on_hosts(
     done: Callable[[HostAnswer], None] | None = None,
     hold_s: float = HOLD_S,
 ) -> dict[str, HostAnswer]:
-    """Run a command on all hosts side by side and return their answers, in the hosts' order.
+    """Run a command on all hosts in parallel and return their answers, in the order of `hosts`.
 
-    `argv` and `stdin` may differ by host. A host that hangs costs its own `timeout_s` and nobody else's: at most
-    AT_ONCE hosts are waited for, each of them `hold_s`, before others are asked. `done` is called with each answer as
-    it comes.
+    `argv` and `stdin` may differ by host. A hanging host delays no other by more than `hold_s`: a new host is asked
+    while fewer than AT_ONCE hosts have been waiting for less than `hold_s`. `done` is called with each answer.
     """
     answers: dict[str, HostAnswer] = {}
-    asked: dict[str, float] = {}  # when, of hosts that have not answered
+    asked: dict[str, float] = {}  # start time of each host without an answer
     change = threading.Condition()
 
     def ask(host: str) -> None:
@@ -101,7 +100,7 @@ def on_hosts(
     threads = []
     for host in hosts:
         with change:
-            while len(held := [at for at in asked.values() if at > time.monotonic() - hold_s]) >= AT_ONCE:
+            while len(held := [start for start in asked.values() if start > time.monotonic() - hold_s]) >= AT_ONCE:
                 change.wait(max(min(held) + hold_s - time.monotonic(), 0.001))
             asked[host] = time.monotonic()
         threads.append(threading.Thread(target=ask, args=(host,), daemon=True))
@@ -119,7 +118,7 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostA
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # no terminal to ask for a password on, and one group to kill
+            start_new_session=True,  # no terminal for a password prompt, and one process group to kill
         )
     except OSError as error:
         return HostAnswer(host, 255, "", f"{command[0]}: {error.strerror}", 0.0)
@@ -136,12 +135,12 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostA
         assert process.stdin
         process.stdin.write(stdin)
         process.stdin.close()
-    except OSError:  # it ended without reading
+    except OSError:  # the process exited without reading stdin
         pass
     code: int | None = process.wait()
     late = not timer.is_alive()
     timer.cancel()
-    _kill(process)  # what it left behind may still hold the pipes
+    _kill(process)  # child processes may still hold the pipes
     for reader in readers:
         reader.join(1.0)
     seconds = time.monotonic() - begin
@@ -150,7 +149,7 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostA
 
 
 def _read(stream: object) -> bytes:
-    """Read to the end, and keep the first bytes."""
+    """Read to the end, and keep the first MAX_OUTPUT bytes."""
     kept = b""
     while chunk := stream.read1(1 << 16):  # type: ignore[attr-defined]
         kept += chunk[: MAX_OUTPUT - len(kept)]

@@ -1,7 +1,7 @@
-"""Where a job's processes find each other: the address and port of rank 0, and the address the supervisor listens on.
+"""The rendezvous of a job: address and port of rank 0, and the address on which the supervisor listens.
 
-The first host is asked over ssh. What it says of that very connection (SSH_CONNECTION) are two addresses that are
-known to reach each other, which names need not.
+The first host is asked over ssh. Its SSH_CONNECTION holds two addresses that certainly reach each other, while host
+names need not resolve everywhere.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where processes meet."""
+    """The addresses at which the processes of a job find each other."""
 
     master: str  # address of rank 0's host
-    port: int  # free on it a moment ago
-    listen: str  # this machine's address, as the hosts see it
+    port: int  # a port of that host that was free when checked
+    listen: str  # this machine's address as seen by the hosts
 
 
 def arrange(
     hosts: Sequence[str], nic: str = "", port: int = 0, master: str = "", ssh_port: int | None = None
 ) -> Rendezvous:
-    """Return where the ranks on `hosts` meet.
+    """Return the rendezvous of the ranks on `hosts`.
 
-    `nic`, `port` and `master` are taken where given; otherwise a port that is free, and the first host's address on the
-    network that leads to the second.
+    By default the port is a free one, and the address is the first host's on the network that routes to the second.
+    `nic`, `port` and `master` override these.
 
     Raises:
-        UserError: the first host does not answer, or has no such interface or free port.
+        UserError: the first host does not answer, or has no such interface or no free port.
     """
     first, second = hosts[0], next(iter(hosts[1:]), "")
     argv = [sys.executable, "-I", "-c", _ASK, nic, second, str(port)]

@@ -1,4 +1,4 @@
-"""A script on all slots of hosts, by DeepSpeed's launcher, until it ends: for measurements, which nobody watches."""
+"""Runs a script on all slots of some hosts by DeepSpeed's launcher, without supervision: for measurements."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def run_ranks(
     nic: str = "",
     ssh_port: int | None = None,
 ) -> int:
-    """Run `script` with `arguments`, one a line of a file, and return the launcher's exit code.
+    """Run `script` with `arguments`, passed in a file with one per line, and return the launcher's exit code.
 
-    What the ranks print goes to stderr. `folder` is one that all hosts see.
+    The ranks' output goes to stderr. All hosts must see `folder`.
 
     Raises:
-        UserError: the first host does not answer, or a word would not arrive as it is.
+        UserError: the first host does not answer, or a word would not arrive unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: str((folder / name).resolve()) for name in ("hostfile", "arguments", "environment")}
     write_hostfile(paths["hostfile"], dict(hosts))
     Path(paths["arguments"]).write_text("".join(f"{line}\n" for line in arguments), encoding="utf-8")
-    meeting = arrange(list(hosts), nic, ssh_port=ssh_port)
+    rendezvous = arrange(list(hosts), nic, ssh_port=ssh_port)
     command = build(
         launcher=launcher,
         hostfile=paths["hostfile"],
         hosts=hosts,
         script=script,
         arguments_file=paths["arguments"],
-        master_addr=meeting.master,
-        master_port=meeting.port,
+        master_addr=rendezvous.master,
+        master_port=rendezvous.port,
         exports=exports or {},
         env_file=paths["environment"],
         python=sys.executable,

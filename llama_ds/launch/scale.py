@@ -1,4 +1,4 @@
-"""What looking at hundreds of hosts and watching thousands of ranks costs, measured with simulated ones on loopback."""
+"""Measures the cost of checking hundreds of hosts and supervising thousands of ranks, simulated on loopback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from llama_ds.launch.supervise import hang
 from llama_ds.launch.supervise.attempt import TICK_S
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
-from llama_ds.launch.supervise.processes import Host
+from llama_ds.launch.supervise.processes import HostProcesses
 from llama_ds.launch.supervise.server import Server
 from llama_ds.layout import placement, rank_map
 from llama_ds.layout.axes import Axes
@@ -44,14 +44,14 @@ REPEATS = 7
 
 
 def setting() -> dict[str, Any]:
-    """Return when and on what is measured."""
+    """Return the date and the machine of a measurement."""
     here = machine()
     here["load_1_min"] = round(here["load_1_min"], 2)
     return {"date": time.strftime("%Y-%m-%d"), "machine": here}
 
 
 def measure(hosts: Mapping[str, int], axes: Axes, beat_s: float, seconds: float) -> dict[str, Any]:
-    """Return what a job on `hosts` costs the machine that launches it: seconds, MiB, and the share of a core."""
+    """Return the cost of a job on `hosts` for the launching machine: seconds, MiB, and the share of a core."""
     world = sum(hosts.values())
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "hostfile")
@@ -71,9 +71,9 @@ def measure(hosts: Mapping[str, int], axes: Axes, beat_s: float, seconds: float)
 
 
 def fan_out(tool: str, count: int, slots: int, timeout_s: float) -> dict[str, Any]:
-    """Return what `tool`, the preflight, costs on `count` stub hosts, and whom it names.
+    """Return the cost of `tool`, the preflight, on `count` stub hosts, and the hosts it reports.
 
-    Once all are well; once the one in the middle hangs, and the last answers garbage; once all hang. Needs root.
+    Three cases: all hosts answer; the middle one hangs and the last one answers garbage; all hang. Needs root.
     """
     _allow_files(20 * count)
     with tempfile.TemporaryDirectory() as name:
@@ -118,7 +118,7 @@ def _look(argv: list[str], hosts: StubHosts) -> dict[str, Any]:
 
 
 def _watch_processes(process: subprocess.Popen[bytes], daemon: psutil.Process, peaks: Counter[str]) -> None:
-    """Keep the most that was seen: of the tool and its ssh processes, threads and memory, of the hosts processes."""
+    """Record the peaks: processes, threads and memory of the tool with its ssh processes, and processes of hosts."""
     tool = psutil.Process(process.pid)
     while process.returncode is None:
         with suppress(psutil.Error):
@@ -137,7 +137,7 @@ def _watch_processes(process: subprocess.Popen[bytes], daemon: psutil.Process, p
 
 
 def watch(world: int, beat_s: float, seconds: float, folder: str) -> dict[str, Any]:
-    """Return what hearing `world` ranks costs that beat every `beat_s`, and a hang report of all of them."""
+    """Return the cost of supervising `world` ranks with a heartbeat every `beat_s`, and of a hang report of all."""
     _allow_files(2 * world + 100)
     server = Server("127.0.0.1")
     server.expect(TOKEN, world)
@@ -147,19 +147,19 @@ def watch(world: int, beat_s: float, seconds: float, folder: str) -> dict[str, A
     ranks.start()
     try:
         while len(server.members) < world:
-            server.hear()
+            server.poll()
             time.sleep(0.01)
         joined_s = time.monotonic() - begin
         while any(member.beat.step == 0 for member in server.members.values()):
-            server.hear()
+            server.poll()
             time.sleep(0.01)
-        pace = HangDetector(HangLimits())
+        detector = HangDetector(HangLimits())
         busy, until = _busy(), time.monotonic() + seconds
         first = {rank: member.beat.step for rank, member in server.members.items()}
         while time.monotonic() < until:
             time.sleep(TICK_S)
-            server.hear()
-            pace.look(server.members.values())
+            server.poll()
+            detector.update(server.members.values())
             (time.monotonic() - server.last_beat > 15).nonzero()
         heard = sum(member.beat.step - first[rank] for rank, member in server.members.items())
         share = (_busy() - busy) / seconds
@@ -180,38 +180,38 @@ def watch(world: int, beat_s: float, seconds: float, folder: str) -> dict[str, A
 
 
 def _ranks(address: tuple[str, int], world: int, beat_s: float) -> None:
-    """Be all ranks: shake hands, then beat, each at its own moment. A beat's step counts the beats."""
-    lines = [socket.create_connection(address) for _ in range(world)]
-    for rank, line in enumerate(lines):
+    """Simulate all ranks: handshake, then heartbeats spread over the interval. A beat's step is the beat's number."""
+    connections = [socket.create_connection(address) for _ in range(world)]
+    for rank, connection in enumerate(connections):
         buffer = bytearray()
         while not (got := list(frames(buffer))):
-            buffer += line.recv(4096)
+            buffer += connection.recv(4096)
         about = {"rank": rank, "host": f"node{rank // 8}", "pid": rank}
-        line.sendall(frame(Kind.HELLO, hello(TOKEN, got[0][1], new_nonce(), about)))
+        connection.sendall(frame(Kind.HELLO, hello(TOKEN, got[0][1], new_nonce(), about)))
     begin, number = time.monotonic(), 0
     while True:
         number += 1
         data = frame(Kind.BEAT, pack_beat(Beat(number, Phase.TRAINING, False, "FORWARD of micro-batch 3")))
-        for rank, line in enumerate(lines):
+        for rank, connection in enumerate(connections):
             early = begin + (number + rank / world) * beat_s - time.monotonic()
             if early > 0.002:
                 time.sleep(early)
-            line.sendall(data)
+            connection.sendall(data)
 
 
 def _report(server: Server, world: int, folder: str) -> float:
-    """Return the seconds that a hang report of all ranks and an event take."""
+    """Return the duration of a hang report of all ranks and an event, in seconds."""
     job = Job(folder, {f"node{i}": 8 for i in range(world // 8)}, "pdsh", ("", 0), 5, 60)
     command = "python llama_ds/train.py"
     processes = {str(rank): {"rank": str(rank), "state": "S", "command": command} for rank in range(world)}
-    hosts = {host: Host(host, None, {"processes": processes}) for host in job.hosts}
+    hosts = {host: HostProcesses(host, None, {"processes": processes}) for host in job.hosts}
     for member in server.members.values():
         member.stacks = 'MainThread:\n  File "/x/train.py", line 1, in main\n  File "/x/wait.py", line 9, in wait\n'
     events = Events(Path(folder, "events.jsonl"), lambda text: None)
     begin = time.monotonic()
     report = hang.HangReport(60, 50)
     beats = {rank: float(server.last_beat[rank]) for rank in server.members}
-    report.standings = hang.examine(job, server.members, hosts, beats, 15)
+    report.ranks = hang.examine(job, server.members, hosts, beats, 15)
     text = json.dumps(report.as_json())
     events.add("hang", "", ranks=list(range(world)), report=len(text))
     events.close()

@@ -1,4 +1,4 @@
-"""A job on real hosts: tools/launch.py started on them, faults put into it, and what it left behind."""
+"""A job on real hosts: starts tools/launch.py, injects faults, and inspects the job's files and processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.hosts import Hosts
 
 LAUNCH = str(ROOT / "tools" / "launch.py")
 TIMEOUT_S = 400
-# Steps of the tiny run take a few milliseconds: what counts in minutes on a cluster counts in seconds here.
+# Steps of the tiny run take a few milliseconds, so timeouts are seconds here and minutes on a cluster.
 QUICK = {
     "beat-s": 0.5,
     "silent-s": 3,
@@ -48,7 +48,7 @@ class Job:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """What it has recorded so far."""
+        """The events recorded so far."""
         files = sorted((self.run.dir / "jobs").glob("*/events.jsonl"))
         lines = files[-1].read_text().splitlines() if files else []
         return [json.loads(line) for line in lines if line.endswith("}")]
@@ -59,18 +59,18 @@ class Job:
 
     @property
     def output(self) -> str:
-        """What it has printed so far."""
+        """The output printed so far."""
         return self.log.read_text(errors="replace")
 
     @property
     def step(self) -> int:
-        """The last step that is reported."""
+        """The last reported step."""
         path = self.run.dir / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
     def wait_for(self, what: Callable[[], Any], timeout_s: float = 120, pause_s: float = 0.02) -> Any:
-        """Wait until something is so, while the job runs."""
+        """Wait until `what` returns a true value, while the job runs."""
         deadline = time.monotonic() + timeout_s
         while not (found := what()):
             assert self.process.poll() is None, self.output[-4000:]
@@ -79,22 +79,22 @@ class Job:
         return found
 
     def wait_for_steps(self, count: int) -> None:
-        """Wait until the run has got `count` steps further than it is now."""
+        """Wait until the run has completed `count` more steps."""
         goal = self.step + count
         self.wait_for(lambda: self.step >= goal)
 
     def wait_for_save(self) -> None:
-        """Wait until a checkpoint is being written: it takes some hundredths of a second."""
+        """Wait until a checkpoint is being written, which takes some 10 ms."""
         self.wait_for(lambda: self.saves, pause_s=0.001)
 
     @property
     def saves(self) -> bool:
-        """Whether a checkpoint is being written, or was when it was cut short."""
+        """Whether a checkpoint is being written, or an interrupted one is left."""
         folder = self.run.checkpoints
         return any(folder.glob("attempt_*/step_*"))
 
     def wait_for_attempt(self, number: int) -> None:
-        """Wait until all ranks of an attempt have joined and steps are taken."""
+        """Wait until all ranks of an attempt have joined and completed a step."""
         self.wait_for(lambda: len(self.named("ranks joined")) >= number)
         self.wait_for(lambda: "starting at step" in self._log(number) or "resumed at step" in self._log(number))
         self.wait_for(lambda: "| loss " in self._log(number))
@@ -111,14 +111,14 @@ class Job:
         return sorted(found, key=lambda p: int(p.environ()["RANK"]))
 
     def finish(self) -> int:
-        """Wait for its end."""
+        """Wait for the end of the job; return its exit code."""
         try:
             return self.process.wait(TIMEOUT_S)
         finally:
             self.kill()
 
     def kill(self) -> None:
-        """Leave nothing of it."""
+        """Kill all processes of the job."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -140,13 +140,13 @@ class Job:
 
 
 def start(run: Run, hosts: Hosts, names: Sequence[str], slots: int, *options: str, **changed: float | str) -> Job:
-    """Start tools/launch.py on hosts; `changed` are options other than those of QUICK."""
+    """Start tools/launch.py on hosts; `changed` overrides options of QUICK."""
     hostfile = hosts.write_hostfile(run.file.with_suffix(".hosts"), slots, names)
     return _start(run, hosts, hostfile, options, changed)
 
 
 def start_here(run: Run, slots: int, *options: str, **changed: float | str) -> Job:
-    """Start it on this machine, as `start` does."""
+    """Start tools/launch.py on this machine alone."""
     hostfile = run.file.with_suffix(".hosts")
     hostfile.write_text(f"localhost slots={slots}\n")
     return _start(run, None, hostfile, options, changed)

@@ -1,4 +1,4 @@
-"""A job on real hosts meets the faults that end jobs, and its losses are those of a run that met none.
+"""Faults in a job on real hosts: its losses equal those of an undisturbed run.
 
 Three or four hosts, each with its own network, processes and sshd; DeepSpeed's launcher over pdsh and ssh.
 """
@@ -17,7 +17,7 @@ from tests.hosts import Hosts, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
-# Steps are short, as most of the time goes into starting; there are enough for all faults and for some after them.
+# Steps are short, as starting dominates the time; there are enough steps for all faults and for some after them.
 LAYOUT = {
     "parallel.pp": 2,
     "training.steps": 240,
@@ -25,9 +25,9 @@ LAYOUT = {
     "checkpoint.interval": 10,
     "checkpoint.keep_last": 3,
 }
-ORPHAN_S = 6.0  # a host that vanishes is waited for longer than that, until its ranks have ended for certain
-LEARN_S = 6.0  # for the supervisor to see steps go by: from a few looks, two a second, it learns how long they take
-DETECTED_S = 15.0  # within which a killed rank must be noticed, on a machine of two cores
+ORPHAN_S = 6.0  # the supervisor waits longer than this for a vanished host, until its ranks have certainly ended
+LEARN_S = 6.0  # time for the supervisor to learn the duration of steps; it polls twice a second
+DETECTED_S = 15.0  # limit for the detection of a killed rank on a machine with two cores
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def whole(make_run: Callable[..., Run]) -> Run:
-    """The run that nothing happens to: four ranks on this machine."""
+    """The undisturbed run: four ranks on this machine."""
     run = make_run("whole", LAYOUT)
     succeed(forked(4, TRAIN, run.file), run.log)
     return run
 
 
 def test_killed_stopped_cut_off_and_killed_while_saving(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
-    """Four faults in one job of pp 2, dp 2 on two hosts, with two spares; the losses are a whole run's, to the bit."""
+    """Four faults in a job of pp 2, dp 2 on two hosts with two spares; losses equal an undisturbed run's."""
     run = make_run("faults", LAYOUT)
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 2, ["node3", "node4"])
     job = start(run, hosts, ["node1", "node2"], 2, "--supervise", "--spares", str(spares), orphan_s=ORPHAN_S)
@@ -64,7 +64,7 @@ def test_killed_stopped_cut_off_and_killed_while_saving(hosts: Hosts, whole: Run
         kill_while_saving(job, "node1")
         job.wait_for(lambda: len(job.named("death")) == 2)
 
-        job.wait_for_attempt(4)  # node1 has failed twice: a spare has its place
+        job.wait_for_attempt(4)  # node1 has failed twice: a spare replaces it
         hosts.unplug("node2")
         job.wait_for(lambda: job.named("host lost"))
         code = job.finish()
@@ -101,7 +101,7 @@ def kill_while_saving(job: Job, host: str) -> None:
 
 
 def test_without_a_spare_fewer_ranks_go_on(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
-    """dp 2 becomes dp 1 with the same global batch: losses to the rounding of another order of sums."""
+    """dp 2 becomes dp 1 with the same global batch: losses differ only by the rounding of another summation order."""
     run = make_run("fewer", LAYOUT)
     job = start(run, hosts, ["node1", "node2"], 2, "--supervise", orphan_s=ORPHAN_S)
     try:
@@ -119,7 +119,7 @@ def test_without_a_spare_fewer_ranks_go_on(hosts: Hosts, whole: Run, make_run: C
 
 
 def test_killed_launcher_leaves_no_process_and_loses_nothing(hosts: Hosts, make_run: Callable[..., Run]) -> None:
-    """kill -9 of tools/launch.py: the ranks notice, save and end; the same command goes on from there."""
+    """After kill -9 of tools/launch.py the ranks notice, save a checkpoint and exit."""
     run = make_run("launcher_killed", LAYOUT | {"training.steps": 10**6, "checkpoint.interval": 0})
     job = start(run, hosts, ["node1", "node2"], 1)
     try:

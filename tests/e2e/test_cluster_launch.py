@@ -1,4 +1,4 @@
-"""tools/launch.py on real hosts: the run is the one of a single host, and what goes wrong is said first and once."""
+"""tools/launch.py on real hosts: losses equal those of a single host, and an error is reported first and once."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def test_two_hosts_train_as_one(launcher: str, hosts: Hosts, alone: Run, make_ru
 @needs_hosts
 def test_the_first_failing_rank_is_shown_first(hosts: Hosts, make_run: Callable[..., Run], tmp_path: Path) -> None:
     """One host's copy of the code raises: its error comes first, with rank and host, and is the only traceback."""
-    source = (ROOT / "llama_ds" / "model" / "written_out.py").read_text()
-    broken = tmp_path / "written_out.py"
+    source = (ROOT / "llama_ds" / "model" / "manual_backward.py").read_text()
+    broken = tmp_path / "manual_backward.py"
     broken.write_text(source + "\n\ndef _broken(*_):\n    raise RuntimeError('broken on this host')\n\n"
-                      "WrittenOutLayer.forward = _broken\n")  # fmt: skip
-    hosts.restart("node2", f"mount --bind {broken} {ROOT / 'llama_ds' / 'model' / 'written_out.py'}")
+                      "ManualBackwardLayer.forward = _broken\n")  # fmt: skip
+    hosts.restart("node2", f"mount --bind {broken} {ROOT / 'llama_ds' / 'model' / 'manual_backward.py'}")
     run = make_run("exception", LAYOUT)
     try:
         job = start(run, hosts, ["node1", "node2"], 2)
@@ -87,7 +87,7 @@ def test_the_first_failing_rank_is_shown_first(hosts: Hosts, make_run: Callable[
 @pytest.mark.slow
 @needs_hosts
 def test_a_mistake_that_one_host_sees_ends_the_job_for_good(hosts: Hosts, make_run: Callable[..., Run]) -> None:
-    """The data is not on node2: one error, code 2, and no restart, which would not mend it."""
+    """The data is missing on node2: one error, exit code 2, and no restart, which would not help."""
     run = make_run("no_data", LAYOUT)
     shards = next(path for path in run.file.parent.parent.glob("corpus*/shards"))
     hosts.restart("node2", f"mount -t tmpfs none {shards}")
@@ -106,9 +106,9 @@ def test_a_mistake_that_one_host_sees_ends_the_job_for_good(hosts: Hosts, make_r
 @pytest.mark.slow
 @needs_hosts
 def test_two_jobs_on_the_same_hosts_end_one_by_one(hosts: Hosts, make_run: Callable[..., Run]) -> None:
-    """Ending one job everywhere must not touch another's processes on the same hosts.
+    """Killing one job on all hosts must not touch another job's processes on the same hosts.
 
-    The other then saves and goes on, and saves and ends, when its launcher is sent signals.
+    On signals to its launcher, the other job then saves and continues, and later saves and exits.
     """
     jobs: list[Job] = []
     runs = [make_run(name, ENDLESS | layout) for name, layout in (("first", {"parallel.pp": 1}), ("second", {}))]
@@ -139,7 +139,7 @@ def test_two_jobs_on_the_same_hosts_end_one_by_one(hosts: Hosts, make_run: Calla
 
 @pytest.mark.slow
 def test_single_processes_of_a_broken_mpi_are_refused(make_run: Callable[..., Run]) -> None:
-    """An mpirun that is not mpi4py's starts worlds of one rank: each must refuse to be the whole run."""
+    """An mpirun of another MPI than mpi4py's starts worlds of one rank: each rank must refuse to run alone."""
     run = make_run("singleton", LAYOUT)
     attempt = Attempt(str(run.dir / "jobs" / "0001" / "attempt_01"), {"node1": 2, "node2": 2}, "openmpi", ("", 0), 1, 9)
     prepare(attempt, [str(run.file)])
@@ -208,7 +208,7 @@ def test_a_host_that_does_not_answer_is_named(hosts: Hosts, make_run: Callable[.
 
 @pytest.mark.slow
 def test_no_secret_in_any_argv_or_log(make_run: Callable[..., Run]) -> None:
-    """The token is in its file only: not in a command line, an environment, or what is printed."""
+    """The token is only in its file: not in a command line, an environment or an output."""
     run = make_run("secret", LAYOUT | {"parallel.pp": 1})
     hostfile = run.file.with_suffix(".hosts")
     hostfile.write_text("localhost slots=2\n")

@@ -1,6 +1,6 @@
-"""Faults at random, one after another, in one job on real hosts: it ends as if nothing had happened.
+"""Random faults in one job on real hosts, one after another: its result equals that of an undisturbed run.
 
-SOAK_FAULTS and SOAK_SEED say how many and which, SOAK_RECORD a file for what was measured:
+SOAK_FAULTS and SOAK_SEED set the number and choice of faults, SOAK_RECORD a file for the measurements:
 
     SOAK_FAULTS=30 SOAK_RECORD=soak.json python -m pytest tests/e2e/test_cluster_soak.py
 """
@@ -29,16 +29,16 @@ from tests.hosts import Hosts, missing
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 FAULTS = int(os.environ.get("SOAK_FAULTS", "4"))
-SEED = int(os.environ.get("SOAK_SEED", "3"))  # the first four: of kinds that test_cluster_faults.py has not, but one
+SEED = int(os.environ.get("SOAK_SEED", "3"))  # the first four are mostly kinds that test_cluster_faults.py lacks
 RECORD = os.environ.get("SOAK_RECORD", "")
-KINDS = {  # and what the supervisor must call it
+KINDS = {  # fault -> outcome that the supervisor must report
     "killed": "death",
     "killed while saving": "death",
     "stopped": "hang",
     "cut off": "host lost",
     "powered off": "host lost",
     "pdsh": "launcher",
-    "launcher of a host": None,  # its ranks do not need it: they go on
+    "launcher of a host": None,  # its ranks do not need it and continue
 }
 ENDS = ("death", "failure", "hang", "host lost", "launcher", "done", "gave up", "mistake")
 NAMES = ("node1", "node2", "node3")  # the last is a spare
@@ -59,14 +59,14 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 
 @pytest.fixture(scope="module")
 def whole(make_run: Callable[..., Run]) -> Run:
-    """The run that nothing happens to: two ranks on this machine."""
+    """The undisturbed run: two ranks on this machine."""
     run = make_run("whole", LAYOUT)
     succeed(forked(2, TRAIN, run.file), run.log)
     return run
 
 
 def test_the_losses_are_those_of_a_run_without_faults(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
-    """To the bit at every step, with code 0 and no process left; every fault is laid to whom it happened to."""
+    """Losses are equal to the bit, the exit code is 0, no process is left, and each fault is blamed on its rank."""
     run = make_run("soak", LAYOUT)
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 1, NAMES[2:])
     began = time.monotonic()
@@ -76,7 +76,7 @@ def test_the_losses_are_those_of_a_run_without_faults(hosts: Hosts, whole: Run, 
     faults: list[dict[str, Any]] = []
     try:
         for kind in kinds:
-            faults.append(meet(kind, job, hosts, chance))
+            faults.append(inject(kind, job, hosts, chance))
         code = job.finish()
     finally:
         job.kill()
@@ -95,23 +95,23 @@ def test_the_losses_are_those_of_a_run_without_faults(hosts: Hosts, whole: Run, 
         assert fault["ranks"] == ([fault["rank"]] if fault["found"] in ("death", "hang", "host lost") else []), fault
 
 
-def meet(kind: str, job: Job, hosts: Hosts, chance: random.Random) -> dict[str, Any]:
-    """Let the job get further than it has been, put a fault into it, and see it go on; return what that was like."""
-    goal = job.step + chance.randint(2, 12) + (60 if kind == "stopped" else 0)  # so that the time of a step is known
+def inject(kind: str, job: Job, hosts: Hosts, chance: random.Random) -> dict[str, Any]:
+    """Let the job make progress, put a fault into it and wait until it makes progress again; return a record."""
+    goal = job.step + chance.randint(2, 12) + (60 if kind == "stopped" else 0)  # a hang needs a known step time
     job.wait_for(lambda: job.step >= goal)
     attempt = job.named("attempt started")[-1]
-    places = list(attempt["hosts"])
-    rank = chance.randrange(len(places))
-    host = places[rank]
+    rank_hosts = list(attempt["hosts"])
+    rank = chance.randrange(len(rank_hosts))
+    host = rank_hosts[rank]
     seen, step = len(job.events), job.step
-    mend = put(kind, job, hosts, host, rank)
+    repair = put(kind, job, hosts, host, rank)
     began, wall, cut_short = time.monotonic(), time.time(), job.saves
     if KINDS[kind]:
         job.wait_for(lambda: any(event["event"] in ENDS for event in job.events[seen:]))
         job.wait_for(lambda: any(event["event"] == "ranks joined" for event in job.events[seen:]))
     job.wait_for(lambda: job.step > step)
-    went_on_s = time.monotonic() - began
-    mend()
+    recovered_s = time.monotonic() - began
+    repair()
     new = job.events[seen:]
     first = next((event for event in new if event["event"] in ("detected", *ENDS)), None)
     ended = next((event for event in new if event["event"] in ENDS), {})
@@ -122,7 +122,7 @@ def meet(kind: str, job: Job, hosts: Hosts, chance: random.Random) -> dict[str, 
         "rank": rank,
         "host": host,
         "detected_s": round(first["time"] - wall, 2) if first else None,
-        "went_on_s": round(went_on_s, 2),
+        "went_on_s": round(recovered_s, 2),
         "found": ended.get("event"),
         "ranks": ended.get("ranks", []),
         "hosts": ended.get("hosts", []),
@@ -131,7 +131,7 @@ def meet(kind: str, job: Job, hosts: Hosts, chance: random.Random) -> dict[str, 
 
 
 def put(kind: str, job: Job, hosts: Hosts, host: str, rank: int) -> Callable[[], object]:
-    """Put a fault into a job; return what mends it."""
+    """Put a fault into a job; return a function that repairs the host."""
     if kind == "cut off":
         hosts.unplug(host)
         return lambda: hosts.plug(host)
@@ -153,7 +153,7 @@ def put(kind: str, job: Job, hosts: Hosts, host: str, rank: int) -> Callable[[],
 
 
 def record(path: Path, job: Job, faults: list[dict[str, Any]], seconds: float, equal: bool) -> None:
-    """Write down what the job went through."""
+    """Write the measurements of the job to `path`."""
     losses = json.dumps(job.run.losses).encode()
     path.write_text(
         json.dumps(

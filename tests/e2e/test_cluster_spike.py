@@ -1,4 +1,4 @@
-"""A region of the data that is no text makes the loss leap: the supervisor goes back and leaves the region out."""
+"""Noise in a region of the data causes a loss spike: the supervisor goes back and skips the region."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from llama_ds.data.stream import open_data
 pytestmark = pytest.mark.slow
 
 STEPS, INTERVAL = 200, 20
-BAD = range(100, 108)  # steps, counted from 0, that read noise
-REWIND, SKIP = 10, 20  # the noise is among the 20 steps of data that begin 10 steps before the spike
-SPIKE = BAD.start + 1  # the step at which the loss is high first, counted from 1
+BAD = range(100, 108)  # steps with noise, counted from 0
+REWIND, SKIP = 10, 20  # the 20 skipped steps of data begin 10 steps before the spike and include the noise
+SPIKE = BAD.start + 1  # the first step with a high loss, counted from 1
 BACK = SPIKE - REWIND
 NOISE = np.dtype("<u2")
 
 
 @pytest.fixture(scope="module")
 def spoilt(corpus: Corpus, make_run: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """Changes to the tiny run that have it read one source, of which noise stands where the steps of BAD read."""
+    """Changes to the tiny run: one source, with noise in the rows that the steps of BAD read."""
     root, text = tmp_path_factory.mktemp("spoilt"), Path(sysconfig.get_paths()["stdlib"], "asyncio")
     build_source("code", str(text), str(corpus.tokenizer), str(root), SEQ_LEN, 0.02, rows_per_shard=64)
     folder = root / "code"
@@ -47,7 +47,7 @@ def spoilt(corpus: Corpus, make_run: Callable[..., Run], tmp_path_factory: pytes
 
 
 def spoil(folder: Path, rows: np.ndarray) -> None:
-    """Overwrite training rows of a source with rare ids at random, and its checksums with what they are then."""
+    """Overwrite training rows of a source with random rare ids, and update its checksums."""
     split = parse_manifest((folder / "manifest.json").read_bytes(), str(folder)).splits["train"]
     draw = np.random.default_rng(0)
     sums = folder / checksums_name("train", 0)
@@ -57,9 +57,9 @@ def spoil(folder: Path, rows: np.ndarray) -> None:
         path = folder / shard_name("train", shard)
         content = bytearray(path.read_bytes())
         for row in rows[(rows >= first) & (rows < last)] - first:
-            at = int(row) * tar_rows.stride(SEQ_LEN, NOISE) + tar_rows.BLOCK
-            noise = draw.integers(140, 256, SEQ_LEN + 1).astype(NOISE).tobytes()  # of the bytes above ASCII
-            content[at : at + len(noise)] = noise
+            offset = int(row) * tar_rows.stride(SEQ_LEN, NOISE) + tar_rows.BLOCK
+            noise = draw.integers(140, 256, SEQ_LEN + 1).astype(NOISE).tobytes()  # ids of bytes above ASCII
+            content[offset : offset + len(noise)] = noise
         path.write_bytes(content)
         lines[shard] = f"{hashlib.sha256(content).hexdigest()}  {path.name}"
     sums.write_text("".join(f"{line}\n" for line in lines))
@@ -70,7 +70,7 @@ def skipping(at: int) -> str:
 
 
 def supervise(run: Run, ranks: int, rewind: int) -> tuple[int, Job]:
-    """Run it on this machine, under a supervisor that goes back; return the exit code."""
+    """Run on this machine under a supervisor with rewinds; return the exit code and the job."""
     job = start_here(run, ranks, "--supervise", "--rewind-steps", str(rewind), "--skip-steps", str(SKIP))
     return job.finish(), job
 
@@ -78,7 +78,7 @@ def supervise(run: Run, ranks: int, rewind: int) -> tuple[int, Job]:
 def test_the_job_goes_back_before_the_spike_and_leaves_its_data_out(
     spoilt: dict[str, object], make_run: Callable[..., Run]
 ) -> None:
-    """From then on it is the run that was told beforehand to leave them out."""
+    """The result equals that of a run whose run file skips the region from the start."""
     run, told = make_run("spoilt", spoilt), make_run("told", spoilt)
     code, job = supervise(run, 2, REWIND)
     assert code == 0, job.output[-4000:]
@@ -91,7 +91,7 @@ def test_the_job_goes_back_before_the_spike_and_leaves_its_data_out(
     assert "LOSS SPIKE: " in job.output and f" at step {SPIKE}, after " in job.output
     (rewind,) = job.named("rewind")
     assert rewind["to"] == BACK
-    assert f"going back to step {BACK}, and leaving out {SKIP} steps of data" in job.output
+    assert f"going back to step {BACK}, and skipping {SKIP} steps of data" in job.output
     assert [e["event"] for e in job.events if e["event"] != "killed"] == [
         *("job started", "attempt started", "ranks joined", "spike", "rewind", "restart"),
         *("attempt started", "ranks joined", "done", "job ended"),
@@ -103,7 +103,7 @@ def test_the_job_goes_back_before_the_spike_and_leaves_its_data_out(
 def test_without_a_checkpoint_so_far_back_it_ends_and_says_why(
     spoilt: dict[str, object], make_run: Callable[..., Run]
 ) -> None:
-    """Going on behind the spike, or from the start, is not what was asked for; what there is stays as it is."""
+    """The job must not continue after the spike or start from scratch; existing checkpoints stay unchanged."""
     run = make_run("too_early", spoilt)
     code, job = supervise(run, 1, SPIKE + 100)  # before the first step
     assert code == 2, job.output[-4000:]

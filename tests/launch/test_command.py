@@ -1,7 +1,7 @@
-"""The launcher's command, judged by DeepSpeed's own runner: what it makes of our argv, and what shells make of that.
+"""The launcher's command, tested with DeepSpeed's own runner and real shells.
 
-The golden files hold, for each launcher at 256 hosts of 8, our argv and what DeepSpeed's runner then started, as
-programs in the place of pdsh, mpirun and srun wrote it down. After a change that is meant:
+The golden files hold, for each launcher at 256 hosts with 8 slots, our argv and the command that DeepSpeed's runner
+started, recorded by programs that replace pdsh, mpirun and srun. After an intended change:
 `GOLDEN_UPDATE=1 .venv/bin/python -m pytest tests/launch/test_command.py -k golden`, and read the diff.
 """
 
@@ -52,7 +52,7 @@ ARGUMENTS = {
     "python": sys.executable,
     "working_folder": str(REPO),
 }
-# Stands where pdsh, mpirun and srun stand, and writes down what it was started with.
+# Replaces pdsh, mpirun and srun, and records its argv and its environment.
 RECORDER = """\
 #!/bin/sh
 printf '%s\\0' "${0##*/}" "$@" > "$RECORD"
@@ -66,19 +66,19 @@ def command(**changes: object) -> Command:
 
 @dataclass
 class Started:
-    """What DeepSpeed's runner started."""
+    """The command that DeepSpeed's runner started."""
 
     argv: list[str]
     environment: dict[str, str]
 
     @property
     def bytes(self) -> int:
-        """What Linux counts of it against ARG_MAX, without the environment."""
+        """The bytes of argv that count against ARG_MAX."""
         return sum(len(word) + 1 + 8 for word in self.argv)
 
 
 class Runner:
-    """DeepSpeed's runner in this process, with programs that record in the place of the launchers'."""
+    """DeepSpeed's runner in this process, with recording programs instead of the launchers'."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder, self.monkeypatch = folder, monkeypatch
@@ -106,7 +106,7 @@ class Runner:
 
 @pytest.fixture
 def deepspeed_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
-    """Put back what the runner changes in its process: two signals and its log level."""
+    """Restore the runner's changes to its process: two signal handlers and its log level."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     level = logger.level
     yield Runner(tmp_path, monkeypatch)
@@ -119,10 +119,14 @@ def deepspeed_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def portable(word: str) -> str:
-    """A word with this machine's paths taken out."""
-    places = {sys.executable: "<PYTHON>", str(REPO): "<REPO>", str(Path(deepspeed.__file__).parent): "<DEEPSPEED>"}
-    for path in sorted(places, key=len, reverse=True):
-        word = word.replace(path, places[path])
+    """A word with placeholders for this machine's paths."""
+    placeholders = {
+        sys.executable: "<PYTHON>",
+        str(REPO): "<REPO>",
+        str(Path(deepspeed.__file__).parent): "<DEEPSPEED>",
+    }
+    for path in sorted(placeholders, key=len, reverse=True):
+        word = word.replace(path, placeholders[path])
     return word
 
 
@@ -136,7 +140,7 @@ def short(word: str) -> str:
 
 
 def listed(words: list[str]) -> str:
-    """Words, one a line, without most of what is repeated for each of 2048 ranks."""
+    """Words, one per line, without the middle of a long list."""
     lines = [short(word) for word in words]
     if len(lines) > 200:
         digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
@@ -236,7 +240,7 @@ def test_a_host_alone_is_reached_through_the_launcher_asked_for(deepspeed_runner
 
 
 def test_open_mpi_chooses_where_no_interface_is_given(deepspeed_runner: Runner) -> None:
-    """DeepSpeed would say eth0, which many hosts have not."""
+    """DeepSpeed's default is eth0, which many hosts do not have."""
     argv = deepspeed_runner.start(command(launcher="openmpi")).argv
     assert "eth0" not in argv and argv[argv.index("btl_tcp_if_include") + 1] == ""
 
@@ -254,19 +258,19 @@ def test_mpirun_may_run_as_root_if_it_was_exported() -> None:
 
 
 def test_ssh_arguments_reach_every_launcher_that_starts_ssh() -> None:
-    at = {
+    variables = {
         "pdsh": ("PDSH_SSH_ARGS_APPEND", "-F /c"),  # DeepSpeed appends the port
         "openmpi": ("PRTE_MCA_plm_ssh_args", "-F /c -p 2222"),
         "mpich": ("HYDRA_LAUNCHER_EXTRA_ARGS", "-F /c -p 2222"),
         "impi": ("I_MPI_HYDRA_BOOTSTRAP_EXEC_EXTRA_ARGS", "-F /c -p 2222"),
     }
-    for launcher, (name, value) in at.items():
+    for launcher, (name, value) in variables.items():
         assert command(launcher=launcher, ssh_args="-F /c", ssh_port=2222).environment[name] == value
         assert name not in command(launcher=launcher).environment
 
 
 def test_what_is_displayed_does_the_same(tmp_path: Path) -> None:
-    """Run by a shell, the lines write the file, and start this argv with this environment in this folder."""
+    """A shell that runs the lines writes the file and starts the same argv, environment and folder."""
     python = tmp_path / "python"
     python.write_text(RECORDER.replace("env -0", f'pwd > "{tmp_path}/folder"; env -0'))
     python.chmod(0o755)
@@ -318,8 +322,8 @@ REFUSED = [
     ({"launcher": "openmpi", "launcher_args": ["-x", "HF_TOKEN=abc"]}, "HF_TOKEN looks like a secret"),
     ({"launcher": "mpich", "launcher_args": ["-genv", "HF_TOKEN", "abc"]}, "HF_TOKEN looks like a secret"),
     ({"launcher": "mpich", "launcher_args": ["-hosts", "a"]}, "'-hosts' is not an option to give to mpich"),
-    ({"launcher": "slurm", "launcher_args": ["id"]}, "--launcher_args: 'id' may be the program to srun"),
-    ({"launcher": "slurm", "launcher_args": ["-n4"]}, "--launcher_args: '-n4' may be the program to srun"),
+    ({"launcher": "slurm", "launcher_args": ["id"]}, "--launcher_args: srun may take 'id' for the program"),
+    ({"launcher": "slurm", "launcher_args": ["-n4"]}, "--launcher_args: srun may take '-n4' for the program"),
     ({"launcher": "slurm", "launcher_args": ["--nodel=a"]}, "'--nodel=a': hosts and ranks come from the hostfile"),
 ]
 
@@ -349,11 +353,11 @@ def test_what_only_sounds_like_a_secret_is_taken() -> None:
 
 
 def test_secrets_in_the_environment_do_not_reach_argv(deepspeed_runner: Runner) -> None:
-    """DeepSpeed forwards what begins with MLFLOW, PYTHON, UCX and NCCL: of those the runner only gets what may be."""
+    """DeepSpeed forwards variables of MLFLOW, PYTHON, UCX and NCCL: the runner gets none of the secrets among them."""
     environ = {"MLFLOW_TRACKING_TOKEN": "hunter2", "HF_TOKEN": "hunter3", "MLFLOW_RUN": "a", "NCCL_IB_HCA": "^mlx5_0"}
     for launcher in LAUNCHERS:
         kept = inherited(environ, launcher)
-        assert kept == {"HF_TOKEN": "hunter3", "MLFLOW_RUN": "a"}  # what is not forwarded stays in the environment
+        assert kept == {"HF_TOKEN": "hunter3", "MLFLOW_RUN": "a"}  # variables that are not forwarded stay
         for name, value in kept.items():
             deepspeed_runner.monkeypatch.setenv(name, value)
         theirs = deepspeed_runner.start(command(launcher=launcher))
@@ -388,7 +392,7 @@ def test_a_command_that_linux_would_not_start_is_refused() -> None:
 def test_the_size_is_not_underestimated(
     launcher: str, deepspeed_runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the same command, what DeepSpeed starts fits where the estimate says so."""
+    """If the estimate accepts a command, the command that DeepSpeed starts fits."""
     theirs = deepspeed_runner.start(command(launcher=launcher))
     remote = len(" ".join(theirs.argv[6:]))
     with monkeypatch.context() as limits:
@@ -400,7 +404,7 @@ def test_the_size_is_not_underestimated(
             command(launcher=launcher)
 
 
-# --- nothing but what was meant is executed ---------------------------------------------------------------------------
+# --- only the intended command is executed ----------------------------------------------------------------------------
 
 ATTACKS = ["; id", "$(id)", "`id`", "| id", "&& id", "> /tmp/x", "a b", "'", '"', '"; id; "', "\n id", "\\", "%n", "%h"]
 ATTACKS += [
@@ -443,12 +447,12 @@ def host_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pdsh_expanded(word: str, host: str) -> str:
-    """A word as pdsh hands it to ssh for the first of its hosts."""
+    """A word as pdsh passes it to ssh for the first host."""
     return re.sub("%([hnu%])", lambda m: {"h": host, "n": "0", "u": "root", "%": "%"}[m[1]], word)
 
 
 def remote_command(ours: Command, python: str) -> str:
-    """The line that a shell of the first host reads: made by DeepSpeed's PDSHRunner as the runner's main() does."""
+    """The line that a shell of the first host parses, built by DeepSpeed's PDSHRunner as in the runner's main()."""
     args = runner.parse_args(ours.argv[3:])
     hosts = {host: list(range(slots)) for host, slots in runner.fetch_hostfile(args.hostfile).items()}
     pdsh = multinode_runner.PDSHRunner(args, runner.encode_world_info(hosts))
@@ -467,7 +471,7 @@ def remote_command(ours: Command, python: str) -> str:
 
 
 def run_as_host(folder: Path, line: str) -> tuple[list[str], dict[str, str]]:
-    """Have a shell read a line as sshd does; return argv and environment of the one python that it started."""
+    """Run a line in a shell as sshd does; return argv and environment of the only python that it started."""
     record = folder / "record"
     record.unlink(missing_ok=True)
     done = subprocess.run(["/bin/sh", "-c", line], env={"PATH": "/nowhere"}, cwd=folder, capture_output=True, text=True)
@@ -480,7 +484,7 @@ def run_as_host(folder: Path, line: str) -> tuple[list[str], dict[str, str]]:
 
 
 def check_on_host(host_folder: Path, place: str, text: str, value: str) -> None:
-    """Build a command with `text` in one place; if it is not refused, run it as a host would."""
+    """Build a command with `text` in one argument; if it is not refused, run it as a host would."""
 
     def there(name: str, usual: str) -> str:
         return text if place == name else usual
@@ -554,7 +558,7 @@ BACKENDS = {
 def test_fuzzed_mpi_and_slurm_commands_keep_their_words(
     launcher: str, name: str, value: str, words: list[str], nic: str
 ) -> None:
-    """No shell reads these: every word arrives, and what is started is python with the script, whatever was given."""
+    """No shell parses these: every word arrives unchanged, and python starts with the script in all cases."""
     exports = {"V" + name: value}
     try:
         ours = command(launcher=launcher, hosts={"b": 1, "a": 1}, exports=exports, nic=nic, launcher_args=words)
@@ -588,7 +592,7 @@ printf '%s' "$*" > "$RECORD.$host"
 
 @pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
 def test_pdsh_gives_every_host_its_place_in_the_hostfile(deepspeed_runner: Runner, tmp_path: Path) -> None:
-    """The real pdsh at 256 hosts, with a program that records in the place of ssh; the order is not the names'."""
+    """The real pdsh at 256 hosts, with a recording program instead of ssh; the hosts are not in the names' order."""
     names = [f"node{n:03}" for n in range(256, 0, -1)]
     ours = command(hosts=dict.fromkeys(names, 8), hostfile=hostfile(*names, slots=8))
     argv = deepspeed_runner.start(ours).argv
@@ -607,7 +611,7 @@ def test_pdsh_gives_every_host_its_place_in_the_hostfile(deepspeed_runner: Runne
 
 @pytest.mark.skipif(shutil.which("mpirun", path=os.path.dirname(sys.executable)) is None, reason="no Open MPI")
 def test_open_mpi_places_ranks_by_the_hostfile(deepspeed_runner: Runner, tmp_path: Path) -> None:
-    """The real mpirun's own map at 256 x 8, of hosts in reverse, this machine among them."""
+    """The real mpirun's own map at 256 x 8, with hosts in reverse order and this machine among them."""
     names = [f"node{n:03}" for n in range(256, 0, -1)]
     names[100] = os.uname().nodename
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -651,7 +655,7 @@ def test_ranks_on_this_machine_get_all_of_it(launcher: str, tmp_path: Path) -> N
         **{"exports": exports, "env_file": str(tmp_path / "environment"), "working_folder": str(tmp_path.resolve())},
         **{"master_addr": "127.0.0.1", "launcher_args": ["--oversubscribe"] if launcher == "openmpi" else []},
     )
-    (tmp_path / ".deepspeed_env").write_text("SIGNS=$(id)\n\n")  # the user's own: of no effect, and no crash
+    (tmp_path / ".deepspeed_env").write_text("SIGNS=$(id)\n\n")  # the user's own file has no effect and causes no crash
     environ = {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}", "HOME": str(tmp_path)}
     done = subprocess.run(["sh", "-c", displayed(ours)], env=environ, capture_output=True, text=True)
     ranks = [json.loads(path.read_text()) for path in tmp_path.glob("rank*")]

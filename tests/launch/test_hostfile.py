@@ -1,4 +1,4 @@
-"""The hostfile's grammar and filters, and the lookup of the one that the launcher was given, in real processes."""
+"""The hostfile's grammar and filters, and the lookup of the launcher's hostfile in real processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ except UserError as error:
     sys.exit(f"error: {{error}}")
 print("hostfile:", launcher_hostfile())
 """
-# Stands where DeepSpeed's runner stands: same script name, same way to find its options, starts the training script.
+# Replaces DeepSpeed's runner: same script name and options; starts the training script.
 RUNNER = """\
 import subprocess, sys
 script = next(word for word in sys.argv[1:] if word.endswith(".py"))
@@ -120,8 +120,8 @@ LINES = st.lists(
 @example("# b\x0ca slots=1\nc slots=2")
 @example("a slots=1\rb slots=2\r\n")
 def test_any_text_is_hosts_that_deepspeed_reads_too_or_one_message(text: str) -> None:
-    """And no host that was read can be taken for more than a name."""
-    assume(not re.search("[\ud800-\udfff]", text))  # no text of a file
+    """No accepted host can be interpreted as more than a name."""
+    assume(not re.search("[\ud800-\udfff]", text))  # not valid in a text file
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "hosts")
         path.write_bytes(text.encode())
@@ -183,8 +183,8 @@ def test_a_hostfile_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     ("where", "message"),
     [
         ("gone/hosts", "the hostfile cannot be written: No such file or directory; name another file"),
-        ("/dev/null", "is not a plain file, which alone can be replaced; name another for the hostfile"),
-        (".", "is not a plain file, which alone can be replaced; name another for the hostfile"),
+        ("/dev/null", "is not a regular file, and only those can be replaced; name another for the hostfile"),
+        (".", "is not a regular file, and only those can be replaced; name another for the hostfile"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, where: str, message: str) -> None:
@@ -210,7 +210,7 @@ FILTERS = st.lists(
 @example({"a": 2, "b": 2}, "a:0@a", False)
 @example({"a": 2, "b": 2}, "a:1, 0", True)
 def test_a_filter_leaves_what_deepspeed_leaves(hosts: dict[str, int], text: str, include: bool) -> None:
-    """Where DeepSpeed fails, or leaves no host and fails later, there is a message."""
+    """Filters with which DeepSpeed fails, or leaves no host and fails later, raise an error."""
     both = (text, "") if include else ("", text)
     try:
         theirs = parse_inclusion_exclusion(hosts, *both)
@@ -301,7 +301,7 @@ def test_missing_hostfile_of_the_runner_ends_the_ranks(tmp_path: Path) -> None:
 
 
 def test_deepspeeds_own_runner_is_recognised(tmp_path: Path) -> None:
-    """The real launcher warns about the missing file and goes on with local resources; the rank does not."""
+    """The real launcher warns about the missing file and continues with local resources; the rank exits."""
     tmp_path.joinpath("check.py").write_text(CHECK)
     command = [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", "gone", "--num_accelerators", "1"]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}

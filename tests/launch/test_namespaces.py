@@ -1,4 +1,4 @@
-"""Hosts of their own on this machine: their links have the bandwidth and latency asked for. Needs root."""
+"""Simulated hosts on this machine: their links have the requested bandwidth and latency. Needs root."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ print(time.monotonic() - start)
 
 
 def test_link_has_its_bandwidth_and_latency(tmp_path: Path) -> None:
-    """Lower bounds, exact: no packet is early. The bucket lets 64 kB pass at once."""
+    """The bounds are exact lower bounds: no packet is early. The bucket lets 64 kB pass at once."""
     with Hosts(2, RATE_MBIT, DELAY_MS) as hosts:
         answering = subprocess.Popen(hosts.command(1, [sys.executable, "-c", ANSWER]))
         asked = subprocess.run(

@@ -1,4 +1,4 @@
-"""The host lists of batch systems: what they expand to, what is refused, and the way back."""
+"""The host lists of batch systems: expansion, rejected lists, and compression."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llama_ds.errors import UserError
 from llama_ds.layout.nodelist import MAX_HOSTS, check_host, compress, expand, from_lsf, from_scheduler, from_slurm
 
 HOST_CHARACTERS = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
-# Names as clusters give them, close to each other, so that many differ in one number.
+# Typical names of cluster nodes; many of them differ in one number only.
 NAMES = st.builds(
     "{}{:0{}d}{}{:0{}d}{}".format,
     st.sampled_from(["n", "rack", "10.0.", "_", "1a"]),

@@ -1,6 +1,6 @@
-"""The preflight asks hundreds of hosts side by side, and names those that hang or answer garbage, and no others.
+"""The preflight checks hundreds of hosts in parallel, and reports exactly those that hang or answer garbage.
 
-Here on fewer hosts, by the code with which `tools/cluster_scale.py --preflight` measured 256 (docs/measurements).
+The test uses fewer hosts and the code with which `tools/cluster_scale.py --preflight` measured 256 (docs/measurements).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def test_only_the_host_that_hangs_and_the_one_with_garbage_are_named() -> None:
     found = fan_out(str(ROOT / "tools" / "preflight.py"), HOSTS, SLOTS, TIMEOUT_S)
     well, spoilt = found["all well"], found["one hangs, one answers garbage"]
     assert (well["good"], well["exit_code"], well["named"]) == (HOSTS, 0, 0)
-    assert well["peak_processes"] > 1 and well["peak_processes_of_hosts"] > 1  # there were hosts
+    assert well["peak_processes"] > 1 and well["peak_processes_of_hosts"] > 1  # the stub hosts were really used
     assert (spoilt["good"], spoilt["exit_code"], spoilt["named"]) == (HOSTS - 2, 2, 2)
     hangs, garbage = spoilt["first_named"]
     assert hangs.startswith(f"127.0.1.{HOSTS // 2 + 1}: error: answer: no answer within {TIMEOUT_S:.0f} s;")
@@ -34,7 +34,7 @@ def test_only_the_host_that_hangs_and_the_one_with_garbage_are_named() -> None:
 
 
 def test_hosts_that_hang_keep_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More hosts hang than are waited for at once: the others are asked before these have had their time."""
+    """More hosts hang than are waited for at once: the others are asked before the hanging ones time out."""
     monkeypatch.setattr(remote, "AT_ONCE", 2)
     settings = PreflightSettings(output_dir=str(tmp_path))
     with StubHosts(6, tmp_path, settings) as hosts:
@@ -48,4 +48,4 @@ def test_hosts_that_hang_keep_no_other_waiting(tmp_path: Path, monkeypatch: pyte
             done=lambda said: came.append(said.host),
         )  # fmt: skip
     assert [answers[host].code for host in hosts.names] == [None] * 4 + [0] * 2
-    assert set(came[:2]) == set(well)  # before any of those that hang was given up
+    assert set(came[:2]) == set(well)  # before any hanging host timed out

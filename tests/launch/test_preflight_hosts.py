@@ -1,4 +1,4 @@
-"""The preflight on real hosts: what is wrong with one is named, with that host alone, and a spare replaces it."""
+"""The preflight on real hosts: a problem of one host is reported for that host alone, and a spare replaces it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def look(hosts: Hosts, settings: PreflightSettings) -> Report:
 
 
 def assert_only_bad(report: Report, check: str, text: str) -> None:
-    """The one bad host is named with its cause, and its place is the spare's."""
+    """The bad host alone is named with its cause, and the spare replaces it."""
     errors = [f for f in report.findings if f.severity == "error"]
     assert {f.host for f in errors} == {BAD}, errors
     assert any(f.check == check and text in f.text for f in errors), errors
@@ -71,7 +71,7 @@ def test_good_hosts_are_good_and_measured(hosts: Hosts, settings: PreflightSetti
         ("mount --bind {older} {code}", "code", "another version of llama_ds"),
         ("mount --bind {garbage} {python}", "answer", "instead of what it was asked"),
         ("mount --bind {hangs} {python}", "answer", "no answer within 10 s"),
-        ("mount --bind /dev/null {files} && mount -t tmpfs none {parent}", "file", "is not there"),
+        ("mount --bind /dev/null {files} && mount -t tmpfs none {parent}", "file", "does not exist"),
     ],
     ids=["full disk", "not shared", "read-only", "no Python", "packages", "code", "garbage", "hangs", "file"],
 )
@@ -102,7 +102,7 @@ def test_what_is_wrong_with_a_host_is_named(
     finally:
         hosts.restart(BAD)
     assert_only_bad(report, check, text)
-    assert seconds < 3 * settings.timeout_s  # a host that hangs costs its own time-out, once
+    assert seconds < 3 * settings.timeout_s  # a hanging host costs its own timeout once
 
 
 def test_refused_wrong_key_and_cut_off(hosts: Hosts, settings: PreflightSettings) -> None:
@@ -122,7 +122,7 @@ def test_refused_wrong_key_and_cut_off(hosts: Hosts, settings: PreflightSettings
 
 
 def test_a_slow_link_is_found_by_its_pairings(hosts: Hosts, settings: PreflightSettings) -> None:
-    """A host whose interface is held to 20 Mbit/s is slow with both neighbours; these are not."""
+    """A host with an interface limited to 20 Mbit/s is slow with both neighbours; the neighbours are not slow."""
     hosts.restart(BAD, "tc qdisc add dev eth0 root tbf rate 20mbit burst 64kb limit 4mb")
     try:
         report = look(hosts, replace(settings, measure=True, burn_s=0.2, slow="error"))

@@ -1,7 +1,6 @@
-"""What the preflight concludes from what hosts say: GPUs by nvidia-smi, clocks, speeds beside each other, garbage.
+"""The preflight's findings from the answers of hosts: GPUs, clocks, relative speeds, garbage.
 
-nvidia-smi is the one stand-in: a program on the path that prints what it prints on hosts of eight A100s, in the columns
-that the probe asks for.
+Only nvidia-smi is simulated: a program on PATH prints the output of a host with eight A100s, in the requested columns.
 """
 
 from __future__ import annotations
@@ -134,16 +133,16 @@ def test_idleness_and_power_caps_are_no_trouble(install: Run, reasons: str) -> N
 @pytest.mark.parametrize(
     ("name", "value", "check", "severity", "words"),
     [
-        ("ecc.errors.uncorrected.volatile.total", "12", "ecc", "error", ["12 uncorrected", "0 are wanted", "reset it"]),
-        ("temperature.gpu", "88", "temperature", "warning", ["88 C", "below 85 is wanted", "fans"]),
+        ("ecc.errors.uncorrected.volatile.total", "12", "ecc", "error", ["12 uncorrected", "0 are allowed", "reset"]),
+        ("temperature.gpu", "88", "temperature", "warning", ["88 C", "the limit is 85", "fans"]),
         ("temperature.gpu", "85", "temperature", "warning", ["85 C"]),
         ("slowdown", "0x0000000000000080", "slowed down", "error", ["power supply", "0x0000000000000080", "look at"]),
         ("slowdown", "0x0000000000000048", "slowed down", "error", ["for its heat", "0x0000000000000048"]),
         ("slowdown", "0x0000000000000020", "slowed down", "warning", ["by the driver, for its heat"]),
         ("slowdown", "0x0000000000000060", "slowed down", "error", ["by the driver", "by its hardware"]),
-        ("temperature.gpu", "[Unknown Error]", "gpu", "error", ["'[Unknown Error]' of its temperature.gpu", "reset"]),
-        ("memory.total", "[GPU is lost]", "gpu", "error", ["'[GPU is lost]' of its memory.total"]),
-        ("slowdown", "[GPU requires reset]", "gpu", "error", ["'[GPU requires reset]' of its slowdown"]),
+        ("temperature.gpu", "[Unknown Error]", "gpu", "error", ["'[Unknown Error]' for its temperature.gpu", "reset"]),
+        ("memory.total", "[GPU is lost]", "gpu", "error", ["'[GPU is lost]' for its memory.total"]),
+        ("slowdown", "[GPU requires reset]", "gpu", "error", ["'[GPU requires reset]' for its slowdown"]),
     ],
 )
 def test_a_gpu_in_trouble_is_named(
@@ -163,7 +162,7 @@ def test_a_gpu_in_trouble_is_named(
         ({"edit": lambda found: found.pop(5), "tail": LOST, "code": 255}, [repr(LOST.strip()), "reset the GPU"]),
         (
             {"edit": lambda found: found.clear(), "tail": NO_DRIVER, "code": 9},
-            ["couldn't communicate", "mend its driver"],
+            ["couldn't communicate", "repair its driver"],
         ),
         (
             {"edit": lambda found: found.clear(), "tail": "No devices were found\n", "code": 6},
@@ -223,7 +222,7 @@ def test_a_host_with_a_bad_gpu_is_named_by_the_whole_preflight(install: Run, tmp
 
 
 def host(model: str = A100, driver: str = DRIVER, count: int = 8, cores: int = 64) -> dict[str, Any]:
-    """A host's answer, of which other rules than those of hardware have nothing to say."""
+    """A host's answer that only the hardware rules evaluate."""
     found: list[list[str]] = [[r[0], model, driver, *r[3:]] for r in rows()[:count]]
     listed = [dict(zip(probe.GPU_FIELDS, row, strict=True)) for row in found]
     return {"gpus": {"devices": listed} if count else None, "cores": cores, "xids": []}
@@ -238,11 +237,11 @@ def test_other_hardware_than_most_is_named() -> None:
     found = unlike({**usual, "older": host(driver="470.57.02"), "other": host(model="NVIDIA A100-PCIE-40GB")})
     driver, model = sorted(found, key=lambda f: f.host)
     assert (driver.host, driver.check, driver.severity) == ("older", "gpu driver", "warning")
-    assert driver.text == f"has 470.57.02, 255 of 256 hosts have {DRIVER}; install the same"
+    assert driver.text == f"has 470.57.02, 255 of 256 hosts have {DRIVER}; install the same version"
     assert (model.host, model.check, model.severity) == ("other", "gpu model", "warning")
     assert model.text.startswith(f"has NVIDIA A100-PCIE-40GB, 81920 MiB, 255 of 256 hosts have {A100}, 81920 MiB; ")
     assert named({**usual, "without": host(count=0)}) == [("without", "gpu model", "error")]
-    assert named({**usual, "fewer": host(count=7)}) == []  # its slots say whether that is too few
+    assert named({**usual, "fewer": host(count=7)}) == []  # the check against its slots covers this
 
 
 def test_of_two_hosts_the_first_is_the_measure_but_one_without_gpus_never_is() -> None:
@@ -252,7 +251,7 @@ def test_of_two_hosts_the_first_is_the_measure_but_one_without_gpus_never_is() -
     assert named({"a": host(count=0), "b": host(count=0, cores=32)}) == [("b", "cores", "warning")]
     assert named({}) == []
     broken = {"gpus": {"problem": "GPU is lost"}, "cores": 64, "xids": []}
-    assert named({"a": host(), "b": host(), "c": broken}) == []  # it has been said of c already
+    assert named({"a": host(), "b": host(), "c": broken}) == []  # another check reports c
 
 
 # Clocks.
@@ -271,7 +270,7 @@ def test_a_clock_beyond_the_bound_is_named(skew: float) -> None:
 
 
 def test_each_clock_is_judged_alone(tmp_path: Path) -> None:
-    """It is this machine's clock that counts: neither one host, nor half of them, nor all can outvote it."""
+    """Only this machine's clock is the reference: neither one host, nor half of them, nor all can outvote it."""
     good = examine_answer(tmp_path)
     own = Own(good["python"], good["packages"], good["code"], {})
     for skews in ([5.0], [0.0, 5.0], [0.0, 0.0], [5.0, 5.0, 5.0], [0.0, 0.0, 5.0, 5.0], [math.nan, 0.0]):
@@ -282,7 +281,7 @@ def test_each_clock_is_judged_alone(tmp_path: Path) -> None:
 
 
 def examine_answer(folder: Path) -> dict[str, Any]:
-    """What this machine answers."""
+    """The answer of this machine."""
     settings = PreflightSettings(output_dir=str(folder))
     said = remote.on_hosts(["localhost"], [sys.executable, "-I", "-"], question(settings, []))["localhost"]
     value = answer.read(said.out, "preflight", answer.ANSWER)
@@ -349,11 +348,11 @@ def slow_devices(*hosts: list[float]) -> list[tuple[str, str]]:
 
 
 def test_a_device_far_below_the_others_is_slow() -> None:
-    assert slow_devices([250.0, 251.0, 249.0, 180.0]) == [("node0", "device 3")]  # of one host
+    assert slow_devices([250.0, 251.0, 249.0, 180.0]) == [("node0", "device 3")]  # all on one host
     assert slow_devices(*[[250.0 + i % 3] * 8 for i in range(255)], [250.0] * 7 + [200.0]) == [("node255", "device 7")]
     (found,) = measure.slow(speeds([250.0], [250.0], [100.0]), "warning")
     assert found == HostFinding("node2", "slow device", "warning", found.text)
-    assert "100 TFLOP/s, the median is 250, 225 are wanted; look at" in found.text
+    assert "100 TFLOP/s, the median is 250, the minimum 225; look at" in found.text
 
 
 @pytest.mark.parametrize(
@@ -362,12 +361,12 @@ def test_a_device_far_below_the_others_is_slow() -> None:
         [],
         [[]],
         [[250.0]],
-        [[250.0], [1.0]],  # of two, neither can be said to be the odd one
+        [[250.0], [1.0]],  # two values have no majority
         [[250.0]] * 5,
         [[0.0]] * 3,
         [[250.0], [250.0], [226.0]],  # less than a tenth below
-        [[250.0], [250.0], [125.0], [125.0]],  # half of them: nobody can say which half
-        [[250.0], [290.0], [210.0], [260.0], [190.0]],  # so much noise that a quarter below says nothing
+        [[250.0], [250.0], [125.0], [125.0]],  # half of them: it is unclear which half
+        [[250.0], [290.0], [210.0], [260.0], [190.0]],  # 25 percent below the median is within the noise
     ],
     ids=["none", "no device", "one", "two", "equal", "zero", "near", "half", "noise"],
 )
@@ -384,7 +383,7 @@ def test_as_long_as_fewer_than_half_are_slow_they_are_found() -> None:
 def test_a_speed_that_is_no_number_is_slow_and_moves_no_median() -> None:
     assert slow_devices([250.0], [math.nan], [250.0], [250.0]) == [("node1", "device 0")]
     assert slow_devices([math.nan]) == [("node0", "device 0")]
-    assert not answer.fits([{"tflops": math.nan, "groups": {}}], answer.SPEEDS)  # and a host does not get that far
+    assert not answer.fits([{"tflops": math.nan, "groups": {}}], answer.SPEEDS)  # a host's NaN is rejected earlier
 
 
 @pytest.mark.parametrize("count", range(1, 10))
@@ -412,7 +411,7 @@ def test_every_host_is_paired_with_the_one_before_and_the_one_after_it(count: in
 
 
 def paired(rate: Callable[[int, int], float | None], count: int = 0, order: Sequence[str] = ()) -> Speeds:
-    """What hosts with one slot measure when the pair (i, j) all-reduces at rate(i, j)."""
+    """The measurements of hosts with one slot if the pair (i, j) all-reduces at rate(i, j)."""
     names = list(order) or [str(i) for i in range(count)]
     groups = measure.plan(dict.fromkeys(names, 1), {name: name for name in names}, 20000)
     found: dict[str, list[dict[str, Any]]] = {name: [{"tflops": 1.0, "groups": {}}] for name in names}
@@ -436,7 +435,7 @@ def test_only_the_slow_host_of_a_pair_has_a_slow_link(count: int) -> None:
     for bad in {0, 1, count // 2, count - 1}:
         found = measure.slow(paired(lambda i, j, bad=bad: 5.0 if bad in (i, j) else 20.0, count), "error")
         assert [(f.host, f.check, f.severity) for f in found] == [(str(bad), "slow link", "error")]
-        assert "at 5 GB/s, the median is 20, 14 are wanted; look at" in found[0].text
+        assert "at 5 GB/s, the median is 20, the minimum 14; look at" in found[0].text
 
 
 def test_links_that_are_alike_or_only_two_are_not_slow() -> None:
@@ -450,7 +449,7 @@ def test_a_failed_all_reduce_is_held_against_the_host_that_has_no_other(count: i
     slots = paired(lambda i, j: None if 1 in (i, j) else 20.0, count)
     (found,) = measure.failed(slots)
     assert (found.host, found.check, found.severity) == ("1", "all-reduce", "error")
-    assert "timed out" in found.text and "look at its network" in found.text
+    assert "timed out" in found.text and "check its network" in found.text
     assert measure.slow(slots, "error") == []
 
 
@@ -460,8 +459,8 @@ def accused(slots: Speeds) -> set[str]:
 
 @pytest.mark.parametrize("wrong", [5.0, None], ids=["slow", "fails"])
 @pytest.mark.parametrize("bad", [{3}, {2, 4}, {0, 6}], ids=str)
-def test_a_sound_host_beside_bad_ones_is_not_named_after_the_second_look(bad: set[int], wrong: float | None) -> None:
-    """Between two bad hosts, or beside one and kept busy when it was paired with the other."""
+def test_a_healthy_host_beside_bad_ones_is_not_named_after_the_second_look(bad: set[int], wrong: float | None) -> None:
+    """The host stands between two bad hosts, or beside one and was busy when paired with the other."""
     first = paired(lambda i, j: wrong if {i, j} & bad else 8.0 if {i, j} == {1, 2} else 20.0, 8)
     seen = accused(first)
     assert seen > {str(i) for i in bad}, "the second look has something to do"
@@ -477,8 +476,8 @@ def test_the_second_look_is_the_better_of_two_and_forgives_nothing_within_a_host
     again = {"a": [{"tflops": 3.0, "groups": {"within": 30.0, "pair": 10.0}}], "b": [{"tflops": 9.0, "groups": {}}]}
     measure.better(first, again, {"a"})
     assert first["a"] == [{"tflops": 3.0, "groups": {"within": None, "pair": 20.0}}]
-    assert first["b"][0]["tflops"] == 2.0  # of those that are not accused, the first
-    assert measure.second_look(paired(lambda i, j: None, 4), {"0", "1", "2", "3"}) == []  # nobody to stand beside
+    assert first["b"][0]["tflops"] == 2.0  # the first of the hosts that are not accused
+    assert measure.second_look(paired(lambda i, j: None, 4), {"0", "1", "2", "3"}) == []  # no other host to pair with
 
 
 def test_an_all_reduce_within_a_host_that_fails_is_its_own() -> None:

@@ -1,4 +1,4 @@
-"""Going back after a loss spike: what the supervisor has the next attempt told, and which data it then reads."""
+"""Rewinds after a loss spike: the overrides for the next attempt, and the data that it then reads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def reads(skips: list[tuple[int, int]], steps: int) -> list[int]:
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=6))
 def test_a_rewind_leaves_out_what_was_read_and_nothing_else(rewinds: list[tuple[int, int]]) -> None:
-    """However often a run goes back, and how far: what was left out stays out, and each time as much is added to it."""
+    """For any number and length of rewinds, skipped data stays skipped, and each rewind skips as much again."""
     skips: list[tuple[int, int]] = []
     for back, steps in rewinds:
         before = reads(skips, 200)
@@ -50,7 +50,7 @@ def test_going_back_twice_to_a_step_skips_more_data_there_not_the_same_again() -
 
 
 def test_the_overrides_are_a_run_s(tmp_path: Path) -> None:
-    """The ranks read them as a user's: what is written here must mean there what is meant here."""
+    """The ranks parse the overrides like a user's, so they must have the intended meaning."""
     run = load_run(RUN_FILE, rewind_overrides([(100, 300), (900, 600)], 900, 2))
     assert (run.checkpoint.rewind_to, run.checkpoint.rewind_id) == (900, 2)
     assert run.data.skip == (SkipConfig(100, 300), SkipConfig(900, 600))
@@ -61,7 +61,7 @@ def supervising(tmp_path: Path, *overrides: str) -> Supervisor:
     return Supervisor(
         run=run,
         start=Start(RUN_FILE, [], "train.py"),
-        roster=HostPool(run, HOSTS),
+        host_pool=HostPool(run, HOSTS),
         watch=Watch(spikes=True),
         bounds=Bounds(restarts=3, backoff_s=0, rewind_steps=100, skip_steps=300),
         folder=tmp_path,
@@ -84,15 +84,15 @@ def events(supervisor: Supervisor) -> list[dict[str, Any]]:
 
 
 def test_a_spike_sends_the_job_back_on_the_same_hosts(supervisor: Supervisor) -> None:
-    """Nobody is to blame and no host is looked at; a second spike goes on from what the first has left out."""
+    """No host is blamed or checked; a second rewind adds to the skips of the first."""
     first = supervisor._rewind_id
-    assert supervisor._next(spiked(1000), HOSTS, 1) == HOSTS
-    assert supervisor._extra == rewind_overrides([(900, 300)], 900, first + 1)
-    supervisor._next(spiked(1002), HOSTS, 1)
-    assert supervisor._extra == rewind_overrides([(900, 300), (902, 300)], 902, first + 2)
-    supervisor._next(spiked(1001), HOSTS, 2)
-    assert supervisor._extra == rewind_overrides([(900, 300), (901, 600)], 901, first + 3)
-    assert supervisor.roster.strikes == {}
+    assert supervisor._prepare_restart(spiked(1000), HOSTS, 1) == HOSTS
+    assert supervisor._rewind_overrides == rewind_overrides([(900, 300)], 900, first + 1)
+    supervisor._prepare_restart(spiked(1002), HOSTS, 1)
+    assert supervisor._rewind_overrides == rewind_overrides([(900, 300), (902, 300)], 902, first + 2)
+    supervisor._prepare_restart(spiked(1001), HOSTS, 2)
+    assert supervisor._rewind_overrides == rewind_overrides([(900, 300), (901, 600)], 901, first + 3)
+    assert supervisor.host_pool.strikes == {}
     assert [event["event"] for event in events(supervisor)] == ["rewind", "restart"] * 3
     assert [event["to"] for event in events(supervisor) if event["event"] == "rewind"] == [900, 902, 901]
 
@@ -101,29 +101,29 @@ def test_what_the_run_file_skips_stays_skipped(tmp_path: Path) -> None:
     """The override replaces the whole list."""
     job = supervising(tmp_path, "data.skip=[{at_step: 500, steps: 10}, {at_step: 5000, steps: 20}]")
     first = job._rewind_id
-    job._next(spiked(1000), HOSTS, 1)
-    assert job._extra == rewind_overrides([(500, 10), (900, 300), (4700, 20)], 900, first + 1)
+    job._prepare_restart(spiked(1000), HOSTS, 1)
+    assert job._rewind_overrides == rewind_overrides([(500, 10), (900, 300), (4700, 20)], 900, first + 1)
 
 
 def test_divergence_is_a_spike_where_rewinds_are_on(supervisor: Supervisor) -> None:
     outcome = Outcome(outcomes.DIVERGENCE, "loss is nan at step 1000", 1000, ranks=[0], hosts=["node1"])
-    assert supervisor._stops(outcome, 1) is None
+    assert supervisor._exit_code(outcome, 1) is None
     first = supervisor._rewind_id
-    supervisor._next(outcome, HOSTS, 1)
-    assert supervisor._extra == rewind_overrides([(900, 300)], 900, first + 1)
+    supervisor._prepare_restart(outcome, HOSTS, 1)
+    assert supervisor._rewind_overrides == rewind_overrides([(900, 300)], 900, first + 1)
     supervisor.bounds = Bounds(restarts=3)
-    assert supervisor._stops(outcome, 1) == 2
+    assert supervisor._exit_code(outcome, 1) == 2
 
 
 @pytest.mark.parametrize("step", [1, 50, 100, 101])
 def test_a_spike_too_early_to_go_back_before_it_asks_for_step_1(supervisor: Supervisor, step: int) -> None:
-    """checkpoint.rewind_to = 0 would mean no rewind: the run would go on behind the spike, its data unskipped."""
-    supervisor._next(spiked(step), HOSTS, 1)
-    assert supervisor._extra[0] == "checkpoint.rewind_to=1"
-    assert load_run(RUN_FILE, supervisor._extra).checkpoint.rewind_to == 1
+    """checkpoint.rewind_to = 0 would mean no rewind: the run would continue after the spike without a skip."""
+    supervisor._prepare_restart(spiked(step), HOSTS, 1)
+    assert supervisor._rewind_overrides[0] == "checkpoint.rewind_to=1"
+    assert load_run(RUN_FILE, supervisor._rewind_overrides).checkpoint.rewind_to == 1
 
 
 def test_spikes_at_one_place_end_the_job_in_the_end(supervisor: Supervisor) -> None:
-    assert supervisor._stops(spiked(1000), 3) is None
-    assert supervisor._stops(spiked(1000), 4) == 1
+    assert supervisor._exit_code(spiked(1000), 3) is None
+    assert supervisor._exit_code(spiked(1000), 4) == 1
     assert events(supervisor)[-1]["event"] == "gave up"

@@ -1,4 +1,4 @@
-"""A job of 2048 ranks is heard whole by one process: the measurement itself, on a shorter beat."""
+"""One process supervises a job of 2048 ranks: the measurement itself, with a shorter heartbeat interval."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ RANKS, BEAT_S, SECONDS = 2048, 2.0, 5.0
 @pytest.mark.slow
 def test_every_rank_is_heard(tmp_path: Path) -> None:
     found = watch(RANKS, BEAT_S, SECONDS, str(tmp_path))
-    # Each rank beats SECONDS / BEAT_S times, less or more by the one that is under way.
+    # Each rank sends SECONDS / BEAT_S heartbeats, plus or minus the one in flight.
     assert abs(found["beats"] - RANKS * SECONDS / BEAT_S) <= RANKS
     assert found["share_of_a_core"] > 0

@@ -1,4 +1,4 @@
-"""The supervisor's rules: when a loss is a spike, a job stands still, who is to blame, and where it goes on."""
+"""The supervisor's rules: detection of loss spikes and hangs, the culprits of a hang, and the choice of hosts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_ds.job.wire import Beat, Phase
 from llama_ds.launch.supervise import hang
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
 from llama_ds.launch.supervise.host_pool import HostPool, first_slots, largest_world
-from llama_ds.launch.supervise.processes import Host
+from llama_ds.launch.supervise.processes import HostProcesses
 from llama_ds.launch.supervise.server import Member
 from llama_ds.launch.supervise.spikes import WINDOW, SpikeRule
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def falling(step: int) -> float:
-    """A loss as runs have it: a power law with the noise of a batch."""
+    """A typical loss: a power law with batch noise."""
     return 2.0 + 8.0 * (step + 10) ** -0.3 + 0.02 * math.sin(step * 12.9898)
 
 
@@ -55,27 +55,27 @@ def member(rank: int, step: int, phase: Phase = Phase.TRAINING, waits: bool = Tr
     return Member(rank, f"node{rank // 2 + 1}", {"pid": rank}, Beat(step, phase, waits, "wait"), stacks=stacks or None)
 
 
-def test_patience_is_learnt_from_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten times the median step, never less than the least, and the starting time where nothing is known."""
+def test_the_hang_limit_is_learned_from_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is ten times the median step, at least min_s, and start_s while the step time is unknown."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    pace = HangDetector(HangLimits(factor=10, least_s=5, start_s=600))
-    pace.look([member(0, 0)])
-    assert pace.bound() == 600
+    detector = HangDetector(HangLimits(factor=10, min_s=5, start_s=600))
+    detector.update([member(0, 0)])
+    assert detector.bound() == 600
     for step in range(1, 9):
         now[0] += 2.0
-        assert not pace.look([member(0, step), member(1, step)])
-    assert pace.step_s == 2.0
-    assert pace.bound() == 20
+        assert not detector.update([member(0, step), member(1, step)])
+    assert detector.step_s == 2.0
+    assert detector.bound() == 20
     now[0] += 19.9
-    assert not pace.look([member(0, 8), member(1, 8)])
+    assert not detector.update([member(0, 8), member(1, 8)])
     now[0] += 0.2
-    assert pace.look([member(0, 8), member(1, 8)])
-    # A save is no step: as long as none has been seen it may take the starting time, then ten times the longest.
-    assert not pace.look([member(0, 8, Phase.SAVING), member(1, 8)])
-    assert pace.bound() == 600
-    pace.learn(Phase.SAVING, 3.0)
-    assert pace.bound() == 30
+    assert detector.update([member(0, 8), member(1, 8)])
+    # The first save may take start_s, later ones ten times the longest save.
+    assert not detector.update([member(0, 8, Phase.SAVING), member(1, 8)])
+    assert detector.bound() == 600
+    detector.learn(Phase.SAVING, 3.0)
+    assert detector.bound() == 30
 
 
 STACK = 'MainThread:\n  File "/x/train.py", line 1, in main\n  File "/x/{file}", line {line}, in {function}\n'
@@ -84,20 +84,20 @@ WORKING = STACK.format(file="loss.py", line=40, function="forward")
 
 
 def standings(
-    tmp_path: Path, members: dict[int, Member], hosts: dict[str, Host], silent: tuple[int, ...] = ()
+    tmp_path: Path, members: dict[int, Member], hosts: dict[str, HostProcesses], silent: tuple[int, ...] = ()
 ) -> hang.HangReport:
     job = Job(str(tmp_path), {"node1": 2, "node2": 2}, "pdsh", ("", 0), 1, 1)
     now = time.monotonic()
     beats = {rank: now - (60 if rank in silent else 0) for rank in members}
     report = hang.HangReport(12, 10)
-    report.standings = hang.examine(job, members, hosts, beats, 5)
+    report.ranks = hang.examine(job, members, hosts, beats, 5)
     return report
 
 
-def host(name: str, ranks: dict[int, str], problem: str | None = None) -> Host:
+def host(name: str, ranks: dict[int, str], problem: str | None = None) -> HostProcesses:
     command = "python llama_ds/train.py"
     found = {str(r): {"rank": str(r), "state": s, "command": command} for r, s in ranks.items()}
-    return Host(name, problem, {"processes": found} if problem is None else {})
+    return HostProcesses(name, problem, {"processes": found} if problem is None else {})
 
 
 ALIVE = {"node1": host("node1", {0: "S", 1: "S"}), "node2": host("node2", {2: "S", 3: "S"})}
@@ -112,9 +112,9 @@ ALL_WAIT = {rank: member(rank, 5, stacks=WAITING) for rank in range(4)}
         (ALL_WAIT, ALIVE | {"node2": host("node2", {2: "S"})}, (), [3], "its process is gone"),
         (ALL_WAIT, ALIVE | {"node2": host("node2", {}, "ssh: no route")}, (2, 3), [2, 3], "its host does not answer"),
         (ALL_WAIT, ALIVE, (1,), [1], "does not report"),
-        (ALL_WAIT | {2: member(2, 5, waits=False, stacks=WORKING)}, ALIVE, (), [2], "at work while most"),
+        (ALL_WAIT | {2: member(2, 5, waits=False, stacks=WORKING)}, ALIVE, (), [2], "computes while most"),
         (ALL_WAIT | {0: member(0, 4, stacks=WAITING)}, ALIVE, (), [0], "fewer steps"),
-        (ALL_WAIT | {1: member(1, 5, stacks=WORKING)}, ALIVE, (), [1], "elsewhere than most"),
+        (ALL_WAIT | {1: member(1, 5, stacks=WORKING)}, ALIVE, (), [1], "in another part of the step"),
         (
             {r: ALL_WAIT[r] for r in (0, 1, 2)},
             ALIVE | {"node2": host("node2", {2: "S"})},
@@ -127,7 +127,7 @@ ALL_WAIT = {rank: member(rank, 5, stacks=WAITING) for rank in range(4)}
 def test_the_culprit_is_named(
     tmp_path: Path,
     members: dict[int, Member],
-    hosts: dict[str, Host],
+    hosts: dict[str, HostProcesses],
     silent: tuple[int, ...],
     culprits: list[int],
     reason: str,
@@ -156,30 +156,30 @@ HOSTS = {f"node{i:03}": 8 for i in range(256)}
 
 
 def test_spares_take_the_places_of_bad_hosts(run: RunConfig) -> None:
-    """Ranks of good hosts stay where they are: their data caches are there."""
-    roster = HostPool(run, HOSTS, {"spare1": 8, "spare2": 4, "spare3": 8})
-    good = [host for host in roster.every if host not in ("node003", "node200")]
-    chosen = roster.choose(good)
+    """Ranks of good hosts keep their hosts, where their data caches are."""
+    host_pool = HostPool(run, HOSTS, {"spare1": 8, "spare2": 4, "spare3": 8})
+    good = [host for host in host_pool.all_hosts if host not in ("node003", "node200")]
+    chosen = host_pool.choose(good)
     assert list(chosen)[3] == "spare1"
     assert list(chosen)[200] == "spare3"  # spare2 has too few slots
     assert [h for h in chosen if h in HOSTS] == [h for h in HOSTS if h in good]
-    assert roster.choose(list(HOSTS)) == HOSTS
+    assert host_pool.choose(list(HOSTS)) == HOSTS
 
 
 def test_a_host_that_fails_twice_makes_place_for_a_spare(run: RunConfig) -> None:
-    roster = HostPool(run, HOSTS, {"spare1": 8})
-    roster.blame(["node007"])
-    assert roster.choose(list(roster.every)) == HOSTS
-    roster.blame(["node007"])
-    assert list(roster.choose(list(roster.every)))[7] == "spare1"
-    # But is better than none.
-    assert roster.choose(list(HOSTS)) == HOSTS
+    host_pool = HostPool(run, HOSTS, {"spare1": 8})
+    host_pool.blame(["node007"])
+    assert host_pool.choose(list(host_pool.all_hosts)) == HOSTS
+    host_pool.blame(["node007"])
+    assert list(host_pool.choose(list(host_pool.all_hosts)))[7] == "spare1"
+    # Without a spare, the host stays.
+    assert host_pool.choose(list(HOSTS)) == HOSTS
 
 
 def test_without_spares_the_world_shrinks_to_a_legal_one(run: RunConfig) -> None:
-    """65B: pp * tp = 64 and dp a divisor of the global batch: of 255 hosts 128 are used."""
-    roster = HostPool(run, HOSTS)
-    chosen = roster.choose([host for host in HOSTS if host != "node000"])
+    """65B: pp * tp = 64, and dp divides the global batch, so 128 of 255 hosts are used."""
+    host_pool = HostPool(run, HOSTS)
+    chosen = host_pool.choose([host for host in HOSTS if host != "node000"])
     world = sum(chosen.values())
     parallel = run.parallel
     assert world % (parallel.pp * parallel.tp) == 0
@@ -189,7 +189,7 @@ def test_without_spares_the_world_shrinks_to_a_legal_one(run: RunConfig) -> None
     assert largest_world(run, 2048) == 2048
     assert largest_world(run, 2047) == world
     with pytest.raises(UserError, match="too few"):
-        roster.choose(["node001"])
+        host_pool.choose(["node001"])
 
 
 @given(st.dictionaries(st.text("abc", min_size=1), st.integers(1, 8), min_size=1), st.integers(0, 40))

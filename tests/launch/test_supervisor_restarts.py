@@ -1,4 +1,4 @@
-"""Between two attempts: hosts that are away for a while end no job, and ranks that nobody can reach end themselves."""
+"""Between two attempts: a temporary outage of hosts does not end a job, and unreachable ranks terminate themselves."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def events(of: Supervisor) -> list[dict[str, Any]]:
 
 
 def reports(*good: bool) -> Callable[[Mapping[str, int]], Report]:
-    """Return a preflight that finds all hosts good, or none, from call to call."""
+    """Return a preflight that finds all hosts good or all bad, as listed call by call."""
     answers = iter(good)
 
     def examine(hosts: Mapping[str, int]) -> Report:
@@ -56,7 +56,7 @@ DEATH = Outcome(outcomes.DEATH, "RANK DIED", 100, ranks=[0], hosts=["nowhere1.in
 
 def test_a_network_that_comes_back_is_waited_for(tmp_path: Path) -> None:
     job = supervisor(tmp_path, reports(False, False, True))
-    assert job._next(DEATH, HOSTS, 1) == HOSTS
+    assert job._prepare_restart(DEATH, HOSTS, 1) == HOSTS
     assert [event["event"] for event in events(job)] == [
         *("preflight", "too few hosts", "preflight", "too few hosts", "preflight", "restart"),
     ]
@@ -65,34 +65,34 @@ def test_a_network_that_comes_back_is_waited_for(tmp_path: Path) -> None:
 def test_one_that_does_not_is_waited_for_no_more_often_than_restarts_are_allowed(tmp_path: Path) -> None:
     job = supervisor(tmp_path, reports(*[False] * 9))
     with pytest.raises(UserError, match="0 good hosts with 0 slots are left, too few"):
-        job._next(DEATH, HOSTS, 1)
+        job._prepare_restart(DEATH, HOSTS, 1)
     assert sum(event["event"] == "preflight" for event in events(job)) == 3
 
 
 def test_a_first_host_that_is_gone_at_a_restart_is_one_more_failure(tmp_path: Path) -> None:
-    """At the first start it is the user's to mend; later the job goes on without it."""
+    """At the first start it is a user error; later the job continues without the host."""
     job = supervisor(tmp_path, reports())
     with pytest.raises(UserError, match=r"nowhere1\.invalid: the first host does not answer"):
-        job._meet(HOSTS, again=False)
-    outcome = job._meet(HOSTS, again=True)
+        job._rendezvous(HOSTS, again=False)
+    outcome = job._rendezvous(HOSTS, again=True)
     assert isinstance(outcome, Outcome)
     assert (outcome.kind, outcome.hosts) == (outcomes.HOST_LOST, ["nowhere1.invalid"])
-    assert job._stops(outcome, 1) is None
+    assert job._exit_code(outcome, 1) is None
 
 
 RANK = """
 import signal, sys, time
-from llama_ds.job.heartbeat import Attendance, Progress
+from llama_ds.job.heartbeat import HeartbeatConnection, Progress
 from llama_ds.job.folder import current
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-attendance = Attendance(current({"LLAMA_DS_JOB": sys.argv[1]}), 0, Progress())
+heartbeat = HeartbeatConnection(current({"LLAMA_DS_JOB": sys.argv[1]}), 0, Progress())
 while True:
     time.sleep(1)
 """
 
 
 def test_a_rank_that_is_heard_no_more_has_ended_within_the_fence(tmp_path: Path) -> None:
-    """It is alive and reachable, but ssh to it is not: when the next attempt starts it must not write any more."""
+    """A rank that survives on a host without ssh must not write any more when the next attempt starts."""
     server = Server("127.0.0.1")
     job = Job(str(tmp_path / "attempt"), {"localhost": 1}, "pdsh", server.address, beat_s=0.2, orphan_s=1.5)
     prepare(job, [])
@@ -100,7 +100,7 @@ def test_a_rank_that_is_heard_no_more_has_ended_within_the_fence(tmp_path: Path)
     rank = subprocess.Popen([sys.executable, "-c", RANK, job.folder], cwd=ROOT)
     try:
         while 0 not in server.members or not server.last_beat[0]:
-            server.hear()
+            server.poll()
             time.sleep(0.05)
         server.dismiss()
         assert rank.wait(job.fence_s) == -9

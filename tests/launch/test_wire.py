@@ -1,4 +1,4 @@
-"""What ranks and the supervisor say: only who knows the token is heard, and nonsense ends a connection, not the job."""
+"""The protocol of ranks and supervisor: only peers with the token are served, and garbage ends only its connection."""
 
 from __future__ import annotations
 
@@ -48,18 +48,18 @@ def test_no_bytes_do_more_than_break_the_protocol(data: bytes) -> None:
 
 
 def test_hello_is_bound_to_token_and_nonce() -> None:
-    """A hello that was overheard is of no use on another connection, nor are its words in another's mouth."""
-    theirs, own = wire.new_nonce(), wire.new_nonce()
-    payload = wire.hello(TOKEN, theirs, own, {"rank": 1})
-    assert wire.read_hello(TOKEN, theirs, payload) == (own, {"rank": 1})
+    """A recorded HELLO is invalid on another connection, and so is a modified one."""
+    server_nonce, own_nonce = wire.new_nonce(), wire.new_nonce()
+    payload = wire.hello(TOKEN, server_nonce, own_nonce, {"rank": 1})
+    assert wire.read_hello(TOKEN, server_nonce, payload) == (own_nonce, {"rank": 1})
     changed = payload.replace(b'"rank": 1', b'"rank": 2')
-    for token, nonce, said in (
+    for token, nonce, received in (
         (TOKEN, wire.new_nonce(), payload),
-        (bytes(32), theirs, payload),
-        (TOKEN, theirs, changed),
+        (bytes(32), server_nonce, payload),
+        (TOKEN, server_nonce, changed),
     ):
         with pytest.raises(wire.ProtocolError):
-            wire.read_hello(token, nonce, said)
+            wire.read_hello(token, nonce, received)
 
 
 @pytest.fixture
@@ -81,31 +81,31 @@ def wait_until(server: Server, so: Callable[[], object]) -> None:
     deadline = time.monotonic() + 10
     while not so():
         assert time.monotonic() < deadline
-        server.hear()
+        server.poll()
         time.sleep(0.01)
 
 
 def test_a_rank_is_heard_asked_and_leaves(server: Server, job: Job) -> None:
     progress = Progress()
-    # The rank's side waits for its welcome: the server must hear meanwhile.
-    attendance = attend(server, job, 0, progress)
+    # The rank waits for its WELCOME, so the server must poll meanwhile.
+    heartbeat = attend(server, job, 0, progress)
     progress.enter(Phase.TRAINING, 7)
     progress.doing = lambda: ("a backward", True)
     progress.tell(what="loss", step=7, loss=1.5)
     wait_until(server, lambda: server.members[0].beat == Beat(7, Phase.TRAINING, True, "a backward"))
-    wait_until(server, lambda: (server.members[0], {"what": "loss", "step": 7, "loss": 1.5}) in server.news)
+    wait_until(server, lambda: (server.members[0], {"what": "loss", "step": 7, "loss": 1.5}) in server.reports)
     server.ask("stacks")
     wait_until(server, lambda: server.members[0].stacks)
     assert "test_a_rank_is_heard_asked_and_leaves" in (server.members[0].stacks or "")
-    attendance.close()
+    heartbeat.close()
     wait_until(server, lambda: server.members[0].left)
-    assert not server.ends
+    assert not server.disconnected
     assert server.members[0].about["pid"] == os.getpid()
 
 
 def test_strangers_and_nonsense_are_dropped(server: Server, job: Job) -> None:
-    """Whoever has no token, or talks nonsense, loses its own connection; ranks stay."""
-    attendance = attend(server, job, 1, Progress())
+    """Connections without a token or with garbage are closed; ranks stay connected."""
+    heartbeat = attend(server, job, 1, Progress())
     for data in (
         b"GET / HTTP/1.0\r\n\r\n",
         wire.frame(Kind.BEAT, b"x"),
@@ -118,17 +118,17 @@ def test_strangers_and_nonsense_are_dropped(server: Server, job: Job) -> None:
         wait_until(server, lambda s=stranger: closed(s))
     assert list(server.members) == [1]
     assert server.members[1].connected
-    attendance.close()
+    heartbeat.close()
 
 
 def test_ranks_of_another_attempt_are_refused(server: Server, job: Job, tmp_path: Path) -> None:
-    """A rank that a lost host still runs must not be taken for one of the new attempt's."""
+    """A rank that still runs on a lost host must not join the new attempt."""
     stale = Job(str(tmp_path / "attempt_00"), job.hosts, "pdsh", server.address, 0.05, 30.0)
     prepare(stale, [])
     connection = socket.create_connection(server.address)
     buffer = bytearray()
     while not (got := list(wire.frames(buffer))):
-        server.hear()
+        server.poll()
         buffer += connection.recv(1000)
     hello = wire.hello(stale.token(), got[0][1], wire.new_nonce(), {"rank": 0, "host": "localhost"})
     connection.sendall(wire.frame(Kind.HELLO, hello))
@@ -154,14 +154,14 @@ def test_listens_on_the_given_address_only(server: Server) -> None:
 
 
 def attend(server: Server, job: Job, rank: int, progress: Progress) -> HeartbeatConnection:
-    """Return a rank's attendance, with the server hearing while it shakes hands."""
+    """Return a rank's connection; the server polls during the handshake."""
     import threading
 
     hearing = threading.Event()
 
     def hear() -> None:
         while not hearing.is_set():
-            server.hear()
+            server.poll()
             time.sleep(0.005)
 
     thread = threading.Thread(target=hear)

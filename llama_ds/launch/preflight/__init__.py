@@ -1,4 +1,4 @@
-"""Looking at hosts before a job uses them: what they have, how fast they are, and which are better left out."""
+"""Checks of hosts before a job uses them: software, hardware, speed, and which hosts to exclude."""
 
 from llama_ds.launch.preflight.checks import HostFinding, promote
 from llama_ds.launch.preflight.examine import PreflightSettings, Report, examine

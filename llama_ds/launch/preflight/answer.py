@@ -1,11 +1,11 @@
-"""What a host's answer must look like to be believed: a host may say anything."""
+"""The schema of a host's answer, and its validation: a broken host may send anything."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-# A type; None; a tuple: one of them; [x]: a list of x; {str: x}: any keys; {"a": x, ...}: these keys, perhaps others.
+# A type; None; a tuple: any of its shapes; [x]: a list of x; {str: x}: any keys; {"a": x, ...}: at least these keys.
 ANSWER = {
     **dict.fromkeys(("address", "hostname", "python", "executable", "code"), str),
     "time": float,
@@ -23,7 +23,7 @@ SPEEDS = [{"tflops": float, "groups": {str: (float, None)}}]
 
 
 def read(text: str, tag: str, shape: Any) -> Any:
-    """Return the JSON between <tag> and </tag> at the end of what a host has printed, None if it is not of `shape`."""
+    """Return the JSON between <tag> and </tag> at the end of a host's output, None if it does not match `shape`."""
     inside, end, _ = text.rpartition(f"<{tag}>")[2].partition(f"</{tag}>")
     try:
         value = json.loads(inside)
@@ -33,7 +33,7 @@ def read(text: str, tag: str, shape: Any) -> Any:
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Tell whether a value is of a shape. Numbers are finite."""
+    """Return whether a value matches a shape. Numbers must be finite."""
     if isinstance(shape, tuple):
         return any(fits(value, one) for one in shape)
     if isinstance(shape, list):

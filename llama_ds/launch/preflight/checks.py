@@ -1,7 +1,6 @@
-"""From what hosts say of themselves to what is wrong with them: pure functions.
+"""Findings from the hosts' answers: pure functions.
 
-Code, Python, packages and clock are compared with those of the machine that launches, hardware with what most hosts
-have.
+Code, Python, packages and clock are compared with the launching machine, hardware with the majority of the hosts.
 """
 
 from __future__ import annotations
@@ -15,13 +14,13 @@ from llama_ds.launch.preflight import devices
 from llama_ds.launch.preflight.devices import Problem
 
 GIB = 2**30
-MAX_SKEW_S = 2.0  # logs and checkpoints of hosts are read together
-SHM_GIB = 1.0  # NCCL's and the data's shared memory
+MAX_SKEW_S = 2.0  # timestamps in logs and checkpoints of different hosts must be comparable
+SHM_GIB = 1.0  # minimum free shared memory for NCCL and the data
 
 
 @dataclass(frozen=True)
 class HostFinding:
-    """What is wrong with a host."""
+    """A problem of a host."""
 
     host: str
     check: str
@@ -31,18 +30,18 @@ class HostFinding:
 
 @dataclass(frozen=True)
 class Own:
-    """What the launching machine has, to compare with."""
+    """Properties of the launching machine, for comparison."""
 
     python: str
     packages: Mapping[str, str]
     code: str
-    nonce: Mapping[str, str]  # what stands in the files that must be shared
+    nonce: Mapping[str, str]  # contents of the files that all hosts must see, by path
 
 
 def judge(
     answers: Mapping[str, Mapping[str, Any]], own: Own, slots: Mapping[str, int], settings: Any
 ) -> list[HostFinding]:
-    """Return what is wrong with each host that has answered."""
+    """Return the problems of each host that has answered."""
     found = unlike(answers)
     for host, answer in answers.items():
         problems = [
@@ -57,11 +56,11 @@ def judge(
 
 
 def unlike(answers: Mapping[str, Mapping[str, Any]]) -> list[HostFinding]:
-    """Return which hosts have other hardware than most."""
-    told = {host: a for host, a in answers.items() if "problem" not in (a["gpus"] or {})}
-    models = {host: devices.models(answer["gpus"]) for host, answer in told.items()}
-    drivers = {host: version for host, answer in told.items() if (version := devices.drivers(answer["gpus"]))}
-    cores = {host: f"{answer['cores']} cores" for host, answer in told.items() if not answer["gpus"]}
+    """Return the hosts whose hardware differs from the majority."""
+    known = {host: a for host, a in answers.items() if "problem" not in (a["gpus"] or {})}
+    models = {host: devices.models(answer["gpus"]) for host, answer in known.items()}
+    drivers = {host: version for host, answer in known.items() if (version := devices.drivers(answer["gpus"]))}
+    cores = {host: f"{answer['cores']} cores" for host, answer in known.items() if not answer["gpus"]}
     found = []
     for host, text in _odd(models).items():
         severity = "error" if models[host] == devices.NO_GPU else "warning"
@@ -69,7 +68,7 @@ def unlike(answers: Mapping[str, Mapping[str, Any]]) -> list[HostFinding]:
             HostFinding(host, "gpu model", severity, f"{text}; leave it out, or expect the others to wait for it")
         )
     for host, text in _odd(drivers).items():
-        found.append(HostFinding(host, "gpu driver", "warning", f"{text}; install the same"))
+        found.append(HostFinding(host, "gpu driver", "warning", f"{text}; install the same version"))
     for host, text in _odd(cores).items():
         found.append(
             HostFinding(host, "cores", "warning", f"{text}; leave it out, or expect the others to wait for it")
@@ -78,7 +77,7 @@ def unlike(answers: Mapping[str, Mapping[str, Any]]) -> list[HostFinding]:
 
 
 def _odd(values: Mapping[str, str]) -> dict[str, str]:
-    """Return the hosts whose value is not the most frequent one, in words; of several, one with GPUs, and the first."""
+    """Return a text for each host whose value is not the most frequent one; ties go to GPU hosts, then to the first."""
     counts = Counter(values.values())
     usual = max(counts, key=lambda value: (counts[value], value != devices.NO_GPU), default="")
     votes = counts[usual]
@@ -91,14 +90,14 @@ def _odd(values: Mapping[str, str]) -> dict[str, str]:
 
 
 def clock(skew_s: float, bound_s: float) -> list[Problem]:
-    """Judge a clock by how far it is ahead of this machine's, which is known up to `bound_s`.
+    """Check a clock's offset from this machine's, which is known up to `bound_s`.
 
-    The host read its clock at some moment of its answer, half of which is the bound. NaN is as wrong as a year.
+    The host read its clock at an unknown moment of the request; the bound is half of the request's duration. NaN fails.
     """
     if abs(skew_s) <= MAX_SKEW_S + bound_s:
         return []
     known = f"(known to {bound_s:.1f} s, {MAX_SKEW_S:g} s are allowed)"
-    fix = "start chrony or ntpd there, or here if other hosts say the same"
+    fix = "start chrony or ntpd there, or here if several hosts differ"
     return [("clock", "error", f"its clock is {skew_s:+.1f} s from this machine's {known}; {fix}")]
 
 
@@ -124,19 +123,20 @@ def _software(answer: Mapping[str, Any], own: Own) -> list[Problem]:
 def _disks(answer: Mapping[str, Any], own: Own, min_free_gib: float) -> list[Problem]:
     found = []
     for path, left in answer["free"].items():
-        least = SHM_GIB if path == "/dev/shm" else min_free_gib
+        minimum = SHM_GIB if path == "/dev/shm" else min_free_gib
         if left is None:
-            found.append(("disk", "error", f"{path} cannot be looked at; mount it"))
-        elif left < least * GIB:
-            found.append(("disk", "error", f"{path} has {left / GIB:.2f} GiB free, {least:g} are wanted; make room"))
+            found.append(("disk", "error", f"{path} cannot be read; mount it"))
+        elif left < minimum * GIB:
+            text = f"{path} has {left / GIB:.2f} GiB free, the minimum is {minimum:g}; free some space"
+            found.append(("disk", "error", text))
     for path, why in answer["unwritable"].items():
-        found.append(("disk", "error", f"{path} cannot be written: {why}; make room, or mount it for writing"))
+        found.append(("disk", "error", f"{path} cannot be written: {why}; free some space, or mount it for writing"))
     for path, nonce in own.nonce.items():
         if answer["shared"].get(path) != nonce:
             folder = path.rpartition("/")[0]
-            text = f"does not see what is written to {folder} here; mount the same folder there, or set output_dir"
+            text = f"does not see files written to {folder} here; mount the same folder there, or set output_dir"
             found.append(("shared folder", "error", text))
-    found += [("file", "error", f"{path} is not there; copy or mount it") for path in answer["missing"]]
+    found += [("file", "error", f"{path} does not exist; copy or mount it") for path in answer["missing"]]
     return found
 
 
@@ -152,15 +152,15 @@ def _network(answer: Mapping[str, Any], nic: str) -> list[Problem]:
 def promote(
     hosts: Mapping[str, int], good: list[str], spares: Mapping[str, int], world: int | None = None
 ) -> dict[str, int] | None:
-    """Return the hosts with spares in the places of bad ones; None when fewer than `world` slots are good.
+    """Return the hosts with bad ones replaced by spares, or None if fewer than `world` slots are good.
 
-    Others keep their places, and so their ranks.
+    Good hosts keep their positions, and so their ranks.
     """
     left = [host for host in spares if host in good]
     chosen: dict[str, int] = {}
     for host, slots in hosts.items():
-        place = host if host in good else next((s for s in left if spares[s] >= slots), None)
-        if place is not None:
-            chosen[place] = slots
-            left = [s for s in left if s != place]
+        member = host if host in good else next((s for s in left if spares[s] >= slots), None)
+        if member is not None:
+            chosen[member] = slots
+            left = [s for s in left if s != member]
     return chosen if sum(chosen.values()) >= (world or sum(hosts.values())) else None

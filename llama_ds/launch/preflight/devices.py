@@ -1,4 +1,4 @@
-"""What is wrong with a host's GPUs, from what nvidia-smi and the kernel's log say of them."""
+"""Problems of a host's GPUs, from the output of nvidia-smi and the kernel log."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 Problem = tuple[str, str, str]  # check, severity, text
 
 NO_GPU = "no GPU"
-MAX_TEMPERATURE = 85  # Celsius, before any work: an A100 slows itself down a little above
-# Bits of nvidia-smi's reasons for a lower clock that mean trouble (NVML's nvmlClocksEventReasons). The others are
-# idleness, power caps and clocks that somebody has set.
+MAX_TEMPERATURE = 85  # Celsius, without load: an A100 throttles slightly above
+# Bits of nvidia-smi's clock event reasons that indicate a fault (NVML's nvmlClocksEventReasons). The others are
+# idleness, power caps and clocks set by a user.
 SLOWDOWNS = {
     0x08: ("error", "by its hardware"),
     0x20: ("warning", "by the driver, for its heat"),
     0x40: ("error", "by its hardware, for its heat"),
     0x80: ("error", "by its hardware, for its power supply"),
 }
-# Xids after which NVIDIA's catalogue (docs.nvidia.com/deploy/xid-errors) wants a GPU reset or its host restarted.
-# Programs cause most of the others (13, 31, 43, 45).
+# Xids for which NVIDIA's catalogue (docs.nvidia.com/deploy/xid-errors) recommends a GPU reset or a host restart.
+# Application errors cause most of the others (13, 31, 43, 45).
 BAD_XIDS = {48, 62, 64, 74, 79, 95, 119, 120}
 PROGRAMS_XIDS = {13, 31, 43, 45}
-RECENT_S = 86400.0  # an older Xid is taken for mended: the log keeps it until the host is started again
+RECENT_S = 86400.0  # an older Xid counts as repaired: the log keeps it until the host restarts
 
 
 def problems(gpus: Mapping[str, Any] | None, xids: list[Mapping[str, Any]], slots: int) -> list[Problem]:
-    """Return what is wrong; `gpus` is None where there is no nvidia-smi."""
+    """Return the problems of a host's GPUs; `gpus` is None without nvidia-smi."""
     return [*_logged(xids), *(_listed(gpus, slots) if gpus is not None else ())]
 
 
@@ -46,8 +46,8 @@ def _logged(xids: list[Mapping[str, Any]]) -> Iterator[Problem]:
 
 def _listed(gpus: Mapping[str, Any], slots: int) -> Iterator[Problem]:
     if "problem" in gpus:
-        fix = "reset the GPU, restart the host, or mend its driver"
-        yield "gpu", "error", f"nvidia-smi says {gpus['problem']!r}; {fix}"
+        fix = "reset the GPU, restart the host, or repair its driver"
+        yield "gpu", "error", f"nvidia-smi reports {gpus['problem']!r}; {fix}"
         return
     devices = gpus["devices"]
     if len(devices) < slots:
@@ -62,16 +62,16 @@ def _device(device: Mapping[str, str]) -> Iterator[Problem]:
     name = f"GPU {index} ({device['uuid']})"
     for field, text in device.items():
         if re.search("error|lost|reset|ERR!", text, re.IGNORECASE):
-            yield "gpu", "error", f"{name}: nvidia-smi says {text!r} of its {field}; reset it, or restart the host"
+            yield "gpu", "error", f"{name}: nvidia-smi reports {text!r} for its {field}; reset it, or restart the host"
             return
     errors = number(device["ecc.errors.uncorrected.volatile.total"])
     if errors:
-        fix = f"0 are wanted; reset it (nvidia-smi --gpu-reset -i {index}), replace it if they come back"
+        fix = f"0 are allowed; reset it (nvidia-smi --gpu-reset -i {index}), replace it if they come back"
         yield "ecc", "error", f"{name} has {errors:.0f} uncorrected ECC errors since its last reset, {fix}"
     heat = number(device["temperature.gpu"])
     if heat is not None and heat >= MAX_TEMPERATURE:
-        fix = f"below {MAX_TEMPERATURE} is wanted; look for other work on it, at its fans and its air"
-        yield "temperature", "warning", f"{name} has {heat:.0f} C before any work, {fix}"
+        fix = f"the limit is {MAX_TEMPERATURE}; look for other work on it, at its fans and its air flow"
+        yield "temperature", "warning", f"{name} has {heat:.0f} C without load, {fix}"
     reasons = device["slowdown"]
     bits = int(reasons, 16) if re.fullmatch(r"0x[0-9A-Fa-f]+", reasons) else 0
     found = {bit: SLOWDOWNS[bit] for bit in SLOWDOWNS if bits & bit}
@@ -83,7 +83,7 @@ def _device(device: Mapping[str, str]) -> Iterator[Problem]:
 
 
 def number(text: str) -> float | None:
-    """Return a number of nvidia-smi's, None for "[N/A]", "[Not Supported]" and their like."""
+    """Return a number printed by nvidia-smi, None for "[N/A]", "[Not Supported]" and the like."""
     try:
         return float(text)
     except ValueError:
@@ -91,11 +91,11 @@ def number(text: str) -> float | None:
 
 
 def models(gpus: Mapping[str, Any] | None) -> str:
-    """Return the kinds of GPU of a host in words, NO_GPU where there is none."""
+    """Return a description of a host's GPU models, NO_GPU without a GPU."""
     found = {f"{d['name']}, {d['memory.total']} MiB" for d in (gpus or {}).get("devices", ())}
     return " and ".join(sorted(found)) or NO_GPU
 
 
 def drivers(gpus: Mapping[str, Any] | None) -> str:
-    """Return the driver's version, "" where there is none."""
+    """Return the driver's version, "" without a GPU."""
     return " and ".join(sorted({d["driver_version"] for d in (gpus or {}).get("devices", ())}))

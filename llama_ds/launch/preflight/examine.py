@@ -1,4 +1,4 @@
-"""Asking all hosts at once. A host that hangs or answers garbage costs its own time-out, and nobody else's."""
+"""The preflight of all hosts in parallel. A host that hangs or answers garbage does not delay the others."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class PreflightSettings:
-    """What is looked at."""
+    """Settings of the preflight."""
 
-    output_dir: str = "runs"  # must be one folder for all hosts
+    output_dir: str = "runs"  # must be the same folder on all hosts
     cache_dir: str = ""
-    files: Sequence[str] = ()  # that every host needs
-    min_free_gib: float = 1.0  # where checkpoints, shards and temporary files go
-    timeout_s: float = 20.0  # for a host to answer
+    files: Sequence[str] = ()  # files required on every host
+    min_free_gib: float = 1.0  # minimum free space for checkpoints, shards and temporary files
+    timeout_s: float = 20.0  # timeout for a host's answer
     nic: str = ""
     ssh_port: int | None = None
-    measure: bool = False  # burn the devices and time all-reduces
+    measure: bool = False  # whether to load the devices and time all-reduces
     burn_s: float = 2.0
-    slow: str = "warning"  # what a slow device or link is: warning | error
+    slow: str = "warning"  # severity of a slow device or link: warning | error
 
 
 @dataclass
 class Report:
-    """What was found."""
+    """The result of a preflight."""
 
     hosts: list[str]
     findings: list[HostFinding]
@@ -49,12 +49,12 @@ class Report:
 
     @property
     def good(self) -> list[str]:
-        """The hosts without an error, in order."""
+        """The hosts without an error, in the order of `hosts`."""
         bad = {finding.host for finding in self.findings if finding.severity == "error"}
         return [host for host in self.hosts if host not in bad]
 
     def speed_lines(self) -> list[str]:
-        """Say how fast devices and links are, as far as they were measured."""
+        """Return a summary of the measured speeds of devices and links."""
         devices = {f"{host}:{i}": one["tflops"] for host, slots in self.speeds.items() for i, one in enumerate(slots)}
         links = {host: measure.link(found) for host, found in self.speeds.items()}
         kinds = (("devices multiply", "TFLOP/s", devices), ("hosts all-reduce in pairs", "GB/s", links))
@@ -67,49 +67,49 @@ class Report:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Return all of it."""
+        """Return the complete report."""
         return {"good": self.good, "findings": [asdict(f) for f in self.findings], "speeds": self.speeds}
 
 
 def examine(
     hosts: Mapping[str, int], settings: PreflightSettings, progress: Callable[[str], None] | None = None
 ) -> Report:
-    """Look at all hosts; return what is wrong with them."""
+    """Check all hosts and return a report of their problems."""
     say = progress or (lambda text: None)
     findings: list[HostFinding] = []
     with shared_file(settings.output_dir) as nonce:
         ends, answers = _ask(hosts, settings, list(nonce), say)
         own = Own(platform.python_version(), probe.packages(), probe.code_digest(str(ROOT)), nonce)
-    told: dict[str, dict[str, Any]] = {}
-    for host, said in answers.items():
-        value = answer.read(said.out, "preflight", answer.ANSWER)
-        if said.problem or value is None:
-            problem = said.problem or f"answers {said.out[:40]!a} instead of what it was asked"
-            fix = "mend its ssh, its Python or its shell's start files, or leave it out"
+    values: dict[str, dict[str, Any]] = {}
+    for host, reply in answers.items():
+        value = answer.read(reply.out, "preflight", answer.ANSWER)
+        if reply.problem or value is None:
+            problem = reply.problem or f"answers {reply.out[:40]!a} instead of what it was asked"
+            fix = "fix its ssh, its Python or its shell's start files, or leave it out"
             findings.append(HostFinding(host, "answer", "error", f"{problem}; {fix}"))
             continue
-        value["skew_s"], value["skew_bound_s"] = value["time"] - ends[host] + said.seconds / 2, said.seconds / 2
-        told[host] = value
-    findings += judge(told, own, hosts, settings)
+        value["skew_s"], value["skew_bound_s"] = value["time"] - ends[host] + reply.seconds / 2, reply.seconds / 2
+        values[host] = value
+    findings += judge(values, own, hosts, settings)
     report = Report(list(hosts), findings)
     if settings.measure and report.good:
         good = {host: hosts[host] for host in report.good}
-        addresses = {host: told[host]["address"] for host in good}
+        addresses = {host: values[host]["address"] for host in good}
         report.speeds, slow = measure.measure(good, addresses, settings.burn_s, settings.ssh_port, settings.slow, say)
         report.findings += slow
-    places = {host: place for place, host in enumerate(hosts)}
-    report.findings.sort(key=lambda finding: places[finding.host])
+    positions = {host: position for position, host in enumerate(hosts)}
+    report.findings.sort(key=lambda finding: positions[finding.host])
     return report
 
 
 def _ask(
     hosts: Mapping[str, int], settings: PreflightSettings, shared: list[str], say: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, remote.HostAnswer]]:
-    """Return when each host had answered, and what."""
+    """Return the time of each host's answer, and the answers."""
     ends: dict[str, float] = {}
 
-    def done(said: remote.HostAnswer) -> None:
-        ends[said.host] = time.time()
+    def done(reply: remote.HostAnswer) -> None:
+        ends[reply.host] = time.time()
         if len(ends) * 10 // len(hosts) > (len(ends) - 1) * 10 // len(hosts):
             say(f"{len(ends)} of {len(hosts)} hosts have answered")
 
@@ -120,7 +120,7 @@ def _ask(
 
 
 def question(settings: PreflightSettings, shared: Sequence[str]) -> bytes:
-    """Return the script that a host's Python is sent; `shared` are files that it is to read."""
+    """Return the script to send to a host's Python; the host reads the files `shared`."""
     folders = [os.path.abspath(settings.output_dir), "/tmp", "/dev/shm"]
     folders += [settings.cache_dir] if settings.cache_dir else []
     request = {
@@ -135,7 +135,7 @@ def question(settings: PreflightSettings, shared: Sequence[str]) -> bytes:
 
 @contextmanager
 def shared_file(folder: str) -> Iterator[dict[str, str]]:
-    """A context in which a file of a random text is in a folder: path -> text."""
+    """A context in which `folder` contains a file with a random text; yields {path: text}."""
     path, text = os.path.join(os.path.abspath(folder), f".preflight-{secrets.token_hex(8)}"), secrets.token_hex(8)
     try:
         os.makedirs(folder, exist_ok=True)

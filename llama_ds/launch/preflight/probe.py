@@ -1,6 +1,6 @@
-"""What a host says of itself: this file is sent to `python -I -` there. Standard library only; prints JSON.
+"""The probe of a host: this file is sent over ssh to `python -I -`, and prints JSON. Standard library only.
 
-Nothing here may need a newer Python than a host is likely to have: one with the wrong Python is to say so.
+It must run under old Python versions, so that a host with the wrong Python can report it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import subprocess
 import sys
 import time
 
-GPU_FIELDS = (  # of nvidia-smi, but for "slowdown"
+GPU_FIELDS = (  # fields of nvidia-smi; "slowdown" stands for one of SLOWDOWN
     *("index", "name", "driver_version", "memory.total", "temperature.gpu"),
     *("ecc.errors.uncorrected.volatile.total", "slowdown", "uuid"),
 )
-SLOWDOWN = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # since driver 535, and before
-MOST_XIDS = 20  # the newest
-# Parts of the time for the whole answer, after which a host can still say that these have hung.
+SLOWDOWN = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # since driver 535; before
+MAX_XIDS = 20  # number of newest Xids that are reported
+# Fractions of the host's timeout: a hanging nvidia-smi or dmesg leaves enough time to report it.
 SMI_SHARE, DMESG_SHARE = 0.5, 0.2
 
 
@@ -49,14 +49,14 @@ def packages() -> dict[str, str]:
     """Return the installed distributions and their versions."""
     found = {}
     for distribution in importlib.metadata.distributions():
-        name = distribution.metadata["Name"]  # None where an installation was cut short
+        name = distribution.metadata["Name"]  # None after an interrupted installation
         if name:
-            found[name.lower().replace("_", "-")] = distribution.version or "of no version"
+            found[name.lower().replace("_", "-")] = distribution.version or "without a version"
     return found
 
 
 def free(path: str) -> int | None:
-    """Return the bytes free where `path` is or would be made."""
+    """Return the free bytes of the disk on which `path` is or would be created."""
     while not os.path.exists(path) and os.path.dirname(path) != path:
         path = os.path.dirname(path)
     try:
@@ -66,7 +66,7 @@ def free(path: str) -> int | None:
 
 
 def writable(path: str) -> str | None:
-    """Return why nothing can be written in a folder, None when it can."""
+    """Return the reason why a folder is not writable, or None."""
     name = os.path.join(path, f".preflight-{socket.gethostname()}-{os.getpid()}")
     try:
         with open(name, "wb") as file:
@@ -82,7 +82,7 @@ def writable(path: str) -> str | None:
 
 
 def gpus(timeout_s: float) -> dict | None:
-    """Return what nvidia-smi says of each GPU, or its problem; None where there is no nvidia-smi."""
+    """Return nvidia-smi's fields of each GPU, or its error; None without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return None
     until = time.monotonic() + timeout_s
@@ -100,21 +100,21 @@ def gpus(timeout_s: float) -> dict | None:
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     rows = [[value.strip() for value in line.split(",")] for line in lines]
     fit = [len(row) == len(GPU_FIELDS) and row[0].isdigit() for row in rows]
-    if done.returncode or not all(fit):  # of eight GPUs of which one is lost it may list seven, and fail
-        said = "; ".join(line for i, line in enumerate(lines) if not fit[i])[:300]
-        return {"problem": said or f"exit code {done.returncode}"}
+    if done.returncode or not all(fit):  # if one GPU is lost, it may list the others and fail
+        message = "; ".join(line for i, line in enumerate(lines) if not fit[i])[:300]
+        return {"problem": message or f"exit code {done.returncode}"}
     return {"devices": [{name: row[i] for i, name in enumerate(GPU_FIELDS)} for row in rows]}
 
 
 def xids(timeout_s: float) -> list[dict]:
-    """Return the Xid lines of the kernel's log, as far as it may be read, and how long ago each was written."""
+    """Return the Xid lines of the kernel log with their ages; none if the log is not readable."""
     try:
         log = _run(["dmesg"], timeout_s).stdout
         with open("/proc/uptime") as file:
             uptime = float(file.read().split()[0])
     except (OSError, subprocess.TimeoutExpired):
         return []
-    found = re.findall(r"^(?:\[\s*(\d+\.\d+)\])?.*?(NVRM: Xid.*)$", log, re.MULTILINE)[-MOST_XIDS:]
+    found = re.findall(r"^(?:\[\s*(\d+\.\d+)\])?.*?(NVRM: Xid.*)$", log, re.MULTILINE)[-MAX_XIDS:]
     return [{"age_s": uptime - float(stamp) if stamp else None, "text": text[:200]} for stamp, text in found]
 
 
@@ -131,11 +131,11 @@ def nics() -> dict[str, str]:
 
 
 def main() -> None:
-    """Answer the request that the sender put before this file."""
-    wanted = json.loads(REQUEST)  # type: ignore[name-defined]  # noqa: F821
-    signal.alarm(int(wanted["timeout_s"]) + 5)  # a killed ssh does not kill what it started
+    """Answer the request in the constant REQUEST, which the sender has inserted."""
+    request = json.loads(REQUEST)  # type: ignore[name-defined]  # noqa: F821
+    signal.alarm(int(request["timeout_s"]) + 5)  # a killed ssh does not kill its remote processes
     shared = {}
-    for path in wanted["shared"]:
+    for path in request["shared"]:
         try:
             with open(path) as file:
                 shared[path] = file.read().strip()
@@ -147,15 +147,15 @@ def main() -> None:
         "python": platform.python_version(),
         "executable": sys.executable,
         "packages": packages(),
-        "code": code_digest(wanted["root"]),
-        "free": {path: free(path) for path in wanted["folders"]},
-        "unwritable": {path: why for path in wanted["folders"] if (why := writable(path)) and os.path.isdir(path)},
+        "code": code_digest(request["root"]),
+        "free": {path: free(path) for path in request["folders"]},
+        "unwritable": {path: why for path in request["folders"] if (why := writable(path)) and os.path.isdir(path)},
         "shared": shared,
-        "missing": [path for path in wanted["files"] if not os.path.exists(path)],
+        "missing": [path for path in request["files"] if not os.path.exists(path)],
         "nics": nics(),
         "cores": os.cpu_count(),
-        "gpus": gpus(SMI_SHARE * wanted["timeout_s"]),
-        "xids": xids(DMESG_SHARE * wanted["timeout_s"]),
+        "gpus": gpus(SMI_SHARE * request["timeout_s"]),
+        "xids": xids(DMESG_SHARE * request["timeout_s"]),
         "time": time.time(),
     }
     sys.stdout.write("\n<preflight>" + json.dumps(answer) + "</preflight>\n")

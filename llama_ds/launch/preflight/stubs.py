@@ -1,8 +1,7 @@
-"""Hundreds of hosts on one machine, to see what asking them all costs: one sshd, with an address of loopback for each.
+"""Hundreds of simulated hosts on one machine, to measure the preflight's cost: one sshd, a loopback address per host.
 
-Such a host is reached as a real one is: its own connection, handshake and processes. What it answers was recorded: of
-the probe, run on this machine; its name, the time and what stands in the shared file are put in when it is asked. Needs
-root, as sshd does.
+Each stub host has a real connection, handshake and processes. Its answer is a recording of the probe on this machine,
+with the host's name, the time and the content of the shared file inserted. Needs root, as sshd does.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ exec sed "s|@HOST@|$3|g; s|@PATH@|$path|; s|@NONCE@|$(cat "$path")|; s|@TIME@|$(
 
 
 class StubHosts:
-    """A context in which `names` are hosts for whoever has `environment`."""
+    """A context in which ssh with `environment` reaches the hosts `names`."""
 
     def __init__(self, count: int, folder: Path, settings: PreflightSettings) -> None:
-        """Record an answer to what `settings` ask; files go to `folder`."""
+        """Record the answer to a preflight with `settings`; files go to `folder`."""
         self.names = [f"127.0.{1 + i // 250}.{1 + i % 250}" for i in range(count)]
         self.folder = folder
         text = json.dumps(_recorded(settings)).replace(f'"{TIME}"', TIME)  # a number
@@ -49,7 +48,7 @@ class StubHosts:
         (folder / "host").chmod(0o755)
 
     def spoil(self, hangs: str = "", garbage: str = "") -> None:
-        """Have one host hang and one answer garbage from now on, and all others answer well."""
+        """From now on, let the hosts `hangs` hang and `garbage` answer garbage; all others answer correctly."""
         (self.folder / "hangs").write_text(hangs)
         (self.folder / "garbage").write_text(garbage)
 
@@ -62,12 +61,12 @@ class StubHosts:
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key], check=True)
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
-        # Not a ListenAddress for each: sshd takes 16. All addresses hear, and only loopback's are let in.
+        # sshd supports only 16 ListenAddress lines, so it listens on all addresses and accepts users from loopback.
         (self.folder / "sshd_config").write_text(
             f"ListenAddress 0.0.0.0:{port}\nAllowUsers *@127.0.0.0/8\nHostKey {self.folder}/host_key\nPidFile none\n"
             f"AuthorizedKeysFile {self.folder}/key.pub\nForceCommand {self.folder}/host\nUsePAM no\nStrictModes no\n"
             "PasswordAuthentication no\nPermitRootLogin yes\nMaxStartups 4096\n"
-            f"SetEnv HOME={self.folder}\n"  # of no start files of a shell, which may take longer than all the rest
+            f"SetEnv HOME={self.folder}\n"  # skips the user's shell startup files, which may be slow
         )
         (self.folder / "ssh_config").write_text(
             f"Host 127.0.*\n  Port {port}\n  IdentityFile {self.folder}/key\n  IdentitiesOnly yes\n  LogLevel ERROR\n"
@@ -95,21 +94,21 @@ class StubHosts:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes ssh reach the hosts."""
+        """Environment variables with which ssh reaches the hosts."""
         return {"PDSH_SSH_ARGS_APPEND": f"-F {self.folder}/ssh_config"}
 
     @property
     def daemon(self) -> psutil.Process:
-        """The sshd that is all hosts."""
+        """The sshd that serves all hosts."""
         return psutil.Process(self._daemon.pid)
 
     def _end(self) -> None:
-        """End sshd, and what hosts still do: what hangs outlives its connection."""
+        """Kill sshd and the hosts' remaining processes: a hanging process outlives its connection."""
         processes = [*self.daemon.children(recursive=True), self.daemon]
         with suppress(OSError):
             for pid in (self.folder / "hanging").read_text().split():
                 with suppress(psutil.Error):
-                    if (left := psutil.Process(int(pid))).cmdline() == ["sleep", "300"]:  # not another with its number
+                    if (left := psutil.Process(int(pid))).cmdline() == ["sleep", "300"]:  # the pid may have been reused
                         processes.append(left)
         for process in processes:
             with suppress(psutil.NoSuchProcess):
@@ -118,9 +117,9 @@ class StubHosts:
 
 
 def _recorded(settings: PreflightSettings) -> dict[str, object]:
-    """Return what this machine answers, with marks where hosts and questions differ."""
-    said = remote.on_hosts(["localhost"], [sys.executable, "-I", "-"], question(settings, []))["localhost"]
-    value = answer.read(said.out, "preflight", answer.ANSWER)
+    """Return this machine's answer, with placeholders for the values that differ by host and question."""
+    reply = remote.on_hosts(["localhost"], [sys.executable, "-I", "-"], question(settings, []))["localhost"]
+    value = answer.read(reply.out, "preflight", answer.ANSWER)
     if value is None:
-        raise UserError(f"stub hosts: this machine's own answer is none: {said.problem or said.out[:200]!r}")
+        raise UserError(f"stub hosts: this machine's own answer is invalid: {reply.problem or reply.out[:200]!r}")
     return value | {"hostname": HOST, "address": HOST, "shared": {PATH: NONCE}, "time": TIME}

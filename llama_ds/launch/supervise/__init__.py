@@ -1,1 +1,1 @@
-"""Watching over a job: its ranks' beats, its end on all hosts, what went wrong, and starting it again."""
+"""Supervision of a job: heartbeats of its ranks, cleanup on all hosts, diagnosis of failures, and restarts."""

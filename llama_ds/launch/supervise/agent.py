@@ -1,7 +1,7 @@
-"""What the supervisor does on a host, over ssh: this file is sent to `python -I -` there. Standard library only.
+"""The supervisor's agent on a host: this file is sent over ssh to `python -I -`. Standard library only.
 
-It finds the processes of one job by the variable that all of them have in their environment, looks at them, has their
-stacks written, or kills them. Processes without it are never touched.
+It finds the processes of one job by a variable in their environment, reports their states, requests their stacks, or
+kills them. It never touches other processes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import signal
 import sys
 import time
 
-SURE_S = 8.0  # to see that what was killed is gone
+KILL_TIMEOUT_S = 8.0  # time until all killed processes must have disappeared
 
 
 def processes(variable: str, prefix: str) -> dict[int, dict]:
-    """Return this user's processes whose `variable` is the folder `prefix` or one in it: pid -> what it is."""
+    """Return this user's processes, by pid, whose `variable` is the folder `prefix` or a folder in it."""
     found = {}
     for name in os.listdir("/proc"):
         if not name.isdigit() or int(name) == os.getpid():
@@ -37,13 +37,13 @@ def processes(variable: str, prefix: str) -> dict[int, dict]:
             rank = next((v.partition(b"=")[2].decode() for v in environment if v.startswith(b"RANK=")), None)
             if fields[0] != "Z":
                 found[int(name)] = {"state": fields[0], "group": int(fields[2]), "rank": rank, "command": command[:200]}
-        except (OSError, IndexError, ValueError):  # it has just ended
+        except (OSError, IndexError, ValueError):  # the process has just exited
             continue
     return found
 
 
 def look(variable: str, prefix: str, stacks: bool) -> dict:
-    """Say which processes there are, and what those that hang wait for in the kernel; have ranks write their stacks."""
+    """Return the job's processes and where they wait in the kernel; optionally request the stacks of ranks."""
     found = processes(variable, prefix)
     for pid, about in found.items():
         try:
@@ -57,16 +57,16 @@ def look(variable: str, prefix: str, stacks: bool) -> dict:
 
 
 def _handles(pid: int, number: int) -> bool:
-    """Tell whether a process has a handler for a signal; one that has none would die of it."""
+    """Return whether a process handles a signal; without a handler the signal would kill it."""
     with open(f"/proc/{pid}/status", encoding="utf-8") as file:
         caught = next(line for line in file if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
 def kill(variable: str, prefix: str) -> dict:
-    """Kill the job's processes, by process group where a whole group is the job's, and see that they are gone."""
+    """Kill the job's processes, by process group where the group belongs to the job, until none is left."""
     killed: dict[int, str] = {}
-    deadline = time.monotonic() + SURE_S
+    deadline = time.monotonic() + KILL_TIMEOUT_S
     while True:
         found = processes(variable, prefix)
         if not found or time.monotonic() > deadline:
@@ -74,7 +74,7 @@ def kill(variable: str, prefix: str) -> dict:
         for pid, about in found.items():
             killed[pid] = about["command"]
             try:
-                # The recorded group: children that have not got the variable, or not yet, go with it.
+                # The process group includes children without the variable, or that do not have it yet.
                 if about["group"] in found:
                     os.killpg(about["group"], signal.SIGKILL)
                 os.kill(pid, signal.SIGKILL)
@@ -84,13 +84,13 @@ def kill(variable: str, prefix: str) -> dict:
 
 
 def main() -> None:
-    """Do what the line after this file asks for, and print the answer."""
-    wanted = json.loads(REQUEST)  # type: ignore[name-defined]  # noqa: F821 (put before this file by the sender)
-    signal.alarm(60)  # nobody kills it when its ssh is gone
-    if wanted["do"] == "kill":
-        answer = kill(wanted["variable"], wanted["folder"])
+    """Execute the request in the constant REQUEST, and print the answer."""
+    request = json.loads(REQUEST)  # type: ignore[name-defined]  # noqa: F821 (inserted by the sender)
+    signal.alarm(60)  # a broken ssh connection does not kill this process
+    if request["do"] == "kill":
+        answer = kill(request["variable"], request["folder"])
     else:
-        answer = look(wanted["variable"], wanted["folder"], wanted["do"] == "stacks")
+        answer = look(request["variable"], request["folder"], request["do"] == "stacks")
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""What happened to a job: one JSON object a line, durably, and a line for people."""
+"""The event log of a job: one JSON object per line, synced to disk, and a line on the console."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Events:
     """The file events.jsonl of a job."""
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        """Append to `path`; `say` gets what people should read at once."""
+        """Append to `path`; `say` receives the lines for the console."""
         self.path, self._say = path, say
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def add(self, event: str, text: str = "", **values: Any) -> None:
-        """Record an event. What a full disk does not take is said all the same."""
+        """Record an event. Its text is printed even if the disk is full."""
         now = time.time()
         line = {"time": now, "at": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="milliseconds")}
         line |= {"event": event, **({"text": text} if text else {}), **values}

@@ -1,4 +1,4 @@
-"""Why a job stands still: where every rank is, and which of them the others probably wait for."""
+"""Diagnosis of a hang: the state of every rank, and the rank that the others probably wait for."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from llama_ds.job.folder import Job
-from llama_ds.launch.supervise.processes import Host
+from llama_ds.launch.supervise.processes import HostProcesses
 from llama_ds.launch.supervise.server import Member
 
 _FRAME = re.compile(r'File "(?:.*/)?([^"/]+)", line (\d+),? in (\S+)')
-INNERMOST = 4  # frames by which stacks are compared
+INNERMOST = 4  # number of frames compared between stacks
 RULES = (
     "its host does not answer",
     "its process is gone",
     "its process is stopped",
     "it does not report, so its Python does not run",
-    "it is at work while most ranks wait for others",
-    "it has done fewer steps than the others",
-    "it is elsewhere than most ranks",
+    "it computes while most ranks wait for others",
+    "it has completed fewer steps than the others",
+    "it is in another part of the step than most ranks",
 )
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A rank in the report."""
+class RankState:
+    """The state of a rank in the report."""
 
     rank: int
     host: str
@@ -35,56 +35,60 @@ class Standing:
     phase: str
     doing: str
     waits: bool
-    silent_s: float  # since its last beat
-    state: str  # of its process, as in /proc: S sleeping, R running, T stopped; "?" not known, "" gone
+    silent_s: float  # seconds since its last heartbeat
+    state: str  # process state as in /proc: S sleeping, R running, T stopped; "?" unknown, "" no process
     where: tuple[str, ...]  # innermost frames of its main thread
-    guilt: int | None  # the first of RULES that speaks against it
+    guilt: int | None  # index of the first of RULES that applies to it
 
 
 @dataclass
 class HangReport:
-    """Where all ranks stand, those that are probably the cause first."""
+    """The states of all ranks, the most suspect ranks first."""
 
-    still_s: float
+    stalled_s: float
     bound_s: float
-    standings: list[Standing] = field(default_factory=list)
+    ranks: list[RankState] = field(default_factory=list)
 
     @property
-    def culprits(self) -> list[Standing]:
-        """The ranks against which the strongest rule speaks."""
-        worst = min((s.guilt for s in self.standings if s.guilt is not None), default=None)
-        return [s for s in self.standings if worst is not None and s.guilt == worst]
+    def culprits(self) -> list[RankState]:
+        """The ranks to which the strongest rule applies."""
+        strongest = min((rank.guilt for rank in self.ranks if rank.guilt is not None), default=None)
+        return [rank for rank in self.ranks if strongest is not None and rank.guilt == strongest]
 
     def text(self) -> str:
-        """Return the report for people."""
-        found = self.culprits
-        step = max((s.step for s in self.standings), default=0)
-        lines = [f"HANG: no progress for {self.still_s:.1f} s at step {step} (the bound is {self.bound_s:.1f} s)"]
-        if not found:
+        """Return the report for the console."""
+        culprits = self.culprits
+        step = max((rank.step for rank in self.ranks), default=0)
+        lines = [f"HANG: no progress for {self.stalled_s:.1f} s at step {step} (the bound is {self.bound_s:.1f} s)"]
+        if not culprits:
             lines.append("no rank stands out: all wait for each other")
-        for s in found[:8]:
-            assert s.guilt is not None
-            said = f", last seen {s.doing or s.phase} at step {s.step}, {s.silent_s:.1f} s ago"
-            lines.append(f"probably because of rank {s.rank} on {s.host}: {RULES[s.guilt]}{said}")
-        if len(found) > 8:
-            lines.append(f"and {len(found) - 8} more")
+        for rank in culprits[:8]:
+            assert rank.guilt is not None
+            last_seen = f"last seen {rank.doing or rank.phase} at step {rank.step}, {rank.silent_s:.1f} s ago"
+            lines.append(f"probably because of rank {rank.rank} on {rank.host}: {RULES[rank.guilt]}, {last_seen}")
+        if len(culprits) > 8:
+            lines.append(f"and {len(culprits) - 8} more")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, object]:
-        """Return the whole report."""
-        rows = [asdict(s) | {"reason": None if s.guilt is None else RULES[s.guilt]} for s in self.standings]
+        """Return the complete report."""
+        rows = [asdict(rank) | {"reason": None if rank.guilt is None else RULES[rank.guilt]} for rank in self.ranks]
         return {
-            "still_s": round(self.still_s, 3),
+            "still_s": round(self.stalled_s, 3),
             "bound_s": round(self.bound_s, 3),
-            "culprits": [s.rank for s in self.culprits],
+            "culprits": [rank.rank for rank in self.culprits],
             "ranks": rows,
         }
 
 
 def examine(
-    job: Job, members: Mapping[int, Member], hosts: Mapping[str, Host], last_beat: Mapping[int, float], silent_s: float
-) -> list[Standing]:
-    """Return where each rank stands, with what speaks against it; those most suspected first.
+    job: Job,
+    members: Mapping[int, Member],
+    hosts: Mapping[str, HostProcesses],
+    last_beat: Mapping[int, float],
+    silent_s: float,
+) -> list[RankState]:
+    """Return the state of each rank and the rule that applies to it; the most suspect ranks come first.
 
     `last_beat` is in monotonic seconds; a rank counts as silent after `silent_s`.
     """
@@ -95,15 +99,15 @@ def examine(
         for about in host.answer.get("processes", {}).values()
         if str(about.get("rank") or "").isdecimal() and "train.py" in about["command"]
     }
-    answering = {host for host, said in hosts.items() if said.problem is None}
-    wheres = {rank: innermost(member.stacks or _written(job, rank)) for rank, member in members.items()}
+    answering = {host for host, found in hosts.items() if found.problem is None}
+    frames = {rank: innermost(member.stacks or _stacks_file(job, rank)) for rank, member in members.items()}
     usual, votes = (
-        Counter(where for where in wheres.values() if where).most_common(1)[0] if any(wheres.values()) else ((), 0)
+        Counter(where for where in frames.values() if where).most_common(1)[0] if any(frames.values()) else ((), 0)
     )
-    most_steps = max((member.beat.step for member in members.values()), default=0)
+    max_step = max((member.beat.step for member in members.values()), default=0)
     waiting = sum(member.beat.waits for member in members.values()) * 2 > len(members)
-    standings = []
-    for rank, host in enumerate(job.places):
+    ranks = []
+    for rank, host in enumerate(job.rank_hosts):
         member = members.get(rank)
         state = states.get(rank, "" if host in answering else "?")
         silent = now - last_beat[rank] if member else now
@@ -114,12 +118,12 @@ def examine(
             state in ("T", "t"),
             silent > silent_s,
             bool(beat and waiting and not beat.waits),
-            bool(beat and beat.step < most_steps),
-            bool(wheres.get(rank) and wheres[rank] != usual and votes * 2 > len(members)),
+            bool(beat and beat.step < max_step),
+            bool(frames.get(rank) and frames[rank] != usual and votes * 2 > len(members)),
         )
         guilt = next((number for number, sign in enumerate(signs) if sign), None)
-        standings.append(
-            Standing(
+        ranks.append(
+            RankState(
                 rank=rank,
                 host=host,
                 step=beat.step if beat else 0,
@@ -128,29 +132,29 @@ def examine(
                 waits=bool(beat and beat.waits),
                 silent_s=round(silent, 3) if member else 0.0,
                 state=state,
-                where=wheres.get(rank, ()),
+                where=frames.get(rank, ()),
                 guilt=guilt,
             )
         )
-    return sorted(standings, key=lambda s: (len(RULES) if s.guilt is None else s.guilt, s.rank))
+    return sorted(ranks, key=lambda rank: (len(RULES) if rank.guilt is None else rank.guilt, rank.rank))
 
 
 def innermost(stacks: str) -> tuple[str, ...]:
-    """Return the innermost frames of the first thread of a text of stacks, the innermost last.
+    """Return the innermost frames of the main thread in a text of stacks, the innermost last.
 
-    The fault handler writes the innermost first and the main thread last; it says so in its first line.
+    The fault handler writes the innermost frame first and the main thread last; its first line identifies it.
     """
-    faults = stacks.startswith(("Thread 0x", "Current thread 0x", "Fatal"))
+    from_fault_handler = stacks.startswith(("Thread 0x", "Current thread 0x", "Fatal"))
     threads = [part for part in re.split(r"\n\s*\n", stacks.strip()) if part]
     if not threads:
         return ()
-    lines = [(m[1], m[2], m[3]) for m in _FRAME.finditer(threads[-1] if faults else threads[0])]
-    if faults:
+    lines = [(m[1], m[2], m[3]) for m in _FRAME.finditer(threads[-1] if from_fault_handler else threads[0])]
+    if from_fault_handler:
         lines.reverse()
     return tuple(f"{file}:{line} {function}" for file, line, function in lines[-INNERMOST:])
 
 
-def _written(job: Job, rank: int) -> str:
+def _stacks_file(job: Job, rank: int) -> str:
     try:
         return job.stacks(rank).read_text(errors="replace")
     except OSError:

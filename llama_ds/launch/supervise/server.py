@@ -1,4 +1,4 @@
-"""The supervisor's ear: one connection for each rank, read in turns: thousands of ranks cost next to nothing."""
+"""The supervisor's server: one connection per rank, polled by a single thread, so that it scales to thousands."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ from llama_ds.job.wire import (
     welcome,
 )
 
-HANDSHAKE_S = 10.0  # that a stranger may take
-MAX_STRANGERS = 4096  # connections that have not shown the token yet
+HANDSHAKE_S = 10.0  # timeout for an unauthenticated connection
+MAX_UNAUTHENTICATED = 4096  # limit on unauthenticated connections
 
 
 @dataclass
 class Member:
-    """A rank as the supervisor knows it."""
+    """The supervisor's view of a rank."""
 
     rank: int
-    host: str  # as in the hostfile
-    about: dict[str, Any]
+    host: str  # its name in the hostfile
+    about: dict[str, Any]  # the description in its HELLO: rank, host, pid
     beat: Beat = field(default_factory=lambda: Beat(0, Phase.STARTING, False, ""))
     connected: bool = True
-    left: bool = False  # said goodbye
-    failed: bool = False  # told that it has, itself or because of another
+    left: bool = False  # whether it has sent GOODBYE
+    failed: bool = False  # whether it has reported a failure, its own or an echo of another rank's
     stacks: str | None = None
-    gone_at: float | None = None  # when its connection ended
-    told_silent_at: float = 0.0  # when its host was last looked at for want of beats
+    disconnected_at: float | None = None  # time at which its connection ended
+    checked_at: float = 0.0  # time of the last check of its host because of missing heartbeats
 
 
-class _Line:
-    """A connection."""
+class _Connection:
+    """A connection with its handshake and receive buffer."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.nonce = new_nonce()
         self.buffer = bytearray()
         self.since = time.monotonic()
-        self.rank: int | None = None
+        self.rank: int | None = None  # None until authenticated
 
 
 class Server:
-    """Listens to the ranks of one attempt at a time; who does not know its token is not heard."""
+    """Serves the ranks of one attempt at a time; connections without the attempt's token are closed."""
 
     def __init__(self, address: str, port: int = 0) -> None:
         """Listen on `address` only.
 
         Raises:
-            UserError: it is not an address of this machine, or the port is taken.
+            UserError: this machine does not have the address, or the port is in use.
         """
         try:
             self._listening = socket.create_server((address, port), backlog=4096)
@@ -76,56 +76,56 @@ class Server:
             ) from None
         self._listening.setblocking(False)
         self.address: tuple[str, int] = self._listening.getsockname()[:2]
-        self._poll = select.epoll()
-        self._poll.register(self._listening, select.EPOLLIN)
-        self._lines: dict[int, _Line] = {}
-        self._strangers = 0
+        self._epoll = select.epoll()
+        self._epoll.register(self._listening, select.EPOLLIN)
+        self._connections: dict[int, _Connection] = {}  # by file descriptor
+        self._unauthenticated = 0
         self._token = b""
         self._world = 0
         self.members: dict[int, Member] = {}
-        self.last_beat = np.zeros(0)  # by rank; monotonic seconds, 0 before the first
-        self.news: list[tuple[Member, dict[str, Any]]] = []  # what ranks told, in the order in which it came
-        self.ends: list[Member] = []  # whose connection ended without a goodbye, in order
+        self.last_beat = np.zeros(0)  # by rank; monotonic seconds, 0 before the first heartbeat
+        self.reports: list[tuple[Member, dict[str, Any]]] = []  # in order of arrival
+        self.disconnected: list[Member] = []  # ranks whose connection ended without a goodbye, in order
 
     def expect(self, token: bytes, world: int) -> None:
-        """Begin an attempt: forget the ranks of the one before, and what they knew."""
-        for number in list(self._lines):
-            self._drop(number, ended=False)
+        """Begin an attempt: discard the ranks of the previous one, and accept only connections with its token."""
+        for fd in list(self._connections):
+            self._drop(fd, ended=False)
         self._token, self._world = token, world
-        self.members, self.news, self.ends = {}, [], []
+        self.members, self.reports, self.disconnected = {}, [], []
         self.last_beat = np.zeros(world)
 
     def dismiss(self) -> None:
-        """Hear nobody any more: ranks that are left somewhere find that nobody waits for them, and end themselves."""
+        """Reject all ranks: surviving ranks cannot reconnect, and terminate themselves."""
         self.expect(b"", 0)
 
-    def hear(self) -> None:
-        """Take in all that has come. Does not wait."""
-        for number, _ in self._poll.poll(0):
-            if number == self._listening.fileno():
+    def poll(self) -> None:
+        """Process all pending data without blocking."""
+        for fd, _ in self._epoll.poll(0):
+            if fd == self._listening.fileno():
                 self._accept()
-            elif number in self._lines:
-                self._read(number)
-        if self._strangers:
+            elif fd in self._connections:
+                self._read(fd)
+        if self._unauthenticated:
             late = time.monotonic() - HANDSHAKE_S
-            for number in [n for n, line in self._lines.items() if line.rank is None and line.since < late]:
-                self._drop(number)
+            for fd in [n for n, one in self._connections.items() if one.rank is None and one.since < late]:
+                self._drop(fd)
 
     def ask(self, what: str, ranks: list[int] | None = None) -> None:
-        """Ask ranks, or all, for their "stacks", to "save", or to save and "end"."""
+        """Ask ranks (None: all) for their "stacks", to "save", or to save and "end"."""
         data = frame(Kind.ASK, as_json({"do": what}))
-        for number, line in list(self._lines.items()):
-            if line.rank is not None and (ranks is None or line.rank in ranks):
+        for fd, one in list(self._connections.items()):
+            if one.rank is not None and (ranks is None or one.rank in ranks):
                 try:
-                    line.connection.send(data)  # a few bytes: a rank that takes them no more hangs
+                    one.connection.send(data)  # a few bytes: only a hanging rank's buffer has no space for them
                 except OSError:
-                    self._drop(number)
+                    self._drop(fd)
 
     def close(self) -> None:
-        """Listen no more."""
-        for number in list(self._lines):
-            self._drop(number, ended=False)
-        self._poll.close()
+        """Close all connections and stop listening."""
+        for fd in list(self._connections):
+            self._drop(fd, ended=False)
+        self._epoll.close()
         self._listening.close()
 
     def _accept(self) -> None:
@@ -134,62 +134,62 @@ class Server:
                 connection, _ = self._listening.accept()
             except OSError:
                 return
-            if self._strangers >= MAX_STRANGERS:
+            if self._unauthenticated >= MAX_UNAUTHENTICATED:
                 connection.close()
                 continue
             connection.setblocking(False)
-            line = _Line(connection)
-            self._lines[connection.fileno()] = line
-            self._strangers += 1
-            self._poll.register(connection, select.EPOLLIN)
-            self._say(line, frame(Kind.NONCE, line.nonce))
+            new = _Connection(connection)
+            self._connections[connection.fileno()] = new
+            self._unauthenticated += 1
+            self._epoll.register(connection, select.EPOLLIN)
+            self._send(new, frame(Kind.NONCE, new.nonce))
 
-    def _read(self, number: int) -> None:
-        line = self._lines[number]
+    def _read(self, fd: int) -> None:
+        one = self._connections[fd]
         try:
-            chunk = line.connection.recv(1 << 16)
+            chunk = one.connection.recv(1 << 16)
         except BlockingIOError:
             return
         except OSError:
             chunk = b""
-        line.buffer += chunk
+        one.buffer += chunk
         try:
-            for kind, payload in frames(line.buffer):
-                if line.rank is None:
-                    self._greet(line, kind, payload)
+            for kind, payload in frames(one.buffer):
+                if one.rank is None:
+                    self._authenticate(one, kind, payload)
                 else:
-                    self._take(self.members[line.rank], kind, payload)
-            if line.rank is None and len(line.buffer) > 4096:
-                raise ProtocolError("a stranger that talks too much")
+                    self._handle(self.members[one.rank], kind, payload)
+            if one.rank is None and len(one.buffer) > 4096:
+                raise ProtocolError("too much data before the handshake")
         except ProtocolError:
             chunk = b""
         if not chunk:
-            self._drop(number)
+            self._drop(fd)
 
-    def _greet(self, line: _Line, kind: Kind, payload: bytes) -> None:
+    def _authenticate(self, one: _Connection, kind: Kind, payload: bytes) -> None:
         if kind is not Kind.HELLO or not self._token:
             raise ProtocolError(f"{kind.name} before HELLO")
-        nonce, about = read_hello(self._token, line.nonce, payload)
+        nonce, about = read_hello(self._token, one.nonce, payload)
         rank, host = about.get("rank"), about.get("host")
         if not isinstance(rank, int) or not 0 <= rank < self._world or not isinstance(host, str):
             raise ProtocolError(f"rank {rank}")
-        for number in [n for n, other in self._lines.items() if other.rank == rank]:
-            self._drop(number, ended=False)  # it has come back on another connection
-        line.rank = rank
-        self._strangers -= 1
+        for fd in [n for n, other in self._connections.items() if other.rank == rank]:
+            self._drop(fd, ended=False)  # the rank has reconnected
+        one.rank = rank
+        self._unauthenticated -= 1
         known = self.members.setdefault(rank, Member(rank, host, about))
-        known.about, known.connected, known.gone_at = about, True, None
+        known.about, known.connected, known.disconnected_at = about, True, None
         self.last_beat[rank] = time.monotonic()
-        self._say(line, frame(Kind.WELCOME, welcome(self._token, line.nonce, nonce)))
+        self._send(one, frame(Kind.WELCOME, welcome(self._token, one.nonce, nonce)))
 
-    def _take(self, member: Member, kind: Kind, payload: bytes) -> None:
+    def _handle(self, member: Member, kind: Kind, payload: bytes) -> None:
         if kind is Kind.BEAT:
             member.beat = unpack_beat(payload)
             self.last_beat[member.rank] = time.monotonic()
         elif kind is Kind.TELL:
             values = from_json(payload)
             member.failed = member.failed or values.get("what") == "failure"
-            self.news.append((member, values))
+            self.reports.append((member, values))
         elif kind is Kind.STACKS:
             member.stacks = payload.decode(errors="replace")
         elif kind is Kind.GOODBYE:
@@ -197,20 +197,20 @@ class Server:
         else:
             raise ProtocolError(f"{kind.name} from a rank")
 
-    def _say(self, line: _Line, data: bytes) -> None:
+    def _send(self, one: _Connection, data: bytes) -> None:
         with suppress(OSError):
-            line.connection.send(data)
+            one.connection.send(data)
 
-    def _drop(self, number: int, ended: bool = True) -> None:
-        line = self._lines.pop(number)
+    def _drop(self, fd: int, ended: bool = True) -> None:
+        one = self._connections.pop(fd)
         with suppress(OSError):
-            self._poll.unregister(number)
-        line.connection.close()
-        if line.rank is None:
-            self._strangers -= 1
+            self._epoll.unregister(fd)
+        one.connection.close()
+        if one.rank is None:
+            self._unauthenticated -= 1
             return
-        member = self.members.get(line.rank)
+        member = self.members.get(one.rank)
         if ended and member and member.connected:
-            member.connected, member.gone_at = False, time.monotonic()
+            member.connected, member.disconnected_at = False, time.monotonic()
             if not member.left:
-                self.ends.append(member)
+                self.disconnected.append(member)

@@ -1,10 +1,10 @@
-"""When a loss has spiked: above what the steps before it make likely, and not for one step only.
+"""Detection of loss spikes: losses far above those of the previous steps, for several steps in a row.
 
-PaLM (arXiv 2204.02311, section 5.1) went back about 100 steps before a spike and skipped 200 to 500 batches of data;
-the same data later made no spike. The rule here finds the spike: a loss is high when it exceeds the median of the last
-`WINDOW` by `SIGMAS` standard deviations, estimated by 1.4826 times the median absolute deviation, and by `SHARE` of the
-median; `PATIENCE` high losses in a row are a spike. High losses do not enter the window, so that it stays what it was
-before the spike. Neither does the steep beginning of a run count: a window is not judged by until it is full.
+PaLM (arXiv 2204.02311, section 5.1) restarted about 100 steps before a spike and skipped 200 to 500 batches of data;
+the same data caused no spike later. A loss is high if it exceeds the median of the last `WINDOW` losses by `SIGMAS`
+standard deviations (estimated as 1.4826 times the median absolute deviation) and by the fraction `SHARE` of the median.
+`MIN_HIGH` high losses in a row are a spike. High losses do not enter the window, so that it describes the steps before
+the spike. No loss is high until the window is full, which excludes the steep beginning of a run.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from llama_ds.job.robust_stats import median_and_deviation
 WINDOW = 64
 SIGMAS = 8.0
 SHARE = 0.05
-PATIENCE = 3
+MIN_HIGH = 3
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A spike: its first step, the loss there, and the loss before it."""
+    """A spike: its first step, the loss at that step, and the median loss before it."""
 
     step: int
     loss: float
@@ -39,7 +39,7 @@ class SpikeRule:
         self._high: list[tuple[int, float]] = []
 
     def take(self, step: int, loss: float) -> Spike | None:
-        """Take in the loss of a step; return the spike that is now certain, if one is."""
+        """Record the loss of a step; return a spike if this step confirms one."""
         if not math.isfinite(loss):
             before = statistics.median(self._usual) if self._usual else math.nan
             return Spike(self._high[0][0] if self._high else step, loss, before)
@@ -48,7 +48,7 @@ class SpikeRule:
             self._usual.append(loss)
             return None
         self._high.append((step, loss))
-        if len(self._high) < PATIENCE:
+        if len(self._high) < MIN_HIGH:
             return None
         first, value = self._high[0]
         return Spike(first, value, statistics.median(self._usual))

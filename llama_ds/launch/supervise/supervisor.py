@@ -1,4 +1,4 @@
-"""A job from its first start to its end: after a failure, good hosts and the newest checkpoint, within bounds."""
+"""The life of a job: it restarts on good hosts from the newest checkpoint, a limited number of times."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.server import Server
 
-RESTARTED = (outcomes.FAILURE, outcomes.DEATH, outcomes.HOST_LOST, outcomes.HANG, outcomes.LAUNCHER)
-LONGEST_BACKOFF_S = 300.0
+MAX_BACKOFF_S = 300.0
 
 
 @dataclass(frozen=True)
 class Start:
-    """How ranks are started, the same in every attempt."""
+    """Settings for starting the ranks, equal in all attempts."""
 
     run_file: str
     overrides: Sequence[str]
@@ -48,69 +47,69 @@ class Start:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How often and how soon a job is started again. A restart counts while it brings the run no step further."""
+    """Limits of restarts. Only restarts without progress count: each new furthest step resets the count."""
 
-    restarts: int = 0  # in a row that make no progress; 0: never start again
-    backoff_s: float = 5.0  # before the first of them; doubled for each further one
-    rewind_steps: int = 0  # after a loss spike: how far before it to go back; 0: a spike ends nothing
-    skip_steps: int = 0  # and how many steps' data to leave out
+    restarts: int = 0  # maximum number of restarts in a row without progress; 0: never restart
+    backoff_s: float = 5.0  # pause before the first of them; doubles for each further one
+    rewind_steps: int = 0  # steps to go back before a loss spike; 0: spikes are ignored
+    skip_steps: int = 0  # steps of data to skip after going back
 
 
 class Supervisor:
-    """One job."""
+    """Runs one job to its end."""
 
     def __init__(
         self,
         run: RunConfig,
         start: Start,
-        roster: HostPool,
+        host_pool: HostPool,
         watch: Watch,
         bounds: Bounds,
         folder: Path,
         examine: Callable[[Mapping[str, int]], Report],
         say: Callable[[str], None],
     ) -> None:
-        """`folder` is the job's; `examine` the preflight, and `say` what shows a line to people."""
-        self.run, self.start, self.roster, self.watch, self.bounds = run, start, roster, watch, bounds
+        """`folder` is the job's folder, `examine` runs the preflight, and `say` prints a line on the console."""
+        self.run, self.start, self.host_pool, self.watch, self.bounds = run, start, host_pool, watch, bounds
         self.folder, self._examine, self._say = folder, examine, say
         self.events = Events(folder / "events.jsonl", say)
-        self._extra: list[str] = []  # overrides that a rewind asks for, kept in all later attempts
-        # Step, and steps of data left out from there: those of the run file, to which rewinds add.
+        self._rewind_overrides: list[str] = []  # overrides of the last rewind, kept in all later attempts
+        # (step, skipped steps of data): starts with the run file's list; each rewind adds to it.
         self._skips = [(skip.at_step, skip.steps) for skip in run.data.skip]
-        self._rewind_id = int(time.time())  # none of an earlier job's: the run would take it for done
+        self._rewind_id = int(time.time())  # differs from an earlier job's: the run ignores an id it has seen
         self._attempt: Attempt | None = None
         self._ending = False
 
     def ask(self, what: str) -> None:
-        """Have the ranks "save", or save and "end". For signal handlers."""
+        """Ask the ranks to "save", or to save and "end". Safe to call from signal handlers."""
         self._ending = self._ending or what == "end"
         if self._attempt:
             self._attempt.ask(what)
 
     def supervise(self) -> int:
-        """Run the job to its end; return the exit code: 0 done, 1 given up, 2 a mistake of the user's."""
-        hosts, number, in_a_row, furthest = dict(self.roster.hosts), 0, 0, 0
+        """Run the job to its end; return the exit code: 0 done, 1 given up, 2 user error."""
+        hosts, number, in_a_row, furthest = dict(self.host_pool.hosts), 0, 0, 0
         server: Server | None = None
-        self.events.add("job started", run=self.run.path, hosts=hosts, spares=self.roster.spares)
+        self.events.add("job started", run=self.run.path, hosts=hosts, spares=self.host_pool.spares)
         try:
             while True:
                 number += 1
-                meeting = self._meet(hosts, again=number > 1)
-                if isinstance(meeting, Rendezvous):
-                    server = server or Server(self.start.listen or meeting.listen)
-                    outcome = self._try(number, hosts, meeting, server)
+                rendezvous = self._rendezvous(hosts, again=number > 1)
+                if isinstance(rendezvous, Rendezvous):
+                    server = server or Server(self.start.listen or rendezvous.listen)
+                    outcome = self._run_attempt(number, hosts, rendezvous, server)
                 else:
-                    outcome = meeting
+                    outcome = rendezvous
                 self._record(outcome)
                 if outcome.kind == outcomes.DONE or (self._ending and outcome.kind != outcomes.MISTAKE):
                     self.events.add("job ended", "")
                     return 0 if outcome.kind == outcomes.DONE else 1
                 in_a_row = 1 if outcome.step > furthest else in_a_row + 1
                 furthest = max(furthest, outcome.step)
-                code = self._stops(outcome, in_a_row)
+                code = self._exit_code(outcome, in_a_row)
                 if code is not None:
                     return code
-                hosts = self._next(outcome, hosts, in_a_row)
+                hosts = self._prepare_restart(outcome, hosts, in_a_row)
         except UserError as error:
             self.events.add("gave up", str(error))
             return UserError.EXIT_CODE
@@ -119,8 +118,8 @@ class Supervisor:
                 server.close()
             self.events.close()
 
-    def _meet(self, hosts: Mapping[str, int], again: bool) -> Rendezvous | Outcome:
-        """Return where ranks meet; a first host that has just been found good and fails now is one more failure."""
+    def _rendezvous(self, hosts: Mapping[str, int], again: bool) -> Rendezvous | Outcome:
+        """Return the rendezvous; if the first host does not answer at a restart, that is one more failure."""
         start = self.start
         try:
             return arrange(list(hosts), start.nic, start.master_port, start.master, start.ssh_port)
@@ -129,7 +128,7 @@ class Supervisor:
                 raise
             return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[next(iter(hosts))])
 
-    def _try(self, number: int, hosts: dict[str, int], meeting: Rendezvous, server: Server) -> Outcome:
+    def _run_attempt(self, number: int, hosts: dict[str, int], rendezvous: Rendezvous, server: Server) -> Outcome:
         start = self.start
         job = Job(
             folder=str(self.folder / f"attempt_{number:02d}"),
@@ -140,8 +139,8 @@ class Supervisor:
             orphan_s=start.orphan_s,
             nic=start.nic,
         )
-        prepare(job, [start.run_file, *start.overrides, *self._extra])
-        command = command_of(job, start, meeting)
+        prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides])
+        command = command_of(job, start, rendezvous)
         self._attempt = Attempt(job, command, server, self.watch, self.events, self._say, start.ssh_port)
         if self._ending:
             return Outcome(outcomes.FAILURE, "ended before the ranks were started")
@@ -153,8 +152,8 @@ class Supervisor:
             outcome.kind, text, step=outcome.step, ranks=outcome.ranks, hosts=outcome.hosts, unclean=outcome.unclean
         )
 
-    def _stops(self, outcome: Outcome, in_a_row: int) -> int | None:
-        """Return the exit code where the job is not started again."""
+    def _exit_code(self, outcome: Outcome, in_a_row: int) -> int | None:
+        """Return the exit code, or None if the job restarts."""
         rewinds = self.bounds.rewind_steps > 0
         if outcome.kind == outcomes.MISTAKE or (outcome.kind == outcomes.DIVERGENCE and not rewinds):
             return UserError.EXIT_CODE
@@ -164,19 +163,19 @@ class Supervisor:
             self.events.add(
                 "gave up",
                 f"{in_a_row - 1} restarts in a row got no further than step {outcome.step}; "
-                f"see {self.folder}, mend the cause and run the same command again",
+                f"see {self.folder}, fix the cause and run the same command again",
             )
             return 1
         return None
 
-    def _next(self, outcome: Outcome, hosts: dict[str, int], in_a_row: int) -> dict[str, int]:
+    def _prepare_restart(self, outcome: Outcome, hosts: dict[str, int], in_a_row: int) -> dict[str, int]:
         """Prepare the next attempt; return its hosts."""
         if outcome.kind in (outcomes.SPIKE, outcomes.DIVERGENCE):
             self._rewind(outcome)
             chosen = hosts
         else:
             self._fence(outcome)
-            self.roster.blame(outcome.hosts)
+            self.host_pool.blame(outcome.hosts)
             chosen = self._choose(hosts)
         pause = self._backoff_s(in_a_row)
         self.events.add("restart", f"starting again in {pause:g} s, restart {in_a_row} in a row", pause_s=pause)
@@ -184,7 +183,7 @@ class Supervisor:
         return chosen
 
     def _backoff_s(self, in_a_row: int) -> float:
-        return float(min(self.bounds.backoff_s * 2 ** (in_a_row - 1), LONGEST_BACKOFF_S))
+        return float(min(self.bounds.backoff_s * 2 ** (in_a_row - 1), MAX_BACKOFF_S))
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -192,32 +191,32 @@ class Supervisor:
             time.sleep(0.1)
 
     def _choose(self, hosts: dict[str, int]) -> dict[str, int]:
-        """Look for hosts to go on with; where too few are good, look again: a network may be away for a while."""
+        """Choose the hosts of the next attempt; retry if too few are good, as a network outage may be temporary."""
         for tries in range(1, self.bounds.restarts + 1):
             try:
-                return self._look_for(hosts)
+                return self._check_and_choose(hosts)
             except UserError as error:
                 pause = self._backoff_s(tries)
-                self.events.add("too few hosts", f"{error}; looking again in {pause:g} s", pause_s=pause)
+                self.events.add("too few hosts", f"{error}; checking again in {pause:g} s", pause_s=pause)
                 self._sleep(pause)
             if self._ending:
-                return hosts  # on which nothing will be started
-        return self._look_for(hosts)
+                return hosts  # not used: no further attempt starts
+        return self._check_and_choose(hosts)
 
-    def _look_for(self, hosts: dict[str, int]) -> dict[str, int]:
-        report = self._examine(self.roster.every)
+    def _check_and_choose(self, hosts: dict[str, int]) -> dict[str, int]:
+        report = self._examine(self.host_pool.all_hosts)
         bad = [finding for finding in report.findings if finding.severity == "error"]
         self.events.add(
-            "preflight", good=report.good, bad=[[f.host, f.check, f.text] for f in bad], strikes=self.roster.strikes
+            "preflight", good=report.good, bad=[[f.host, f.check, f.text] for f in bad], strikes=self.host_pool.strikes
         )
         for finding in bad:
             self._say(f"PREFLIGHT: {finding.host}: {finding.check}: {finding.text}")
-        chosen = self.roster.choose(report.good)
+        chosen = self.host_pool.choose(report.good)
         out, into = [h for h in hosts if h not in chosen], [h for h in chosen if h not in hosts]
         before, after = sum(hosts.values()), sum(chosen.values())
         if into or out:
-            said = f"hosts out: {', '.join(out) or 'none'}; in: {', '.join(into) or 'none'}"
-            self.events.add("hosts changed", said, out=out, into=into)
+            text = f"hosts out: {', '.join(out) or 'none'}; in: {', '.join(into) or 'none'}"
+            self.events.add("hosts changed", text, out=out, into=into)
         if before != after:
             self.events.add(
                 "world changed",
@@ -228,38 +227,38 @@ class Supervisor:
         return chosen
 
     def _fence(self, outcome: Outcome) -> None:
-        """Wait until ranks on hosts that do not answer have ended themselves: two attempts must not write at once."""
+        """Wait until ranks on unreachable hosts have terminated themselves: two attempts must not write at once."""
         if not outcome.unclean or self._attempt is None:
             return
         until = self._attempt.ended_at + self._attempt.job.fence_s
         seconds = max(until - time.monotonic(), 0.0)
         self.events.add(
             "fence",
-            f"{', '.join(outcome.unclean)}: cannot be told to end ranks, which end themselves within {seconds:.1f} s; "
-            "waiting for that",
+            f"{', '.join(outcome.unclean)}: unreachable; waiting {seconds:.1f} s until ranks there have terminated "
+            "themselves",
             hosts=outcome.unclean,
             pause_s=round(seconds, 3),
         )
         time.sleep(seconds)
 
     def _rewind(self, outcome: Outcome) -> None:
-        """Have the next attempt go back before the spike and leave out the data that led to it."""
-        # Without a checkpoint so far back the ranks say so, and that ends the job; where there is none at all, the
-        # run begins anew. Both go for step 1 too, which stands for all before it: checkpoint.rewind_to = 0 means no.
+        """Make the next attempt go back before the spike and skip the data that led to it."""
+        # If no checkpoint is that old, the ranks report a user error, which ends the job; if there is no checkpoint at
+        # all, the run starts from scratch. The minimum is step 1, because checkpoint.rewind_to = 0 means no rewind.
         back = max(outcome.step - self.bounds.rewind_steps, 1)
         self._skips = skips_with(self._skips, back, self.bounds.skip_steps)
         self._rewind_id += 1
-        self._extra = rewind_overrides(self._skips, back, self._rewind_id)
+        self._rewind_overrides = rewind_overrides(self._skips, back, self._rewind_id)
         self.events.add(
-            "rewind", f"going back to step {back}, and leaving out {self.bounds.skip_steps} steps of data", to=back
+            "rewind", f"going back to step {back}, and skipping {self.bounds.skip_steps} steps of data", to=back
         )
 
 
 def skips_with(skips: Sequence[tuple[int, int]], back: int, steps: int) -> list[tuple[int, int]]:
-    """Return what a run skips, (step, steps of data), that goes back to step `back` and leaves out `steps` it has read.
+    """Return the skips, as (step, steps of data), of a run that goes back to step `back` and skips `steps` of data.
 
-    What it had left out before stays left out: going back twice to one step skips twice as much there, not the same
-    once more. From `back` on, step s reads what step s + `steps` read or would have read.
+    Data that was skipped before stays skipped: going back twice to one step skips twice as much there, not the same
+    data again. From `back` on, step s reads the data that step s + `steps` read or would have read.
     """
     before = [(at, count) for at, count in skips if at < back]
     within = sum(count for at, count in skips if back <= at <= back + steps)
@@ -268,12 +267,12 @@ def skips_with(skips: Sequence[tuple[int, int]], back: int, steps: int) -> list[
 
 
 def rewind_overrides(skips: Sequence[tuple[int, int]], back: int, name: int) -> list[str]:
-    """Return the overrides that make a run go back to step `back`, once under this name, and skip data."""
+    """Return the overrides that make a run skip data and go back to step `back`, once for this rewind id."""
     entries = ", ".join(f"{{at_step: {at}, steps: {steps}}}" for at, steps in skips)
     return [f"checkpoint.rewind_to={back}", f"checkpoint.rewind_id={name}", f"data.skip=[{entries}]"]
 
 
-def command_of(job: Job, start: Start, meeting: Rendezvous) -> Command:
+def command_of(job: Job, start: Start, rendezvous: Rendezvous) -> Command:
     """Return the command that starts a job's ranks."""
     return build(
         launcher=start.launcher,
@@ -281,8 +280,8 @@ def command_of(job: Job, start: Start, meeting: Rendezvous) -> Command:
         hosts=job.hosts,
         script=start.train,
         arguments_file=job.path("arguments"),
-        master_addr=meeting.master,
-        master_port=meeting.port,
+        master_addr=rendezvous.master,
+        master_port=rendezvous.port,
         exports={**start.exports, VARIABLE: job.folder},
         env_file=job.path("environment"),
         nic=start.nic,
