@@ -36,15 +36,15 @@ def check_user_keys(run: RunConfig) -> None:
             raise _error(run, f"{key} was removed in DeepSpeed 0.19; take it out")
         if key in OWNED:
             raise _error(run, f"{key} is not the DeepSpeed file's to set: {OWNED[key]} and take it out here")
-    place = ConfigSource(run.deepspeed_path)
-    check_keys(run.deepspeed, sorted(USER_KEYS), place)
+    source = ConfigSource(run.deepspeed_path)
+    check_keys(run.deepspeed, sorted(USER_KEYS), source)
     for section in ("zero_optimization", "bf16", "fp16", "data_types", "flops_profiler", "compile"):
         if not isinstance(run.deepspeed.get(section, {}), dict):
             raise _error(run, f'{section} = {run.deepspeed[section]!r} is not an object such as {{"key": value}}')
     for key in REMOVED_ZERO & _section(run, "zero_optimization").keys():
         raise _error(run, f"zero_optimization.{key} was removed in DeepSpeed 0.19; take it out")
     for section, known in SECTION_KEYS.items():
-        check_keys(_section(run, section), sorted(known), place, section)
+        check_keys(_section(run, section), sorted(known), source, section)
     stage = _section(run, "zero_optimization").get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise _error(run, f"zero_optimization.stage = {stage!r} is not 0, 1, 2 or 3")

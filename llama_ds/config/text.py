@@ -69,15 +69,15 @@ def read_yaml(path: str) -> dict[str, Any]:
     return data
 
 
-def parse_yaml(text: str, place: str) -> Any:
-    """Return the value that `text` has as YAML; errors name `place` and the line."""
+def parse_yaml(text: str, source: str) -> Any:
+    """Return the value that `text` has as YAML; errors name `source` and the line."""
     try:
         loader = _Loader(text)
-        loader.name = place
+        loader.name = source
         return loader.get_single_data()
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"{place}:{mark.line + 1}" if mark else place
+        where = f"{source}:{mark.line + 1}" if mark else source
         raise UserError(f"{where}: not valid YAML: {problem or 'it holds characters that YAML forbids'}") from None
 
 

@@ -55,7 +55,7 @@ def build_model(
     device = _checked_device(device)
     if device.type == "cpu":
         choose_products()
-    shared = LayerContext(
+    context = LayerContext(
         model=shape,
         seed=seed or 0,
         tp=SingleRank(),
@@ -64,7 +64,7 @@ def build_model(
         rotary=RotaryTables(shape, seq_len),
         document_mask=bool(document_mask),
     )
-    return Llama(shared, NextTokenLoss(shared.tp)).to(device, dtype)
+    return Llama(context, NextTokenLoss(context.tp)).to(device, dtype)
 
 
 def _checked_device(device: str | torch.device) -> torch.device:

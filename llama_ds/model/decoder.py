@@ -68,26 +68,26 @@ class LayerContext:
 class Attention(nn.Module):
     """x -> W_o attention(rope(W_q x), rope(W_k x), W_v x) with this rank's heads."""
 
-    def __init__(self, shared: LayerContext, layer: int) -> None:
+    def __init__(self, context: LayerContext, layer: int) -> None:
         super().__init__()
-        self.shared = shared
-        self.head_dim = shared.model.head_dim
-        self.q_proj = shared.linear("self_attn.q_proj", layer)
-        self.k_proj = shared.linear("self_attn.k_proj", layer)
-        self.v_proj = shared.linear("self_attn.v_proj", layer)
-        self.o_proj = shared.linear("self_attn.o_proj", layer)
+        self.context = context
+        self.head_dim = context.model.head_dim
+        self.q_proj = context.linear("self_attn.q_proj", layer)
+        self.k_proj = context.linear("self_attn.k_proj", layer)
+        self.v_proj = context.linear("self_attn.v_proj", layer)
+        self.o_proj = context.linear("self_attn.o_proj", layer)
 
     def forward(self, x: Tensor, document_start: Tensor | None) -> Tensor:
         """(B, T, D) -> partial sums (B, T, D)."""
         heads = (-1, self.head_dim)
-        tables = self.shared.rotary.on(x.device)
+        tables = self.context.rotary.on(x.device)
         q = rotate(self.q_proj(x).unflatten(-1, heads), tables)  # (B, T, H / tp, K)
         k = rotate(self.k_proj(x).unflatten(-1, heads), tables)  # (B, T, G / tp, K)
         v = self.v_proj(x).unflatten(-1, heads)
-        return self.o_proj(self.shared.attention(q, k, v, document_start).flatten(2))
+        return self.o_proj(self.context.attention(q, k, v, document_start).flatten(2))
 
     def extra_repr(self) -> str:
-        model, tp = self.shared.model, self.shared.tp
+        model, tp = self.context.model, self.context.tp
         own = f", 1 / {tp.size} of them on this rank" if tp.size > 1 else ""
         return (
             f"{model.num_attention_heads} query and {model.num_key_value_heads} key-value heads of {self.head_dim}{own}"
@@ -97,11 +97,11 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """x -> W_down (silu(W_gate x) * W_up x) with this rank's part of the F intermediate features (Shazeer 2020)."""
 
-    def __init__(self, shared: LayerContext, layer: int) -> None:
+    def __init__(self, context: LayerContext, layer: int) -> None:
         super().__init__()
-        self.gate_proj = shared.linear("mlp.gate_proj", layer)
-        self.up_proj = shared.linear("mlp.up_proj", layer)
-        self.down_proj = shared.linear("mlp.down_proj", layer)
+        self.gate_proj = context.linear("mlp.gate_proj", layer)
+        self.up_proj = context.linear("mlp.up_proj", layer)
+        self.down_proj = context.linear("mlp.down_proj", layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> partial sums (B, T, D)."""
@@ -111,14 +111,14 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     """h = x + attention(norm(x)); y = h + swiglu(norm(h))."""
 
-    def __init__(self, shared: LayerContext, layer: int) -> None:
+    def __init__(self, context: LayerContext, layer: int) -> None:
         super().__init__()
-        self.shared = shared
-        self.tp = shared.tp
-        self.input_layernorm = shared.norm("input_layernorm")
-        self.self_attn = Attention(shared, layer)
-        self.post_attention_layernorm = shared.norm("post_attention_layernorm")
-        self.mlp = SwiGLU(shared, layer)
+        self.context = context
+        self.tp = context.tp
+        self.input_layernorm = context.norm("input_layernorm")
+        self.self_attn = Attention(context, layer)
+        self.post_attention_layernorm = context.norm("post_attention_layernorm")
+        self.mlp = SwiGLU(context, layer)
 
     def forward(self, inputs: Hidden) -> Hidden:
         """(B, S, D) -> (B, S, D), with document_start passed along where it is given."""

@@ -33,12 +33,12 @@ def document_starts(ids: Tensor, bos: int = BOS) -> Tensor:
 class VocabParallelEmbedding(nn.Module):
     """Look up this rank's V / tp tokens; other tokens contribute zero to the sum over ranks."""
 
-    def __init__(self, shared: LayerContext) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        model, tp = shared.model, shared.tp
+        model, tp = context.model, context.tp
         self.tp = tp
-        self.document_mask = shared.document_mask
-        self.weight = shared.parameter(EMBEDDING, EMBEDDING_LAYER)
+        self.document_mask = context.document_mask
+        self.weight = context.parameter(EMBEDDING, EMBEDDING_LAYER)
         self.first = tp.rank * model.vocab_size // tp.size
         self.count = model.vocab_size // tp.size
 
@@ -63,9 +63,9 @@ class VocabParallelEmbedding(nn.Module):
 class FinalNorm(nn.Module):
     """The norm before the head; drops what the head does not need."""
 
-    def __init__(self, shared: LayerContext) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        self.norm = shared.norm("norm")
+        self.norm = context.norm("norm")
 
     def forward(self, inputs: Hidden) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -78,9 +78,9 @@ Then = Callable[[Tensor, Tensor], Tensor]
 class Head(nn.Module):
     """The output matrix W (V / tp, D); the logits x W^T are the loss's business, which never makes them whole."""
 
-    def __init__(self, shared: LayerContext) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        self.lm_head = shared.linear("lm_head", HEAD_LAYER)
+        self.lm_head = context.linear("lm_head", HEAD_LAYER)
 
     def forward(self, x: Tensor, then: Then | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return (x, W) for x (B, S, D), or then(x, W) where the weight is at hand only inside this call (ZeRO-3)."""

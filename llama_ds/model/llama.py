@@ -55,7 +55,7 @@ class Llama(nn.Module):
 
     def __init__(
         self,
-        shared: LayerContext,
+        context: LayerContext,
         loss: NextTokenLoss,
         policies: Sequence[str] | None = None,
         checkpointed: bool = False,
@@ -67,19 +67,19 @@ class Llama(nn.Module):
             checkpointed: layers by autograd keep their input only and run their forward again.
         """
         super().__init__()
-        model = shared.model
-        self.shared = shared
+        model = context.model
+        self.context = context
         self.checkpointed = checkpointed
         self.layers = nn.ModuleList()
-        self.layers.append(VocabParallelEmbedding(shared))
+        self.layers.append(VocabParallelEmbedding(context))
         for i in range(model.num_hidden_layers):
-            self.layers.append(ManualBackwardLayer(shared, i, policies[i]) if policies else DecoderLayer(shared, i))
-        self.layers.append(FinalNorm(shared))
+            self.layers.append(ManualBackwardLayer(context, i, policies[i]) if policies else DecoderLayer(context, i))
+        self.layers.append(FinalNorm(context))
         if not model.tie_word_embeddings:
-            self.layers.append(Head(shared))
+            self.layers.append(Head(context))
         self.tied = model.tie_word_embeddings
         self.loss = loss
-        self.tp = shared.tp
+        self.tp = context.tp
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the loss of ids and labels, each (B, T), or without labels this rank's logits (B, T, V / tp)."""
@@ -110,11 +110,11 @@ class Llama(nn.Module):
         return self(self._checked(ids))
 
     def extra_repr(self) -> str:
-        weights, seq_len = list(self.parameters()), self.shared.rotary.seq_len
+        weights, seq_len = list(self.parameters()), self.context.rotary.seq_len
         own = sum(math.prod(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
         part = f", {own:,} on this rank of tp {self.tp.size}" if self.tp.size > 1 else ""
         dtype = str(weights[0].dtype).removeprefix("torch.")
-        whole = parameter_count(self.shared.model)
+        whole = parameter_count(self.context.model)
         return f"{whole:,} parameters{part}, {dtype} on {weights[0].device}, rows of up to {seq_len} tokens"
 
     def _checked(self, ids: ArrayLike | Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Llama(nn.Module):
         Raises:
             UserError: they are no integers of the vocabulary, or not rows that the rotary tables reach.
         """
-        limit, vocab = self.shared.rotary.seq_len, self.shared.model.vocab_size
+        limit, vocab = self.context.rotary.seq_len, self.context.model.vocab_size
         try:
             found = ids if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids))
         except (ValueError, TypeError) as error:

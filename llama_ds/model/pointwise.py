@@ -45,15 +45,15 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor, product: Tensor | None) -> tu
     return grad_gate_up, again if product is None else product
 
 
-def rotate_heads(qkv: Tensor, turned: int, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_heads(qkv: Tensor, num_rotated_heads: int, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Return R x for the pairs (x_i, x_{i+K/2}) of the first `turned` heads and x for the others: (B, T, heads, K).
 
     On a CPU in place. In place a GPU's kernel would need its input twice, before and after.
     """
     cos, sin = _tables_for(qkv, tables)
     if qkv.is_cuda:
-        return _compiled(_rotated_heads)(qkv, turned, cos, sin)
-    _rotate(qkv[:, :, :turned], cos, sin, qkv[:, :, :turned])
+        return _compiled(_rotated_heads)(qkv, num_rotated_heads, cos, sin)
+    _rotate(qkv[:, :, :num_rotated_heads], cos, sin, qkv[:, :, :num_rotated_heads])
     return qkv
 
 
@@ -121,8 +121,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         out.copy_(_rotated(x, cos, sin))
 
 
-def _rotated_heads(qkv: Tensor, turned: int, cos: Tensor, sin: Tensor) -> Tensor:
-    turns = torch.arange(qkv.shape[2], device=qkv.device)[:, None] < turned
+def _rotated_heads(qkv: Tensor, num_rotated_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    turns = torch.arange(qkv.shape[2], device=qkv.device)[:, None] < num_rotated_heads
     return torch.where(turns, _rotated(qkv, cos, sin).to(qkv.dtype), qkv)
 
 

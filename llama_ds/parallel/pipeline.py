@@ -31,17 +31,17 @@ class LlamaPipeline(PipelineModule):
         self,
         run: RunConfig,
         layout: Layout,
-        place: Placement,
-        shared: LayerContext,
+        placement: Placement,
+        context: LayerContext,
         loss: nn.Module,
         policies: Sequence[str] | None,
     ) -> None:
         """`policies` are the decoder layers' save policies; None: layers by autograd."""
         self._bounds = stage_boundaries(run)
-        self._place = place
+        self._placement = placement
         self.chunks: list[list[Any]] = []
         super().__init__(
-            layers=layer_specs(shared, policies, self._bounds),
+            layers=layer_specs(context, policies, self._bounds),
             topology=topology(layout),
             loss_fn=loss,
             activation_checkpoint_interval=1 if policies is None and run.parallel.recompute == "full" else 0,
@@ -64,7 +64,7 @@ class LlamaPipeline(PipelineModule):
 
     def stage_owner(self, layer_idx: int) -> int:
         """Return the pipeline rank that holds a layer."""
-        return self._place.home(bisect_right(self._bounds, layer_idx) - 1)[0]
+        return self._placement.home(bisect_right(self._bounds, layer_idx) - 1)[0]
 
     def save_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Write this rank's share of its chunks' layers."""
@@ -77,7 +77,7 @@ class LlamaPipeline(PipelineModule):
         super()._synchronize_tied_weights()  # a broadcast, which autograd warns of
 
     def _chunk_bounds(self, chunk: int) -> tuple[int, int]:
-        stage = self._place.stage(self.stage_id, chunk)
+        stage = self._placement.stage(self.stage_id, chunk)
         return self._bounds[stage], self._bounds[stage + 1]
 
     def _partition_layers(self, method: Any = None) -> None:
@@ -85,7 +85,7 @@ class LlamaPipeline(PipelineModule):
         self.parts = self._bounds
 
     def _build(self) -> None:
-        for chunk in range(self._place.chunks):
+        for chunk in range(self._placement.chunks):
             self._set_bounds(*self._chunk_bounds(chunk))
             self.forward_funcs = []
             super()._build()
@@ -93,19 +93,19 @@ class LlamaPipeline(PipelineModule):
         self.activate(0)
 
 
-def layer_specs(shared: LayerContext, policies: Sequence[str] | None, bounds: Sequence[int]) -> list[LayerSpec]:
+def layer_specs(context: LayerContext, policies: Sequence[str] | None, bounds: Sequence[int]) -> list[LayerSpec]:
     """Return the layers in order; their indices name the parameters in checkpoints."""
-    model = shared.model
+    model = context.model
     decoders = [
-        LayerSpec(ManualBackwardLayer, shared, i, policies[i], first=1 + i in bounds[1:])
+        LayerSpec(ManualBackwardLayer, context, i, policies[i], first=1 + i in bounds[1:])
         if policies
-        else LayerSpec(DecoderLayer, shared, i)
+        else LayerSpec(DecoderLayer, context, i)
         for i in range(model.num_hidden_layers)
     ]
-    norm = LayerSpec(FinalNorm, shared)
+    norm = LayerSpec(FinalNorm, context)
     if not model.tie_word_embeddings:
-        return [LayerSpec(VocabParallelEmbedding, shared), *decoders, norm, LayerSpec(Head, shared)]
-    table, attribute = (TIED_TABLE, VocabParallelEmbedding, shared), EMBEDDING.name
+        return [LayerSpec(VocabParallelEmbedding, context), *decoders, norm, LayerSpec(Head, context)]
+    table, attribute = (TIED_TABLE, VocabParallelEmbedding, context), EMBEDDING.name
     first = TiedLayerSpec(*table, tied_weight_attr=attribute)
     last = TiedLayerSpec(*table, forward_fn=tied_head, tied_weight_attr=attribute)
     return [first, *decoders, norm, last]

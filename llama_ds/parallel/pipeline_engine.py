@@ -38,7 +38,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self,
         module: LlamaPipeline,
         schedule: Schedule,
-        shared: LayerContext,
+        context: LayerContext,
         rows: tuple[int, int],
         dtype: torch.dtype,
         optimizer: torch.optim.Optimizer,
@@ -46,7 +46,7 @@ class LlamaPipelineEngine(PipelineEngine):
         trace: Trace,
     ) -> None:
         """`rows` is (rows b of a micro-batch, T tokens of a row); `config` the merged DeepSpeed one. Collective."""
-        self._schedule, self._shared, self._trace = schedule, shared, trace
+        self._schedule, self._context, self._trace = schedule, context, trace
         self._rows, self._dtype = rows, dtype
         grid = module.mpu()
         super().__init__(
@@ -60,7 +60,7 @@ class LlamaPipelineEngine(PipelineEngine):
         place = schedule.place
         self._first, self._last = place.home(0), place.home(place.stages - 1)
         self._instructions = schedule.instructions(self.stage_id)
-        self._mail = PipelineComm(self.grid.pipe_groups, place, self.device)
+        self._comm = PipelineComm(self.grid.pipe_groups, place, self.device)
         self._posted: dict[tuple[str, int, int], Work] = {}  # kind, chunk, micro-batch
         self._handed: dict[tuple[str, int, int], list[Tensor]] = {}  # from one chunk of this rank to another
         self._live: dict[Key, tuple[Tensor | None, GradientEdge]] = {}  # input and output of a forward
@@ -68,7 +68,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._batches: Batches = iter(())
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
         self._loss = torch.zeros((), device=self.device)
-        self._written_out = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
+        self._manual_layers = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
         self._prepare_layers(module)
 
     def _prepare_layers(self, module: LlamaPipeline) -> None:
@@ -78,7 +78,7 @@ class LlamaPipelineEngine(PipelineEngine):
             layer.register_forward_pre_hook(lambda *_, own=parameters: optimizer.wait_for(own))
         tied = [weight for weight, _ in module.get_tied_weights_and_groups()]
         optimizer.hold_back(tied)
-        for layers in self._written_out:
+        for layers in self._manual_layers:
             for layer in layers[-1:]:
                 layer.recomputes_early = layer.policy == "full"
 
@@ -106,7 +106,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self.optimizer.reduce_rest()
         summary = self.optimizer.step(self._own_share_of_loss(self.micro_batches))
         begin_sends = self._trace.mark()
-        self._mail.finish()
+        self._comm.finish()
         self._trace.add("wait sends", begin_sends)
         self._trace.waits = False
         if self._trace.end_step(begin):
@@ -124,7 +124,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._run(forward_only.instructions(self.stage_id, count, self._schedule.place), batches)
         total = self._own_share_of_loss(count)
         dist.all_reduce(total)
-        self._mail.finish()
+        self._comm.finish()
         return total
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +182,7 @@ class LlamaPipelineEngine(PipelineEngine):
 
     def _backward(self, step: Instruction) -> None:
         chunk, i = step.chunk, step.micro_batch
-        for layer in self._written_out[chunk][-1:]:
+        for layer in self._manual_layers[chunk][-1:]:
             if layer.recomputes_early:  # while the gradient is on its way
                 begin = self._trace.now()
                 layer.recompute_oldest()
@@ -195,7 +195,7 @@ class LlamaPipelineEngine(PipelineEngine):
         begin = self._trace.now()
         x, edge = self._live.pop((chunk, i))
         self.module.activate(chunk)  # DeepSpeed's checkpointing runs the forward of what is active
-        self._shared.weight_gradients.deferred = step.op is Op.INPUT_BACKWARD
+        self._context.weight_gradients.deferred = step.op is Op.INPUT_BACKWARD
         self.optimizer.final = i == self.micro_batches - 1
         torch.autograd.backward([edge], [grad])
         self.optimizer.final = False
@@ -207,8 +207,8 @@ class LlamaPipelineEngine(PipelineEngine):
     def _weight_backward(self, step: Instruction) -> None:
         begin = self._trace.now()
         self.optimizer.final = step.micro_batch == self.micro_batches - 1
-        for layer in reversed(self._written_out[step.chunk]):
-            layer.weight_grads()
+        for layer in reversed(self._manual_layers[step.chunk]):
+            layer.run_deferred_wgrad()
         self.optimizer.final = False
         self._note("W", begin, step)
 
@@ -238,20 +238,20 @@ class LlamaPipelineEngine(PipelineEngine):
         tensors = [tensor.contiguous() for tensor in self._outgoing.pop(step)]
         message = message_of(step, self.stage_id, self._schedule.place)
         begin = self._trace.mark()
-        self._mail.send(message, tensors)
+        self._comm.send(message, tensors)
         size = sum(tensor.nbytes for tensor in tensors)
         self._trace.add(f"send {message.kind}", begin, message.into, step.micro_batch, size)
 
     def _post(self, step: Instruction) -> None:
         message = message_of(step, self.stage_id, self._schedule.place)
         rows, tokens = self._rows
-        tp = self._shared.tp
+        tp = self._context.tp
         own = tokens // tp.size if tp.sequence_parallel else tokens
-        hidden = torch.empty(rows, own, self._shared.model.hidden_size, dtype=self._dtype, device=self.device)
+        hidden = torch.empty(rows, own, self._context.model.hidden_size, dtype=self._dtype, device=self.device)
         buffers = [hidden]
-        if message.kind == "activation" and self._shared.document_mask:
+        if message.kind == "activation" and self._context.document_mask:
             buffers.append(torch.empty(rows, tokens, dtype=torch.int32, device=self.device))
-        self._posted[message.kind, step.chunk, step.micro_batch] = self._mail.post(message, buffers)
+        self._posted[message.kind, step.chunk, step.micro_batch] = self._comm.post(message, buffers)
 
     def _reduce_tied(self) -> None:
         begin = self._trace.mark()

@@ -25,9 +25,9 @@ UNFINISHED = 1  # sends of a channel that may be under way when the next is issu
 class PipelineComm:
     """One rank's messages to and from the other ranks of its pipeline."""
 
-    def __init__(self, columns: Sequence[Sequence[int]], place: Placement, device: torch.device) -> None:
+    def __init__(self, columns: Sequence[Sequence[int]], placement: Placement, device: torch.device) -> None:
         """`columns` lists the global ranks of every pipeline of the run, in order of their stages. Collective."""
-        channels = sorted(_channels(place))
+        channels = sorted(_channels(placement))
         self._groups: dict[tuple[str, bool], dist.ProcessGroup] = {}
         self._ranks: Sequence[int] = ()
         self._sends: dict[tuple[str, int, int], deque[Work]] = defaultdict(deque)
@@ -74,9 +74,9 @@ class PipelineComm:
                 wait(sends.popleft())
 
 
-def _channels(place: Placement) -> set[tuple[str, int, int]]:
-    """Return the channels that a schedule on `place` uses: (kind, sending rank, receiving rank)."""
-    homes = [place.home(stage)[0] for stage in range(place.stages)]
+def _channels(placement: Placement) -> set[tuple[str, int, int]]:
+    """Return the channels that a schedule with `placement` uses: (kind, sending rank, receiving rank)."""
+    homes = [placement.home(stage)[0] for stage in range(placement.stages)]
     there = {("activation", a, b) for a, b in pairwise(homes) if a != b}
     return there | {("grad", b, a) for _, a, b in there}
 

@@ -33,17 +33,17 @@ class Recording:
         run: RunConfig,
         layout: Layout,
         trace: Trace,
-        place: world.RankInfo,
+        rank_info: world.RankInfo,
         host: str,
         dtype: str,
         device: torch.device,
     ) -> None:
         """`host` is what people call the host of this rank."""
-        self._settings, self._trace, self._rank = run.logging, trace, place.rank
+        self._settings, self._trace, self._rank = run.logging, trace, rank_info.rank
         self._folder = os.path.join(run.run_dir, "trace")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         about = {"host": host, "device": name, "dtype": dtype}
-        self._about = {**describe_trace(run, layout, place.rank), **about}
+        self._about = {**describe_trace(run, layout, rank_info.rank), **about}
         self._cuda = device.type == "cuda"
         self._profile: profile | None = None
         self._clock: list[clock.Offset | None] = []

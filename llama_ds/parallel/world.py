@@ -69,27 +69,27 @@ def _first_set(names: tuple[str, ...]) -> str | None:
     return next((os.environ[name] for name in names if name in os.environ), None)
 
 
-def join(place: RankInfo, nic: str = "") -> None:
+def join(rank_info: RankInfo, nic: str = "") -> None:
     """Join the run's process group: NCCL on CUDA, gloo elsewhere, over `nic` or else the interface towards rank 0.
 
     DeepSpeed adopts the group. It is made here, without a device id, because DeepSpeed's own call makes NCCL build
     a communicator eagerly for each of the hundreds of groups of a large grid.
     """
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
-    _find_master(place)
+    os.environ.update(RANK=str(rank_info.rank), WORLD_SIZE=str(rank_info.world), LOCAL_RANK=str(rank_info.local_rank))
+    _find_master(rank_info)
     interface = None if _on_one_host() else nic or interface_towards(os.environ["MASTER_ADDR"])
     if interface:  # gloo would take the one that the host's name leads to
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     if on_cuda():
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(rank_info.local_rank)
     dist.init_process_group("nccl" if on_cuda() else "gloo", timeout=TIMEOUT)
 
 
-def _find_master(place: RankInfo) -> None:
+def _find_master(rank_info: RankInfo) -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = "127.0.0.1" if _on_one_host() else _first_mpi_host()
-    if "MASTER_PORT" not in os.environ and place.world == 1:
+    if "MASTER_PORT" not in os.environ and rank_info.world == 1:
         os.environ["MASTER_PORT"] = "0"  # any free one: nobody else comes
     if "MASTER_PORT" not in os.environ:
         # Under mpirun nobody hands out a port; one derived from the job keeps two jobs on a host apart.
@@ -118,7 +118,7 @@ def _first_mpi_host() -> str:
     return address
 
 
-def check_mpi(place: RankInfo) -> None:
+def check_mpi(rank_info: RankInfo) -> None:
     """Check that MPI itself knows of as many ranks as its launcher said, and of this one as the same.
 
     Raises:
@@ -132,9 +132,9 @@ def check_mpi(place: RankInfo) -> None:
         ) from None
     found = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     MPI.Finalize()
-    if found != (place.rank, place.world):
+    if found != (rank_info.rank, rank_info.world):
         raise UserError(
-            f"MPI: mpi4py says rank {found[0]} of {found[1]}, the launcher rank {place.rank} of {place.world}; "
+            f"MPI: mpi4py says rank {found[0]} of {found[1]}, the launcher rank {rank_info.rank} of {rank_info.world}; "
             "install the mpi4py of the MPI whose mpirun starts the job (pip install --no-binary mpi4py mpi4py)"
         )
 

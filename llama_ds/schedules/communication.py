@@ -24,38 +24,38 @@ class Message(NamedTuple):
         return self.kind, self.source, self.target
 
 
-def awaited(step: Instruction, rank: int, place: Placement) -> Message | None:
+def awaited(step: Instruction, rank: int, placement: Placement) -> Message | None:
     """Return the message that a computation waits for, None where its input is on this rank."""
-    stage = place.stage(rank, step.chunk)
+    stage = placement.stage(rank, step.chunk)
     if step.op is Op.FORWARD and stage > 0:
-        return _message("activation", stage - 1, stage, step.micro_batch, place)
-    if step.op in BACKWARDS and stage < place.stages - 1:
-        return _message("grad", stage + 1, stage, step.micro_batch, place)
+        return _message("activation", stage - 1, stage, step.micro_batch, placement)
+    if step.op in BACKWARDS and stage < placement.stages - 1:
+        return _message("grad", stage + 1, stage, step.micro_batch, placement)
     return None
 
 
-def produced(step: Instruction, rank: int, place: Placement) -> Message | None:
+def produced(step: Instruction, rank: int, placement: Placement) -> Message | None:
     """Return the message that a computation gives rise to, None where its output stays on this rank."""
-    stage = place.stage(rank, step.chunk)
-    if step.op is Op.FORWARD and stage < place.stages - 1:
-        return _message("activation", stage, stage + 1, step.micro_batch, place)
+    stage = placement.stage(rank, step.chunk)
+    if step.op is Op.FORWARD and stage < placement.stages - 1:
+        return _message("activation", stage, stage + 1, step.micro_batch, placement)
     if step.op in BACKWARDS and stage > 0:
-        return _message("grad", stage, stage - 1, step.micro_batch, place)
+        return _message("grad", stage, stage - 1, step.micro_batch, placement)
     return None
 
 
-def message_of(step: Instruction, rank: int, place: Placement) -> Message:
+def message_of(step: Instruction, rank: int, placement: Placement) -> Message:
     """Return the message of a post or a send."""
     forward = step.op in (Op.POST_ACTIVATION, Op.SEND_ACTIVATION)
     compute = step._replace(op=Op.FORWARD if forward else Op.BACKWARD)
     posts = step.op in (Op.POST_ACTIVATION, Op.POST_GRAD)
-    found = awaited(compute, rank, place) if posts else produced(compute, rank, place)
+    found = awaited(compute, rank, placement) if posts else produced(compute, rank, placement)
     assert found is not None
     return found
 
 
 def with_messages(
-    computations: Sequence[Instruction], rank: int, place: Placement, buffers: int = 1
+    computations: Sequence[Instruction], rank: int, placement: Placement, buffers: int = 1
 ) -> list[Instruction]:
     """Return the computations with posts and sends among them.
 
@@ -64,18 +64,18 @@ def with_messages(
     """
     receivers: dict[tuple[str, int, int], deque[int]] = defaultdict(deque)  # by channel, in order
     for n, step in enumerate(computations):
-        message = awaited(step, rank, place)
+        message = awaited(step, rank, placement)
         if message:
             receivers[message.channel].append(n)
     todo = [
         _post(computations[queue.popleft()]) for queue in receivers.values() for _ in range(min(buffers, len(queue)))
     ]
     for step in computations:
-        message = awaited(step, rank, place)
+        message = awaited(step, rank, placement)
         if message and receivers[message.channel]:
             todo.append(_post(computations[receivers[message.channel].popleft()]))
         todo.append(step)
-        if produced(step, rank, place):
+        if produced(step, rank, placement):
             op = Op.SEND_ACTIVATION if step.op is Op.FORWARD else Op.SEND_GRAD
             todo.append(step._replace(op=op))
     return todo
@@ -85,6 +85,6 @@ def _post(step: Instruction) -> Instruction:
     return step._replace(op=Op.POST_ACTIVATION if step.op is Op.FORWARD else Op.POST_GRAD)
 
 
-def _message(kind: str, source: int, into: int, micro_batch: int, place: Placement) -> Message | None:
-    sender, receiver = place.home(source)[0], place.home(into)[0]
+def _message(kind: str, source: int, into: int, micro_batch: int, placement: Placement) -> Message | None:
+    sender, receiver = placement.home(source)[0], placement.home(into)[0]
     return None if sender == receiver else Message(kind, sender, receiver, into, micro_batch)

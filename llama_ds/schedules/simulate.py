@@ -56,7 +56,7 @@ def simulate(
     schedule: Schedule, costs: StageCost | Sequence[StageCost], transfer: float = 0.0, latency: float = 0.0
 ) -> Timeline:
     """Return the timeline of one step; `costs` of all stages, or one for all. Sends and receives are asynchronous."""
-    place = schedule.place
+    placement = schedule.place
     lists = [schedule.computations(rank) for rank in range(schedule.ranks)]
     at, clock = [0] * len(lists), [0.0] * len(lists)
     arrivals: dict[Message, float] = {}
@@ -68,16 +68,16 @@ def simulate(
         rank = ready.pop()
         while at[rank] < len(lists[rank]):
             step = lists[rank][at[rank]]
-            wanted = awaited(step, rank, place)
+            wanted = awaited(step, rank, placement)
             if wanted and wanted not in arrivals:
                 waiting[wanted] = rank
                 break
             start = max(clock[rank], arrivals.pop(wanted)) if wanted else clock[rank]
-            cost = costs if isinstance(costs, StageCost) else costs[place.stage(rank, step.chunk)]
+            cost = costs if isinstance(costs, StageCost) else costs[placement.stage(rank, step.chunk)]
             clock[rank] = end = start + cost.of(step.op)
             done[rank].append((step, start, end))
             at[rank] += 1
-            message = produced(step, rank, place)
+            message = produced(step, rank, placement)
             if message:
                 link = message.source, message.target
                 link_free[link] = max(link_free[link], end) + transfer

@@ -19,13 +19,13 @@ class ScheduleError(Exception):
 def verify(schedule: Schedule) -> None:
     """Raise ScheduleError where the schedule is wrong. Costs a pass over all instructions for each check."""
     lists = [schedule.instructions(rank) for rank in range(schedule.ranks)]
-    place = schedule.place
+    placement = schedule.place
     for rank, steps in enumerate(lists):
         check_computations(rank, steps, schedule.micro_batches, schedule.chunks)
         check_memory(rank, steps, schedule.in_flight(rank))
-    check_messages(lists, place)
+    check_messages(lists, placement)
     for capacity in (0, 1, None):
-        check_progress(lists, place, capacity)
+        check_progress(lists, placement, capacity)
 
 
 def check_computations(rank: int, steps: Sequence[Instruction], micro_batches: int, chunks: int) -> None:
@@ -52,7 +52,7 @@ def check_computations(rank: int, steps: Sequence[Instruction], micro_batches: i
             stage_of[step.micro_batch] += 1
 
 
-def check_messages(lists: Lists, place: Placement) -> None:
+def check_messages(lists: Lists, placement: Placement) -> None:
     """A channel's sends are its receives in the same order, after and before the computations they belong to."""
     sent, posted = defaultdict(list), defaultdict(list)
     for rank, steps in enumerate(lists):
@@ -60,16 +60,16 @@ def check_messages(lists: Lists, place: Placement) -> None:
         computed: set[Instruction] = set()
         for step in steps:
             if step.op in POSTS:
-                message = message_of(step, rank, place)
+                message = message_of(step, rank, placement)
                 posted[message.channel].append(message)
                 ready.add(message)
             elif step.op in SENDS:
-                sent[message_of(step, rank, place).channel].append(message_of(step, rank, place))
+                sent[message_of(step, rank, placement).channel].append(message_of(step, rank, placement))
                 forward = step.op is Op.SEND_ACTIVATION
                 if not any(step._replace(op=op) in computed for op in ((Op.FORWARD,) if forward else BACKWARDS)):
                     raise ScheduleError(f"rank {rank}: {step} before it is computed")
             else:
-                wanted = awaited(step, rank, place)
+                wanted = awaited(step, rank, placement)
                 if wanted and wanted not in ready:
                     raise ScheduleError(f"rank {rank}: {step} waits for a message whose receive is not posted")
                 computed.add(step)
@@ -78,7 +78,7 @@ def check_messages(lists: Lists, place: Placement) -> None:
         raise ScheduleError(f"channel {channel}: sends and receives differ")
 
 
-def check_progress(lists: Lists, place: Placement, capacity: int | None) -> None:
+def check_progress(lists: Lists, placement: Placement, capacity: int | None) -> None:
     """All ranks reach their ends when a send returns once its receive is posted or `capacity` messages are buffered.
 
     None: sends return at once. 0: every send waits for its receive.
@@ -99,12 +99,12 @@ def check_progress(lists: Lists, place: Placement, capacity: int | None) -> None
 
     def advance(rank: int, step: Instruction) -> bool:
         if step.op in POSTS:
-            message = message_of(step, rank, place)
+            message = message_of(step, rank, placement)
             posted[message.channel] += 1
             wake(message.source)
             return True
         if step.op in SENDS:
-            message = message_of(step, rank, place)
+            message = message_of(step, rank, placement)
             if not started[rank]:
                 sent[message.channel] += 1
                 arrived.add(message)
@@ -114,13 +114,17 @@ def check_progress(lists: Lists, place: Placement, capacity: int | None) -> None
                 return False
             started[rank] = False
             return True
-        wanted = awaited(step, rank, place)
+        wanted = awaited(step, rank, placement)
         if wanted and wanted not in arrived:
             return False
-        stage, forward = place.stage(rank, step.chunk), step.op is Op.FORWARD
+        stage, forward = placement.stage(rank, step.chunk), step.op is Op.FORWARD
         if step.op is not Op.WEIGHT_BACKWARD:
             before = stage - 1 if forward else stage + 1
-            if wanted is None and 0 <= before < place.stages and (before, step.micro_batch, forward) not in computed:
+            if (
+                wanted is None
+                and 0 <= before < placement.stages
+                and (before, step.micro_batch, forward) not in computed
+            ):
                 return False  # of this rank itself, and later in its list
             computed.add((stage, step.micro_batch, forward))
         return True

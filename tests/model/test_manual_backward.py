@@ -42,8 +42,8 @@ def shared_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T, spre
 
 
 def layers(shape: str, policy: str, backend: str = "sdpa") -> tuple[DecoderLayer, ManualBackwardLayer]:
-    shared = shared_for(SHAPES[shape], backend)
-    reference, layer = DecoderLayer(shared, 0).double(), ManualBackwardLayer(shared, 0, policy).double()
+    context = shared_for(SHAPES[shape], backend)
+    reference, layer = DecoderLayer(context, 0).double(), ManualBackwardLayer(context, 0, policy).double()
     with torch.no_grad():
         for weight in reference.parameters():  # norm weights of one would hide a factor
             weight.add_(torch.randn_like(weight) * 0.1)
@@ -134,7 +134,7 @@ def test_cuda_in_bf16_is_as_near_to_float64_as_autograd_there(policy: str, backe
 
 def saved_by_hooks(layer: DecoderLayer, x: Tensor) -> int:
     """Return the bytes that a layer keeps for its backward, without parameters and constant tables."""
-    return saved_bytes(lambda: layer(x), [*layer.parameters(), *layer.shared.rotary.on(x.device)])
+    return saved_bytes(lambda: layer(x), [*layer.parameters(), *layer.context.rotary.on(x.device)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -151,9 +151,9 @@ def test_saved_bytes_are_the_cost_tables(shape: str, policy: str, dtype: torch.d
 @pytest.mark.parametrize("shape", SHAPES)
 def test_put_off_bytes_are_the_cost_tables(shape: str) -> None:
     layer = ManualBackwardLayer(shared_for(SHAPES[shape]), 0, "none")
-    layer.shared.weight_gradients.deferred = True
+    layer.context.weight_gradients.deferred = True
     layer(torch.randn(ROWS, T, 32, requires_grad=True)).backward(torch.randn(ROWS, T, 32))
-    ((*work,),) = layer.weights._waiting
+    ((*work,),) = layer.weight_grads._deferred
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, *factors in work for t in factors}
     assert sum(kept.values()) == LayerWork(SHAPES[shape], T, ROWS, element_bytes=4).put_off_bytes()
 
@@ -185,20 +185,20 @@ def test_selective_keeps_half_of_what_autograd_keeps(groups: int, dtype: torch.d
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_deferred_weight_gradients_are_the_same(policy: str) -> None:
-    """Two micro-batches: the backward leaves the matrices alone, weight_grads() adds them, oldest first."""
+    """Two micro-batches: the backward leaves the matrices alone, run_deferred_wgrad() adds them, oldest first."""
     reference, layer = layers("grouped_query", policy)
     first, second = ((random(ROWS, T, 32, seed=s), random(ROWS, T, 32, seed=s + 1)) for s in (1, 3))
-    layer.shared.weight_gradients.deferred = True
+    layer.context.weight_gradients.deferred = True
     run(layer, *first, masked=False)
     found = run(layer, *second, masked=False)
     assert set(found) == {"y", "x", "input_layernorm.weight", "post_attention_layernorm.weight"}
-    layer.weight_grads()
+    layer.run_deferred_wgrad()
     once = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
     wanted = run(reference, *first, masked=False)
     for name in once.keys() - {"input_layernorm.weight", "post_attention_layernorm.weight"}:
         torch.testing.assert_close(once[name], wanted[name], atol=1e-10, rtol=1e-10)
-    layer.weight_grads()
-    assert len(layer.weights) == 0
+    layer.run_deferred_wgrad()
+    assert len(layer.weight_grads) == 0
     wanted = run(reference, *second, masked=False)
     found = {**found, **{n: p.grad for n, p in layer.named_parameters() if p.grad is not None}}
     assert_same(found, wanted)
@@ -208,7 +208,7 @@ def test_gradients_go_straight_into_the_engines_buffers() -> None:
     reference, layer = layers("grouped_query", "none")
     x, grad = random(ROWS, T, 32), random(ROWS, T, 32, seed=2)
     buffers = {id(p): torch.full_like(p, 0.5) for p in layer.parameters()}
-    layer.shared.weight_gradients.buffer_of = lambda p: buffers[id(p)]
+    layer.context.weight_gradients.buffer_of = lambda p: buffers[id(p)]
     found = run(layer, x, grad, False)
     wanted = run(reference, x, grad, False)
     assert not any("proj" in name for name in found)

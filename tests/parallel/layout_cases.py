@@ -134,8 +134,8 @@ def train_reference(case: Case) -> list[tuple[float, float]]:
     """Train in plain torch on one rank; return (loss, gradient norm before clipping) of each step."""
     run = case.run
     run = replace(run, compute=ComputeConfig(attention_backend="reference"))
-    shared = shared_parts(run, SingleRank(), "cpu", torch.float32)
-    model = Llama(shared, NextTokenLoss(shared.tp, run.optimizer.z_loss))
+    context = shared_parts(run, SingleRank(), "cpu", torch.float32)
+    model = Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss))
     norms = {id(p) for m in model.modules() if isinstance(m, RMSNorm) for p in m.parameters()}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in norms], "weight_decay": run.optimizer.weight_decay},

@@ -110,10 +110,10 @@ def run(layer: nn.Module, x: Tensor, grad: Tensor, masked: bool) -> dict[str, Te
 
 def compare(case: Case, tp: TensorParallel) -> dict[str, Any]:
     """Return the largest difference from autograd, relative to each gradient's size, and from finite differences."""
-    shared = build(case, tp)
+    context = build(case, tp)
     reference, layer = (
-        DecoderLayer(shared, 0).double(),
-        ManualBackwardLayer(shared, 0, case.policy, first=True).double(),
+        DecoderLayer(context, 0).double(),
+        ManualBackwardLayer(context, 0, case.policy, first=True).double(),
     )
     with torch.no_grad():
         for seed, norm in enumerate((reference.input_layernorm, reference.post_attention_layernorm)):
@@ -168,9 +168,9 @@ def record(case: Case, group: dist.ProcessGroup) -> list[str]:
     """Return the events of two layers' forward and backward; "backward" stands between."""
     tp = Recording(group, case.sequence_parallel)
     tp.events = []
-    shared = build(case, tp)
+    context = build(case, tp)
     both = nn.Sequential(
-        ManualBackwardLayer(shared, 0, case.policy, first=True), ManualBackwardLayer(shared, 1, case.policy)
+        ManualBackwardLayer(context, 0, case.policy, first=True), ManualBackwardLayer(context, 1, case.policy)
     ).double()
     x, grad = (own_tokens(random(seed, ROWS, T, 32), tp) for seed in (3, 4))
     with Products(tp.events):
@@ -187,10 +187,10 @@ def gathered(result: dict[str, float]) -> dict[str, float]:
 
 
 def main() -> None:
-    place = world.find_place()
-    world.join(place)
+    rank_info = world.find_place()
+    world.join(rank_info)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    group_of: dict[int, dist.ProcessGroup] = {2: pairs[place.rank // 2], 4: dist.group.WORLD}  # type: ignore[dict-item]
+    group_of: dict[int, dist.ProcessGroup] = {2: pairs[rank_info.rank // 2], 4: dist.group.WORLD}  # type: ignore[dict-item]
     results: list[dict[str, Any]] = []
     for case in CASES:
         tp = GroupTensorParallel(group_of[case.tp], case.sequence_parallel)
@@ -198,7 +198,7 @@ def main() -> None:
         if not case.masked:
             results[-1]["saved"] = saved_bytes(case, tp)
             results[-1]["events"] = record(case, group_of[case.tp])
-    if place.rank == 0:
+    if rank_info.rank == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)
 

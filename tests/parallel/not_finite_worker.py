@@ -35,11 +35,11 @@ CASE = Case(2, 1, 2, schedule="zb_h1")
 
 
 def main() -> None:
-    place = world.find_place()
+    rank_info = world.find_place()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():
-        world.join(place)
+        world.join(rank_info)
         run = CASE.run
         config = deepspeed_config(run, CASE.layout, bf16_native=True)
         engine = build_engine(run, CASE.layout, config, torch.device("cpu"))
@@ -80,7 +80,7 @@ def main() -> None:
         loss, norm = engine.read(engine.train_step(batches, 1e-3))
         assert math.isfinite(loss) and math.isfinite(norm)
         assert any(not torch.equal(p, before[name]) for name, p in module.named_parameters())
-        print(f"rank {place.rank} fine", flush=True)
+        print(f"rank {rank_info.rank} fine", flush=True)
         engine.deepspeed.destroy()
 
 

@@ -150,19 +150,19 @@ def test_h1_holds_no_more_than_1f1bs_first_rank() -> None:
 
 @pytest.mark.parametrize("shape", ["loop", "v"])
 def test_placement_is_one_to_one_and_neighbours_touch(shape: str) -> None:
-    place = Placement(4, 2, shape)
-    homes = [place.home(stage) for stage in range(place.stages)]
-    assert [place.stage(*home) for home in homes] == list(range(8))
+    placement = Placement(4, 2, shape)
+    homes = [placement.home(stage) for stage in range(placement.stages)]
+    assert [placement.stage(*home) for home in homes] == list(range(8))
     assert all((a - b) % 4 in ((0, 1, 3) if shape == "v" else (1, 3)) for (a, _), (b, _) in pairwise(homes))
 
 
 @pytest.mark.parametrize("shape, chunks", [("loop", 1), ("loop", 3), ("v", 2)])
 @pytest.mark.parametrize("count", [1, 4, 7])
 def test_evaluation_runs_any_number_of_micro_batches(shape: str, chunks: int, count: int) -> None:
-    place = Placement(3, chunks, shape)
-    lists = [forward_only.instructions(rank, count, place) for rank in range(3)]
-    check_messages(lists, place)
-    check_progress(lists, place, 0)
+    placement = Placement(3, chunks, shape)
+    lists = [forward_only.instructions(rank, count, placement) for rank in range(3)]
+    check_messages(lists, placement)
+    check_progress(lists, placement, 0)
     for steps in lists:
         assert sum(step.op is Op.FORWARD for step in steps) == count * chunks
 
@@ -202,14 +202,14 @@ def test_verifier_sees_wrong_computations(edit: str) -> None:
 
 @pytest.mark.parametrize("edit", ["send too early", "send lost", "post late", "posts swapped"])
 def test_verifier_sees_wrong_messages(edit: str) -> None:
-    lists, place = broken(edit)
+    lists, placement = broken(edit)
     with pytest.raises(ScheduleError):
-        check_messages(lists, place)
+        check_messages(lists, placement)
 
 
 def test_verifier_sees_a_deadlock() -> None:
     """Two ranks that send to each other before they post what they receive stop where sends wait for receives."""
-    place = Placement(2, 1)
+    placement = Placement(2, 1)
     first = [
         *(Instruction(op, 0, i) for i in (0, 1) for op in (Op.FORWARD, Op.SEND_ACTIVATION)),
         Instruction(Op.POST_GRAD, 0, 0),
@@ -223,9 +223,9 @@ def test_verifier_sees_a_deadlock() -> None:
         Instruction(Op.POST_ACTIVATION, 0, 1),
         Instruction(Op.FORWARD, 0, 1),
     ]
-    check_progress([first, second], place, None)
+    check_progress([first, second], placement, None)
     with pytest.raises(ScheduleError, match="no rank can go on"):
-        check_progress([first, second], place, 0)
+        check_progress([first, second], placement, 0)
 
 
 def test_verifier_sees_wrong_memory() -> None:

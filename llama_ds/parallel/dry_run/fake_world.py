@@ -34,17 +34,17 @@ with suppress(ImportError):  # DeepSpeed does with its first engine, for a secon
 
 @contextmanager
 def fake_world(
-    place: RankInfo, backend: str, ledger: Ledger, made: Callable[[tuple[int, ...] | None], None]
+    rank_info: RankInfo, backend: str, ledger: Ledger, made: Callable[[tuple[int, ...] | None], None]
 ) -> Iterator[None]:
-    """Be rank `place.rank` of `place.world` within; `backend` is the one that the program is to believe in.
+    """Be rank `rank_info.rank` of `rank_info.world` within; `backend` is the one that the program is to believe in.
 
     `made` is told of the ranks of every process group, which all ranks have to make in one order.
 
     The process ends after it: DeepSpeed keeps the groups of the world that it saw first.
     """
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
+    os.environ.update(RANK=str(rank_info.rank), WORLD_SIZE=str(rank_info.world), LOCAL_RANK=str(rank_info.local_rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", DS_ACCELERATOR="cpu")
-    dist.init_process_group("fake", rank=place.rank, world_size=place.world, store=FakeStore())
+    dist.init_process_group("fake", rank=rank_info.rank, world_size=rank_info.world, store=FakeStore())
     with ExitStack() as stack:
         for target, name, value in [*_answers(backend, ledger), (dist, "new_group", _telling(made))]:
             stack.enter_context(mock.patch.object(target, name, value, create=True))

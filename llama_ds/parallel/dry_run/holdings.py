@@ -35,7 +35,7 @@ def sort_holdings(engine: Any, ledger: Ledger) -> None:
         parameter.register_post_accumulate_grad_hook(lambda p: ledger.mark(_grad(p), GRADIENTS))
     for layer in engine.module.modules():
         if isinstance(layer, ManualBackwardLayer):
-            _watch_put_off(layer, ledger)
+            _watch_deferred_wgrad(layer, ledger)
     ledger.mark_rest(OTHER)
 
 
@@ -66,15 +66,15 @@ def _grad(parameter: nn.Parameter) -> list[Tensor]:
     return [] if parameter.grad is None else [parameter.grad]
 
 
-def _watch_put_off(layer: ManualBackwardLayer, ledger: Ledger) -> None:
-    end = layer.weights.end_micro_batch
+def _watch_deferred_wgrad(layer: ManualBackwardLayer, ledger: Ledger) -> None:
+    end = layer.weight_grads.end_micro_batch
 
     def end_and_mark() -> None:
-        before = len(layer.weights)
+        before = len(layer.weight_grads)
         end()
-        if len(layer.weights) > before:
-            for _, grad, x in layer.weights._waiting[-1]:
+        if len(layer.weight_grads) > before:
+            for _, grad, x in layer.weight_grads._deferred[-1]:
                 for tensor in (grad, x):
                     ledger.saved(tensor)
 
-    layer.weights.end_micro_batch = end_and_mark  # type: ignore[method-assign]
+    layer.weight_grads.end_micro_batch = end_and_mark  # type: ignore[method-assign]
