@@ -1,4 +1,4 @@
-"""The decoder layer by plain autograd: pre-norm attention and SwiGLU with residuals (LLaMA paper, section 2.2).
+"""The decoder layer with plain autograd: pre-norm attention and SwiGLU with residuals (LLaMA paper, section 2.2).
 
 Shapes: B rows, T tokens of a row, D hidden size, F intermediate size, H query and G key-value heads of the whole model,
 K head size, tp ranks; S = T / tp under sequence parallelism, else T.
@@ -22,12 +22,12 @@ from llama_ds.model.rope import RotaryTables, rotate
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients
 
-Hidden = Tensor | tuple[Tensor, Tensor]  # (B, S, D), with document_start (B, T) beside it where documents are masked
+Hidden = Tensor | tuple[Tensor, Tensor]  # (B, S, D), paired with document_start (B, T) if documents are masked
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What the layers of one stage share: configuration, communicator, kernels and tables."""
+    """Everything that the layers of one stage share: configuration, communicator, kernels and tables."""
 
     model: ModelConfig
     seed: int
@@ -37,13 +37,13 @@ class LayerContext:
     document_mask: bool = False
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of initial weights
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
-    recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # around a layer that is run again
+    recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # wraps the recompute of a layer
 
     def parameter(self, weight: Weight, layer: int = 0) -> nn.Parameter:
-        """Return this rank's part of a weight with its initial values, which depend on `layer` unless they are ones.
+        """Return this rank's shard of a weight with its initial values, which depend on `layer` except for norms.
 
-        Matrices that write to the residual stream start smaller by sqrt(2 L) (GPT-2, section 2.3), so that its
-        variance does not grow with depth.
+        Matrices that write to the residual stream start smaller by a factor sqrt(2 L) (GPT-2, section 2.3), so that
+        its variance does not grow with depth.
         """
         std = self.initializer_range
         if weight.residual_output:
@@ -51,17 +51,17 @@ class LayerContext:
         tp = self.tp
         parameter = nn.Parameter(initial_shard(weight, self.model, tp.rank, tp.size, std, self.seed, layer))
         if tp.size > 1 and weight.cut is not None:
-            # For DeepSpeed: the weight differs between tensor-parallel ranks, so its norm counts on each of them.
+            # Tells DeepSpeed that tensor-parallel ranks hold different shards, so each one enters the gradient norm.
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         return parameter
 
     def linear(self, name: str, layer: int) -> ShardedLinear:
-        """Return a matrix by its name in its layer."""
+        """Return the linear layer called `name` within decoder layer `layer`."""
         weight = weight_of(f"{name}.weight")
         return ShardedLinear(self.parameter(weight, layer), weight.cut, self.tp)
 
     def norm(self, name: str) -> RMSNorm:
-        """Return a norm by its name in its layer."""
+        """Return the norm called `name` within its layer."""
         return RMSNorm(self.parameter(weight_of(f"{name}.weight")), self.model.rms_norm_eps, self.tp)
 
 
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """x -> W_down (silu(W_gate x) * W_up x) with this rank's part of the F intermediate features (Shazeer 2020)."""
+    """x -> W_down (silu(W_gate x) * W_up x) with this rank's shard of the F intermediate features (Shazeer 2020)."""
 
     def __init__(self, context: LayerContext, layer: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(context, layer)
 
     def forward(self, inputs: Hidden) -> Hidden:
-        """(B, S, D) -> (B, S, D), with document_start passed along where it is given."""
+        """(B, S, D) -> (B, S, D); document_start, if given, is passed along."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
         tp = self.tp
         x = x + tp.leave(self.self_attn(tp.enter(self.input_layernorm.plain(x)), document_start))

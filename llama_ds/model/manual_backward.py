@@ -65,7 +65,7 @@ class ManualBackwardLayer(DecoderLayer):
 
         Args:
             policy: save policy: none, selective or full.
-            first: whether this is the first layer of its stage, so that no layer needs the gathered gradient of its input.
+            first: whether it is the first layer of its stage; no layer then needs the gathered gradient of its input.
         """
         super().__init__(context, layer)
         self.policy = policy
@@ -81,7 +81,7 @@ class ManualBackwardLayer(DecoderLayer):
         self.lay_weights_together()
 
     def forward(self, inputs: Hidden) -> Hidden:
-        """(B, S, D) -> (B, S, D), with document_start passed along where it is given."""
+        """(B, S, D) -> (B, S, D); document_start, if given, is passed along."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
         self._recording = self.recomputes_early and torch.is_grad_enabled()
         y = _Layer.apply(x, self, self.context.attention.documents(document_start), *self._parameters_in_order())

@@ -20,7 +20,7 @@ class WeightGradients:
     """Shared by a stage's layers; the engine sets where gradients accumulate and whether they are deferred."""
 
     def __init__(self) -> None:
-        # Returns the buffer, of the matrix's shape, in which its gradient accumulates; None: autograd gets the gradient.
+        # Returns the buffer, of the matrix's shape, in which its gradient accumulates; None: autograd gets it.
         self.buffer_of: Callable[[nn.Parameter], Tensor] | None = None
         # Called for each matrix after a micro-batch's gradient was added to its buffer.
         self.added: Callable[[nn.Parameter], None] = lambda parameter: None

@@ -1,4 +1,4 @@
-"""Puts the messages into a rank's list of computations: receives are posted early, sends follow their computation."""
+"""Inserts the messages into a rank's list of computations: receives are posted early, sends follow computations."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from llama_ds.schedules.instructions import BACKWARDS, Instruction, Op, Placemen
 
 
 class Message(NamedTuple):
-    """An activation or a gradient on its way between two ranks. Those of one channel arrive as they were sent."""
+    """An activation or a gradient sent between two ranks. Messages of one channel arrive in the order of their sends."""
 
     kind: str  # activation | grad
-    source: int  # rank
-    target: int  # rank
-    into: int  # the stage that receives it
+    source: int  # sending rank
+    target: int  # receiving rank
+    into: int  # receiving stage
     micro_batch: int
 
     @property
     def channel(self) -> tuple[str, int, int]:
-        """What keeps the order of messages."""
+        """Key of the channel, which keeps messages in order."""
         return self.kind, self.source, self.target
 
 
 def awaited(step: Instruction, rank: int, placement: Placement) -> Message | None:
-    """Return the message that a computation waits for, None where its input is on this rank."""
+    """Return the message that a computation waits for, None if its input is on this rank."""
     stage = placement.stage(rank, step.chunk)
     if step.op is Op.FORWARD and stage > 0:
         return _message("activation", stage - 1, stage, step.micro_batch, placement)
@@ -35,7 +35,7 @@ def awaited(step: Instruction, rank: int, placement: Placement) -> Message | Non
 
 
 def produced(step: Instruction, rank: int, placement: Placement) -> Message | None:
-    """Return the message that a computation gives rise to, None where its output stays on this rank."""
+    """Return the message that a computation produces, None if its output stays on this rank."""
     stage = placement.stage(rank, step.chunk)
     if step.op is Op.FORWARD and stage < placement.stages - 1:
         return _message("activation", stage, stage + 1, step.micro_batch, placement)
@@ -57,12 +57,12 @@ def message_of(step: Instruction, rank: int, placement: Placement) -> Message:
 def with_messages(
     computations: Sequence[Instruction], rank: int, placement: Placement, buffers: int = 1
 ) -> list[Instruction]:
-    """Return the computations with posts and sends among them.
+    """Return the computations with posts and sends inserted.
 
-    While a computation runs, the next `buffers` receives of every channel are posted: a message does not wait for its
-    receiver to be ready, and ranks that all send at once do not wait in a circle.
+    While a computation runs, the next `buffers` receives of every channel are posted: no message waits for its
+    receiver to become ready, and ranks that all send at once do not deadlock.
     """
-    receivers: dict[tuple[str, int, int], deque[int]] = defaultdict(deque)  # by channel, in order
+    receivers: dict[tuple[str, int, int], deque[int]] = defaultdict(deque)  # positions of the receiving computations, by channel
     for n, step in enumerate(computations):
         message = awaited(step, rank, placement)
         if message:

@@ -1,4 +1,4 @@
-"""Evaluation: forwards only, in groups of as many micro-batches as there are ranks, chunk by chunk."""
+"""Evaluation: only forwards, chunk by chunk for each group of as many micro-batches as there are ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from llama_ds.schedules.instructions import Instruction, Op, Placement
 
 
 def instructions(rank: int, micro_batches: int, placement: Placement) -> list[Instruction]:
-    """Return what `rank` does to evaluate any number of micro-batches."""
+    """Return the instructions of `rank` to evaluate `micro_batches` micro-batches."""
     todo = []
     for start in range(0, micro_batches, placement.ranks):
         group = range(start, min(start + placement.ranks, micro_batches))

@@ -1,6 +1,6 @@
-"""Runs a schedule in simulated time: when each computation starts and ends, and how long ranks wait.
+"""Simulates a schedule: when each computation starts and ends, and how long ranks wait.
 
-Times are in any one unit. A message occupies its link (one for each direction of a pair of ranks) for its transfer
+All times are in the same, arbitrary unit. A message occupies its link (one for each direction of a pair of ranks) for its transfer
 time and arrives a latency later.
 """
 
@@ -36,18 +36,18 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each rank's computations ran: (instruction, start, end)."""
+    """Simulated computations of each rank: (instruction, start, end)."""
 
     ranks: list[list[tuple[Instruction, float, float]]]
 
     @property
     def length(self) -> float:
-        """From the first start to the last end."""
+        """Time from the first start to the last end."""
         return max(end for rank in self.ranks for _, _, end in rank)
 
     @property
     def bubble(self) -> float:
-        """Share of all ranks' time in which they compute nothing."""
+        """Idle share of all ranks' time."""
         busy = sum(end - start for rank in self.ranks for _, start, end in rank)
         return 1 - busy / (self.length * len(self.ranks))
 
@@ -55,7 +55,7 @@ class Timeline:
 def simulate(
     schedule: Schedule, costs: StageCost | Sequence[StageCost], transfer: float = 0.0, latency: float = 0.0
 ) -> Timeline:
-    """Return the timeline of one step; `costs` of all stages, or one for all. Sends and receives are asynchronous."""
+    """Return the timeline of one step with asynchronous messages; `costs` has one entry per stage, or one for all."""
     placement = schedule.place
     lists = [schedule.computations(rank) for rank in range(schedule.ranks)]
     at, clock = [0] * len(lists), [0.0] * len(lists)

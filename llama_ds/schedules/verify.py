@@ -1,4 +1,4 @@
-"""Proves a schedule: every computation once and in order, messages match, nothing can block, memory is as stated."""
+"""Verifies a schedule: each computation occurs once and in order, messages match, no deadlock, memory as stated."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from llama_ds.schedules.communication import awaited, message_of
 from llama_ds.schedules.instructions import BACKWARDS, COMPUTES, POSTS, SENDS, Instruction, Op, Placement
 from llama_ds.schedules.schedule import Schedule, last_use
 
-Lists = Sequence[Sequence[Instruction]]  # of all ranks
+Lists = Sequence[Sequence[Instruction]]  # one list per rank
 
 
 class ScheduleError(Exception):
-    """A schedule that would compute something else than the step, or stop in the middle."""
+    """The schedule would not compute the step, or would deadlock."""
 
 
 def verify(schedule: Schedule) -> None:
-    """Raise ScheduleError where the schedule is wrong. Costs a pass over all instructions for each check."""
+    """Raise ScheduleError if the schedule is wrong; each check passes over all instructions once."""
     lists = [schedule.instructions(rank) for rank in range(schedule.ranks)]
     placement = schedule.place
     for rank, steps in enumerate(lists):
@@ -29,7 +29,7 @@ def verify(schedule: Schedule) -> None:
 
 
 def check_computations(rank: int, steps: Sequence[Instruction], micro_batches: int, chunks: int) -> None:
-    """Every chunk's micro-batches come forward, backward and to their weights' gradients once and in order."""
+    """Check that every chunk runs each micro-batch's forward, backward and weight gradients once and in order."""
     for chunk in range(chunks):
         mine = [step for step in steps if step.chunk == chunk and step.op in COMPUTES]
         found = {
@@ -53,7 +53,7 @@ def check_computations(rank: int, steps: Sequence[Instruction], micro_batches: i
 
 
 def check_messages(lists: Lists, placement: Placement) -> None:
-    """A channel's sends are its receives in the same order, after and before the computations they belong to."""
+    """Check that each channel's sends and receives match in order, and stand after and before their computations."""
     sent, posted = defaultdict(list), defaultdict(list)
     for rank, steps in enumerate(lists):
         ready: set[tuple] = set()
@@ -79,7 +79,7 @@ def check_messages(lists: Lists, placement: Placement) -> None:
 
 
 def check_progress(lists: Lists, placement: Placement, capacity: int | None) -> None:
-    """All ranks reach their ends when a send returns once its receive is posted or `capacity` messages are buffered.
+    """Check that no rank deadlocks if a send returns once its receive is posted or `capacity` messages are buffered.
 
     None: sends return at once. 0: every send waits for its receive.
     """
@@ -90,7 +90,7 @@ def check_progress(lists: Lists, placement: Placement, capacity: int | None) -> 
     computed: set[tuple[int, int, bool]] = set()  # (stage, micro-batch, forward)
     waiting = deque(range(len(lists)))
     queued = set(waiting)
-    started: list[bool] = [False] * len(lists)  # the send a rank stands at
+    started: list[bool] = [False] * len(lists)  # whether a rank has issued the send at its position
 
     def wake(rank: int) -> None:
         if rank not in queued:
@@ -140,12 +140,12 @@ def check_progress(lists: Lists, placement: Placement, capacity: int | None) -> 
 
 
 def check_memory(rank: int, steps: Sequence[Instruction], stated: int) -> None:
-    """The most forwards whose activations the rank holds at a time is the stated number."""
+    """Check that the maximum number of forwards whose activations the rank holds is the stated number."""
     computations = [step for step in steps if step.op in COMPUTES]
     ends = set(last_use(computations))
-    now = most = 0
+    now = maximum = 0
     for step in computations:
         now += (step.op is Op.FORWARD) - (step in ends)
-        most = max(most, now)
-    if most != stated:
-        raise ScheduleError(f"rank {rank} holds {most} micro-batches' activations, not {stated}")
+        maximum = max(maximum, now)
+    if maximum != stated:
+        raise ScheduleError(f"rank {rank} holds {maximum} micro-batches' activations, not {stated}")
