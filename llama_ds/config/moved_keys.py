@@ -1,4 +1,4 @@
-"""Keys and values of run files that have new names; the old ones still work, also in runs recorded in checkpoints."""
+"""Renamed keys and values of run files; the old names still work, also in runs recorded in checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Entry = tuple[str, Any]  # dotted key, value
 
 
 def renamed_data(data: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
-    """Return a run's plain data under the present names.
+    """Return a run's plain data under the current names.
 
     Raises:
         UserError: an old and a new key have different values.
@@ -31,21 +31,21 @@ def renamed_data(data: Mapping[str, Any], source: ConfigSource) -> dict[str, Any
         new, value = _renamed(*entry)
         section, name = new.split(".")
         keys = copied.setdefault(section, {})
-        if isinstance(keys, dict):  # else the reader says what is wrong with the section
+        if isinstance(keys, dict):  # otherwise the reader reports the malformed section
             _check_same(entry, _renamed(new, keys.get(name, value)), source)
             keys[name] = value
     return copied
 
 
 def renamed_overrides(changes: Sequence[Entry], source: ConfigSource) -> list[Entry]:
-    """Return overrides under the present names, in their order.
+    """Return overrides under the current names, in their order.
 
     Raises:
         UserError: an old and a new key have different values.
     """
-    every = _with_sections(changes)
-    given = {key: _renamed(key, value) for key, value in every if key in MOVED_KEYS.values()}
-    for entry in _outdated(every):
+    entries = _with_sections(changes)
+    given = {key: _renamed(key, value) for key, value in entries if key in MOVED_KEYS.values()}
+    for entry in _outdated(entries):
         _check_same(entry, given.get(_renamed(*entry)[0], _renamed(*entry)), source)
     found: list[Entry] = []
     for key, value in changes:
@@ -68,7 +68,7 @@ def warn_of_old_names(path: str, data: Mapping[str, Any], changes: Sequence[Entr
 
 
 def _with_sections(changes: Sequence[Entry]) -> list[Entry]:
-    """Return overrides, and beside those of whole sections the keys in them."""
+    """Return overrides, and for those of whole sections also the keys in them."""
     return [entry for key, value in changes for entry in ((key, value), *_entries({key: value}))]
 
 
@@ -88,6 +88,6 @@ def _renamed(key: str, value: Any) -> Entry:
 
 
 def _check_same(old: Entry, given: Entry, source: ConfigSource) -> None:
-    """Refuse an entry under its old name that is not what is `given` under the present one."""
+    """Raise UserError if an entry under its old name differs from the one `given` under the current name."""
     if _renamed(*old) != given:
         raise source.error(old[0], f"= {old[1]} is now called {given[0]}, which is {given[1]}; keep {given[0]} alone")

@@ -31,29 +31,29 @@ _WANTED = {
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """Where a value was written: the run file, or the command line for overridden keys."""
+    """Origin of a value: the run file, or the command line for overridden keys."""
 
     path: str
     overridden: frozenset[str] = frozenset()
 
     def error(self, key: str, rule: str) -> UserError:
-        """Return the error that `key` breaks `rule`, placed where the user wrote it."""
-        there = any(key == o or o.startswith(f"{key}.") or key.startswith(f"{o}.") for o in self.overridden)
-        return UserError(f"{'command line' if there else self.path}: {key} {rule}")
+        """Return the error that `key` breaks `rule`, naming the file or command line that set it."""
+        overridden = any(key == o or o.startswith(f"{key}.") or key.startswith(f"{o}.") for o in self.overridden)
+        return UserError(f"{'command line' if overridden else self.path}: {key} {rule}")
 
 
 def read(kind: type[T], data: object, source: ConfigSource, key: str = "") -> T:
     """Return `data` as an instance of `kind`, a dataclass or a type its fields may have.
 
     Raises:
-        UserError: unknown, missing or wrongly typed key, or a value that breaks a rule of its section, with its dotted
-            name under `key`.
+        UserError: a key is unknown, missing or of the wrong type, or a value breaks a rule of its section; the message
+            names it by its dotted key under `key`.
     """
     return _read(kind, data, source, key)
 
 
 def check_keys(data: dict, known: Iterable[str], source: ConfigSource, key: str = "") -> None:
-    """Refuse a key of `data` that is not `known`, with the nearest one that is."""
+    """Raise UserError for a key of `data` that is not `known`, suggesting the closest known one."""
     names = list(known)
     for name in data:
         if name not in names:
@@ -61,7 +61,7 @@ def check_keys(data: dict, known: Iterable[str], source: ConfigSource, key: str 
 
 
 def integer(text: str) -> int | None:
-    """Return the integer that `text` spells (`4_194_304`, `4M`, `1.4T`, `1.4e12`), None where it spells none."""
+    """Return the integer that `text` denotes (`4_194_304`, `4M`, `1.4T`, `1.4e12`), None if it denotes none."""
     match = _NUMBER.fullmatch(text)
     if not match:
         return None
@@ -119,7 +119,7 @@ def _read_mapping(kind: Any, data: object, source: ConfigSource, key: str) -> di
 
 
 def _scalar(kind: Any, data: object) -> Any:
-    """Return `data` as a `kind`, or None where it is not one. Booleans are not numbers here."""
+    """Return `data` as a `kind`, or None if it is not one. Booleans do not count as numbers."""
     if kind is int and isinstance(data, str):
         return integer(data)
     if kind is int and isinstance(data, float):

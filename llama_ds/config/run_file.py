@@ -1,4 +1,4 @@
-"""From a run file, its DeepSpeed JSON and `key=value` overrides to a resolved RunConfig, and back to text."""
+"""Resolves a run file, its DeepSpeed JSON and `key=value` overrides into a RunConfig, and writes it as text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from llama_ds.errors import UserError, did_you_mean, listed
 
 RUN_FILES = Path(__file__).resolve().parents[2] / "ds_configs"
 _DEFAULTS = {"seed": 0, "output_dir": "runs"}
-_NOT_WRITTEN = {"path", "deepspeed_path"}  # fields of RunConfig that only the reader sets
+_READER_FIELDS = {"path", "deepspeed_path"}  # fields of RunConfig that only the reader sets
 
 
 def find_run_file(name: str) -> str:
-    """Return the path of a run file: `name` itself where it is one, else of the one in ds_configs/ that it names.
+    """Return the path of a run file: `name` itself if it is a path, else the file in ds_configs/ with that name.
 
-    "65b" names llama_65b.yaml, and "llama_65b" does.
+    Both "65b" and "llama_65b" name llama_65b.yaml.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     if name.endswith((".yaml", ".yml")):
         return name
@@ -47,15 +47,15 @@ def find_run_file(name: str) -> str:
 def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run that the YAML file `path` describes, with `section.key=value` overrides, resolved and checked.
 
-    `deepspeed` names the DeepSpeed JSON relative to the run file's folder (or holds its content). Left out, seed is 0
-    and output_dir "runs". Derived where left out: model.num_key_value_heads = num_attention_heads, model.head_dim
-    = hidden_size / heads, and from the one of training.steps and training.tokens that is given the other:
+    `deepspeed` is the path of the DeepSpeed JSON relative to the run file's folder, or its content. Defaults are 0 for
+    seed and "runs" for output_dir. Omitted keys are derived: model.num_key_value_heads = num_attention_heads,
+    model.head_dim = hidden_size / heads, and training.steps and training.tokens from each other by
     steps = ceil(tokens / (global_batch * seq_len)).
-    Old names of keys and values (`config/moved_keys.py`) are taken for the present ones, with a warning each.
-    An override of training.steps or training.tokens replaces whichever of the two the file gives.
+    Old names of keys and values (`config/moved_keys.py`) are accepted with a warning each.
+    An override of training.steps or training.tokens replaces either of the two in the file.
 
     Raises:
-        UserError: any mistake in the files or the overrides: place, value, rule, fix.
+        UserError: for any mistake in the files or the overrides, with place, value, rule and fix.
     """
     data, changes = read_yaml(path), [_split(override) for override in overrides]
     warn_of_old_names(path, data, changes)
@@ -63,7 +63,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     changes = renamed_overrides(changes, ConfigSource("command line"))
     source = ConfigSource(path, frozenset(key for key, _ in changes))
     written = {**data, **{key.split(".")[0]: value for key, value in changes}}
-    check_keys(written, (f.name for f in fields(RunConfig) if f.name not in _NOT_WRITTEN), source)
+    check_keys(written, (f.name for f in fields(RunConfig) if f.name not in _READER_FIELDS), source)
     if source.overridden & {"training.steps", "training.tokens"} and isinstance(data.get("training"), dict):
         data["training"] = {k: v for k, v in data["training"].items() if k not in ("steps", "tokens")}
     data["deepspeed"], deepspeed_path = _deepspeed(dict(changes).get("deepspeed", data.get("deepspeed")), source)
@@ -86,12 +86,12 @@ def load_resolved(path: str) -> RunConfig:
 
 
 def resolved(run: RunConfig) -> dict[str, Any]:
-    """Return the whole resolved run as plain data (dicts, lists, scalars), fit for JSON and YAML."""
+    """Return the complete resolved run as plain data (dicts, lists, scalars) for JSON and YAML."""
     return _plain(asdict(run))
 
 
 def dump(run: RunConfig) -> str:
-    """Return the whole resolved run as YAML text, which `load_resolved` reads back."""
+    """Return the complete resolved run as YAML text that `load_resolved` can read."""
     return dump_yaml(resolved(run))
 
 
@@ -109,7 +109,7 @@ def _split(override: str) -> tuple[str, Any]:
 
 
 def _deepspeed(named: object, source: ConfigSource) -> tuple[dict[str, Any], str]:
-    """Return the DeepSpeed JSON's content and the file it stands in, from the run file's `deepspeed` key."""
+    """Return the DeepSpeed JSON's content and path from the value of the run file's `deepspeed` key."""
     if isinstance(named, dict):
         return copy.deepcopy(named), source.path
     if not isinstance(named, str):
@@ -119,7 +119,7 @@ def _deepspeed(named: object, source: ConfigSource) -> tuple[dict[str, Any], str
 
 
 def _set(data: dict[str, Any], dotted: str, value: Any, source: ConfigSource) -> None:
-    """Write `value` at the dotted key of plain data. Whether the key may exist is for the reader to say."""
+    """Set the dotted key of plain data to `value`. The reader checks later whether the key is known."""
     *parents, last = dotted.split(".")
     node: Any = data
     for depth, part in enumerate(parents):
@@ -145,9 +145,9 @@ def _index(node: list, part: str, key: str, source: ConfigSource) -> int:
 
 
 def _derive(data: dict[str, Any], source: ConfigSource) -> None:
-    """Write the numbers that a run file may leave out into its plain data.
+    """Add the derived numbers that a run file may omit to its plain data.
 
-    A section that lacks the numbers they come from is left as it is: the reader then names the missing key.
+    A section that lacks the numbers they derive from stays unchanged; the reader then reports the missing key.
     """
     model, training, parallel = (_section(data, name) for name in ("model", "training", "parallel"))
     if "recompute" in parallel:
@@ -180,7 +180,7 @@ def _section(data: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _positive(data: dict[str, Any], dotted: str, source: ConfigSource) -> int | None:
-    """Return the positive integer at `section.key`, None where it is missing."""
+    """Return the positive integer at `section.key`, None if the key is missing."""
     section, key = dotted.split(".")
     if key not in _section(data, section):
         return None

@@ -1,4 +1,4 @@
-"""Sections of the run file about a run's operation: validation, checkpoints and reports."""
+"""Sections of the run file on a run's operation: validation, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EvaluationConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """Where and when to save, and whether to resume."""
+    """Saving, resuming and rewinding."""
 
     SECTION: ClassVar[str] = "checkpoint"
 
@@ -59,7 +59,7 @@ class CheckpointConfig(Section):
         ),
     ] = 0
     rewind_id: Annotated[
-        int, Key("Another id makes another rewind, which may go back to the same step.", sign=NOT_NEGATIVE)
+        int, Key("Id of the rewind; a new id requests another rewind, even to the same step.", sign=NOT_NEGATIVE)
     ] = 0
     start_from: Annotated[
         str,
@@ -68,9 +68,9 @@ class CheckpointConfig(Section):
     asynchronous: Annotated[bool, Key("Whether training continues while a checkpoint is written.")] = True
     keep_last: Annotated[int, Key("Newest checkpoints to keep; 0: all.", "checkpoints", NOT_NEGATIVE)] = 0
     keep_every: Annotated[
-        int, Key("Interval of steps whose checkpoints are kept as well; 0: none.", "steps", NOT_NEGATIVE)
+        int, Key("Interval of steps whose checkpoints are also kept; 0: none.", "steps", NOT_NEGATIVE)
     ] = 0
-    save: Annotated[bool, Key("Whether anything is saved; false suits a profile.")] = True
+    save: Annotated[bool, Key("Whether checkpoints are saved; false suits profiling.")] = True
     wall_time_s: Annotated[
         float, Key("Time limit of the job; the run saves and ends before it. 0: none.", "seconds", NOT_NEGATIVE)
     ] = 0.0
@@ -88,7 +88,7 @@ class CheckpointConfig(Section):
 
 @dataclass(frozen=True)
 class LoggingConfig(Section):
-    """What is reported."""
+    """Metrics, traces and reports."""
 
     SECTION: ClassVar[str] = "logging"
 
@@ -121,4 +121,4 @@ class LoggingConfig(Section):
             )
 
 
-NO_BOARDS = ("logging.tensorboard=false",)  # overrides of a run that reports to no board
+NO_BOARDS = ("logging.tensorboard=false",)  # overrides that disable all metric boards

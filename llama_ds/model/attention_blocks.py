@@ -22,7 +22,7 @@ MAX_ROW_TOKENS = 512
 def blocked_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return out (B, T, H, K) and the scores' logsumexp (B G, T R, 1); `bias` (B, 1, T, T) is added to the scores.
 
-    Each block of queries is multiplied with the keys up to its end. `bias` also masks later keys; None masks only those.
+    Each block of queries multiplies the keys up to its end. `bias` also masks later keys; None masks only those.
     """
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values = _by_group(q, groups, _scale(q)), _by_group(k, groups), _by_group(v, groups)

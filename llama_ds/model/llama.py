@@ -1,4 +1,4 @@
-"""The complete model as one module, for a single pipeline stage; it defines the layer order for any number of stages."""
+"""The complete model as one module, for a single pipeline stage; it defines the layer order for all layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model as DeepSpeed's PipelineModule: the same layers as `llama_ds.model.llama.Llama`, cut over stages."""
+"""The model as DeepSpeed's PipelineModule: the same layers as `llama_ds.model.llama.Llama`, split into stages."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from llama_ds.schedules.instructions import Placement
 
 
 class LlamaPipeline(PipelineModule):
-    """Embedding, decoder layers, final norm and head as layer specs, cut where `parallel.partition` says.
+    """Embedding, decoder layers, final norm and head as layer specs, split according to `parallel.partition`.
 
-    A rank holds one stage or several, its chunks; `forward` runs the one that `activate` has chosen last.
+    A rank holds one or more stages, its chunks; `forward` runs the chunk that `activate` selected last.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class LlamaPipeline(PipelineModule):
         loss: nn.Module,
         policies: Sequence[str] | None,
     ) -> None:
-        """`policies` are the decoder layers' save policies; None: layers by autograd."""
+        """`policies` are the decoder layers' save policies; None: layers with plain autograd."""
         self._bounds = stage_boundaries(run)
         self._placement = placement
         self.chunks: list[list[Any]] = []
@@ -49,14 +49,14 @@ class LlamaPipeline(PipelineModule):
         )
 
     def activate(self, chunk: int) -> None:
-        """Make `chunk` what this module's forward, saving and loading are about."""
+        """Select the chunk that this module's forward, saving and loading apply to."""
         self.forward_funcs = self.chunks[chunk]
         self._set_bounds(*self._chunk_bounds(chunk))
         if self.activation_checkpoint_interval > 0:
             self.is_checkpointable_results = [self._is_checkpointable([layer]) for layer in self.forward_funcs]
 
     def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yield this rank's layers with their indices in the whole model; a tied head, a function, is none."""
+        """Yield this rank's layers with their indices in the full model, without a tied head, which is a function."""
         for chunk, layers in enumerate(self.chunks):
             for index, layer in enumerate(layers, self._chunk_bounds(chunk)[0]):
                 if isinstance(layer, nn.Module):
@@ -74,14 +74,14 @@ class LlamaPipeline(PipelineModule):
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        super()._synchronize_tied_weights()  # a broadcast, which autograd warns of
+        super()._synchronize_tied_weights()  # a broadcast, about which autograd would warn
 
     def _chunk_bounds(self, chunk: int) -> tuple[int, int]:
         stage = self._placement.stage(self.stage_id, chunk)
         return self._bounds[stage], self._bounds[stage + 1]
 
     def _partition_layers(self, method: Any = None) -> None:
-        # DeepSpeed's own methods count parameters, by building every layer on every rank, or layers.
+        # DeepSpeed's own methods balance layers, or parameters, for which they build every layer on every rank.
         self.parts = self._bounds
 
     def _build(self) -> None:

@@ -10,7 +10,7 @@ from llama_ds.schedules.instructions import BACKWARDS, Instruction, Op, Placemen
 
 
 class Message(NamedTuple):
-    """An activation or a gradient sent between two ranks. Messages of one channel arrive in the order of their sends."""
+    """An activation or a gradient sent between two ranks. The messages of one channel arrive in order."""
 
     kind: str  # activation | grad
     source: int  # sending rank
@@ -62,7 +62,7 @@ def with_messages(
     While a computation runs, the next `buffers` receives of every channel are posted: no message waits for its
     receiver to become ready, and ranks that all send at once do not deadlock.
     """
-    receivers: dict[tuple[str, int, int], deque[int]] = defaultdict(deque)  # positions of the receiving computations, by channel
+    receivers: dict[tuple[str, int, int], deque[int]] = defaultdict(deque)  # positions by channel
     for n, step in enumerate(computations):
         message = awaited(step, rank, placement)
         if message:

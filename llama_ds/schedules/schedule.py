@@ -75,7 +75,7 @@ class Schedule:
         return with_messages(self.computations(rank), rank, self.place, 1 + self.extra_warmup)
 
     def in_flight(self, rank: int) -> int:
-        """Return the maximum number of forwards of a chunk whose activations `rank` holds, as stated by the schedule."""
+        """Return the maximum number of forwards of a chunk whose activations `rank` holds, as the schedule states."""
         return _KNOWN[self.name][1](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
 
     @cached_property

@@ -1,7 +1,7 @@
 """Simulates a schedule: when each computation starts and ends, and how long ranks wait.
 
-All times are in the same, arbitrary unit. A message occupies its link (one for each direction of a pair of ranks) for its transfer
-time and arrives a latency later.
+All times are in the same, arbitrary unit. A message occupies its link (one for each direction of a pair of ranks) for
+its transfer time and arrives a latency later.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def check_progress(lists: Lists, placement: Placement, capacity: int | None) -> 
                 and 0 <= before < placement.stages
                 and (before, step.micro_batch, forward) not in computed
             ):
-                return False  # of this rank itself, and later in its list
+                return False  # computed later by this rank itself
             computed.add((stage, step.micro_batch, forward))
         return True
 
