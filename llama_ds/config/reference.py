@@ -32,8 +32,8 @@ _RECOMPUTE = """\
 
 - `none` keeps everything that the backward reads.
 - `selective` keeps the layer's input, the outputs of its large matrix products (q, k and v; gate and up), and the
-  output and logsumexp of attention. It recomputes the cheap operations: both norms, the SwiGLU product and, with tp = 1, the
-  output projection. No collective is repeated.
+  output and logsumexp of attention. It recomputes the cheap operations: both norms, the SwiGLU product and, with
+  tp = 1, the output projection. No collective is repeated.
 - `full` keeps the layer's input and runs its forward again, collectives included.
 - `{budget: 20 GiB}` chooses a policy for each layer so that the layers of a rank keep no more than that, with the
   fewest recomputed FLOPs. `{auto: 80 GiB}` budgets what a device of that memory has left; `auto` uses the actual

@@ -27,7 +27,7 @@ CLIP_EPS = 1e-6  # same as torch.nn.utils.clip_grad_norm_ and DeepSpeed
 class PipelineOptimizer(BF16_Optimizer):
     """ZeRO-1 that issues its communication early and waits for it late.
 
-    `gradient_added` is called for every accumulated gradient; while `final` is set, it is the parameter's last of the step.
+    `gradient_added` is called for every accumulated gradient; `final` marks those of the last micro-batch.
     """
 
     def __init__(
