@@ -1,6 +1,6 @@
 """Times collectives and messages by size over all ranks of a job, for every kind of group that a layout may have.
 
-A kind is (ranks per node, nodes). All ranks run in groups of the kind at once, as in a step, and the groups are those of
+A kind is (ranks per node, nodes). All ranks run in groups of the kind at once, as in a step. The groups are those of
 DeepSpeed's topology: neighbours on a node, or slots at equal distances on neighbouring nodes.
 """
 

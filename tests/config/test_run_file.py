@@ -1,4 +1,4 @@
-"""Run files: what they may leave out, what an override reaches, and what each mistake is told."""
+"""Run files: keys that may be omitted, the reach of overrides, and the error for each mistake."""
 
 from __future__ import annotations
 

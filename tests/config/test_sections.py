@@ -1,4 +1,4 @@
-"""Sections made in Python keep their rules as those read from a run file do."""
+"""Sections constructed in Python are checked like those read from a run file."""
 
 from __future__ import annotations
 

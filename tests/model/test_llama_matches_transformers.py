@@ -77,7 +77,7 @@ def theirs(model: ModelConfig, source: Llama) -> LlamaForCausalLM:
     return judge
 
 
-@pytest.mark.parametrize("policy", [None, "selective"], ids=["autograd", "written_out"])
+@pytest.mark.parametrize("policy", [None, "selective"], ids=["autograd", "manual_backward"])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_are_transformers(shape: str, backend: str, policy: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The layer whose backward is written out is the autograd layer: in float64 to 1e-10, under every save policy."""
+"""The layer with the hand-written backward matches autograd in float64 to 1e-10 under every save policy."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ SHAPES = {
 STARTS = torch.tensor([0] * 7 + [7] * 10 + [17] * 7, dtype=torch.int32).expand(ROWS, T)
 
 
-def shared_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T, spread: float = 0.2) -> LayerContext:
+def context_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T, spread: float = 0.2) -> LayerContext:
     tables = RotaryTables(model, seq_len)
     return LayerContext(model, 7, SingleRank(), CausalAttention(backend), tables, initializer_range=spread)
 
 
 def layers(shape: str, policy: str, backend: str = "sdpa") -> tuple[DecoderLayer, ManualBackwardLayer]:
-    context = shared_for(SHAPES[shape], backend)
+    context = context_for(SHAPES[shape], backend)
     reference, layer = DecoderLayer(context, 0).double(), ManualBackwardLayer(context, 0, policy).double()
     with torch.no_grad():
         for weight in reference.parameters():  # norm weights of one would hide a factor
@@ -83,9 +83,9 @@ def test_output_and_gradients_are_autograds(shape: str, policy: str, backend: st
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradcheck(policy: str, masked: bool) -> None:
-    """Against finite differences: of the input and of every parameter at once."""
+    """Compare the gradients of the input and of every parameter with finite differences."""
     model = ModelConfig(16, 8, 12, 1, 4, 2, 4)
-    layer = ManualBackwardLayer(shared_for(model, spread=0.3), 0, policy).double()
+    layer = ManualBackwardLayer(context_for(model, spread=0.3), 0, policy).double()
     starts = torch.tensor([[0, 0, 2, 2, 2]], dtype=torch.int32)
     names = [name for name, _ in layer.named_parameters()]
 
@@ -141,7 +141,7 @@ def saved_by_hooks(layer: DecoderLayer, x: Tensor) -> int:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_saved_bytes_are_the_cost_tables(shape: str, policy: str, dtype: torch.dtype) -> None:
-    layer = ManualBackwardLayer(shared_for(SHAPES[shape]), 0, policy).to(dtype)
+    layer = ManualBackwardLayer(context_for(SHAPES[shape]), 0, policy).to(dtype)
     x = torch.randn(ROWS, T, 32, dtype=dtype, requires_grad=True)
     assert saved_by_hooks(layer, x) == LayerWork(SHAPES[shape], T, ROWS, element_bytes=dtype.itemsize).saved_bytes(
         policy
@@ -149,8 +149,8 @@ def test_saved_bytes_are_the_cost_tables(shape: str, policy: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_put_off_bytes_are_the_cost_tables(shape: str) -> None:
-    layer = ManualBackwardLayer(shared_for(SHAPES[shape]), 0, "none")
+def test_deferred_wgrad_bytes_are_the_cost_tables(shape: str) -> None:
+    layer = ManualBackwardLayer(context_for(SHAPES[shape]), 0, "none")
     layer.context.weight_gradients.deferred = True
     layer(torch.randn(ROWS, T, 32, requires_grad=True)).backward(torch.randn(ROWS, T, 32))
     ((*work,),) = layer.weight_grads._deferred
@@ -164,19 +164,16 @@ def test_put_off_bytes_are_the_cost_tables(shape: str) -> None:
         (8, torch.bfloat16, 0.46),
         (2, torch.bfloat16, 0.42),
         (2, torch.float32, 0.46),
-        (
-            8,
-            torch.float32,
-            0.5002,
-        ),  # the one above a half: 10.383 D of 20.760 D numbers per token, the logsumexp too many
+        # The only share above one half: 10.383 D of 20.760 D numbers per token, because of the logsumexp.
+        (8, torch.float32, 0.5002),
     ],
 )
 def test_selective_keeps_half_of_what_autograd_keeps(groups: int, dtype: torch.dtype, share: float) -> None:
     """LLaMA's proportions: F / D = 2.69, heads of 128."""
     model = ModelConfig(64, 1024, 2752, 1, 8, groups, 128)
     x = torch.randn(1, 8, 1024, dtype=dtype, requires_grad=True)
-    plain = saved_by_hooks(DecoderLayer(shared_for(model), 0).to(dtype), x)
-    selective = saved_by_hooks(ManualBackwardLayer(shared_for(model), 0, "selective").to(dtype), x)
+    plain = saved_by_hooks(DecoderLayer(context_for(model), 0).to(dtype), x)
+    selective = saved_by_hooks(ManualBackwardLayer(context_for(model), 0, "selective").to(dtype), x)
     assert selective <= share * plain, selective / plain
     work = LayerWork(model, 2048, 1)
     step = 3 * (2 * (4 if groups == 8 else 2.5) * 1024**2 + 6 * 1024 * 2752)  # its matrix products, per token
@@ -219,7 +216,7 @@ def test_gradients_go_straight_into_the_engines_buffers() -> None:
 
 def test_matrices_of_one_input_lie_together() -> None:
     """One product for q, k and v, one for gate and up, without copying weights; else the same numbers with a copy."""
-    layer = ManualBackwardLayer(shared_for(PLAIN), 0)
+    layer = ManualBackwardLayer(context_for(PLAIN), 0)
     for modules in (layer.wide_attention, layer.wide_mlp):
         assert adjacent([m.weight for m in modules]) is not None
     layer.double()  # each converted on its own

@@ -49,7 +49,7 @@ class Case:
     extra_warmup: int = 0
     virtual_stages: int = 1
     layers: int = 4
-    steps: int = STEPS  # of the STEPS that the learning rate is planned for
+    steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
     def world(self) -> int:
@@ -114,7 +114,7 @@ class Case:
 
 
 def global_rows(step: int) -> np.ndarray:
-    """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: runs of a few tokens, with documents beginning inside."""
+    """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: short arithmetic token sequences with document boundaries."""
     generator = np.random.default_rng(step)
     rows = (generator.integers(3, 96, (GLOBAL_BATCH, 1)) + np.arange(SEQ_LEN + 1) * generator.integers(1, 4)) % 93 + 3
     rows[generator.random(rows.shape) < 0.1] = 1

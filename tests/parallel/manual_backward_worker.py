@@ -1,4 +1,4 @@
-"""One of four ranks that compare the written-out layer with autograd's under tensor parallelism; rank 0 writes JSON."""
+"""One of four ranks that compare the hand-written backward with autograd under tensor parallelism, as JSON."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class Case:
 CASES = [
     Case(*values)
     for values in itertools.product((2, 4), (False, True), (False, True), (8, 4), POLICIES)
-    if values[3] == 4 or not values[2]  # masks with grouped queries only: they do not meet the heads
+    if values[3] == 4 or not values[2]  # masks are independent of the heads, so test them with grouped queries only
 ]
 
 
 class Recording(GroupTensorParallel):
-    """The communicator itself, writing down when each collective is issued and when it is waited for."""
+    """A communicator that records when each collective is issued and waited for."""
 
     events: list[str]
 
-    def _written(self, name: str, pending: Pending) -> Pending:
+    def _recorded(self, name: str, pending: Pending) -> Pending:
         number = sum(event.startswith("issue") for event in self.events)
         self.events.append(f"issue {number} {name}")
 
@@ -63,17 +63,17 @@ class Recording(GroupTensorParallel):
         return wait
 
     def _issue_gather(self, x: Tensor) -> Pending:
-        return self._written("gather", super()._issue_gather(x))
+        return self._recorded("gather", super()._issue_gather(x))
 
     def _issue_scatter_sum(self, x: Tensor) -> Pending:
-        return self._written("reduce", super()._issue_scatter_sum(x))
+        return self._recorded("reduce", super()._issue_scatter_sum(x))
 
     def _issue_sum(self, x: Tensor) -> Pending:
-        return self._written("norm" if x.dim() == 1 else "reduce", super()._issue_sum(x))
+        return self._recorded("norm" if x.dim() == 1 else "reduce", super()._issue_sum(x))
 
 
 class Products(TorchDispatchMode):
-    """Writes down each matrix product among the events."""
+    """Records each matrix product among the events."""
 
     def __init__(self, events: list[str]) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ def saved_bytes(case: Case, tp: TensorParallel) -> int:
 
 
 def record(case: Case, group: dist.ProcessGroup) -> list[str]:
-    """Return the events of two layers' forward and backward; "backward" stands between."""
+    """Return the events of two layers' forward and backward; "backward" separates them."""
     tp = Recording(group, case.sequence_parallel)
     tp.events = []
     context = build(case, tp)

@@ -1,6 +1,6 @@
 """One rank of a pipeline: takes a step whose gradients are not finite, and a step after it.
 
-It also counts how often the end of a step has the host read a number from the device.
+It also counts the host's reads of device values at the end of a step.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
         assert reads.count == 1, "the counter counts"
         engine.read(engine.train_step(batches, 1e-3))
         assert reads.count == 1
-        engine.deepspeed.optimizer.finish()  # or weights on their way would overwrite what follows
+        engine.deepspeed.optimizer.finish()  # otherwise an all-gather in flight would overwrite the weights set below
         module = engine.deepspeed.module
         norms = [layer.norm.weight for _, layer in module.numbered_layers() if isinstance(layer, FinalNorm)]
         healthy = [weight.detach().clone() for weight in norms]

@@ -1,4 +1,4 @@
-"""Started on every rank: go through the cases of one world size, each from the checkpoint of the one before.
+"""Runs on every rank: trains the cases of one world size, each from the checkpoint of the previous one.
 
 resume_worker.py CASES FOLDER FIRST_TURN STEPS_A_TURN OUT
 """
@@ -73,7 +73,7 @@ def take_turn(case: Case, folder: Path, first: int, steps: int, rank_info: world
 
 
 def check_loaded(engine: Any, tag: Path, found: Description, case: Case) -> None:
-    """Every number is there to the bit, cut the plain way: chunk the whole, flatten, take the range."""
+    """Check every loaded element bit for bit against a plain shard: chunk the full tensor, flatten, take the range."""
     rank = engine.mpu.get_tensor_model_parallel_rank()
     wholes = read_tensors(str(tag), found, ADAMW.all_kinds())
 

@@ -1,4 +1,4 @@
-"""Which save policy each layer gets: as written, per stage, or the cheapest that fits a budget."""
+"""Save policy of each layer: as set, per stage, or the cheapest that fits a budget."""
 
 from __future__ import annotations
 

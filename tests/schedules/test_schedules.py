@@ -1,4 +1,4 @@
-"""Schedules of any size are proven right, and their waiting time is the one their papers state."""
+"""Schedules of any size pass verification, and their bubbles are those stated in the papers."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_waiting_time_is_the_papers(ranks: int, micro_batches: int, cost: StageC
     )
 
 
-def test_bubbles_of_the_aim() -> None:
-    """Four equal stages, eight micro-batches: 27 percent of plain 1F1B become 12 or less."""
+def test_bubbles_of_four_stages() -> None:
+    """Four equal stages, eight micro-batches: the bubble of 27 percent with 1F1B drops to 12 or less."""
     assert simulate(Schedule("1f1b", 4, 8), EQUAL).bubble == pytest.approx(3 / 11)
     assert simulate(Schedule("zb_h1", 4, 8), EQUAL).bubble == pytest.approx(1 / 9)
     half = StageCost(0.5, 0.5, 0.5)
@@ -168,7 +168,7 @@ def test_evaluation_runs_any_number_of_micro_batches(shape: str, chunks: int, co
 
 
 def broken(edit: str) -> tuple[list[list[Instruction]], Placement]:
-    """Return a right schedule's lists with one mistake."""
+    """Return a valid schedule's lists with one mistake."""
     schedule = Schedule("zb_h1", 3, 4)
     lists = [schedule.instructions(rank) for rank in range(3)]
     steps = lists[1]
