@@ -150,8 +150,8 @@ def _check_autograd_layer(run: RunConfig) -> None:
     if parallel.recompute not in ("none", "full"):
         raise _error(
             run,
-            f"parallel.recompute = {parallel.recompute} wants compute.decoder_layer = manual_backward; "
-            "autograd knows none or full",
+            f"parallel.recompute = {parallel.recompute} requires compute.decoder_layer = manual_backward; "
+            "autograd supports none or full",
         )
 
 

@@ -81,7 +81,7 @@ class CheckpointConfig(Section):
     def check(self) -> None:
         if self.rewind_to and self.resume == "never":
             raise self.broken(
-                f"checkpoint.rewind_to = {self.rewind_to} goes on from a checkpoint, which checkpoint.resume = never "
+                f"checkpoint.rewind_to = {self.rewind_to} resumes from a checkpoint, which checkpoint.resume = never "
                 "forbids; use auto"
             )
 
@@ -116,7 +116,7 @@ class LoggingConfig(Section):
     def check(self) -> None:
         if self.profile_ranks and not self.trace_step:
             raise self.broken(
-                f"logging.profile_ranks = {list(self.profile_ranks)} wants logging.trace_step, the first step to "
+                f"logging.profile_ranks = {list(self.profile_ranks)} requires logging.trace_step, the first step to "
                 "record; set it, or leave out profile_ranks"
             )
 

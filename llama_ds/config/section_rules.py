@@ -27,7 +27,7 @@ def check_rope_scaling(scaling: RopeScaling) -> None:
             f"high_freq_factor = {scaling.high_freq_factor}; Llama 3.1 has 1 and 4"
         )
     if not (scaling.factor >= 1 and scaling.original_max_position_embeddings > 0):
-        raise scaling.broken("model.rope_scaling wants factor >= 1 and original_max_position_embeddings > 0")
+        raise scaling.broken("model.rope_scaling requires factor >= 1 and original_max_position_embeddings > 0")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -39,7 +39,7 @@ def check_model(model: ModelConfig) -> None:
             f"use {listed(divisors(heads))}"
         )
     if model.head_dim % 2:
-        raise model.broken(f"model.head_dim = {model.head_dim} is odd; rotary embeddings turn pairs: use an even one")
+        raise model.broken(f"model.head_dim = {model.head_dim} is odd; rotary embeddings rotate pairs; use an even one")
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:

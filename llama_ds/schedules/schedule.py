@@ -29,7 +29,7 @@ def obstacle(name: str, ranks: int, micro_batches: int, chunks: int, extra_warmu
         return f"virtual_stages = {chunks} is one stage on each rank; use 2 or more, or schedule 1f1b"
     if name == "interleaved" and micro_batches % ranks:
         near = sorted({max(ranks, micro_batches // ranks * ranks), -(-micro_batches // ranks) * ranks})
-        return f"{micro_batches} micro-batches are no multiple of pp = {ranks}; use {' or '.join(map(str, near))}"
+        return f"{micro_batches} micro-batches are not a multiple of pp = {ranks}; use {' or '.join(map(str, near))}"
     if name == "dualpipe_v" and chunks != 2:
         return f"virtual_stages = {chunks}: a V has two stages on each rank; use 2"
     if name == "dualpipe_v" and micro_batches < 2 * ranks:

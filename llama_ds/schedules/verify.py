@@ -136,7 +136,7 @@ def check_progress(lists: Lists, placement: Placement, capacity: int | None) -> 
             at[rank] += 1
     stuck = {rank: lists[rank][n] for rank, n in enumerate(at) if n < len(lists[rank])}
     if stuck:
-        raise ScheduleError(f"no rank can go on with send buffers of {capacity}: {stuck}")
+        raise ScheduleError(f"no rank can proceed with send buffers of {capacity}: {stuck}")
 
 
 def check_memory(rank: int, steps: Sequence[Instruction], stated: int) -> None:

@@ -114,7 +114,7 @@ class Case:
 
 
 def global_rows(step: int) -> np.ndarray:
-    """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: short arithmetic token sequences with document boundaries."""
+    """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: short token sequences with document boundaries."""
     generator = np.random.default_rng(step)
     rows = (generator.integers(3, 96, (GLOBAL_BATCH, 1)) + np.arange(SEQ_LEN + 1) * generator.integers(1, 4)) % 93 + 3
     rows[generator.random(rows.shape) < 0.1] = 1

@@ -80,8 +80,8 @@ SCHEDULES_AND_OPTIONS = [
     Case(2, 1, 1, partition=(1, 1, 1, 1), recompute="none,full,selective,none", **V),
 ]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
-# Errors show in the first steps; the sixth is the first after the warm-up. Later steps add nothing for an option, or for
-# a schedule that has trained all steps without other axes.
+# Errors show in the first steps; the sixth is the first after the warm-up. Later steps add nothing for an option, or
+# for a schedule that has trained all steps without other axes.
 CASES = BASIC_LAYOUTS + [case if case.tp * case.dp == 1 else replace(case, steps=8) for case in SCHEDULES]
 CASES += [replace(case, steps=6) for case in SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
 

@@ -1,4 +1,4 @@
-"""A step whose gradient norm is not finite changes no weight and no moment, on the device, without a host synchronisation."""
+"""A step with a non-finite gradient norm changes no weight and no moment, without a host synchronisation."""
 
 from __future__ import annotations
 

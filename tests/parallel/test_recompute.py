@@ -109,7 +109,7 @@ def test_what_cannot_be_is_refused(value: str, words: str) -> None:
 
 
 def test_autograd_knows_none_and_full() -> None:
-    with pytest.raises(UserError, match="wants compute"):
+    with pytest.raises(UserError, match="requires compute"):
         plan("parallel.recompute=selective", "compute.decoder_layer=autograd")
     run, layout = plan("parallel.recompute=full", "compute.decoder_layer=autograd")
     assert recomputed_flops_per_token(run, layout, 2) == 80 * layer_forward_flops(run.model, 2048)

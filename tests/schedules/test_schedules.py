@@ -224,7 +224,7 @@ def test_verifier_sees_a_deadlock() -> None:
         Instruction(Op.FORWARD, 0, 1),
     ]
     check_progress([first, second], placement, None)
-    with pytest.raises(ScheduleError, match="no rank can go on"):
+    with pytest.raises(ScheduleError, match="no rank can proceed"):
         check_progress([first, second], placement, 0)
 
 
@@ -238,7 +238,7 @@ def test_verifier_sees_wrong_memory() -> None:
 @pytest.mark.parametrize(
     "name, ranks, micro_batches, chunks, reason",
     [
-        ("interleaved", 4, 6, 2, "6 micro-batches are no multiple of pp = 4; use 4 or 8"),
+        ("interleaved", 4, 6, 2, "6 micro-batches are not a multiple of pp = 4; use 4 or 8"),
         ("interleaved", 4, 8, 1, "use 2 or more"),
         ("dualpipe_v", 4, 7, 2, "7 micro-batches are fewer than 2 \\* pp = 8; use 8 or more"),
         ("dualpipe_v", 4, 8, 3, "use 2"),
