@@ -271,9 +271,9 @@ def test_wrong_value_is_told(folder: Path, override: str, message: str) -> None:
         (["parallel.schedule=dualpipe_v", "parallel.virtual_stages=2", "compute.decoder_layer=autograd"],
          "parallel.schedule = dualpipe_v defers weight gradients, which compute.decoder_layer = autograd cannot; use "
          "manual_backward, or schedule 1f1b or interleaved"),
-        (["parallel.recompute=[none, full]", "compute.decoder_layer=autograd"], "parallel.recompute = none,full wants "
-         "compute.decoder_layer = manual_backward; autograd supports none or full"),
-        (["parallel.recompute=auto", "compute.decoder_layer=autograd"], "parallel.recompute = auto wants "
+        (["parallel.recompute=[none, full]", "compute.decoder_layer=autograd"], "parallel.recompute = none,full "
+         "requires compute.decoder_layer = manual_backward; autograd supports none or full"),
+        (["parallel.recompute=auto", "compute.decoder_layer=autograd"], "parallel.recompute = auto requires "
          "compute.decoder_layer = manual_backward; autograd supports none or full"),
     ],
 )  # fmt: skip

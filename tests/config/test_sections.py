@@ -59,8 +59,8 @@ MODEL = ModelConfig(
         (lambda: DataConfig("t.model", 8, (SourceConfig("a", "a", 0.5),)), "data.sources: the weights 0.5 sum to 0.5, "
          "not 1; divide each by 0.5"),
         (lambda: CheckpointConfig(keep_last=-1), "checkpoint.keep_last = -1 is negative"),
-        (lambda: LoggingConfig(profile_ranks=(1,)), "logging.profile_ranks = [1] requires logging.trace_step, the first "
-         "step to record; set it, or leave out profile_ranks"),
+        (lambda: LoggingConfig(profile_ranks=(1,)), "logging.profile_ranks = [1] requires logging.trace_step, the "
+         "first step to record; set it, or leave out profile_ranks"),
     ],
 )  # fmt: skip
 def test_a_section_that_breaks_a_rule_cannot_be_made(make: Callable[[], object], message: str) -> None:

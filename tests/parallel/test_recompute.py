@@ -108,7 +108,7 @@ def test_what_cannot_be_is_refused(value: str, words: str) -> None:
     assert words in str(error.value)
 
 
-def test_autograd_knows_none_and_full() -> None:
+def test_autograd_supports_none_and_full() -> None:
     with pytest.raises(UserError, match="requires compute"):
         plan("parallel.recompute=selective", "compute.decoder_layer=autograd")
     run, layout = plan("parallel.recompute=full", "compute.decoder_layer=autograd")
