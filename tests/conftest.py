@@ -1,4 +1,4 @@
-"""What every test shares: the checkout on the path, one thread per process, no silent skip in CI."""
+"""Common setup of all tests: the checkout on the path, one thread per process, no silent skip in CI."""
 
 from __future__ import annotations
 

@@ -106,8 +106,8 @@ def test_snippets_print_what_the_page_shows() -> None:
 
 def test_a_shape_by_name_run_or_config_is_what_training_starts_from(model: Llama) -> None:
     run = load_run("ds_configs/quickstart.yaml")
-    shared = shared_parts(run, SingleRank(), "cpu", torch.float32)
-    trained = Llama(shared, NextTokenLoss(shared.tp), policies=["none"] * run.model.num_hidden_layers).state_dict()
+    context = shared_parts(run, SingleRank(), "cpu", torch.float32)
+    trained = Llama(context, NextTokenLoss(context.tp), policies=["none"] * run.model.num_hidden_layers).state_dict()
     for built in (model, build_model(run), build_model(run.model, seed=run.seed)):
         found = built.state_dict()
         assert found.keys() == trained.keys() and all(torch.equal(found[name], trained[name]) for name in trained)

@@ -37,8 +37,8 @@ def build(model: ModelConfig, rank: int = 0, size: int = 1) -> Llama:
     """Return the model of one tensor-parallel rank."""
     tp = SingleRank()
     tp.rank, tp.size = rank, size
-    shared = LayerContext(model, 7, tp, CausalAttention("reference"), RotaryTables(model, 16))
-    return Llama(shared, NextTokenLoss(tp))
+    context = LayerContext(model, 7, tp, CausalAttention("reference"), RotaryTables(model, 16))
+    return Llama(context, NextTokenLoss(tp))
 
 
 @MODELS

@@ -50,8 +50,8 @@ class Rank(SingleRank):
 
 def build(run: RunConfig, rank: int = 0, size: int = 1) -> Llama:
     """Return one tensor-parallel rank's model with its initial weights."""
-    shared = shared_parts(run, Rank(rank, size), "cpu", torch.float32)
-    return Llama(shared, NextTokenLoss(SingleRank()))
+    context = shared_parts(run, Rank(rank, size), "cpu", torch.float32)
+    return Llama(context, NextTokenLoss(SingleRank()))
 
 
 def write_rank(run: RunConfig, folder: str, rank: int, tp: int, by_layer: bool, dtype: str) -> Record:

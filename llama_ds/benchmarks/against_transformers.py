@@ -45,17 +45,17 @@ def layers(
     on a CPU also ours.
     """
     torch_default = torch.get_float32_matmul_precision()
-    shared = shared_parts(run, SingleRank(), device.type, dtype)
-    tables = shared.rotary.on(device)
-    reference = DecoderLayer(shared, 0).to(device, dtype)
+    context = shared_parts(run, SingleRank(), device.type, dtype)
+    tables = context.rotary.on(device)
+    reference = DecoderLayer(context, 0).to(device, dtype)
     policies = dict.fromkeys(("none", policy))  # without duplicates, in this order
-    ours = {kept: ManualBackwardLayer(shared, 0, kept).to(device, dtype) for kept in policies}
+    ours = {kept: ManualBackwardLayer(context, 0, kept).to(device, dtype) for kept in policies}
     for manual_layer in ours.values():
         manual_layer.load_state_dict(reference.state_dict())
         manual_layer.lay_weights_together()  # as in DeepSpeed's flat buffers
     config = LlamaConfig(**hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch.")))
     flash = {"flash_attn": "flash_attention_2", "flash_attn.cute": "flash_attention_4"}  # names in transformers
-    attention = flash[flash_module().__name__] if shared.attention.name == "flash_attn" else "sdpa"
+    attention = flash[flash_module().__name__] if context.attention.name == "flash_attn" else "sdpa"
     config._attn_implementation = attention
     theirs = LlamaDecoderLayer(config, 0).to(device, dtype).train()
     theirs.load_state_dict(reference.state_dict())
@@ -95,9 +95,9 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]
     rows = torch.from_numpy(batch)
     ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     torch_default = torch.get_float32_matmul_precision()
-    shared = shared_parts(run, SingleRank(), "cpu", dtype)
+    context = shared_parts(run, SingleRank(), "cpu", dtype)
     policies = [run.parallel.recompute] * run.model.num_hidden_layers
-    ours = Llama(shared, NextTokenLoss(shared.tp), policies).to(dtype)
+    ours = Llama(context, NextTokenLoss(context.tp), policies).to(dtype)
 
     def theirs(fused: bool | None) -> Step:
         model = transformers_model(run, ours, dtype)

@@ -1,4 +1,4 @@
-"""What a section of the run file declares about its keys, and the errors of values that break a declared rule."""
+"""Declarations of the keys of a run file's section, and the errors for values that break a declared rule."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ POSITIVE, NOT_NEGATIVE = "positive", "not negative"
 
 @dataclass(frozen=True)
 class Key:
-    """What a key means, in its unit, and which values it may have.
+    """Meaning, unit and permitted values of a key.
 
-    Signs and choices are enforced. The other fields are words for `docs/run_file.md`: `rule` describes a check made
-    elsewhere, `default` says what a run file gets that leaves the key out, where the field's own default does not, and
-    `form` names what may be written, where the field's type does not.
+    Signs and choices are enforced. The other fields are text for `docs/run_file.md`: `rule` describes a check made
+    elsewhere, `default` replaces the field's own default, and `form` replaces the field's type.
     """
 
     meaning: str
@@ -30,14 +29,14 @@ class Key:
 
 
 class SectionError(UserError):
-    """A value that breaks a rule of its section; the message names keys as `section.key`."""
+    """A value breaks a rule of its section; the message names keys as `section.key`."""
 
     def __init__(self, section: str, rule: str) -> None:
         super().__init__(rule)
         self.section = section
 
     def placed(self, path: str, key: str) -> UserError:
-        """Return the error of the file `path`, in which the section is called `key`; "" is the whole file."""
+        """Return the error for the file `path`, where the section is called `key`; "" is the top level."""
         rule = str(self)
         if self.section != key:
             rule = rule.replace(f"{self.section}.", f"{key}." if key else "")
@@ -45,10 +44,10 @@ class SectionError(UserError):
 
 
 class Section:
-    """Base of the run file's sections: an instance that breaks a rule of its own keys cannot be made.
+    """Base class of the run file's sections; construction validates the keys.
 
     Raises:
-        SectionError: on construction, for the first rule that a value breaks.
+        SectionError: for the first rule that a value breaks.
     """
 
     SECTION: ClassVar[str] = ""  # dotted key of the section in a run file
@@ -63,7 +62,7 @@ class Section:
         """Check the rules that declarations cannot express."""
 
     def broken(self, rule: str) -> SectionError:
-        """Return the error that says `rule`, in which keys are named in full."""
+        """Return the error for a broken `rule`, whose text names keys in full."""
         return SectionError(self.SECTION, rule)
 
 

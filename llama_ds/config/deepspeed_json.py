@@ -1,7 +1,7 @@
-"""The dict for `deepspeed.initialize`: the user's DeepSpeed JSON, checked, merged with the run and its layout.
+"""The dict for `deepspeed.initialize`: the user's validated DeepSpeed JSON, merged with the run and its layout.
 
-The JSON owns ZeRO, dtypes, buckets, offload and DeepSpeed's own instruments. The run file owns everything else, and
-each number has one owner.
+The JSON owns ZeRO, dtypes, buckets, offload and DeepSpeed's own profilers and timers. The run file owns everything
+else, and each setting has one owner.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llama_ds.errors import UserError
 
 
 class BatchSizes(Protocol):
-    """The numbers of a layout that DeepSpeed's configuration repeats."""
+    """The sizes of a layout that DeepSpeed's configuration repeats."""
 
     @property
     def pp(self) -> int: ...
@@ -36,15 +36,15 @@ def check_user_keys(run: RunConfig) -> None:
             raise _error(run, f"{key} was removed in DeepSpeed 0.19; take it out")
         if key in OWNED:
             raise _error(run, f"{key} is not the DeepSpeed file's to set: {OWNED[key]} and take it out here")
-    place = ConfigSource(run.deepspeed_path)
-    check_keys(run.deepspeed, sorted(USER_KEYS), place)
+    source = ConfigSource(run.deepspeed_path)
+    check_keys(run.deepspeed, sorted(USER_KEYS), source)
     for section in ("zero_optimization", "bf16", "fp16", "data_types", "flops_profiler", "compile"):
         if not isinstance(run.deepspeed.get(section, {}), dict):
             raise _error(run, f'{section} = {run.deepspeed[section]!r} is not an object such as {{"key": value}}')
     for key in REMOVED_ZERO & _section(run, "zero_optimization").keys():
         raise _error(run, f"zero_optimization.{key} was removed in DeepSpeed 0.19; take it out")
     for section, known in SECTION_KEYS.items():
-        check_keys(_section(run, section), sorted(known), place, section)
+        check_keys(_section(run, section), sorted(known), source, section)
     stage = _section(run, "zero_optimization").get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise _error(run, f"zero_optimization.stage = {stage!r} is not 0, 1, 2 or 3")
@@ -54,7 +54,7 @@ def training_dtype(run: RunConfig, bf16_native: bool) -> str:
     """Return "bf16" or "fp32" from `bf16.enabled`: true, false, or "auto": bf16 where the device computes it natively.
 
     Raises:
-        UserError: another value, or fp16: its loss scaling skips steps, and LLaMA pre-trains in bf16.
+        UserError: any other value, or fp16, whose loss scaling skips steps.
     """
     if _section(run, "fp16").get("enabled", False):
         raise _error(run, "fp16.enabled: this stack trains in bf16 or fp32, without loss scaling; set bf16.enabled")
@@ -72,7 +72,7 @@ def deepspeed_config(run: RunConfig, layout: BatchSizes, bf16_native: bool) -> d
     `bf16_native` says whether the device computes bf16 natively, for `bf16.enabled: "auto"`.
 
     Raises:
-        UserError: key not the JSON's to set, or a combination that DeepSpeed 0.19.8 gets wrong or cannot do.
+        UserError: a key belongs to the run file, or DeepSpeed 0.19.8 does not correctly support a combination.
     """
     check_user_keys(run)
     dtype = training_dtype(run, bf16_native)
@@ -89,19 +89,19 @@ def deepspeed_config(run: RunConfig, layout: BatchSizes, bf16_native: bool) -> d
         train_micro_batch_size_per_gpu=layout.micro_batch,
         gradient_accumulation_steps=layout.accumulation,
         gradient_clipping=run.optimizer.clip,
-        steps_per_print=2**31,  # the training loop reports; DeepSpeed's own line stays silent
+        steps_per_print=2**31,  # disables DeepSpeed's own log line; the training loop reports
         checkpoint={"tag_validation": "Fail", "parallel_write": {"pipeline_stage": True}},
     )
     if layout.pp > 1:
-        # Stage boundaries are whole tensors: under sequence parallelism they differ per tp rank, and DeepSpeed's
-        # partitioned sends assume that they are equal.
+        # Send full tensors between stages: DeepSpeed's partitioned sends assume equal tensors on all tp ranks, and
+        # under sequence parallelism they differ.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
     return config
 
 
 def _bf16(run: RunConfig) -> dict[str, Any]:
     block = {**_section(run, "bf16"), "enabled": True}
-    if run.zero_stage == 1:  # BF16_Optimizer adds to its fp32 gradients as they come, and keeps no bf16 copy
+    if run.zero_stage == 1:  # BF16_Optimizer accumulates in fp32 at once and keeps no bf16 gradients
         block.setdefault("immediate_grad_update", True)
     return block
 

@@ -1,6 +1,6 @@
-"""The keys of a DeepSpeed JSON, as DeepSpeed 0.19.8 reads them (runtime/config.py, constants.py, zero/config.py).
+"""The keys of a DeepSpeed JSON that DeepSpeed 0.19.8 reads (runtime/config.py, constants.py, zero/config.py).
 
-DeepSpeed itself ignores an unknown key; a test holds these lists against the installed package.
+DeepSpeed itself ignores unknown keys; a test compares these lists with the installed package.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SECTION_KEYS = {
     ),
     "data_types": _words("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
 }
-OWNED = {  # set elsewhere: key -> where the user sets it
+OWNED = {  # keys that are set elsewhere, and where
     "train_batch_size": "set training.global_batch in the run file",
     "train_micro_batch_size_per_gpu": "set parallel.micro_batch in the run file",
     "gradient_accumulation_steps": "it is global_batch / (dp * micro_batch)",

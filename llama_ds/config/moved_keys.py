@@ -1,4 +1,4 @@
-"""Keys and values of run files that have new names; the old ones still work, also in runs recorded in checkpoints."""
+"""Renamed keys and values of run files; the old names still work, also in runs recorded in checkpoints."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ RENAMED_VALUES = {("compute.decoder_layer", "written_out"): "manual_backward"}
 Entry = tuple[str, Any]  # dotted key, value
 
 
-def renamed_data(data: Mapping[str, Any], place: ConfigSource) -> dict[str, Any]:
-    """Return a run's plain data under the present names.
+def renamed_data(data: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
+    """Return a run's plain data under the current names.
 
     Raises:
         UserError: an old and a new key have different values.
@@ -31,22 +31,22 @@ def renamed_data(data: Mapping[str, Any], place: ConfigSource) -> dict[str, Any]
         new, value = _renamed(*entry)
         section, name = new.split(".")
         keys = copied.setdefault(section, {})
-        if isinstance(keys, dict):  # else the reader says what is wrong with the section
-            _check_same(entry, _renamed(new, keys.get(name, value)), place)
+        if isinstance(keys, dict):  # otherwise the reader reports the malformed section
+            _check_same(entry, _renamed(new, keys.get(name, value)), source)
             keys[name] = value
     return copied
 
 
-def renamed_overrides(changes: Sequence[Entry], place: ConfigSource) -> list[Entry]:
-    """Return overrides under the present names, in their order.
+def renamed_overrides(changes: Sequence[Entry], source: ConfigSource) -> list[Entry]:
+    """Return overrides under the current names, in their order.
 
     Raises:
         UserError: an old and a new key have different values.
     """
-    every = _with_sections(changes)
-    given = {key: _renamed(key, value) for key, value in every if key in MOVED_KEYS.values()}
-    for entry in _outdated(every):
-        _check_same(entry, given.get(_renamed(*entry)[0], _renamed(*entry)), place)
+    entries = _with_sections(changes)
+    given = {key: _renamed(key, value) for key, value in entries if key in MOVED_KEYS.values()}
+    for entry in _outdated(entries):
+        _check_same(entry, given.get(_renamed(*entry)[0], _renamed(*entry)), source)
     found: list[Entry] = []
     for key, value in changes:
         outdated = _outdated(_entries({key: value}))
@@ -58,17 +58,17 @@ def renamed_overrides(changes: Sequence[Entry], place: ConfigSource) -> list[Ent
 
 def warn_of_old_names(path: str, data: Mapping[str, Any], changes: Sequence[Entry]) -> None:
     """Log a line for each old name in a run file's data and in overrides."""
-    for place, entries in ((path, _entries(data)), ("command line", _with_sections(changes))):
+    for source, entries in ((path, _entries(data)), ("command line", _with_sections(changes))):
         for old, value in _outdated(entries):
             new, present = _renamed(old, value)
             if new == old:
-                logger.warning("%s: %s = %s is now called %s; the old name still works", place, old, value, present)
+                logger.warning("%s: %s = %s is now called %s; the old name still works", source, old, value, present)
             else:
-                logger.warning("%s: %s is now called %s; the old name still works", place, old, new)
+                logger.warning("%s: %s is now called %s; the old name still works", source, old, new)
 
 
 def _with_sections(changes: Sequence[Entry]) -> list[Entry]:
-    """Return overrides, and beside those of whole sections the keys in them."""
+    """Return overrides, and for those of whole sections also the keys in them."""
     return [entry for key, value in changes for entry in ((key, value), *_entries({key: value}))]
 
 
@@ -87,7 +87,7 @@ def _renamed(key: str, value: Any) -> Entry:
     return key, RENAMED_VALUES.get((key, value), value) if isinstance(value, str) else value
 
 
-def _check_same(old: Entry, given: Entry, place: ConfigSource) -> None:
-    """Refuse an entry under its old name that is not what is `given` under the present one."""
+def _check_same(old: Entry, given: Entry, source: ConfigSource) -> None:
+    """Raise UserError if an entry under its old name differs from the one `given` under the current name."""
     if _renamed(*old) != given:
-        raise place.error(old[0], f"= {old[1]} is now called {given[0]}, which is {given[1]}; keep {given[0]} alone")
+        raise source.error(old[0], f"= {old[1]} is now called {given[0]}, which is {given[1]}; keep {given[0]} alone")

@@ -31,37 +31,37 @@ _WANTED = {
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """Where a value was written: the run file, or the command line for overridden keys."""
+    """Origin of a value: the run file, or the command line for overridden keys."""
 
     path: str
     overridden: frozenset[str] = frozenset()
 
     def error(self, key: str, rule: str) -> UserError:
-        """Return the error that `key` breaks `rule`, placed where the user wrote it."""
-        there = any(key == o or o.startswith(f"{key}.") or key.startswith(f"{o}.") for o in self.overridden)
-        return UserError(f"{'command line' if there else self.path}: {key} {rule}")
+        """Return the error that `key` breaks `rule`, naming the file or command line that set it."""
+        overridden = any(key == o or o.startswith(f"{key}.") or key.startswith(f"{o}.") for o in self.overridden)
+        return UserError(f"{'command line' if overridden else self.path}: {key} {rule}")
 
 
-def read(kind: type[T], data: object, place: ConfigSource, key: str = "") -> T:
+def read(kind: type[T], data: object, source: ConfigSource, key: str = "") -> T:
     """Return `data` as an instance of `kind`, a dataclass or a type its fields may have.
 
     Raises:
-        UserError: unknown, missing or wrongly typed key, or a value that breaks a rule of its section, with its dotted
-            name under `key`.
+        UserError: a key is unknown, missing or of the wrong type, or a value breaks a rule of its section; the message
+            names it by its dotted key under `key`.
     """
-    return _read(kind, data, place, key)
+    return _read(kind, data, source, key)
 
 
-def check_keys(data: dict, known: Iterable[str], place: ConfigSource, key: str = "") -> None:
-    """Refuse a key of `data` that is not `known`, with the nearest one that is."""
+def check_keys(data: dict, known: Iterable[str], source: ConfigSource, key: str = "") -> None:
+    """Raise UserError for a key of `data` that is not `known`, suggesting the closest known one."""
     names = list(known)
     for name in data:
         if name not in names:
-            raise place.error(_join(key, name), f"is not a known key{did_you_mean(str(name), names)}")
+            raise source.error(_join(key, name), f"is not a known key{did_you_mean(str(name), names)}")
 
 
 def integer(text: str) -> int | None:
-    """Return the integer that `text` spells (`4_194_304`, `4M`, `1.4T`, `1.4e12`), None where it spells none."""
+    """Return the integer that `text` denotes (`4_194_304`, `4M`, `1.4T`, `1.4e12`), None if it denotes none."""
     match = _NUMBER.fullmatch(text)
     if not match:
         return None
@@ -69,57 +69,57 @@ def integer(text: str) -> int | None:
     return int(number) if number == number.to_integral_value() else None
 
 
-def _read(kind: Any, data: object, place: ConfigSource, key: str) -> Any:
+def _read(kind: Any, data: object, source: ConfigSource, key: str) -> Any:
     if get_origin(kind) in (Union, UnionType):
         if data is None and NoneType in get_args(kind):
             return None
         (kind,) = (arm for arm in get_args(kind) if arm is not NoneType)
     if is_dataclass(kind):
-        return _read_dataclass(kind, data, place, key)
+        return _read_dataclass(kind, data, source, key)
     if get_origin(kind) is tuple:
-        return _read_tuple(get_args(kind), data, place, key)
+        return _read_tuple(get_args(kind), data, source, key)
     if get_origin(kind) is dict:
-        return _read_mapping(get_args(kind)[1], data, place, key)
+        return _read_mapping(get_args(kind)[1], data, source, key)
     value = _scalar(kind, data)
     if value is None:
-        raise place.error(key, f"= {data!r} is not {_WANTED[kind]}")
+        raise source.error(key, f"= {data!r} is not {_WANTED[kind]}")
     return value
 
 
-def _read_dataclass(kind: Any, data: object, place: ConfigSource, key: str) -> Any:
+def _read_dataclass(kind: Any, data: object, source: ConfigSource, key: str) -> Any:
     if not isinstance(data, dict):
-        raise place.error(key, f"= {data!r} is not a section of keys")
+        raise source.error(key, f"= {data!r} is not a section of keys")
     known, hints = fields(kind), get_type_hints(kind)
-    check_keys(data, (f.name for f in known), place, key)
+    check_keys(data, (f.name for f in known), source, key)
     missing = [f.name for f in known if f.name not in data and f.default is MISSING and f.default_factory is MISSING]
     if missing:
-        raise place.error(_join(key, missing[0]), "is missing and has no default")
+        raise source.error(_join(key, missing[0]), "is missing and has no default")
     given = [f.name for f in known if f.name in data]
-    values = {name: _read(hints[name], data[name], place, _join(key, name)) for name in given}
+    values = {name: _read(hints[name], data[name], source, _join(key, name)) for name in given}
     try:
         return kind(**values)
     except SectionError as error:
-        raise error.placed(place.path, key) from None
+        raise error.placed(source.path, key) from None
 
 
-def _read_tuple(arms: tuple[Any, ...], data: object, place: ConfigSource, key: str) -> tuple[Any, ...]:
+def _read_tuple(arms: tuple[Any, ...], data: object, source: ConfigSource, key: str) -> tuple[Any, ...]:
     if not isinstance(data, list):
-        raise place.error(key, f"= {data!r} is not a list")
+        raise source.error(key, f"= {data!r} is not a list")
     if arms[-1] is Ellipsis:
         arms = (arms[0],) * len(data)
     if len(data) != len(arms):
-        raise place.error(key, f"= {data!r} has {len(data)} entries, not {len(arms)}")
-    return tuple(_read(arm, item, place, f"{key}.{i}") for i, (arm, item) in enumerate(zip(arms, data, strict=True)))
+        raise source.error(key, f"= {data!r} has {len(data)} entries, not {len(arms)}")
+    return tuple(_read(arm, item, source, f"{key}.{i}") for i, (arm, item) in enumerate(zip(arms, data, strict=True)))
 
 
-def _read_mapping(kind: Any, data: object, place: ConfigSource, key: str) -> dict[str, Any]:
+def _read_mapping(kind: Any, data: object, source: ConfigSource, key: str) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise place.error(key, f"= {data!r} is not {_WANTED[dict]}")
-    return {str(name): _read(kind, item, place, f"{key}.{name}") for name, item in data.items()}
+        raise source.error(key, f"= {data!r} is not {_WANTED[dict]}")
+    return {str(name): _read(kind, item, source, f"{key}.{name}") for name, item in data.items()}
 
 
 def _scalar(kind: Any, data: object) -> Any:
-    """Return `data` as a `kind`, or None where it is not one. Booleans are not numbers here."""
+    """Return `data` as a `kind`, or None if it is not one. Booleans do not count as numbers."""
     if kind is int and isinstance(data, str):
         return integer(data)
     if kind is int and isinstance(data, float):

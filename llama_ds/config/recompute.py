@@ -1,4 +1,4 @@
-"""What `parallel.recompute` may say: one save policy, one for each pipeline stage, a memory budget, or auto."""
+"""Values of `parallel.recompute`: one save policy, one for each pipeline stage, a memory budget, or auto."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import re
 from dataclasses import dataclass
 
 GIB = 2**30
-AUTO = "auto"  # as much as the device holds; `auto: 80 GiB` says how much that is
-POLICIES = ("none", "selective", "full")  # from the most memory to the most computing
+AUTO = "auto"  # use all device memory; `auto: 80 GiB` gives its size
+POLICIES = ("none", "selective", "full")  # by decreasing memory and increasing computation
 _AMOUNT = re.compile(r"(budget|auto): ?([0-9]+(?:\.[0-9]+)?) ?GiB")
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """Policies of the stages (one for all, or one each), the bytes that a rank's decoder layers may keep, or all that
-    it has."""
+    """Save policies (one for all stages, or one each), or a rank's byte budget for activations, or its memory size."""
 
     policies: tuple[str, ...] = ()
     budget_bytes: int | None = None
@@ -22,7 +21,7 @@ class Recompute:
 
 
 def canonical(value: object) -> object:
-    """Return the one text for the forms that YAML offers: ["none", "full"] -> "none,full", {budget: 4 GiB} likewise."""
+    """Return YAML's forms as canonical text: ["none", "full"] -> "none,full", {budget: 4 GiB} -> "budget: 4 GiB"."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     if isinstance(value, dict) and list(value) in (["budget"], ["auto"]):
@@ -32,7 +31,7 @@ def canonical(value: object) -> object:
 
 
 def parse(text: str) -> Recompute | None:
-    """Return what the canonical text says, None where it says nothing known."""
+    """Parse the canonical text; return None if it is invalid."""
     if match := _AMOUNT.fullmatch(text):
         amount = int(float(match[2]) * GIB)
         return Recompute(budget_bytes=amount) if match[1] == "budget" else Recompute(device_bytes=amount)

@@ -1,4 +1,4 @@
-"""The reference of the run file, docs/run_file.md: a table for each section, made of what its keys declare."""
+"""Generates docs/run_file.md, the reference of the run file: a table per section from the declarations of its keys."""
 
 from __future__ import annotations
 
@@ -15,37 +15,40 @@ from llama_ds.errors import listed
 _INTRODUCTION = """\
 # Run file
 
-<!-- Made of the declarations in llama_ds/config/schema*.py by `tools/run_file_reference.py --write`: edit them. -->
+<!-- Generated from llama_ds/config/schema*.py by `tools/run_file_reference.py --write`: edit those files. -->
 
-A run file is YAML: the keys of the first table stand at its top, those of each other table in the section of that name.
-Any key can be overridden on the command line as `section.key=value`; entries of lists have numbers, as in
+A run file is YAML: the keys of the first table are at the top level, those of each other table in the section of that
+name.
+Any key can be overridden on the command line as `section.key=value`; list entries are numbered from 0, as in
 `data.sources.0.weight=0.5`. Unknown keys are errors. *Required* keys have no default.
 
 Integers may be written 4194304, 4_194_304, 4M, 1.4T or 1.4e12, numbers also as 1e-5. Data-parallel size and
-accumulation steps are never written: they follow from the number of ranks.
+accumulation steps are never set: they follow from the number of ranks.
 """
 _RECOMPUTE = """\
 ## Recompute policies
 
-`parallel.recompute` says what decoder layers of `compute.decoder_layer: manual_backward` keep for their backward:
+`parallel.recompute` selects the activations that decoder layers save (`compute.decoder_layer: manual_backward`):
 
 - `none` keeps everything that the backward reads.
 - `selective` keeps the layer's input, the outputs of its large matrix products (q, k and v; gate and up), and the
-  output and logsumexp of attention. It recomputes what is cheap: both norms, the SwiGLU product and, with tp = 1, the
-  output projection. No collective is repeated.
+  output and logsumexp of attention. It recomputes the cheap operations: both norms, the SwiGLU product and, with
+  tp = 1, the output projection. No collective is repeated.
 - `full` keeps the layer's input and runs its forward again, collectives included.
-- `{budget: 20 GiB}` chooses for each layer, with the fewest repeated FLOPs, so that a rank's layers keep no more than
-  that. `{auto: 80 GiB}` does so for what a device of that memory has left, and `auto` for the device at hand.
+- `{budget: 20 GiB}` chooses a policy for each layer so that the layers of a rank keep no more than that, with the
+  fewest recomputed FLOPs. `{auto: 80 GiB}` budgets what a device of that memory has left; `auto` uses the actual
+  device.
 
-Megatron-LM's `selective` (Korthikanti et al., arXiv 2205.05198) is another choice: it recomputes the attention core
+Megatron-LM's `selective` (Korthikanti et al., arXiv 2205.05198) differs: it recomputes the attention core
 (scores, softmax, dropout and the product with the values) and keeps everything else. With fused attention, which never
-stores the scores, that saves nothing. `selective` here never recomputes attention, and drops what Megatron keeps.
+stores the scores, that saves nothing. `selective` here never recomputes attention; it drops activations that Megatron
+keeps.
 """
 _OLD_NAMES = """\
 ## Old names
 
-Run files, overrides and checkpoints with these names still work; a warning names the new one. An old and a new name
-with different values are an error.
+Run files, overrides and checkpoints with these names still work; a warning gives the new name. Setting both names to
+different values is an error.
 
 | old | new |
 |---|---|"""
@@ -59,7 +62,7 @@ def reference() -> str:
 
 
 def _sections(at: str, kind: type) -> Iterator[tuple[str, type]]:
-    """Yield the sections within a section with their dotted keys; N stands for the number of a list's entry."""
+    """Yield the sections within a section with their dotted keys; N stands for the index of a list entry."""
     for name, hint in get_type_hints(kind).items():
         for arm in (hint, *get_args(hint)):
             if is_dataclass(arm) and isinstance(arm, type):

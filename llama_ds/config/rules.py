@@ -1,4 +1,4 @@
-"""Rules between sections of a resolved run: what a value in one section demands of another.
+"""Rules between the sections of a resolved run: requirements of a value in one section on another section.
 
 Rules within a section are checked by the section itself (`config/declare.py`).
 """
@@ -13,11 +13,11 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError, listed
 
 FLASH_HEAD_DIMS = range(8, 256 + 1, 8)
-DEFERRING_SCHEDULES = ("zb_h1", "dualpipe_v")  # compute weight gradients later than those of inputs
+DEFERRING_SCHEDULES = ("zb_h1", "dualpipe_v")  # schedules that defer weight gradients
 
 
 def check(run: RunConfig) -> None:
-    """Raise UserError for the first rule between sections that `run` breaks, with the numbers that would do."""
+    """Raise UserError for the first rule between sections that `run` breaks, naming values that satisfy it."""
     if run.compute.attention_backend == "flash_attn":
         _check_flash_attention(run)
     _check_mixture(run)
@@ -30,7 +30,7 @@ def check(run: RunConfig) -> None:
 
 
 def _check_flash_attention(run: RunConfig) -> None:
-    """Refuse what flash_attn cannot compute, before any rank starts; whether it is installed each rank sees."""
+    """Refuse what flash_attn cannot compute before any rank starts; each rank checks that it is installed."""
     head_dim, step, largest = run.model.head_dim, FLASH_HEAD_DIMS.step, FLASH_HEAD_DIMS[-1]
     if head_dim not in FLASH_HEAD_DIMS:
         raise _error(
@@ -87,11 +87,11 @@ def _check_schedule_of_learning_rate(run: RunConfig) -> None:
     opt, steps = run.optimizer, run.training.steps
     if opt.warmup_steps >= steps:
         raise _error(run, f"optimizer.warmup_steps = {opt.warmup_steps} is not below training.steps = {steps}")
-    room = steps - opt.warmup_steps
-    if opt.schedule == "wsd" and not 0 < opt.decay_steps <= room:
+    longest = steps - opt.warmup_steps
+    if opt.schedule == "wsd" and not 0 < opt.decay_steps <= longest:
         raise _error(
             run,
-            f"optimizer.decay_steps = {opt.decay_steps} is not in 1..{room} = "
+            f"optimizer.decay_steps = {opt.decay_steps} is not in 1..{longest} = "
             f"training.steps {steps} - warmup_steps {opt.warmup_steps}, as schedule wsd needs",
         )
 
@@ -137,7 +137,7 @@ def _check_even_stages(run: RunConfig) -> None:
 
 
 def _check_autograd_layer(run: RunConfig) -> None:
-    """Refuse what the reference layer does not implement: policies other than none and full, deferred gradients."""
+    """Refuse what the reference layer does not implement: deferred gradients, and policies other than none and full."""
     parallel = run.parallel
     if run.compute.decoder_layer != "autograd":
         return
@@ -150,8 +150,8 @@ def _check_autograd_layer(run: RunConfig) -> None:
     if parallel.recompute not in ("none", "full"):
         raise _error(
             run,
-            f"parallel.recompute = {parallel.recompute} wants compute.decoder_layer = manual_backward; "
-            "autograd knows none or full",
+            f"parallel.recompute = {parallel.recompute} requires compute.decoder_layer = manual_backward; "
+            "autograd supports none or full",
         )
 
 

@@ -1,4 +1,4 @@
-"""From a run file, its DeepSpeed JSON and `key=value` overrides to a resolved RunConfig, and back to text."""
+"""Resolves a run file, its DeepSpeed JSON and `key=value` overrides into a RunConfig, and writes it as text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from llama_ds.errors import UserError, did_you_mean, listed
 
 RUN_FILES = Path(__file__).resolve().parents[2] / "ds_configs"
 _DEFAULTS = {"seed": 0, "output_dir": "runs"}
-_NOT_WRITTEN = {"path", "deepspeed_path"}  # fields of RunConfig that only the reader sets
+_READER_FIELDS = {"path", "deepspeed_path"}  # fields of RunConfig that only the reader sets
 
 
 def find_run_file(name: str) -> str:
-    """Return the path of a run file: `name` itself where it is one, else of the one in ds_configs/ that it names.
+    """Return the path of a run file: `name` itself if it is a path, else the file in ds_configs/ with that name.
 
-    "65b" names llama_65b.yaml, and "llama_65b" does.
+    Both "65b" and "llama_65b" name llama_65b.yaml.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such file.
     """
     if name.endswith((".yaml", ".yml")):
         return name
@@ -47,31 +47,31 @@ def find_run_file(name: str) -> str:
 def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the run that the YAML file `path` describes, with `section.key=value` overrides, resolved and checked.
 
-    `deepspeed` names the DeepSpeed JSON relative to the run file's folder (or holds its content). Left out, seed is 0
-    and output_dir "runs". Derived where left out: model.num_key_value_heads = num_attention_heads, model.head_dim
-    = hidden_size / heads, and from the one of training.steps and training.tokens that is given the other:
+    `deepspeed` is the path of the DeepSpeed JSON relative to the run file's folder, or its content. Defaults are 0 for
+    seed and "runs" for output_dir. Omitted keys are derived: model.num_key_value_heads = num_attention_heads,
+    model.head_dim = hidden_size / heads, and training.steps and training.tokens from each other by
     steps = ceil(tokens / (global_batch * seq_len)).
-    Old names of keys and values (`config/moved_keys.py`) are taken for the present ones, with a warning each.
-    An override of training.steps or training.tokens replaces whichever of the two the file gives.
+    Old names of keys and values (`config/moved_keys.py`) are accepted with a warning each.
+    An override of training.steps or training.tokens replaces either of the two in the file.
 
     Raises:
-        UserError: any mistake in the files or the overrides: place, value, rule, fix.
+        UserError: for any mistake in the files or the overrides, with place, value, rule and fix.
     """
     data, changes = read_yaml(path), [_split(override) for override in overrides]
     warn_of_old_names(path, data, changes)
     data = renamed_data(data, ConfigSource(path))
     changes = renamed_overrides(changes, ConfigSource("command line"))
-    place = ConfigSource(path, frozenset(key for key, _ in changes))
+    source = ConfigSource(path, frozenset(key for key, _ in changes))
     written = {**data, **{key.split(".")[0]: value for key, value in changes}}
-    check_keys(written, (f.name for f in fields(RunConfig) if f.name not in _NOT_WRITTEN), place)
-    if place.overridden & {"training.steps", "training.tokens"} and isinstance(data.get("training"), dict):
+    check_keys(written, (f.name for f in fields(RunConfig) if f.name not in _READER_FIELDS), source)
+    if source.overridden & {"training.steps", "training.tokens"} and isinstance(data.get("training"), dict):
         data["training"] = {k: v for k, v in data["training"].items() if k not in ("steps", "tokens")}
-    data["deepspeed"], deepspeed_path = _deepspeed(dict(changes).get("deepspeed", data.get("deepspeed")), place)
+    data["deepspeed"], deepspeed_path = _deepspeed(dict(changes).get("deepspeed", data.get("deepspeed")), source)
     for key, value in changes:
         if key != "deepspeed":
-            _set(data, key, value, place)
-    _derive(data, place)
-    run = read(RunConfig, {**_DEFAULTS, **data, "path": path, "deepspeed_path": deepspeed_path}, place)
+            _set(data, key, value, source)
+    _derive(data, source)
+    run = read(RunConfig, {**_DEFAULTS, **data, "path": path, "deepspeed_path": deepspeed_path}, source)
     check(run)
     check_user_keys(run)
     return run
@@ -79,19 +79,19 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_resolved(path: str) -> RunConfig:
     """Return the run whose `resolved` data was saved as YAML or JSON in `path`."""
-    place = ConfigSource(path)
-    run = read(RunConfig, renamed_data(read_yaml(path), place), place)
+    source = ConfigSource(path)
+    run = read(RunConfig, renamed_data(read_yaml(path), source), source)
     check(run)
     return run
 
 
 def resolved(run: RunConfig) -> dict[str, Any]:
-    """Return the whole resolved run as plain data (dicts, lists, scalars), fit for JSON and YAML."""
+    """Return the complete resolved run as plain data (dicts, lists, scalars) for JSON and YAML."""
     return _plain(asdict(run))
 
 
 def dump(run: RunConfig) -> str:
-    """Return the whole resolved run as YAML text, which `load_resolved` reads back."""
+    """Return the complete resolved run as YAML text that `load_resolved` can read."""
     return dump_yaml(resolved(run))
 
 
@@ -108,18 +108,18 @@ def _split(override: str) -> tuple[str, Any]:
     return key, parse_yaml(text, f"command line: {key}")
 
 
-def _deepspeed(named: object, place: ConfigSource) -> tuple[dict[str, Any], str]:
-    """Return the DeepSpeed JSON's content and the file it stands in, from the run file's `deepspeed` key."""
+def _deepspeed(named: object, source: ConfigSource) -> tuple[dict[str, Any], str]:
+    """Return the DeepSpeed JSON's content and path from the value of the run file's `deepspeed` key."""
     if isinstance(named, dict):
-        return copy.deepcopy(named), place.path
+        return copy.deepcopy(named), source.path
     if not isinstance(named, str):
-        raise place.error("deepspeed", f"= {named!r} names no DeepSpeed JSON; write deepspeed: zero1_auto.json")
-    path = str(Path(place.path).parent / named)
+        raise source.error("deepspeed", f"= {named!r} names no DeepSpeed JSON; write deepspeed: zero1_auto.json")
+    path = str(Path(source.path).parent / named)
     return read_json(path), path
 
 
-def _set(data: dict[str, Any], dotted: str, value: Any, place: ConfigSource) -> None:
-    """Write `value` at the dotted key of plain data. Whether the key may exist is for the reader to say."""
+def _set(data: dict[str, Any], dotted: str, value: Any, source: ConfigSource) -> None:
+    """Set the dotted key of plain data to `value`. The reader checks later whether the key is known."""
     *parents, last = dotted.split(".")
     node: Any = data
     for depth, part in enumerate(parents):
@@ -127,47 +127,47 @@ def _set(data: dict[str, Any], dotted: str, value: Any, place: ConfigSource) -> 
         if isinstance(node, dict):
             node = node.setdefault(part, {})
         elif isinstance(node, list):
-            node = node[_index(node, part, here, place)]
+            node = node[_index(node, part, here, source)]
         else:
-            raise place.error(here, "is inside a plain value, which has no keys")
+            raise source.error(here, "is inside a plain value, which has no keys")
     if isinstance(node, dict):
         node[last] = value
     elif isinstance(node, list):
-        node[_index(node, last, dotted, place)] = value
+        node[_index(node, last, dotted, source)] = value
     else:
-        raise place.error(dotted, f"is inside {'.'.join(parents)} = {node!r}, which has no keys")
+        raise source.error(dotted, f"is inside {'.'.join(parents)} = {node!r}, which has no keys")
 
 
-def _index(node: list, part: str, key: str, place: ConfigSource) -> int:
+def _index(node: list, part: str, key: str, source: ConfigSource) -> int:
     if not part.isdecimal() or int(part) >= len(node):
-        raise place.error(key, f"counts into a list of {len(node)}; use 0 to {len(node) - 1} or give the whole list")
+        raise source.error(key, f"counts into a list of {len(node)}; use 0 to {len(node) - 1} or give the whole list")
     return int(part)
 
 
-def _derive(data: dict[str, Any], place: ConfigSource) -> None:
-    """Write the numbers that a run file may leave out into its plain data.
+def _derive(data: dict[str, Any], source: ConfigSource) -> None:
+    """Add the derived numbers that a run file may omit to its plain data.
 
-    A section that lacks the numbers they come from is left as it is: the reader then names the missing key.
+    A section that lacks the numbers they derive from stays unchanged; the reader then reports the missing key.
     """
     model, training, parallel = (_section(data, name) for name in ("model", "training", "parallel"))
     if "recompute" in parallel:
         parallel["recompute"] = canonical(parallel["recompute"])
-    heads, hidden = (_positive(data, f"model.{key}", place) for key in ("num_attention_heads", "hidden_size"))
+    heads, hidden = (_positive(data, f"model.{key}", source) for key in ("num_attention_heads", "hidden_size"))
     if heads and "num_key_value_heads" not in model:
         model["num_key_value_heads"] = heads
     if heads and hidden and "head_dim" not in model:
         if hidden % heads:
             fits = listed(n for n in divisors(hidden) if n <= 2 * heads)
-            raise place.error(
+            raise source.error(
                 "model.num_attention_heads",
                 f"= {heads} does not divide model.hidden_size = {hidden}; use {fits}, or set model.head_dim",
             )
         model["head_dim"] = hidden // heads
     if ("steps" in training) == ("tokens" in training):
         many = "are both set; keep one" if training.get("steps") else "are both missing; set one"
-        raise place.error("training", f"says how long to train: steps and tokens {many}")
-    rows, seq_len = _positive(data, "training.global_batch", place), _positive(data, "data.seq_len", place)
-    steps, tokens = _positive(data, "training.steps", place), _positive(data, "training.tokens", place)
+        raise source.error("training", f"says how long to train: steps and tokens {many}")
+    rows, seq_len = _positive(data, "training.global_batch", source), _positive(data, "data.seq_len", source)
+    steps, tokens = _positive(data, "training.steps", source), _positive(data, "training.tokens", source)
     if rows and seq_len and tokens:
         training["steps"] = -(-tokens // (rows * seq_len))
     if rows and seq_len and steps:
@@ -179,12 +179,12 @@ def _section(data: dict[str, Any], name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def _positive(data: dict[str, Any], dotted: str, place: ConfigSource) -> int | None:
-    """Return the positive integer at `section.key`, None where it is missing."""
+def _positive(data: dict[str, Any], dotted: str, source: ConfigSource) -> int | None:
+    """Return the positive integer at `section.key`, None if the key is missing."""
     section, key = dotted.split(".")
     if key not in _section(data, section):
         return None
-    value = read(int, _section(data, section)[key], place, dotted)
+    value = read(int, _section(data, section)[key], source, dotted)
     if value <= 0:
-        raise place.error(dotted, f"= {value} is not positive")
+        raise source.error(dotted, f"= {value} is not positive")
     return value

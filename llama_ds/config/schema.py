@@ -1,7 +1,7 @@
-"""The run file's sections as frozen dataclasses: every key a run file may hold, its type, default, meaning and rule.
+"""The run file's sections as frozen dataclasses: type, default, meaning and rule of every key.
 
-Names follow Hugging Face's LlamaConfig where it has one. `config/run_file.py` reads YAML into these, and
-`config/reference.py` makes docs/run_file.md of them.
+Names follow Hugging Face's LlamaConfig if it has the key. `config/run_file.py` reads YAML into these classes, and
+`config/reference.py` generates docs/run_file.md from them.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True)
 class ComputeConfig(Section):
-    """How the model is computed. It is no part of what the model is: a run may resume with other values."""
+    """Implementation of the model's computation. It is not part of the model: a run may resume with other values."""
 
     SECTION: ClassVar[str] = "compute"
 
@@ -124,8 +124,7 @@ class ComputeConfig(Section):
     decoder_layer: Annotated[
         str,
         Key(
-            "Implementation of the decoder layer: the hand-written backward that trains, or plain autograd, "
-            "its reference.",
+            "Implementation of the decoder layer: with a hand-written backward, or the reference with plain autograd.",
             choices=("manual_backward", "autograd"),
             rule="`autograd` takes only `parallel.recompute` none or full, and no `parallel.schedule` that defers "
             "weight gradients (zb_h1, dualpipe_v).",
@@ -135,7 +134,7 @@ class ComputeConfig(Section):
 
 @dataclass(frozen=True)
 class TrainingConfig(Section):
-    """How much is trained, and from which initial weights."""
+    """Amount of training, and initial weights."""
 
     SECTION: ClassVar[str] = "training"
 
@@ -220,7 +219,7 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class ParallelConfig(Section):
-    """How the model is cut. Data-parallel size and accumulation steps are derived from the world size."""
+    """Parallel layout. Data-parallel size and accumulation steps are derived from the world size."""
 
     SECTION: ClassVar[str] = "parallel"
 
@@ -236,7 +235,10 @@ class ParallelConfig(Section):
     ] = 1
     sequence_parallel: Annotated[
         bool,
-        Key("Whether tensor-parallel ranks share the activations between products by sequence.", rule="Needs tp > 1."),
+        Key(
+            "Whether tensor-parallel ranks shard the activations between matrix products by sequence.",
+            rule="Needs tp > 1.",
+        ),
     ] = False
     micro_batch: Annotated[int, Key("Rows per micro-batch of a data-parallel rank.", "rows", POSITIVE)] = 1
     partition: Annotated[
@@ -254,7 +256,7 @@ class ParallelConfig(Section):
             form="none, selective, full, a list of these for each stage, `{budget: 20 GiB}`, auto or `{auto: 80 GiB}`",
             rule="A list names `pp * virtual_stages` stages.",
         ),
-    ] = "none"  # `config/recompute.py` says how lists and mappings are held in one text
+    ] = "none"  # canonical text of lists and mappings: `config/recompute.py`
     schedule: Annotated[
         str,
         Key(
@@ -265,7 +267,7 @@ class ParallelConfig(Section):
     extra_warmup: Annotated[
         int,
         Key(
-            "Additional warm-up forwards for each rank behind: memory that hides slow links.",
+            "Additional warm-up forwards for each following rank: more activation memory, which hides slow links.",
             "micro-batches",
             NOT_NEGATIVE,
             rule="For schedules 1f1b and zb_h1.",
@@ -287,7 +289,7 @@ class ParallelConfig(Section):
 
 @dataclass(frozen=True)
 class RunConfig(Section):
-    """A whole run, resolved. `deepspeed` is the user's DeepSpeed JSON as parsed, before the merge."""
+    """A complete, resolved run. `deepspeed` is the user's DeepSpeed JSON as parsed, before the merge."""
 
     name: Annotated[
         str,

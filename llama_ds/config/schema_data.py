@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section
 from llama_ds.errors import did_you_mean
 
-SMALLEST_WEIGHT = 1e-6  # of a source: the order holds a block of 1 / weight rows in memory
+MIN_WEIGHT = 1e-6  # minimum weight of a source: the order holds a block of 1 / weight rows in memory
 
 
 @dataclass(frozen=True)
@@ -42,38 +42,38 @@ class SourceConfig(Section):
 
 @dataclass(frozen=True)
 class MixtureStage(Section):
-    """Source weights from a point of the run on."""
+    """Source weights that apply from a point of the run on."""
 
     SECTION: ClassVar[str] = "data.mixture.N"
 
     at_tokens: Annotated[
         int,
         Key(
-            "Tokens trained before the stage; it begins with the first step that finds as many read.",
+            "Tokens trained before the stage; it begins with the first step at or after that count.",
             "tokens",
-            rule="Above the stage before it, in a later step, and below `training.tokens`.",
+            rule="Above that of the previous stage, in a later step, and below `training.tokens`.",
         ),
     ]
     weights: Annotated[
         dict[str, float],
-        Key("Share of each source, by name; a source left out is not read.", rule="Each at least 1e-6; they sum to 1."),
+        Key("Share of each source, by name; an omitted source is not read.", rule="Each at least 1e-6; they sum to 1."),
     ]
 
 
 @dataclass(frozen=True)
 class SkipConfig(Section):
-    """Rows that the run passes over, as after a loss spike (PaLM, arXiv 2204.02311, section 5.1)."""
+    """Rows that the run skips, for example after a loss spike (PaLM, arXiv 2204.02311, section 5.1)."""
 
     SECTION: ClassVar[str] = "data.skip.N"
 
     at_step: Annotated[
         int,
-        Key("Steps of the run before the skip.", "steps", rule="Above the entry before it; below `training.steps`."),
+        Key("Steps of the run before the skip.", "steps", rule="Above the previous entry; below `training.steps`."),
     ]
     steps: Annotated[
         int,
         Key(
-            "Length of the skip: step `at_step`, counted from 0, reads the rows that would come so many steps later.",
+            "Length of the skip: step `at_step`, counted from 0, reads the rows scheduled this many steps later.",
             "steps",
             rule="Positive.",
         ),
@@ -82,7 +82,7 @@ class SkipConfig(Section):
 
 @dataclass(frozen=True)
 class DataConfig(Section):
-    """What the model reads."""
+    """Training data."""
 
     SECTION: ClassVar[str] = "data"
 
@@ -94,7 +94,7 @@ class DataConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], Key("Sources of the mixture.", rule="At least one.")]
     mixture: Annotated[tuple[MixtureStage, ...], Key("Changes of the sources' weights during the run.")] = ()
     skip: Annotated[
-        tuple[SkipConfig, ...], Key("Rows to skip, ordered by `at_step`; a resumed run keeps the skips of its past.")
+        tuple[SkipConfig, ...], Key("Rows to skip, ordered by `at_step`; a resumed run keeps its past skips.")
     ] = ()
     document_mask: Annotated[bool, Key("Whether attention stops at document boundaries within a packed row.")] = False
     cache_dir: Annotated[
@@ -104,11 +104,12 @@ class DataConfig(Section):
         float, Key("Size of `cache_dir`; the least recently used shards are evicted.", "GiB", POSITIVE)
     ] = 64.0
     deadline_s: Annotated[
-        float, Key("Time for which a shard is requested again before it counts as damaged.", "seconds", POSITIVE)
+        float,
+        Key("Time for which failed requests for a shard are retried before it counts as damaged.", "seconds", POSITIVE),
     ] = 300.0
     check_interval: Annotated[
         int,
-        Key("Interval at which ranks compare what they read and agree on damaged shards.", "steps", POSITIVE),
+        Key("Interval at which ranks compare the rows they read and agree on damaged shards.", "steps", POSITIVE),
     ] = 100
     max_bad_shards: Annotated[
         int, Key("Damaged shards that are replaced by others before the run stops.", "shards", NOT_NEGATIVE)
@@ -124,7 +125,7 @@ class DataConfig(Section):
                 raise self.broken(
                     f"data.sources.{i}.name = {source.name!r} is also source {names.index(source.name)}'s"
                 )
-            if source.weight or source.name not in later:  # weight 0: read from a later stage of the mixture on
+            if source.weight or source.name not in later:  # weight 0 is valid for a source of a later mixture stage
                 _check_weight(self, f"data.sources.{i}.weight", source.weight)
             if source.epochs is not None and not source.epochs > 0:
                 raise self.broken(f"data.sources.{i}.epochs = {source.epochs} is not positive")
@@ -139,8 +140,8 @@ class DataConfig(Section):
 
 
 def _check_weight(data: DataConfig, key: str, weight: float) -> None:
-    if not weight >= SMALLEST_WEIGHT:
-        raise data.broken(f"{key} = {weight} is below {SMALLEST_WEIGHT:g}; leave the source out")
+    if not weight >= MIN_WEIGHT:
+        raise data.broken(f"{key} = {weight} is below {MIN_WEIGHT:g}; leave the source out")
 
 
 def _check_sum(data: DataConfig, key: str, weights: list[float]) -> None:

@@ -1,4 +1,4 @@
-"""Sections of the run file about a run's operation: validation, checkpoints and reports."""
+"""Sections of the run file on a run's operation: validation, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EvaluationConfig(Section):
 
 @dataclass(frozen=True)
 class CheckpointConfig(Section):
-    """Where and when to save, and whether to resume."""
+    """Saving, resuming and rewinding."""
 
     SECTION: ClassVar[str] = "checkpoint"
 
@@ -59,7 +59,7 @@ class CheckpointConfig(Section):
         ),
     ] = 0
     rewind_id: Annotated[
-        int, Key("Another id makes another rewind, which may go back to the same step.", sign=NOT_NEGATIVE)
+        int, Key("Id of the rewind; a new id requests another rewind, even to the same step.", sign=NOT_NEGATIVE)
     ] = 0
     start_from: Annotated[
         str,
@@ -68,9 +68,9 @@ class CheckpointConfig(Section):
     asynchronous: Annotated[bool, Key("Whether training continues while a checkpoint is written.")] = True
     keep_last: Annotated[int, Key("Newest checkpoints to keep; 0: all.", "checkpoints", NOT_NEGATIVE)] = 0
     keep_every: Annotated[
-        int, Key("Interval of steps whose checkpoints are kept as well; 0: none.", "steps", NOT_NEGATIVE)
+        int, Key("Interval of steps whose checkpoints are also kept; 0: none.", "steps", NOT_NEGATIVE)
     ] = 0
-    save: Annotated[bool, Key("Whether anything is saved; false suits a profile.")] = True
+    save: Annotated[bool, Key("Whether checkpoints are saved; false suits profiling.")] = True
     wall_time_s: Annotated[
         float, Key("Time limit of the job; the run saves and ends before it. 0: none.", "seconds", NOT_NEGATIVE)
     ] = 0.0
@@ -81,14 +81,14 @@ class CheckpointConfig(Section):
     def check(self) -> None:
         if self.rewind_to and self.resume == "never":
             raise self.broken(
-                f"checkpoint.rewind_to = {self.rewind_to} goes on from a checkpoint, which checkpoint.resume = never "
+                f"checkpoint.rewind_to = {self.rewind_to} resumes from a checkpoint, which checkpoint.resume = never "
                 "forbids; use auto"
             )
 
 
 @dataclass(frozen=True)
 class LoggingConfig(Section):
-    """What is reported."""
+    """Metrics, traces and reports."""
 
     SECTION: ClassVar[str] = "logging"
 
@@ -116,9 +116,9 @@ class LoggingConfig(Section):
     def check(self) -> None:
         if self.profile_ranks and not self.trace_step:
             raise self.broken(
-                f"logging.profile_ranks = {list(self.profile_ranks)} wants logging.trace_step, the first step to "
+                f"logging.profile_ranks = {list(self.profile_ranks)} requires logging.trace_step, the first step to "
                 "record; set it, or leave out profile_ranks"
             )
 
 
-NO_BOARDS = ("logging.tensorboard=false",)  # overrides of a run that reports to no board
+NO_BOARDS = ("logging.tensorboard=false",)  # overrides that disable all metric boards

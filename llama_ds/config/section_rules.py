@@ -1,4 +1,4 @@
-"""Rules between the keys of one section of `config/schema.py`; each section checks its own when it is made."""
+"""Rules between the keys of one section of `config/schema.py`; each section checks its own on construction."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
         RopeScaling,
     )
 
-STOCK_ENGINE = "deepspeed"  # parallel.schedule: DeepSpeed's PipelineEngine as it is, to measure against
+STOCK_ENGINE = "deepspeed"  # value of parallel.schedule: DeepSpeed's unmodified PipelineEngine, a baseline
 
 
 def check_rope_scaling(scaling: RopeScaling) -> None:
@@ -27,11 +27,11 @@ def check_rope_scaling(scaling: RopeScaling) -> None:
             f"high_freq_factor = {scaling.high_freq_factor}; Llama 3.1 has 1 and 4"
         )
     if not (scaling.factor >= 1 and scaling.original_max_position_embeddings > 0):
-        raise scaling.broken("model.rope_scaling wants factor >= 1 and original_max_position_embeddings > 0")
+        raise scaling.broken("model.rope_scaling requires factor >= 1 and original_max_position_embeddings > 0")
 
 
 def check_model(model: ModelConfig) -> None:
-    """Check that heads share key-value heads evenly, and that their numbers pair up for the rotation."""
+    """Check that heads share key-value heads evenly, and that head_dim is even, as the rotation requires."""
     heads, groups = model.num_attention_heads, model.num_key_value_heads
     if heads % groups:
         raise model.broken(
@@ -39,11 +39,11 @@ def check_model(model: ModelConfig) -> None:
             f"use {listed(divisors(heads))}"
         )
     if model.head_dim % 2:
-        raise model.broken(f"model.head_dim = {model.head_dim} is odd; rotary embeddings turn pairs: use an even one")
+        raise model.broken(f"model.head_dim = {model.head_dim} is odd; rotary embeddings rotate pairs; use an even one")
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Check the ranges of the betas and of the final learning rate, and that only wsd has a decay of its own."""
+    """Check the ranges of the betas and of the final learning rate, and that only wsd sets decay_steps."""
     for i, beta in enumerate(optimizer.betas):
         if not 0 <= beta < 1:
             raise optimizer.broken(f"optimizer.betas.{i} = {beta} is not in [0, 1)")
@@ -58,7 +58,7 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
 
 
 def check_parallel(parallel: ParallelConfig) -> None:
-    """Check that options have the ranks and stages that they divide."""
+    """Check that options fit the numbers of ranks and stages."""
     tp, pp, virtual = parallel.tp, parallel.pp, parallel.virtual_stages
     if parallel.sequence_parallel and tp == 1:
         raise parallel.broken(

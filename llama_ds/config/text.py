@@ -1,4 +1,4 @@
-"""Text of run files and DeepSpeed files to plain data and back, and into files. The only importer of PyYAML."""
+"""Reads and writes run files and DeepSpeed files as plain data. The only importer of PyYAML."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_Loader` would not read as a string."""
+    """SafeDumper that quotes strings that `_Loader` would read as other types."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
@@ -45,7 +45,7 @@ for _tag, _pattern, _first in (
 
 
 def save_text(path: str, text: str) -> None:
-    """Write `text` to the file `path`, in folders that are made.
+    """Write `text` to the file `path`; create missing folders.
 
     Raises:
         UserError: it cannot be written.
@@ -61,7 +61,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     """Return the mapping in the YAML file `path`.
 
     Raises:
-        UserError: missing file, syntax error (with its line), duplicate key, or no mapping.
+        UserError: the file is missing, has a syntax error (its line is reported) or a duplicate key, or is no mapping.
     """
     data = parse_yaml(_text(path), path)
     if not isinstance(data, dict):
@@ -69,20 +69,20 @@ def read_yaml(path: str) -> dict[str, Any]:
     return data
 
 
-def parse_yaml(text: str, place: str) -> Any:
-    """Return the value that `text` has as YAML; errors name `place` and the line."""
+def parse_yaml(text: str, source: str) -> Any:
+    """Return the value that `text` has as YAML; errors name `source` and the line."""
     try:
         loader = _Loader(text)
-        loader.name = place
+        loader.name = source
         return loader.get_single_data()
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f"{place}:{mark.line + 1}" if mark else place
+        where = f"{source}:{mark.line + 1}" if mark else source
         raise UserError(f"{where}: not valid YAML: {problem or 'it holds characters that YAML forbids'}") from None
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
-    """Return `data` as YAML text that `read_yaml` reads back as it was."""
+    """Return `data` as YAML text that `read_yaml` reads back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
@@ -90,7 +90,7 @@ def read_json(path: str) -> dict[str, Any]:
     """Return the object in the JSON file `path`.
 
     Raises:
-        UserError: missing file, syntax error (with its line), duplicate key, or no object.
+        UserError: the file is missing, has a syntax error (its line is reported) or a duplicate key, or is no object.
     """
     text = _text(path)
     try:

@@ -25,12 +25,12 @@ from llama_ds.log import logger
 
 FLASH_4 = "flash_attn.cute"
 FLASH_MODULES = ("flash_attn", FLASH_4)  # 2.x interface, then 4.x; both export the same two functions
-_FLASH_4_BACKWARD = (9, 0)  # lowest compute capability: its forward alone runs on an A100's 8.0 (4.0.0b36)
+_FLASH_4_BACKWARD = (9, 0)  # minimum compute capability: on an A100 (8.0) only the forward runs (4.0.0b36)
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Documents:
-    """The document boundaries of one micro-batch, in the form each backend wants, computed at most once."""
+    """The document boundaries of one micro-batch in the form that each backend takes, each computed at most once."""
 
     def __init__(self, start: Tensor) -> None:
         self.start = start  # (B, T)
@@ -38,12 +38,12 @@ class Documents:
 
     @cached_property
     def mask(self) -> Tensor:
-        """Return the (B, 1, T, T) boolean mask: position i sees j where start_i <= j <= i."""
+        """Return the (B, 1, T, T) boolean mask: position i attends to j if start_i <= j <= i."""
         position = torch.arange(self.start.shape[1], device=self.start.device)
         return ((position >= self.start[..., None]) & (position <= position[:, None]))[:, None]
 
     def bias(self, dtype: torch.dtype) -> Tensor:
-        """Return the mask as numbers to add to the scores, in the dtype that a kernel wants: 0 or -inf."""
+        """Return the mask as an additive bias on the scores, 0 or -inf, in the dtype that a kernel takes."""
         if dtype not in self._biases:
             bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.start.device)
             self._biases[dtype] = bias.masked_fill_(~self.mask, -math.inf)
@@ -53,7 +53,7 @@ class Documents:
     def cumulative_lengths(self) -> Tensor:
         """Return int32 (documents + 1,) offsets into the flattened B * T tokens.
 
-        Reading how many documents there are synchronises with the device: once per micro-batch and stage.
+        Reading the number of documents synchronises with the device, once per micro-batch and stage.
         """
         rows, length = self.start.shape
         begins = self.start == torch.arange(length, device=self.start.device)
@@ -77,8 +77,8 @@ class CausalAttention:
         return self._backend(q, k, v, self.documents(document_start))
 
     def documents(self, start: Tensor | None) -> Documents | None:
-        """Return the boundaries that `document_start` tells, if any."""
-        # All layers of a stage get the same tensor for one micro-batch: build its mask once.
+        """Return the document boundaries that `start` encodes, None without it."""
+        # All layers of a stage receive the same tensor for one micro-batch, so its mask is built once.
         if start is None:
             return None
         if self._documents is None or self._documents.start is not start:
@@ -87,12 +87,12 @@ class CausalAttention:
 
 
 def choose_backend(wanted: str, device_type: str, dtype: torch.dtype, head_dim: int) -> str:
-    """Resolve `auto` for the device at hand and check that a named backend can run there.
+    """Resolve `auto` for the device and check that a named backend can run there.
 
-    `device_type` is torch's: "cpu" or "cuda". `dtype` is what queries, keys and values have.
+    `device_type` is torch's: "cpu" or "cuda". `dtype` is that of queries, keys and values.
 
     Raises:
-        UserError: when `wanted` is missing here or cannot take the dtype or the head size.
+        UserError: `wanted` is not installed or does not support the dtype or the head size.
     """
     obstacle = _flash_obstacle(device_type, dtype, head_dim)
     if wanted == "flash_attn" and obstacle:
@@ -130,7 +130,7 @@ def _load(backend: str) -> Backend:
 def flash_backend() -> Backend:
     """Return attention by the installed flash_attn: the 2.x interface, or 4.x's `flash_attn.cute` (Dao 2023).
 
-    The two agree on these keyword arguments and differ in what they return: a tensor, or (tensor, logsumexp).
+    Both take these keyword arguments; 2.x returns a tensor, 4.x (tensor, logsumexp).
     """
     module = flash_module()
     dense, varlen = module.flash_attn_func, module.flash_attn_varlen_func
@@ -161,7 +161,7 @@ def flash_module() -> Any:
     for name in FLASH_MODULES:
         with suppress(ImportError):
             module = importlib.import_module(name)
-            if hasattr(module, "flash_attn_func"):  # 4.x alone leaves `flash_attn` an empty namespace
+            if hasattr(module, "flash_attn_func"):  # with only 4.x installed, `flash_attn` is an empty namespace
                 return module
     raise UserError(
         f"compute.attention_backend = flash_attn: neither {' nor '.join(FLASH_MODULES)} can be imported; "
@@ -170,9 +170,9 @@ def flash_module() -> Any:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-    """Attention by torch.nn.functional.scaled_dot_product_attention."""
+    """Attention computed by torch.nn.functional.scaled_dot_product_attention."""
     if q.device.type == "cpu":
-        # The CPU kernel has no grouped queries and would fall to unfused attention.
+        # The CPU kernel lacks grouped queries and would fall back to unfused attention.
         k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -186,7 +186,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-    """Attention by its definition, in the inputs' dtype: for tests."""
+    """Attention computed from its definition, in the inputs' dtype; for tests."""
     length = q.shape[1]
     k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
     scores = torch.einsum("bihk,bjhk->bhij", q, k) / math.sqrt(q.shape[-1])

@@ -1,8 +1,8 @@
-"""Causal attention on a CPU as batched matrix products of blocks, for rows short enough that this beats torch's kernel.
+"""Blockwise causal attention on a CPU as batched matrix products, for rows so short that it beats torch's kernel.
 
-Shapes as in `llama_ds.model.attention_kernels`. Inside, the R = H / G query heads of a key-value head are rows of one
-matrix, (B G, T R, K), so that no key is repeated for them. Blocks above the diagonal are not computed, and a block of
-scores is gone before the next one is made: the weights are never whole. Arithmetic in float32 at least.
+Shapes as in `llama_ds.model.attention_kernels`. Internally the R = H / G query heads of a key-value head are rows of
+one matrix, (B G, T R, K), so no key is repeated. Blocks above the diagonal are skipped, and a block of scores is freed
+before the next one is computed, so the full attention matrix never exists. Arithmetic is in float32 or wider.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 64  # queries or keys at a time
-# Where oneDNN multiplies (`cpu_products`) rows up to here take 0.4 to 0.8 of the time of torch's kernel, float32 and
-# bfloat16, of 1024 tokens as long. MKL's products are no gain: 0.7 to 1.1.
-LONGEST_ROW = 512
+BLOCK = 64  # queries or keys per block
+# With oneDNN products (`cpu_products`), rows up to this length take 0.4 to 0.8 of the time of torch's kernel in float32
+# and bfloat16; rows of 1024 tokens take as long. With MKL's products there is no gain: 0.7 to 1.1.
+MAX_ROW_TOKENS = 512
 
 
 def blocked_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return out (B, T, H, K) and the scores' logsumexp (B G, T R, 1); `bias` (B, 1, T, T) is added to the scores.
 
-    One block of queries at a time, against all keys before its end. `bias` masks later keys too; None masks only them.
+    Each block of queries multiplies the keys up to its end. `bias` also masks later keys; None masks only those.
     """
     groups, repeats = k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values = _by_group(q, groups, _scale(q)), _by_group(k, groups), _by_group(v, groups)
@@ -43,9 +43,9 @@ def blocked_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tup
 def blocked_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dL/dq, dL/dk, dL/dv) for grad = dL/dout: one block of keys at a time, against all queries from its start.
+    """Return (dL/dq, dL/dk, dL/dv) for grad = dL/dout: one block of keys at a time, with all queries from its start.
 
-    The keys' gradients are whole at once; only the queries' are added up.
+    The gradients of a block's keys are final at once; only those of the queries are accumulated.
     """
     length, groups, repeats = q.shape[1], k.shape[2], q.shape[2] // k.shape[2]
     queries, keys, values = _by_group(q, groups, _scale(q)), _by_group(k, groups), _by_group(v, groups)
@@ -60,12 +60,12 @@ def blocked_backward(
         p.sub_(lse[:, rows]).exp_()
         grad_v[:, block] = torch.bmm(p.transpose(1, 2), own_grads)
         grad_s = torch.bmm(own_grads, values[:, block].transpose(1, 2)).sub_(inner[:, rows]).mul_(p)
-        grad_k[:, block] = torch.bmm(grad_s.transpose(1, 2), own_q)  # the queries carry the scale
+        grad_k[:, block] = torch.bmm(grad_s.transpose(1, 2), own_q)  # queries are already scaled
         grad_q[:, rows] += torch.bmm(grad_s, keys[:, block])
-    whole = torch.empty(q.shape, dtype=q.dtype)
-    torch.mul(grad_q.view(_grouped(q, groups).shape), _scale(q), out=_grouped(whole, groups))
+    scaled_grad_q = torch.empty(q.shape, dtype=q.dtype)
+    torch.mul(grad_q.view(_grouped(q, groups).shape), _scale(q), out=_grouped(scaled_grad_q, groups))
     grad_k, grad_v = (x.view(len(q), groups, length, -1).transpose(1, 2).to(q.dtype) for x in (grad_k, grad_v))
-    return whole, grad_k, grad_v
+    return scaled_grad_q, grad_k, grad_v
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
@@ -84,23 +84,23 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 def _by_group(x: Tensor, groups: int, factor: float = 1.0) -> Tensor:
     """Return a copy times `factor`: (B, T, G R, K) -> (B G, T R, K)."""
     view = _grouped(x, groups)
-    whole = torch.empty(view.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    if whole.dtype == x.dtype:
-        torch.mul(view, factor, out=whole)
-    else:  # in two passes: of bfloat16 numbers the product would be one too
-        whole.copy_(view).mul_(factor)
-    return whole.flatten(2, 3).flatten(0, 1)
+    copy = torch.empty(view.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    if copy.dtype == x.dtype:
+        torch.mul(view, factor, out=copy)
+    else:  # in two passes: a product of bfloat16 numbers would be rounded to bfloat16
+        copy.copy_(view).mul_(factor)
+    return copy.flatten(2, 3).flatten(0, 1)
 
 
 def _mask(scores: Tensor, repeats: int, query: int, key: int, bias: Tensor | None) -> None:
-    """Add the mask to scores (B G, n R, m) of the n queries from `query` on and the m keys from `key` on.
+    """Add the mask to scores (B G, n R, m) of n queries starting at `query` and m keys starting at `key`.
 
-    Without a bias only the block on the diagonal needs one, which is as long as the shorter side.
+    Without a bias only the block on the diagonal is masked; its size is the shorter side.
     """
     scores = scores.unflatten(1, (-1, repeats))
     if bias is not None:
-        seen = bias[:, :, query : query + scores.shape[1], None, key : key + scores.shape[3]]
-        scores.unflatten(0, (len(bias), -1)).add_(seen)
+        visible = bias[:, :, query : query + scores.shape[1], None, key : key + scores.shape[3]]
+        scores.unflatten(0, (len(bias), -1)).add_(visible)
         return
     block, first = min(scores.shape[1], scores.shape[3]), query - key
     causal = torch.full((block, block), -math.inf, dtype=scores.dtype).triu_(1)

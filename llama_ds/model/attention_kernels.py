@@ -1,7 +1,7 @@
-"""Causal attention with forward and backward as two plain calls, for the layer whose backward is written out.
+"""Causal attention with forward and backward as two plain calls, for the layer with the hand-written backward.
 
 Shapes as in `llama_ds.model.attention`: q (B, T, H, K), k and v (B, T, G, K) with H = G R, out (B, T, H, K). The
-statistics that a forward returns are the logsumexp of the scores (float32 at least) and what its backward wants beside.
+statistics of a forward are the logsumexp of the scores (float32 or wider) and whatever else its backward needs.
 
 With P = softmax(Q K^T / sqrt(K), causal), O = P V and dO: dV = P^T dO, dP = dO V^T,
 dS = P * (dP - rowsum(dO * O)), dQ = dS K / sqrt(K), dK = dS^T Q / sqrt(K) (Dao 2022, appendix B.2).
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.model.attention import FLASH_4, Documents, flash_module, repeat_heads
-from llama_ds.model.attention_blocks import LONGEST_ROW, blocked_backward, blocked_forward
+from llama_ds.model.attention_blocks import MAX_ROW_TOKENS, blocked_backward, blocked_forward
 from llama_ds.model.cpu_products import onednn_multiplies
 
 Statistics = tuple[Tensor, ...]
@@ -25,7 +25,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 class AttentionKernel(Protocol):
-    """One backend: forward without autograd, and its backward."""
+    """One backend: a forward without autograd, and its backward."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         """Return (out, statistics)."""
@@ -44,7 +44,7 @@ def attention_kernel(backend: str) -> AttentionKernel:
 
 
 class _Reference:
-    """The definition, in the inputs' dtype: for tests."""
+    """Attention computed from its definition, in the inputs' dtype; for tests."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         scores = self._scores(q, k, documents)
@@ -73,7 +73,7 @@ class _Reference:
 
 
 class _Sdpa:
-    """torch's scaled_dot_product_attention, by its own functions for each device; on a CPU blocks for short rows."""
+    """torch's scaled_dot_product_attention through its functions for each device; blockwise for short rows on a CPU."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         return self._kernel(q).forward(q, k, v, documents)
@@ -87,11 +87,11 @@ class _Sdpa:
     def _kernel(q: Tensor) -> AttentionKernel:
         if q.is_cuda:
             return _SdpaCuda()
-        return BlockedAttention() if q.shape[1] <= LONGEST_ROW and onednn_multiplies() else _SdpaCpu()
+        return BlockedAttention() if q.shape[1] <= MAX_ROW_TOKENS and onednn_multiplies() else _SdpaCpu()
 
 
 class BlockedAttention:
-    """`attention_blocks`: products of blocks, on a CPU."""
+    """The blockwise attention of `attention_blocks`, on a CPU."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         out, lse = blocked_forward(q, k, v, _bias(documents, q))
@@ -104,7 +104,7 @@ class BlockedAttention:
 
 
 class _SdpaCpu:
-    """torch's own flash attention for the CPU; it knows no grouped queries."""
+    """torch's flash attention for the CPU, which lacks grouped queries."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         heads = q.shape[2]
@@ -131,7 +131,7 @@ class _SdpaCpu:
 
 
 class _SdpaCuda:
-    """torch's flash attention for bf16 and fp16, its memory-efficient one for float32 and document masks."""
+    """torch's flash attention for bf16 and fp16; its memory-efficient kernel for float32 and document masks."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         heads, aten = q.shape[2], torch.ops.aten
@@ -168,7 +168,7 @@ class _SdpaCuda:
 
 
 class _FlashAttention2:
-    """flash_attn 2.x through the functions under its autograd ones; packed documents as variable-length rows."""
+    """flash_attn 2.x through the functions below its autograd functions; packed documents are variable-length rows."""
 
     def __init__(self) -> None:
         self._functions: Any = importlib.import_module("flash_attn.flash_attn_interface")
@@ -202,7 +202,7 @@ class _FlashAttention2:
 
 
 class _FlashAttention4:
-    """flash_attn 4.x (`flash_attn.cute`) through the functions under its autograd ones."""
+    """flash_attn 4.x (`flash_attn.cute`) through the functions below its autograd functions."""
 
     def __init__(self) -> None:
         self._functions: Any = importlib.import_module("flash_attn.cute.interface")
@@ -232,7 +232,7 @@ class _FlashAttention4:
 
 
 def _options(q: Tensor) -> dict[str, Any]:
-    """Return flash_attn 2.x's options of plain causal attention."""
+    """Return flash_attn 2.x's options for plain causal attention."""
     return {
         "dropout_p": 0.0,
         "softmax_scale": q.shape[-1] ** -0.5,

@@ -1,4 +1,4 @@
-"""A whole model on one device, without process group or DeepSpeed: for notebooks, evaluation and conversion."""
+"""A complete model on one device, without process group or DeepSpeed; for notebooks, evaluation and conversion."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ def build_model(
     dtype: torch.dtype = torch.float32,
     document_mask: bool | None = None,
 ) -> Llama:
-    """Return the model of that shape with its initial weights, all layers by plain autograd.
+    """Return the model of the given shape with its initial weights; all layers use plain autograd.
 
-    `model(ids, labels)` is its loss, which has gradients; `model.logits(ids)` are its logits.
+    `model(ids, labels)` returns the differentiable loss, `model.logits(ids)` the logits.
 
     Args:
-        shape: name of a run file in ds_configs/ such as "7b", path of a run file, a run, or a shape.
-        seq_len: maximum tokens of a row; None: the run's, for a shape DEFAULT_SEQ_LEN.
-        seed: seed of the initial weights, which do not depend on the device; None: the run's, for a shape 0.
+        shape: name of a run file in ds_configs/ such as "7b", path of a run file, RunConfig, or ModelConfig.
+        seq_len: maximum tokens of a row; None: the run's, or DEFAULT_SEQ_LEN for a ModelConfig.
+        seed: seed of the initial weights, which do not depend on the device; None: the run's, or 0 for a ModelConfig.
         device: device of weights and computation, which also decides the attention backend.
         dtype: dtype of weights and computation.
-        document_mask: whether attention stays inside the documents of a row, each of which begins with bos; None: as
-            the run has it, for a shape False.
+        document_mask: whether attention stays inside the documents of a row, each of which begins with bos; None: the
+            run's setting, or False for a ModelConfig.
 
     Raises:
-        UserError: no such run file, a mistake in it, no such device, or a length that is not positive.
+        UserError: the run file is missing or invalid, the device is unavailable, or the length is not positive.
     """
     if isinstance(shape, str):
         shape = load_run(find_run_file(shape))
@@ -55,22 +55,22 @@ def build_model(
     device = _checked_device(device)
     if device.type == "cpu":
         choose_products()
-    shared = LayerContext(
+    context = LayerContext(
         model=shape,
         seed=seed or 0,
         tp=SingleRank(),
-        # Not the backend that a run file names: this device may lack it.
+        # The run file's backend is ignored: it may not run on this device.
         attention=CausalAttention(choose_backend("auto", device.type, dtype, shape.head_dim)),
         rotary=RotaryTables(shape, seq_len),
         document_mask=bool(document_mask),
     )
-    return Llama(shared, NextTokenLoss(shared.tp)).to(device, dtype)
+    return Llama(context, NextTokenLoss(context.tp)).to(device, dtype)
 
 
 def _checked_device(device: str | torch.device) -> torch.device:
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either
+    except (RuntimeError, AssertionError) as error:  # torch raises one or the other
         reason = str(error).splitlines()[0].rstrip(".")
         raise UserError(f"device {str(device)!r}: not available here ({reason}); use cpu, cuda or cuda:0") from None
     return torch.device(device)

@@ -1,4 +1,4 @@
-"""The decoder layer by plain autograd: pre-norm attention and SwiGLU with residuals (LLaMA paper, section 2.2).
+"""The decoder layer with plain autograd: pre-norm attention and SwiGLU with residuals (LLaMA paper, section 2.2).
 
 Shapes: B rows, T tokens of a row, D hidden size, F intermediate size, H query and G key-value heads of the whole model,
 K head size, tp ranks; S = T / tp under sequence parallelism, else T.
@@ -22,12 +22,12 @@ from llama_ds.model.rope import RotaryTables, rotate
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients
 
-Hidden = Tensor | tuple[Tensor, Tensor]  # (B, S, D), with document_start (B, T) beside it where documents are masked
+Hidden = Tensor | tuple[Tensor, Tensor]  # (B, S, D), paired with document_start (B, T) if documents are masked
 
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What the layers of one stage share: configuration, communicator, kernels and tables."""
+    """Everything that the layers of one stage share: configuration, communicator, kernels and tables."""
 
     model: ModelConfig
     seed: int
@@ -37,13 +37,13 @@ class LayerContext:
     document_mask: bool = False
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of initial weights
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
-    recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # around a layer that is run again
+    recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # wraps the recompute of a layer
 
     def parameter(self, weight: Weight, layer: int = 0) -> nn.Parameter:
-        """Return this rank's part of a weight with its initial values, which depend on `layer` unless they are ones.
+        """Return this rank's shard of a weight with its initial values, which depend on `layer` except for norms.
 
-        Matrices that write to the residual stream start smaller by sqrt(2 L) (GPT-2, section 2.3), so that its
-        variance does not grow with depth.
+        Matrices that write to the residual stream start smaller by a factor sqrt(2 L) (GPT-2, section 2.3), so that
+        its variance does not grow with depth.
         """
         std = self.initializer_range
         if weight.residual_output:
@@ -51,43 +51,43 @@ class LayerContext:
         tp = self.tp
         parameter = nn.Parameter(initial_shard(weight, self.model, tp.rank, tp.size, std, self.seed, layer))
         if tp.size > 1 and weight.cut is not None:
-            # For DeepSpeed: the weight differs between tensor-parallel ranks, so its norm counts on each of them.
+            # Tells DeepSpeed that tensor-parallel ranks hold different shards, so each one enters the gradient norm.
             parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
         return parameter
 
     def linear(self, name: str, layer: int) -> ShardedLinear:
-        """Return a matrix by its name in its layer."""
+        """Return the linear layer called `name` within decoder layer `layer`."""
         weight = weight_of(f"{name}.weight")
         return ShardedLinear(self.parameter(weight, layer), weight.cut, self.tp)
 
     def norm(self, name: str) -> RMSNorm:
-        """Return a norm by its name in its layer."""
+        """Return the norm called `name` within its layer."""
         return RMSNorm(self.parameter(weight_of(f"{name}.weight")), self.model.rms_norm_eps, self.tp)
 
 
 class Attention(nn.Module):
     """x -> W_o attention(rope(W_q x), rope(W_k x), W_v x) with this rank's heads."""
 
-    def __init__(self, shared: LayerContext, layer: int) -> None:
+    def __init__(self, context: LayerContext, layer: int) -> None:
         super().__init__()
-        self.shared = shared
-        self.head_dim = shared.model.head_dim
-        self.q_proj = shared.linear("self_attn.q_proj", layer)
-        self.k_proj = shared.linear("self_attn.k_proj", layer)
-        self.v_proj = shared.linear("self_attn.v_proj", layer)
-        self.o_proj = shared.linear("self_attn.o_proj", layer)
+        self.context = context
+        self.head_dim = context.model.head_dim
+        self.q_proj = context.linear("self_attn.q_proj", layer)
+        self.k_proj = context.linear("self_attn.k_proj", layer)
+        self.v_proj = context.linear("self_attn.v_proj", layer)
+        self.o_proj = context.linear("self_attn.o_proj", layer)
 
     def forward(self, x: Tensor, document_start: Tensor | None) -> Tensor:
         """(B, T, D) -> partial sums (B, T, D)."""
         heads = (-1, self.head_dim)
-        tables = self.shared.rotary.on(x.device)
+        tables = self.context.rotary.on(x.device)
         q = rotate(self.q_proj(x).unflatten(-1, heads), tables)  # (B, T, H / tp, K)
         k = rotate(self.k_proj(x).unflatten(-1, heads), tables)  # (B, T, G / tp, K)
         v = self.v_proj(x).unflatten(-1, heads)
-        return self.o_proj(self.shared.attention(q, k, v, document_start).flatten(2))
+        return self.o_proj(self.context.attention(q, k, v, document_start).flatten(2))
 
     def extra_repr(self) -> str:
-        model, tp = self.shared.model, self.shared.tp
+        model, tp = self.context.model, self.context.tp
         own = f", 1 / {tp.size} of them on this rank" if tp.size > 1 else ""
         return (
             f"{model.num_attention_heads} query and {model.num_key_value_heads} key-value heads of {self.head_dim}{own}"
@@ -95,13 +95,13 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """x -> W_down (silu(W_gate x) * W_up x) with this rank's part of the F intermediate features (Shazeer 2020)."""
+    """x -> W_down (silu(W_gate x) * W_up x) with this rank's shard of the F intermediate features (Shazeer 2020)."""
 
-    def __init__(self, shared: LayerContext, layer: int) -> None:
+    def __init__(self, context: LayerContext, layer: int) -> None:
         super().__init__()
-        self.gate_proj = shared.linear("mlp.gate_proj", layer)
-        self.up_proj = shared.linear("mlp.up_proj", layer)
-        self.down_proj = shared.linear("mlp.down_proj", layer)
+        self.gate_proj = context.linear("mlp.gate_proj", layer)
+        self.up_proj = context.linear("mlp.up_proj", layer)
+        self.down_proj = context.linear("mlp.down_proj", layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> partial sums (B, T, D)."""
@@ -111,17 +111,17 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     """h = x + attention(norm(x)); y = h + swiglu(norm(h))."""
 
-    def __init__(self, shared: LayerContext, layer: int) -> None:
+    def __init__(self, context: LayerContext, layer: int) -> None:
         super().__init__()
-        self.shared = shared
-        self.tp = shared.tp
-        self.input_layernorm = shared.norm("input_layernorm")
-        self.self_attn = Attention(shared, layer)
-        self.post_attention_layernorm = shared.norm("post_attention_layernorm")
-        self.mlp = SwiGLU(shared, layer)
+        self.context = context
+        self.tp = context.tp
+        self.input_layernorm = context.norm("input_layernorm")
+        self.self_attn = Attention(context, layer)
+        self.post_attention_layernorm = context.norm("post_attention_layernorm")
+        self.mlp = SwiGLU(context, layer)
 
     def forward(self, inputs: Hidden) -> Hidden:
-        """(B, S, D) -> (B, S, D), with document_start passed along where it is given."""
+        """(B, S, D) -> (B, S, D); document_start, if given, is passed along."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
         tp = self.tp
         x = x + tp.leave(self.self_attn(tp.enter(self.input_layernorm.plain(x)), document_start))

@@ -15,7 +15,7 @@ from llama_ds.layout.weights import EMBEDDING
 from llama_ds.model.decoder import Hidden, LayerContext
 from llama_ds.model.linear import describe
 
-EMBEDDING_LAYER = -1  # in the seeds of initial weights, where decoder layers are 0 .. L - 1
+EMBEDDING_LAYER = -1  # layer number in the seeds of initial weights; decoder layers are 0 .. L - 1
 HEAD_LAYER = -2
 BOS = 1  # sentencepiece's id, as in the LLaMA tokenizer: every packed document begins with it
 
@@ -23,8 +23,7 @@ BOS = 1  # sentencepiece's id, as in the LLaMA tokenizer: every packed document 
 def document_starts(ids: Tensor, bos: int = BOS) -> Tensor:
     """Return for each token the position at which its document begins: (B, T) ids -> (B, T) int32.
 
-    bos: the id that every document begins with.
-    A row that begins in the middle of a document begins a document at position 0.
+    Every document begins with the id `bos`. A row that starts in the middle of a document counts as starting one.
     """
     position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
     return torch.where(ids == bos, position, 0).cummax(1).values.to(torch.int32)
@@ -33,17 +32,17 @@ def document_starts(ids: Tensor, bos: int = BOS) -> Tensor:
 class VocabParallelEmbedding(nn.Module):
     """Look up this rank's V / tp tokens; other tokens contribute zero to the sum over ranks."""
 
-    def __init__(self, shared: LayerContext) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        model, tp = shared.model, shared.tp
+        model, tp = context.model, context.tp
         self.tp = tp
-        self.document_mask = shared.document_mask
-        self.weight = shared.parameter(EMBEDDING, EMBEDDING_LAYER)
+        self.document_mask = context.document_mask
+        self.weight = context.parameter(EMBEDDING, EMBEDDING_LAYER)
         self.first = tp.rank * model.vocab_size // tp.size
         self.count = model.vocab_size // tp.size
 
     def forward(self, ids: Tensor) -> Hidden:
-        """(B, T) -> (B, S, D), with document_start (B, T) beside it where documents are masked."""
+        """(B, T) -> (B, S, D), paired with document_start (B, T) if documents are masked."""
         x = self.tp.leave(self.lookup(ids))
         return (x, document_starts(ids)) if self.document_mask else x
 
@@ -61,11 +60,11 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The norm before the head; drops what the head does not need."""
+    """The norm before the head; it drops document_start."""
 
-    def __init__(self, shared: LayerContext) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        self.norm = shared.norm("norm")
+        self.norm = context.norm("norm")
 
     def forward(self, inputs: Hidden) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
@@ -76,18 +75,18 @@ Then = Callable[[Tensor, Tensor], Tensor]
 
 
 class Head(nn.Module):
-    """The output matrix W (V / tp, D); the logits x W^T are the loss's business, which never makes them whole."""
+    """The output matrix W (V / tp, D); the loss computes the logits x W^T chunk by chunk, never all at once."""
 
-    def __init__(self, shared: LayerContext) -> None:
+    def __init__(self, context: LayerContext) -> None:
         super().__init__()
-        self.lm_head = shared.linear("lm_head", HEAD_LAYER)
+        self.lm_head = context.linear("lm_head", HEAD_LAYER)
 
     def forward(self, x: Tensor, then: Then | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Return (x, W) for x (B, S, D), or then(x, W) where the weight is at hand only inside this call (ZeRO-3)."""
+        """Return (x, W) for x (B, S, D), or then(x, W): under ZeRO-3, W is gathered only within this call."""
         weight = self.lm_head.weight
         return (x, weight) if then is None else then(x, weight)
 
 
 def tied_head(embedding: VocabParallelEmbedding, x: Tensor, then: Then | None = None) -> Tensor | tuple[Tensor, Tensor]:
-    """Do as `Head.forward` does for x (B, S, D), with the embedding's own weight."""
+    """Do what `Head.forward` does for x (B, S, D), with the embedding's weight."""
     return (x, embedding.weight) if then is None else then(x, embedding.weight)

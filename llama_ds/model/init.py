@@ -1,7 +1,7 @@
 """Initial weights as a pure function of (seed, layer, name, index): the same for every layout.
 
-A matrix is drawn in fixed blocks along its sharded dimension, each from its own generator, so that a rank draws
-only the blocks it holds and any tensor-parallel size cuts the same matrix.
+A matrix is drawn in fixed blocks along its sharded dimension, each from a generator of its own, so that a rank draws
+only the blocks it holds and every tensor-parallel size shards the same matrix.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.weights import Weight
 
-BLOCKS = 64  # finest cut that costs no extra drawing; any tp works, tp dividing 64 draws nothing in vain
+BLOCKS = 64  # any tp works; a tp that divides 64 draws no surplus numbers
 
 
 def block_seed(seed: int, layer: int, name: str, block: int) -> int:
@@ -27,27 +27,27 @@ def block_seed(seed: int, layer: int, name: str, block: int) -> int:
 def initial_shard(
     weight: Weight, model: ModelConfig, rank: int, size: int, std: float, seed: int, layer: int
 ) -> Tensor:
-    """Return initial values of the part of `weight` that `rank` of `size` holds: normal (0, std); norms are ones."""
+    """Return the initial shard of `weight` on `rank` of `size`: normal (0, std), or ones for norms."""
     shape = weight.shape(model)
     if weight.seed_name is None:
         return torch.ones(shape)
     out_size, in_size = shape
-    assert weight.cut is not None, "matrices are drawn in blocks along the dimension that is cut"
+    assert weight.cut is not None, "matrices are drawn in blocks along their sharded dimension"
     return normal_shard((out_size, in_size), weight.cut, rank, size, std, seed, layer, weight.seed_name)
 
 
 def normal_shard(
     shape: tuple[int, int], dim: int, rank: int, size: int, std: float, seed: int, layer: int, name: str
 ) -> Tensor:
-    """Draw the part of a normal (0, std) matrix that `rank` of `size` holds when it is cut along `dim`.
+    """Draw the shard of a normal (0, std) matrix on `rank` of `size` when the matrix is sharded along `dim`.
 
     Args:
-        shape: of the whole matrix; `shape[dim]` is a multiple of `size`.
+        shape: shape of the full matrix; `shape[dim]` is a multiple of `size`.
         layer: number of the decoder layer from 0, or the key of embedding or head (`embedding.py`).
         name: name of the weight in its layer.
 
     Returns:
-        float32 tensor of `shape` with `shape[dim] / size` in place of `shape[dim]`.
+        float32 tensor of `shape`, except that its size along `dim` is `shape[dim] / size`.
     """
     length = shape[dim]
     step = length // math.gcd(length, BLOCKS)

@@ -1,4 +1,4 @@
-"""Matrices cut over the tensor-parallel group, and the norm that every rank holds whole."""
+"""Matrices sharded over the tensor-parallel group, and the norm, which is replicated."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from llama_ds.model.tensor_parallel import TensorParallel
 def describe(weight: Tensor, tp: TensorParallel, dim: int | None = None) -> str:
     """Return shape and dtype of a weight in words, for `print(model)`.
 
-    `dim` is the dimension that `tp` cuts; None: every rank holds the whole weight. Under ZeRO-3 the shape is in
-    `ds_shape`.
+    `dim` is the dimension sharded over `tp`; None: the weight is replicated. ZeRO-3 keeps the shape in `ds_shape`.
     """
-    part = list(getattr(weight, "ds_shape", weight.shape))
-    whole = [size * tp.size if i == dim else size for i, size in enumerate(part)]
-    cut = "" if whole == part else f", {part} on this rank: dim {dim} cut over tp {tp.size}"
-    return f"{whole}{cut}, {str(weight.dtype).removeprefix('torch.')}"
+    shard = list(getattr(weight, "ds_shape", weight.shape))
+    full = [size * tp.size if i == dim else size for i, size in enumerate(shard)]
+    cut = "" if full == shard else f", {shard} on this rank: dim {dim} cut over tp {tp.size}"
+    return f"{full}{cut}, {str(weight.dtype).removeprefix('torch.')}"
 
 
 class ShardedLinear(nn.Module):
-    """y = x W^T with this rank's part of W (out, in), which `tp` cuts along `cut`; no bias, no collective."""
+    """y = x W^T with this rank's shard of W (out, in), sharded along dimension `cut`; no bias, no collective."""
 
     def __init__(self, weight: nn.Parameter, cut: int | None, tp: TensorParallel) -> None:
         super().__init__()
@@ -41,37 +40,37 @@ class ShardedLinear(nn.Module):
 
 
 def adjacent(matrices: Sequence[Tensor]) -> Tensor | None:
-    """Return matrices (O_i, I) that lie one behind the other in memory as one view (sum of O_i, I), else None."""
+    """Return matrices (O_i, I) that are adjacent in memory as one view (sum of O_i, I), else None."""
     first, total = matrices[0], 0
     storage = first.untyped_storage().data_ptr()
     for matrix in matrices:
-        behind = matrix.storage_offset() == first.storage_offset() + total
-        if not (behind and matrix.is_contiguous() and matrix.untyped_storage().data_ptr() == storage):
+        follows = matrix.storage_offset() == first.storage_offset() + total
+        if not (follows and matrix.is_contiguous() and matrix.untyped_storage().data_ptr() == storage):
             return None
         total += matrix.numel()
     return first.detach().as_strided((total // first.shape[1], first.shape[1]), first.stride())
 
 
 def stacked(matrices: Sequence[Tensor]) -> Tensor:
-    """Return matrices that multiply the same input as one: a view where they are adjacent, else a copy."""
-    whole = adjacent(matrices)
-    return torch.cat([m.detach() for m in matrices]) if whole is None else whole
+    """Return matrices with a common input as one matrix: a view if they are adjacent in memory, else a copy."""
+    view = adjacent(matrices)
+    return torch.cat([m.detach() for m in matrices]) if view is None else view
 
 
 def lay_together(parameters: Sequence[nn.Parameter]) -> None:
-    """Move parameters into one storage, one behind the other, so that `stacked` copies nothing.
+    """Move parameters into one contiguous storage, so that `stacked` copies nothing.
 
-    DeepSpeed's flat buffers keep neighbours together; under ZeRO-3 its partitions are left alone.
+    DeepSpeed's flat buffers keep neighbours adjacent. Under ZeRO-3 the partitions are left alone.
     """
     if any(hasattr(p, "ds_id") for p in parameters):
         return
-    whole = torch.cat([p.detach() for p in parameters])
-    for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+    storage = torch.cat([p.detach() for p in parameters])
+    for parameter, part in zip(parameters, storage.split([len(p) for p in parameters]), strict=True):
         parameter.data = part
 
 
 class _Normed(torch.autograd.Function):
-    """`pointwise.rms_norm` with its written-out backward: only x is kept."""
+    """`pointwise.rms_norm` with its hand-written backward, which saves only x and the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -99,7 +98,7 @@ class RMSNorm(nn.Module):
         return _Normed.apply(x, self.tp.replicated(self.weight), self.eps)
 
     def plain(self, x: Tensor) -> Tensor:
-        """Compute the same by autograd."""
+        """Compute the same with plain autograd."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
         return self.tp.replicated(self.weight) * normed.to(x.dtype)

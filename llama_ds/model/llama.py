@@ -1,4 +1,4 @@
-"""The whole model as one module, for a single pipeline stage; and the order of its layers, for any number of stages."""
+"""The complete model as one module, for a single pipeline stage; it defines the layer order for all layouts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from llama_ds.model.tensor_parallel import TensorParallel
 
 
 def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> LayerContext:
-    """Choose the attention backend, and on a CPU who multiplies, and build what the layers of a stage share.
+    """Choose the attention backend, and on a CPU the matrix library, and return the context of a stage's layers.
 
-    `device_type` is torch's: "cpu" or "cuda". `dtype` is what the layers compute in.
+    `device_type` is torch's: "cpu" or "cuda". The layers compute in `dtype`.
     """
     model = run.model
     if device_type == "cpu":
@@ -55,7 +55,7 @@ class Llama(nn.Module):
 
     def __init__(
         self,
-        shared: LayerContext,
+        context: LayerContext,
         loss: NextTokenLoss,
         policies: Sequence[str] | None = None,
         checkpointed: bool = False,
@@ -63,26 +63,26 @@ class Llama(nn.Module):
         """Build all layers.
 
         Args:
-            policies: save policy of each decoder layer, which is then written out; None: layers by autograd.
-            checkpointed: layers by autograd keep their input only and run their forward again.
+            policies: save policy of each decoder layer, which then has the hand-written backward; None: plain autograd.
+            checkpointed: whether layers with plain autograd save only their input and recompute their forward.
         """
         super().__init__()
-        model = shared.model
-        self.shared = shared
+        model = context.model
+        self.context = context
         self.checkpointed = checkpointed
         self.layers = nn.ModuleList()
-        self.layers.append(VocabParallelEmbedding(shared))
+        self.layers.append(VocabParallelEmbedding(context))
         for i in range(model.num_hidden_layers):
-            self.layers.append(ManualBackwardLayer(shared, i, policies[i]) if policies else DecoderLayer(shared, i))
-        self.layers.append(FinalNorm(shared))
+            self.layers.append(ManualBackwardLayer(context, i, policies[i]) if policies else DecoderLayer(context, i))
+        self.layers.append(FinalNorm(context))
         if not model.tie_word_embeddings:
-            self.layers.append(Head(shared))
+            self.layers.append(Head(context))
         self.tied = model.tie_word_embeddings
         self.loss = loss
-        self.tp = shared.tp
+        self.tp = context.tp
 
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the loss of ids and labels, each (B, T), or without labels this rank's logits (B, T, V / tp)."""
+        """Return the loss of ids and labels, each (B, T), or, without labels, this rank's logits (B, T, V / tp)."""
         layers = list(self.layers)
         embedding = cast(VocabParallelEmbedding, layers[0])
         head = partial(tied_head, embedding) if self.tied else layers.pop()
@@ -96,12 +96,12 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def logits(self, ids: ArrayLike | Tensor) -> Tensor:
-        """Return the logits of every next token: ids (B, T), a tensor, an array or lists -> (B, T, V).
+        """Return the next-token logits (B, T, V) of ids (B, T), given as tensor, array or nested lists.
 
-        They are in the model's dtype and on its device, without gradients; `model(ids)` has them.
+        They have the model's dtype and device and no gradients; `model(ids)` returns logits with gradients.
 
         Raises:
-            UserError: ids that the model cannot take, or a model cut over several ranks.
+            UserError: the ids are invalid, or the model is sharded over several ranks.
         """
         if self.tp.size > 1:
             raise UserError(
@@ -110,20 +110,20 @@ class Llama(nn.Module):
         return self(self._checked(ids))
 
     def extra_repr(self) -> str:
-        weights, seq_len = list(self.parameters()), self.shared.rotary.seq_len
+        weights, seq_len = list(self.parameters()), self.context.rotary.seq_len
         own = sum(math.prod(getattr(weight, "ds_shape", weight.shape)) for weight in weights)
         part = f", {own:,} on this rank of tp {self.tp.size}" if self.tp.size > 1 else ""
         dtype = str(weights[0].dtype).removeprefix("torch.")
-        whole = parameter_count(self.shared.model)
+        whole = parameter_count(self.context.model)
         return f"{whole:,} parameters{part}, {dtype} on {weights[0].device}, rows of up to {seq_len} tokens"
 
     def _checked(self, ids: ArrayLike | Tensor) -> Tensor:
         """Return ids as an int64 tensor on the model's device.
 
         Raises:
-            UserError: they are no integers of the vocabulary, or not rows that the rotary tables reach.
+            UserError: they are not integers of the vocabulary, or the rows are longer than the rotary tables.
         """
-        limit, vocab = self.shared.rotary.seq_len, self.shared.model.vocab_size
+        limit, vocab = self.context.rotary.seq_len, self.context.model.vocab_size
         try:
             found = ids if isinstance(ids, Tensor) else torch.from_numpy(np.asarray(ids))
         except (ValueError, TypeError) as error:

@@ -1,8 +1,8 @@
-"""Output head and next-token cross-entropy in one, over a vocabulary that is cut over the tensor-parallel ranks.
+"""Fused output head and next-token cross-entropy, over a vocabulary sharded over the tensor-parallel ranks.
 
 Shapes: B rows, T tokens, N = B * T, D hidden size, V vocabulary, tp ranks; each rank holds W (V / tp, D). The logits
-exist for one chunk of tokens at a time, never whole. Their gradient is computed with them in the forward, as in
-liger-kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2): three products in all, none repeated.
+exist for one chunk of tokens at a time. Their gradient is computed with them in the forward, as in liger-kernel's fused
+linear cross-entropy (arXiv 2410.10989, section 3.2): three matrix products in all, none repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llama_ds.model.pointwise import compiled_for
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients, add_product
 
-BLOCK_ELEMENTS = 1 << 18  # of the softmax on a CPU: temporaries of 1 MiB stay in a core's cache
+BLOCK_ELEMENTS = 1 << 18  # block of the softmax on a CPU: temporaries of 1 MiB stay in a core's cache
 
 
 class NextTokenLoss(nn.Module):
@@ -28,7 +28,7 @@ class NextTokenLoss(nn.Module):
     def __init__(
         self, tp: TensorParallel, z_weight: float = 0.0, weight_gradients: WeightGradients | None = None
     ) -> None:
-        """Take the weight of the z-loss, and where the gradient of W goes; None: to autograd."""
+        """`z_weight` scales the z-loss; `weight_gradients` receives the gradient of W, None: autograd does."""
         super().__init__()
         self.tp = tp
         self.z_weight = z_weight
@@ -68,7 +68,7 @@ class _HeadLoss(Function):
             logits.scatter_add_(1, index, torch.where(here, -1.0 / len(rows), 0.0)[:, None].to(logits.dtype))
             torch.mm(logits, weight, out=grad_x[part])  # dx = dlogits W
             if start + size >= len(rows):
-                reduced = tp.start_reduce(grad_x.view_as(whole))  # while the last of dW is computed
+                reduced = tp.start_reduce(grad_x.view_as(whole))  # overlaps with the last product of dW
             if start == 0 and wide == logits.dtype:
                 torch.mm(logits.t(), rows[part], out=grad_weight)  # dW = dlogits^T x
             else:
@@ -82,14 +82,14 @@ class _HeadLoss(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        factor = grad if grad.is_cuda or grad != 1 else None  # reading it costs nothing but on CUDA
+        factor = grad if grad.is_cuda or grad != 1 else None  # on CUDA, reading it would synchronise
         if factor is not None:
-            grad_x = grad_x * factor  # out of place: the saved gradients stay what they are if the graph is kept
+            grad_x = grad_x * factor  # out of place: with retain_graph the saved gradients are read again
         return grad_x, ctx.owner.weight_gradients.add(ctx.weight, grad_weight, factor), None, None, None
 
 
 def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return lse and the labels' logits (n,) over the whole vocabulary; local label index (n, 1), whether here (n,)."""
+    """Return lse and the labels' logits (n,), the local label indices (n, 1), and whether a label is local (n,)."""
     local = labels - tp.rank * logits.shape[1]
     here = (local >= 0) & (local < logits.shape[1])
     index = local.masked_fill(~here, 0)[:, None]
@@ -98,7 +98,7 @@ def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Te
     lse = torch.cat([by_rows(logits[part]) for part in _blocks(logits)])
     target = torch.where(here, logits.gather(1, index)[:, 0].to(wide), 0.0)
     if tp.size > 1:
-        # log sum exp of the parts; one collective carries both sums.
+        # Log-sum-exp over the shards; one collective carries both sums.
         top = tp.all_reduce_max(lse)
         total, target = tp.all_reduce_sum(torch.stack([(lse - top).exp(), target])).unbind()
         lse = total.log() + top
@@ -110,7 +110,7 @@ def _rows_log_sum_exp(logits: Tensor) -> Tensor:
 
 
 def _softmax_(logits: Tensor, lse: Tensor, factor: Tensor) -> None:
-    """logits = exp(logits - lse) * factor, in place, in the width of lse."""
+    """Compute logits = exp(logits - lse) * factor in place, with the arithmetic in the dtype of lse."""
     by_rows = compiled_for(logits, _rows_softmax_)
     for part in _blocks(logits):
         by_rows(logits[part], lse[part, None], factor[part, None])
@@ -121,6 +121,6 @@ def _rows_softmax_(logits: Tensor, lse: Tensor, factor: Tensor) -> None:
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
-    """Cut the rows for a CPU's cache; a CUDA kernel takes them whole."""
+    """Return blocks of rows that fit a CPU's cache; on CUDA one block of all rows."""
     step = len(logits) if logits.is_cuda else max(1, BLOCK_ELEMENTS // logits.shape[1])
     return (slice(start, start + step) for start in range(0, len(logits), step))

@@ -1,24 +1,26 @@
-"""The decoder layer with its backward written out: it saves what is dear to compute and little else, issues collectives
-early and waits for them late (LLaMA paper, section 2.4; Korthikanti et al., arXiv 2205.05198).
+"""The decoder layer with a hand-written backward: it saves only the activations that are expensive to recompute, issues
+collectives early and waits for them late (LLaMA paper, section 2.4; Korthikanti et al., arXiv 2205.05198).
 
 Shapes: B rows, T tokens of a row, D hidden size, H query and G key-value heads, K head size, F intermediate size, tp
 ranks; S = T / tp under sequence parallelism, else T. N = B * T and M = B * S tokens as rows of a matrix. H, G and F are
-this rank's, 1 / tp of the model's. dX stands for dL/dX.
+this rank's, 1 / tp of the model's. In formulas dX stands for dL/dX; in code it is called grad_x.
 
-What a layer keeps between forward and backward is its policy (`llama_ds.layout.activation_memory` counts the bytes):
+The save policy decides what a layer keeps between forward and backward (`llama_ds.layout.activation_memory` counts the
+bytes):
 
-- none: everything the backward reads. Nothing is computed again.
-- selective: the layer's input, the outputs of its wide products (q, k and v rotated; gate and up), the attention's
-  output and logsumexp. The norms and the SwiGLU product are computed again, and on one rank the small output
-  projection (2.6 percent of the layer's FLOPs); over several ranks its sum stays, and under sequence parallelism the
-  gathered inputs of the products: no collective is repeated.
-- full: the layer's input. The forward runs again, collectives too, up to the product that the backward does not read.
+- none: everything that the backward reads; nothing is recomputed.
+- selective: the layer's input, the outputs of its large matrix products (q, k and v rotated; gate and up), and the
+  attention's output and logsumexp. The norms and the SwiGLU product are recomputed, and with tp = 1 the output
+  projection (2.6 percent of the layer's FLOPs). With tp > 1 the reduced output projection is kept, and under sequence
+  parallelism the gathered inputs of the products as well, so that no collective is repeated.
+- full: the layer's input. The forward runs again, collectives included, up to the last product, which the backward
+  does not read.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,36 +44,36 @@ from llama_ds.model.weight_gradients import LayerWeightGradients
 
 @dataclass
 class Saved:
-    """What the forward leaves to the backward; None is computed again."""
+    """Activations that the forward saves for the backward; the backward recomputes those that are None."""
 
-    x: Tensor  # (B, S, D) the layer's input
+    x: Tensor  # (B, S, D), the layer's input
     qkv: Tensor | None = None  # (B, T, H + 2 G, K), queries and keys rotated
-    out: Tensor | None = None  # (B, T, H, K) the attention's output
-    mid: Tensor | None = None  # (B, S, D) after the attention's residual
-    gate_up: Tensor | None = None  # (N, 2 F)
-    normed_x: Tensor | None = None  # (N, D) input of q, k and v
-    normed_mid: Tensor | None = None  # (N, D) input of gate and up
-    product: Tensor | None = None  # (N, F) input of down
-    statistics: Statistics = ()  # of the attention
+    out: Tensor | None = None  # (B, T, H, K), output of the attention
+    mid: Tensor | None = None  # (B, S, D), after the residual addition of the attention
+    gate_up: Tensor | None = None  # (N, 2 F), outputs of gate and up
+    normed_x: Tensor | None = None  # (N, D), input of q, k and v
+    normed_mid: Tensor | None = None  # (N, D), input of gate and up
+    product: Tensor | None = None  # (N, F), input of down
+    statistics: Statistics = ()  # softmax statistics of the attention
 
 
 class ManualBackwardLayer(DecoderLayer):
-    """`DecoderLayer` without autograd inside: the same parameters, the same numbers."""
+    """`DecoderLayer` without autograd inside: same parameters, same results."""
 
-    def __init__(self, shared: LayerContext, layer: int, policy: str = "none", first: bool = False) -> None:
+    def __init__(self, context: LayerContext, layer: int, policy: str = "none", first: bool = False) -> None:
         """Build decoder layer number `layer`, counted from 0.
 
         Args:
             policy: save policy: none, selective or full.
-            first: whether no layer of this stage will want the gathered gradient of the input.
+            first: whether it is the first layer of its stage; no layer then needs the gathered gradient of its input.
         """
-        super().__init__(shared, layer)
+        super().__init__(context, layer)
         self.policy = policy
         self.first = first
-        self.kernel = attention_kernel(shared.attention.name)
-        self.weights = LayerWeightGradients(shared.weight_gradients)
-        self.recomputes_early = False  # True, with policy full: recompute_oldest() is called before every backward
-        self._outstanding: deque[Any] = deque()  # contexts of the forwards whose backwards are still to come
+        self.kernel = attention_kernel(context.attention.name)
+        self.weight_grads = LayerWeightGradients(context.weight_gradients)
+        self.recomputes_early = False  # True (policy full only): recompute_oldest() runs before every backward
+        self._outstanding: deque[Any] = deque()  # autograd contexts of forwards with a pending backward
         self._recording = False
         attention, mlp = self.self_attn, self.mlp
         self.wide_attention = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -79,29 +81,29 @@ class ManualBackwardLayer(DecoderLayer):
         self.lay_weights_together()
 
     def forward(self, inputs: Hidden) -> Hidden:
-        """(B, S, D) -> (B, S, D), with document_start passed along where it is given."""
+        """(B, S, D) -> (B, S, D); document_start, if given, is passed along."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
         self._recording = self.recomputes_early and torch.is_grad_enabled()
-        y = _Layer.apply(x, self, self.shared.attention.documents(document_start), *self._parameters_in_order())
+        y = _Layer.apply(x, self, self.context.attention.documents(document_start), *self._parameters_in_order())
         return y if document_start is None else (y, document_start)
 
     def extra_repr(self) -> str:
         return f"recompute {self.policy}"
 
     def lay_weights_together(self) -> None:
-        """Lay the matrices of one input side by side in memory, again after they were converted one by one."""
+        """Make the matrices that share an input adjacent in memory; repeat after converting them one by one."""
         for modules in (self.wide_attention, self.wide_mlp):
             lay_together([m.weight for m in modules])
 
-    def weight_grads(self) -> None:
-        """Compute the matrices' gradients of the micro-batch that has waited longest (weight_gradients.deferred)."""
-        self.weights.run_oldest()
+    def run_deferred_wgrad(self) -> None:
+        """Compute the matrices' gradients of the oldest deferred micro-batch (`WeightGradients.deferred`)."""
+        self.weight_grads.run_oldest()
 
     @torch.no_grad()
     def recompute_oldest(self) -> None:
-        """Run the forward of the next backward again, while the gradient that it waits for is on its way."""
-        context = self._outstanding.popleft()
-        _, context.again = forward(self, context.saved_tensors[0], context.documents, "none", output=False)
+        """Recompute the forward for the next backward while its incoming gradient is still in flight."""
+        ctx = self._outstanding.popleft()
+        _, ctx.recomputed = forward(self, ctx.saved_tensors[0], ctx.documents, "none", output=False)
 
     def _parameters_in_order(self) -> list[nn.Parameter]:
         attention, mlp = self.self_attn, self.mlp
@@ -116,9 +118,18 @@ class _Layer(Function):
     ) -> Tensor:
         y, saved = forward(layer, x, documents, layer.policy)
         assert y is not None
-        tensors = [getattr(saved, field.name) for field in fields(saved)[:-1]]
-        ctx.save_for_backward(*tensors, *saved.statistics)
-        ctx.layer, ctx.documents, ctx.again = layer, documents, None
+        ctx.save_for_backward(
+            saved.x,
+            saved.qkv,
+            saved.out,
+            saved.mid,
+            saved.gate_up,
+            saved.normed_x,
+            saved.normed_mid,
+            saved.product,
+            *saved.statistics,
+        )
+        ctx.layer, ctx.documents, ctx.recomputed = layer, documents, None
         if layer._recording:
             layer._outstanding.append(ctx)
         return y
@@ -126,13 +137,12 @@ class _Layer(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        count = len(fields(Saved)) - 1
-        tensors = ctx.saved_tensors
-        saved = Saved(*tensors[:count], statistics=tensors[count:])  # type: ignore[misc]
-        if ctx.again:
-            saved = ctx.again
+        x, qkv, out, mid, gate_up, normed_x, normed_mid, product, *statistics = ctx.saved_tensors
+        saved = Saved(x, qkv, out, mid, gate_up, normed_x, normed_mid, product, tuple(statistics))
+        if ctx.recomputed:
+            saved = ctx.recomputed
         elif ctx.layer.policy == "full":
-            with ctx.layer.shared.recomputing():
+            with ctx.layer.context.recomputing():
                 _, saved = forward(ctx.layer, saved.x, ctx.documents, "none", output=False)
         grad_x, grads = backward(ctx.layer, grad, saved, ctx.documents)
         return grad_x, None, None, *grads
@@ -141,25 +151,25 @@ class _Layer(Function):
 def forward(
     layer: ManualBackwardLayer, x: Tensor, documents: Documents | None, policy: str, output: bool = True
 ) -> tuple[Tensor | None, Saved]:
-    """Return y (B, S, D), None if not `output`, and what `policy` keeps; `backward` numbers the steps alike."""
+    """Return y (B, S, D), or None without `output`, and what `policy` keeps. `backward` numbers the steps alike."""
     tp, eps, attention, mlp = layer.tp, layer.input_layernorm.eps, layer.self_attn, layer.mlp
     keep = policy == "none"
 
-    # 1. n = norm(x), whole rows on every rank
+    # 1. n = norm(x), gathered over the sequence
     n = tp.start_gather(rms_norm(x, layer.input_layernorm.weight, eps))()
     rows = n.shape[:2]
     n = n.flatten(0, 1)
     # 2. [q | k | v] = n [W_q | W_k | W_v]^T; q = R q, k = R k
     qkv = (n @ stacked([m.weight for m in layer.wide_attention]).t()).view(*rows, -1, attention.head_dim)
-    turned = sum(len(m.weight) for m in layer.wide_attention[:2]) // attention.head_dim
-    qkv = rotate_heads(qkv, turned, layer.shared.rotary.on(x.device))
+    num_rotated_heads = sum(len(m.weight) for m in layer.wide_attention[:2]) // attention.head_dim
+    qkv = rotate_heads(qkv, num_rotated_heads, layer.context.rotary.on(x.device))
     q, k, v = _split_heads(layer, qkv)
     # 3. o = attention(q, k, v)
     out, statistics = layer.kernel.forward(q, k, v, documents)
     # 4. m = x + o W_o^T, summed over ranks
     mid = out.flatten(2) @ attention.o_proj.weight.t()
     mid = tp.start_reduce(mid)().add_(x)
-    # 5. l = norm(m), whole rows on every rank
+    # 5. l = norm(m), gathered over the sequence
     normed_mid = tp.start_gather(rms_norm(mid, layer.post_attention_layernorm.weight, eps))().flatten(0, 1)
     # 6. [g | u] = l [W_gate | W_up]^T, a = silu(g) u
     gate_up = normed_mid @ stacked([m.weight for m in layer.wide_mlp]).t()
@@ -182,59 +192,61 @@ def forward(
 
 
 def backward(
-    layer: ManualBackwardLayer, grad: Tensor, saved: Saved, documents: Documents | None
+    layer: ManualBackwardLayer, grad_y: Tensor, saved: Saved, documents: Documents | None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Return dx (B, S, D) for dy = `grad`, and the gradients of the parameters in their order, None where taken over.
+    """Return dx (B, S, D) for dy = `grad_y`, and the gradients of the parameters in their order.
 
-    Every collective is issued before a product that does not need it: the weights' gradients fill the waits.
+    A gradient is None where `WeightGradients` has taken it over. Every collective is issued before a product that does
+    not need its result, so that the products of the weight gradients hide it.
     """
     tp, eps, attention, mlp = layer.tp, layer.input_layernorm.eps, layer.self_attn, layer.mlp
     norm, mid_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
     x, qkv, out, gate_up = saved.x, saved.qkv, saved.out, saved.gate_up
     assert qkv is not None and out is not None and gate_up is not None
-    weights, whole_shape = layer.weights, (*qkv.shape[:2], x.shape[-1])  # (B, T, D)
+    weight_grads, gathered_shape = layer.weight_grads, (*qkv.shape[:2], x.shape[-1])  # (B, T, D)
 
     # 7. dm = dy (the residual), da = dy W_down, dW_down = dy^T a
-    whole = tp.start_gather(grad)
+    gathering = tp.start_gather(grad_y)
     mid = saved.mid
-    if mid is None:  # 4. again
+    if mid is None:  # recompute step 4
         mid = (out.flatten(2) @ attention.o_proj.weight.t()).add_(x)
     normed_mid = rms_norm(mid, mid_norm, eps).flatten(0, 1) if saved.normed_mid is None else saved.normed_mid
-    grad_y = whole().flatten(0, 1)
-    grad_product = grad_y @ mlp.down_proj.weight
+    gathered_grad_y = gathering().flatten(0, 1)
+    grad_product = gathered_grad_y @ mlp.down_proj.weight
     # 6. du = da g s, dg = da u s (1 + g (1 - s)) with s = sigmoid(g);
-    #    dl = [dg | du] [W_gate | W_up], dW = [dg | du]^T l
+    #    dl = [dg | du] [W_gate | W_up], d[W_gate | W_up] = [dg | du]^T l
     grad_gate_up, product = swiglu_backward(grad_product, gate_up, saved.product)
     del grad_product
-    reduced = tp.start_reduce((grad_gate_up @ stacked([m.weight for m in layer.wide_mlp])).view(whole_shape))
-    down = weights.of((mlp.down_proj,), grad_y, product)
+    reducing = tp.start_reduce((grad_gate_up @ stacked([m.weight for m in layer.wide_mlp])).view(gathered_shape))
+    grad_down_weight = weight_grads.of((mlp.down_proj,), gathered_grad_y, product)  # 7. dW_down
     # 5. dm += r (dl w - z mean(dl w z)) with z = m r; dw = sum over tokens of dl z
-    grad_mid, grad_mid_norm = rms_norm_backward(reduced(), mid, mid_norm, eps, grad)
-    mid_norm_sum = tp.start_sum(grad_mid_norm)
+    grad_mid, grad_mid_norm = rms_norm_backward(reducing(), mid, mid_norm, eps, grad_y)
+    summing_mid_norm = tp.start_sum(grad_mid_norm)
     # 4. do = dm W_o, dW_o = dm^T o
-    whole = tp.start_gather(grad_mid)
-    wide_mlp = weights.of(layer.wide_mlp, grad_gate_up, normed_mid)
+    gathering = tp.start_gather(grad_mid)
+    grad_gate_up_weight = weight_grads.of(layer.wide_mlp, grad_gate_up, normed_mid)  # 6. d[W_gate | W_up]
     del grad_gate_up
-    grad_whole = whole().flatten(0, 1)
-    grad_out = (grad_whole @ attention.o_proj.weight).view_as(out)
-    # 3. dq, dk, dv of the attention: `llama_ds.model.attention_kernels`
+    gathered_grad_mid = gathering().flatten(0, 1)
+    grad_out = (gathered_grad_mid @ attention.o_proj.weight).view_as(out)
+    # 3. dq, dk, dv of the attention: formulas in `llama_ds.model.attention_kernels`
     q, k, v = _split_heads(layer, qkv)
-    grads = layer.kernel.backward(grad_out, q, k, v, out, saved.statistics, documents)
-    # 2. dq = R^T dq, dk = R^T dk; dn = [dq | dk | dv] [W_q | W_k | W_v], dW = [dq | dk | dv]^T n
-    flat = rotate_heads_back(grads, layer.shared.rotary.on(x.device)).flatten(2).flatten(0, 1)
-    del grads, grad_out
-    reduced = tp.start_reduce((flat @ stacked([m.weight for m in layer.wide_attention])).view(whole_shape))
-    output = weights.of((attention.o_proj,), grad_whole, out.flatten(2).flatten(0, 1))
+    grads_q_k_v = layer.kernel.backward(grad_out, q, k, v, out, saved.statistics, documents)
+    # 2. dq = R^T dq, dk = R^T dk;
+    #    dn = [dq | dk | dv] [W_q | W_k | W_v], d[W_q | W_k | W_v] = [dq | dk | dv]^T n
+    grad_qkv = rotate_heads_back(grads_q_k_v, layer.context.rotary.on(x.device)).flatten(2).flatten(0, 1)
+    del grads_q_k_v, grad_out
+    reducing = tp.start_reduce((grad_qkv @ stacked([m.weight for m in layer.wide_attention])).view(gathered_shape))
+    grad_o_weight = weight_grads.of((attention.o_proj,), gathered_grad_mid, out.flatten(2).flatten(0, 1))  # 4. dW_o
     normed_x = rms_norm(x, norm, eps).flatten(0, 1) if saved.normed_x is None else saved.normed_x
     # 1. dx = dm + r (dn w - z mean(dn w z)) with z = x r; dw = sum over tokens of dn z
-    grad_x, grad_norm = rms_norm_backward(reduced(), x, norm, eps, grad_mid)
+    grad_x, grad_norm = rms_norm_backward(reducing(), x, norm, eps, grad_mid)
     if not layer.first:
         tp.gather_ahead(grad_x)
-    norm_sum = tp.start_sum(grad_norm)
-    wide_attention = weights.of(layer.wide_attention, flat, normed_x)
-    weights.end_micro_batch()
-    norms = [total().to(norm.dtype) for total in (norm_sum, mid_norm_sum)]
-    return grad_x, [*wide_attention, *output, *wide_mlp, *down, *norms]
+    summing_norm = tp.start_sum(grad_norm)
+    grad_qkv_weight = weight_grads.of(layer.wide_attention, grad_qkv, normed_x)  # 2. d[W_q | W_k | W_v]
+    weight_grads.end_micro_batch()
+    grad_norms = [total().to(norm.dtype) for total in (summing_norm, summing_mid_norm)]
+    return grad_x, [*grad_qkv_weight, *grad_o_weight, *grad_gate_up_weight, *grad_down_weight, *grad_norms]
 
 
 def _split_heads(layer: ManualBackwardLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""RMSNorm, SwiGLU and rotary embedding, each forward and backward beside its formula: what a layer does between GEMMs.
+"""The pointwise operations between a layer's GEMMs: RMSNorm, SwiGLU and rotary embedding, with formulas.
 
-Shapes: B rows, T tokens, N = B * T, D hidden size, F intermediate size, H heads, K head size. Arithmetic in float32 at
-least. On CUDA torch.compile makes one kernel of each function.
+Shapes: B rows, T tokens, N = B * T, D hidden size, F intermediate size, H heads, K head size. Arithmetic is in
+float32 or wider. On CUDA torch.compile fuses each function into one kernel.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return (dL/dx + residual, dL/dw) for g = dL/dy: dL/dx = r g w - x r^3 mean(g w x), dL/dw = sum of g x r.
 
-    `residual` is the gradient that x has from its other use. Shapes: (..., D) and (D,); dL/dw is in float32 at least.
+    `residual` is the gradient of x from the residual branch. Shapes: (..., D) and (D,); dL/dw is in float32 or wider.
     """
     return compiled_for(x, _rms_norm_backward)(grad, x, weight, eps, residual)
 
@@ -35,25 +35,26 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (dL/d[g | u] (N, 2F), a (N, F)) for dL/da (N, F) and s = sigmoid(g); a = `product`, or is computed again.
+    """Return (dL/d[g | u] (N, 2F), a (N, F)) for dL/da (N, F) and s = sigmoid(g); a = `product`, or is recomputed.
 
     dL/du = dL/da g s, dL/dg = dL/da u s (1 + g (1 - s)).
     """
     grad_gate_up = torch.empty_like(gate_up)
-    halves = grad_gate_up.chunk(2, -1)  # cut here: of one tensor, a compiler would write each half by a pass over both
-    again = compiled_for(gate_up, _swiglu_backward)(grad, gate_up, *halves, product is None)
-    return grad_gate_up, again if product is None else product
+    # Two tensors: the compiler would write the halves of one tensor in two passes over all of it.
+    halves = grad_gate_up.chunk(2, -1)
+    recomputed = compiled_for(gate_up, _swiglu_backward)(grad, gate_up, *halves, product is None)
+    return grad_gate_up, recomputed if product is None else product
 
 
-def rotate_heads(qkv: Tensor, turned: int, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Return R x for the pairs (x_i, x_{i+K/2}) of the first `turned` heads and x for the others: (B, T, heads, K).
+def rotate_heads(qkv: Tensor, num_rotated_heads: int, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Return R x for the pairs (x_i, x_{i+K/2}) of the first `num_rotated_heads`, else x: (B, T, heads, K).
 
-    On a CPU in place. In place a GPU's kernel would need its input twice, before and after.
+    On a CPU it works in place. On a GPU an in-place kernel would have to read its input again after writing it.
     """
     cos, sin = _tables_for(qkv, tables)
     if qkv.is_cuda:
-        return _compiled(_rotated_heads)(qkv, turned, cos, sin)
-    _rotate(qkv[:, :, :turned], cos, sin, qkv[:, :, :turned])
+        return _compiled(_rotated_heads)(qkv, num_rotated_heads, cos, sin)
+    _rotate(qkv[:, :, :num_rotated_heads], cos, sin, qkv[:, :, :num_rotated_heads])
     return qkv
 
 
@@ -92,21 +93,23 @@ def _swiglu(gate_up: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate).mul_(up).to(gate_up.dtype)
 
 
-def _swiglu_backward(grad: Tensor, gate_up: Tensor, grad_gate: Tensor, grad_up: Tensor, again: bool) -> Tensor | None:
+def _swiglu_backward(
+    grad: Tensor, gate_up: Tensor, grad_gate: Tensor, grad_up: Tensor, recompute: bool
+) -> Tensor | None:
     wide = grad.to(_wide(grad))
     gate, up = gate_up.to(wide.dtype).chunk(2, -1)
     silu = torch.nn.functional.silu(gate)
     if grad_up.dtype != wide.dtype or torch.compiler.is_compiling():
         grad_gate.copy_(torch.ops.aten.silu_backward(wide * up, gate))
         grad_up.copy_(wide * silu)
-    else:  # into place, which a compiler does by itself
+    else:  # write directly into the outputs, as the compiler does by itself
         torch.ops.aten.silu_backward.grad_input(torch.mul(wide, up, out=grad_gate), gate, grad_input=grad_gate)
         torch.mul(wide, silu, out=grad_up)
-    return silu.mul_(up).to(grad.dtype) if again else None
+    return silu.mul_(up).to(grad.dtype) if recompute else None
 
 
 def _tables_for(x: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the part of `RotaryTables` for x's rows, in the width of the arithmetic."""
+    """Return the part of `RotaryTables` for x's rows, in the dtype of the arithmetic."""
     length, dtype = x.shape[1], _wide(x)  # bf16 products would lose the relative-position property on long rows
     cos, sin = (table[:length].to(dtype) for table in tables)
     return cos, sin
@@ -121,9 +124,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         out.copy_(_rotated(x, cos, sin))
 
 
-def _rotated_heads(qkv: Tensor, turned: int, cos: Tensor, sin: Tensor) -> Tensor:
-    turns = torch.arange(qkv.shape[2], device=qkv.device)[:, None] < turned
-    return torch.where(turns, _rotated(qkv, cos, sin).to(qkv.dtype), qkv)
+def _rotated_heads(qkv: Tensor, num_rotated_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    rotated = torch.arange(qkv.shape[2], device=qkv.device)[:, None] < num_rotated_heads
+    return torch.where(rotated, _rotated(qkv, cos, sin).to(qkv.dtype), qkv)
 
 
 def _rotated_back(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -137,7 +140,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _swapped(x: Tensor) -> Tensor:
-    return x.roll(x.shape[-1] // 2, -1)  # a compiler fuses it, which it does not with a concatenation
+    return x.roll(x.shape[-1] // 2, -1)  # the compiler fuses roll, but not a concatenation
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -145,7 +148,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def compiled_for(x: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, as one kernel by torch.compile where x is on CUDA."""
+    """Return `function`, compiled into one kernel if x is on CUDA."""
     return _compiled(function) if x.is_cuda else function
 
 

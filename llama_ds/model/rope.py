@@ -14,13 +14,13 @@ from llama_ds.config.schema import ModelConfig, RopeScaling
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Return theta^(-2i/K), i < K/2, in float32, stretched for long contexts where `scaling` says so."""
+    """Return theta^(-2i/K), i < K/2, in float32, scaled for long contexts if `scaling` is given."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
     return frequencies if scaling is None else scale_llama3(frequencies, scaling)
 
 
 def scale_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Divide low frequencies by `factor`, keep high ones, blend between (Llama 3.1 release, `apply_scaling`)."""
+    """Divide low frequencies by `factor`, keep high ones, interpolate between (Llama 3.1 release, `apply_scaling`)."""
     wavelength = 2 * math.pi / frequencies
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     # Weight of the unscaled frequency: 0 for waves longer than context / low, 1 for waves shorter than context / high.
@@ -32,15 +32,15 @@ class RotaryTables:
     """Cosines and sines of all positions of a row, computed once per device and shared by a stage's layers."""
 
     def __init__(self, model: ModelConfig, seq_len: int) -> None:
-        """`seq_len` is the most tokens that a row may have."""
+        """`seq_len` is the maximum number of tokens of a row."""
         self.model = model
         self.seq_len = seq_len
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return [cos | cos] and [-sin | sin] on `device`, as wide as a head: each (T, 1, K) in float32.
+        """Return [cos | cos] and [-sin | sin] on `device`: each (T, 1, K) in float32.
 
-        x rotated is x cos + swapped(x) sin, where swapped exchanges the halves of a head.
+        The rotation of x is x cos + swapped(x) sin, where swapped exchanges the halves of a head.
         """
         if device not in self._tables:
             model = self.model

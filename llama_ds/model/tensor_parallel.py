@@ -1,7 +1,7 @@
-"""What the model asks of tensor parallelism: an interface handed in, and the one that stands for a single rank.
+"""The interface of tensor parallelism that the model uses, and its implementation for a single rank.
 
 Shapes: B rows, T tokens of a row, D hidden size, tp ranks of the group, S = T / tp under sequence parallelism, else T.
-The collectives live in `llama_ds.parallel.tensor_parallel`; nothing here knows of process groups.
+The collectives are in `llama_ds.parallel.tensor_parallel`; this module does not depend on process groups.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-Pending = Callable[[], Tensor]  # a collective under way: the call waits for its result
+Pending = Callable[[], Tensor]  # a collective in flight: calling it waits for the result
 
 
 class TensorParallel(Protocol):
@@ -22,7 +22,7 @@ class TensorParallel(Protocol):
     sequence_parallel: bool
 
     def enter(self, x: Tensor) -> Tensor:
-        """Give every rank the whole input of a column-parallel matrix: (B, S, D) -> (B, T, D).
+        """Give every rank the full input of a column-parallel matrix: (B, S, D) -> (B, T, D).
 
         Forward: identity, or all-gather over the sequence. Backward: all-reduce, or reduce-scatter.
         """
@@ -34,22 +34,22 @@ class TensorParallel(Protocol):
         """
 
     def replicated(self, weight: Tensor) -> Tensor:
-        """Pass a weight that every rank holds whole and applies to its own tokens (the norms).
+        """Pass on a replicated weight that each rank applies to its own tokens (the norms).
 
         Forward: identity. Backward: all-reduce under sequence parallelism, where each rank saw only S tokens.
         """
 
     def start_gather(self, x: Tensor) -> Pending:
-        """Issue what `enter` does forward and `leave` backward: (B, S, D) -> (B, T, D). Not differentiable."""
+        """Issue the gather of `enter`'s forward and `leave`'s backward: (B, S, D) -> (B, T, D). Not differentiable."""
 
     def gather_ahead(self, x: Tensor) -> None:
-        """Issue now the gather of x that will be asked for next: that `start_gather` takes the one under way."""
+        """Issue the gather of x early; the next `start_gather` of x returns the one in flight."""
 
     def start_reduce(self, x: Tensor) -> Pending:
-        """Issue what `leave` does forward and `enter` backward: (B, T, D) -> (B, S, D), x given up to it."""
+        """Issue the sum of `leave`'s forward and `enter`'s backward: (B, T, D) -> (B, S, D); it may overwrite x."""
 
     def start_sum(self, x: Tensor) -> Pending:
-        """Issue the sum over ranks of a replicated weight's gradient under sequence parallelism; else nothing."""
+        """Issue the sum over ranks of a replicated weight's gradient; the identity without sequence parallelism."""
 
     def all_reduce_max(self, x: Tensor) -> Tensor:
         """Return the elementwise maximum over the group; not differentiable."""

@@ -1,4 +1,4 @@
-"""Where the gradients of a stage's matrices go: to autograd, straight into wide buffers, or into a queue for later.
+"""Destination of the matrices' gradients: autograd, accumulation buffers in fp32, or a queue of deferred work.
 
 Shapes: N tokens, (O, I) a matrix; dL/dW = dY^T X for Y = X W^T with dY (N, O) and X (N, I).
 """
@@ -17,19 +17,19 @@ Work = tuple[list[nn.Parameter], Tensor, Tensor]  # matrices stacked by rows, dY
 
 
 class WeightGradients:
-    """Shared by a stage's layers; the engine says where gradients accumulate and whether they may wait."""
+    """Shared by a stage's layers; the engine sets where gradients accumulate and whether they are deferred."""
 
     def __init__(self) -> None:
-        # The buffer, of the matrix's shape, that a matrix's gradient is added to; None: autograd gets it.
+        # Returns the buffer, of the matrix's shape, in which its gradient accumulates; None: autograd gets it.
         self.buffer_of: Callable[[nn.Parameter], Tensor] | None = None
-        # Told of every matrix whose gradient of a micro-batch has been added to its buffer.
+        # Called for each matrix after a micro-batch's gradient was added to its buffer.
         self.added: Callable[[nn.Parameter], None] = lambda parameter: None
-        self.deferred = False  # True: layers keep the work in a queue until their weight_grads() is called
+        self.deferred = False  # True: layers queue the work until their run_deferred_wgrad() is called
 
     def compute(self, weights: Sequence[nn.Parameter], grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
-        """Compute dY^T X for matrices that share X, as one product; return each one's gradient, None where it is added.
+        """Compute dY^T X for matrices that share X, as one product; return their gradients, None where added.
 
-        `grad` holds their output gradients side by side: (N, sum of O).
+        `grad` is the concatenation of their output gradients: (N, sum of O).
         """
         if self.buffer_of is None:
             return (grad.t() @ x).split([len(w) for w in weights])
@@ -45,58 +45,58 @@ class WeightGradients:
         return [None] * len(weights)
 
     def add(self, weight: nn.Parameter, grad: Tensor, factor: Tensor | None) -> Tensor | None:
-        """Put a gradient that is computed already, times `factor`, where it belongs; return it if that is autograd."""
+        """Deliver a computed gradient times `factor` to its destination; return it if that is autograd, else None."""
         if self.buffer_of is None:
             return (grad if factor is None else grad * factor).to(weight.dtype)
         buffer = self.buffer_of(weight)
         if factor is None:
             buffer.add_(grad)
         else:
-            buffer.addcmul_(grad, factor)  # the gradient of the head's matrix is large: no second one
+            buffer.addcmul_(grad, factor)  # fused: the head's gradient is too large for a temporary
         self.added(weight)
         return None
 
 
 class LayerWeightGradients:
-    """One layer's matrices: gradients computed now, or queued micro-batch by micro-batch."""
+    """Gradients of one layer's matrices, computed at once or queued per micro-batch."""
 
-    def __init__(self, shared: WeightGradients) -> None:
-        self._shared = shared
-        self._open: list[Work] = []  # of the backward that is running
-        self._waiting: deque[list[Work]] = deque()
+    def __init__(self, stage: WeightGradients) -> None:
+        self._stage = stage
+        self._current: list[Work] = []  # deferred work of the running backward
+        self._deferred: deque[list[Work]] = deque()
 
     def of(self, modules: Sequence[ShardedLinear], grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
-        """Return the gradients of linear layers that share x (N, I), for autograd; None where it has none to take."""
+        """Return the gradients of linear layers that share x (N, I) for autograd, None where it gets none."""
         weights = [module.weight for module in modules]
-        if not self._shared.deferred:
-            return self._shared.compute(weights, grad, x)
-        self._open.append((weights, grad, x))
+        if not self._stage.deferred:
+            return self._stage.compute(weights, grad, x)
+        self._current.append((weights, grad, x))
         return [None] * len(weights)
 
     def end_micro_batch(self) -> None:
         """Close the backward of one micro-batch."""
-        if self._shared.deferred:
-            self._waiting.append(self._open)
-            self._open = []
+        if self._stage.deferred:
+            self._deferred.append(self._current)
+            self._current = []
 
     def __len__(self) -> int:
-        """Return how many micro-batches wait."""
-        return len(self._waiting)
+        """Return the number of deferred micro-batches."""
+        return len(self._deferred)
 
     @torch.no_grad()
     def run_oldest(self) -> None:
-        """Do the work of the micro-batch that has waited longest and add the gradients where they belong."""
-        for weights, grad, x in self._waiting.popleft():
-            for weight, own in zip(weights, self._shared.compute(weights, grad, x), strict=True):
-                if own is not None:
-                    weight.grad = own if weight.grad is None else weight.grad.add_(own)
+        """Compute and accumulate the gradients of the oldest deferred micro-batch."""
+        for weights, grad, x in self._deferred.popleft():
+            for weight, grad_weight in zip(weights, self._stage.compute(weights, grad, x), strict=True):
+                if grad_weight is not None:
+                    weight.grad = grad_weight if weight.grad is None else weight.grad.add_(grad_weight)
 
 
 def add_product(buffer: Tensor, grad: Tensor, x: Tensor) -> None:
-    """buffer += dY^T X, in the buffer's width."""
+    """Compute buffer += dY^T X, accumulating in the buffer's dtype."""
     if buffer.dtype == grad.dtype:
         buffer.addmm_(grad.t(), x)
-    elif buffer.is_cuda:  # one kernel: bf16 in, float32 out, no rounding between
+    elif buffer.is_cuda:  # one kernel, bf16 in and float32 out, without intermediate rounding
         torch.ops.aten.addmm.dtype_out(buffer, grad.t(), x, buffer.dtype, out=buffer)
     else:
         buffer.add_(grad.t() @ x)

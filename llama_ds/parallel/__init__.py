@@ -1,1 +1,1 @@
-"""The model cut into ranks: process groups, stages and the engine. The only room that knows DeepSpeed and ranks."""
+"""The model sharded over ranks: process groups, stages and the engine. Only this package depends on DeepSpeed."""

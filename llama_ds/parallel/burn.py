@@ -1,7 +1,7 @@
-"""How fast a host's devices multiply and its links reduce: the ranks of the preflight's measurement.
+"""Measures a host's matrix-product throughput and all-reduce bandwidth for the preflight.
 
-Started on each host by `llama_ds/launch/preflight/measure.py` with one JSON argument; it starts a process for each
-slot, and prints what they measured as JSON.
+`llama_ds/launch/preflight/measure.py` starts it on each host with one JSON argument; it starts a process for each slot
+and prints their measurements as JSON.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch.distributed as dist
 from llama_ds.job.heartbeat import interface_towards
 from llama_ds.parallel.world import finish, on_cuda
 
-GROUP_S = 20.0  # for a group to come together, and for each of its all-reduces
+GROUP_S = 20.0  # timeout for forming a group and for each of its all-reduces
 REPEATS = 5
 
 
 def main() -> None:
-    """Be a host, or one of its slots."""
+    """Run as the host process, or as one of its slots."""
     plan = json.loads(sys.argv[1])
     if "slot" in plan:
         print(json.dumps(measure(plan)), flush=True)
-        os._exit(0)  # a group whose partner failed would be waited for
+        os._exit(0)  # the normal exit would wait for a group whose peer failed
     started = [
         subprocess.Popen(
             [sys.executable, *sys.orig_argv[1:-1], json.dumps(plan | {"slot": slot})],
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def measure(plan: dict[str, Any]) -> dict[str, Any]:
-    """Return a slot's TFLOP/s, and the bus bandwidth in GB/s of each of its groups, None where there is none."""
+    """Return a slot's TFLOP/s and the bus bandwidth of each of its groups in GB/s, None for a group that failed."""
     cuda = on_cuda()
     device = torch.device("cuda", plan["slot"]) if cuda else torch.device("cpu")
     if cuda:
@@ -77,7 +77,7 @@ def multiply(device: torch.device, seconds: float) -> float:
 
 
 def all_reduce(group: dict[str, Any], slot: int, device: torch.device) -> float:
-    """Return the bus bandwidth of an all-reduce in GB/s: 2 (n - 1) / n times the bytes, by the median time."""
+    """Return the bus bandwidth of an all-reduce in GB/s: 2 (n - 1) / n times the bytes, for the median time."""
     interface = interface_towards(group["master"])
     if interface:
         os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)

@@ -1,8 +1,8 @@
-"""How far this rank's monotonic clock is from rank 0's, by asking rank 0 for the time.
+"""Measures the offset of this rank's monotonic clock from rank 0's.
 
-One rank of each clock asks; the others that share it are told. Two processes share one where kernel and time namespace
-are the same. An answer was given between question and receipt, so the offset is known to half of that time; of many
-questions the fastest is believed (Cristian 1989).
+One rank per clock requests rank 0's time and shares the offset with the other ranks of that clock. Processes share a
+clock if they have the same kernel and time namespace. The reply is stamped between request and receipt, so the error is
+at most half the round trip; the fastest of many round trips counts (Cristian 1989).
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ from typing import NamedTuple
 from llama_ds.log import logger
 from llama_ds.parallel import world
 
-QUESTIONS = 64
+REQUESTS = 64
 TIMEOUT_S = 20.0
-BACKLOG = 4096  # hosts
+BACKLOG = 4096  # pending connections, one per host
 _TIME = struct.Struct("<q")
 
 
 class Offset(NamedTuple):
-    """What to add to this rank's clock at the moment `at` to have rank 0's; all in microseconds."""
+    """Offset to add to this rank's clock at time `at` to get rank 0's clock; all in microseconds."""
 
     at: float
     offset: float
-    error: float  # the greatest that is possible
+    error: float  # upper bound
 
 
 def compare(rank: int) -> Offset | None:
-    """Compare clocks with rank 0; None where its host could not be reached. Collective."""
+    """Compare clocks with rank 0; return None if its host was unreachable. Collective."""
     listener = _listener() if rank == 0 else None
     try:
-        seen = world.gather((_identity(), listener.getsockname()[1] if listener else 0))
-        identities = [identity for identity, _ in seen]
-        askers = sorted(set(map(identities.index, identities)) - {0})  # the first rank of every other clock
+        gathered = world.gather((_identity(), listener.getsockname()[1] if listener else 0))
+        identities = [identity for identity, _ in gathered]
+        askers = sorted(set(map(identities.index, identities)) - {0})  # first rank of every other clock
         found: Offset | None = None
         if identities[rank] == identities[0]:
             found = Offset(time.monotonic_ns() / 1e3, 0.0, 0.0)
         if listener and askers:
             _answer(listener, len(askers))
         elif rank in askers:
-            found = _ask(seen[0][1])
+            found = _ask(gathered[0][1])
     finally:
         if listener:
             listener.close()
     if not askers:
         return found
-    everyone = world.gather(found)
-    found = everyone[identities.index(identities[rank])]
-    if rank == 0 and (lost := [asker for asker in askers if everyone[asker] is None]):
+    offsets = world.gather(found)
+    found = offsets[identities.index(identities[rank])]
+    if rank == 0 and (lost := [asker for asker in askers if offsets[asker] is None]):
         logger.warning("clocks: rank %d and others could not reach rank 0; their times are not aligned", lost[0])
     return found
 
 
 def _identity() -> str:
-    """Return what is the same for processes with one monotonic clock, and for no others."""
+    """Return a string that two processes share exactly if they share a monotonic clock."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/time')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return socket.gethostname()
 
 
@@ -75,7 +75,7 @@ def _listener() -> socket.socket | None:
 
 
 def _answer(listener: socket.socket, askers: int) -> None:
-    """Tell the time to one asker after the other: two at once would slow each other down."""
+    """Serve one asker at a time: concurrent requests would slow each other down."""
     listener.settimeout(TIMEOUT_S)
     with suppress(OSError):
         for _ in range(askers):
@@ -91,15 +91,15 @@ def _ask(port: int) -> Offset | None:
     try:
         with socket.create_connection((os.environ["MASTER_ADDR"], port), TIMEOUT_S) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return min((_question(connection) for _ in range(QUESTIONS)), key=lambda offset: offset.error)
+            return min((_request(connection) for _ in range(REQUESTS)), key=lambda offset: offset.error)
     except (OSError, struct.error):
         return None
 
 
-def _question(connection: socket.socket) -> Offset:
-    asked = time.monotonic_ns()
+def _request(connection: socket.socket) -> Offset:
+    sent = time.monotonic_ns()
     connection.sendall(b"?")
-    told = _TIME.unpack(connection.recv(_TIME.size, socket.MSG_WAITALL))[0]
-    heard = time.monotonic_ns()
-    middle = (asked + heard) / 2
-    return Offset(middle / 1e3, (told - middle) / 1e3, (heard - asked) / 2e3)
+    answer = _TIME.unpack(connection.recv(_TIME.size, socket.MSG_WAITALL))[0]
+    received = time.monotonic_ns()
+    middle = (sent + received) / 2
+    return Offset(middle / 1e3, (answer - middle) / 1e3, (received - sent) / 2e3)

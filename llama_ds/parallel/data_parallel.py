@@ -1,6 +1,6 @@
-"""Reduce-scatter and all-gather over data-parallel ranks, issued on handles.
+"""Asynchronous reduce-scatter and all-gather over data-parallel ranks.
 
-Shapes: R ranks, n numbers of a rank's part; a whole buffer is (R, n), row r the part of rank r.
+Shapes: R ranks, n elements of a rank's part; a full buffer is (R, n), with row r the part of rank r.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Wait = Callable[[], None]
 def start_reduce_scatter(
     whole: Tensor, own: Tensor, group: dist.ProcessGroup, dtype: torch.dtype, trace: Trace
 ) -> Wait:
-    """Sum `whole` (R, n) over ranks, in `dtype`, into this rank's `own` (n); done when the returned call returns.
+    """Sum `whole` (R, n) over ranks in `dtype` into this rank's `own` (n); the returned call waits for it.
 
-    Each rank sends (R - 1) n numbers. `own` may be a row of `whole`; `whole` is not to be read afterwards.
+    Each rank sends (R - 1) n elements. `own` may be a row of `whole`; `whole` is invalid afterwards.
     """
     wire = whole.to(dtype)
     parts = torch.empty_like(wire) if dist.get_backend(group) == "gloo" else own.new_empty(own.shape, dtype=dtype)
     if dist.get_backend(group) == "gloo":
-        # gloo's own reduce-scatter is an all-reduce, of twice the bytes: exchange the parts and add them here.
+        # gloo implements reduce-scatter as an all-reduce of twice the bytes: exchange the parts and add them here.
         work = dist.all_to_all_single(parts.view(-1), wire.view(-1), group=group, async_op=True)
     else:
         parts = own if own.dtype == dtype else parts
@@ -47,7 +47,7 @@ def start_reduce_scatter(
 
 
 def start_all_gather(whole: Tensor, own: Tensor, group: dist.ProcessGroup, trace: Trace) -> Wait:
-    """Fill `whole` (R, n) with all ranks' `own` (n), which may be a row of it."""
+    """Gather all ranks' `own` (n), which may be a row of `whole`, into `whole` (R, n)."""
     work = all_gather_flat(whole.view(-1), own, group=group, async_op=True)
 
     watched = trace.watch("gather", work, whole.nbytes)

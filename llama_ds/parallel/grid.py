@@ -17,12 +17,12 @@ def topology(layout: Layout) -> PipeModelDataParallelTopology:
 
 
 def grid(layout: Layout) -> PipelineParallelGrid:
-    """Return the groups DeepSpeed's engine asks for when there is no pipeline. Collective."""
+    """Return the process groups that DeepSpeed's engine needs without a pipeline. Collective."""
     return PipelineParallelGrid(topology=topology(layout))
 
 
 def tensor_parallel(layout: Layout, sequence_parallel: bool, trace: Trace) -> TensorParallel:
-    """Return this rank's tensor-parallel communicator, whose collectives `trace` records. Collective."""
+    """Return this rank's tensor-parallel communicator, with collectives recorded by `trace`. Collective."""
     if layout.tp == 1:
         return SingleRank()
     rank, own = dist.get_rank(), None

@@ -1,7 +1,7 @@
-"""What this rank's optimizer holds of every weight, whichever of DeepSpeed's optimizers it is.
+"""A uniform view of the optimizer state that this rank holds of every weight, for all of DeepSpeed's optimizers.
 
-Under ZeRO a rank holds some elements of its tensor-parallel part of a weight: fp32 master and moments lie at one place
-of as many flat buffers, one set for each optimizer group. Without ZeRO, and in fp32, each weight is its own master.
+Under ZeRO a rank holds some elements of its tensor-parallel shard of a weight: fp32 master and moments have the same
+offset in their flat buffers, one set per optimizer group. Without ZeRO in fp32, each weight is its own master.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from llama_ds.layout.weights import weight_of
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements `start` .. of this rank's tensor-parallel part of a weight, counted as they lie in its memory."""
+    """Elements from number `start` on of this rank's tensor-parallel shard of a weight, in memory order."""
 
-    name: str  # of the parameter in the DeepSpeed engine
+    name: str  # name of the parameter in the DeepSpeed engine
     start: int
-    tensors: dict[str, Tensor]  # views (n,) of the optimizer's memory: MASTER, and moments once they are there
+    tensors: dict[str, Tensor]  # views (n,) of the optimizer's memory: MASTER, and moments once allocated
 
     @property
     def numel(self) -> int:
-        """How many elements."""
+        """Number of elements."""
         return self.tensors[MASTER].numel()
 
 
 def fragments(engine: Any) -> Iterator[Fragment]:
-    """Yield this rank's fragments. Moments are there after a step or `begin_moments`."""
+    """Yield this rank's fragments. They have moments after a step or `begin_moments`."""
     for parameter, name in engine.param_names.items():
-        place = _place(engine, parameter)
-        if place:
-            master, begin, count, start = place
+        location = _locate(engine, parameter)
+        if location:
+            master, begin, count, start = location
             state = _adam(engine).state[master]
             moments = {k: s for k, s in state.items() if isinstance(s, Tensor) and s.shape == master.shape}
             flats = {MASTER: master, **moments}
@@ -46,7 +46,7 @@ def fragments(engine: Any) -> Iterator[Fragment]:
 
 
 def begin_moments(engine: Any, steps: int, states: OptimizerStates) -> None:
-    """Set the steps taken, and make room for the moments, whatever is in it, for what will be loaded."""
+    """Set the number of steps taken, and allocate moments into which a checkpoint can be loaded."""
     adam = _adam(engine)
     for master, parameters in zip(_masters(engine), _groups(engine), strict=True):
         count = torch.tensor(float(steps), device=master.device) if isinstance(adam, torch.optim.AdamW) else steps
@@ -59,7 +59,7 @@ def begin_moments(engine: Any, steps: int, states: OptimizerStates) -> None:
 
 
 def adam_steps(engine: Any) -> int:
-    """Return how many steps Adam has taken, which leaves out those that were not finite; 0 before the first.
+    """Return the number of steps that Adam has taken, without skipped non-finite ones; 0 before the first.
 
     Synchronises with the device.
     """
@@ -69,7 +69,7 @@ def adam_steps(engine: Any) -> int:
 
 @torch.no_grad()
 def spread_masters(engine: Any) -> None:
-    """Make the weights that compute what the masters are, on all ranks. Collective."""
+    """Copy the masters into the weights that compute, on all ranks. Collective."""
     optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         _spread_stage3(optimizer)
@@ -84,19 +84,19 @@ def _spread_stage3(optimizer: Any) -> None:
         parts = optimizer.unflatten(optimizer.fp16_partitioned_groups_flat[index], group)
         for part, updated in zip(group, parts, strict=True):
             part.data = updated.data
-    if optimizer.persistent_parameters:  # small ones, kept whole on every rank
+    if optimizer.persistent_parameters:  # small parameters, which every rank holds in full
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def _place(engine: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
-    """Return (master, where in it this weight's elements begin, how many, the first one's number in the weight)."""
+def _locate(engine: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
+    """Return (master, offset of this weight's elements in it, their count, number of the first one in the weight)."""
     optimizer: Any = engine.optimizer
     zero3: Any = parameter
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         group, begin, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = torch.distributed.get_rank(zero3.ds_process_group) * length
-        count = min(length, zero3.ds_numel - start)  # the last ranks' are padded
+        count = min(length, zero3.ds_numel - start)  # the last ranks' parts are padded
         return (optimizer.fp32_partitioned_groups_flat[group], begin, count, start) if count > 0 else None
     if hasattr(parameter, "_hp_mapping"):
         mapping = parameter._hp_mapping
@@ -109,7 +109,7 @@ def _place(engine: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]
 
 
 def _masters(engine: Any) -> list[Tensor]:
-    """Return the flat buffers of the masters, by optimizer group; or the weights, which are their own."""
+    """Return the flat buffers of the masters by optimizer group, or the weights if they are their own masters."""
     optimizer = engine.optimizer
     for name in ("fp32_partitioned_groups_flat", "fp32_groups_flat_partition", "single_partition_of_fp32_groups"):
         if hasattr(optimizer, name):
@@ -118,7 +118,7 @@ def _masters(engine: Any) -> list[Tensor]:
 
 
 def _groups(engine: Any) -> list[list[nn.Parameter]]:
-    """Return the weights of each of `_masters`."""
+    """Return the weights of each entry of `_masters`."""
     optimizer = engine.optimizer
     for name in ("fp16_groups", "bf16_groups", "bit16_groups"):
         if hasattr(optimizer, name):

@@ -1,4 +1,4 @@
-"""The model as DeepSpeed's PipelineModule: the same layers as `llama_ds.model.llama.Llama`, cut over stages."""
+"""The model as DeepSpeed's PipelineModule: the same layers as `llama_ds.model.llama.Llama`, split into stages."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from llama_ds.schedules.instructions import Placement
 
 
 class LlamaPipeline(PipelineModule):
-    """Embedding, decoder layers, final norm and head as layer specs, cut where `parallel.partition` says.
+    """Embedding, decoder layers, final norm and head as layer specs, split according to `parallel.partition`.
 
-    A rank holds one stage or several, its chunks; `forward` runs the one that `activate` has chosen last.
+    A rank holds one or more stages, its chunks; `forward` runs the chunk that `activate` selected last.
     """
 
     def __init__(
         self,
         run: RunConfig,
         layout: Layout,
-        place: Placement,
-        shared: LayerContext,
+        placement: Placement,
+        context: LayerContext,
         loss: nn.Module,
         policies: Sequence[str] | None,
     ) -> None:
-        """`policies` are the decoder layers' save policies; None: layers by autograd."""
+        """`policies` are the decoder layers' save policies; None: layers with plain autograd."""
         self._bounds = stage_boundaries(run)
-        self._place = place
+        self._placement = placement
         self.chunks: list[list[Any]] = []
         super().__init__(
-            layers=layer_specs(shared, policies, self._bounds),
+            layers=layer_specs(context, policies, self._bounds),
             topology=topology(layout),
             loss_fn=loss,
             activation_checkpoint_interval=1 if policies is None and run.parallel.recompute == "full" else 0,
@@ -49,14 +49,14 @@ class LlamaPipeline(PipelineModule):
         )
 
     def activate(self, chunk: int) -> None:
-        """Make `chunk` what this module's forward, saving and loading are about."""
+        """Select the chunk that this module's forward, saving and loading apply to."""
         self.forward_funcs = self.chunks[chunk]
         self._set_bounds(*self._chunk_bounds(chunk))
         if self.activation_checkpoint_interval > 0:
             self.is_checkpointable_results = [self._is_checkpointable([layer]) for layer in self.forward_funcs]
 
     def numbered_layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yield this rank's layers with their indices in the whole model; a tied head, a function, is none."""
+        """Yield this rank's layers with their indices in the full model, without a tied head, which is a function."""
         for chunk, layers in enumerate(self.chunks):
             for index, layer in enumerate(layers, self._chunk_bounds(chunk)[0]):
                 if isinstance(layer, nn.Module):
@@ -64,7 +64,7 @@ class LlamaPipeline(PipelineModule):
 
     def stage_owner(self, layer_idx: int) -> int:
         """Return the pipeline rank that holds a layer."""
-        return self._place.home(bisect_right(self._bounds, layer_idx) - 1)[0]
+        return self._placement.home(bisect_right(self._bounds, layer_idx) - 1)[0]
 
     def save_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Write this rank's share of its chunks' layers."""
@@ -74,18 +74,18 @@ class LlamaPipeline(PipelineModule):
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
-        super()._synchronize_tied_weights()  # a broadcast, which autograd warns of
+        super()._synchronize_tied_weights()  # a broadcast, about which autograd would warn
 
     def _chunk_bounds(self, chunk: int) -> tuple[int, int]:
-        stage = self._place.stage(self.stage_id, chunk)
+        stage = self._placement.stage(self.stage_id, chunk)
         return self._bounds[stage], self._bounds[stage + 1]
 
     def _partition_layers(self, method: Any = None) -> None:
-        # DeepSpeed's own methods count parameters, by building every layer on every rank, or layers.
+        # DeepSpeed's own methods balance layers, or parameters, for which they build every layer on every rank.
         self.parts = self._bounds
 
     def _build(self) -> None:
-        for chunk in range(self._place.chunks):
+        for chunk in range(self._placement.chunks):
             self._set_bounds(*self._chunk_bounds(chunk))
             self.forward_funcs = []
             super()._build()
@@ -93,19 +93,19 @@ class LlamaPipeline(PipelineModule):
         self.activate(0)
 
 
-def layer_specs(shared: LayerContext, policies: Sequence[str] | None, bounds: Sequence[int]) -> list[LayerSpec]:
+def layer_specs(context: LayerContext, policies: Sequence[str] | None, bounds: Sequence[int]) -> list[LayerSpec]:
     """Return the layers in order; their indices name the parameters in checkpoints."""
-    model = shared.model
+    model = context.model
     decoders = [
-        LayerSpec(ManualBackwardLayer, shared, i, policies[i], first=1 + i in bounds[1:])
+        LayerSpec(ManualBackwardLayer, context, i, policies[i], first=1 + i in bounds[1:])
         if policies
-        else LayerSpec(DecoderLayer, shared, i)
+        else LayerSpec(DecoderLayer, context, i)
         for i in range(model.num_hidden_layers)
     ]
-    norm = LayerSpec(FinalNorm, shared)
+    norm = LayerSpec(FinalNorm, context)
     if not model.tie_word_embeddings:
-        return [LayerSpec(VocabParallelEmbedding, shared), *decoders, norm, LayerSpec(Head, shared)]
-    table, attribute = (TIED_TABLE, VocabParallelEmbedding, shared), EMBEDDING.name
+        return [LayerSpec(VocabParallelEmbedding, context), *decoders, norm, LayerSpec(Head, context)]
+    table, attribute = (TIED_TABLE, VocabParallelEmbedding, context), EMBEDDING.name
     first = TiedLayerSpec(*table, tied_weight_attr=attribute)
     last = TiedLayerSpec(*table, forward_fn=tied_head, tied_weight_attr=attribute)
     return [first, *decoders, norm, last]

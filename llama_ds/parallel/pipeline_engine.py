@@ -1,7 +1,7 @@
-"""DeepSpeed's PipelineEngine run by `llama_ds.schedules`: messages, reductions and recomputing fill what it waits for.
+"""DeepSpeed's PipelineEngine driven by `llama_ds.schedules`: communication and recompute overlap with waits.
 
-The engine, its grid, optimizer wrapper and checkpoints are DeepSpeed's; what happens within a step is the list of
-instructions of this rank.
+The engine, its grid, optimizer wrapper and checkpoints are DeepSpeed's; this rank's list of instructions determines
+what a step does.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Key = tuple[int, int]  # chunk, micro-batch
 
 
 class LlamaPipelineEngine(PipelineEngine):
-    """One rank of a pipeline."""
+    """The engine of one pipeline rank."""
 
     def __init__(
         self,
         module: LlamaPipeline,
         schedule: Schedule,
-        shared: LayerContext,
+        context: LayerContext,
         rows: tuple[int, int],
         dtype: torch.dtype,
         optimizer: torch.optim.Optimizer,
         config: dict[str, Any],
         trace: Trace,
     ) -> None:
-        """`rows` is (rows b of a micro-batch, T tokens of a row); `config` the merged DeepSpeed one. Collective."""
-        self._schedule, self._shared, self._trace = schedule, shared, trace
+        """`rows` is (b rows of a micro-batch, T tokens of a row), `config` the merged DeepSpeed config. Collective."""
+        self._schedule, self._context, self._trace = schedule, context, trace
         self._rows, self._dtype = rows, dtype
         grid = module.mpu()
         super().__init__(
@@ -60,15 +60,15 @@ class LlamaPipelineEngine(PipelineEngine):
         place = schedule.place
         self._first, self._last = place.home(0), place.home(place.stages - 1)
         self._instructions = schedule.instructions(self.stage_id)
-        self._mail = PipelineComm(self.grid.pipe_groups, place, self.device)
+        self._comm = PipelineComm(self.grid.pipe_groups, place, self.device)
         self._posted: dict[tuple[str, int, int], Work] = {}  # kind, chunk, micro-batch
-        self._handed: dict[tuple[str, int, int], list[Tensor]] = {}  # from one chunk of this rank to another
+        self._local: dict[tuple[str, int, int], list[Tensor]] = {}  # messages between chunks of this rank, same keys
         self._live: dict[Key, tuple[Tensor | None, GradientEdge]] = {}  # input and output of a forward
-        self._outgoing: dict[Instruction, list[Tensor]] = {}  # by the send that is to come
+        self._outgoing: dict[Instruction, list[Tensor]] = {}  # outputs by the send that follows
         self._batches: Batches = iter(())
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
         self._loss = torch.zeros((), device=self.device)
-        self._written_out = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
+        self._manual_layers = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
         self._prepare_layers(module)
 
     def _prepare_layers(self, module: LlamaPipeline) -> None:
@@ -78,11 +78,11 @@ class LlamaPipelineEngine(PipelineEngine):
             layer.register_forward_pre_hook(lambda *_, own=parameters: optimizer.wait_for(own))
         tied = [weight for weight, _ in module.get_tied_weights_and_groups()]
         optimizer.hold_back(tied)
-        for layers in self._written_out:
+        for layers in self._manual_layers:
             for layer in layers[-1:]:
                 layer.recomputes_early = layer.policy == "full"
 
-    # DeepSpeed asks for its optimizer by one of these two, by dtype.
+    # DeepSpeed calls one of these two, depending on the dtype.
     def _configure_bf16_optimizer(self, optimizer: Any) -> PipelineOptimizer:
         _, accumulate = self.get_data_types()
         return PipelineOptimizer(optimizer, self, accumulate, self.communication_data_type, self._trace)
@@ -90,13 +90,13 @@ class LlamaPipelineEngine(PipelineEngine):
     _configure_zero_optimizer = _configure_bf16_optimizer
 
     def reads_data(self) -> bool:
-        """Tell whether this rank holds an end of the model."""
+        """Return whether this rank holds the first or the last stage."""
         return self.stage_id in (self._first[0], self._last[0])
 
     def train_step(self, batches: Batches) -> Tensor:
         """Take one optimizer step; return (2,): the global batch's mean loss, the gradient norm before clipping.
 
-        Collective; nothing here waits for the device.
+        Collective; the host never waits for the device.
         """
         self.module.train()
         begin = self._trace.now()
@@ -106,11 +106,11 @@ class LlamaPipelineEngine(PipelineEngine):
         self.optimizer.reduce_rest()
         summary = self.optimizer.step(self._own_share_of_loss(self.micro_batches))
         begin_sends = self._trace.mark()
-        self._mail.finish()
+        self._comm.finish()
         self._trace.add("wait sends", begin_sends)
         self._trace.waits = False
         if self._trace.end_step(begin):
-            self.optimizer.finish()  # or the weights' way would be missing from the record
+            self.optimizer.finish()  # otherwise the trace would miss the all-gather of the weights
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
         self.micro_steps += self.micro_batches
@@ -124,16 +124,16 @@ class LlamaPipelineEngine(PipelineEngine):
         self._run(forward_only.instructions(self.stage_id, count, self._schedule.place), batches)
         total = self._own_share_of_loss(count)
         dist.all_reduce(total)
-        self._mail.finish()
+        self._comm.finish()
         return total
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """Save as DeepSpeed does, with all weights whole."""
+        """Save as DeepSpeed does, after the all-gather of all weights."""
         self.optimizer.finish()
         return super().save_checkpoint(*args, **kwargs)
 
     def destroy(self) -> None:
-        """Let nothing be under way when the process ends."""
+        """Finish all communication in flight before the process ends."""
         self.optimizer.finish()
         super().destroy()
 
@@ -145,13 +145,13 @@ class LlamaPipelineEngine(PipelineEngine):
             self._INSTRUCTION_MAP[step.op](self, step)
 
     def _own_share_of_loss(self, micro_batches: int) -> Tensor:
-        """Return what this rank adds to the global mean loss."""
-        counts = self.stage_id == self._last[0] and self.grid.get_slice_parallel_rank() == 0
-        return self._loss / (micro_batches * self.dp_world_size) if counts else torch.zeros_like(self._loss)
+        """Return this rank's contribution to the global mean loss."""
+        contributes = self.stage_id == self._last[0] and self.grid.get_slice_parallel_rank() == 0
+        return self._loss / (micro_batches * self.dp_world_size) if contributes else torch.zeros_like(self._loss)
 
     def _batch(self, micro_batch: int, last_use: bool) -> tuple[Tensor, Tensor]:
         while micro_batch not in self._read:
-            # Each end of the model reads all micro-batches in order.
+            # The first and the last stage read all micro-batches in order.
             begin = self._trace.mark()
             self._read[micro_batch] = next(self._batches)
             self._trace.add("wait data", begin)
@@ -173,58 +173,58 @@ class LlamaPipelineEngine(PipelineEngine):
         if (self.stage_id, chunk) == self._last:
             outputs = self.module.loss_fn(outputs, self._batch(i, last_use=True)[1])
             self._loss += outputs.detach()
-        self._note("F", begin, step)
+        self._record("F", begin, step)
         leading, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
         if torch.is_grad_enabled():
             self._live[chunk, i] = x, get_gradient_edge(leading)
         if (self.stage_id, chunk) != self._last:
-            self._hand_over(step, [leading.detach(), *rest])
+            self._deliver(step, [leading.detach(), *rest])
 
     def _backward(self, step: Instruction) -> None:
         chunk, i = step.chunk, step.micro_batch
-        for layer in self._written_out[chunk][-1:]:
-            if layer.recomputes_early:  # while the gradient is on its way
+        for layer in self._manual_layers[chunk][-1:]:
+            if layer.recomputes_early:  # while the gradient is in flight
                 begin = self._trace.now()
                 layer.recompute_oldest()
-                self._note("recompute", begin, step)
+                self._record("recompute", begin, step)
         if (self.stage_id, chunk) == self._last:
-            # The sum over micro-batches and ranks is the mean: no division anywhere else.
+            # With this factor, the sum over micro-batches and ranks is the mean; nothing else divides.
             grad = torch.full_like(self._loss, 1 / (self.micro_batches * self.dp_world_size))
         else:
             (grad,) = self._receive(step, "grad")
         begin = self._trace.now()
         x, edge = self._live.pop((chunk, i))
-        self.module.activate(chunk)  # DeepSpeed's checkpointing runs the forward of what is active
-        self._shared.weight_gradients.deferred = step.op is Op.INPUT_BACKWARD
+        self.module.activate(chunk)  # DeepSpeed's checkpointing recomputes the active chunk
+        self._context.weight_gradients.deferred = step.op is Op.INPUT_BACKWARD
         self.optimizer.final = i == self.micro_batches - 1
         torch.autograd.backward([edge], [grad])
         self.optimizer.final = False
-        self._note(step.op.value, begin, step)
+        self._record(step.op.value, begin, step)
         if x is not None:
             assert x.grad is not None
-            self._hand_over(step, [x.grad])
+            self._deliver(step, [x.grad])
 
     def _weight_backward(self, step: Instruction) -> None:
         begin = self._trace.now()
         self.optimizer.final = step.micro_batch == self.micro_batches - 1
-        for layer in reversed(self._written_out[step.chunk]):
-            layer.weight_grads()
+        for layer in reversed(self._manual_layers[step.chunk]):
+            layer.run_deferred_wgrad()
         self.optimizer.final = False
-        self._note("W", begin, step)
+        self._record("W", begin, step)
 
     def _receive(self, step: Instruction, kind: str) -> list[Tensor]:
         key = kind, step.chunk, step.micro_batch
-        if key in self._handed:
-            return self._handed.pop(key)
+        if key in self._local:
+            return self._local.pop(key)
         begin = self._trace.mark()
         self._trace.waits = True
         tensors = list(wait(self._posted.pop(key)))
         self._trace.waits = False
-        self._note(f"wait {kind}", begin, step)
+        self._record(f"wait {kind}", begin, step)
         return tensors
 
-    def _hand_over(self, step: Instruction, tensors: list[Tensor]) -> None:
-        """Keep a computation's output for the send that follows, or for the next stage, if that is here too."""
+    def _deliver(self, step: Instruction, tensors: list[Tensor]) -> None:
+        """Store a computation's output for the send that follows, or for the next stage if this rank holds it."""
         forward = step.op is Op.FORWARD
         if produced(step, self.stage_id, self._schedule.place):
             op = Op.SEND_ACTIVATION if forward else Op.SEND_GRAD
@@ -232,26 +232,26 @@ class LlamaPipelineEngine(PipelineEngine):
         else:
             stage = self._stage(step) + (1 if forward else -1)
             chunk = self._schedule.place.home(stage)[1]
-            self._handed["activation" if forward else "grad", chunk, step.micro_batch] = tensors
+            self._local["activation" if forward else "grad", chunk, step.micro_batch] = tensors
 
     def _send(self, step: Instruction) -> None:
         tensors = [tensor.contiguous() for tensor in self._outgoing.pop(step)]
         message = message_of(step, self.stage_id, self._schedule.place)
         begin = self._trace.mark()
-        self._mail.send(message, tensors)
+        self._comm.send(message, tensors)
         size = sum(tensor.nbytes for tensor in tensors)
         self._trace.add(f"send {message.kind}", begin, message.into, step.micro_batch, size)
 
     def _post(self, step: Instruction) -> None:
         message = message_of(step, self.stage_id, self._schedule.place)
         rows, tokens = self._rows
-        tp = self._shared.tp
+        tp = self._context.tp
         own = tokens // tp.size if tp.sequence_parallel else tokens
-        hidden = torch.empty(rows, own, self._shared.model.hidden_size, dtype=self._dtype, device=self.device)
+        hidden = torch.empty(rows, own, self._context.model.hidden_size, dtype=self._dtype, device=self.device)
         buffers = [hidden]
-        if message.kind == "activation" and self._shared.document_mask:
+        if message.kind == "activation" and self._context.document_mask:
             buffers.append(torch.empty(rows, tokens, dtype=torch.int32, device=self.device))
-        self._posted[message.kind, step.chunk, step.micro_batch] = self._mail.post(message, buffers)
+        self._posted[message.kind, step.chunk, step.micro_batch] = self._comm.post(message, buffers)
 
     def _reduce_tied(self) -> None:
         begin = self._trace.mark()
@@ -262,7 +262,7 @@ class LlamaPipelineEngine(PipelineEngine):
     def _stage(self, step: Instruction) -> int:
         return self._schedule.place.stage(self.stage_id, step.chunk)
 
-    def _note(self, what: str, begin: Any, step: Instruction) -> None:
+    def _record(self, what: str, begin: Any, step: Instruction) -> None:
         self._trace.add(what, begin, self._stage(step), step.micro_batch)
 
     _INSTRUCTION_MAP: ClassVar[dict[Op, Callable[[Any, Instruction], None]]] = {

@@ -1,9 +1,9 @@
-"""DeepSpeed's BF16_Optimizer for the pipeline: gradients are reduce-scattered bucket by bucket while the backward still
-runs, and weights come back while the next forward already does.
+"""DeepSpeed's BF16_Optimizer for the pipeline, with communication overlapped: gradients are reduce-scattered bucket by
+bucket during the backward, and weights are all-gathered during the next forward.
 
-A bucket is one optimizer group, the matrices of one layer, or the norms of all layers, which are small. DeepSpeed lays
-every group out flat and gives each data-parallel rank one part of it, so its checkpoints stay as they are. Runs in
-fp32 use the same code: their parts of the weights are their own masters.
+A bucket is the optimizer group of one layer's matrices, or the groups of all norms, which are small. DeepSpeed flattens
+every group and assigns one part to each data-parallel rank, so its checkpoints keep their format. Runs in fp32 use the
+same code, with the weights themselves as masters.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from llama_ds.layout.weights import Role, weight_of
 from llama_ds.parallel.data_parallel import Wait, start_all_gather, start_reduce_scatter
 from llama_ds.parallel.trace import Trace
 
-CLIP_EPS = 1e-6  # torch.nn.utils.clip_grad_norm_'s and DeepSpeed's
+CLIP_EPS = 1e-6  # same as torch.nn.utils.clip_grad_norm_ and DeepSpeed
 
 
 class PipelineOptimizer(BF16_Optimizer):
-    """ZeRO-1 whose communication is issued early and waited for late.
+    """ZeRO-1 that issues its communication early and waits for it late.
 
-    `gradient_added` is told of every gradient; while `final` is set these are their buckets' last of the step.
+    `gradient_added` is called for every accumulated gradient; `final` marks those of the last micro-batch.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class PipelineOptimizer(BF16_Optimizer):
         super().__init__(
             optimizer,
             engine.param_names,
-            # BF16_Optimizer asks for no more than this of bf16; every gradient goes to its buffer at once.
+            # The only settings that BF16_Optimizer reads; gradients are accumulated in their buffers at once.
             bfloat16_config=SimpleNamespace(enabled=True, immediate_grad_update=True),
             mpu=engine.mpu,
             clip_grad=engine.gradient_clipping(),
@@ -46,7 +46,7 @@ class PipelineOptimizer(BF16_Optimizer):
         )
         self.final = False
         self.trace = trace
-        self._ready: dict[int, _Bucket] = {}  # bucket of a parameter, by id
+        self._bucket_of: dict[int, _Bucket] = {}  # buckets by id of the parameter
         self._counted = [self._is_counted(group) for group in self.bf16_groups]
         self._buckets = self._make_buckets(reduce)
 
@@ -60,57 +60,57 @@ class PipelineOptimizer(BF16_Optimizer):
 
     @property
     def fp16_groups(self) -> list[list[nn.Parameter]]:
-        """DeepSpeed's name for them where it saves a run in fp32."""
+        """The groups under the name that DeepSpeed uses when it saves a run in fp32."""
         return self.bf16_groups
 
     def _is_counted(self, group: list[nn.Parameter]) -> bool:
-        """Tell whether this rank's gradients of a group enter the norm: those that several ranks hold count once."""
+        """Return whether this rank's gradients of a group enter the norm: replicated ones count once."""
         tp_rank = self.mpu.get_slice_parallel_rank()
         counted = {
             not getattr(p, "ds_pipe_replicated", False) and (tp_rank == 0 or getattr(p, "tensor_model_parallel", False))
             for p in group
         }
-        assert len(counted) == 1, "a group holds parameters that are shared in one way"
+        assert len(counted) == 1, "all parameters of a group are replicated alike"
         return counted.pop()
 
     def _make_buckets(self, reduce: torch.dtype) -> list[_Bucket]:
         roles = [weight_of(self.param_names[group[0]]).role for group in self.bf16_groups]
-        # In the order in which the backward fills them: the last layer first, and the norms with the first layer.
-        alone = [[i] for i, role in enumerate(roles) if role is not Role.NORM]
+        # In the order in which the backward fills them: from the last layer on, the norms at the end.
+        matrices = [[i] for i, role in enumerate(roles) if role is not Role.NORM]
         norms = [i for i, role in enumerate(roles) if role is Role.NORM]
-        buckets = [_Bucket(self, groups, reduce) for groups in [*reversed(alone), norms] if groups]
+        buckets = [_Bucket(self, groups, reduce) for groups in [*reversed(matrices), norms] if groups]
         for bucket in buckets:
             for i in bucket.groups:
-                self._ready.update({id(p): bucket for p in self.bf16_groups[i]})
+                self._bucket_of.update({id(p): bucket for p in self.bf16_groups[i]})
         return buckets
 
     def gradient_added(self, parameter: nn.Parameter) -> None:
-        """Note that a micro-batch's gradient is in its buffer; with the last of its bucket the reduction starts."""
+        """Count a micro-batch's accumulated gradient; the last one of a bucket starts its reduction."""
         if self.final:
-            self._ready[id(parameter)].count_down()
+            self._bucket_of[id(parameter)].count_down()
 
     def accumulate_hp_grads_and_remove_lp(self, lp_param: nn.Parameter, group_idx: int, param_idx: int) -> None:
-        if lp_param.grad is None:  # a matrix whose layer has added it itself, or will
+        if lp_param.grad is None:  # the layer accumulates this matrix's gradient itself
             return
         super().accumulate_hp_grads_and_remove_lp(lp_param, group_idx, param_idx)
         self.gradient_added(lp_param)
 
     def hold_back(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Leave the buckets of `parameters` to `reduce_rest`: something else happens to them before."""
+        """Leave the buckets of `parameters` to `reduce_rest`, because they are reduced over stages first."""
         for p in parameters:
-            self._ready[id(p)].held_back = True
+            self._bucket_of[id(p)].held_back = True
 
     def reduce_rest(self) -> None:
-        """Start the reductions that are not under way yet."""
+        """Start the reductions that have not started yet."""
         for bucket in self._buckets:
             bucket.start_reduction()
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> Tensor:
-        """Clip, update, send the weights out; return (sum of all ranks' `loss`, gradient norm before clipping).
+        """Clip, update, start the all-gathers; return (sum of all ranks' `loss`, gradient norm before clipping).
 
-        The one thing the device waits for is a sum of two numbers over all ranks; the host waits for nothing. A norm
-        that is not finite leaves weights and moments as they are.
+        The device waits only for an all-reduce of two numbers; the host waits for nothing. If the norm is not finite,
+        weights and moments stay unchanged.
         """
         begin = self.trace.mark()
         for bucket in self._buckets:
@@ -127,7 +127,7 @@ class PipelineOptimizer(BF16_Optimizer):
         norm = summary[1].sqrt_()
         self._global_grad_norm = norm
         self._update(norm)
-        for bucket in reversed(self._buckets):  # norms, which every layer wants, then layer by layer
+        for bucket in reversed(self._buckets):  # norms first, which every layer needs, then layer by layer
             bucket.start_gather()
         for flat in self.fp32_groups_gradients_flat:
             flat.zero_()
@@ -137,8 +137,8 @@ class PipelineOptimizer(BF16_Optimizer):
     def _update(self, norm: Tensor) -> None:
         for master, part in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True):
             master.grad = part.to(master.dtype)
-        # torch's fused AdamW divides by grad_scale and leaves out the update where found_inf is set: clipping costs no
-        # pass over the gradients and no synchronisation.
+        # torch's fused AdamW divides by grad_scale and skips the update if found_inf is set: clipping needs neither a
+        # pass over the gradients nor a synchronisation.
         adam: Any = self.optimizer
         adam.grad_scale = ((norm + CLIP_EPS) / self.clip_grad).clamp(min=1.0)
         adam.found_inf = torch.where(norm.isfinite(), 0.0, 1.0)
@@ -147,22 +147,22 @@ class PipelineOptimizer(BF16_Optimizer):
 
     @torch.no_grad()
     def wait_for(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Wait until the weights of `parameters` are whole again."""
+        """Wait for the all-gather of `parameters`."""
         for p in parameters:
-            self._ready[id(p)].end_gather()
+            self._bucket_of[id(p)].end_gather()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Wait until all weights are whole again."""
+        """Wait for the all-gather of all weights."""
         for bucket in self._buckets:
             bucket.end_gather()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Do nothing: `step` has."""
+        """Do nothing: `step` zeroes the gradients."""
 
 
 class _Bucket:
-    """Groups whose gradients and weights travel together."""
+    """Optimizer groups that share one reduce-scatter and one all-gather."""
 
     def __init__(self, optimizer: PipelineOptimizer, groups: list[int], reduce: torch.dtype) -> None:
         self.groups = groups
@@ -172,15 +172,15 @@ class _Bucket:
         self._ranks = dist.get_world_size(self._process_group)
         self._rank = dist.get_rank(self._process_group)
         self._dtype = reduce
-        self._parameters = sum(len(optimizer.bf16_groups[i]) for i in groups)
-        self._left = self._parameters
+        self._count = sum(len(optimizer.bf16_groups[i]) for i in groups)
+        self._remaining = self._count
         self._reduction: Wait | None = None
         self._reduced = False
         self._gather: Wait | None = None
 
     def count_down(self) -> None:
-        self._left -= 1
-        if self._left == 0 and not self.held_back:
+        self._remaining -= 1
+        if self._remaining == 0 and not self.held_back:
             self.start_reduction()
 
     def start_reduction(self) -> None:
@@ -208,7 +208,7 @@ class _Bucket:
     def end_reduction(self) -> None:
         if self._reduction:
             self._reduction()
-        self._reduction, self._reduced, self._left = None, False, self._parameters
+        self._reduction, self._reduced, self._remaining = None, False, self._count
 
     def start_gather(self) -> None:
         parts = [self._optimizer.bf16_partitioned_groups[i][self._rank] for i in self.groups]

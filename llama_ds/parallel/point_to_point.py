@@ -1,7 +1,7 @@
-"""Messages between pipeline ranks, on handles: sends that return at once, receives into buffers posted beforehand.
+"""Asynchronous messages between pipeline ranks: sends return at once, receives use buffers posted in advance.
 
-Each kind and direction has its own process group: NCCL runs what one pair of ranks exchanges in one group in order, so
-an activation would wait for a gradient that nobody has sent yet.
+Each kind and direction has its own process group: NCCL executes the messages of a pair of ranks in one group in order,
+so an activation would wait for a gradient that has not been sent yet.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llama_ds.schedules.communication import Message
 from llama_ds.schedules.instructions import Placement
 
 Work = tuple[list[Any], Sequence[Tensor]]
-UNFINISHED = 1  # sends of a channel that may be under way when the next is issued
+MAX_PENDING_SENDS = 1  # earlier sends of a channel that may be in flight when the next is issued
 
 
 class PipelineComm:
     """One rank's messages to and from the other ranks of its pipeline."""
 
-    def __init__(self, columns: Sequence[Sequence[int]], place: Placement, device: torch.device) -> None:
-        """`columns` lists the global ranks of every pipeline of the run, in order of their stages. Collective."""
-        channels = sorted(_channels(place))
+    def __init__(self, columns: Sequence[Sequence[int]], placement: Placement, device: torch.device) -> None:
+        """`columns` lists the global ranks of every pipeline of the run in stage order. Collective."""
+        channels = sorted(_channels(placement))
         self._groups: dict[tuple[str, bool], dist.ProcessGroup] = {}
         self._ranks: Sequence[int] = ()
         self._sends: dict[tuple[str, int, int], deque[Work]] = defaultdict(deque)
@@ -41,7 +41,7 @@ class PipelineComm:
     def _connect(self, channels: Sequence[tuple[str, int, int]], nothing: Tensor) -> None:
         """Exchange a first message over every channel, one after the other.
 
-        NCCL builds a channel's communicator with its first message and holds up the host until both ends have come.
+        NCCL creates a channel's communicator on its first message and blocks the host until both ends have joined.
         """
         me = self._ranks.index(dist.get_rank())
         for kind, source, target in channels:
@@ -55,28 +55,28 @@ class PipelineComm:
         return self._groups[message.kind, message.target > message.source]
 
     def post(self, message: Message, buffers: Sequence[Tensor]) -> Work:
-        """Have `buffers` ready for `message`; return its handles."""
+        """Post the receives of `message` into `buffers`; return their handles and buffers."""
         group, peer = self._group(message), self._ranks[message.source]
         return [dist.irecv(buffer, peer, group=group) for buffer in buffers], buffers
 
     def send(self, message: Message, tensors: Sequence[Tensor]) -> None:
-        """Hand `tensors` over; they are kept alive until they have gone."""
+        """Start sending `tensors`, which are kept alive until they are sent."""
         group, peer = self._group(message), self._ranks[message.target]
         earlier = self._sends[message.channel]
-        while len(earlier) > UNFINISHED:
+        while len(earlier) > MAX_PENDING_SENDS:
             wait(earlier.popleft())
         earlier.append(([dist.isend(tensor, peer, group=group) for tensor in tensors], tensors))
 
     def finish(self) -> None:
-        """Wait until everything sent has gone."""
+        """Wait until all sends are complete."""
         for sends in self._sends.values():
             while sends:
                 wait(sends.popleft())
 
 
-def _channels(place: Placement) -> set[tuple[str, int, int]]:
-    """Return the channels that a schedule on `place` uses: (kind, sending rank, receiving rank)."""
-    homes = [place.home(stage)[0] for stage in range(place.stages)]
+def _channels(placement: Placement) -> set[tuple[str, int, int]]:
+    """Return the channels that a schedule with `placement` uses: (kind, sending rank, receiving rank)."""
+    homes = [placement.home(stage)[0] for stage in range(placement.stages)]
     there = {("activation", a, b) for a, b in pairwise(homes) if a != b}
     return there | {("grad", b, a) for _, a, b in there}
 

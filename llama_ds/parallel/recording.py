@@ -1,7 +1,7 @@
-"""Records steps of a run into its folder: what every rank did, on one clock, and what torch's profiler saw on some.
+"""Records steps of a run in its folder: traces of all ranks on one clock, and torch profiles of selected ranks.
 
-The profiler slows its rank down, so it runs over further steps, from which no times are taken. Ranks compare clocks
-before and after. Outside the recorded steps nothing here costs anything.
+The profiler slows its rank down, so it runs in additional steps that are not timed. Ranks compare clocks before and
+after recording. Outside the recorded steps there is no overhead.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from llama_ds.log import logger, without_profiler_marks
 from llama_ds.parallel import clock, world
 from llama_ds.parallel.trace import Trace
 
-_MARKERS = 8  # at each end; the one that began soonest after its time was taken is believed
+_MARKERS = 8  # markers at each end; readers use the one that started soonest after its timestamp
 
 
 class Recording:
-    """The steps from `logging.trace_step` on as one rank records them."""
+    """One rank's recording of the steps from `logging.trace_step` on."""
 
     def __init__(
         self,
         run: RunConfig,
         layout: Layout,
         trace: Trace,
-        place: world.RankInfo,
+        rank_info: world.RankInfo,
         host: str,
         dtype: str,
         device: torch.device,
     ) -> None:
-        """`host` is what people call the host of this rank."""
-        self._settings, self._trace, self._rank = run.logging, trace, place.rank
+        """`host` is the name of this rank's host in reports."""
+        self._settings, self._trace, self._rank = run.logging, trace, rank_info.rank
         self._folder = os.path.join(run.run_dir, "trace")
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         about = {"host": host, "device": name, "dtype": dtype}
-        self._about = {**describe_trace(run, layout, place.rank), **about}
+        self._about = {**describe_trace(run, layout, rank_info.rank), **about}
         self._cuda = device.type == "cuda"
         self._profile: profile | None = None
         self._clock: list[clock.Offset | None] = []
 
     def before_step(self, number: int) -> None:
-        """Begin to record, if step `number`, counted from 1, is the first to be. Collective then."""
+        """Start recording if step `number`, counted from 1, is the first recorded one; then collective."""
         settings = self._settings
         if self._trace.recording and number == settings.trace_step + settings.trace_steps:
             self._start_profiler()
@@ -70,14 +70,14 @@ class Recording:
         world.barrier()
 
     def after_step(self) -> bool:
-        """Write what was recorded, if that was the last step to be; tell whether it was. Collective then."""
+        """Write the recording if that was the last recorded step; return whether it was. Then collective."""
         if not self._trace.recording or self._trace.steps_left:
             return False
         self._write()
         return True
 
     def close(self) -> None:
-        """Write what was recorded of a run that ends before the last step to be. Collective."""
+        """Write a partial recording if the run ends before the last recorded step. Collective."""
         if self._trace.recording:
             self._write()
 
@@ -94,7 +94,7 @@ class Recording:
             self._trace.write(self._folder, self._rank, **self._about, **about)
             if self._profile:
                 self._profile.export_chrome_trace(os.path.join(self._folder, PROFILE_FILE.format(self._rank)))
-        except OSError as error:  # a full disk ends no run
+        except OSError as error:  # a full disk must not end the run
             logger.warning("%s: rank %d could not write its record (%s)", self._folder, self._rank, error)
         self._profile = None
         world.barrier()
@@ -102,14 +102,14 @@ class Recording:
 
 
 def _mark() -> None:
-    """Leave the monotonic time in the profile: its own clock need not be that one."""
+    """Mark the monotonic time in the profile, whose clock may differ."""
     for _ in range(_MARKERS):
         with record_function(f"{MARKER}{time.monotonic_ns()}"):
             pass
 
 
 def _clear(folder: str) -> None:
-    """Remove what an earlier recording left, which may be of more ranks."""
+    """Remove the files of an earlier recording, which may have had more ranks."""
     with suppress(OSError):
         for name in os.listdir(folder):
             digits = "".join(filter(str.isdigit, name))

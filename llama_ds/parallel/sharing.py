@@ -1,7 +1,7 @@
-"""One rank of a host reads for the ranks beside it that need the same batches, and broadcasts them over gloo.
+"""One rank of a host reads batches for all ranks of the host that need them, and broadcasts them over gloo.
 
-The tensor-parallel ranks of an end of the model need the same rows, and so do both ends where one host holds them. All
-of it happens in the threads that read ahead: no step waits for it unless the data is late.
+The tensor-parallel ranks of the first and the last stage need the same rows, and so do both stages if one host holds
+them. All of it happens in the prefetching threads: no step waits unless the data is late.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import torch.distributed as dist
 from llama_ds.errors import UserError
 from llama_ds.parallel import world
 
-END = -1
-PATIENCE = timedelta(days=30)  # a thread waits through evaluations, checkpoints and whatever else holds a step up
+END = -1  # header of the message after the last batch
+TIMEOUT = timedelta(days=30)  # a prefetching thread waits through evaluations, checkpoints and other long pauses
 
 
 @dataclass(frozen=True)
 class Neighbours:
     """Ranks of one host that read the same batches."""
 
-    ranks: list[int]  # the first one reads
+    ranks: list[int]  # the first one reads the data
     group: dist.ProcessGroup | None  # None: this rank is alone
 
     @property
@@ -37,15 +37,15 @@ class Neighbours:
 
 
 def find_neighbours(needs_data: bool, dp_rank: int) -> Neighbours:
-    """Return the ranks that this one shares batches with. Collective."""
+    """Return the ranks that share batches with this one. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Neighbours([0], None)
-    places = world.gather((needs_data, dp_rank, socket.gethostname()))
+    needs = world.gather((needs_data, dp_rank, socket.gethostname()))
     own, group = [dist.get_rank()], None
-    for place in sorted({place for place in places if place[0]}):
-        ranks = [rank for rank, other in enumerate(places) if other == place]
+    for need in sorted({need for need in needs if need[0]}):
+        ranks = [rank for rank, other in enumerate(needs) if other == need]
         if len(ranks) > 1:
-            made = dist.new_group(ranks, timeout=PATIENCE, backend="gloo")
+            made = dist.new_group(ranks, timeout=TIMEOUT, backend="gloo")
             if dist.get_rank() in ranks:
                 own, group = ranks, made
     return Neighbours(own, group)
@@ -54,26 +54,26 @@ def find_neighbours(needs_data: bool, dp_rank: int) -> Neighbours:
 def share(
     batches: Iterator[np.ndarray] | None, count: int, shape: tuple[int, ...], neighbours: Neighbours
 ) -> Iterator[np.ndarray]:
-    """Yield `count` int32 batches of `shape`: read from `batches` where this rank reads, else from the one that does.
+    """Yield `count` int32 batches of `shape`: from `batches` on the reading rank, else from its broadcasts.
 
-    Where `batches` end before, as in a run that is asked to end, so do all neighbours'.
+    If `batches` end early, as in a run that is asked to end, the batches of all neighbours end too.
 
     Raises:
-        UserError: the reading rank could not read, on all its neighbours alike.
+        UserError: the reading rank failed; all its neighbours raise the same error.
     """
     if neighbours.group is None:
         assert batches is not None
         yield from batches
     elif batches is not None:
-        yield from _hand_out(batches, count, shape, neighbours)
+        yield from _broadcast_all(batches, count, shape, neighbours)
     else:
-        yield from _take(count, shape, neighbours)
+        yield from _receive(count, shape, neighbours)
 
 
-def _hand_out(
+def _broadcast_all(
     batches: Iterator[np.ndarray], count: int, shape: tuple[int, ...], to: Neighbours
 ) -> Iterator[np.ndarray]:
-    # The length of an error, 0 where there is none, END where no more batches come; the batch.
+    # Header: length of an error, 0 without one, or END after the last batch; then the batch.
     message = np.zeros(1 + math.prod(shape), np.int32)
     try:
         for batch in batches:
@@ -92,7 +92,7 @@ def _hand_out(
         raise
 
 
-def _take(count: int, shape: tuple[int, ...], source: Neighbours) -> Iterator[np.ndarray]:
+def _receive(count: int, shape: tuple[int, ...], source: Neighbours) -> Iterator[np.ndarray]:
     for _ in range(count):
         message = np.empty(1 + math.prod(shape), np.int32)
         _broadcast(message, source)

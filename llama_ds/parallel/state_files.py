@@ -1,4 +1,4 @@
-"""DeepSpeed's checkpoint files, as state dicts of live tensors that nobody has written yet."""
+"""The contents of DeepSpeed's checkpoint files as state dicts of live tensors, without writing them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llama_ds.layout.weights import TABLE, TIED_MODULES
 
 
 def _patterns(cut: int | None) -> list[str]:
-    """Return patterns of the names of weights that tensor-parallel ranks cut along one dimension."""
+    """Return name patterns of the weights that are sharded along dimension `cut`; None: replicated."""
     return [rf".*\.{re.escape(weight.name)}" for weight in TABLE if weight.cut == cut]
 
 
-# What DeepSpeed's ds_to_universal asks for: how tensor-parallel ranks cut weights, as patterns of their names.
+# Metadata that DeepSpeed's ds_to_universal requires: name patterns of weights by their sharding.
 UNIVERSAL = {
     "universal_checkpoint_version": 0.2,
     "parameter_with_row_parallelism_patterns": _patterns(1),
@@ -26,23 +26,23 @@ TIED = {"pipeline_replicated_parameter_patterns": [rf"{re.escape(TIED_MODULES)}.
 
 
 def state_files(engine: Any, tag: str, tied_stages: bool) -> list[tuple[str, Any]]:
-    """Return this rank's share of the files of a checkpoint: (name, content). Collective.
+    """Return this rank's files of a checkpoint: (name, content). Collective.
 
-    `tied_stages`: the first and the last stage of a pipeline hold one table.
+    `tied_stages`: whether the first and the last stage of a pipeline share the embedding table.
     """
     collected = _Collector()
-    usual, engine.checkpoint_engine = engine.checkpoint_engine, collected
-    engine._copy_recovery_script = lambda _: None  # zero_to_fp32.py, which cannot read a pipeline's files
+    original, engine.checkpoint_engine = engine.checkpoint_engine, collected
+    engine._copy_recovery_script = lambda _: None  # do not copy zero_to_fp32.py, which cannot read a pipeline's files
     try:
         info = {**UNIVERSAL, **(TIED if tied_stages else {})}
         engine.save_checkpoint(".", tag, client_state={"universal_checkpoint_info": info}, save_latest=False)
     finally:
-        engine.checkpoint_engine = usual
+        engine.checkpoint_engine = original
     return collected.files
 
 
 class _Collector(CheckpointEngine):
-    """Stands where DeepSpeed would write."""
+    """Replaces DeepSpeed's checkpoint engine and collects files instead of writing them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,10 +58,10 @@ class _Collector(CheckpointEngine):
         self.files.append((os.path.basename(path), state_dict))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        raise NotImplementedError("it collects")
+        raise NotImplementedError("this engine only collects files")
 
     def commit(self, info: Any) -> bool:
         return True
 
     def preserves_storage_sharing(self) -> bool:
-        return False  # or DeepSpeed would copy every weight first
+        return False  # True would make DeepSpeed copy every weight first

@@ -1,4 +1,4 @@
-"""Has DeepSpeed's own PipelineEngine record what it does, in the words of `llama_ds.parallel.trace`."""
+"""Records the instructions of DeepSpeed's own PipelineEngine under the event names of `llama_ds.parallel.trace`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from deepspeed.runtime.pipe import schedule
 
 from llama_ds.parallel.trace import Trace
 
-# What an instruction is called, and the stage that a message is for, seen from its own.
+# Event name of an instruction, and the offset of a message's receiving stage from this stage.
 _NAMES: dict[type, tuple[str, int]] = {
     schedule.LoadMicroBatch: ("wait data", 0),
     schedule.ForwardPass: ("F", 0),
@@ -26,15 +26,15 @@ _NAMES: dict[type, tuple[str, int]] = {
 
 
 def trace_instructions(engine: Any, trace: Trace) -> None:
-    """Put a record around every instruction of one engine, of which nothing else changes."""
-    seen: Counter[str] = Counter()
+    """Record every instruction of one engine; its behaviour stays the same."""
+    counts: Counter[str] = Counter()
 
     def recorded(run: Callable[..., None], what: str, stage: int) -> Callable[..., None]:
         def wrapped(own: Any, **kwargs: Any) -> None:
             begin = trace.now()
             run(own, **kwargs)
-            trace.add(what, begin, stage, seen[what] % own.micro_batches)
-            seen[what] += 1
+            trace.add(what, begin, stage, counts[what] % own.micro_batches)
+            counts[what] += 1
 
         return wrapped
 

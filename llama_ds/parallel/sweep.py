@@ -1,7 +1,7 @@
-"""Times of collectives and messages over all ranks of a job, by size, for every kind of group that a layout may have.
+"""Times collectives and messages by size over all ranks of a job, for every kind of group that a layout may have.
 
-A kind is (ranks on a node, nodes). All ranks are in groups of the kind at once, as in a step, and the groups lie as
-DeepSpeed's topology lays them: neighbours on a node, or slots at equal distances on neighbouring nodes.
+A kind is (ranks per node, nodes). All ranks run in groups of the kind at once, as in a step. The groups are those of
+DeepSpeed's topology: neighbours on a node, or slots at equal distances on neighbouring nodes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 from llama_ds.parallel import world
 from llama_ds.parallel.tensor_parallel import all_gather_flat, reduce_scatter_flat
 
-Kind = tuple[int, int]  # ranks on a node, nodes
-Say = Callable[[str], None]
-BLOCKS = 5  # a time is the median of so many means
+Kind = tuple[int, int]  # ranks per node, nodes
+Report = Callable[[str], None]
+BLOCKS = 5  # a time is the median of this many means
 SEND = "send"
 
 
@@ -30,7 +30,7 @@ class SweepResult:
     """Seconds of one operation at each size, in bytes of the whole tensor."""
 
     operation: str
-    ranks: int  # on a node
+    ranks: int  # ranks per node
     nodes: int
     sizes: list[int]
     seconds: list[float]
@@ -55,9 +55,9 @@ def members(rank: int, slots: int, kind: Kind) -> list[int]:
 
 
 def sweep(
-    operations: Sequence[str], slots: int, sizes: Sequence[int], seconds: float, device: torch.device, say: Say
+    operations: Sequence[str], slots: int, sizes: Sequence[int], seconds: float, device: torch.device, report: Report
 ) -> list[SweepResult]:
-    """Time `operations` in every kind of group, spending `seconds` or so on each size. Collective."""
+    """Time `operations` in every kind of group, spending about `seconds` on each size. Collective."""
     found = []
     rank, nodes = dist.get_rank(), dist.get_world_size() // slots
     for kind in kinds(nodes, slots):
@@ -66,7 +66,7 @@ def sweep(
         for operation in operations:
             if operation == SEND and kind[0] * kind[1] != 2:
                 continue
-            say(f"{operation} among {kind[0]} ranks on each of {kind[1]} nodes")
+            report(f"{operation} among {kind[0]} ranks on each of {kind[1]} nodes")
             times = []
             for size in sizes:
                 part = torch.zeros(max(1, size // 4 // len(own)), device=device)
@@ -81,7 +81,7 @@ def sweep(
 
 
 def contention(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return what a second of all-reduce beside products costs these: 0 nothing, 1 a second. Collective."""
+    """Return the slowdown of matrix products per second of concurrent all-reduce, from 0 to 1. Collective."""
     data = torch.ones(size // 4, device=device)
     width = 512 if device.type == "cpu" else 4096
     a = torch.randn(width, width, device=device).to(dtype)
@@ -100,9 +100,9 @@ def contention(size: int, device: torch.device, dtype: torch.dtype) -> float:
     return min(1.0, max(0.01, world.maximum([found], device)[0]))
 
 
-def _counts(most: int) -> list[int]:
-    """Return the powers of two that divide `most`, and `most`."""
-    return sorted({most, *(1 << i for i in range(most.bit_length()) if most % (1 << i) == 0)})
+def _counts(total: int) -> list[int]:
+    """Return the powers of two that divide `total`, and `total`."""
+    return sorted({total, *(1 << i for i in range(total.bit_length()) if total % (1 << i) == 0)})
 
 
 def _all_reduce(data: Tensor, part: Tensor, own: list[int], group: dist.ProcessGroup | None) -> None:
@@ -118,7 +118,7 @@ def _reduce_scatter(data: Tensor, part: Tensor, own: list[int], group: dist.Proc
 
 
 def _ping_pong(data: Tensor, part: Tensor, own: list[int], group: dist.ProcessGroup | None) -> None:
-    """Send there and back."""
+    """Send a message back and forth."""
     first, second = own
     if dist.get_rank() == first:
         dist.send(data, second, group=group)
@@ -128,7 +128,7 @@ def _ping_pong(data: Tensor, part: Tensor, own: list[int], group: dist.ProcessGr
         dist.send(data, first, group=group)
 
 
-# By operation: the whole tensor, this rank's part of it, the ranks of the group.
+# Functions by operation; arguments: full tensor, this rank's part of it, ranks of the group, group.
 CALLS: dict[str, Callable[[Tensor, Tensor, list[int], dist.ProcessGroup | None], None]] = {
     "all_reduce": _all_reduce,
     "all_gather": _all_gather,

@@ -14,7 +14,7 @@ from torch import Tensor
 from llama_ds.model.tensor_parallel import Pending
 from llama_ds.parallel.trace import Trace
 
-# torch 2.13 renamed both and warns at the old names; 2.11 has only those.
+# torch 2.13 renamed both and warns about the old names, the only ones in 2.11.
 all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_flat = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -24,7 +24,7 @@ class GroupTensorParallel:
 
     def __init__(self, group: dist.ProcessGroup, sequence_parallel: bool, trace: Trace | None = None) -> None:
         self.group = group
-        self.trace = trace or Trace(torch.device("cpu"))  # which nobody starts
+        self.trace = trace or Trace(torch.device("cpu"))  # never started
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         self.sequence_parallel = sequence_parallel
@@ -37,7 +37,7 @@ class GroupTensorParallel:
         return _Scatter.apply(x, self) if self.sequence_parallel else _Sum.apply(x, self)
 
     def replicated(self, weight: Tensor) -> Tensor:
-        # One all-reduce of D numbers per norm and micro-batch. Doing it here keeps every ZeRO stage exact.
+        # One all-reduce of D numbers per norm and micro-batch. Doing it here is correct for every ZeRO stage.
         return _Copy.apply(weight, self) if self.sequence_parallel else weight
 
     def start_gather(self, x: Tensor) -> Pending:
@@ -51,7 +51,7 @@ class GroupTensorParallel:
 
     def gather_ahead(self, x: Tensor) -> None:
         if self.sequence_parallel:
-            self._last_gather = (x, self._issue_gather(x))  # holding x keeps its address from being used again
+            self._last_gather = (x, self._issue_gather(x))  # holding x keeps its address from being reused
 
     def start_reduce(self, x: Tensor) -> Pending:
         return self._issue_scatter_sum(x) if self.sequence_parallel else self._issue_sum(x)

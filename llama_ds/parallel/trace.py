@@ -1,7 +1,7 @@
-"""What a rank did in some steps and when: computations, messages, collectives, waits; for `llama_ds.perf.trace`.
+"""Records a rank's events in selected steps for `llama_ds.perf.trace`: computations, messages, collectives, waits.
 
-Times are microseconds of the host's monotonic clock, which all processes of a machine share. On CUDA they are those at
-which the device reached the event, put onto the same clock. The names of what is recorded are `perf/trace/kinds.py`'s.
+Times are microseconds of the host's monotonic clock, which all processes of a machine share. On CUDA they are the times
+at which the device reached the event, converted to that clock. Event names are defined in `perf/trace/kinds.py`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _NOTHING = nullcontext()
 
 
 class Trace:
-    """Records while `recording`; otherwise each call is a comparison or two, and waits are added up (`times`)."""
+    """Records while `recording`; otherwise calls cost one or two comparisons, and waits are summed in `times`."""
 
     def __init__(self, device: torch.device) -> None:
         self.recording = False
-        self.steps_left = 0  # to record
-        self.doing: object = ""  # what this rank is doing now, for who asks why nothing moves
-        self.waits = False  # whether that is to wait for another rank
+        self.steps_left = 0  # number of steps still to record
+        self.doing: object = ""  # current activity of this rank, for reports on a hang
+        self.waits = False  # whether the activity is a wait for another rank
         self._cuda = device.type == "cuda"
         self.times = StepTimes(self._cuda)
         self._events: list[tuple[str, Any, Any, int, int, int]] = []
         self._origin: tuple[Any, float] | None = None
 
     def start(self, steps: int = 1) -> None:
-        """Record from now on, for so many steps."""
+        """Record the next `steps` steps."""
         self.recording, self.steps_left = True, steps
         self._events.clear()
         if self._cuda:
@@ -43,11 +43,11 @@ class Trace:
             self._origin = (self.now(), time.monotonic_ns() / 1e3)
 
     def doing_now(self) -> tuple[str, bool]:
-        """Return in words what this rank is doing, and whether it waits for another."""
+        """Return this rank's current activity as text, and whether it waits for another rank."""
         return str(self.doing), self.waits
 
     def now(self) -> Any:
-        """Return a mark of this moment."""
+        """Return a timestamp of this moment, None if not recording."""
         if not self.recording:
             return None
         if self._cuda:
@@ -57,11 +57,11 @@ class Trace:
         return time.monotonic_ns() / 1e3
 
     def mark(self) -> Any:
-        """Return a mark of this moment for one of the things that are added up as well as recorded."""
+        """Return a timestamp for an event that is also summed in `times`."""
         return self.times.now() if self.times.counting else self.now()
 
     def add(self, what: str, begin: Any = None, stage: int = -1, micro_batch: int = -1, size: int = 0) -> None:
-        """Note that `what` lasted from the mark `begin` until now; without it, that it happened now."""
+        """Record the event `what` from the timestamp `begin` until now; without `begin`, as happening now."""
         if self.recording:
             end = self.now()
             self._events.append((what, end if begin is None else begin, end, stage, micro_batch, size))
@@ -69,7 +69,7 @@ class Trace:
             self.times.add(what, begin)
 
     def end_step(self, begin: Any) -> bool:
-        """Note a step from the mark `begin` until now; tell whether it is the last to be recorded."""
+        """Record a step from the timestamp `begin` until now; return whether it is the last recorded one."""
         if not self.recording:
             return False
         self.add("step", begin)
@@ -77,7 +77,7 @@ class Trace:
         return self.steps_left == 0
 
     def around(self, what: str) -> AbstractContextManager[None]:
-        """Return a context that notes how long it lasted as `what`."""
+        """Return a context that is recorded as the event `what`."""
         return self._span(what) if self.recording else _NOTHING
 
     @contextmanager
@@ -87,9 +87,9 @@ class Trace:
         self.add(what, begin)
 
     def watch(self, what: str, work: Any, size: int) -> Any:
-        """Note a collective from now to its completion, which a callback tells, or else return the mark of now.
+        """Record a collective from now to its completion by a callback, or else return a timestamp for `done`.
 
-        That is for `done`, once it was waited for: on CUDA, and for gloo's reduce-scatter, no callback tells.
+        On CUDA, and for gloo's reduce-scatter, there is no callback, and `done` is called after the wait.
         """
         if not self.recording:
             return None
@@ -105,24 +105,24 @@ class Trace:
         return None
 
     def done(self, what: str, watched: Any, size: int) -> None:
-        """Note that what `watch` gave a mark for is completed, by now at the latest."""
+        """Record the collective for which `watch` returned a timestamp as complete."""
         if watched is not None and self.recording:
             self.add(what, watched, size=size)
 
     def stop(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         self.recording, self.steps_left = False, 0
 
     def write(self, folder: str, rank: int, **about: Any) -> None:
-        """Stop recording and write the rank's file into `folder`; `about` is what its readers have to know.
+        """Stop recording and write the rank's file into `folder`; `about` is metadata for its readers.
 
         Raises:
             OSError: it cannot be written.
         """
         self.stop()
         rows = [
-            (what, round(self._microseconds(begin), 3), round(self._microseconds(end), 3), *place)
-            for what, begin, end, *place in list(self._events)
+            (what, round(self._microseconds(begin), 3), round(self._microseconds(end), 3), *details)
+            for what, begin, end, *details in list(self._events)
         ]
         self._events.clear()
         os.makedirs(folder, exist_ok=True)

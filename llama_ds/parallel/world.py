@@ -1,4 +1,4 @@
-"""The processes of a run: who this rank is, how it joins the others, and how all of them fail together."""
+"""The processes of a run: identity of this rank, rendezvous, small collectives, and coordinated failure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llama_ds.log import logger
 
 T = TypeVar("T")
 
-# Names under which launchers tell a process its place, in DeepSpeed's and torchrun's words first.
+# Variables in which launchers pass a process its rank; those of DeepSpeed and torchrun come first.
 LAUNCHER_VARIABLES = {
     "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"),
     "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
@@ -32,15 +32,15 @@ LAUNCHER_VARIABLES = {
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 TIMEOUT = timedelta(minutes=30)
 
-# Keys of the process group's store by which ranks agree on who reports a user error.
+# Keys in the process group's store with which ranks agree on the one that reports a user error.
 FAILURES, REPORTED = "llama_ds/failures", "llama_ds/reported"
-BROKEN = "llama_ds/broken"  # how many ranks have ended by an error that is not the user's
+BROKEN = "llama_ds/broken"  # number of ranks that ended with an error other than a user error
 REPORT_TIMEOUT = timedelta(seconds=10)
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """Where this process stands: its rank, the number of ranks and its index on this host."""
+    """Identity of this process: its rank, the number of ranks, and its index on this host."""
 
     rank: int
     world: int
@@ -48,10 +48,10 @@ class RankInfo:
 
 
 def find_place() -> RankInfo:
-    """Read this process's place from the launcher's environment; alone when no launcher set one.
+    """Read this process's rank from the launcher's environment; without a launcher, the world is one rank.
 
     Raises:
-        UserError: when a launcher set only part of it.
+        UserError: the launcher set only some of the variables.
     """
     found = {name: _first_set(names) for name, names in LAUNCHER_VARIABLES.items()}
     if found["RANK"] is None and found["WORLD_SIZE"] is None:
@@ -69,30 +69,30 @@ def _first_set(names: tuple[str, ...]) -> str | None:
     return next((os.environ[name] for name in names if name in os.environ), None)
 
 
-def join(place: RankInfo, nic: str = "") -> None:
+def join(rank_info: RankInfo, nic: str = "") -> None:
     """Join the run's process group: NCCL on CUDA, gloo elsewhere, over `nic` or else the interface towards rank 0.
 
-    DeepSpeed adopts the group. It is made here, without a device id, because DeepSpeed's own call makes NCCL build
+    DeepSpeed adopts the group. It is created here, without a device id, because DeepSpeed's own call makes NCCL create
     a communicator eagerly for each of the hundreds of groups of a large grid.
     """
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
-    _find_master(place)
+    os.environ.update(RANK=str(rank_info.rank), WORLD_SIZE=str(rank_info.world), LOCAL_RANK=str(rank_info.local_rank))
+    _find_master(rank_info)
     interface = None if _on_one_host() else nic or interface_towards(os.environ["MASTER_ADDR"])
-    if interface:  # gloo would take the one that the host's name leads to
+    if interface:  # otherwise gloo uses the interface of the host's name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     if on_cuda():
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(rank_info.local_rank)
     dist.init_process_group("nccl" if on_cuda() else "gloo", timeout=TIMEOUT)
 
 
-def _find_master(place: RankInfo) -> None:
+def _find_master(rank_info: RankInfo) -> None:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = "127.0.0.1" if _on_one_host() else _first_mpi_host()
-    if "MASTER_PORT" not in os.environ and place.world == 1:
-        os.environ["MASTER_PORT"] = "0"  # any free one: nobody else comes
+    if "MASTER_PORT" not in os.environ and rank_info.world == 1:
+        os.environ["MASTER_PORT"] = "0"  # any free port: no other rank joins
     if "MASTER_PORT" not in os.environ:
-        # Under mpirun nobody hands out a port; one derived from the job keeps two jobs on a host apart.
+        # mpirun assigns no port; deriving it from the job keeps two jobs on a host apart.
         job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("SLURM_JOB_ID") or str(os.getppid())
         os.environ["MASTER_PORT"] = str(20000 + sum(job.encode()) * 7919 % 10000)
 
@@ -114,15 +114,15 @@ def _first_mpi_host() -> str:
     import socket
 
     address = MPI.COMM_WORLD.bcast(socket.gethostbyname(socket.gethostname()), root=0)
-    MPI.Finalize()  # this process ends without atexit handlers, which mpirun would take for a crash
+    MPI.Finalize()  # this process skips atexit handlers, and mpirun would report a crash
     return address
 
 
-def check_mpi(place: RankInfo) -> None:
-    """Check that MPI itself knows of as many ranks as its launcher said, and of this one as the same.
+def check_mpi(rank_info: RankInfo) -> None:
+    """Check that MPI reports the same rank and world size as its launcher.
 
     Raises:
-        UserError: mpi4py is missing, or of another MPI than the launcher, which makes every process a world of its own.
+        UserError: mpi4py is missing, or belongs to another MPI than the launcher, so that every process is alone.
     """
     try:
         from mpi4py import MPI
@@ -132,15 +132,15 @@ def check_mpi(place: RankInfo) -> None:
         ) from None
     found = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size()
     MPI.Finalize()
-    if found != (place.rank, place.world):
+    if found != (rank_info.rank, rank_info.world):
         raise UserError(
-            f"MPI: mpi4py says rank {found[0]} of {found[1]}, the launcher rank {place.rank} of {place.world}; "
+            f"MPI: mpi4py says rank {found[0]} of {found[1]}, the launcher rank {rank_info.rank} of {rank_info.world}; "
             "install the mpi4py of the MPI whose mpirun starts the job (pip install --no-binary mpi4py mpi4py)"
         )
 
 
 def on_cuda() -> bool:
-    """Tell whether this run computes on CUDA; DeepSpeed's own variable DS_ACCELERATOR=cpu says no."""
+    """Return whether this run computes on CUDA; DeepSpeed's variable DS_ACCELERATOR=cpu disables it."""
     return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
 
 
@@ -150,7 +150,7 @@ def device() -> torch.device:
 
 
 def device_memory(where: torch.device) -> int:
-    """Return the bytes that this rank may use: all of a CUDA device, on a CPU its share of what the host has free."""
+    """Return the bytes that this rank may use: all of a CUDA device, or its share of the host's free memory."""
     if where.type == "cuda":
         return torch.cuda.get_device_properties(where).total_memory
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -158,13 +158,13 @@ def device_memory(where: torch.device) -> int:
 
 
 def finish(where: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if where.type == "cuda":
         torch.cuda.synchronize(where)
 
 
 def computes_bf16(where: torch.device) -> bool:
-    """Tell whether the device multiplies bf16 natively; emulated, it is several times slower than fp32."""
+    """Return whether the device multiplies bf16 natively; emulation is several times slower than fp32."""
     if where.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     avx512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
@@ -172,9 +172,9 @@ def computes_bf16(where: torch.device) -> bool:
 
 
 def together(step: Callable[[], T]) -> T:
-    """Run `step` on every rank; when it fails with a user error on any, raise that error on all.
+    """Run `step` on every rank; if it raises a user error on any rank, raise that error on all.
 
-    Collective. Without it the ranks that succeeded would wait for the others until the time-out.
+    Collective. Otherwise the ranks that succeed would wait for the failed ones until the timeout.
     """
     error: UserError | None = None
     result: T | None = None
@@ -200,7 +200,7 @@ def gather_numbers(values: list[int], where: torch.device) -> np.ndarray:
 
 
 def gather(value: T) -> list[T]:
-    """Return the value of every rank, any that can be pickled. Collective; for what happens rarely."""
+    """Return the values of all ranks, which must be picklable. Collective; for infrequent use."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     every: list[T] = [value] * dist.get_world_size()
@@ -227,7 +227,7 @@ def maximum(values: list[float], where: torch.device) -> list[float]:
 
 
 def start_maximum(value: int, where: torch.device) -> Callable[[], int]:
-    """Begin to agree on the maximum of an integer over all ranks; the returned call waits and gives it. Collective."""
+    """Start an all-reduce of an integer's maximum; the returned call waits and returns it. Collective."""
     tensor = torch.tensor([value], dtype=torch.int32, device=where)
     work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, async_op=True) if dist.is_initialized() else None
 
@@ -254,14 +254,14 @@ def barrier() -> None:
 
 @contextmanager
 def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[None]:
-    """Turn an exception of this rank into a message and a non-zero exit, without waiting for the other ranks' work.
+    """Turn an exception of this rank into a message and a non-zero exit, without waiting for the other ranks.
 
-    A user error, whether all ranks raise it or one, is printed once; ranks that fail because another has left do not
-    add to it. Anything else is this rank's own and is printed with its traceback. The exit skips atexit handlers: a
-    process group whose peers are gone would hang in them. A rank that is done goes on to the end of its program, and
-    ends there without the interpreter's shutdown (`_end_at_once`).
+    A user error is printed once, whether one or all ranks raise it; ranks that fail because another has exited do not
+    repeat it. Any other exception is printed with its traceback. The exit skips atexit handlers, in which a process
+    group would hang once its peers have exited. A rank without an error runs to the end of its program and then skips
+    the interpreter's shutdown (`_end_at_once`).
 
-    `tell` hears of the failure first: its kind ("echo" where another rank's was first) and text.
+    `tell` is called first with the failure's kind ("echo" if another rank failed before) and text.
     """
     try:
         yield
@@ -279,12 +279,12 @@ def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[N
 
 
 def _report_once(message: str) -> None:
-    """Print `message`, or wait until the rank that was first has: launchers kill those that are still there."""
+    """Print `message`, or wait until the first rank has: launchers kill the remaining ranks after an exit."""
     if not dist.is_initialized():
         print(message, file=sys.stderr)
         return
     store = distributed_c10d._get_default_store()
-    with suppress(dist.DistError):  # rank 0 holds the store and leaves it after a report
+    with suppress(dist.DistError):  # rank 0 hosts the store and exits after a report
         if store.add(FAILURES, 1) == 1:
             print(message, file=sys.stderr, flush=True)
             store.set(REPORTED, "")
@@ -293,7 +293,7 @@ def _report_once(message: str) -> None:
 
 
 def _report_own(error: Exception, tell: Callable[..., None]) -> int:
-    """Print what went wrong on this rank, unless it is the echo of another's failure; return the exit code."""
+    """Print this rank's error, shortened if another rank failed first; return the exit code."""
     if not dist.is_initialized():
         tell(what="failure", kind="failure", text=traceback.format_exc())
         logger.error("%s", traceback.format_exc())
@@ -317,8 +317,8 @@ def _report_own(error: Exception, tell: Callable[..., None]) -> int:
 
 
 def _end_at_once() -> NoReturn:
-    """Be the first atexit handler: a native thread still running while the interpreter is taken down is an abort."""
-    _leave(1 if getattr(sys, "last_value", None) else 0)  # it is there where an exception has ended the program
+    """Exit before other atexit handlers: a native thread that runs during interpreter shutdown aborts the process."""
+    _leave(1 if getattr(sys, "last_value", None) else 0)  # set if an exception ended the program
 
 
 def _leave(code: int) -> NoReturn:

@@ -1,1 +1,1 @@
-"""Pipeline schedules as plain lists of instructions: built, proven, timed. No torch, no ranks of a running job."""
+"""Pipeline schedules as plain lists of instructions: built, verified and simulated without torch or running ranks."""

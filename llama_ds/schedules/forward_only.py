@@ -1,4 +1,4 @@
-"""Evaluation: forwards only, in groups of as many micro-batches as there are ranks, chunk by chunk."""
+"""Evaluation: only forwards, chunk by chunk for each group of as many micro-batches as there are ranks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from llama_ds.schedules.communication import with_messages
 from llama_ds.schedules.instructions import Instruction, Op, Placement
 
 
-def instructions(rank: int, micro_batches: int, place: Placement) -> list[Instruction]:
-    """Return what `rank` does to evaluate any number of micro-batches."""
+def instructions(rank: int, micro_batches: int, placement: Placement) -> list[Instruction]:
+    """Return the instructions of `rank` to evaluate `micro_batches` micro-batches."""
     todo = []
-    for start in range(0, micro_batches, place.ranks):
-        group = range(start, min(start + place.ranks, micro_batches))
-        todo += [Instruction(Op.FORWARD, chunk, i) for chunk in range(place.chunks) for i in group]
-    return with_messages(todo, rank, place)
+    for start in range(0, micro_batches, placement.ranks):
+        group = range(start, min(start + placement.ranks, micro_batches))
+        todo += [Instruction(Op.FORWARD, chunk, i) for chunk in range(placement.chunks) for i in group]
+    return with_messages(todo, rank, placement)

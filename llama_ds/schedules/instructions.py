@@ -1,6 +1,6 @@
-"""What a pipeline rank does in one step, as a list; and which stage of the model a chunk of a rank is.
+"""The instructions of a pipeline rank within one step, and the placement of the model's stages on the ranks.
 
-A pipeline of p ranks cuts the model into p * c stages; each rank holds c of them, its chunks 0 .. c - 1.
+A pipeline of p ranks splits the model into p * c stages; each rank holds c of them, its chunks 0 .. c - 1.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import NamedTuple
 
 
 class Op(Enum):
-    """Kinds of instructions. Values are the letters that pictures and traces use."""
+    """Kinds of instructions. The values are the labels in diagrams and traces."""
 
     FORWARD = "F"
-    BACKWARD = "BW"  # the whole backward
-    INPUT_BACKWARD = "B"  # only the gradient of the input; the weights' follow in WEIGHT_BACKWARD
+    BACKWARD = "BW"  # gradients of input and weights
+    INPUT_BACKWARD = "B"  # gradient of the input only; WEIGHT_BACKWARD computes the others
     WEIGHT_BACKWARD = "W"
-    POST_ACTIVATION = "post activation"  # have a buffer ready for what FORWARD will wait for
-    POST_GRAD = "post grad"  # the same for a backward
-    SEND_ACTIVATION = "send activation"  # hand over and go on
+    POST_ACTIVATION = "post activation"  # post the receive that FORWARD will wait for
+    POST_GRAD = "post grad"  # post the receive that a backward will wait for
+    SEND_ACTIVATION = "send activation"  # start the send without waiting for it
     SEND_GRAD = "send grad"
 
 
@@ -30,7 +30,7 @@ SENDS = (Op.SEND_ACTIVATION, Op.SEND_GRAD)
 
 
 class Instruction(NamedTuple):
-    """One instruction: for posts and sends, of the message that the chunk receives or sends for the micro-batch."""
+    """One instruction. Posts and sends name the chunk that receives or sends the message of the micro-batch."""
 
     op: Op
     chunk: int
@@ -42,7 +42,7 @@ class Instruction(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Which rank holds which stage: chunk by chunk round the ranks ("loop"), or there and back again ("v")."""
+    """Placement of stages on ranks: every chunk in rank order ("loop"), or odd chunks in reverse order ("v")."""
 
     ranks: int
     chunks: int
@@ -55,10 +55,10 @@ class Placement:
 
     def stage(self, rank: int, chunk: int) -> int:
         """Return the stage that is chunk `chunk` of `rank`."""
-        place = self.ranks - 1 - rank if self.shape == "v" and chunk % 2 else rank
-        return chunk * self.ranks + place
+        position = self.ranks - 1 - rank if self.shape == "v" and chunk % 2 else rank
+        return chunk * self.ranks + position
 
     def home(self, stage: int) -> tuple[int, int]:
-        """Return the rank and the chunk that `stage` is."""
-        chunk, place = divmod(stage, self.ranks)
-        return (self.ranks - 1 - place if self.shape == "v" and chunk % 2 else place), chunk
+        """Return the rank that holds `stage`, and its chunk there."""
+        chunk, position = divmod(stage, self.ranks)
+        return (self.ranks - 1 - position if self.shape == "v" and chunk % 2 else position), chunk

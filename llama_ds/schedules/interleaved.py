@@ -1,7 +1,7 @@
 """Interleaved 1F1B: several small stages on each rank (Narayanan et al., arXiv 2104.04473, section 2.2).
 
-With c chunks a rank waits (p - 1) (f + b + w) / c, where f, b, w are the times of all its chunks together, for c times
-as many messages and a longer warm-up.
+With c chunks the bubble is (p - 1) (f + b + w) / c, where f, b, w are the times of all of a rank's chunks. The price
+is c times as many messages and a longer warm-up.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def order(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) ->
 
 
 def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> int:
-    """Return the most forwards of a chunk whose activations `rank` holds at a time."""
+    """Return the maximum number of forwards of a chunk whose activations `rank` holds."""
     return min(2 * (ranks - rank - 1) + (chunks - 1) * ranks + 1, micro_batches * chunks)
 
 
 def _micro_batch(k: int, ranks: int, chunks: int) -> int:
-    """Return the micro-batch of a rank's k-th forward, which is its k-th backward's too."""
+    """Return the micro-batch of a rank's k-th forward, which is also that of its k-th backward."""
     return k // (ranks * chunks) * ranks + k % ranks

@@ -1,12 +1,11 @@
 """1F1B: after a warm-up every forward is followed by a backward (Narayanan et al., arXiv 2104.04473, section 2.2).
 
-With f, b, w the times of a stage's forward, input backward and weight backward and m micro-batches, a rank waits
-(p - 1) (f + b + w) of a step of m (f + b + w) + that.
+With m micro-batches and f, b, w the times of a stage's forward, input backward and weight backward, the bubble is
+(p - 1) (f + b + w), in addition to m (f + b + w) of computation.
 
-On links where a message takes about as long as a computation, one round trip between neighbours holds up a steady
-state with so few micro-batches under way. `extra` more forwards for each rank behind are started with then (Zhuang et
-al., arXiv 2211.05322, call `extra` = 1 eager 1F1B): more activations are held, and messages have the time of a
-computation to travel.
+If a message takes about as long as a computation, a round trip between neighbours stalls the steady state, because too
+few micro-batches are in flight. The warm-up then runs `extra` additional forwards for each following rank (Zhuang et
+al., arXiv 2211.05322, call `extra` = 1 eager 1F1B): more activations are held, and messages overlap with a computation.
 """
 
 from __future__ import annotations
@@ -24,5 +23,5 @@ def order(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) ->
 
 
 def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> int:
-    """Return the most forwards whose activations `rank` holds at a time."""
+    """Return the maximum number of forwards whose activations `rank` holds."""
     return min((ranks - rank - 1) * (1 + extra) + 1, micro_batches)

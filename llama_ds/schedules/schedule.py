@@ -1,4 +1,4 @@
-"""The schedules by name: what each demands of a layout, and its instructions."""
+"""The schedules by name: their requirements on a layout, and their instructions."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NAMES = tuple(_KNOWN)
 
 
 def obstacle(name: str, ranks: int, micro_batches: int, chunks: int, extra_warmup: int = 0) -> str | None:
-    """Return why the schedule cannot be had with these numbers, and what would do; None when it can."""
+    """Return why the schedule does not work with these numbers, and which would work; None if it does."""
     if name == "interleaved" and chunks < 2:
         return f"virtual_stages = {chunks} is one stage on each rank; use 2 or more, or schedule 1f1b"
     if name == "interleaved" and micro_batches % ranks:
         near = sorted({max(ranks, micro_batches // ranks * ranks), -(-micro_batches // ranks) * ranks})
-        return f"{micro_batches} micro-batches are no multiple of pp = {ranks}; use {' or '.join(map(str, near))}"
+        return f"{micro_batches} micro-batches are not a multiple of pp = {ranks}; use {' or '.join(map(str, near))}"
     if name == "dualpipe_v" and chunks != 2:
         return f"virtual_stages = {chunks}: a V has two stages on each rank; use 2"
     if name == "dualpipe_v" and micro_batches < 2 * ranks:
@@ -42,10 +42,10 @@ def obstacle(name: str, ranks: int, micro_batches: int, chunks: int, extra_warmu
 
 
 class Held(NamedTuple):
-    """How many micro-batches of a chunk are between two of their computations at one time."""
+    """Numbers of micro-batches of a chunk that are between two of their computations at one time."""
 
-    to_backward: int  # between forward and backward: their activations are held
-    to_weights: int  # between input backward and weight backward: what the weights' gradients are made of is held
+    to_backward: int  # between forward and backward, with all activations held
+    to_weights: int  # between input and weight backward, with the inputs of the weight gradients held
 
 
 @dataclass(frozen=True)
@@ -56,41 +56,41 @@ class Schedule:
     ranks: int
     micro_batches: int
     chunks: int = 1
-    extra_warmup: int = 0  # forwards beyond the usual that a rank starts with, for each rank behind it
+    extra_warmup: int = 0  # additional warm-up forwards of a rank for each following rank
     place: Placement = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers that the schedule cannot be had with."""
+        """Raise ValueError for numbers that the schedule does not support."""
         reason = obstacle(self.name, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
         if reason:
             raise ValueError(f"schedule {self.name}: {reason}")
         object.__setattr__(self, "place", placement(self.name, self.ranks, self.chunks))
 
     def computations(self, rank: int) -> list[Instruction]:
-        """Return what `rank` computes, in order."""
+        """Return the computations of `rank` in order."""
         return _KNOWN[self.name][0](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
 
     def instructions(self, rank: int) -> list[Instruction]:
-        """Return what `rank` does, messages included, in order."""
+        """Return the instructions of `rank` in order, messages included."""
         return with_messages(self.computations(rank), rank, self.place, 1 + self.extra_warmup)
 
     def in_flight(self, rank: int) -> int:
-        """Return the most forwards of one chunk whose activations `rank` holds at a time, as the schedule states it."""
+        """Return the maximum number of forwards of a chunk whose activations `rank` holds, as the schedule states."""
         return _KNOWN[self.name][1](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
 
     @cached_property
     def held(self) -> list[list[list[Held]]]:
-        """held[rank][chunk]: what the rank holds of that chunk at the times when it is most."""
-        return [[_most(self.computations(r), c) for c in range(self.chunks)] for r in range(self.ranks)]
+        """held[rank][chunk]: the maximal combinations of micro-batches that the rank holds of that chunk."""
+        return [[_maximal(self.computations(r), c) for c in range(self.chunks)] for r in range(self.ranks)]
 
 
 def placement(name: str, ranks: int, chunks: int) -> Placement:
-    """Return where the schedule puts the stages."""
+    """Return the placement of the schedule's stages on the ranks."""
     return Placement(ranks, chunks, "v" if name == "dualpipe_v" else "loop")
 
 
 def last_use(computations: list[Instruction]) -> list[Instruction]:
-    """Return the computations after which an activation is not needed any more: the weights' gradients."""
+    """Return the computations that read an activation for the last time: those of the weight gradients."""
     split = {step[1:] for step in computations if step.op is Op.WEIGHT_BACKWARD}
     return [
         step
@@ -99,8 +99,8 @@ def last_use(computations: list[Instruction]) -> list[Instruction]:
     ]
 
 
-def _most(computations: list[Instruction], chunk: int) -> list[Held]:
-    """Return what is held at the times at which no other time has as much of both."""
+def _maximal(computations: list[Instruction], chunk: int) -> list[Held]:
+    """Return the held counts that no other moment exceeds in both numbers."""
     forwards = inputs = weights = 0
     seen = set()
     for step in computations:

@@ -1,7 +1,7 @@
-"""Runs a schedule in simulated time: when each computation starts and ends, and how long ranks wait.
+"""Simulates a schedule: when each computation starts and ends, and how long ranks wait.
 
-Times are in any one unit. A message occupies its link (one for each direction of a pair of ranks) for its transfer
-time and arrives a latency later.
+All times are in the same, arbitrary unit. A message occupies its link (one for each direction of a pair of ranks) for
+its transfer time and arrives a latency later.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each rank's computations ran: (instruction, start, end)."""
+    """Simulated computations of each rank: (instruction, start, end)."""
 
     ranks: list[list[tuple[Instruction, float, float]]]
 
     @property
     def length(self) -> float:
-        """From the first start to the last end."""
+        """Time from the first start to the last end."""
         return max(end for rank in self.ranks for _, _, end in rank)
 
     @property
     def bubble(self) -> float:
-        """Share of all ranks' time in which they compute nothing."""
+        """Idle share of all ranks' time."""
         busy = sum(end - start for rank in self.ranks for _, start, end in rank)
         return 1 - busy / (self.length * len(self.ranks))
 
@@ -55,8 +55,8 @@ class Timeline:
 def simulate(
     schedule: Schedule, costs: StageCost | Sequence[StageCost], transfer: float = 0.0, latency: float = 0.0
 ) -> Timeline:
-    """Return the timeline of one step; `costs` of all stages, or one for all. Sends and receives are asynchronous."""
-    place = schedule.place
+    """Return the timeline of one step with asynchronous messages; `costs` has one entry per stage, or one for all."""
+    placement = schedule.place
     lists = [schedule.computations(rank) for rank in range(schedule.ranks)]
     at, clock = [0] * len(lists), [0.0] * len(lists)
     arrivals: dict[Message, float] = {}
@@ -68,16 +68,16 @@ def simulate(
         rank = ready.pop()
         while at[rank] < len(lists[rank]):
             step = lists[rank][at[rank]]
-            wanted = awaited(step, rank, place)
+            wanted = awaited(step, rank, placement)
             if wanted and wanted not in arrivals:
                 waiting[wanted] = rank
                 break
             start = max(clock[rank], arrivals.pop(wanted)) if wanted else clock[rank]
-            cost = costs if isinstance(costs, StageCost) else costs[place.stage(rank, step.chunk)]
+            cost = costs if isinstance(costs, StageCost) else costs[placement.stage(rank, step.chunk)]
             clock[rank] = end = start + cost.of(step.op)
             done[rank].append((step, start, end))
             at[rank] += 1
-            message = produced(step, rank, place)
+            message = produced(step, rank, placement)
             if message:
                 link = message.source, message.target
                 link_free[link] = max(link_free[link], end) + transfer

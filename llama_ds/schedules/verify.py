@@ -1,4 +1,4 @@
-"""Proves a schedule: every computation once and in order, messages match, nothing can block, memory is as stated."""
+"""Verifies a schedule: each computation occurs once and in order, messages match, no deadlock, memory as stated."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from llama_ds.schedules.communication import awaited, message_of
 from llama_ds.schedules.instructions import BACKWARDS, COMPUTES, POSTS, SENDS, Instruction, Op, Placement
 from llama_ds.schedules.schedule import Schedule, last_use
 
-Lists = Sequence[Sequence[Instruction]]  # of all ranks
+Lists = Sequence[Sequence[Instruction]]  # one list per rank
 
 
 class ScheduleError(Exception):
-    """A schedule that would compute something else than the step, or stop in the middle."""
+    """The schedule would not compute the step, or would deadlock."""
 
 
 def verify(schedule: Schedule) -> None:
-    """Raise ScheduleError where the schedule is wrong. Costs a pass over all instructions for each check."""
+    """Raise ScheduleError if the schedule is wrong; each check passes over all instructions once."""
     lists = [schedule.instructions(rank) for rank in range(schedule.ranks)]
-    place = schedule.place
+    placement = schedule.place
     for rank, steps in enumerate(lists):
         check_computations(rank, steps, schedule.micro_batches, schedule.chunks)
         check_memory(rank, steps, schedule.in_flight(rank))
-    check_messages(lists, place)
+    check_messages(lists, placement)
     for capacity in (0, 1, None):
-        check_progress(lists, place, capacity)
+        check_progress(lists, placement, capacity)
 
 
 def check_computations(rank: int, steps: Sequence[Instruction], micro_batches: int, chunks: int) -> None:
-    """Every chunk's micro-batches come forward, backward and to their weights' gradients once and in order."""
+    """Check that every chunk runs each micro-batch's forward, backward and weight gradients once and in order."""
     for chunk in range(chunks):
         mine = [step for step in steps if step.chunk == chunk and step.op in COMPUTES]
         found = {
@@ -52,24 +52,24 @@ def check_computations(rank: int, steps: Sequence[Instruction], micro_batches: i
             stage_of[step.micro_batch] += 1
 
 
-def check_messages(lists: Lists, place: Placement) -> None:
-    """A channel's sends are its receives in the same order, after and before the computations they belong to."""
+def check_messages(lists: Lists, placement: Placement) -> None:
+    """Check that each channel's sends and receives match in order, and stand after and before their computations."""
     sent, posted = defaultdict(list), defaultdict(list)
     for rank, steps in enumerate(lists):
         ready: set[tuple] = set()
         computed: set[Instruction] = set()
         for step in steps:
             if step.op in POSTS:
-                message = message_of(step, rank, place)
+                message = message_of(step, rank, placement)
                 posted[message.channel].append(message)
                 ready.add(message)
             elif step.op in SENDS:
-                sent[message_of(step, rank, place).channel].append(message_of(step, rank, place))
+                sent[message_of(step, rank, placement).channel].append(message_of(step, rank, placement))
                 forward = step.op is Op.SEND_ACTIVATION
                 if not any(step._replace(op=op) in computed for op in ((Op.FORWARD,) if forward else BACKWARDS)):
                     raise ScheduleError(f"rank {rank}: {step} before it is computed")
             else:
-                wanted = awaited(step, rank, place)
+                wanted = awaited(step, rank, placement)
                 if wanted and wanted not in ready:
                     raise ScheduleError(f"rank {rank}: {step} waits for a message whose receive is not posted")
                 computed.add(step)
@@ -78,8 +78,8 @@ def check_messages(lists: Lists, place: Placement) -> None:
         raise ScheduleError(f"channel {channel}: sends and receives differ")
 
 
-def check_progress(lists: Lists, place: Placement, capacity: int | None) -> None:
-    """All ranks reach their ends when a send returns once its receive is posted or `capacity` messages are buffered.
+def check_progress(lists: Lists, placement: Placement, capacity: int | None) -> None:
+    """Check that no rank deadlocks if a send returns once its receive is posted or `capacity` messages are buffered.
 
     None: sends return at once. 0: every send waits for its receive.
     """
@@ -90,7 +90,7 @@ def check_progress(lists: Lists, place: Placement, capacity: int | None) -> None
     computed: set[tuple[int, int, bool]] = set()  # (stage, micro-batch, forward)
     waiting = deque(range(len(lists)))
     queued = set(waiting)
-    started: list[bool] = [False] * len(lists)  # the send a rank stands at
+    started: list[bool] = [False] * len(lists)  # whether a rank has issued the send at its position
 
     def wake(rank: int) -> None:
         if rank not in queued:
@@ -99,12 +99,12 @@ def check_progress(lists: Lists, place: Placement, capacity: int | None) -> None
 
     def advance(rank: int, step: Instruction) -> bool:
         if step.op in POSTS:
-            message = message_of(step, rank, place)
+            message = message_of(step, rank, placement)
             posted[message.channel] += 1
             wake(message.source)
             return True
         if step.op in SENDS:
-            message = message_of(step, rank, place)
+            message = message_of(step, rank, placement)
             if not started[rank]:
                 sent[message.channel] += 1
                 arrived.add(message)
@@ -114,14 +114,18 @@ def check_progress(lists: Lists, place: Placement, capacity: int | None) -> None
                 return False
             started[rank] = False
             return True
-        wanted = awaited(step, rank, place)
+        wanted = awaited(step, rank, placement)
         if wanted and wanted not in arrived:
             return False
-        stage, forward = place.stage(rank, step.chunk), step.op is Op.FORWARD
+        stage, forward = placement.stage(rank, step.chunk), step.op is Op.FORWARD
         if step.op is not Op.WEIGHT_BACKWARD:
             before = stage - 1 if forward else stage + 1
-            if wanted is None and 0 <= before < place.stages and (before, step.micro_batch, forward) not in computed:
-                return False  # of this rank itself, and later in its list
+            if (
+                wanted is None
+                and 0 <= before < placement.stages
+                and (before, step.micro_batch, forward) not in computed
+            ):
+                return False  # computed later by this rank itself
             computed.add((stage, step.micro_batch, forward))
         return True
 
@@ -132,16 +136,16 @@ def check_progress(lists: Lists, place: Placement, capacity: int | None) -> None
             at[rank] += 1
     stuck = {rank: lists[rank][n] for rank, n in enumerate(at) if n < len(lists[rank])}
     if stuck:
-        raise ScheduleError(f"no rank can go on with send buffers of {capacity}: {stuck}")
+        raise ScheduleError(f"no rank can proceed with send buffers of {capacity}: {stuck}")
 
 
 def check_memory(rank: int, steps: Sequence[Instruction], stated: int) -> None:
-    """The most forwards whose activations the rank holds at a time is the stated number."""
+    """Check that the maximum number of forwards whose activations the rank holds is the stated number."""
     computations = [step for step in steps if step.op in COMPUTES]
     ends = set(last_use(computations))
-    now = most = 0
+    now = maximum = 0
     for step in computations:
         now += (step.op is Op.FORWARD) - (step in ends)
-        most = max(most, now)
-    if most != stated:
-        raise ScheduleError(f"rank {rank} holds {most} micro-batches' activations, not {stated}")
+        maximum = max(maximum, now)
+    if maximum != stated:
+        raise ScheduleError(f"rank {rank} holds {maximum} micro-batches' activations, not {stated}")

@@ -1,8 +1,8 @@
-"""Zero-bubble H1: 1F1B with the weights' gradients put off into its waits (Qi et al., arXiv 2401.10241, section 3).
+"""Zero-bubble H1: 1F1B with weight gradients deferred into its bubble (Qi et al., arXiv 2401.10241, section 3).
 
-Rank r computes the weights' gradients of a micro-batch r micro-batches late, so gradients of inputs travel without
-waiting for them, and what was put off fills the end. A rank waits (p - 1) (f + b - w) where 1F1B waits
-(p - 1) (f + b + w). No rank holds more micro-batches than 1F1B's first. `extra` is 1F1B's.
+Rank r defers weight gradients by r micro-batches, so that input gradients are sent without waiting for them, and the
+deferred work fills the end of the step. The bubble is (p - 1) (f + b - w); that of 1F1B is (p - 1) (f + b + w). No rank
+holds more micro-batches than the first rank of 1F1B. `extra` has the meaning that it has in 1F1B.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llama_ds.schedules.instructions import Instruction, Op
 def order(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> list[Instruction]:
     """Return the computations of `rank` in order; chunks is 1."""
     plain = one_f_one_b.order(rank, ranks, micro_batches, chunks, extra)
-    if rank == 0:  # it sends no gradients: nobody waits
+    if rank == 0:  # it sends no gradients, so no rank waits for it
         return plain
     todo: list[Instruction] = []
     for step in plain:
@@ -24,10 +24,10 @@ def order(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) ->
         todo.append(step._replace(op=Op.INPUT_BACKWARD))
         if step.micro_batch >= rank:
             todo.append(Instruction(Op.WEIGHT_BACKWARD, 0, step.micro_batch - rank))
-    late = range(max(micro_batches - rank, 0), micro_batches)
-    return todo + [Instruction(Op.WEIGHT_BACKWARD, 0, i) for i in late]
+    deferred = range(max(micro_batches - rank, 0), micro_batches)
+    return todo + [Instruction(Op.WEIGHT_BACKWARD, 0, i) for i in deferred]
 
 
 def in_flight(rank: int, ranks: int, micro_batches: int, chunks: int, extra: int) -> int:
-    """Return the most forwards whose activations `rank` holds at a time, until their weights' gradients are done."""
+    """Return the maximum number of forwards whose weight gradients `rank` still has to compute."""
     return min((ranks - rank - 1) * (1 + extra) + 1 + rank, micro_batches)

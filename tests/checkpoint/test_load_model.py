@@ -23,10 +23,10 @@ CPU = torch.device("cpu")
 
 def trained(run: RunConfig, tied: bool = False) -> Llama:
     """Return the model whose weights `write` shards into a checkpoint."""
-    shared = shared_parts(
+    context = shared_parts(
         replace(run, model=replace(run.model, tie_word_embeddings=tied)), SingleRank(), "cpu", torch.float32
     )
-    return Llama(shared, NextTokenLoss(shared.tp))
+    return Llama(context, NextTokenLoss(context.tp))
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,4 +1,4 @@
-"""The run files of ds_configs/: each loads, fits its ranks, and is the model it says it is."""
+"""The run files of ds_configs/: each loads, fits its ranks, and describes the model that it names."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_llama_65b_on_2048_ranks() -> None:
         (2048, ["parallel.micro_batch=6"], "parallel.micro_batch = 6 does not divide 2048 / dp 32 = 64; "
          "use 1, 2, 4, 8, 16, 32 or 64"),
         (2048, ["parallel.schedule=interleaved", "parallel.virtual_stages=2", "parallel.micro_batch=16"],
-         "parallel.schedule = interleaved: 4 micro-batches are no multiple of pp = 8; use 8" + COUNT),
+         "parallel.schedule = interleaved: 4 micro-batches are not a multiple of pp = 8; use 8" + COUNT),
         (2048, ["parallel.schedule=dualpipe_v", "parallel.virtual_stages=2", "parallel.micro_batch=8"],
          "parallel.schedule = dualpipe_v: 8 micro-batches are fewer than 2 * pp = 16; use 16 or more" + COUNT),
         (2048, ["parallel.schedule=zb_h1", "parallel.virtual_stages=2"], "parallel.schedule = zb_h1: virtual_stages = "

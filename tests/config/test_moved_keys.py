@@ -1,4 +1,4 @@
-"""Keys that have moved: what was written before still means the same, and says once where it stands now."""
+"""Renamed keys: old run files keep their meaning, and one warning gives the new name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MOVED = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(logger, "propagate", True)  # whatever a test before has set up
+    monkeypatch.setattr(logger, "propagate", True)  # earlier tests may have changed it
     caplog.set_level(logging.WARNING, logger.name)
 
 
@@ -55,7 +55,7 @@ def load(data: dict[str, Any], *overrides: str) -> RunConfig:
 
 
 def test_an_old_run_file_is_the_same_run(caplog: pytest.LogCaptureFixture) -> None:
-    """A run of before would be refused, or train other weights."""
+    """Otherwise an old run would be refused, or train other weights."""
     new = load(NEW)
     assert not caplog.records
     assert load(OLD) == new and new.training.initializer_range == 0.05
@@ -120,7 +120,7 @@ def test_an_old_value_under_the_new_key_is_told(caplog: pytest.LogCaptureFixture
 def test_names_that_contradict_each_other_are_told(
     data: dict[str, Any], overrides: tuple[str, ...], message: str
 ) -> None:
-    """One of two values would be taken without a word."""
+    """Otherwise one of the two values would be ignored silently."""
     with pytest.raises(UserError) as error:
         load(data, *overrides)
     assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""docs/run_file.md says of every key what the program does with it."""
+"""docs/run_file.md documents every key as the program implements it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run files: what they may leave out, what an override reaches, and what each mistake is told."""
+"""Run files: keys that may be omitted, the reach of overrides, and the error for each mistake."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_skips_and_a_rewind_are_asked_for_on_the_command_line(folder: Path) -> N
     with pytest.raises(UserError) as error:
         load("checkpoint.rewind_to=40", "checkpoint.resume=never")
     assert str(error.value).startswith(
-        "tiny.yaml: checkpoint.rewind_to = 40 goes on from a checkpoint, which checkpoint.resume"
+        "tiny.yaml: checkpoint.rewind_to = 40 resumes from a checkpoint, which checkpoint.resume"
     )
 
 
@@ -185,7 +185,7 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
             "command line: model.num_attention_heads = 6 does not divide model.hidden_size = 64; "
             "use 1, 2, 4 or 8, or set model.head_dim",
         ),
-        ("model.head_dim=5", "tiny.yaml: model.head_dim = 5 is odd; rotary embeddings turn pairs: use an even one"),
+        ("model.head_dim=5", "tiny.yaml: model.head_dim = 5 is odd; rotary embeddings rotate pairs; use an even one"),
         ("parallel.tp=16", "tiny.yaml: parallel.tp = 16 does not divide model.num_attention_heads = 8; "
          "use 1, 2, 4 or 8"),
         ("parallel.sequence_parallel=true", "tiny.yaml: parallel.sequence_parallel = true shares rows over tp ranks "
@@ -204,7 +204,7 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
         ("data.sources.1.name=code", "tiny.yaml: data.sources.1.name = 'code' is also source 0's"),
         ("data.sources.1.weight=0", "tiny.yaml: data.sources.1.weight = 0.0 is below 1e-06; leave the source out"),
         ("logging.trace_steps=0", "tiny.yaml: logging.trace_steps = 0 is not positive"),
-        ("logging.profile_ranks=[1]", "tiny.yaml: logging.profile_ranks = [1] wants logging.trace_step, the "
+        ("logging.profile_ranks=[1]", "tiny.yaml: logging.profile_ranks = [1] requires logging.trace_step, the "
          "first step to record; set it, or leave out profile_ranks"),
         ("data.check_interval=0", "tiny.yaml: data.check_interval = 0 is not positive"),
         ("data.max_bad_shards=-1", "tiny.yaml: data.max_bad_shards = -1 is negative"),
@@ -271,10 +271,10 @@ def test_wrong_value_is_told(folder: Path, override: str, message: str) -> None:
         (["parallel.schedule=dualpipe_v", "parallel.virtual_stages=2", "compute.decoder_layer=autograd"],
          "parallel.schedule = dualpipe_v defers weight gradients, which compute.decoder_layer = autograd cannot; use "
          "manual_backward, or schedule 1f1b or interleaved"),
-        (["parallel.recompute=[none, full]", "compute.decoder_layer=autograd"], "parallel.recompute = none,full wants "
-         "compute.decoder_layer = manual_backward; autograd knows none or full"),
-        (["parallel.recompute=auto", "compute.decoder_layer=autograd"], "parallel.recompute = auto wants "
-         "compute.decoder_layer = manual_backward; autograd knows none or full"),
+        (["parallel.recompute=[none, full]", "compute.decoder_layer=autograd"], "parallel.recompute = none,full "
+         "requires compute.decoder_layer = manual_backward; autograd supports none or full"),
+        (["parallel.recompute=auto", "compute.decoder_layer=autograd"], "parallel.recompute = auto requires "
+         "compute.decoder_layer = manual_backward; autograd supports none or full"),
     ],
 )  # fmt: skip
 def test_schedule_that_cannot_be_is_told(folder: Path, overrides: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Sections made in Python keep their rules as those read from a run file do."""
+"""Sections constructed in Python are checked like those read from a run file."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ MODEL = ModelConfig(
         (lambda: DataConfig("t.model", 8, (SourceConfig("a", "a", 0.5),)), "data.sources: the weights 0.5 sum to 0.5, "
          "not 1; divide each by 0.5"),
         (lambda: CheckpointConfig(keep_last=-1), "checkpoint.keep_last = -1 is negative"),
-        (lambda: LoggingConfig(profile_ranks=(1,)), "logging.profile_ranks = [1] wants logging.trace_step, the first "
-         "step to record; set it, or leave out profile_ranks"),
+        (lambda: LoggingConfig(profile_ranks=(1,)), "logging.profile_ranks = [1] requires logging.trace_step, the "
+         "first step to record; set it, or leave out profile_ranks"),
     ],
 )  # fmt: skip
 def test_a_section_that_breaks_a_rule_cannot_be_made(make: Callable[[], object], message: str) -> None:
@@ -74,6 +74,8 @@ def test_errors_name_keys_as_they_stand_in_the_file() -> None:
     """Somebody who reads config.json would look there for a key model.head_dim."""
     shape = {**vars(MODEL), "head_dim": 7}
     for key, name in (("", "head_dim"), ("model", "model.head_dim"), ("base.model", "base.model.head_dim")):
-        with pytest.raises(UserError, match=rf"^config.json: {name} = 7 is odd; rotary embeddings turn pairs") as error:
+        with pytest.raises(
+            UserError, match=rf"^config.json: {name} = 7 is odd; rotary embeddings rotate pairs"
+        ) as error:
             read(ModelConfig, shape, ConfigSource("config.json"), key)
         assert type(error.value) is UserError

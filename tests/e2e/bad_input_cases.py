@@ -1,4 +1,4 @@
-"""The mistakes that end a run: what each damages, how its ranks are started, and what the error has to name."""
+"""The mistakes that end a run: what each damages, how its ranks start, and what the error must name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Site:
 
     @property
     def arguments(self) -> list[str]:
-        """The command line that would be sound."""
+        """The valid command line."""
         return [str(self.run.file)]
 
     def shard(self, number: int) -> Path:
@@ -42,7 +42,7 @@ class Case:
 
     name: str
     prepare: Callable[[Site], list[str]]
-    words: tuple[str, ...]  # of the error
+    words: tuple[str, ...]  # expected in the error message
     trained: bool = False  # the site's run has a checkpoint
 
     def __str__(self) -> str:
@@ -61,7 +61,7 @@ def unknown_key(site: Site) -> list[str]:
 
 
 def other_tokenizer(site: Site) -> list[str]:
-    """Of the same size, so that only its content tells."""
+    """Damage a file without changing its size, so that only the content differs."""
     vocab_size = 384
     train_tokenizer([str(site.corpus.shards.parent / "code")], str(site.root / "other"), vocab_size)
     return [*site.arguments, f"data.tokenizer={site.root / 'other.model'}"]
@@ -83,7 +83,7 @@ def shard_missing(site: Site) -> list[str]:
 
 
 def shard_damaged(site: Site) -> list[str]:
-    """Full size, so its checksum tells, and with dp = 2 the ranks that read it."""
+    """Damage a file of full size, which only the checksum detects, read by the ranks of dp = 2."""
     for number in range(16):
         if number != 3 and site.shard(number).exists():
             site.shard(number).write_bytes(bytes(site.shard(number).stat().st_size))
@@ -91,17 +91,17 @@ def shard_damaged(site: Site) -> list[str]:
 
 
 def remote_missing(site: Site) -> list[str]:
-    place = "data.sources.0.path=http://127.0.0.1:9/code"
-    return [*site.arguments, place, f"data.cache_dir={site.root}/cache", "data.deadline_s=1"]
+    override = "data.sources.0.path=http://127.0.0.1:9/code"
+    return [*site.arguments, override, f"data.cache_dir={site.root}/cache", "data.deadline_s=1"]
 
 
 def cache_too_small(site: Site) -> list[str]:
-    place = f"data.sources.0.path=pipe:cat {site.corpus.shards}/code/{{}}"
-    return [*site.arguments, place, f"data.cache_dir={site.root}/cache", "data.cache_gib=1e-6"]
+    override = f"data.sources.0.path=pipe:cat {site.corpus.shards}/code/{{}}"
+    return [*site.arguments, override, f"data.cache_dir={site.root}/cache", "data.cache_gib=1e-6"]
 
 
 def description_edited(site: Site) -> list[str]:
-    """A number that somebody, or a bad disk, has changed."""
+    """Change a number, as a user or a bad disk might."""
     description = site.run.newest / "llama_ds.json"
     found = json.loads(description.read_text())
     found["tokens"] += 1
@@ -110,7 +110,7 @@ def description_edited(site: Site) -> list[str]:
 
 
 def checkpoint_of_before(site: Site) -> list[str]:
-    """Of a version that knew no checksums."""
+    """Imitate a version without checksums."""
     description = site.run.newest / "llama_ds.json"
     found = json.loads(description.read_text())
     del found["format"], found["checksum"]
@@ -126,13 +126,13 @@ def checkpoint_loops(site: Site) -> list[str]:
 
 
 def shards_on_one_rank(site: Site) -> list[str]:
-    """Rank 1's node does not have them."""
+    """Hide the files from rank 1's node."""
     (site.root / "node0").symlink_to(site.corpus.shards / "code")
     return [*site.arguments, f"data.sources.0.path={site.root}/node{{rank}}"]
 
 
 def folder_of_its_own(site: Site) -> list[str]:
-    """Every node has a folder of this name on a disk of its own."""
+    """Give every node a local folder with the same path."""
     return [*site.arguments, f"output_dir={site.root}/node{{rank}}"]
 
 
@@ -152,7 +152,7 @@ def checkpoint_file_missing(site: Site) -> list[str]:
 
 
 def checkpoint_overwritten(site: Site) -> list[str]:
-    """Full size, so its checksum tells."""
+    """Damage a file of full size, which only the checksum detects."""
     site.optimizer_file.write_bytes(bytes(site.optimizer_file.stat().st_size))
     return site.arguments
 

@@ -10,12 +10,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llama_ds import train
-from llama_ds.model import written_out
+from llama_ds.model import manual_backward
 
 
 def break_layers(method: str, call: int) -> None:
-    """Have the `call`-th call of a function of the written-out layer raise."""
-    owner: Any = written_out.ManualBackwardLayer if method == "weight_grads" else written_out
+    """Have the `call`-th call of a function of the layer with the hand-written backward raise."""
+    owner: Any = manual_backward.ManualBackwardLayer if method == "run_deferred_wgrad" else manual_backward
     whole, calls = getattr(owner, method), iter(range(10**9))
 
     def broken(*args: Any, **kwargs: Any) -> Any:

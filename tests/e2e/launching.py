@@ -1,4 +1,4 @@
-"""Real processes for the tests: the launchers a user has, and what came out of them."""
+"""Starts real processes for the tests, with every supported launcher, and returns their results."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tests.warm import free_port
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "llama_ds" / "train.py")
 BIN = Path(sys.executable).parent
-TIMEOUT_S = 240  # of one command: a hang is a failure, a slow machine is none
+TIMEOUT_S = 240  # timeout of one command: a hang is a failure, a slow machine is not
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a command left: its exit code, and stdout and stderr in one."""
+    """Result of a command: its exit code, and stdout and stderr combined."""
 
     code: int
     output: str
 
     @property
     def errors(self) -> list[str]:
-        """The lines that tell a user what to mend."""
+        """The error lines for the user."""
         return [line for line in self.output.splitlines() if line.startswith("error: ")]
 
 
@@ -72,7 +72,7 @@ def mpirun(ranks: int, *arguments: object) -> list[str]:
 
 
 def forked(ranks: int, *arguments: object) -> Warm:
-    """Return the command of a launcher for tests that are not of launchers: ranks start in no time."""
+    """Return the command of a fast launcher, for tests that do not test launchers."""
     return Warm(words(arguments), ranks)
 
 
@@ -98,7 +98,7 @@ def start(command: Command, log: Path) -> Process:
 
 
 def finish(process: Process, log: Path, timeout_s: float = TIMEOUT_S) -> Finished:
-    """Wait for a started command; nothing of it is left running, also when it hangs."""
+    """Wait for a started command; kill all of its processes afterwards, also if it hangs."""
     try:
         code = process.wait(timeout_s)
     except subprocess.TimeoutExpired:

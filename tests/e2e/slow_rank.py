@@ -23,7 +23,7 @@ PLACES: dict[str, tuple[Any, str]] = {
 
 
 def slow_down(where: str, seconds: float) -> None:
-    """Have every call of a function take longer; of a receive, the wait for what it brings."""
+    """Delay every call of a function; for a receive, delay the wait for its message."""
     owner, name = PLACES[where]
     whole = getattr(owner, name)
 
@@ -38,7 +38,7 @@ def slow_down(where: str, seconds: float) -> None:
 
 
 class _Late:
-    """A receive whose message comes later than it does."""
+    """A receive with a delayed completion."""
 
     def __init__(self, handle: Any, seconds: float) -> None:
         self._handle, self._seconds = handle, seconds

@@ -39,7 +39,7 @@ def slices(events: list[dict[str, Any]], rank: int, *cats: str) -> list[tuple[fl
 
 
 def arrows(events: list[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Return when messages were sent, and when the wait for them was over."""
+    """Return when messages were sent, and when the waits for them ended."""
     sent, came = ({e["id"]: e["ts"] for e in events if e["ph"] == ph and e["cat"] == "message"} for ph in "sf")
     assert sent.keys() == came.keys()
     return [(sent[number], came[number]) for number in sent]
@@ -47,7 +47,7 @@ def arrows(events: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 @pytest.mark.slow
 def test_a_job_is_profiled(make_run: MakeRun, tmp_path: Path) -> None:
-    """pp 2 x tp 2: the products of all ranks are the model's, each within the forward or backward that it is of."""
+    """pp 2 x tp 2: the products of all ranks are the model's, each within its forward or backward."""
     layout = {"parallel.pp": 2, "parallel.tp": 2, "parallel.sequence_parallel": True}
     made = make_run("profiled", {**layout, "checkpoint.interval": 1})
     out = tmp_path / "profile"
@@ -79,7 +79,7 @@ def test_a_job_is_profiled(make_run: MakeRun, tmp_path: Path) -> None:
     assert names == {r: f"rank {r}: pp {r // 2} dp 0 tp {r % 2}, localhost" for r in range(4)}
     for rank in range(4):
         computations = slices(events, rank, "F", "BW")
-        assert len(computations) == 2 * 2 * MICRO_BATCHES  # of the recorded and the profiled step
+        assert len(computations) == 2 * 2 * MICRO_BATCHES  # one recorded and one profiled step
         products = [e for e in events if e["pid"] == rank and e["name"] in ("aten::mm", "aten::addmm_")]
         assert products
         for event in products:

@@ -1,4 +1,4 @@
-"""Bad input ends a run with one line that says what to mend, a non-zero exit code on every rank, and no hang."""
+"""Bad input ends a run with one line that names the fix, a non-zero exit code on every rank, and no hang."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Outcomes = dict[str, list[Finished]]
 
 @pytest.fixture(scope="module")
 def outcomes(corpus: Corpus, trained: Callable[[str], Run], tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    """What each rank of each case left; all cases share one start of two ranks."""
+    """Output of each rank in each case; all cases share one start of two ranks."""
     root = tmp_path_factory.mktemp("bad_input")
     batch = []
     for number, case in enumerate(CASES):

@@ -22,7 +22,7 @@ PP2 = {"parallel.pp": 2}
 
 
 def wait_for(process: Process, log: Path, happened: Callable[[], bool]) -> None:
-    """Wait for something that a run does."""
+    """Wait until a run meets a condition."""
     deadline = time.monotonic() + TIMEOUT_S
     while not happened():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
@@ -51,7 +51,7 @@ def interrupt(run: Run, number: int, at_step: int, whom: Callable[[Process], psu
 
 @pytest.mark.slow
 def test_signals_and_the_time_limit_save_and_the_run_goes_on(make_run: Callable[..., Run]) -> None:
-    """One rank hears of it, all save the same step; nothing of the run is lost or done twice."""
+    """One rank receives the signal, all save the same step; no step of the run is lost or repeated."""
     changes = {**PP2, "training.steps": LONG}
     whole, this = make_run("uninterrupted", changes), make_run("interrupted", changes)
     succeed(forked(2, TRAIN, whole.file), whole.log)
@@ -115,11 +115,11 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with room for two checkpoints of the tiny run, not three."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)], check=True)
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow
@@ -197,4 +197,4 @@ def test_a_run_starts_from_weights_of_any_format(
         losses[kind] = this.losses
     assert losses["hf"] == pytest.approx(losses["deepspeed"], rel=1e-5)
     assert losses["meta"] == pytest.approx(losses["deepspeed"], rel=1e-5)
-    assert losses["deepspeed"][0] < source.losses[0] - 0.2  # which six steps had brought down
+    assert losses["deepspeed"][0] < source.losses[0] - 0.2  # six steps had lowered the loss

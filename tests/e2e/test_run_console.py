@@ -1,4 +1,4 @@
-"""A run by DeepSpeed's launcher, recorded and profiled, has nothing on its console but our own lines."""
+"""A run by DeepSpeed's launcher, recorded and profiled, prints only our own lines on the console."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run's rows come from, and what becomes of them when shards are damaged, changes nothing else about it."""
+"""Remote sources and damaged shards change the rows that a run reads, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture
 def damaged(corpus: Corpus, tmp_path: Path) -> Path:
-    """A copy of the shards in which bits of four of code's are flipped."""
+    """A copy of the shards with flipped bits in four shards of code."""
     shutil.copytree(corpus.shards, tmp_path / "shards")
     for shard in sorted((tmp_path / "shards" / "code").glob("train-*.tar"))[:4]:
         content = bytearray(shard.read_bytes())
@@ -39,7 +39,7 @@ def server(corpus: Corpus) -> Iterator[str]:
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
-    """Says nothing about requests."""
+    """A handler that logs no requests."""
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -90,5 +90,5 @@ def test_what_was_read_of_each_source_is_reported(trained: Callable[[str], Run])
     assert f"step {STEPS} | read code {line['tokens/code']:,} tokens, " in run.log.read_text()
 
 
-def sources(place: object) -> list[dict[str, object]]:
-    return [{"name": n, "path": f"{place}/{n}", "weight": w} for n, w in (("code", 0.75), ("prose", 0.25))]
+def sources(folder: object) -> list[dict[str, object]]:
+    return [{"name": n, "path": f"{folder}/{n}", "weight": w} for n, w in (("code", 0.75), ("prose", 0.25))]

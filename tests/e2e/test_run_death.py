@@ -1,4 +1,4 @@
-"""A rank that dies takes the job with it: no rank is left waiting, and the launcher says so by its exit code."""
+"""A rank that dies ends the job: no rank keeps waiting, and the launcher returns a non-zero exit code."""
 
 from __future__ import annotations
 

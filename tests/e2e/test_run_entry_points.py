@@ -1,4 +1,4 @@
-"""One run, started in every way a user may start it, is one run: same losses, whatever started it."""
+"""A run has the same losses with every supported launcher."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ FAILING = Path(__file__).with_name("failing_rank.py")
     [
         ("1f1b", 1, "forward", 0),
         ("1f1b", 1, "backward", 1),
-        ("zb_h1", 1, "weight_grads", 1),
+        ("zb_h1", 1, "run_deferred_wgrad", 1),
         ("interleaved", 2, "forward", 1),
         ("dualpipe_v", 2, "backward", 0),
     ],

@@ -1,4 +1,4 @@
-"""A run that turns to NaN says at which layer it began, on every layout, when asked to look."""
+"""With logging.check_finite, a run that becomes NaN names the first such layer, on every layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was stopped or killed goes on as if it had not been: the same bits in losses, weights and optimizer."""
+"""A run that was stopped or killed resumes bit for bit: same losses, weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_killed_run_goes_on_where_latest_points(make_run: Callable[..., Run]) ->
     done = finish(process, killed.log)
     assert done.code == 0, done.output
     assert "resumed at step" in done.output
-    assert killed.losses == whole.losses  # which also says: each step once
+    assert killed.losses == whole.losses  # `losses` also checks that each step occurs once
     assert_same_bits(killed.newest, whole.newest)
 
 
@@ -90,19 +90,19 @@ def assert_same_bits(one: Path, other: Path) -> None:
             dict(tensors(torch.load(folder / name, map_location="cpu", weights_only=False))) for folder in (one, other)
         )
         assert first.keys() == second.keys()
-        for place, tensor in first.items():
-            assert torch.equal(tensor, second[place]), f"{name}: {place}"
+        for path, tensor in first.items():
+            assert torch.equal(tensor, second[path]), f"{name}: {path}"
             count += 1
     assert count > 30, "not the tensors of four layers"
 
 
-def tensors(value: Any, place: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor inside nested dicts and lists, with its place."""
+def tensors(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every tensor inside nested dicts and lists, with its path."""
     if isinstance(value, torch.Tensor):
-        yield place, value
+        yield path, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from tensors(item, f"{place}.{key}")
+            yield from tensors(item, f"{path}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from tensors(item, f"{place}.{index}")
+            yield from tensors(item, f"{path}.{index}")

@@ -1,4 +1,4 @@
-"""A run that is told to go back, and to pass over the rows that it met there, does so once and forgets nothing else."""
+"""A run with a rewind and skipped rows applies both once and keeps everything else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 
 def shards(command: str, folder: Path, *arguments: object) -> Any:
-    """Return what tools/shards.py says of a run."""
+    """Return the report of tools/shards.py on a run."""
     done = warm.run(ROOT / "tools/shards.py", command, folder, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -53,7 +53,7 @@ def spiked(make_run: Callable[..., Run]) -> Run:
 
 @pytest.fixture
 def again(spiked: Run, make_run: Callable[..., Run], request: pytest.FixtureRequest) -> Run:
-    """A copy of it."""
+    """A copy of the trained run."""
     this = make_run(request.node.name, CHANGES)
     shutil.copytree(spiked.dir, this.dir)
     return this
@@ -61,7 +61,7 @@ def again(spiked: Run, make_run: Callable[..., Run], request: pytest.FixtureRequ
 
 @pytest.fixture(scope="module")
 def reference(spiked: Run, make_run: Callable[..., Run]) -> Run:
-    """The run as it would have been had it ended at step 4, gone on with by a run that skips and never goes back."""
+    """A run that ended at step 4, resumed by a run that skips rows without a rewind."""
     this = make_run("reference", CHANGES)
     succeed(alone(TRAIN, this.file, f"checkpoint.stop_at={TO}"), this.log)
     assert this.losses == spiked.losses[:TO]
@@ -71,7 +71,7 @@ def reference(spiked: Run, make_run: Callable[..., Run]) -> Run:
 
 def test_a_run_goes_back_once_and_reads_on_behind_the_window(again: Run, spiked: Run, reference: Run) -> None:
     old, command = spiked.losses, alone(TRAIN, again.file, *BACK)
-    process = start(command, again.log)  # and is killed as soon as it has gone back, before it has saved anything
+    process = start(command, again.log)  # it is killed right after the rewind, before its first save
     deadline = time.monotonic() + TIMEOUT_S
     while "REWOUND" not in again.log.read_text():
         assert process.poll() is None and time.monotonic() < deadline, again.log.read_text()
@@ -96,7 +96,7 @@ def test_a_run_goes_back_once_and_reads_on_behind_the_window(again: Run, spiked:
 
 
 def test_the_steps_after_a_skip_read_the_documents_that_come_behind_it(spiked: Run, reference: Run) -> None:
-    """The order without skips, asked by the tool about later steps, says which these are."""
+    """The tool's order without skips, at later steps, gives the expected rows."""
     longer = shutil.copytree(spiked.dir, spiked.dir.with_name("longer"), ignore=shutil.ignore_patterns("checkpoints"))
     whole = load_resolved(str(longer / "run.yaml"))
     training = replace(whole.training, steps=STEPS + WINDOW)

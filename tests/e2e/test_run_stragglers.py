@@ -1,4 +1,4 @@
-"""logging.straggler_interval names the rank that the others wait for, and in what, and changes nothing else."""
+"""logging.straggler_interval reports the rank that the others wait for and its slow part, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launching import TRAIN, forked, succeed
 from tiny_run import Run
 
 SLOW = Path(__file__).with_name("slow_rank.py")
-# What is slow is so by far more than four ranks on a busy machine differ in. Half a second a step is 2 to 4 calls.
+# The delay far exceeds the differences of four ranks on a busy machine: half a second per step in 2 to 4 calls.
 PP2_DP2 = {"parallel.pp": 2, "logging.straggler_interval": 3}
 DP4 = {"logging.straggler_interval": 3}
 
@@ -53,7 +53,7 @@ def test_the_slow_rank_is_named(
 
 @pytest.mark.slow
 def test_a_slow_link_is_told_from_a_slow_rank_and_losses_are_those_without(make_run: Callable[..., Run]) -> None:
-    """Rank 3's messages come late: no rank computes longer, the waits of its pipeline, ranks 1 and 3, tell it."""
+    """Rank 3's messages are late: no rank computes longer, but the waits in its pipeline, ranks 1 and 3, show it."""
     run, without = make_run("slow_link", PP2_DP2), make_run("no_report", {**PP2_DP2, "logging.straggler_interval": 0})
     output = succeed(forked(4, SLOW, "messages", 0.3, 3, run.file), run.log)
     for report in found(run):

@@ -16,7 +16,7 @@ from tests import warm
 
 @pytest.mark.slow
 def test_recompute_does_not_wait_for_the_gradient(make_run: Callable[..., Run]) -> None:
-    """The last layer of a stage runs its forward again before the wait for the gradient that it is for ends."""
+    """The last layer of a stage recomputes its forward before the wait for its gradient ends."""
     run = make_run("recomputed", {"parallel.pp": 2, "parallel.recompute": "full", "logging.trace_step": 2})
     succeed(forked(2, TRAIN, run.file), run.log)
     events = read_rank(run.dir / "trace" / "rank00000.json").events
@@ -24,7 +24,7 @@ def test_recompute_does_not_wait_for_the_gradient(make_run: Callable[..., Run]) 
         (again,) = [e for e in events if e.what == "recompute" and e.micro_batch == micro_batch]
         (wait,) = [e for e in events if e.what == "wait grad" and e.micro_batch == micro_batch]
         assert again.end <= wait.begin <= wait.end
-    # The stage's other layer runs again within the backward: both are told from it.
+    # The stage's other layer is recomputed within the backward; both recomputes are recorded separately.
     backwards = [e for e in events if e.what == "BW"]
     within = [
         e for e in events if e.what == "recompute" and any(b.begin <= e.begin and e.end <= b.end for b in backwards)

@@ -66,7 +66,7 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """Where the output of its processes goes."""
+        """The log file of its processes."""
         return self.file.with_suffix(".log")
 
     @property
@@ -86,7 +86,7 @@ class Run:
 
     @property
     def losses(self) -> list[float]:
-        """The training loss of every step, which must be there once and in order."""
+        """The training loss of every step; asserts that each step occurs once and in order."""
         lines = [line for line in self.metrics if "loss" in line]
         assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
         return [line["loss"] for line in lines]
@@ -122,10 +122,10 @@ def write_run(root: Path, name: str, corpus: Corpus, changes: Mapping[str, Any])
     data["data"]["sources"] = [{"name": n, "path": str(corpus.shards / n), "weight": w} for n, w in weights.items()]
     for dotted, value in changes.items():
         *sections, key = dotted.split(".")
-        place = data
+        section_data = data
         for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
+            section_data = section_data.setdefault(section, {})
+        section_data[key] = value
     file = root / f"{name}.yaml"
     file.write_text(dump_yaml(data))
     return Run(file, root / name)

@@ -1,4 +1,4 @@
-"""Attention backends agree, and one that cannot run here says why."""
+"""Attention backends agree, and an unavailable one reports the reason."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run_kernel(
 def test_manual_backward_kernels_are_the_reference_on_rows_of_any_length(
     length: int, groups: int, masked: bool
 ) -> None:
-    """Rows shorter than a block, of whole blocks and with a rest; float64 to 1e-11."""
+    """Rows shorter than a block, of several full blocks, and with a partial last block; float64 to 1e-11."""
     qkv, grad, documents = kernel_inputs(length, groups, masked)
     wanted = run_kernel(attention_kernel("reference"), qkv, grad, documents)
     for kernel in (attention_kernel("sdpa"), BlockedAttention()):
@@ -70,7 +70,7 @@ def test_manual_backward_kernels_are_the_reference_on_rows_of_any_length(
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_blocks_of_bfloat16_round_only_what_goes_in_and_out(masked: bool) -> None:
-    """Between, they compute in float32: each result is off by its own rounding (2^-9 at most) and that of `out`."""
+    """Internally they compute in float32: each result has its own rounding error (at most 2^-9) and that of `out`."""
     qkv, grad, documents = kernel_inputs(200, 2, masked)
     narrow, narrow_grad = [x.bfloat16() for x in qkv], grad.bfloat16()
     exactly = [x.double() for x in narrow]
@@ -115,7 +115,7 @@ def test_flash_attn_says_why_it_cannot_run(device: str, dtype: torch.dtype, head
 def test_version_4_alone_is_not_given_a_gpu_that_it_has_no_backward_for(
     capability: tuple[int, int], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its forward runs on an A100: the first step would end in the backward."""
+    """Its forward runs on an A100, so the first step would fail in the backward."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(attention, "flash_module", lambda: SimpleNamespace(__name__="flash_attn.cute"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)

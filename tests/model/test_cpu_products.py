@@ -1,4 +1,4 @@
-"""Whoever multiplies float32 matrices on this CPU does so in float32."""
+"""Products of float32 matrices on this CPU are computed in float32, by either library."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_ds.model import cpu_products
 
 
 @pytest.fixture(autouse=True)
-def as_torch_comes() -> Iterator[None]:
+def default_precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield

@@ -42,8 +42,8 @@ SHAPES = {
 def ours(model: ModelConfig, backend: str, policy: str | None = None) -> Llama:
     tp = SingleRank()
     # Initial weights are large enough that attention is far from uniform.
-    shared = LayerContext(model, 7, tp, CausalAttention(backend), RotaryTables(model, T), initializer_range=0.1)
-    return Llama(shared, NextTokenLoss(tp), policy and [policy] * model.num_hidden_layers)
+    context = LayerContext(model, 7, tp, CausalAttention(backend), RotaryTables(model, T), initializer_range=0.1)
+    return Llama(context, NextTokenLoss(tp), policy and [policy] * model.num_hidden_layers)
 
 
 def theirs(model: ModelConfig, source: Llama) -> LlamaForCausalLM:
@@ -77,7 +77,7 @@ def theirs(model: ModelConfig, source: Llama) -> LlamaForCausalLM:
     return judge
 
 
-@pytest.mark.parametrize("policy", [None, "selective"], ids=["autograd", "written_out"])
+@pytest.mark.parametrize("policy", [None, "selective"], ids=["autograd", "manual_backward"])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_loss_and_gradients_are_transformers(shape: str, backend: str, policy: str | None) -> None:
@@ -111,7 +111,7 @@ def test_masked_documents_see_only_themselves(backend: str) -> None:
     """A packed row with document masks gives each document the logits it has on its own."""
     model = SHAPES["llama2_gqa"]
     mine = ours(model, backend)
-    masked = Llama(replace(mine.layers[1].self_attn.shared, document_mask=True), NextTokenLoss(SingleRank()))
+    masked = Llama(replace(mine.layers[1].self_attn.context, document_mask=True), NextTokenLoss(SingleRank()))
     masked.load_state_dict(mine.state_dict())
     generator = torch.Generator().manual_seed(2)
     contents = [torch.randint(3, model.vocab_size, (n,), generator=generator) for n in (9, 20, 16)]

@@ -1,4 +1,4 @@
-"""The layer whose backward is written out is the autograd layer: in float64 to 1e-10, under every save policy."""
+"""The layer with the hand-written backward matches autograd in float64 to 1e-10 under every save policy."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ SHAPES = {
 STARTS = torch.tensor([0] * 7 + [7] * 10 + [17] * 7, dtype=torch.int32).expand(ROWS, T)
 
 
-def shared_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T, spread: float = 0.2) -> LayerContext:
+def context_for(model: ModelConfig, backend: str = "sdpa", seq_len: int = T, spread: float = 0.2) -> LayerContext:
     tables = RotaryTables(model, seq_len)
     return LayerContext(model, 7, SingleRank(), CausalAttention(backend), tables, initializer_range=spread)
 
 
 def layers(shape: str, policy: str, backend: str = "sdpa") -> tuple[DecoderLayer, ManualBackwardLayer]:
-    shared = shared_for(SHAPES[shape], backend)
-    reference, layer = DecoderLayer(shared, 0).double(), ManualBackwardLayer(shared, 0, policy).double()
+    context = context_for(SHAPES[shape], backend)
+    reference, layer = DecoderLayer(context, 0).double(), ManualBackwardLayer(context, 0, policy).double()
     with torch.no_grad():
         for weight in reference.parameters():  # norm weights of one would hide a factor
             weight.add_(torch.randn_like(weight) * 0.1)
@@ -83,9 +83,9 @@ def test_output_and_gradients_are_autograds(shape: str, policy: str, backend: st
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradcheck(policy: str, masked: bool) -> None:
-    """Against finite differences: of the input and of every parameter at once."""
+    """Compare the gradients of the input and of every parameter with finite differences."""
     model = ModelConfig(16, 8, 12, 1, 4, 2, 4)
-    layer = ManualBackwardLayer(shared_for(model, spread=0.3), 0, policy).double()
+    layer = ManualBackwardLayer(context_for(model, spread=0.3), 0, policy).double()
     starts = torch.tensor([[0, 0, 2, 2, 2]], dtype=torch.int32)
     names = [name for name, _ in layer.named_parameters()]
 
@@ -134,14 +134,14 @@ def test_cuda_in_bf16_is_as_near_to_float64_as_autograd_there(policy: str, backe
 
 def saved_by_hooks(layer: DecoderLayer, x: Tensor) -> int:
     """Return the bytes that a layer keeps for its backward, without parameters and constant tables."""
-    return saved_bytes(lambda: layer(x), [*layer.parameters(), *layer.shared.rotary.on(x.device)])
+    return saved_bytes(lambda: layer(x), [*layer.parameters(), *layer.context.rotary.on(x.device)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_saved_bytes_are_the_cost_tables(shape: str, policy: str, dtype: torch.dtype) -> None:
-    layer = ManualBackwardLayer(shared_for(SHAPES[shape]), 0, policy).to(dtype)
+    layer = ManualBackwardLayer(context_for(SHAPES[shape]), 0, policy).to(dtype)
     x = torch.randn(ROWS, T, 32, dtype=dtype, requires_grad=True)
     assert saved_by_hooks(layer, x) == LayerWork(SHAPES[shape], T, ROWS, element_bytes=dtype.itemsize).saved_bytes(
         policy
@@ -150,10 +150,10 @@ def test_saved_bytes_are_the_cost_tables(shape: str, policy: str, dtype: torch.d
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_deferred_wgrad_bytes_are_the_cost_tables(shape: str) -> None:
-    layer = ManualBackwardLayer(shared_for(SHAPES[shape]), 0, "none")
-    layer.shared.weight_gradients.deferred = True
+    layer = ManualBackwardLayer(context_for(SHAPES[shape]), 0, "none")
+    layer.context.weight_gradients.deferred = True
     layer(torch.randn(ROWS, T, 32, requires_grad=True)).backward(torch.randn(ROWS, T, 32))
-    ((*work,),) = layer.weights._waiting
+    ((*work,),) = layer.weight_grads._deferred
     kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for _, *factors in work for t in factors}
     assert sum(kept.values()) == LayerWork(SHAPES[shape], T, ROWS, element_bytes=4).deferred_wgrad_bytes()
 
@@ -164,19 +164,16 @@ def test_deferred_wgrad_bytes_are_the_cost_tables(shape: str) -> None:
         (8, torch.bfloat16, 0.46),
         (2, torch.bfloat16, 0.42),
         (2, torch.float32, 0.46),
-        (
-            8,
-            torch.float32,
-            0.5002,
-        ),  # the one above a half: 10.383 D of 20.760 D numbers per token, the logsumexp too many
+        # The only share above one half: 10.383 D of 20.760 D numbers per token, because of the logsumexp.
+        (8, torch.float32, 0.5002),
     ],
 )
 def test_selective_keeps_half_of_what_autograd_keeps(groups: int, dtype: torch.dtype, share: float) -> None:
     """LLaMA's proportions: F / D = 2.69, heads of 128."""
     model = ModelConfig(64, 1024, 2752, 1, 8, groups, 128)
     x = torch.randn(1, 8, 1024, dtype=dtype, requires_grad=True)
-    plain = saved_by_hooks(DecoderLayer(shared_for(model), 0).to(dtype), x)
-    selective = saved_by_hooks(ManualBackwardLayer(shared_for(model), 0, "selective").to(dtype), x)
+    plain = saved_by_hooks(DecoderLayer(context_for(model), 0).to(dtype), x)
+    selective = saved_by_hooks(ManualBackwardLayer(context_for(model), 0, "selective").to(dtype), x)
     assert selective <= share * plain, selective / plain
     work = LayerWork(model, 2048, 1)
     step = 3 * (2 * (4 if groups == 8 else 2.5) * 1024**2 + 6 * 1024 * 2752)  # its matrix products, per token
@@ -185,20 +182,20 @@ def test_selective_keeps_half_of_what_autograd_keeps(groups: int, dtype: torch.d
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_deferred_weight_gradients_are_the_same(policy: str) -> None:
-    """Two micro-batches: the backward leaves the matrices alone, weight_grads() adds them, oldest first."""
+    """Two micro-batches: the backward leaves the matrices alone, run_deferred_wgrad() adds them, oldest first."""
     reference, layer = layers("grouped_query", policy)
     first, second = ((random(ROWS, T, 32, seed=s), random(ROWS, T, 32, seed=s + 1)) for s in (1, 3))
-    layer.shared.weight_gradients.deferred = True
+    layer.context.weight_gradients.deferred = True
     run(layer, *first, masked=False)
     found = run(layer, *second, masked=False)
     assert set(found) == {"y", "x", "input_layernorm.weight", "post_attention_layernorm.weight"}
-    layer.weight_grads()
+    layer.run_deferred_wgrad()
     once = {n: p.grad.clone() for n, p in layer.named_parameters() if p.grad is not None}
     wanted = run(reference, *first, masked=False)
     for name in once.keys() - {"input_layernorm.weight", "post_attention_layernorm.weight"}:
         torch.testing.assert_close(once[name], wanted[name], atol=1e-10, rtol=1e-10)
-    layer.weight_grads()
-    assert len(layer.weights) == 0
+    layer.run_deferred_wgrad()
+    assert len(layer.weight_grads) == 0
     wanted = run(reference, *second, masked=False)
     found = {**found, **{n: p.grad for n, p in layer.named_parameters() if p.grad is not None}}
     assert_same(found, wanted)
@@ -208,7 +205,7 @@ def test_gradients_go_straight_into_the_engines_buffers() -> None:
     reference, layer = layers("grouped_query", "none")
     x, grad = random(ROWS, T, 32), random(ROWS, T, 32, seed=2)
     buffers = {id(p): torch.full_like(p, 0.5) for p in layer.parameters()}
-    layer.shared.weight_gradients.buffer_of = lambda p: buffers[id(p)]
+    layer.context.weight_gradients.buffer_of = lambda p: buffers[id(p)]
     found = run(layer, x, grad, False)
     wanted = run(reference, x, grad, False)
     assert not any("proj" in name for name in found)
@@ -219,7 +216,7 @@ def test_gradients_go_straight_into_the_engines_buffers() -> None:
 
 def test_matrices_of_one_input_lie_together() -> None:
     """One product for q, k and v, one for gate and up, without copying weights; else the same numbers with a copy."""
-    layer = ManualBackwardLayer(shared_for(PLAIN), 0)
+    layer = ManualBackwardLayer(context_for(PLAIN), 0)
     for modules in (layer.wide_attention, layer.wide_mlp):
         assert adjacent([m.weight for m in modules]) is not None
     layer.double()  # each converted on its own

@@ -32,7 +32,7 @@ def call(name: str, dtype: torch.dtype, rows: int = 300) -> tuple[Callable[..., 
 
 
 def swiglu_backward(*inputs: Tensor) -> tuple[Tensor, ...]:
-    product = pointwise._swiglu_backward(*inputs, again=True)
+    product = pointwise._swiglu_backward(*inputs, recompute=True)
     assert product is not None
     return product, *inputs[2:]
 

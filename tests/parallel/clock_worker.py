@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llama_ds.parallel import clock, world
 
-place = world.find_place()
+rank_info = world.find_place()
 with world.failing_together():
-    world.join(place)
-    found = clock.compare(place.rank)
-    Path(sys.argv[1], f"{place.rank}.json").write_text(json.dumps(found))
+    world.join(rank_info)
+    found = clock.compare(rank_info.rank)
+    Path(sys.argv[1], f"{rank_info.rank}.json").write_text(json.dumps(found))
     world.barrier()

@@ -49,7 +49,7 @@ class Case:
     extra_warmup: int = 0
     virtual_stages: int = 1
     layers: int = 4
-    steps: int = STEPS  # of the STEPS that the learning rate is planned for
+    steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
     def world(self) -> int:
@@ -114,7 +114,7 @@ class Case:
 
 
 def global_rows(step: int) -> np.ndarray:
-    """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: runs of a few tokens, with documents beginning inside."""
+    """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: short token sequences with document boundaries."""
     generator = np.random.default_rng(step)
     rows = (generator.integers(3, 96, (GLOBAL_BATCH, 1)) + np.arange(SEQ_LEN + 1) * generator.integers(1, 4)) % 93 + 3
     rows[generator.random(rows.shape) < 0.1] = 1
@@ -134,8 +134,8 @@ def train_reference(case: Case) -> list[tuple[float, float]]:
     """Train in plain torch on one rank; return (loss, gradient norm before clipping) of each step."""
     run = case.run
     run = replace(run, compute=ComputeConfig(attention_backend="reference"))
-    shared = shared_parts(run, SingleRank(), "cpu", torch.float32)
-    model = Llama(shared, NextTokenLoss(shared.tp, run.optimizer.z_loss))
+    context = shared_parts(run, SingleRank(), "cpu", torch.float32)
+    model = Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss))
     norms = {id(p) for m in model.modules() if isinstance(m, RMSNorm) for p in m.parameters()}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in norms], "weight_decay": run.optimizer.weight_decay},

@@ -35,19 +35,19 @@ def train(case: Case) -> list[tuple[float, float]]:
 
 def main() -> None:
     cases_file, out = sys.argv[1:]
-    place = world.find_place()
+    rank_info = world.find_place()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with open(cases_file) as file:
         cases = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in json.load(file)]
     with world.failing_together():
-        world.join(place)
+        world.join(rank_info)
         histories = []
         for case in cases:
             histories.append(train(case))
-            if place.rank == 0:
+            if rank_info.rank == 0:
                 print(case.name, histories[-1][0], histories[-1][-1], flush=True)
-        if place.rank == 0:
+        if rank_info.rank == 0:
             with open(out, "w") as file:
                 json.dump(histories, file)
 

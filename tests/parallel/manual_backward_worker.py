@@ -1,4 +1,4 @@
-"""One of four ranks that compare the written-out layer with autograd's under tensor parallelism; rank 0 writes JSON."""
+"""One of four ranks that compare the hand-written backward with autograd under tensor parallelism, as JSON."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class Case:
 CASES = [
     Case(*values)
     for values in itertools.product((2, 4), (False, True), (False, True), (8, 4), POLICIES)
-    if values[3] == 4 or not values[2]  # masks with grouped queries only: they do not meet the heads
+    if values[3] == 4 or not values[2]  # masks are independent of the heads, so test them with grouped queries only
 ]
 
 
 class Recording(GroupTensorParallel):
-    """The communicator itself, writing down when each collective is issued and when it is waited for."""
+    """A communicator that records when each collective is issued and waited for."""
 
     events: list[str]
 
-    def _written(self, name: str, pending: Pending) -> Pending:
+    def _recorded(self, name: str, pending: Pending) -> Pending:
         number = sum(event.startswith("issue") for event in self.events)
         self.events.append(f"issue {number} {name}")
 
@@ -63,17 +63,17 @@ class Recording(GroupTensorParallel):
         return wait
 
     def _issue_gather(self, x: Tensor) -> Pending:
-        return self._written("gather", super()._issue_gather(x))
+        return self._recorded("gather", super()._issue_gather(x))
 
     def _issue_scatter_sum(self, x: Tensor) -> Pending:
-        return self._written("reduce", super()._issue_scatter_sum(x))
+        return self._recorded("reduce", super()._issue_scatter_sum(x))
 
     def _issue_sum(self, x: Tensor) -> Pending:
-        return self._written("norm" if x.dim() == 1 else "reduce", super()._issue_sum(x))
+        return self._recorded("norm" if x.dim() == 1 else "reduce", super()._issue_sum(x))
 
 
 class Products(TorchDispatchMode):
-    """Writes down each matrix product among the events."""
+    """Records each matrix product among the events."""
 
     def __init__(self, events: list[str]) -> None:
         super().__init__()
@@ -110,10 +110,10 @@ def run(layer: nn.Module, x: Tensor, grad: Tensor, masked: bool) -> dict[str, Te
 
 def compare(case: Case, tp: TensorParallel) -> dict[str, Any]:
     """Return the largest difference from autograd, relative to each gradient's size, and from finite differences."""
-    shared = build(case, tp)
+    context = build(case, tp)
     reference, layer = (
-        DecoderLayer(shared, 0).double(),
-        ManualBackwardLayer(shared, 0, case.policy, first=True).double(),
+        DecoderLayer(context, 0).double(),
+        ManualBackwardLayer(context, 0, case.policy, first=True).double(),
     )
     with torch.no_grad():
         for seed, norm in enumerate((reference.input_layernorm, reference.post_attention_layernorm)):
@@ -165,12 +165,12 @@ def saved_bytes(case: Case, tp: TensorParallel) -> int:
 
 
 def record(case: Case, group: dist.ProcessGroup) -> list[str]:
-    """Return the events of two layers' forward and backward; "backward" stands between."""
+    """Return the events of two layers' forward and backward; "backward" separates them."""
     tp = Recording(group, case.sequence_parallel)
     tp.events = []
-    shared = build(case, tp)
+    context = build(case, tp)
     both = nn.Sequential(
-        ManualBackwardLayer(shared, 0, case.policy, first=True), ManualBackwardLayer(shared, 1, case.policy)
+        ManualBackwardLayer(context, 0, case.policy, first=True), ManualBackwardLayer(context, 1, case.policy)
     ).double()
     x, grad = (own_tokens(random(seed, ROWS, T, 32), tp) for seed in (3, 4))
     with Products(tp.events):
@@ -187,10 +187,10 @@ def gathered(result: dict[str, float]) -> dict[str, float]:
 
 
 def main() -> None:
-    place = world.find_place()
-    world.join(place)
+    rank_info = world.find_place()
+    world.join(rank_info)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    group_of: dict[int, dist.ProcessGroup] = {2: pairs[place.rank // 2], 4: dist.group.WORLD}  # type: ignore[dict-item]
+    group_of: dict[int, dist.ProcessGroup] = {2: pairs[rank_info.rank // 2], 4: dist.group.WORLD}  # type: ignore[dict-item]
     results: list[dict[str, Any]] = []
     for case in CASES:
         tp = GroupTensorParallel(group_of[case.tp], case.sequence_parallel)
@@ -198,7 +198,7 @@ def main() -> None:
         if not case.masked:
             results[-1]["saved"] = saved_bytes(case, tp)
             results[-1]["events"] = record(case, group_of[case.tp])
-    if place.rank == 0:
+    if rank_info.rank == 0:
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)
 

@@ -1,6 +1,6 @@
 """One rank of a pipeline: takes a step whose gradients are not finite, and a step after it.
 
-It also counts how often the end of a step has the host read a number from the device.
+It also counts the host's reads of device values at the end of a step.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ CASE = Case(2, 1, 2, schedule="zb_h1")
 
 
 def main() -> None:
-    place = world.find_place()
+    rank_info = world.find_place()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():
-        world.join(place)
+        world.join(rank_info)
         run = CASE.run
         config = deepspeed_config(run, CASE.layout, bf16_native=True)
         engine = build_engine(run, CASE.layout, config, torch.device("cpu"))
@@ -60,7 +60,7 @@ def main() -> None:
         assert reads.count == 1, "the counter counts"
         engine.read(engine.train_step(batches, 1e-3))
         assert reads.count == 1
-        engine.deepspeed.optimizer.finish()  # or weights on their way would overwrite what follows
+        engine.deepspeed.optimizer.finish()  # otherwise an all-gather in flight would overwrite the weights set below
         module = engine.deepspeed.module
         norms = [layer.norm.weight for _, layer in module.numbered_layers() if isinstance(layer, FinalNorm)]
         healthy = [weight.detach().clone() for weight in norms]
@@ -80,7 +80,7 @@ def main() -> None:
         loss, norm = engine.read(engine.train_step(batches, 1e-3))
         assert math.isfinite(loss) and math.isfinite(norm)
         assert any(not torch.equal(p, before[name]) for name, p in module.named_parameters())
-        print(f"rank {place.rank} fine", flush=True)
+        print(f"rank {rank_info.rank} fine", flush=True)
         engine.deepspeed.destroy()
 
 

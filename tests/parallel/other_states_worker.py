@@ -1,4 +1,4 @@
-"""Started on every rank: as resume_worker.py, with an optimizer that keeps of hidden matrices no second moments."""
+"""Runs resume_worker.py on every rank with an optimizer that keeps no second moments for hidden matrices."""
 
 from __future__ import annotations
 

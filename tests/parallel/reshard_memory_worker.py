@@ -33,15 +33,15 @@ def main() -> None:
     folder, tp, action = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    place = world.find_place()
+    rank_info = world.find_place()
     with world.failing_together():
-        world.join(place)
+        world.join(rank_info)
         case = Case(1, tp, 1)
         run = replace(case.run, model=MODEL, output_dir=folder)
         run = replace(run, data=replace(run.data, tokenizer=__file__))
         engine: Any = build_engine(run, case.layout, deepspeed_config(run, case.layout, True), torch.device("cpu"))
         begin_moments(engine.deepspeed, 3, ADAMW)
-        checkpoints = Checkpoints(run, case.layout, "fp32", place)
+        checkpoints = Checkpoints(run, case.layout, "fp32", rank_info)
         if action == "save":
             for fragment in fragments(engine.deepspeed):
                 fragment.tensors["exp_avg"].fill_(fragment.start + 1)

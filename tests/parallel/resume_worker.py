@@ -1,4 +1,4 @@
-"""Started on every rank: go through the cases of one world size, each from the checkpoint of the one before.
+"""Runs on every rank: trains the cases of one world size, each from the checkpoint of the previous one.
 
 resume_worker.py CASES FOLDER FIRST_TURN STEPS_A_TURN OUT
 """
@@ -30,27 +30,27 @@ from tests.parallel.layout_cases import STEPS, Case, micro_batches
 
 def main() -> None:
     cases_file, folder, first_turn, share, out = sys.argv[1:]
-    place = world.find_place()
+    rank_info = world.find_place()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with open(cases_file) as file:
         cases = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in json.load(file)]
     history: list[tuple[float, float]] = []
     with world.failing_together():
-        world.join(place)
+        world.join(rank_info)
         for turn, case in enumerate(cases, int(first_turn)):
-            history += take_turn(case, Path(folder), turn * int(share), int(share), place)
-        if place.rank == 0:
+            history += take_turn(case, Path(folder), turn * int(share), int(share), rank_info)
+        if rank_info.rank == 0:
             Path(out).write_text(json.dumps(history))
 
 
-def take_turn(case: Case, folder: Path, first: int, steps: int, place: world.RankInfo) -> list[tuple[float, float]]:
+def take_turn(case: Case, folder: Path, first: int, steps: int, rank_info: world.RankInfo) -> list[tuple[float, float]]:
     """Train `steps` steps from `first` on, and save."""
     run = replace(case.run, output_dir=str(folder), checkpoint=CheckpointConfig(strict=True))
     run = replace(run, data=replace(run.data, tokenizer=__file__))  # any file
     config = deepspeed_config(run, case.layout, bf16_native=True)
     engine = build_engine(run, case.layout, config, torch.device("cpu"))
-    checkpoints = Checkpoints(run, case.layout, case.dtype, place)
+    checkpoints = Checkpoints(run, case.layout, case.dtype, rank_info)
     chosen = checkpoints.choose()
     assert bool(chosen) == bool(first)
     if chosen:
@@ -73,7 +73,7 @@ def take_turn(case: Case, folder: Path, first: int, steps: int, place: world.Ran
 
 
 def check_loaded(engine: Any, tag: Path, found: Description, case: Case) -> None:
-    """Every number is there to the bit, cut the plain way: chunk the whole, flatten, take the range."""
+    """Check every loaded element bit for bit against a plain shard: chunk the full tensor, flatten, take the range."""
     rank = engine.mpu.get_tensor_model_parallel_rank()
     wholes = read_tensors(str(tag), found, ADAMW.all_kinds())
 

@@ -13,7 +13,7 @@ import pytest
 from llama_ds.launch.namespaces import INTERFACE, Hosts, missing
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNT = 500_000  # of a rank's part: 2 MB in fp32
+COUNT = 500_000  # elements of a rank's part: 2 MB in fp32
 
 
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))

@@ -19,7 +19,7 @@ from tests.parallel.layout_cases import Case, train_reference
 
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (3e-3, 2e-2)}
 
-NAMED_IN_THE_ISSUE = [
+BASIC_LAYOUTS = [
     Case(1, 1, 1, zero=0),
     Case(1, 1, 2, zero=1),
     Case(1, 1, 2, zero=2),
@@ -79,10 +79,10 @@ SCHEDULES_AND_OPTIONS = [
     Case(2, 2, 1, sequence_parallel=True, document_mask=True, recompute="none,full", **H1),
     Case(2, 1, 1, partition=(1, 1, 1, 1), recompute="none,full,selective,none", **V),
 ]
-SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in NAMED_IN_THE_ISSUE if case.tp > 1]
-# What is wrong shows in the first steps, of which the sixth is the first after the warm-up; later ones say nothing new
-# of an option, or of a schedule that has taken all of them without other axes.
-CASES = NAMED_IN_THE_ISSUE + [case if case.tp * case.dp == 1 else replace(case, steps=8) for case in SCHEDULES]
+SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
+# Errors show in the first steps; the sixth is the first after the warm-up. Later steps add nothing for an option, or
+# for a schedule that has trained all steps without other axes.
+CASES = BASIC_LAYOUTS + [case if case.tp * case.dp == 1 else replace(case, steps=8) for case in SCHEDULES]
 CASES += [replace(case, steps=6) for case in SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
 
 History = list[tuple[float, float]]
@@ -99,7 +99,7 @@ def history_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], His
         (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
         files = (folder / "cases.json", folder / "histories.json")
         done = warm.run("-m", "tests.parallel.layout_worker", *files, ranks=world, timeout_s=600)
-        if done.returncode:  # kept: or every case would start the processes again
+        if done.returncode:  # cached: otherwise every case would restart the processes
             return done.stdout[-2000:] + done.stderr[-6000:]
         histories = json.loads((folder / "histories.json").read_text())
         return dict(zip(cases, histories, strict=True))

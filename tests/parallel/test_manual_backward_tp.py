@@ -1,4 +1,4 @@
-"""The written-out layer over 2 and 4 real ranks: autograd's gradients, no repeated collective, none waited for idly."""
+"""The hand-written backward on 2 and 4 real ranks: autograd's gradients, no repeated collective, no idle wait."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def name_of(case: Case) -> str:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Run all cases in one start of four processes."""
-    out = tmp_path_factory.mktemp("written_out") / "results.json"
+    out = tmp_path_factory.mktemp("manual_backward") / "results.json"
     done = warm.run("-m", "tests.parallel.manual_backward_worker", out, ranks=4)
     assert done.returncode == 0, done.stderr[-6000:]
     return {Case(**found["case"]): found for found in json.loads(out.read_text())}
@@ -69,9 +69,9 @@ def test_no_policy_repeats_a_collective_but_full(case: Case, results: Results) -
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in RECORDED if c.policy != "full"], ids=name_of)
 def test_each_wait_of_the_backward_is_filled_with_a_product(case: Case, results: Results) -> None:
-    """Between the issue of a collective and the wait for it stands a matrix product: the weights' gradients.
+    """Between the issue of a collective and its wait there is a matrix product of the weight gradients.
 
-    The one exception is the gather of the topmost layer's gradient under policy none: nothing is left to do before it.
+    The only exception is the gather of the last layer's gradient under policy none: no work precedes it.
     """
     events = results[case]["events"]
     backward = events[events.index("backward") + 1 :]

@@ -1,4 +1,4 @@
-"""A step whose gradient norm is not finite changes no weight and no moment, on the device, without asking the host."""
+"""A step with a non-finite gradient norm changes no weight and no moment, without a host synchronisation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.parallel.not_finite_worker import CASE
 
 @pytest.mark.slow
 def test_step_that_is_not_finite_is_left_out() -> None:
-    """And the end of a step reads nothing from the device: `not_finite_worker.py` asserts both on every rank."""
+    """The end of a step also reads nothing from the device; `not_finite_worker.py` asserts both on every rank."""
     done = warm.run("-m", "tests.parallel.not_finite_worker", ranks=CASE.world)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("fine") == CASE.world

@@ -1,4 +1,4 @@
-"""Stage boundaries: as good as the best of all partitions, and as the run file says."""
+"""Stage boundaries: optimal among all partitions, or as set in the run file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which save policy each layer gets: as written, per stage, or the cheapest that fits a budget."""
+"""Save policy of each layer: as set, per stage, or the cheapest that fits a budget."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def test_what_cannot_be_is_refused(value: str, words: str) -> None:
     assert words in str(error.value)
 
 
-def test_autograd_knows_none_and_full() -> None:
-    with pytest.raises(UserError, match="wants compute"):
+def test_autograd_supports_none_and_full() -> None:
+    with pytest.raises(UserError, match="requires compute"):
         plan("parallel.recompute=selective", "compute.decoder_layer=autograd")
     run, layout = plan("parallel.recompute=full", "compute.decoder_layer=autograd")
     assert recomputed_flops_per_token(run, layout, 2) == 80 * layer_forward_flops(run.model, 2048)

@@ -1,4 +1,4 @@
-"""A checkpoint goes on under any other layout, ZeRO stage, schedule and engine, and DeepSpeed's converter takes it."""
+"""A checkpoint resumes under any layout, ZeRO stage, schedule and engine, and DeepSpeed's converter accepts it."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_history_is_that_of_one_run(cases: list[Case], take: Turns, tmp_path: Pa
 
 @pytest.mark.slow
 def test_bf16_keeps_masters_and_moments_to_the_bit(take: Turns, tmp_path: Path) -> None:
-    """The worker compares; a loss that falls says that what was loaded was trained on."""
+    """The worker compares bits; the falling loss shows that training continued from the loaded state."""
     history, checkpoints = take(BF16)
     assert history[-1][0] < history[0][0] - 0.5
     check_universal(checkpoints / f"step_{STEPS:08d}", tmp_path / "universal")
@@ -86,7 +86,7 @@ def test_bf16_keeps_masters_and_moments_to_the_bit(take: Turns, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_weights_have_the_states_of_their_role(take: Turns) -> None:
-    """An optimizer that keeps of hidden matrices no second moments: the worker compares what was loaded to the bit."""
+    """An optimizer without second moments for hidden matrices: the worker compares the loaded state bit for bit."""
     history, checkpoints = take(OTHER_STATES, "tests.parallel.other_states_worker")
     assert history[-1][0] < history[0][0] - 0.2
     for turn, case in enumerate(OTHER_STATES, 1):
@@ -100,7 +100,7 @@ def test_weights_have_the_states_of_their_role(take: Turns) -> None:
 
 @pytest.mark.slow
 def test_resharding_takes_the_memory_of_a_layer_at_most(tmp_path: Path) -> None:
-    """On top of what the engine holds anyway: the model has eight layers. tp 2 to tp 1 puts columns together."""
+    """Memory beyond the engine's own, with a model of eight layers. From tp 2 to tp 1, columns are concatenated."""
     for tp, action in ((2, "save"), (1, "load")):
         succeed("-m", "tests.parallel.reshard_memory_worker", tmp_path, tp, action, ranks=tp)
     assert int((tmp_path / "growth").read_text()) < LAYER_BYTES
@@ -112,7 +112,7 @@ def succeed(*words: object, ranks: int = 0) -> None:
 
 
 def check_universal(tag: Path, universal: Path) -> None:
-    """DeepSpeed's converter takes the checkpoint, and finds the masters and moments that we do."""
+    """DeepSpeed's converter accepts the checkpoint and yields the same masters and moments."""
     options = ("--input_folder", tag, "--output_folder", universal)
     options += ("--num_extract_workers", "1", "--num_merge_workers", "1")
     succeed("-m", "deepspeed.checkpoint.ds_to_universal", *options)

@@ -1,4 +1,4 @@
-"""Groups in which collectives are measured lie as DeepSpeed's topology lays those of a layout."""
+"""Collectives are measured in groups with the same placement as in DeepSpeed's topology of a layout."""
 
 from __future__ import annotations
 

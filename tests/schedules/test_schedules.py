@@ -1,4 +1,4 @@
-"""Schedules of any size are proven right, and their waiting time is the one their papers state."""
+"""Schedules of any size pass verification, and their bubbles are those stated in the papers."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_waiting_time_is_the_papers(ranks: int, micro_batches: int, cost: StageC
     )
 
 
-def test_bubbles_of_the_aim() -> None:
-    """Four equal stages, eight micro-batches: 27 percent of plain 1F1B become 12 or less."""
+def test_bubbles_of_four_stages() -> None:
+    """Four equal stages, eight micro-batches: the bubble of 27 percent with 1F1B drops to 12 or less."""
     assert simulate(Schedule("1f1b", 4, 8), EQUAL).bubble == pytest.approx(3 / 11)
     assert simulate(Schedule("zb_h1", 4, 8), EQUAL).bubble == pytest.approx(1 / 9)
     half = StageCost(0.5, 0.5, 0.5)
@@ -150,25 +150,25 @@ def test_h1_holds_no_more_than_1f1bs_first_rank() -> None:
 
 @pytest.mark.parametrize("shape", ["loop", "v"])
 def test_placement_is_one_to_one_and_neighbours_touch(shape: str) -> None:
-    place = Placement(4, 2, shape)
-    homes = [place.home(stage) for stage in range(place.stages)]
-    assert [place.stage(*home) for home in homes] == list(range(8))
+    placement = Placement(4, 2, shape)
+    homes = [placement.home(stage) for stage in range(placement.stages)]
+    assert [placement.stage(*home) for home in homes] == list(range(8))
     assert all((a - b) % 4 in ((0, 1, 3) if shape == "v" else (1, 3)) for (a, _), (b, _) in pairwise(homes))
 
 
 @pytest.mark.parametrize("shape, chunks", [("loop", 1), ("loop", 3), ("v", 2)])
 @pytest.mark.parametrize("count", [1, 4, 7])
 def test_evaluation_runs_any_number_of_micro_batches(shape: str, chunks: int, count: int) -> None:
-    place = Placement(3, chunks, shape)
-    lists = [forward_only.instructions(rank, count, place) for rank in range(3)]
-    check_messages(lists, place)
-    check_progress(lists, place, 0)
+    placement = Placement(3, chunks, shape)
+    lists = [forward_only.instructions(rank, count, placement) for rank in range(3)]
+    check_messages(lists, placement)
+    check_progress(lists, placement, 0)
     for steps in lists:
         assert sum(step.op is Op.FORWARD for step in steps) == count * chunks
 
 
 def broken(edit: str) -> tuple[list[list[Instruction]], Placement]:
-    """Return a right schedule's lists with one mistake."""
+    """Return a valid schedule's lists with one mistake."""
     schedule = Schedule("zb_h1", 3, 4)
     lists = [schedule.instructions(rank) for rank in range(3)]
     steps = lists[1]
@@ -202,14 +202,14 @@ def test_verifier_sees_wrong_computations(edit: str) -> None:
 
 @pytest.mark.parametrize("edit", ["send too early", "send lost", "post late", "posts swapped"])
 def test_verifier_sees_wrong_messages(edit: str) -> None:
-    lists, place = broken(edit)
+    lists, placement = broken(edit)
     with pytest.raises(ScheduleError):
-        check_messages(lists, place)
+        check_messages(lists, placement)
 
 
 def test_verifier_sees_a_deadlock() -> None:
     """Two ranks that send to each other before they post what they receive stop where sends wait for receives."""
-    place = Placement(2, 1)
+    placement = Placement(2, 1)
     first = [
         *(Instruction(op, 0, i) for i in (0, 1) for op in (Op.FORWARD, Op.SEND_ACTIVATION)),
         Instruction(Op.POST_GRAD, 0, 0),
@@ -223,9 +223,9 @@ def test_verifier_sees_a_deadlock() -> None:
         Instruction(Op.POST_ACTIVATION, 0, 1),
         Instruction(Op.FORWARD, 0, 1),
     ]
-    check_progress([first, second], place, None)
-    with pytest.raises(ScheduleError, match="no rank can go on"):
-        check_progress([first, second], place, 0)
+    check_progress([first, second], placement, None)
+    with pytest.raises(ScheduleError, match="no rank can proceed"):
+        check_progress([first, second], placement, 0)
 
 
 def test_verifier_sees_wrong_memory() -> None:
@@ -238,7 +238,7 @@ def test_verifier_sees_wrong_memory() -> None:
 @pytest.mark.parametrize(
     "name, ranks, micro_batches, chunks, reason",
     [
-        ("interleaved", 4, 6, 2, "6 micro-batches are no multiple of pp = 4; use 4 or 8"),
+        ("interleaved", 4, 6, 2, "6 micro-batches are not a multiple of pp = 4; use 4 or 8"),
         ("interleaved", 4, 8, 1, "use 2 or more"),
         ("dualpipe_v", 4, 7, 2, "7 micro-batches are fewer than 2 \\* pp = 8; use 8 or more"),
         ("dualpipe_v", 4, 8, 3, "use 2"),

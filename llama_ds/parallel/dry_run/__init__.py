@@ -1,1 +1,1 @@
-"""One rank of a run of any size in one process: a fake process group, tensors without data, a ledger of both."""
+"""One rank of a run of any size in a single process: fake process group, fake tensors, and a ledger of both."""

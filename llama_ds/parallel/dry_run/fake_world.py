@@ -1,8 +1,7 @@
-"""A process that takes itself for one rank of a large run: a process group that reaches nobody, tensors without data.
+"""Runs a process as one rank of a large run, with a fake process group and tensors without data.
 
-Collectives and messages on torch's `fake` group return at once and move nothing; a FakeTensor has shape, dtype and a
-storage of stated size, and computes only these. What the program would read off values is answered here: numbers are
-1, comparisons false.
+Collectives and messages on torch's `fake` group return at once and transfer nothing; a FakeTensor has a shape, a dtype
+and a storage size, but no data. Reads of values are patched here: numbers are 1, comparisons false.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ from llama_ds.parallel.dry_run.ledger import Ledger, within
 from llama_ds.parallel.dry_run.memo import Memo
 from llama_ds.parallel.world import RankInfo
 
-with suppress(ImportError):  # DeepSpeed does with its first engine, for a second or two: before ranks are forked
+with suppress(ImportError):  # DeepSpeed's first engine imports it in a second or two: do so before forking ranks
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 @contextmanager
 def fake_world(
-    place: RankInfo, backend: str, ledger: Ledger, made: Callable[[tuple[int, ...] | None], None]
+    rank_info: RankInfo, backend: str, ledger: Ledger, on_new_group: Callable[[tuple[int, ...] | None], None]
 ) -> Iterator[None]:
-    """Be rank `place.rank` of `place.world` within; `backend` is the one that the program is to believe in.
+    """Act as rank `rank_info.rank` of `rank_info.world` within this context; the program sees `backend` as its backend.
 
-    `made` is told of the ranks of every process group, which all ranks have to make in one order.
+    `on_new_group` is called with the ranks of every new process group: all ranks must create them in the same order.
 
-    The process ends after it: DeepSpeed keeps the groups of the world that it saw first.
+    The process must end afterwards, because DeepSpeed caches the groups of its first world.
     """
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world), LOCAL_RANK=str(place.local_rank))
+    os.environ.update(RANK=str(rank_info.rank), WORLD_SIZE=str(rank_info.world), LOCAL_RANK=str(rank_info.local_rank))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", DS_ACCELERATOR="cpu")
-    dist.init_process_group("fake", rank=place.rank, world_size=place.world, store=FakeStore())
+    dist.init_process_group("fake", rank=rank_info.rank, world_size=rank_info.world, store=FakeStore())
     with ExitStack() as stack:
-        for target, name, value in [*_answers(backend, ledger), (dist, "new_group", _telling(made))]:
+        for target, name, value in [*_answers(backend, ledger), (dist, "new_group", _reporting_groups(on_new_group))]:
             stack.enter_context(mock.patch.object(target, name, value, create=True))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         ledger.execute = Memo()
@@ -63,41 +62,41 @@ def _asking(get: Callable[[list[int]], list[int]]) -> Callable[[list[int]], list
     return ask
 
 
-def _telling(made: Callable[[tuple[int, ...] | None], None]) -> Callable[..., Any]:
+def _reporting_groups(on_new_group: Callable[[tuple[int, ...] | None], None]) -> Callable[..., Any]:
     new_group = dist.new_group
 
-    def tell_and_make(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
-        made(None if ranks is None else tuple(ranks))
+    def report_and_create(ranks: Any = None, *args: Any, **kwargs: Any) -> Any:
+        on_new_group(None if ranks is None else tuple(ranks))
         return new_group(ranks, *args, **kwargs)
 
-    return tell_and_make
+    return report_and_create
 
 
 def _answers(backend: str, ledger: Ledger) -> Iterator[tuple[Any, str, Any]]:
-    """Yield (object, name, stand-in) of what reads values or addresses, or goes by the device."""
+    """Yield (object, name, replacement) for code that reads values or addresses, or depends on the device."""
     yield FakeTensor, "tolist", lambda self: [0] * self.numel()
     yield FakeTensor, "item", lambda self: 1.0 if self.is_floating_point() else 1
     yield FakeTensor, "__bool__", lambda self: False
     yield FakeTensor, "__float__", lambda self: 0.0
     yield FakeTensor, "__int__", lambda self: 0
     yield FakeTensor, "__format__", lambda self, spec: "0"
-    if backend == "nccl":  # on CUDA the head's gradients are multiplied by the loss's without a look whether it is 1
+    if backend == "nccl":  # on CUDA the loss's gradient is multiplied in without comparing it with 1
         yield FakeTensor, "__ne__", lambda self, other: type(other) is int or torch.Tensor.__ne__(self, other)
-    # Addresses are compared, to see whether two tensors are one: those of fake storages are all 0.
+    # Code compares addresses to detect aliasing, and those of fake storages are all 0.
     yield FakeTensor, "data_ptr", lambda self: self.untyped_storage()._cdata + self.storage_offset() * self.itemsize
     yield torch.UntypedStorage, "data_ptr", lambda self: self._cdata
-    for module in (nn.Module, PipelineModule):  # torch cannot put other data into a fake parameter; none is elsewhere
+    for module in (nn.Module, PipelineModule):  # torch cannot replace a fake parameter's data, and no move is needed
         yield module, "to", lambda self, *args, **kwargs: self
-    # Rank 0 is asked for numbers and compared with: the question is put, the answer is what this rank has itself.
+    # Comparisons with rank 0: the collective is issued, and the result is this rank's own value.
     yield zero_utils, "get_lst_from_rank0", _asking(zero_utils.get_lst_from_rank0)
     yield zero_utils, "assert_lst_len_same_as_other_ranks", lambda lst: zero_utils.get_lst_from_rank0([len(lst)])
     yield deepspeed.runtime.bf16_optimizer, "is_invalid_grad_norm", lambda norm: False
     yield dist, "get_backend", lambda group=None: backend
-    # What is one kernel on CUDA, and several operations with temporaries on a CPU.
+    # Functions that are one kernel on CUDA and several operations with temporaries on a CPU.
     for module in (loss, pointwise):
         yield module, "compiled_for", lambda x, function: within(ledger.fused, function)
     yield weight_gradients, "add_product", within(ledger.fused, weight_gradients.add_product)
     yield loss, "add_product", within(ledger.fused, loss.add_product)
-    # Head and loss compute their gradients in the forward; the plan counts these as working memory.
+    # Head and loss compute their gradients in the forward; the memory plan counts them as working memory.
     yield loss.NextTokenLoss, "forward", within(ledger.passing, loss.NextTokenLoss.forward)
     yield loss, "_blocks", lambda logits: (slice(0, len(logits)),)

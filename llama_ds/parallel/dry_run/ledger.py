@@ -1,7 +1,7 @@
-"""What a rank allocates and communicates, read off torch's dispatcher: every operation of tensors passes here.
+"""Records a rank's allocations and communication from torch's dispatcher, which sees every tensor operation.
 
-It counts the same on fake tensors and on real ones. A storage counts once, whatever views there are of it, from the
-operation that makes it until the last tensor lets go of it.
+It counts the same for fake and for real tensors. A storage counts once, however many views it has, from the operation
+that allocates it until its last tensor is released.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, WORKING = "weights", "gradients", "optimizer", "activations", "working"
-OTHER = "other"  # held before the step and none of these: tables, buffers of ids
+OTHER = "other"  # everything else held before the step: tables, buffers of ids
 
 
 class Call(NamedTuple):
@@ -25,12 +25,12 @@ class Call(NamedTuple):
 
     kind: str
     group: tuple[int, ...]  # global ranks
-    name: str  # of the group: two groups may have the same ranks
-    peer: int  # global rank of the other end of a message or of a root; -1: none
-    bytes: int  # of the whole buffer: what all-gather yields, what reduce-scatter and all-to-all take
+    name: str  # group name: two groups may have the same ranks
+    peer: int  # global rank of a message's peer or a collective's root; -1: none
+    bytes: int  # full buffer: output of all-gather, input of reduce-scatter and all-to-all
 
 
-# Of each operation: its kind, the argument whose bytes count, the argument that is the process group, and a peer's.
+# For each operation: kind, and the positions of the counted buffer, the process group and the peer in its arguments.
 _OPERATIONS = {
     "allreduce_": ("all_reduce", 0, 1, None),
     "allreduce_coalesced_": ("all_reduce", 0, 1, None),
@@ -55,7 +55,7 @@ _OPERATIONS = {
 
 
 class Ledger(TorchDispatchMode):
-    """Records while it is entered."""
+    """Records while its context is entered."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,16 +63,16 @@ class Ledger(TorchDispatchMode):
         self.now: Counter[str] = Counter()  # bytes held, by category
         self.peak: dict[str, int] = {}
         self.peak_bytes = 0
-        self.whole = 0
-        self._held: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # by address: bytes, category, the storage
+        self.total = 0
+        self._held: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # bytes, category and storage, by address
         self._groups: dict[str, tuple[int, ...]] = {}
         self._fused = False
         self._passing = False
-        self.execute = _execute  # what runs an operation: returns its result and the tensors that may be new in it
+        self.execute = _execute  # runs an operation; returns its result and the possibly new tensors
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and to say so at every operation takes longer than it
+        return False  # nothing is compiled here, and checking it for every operation is slow
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, tensors = self.execute(func, args, kwargs or {})
@@ -84,12 +84,12 @@ class Ledger(TorchDispatchMode):
         return out
 
     def restart(self) -> None:
-        """Forget calls and peak; what is held stays."""
+        """Reset calls and peak; held memory stays counted."""
         self.calls = []
-        self.peak, self.peak_bytes = dict(self.now), self.whole
+        self.peak, self.peak_bytes = dict(self.now), self.total
 
     def mark(self, tensors: Iterable[Tensor], category: str) -> None:
-        """Count the storages of `tensors` under `category` from now on, until they are gone."""
+        """Count the storages of `tensors` under `category` until they are released."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._held:
@@ -97,20 +97,20 @@ class Ledger(TorchDispatchMode):
             self._move(storage._cdata, category)
 
     def mark_rest(self, category: str) -> None:
-        """Count what is held and is called working memory under `category` from now on."""
+        """Count all current working memory under `category` from now on."""
         for key in [key for key, held in self._held.items() if held[1] == WORKING]:
             self._move(key, category)
 
     def saved(self, tensor: Tensor) -> Tensor:
-        """Count what autograd saves as an activation, unless it is something else already: a hook for it."""
+        """Count a tensor saved by autograd as an activation unless it has another category; a saved-tensor hook."""
         storage = tensor.untyped_storage()
         if not self._passing and storage._cdata in self._held and self._held[storage._cdata][1] == WORKING:
             self._move(storage._cdata, ACTIVATIONS)
-        return tensor.detach()  # not the tensor itself: as an output of its node it would hold itself
+        return tensor.detach()  # detached: an output of its own node would keep itself alive
 
     @contextmanager
     def fused(self) -> Iterator[None]:
-        """Within, what is gone again at the end does not count: on a GPU it is one kernel."""
+        """Ignore temporaries released within this context: on a GPU it is one kernel."""
         outer, self._fused = self._fused, True
         try:
             yield
@@ -120,7 +120,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def passing(self) -> Iterator[None]:
-        """Within, what autograd saves stays working memory: the backward that reads it comes at once."""
+        """Keep what autograd saves within this context as working memory: its backward follows at once."""
         self._passing = True
         try:
             yield
@@ -136,17 +136,17 @@ class Ledger(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         self._held[key] = size, WORKING, weakref.ref(storage, lambda _: self._release(key))
         self.now[WORKING] += size
-        self.whole += size
+        self.total += size
         self._look()
 
     def _look(self) -> None:
-        if self.whole > self.peak_bytes and not self._fused:
-            self.peak_bytes, self.peak = self.whole, dict(self.now)
+        if self.total > self.peak_bytes and not self._fused:
+            self.peak_bytes, self.peak = self.total, dict(self.now)
 
     def _release(self, key: int) -> None:
         size, category, _ = self._held.pop(key)
         self.now[category] -= size
-        self.whole -= size
+        self.total -= size
 
     def _move(self, key: int, category: str) -> None:
         size, old, reference = self._held[key]
@@ -157,7 +157,7 @@ class Ledger(TorchDispatchMode):
     def _communicate(self, func: Any, args: Any) -> None:
         name = func._schema.name.partition("::")[2]
         if name not in _OPERATIONS:
-            raise NotImplementedError(f"the ledger does not know the collective {name}; add it to _OPERATIONS")
+            raise NotImplementedError(f"the ledger has no entry for the collective {name}; add it to _OPERATIONS")
         kind, counted, group_at, peer_at = _OPERATIONS[name]
         group = dist.ProcessGroup.unbox(args[group_at])
         ranks = self._ranks(group)
@@ -178,7 +178,7 @@ def _execute(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, list[Te
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a value, a list, or a dictionary of such, however deep."""
+    """Yield the tensors in a value of nested lists and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
@@ -189,7 +189,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def within(context: Callable[[], AbstractContextManager[None]], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function` run in `context`: a ledger's `fused` or `passing`."""
+    """Return `function` wrapped in `context`: a ledger's `fused` or `passing`."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with context():

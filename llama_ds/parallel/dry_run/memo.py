@@ -1,8 +1,8 @@
-"""Fake tensors at the speed that a step of a hundred thousand operations wants.
+"""Memoizes operations on fake tensors, for steps of a hundred thousand operations.
 
-FakeTensorMode computes, or looks up, the outputs' shapes for every call; its own cache costs more than the look-up. A
-step repeats the same operations micro-batch by micro-batch, so what it found once is repeated here: outputs of the same
-shapes, over new storages or over those of the same arguments.
+FakeTensorMode computes or looks up the outputs' shapes in every call, and its cache is slow. A step repeats the same
+operations for each micro-batch, so the first result is replayed here: outputs of the same shapes, in new storages or in
+those of the same arguments.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _DEVICE = torch.ops.prim.device.default
 
 
 class _Output(NamedTuple):
-    same: int  # index of the tensor among the arguments that is returned itself; -1: none
-    alias: int  # index of the one whose storage it is a view of; -1: a storage of its own
+    same: int  # index of the argument that is returned itself; -1: none
+    alias: int  # index of the argument whose storage it views; -1: a new storage
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
     device: torch.device
-    attributes: dict[str, Any]  # of the fake tensor, other than what torch knows
+    attributes: dict[str, Any]  # Python attributes of the fake tensor
 
 
 class _Entry(NamedTuple):
@@ -41,7 +41,7 @@ class Memo:
         self._entries: dict[Any, _Entry | None] = {}
 
     def __call__(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-        """Return what `func` does, and those of its outputs that have a storage of their own."""
+        """Return the result of `func`, and those of its outputs that have a new storage."""
         if func is _DEVICE:
             return args[0].fake_device, []
         if func.namespace != "aten":
@@ -50,7 +50,7 @@ class Memo:
         tensors: list[FakeTensor] = []
         try:
             key = (func, _key(args, tensors), _key(tuple(kwargs.items()), tensors) if kwargs else ())
-        except TypeError:  # an argument that says more than can be compared
+        except TypeError:  # an argument cannot be part of a key
             out = func(*args, **kwargs)
             return out, _tensors_of(out)
         entry = self._entries.get(key)
@@ -58,8 +58,8 @@ class Memo:
             return self._repeat(entry, tensors)
         out = func(*args, **kwargs)
         if key not in self._entries:
-            again: list[FakeTensor] = []
-            unchanged = (func, _key(args, again), _key(tuple(kwargs.items()), again) if kwargs else ()) == key
+            after: list[FakeTensor] = []
+            unchanged = (func, _key(args, after), _key(tuple(kwargs.items()), after) if kwargs else ()) == key
             self._entries[key] = _entry(out, tensors) if unchanged else None
         return out, _tensors_of(out)
 
@@ -85,7 +85,7 @@ class Memo:
 
 
 def _fake(empty: Tensor, like: _Output) -> FakeTensor:
-    """Return `empty`, a meta tensor, as a fake one: what FakeTensor's constructor does, with what it found before."""
+    """Return the meta tensor `empty` as a fake one, as FakeTensor's constructor does, with recorded attributes."""
     tensor = Tensor._make_subclass(FakeTensor, empty, False, dispatch_device=True, device_for_backend_keys=like.device)
     torch._C._set_throw_on_mutable_data_ptr(tensor)
     tensor.__dict__.update(like.attributes)
@@ -93,10 +93,10 @@ def _fake(empty: Tensor, like: _Output) -> FakeTensor:
 
 
 def _key(values: Any, tensors: list[FakeTensor]) -> tuple[Any, ...]:
-    """Return what decides the outputs' shapes; append the tensors among `values`.
+    """Return a key that determines the outputs' shapes; append the tensors among `values` to `tensors`.
 
     Raises:
-        TypeError: there is something else.
+        TypeError: a value has another type.
     """
     found: list[Any] = []
     for value in values:
@@ -114,7 +114,7 @@ def _key(values: Any, tensors: list[FakeTensor]) -> tuple[Any, ...]:
 
 
 def _entry(out: Any, tensors: list[FakeTensor]) -> _Entry | None:
-    """Return how to repeat `out`; None where it holds anything but fake tensors."""
+    """Return how to replay `out`; None if it contains anything but fake tensors."""
     container = type(out) if type(out) in (tuple, list) else None
     storages = [tensor.untyped_storage()._cdata for tensor in tensors]
     outputs: list[_Output] = []

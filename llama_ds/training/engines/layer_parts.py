@@ -21,7 +21,7 @@ from llama_ds.parallel.trace import Trace
 class LayerParts:
     """The parts of a rank's layers that depend on the run and the device, but not on the engine."""
 
-    shared: LayerContext
+    context: LayerContext
     loss: NextTokenLoss
     policies: list[str] | None  # save policy of every decoder layer; None: layers by autograd
     dtype: torch.dtype
@@ -32,10 +32,10 @@ def layer_parts(run: RunConfig, layout: Layout, dtype: torch.dtype, device: torc
     """Create the tensor-parallel communicator and choose the attention backend and each layer's save policy."""
     trace = Trace(device)
     tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
-    shared = shared_parts(run, tp, device.type, dtype)
-    shared = replace(shared, recomputing=partial(trace.around, "recompute"))
-    loss = NextTokenLoss(shared.tp, run.optimizer.z_loss, shared.weight_gradients)
-    return LayerParts(shared, loss, _save_policies(run, layout, dtype), dtype, trace)
+    context = shared_parts(run, tp, device.type, dtype)
+    context = replace(context, recomputing=partial(trace.around, "recompute"))
+    loss = NextTokenLoss(context.tp, run.optimizer.z_loss, context.weight_gradients)
+    return LayerParts(context, loss, _save_policies(run, layout, dtype), dtype, trace)
 
 
 def _save_policies(run: RunConfig, layout: Layout, dtype: torch.dtype) -> list[str] | None:

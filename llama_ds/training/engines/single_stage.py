@@ -41,7 +41,7 @@ def build_single_stage(
     mpu = grid(layout)
     checkpointed = parts.policies is None and run.parallel.recompute == "full"
     with _zero_init(run, config, mpu):
-        module = Llama(parts.shared, parts.loss, parts.policies, checkpointed)
+        module = Llama(parts.context, parts.loss, parts.policies, checkpointed)
     if run.zero_stage == 3:  # these modules read their submodules' weights directly, so ZeRO must gather each as a unit
         set_z3_leaf_modules(module, [ManualBackwardLayer, Head])
     if run.logging.check_finite:
@@ -49,7 +49,7 @@ def build_single_stage(
     optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
-    accumulate_in_fp32(parts.shared.weight_gradients, engine.optimizer)
+    accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
     return SingleStageEngine(engine, layout.accumulation, device, parts.trace)
 
 
