@@ -286,7 +286,7 @@ def test_bad_documents_are_left_out_by_a_build_that_goes_on(
     assert list((tmp_path / "s" / "build").glob("part-*.json"))
     with caplog.at_level("INFO", "llama_ds"):
         build(True)
-    assert f"{len(bad) + 1} documents that have no text, or are none, left out" in caplog.text
+    assert f"{len(bad) + 1} empty or malformed documents left out" in caplog.text
     assert manifest_of(tmp_path / "s").splits["train"].documents == 60_000 + len(bad)
 
 

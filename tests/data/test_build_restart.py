@@ -100,7 +100,7 @@ def test_an_addition_that_was_interrupted_goes_on(built: Built, corpus: Path, tm
     with pytest.raises(KeyboardInterrupt):
         build("b", patterns[1], append=True, progress=interrupt)
     assert len(manifest_of(tmp_path / "b" / "s").splits["train"].extents) == 1  # runs may read it meanwhile
-    with pytest.raises(UserError, match=r"unfinished build.*delete .*/b/s/build to give that addition up"):
+    with pytest.raises(UserError, match=r"unfinished build.*delete .*/b/s/build to abandon that addition"):
         build("b", patterns[0], append=True)
     build("b", patterns[1], append=True)
     assert content(tmp_path / "a") == content(tmp_path / "b")

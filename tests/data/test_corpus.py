@@ -67,7 +67,7 @@ def test_a_line_belongs_to_the_range_of_bytes_in_which_it_starts(
         for start, stop in pairwise([0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]):
             reader = PieceReader(TextPiece(str(path), start, stop))
             for line, text in reader:
-                assert reader.place(line) == f"{path}:{before + line}"
+                assert reader.where(line) == f"{path}:{before + line}"
                 found.append((before + line, text))
             before += reader.lines
         assert found == [(n, text) for n, text in enumerate(texts, 1) if text is not None]

@@ -148,7 +148,7 @@ def test_damaged_shards_are_found_before_they_are_read_and_replaced(
         (0, "code", 1, None), (0, "code", 2, 5000), (0, "prose", 0, 0)
     ]  # fmt: skip
     assert "sha256" in found[0].reason and "5000 bytes" in found[1].reason
-    data.replace(found, most=3)
+    data.replace(found, max_bad=3)
     assert reader.find_bad(0, 110) == []
     sound = steps(dataset, 0, 110).reshape(-1, SEQ_LEN + 1)
     mended = steps(data, 0, 110).reshape(-1, SEQ_LEN + 1)
@@ -166,10 +166,10 @@ def test_too_much_damage_stops_the_run_with_its_ledger(damaged: Built, tmp_path:
     data = open_data(run_on(damaged, tmp_path))
     reader = Reader(data, range(0, 110), 0, 1, BATCH)
     with pytest.raises(UserError, match=r"3 shards are damaged, data\.max_bad_shards = 2; .*step 0, code, shard 1: "):
-        data.replace(reader.find_bad(0, 110), most=2)
+        data.replace(reader.find_bad(0, 110), max_bad=2)
     everything = [BadShard(0, "prose", shard) for shard in range(data.sources.train[1].geometry.shards)]
     with pytest.raises(UserError, match=r"source prose: none of its .* shards is sound"):
-        open_data(run_on(damaged, tmp_path)).replace(everything, most=1000)
+        open_data(run_on(damaged, tmp_path)).replace(everything, max_bad=1000)
     reader.close()
 
 
@@ -203,7 +203,7 @@ def test_a_shard_that_changes_under_the_run_ends_it(built: Built, tmp_path: Path
     assert reader.find_bad(0, 110) == []
     for shard in (tmp_path / "shards" / "code").glob("train-*.tar"):
         shard.write_bytes(shard.read_bytes()[:600])
-    with pytest.raises(UserError, match=r"was cut short after it had been checked; .*resume it"):
+    with pytest.raises(UserError, match=r"was cut short after it had been checked; .*resume the run"):
         list(reader.batches())
     reader.close()
 
