@@ -113,7 +113,7 @@ def test_the_bound_holds_while_many_fetch(server: FlakyServer, tmp_path: Path) -
         ended = False
         while not ended:
             ended = done.wait(0.002)
-            with watcher._room(time.monotonic() + 60):  # else it would count files of two instants
+            with watcher._lock_folder(time.monotonic() + 60):  # else it would count files of two instants
                 files = [os.stat(entry.path) for entry in os.scandir(tmp_path)]
             most[0] = max(most[0], sum(file.st_size for file in files))
 
@@ -246,7 +246,7 @@ def test_one_who_waits_for_a_download_has_a_deadline_too(server: FlakyServer, tm
     with (
         other.lock("f" * 16 + "-other", time.monotonic()),
         other.part("f" * 16 + "-other", SIZE, time.monotonic()),
-        pytest.raises(BadFile, match=r"0\.tar: waited 0\.2 s: files under way .* data\.cache_gib"),
+        pytest.raises(BadFile, match=r"0\.tar: waited 0\.2 s: downloads in progress .* data\.cache_gib"),
     ):
         fetch(store, "0.tar")
     fetch(store, "0.tar")

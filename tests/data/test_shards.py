@@ -225,7 +225,7 @@ def test_repair_leaves_a_source_that_is_lost(built: Built, tmp_path: Path) -> No
         shard.unlink()
     before = (folder / "manifest.json").read_bytes()
     store = open_store(str(folder))
-    with pytest.raises(UserError, match=r"none of the \d+ train shards is sound"):
+    with pytest.raises(UserError, match=r"none of the \d+ train shards is intact"):
         repair(store, verify_source(store))
     assert (folder / "manifest.json").read_bytes() == before
 
@@ -278,5 +278,5 @@ def test_webdataset_has_its_say_in_verifying(built: Built) -> None:
 
     source = open_source(str(built.shards / "code"), "train")
     _check_with_webdataset(source, source.check(0))
-    with pytest.raises(BadFile, match=r"webdataset finds 20 samples in it that are not its 20 rows"):
+    with pytest.raises(BadFile, match=r"webdataset reads 20 samples that differ from the 20 rows"):
         _check_with_webdataset(source, source.check(1))

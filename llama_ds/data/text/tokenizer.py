@@ -99,7 +99,7 @@ class Tokenizer:
         return self._model.encode("a", out_type=str)[:1] != ["a"]
 
     def _space_mark_ids(self) -> list[int]:
-        # Byte pieces are decoded verbatim, so a mark encoded as bytes survives. Models that prepend a space to every text
+        # Byte pieces are decoded verbatim, so a mark encoded as bytes survives. Models that prepend a space to a text
         # (the original LLaMA tokenizer) would prepend one to every part, so for them marks are not encoded as bytes.
         ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         return [] if self._model.unk_id() in ids or self.prefixed else ids
