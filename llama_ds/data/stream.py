@@ -117,7 +117,7 @@ class Dataset:
         unlisted = [b for b in bad if b.reason != LISTED]
         for name, shards in self.order.shards_of(max((b.step for b in bad), default=0)).items():
             if len({b.shard for b in bad if b.source == name}) >= shards:
-                raise UserError(f"source {name}: none of its {shards} shards is sound; {_ledger(bad)}")
+                raise UserError(f"source {name}: none of its {shards} shards is intact; {_ledger(bad)}")
         if len(unlisted) > max_bad:
             raise UserError(
                 f"{len(unlisted)} shards are damaged, data.max_bad_shards = {max_bad}; repair them, or exclude them "

@@ -168,7 +168,7 @@ def test_too_much_damage_stops_the_run_with_its_ledger(damaged: Built, tmp_path:
     with pytest.raises(UserError, match=r"3 shards are damaged, data\.max_bad_shards = 2; .*step 0, code, shard 1: "):
         data.replace(reader.find_bad(0, 110), max_bad=2)
     everything = [BadShard(0, "prose", shard) for shard in range(data.sources.train[1].geometry.shards)]
-    with pytest.raises(UserError, match=r"source prose: none of its .* shards is sound"):
+    with pytest.raises(UserError, match=r"source prose: none of its .* shards is intact"):
         open_data(run_on(damaged, tmp_path)).replace(everything, max_bad=1000)
     reader.close()
 

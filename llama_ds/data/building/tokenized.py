@@ -112,9 +112,7 @@ class TokenizePart:
         with writing(documents_path(self.build, self.number), records.nbytes, wait=False) as file:
             np.save(file, records)
         held_out = int(records["validation"].sum())
-        part = TokenizedPart(
-            self.number, (len(records) - held_out, held_out), output.totals(), lines, output.skipped
-        )
+        part = TokenizedPart(self.number, (len(records) - held_out, held_out), output.totals(), lines, output.skipped)
         with writing(_record_path(self.build, self.number), wait=False) as file:
             file.write(json.dumps(asdict(part)).encode())
         return part

@@ -56,9 +56,7 @@ def parse_documents(content: bytes, path: str) -> list[IndexedDocument]:
         lines = gzip.decompress(content).decode("utf-8", "surrogateescape").split("\n")
         return [_parse(line) for line in lines[:-1]]
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise UserError(
-            f"{path}: damaged index of documents ({error}); restore it from a copy, or {REBUILD}"
-        ) from None
+        raise UserError(f"{path}: damaged index of documents ({error}); restore it from a copy, or {REBUILD}") from None
 
 
 def _parse(line: str) -> IndexedDocument:

@@ -122,7 +122,6 @@ def _index_error(documents: list[IndexedDocument], ids: np.ndarray) -> str | Non
         return None if documents else "names no document, but the shard holds ids of one"
     bos = ids[starts[0]]
     if not np.array_equal(np.flatnonzero(ids == bos), starts):
-        return (
-            f"names {len(starts)} documents that begin in the shard, but its ids have {int((ids == bos).sum())} at other positions"
-        )
+        begins = int((ids == bos).sum())
+        return f"names {len(starts)} documents that begin in the shard, but its ids have {begins} at other positions"
     return None
