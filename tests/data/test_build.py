@@ -1,4 +1,4 @@
-"""A build loses no token and no document, in any format, with any number of workers; copies go, additions come."""
+"""A build loses no token or document, in any format, with any number of workers; deduplication and append work."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
-PADDING = 150_000  # bytes of a line: some seven documents fill a part
+PADDING = 150_000  # bytes per line; about seven documents fill a part
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a real corpus: code.jsonl and prose.jsonl, some 1.2 MB."""
+    """Return a real corpus of about 1.2 MB: code.jsonl and prose.jsonl."""
     root = tmp_path_factory.mktemp("corpus")
     gather_local_corpus(str(root), 1.2)
     return root
@@ -48,12 +48,12 @@ def texts(corpus: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pieces(corpus: Path) -> list[str]:
-    """Return some 200 different short texts."""
+    """Return about 200 different short texts."""
     return list(dict.fromkeys(d.text for d in documents(str(corpus / "*.jsonl"), 4000)))[:200]
 
 
 def text_of(ids: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Return the text of one document, which has its bos and eos at its ends only."""
+    """Return the text of one document, which has bos and eos only at its ends."""
     assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
     assert not np.isin(ids[1:-1], [tokenizer.bos_id, tokenizer.eos_id]).any()
     return tokenizer.decode(ids[1:-1])
@@ -120,7 +120,7 @@ def test_a_real_corpus_comes_back_whole(built: Built, corpus: Path, texts: list[
                 text = text_of(stream[first + d.start : first + d.start + d.length], tokenizer)
                 assert d.digest == hashlib.sha256(text.encode()).digest()[:16]
                 assert d.place == "{}:{}".format(corpus / f"{where[text][0]}.jsonl", where[text][1])
-                if d.start >= 0 and not (found and found[-1] == text):  # else it began in the shard before
+                if d.start >= 0 and not (found and found[-1] == text):  # otherwise it began in the previous shard
                     found.append(text)
         assert found == wanted
 
@@ -151,7 +151,7 @@ def test_all_formats_give_the_same_shards(built: Built, pieces: list[str], tmp_p
     lines = write_lines(tmp_path / "a.jsonl", texts).read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[:5000]) + gzip.compress(lines[5000:]))  # two members
     pack_ = zstandard.ZstdCompressor().compress
-    skippable = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # as pzstd puts before its frames
+    skippable = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # like the skippable frame that pzstd writes before each frame
     (tmp_path / "a.jsonl.zst").write_bytes(skippable + pack_(lines[:5000]) + pack_(lines[5000:]))
     pq.write_table(pa.table({"id": range(30), "text": texts}), tmp_path / "a.parquet", row_group_size=7)
     (tmp_path / "txt").mkdir()
@@ -163,13 +163,13 @@ def test_all_formats_give_the_same_shards(built: Built, pieces: list[str], tmp_p
         build_source(name, str(tmp_path / name), built.tokenizer, str(tmp_path / "out"), SEQ_LEN, 0.2, 500)
         shards[name] = {path.name: path.read_bytes() for path in (tmp_path / "out" / name).glob("*.tar")}
         assert len(shards[name]) > 2 and shards[name] == shards["a.jsonl"]
-    place = f"{tmp_path}/a.parquet:"
-    assert {d.place for d in index_of(tmp_path / "out/a.parquet", "train", 0)} < {f"{place}{n}" for n in range(1, 31)}
+    prefix = f"{tmp_path}/a.parquet:"
+    assert {d.place for d in index_of(tmp_path / "out/a.parquet", "train", 0)} < {f"{prefix}{n}" for n in range(1, 31)}
 
 
 @pytest.fixture(scope="module")
 def mixed(pieces: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of all formats that makes a dozen parts, with copies within and across them."""
+    """Return a folder with all formats that makes a dozen parts, with duplicates within and across parts."""
     root = tmp_path_factory.mktemp("mixed")
     few = pieces[::4]
     write_lines(root / "a.jsonl", [*few, *few[3:9], few[0]], PADDING)
@@ -264,14 +264,14 @@ def test_empty_documents_are_named_or_left_out(built: Built, tmp_path: Path, kin
     with pytest.raises(UserError) as error:
         build(False)
     assert place in str(error.value) and "--skip-bad" in str(error.value)
-    build(True)  # goes on: the flag changes none of what is done
+    build(True)  # resumes the build, although the flag changed
     assert built_texts(tmp_path / "s", "train", Tokenizer(built.tokenizer)) == [t for t in texts if t]
 
 
 def test_bad_documents_are_left_out_by_a_build_that_goes_on(
     built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A line that is no document, found late in a long build, costs nothing of what was done before."""
+    """A malformed line found late in a long build does not cost the finished work."""
     good = b'{"text": "some words"}\n'
     bad = [b"{\n", b'{"text": 7}\n', b'{"text": "\xff"}\n', b'{"text": ""}\n', b'{"text": "\\ud83d"}\n', b"\0\n"]
     lines = [good * 60_000, *(line + good for line in bad)]
@@ -341,7 +341,7 @@ def test_a_finished_source_is_replaced_only_when_told(built: Built, tmp_path: Pa
     build(32, overwrite=True)
     assert manifest_of(tmp_path / "out" / "p").seq_len == 32
     build_source("p", built.prose, built.tokenizer, str(tmp_path / "anew"), 32, 0.2, 40)
-    assert content(tmp_path / "out") == content(tmp_path / "anew")  # nothing of the first is left
+    assert content(tmp_path / "out") == content(tmp_path / "anew")  # no file of the first build is left
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(0.9999, "train"), (0.0001, "validation")])
@@ -350,7 +350,7 @@ def test_a_split_without_documents_says_why(built: Built, tmp_path: Path, fracti
     with pytest.raises(UserError, match=f"the {split} split got 0 of 1 documents.*--document-chars"):
         build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, fraction)
     assert os.listdir(tmp_path / "s") != ["manifest.json"]
-    build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.0)  # with no more ado
+    build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.0)  # nothing was left behind
 
 
 def test_manifest_states_what_is_there(built: Built) -> None:

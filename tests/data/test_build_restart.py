@@ -1,4 +1,4 @@
-"""A build may be killed at any moment, or run out of disk: the same command completes it, byte for byte."""
+"""After a kill at any moment or a full disk, the same command completes a build, byte for byte."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FRACTION, ROWS = 0.1, 1500
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return JSON lines of real text, and of copies of it, that make some 16 parts and 8 shards."""
+    """Return JSON lines of real text with duplicates, which make about 16 parts and 8 shards."""
     root = tmp_path_factory.mktemp("corpus")
     gather_local_corpus(str(root), 2.4)
     texts = [d.text for d in documents(str(root / "*.jsonl"))]
@@ -32,7 +32,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(built: Built, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Return the files of a build that was left in peace."""
+    """Return the files of an uninterrupted build."""
     root = tmp_path_factory.mktemp("whole")
     build_source("s", str(corpus), built.tokenizer, str(root), SEQ_LEN, FRACTION, ROWS, dedup=True)
     assert manifest_of(root / "s").splits["train"].shards > 4
@@ -53,7 +53,7 @@ def wait_for(build: subprocess.Popen[str], is_there: Callable[[], bool]) -> None
 
 
 def kept(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return what must not be done again: which files are finished, and when they were."""
+    """Return the finished files, which must not be written again, with inode and mtime."""
     parts = list(folder.glob("build/part-*.json"))
     shards = [p for p in folder.glob("*.tar") if (folder / "build" / f"{p.stem}.json").exists()]
     return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in [*parts, *shards]}
@@ -99,7 +99,7 @@ def test_an_addition_that_was_interrupted_goes_on(built: Built, corpus: Path, tm
     build("a", patterns[1], append=True)
     with pytest.raises(KeyboardInterrupt):
         build("b", patterns[1], append=True, progress=interrupt)
-    assert len(manifest_of(tmp_path / "b" / "s").splits["train"].extents) == 1  # runs may read it meanwhile
+    assert len(manifest_of(tmp_path / "b" / "s").splits["train"].extents) == 1  # still readable
     with pytest.raises(UserError, match=r"unfinished build.*delete .*/b/s/build to abandon that addition"):
         build("b", patterns[0], append=True)
     build("b", patterns[1], append=True)
@@ -107,7 +107,7 @@ def test_an_addition_that_was_interrupted_goes_on(built: Built, corpus: Path, tm
 
 
 def running(group: int) -> bool:
-    """Whether processes of a group are still there after some time: those killed take a moment to go."""
+    """Whether processes of a group still exist after some time; killed processes take a moment to disappear."""
     for _ in range(1000):
         try:
             os.killpg(group, 0)
@@ -206,13 +206,13 @@ def test_a_build_stopped_in_its_last_step_is_put_in_place(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a file system of 6 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "llama_ds-test", str(place)]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "llama_ds-test", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system is mounted only by root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+        pytest.skip("only root can mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,4 +1,4 @@
-"""A corpus is read in one order, whole; a file that is no text is named, and nothing is skipped in silence."""
+"""A corpus is read completely in a fixed order; files that are not text are reported, none is skipped silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The index beside a shard says where each document stands, whatever its file is called."""
+"""The index of a shard round-trips positions and any file name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A remote that is slow, cut short, spoilt or down for a while costs no row, and one that is gone is soon told."""
+"""A remote that is temporarily slow, truncated, corrupt or down costs no row; a permanent failure is reported soon."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def store_of(place: str, tmp_path: Path, policy: RetryPolicy = QUICK) -> Store:
 def served(
     tmp_path: Path, faults: Iterable[int | str | None], ranges: bool = True, policy: RetryPolicy = QUICK
 ) -> list:
-    """Fetch a shard from a server with `faults`; return the ranges it was asked for. Raises BadFile."""
+    """Fetch a shard from a server with `faults`; return the ranges that it was asked for. Raises BadFile."""
     with FlakyServer({"/c4/a.tar": SHARD}, ranges) as server:
         server.faults["/c4/a.tar"] = iter(faults)
         try:
@@ -52,7 +52,7 @@ def test_a_remote_that_fails_for_a_while_costs_no_row(tmp_path: Path, fault: int
 
 @pytest.mark.parametrize("fault", ["stall", "cut"])
 def test_a_download_goes_on_where_it_broke_off(tmp_path: Path, fault: str) -> None:
-    """Otherwise a shard that takes longer than the connection lives would never arrive."""
+    """Otherwise a shard that outlasts every connection would never arrive."""
     policy = RetryPolicy(deadline_s=30, first_wait_s=0.01, max_wait_s=0.05, stall_s=0.3)
     half, quarter = len(SHARD) // 2, len(SHARD) // 4
     asked = served(tmp_path, [fault, fault], policy=policy)
@@ -89,7 +89,7 @@ def test_a_shard_damaged_at_rest_is_told_without_waiting(
         with pytest.raises(BadFile, match=words) as caught:
             store_of(server.url, tmp_path).fetch("a.tar", len(SHARD), SHA256)
         assert caught.value.offset == offset
-        assert len(server.requests) == 2  # one might be the network's doing
+        assert len(server.requests) == 2  # the first corruption might come from the network
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
@@ -102,7 +102,7 @@ def test_a_file_that_is_not_there_is_told_after_three_tries(tmp_path: Path, stat
         with pytest.raises(BadFile, match=f"HTTP {status}"):
             store.read("a.tar")
         assert len(server.requests) == 6
-        assert os.listdir(tmp_path / "cache") == [".lock"]  # a source of which much is missing leaves nothing behind
+        assert os.listdir(tmp_path / "cache") == [".lock"]  # missing shards leave no files behind
 
 
 def test_a_new_file_may_show_late(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_the_manifest_is_read_by_as_many_tries_as_it_takes(tmp_path: Path) -> No
 
 
 def test_retries_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A slow remote must not look like a slow GPU."""
+    """A slow remote must be distinguishable from a slow GPU."""
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.WARNING, logger.name)
     try:
@@ -130,7 +130,7 @@ def test_retries_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 def gives_up(store: Store) -> str:
-    """Fetch what never comes; return why it gave up. The bound is far beyond the deadline, but before hangs end."""
+    """Fetch a file that never arrives; return the error. The time limit exceeds the deadline, but not HANG_S."""
     start = time.monotonic()
     with pytest.raises(BadFile) as caught:
         store.fetch("a.tar", len(SHARD), SHA256)
@@ -152,7 +152,7 @@ def test_the_deadline_holds_where_nothing_listens(tmp_path: Path) -> None:
 
 
 def test_the_deadline_holds_where_a_library_hangs(tmp_path: Path) -> None:
-    """fsspec's ftp waits for a greeting that never comes, longer than we do."""
+    """fsspec's ftp waits for a greeting that never comes, longer than the deadline."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert "no byte in" in gives_up(store_of(f"ftp://me:secret@127.0.0.1:{port}/c4", tmp_path, SHORT))
@@ -163,7 +163,7 @@ def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> N
     assert "a.tar hangs" in gives_up(store_of(place, tmp_path, SHORT))
     pids = (tmp_path / "pids").read_text().split()
     assert pids
-    for _ in range(500):  # the kernel may take its time to bury it
+    for _ in range(500):  # the kernel may take a moment to reap it
         if not any(is_alive(pid) for pid in pids):
             return
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Shards are plain webdataset tars, rows are read from them exactly, and damage is found before it is trained on."""
+"""Shards are plain webdataset tars, rows are read exactly, and damage is found before training reads it."""
 
 from __future__ import annotations
 
@@ -80,9 +80,9 @@ def test_rows_and_shards_are_numbered_through_all_extents(sizes: list[int], rows
     split = Split(rows_per_shard, tuple(Extent(rows, 1, 1) for rows in sizes))
     ranges = [split.shard_rows(shard) for shard in range(split.shards)]
     assert [row for rows in ranges for row in rows] == list(range(split.rows))
-    shards, inside = split.locate(np.arange(split.rows))
-    for row, (shard, place) in enumerate(zip(shards.tolist(), inside.tolist(), strict=True)):
-        assert ranges[shard][place] == row
+    shards, shard_rows = split.locate(np.arange(split.rows))
+    for row, (shard, shard_row) in enumerate(zip(shards.tolist(), shard_rows.tolist(), strict=True)):
+        assert ranges[shard][shard_row] == row
     with pytest.raises(IndexError):
         split.shard_rows(split.shards)
 
@@ -140,7 +140,7 @@ def source_of_one_row_shards(built: Built, folder: Path, rows: np.ndarray) -> Pa
 
 
 def test_opening_does_not_look_at_shards(built: Built, tmp_path: Path) -> None:
-    """A source of a hundred thousand shards opens like one of ten: from its manifest, here without any shard."""
+    """100,000 shards open as fast as ten, from the manifest alone; here no shard file exists."""
     old = read_manifest(open_store(str(built.shards / "prose")))
     splits = {"train": Split(1000, (Extent(10**8 - 1, 1, 1),)), "validation": Split(1000, ())}
     write_manifest(str(tmp_path), Manifest("big", SEQ_LEN, VOCAB_SIZE, "<u2", old.tokenizer_sha256, 0.0, splits))

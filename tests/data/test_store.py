@@ -1,4 +1,4 @@
-"""A source reads the same wherever it stands, and a place that cannot be read is told before the run starts."""
+"""A source reads the same from every store, and a URL that cannot be read is reported before the run starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ QUICK = RetryPolicy(deadline_s=30, first_wait_s=0.01, max_wait_s=0.05, stall_s=1
 FILES = {
     "train-000000.tar": random.Random(0).randbytes(5_000_000),  # more than one chunk of each transport
     "index/train-0000.sha256": b"0123\n",
-    "it's a 100% #1 shard?.tar": b"\x00\xff\r\n",  # what a shell or a URL would misread
+    "it's a 100% #1 shard?.tar": b"\x00\xff\r\n",  # a shell or a URL would misread this name
     "empty.tar": b"",
 }
 KINDS = ("folder", "file", "http", "memory", "local", "pipe-cat", "pipe-python")
@@ -57,7 +57,7 @@ def test_every_transport_brings_the_same_bytes(kind: str, places: dict[str, str]
     store = open_store(places[kind], Cache(str(tmp_path / "cache"), 6_000_000), QUICK)
     for name, content in FILES.items():
         assert store.read(name) == content
-        for _ in range(2):  # fetched, then found
+        for _ in range(2):  # downloaded, then cached
             path = store.fetch(name, len(content), hashlib.sha256(content).hexdigest())
             assert Path(path).read_bytes() == content
 
@@ -67,7 +67,7 @@ def test_every_transport_tells_what_is_missing_or_wrong(kind: str, places: dict[
     cache = Cache(str(tmp_path / "cache"), 6_000_000)
     store = open_store(places[kind], cache, QUICK)
     hasty, tries = store, "tries: 3" if kind in ("http", "memory", "local") else ""
-    if kind.startswith("pipe"):  # the exit status does not tell whether it is missing
+    if kind.startswith("pipe"):  # the exit status does not reveal whether the file is missing
         hasty = open_store(places[kind], cache, RetryPolicy(deadline_s=0.3, first_wait_s=0.01, max_wait_s=0.05))
     name, size = "train-000000.tar", len(FILES["train-000000.tar"])
     right = hashlib.sha256(FILES[name]).hexdigest()
@@ -88,7 +88,7 @@ def test_every_transport_tells_what_is_missing_or_wrong(kind: str, places: dict[
 
 @pytest.mark.parametrize("kind", KINDS[2:])
 def test_every_transport_resumes_or_begins_again(kind: str, places: dict[str, str]) -> None:
-    """One that did neither would put a shard together wrongly each time a connection breaks."""
+    """Otherwise a shard would be assembled wrongly whenever a connection breaks."""
     name, start = "train-000000.tar", 4_500_000
     chunks = list(open_transport(places[kind]).chunks(name, start, 15, time.monotonic() + 30))
     first = 0 if kind.startswith("pipe") else start
@@ -100,14 +100,14 @@ def test_every_transport_resumes_or_begins_again(kind: str, places: dict[str, st
 
 
 def test_a_shard_of_a_folder_is_used_where_it_stands(places: dict[str, str]) -> None:
-    """A cache of local files would double the disk that a source takes."""
+    """Caching local files would double the disk usage of a source."""
     name, content = "train-000000.tar", FILES["train-000000.tar"]
     path = open_store(places["file"]).fetch(name, len(content), hashlib.sha256(content).hexdigest())
     assert path == os.path.join(places["folder"], name)
 
 
 def test_a_forked_loader_fetches_too(places: dict[str, str], tmp_path: Path) -> None:
-    """fsspec and threads do not outlive a fork by themselves."""
+    """fsspec and threads do not survive a fork by themselves."""
     for kind in ("memory", "http"):
         store = open_store(places[kind], Cache(str(tmp_path / kind), 6_000_000), QUICK)
         assert store.read("empty.tar") == b""

@@ -1,4 +1,4 @@
-"""A run's rows do not depend on its layout or on where it resumed; damage is replaced alike; misfits are refused."""
+"""Rows of a run do not depend on its layout or on resuming; damaged shards are replaced; wrong data is refused."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_resumed_run_reads_on(run: RunConfig, dataset: Dataset) -> None:
 
 
 def test_a_mixture_changes_at_its_token_and_epochs_count_it(built: Built, tmp_path: Path) -> None:
-    at = 100 * BATCH * SEQ_LEN - 5  # in step 99: the change is at the first step that begins with as many read
+    at = 100 * BATCH * SEQ_LEN - 5  # in step 99: the stage starts at the first step that begins after this token
     stages = [{"at_tokens": at, "weights": {"prose": 1.0}}]
     staged, plain = open_data(run_on(built, tmp_path, mixture=stages)), open_data(run_on(built, tmp_path))
     assert np.array_equal(steps(staged, 0, 100), steps(plain, 0, 100))
@@ -125,7 +125,7 @@ def test_a_new_source_joins_a_run_that_goes_on(built: Built, tmp_path: Path) -> 
 
 @pytest.fixture
 def damaged(built: Built, tmp_path: Path) -> Built:
-    """A copy in which the second shard of code has a flipped bit, the third is cut short, the first of prose broken."""
+    """Return a copy with a flipped bit in shard 1 of code, a truncated shard 2, and zeros in shard 0 of prose."""
     shutil.copytree(built.shards, tmp_path / "shards")
     shards = [tmp_path / "shards" / "code" / shard_name("train", i) for i in (1, 2)]
     data = bytearray(shards[0].read_bytes())
@@ -150,15 +150,15 @@ def test_damaged_shards_are_found_before_they_are_read_and_replaced(
     assert "sha256" in found[0].reason and "5000 bytes" in found[1].reason
     data.replace(found, max_bad=3)
     assert reader.find_bad(0, 110) == []
-    sound = steps(dataset, 0, 110).reshape(-1, SEQ_LEN + 1)
-    mended = steps(data, 0, 110).reshape(-1, SEQ_LEN + 1)
-    plan, same = [dataset.order.at(step) for step in range(110)], (sound == mended).all(1)
+    intact = steps(dataset, 0, 110).reshape(-1, SEQ_LEN + 1)
+    repaired = steps(data, 0, 110).reshape(-1, SEQ_LEN + 1)
+    plan, same = [dataset.order.at(step) for step in range(110)], (intact == repaired).all(1)
     assert 0 < same.sum() < len(same) and len(plan) * BATCH == len(same)
     every = {row.tobytes() for source in dataset.sources.train for row in source.read(np.arange(source.rows))}
-    assert all(row.astype("<u2").tobytes() in every for row in mended)
-    # and what is recorded resumes to the same
+    assert all(row.astype("<u2").tobytes() in every for row in repaired)
+    # A run resumed from the recorded state reads the same rows.
     resumed = open_data(run_on(damaged, tmp_path), data.state, 13, "checkpoint")
-    assert np.array_equal(steps(resumed, 13, 97).reshape(-1, SEQ_LEN + 1), mended[13 * BATCH :])
+    assert np.array_equal(steps(resumed, 13, 97).reshape(-1, SEQ_LEN + 1), repaired[13 * BATCH :])
     reader.close()
 
 

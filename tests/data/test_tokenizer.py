@@ -1,4 +1,4 @@
-"""The tokenizer loses nothing, splits digits as LLaMA does, and is the same from the same text."""
+"""The tokenizer is lossless, splits digits as LLaMA's does, and its training is deterministic."""
 
 from __future__ import annotations
 

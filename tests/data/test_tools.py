@@ -1,4 +1,4 @@
-"""The two data tools from a shell: a whole way from text to checked shards, and errors without a traceback."""
+"""The two data tools from a shell: the full path from text to checked shards, and errors without a traceback."""
 
 from __future__ import annotations
 
