@@ -56,7 +56,7 @@ def test_a_step_is_traced_to_its_documents(built: Built, tmp_path: Path) -> None
         documents_of_step(opened, order, 200)
 
 
-def test_what_a_step_read_after_a_skip_is_what_it_read(built: Built, tmp_path: Path) -> None:
+def test_the_audit_accounts_for_skips(built: Built, tmp_path: Path) -> None:
     """Otherwise the audit of a spike would name documents that the run skipped."""
     data = open_data(run_on(built, tmp_path, skip=[{"at_step": 5, "steps": 7}, {"at_step": 9, "steps": 1}]))
     plain = open_data(run_on(built, tmp_path))
@@ -70,7 +70,7 @@ def test_what_a_step_read_after_a_skip_is_what_it_read(built: Built, tmp_path: P
     assert sum(rows for rows, _ in order.consumed(200).values()) == 200 * BATCH
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.json: cannot be read .*name the folder of a run"):
         open_run(str(tmp_path))
     (tmp_path / STATE).write_text("{")

@@ -80,7 +80,7 @@ def test_every_id_but_the_first_is_a_label_once_in_order(lengths: list[int], seq
 
 
 @given(st.lists(st.lists(st.integers(0, 60))))
-def test_copies_are_all_but_the_first(batches: list[list[int]]) -> None:
+def test_all_duplicates_but_the_first_are_found(batches: list[list[int]]) -> None:
     known, seen = DigestSet(), set()
     for batch in batches:
         digests = np.array([number.to_bytes(16, "little") for number in batch], DIGEST)  # nearly all end in zeros
@@ -100,7 +100,7 @@ def test_shards_hold_the_ids_that_the_tokenizer_gives(built: Built, pieces: list
     assert manifest_of(tmp_path / "s").splits["validation"].extents == ()
 
 
-def test_a_real_corpus_comes_back_whole(built: Built, corpus: Path, texts: list[str], tmp_path: Path) -> None:
+def test_a_real_corpus_round_trips(built: Built, corpus: Path, texts: list[str], tmp_path: Path) -> None:
     """Documents of 200 bytes to 400 kB in rows of 64: most are split across rows, some across shards."""
     build_source("all", str(corpus / "*.jsonl"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.3, rows_per_shard=900)
     tokenizer, folder = Tokenizer(built.tokenizer), tmp_path / "all"
@@ -125,7 +125,7 @@ def test_a_real_corpus_comes_back_whole(built: Built, corpus: Path, texts: list[
         assert found == wanted
 
 
-def test_shards_are_webdatasets_own_and_their_checksums_sha256sums(built: Built) -> None:
+def test_shards_equal_webdatasets_and_checksums_work_with_sha256sum(built: Built) -> None:
     import webdataset
 
     folder = built.shards / "prose"
@@ -245,7 +245,7 @@ def test_append_adds_and_changes_nothing(built: Built, pieces: list[str], tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt"])
-def test_empty_documents_are_named_or_left_out(built: Built, tmp_path: Path, kind: str) -> None:
+def test_empty_documents_are_reported_or_left_out(built: Built, tmp_path: Path, kind: str) -> None:
     texts = ["one " * 300, "two " * 300, "", "three " * 300]
     path, place = tmp_path / f"a.{kind}", f"{tmp_path}/a.{kind}:3: empty document"
     if kind == "txt":
@@ -268,7 +268,7 @@ def test_empty_documents_are_named_or_left_out(built: Built, tmp_path: Path, kin
     assert built_texts(tmp_path / "s", "train", Tokenizer(built.tokenizer)) == [t for t in texts if t]
 
 
-def test_bad_documents_are_left_out_by_a_build_that_goes_on(
+def test_a_resumed_build_leaves_out_bad_documents(
     built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A malformed line found late in a long build does not cost the finished work."""
@@ -319,7 +319,7 @@ LINES = (b'{"text": "some words", "id": "%s"}\n' % (b"-" * 970)) * 2000  # two p
         ("a.parquet", lambda p: pq.write_table(pa.table({"text": [1]}), p), 'a.parquet:1: no "text"'),
     ],
 )
-def test_bad_input_is_named(
+def test_bad_input_is_reported_with_its_location(
     built: Built, tmp_path: Path, name: str, write: Callable[[Path], object], message: str
 ) -> None:
     write(tmp_path / name)
@@ -329,7 +329,7 @@ def test_bad_input_is_named(
     assert not (tmp_path / "s" / "manifest.json").exists()
 
 
-def test_a_finished_source_is_replaced_only_when_told(built: Built, tmp_path: Path) -> None:
+def test_a_finished_source_is_replaced_only_with_overwrite(built: Built, tmp_path: Path) -> None:
     def build(seq_len: int, pattern: str = built.prose, overwrite: bool = False) -> None:
         build_source("p", pattern, built.tokenizer, str(tmp_path / "out"), seq_len, 0.2, 40, overwrite=overwrite)
 
@@ -345,7 +345,7 @@ def test_a_finished_source_is_replaced_only_when_told(built: Built, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(0.9999, "train"), (0.0001, "validation")])
-def test_a_split_without_documents_says_why(built: Built, tmp_path: Path, fraction: float, split: str) -> None:
+def test_a_split_without_documents_is_a_clear_error(built: Built, tmp_path: Path, fraction: float, split: str) -> None:
     (tmp_path / "a.txt").write_text("words " * 5000)
     with pytest.raises(UserError, match=f"the {split} split got 0 of 1 documents.*--document-chars"):
         build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, fraction)

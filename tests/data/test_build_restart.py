@@ -59,7 +59,7 @@ def kept(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in [*parts, *shards]}
 
 
-def test_a_killed_build_goes_on(built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_killed_build_resumes(built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "s"
     before: dict[str, tuple[int, int]] = {}
     for moment in ("build/plan.json", "build/part-*.json", "train-000000.tar", "train-000003.tar"):
@@ -79,7 +79,7 @@ def test_a_killed_build_goes_on(built: Built, corpus: Path, whole: dict[str, byt
 
 
 @pytest.mark.parametrize("moment", [1, 4, 9])
-def test_an_addition_that_was_interrupted_goes_on(built: Built, corpus: Path, tmp_path: Path, moment: int) -> None:
+def test_an_interrupted_append_resumes(built: Built, corpus: Path, tmp_path: Path, moment: int) -> None:
     pieces = list(dict.fromkeys(d.text for d in documents(str(corpus), 3000)))
     patterns = [str(write_lines(tmp_path / f"{i}.jsonl", pieces[60 * i : 60 * i + 70], 150_000)) for i in (0, 1)]
     reports = 0
@@ -149,7 +149,7 @@ def test_a_killed_worker_is_one_clear_error(
     assert content(tmp_path / "s") == whole
 
 
-def test_one_build_at_a_time_and_none_of_other_flags(
+def test_concurrent_builds_and_other_flags_are_refused(
     built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     build = start(built, corpus, tmp_path)
@@ -181,7 +181,7 @@ def test_a_bad_document_ends_all_workers_at_once(built: Built, corpus: Path, tmp
 
 
 @pytest.mark.parametrize("append", [False, True])
-def test_a_build_stopped_in_its_last_step_is_put_in_place(
+def test_a_build_killed_during_its_commit_is_completed(
     built: Built, corpus: Path, tmp_path: Path, append: bool
 ) -> None:
     def build(out: str, pattern: str, append: bool) -> None:

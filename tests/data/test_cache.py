@@ -136,7 +136,9 @@ def test_the_bound_holds_while_many_fetch(server: FlakyServer, tmp_path: Path) -
     limit=st.integers(60, 150),
     uses=st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=15),
 )
-def test_the_shard_last_used_longest_ago_goes_first(sizes: list[int], limit: int, uses: list[tuple[int, bool]]) -> None:
+def test_the_least_recently_used_shard_is_evicted_first(
+    sizes: list[int], limit: int, uses: list[tuple[int, bool]]
+) -> None:
     with tempfile.TemporaryDirectory() as top:
         source, folder = Path(top) / "source", Path(top) / "cache"
         source.mkdir()
@@ -199,14 +201,14 @@ def test_a_damaged_entry_is_replaced(server: FlakyServer, tmp_path: Path, damage
     assert len(server.requests) == 2
 
 
-def test_a_source_built_anew_is_not_read_from_what_was_checked_before(server: FlakyServer, tmp_path: Path) -> None:
+def test_a_rebuilt_source_invalidates_checked_entries(server: FlakyServer, tmp_path: Path) -> None:
     store = open_store(server.url, Cache(str(tmp_path), SIZE), QUICK)
     fetch(store, "0.tar")
     server.files["/0.tar"] = SHARDS["1.tar"]
     assert Path(store.fetch("0.tar", SIZE, digest("1.tar"))).read_bytes() == SHARDS["1.tar"]
 
 
-def test_a_lock_has_one_holder_though_its_file_comes_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_has_one_holder_although_its_file_is_recreated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise two could fetch the same shard, or one could evict a shard that the other checks."""
     monkeypatch.setattr(cache_module, "POLL_S", 0.0)  # to contend as often as possible
     inside: list[int] = []
@@ -234,7 +236,7 @@ def test_a_cache_serves_while_the_remote_is_down(server: FlakyServer, tmp_path: 
     assert len(server.requests) == 1
 
 
-def test_one_who_waits_for_a_download_has_a_deadline_too(server: FlakyServer, tmp_path: Path) -> None:
+def test_waiting_for_another_download_has_a_deadline(server: FlakyServer, tmp_path: Path) -> None:
     """A stopped process (SIGSTOP, a debugger) must not block the others forever."""
     store = open_store(server.url, Cache(str(tmp_path), SIZE), RetryPolicy(deadline_s=0.2))
     with (
@@ -262,7 +264,7 @@ def test_only_files_of_the_cache_are_evicted(server: FlakyServer, tmp_path: Path
     assert {"notes.txt", "model.tar"} < set(os.listdir(tmp_path))
 
 
-def test_two_places_with_the_same_names_do_not_meet(server: FlakyServer, tmp_path: Path) -> None:
+def test_sources_with_the_same_file_names_do_not_collide(server: FlakyServer, tmp_path: Path) -> None:
     server.files["/other/0.tar"] = SHARDS["1.tar"]
     cache = Cache(str(tmp_path), 2 * SIZE)
     fetch(open_store(server.url, cache, QUICK), "0.tar")
@@ -306,7 +308,7 @@ def test_a_full_disk_holds_as_many_shards_as_it_can(server: FlakyServer, small_d
     assert len(server.requests) == 3  # bytes downloaded before the disk was full are kept
 
 
-def test_a_disk_full_of_other_things_is_one_clear_error(server: FlakyServer, small_disk: Path) -> None:
+def test_a_disk_full_of_other_files_is_one_clear_error(server: FlakyServer, small_disk: Path) -> None:
     (small_disk / "other").write_bytes(b"x" * (SIZE + 60_000))
     store = open_store(server.url, Cache(str(small_disk), 100 * SIZE), QUICK)
     with pytest.raises(UserError) as caught:

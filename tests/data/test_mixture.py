@@ -75,7 +75,7 @@ def test_a_run_that_resumes_under_any_layout_reads_as_one_that_does_not(
 
 @settings(deadline=None, max_examples=20)
 @given(run=runs(), seed=st.integers(0, 99), at=st.integers(1, STEPS - 1), more=st.integers(1, 80), new=st.booleans())
-def test_shards_or_a_source_added_in_mid_run_change_no_step_before(
+def test_shards_or_sources_added_in_mid_run_change_no_earlier_step(
     run: tuple[DataConfig, Geometry], seed: int, at: int, more: int, new: bool
 ) -> None:
     data, geometry = run
@@ -104,7 +104,7 @@ def test_a_stage_begins_when_its_tokens_are_read() -> None:
         assert {name for name, _, _ in rows_of(order, step)} == {"b"}
 
 
-def test_damage_that_a_manifest_lists_counts_from_where_it_is_first_seen() -> None:
+def test_listed_damage_counts_from_the_step_that_first_sees_it() -> None:
     data = DataConfig("t", 10, (SourceConfig("a", "a", 1.0),))
     start = planned(data, TOKENS, {"a": split(50, bad=(2,))})
     assert start.bad == (BadShard(0, "a", 2, LISTED),)
@@ -123,7 +123,7 @@ def test_a_source_that_was_rebuilt_is_refused(now: Split) -> None:
         continued(past, planned(data, TOKENS, {"a": now}), 20, "ckpt")
 
 
-def test_a_source_that_is_gone_is_forgotten_from_there_on() -> None:
+def test_a_removed_source_is_not_read_after_the_resume() -> None:
     two = DataConfig("t", 10, (SourceConfig("a", "a", 0.5), SourceConfig("b", "b", 0.5)))
     one = replace(two, sources=(SourceConfig("b", "b", 1.0),))
     past = planned(two, TOKENS, {"a": split(50), "b": split(50)})

@@ -51,7 +51,7 @@ def order_with(history: list[Segment], seed: int) -> Order:
 
 @settings(deadline=None, max_examples=25)
 @given(history=histories(), seed=st.integers(0, 2**32), start=st.integers(0, 10**10))
-def test_any_row_can_be_asked_for_alone(history: list[Segment], seed: int, start: int) -> None:
+def test_random_access_returns_the_same_rows(history: list[Segment], seed: int, start: int) -> None:
     for first in (start, 0):  # far beyond the history, and inside it
         together = as_list(order_with(history, seed).rows(first, 700))
         for i in (699, 7, 0, 400):
@@ -60,7 +60,7 @@ def test_any_row_can_be_asked_for_alone(history: list[Segment], seed: int, start
 
 @settings(deadline=None, max_examples=40)
 @given(history=histories(), seed=st.integers(0, 2**32))
-def test_every_row_comes_once_per_epoch_also_where_a_source_grows(history: list[Segment], seed: int) -> None:
+def test_every_row_is_read_once_per_epoch_even_if_a_source_grows(history: list[Segment], seed: int) -> None:
     order, last = order_with(history, seed), history[-1]
     count = max(3 * MIN_BLOCK, (last.step + 10) * BATCH)
     seen: dict[tuple[int, int], list[int]] = {}
@@ -77,7 +77,7 @@ def test_every_row_comes_once_per_epoch_also_where_a_source_grows(history: list[
 
 @settings(deadline=None, max_examples=40)
 @given(history=histories(), seed=st.integers(0, 2**32), change=st.integers(0, 4))
-def test_what_is_appended_or_changed_leaves_the_past_alone(history: list[Segment], seed: int, change: int) -> None:
+def test_later_segments_do_not_change_the_past(history: list[Segment], seed: int, change: int) -> None:
     change = min(change, len(history) - 1)
     before, after = order_with(history[: change + 1], seed), order_with(history, seed)
     until = history[change + 1].step if change + 1 < len(history) else history[-1].step + 5
@@ -210,7 +210,7 @@ def test_damaged_shards_are_replaced_from_their_step_on(
                 assert new == (source, epoch, row)
 
 
-def test_permutation_is_one_and_depends_on_its_key() -> None:
+def test_permutation_is_complete_and_depends_on_its_key() -> None:
     assert sorted(permutation(1000, 1, "x").tolist()) == list(range(1000))
     assert not np.array_equal(permutation(1000, 1, "x"), permutation(1000, 2, "x"))
 
@@ -226,6 +226,6 @@ def test_permutation_is_one_and_depends_on_its_key() -> None:
         [Segment(0, {"a": 1.0}, {"a": (5,)}), Segment(1, {"a": 1.0}, {"a": (6,)})],
     ],
 )
-def test_what_is_no_history_is_refused(segments: list[Segment]) -> None:
+def test_an_invalid_history_is_refused(segments: list[Segment]) -> None:
     with pytest.raises(ValueError):
         Order(0, BATCH, {"a": R}, segments)

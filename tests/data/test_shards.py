@@ -87,7 +87,7 @@ def test_rows_and_shards_are_numbered_through_all_extents(sizes: list[int], rows
         split.shard_rows(split.shards)
 
 
-def test_checksums_are_found_by_place_and_read_by_sha256sum(built: Built) -> None:
+def test_checksums_are_found_by_offset_and_read_by_sha256sum(built: Built) -> None:
     digests = [f"{i:064x}" for i in range(2 * CHECKSUM_BLOCK + 5)]
     blocks = {name: text.encode() for name, text in checksum_blocks("train", digests)}
     assert len(blocks) == 3
@@ -139,7 +139,7 @@ def source_of_one_row_shards(built: Built, folder: Path, rows: np.ndarray) -> Pa
     return folder
 
 
-def test_opening_does_not_look_at_shards(built: Built, tmp_path: Path) -> None:
+def test_opening_does_not_read_shards(built: Built, tmp_path: Path) -> None:
     """100,000 shards open as fast as ten, from the manifest alone; here no shard file exists."""
     old = read_manifest(open_store(str(built.shards / "prose")))
     splits = {"train": Split(1000, (Extent(10**8 - 1, 1, 1),)), "validation": Split(1000, ())}
@@ -155,7 +155,7 @@ def copy(built: Built, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built.shards / "prose", tmp_path / "prose"))
 
 
-def test_a_shard_that_is_missing_is_named(built: Built, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(built: Built, tmp_path: Path) -> None:
     folder = copy(built, tmp_path)
     source = open_source(str(folder), "train")
     check_present(source)
@@ -219,7 +219,7 @@ def test_verify_finds_every_kind_of_damage_and_repair_lists_it(built: Built, tmp
     assert read_manifest(store).splits["train"].bad == (1, 4)  # their indexes are still damaged
 
 
-def test_repair_leaves_a_source_that_is_lost(built: Built, tmp_path: Path) -> None:
+def test_repair_refuses_a_source_without_intact_shards(built: Built, tmp_path: Path) -> None:
     folder = copy(built, tmp_path)
     for shard in folder.glob("train-*.tar"):
         shard.unlink()
@@ -261,7 +261,7 @@ def test_manifest_states_what_is_there(built: Built) -> None:
         assert sum(len(block) for block in source.blocks()) == sum(extent["rows"] for extent in split["extents"]) > 0
 
 
-def test_unigram_loss_is_its_formula(built: Built) -> None:
+def test_unigram_loss_matches_its_formula(built: Built) -> None:
     sources = [open_source(str(built.shards / name), "train") for name in ("code", "prose")]
     for source in sources:
         labels = [int(i) for r in range(source.rows) for i in source.row(r)[1:]]
@@ -273,7 +273,7 @@ def test_unigram_loss_is_its_formula(built: Built) -> None:
     assert unigram_loss(counts, rows) == pytest.approx(np.mean(nats), rel=1e-12)
 
 
-def test_webdataset_has_its_say_in_verifying(built: Built) -> None:
+def test_verify_compares_with_webdataset(built: Built) -> None:
     from llama_ds.data.source.verify import _check_with_webdataset
 
     source = open_source(str(built.shards / "code"), "train")

@@ -48,7 +48,7 @@ def later(history: list[Segment], skips: list[Skip]) -> list[Segment]:
 
 @settings(deadline=None, max_examples=40)
 @given(history=histories(), seed=st.integers(0, 2**32), skips=skips(), dp=st.sampled_from([1, 2, 4, 8]))
-def test_a_step_reads_what_would_come_later(history: list[Segment], seed: int, skips: list[Skip], dp: int) -> None:
+def test_a_step_after_skips_reads_later_rows(history: list[Segment], seed: int, skips: list[Skip], dp: int) -> None:
     """A rank that shifted its rows differently would train on rows twice, or on the rows of the spike again."""
     order, plain = order_with(history, seed, skips), plain_order(later(history, skips), seed)
     for step in range(STEPS):
@@ -69,7 +69,7 @@ def test_rows_are_those_of_the_steps(history: list[Segment], seed: int, skips: l
 
 @settings(deadline=None, max_examples=25)
 @given(history=histories(), seed=st.integers(0, 2**32), skips=skips())
-def test_every_row_comes_once_per_epoch_and_what_is_passed_over_does_not_come(
+def test_every_row_is_read_once_per_epoch_and_skipped_rows_never(
     history: list[Segment], seed: int, skips: list[Skip]
 ) -> None:
     order, plain = order_with(history, seed, skips), plain_order(later(history, skips), seed)
@@ -111,7 +111,7 @@ def test_the_rows_after_a_skip_are_frozen() -> None:
     assert as_list(order.rows(10**6, 2)) == [(0, 232, 1033), (0, 232, 2082)]
 
 
-def test_damaged_shards_are_replaced_from_the_step_of_the_run_on() -> None:
+def test_damaged_shards_are_replaced_from_their_run_step_on() -> None:
     history = [Segment(0, {"a": 1.0}, {"a": (100 * R,)})]
     order, plain = order_with(history, 3, [Skip(4, 3)]), plain_order(history, 3)
     for read, bad_from in ((3, 4), (4, 4), (4, 5), (7, 5)):
@@ -125,7 +125,7 @@ def test_damaged_shards_are_replaced_from_the_step_of_the_run_on() -> None:
 @pytest.mark.parametrize(
     "skips", [[Skip(3, 0)], [Skip(-1, 2)], [Skip(3, 1), Skip(3, 1)], [Skip(4, 1), Skip(3, 1)], [Skip(2, -1)]]
 )
-def test_what_is_no_list_of_skips_is_refused(skips: list[Skip]) -> None:
+def test_an_invalid_list_of_skips_is_refused(skips: list[Skip]) -> None:
     with pytest.raises(ValueError):
         order_with([Segment(0, {"a": 1.0}, {"a": (50,)})], 0, skips)
 
@@ -151,7 +151,7 @@ def steps_of(state: DataState) -> list[list[tuple[int, int, int]]]:
     return [as_list(order.at(step)) for step in range(STEPS)]
 
 
-def test_a_stage_begins_when_its_tokens_are_trained_on_whatever_was_passed_over() -> None:
+def test_a_stage_starts_after_its_trained_tokens_despite_skips() -> None:
     for ask in ((), ((3, 2),), ((7, 9),), ((8, 2),), ((0, 30), (9, 1))):
         order = plan(*ask).order(5, BATCH)
         sources = [set(order.at(step).source.tolist()) for step in range(STEPS)]
@@ -170,7 +170,7 @@ def test_a_run_that_resumes_reads_as_one_that_does_not(ask: Ask, stops: tuple[in
 
 
 @pytest.mark.parametrize("step", [5, 6])
-def test_what_a_run_passed_over_stays_its_past(step: int) -> None:
+def test_past_skips_stay(step: int) -> None:
     """Past skips stay, even without the override that requested them or with new ones to come."""
     past = plan((4, 2), (20, 3))
     assert resumed(past, step).skips == (Skip(4, 2),)  # future skips come from the run file
@@ -190,14 +190,14 @@ def test_what_a_run_passed_over_stays_its_past(step: int) -> None:
         ((), ((0, 2),), "passed over nothing at step 0, where data.skip says 2; skip at step 5 or later"),
     ],
 )  # fmt: skip
-def test_a_past_that_was_not_is_refused(past: Ask, ask: Ask, message: str) -> None:
+def test_past_skips_that_the_run_did_not_make_are_refused(past: Ask, ask: Ask, message: str) -> None:
     """Otherwise a run would claim that it never read a window that it did read."""
     with pytest.raises(UserError) as caught:
         resumed(plan(*past), 5, *ask)
     assert str(caught.value).startswith("ckpt: is at step 5 and has " + message)
 
 
-def test_a_checkpoint_from_before_there_were_skips_has_none() -> None:
+def test_a_checkpoint_without_the_key_has_no_skips() -> None:
     saved = plan().as_json()
     del saved["skips"]
     assert state_from_json(json.loads(json.dumps(saved)), "ckpt") == plan()
@@ -205,7 +205,7 @@ def test_a_checkpoint_from_before_there_were_skips_has_none() -> None:
         state_from_json({**saved, "skips": [{"at": 3}]}, "ckpt")
 
 
-def test_a_window_is_as_many_rows_as_it_says() -> None:
+def test_a_skip_has_exactly_its_number_of_rows() -> None:
     """The first step after a skip begins exactly at the row after the window."""
     history = [Segment(0, {"a": 1.0}, {"a": (500 * R,)})]
     numbers = [order_with(history, 1, skips).rows(4 * BATCH, 1) for skips in ([], [Skip(4, 2)])]

@@ -53,7 +53,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_transport_brings_the_same_bytes(kind: str, places: dict[str, str], tmp_path: Path) -> None:
+def test_every_transport_returns_the_same_bytes(kind: str, places: dict[str, str], tmp_path: Path) -> None:
     store = open_store(places[kind], Cache(str(tmp_path / "cache"), 6_000_000), QUICK)
     for name, content in FILES.items():
         assert store.read(name) == content
@@ -63,7 +63,7 @@ def test_every_transport_brings_the_same_bytes(kind: str, places: dict[str, str]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_transport_tells_what_is_missing_or_wrong(kind: str, places: dict[str, str], tmp_path: Path) -> None:
+def test_every_transport_reports_missing_and_wrong_files(kind: str, places: dict[str, str], tmp_path: Path) -> None:
     cache = Cache(str(tmp_path / "cache"), 6_000_000)
     store = open_store(places[kind], cache, QUICK)
     hasty, tries = store, "tries: 3" if kind in ("http", "memory", "local") else ""
@@ -87,7 +87,7 @@ def test_every_transport_tells_what_is_missing_or_wrong(kind: str, places: dict[
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_every_transport_resumes_or_begins_again(kind: str, places: dict[str, str]) -> None:
+def test_every_transport_resumes_or_starts_over(kind: str, places: dict[str, str]) -> None:
     """Otherwise a shard would be assembled wrongly whenever a connection breaks."""
     name, start = "train-000000.tar", 4_500_000
     chunks = list(open_transport(places[kind]).chunks(name, start, 15, time.monotonic() + 30))
@@ -99,14 +99,14 @@ def test_every_transport_resumes_or_begins_again(kind: str, places: dict[str, st
     assert b"".join(chunk for _, chunk in chunks) == FILES[name][first:]
 
 
-def test_a_shard_of_a_folder_is_used_where_it_stands(places: dict[str, str]) -> None:
+def test_a_local_shard_is_used_in_place(places: dict[str, str]) -> None:
     """Caching local files would double the disk usage of a source."""
     name, content = "train-000000.tar", FILES["train-000000.tar"]
     path = open_store(places["file"]).fetch(name, len(content), hashlib.sha256(content).hexdigest())
     assert path == os.path.join(places["folder"], name)
 
 
-def test_a_forked_loader_fetches_too(places: dict[str, str], tmp_path: Path) -> None:
+def test_a_forked_loader_can_fetch(places: dict[str, str], tmp_path: Path) -> None:
     """fsspec and threads do not survive a fork by themselves."""
     for kind in ("memory", "http"):
         store = open_store(places[kind], Cache(str(tmp_path / kind), 6_000_000), QUICK)
@@ -130,7 +130,7 @@ def test_a_forked_loader_fetches_too(places: dict[str, str], tmp_path: Path) -> 
         ("az://container/c4", ("az://container/c4", "adlfs")),
     ],
 )
-def test_a_place_that_cannot_be_read_is_one_clear_error(
+def test_an_unreadable_url_is_one_clear_error(
     place: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("s3fs", "gcsfs", "adlfs"):
@@ -142,7 +142,7 @@ def test_a_place_that_cannot_be_read_is_one_clear_error(
     assert all(word in message for word in words) and "\n" not in message and "secret" not in message
 
 
-def test_a_bad_file_comes_whole_from_another_process() -> None:
+def test_bad_file_can_be_pickled() -> None:
     bad = pickle.loads(pickle.dumps(BadFile("http://host/a.tar", "cut short", 12)))
     assert (bad.place, bad.reason, bad.offset, str(bad)) == (
         "http://host/a.tar",
