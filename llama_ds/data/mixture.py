@@ -14,7 +14,7 @@ from typing import Any
 from llama_ds.config.schema import DataConfig
 from llama_ds.data.order import BadShard, Order, Segment
 from llama_ds.data.skips import Skip, unmade
-from llama_ds.data.source.manifest import Split, write_whole
+from llama_ds.data.source.manifest import Split, write_atomically
 from llama_ds.errors import UserError
 
 STATE = "data.json"  # file in the run folder
@@ -61,7 +61,7 @@ def state_from_json(raw: dict[str, Any], source: str) -> DataState:
 def save_state(path: str, state: DataState) -> None:
     """Write the state to a file atomically."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_whole(path, json.dumps(state.as_json(), indent=1).encode())
+    write_atomically(path, json.dumps(state.as_json(), indent=1).encode())
 
 
 def planned(data: DataConfig, tokens_per_step: int, geometry: Mapping[str, Split]) -> DataState:
@@ -113,7 +113,7 @@ def _continued_skips(past: tuple[Skip, ...], plan: tuple[Skip, ...], step: int, 
         then = next((f"{s.steps} steps" for s in made if s.step == skip.step), "nothing")
         back = f"go back there with checkpoint.rewind_to={skip.step}, or " if skip.step else ""
         raise UserError(
-            f"{checkpoint}: is at step {step} and has passed over {then} at step {skip.step}, where data.skip says "
+            f"{checkpoint}: is at step {step} and has skipped {then} at step {skip.step}, where data.skip requests "
             f"{skip.steps}; {back}skip at step {step} or later"
         )
     return (*made, *(skip for skip in plan if skip.step >= step))

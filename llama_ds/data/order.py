@@ -353,9 +353,9 @@ def _shard_sizes(extents: tuple[int, ...], rows_per_shard: int) -> np.ndarray:
     """Return the rows of every shard: all shards of an extent but its last are full."""
     sizes = []
     for rows in extents:
-        own = np.full(-(-rows // rows_per_shard), rows_per_shard, np.int64)
-        own[-1:] -= len(own) * rows_per_shard - rows
-        sizes.append(own)
+        extent = np.full(-(-rows // rows_per_shard), rows_per_shard, np.int64)
+        extent[-1:] -= len(extent) * rows_per_shard - rows
+        sizes.append(extent)
     return np.concatenate([*sizes, np.empty(0, np.int64)])
 
 

@@ -49,7 +49,7 @@ class Dataset:
     sources: Sources
     order: Order
     start: DataState  # state at which the run started or resumed
-    steps: int  # optimizer steps of the whole run
+    steps: int  # total number of optimizer steps of the run
 
     def rows(self, start: int = 0, count: int | None = None) -> Iterator[TokenRow]:
         """Return an iterator over `count` rows of the run from row number `start` on, in the order of `Order.rows`.
@@ -88,10 +88,10 @@ class Dataset:
         Raises:
             UserError: the run has read this source, but its run file no longer names it.
         """
-        name, own = self.order.names[index], [source.name for source in self.sources.config.sources]
-        if name not in own:
-            raise UserError(f"data.sources: {name} is missing, which these rows come from; add it again")
-        return self.sources.train[own.index(name)]
+        name, names = self.order.names[index], [source.name for source in self.sources.config.sources]
+        if name not in names:
+            raise UserError(f"data.sources: {name} is missing, but these rows come from it; add it again")
+        return self.sources.train[names.index(name)]
 
     @property
     def state(self) -> DataState:

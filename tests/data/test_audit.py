@@ -18,7 +18,7 @@ from llama_ds.errors import UserError
 
 
 def texts(built: Built) -> dict[tuple[str, str], list[int]]:
-    """Return the ids of every document, by place and digest."""
+    """Return the ids of every document, by file and digest."""
     import hashlib
 
     tokenizer, found = Tokenizer(built.tokenizer), {}

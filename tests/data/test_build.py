@@ -201,9 +201,9 @@ def test_dedup_keeps_first_occurrences(built: Built, mixed: Path, tmp_path: Path
     build_source("b", str(tmp_path / "kept.jsonl"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.2, 400)
     for path in (tmp_path / "b").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
-    places = [[d.place for s in ("train", "validation") for k in range(manifest_of(tmp_path / "a").splits[s].shards)
+    found = [[d.place for s in ("train", "validation") for k in range(manifest_of(tmp_path / "a").splits[s].shards)
                for d in index_of(tmp_path / "a", s, k)]]  # fmt: skip
-    assert set(places[0]) == {d.path for d in kept}
+    assert set(found[0]) == {d.path for d in kept}
 
 
 def test_append_adds_and_changes_nothing(built: Built, pieces: list[str], tmp_path: Path) -> None:
@@ -247,11 +247,11 @@ def test_append_adds_and_changes_nothing(built: Built, pieces: list[str], tmp_pa
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt"])
 def test_empty_documents_are_reported_or_left_out(built: Built, tmp_path: Path, kind: str) -> None:
     texts = ["one " * 300, "two " * 300, "", "three " * 300]
-    path, place = tmp_path / f"a.{kind}", f"{tmp_path}/a.{kind}:3: empty document"
+    path, where = tmp_path / f"a.{kind}", f"{tmp_path}/a.{kind}:3: empty document"
     if kind == "txt":
         for i, text in enumerate(texts):
             (tmp_path / f"{i}.txt").write_text(text)
-        path, place = tmp_path / "*.txt", f"{tmp_path}/2.txt: empty file"
+        path, where = tmp_path / "*.txt", f"{tmp_path}/2.txt: empty file"
     elif kind == "parquet":
         pq.write_table(pa.table({"text": texts}), path, row_group_size=2)
     else:
@@ -263,7 +263,7 @@ def test_empty_documents_are_reported_or_left_out(built: Built, tmp_path: Path, 
 
     with pytest.raises(UserError) as error:
         build(False)
-    assert place in str(error.value) and "--skip-bad" in str(error.value)
+    assert where in str(error.value) and "--skip-bad" in str(error.value)
     build(True)  # resumes the build, although the flag changed
     assert built_texts(tmp_path / "s", "train", Tokenizer(built.tokenizer)) == [t for t in texts if t]
 
@@ -340,8 +340,8 @@ def test_a_finished_source_is_replaced_only_with_overwrite(built: Built, tmp_pat
     assert content(tmp_path) == before
     build(32, overwrite=True)
     assert manifest_of(tmp_path / "out" / "p").seq_len == 32
-    build_source("p", built.prose, built.tokenizer, str(tmp_path / "anew"), 32, 0.2, 40)
-    assert content(tmp_path / "out") == content(tmp_path / "anew")  # no file of the first build is left
+    build_source("p", built.prose, built.tokenizer, str(tmp_path / "again"), 32, 0.2, 40)
+    assert content(tmp_path / "out") == content(tmp_path / "again")  # no file of the first build is left
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(0.9999, "train"), (0.0001, "validation")])

@@ -31,9 +31,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(built: Built, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def uninterrupted(built: Built, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Return the files of an uninterrupted build."""
-    root = tmp_path_factory.mktemp("whole")
+    root = tmp_path_factory.mktemp("uninterrupted")
     build_source("s", str(corpus), built.tokenizer, str(root), SEQ_LEN, FRACTION, ROWS, dedup=True)
     assert manifest_of(root / "s").splits["train"].shards > 4
     return content(root / "s")
@@ -59,7 +59,7 @@ def kept(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in [*parts, *shards]}
 
 
-def test_a_killed_build_resumes(built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_killed_build_resumes(built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "s"
     before: dict[str, tuple[int, int]] = {}
     for moment in ("build/plan.json", "build/part-*.json", "train-000000.tar", "train-000003.tar"):
@@ -74,7 +74,7 @@ def test_a_killed_build_resumes(built: Built, corpus: Path, whole: dict[str, byt
     build = start(built, corpus, tmp_path)
     shards = {p: v for p, v in before.items() if p.endswith(".tar")}
     assert finish(build)[0] == 0
-    assert content(folder) == whole
+    assert content(folder) == uninterrupted
     assert {p: (os.stat(p).st_ino, os.stat(p).st_mtime_ns) for p in shards} == shards
 
 
@@ -123,7 +123,9 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in found if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
-def test_workers_end_with_their_build(built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_workers_end_with_their_build(
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
     build = start(built, corpus, tmp_path)
     wait_for(build, lambda: bool(list(tmp_path.glob("s/*.tar"))))
     assert len(children(build.pid)) == 2
@@ -131,12 +133,12 @@ def test_workers_end_with_their_build(built: Built, corpus: Path, whole: dict[st
     finish(build)
     again = start(built, corpus, tmp_path)
     assert finish(again)[0] == 0
-    assert content(tmp_path / "s") == whole
+    assert content(tmp_path / "s") == uninterrupted
     assert not running(build.pid)
 
 
 def test_a_killed_worker_is_one_clear_error(
-    built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     build = start(built, corpus, tmp_path)
     wait_for(build, lambda: bool(list(tmp_path.glob("s/*.tar"))))
@@ -146,11 +148,11 @@ def test_a_killed_worker_is_one_clear_error(
     assert status == 2 and "signal 9" in errors and "same command again" in errors and "Traceback" not in errors
     assert not Path(f"/proc/{second}").exists()
     assert finish(start(built, corpus, tmp_path))[0] == 0
-    assert content(tmp_path / "s") == whole
+    assert content(tmp_path / "s") == uninterrupted
 
 
 def test_concurrent_builds_and_other_flags_are_refused(
-    built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     build = start(built, corpus, tmp_path)
     wait_for(build, lambda: bool(list(tmp_path.glob("s/build/part-*.json"))))
@@ -168,7 +170,7 @@ def test_concurrent_builds_and_other_flags_are_refused(
         build_source(*arguments, SEQ_LEN, FRACTION, ROWS, dedup=True)
     os.utime(corpus, ns=(touched, touched))
     build_source(*arguments, SEQ_LEN, FRACTION, ROWS, workers=2, overwrite=True, dedup=True)
-    assert content(tmp_path / "s") == whole
+    assert content(tmp_path / "s") == uninterrupted
 
 
 def test_a_bad_document_ends_all_workers_at_once(built: Built, corpus: Path, tmp_path: Path) -> None:
@@ -217,7 +219,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_clear_error(
-    built: Built, corpus: Path, whole: dict[str, bytes], small_disk: Path, workers: int
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], small_disk: Path, workers: int
 ) -> None:
     arguments = "s", str(corpus), built.tokenizer, str(small_disk), SEQ_LEN, FRACTION, ROWS
     filler = small_disk / "filler"
@@ -233,6 +235,6 @@ def test_a_full_disk_is_one_clear_error(
     finished = kept(small_disk / "s")
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     build_source(*arguments, workers=workers, dedup=True)
-    assert content(small_disk / "s") == whole
+    assert content(small_disk / "s") == uninterrupted
     for path, stamp in finished.items():
         assert not path.endswith(".tar") or (os.stat(path).st_ino, os.stat(path).st_mtime_ns) == stamp

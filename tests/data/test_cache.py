@@ -37,9 +37,9 @@ import hashlib, random, sys
 from concurrent.futures import ThreadPoolExecutor
 from llama_ds.data.source.cache import Cache
 from llama_ds.data.source.store import RetryPolicy, open_store
-place, folder, limit, count, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
+url, folder, limit, count, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
 digests = dict(pair.split("=") for pair in sys.argv[6:])
-store = open_store(place, Cache(folder, limit), RetryPolicy(60, 0.01, 0.05, 15))
+store = open_store(url, Cache(folder, limit), RetryPolicy(60, 0.01, 0.05, 15))
 def read(name):
     for _ in range(100):
         try:

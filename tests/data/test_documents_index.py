@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from llama_ds.data.source.documents_index import IndexedDocument, parse_documents, write_documents
 from llama_ds.errors import UserError
 
-places = st.text(st.characters(exclude_categories=()), max_size=20).filter(
+locations = st.text(st.characters(exclude_categories=()), max_size=20).filter(
     lambda text: not any("\ud800" <= c < "\udc80" or "\udcff" < c <= "\udfff" for c in text)
 ) | st.text("\\tnr\t\n\r/:1", max_size=12)
 entries = st.builds(
-    IndexedDocument, st.integers(-(2**40), 2**40), st.integers(2, 2**40), st.binary(min_size=16, max_size=16), places
+    IndexedDocument, st.integers(-(2**40), 2**40), st.integers(2, 2**40), st.binary(min_size=16, max_size=16), locations
 )
 
 

@@ -111,8 +111,8 @@ def test_listed_damage_counts_from_the_step_that_first_sees_it() -> None:
     found = DataState(start.rows_per_shard, start.segments, (*start.bad, BadShard(5, "a", 3, "checksum", 9)))
     resumed = continued(found, planned(data, TOKENS, {"a": split(50, bad=(2, 4))}), 20, "x")
     assert resumed.bad == (*found.bad, BadShard(20, "a", 4, LISTED))
-    mended = continued(found, planned(data, TOKENS, {"a": split(50)}), 20, "x")
-    assert mended.bad == found.bad  # shards replaced in the past stay replaced
+    repaired = continued(found, planned(data, TOKENS, {"a": split(50)}), 20, "x")
+    assert repaired.bad == found.bad  # shards replaced in the past stay replaced
 
 
 @pytest.mark.parametrize("now", [split(49), split(20, 30), split(51), Split(R + 1, (Extent(50, 1, 1),))])

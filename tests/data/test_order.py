@@ -193,19 +193,19 @@ def test_damaged_shards_are_replaced_from_their_step_on(
     whole, name = order_with(history, seed), "s0"
     shards = min(sum(-(-rows // R) for rows in segment.extents[name]) for segment in history)
     ledger = [BadShard(step, name, shard % shards) for step, shard in bad][: shards - 1]
-    mended = order_with(history, seed)
-    mended.replace_shards(ledger)
+    repaired = order_with(history, seed)
+    repaired.replace_shards(ledger)
     ends = np.cumsum([min(R, e - i) for e in history[-1].extents[name] for i in range(0, e, R)])
     for step in range(20):
-        gone = {b.shard for b in ledger if b.step <= step}
+        bad_now = {b.shard for b in ledger if b.step <= step}
         start = step * BATCH
         for (source, epoch, row), new in zip(
-            as_list(whole.rows(start, BATCH)), as_list(mended.rows(start, BATCH)), strict=True
+            as_list(whole.rows(start, BATCH)), as_list(repaired.rows(start, BATCH)), strict=True
         ):
             shard = int(np.searchsorted(ends, row, side="right"))
-            if source == 0 and shard in gone:
+            if source == 0 and shard in bad_now:
                 assert new[:2] == (source, epoch)
-                assert int(np.searchsorted(ends, new[2], side="right")) not in gone
+                assert int(np.searchsorted(ends, new[2], side="right")) not in bad_now
             else:
                 assert new == (source, epoch, row)
 

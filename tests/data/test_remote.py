@@ -25,8 +25,8 @@ QUICK = RetryPolicy(deadline_s=30, first_wait_s=0.01, max_wait_s=0.05, stall_s=1
 SHORT = RetryPolicy(deadline_s=1, first_wait_s=0.01, max_wait_s=0.05, stall_s=15)
 
 
-def store_of(place: str, tmp_path: Path, policy: RetryPolicy = QUICK) -> Store:
-    return open_store(place, Cache(str(tmp_path / "cache"), 1 << 20), policy)
+def store_of(location: str, tmp_path: Path, policy: RetryPolicy = QUICK) -> Store:
+    return open_store(location, Cache(str(tmp_path / "cache"), 1 << 20), policy)
 
 
 def served(
@@ -159,8 +159,8 @@ def test_the_deadline_holds_if_a_library_hangs(tmp_path: Path) -> None:
 
 
 def test_a_hanging_command_is_killed_with_its_children(tmp_path: Path) -> None:
-    place = f"pipe:sleep 60 & echo $! >> {tmp_path}/pids; echo {{}} hangs >&2; wait"
-    assert "a.tar hangs" in gives_up(store_of(place, tmp_path, SHORT))
+    location = f"pipe:sleep 60 & echo $! >> {tmp_path}/pids; echo {{}} hangs >&2; wait"
+    assert "a.tar hangs" in gives_up(store_of(location, tmp_path, SHORT))
     pids = (tmp_path / "pids").read_text().split()
     assert pids
     for _ in range(500):  # the kernel may take a moment to reap it
@@ -203,8 +203,8 @@ def test_a_complete_file_is_used_although_the_command_fails(tmp_path: Path) -> N
 
 def test_a_password_is_sent_but_not_shown(tmp_path: Path) -> None:
     with FlakyServer({"/a.tar?key=k1": SHARD}) as server:
-        place = server.url.replace("//", "//me:s%40cret@") + "/?key=k1"
-        store = store_of(place, tmp_path)
+        location = server.url.replace("//", "//me:s%40cret@") + "/?key=k1"
+        store = store_of(location, tmp_path)
         assert store.read("a.tar") == SHARD
         assert server.requests[0][2] == "Basic bWU6c0BjcmV0"
         with pytest.raises(BadFile) as caught:

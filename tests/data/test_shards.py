@@ -170,7 +170,7 @@ def test_a_missing_shard_is_named(built: Built, tmp_path: Path) -> None:
 def test_damage_is_found_when_a_shard_is_first_used(built: Built, tmp_path: Path) -> None:
     folder = copy(built, tmp_path)
     shard = folder / "train-000001.tar"
-    sound = shard.read_bytes()
+    intact = shard.read_bytes()
 
     def reason(content: bytes) -> str:
         shard.write_bytes(content)
@@ -179,10 +179,10 @@ def test_damage_is_found_when_a_shard_is_first_used(built: Built, tmp_path: Path
         assert str(shard) in str(error.value)
         return str(error.value)
 
-    assert f"{len(sound) - 1} bytes, not the {len(sound)}" in reason(sound[:-1])
-    assert f"{len(sound) + 9} bytes, not the {len(sound)}" in reason(sound + b"\0" * 9)
-    assert "sha256" in reason(sound[:600] + bytes([sound[600] ^ 1]) + sound[601:])
-    assert "sha256" in reason(bytes(len(sound)))
+    assert f"{len(intact) - 1} bytes, not the {len(intact)}" in reason(intact[:-1])
+    assert f"{len(intact) + 9} bytes, not the {len(intact)}" in reason(intact + b"\0" * 9)
+    assert "sha256" in reason(intact[:600] + bytes([intact[600] ^ 1]) + intact[601:])
+    assert "sha256" in reason(bytes(len(intact)))
     shard.unlink()
     with pytest.raises(BadFile, match="No such file"):
         open_source(str(folder), "train").check(1)
@@ -191,16 +191,16 @@ def test_damage_is_found_when_a_shard_is_first_used(built: Built, tmp_path: Path
 def test_verify_finds_every_kind_of_damage_and_repair_lists_it(built: Built, tmp_path: Path) -> None:
     folder = copy(built, tmp_path)
     shards = [folder / f"train-{i:06d}.tar" for i in range(6)]
-    sound = {shard: shard.read_bytes() for shard in shards}
+    intact = {shard: shard.read_bytes() for shard in shards}
     store = open_store(str(folder))
     rows: list[int] = []
     assert verify_source(store, 2, rows.append) == []
     manifest = read_manifest(store)
     assert sum(rows) == sum(split.rows for split in manifest.splits.values())
-    shards[0].write_bytes(sound[shards[0]][:600] + b"\xff" + sound[shards[0]][601:])
+    shards[0].write_bytes(intact[shards[0]][:600] + b"\xff" + intact[shards[0]][601:])
     shards[2].unlink()
-    shards[3].write_bytes(sound[shards[3]][:2048])
-    shards[5].write_bytes(sound[shards[5]][:1024] + bytes(512) + sound[shards[5]][1536:])
+    shards[3].write_bytes(intact[shards[3]][:2048])
+    shards[5].write_bytes(intact[shards[5]][:1024] + bytes(512) + intact[shards[5]][1536:])
     (folder / "index" / "train-000004.documents.gz").write_bytes(b"\x1f\x8b no gzip")
     index = (folder / "index" / "validation-000000.documents.gz").read_bytes()
     (folder / "index" / "train-000001.documents.gz").write_bytes(index)
@@ -213,7 +213,7 @@ def test_verify_finds_every_kind_of_damage_and_repair_lists_it(built: Built, tmp
     assert all(word in damage.reason for word, damage in zip(words, found, strict=True))
     repair(store, found)
     assert read_manifest(store).splits["train"].bad == (0, 1, 2, 3, 4, 5)
-    for shard, content in sound.items():
+    for shard, content in intact.items():
         shard.write_bytes(content)
     repair(store, verify_source(store))
     assert read_manifest(store).splits["train"].bad == (1, 4)  # their indexes are still damaged

@@ -183,11 +183,11 @@ def test_past_skips_stay(step: int) -> None:
 @pytest.mark.parametrize(
     ("past", "ask", "message"),
     [
-        ((), ((4, 2),), "passed over nothing at step 4, where data.skip says 2; go back there with "
+        ((), ((4, 2),), "skipped nothing at step 4, where data.skip requests 2; go back there with "
          "checkpoint.rewind_to=4, or skip at step 5 or later"),
-        (((4, 2),), ((4, 3),), "passed over 2 steps at step 4, where data.skip says 3; go back there"),
-        (((4, 2),), ((3, 1), (4, 2)), "passed over nothing at step 3, where data.skip says 1"),
-        ((), ((0, 2),), "passed over nothing at step 0, where data.skip says 2; skip at step 5 or later"),
+        (((4, 2),), ((4, 3),), "skipped 2 steps at step 4, where data.skip requests 3; go back there"),
+        (((4, 2),), ((3, 1), (4, 2)), "skipped nothing at step 3, where data.skip requests 1"),
+        ((), ((0, 2),), "skipped nothing at step 0, where data.skip requests 2; skip at step 5 or later"),
     ],
 )  # fmt: skip
 def test_past_skips_that_the_run_did_not_make_are_refused(past: Ask, ask: Ask, message: str) -> None:

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_ds.data.building import build_folder
+from llama_ds.data.building.atomic_file import reporting_full_disk
 from llama_ds.data.building.dedup import DIGEST, DigestSet
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part, plan_parts
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard
 from llama_ds.data.building.split_stream import ShardForm, SplitStream
 from llama_ds.data.building.tokenized import TokenizedCounts, TokenizedPart, TokenizePart, documents_path, read_part
-from llama_ds.data.building.whole_file import naming_a_full_disk
 from llama_ds.data.building.workers import ThisProcess, Workers
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.documents_index import parse_documents
@@ -92,9 +92,9 @@ def build_source(
     folder = os.path.join(out, name)
     files = source_files(pattern)
     parts = plan_parts(files)
-    with naming_a_full_disk(folder), build_folder.locked(folder):
+    with reporting_full_disk(folder), build_folder.locked(folder):
         mark = build_folder.fingerprint(files, _flags(settings, tokenizer))
-        if done := build_folder.put_in_place(folder, mark):
+        if done := build_folder.finish_commit(folder, mark):
             return done
         base = _base(folder, settings, tokenizer, overwrite, append)
         if base is not None:
@@ -283,7 +283,7 @@ def _check_filled(folder: str, pattern: str, splits: dict[str, SplitStream], val
     total = sum(stream.documents for stream in splits.values())
     for name in SPLITS if validation_fraction else SPLITS[:1]:
         if not splits[name].documents:
-            build_folder.give_up(folder)
+            build_folder.discard(folder)
             raise UserError(
                 f"{pattern}: the {name} split got 0 of {total} documents; use more text, another --validation-fraction "
                 f"(now {validation_fraction:g}), or cut long documents with --document-chars 4000"

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
-from llama_ds.data.building.whole_file import TEMPORARY, writing
+from llama_ds.data.building.atomic_file import TEMPORARY, atomic_writer
 from llama_ds.data.source.manifest import (
     CHECKSUM_BLOCK,
     MANIFEST,
@@ -33,7 +33,7 @@ from llama_ds.data.source.manifest import (
     checksums_name,
     parse_manifest,
     shard_name,
-    write_whole,
+    write_atomically,
 )
 from llama_ds.errors import UserError
 from llama_ds.log import logger
@@ -105,7 +105,7 @@ def finished(folder: str) -> bytes | None:
         return None
 
 
-def put_in_place(folder: str, mark: Mapping[str, object]) -> Manifest | None:
+def finish_commit(folder: str, mark: Mapping[str, object]) -> Manifest | None:
     """Finish a build that was killed during its commit; return its manifest if its fingerprint is `mark`."""
     build = build_path(folder)
     try:
@@ -114,7 +114,7 @@ def put_in_place(folder: str, mark: Mapping[str, object]) -> Manifest | None:
     except FileNotFoundError:
         return None
     plan = _read_plan(build) or {}
-    write_whole(os.path.join(folder, MANIFEST), content)
+    write_atomically(os.path.join(folder, MANIFEST), content)
     _remove_build(folder)
     same = {**plan, APPENDS_TO: ""} == {**mark, APPENDS_TO: ""}
     return parse_manifest(content, build) if same else None
@@ -149,7 +149,7 @@ def begin(folder: str, mark: Mapping[str, object], base: Manifest | None, overwr
         _remove_strays(folder, base)
         os.makedirs(build, exist_ok=True)
         os.makedirs(os.path.join(folder, "index"), exist_ok=True)
-        with writing(os.path.join(build, "plan.json")) as file:
+        with atomic_writer(os.path.join(build, "plan.json")) as file:
             file.write(json.dumps(dict(mark), indent=1).encode())
 
 
@@ -165,16 +165,16 @@ def commit(folder: str, manifest: Manifest, base: Manifest | None, sha256: Mappi
         old = _checksums(folder, split, base.splits[split].shards) if base else []
         for name, lines in checksum_blocks(split, [*old, *new]):
             if _read(os.path.join(folder, name)) != lines.encode():
-                with writing(os.path.join(folder, name), len(lines)) as file:
+                with atomic_writer(os.path.join(folder, name), len(lines)) as file:
                     file.write(lines.encode())
     content = json.dumps(asdict(manifest), indent=1).encode()
-    with writing(os.path.join(build_path(folder), MANIFEST), len(content)) as file:
+    with atomic_writer(os.path.join(build_path(folder), MANIFEST), len(content)) as file:
         file.write(content)
-    write_whole(os.path.join(folder, MANIFEST), content)
+    write_atomically(os.path.join(folder, MANIFEST), content)
     _remove_build(folder)
 
 
-def give_up(folder: str) -> None:
+def discard(folder: str) -> None:
     """Remove the unfinished work of a build that cannot succeed."""
     _remove_build(folder)
 

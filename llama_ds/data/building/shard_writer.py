@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.packing import pack
 from llama_ds.data.building.tokenized import documents_path, ids_path
-from llama_ds.data.building.whole_file import writing
 from llama_ds.data.source import tar_rows
 from llama_ds.data.source.documents_index import IndexedDocument, write_documents
 from llama_ds.data.source.manifest import documents_name, shard_name
@@ -70,17 +70,17 @@ class WriteShard:
         size = tar_rows.shard_bytes(self.rows, self.seq_len, dtype)
         documents = [_Documents.of(self, span) for span in self.spans]
         sha256 = hashlib.sha256()
-        with writing(os.path.join(self.folder, shard_name(self.split, self.shard)), size) as tar:
+        with atomic_writer(os.path.join(self.folder, shard_name(self.split, self.shard)), size) as tar:
             for data in self._content(documents, dtype):
                 sha256.update(data)
                 tar.write(data)
             end = bytes(size - tar.tell())
             sha256.update(end)
             tar.write(end)
-            with writing(os.path.join(self.folder, documents_name(self.split, self.shard))) as index:
+            with atomic_writer(os.path.join(self.folder, documents_name(self.split, self.shard))) as index:
                 write_documents(index, (entry for d in documents for entry in d.entries(self.start)))
             shard = WrittenShard(self.split, self.shard, sha256.hexdigest())
-            with writing(_record_path(self.build, self.split, self.shard)) as record:
+            with atomic_writer(_record_path(self.build, self.split, self.shard)) as record:
                 record.write(json.dumps(asdict(shard)).encode())
         yield shard
 

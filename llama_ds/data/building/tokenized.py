@@ -21,10 +21,10 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.dedup import DIGEST
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part
-from llama_ds.data.building.whole_file import writing
 from llama_ds.data.source.manifest import SPLITS
 from llama_ds.data.text.corpus import cut
 from llama_ds.data.text.piece_reader import PieceReader, empty_file
@@ -77,7 +77,9 @@ class TokenizePart:
         """
         size = sum(piece.size for piece in self.pieces)
         with ExitStack() as stack:
-            files = [stack.enter_context(writing(ids_path(self.build, self.number, s), size, False)) for s in SPLITS]
+            files = [
+                stack.enter_context(atomic_writer(ids_path(self.build, self.number, s), size, False)) for s in SPLITS
+            ]
             output = _Output(_tokenizer(self.tokenizer_path), files)
             lines, reported = [], 0
             for index, piece in enumerate(self.pieces):
@@ -109,11 +111,11 @@ class TokenizePart:
 
     def _finish(self, output: _Output, lines: tuple[int, ...]) -> TokenizedPart:
         records = output.records()
-        with writing(documents_path(self.build, self.number), records.nbytes, wait=False) as file:
+        with atomic_writer(documents_path(self.build, self.number), records.nbytes, wait=False) as file:
             np.save(file, records)
         held_out = int(records["validation"].sum())
         part = TokenizedPart(self.number, (len(records) - held_out, held_out), output.totals(), lines, output.skipped)
-        with writing(_record_path(self.build, self.number), wait=False) as file:
+        with atomic_writer(_record_path(self.build, self.number), wait=False) as file:
             file.write(json.dumps(asdict(part)).encode())
         return part
 

@@ -31,7 +31,7 @@ class IndexedDocument(NamedTuple):
     start: int
     length: int
     digest: bytes
-    place: str
+    place: str  # file, or file:line
 
 
 def write_documents(file: BinaryIO, documents: Iterable[IndexedDocument]) -> None:
@@ -60,14 +60,14 @@ def parse_documents(content: bytes, path: str) -> list[IndexedDocument]:
 
 
 def _parse(line: str) -> IndexedDocument:
-    start, length, digest, place = line.split("\t")
-    return IndexedDocument(int(start), int(length), bytes.fromhex(digest), _unescape(place))
+    start, length, digest, where = line.split("\t")
+    return IndexedDocument(int(start), int(length), bytes.fromhex(digest), _unescape(where))
 
 
-def _unescape(place: str) -> str:
-    if "\\" not in place:
-        return place
-    first, *others = place.split("\\\\")
-    for plain, spelt in (("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
-        first, others = first.replace(spelt, plain), [other.replace(spelt, plain) for other in others]
+def _unescape(text: str) -> str:
+    if "\\" not in text:
+        return text
+    first, *others = text.split("\\\\")
+    for plain, escaped in (("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
+        first, others = first.replace(escaped, plain), [other.replace(escaped, plain) for other in others]
     return "\\".join([first, *others])

@@ -172,10 +172,10 @@ def _split(raw: dict) -> Split:
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
     """Write the manifest atomically: a folder with a manifest is a complete source."""
-    write_whole(os.path.join(folder, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
+    write_atomically(os.path.join(folder, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
 
 
-def write_whole(path: str, content: bytes) -> None:
+def write_atomically(path: str, content: bytes) -> None:
     """Write a file atomically and sync it to disk."""
     with open(f"{path}.tmp", "wb") as file:
         file.write(content)

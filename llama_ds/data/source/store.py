@@ -1,7 +1,7 @@
 """Access to the files of a data source: a local folder, or a remote store with a cache on a local disk.
 
-A file that arrives slowly, truncated or corrupted is requested again for as long as `RetryPolicy` says. A file that is
-still not intact after that is a `BadFile`; the reader decides what to do without it.
+A file that arrives slowly, truncated or corrupted is requested again within the limits of a `RetryPolicy`. If that
+fails, the file is a `BadFile`, and the reader decides how to continue without it.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def source_files(pattern: str) -> list[str]:
     found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     files = sorted({f for f in found if os.path.isfile(f)})
     if not files:
-        raise UserError(f"{pattern}: is not a file, and matches none as a glob; check the path, and quote globs")
+        raise UserError(f"{pattern}: no such file, and as a glob it matches no file; check the path, and quote globs")
     return files
 
 

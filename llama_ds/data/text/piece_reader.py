@@ -60,7 +60,7 @@ class PieceReader:
             return self._parquet()
         if path.endswith(JSON_LINES):
             return self._json_lines()
-        return self._whole_file()
+        return self._one_text()
 
     def where(self, line: int) -> str:
         """Return file:line, with the line number in the file."""
@@ -68,7 +68,7 @@ class PieceReader:
             return self.piece.path
         return f"{self.piece.path}:{self._lines_before() + line}"
 
-    def _whole_file(self) -> Iterator[tuple[int, str]]:
+    def _one_text(self) -> Iterator[tuple[int, str]]:
         with _open(self.piece.path) as file:
             data = file.read()
         self.share = 1.0

@@ -15,7 +15,7 @@ TEMPORARY = ".tmp-"  # followed by the process id, because a worker may outlive 
 
 
 @contextmanager
-def writing(path: str, expected_bytes: int = 0, wait: bool = True) -> Iterator[BinaryIO]:
+def atomic_writer(path: str, expected_bytes: int = 0, wait: bool = True) -> Iterator[BinaryIO]:
     """Open a file for writing that is renamed to `path` once it is complete; on an error nothing is left.
 
     `wait`: sync it to disk before the rename, so that a power failure cannot leave the name without the content.
@@ -24,7 +24,7 @@ def writing(path: str, expected_bytes: int = 0, wait: bool = True) -> Iterator[B
         UserError: the disk is full; names the folder, the space needed (at least `expected_bytes`) and the free space.
     """
     temporary = f"{path}{TEMPORARY}{os.getpid()}"
-    with naming_a_full_disk(path, expected_bytes):
+    with reporting_full_disk(path, expected_bytes):
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -39,7 +39,7 @@ def writing(path: str, expected_bytes: int = 0, wait: bool = True) -> Iterator[B
 
 
 @contextmanager
-def naming_a_full_disk(path: str, expected_bytes: int = 0) -> Iterator[None]:
+def reporting_full_disk(path: str, expected_bytes: int = 0) -> Iterator[None]:
     """Convert the system error of a full disk or quota, while writing `path`, into a UserError."""
     try:
         yield
