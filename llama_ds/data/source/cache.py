@@ -1,7 +1,7 @@
 """A bounded cache of shards on a local disk, shared by all processes of a host.
 
     <16 hex digits of the source>-<name>    an entry; its mtime is the time of its last use
-    .part-<key>-<random>                    a download in progress, preallocated to its full size; flocked by its writer
+    .part-<key>-<random>                    a download in progress, created with its full size; flocked by its writer
     .lock-<key>                             flocked while an entry is checked, fetched or evicted
     .lock                                   flocked briefly while space is made and files are added or removed
 
