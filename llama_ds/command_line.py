@@ -43,14 +43,14 @@ def new_parser(work: Work | None, description: str | None, examples: str) -> arg
 
 
 def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
-    """Return `add(name, work, help, description=help)`, which adds a subcommand with the same examples."""
+    """Return `add(name, work, summary, description=summary)`, which adds a subcommand with the same examples."""
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, work: Work, words: str, description: str = "", examples: str = "") -> argparse.ArgumentParser:
+    def add(name: str, work: Work, summary: str, description: str = "", examples: str = "") -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
-            help=words,
-            description=description or words,
+            help=summary,
+            description=description or summary,
             epilog=examples or parser.epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
