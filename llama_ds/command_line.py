@@ -1,4 +1,4 @@
-"""What the command lines of all tools share: parsing, one line for a mistake, quiet ends, an answer alone on stdout."""
+"""Shared command-line code of all tools: parsing, one-line user errors, quiet interrupts, clean JSON on stdout."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any
 from llama_ds import log
 from llama_ds.errors import UserError
 
-CLOSED_PIPE = 128 + signal.SIGPIPE  # exit codes as a shell gives them to a process that the signal ended
+CLOSED_PIPE = 128 + signal.SIGPIPE  # exit codes that a shell reports for a process killed by the signal
 INTERRUPTED = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found: `data` is printed as JSON with --json, `text` without it."""
+    """Result of a command: `data` is printed as JSON with --json, `text` without it."""
 
     data: Any
     text: str
@@ -35,7 +35,7 @@ Work = Callable[[argparse.Namespace], "Answer | int | None"]
 
 
 def new_parser(work: Work | None, description: str | None, examples: str) -> argparse.ArgumentParser:
-    """Return the parser of a tool, or of one whose subcommands do the work. `examples` end its --help."""
+    """Return the parser of a tool; `work` is None if subcommands do the work. `examples` is the epilog of --help."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, epilog=examples, formatter_class=formatter)
     parser.set_defaults(work=work)
@@ -43,14 +43,14 @@ def new_parser(work: Work | None, description: str | None, examples: str) -> arg
 
 
 def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.ArgumentParser]:
-    """Return `add(name, work, help, description=help)`, which adds a subcommand with the same examples."""
+    """Return `add(name, work, summary, description=summary)`, which adds a subcommand with the same examples."""
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, work: Work, words: str, description: str = "", examples: str = "") -> argparse.ArgumentParser:
+    def add(name: str, work: Work, summary: str, description: str = "", examples: str = "") -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
-            help=words,
-            description=description or words,
+            help=summary,
+            description=description or summary,
             epilog=examples or parser.epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -66,13 +66,13 @@ def add_json(parser: argparse.ArgumentParser, what: str = "the results") -> None
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """Add --json and --out of a measurement."""
+    """Add the options --json and --out of a benchmark."""
     add_json(parser)
     parser.add_argument("--out", dest="results_file", metavar="FILE", help="write the results as JSON to FILE too")
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError where one of the options `names` was given and is not above 0."""
+    """Raise UserError if one of the options `names` is set and not positive."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -80,19 +80,19 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
-    """Do what a command line asks for; return the exit code.
+    """Parse a command line, run the command and return the exit code.
 
-    A UserError is one line on stderr and exit code 2. With --json nothing but the answer is written to stdout.
-    Otherwise as `ending_quietly`.
+    A UserError prints one line to stderr and gives exit code 2. With --json, stdout contains only the answer.
+    Closed pipes and Ctrl-C are handled as in `ending_quietly`.
     """
     log.silence_libraries()
     return ending_quietly(lambda: _outcome(parser, argv))
 
 
 def ending_quietly(main: Callable[[], int]) -> int:
-    """Return the exit code of `main`, 141 where the reader of its output has left, such as `head`, or 130 for Ctrl-C.
+    """Return the exit code of `main`, 141 if the reader of its output (such as `head`) has exited, or 130 for Ctrl-C.
 
-    The former says nothing, the latter one line.
+    A closed pipe prints nothing, Ctrl-C one line.
     """
     try:
         code = main()
@@ -100,14 +100,14 @@ def ending_quietly(main: Callable[[], int]) -> int:
         return code
     except BrokenPipeError:
         closed = [stream for stream in (1, 2) if _has_no_reader(stream)]
-        if not closed:  # another pipe than ours: not the end that its user wanted
+        if not closed:  # another pipe broke, which is a real error
             raise
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        devnull = os.open(os.devnull, os.O_WRONLY)
         for stream in closed:
-            os.dup2(nowhere, stream)  # what is still buffered goes there when the interpreter ends
+            os.dup2(devnull, stream)  # the interpreter flushes its buffers there at exit
         return CLOSED_PIPE
     except KeyboardInterrupt as interrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends what the interpreter still waits for
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills the process during interpreter shutdown
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return INTERRUPTED
 
@@ -115,22 +115,22 @@ def ending_quietly(main: Callable[[], int]) -> int:
 def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     try:
         args = _parse(parser, argv)
-    except SystemExit as end:  # argparse has said why
-        return int(end.code or 0)
+    except SystemExit as error:  # argparse has printed the reason
+        return int(error.code or 0)
     try:
         if getattr(args, "json", False):
             with _stdout_to_stderr():
                 answer = args.work(args)
         else:
             answer = args.work(args)
-        return _give(args, answer) if isinstance(answer, Answer) else answer or 0
+        return _print_answer(args, answer) if isinstance(answer, Answer) else answer or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return UserError.EXIT_CODE
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse; overrides of a run file may stand anywhere."""
+    """Parse the command line; overrides of a run file may appear at any position."""
     args, rest = parser.parse_known_args(argv)
     if rest and not (hasattr(args, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -139,8 +139,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     return args
 
 
-def _give(args: argparse.Namespace, answer: Answer) -> int:
-    """Print an answer, and write it where it was asked for."""
+def _print_answer(args: argparse.Namespace, answer: Answer) -> int:
+    """Print an answer, and write it to the file of --out."""
     if path := getattr(args, "results_file", None):
         _write(path, json.dumps(answer.data, indent=1) + "\n")
     if getattr(args, "json", False):
@@ -162,18 +162,18 @@ def _write(path: str, text: str) -> None:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Send to stderr what Python, C libraries and child processes print on stdout."""
-    printed = sys.stdout
-    printed.flush()
-    kept = os.dup(1)
+    """Redirect to stderr everything that Python, C libraries and child processes print to stdout."""
+    stdout = sys.stdout
+    stdout.flush()
+    saved = os.dup(1)
     os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
             yield
     finally:
-        printed.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        stdout.flush()
+        os.dup2(saved, 1)
+        os.close(saved)
 
 
 def _has_no_reader(stream: int) -> bool:

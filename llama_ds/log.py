@@ -1,4 +1,4 @@
-"""Logging of the package: one logger, one line format, silent on ranks that are told to be."""
+"""Logging of the package: one logger with one line format; ranks can be set to log only errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ logger = logging.getLogger("llama_ds")
 
 
 def setup(quiet: bool = False) -> None:
-    """Send the package's log lines to stderr; with `quiet` only errors (ranks other than the first)."""
+    """Send the package's log lines to stderr; with `quiet` (all ranks but the first) only errors."""
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
@@ -24,25 +24,25 @@ def setup(quiet: bool = False) -> None:
 
 
 def silence_libraries() -> None:
-    """Keep off the console what libraries say that no user can act on."""
+    """Suppress library log lines and warnings that users cannot act on."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings(  # DeepSpeed calls collectives by names that torch has replaced
+    warnings.filterwarnings(  # DeepSpeed uses deprecated names of collectives
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\.c10d_logger"
     )
 
 
 @contextmanager
 def without_profiler_marks() -> Iterator[None]:
-    """Leave out of stderr the lines with which libkineto marks a profile's begin and end at its every log level."""
+    """Remove from stderr the lines that libkineto prints, at every log level, when a profile starts and ends."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as written:
-        os.dup2(written.fileno(), 2)
+    saved = os.dup(2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            written.seek(0)
-            os.write(2, b"".join(line for line in written if not line.startswith(b"USDT:")))
+            os.dup2(saved, 2)
+            os.close(saved)
+            captured.seek(0)
+            os.write(2, b"".join(line for line in captured if not line.startswith(b"USDT:")))

@@ -1,4 +1,4 @@
-"""The machine that something was measured on."""
+"""Description of the machine on which a benchmark ran."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 
 def machine() -> dict[str, Any]:
-    """Return where it runs, and how busy that is."""
+    """Return the CPU, the number of cores and the current load of this machine."""
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "load_1_min": os.getloadavg()[0]}
 
 
 def cpu_name() -> str:
-    """Return the processor's name, or its architecture where Linux does not tell."""
+    """Return the processor's name, or its architecture if Linux does not report a name."""
     return _cpuinfo("model name") or platform.machine()
 
 
 def cpu_vendor() -> str:
-    """Return who made the processor, as `GenuineIntel`; empty where Linux does not tell."""
+    """Return the processor's vendor, such as `GenuineIntel`, or "" if Linux does not report it."""
     return _cpuinfo("vendor_id")
 
 

@@ -1,4 +1,4 @@
-"""Train a run file: the script that deepspeed, torchrun or mpirun start on every rank.
+"""Train the model of a run file: the script that deepspeed, torchrun or mpirun starts on every rank.
 
 deepspeed --num_gpus 8 llama_ds/train.py ds_configs/llama_7b.yaml training.steps=1000
 torchrun --nproc_per_node 8 llama_ds/train.py ds_configs/llama_7b.yaml
@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-# A script's own folder comes first on the path, where `data` or `config` would hide other packages' modules.
+# Python puts a script's folder first on sys.path, where `data` and `config` would shadow modules of other packages.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from llama_ds import log
@@ -27,7 +27,7 @@ from llama_ds.layout.layout import Layout, resolve_layout
 
 
 def main() -> int:
-    """Run the command line; return the exit code. User errors end every rank with code 2 and one message."""
+    """Run the command line and return the exit code. A user error ends every rank with code 2 and one message."""
     arguments = parse(sys.argv[1:])
     log.silence_libraries()
     from llama_ds.parallel import world
@@ -42,23 +42,23 @@ def main() -> int:
             run = with_device_memory(run, world.device_memory(world.device()))
             print(describe(run, layout, config))
             return 0
-        place = world.find_place()
-        log.setup(quiet=place.rank != 0)
+        rank_info = world.find_place()
+        log.setup(quiet=rank_info.rank != 0)
         job = current(os.environ)
         if job:
             if job.launcher in MPI_LAUNCHERS:
-                world.check_mpi(place)
-            check_world(job, place.rank, place.world)
-            keep_output(job, place.rank)
-            heartbeat.begin(job, place.rank)
-        # First of all: a mistake that only one rank can see, such as a file missing on its node, must reach the others.
-        world.join(place, job.nic if job else "")
+                world.check_mpi(rank_info)
+            check_world(job, rank_info.rank, rank_info.world)
+            keep_output(job, rank_info.rank)
+            heartbeat.begin(job, rank_info.rank)
+        # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
+        world.join(rank_info, job.nic if job else "")
         if job:
             check_hosts(job, world.gather(host_identity()))
-        run, layout, config = world.together(lambda: resolve(arguments, place.world))
+        run, layout, config = world.together(lambda: resolve(arguments, rank_info.world))
         from llama_ds.training.loop import train
 
-        train(run, layout, config, place, heartbeat.progress)
+        train(run, layout, config, rank_info, heartbeat.progress)
         heartbeat.end()
     return 0
 
@@ -75,12 +75,12 @@ def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layou
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Parse the command line; DeepSpeed's launcher adds --local_rank, which the environment says too."""
+    """Parse the command line; DeepSpeed's launcher adds --local_rank, which the environment also contains."""
     parser = argparse.ArgumentParser(
         description="Train a LLaMA on DeepSpeed.",
         epilog=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        fromfile_prefix_chars="@",  # tools/launch.py hands over a file: nothing that users write reaches a shell
+        fromfile_prefix_chars="@",  # tools/launch.py passes arguments in a file, so that no user input reaches a shell
     )
     parser.add_argument("run_file", help="YAML run file, e.g. ds_configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")

@@ -213,7 +213,7 @@ def test_a_damaged_shard_is_named(checkout: Path, tmp_path: Path) -> None:
     for shard in (tmp_path / "shards" / "code").glob("train-*.tar"):
         shard.write_bytes(shard.read_bytes()[:600])
     run = load_run("ds_configs/quickstart.yaml", [f"data.sources.0.path={tmp_path}/shards/code"])
-    with pytest.raises(UserError, match=r"shards/code/train-.*copy the shard again, or have it left out"):
+    with pytest.raises(UserError, match=r"shards/code/train-.*copy the shard again, or exclude it"):
         list(islice(open_data(run).rows(), 10))
 
 

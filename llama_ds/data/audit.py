@@ -1,4 +1,4 @@
-"""Which documents a step of a run reads, and what a run has read of each source: from its folder alone."""
+"""Audit of a run from its folder: the documents that a step reads, and the consumption of each source."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llama_ds.errors import UserError
 
 @dataclass(frozen=True)
 class ReadDocument:
-    """A part of a document that stands in a row."""
+    """The part of a document that lies in a row."""
 
-    place: str  # file, or file:line
+    place: str  # file, or file:line, of the document
     digest: str  # first half of the sha256 of its text, in hex
-    first: int  # of its ids, bos counted as 0
-    last: int
-    length: int  # of all its ids
+    first: int  # first id of the document in the row, with bos as id 0
+    last: int  # last id, inclusive
+    length: int  # number of ids in the whole document
 
 
 @dataclass(frozen=True)
@@ -38,31 +38,31 @@ class ReadRow:
     source: str
     epoch: int
     shard: str
-    row: int  # in the shard
+    row: int  # row number in the shard
     documents: tuple[ReadDocument, ...]
 
 
 def open_run(folder: str) -> tuple[RunConfig, Order]:
-    """Return the run in `folder` and the order in which it reads.
+    """Return the run in `folder` and the order in which it reads its rows.
 
     Raises:
-        UserError: the folder is not that of a run, or of another version.
+        UserError: the folder is not a run folder, or another version wrote it.
     """
-    place = os.path.join(folder, STATE)
+    path = os.path.join(folder, STATE)
     try:
-        with open(place, encoding="utf-8") as file:
-            state = state_from_json(json.load(file), place)
+        with open(path, encoding="utf-8") as file:
+            state = state_from_json(json.load(file), path)
     except (OSError, ValueError) as error:
-        raise UserError(f"{place}: cannot be read ({error}); name the folder of a run, as in runs/quickstart") from None
+        raise UserError(f"{path}: cannot be read ({error}); name the folder of a run, as in runs/quickstart") from None
     run = load_resolved(os.path.join(folder, "run.yaml"))
     return run, state.order(run.seed, run.training.global_batch)
 
 
 def documents_of_step(run: RunConfig, order: Order, step: int) -> list[ReadRow]:
-    """Return the rows that `step`, counted from 0, reads, as data-parallel ranks share them out, with their documents.
+    """Return the rows, with their documents, that `step` (counted from 0) reads, in data-parallel rank order.
 
     Raises:
-        UserError: the run has no such step, or a source is not at hand.
+        UserError: the run has no such step, or a source is not available.
     """
     if not 0 <= step < run.training.steps:
         raise UserError(f"step {step} is not one of the run's steps 0 to {run.training.steps - 1}")
@@ -70,16 +70,16 @@ def documents_of_step(run: RunConfig, order: Order, step: int) -> list[ReadRow]:
     sources = {config.name: source for config, source in zip(run.data.sources, opened.train, strict=True)}
     indexes: dict[tuple[str, int], list[IndexedDocument]] = {}
     found = []
-    for number, epoch, row in zip(*(column.tolist() for column in order.at(step)), strict=True):
-        name = order.names[number]
+    for source_index, epoch, row in zip(*(column.tolist() for column in order.at(step)), strict=True):
+        name = order.names[source_index]
         if name not in sources:
-            raise UserError(f"step {step} read source {name}, which the run file does not name any more")
+            raise UserError(f"step {step} read source {name}, which the run file no longer names; add it again")
         source = sources[name]
-        (shard,), (inside,) = (part.tolist() for part in source.geometry.locate(np.array([row])))
+        (shard,), (shard_row,) = (part.tolist() for part in source.geometry.locate(np.array([row])))
         if (name, shard) not in indexes:
             indexes[name, shard] = _documents(source, shard)
-        parts = _parts(indexes[name, shard], inside * source.seq_len, (inside + 1) * source.seq_len)
-        found.append(ReadRow(name, epoch, shard_name("train", shard), inside, parts))
+        parts = _parts(indexes[name, shard], shard_row * source.seq_len, (shard_row + 1) * source.seq_len)
+        found.append(ReadRow(name, epoch, shard_name("train", shard), shard_row, parts))
     return found
 
 
@@ -92,7 +92,7 @@ def _documents(source: Source, shard: int) -> list[IndexedDocument]:
 
 
 def _parts(documents: list[IndexedDocument], first: int, last: int) -> tuple[ReadDocument, ...]:
-    """Return what stands at the positions `first` to `last` of a shard."""
+    """Return the documents at the positions `first` to `last` (inclusive) of a shard."""
     return tuple(
         ReadDocument(d.place, d.digest.hex(), max(0, first - d.start), min(d.length - 1, last - d.start), d.length)
         for d in documents

@@ -1,6 +1,6 @@
-"""What a run mixes, by step: the run file's plan, and the history that a run carries on when it resumes.
+"""The data mixture of a run by step: the plan of the run file, and the history that a resumed run continues.
 
-The state of a run's data is its step and this history, `DataState`: small, readable, saved with every checkpoint.
+The data state of a run is its step and this history, `DataState`: small, readable, and saved with every checkpoint.
 """
 
 from __future__ import annotations
@@ -14,61 +14,61 @@ from typing import Any
 from llama_ds.config.schema import DataConfig
 from llama_ds.data.order import BadShard, Order, Segment
 from llama_ds.data.skips import Skip, unmade
-from llama_ds.data.source.manifest import Split, write_whole
+from llama_ds.data.source.manifest import Split, write_atomically
 from llama_ds.errors import UserError
 
-STATE = "data.json"  # in a run's folder
+STATE = "data.json"  # file in the run folder
 LISTED = "its manifest lists it as damaged"
 
 
 @dataclass(frozen=True)
 class DataState:
-    """Every mixture of a run so far and to come, the shards that it replaces and what it skips, by step."""
+    """All past and planned mixtures, replaced shards and skips of a run, by step."""
 
-    rows_per_shard: dict[str, int]  # of every source that was ever read
+    rows_per_shard: dict[str, int]  # for every source that the run has ever read
     segments: tuple[Segment, ...]
     bad: tuple[BadShard, ...] = ()
     skips: tuple[Skip, ...] = ()
 
     def order(self, seed: int, global_batch: int) -> Order:
-        """Return the order in which a run of this history reads."""
+        """Return the row order of a run with this history."""
         return Order(seed, global_batch, self.rows_per_shard, self.segments, self.bad, self.skips)
 
     def as_json(self) -> dict[str, Any]:
-        """Return plain data."""
+        """Return the state as JSON data."""
         return asdict(self)
 
 
-def state_from_json(raw: dict[str, Any], place: str) -> DataState:
-    """Return the state that `as_json` wrote.
+def state_from_json(raw: dict[str, Any], source: str) -> DataState:
+    """Return the state from the JSON data of `as_json`.
 
     Raises:
-        UserError: it is not one; `place` says where it came from.
+        UserError: `raw` is not a data state; the message names `source`, where it was read from.
     """
     try:
         segments = tuple(
             Segment(s["step"], s["weights"], {name: tuple(rows) for name, rows in s["extents"].items()})
             for s in raw["segments"]
         )
-        skips = tuple(Skip(**skip) for skip in raw.get("skips", ()))  # a checkpoint without the key knew of none
+        skips = tuple(Skip(**skip) for skip in raw.get("skips", ()))  # older checkpoints lack the key and have no skips
         return DataState(raw["rows_per_shard"], segments, tuple(BadShard(**bad) for bad in raw["bad"]), skips)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{place}: holds no state of the data ({type(error).__name__}: {error}); it was written by another version"
+            f"{source}: holds no state of the data ({type(error).__name__}: {error}); it was written by another version"
         ) from None
 
 
 def save_state(path: str, state: DataState) -> None:
-    """Write the state to a file that is there whole or not at all."""
+    """Write the state to a file atomically."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    write_whole(path, json.dumps(state.as_json(), indent=1).encode())
+    write_atomically(path, json.dumps(state.as_json(), indent=1).encode())
 
 
 def planned(data: DataConfig, tokens_per_step: int, geometry: Mapping[str, Split]) -> DataState:
-    """Return the state of a run that follows its run file from its first step to its last.
+    """Return the state of a run that follows its run file from the first step to the last.
 
-    geometry: the training split of every source by name. A stage of `data.mixture` begins with the first step at which
-    `at_tokens` tokens have been read. Shards that a manifest calls damaged are replaced from the start.
+    geometry: the training split of every source by name. A stage of `data.mixture` starts at the first step at which
+    `at_tokens` tokens have been read. Shards that a manifest lists as damaged are replaced from the start.
     """
     weights = {source.name: source.weight for source in data.sources}
     extents = {name: tuple(extent.rows for extent in split.extents) for name, split in geometry.items()}
@@ -82,44 +82,44 @@ def planned(data: DataConfig, tokens_per_step: int, geometry: Mapping[str, Split
 
 
 def planned_skips(data: DataConfig) -> tuple[Skip, ...]:
-    """Return what the run file would have the run pass over."""
+    """Return the skips that the run file requests."""
     return tuple(Skip(skip.at_step, skip.steps) for skip in data.skip)
 
 
-def continued(past: DataState, plan: DataState, step: int, place: str) -> DataState:
-    """Return the state of a run that resumes at `step`: its past as it was, from there on the run file's plan.
+def continued(past: DataState, plan: DataState, step: int, checkpoint: str) -> DataState:
+    """Return the state of a run that resumes at `step`: its unchanged past, followed by the plan of the run file.
 
     Raises:
-        UserError: a source has other rows than the run read, or the run file skips in the past what the run did not;
-            `place` names the checkpoint.
+        UserError: a source was rebuilt, or the run file requests past skips that the run did not make; the message
+            names `checkpoint`.
     """
     kept = [segment for segment in past.segments if segment.step < step]
-    _check_rows_are_the_same(kept, past.rows_per_shard, plan, place)
+    _check_same_rows(kept, past.rows_per_shard, plan, checkpoint)
     now = next(segment for segment in reversed(plan.segments) if segment.step <= step)
-    begins = now.step == step  # a stage does, also one that changes no weight
-    if not kept or begins or (kept[-1].weights, kept[-1].extents) != (now.weights, now.extents):
+    stage_starts = now.step == step  # even a stage with unchanged weights starts a segment
+    if not kept or stage_starts or (kept[-1].weights, kept[-1].extents) != (now.weights, now.extents):
         kept.append(Segment(step, now.weights, now.extents))
     later = (segment for segment in plan.segments if segment.step > step)
     known = {(bad.source, bad.shard) for bad in past.bad}
     listed = (replace(bad, step=step) for bad in plan.bad if (bad.source, bad.shard) not in known)
     rows_per_shard = {**past.rows_per_shard, **plan.rows_per_shard}
-    skips = _continued_skips(past.skips, plan.skips, step, place)
+    skips = _continued_skips(past.skips, plan.skips, step, checkpoint)
     return DataState(rows_per_shard, (*kept, *later), (*past.bad, *listed), skips)
 
 
-def _continued_skips(past: tuple[Skip, ...], plan: tuple[Skip, ...], step: int, place: str) -> tuple[Skip, ...]:
+def _continued_skips(past: tuple[Skip, ...], plan: tuple[Skip, ...], step: int, checkpoint: str) -> tuple[Skip, ...]:
     made = tuple(skip for skip in past if skip.step < step)
     for skip in unmade(plan, made, step):
         then = next((f"{s.steps} steps" for s in made if s.step == skip.step), "nothing")
         back = f"go back there with checkpoint.rewind_to={skip.step}, or " if skip.step else ""
         raise UserError(
-            f"{place}: is at step {step} and has passed over {then} at step {skip.step}, where data.skip says "
+            f"{checkpoint}: is at step {step} and has skipped {then} at step {skip.step}, where data.skip requests "
             f"{skip.steps}; {back}skip at step {step} or later"
         )
     return (*made, *(skip for skip in plan if skip.step >= step))
 
 
-def _check_rows_are_the_same(kept: list[Segment], rows_per_shard: dict[str, int], plan: DataState, place: str) -> None:
+def _check_same_rows(kept: list[Segment], rows_per_shard: dict[str, int], plan: DataState, checkpoint: str) -> None:
     now = plan.segments[-1].extents
     for segment in kept:
         for name, rows in segment.extents.items():
@@ -128,7 +128,7 @@ def _check_rows_are_the_same(kept: list[Segment], rows_per_shard: dict[str, int]
             if now[name][: len(rows)] != rows or plan.rows_per_shard[name] != rows_per_shard[name]:
                 then, here = (f"{' + '.join(map(str, r))} rows" for r in (rows, now[name]))
                 raise UserError(
-                    f"{place}: has read source {name} of {then}, {rows_per_shard[name]} in a shard, which now has "
+                    f"{checkpoint}: has read source {name} of {then}, {rows_per_shard[name]} in a shard, which now has "
                     f"{here}, {plan.rows_per_shard[name]} in a shard: it was rebuilt, not added to; bring the "
                     "old shards back, give the new ones another source name, or start a new run"
                 )

@@ -1,19 +1,19 @@
-"""Which row comes when: arithmetic from (seed, history of the mixture, step) to (source, epoch, row).
+"""The order of rows: arithmetic from (seed, mixture history, step) to (source, epoch, row).
 
-The rows of a run are numbered 0, 1, ...: step s reads the rows s * global_batch .. (s + 1) * global_batch. Nothing is
-remembered from row to row, so a run resumed at step 300,000, on any number of ranks, reads what it would have read.
+The rows of a run are numbered 0, 1, ...: step s reads the rows s * global_batch .. (s + 1) * global_batch. There is no
+state from row to row, so a run resumed at step 300,000, on any number of ranks, reads the same rows as without a stop.
 
-Three levels, each a pure function of what stands above it:
+The order has three levels, each a pure function of the level above it:
 
-    run      in every block of rows each source gets its weight to within one row; inside a block sources are shuffled
-    source   the n-th row of a source: in every epoch its shards are shuffled, each row comes once per epoch
-    window   WINDOW shards lie open at a time and their rows are shuffled together
+    run      every block of rows matches the weights to within one row per source; sources are shuffled in a block
+    source   the n-th row of a source: every epoch shuffles its shards and reads each row once
+    window   WINDOW shards are open at a time and their rows are shuffled together
 
-A history is a list of segments: from a step on other weights hold, or a source has grown by extents. What a source
-gained joins the epoch in progress: windows that were begun are finished, the shards not begun are shuffled with the new
-ones. Segments leave every step before them as it was.
+A history is a list of segments: from a step on, weights change or sources grow by extents. The new shards of a source
+join the epoch in progress: windows that have started are finished, and the remaining shards are shuffled with the new
+ones. A segment never changes the steps before it.
 
-Where a run skips (`skips.py`), the levels order a stream of which it reads all but the windows that it passes over.
+If a run skips rows (`skips.py`), the levels order a stream, and the run reads it without the skipped windows.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ import numpy as np
 
 from llama_ds.data.skips import Skip, Skips
 
-MIN_BLOCK = 1024  # rows over which the mixture is met to within one row per source
-WINDOW = 8  # shards shuffled together: bounds the files open at a time
-WEIGHT_ONE = 1 << 40  # weights as integers: exact at any row number
+MIN_BLOCK = 1024  # rows per block, in which the mixture matches the weights to within one row per source
+WINDOW = 8  # shards shuffled together; limits the number of open files
+WEIGHT_ONE = 1 << 40  # fixed-point weight of 1, so that arithmetic is exact at any row number
 
 
 @dataclass(frozen=True)
 class Segment:
-    """From `step` on, what is mixed. A source that a segment does not name is not read in it."""
+    """The mixture from `step` on. A source that a segment does not name is not read in it."""
 
     step: int
-    weights: dict[str, float]  # relative to their sum; 0: known, not read
-    extents: dict[str, tuple[int, ...]]  # rows of each extent of each source that it reads
+    weights: dict[str, float]  # relative to their sum; 0: the source is known but not read
+    extents: dict[str, tuple[int, ...]]  # rows of each extent, for each source of the segment
 
 
 @dataclass(frozen=True)
 class BadShard:
-    """From `step` on, rows of this shard are replaced by those of the next sound one."""
+    """A shard whose rows are replaced, from `step` on, by rows of the next intact shard."""
 
     step: int
     source: str
     shard: int
     reason: str = ""
-    offset: int | None = None  # of the damage in the shard, in bytes, where known
+    offset: int | None = None  # byte offset of the damage in the shard, if known
 
 
 class Rows(NamedTuple):
@@ -59,13 +59,13 @@ class Rows(NamedTuple):
 
     source: np.ndarray  # index into `Order.names`
     epoch: np.ndarray
-    row: np.ndarray  # of the source
+    row: np.ndarray  # row number in the source
 
 
 def permutation(n: int, *key: object) -> np.ndarray:
     """Return a permutation of range(n) that depends on `key` alone, on every machine and numpy version.
 
-    It sorts raw Philox words: numpy promises the bit stream of a bit generator, not of Generator.permutation (NEP 19).
+    It sorts raw Philox words: numpy keeps the stream of a bit generator stable, but not Generator.permutation (NEP 19).
     """
     digest = hashlib.sha256(repr(key).encode()).digest()
     words = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(n)
@@ -75,8 +75,9 @@ def permutation(n: int, *key: object) -> np.ndarray:
 class Order:
     """The order in which a run reads its sources.
 
-    rows_per_shard: of every source by name. segments: by step, the first at 0. bad: shards to replace; more are added
-    by `replace_shards`. skips: by step. All steps are the run's; what begins with `_` counts in the stream.
+    rows_per_shard: by source name. segments: in order of steps, the first at step 0. bad: shards to replace;
+    `replace_shards` adds more. skips: in order of steps. Public methods count steps of the run, private ones steps and
+    rows of the stream.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Order:
         skips: Sequence[Skip] = (),
     ) -> None:
         if not segments or segments[0].step or any(b.step <= a.step for a, b in pairwise(segments)):
-            raise ValueError("segments start at step 0 and follow one another")
+            raise ValueError("segments must start at step 0 and be in ascending order of steps")
         self.seed, self.global_batch = int(seed), global_batch
         self.names = tuple(rows_per_shard)
         self._rows_per_shard = dict(rows_per_shard)
@@ -109,14 +110,14 @@ class Order:
         self.bad = list(bad)
 
     def replace_shards(self, bad: Sequence[BadShard]) -> None:
-        """Replace more shards, from steps on that nobody has read yet."""
-        self.bad = [*self.bad, *bad]  # a new list: another thread may be going through the old one
+        """Replace more shards, from steps on that no rank has read yet."""
+        self.bad = [*self.bad, *bad]  # a new list, because another thread may be iterating over the old one
 
     def at(self, step: int, dp_rank: int = 0, dp_size: int = 1) -> Rows:
-        """Return what one data-parallel rank reads in `step`: the dp_rank-th of dp_size equal parts of its rows.
+        """Return the rows that one data-parallel rank reads in `step`: the dp_rank-th of dp_size equal shares.
 
-        A step's rows are shared out in the order of the shards that hold them: a rank reads forward through few files,
-        and the same few throughout a window, whatever dp is. Their mean does not depend on it.
+        The rows of a step are sorted by shard before they are divided, so a rank reads few files sequentially, and the
+        same files throughout a window. The loss of a step, a mean over its rows, does not depend on dp.
         """
         rows = self.rows(step * self.global_batch, self.global_batch)
         share = self.global_batch // dp_size
@@ -124,50 +125,50 @@ class Order:
         return Rows(*(column[mine] for column in rows))
 
     def rows(self, start: int, count: int) -> Rows:
-        """Return the rows of the run numbered start .. start + count, which may lie beyond its last step."""
-        begins = (skip.step * self.global_batch for skip in self.skips.all)
-        cuts = [start, *(begin for begin in begins if start < begin < start + count), start + count]
-        parts = [self._rows(self._place(first), last - first) for first, last in pairwise(cuts)]
+        """Return the rows number start .. start + count of the run, also beyond its last step."""
+        skip_rows = (skip.step * self.global_batch for skip in self.skips.all)
+        cuts = [start, *(row for row in skip_rows if start < row < start + count), start + count]
+        parts = [self._rows(self._position(first), last - first) for first, last in pairwise(cuts)]
         return Rows(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _place(self, row: int) -> int:
-        """Return where a row of the run stands in the stream."""
+    def _position(self, row: int) -> int:
+        """Return the position in the stream of a row of the run."""
         step, inside = divmod(row, self.global_batch)
-        return self.skips.place(step) * self.global_batch + inside
+        return self.skips.position(step) * self.global_batch + inside
 
     def _rows(self, start: int, count: int) -> Rows:
         out = Rows(*(np.empty(count, np.int64) for _ in Rows._fields))
         for mix, first, last in self._spans(start, start + count):
-            labels, begins = mix.labels(first, last)
-            here = slice(first - start, last - start)
-            out.source[here] = labels
+            labels, counts = mix.labels(first, last)
+            span = slice(first - start, last - start)
+            out.source[span] = labels
             for source in np.unique(labels):
-                places = np.flatnonzero(labels == source) + here.start
-                found = self._sources[source].rows(begins[source], begins[source] + len(places))
-                out.epoch[places], out.row[places] = found
+                positions = np.flatnonzero(labels == source) + span.start
+                found = self._sources[source].rows(counts[source], counts[source] + len(positions))
+                out.epoch[positions], out.row[positions] = found
         self._replace(out, start)
         return out
 
     def consumed(self, step: int) -> dict[str, tuple[int, float]]:
-        """Return (rows, epochs) that the steps before `step` have read of each source.
+        """Return the (rows, epochs) of each source that the steps before `step` have read.
 
-        What they passed over is not read: it counts neither as rows nor as parts of an epoch.
+        Skipped rows are not read: they count neither as rows nor as parts of an epoch.
         """
-        read = self._passed(self.skips.end(step))
+        read = self._before(self.skips.end(step))
         for first, last in self.skips.windows(step):
-            for source, (begin, end) in enumerate(zip(self._passed(first), self._passed(last), strict=True)):
+            for source, (begin, end) in enumerate(zip(self._before(first), self._before(last), strict=True)):
                 read[source] = (read[source][0] - (end[0] - begin[0]), read[source][1] - (end[1] - begin[1]))
         return dict(zip(self.names, read, strict=True))
 
-    def _passed(self, step: int) -> list[tuple[int, float]]:
-        """Return (rows, epochs) of each source that lie before `step` of the stream."""
+    def _before(self, step: int) -> list[tuple[int, float]]:
+        """Return the (rows, epochs) of each source before `step` of the stream."""
         mix = self._mix_at(step * self.global_batch)
         counts = mix.counts(step * self.global_batch - mix.start)
         return [(count, source.epochs(count)) for count, source in zip(counts, self._sources, strict=True)]
 
     def shards_of(self, step: int) -> dict[str, int]:
-        """Return how many shards of each source the segment of `step` reads."""
-        extents = self._mix_at(self._place(step * self.global_batch)).segment.extents
+        """Return the number of shards of each source in the segment of `step`."""
+        extents = self._mix_at(self._position(step * self.global_batch)).segment.extents
         return {name: len(_shard_sizes(extents[name], self._rows_per_shard[name])) for name in extents}
 
     def _mix_at(self, row: int) -> _Mix:
@@ -181,19 +182,19 @@ class Order:
                 yield mix, first, last
 
     def _replace(self, rows: Rows, start: int) -> None:
-        since = {bad: self._place(bad.step * self.global_batch) for bad in self.bad}
+        since = {bad: self._position(bad.step * self.global_batch) for bad in self.bad}
         if not any(row < start + len(rows.row) for row in since.values()):
             return
         for source, name in enumerate(self.names):
-            bad = [b for b in since if b.source == name]  # not self.bad: another thread may have replaced it since
-            for place in np.flatnonzero(rows.source == source) if bad else ():
-                extents = self._mix_at(start + place).segment.extents[name]
-                now = {b.shard for b in bad if since[b] <= start + place}
-                rows.row[place] = _sound(int(rows.row[place]), extents, self._rows_per_shard[name], now)
+            bad = [b for b in since if b.source == name]  # not self.bad, which another thread may have replaced
+            for i in np.flatnonzero(rows.source == source) if bad else ():
+                extents = self._mix_at(start + i).segment.extents[name]
+                bad_now = {b.shard for b in bad if since[b] <= start + i}
+                rows.row[i] = _intact(int(rows.row[i]), extents, self._rows_per_shard[name], bad_now)
 
 
 class _Mix:
-    """One segment: which source each of its rows comes from, and how many of that source came before, ever."""
+    """One segment: the source of each of its rows, and the rows of each source read before, over all segments."""
 
     def __init__(
         self, seed: int, number: int, names: Sequence[str], segment: Segment, start: int, base: list[int]
@@ -201,25 +202,25 @@ class _Mix:
         self.segment, self.start, self.base = segment, start, base
         weights = [segment.weights.get(name, 0.0) for name in names]
         if min(weights) < 0 or not sum(weights) > 0:
-            raise ValueError(f"weights {weights} of a mixture are not negative, and one is above 0")
+            raise ValueError(f"weights {weights} of a mixture must not be negative, and at least one must be positive")
         if any(w > 0 and not sum(segment.extents.get(name, ())) for name, w in zip(names, weights, strict=True)):
-            raise ValueError("every source with a weight needs a row")
+            raise ValueError("every source with a positive weight needs at least one row")
         self._key = (seed, "mixture", number)
         self._edges = [0, *(round(w / sum(weights) * WEIGHT_ONE) for w in accumulate(weights))]
         self._edges[-1] = WEIGHT_ONE
-        # A source's share of a block must be two rows or more, else rounding could take a row back in the next block.
+        # Each source needs two rows per block or more; otherwise its rounded count could decrease from block to block.
         smallest = min(b - a for a, b in pairwise(self._edges) if b > a)
         self.block = max(MIN_BLOCK, 1 << (2 * WEIGHT_ONE // smallest).bit_length())
         self._mixed = lru_cache(maxsize=4)(self._mix_block)
 
     def counts(self, rows: int) -> list[int]:
-        """Return the rows that each source has given, ever, when `rows` rows of this segment are read."""
+        """Return the total rows read of each source after `rows` rows of this segment."""
         block, inside = divmod(rows, self.block)
         more = np.bincount(self._mixed(block)[:inside], minlength=len(self.base))
         return [before + int(m) for before, m in zip(self._counts(block), more, strict=True)]
 
     def labels(self, first: int, last: int) -> tuple[np.ndarray, list[int]]:
-        """Return the source of each row of the run from `first` to `last`, and what each source has given before."""
+        """Return the source of each stream row from `first` to `last`, and the rows of each source read before."""
         parts, at = [], first - self.start
         while at < last - self.start:
             block, inside = divmod(at, self.block)
@@ -228,7 +229,7 @@ class _Mix:
         return np.concatenate(parts), self.counts(first - self.start)
 
     def _counts(self, block: int) -> list[int]:
-        # Differences of rounded cumulative weights: they add up exactly.
+        # Differences of rounded cumulative weights add up exactly.
         rows = block * self.block
         edges = [(rows * edge + WEIGHT_ONE // 2) // WEIGHT_ONE for edge in self._edges]
         return [base + b - a for base, (a, b) in zip(self.base, pairwise(edges), strict=True)]
@@ -240,21 +241,21 @@ class _Mix:
 
 @dataclass(frozen=True)
 class _Span:
-    """Epochs of one source from its n-th row on: all alike, or a single one in which the source grew."""
+    """Epochs of one source from its row `start` on: either identical epochs, or one epoch during which it grew."""
 
-    start: int  # rows of the source before it
+    start: int  # rows of the source before the span
     epoch: int
-    extents: tuple[int, ...]  # at the beginning of the epoch
-    growth: tuple[tuple[int, tuple[int, ...]], ...] = ()  # rows read of the epoch, and the extents from there on
+    extents: tuple[int, ...]  # extents at the start of the epoch
+    growth: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (rows read of the epoch, extents from there on)
 
     @property
     def length(self) -> int:
-        """Rows of an epoch."""
+        """Number of rows per epoch."""
         return sum(self.growth[-1][1] if self.growth else self.extents)
 
 
 class SourceOrder:
-    """The order of one source: per epoch shards are shuffled, then rows over WINDOW shards at a time."""
+    """The order of one source: every epoch shuffles the shards, then the rows of WINDOW shards at a time."""
 
     def __init__(self, seed: int, name: str, rows_per_shard: int) -> None:
         self._key = (seed, name)
@@ -264,7 +265,7 @@ class SourceOrder:
         self._window = lru_cache(maxsize=4)(self._shuffle_window)
 
     def grow(self, n: int, extents: tuple[int, ...]) -> None:
-        """Let the source have these extents from its n-th row on."""
+        """Set the extents of the source from its n-th row on."""
         if not self._spans:
             self._spans = [_Span(n, 0, extents)]
             return
@@ -272,7 +273,7 @@ class SourceOrder:
         if extents == known:
             return
         if extents[: len(known)] != known:
-            raise ValueError(f"source {self._key[1]}: extents {extents} do not begin with {known}")
+            raise ValueError(f"source {self._key[1]}: extents {extents} must begin with {known}")
         span = self._span_at(n)
         epochs = (n - span.start) // span.length
         start, epoch = span.start + epochs * span.length, span.epoch + epochs
@@ -284,14 +285,14 @@ class SourceOrder:
         self._spans += [grown, _Span(start + grown.length, epoch + 1, extents)]
 
     def epochs(self, n: int) -> float:
-        """Return how many epochs the first `n` rows are."""
+        """Return the number of epochs in the first `n` rows."""
         if not self._spans or n <= self._spans[0].start:
             return 0.0
         span = self._span_at(n)
         return span.epoch + (n - span.start) / span.length
 
     def rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (epoch, row of the source) of its rows from the first-th to the last-th."""
+        """Return the (epochs, row numbers) of the source's reads from number `first` up to, not including, `last`."""
         epochs, rows = np.empty(last - first, np.int64), np.empty(last - first, np.int64)
         at = first
         while at < last:
@@ -310,19 +311,19 @@ class SourceOrder:
         return next(span for span in reversed(self._spans) if span.start <= n)
 
     def _shuffle_shards(self, span: _Span) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return an epoch's shards in order, the windows' edges in that list, and the rows before each window."""
+        """Return the shards of an epoch in order, the window edges in that list, and the rows before each window."""
         shards = permutation(len(self._sizes(span.extents)), *self._key, "shards", span.epoch)
         edges = _edges(0, len(shards))
         starts = self._window_starts(shards, edges, span.extents)
         known = len(shards)
         for number, (read, extents) in enumerate(span.growth):
-            begun = int(np.searchsorted(starts, read, side="left"))
-            kept = int(edges[begun])
+            started = int(np.searchsorted(starts, read, side="left"))
+            kept = int(edges[started])
             rest = np.concatenate([shards[kept:], np.arange(known, len(self._sizes(extents)))])
             known = len(self._sizes(extents))
             rest = rest[permutation(len(rest), *self._key, "shards", span.epoch, number)]
             shards = np.concatenate([shards[:kept], rest])
-            edges = np.concatenate([edges[:begun], _edges(kept, len(shards))])
+            edges = np.concatenate([edges[:started], _edges(kept, len(shards))])
             starts = self._window_starts(shards, edges, extents)
         return shards, edges, starts
 
@@ -349,23 +350,23 @@ def _edges(first: int, last: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _shard_sizes(extents: tuple[int, ...], rows_per_shard: int) -> np.ndarray:
-    """Return the rows of every shard: each extent's are full but the last."""
+    """Return the rows of every shard: all shards of an extent but its last are full."""
     sizes = []
     for rows in extents:
-        own = np.full(-(-rows // rows_per_shard), rows_per_shard, np.int64)
-        own[-1:] -= len(own) * rows_per_shard - rows
-        sizes.append(own)
+        extent = np.full(-(-rows // rows_per_shard), rows_per_shard, np.int64)
+        extent[-1:] -= len(extent) * rows_per_shard - rows
+        sizes.append(extent)
     return np.concatenate([*sizes, np.empty(0, np.int64)])
 
 
 @lru_cache(maxsize=64)
 def _shard_ends(extents: tuple[int, ...], rows_per_shard: int) -> np.ndarray:
-    """Return the rows up to the end of every shard."""
+    """Return the cumulative number of rows at the end of every shard."""
     return np.cumsum(_shard_sizes(extents, rows_per_shard))
 
 
-def _sound(row: int, extents: tuple[int, ...], rows_per_shard: int, bad: set[int]) -> int:
-    """Return `row`, or where its shard is bad the row as far into the next shard that is not."""
+def _intact(row: int, extents: tuple[int, ...], rows_per_shard: int, bad: set[int]) -> int:
+    """Return `row`, or, if its shard is bad, the row at the same offset in the next intact shard."""
     sizes, ends = _shard_sizes(extents, rows_per_shard), _shard_ends(extents, rows_per_shard)
     shard = int(np.searchsorted(ends, row, side="right"))
     if shard not in bad:

@@ -1,4 +1,4 @@
-"""Items of an iterator drawn ahead of their use by a thread."""
+"""Prefetching of an iterator by a background thread."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """Items drawn from an iterator by a thread; an error there is raised where they are consumed.
+    """Iterator over items that a thread prefetches; an error in the thread is raised in the consumer.
 
-    `wait_s` adds up the seconds that the consumer waited.
+    `wait_s` is the total time in seconds for which the consumer waited.
     """
 
     def __init__(self, items: Iterator[T], depth: int) -> None:
@@ -43,7 +43,7 @@ class ReadAhead(Generic[T]):
         """Stop reading and wait for the thread to end."""
         self._closed.set()
         while self._thread.is_alive():
-            with self._queue.mutex:  # make room for a reader that waits to put
+            with self._queue.mutex:  # make room for a reader thread that is blocked in put
                 self._queue.queue.clear()
                 self._queue.not_full.notify_all()
             self._thread.join(0.01)
@@ -55,5 +55,5 @@ class ReadAhead(Generic[T]):
                 if self._closed.is_set():
                     return
             self._queue.put(StopIteration())
-        except BaseException as error:  # to the consumer, whatever it is: a dead thread would be a hang
+        except BaseException as error:  # pass on every error: a dead thread would hang the consumer
             self._queue.put(error)

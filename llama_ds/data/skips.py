@@ -1,8 +1,8 @@
-"""Rows that a run passes over: arithmetic between the steps of a run and those of the stream that it reads.
+"""Skipped rows: arithmetic between the steps of a run and the steps of its row stream.
 
-The rows of a mixture are one stream, in steps of one size. A run without skips reads step s of the stream in its step
-s. A skip of K steps at step S lets K steps of the stream go by unread before step S of the run. Stages of the mixture
-are counted in steps of the run: where one begins at S too, what goes by is the new stage's.
+The rows of a mixture form one stream of equal steps. Without skips, step s of the run reads step s of the stream. A
+skip of K steps at step S discards K steps of the stream before step S of the run. Mixture stages count steps of the
+run: if a stage also starts at S, the discarded rows belong to the new stage.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Skip:
-    """Before `step` of the run, `steps` of the stream are passed over."""
+    """Skip of `steps` steps of the stream before `step` of the run."""
 
     step: int
     steps: int
@@ -25,22 +25,22 @@ class Skips:
 
     def __init__(self, skips: Sequence[Skip] = ()) -> None:
         if any(s.step < 0 or s.steps <= 0 for s in skips) or any(b.step <= a.step for a, b in pairwise(skips)):
-            raise ValueError("skips are of one step or more and follow one another")
+            raise ValueError("skips must cover one step or more and be in ascending order of steps")
         self.all = tuple(skips)
 
-    def place(self, step: int) -> int:
+    def position(self, step: int) -> int:
         """Return the step of the stream that `step` of the run reads."""
         return step + sum(skip.steps for skip in self.all if skip.step <= step)
 
     def end(self, step: int) -> int:
-        """Return how far the steps before `step` of the run have come in the stream."""
+        """Return the stream position after the steps before `step` of the run, in steps."""
         return step + sum(skip.steps for skip in self.all if skip.step < step)
 
     def windows(self, step: int) -> list[tuple[int, int]]:
-        """Return the (first, last) steps of the stream that the steps before `step` of the run have passed over."""
-        return [(self.end(skip.step), self.place(skip.step)) for skip in self.all if skip.step < step]
+        """Return the [first, last) ranges of stream steps that the run has skipped before `step`."""
+        return [(self.end(skip.step), self.position(skip.step)) for skip in self.all if skip.step < step]
 
 
 def unmade(asked: Sequence[Skip], made: Sequence[Skip], step: int) -> list[Skip]:
-    """Return which of the skips `asked` for a run that made those of `made` before `step` cannot make any more."""
+    """Return the skips in `asked` that lie before `step`, are not in `made` and thus can no longer be made."""
     return [skip for skip in asked if skip.step < step and skip not in made]

@@ -1,4 +1,4 @@
-"""The sources of a run, opened and held against its run file; the rows that validate it."""
+"""The sources of a run, opened and checked against its run file; its validation rows."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ class Sources:
     validation: list[Source]
 
     def validation_rows(self, rows: int) -> np.ndarray:
-        """Return as many validation rows, int64 (rows, seq_len + 1): see the function `validation_rows`."""
+        """Return `rows` validation rows, int64 (rows, seq_len + 1); see the function `validation_rows`."""
         return validation_rows(self.validation, self._weights, rows)
 
     def check_validation(self, rows: int, unit: int) -> None:
-        """Refuse, before any training, a number of validation rows that the run cannot have.
+        """Check, before training starts, that the run can provide `rows` validation rows.
 
         unit: dp * micro_batch.
 
         Raises:
-            UserError: `rows` is no multiple of it, or a source has too few.
+            UserError: `rows` is not a multiple of `unit`, or a source has too few rows.
         """
         if rows % unit:
-            near = [n for n in (rows // unit * unit, (rows // unit + 1) * unit) if n]
+            nearest = [n for n in (rows // unit * unit, (rows // unit + 1) * unit) if n]
             raise UserError(
                 f"evaluation.rows = {rows} is not a multiple of dp * parallel.micro_batch = {unit}; "
-                f"use {' or '.join(map(str, near))}"
+                f"use {' or '.join(map(str, nearest))}"
             )
         validation_shares(self.validation, self._weights, rows)
 
     def validation_micro_batches(self, rows: int, dp_rank: int, dp_size: int, micro_batch: int) -> list[np.ndarray]:
-        """Return one rank's part of the `rows` validation rows, as int64 (micro_batch, seq_len + 1) each.
+        """Return one rank's share of the `rows` validation rows as micro-batches, int64 (micro_batch, seq_len + 1).
 
         Raises:
-            UserError: as `check_validation`, or a shard of them is damaged.
+            UserError: as in `check_validation`, or a shard that holds the rows is damaged.
         """
         self.check_validation(rows, dp_size * micro_batch)
         share = self.validation_rows(rows)[rows // dp_size * dp_rank :][: rows // dp_size]
@@ -63,10 +63,10 @@ class Sources:
 
 
 def open_sources(data: DataConfig, vocab_size: int) -> Sources:
-    """Open every source of `data` and hold its manifest against the run. Shards are opened when they are read.
+    """Open every source of `data` and check its manifest against the run. Shards are opened when they are read.
 
     Raises:
-        UserError: a source that cannot be had, or was built with another tokenizer, vocabulary or row length.
+        UserError: a source is unavailable, or was built with another tokenizer, vocabulary or row length.
     """
     tokenizer = Tokenizer(data.tokenizer)
     if tokenizer.vocab_size != vocab_size:
@@ -87,44 +87,44 @@ def open_sources(data: DataConfig, vocab_size: int) -> Sources:
 
 
 def validation_shares(sources: Sequence[Source], weights: Sequence[float], rows: int) -> list[int]:
-    """Return how many of `rows` validation rows each source gives: by its weight, by largest remainder.
+    """Return how many of `rows` validation rows come from each source: by weight, with largest-remainder rounding.
 
     Raises:
-        UserError: a source has too few.
+        UserError: a source has too few rows.
     """
     shares = _largest_remainder(weights, rows)
     for source, share in zip(sources, shares, strict=True):
-        sound = source.rows - sum(len(source.geometry.shard_rows(shard)) for shard in source.geometry.bad)
-        if share > sound:
+        intact = source.rows - sum(len(source.geometry.shard_rows(shard)) for shard in source.geometry.bad)
+        if share > intact:
             raise UserError(
-                f"{source.store.place}: validation split has {sound} rows, evaluation needs {share} "
+                f"{source.store.place}: validation split has {intact} rows, evaluation needs {share} "
                 f"of its {rows}; lower evaluation.rows or build with a larger --validation-fraction"
             )
     return shares
 
 
 def validation_rows(sources: Sequence[Source], weights: Sequence[float], rows: int) -> np.ndarray:
-    """Return `rows` validation rows, int64 (rows, seq_len + 1), the same every time: each source's first ones.
+    """Return `rows` validation rows, int64 (rows, seq_len + 1): always the same first rows of each source.
 
     Raises:
-        UserError: a source has too few, or a shard of them is damaged.
+        UserError: a source has too few rows, or a shard that holds them is damaged.
     """
     shares = validation_shares(sources, weights, rows)
     try:
         chosen = [source.read(_first_rows(source, share)) for source, share in zip(sources, shares, strict=True)]
     except BadFile as error:
         raise UserError(
-            f"{error}; validation reads the same rows always: copy it again, or rebuild the source"
+            f"{error}; validation always reads the same rows: copy the shard again, or rebuild the source"
         ) from None
     return np.concatenate(chosen).astype(np.int64)
 
 
 def _first_rows(source: Source, count: int) -> np.ndarray:
-    """Return the first rows of a split whose shards its manifest does not list as damaged."""
+    """Return the first `count` rows of a split, without the shards that its manifest lists as damaged."""
     rows: list[int] = []
-    sound = (shard for shard in range(source.geometry.shards) if shard not in source.geometry.bad)
+    intact = (shard for shard in range(source.geometry.shards) if shard not in source.geometry.bad)
     while len(rows) < count:
-        rows += source.geometry.shard_rows(next(sound))
+        rows += source.geometry.shard_rows(next(intact))
     return np.array(rows[:count], np.int64)
 
 

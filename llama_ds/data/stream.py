@@ -1,4 +1,4 @@
-"""What a run reads: its rows in order, and one rank's micro-batches with the shards that they need next."""
+"""The rows of a run in order, and the micro-batches of one rank with prefetching of their shards."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llama_ds.data.sources import Sources, open_sources
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
-EPOCH_TOLERANCE = 0.1  # of the epochs that a run file states
-FETCHES = 4  # shards fetched and checked at a time
+EPOCH_TOLERANCE = 0.1  # relative deviation allowed from the epochs stated in a run file
+FETCHES = 4  # shards fetched and checked concurrently
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,26 +38,27 @@ class TokenRow:
 
     @property
     def text(self) -> str:
-        """The decoded ids; a row begins and ends anywhere in a document."""
+        """The decoded ids; a row may begin and end in the middle of a document."""
         return self.tokenizer.decode(self.ids)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The opened data of a run, and the order in which it reads it."""
+    """The opened data of a run and its row order."""
 
     sources: Sources
     order: Order
-    start: DataState  # as the run began or resumed
-    steps: int  # optimizer steps of the whole run
+    start: DataState  # state at which the run started or resumed
+    steps: int  # total number of optimizer steps of the run
 
     def rows(self, start: int = 0, count: int | None = None) -> Iterator[TokenRow]:
         """Return an iterator over `count` rows of the run from row number `start` on, in the order of `Order.rows`.
 
-        Step s trains on the rows s * global_batch .. (s + 1) * global_batch. `count` None: all to the end of the run.
+        Step s trains on the rows s * global_batch .. (s + 1) * global_batch. `count` None: all rows up to the end of
+        the run.
 
         Raises:
-            UserError: the run has no such rows; while iterating, a shard is missing or damaged.
+            UserError: the run has no such rows; during iteration, a shard is missing or damaged.
         """
         total = self.steps * self.order.global_batch
         stop = total if count is None else start + count
@@ -69,58 +70,58 @@ class Dataset:
         return self._rows(start, stop)
 
     def read(self, rows: Rows) -> np.ndarray:
-        """Return the ids of `rows`, int32 (len(rows.row), seq_len + 1). One thread at a time.
+        """Return the ids of `rows`, int32 (len(rows.row), seq_len + 1). Not thread-safe.
 
         Raises:
             BadFile: a shard is missing or damaged.
-            UserError: as `source`.
+            UserError: as in `source`.
         """
         out = np.empty((len(rows.row), self.sources.config.seq_len + 1), np.int32)
         for index in np.unique(rows.source):
-            places = rows.source == index
-            out[places] = self.source(int(index)).read(rows.row[places])
+            mask = rows.source == index
+            out[mask] = self.source(int(index)).read(rows.row[mask])
         return out
 
     def source(self, index: int) -> Source:
         """Return the training split of the source that `Order.names` lists at `index`.
 
         Raises:
-            UserError: the run once read it, and its run file does not name it any more.
+            UserError: the run has read this source, but its run file no longer names it.
         """
-        name, own = self.order.names[index], [source.name for source in self.sources.config.sources]
-        if name not in own:
-            raise UserError(f"data.sources: {name} is missing, which these rows come from; add it again")
-        return self.sources.train[own.index(name)]
+        name, names = self.order.names[index], [source.name for source in self.sources.config.sources]
+        if name not in names:
+            raise UserError(f"data.sources: {name} is missing, but these rows come from it; add it again")
+        return self.sources.train[names.index(name)]
 
     @property
     def state(self) -> DataState:
-        """What a run that resumes has to know, with the shards found damaged since."""
+        """The state that a resumed run needs, including the shards found damaged since the start."""
         return replace(self.start, bad=tuple(self.order.bad))
 
     @property
     def fingerprint(self) -> int:
-        """A number of 62 bits that two ranks share when they read the same rows of the same sources."""
+        """A 62-bit hash that is equal on two ranks if they read the same rows of the same sources."""
         sources = [(s.name, s.rows, s.tokenizer_sha256) for s in self.sources.train]
         order = [self.order.seed, self.order.global_batch, self.order.names, self.state.as_json()]
         text = json.dumps([sources, order], sort_keys=True)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2
 
-    def replace(self, found: list[BadShard], most: int) -> None:
-        """Have other shards read in place of those found damaged, from the steps on that they state.
+    def replace(self, found: list[BadShard], max_bad: int) -> None:
+        """Replace the damaged shards `found` with intact ones, each from its `step` on.
 
         Raises:
-            UserError: they are more than `most`, with those that the manifests did not list, or a source has no other.
+            UserError: more than `max_bad` shards that no manifest lists are damaged, or a source has no intact shard.
         """
         self.order.replace_shards(found)
         bad = self.order.bad
-        unforeseen = [b for b in bad if b.reason != LISTED]
+        unlisted = [b for b in bad if b.reason != LISTED]
         for name, shards in self.order.shards_of(max((b.step for b in bad), default=0)).items():
             if len({b.shard for b in bad if b.source == name}) >= shards:
-                raise UserError(f"source {name}: none of its {shards} shards is sound; {_ledger(bad)}")
-        if len(unforeseen) > most:
+                raise UserError(f"source {name}: none of its {shards} shards is intact; {_ledger(bad)}")
+        if len(unlisted) > max_bad:
             raise UserError(
-                f"{len(unforeseen)} shards are damaged, data.max_bad_shards = {most}; mend them, or have them left out "
-                f"with tools/shards.py verify --repair: {_ledger(unforeseen)}"
+                f"{len(unlisted)} shards are damaged, data.max_bad_shards = {max_bad}; repair them, or exclude them "
+                f"with tools/shards.py verify --repair: {_ledger(unlisted)}"
             )
 
     def _rows(self, start: int, stop: int) -> Iterator[TokenRow]:
@@ -131,7 +132,7 @@ class Dataset:
                 read = self.read(found)
             except BadFile as error:
                 raise UserError(
-                    f"{error}; copy the shard again, or have it left out with tools/shards.py verify --repair"
+                    f"{error}; copy the shard again, or exclude it with tools/shards.py verify --repair"
                 ) from None
             columns = (column.tolist() for column in found)
             for number, (source, epoch, row, ids) in enumerate(zip(*columns, read, strict=True), first):
@@ -140,16 +141,16 @@ class Dataset:
                 )
 
 
-def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, place: str = "") -> Dataset:
-    """Open the data of `run`, which starts, or resumes at `step` with the state that its checkpoint `place` holds.
+def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, checkpoint: str = "") -> Dataset:
+    """Open the data of `run`, which starts, or resumes at `step` with the data state `past` of a checkpoint.
 
     Args:
-        past: the data's state in the checkpoint; None: the run starts.
-        step: number of steps that the checkpoint has made.
-        place: path of the checkpoint, for messages.
+        past: data state in the checkpoint; None: the run starts.
+        step: number of steps completed in the checkpoint.
+        checkpoint: path of the checkpoint, for messages.
 
     Raises:
-        UserError: anything that would fail, or silently train on something else, later.
+        UserError: the data does not fit the run, which would otherwise fail later or train on other data.
     """
     sources = open_sources(run.data, run.model.vocab_size)
     names = [source.name for source in run.data.sources]
@@ -159,7 +160,7 @@ def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, plac
             raise UserError(f"data.sources: {name} has no training rows; leave it out, or build it from more text")
     state = planned(run.data, run.training.global_batch * run.data.seq_len, geometry)
     if past:
-        state = continued(past, state, step, place)
+        state = continued(past, state, step, checkpoint)
     order = state.order(run.seed, run.training.global_batch)
     _check_epochs(run, order)
     dataset = Dataset(sources, order, state, run.training.steps)
@@ -168,10 +169,10 @@ def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, plac
 
 
 class Reader:
-    """What one data-parallel rank reads in `steps`, no further than it is allowed where a bound was set.
+    """Reader of the micro-batches of one data-parallel rank in `steps`, up to a bound if one is set.
 
-    In training, shards of coming steps are fetched and checked in threads, and ranks agree on which are damaged before
-    any of them reads that far: `find_bad`, then `Dataset.replace` on all alike, then `allow`.
+    In training, threads fetch and check the shards of the next steps, and the ranks agree on the damaged shards before
+    any rank reads them: `find_bad`, then `Dataset.replace` with the same shards on all ranks, then `allow`.
     """
 
     def __init__(
@@ -183,16 +184,16 @@ class Reader:
         micro_batch: int = 1,
         allowed: int | None = None,
     ) -> None:
-        """Begin nothing yet: `batches` reads.
+        """Prepare the reader; `batches` starts to read.
 
         Args:
             steps: consecutive optimizer steps, counted from 0.
-            dp_rank: which of the `dp_size` equal parts of each step's rows to read.
-            micro_batch: rows of a batch.
+            dp_rank: index of the share of each step's rows to read, out of `dp_size` equal shares.
+            micro_batch: rows per batch.
             allowed: `batches` waits before this step until `allow` raises the bound; None: it never waits.
 
         Raises:
-            UserError: a step's rows cannot be shared out like this.
+            UserError: the rows of a step cannot be divided into these shares and micro-batches.
         """
         batch = dataset.order.global_batch
         if not 0 <= dp_rank < dp_size or micro_batch < 1 or batch % (dp_size * micro_batch):
@@ -209,20 +210,20 @@ class Reader:
         self._prepared: dict[tuple[int, int], Future[list[BadShard]]] = {}
 
     def prepare(self, first: int, last: int) -> None:
-        """Begin to fetch and check the shards of the steps from `first` to `last`."""
+        """Start to fetch and check the shards of the steps from `first` up to, not including, `last`."""
         self._prepared[first, last] = self._planner.submit(self._check_steps, first, last)
 
     def find_bad(self, first: int, last: int) -> list[BadShard]:
-        """Return the damaged shards that those steps would read; empty when all they need is at hand and sound.
+        """Return the damaged shards that the steps would read; [] if all their shards are available and intact.
 
         Raises:
-            UserError: there is no room for a shard.
+            UserError: the cache has no space for a shard.
         """
         prepared = self._prepared.pop((first, last), None)
         return prepared.result() if prepared else self._check_steps(first, last)
 
     def allow(self, last: int) -> None:
-        """Let steps before `last` be read."""
+        """Allow `batches` to read the steps before `last`."""
         with self._may_read:
             self._allowed = last
             self._may_read.notify_all()
@@ -230,8 +231,8 @@ class Reader:
     def batches(self) -> Iterator[np.ndarray]:
         """Yield the micro-batches of all steps, int32 (micro_batch, seq_len + 1), as soon as they may be read.
 
-        Step s is made of the rows s * global_batch .. (s + 1) * global_batch of the order (`Order.at`), `micro_batch`
-        at a time: a step is the same rows under every layout.
+        Step s consists of the rows s * global_batch .. (s + 1) * global_batch of the order (`Order.at`): the same rows
+        under every layout.
         """
         for step in self._steps:
             with self._may_read:
@@ -245,7 +246,7 @@ class Reader:
                 yield self._read(Rows(*(column[start : start + self._micro_batch] for column in rows)))
 
     def close(self) -> None:
-        """Give up what was not read or fetched yet."""
+        """Cancel pending reads and fetches."""
         with self._may_read:
             self._closed.set()
             self._may_read.notify_all()
@@ -257,7 +258,7 @@ class Reader:
             return self._data.read(rows)
         except BadFile as error:
             raise UserError(
-                f"{error}; the run cannot tell what it read: resume it, and the shard is replaced"
+                f"{error}; rows already read from it may be damaged: resume the run, which replaces the shard"
             ) from None
 
     def _check_steps(self, first: int, last: int) -> list[BadShard]:
@@ -280,7 +281,7 @@ class Reader:
 
 
 def _check_epochs(run: RunConfig, order: Order) -> None:
-    """Hold the epochs that the run file states against what its steps read."""
+    """Check the epochs stated in the run file against the rows that its steps read."""
     consumed = order.consumed(run.training.steps)
     for source in run.data.sources:
         rows, epochs = consumed[source.name]

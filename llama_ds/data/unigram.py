@@ -1,4 +1,4 @@
-"""The unigram model of a training set: what a model that knows only token frequencies reaches."""
+"""Unigram model of a training set: the loss of a model that knows only token frequencies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llama_ds.data.source.shards import Source
 from llama_ds.data.source.store import BadFile
 from llama_ds.errors import UserError
 
-CHUNK = 4096  # rows counted at a time
+CHUNK = 4096  # rows per counting pass
 
 
 def count_labels(source: Source) -> np.ndarray:
@@ -30,7 +30,7 @@ def count_labels(source: Source) -> np.ndarray:
 
 
 def mixture_counts(sources: Sequence[Source], weights: Sequence[float]) -> np.ndarray:
-    """Return the label counts of a mixture: the sources' frequencies by weight, times their total: (vocab_size,)."""
+    """Return the label counts of a mixture, (vocab_size,): weighted label frequencies times the total label count."""
     counts = [count_labels(source) for source in sources]
     total = sum(int(c.sum()) for c in counts)
     return sum((w * total / c.sum() * c for c, w in zip(counts, weights, strict=True)), np.zeros(len(counts[0])))

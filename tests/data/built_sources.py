@@ -1,4 +1,4 @@
-"""What the fixture `built` gives to the tests of the data room, and runs that read it."""
+"""The value of the fixture `built` for the data tests, and runs that read its sources."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ BATCH = 12
 
 @dataclass(frozen=True)
 class Built:
-    """What was built, and where."""
+    """Paths of a corpus, a tokenizer and the sources built from them."""
 
-    code: str  # pattern of the documents
+    code: str  # patterns of the documents
     prose: str
     tokenizer: str
     shards: Path
 
 
 def run_on(built: Built, folder: Path, *overrides: str, **data: Any) -> RunConfig:
-    """Return a run of 200 steps that mixes both sources, with its file in `folder`."""
+    """Return a run of 200 steps on both sources, with its run file in `folder`."""
     sources = [{"name": n, "path": str(built.shards / n), "weight": w} for n, w in (("code", 0.7), ("prose", 0.3))]
     run = {
         "name": "run",

@@ -1,4 +1,4 @@
-"""One small corpus, tokenizer and pair of built sources for all tests of the data room."""
+"""One small corpus, one tokenizer and two built sources for all data tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A web server on 127.0.0.1 that serves bytes, and fails as it is told to."""
+"""A web server on 127.0.0.1 with programmable faults."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
-HANG_S = 20.0  # that a stalled answer lasts at most
+HANG_S = 20.0  # maximum duration of a stalled response
 
 
 class FlakyServer:
-    """Serves `files` by path, as "/a/b.tar".
+    """Serves `files` by path, such as "/a/b.tar".
 
-    `faults[path]` says what goes wrong with each request in turn, None or its end for nothing: a number is the status
-    of the answer; "hang" and "stall" stop before and in the middle of it, "cut" closes the connection in the middle,
-    "corrupt" changes the last byte, "short" and "long" serve another length, "lie" calls a range one from byte 0.
+    `faults[path]` yields one fault per request; None, or the end of the iterator, means no fault. A number is the
+    status of the response; "hang" and "stall" stop before and in the middle of it, "cut" closes the connection in the
+    middle, "corrupt" changes the last byte, "short" and "long" serve another length, and "lie" labels a range as one
+    from byte 0.
     """
 
     def __init__(self, files: dict[str, bytes], ranges: bool = True) -> None:
         self.files, self.ranges = files, ranges
         self.faults: dict[str, Iterator[int | str | None]] = {}
         self.requests: list[tuple[str, str | None, str | None]] = []  # path, Range, Authorization
-        self.reached, self.ended = threading.Event(), threading.Event()  # a stall; the server's end
+        self.reached, self.ended = threading.Event(), threading.Event()  # a request has stalled; the server has ended
         handler = type("Handler", (Handler,), {"flaky": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True

@@ -1,4 +1,4 @@
-"""Corpora to build from, and built sources read back with nothing but tarfile and numpy."""
+"""Corpora for builds, and built sources read back with only tarfile and numpy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARDS_TOOL = Path(__file__).resolve().parents[2] / "tools" / "shards.py"
 
 
 def write_lines(path: Path, texts: Sequence[str], padding: int = 0) -> Path:
-    """Write JSON lines; `padding` bytes of each stand for nothing, so that little text makes several parts."""
+    """Write JSON lines with `padding` ignored bytes each, so that little text makes several parts."""
     records = [{"id": "-" * padding, "text": text} for text in texts]
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
     return path
@@ -35,14 +35,14 @@ def shard_rows(path: Path) -> np.ndarray:
 
 
 def streams(folder: Path, split: str) -> list[np.ndarray]:
-    """Return the ids of each extent, from all rows of all its shards, without the filling."""
+    """Return the ids of each extent, from all rows of all its shards, without the padding."""
     found, shard = [], 0
     part = manifest_of(folder).splits[split]
     for extent, shards in zip(part.extents, part.extent_shards, strict=True):
         rows = np.concatenate([shard_rows(folder / f"{split}-{shard + i:06d}.tar") for i in range(shards)])
         assert len(rows) == extent.rows
         ids = np.concatenate([rows[:1, 0], rows[:, 1:].ravel()])
-        assert (rows[1:, 0] == rows[:-1, -1]).all() and (ids[extent.ids :] == 2).all()  # filled up with eos
+        assert (rows[1:, 0] == rows[:-1, -1]).all() and (ids[extent.ids :] == 2).all()  # padded with eos
         found.append(ids[: extent.ids])
         shard += shards
     return found
@@ -65,6 +65,6 @@ def start_build(*args: object) -> subprocess.Popen[str]:
 
 
 def finish(build: subprocess.Popen[str]) -> tuple[int, str]:
-    """Return the exit status of a build and what it wrote to stderr."""
+    """Wait for a build; return its exit status and its stderr."""
     _, errors = build.communicate(timeout=120)
     return build.returncode, errors

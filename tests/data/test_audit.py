@@ -1,4 +1,4 @@
-"""What a step read is found again from the run's folder: the very documents, token by token."""
+"""The audit of a run folder returns exactly the documents that a step read, token by token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llama_ds.errors import UserError
 
 
 def texts(built: Built) -> dict[tuple[str, str], list[int]]:
-    """The ids of every document, by place and digest."""
+    """Return the ids of every document, by file and digest."""
     import hashlib
 
     tokenizer, found = Tokenizer(built.tokenizer), {}
@@ -45,9 +45,9 @@ def test_a_step_is_traced_to_its_documents(built: Built, tmp_path: Path) -> None
         assert [row.epoch for row in rows] == wanted.epoch.tolist()
         for row, source, number in zip(rows, wanted.source, wanted.row, strict=True):
             read = data.sources.train[source].row(number).tolist()
-            told = [i for d in row.documents for i in ids[d.place, d.digest][d.first : d.last + 1]]
+            reported = [i for d in row.documents for i in ids[d.place, d.digest][d.first : d.last + 1]]
             assert all(d.length == len(ids[d.place, d.digest]) for d in row.documents)
-            assert read == told + [eos] * (SEQ_LEN + 1 - len(told))  # the last row of a source is filled up
+            assert read == reported + [eos] * (SEQ_LEN + 1 - len(reported))  # the last row of a source is padded
             assert row.shard == f"train-{data.sources.train[source].geometry.locate(number[None])[0][0]:06d}.tar"
     assert not any(
         row.shard == "train-000001.tar" for row in documents_of_step(opened, order, 2) if row.source == "prose"
@@ -56,8 +56,8 @@ def test_a_step_is_traced_to_its_documents(built: Built, tmp_path: Path) -> None
         documents_of_step(opened, order, 200)
 
 
-def test_what_a_step_read_after_a_skip_is_what_it_read(built: Built, tmp_path: Path) -> None:
-    """After a spike the documents of the window would be blamed for what others did."""
+def test_the_audit_accounts_for_skips(built: Built, tmp_path: Path) -> None:
+    """Otherwise the audit of a spike would name documents that the run skipped."""
     data = open_data(run_on(built, tmp_path, skip=[{"at_step": 5, "steps": 7}, {"at_step": 9, "steps": 1}]))
     plain = open_data(run_on(built, tmp_path))
     run = run_on(built, tmp_path, skip=[{"at_step": 5, "steps": 7}, {"at_step": 9, "steps": 1}])
@@ -70,7 +70,7 @@ def test_what_a_step_read_after_a_skip_is_what_it_read(built: Built, tmp_path: P
     assert sum(rows for rows, _ in order.consumed(200).values()) == 200 * BATCH
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.json: cannot be read .*name the folder of a run"):
         open_run(str(tmp_path))
     (tmp_path / STATE).write_text("{")

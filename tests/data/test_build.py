@@ -1,4 +1,4 @@
-"""A build loses no token and no document, in any format, with any number of workers; copies go, additions come."""
+"""A build loses no token or document, in any format, with any number of workers; deduplication and append work."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
-PADDING = 150_000  # bytes of a line: some seven documents fill a part
+PADDING = 150_000  # bytes per line; about seven documents fill a part
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a real corpus: code.jsonl and prose.jsonl, some 1.2 MB."""
+    """Return a real corpus of about 1.2 MB: code.jsonl and prose.jsonl."""
     root = tmp_path_factory.mktemp("corpus")
     gather_local_corpus(str(root), 1.2)
     return root
@@ -48,12 +48,12 @@ def texts(corpus: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pieces(corpus: Path) -> list[str]:
-    """Return some 200 different short texts."""
+    """Return about 200 different short texts."""
     return list(dict.fromkeys(d.text for d in documents(str(corpus / "*.jsonl"), 4000)))[:200]
 
 
 def text_of(ids: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Return the text of one document, which has its bos and eos at its ends only."""
+    """Return the text of one document, which has bos and eos only at its ends."""
     assert ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id
     assert not np.isin(ids[1:-1], [tokenizer.bos_id, tokenizer.eos_id]).any()
     return tokenizer.decode(ids[1:-1])
@@ -80,7 +80,7 @@ def test_every_id_but_the_first_is_a_label_once_in_order(lengths: list[int], seq
 
 
 @given(st.lists(st.lists(st.integers(0, 60))))
-def test_copies_are_all_but_the_first(batches: list[list[int]]) -> None:
+def test_all_duplicates_but_the_first_are_found(batches: list[list[int]]) -> None:
     known, seen = DigestSet(), set()
     for batch in batches:
         digests = np.array([number.to_bytes(16, "little") for number in batch], DIGEST)  # nearly all end in zeros
@@ -100,7 +100,7 @@ def test_shards_hold_the_ids_that_the_tokenizer_gives(built: Built, pieces: list
     assert manifest_of(tmp_path / "s").splits["validation"].extents == ()
 
 
-def test_a_real_corpus_comes_back_whole(built: Built, corpus: Path, texts: list[str], tmp_path: Path) -> None:
+def test_a_real_corpus_round_trips(built: Built, corpus: Path, texts: list[str], tmp_path: Path) -> None:
     """Documents of 200 bytes to 400 kB in rows of 64: most are split across rows, some across shards."""
     build_source("all", str(corpus / "*.jsonl"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.3, rows_per_shard=900)
     tokenizer, folder = Tokenizer(built.tokenizer), tmp_path / "all"
@@ -120,12 +120,12 @@ def test_a_real_corpus_comes_back_whole(built: Built, corpus: Path, texts: list[
                 text = text_of(stream[first + d.start : first + d.start + d.length], tokenizer)
                 assert d.digest == hashlib.sha256(text.encode()).digest()[:16]
                 assert d.place == "{}:{}".format(corpus / f"{where[text][0]}.jsonl", where[text][1])
-                if d.start >= 0 and not (found and found[-1] == text):  # else it began in the shard before
+                if d.start >= 0 and not (found and found[-1] == text):  # otherwise it began in the previous shard
                     found.append(text)
         assert found == wanted
 
 
-def test_shards_are_webdatasets_own_and_their_checksums_sha256sums(built: Built) -> None:
+def test_shards_equal_webdatasets_and_checksums_work_with_sha256sum(built: Built) -> None:
     import webdataset
 
     folder = built.shards / "prose"
@@ -151,7 +151,7 @@ def test_all_formats_give_the_same_shards(built: Built, pieces: list[str], tmp_p
     lines = write_lines(tmp_path / "a.jsonl", texts).read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines[:5000]) + gzip.compress(lines[5000:]))  # two members
     pack_ = zstandard.ZstdCompressor().compress
-    skippable = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # as pzstd puts before its frames
+    skippable = b"\x50\x2a\x4d\x18\x03\0\0\0abc"  # like the skippable frame that pzstd writes before each frame
     (tmp_path / "a.jsonl.zst").write_bytes(skippable + pack_(lines[:5000]) + pack_(lines[5000:]))
     pq.write_table(pa.table({"id": range(30), "text": texts}), tmp_path / "a.parquet", row_group_size=7)
     (tmp_path / "txt").mkdir()
@@ -163,13 +163,13 @@ def test_all_formats_give_the_same_shards(built: Built, pieces: list[str], tmp_p
         build_source(name, str(tmp_path / name), built.tokenizer, str(tmp_path / "out"), SEQ_LEN, 0.2, 500)
         shards[name] = {path.name: path.read_bytes() for path in (tmp_path / "out" / name).glob("*.tar")}
         assert len(shards[name]) > 2 and shards[name] == shards["a.jsonl"]
-    place = f"{tmp_path}/a.parquet:"
-    assert {d.place for d in index_of(tmp_path / "out/a.parquet", "train", 0)} < {f"{place}{n}" for n in range(1, 31)}
+    prefix = f"{tmp_path}/a.parquet:"
+    assert {d.place for d in index_of(tmp_path / "out/a.parquet", "train", 0)} < {f"{prefix}{n}" for n in range(1, 31)}
 
 
 @pytest.fixture(scope="module")
 def mixed(pieces: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of all formats that makes a dozen parts, with copies within and across them."""
+    """Return a folder with all formats that makes a dozen parts, with duplicates within and across parts."""
     root = tmp_path_factory.mktemp("mixed")
     few = pieces[::4]
     write_lines(root / "a.jsonl", [*few, *few[3:9], few[0]], PADDING)
@@ -201,9 +201,9 @@ def test_dedup_keeps_first_occurrences(built: Built, mixed: Path, tmp_path: Path
     build_source("b", str(tmp_path / "kept.jsonl"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.2, 400)
     for path in (tmp_path / "b").glob("*.tar"):
         assert path.read_bytes() == (tmp_path / "a" / path.name).read_bytes()
-    places = [[d.place for s in ("train", "validation") for k in range(manifest_of(tmp_path / "a").splits[s].shards)
+    found = [[d.place for s in ("train", "validation") for k in range(manifest_of(tmp_path / "a").splits[s].shards)
                for d in index_of(tmp_path / "a", s, k)]]  # fmt: skip
-    assert set(places[0]) == {d.path for d in kept}
+    assert set(found[0]) == {d.path for d in kept}
 
 
 def test_append_adds_and_changes_nothing(built: Built, pieces: list[str], tmp_path: Path) -> None:
@@ -245,13 +245,13 @@ def test_append_adds_and_changes_nothing(built: Built, pieces: list[str], tmp_pa
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "txt"])
-def test_empty_documents_are_named_or_left_out(built: Built, tmp_path: Path, kind: str) -> None:
+def test_empty_documents_are_reported_or_left_out(built: Built, tmp_path: Path, kind: str) -> None:
     texts = ["one " * 300, "two " * 300, "", "three " * 300]
-    path, place = tmp_path / f"a.{kind}", f"{tmp_path}/a.{kind}:3: empty document"
+    path, where = tmp_path / f"a.{kind}", f"{tmp_path}/a.{kind}:3: empty document"
     if kind == "txt":
         for i, text in enumerate(texts):
             (tmp_path / f"{i}.txt").write_text(text)
-        path, place = tmp_path / "*.txt", f"{tmp_path}/2.txt: empty file"
+        path, where = tmp_path / "*.txt", f"{tmp_path}/2.txt: empty file"
     elif kind == "parquet":
         pq.write_table(pa.table({"text": texts}), path, row_group_size=2)
     else:
@@ -263,15 +263,15 @@ def test_empty_documents_are_named_or_left_out(built: Built, tmp_path: Path, kin
 
     with pytest.raises(UserError) as error:
         build(False)
-    assert place in str(error.value) and "--skip-bad" in str(error.value)
-    build(True)  # goes on: the flag changes none of what is done
+    assert where in str(error.value) and "--skip-bad" in str(error.value)
+    build(True)  # resumes the build, although the flag changed
     assert built_texts(tmp_path / "s", "train", Tokenizer(built.tokenizer)) == [t for t in texts if t]
 
 
-def test_bad_documents_are_left_out_by_a_build_that_goes_on(
+def test_a_resumed_build_leaves_out_bad_documents(
     built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A line that is no document, found late in a long build, costs nothing of what was done before."""
+    """A malformed line found late in a long build does not cost the finished work."""
     good = b'{"text": "some words"}\n'
     bad = [b"{\n", b'{"text": 7}\n', b'{"text": "\xff"}\n', b'{"text": ""}\n', b'{"text": "\\ud83d"}\n', b"\0\n"]
     lines = [good * 60_000, *(line + good for line in bad)]
@@ -286,7 +286,7 @@ def test_bad_documents_are_left_out_by_a_build_that_goes_on(
     assert list((tmp_path / "s" / "build").glob("part-*.json"))
     with caplog.at_level("INFO", "llama_ds"):
         build(True)
-    assert f"{len(bad) + 1} documents that have no text, or are none, left out" in caplog.text
+    assert f"{len(bad) + 1} empty or malformed documents left out" in caplog.text
     assert manifest_of(tmp_path / "s").splits["train"].documents == 60_000 + len(bad)
 
 
@@ -319,7 +319,7 @@ LINES = (b'{"text": "some words", "id": "%s"}\n' % (b"-" * 970)) * 2000  # two p
         ("a.parquet", lambda p: pq.write_table(pa.table({"text": [1]}), p), 'a.parquet:1: no "text"'),
     ],
 )
-def test_bad_input_is_named(
+def test_bad_input_is_reported_with_its_location(
     built: Built, tmp_path: Path, name: str, write: Callable[[Path], object], message: str
 ) -> None:
     write(tmp_path / name)
@@ -329,7 +329,7 @@ def test_bad_input_is_named(
     assert not (tmp_path / "s" / "manifest.json").exists()
 
 
-def test_a_finished_source_is_replaced_only_when_told(built: Built, tmp_path: Path) -> None:
+def test_a_finished_source_is_replaced_only_with_overwrite(built: Built, tmp_path: Path) -> None:
     def build(seq_len: int, pattern: str = built.prose, overwrite: bool = False) -> None:
         build_source("p", pattern, built.tokenizer, str(tmp_path / "out"), seq_len, 0.2, 40, overwrite=overwrite)
 
@@ -340,17 +340,17 @@ def test_a_finished_source_is_replaced_only_when_told(built: Built, tmp_path: Pa
     assert content(tmp_path) == before
     build(32, overwrite=True)
     assert manifest_of(tmp_path / "out" / "p").seq_len == 32
-    build_source("p", built.prose, built.tokenizer, str(tmp_path / "anew"), 32, 0.2, 40)
-    assert content(tmp_path / "out") == content(tmp_path / "anew")  # nothing of the first is left
+    build_source("p", built.prose, built.tokenizer, str(tmp_path / "again"), 32, 0.2, 40)
+    assert content(tmp_path / "out") == content(tmp_path / "again")  # no file of the first build is left
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(0.9999, "train"), (0.0001, "validation")])
-def test_a_split_without_documents_says_why(built: Built, tmp_path: Path, fraction: float, split: str) -> None:
+def test_a_split_without_documents_is_a_clear_error(built: Built, tmp_path: Path, fraction: float, split: str) -> None:
     (tmp_path / "a.txt").write_text("words " * 5000)
     with pytest.raises(UserError, match=f"the {split} split got 0 of 1 documents.*--document-chars"):
         build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, fraction)
     assert os.listdir(tmp_path / "s") != ["manifest.json"]
-    build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.0)  # with no more ado
+    build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.0)  # nothing was left behind
 
 
 def test_manifest_states_what_is_there(built: Built) -> None:

@@ -1,4 +1,4 @@
-"""A build may be killed at any moment, or run out of disk: the same command completes it, byte for byte."""
+"""After a kill at any moment or a full disk, the same command completes a build, byte for byte."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FRACTION, ROWS = 0.1, 1500
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return JSON lines of real text, and of copies of it, that make some 16 parts and 8 shards."""
+    """Return JSON lines of real text with duplicates, which make about 16 parts and 8 shards."""
     root = tmp_path_factory.mktemp("corpus")
     gather_local_corpus(str(root), 2.4)
     texts = [d.text for d in documents(str(root / "*.jsonl"))]
@@ -31,9 +31,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(built: Built, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Return the files of a build that was left in peace."""
-    root = tmp_path_factory.mktemp("whole")
+def uninterrupted(built: Built, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Return the files of an uninterrupted build."""
+    root = tmp_path_factory.mktemp("uninterrupted")
     build_source("s", str(corpus), built.tokenizer, str(root), SEQ_LEN, FRACTION, ROWS, dedup=True)
     assert manifest_of(root / "s").splits["train"].shards > 4
     return content(root / "s")
@@ -53,13 +53,13 @@ def wait_for(build: subprocess.Popen[str], is_there: Callable[[], bool]) -> None
 
 
 def kept(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return what must not be done again: which files are finished, and when they were."""
+    """Return the finished files, which must not be written again, with inode and mtime."""
     parts = list(folder.glob("build/part-*.json"))
     shards = [p for p in folder.glob("*.tar") if (folder / "build" / f"{p.stem}.json").exists()]
     return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in [*parts, *shards]}
 
 
-def test_a_killed_build_goes_on(built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_killed_build_resumes(built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "s"
     before: dict[str, tuple[int, int]] = {}
     for moment in ("build/plan.json", "build/part-*.json", "train-000000.tar", "train-000003.tar"):
@@ -74,12 +74,12 @@ def test_a_killed_build_goes_on(built: Built, corpus: Path, whole: dict[str, byt
     build = start(built, corpus, tmp_path)
     shards = {p: v for p, v in before.items() if p.endswith(".tar")}
     assert finish(build)[0] == 0
-    assert content(folder) == whole
+    assert content(folder) == uninterrupted
     assert {p: (os.stat(p).st_ino, os.stat(p).st_mtime_ns) for p in shards} == shards
 
 
 @pytest.mark.parametrize("moment", [1, 4, 9])
-def test_an_addition_that_was_interrupted_goes_on(built: Built, corpus: Path, tmp_path: Path, moment: int) -> None:
+def test_an_interrupted_append_resumes(built: Built, corpus: Path, tmp_path: Path, moment: int) -> None:
     pieces = list(dict.fromkeys(d.text for d in documents(str(corpus), 3000)))
     patterns = [str(write_lines(tmp_path / f"{i}.jsonl", pieces[60 * i : 60 * i + 70], 150_000)) for i in (0, 1)]
     reports = 0
@@ -99,15 +99,15 @@ def test_an_addition_that_was_interrupted_goes_on(built: Built, corpus: Path, tm
     build("a", patterns[1], append=True)
     with pytest.raises(KeyboardInterrupt):
         build("b", patterns[1], append=True, progress=interrupt)
-    assert len(manifest_of(tmp_path / "b" / "s").splits["train"].extents) == 1  # runs may read it meanwhile
-    with pytest.raises(UserError, match=r"unfinished build.*delete .*/b/s/build to give that addition up"):
+    assert len(manifest_of(tmp_path / "b" / "s").splits["train"].extents) == 1  # still readable
+    with pytest.raises(UserError, match=r"unfinished build.*delete .*/b/s/build to abandon that addition"):
         build("b", patterns[0], append=True)
     build("b", patterns[1], append=True)
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
 def running(group: int) -> bool:
-    """Whether processes of a group are still there after some time: those killed take a moment to go."""
+    """Whether processes of a group still exist after some time; killed processes take a moment to disappear."""
     for _ in range(1000):
         try:
             os.killpg(group, 0)
@@ -123,7 +123,9 @@ def children(pid: int) -> list[int]:
     return [int(p) for p in found if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
-def test_workers_end_with_their_build(built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_workers_end_with_their_build(
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
     build = start(built, corpus, tmp_path)
     wait_for(build, lambda: bool(list(tmp_path.glob("s/*.tar"))))
     assert len(children(build.pid)) == 2
@@ -131,12 +133,12 @@ def test_workers_end_with_their_build(built: Built, corpus: Path, whole: dict[st
     finish(build)
     again = start(built, corpus, tmp_path)
     assert finish(again)[0] == 0
-    assert content(tmp_path / "s") == whole
+    assert content(tmp_path / "s") == uninterrupted
     assert not running(build.pid)
 
 
 def test_a_killed_worker_is_one_clear_error(
-    built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     build = start(built, corpus, tmp_path)
     wait_for(build, lambda: bool(list(tmp_path.glob("s/*.tar"))))
@@ -146,11 +148,11 @@ def test_a_killed_worker_is_one_clear_error(
     assert status == 2 and "signal 9" in errors and "same command again" in errors and "Traceback" not in errors
     assert not Path(f"/proc/{second}").exists()
     assert finish(start(built, corpus, tmp_path))[0] == 0
-    assert content(tmp_path / "s") == whole
+    assert content(tmp_path / "s") == uninterrupted
 
 
-def test_one_build_at_a_time_and_none_of_other_flags(
-    built: Built, corpus: Path, whole: dict[str, bytes], tmp_path: Path
+def test_concurrent_builds_and_other_flags_are_refused(
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     build = start(built, corpus, tmp_path)
     wait_for(build, lambda: bool(list(tmp_path.glob("s/build/part-*.json"))))
@@ -168,7 +170,7 @@ def test_one_build_at_a_time_and_none_of_other_flags(
         build_source(*arguments, SEQ_LEN, FRACTION, ROWS, dedup=True)
     os.utime(corpus, ns=(touched, touched))
     build_source(*arguments, SEQ_LEN, FRACTION, ROWS, workers=2, overwrite=True, dedup=True)
-    assert content(tmp_path / "s") == whole
+    assert content(tmp_path / "s") == uninterrupted
 
 
 def test_a_bad_document_ends_all_workers_at_once(built: Built, corpus: Path, tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_bad_document_ends_all_workers_at_once(built: Built, corpus: Path, tmp
 
 
 @pytest.mark.parametrize("append", [False, True])
-def test_a_build_stopped_in_its_last_step_is_put_in_place(
+def test_a_build_killed_during_its_commit_is_completed(
     built: Built, corpus: Path, tmp_path: Path, append: bool
 ) -> None:
     def build(out: str, pattern: str, append: bool) -> None:
@@ -206,18 +208,18 @@ def test_a_build_stopped_in_its_last_step_is_put_in_place(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Return a file system of 6 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "llama_ds-test", str(place)]
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "llama_ds-test", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system is mounted only by root")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+        pytest.skip("only root can mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_clear_error(
-    built: Built, corpus: Path, whole: dict[str, bytes], small_disk: Path, workers: int
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], small_disk: Path, workers: int
 ) -> None:
     arguments = "s", str(corpus), built.tokenizer, str(small_disk), SEQ_LEN, FRACTION, ROWS
     filler = small_disk / "filler"
@@ -233,6 +235,6 @@ def test_a_full_disk_is_one_clear_error(
     finished = kept(small_disk / "s")
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     build_source(*arguments, workers=workers, dedup=True)
-    assert content(small_disk / "s") == whole
+    assert content(small_disk / "s") == uninterrupted
     for path, stamp in finished.items():
         assert not path.endswith(".tar") or (os.stat(path).st_ino, os.stat(path).st_mtime_ns) == stamp

@@ -1,4 +1,4 @@
-"""A corpus is read in one order, whole; a file that is no text is named, and nothing is skipped in silence."""
+"""A corpus is read completely in a fixed order; files that are not text are reported, none is skipped silently."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_folder_glob_and_file_give_sorted_documents(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "\\ud83d"}\n', "a.jsonl:1: character 0 is half of a surrogate pair"),
     ],
 )
-def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_bad_files_are_reported_with_their_location(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as error:
         list(documents(str(tmp_path)))
@@ -67,13 +67,13 @@ def test_a_line_belongs_to_the_range_of_bytes_in_which_it_starts(
         for start, stop in pairwise([0, *sorted(cut for cut in cuts if cut < len(data)), len(data)]):
             reader = PieceReader(TextPiece(str(path), start, stop))
             for line, text in reader:
-                assert reader.place(line) == f"{path}:{before + line}"
+                assert reader.where(line) == f"{path}:{before + line}"
                 found.append((before + line, text))
             before += reader.lines
         assert found == [(n, text) for n, text in enumerate(texts, 1) if text is not None]
 
 
-def test_parts_hold_every_byte_once_and_big_lists_are_cut(tmp_path: Path) -> None:
+def test_parts_cover_every_byte_once_and_big_lists_are_cut(tmp_path: Path) -> None:
     sizes = {
         "a.jsonl": 3_500_000,
         "b.txt": 100,
@@ -99,7 +99,7 @@ def test_nothing_found_is_an_error(tmp_path: Path) -> None:
             list(documents(str(pattern)))
 
 
-def test_long_documents_are_cut_at_lines_and_lose_nothing(tmp_path: Path) -> None:
+def test_long_documents_are_cut_at_lines_without_loss(tmp_path: Path) -> None:
     text = "one\ntwo\n" + "long" * 10 + "\r\nlast"
     assert list(cut_at_lines(text, 8)) == ["one\ntwo\n", "long" * 10 + "\r\n", "last"]
     (tmp_path / "a.txt").write_bytes(text.encode())

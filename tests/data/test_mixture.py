@@ -1,4 +1,4 @@
-"""A run's state is its step and its history: however often it resumes, it reads what it would have read."""
+"""The data state of a run is its step and history: resuming any number of times does not change the rows it reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_ds.data.order import BadShard, Order
 from llama_ds.data.source.manifest import Extent, Split
 from llama_ds.errors import UserError
 
-BATCH, TOKENS, STEPS, R = 24, 24 * 10, 60, 5  # rows and tokens of a step, steps, rows of a shard
+BATCH, TOKENS, STEPS, R = 24, 24 * 10, 60, 5  # rows and tokens per step, steps, rows per shard
 
 Geometry = dict[str, Split]
 
@@ -49,7 +49,7 @@ def order_of(state: DataState, seed: int) -> Order:
 
 
 def rows_of(order: Order, step: int, dp: int = 1) -> list[tuple[str, int, int]]:
-    """What all data-parallel ranks together read in a step."""
+    """Return the rows that all data-parallel ranks together read in a step."""
     ranks = [order.at(step, rank, dp) for rank in range(dp)]
     columns = [np.concatenate(column) for column in zip(*ranks, strict=True)]
     return [(order.names[s], int(e), int(r)) for s, e, r in zip(*columns, strict=True)]
@@ -75,14 +75,14 @@ def test_a_run_that_resumes_under_any_layout_reads_as_one_that_does_not(
 
 @settings(deadline=None, max_examples=20)
 @given(run=runs(), seed=st.integers(0, 99), at=st.integers(1, STEPS - 1), more=st.integers(1, 80), new=st.booleans())
-def test_shards_or_a_source_added_in_mid_run_change_no_step_before(
+def test_shards_or_sources_added_in_mid_run_change_no_earlier_step(
     run: tuple[DataConfig, Geometry], seed: int, at: int, more: int, new: bool
 ) -> None:
     data, geometry = run
     before = planned(data, TOKENS, geometry)
     first, *_ = geometry
     grown = {**geometry, first: split(geometry[first].rows, more)}
-    if new:  # at the front: the order of the run file's sources does not matter to the past
+    if new:  # first in the run file: the order of its sources must not affect the past
         halved = [replace(source, weight=source.weight / 2) for source in data.sources]
         data = replace(data, sources=(SourceConfig("new", "new", 0.5), *halved))
         grown = {"new": split(40), **grown}
@@ -104,15 +104,15 @@ def test_a_stage_begins_when_its_tokens_are_read() -> None:
         assert {name for name, _, _ in rows_of(order, step)} == {"b"}
 
 
-def test_damage_that_a_manifest_lists_counts_from_where_it_is_first_seen() -> None:
+def test_listed_damage_counts_from_the_step_that_first_sees_it() -> None:
     data = DataConfig("t", 10, (SourceConfig("a", "a", 1.0),))
     start = planned(data, TOKENS, {"a": split(50, bad=(2,))})
     assert start.bad == (BadShard(0, "a", 2, LISTED),)
     found = DataState(start.rows_per_shard, start.segments, (*start.bad, BadShard(5, "a", 3, "checksum", 9)))
     resumed = continued(found, planned(data, TOKENS, {"a": split(50, bad=(2, 4))}), 20, "x")
     assert resumed.bad == (*found.bad, BadShard(20, "a", 4, LISTED))
-    mended = continued(found, planned(data, TOKENS, {"a": split(50)}), 20, "x")
-    assert mended.bad == found.bad  # the past was read without them, and what is to come stays of one kind
+    repaired = continued(found, planned(data, TOKENS, {"a": split(50)}), 20, "x")
+    assert repaired.bad == found.bad  # shards replaced in the past stay replaced
 
 
 @pytest.mark.parametrize("now", [split(49), split(20, 30), split(51), Split(R + 1, (Extent(50, 1, 1),))])
@@ -123,7 +123,7 @@ def test_a_source_that_was_rebuilt_is_refused(now: Split) -> None:
         continued(past, planned(data, TOKENS, {"a": now}), 20, "ckpt")
 
 
-def test_a_source_that_is_gone_is_forgotten_from_there_on() -> None:
+def test_a_removed_source_is_not_read_after_the_resume() -> None:
     two = DataConfig("t", 10, (SourceConfig("a", "a", 0.5), SourceConfig("b", "b", 0.5)))
     one = replace(two, sources=(SourceConfig("b", "b", 1.0),))
     past = planned(two, TOKENS, {"a": split(50), "b": split(50)})

@@ -1,4 +1,4 @@
-"""The order: every row once per epoch, the mixture kept to the row, and the past never touched."""
+"""The order: every row once per epoch, the mixture exact to one row, and the past never changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_ds.data.order import MIN_BLOCK, WINDOW, BadShard, Order, Rows, Segment, permutation
 
-R = 7  # rows of a shard
+R = 7  # rows per shard
 BATCH = 64
 LLAMA = [0.67, 0.15, 0.045, 0.045, 0.045, 0.025, 0.02]
 
@@ -31,7 +31,7 @@ def as_list(rows: Rows) -> list[tuple[int, int, int]]:
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[Segment]:
-    """Histories of up to four sources and five segments, in which weights change and sources grow."""
+    """Histories with up to four sources and five segments, in which weights change and sources grow."""
     names = [f"s{i}" for i in range(draw(st.integers(1, 4)))]
     extents = {name: tuple(draw(st.lists(st.integers(1, 150), min_size=1, max_size=2))) for name in names}
     segments, step = [], 0
@@ -51,8 +51,8 @@ def order_with(history: list[Segment], seed: int) -> Order:
 
 @settings(deadline=None, max_examples=25)
 @given(history=histories(), seed=st.integers(0, 2**32), start=st.integers(0, 10**10))
-def test_any_row_can_be_asked_for_alone(history: list[Segment], seed: int, start: int) -> None:
-    for first in (start, 0):  # far beyond the history, and in it
+def test_random_access_returns_the_same_rows(history: list[Segment], seed: int, start: int) -> None:
+    for first in (start, 0):  # far beyond the history, and inside it
         together = as_list(order_with(history, seed).rows(first, 700))
         for i in (699, 7, 0, 400):
             assert as_list(order_with(history, seed).rows(first + i, 1)) == [together[i]]
@@ -60,7 +60,7 @@ def test_any_row_can_be_asked_for_alone(history: list[Segment], seed: int, start
 
 @settings(deadline=None, max_examples=40)
 @given(history=histories(), seed=st.integers(0, 2**32))
-def test_every_row_comes_once_per_epoch_also_where_a_source_grows(history: list[Segment], seed: int) -> None:
+def test_every_row_is_read_once_per_epoch_even_if_a_source_grows(history: list[Segment], seed: int) -> None:
     order, last = order_with(history, seed), history[-1]
     count = max(3 * MIN_BLOCK, (last.step + 10) * BATCH)
     seen: dict[tuple[int, int], list[int]] = {}
@@ -69,7 +69,7 @@ def test_every_row_comes_once_per_epoch_also_where_a_source_grows(history: list[
     for (source, epoch), rows in seen.items():
         name = order.names[source]
         sizes = {sum(segment.extents[name]) for segment in history}
-        if (source, epoch + 1) in seen:  # whole, over all rows that the source had when the epoch ended
+        if (source, epoch + 1) in seen:  # a complete epoch: all rows that the source had at its end
             assert sorted(rows) == list(range(len(rows))) and len(rows) in sizes
         else:
             assert len(rows) == len(set(rows)) and set(rows) <= set(range(max(sizes)))
@@ -77,7 +77,7 @@ def test_every_row_comes_once_per_epoch_also_where_a_source_grows(history: list[
 
 @settings(deadline=None, max_examples=40)
 @given(history=histories(), seed=st.integers(0, 2**32), change=st.integers(0, 4))
-def test_what_is_appended_or_changed_leaves_the_past_alone(history: list[Segment], seed: int, change: int) -> None:
+def test_later_segments_do_not_change_the_past(history: list[Segment], seed: int, change: int) -> None:
     change = min(change, len(history) - 1)
     before, after = order_with(history[: change + 1], seed), order_with(history, seed)
     until = history[change + 1].step if change + 1 < len(history) else history[-1].step + 5
@@ -92,7 +92,7 @@ def test_new_rows_join_the_epoch_in_progress() -> None:
     order = Order(1, R, {"a": R}, [Segment(0, {"a": 1.0}, old), Segment(30, {"a": 1.0}, new)])
     rows = as_list(order.rows(0, 14 * R * WINDOW))
     assert {epoch for _, epoch, _ in rows} == {0} and sorted(row for _, _, row in rows) == list(range(14 * R * WINDOW))
-    begun = -(-30 // WINDOW) * WINDOW * R  # a window that was begun is finished first
+    begun = -(-30 // WINDOW) * WINDOW * R  # a started window is finished first
     late = [row >= 10 * R * WINDOW for _, _, row in rows]
     assert not any(late[:begun]) and any(late[begun : begun + 3 * WINDOW * R])
 
@@ -148,7 +148,7 @@ def test_a_rank_reads_forward_through_few_shards() -> None:
     of_rank = [
         {int(row) // 1024 for step in range(WINDOW * 4) for row in order.at(step, rank, 8).row} for rank in range(8)
     ]
-    assert max(map(len, of_rank)) <= 3  # of the 8 that lie open
+    assert max(map(len, of_rank)) <= 3  # 8 shards are open
     assert all(a <= b for a, b in pairwise(order.at(5).row.tolist()))
 
 
@@ -165,7 +165,7 @@ def test_seed_and_name_change_the_order_and_a_new_source_does_not() -> None:
 
 
 def test_the_order_is_frozen() -> None:
-    """A change of these numbers breaks the resumption of every run in flight."""
+    """A change of these numbers breaks the resumption of every existing run."""
     assert permutation(8, "key", 1).tolist() == [0, 2, 5, 3, 1, 6, 7, 4]
     history = [
         Segment(0, {"a": 0.75, "b": 0.25}, {"a": (2000,), "b": (64,)}),
@@ -189,28 +189,28 @@ def test_rows_stay_within_a_window_of_shards() -> None:
 def test_damaged_shards_are_replaced_from_their_step_on(
     history: list[Segment], seed: int, bad: list[tuple[int, int]]
 ) -> None:
-    """Only their rows change, to rows of sound shards of the same source; steps before, and other rows, stay."""
+    """Only their rows change, to rows of intact shards of the same source; earlier steps and other rows stay."""
     whole, name = order_with(history, seed), "s0"
     shards = min(sum(-(-rows // R) for rows in segment.extents[name]) for segment in history)
     ledger = [BadShard(step, name, shard % shards) for step, shard in bad][: shards - 1]
-    mended = order_with(history, seed)
-    mended.replace_shards(ledger)
+    repaired = order_with(history, seed)
+    repaired.replace_shards(ledger)
     ends = np.cumsum([min(R, e - i) for e in history[-1].extents[name] for i in range(0, e, R)])
     for step in range(20):
-        gone = {b.shard for b in ledger if b.step <= step}
+        bad_now = {b.shard for b in ledger if b.step <= step}
         start = step * BATCH
         for (source, epoch, row), new in zip(
-            as_list(whole.rows(start, BATCH)), as_list(mended.rows(start, BATCH)), strict=True
+            as_list(whole.rows(start, BATCH)), as_list(repaired.rows(start, BATCH)), strict=True
         ):
             shard = int(np.searchsorted(ends, row, side="right"))
-            if source == 0 and shard in gone:
+            if source == 0 and shard in bad_now:
                 assert new[:2] == (source, epoch)
-                assert int(np.searchsorted(ends, new[2], side="right")) not in gone
+                assert int(np.searchsorted(ends, new[2], side="right")) not in bad_now
             else:
                 assert new == (source, epoch, row)
 
 
-def test_permutation_is_one_and_depends_on_its_key() -> None:
+def test_permutation_is_complete_and_depends_on_its_key() -> None:
     assert sorted(permutation(1000, 1, "x").tolist()) == list(range(1000))
     assert not np.array_equal(permutation(1000, 1, "x"), permutation(1000, 2, "x"))
 
@@ -226,6 +226,6 @@ def test_permutation_is_one_and_depends_on_its_key() -> None:
         [Segment(0, {"a": 1.0}, {"a": (5,)}), Segment(1, {"a": 1.0}, {"a": (6,)})],
     ],
 )
-def test_what_is_no_history_is_refused(segments: list[Segment]) -> None:
+def test_an_invalid_history_is_refused(segments: list[Segment]) -> None:
     with pytest.raises(ValueError):
         Order(0, BATCH, {"a": R}, segments)

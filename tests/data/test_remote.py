@@ -1,4 +1,4 @@
-"""A remote that is slow, cut short, spoilt or down for a while costs no row, and one that is gone is soon told."""
+"""A remote that is temporarily slow, truncated, corrupt or down costs no row; a permanent failure is reported soon."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ import pytest
 from flaky_server import FlakyServer
 
 from llama_ds.data.source.cache import Cache
-from llama_ds.data.source.store import BadFile, Patience, Store, open_store
+from llama_ds.data.source.store import BadFile, RetryPolicy, Store, open_store
 from llama_ds.log import logger
 
 SHARD = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(SHARD).hexdigest()
-QUICK = Patience(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
-SHORT = Patience(deadline_s=1, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
+QUICK = RetryPolicy(deadline_s=30, first_wait_s=0.01, max_wait_s=0.05, stall_s=15)
+SHORT = RetryPolicy(deadline_s=1, first_wait_s=0.01, max_wait_s=0.05, stall_s=15)
 
 
-def store_of(place: str, tmp_path: Path, patience: Patience = QUICK) -> Store:
-    return open_store(place, Cache(str(tmp_path / "cache"), 1 << 20), patience)
+def store_of(location: str, tmp_path: Path, policy: RetryPolicy = QUICK) -> Store:
+    return open_store(location, Cache(str(tmp_path / "cache"), 1 << 20), policy)
 
 
-def served(tmp_path: Path, faults: Iterable[int | str | None], ranges: bool = True, patience: Patience = QUICK) -> list:
-    """Fetch a shard from a server with `faults`; return the ranges it was asked for. Raises BadFile."""
+def served(
+    tmp_path: Path, faults: Iterable[int | str | None], ranges: bool = True, policy: RetryPolicy = QUICK
+) -> list:
+    """Fetch a shard from a server with `faults`; return the ranges that it was asked for. Raises BadFile."""
     with FlakyServer({"/c4/a.tar": SHARD}, ranges) as server:
         server.faults["/c4/a.tar"] = iter(faults)
         try:
-            path = store_of(f"{server.url}/c4", tmp_path, patience).fetch("a.tar", len(SHARD), SHA256)
+            path = store_of(f"{server.url}/c4", tmp_path, policy).fetch("a.tar", len(SHARD), SHA256)
             assert Path(path).read_bytes() == SHARD
         finally:
             assert [name for name in os.listdir(tmp_path / "cache") if name.startswith(".part")] == []
@@ -43,17 +45,17 @@ def served(tmp_path: Path, faults: Iterable[int | str | None], ranges: bool = Tr
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "hang", "corrupt", "short", "long"])
 def test_a_remote_that_fails_for_a_while_costs_no_row(tmp_path: Path, fault: int | str) -> None:
-    patience = Patience(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=0.3)
+    policy = RetryPolicy(deadline_s=30, first_wait_s=0.01, max_wait_s=0.05, stall_s=0.3)
     faults = [fault] if fault in ("corrupt", "short", "long") else [fault] * 3
-    assert served(tmp_path, faults, patience=patience) == [None] * (len(faults) + 1)
+    assert served(tmp_path, faults, policy=policy) == [None] * (len(faults) + 1)
 
 
 @pytest.mark.parametrize("fault", ["stall", "cut"])
-def test_a_download_goes_on_where_it_broke_off(tmp_path: Path, fault: str) -> None:
-    """Otherwise a shard that takes longer than the connection lives would never arrive."""
-    patience = Patience(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=0.3)
+def test_a_broken_download_resumes(tmp_path: Path, fault: str) -> None:
+    """Otherwise a shard that outlasts every connection would never arrive."""
+    policy = RetryPolicy(deadline_s=30, first_wait_s=0.01, max_wait_s=0.05, stall_s=0.3)
     half, quarter = len(SHARD) // 2, len(SHARD) // 4
-    asked = served(tmp_path, [fault, fault], patience=patience)
+    asked = served(tmp_path, [fault, fault], policy=policy)
     assert asked == [None, f"bytes={half}-", f"bytes={half + quarter}-"]
 
 
@@ -63,11 +65,11 @@ def test_a_server_without_ranges_sends_the_whole_file_again(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("fault", ["lie", 416])
-def test_a_range_that_is_not_what_was_asked_for_is_not_used(tmp_path: Path, fault: int | str) -> None:
+def test_a_wrong_range_is_not_used(tmp_path: Path, fault: int | str) -> None:
     assert served(tmp_path, ["cut", fault]) == [None, f"bytes={len(SHARD) // 2}-", None]
 
 
-def test_bytes_spoilt_before_a_resumption_are_all_fetched_again(tmp_path: Path) -> None:
+def test_a_corrupt_resumed_download_starts_over(tmp_path: Path) -> None:
     assert served(tmp_path, ["cut", "corrupt"]) == [None, f"bytes={len(SHARD) // 2}-", None]
 
 
@@ -79,7 +81,7 @@ def test_bytes_spoilt_before_a_resumption_are_all_fetched_again(tmp_path: Path) 
         ("long", f"more than the {len(SHARD)} bytes", len(SHARD)),
     ],
 )
-def test_a_shard_damaged_at_rest_is_told_without_waiting(
+def test_a_shard_damaged_at_the_source_is_reported_without_waiting(
     tmp_path: Path, fault: str, words: str, offset: int | None
 ) -> None:
     with FlakyServer({"/a.tar": SHARD}) as server:
@@ -87,11 +89,11 @@ def test_a_shard_damaged_at_rest_is_told_without_waiting(
         with pytest.raises(BadFile, match=words) as caught:
             store_of(server.url, tmp_path).fetch("a.tar", len(SHARD), SHA256)
         assert caught.value.offset == offset
-        assert len(server.requests) == 2  # one might be the network's doing
+        assert len(server.requests) == 2  # the first corruption might come from the network
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_a_file_that_is_not_there_is_told_after_three_tries(tmp_path: Path, status: int) -> None:
+def test_a_missing_file_is_reported_after_three_tries(tmp_path: Path, status: int) -> None:
     with FlakyServer({}) as server:
         server.faults["/a.tar"] = itertools.repeat(status)
         store = store_of(server.url, tmp_path)
@@ -100,14 +102,14 @@ def test_a_file_that_is_not_there_is_told_after_three_tries(tmp_path: Path, stat
         with pytest.raises(BadFile, match=f"HTTP {status}"):
             store.read("a.tar")
         assert len(server.requests) == 6
-        assert os.listdir(tmp_path / "cache") == [".lock"]  # a source of which much is missing leaves nothing behind
+        assert os.listdir(tmp_path / "cache") == [".lock"]  # missing shards leave no files behind
 
 
-def test_a_new_file_may_show_late(tmp_path: Path) -> None:
+def test_a_new_file_may_appear_late(tmp_path: Path) -> None:
     assert served(tmp_path, [404, 404]) == [None] * 3
 
 
-def test_the_manifest_is_read_by_as_many_tries_as_it_takes(tmp_path: Path) -> None:
+def test_the_manifest_is_retried(tmp_path: Path) -> None:
     with FlakyServer({"/manifest.json": SHARD}) as server:
         server.faults["/manifest.json"] = iter([500, "cut", 503])
         assert store_of(server.url, tmp_path).read("manifest.json") == SHARD
@@ -115,7 +117,7 @@ def test_the_manifest_is_read_by_as_many_tries_as_it_takes(tmp_path: Path) -> No
 
 
 def test_retries_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A slow remote must not look like a slow GPU."""
+    """A slow remote must be distinguishable from a slow GPU."""
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.WARNING, logger.name)
     try:
@@ -128,7 +130,7 @@ def test_retries_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
 
 
 def gives_up(store: Store) -> str:
-    """Fetch what never comes; return why it gave up. The bound is far beyond the deadline, but before hangs end."""
+    """Fetch a file that never arrives; return the error. The time limit exceeds the deadline, but not HANG_S."""
     start = time.monotonic()
     with pytest.raises(BadFile) as caught:
         store.fetch("a.tar", len(SHARD), SHA256)
@@ -143,25 +145,25 @@ def test_the_deadline_holds(tmp_path: Path, fault: int | str) -> None:
         assert "gave up after" in gives_up(store_of(server.url, tmp_path, SHORT))
 
 
-def test_the_deadline_holds_where_nothing_listens(tmp_path: Path) -> None:
+def test_the_deadline_holds_if_the_connection_is_refused(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     assert "refused" in gives_up(store_of(f"http://127.0.0.1:{port}", tmp_path, SHORT))
 
 
-def test_the_deadline_holds_where_a_library_hangs(tmp_path: Path) -> None:
-    """fsspec's ftp waits for a greeting that never comes, longer than we do."""
+def test_the_deadline_holds_if_a_library_hangs(tmp_path: Path) -> None:
+    """fsspec's ftp waits for a greeting that never comes, longer than the deadline."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         assert "no byte in" in gives_up(store_of(f"ftp://me:secret@127.0.0.1:{port}/c4", tmp_path, SHORT))
 
 
-def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path: Path) -> None:
-    place = f"pipe:sleep 60 & echo $! >> {tmp_path}/pids; echo {{}} hangs >&2; wait"
-    assert "a.tar hangs" in gives_up(store_of(place, tmp_path, SHORT))
+def test_a_hanging_command_is_killed_with_its_children(tmp_path: Path) -> None:
+    location = f"pipe:sleep 60 & echo $! >> {tmp_path}/pids; echo {{}} hangs >&2; wait"
+    assert "a.tar hangs" in gives_up(store_of(location, tmp_path, SHORT))
     pids = (tmp_path / "pids").read_text().split()
     assert pids
-    for _ in range(500):  # the kernel may take its time to bury it
+    for _ in range(500):  # the kernel may take a moment to reap it
         if not any(is_alive(pid) for pid in pids):
             return
         time.sleep(0.01)
@@ -175,7 +177,7 @@ def is_alive(pid: str) -> bool:
         return False
 
 
-def test_a_command_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_failed_command_reports_its_stderr(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match=r"exit status 3: no a\.tar here \("):
         store_of("pipe:echo trying >&2; echo no {} here >&2; exit 3", tmp_path, SHORT).read("a.tar")
 
@@ -192,17 +194,17 @@ def test_a_command_that_fails_once_is_run_again(tmp_path: Path) -> None:
     assert Path(store.fetch("a.tar", len(SHARD), SHA256)).read_bytes() == SHARD
 
 
-def test_what_came_whole_is_used_though_the_command_fails_after_it(tmp_path: Path) -> None:
+def test_a_complete_file_is_used_although_the_command_fails(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(SHARD)
     store = store_of(f"pipe:cat {tmp_path}/{{}}; echo run >> {tmp_path}/runs; exit 1", tmp_path)
     assert Path(store.fetch("a.tar", len(SHARD), SHA256)).read_bytes() == SHARD
     assert (tmp_path / "runs").read_text() == "run\n"
 
 
-def test_a_password_is_sent_and_not_shown(tmp_path: Path) -> None:
+def test_a_password_is_sent_but_not_shown(tmp_path: Path) -> None:
     with FlakyServer({"/a.tar?key=k1": SHARD}) as server:
-        place = server.url.replace("//", "//me:s%40cret@") + "/?key=k1"
-        store = store_of(place, tmp_path)
+        location = server.url.replace("//", "//me:s%40cret@") + "/?key=k1"
+        store = store_of(location, tmp_path)
         assert store.read("a.tar") == SHARD
         assert server.requests[0][2] == "Basic bWU6c0BjcmV0"
         with pytest.raises(BadFile) as caught:

@@ -1,4 +1,4 @@
-"""Shards are plain webdataset tars, rows are read from them exactly, and damage is found before it is trained on."""
+"""Shards are plain webdataset tars, rows are read exactly, and damage is found before training reads it."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def test_rows_and_shards_are_numbered_through_all_extents(sizes: list[int], rows
     split = Split(rows_per_shard, tuple(Extent(rows, 1, 1) for rows in sizes))
     ranges = [split.shard_rows(shard) for shard in range(split.shards)]
     assert [row for rows in ranges for row in rows] == list(range(split.rows))
-    shards, inside = split.locate(np.arange(split.rows))
-    for row, (shard, place) in enumerate(zip(shards.tolist(), inside.tolist(), strict=True)):
-        assert ranges[shard][place] == row
+    shards, shard_rows = split.locate(np.arange(split.rows))
+    for row, (shard, shard_row) in enumerate(zip(shards.tolist(), shard_rows.tolist(), strict=True)):
+        assert ranges[shard][shard_row] == row
     with pytest.raises(IndexError):
         split.shard_rows(split.shards)
 
 
-def test_checksums_are_found_by_place_and_read_by_sha256sum(built: Built) -> None:
+def test_checksums_are_found_by_offset_and_read_by_sha256sum(built: Built) -> None:
     digests = [f"{i:064x}" for i in range(2 * CHECKSUM_BLOCK + 5)]
     blocks = {name: text.encode() for name, text in checksum_blocks("train", digests)}
     assert len(blocks) == 3
@@ -139,8 +139,8 @@ def source_of_one_row_shards(built: Built, folder: Path, rows: np.ndarray) -> Pa
     return folder
 
 
-def test_opening_does_not_look_at_shards(built: Built, tmp_path: Path) -> None:
-    """A source of a hundred thousand shards opens like one of ten: from its manifest, here without any shard."""
+def test_opening_does_not_read_shards(built: Built, tmp_path: Path) -> None:
+    """100,000 shards open as fast as ten, from the manifest alone; here no shard file exists."""
     old = read_manifest(open_store(str(built.shards / "prose")))
     splits = {"train": Split(1000, (Extent(10**8 - 1, 1, 1),)), "validation": Split(1000, ())}
     write_manifest(str(tmp_path), Manifest("big", SEQ_LEN, VOCAB_SIZE, "<u2", old.tokenizer_sha256, 0.0, splits))
@@ -155,7 +155,7 @@ def copy(built: Built, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built.shards / "prose", tmp_path / "prose"))
 
 
-def test_a_shard_that_is_missing_is_named(built: Built, tmp_path: Path) -> None:
+def test_a_missing_shard_is_named(built: Built, tmp_path: Path) -> None:
     folder = copy(built, tmp_path)
     source = open_source(str(folder), "train")
     check_present(source)
@@ -170,7 +170,7 @@ def test_a_shard_that_is_missing_is_named(built: Built, tmp_path: Path) -> None:
 def test_damage_is_found_when_a_shard_is_first_used(built: Built, tmp_path: Path) -> None:
     folder = copy(built, tmp_path)
     shard = folder / "train-000001.tar"
-    sound = shard.read_bytes()
+    intact = shard.read_bytes()
 
     def reason(content: bytes) -> str:
         shard.write_bytes(content)
@@ -179,10 +179,10 @@ def test_damage_is_found_when_a_shard_is_first_used(built: Built, tmp_path: Path
         assert str(shard) in str(error.value)
         return str(error.value)
 
-    assert f"{len(sound) - 1} bytes, not the {len(sound)}" in reason(sound[:-1])
-    assert f"{len(sound) + 9} bytes, not the {len(sound)}" in reason(sound + b"\0" * 9)
-    assert "sha256" in reason(sound[:600] + bytes([sound[600] ^ 1]) + sound[601:])
-    assert "sha256" in reason(bytes(len(sound)))
+    assert f"{len(intact) - 1} bytes, not the {len(intact)}" in reason(intact[:-1])
+    assert f"{len(intact) + 9} bytes, not the {len(intact)}" in reason(intact + b"\0" * 9)
+    assert "sha256" in reason(intact[:600] + bytes([intact[600] ^ 1]) + intact[601:])
+    assert "sha256" in reason(bytes(len(intact)))
     shard.unlink()
     with pytest.raises(BadFile, match="No such file"):
         open_source(str(folder), "train").check(1)
@@ -191,16 +191,16 @@ def test_damage_is_found_when_a_shard_is_first_used(built: Built, tmp_path: Path
 def test_verify_finds_every_kind_of_damage_and_repair_lists_it(built: Built, tmp_path: Path) -> None:
     folder = copy(built, tmp_path)
     shards = [folder / f"train-{i:06d}.tar" for i in range(6)]
-    sound = {shard: shard.read_bytes() for shard in shards}
+    intact = {shard: shard.read_bytes() for shard in shards}
     store = open_store(str(folder))
     rows: list[int] = []
     assert verify_source(store, 2, rows.append) == []
     manifest = read_manifest(store)
     assert sum(rows) == sum(split.rows for split in manifest.splits.values())
-    shards[0].write_bytes(sound[shards[0]][:600] + b"\xff" + sound[shards[0]][601:])
+    shards[0].write_bytes(intact[shards[0]][:600] + b"\xff" + intact[shards[0]][601:])
     shards[2].unlink()
-    shards[3].write_bytes(sound[shards[3]][:2048])
-    shards[5].write_bytes(sound[shards[5]][:1024] + bytes(512) + sound[shards[5]][1536:])
+    shards[3].write_bytes(intact[shards[3]][:2048])
+    shards[5].write_bytes(intact[shards[5]][:1024] + bytes(512) + intact[shards[5]][1536:])
     (folder / "index" / "train-000004.documents.gz").write_bytes(b"\x1f\x8b no gzip")
     index = (folder / "index" / "validation-000000.documents.gz").read_bytes()
     (folder / "index" / "train-000001.documents.gz").write_bytes(index)
@@ -213,19 +213,19 @@ def test_verify_finds_every_kind_of_damage_and_repair_lists_it(built: Built, tmp
     assert all(word in damage.reason for word, damage in zip(words, found, strict=True))
     repair(store, found)
     assert read_manifest(store).splits["train"].bad == (0, 1, 2, 3, 4, 5)
-    for shard, content in sound.items():
+    for shard, content in intact.items():
         shard.write_bytes(content)
     repair(store, verify_source(store))
     assert read_manifest(store).splits["train"].bad == (1, 4)  # their indexes are still damaged
 
 
-def test_repair_leaves_a_source_that_is_lost(built: Built, tmp_path: Path) -> None:
+def test_repair_refuses_a_source_without_intact_shards(built: Built, tmp_path: Path) -> None:
     folder = copy(built, tmp_path)
     for shard in folder.glob("train-*.tar"):
         shard.unlink()
     before = (folder / "manifest.json").read_bytes()
     store = open_store(str(folder))
-    with pytest.raises(UserError, match=r"none of the \d+ train shards is sound"):
+    with pytest.raises(UserError, match=r"none of the \d+ train shards is intact"):
         repair(store, verify_source(store))
     assert (folder / "manifest.json").read_bytes() == before
 
@@ -261,7 +261,7 @@ def test_manifest_states_what_is_there(built: Built) -> None:
         assert sum(len(block) for block in source.blocks()) == sum(extent["rows"] for extent in split["extents"]) > 0
 
 
-def test_unigram_loss_is_its_formula(built: Built) -> None:
+def test_unigram_loss_matches_its_formula(built: Built) -> None:
     sources = [open_source(str(built.shards / name), "train") for name in ("code", "prose")]
     for source in sources:
         labels = [int(i) for r in range(source.rows) for i in source.row(r)[1:]]
@@ -273,10 +273,10 @@ def test_unigram_loss_is_its_formula(built: Built) -> None:
     assert unigram_loss(counts, rows) == pytest.approx(np.mean(nats), rel=1e-12)
 
 
-def test_webdataset_has_its_say_in_verifying(built: Built) -> None:
+def test_verify_compares_with_webdataset(built: Built) -> None:
     from llama_ds.data.source.verify import _check_with_webdataset
 
     source = open_source(str(built.shards / "code"), "train")
     _check_with_webdataset(source, source.check(0))
-    with pytest.raises(BadFile, match=r"webdataset finds 20 samples in it that are not its 20 rows"):
+    with pytest.raises(BadFile, match=r"webdataset reads 20 samples that differ from the 20 rows"):
         _check_with_webdataset(source, source.check(1))

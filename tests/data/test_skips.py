@@ -1,4 +1,4 @@
-"""A run that passes over rows reads those that come after them, and neither counts nor forgets what it did not read."""
+"""A run that skips rows reads the rows after them, does not count the skipped rows, and remembers the skips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llama_ds.data.source.manifest import Extent, Split
 from llama_ds.errors import UserError
 
 STEPS = 30
-TOKENS = 240  # of a step
+TOKENS = 240  # tokens per step
 
 Ask = tuple[tuple[int, int], ...]  # (at_step, steps)
 
@@ -33,7 +33,7 @@ def skips(draw: st.DrawFn) -> list[Skip]:
 
 
 def passed_over(skips: list[Skip], until: int, first: bool = True) -> int:
-    """Steps that are passed over before `until`; with those at its very beginning where it is the `first` to read."""
+    """Return the number of stream steps skipped before `until`, with `first` including a skip at `until` itself."""
     return sum(skip.steps for skip in skips if skip.step < until or (first and skip.step == until))
 
 
@@ -42,14 +42,14 @@ def order_with(history: list[Segment], seed: int, skips: list[Skip]) -> Order:
 
 
 def later(history: list[Segment], skips: list[Skip]) -> list[Segment]:
-    """The history of a run that reads all rows, and comes to each stage as much later as the other has passed over."""
+    """Return the history of a run without skips, whose stages start later by the number of skipped steps."""
     return [replace(s, step=s.step + passed_over(skips, s.step, first=False)) for s in history]
 
 
 @settings(deadline=None, max_examples=40)
 @given(history=histories(), seed=st.integers(0, 2**32), skips=skips(), dp=st.sampled_from([1, 2, 4, 8]))
-def test_a_step_reads_what_would_come_later(history: list[Segment], seed: int, skips: list[Skip], dp: int) -> None:
-    """A rank that shifted its rows otherwise than the others would train on rows twice, or on the spike's again."""
+def test_a_step_after_skips_reads_later_rows(history: list[Segment], seed: int, skips: list[Skip], dp: int) -> None:
+    """A rank that shifted its rows differently would train on rows twice, or on the rows of the spike again."""
     order, plain = order_with(history, seed, skips), plain_order(later(history, skips), seed)
     for step in range(STEPS):
         wanted = step + passed_over(skips, step)
@@ -69,7 +69,7 @@ def test_rows_are_those_of_the_steps(history: list[Segment], seed: int, skips: l
 
 @settings(deadline=None, max_examples=25)
 @given(history=histories(), seed=st.integers(0, 2**32), skips=skips())
-def test_every_row_comes_once_per_epoch_and_what_is_passed_over_does_not_come(
+def test_every_row_is_read_once_per_epoch_and_skipped_rows_never(
     history: list[Segment], seed: int, skips: list[Skip]
 ) -> None:
     order, plain = order_with(history, seed, skips), plain_order(later(history, skips), seed)
@@ -86,7 +86,7 @@ def test_every_row_comes_once_per_epoch_and_what_is_passed_over_does_not_come(
 @settings(deadline=None, max_examples=30)
 @given(history=histories(), seed=st.integers(0, 2**32), skips=skips(), step=st.integers(0, STEPS))
 def test_consumption_is_what_was_read(history: list[Segment], seed: int, skips: list[Skip], step: int) -> None:
-    """Skipped rows would be reported as trained on, and a source as read through that was not."""
+    """Otherwise skipped rows would be reported as trained on, and a source as read completely."""
     order = order_with(history, seed, skips)
     rows = order.rows(0, step * BATCH)
     for source, (name, (count, epochs)) in enumerate(order.consumed(step).items()):
@@ -99,7 +99,7 @@ def test_consumption_is_what_was_read(history: list[Segment], seed: int, skips: 
 
 
 def test_the_rows_after_a_skip_are_frozen() -> None:
-    """A change of these numbers breaks the resumption of every run in flight that has skipped."""
+    """A change of these numbers breaks the resumption of every existing run with skips."""
     history = [
         Segment(0, {"a": 0.75, "b": 0.25}, {"a": (2000,), "b": (64,)}),
         Segment(5, {"a": 0.5, "b": 0.5}, {"a": (2000, 150), "b": (64,)}),
@@ -111,7 +111,7 @@ def test_the_rows_after_a_skip_are_frozen() -> None:
     assert as_list(order.rows(10**6, 2)) == [(0, 232, 1033), (0, 232, 2082)]
 
 
-def test_damaged_shards_are_replaced_from_the_step_of_the_run_on() -> None:
+def test_damaged_shards_are_replaced_from_their_run_step_on() -> None:
     history = [Segment(0, {"a": 1.0}, {"a": (100 * R,)})]
     order, plain = order_with(history, 3, [Skip(4, 3)]), plain_order(history, 3)
     for read, bad_from in ((3, 4), (4, 4), (4, 5), (7, 5)):
@@ -125,7 +125,7 @@ def test_damaged_shards_are_replaced_from_the_step_of_the_run_on() -> None:
 @pytest.mark.parametrize(
     "skips", [[Skip(3, 0)], [Skip(-1, 2)], [Skip(3, 1), Skip(3, 1)], [Skip(4, 1), Skip(3, 1)], [Skip(2, -1)]]
 )
-def test_what_is_no_list_of_skips_is_refused(skips: list[Skip]) -> None:
+def test_an_invalid_list_of_skips_is_refused(skips: list[Skip]) -> None:
     with pytest.raises(ValueError):
         order_with([Segment(0, {"a": 1.0}, {"a": (50,)})], 0, skips)
 
@@ -134,7 +134,7 @@ GEOMETRY = {"a": Split(R, (Extent(300, 1, 1),)), "b": Split(R, (Extent(200, 1, 1
 
 
 def plan(*ask: tuple[int, int]) -> DataState:
-    """The plan of a run file with a second stage of the mixture from step 8 on."""
+    """Return the plan of a run file whose second mixture stage starts at step 8."""
     sources = (SourceConfig("a", "a", 1.0), SourceConfig("b", "b", 0.0))
     skip = tuple(SkipConfig(*one) for one in ask)
     data = DataConfig("t", 10, sources, (MixtureStage(8 * TOKENS, {"b": 1.0}),), skip)
@@ -151,7 +151,7 @@ def steps_of(state: DataState) -> list[list[tuple[int, int, int]]]:
     return [as_list(order.at(step)) for step in range(STEPS)]
 
 
-def test_a_stage_begins_when_its_tokens_are_trained_on_whatever_was_passed_over() -> None:
+def test_a_stage_starts_after_its_trained_tokens_despite_skips() -> None:
     for ask in ((), ((3, 2),), ((7, 9),), ((8, 2),), ((0, 30), (9, 1))):
         order = plan(*ask).order(5, BATCH)
         sources = [set(order.at(step).source.tolist()) for step in range(STEPS)]
@@ -170,10 +170,10 @@ def test_a_run_that_resumes_reads_as_one_that_does_not(ask: Ask, stops: tuple[in
 
 
 @pytest.mark.parametrize("step", [5, 6])
-def test_what_a_run_passed_over_stays_its_past(step: int) -> None:
-    """Without the override that asked for it, or with others to come, a run would read other rows than it did."""
+def test_past_skips_stay(step: int) -> None:
+    """Past skips stay, even without the override that requested them or with new ones to come."""
     past = plan((4, 2), (20, 3))
-    assert resumed(past, step).skips == (Skip(4, 2),)  # what is to come is the run file's
+    assert resumed(past, step).skips == (Skip(4, 2),)  # future skips come from the run file
     assert resumed(past, step, (4, 2), (6, 1), (25, 1)).skips == (Skip(4, 2), Skip(6, 1), Skip(25, 1))
     assert steps_of(resumed(past, step))[:20] == steps_of(past)[:20]
     assert resumed(plan(), step, (step, 2)).skips == (Skip(step, 2),)
@@ -183,21 +183,21 @@ def test_what_a_run_passed_over_stays_its_past(step: int) -> None:
 @pytest.mark.parametrize(
     ("past", "ask", "message"),
     [
-        ((), ((4, 2),), "passed over nothing at step 4, where data.skip says 2; go back there with "
+        ((), ((4, 2),), "skipped nothing at step 4, where data.skip requests 2; go back there with "
          "checkpoint.rewind_to=4, or skip at step 5 or later"),
-        (((4, 2),), ((4, 3),), "passed over 2 steps at step 4, where data.skip says 3; go back there"),
-        (((4, 2),), ((3, 1), (4, 2)), "passed over nothing at step 3, where data.skip says 1"),
-        ((), ((0, 2),), "passed over nothing at step 0, where data.skip says 2; skip at step 5 or later"),
+        (((4, 2),), ((4, 3),), "skipped 2 steps at step 4, where data.skip requests 3; go back there"),
+        (((4, 2),), ((3, 1), (4, 2)), "skipped nothing at step 3, where data.skip requests 1"),
+        ((), ((0, 2),), "skipped nothing at step 0, where data.skip requests 2; skip at step 5 or later"),
     ],
 )  # fmt: skip
-def test_a_past_that_was_not_is_refused(past: Ask, ask: Ask, message: str) -> None:
-    """A run would say that it never read a window which it did read."""
+def test_past_skips_that_the_run_did_not_make_are_refused(past: Ask, ask: Ask, message: str) -> None:
+    """Otherwise a run would claim that it never read a window that it did read."""
     with pytest.raises(UserError) as caught:
         resumed(plan(*past), 5, *ask)
     assert str(caught.value).startswith("ckpt: is at step 5 and has " + message)
 
 
-def test_a_checkpoint_from_before_there_were_skips_has_none() -> None:
+def test_a_checkpoint_without_the_key_has_no_skips() -> None:
     saved = plan().as_json()
     del saved["skips"]
     assert state_from_json(json.loads(json.dumps(saved)), "ckpt") == plan()
@@ -205,9 +205,9 @@ def test_a_checkpoint_from_before_there_were_skips_has_none() -> None:
         state_from_json({**saved, "skips": [{"at": 3}]}, "ckpt")
 
 
-def test_a_window_is_as_many_rows_as_it_says() -> None:
-    """The first step after a skip begins where the window ends, to the row."""
+def test_a_skip_has_exactly_its_number_of_rows() -> None:
+    """The first step after a skip begins exactly at the row after the window."""
     history = [Segment(0, {"a": 1.0}, {"a": (500 * R,)})]
     numbers = [order_with(history, 1, skips).rows(4 * BATCH, 1) for skips in ([], [Skip(4, 2)])]
-    places = [np.flatnonzero(plain_order(history, 1).rows(0, 50 * BATCH).row == n.row[0])[0] for n in numbers]
-    assert places == [4 * BATCH, 6 * BATCH]
+    positions = [np.flatnonzero(plain_order(history, 1).rows(0, 50 * BATCH).row == n.row[0])[0] for n in numbers]
+    assert positions == [4 * BATCH, 6 * BATCH]

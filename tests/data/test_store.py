@@ -1,4 +1,4 @@
-"""A source reads the same wherever it stands, and a place that cannot be read is told before the run starts."""
+"""A source reads the same from every store, and a URL that cannot be read is reported before the run starts."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from flaky_server import FlakyServer
 
 from llama_ds.data.source.cache import Cache
 from llama_ds.data.source.remote import open_transport
-from llama_ds.data.source.store import BadFile, Patience, open_store
+from llama_ds.data.source.store import BadFile, RetryPolicy, open_store
 from llama_ds.errors import UserError
 
-QUICK = Patience(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
+QUICK = RetryPolicy(deadline_s=30, first_wait_s=0.01, max_wait_s=0.05, stall_s=15)
 FILES = {
     "train-000000.tar": random.Random(0).randbytes(5_000_000),  # more than one chunk of each transport
     "index/train-0000.sha256": b"0123\n",
-    "it's a 100% #1 shard?.tar": b"\x00\xff\r\n",  # what a shell or a URL would misread
+    "it's a 100% #1 shard?.tar": b"\x00\xff\r\n",  # a shell or a URL would misread this name
     "empty.tar": b"",
 }
 KINDS = ("folder", "file", "http", "memory", "local", "pipe-cat", "pipe-python")
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def locations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     folder = tmp_path_factory.mktemp("my source")
     memory = fsspec.filesystem("memory")
     for name, content in FILES.items():
@@ -53,22 +53,22 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_transport_brings_the_same_bytes(kind: str, places: dict[str, str], tmp_path: Path) -> None:
-    store = open_store(places[kind], Cache(str(tmp_path / "cache"), 6_000_000), QUICK)
+def test_every_transport_returns_the_same_bytes(kind: str, locations: dict[str, str], tmp_path: Path) -> None:
+    store = open_store(locations[kind], Cache(str(tmp_path / "cache"), 6_000_000), QUICK)
     for name, content in FILES.items():
         assert store.read(name) == content
-        for _ in range(2):  # fetched, then found
+        for _ in range(2):  # downloaded, then cached
             path = store.fetch(name, len(content), hashlib.sha256(content).hexdigest())
             assert Path(path).read_bytes() == content
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_transport_tells_what_is_missing_or_wrong(kind: str, places: dict[str, str], tmp_path: Path) -> None:
+def test_every_transport_reports_missing_and_wrong_files(kind: str, locations: dict[str, str], tmp_path: Path) -> None:
     cache = Cache(str(tmp_path / "cache"), 6_000_000)
-    store = open_store(places[kind], cache, QUICK)
+    store = open_store(locations[kind], cache, QUICK)
     hasty, tries = store, "tries: 3" if kind in ("http", "memory", "local") else ""
-    if kind.startswith("pipe"):  # the exit status does not tell whether it is missing
-        hasty = open_store(places[kind], cache, Patience(deadline_s=0.3, first_wait_s=0.01, longest_wait_s=0.05))
+    if kind.startswith("pipe"):  # the exit status does not reveal whether the file is missing
+        hasty = open_store(locations[kind], cache, RetryPolicy(deadline_s=0.3, first_wait_s=0.01, max_wait_s=0.05))
     name, size = "train-000000.tar", len(FILES["train-000000.tar"])
     right = hashlib.sha256(FILES[name]).hexdigest()
     for missing in ("nothing.tar", "index/nothing.sha256"):
@@ -87,10 +87,10 @@ def test_every_transport_tells_what_is_missing_or_wrong(kind: str, places: dict[
 
 
 @pytest.mark.parametrize("kind", KINDS[2:])
-def test_every_transport_resumes_or_begins_again(kind: str, places: dict[str, str]) -> None:
-    """One that did neither would put a shard together wrongly each time a connection breaks."""
+def test_every_transport_resumes_or_starts_over(kind: str, locations: dict[str, str]) -> None:
+    """Otherwise a shard would be assembled wrongly whenever a connection breaks."""
     name, start = "train-000000.tar", 4_500_000
-    chunks = list(open_transport(places[kind]).chunks(name, start, 15, time.monotonic() + 30))
+    chunks = list(open_transport(locations[kind]).chunks(name, start, 15, time.monotonic() + 30))
     first = 0 if kind.startswith("pipe") else start
     offset = first
     for found, chunk in chunks:
@@ -99,17 +99,17 @@ def test_every_transport_resumes_or_begins_again(kind: str, places: dict[str, st
     assert b"".join(chunk for _, chunk in chunks) == FILES[name][first:]
 
 
-def test_a_shard_of_a_folder_is_used_where_it_stands(places: dict[str, str]) -> None:
-    """A cache of local files would double the disk that a source takes."""
+def test_a_local_shard_is_used_in_place(locations: dict[str, str]) -> None:
+    """Caching local files would double the disk usage of a source."""
     name, content = "train-000000.tar", FILES["train-000000.tar"]
-    path = open_store(places["file"]).fetch(name, len(content), hashlib.sha256(content).hexdigest())
-    assert path == os.path.join(places["folder"], name)
+    path = open_store(locations["file"]).fetch(name, len(content), hashlib.sha256(content).hexdigest())
+    assert path == os.path.join(locations["folder"], name)
 
 
-def test_a_forked_loader_fetches_too(places: dict[str, str], tmp_path: Path) -> None:
-    """fsspec and threads do not outlive a fork by themselves."""
+def test_a_forked_loader_can_fetch(locations: dict[str, str], tmp_path: Path) -> None:
+    """fsspec and threads do not survive a fork by themselves."""
     for kind in ("memory", "http"):
-        store = open_store(places[kind], Cache(str(tmp_path / kind), 6_000_000), QUICK)
+        store = open_store(locations[kind], Cache(str(tmp_path / kind), 6_000_000), QUICK)
         assert store.read("empty.tar") == b""
         if (pid := os.fork()) == 0:
             content = FILES["train-000000.tar"]
@@ -119,7 +119,7 @@ def test_a_forked_loader_fetches_too(places: dict[str, str], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("place", "words"),
+    ("location", "words"),
     [
         ("s4://bucket/c4", ("s4://bucket/c4", "s3://", "pipe:COMMAND")),
         ("zip::s4://bucket/c4.zip", ("s4://",)),
@@ -130,19 +130,19 @@ def test_a_forked_loader_fetches_too(places: dict[str, str], tmp_path: Path) -> 
         ("az://container/c4", ("az://container/c4", "adlfs")),
     ],
 )
-def test_a_place_that_cannot_be_read_is_one_clear_error(
-    place: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_unreadable_url_is_one_clear_error(
+    location: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for package in ("s3fs", "gcsfs", "adlfs"):
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    cache = None if place.startswith("http") else Cache(str(tmp_path), 1)
+    cache = None if location.startswith("http") else Cache(str(tmp_path), 1)
     with pytest.raises(UserError) as caught:
-        open_store(place, cache)
+        open_store(location, cache)
     message = str(caught.value)
     assert all(word in message for word in words) and "\n" not in message and "secret" not in message
 
 
-def test_a_bad_file_comes_whole_from_another_process() -> None:
+def test_bad_file_can_be_pickled() -> None:
     bad = pickle.loads(pickle.dumps(BadFile("http://host/a.tar", "cut short", 12)))
     assert (bad.place, bad.reason, bad.offset, str(bad)) == (
         "http://host/a.tar",

@@ -1,4 +1,4 @@
-"""A run's rows do not depend on its layout or on where it resumed; damage is replaced alike; misfits are refused."""
+"""Rows of a run do not depend on its layout or on resuming; damaged shards are replaced; wrong data is refused."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_every_layout_reads_the_same_rows(dataset: Dataset, dp: int, micro: int)
     assert np.array_equal(rows.reshape(-1, SEQ_LEN + 1), np.array(read))
 
 
-def test_a_resumed_run_reads_on(run: RunConfig, dataset: Dataset) -> None:
+def test_a_resumed_run_reads_the_same_rows(run: RunConfig, dataset: Dataset) -> None:
     whole = steps(dataset, 0, 30)
     for at in (1, 7, 29):
         state = state_from_json(json.loads(json.dumps(dataset.state.as_json())), "checkpoint")
@@ -72,8 +72,8 @@ def test_a_resumed_run_reads_on(run: RunConfig, dataset: Dataset) -> None:
         assert np.array_equal(steps(resumed, at, 30 - at, 2, 2), whole[at:])
 
 
-def test_a_mixture_changes_at_its_token_and_epochs_count_it(built: Built, tmp_path: Path) -> None:
-    at = 100 * BATCH * SEQ_LEN - 5  # in step 99: the change is at the first step that begins with as many read
+def test_a_mixture_changes_at_its_token_and_epochs_follow(built: Built, tmp_path: Path) -> None:
+    at = 100 * BATCH * SEQ_LEN - 5  # in step 99: the stage starts at the first step that begins after this token
     stages = [{"at_tokens": at, "weights": {"prose": 1.0}}]
     staged, plain = open_data(run_on(built, tmp_path, mixture=stages)), open_data(run_on(built, tmp_path))
     assert np.array_equal(steps(staged, 0, 100), steps(plain, 0, 100))
@@ -83,7 +83,7 @@ def test_a_mixture_changes_at_its_token_and_epochs_count_it(built: Built, tmp_pa
     assert prose[0] == 200 * BATCH - code[0] and prose[1] == prose[0] / staged.sources.train[1].rows
 
 
-def test_other_weights_on_resuming_leave_the_past(built: Built, tmp_path: Path) -> None:
+def test_new_weights_on_resume_do_not_change_the_past(built: Built, tmp_path: Path) -> None:
     first = open_data(run_on(built, tmp_path))
     other = run_on(built, tmp_path, "data.sources.0.weight=0.1", "data.sources.1.weight=0.9")
     changed = open_data(other, first.state, 20, "checkpoint")
@@ -94,7 +94,7 @@ def test_other_weights_on_resuming_leave_the_past(built: Built, tmp_path: Path) 
     assert again.state == changed.state and np.array_equal(steps(again, 45, 10), steps(changed, 45, 10))
 
 
-def test_a_source_that_grew_is_read_on_and_the_past_stays(built: Built, tmp_path: Path) -> None:
+def test_a_grown_source_is_read_and_the_past_stays(built: Built, tmp_path: Path) -> None:
     shutil.copytree(built.shards, tmp_path / "shards")
     grown = replace(built, shards=tmp_path / "shards")
     run = run_on(grown, tmp_path)
@@ -112,7 +112,7 @@ def test_a_source_that_grew_is_read_on_and_the_past_stays(built: Built, tmp_path
         open_data(run, after.state, 30, "checkpoint")
 
 
-def test_a_new_source_joins_a_run_that_goes_on(built: Built, tmp_path: Path) -> None:
+def test_a_new_source_joins_a_resumed_run(built: Built, tmp_path: Path) -> None:
     run = run_on(built, tmp_path)
     before = open_data(run)
     third = {"name": "again", "path": str(built.shards / "code"), "weight": 0.5}
@@ -125,7 +125,7 @@ def test_a_new_source_joins_a_run_that_goes_on(built: Built, tmp_path: Path) -> 
 
 @pytest.fixture
 def damaged(built: Built, tmp_path: Path) -> Built:
-    """A copy in which the second shard of code has a flipped bit, the third is cut short, the first of prose broken."""
+    """Return a copy with a flipped bit in shard 1 of code, a truncated shard 2, and zeros in shard 0 of prose."""
     shutil.copytree(built.shards, tmp_path / "shards")
     shards = [tmp_path / "shards" / "code" / shard_name("train", i) for i in (1, 2)]
     data = bytearray(shards[0].read_bytes())
@@ -148,17 +148,17 @@ def test_damaged_shards_are_found_before_they_are_read_and_replaced(
         (0, "code", 1, None), (0, "code", 2, 5000), (0, "prose", 0, 0)
     ]  # fmt: skip
     assert "sha256" in found[0].reason and "5000 bytes" in found[1].reason
-    data.replace(found, most=3)
+    data.replace(found, max_bad=3)
     assert reader.find_bad(0, 110) == []
-    sound = steps(dataset, 0, 110).reshape(-1, SEQ_LEN + 1)
-    mended = steps(data, 0, 110).reshape(-1, SEQ_LEN + 1)
-    plan, same = [dataset.order.at(step) for step in range(110)], (sound == mended).all(1)
+    intact = steps(dataset, 0, 110).reshape(-1, SEQ_LEN + 1)
+    repaired = steps(data, 0, 110).reshape(-1, SEQ_LEN + 1)
+    plan, same = [dataset.order.at(step) for step in range(110)], (intact == repaired).all(1)
     assert 0 < same.sum() < len(same) and len(plan) * BATCH == len(same)
     every = {row.tobytes() for source in dataset.sources.train for row in source.read(np.arange(source.rows))}
-    assert all(row.astype("<u2").tobytes() in every for row in mended)
-    # and what is recorded resumes to the same
+    assert all(row.astype("<u2").tobytes() in every for row in repaired)
+    # A run resumed from the recorded state reads the same rows.
     resumed = open_data(run_on(damaged, tmp_path), data.state, 13, "checkpoint")
-    assert np.array_equal(steps(resumed, 13, 97).reshape(-1, SEQ_LEN + 1), mended[13 * BATCH :])
+    assert np.array_equal(steps(resumed, 13, 97).reshape(-1, SEQ_LEN + 1), repaired[13 * BATCH :])
     reader.close()
 
 
@@ -166,14 +166,14 @@ def test_too_much_damage_stops_the_run_with_its_ledger(damaged: Built, tmp_path:
     data = open_data(run_on(damaged, tmp_path))
     reader = Reader(data, range(0, 110), 0, 1, BATCH)
     with pytest.raises(UserError, match=r"3 shards are damaged, data\.max_bad_shards = 2; .*step 0, code, shard 1: "):
-        data.replace(reader.find_bad(0, 110), most=2)
+        data.replace(reader.find_bad(0, 110), max_bad=2)
     everything = [BadShard(0, "prose", shard) for shard in range(data.sources.train[1].geometry.shards)]
-    with pytest.raises(UserError, match=r"source prose: none of its .* shards is sound"):
-        open_data(run_on(damaged, tmp_path)).replace(everything, most=1000)
+    with pytest.raises(UserError, match=r"source prose: none of its .* shards is intact"):
+        open_data(run_on(damaged, tmp_path)).replace(everything, max_bad=1000)
     reader.close()
 
 
-def test_a_repaired_manifest_keeps_runs_off_what_is_damaged(damaged: Built, tmp_path: Path) -> None:
+def test_a_repaired_manifest_excludes_damaged_shards(damaged: Built, tmp_path: Path) -> None:
     for name in ("code", "prose"):
         store = open_store(str(damaged.shards / name))
         repair(store, verify_source(store))
@@ -184,9 +184,7 @@ def test_a_repaired_manifest_keeps_runs_off_what_is_damaged(damaged: Built, tmp_
     reader.close()
 
 
-def test_damage_listed_after_the_start_counts_from_where_a_run_resumes(
-    damaged: Built, dataset: Dataset, tmp_path: Path
-) -> None:
+def test_damage_listed_after_the_start_counts_from_the_resume(damaged: Built, dataset: Dataset, tmp_path: Path) -> None:
     store = open_store(str(damaged.shards / "code"))
     repair(store, verify_source(store))
     resumed = open_data(run_on(damaged, tmp_path), dataset.state, 20, "checkpoint")
@@ -196,19 +194,19 @@ def test_damage_listed_after_the_start_counts_from_where_a_run_resumes(
     )
 
 
-def test_a_shard_that_changes_under_the_run_ends_it(built: Built, tmp_path: Path) -> None:
+def test_a_shard_that_changes_during_the_run_ends_it(built: Built, tmp_path: Path) -> None:
     shutil.copytree(built.shards, tmp_path / "shards")
     data = open_data(run_on(replace(built, shards=tmp_path / "shards"), tmp_path))
     reader = Reader(data, range(0, 110), 0, 1, BATCH)
     assert reader.find_bad(0, 110) == []
     for shard in (tmp_path / "shards" / "code").glob("train-*.tar"):
         shard.write_bytes(shard.read_bytes()[:600])
-    with pytest.raises(UserError, match=r"was cut short after it had been checked; .*resume it"):
+    with pytest.raises(UserError, match=r"was cut short after it had been checked; .*resume the run"):
         list(reader.batches())
     reader.close()
 
 
-def test_nothing_is_read_that_was_not_agreed_on(dataset: Dataset) -> None:
+def test_the_reader_does_not_read_beyond_its_bound(dataset: Dataset) -> None:
     reader = Reader(dataset, range(0, 10), 0, 1, BATCH, allowed=0)
     ahead = ReadAhead(reader.batches(), depth=20)
     reader.allow(3)
@@ -236,7 +234,7 @@ def test_validation_rows_are_fixed_and_shared_by_weight(sources: Sources) -> Non
     assert sources.validation_micro_batches(0, 0, 2, 2) == []
 
 
-def test_validation_that_does_not_fit_says_what_would(sources: Sources) -> None:
+def test_an_unsuitable_number_of_validation_rows_is_refused(sources: Sources) -> None:
     with pytest.raises(UserError, match=r"evaluation\.rows = 13 .* dp \* parallel\.micro_batch = 6; use 12 or 18"):
         sources.validation_micro_batches(13, 0, 2, 3)
     with pytest.raises(UserError, match=r"validation split has \d+ rows, evaluation needs 700 of its 1000"):
@@ -256,7 +254,7 @@ def test_a_run_that_does_not_fit_its_shards_is_refused(run: RunConfig) -> None:
     assert "missing/manifest.json: cannot read" in refused({"sources": missing.data.sources})
 
 
-def test_stated_epochs_are_held_against_the_manifest(run: RunConfig, dataset: Dataset) -> None:
+def test_stated_epochs_are_checked_against_the_manifest(run: RunConfig, dataset: Dataset) -> None:
     rows, epochs = dataset.order.consumed(200)["code"]
     assert epochs == rows / dataset.sources.train[0].rows
     open_data(with_source(run, 0, epochs=epochs * 1.05))
@@ -281,7 +279,7 @@ def test_the_fingerprint_tells_orders_apart(run: RunConfig, dataset: Dataset, bu
     assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 3
 
 
-def test_an_error_while_reading_reaches_the_consumer() -> None:
+def test_a_read_error_reaches_the_consumer() -> None:
     def read() -> Iterator[int]:
         yield 1
         raise UserError("shard gone")

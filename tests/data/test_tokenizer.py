@@ -1,4 +1,4 @@
-"""The tokenizer loses nothing, splits digits as LLaMA does, and is the same from the same text."""
+"""The tokenizer is lossless, splits digits as LLaMA's does, and its training is deterministic."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_spaces_marks_and_names_of_control_ids_survive(tokenizer: Tokenizer, tex
 
 
 @given(texts=st.lists(st.text(alphabet=SPECIAL + "abc ")))
-def test_a_batch_is_its_texts(tokenizer: Tokenizer, texts: list[str]) -> None:
+def test_a_batch_equals_its_texts(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert tokenizer.encode_batch(texts, threads=2) == [tokenizer.encode(text) for text in texts]
 
 
-def test_ids_are_llamas(tokenizer: Tokenizer) -> None:
+def test_special_ids_and_digits_are_as_in_llama(tokenizer: Tokenizer) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (VOCAB_SIZE, 1, 2)
     assert len(tokenizer.encode("2048")) == 4  # every digit on its own
     assert tokenizer.decode([1, *tokenizer.encode("x"), 2]) == "x"
@@ -59,7 +59,7 @@ def test_missing_or_damaged_model_is_a_user_error(built: Built, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("size", "fix"), [(260, "use more than"), (100000, "use at most")])
-def test_vocabulary_that_does_not_fit_says_what_would(built: Built, tmp_path: Path, size: int, fix: str) -> None:
+def test_an_unsuitable_vocabulary_size_is_refused(built: Built, tmp_path: Path, size: int, fix: str) -> None:
     with pytest.raises(UserError, match=f"vocab_size = {size} .*{fix}"):
         train_tokenizer([built.prose], str(tmp_path / "t"), size)
     assert not (tmp_path / "t.model").exists()

@@ -1,4 +1,4 @@
-"""The two data tools from a shell: a whole way from text to checked shards, and errors without a traceback."""
+"""The two data tools from a shell: the full path from text to checked shards, and errors without a traceback."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_help_shows_an_example(name: str) -> None:
     assert f"tools/{name}" in done(name, "--help")
 
 
-def test_from_text_to_checked_shards(tmp_path: Path) -> None:
+def test_from_text_to_verified_shards(tmp_path: Path) -> None:
     done("shards.py", "gather", "--out", tmp_path, "--limit-mb", "1")
     code, prose, model = tmp_path / "code.jsonl", tmp_path / "prose.jsonl", tmp_path / "t.model"
     done("tokenizer.py", "train", "--input", code, prose, "--vocab-size", 800, "--out", tmp_path / "t")

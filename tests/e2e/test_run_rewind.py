@@ -123,10 +123,10 @@ def test_another_layout_goes_back_to_the_same_numbers(again: Run, reference: Run
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([SKIP], "is at step 8 and has passed over nothing at step 4, where data.skip says 2; go back there with "
+        ([SKIP], "is at step 8 and has skipped nothing at step 4, where data.skip requests 2; go back there with "
          "checkpoint.rewind_to=4, or skip at step 8 or later"),
-        (["checkpoint.rewind_to=4", "data.skip=[{at_step: 3, steps: 1}]"], "step_00000004: is at step 4 and has passed "
-         "over nothing at step 3"),
+        (["checkpoint.rewind_to=4", "data.skip=[{at_step: 3, steps: 1}]"], "step_00000004: is at step 4 and has "
+         "skipped nothing at step 3"),
         (["checkpoint.rewind_to=1"], "no checkpoint at or before checkpoint.rewind_to = 1, the first is step_00000002"),
     ],
     ids=["skip of what was read", "skip before the step", "no checkpoint"],

@@ -27,7 +27,7 @@ HOSTS = {"node1": 8}
 def reads(skips: list[tuple[int, int]], steps: int) -> list[int]:
     """Return which step's data of the stream each step of a run reads."""
     all_skips = Skips([Skip(*skip) for skip in skips])
-    return [all_skips.place(step) for step in range(steps)]
+    return [all_skips.position(step) for step in range(steps)]
 
 
 @given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=6))

@@ -225,7 +225,7 @@ def test_damage_on_one_host_is_replaced_on_all(name: str, root: Path, outcome: C
     assert (bad["source"], bad["shard"]) == ("b", first_shards(root)[0]) and "sha256" in bad["reason"]
     assert bad["step"] == first
     intact = read_alone(data, first)
-    data.replace([BadShard(**bad)], most=1)
+    data.replace([BadShard(**bad)], max_bad=1)
     wanted = read_alone(data, first)
     assert not np.array_equal(intact, wanted)
     for seen in ranks:

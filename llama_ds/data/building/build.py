@@ -1,8 +1,8 @@
 """Building a source: documents -> ids -> packed rows -> webdataset tar shards and a manifest.
 
-The input is divided into parts (parts.py). Worker processes tokenize parts (tokenized.py), in any order; here they are
-put in line, without copies if so told, and as soon as the ids of a shard are all there some process writes it
-(shard_writer.py). Each file appears when it is whole: a build may be killed at any moment, and the next goes on.
+The input is divided into parts (parts.py). Worker processes tokenize parts (tokenized.py) in any order. This module
+puts them in order, optionally deduplicates them, and starts a task to write each shard (shard_writer.py) as soon as all
+its ids exist. Every file is written atomically, so a build may be killed at any moment and is resumable.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_ds.data.building import build_folder
+from llama_ds.data.building.atomic_file import reporting_full_disk
 from llama_ds.data.building.dedup import DIGEST, DigestSet
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part, plan_parts
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard
 from llama_ds.data.building.split_stream import ShardForm, SplitStream
 from llama_ds.data.building.tokenized import TokenizedCounts, TokenizedPart, TokenizePart, documents_path, read_part
-from llama_ds.data.building.whole_file import naming_a_full_disk
 from llama_ds.data.building.workers import ThisProcess, Workers
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.documents_index import parse_documents
@@ -31,12 +31,12 @@ from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
-PARTS_AHEAD = 16  # per worker, that may be tokenized while an earlier part is not: their ids wait on the disk
+PARTS_AHEAD = 16  # parts per worker tokenized ahead of the first unfinished part; their ids wait on disk
 
 
 @dataclass(frozen=True)
 class _Settings:
-    """The arguments of `build_source` that decide what is written."""
+    """The arguments of `build_source` that determine the output."""
 
     tokenizer_path: str
     seq_len: int
@@ -65,25 +65,24 @@ def build_source(
 ) -> Manifest:
     """Tokenize and pack the documents of `pattern` into the folder out/name.
 
-    A document goes to validation when the hash of its text says so: copies of one text go to one side, and more
-    documents move none. With `dedup` only the first of equal documents stays. With `append` the documents are added to
-    a finished source, whose shards stay as they are. With `skip_bad`, documents that have no
-    text, are not UTF-8 or no JSON are left out.
+    The hash of a document's text assigns it to a split: copies of a text go to the same split, and adding documents
+    moves none. `dedup` keeps only the first of equal documents. `append` adds the documents to a finished source,
+    whose shards stay unchanged. `skip_bad` leaves out documents that are empty, not UTF-8 or not JSON.
 
     Args:
         pattern: a file, a folder or a glob with `**`.
-        seq_len: tokens of a row; rows hold one id more, the last label.
-        validation_fraction: share of the documents that are held out.
-        workers: processes that tokenize and write.
-        document_chars: longer documents are cut after line ends; 0: none is.
-        overwrite: delete the finished source, or the unfinished build of other documents or flags, that is there.
+        seq_len: tokens per row; a row holds one id more, the last label.
+        validation_fraction: fraction of the documents held out for validation.
+        workers: number of processes that tokenize and write.
+        document_chars: longer documents are cut at line ends; 0: no document is cut.
+        overwrite: delete an existing finished source, or an unfinished build of other documents or flags.
 
-    The bytes written depend on the documents, the tokenizer and the sizes, not on `workers`, nor on whether the build
-    was killed and started again. `progress` is called with the documents, ids and input bytes done since its last call,
-    and with (0, 0, bytes) for what an earlier, killed build had done.
+    The bytes written depend on the documents, the tokenizer and the sizes, but not on `workers` or on restarts of the
+    build. `progress` is called with the documents, ids and input bytes processed since its last call, and with
+    (0, 0, bytes) for the work of an earlier, killed build.
 
     Raises:
-        UserError: the source exists, the documents are bad (see `documents`), a split gets none, or the disk is full.
+        UserError: the source exists, a document is bad (see `documents`), a split is empty, or the disk is full.
     """
     settings = _Settings(tokenizer_path, seq_len, validation_fraction, rows_per_shard, document_chars, dedup, skip_bad)
     _check(name, settings, overwrite, append)
@@ -93,9 +92,9 @@ def build_source(
     folder = os.path.join(out, name)
     files = source_files(pattern)
     parts = plan_parts(files)
-    with naming_a_full_disk(folder), build_folder.locked(folder):
+    with reporting_full_disk(folder), build_folder.locked(folder):
         mark = build_folder.fingerprint(files, _flags(settings, tokenizer))
-        if done := build_folder.put_in_place(folder, mark):
+        if done := build_folder.finish_commit(folder, mark):
             return done
         base = _base(folder, settings, tokenizer, overwrite, append)
         if base is not None:
@@ -106,7 +105,7 @@ def build_source(
             with start_workers(workers) as pool:
                 build.run(pool, progress, workers)
         finally:
-            build_folder.remove_temporary(folder)  # a full disk has no room for them
+            build_folder.remove_temporary(folder)  # also on an error, because the disk may be full
         if base is None:
             _check_filled(folder, pattern, build.splits, validation_fraction)
         manifest = Manifest(
@@ -119,7 +118,7 @@ def build_source(
 
 
 class _Build:
-    """Puts the parts in line as they are tokenized, and hands out what there is to do."""
+    """Schedules the tasks of a build, and appends tokenized parts to the split streams in order."""
 
     def __init__(
         self, folder: str, settings: _Settings, tokenizer: Tokenizer, parts: Sequence[Part], base: Manifest | None
@@ -134,17 +133,17 @@ class _Build:
         self._known = DigestSet() if settings.dedup else None
         if self._known and base:
             _add_known(self._known, folder, base)
-        self._next = 0  # part to hand out
-        self._in_line = 0  # parts 0 .. in_line - 1 stand in the streams
+        self._next = 0  # next part to tokenize
+        self._appended = 0  # parts 0 .. appended - 1 are in the streams
         self._waiting: dict[int, TokenizedPart] = {}
-        self._last_file = ("", 0)  # of the parts in line: path, lines so far
+        self._last_file = ("", 0)  # last file of the appended parts: path, lines so far
         self._skipped = self._copies = 0
 
     def run(self, pool: ThisProcess | Workers, progress: Callable[[int, int, int], None], workers: int) -> None:
-        """Do all there is to do."""
+        """Run the build to its end."""
         self._find_tokenized(progress)
         while True:
-            self._line_up()
+            self._append_ready()
             while pool.is_free and (task := self._next_task(workers)):
                 pool.start(task)
             if all(stream.is_written for stream in self.splits.values()):
@@ -158,11 +157,11 @@ class _Build:
                     self.splits[message.split].take(message)
 
     def report(self, name: str) -> None:
-        """Say what was left out."""
+        """Log how many documents were left out."""
         if self._skipped:
-            logger.info("source %s: %d documents that have no text, or are none, left out", name, self._skipped)
+            logger.info("source %s: %d empty or malformed documents left out", name, self._skipped)
         if self._known:
-            logger.info("source %s: %d copies of documents left out", name, self._copies)
+            logger.info("source %s: %d duplicate documents left out", name, self._copies)
 
     def _find_tokenized(self, progress: Callable[[int, int, int], None]) -> None:
         for number, pieces in enumerate(self._parts):
@@ -171,12 +170,12 @@ class _Build:
                 progress(0, 0, sum(piece.size for piece in pieces))
 
     def _next_task(self, workers: int) -> WriteShard | TokenizePart | None:
-        for stream in self.splits.values():  # shards first: with them the ids of parts can go
+        for stream in self.splits.values():  # shards first, because their parts' ids can then be deleted
             if task := stream.next_task():
                 return task
-        while self._next in self._waiting or self._next < self._in_line:
+        while self._next in self._waiting or self._next < self._appended:
             self._next += 1
-        if self._next == len(self._parts) or self._next > self._in_line + PARTS_AHEAD * workers:
+        if self._next == len(self._parts) or self._next > self._appended + PARTS_AHEAD * workers:
             return None
         number, s = self._next, self._settings
         self._next += 1
@@ -185,11 +184,11 @@ class _Build:
             s.tokenizer_path, s.validation_fraction, s.document_chars, s.skip_bad,
         )  # fmt: skip
 
-    def _line_up(self) -> None:
-        while part := self._waiting.pop(self._in_line, None):
+    def _append_ready(self) -> None:
+        while part := self._waiting.pop(self._appended, None):
             self._append(part)
-            self._in_line += 1
-        if self._in_line == len(self._parts):
+            self._appended += 1
+        if self._appended == len(self._parts):
             for stream in self.splits.values():
                 stream.end()
 
@@ -224,10 +223,10 @@ def _check(name: str, settings: _Settings, overwrite: bool, append: bool) -> Non
         raise UserError(f"source name '{name}' is not a plain folder name; use letters, digits, '-' and '_'")
     if min(settings.seq_len, settings.rows_per_shard) < 1:
         raise UserError(
-            f"seq_len = {settings.seq_len} and rows per shard = {settings.rows_per_shard} must both be 1 or more"
+            f"seq_len = {settings.seq_len} and rows per shard = {settings.rows_per_shard} must both be at least 1"
         )
     if not 0 <= settings.validation_fraction < 1:
-        raise UserError(f"validation fraction {settings.validation_fraction} is not in [0, 1); use for instance 0.01")
+        raise UserError(f"validation fraction {settings.validation_fraction} is not in [0, 1); use for example 0.01")
     if overwrite and append:
         raise UserError("--overwrite deletes the finished source and --append adds to it; choose one")
 
@@ -245,17 +244,17 @@ def _flags(settings: _Settings, tokenizer: Tokenizer) -> dict[str, object]:
 
 
 def _base(folder: str, settings: _Settings, tokenizer: Tokenizer, overwrite: bool, append: bool) -> Manifest | None:
-    """Return the manifest to append to, None for a new source."""
+    """Return the manifest to append to, or None for a new source."""
     content = build_folder.finished(folder)
     if not append:
         if content is not None and not overwrite:
             raise UserError(
-                f"{folder}: a finished source is there already; use another --out or name, --append to add to it, or "
+                f"{folder}: already holds a finished source; use another --out or name, --append to add to it, or "
                 "--overwrite to replace it"
             )
         return None
     if content is None:
-        raise UserError(f"{folder}: no finished source to append to; build it first, without --append")
+        raise UserError(f"{folder}: has no finished source to append to; build it first, without --append")
     base = parse_manifest(content, folder)
     check_tokenizer(base, tokenizer)
     for flag, is_, was in (
@@ -276,7 +275,7 @@ def _add_known(known: DigestSet, folder: str, base: Manifest) -> None:
                 with open(path, "rb") as file:
                     content = file.read()
             except FileNotFoundError:
-                raise UserError(f"{path}: --dedup needs it, and it is gone; restore it, or {REBUILD}") from None
+                raise UserError(f"{path}: --dedup needs it, but it is missing; restore it, or {REBUILD}") from None
             known.add(np.array([document.digest for document in parse_documents(content, path)], DIGEST))
 
 
@@ -284,7 +283,7 @@ def _check_filled(folder: str, pattern: str, splits: dict[str, SplitStream], val
     total = sum(stream.documents for stream in splits.values())
     for name in SPLITS if validation_fraction else SPLITS[:1]:
         if not splits[name].documents:
-            build_folder.give_up(folder)
+            build_folder.discard(folder)
             raise UserError(
                 f"{pattern}: the {name} split got 0 of {total} documents; use more text, another --validation-fraction "
                 f"(now {validation_fraction:g}), or cut long documents with --document-chars 4000"

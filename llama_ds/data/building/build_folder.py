@@ -1,12 +1,12 @@
-"""The folder of a source while it is built: its lock, what a restart may go on with, and the last step.
+"""The folder of a source during a build: its lock, the state for resuming, and the final commit.
 
-    build.lock            held by the build that runs
+    build.lock            lock held by the running build
     build/plan.json       input and flags
     build/part-*          tokenized parts (tokenized.py)
-    build/train-* ...     checksums of shards that are done (shard_writer.py)
-    build/manifest.json   written when all is done but for putting it in its place
+    build/train-* ...     checksums of finished shards (shard_writer.py)
+    build/manifest.json   written last, before it is moved to the source folder
 
-Only a build of the same input and flags may go on with what is there; the folder `build` is removed at the end.
+Only a build of the same input and flags may resume an unfinished one; the folder `build` is removed at the end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
-from llama_ds.data.building.whole_file import TEMPORARY, writing
+from llama_ds.data.building.atomic_file import TEMPORARY, atomic_writer
 from llama_ds.data.source.manifest import (
     CHECKSUM_BLOCK,
     MANIFEST,
@@ -33,26 +33,26 @@ from llama_ds.data.source.manifest import (
     checksums_name,
     parse_manifest,
     shard_name,
-    write_whole,
+    write_atomically,
 )
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
-APPENDS_TO = "appends to"  # key of the fingerprint: the checksum of the manifest that an addition starts from
-OURS = re.compile(rf"({'|'.join(SPLITS)})-(\d+)\.(tar|documents\.gz|sha256)")
+APPENDS_TO = "appends to"  # key of the fingerprint: checksum of the manifest that a build appends to
+SOURCE_FILE = re.compile(rf"({'|'.join(SPLITS)})-(\d+)\.(tar|documents\.gz|sha256)")
 
 
 def build_path(folder: str) -> str:
-    """Return the folder of unfinished work of a source."""
+    """Return the folder for the unfinished work of a source."""
     return os.path.join(folder, "build")
 
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Create the folder and hold its lock, which the system releases however the process ends.
+    """Create the folder and hold its lock, which the system releases even if the process is killed.
 
     Raises:
-        UserError: another build holds it, or the folder cannot be made.
+        UserError: another build holds the lock, or the folder cannot be created.
     """
     path = os.path.join(folder, "build.lock")
     try:
@@ -75,19 +75,19 @@ def _take_lock(path: str, folder: str) -> int:
         except BlockingIOError:
             os.close(file)
             raise UserError(
-                f"{folder}: another build of this source is running; wait for it, or end it first"
+                f"{folder}: another build of this source is running; wait until it ends, or stop it first"
             ) from None
         except OSError as error:
-            logger.warning("%s: this file system has no locks (%s): start no second build here", folder, error.strerror)
+            logger.warning("%s: the file system has no locks (%s); start no second build here", folder, error.strerror)
             return file
-        with suppress(FileNotFoundError):  # the holder before us removed it after we had opened it
+        with suppress(FileNotFoundError):  # the previous holder removed the file after this process opened it
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
         os.close(file)
 
 
 def fingerprint(files: Sequence[str], flags: Mapping[str, object]) -> dict[str, object]:
-    """Return what decides the bytes of a build: the flags, and the names, sizes and times of the files."""
+    """Return everything that determines the bytes of a build: the flags, and the files' names, sizes and mtimes."""
     listed, size = hashlib.sha256(), 0
     for path in files:
         status = os.stat(path)
@@ -97,7 +97,7 @@ def fingerprint(files: Sequence[str], flags: Mapping[str, object]) -> dict[str, 
 
 
 def finished(folder: str) -> bytes | None:
-    """Return the manifest of a finished source, None where there is none."""
+    """Return the content of the manifest of a finished source, or None."""
     try:
         with open(os.path.join(folder, MANIFEST), "rb") as file:
             return file.read()
@@ -105,8 +105,8 @@ def finished(folder: str) -> bytes | None:
         return None
 
 
-def put_in_place(folder: str, mark: Mapping[str, object]) -> Manifest | None:
-    """Finish a build that was killed in its very last step; return its manifest if that was the build of `mark`."""
+def finish_commit(folder: str, mark: Mapping[str, object]) -> Manifest | None:
+    """Finish a build that was killed during its commit; return its manifest if its fingerprint is `mark`."""
     build = build_path(folder)
     try:
         with open(os.path.join(build, MANIFEST), "rb") as file:
@@ -114,17 +114,17 @@ def put_in_place(folder: str, mark: Mapping[str, object]) -> Manifest | None:
     except FileNotFoundError:
         return None
     plan = _read_plan(build) or {}
-    write_whole(os.path.join(folder, MANIFEST), content)
+    write_atomically(os.path.join(folder, MANIFEST), content)
     _remove_build(folder)
     same = {**plan, APPENDS_TO: ""} == {**mark, APPENDS_TO: ""}
     return parse_manifest(content, build) if same else None
 
 
 def begin(folder: str, mark: Mapping[str, object], base: Manifest | None, overwrite: bool) -> None:
-    """Make the folder ready for a build with the fingerprint `mark`, new or gone on with.
+    """Prepare the folder for a new or resumed build with the fingerprint `mark`.
 
     Raises:
-        UserError: it holds the unfinished build of another fingerprint, and `overwrite` is false.
+        UserError: it holds an unfinished build with another fingerprint, and `overwrite` is false.
     """
     build = build_path(folder)
     plan = _read_plan(build)
@@ -137,45 +137,45 @@ def begin(folder: str, mark: Mapping[str, object], base: Manifest | None, overwr
         changes = ", ".join(
             f"{key} {plan.get(key)}, now {value}" for key, value in mark.items() if plan.get(key) != value
         )
-        start_anew = (
-            f"delete {build} to give that addition up" if plan.get(APPENDS_TO) else "start anew with --overwrite"
+        alternative = (
+            f"delete {build} to abandon that addition" if plan.get(APPENDS_TO) else "start again with --overwrite"
         )
         raise UserError(
             f"{folder}: holds an unfinished build of other input or flags ({changes}); "
-            f"finish that one with its own command, or {start_anew}"
+            f"finish it with the command that started it, or {alternative}"
         )
     remove_temporary(folder)
     if plan is None:
         _remove_strays(folder, base)
         os.makedirs(build, exist_ok=True)
         os.makedirs(os.path.join(folder, "index"), exist_ok=True)
-        with writing(os.path.join(build, "plan.json")) as file:
+        with atomic_writer(os.path.join(build, "plan.json")) as file:
             file.write(json.dumps(dict(mark), indent=1).encode())
 
 
 def commit(folder: str, manifest: Manifest, base: Manifest | None, sha256: Mapping[str, list[str]]) -> None:
-    """Write the checksums and the manifest of a build whose shards are done, and remove its unfinished work.
+    """Write the checksums and the manifest of a build whose shards are finished, and remove its temporary files.
 
-    `sha256` are the checksums of each split's shards that are new in this build.
+    `sha256` holds, for each split, the checksums of the shards of this build.
 
     Raises:
-        UserError: the checksums of the shards that were there cannot be read.
+        UserError: the checksums of the earlier shards cannot be read.
     """
     for split, new in sha256.items():
         old = _checksums(folder, split, base.splits[split].shards) if base else []
-        for name, content in checksum_blocks(split, [*old, *new]):
-            if _read(os.path.join(folder, name)) != content.encode():
-                with writing(os.path.join(folder, name), len(content)) as file:
-                    file.write(content.encode())
-    whole = json.dumps(asdict(manifest), indent=1).encode()
-    with writing(os.path.join(build_path(folder), MANIFEST), len(whole)) as file:
-        file.write(whole)
-    write_whole(os.path.join(folder, MANIFEST), whole)
+        for name, lines in checksum_blocks(split, [*old, *new]):
+            if _read(os.path.join(folder, name)) != lines.encode():
+                with atomic_writer(os.path.join(folder, name), len(lines)) as file:
+                    file.write(lines.encode())
+    content = json.dumps(asdict(manifest), indent=1).encode()
+    with atomic_writer(os.path.join(build_path(folder), MANIFEST), len(content)) as file:
+        file.write(content)
+    write_atomically(os.path.join(folder, MANIFEST), content)
     _remove_build(folder)
 
 
-def give_up(folder: str) -> None:
-    """Remove the unfinished work of a build that could never be finished."""
+def discard(folder: str) -> None:
+    """Remove the unfinished work of a build that cannot succeed."""
     _remove_build(folder)
 
 
@@ -187,8 +187,8 @@ def _checksums(folder: str, split: str, shards: int) -> list[str]:
             content = _read(os.path.join(folder, checksums_name(split, shard)))
         digest = checksum_of(content, split, shard)
         if digest is None:
-            place = os.path.join(folder, checksums_name(split, shard))
-            raise UserError(f"{place}: no checksum of {shard_name(split, shard)}; restore the file, or {REBUILD}")
+            path = os.path.join(folder, checksums_name(split, shard))
+            raise UserError(f"{path}: no checksum of {shard_name(split, shard)}; restore the file, or {REBUILD}")
         found.append(digest)
     return found
 
@@ -207,7 +207,7 @@ def _read_plan(build: str) -> dict[str, object] | None:
 
 
 def _remove_build(folder: str) -> None:
-    # In one step: a folder half removed would look like another, unfinished build.
+    # Rename first: a partly removed folder would look like an unfinished build of other flags.
     build, removed = build_path(folder), os.path.join(folder, "build.removed")
     shutil.rmtree(removed, ignore_errors=True)
     if os.path.exists(build):
@@ -216,20 +216,20 @@ def _remove_build(folder: str) -> None:
 
 
 def remove_temporary(folder: str) -> None:
-    """Remove what killed processes had begun to write; none may run."""
+    """Remove the partial files of killed processes; no build may be running."""
     shutil.rmtree(os.path.join(folder, "build.removed"), ignore_errors=True)
-    for place in (folder, build_path(folder), os.path.join(folder, "index")):
-        for name in os.listdir(place) if os.path.isdir(place) else ():
+    for directory in (folder, build_path(folder), os.path.join(folder, "index")):
+        for name in os.listdir(directory) if os.path.isdir(directory) else ():
             if TEMPORARY in name:
-                os.remove(os.path.join(place, name))
+                os.remove(os.path.join(directory, name))
 
 
 def _remove_strays(folder: str, base: Manifest | None) -> None:
-    # Shards of an older or given-up build: they are in no manifest, and would be taken for shards of this one.
-    for place in (folder, os.path.join(folder, "index")):
-        for name in os.listdir(place) if os.path.isdir(place) else ():
-            if (match := OURS.fullmatch(name)) and _is_stray(name, match, base):
-                os.remove(os.path.join(place, name))
+    # Shards of an older or abandoned build are in no manifest, and this build would take them for its own.
+    for directory in (folder, os.path.join(folder, "index")):
+        for name in os.listdir(directory) if os.path.isdir(directory) else ():
+            if (match := SOURCE_FILE.fullmatch(name)) and _is_stray(name, match, base):
+                os.remove(os.path.join(directory, name))
 
 
 def _is_stray(name: str, match: re.Match[str], base: Manifest | None) -> bool:

@@ -1,4 +1,4 @@
-"""Finding exact copies of documents by their digests, in 16 to 32 bytes of memory per document."""
+"""Exact deduplication of documents by their digests, with 16 to 32 bytes of memory per document."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import numpy as np
 
 from llama_ds.data.source.documents_index import DIGEST_BYTES
 
-DIGEST = np.dtype(f"S{DIGEST_BYTES}")  # numpy orders it bytewise; the zeros it strips at the end stand in all alike
+DIGEST = np.dtype(f"S{DIGEST_BYTES}")  # compared bytewise; numpy strips trailing zeros, which is unambiguous
 
 
 class DigestSet:
-    """A set of digests in sorted arrays, each less than half as long as the one before: as a log-structured merge."""
+    """A set of digests in sorted arrays, each less than half as long as the previous one, as in an LSM tree."""
 
     def __init__(self) -> None:
         self._levels: list[np.ndarray] = []
 
     def add(self, digests: np.ndarray) -> np.ndarray:
-        """Add digests and return the indices of those that are copies of a known or an earlier one, ascending."""
+        """Add digests; return the ascending indices of those that duplicate a known digest or an earlier one."""
         unique, first = np.unique(digests, return_index=True)
         new = np.ones(len(unique), bool)
         for level in self._levels:
@@ -32,5 +32,5 @@ class DigestSet:
             return
         while self._levels and len(self._levels[-1]) <= 2 * len(level):
             level = np.concatenate([self._levels.pop(), level])
-            level.sort(kind="stable")  # timsort: two sorted runs are merged
+            level.sort(kind="stable")  # timsort merges the two sorted runs
         self._levels.append(level)

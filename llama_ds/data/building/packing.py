@@ -1,4 +1,4 @@
-"""Packing: documents laid end to end and cut into rows; only the very last row is filled up.
+"""Packing: documents are concatenated and cut into rows; only the last row is padded.
 
 Row k holds ids k*seq_len .. (k+1)*seq_len: the last id of a row is also the first of the next, so that inputs row[:-1]
 and labels row[1:] make every id but the very first a label exactly once.
@@ -19,14 +19,14 @@ def id_dtype(vocab_size: int) -> np.dtype:
 
 
 def rows_of(ids: int, seq_len: int) -> int:
-    """Return how many rows `ids` ids fill, the last one perhaps in part."""
+    """Return the number of rows for `ids` ids, including a partly filled last row."""
     return -(-max(0, ids - 1) // seq_len)
 
 
 def pack(runs: Iterable[np.ndarray], seq_len: int, dtype: np.dtype, fill: int, rows: int) -> Iterator[np.ndarray]:
-    """Yield the rows of a stream of ids given in runs, up to `rows` at a time: (R, T + 1).
+    """Yield the rows of the ids in consecutive `runs`, up to `rows` at a time: (R, T + 1).
 
-    The last row is filled up with the id `fill`. What is yielded is valid until the next is asked for.
+    The last row is padded with the id `fill`. A yielded array is valid only until the next one is requested.
     """
     buffer = np.empty(rows * seq_len + 1, dtype)
     held = 0

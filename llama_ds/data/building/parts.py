@@ -1,4 +1,4 @@
-"""Which part of the input is tokenized at a time: a function of the files alone, so that workers change no byte."""
+"""Division of the input into parts: a function of the files alone, so that the worker count changes no byte."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from llama_ds.data.text.piece_reader import PARQUET, TextPiece, open_parquet
 from llama_ds.errors import UserError
 
-PARTS = 1024  # about so many: enough to share among workers, few enough to keep a file for each
-LEAST_BYTES, MOST_BYTES = 1 << 20, 64 << 20  # of a part: large against the cost of handing it over, small for memory
+PARTS = 1024  # target number of parts: enough to balance workers, few enough for one file each
+MIN_BYTES, MAX_BYTES = 1 << 20, 64 << 20  # part size: large enough to amortize scheduling, small enough for memory
 
 Part = tuple[TextPiece, ...]
 
@@ -17,14 +17,14 @@ Part = tuple[TextPiece, ...]
 def plan_parts(files: Sequence[str]) -> list[Part]:
     """Return the parts of the files, in order.
 
-    Small files share a part. Plain JSON lines are cut into ranges of bytes, parquet between row groups; other files
-    cannot be read from the middle and are one piece, whatever their size.
+    Small files share a part. Plain JSON lines are cut into byte ranges, parquet files between row groups. Other files
+    cannot be read from the middle and form one piece of any size.
 
     Raises:
         UserError: a parquet file is damaged.
     """
     sizes = [_size(path) for path in files]
-    size = min(MOST_BYTES, max(LEAST_BYTES, sum(sizes) // PARTS))
+    size = min(MAX_BYTES, max(MIN_BYTES, sum(sizes) // PARTS))
     parts: list[Part] = []
     pieces: list[TextPiece] = []
     filled = 0

@@ -1,7 +1,7 @@
 """Writing a shard from the tokenized parts that it spans, independently of all other shards.
 
-Positions count the ids of a split from the first id of this build on. Shard k of R rows of T + 1 ids holds the
-positions k*R*T .. (k+1)*R*T.
+Positions count the ids of a split from the first id of this build. Shard k of R rows of T + 1 ids holds the positions
+k*R*T .. (k+1)*R*T.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.packing import pack
 from llama_ds.data.building.tokenized import documents_path, ids_path
-from llama_ds.data.building.whole_file import writing
 from llama_ds.data.source import tar_rows
 from llama_ds.data.source.documents_index import IndexedDocument, write_documents
 from llama_ds.data.source.manifest import documents_name, shard_name
 
-CHUNK_BYTES = 8 << 20  # written at a time
+CHUNK_BYTES = 8 << 20  # bytes per write
 
 
 @dataclass(frozen=True)
 class Span:
-    """A tokenized part, and where its documents of a split stand."""
+    """A tokenized part, and the positions of its documents in a split."""
 
     number: int
     start: int  # position of its first id
     ids: int
-    copies: np.ndarray  # indices of its documents (of both splits) that are left out
-    files: tuple[tuple[str, int], ...]  # of each piece: path, and lines of the file before it
+    copies: np.ndarray  # indices of its documents (both splits) that deduplication leaves out
+    files: tuple[tuple[str, int], ...]  # path of each piece, and number of lines of the file before it
 
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """A shard that is done; `shard` is its number in the split."""
+    """A finished shard; `shard` is its number in the split."""
 
     split: str
     shard: int
@@ -46,22 +46,22 @@ class WrittenShard:
 
 @dataclass(frozen=True)
 class WriteShard:
-    """The task to write a shard of `folder`."""
+    """Task that writes a shard of `folder`."""
 
     folder: str
     build: str
     split: str
     shard: int
-    first_row: int  # in the split
+    first_row: int  # row number in the split
     rows: int
-    start: int  # position of its first id
+    start: int  # position of the first id
     seq_len: int
     dtype: str
     eos_id: int
     spans: tuple[Span, ...]
 
     def run(self) -> Iterator[WrittenShard]:
-        """Write the index of documents, then a record of the checksum, then, by renaming, the tar; yield the record.
+        """Write the document index, then the checksum record, then rename the tar to its final name; yield the record.
 
         Raises:
             UserError: the disk is full.
@@ -70,23 +70,23 @@ class WriteShard:
         size = tar_rows.shard_bytes(self.rows, self.seq_len, dtype)
         documents = [_Documents.of(self, span) for span in self.spans]
         sha256 = hashlib.sha256()
-        with writing(os.path.join(self.folder, shard_name(self.split, self.shard)), size) as tar:
+        with atomic_writer(os.path.join(self.folder, shard_name(self.split, self.shard)), size) as tar:
             for data in self._content(documents, dtype):
                 sha256.update(data)
                 tar.write(data)
             end = bytes(size - tar.tell())
             sha256.update(end)
             tar.write(end)
-            with writing(os.path.join(self.folder, documents_name(self.split, self.shard))) as index:
+            with atomic_writer(os.path.join(self.folder, documents_name(self.split, self.shard))) as index:
                 write_documents(index, (entry for d in documents for entry in d.entries(self.start)))
             shard = WrittenShard(self.split, self.shard, sha256.hexdigest())
-            with writing(_record_path(self.build, self.split, self.shard)) as record:
+            with atomic_writer(_record_path(self.build, self.split, self.shard)) as record:
                 record.write(json.dumps(asdict(shard)).encode())
         yield shard
 
     @property
     def stop(self) -> int:
-        """Position after its last id."""
+        """Position after the last id."""
         return self.start + self.rows * self.seq_len + 1
 
     def _content(self, documents: Sequence[_Documents], dtype: np.dtype) -> Iterator[memoryview]:
@@ -100,13 +100,13 @@ class WriteShard:
 
 @dataclass(frozen=True)
 class _Documents:
-    """The documents of a part that have an id in a shard: where they stand in the part's file and in the split."""
+    """The documents of a part that overlap a shard: offsets in the part's file of ids, and positions in the split."""
 
     path: str
     files: tuple[tuple[str, int], ...]
     records: np.ndarray
-    offsets: np.ndarray  # in the file of ids
-    positions: np.ndarray
+    offsets: np.ndarray  # offsets in the file of ids
+    positions: np.ndarray  # positions in the split
 
     @classmethod
     def of(cls, shard: WriteShard, span: Span) -> _Documents:
@@ -118,12 +118,12 @@ class _Documents:
         offsets = (np.cumsum(records["length"]) - records["length"])[kept]
         records = records[kept]
         positions = span.start + np.cumsum(records["length"]) - records["length"]
-        here = (positions < shard.stop) & (positions + records["length"] > shard.start)
+        overlaps = (positions < shard.stop) & (positions + records["length"] > shard.start)
         path = ids_path(shard.build, span.number, shard.split)
-        return cls(path, span.files, records[here], offsets[here], positions[here])
+        return cls(path, span.files, records[overlaps], offsets[overlaps], positions[overlaps])
 
     def runs(self, dtype: np.dtype, start: int, stop: int) -> Iterator[np.ndarray]:
-        """Yield the ids at the positions start .. stop - 1, as far as documents without a gap in the file go."""
+        """Yield the ids at the positions start .. stop - 1, one run per gap-free range of documents in the file."""
         if not len(self.records):
             return
         ids = np.memmap(self.path, dtype, "r")
@@ -134,16 +134,16 @@ class _Documents:
             yield ids[max(int(self.offsets[first]), start + shift) : min(int(ends[after - 1]), stop + shift)]
 
     def entries(self, start: int) -> Iterator[IndexedDocument]:
-        """Yield the lines of the index of a shard that begins at the position `start`."""
+        """Yield the index entries of a shard whose first position is `start`."""
         for record, position in zip(self.records, self.positions, strict=True):
             path, lines = self.files[record["piece"]]
-            place = f"{path}:{lines + record['line']}" if record["line"] else path
+            where = f"{path}:{lines + record['line']}" if record["line"] else path
             digest = record["digest"].ljust(16, b"\0")
-            yield IndexedDocument(int(position) - start, int(record["length"]), digest, place)
+            yield IndexedDocument(int(position) - start, int(record["length"]), digest, where)
 
 
 def read_shard(folder: str, build: str, split: str, shard: int) -> WrittenShard | None:
-    """Return a shard that an earlier, killed build finished, or None."""
+    """Return the record of a shard that an earlier, killed build finished, or None."""
     if not os.path.exists(os.path.join(folder, shard_name(split, shard))):
         return None
     with open(_record_path(build, split, shard), "rb") as file:

@@ -1,4 +1,4 @@
-"""The stream of ids of a split as parts are added to it, and its shards: which can be written, which are."""
+"""The id stream of a split, to which parts are appended, and the progress of its shards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_ds.data.source.manifest import Extent, Split
 
 @dataclass(frozen=True)
 class ShardForm:
-    """What all shards of a build have in common."""
+    """Settings shared by all shards of a build."""
 
     folder: str
     build: str
@@ -33,32 +33,32 @@ class SplitStream:
         self.documents = self.ids = 0
         self._form, self._split = form, split
         self._base = base or Split(form.rows_per_shard, ())
-        self._shard_ids = form.rows_per_shard * form.seq_len  # from the start of one shard to that of the next
+        self._shard_ids = form.rows_per_shard * form.seq_len  # ids from the start of a shard to the start of the next
         self._spans: deque[Span] = deque()
-        self._is_whole = False
+        self._is_complete = False
         self._next = 0
         self._sha256: dict[int, str] = {}
         self._done = 0  # shards 0 .. done - 1 are written
 
     def add(self, span: Span, documents: int) -> None:
-        """Append a part's documents."""
+        """Append the documents of a part."""
         self.documents += documents
         self.ids += span.ids
         if span.ids:
             self._spans.append(span)
 
     def end(self) -> None:
-        """Say that no part follows."""
-        self._is_whole = True
+        """Mark the stream as complete: no part follows."""
+        self._is_complete = True
 
     @property
     def is_written(self) -> bool:
-        """Whether all shards are done."""
-        return self._is_whole and self._done * self._form.rows_per_shard >= self.rows
+        """Whether all shards are written."""
+        return self._is_complete and self._done * self._form.rows_per_shard >= self.rows
 
     @property
     def rows(self) -> int:
-        """Rows that the ids so far fill."""
+        """Number of rows for the ids so far."""
         return rows_of(self.ids, self._form.seq_len)
 
     @property
@@ -67,12 +67,12 @@ class SplitStream:
         return [self._sha256[shard] for shard in range(self._done)]
 
     def result(self) -> Split:
-        """Return the split with what this build added."""
+        """Return the split including the extent that this build added."""
         added = (Extent(self.rows, self.documents, self.ids),) if self.documents else ()
         return Split(self._base.rows_per_shard, (*self._base.extents, *added), self._base.bad)
 
     def next_task(self) -> WriteShard | None:
-        """Return the task to write the next shard, None while its ids are not all there; skip those that are done."""
+        """Return the task for the next shard that is not written yet, or None while its ids are incomplete."""
         while rows := self._rows_ready():
             shard = self._next
             self._next += 1
@@ -88,7 +88,7 @@ class SplitStream:
         return None
 
     def take(self, shard: WrittenShard) -> None:
-        """Note a shard as written, and delete the ids of parts that no other needs."""
+        """Record a shard as written, and delete the ids of parts that no other shard needs."""
         self._sha256[shard.shard - self._base.shards] = shard.sha256
         while self._done in self._sha256:
             self._done += 1
@@ -100,7 +100,7 @@ class SplitStream:
         start = self._next * self._shard_ids
         if self.ids > start + self._shard_ids:
             return self._form.rows_per_shard
-        return max(0, self.rows - self._next * self._form.rows_per_shard) if self._is_whole else 0
+        return max(0, self.rows - self._next * self._form.rows_per_shard) if self._is_complete else 0
 
     def _spans_of(self, shard: int) -> Iterator[Span]:
         start = shard * self._shard_ids

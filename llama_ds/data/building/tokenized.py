@@ -1,10 +1,10 @@
-"""Tokenizing a part of the input, and the files that keep what came out until the shards are written.
+"""Tokenizing a part of the input, and the files that store its ids until the shards are written.
 
-    part-000000.train.ids, part-000000.validation.ids   the ids of its documents, laid end to end
-    part-000000.documents.npy                           a record for each document, in order
-    part-000000.json                                    counts; written last: with it the part is done
+    part-000000.train.ids, part-000000.validation.ids   concatenated ids of its documents
+    part-000000.documents.npy                           one record per document, in order
+    part-000000.json                                    counts; written last, it marks the part as finished
 
-They do not wait for the disk, which small parts would notice: a restart looks at their sizes.
+The files are not synced to disk, which would slow down small parts; a restart checks their sizes instead.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.dedup import DIGEST
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part
-from llama_ds.data.building.whole_file import writing
 from llama_ds.data.source.manifest import SPLITS
 from llama_ds.data.text.corpus import cut
 from llama_ds.data.text.piece_reader import PieceReader, empty_file
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
-REPORT_CHARS = 1 << 19  # of text between two reports of progress, and between two writes
+REPORT_CHARS = 1 << 19  # characters of text between two progress reports, which also write the ids
 
 DOCUMENT = np.dtype(
     [("length", "<i8"), ("line", "<i8"), ("piece", "<i4"), ("validation", "?"), ("digest", DIGEST)]
-)  # line: from the start of the piece, 0 where the file is one document
+)  # line: counted from the start of the piece; 0 if the file is one document
 
 
 class TokenizedCounts(NamedTuple):
-    """What was done since the last report; `bytes` of input."""
+    """Progress since the last report; `bytes` counts the input."""
 
     documents: int
     ids: int
@@ -48,18 +48,18 @@ class TokenizedCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenizedPart:
-    """Counts of a part that is done; pairs are by split."""
+    """Counts of a finished part; pairs are (train, validation)."""
 
     number: int
     documents: tuple[int, int]
     ids: tuple[int, int]
-    lines: tuple[int, ...]  # of each piece
+    lines: tuple[int, ...]  # number of lines of each piece
     skipped: int  # documents left out
 
 
 @dataclass(frozen=True)
 class TokenizePart:
-    """The task to tokenize a part into the folder `build`."""
+    """Task that tokenizes a part into the folder `build`."""
 
     build: str
     number: int
@@ -77,15 +77,17 @@ class TokenizePart:
         """
         size = sum(piece.size for piece in self.pieces)
         with ExitStack() as stack:
-            files = [stack.enter_context(writing(ids_path(self.build, self.number, s), size, False)) for s in SPLITS]
+            files = [
+                stack.enter_context(atomic_writer(ids_path(self.build, self.number, s), size, False)) for s in SPLITS
+            ]
             output = _Output(_tokenizer(self.tokenizer_path), files)
             lines, reported = [], 0
-            for at, piece in enumerate(self.pieces):
+            for index, piece in enumerate(self.pieces):
                 reader = PieceReader(piece, self.skip_bad)
-                before = sum(p.size for p in self.pieces[:at])
+                before = sum(p.size for p in self.pieces[:index])
                 for line, text in reader:
                     self._check_not_empty(reader, line, text)
-                    self._add(output, at, line, text)
+                    self._add(output, index, line, text)
                     if output.chars >= REPORT_CHARS:
                         done = before + int(reader.share * piece.size)
                         yield output.flush(max(0, done - reported))
@@ -100,7 +102,7 @@ class TokenizePart:
             return
         if not line and not os.path.getsize(reader.piece.path):
             raise UserError(f"{empty_file(reader.piece.path)}, or leave such documents out with --skip-bad")
-        raise UserError(f"{reader.place(line)}: empty document; remove it, or leave such out with --skip-bad")
+        raise UserError(f"{reader.where(line)}: empty document; remove it, or leave such documents out with --skip-bad")
 
     def _add(self, output: _Output, piece: int, line: int, text: str) -> None:
         output.skipped += not text
@@ -109,19 +111,17 @@ class TokenizePart:
 
     def _finish(self, output: _Output, lines: tuple[int, ...]) -> TokenizedPart:
         records = output.records()
-        with writing(documents_path(self.build, self.number), records.nbytes, wait=False) as file:
+        with atomic_writer(documents_path(self.build, self.number), records.nbytes, wait=False) as file:
             np.save(file, records)
-        of_validation = int(records["validation"].sum())
-        part = TokenizedPart(
-            self.number, (len(records) - of_validation, of_validation), output.totals(), lines, output.skipped
-        )
-        with writing(_record_path(self.build, self.number), wait=False) as file:
+        held_out = int(records["validation"].sum())
+        part = TokenizedPart(self.number, (len(records) - held_out, held_out), output.totals(), lines, output.skipped)
+        with atomic_writer(_record_path(self.build, self.number), wait=False) as file:
             file.write(json.dumps(asdict(part)).encode())
         return part
 
 
 class _Output:
-    """Collects documents, and writes their ids to the file of their split."""
+    """Tokenizes documents, and writes their ids to the file of their split."""
 
     def __init__(self, tokenizer: Tokenizer, files: Sequence[BinaryIO]) -> None:
         self._tokenizer, self._files = tokenizer, files
@@ -148,7 +148,7 @@ class _Output:
         self.chars += len(text)
 
     def flush(self, read_bytes: int) -> TokenizedCounts:
-        """Write the ids that wait, and return what was done since the last call."""
+        """Write the buffered ids, and return the progress since the last call."""
         for i, (ids, file) in enumerate(zip(self._ids, self._files, strict=True)):
             if ids:
                 file.write(np.concatenate(ids).data)
@@ -160,11 +160,11 @@ class _Output:
         return TokenizedCounts(self._reported[0] - documents, self._reported[1] - ids_, read_bytes)
 
     def totals(self) -> tuple[int, int]:
-        """Return the ids written for each split."""
+        """Return the number of ids written for each split."""
         return self._written[0], self._written[1]
 
     def records(self) -> np.ndarray:
-        """Return the records of the documents."""
+        """Return one record per document."""
         records = np.empty(len(self._lengths), DOCUMENT)
         records["length"], records["line"], records["piece"] = self._lengths, self._lines, self._pieces
         records["validation"] = np.frombuffer(self._validation, np.bool_)
@@ -173,17 +173,17 @@ class _Output:
 
 
 def in_validation(text: str, fraction: float) -> bool:
-    """Whether the document belongs to validation, by its text alone."""
+    """Whether the hash of a text assigns it to validation."""
     return _is_validation(hashlib.sha256(text.encode()).digest(), fraction)
 
 
 def ids_path(build: str, number: int, split: str) -> str:
-    """Return the file of a part's ids of a split."""
+    """Return the path of a part's ids of a split."""
     return os.path.join(build, f"part-{number:06d}.{split}.ids")
 
 
 def documents_path(build: str, number: int) -> str:
-    """Return the file of a part's records of documents."""
+    """Return the path of a part's document records."""
     return os.path.join(build, f"part-{number:06d}.documents.npy")
 
 
@@ -197,7 +197,7 @@ def read_part(build: str, number: int, dtype: np.dtype) -> TokenizedPart | None:
     except (FileNotFoundError, ValueError):
         return None
     for split, ids in zip(SPLITS, raw["ids"], strict=True):
-        path = ids_path(build, number, split)  # not there when all its shards are
+        path = ids_path(build, number, split)  # missing once all its shards are written
         if os.path.exists(path) and os.path.getsize(path) != ids * dtype.itemsize:
             return None
     return TokenizedPart(raw["number"], tuple(raw["documents"]), tuple(raw["ids"]), tuple(raw["lines"]), raw["skipped"])
@@ -213,4 +213,4 @@ def _is_validation(digest: bytes, fraction: float) -> bool:
 
 @lru_cache(maxsize=1)
 def _tokenizer(path: str) -> Tokenizer:
-    return Tokenizer(path)  # once per process
+    return Tokenizer(path)  # cached: each process loads it once

@@ -1,7 +1,7 @@
-"""Processes that run tasks. A task's `run` yields messages, which come back as they are yielded.
+"""Worker processes for tasks. The messages that a task's `run` yields are sent back immediately.
 
-Not concurrent.futures: its processes outlive a killed parent, cannot be told to stop at once when one of them meets an
-error, and send nothing before a task is done.
+concurrent.futures does not suffice: its processes outlive a killed parent, cannot be stopped at once after an error in
+one of them, and return nothing before a task is finished.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from llama_ds.errors import UserError
 
 
 class WorkerTask(Protocol):
-    """Something to do, in any process."""
+    """A task that any process can run."""
 
     def run(self) -> Iterator[object]:
-        """Do it."""
+        """Run the task and yield its messages."""
 
 
 class _Done:
-    """Message: the task is done."""
+    """Message: the task is finished."""
 
 
 class _Failed:
-    """Message: the task raised an error; `is_users` when it was a UserError."""
+    """Message: the task raised an error; `is_user_error` if it was a UserError."""
 
-    def __init__(self, text: str, is_users: bool) -> None:
-        self.text, self.is_users = text, is_users
+    def __init__(self, text: str, is_user_error: bool) -> None:
+        self.text, self.is_user_error = text, is_user_error
 
 
 class ThisProcess:
-    """Runs one task at a time in this process, a message at a time."""
+    """Runs one task at a time in this process; `receive` runs it up to its next message."""
 
     def __init__(self) -> None:
         self._messages: Iterator[object] | None = None
@@ -56,11 +56,11 @@ class ThisProcess:
         return self._messages is None
 
     def start(self, task: WorkerTask) -> None:
-        """Take a task."""
+        """Start a task."""
         self._messages = task.run()
 
     def receive(self) -> list[object]:
-        """Return the messages that came since the last call, after the first has come or a task is done."""
+        """Wait until a message arrives or a task finishes; return the messages received since the last call."""
         for message in self._messages or ():
             return [message]
         self._messages = None
@@ -68,7 +68,7 @@ class ThisProcess:
 
 
 class Workers:
-    """Runs tasks in processes; as a context it ends them at its end, whatever they are at."""
+    """Runs tasks in processes; a context manager that kills them on exit."""
 
     def __init__(self, count: int) -> None:
         context = get_context("spawn")
@@ -80,7 +80,7 @@ class Workers:
             process = context.Process(target=_work, args=(theirs,), daemon=True)
             with without_interrupts():
                 process.start()
-            theirs.close()  # so that the pipe ends when the process does
+            theirs.close()  # so that the pipe closes when the process ends
             self._processes[ours] = process
             self._free.append(ours)
 
@@ -100,7 +100,7 @@ class Workers:
         return bool(self._free)
 
     def start(self, task: WorkerTask) -> None:
-        """Hand a task to a free process."""
+        """Send a task to a free process."""
         connection = self._free.popleft()
         self._busy.append(connection)
         try:
@@ -109,7 +109,7 @@ class Workers:
             raise self._died(connection) from None
 
     def receive(self) -> list[object]:
-        """Return the messages that came since the last call, after the first has come or a task is done.
+        """Wait until a message arrives or a task finishes; return the messages received since the last call.
 
         Raises:
             UserError: a task raised it, or a process was killed.
@@ -122,7 +122,7 @@ class Workers:
             except (EOFError, OSError):
                 raise self._died(connection) from None
             if isinstance(message, _Failed):
-                raise UserError(message.text) if message.is_users else RuntimeError(message.text)
+                raise UserError(message.text) if message.is_user_error else RuntimeError(message.text)
             if isinstance(message, _Done):
                 self._busy.remove(connection)
                 self._free.append(connection)
@@ -137,21 +137,21 @@ class Workers:
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return UserError(
             f"a worker process (pid {process.pid}) of the build was killed ({how}; the system does so when memory runs "
-            "out); run the same command again, it goes on where it stopped, with fewer --workers if memory is short"
+            "out); run the same command again to resume the build, with fewer --workers if memory is short"
         )
 
 
 def workers(count: int) -> ThisProcess | Workers:
-    """Return `count` processes, or this one in the place of one."""
+    """Return `count` worker processes, or this process if `count` is 1."""
     return Workers(count) if count > 1 else ThisProcess()
 
 
 def _work(connection: Connection) -> None:
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     while True:
         try:
             task: WorkerTask = connection.recv()
-        except EOFError:  # the parent is gone
+        except EOFError:  # the parent has exited
             return
         try:
             for message in task.run():
@@ -163,7 +163,7 @@ def _work(connection: Connection) -> None:
             connection.send(_Failed(f"in a worker process:\n{traceback.format_exc()}", False))
 
 
-def _leave_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

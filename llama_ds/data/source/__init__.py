@@ -1,1 +1,1 @@
-"""What a source is, where its files are, and how its rows are read."""
+"""Data sources: manifests, local and remote stores, and reading of rows."""

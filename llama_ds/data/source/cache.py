@@ -1,12 +1,12 @@
 """A bounded cache of shards on a local disk, shared by all processes of a host.
 
-    <16 hex digits of the place>-<name>     an entry; its time of modification is that of its last use
-    .part-<key>-<random>                    a file on its way, as long as it will be; flock'd by who writes it
-    .lock-<key>                             flock'd by who checks, fetches or evicts an entry
-    .lock                                   flock'd by who makes room, for an instant
+    <16 hex digits of the source>-<name>    an entry; its mtime is the time of its last use
+    .part-<key>-<random>                    a download in progress, created with its full size; flocked by its writer
+    .lock-<key>                             flocked while an entry is checked, fetched or evicted
+    .lock                                   flocked briefly while space is made and files are added or removed
 
-Entries and parts together never exceed the limit. An entry appears by a rename, with all its bytes checked and on disk.
-One that is evicted while another process has it open or mapped stays readable there, as Linux keeps what is in use.
+Entries and parts together never exceed the limit. An entry appears by a rename, after all its bytes were checked and
+synced to disk. An evicted entry stays readable for processes that have it open or mapped.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from contextlib import contextmanager, suppress
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
-READ_CHUNK = 1 << 20  # bytes
-POLL_S = 0.02  # between two looks at a lock that is held
+READ_CHUNK = 1 << 20  # bytes per read
+POLL_S = 0.02  # polling interval for a lock that another process holds
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Busy(Exception):
-    """Others held a lock, or the room, until our time was up."""
+    """Other processes or threads held a lock, or the space, until the deadline."""
 
 
-def key_of(place: str, name: str) -> str:
-    """Return the file name of an entry: one for each place and name."""
-    return f"{hashlib.sha256(place.encode()).hexdigest()[:16]}-{urllib.parse.quote(name, safe='')}"
+def key_of(source: str, name: str) -> str:
+    """Return the file name of an entry, unique per URL or command of a source and name of a file."""
+    return f"{hashlib.sha256(source.encode()).hexdigest()[:16]}-{urllib.parse.quote(name, safe='')}"
 
 
 def digest_of(path: str) -> tuple[int, str]:
-    """Return a file's size in bytes and its sha256, reading it once from end to end. Raises OSError."""
+    """Return the size in bytes and the sha256 of a file in one sequential read. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
@@ -53,12 +53,12 @@ def digest_of(path: str) -> tuple[int, str]:
 
 
 class Cache:
-    """A cache of at most `limit_bytes` in one folder, for many threads and processes, with an object each or shared."""
+    """A cache of at most `limit_bytes` in one folder, safe for concurrent use by threads and processes."""
 
     def __init__(self, folder: str, limit_bytes: int) -> None:
-        """Make the folder, or take it over with what it holds. Raises UserError: it cannot be written."""
+        """Create the folder, or reuse an existing one with its entries. Raises UserError: it cannot be written."""
         self.folder, self.limit_bytes = os.path.abspath(os.path.expanduser(folder)), limit_bytes
-        self.sound: dict[str, tuple[int, int, str]] = {}  # key: inode, size and sha256 of what this process has checked
+        self.checked: dict[str, tuple[int, int, str]] = {}  # key: inode, size and sha256 checked by this process
         try:
             os.makedirs(self.folder, exist_ok=True)
             with self._locked(os.path.join(self.folder, ".lock"), math.inf):
@@ -67,27 +67,27 @@ class Cache:
             raise self._broken(error) from None
 
     def path_of(self, key: str) -> str:
-        """Return where an entry stands, if it is there."""
+        """Return the path of an entry, which need not exist."""
         return os.path.join(self.folder, key)
 
     def hit(self, key: str, size: int, sha256: str) -> bool:
-        """Whether an entry is there that this process has checked before; it counts as used now."""
+        """Whether this process has checked an existing entry before; updates its time of last use."""
         path = self.path_of(key)
         try:
-            if self.sound.get(key) != (os.stat(path).st_ino, size, sha256):
+            if self.checked.get(key) != (os.stat(path).st_ino, size, sha256):
                 return False
             _touch(path)
-        except OSError:  # evicted, or damaged so that `check` must look
+        except OSError:  # evicted, or damaged, which `check` finds out
             return False
         return True
 
     @contextmanager
     def lock(self, key: str, until: float) -> Iterator[None]:
-        """Hold an entry, which then is neither fetched by others nor evicted, waiting until `until` (monotonic, s).
+        """Lock an entry against fetches and eviction by others, waiting until `until` (time.monotonic, seconds).
 
         Raises:
-            Busy: another thread or process held it all the time.
-            UserError: the folder fails, here or in the body.
+            Busy: another thread or process held the lock until `until`.
+            UserError: the folder cannot be used, here or in the body.
         """
         lock_path = os.path.join(self.folder, f".lock-{key}")
         try:
@@ -95,14 +95,14 @@ class Cache:
                 try:
                     yield
                 finally:
-                    if not os.path.exists(self.path_of(key)):  # nothing came: leave no trace
+                    if not os.path.exists(self.path_of(key)):  # nothing was fetched: remove the lock file
                         with suppress(FileNotFoundError):
                             os.unlink(lock_path)
         except OSError as error:
             raise self._broken(error) from None
 
     def check(self, key: str, size: int, sha256: str) -> bool:
-        """Whether the locked entry is there and sound; one that is damaged is removed."""
+        """Whether the locked entry exists and is intact; a damaged entry is removed."""
         if self.hit(key, size, sha256):
             return True
         path = self.path_of(key)
@@ -110,26 +110,26 @@ class Cache:
             return False
         try:
             found = digest_of(path)
-        except OSError as error:  # a bad block of the disk
+        except OSError as error:  # for example a bad block
             found = (-1, f"{error.strerror}")
         if found == (size, sha256):
             self.accept(key, size, sha256)
             return True
-        logger.warning("%s: the cached shard is damaged or of an earlier build; fetched anew", path)
+        logger.warning("%s: the cached shard is damaged or from an earlier build; fetching it again", path)
         os.unlink(path)
         return False
 
     def accept(self, key: str, size: int, sha256: str) -> None:
-        """Note that this process has checked the locked entry, and that it was used now."""
-        self.sound[key] = (os.stat(self.path_of(key)).st_ino, size, sha256)
+        """Record the locked entry as checked by this process, and update its time of last use."""
+        self.checked[key] = (os.stat(self.path_of(key)).st_ino, size, sha256)
         _touch(self.path_of(key))
 
     @contextmanager
     def part(self, key: str, size: int, until: float) -> Iterator[Part]:
-        """Make room for the locked entry and give a file to write it to, removed again unless the body kept it.
+        """Make space for the locked entry and yield a file to write it to, removed at the end unless the body kept it.
 
         Raises:
-            Busy: files under way in other threads and processes took all the room until `until`.
+            Busy: downloads of other threads and processes filled the cache until `until`.
             UserError: the file is larger than the whole cache.
         """
         if size > self.limit_bytes:
@@ -146,21 +146,21 @@ class Cache:
             os.close(part.descriptor)
 
     def evict_one(self) -> bool:
-        """Remove the entry last used longest ago of those that nobody holds; False where there is none."""
-        with self._room(math.inf):
+        """Remove the least recently used entry that is not locked; return False if there is none."""
+        with self._lock_folder(math.inf):
             return any(self._evict(entry) for entry in self._entries())
 
     def _new_part(self, key: str, size: int, until: float) -> Part:
         while True:
-            with self._room(until):
-                if self._make_room(size):
+            with self._lock_folder(until):
+                if self._make_space(size):
                     return Part(self, key, size)
             if time.monotonic() >= until:
-                raise Busy(f"files under way filled the cache of {self.limit_bytes} bytes; raise data.cache_gib")
+                raise Busy(f"downloads in progress fill the cache of {self.limit_bytes} bytes; raise data.cache_gib")
             time.sleep(POLL_S)
 
-    def _make_room(self, size: int) -> bool:
-        """Evict until `size` more bytes keep the limit; False where what others hold makes that impossible."""
+    def _make_space(self, size: int) -> bool:
+        """Evict until `size` more bytes fit the limit; return False if locked entries and parts prevent that."""
         parts = [entry for entry in self._files(".part-") if not _remove_if_dead(entry.path)]
         entries = self._entries()
         excess = size - self.limit_bytes + sum(entry.stat().st_size for entry in entries + parts)
@@ -172,19 +172,19 @@ class Cache:
         return excess <= 0
 
     def _evict(self, entry: os.DirEntry[str]) -> bool:
-        """Remove an entry and its lock, unless somebody holds it."""
+        """Remove an entry and its lock file, unless it is locked."""
         lock_path = os.path.join(self.folder, f".lock-{entry.name}")
         lock = _try_lock(lock_path)
         if lock is None:
             return False
-        for path in (entry.path, lock_path):  # who waits for the lock sees that it is gone, and makes a new one
+        for path in (entry.path, lock_path):  # a process that waits for the lock notices, and creates a new file
             with suppress(FileNotFoundError):
                 os.unlink(path)
         _unlock(lock)
         return True
 
     def _entries(self) -> list[os.DirEntry[str]]:
-        """Return the entries, last used longest ago first; no other file that may stand in the folder."""
+        """Return the entries, least recently used first, without any other files in the folder."""
         return sorted(self._files("[0-9a-f]{16}-"), key=lambda entry: entry.stat().st_mtime_ns)
 
     def _files(self, pattern: str) -> list[os.DirEntry[str]]:
@@ -192,13 +192,13 @@ class Cache:
         with os.scandir(self.folder) as files:
             for entry in files:
                 with suppress(FileNotFoundError):
-                    if re.match(pattern, entry.name) and entry.stat():  # which the entry keeps
+                    if re.match(pattern, entry.name) and entry.stat():  # the entry caches its stat
                         found.append(entry)
         return found
 
     @contextmanager
-    def _room(self, until: float) -> Iterator[None]:
-        """Hold the right to make room, and to add and remove files."""
+    def _lock_folder(self, until: float) -> Iterator[None]:
+        """Hold the lock of the folder, needed to make space and to add or remove files."""
         with self._locked(os.path.join(self.folder, ".lock"), until):
             yield
 
@@ -206,7 +206,7 @@ class Cache:
     def _locked(self, path: str, until: float) -> Iterator[None]:
         while (lock := _try_lock(path)) is None:
             if time.monotonic() >= until:
-                raise Busy("another process or thread was at it all the time")
+                raise Busy("another process or thread held the lock")
             time.sleep(POLL_S)
         try:
             yield
@@ -221,10 +221,10 @@ class Cache:
 
 
 class Part:
-    """A file on its way into the cache, which counts with its full size from the start."""
+    """A download into the cache, which counts with its full size from the start."""
 
     def __init__(self, cache: Cache, key: str, size: int) -> None:
-        """Create it. The caller has the right to make room: nobody may see the file before its lock."""
+        """Create the file and lock it. The caller holds the folder lock, so nobody sees the file unlocked."""
         self.cache, self.key, self.size = cache, key, size
         self.path = os.path.join(cache.folder, f".part-{key}-{secrets.token_hex(8)}")
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -233,11 +233,11 @@ class Part:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was written."""
+        """Discard the bytes written so far."""
         self.have, self.digest = 0, hashlib.sha256()
 
     def write(self, chunk: bytes) -> None:
-        """Append bytes, evicting other entries when the disk is full. Raises UserError: there are none left."""
+        """Append bytes, evicting other entries while the disk is full. Raises UserError: no entry is left to evict."""
         self.digest.update(chunk)
         left = memoryview(chunk)
         while left:
@@ -252,12 +252,12 @@ class Part:
             self.have, left = self.have + written, left[written:]
 
     def keep(self, sha256: str) -> None:
-        """Make the whole file, which the caller has checked, the entry. Raises UserError: the disk is full."""
+        """Turn the complete file, which the caller has checked, into the entry. Raises UserError: the disk is full."""
         try:
             os.fsync(self.descriptor)
-        except OSError as error:  # a network file system tells only here
+        except OSError as error:  # a network file system reports a full disk only here
             raise self._disk_full(error) if error.errno in FULL else error from None
-        with self.cache._room(math.inf):
+        with self.cache._lock_folder(math.inf):
             os.replace(self.path, self.cache.path_of(self.key))
         self.cache.accept(self.key, self.size, sha256)
 
@@ -271,7 +271,7 @@ class Part:
 
 
 def _try_lock(path: str) -> int | None:
-    """Return the descriptor of a lock file now held, None where another holds it or has just removed it."""
+    """Lock a file and return its descriptor, or None if another process holds it or has just removed it."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -288,12 +288,12 @@ def _try_lock(path: str) -> int | None:
 
 
 def _unlock(lock: int) -> None:
-    fcntl.flock(lock, fcntl.LOCK_UN)  # a process forked meanwhile may have a copy of the descriptor
+    fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough: a forked process may hold a copy of the descriptor
     os.close(lock)
 
 
 def _remove_if_dead(path: str) -> bool:
-    """Remove a part whose writer has died, and so lost its lock. The caller has the right to make room."""
+    """Remove a part whose writer has died and thus released its lock. The caller holds the folder lock."""
     if (lock := _try_lock(path)) is None:
         return False
     os.unlink(path)
@@ -302,6 +302,6 @@ def _remove_if_dead(path: str) -> bool:
 
 
 def _touch(path: str) -> None:
-    """Set the time of last use: by ourselves, as disks are often mounted without access times, to the nanosecond."""
+    """Set the time of last use explicitly, because disks are often mounted without access times."""
     now = time.time_ns()
     os.utime(path, ns=(now, now))

@@ -1,13 +1,13 @@
-"""Which documents stand where in a shard: the file index/SPLIT-NNNNNN.documents.gz beside it.
+"""Index of the documents of a shard: the file index/SPLIT-NNNNNN.documents.gz.
 
-It is text, so that `zcat | grep` finds a document: one line for every document that has an id in the shard, in order,
+It is text, so that `zcat | grep` finds a document. It has one line per document that overlaps the shard, in order:
 
     start <tab> length <tab> digest <tab> place
 
 `start` is the position of the document's bos among the shard's ids, where row r of the shard holds the positions r*T ..
-(r+1)*T (T seq_len); it is negative when the document began in an earlier shard. `length` counts the document's ids with
-bos and eos, also those in other shards. `digest` is the first half of the sha256 of its text. `place` is the file, or
-file:line, that it was read from; backslash, tab and line ends in it are spelt as in Python.
+(r+1)*T (T seq_len); it is negative if the document began in an earlier shard. `length` counts the document's ids with
+bos and eos, including those in other shards. `digest` is the first half of the sha256 of its text. `place` is the file,
+or file:line, that it was read from; backslashes, tabs and line ends in it are escaped as in Python.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 class IndexedDocument(NamedTuple):
-    """Where a document stands."""
+    """One entry of the index."""
 
     start: int
     length: int
     digest: bytes
-    place: str
+    place: str  # file, or file:line
 
 
 def write_documents(file: BinaryIO, documents: Iterable[IndexedDocument]) -> None:
-    """Write the index; equal documents give equal bytes."""
+    """Write the index; the bytes depend on the documents alone."""
     with (
         gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
         io.TextIOWrapper(packed, "utf-8", "surrogateescape", newline="\n", write_through=False) as text,
@@ -44,11 +44,11 @@ def write_documents(file: BinaryIO, documents: Iterable[IndexedDocument]) -> Non
             text.write(f"{d.start}\t{d.length}\t{d.digest.hex()}\t{d.place.translate(_ESCAPES)}\n")
 
 
-def parse_documents(content: bytes, place: str) -> list[IndexedDocument]:
-    """Return the documents of the index that was read from `place`.
+def parse_documents(content: bytes, path: str) -> list[IndexedDocument]:
+    """Return the documents of the index with the given content.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the index is damaged; the message names `path`.
     """
     try:
         if not content:
@@ -56,20 +56,18 @@ def parse_documents(content: bytes, place: str) -> list[IndexedDocument]:
         lines = gzip.decompress(content).decode("utf-8", "surrogateescape").split("\n")
         return [_parse(line) for line in lines[:-1]]
     except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise UserError(
-            f"{place}: damaged index of documents ({error}); restore it from a copy, or {REBUILD}"
-        ) from None
+        raise UserError(f"{path}: damaged index of documents ({error}); restore it from a copy, or {REBUILD}") from None
 
 
 def _parse(line: str) -> IndexedDocument:
-    start, length, digest, place = line.split("\t")
-    return IndexedDocument(int(start), int(length), bytes.fromhex(digest), _unescape(place))
+    start, length, digest, where = line.split("\t")
+    return IndexedDocument(int(start), int(length), bytes.fromhex(digest), _unescape(where))
 
 
-def _unescape(place: str) -> str:
-    if "\\" not in place:
-        return place
-    first, *others = place.split("\\\\")
-    for plain, spelt in (("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
-        first, others = first.replace(spelt, plain), [other.replace(spelt, plain) for other in others]
+def _unescape(text: str) -> str:
+    if "\\" not in text:
+        return text
+    first, *others = text.split("\\\\")
+    for plain, escaped in (("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
+        first, others = first.replace(escaped, plain), [other.replace(escaped, plain) for other in others]
     return "\\".join([first, *others])

@@ -1,4 +1,4 @@
-"""Which sources a folder holds, and what they are, as plain data and in a line each."""
+"""Listing of the sources in a folder, as JSON data and as text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from llama_ds.errors import UserError
 
 
 def find_sources(path: str) -> list[str]:
-    """Return the folders of the sources at `path` or one folder below, or `path` where it is a URL or a command.
+    """Return the folders of the sources at `path` or one folder below it, or `path` itself if it is a URL or command.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no source.
     """
     if "://" in path or path.startswith("pipe:") or os.path.exists(os.path.join(path, MANIFEST)):
         return [path]
@@ -26,10 +26,10 @@ def find_sources(path: str) -> list[str]:
 
 
 def epochs(manifests: Mapping[str, Manifest], rows: int, weights: Mapping[str, float]) -> dict[str, float]:
-    """Return how often a run of `rows` rows reads each source, by its name; without weights all by their rows.
+    """Return the epochs of each source, by name, in a run of `rows` rows; without weights, sources weigh by their rows.
 
     Raises:
-        UserError: the weights are of other sources.
+        UserError: the weights name other sources.
     """
     size = {m.source: m.splits["train"].rows for m in manifests.values()}
     if weights and set(weights) != set(size):
@@ -39,7 +39,7 @@ def epochs(manifests: Mapping[str, Manifest], rows: int, weights: Mapping[str, f
 
 
 def as_data(folder: str, manifest: Manifest, epochs: float | None) -> dict[str, Any]:
-    """Return a source as plain data."""
+    """Return the description of a source as JSON data."""
     return {
         "folder": folder,
         "source": manifest.source,
@@ -61,7 +61,7 @@ def as_data(folder: str, manifest: Manifest, epochs: float | None) -> dict[str, 
 
 
 def as_line(folder: str, manifest: Manifest, epochs: float | None = None) -> str:
-    """Return a source for people."""
+    """Return the description of a source as one line of text."""
     parts = [f"{name} {s.rows} rows, {s.ids} tokens, {s.documents} documents" for name, s in manifest.splits.items()]
-    made = "" if epochs is None else f", {epochs:.3f} epochs"
-    return f"{folder}: seq_len {manifest.seq_len}, vocab {manifest.vocab_size}; " + "; ".join(parts) + made
+    suffix = "" if epochs is None else f", {epochs:.3f} epochs"
+    return f"{folder}: seq_len {manifest.seq_len}, vocab {manifest.vocab_size}; " + "; ".join(parts) + suffix

@@ -1,15 +1,15 @@
-"""A source's manifest: what its shards hold, by arithmetic: a source of 100,000 shards opens as fast as one of ten.
+"""The manifest of a source. Shard contents follow by arithmetic, so 100,000 shards open as fast as ten.
 
-A source is a folder, or a URL with the same names below it:
+A source is a folder, or a URL with the same file names:
 
-    manifest.json                     this file; written last: with it the source is complete
-    train-000000.tar ...              rows of ids (`tar_rows.py`), webdataset tars
+    manifest.json                     the manifest; written last, it marks the source as complete
+    train-000000.tar ...              rows of ids as webdataset tars (`tar_rows.py`)
     validation-000000.tar ...
-    index/train-0000.sha256 ...       checksums of 1024 shards each, for `sha256sum -c` too
-    index/train-000000.documents.gz   which documents stand where in a shard (`documents_index.py`)
+    index/train-0000.sha256 ...       checksums of 1024 shards each, readable by `sha256sum -c`
+    index/train-000000.documents.gz   index of the documents of a shard (`documents_index.py`)
 
-Each build, or addition to one, is an extent: its documents laid end to end and cut into rows, the last row filled up
-with eos. All shards of an extent have `rows_per_shard` rows but the last, which has what is left.
+Each build, and each addition to a source, is an extent: its documents are concatenated and cut into rows, and the last
+row is padded with eos. All shards of an extent have `rows_per_shard` rows except the last, which has the remainder.
 """
 
 from __future__ import annotations
@@ -34,59 +34,59 @@ REBUILD = "rebuild the source with tools/shards.py build --overwrite"
 
 @dataclass(frozen=True)
 class Extent:
-    """What one build wrote to a split."""
+    """The part of a split that one build wrote."""
 
     rows: int
     documents: int
-    ids: int  # bos, text and eos of its documents, without the filling of the last row
+    ids: int  # ids of its documents with bos and eos, without the padding of the last row
 
 
 @dataclass(frozen=True)
 class Split:
-    """The training or the validation rows of a source. Rows and shards are numbered through all extents."""
+    """The training or validation rows of a source. Rows and shards are numbered consecutively over all extents."""
 
     rows_per_shard: int
     extents: tuple[Extent, ...]
-    bad: tuple[int, ...] = ()  # shards that `tools/shards.py verify --repair` found damaged: runs read others instead
+    bad: tuple[int, ...] = ()  # damaged shards according to `tools/shards.py verify --repair`; runs read others instead
 
     @property
     def rows(self) -> int:
-        """All rows."""
+        """Total number of rows."""
         return sum(extent.rows for extent in self.extents)
 
     @property
     def documents(self) -> int:
-        """All documents."""
+        """Total number of documents."""
         return sum(extent.documents for extent in self.extents)
 
     @property
     def ids(self) -> int:
-        """All ids of documents."""
+        """Total number of ids, without padding."""
         return sum(extent.ids for extent in self.extents)
 
     @property
     def shards(self) -> int:
-        """All shards."""
+        """Total number of shards."""
         return sum(self.extent_shards)
 
     @property
     def extent_shards(self) -> list[int]:
-        """Shards of each extent."""
+        """Number of shards of each extent."""
         return [-(-extent.rows // self.rows_per_shard) for extent in self.extents]
 
     def shard_rows(self, shard: int) -> range:
-        """Return the rows that stand in a shard."""
+        """Return the row numbers of a shard."""
         extent, first_shard, first_row = self._extent_of(shard)
         start = first_row + (shard - first_shard) * self.rows_per_shard
         return range(start, min(start + self.rows_per_shard, first_row + self.extents[extent].rows))
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shard of each row, and its place in that shard."""
+        """Return the shard of each row, and its row number in that shard."""
         first_rows = np.array([0, *accumulate(extent.rows for extent in self.extents[:-1])], np.int64)
         first_shards = np.array([0, *accumulate(self.extent_shards[:-1])], np.int64)
         extent = np.searchsorted(first_rows, rows, side="right") - 1
-        shard, inside = np.divmod(rows - first_rows[extent], self.rows_per_shard)
-        return shard + first_shards[extent], inside
+        shard, shard_row = np.divmod(rows - first_rows[extent], self.rows_per_shard)
+        return shard + first_shards[extent], shard_row
 
     def _extent_of(self, shard: int) -> tuple[int, int, int]:
         """Return a shard's extent, and that extent's first shard and row."""
@@ -100,12 +100,12 @@ class Split:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a source holds and how it was made."""
+    """Contents of a source and the settings of its build."""
 
     source: str
     seq_len: int
     vocab_size: int
-    dtype: str  # of an id: "<u2" or "<u4"
+    dtype: str  # "<u2" or "<u4", the dtype of ids
     tokenizer_sha256: str
     validation_fraction: float
     splits: dict[str, Split]
@@ -123,24 +123,24 @@ def documents_name(split: str, shard: int) -> str:
 
 
 def checksums_name(split: str, shard: int) -> str:
-    """Return the name of the file that holds a shard's checksum."""
+    """Return the name of the checksum file of a shard."""
     return f"index/{split}-{shard // CHECKSUM_BLOCK:04d}.sha256"
 
 
 def checksum_line(split: str, shard: int, sha256: str) -> str:
-    """Return a shard's line in its file of checksums: as sha256sum writes it, all of one length."""
+    """Return the line of a shard in its checksum file: in the format of sha256sum, with a fixed length."""
     return f"{sha256}  {shard_name(split, shard)}\n"
 
 
 def checksum_of(content: bytes, split: str, shard: int) -> str | None:
-    """Return the checksum of a shard by the content of its file of checksums, None where that does not hold it."""
+    """Return the checksum of a shard from the content of its checksum file, or None if it is missing there."""
     length = len(checksum_line(split, shard, "0" * 64))
     line = content[shard % CHECKSUM_BLOCK * length :][:length].decode("ascii", "replace")
     return line[:64] if line == checksum_line(split, shard, line[:64]) else None
 
 
 def checksum_blocks(split: str, sha256: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name, content) of the files that hold the checksums of all shards of a split."""
+    """Yield (name, content) of the checksum files for all shards of a split."""
     for start in range(0, len(sha256), CHECKSUM_BLOCK):
         block = sha256[start : start + CHECKSUM_BLOCK]
         yield (
@@ -149,20 +149,20 @@ def checksum_blocks(split: str, sha256: list[str]) -> Iterator[tuple[str, str]]:
         )
 
 
-def parse_manifest(content: bytes, place: str) -> Manifest:
-    """Return the manifest that `content`, read from `place`, spells.
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Return the manifest with the given content.
 
     Raises:
-        UserError: it is damaged or of another format.
+        UserError: it is damaged or has another format; the message names `where`, the path or URL.
     """
     try:
         raw = json.loads(content)
         if raw["format"] != FORMAT:
-            raise UserError(f"{place}: format {raw['format']}, this program reads {FORMAT}; {REBUILD}")
+            raise UserError(f"{where}: format {raw['format']}, this program reads {FORMAT}; {REBUILD}")
         splits = {name: _split(split) for name, split in raw["splits"].items()}
         return Manifest(**{**raw, "splits": splits})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{place}: not a manifest of shards ({type(error).__name__}: {error}); {REBUILD}") from None
+        raise UserError(f"{where}: not a manifest of shards ({type(error).__name__}: {error}); {REBUILD}") from None
 
 
 def _split(raw: dict) -> Split:
@@ -171,12 +171,12 @@ def _split(raw: dict) -> Split:
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
-    """Write the manifest in one step: a folder with a manifest is a source that was built to its end."""
-    write_whole(os.path.join(folder, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
+    """Write the manifest atomically: a folder with a manifest is a complete source."""
+    write_atomically(os.path.join(folder, MANIFEST), json.dumps(asdict(manifest), indent=1).encode())
 
 
-def write_whole(path: str, content: bytes) -> None:
-    """Write a file that is there with all its content, on the disk, or not at all."""
+def write_atomically(path: str, content: bytes) -> None:
+    """Write a file atomically and sync it to disk."""
     with open(f"{path}.tmp", "wb") as file:
         file.write(content)
         file.flush()
@@ -185,7 +185,7 @@ def write_whole(path: str, content: bytes) -> None:
 
 
 def check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
-    """Raise UserError unless the source was built with this very tokenizer."""
+    """Raise UserError unless the source was built with the same tokenizer."""
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(
             f"source {manifest.source}: its shards were built with tokenizer {manifest.tokenizer_sha256[:12]} "

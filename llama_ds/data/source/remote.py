@@ -1,8 +1,8 @@
-"""Transports: how the bytes of one remote file arrive, once. `store.py` tries again, `cache.py` keeps what came.
+"""Transports: a single attempt to download a remote file. `store.py` retries, `cache.py` stores the bytes.
 
-A transport yields (offset, bytes) pairs in order. It is asked to begin at `start`, to resume a download; one that
-cannot begins at 0. Whatever goes wrong is a `Fault`, and none holds its caller past `until` (time.monotonic, seconds),
-even if the library below it hangs.
+A transport yields (offset, bytes) pairs in order. To resume a download, the caller requests the bytes from `start` on;
+a transport that cannot resume begins at 0. Every failure is a `Fault`. No transport blocks its caller past `until`
+(time.monotonic, seconds), even if the underlying library hangs.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from llama_ds.errors import UserError
 
 Chunks = Generator[tuple[int, bytes], None, None]
 
-CHUNK = 1 << 18  # bytes asked of a socket or a pipe at once
-EXIT_S = 1.0  # that a command may take to end after its output, also past the deadline: its status says what happened
-FSSPEC_CHUNK = 1 << 22  # bytes: an object store is asked anew for each
+CHUNK = 1 << 18  # bytes per read of a socket or a pipe
+EXIT_S = 1.0  # grace for a command to exit after its output, even past the deadline, for the sake of its exit status
+FSSPEC_CHUNK = 1 << 22  # bytes per read; each is one request to an object store
 MISSING_STATUS = (401, 403, 404, 410)
-KINDS = "a folder, file://, http://, https://, s3://, gs://, pipe:COMMAND, or what fsspec knows"
+KINDS = "a folder, file://, http://, https://, s3://, gs://, pipe:COMMAND, or a protocol of fsspec"
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long a remote file is waited for, in seconds."""
+    """Retries and timeouts of a remote file, in seconds."""
 
-    deadline_s: float = 300.0  # from the first try to giving up
-    first_wait_s: float = 0.5  # between the first two tries; then it doubles
-    longest_wait_s: float = 30.0
-    stall_s: float = 30.0  # without a byte, after which a try has failed
+    deadline_s: float = 300.0  # total time for all tries
+    first_wait_s: float = 0.5  # pause between the first two tries; it doubles with each try
+    max_wait_s: float = 30.0
+    stall_s: float = 30.0  # a try fails after this time without a byte
 
 
 class Fault(Exception):
-    """A try that failed: `reason` in words, `offset` of the first byte that did not come where known."""
+    """A failed try: the `reason`, and the `offset` of the first missing byte if known."""
 
     def __init__(self, reason: str, offset: int | None = None) -> None:
         super().__init__(reason)
@@ -57,53 +57,53 @@ class Fault(Exception):
 
 
 class Missing(Fault):
-    """There is no such file, or it is not ours to read: more tries are of little use."""
+    """The file does not exist or access is denied: more tries rarely help."""
 
 
-class Unsound(Fault):
-    """What came is not the file. The same `sign` twice in a row: the object itself is damaged."""
+class CorruptDownload(Fault):
+    """The received bytes are not the file. Two equal `signature`s in a row mean that the stored file is damaged."""
 
-    def __init__(self, reason: str, sign: str, offset: int | None = None) -> None:
+    def __init__(self, reason: str, signature: str, offset: int | None = None) -> None:
         super().__init__(reason, offset)
-        self.sign = sign
+        self.signature = signature
 
 
 class Transport(Protocol):
-    """One way to read the files below a place."""
+    """A protocol to read the files below a URL."""
 
-    place: str  # for messages: without password and query
+    place: str  # URL or command for messages, without password and query
 
     def where(self, name: str) -> str:
-        """Return the URL or the command of a file, for messages."""
+        """Return the URL or command of a file, for messages."""
 
     def chunks(self, name: str, start: int, stall_s: float, until: float) -> Chunks:
-        """Yield (offset, bytes) from `start` on, or from 0. Close it to end it early. Raises Fault."""
+        """Yield (offset, bytes) from `start` on, or from 0. Close the generator to end early. Raises Fault."""
 
 
-def open_transport(place: str) -> Transport:
+def open_transport(url: str) -> Transport:
     """Return the transport of a URL or a `pipe:` command, without connecting.
 
     Raises:
-        UserError: of a kind that is unknown, or whose package is not installed.
+        UserError: the protocol is unknown, or its package is not installed.
     """
-    if place.startswith("pipe:"):
-        return PipeTransport(place)
-    return HttpTransport(place) if re.match("https?://", place) else FsspecTransport(place)
+    if url.startswith("pipe:"):
+        return PipeTransport(url)
+    return HttpTransport(url) if re.match("https?://", url) else FsspecTransport(url)
 
 
 class HttpTransport:
-    """http and https by the standard library; proxies and certificates as the environment names them."""
+    """http and https with the standard library; the environment sets proxies and certificates."""
 
-    def __init__(self, place: str) -> None:
-        self.place = shown(place)
-        self.parts = urllib.parse.urlsplit(place)
+    def __init__(self, url: str) -> None:
+        self.place = without_secrets(url)
+        self.parts = urllib.parse.urlsplit(url)
         self.opener = urllib.request.build_opener()
 
     def where(self, name: str) -> str:
         return f"{self.place}/{name}"
 
     def chunks(self, name: str, start: int, stall_s: float, until: float) -> Chunks:
-        # In a thread: the socket's time-out covers neither the look-up of the host nor headers that trickle.
+        # In a thread, because the socket timeout covers neither the DNS lookup nor headers that trickle in.
         return in_thread(self._chunks(name, start, min(stall_s, max(0.001, until - time.monotonic()))), stall_s, until)
 
     def _chunks(self, name: str, start: int, timeout_s: float) -> Chunks:
@@ -119,12 +119,12 @@ class HttpTransport:
             reason = f"HTTP {error.code} {error.reason}"
             error.close()
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                raise Unsound(reason, f"range {start}") from None
+                raise CorruptDownload(reason, f"range {start}") from None
             raise (Missing if error.code in MISSING_STATUS else Fault)(reason) from None
         except urllib.error.URLError as error:
-            raise Fault(_words(error.reason)) from None
+            raise Fault(_describe(error.reason)) from None
         except (OSError, http.client.HTTPException) as error:
-            raise Fault(_words(error)) from None
+            raise Fault(_describe(error)) from None
 
     def _request(self, name: str, start: int) -> urllib.request.Request:
         path = f"{self.parts.path.rstrip('/')}/{urllib.parse.quote(name)}"
@@ -134,38 +134,39 @@ class HttpTransport:
             request.add_header("Range", f"bytes={start}-")
         if self.parts.username is not None:
             pair = f"{urllib.parse.unquote(self.parts.username)}:{urllib.parse.unquote(self.parts.password or '')}"
-            # Not redirected: another host must not see the password.
+            # Not sent on redirects: another host must not see the password.
             request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
         return request
 
 
 def _span(response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
-    """Return the offset of an answer's first byte, and its end where the server tells."""
+    """Return the offset of the first byte of a response, and its end if the server reports it."""
     if response.status != http.client.PARTIAL_CONTENT:
         return 0, response.length
     span = re.match(r"bytes (\d+)-(\d+)/", response.headers.get("Content-Range", ""))
     if span is None or int(span[1]) != start:
-        raise Unsound(f"asked for bytes from {start} on, got {response.headers.get('Content-Range')}", f"range {start}")
+        found = response.headers.get("Content-Range")
+        raise CorruptDownload(f"requested bytes from {start} on, got {found}", f"range {start}")
     return start, int(span[2]) + 1
 
 
 class PipeTransport:
-    """What a shell command writes, as webdataset's `pipe:`; of a pipeline the shell sees the last command fail only."""
+    """The output of a shell command, as webdataset's `pipe:`; in a pipeline, the shell checks only the last command."""
 
-    def __init__(self, place: str) -> None:
-        if "{}" not in place:
+    def __init__(self, command: str) -> None:
+        if "{}" not in command:
             raise UserError(
-                f"{place}: the command does not say where the name of a file goes; write {{}} there, "
+                f"{command}: the command has no placeholder for the file name; write {{}} in its place, "
                 "as in pipe:aws s3 cp s3://bucket/c4/{} -"
             )
-        self.place = place
+        self.place = command
 
     def where(self, name: str) -> str:
         return self.place.replace("{}", shlex.quote(name))
 
     def chunks(self, name: str, start: int, stall_s: float, until: float) -> Chunks:
         command = self.where(name).removeprefix("pipe:")
-        with tempfile.TemporaryFile() as stderr:  # a file: nobody need empty it for the command to go on
+        with tempfile.TemporaryFile() as stderr:  # a file, because a full pipe would block the command
             process = subprocess.Popen(
                 command,
                 shell=True,
@@ -173,14 +174,14 @@ class PipeTransport:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 bufsize=0,
-                start_new_session=True,  # a group of its own, to be killed with all that the shell started
+                start_new_session=True,  # its own process group, to kill everything that the shell started
             )
             try:
                 yield from _output(process, stall_s, until)
             except Fault as fault:
                 raise type(fault)(fault.reason + _last_line(stderr), fault.offset) from None
             finally:
-                if process.returncode is None:  # not reaped: the group is still ours, even if the shell has ended
+                if process.returncode is None:  # not reaped, so its group id is valid even if the shell has exited
                     with suppress(ProcessLookupError):
                         os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
@@ -188,7 +189,7 @@ class PipeTransport:
 
 
 def _output(process: subprocess.Popen[bytes], stall_s: float, until: float) -> Chunks:
-    """Yield a command's output. Raises Fault: it stalls, or fails."""
+    """Yield the output of a command. Raises Fault: the command stalls or fails."""
     assert process.stdout is not None
     descriptor, offset = process.stdout.fileno(), 0
     poll = select.poll()
@@ -204,25 +205,25 @@ def _output(process: subprocess.Popen[bytes], stall_s: float, until: float) -> C
     try:
         code = process.wait(max(EXIT_S, min(stall_s, until - time.monotonic())))
     except subprocess.TimeoutExpired:
-        raise Fault("closed its output but does not end", offset) from None
-    if code:  # 126, 127: the shell found no such program
+        raise Fault("closed its output but does not exit", offset) from None
+    if code:  # 126, 127: the shell cannot find or execute the program
         raise (Missing if code in (126, 127) else Fault)(f"exit status {code}", offset)
 
 
 def _last_line(stderr: IO[bytes]) -> str:
-    """Return ": " and the last line of a file, or "" of an empty one."""
+    """Return ": " and the last line of a file, or "" if it is empty."""
     stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 4096))
     lines = stderr.read().decode(errors="replace").strip().splitlines()
     return f": {lines[-1].strip()}" if lines else ""
 
 
 class FsspecTransport:
-    """Whatever fsspec has a file system for: object stores, sftp, hdfs."""
+    """Any file system of fsspec: object stores, sftp, hdfs."""
 
-    def __init__(self, place: str) -> None:
-        self.place, self.url = shown(place), place.rstrip("/")
-        classes = [_file_system_class(self.place, part) for part in place.split("::")]
-        # A synchronous one may hold one connection: an own one for each try. The others are made for many threads.
+    def __init__(self, url: str) -> None:
+        self.place, self.url = without_secrets(url), url.rstrip("/")
+        classes = [_file_system_class(self.place, part) for part in url.split("::")]
+        # A synchronous file system may hold one connection, so each try gets its own. The others are thread-safe.
         self.own = not all(kind.async_impl for kind in classes)
 
     def where(self, name: str) -> str:
@@ -236,7 +237,7 @@ class FsspecTransport:
 
         offset = start
         try:
-            # Each time: fsspec keeps it for each process, and it does not outlive a fork.
+            # Created for each try: fsspec caches instances per process, and they do not survive a fork.
             system, root = fsspec.url_to_fs(self.url, skip_instance_cache=self.own)
             path = f"{root.rstrip('/')}/{name}"
             with system.open(path, "rb", block_size=FSSPEC_CHUNK, cache_type="none") as file:
@@ -246,43 +247,41 @@ class FsspecTransport:
                     yield offset, chunk
                     offset += len(chunk)
         except (FileNotFoundError, PermissionError) as error:
-            raise Missing(_words(error)) from None
-        except Exception as error:  # each store has its own kinds
-            raise Fault(_words(error), offset) from None
+            raise Missing(_describe(error)) from None
+        except Exception as error:  # every store raises its own exception types
+            raise Fault(_describe(error), offset) from None
 
 
-def _file_system_class(place: str, part: str) -> Any:
-    """Return fsspec's class for one URL of a chain. Raises UserError: unknown, or not installed."""
+def _file_system_class(url: str, part: str) -> Any:
+    """Return fsspec's class for one URL of a chain. Raises UserError: it is unknown or not installed."""
     import fsspec
 
     kind = part.partition("://")[0]
     try:
         return fsspec.get_filesystem_class(kind)
     except ValueError:
-        raise UserError(f"{place}: no kind of place is called {kind}://; name {KINDS}") from None
+        raise UserError(f"{url}: {kind}:// is not a known protocol; use {KINDS}") from None
     except ImportError as error:
         extra = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}.get(kind)
         fix = f"pip install 'llama_ds[{extra}]'" if extra else "install it"
-        raise UserError(
-            f"{place}: a package for {kind}:// is not installed ({error}); {fix}, or name {KINDS}"
-        ) from None
+        raise UserError(f"{url}: the package for {kind}:// is not installed ({error}); {fix}, or use {KINDS}") from None
 
 
 def in_thread(chunks: Chunks, stall_s: float, until: float) -> Chunks:
-    """Yield what `chunks` yields, run in a thread of its own that is left behind when it hangs.
+    """Yield the items of `chunks`, which runs in a thread of its own; the thread is abandoned if it hangs.
 
     Raises:
-        Fault: nothing came for `stall_s`, or `until` is past.
+        Fault: no item arrived for `stall_s`, or `until` has passed.
     """
-    wanted: SimpleQueue[bool] = SimpleQueue()
-    given: SimpleQueue[tuple[int, bytes] | Exception | None] = SimpleQueue()
+    requests: SimpleQueue[bool] = SimpleQueue()
+    items: SimpleQueue[tuple[int, bytes] | Exception | None] = SimpleQueue()
 
     def work() -> None:
         try:
-            while wanted.get():
-                given.put(next(chunks, None))
+            while requests.get():
+                items.put(next(chunks, None))
         except Exception as error:
-            given.put(error)
+            items.put(error)
         finally:
             chunks.close()
 
@@ -290,10 +289,10 @@ def in_thread(chunks: Chunks, stall_s: float, until: float) -> Chunks:
     offset = None
     try:
         while True:
-            wanted.put(True)
+            requests.put(True)
             timeout_s = max(0.0, min(stall_s, until - time.monotonic()))
             try:
-                item = given.get(timeout=timeout_s)
+                item = items.get(timeout=timeout_s)
             except Empty:
                 raise Fault(f"no byte in {timeout_s:.1f} s", offset) from None
             if isinstance(item, Exception):
@@ -303,13 +302,13 @@ def in_thread(chunks: Chunks, stall_s: float, until: float) -> Chunks:
             yield item
             offset = item[0] + len(item[1])
     finally:
-        wanted.put(False)
+        requests.put(False)
 
 
-def shown(url: str) -> str:
-    """Return a URL as messages show it: without user, password, query and last slash."""
+def without_secrets(url: str) -> str:
+    """Return a URL for messages: without user, password, query and trailing slash."""
     return re.sub(r"(?<=://)[^/@]*@", "", url).partition("?")[0].rstrip("/")
 
 
-def _words(error: object) -> str:
+def _describe(error: object) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

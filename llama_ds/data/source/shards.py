@@ -1,7 +1,7 @@
-"""Reading packed rows: the shards of a source, fetched and checked before their first use, read by offset.
+"""Reading packed rows: shards are fetched and checked before their first use, and rows are read by offset.
 
-A shard's size and checksum are checked once; then a row is one positioned read of an open file. Files are read, not
-mapped: one that is cut short under a map would kill the process without a word.
+The size and checksum of a shard are checked once; then a row is one positioned read of an open file. Files are not
+memory-mapped, because truncating a mapped file would kill the process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from llama_ds.data.source.store import BadFile, LocalStore, Store, open_store
 from llama_ds.errors import UserError
 
 OPEN_SHARDS = 32  # files kept open per source
-CHUNK = 1 << 24  # bytes of a shard whose headers are checked at a time
+CHUNK = 1 << 24  # bytes of a shard per header check
 
 
 def read_manifest(store: Store) -> Manifest:
     """Read the manifest of the source in `store`.
 
     Raises:
-        UserError: it cannot be had (also after a build that did not finish), or is damaged or of another format.
+        UserError: it is missing (for example after an unfinished build), damaged or of another format.
     """
-    place = f"{store.place.rstrip('/')}/{MANIFEST}"
+    path = f"{store.place.rstrip('/')}/{MANIFEST}"
     try:
-        return parse_manifest(store.read(MANIFEST), place)
+        return parse_manifest(store.read(MANIFEST), path)
     except BadFile as error:
         raise UserError(
-            f"{place}: cannot read the shards' manifest ({error.reason}); build the source with tools/shards.py build"
+            f"{path}: cannot read the shards' manifest ({error.reason}); build the source with tools/shards.py build"
         ) from None
 
 
@@ -56,18 +56,18 @@ class Source:
         self._dtype = np.dtype(manifest.dtype)
         self._stride = tar_rows.stride(self.seq_len, self._dtype)
         self._width = (self.seq_len + 1) * self._dtype.itemsize
-        self._paths: dict[int, str] = {}  # of shards that were found sound
+        self._paths: dict[int, str] = {}  # paths of the shards checked so far
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, least recently used first
         self._checksums = lru_cache(maxsize=4)(store.read)
 
     def check(self, shard: int) -> str:
-        """Fetch a shard and check it, unless that is done already; return the file's path.
+        """Fetch and check a shard on its first use; return the path of its file.
 
-        Threads may check different shards at once.
+        Threads may check different shards concurrently.
 
         Raises:
-            BadFile: with the reason, and the offset of the damage where it is known.
-            UserError: there is no room for it.
+            BadFile: the shard is missing or damaged.
+            UserError: there is no space for it.
         """
         if shard in self._paths:
             return self._paths[shard]
@@ -75,42 +75,42 @@ class Source:
         sums = checksums_name(self.split, shard)
         sha256 = checksum_of(self._checksums(sums), self.split, shard)
         if sha256 is None:
-            raise BadFile(f"{self.store.place}/{name}", f"{sums} holds no checksum of it")
+            raise BadFile(f"{self.store.place}/{name}", f"{sums} has no checksum of this shard")
         self._paths[shard] = self.store.fetch(name, self.shard_bytes(shard), sha256)
         return self._paths[shard]
 
     def shard_bytes(self, shard: int) -> int:
-        """Return the size that a shard's file has when it is whole."""
+        """Return the size in bytes of a complete shard file."""
         return tar_rows.shard_bytes(len(self.geometry.shard_rows(shard)), self.seq_len, self._dtype)
 
     def first_damage(self, shard: int, path: str) -> int | None:
-        """Return the offset of the first byte in a shard's file that is wrong whatever its ids are, or None."""
-        rows, at_once = self.geometry.shard_rows(shard), max(1, CHUNK // self._stride)
+        """Return the offset of the first wrong header or padding byte in a shard's file, or None."""
+        rows, chunk_rows = self.geometry.shard_rows(shard), max(1, CHUNK // self._stride)
         if (size := os.path.getsize(path)) != self.shard_bytes(shard):
             return min(size, self.shard_bytes(shard))
-        for start in range(0, len(rows), at_once):
-            data = self._members(path, start, min(at_once, len(rows) - start))
+        for start in range(0, len(rows), chunk_rows):
+            data = self._members(path, start, min(chunk_rows, len(rows) - start))
             damage = tar_rows.first_damage(data, rows[start], self.seq_len, self._dtype)
             if damage is not None:
                 return start * self._stride + damage
         return None
 
     def offset_of(self, shard: int, error: BadFile) -> int | None:
-        """Return where the damage of a shard is, as far as it can be seen: in a local file by its headers."""
+        """Return the offset of the damage in a shard if known, for a local file also by checking its headers."""
         path = os.path.join(self.store.place, shard_name(self.split, shard))
         return self.first_damage(shard, path) if error.offset is None and os.path.isfile(path) else error.offset
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Return the ids of rows of the split, (len(rows), seq_len + 1), by their numbers. One thread at a time.
+        """Return the ids of rows of the split, (len(rows), seq_len + 1), by their row numbers. Not thread-safe.
 
         Raises:
-            BadFile: as `check`; or a shard changed after it was checked.
+            BadFile: as in `check`, or a shard changed after it was checked.
         """
         out = np.empty((len(rows), self.seq_len + 1), self._dtype)
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
             raise IndexError(f"rows {rows.min()} .. {rows.max()} of {self.rows} in {self.store.place} ({self.split})")
-        shards, inside = self.geometry.locate(rows)
-        offsets = inside * self._stride + tar_rows.BLOCK
+        shards, shard_rows = self.geometry.locate(rows)
+        offsets = shard_rows * self._stride + tar_rows.BLOCK
         for i, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
             if os.preadv(self._file(shard), [out[i]], offset) != self._width:
                 raise BadFile(self._paths[shard], "was cut short after it had been checked", offset)
@@ -121,7 +121,7 @@ class Source:
         return self.read(np.array([i]))[0]
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Yield all rows in order, a shard (rows, seq_len + 1) at a time."""
+        """Yield all rows in order, one array (rows, seq_len + 1) per shard."""
         return (self.rows_of(shard) for shard in range(self.geometry.shards))
 
     def rows_of(self, shard: int) -> np.ndarray:
@@ -130,7 +130,7 @@ class Source:
         return tar_rows.rows_of(data, self.seq_len, self._dtype)
 
     def close(self) -> None:
-        """Close the files that are open."""
+        """Close the open files."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -142,7 +142,7 @@ class Source:
             os.close(self._open.popitem(last=False)[1])
         try:
             self._open[shard] = os.open(self.check(shard), os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:  # the cache needed its room since it was checked
+        except FileNotFoundError:  # the cache evicted it after the check
             del self._paths[shard]
             self._open[shard] = os.open(self.check(shard), os.O_RDONLY | os.O_CLOEXEC)
         return self._open[shard]
@@ -152,24 +152,24 @@ class Source:
         return data.reshape(count, self._stride)
 
 
-def open_source(place: str, split: str) -> Source:
+def open_source(folder: str, split: str) -> Source:
     """Open one split ("train" or "validation") of the source in a folder.
 
     Raises:
-        UserError: no manifest, or no such split.
+        UserError: the source has no manifest or no such split.
     """
-    store = open_store(place)
+    store = open_store(folder)
     manifest = read_manifest(store)
     if split not in manifest.splits:
-        raise UserError(f"{place}: no split '{split}'; it holds {', '.join(manifest.splits)}")
+        raise UserError(f"{folder}: has no split '{split}'; use one of {', '.join(manifest.splits)}")
     return Source(store, manifest, split)
 
 
 def check_present(source: Source) -> None:
-    """Check that a local folder has a file for every shard of `source`: a copy that was not finished.
+    """Check that a local folder has a file for every shard of `source`, to detect an incomplete copy.
 
     Raises:
-        UserError: naming the first that is not there.
+        UserError: a shard is missing; names the first one.
     """
     if not isinstance(source.store, LocalStore):
         return
@@ -178,5 +178,5 @@ def check_present(source: Source) -> None:
         if shard not in source.geometry.bad and shard_name(source.split, shard) not in names:
             raise UserError(
                 f"{source.store.place}/{shard_name(source.split, shard)}: the shard is missing, its manifest names "
-                f"{source.geometry.shards}; copy it again, or leave it out with tools/shards.py verify --repair"
+                f"{source.geometry.shards}; copy it again, or exclude it with tools/shards.py verify --repair"
             )

@@ -1,8 +1,9 @@
-"""Rows as the members of a tar, written and checked as arrays: the bytes that webdataset's TarWriter writes.
+"""Rows as members of a tar, written and checked as arrays: byte for byte the output of webdataset's TarWriter.
 
-Each member is one row, the raw little-endian ids of seq_len + 1 tokens, named by its row of the split. All members have
-one size, so member i of a shard stands at a fixed offset, i * stride, its ids 512 bytes later: a row is read without
-unpacking, and a whole shard is built or checked by a few array operations. A test holds it against webdataset.
+Each member is one row, the raw little-endian ids of seq_len + 1 tokens, named by its row number in the split. All
+members have the same size: member i of a shard starts at offset i * stride, and its ids 512 bytes later. A row is
+therefore read without unpacking, and a shard is built or checked by a few array operations. A test compares the result
+with webdataset's.
 
 Shapes: R rows, S bytes from one member to the next.
 """
@@ -13,23 +14,23 @@ import tarfile
 
 import numpy as np
 
-BLOCK = tarfile.BLOCKSIZE  # 512: a member is one header block and its content padded to blocks
-KEY_DIGITS = 10  # of a row's number: webdataset's __key__
-_CHECKSUM = slice(148, 156)  # of the header itself, in the header (POSIX ustar)
+BLOCK = tarfile.BLOCKSIZE  # 512 bytes; a member is a header block and its content padded to blocks
+KEY_DIGITS = 10  # digits of the row number, which is webdataset's __key__
+_CHECKSUM = slice(148, 156)  # position of the header checksum (POSIX ustar)
 
 
 def extension(dtype: np.dtype) -> str:
-    """Return webdataset's name of the content: ids.u16 or ids.u32."""
+    """Return the file extension of a member in webdataset: ids.u16 or ids.u32."""
     return f"ids.u{dtype.itemsize * 8}"
 
 
 def stride(seq_len: int, dtype: np.dtype) -> int:
-    """Return the bytes from one member to the next."""
+    """Return the number of bytes from one member to the next."""
     return BLOCK + -(-(seq_len + 1) * dtype.itemsize // BLOCK) * BLOCK
 
 
 def shard_bytes(rows: int, seq_len: int, dtype: np.dtype) -> int:
-    """Return the size of a shard of `rows` rows: members, two blocks that end a tar, filled to 20 blocks."""
+    """Return the size of a shard of `rows` rows: members and two end-of-archive blocks, padded to 20 blocks."""
     content = rows * stride(seq_len, dtype) + 2 * BLOCK
     return -(-content // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
 
@@ -49,17 +50,17 @@ def rows_of(data: np.ndarray, seq_len: int, dtype: np.dtype) -> np.ndarray:
 
 
 def first_damage(data: np.ndarray, first_row: int, seq_len: int, dtype: np.dtype) -> int | None:
-    """Return the offset of the first byte of the members (R, S) that is not what `members` would write, or None.
+    """Return the offset of the first byte of the members (R, S) that differs from the output of `members`, or None.
 
-    Every header and every byte of padding is checked; ids have no redundancy and are a checksum's to check.
+    It checks every header and padding byte. Ids have no redundancy, so only a checksum can verify them.
     """
     width = (seq_len + 1) * dtype.itemsize
     headers = np.empty((len(data), BLOCK), np.uint8)
     _write_headers(headers, first_row, dtype, width)
     wrong = np.concatenate([headers != data[:, :BLOCK], data[:, BLOCK + width :] != 0], axis=1)
-    places = np.concatenate([np.arange(BLOCK), np.arange(BLOCK + width, data.shape[1])])
+    offsets = np.concatenate([np.arange(BLOCK), np.arange(BLOCK + width, data.shape[1])])
     row, column = np.nonzero(wrong)
-    return int(row[0] * data.shape[1] + places[column[0]]) if len(row) else None
+    return int(row[0] * data.shape[1] + offsets[column[0]]) if len(row) else None
 
 
 def _content(data: np.ndarray, width: int, dtype: np.dtype) -> np.ndarray:

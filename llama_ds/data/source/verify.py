@@ -1,6 +1,6 @@
-"""Verifying a source: every shard's checksum, and every header, id and document against the manifest.
+"""Verifying a source: the checksum of every shard, and every header, id and document against the manifest.
 
-webdataset has its say too: it reads the first shard of each split.
+As an independent check, webdataset reads the first shard of each split.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llama_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Damage:
-    """A shard that is not what its source's manifest says."""
+    """A damaged shard: its file does not match the manifest or the checksums."""
 
     split: str
     shard: int
@@ -30,14 +30,14 @@ class Damage:
 
 
 def verify_source(store: Store, workers: int = 1, progress: Callable[[int], None] = lambda rows: None) -> list[Damage]:
-    """Return every damaged shard of the source in `store`; `progress` is called with the rows of each shard.
+    """Return all damaged shards of the source in `store`; `progress` is called with the row count of each shard.
 
     Raises:
         UserError: the manifest itself cannot be read.
     """
     manifest = read_manifest(store)
     found = []
-    with ThreadPoolExecutor(workers) as pool:  # hashing and numpy let other threads run
+    with ThreadPoolExecutor(workers) as pool:  # hashing and numpy release the GIL
         for name in manifest.splits:
             source = Source(store, manifest, name)
             shards = range(source.geometry.shards)
@@ -49,21 +49,21 @@ def verify_source(store: Store, workers: int = 1, progress: Callable[[int], None
 
 
 def repair(store: Store, damages: list[Damage]) -> None:
-    """Have the manifest list as damaged what was found so, and nothing else: runs will read other shards instead.
+    """List exactly the shards of `damages` as damaged in the manifest, so that runs read other shards instead.
 
     Raises:
-        UserError: the source is not in a folder, or a split would have no sound shard.
+        UserError: the source is not a folder, or a split would have no intact shard.
     """
     if not isinstance(store, LocalStore):
         raise UserError(
-            f"{store.place}: a manifest behind a URL cannot be changed from here; repair it where it is stored"
+            f"{store.place}: the manifest of a remote source cannot be changed; repair the source where it is stored"
         )
     manifest = read_manifest(store)
     splits = {}
     for name, split in manifest.splits.items():
         bad = tuple(sorted(damage.shard for damage in damages if damage.split == name))
         if split.shards and len(bad) == split.shards:
-            raise UserError(f"{store.place}: none of the {split.shards} {name} shards is sound; rebuild the source")
+            raise UserError(f"{store.place}: none of the {split.shards} {name} shards is intact; rebuild the source")
         splits[name] = replace(split, bad=bad)
     write_manifest(store.place, replace(manifest, splits=splits))
 
@@ -81,7 +81,7 @@ def _damage(source: Source, shard: int) -> Damage | None:
         path = source.check(shard)
         offset = source.first_damage(shard, path)
         if offset is not None:
-            raise BadFile(path, "no tar header, or padding, of a row where it should stand", offset)
+            raise BadFile(path, "not a valid tar header or padding of a row", offset)
         _check_ids(source, shard, path)
         if shard == 0:
             _check_with_webdataset(source, path)
@@ -91,14 +91,14 @@ def _damage(source: Source, shard: int) -> Damage | None:
 
 
 def _check_with_webdataset(source: Source, path: str) -> None:
-    """Let webdataset itself read the first shard: the others have the same headers but for the numbers of rows."""
-    from webdataset import WebDataset  # here: it imports torch
+    """Read the first shard with webdataset; headers of the other shards differ only in the row numbers."""
+    from webdataset import WebDataset  # imported late, because it imports torch
 
     rows = source.rows_of(0)
     name = tar_rows.extension(rows.dtype)
     found = [sample.get(name, b"") for sample in WebDataset(path, shardshuffle=False, empty_check=False)]
     if found != [row.tobytes() for row in rows]:
-        raise BadFile(path, f"webdataset finds {len(found)} samples in it that are not its {len(rows)} rows")
+        raise BadFile(path, f"webdataset reads {len(found)} samples that differ from the {len(rows)} rows")
 
 
 def _check_ids(source: Source, shard: int, path: str) -> None:
@@ -106,23 +106,22 @@ def _check_ids(source: Source, shard: int, path: str) -> None:
     if int(rows.max()) >= source.vocab_size:
         raise BadFile(path, f"holds id {rows.max()}, outside vocab_size {source.vocab_size}")
     name = documents_name(source.split, shard)
-    place = f"{source.store.place}/{name}"
+    path = f"{source.store.place}/{name}"
     try:
-        documents = parse_documents(source.store.read(name), place)
+        documents = parse_documents(source.store.read(name), path)
     except UserError as error:
-        raise BadFile(place, str(error)) from None
-    if reason := _misplaced(documents, np.append(rows[:, :-1].ravel(), rows[-1, -1])):
-        raise BadFile(place, reason)
+        raise BadFile(path, str(error)) from None
+    if reason := _index_error(documents, np.append(rows[:, :-1].ravel(), rows[-1, -1])):
+        raise BadFile(path, reason)
 
 
-def _misplaced(documents: list[IndexedDocument], ids: np.ndarray) -> str | None:
-    """Hold the index of a shard against its ids, in one line (ids,): a bos where each document begins, and no other."""
+def _index_error(documents: list[IndexedDocument], ids: np.ndarray) -> str | None:
+    """Return how the index of a shard contradicts its ids (ids,), which have a bos exactly where a document begins."""
     starts = np.array([d.start for d in documents if 0 <= d.start < len(ids)], np.int64)
     if not len(starts):
-        return None if documents else "names no document, and the shard has ids of one"
+        return None if documents else "names no document, but the shard holds ids of one"
     bos = ids[starts[0]]
     if not np.array_equal(np.flatnonzero(ids == bos), starts):
-        return (
-            f"names {len(starts)} documents that begin in the shard, whose ids have {int((ids == bos).sum())} elsewhere"
-        )
+        begins = int((ids == bos).sum())
+        return f"names {len(starts)} documents that begin in the shard, but its ids have {begins} at other positions"
     return None

@@ -1,4 +1,4 @@
-"""Documents of a corpus: which files a pattern names, and the texts in them."""
+"""Documents of a corpus: the files that match a pattern, and their texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llama_ds.data.text.piece_reader import JSON_LINES, PARQUET, PieceReader, TextPiece, empty_file
 from llama_ds.errors import UserError
 
-# What counts as text when a whole folder is named; a glob or a file name takes files of any suffix.
+# Suffixes of text files in a folder; a glob or a file name accepts any suffix.
 TEXT_SUFFIXES = (
     *(".txt", ".md", ".rst", ".tex", ".html", *JSON_LINES, PARQUET),
     *(".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js", ".ts", ".go", ".rs", ".sh"),
@@ -26,10 +26,10 @@ class Document:
 
 
 def source_files(pattern: str) -> list[str]:
-    """Return the files that `pattern` (a file, a folder or a glob with `**`) names, sorted.
+    """Return the sorted files that match `pattern` (a file, a folder or a glob with `**`).
 
     Raises:
-        UserError: when there are none.
+        UserError: no file matches.
     """
     if os.path.isdir(pattern):
         found = [f for f in _walk(pattern) if f.lower().endswith(TEXT_SUFFIXES)]
@@ -42,18 +42,18 @@ def source_files(pattern: str) -> list[str]:
     found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     files = sorted({f for f in found if os.path.isfile(f)})
     if not files:
-        raise UserError(f"{pattern}: no such file, and as a pattern it matches nothing; check the path and quote globs")
+        raise UserError(f"{pattern}: no such file, and as a glob it matches no file; check the path, and quote globs")
     return files
 
 
 def documents(pattern: str, max_chars: int = 0) -> Iterator[Document]:
-    """Yield the documents of `pattern` (see `source_files`) in a fixed order, without the empty ones of a list.
+    """Yield the documents of `pattern` (see `source_files`) in a fixed order; empty documents of a list are left out.
 
-    With `max_chars`, longer documents are cut after line ends into documents of at most that many characters
-    (a line longer than that stays whole).
+    With `max_chars`, longer documents are cut at line ends into documents of at most that many characters; a longer
+    line is not cut.
 
     Raises:
-        UserError: nothing matches, or a file is empty, binary, damaged, not UTF-8 or has no text; names the place.
+        UserError: nothing matches, or a file is empty, binary, damaged, not UTF-8 or has no text; names file and line.
     """
     for path in source_files(pattern):
         reader = PieceReader(TextPiece(path))
@@ -61,11 +61,11 @@ def documents(pattern: str, max_chars: int = 0) -> Iterator[Document]:
             if not (text or line):
                 raise empty_file(path)
             for part in cut(text, max_chars):
-                yield Document(reader.place(line), part)
+                yield Document(reader.where(line), part)
 
 
 def cut(text: str, max_chars: int) -> Iterator[str]:
-    """Yield the documents that a text becomes: none if it is empty, pieces if it is longer than `max_chars` (not 0)."""
+    """Yield the documents of a text: none if it is empty, pieces if it is longer than `max_chars` (0: no limit)."""
     if max_chars and len(text) > max_chars:
         yield from cut_at_lines(text, max_chars)
     elif text:

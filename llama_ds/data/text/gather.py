@@ -1,4 +1,4 @@
-"""A real corpus without a download: Python sources and their prose, from the standard library and site-packages."""
+"""A real corpus without a download: Python code and prose from the standard library and site-packages."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterator
 
-MIN_BYTES = 200  # shorter texts teach nothing
+MIN_BYTES = 200  # shorter texts are useless for training
 MAX_BYTES = 400_000  # longer files are generated tables
-CODE_SHARE = 0.75  # of the corpus
-DOCSTRING_MODULES = 3  # every third module gives its docstrings to prose and stays out of code: no text is in both
+CODE_SHARE = 0.75  # fraction of code in the corpus
+DOCSTRING_MODULES = 3  # every third module contributes its docstrings to prose instead of its code: no text is in both
 PROSE_SUFFIXES = (".md", ".rst", ".txt")
 NOT_PROSE = re.compile(r"(^|/)(tests?|testdata|lib2to3)/|(SOURCES|top_level|requires|entry_points|CMakeLists)\.txt$")
 DOCSTRING = re.compile(r'^[ \t]*[rR]?"""(.+?)"""', re.MULTILINE | re.DOTALL)
@@ -24,9 +24,9 @@ def gather_local_corpus(
 ) -> dict[str, str]:
     """Write out_dir/code.jsonl and out_dir/prose.jsonl, together about `limit_mb` of text.
 
-    Every line is {"text", "path"}. Files are taken in the order of the hash of their path, so a small corpus is a fair
-    sample and the same machine gives the same bytes. Exact copies, tiny, huge and undecodable files are left out.
-    `progress` is called with the bytes of each text taken.
+    Every line is {"text", "path"}. Files are taken in the order of the hash of their path, so a small corpus is an
+    unbiased sample, and the result is reproducible on the same machine. Duplicate, tiny, huge and undecodable files are
+    left out. `progress` is called with the size in bytes of each text taken.
 
     Returns:
         The path of each source's file.
@@ -43,7 +43,7 @@ def gather_local_corpus(
 
 
 def _files() -> Iterator[tuple[str, str]]:
-    # (name, path); the name is the same wherever Python is installed.
+    # (name, path); the name does not depend on where Python is installed.
     for kind in ("stdlib", "purelib"):
         root = sysconfig.get_paths()[kind]
         for folder, subfolders, names in os.walk(root):
@@ -65,7 +65,7 @@ def _prose(files: list[tuple[str, str]], modules: list[tuple[str, str]]) -> Iter
         if name.endswith(PROSE_SUFFIXES) and not NOT_PROSE.search(name) and (text := _read(path)) is not None:
             yield name, text
         elif os.path.basename(name) == "METADATA" and (text := _read(path)) is not None:
-            yield name, text.partition("\n\n")[2]  # the long description, without the headers
+            yield name, text.partition("\n\n")[2]  # the long description without the headers
     for i, (name, text) in _read_numbered(modules):
         if i % DOCSTRING_MODULES == 0:
             yield f"{name}:docstrings", "\n\n".join(inspect.cleandoc(doc) for doc in DOCSTRING.findall(text)) + "\n"
@@ -79,7 +79,7 @@ def _read(path: str) -> str | None:
             data = file.read()
         return None if b"\0" in data else data.decode()
     except (OSError, UnicodeDecodeError):
-        return None  # what cannot be read is not gathered: these are not the user's files
+        return None  # unreadable files are skipped silently, because they are not the user's
 
 
 def _write(path: str, texts: Iterator[tuple[str, str]], limit: float, progress: Callable[[int], None]) -> str:

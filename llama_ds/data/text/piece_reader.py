@@ -1,7 +1,7 @@
-"""Reading the texts of a file, or of a piece of one: JSON lines (plain, gzip, zstd), parquet, or one text.
+"""Reading the texts of a file or of a piece of a file: JSON lines (plain, gzip, zstd), parquet, or one text.
 
-A piece may be read without what stands before it, by any process. It counts lines (of parquet: rows) from its own
-start; only an error asks for the number in the file, and reads the file up to there to find out.
+Any process can read a piece without reading the file before it. Lines (parquet: rows) are counted from the start of the
+piece; only an error message needs the line number in the file, and then the reader scans the file up to the piece.
 """
 
 from __future__ import annotations
@@ -19,32 +19,33 @@ from llama_ds.errors import UserError
 
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
-READ_BYTES = 1 << 16  # of zstd at a time: a frame may hold a thousand times more
-BATCH_ROWS = 256  # of parquet at a time
+READ_BYTES = 1 << 16  # zstd bytes per read; small, because they may decompress to a thousand times as much
+BATCH_ROWS = 256  # parquet rows per batch
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """A file, or what starts in start .. stop - 1 of it: bytes of plain JSON lines, row groups of parquet."""
+    """A file or a piece of it, start .. stop - 1: a byte range of plain JSON lines, or row groups of a parquet file."""
 
     path: str
     start: int = 0
-    stop: int | None = None  # None: the end
-    size: int = 0  # bytes of the file that it stands for, for a progress bar
+    stop: int | None = None  # None: the end of the file
+    size: int = 0  # bytes of the file that the piece accounts for, for progress bars
 
 
 class _BadDocument(Exception):
-    """A document that is none, in the words of a UserError."""
+    """A malformed document, with the message of a UserError."""
 
 
 class PieceReader:
     """Iterates over (line, text) of a piece; the line is 0 where the file is one text.
 
-    `lines` counts the lines read so far, `share` is the part of the piece that is read. With `skip_bad`, documents that
-    are binary, not UTF-8 or no JSON with a text are left out and counted in `skipped`; None: there is no such choice.
+    `lines` counts the lines read so far; `share` is the fraction of the piece read so far. With `skip_bad`, documents
+    that are binary, not UTF-8 or not JSON with a text are left out and counted in `skipped`. With None, the error
+    message does not mention the option --skip-bad.
 
     Raises:
-        UserError: the file is empty, binary, damaged, not UTF-8, or a line has no text; names the place.
+        UserError: the file is empty, binary, damaged or not UTF-8, or a line has no text; names file and line.
     """
 
     def __init__(self, piece: TextPiece, skip_bad: bool | None = None) -> None:
@@ -59,19 +60,19 @@ class PieceReader:
             return self._parquet()
         if path.endswith(JSON_LINES):
             return self._json_lines()
-        return self._whole_file()
+        return self._one_text()
 
-    def place(self, line: int) -> str:
-        """Return file:line, by the line's number in the file."""
+    def where(self, line: int) -> str:
+        """Return file:line, with the line number in the file."""
         if not line:
             return self.piece.path
         return f"{self.piece.path}:{self._lines_before() + line}"
 
-    def _whole_file(self) -> Iterator[tuple[int, str]]:
+    def _one_text(self) -> Iterator[tuple[int, str]]:
         with _open(self.piece.path) as file:
             data = file.read()
         self.share = 1.0
-        with self._leaving_out_bad():
+        with self._skipping_bad():
             yield 0, _decode(data, self.piece.path).removeprefix("\ufeff")
 
     def _json_lines(self) -> Iterator[tuple[int, str]]:
@@ -91,13 +92,13 @@ class PieceReader:
             self.lines += 1
             if data.isspace():
                 continue
-            with self._leaving_out_bad():
+            with self._skipping_bad():
                 yield self.lines, self._text_of(_decode(data, self.piece.path, offset))
 
     def _lines_of_range(self, file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
         start, stop = self.piece.start, size if self.piece.stop is None else self.piece.stop
         offset = start
-        if start:  # a line belongs to the piece in which it starts: the rest of the one before is not ours
+        if start:  # skip the rest of a line that starts in the piece before
             file.seek(start - 1)
             offset += len(file.readline()) - 1
         while offset < stop and (data := file.readline()):
@@ -126,40 +127,40 @@ class PieceReader:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=["text"]):
                     for text in batch.column(0).to_pylist():
                         self.lines += 1
-                        with self._leaving_out_bad():
+                        with self._skipping_bad():
                             yield self.lines, self._checked(text, "row of a parquet file")
                     self.share = self.lines / max(1, rows)
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise self._damaged("parquet", error) from None
 
     @contextmanager
-    def _leaving_out_bad(self) -> Iterator[None]:
+    def _skipping_bad(self) -> Iterator[None]:
         try:
             yield
         except _BadDocument as error:
             if not self._skip_bad:
-                way_out = "" if self._skip_bad is None else ", or leave such documents out with --skip-bad"
-                raise UserError(f"{error}{way_out}") from None
+                hint = "" if self._skip_bad is None else ", or leave such documents out with --skip-bad"
+                raise UserError(f"{error}{hint}") from None
             self.skipped += 1
 
     def _text_of(self, line: str) -> str:
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            place = self.place(self.lines)
-            raise _BadDocument(f"{place}: not JSON ({error}); every line of a .jsonl file is one JSON object") from None
+            where = self.where(self.lines)
+            raise _BadDocument(f"{where}: not JSON ({error}); every line of a .jsonl file is one JSON object") from None
         return self._checked(record.get("text") if isinstance(record, dict) else None, "line of a .jsonl file")
 
     def _checked(self, text: object, holder: str) -> str:
         if not isinstance(text, str):
-            place = self.place(self.lines)
-            raise _BadDocument(f'{place}: no "text" of type string; every {holder} has one: {{"text": "..."}}')
+            where = self.where(self.lines)
+            raise _BadDocument(f'{where}: no "text" of type string; every {holder} has one: {{"text": "..."}}')
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            place = self.place(self.lines)
+            where = self.where(self.lines)
             raise _BadDocument(
-                f"{place}: character {error.start} is half of a surrogate pair; write it as UTF-8"
+                f"{where}: character {error.start} is half of a surrogate pair; write it as UTF-8"
             ) from None
         return text
 
@@ -170,7 +171,7 @@ class PieceReader:
         if path.lower().endswith(PARQUET):
             with open_parquet(path) as file:
                 return sum(file.metadata.row_group(group).num_rows for group in range(start))
-        with _open(path) as raw:  # lines that start before byte `start`: the first, and one after each line end
+        with _open(path) as raw:  # lines starting before byte `start`: the first, and one per line end
             return 1 + sum(raw.read(min(1 << 20, start - 1 - at)).count(b"\n") for at in range(0, start - 1, 1 << 20))
 
     def _damaged(self, kind: str, error: Exception) -> UserError:
@@ -184,7 +185,7 @@ def open_parquet(path: str) -> Any:
     """Open a parquet file that has a column "text".
 
     Raises:
-        UserError: pyarrow is not installed, or the file is damaged or has no such column of strings.
+        UserError: pyarrow is not installed, or the file is damaged or has no such column.
     """
     try:
         import pyarrow
@@ -204,7 +205,7 @@ def open_parquet(path: str) -> Any:
 
 
 def empty_file(path: str) -> UserError:
-    """Return the error of a file without content."""
+    """Return the error for a file without content."""
     return UserError(f"{path}: empty file (0 bytes); a corpus file holds text, delete it or narrow the pattern")
 
 
@@ -216,8 +217,8 @@ def _gzip_lines(file: BinaryIO) -> Iterator[bytes]:
 def _zstd_lines(file: BinaryIO, path: str) -> Iterator[bytes]:
     rest: list[bytes] = []
     for chunk in _zstd_chunks(file, path):
-        *whole, last = chunk.split(b"\n")
-        for line in whole:
+        *complete, last = chunk.split(b"\n")
+        for line in complete:
             yield b"".join([*rest, line, b"\n"])
             rest = []
         rest.append(last)
@@ -226,7 +227,7 @@ def _zstd_lines(file: BinaryIO, path: str) -> Iterator[bytes]:
 
 
 def _zstd_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
-    # By hand: the package's own reader takes a file that is cut short for one that ends there.
+    # Not the reader of the package, which does not detect a truncated file.
     try:
         import zstandard
     except ImportError:

@@ -1,4 +1,4 @@
-"""SentencePiece BPE the LLaMA way: digits split, byte fallback, and nothing lost: decode(encode(x)) == x."""
+"""SentencePiece BPE as in LLaMA: split digits, byte fallback, and lossless: decode(encode(x)) == x."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import sentencepiece
 from llama_ds.data.text.corpus import cut_at_lines, documents, source_files
 from llama_ds.errors import UserError
 
-SPACE_MARK = "\u2581"  # sentencepiece's own spelling of a space: it decodes a mark in the text to a space
-SENTENCE_CHARS = 2000  # the trainer skips very long sentences and merges never cross whitespace: any cut will do
+SPACE_MARK = "\u2581"  # how sentencepiece spells a space; it decodes this mark in a text to a space
+SENTENCE_CHARS = 2000  # the trainer skips very long sentences, and merges never cross whitespace: any cut is valid
 
 
 class VocabularyPiece(NamedTuple):
-    """One entry of the vocabulary, in sentencepiece's spelling: a space is SPACE_MARK."""
+    """One vocabulary entry as sentencepiece spells it: a space is SPACE_MARK."""
 
     text: str
-    score: float  # neighbours whose concatenation scores highest merge first
-    ordinary: bool  # not a byte, a control id or the unknown one
+    score: float  # BPE merges the pair whose concatenation scores highest first
+    ordinary: bool  # not a byte, a control id or the unknown id
 
 
 class Tokenizer:
@@ -33,7 +33,7 @@ class Tokenizer:
     With a model from `train_tokenizer`, decode(encode(x)) == x for every str that can be written as UTF-8.
 
     Raises:
-        UserError: the file is missing or is no sentencepiece model.
+        UserError: the file is missing or not a sentencepiece model.
     """
 
     def __init__(self, path: str) -> None:
@@ -66,7 +66,7 @@ class Tokenizer:
         return first + [i for part in others for i in (*self._mark_ids, *part)]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Return what `encode` does, as int32: without a Python object for each id."""
+        """Return the ids of `encode` as int32, without creating a Python object per id."""
         if self._mark_ids and SPACE_MARK in text:
             return np.array(self.encode(text), np.int32)
         return self._model.encode(text, out_type="numpy")
@@ -81,7 +81,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of `ids`; bos and eos have none, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of `ids`; bos and eos add nothing, invalid UTF-8 becomes U+FFFD."""
         return self._model.decode([int(i) for i in ids])
 
     def pieces(self) -> list[VocabularyPiece]:
@@ -95,12 +95,12 @@ class Tokenizer:
 
     @property
     def prefixed(self) -> bool:
-        """Whether the model puts a space before every text, as the original LLaMA one does."""
+        """Whether the model prepends a space to every text, as the original LLaMA tokenizer does."""
         return self._model.encode("a", out_type=str)[:1] != ["a"]
 
     def _space_mark_ids(self) -> list[int]:
-        # Byte pieces are decoded as they are, so a mark spelt in bytes comes back as a mark. Models that put a space
-        # before every text (the original LLaMA one) would do so before every part: their marks stay as they are.
+        # Byte pieces are decoded verbatim, so a mark encoded as bytes survives. Models that prepend a space to a text
+        # (the original LLaMA tokenizer) would prepend one to every part, so for them marks are not encoded as bytes.
         ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         return [] if self._model.unk_id() in ids or self.prefixed else ids
 
@@ -108,13 +108,13 @@ class Tokenizer:
 def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, sample_mb: float = 16.0) -> str:
     """Train a BPE tokenizer on an even sample of about `sample_mb` of the documents; write out_prefix.model.
 
-    ids: unk 0, bos 1, eos 2, then 256 bytes, then merges; no padding. The same documents give the same bytes.
+    ids: unk 0, bos 1, eos 2, then 256 bytes, then merges; no padding id. The result is deterministic.
 
     Returns:
         The path of the model.
 
     Raises:
-        UserError: bad documents, or a vocabulary that they cannot fill or that cannot hold their characters.
+        UserError: a document is bad, or the vocabulary is too large for the text or too small for its characters.
     """
     model = io.BytesIO()
     try:
@@ -127,7 +127,7 @@ def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, s
             split_digits=True,
             byte_fallback=True,
             allow_whitespace_only_pieces=True,
-            # Three settings that make it lossless: text as it is, runs of spaces kept, no space put before it.
+            # The next three settings make it lossless: no normalization, runs of spaces kept, no prepended space.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -136,12 +136,12 @@ def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, s
             eos_id=2,
             pad_id=-1,
             max_sentence_length=1 << 20,
-            num_threads=1,  # written into the model, and so into its checksum
+            num_threads=1,  # stored in the model, so it would change the checksum
             minloglevel=2,
         )
     except RuntimeError as error:
-        place = f"vocab_size = {vocab_size} does not suit {' '.join(patterns)}"
-        raise UserError(f"{place}: {_fitting(str(error))}") from None
+        problem = f"vocab_size = {vocab_size} does not suit {' '.join(patterns)}"
+        raise UserError(f"{problem}: {_vocab_limit(str(error))}") from None
     path = f"{out_prefix}.model"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "wb") as file:
@@ -151,7 +151,7 @@ def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, s
 
 
 def _sample(patterns: Sequence[str], limit: float) -> Iterator[str]:
-    # Every k-th piece of all documents, k = size / limit, by an exact accumulator: no randomness, no second reading.
+    # Take every k-th piece of all documents, k = size / limit, with an accumulator: deterministic and in one pass.
     size = sum(os.path.getsize(path) for pattern in patterns for path in source_files(pattern))
     share, credit = min(1.0, limit / size) if size else 1.0, 0.5
     for pattern in patterns:
@@ -163,10 +163,10 @@ def _sample(patterns: Sequence[str], limit: float) -> Iterator[str]:
                     yield piece
 
 
-def _fitting(error: str) -> str:
-    # The two limits of the trainer, in its words: "... too high (N). ... <= MOST" and "... smaller ... N vs LEAST. ..."
-    if most := re.search(r"too high .*<= (\d+)", error):
-        return f"its text makes {most[1]} pieces; use at most {most[1]}, or more text"
-    if least := re.search(r"smaller than .* vs (\d+)", error):
-        return f"bytes and the distinct characters alone are {least[1]} ids; use more than {least[1]}"
-    return f"the trainer says: {error.strip().splitlines()[-1]}"
+def _vocab_limit(error: str) -> str:
+    # The trainer's messages for its two limits: "... too high (N). ... <= MAX" and "... smaller ... N vs MIN. ..."
+    if largest := re.search(r"too high .*<= (\d+)", error):
+        return f"its text makes {largest[1]} pieces; use at most {largest[1]}, or more text"
+    if smallest := re.search(r"smaller than .* vs (\d+)", error):
+        return f"bytes and the distinct characters alone are {smallest[1]} ids; use more than {smallest[1]}"
+    return f"the trainer reports: {error.strip().splitlines()[-1]}"

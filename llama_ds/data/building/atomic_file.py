@@ -1,4 +1,4 @@
-"""Files that are there with all their content or not at all, and the one error of a full disk."""
+"""Atomic file writes, and the user error for a full disk."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import BinaryIO
 
 from llama_ds.errors import UserError
 
-TEMPORARY = ".tmp-"  # and the process: one that outlives a killed build must not write into another's file
+TEMPORARY = ".tmp-"  # followed by the process id, because a worker may outlive a killed build
 
 
 @contextmanager
-def writing(path: str, expected_bytes: int = 0, wait: bool = True) -> Iterator[BinaryIO]:
-    """Give a file to write that takes the name `path` when all of it is written; on an error nothing is left.
+def atomic_writer(path: str, expected_bytes: int = 0, wait: bool = True) -> Iterator[BinaryIO]:
+    """Open a file for writing that is renamed to `path` once it is complete; on an error nothing is left.
 
-    `wait` for the disk, so that a power failure cannot take the content and leave the name.
+    `wait`: sync it to disk before the rename, so that a power failure cannot leave the name without the content.
 
     Raises:
-        UserError: the disk is full; names the folder, what the file needs (at least `expected_bytes`) and what is free.
+        UserError: the disk is full; names the folder, the space needed (at least `expected_bytes`) and the free space.
     """
     temporary = f"{path}{TEMPORARY}{os.getpid()}"
-    with naming_a_full_disk(path, expected_bytes):
+    with reporting_full_disk(path, expected_bytes):
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -39,8 +39,8 @@ def writing(path: str, expected_bytes: int = 0, wait: bool = True) -> Iterator[B
 
 
 @contextmanager
-def naming_a_full_disk(path: str, expected_bytes: int = 0) -> Iterator[None]:
-    """Turn the system's error of a full disk or quota, on writing `path`, into one that a user can act upon."""
+def reporting_full_disk(path: str, expected_bytes: int = 0) -> Iterator[None]:
+    """Convert the system error of a full disk or quota, while writing `path`, into a UserError."""
     try:
         yield
     except OSError as error:
@@ -50,5 +50,5 @@ def naming_a_full_disk(path: str, expected_bytes: int = 0) -> Iterator[None]:
         free = shutil.disk_usage(folder).free
         raise UserError(
             f"{folder}: the disk or the quota is full ({error.strerror}): {name} takes {max(1, expected_bytes)} bytes, "
-            f"{free} are free; make room and run the same command again, it goes on where it stopped"
+            f"{free} are free; make room and run the same command again to resume the build"
         ) from None
