@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
 
 def launch(args: argparse.Namespace) -> int:
     """Start the job and supervise it to its end."""
-    os.environ.pop(VARIABLE, None)  # an outer job's variable would let that job kill this one
+    os.environ.pop(VARIABLE, None)  # this job must not join the job that started it
     wanted = load_run(args.run_file, args.overrides)
     hosts = hosts_of(args)
     layout = resolve_layout(wanted, sum(hosts.values()))

@@ -28,7 +28,7 @@ from llama_ds.training.nan_check import check_layers
 
 
 def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts) -> StockPipelinedEngine:
-    """Build this rank's stage as layer specs and hand it to DeepSpeed. Collective."""
+    """Build this rank's stage from layer specs and initialise DeepSpeed with it. Collective."""
     module = LlamaPipeline(run, layout, schedule_of(run, layout).place, parts.shared, parts.loss, parts.policies)
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
