@@ -66,7 +66,9 @@ class SaveAttempt:
             os.mkdir(self.path)
             found = sorted(os.listdir(self.folder))
         except OSError as error:
-            raise UserError(f"{self.folder}: cannot write checkpoints there ({error.strerror}); set output_dir to another") from None
+            raise UserError(
+                f"{self.folder}: cannot write checkpoints there ({error.strerror}); set output_dir to another"
+            ) from None
         others = [name for name in found if store.is_leftover(name) and name != os.path.basename(self.path)]
         return [name for name in others if self._take_over(name)]
 

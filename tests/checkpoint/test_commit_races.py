@@ -239,7 +239,7 @@ def test_a_rank_cannot_save_before_its_attempt_has_begun(folder: str) -> None:
     assert attempt.begin() == []
     save(run, 1, 1)
     assert check_folder(folder) == [(1, 1)]
-    with pytest.raises(UserError, match=r"cannot be written \(File exists\)"):
+    with pytest.raises(UserError, match=r"cannot write checkpoints there \(File exists\)"):
         attempt.begin()
 
 

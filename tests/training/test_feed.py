@@ -40,11 +40,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = [str(root / "a.jsonl"), str(root / "b.jsonl")]
     tokenizer = train_tokenizer(files, str(root / "tokenizer"), VOCAB_SIZE)
     for name, file in zip("ab", files, strict=True):
-        build_source(name, file, tokenizer, str(root / "intact"), SEQ_LEN, 0.1, rows_per_shard=40)
+        build_source(name, file, tokenizer, str(root / "sound"), SEQ_LEN, 0.1, rows_per_shard=40)
     build_source("a", files[0], tokenizer, str(root / "longer"), SEQ_LEN, 0.1, rows_per_shard=40)
     build_source("b", files[0], tokenizer, str(root / "longer"), SEQ_LEN, 0.1, rows_per_shard=40)
     for copy in ("flipped", "cut", "other rows", "other rows later", "spoilt"):
-        shutil.copytree(root / "intact", root / copy)
+        shutil.copytree(root / "sound", root / copy)
     flip(root / "flipped" / "b" / shard_name("train", first_shards(root)[0]))
     cut = root / "cut" / "b" / shard_name("train", first_shards(root)[0])
     cut.write_bytes(cut.read_bytes()[:5000])
@@ -73,7 +73,7 @@ def late_shard(root: Path) -> int:
 
 
 def dataset(root: Path) -> Dataset:
-    return open_data(load_run(run_file(root, "intact")))
+    return open_data(load_run(run_file(root, "sound")))
 
 
 def flip(shard: Path) -> None:
@@ -141,14 +141,14 @@ DP2 = {"dp_ranks": [0, 1, 0, 1], "overrides": ["parallel.tp=1"]}
 
 
 def scenarios(root: Path) -> dict[str, dict[str, Any]]:
-    intact, half = ["intact"] * RANKS, ["intact", "intact"]
+    sound, half = ["sound"] * RANKS, ["sound", "sound"]
     every = {
-        "one host": scenario(root, intact),
-        "two hosts": scenario(root, intact, hosts=TWO_HOSTS),
-        "pp 4": scenario(root, intact, hosts=TWO_HOSTS, **PP4),
-        "pp 2 dp 2": scenario(root, intact, hosts=TWO_HOSTS, **DP2),
-        "every step": scenario(root, intact, hosts=TWO_HOSTS, overrides=["data.check_interval=1"]),
-        "from step 7": scenario(root, intact, steps=[7, STEPS]),
+        "one host": scenario(root, sound),
+        "two hosts": scenario(root, sound, hosts=TWO_HOSTS),
+        "pp 4": scenario(root, sound, hosts=TWO_HOSTS, **PP4),
+        "pp 2 dp 2": scenario(root, sound, hosts=TWO_HOSTS, **DP2),
+        "every step": scenario(root, sound, hosts=TWO_HOSTS, overrides=["data.check_interval=1"]),
+        "from step 7": scenario(root, sound, steps=[7, STEPS]),
         "one host's copy is damaged": scenario(root, [*half, "flipped", "flipped"], hosts=TWO_HOSTS),
         "each host's copy is damaged": scenario(root, ["flipped", "flipped", "cut", "cut"], hosts=TWO_HOSTS),
         "from step 7 damaged": scenario(root, [*half, "flipped", "flipped"], hosts=TWO_HOSTS, steps=[7, STEPS]),
@@ -157,8 +157,8 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         ),
         "other rows": scenario(root, [*half, "other rows", "other rows"], hosts=TWO_HOSTS),
         "other rows later": scenario(root, [*half, "other rows later", "other rows later"], hosts=TWO_HOSTS),
-        "other manifest": scenario(root, ["intact", "longer", "intact", "intact"], hosts=TWO_HOSTS),
-        "other seed": scenario(root, intact, hosts=TWO_HOSTS) | {"seed": True},
+        "other manifest": scenario(root, ["sound", "longer", "sound", "sound"], hosts=TWO_HOSTS),
+        "other seed": scenario(root, sound, hosts=TWO_HOSTS) | {"seed": True},
         "spoilt": scenario(root, ["spoilt"] * RANKS, spoil=str(root / "spoilt" / "a"), spoil_after=[3]),
     }
     for name, settings in every.items():
@@ -173,7 +173,7 @@ def folder_name(scenario: str) -> str:
 @pytest.fixture(scope="module")
 def outcome(root: Path) -> Callable[[str], Outcome]:
     every = scenarios(root)
-    other = Path(run_file(root, "intact")).read_text() + "seed: 3\n"
+    other = Path(run_file(root, "sound")).read_text() + "seed: 3\n"
     (root / "other seed.yaml").write_text(other)
     every["other seed"]["run_files"][3] = str(root / "other seed.yaml")
     (root / "scenarios.json").write_text(json.dumps(every))
@@ -224,10 +224,10 @@ def test_damage_on_one_host_is_replaced_on_all(name: str, root: Path, outcome: C
     (bad,) = json.loads(str(ranks[0]["bad"]))
     assert (bad["source"], bad["shard"]) == ("b", first_shards(root)[0]) and "sha256" in bad["reason"]
     assert bad["step"] == first
-    intact = read_alone(data, first)
+    sound = read_alone(data, first)
     data.replace([BadShard(**bad)], max_bad=1)
     wanted = read_alone(data, first)
-    assert not np.array_equal(intact, wanted)
+    assert not np.array_equal(sound, wanted)
     for seen in ranks:
         assert not seen["error"] and json.loads(str(seen["bad"])) == [bad]
         assert np.array_equal(seen["batches"].reshape(wanted.shape), wanted)
