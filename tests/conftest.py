@@ -10,7 +10,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: it reads the variable once
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import hypothesis
 import pytest
+
+# Hypothesis' own deadline of 200 ms per example judges by a clock that a loaded machine stops.
+hypothesis.settings.register_profile("no_deadline", deadline=None)
+hypothesis.settings.load_profile("no_deadline")
 
 
 def fail_if_skipped_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -146,7 +146,7 @@ class BuildProgress:
         """Add finished documents, ids and input bytes."""
         if self._bar.total is None:
             self._bar.total = sum(map(os.path.getsize, source_files(self._pattern)))
-        if not documents:  # finished by an earlier, killed build, so it does not count in this one's speed
+        if not documents and not self._bar.disable:  # finished by an earlier, killed build: no part of this one's speed
             self._bar.initial += input_bytes
         self._documents += documents
         self._ids += ids

@@ -15,7 +15,7 @@ from llama_ds.errors import listed
 _INTRODUCTION = """\
 # Run file
 
-<!-- Generated from llama_ds/config/schema*.py by `tools/run_file_reference.py --write`: edit those files. -->
+<!-- Generated from llama_ds/config/schema*.py by `docs/run_file.py`: edit those files. -->
 
 A run file is YAML: the keys of the first table are at the top level, those of each other table in the section of that
 name.

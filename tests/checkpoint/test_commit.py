@@ -115,7 +115,8 @@ def test_every_checkpoint_has_its_tokenizer(folder: str, tmp_path: Path) -> None
     for rank in run:
         rank.start(1, 2)
     written, outcomes = settle(run)
-    assert written == [None] * 3 and isinstance(outcomes[0], FileNotFoundError) and outcomes[1:] == [None] * 2
+    assert isinstance(outcomes[0], FileNotFoundError) and outcomes[1:] == [None] * 2
+    assert written[0] in (None, outcomes[0]) and written[1:] == [None] * 2  # a commit may fail before it is waited for
     assert content(folder) == before and names(run[0].attempt) == {store.LATEST, store.tag_of(1)}
 
 

@@ -16,7 +16,7 @@ REPO = Path(__file__).resolve().parents[2]
 def test_the_committed_reference_is_what_the_declarations_make() -> None:
     """A user would read of a key that is not there, or of another default."""
     made = reference()
-    assert (REPO / "docs" / "run_file.md").read_text() == made, "run tools/run_file_reference.py --write"
+    assert (REPO / "docs" / "run_file.md").read_text() == made, "run docs/run_file.py"
 
 
 def test_every_key_is_declared_and_stands_in_the_reference() -> None:
