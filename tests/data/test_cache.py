@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 
 from llama_ds.data.source import cache as cache_module
 from llama_ds.data.source.cache import Cache, key_of
-from llama_ds.data.source.store import BadFile, Patience, Store, open_store
+from llama_ds.data.source.store import BadFile, RetryPolicy, Store, open_store
 from llama_ds.errors import UserError
 
 REPO = Path(__file__).resolve().parent.parent.parent
-QUICK = Patience(deadline_s=60, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
+QUICK = RetryPolicy(deadline_s=60, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
 SIZE = 100_000
 SHARDS = {f"{i}.tar": random.Random(i).randbytes(SIZE) for i in range(8)}
 
@@ -36,10 +36,10 @@ READER = """
 import hashlib, random, sys
 from concurrent.futures import ThreadPoolExecutor
 from llama_ds.data.source.cache import Cache
-from llama_ds.data.source.store import Patience, open_store
+from llama_ds.data.source.store import RetryPolicy, open_store
 place, folder, limit, count, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
 digests = dict(pair.split("=") for pair in sys.argv[6:])
-store = open_store(place, Cache(folder, limit), Patience(60, 0.01, 0.05, 15))
+store = open_store(place, Cache(folder, limit), RetryPolicy(60, 0.01, 0.05, 15))
 def read(name):
     for _ in range(100):
         try:
@@ -236,7 +236,7 @@ def test_a_cache_serves_while_the_remote_is_down(server: FlakyServer, tmp_path: 
 
 def test_one_who_waits_for_a_download_has_a_deadline_too(server: FlakyServer, tmp_path: Path) -> None:
     """A process that was stopped (SIGSTOP, a debugger) must not hold up the others for ever."""
-    store = open_store(server.url, Cache(str(tmp_path), SIZE), Patience(deadline_s=0.2))
+    store = open_store(server.url, Cache(str(tmp_path), SIZE), RetryPolicy(deadline_s=0.2))
     with (
         Cache(str(tmp_path), SIZE).lock(key_of(server.url, "0.tar"), time.monotonic()),
         pytest.raises(BadFile, match=r"0\.tar: waited 0\.2 s: another"),

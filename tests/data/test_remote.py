@@ -16,20 +16,22 @@ import pytest
 from flaky_server import FlakyServer
 
 from llama_ds.data.source.cache import Cache
-from llama_ds.data.source.store import BadFile, Patience, Store, open_store
+from llama_ds.data.source.store import BadFile, RetryPolicy, Store, open_store
 from llama_ds.log import logger
 
 SHARD = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(SHARD).hexdigest()
-QUICK = Patience(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
-SHORT = Patience(deadline_s=1, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
+QUICK = RetryPolicy(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
+SHORT = RetryPolicy(deadline_s=1, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
 
 
-def store_of(place: str, tmp_path: Path, patience: Patience = QUICK) -> Store:
+def store_of(place: str, tmp_path: Path, patience: RetryPolicy = QUICK) -> Store:
     return open_store(place, Cache(str(tmp_path / "cache"), 1 << 20), patience)
 
 
-def served(tmp_path: Path, faults: Iterable[int | str | None], ranges: bool = True, patience: Patience = QUICK) -> list:
+def served(
+    tmp_path: Path, faults: Iterable[int | str | None], ranges: bool = True, patience: RetryPolicy = QUICK
+) -> list:
     """Fetch a shard from a server with `faults`; return the ranges it was asked for. Raises BadFile."""
     with FlakyServer({"/c4/a.tar": SHARD}, ranges) as server:
         server.faults["/c4/a.tar"] = iter(faults)
@@ -43,7 +45,7 @@ def served(tmp_path: Path, faults: Iterable[int | str | None], ranges: bool = Tr
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "hang", "corrupt", "short", "long"])
 def test_a_remote_that_fails_for_a_while_costs_no_row(tmp_path: Path, fault: int | str) -> None:
-    patience = Patience(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=0.3)
+    patience = RetryPolicy(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=0.3)
     faults = [fault] if fault in ("corrupt", "short", "long") else [fault] * 3
     assert served(tmp_path, faults, patience=patience) == [None] * (len(faults) + 1)
 
@@ -51,7 +53,7 @@ def test_a_remote_that_fails_for_a_while_costs_no_row(tmp_path: Path, fault: int
 @pytest.mark.parametrize("fault", ["stall", "cut"])
 def test_a_download_goes_on_where_it_broke_off(tmp_path: Path, fault: str) -> None:
     """Otherwise a shard that takes longer than the connection lives would never arrive."""
-    patience = Patience(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=0.3)
+    patience = RetryPolicy(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=0.3)
     half, quarter = len(SHARD) // 2, len(SHARD) // 4
     asked = served(tmp_path, [fault, fault], patience=patience)
     assert asked == [None, f"bytes={half}-", f"bytes={half + quarter}-"]

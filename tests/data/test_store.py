@@ -17,10 +17,10 @@ from flaky_server import FlakyServer
 
 from llama_ds.data.source.cache import Cache
 from llama_ds.data.source.remote import open_transport
-from llama_ds.data.source.store import BadFile, Patience, open_store
+from llama_ds.data.source.store import BadFile, RetryPolicy, open_store
 from llama_ds.errors import UserError
 
-QUICK = Patience(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
+QUICK = RetryPolicy(deadline_s=30, first_wait_s=0.01, longest_wait_s=0.05, stall_s=15)
 FILES = {
     "train-000000.tar": random.Random(0).randbytes(5_000_000),  # more than one chunk of each transport
     "index/train-0000.sha256": b"0123\n",
@@ -68,7 +68,7 @@ def test_every_transport_tells_what_is_missing_or_wrong(kind: str, places: dict[
     store = open_store(places[kind], cache, QUICK)
     hasty, tries = store, "tries: 3" if kind in ("http", "memory", "local") else ""
     if kind.startswith("pipe"):  # the exit status does not tell whether it is missing
-        hasty = open_store(places[kind], cache, Patience(deadline_s=0.3, first_wait_s=0.01, longest_wait_s=0.05))
+        hasty = open_store(places[kind], cache, RetryPolicy(deadline_s=0.3, first_wait_s=0.01, longest_wait_s=0.05))
     name, size = "train-000000.tar", len(FILES["train-000000.tar"])
     right = hashlib.sha256(FILES[name]).hexdigest()
     for missing in ("nothing.tar", "index/nothing.sha256"):
