@@ -229,6 +229,14 @@ def test_of_two_attempts_that_begin_at_once_one_continues(rewound: Path, tmp_pat
     assert outcomes == {True, False}
 
 
+def test_an_attempt_that_loses_its_folder_while_it_begins_does_not_start(folder: str) -> None:
+    """It would train up to its first save, which fails."""
+    loser, winner = late(folder), SaveAttempt(folder, 16 * "1")
+    assert winner.begin() == [OWN]
+    with pytest.raises(UserError, match="let only one of them run"):
+        loser._take_over("step_00000004.partial")  # as the loser saw it before the winner deleted it
+
+
 def test_a_rank_cannot_save_before_its_attempt_has_begun(folder: str) -> None:
     """Otherwise rank 0 would delete files of a faster rank, or take another attempt's folder for its own."""
     attempt = SaveAttempt(folder, OLD)

@@ -283,6 +283,15 @@ def test_schedule_that_cannot_be_is_told(folder: Path, overrides: list[str], mes
     assert str(error.value) == f"tiny.yaml: {message}"
 
 
+@pytest.mark.parametrize(
+    "size", ["num_attention_heads = 2", "num_key_value_heads = 2", "intermediate_size = 98", "vocab_size = 510"]
+)
+def test_tp_divides_all_that_it_cuts(folder: Path, size: str) -> None:
+    """Else the ranks would hold other parts of the weights than checkpoints and counts say."""
+    with pytest.raises(UserError, match=f"parallel.tp = 4 does not divide model.{size}; use 1 or 2"):
+        load("parallel.tp=4", f"model.{size.replace(' ', '')}")
+
+
 def test_sequence_parallel_needs_a_divisible_row(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data.seq_len = 33 is not a multiple of parallel.tp = 2"):
         load("parallel.tp=2", "parallel.sequence_parallel=true", "data.seq_len=33")

@@ -210,6 +210,25 @@ def test_damaged_shards_are_replaced_from_their_step_on(
                 assert new == (source, epoch, row)
 
 
+def test_a_damaged_shard_is_replaced_from_the_first_row_of_its_step() -> None:
+    """That row would still be read from the damaged file."""
+    weights, extents = {"s": 1.0}, {"s": (4 * R,)}
+    for step in range(20):
+        (damaged,) = order_of(1, weights, extents).rows(step * BATCH, 1).row // R
+        mended = order_of(1, weights, extents)
+        mended.replace_shards([BadShard(step, "s", int(damaged))])
+        assert mended.rows(step * BATCH, 1).row[0] // R != damaged
+
+
+def test_all_rows_of_a_short_shard_stand_in_for_a_damaged_one() -> None:
+    """The run would train on one row again and again."""
+    order = order_of(1, {"s": 1.0}, {"s": (R + 3,)})
+    order.replace_shards([BadShard(0, "s", 0)])
+    epoch = Counter(order.rows(0, R + 3).row.tolist())
+    assert epoch.keys() == {R, R + 1, R + 2}
+    assert max(epoch.values()) - min(epoch.values()) <= 1
+
+
 def test_permutation_is_complete_and_depends_on_its_key() -> None:
     assert sorted(permutation(1000, 1, "x").tolist()) == list(range(1000))
     assert not np.array_equal(permutation(1000, 1, "x"), permutation(1000, 2, "x"))

@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Outcome, Watch
 from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.server import Server
-from llama_ds.launch.supervise.supervisor import Bounds, Start, Supervisor
+from llama_ds.launch.supervise.supervisor import MAX_BACKOFF_S, Bounds, Start, Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = str(ROOT / "ds_configs" / "llama_7b.yaml")
@@ -80,31 +81,62 @@ def test_a_first_host_that_is_gone_at_a_restart_is_one_more_failure(tmp_path: Pa
     assert job._exit_code(outcome, 1) is None
 
 
+def test_each_restart_in_a_row_waits_twice_as_long(tmp_path: Path) -> None:
+    """Restarts without a pause would be used up before a file system or a switch is back."""
+    job = supervisor(tmp_path, reports())
+    assert [job._backoff_s(in_a_row) for in_a_row in (1, 2, 3, 4)] == [0.01, 0.02, 0.04, 0.08]
+    assert job._backoff_s(100) == MAX_BACKOFF_S
+
+
 RANK = """
 import signal, sys, time
 from llama_ds.job.heartbeat import HeartbeatConnection, Progress
 from llama_ds.job.folder import current
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-heartbeat = HeartbeatConnection(current({"LLAMA_DS_JOB": sys.argv[1]}), 0, Progress())
+connection = HeartbeatConnection(current({"LLAMA_DS_JOB": sys.argv[1]}), 0, Progress())
 while True:
     time.sleep(1)
 """
 
 
-def test_a_rank_that_is_heard_no_more_has_ended_within_the_fence(tmp_path: Path) -> None:
-    """A rank that survives on a host without ssh must not write any more when the next attempt starts."""
+@contextmanager
+def heard_rank(folder: Path) -> Iterator[tuple[Server, Job, subprocess.Popen[bytes]]]:
+    """Start a process that is rank 0 of a job, and yield once its supervisor hears it."""
     server = Server("127.0.0.1")
-    job = Job(str(tmp_path / "attempt"), {"localhost": 1}, "pdsh", server.address, beat_s=0.2, orphan_s=1.5)
+    job = Job(str(folder / "attempt"), {"localhost": 1}, "pdsh", server.address, beat_s=0.2, orphan_s=1.5)
     prepare(job, [])
     server.expect(job.token(), job.world)
     rank = subprocess.Popen([sys.executable, "-c", RANK, job.folder], cwd=ROOT)
     try:
-        while 0 not in server.members or not server.last_beat[0]:
-            server.poll()
-            time.sleep(0.05)
-        server.dismiss()
-        assert rank.wait(job.fence_s) == -9
+        hear(server, rank)
+        yield server, job, rank
     finally:
         rank.kill()
         rank.wait()
         server.close()
+
+
+def hear(server: Server, rank: subprocess.Popen[bytes]) -> None:
+    """Return when the rank beats."""
+    while 0 not in server.members or not server.last_beat[0]:
+        assert rank.poll() is None, "the rank has ended"
+        server.poll()
+        time.sleep(0.05)
+
+
+def test_a_rank_that_is_heard_no_more_has_ended_within_the_fence(tmp_path: Path) -> None:
+    """It is alive and reachable, but ssh to it is not: when the next attempt starts it must not write any more."""
+    with heard_rank(tmp_path) as (server, job, rank):
+        server.dismiss()
+        assert rank.wait(job.fence_s) == -9
+
+
+def test_a_rank_that_is_heard_again_counts_the_next_break_anew(tmp_path: Path) -> None:
+    """A network that is away for a moment twice a day would end a sound run."""
+    with heard_rank(tmp_path) as (server, job, rank):
+        for _ in range(2):
+            server.expect(job.token(), job.world)  # closes the connection, and takes the next one
+            hear(server, rank)
+            time.sleep(job.orphan_s)
+        hear(server, rank)
+        assert rank.poll() is None

@@ -62,6 +62,16 @@ def test_hello_is_bound_to_token_and_nonce() -> None:
             wire.read_hello(token, nonce, received)
 
 
+def test_welcome_is_bound_to_token_and_both_nonces() -> None:
+    """Ranks would obey a stranger on the launcher's port that repeats a welcome that it overheard."""
+    theirs, own = wire.new_nonce(), wire.new_nonce()
+    payload = wire.welcome(TOKEN, theirs, own)
+    assert wire.is_welcome(TOKEN, theirs, own, payload)
+    assert not wire.is_welcome(bytes(32), theirs, own, payload)
+    assert not wire.is_welcome(TOKEN, wire.new_nonce(), own, payload)
+    assert not wire.is_welcome(TOKEN, theirs, wire.new_nonce(), payload)
+
+
 @pytest.fixture
 def server() -> Iterator[Server]:
     server = Server("127.0.0.1")
@@ -101,6 +111,18 @@ def test_a_rank_is_heard_asked_and_leaves(server: Server, job: Job) -> None:
     wait_until(server, lambda: server.members[0].left)
     assert not server.disconnected
     assert server.members[0].about["pid"] == os.getpid()
+
+
+def test_a_phase_is_told_with_its_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hang in a save would be seen late, or never, if a save counted from the start of the run."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress()
+    progress.speaks = True
+    for phase, seconds in ((Phase.LOADING, 20.0), (Phase.TRAINING, 3.0), (Phase.SAVING, 500.0), (Phase.TRAINING, 7.0)):
+        now[0] += seconds
+        progress.enter(phase)
+    assert [told["seconds"] for told in progress.told] == [20.0, 3.0, 500.0, 7.0]
 
 
 def test_strangers_and_nonsense_are_dropped(server: Server, job: Job) -> None:

@@ -14,11 +14,12 @@ import pytest
 from recorded_steps import rank, two_ranks, write
 
 from llama_ds.errors import UserError
+from llama_ds.job.trace_format import MARKER, PROFILE_FILE
 from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.kinds import METRICS
 from llama_ds.perf.trace.limits import parse_limit
 from llama_ds.perf.trace.merge import merge
-from llama_ds.perf.trace.read import Event, rank_files
+from llama_ds.perf.trace.read import Event, RankClock, rank_files
 from tests.chrome_format import check_chrome_format
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,3 +140,16 @@ def test_the_merged_trace_follows_the_chrome_format(tmp_path: Path) -> None:
         ("s", "activation", 0, 100),
         ("s", "grad", 1, 430),
     ]
+
+
+def test_a_profile_is_merged_on_the_first_ranks_clock(tmp_path: Path) -> None:
+    """Kernels would lie beside the computation that launched them, the further the longer the recording."""
+    first, last = two_ranks()
+    clock = RankClock(((0.0, 100.0, 1.0), (1000.0, 200.0, 1.0)))  # rank 0's clock shows 1.1 t + 100
+    write(tmp_path, [first, replace(last, clock=clock)])
+    marker = {"ph": "X", "cat": "user_annotation", "name": f"{MARKER}505000", "pid": 9, "tid": 9, "ts": 5, "dur": 1}
+    kernel = {"ph": "X", "cat": "kernel", "name": "gemm", "pid": 9, "tid": 9, "ts": 300, "dur": 10}
+    (tmp_path / PROFILE_FILE.format(1)).write_text(json.dumps({"traceEvents": [marker, kernel]}))
+    events = json.loads(gzip.decompress(merge(tmp_path).read_bytes()))["traceEvents"]
+    (found,) = [event for event in events if event["name"] == "gemm"]
+    assert (found["pid"], found["ts"]) == (1, 980)  # at 800 by the rank's own clock

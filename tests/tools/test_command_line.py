@@ -136,3 +136,14 @@ def when_started(process: int, count: int) -> list[psutil.Process]:
         assert time.monotonic() < until
         time.sleep(0.01)
     return children
+
+
+def test_a_child_prints_nothing_into_the_answer() -> None:
+    """A program that reads --json would find the line of a child, or of a library in C, before the answer."""
+    code = (
+        "import os, sys; from llama_ds.command_line import Answer, add_json, new_parser, run; "
+        "parser = new_parser(lambda _: os.system('echo a child') or Answer([1], ''), '', ''); "
+        "add_json(parser); sys.exit(run(parser, ['--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[\n 1\n]\n", "a child\n")

@@ -99,7 +99,8 @@ def reverse_rows(shard: Path) -> None:
 
 
 def run_file(root: Path, shards: str) -> str:
-    sources = [{"name": n, "path": str(root / shards / n), "weight": w} for n, w in (("a", 0.6), ("b", 0.4))]
+    folder = f"pipe:cat {root}/sound/%s/{{}}" if shards == "remote" else f"{root}/{shards}/%s"
+    sources = [{"name": n, "path": folder % n, "weight": w} for n, w in (("a", 0.6), ("b", 0.4))]
     path = root / f"{shards}.yaml"
     model = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "intermediate_size": 88, "num_hidden_layers": 4}
     run = {
@@ -159,6 +160,12 @@ def scenarios(root: Path) -> dict[str, dict[str, Any]]:
         "other rows later": scenario(root, [*half, "other rows later", "other rows later"], hosts=TWO_HOSTS),
         "other manifest": scenario(root, ["sound", "longer", "sound", "sound"], hosts=TWO_HOSTS),
         "other seed": scenario(root, sound, hosts=TWO_HOSTS) | {"seed": True},
+        "full cache": scenario(
+            root,
+            [*half, "remote", "remote"],
+            hosts=TWO_HOSTS,
+            overrides=[f"data.cache_dir={root}/cache", "data.cache_gib=0.000001"],
+        ),
         "spoilt": scenario(root, ["spoilt"] * RANKS, spoil=str(root / "spoilt" / "a"), spoil_after=[3]),
     }
     for name, settings in every.items():
@@ -244,6 +251,7 @@ def test_damage_on_one_host_is_replaced_on_all(name: str, root: Path, outcome: C
         ("other rows later", ("ranks 0, 1 | 2, 3 of data-parallel rank 0 read different batches",)),
         ("other manifest", ("step 0: ranks 0, 2, 3 | 1 have a different data order",)),
         ("other seed", ("step 0: ranks 0, 1, 2 | 3 have a different data order",)),
+        ("full cache", ("data.cache_gib: ", "cannot hold one shard")),
         ("spoilt", ("was cut short after it had been checked",)),
     ],
 )
