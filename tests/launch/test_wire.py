@@ -122,7 +122,7 @@ def test_a_phase_is_told_with_its_own_length(monkeypatch: pytest.MonkeyPatch) ->
     for phase, seconds in ((Phase.LOADING, 20.0), (Phase.TRAINING, 3.0), (Phase.SAVING, 500.0), (Phase.TRAINING, 7.0)):
         now[0] += seconds
         progress.enter(phase)
-    assert [told["seconds"] for told in progress.told] == [20.0, 3.0, 500.0, 7.0]
+    assert [told["seconds"] for told in progress.queue] == [20.0, 3.0, 500.0, 7.0]
 
 
 def test_strangers_and_nonsense_are_dropped(server: Server, job: Job) -> None:
