@@ -12,8 +12,11 @@ from llama_ds.parallel.trace import Trace
 
 
 def topology(layout: Layout) -> PipeModelDataParallelTopology:
-    """Return DeepSpeed's topology for the layout; its rank order is that of `llama_ds.layout.axes`."""
-    return PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.dp)
+    """Return DeepSpeed's topology for the layout; its rank order is that of `llama_ds.layout.axes`.
+
+    DeepSpeed knows three axes: all axes between pp and tp are its data axis, over which it reduces gradients.
+    """
+    return PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.stride("pp") // layout.tp)
 
 
 def grid(layout: Layout) -> PipelineParallelGrid:
