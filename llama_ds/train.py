@@ -42,7 +42,7 @@ def main() -> int:
             run = with_device_memory(run, world.device_memory(world.device()))
             print(describe(run, layout, config))
             return 0
-        rank_info = world.find_place()
+        rank_info = world.find_rank_info()
         log.setup(quiet=rank_info.rank != 0)
         job = current(os.environ)
         if job:

@@ -29,7 +29,7 @@ from llama_ds.data.text.tokenizer import train_tokenizer
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
 from llama_ds.model.build import build_model
-from llama_ds.model.llama import Llama, shared_parts
+from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.perf.plan.estimate import estimate
@@ -106,7 +106,7 @@ def test_snippets_print_what_the_page_shows() -> None:
 
 def test_a_shape_by_name_run_or_config_is_what_training_starts_from(model: Llama) -> None:
     run = load_run("ds_configs/quickstart.yaml")
-    context = shared_parts(run, SingleRank(), "cpu", torch.float32)
+    context = layer_context(run, SingleRank(), "cpu", torch.float32)
     trained = Llama(context, NextTokenLoss(context.tp), policies=["none"] * run.model.num_hidden_layers).state_dict()
     for built in (model, build_model(run), build_model(run.model, seed=run.seed)):
         found = built.state_dict()

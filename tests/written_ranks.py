@@ -13,7 +13,7 @@ from llama_ds.checkpoint.manifest import WEIGHT, FileEntry, Record, StoredPiece,
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.schema import ModelConfig, RopeScaling, RunConfig
-from llama_ds.model.llama import Llama, shared_parts
+from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 
@@ -50,7 +50,7 @@ class Rank(SingleRank):
 
 def build(run: RunConfig, rank: int = 0, size: int = 1) -> Llama:
     """Return one tensor-parallel rank's model with its initial weights."""
-    context = shared_parts(run, Rank(rank, size), "cpu", torch.float32)
+    context = layer_context(run, Rank(rank, size), "cpu", torch.float32)
     return Llama(context, NextTokenLoss(SingleRank()))
 
 

@@ -20,7 +20,7 @@ from llama_ds.layout import rank_map
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.nodelist import SYSTEMS, expand, from_scheduler
-from llama_ds.layout.placement import PlacedRank, findings, place
+from llama_ds.layout.placement import PlacedRank, findings, place_ranks
 
 EXAMPLES = """examples:
   tools/hostfile.py generate --hosts 'node[001-256]' --slots 8 --out hostfiles/mine
@@ -140,13 +140,13 @@ def _ranks(args: argparse.Namespace) -> list[PlacedRank]:
     hosts = parse_hostfile(args.file)
     if not args.run:
         pp, tp = (1 if size is None else size for size in (args.pp, args.tp))
-        return place(hosts, Axes(pp=pp, tp=tp), args.file)
+        return place_ranks(hosts, Axes(pp=pp, tp=tp), args.file)
     if args.pp is not None or args.tp is not None:
         raise UserError(
             "command line: --pp and --tp conflict with --run, which sets them; write parallel.pp=N after --run RUN.yaml"
         )
     layout = resolve_layout(load_run(args.run[0], args.run[1:]), sum(hosts.values()))
-    return place(hosts, layout, args.file)
+    return place_ranks(hosts, layout, args.file)
 
 
 def _write(hosts: Mapping[str, int], out: str | None, comment: str) -> None:

@@ -35,7 +35,7 @@ from llama_ds.launch.supervise.hang_detector import HangLimits
 from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.supervisor import Bounds, Start, Supervisor, command_of
 from llama_ds.layout.layout import resolve_layout
-from llama_ds.layout.placement import findings, place
+from llama_ds.layout.placement import findings, place_ranks
 
 EXAMPLES = """examples:
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --dry-run
@@ -103,7 +103,7 @@ def launch(args: argparse.Namespace) -> int:
     wanted = load_run(args.run_file, args.overrides)
     hosts = hosts_of(args)
     layout = resolve_layout(wanted, sum(hosts.values()))
-    ranks = place(hosts, layout)
+    ranks = place_ranks(hosts, layout)
     for finding in findings(ranks):
         if finding.severity == "error":
             raise UserError(f"{args.hostfile}: {finding.text}")

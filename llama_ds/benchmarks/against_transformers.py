@@ -23,7 +23,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.layout.weights import HEAD
 from llama_ds.model.attention import flash_module
 from llama_ds.model.decoder import DecoderLayer
-from llama_ds.model.llama import Llama, shared_parts
+from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.tensor_parallel import SingleRank
@@ -45,7 +45,7 @@ def layers(
     on a CPU also ours.
     """
     torch_default = torch.get_float32_matmul_precision()
-    context = shared_parts(run, SingleRank(), device.type, dtype)
+    context = layer_context(run, SingleRank(), device.type, dtype)
     tables = context.rotary.on(device)
     reference = DecoderLayer(context, 0).to(device, dtype)
     policies = dict.fromkeys(("none", policy))  # without duplicates, in this order
@@ -95,7 +95,7 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]
     rows = torch.from_numpy(batch)
     ids, labels = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     torch_default = torch.get_float32_matmul_precision()
-    context = shared_parts(run, SingleRank(), "cpu", dtype)
+    context = layer_context(run, SingleRank(), "cpu", dtype)
     policies = [run.parallel.recompute] * run.model.num_hidden_layers
     ours = Llama(context, NextTokenLoss(context.tp), policies).to(dtype)
 

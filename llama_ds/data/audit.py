@@ -86,7 +86,7 @@ def documents_of_step(run: RunConfig, order: Order, step: int) -> list[ReadRow]:
 def _documents(source: Source, shard: int) -> list[IndexedDocument]:
     name = documents_name(source.split, shard)
     try:
-        return parse_documents(source.store.read(name), f"{source.store.place}/{name}")
+        return parse_documents(source.store.read(name), f"{source.store.location}/{name}")
     except BadFile as error:
         raise UserError(f"{error}; copy the source's folder index/ too") from None
 

@@ -97,7 +97,7 @@ def validation_shares(sources: Sequence[Source], weights: Sequence[float], rows:
         intact = source.rows - sum(len(source.geometry.shard_rows(shard)) for shard in source.geometry.bad)
         if share > intact:
             raise UserError(
-                f"{source.store.place}: validation split has {intact} rows, evaluation needs {share} "
+                f"{source.store.location}: validation split has {intact} rows, evaluation needs {share} "
                 f"of its {rows}; lower evaluation.rows or build with a larger --validation-fraction"
             )
     return shares

@@ -56,11 +56,11 @@ def measure(hosts: Mapping[str, int], axes: Axes, beat_s: float, seconds: float)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "hostfile")
         write_hostfile(path, hosts)
-        ranks = placement.place(hosts, axes)
+        ranks = placement.place_ranks(hosts, axes)
         steps: dict[str, Callable[[], Any]] = {
             "parse the hostfile": lambda: parse_hostfile(path),
             "build the command": lambda: _command(path, hosts),
-            "place the ranks": lambda: placement.place(hosts, axes),
+            "place the ranks": lambda: placement.place_ranks(hosts, axes),
             "check the placement": lambda: placement.findings(ranks),
             "rank map, table": lambda: rank_map.table(ranks),
             "rank map, SVG": lambda: rank_map.svg(ranks, "ranks"),

@@ -40,7 +40,7 @@ class PlacementFinding:
     text: str
 
 
-def place(hosts: Mapping[str, int], axes: Axes, source: str = "hosts") -> list[PlacedRank]:
+def place_ranks(hosts: Mapping[str, int], axes: Axes, source: str = "hosts") -> list[PlacedRank]:
     """Assign ranks to the slots of `hosts` in order.
 
     Args:

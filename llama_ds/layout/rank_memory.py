@@ -38,7 +38,7 @@ class RankMemory:
 def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[RankMemory]:
     """Return the memory of a rank at each pipeline position."""
     schedule = schedule_of(run, layout)
-    placement, model = schedule.place, run.model
+    placement, model = schedule.placement, run.model
     parameters = stage_roles(model, stage_boundaries(run), layout.tp)
     work = layer_work(run, layout, element_bytes)
     tokens = layout.micro_batch * run.data.seq_len

@@ -47,7 +47,7 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
         raise ValueError("recompute: auto needs the device's memory; call with_device_memory() first")
     work = layer_work(run, layout, element_bytes)
     schedule = schedule_of(run, layout)
-    counts, placement = decoder_layers(stage_boundaries(run)), schedule.place
+    counts, placement = decoder_layers(stage_boundaries(run)), schedule.placement
     stages = []
     for stage, layers in enumerate(counts):
         rank, chunk = placement.home(stage)

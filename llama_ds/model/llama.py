@@ -27,7 +27,7 @@ from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import TensorParallel
 
 
-def shared_parts(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> LayerContext:
+def layer_context(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> LayerContext:
     """Choose the attention backend, and on a CPU the matrix library, and return the context of a stage's layers.
 
     `device_type` is torch's: "cpu" or "cuda". The layers compute in `dtype`.

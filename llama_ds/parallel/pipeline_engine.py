@@ -57,7 +57,7 @@ class LlamaPipelineEngine(PipelineEngine):
             config_class=DeepSpeedConfig(config, grid),
             mpu=grid,
         )
-        place = schedule.place
+        place = schedule.placement
         self._first, self._last = place.home(0), place.home(place.stages - 1)
         self._instructions = schedule.instructions(self.stage_id)
         self._comm = PipelineComm(self.grid.pipe_groups, place, self.device)
@@ -121,7 +121,7 @@ class LlamaPipelineEngine(PipelineEngine):
     def mean_loss(self, batches: Batches, count: int) -> Tensor:
         """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective."""
         self.module.eval()
-        self._run(forward_only.instructions(self.stage_id, count, self._schedule.place), batches)
+        self._run(forward_only.instructions(self.stage_id, count, self._schedule.placement), batches)
         total = self._own_share_of_loss(count)
         dist.all_reduce(total)
         self._comm.finish()
@@ -226,24 +226,24 @@ class LlamaPipelineEngine(PipelineEngine):
     def _deliver(self, step: Instruction, tensors: list[Tensor]) -> None:
         """Store a computation's output for the send that follows, or for the next stage if this rank holds it."""
         forward = step.op is Op.FORWARD
-        if produced(step, self.stage_id, self._schedule.place):
+        if produced(step, self.stage_id, self._schedule.placement):
             op = Op.SEND_ACTIVATION if forward else Op.SEND_GRAD
             self._outgoing[step._replace(op=op)] = tensors
         else:
             stage = self._stage(step) + (1 if forward else -1)
-            chunk = self._schedule.place.home(stage)[1]
+            chunk = self._schedule.placement.home(stage)[1]
             self._local["activation" if forward else "grad", chunk, step.micro_batch] = tensors
 
     def _send(self, step: Instruction) -> None:
         tensors = [tensor.contiguous() for tensor in self._outgoing.pop(step)]
-        message = message_of(step, self.stage_id, self._schedule.place)
+        message = message_of(step, self.stage_id, self._schedule.placement)
         begin = self._trace.mark()
         self._comm.send(message, tensors)
         size = sum(tensor.nbytes for tensor in tensors)
         self._trace.add(f"send {message.kind}", begin, message.into, step.micro_batch, size)
 
     def _post(self, step: Instruction) -> None:
-        message = message_of(step, self.stage_id, self._schedule.place)
+        message = message_of(step, self.stage_id, self._schedule.placement)
         rows, tokens = self._rows
         tp = self._context.tp
         own = tokens // tp.size if tp.sequence_parallel else tokens
@@ -260,7 +260,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._trace.add("wait tied", begin)
 
     def _stage(self, step: Instruction) -> int:
-        return self._schedule.place.stage(self.stage_id, step.chunk)
+        return self._schedule.placement.stage(self.stage_id, step.chunk)
 
     def _record(self, what: str, begin: Any, step: Instruction) -> None:
         self._trace.add(what, begin, self._stage(step), step.micro_batch)

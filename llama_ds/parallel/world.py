@@ -47,7 +47,7 @@ class RankInfo:
     local_rank: int
 
 
-def find_place() -> RankInfo:
+def find_rank_info() -> RankInfo:
     """Read this process's rank from the launcher's environment; without a launcher, the world is one rank.
 
     Raises:

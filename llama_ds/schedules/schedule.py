@@ -57,14 +57,14 @@ class Schedule:
     micro_batches: int
     chunks: int = 1
     extra_warmup: int = 0  # additional warm-up forwards of a rank for each following rank
-    place: Placement = field(init=False)
+    placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers that the schedule does not support."""
         reason = obstacle(self.name, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
         if reason:
             raise ValueError(f"schedule {self.name}: {reason}")
-        object.__setattr__(self, "place", placement(self.name, self.ranks, self.chunks))
+        object.__setattr__(self, "placement", placement(self.name, self.ranks, self.chunks))
 
     def computations(self, rank: int) -> list[Instruction]:
         """Return the computations of `rank` in order."""
@@ -72,7 +72,7 @@ class Schedule:
 
     def instructions(self, rank: int) -> list[Instruction]:
         """Return the instructions of `rank` in order, messages included."""
-        return with_messages(self.computations(rank), rank, self.place, 1 + self.extra_warmup)
+        return with_messages(self.computations(rank), rank, self.placement, 1 + self.extra_warmup)
 
     def in_flight(self, rank: int) -> int:
         """Return the maximum number of forwards of a chunk whose activations `rank` holds, as the schedule states."""

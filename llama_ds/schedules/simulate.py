@@ -56,7 +56,7 @@ def simulate(
     schedule: Schedule, costs: StageCost | Sequence[StageCost], transfer: float = 0.0, latency: float = 0.0
 ) -> Timeline:
     """Return the timeline of one step with asynchronous messages; `costs` has one entry per stage, or one for all."""
-    placement = schedule.place
+    placement = schedule.placement
     lists = [schedule.computations(rank) for rank in range(schedule.ranks)]
     at, clock = [0] * len(lists), [0.0] * len(lists)
     arrivals: dict[Message, float] = {}

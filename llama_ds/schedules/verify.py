@@ -19,7 +19,7 @@ class ScheduleError(Exception):
 def verify(schedule: Schedule) -> None:
     """Raise ScheduleError if the schedule is wrong; each check passes over all instructions once."""
     lists = [schedule.instructions(rank) for rank in range(schedule.ranks)]
-    placement = schedule.place
+    placement = schedule.placement
     for rank, steps in enumerate(lists):
         check_computations(rank, steps, schedule.micro_batches, schedule.chunks)
         check_memory(rank, steps, schedule.in_flight(rank))

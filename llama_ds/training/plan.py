@@ -122,7 +122,7 @@ def memory_table(run: RunConfig, layout: Layout, element_bytes: int) -> list[str
 
 def _memory(run: RunConfig, layout: Layout, element_bytes: int) -> Iterable[tuple[str, ...]]:
     stages = stage_policies(run, layout, element_bytes)
-    placement = schedule_of(run, layout).place
+    placement = schedule_of(run, layout).placement
     columns = ("weights", "gradients", "optimizer", "working", "kept activations", "all")
     yield "pipeline rank", *columns, "recompute of its layers"
     for rank, memory in enumerate(rank_memory(run, layout, element_bytes)):

@@ -34,7 +34,7 @@ def main() -> None:
     folder, pp, tp = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     files = open_model(folder)
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     with world.failing_together():
         world.join(rank_info)
         run = RunConfig(

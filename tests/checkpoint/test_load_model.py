@@ -13,7 +13,7 @@ from written_ranks import SHAPES, Write
 from llama_ds.checkpoint.load_model import load_model, locate, open_model, run_of
 from llama_ds.checkpoint.manifest import describe
 from llama_ds.config.schema import RunConfig
-from llama_ds.model.llama import Llama, shared_parts
+from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from tools import convert, evaluate, generate
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 def trained(run: RunConfig, tied: bool = False) -> Llama:
     """Return the model whose weights `write` shards into a checkpoint."""
-    context = shared_parts(
+    context = layer_context(
         replace(run, model=replace(run.model, tie_word_embeddings=tied)), SingleRank(), "cpu", torch.float32
     )
     return Llama(context, NextTokenLoss(context.tp))

@@ -144,7 +144,7 @@ def test_an_unreadable_url_is_one_clear_error(
 
 def test_bad_file_can_be_pickled() -> None:
     bad = pickle.loads(pickle.dumps(BadFile("http://host/a.tar", "cut short", 12)))
-    assert (bad.place, bad.reason, bad.offset, str(bad)) == (
+    assert (bad.location, bad.reason, bad.offset, str(bad)) == (
         "http://host/a.tar",
         "cut short",
         12,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.nodelist import expand
-from llama_ds.layout.placement import findings, place, sizes
+from llama_ds.layout.placement import findings, place_ranks, sizes
 from llama_ds.layout.rank_map import svg, table
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -26,14 +26,14 @@ def nodes(count: int, slots: int = 8) -> dict[str, int]:
 
 def found(hosts: Mapping[str, int], pp: int, tp: int) -> dict[str, tuple[str, str]]:
     """Return (severity, text) of the findings, by topic."""
-    return {f.text.partition(":")[0]: (f.severity, f.text) for f in findings(place(hosts, Axes(pp=pp, tp=tp)))}
+    return {f.text.partition(":")[0]: (f.severity, f.text) for f in findings(place_ranks(hosts, Axes(pp=pp, tp=tp)))}
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5))
 def test_ranks_are_numbered_as_in_deepspeed(pp: int, dp: int, tp: int) -> None:
     topology = PipeModelDataParallelTopology(num_pp=pp, num_mp=tp, num_dp=dp)
-    ranks = place({"a": pp * dp * tp}, Axes(pp=pp, tp=tp))
+    ranks = place_ranks({"a": pp * dp * tp}, Axes(pp=pp, tp=tp))
     assert sizes(ranks) == Axes(pp=pp, dp=dp, tp=tp)
     for rank in ranks:
         assert (
@@ -42,7 +42,7 @@ def test_ranks_are_numbered_as_in_deepspeed(pp: int, dp: int, tp: int) -> None:
 
 
 def test_hosts_are_filled_in_the_files_order() -> None:
-    ranks = place({"b": 1, "a": 3}, Axes(pp=2, tp=2))
+    ranks = place_ranks({"b": 1, "a": 3}, Axes(pp=2, tp=2))
     assert [(r.host, r.slot) for r in ranks] == [("b", 0), ("a", 0), ("a", 1), ("a", 2)]
 
 
@@ -57,7 +57,7 @@ def test_hosts_are_filled_in_the_files_order() -> None:
 )
 def test_sizes_that_do_not_divide_are_refused(pp: int, tp: int, message: str) -> None:
     with pytest.raises(UserError) as error:
-        place(nodes(2), Axes(pp=pp, tp=tp))
+        place_ranks(nodes(2), Axes(pp=pp, tp=tp))
     assert str(error.value) == message
 
 
@@ -145,7 +145,7 @@ def test_uneven_slots_cause_a_warning() -> None:
 
 
 def test_the_table_has_a_line_for_each_pattern() -> None:
-    assert table(place(nodes(256), Axes(pp=4, tp=8))).splitlines() == [
+    assert table(place_ranks(nodes(256), Axes(pp=4, tp=8))).splitlines() == [
         "hosts       count  slots  ranks      stage  dp               tp",
         "n[1-64]     64     0-7    0-511      0      0-63 (1 a host)  0-7",
         "n[65-128]   64     0-7    512-1023   1      0-63 (1 a host)  0-7",
@@ -155,14 +155,14 @@ def test_the_table_has_a_line_for_each_pattern() -> None:
 
 
 def test_the_table_splits_hosts_with_differing_stages() -> None:
-    assert table(place(nodes(3), Axes(pp=2, tp=1))).splitlines() == [
+    assert table(place_ranks(nodes(3), Axes(pp=2, tp=1))).splitlines() == [
         "hosts  count  slots  ranks  stage  dp    tp",
         "n1     1      0-7    0-7    0      0-7   0",
         "n2     1      0-3    8-11   0      8-11  0",
         "n2     1      4-7    12-15  1      0-3   0",
         "n3     1      0-7    16-23  1      4-11  0",
     ]
-    assert len(table(place(nodes(8), Axes(pp=2, tp=1)), every_host=True).splitlines()) == 1 + 8
+    assert len(table(place_ranks(nodes(8), Axes(pp=2, tp=1)), every_host=True).splitlines()) == 1 + 8
 
 
 LAYOUTS = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 4))
@@ -173,7 +173,7 @@ LAYOUTS = st.tuples(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.int
 def test_the_table_has_every_rank_once(layout: tuple[list[int], int, int], every_host: bool) -> None:
     slots, pp, tp = layout
     slots[-1] += -sum(slots) % (pp * tp)
-    ranks = place({f"n{i}": count for i, count in enumerate(slots)}, Axes(pp=pp, tp=tp))
+    ranks = place_ranks({f"n{i}": count for i, count in enumerate(slots)}, Axes(pp=pp, tp=tp))
     lines = [re.split(r"  +", line) for line in table(ranks, every_host).splitlines()[1:]]
     listed = [rank for line in lines for rank in span(line[3])]
     assert sorted(listed) == list(range(len(ranks)))
@@ -192,7 +192,7 @@ def span(text: str) -> list[int]:
 
 @pytest.mark.parametrize(("hosts", "pp", "tp"), [(nodes(2), 2, 4), (nodes(256), 8, 8), ({"x.y": 3, "b": 9}, 2, 3)])
 def test_the_picture_shows_every_rank_in_its_stages_colour(hosts: dict[str, int], pp: int, tp: int) -> None:
-    ranks = place(hosts, Axes(pp=pp, tp=tp))
+    ranks = place_ranks(hosts, Axes(pp=pp, tp=tp))
     root = ElementTree.fromstring(svg(ranks, "Ranks"))
     slots = [g for g in root.iter(f"{SVG}g") if g.find(f"{SVG}title") is not None]
     assert [g.findtext(f"{SVG}title") for g in slots] == [
@@ -206,7 +206,7 @@ def test_the_picture_shows_every_rank_in_its_stages_colour(hosts: dict[str, int]
 
 
 def test_the_picture_contains_all_boxes_without_overlap() -> None:
-    root = ElementTree.fromstring(svg(place(nodes(32), Axes(pp=4, tp=8)), "Ranks"))
+    root = ElementTree.fromstring(svg(place_ranks(nodes(32), Axes(pp=4, tp=8)), "Ranks"))
     width, height = float(root.attrib["width"]), float(root.attrib["height"])
     boxes = set()
     for group in root.iter(f"{SVG}g"):
@@ -221,14 +221,14 @@ def test_the_picture_contains_all_boxes_without_overlap() -> None:
 
 
 def test_tensor_parallel_groups_are_outlined_and_red_if_on_two_hosts() -> None:
-    drawn = svg(place({"a": 3, "b": 5}, Axes(pp=1, tp=2)), "Ranks")
+    drawn = svg(place_ranks({"a": 3, "b": 5}, Axes(pp=1, tp=2)), "Ranks")
     assert len(re.findall(r'<rect class="g" x="\d+" y="1"', drawn)) == 3
     assert len(re.findall(r'<rect class="x" x="\d+" y="1"', drawn)) == 2  # ranks 2 and 3, each on its host
-    assert '<rect class="g" x="1" y="1"' not in svg(place({"a": 4}, Axes(pp=2, tp=1)), "Ranks")
+    assert '<rect class="g" x="1" y="1"' not in svg(place_ranks({"a": 4}, Axes(pp=2, tp=1)), "Ranks")
 
 
 @settings(deadline=None)
 @given(st.text())
 def test_any_title_gives_valid_xml(title: str) -> None:
-    root = ElementTree.fromstring(svg(place({"a": 1}, Axes(pp=1, tp=1)), f"<&\"'\x00\ud800>{title}").encode())
+    root = ElementTree.fromstring(svg(place_ranks({"a": 1}, Axes(pp=1, tp=1)), f"<&\"'\x00\ud800>{title}").encode())
     assert (root.findtext(f"{SVG}title") or "").startswith("<&\"'??>")

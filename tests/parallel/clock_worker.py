@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from llama_ds.parallel import clock, world
 
-rank_info = world.find_place()
+rank_info = world.find_rank_info()
 with world.failing_together():
     world.join(rank_info)
     found = clock.compare(rank_info.rank)

@@ -20,7 +20,7 @@ from llama_ds.config.schema import (
 )
 from llama_ds.layout.layout import Layout
 from llama_ds.model.linear import RMSNorm
-from llama_ds.model.llama import Llama, shared_parts
+from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.training.lr_schedule import learning_rate
@@ -134,7 +134,7 @@ def train_reference(case: Case) -> list[tuple[float, float]]:
     """Train in plain torch on one rank; return (loss, gradient norm before clipping) of each step."""
     run = case.run
     run = replace(run, compute=ComputeConfig(attention_backend="reference"))
-    context = shared_parts(run, SingleRank(), "cpu", torch.float32)
+    context = layer_context(run, SingleRank(), "cpu", torch.float32)
     model = Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss))
     norms = {id(p) for m in model.modules() if isinstance(m, RMSNorm) for p in m.parameters()}
     groups = [

@@ -35,7 +35,7 @@ def train(case: Case) -> list[tuple[float, float]]:
 
 def main() -> None:
     cases_file, out = sys.argv[1:]
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with open(cases_file) as file:

@@ -187,7 +187,7 @@ def gathered(result: dict[str, float]) -> dict[str, float]:
 
 
 def main() -> None:
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     world.join(rank_info)
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     group_of: dict[int, dist.ProcessGroup] = {2: pairs[rank_info.rank // 2], 4: dist.group.WORLD}  # type: ignore[dict-item]

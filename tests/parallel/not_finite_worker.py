@@ -35,7 +35,7 @@ CASE = Case(2, 1, 2, schedule="zb_h1")
 
 
 def main() -> None:
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():

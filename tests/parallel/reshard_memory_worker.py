@@ -33,7 +33,7 @@ def main() -> None:
     folder, tp, action = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     with world.failing_together():
         world.join(rank_info)
         case = Case(1, tp, 1)

@@ -30,7 +30,7 @@ from tests.parallel.layout_cases import STEPS, Case, micro_batches
 
 def main() -> None:
     cases_file, folder, first_turn, share, out = sys.argv[1:]
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with open(cases_file) as file:

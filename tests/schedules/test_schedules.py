@@ -190,7 +190,7 @@ def broken(edit: str) -> tuple[list[list[Instruction]], Placement]:
         steps.append(steps.pop(posts[0]))
     else:
         steps[first], steps[second] = steps[second], steps[first]
-    return lists, schedule.place
+    return lists, schedule.placement
 
 
 @pytest.mark.parametrize("edit", ["twice", "missing", "weights first"])

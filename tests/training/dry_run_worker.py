@@ -46,7 +46,7 @@ def record(name: str, run_file: str, overrides: list[str], folder: Path, rank_in
 
 def main() -> None:
     folder, run_file, *cases = sys.argv[1:]
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     with world.failing_together():

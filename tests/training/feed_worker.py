@@ -26,7 +26,7 @@ CLONE_NEWUTS = 0x04000000
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     world.join(rank_info)
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWUTS):  # gives this process its own host name
         raise OSError(ctypes.get_errno(), "unshare")

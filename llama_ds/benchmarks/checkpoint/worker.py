@@ -55,7 +55,7 @@ def main() -> None:
     """Run the benchmark; the first rank writes the results."""
     with open(sys.argv[1]) as file:
         settings = CheckpointBenchSettings(**json.load(file))
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     log.silence_libraries()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -162,7 +162,7 @@ def _look_up_checksums(data: Any, rows: Any) -> None:
         shards, _ = source.geometry.locate(rows.row[rows.source == index])
         for shard in np.unique(shards).tolist():
             if checksum_of(source.store.read(checksums_name("train", shard)), "train", shard) is None:
-                raise AssertionError(f"{source.store.place}: no checksum of shard {shard}")
+                raise AssertionError(f"{source.store.location}: no checksum of shard {shard}")
 
 
 TASKS = (bare_encode, build, read_reader, read_source, open_manifest, resume)

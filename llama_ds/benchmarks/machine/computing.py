@@ -19,7 +19,7 @@ from torch import Tensor
 from llama_ds.config.schema import RunConfig
 from llama_ds.model.attention import choose_backend
 from llama_ds.model.attention_kernels import attention_kernel
-from llama_ds.model.llama import shared_parts
+from llama_ds.model.llama import layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.pointwise import (
@@ -267,7 +267,7 @@ def measure_host(run: RunConfig, device: torch.device, dtype: torch.dtype) -> fl
         run.model, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=16
     )
     tiny = replace(run, model=model, data=replace(run.data, seq_len=8, document_mask=False))
-    layer = ManualBackwardLayer(shared_parts(tiny, SingleRank(), device.type, dtype), 0).to(device, dtype)
+    layer = ManualBackwardLayer(layer_context(tiny, SingleRank(), device.type, dtype), 0).to(device, dtype)
     layer.lay_weights_together()
     x = torch.randn(1, 8, 32, device=device).to(dtype).requires_grad_()
     grad = torch.randn_like(x)

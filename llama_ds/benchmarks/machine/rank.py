@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int)
     request = json.loads(parser.parse_args().request)
     log.silence_libraries()
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     log.setup(quiet=rank_info.rank != 0)
     with world.failing_together():
         world.join(rank_info, request["nic"])

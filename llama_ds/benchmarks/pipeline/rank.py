@@ -28,7 +28,7 @@ def main() -> None:
     contest, folder = Contest(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
     log.silence_libraries()
     log.setup(quiet=True)
-    rank_info = world.find_place()
+    rank_info = world.find_rank_info()
     with world.failing_together():
         world.join(rank_info)
         engines, steps = {}, {}

@@ -71,7 +71,7 @@ class CorruptDownload(Fault):
 class Transport(Protocol):
     """A protocol to read the files below a URL."""
 
-    place: str  # URL or command for messages, without password and query
+    location: str  # URL or command for messages, without password and query
 
     def where(self, name: str) -> str:
         """Return the URL or command of a file, for messages."""
@@ -95,12 +95,12 @@ class HttpTransport:
     """http and https with the standard library; the environment sets proxies and certificates."""
 
     def __init__(self, url: str) -> None:
-        self.place = without_secrets(url)
+        self.location = without_secrets(url)
         self.parts = urllib.parse.urlsplit(url)
         self.opener = urllib.request.build_opener()
 
     def where(self, name: str) -> str:
-        return f"{self.place}/{name}"
+        return f"{self.location}/{name}"
 
     def chunks(self, name: str, start: int, stall_s: float, until: float) -> Chunks:
         # In a thread, because the socket timeout covers neither the DNS lookup nor headers that trickle in.
@@ -159,10 +159,10 @@ class PipeTransport:
                 f"{command}: the command has no placeholder for the file name; write {{}} in its place, "
                 "as in pipe:aws s3 cp s3://bucket/c4/{} -"
             )
-        self.place = command
+        self.location = command
 
     def where(self, name: str) -> str:
-        return self.place.replace("{}", shlex.quote(name))
+        return self.location.replace("{}", shlex.quote(name))
 
     def chunks(self, name: str, start: int, stall_s: float, until: float) -> Chunks:
         command = self.where(name).removeprefix("pipe:")
@@ -221,13 +221,13 @@ class FsspecTransport:
     """Any file system of fsspec: object stores, sftp, hdfs."""
 
     def __init__(self, url: str) -> None:
-        self.place, self.url = without_secrets(url), url.rstrip("/")
-        classes = [_file_system_class(self.place, part) for part in url.split("::")]
+        self.location, self.url = without_secrets(url), url.rstrip("/")
+        classes = [_file_system_class(self.location, part) for part in url.split("::")]
         # A synchronous file system may hold one connection, so each try gets its own. The others are thread-safe.
         self.own = not all(kind.async_impl for kind in classes)
 
     def where(self, name: str) -> str:
-        return f"{self.place}/{name}"
+        return f"{self.location}/{name}"
 
     def chunks(self, name: str, start: int, stall_s: float, until: float) -> Chunks:
         return in_thread(self._chunks(name, start), stall_s, until)

@@ -35,7 +35,7 @@ def read_manifest(store: Store) -> Manifest:
     Raises:
         UserError: it is missing (for example after an unfinished build), damaged or of another format.
     """
-    path = f"{store.place.rstrip('/')}/{MANIFEST}"
+    path = f"{store.location.rstrip('/')}/{MANIFEST}"
     try:
         return parse_manifest(store.read(MANIFEST), path)
     except BadFile as error:
@@ -75,7 +75,7 @@ class Source:
         sums = checksums_name(self.split, shard)
         sha256 = checksum_of(self._checksums(sums), self.split, shard)
         if sha256 is None:
-            raise BadFile(f"{self.store.place}/{name}", f"{sums} has no checksum of this shard")
+            raise BadFile(f"{self.store.location}/{name}", f"{sums} has no checksum of this shard")
         self._paths[shard] = self.store.fetch(name, self.shard_bytes(shard), sha256)
         return self._paths[shard]
 
@@ -97,7 +97,7 @@ class Source:
 
     def offset_of(self, shard: int, error: BadFile) -> int | None:
         """Return the offset of the damage in a shard if known, for a local file also by checking its headers."""
-        path = os.path.join(self.store.place, shard_name(self.split, shard))
+        path = os.path.join(self.store.location, shard_name(self.split, shard))
         return self.first_damage(shard, path) if error.offset is None and os.path.isfile(path) else error.offset
 
     def read(self, rows: np.ndarray) -> np.ndarray:
@@ -108,7 +108,9 @@ class Source:
         """
         out = np.empty((len(rows), self.seq_len + 1), self._dtype)
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.rows):
-            raise IndexError(f"rows {rows.min()} .. {rows.max()} of {self.rows} in {self.store.place} ({self.split})")
+            raise IndexError(
+                f"rows {rows.min()} .. {rows.max()} of {self.rows} in {self.store.location} ({self.split})"
+            )
         shards, shard_rows = self.geometry.locate(rows)
         offsets = shard_rows * self._stride + tar_rows.BLOCK
         for i, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
@@ -173,10 +175,10 @@ def check_present(source: Source) -> None:
     """
     if not isinstance(source.store, LocalStore):
         return
-    names = set(os.listdir(source.store.place))
+    names = set(os.listdir(source.store.location))
     for shard in range(source.geometry.shards):
         if shard not in source.geometry.bad and shard_name(source.split, shard) not in names:
             raise UserError(
-                f"{source.store.place}/{shard_name(source.split, shard)}: the shard is missing, its manifest names "
+                f"{source.store.location}/{shard_name(source.split, shard)}: the shard is missing, its manifest names "
                 f"{source.geometry.shards}; copy it again, or exclude it with tools/shards.py verify --repair"
             )

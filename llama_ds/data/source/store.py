@@ -28,18 +28,18 @@ MISSING_TRIES = 3  # tries for a missing file, because object stores may list a 
 class BadFile(Exception):
     """A file that is missing or damaged: the `reason`, and the byte `offset` of the damage if known."""
 
-    def __init__(self, place: str, reason: str, offset: int | None = None) -> None:
-        super().__init__(place, reason, offset)  # all three arguments, so that it can be pickled
-        self.place, self.reason, self.offset = place, reason, offset
+    def __init__(self, location: str, reason: str, offset: int | None = None) -> None:
+        super().__init__(location, reason, offset)  # all three arguments, so that it can be pickled
+        self.location, self.reason, self.offset = location, reason, offset
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.reason}"
+        return f"{self.location}: {self.reason}"
 
 
 class Store(Protocol):
     """The files of one source. Thread-safe, and usable after a fork."""
 
-    place: str  # folder or URL, for messages
+    location: str  # folder or URL, for messages
 
     def read(self, name: str) -> bytes:
         """Return the content of a small file. Raises BadFile."""
@@ -64,7 +64,7 @@ def open_store(location: str, cache: Cache | None = None, policy: RetryPolicy = 
     transport = open_transport(location)
     if cache is None:
         raise UserError(
-            f"{transport.place}: a remote source needs a cache; set data.cache_dir to a folder on a local disk and "
+            f"{transport.location}: a remote source needs a cache; set data.cache_dir to a folder on a local disk and "
             "data.cache_gib to the GiB it may take there"
         )
     return RemoteStore(location, transport, cache, policy)
@@ -74,11 +74,11 @@ class LocalStore:
     """A local folder. A shard is checksummed before its first use, which also loads it into the page cache."""
 
     def __init__(self, folder: str) -> None:
-        self.place = folder
+        self.location = folder
 
     def read(self, name: str) -> bytes:
         """Return the content of a file. Raises BadFile."""
-        path = os.path.join(self.place, name)
+        path = os.path.join(self.location, name)
         try:
             with open(path, "rb") as file:
                 return file.read()
@@ -87,7 +87,7 @@ class LocalStore:
 
     def fetch(self, name: str, size: int, sha256: str) -> str:
         """Return the path of the file after checking its size and checksum. Raises BadFile."""
-        path = os.path.join(self.place, name)
+        path = os.path.join(self.location, name)
         try:
             found = os.path.getsize(path)
             if found != size:
@@ -104,7 +104,7 @@ class RemoteStore:
     """Files of a transport: small files are read into memory, shards into the cache."""
 
     def __init__(self, url: str, transport: Transport, cache: Cache, policy: RetryPolicy) -> None:
-        self.place, self.url = transport.place, url.rstrip("/")
+        self.location, self.url = transport.location, url.rstrip("/")
         self.transport, self.cache, self.policy = transport, cache, policy
 
     def read(self, name: str) -> bytes:

@@ -56,16 +56,16 @@ def repair(store: Store, damages: list[Damage]) -> None:
     """
     if not isinstance(store, LocalStore):
         raise UserError(
-            f"{store.place}: the manifest of a remote source cannot be changed; repair the source where it is stored"
+            f"{store.location}: the manifest of a remote source cannot be changed; repair the source where it is stored"
         )
     manifest = read_manifest(store)
     splits = {}
     for name, split in manifest.splits.items():
         bad = tuple(sorted(damage.shard for damage in damages if damage.split == name))
         if split.shards and len(bad) == split.shards:
-            raise UserError(f"{store.place}: none of the {split.shards} {name} shards is intact; rebuild the source")
+            raise UserError(f"{store.location}: none of the {split.shards} {name} shards is intact; rebuild the source")
         splits[name] = replace(split, bad=bad)
-    write_manifest(store.place, replace(manifest, splits=splits))
+    write_manifest(store.location, replace(manifest, splits=splits))
 
 
 def _in_order(pool: ThreadPoolExecutor, source: Source, shards: range, ahead: int) -> Iterator[Damage | None]:
@@ -106,7 +106,7 @@ def _check_ids(source: Source, shard: int, path: str) -> None:
     if int(rows.max()) >= source.vocab_size:
         raise BadFile(path, f"holds id {rows.max()}, outside vocab_size {source.vocab_size}")
     name = documents_name(source.split, shard)
-    path = f"{source.store.place}/{name}"
+    path = f"{source.store.location}/{name}"
     try:
         documents = parse_documents(source.store.read(name), path)
     except UserError as error:

@@ -53,7 +53,7 @@ def run_memory(
         device_bytes: memory of one GPU.
         element_bytes: bytes of an element in the run's dtype.
     """
-    placement = schedule_of(run, layout).place
+    placement = schedule_of(run, layout).placement
     zero = run.zero_stage
     found = []
     for rank, held in enumerate(rank_memory(run, layout, element_bytes)):
@@ -80,7 +80,7 @@ def _published(job: StepJob) -> list[float]:
     boundary = 2.0 * job.tokens * job.model.hidden_size
     found = []
     for rank, by_role in enumerate(rank_roles(job)):
-        own = [schedule.place.stage(rank, chunk) for chunk in range(schedule.place.chunks)]
+        own = [schedule.placement.stage(rank, chunk) for chunk in range(schedule.placement.chunks)]
         kept = 0.0
         for chunk, stage in enumerate(own):
             held = max(sum(at) for at in schedule.held[rank][chunk])

@@ -73,7 +73,7 @@ class Ideal:
 
 def ideal(schedule: Schedule, times: Times, transit: float) -> Ideal:
     """Return the simulations of the schedule with the measured times."""
-    costs = times.costs(schedule.place.stages)
+    costs = times.costs(schedule.placement.stages)
     equal = StageCost(*(statistics.mean(part) for part in zip(*map(_parts, costs), strict=True)))
     if not sum(_parts(equal)):
         return Ideal(0.0, 0.0, 0.0, 0.0, 0.0, transit)

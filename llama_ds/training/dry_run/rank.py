@@ -79,7 +79,7 @@ def simulate_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
 
 def stages_of(run: RunConfig, layout: Layout, pp_rank: int) -> list[int]:
     """Return the pipeline stages that a rank holds."""
-    placement = schedule_of(run, layout).place
+    placement = schedule_of(run, layout).placement
     return [placement.stage(pp_rank, chunk) for chunk in range(placement.chunks)]
 
 

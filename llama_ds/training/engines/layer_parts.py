@@ -11,7 +11,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import stage_policies
 from llama_ds.model.decoder import LayerContext
-from llama_ds.model.llama import shared_parts
+from llama_ds.model.llama import layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.parallel.grid import tensor_parallel
 from llama_ds.parallel.trace import Trace
@@ -32,7 +32,7 @@ def layer_parts(run: RunConfig, layout: Layout, dtype: torch.dtype, device: torc
     """Create the tensor-parallel communicator and choose the attention backend and each layer's save policy."""
     trace = Trace(device)
     tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
-    context = shared_parts(run, tp, device.type, dtype)
+    context = layer_context(run, tp, device.type, dtype)
     context = replace(context, recomputing=partial(trace.around, "recompute"))
     loss = NextTokenLoss(context.tp, run.optimizer.z_loss, context.weight_gradients)
     return LayerParts(context, loss, _save_policies(run, layout, dtype), dtype, trace)

@@ -29,7 +29,7 @@ from llama_ds.training.nan_check import check_layers
 def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts) -> PipelinedEngine:
     """Build this rank's stages from layer specs; each layer has its own optimizer groups. Collective."""
     schedule = schedule_of(run, layout)
-    module = LlamaPipeline(run, layout, schedule.place, parts.context, parts.loss, parts.policies)
+    module = LlamaPipeline(run, layout, schedule.placement, parts.context, parts.loss, parts.policies)
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
     groups = [group for name, layer in _named_layers(module) for group in decay_groups(layer, run.optimizer, name)]

@@ -29,7 +29,7 @@ from llama_ds.training.nan_check import check_layers
 
 def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts) -> StockPipelinedEngine:
     """Build this rank's stage from layer specs and initialise DeepSpeed with it. Collective."""
-    module = LlamaPipeline(run, layout, schedule_of(run, layout).place, parts.context, parts.loss, parts.policies)
+    module = LlamaPipeline(run, layout, schedule_of(run, layout).placement, parts.context, parts.loss, parts.policies)
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
     optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
