@@ -64,7 +64,7 @@ def test_good_hosts_are_good_and_measured(hosts: Hosts, settings: PreflightSetti
     ("before", "check", "text"),
     [
         ("mount -t tmpfs -o size=8m none {runs}", "disk", "GiB free"),
-        ("mount -t tmpfs -o size=1g none {runs}", "shared folder", "does not see what is written"),
+        ("mount -t tmpfs -o size=1g none {runs}", "shared folder", "does not see files written"),
         ("mount -o bind,ro {runs} {runs} && mount -o remount,ro,bind {runs}", "disk", "cannot be written: Read-only"),
         ("mount -t tmpfs none {bin}", "answer", "exit code 127"),
         ("mount --bind {older} {metadata}", "packages", "pyyaml 0.0.1 (here"),

@@ -118,7 +118,7 @@ def test_a_phase_is_told_with_its_own_length(monkeypatch: pytest.MonkeyPatch) ->
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress()
-    progress.speaks = True
+    progress.is_reporter = True
     for phase, seconds in ((Phase.LOADING, 20.0), (Phase.TRAINING, 3.0), (Phase.SAVING, 500.0), (Phase.TRAINING, 7.0)):
         now[0] += seconds
         progress.enter(phase)
