@@ -17,5 +17,5 @@ def test_a_layer_that_is_given_nan_is_not_named() -> None:
     layer(torch.full((2, 4), torch.nan))
     with torch.no_grad():
         layer.weight.fill_(torch.inf)
-    with pytest.raises(UserError, match="decoder layer 2 of 4 puts out 8 values that are NaN or infinite, from finite"):
+    with pytest.raises(UserError, match="decoder layer 2 of 4 outputs 8 values that are NaN or infinite, from finite"):
         layer(torch.ones(2, 4))
