@@ -9,9 +9,9 @@ OURS = re.compile(
     \d\d:\d\d:\d\d\ (INFO|WARNING|ERROR)\ (?!.*Warning)  # our logger's
     | step\ \d+(/\d+)?\ \|\                                # training's
     | \d+\ of\ \d+\ hosts\ have\ answered | measuring\ \d+\ hosts   # preflight's
-    | job\ folder:\  | all\ \d+\ ranks\ are\ there | all\ ranks\ have\ ended   # the launcher's
+    | job\ folder:\  | all\ \d+\ ranks\ have\ connected | all\ ranks\ exited\ cleanly   # the launcher's
     | read\ \d+\ of\ \d+\ pipelines | wrote\                # the analysis', the planner's
-    | rank\ \d+\ multiplies\ at\ 
+    | rank\ \d+\ computes\ products\ at\b   # a measurement's
     """,
     re.VERBOSE,
 )
