@@ -60,6 +60,16 @@ class Axes:
         """The number of ranks that hold one model replica."""
         return self.world // self.dp
 
+    @property
+    def data_axis(self) -> int:
+        """The size of all axes between pp and tp together, which are one data axis to DeepSpeed."""
+        return self.stride("pp") // self.tp
+
+    @property
+    def replica_sizes(self) -> dict[str, int]:
+        """The sizes of `named` without dp: those of one copy of the model."""
+        return {axis: size for axis, size in self.named.items() if axis != "dp"}
+
     def stride(self, axis: str) -> int:
         """Return the distance in rank numbers between neighbours along `axis`."""
         return math.prod(self.sizes[AXES.index(axis) + 1 :])

@@ -46,8 +46,8 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
     if world < 1 or world % replica:
         fits = range(replica, max(world, replica) * 2 + 1, replica)
         near = sorted(sorted(fits, key=lambda n: abs(n - world))[:3])
-        keys = [f"parallel.{axis}" for axis in axes.named if axis != "dp"]
-        product = " * ".join(f"parallel.{axis} {size}" for axis, size in axes.named.items() if axis != "dp")
+        keys = [f"parallel.{axis}" for axis in axes.replica_sizes]
+        product = " * ".join(f"parallel.{axis} {size}" for axis, size in axes.replica_sizes.items())
         raise UserError(
             f"{source}: world size {world} is not a multiple of {product} = {replica}; "
             f"start {listed(near)} ranks, or change {listed(keys)}"
@@ -56,7 +56,7 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
     batch, micro = run.training.global_batch, run.parallel.micro_batch
     if batch % dp:
         near = sorted(sorted(range(dp, batch + 2 * dp, dp), key=lambda n: abs(n - batch))[:2])
-        product = " * ".join(f"{axis} {size}" for axis, size in axes.named.items() if axis != "dp")
+        product = " * ".join(f"{axis} {size}" for axis, size in axes.replica_sizes.items())
         raise UserError(
             f"{source}: training.global_batch = {batch} is not a multiple of "
             f"dp {dp} = world {world} / ({product}); use {listed(near)}"

@@ -51,7 +51,7 @@ def place_ranks(hosts: Mapping[str, int], axes: Axes, source: str = "hosts") -> 
     Raises:
         UserError: The number of slots is not a multiple of the replica size.
     """
-    replica = {axis: size for axis, size in axes.named.items() if axis != "dp"}
+    replica = axes.replica_sizes
     for name, size in replica.items():
         if size < 1:
             raise UserError(f"{name} {size} is not a parallel size; use 1 or more")

@@ -16,7 +16,7 @@ def topology(layout: Layout) -> PipeModelDataParallelTopology:
 
     DeepSpeed knows three axes: all axes between pp and tp are its data axis, over which it reduces gradients.
     """
-    return PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.stride("pp") // layout.tp)
+    return PipeModelDataParallelTopology(num_pp=layout.pp, num_mp=layout.tp, num_dp=layout.data_axis)
 
 
 def grid(layout: Layout) -> PipelineParallelGrid:

@@ -75,7 +75,7 @@ class Stragglers:
             return []
         mean, median = np.split(ranks[:, 1:] / 1e3, 2, 1)  # milliseconds
         layout = self._layout
-        found = find(mean, median, (layout.pp, layout.stride("pp") // layout.tp, layout.tp), self._one_way)
+        found = find(mean, median, (layout.pp, layout.data_axis, layout.tp), self._one_way)
         self._write(record(done, int(ranks[0, 0]), found, mean, self._hosts))
         return lines(found, self._hosts)
 

@@ -146,6 +146,7 @@ def test_memory_is_what_trainer_and_planner_say(run_file: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (["--world", "8", "--rank", "none"], ["--rank none", "at least one rank", "use 0 to 7"]),
         (["--world", "8", "--rank", "8"], ["--rank 8", "8 ranks", "use 0 to 7"]),
         (["--world", "8", "--rank", "frist"], ["--rank 'frist'", "did you mean 'first'?"]),
         (["--world", "8", "--rank", ""], ["--rank ''", "first, middle, last"]),

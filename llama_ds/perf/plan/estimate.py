@@ -144,7 +144,7 @@ def report(found: Estimate) -> str:
         f"  {'rank':>4} {'layers':>7} {'recompute':24} {'weights':>8} {'grads':>7} {'optim':>7} {'activ':>7} "
         f"{'working':>8} {'margin':>7} {'GiB':>7}",
     ]
-    placement = step.job.plan(max(layout.accumulation, 2 * layout.pp)).placement
+    placement = step.job.placement
     for rank, held in enumerate(found.memory):
         own = [step.job.stages[placement.stage(rank, chunk)] for chunk in range(placement.chunks)]
         counts = layers_by_policy(own)

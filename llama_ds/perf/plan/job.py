@@ -14,6 +14,7 @@ from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.recompute import StagePolicies
 from llama_ds.perf.plan.communication import RankGroup
 from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
+from llama_ds.schedules.instructions import Placement
 from llama_ds.schedules.schedule import Schedule
 
 Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
@@ -81,6 +82,11 @@ class StepJob:
         """Vocabulary size on one tensor-parallel rank, with the program's padding."""
         unit = self.program.padded_vocab * self.tp if self.program.padded_vocab > 1 else 1
         return -(-self.model.vocab_size // unit) * unit // self.tp
+
+    @property
+    def placement(self) -> Placement:
+        """The placement of stages on pipeline ranks, which no number of micro-batches changes."""
+        return self.plan(max(self.micro_batches, 2 * self.pp)).placement
 
     def plan(self, micro_batches: int) -> Schedule:
         """Return the schedule of the job for this number of micro-batches."""

@@ -234,7 +234,7 @@ def lower_bound(gpu: Hardware, job: StepJob) -> float:
     """
     costs = stage_costs(gpu, job)
     transfer, wait = stage_message(gpu, job)
-    placement = job.plan(max(job.micro_batches, 2 * job.pp)).placement
+    placement = job.placement
     split = job.schedule in ("zb_h1", "dualpipe_v")
     longest = 0.0
     for rank in range(job.pp):

@@ -166,7 +166,7 @@ def stage_roles(job: StepJob) -> list[Counter[Role]]:
 
 def rank_roles(job: StepJob) -> list[Counter[Role]]:
     """Return the parameters on a rank of each pipeline position, by role."""
-    placement = job.plan(max(job.micro_batches, 2 * job.pp)).placement
+    placement = job.placement
     held: list[Counter[Role]] = [Counter() for _ in range(job.pp)]
     for stage, by_role in enumerate(stage_roles(job)):
         held[placement.home(stage)[0]] += by_role
@@ -181,7 +181,7 @@ def rank_parameters(job: StepJob) -> list[int]:
 def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[float, float]:
     """Return (exposed reduction, optimizer) of the rank with the longest sum."""
     group = job.group("dp")
-    placement = job.plan(max(job.micro_batches, 2 * job.pp)).placement
+    placement = job.placement
     ends = {placement.home(stage)[0] for stage in (0, placement.stages - 1)}
     tied_ranks = ends if job.model.tie_word_embeddings and len(ends) > 1 else set()
     found = []

@@ -43,6 +43,8 @@ def dry_run(
     layout = resolve_layout(run, sum(slots.values()))
     run = _with_device(run, device_gib)
     chosen = choose_ranks(wanted, layout, "--rank")
+    if not chosen:
+        raise UserError(f"--rank {wanted}: a dry run simulates at least one rank; use 0 to {layout.world - 1}")
     rows = check_rows(run, layout)
     config = deepspeed_config(run, layout, bf16_native=backend == "nccl")
 
