@@ -20,7 +20,7 @@ from tiny_run import Run
 from tests.hosts import Hosts
 
 LAUNCH = str(ROOT / "tools" / "launch.py")
-TIMEOUT_S = 400
+TIMEOUT_S = 600  # a start alone takes over a minute on a busy machine
 # Steps of the tiny run take a few milliseconds, so timeouts are seconds here and minutes on a cluster.
 QUICK = {
     "beat-s": 0.5,
@@ -28,7 +28,7 @@ QUICK = {
     "orphan-s": 9,
     "hang-min-s": 6,
     "backoff-s": 0.2,
-    "start-s": 120,
+    "start-s": 300,
 }
 
 
@@ -69,7 +69,7 @@ class Job:
         lines = path.read_text().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
-    def wait_for(self, what: Callable[[], Any], timeout_s: float = 120, pause_s: float = 0.02) -> Any:
+    def wait_for(self, what: Callable[[], Any], timeout_s: float = 300, pause_s: float = 0.02) -> Any:
         """Wait until `what` returns a true value, while the job runs."""
         deadline = time.monotonic() + timeout_s
         while not (found := what()):
