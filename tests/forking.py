@@ -26,7 +26,7 @@ from typing import NoReturn
 
 # What ranks and tools import sooner or later, in four seconds; nothing of this project.
 HEAVY = (
-    *("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.original_muon"),
+    *("deepspeed", "torch._dynamo"),
     *("transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama"),
 )
 MAX_REQUEST = 1 << 20  # bytes

@@ -26,7 +26,7 @@ def keep_freed_memory() -> None:
 def freeze_imports() -> None:
     """Make the garbage collector skip all objects that exist now, including all imported modules.
 
-    Call it after torch's optimizer is built, which imports many modules, and before DeepSpeed's. DeepSpeed's optimizer
-    collects garbage on rank 0 before and after each group while the others wait: each time would take 0.2 s.
+    Call it before DeepSpeed's optimizer is built, which collects garbage on rank 0 before and after each group while
+    the others wait: each time would take 0.2 s.
     """
     gc.freeze()

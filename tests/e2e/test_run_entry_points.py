@@ -30,7 +30,7 @@ def test_one_process_needs_no_launcher(trained: Callable[[str], Run]) -> None:
     assert one.validation_loss == pytest.approx(pipeline.validation_loss, rel=1e-5)
 
 
-AND_COUNT_READERS = """
+AND_SHOW_WHAT_IS_LEFT = """
 import runpy, sys, threading
 sys.argv = sys.argv[1:]
 try:
@@ -38,14 +38,18 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 readers = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
-print(f"{len(readers)} readers left")
+print(f"{len(readers)} readers left, compiler imported: {'torch._dynamo' in sys.modules}")
 """
 
 
-def test_no_reader_outlives_the_run(make_run: Callable[..., Run]) -> None:
-    """A daemon thread in native code when the interpreter ends is an abort, now and then: "terminate called"."""
-    started = make_run("readers", {"training.steps": 3, "optimizer.warmup_steps": 1})
-    assert "0 readers left" in succeed(python("-c", AND_COUNT_READERS, TRAIN, started.file), started.log)
+def test_what_a_run_leaves_in_its_process(make_run: Callable[..., Run]) -> None:
+    """A daemon thread in native code when the interpreter ends is an abort, now and then: "terminate called".
+
+    Without torch's compiler, which nothing uses on a CPU, a rank starts in half the time.
+    """
+    started = make_run("left", {"training.steps": 3, "optimizer.warmup_steps": 1})
+    output = succeed(python("-c", AND_SHOW_WHAT_IS_LEFT, TRAIN, started.file), started.log)
+    assert "0 readers left, compiler imported: False" in output
 
 
 @pytest.mark.slow

@@ -6,10 +6,9 @@ and a storage size, but no data. Reads of values are patched here: numbers are 1
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -25,10 +24,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from llama_ds.model import loss, pointwise, weight_gradients
 from llama_ds.parallel.dry_run.ledger import Ledger, within
 from llama_ds.parallel.dry_run.memo import Memo
+from llama_ds.parallel.lean_imports import leave_out_compiler
 from llama_ds.parallel.world import RankInfo
 
-with suppress(ImportError):  # DeepSpeed's first engine imports it in a second or two: do so before forking ranks
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+leave_out_compiler()  # and import what the first engine would, before ranks are forked
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.layout import Layout
+from llama_ds.parallel.lean_imports import leave_out_compiler
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.engines.layer_parts import layer_parts
 from llama_ds.training.engines.pipelined import build_pipelined
@@ -22,6 +23,7 @@ from llama_ds.training.host_memory import keep_freed_memory
 
 def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device: torch.device) -> Engine:
     """Build and partition this rank's layers and initialise DeepSpeed with the merged `config`. Collective."""
+    leave_out_compiler()
     # Otherwise DeepSpeed compiles its shared-memory all-reduce at startup, which only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # adopts the process group of world.join
