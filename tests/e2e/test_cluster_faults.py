@@ -127,7 +127,7 @@ def test_killed_launcher_leaves_no_process_and_loses_nothing(hosts: Hosts, make_
         job.wait_for_steps(5)
         at = job.step
         job.process.kill()
-        deadline = time.monotonic() + QUICK["orphan-s"] + 15
+        deadline = time.monotonic() + QUICK["orphan-s"] + 60
         while job.leftovers() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not job.leftovers()
