@@ -119,9 +119,11 @@ class Hosts:
     def power_off(self, name: str) -> None:
         """Kill all of a host's processes at once; its sockets send no FIN, because its link is cut first."""
         self.unplug(name)
-        daemon = self._daemons.pop(name)
-        os.killpg(daemon.pid, signal.SIGKILL)
-        daemon.wait()
+        if daemon := self._daemons.pop(name, None):
+            processes = psutil.Process(daemon.pid).children(recursive=True)
+            os.killpg(daemon.pid, signal.SIGKILL)
+            daemon.wait()
+            psutil.wait_procs(processes, 60)  # the kernel ends them after their init, and closes their sockets then
         self.plug(name)
 
     def unplug(self, name: str) -> None:

@@ -20,14 +20,14 @@ from llama_ds.perf.trace.kinds import METRICS
 from llama_ds.perf.trace.limits import parse_limit
 from llama_ds.perf.trace.merge import merge
 from llama_ds.perf.trace.read import Event, RankClock, rank_files
+from tests import warm
 from tests.chrome_format import check_chrome_format
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def analyse(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "profile_run.py"), "analyse", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return warm.run(ROOT / "tools" / "profile_run.py", "analyse", *arguments)
 
 
 def test_limits_decide_the_exit_code(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("model.vocab_size=64", "model.hidden_size=16", "model.intermediate_size=40", "model.num_hidden_layers=2")
@@ -15,8 +16,7 @@ HEADS = ("model.num_attention_heads=4", "model.num_key_value_heads=2")
 
 
 def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return warm.run(ROOT / "tools" / "benchmark.py", *args)
 
 
 def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:

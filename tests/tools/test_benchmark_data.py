@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ from llama_ds.benchmarks.data.bench import QUICK
 from llama_ds.benchmarks.data.rivals import digest_of, stacked, time_passes
 from llama_ds.benchmarks.data.run import set_up
 from llama_ds.errors import UserError
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), "data", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return warm.run(ROOT / "tools" / "benchmark.py", "data", *args)
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,10 @@ def test_a_child_and_its_own_end_with_the_tool(tmp_path: Path, grace_s: float, n
     """With a short grace period the children ignore SIGTERM and must be killed."""
     trap = "trap '' TERM;" if grace_s < 1 else ""
     command = ["sh", "-c", f"{trap} sleep 99 & sleep 99; true"]
-    program = f"from llama_ds.child_processes import run_child\nrun_child({command}, {grace_s})"
+    program = (  # a shell may have started the tests without SIGINT
+        "import signal; from llama_ds.child_processes import run_child; "
+        f"signal.signal(signal.SIGINT, signal.default_int_handler); run_child({command}, {grace_s})"
+    )
     tool = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.DEVNULL)
     (shell,) = when_started(tool.pid, 1)
     children = [shell, *when_started(shell.pid, 2)]

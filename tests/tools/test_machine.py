@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from llama_ds.perf.plan import hardware
+from tests import warm
 from tests.console import foreign_lines
 from tests.hosts import Hosts, missing
 
@@ -29,9 +29,7 @@ needs_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
 def run(tool: str, *args: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / tool), *map(str, args)]
-    settings = {**os.environ, "DS_ACCELERATOR": "cpu", **environment}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=settings, timeout=300)
+    return warm.run(ROOT / "tools" / tool, *args, environment=os.environ | warm.SETTINGS | environment)
 
 
 @pytest.fixture(scope="module")

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from llama_ds.launch.namespaces import missing
 from llama_ds.perf.trace.read import Event, RankRecord, read
+from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["model.num_hidden_layers=4", "model.vocab_size=512", "data.seq_len=64"]
 
 
 def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "pipeline.py"), *arguments]
-    environment = dict(os.environ, DS_ACCELERATOR="cpu")
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return warm.run(ROOT / "tools" / "pipeline.py", *arguments)
 
 
 @pytest.mark.slow
