@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llama_ds import log
-from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands
+from llama_ds.command_line import Answer, add_json, check_positive, new_parser, run, subcommands
 from llama_ds.data.building.build import build_source
 from llama_ds.data.source.listing import as_data, as_line, epochs, find_sources
 from llama_ds.data.source.manifest import MANIFEST
@@ -121,6 +121,8 @@ def gather(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace) -> None:
     """Tokenize and pack every source."""
     log.setup()
+    check_positive(args, "workers")
+    _check_sources(args.source)
     for name, pattern in args.source:
         with (
             tqdm(unit="B", unit_scale=True, desc=name, delay=0.5, disable=None) as bar,
@@ -133,6 +135,15 @@ def build(args: argparse.Namespace) -> None:
                 skip_bad=args.skip_bad, progress=BuildProgress(bar, pattern).update,
             )  # fmt: skip
         print(as_line(os.path.join(args.out, name), manifest))
+
+
+def _check_sources(sources: list[tuple[str, str]]) -> None:
+    """Check all sources before the first one is built, which may take hours."""
+    names = [name for name, _ in sources]
+    for name, pattern in sources:
+        if names.count(name) > 1:
+            raise UserError(f"--source {name}=... is given {names.count(name)} times; give each source one name")
+        source_files(pattern)
 
 
 class BuildProgress:
@@ -163,6 +174,7 @@ def verify(args: argparse.Namespace) -> Answer:
     from llama_ds.data.source.verify import repair, verify_source
 
     log.setup()
+    check_positive(args, "workers")
     cache = Cache(args.cache_dir, round(args.cache_gib * 2**30)) if args.cache_dir else None
     found = {}
     for source in find_sources(args.dir):
@@ -196,7 +208,8 @@ def audit(args: argparse.Namespace) -> Answer:
     """Return the rows of a step and the documents in them."""
     from llama_ds.data.audit import documents_of_step, open_run
 
-    rows = documents_of_step(*open_run(args.run), args.step)
+    log.setup()
+    rows = documents_of_step(open_run(args.run), args.step)
     lines = []
     for number, row in enumerate(rows):
         lines.append(f"row {number}: {row.source}, epoch {row.epoch}, {row.shard}, row {row.row}")
@@ -209,11 +222,13 @@ def consumed(args: argparse.Namespace) -> Answer:
     """Return the tokens and epochs that a run reads of each source before --step."""
     from llama_ds.data.audit import open_run
 
-    read_by, order = open_run(args.run)
-    step = read_by.training.steps if args.step is None else args.step
-    if not 0 <= step <= read_by.training.steps:
-        raise UserError(f"--step {step} is not between 0 and the run's {read_by.training.steps} steps")
-    read = {name: (rows * read_by.data.seq_len, epochs) for name, (rows, epochs) in order.consumed(step).items()}
+    recorded = open_run(args.run)
+    run = recorded.config
+    step = run.training.steps if args.step is None else args.step
+    if not 0 <= step <= run.training.steps:
+        raise UserError(f"--step {step} is not between 0 and the run's {run.training.steps} steps")
+    consumed = recorded.order.consumed(step)
+    read = {name: (rows * run.data.seq_len, epochs) for name, (rows, epochs) in consumed.items()}
     lines = [f"  {name}: {tokens:,} tokens, {epochs:.3f} epochs" for name, (tokens, epochs) in read.items()]
     data = {name: {"tokens": tokens, "epochs": epochs} for name, (tokens, epochs) in read.items()}
     return Answer(data, "\n".join([f"{args.run}: read before step {step}", *lines]))

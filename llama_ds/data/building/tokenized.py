@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -23,6 +23,7 @@ import numpy as np
 
 from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.dedup import DIGEST
+from llama_ds.data.building.input_files import InputFile, check_unchanged, digest
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part
 from llama_ds.data.source.manifest import SPLITS
@@ -55,6 +56,7 @@ class TokenizedPart:
     ids: tuple[int, int]
     lines: tuple[int, ...]  # number of lines of each piece
     skipped: int  # documents left out
+    digests: dict[str, str]  # sha256 of each file that the task was asked to hash, by path
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class TokenizePart:
     build: str
     number: int
     pieces: Part
+    files: tuple[InputFile, ...]  # files of the pieces, as the build found them
+    hashed: tuple[str, ...]  # paths of those that begin in this part
     tokenizer_path: str
     validation_fraction: float
     document_chars: int
@@ -73,8 +77,19 @@ class TokenizePart:
         """Write the files of the part; yield progress, then the part's counts.
 
         Raises:
-            UserError: bad input, or a full disk.
+            UserError: bad input, input that changed since the build found it, or a full disk.
         """
+        check_unchanged(self.files)
+        digests = {path: digest(path) for path in self.hashed}  # first, so that small files are then in the page cache
+        try:
+            lines, output = yield from self._tokenize()
+        except UserError:
+            check_unchanged(self.files)  # the reason of any other error
+            raise
+        check_unchanged(self.files)
+        yield self._finish(output, lines, digests)
+
+    def _tokenize(self) -> Generator[TokenizedCounts, None, tuple[tuple[int, ...], _Output]]:
         size = sum(piece.size for piece in self.pieces)
         with ExitStack() as stack:
             files = [
@@ -95,7 +110,7 @@ class TokenizePart:
                 lines.append(reader.lines)
                 output.skipped += reader.skipped
             yield output.flush(size - reported)
-        yield self._finish(output, tuple(lines))
+        return tuple(lines), output
 
     def _check_not_empty(self, reader: PieceReader, line: int, text: str) -> None:
         if text or self.skip_bad:
@@ -109,12 +124,13 @@ class TokenizePart:
         for document in cut(text, self.document_chars):
             output.add(document, piece, line, self.validation_fraction)
 
-    def _finish(self, output: _Output, lines: tuple[int, ...]) -> TokenizedPart:
+    def _finish(self, output: _Output, lines: tuple[int, ...], digests: dict[str, str]) -> TokenizedPart:
         records = output.records()
         with atomic_writer(documents_path(self.build, self.number), records.nbytes, wait=False) as file:
             np.save(file, records)
         held_out = int(records["validation"].sum())
-        part = TokenizedPart(self.number, (len(records) - held_out, held_out), output.totals(), lines, output.skipped)
+        documents = len(records) - held_out, held_out
+        part = TokenizedPart(self.number, documents, output.totals(), lines, output.skipped, digests)
         with atomic_writer(_record_path(self.build, self.number), wait=False) as file:
             file.write(json.dumps(asdict(part)).encode())
         return part
@@ -200,7 +216,8 @@ def read_part(build: str, number: int, dtype: np.dtype) -> TokenizedPart | None:
         path = ids_path(build, number, split)  # missing once all its shards are written
         if os.path.exists(path) and os.path.getsize(path) != ids * dtype.itemsize:
             return None
-    return TokenizedPart(raw["number"], tuple(raw["documents"]), tuple(raw["ids"]), tuple(raw["lines"]), raw["skipped"])
+    pairs = {key: tuple(raw[key]) for key in ("documents", "ids", "lines")}
+    return TokenizedPart(**{**raw, **pairs})
 
 
 def _record_path(build: str, number: int) -> str:
