@@ -28,6 +28,7 @@ from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part
 from llama_ds.data.source.manifest import SPLITS
 from llama_ds.data.text.corpus import cut
+from llama_ds.data.text.cuts import PIECE_CHARS, pieces_of
 from llama_ds.data.text.piece_reader import PieceReader, empty_file
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
@@ -152,11 +153,18 @@ class _Output:
 
     def add(self, text: str, piece: int, line: int, validation_fraction: float) -> None:
         """Tokenize one document."""
-        digest = hashlib.sha256(text.encode()).digest()
+        digest = _digest(text)
         split = _is_validation(digest, validation_fraction)
-        ids = self._tokenizer.encode_array(text).astype(self._dtype)
-        self._ids[split] += (self._bos, ids, self._eos)
-        self._lengths.append(len(ids) + 2)
+        length = 2
+        self._ids[split].append(self._bos)
+        for part in pieces_of(text, self._tokenizer.cuts if len(text) > PIECE_CHARS else None):
+            ids = self._tokenizer.encode_array(part).astype(self._dtype)
+            length += len(ids)
+            self._ids[split].append(ids)
+            if len(text) > PIECE_CHARS:
+                self._write()
+        self._ids[split].append(self._eos)
+        self._lengths.append(length)
         self._lines.append(line)
         self._pieces.append(piece)
         self._validation.append(split)
@@ -165,15 +173,18 @@ class _Output:
 
     def flush(self, read_bytes: int) -> TokenizedCounts:
         """Write the buffered ids, and return the progress since the last call."""
+        self._write()
+        documents, ids = self._reported
+        self._reported = len(self._lengths), sum(self._written)
+        self.chars = 0
+        return TokenizedCounts(self._reported[0] - documents, self._reported[1] - ids, read_bytes)
+
+    def _write(self) -> None:
         for i, (ids, file) in enumerate(zip(self._ids, self._files, strict=True)):
             if ids:
                 file.write(np.concatenate(ids).data)
             self._written[i] += sum(map(len, ids))
             ids.clear()
-        documents, ids_ = self._reported
-        self._reported = len(self._lengths), sum(self._written)
-        self.chars = 0
-        return TokenizedCounts(self._reported[0] - documents, self._reported[1] - ids_, read_bytes)
 
     def totals(self) -> tuple[int, int]:
         """Return the number of ids written for each split."""
@@ -190,7 +201,7 @@ class _Output:
 
 def in_validation(text: str, fraction: float) -> bool:
     """Whether the hash of a text assigns it to validation."""
-    return _is_validation(hashlib.sha256(text.encode()).digest(), fraction)
+    return _is_validation(_digest(text), fraction)
 
 
 def ids_path(build: str, number: int, split: str) -> str:
@@ -222,6 +233,13 @@ def read_part(build: str, number: int, dtype: np.dtype) -> TokenizedPart | None:
 
 def _record_path(build: str, number: int) -> str:
     return os.path.join(build, f"part-{number:06d}.json")
+
+
+def _digest(text: str) -> bytes:
+    sha256 = hashlib.sha256()
+    for start in range(0, len(text), PIECE_CHARS):  # in pieces, because the encoded text is a copy
+        sha256.update(text[start : start + PIECE_CHARS].encode())
+    return sha256.digest()
 
 
 def _is_validation(digest: bytes, fraction: float) -> bool:
