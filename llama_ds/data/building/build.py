@@ -31,7 +31,7 @@ from llama_ds.data.building.parts import plan_parts
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard
 from llama_ds.data.building.split_stream import ShardForm, SplitStream
 from llama_ds.data.building.tokenized import TokenizedCounts, TokenizedPart, TokenizePart, documents_path, read_part
-from llama_ds.data.building.workers import ThisProcess, Workers
+from llama_ds.data.building.workers import WorkerPool
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.documents_index import parse_documents
 from llama_ds.data.source.input_index import ListedFile
@@ -72,6 +72,7 @@ def build_source(
     dedup: bool = False,
     append: bool = False,
     skip_bad: bool = False,
+    start_pool: Callable[[int], WorkerPool] = start_workers,
 ) -> Manifest:
     """Tokenize and pack the documents of `pattern` into the folder out/name.
 
@@ -87,6 +88,7 @@ def build_source(
         workers: number of processes that tokenize and write.
         document_chars: longer documents are cut at line ends; 0: no document is cut.
         overwrite: delete an existing finished source, or an unfinished build of other documents or flags.
+        start_pool: starts the processes for `workers`; by default on this machine.
 
     The bytes written depend on the documents, the tokenizer and the sizes, but not on `workers` or on restarts of the
     build. `progress` is called with the documents, ids and input bytes processed since its last call, and with
@@ -110,7 +112,9 @@ def build_source(
             if not files:
                 logger.info("%s: already holds all documents of %s; nothing is left to do", folder, pattern)
                 return base
-        return _complete(folder, name, pattern, settings, tokenizer, files, base, overwrite, workers, progress)
+        return _complete(
+            folder, name, pattern, settings, tokenizer, files, base, overwrite, lambda: start_pool(workers), progress
+        )
 
 
 def _complete(
@@ -122,7 +126,7 @@ def _complete(
     files: Sequence[InputFile],
     base: Manifest | None,
     overwrite: bool,
-    workers: int,
+    start: Callable[[], WorkerPool],
     progress: Callable[[int, int, int], None],
 ) -> Manifest:
     """Build the documents of `files`, resuming an unfinished build of them."""
@@ -133,8 +137,8 @@ def _complete(
     build = _Build(folder, settings, tokenizer, files, base)
     build.resume(found, progress)
     try:
-        with start_workers(workers) as pool:
-            build.run(pool, progress, workers)
+        with start() as pool:
+            build.run(pool, progress)
     finally:
         build_folder.remove_temporary(folder)  # also on an error, because the disk may be full
     if base is None:
@@ -197,11 +201,11 @@ class _Build:
             check_touched(found, now, self._digests, read, self._folder)
             build_folder.save_files(self._source, now)
 
-    def run(self, pool: ThisProcess | Workers, progress: Callable[[int, int, int], None], workers: int) -> None:
+    def run(self, pool: WorkerPool, progress: Callable[[int, int, int], None]) -> None:
         """Run the build to its end."""
         while True:
             self._append_ready()
-            while pool.is_free and (task := self._next_task(workers)):
+            while pool.is_free and (task := self._next_task(pool.size)):
                 pool.start(task)
             if all(stream.is_written for stream in self.splits.values()):
                 return
