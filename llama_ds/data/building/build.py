@@ -92,7 +92,7 @@ def build_source(
 
     The bytes written depend on the documents, the tokenizer and the sizes, but not on `workers` or on restarts of the
     build. `progress` is called with the documents, ids and input bytes processed since its last call, and with
-    (0, 0, bytes) for the work of an earlier, killed build.
+    (0, 0, bytes) for the work of an earlier, killed build and for files that the source holds.
 
     Raises:
         UserError: the source exists, a document is bad (see `documents`), a split is empty, or the disk is full.
@@ -108,7 +108,10 @@ def build_source(
         build_folder.finish_commit(folder)
         base = None if overwrite else _finished(folder, settings, tokenizer, append)
         if base is not None:
+            size = sum(file.size for file in files)
             files = missing_files(folder, base, files, _reading_flags(settings), append, workers)
+            if held := size - sum(file.size for file in files):
+                progress(0, 0, held)
             if not files:
                 logger.info("%s: already holds all documents of %s; nothing is left to do", folder, pattern)
                 return base

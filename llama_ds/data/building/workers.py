@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
@@ -68,6 +68,11 @@ class Failed:
         """Return the message for an error; call it while the error is handled."""
         if isinstance(error, UserError):
             return cls(str(error), True)
+        if isinstance(error, MemoryError):
+            return cls("the memory does not suffice; run the same command again, with fewer --workers", True)
+        if isinstance(error, OSError):
+            fix = "repair that and run the same command again to resume the build"
+            return cls(f"{error.filename or 'a file'}: {error.strerror or error}; {fix}", True)
         return cls(f"in a worker process:\n{traceback.format_exc()}", False)
 
     def exception(self) -> Exception:
@@ -111,6 +116,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         context = get_context("spawn")
+        resource_tracker.ensure_running()  # unblocks SIGINT when it starts, also for the process started next
         self._processes: dict[Connection, SpawnProcess] = {}
         self._free: deque[Connection] = deque()
         self._busy: list[Connection] = []
