@@ -38,17 +38,26 @@ def test_four_hosts_build_what_one_does(tmp_path: Path, monkeypatch: pytest.Monk
         for name, value in hosts.environment.items():
             monkeypatch.setenv(name, value)
 
-        def start(names: list[str]) -> subprocess.Popen[str]:
+        def start(names: list[str], out: str = "four") -> subprocess.Popen[str]:
             hostfile = hosts.write_hostfile(tmp_path / "hostfile", 1, names)
             command = [
-                sys.executable, ROOT / "tools" / "shards.py", "build", "--source", f"s={corpus}", "--out", "four",
+                sys.executable, ROOT / "tools" / "shards.py", "build", "--source", f"s={corpus}", "--out", out,
                 "--tokenizer", "tokenizer.model", "--seq-len", SEQ_LEN, "--validation-fraction", FRACTION,
                 "--rows-per-shard", ROWS, "--workers", 1, "--hostfile", hostfile,
             ]  # fmt: skip
             return subprocess.Popen([str(word) for word in command], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
 
+        build = start(hosts.names, "all")
+        _, errors = build.communicate(timeout=120)
+        assert build.returncode == 0 and all(f"host {name} builds with 1 processes" in errors for name in hosts.names)
+        assert content(tmp_path / "all" / "s") == content(tmp_path / "one" / "s")
+
         build = start(hosts.names)
-        while not list(tmp_path.glob("four/s/train-*.tar")):
+        while not (workers := hosts.processes("node2", "spawn_main")):
+            assert build.poll() is None, build.communicate()
+        for worker in workers:  # it takes a part that it does not finish, whatever the speed of the others
+            worker.suspend()
+        while not list(tmp_path.glob("four/s/build/part-*.json")):
             assert build.poll() is None, build.communicate()
             time.sleep(0.01)
         hosts.power_off("node2")
