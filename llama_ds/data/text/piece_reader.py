@@ -104,7 +104,11 @@ class PieceReader:
         offset = start
         if start:  # skip the rest of a line that starts in the piece before
             file.seek(start - 1)
-            offset += len(file.readline()) - 1
+            offset = start - 1
+            while offset < stop and (rest := file.readline(min(READ_BYTES, stop - offset))):
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
         while offset < stop and (data := file.readline()):
             yield offset, data
             offset += len(data)
