@@ -6,19 +6,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llama_ds import log
-from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands
+from llama_ds.command_line import Answer, add_json, check_positive, new_parser, run, subcommands
 from llama_ds.data.building.build import build_source
+from llama_ds.data.building.workers import WorkerPool
+from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.listing import as_data, as_line, epochs, find_sources
 from llama_ds.data.source.manifest import MANIFEST
 from llama_ds.data.text.corpus import source_files
@@ -28,6 +37,7 @@ from llama_ds.errors import UserError
 if TYPE_CHECKING:
     from llama_ds.data.source.verify import Damage
 
+CORES = os.cpu_count() or 1
 EXAMPLES = """examples:
   tools/shards.py gather --out corpus --limit-mb 32
   tools/shards.py build --source code=corpus/code.jsonl --source prose=corpus/prose.jsonl \\
@@ -61,9 +71,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/code.jsonl and DIR/prose.jsonl")
     command.add_argument("--limit-mb", type=float, default=32.0, help="total size of text (default: %(default)s)")
     _add_build_options(add("build", build, "tokenize and pack", BUILD))
+    command = add("serve", serve, "run the tasks of a build on one of its hosts; `build --hostfile` starts it")
+    command.add_argument("--shared", required=True, metavar="FILE", help="a file that the build has written")
+    command.add_argument("--cwd", required=True, metavar="DIR", help="working directory of the build")
+    command.add_argument("--workers", type=int, help="processes (default: one for each core)")
     command = add("verify", verify, "check every shard against its checksum and its manifest")
     command.add_argument("dir", help="a source, a folder of sources, or the URL of a source")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
+    command.add_argument("--workers", type=int, default=CORES, help="threads (default: %(default)s)")
     command.add_argument("--repair", action="store_true", help="record exactly the damaged shards in the manifest")
     command.add_argument("--cache-dir", default="", help="for a URL: cache folder for downloaded shards")
     command.add_argument("--cache-gib", type=float, default=8.0, help="size of the cache (default: %(default)s)")
@@ -96,7 +110,8 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokenizer", required=True, metavar="MODEL")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/NAME/")
     command.add_argument("--seq-len", type=int, required=True, help="labels per row; a row has one more id")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    command.add_argument("--workers", type=int, help="processes, on each host (default: one for each core)")
+    command.add_argument("--hostfile", help="build on its hosts, which share all files and are reached by ssh")
     command.add_argument(
         "--validation-fraction", type=float, default=0.01, help="fraction of documents (default: %(default)s)"
     )
@@ -121,18 +136,74 @@ def gather(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace) -> None:
     """Tokenize and pack every source."""
     log.setup()
-    for name, pattern in args.source:
-        with (
-            tqdm(unit="B", unit_scale=True, desc=name, delay=0.5, disable=None) as bar,
-            logging_redirect_tqdm([log.logger]),
-        ):
-            manifest = build_source(
-                name, pattern, args.tokenizer, args.out, args.seq_len,
-                validation_fraction=args.validation_fraction, rows_per_shard=args.rows_per_shard, workers=args.workers,
-                document_chars=args.document_chars, overwrite=args.overwrite, dedup=args.dedup, append=args.append,
-                skip_bad=args.skip_bad, progress=BuildProgress(bar, pattern).update,
-            )  # fmt: skip
-        print(as_line(os.path.join(args.out, name), manifest))
+    check_positive(args, "workers")
+    _check_sources(args.source)
+    try:
+        _build_sources(args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; run the same command again to resume the build") from None
+
+
+def _build_sources(args: argparse.Namespace) -> None:
+    with _hosts(args) if args.hostfile else nullcontext(start_workers) as start_pool:
+        for name, pattern in args.source:
+            with (
+                tqdm(unit="B", unit_scale=True, desc=name, delay=0.5, disable=None) as bar,
+                logging_redirect_tqdm([log.logger]),
+            ):
+                manifest = build_source(
+                    name, pattern, args.tokenizer, args.out, args.seq_len,
+                    validation_fraction=args.validation_fraction, rows_per_shard=args.rows_per_shard,
+                    workers=args.workers or CORES, document_chars=args.document_chars, overwrite=args.overwrite,
+                    dedup=args.dedup, append=args.append, skip_bad=args.skip_bad,
+                    progress=BuildProgress(bar, pattern).update, start_pool=start_pool,
+                )  # fmt: skip
+            print(as_line(os.path.join(args.out, name), manifest))
+
+
+@contextmanager
+def _hosts(args: argparse.Namespace) -> Iterator[Callable[[int], WorkerPool]]:
+    """Return the start of worker processes on the hosts of --hostfile, which are reached as by the launcher."""
+    from llama_ds.data.building.host_workers import HostWorkers
+    from llama_ds.launch.hostfile import parse_hostfile
+    from llama_ds.launch.remote import ssh_command
+
+    hosts = list(parse_hostfile(args.hostfile))
+    with _shared_file(os.path.abspath(args.out)) as shared:
+        argv = [sys.executable, os.path.abspath(__file__), "serve", "--shared", shared, "--cwd", os.getcwd()]
+        argv += ["--workers", str(args.workers)] if args.workers else []
+        commands = {host: ssh_command(host, argv) for host in hosts}
+        yield lambda _: HostWorkers(commands)
+
+
+@contextmanager
+def _shared_file(folder: str) -> Iterator[str]:
+    """Write a file by which hosts can tell whether they share the folder, for the time of the block."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = NamedTemporaryFile(dir=folder, prefix="hosts-")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+    with file:
+        yield file.name
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Run the tasks of a build on this host."""
+    from llama_ds.data.building import host_workers
+
+    with suppress(FileNotFoundError):  # relative paths of the build are then missing, and named
+        os.chdir(args.cwd)
+    host_workers.serve(args.workers or CORES, args.shared)
+
+
+def _check_sources(sources: list[tuple[str, str]]) -> None:
+    """Check all sources before the first one is built, which may take hours."""
+    names = [name for name, _ in sources]
+    for name, pattern in sources:
+        if names.count(name) > 1:
+            raise UserError(f"--source {name}=... is given {names.count(name)} times; give each source one name")
+        source_files(pattern)
 
 
 class BuildProgress:
@@ -163,6 +234,7 @@ def verify(args: argparse.Namespace) -> Answer:
     from llama_ds.data.source.verify import repair, verify_source
 
     log.setup()
+    check_positive(args, "workers")
     cache = Cache(args.cache_dir, round(args.cache_gib * 2**30)) if args.cache_dir else None
     found = {}
     for source in find_sources(args.dir):
@@ -196,7 +268,8 @@ def audit(args: argparse.Namespace) -> Answer:
     """Return the rows of a step and the documents in them."""
     from llama_ds.data.audit import documents_of_step, open_run
 
-    rows = documents_of_step(*open_run(args.run), args.step)
+    log.setup()
+    rows = documents_of_step(open_run(args.run), args.step)
     lines = []
     for number, row in enumerate(rows):
         lines.append(f"row {number}: {row.source}, epoch {row.epoch}, {row.shard}, row {row.row}")
@@ -209,11 +282,13 @@ def consumed(args: argparse.Namespace) -> Answer:
     """Return the tokens and epochs that a run reads of each source before --step."""
     from llama_ds.data.audit import open_run
 
-    read_by, order = open_run(args.run)
-    step = read_by.training.steps if args.step is None else args.step
-    if not 0 <= step <= read_by.training.steps:
-        raise UserError(f"--step {step} is not between 0 and the run's {read_by.training.steps} steps")
-    read = {name: (rows * read_by.data.seq_len, epochs) for name, (rows, epochs) in order.consumed(step).items()}
+    recorded = open_run(args.run)
+    run = recorded.config
+    step = run.training.steps if args.step is None else args.step
+    if not 0 <= step <= run.training.steps:
+        raise UserError(f"--step {step} is not between 0 and the run's {run.training.steps} steps")
+    consumed = recorded.order.consumed(step)
+    read = {name: (rows * run.data.seq_len, epochs) for name, (rows, epochs) in consumed.items()}
     lines = [f"  {name}: {tokens:,} tokens, {epochs:.3f} epochs" for name, (tokens, epochs) in read.items()]
     data = {name: {"tokens": tokens, "epochs": epochs} for name, (tokens, epochs) in read.items()}
     return Answer(data, "\n".join([f"{args.run}: read before step {step}", *lines]))

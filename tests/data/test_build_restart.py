@@ -100,9 +100,10 @@ def test_an_interrupted_append_resumes(built: Built, corpus: Path, tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         build("b", patterns[1], append=True, progress=interrupt)
     assert len(manifest_of(tmp_path / "b" / "s").splits["train"].extents) == 1  # still readable
-    with pytest.raises(UserError, match=r"unfinished build.*delete .*/b/s/build to abandon that addition"):
-        build("b", patterns[0], append=True)
-    build("b", patterns[1], append=True)
+    with pytest.raises(UserError, match=r"\.jsonl .*, now .*delete .*/b/s/build to abandon that addition"):
+        build("b", built.prose, append=True)
+    for _ in range(2):  # the second time, nothing is left to do
+        build("b", patterns[1], append=True)
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
 
@@ -162,14 +163,9 @@ def test_concurrent_builds_and_other_flags_are_refused(
         build_source(*arguments, SEQ_LEN, FRACTION, ROWS, dedup=True)
     os.killpg(build.pid, signal.SIGKILL)
     finish(build)
-    with pytest.raises(UserError, match=r"unfinished build.*seq_len 64, now 32.*--overwrite"):
+    with pytest.raises(UserError, match=r"unfinished build.*seq_len 64, now 32.*delete .*/s/build to start again"):
         build_source(*arguments, 32, FRACTION, ROWS, dedup=True)
-    touched = corpus.stat().st_mtime_ns
-    os.utime(corpus, ns=(touched, touched + 1))
-    with pytest.raises(UserError, match=r"unfinished build.*\(input 1 files, .*--overwrite"):
-        build_source(*arguments, SEQ_LEN, FRACTION, ROWS, dedup=True)
-    os.utime(corpus, ns=(touched, touched))
-    build_source(*arguments, SEQ_LEN, FRACTION, ROWS, workers=2, overwrite=True, dedup=True)
+    build_source(*arguments, SEQ_LEN, FRACTION, ROWS, workers=2, dedup=True)
     assert content(tmp_path / "s") == uninterrupted
 
 
@@ -196,7 +192,7 @@ def test_a_build_killed_during_its_commit_is_completed(
     build("a", more, append)
     blocker = tmp_path / "b" / "s" / "manifest.json.tmp"
     blocker.mkdir(parents=True)
-    with pytest.raises(IsADirectoryError):
+    with pytest.raises(UserError, match=r"manifest.json.tmp: cannot be written .*Is a directory"):
         build("b", more, append)
     blocker.rmdir()
     tars = {p: p.stat().st_ino for p in tmp_path.glob("b/s/*.tar")}
@@ -238,3 +234,53 @@ def test_a_full_disk_is_one_clear_error(
     assert content(small_disk / "s") == uninterrupted
     for path, stamp in finished.items():
         assert not path.endswith(".tar") or (os.stat(path).st_ino, os.stat(path).st_mtime_ns) == stamp
+
+
+def test_a_disk_that_cannot_be_written_is_one_clear_error(built: Built, corpus: Path, small_disk: Path) -> None:
+    def build(name: str, out: Path) -> None:
+        build_source(name, str(corpus), built.tokenizer, str(out), SEQ_LEN)
+
+    with pytest.raises(UserError, match=r"File name too long.*choose another --out"):
+        build("s" * 300, small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match=r"/s: cannot be written .*Read-only file system.*choose another --out"):
+        build("s", small_disk)
+
+
+def test_hosts_give_the_same_bytes_and_a_lost_one_is_one_clear_error(
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Two names of this machine, each with one process."""
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    arguments = built, corpus, tmp_path / "out", "--hostfile", tmp_path / "hosts", "--workers", 1
+    build = start(*arguments)
+    wait_for(build, lambda: bool(list(tmp_path.glob("out/s/*.tar"))))
+    first, second = served(build.pid)
+    os.kill(first, signal.SIGKILL)
+    status, errors = finish(build)
+    assert status == 2 and "Traceback" not in errors
+    assert "error: host localhost: the connection to its worker processes has ended" in errors
+    assert not Path(f"/proc/{second}").exists()
+    build = start(*arguments)
+    status, errors = finish(build)
+    assert status == 0 and "host 127.0.0.1 builds with 1 processes" in errors
+    assert content(tmp_path / "out" / "s") == uninterrupted
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["s"]
+
+
+def served(pid: int) -> list[int]:
+    """Return the processes that serve the hosts of a build."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(p) for p in found if b"serve" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def test_an_interrupted_build_says_how_to_continue(
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    build = start(built, corpus, tmp_path)
+    wait_for(build, lambda: bool(list(tmp_path.glob("s/*.tar"))))
+    os.killpg(build.pid, signal.SIGINT)
+    assert finish(build) == (130, "interrupted; run the same command again to resume the build\n")
+    assert not running(build.pid)
+    assert finish(start(built, corpus, tmp_path))[0] == 0
+    assert content(tmp_path / "s") == uninterrupted

@@ -51,8 +51,9 @@ def test_from_text_to_verified_shards(tmp_path: Path) -> None:
     damage(tmp_path / "shards" / "code" / "train-000000.tar")
     found = tool("shards.py", "verify", tmp_path / "shards")
     assert found.returncode == 1 and "train shard 0" in found.stdout and "1 of its shards are damaged" in found.stdout
-    again = tool("shards.py", *build)
-    assert again.returncode == 2 and "--overwrite" in again.stderr
+    done("shards.py", *build)  # finished: nothing is repeated
+    again = tool("shards.py", *build, "--dedup")
+    assert again.returncode == 2 and "dedup False, now True" in again.stderr and "--overwrite" in again.stderr
 
 
 def damage(shard: Path) -> None:
@@ -73,7 +74,14 @@ def damage(shard: Path) -> None:
         (("shards.py", "consumed", "no-run"), "no-run"),
         (("shards.py", "verify", "foo://bucket/x"), "foo://bucket/x"),
         (("shards.py", "verify", "http://127.0.0.1:9/x"), "cache"),
-        (("shards.py", "build", "--source=a=x", "--tokenizer=no.model", "--seq-len=8", "--out=x"), "no.model"),
+        (("shards.py", "build", "--source=a=README.md", "--tokenizer=no.model", "--seq-len=8", "--out=x"), "no.model"),
+        (("shards.py", "build", "--source=a=x", "--tokenizer=t", "--seq-len=8", "--out=x"), "x: no such file"),
+        (
+            ("shards.py", "build", "--source=a=README.md", "--tokenizer=t", "--seq-len=8", "--out=x", "--workers=-1"),
+            "-1",
+        ),
+        (("shards.py", "build", "--source=a=a", "--source=a=b", "--tokenizer=t", "--seq-len=8", "--out=x"), "2 times"),
+        (("shards.py", "verify", "no-shards", "--workers", 0), "--workers 0 is not positive"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(args: tuple[object, ...], message: str) -> None:

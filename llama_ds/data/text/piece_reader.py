@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from llama_ds.errors import UserError
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
 READ_BYTES = 1 << 16  # zstd bytes per read; small, because they may decompress to a thousand times as much
+SURROGATE = re.compile("[\ud800-\udfff]")  # searched for, because encoding a text to find one would copy it
 BATCH_ROWS = 256  # parquet rows per batch
 
 
@@ -73,7 +75,9 @@ class PieceReader:
             data = file.read()
         self.share = 1.0
         with self._skipping_bad():
-            yield 0, _decode(data, self.piece.path).removeprefix("\ufeff")
+            text = _decode(data, self.piece.path).removeprefix("\ufeff")
+            del data  # otherwise a long text would be held twice
+            yield 0, text
 
     def _json_lines(self) -> Iterator[tuple[int, str]]:
         path = self.piece.path
@@ -100,7 +104,11 @@ class PieceReader:
         offset = start
         if start:  # skip the rest of a line that starts in the piece before
             file.seek(start - 1)
-            offset += len(file.readline()) - 1
+            offset = start - 1
+            while offset < stop and (rest := file.readline(min(READ_BYTES, stop - offset))):
+                offset += len(rest)
+                if rest.endswith(b"\n"):
+                    break
         while offset < stop and (data := file.readline()):
             yield offset, data
             offset += len(data)
@@ -155,13 +163,9 @@ class PieceReader:
         if not isinstance(text, str):
             where = self.where(self.lines)
             raise _BadDocument(f'{where}: no "text" of type string; every {holder} has one: {{"text": "..."}}')
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
+        if half := SURROGATE.search(text):
             where = self.where(self.lines)
-            raise _BadDocument(
-                f"{where}: character {error.start} is half of a surrogate pair; write it as UTF-8"
-            ) from None
+            raise _BadDocument(f"{where}: character {half.start()} is half of a surrogate pair; write it as UTF-8")
         return text
 
     def _lines_before(self) -> int:
