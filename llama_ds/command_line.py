@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import select
 import signal
@@ -30,6 +31,9 @@ class Answer:
     code: int = 0
     remarks: Sequence[str] = ()  # lines for stderr, after the answer
 
+
+# Arguments that are text or addresses: in all others, a leading ~ is the home folder, as after a space in a shell.
+NO_PATHS = frozenset(("text", "prompt", "comment", "separator", "overrides", "export", "launcher_args"))
 
 Work = Callable[[argparse.Namespace], "Answer | int | None"]
 
@@ -136,7 +140,28 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    for name, value in vars(args).items():
+        if name not in NO_PATHS:
+            setattr(args, name, _expanded(value))
     return args
+
+
+def _expanded(value: Any) -> Any:
+    """Expand ~ in an argument, or in each item of a list or a pair; a shell does not in --out=~/x."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_expanded, value))
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
+def positive_number(text: str) -> float:
+    """Return the number of an option, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
+    return number
 
 
 def _print_answer(args: argparse.Namespace, answer: Answer) -> int:

@@ -17,12 +17,12 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llama_ds import log
-from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands
+from llama_ds.command_line import Answer, add_json, new_parser, positive_number, run, subcommands
 from llama_ds.data.building.build import build_source
 from llama_ds.data.source.listing import as_data, as_line, epochs, find_sources
 from llama_ds.data.source.manifest import MANIFEST
-from llama_ds.data.text.corpus import source_files
 from llama_ds.data.text.gather import gather_local_corpus
+from llama_ds.data.text.reading_options import add_reading_options, reading_options
 from llama_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ EXAMPLES = """examples:
   tools/shards.py unigram corpus/shards/code=0.7 corpus/shards/prose=0.3
 """
 
-BUILD = """Tokenize and pack text files, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) and parquet with a column "text".
+BUILD = """Tokenize and pack texts, JSON, parquet and Arrow files; docs/data.md lists all formats.
 
 The same input and flags give the same bytes with any number of workers. Builds are resumable: after a kill, the same
 command continues and does not repeat finished work.
@@ -59,14 +59,18 @@ def parser() -> argparse.ArgumentParser:
     add = subcommands(parser)
     command = add("gather", gather, "collect Python sources and prose found on this machine")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/code.jsonl and DIR/prose.jsonl")
-    command.add_argument("--limit-mb", type=float, default=32.0, help="total size of text (default: %(default)s)")
+    command.add_argument(
+        "--limit-mb", type=positive_number, default=32.0, help="total size of text (default: %(default)s)"
+    )
     _add_build_options(add("build", build, "tokenize and pack", BUILD))
     command = add("verify", verify, "check every shard against its checksum and its manifest")
     command.add_argument("dir", help="a source, a folder of sources, or the URL of a source")
     command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
     command.add_argument("--repair", action="store_true", help="record exactly the damaged shards in the manifest")
     command.add_argument("--cache-dir", default="", help="for a URL: cache folder for downloaded shards")
-    command.add_argument("--cache-gib", type=float, default=8.0, help="size of the cache (default: %(default)s)")
+    command.add_argument(
+        "--cache-gib", type=positive_number, default=8.0, help="size of the cache (default: %(default)s)"
+    )
     add_json(command, "the damage of each source")
     command = add("audit", audit, "list the documents that a step of a run reads")
     command.add_argument("run", help="the folder of a run, such as runs/quickstart")
@@ -106,6 +110,10 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--skip-bad", action="store_true", help="skip documents that are empty, not UTF-8, or not JSON"
     )
+    command.add_argument(
+        "--allow-empty", action="append", default=[], metavar="GLOB", help="files that may yield no document"
+    )
+    add_reading_options(command)
     command.add_argument("--append", action="store_true", help="append the documents to finished sources")
     command.add_argument("--overwrite", action="store_true", help="replace finished sources, discard unfinished ones")
 
@@ -126,11 +134,13 @@ def build(args: argparse.Namespace) -> None:
             tqdm(unit="B", unit_scale=True, desc=name, delay=0.5, disable=None) as bar,
             logging_redirect_tqdm([log.logger]),
         ):
+            progress = BuildProgress(bar)
             manifest = build_source(
                 name, pattern, args.tokenizer, args.out, args.seq_len,
                 validation_fraction=args.validation_fraction, rows_per_shard=args.rows_per_shard, workers=args.workers,
                 document_chars=args.document_chars, overwrite=args.overwrite, dedup=args.dedup, append=args.append,
-                skip_bad=args.skip_bad, progress=BuildProgress(bar, pattern).update,
+                skip_bad=args.skip_bad, allow_empty=tuple(args.allow_empty), options=reading_options(args),
+                progress=progress.update, announce=progress.start,
             )  # fmt: skip
         print(as_line(os.path.join(args.out, name), manifest))
 
@@ -138,14 +148,16 @@ def build(args: argparse.Namespace) -> None:
 class BuildProgress:
     """Shows documents and tokens per second on a progress bar over input bytes."""
 
-    def __init__(self, bar: tqdm, pattern: str) -> None:
-        self._bar, self._pattern = bar, pattern
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
         self._documents = self._ids = 0
+
+    def start(self, input_bytes: int) -> None:
+        """Set the size of the input."""
+        self._bar.total = input_bytes
 
     def update(self, documents: int, ids: int, input_bytes: int) -> None:
         """Add finished documents, ids and input bytes."""
-        if self._bar.total is None:
-            self._bar.total = sum(map(os.path.getsize, source_files(self._pattern)))
         if not documents and not self._bar.disable:  # finished by an earlier, killed build: no part of this one's speed
             self._bar.initial += input_bytes
         self._documents += documents

@@ -62,6 +62,21 @@ def damage(shard: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "args",
+    [
+        ("shards.py", "gather", "--out=x", "--limit-mb=nan"),
+        ("shards.py", "gather", "--out=x", "--limit-mb=-1"),
+        ("shards.py", "verify", "x", "--cache-gib=inf"),
+        ("tokenizer.py", "train", "--input=x", "--out=x", "--vocab-size=500", "--sample-mb=nan"),
+    ],
+)
+def test_sizes_are_numbers_above_0(args: tuple[str, ...]) -> None:
+    result = tool(*args)
+    assert result.returncode == 2
+    assert f"'{args[-1].partition('=')[2]}' is not a number above 0" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (("tokenizer.py", "train", "--input", "no/such/*.txt", "--vocab-size", 500, "--out", "x"), "no/such/*.txt"),
@@ -73,6 +88,10 @@ def damage(shard: Path) -> None:
         (("shards.py", "consumed", "no-run"), "no-run"),
         (("shards.py", "verify", "foo://bucket/x"), "foo://bucket/x"),
         (("shards.py", "verify", "http://127.0.0.1:9/x"), "cache"),
+        (
+            ("shards.py", "build", "--source=a=x", "--tokenizer=~/no.model", "--seq-len=8", "--out=x"),
+            f"{Path.home()}/no.model",
+        ),
         (("shards.py", "build", "--source=a=x", "--tokenizer=no.model", "--seq-len=8", "--out=x"), "no.model"),
     ],
 )

@@ -17,6 +17,7 @@ import numpy as np
 from llama_ds.data.building import build_folder
 from llama_ds.data.building.atomic_file import reporting_full_disk
 from llama_ds.data.building.dedup import DIGEST, DigestSet
+from llama_ds.data.building.document_counts import DocumentCounts
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part, plan_parts
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard
@@ -26,7 +27,8 @@ from llama_ds.data.building.workers import ThisProcess, Workers
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.documents_index import parse_documents
 from llama_ds.data.source.manifest import REBUILD, SPLITS, Manifest, check_tokenizer, documents_name, parse_manifest
-from llama_ds.data.text.corpus import source_files
+from llama_ds.data.text.formats import ReadOptions
+from llama_ds.data.text.inputs import find_inputs
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from llama_ds.log import logger
@@ -45,6 +47,8 @@ class _Settings:
     document_chars: int
     dedup: bool
     skip_bad: bool
+    options: ReadOptions
+    allow_empty: tuple[str, ...]
 
 
 def build_source(
@@ -62,12 +66,16 @@ def build_source(
     dedup: bool = False,
     append: bool = False,
     skip_bad: bool = False,
+    options: ReadOptions | None = None,
+    allow_empty: tuple[str, ...] = (),
+    announce: Callable[[int], None] = lambda input_bytes: None,
 ) -> Manifest:
     """Tokenize and pack the documents of `pattern` into the folder out/name.
 
     The hash of a document's text assigns it to a split: copies of a text go to the same split, and adding documents
     moves none. `dedup` keeps only the first of equal documents. `append` adds the documents to a finished source,
-    whose shards stay unchanged. `skip_bad` leaves out documents that are empty, not UTF-8 or not JSON.
+    whose shards stay unchanged. `skip_bad` leaves out documents that are empty, not UTF-8 or not JSON, and reports them
+    by file and reason; a list of documents of which none is left is an error unless it matches `allow_empty`.
 
     Args:
         pattern: a file, a folder or a glob with `**`.
@@ -76,6 +84,9 @@ def build_source(
         workers: number of processes that tokenize and write.
         document_chars: longer documents are cut at line ends; 0: no document is cut.
         overwrite: delete an existing finished source, or an unfinished build of other documents or flags.
+        options: how the files are found and read.
+        allow_empty: patterns of files that may be empty or yield no document.
+        announce: called once with the size of the input in bytes.
 
     The bytes written depend on the documents, the tokenizer and the sizes, but not on `workers` or on restarts of the
     build. `progress` is called with the documents, ids and input bytes processed since its last call, and with
@@ -84,14 +95,20 @@ def build_source(
     Raises:
         UserError: the source exists, a document is bad (see `documents`), a split is empty, or the disk is full.
     """
-    settings = _Settings(tokenizer_path, seq_len, validation_fraction, rows_per_shard, document_chars, dedup, skip_bad)
+    settings = _Settings(
+        tokenizer_path, seq_len, validation_fraction, rows_per_shard, document_chars, dedup, skip_bad,
+        options or ReadOptions(), allow_empty,
+    )  # fmt: skip
     _check(name, settings, overwrite, append)
     tokenizer = Tokenizer(tokenizer_path)
     if tokenizer.bos_id < 0 or tokenizer.eos_id < 0:
         raise UserError(f"{tokenizer_path}: no bos or eos id; train one with tools/tokenizer.py train")
     folder = os.path.join(out, name)
-    files = source_files(pattern)
-    parts = plan_parts(files)
+    inputs = find_inputs(pattern, settings.options)
+    inputs.report()
+    files = inputs.paths
+    parts = plan_parts(inputs.files, settings.options)
+    announce(sum(piece.size for part in parts for piece in part))
     with reporting_full_disk(folder), build_folder.locked(folder):
         mark = build_folder.fingerprint(files, _flags(settings, tokenizer))
         if done := build_folder.finish_commit(folder, mark):
@@ -136,8 +153,8 @@ class _Build:
         self._next = 0  # next part to tokenize
         self._appended = 0  # parts 0 .. appended - 1 are in the streams
         self._waiting: dict[int, TokenizedPart] = {}
-        self._last_file = ("", 0)  # last file of the appended parts: path, lines so far
-        self._skipped = self._copies = 0
+        self._counts = DocumentCounts(settings.options, settings.allow_empty)
+        self._copies = 0
 
     def run(self, pool: ThisProcess | Workers, progress: Callable[[int, int, int], None], workers: int) -> None:
         """Run the build to its end."""
@@ -158,8 +175,7 @@ class _Build:
 
     def report(self, name: str) -> None:
         """Log how many documents were left out."""
-        if self._skipped:
-            logger.info("source %s: %d empty or malformed documents left out", name, self._skipped)
+        self._counts.report(name)
         if self._known:
             logger.info("source %s: %d duplicate documents left out", name, self._copies)
 
@@ -181,7 +197,7 @@ class _Build:
         self._next += 1
         return TokenizePart(
             self._folder, number, self._parts[number],
-            s.tokenizer_path, s.validation_fraction, s.document_chars, s.skip_bad,
+            s.tokenizer_path, s.validation_fraction, s.document_chars, s.skip_bad, s.options, s.allow_empty,
         )  # fmt: skip
 
     def _append_ready(self) -> None:
@@ -189,10 +205,12 @@ class _Build:
             self._append(part)
             self._appended += 1
         if self._appended == len(self._parts):
+            self._counts.end_file()
             for stream in self.splits.values():
                 stream.end()
 
     def _append(self, part: TokenizedPart) -> None:
+        files = self._counts.add(self._parts[part.number], part)
         documents, ids = list(part.documents), list(part.ids)
         copies = np.empty(0, np.int64)
         if self._known:
@@ -202,20 +220,9 @@ class _Build:
                 dropped = records[copies]["length"][records[copies]["validation"] == split]
                 documents[split] -= len(dropped)
                 ids[split] -= int(dropped.sum())
-        files = self._files(part)
         for i, stream in enumerate(self.splits.values()):
             stream.add(Span(part.number, stream.ids, ids[i], copies, files), documents[i])
         self._copies += len(copies)
-        self._skipped += part.skipped
-
-    def _files(self, part: TokenizedPart) -> tuple[tuple[str, int], ...]:
-        files = []
-        for piece, lines in zip(self._parts[part.number], part.lines, strict=True):
-            path, before = self._last_file
-            before = before if path == piece.path else 0
-            files.append((piece.path, before))
-            self._last_file = (piece.path, before + lines)
-        return tuple(files)
 
 
 def _check(name: str, settings: _Settings, overwrite: bool, append: bool) -> None:
@@ -239,6 +246,7 @@ def _flags(settings: _Settings, tokenizer: Tokenizer) -> dict[str, object]:
         "document chars": settings.document_chars,
         "dedup": settings.dedup,
         "tokenizer": tokenizer.sha256,
+        **settings.options.flags(),
         build_folder.APPENDS_TO: "",
     }
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,7 +27,9 @@ from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part
 from llama_ds.data.source.manifest import SPLITS
 from llama_ds.data.text.corpus import cut
-from llama_ds.data.text.piece_reader import PieceReader, empty_file
+from llama_ds.data.text.formats import ReadOptions, matches
+from llama_ds.data.text.input_storage import input_size
+from llama_ds.data.text.piece_reader import EMPTY_DOCUMENT, LeftOut, PieceReader, empty_file
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
@@ -54,7 +56,8 @@ class TokenizedPart:
     documents: tuple[int, int]
     ids: tuple[int, int]
     lines: tuple[int, ...]  # number of lines of each piece
-    skipped: int  # documents left out
+    taken: tuple[int, ...]  # number of documents read from each piece, before they are cut
+    left_out: tuple[dict[str, LeftOut], ...]  # documents of each piece that were left out, by reason
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class TokenizePart:
     validation_fraction: float
     document_chars: int
     skip_bad: bool
+    options: ReadOptions
+    allow_empty: tuple[str, ...]
 
     def run(self) -> Iterator[TokenizedCounts | TokenizedPart]:
         """Write the files of the part; yield progress, then the part's counts.
@@ -83,29 +88,48 @@ class TokenizePart:
             output = _Output(_tokenizer(self.tokenizer_path), files)
             lines, reported = [], 0
             for index, piece in enumerate(self.pieces):
-                reader = PieceReader(piece, self.skip_bad)
+                reader = PieceReader(piece, self.skip_bad, self.options)
                 before = sum(p.size for p in self.pieces[:index])
-                for line, text in reader:
-                    self._check_not_empty(reader, line, text)
-                    self._add(output, index, line, text)
+                output.taken.append(0)
+                for line, text in self._texts(reader):
+                    self._add(output, reader, index, line, text)
                     if output.chars >= REPORT_CHARS:
                         done = before + int(reader.share * piece.size)
                         yield output.flush(max(0, done - reported))
                         reported = max(reported, done)
                 lines.append(reader.lines)
-                output.skipped += reader.skipped
+                output.left_out.append(reader.left_out)
             yield output.flush(size - reported)
         yield self._finish(output, tuple(lines))
 
-    def _check_not_empty(self, reader: PieceReader, line: int, text: str) -> None:
-        if text or self.skip_bad:
-            return
-        if not line and not os.path.getsize(reader.piece.path):
-            raise UserError(f"{empty_file(reader.piece.path)}, or leave such documents out with --skip-bad")
-        raise UserError(f"{reader.where(line)}: empty document; remove it, or leave such documents out with --skip-bad")
+    def _texts(self, reader: PieceReader) -> Iterable[tuple[int, str]]:
+        """Return the texts of a piece, none for an empty file that is allowed."""
+        path = reader.piece.path
+        if input_size(path):
+            return reader
+        if matches(path, self.allow_empty):
+            reader.leave_out("empty file", 0)
+            return ()
+        if self.skip_bad and not reader.is_list:
+            return reader
+        fix = (
+            f"accept this file with --allow-empty '{path}'" if reader.is_list else "skip such documents with --skip-bad"
+        )
+        raise UserError(f"{empty_file(path)}, or {fix}")
 
-    def _add(self, output: _Output, piece: int, line: int, text: str) -> None:
-        output.skipped += not text
+    def _check_not_empty(self, reader: PieceReader, line: int) -> None:
+        if self.skip_bad:
+            reader.leave_out(EMPTY_DOCUMENT, line)
+        else:
+            raise UserError(
+                f"{reader.where(line)}: empty document; remove it, or leave such documents out with --skip-bad"
+            )
+
+    def _add(self, output: _Output, reader: PieceReader, piece: int, line: int, text: str) -> None:
+        if not text:
+            self._check_not_empty(reader, line)
+            return
+        output.taken[-1] += 1
         for document in cut(text, self.document_chars):
             output.add(document, piece, line, self.validation_fraction)
 
@@ -114,7 +138,8 @@ class TokenizePart:
         with atomic_writer(documents_path(self.build, self.number), records.nbytes, wait=False) as file:
             np.save(file, records)
         held_out = int(records["validation"].sum())
-        part = TokenizedPart(self.number, (len(records) - held_out, held_out), output.totals(), lines, output.skipped)
+        part = TokenizedPart(self.number, (len(records) - held_out, held_out), output.totals(), lines,
+                             tuple(output.taken), tuple(output.left_out))  # fmt: skip
         with atomic_writer(_record_path(self.build, self.number), wait=False) as file:
             file.write(json.dumps(asdict(part)).encode())
         return part
@@ -132,7 +157,9 @@ class _Output:
         self._lengths, self._lines, self._pieces = array("q"), array("q"), array("i")
         self._validation, self._digests = bytearray(), bytearray()
         self._reported = (0, 0)  # documents, ids
-        self.chars = self.skipped = 0
+        self.taken: list[int] = []  # documents of each piece
+        self.left_out: list[dict[str, LeftOut]] = []
+        self.chars = 0
 
     def add(self, text: str, piece: int, line: int, validation_fraction: float) -> None:
         """Tokenize one document."""
@@ -200,7 +227,10 @@ def read_part(build: str, number: int, dtype: np.dtype) -> TokenizedPart | None:
         path = ids_path(build, number, split)  # missing once all its shards are written
         if os.path.exists(path) and os.path.getsize(path) != ids * dtype.itemsize:
             return None
-    return TokenizedPart(raw["number"], tuple(raw["documents"]), tuple(raw["ids"]), tuple(raw["lines"]), raw["skipped"])
+    left_out = tuple({reason: LeftOut(**found) for reason, found in piece.items()} for piece in raw["left_out"])
+    return TokenizedPart(
+        raw["number"], tuple(raw["documents"]), tuple(raw["ids"]), tuple(raw["lines"]), tuple(raw["taken"]), left_out
+    )
 
 
 def _record_path(build: str, number: int) -> str:

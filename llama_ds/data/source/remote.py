@@ -96,7 +96,7 @@ class HttpTransport:
 
     def __init__(self, url: str) -> None:
         self.location = without_secrets(url)
-        self.parts = urllib.parse.urlsplit(url)
+        self.parts = _in_ascii(urllib.parse.urlsplit(url), self.location)
         self.opener = urllib.request.build_opener()
 
     def where(self, name: str) -> str:
@@ -137,6 +137,17 @@ class HttpTransport:
             # Not sent on redirects: another host must not see the password.
             request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
         return request
+
+
+def _in_ascii(parts: urllib.parse.SplitResult, url: str) -> urllib.parse.SplitResult:
+    """Return a URL with letters outside ASCII as HTTP sends them: escaped, and in the host's name by IDNA."""
+    login, at, host = parts.netloc.rpartition("@")
+    try:
+        host = host.encode("idna").decode()
+    except UnicodeError as error:
+        raise UserError(f"{url}: not a valid host name ({error}); correct the URL") from None
+    path, query = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~?") for part in (parts.path, parts.query))
+    return parts._replace(netloc=f"{login}{at}{host}", path=path, query=query)
 
 
 def _span(response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:

@@ -1,0 +1,197 @@
+"""The files of a source: which files of a pattern are taken, in which format, and why the others are left out."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from llama_ds.data.text import saved_datasets
+from llama_ds.data.text.formats import (
+    BINARY,
+    EMPTY,
+    TEXT,
+    TEXT_SUFFIXES,
+    FileFormat,
+    ReadOptions,
+    content_suffix,
+    known_suffixes,
+    matches,
+    recognise,
+)
+from llama_ds.data.text.input_storage import unreadable
+from llama_ds.errors import UserError
+from llama_ds.log import logger
+
+SHOWN = 3  # examples of files that are left out for one reason
+MARKER = "name begins with . or _"
+
+
+@dataclass(frozen=True)
+class TakenFile:
+    """A file that a source takes."""
+
+    path: str
+    format: FileFormat
+
+
+@dataclass
+class Inputs:
+    """The files of a pattern in a fixed order, and those that are left out, by reason."""
+
+    pattern: str
+    files: list[TakenFile] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the files taken."""
+        return [file.path for file in self.files]
+
+    def report(self) -> None:
+        """Log how many files are taken, by format, and which are left out, by reason."""
+        formats = Counter(str(file.format) for file in self.files)
+        taken = ", ".join(f"{count} {name}" for name, count in sorted(formats.items()))
+        logger.info("%s: %s taken (%s)", self.pattern, _files(len(self.files)), taken)
+        for line in self._left_out_lines():
+            logger.warning("%s: %s", self.pattern, line)
+
+    def nothing(self) -> UserError:
+        """Return the error for a pattern without a file to take."""
+        if not self.left_out:
+            return UserError(
+                f"{self.pattern}: no such file, and as a glob it matches no file; check the path, and quote globs"
+            )
+        return UserError(
+            f"{self.pattern}: holds no file to take; {'; '.join(self._left_out_lines())}. Taken are texts, JSON, "
+            f"parquet and Arrow files (suffixes {' '.join(known_suffixes())}); name others with a glob, such as "
+            f"'{os.path.join(self.pattern, '**', '*')}'"
+        )
+
+    def _left_out_lines(self) -> Iterator[str]:
+        for reason, paths in sorted(self.left_out.items()):
+            more = ", ..." if len(paths) > SHOWN else ""
+            yield f"{_files(len(paths))} left out, {reason}: {', '.join(paths[:SHOWN])}{more}"
+
+
+def find_inputs(pattern: str, options: ReadOptions) -> Inputs:
+    """Return the files of `pattern`: a file, a folder with all below it, or a glob with `**`.
+
+    A file named in full is always taken, files that match a glob unless they are markers such as _SUCCESS, and files of
+    a folder if their content or their name shows a text or a list of texts. Links are followed.
+
+    Raises:
+        UserError: nothing is taken, a file or folder cannot be read, or a file holds records that are not read.
+    """
+    pattern = os.path.expanduser(pattern)
+    search = _Search(Inputs(pattern), options)
+    if os.path.isdir(pattern):
+        search.folder(pattern)
+    elif os.path.isfile(pattern):
+        search.named(pattern)
+    else:
+        for path in sorted(_glob(pattern)):
+            search.entry(path, in_folder=False)
+    inputs = search.inputs
+    if not inputs.files:
+        raise inputs.nothing()
+    inputs.files.sort(key=lambda file: file.path)
+    return inputs
+
+
+class _Search:
+    def __init__(self, inputs: Inputs, options: ReadOptions) -> None:
+        self.inputs = inputs
+        self._options = options
+        self._seen: set[str] = set()  # paths, because several ways of a glob may lead to one
+        self._folders: set[tuple[int, int]] = set()  # device and inode, because links may form a loop
+
+    def named(self, path: str) -> None:
+        """Take a file that the user named in full."""
+        found = recognise(path, self._options)
+        self._take(path, FileFormat(TEXT, found.compression) if found.content in (BINARY, EMPTY) else found)
+
+    def folder(self, path: str) -> None:
+        """Take the files of a folder and of all folders below it."""
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in self._folders:
+            self._leave_out(path, "a link to a folder that is read under another name")
+            return
+        self._folders.add((status.st_dev, status.st_ino))
+        try:
+            names = sorted(os.listdir(path))
+        except OSError as error:
+            raise unreadable(path, error) from None
+        metadata = saved_datasets.check(path, names)
+        for name in names:
+            if name in metadata:
+                self._leave_out(os.path.join(path, name), metadata[name])
+            else:
+                self.entry(os.path.join(path, name), in_folder=True)
+
+    def entry(self, path: str, in_folder: bool) -> None:
+        """Take or leave out a file or a folder."""
+        if path in self._seen:
+            return
+        self._seen.add(path)
+        if matches(path, self._options.exclude):
+            self._leave_out(path, "named by --exclude")
+            return
+        if os.path.basename(path)[:1] in (".", "_"):
+            self._leave_out(path, MARKER)
+            return
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            raise unreadable(path, error) from None
+        if stat.S_ISDIR(mode):
+            self.folder(path)
+        elif not stat.S_ISREG(mode):
+            self._leave_out(path, "not a regular file")
+        elif not in_folder:
+            self.named(path)
+        else:
+            self._of_folder(path)
+
+    def _of_folder(self, path: str) -> None:
+        found = recognise(path, self._options)
+        suffix = content_suffix(path)
+        if matches(path, self._options.as_text):
+            self._take(path, found)
+        elif found.content in (BINARY, EMPTY) and not _is_part(path):
+            self._leave_out(path, "not text" if found.content == BINARY else "empty, and no suffix of a text")
+        elif found.content == TEXT and suffix not in TEXT_SUFFIXES and not (found.compression or _is_part(path)):
+            self._leave_out(path, f"suffix {suffix or 'missing'}, which folders are not searched for")
+        else:
+            self._take(path, FileFormat(TEXT, found.compression) if found.content in (BINARY, EMPTY) else found)
+
+    def _take(self, path: str, found: FileFormat) -> None:
+        self.inputs.files.append(TakenFile(path, found))
+
+    def _leave_out(self, path: str, reason: str) -> None:
+        self.inputs.left_out[reason].append(path)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+def _is_part(path: str) -> bool:
+    """Whether the name is one that Hadoop and Spark give to files of an output."""
+    return os.path.basename(path).startswith("part-")
+
+
+def _glob(pattern: str) -> list[str]:
+    """Return the files and folders that match a glob. Raises UserError: one of its folders cannot be read."""
+    parts = pattern.split(os.sep)
+    for i, part in enumerate(parts):  # Python's glob passes over folders that it cannot list
+        if glob.has_magic(part):
+            above = os.sep.join(parts[: i + (part == "**")])
+            for folder in glob.iglob(above + os.sep, recursive=True) if i else (".",):
+                if not os.access(folder, os.R_OK | os.X_OK):
+                    raise unreadable(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return glob.glob(pattern, recursive=True)
