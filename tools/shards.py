@@ -17,11 +17,13 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llama_ds import log
-from llama_ds.command_line import Answer, add_json, new_parser, positive_number, run, subcommands
+from llama_ds.command_line import Answer, add_json, check_positive, new_parser, positive_number, run, subcommands
 from llama_ds.data.building.build import build_source
 from llama_ds.data.source.listing import as_data, as_line, epochs, find_sources
 from llama_ds.data.source.manifest import MANIFEST
+from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.gather import gather_local_corpus
+from llama_ds.data.text.inputs import find_inputs
 from llama_ds.data.text.reading_options import add_reading_options, reading_options
 from llama_ds.errors import UserError
 
@@ -129,6 +131,9 @@ def gather(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace) -> None:
     """Tokenize and pack every source."""
     log.setup()
+    check_positive(args, "workers")
+    options = reading_options(args)
+    _check_sources(args.source, options)
     for name, pattern in args.source:
         with (
             tqdm(unit="B", unit_scale=True, desc=name, delay=0.5, disable=None) as bar,
@@ -139,10 +144,19 @@ def build(args: argparse.Namespace) -> None:
                 name, pattern, args.tokenizer, args.out, args.seq_len,
                 validation_fraction=args.validation_fraction, rows_per_shard=args.rows_per_shard, workers=args.workers,
                 document_chars=args.document_chars, overwrite=args.overwrite, dedup=args.dedup, append=args.append,
-                skip_bad=args.skip_bad, allow_empty=tuple(args.allow_empty), options=reading_options(args),
+                skip_bad=args.skip_bad, allow_empty=tuple(args.allow_empty), options=options,
                 progress=progress.update, announce=progress.start,
             )  # fmt: skip
         print(as_line(os.path.join(args.out, name), manifest))
+
+
+def _check_sources(sources: list[tuple[str, str]], options: ReadOptions) -> None:
+    """Check all sources before the first one is built, which may take hours."""
+    names = [name for name, _ in sources]
+    for name, pattern in sources:
+        if names.count(name) > 1:
+            raise UserError(f"--source {name}=... is given {names.count(name)} times; give each source one name")
+        find_inputs(pattern, options)
 
 
 class BuildProgress:
@@ -175,6 +189,7 @@ def verify(args: argparse.Namespace) -> Answer:
     from llama_ds.data.source.verify import repair, verify_source
 
     log.setup()
+    check_positive(args, "workers")
     cache = Cache(args.cache_dir, round(args.cache_gib * 2**30)) if args.cache_dir else None
     found = {}
     for source in find_sources(args.dir):
@@ -208,7 +223,8 @@ def audit(args: argparse.Namespace) -> Answer:
     """Return the rows of a step and the documents in them."""
     from llama_ds.data.audit import documents_of_step, open_run
 
-    rows = documents_of_step(*open_run(args.run), args.step)
+    log.setup()
+    rows = documents_of_step(open_run(args.run), args.step)
     lines = []
     for number, row in enumerate(rows):
         lines.append(f"row {number}: {row.source}, epoch {row.epoch}, {row.shard}, row {row.row}")
@@ -221,11 +237,13 @@ def consumed(args: argparse.Namespace) -> Answer:
     """Return the tokens and epochs that a run reads of each source before --step."""
     from llama_ds.data.audit import open_run
 
-    read_by, order = open_run(args.run)
-    step = read_by.training.steps if args.step is None else args.step
-    if not 0 <= step <= read_by.training.steps:
-        raise UserError(f"--step {step} is not between 0 and the run's {read_by.training.steps} steps")
-    read = {name: (rows * read_by.data.seq_len, epochs) for name, (rows, epochs) in order.consumed(step).items()}
+    recorded = open_run(args.run)
+    run = recorded.config
+    step = run.training.steps if args.step is None else args.step
+    if not 0 <= step <= run.training.steps:
+        raise UserError(f"--step {step} is not between 0 and the run's {run.training.steps} steps")
+    consumed = recorded.order.consumed(step)
+    read = {name: (rows * run.data.seq_len, epochs) for name, (rows, epochs) in consumed.items()}
     lines = [f"  {name}: {tokens:,} tokens, {epochs:.3f} epochs" for name, (tokens, epochs) in read.items()]
     data = {name: {"tokens": tokens, "epochs": epochs} for name, (tokens, epochs) in read.items()}
     return Answer(data, "\n".join([f"{args.run}: read before step {step}", *lines]))

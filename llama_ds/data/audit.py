@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from llama_ds.config.run_file import load_resolved
 from llama_ds.config.schema import RunConfig
-from llama_ds.data.mixture import STATE, state_from_json
+from llama_ds.data.mixture import STATE, DataState, check_same_content, state_from_json
 from llama_ds.data.order import Order
 from llama_ds.data.source.documents_index import IndexedDocument, parse_documents
 from llama_ds.data.source.manifest import documents_name, shard_name
@@ -42,8 +43,21 @@ class ReadRow:
     documents: tuple[ReadDocument, ...]
 
 
-def open_run(folder: str) -> tuple[RunConfig, Order]:
-    """Return the run in `folder` and the order in which it reads its rows.
+class RecordedRun(NamedTuple):
+    """A run as its folder describes it."""
+
+    config: RunConfig
+    state: DataState
+    path: str  # file of the state, for messages
+
+    @property
+    def order(self) -> Order:
+        """The order in which the run reads its rows."""
+        return self.state.order(self.config.seed, self.config.training.global_batch)
+
+
+def open_run(folder: str) -> RecordedRun:
+    """Return the run in `folder`.
 
     Raises:
         UserError: the folder is not a run folder, or another version wrote it.
@@ -54,23 +68,26 @@ def open_run(folder: str) -> tuple[RunConfig, Order]:
             state = state_from_json(json.load(file), path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name the folder of a run, as in runs/quickstart") from None
-    run = load_resolved(os.path.join(folder, "run.yaml"))
-    return run, state.order(run.seed, run.training.global_batch)
+    return RecordedRun(load_resolved(os.path.join(folder, "run.yaml")), state, path)
 
 
-def documents_of_step(run: RunConfig, order: Order, step: int) -> list[ReadRow]:
+def documents_of_step(recorded: RecordedRun, step: int) -> list[ReadRow]:
     """Return the rows, with their documents, that `step` (counted from 0) reads, in data-parallel rank order.
 
     Raises:
-        UserError: the run has no such step, or a source is not available.
+        UserError: the run has no such step, or a source is not available or was rebuilt since.
     """
+    run, order = recorded.config, recorded.order
     if not 0 <= step < run.training.steps:
         raise UserError(f"step {step} is not one of the run's steps 0 to {run.training.steps - 1}")
     opened = open_sources(run.data, run.model.vocab_size)
     sources = {config.name: source for config, source in zip(run.data.sources, opened.train, strict=True)}
+    rows = order.at(step)
+    contents = {name: tuple(e.sha256 for e in source.geometry.extents) for name, source in sources.items()}
+    check_same_content({order.names[i] for i in rows.source.tolist()}, recorded.state, contents, recorded.path)
     indexes: dict[tuple[str, int], list[IndexedDocument]] = {}
     found = []
-    for source_index, epoch, row in zip(*(column.tolist() for column in order.at(step)), strict=True):
+    for source_index, epoch, row in zip(*(column.tolist() for column in rows), strict=True):
         name = order.names[source_index]
         if name not in sources:
             raise UserError(f"step {step} read source {name}, which the run file no longer names; add it again")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from llama_ds.config.schema import DataConfig
@@ -16,9 +16,11 @@ from llama_ds.data.order import BadShard, Order, Segment
 from llama_ds.data.skips import Skip, unmade
 from llama_ds.data.source.manifest import Split, write_atomically
 from llama_ds.errors import UserError
+from llama_ds.log import logger
 
 STATE = "data.json"  # file in the run folder
 LISTED = "its manifest lists it as damaged"
+REBUILT = "bring the old shards back, give the new ones another source name, or start a new run"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class DataState:
     segments: tuple[Segment, ...]
     bad: tuple[BadShard, ...] = ()
     skips: tuple[Skip, ...] = ()
+    contents: dict[str, tuple[str, ...]] = field(default_factory=dict)  # digest of each extent of each source
 
     def order(self, seed: int, global_batch: int) -> Order:
         """Return the row order of a run with this history."""
@@ -51,7 +54,9 @@ def state_from_json(raw: dict[str, Any], source: str) -> DataState:
             for s in raw["segments"]
         )
         skips = tuple(Skip(**skip) for skip in raw.get("skips", ()))  # older checkpoints lack the key and have no skips
-        return DataState(raw["rows_per_shard"], segments, tuple(BadShard(**bad) for bad in raw["bad"]), skips)
+        contents = {name: tuple(digests) for name, digests in raw.get("contents", {}).items()}  # older ones lack it
+        bad = tuple(BadShard(**bad) for bad in raw["bad"])
+        return DataState(raw["rows_per_shard"], segments, bad, skips, contents)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{source}: holds no state of the data ({type(error).__name__}: {error}); it was written by another version"
@@ -78,7 +83,8 @@ def planned(data: DataConfig, tokens_per_step: int, geometry: Mapping[str, Split
         segments.append(Segment(step, {name: stage.weights.get(name, 0.0) for name in weights}, extents))
     bad = tuple(BadShard(0, name, shard, LISTED) for name, split in geometry.items() for shard in split.bad)
     rows_per_shard = {name: split.rows_per_shard for name, split in geometry.items()}
-    return DataState(rows_per_shard, tuple(segments), bad, planned_skips(data))
+    contents = {name: tuple(extent.sha256 for extent in split.extents) for name, split in geometry.items()}
+    return DataState(rows_per_shard, tuple(segments), bad, planned_skips(data), contents)
 
 
 def planned_skips(data: DataConfig) -> tuple[Skip, ...]:
@@ -95,6 +101,7 @@ def continued(past: DataState, plan: DataState, step: int, checkpoint: str) -> D
     """
     kept = [segment for segment in past.segments if segment.step < step]
     _check_same_rows(kept, past.rows_per_shard, plan, checkpoint)
+    check_same_content({name for segment in kept for name in segment.extents}, past, plan.contents, checkpoint)
     now = next(segment for segment in reversed(plan.segments) if segment.step <= step)
     stage_starts = now.step == step  # even a stage with unchanged weights starts a segment
     if not kept or stage_starts or (kept[-1].weights, kept[-1].extents) != (now.weights, now.extents):
@@ -104,7 +111,29 @@ def continued(past: DataState, plan: DataState, step: int, checkpoint: str) -> D
     listed = (replace(bad, step=step) for bad in plan.bad if (bad.source, bad.shard) not in known)
     rows_per_shard = {**past.rows_per_shard, **plan.rows_per_shard}
     skips = _continued_skips(past.skips, plan.skips, step, checkpoint)
-    return DataState(rows_per_shard, (*kept, *later), (*past.bad, *listed), skips)
+    contents = {**past.contents, **plan.contents}
+    return DataState(rows_per_shard, (*kept, *later), (*past.bad, *listed), skips, contents)
+
+
+def check_same_content(names: Iterable[str], past: DataState, now: Mapping[str, tuple[str, ...]], where: str) -> None:
+    """Check that the sources `names` still hold what a run has read of them; `now` has the digests of their extents.
+
+    A source that is absent in `now` is not checked, and for one without digests that is logged.
+
+    Raises:
+        UserError: a source was rebuilt; the message names `where`, the checkpoint or state of the run.
+    """
+    for name in sorted(set(names) & set(now)):
+        then = past.contents.get(name, ())
+        if not (then and all(then) and all(now[name][: len(then)])):
+            logger.info("%s: records no digest of source %s; whether it was rebuilt cannot be checked", where, name)
+        elif now[name][: len(then)] != then:
+            extent = next(i for i, digest in enumerate(then) if now[name][i : i + 1] != (digest,))
+            here = now[name][extent][:12] if extent < len(now[name]) else "missing"
+            raise UserError(
+                f"{where}: has read source {name} with digest {then[extent][:12]} of its shards, which is now {here}: "
+                f"it was rebuilt, not added to; {REBUILT}"
+            )
 
 
 def _continued_skips(past: tuple[Skip, ...], plan: tuple[Skip, ...], step: int, checkpoint: str) -> tuple[Skip, ...]:
@@ -129,6 +158,5 @@ def _check_same_rows(kept: list[Segment], rows_per_shard: dict[str, int], plan: 
                 then, here = (f"{' + '.join(map(str, r))} rows" for r in (rows, now[name]))
                 raise UserError(
                     f"{checkpoint}: has read source {name} of {then}, {rows_per_shard[name]} in a shard, which now has "
-                    f"{here}, {plan.rows_per_shard[name]} in a shard: it was rebuilt, not added to; bring the "
-                    "old shards back, give the new ones another source name, or start a new run"
+                    f"{here}, {plan.rows_per_shard[name]} in a shard: it was rebuilt, not added to; {REBUILT}"
                 )

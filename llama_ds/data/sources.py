@@ -12,7 +12,7 @@ from llama_ds.config.schema import DataConfig, SourceConfig
 from llama_ds.data.source.cache import Cache
 from llama_ds.data.source.manifest import Manifest, check_tokenizer
 from llama_ds.data.source.remote import RetryPolicy
-from llama_ds.data.source.shards import Source, read_manifest
+from llama_ds.data.source.shards import Source, read_manifest, with_digests
 from llama_ds.data.source.store import BadFile, open_store
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
@@ -78,7 +78,7 @@ def open_sources(data: DataConfig, vocab_size: int) -> Sources:
     train, validation = [], []
     for config in data.sources:
         store = open_store(config.path, cache, RetryPolicy(data.deadline_s))
-        manifest = read_manifest(store)
+        manifest = with_digests(store, read_manifest(store))
         check_tokenizer(manifest, tokenizer)
         _check_shapes(config, manifest, data.seq_len, vocab_size)
         train.append(Source(store, manifest, "train"))

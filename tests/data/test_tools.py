@@ -51,8 +51,9 @@ def test_from_text_to_verified_shards(tmp_path: Path) -> None:
     damage(tmp_path / "shards" / "code" / "train-000000.tar")
     found = tool("shards.py", "verify", tmp_path / "shards")
     assert found.returncode == 1 and "train shard 0" in found.stdout and "1 of its shards are damaged" in found.stdout
-    again = tool("shards.py", *build)
-    assert again.returncode == 2 and "--overwrite" in again.stderr
+    done("shards.py", *build)  # finished: nothing is repeated
+    again = tool("shards.py", *build, "--dedup")
+    assert again.returncode == 2 and "dedup False, now True" in again.stderr and "--overwrite" in again.stderr
 
 
 def damage(shard: Path) -> None:

@@ -1,4 +1,4 @@
-"""Atomic file writes, and the user error for a full disk."""
+"""Atomic file writes, and the user error for a disk that is full or broken."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def atomic_writer(path: str, expected_bytes: int = 0, wait: bool = True) -> Iter
     `wait`: sync it to disk before the rename, so that a power failure cannot leave the name without the content.
 
     Raises:
-        UserError: the disk is full; names the folder, the space needed (at least `expected_bytes`) and the free space.
+        UserError: it cannot be written; for a full disk, names the folder, the space needed (at least
+            `expected_bytes`) and the free space.
     """
     temporary = f"{path}{TEMPORARY}{os.getpid()}"
-    with reporting_full_disk(path, expected_bytes):
+    with reporting_write_errors(path, expected_bytes):
         try:
             with open(temporary, "wb") as file:
                 yield file
@@ -39,16 +40,25 @@ def atomic_writer(path: str, expected_bytes: int = 0, wait: bool = True) -> Iter
 
 
 @contextmanager
-def reporting_full_disk(path: str, expected_bytes: int = 0) -> Iterator[None]:
-    """Convert the system error of a full disk or quota, while writing `path`, into a UserError."""
+def reporting_write_errors(path: str, expected_bytes: int = 0) -> Iterator[None]:
+    """Convert a system error while writing `path`, such as a full disk or quota, into a UserError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
         folder, name = os.path.split(path)
-        free = shutil.disk_usage(folder).free
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            where = error.filename if isinstance(error.filename, str) else path
+            raise UserError(
+                f"{where}: cannot be written or read ({error.strerror or error}); the build in {folder} needs it: "
+                "repair that and run the same command again to resume the build, or choose another --out"
+            ) from None
         raise UserError(
             f"{folder}: the disk or the quota is full ({error.strerror}): {name} takes {max(1, expected_bytes)} bytes, "
-            f"{free} are free; make room and run the same command again to resume the build"
+            f"{_free(folder)} are free; make room and run the same command again to resume the build"
         ) from None
+
+
+def _free(folder: str) -> int:
+    while not os.path.isdir(folder or "."):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder or ".").free

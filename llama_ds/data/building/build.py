@@ -9,26 +9,36 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llama_ds.data.building import build_folder
-from llama_ds.data.building.atomic_file import reporting_full_disk
+from llama_ds.data.building.atomic_file import reporting_write_errors
 from llama_ds.data.building.dedup import DIGEST, DigestSet
 from llama_ds.data.building.document_counts import DocumentCounts
+from llama_ds.data.building.input_files import (
+    InputFile,
+    build_input,
+    check_touched,
+    check_unchanged,
+    digest,
+    missing_files,
+    stat_files,
+)
 from llama_ds.data.building.packing import id_dtype
-from llama_ds.data.building.parts import Part, plan_parts
+from llama_ds.data.building.parts import plan_parts
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard
 from llama_ds.data.building.split_stream import ShardForm, SplitStream
 from llama_ds.data.building.tokenized import TokenizedCounts, TokenizedPart, TokenizePart, documents_path, read_part
 from llama_ds.data.building.workers import ThisProcess, Workers
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.documents_index import parse_documents
+from llama_ds.data.source.input_index import ListedFile
 from llama_ds.data.source.manifest import REBUILD, SPLITS, Manifest, check_tokenizer, documents_name, parse_manifest
-from llama_ds.data.text.formats import ReadOptions
-from llama_ds.data.text.inputs import find_inputs
+from llama_ds.data.text.formats import FileFormat, ReadOptions
+from llama_ds.data.text.inputs import Inputs, TakenFile, find_inputs
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from llama_ds.log import logger
@@ -74,8 +84,9 @@ def build_source(
 
     The hash of a document's text assigns it to a split: copies of a text go to the same split, and adding documents
     moves none. `dedup` keeps only the first of equal documents. `append` adds the documents to a finished source,
-    whose shards stay unchanged. `skip_bad` leaves out documents that are empty, not UTF-8 or not JSON, and reports them
-    by file and reason; a list of documents of which none is left is an error unless it matches `allow_empty`.
+    whose shards stay unchanged; files that it already holds are left out. `skip_bad` leaves out documents that are
+    empty, not UTF-8 or not JSON, and reports them by file and reason; a list of documents of which none is left is an
+    error unless it matches `allow_empty`. A build or addition that is already complete is not repeated.
 
     Args:
         pattern: a file, a folder or a glob with `**`.
@@ -99,37 +110,61 @@ def build_source(
         tokenizer_path, seq_len, validation_fraction, rows_per_shard, document_chars, dedup, skip_bad,
         options or ReadOptions(), allow_empty,
     )  # fmt: skip
-    _check(name, settings, overwrite, append)
+    _check(name, settings, workers, overwrite, append)
     tokenizer = Tokenizer(tokenizer_path)
     if tokenizer.bos_id < 0 or tokenizer.eos_id < 0:
         raise UserError(f"{tokenizer_path}: no bos or eos id; train one with tools/tokenizer.py train")
     folder = os.path.join(out, name)
     inputs = find_inputs(pattern, settings.options)
     inputs.report()
-    files = inputs.paths
-    parts = plan_parts(inputs.files, settings.options)
-    announce(sum(piece.size for part in parts for piece in part))
-    with reporting_full_disk(folder), build_folder.locked(folder):
-        mark = build_folder.fingerprint(files, _flags(settings, tokenizer))
-        if done := build_folder.finish_commit(folder, mark):
-            return done
-        base = _base(folder, settings, tokenizer, overwrite, append)
+    files = stat_files(inputs.paths)
+    with reporting_write_errors(folder), build_folder.locked(folder):
+        build_folder.finish_commit(folder)
+        base = None if overwrite else _finished(folder, settings, tokenizer, append)
         if base is not None:
-            mark[build_folder.APPENDS_TO] = hashlib.sha256(build_folder.finished(folder) or b"").hexdigest()
-        build_folder.begin(folder, mark, base, overwrite)
-        build = _Build(folder, settings, tokenizer, parts, base)
-        try:
-            with start_workers(workers) as pool:
-                build.run(pool, progress, workers)
-        finally:
-            build_folder.remove_temporary(folder)  # also on an error, because the disk may be full
-        if base is None:
-            _check_filled(folder, pattern, build.splits, validation_fraction)
-        manifest = Manifest(
-            name, seq_len, tokenizer.vocab_size, id_dtype(tokenizer.vocab_size).str, tokenizer.sha256,
-            validation_fraction, {split: stream.result() for split, stream in build.splits.items()},
-        )  # fmt: skip
-        build_folder.commit(folder, manifest, base, {split: s.sha256 for split, s in build.splits.items()})
+            files = missing_files(folder, base, files, _reading_flags(settings), append, workers)
+            if not files:
+                logger.info("%s: already holds all documents of %s; nothing is left to do", folder, pattern)
+                return base
+        return _complete(folder, name, inputs, settings, tokenizer, files, base, overwrite, workers, progress, announce)
+
+
+def _complete(
+    folder: str,
+    name: str,
+    inputs: Inputs,
+    settings: _Settings,
+    tokenizer: Tokenizer,
+    files: Sequence[InputFile],
+    base: Manifest | None,
+    overwrite: bool,
+    workers: int,
+    progress: Callable[[int, int, int], None],
+    announce: Callable[[int], None],
+) -> Manifest:
+    """Build the documents of `files`, some of `inputs`, resuming an unfinished build of them."""
+    mark = build_folder.fingerprint(files, _flags(settings, tokenizer))
+    if base is not None:
+        mark[build_folder.APPENDS_TO] = hashlib.sha256(build_folder.finished(folder) or b"").hexdigest()
+    found = build_folder.begin(folder, mark, files, base, overwrite)
+    build = _Build(folder, settings, tokenizer, files, inputs.formats, base)
+    announce(build.input_bytes)
+    build.resume(found, progress)
+    try:
+        with start_workers(workers) as pool:
+            build.run(pool, progress, workers)
+    finally:
+        build_folder.remove_temporary(folder)  # also on an error, because the disk may be full
+    if base is None:
+        _check_filled(folder, inputs.pattern, build.splits, settings.validation_fraction)
+    listed = build.listed_files()
+    entry = build_input(listed, base is not None, _reading_flags(settings))
+    manifest = Manifest(
+        name, settings.seq_len, tokenizer.vocab_size, id_dtype(tokenizer.vocab_size).str, tokenizer.sha256,
+        settings.validation_fraction, {split: stream.result() for split, stream in build.splits.items()},
+        inputs=(*(base.inputs if base else ()), entry),
+    )  # fmt: skip
+    build_folder.commit(folder, manifest, base, {split: s.sha256 for split, s in build.splits.items()}, listed)
     build.report(name)
     return manifest
 
@@ -138,15 +173,28 @@ class _Build:
     """Schedules the tasks of a build, and appends tokenized parts to the split streams in order."""
 
     def __init__(
-        self, folder: str, settings: _Settings, tokenizer: Tokenizer, parts: Sequence[Part], base: Manifest | None
+        self,
+        folder: str,
+        settings: _Settings,
+        tokenizer: Tokenizer,
+        files: Sequence[InputFile],
+        formats: Mapping[str, FileFormat],
+        base: Manifest | None,
     ) -> None:
         self._dtype = id_dtype(tokenizer.vocab_size)
-        self._folder = build_folder.build_path(folder)
+        self._source, self._folder = folder, build_folder.build_path(folder)
         form = ShardForm(
             folder, self._folder, settings.seq_len, settings.rows_per_shard, self._dtype.str, tokenizer.eos_id
         )
         self.splits = {split: SplitStream(form, split, base.splits[split] if base else None) for split in SPLITS}
-        self._settings, self._parts = settings, parts
+        self._settings, self._inputs = settings, {file.path: file for file in files}
+        self._parts = plan_parts([TakenFile(file.path, formats[file.path]) for file in files], settings.options)
+        self.input_bytes = sum(piece.size for part in self._parts for piece in part)
+        self._first_part: dict[str, int] = {}  # number of the part in which each file begins
+        for number, pieces in enumerate(self._parts):
+            for piece in pieces:
+                self._first_part.setdefault(piece.path, number)
+        self._digests: dict[str, str] = {}
         self._known = DigestSet() if settings.dedup else None
         if self._known and base:
             _add_known(self._known, folder, base)
@@ -156,9 +204,26 @@ class _Build:
         self._counts = DocumentCounts(settings.options, settings.allow_empty)
         self._copies = 0
 
+    def resume(self, found: Sequence[InputFile], progress: Callable[[int, int, int], None]) -> None:
+        """Take over what an earlier, killed build finished; `found` are the files as that build found them.
+
+        Raises:
+            UserError: a file that it has read has changed.
+        """
+        read: set[str] = set()
+        for number, pieces in enumerate(self._parts):
+            if part := read_part(self._folder, number, self._dtype):
+                self._waiting[number] = part
+                self._digests.update(part.digests)
+                read.update(piece.path for piece in pieces)
+                progress(0, 0, sum(piece.size for piece in pieces))
+        now = list(self._inputs.values())
+        if found != now:
+            check_touched(found, now, self._digests, read, self._folder)
+            build_folder.save_files(self._source, now)
+
     def run(self, pool: ThisProcess | Workers, progress: Callable[[int, int, int], None], workers: int) -> None:
         """Run the build to its end."""
-        self._find_tokenized(progress)
         while True:
             self._append_ready()
             while pool.is_free and (task := self._next_task(workers)):
@@ -170,20 +235,23 @@ class _Build:
                     progress(*message)
                 elif isinstance(message, TokenizedPart):
                     self._waiting[message.number] = message
+                    self._digests.update(message.digests)
                 elif isinstance(message, WrittenShard):
                     self.splits[message.split].take(message)
+
+    def listed_files(self) -> list[ListedFile]:
+        """Return the input files with their checksums, once all parts are tokenized."""
+        unread = [file for path, file in self._inputs.items() if path not in self._digests]  # they hold no document
+        for file in unread:
+            self._digests[file.path] = digest(file.path)
+        check_unchanged(unread)
+        return [ListedFile(self._digests[path], file.size, path) for path, file in self._inputs.items()]
 
     def report(self, name: str) -> None:
         """Log how many documents were left out."""
         self._counts.report(name)
         if self._known:
             logger.info("source %s: %d duplicate documents left out", name, self._copies)
-
-    def _find_tokenized(self, progress: Callable[[int, int, int], None]) -> None:
-        for number, pieces in enumerate(self._parts):
-            if part := read_part(self._folder, number, self._dtype):
-                self._waiting[number] = part
-                progress(0, 0, sum(piece.size for piece in pieces))
 
     def _next_task(self, workers: int) -> WriteShard | TokenizePart | None:
         for stream in self.splits.values():  # shards first, because their parts' ids can then be deleted
@@ -195,8 +263,10 @@ class _Build:
             return None
         number, s = self._next, self._settings
         self._next += 1
+        paths = dict.fromkeys(piece.path for piece in self._parts[number])
         return TokenizePart(
-            self._folder, number, self._parts[number],
+            self._folder, number, self._parts[number], tuple(self._inputs[path] for path in paths),
+            tuple(path for path in paths if self._first_part[path] == number),
             s.tokenizer_path, s.validation_fraction, s.document_chars, s.skip_bad, s.options, s.allow_empty,
         )  # fmt: skip
 
@@ -225,13 +295,17 @@ class _Build:
         self._copies += len(copies)
 
 
-def _check(name: str, settings: _Settings, overwrite: bool, append: bool) -> None:
+def _check(name: str, settings: _Settings, workers: int, overwrite: bool, append: bool) -> None:
     if name != os.path.basename(name) or name in ("", ".", ".."):
         raise UserError(f"source name '{name}' is not a plain folder name; use letters, digits, '-' and '_'")
     if min(settings.seq_len, settings.rows_per_shard) < 1:
         raise UserError(
             f"seq_len = {settings.seq_len} and rows per shard = {settings.rows_per_shard} must both be at least 1"
         )
+    if workers < 1:
+        raise UserError(f"workers = {workers} is not positive; use 1 or more processes")
+    if settings.document_chars < 0:
+        raise UserError(f"document chars = {settings.document_chars} is negative; use 0 to split no document")
     if not 0 <= settings.validation_fraction < 1:
         raise UserError(f"validation fraction {settings.validation_fraction} is not in [0, 1); use for example 0.01")
     if overwrite and append:
@@ -239,31 +313,41 @@ def _check(name: str, settings: _Settings, overwrite: bool, append: bool) -> Non
 
 
 def _flags(settings: _Settings, tokenizer: Tokenizer) -> dict[str, object]:
+    """Return the flags on which the bytes of a build depend."""
     return {
         "seq_len": settings.seq_len,
         "rows per shard": settings.rows_per_shard,
         "validation fraction": settings.validation_fraction,
-        "document chars": settings.document_chars,
-        "dedup": settings.dedup,
         "tokenizer": tokenizer.sha256,
-        **settings.options.flags(),
+        **_reading_flags(settings),
         build_folder.APPENDS_TO: "",
     }
 
 
-def _base(folder: str, settings: _Settings, tokenizer: Tokenizer, overwrite: bool, append: bool) -> Manifest | None:
-    """Return the manifest to append to, or None for a new source."""
+def _reading_flags(settings: _Settings) -> dict[str, object]:
+    """Return the flags that decide which documents the input gives; those of a manifest's shape are fields there."""
+    return {"document chars": settings.document_chars, "dedup": settings.dedup, **settings.options.flags()}
+
+
+def _finished(folder: str, settings: _Settings, tokenizer: Tokenizer, append: bool) -> Manifest | None:
+    """Return the manifest of the finished source in a folder, None if there is none.
+
+    Raises:
+        UserError: it was built with another tokenizer or other sizes, or `append` needs one and there is none.
+    """
     content = build_folder.finished(folder)
-    if not append:
-        if content is not None and not overwrite:
-            raise UserError(
-                f"{folder}: already holds a finished source; use another --out or name, --append to add to it, or "
-                "--overwrite to replace it"
-            )
-        return None
     if content is None:
-        raise UserError(f"{folder}: has no finished source to append to; build it first, without --append")
+        if append:
+            raise UserError(f"{folder}: has no finished source to append to; build it first, without --append")
+        return None
     base = parse_manifest(content, folder)
+    advice = (
+        "append with the same value"
+        if append
+        else "use another --out or name for a second source, or --overwrite to replace this one"
+    )
+    if not append and base.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(f"{folder}: already holds a finished source, built with another tokenizer; {advice}")
     check_tokenizer(base, tokenizer)
     for flag, is_, was in (
         ("--seq-len", settings.seq_len, base.seq_len),
@@ -271,7 +355,7 @@ def _base(folder: str, settings: _Settings, tokenizer: Tokenizer, overwrite: boo
         ("--validation-fraction", settings.validation_fraction, base.validation_fraction),
     ):
         if is_ != was:
-            raise UserError(f"{folder}: was built with {flag} {was}, not {is_}; append with the same value")
+            raise UserError(f"{folder}: was built with {flag} {was}, not {is_}; {advice}")
     return base
 
 

@@ -2,6 +2,7 @@
 
     build.lock            lock held by the running build
     build/plan.json       input and flags
+    build/files.json      input files as they were found, with their times
     build/part-*          tokenized parts (tokenized.py)
     build/train-* ...     checksums of finished shards (shard_writer.py)
     build/manifest.json   written last, before it is moved to the source folder
@@ -22,6 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 from llama_ds.data.building.atomic_file import TEMPORARY, atomic_writer
+from llama_ds.data.building.input_files import InputFile
+from llama_ds.data.source.input_index import INPUT_FILE, ListedFile, input_name, write_inputs
 from llama_ds.data.source.manifest import (
     CHECKSUM_BLOCK,
     MANIFEST,
@@ -31,13 +34,13 @@ from llama_ds.data.source.manifest import (
     checksum_blocks,
     checksum_of,
     checksums_name,
-    parse_manifest,
     shard_name,
     write_atomically,
 )
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
+INPUT = "input"  # key of the fingerprint: number, total size and names of the files
 APPENDS_TO = "appends to"  # key of the fingerprint: checksum of the manifest that a build appends to
 SOURCE_FILE = re.compile(rf"({'|'.join(SPLITS)})-(\d+)\.(tar|documents\.gz|sha256)")
 
@@ -86,14 +89,11 @@ def _take_lock(path: str, folder: str) -> int:
         os.close(file)
 
 
-def fingerprint(files: Sequence[str], flags: Mapping[str, object]) -> dict[str, object]:
-    """Return everything that determines the bytes of a build: the flags, and the files' names, sizes and mtimes."""
-    listed, size = hashlib.sha256(), 0
-    for path in files:
-        status = os.stat(path)
-        size += status.st_size
-        listed.update(json.dumps([path, status.st_size, status.st_mtime_ns]).encode())
-    return {**flags, "input": f"{len(files)} files, {size} bytes, {listed.hexdigest()[:16]}"}
+def fingerprint(files: Sequence[InputFile], flags: Mapping[str, object]) -> dict[str, object]:
+    """Return what an unfinished build must agree in to be resumed: the flags, and the files' names and sizes."""
+    listed = hashlib.sha256(json.dumps([(file.path, file.size) for file in files]).encode())
+    size = sum(file.size for file in files)
+    return {**flags, INPUT: f"{len(files)} files, {size} bytes, {listed.hexdigest()[:16]}"}
 
 
 def finished(folder: str) -> bytes | None:
@@ -105,23 +105,17 @@ def finished(folder: str) -> bytes | None:
         return None
 
 
-def finish_commit(folder: str, mark: Mapping[str, object]) -> Manifest | None:
-    """Finish a build that was killed during its commit; return its manifest if its fingerprint is `mark`."""
-    build = build_path(folder)
-    try:
-        with open(os.path.join(build, MANIFEST), "rb") as file:
-            content = file.read()
-    except FileNotFoundError:
-        return None
-    plan = _read_plan(build) or {}
-    write_atomically(os.path.join(folder, MANIFEST), content)
-    _remove_build(folder)
-    same = {**plan, APPENDS_TO: ""} == {**mark, APPENDS_TO: ""}
-    return parse_manifest(content, build) if same else None
+def finish_commit(folder: str) -> None:
+    """Finish a build that was killed during its commit."""
+    if content := _read(os.path.join(build_path(folder), MANIFEST)):
+        write_atomically(os.path.join(folder, MANIFEST), content)
+        _remove_build(folder)
 
 
-def begin(folder: str, mark: Mapping[str, object], base: Manifest | None, overwrite: bool) -> None:
-    """Prepare the folder for a new or resumed build with the fingerprint `mark`.
+def begin(
+    folder: str, mark: Mapping[str, object], files: Sequence[InputFile], base: Manifest | None, overwrite: bool
+) -> list[InputFile]:
+    """Prepare the folder for a new or resumed build with the fingerprint `mark`; return the files as it found them.
 
     Raises:
         UserError: it holds an unfinished build with another fingerprint, and `overwrite` is false.
@@ -134,29 +128,60 @@ def begin(folder: str, mark: Mapping[str, object], base: Manifest | None, overwr
         _remove_build(folder)
         plan = None
     if plan is not None and plan != mark:
-        changes = ", ".join(
-            f"{key} {plan.get(key)}, now {value}" for key, value in mark.items() if plan.get(key) != value
-        )
-        alternative = (
-            f"delete {build} to abandon that addition" if plan.get(APPENDS_TO) else "start again with --overwrite"
-        )
         raise UserError(
-            f"{folder}: holds an unfinished build of other input or flags ({changes}); "
-            f"finish it with the command that started it, or {alternative}"
+            f"{folder}: holds an unfinished build of other input or flags ({_changes(build, plan, mark, files)}); "
+            f"finish it with the command that started it, or delete {build} to "
+            f"{'abandon that addition' if plan.get(APPENDS_TO) else 'start again'}"
         )
     remove_temporary(folder)
-    if plan is None:
-        _remove_strays(folder, base)
-        os.makedirs(build, exist_ok=True)
-        os.makedirs(os.path.join(folder, "index"), exist_ok=True)
-        with atomic_writer(os.path.join(build, "plan.json")) as file:
-            file.write(json.dumps(dict(mark), indent=1).encode())
+    if plan is not None:
+        return _read_files(build)
+    _remove_strays(folder, base)
+    os.makedirs(build, exist_ok=True)
+    os.makedirs(os.path.join(folder, "index"), exist_ok=True)
+    save_files(folder, files)
+    with atomic_writer(os.path.join(build, "plan.json")) as file:
+        file.write(json.dumps(dict(mark), indent=1).encode())
+    return list(files)
 
 
-def commit(folder: str, manifest: Manifest, base: Manifest | None, sha256: Mapping[str, list[str]]) -> None:
+def save_files(folder: str, files: Sequence[InputFile]) -> None:
+    """Record the input files as they are found now."""
+    with atomic_writer(os.path.join(build_path(folder), "files.json")) as file:
+        file.write(json.dumps(files).encode())
+
+
+def _read_files(build: str) -> list[InputFile]:
+    return [InputFile(*file) for file in json.loads(_read(os.path.join(build, "files.json")) or b"[]")]
+
+
+def _changes(build: str, plan: Mapping[str, object], mark: Mapping[str, object], files: Sequence[InputFile]) -> str:
+    differ = [key for key in mark if plan.get(key) != mark[key]]
+    changes = [f"{key} {plan.get(key)}, now {mark[key]}" for key in differ if key != INPUT]
+    if INPUT in differ:
+        changes.append(_input_change(_read_files(build), files))
+    return ", ".join(changes)
+
+
+def _input_change(then: Sequence[InputFile], now: Sequence[InputFile]) -> str:
+    sizes = [{file.path: file.size for file in files} for files in (then, now)]
+    for path in sorted({**sizes[0], **sizes[1]}):
+        was, is_ = (f"of {some[path]} bytes" if path in some else "absent" for some in sizes)
+        if was != is_:
+            return f"{path} {was}, now {is_}"
+    return "input files in another order"
+
+
+def commit(
+    folder: str,
+    manifest: Manifest,
+    base: Manifest | None,
+    sha256: Mapping[str, list[str]],
+    files: Sequence[ListedFile],
+) -> None:
     """Write the checksums and the manifest of a build whose shards are finished, and remove its temporary files.
 
-    `sha256` holds, for each split, the checksums of the shards of this build.
+    `sha256` holds, for each split, the checksums of the shards of this build; `files` are its input.
 
     Raises:
         UserError: the checksums of the earlier shards cannot be read.
@@ -167,6 +192,8 @@ def commit(folder: str, manifest: Manifest, base: Manifest | None, sha256: Mappi
             if _read(os.path.join(folder, name)) != lines.encode():
                 with atomic_writer(os.path.join(folder, name), len(lines)) as file:
                     file.write(lines.encode())
+    with atomic_writer(os.path.join(folder, input_name(len(manifest.inputs) - 1))) as file:
+        write_inputs(file, files)
     content = json.dumps(asdict(manifest), indent=1).encode()
     with atomic_writer(os.path.join(build_path(folder), MANIFEST), len(content)) as file:
         file.write(content)
@@ -228,11 +255,15 @@ def _remove_strays(folder: str, base: Manifest | None) -> None:
     # Shards of an older or abandoned build are in no manifest, and this build would take them for its own.
     for directory in (folder, os.path.join(folder, "index")):
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
-            if (match := SOURCE_FILE.fullmatch(name)) and _is_stray(name, match, base):
+            if _is_stray(name, base):
                 os.remove(os.path.join(directory, name))
 
 
-def _is_stray(name: str, match: re.Match[str], base: Manifest | None) -> bool:
+def _is_stray(name: str, base: Manifest | None) -> bool:
+    if match := INPUT_FILE.fullmatch(name):
+        return int(match[1]) >= (len(base.inputs) if base else 0)
+    if not (match := SOURCE_FILE.fullmatch(name)):
+        return False
     split, number, kind = match[1], int(match[2]), match[3]
     shards = base.splits[split].shards if base else 0
     if kind == "sha256":

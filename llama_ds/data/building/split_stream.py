@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llama_ds.data.building.packing import rows_of
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard, read_shard
 from llama_ds.data.building.tokenized import ids_path
-from llama_ds.data.source.manifest import Extent, Split
+from llama_ds.data.source.manifest import Extent, Split, extent_digest
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class SplitStream:
 
     def result(self) -> Split:
         """Return the split including the extent that this build added."""
-        added = (Extent(self.rows, self.documents, self.ids),) if self.documents else ()
+        added = (Extent(self.rows, self.documents, self.ids, extent_digest(self.sha256)),) if self.documents else ()
         return Split(self._base.rows_per_shard, (*self._base.extents, *added), self._base.bad)
 
     def next_task(self) -> WriteShard | None:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -23,10 +23,12 @@ import numpy as np
 
 from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.dedup import DIGEST
+from llama_ds.data.building.input_files import InputFile, check_unchanged, digest
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part
 from llama_ds.data.source.manifest import SPLITS
 from llama_ds.data.text.corpus import cut
+from llama_ds.data.text.cuts import PIECE_CHARS, pieces_of
 from llama_ds.data.text.formats import ReadOptions, matches
 from llama_ds.data.text.input_storage import input_size
 from llama_ds.data.text.piece_reader import EMPTY_DOCUMENT, LeftOut, PieceReader, empty_file
@@ -58,6 +60,7 @@ class TokenizedPart:
     lines: tuple[int, ...]  # number of lines of each piece
     taken: tuple[int, ...]  # number of documents read from each piece, before they are cut
     left_out: tuple[dict[str, LeftOut], ...]  # documents of each piece that were left out, by reason
+    digests: dict[str, str]  # sha256 of each file that the task was asked to hash, by path
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class TokenizePart:
     build: str
     number: int
     pieces: Part
+    files: tuple[InputFile, ...]  # files of the pieces, as the build found them
+    hashed: tuple[str, ...]  # paths of those that begin in this part
     tokenizer_path: str
     validation_fraction: float
     document_chars: int
@@ -78,8 +83,19 @@ class TokenizePart:
         """Write the files of the part; yield progress, then the part's counts.
 
         Raises:
-            UserError: bad input, or a full disk.
+            UserError: bad input, input that changed since the build found it, or a full disk.
         """
+        check_unchanged(self.files)
+        digests = {path: digest(path) for path in self.hashed}  # first, so that small files are then in the page cache
+        try:
+            lines, output = yield from self._tokenize()
+        except UserError:
+            check_unchanged(self.files)  # the reason of any other error
+            raise
+        check_unchanged(self.files)
+        yield self._finish(output, lines, digests)
+
+    def _tokenize(self) -> Generator[TokenizedCounts, None, tuple[tuple[int, ...], _Output]]:
         size = sum(piece.size for piece in self.pieces)
         with ExitStack() as stack:
             files = [
@@ -100,7 +116,7 @@ class TokenizePart:
                 lines.append(reader.lines)
                 output.left_out.append(reader.left_out)
             yield output.flush(size - reported)
-        yield self._finish(output, tuple(lines))
+        return tuple(lines), output
 
     def _texts(self, reader: PieceReader) -> Iterable[tuple[int, str]]:
         """Return the texts of a piece, none for an empty file that is allowed."""
@@ -133,13 +149,15 @@ class TokenizePart:
         for document in cut(text, self.document_chars):
             output.add(document, piece, line, self.validation_fraction)
 
-    def _finish(self, output: _Output, lines: tuple[int, ...]) -> TokenizedPart:
+    def _finish(self, output: _Output, lines: tuple[int, ...], digests: dict[str, str]) -> TokenizedPart:
         records = output.records()
         with atomic_writer(documents_path(self.build, self.number), records.nbytes, wait=False) as file:
             np.save(file, records)
         held_out = int(records["validation"].sum())
-        part = TokenizedPart(self.number, (len(records) - held_out, held_out), output.totals(), lines,
-                             tuple(output.taken), tuple(output.left_out))  # fmt: skip
+        documents = len(records) - held_out, held_out
+        part = TokenizedPart(
+            self.number, documents, output.totals(), lines, tuple(output.taken), tuple(output.left_out), digests
+        )
         with atomic_writer(_record_path(self.build, self.number), wait=False) as file:
             file.write(json.dumps(asdict(part)).encode())
         return part
@@ -163,11 +181,18 @@ class _Output:
 
     def add(self, text: str, piece: int, line: int, validation_fraction: float) -> None:
         """Tokenize one document."""
-        digest = hashlib.sha256(text.encode()).digest()
+        digest = _digest(text)
         split = _is_validation(digest, validation_fraction)
-        ids = self._tokenizer.encode_array(text).astype(self._dtype)
-        self._ids[split] += (self._bos, ids, self._eos)
-        self._lengths.append(len(ids) + 2)
+        length = 2
+        self._ids[split].append(self._bos)
+        for part in pieces_of(text, self._tokenizer.cuts if len(text) > PIECE_CHARS else None):
+            ids = self._tokenizer.encode_array(part).astype(self._dtype)
+            length += len(ids)
+            self._ids[split].append(ids)
+            if len(text) > PIECE_CHARS:
+                self._write()
+        self._ids[split].append(self._eos)
+        self._lengths.append(length)
         self._lines.append(line)
         self._pieces.append(piece)
         self._validation.append(split)
@@ -176,15 +201,18 @@ class _Output:
 
     def flush(self, read_bytes: int) -> TokenizedCounts:
         """Write the buffered ids, and return the progress since the last call."""
+        self._write()
+        documents, ids = self._reported
+        self._reported = len(self._lengths), sum(self._written)
+        self.chars = 0
+        return TokenizedCounts(self._reported[0] - documents, self._reported[1] - ids, read_bytes)
+
+    def _write(self) -> None:
         for i, (ids, file) in enumerate(zip(self._ids, self._files, strict=True)):
             if ids:
                 file.write(np.concatenate(ids).data)
             self._written[i] += sum(map(len, ids))
             ids.clear()
-        documents, ids_ = self._reported
-        self._reported = len(self._lengths), sum(self._written)
-        self.chars = 0
-        return TokenizedCounts(self._reported[0] - documents, self._reported[1] - ids_, read_bytes)
 
     def totals(self) -> tuple[int, int]:
         """Return the number of ids written for each split."""
@@ -201,7 +229,7 @@ class _Output:
 
 def in_validation(text: str, fraction: float) -> bool:
     """Whether the hash of a text assigns it to validation."""
-    return _is_validation(hashlib.sha256(text.encode()).digest(), fraction)
+    return _is_validation(_digest(text), fraction)
 
 
 def ids_path(build: str, number: int, split: str) -> str:
@@ -228,13 +256,19 @@ def read_part(build: str, number: int, dtype: np.dtype) -> TokenizedPart | None:
         if os.path.exists(path) and os.path.getsize(path) != ids * dtype.itemsize:
             return None
     left_out = tuple({reason: LeftOut(**found) for reason, found in piece.items()} for piece in raw["left_out"])
-    return TokenizedPart(
-        raw["number"], tuple(raw["documents"]), tuple(raw["ids"]), tuple(raw["lines"]), tuple(raw["taken"]), left_out
-    )
+    pairs = {key: tuple(raw[key]) for key in ("documents", "ids", "lines", "taken")}
+    return TokenizedPart(**{**raw, **pairs, "left_out": left_out})
 
 
 def _record_path(build: str, number: int) -> str:
     return os.path.join(build, f"part-{number:06d}.json")
+
+
+def _digest(text: str) -> bytes:
+    sha256 = hashlib.sha256()
+    for start in range(0, len(text), PIECE_CHARS):  # in pieces, because the encoded text is a copy
+        sha256.update(text[start : start + PIECE_CHARS].encode())
+    return sha256.digest()
 
 
 def _is_validation(digest: bytes, fraction: float) -> bool:

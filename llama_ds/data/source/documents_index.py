@@ -41,7 +41,7 @@ def write_documents(file: BinaryIO, documents: Iterable[IndexedDocument]) -> Non
         io.TextIOWrapper(packed, "utf-8", "surrogateescape", newline="\n", write_through=False) as text,
     ):
         for d in documents:
-            text.write(f"{d.start}\t{d.length}\t{d.digest.hex()}\t{d.place.translate(_ESCAPES)}\n")
+            text.write(f"{d.start}\t{d.length}\t{d.digest.hex()}\t{escape(d.place)}\n")
 
 
 def parse_documents(content: bytes, path: str) -> list[IndexedDocument]:
@@ -59,15 +59,21 @@ def parse_documents(content: bytes, path: str) -> list[IndexedDocument]:
         raise UserError(f"{path}: damaged index of documents ({error}); restore it from a copy, or {REBUILD}") from None
 
 
-def _parse(line: str) -> IndexedDocument:
-    start, length, digest, where = line.split("\t")
-    return IndexedDocument(int(start), int(length), bytes.fromhex(digest), _unescape(where))
+def escape(text: str) -> str:
+    """Escape backslashes, tabs and line ends as in Python."""
+    return text.translate(_ESCAPES)
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
+    """Return the text that `escape` turns into `text`."""
     if "\\" not in text:
         return text
     first, *others = text.split("\\\\")
     for plain, escaped in (("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
         first, others = first.replace(escaped, plain), [other.replace(escaped, plain) for other in others]
     return "\\".join([first, *others])
+
+
+def _parse(line: str) -> IndexedDocument:
+    start, length, digest, where = line.split("\t")
+    return IndexedDocument(int(start), int(length), bytes.fromhex(digest), unescape(where))

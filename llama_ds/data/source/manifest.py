@@ -7,6 +7,7 @@ A source is a folder, or a URL with the same file names:
     validation-000000.tar ...
     index/train-0000.sha256 ...       checksums of 1024 shards each, readable by `sha256sum -c`
     index/train-000000.documents.gz   index of the documents of a shard (`documents_index.py`)
+    index/input-0000.gz               list of the input files of a build or addition (`input_index.py`)
 
 Each build, and each addition to a source, is an extent: its documents are concatenated and cut into rows, and the last
 row is padded with eos. All shards of an extent have `rows_per_shard` rows except the last, which has the remainder.
@@ -14,9 +15,10 @@ row is padded with eos. All shards of an extent have `rows_per_shard` rows excep
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
@@ -39,6 +41,7 @@ class Extent:
     rows: int
     documents: int
     ids: int  # ids of its documents with bos and eos, without the padding of the last row
+    sha256: str = ""  # `extent_digest` of its shards; "" in manifests of older versions
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,17 @@ class Split:
 
 
 @dataclass(frozen=True)
+class BuildInput:
+    """The input of one build or addition."""
+
+    appended: bool  # False: the build that created the source
+    files: int
+    bytes: int
+    sha256: str  # of the checksums of the files, in order
+    settings: dict[str, object]  # flags that decide which documents the files give
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Contents of a source and the settings of its build."""
 
@@ -110,6 +124,7 @@ class Manifest:
     validation_fraction: float
     splits: dict[str, Split]
     format: int = FORMAT
+    inputs: tuple[BuildInput, ...] = ()  # older versions recorded none
 
 
 def shard_name(split: str, shard: int) -> str:
@@ -125,6 +140,11 @@ def documents_name(split: str, shard: int) -> str:
 def checksums_name(split: str, shard: int) -> str:
     """Return the name of the checksum file of a shard."""
     return f"index/{split}-{shard // CHECKSUM_BLOCK:04d}.sha256"
+
+
+def extent_digest(sha256: Sequence[str]) -> str:
+    """Return the identity of the content of an extent whose shards have these checksums."""
+    return hashlib.sha256("".join(sha256).encode()).hexdigest()
 
 
 def checksum_line(split: str, shard: int, sha256: str) -> str:
@@ -160,7 +180,8 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         if raw["format"] != FORMAT:
             raise UserError(f"{where}: format {raw['format']}, this program reads {FORMAT}; {REBUILD}")
         splits = {name: _split(split) for name, split in raw["splits"].items()}
-        return Manifest(**{**raw, "splits": splits})
+        inputs = tuple(BuildInput(**entry) for entry in raw.get("inputs", ()))
+        return Manifest(**{**raw, "splits": splits, "inputs": inputs})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a manifest of shards ({type(error).__name__}: {error}); {REBUILD}") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -17,8 +18,10 @@ from llama_ds.data.source import tar_rows
 from llama_ds.data.source.manifest import (
     MANIFEST,
     Manifest,
+    Split,
     checksum_of,
     checksums_name,
+    extent_digest,
     parse_manifest,
     shard_name,
 )
@@ -42,6 +45,30 @@ def read_manifest(store: Store) -> Manifest:
         raise UserError(
             f"{path}: cannot read the shards' manifest ({error.reason}); build the source with tools/shards.py build"
         ) from None
+
+
+def with_digests(store: Store, manifest: Manifest) -> Manifest:
+    """Return the manifest with the digest of every extent; manifests of older versions get it from the checksums.
+
+    An extent whose checksums cannot be read stays without a digest: reading its shards reports that.
+    """
+    splits = {name: _with_digests(store, name, split) for name, split in manifest.splits.items()}
+    return replace(manifest, splits=splits)
+
+
+def _with_digests(store: Store, name: str, split: Split) -> Split:
+    if all(extent.sha256 for extent in split.extents):
+        return split
+    files = lru_cache(maxsize=1)(store.read)
+    extents, first = [], 0
+    try:
+        for extent, shards in zip(split.extents, split.extent_shards, strict=True):
+            sums = [checksum_of(files(checksums_name(name, i)), name, i) for i in range(first, first + shards)]
+            extents.append(replace(extent, sha256=extent_digest([s for s in sums if s]) if all(sums) else ""))
+            first += shards
+    except BadFile:
+        return split
+    return replace(split, extents=tuple(extents))
 
 
 class Source:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.inputs import find_inputs
 from llama_ds.data.text.piece_reader import PieceReader, TextPiece, empty_file
+
+_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # line ends as in str.splitlines
+_LINE = re.compile(f"[^{_ENDS}]*(?:\r\n|[{_ENDS}])|[^{_ENDS}]+")
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,11 @@ def cut(text: str, max_chars: int) -> Iterator[str]:
 
 def cut_at_lines(text: str, max_chars: int) -> Iterator[str]:
     """Yield consecutive pieces of `text`: whole lines, at most `max_chars` long unless one line is longer."""
-    piece: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True):
-        if piece and size + len(line) > max_chars:
-            yield "".join(piece)
-            piece, size = [], 0
-        piece.append(line)
-        size += len(line)
-    if piece:
-        yield "".join(piece)
+    start = end = 0
+    for line in _LINE.finditer(text):  # one at a time: a list of all lines may take more memory than a long text
+        if end > start and line.end() - start > max_chars:
+            yield text[start:end]
+            start = end
+        end = line.end()
+    if end > start:
+        yield text[start:end]

@@ -52,6 +52,11 @@ class Inputs:
         """Paths of the files taken."""
         return [file.path for file in self.files]
 
+    @property
+    def formats(self) -> dict[str, FileFormat]:
+        """Formats of the files taken, by path."""
+        return {file.path: file.format for file in self.files}
+
     def report(self) -> None:
         """Log how many files are taken, by format, and which are left out, by reason."""
         formats = Counter(str(file.format) for file in self.files)

@@ -7,12 +7,14 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
 
 from llama_ds.data.text.corpus import cut_at_lines, documents
+from llama_ds.data.text.cuts import Cuts
 from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.input_storage import input_size
 from llama_ds.data.text.inputs import find_inputs
@@ -60,6 +62,7 @@ class Tokenizer:
         self.bos_id: int = self._model.bos_id()
         self.eos_id: int = self._model.eos_id()
         self._mark_ids = self._space_mark_ids()
+        self._proto = model
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without bos and eos."""
@@ -86,6 +89,25 @@ class Tokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of `ids`; bos and eos add nothing, invalid UTF-8 becomes U+FFFD."""
         return self._model.decode([int(i) for i in ids])
+
+    @cached_property
+    def cuts(self) -> Cuts | None:
+        """Where a text may be cut without a change of its ids; None: nowhere that is certain.
+
+        Certain are cuts for BPE without normalization, if no character is unknown: unknown ones would be joined.
+        """
+        from sentencepiece import sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto.FromString(self._proto)
+        normalizer, trainer = model.normalizer_spec, model.trainer_spec
+        normalizes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+        if trainer.model_type != trainer.BPE or normalizes or not normalizer.escape_whitespaces:
+            return None
+        if self._model.unk_id() in (self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)):
+            return None
+        texts = [piece.text.replace(SPACE_MARK, " ") for piece in self.pieces()]
+        adjacent = frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1))
+        return Cuts(adjacent, SPACE_MARK, normalizer.add_dummy_prefix)
 
     def pieces(self) -> list[VocabularyPiece]:
         """Return the vocabulary by id, for conversion to other formats."""

@@ -1,0 +1,217 @@
+"""The input files of a build: whether they stay unchanged while it runs, and which of them a source already holds.
+
+The content of a file identifies it. Its stamp (size and times) only says whether the content must be compared again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import BinaryIO, NamedTuple
+
+from llama_ds.data.source.input_index import ListedFile, input_name, parse_inputs
+from llama_ds.data.source.manifest import BuildInput, Manifest
+from llama_ds.errors import UserError
+from llama_ds.log import logger
+
+BLOCK = 1 << 20  # bytes per read
+NAMED = 3  # files that a message names
+
+
+class InputFile(NamedTuple):
+    """An input file as it was found."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ctime_ns: int  # also changes when a file is replaced by one with an older mtime
+
+
+def stat_files(paths: Iterable[str]) -> list[InputFile]:
+    """Return the files with their present stamps.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return [_stat(path) for path in paths]
+
+
+def check_unchanged(files: Iterable[InputFile]) -> None:
+    """Raise UserError if a file is no longer as it was found."""
+    for file in files:
+        try:
+            now = _stat(file.path)
+        except UserError:
+            raise UserError(f"{file.path}: was removed while the build read it; {_again('restore it')}") from None
+        if now.size != file.size:
+            raise UserError(
+                f"{file.path}: changed from {file.size} to {now.size} bytes while the build read it; "
+                f"{_again('restore it')}"
+            )
+        if now != file:
+            raise UserError(
+                f"{file.path}: was written to or replaced while the build read it; {_again('leave it alone')}"
+            )
+
+
+def _again(fix: str) -> str:
+    return f"{fix} and run the same command again, which resumes the build if the content is the same"
+
+
+def digest(path: str, size: int | None = None) -> str:
+    """Return the sha256 of a file, or of its first `size` bytes.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return _digest(file, size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+
+
+def _digest(file: BinaryIO, size: int | None) -> str:
+    sha256 = hashlib.sha256()
+    left = size
+    while data := file.read(BLOCK if left is None else min(BLOCK, left)):
+        sha256.update(data)
+        left = None if left is None else left - len(data)
+    return sha256.hexdigest()
+
+
+def check_touched(
+    found: Sequence[InputFile], now: Sequence[InputFile], digests: Mapping[str, str], read: set[str], build: str
+) -> None:
+    """Check the files whose stamps changed since an unfinished build found them: equal content is accepted.
+
+    Args:
+        digests: sha256 by path of the files that the build has hashed.
+        read: paths of all files that it has read in part.
+        build: its folder, for messages.
+
+    Raises:
+        UserError: the build has read another content, or part of a file whose content it does not know.
+    """
+    for then, file in zip(found, now, strict=True):
+        if then == file or file.path not in read:
+            continue
+        known = digests.get(file.path)
+        content = digest(file.path) if known else None
+        if known is None or content != known:
+            what = f"sha256 {known[:12]}, now {content[:12]}" if known and content else "its times differ"
+            raise UserError(
+                f"{file.path}: changed since the unfinished build in {build} read it ({what}); restore the file, or "
+                f"delete {build} to start this build again"
+            )
+        logger.info("%s: its times changed, but not its content; the build continues", file.path)
+
+
+def build_input(files: Sequence[ListedFile], appended: bool, settings: dict[str, object]) -> BuildInput:
+    """Return the entry of the manifest for a build of `files`."""
+    return BuildInput(appended, len(files), sum(f.size for f in files), _combined(files), settings)
+
+
+def missing_files(
+    folder: str, manifest: Manifest, files: Sequence[InputFile], settings: dict[str, object], append: bool, workers: int
+) -> list[InputFile]:
+    """Return the files that a finished source does not hold yet: [] if the build or addition is already complete.
+
+    Without `append`, the source must be built from exactly `files`. Files of equal size are compared by content.
+
+    Raises:
+        UserError: the source was built from other files, or from these with other settings; or a file has only grown
+            since it was added, so that its old documents would be added again.
+    """
+    held = [_listed(folder, number) for number in range(len(manifest.inputs))]
+    listed = [file for files_ in held for file in files_]
+    mine = _compared(files, {file.size for file in listed}, workers)
+    for entry, same in zip(manifest.inputs, held, strict=True):
+        if (append or not entry.appended) and [f.sha256 for f in mine] == [f.sha256 for f in same]:
+            _check_settings(folder, entry, settings)
+            return []
+    known = {(file.path, file.sha256) for file in listed}
+    left = [file for file, own in zip(files, mine, strict=True) if (own.path, own.sha256) not in known]
+    if not append:
+        if not left and len(files) == len(listed) and not manifest.inputs[0].appended:
+            _check_settings(folder, manifest.inputs[0], settings)
+            return []
+        raise UserError(_other_input(folder, files, left, manifest))
+    if not settings["dedup"]:
+        _check_not_grown(folder, left, listed)
+    if left and len(left) < len(files):
+        names = {file.path for file in left}
+        logger.info(
+            "%s: already holds %d of the %d input files, which are not added again: %s",
+            *(folder, len(files) - len(left), len(files), _named([f.path for f in files if f.path not in names])),
+        )
+    return left
+
+
+def _stat(path: str) -> InputFile:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    return InputFile(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+def _listed(folder: str, number: int) -> list[ListedFile]:
+    path = os.path.join(folder, input_name(number))
+    try:
+        with open(path, "rb") as file:
+            return parse_inputs(file.read(), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it from a copy of the source") from None
+
+
+def _compared(files: Sequence[InputFile], sizes: set[int], workers: int) -> list[ListedFile]:
+    """Return the files with their checksums; a file whose size is not in `sizes` is new, and is not read."""
+    with ThreadPoolExecutor(workers) as pool:  # hashing releases the GIL
+        found = pool.map(lambda file: digest(file.path) if file.size in sizes else "", files)
+        return [ListedFile(sha256, file.size, file.path) for file, sha256 in zip(files, found, strict=True)]
+
+
+def _combined(files: Sequence[ListedFile]) -> str:
+    return hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()
+
+
+def _check_settings(folder: str, entry: BuildInput, settings: dict[str, object]) -> None:
+    differ = [f"{key} {entry.settings.get(key)}, now {value}" for key, value in settings.items()
+              if entry.settings.get(key) != value]  # fmt: skip
+    if differ:
+        raise UserError(
+            f"{folder}: already holds these documents, built with other flags ({'; '.join(differ)}); use another --out "
+            "or name, or --overwrite to build the source again"
+        )
+
+
+def _other_input(folder: str, files: Sequence[InputFile], left: Sequence[InputFile], manifest: Manifest) -> str:
+    if not manifest.inputs or manifest.inputs[0].appended:
+        what = "and an older version, which recorded no input, built it"
+    elif left:
+        what = f"and does not hold {len(left)} of these {len(files)} input files: {_named([f.path for f in left])}"
+    else:
+        what = f"of {sum(entry.files for entry in manifest.inputs)} input files, not only these {len(files)}"
+    return (
+        f"{folder}: already holds a finished source, {what}; use another --out or name, --append to add to it, or "
+        "--overwrite to replace it"
+    )
+
+
+def _check_not_grown(folder: str, files: Sequence[InputFile], listed: Sequence[ListedFile]) -> None:
+    by_path = {file.path: file for file in listed}
+    for file in files:
+        old = by_path.get(file.path)
+        if old and 0 < old.size < file.size and digest(file.path, old.size) == old.sha256:
+            raise UserError(
+                f"{file.path}: {folder} holds its first {old.size} bytes, whose documents would be added again; "
+                "append a file of the new documents alone, or leave out equal documents with --dedup"
+            )
+
+
+def _named(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - NAMED} more" if len(paths) > NAMED else ""
+    return ", ".join(paths[:NAMED]) + more

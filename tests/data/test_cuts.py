@@ -1,0 +1,128 @@
+"""A long text that is encoded in pieces has the ids of the whole text, and needs little memory."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from built_sources import SEQ_LEN, Built
+from hypothesis import given
+from hypothesis import strategies as st
+from source_files import streams
+
+from llama_ds.data.building import tokenized
+from llama_ds.data.building.build import build_source
+from llama_ds.data.text import cuts
+from llama_ds.data.text.corpus import cut_at_lines, documents
+from llama_ds.data.text.cuts import PIECE_CHARS, pieces_of
+from llama_ds.data.text.tokenizer import Tokenizer
+
+ODD = [
+    "\u2581",
+    "\u2581 ",
+    " \u2581",
+    "  ",
+    "   ",
+    "\n",
+    " \n\n",
+    "\r\n",
+    "日本語",
+    "\U0001f600",
+    "é",
+    "e\u0301",
+    "\u3000",
+    "7",
+]
+
+
+@pytest.fixture(scope="module")
+def model(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Tokenizer]:
+    folder = tmp_path_factory.mktemp("models")
+
+    def train(**settings: object) -> Tokenizer:
+        file = io.BytesIO()
+        defaults = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+                    "remove_extra_whitespaces": False}  # fmt: skip
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([d.text[:2000] for d in documents(built.code)]),
+            **{"model_writer": file, "vocab_size": 700, "minloglevel": 2, **defaults, **settings},
+        )
+        path = folder / f"{len(list(folder.iterdir()))}.model"
+        path.write_bytes(file.getvalue())
+        return Tokenizer(str(path))
+
+    return train
+
+
+@pytest.mark.parametrize("kind", ["ours", "with a space before the text", "with spaces inside pieces"])
+def test_pieces_have_the_ids_of_the_whole(built: Built, model: Callable[..., Tokenizer], kind: str) -> None:
+    if kind == "ours":
+        tokenizer = Tokenizer(built.tokenizer)
+    else:  # that of the original LLaMA; one whose vocabulary joins words
+        tokenizer = model(split_by_whitespace=kind.startswith("with a space"), allow_whitespace_only_pieces=True)
+    draw = random.Random(kind)
+    pieces = [p.text.replace("\u2581", " ") for p in tokenizer.pieces() if p.ordinary]
+    assert (kind == "with spaces inside pieces") == any(" " in piece.strip() for piece in pieces)
+    several = 0
+    for _ in range(1000):
+        text = "".join(draw.choices([*pieces, *ODD * 5], k=draw.randrange(1, 60)))
+        parts = list(pieces_of(text, tokenizer.cuts, draw.randrange(1, 60)))
+        several += len(parts) > 1
+        assert [i for part in parts for i in tokenizer.encode(part)] == tokenizer.encode(text), (text, parts)
+    assert several > 500
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"model_type": "unigram"}, {"byte_fallback": False}, {"normalization_rule_name": "nmt_nfkc"},
+     {"remove_extra_whitespaces": True}],
+)  # fmt: skip
+def test_a_tokenizer_whose_ids_depend_on_distant_text_gets_it_whole(
+    model: Callable[..., Tokenizer], settings: dict[str, object]
+) -> None:
+    assert model(**settings).cuts is None
+
+
+def test_texts_are_cut_to_pieces_of_the_size_where_possible(built: Built) -> None:
+    tokenizer = Tokenizer(built.tokenizer)
+    text = "It was the 7th day of the voyage. " * 5000
+    assert max(map(len, pieces_of(text, tokenizer.cuts, 1000))) <= 1000
+    assert list(pieces_of(text, None, 1000)) == [text]
+    assert list(pieces_of("e" * 3000, cuts.Cuts(frozenset(["ee"])), 1000)) == ["e" * 3000]
+    parts = list(pieces_of("e" * 1500 + "7" + "e" * 200, cuts.Cuts(frozenset(["ee"])), 1000))
+    assert parts == ["e" * 1500, "7" + "e" * 200]
+
+
+def test_a_build_of_a_long_document_gives_the_ids_of_the_whole(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "".join(d.text for d in documents(built.code)) * 20
+    assert len(text) > 2 * PIECE_CHARS
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    tokenizer, sizes = Tokenizer(built.tokenizer), []
+    encode = Tokenizer.encode_array
+
+    def encode_array(self: Tokenizer, text: str) -> np.ndarray:
+        sizes.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(tokenized.Tokenizer, "encode_array", encode_array)
+    build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.0)
+    assert streams(tmp_path / "s", "train")[0].tolist() == [1, *tokenizer.encode(text), 2]
+    assert len(sizes) > 2 and max(sizes) <= PIECE_CHARS
+
+
+@given(st.text(st.sampled_from("ab\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029 ")), st.integers(1, 9))
+def test_texts_are_cut_where_lines_end(text: str, max_chars: int) -> None:
+    lines = text.splitlines(keepends=True)
+    pieces, expected = list(cut_at_lines(text, max_chars)), [""]
+    for line in lines:
+        if expected[-1] and len(expected[-1]) + len(line) > max_chars:
+            expected.append("")
+        expected[-1] += line
+    assert pieces == (expected if text else [])
