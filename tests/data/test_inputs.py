@@ -72,21 +72,24 @@ def test_a_folder_takes_texts_and_lists_and_names_the_rest(tmp_path: Path) -> No
     (tmp_path / "_SUCCESS").write_bytes(b"")
     (tmp_path / "_temporary").mkdir()
     (tmp_path / "_temporary" / "a.jsonl").write_bytes(LINES)
-    (tmp_path / "a.py").write_bytes(b'{"a": 1}')
+    (tmp_path / "__init__.py").write_bytes(b'{"a": 1}')
     (tmp_path / "image.png").write_bytes(b"\x89PNG\0")
     (tmp_path / "Makefile").write_bytes(b"all:\n")
     (tmp_path / "nothing").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe")
     assert texts(tmp_path) == ['{"a": 1}', *TEXTS, "a text without suffix"]
     assert left_out(tmp_path) == {
-        "name begins with . or _": ["_SUCCESS", "_temporary", "lang=en/year=2020/.part-00000-c000.json.gz.crc"],
+        "hidden or a marker": ["_SUCCESS", "_temporary", "lang=en/year=2020/.part-00000-c000.json.gz.crc"],
         "not text": ["image.png"],
         "suffix missing, which folders are not searched for": ["Makefile"],
         "empty, and no suffix of a text": ["nothing"],
         "not a regular file": ["pipe"],
     }
     assert texts(tmp_path / "*=*") == TEXTS  # a folder that matches a glob is read as one
-    assert left_out(tmp_path, ReadOptions(exclude=("lang=*", "*.py")))["named by --exclude"] == ["a.py", "lang=en"]
+    assert left_out(tmp_path, ReadOptions(exclude=("lang=*", "*.py")))["named by --exclude"] == [
+        "__init__.py",
+        "lang=en",
+    ]
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:

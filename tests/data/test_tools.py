@@ -11,6 +11,7 @@ import pytest
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILD = ("shards.py", "build", f"--source=a={ROOT}/README.md", "--seq-len=8", "--out=x")
 
 
 def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -89,11 +90,8 @@ def test_sizes_are_numbers_above_0(args: tuple[str, ...]) -> None:
         (("shards.py", "consumed", "no-run"), "no-run"),
         (("shards.py", "verify", "foo://bucket/x"), "foo://bucket/x"),
         (("shards.py", "verify", "http://127.0.0.1:9/x"), "cache"),
-        (
-            ("shards.py", "build", "--source=a=x", "--tokenizer=~/no.model", "--seq-len=8", "--out=x"),
-            f"{Path.home()}/no.model",
-        ),
-        (("shards.py", "build", "--source=a=x", "--tokenizer=no.model", "--seq-len=8", "--out=x"), "no.model"),
+        ((*BUILD, "--tokenizer=~/no.model"), f"{Path.home()}/no.model"),
+        ((*BUILD, "--tokenizer=no.model"), "no.model"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(args: tuple[object, ...], message: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from llama_ds.data.text.columns import row_counts
-from llama_ds.data.text.formats import JSON_LINES, PARQUET, TEXT, ReadOptions
+from llama_ds.data.text.formats import JSON_LINES, MEGATRON, PARQUET, TEXT, ReadOptions
 from llama_ds.data.text.input_storage import input_size
 from llama_ds.data.text.inputs import TakenFile
+from llama_ds.data.text.megatron import open_megatron
 from llama_ds.data.text.piece_reader import TextPiece
 
 PARTS = 1024  # target number of parts: enough to balance workers, few enough for one file each
@@ -20,7 +21,8 @@ def plan_parts(files: Sequence[TakenFile], options: ReadOptions) -> list[Part]:
     """Return the parts of the files, in order.
 
     Small files share a part. JSON lines and separated texts that are not compressed are cut into byte ranges, parquet
-    files between row groups. Other files cannot be read from the middle and form one piece of any size.
+    files between row groups, Megatron ids between documents. Other files cannot be read from the middle and form one
+    piece of any size.
 
     Raises:
         UserError: a parquet file is damaged.
@@ -42,7 +44,9 @@ def plan_parts(files: Sequence[TakenFile], options: ReadOptions) -> list[Part]:
 
 def _pieces(file: TakenFile, options: ReadOptions, file_size: int, size: int) -> Iterator[TextPiece]:
     if file.format.content == PARQUET:
-        yield from _row_groups(file, options, file_size, size)
+        yield from _units(file, len(row_counts(file.path, options.text_field)), file_size, size)
+    elif file.format.content == MEGATRON:
+        yield from _units(file, len(open_megatron(file.path)), file_size, size)
     elif file_size > size and _is_divisible(file, options):
         for start in range(0, file_size, size):
             stop = min(start + size, file_size)
@@ -60,10 +64,10 @@ def _is_divisible(file: TakenFile, options: ReadOptions) -> bool:
     return file.format.content == JSON_LINES or (bool(s) and not overlaps)
 
 
-def _row_groups(file: TakenFile, options: ReadOptions, file_size: int, size: int) -> Iterator[TextPiece]:
-    groups = len(row_counts(file.path, options.text_field))
-    together = max(1, groups * size // max(1, file_size))
-    for start in range(0, groups, together):
-        stop = min(start + together, groups)
-        share = file_size * stop // groups - file_size * start // groups
+def _units(file: TakenFile, units: int, file_size: int, size: int) -> Iterator[TextPiece]:
+    """Yield pieces of about `size` bytes of a file of row groups or documents, one piece if it has none."""
+    together = max(1, units * size // max(1, file_size))
+    for start in range(0, max(1, units), together):
+        stop = min(start + together, units)
+        share = file_size * stop // max(1, units) - file_size * start // max(1, units)
         yield TextPiece(file.path, start, stop, share, file.format)

@@ -23,15 +23,16 @@ import numpy as np
 
 from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.dedup import DIGEST
+from llama_ds.data.building.imported_ids import ImportedIds
 from llama_ds.data.building.input_files import InputFile, check_unchanged, digest
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part
 from llama_ds.data.source.manifest import SPLITS
 from llama_ds.data.text.corpus import cut
 from llama_ds.data.text.cuts import PIECE_CHARS, pieces_of
-from llama_ds.data.text.formats import ReadOptions, matches
+from llama_ds.data.text.formats import MEGATRON, ReadOptions, matches
 from llama_ds.data.text.input_storage import input_size
-from llama_ds.data.text.piece_reader import EMPTY_DOCUMENT, LeftOut, PieceReader, empty_file
+from llama_ds.data.text.piece_reader import EMPTY_DOCUMENT, LeftOut, PieceReader, TextPiece, empty_file
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
@@ -104,11 +105,10 @@ class TokenizePart:
             output = _Output(_tokenizer(self.tokenizer_path), files)
             lines, reported = [], 0
             for index, piece in enumerate(self.pieces):
-                reader = PieceReader(piece, self.skip_bad, self.options)
+                reader = self._reader(piece, output)
                 before = sum(p.size for p in self.pieces[:index])
                 output.taken.append(0)
-                for line, text in self._texts(reader):
-                    self._add(output, reader, index, line, text)
+                for _ in self._documents(output, reader, index):
                     if output.chars >= REPORT_CHARS:
                         done = before + int(reader.share * piece.size)
                         yield output.flush(max(0, done - reported))
@@ -117,6 +117,25 @@ class TokenizePart:
                 output.left_out.append(reader.left_out)
             yield output.flush(size - reported)
         return tuple(lines), output
+
+    def _reader(self, piece: TextPiece, output: _Output) -> PieceReader | ImportedIds:
+        if piece.format is not None and piece.format.content == MEGATRON:
+            return ImportedIds(piece, output.tokenizer, self.skip_bad)
+        return PieceReader(piece, self.skip_bad, self.options)
+
+    def _documents(self, output: _Output, reader: PieceReader | ImportedIds, piece: int) -> Iterator[None]:
+        """Add the documents of a piece, and yield after each."""
+        if isinstance(reader, PieceReader):
+            for line, text in self._texts(reader):
+                self._add(output, reader, piece, line, text)
+                yield
+        elif self.document_chars:
+            raise UserError(f"{reader.piece.path}: --document-chars splits no ids already made; omit it")
+        else:
+            for line, ids, text in reader:
+                output.taken[-1] += 1
+                output.add_ids(ids, text, piece, line, self.validation_fraction)
+                yield
 
     def _texts(self, reader: PieceReader) -> Iterable[tuple[int, str]]:
         """Return the texts of a piece, none for an empty file that is allowed."""
@@ -167,7 +186,7 @@ class _Output:
     """Tokenizes documents, and writes their ids to the file of their split."""
 
     def __init__(self, tokenizer: Tokenizer, files: Sequence[BinaryIO]) -> None:
-        self._tokenizer, self._files = tokenizer, files
+        self.tokenizer, self._files = tokenizer, files
         self._dtype = id_dtype(tokenizer.vocab_size)
         self._bos, self._eos = (np.array([i], self._dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
         self._ids: list[list[np.ndarray]] = [[] for _ in files]
@@ -179,25 +198,35 @@ class _Output:
         self.left_out: list[dict[str, LeftOut]] = []
         self.chars = 0
 
+    def add_ids(self, ids: np.ndarray, text: str, piece: int, line: int, validation_fraction: float) -> None:
+        """Add one document whose ids are known."""
+        digest = _digest(text)
+        split = _is_validation(digest, validation_fraction)
+        self._ids[split] += (self._bos, ids.astype(self._dtype), self._eos)
+        self._record(len(ids) + 2, line, piece, split, digest, len(text))
+
     def add(self, text: str, piece: int, line: int, validation_fraction: float) -> None:
         """Tokenize one document."""
         digest = _digest(text)
         split = _is_validation(digest, validation_fraction)
         length = 2
         self._ids[split].append(self._bos)
-        for part in pieces_of(text, self._tokenizer.cuts if len(text) > PIECE_CHARS else None):
-            ids = self._tokenizer.encode_array(part).astype(self._dtype)
+        for part in pieces_of(text, self.tokenizer.cuts if len(text) > PIECE_CHARS else None):
+            ids = self.tokenizer.encode_array(part).astype(self._dtype)
             length += len(ids)
             self._ids[split].append(ids)
             if len(text) > PIECE_CHARS:
                 self._write()
         self._ids[split].append(self._eos)
+        self._record(length, line, piece, split, digest, len(text))
+
+    def _record(self, length: int, line: int, piece: int, split: bool, digest: bytes, chars: int) -> None:
         self._lengths.append(length)
         self._lines.append(line)
         self._pieces.append(piece)
         self._validation.append(split)
         self._digests += digest[: DIGEST.itemsize]
-        self.chars += len(text)
+        self.chars += chars
 
     def flush(self, read_bytes: int) -> TokenizedCounts:
         """Write the buffered ids, and return the progress since the last call."""

@@ -19,7 +19,7 @@ TEXT, BINARY, EMPTY = "text", "binary", "empty"
 JSON_LINES, JSON_VALUES = "JSON lines", "JSON"
 PARQUET, ARROW_STREAM, ARROW_FILE = "parquet", "Arrow stream", "Arrow file"
 COLUMNS = (PARQUET, ARROW_STREAM, ARROW_FILE)
-MEGATRON = "Megatron ids"
+MEGATRON, MEGATRON_INDEX = "Megatron ids", "index of Megatron ids"
 
 # Suffixes of texts that no other format has: their content is not examined.
 PLAIN_SUFFIXES = (
@@ -41,6 +41,7 @@ _UNREAD = {
     **dict.fromkeys((".pkl", ".pickle", ".npy", ".npz"), "write it as parquet"),
 }
 _ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
+_MEGATRON_MAGIC = b"MMIDIDX\0\0"
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,10 @@ def _head(path: str, compression: str) -> bytes:
 def _content(path: str, head: bytes, suffix: str) -> str:
     if suffix in PLAIN_SUFFIXES:
         return TEXT
+    if head.startswith(_MEGATRON_MAGIC):
+        return MEGATRON_INDEX
+    if suffix == ".bin" and _has_index(path):
+        return MEGATRON
     if head.startswith(b"PAR1"):
         return PARQUET
     if head.startswith(b"ARROW1\0\0"):
@@ -146,6 +151,12 @@ def _content(path: str, head: bytes, suffix: str) -> str:
     if re.match(rb'\[\s*\{\s*"|\{\s*\n\s*"', head.removeprefix(BOM).lstrip()):
         return JSON_VALUES
     return TEXT if suffix in TEXT_SUFFIXES or _is_utf8(head) else BINARY
+
+
+def _has_index(path: str) -> bool:
+    """Whether an index of Megatron-LM lies beside NAME.bin."""
+    index = f"{os.path.splitext(path)[0]}.idx"
+    return os.path.exists(index) and _head(index, "").startswith(_MEGATRON_MAGIC)
 
 
 def _json_content(head: bytes, suffix: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from llama_ds.data.text import saved_datasets
 from llama_ds.data.text.formats import (
     BINARY,
     EMPTY,
+    MEGATRON_INDEX,
     TEXT,
     TEXT_SUFFIXES,
     FileFormat,
@@ -23,12 +25,14 @@ from llama_ds.data.text.formats import (
     matches,
     recognise,
 )
-from llama_ds.data.text.input_storage import unreadable
+from llama_ds.data.text.input_storage import is_remote, list_remote, unreadable
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
 SHOWN = 3  # examples of files that are left out for one reason
-MARKER = "name begins with . or _"
+HIDDEN = "hidden or a marker"
+# Names that Hadoop, Spark and Delta Lake give to files and folders beside the data.
+MARKER = re.compile(r"_(SUCCESS|metadata|common_metadata|temporary|spark_metadata|delta_log|(committed|started)_\w+)")
 
 
 @dataclass(frozen=True)
@@ -92,9 +96,11 @@ def find_inputs(pattern: str, options: ReadOptions) -> Inputs:
     Raises:
         UserError: nothing is taken, a file or folder cannot be read, or a file holds records that are not read.
     """
-    pattern = os.path.expanduser(pattern)
+    pattern = os.path.expanduser(pattern.removeprefix("file://"))
     search = _Search(Inputs(pattern), options)
-    if os.path.isdir(pattern):
+    if is_remote(pattern):
+        search.remote(pattern)
+    elif os.path.isdir(pattern):
         search.folder(pattern)
     elif os.path.isfile(pattern):
         search.named(pattern)
@@ -102,6 +108,7 @@ def find_inputs(pattern: str, options: ReadOptions) -> Inputs:
         for path in sorted(_glob(pattern)):
             search.entry(path, in_folder=False)
     inputs = search.inputs
+    _leave_out_readme(inputs)
     if not inputs.files:
         raise inputs.nothing()
     inputs.files.sort(key=lambda file: file.path)
@@ -118,7 +125,27 @@ class _Search:
     def named(self, path: str) -> None:
         """Take a file that the user named in full."""
         found = recognise(path, self._options)
+        if found.content == MEGATRON_INDEX:
+            self._leave_out(path, f"the {MEGATRON_INDEX} in the .bin file")
+            return
         self._take(path, FileFormat(TEXT, found.compression) if found.content in (BINARY, EMPTY) else found)
+
+    def remote(self, url: str) -> None:
+        """Take the files at a URL."""
+        for path in list_remote(url):
+            if path == url:
+                self.named(path)
+                continue
+            if matches(path, self._options.exclude):
+                self._leave_out(path, "named by --exclude")
+            elif any(
+                _is_hidden(part) or MARKER.fullmatch(part) for part in path.split("/") if part not in url.split("/")
+            ):
+                self._leave_out(path, HIDDEN)
+            elif os.path.basename(path) in saved_datasets.FILES:
+                self._leave_out(path, saved_datasets.METADATA)
+            else:
+                self._of_folder(path)
 
     def folder(self, path: str) -> None:
         """Take the files of a folder and of all folders below it."""
@@ -146,8 +173,9 @@ class _Search:
         if matches(path, self._options.exclude):
             self._leave_out(path, "named by --exclude")
             return
-        if os.path.basename(path)[:1] in (".", "_"):
-            self._leave_out(path, MARKER)
+        name = os.path.basename(path)
+        if MARKER.fullmatch(name) or (in_folder and _is_hidden(name)):
+            self._leave_out(path, HIDDEN)
             return
         try:
             mode = os.stat(path).st_mode
@@ -167,6 +195,8 @@ class _Search:
         suffix = content_suffix(path)
         if matches(path, self._options.as_text):
             self._take(path, found)
+        elif found.content == MEGATRON_INDEX:
+            self.named(path)
         elif found.content in (BINARY, EMPTY) and not _is_part(path):
             self._leave_out(path, "not text" if found.content == BINARY else "empty, and no suffix of a text")
         elif found.content == TEXT and suffix not in TEXT_SUFFIXES and not (found.compression or _is_part(path)):
@@ -181,8 +211,27 @@ class _Search:
         self.inputs.left_out[reason].append(path)
 
 
+def _leave_out_readme(inputs: Inputs) -> None:
+    """Leave out the README of a folder of lists: it describes them, as the card of a dataset does on a hub."""
+    folders: set[str] = set()  # folders of lists, and all above them
+    for file in inputs.files:
+        folder = os.path.dirname(file.path) if file.format.is_list else ""
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = os.path.dirname(folder) if os.path.dirname(folder) != folder else ""
+    for file in inputs.files:
+        if os.path.basename(file.path).lower() == "readme.md" and os.path.dirname(file.path) in folders:
+            inputs.left_out["describes lists of texts"].append(file.path)
+    describing = set(inputs.left_out.get("describes lists of texts", ()))
+    inputs.files = [file for file in inputs.files if file.path not in describing]
+
+
 def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _is_part(path: str) -> bool:

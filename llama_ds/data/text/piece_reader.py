@@ -19,6 +19,7 @@ from llama_ds.data.text.formats import (
     ARROW_STREAM,
     JSON_LINES,
     JSON_VALUES,
+    MEGATRON,
     PARQUET,
     FileFormat,
     ReadOptions,
@@ -35,7 +36,7 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True)
 class TextPiece:
-    """A file or a piece of it, start .. stop - 1: a byte range of lines, or row groups of a parquet file."""
+    """A file or a piece of it, start .. stop - 1: bytes of lines, row groups of a parquet file, or documents."""
 
     path: str
     start: int = 0
@@ -81,6 +82,8 @@ class PieceReader:
         self.is_list = self._format.is_list or bool(self._options.separator)  # whether the file may hold several texts
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        if self._format.content == MEGATRON:
+            raise UserError(f"{self.piece.path}: holds ids, not text; only tools/shards.py build imports them")
         if self._format.content == PARQUET:
             return self._rows(self._parquet())
         if self._format.content in (ARROW_STREAM, ARROW_FILE):

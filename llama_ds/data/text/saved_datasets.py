@@ -10,6 +10,7 @@ from llama_ds.errors import UserError
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")
+FILES = (STATE, SPLITS, *DESCRIPTIONS)
 METADATA = "metadata of a saved dataset"
 
 
