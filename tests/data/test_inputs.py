@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import zstandard
 from llama_ds.data.text.corpus import documents
 from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.inputs import find_inputs
+from llama_ds.data.text.piece_reader import PieceReader, TextPiece
 from llama_ds.errors import UserError
 
 TEXTS = ["one", "two\n", "drei \U0001f600"]
@@ -58,7 +60,7 @@ def test_compressions_are_recognised_by_content_and_read_to_the_end_of_the_last_
 
 def test_a_zstd_window_above_the_default_is_read(tmp_path: Path) -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=28)
-    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # of a size not known before
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj()  # its size is unknown
     (tmp_path / "a.jsonl.zst").write_bytes(frame.compress(LINES) + frame.flush())
     assert texts(tmp_path) == TEXTS
 
@@ -177,6 +179,20 @@ def test_files_named_as_text_are_one_document(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_bytes(b"a,b\n")
     for pattern in (tmp_path, tmp_path / "*"):
         assert texts(pattern, ReadOptions(as_text=("*.json", "table.csv"))) == ['{"a": 1}\n', "a,b\n"]
+
+
+def test_arrays_and_compressed_files_are_read_as_they_are_needed(tmp_path: Path) -> None:
+    """The first document is there after a small part of the file, whose rest is not in memory."""
+    noise = random.Random(0)
+    records = [{"text": noise.randbytes(5000).hex()} for _ in range(400)]
+    array, rows = json.dumps(records).encode(), b"".join(json.dumps(r).encode() + b"\n" for r in records)
+    for name, content in (("a.json", array), ("a.json.gz", gzip.compress(array)), ("b.gz", gzip.compress(rows)),
+                          ("a.json.zst", zstandard.compress(array)), ("b.zst", zstandard.compress(rows)),
+                          ("a.json.xz", lzma.compress(array)), ("b.bz2", bz2.compress(rows))):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        reader = PieceReader(TextPiece(str(tmp_path / name)))
+        assert next(iter(reader)) == (1, records[0]["text"])
+        assert reader.share <= 0.5
 
 
 def test_home_is_expanded_in_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
