@@ -13,7 +13,7 @@ from typing import Any
 
 MAX_ITEM = 1 << 30  # bytes of one value; a longer one is the sign of a quote or a bracket that is never closed
 _STRUCTURE = re.compile(rb'[\[\]{},"]')
-_IN_STRING = re.compile(rb'\\.|["\n]', re.DOTALL)
+_IN_STRING = re.compile(rb'[^"\\\n]*(?:\\.[^"\\\n]*)*', re.DOTALL)
 
 
 class BrokenStream(Exception):
@@ -106,18 +106,18 @@ class _Scanner:
             self._in_string = True
 
     def _skip_string(self) -> bool:
-        for match in _IN_STRING.finditer(self._buffer, self._at):
-            self._at = match.end()
-            if match[0] == b'"':
-                self._in_string = False
-                return True
-            if match[0] == b"\n":
-                raise BrokenStream(f"a line ends within a string at byte {self._base + self._at - 1}")
-        if self._buffer[-1:] != b"\\" or self._at == len(self._buffer):  # keep a backslash whose character is to come
-            self._at = len(self._buffer)
-        else:
-            self._at = len(self._buffer) - 1
-        return False
+        """Scan to the end of the string in progress; return whether it has been found."""
+        match = _IN_STRING.match(self._buffer, self._at)
+        assert match is not None
+        self._at = match.end()  # before a backslash whose character has not arrived, too
+        following = self._buffer[self._at : self._at + 1]
+        if following == b"\n":
+            raise BrokenStream(f"a line ends within a string at byte {self._base + self._at}")
+        if following != b'"':
+            return False
+        self._at += 1
+        self._in_string = False
+        return True
 
     def _take(self, token: str) -> Iterator[tuple[int, bytes]]:
         here = self._at - 1
