@@ -83,6 +83,16 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
             raise UserError(f"command line: --{name.replace('_', '-')} {value} is not positive")
 
 
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end the program with one line while it still imports its modules; `run` handles it from then on."""
+    signal.signal(signal.SIGINT, _end_at_once)
+
+
+def _end_at_once(*_: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> int:
     """Parse a command line, run the command and return the exit code.
 
@@ -117,6 +127,8 @@ def ending_quietly(main: Callable[[], int]) -> int:
 
 
 def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    if signal.getsignal(signal.SIGINT) is _end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         args = _parse(parser, argv)
     except SystemExit as error:  # argparse has printed the reason

@@ -6,12 +6,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -19,6 +26,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from llama_ds import log
 from llama_ds.command_line import Answer, add_json, check_positive, new_parser, positive_number, run, subcommands
 from llama_ds.data.building.build import build_source
+from llama_ds.data.building.workers import WorkerPool
+from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.listing import as_data, as_line, epochs, find_sources
 from llama_ds.data.source.manifest import MANIFEST
 from llama_ds.data.text.formats import ReadOptions
@@ -30,6 +39,7 @@ from llama_ds.errors import UserError
 if TYPE_CHECKING:
     from llama_ds.data.source.verify import Damage
 
+CORES = os.cpu_count() or 1
 EXAMPLES = """examples:
   tools/shards.py gather --out corpus --limit-mb 32
   tools/shards.py build --source code=corpus/code.jsonl --source prose=corpus/prose.jsonl \\
@@ -65,9 +75,13 @@ def parser() -> argparse.ArgumentParser:
         "--limit-mb", type=positive_number, default=32.0, help="total size of text (default: %(default)s)"
     )
     _add_build_options(add("build", build, "tokenize and pack", BUILD))
+    command = add("serve", serve, "run the tasks of a build on one of its hosts; `build --hostfile` starts it")
+    command.add_argument("--shared", required=True, metavar="FILE", help="a file that the build has written")
+    command.add_argument("--cwd", required=True, metavar="DIR", help="working directory of the build")
+    command.add_argument("--workers", type=int, help="processes (default: one for each core)")
     command = add("verify", verify, "check every shard against its checksum and its manifest")
     command.add_argument("dir", help="a source, a folder of sources, or the URL of a source")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
+    command.add_argument("--workers", type=int, default=CORES, help="threads (default: %(default)s)")
     command.add_argument("--repair", action="store_true", help="record exactly the damaged shards in the manifest")
     command.add_argument("--cache-dir", default="", help="for a URL: cache folder for downloaded shards")
     command.add_argument(
@@ -102,7 +116,8 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tokenizer", required=True, metavar="MODEL")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/NAME/")
     command.add_argument("--seq-len", type=int, required=True, help="labels per row; a row has one more id")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    command.add_argument("--workers", type=int, help="processes, on each host (default: one for each core)")
+    command.add_argument("--hostfile", help="build on its hosts, which share all files and are reached by ssh")
     command.add_argument(
         "--validation-fraction", type=float, default=0.01, help="fraction of documents (default: %(default)s)"
     )
@@ -134,20 +149,65 @@ def build(args: argparse.Namespace) -> None:
     check_positive(args, "workers")
     options = reading_options(args)
     _check_sources(args.source, options)
-    for name, pattern in args.source:
-        with (
-            tqdm(unit="B", unit_scale=True, desc=name, delay=0.5, disable=None) as bar,
-            logging_redirect_tqdm([log.logger]),
-        ):
-            progress = BuildProgress(bar)
-            manifest = build_source(
-                name, pattern, args.tokenizer, args.out, args.seq_len,
-                validation_fraction=args.validation_fraction, rows_per_shard=args.rows_per_shard, workers=args.workers,
-                document_chars=args.document_chars, overwrite=args.overwrite, dedup=args.dedup, append=args.append,
-                skip_bad=args.skip_bad, allow_empty=tuple(args.allow_empty), options=options,
-                progress=progress.update, announce=progress.start,
-            )  # fmt: skip
-        print(as_line(os.path.join(args.out, name), manifest))
+    try:
+        _build_sources(args, options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; run the same command again to resume the build") from None
+
+
+def _build_sources(args: argparse.Namespace, options: ReadOptions) -> None:
+    with _hosts(args) if args.hostfile else nullcontext(start_workers) as start_pool:
+        for name, pattern in args.source:
+            with (
+                tqdm(unit="B", unit_scale=True, desc=name, delay=0.5, disable=None) as bar,
+                logging_redirect_tqdm([log.logger]),
+            ):
+                progress = BuildProgress(bar)
+                manifest = build_source(
+                    name, pattern, args.tokenizer, args.out, args.seq_len,
+                    validation_fraction=args.validation_fraction, rows_per_shard=args.rows_per_shard,
+                    workers=args.workers or CORES, document_chars=args.document_chars, overwrite=args.overwrite,
+                    dedup=args.dedup, append=args.append, skip_bad=args.skip_bad,
+                    allow_empty=tuple(args.allow_empty), options=options, progress=progress.update,
+                    announce=progress.start, start_pool=start_pool,
+                )  # fmt: skip
+            print(as_line(os.path.join(args.out, name), manifest))
+
+
+@contextmanager
+def _hosts(args: argparse.Namespace) -> Iterator[Callable[[int], WorkerPool]]:
+    """Return the start of worker processes on the hosts of --hostfile, which are reached as by the launcher."""
+    from llama_ds.data.building.host_workers import HostWorkers
+    from llama_ds.launch.hostfile import parse_hostfile
+    from llama_ds.launch.remote import ssh_command
+
+    hosts = list(parse_hostfile(args.hostfile))
+    with _shared_file(os.path.abspath(args.out)) as shared:
+        argv = [sys.executable, os.path.abspath(__file__), "serve", "--shared", shared, "--cwd", os.getcwd()]
+        argv += ["--workers", str(args.workers)] if args.workers else []
+        commands = {host: ssh_command(host, argv) for host in hosts}
+        yield lambda _: HostWorkers(commands)
+
+
+@contextmanager
+def _shared_file(folder: str) -> Iterator[str]:
+    """Write a file by which hosts can tell whether they share the folder, for the time of the block."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = NamedTemporaryFile(dir=folder, prefix="hosts-")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+    with file:
+        yield file.name
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Run the tasks of a build on this host."""
+    from llama_ds.data.building import host_workers
+
+    with suppress(FileNotFoundError):  # relative paths of the build are then missing, and named
+        os.chdir(args.cwd)
+    host_workers.serve(args.workers or CORES, args.shared)
 
 
 def _check_sources(sources: list[tuple[str, str]], options: ReadOptions) -> None:

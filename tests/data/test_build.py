@@ -241,6 +241,7 @@ def test_append_adds_and_changes_nothing(built: Built, pieces: list[str], tmp_pa
     build("new", append=True, dedup=True)  # nothing new
     assert content(folder) == after
     (folder / "index" / "train-000001.documents.gz").unlink()
+    write_lines(tmp_path / "new.jsonl", pieces[90:95])
     with pytest.raises(UserError, match=r"train-000001\.documents\.gz: --dedup needs it"):
         build("new", append=True, dedup=True)
 

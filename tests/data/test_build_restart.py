@@ -234,3 +234,53 @@ def test_a_full_disk_is_one_clear_error(
     assert content(small_disk / "s") == uninterrupted
     for path, stamp in finished.items():
         assert not path.endswith(".tar") or (os.stat(path).st_ino, os.stat(path).st_mtime_ns) == stamp
+
+
+def test_a_disk_that_cannot_be_written_is_one_clear_error(built: Built, corpus: Path, small_disk: Path) -> None:
+    def build(name: str, out: Path) -> None:
+        build_source(name, str(corpus), built.tokenizer, str(out), SEQ_LEN)
+
+    with pytest.raises(UserError, match=r"File name too long.*choose another --out"):
+        build("s" * 300, small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(UserError, match=r"/s: cannot be written .*Read-only file system.*choose another --out"):
+        build("s", small_disk)
+
+
+def test_hosts_give_the_same_bytes_and_a_lost_one_is_one_clear_error(
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Two names of this machine, each with one process."""
+    (tmp_path / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    arguments = built, corpus, tmp_path / "out", "--hostfile", tmp_path / "hosts", "--workers", 1
+    build = start(*arguments)
+    wait_for(build, lambda: bool(list(tmp_path.glob("out/s/*.tar"))))
+    first, second = served(build.pid)
+    os.kill(first, signal.SIGKILL)
+    status, errors = finish(build)
+    assert status == 2 and "Traceback" not in errors
+    assert "error: host localhost: the connection to its worker processes has ended" in errors
+    assert not Path(f"/proc/{second}").exists()
+    build = start(*arguments)
+    status, errors = finish(build)
+    assert status == 0 and "host 127.0.0.1 builds with 1 processes" in errors
+    assert content(tmp_path / "out" / "s") == uninterrupted
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["s"]
+
+
+def served(pid: int) -> list[int]:
+    """Return the processes that serve the hosts of a build."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(p) for p in found if b"serve" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+
+def test_an_interrupted_build_says_how_to_continue(
+    built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+) -> None:
+    build = start(built, corpus, tmp_path)
+    wait_for(build, lambda: bool(list(tmp_path.glob("s/*.tar"))))
+    os.killpg(build.pid, signal.SIGINT)
+    assert finish(build) == (130, "interrupted; run the same command again to resume the build\n")
+    assert not running(build.pid)
+    assert finish(start(built, corpus, tmp_path))[0] == 0
+    assert content(tmp_path / "s") == uninterrupted

@@ -63,7 +63,7 @@ def model(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
 def test_pieces_have_the_ids_of_the_whole(built: Built, model: Callable[..., Tokenizer], kind: str) -> None:
     if kind == "ours":
         tokenizer = Tokenizer(built.tokenizer)
-    else:  # that of the original LLaMA; one whose vocabulary joins words
+    else:  # as the original LLaMA has it, or with a vocabulary that joins words
         tokenizer = model(split_by_whitespace=kind.startswith("with a space"), allow_whitespace_only_pieces=True)
     draw = random.Random(kind)
     pieces = [p.text.replace("\u2581", " ") for p in tokenizer.pieces() if p.ordinary]

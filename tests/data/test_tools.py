@@ -92,6 +92,13 @@ def test_sizes_are_numbers_above_0(args: tuple[str, ...]) -> None:
         (("shards.py", "verify", "http://127.0.0.1:9/x"), "cache"),
         ((*BUILD, "--tokenizer=~/no.model"), f"{Path.home()}/no.model"),
         ((*BUILD, "--tokenizer=no.model"), "no.model"),
+        (("shards.py", "build", "--source=a=x", "--tokenizer=t", "--seq-len=8", "--out=x"), "x: no such file"),
+        (
+            ("shards.py", "build", "--source=a=README.md", "--tokenizer=t", "--seq-len=8", "--out=x", "--workers=-1"),
+            "-1",
+        ),
+        (("shards.py", "build", "--source=a=a", "--source=a=b", "--tokenizer=t", "--seq-len=8", "--out=x"), "2 times"),
+        (("shards.py", "verify", "no-shards", "--workers", 0), "--workers 0 is not positive"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(args: tuple[object, ...], message: str) -> None:

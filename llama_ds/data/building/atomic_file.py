@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 from llama_ds.errors import UserError
 
-TEMPORARY = ".tmp-"  # followed by the process id, because a worker may outlive a killed build
+TEMPORARY = ".tmp-"  # followed by host and process id, because a worker may outlive a killed build
 
 
 @contextmanager
@@ -24,7 +25,7 @@ def atomic_writer(path: str, expected_bytes: int = 0, wait: bool = True) -> Iter
         UserError: it cannot be written; for a full disk, names the folder, the space needed (at least
             `expected_bytes`) and the free space.
     """
-    temporary = f"{path}{TEMPORARY}{os.getpid()}"
+    temporary = f"{path}{TEMPORARY}{socket.gethostname()}-{os.getpid()}"
     with reporting_write_errors(path, expected_bytes):
         try:
             with open(temporary, "wb") as file:

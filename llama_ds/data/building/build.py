@@ -32,7 +32,7 @@ from llama_ds.data.building.parts import plan_parts
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard
 from llama_ds.data.building.split_stream import ShardForm, SplitStream
 from llama_ds.data.building.tokenized import TokenizedCounts, TokenizedPart, TokenizePart, documents_path, read_part
-from llama_ds.data.building.workers import ThisProcess, Workers
+from llama_ds.data.building.workers import WorkerPool
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.documents_index import parse_documents
 from llama_ds.data.source.input_index import ListedFile
@@ -79,6 +79,7 @@ def build_source(
     options: ReadOptions | None = None,
     allow_empty: tuple[str, ...] = (),
     announce: Callable[[int], None] = lambda input_bytes: None,
+    start_pool: Callable[[int], WorkerPool] = start_workers,
 ) -> Manifest:
     """Tokenize and pack the documents of `pattern` into the folder out/name.
 
@@ -98,10 +99,11 @@ def build_source(
         options: how the files are found and read.
         allow_empty: patterns of files that may be empty or yield no document.
         announce: called once with the size of the input in bytes.
+        start_pool: starts the processes for `workers`; by default on this machine.
 
     The bytes written depend on the documents, the tokenizer and the sizes, but not on `workers` or on restarts of the
     build. `progress` is called with the documents, ids and input bytes processed since its last call, and with
-    (0, 0, bytes) for the work of an earlier, killed build.
+    (0, 0, bytes) for the work of an earlier, killed build and for files that the source holds.
 
     Raises:
         UserError: the source exists, a document is bad (see `documents`), a split is empty, or the disk is full.
@@ -122,11 +124,17 @@ def build_source(
         build_folder.finish_commit(folder)
         base = None if overwrite else _finished(folder, settings, tokenizer, append)
         if base is not None:
+            size = sum(file.size for file in files)
             files = missing_files(folder, base, files, _reading_flags(settings), append, workers)
+            if held := size - sum(file.size for file in files):
+                progress(0, 0, held)
             if not files:
                 logger.info("%s: already holds all documents of %s; nothing is left to do", folder, pattern)
                 return base
-        return _complete(folder, name, inputs, settings, tokenizer, files, base, overwrite, workers, progress, announce)
+        return _complete(
+            folder, name, inputs, settings, tokenizer, files, base, overwrite,
+            lambda: start_pool(workers), progress, announce,
+        )  # fmt: skip
 
 
 def _complete(
@@ -138,7 +146,7 @@ def _complete(
     files: Sequence[InputFile],
     base: Manifest | None,
     overwrite: bool,
-    workers: int,
+    start: Callable[[], WorkerPool],
     progress: Callable[[int, int, int], None],
     announce: Callable[[int], None],
 ) -> Manifest:
@@ -151,8 +159,8 @@ def _complete(
     announce(build.input_bytes)
     build.resume(found, progress)
     try:
-        with start_workers(workers) as pool:
-            build.run(pool, progress, workers)
+        with start() as pool:
+            build.run(pool, progress)
     finally:
         build_folder.remove_temporary(folder)  # also on an error, because the disk may be full
     if base is None:
@@ -222,11 +230,11 @@ class _Build:
             check_touched(found, now, self._digests, read, self._folder)
             build_folder.save_files(self._source, now)
 
-    def run(self, pool: ThisProcess | Workers, progress: Callable[[int, int, int], None], workers: int) -> None:
+    def run(self, pool: WorkerPool, progress: Callable[[int, int, int], None]) -> None:
         """Run the build to its end."""
         while True:
             self._append_ready()
-            while pool.is_free and (task := self._next_task(workers)):
+            while pool.is_free and (task := self._next_task(pool.size)):
                 pool.start(task)
             if all(stream.is_written for stream in self.splits.values()):
                 return

@@ -66,7 +66,8 @@ def locked(folder: str) -> Iterator[None]:
     try:
         yield
     finally:
-        os.remove(path)
+        with suppress(OSError):  # a disk that has become read-only is the reason of another error
+            os.remove(path)
         os.close(held)
 
 
@@ -248,7 +249,8 @@ def remove_temporary(folder: str) -> None:
     for directory in (folder, build_path(folder), os.path.join(folder, "index")):
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
             if TEMPORARY in name:
-                os.remove(os.path.join(directory, name))
+                with suppress(OSError):
+                    os.remove(os.path.join(directory, name))
 
 
 def _remove_strays(folder: str, base: Manifest | None) -> None:

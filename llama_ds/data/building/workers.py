@@ -11,7 +11,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
@@ -27,19 +27,63 @@ class WorkerTask(Protocol):
         """Run the task and yield its messages."""
 
 
-class _Done:
+class WorkerPool(Protocol):
+    """Processes that run tasks; a context manager that ends them."""
+
+    def __enter__(self) -> WorkerPool: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    @property
+    def size(self) -> int:
+        """Number of tasks that can run at the same time."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a task can be started."""
+
+    def start(self, task: WorkerTask) -> None:
+        """Start a task."""
+
+    def receive(self) -> list[object]:
+        """Wait until a message arrives or a task finishes; return the messages received since the last call.
+
+        Raises:
+            UserError: a task raised it, or a process was killed.
+        """
+
+
+class Done:
     """Message: the task is finished."""
 
 
-class _Failed:
+class Failed:
     """Message: the task raised an error; `is_user_error` if it was a UserError."""
 
     def __init__(self, text: str, is_user_error: bool) -> None:
         self.text, self.is_user_error = text, is_user_error
 
+    @classmethod
+    def of(cls, error: Exception) -> Failed:
+        """Return the message for an error; call it while the error is handled."""
+        if isinstance(error, UserError):
+            return cls(str(error), True)
+        if isinstance(error, MemoryError):
+            return cls("the memory does not suffice; run the same command again, with fewer --workers", True)
+        if isinstance(error, OSError):
+            fix = "repair that and run the same command again to resume the build"
+            return cls(f"{error.filename or 'a file'}: {error.strerror or error}; {fix}", True)
+        return cls(f"in a worker process:\n{traceback.format_exc()}", False)
+
+    def exception(self) -> Exception:
+        """Return the error for the process that receives the message."""
+        return UserError(self.text) if self.is_user_error else RuntimeError(self.text)
+
 
 class ThisProcess:
     """Runs one task at a time in this process; `receive` runs it up to its next message."""
+
+    size = 1
 
     def __init__(self) -> None:
         self._messages: Iterator[object] | None = None
@@ -72,6 +116,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         context = get_context("spawn")
+        resource_tracker.ensure_running()  # unblocks SIGINT when it starts, also for the process started next
         self._processes: dict[Connection, SpawnProcess] = {}
         self._free: deque[Connection] = deque()
         self._busy: list[Connection] = []
@@ -95,9 +140,19 @@ class Workers:
             connection.close()
 
     @property
+    def size(self) -> int:
+        """Number of processes."""
+        return len(self._processes)
+
+    @property
     def is_free(self) -> bool:
         """Whether a task can be started."""
         return bool(self._free)
+
+    @property
+    def running(self) -> list[Connection]:
+        """Connections of the processes that run tasks."""
+        return list(self._busy)
 
     def start(self, task: WorkerTask) -> None:
         """Send a task to a free process."""
@@ -121,9 +176,9 @@ class Workers:
                 message = connection.recv()
             except (EOFError, OSError):
                 raise self._died(connection) from None
-            if isinstance(message, _Failed):
-                raise UserError(message.text) if message.is_user_error else RuntimeError(message.text)
-            if isinstance(message, _Done):
+            if isinstance(message, Failed):
+                raise message.exception()
+            if isinstance(message, Done):
                 self._busy.remove(connection)
                 self._free.append(connection)
             else:
@@ -141,7 +196,7 @@ class Workers:
         )
 
 
-def workers(count: int) -> ThisProcess | Workers:
+def workers(count: int) -> WorkerPool:
     """Return `count` worker processes, or this process if `count` is 1."""
     return Workers(count) if count > 1 else ThisProcess()
 
@@ -156,11 +211,9 @@ def _work(connection: Connection) -> None:
         try:
             for message in task.run():
                 connection.send(message)
-            connection.send(_Done())
-        except UserError as error:
-            connection.send(_Failed(str(error), True))
-        except Exception:
-            connection.send(_Failed(f"in a worker process:\n{traceback.format_exc()}", False))
+            connection.send(Done())
+        except Exception as error:
+            connection.send(Failed.of(error))
 
 
 def _exit_with_parent() -> None:

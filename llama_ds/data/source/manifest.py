@@ -108,7 +108,7 @@ class BuildInput:
     appended: bool  # False: the build that created the source
     files: int
     bytes: int
-    sha256: str  # of the checksums of the files, in order
+    sha256: str  # checksum of the checksums of the files, in order
     settings: dict[str, object]  # flags that decide which documents the files give
 
 

@@ -7,6 +7,7 @@ number in the file, and then the reader scans the file up to the piece.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from llama_ds.errors import UserError
 EMPTY_DOCUMENT = "empty document"
 BLOCK = 1 << 20  # bytes per read
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+SURROGATE = re.compile("[\ud800-\udfff]")  # searched for, because encoding a text to find one would copy it
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,13 @@ class PieceReader:
 
     def _one_text(self) -> Iterator[tuple[int, str]]:
         with open_input(self.piece.path) as file:
-            data = b"".join(decompressed(file, self._format.compression, self.piece.path))
+            chunks = decompressed(file, self._format.compression, self.piece.path)
+            data = b"".join(chunks) if self._format.compression else file.read()
         self.share = 1.0
         with self._skipping_bad():
-            yield 0, _decode(data).removeprefix("\ufeff")
+            text = _decode(data).removeprefix("\ufeff")
+            del data  # otherwise a long text would be held twice
+            yield 0, text
 
     def _separated_texts(self) -> Iterator[tuple[int, str]]:
         separator = self._options.separator.encode()
@@ -168,7 +173,9 @@ class PieceReader:
             offset = max(0, start - len(separator))
             file.seek(offset)
             records = iter(file) if separator == b"\n" else split_records(_blocks(file), separator)
-            if start:  # skip the rest of a record that starts in the piece before
+            if start and separator == b"\n":  # skip the rest of a record that starts in the piece before
+                offset += _skip_line(file, stop - offset)
+            elif start:
                 offset += len(next(records, b""))
             for data in records:
                 if offset >= stop:
@@ -221,12 +228,10 @@ class PieceReader:
             others = fields_of(record)[:9]
             advice = f"name its text with --text-field, of {', '.join(others)}" if others else "a document is a string"
             raise _BadDocument(f'no "{field}" of type string', f'no "{field}" of type string; {advice}')
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
+        if half := SURROGATE.search(text):
             raise _BadDocument(
-                "half of a surrogate pair", f"character {error.start} is half of a surrogate pair; write it as UTF-8"
-            ) from None
+                "half of a surrogate pair", f"character {half.start()} is half of a surrogate pair; write it as UTF-8"
+            )
         return text
 
     def _lines_before(self) -> int:
@@ -250,6 +255,16 @@ def _blocks(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
     while data := file.read(BLOCK if size is None else min(BLOCK, size)):
         yield data
         size = None if size is None else size - len(data)
+
+
+def _skip_line(file: BinaryIO, size: int) -> int:
+    """Read to the end of a line or `size` bytes, without a long line in memory; return the number of bytes."""
+    skipped = 0
+    while skipped < size and (data := file.readline(min(BLOCK, size - skipped))):
+        skipped += len(data)
+        if data.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _decode(data: bytes, offset: int = 0) -> str:
