@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import select
 import signal
@@ -163,17 +162,6 @@ def _expanded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(map(_expanded, value))
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
-
-
-def positive_number(text: str) -> float:
-    """Return the number of an option, for argparse."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
-    return number
 
 
 def _print_answer(args: argparse.Namespace, answer: Answer) -> int:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llama_ds import log
-from llama_ds.command_line import Answer, add_json, check_positive, new_parser, positive_number, run, subcommands
+from llama_ds.command_line import Answer, add_json, check_positive, new_parser, run, subcommands
 from llama_ds.data.building.build import build_source
 from llama_ds.data.building.workers import WorkerPool
 from llama_ds.data.building.workers import workers as start_workers
@@ -71,9 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add = subcommands(parser)
     command = add("gather", gather, "collect Python sources and prose found on this machine")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/code.jsonl and DIR/prose.jsonl")
-    command.add_argument(
-        "--limit-mb", type=positive_number, default=32.0, help="total size of text (default: %(default)s)"
-    )
+    command.add_argument("--limit-mb", type=float, default=32.0, help="total size of text (default: %(default)s)")
     _add_build_options(add("build", build, "tokenize and pack", BUILD))
     command = add("serve", serve, "run the tasks of a build on one of its hosts; `build --hostfile` starts it")
     command.add_argument("--shared", required=True, metavar="FILE", help="a file that the build has written")
@@ -84,9 +82,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, default=CORES, help="threads (default: %(default)s)")
     command.add_argument("--repair", action="store_true", help="record exactly the damaged shards in the manifest")
     command.add_argument("--cache-dir", default="", help="for a URL: cache folder for downloaded shards")
-    command.add_argument(
-        "--cache-gib", type=positive_number, default=8.0, help="size of the cache (default: %(default)s)"
-    )
+    command.add_argument("--cache-gib", type=float, default=8.0, help="size of the cache (default: %(default)s)")
     add_json(command, "the damage of each source")
     command = add("audit", audit, "list the documents that a step of a run reads")
     command.add_argument("run", help="the folder of a run, such as runs/quickstart")

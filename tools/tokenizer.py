@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_ds.command_line import new_parser, positive_number, run, subcommands
+from llama_ds.command_line import new_parser, run, subcommands
 from llama_ds.data.text.corpus import documents
 from llama_ds.data.text.reading_options import add_reading_options, reading_options
 from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "--vocab-size", type=int, required=True, help="number of ids, with unk, bos, eos and 256 bytes"
     )
     command.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.model")
-    command.add_argument("--sample-mb", type=positive_number, default=16.0, help="training text (default: %(default)s)")
+    command.add_argument("--sample-mb", type=float, default=16.0, help="training text (default: %(default)s)")
     add_reading_options(command)
     command = add("encode", encode, "print the ids of a text")
     command.add_argument("--model", required=True)

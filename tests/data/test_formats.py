@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import struct
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from llama_ds.data.text.corpus import documents
 from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.inputs import find_inputs
 from llama_ds.data.text.piece_reader import PieceReader
+from llama_ds.data.text.reading_options import add_reading_options, reading_options
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
@@ -114,6 +116,15 @@ def test_separated_texts_are_the_same_from_any_piece(tmp_path: Path, separator: 
                 assert reader.where(line) == f"{tmp_path}/a.txt:{before + 1}"
         before += reader.lines
     assert found == parts
+
+
+def test_separators_are_written_with_escapes() -> None:
+    parser = argparse.ArgumentParser()
+    add_reading_options(parser)
+    options = reading_options(parser.parse_args(["--separator", r"\n<|endoftext|>\t\\n", "--text-field=a.b"]))
+    assert options == ReadOptions("a.b", "\n<|endoftext|>\t\\n")
+    with pytest.raises(UserError, match=r"--separator '\\x': \\x is not \\n, \\t"):
+        reading_options(parser.parse_args(["--separator", r"\x"]))
 
 
 def write_megatron(path: Path, documents: Sequence[Sequence[int]], dtype: str, code: int) -> None:

@@ -195,6 +195,17 @@ def test_arrays_and_compressed_files_are_read_as_they_are_needed(tmp_path: Path)
         assert reader.share <= 0.5
 
 
+def test_mixed_splits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train.00000-of-00002", "train.00001-of-00002", "validation.00000-of-00001"):
+        (tmp_path / f"c4-{name}.json.gz").write_bytes(gzip.compress(LINES))
+    for pattern, mixed in ((tmp_path, True), (tmp_path / "*train*", False)):
+        caplog.clear()
+        with caplog.at_level("INFO", "llama_ds"):
+            find_inputs(str(pattern), ReadOptions()).report()
+        assert f"{pattern}: {3 if mixed else 2} files taken" in caplog.text
+        assert ("mixes the splits train (2 files), validation (1 file)" in caplog.text) == mixed
+
+
 def test_home_is_expanded_in_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jsonl").write_bytes(LINES)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -30,6 +30,7 @@ from llama_ds.errors import UserError
 from llama_ds.log import logger
 
 SHOWN = 3  # examples of files that are left out for one reason
+SPLIT = re.compile(r"(?:^|[/._-])(train|validation|valid|test)(?:/|[._-]\d)")  # as hubs name folders and shards
 HIDDEN = "hidden or a marker"
 # Names that Hadoop, Spark and Delta Lake give to files and folders beside the data.
 MARKER = re.compile(r"_(SUCCESS|metadata|common_metadata|temporary|spark_metadata|delta_log|(committed|started)_\w+)")
@@ -68,6 +69,10 @@ class Inputs:
         logger.info("%s: %s taken (%s)", self.pattern, _files(len(self.files)), taken)
         for line in self._left_out_lines():
             logger.warning("%s: %s", self.pattern, line)
+        splits = Counter(found[1] for path in self.paths if (found := SPLIT.search(path.removeprefix(self.pattern))))
+        if len(splits) > 1:
+            listed = ", ".join(f"{name} ({_files(count)})" for name, count in sorted(splits.items()))
+            logger.warning("%s: mixes the splits %s; name one with a folder or a glob", self.pattern, listed)
 
     def nothing(self) -> UserError:
         """Return the error for a pattern without a file to take."""
