@@ -135,6 +135,8 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
         ("a.parquet", LINES, "damaged parquet file"),
         ("a.parquet.gz", gzip.compress(b"PAR1\0\0"), "parquet data within gzip"),
         ("a.gz", gzip.compress(b"\0binary"), "binary data within gzip"),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(LINES)), "gzip data within gzip; unpack the file once"),
+        ("a.txt", b"\xef\xbb\xbf", "empty file .3 bytes."),
         ("a.jsonl.zst", LINES, "damaged zstd file .its content is not compressed"),
         ("package.json", b'{\n "name": "x"\n}', 'package.json:1: no "text" of type string; .* --text-field, of name'),
         ("notebook.ipynb", b'{\n "cells": []\n}', 'notebook.ipynb:1: no "text" of type string'),
@@ -161,6 +163,8 @@ def test_odd_json_is_read(tmp_path: Path) -> None:
     lines = [f'{{"n": {number}, "text": "one"}}', f'\ufeff{{"text": "two", "n": -{number}.0e1}}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     assert texts(tmp_path / "a.jsonl") == ["one", "two"]
+    (tmp_path / "mark.jsonl").write_text("\ufeff\n")
+    assert texts(tmp_path / "mark.jsonl") == []
     (tmp_path / "b.json").write_text('{\n"text": "}{\\"[\\\\"}{"text":"two",\n"x": [{}, [1]]}')
     assert texts(tmp_path / "b.json") == ['}{"[\\', "two"]
     (tmp_path / "c.json").write_text('["one", "two"]')

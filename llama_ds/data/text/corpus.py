@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from llama_ds.data.text.formats import ReadOptions
+from llama_ds.data.text.input_storage import input_size
 from llama_ds.data.text.inputs import find_inputs
 from llama_ds.data.text.piece_reader import PieceReader, TextPiece, empty_file
 
@@ -36,7 +37,7 @@ def documents(pattern: str, max_chars: int = 0, options: ReadOptions | None = No
         reader = PieceReader(TextPiece(file.path, format=file.format), options=options)
         for line, text in reader:
             if not (text or line):
-                raise empty_file(file.path)
+                raise empty_file(file.path, input_size(file.path))
             for part in cut(text, max_chars):
                 yield Document(reader.where(line), part)
 

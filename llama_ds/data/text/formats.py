@@ -17,7 +17,7 @@ BOM = b"\xef\xbb\xbf"
 
 TEXT, BINARY, EMPTY = "text", "binary", "empty"
 JSON_LINES, JSON_VALUES = "JSON lines", "JSON"
-PARQUET, ARROW_STREAM, ARROW_FILE = "parquet", "Arrow stream", "Arrow file"
+PARQUET, ARROW_STREAM, ARROW_FILE = "parquet", "Arrow stream", "Arrow"
 COLUMNS = (PARQUET, ARROW_STREAM, ARROW_FILE)
 MEGATRON, MEGATRON_INDEX = "Megatron ids", "index of Megatron ids"
 
@@ -98,6 +98,8 @@ def recognise(path: str, options: ReadOptions) -> FileFormat:
         raise decompress.damaged(path, named, f"its content is {compression or 'not compressed'}")
     if compression:
         head = _head(path, compression)
+        if twice := decompress.compression_of(head):
+            raise UserError(f"{path}: {twice} data within {compression}; unpack the file once")
     if matches(path, options.as_text):
         return FileFormat(TEXT, compression)
     suffix = content_suffix(path)

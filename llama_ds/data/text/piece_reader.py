@@ -18,6 +18,7 @@ from llama_ds.data.text.decompress import damaged, decompressed, split_records
 from llama_ds.data.text.formats import (
     ARROW_FILE,
     ARROW_STREAM,
+    BOM,
     JSON_LINES,
     JSON_VALUES,
     MEGATRON,
@@ -130,11 +131,11 @@ class PieceReader:
     def _json(self, items: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
         for offset, data in items:
             self.lines += 1
-            if data.isspace():
+            data = data.removeprefix(BOM)  # also in the middle of a file that was joined of several
+            if not data or data.isspace():
                 continue
             with self._skipping_bad():
-                # Files that were concatenated have byte order marks in the middle.
-                yield self.lines, self._text_of(_decode(data, offset).removeprefix("\ufeff"))
+                yield self.lines, self._text_of(_decode(data, offset))
 
     def _json_values(self) -> Iterator[tuple[int, bytes]]:
         try:
@@ -245,9 +246,9 @@ class PieceReader:
             return 1 + sum(r.endswith(separator) for r in split_records(_blocks(file, start - 1), separator))
 
 
-def empty_file(path: str) -> UserError:
-    """Return the error for a file without content."""
-    return UserError(f"{path}: empty file (0 bytes); a corpus file holds text, delete it or narrow the pattern")
+def empty_file(path: str, size: int = 0) -> UserError:
+    """Return the error for a file without text."""
+    return UserError(f"{path}: empty file ({size} bytes); a corpus file holds text, delete it or narrow the pattern")
 
 
 def _blocks(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
