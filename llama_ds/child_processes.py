@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -54,8 +55,15 @@ def _terminate(process: subprocess.Popen[str], grace_s: float) -> None:
 @contextmanager
 def without_interrupts() -> Iterator[None]:
     """Block SIGINT in the processes started inside the block; this process receives it after the block."""
+    is_main = threading.current_thread() is threading.main_thread()
+    received: list[int] = []  # the main thread handles a SIGINT that another thread has received
+    handler = signal.signal(signal.SIGINT, lambda number, _: received.append(number)) if is_main else None
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        if is_main:
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    if received:
+        signal.raise_signal(signal.SIGINT)

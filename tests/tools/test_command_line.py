@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from calling import Finished, Tools
 from calls import NORMAL, WAITING, WITH_RANKS
 
+from llama_ds.child_processes import without_interrupts
 from tests.console import foreign_lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,3 +149,18 @@ def test_a_child_prints_nothing_into_the_answer() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("[\n 1\n]\n", "a child\n")
+
+
+def test_an_interrupt_waits_for_the_start_of_a_process_in_whichever_thread_it_arrives() -> None:
+    """Otherwise it may end the start half-way, and the child prints a traceback."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    passed = False
+    with pytest.raises(KeyboardInterrupt), without_interrupts():
+        signal.pthread_kill(other.ident or 0, signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.05)
+        passed = True
+    done.set()
+    assert passed

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Protocol
 
 from llama_ds.child_processes import without_interrupts
@@ -120,14 +120,21 @@ class Workers:
         self._processes: dict[Connection, SpawnProcess] = {}
         self._free: deque[Connection] = deque()
         self._busy: list[Connection] = []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs,), daemon=True)
-            with without_interrupts():
-                process.start()
-            theirs.close()  # so that the pipe closes when the process ends
+        try:
+            for _ in range(count):
+                self._start_process(context)
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _start_process(self, context: SpawnContext) -> None:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_work, args=(theirs,), daemon=True)
+        with without_interrupts():
+            process.start()
             self._processes[ours] = process
             self._free.append(ours)
+        theirs.close()  # so that the pipe closes when the process ends
 
     def __enter__(self) -> Workers:
         return self

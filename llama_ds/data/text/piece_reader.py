@@ -131,7 +131,8 @@ class PieceReader:
     def _json(self, items: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
         for offset, data in items:
             self.lines += 1
-            data = data.removeprefix(BOM)  # also in the middle of a file that was joined of several
+            if data.startswith(BOM):  # also in the middle of a file that was joined of several
+                data, offset = data.removeprefix(BOM), offset + len(BOM)
             if not data or data.isspace():
                 continue
             with self._skipping_bad():
