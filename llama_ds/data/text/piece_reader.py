@@ -179,9 +179,7 @@ class PieceReader:
                 offset += _skip_line(file, stop - offset)
             elif start:
                 offset += len(next(records, b""))
-            for data in records:
-                if offset >= stop:
-                    return
+            while offset < stop and (data := next(records, b"")):
                 yield offset, data
                 offset += len(data)
                 self.share = min(1.0, (offset - start) / max(1, stop - start))
