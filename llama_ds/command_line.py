@@ -31,6 +31,9 @@ class Answer:
     remarks: Sequence[str] = ()  # lines for stderr, after the answer
 
 
+# Arguments that are text or addresses: in all others, a leading ~ is the home folder, as after a space in a shell.
+NO_PATHS = frozenset(("text", "prompt", "comment", "separator", "overrides", "export", "launcher_args"))
+
 Work = Callable[[argparse.Namespace], "Answer | int | None"]
 
 
@@ -148,7 +151,17 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         args.overrides = [*args.overrides, *rest]
+    for name, value in vars(args).items():
+        if name not in NO_PATHS:
+            setattr(args, name, _expanded(value))
     return args
+
+
+def _expanded(value: Any) -> Any:
+    """Expand ~ in an argument, or in each item of a list or a pair; a shell does not in --out=~/x."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_expanded, value))
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _print_answer(args: argparse.Namespace, answer: Answer) -> int:

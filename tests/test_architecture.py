@@ -35,7 +35,7 @@ DOORS = {
     "deepspeed": ("llama_ds/parallel/*", "llama_ds/training/engines/*.py"),
     "fsspec": ("llama_ds/data/source/remote.py",),
     "flash_attn": ("llama_ds/model/attention*.py",),
-    "pyarrow": ("llama_ds/data/text/piece_reader.py",),
+    "pyarrow": ("llama_ds/data/text/columns.py",),
     "sentencepiece": ("llama_ds/data/text/tokenizer.py",),
     "streaming": ("llama_ds/benchmarks/data/rivals.py",),
     "torch.distributed": ("llama_ds/parallel/*",),
@@ -43,7 +43,7 @@ DOORS = {
     "webdataset": ("llama_ds/data/*", "llama_ds/benchmarks/data/*"),
     "xxhash": ("llama_ds/checkpoint/*",),
     "yaml": ("llama_ds/config/*",),
-    "zstandard": ("llama_ds/data/text/piece_reader.py",),
+    "zstandard": ("llama_ds/data/text/decompress.py",),
 }
 
 # Variables that launchers set to identify a rank, and the only files that may read them.

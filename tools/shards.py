@@ -30,8 +30,10 @@ from llama_ds.data.building.workers import WorkerPool
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.listing import as_data, as_line, epochs, find_sources
 from llama_ds.data.source.manifest import MANIFEST
-from llama_ds.data.text.corpus import source_files
+from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.gather import gather_local_corpus
+from llama_ds.data.text.inputs import find_inputs
+from llama_ds.data.text.reading_options import add_reading_options, reading_options
 from llama_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ EXAMPLES = """examples:
   tools/shards.py unigram corpus/shards/code=0.7 corpus/shards/prose=0.3
 """
 
-BUILD = """Tokenize and pack text files, JSON lines (.jsonl, .jsonl.gz, .jsonl.zst) and parquet with a column "text".
+BUILD = """Tokenize and pack texts, JSON, parquet and Arrow files; docs/data.md lists all formats.
 
 The same input and flags give the same bytes with any number of workers. Builds are resumable: after a kill, the same
 command continues and does not repeat finished work.
@@ -121,6 +123,10 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--skip-bad", action="store_true", help="skip documents that are empty, not UTF-8, or not JSON"
     )
+    command.add_argument(
+        "--allow-empty", action="append", default=[], metavar="GLOB", help="files that may yield no document"
+    )
+    add_reading_options(command)
     command.add_argument("--append", action="store_true", help="append the documents to finished sources")
     command.add_argument("--overwrite", action="store_true", help="replace finished sources, discard unfinished ones")
 
@@ -137,26 +143,29 @@ def build(args: argparse.Namespace) -> None:
     """Tokenize and pack every source."""
     log.setup()
     check_positive(args, "workers")
-    _check_sources(args.source)
+    options = reading_options(args)
+    _check_sources(args.source, options)
     try:
-        _build_sources(args)
+        _build_sources(args, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to resume the build") from None
 
 
-def _build_sources(args: argparse.Namespace) -> None:
+def _build_sources(args: argparse.Namespace, options: ReadOptions) -> None:
     with _hosts(args) if args.hostfile else nullcontext(start_workers) as start_pool:
         for name, pattern in args.source:
             with (
                 tqdm(unit="B", unit_scale=True, desc=name, delay=0.5, disable=None) as bar,
                 logging_redirect_tqdm([log.logger]),
             ):
+                progress = BuildProgress(bar)
                 manifest = build_source(
                     name, pattern, args.tokenizer, args.out, args.seq_len,
                     validation_fraction=args.validation_fraction, rows_per_shard=args.rows_per_shard,
                     workers=args.workers or CORES, document_chars=args.document_chars, overwrite=args.overwrite,
                     dedup=args.dedup, append=args.append, skip_bad=args.skip_bad,
-                    progress=BuildProgress(bar, pattern).update, start_pool=start_pool,
+                    allow_empty=tuple(args.allow_empty), options=options, progress=progress.update,
+                    announce=progress.start, start_pool=start_pool,
                 )  # fmt: skip
             print(as_line(os.path.join(args.out, name), manifest))
 
@@ -197,26 +206,28 @@ def serve(args: argparse.Namespace) -> None:
     host_workers.serve(args.workers or CORES, args.shared)
 
 
-def _check_sources(sources: list[tuple[str, str]]) -> None:
+def _check_sources(sources: list[tuple[str, str]], options: ReadOptions) -> None:
     """Check all sources before the first one is built, which may take hours."""
     names = [name for name, _ in sources]
     for name, pattern in sources:
         if names.count(name) > 1:
             raise UserError(f"--source {name}=... is given {names.count(name)} times; give each source one name")
-        source_files(pattern)
+        find_inputs(pattern, options)
 
 
 class BuildProgress:
     """Shows documents and tokens per second on a progress bar over input bytes."""
 
-    def __init__(self, bar: tqdm, pattern: str) -> None:
-        self._bar, self._pattern = bar, pattern
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
         self._documents = self._ids = 0
+
+    def start(self, input_bytes: int) -> None:
+        """Set the size of the input."""
+        self._bar.total = input_bytes
 
     def update(self, documents: int, ids: int, input_bytes: int) -> None:
         """Add finished documents, ids and input bytes."""
-        if self._bar.total is None:
-            self._bar.total = sum(map(os.path.getsize, source_files(self._pattern)))
         if not documents and not self._bar.disable:  # finished by an earlier, killed build: no part of this one's speed
             self._bar.initial += input_bytes
         self._documents += documents

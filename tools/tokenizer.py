@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_ds.command_line import new_parser, run, subcommands
 from llama_ds.data.text.corpus import documents
+from llama_ds.data.text.reading_options import add_reading_options, reading_options
 from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
 from llama_ds.errors import UserError
 
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.model")
     command.add_argument("--sample-mb", type=float, default=16.0, help="training text (default: %(default)s)")
+    add_reading_options(command)
     command = add("encode", encode, "print the ids of a text")
     command.add_argument("--model", required=True)
     command.add_argument("text", nargs="?", help="default: standard input")
@@ -47,12 +49,13 @@ def parser() -> argparse.ArgumentParser:
     command = add("check", check, "check that decode(encode(x)) == x on documents")
     command.add_argument("--model", required=True)
     command.add_argument("--input", nargs="+", required=True, metavar="PATTERN")
+    add_reading_options(command)
     return parser
 
 
 def train(args: argparse.Namespace) -> None:
     """Train a model."""
-    path = train_tokenizer(args.input, args.out, args.vocab_size, args.sample_mb)
+    path = train_tokenizer(args.input, args.out, args.vocab_size, args.sample_mb, reading_options(args))
     print(f"{path}: {args.vocab_size} ids, sha256 {Tokenizer(path).sha256}")
 
 
@@ -77,7 +80,7 @@ def check(args: argparse.Namespace) -> None:
     """Check the round trip on documents."""
     tokenizer, count, ids, size = Tokenizer(args.model), 0, 0, 0
     for pattern in args.input:
-        for document in documents(pattern):
+        for document in documents(pattern, options=reading_options(args)):
             encoded = tokenizer.encode(document.text)
             if tokenizer.decode(encoded) != document.text:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
@@ -16,7 +17,8 @@ class Key:
     """Meaning, unit and permitted values of a key.
 
     Signs and choices are enforced. The other fields are text for `docs/run_file.md`: `rule` describes a check made
-    elsewhere, `default` replaces the field's own default, and `form` replaces the field's type.
+    elsewhere, `default` replaces the field's own default, and `form` replaces the field's type. In a path, `~` at the
+    start is expanded to the user's home folder.
     """
 
     meaning: str
@@ -26,6 +28,7 @@ class Key:
     rule: str = ""
     default: str = ""
     form: str = ""
+    is_path: bool = False
 
 
 class SectionError(UserError):
@@ -78,6 +81,8 @@ def _check_declared(section: Section, name: str, key: Key) -> None:
     value: Any = getattr(section, name)
     if value is None:
         return
+    if key.is_path and value.startswith("~"):
+        object.__setattr__(section, name, os.path.expanduser(value))  # the section is frozen
     dotted = f"{section.SECTION}.{name}" if section.SECTION else name
     if key.sign == POSITIVE and not value > 0:
         raise section.broken(f"{dotted} = {value} is not positive")

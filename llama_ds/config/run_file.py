@@ -114,7 +114,7 @@ def _deepspeed(named: object, source: ConfigSource) -> tuple[dict[str, Any], str
         return copy.deepcopy(named), source.path
     if not isinstance(named, str):
         raise source.error("deepspeed", f"= {named!r} names no DeepSpeed JSON; write deepspeed: zero1_auto.json")
-    path = str(Path(source.path).parent / named)
+    path = str(Path(source.path).parent / Path(named).expanduser())
     return read_json(path), path
 
 

@@ -298,7 +298,9 @@ class RunConfig(Section):
         ),
     ]
     seed: Annotated[int, Key("Seed of initial weights and of the order of rows.", sign=NOT_NEGATIVE, default="`0`")]
-    output_dir: Annotated[str, Key("Folder of the runs: files go to `output_dir/name`.", default="`runs`")]
+    output_dir: Annotated[
+        str, Key("Folder of the runs: files go to `output_dir/name`.", default="`runs`", is_path=True)
+    ]
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig

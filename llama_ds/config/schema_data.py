@@ -21,7 +21,10 @@ class SourceConfig(Section):
     name: Annotated[str, Key("Name of the source in reports and in `mixture`.", rule="No two sources share one.")]
     path: Annotated[
         str,
-        Key('Folder or URL (file, http(s), s3, gs, or "pipe:COMMAND {}") that holds the source\'s manifest.json.'),
+        Key(
+            'Folder or URL (file, http(s), s3, gs, or "pipe:COMMAND {}") that holds the source\'s manifest.json.',
+            is_path=True,
+        ),
     ]
     weight: Annotated[
         float,
@@ -86,7 +89,7 @@ class DataConfig(Section):
 
     SECTION: ClassVar[str] = "data"
 
-    tokenizer: Annotated[str, Key("Path of the sentencepiece .model file.")]
+    tokenizer: Annotated[str, Key("Path of the sentencepiece .model file.", is_path=True)]
     seq_len: Annotated[
         int,
         Key("Length of a row.", "tokens", POSITIVE, rule="Divisible by `parallel.tp` under sequence parallelism."),
@@ -98,7 +101,12 @@ class DataConfig(Section):
     ] = ()
     document_mask: Annotated[bool, Key("Whether attention stops at document boundaries within a packed row.")] = False
     cache_dir: Annotated[
-        str, Key("Folder on every node's own disk for shards of sources that are URLs.", rule="Required for URLs.")
+        str,
+        Key(
+            "Folder on every node's own disk for shards of sources that are URLs.",
+            rule="Required for URLs.",
+            is_path=True,
+        ),
     ] = ""
     cache_gib: Annotated[
         float, Key("Size of `cache_dir`; the least recently used shards are evicted.", "GiB", POSITIVE)

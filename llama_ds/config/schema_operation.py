@@ -63,7 +63,10 @@ class CheckpointConfig(Section):
     ] = 0
     start_from: Annotated[
         str,
-        Key("Initial weights of a new run: a checkpoint, or a model folder in Hugging Face's or Meta's format."),
+        Key(
+            "Initial weights of a new run: a checkpoint, or a model folder in Hugging Face's or Meta's format.",
+            is_path=True,
+        ),
     ] = ""
     asynchronous: Annotated[bool, Key("Whether training continues while a checkpoint is written.")] = True
     keep_last: Annotated[int, Key("Newest checkpoints to keep; 0: all.", "checkpoints", NOT_NEGATIVE)] = 0

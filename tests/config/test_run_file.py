@@ -104,6 +104,23 @@ def test_deepspeed_file_is_found_next_to_the_run_file(folder: Path, monkeypatch:
     assert load_run(str(folder / "tiny.yaml")).deepspeed_path == str(folder / "ds.json")
 
 
+def test_home_is_expanded_in_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder))
+    run = load(
+        *("data.tokenizer=~/t.model", "data.sources.0.path=~/code", "data.cache_dir=~/cache", "output_dir=~/runs"),
+        *("checkpoint.start_from=~/model", "deepspeed=~/ds.json"),
+    )
+    found = (
+        run.data.tokenizer,
+        run.data.sources[0].path,
+        run.data.cache_dir,
+        run.output_dir,
+        run.checkpoint.start_from,
+    )
+    assert found == tuple(f"{folder}/{name}" for name in ("t.model", "code", "cache", "runs", "model"))
+    assert (run.data.sources[1].path, run.deepspeed_path) == ("shards/prose", f"{folder}/ds.json")
+
+
 def test_last_override_wins(folder: Path) -> None:
     assert load("optimizer.lr=1", "optimizer.lr=2").optimizer.lr == 2.0
 

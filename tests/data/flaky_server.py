@@ -6,6 +6,7 @@ import re
 import threading
 import urllib.parse
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 
@@ -81,13 +82,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if fault == "corrupt":
             body = body[:-1] + bytes([body[-1] ^ 1])
-        if fault in ("stall", "cut"):
-            self.wfile.write(body[: len(body) // 2])
+        with suppress(BrokenPipeError, ConnectionResetError):  # a client may read the headers, or the beginning, alone
+            self.wfile.write(body[: len(body) // 2] if fault in ("stall", "cut") else body)
             self.wfile.flush()
-            if fault == "stall":
-                self.hang()
-            return
-        self.wfile.write(body)
+        if fault == "stall":
+            self.hang()
 
     def hang(self) -> None:
         self.flaky.reached.set()

@@ -26,6 +26,7 @@ from llama_ds.data.building.dedup import DIGEST, DigestSet
 from llama_ds.data.building.packing import id_dtype, pack, rows_of
 from llama_ds.data.building.tokenized import in_validation
 from llama_ds.data.text.corpus import documents
+from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
@@ -287,8 +288,47 @@ def test_a_resumed_build_leaves_out_bad_documents(
     assert list((tmp_path / "s" / "build").glob("part-*.json"))
     with caplog.at_level("INFO", "llama_ds"):
         build(True)
-    assert f"{len(bad) + 1} empty or malformed documents left out" in caplog.text
+    assert f"{tmp_path}/a.jsonl: documents left out, 1: not JSON, the first in line 60001, " in caplog.text
+    assert f"{tmp_path}/b.txt: documents left out, 1: invalid UTF-8\n" in caplog.text
+    total = f"{len(bad) + 1} empty or malformed documents left out (2: invalid UTF-8, 1: not JSON, "
+    assert total in caplog.text and "1: empty document" in caplog.text
     assert manifest_of(tmp_path / "s").splits["train"].documents == 60_000 + len(bad)
+
+
+def test_a_list_that_yields_nothing_is_an_error_unless_it_is_allowed_by_name(built: Built, tmp_path: Path) -> None:
+    lines = [json.dumps({"id": i, "content": f"text {i} " * 200}) for i in range(1000)]  # two parts
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n')
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    (tmp_path / "c.jsonl").write_text("\n")
+    (tmp_path / "part-00000").write_text("")
+    (tmp_path / "part-00001.json").write_text("")
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "part-00002.parquet")
+
+    def build(*allowed: str) -> None:
+        build_source("s", str(tmp_path), built.tokenizer, str(tmp_path / "out"), SEQ_LEN, 0.0, skip_bad=True,
+                     allow_empty=allowed, options=ReadOptions(exclude=("out",)))  # fmt: skip
+
+    nothing = r'b\.jsonl: none of its 1000 documents is taken \(1000: no "text" of type string, the first in line 1\)'
+    for allowed, message in (
+        ((), r"part-00001\.json: empty file \(0 bytes\).*--allow-empty"),
+        (("part-00001.json",), nothing),
+        (("b.jsonl", "*/part-00001.json"), r"c\.jsonl: holds no document.*--allow-empty"),
+        (("[bc].jsonl", "*.json"), r"part-00002\.parquet: holds no document"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(*allowed)
+    build("[bc].jsonl", "part-*")  # resumes the build
+    assert manifest_of(tmp_path / "out" / "s").splits["train"].documents == 1
+
+
+def test_parquet_pages_are_checked_against_their_checksums(built: Built, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": [f"word {i}" for i in range(100)]})
+    pq.write_table(table, path, write_page_checksum=True, compression="none", use_dictionary=False)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"word 50", b"ward 50"))  # still a valid page
+    with pytest.raises(UserError, match=r"a\.parquet: damaged parquet file \(.*checksum"):
+        list(documents(str(path)))
 
 
 def damaged_parquet(path: Path) -> None:

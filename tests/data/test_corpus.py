@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from llama_ds.data.building.parts import plan_parts
 from llama_ds.data.text.corpus import cut_at_lines, documents
+from llama_ds.data.text.formats import JSON_LINES, TEXT, FileFormat, ReadOptions
 from llama_ds.data.text.gather import gather_local_corpus
+from llama_ds.data.text.inputs import TakenFile
 from llama_ds.data.text.piece_reader import PieceReader, TextPiece
 from llama_ds.errors import UserError
 
@@ -84,7 +86,8 @@ def test_parts_cover_every_byte_once_and_big_lists_are_cut(tmp_path: Path) -> No
     }
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(b"x" * size)
-    parts = plan_parts([str(tmp_path / name) for name in sizes])
+    formats = {".jsonl": FileFormat(JSON_LINES), ".gz": FileFormat(JSON_LINES, "gzip"), ".txt": FileFormat(TEXT)}
+    parts = plan_parts([TakenFile(str(tmp_path / n), formats[Path(n).suffix]) for n in sizes], ReadOptions())
     names = [[Path(piece.path).name for piece in part] for part in parts]
     assert names == [["a.jsonl"]] * 3 + [["a.jsonl", "b.txt", "c.txt"], ["d.txt"], ["e.txt"], ["f.jsonl.gz"]]
     ranges = [(piece.start, piece.stop) for part in parts for piece in part if piece.path.endswith(".jsonl")]

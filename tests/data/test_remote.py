@@ -17,6 +17,7 @@ from flaky_server import FlakyServer
 
 from llama_ds.data.source.cache import Cache
 from llama_ds.data.source.store import BadFile, RetryPolicy, Store, open_store
+from llama_ds.errors import UserError
 from llama_ds.log import logger
 
 SHARD = random.Random(0).randbytes(300_000)
@@ -199,6 +200,13 @@ def test_a_complete_file_is_used_although_the_command_fails(tmp_path: Path) -> N
     store = store_of(f"pipe:cat {tmp_path}/{{}}; echo run >> {tmp_path}/runs; exit 1", tmp_path)
     assert Path(store.fetch("a.tar", len(SHARD), SHA256)).read_bytes() == SHARD
     assert (tmp_path / "runs").read_text() == "run\n"
+
+
+def test_letters_outside_ascii_in_a_url_are_escaped(tmp_path: Path) -> None:
+    with FlakyServer({"/données 1/a é.tar?clé=ü": SHARD}) as server:
+        assert store_of(f"{server.url}/données%201/?clé=ü", tmp_path).read("a é.tar") == SHARD
+    with pytest.raises(UserError, match=r"http://\.\.é: not a valid host name"):
+        store_of("http://..é", tmp_path)
 
 
 def test_a_password_is_sent_but_not_shown(tmp_path: Path) -> None:

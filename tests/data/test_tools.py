@@ -11,6 +11,7 @@ import pytest
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILD = ("shards.py", "build", f"--source=a={ROOT}/README.md", "--seq-len=8", "--out=x")
 
 
 def tool(name: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -74,7 +75,8 @@ def damage(shard: Path) -> None:
         (("shards.py", "consumed", "no-run"), "no-run"),
         (("shards.py", "verify", "foo://bucket/x"), "foo://bucket/x"),
         (("shards.py", "verify", "http://127.0.0.1:9/x"), "cache"),
-        (("shards.py", "build", "--source=a=README.md", "--tokenizer=no.model", "--seq-len=8", "--out=x"), "no.model"),
+        ((*BUILD, "--tokenizer=~/no.model"), f"{Path.home()}/no.model"),
+        ((*BUILD, "--tokenizer=no.model"), "no.model"),
         (("shards.py", "build", "--source=a=x", "--tokenizer=t", "--seq-len=8", "--out=x"), "x: no such file"),
         (
             ("shards.py", "build", "--source=a=README.md", "--tokenizer=t", "--seq-len=8", "--out=x", "--workers=-1"),

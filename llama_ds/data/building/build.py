@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy as np
 from llama_ds.data.building import build_folder
 from llama_ds.data.building.atomic_file import reporting_write_errors
 from llama_ds.data.building.dedup import DIGEST, DigestSet
+from llama_ds.data.building.document_counts import DocumentCounts
 from llama_ds.data.building.input_files import (
     InputFile,
     build_input,
@@ -36,7 +37,8 @@ from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.documents_index import parse_documents
 from llama_ds.data.source.input_index import ListedFile
 from llama_ds.data.source.manifest import REBUILD, SPLITS, Manifest, check_tokenizer, documents_name, parse_manifest
-from llama_ds.data.text.corpus import source_files
+from llama_ds.data.text.formats import FileFormat, ReadOptions
+from llama_ds.data.text.inputs import Inputs, TakenFile, find_inputs
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from llama_ds.log import logger
@@ -55,6 +57,8 @@ class _Settings:
     document_chars: int
     dedup: bool
     skip_bad: bool
+    options: ReadOptions
+    allow_empty: tuple[str, ...]
 
 
 def build_source(
@@ -72,6 +76,9 @@ def build_source(
     dedup: bool = False,
     append: bool = False,
     skip_bad: bool = False,
+    options: ReadOptions | None = None,
+    allow_empty: tuple[str, ...] = (),
+    announce: Callable[[int], None] = lambda input_bytes: None,
     start_pool: Callable[[int], WorkerPool] = start_workers,
 ) -> Manifest:
     """Tokenize and pack the documents of `pattern` into the folder out/name.
@@ -79,7 +86,8 @@ def build_source(
     The hash of a document's text assigns it to a split: copies of a text go to the same split, and adding documents
     moves none. `dedup` keeps only the first of equal documents. `append` adds the documents to a finished source,
     whose shards stay unchanged; files that it already holds are left out. `skip_bad` leaves out documents that are
-    empty, not UTF-8 or not JSON. A build or addition that is already complete is not repeated.
+    empty, not UTF-8 or not JSON, and reports them by file and reason; a list of documents of which none is left is an
+    error unless it matches `allow_empty`. A build or addition that is already complete is not repeated.
 
     Args:
         pattern: a file, a folder or a glob with `**`.
@@ -88,6 +96,9 @@ def build_source(
         workers: number of processes that tokenize and write.
         document_chars: longer documents are cut at line ends; 0: no document is cut.
         overwrite: delete an existing finished source, or an unfinished build of other documents or flags.
+        options: how the files are found and read.
+        allow_empty: patterns of files that may be empty or yield no document.
+        announce: called once with the size of the input in bytes.
         start_pool: starts the processes for `workers`; by default on this machine.
 
     The bytes written depend on the documents, the tokenizer and the sizes, but not on `workers` or on restarts of the
@@ -97,13 +108,18 @@ def build_source(
     Raises:
         UserError: the source exists, a document is bad (see `documents`), a split is empty, or the disk is full.
     """
-    settings = _Settings(tokenizer_path, seq_len, validation_fraction, rows_per_shard, document_chars, dedup, skip_bad)
+    settings = _Settings(
+        tokenizer_path, seq_len, validation_fraction, rows_per_shard, document_chars, dedup, skip_bad,
+        options or ReadOptions(), allow_empty,
+    )  # fmt: skip
     _check(name, settings, workers, overwrite, append)
     tokenizer = Tokenizer(tokenizer_path)
     if tokenizer.bos_id < 0 or tokenizer.eos_id < 0:
         raise UserError(f"{tokenizer_path}: no bos or eos id; train one with tools/tokenizer.py train")
     folder = os.path.join(out, name)
-    files = stat_files(source_files(pattern))
+    inputs = find_inputs(pattern, settings.options)
+    inputs.report()
+    files = stat_files(inputs.paths)
     with reporting_write_errors(folder), build_folder.locked(folder):
         build_folder.finish_commit(folder)
         base = None if overwrite else _finished(folder, settings, tokenizer, append)
@@ -116,14 +132,15 @@ def build_source(
                 logger.info("%s: already holds all documents of %s; nothing is left to do", folder, pattern)
                 return base
         return _complete(
-            folder, name, pattern, settings, tokenizer, files, base, overwrite, lambda: start_pool(workers), progress
-        )
+            folder, name, inputs, settings, tokenizer, files, base, overwrite,
+            lambda: start_pool(workers), progress, announce,
+        )  # fmt: skip
 
 
 def _complete(
     folder: str,
     name: str,
-    pattern: str,
+    inputs: Inputs,
     settings: _Settings,
     tokenizer: Tokenizer,
     files: Sequence[InputFile],
@@ -131,13 +148,15 @@ def _complete(
     overwrite: bool,
     start: Callable[[], WorkerPool],
     progress: Callable[[int, int, int], None],
+    announce: Callable[[int], None],
 ) -> Manifest:
-    """Build the documents of `files`, resuming an unfinished build of them."""
+    """Build the documents of `files`, some of `inputs`, resuming an unfinished build of them."""
     mark = build_folder.fingerprint(files, _flags(settings, tokenizer))
     if base is not None:
         mark[build_folder.APPENDS_TO] = hashlib.sha256(build_folder.finished(folder) or b"").hexdigest()
     found = build_folder.begin(folder, mark, files, base, overwrite)
-    build = _Build(folder, settings, tokenizer, files, base)
+    build = _Build(folder, settings, tokenizer, files, inputs.formats, base)
+    announce(build.input_bytes)
     build.resume(found, progress)
     try:
         with start() as pool:
@@ -145,7 +164,7 @@ def _complete(
     finally:
         build_folder.remove_temporary(folder)  # also on an error, because the disk may be full
     if base is None:
-        _check_filled(folder, pattern, build.splits, settings.validation_fraction)
+        _check_filled(folder, inputs.pattern, build.splits, settings.validation_fraction)
     listed = build.listed_files()
     entry = build_input(listed, base is not None, _reading_flags(settings))
     manifest = Manifest(
@@ -162,7 +181,13 @@ class _Build:
     """Schedules the tasks of a build, and appends tokenized parts to the split streams in order."""
 
     def __init__(
-        self, folder: str, settings: _Settings, tokenizer: Tokenizer, files: Sequence[InputFile], base: Manifest | None
+        self,
+        folder: str,
+        settings: _Settings,
+        tokenizer: Tokenizer,
+        files: Sequence[InputFile],
+        formats: Mapping[str, FileFormat],
+        base: Manifest | None,
     ) -> None:
         self._dtype = id_dtype(tokenizer.vocab_size)
         self._source, self._folder = folder, build_folder.build_path(folder)
@@ -171,7 +196,8 @@ class _Build:
         )
         self.splits = {split: SplitStream(form, split, base.splits[split] if base else None) for split in SPLITS}
         self._settings, self._inputs = settings, {file.path: file for file in files}
-        self._parts = plan_parts([file.path for file in files])
+        self._parts = plan_parts([TakenFile(file.path, formats[file.path]) for file in files], settings.options)
+        self.input_bytes = sum(piece.size for part in self._parts for piece in part)
         self._first_part: dict[str, int] = {}  # number of the part in which each file begins
         for number, pieces in enumerate(self._parts):
             for piece in pieces:
@@ -183,8 +209,8 @@ class _Build:
         self._next = 0  # next part to tokenize
         self._appended = 0  # parts 0 .. appended - 1 are in the streams
         self._waiting: dict[int, TokenizedPart] = {}
-        self._last_file = ("", 0)  # last file of the appended parts: path, lines so far
-        self._skipped = self._copies = 0
+        self._counts = DocumentCounts(settings.options, settings.allow_empty)
+        self._copies = 0
 
     def resume(self, found: Sequence[InputFile], progress: Callable[[int, int, int], None]) -> None:
         """Take over what an earlier, killed build finished; `found` are the files as that build found them.
@@ -231,8 +257,7 @@ class _Build:
 
     def report(self, name: str) -> None:
         """Log how many documents were left out."""
-        if self._skipped:
-            logger.info("source %s: %d empty or malformed documents left out", name, self._skipped)
+        self._counts.report(name)
         if self._known:
             logger.info("source %s: %d duplicate documents left out", name, self._copies)
 
@@ -250,7 +275,7 @@ class _Build:
         return TokenizePart(
             self._folder, number, self._parts[number], tuple(self._inputs[path] for path in paths),
             tuple(path for path in paths if self._first_part[path] == number),
-            s.tokenizer_path, s.validation_fraction, s.document_chars, s.skip_bad,
+            s.tokenizer_path, s.validation_fraction, s.document_chars, s.skip_bad, s.options, s.allow_empty,
         )  # fmt: skip
 
     def _append_ready(self) -> None:
@@ -258,10 +283,12 @@ class _Build:
             self._append(part)
             self._appended += 1
         if self._appended == len(self._parts):
+            self._counts.end_file()
             for stream in self.splits.values():
                 stream.end()
 
     def _append(self, part: TokenizedPart) -> None:
+        files = self._counts.add(self._parts[part.number], part)
         documents, ids = list(part.documents), list(part.ids)
         copies = np.empty(0, np.int64)
         if self._known:
@@ -271,20 +298,9 @@ class _Build:
                 dropped = records[copies]["length"][records[copies]["validation"] == split]
                 documents[split] -= len(dropped)
                 ids[split] -= int(dropped.sum())
-        files = self._files(part)
         for i, stream in enumerate(self.splits.values()):
             stream.add(Span(part.number, stream.ids, ids[i], copies, files), documents[i])
         self._copies += len(copies)
-        self._skipped += part.skipped
-
-    def _files(self, part: TokenizedPart) -> tuple[tuple[str, int], ...]:
-        files = []
-        for piece, lines in zip(self._parts[part.number], part.lines, strict=True):
-            path, before = self._last_file
-            before = before if path == piece.path else 0
-            files.append((piece.path, before))
-            self._last_file = (piece.path, before + lines)
-        return tuple(files)
 
 
 def _check(name: str, settings: _Settings, workers: int, overwrite: bool, append: bool) -> None:
@@ -318,7 +334,7 @@ def _flags(settings: _Settings, tokenizer: Tokenizer) -> dict[str, object]:
 
 def _reading_flags(settings: _Settings) -> dict[str, object]:
     """Return the flags that decide which documents the input gives; those of a manifest's shape are fields there."""
-    return {"document chars": settings.document_chars, "dedup": settings.dedup}
+    return {"document chars": settings.document_chars, "dedup": settings.dedup, **settings.options.flags()}
 
 
 def _finished(folder: str, settings: _Settings, tokenizer: Tokenizer, append: bool) -> Manifest | None:

@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from llama_ds.data.source.input_index import ListedFile, input_name, parse_inputs
 from llama_ds.data.source.manifest import BuildInput, Manifest
+from llama_ds.data.text.input_storage import input_size, open_input, remote_version, stamp, unreadable
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
@@ -66,11 +67,13 @@ def digest(path: str, size: int | None = None) -> str:
     Raises:
         UserError: it cannot be read.
     """
+    if size is None and (version := remote_version(path)):  # stands for the content, which is not read twice
+        return hashlib.sha256(f"{input_size(path)} {version}".encode()).hexdigest()
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return _digest(file, size)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+        raise unreadable(path, error) from None
 
 
 def _digest(file: BinaryIO, size: int | None) -> str:
@@ -151,11 +154,7 @@ def missing_files(
 
 
 def _stat(path: str) -> InputFile:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-    return InputFile(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return InputFile(path, *stamp(path))
 
 
 def _listed(folder: str, number: int) -> list[ListedFile]:

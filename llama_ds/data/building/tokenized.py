@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -23,13 +23,16 @@ import numpy as np
 
 from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.dedup import DIGEST
+from llama_ds.data.building.imported_ids import ImportedIds
 from llama_ds.data.building.input_files import InputFile, check_unchanged, digest
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part
 from llama_ds.data.source.manifest import SPLITS
 from llama_ds.data.text.corpus import cut
 from llama_ds.data.text.cuts import PIECE_CHARS, pieces_of
-from llama_ds.data.text.piece_reader import PieceReader, empty_file
+from llama_ds.data.text.formats import MEGATRON, ReadOptions, matches
+from llama_ds.data.text.input_storage import input_size
+from llama_ds.data.text.piece_reader import EMPTY_DOCUMENT, LeftOut, PieceReader, TextPiece, empty_file
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
@@ -56,7 +59,8 @@ class TokenizedPart:
     documents: tuple[int, int]
     ids: tuple[int, int]
     lines: tuple[int, ...]  # number of lines of each piece
-    skipped: int  # documents left out
+    taken: tuple[int, ...]  # number of documents read from each piece, before they are cut
+    left_out: tuple[dict[str, LeftOut], ...]  # documents of each piece that were left out, by reason
     digests: dict[str, str]  # sha256 of each file that the task was asked to hash, by path
 
 
@@ -73,6 +77,8 @@ class TokenizePart:
     validation_fraction: float
     document_chars: int
     skip_bad: bool
+    options: ReadOptions
+    allow_empty: tuple[str, ...]
 
     def run(self) -> Iterator[TokenizedCounts | TokenizedPart]:
         """Write the files of the part; yield progress, then the part's counts.
@@ -99,29 +105,66 @@ class TokenizePart:
             output = _Output(_tokenizer(self.tokenizer_path), files)
             lines, reported = [], 0
             for index, piece in enumerate(self.pieces):
-                reader = PieceReader(piece, self.skip_bad)
+                reader = self._reader(piece, output)
                 before = sum(p.size for p in self.pieces[:index])
-                for line, text in reader:
-                    self._check_not_empty(reader, line, text)
-                    self._add(output, index, line, text)
+                output.taken.append(0)
+                for _ in self._documents(output, reader, index):
                     if output.chars >= REPORT_CHARS:
                         done = before + int(reader.share * piece.size)
                         yield output.flush(max(0, done - reported))
                         reported = max(reported, done)
                 lines.append(reader.lines)
-                output.skipped += reader.skipped
+                output.left_out.append(reader.left_out)
             yield output.flush(size - reported)
         return tuple(lines), output
 
-    def _check_not_empty(self, reader: PieceReader, line: int, text: str) -> None:
-        if text or self.skip_bad:
-            return
-        if not line and not os.path.getsize(reader.piece.path):
-            raise UserError(f"{empty_file(reader.piece.path)}, or leave such documents out with --skip-bad")
-        raise UserError(f"{reader.where(line)}: empty document; remove it, or leave such documents out with --skip-bad")
+    def _reader(self, piece: TextPiece, output: _Output) -> PieceReader | ImportedIds:
+        if piece.format is not None and piece.format.content == MEGATRON:
+            return ImportedIds(piece, output.tokenizer, self.skip_bad)
+        return PieceReader(piece, self.skip_bad, self.options)
 
-    def _add(self, output: _Output, piece: int, line: int, text: str) -> None:
-        output.skipped += not text
+    def _documents(self, output: _Output, reader: PieceReader | ImportedIds, piece: int) -> Iterator[None]:
+        """Add the documents of a piece, and yield after each."""
+        if isinstance(reader, PieceReader):
+            for line, text in self._texts(reader):
+                self._add(output, reader, piece, line, text)
+                yield
+        elif self.document_chars:
+            raise UserError(f"{reader.piece.path}: --document-chars splits no ids already made; omit it")
+        else:
+            for line, ids, text in reader:
+                output.taken[-1] += 1
+                output.add_ids(ids, text, piece, line, self.validation_fraction)
+                yield
+
+    def _texts(self, reader: PieceReader) -> Iterable[tuple[int, str]]:
+        """Return the texts of a piece, none for an empty file that is allowed."""
+        path = reader.piece.path
+        if input_size(path):
+            return reader
+        if matches(path, self.allow_empty):
+            reader.leave_out("empty file", 0)
+            return ()
+        if self.skip_bad and not reader.is_list:
+            return reader
+        fix = (
+            f"accept this file with --allow-empty '{path}'" if reader.is_list else "skip such documents with --skip-bad"
+        )
+        raise UserError(f"{empty_file(path)}, or {fix}")
+
+    def _check_not_empty(self, reader: PieceReader, line: int) -> None:
+        if self.skip_bad:
+            reader.leave_out(EMPTY_DOCUMENT, line)
+        else:
+            raise UserError(
+                f"{reader.where(line)}: empty document; remove it, or leave such documents out with --skip-bad"
+            )
+
+    def _add(self, output: _Output, reader: PieceReader, piece: int, line: int, text: str) -> None:
+        if not text:
+            self._check_not_empty(reader, line)
+            return
+        output.taken[-1] += 1
         for document in cut(text, self.document_chars):
             output.add(document, piece, line, self.validation_fraction)
 
@@ -131,7 +174,9 @@ class TokenizePart:
             np.save(file, records)
         held_out = int(records["validation"].sum())
         documents = len(records) - held_out, held_out
-        part = TokenizedPart(self.number, documents, output.totals(), lines, output.skipped, digests)
+        part = TokenizedPart(
+            self.number, documents, output.totals(), lines, tuple(output.taken), tuple(output.left_out), digests
+        )
         with atomic_writer(_record_path(self.build, self.number), wait=False) as file:
             file.write(json.dumps(asdict(part)).encode())
         return part
@@ -141,7 +186,7 @@ class _Output:
     """Tokenizes documents, and writes their ids to the file of their split."""
 
     def __init__(self, tokenizer: Tokenizer, files: Sequence[BinaryIO]) -> None:
-        self._tokenizer, self._files = tokenizer, files
+        self.tokenizer, self._files = tokenizer, files
         self._dtype = id_dtype(tokenizer.vocab_size)
         self._bos, self._eos = (np.array([i], self._dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
         self._ids: list[list[np.ndarray]] = [[] for _ in files]
@@ -149,7 +194,16 @@ class _Output:
         self._lengths, self._lines, self._pieces = array("q"), array("q"), array("i")
         self._validation, self._digests = bytearray(), bytearray()
         self._reported = (0, 0)  # documents, ids
-        self.chars = self.skipped = 0
+        self.taken: list[int] = []  # documents of each piece
+        self.left_out: list[dict[str, LeftOut]] = []
+        self.chars = 0
+
+    def add_ids(self, ids: np.ndarray, text: str, piece: int, line: int, validation_fraction: float) -> None:
+        """Add one document whose ids are known."""
+        digest = _digest(text)
+        split = _is_validation(digest, validation_fraction)
+        self._ids[split] += (self._bos, ids.astype(self._dtype), self._eos)
+        self._record(len(ids) + 2, line, piece, split, digest, len(text))
 
     def add(self, text: str, piece: int, line: int, validation_fraction: float) -> None:
         """Tokenize one document."""
@@ -157,19 +211,22 @@ class _Output:
         split = _is_validation(digest, validation_fraction)
         length = 2
         self._ids[split].append(self._bos)
-        for part in pieces_of(text, self._tokenizer.cuts if len(text) > PIECE_CHARS else None):
-            ids = self._tokenizer.encode_array(part).astype(self._dtype)
+        for part in pieces_of(text, self.tokenizer.cuts if len(text) > PIECE_CHARS else None):
+            ids = self.tokenizer.encode_array(part).astype(self._dtype)
             length += len(ids)
             self._ids[split].append(ids)
             if len(text) > PIECE_CHARS:
                 self._write()
         self._ids[split].append(self._eos)
+        self._record(length, line, piece, split, digest, len(text))
+
+    def _record(self, length: int, line: int, piece: int, split: bool, digest: bytes, chars: int) -> None:
         self._lengths.append(length)
         self._lines.append(line)
         self._pieces.append(piece)
         self._validation.append(split)
         self._digests += digest[: DIGEST.itemsize]
-        self.chars += len(text)
+        self.chars += chars
 
     def flush(self, read_bytes: int) -> TokenizedCounts:
         """Write the buffered ids, and return the progress since the last call."""
@@ -227,8 +284,9 @@ def read_part(build: str, number: int, dtype: np.dtype) -> TokenizedPart | None:
         path = ids_path(build, number, split)  # missing once all its shards are written
         if os.path.exists(path) and os.path.getsize(path) != ids * dtype.itemsize:
             return None
-    pairs = {key: tuple(raw[key]) for key in ("documents", "ids", "lines")}
-    return TokenizedPart(**{**raw, **pairs})
+    left_out = tuple({reason: LeftOut(**found) for reason, found in piece.items()} for piece in raw["left_out"])
+    pairs = {key: tuple(raw[key]) for key in ("documents", "ids", "lines", "taken")}
+    return TokenizedPart(**{**raw, **pairs, "left_out": left_out})
 
 
 def _record_path(build: str, number: int) -> str:

@@ -8,6 +8,7 @@ a transport that cannot resume begins at 0. Every failure is a `Fault`. No trans
 from __future__ import annotations
 
 import base64
+import glob
 import http.client
 import os
 import re
@@ -25,7 +26,7 @@ from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from llama_ds.errors import UserError
 
@@ -34,6 +35,8 @@ Chunks = Generator[tuple[int, bytes], None, None]
 CHUNK = 1 << 18  # bytes per read of a socket or a pipe
 EXIT_S = 1.0  # grace for a command to exit after its output, even past the deadline, for the sake of its exit status
 FSSPEC_CHUNK = 1 << 22  # bytes per read; each is one request to an object store
+STATUS_S = 60.0  # timeout of a request for the headers of a file
+VERSIONS = ("ETag", "etag", "sha", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 MISSING_STATUS = (401, 403, 404, 410)
 KINDS = "a folder, file://, http://, https://, s3://, gs://, pipe:COMMAND, or a protocol of fsspec"
 
@@ -46,6 +49,14 @@ class RetryPolicy:
     first_wait_s: float = 0.5  # pause between the first two tries; it doubles with each try
     max_wait_s: float = 30.0
     stall_s: float = 30.0  # a try fails after this time without a byte
+
+
+class FileStatus(NamedTuple):
+    """A remote file."""
+
+    url: str
+    size: int
+    version: str  # changes whenever the content does; "" if the store has no such mark
 
 
 class Fault(Exception):
@@ -96,7 +107,7 @@ class HttpTransport:
 
     def __init__(self, url: str) -> None:
         self.location = without_secrets(url)
-        self.parts = urllib.parse.urlsplit(url)
+        self.parts = _in_ascii(urllib.parse.urlsplit(url), self.location)
         self.opener = urllib.request.build_opener()
 
     def where(self, name: str) -> str:
@@ -126,6 +137,20 @@ class HttpTransport:
         except (OSError, http.client.HTTPException) as error:
             raise Fault(_describe(error)) from None
 
+    def size_and_version(self, name: str) -> tuple[int, str]:
+        """Return the size and the version of a file, from the headers of a response. Raises Fault or UserError."""
+        try:
+            with self.opener.open(self._request(name, 0), timeout=STATUS_S) as response:
+                size, headers = response.length, response.headers
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise (Missing if error.code in MISSING_STATUS else Fault)(f"HTTP {error.code} {error.reason}") from None
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            raise Fault(_describe(getattr(error, "reason", error))) from None
+        if size is None:
+            raise UserError(f"{self.where(name)}: the server does not tell the size of the file; download it first")
+        return size, headers.get("ETag") or headers.get("Last-Modified") or ""
+
     def _request(self, name: str, start: int) -> urllib.request.Request:
         path = f"{self.parts.path.rstrip('/')}/{urllib.parse.quote(name)}"
         host = self.parts.netloc.rpartition("@")[2]
@@ -137,6 +162,17 @@ class HttpTransport:
             # Not sent on redirects: another host must not see the password.
             request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(pair.encode()).decode()}")
         return request
+
+
+def _in_ascii(parts: urllib.parse.SplitResult, url: str) -> urllib.parse.SplitResult:
+    """Return a URL with letters outside ASCII as HTTP sends them: escaped, and in the host's name by IDNA."""
+    login, at, host = parts.netloc.rpartition("@")
+    try:
+        host = host.encode("idna").decode()
+    except UnicodeError as error:
+        raise UserError(f"{url}: not a valid host name ({error}); correct the URL") from None
+    path, query = (urllib.parse.quote(part, safe="/%:@!$&'()*+,;=~?") for part in (parts.path, parts.query))
+    return parts._replace(netloc=f"{login}{at}{host}", path=path, query=query)
 
 
 def _span(response: http.client.HTTPResponse, start: int) -> tuple[int, int | None]:
@@ -303,6 +339,48 @@ def in_thread(chunks: Chunks, stall_s: float, until: float) -> Chunks:
             offset = item[0] + len(item[1])
     finally:
         requests.put(False)
+
+
+def list_files(url: str) -> list[FileStatus]:
+    """Return the files at a URL, below it if it is a folder, or that match it if it is a glob, sorted by URL.
+
+    Raises:
+        Fault: the store cannot be reached, or there is no such file.
+        UserError: the protocol is unknown, its package is not installed, or a web server would have to be searched.
+    """
+    if not re.match("https?://", url):
+        return _fsspec_files(url)
+    if glob.has_magic(url) or url.endswith("/"):
+        raise UserError(f"{url}: a web server cannot be searched for files; name one file")
+    folder, _, name = url.rpartition("/")
+    return [FileStatus(url, *HttpTransport(folder).size_and_version(urllib.parse.unquote(name)))]
+
+
+def _fsspec_files(url: str) -> list[FileStatus]:
+    import fsspec
+
+    _file_system_class(url, url)
+    try:
+        system, root = fsspec.url_to_fs(url, skip_instance_cache=True)
+        system.invalidate_cache()
+        if glob.has_magic(root):
+            found = system.glob(root, detail=True)
+        else:
+            found = system.find(root, detail=True) if system.isdir(root) else {root: system.info(root)}
+        for folder in [path for path, info in found.items() if info["type"] == "directory"]:
+            found.update(system.find(folder, detail=True))
+    except (FileNotFoundError, PermissionError) as error:
+        raise Missing(_describe(error)) from None
+    except Exception as error:  # every store raises its own exception types
+        raise Fault(_describe(error)) from None
+    files = {path: info for path, info in found.items() if info["type"] == "file"}
+    return sorted(
+        FileStatus(system.unstrip_protocol(p), int(info["size"]), _version(info)) for p, info in files.items()
+    )
+
+
+def _version(info: dict[str, Any]) -> str:
+    return next((str(info[key]) for key in VERSIONS if info.get(key)), "")
 
 
 def without_secrets(url: str) -> str:

@@ -60,7 +60,7 @@ def open_store(location: str, cache: Cache | None = None, policy: RetryPolicy = 
     if location.startswith("file://"):
         return LocalStore(urllib.request.url2pathname(urllib.parse.urlsplit(location).path))
     if not re.match(r"pipe:|[A-Za-z][A-Za-z0-9+.-]*(://|::)", location):
-        return LocalStore(location)
+        return LocalStore(os.path.expanduser(location))
     transport = open_transport(location)
     if cache is None:
         raise UserError(

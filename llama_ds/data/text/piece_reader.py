@@ -1,68 +1,101 @@
-"""Reading the texts of a file or of a piece of a file: JSON lines (plain, gzip, zstd), parquet, or one text.
+"""Reading the texts of a file or of a piece of a file: JSON, parquet, Arrow, or plain text.
 
-Any process can read a piece without reading the file before it. Lines (parquet: rows) are counted from the start of the
-piece; only an error message needs the line number in the file, and then the reader scans the file up to the piece.
+Any process can read a piece without reading the file before it. Lines are counted from the start of the piece (items
+of a JSON array, rows of a table and documents between separators count as lines); only an error message needs the line
+number in the file, and then the reader scans the file up to the piece.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from llama_ds.data.text.columns import arrow_values, parquet_values, row_counts
+from llama_ds.data.text.decompress import damaged, decompressed, split_records
+from llama_ds.data.text.formats import (
+    ARROW_FILE,
+    ARROW_STREAM,
+    BOM,
+    JSON_LINES,
+    JSON_VALUES,
+    MEGATRON,
+    PARQUET,
+    FileFormat,
+    ReadOptions,
+    recognise,
+)
+from llama_ds.data.text.input_storage import input_size, open_input
+from llama_ds.data.text.json_values import BrokenStream, field_of, fields_of, parse, values
 from llama_ds.errors import UserError
 
-JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-PARQUET = ".parquet"
-READ_BYTES = 1 << 16  # zstd bytes per read; small, because they may decompress to a thousand times as much
+EMPTY_DOCUMENT = "empty document"
+BLOCK = 1 << 20  # bytes per read
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 SURROGATE = re.compile("[\ud800-\udfff]")  # searched for, because encoding a text to find one would copy it
-BATCH_ROWS = 256  # parquet rows per batch
 
 
 @dataclass(frozen=True)
 class TextPiece:
-    """A file or a piece of it, start .. stop - 1: a byte range of plain JSON lines, or row groups of a parquet file."""
+    """A file or a piece of it, start .. stop - 1: bytes of lines, row groups of a parquet file, or documents."""
 
     path: str
     start: int = 0
     stop: int | None = None  # None: the end of the file
     size: int = 0  # bytes of the file that the piece accounts for, for progress bars
+    format: FileFormat | None = None  # None: recognised when the piece is read
+
+
+@dataclass
+class LeftOut:
+    """Documents of a piece that were left out for one reason."""
+
+    count: int
+    first: int  # line of the first of them
 
 
 class _BadDocument(Exception):
-    """A malformed document, with the message of a UserError."""
+    """A malformed document: the reason, which is the same for all documents of the kind, and details with the fix."""
+
+    def __init__(self, reason: str, details: str) -> None:
+        super().__init__(details)
+        self.reason = reason
 
 
 class PieceReader:
     """Iterates over (line, text) of a piece; the line is 0 where the file is one text.
 
     `lines` counts the lines read so far; `share` is the fraction of the piece read so far. With `skip_bad`, documents
-    that are binary, not UTF-8 or not JSON with a text are left out and counted in `skipped`. With None, the error
-    message does not mention the option --skip-bad.
+    that are binary, not UTF-8 or not JSON with a text are left out and counted by reason in `left_out`. With None, the
+    error message does not mention the option --skip-bad.
 
     Raises:
         UserError: the file is empty, binary, damaged or not UTF-8, or a line has no text; names file and line.
     """
 
-    def __init__(self, piece: TextPiece, skip_bad: bool | None = None) -> None:
+    def __init__(self, piece: TextPiece, skip_bad: bool | None = None, options: ReadOptions | None = None) -> None:
         self.piece = piece
-        self.lines = self.skipped = 0
+        self.lines = 0
         self.share = 0.0
-        self._skip_bad = skip_bad
+        self.left_out: dict[str, LeftOut] = {}
+        self._skip_bad, self._options = skip_bad, options or ReadOptions()
+        self._format = piece.format or recognise(piece.path, self._options)
+        self.is_list = self._format.is_list or bool(self._options.separator)  # whether the file may hold several texts
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        path = self.piece.path.lower()
-        if path.endswith(PARQUET):
-            return self._parquet()
-        if path.endswith(JSON_LINES):
-            return self._json_lines()
-        return self._one_text()
+        if self._format.content == MEGATRON:
+            raise UserError(f"{self.piece.path}: holds ids, not text; only tools/shards.py build imports them")
+        if self._format.content == PARQUET:
+            return self._rows(self._parquet())
+        if self._format.content in (ARROW_STREAM, ARROW_FILE):
+            return self._rows(arrow_values(self.piece.path, self._format.content, self._options.text_field))
+        if self._format.content == JSON_LINES:
+            return self._json(self._records(b"\n"))
+        if self._format.content == JSON_VALUES:
+            return self._json(self._json_values())
+        return self._separated_texts() if self._options.separator else self._one_text()
 
     def where(self, line: int) -> str:
         """Return file:line, with the line number in the file."""
@@ -70,76 +103,103 @@ class PieceReader:
             return self.piece.path
         return f"{self.piece.path}:{self._lines_before() + line}"
 
+    def leave_out(self, reason: str, line: int) -> None:
+        """Count a document that is left out."""
+        self.left_out.setdefault(reason, LeftOut(0, line)).count += 1
+
     def _one_text(self) -> Iterator[tuple[int, str]]:
-        with _open(self.piece.path) as file:
-            data = file.read()
+        with open_input(self.piece.path) as file:
+            chunks = decompressed(file, self._format.compression, self.piece.path)
+            data = b"".join(chunks) if self._format.compression else file.read()
         self.share = 1.0
         with self._skipping_bad():
-            text = _decode(data, self.piece.path).removeprefix("\ufeff")
+            text = _decode(data).removeprefix("\ufeff")
             del data  # otherwise a long text would be held twice
             yield 0, text
 
-    def _json_lines(self) -> Iterator[tuple[int, str]]:
-        path = self.piece.path
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        with _open(path) as file:
-            if size == 0:
-                raise empty_file(path)
-            if path.lower().endswith(".jsonl"):
-                yield from self._texts(self._lines_of_range(file, size))
-            else:
-                lines = _gzip_lines(file) if path.lower().endswith(".gz") else _zstd_lines(file, path)
-                yield from self._texts(self._lines_of_stream(file, size, lines))
-
-    def _texts(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
-        for offset, data in lines:
+    def _separated_texts(self) -> Iterator[tuple[int, str]]:
+        separator = self._options.separator.encode()
+        for offset, data in self._records(separator):
             self.lines += 1
-            if data.isspace():
+            text = data.removesuffix(separator)
+            if text.isspace() or not text:
                 continue
             with self._skipping_bad():
-                yield self.lines, self._text_of(_decode(data, self.piece.path, offset))
+                found = _decode(text, offset)
+                yield self.lines, found if offset else found.removeprefix("\ufeff")
 
-    def _lines_of_range(self, file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
-        start, stop = self.piece.start, size if self.piece.stop is None else self.piece.stop
-        offset = start
-        if start:  # skip the rest of a line that starts in the piece before
-            file.seek(start - 1)
-            offset = start - 1
-            while offset < stop and (rest := file.readline(min(READ_BYTES, stop - offset))):
-                offset += len(rest)
-                if rest.endswith(b"\n"):
-                    break
-        while offset < stop and (data := file.readline()):
+    def _json(self, items: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
+        for offset, data in items:
+            self.lines += 1
+            if data.startswith(BOM):  # also in the middle of a file that was joined of several
+                data, offset = data.removeprefix(BOM), offset + len(BOM)
+            if not data or data.isspace():
+                continue
+            with self._skipping_bad():
+                yield self.lines, self._text_of(_decode(data, offset))
+
+    def _json_values(self) -> Iterator[tuple[int, bytes]]:
+        try:
+            yield from values(self._chunks())
+        except BrokenStream as error:
+            raise damaged(self.piece.path, "JSON", f"after item {self.lines}, {error}") from None
+
+    def _chunks(self) -> Iterator[bytes]:
+        """Yield the decompressed bytes of the file."""
+        path = self.piece.path
+        size = input_size(path)
+        if not size:
+            raise empty_file(path)
+        with open_input(path) as file:
+            for chunk in decompressed(file, self._format.compression, path):
+                yield chunk
+                self.share = file.tell() / size
+
+    def _records(self, separator: bytes) -> Iterator[tuple[int, bytes]]:
+        """Yield the offset and the bytes of each record that starts in the piece, with its separator."""
+        if not self._format.compression:
+            yield from self._records_of_range(separator)
+            return
+        offset = 0
+        for data in split_records(self._chunks(), separator):
             yield offset, data
             offset += len(data)
-            self.share = min(1.0, (offset - start) / max(1, stop - start))
 
-    def _lines_of_stream(self, file: BinaryIO, size: int, lines: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-        offset = 0
-        try:
-            for data in lines:
+    def _records_of_range(self, separator: bytes) -> Iterator[tuple[int, bytes]]:
+        path, start = self.piece.path, self.piece.start
+        size = input_size(path)
+        if not size:
+            raise empty_file(path)
+        stop = size if self.piece.stop is None else self.piece.stop
+        with open_input(path) as file:
+            offset = max(0, start - len(separator))
+            file.seek(offset)
+            records = iter(file) if separator == b"\n" else split_records(_blocks(file), separator)
+            if start and separator == b"\n":  # skip the rest of a record that starts in the piece before
+                offset += _skip_line(file, stop - offset)
+            elif start:
+                offset += len(next(records, b""))
+            while offset < stop and (data := next(records, b"")):
                 yield offset, data
                 offset += len(data)
-                self.share = file.tell() / size
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise self._damaged("gzip", error) from None
+                self.share = min(1.0, (offset - start) / max(1, stop - start))
 
-    def _parquet(self) -> Iterator[tuple[int, str]]:
-        import pyarrow  # type: ignore[import-untyped]
+    def _parquet(self) -> Iterator[list[object]]:
+        path, field = self.piece.path, self._options.text_field
+        counts = row_counts(path, field)
+        groups = range(self.piece.start, len(counts) if self.piece.stop is None else self.piece.stop)
+        rows = sum(counts[group] for group in groups)
+        for batch in parquet_values(path, field, groups):
+            yield batch
+            self.share = self.lines / max(1, rows)
 
-        with open_parquet(self.piece.path) as file:
-            stop = file.num_row_groups if self.piece.stop is None else self.piece.stop
-            groups = range(self.piece.start, stop)
-            rows = sum(file.metadata.row_group(group).num_rows for group in groups)
-            try:
-                for batch in file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=["text"]):
-                    for text in batch.column(0).to_pylist():
-                        self.lines += 1
-                        with self._skipping_bad():
-                            yield self.lines, self._checked(text, "row of a parquet file")
-                    self.share = self.lines / max(1, rows)
-            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-                raise self._damaged("parquet", error) from None
+    def _rows(self, batches: Iterable[list[object]]) -> Iterator[tuple[int, str]]:
+        for batch in batches:
+            for value in batch:
+                self.lines += 1
+                with self._skipping_bad():
+                    yield self.lines, self._checked(_decode(value) if isinstance(value, bytes) else value, None)
+        self.share = 1.0
 
     @contextmanager
     def _skipping_bad(self) -> Iterator[None]:
@@ -148,126 +208,79 @@ class PieceReader:
         except _BadDocument as error:
             if not self._skip_bad:
                 hint = "" if self._skip_bad is None else ", or leave such documents out with --skip-bad"
-                raise UserError(f"{error}{hint}") from None
-            self.skipped += 1
+                raise UserError(f"{self.where(self.lines)}: {error}{hint}") from None
+            self.leave_out(error.reason, self.lines)
 
-    def _text_of(self, line: str) -> str:
+    def _text_of(self, item: str) -> str:
         try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            where = self.where(self.lines)
-            raise _BadDocument(f"{where}: not JSON ({error}); every line of a .jsonl file is one JSON object") from None
-        return self._checked(record.get("text") if isinstance(record, dict) else None, "line of a .jsonl file")
+            record = parse(item)
+        except (ValueError, RecursionError) as error:
+            is_lines = self._format.content == JSON_LINES
+            rule = "every line is one JSON object" if is_lines else "every item is one JSON object"
+            raise _BadDocument("not JSON", f"not JSON ({error}); {rule}") from None
+        if isinstance(record, str) and self._format.content == JSON_VALUES:
+            return self._checked(record, record)
+        return self._checked(field_of(record, self._options.text_field), record)
 
-    def _checked(self, text: object, holder: str) -> str:
+    def _checked(self, text: object, record: object) -> str:
         if not isinstance(text, str):
-            where = self.where(self.lines)
-            raise _BadDocument(f'{where}: no "text" of type string; every {holder} has one: {{"text": "..."}}')
+            field = self._options.text_field
+            others = fields_of(record)[:9]
+            advice = f"name its text with --text-field, of {', '.join(others)}" if others else "a document is a string"
+            raise _BadDocument(f'no "{field}" of type string', f'no "{field}" of type string; {advice}')
         if half := SURROGATE.search(text):
-            where = self.where(self.lines)
-            raise _BadDocument(f"{where}: character {half.start()} is half of a surrogate pair; write it as UTF-8")
+            raise _BadDocument(
+                "half of a surrogate pair", f"character {half.start()} is half of a surrogate pair; write it as UTF-8"
+            )
         return text
 
     def _lines_before(self) -> int:
         path, start = self.piece.path, self.piece.start
         if not start:
             return 0
-        if path.lower().endswith(PARQUET):
-            with open_parquet(path) as file:
-                return sum(file.metadata.row_group(group).num_rows for group in range(start))
-        with _open(path) as raw:  # lines starting before byte `start`: the first, and one per line end
-            return 1 + sum(raw.read(min(1 << 20, start - 1 - at)).count(b"\n") for at in range(0, start - 1, 1 << 20))
-
-    def _damaged(self, kind: str, error: Exception) -> UserError:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return UserError(
-            f"{self.piece.path}: damaged {kind} file after line {self.lines} ({reason}); fetch or write it again"
-        )
+        if self._format.content == PARQUET:
+            return sum(row_counts(path, self._options.text_field)[:start])
+        separator = b"\n" if self._format.content == JSON_LINES else self._options.separator.encode()
+        with open_input(path) as file:  # records starting before byte `start`: the first, and one per separator
+            return 1 + sum(r.endswith(separator) for r in split_records(_blocks(file, start - 1), separator))
 
 
-def open_parquet(path: str) -> Any:
-    """Open a parquet file that has a column "text".
-
-    Raises:
-        UserError: pyarrow is not installed, or the file is damaged or has no such column.
-    """
-    try:
-        import pyarrow
-        import pyarrow.parquet  # type: ignore[import-untyped]
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs the package pyarrow; pip install 'llama_ds[parquet]'") from None
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: damaged parquet file ({reason}); fetch or write it again") from None
-    if "text" not in file.schema_arrow.names:
-        raise UserError(
-            f'{path}: no column "text", only {", ".join(file.schema_arrow.names)}; rename the texts\' column'
-        )
-    return file
+def empty_file(path: str, size: int = 0) -> UserError:
+    """Return the error for a file without text."""
+    return UserError(f"{path}: empty file ({size} bytes); a corpus file holds text, delete it or narrow the pattern")
 
 
-def empty_file(path: str) -> UserError:
-    """Return the error for a file without content."""
-    return UserError(f"{path}: empty file (0 bytes); a corpus file holds text, delete it or narrow the pattern")
+def _blocks(file: BinaryIO, size: int | None = None) -> Iterator[bytes]:
+    """Yield the rest of a file, or its next `size` bytes."""
+    while data := file.read(BLOCK if size is None else min(BLOCK, size)):
+        yield data
+        size = None if size is None else size - len(data)
 
 
-def _gzip_lines(file: BinaryIO) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
-        yield from unpacked
+def _skip_line(file: BinaryIO, size: int) -> int:
+    """Read to the end of a line or `size` bytes, without a long line in memory; return the number of bytes."""
+    skipped = 0
+    while skipped < size and (data := file.readline(min(BLOCK, size - skipped))):
+        skipped += len(data)
+        if data.endswith(b"\n"):
+            break
+    return skipped
 
 
-def _zstd_lines(file: BinaryIO, path: str) -> Iterator[bytes]:
-    rest: list[bytes] = []
-    for chunk in _zstd_chunks(file, path):
-        *complete, last = chunk.split(b"\n")
-        for line in complete:
-            yield b"".join([*rest, line, b"\n"])
-            rest = []
-        rest.append(last)
-    if any(rest):
-        yield b"".join(rest)
-
-
-def _zstd_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
-    # Not the reader of the package, which does not detect a truncated file.
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{path}: reading .zst needs the package zstandard; pip install zstandard") from None
-    frame = None
-    try:
-        while data := file.read(READ_BYTES):
-            while data:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data
-                if frame.eof:
-                    frame = None
-    except zstandard.ZstdError as error:
-        raise UserError(f"{path}: damaged zstd file ({error}); fetch or write it again") from None
-    if frame is not None:
-        raise UserError(f"{path}: damaged zstd file (cut short at {file.tell()} bytes); fetch or write it again")
-
-
-def _open(path: str) -> BinaryIO:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
-
-
-def _decode(data: bytes, path: str, offset: int = 0) -> str:
+def _decode(data: bytes, offset: int = 0) -> str:
+    if data.startswith(UTF16) and not offset:
+        raise _BadDocument("UTF-16", "UTF-16 text; convert the file to UTF-8 (iconv -f utf-16 -t utf-8)")
     if (at := data.find(b"\0")) >= 0:
         raise _BadDocument(
-            f"{path}: binary file (NUL byte at offset {offset + at}); a corpus holds UTF-8 text only, "
-            "narrow the pattern or convert the file"
+            "binary data",
+            f"binary file (NUL byte at offset {offset + at}); a corpus holds UTF-8 text only, narrow the pattern or "
+            "convert the file",
         )
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise _BadDocument(
-            f"{path}: invalid UTF-8, byte 0x{data[error.start]:02x} at offset {offset + error.start}; "
-            "convert the file to UTF-8 (iconv -t utf-8) or narrow the pattern"
+            "invalid UTF-8",
+            f"invalid UTF-8, byte 0x{data[error.start]:02x} at offset {offset + error.start}; convert the file to "
+            "UTF-8 (iconv -t utf-8) or narrow the pattern",
         ) from None

@@ -13,8 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
-from llama_ds.data.text.corpus import cut_at_lines, documents, source_files
+from llama_ds.data.text.corpus import cut_at_lines, documents
 from llama_ds.data.text.cuts import Cuts
+from llama_ds.data.text.formats import ReadOptions
+from llama_ds.data.text.input_storage import input_size
+from llama_ds.data.text.inputs import find_inputs
 from llama_ds.errors import UserError
 
 SPACE_MARK = "\u2581"  # how sentencepiece spells a space; it decodes this mark in a text to a space
@@ -127,7 +130,13 @@ class Tokenizer:
         return [] if self._model.unk_id() in ids or self.prefixed else ids
 
 
-def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, sample_mb: float = 16.0) -> str:
+def train_tokenizer(
+    patterns: Sequence[str],
+    out_prefix: str,
+    vocab_size: int,
+    sample_mb: float = 16.0,
+    options: ReadOptions | None = None,
+) -> str:
     """Train a BPE tokenizer on an even sample of about `sample_mb` of the documents; write out_prefix.model.
 
     ids: unk 0, bos 1, eos 2, then 256 bytes, then merges; no padding id. The result is deterministic.
@@ -141,7 +150,7 @@ def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, s
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample(patterns, sample_mb * 1e6),
+            sentence_iterator=_sample(patterns, sample_mb * 1e6, options or ReadOptions()),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -172,12 +181,12 @@ def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, s
     return path
 
 
-def _sample(patterns: Sequence[str], limit: float) -> Iterator[str]:
+def _sample(patterns: Sequence[str], limit: float, options: ReadOptions) -> Iterator[str]:
     # Take every k-th piece of all documents, k = size / limit, with an accumulator: deterministic and in one pass.
-    size = sum(os.path.getsize(path) for pattern in patterns for path in source_files(pattern))
+    size = sum(input_size(path) for pattern in patterns for path in find_inputs(pattern, options).paths)
     share, credit = min(1.0, limit / size) if size else 1.0, 0.5
     for pattern in patterns:
-        for document in documents(pattern):
+        for document in documents(pattern, options=options):
             for piece in cut_at_lines(document.text, SENTENCE_CHARS):
                 credit += share
                 if credit >= 1.0:
