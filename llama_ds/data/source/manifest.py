@@ -9,7 +9,8 @@ A source is a folder, or a URL with the same file names:
     index/train-000000.documents.gz   index of the documents of a shard (`documents_index.py`)
 
 Each build, and each addition to a source, is an extent: its documents are concatenated and cut into rows, and the last
-row is padded with eos. All shards of an extent have `rows_per_shard` rows except the last, which has the remainder.
+row is padded with eos. The manifest counts the ids, so it tells the padding from the documents. All shards of an extent
+have `rows_per_shard` rows except the last, which has the remainder.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ class Split:
         """Total number of ids, without padding."""
         return sum(extent.ids for extent in self.extents)
 
+    def labels(self, rows: np.ndarray, seq_len: int) -> np.ndarray:
+        """Return how many labels of each row, out of `seq_len`, are ids of documents; the others are filler."""
+        extent, row = self._in_extent(rows)
+        ids = np.array([extent.ids for extent in self.extents], np.int64)
+        return np.minimum(seq_len, ids[extent] - 1 - row * seq_len)
+
     @property
     def shards(self) -> int:
         """Total number of shards."""
@@ -82,11 +89,16 @@ class Split:
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the shard of each row, and its row number in that shard."""
-        first_rows = np.array([0, *accumulate(extent.rows for extent in self.extents[:-1])], np.int64)
         first_shards = np.array([0, *accumulate(self.extent_shards[:-1])], np.int64)
-        extent = np.searchsorted(first_rows, rows, side="right") - 1
-        shard, shard_row = np.divmod(rows - first_rows[extent], self.rows_per_shard)
+        extent, row = self._in_extent(rows)
+        shard, shard_row = np.divmod(row, self.rows_per_shard)
         return shard + first_shards[extent], shard_row
+
+    def _in_extent(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the extent of each row, and its row number in that extent."""
+        first_rows = np.array([0, *accumulate(extent.rows for extent in self.extents[:-1])], np.int64)
+        extent = np.searchsorted(first_rows, rows, side="right") - 1
+        return extent, rows - first_rows[extent]
 
     def _extent_of(self, shard: int) -> tuple[int, int, int]:
         """Return a shard's extent, and that extent's first shard and row."""
@@ -110,6 +122,11 @@ class Manifest:
     validation_fraction: float
     splits: dict[str, Split]
     format: int = FORMAT
+
+
+def rows_of(ids: int, seq_len: int) -> int:
+    """Return the number of rows for `ids` ids, including a partly filled last row."""
+    return -(-max(0, ids - 1) // seq_len)
 
 
 def shard_name(split: str, shard: int) -> str:
@@ -159,14 +176,17 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         raw = json.loads(content)
         if raw["format"] != FORMAT:
             raise UserError(f"{where}: format {raw['format']}, this program reads {FORMAT}; {REBUILD}")
-        splits = {name: _split(split) for name, split in raw["splits"].items()}
+        splits = {name: _split(split, raw["seq_len"]) for name, split in raw["splits"].items()}
         return Manifest(**{**raw, "splits": splits})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: not a manifest of shards ({type(error).__name__}: {error}); {REBUILD}") from None
 
 
-def _split(raw: dict) -> Split:
+def _split(raw: dict, seq_len: int) -> Split:
     extents = tuple(Extent(**extent) for extent in raw["extents"])
+    for extent in extents:
+        if extent.rows != rows_of(extent.ids, seq_len):  # otherwise filler would count as labels, or labels as filler
+            raise ValueError(f"{extent.ids} ids are {rows_of(extent.ids, seq_len)} rows, not {extent.rows}")
     return Split(raw["rows_per_shard"], extents, tuple(raw["bad"]))
 
 
