@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
 import math
 import os
@@ -128,6 +130,9 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
     Closed pipes and Ctrl-C are handled as in `ending_quietly`.
     """
     log.silence_libraries()
+    for stream in (sys.stdout, sys.stderr):  # paths and texts may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     return ending_quietly(lambda: _outcome(parser, argv))
 
 
@@ -179,13 +184,26 @@ def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         return _print_answer(args, answer) if isinstance(answer, Answer) else answer or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+    except OSError as error:
+        if not _is_about_files(error):
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {place}{error.strerror}", file=sys.stderr)
+    return UserError.EXIT_CODE
+
+
+def _is_about_files(error: OSError) -> bool:
+    """Return whether the user can fix an error: a path is wrong, or a disk is full, read-only or broken."""
+    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; overrides of a run file may appear at any position."""
+    words = sys.argv[1:] if argv is None else argv
+    if bad := [word for word in words if "\0" in word]:  # no path may hold it
+        raise UserError(f"command line: {_shortened(bad[0])} holds a NUL character; leave it out")
     try:
-        args, rest = parser.parse_known_args(argv)
+        args, rest = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise UserError(f"command line: {error.argument_name}: {error.message}") from None
     if rest and not (hasattr(args, "overrides") and all("=" in word and word[0] != "-" for word in rest)):

@@ -64,7 +64,7 @@ def report(args: argparse.Namespace) -> Answer:
     """Simulate the ranks; return the results."""
     if args.calls and os.path.exists(args.calls) and not os.path.isdir(args.calls):
         raise UserError(f"--calls {args.calls}: is a file; name a folder")
-    slots = parse_hostfile(args.hostfile) if args.hostfile else {"this": args.world}
+    slots = parse_hostfile(args.hostfile) if args.hostfile is not None else {"this": args.world}
     found = dry_run(args.run_file, args.overrides, slots, args.rank, args.backend, args.device_gib, args.jobs)
     if args.calls:
         write_calls(args.calls, {report.rank: calls_as_json(found, report) for report in found.ranks})

@@ -99,7 +99,10 @@ def record(args: argparse.Namespace) -> Answer | int:
     limits = [parse_limit(text, METRICS) for text in args.fail_if]
     wanted = load_run(args.run, args.overrides)
     environment = dict(os.environ)
-    hosts = parse_hostfile(args.hostfile) if args.hostfile else {"localhost": _local_ranks(args, wanted, environment)}
+    if args.hostfile is not None:
+        hosts = parse_hostfile(args.hostfile)
+    else:
+        hosts = {"localhost": _local_ranks(args, wanted, environment)}
     layout = resolve_layout(wanted, sum(hosts.values()))
     out = Path(args.out or f"{wanted.run_dir}-profile").absolute()
     ranks = choose_ranks(args.ranks, layout, "--ranks")

@@ -50,7 +50,7 @@ def open_run(folder: str) -> tuple[RunConfig, Order]:
     try:
         with open(path, encoding="utf-8") as file:
             state = state_from_json(json.load(file), path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name the folder of a run, as in runs/quickstart") from None
     run = load_resolved(os.path.join(folder, "run.yaml"))
     return run, state.order(run.seed, run.training.global_batch)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import DataConfig
 from llama_ds.data.order import BadShard, Order, Segment
 from llama_ds.data.skips import Skip, unmade
@@ -46,16 +47,14 @@ def state_from_json(raw: dict[str, Any], source: str) -> DataState:
         UserError: `raw` is not a data state; the message names `source`, where it was read from.
     """
     try:
-        segments = tuple(
-            Segment(s["step"], s["weights"], {name: tuple(rows) for name, rows in s["extents"].items()})
-            for s in raw["segments"]
-        )
-        skips = tuple(Skip(**skip) for skip in raw.get("skips", ()))  # older checkpoints lack the key and have no skips
-        return DataState(raw["rows_per_shard"], segments, tuple(BadShard(**bad) for bad in raw["bad"]), skips)
-    except (KeyError, TypeError, AttributeError) as error:
+        state = read(DataState, raw, ConfigSource(source))  # older checkpoints lack `skips` and have none
+        state.order(seed=0, global_batch=1)  # raises an error if the parts contradict each other
+    except (UserError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = str(error).removeprefix(f"{source}: ")
         raise UserError(
-            f"{source}: holds no state of the data ({type(error).__name__}: {error}); it was written by another version"
+            f"{source}: holds no state of the data ({reason}); it was written by another version, or is damaged"
         ) from None
+    return state
 
 
 def save_state(path: str, state: DataState) -> None:

@@ -23,12 +23,15 @@ from itertools import accumulate
 
 import numpy as np
 
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
+DTYPES = ("<u2", "<u4")
+MANY = 1 << 60  # more ids than any source has; sums of them fit 64 bits
 CHECKSUM_BLOCK = 1024  # shards in one file of checksums
 REBUILD = "rebuild the source with tools/shards.py build --overwrite"
 
@@ -176,18 +179,33 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         raw = json.loads(content)
         if raw["format"] != FORMAT:
             raise UserError(f"{where}: format {raw['format']}, this program reads {FORMAT}; {REBUILD}")
-        splits = {name: _split(split, raw["seq_len"]) for name, split in raw["splits"].items()}
-        return Manifest(**{**raw, "splits": splits})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: not a manifest of shards ({type(error).__name__}: {error}); {REBUILD}") from None
+    try:
+        manifest = read(Manifest, raw, ConfigSource(where))
+        _check(manifest)
+    except (UserError, ValueError) as error:
+        reason = str(error).removeprefix(f"{where}: ")
+        raise UserError(f"{where}: not a manifest of shards ({reason}); {REBUILD}") from None
+    return manifest
 
 
-def _split(raw: dict, seq_len: int) -> Split:
-    extents = tuple(Extent(**extent) for extent in raw["extents"])
-    for extent in extents:
-        if extent.rows != rows_of(extent.ids, seq_len):  # otherwise filler would count as labels, or labels as filler
-            raise ValueError(f"{extent.ids} ids are {rows_of(extent.ids, seq_len)} rows, not {extent.rows}")
-    return Split(raw["rows_per_shard"], extents, tuple(raw["bad"]))
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for numbers that no build writes."""
+    if set(manifest.splits) != set(SPLITS) or manifest.dtype not in DTYPES:
+        raise ValueError(f"splits {list(manifest.splits)} of dtype {manifest.dtype}")
+    if not (0 < manifest.seq_len < 1 << 31 and 0 < manifest.vocab_size < 1 << 31):
+        raise ValueError(f"seq_len {manifest.seq_len}, vocab_size {manifest.vocab_size}")
+    for name, split in manifest.splits.items():
+        if not 0 < split.rows_per_shard < MANY:
+            raise ValueError(f"splits.{name}.rows_per_shard = {split.rows_per_shard}")
+        for extent in split.extents:
+            if not (0 <= extent.documents < MANY and 0 <= extent.ids < MANY):
+                raise ValueError(f"splits.{name} has {extent.documents} documents of {extent.ids} ids")
+            if extent.rows != (rows := rows_of(extent.ids, manifest.seq_len)):  # the rows tell filler from labels
+                raise ValueError(f"splits.{name}: {extent.ids} ids are {rows} rows, not {extent.rows}")
+        if not all(0 <= shard < split.shards for shard in split.bad):
+            raise ValueError(f"splits.{name}.bad = {list(split.bad)} of {split.shards} shards")
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
