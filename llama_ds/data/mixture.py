@@ -15,7 +15,7 @@ from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import DataConfig
 from llama_ds.data.order import BadShard, Order, Segment
 from llama_ds.data.skips import Skip, unmade
-from llama_ds.data.source.manifest import Split, write_atomically
+from llama_ds.data.source.manifest import MANY, Split, write_atomically
 from llama_ds.errors import UserError
 
 STATE = "data.json"  # file in the run folder
@@ -48,6 +48,7 @@ def state_from_json(raw: dict[str, Any], source: str) -> DataState:
     """
     try:
         state = read(DataState, raw, ConfigSource(source))  # older checkpoints lack `skips` and have none
+        _check(state)
         state.order(seed=0, global_batch=1)  # raises an error if the parts contradict each other
     except (UserError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = str(error).removeprefix(f"{source}: ")
@@ -55,6 +56,17 @@ def state_from_json(raw: dict[str, Any], source: str) -> DataState:
             f"{source}: holds no state of the data ({reason}); it was written by another version, or is damaged"
         ) from None
     return state
+
+
+def _check(state: DataState) -> None:
+    """Raise ValueError for numbers that no run writes."""
+    rows = [n for segment in state.segments for extent in segment.extents.values() for n in extent]
+    steps = [part.step for part in (*state.segments, *state.bad, *state.skips)]
+    counts = [*rows, *steps, *(bad.shard for bad in state.bad), *(skip.steps for skip in state.skips)]
+    if not all(0 <= n < MANY for n in counts) or not all(0 < n < MANY for n in state.rows_per_shard.values()):
+        raise ValueError("a number is negative or too large")
+    if unknown := {bad.source for bad in state.bad} - set(state.rows_per_shard):
+        raise ValueError(f"bad names the unknown source {min(unknown)}")
 
 
 def save_state(path: str, state: DataState) -> None:

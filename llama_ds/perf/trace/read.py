@@ -26,6 +26,8 @@ _PROFILE = re.compile(r"profile_rank(\d+)\.json\.gz")
 _RANK = re.compile(r"rank(\d+)\.json")
 MAX_SHOWN = 64  # ranks to draw, or to merge into one trace
 _MAX_NAMED = 8
+_COUNTS = ("first_step", "measured_steps", "pp", "micro_batches", "virtual_stages", "extra_warmup")
+_MAX_COUNT = 10**7  # more is damage
 
 
 class Event(NamedTuple):
@@ -203,6 +205,8 @@ def read_rank(path: Path) -> RankRecord:
         recorded = [axis for axis in AXES if axis in NAMED or f"{axis}_rank" in data]
         coords = Coords(**{axis: int(data.pop(f"{axis}_rank")) for axis in recorded})
         found = RankRecord(rank, world, str(data.pop("host")), coords, data, clock, events)
+        counts = [world, *(data[name] for name in _COUNTS)]
+        assert all(type(count) is int and 0 <= count <= _MAX_COUNT for count in counts)
         assert found.schedule.name in NAMES and min(data["first_step"], data["measured_steps"], data["pp"]) > 0
         assert world % data["pp"] == 0 and all(isinstance(event.what, str) for event in events)
     except (
