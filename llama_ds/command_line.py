@@ -112,7 +112,7 @@ def real(least: float = 0.0, most: float = math.inf, above: bool = False) -> Cal
 
 
 # Upper bounds only refuse what no machine could do, or what would overflow in a library.
-processes = whole(1, 4096)  # of worker processes and threads
+processes = whole(1, 4096)  # count of worker processes or threads
 port = whole(1, 65535)
 seconds = real(0, 1e8, above=True)
 delay = real(0, 1e8)

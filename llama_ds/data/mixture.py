@@ -61,8 +61,9 @@ def state_from_json(raw: dict[str, Any], source: str) -> DataState:
 def _check(state: DataState) -> None:
     """Raise ValueError for numbers that no run writes."""
     rows = [n for segment in state.segments for extent in segment.extents.values() for n in extent]
-    steps = [part.step for part in (*state.segments, *state.bad, *state.skips)]
-    counts = [*rows, *steps, *(bad.shard for bad in state.bad), *(skip.steps for skip in state.skips)]
+    counts = [*rows, *(segment.step for segment in state.segments)]
+    counts += [n for bad in state.bad for n in (bad.step, bad.shard)]
+    counts += [n for skip in state.skips for n in (skip.step, skip.steps)]
     if not all(0 <= n < MANY for n in counts) or not all(0 < n < MANY for n in state.rows_per_shard.values()):
         raise ValueError("a number is negative or too large")
     if unknown := {bad.source for bad in state.bad} - set(state.rows_per_shard):

@@ -21,7 +21,7 @@ from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 SAMPLED_SHARDS = 4
-ROWS_PER_SHARD = 64  # of a sampled shard, for bytes per token
+ROWS_PER_SHARD = 64  # rows decoded for bytes per token
 MOST_COPIED = 10
 BATCH = 64  # shards whose indexes are read ahead
 
@@ -129,7 +129,7 @@ def _sample(source: Source, tokenizer: Tokenizer, samples: int) -> RowSample:
         text_ids = real[(real != tokenizer.bos_id) & (real != tokenizer.eos_id)]
         size += len(tokenizer.decode(text_ids).encode("utf-8", "replace"))
         tokens += len(text_ids)
-    chosen = np.unique(np.linspace(0, len(rows) - 1, min(samples, len(rows))).astype(np.int64)) if samples else []
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(samples, len(rows))).astype(np.int64))
     shown = tuple(_shown(source, int(rows[i]), ids[i][: 1 + labels[i]], tokenizer) for i in chosen)
     return RowSample(len(rows), size / max(1, tokens), shown)
 

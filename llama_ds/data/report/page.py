@@ -9,7 +9,7 @@ from typing import Any
 from llama_ds.data.report.tables import facts
 
 DOCUMENTS, TOKENS = "#4e79a7", "#f28e2b"
-TEXT_CHARS = 2000  # of a sample row
+TEXT_CHARS = 2000  # longest sample row on the page
 _STYLE = (
     "body{font:14px sans-serif;margin:2em auto;max-width:1040px;padding:0 1em}table{border-collapse:collapse}"
     "td,th{padding:3px 9px;border-bottom:1px solid #ddd;text-align:left;vertical-align:top;overflow-wrap:anywhere}"

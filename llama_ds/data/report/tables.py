@@ -9,7 +9,7 @@ from typing import Any
 from llama_ds.data.report.collect import SourceReport
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-TEXT_CHARS = 300  # of a sample row in the text
+TEXT_CHARS = 300  # longest sample row in the text
 
 
 def as_data(report: SourceReport, shared: float) -> dict[str, Any]:
