@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import json
+import math
 import os
 import select
 import signal
@@ -12,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from llama_ds import log
@@ -19,6 +23,7 @@ from llama_ds.errors import UserError
 
 CLOSED_PIPE = 128 + signal.SIGPIPE  # exit codes that a shell reports for a process killed by the signal
 INTERRUPTED = 128 + signal.SIGINT
+MANY = 10**12  # largest count of anything
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,9 @@ Work = Callable[[argparse.Namespace], "Answer | int | None"]
 def new_parser(work: Work | None, description: str | None, examples: str) -> argparse.ArgumentParser:
     """Return the parser of a tool; `work` is None if subcommands do the work. `examples` is the epilog of --help."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, epilog=examples, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=formatter, exit_on_error=False
+    )
     parser.set_defaults(work=work)
     return parser
 
@@ -56,6 +63,7 @@ def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.Argum
             description=description or summary,
             epilog=examples or parser.epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            exit_on_error=False,
         )
         command.set_defaults(work=work)
         return command
@@ -74,12 +82,48 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", dest="results_file", metavar="FILE", help="write the results as JSON to FILE too")
 
 
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError if one of the options `names` is set and not positive."""
-    for name in names:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"command line: --{name.replace('_', '-')} {value} is not positive")
+def whole(least: int = 1, most: int = MANY) -> Callable[[str], int]:
+    """Return the argument type of whole numbers from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:  # also more digits than Python converts
+            value = least - 1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{_shortened(text)} is not a whole number from {least} to {most}")
+        return value
+
+    return parse
+
+
+def real(least: float = 0.0, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """Return the argument type of finite numbers from `least`, or `above` it, to `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
+            begin = f"above {least:g}" if above else f"from {least:g}"
+            end = "" if most == math.inf else f" {'and at most' if above else 'to'} {most:g}"
+            raise argparse.ArgumentTypeError(f"{_shortened(text)} is not a finite number {begin}{end}")
+        return value
+
+    return parse
+
+
+# Upper bounds only refuse what no machine could do, or what would overflow in a library.
+processes = whole(1, 4096)  # count of worker processes or threads
+port = whole(1, 65535)
+seconds = real(0, 1e8, above=True)
+delay = real(0, 1e8)
+size = real(0, 1e9, above=True)  # MB or GiB
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
 
 
 def end_on_interrupt() -> None:
@@ -99,7 +143,21 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
     Closed pipes and Ctrl-C are handled as in `ending_quietly`.
     """
     log.silence_libraries()
+    for stream in (sys.stdout, sys.stderr):  # paths and texts may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     return ending_quietly(lambda: _outcome(parser, argv))
+
+
+def _report_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print one line for Ctrl-C outside of `ending_quietly`, such as during imports; Python then exits by SIGINT."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _report_interrupt
 
 
 def ending_quietly(main: Callable[[], int]) -> int:
@@ -129,10 +187,10 @@ def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
     if signal.getsignal(signal.SIGINT) is _end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        args = _parse(parser, argv)
-    except SystemExit as error:  # argparse has printed the reason
-        return int(error.code or 0)
-    try:
+        try:
+            args = _parse(parser, argv)
+        except SystemExit as error:  # argparse has printed the reason
+            return int(error.code or 0)
         if getattr(args, "json", False):
             with _stdout_to_stderr():
                 answer = args.work(args)
@@ -141,12 +199,28 @@ def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
         return _print_answer(args, answer) if isinstance(answer, Answer) else answer or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return UserError.EXIT_CODE
+    except OSError as error:
+        if not _is_about_files(error):
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {place}{error.strerror}", file=sys.stderr)
+    return UserError.EXIT_CODE
+
+
+def _is_about_files(error: OSError) -> bool:
+    """Return whether the user can fix an error: a path is wrong, or a disk is full, read-only or broken."""
+    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; overrides of a run file may appear at any position."""
-    args, rest = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if bad := [word for word in words if "\0" in word]:  # no path may hold it
+        raise UserError(f"command line: {_shortened(bad[0])} holds a NUL character; leave it out")
+    try:
+        args, rest = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"command line: {error.argument_name}: {error.message}") from None
     if rest and not (hasattr(args, "overrides") and all("=" in word and word[0] != "-" for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES
-from llama_ds.command_line import Answer, add_results, check_positive, new_parser, run, subcommands
+from llama_ds.command_line import Answer, add_results, new_parser, processes, run, subcommands, whole
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     words = "forward and backward of a decoder layer: manual, autograd, and transformers' LlamaDecoderLayer"
     command = add("layer", layer, words)
     command.add_argument("--shape", choices=SHAPES, default="quickstart", help="(default: %(default)s)")
-    command.add_argument("--tp", type=int, default=1, help="time one rank's shard, without communication")
+    command.add_argument("--tp", type=whole(), default=1, help="time one rank's shard, without communication")
     command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if available)")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="(default: bf16 on cuda, fp32 on cpu)")
     _add_sizes(command, policy="selective")
@@ -76,38 +76,39 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of ds_configs/quickstart.yaml")
     words = "folder on the disk to measure (default: %(default)s)"
     command.add_argument("--folder", default=tempfile.gettempdir(), help=words)
-    command.add_argument("--repeats", type=int, default=5, help="number of turns (default: %(default)s)")
+    command.add_argument("--repeats", type=whole(), default=5, help="number of turns (default: %(default)s)")
     add_results(command)
     return parser
 
 
 def _add_sizes(command: argparse.ArgumentParser, policy: str) -> None:
-    command.add_argument("--batch", type=int, help="rows per step (default: the run's parallel.micro_batch)")
-    command.add_argument("--seq-len", type=int, help="tokens per row (default: the run's data.seq_len)")
+    command.add_argument("--batch", type=whole(), help="rows per step (default: the run's parallel.micro_batch)")
+    command.add_argument("--seq-len", type=whole(), help="tokens per row (default: the run's data.seq_len)")
     command.add_argument("--policy", choices=POLICIES, default=policy, help="our save policy (default: %(default)s)")
-    command.add_argument("--threads", type=int, default=os.cpu_count(), help="torch threads (default: all cores)")
+    command.add_argument("--threads", type=processes, default=os.cpu_count(), help="torch threads (default: all cores)")
     command.add_argument(
-        "--repeats", type=int, default=15, help="timed steps of each contestant (default: %(default)s)"
+        "--repeats", type=whole(), default=15, help="timed steps of each contestant (default: %(default)s)"
     )
     add_results(command)
 
 
 def _add_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--corpus", nargs="+", default=[], metavar="PATTERN", help="(default: texts on this machine)")
-    command.add_argument("--corpus-mb", type=int, help="text to build from (default: 30); more is better for workers")
+    command.add_argument(
+        "--corpus-mb", type=whole(1, 10**9), help="text to build from (default: 30); more is better for workers"
+    )
     command.add_argument("--tokenizer", default="", metavar="MODEL", help="(default: train one with 4096 ids)")
     command.add_argument("--streaming-python", default="", metavar="PYTHON", help="interpreter with these packages")
     command.add_argument("--run", default=str(ROOT / "ds_configs" / "llama_65b.yaml"), help="run file to resume")
     command.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"any of {', '.join(PARTS)}")
     command.add_argument("--quick", action="store_true", help="small sizes, for a smoke test only")
-    command.add_argument("--repeats", type=int, default=5, help="processes per contestant (default: %(default)s)")
+    command.add_argument("--repeats", type=whole(), default=5, help="processes per contestant (default: %(default)s)")
     add_results(command)
 
 
 def step(args: argparse.Namespace) -> Answer:
     """Time full training steps of one process against transformers."""
     wanted = load_run(args.run, args.overrides)
-    check_positive(args, "batch", "seq_len", "threads", "repeats")
     from llama_ds.benchmarks.compare import measure_steps
     from llama_ds.benchmarks.report import step_table
 
@@ -119,7 +120,6 @@ def step(args: argparse.Namespace) -> Answer:
 def layer(args: argparse.Namespace) -> Answer:
     """Time one decoder layer."""
     wanted = load_run(str(ROOT / "ds_configs" / f"{SHAPES[args.shape]}.yaml"))
-    check_positive(args, "batch", "seq_len", "threads", "repeats", "tp")
     import torch
 
     from llama_ds.benchmarks.compare import measure_layer
@@ -143,7 +143,6 @@ def _settings(args: argparse.Namespace, wanted: RunConfig, dtype: str) -> Settin
 
 def data(args: argparse.Namespace) -> Answer:
     """Measure the data path."""
-    check_positive(args, "corpus_mb", "repeats")
     from tqdm import tqdm
 
     from llama_ds.benchmarks.data.bench import QUICK, DataBenchSizes
@@ -171,7 +170,6 @@ def data(args: argparse.Namespace) -> Answer:
 
 def checkpoints(args: argparse.Namespace) -> Answer:
     """Measure checkpoints."""
-    check_positive(args, "repeats")
     from llama_ds.benchmarks.checkpoint.run import measure, table
 
     with tempfile.TemporaryDirectory(prefix="benchmark-checkpoint-", dir=args.folder) as folder:

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama_ds.command_line import Answer, add_results, new_parser, run
+from llama_ds.command_line import Answer, add_results, new_parser, run, seconds, whole
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.launch.scale import fan_out, measure, setting
 from llama_ds.layout.axes import Axes
@@ -35,12 +35,12 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(scale, __doc__, EXAMPLES)
     parser.add_argument("hostfile", nargs="?", default=str(ROOT / "hostfiles" / "256x8"), help="(default: %(default)s)")
-    parser.add_argument("--pp", type=int, default=8)
-    parser.add_argument("--tp", type=int, default=8)
-    parser.add_argument("--beat-s", type=float, default=5.0, help="heartbeat interval (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time to measure (default: %(default)s)")
+    parser.add_argument("--pp", type=whole(), default=8)
+    parser.add_argument("--tp", type=whole(), default=8)
+    parser.add_argument("--beat-s", type=seconds, default=5.0, help="heartbeat interval (default: %(default)s)")
+    parser.add_argument("--seconds", type=seconds, default=60.0, help="time to measure (default: %(default)s)")
     parser.add_argument("--preflight", action="store_true", help="measure the preflight instead")
-    parser.add_argument("--timeout-s", type=float, default=20.0, help="preflight timeout (default: %(default)s)")
+    parser.add_argument("--timeout-s", type=seconds, default=20.0, help="preflight timeout (default: %(default)s)")
     add_results(parser)
     return parser
 

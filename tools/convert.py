@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS
-from llama_ds.command_line import check_positive, new_parser, run
+from llama_ds.command_line import new_parser, processes, run, whole
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY
 
@@ -49,11 +49,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("destination", metavar="DST")
     parser.add_argument("--from", dest="kind", choices=KINDS, help="format of SRC (default: detected from its files)")
     parser.add_argument("--to", choices=KINDS, required=True, help="format of DST")
-    parser.add_argument("--tp", type=int, default=1, help="number of TP shards; Meta's model-parallel size")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages that DeepSpeed's own loader expects")
+    parser.add_argument("--tp", type=whole(), default=1, help="number of TP shards; Meta's model-parallel size")
+    parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages that DeepSpeed's own loader expects")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (default: the source's)")
-    parser.add_argument("--vocab-size", type=int, metavar="N", help="pad or cut the embedding and head to N rows")
-    parser.add_argument("--workers", type=int, help="threads (default: 2 to 4, depending on the cores)")
+    parser.add_argument("--vocab-size", type=whole(), metavar="N", help="pad or cut the embedding and head to N rows")
+    parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
     parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")
     return parser
@@ -61,7 +61,6 @@ def parser() -> argparse.ArgumentParser:
 
 def convert_model(args: argparse.Namespace) -> None:
     """Convert, verify and print a report."""
-    check_positive(args, "workers", "vocab_size")
     from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
     from llama_ds.checkpoint.conversion.proof import prove
     from llama_ds.checkpoint.formats.huggingface import holds_huggingface

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from llama_ds.command_line import Answer, add_json, new_parser, run
+from llama_ds.command_line import Answer, add_json, new_parser, processes, run, size, whole
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.training.dry_run.run import dry_run
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")
     ranks = parser.add_mutually_exclusive_group(required=True)
     ranks.add_argument("--hostfile", help="the job's hosts")
-    ranks.add_argument("--world", type=int, help="number of ranks, in place of a hostfile")
+    ranks.add_argument("--world", type=whole(1, 1_000_000), help="number of ranks, in place of a hostfile")
     parser.add_argument(
         "--rank",
         default="first,middle,last",
@@ -53,31 +53,18 @@ def parser() -> argparse.ArgumentParser:
         help="comma-separated numbers, first, middle, last, or all-distinct (default: %(default)s)",
     )
     parser.add_argument("--backend", choices=("nccl", "gloo"), default="nccl", help="(default: %(default)s)")
-    parser.add_argument("--device-gib", type=float, help="memory of a rank's device, for recompute auto and a check")
-    parser.add_argument("--jobs", type=int, default=2, help="ranks that run concurrently (default: %(default)s)")
+    parser.add_argument("--device-gib", type=size, help="memory of a rank's device, for recompute auto and a check")
+    parser.add_argument("--jobs", type=processes, default=2, help="ranks that run concurrently (default: %(default)s)")
     add_json(parser, "the report")
     parser.add_argument("--calls", metavar="FOLDER", help="write each rank's collectives and messages to FOLDER")
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """Check the numbers of the command line."""
-    if args.world is not None and not 1 <= args.world <= 1_000_000:
-        raise UserError(f"--world {args.world} is not a number of ranks; use 1 to 1000000")
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least one rank must run at a time; use 1 or more")
-    if args.device_gib is not None and not 0 < args.device_gib < float("inf"):
-        raise UserError(
-            f"--device-gib {args.device_gib:g} is not a device's memory; use a number as in --device-gib 80"
-        )
-    if args.calls and os.path.exists(args.calls) and not os.path.isdir(args.calls):
-        raise UserError(f"--calls {args.calls}: is a file; name a folder")
-
-
 def report(args: argparse.Namespace) -> Answer:
     """Simulate the ranks; return the results."""
-    check(args)
-    slots = parse_hostfile(args.hostfile) if args.hostfile else {"this": args.world}
+    if args.calls and os.path.exists(args.calls) and not os.path.isdir(args.calls):
+        raise UserError(f"--calls {args.calls}: is a file; name a folder")
+    slots = parse_hostfile(args.hostfile) if args.hostfile is not None else {"this": args.world}
     found = dry_run(args.run_file, args.overrides, slots, args.rank, args.backend, args.device_gib, args.jobs)
     if args.calls:
         write_calls(args.calls, {report.rank: calls_as_json(found, report) for report in found.ranks})

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES
-from llama_ds.command_line import Answer, add_json, new_parser, run
+from llama_ds.command_line import Answer, add_json, new_parser, run, whole
 
 EXAMPLES = """examples:
   tools/evaluate.py runs/quickstart
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         "checkpoint", help="a checkpoint, or a run folder or its checkpoints folder (newest checkpoint)"
     )
     parser.add_argument("--hf", metavar="DIR", help="evaluate this export with transformers instead, on the same rows")
-    parser.add_argument("--rows", type=int, help="validation rows (default: the run's evaluation.rows)")
+    parser.add_argument("--rows", type=whole(), help="validation rows (default: the run's evaluation.rows)")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="compute dtype (default: that of training)")
     parser.add_argument("--tokenizer", metavar="MODEL", help="new path of the run's tokenizer, if it was moved")
     parser.add_argument("--source", action="append", default=[], metavar="NAME=DIR", help="new path of a moved source")

@@ -10,8 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_ds.checkpoint.choices import KINDS
-from llama_ds.command_line import Answer, add_json, new_parser, run
-from llama_ds.errors import UserError
+from llama_ds.command_line import Answer, add_json, new_parser, real, run, whole
 
 EXAMPLES = """examples:
   tools/generate.py runs/quickstart/hf
@@ -33,18 +32,21 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="a run or a checkpoint, a Hugging Face folder or a Meta folder")
     parser.add_argument("--from", dest="kind", choices=KINDS, help="its format (default: detected from its files)")
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated (default: a few)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy decoding (default: %(default)s)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="nucleus sampling threshold (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
-    parser.add_argument("--num", type=int, default=1, help="texts per prompt (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=whole(), default=64, help="(default: %(default)s)")
+    parser.add_argument("--temperature", type=real(), default=0.8, help="0: greedy decoding (default: %(default)s)")
+    parser.add_argument(
+        "--top-p", type=real(0, 1, above=True), default=0.95, help="nucleus sampling threshold (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole(0, 2**32 - 1), default=0, help="seed of the sampling (default: %(default)s)"
+    )
+    parser.add_argument("--num", type=whole(), default=1, help="texts per prompt (default: %(default)s)")
     add_json(parser, "a list of {prompt, text}")
     return parser
 
 
 def generate(args: argparse.Namespace) -> Answer:
     """Return the continuations of the prompts; without --json print each one as soon as it is generated."""
-    check(args)
     import torch
     from transformers import set_seed
 
@@ -61,18 +63,6 @@ def generate(args: argparse.Namespace) -> Answer:
             if not args.json:
                 print(f"--- {prompt!r}\n{prompt}{text}", flush=True)
     return Answer(texts, "")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Reject invalid sampling parameters."""
-    for name, valid, rule in (
-        ("temperature", args.temperature >= 0, "0 or more"),
-        ("top-p", 0 < args.top_p <= 1, "in (0, 1]"),
-        ("max-new-tokens", args.max_new_tokens > 0, "1 or more"),
-        ("num", args.num > 0, "1 or more"),
-    ):
-        if not valid:
-            raise UserError(f"command line: --{name} {getattr(args, name.replace('-', '_'))} is not {rule}")
 
 
 if __name__ == "__main__":

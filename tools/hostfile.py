@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands
+from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import hostfile_text, parse_hostfile, select, write_hostfile
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     source.add_argument("--slurm", nargs="?", const="", metavar="NODELIST", help="(default: this job's)")
     source.add_argument("--lsf", nargs="?", const="", metavar="FILE", help="LSB_DJOB_HOSTFILE (default: this job's)")
     source.add_argument("--pbs", nargs="?", const="", metavar="FILE", help="PBS_NODEFILE (default: this job's)")
-    command.add_argument("--slots", type=int, help="ranks per host (default: from the batch system)")
+    command.add_argument("--slots", type=whole(), help="ranks per host (default: from the batch system)")
     command.add_argument("--comment", default="", metavar="TEXT", help="comment at the top of the file")
     command.add_argument("--out", metavar="FILE", help="(default: print it)")
     command = add("check", check, "check the placement of ranks", CHECK)
@@ -132,8 +132,8 @@ def _add_parallel(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--run", nargs="+", metavar=("RUN.yaml", "key=value"), help="take pp and tp from it; FILE first"
     )
-    command.add_argument("--pp", type=int, help="pipeline stages (default: 1)")
-    command.add_argument("--tp", type=int, help="tensor-parallel size (default: 1)")
+    command.add_argument("--pp", type=whole(), help="pipeline stages (default: 1)")
+    command.add_argument("--tp", type=whole(), help="tensor-parallel size (default: 1)")
 
 
 def _ranks(args: argparse.Namespace) -> list[PlacedRank]:

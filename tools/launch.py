@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama_ds.command_line import new_parser, run
+from llama_ds.command_line import delay, new_parser, port, real, run, seconds, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
@@ -63,36 +63,44 @@ def parser() -> argparse.ArgumentParser:
     network = parser.add_argument_group("network")
     network.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
     network.add_argument("--master-addr", default="", help="address of the first host for the other hosts")
-    network.add_argument("--master-port", type=int, default=0, help="default: a free port")
+    network.add_argument("--master-port", type=whole(0, 65535), default=0, help="default: a free port")
     network.add_argument("--listen", default="", help="address of this machine for the hosts")
-    network.add_argument("--ssh-port", type=int)
+    network.add_argument("--ssh-port", type=port)
     network.add_argument("--export", action="append", default=[], metavar="NAME=VALUE", help="a variable for the ranks")
     watch = parser.add_argument_group("supervision")
     watch.add_argument("--supervise", action="store_true", help="restart after failures")
     watch.add_argument("--spares", default="", help="hostfile of spare hosts that replace bad ones")
     watch.add_argument(
-        "--max-restarts", type=int, default=5, help="consecutive restarts without progress (default: %(default)s)"
+        "--max-restarts", type=whole(0), default=5, help="consecutive restarts without progress (default: %(default)s)"
     )
     watch.add_argument(
-        "--backoff-s", type=float, default=5.0, help="delay before the first restart (default: %(default)s)"
+        "--backoff-s", type=delay, default=5.0, help="delay before the first restart (default: %(default)s)"
     )
-    watch.add_argument("--beat-s", type=float, default=5.0, help="heartbeat interval (default: %(default)s)")
+    watch.add_argument("--beat-s", type=seconds, default=5.0, help="heartbeat interval (default: %(default)s)")
     watch.add_argument(
-        "--silent-s", type=float, default=15.0, help="time without heartbeats before a host is checked (%(default)s)"
-    )
-    watch.add_argument(
-        "--orphan-s", type=float, default=60.0, help="time after which ranks without a launcher exit (%(default)s)"
+        "--silent-s", type=seconds, default=15.0, help="time without heartbeats before a host is checked (%(default)s)"
     )
     watch.add_argument(
-        "--hang-factor", type=float, default=10.0, help="hang limit in median step times (default: %(default)s)"
-    )
-    watch.add_argument("--hang-min-s", type=float, default=60.0, help="minimum hang limit (default: %(default)s)")
-    watch.add_argument("--start-s", type=float, default=1800.0, help="limit for start and load (default: %(default)s)")
-    watch.add_argument(
-        "--rewind-steps", type=int, default=0, help="after a loss spike, rewind to this many steps before it; 0: never"
+        "--orphan-s", type=seconds, default=60.0, help="time after which ranks without a launcher exit (%(default)s)"
     )
     watch.add_argument(
-        "--skip-steps", type=int, default=0, help="then skip the data of this many steps (default: rewind + 200)"
+        "--hang-factor",
+        type=real(0, above=True),
+        default=10.0,
+        help="hang limit in median step times (default: %(default)s)",
+    )
+    watch.add_argument("--hang-min-s", type=delay, default=60.0, help="minimum hang limit (default: %(default)s)")
+    watch.add_argument(
+        "--start-s", type=seconds, default=1800.0, help="limit for start and load (default: %(default)s)"
+    )
+    watch.add_argument(
+        "--rewind-steps",
+        type=whole(0),
+        default=0,
+        help="after a loss spike, rewind to this many steps before it; 0: never",
+    )
+    watch.add_argument(
+        "--skip-steps", type=whole(0), default=0, help="then skip the data of this many steps (default: rewind + 200)"
     )
     return parser
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama_ds.command_line import Answer, add_results, check_positive, new_parser, run, subcommands
+from llama_ds.command_line import Answer, add_results, new_parser, port, real, run, seconds, subcommands, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
@@ -45,22 +45,24 @@ def parser() -> argparse.ArgumentParser:
     words = "run file with the attention backend (default: %(default)s)"
     command.add_argument("--run", default=str(ROOT / "ds_configs" / "quickstart.yaml"), help=words)
     command.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: native dtype of the device)")
-    command.add_argument("--power-w", type=float, help="power of one device, for the energy of runs")
+    command.add_argument("--power-w", type=real(0, above=True), help="power of one device, for the energy of runs")
     command.add_argument("--quick", action="store_true", help="few small sizes, for a smoke test only")
     _add_cluster(command)
     command = add("comm", comm, "measure communication of the ranks of a hostfile, like nccl-tests")
     command.add_argument("--operations", nargs="+", choices=OPERATIONS, help="(default: all)")
-    command.add_argument("--min-bytes", type=int, default=1 << 12, help="smallest tensor (default: %(default)s)")
-    command.add_argument("--max-bytes", type=int, help="largest tensor (default: 256 MiB on CUDA, else 16 MiB)")
-    command.add_argument("--seconds", type=float, default=0.3, help="time for each size (default: %(default)s)")
+    command.add_argument("--min-bytes", type=whole(4), default=1 << 12, help="smallest tensor (default: %(default)s)")
+    command.add_argument("--max-bytes", type=whole(4), help="largest tensor (default: 256 MiB on CUDA, else 16 MiB)")
+    command.add_argument("--seconds", type=seconds, default=0.3, help="time for each size (default: %(default)s)")
     _add_cluster(command)
     words = "compare predicted with measured step times, for layouts of a run on the ranks of a hostfile"
     command = add("check-plan", check_plan, words)
     command.add_argument("run", help="run file")
     words = "overrides of the run file; repeat for more layouts"
     command.add_argument("--layout", nargs="+", action="append", metavar="key=value", help=words)
-    command.add_argument("--rounds", type=int, default=3, help="rounds over all layouts (default: %(default)s)")
-    command.add_argument("--steps", type=int, default=5, help="timed steps per layout and round (default: %(default)s)")
+    command.add_argument("--rounds", type=whole(), default=3, help="rounds over all layouts (default: %(default)s)")
+    command.add_argument(
+        "--steps", type=whole(), default=5, help="timed steps per layout and round (default: %(default)s)"
+    )
     _add_cluster(command)
     return parser
 
@@ -71,7 +73,7 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
     command.add_argument("--hostfile", default=str(ROOT / "hostfiles" / "local"), help="(default: %(default)s)")
     command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="(default: %(default)s)")
     command.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
-    command.add_argument("--ssh-port", type=int)
+    command.add_argument("--ssh-port", type=port)
     add_results(command)
 
 
@@ -99,8 +101,8 @@ def comm(args: argparse.Namespace) -> Answer:
 
     cluster = _cluster(args)
     machine = describe.begin(cluster.file, cluster.file.stem, cluster.slots)
-    if args.min_bytes < 4 or (args.max_bytes or args.min_bytes) < args.min_bytes:
-        raise UserError(f"command line: --min-bytes {args.min_bytes} is not between 4 and --max-bytes {args.max_bytes}")
+    if args.max_bytes and args.max_bytes < args.min_bytes:
+        raise UserError(f"command line: --min-bytes {args.min_bytes} is above --max-bytes {args.max_bytes}")
     names = ("operations", "min_bytes", "max_bytes", "seconds")
     found = measure(cluster, {"what": "links", **{name: getattr(args, name) for name in names}})
     machine = describe.with_links(machine, found)
@@ -110,7 +112,6 @@ def comm(args: argparse.Namespace) -> Answer:
 
 def check_plan(args: argparse.Namespace) -> Answer:
     """Compare the planner's predictions with measurements on the described machine."""
-    check_positive(args, "rounds", "steps")
     from llama_ds.benchmarks.machine.check import compare, comparison_table
     from llama_ds.benchmarks.machine.on_ranks import measure
     from llama_ds.perf.plan.estimate import estimate

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from llama_ds.benchmarks.pipeline.contest import Contest
 from llama_ds.benchmarks.pipeline.report import report
 from llama_ds.benchmarks.pipeline.run import run_contest
-from llama_ds.command_line import Answer, add_results, new_parser, run
+from llama_ds.command_line import Answer, add_results, delay, new_parser, run, size, whole
 from llama_ds.perf.trace.picture import picture
 from llama_ds.perf.trace.read import read
 
@@ -43,18 +43,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="run file overrides, for another shape")
     run_file = "ds_configs/quickstart.yaml"
     parser.add_argument("--run", dest="run_file", default=run_file, help="run file (default: %(default)s)")
-    parser.add_argument("--pp", type=int, default=4)
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--dp", type=int, default=1)
+    parser.add_argument("--pp", type=whole(), default=4)
+    parser.add_argument("--tp", type=whole(), default=1)
+    parser.add_argument("--dp", type=whole(), default=1)
     words = "zb_h1+2: with extra_warmup 2 (default: %(default)s)"
     parser.add_argument("--schedules", nargs="+", default=SCHEDULES, metavar="NAME", help=words)
-    parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches per rank (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=1, help="rows of a micro-batch (default: %(default)s)")
+    parser.add_argument(
+        "--micro-batches", type=whole(), default=8, help="micro-batches per rank (default: %(default)s)"
+    )
+    parser.add_argument("--micro-batch", type=whole(), default=1, help="rows of a micro-batch (default: %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--recompute", default="none", help="save policy (default: %(default)s)")
-    parser.add_argument("--rate-mbit", type=float, help="bandwidth of a link in each direction")
-    parser.add_argument("--delay-ms", type=float, default=0.0, help="latency of a link in each direction")
-    parser.add_argument("--repeats", type=int, default=7, help="timed steps per schedule (default: %(default)s)")
+    parser.add_argument("--rate-mbit", type=size, help="bandwidth of a link in each direction")
+    parser.add_argument("--delay-ms", type=delay, default=0.0, help="latency of a link in each direction")
+    parser.add_argument("--repeats", type=whole(), default=7, help="timed steps per schedule (default: %(default)s)")
     add_results(parser)
     parser.add_argument("--svg", metavar="FOLDER", help="draw one step of each schedule into FOLDER")
     words = "copy the traces of these steps to FOLDER, for tools/profile_run.py analyse"

@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands
+from llama_ds.command_line import Answer, add_json, new_parser, real, run, subcommands
 from llama_ds.config.reader import integer
 from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.text import save_text
@@ -92,14 +92,18 @@ def _add_cost_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpus", type=_positive, help="GPUs of the run")
     command.add_argument("--gpu", default="a100-80gb", help=f"{', '.join(hardware.names())} (default: %(default)s)")
     command.add_argument("--tokens", help="tokens of the run, such as 1.4T (default: the run file's)")
-    command.add_argument("--tokens-per-second", type=float, help="rate of one GPU (default: of the best layout found)")
+    command.add_argument(
+        "--tokens-per-second", type=real(0, above=True), help="rate of one GPU (default: of the best layout found)"
+    )
     command.add_argument(
         "--table15", action="store_true", help="table 15 of the LLaMA paper beside the planner's costs"
     )
-    command.add_argument("--target-loss", type=float, help="find the cheapest size for this loss (Chinchilla's law)")
+    command.add_argument(
+        "--target-loss", type=real(0, above=True), help="find the cheapest size for this loss (Chinchilla's law)"
+    )
     command.add_argument("--inference-tokens", default="0", help="tokens generated after training, such as 2T")
-    command.add_argument("--training-mfu", type=float, default=0.45, help="default: %(default)s")
-    command.add_argument("--inference-mfu", type=float, default=0.25, help="default: %(default)s")
+    command.add_argument("--training-mfu", type=real(0, 1, above=True), default=0.45, help="default: %(default)s")
+    command.add_argument("--inference-mfu", type=real(0, 1, above=True), default=0.25, help="default: %(default)s")
     add_json(command)
 
 
@@ -167,9 +171,6 @@ def plan_cost(args: argparse.Namespace) -> Answer:
 def _trade(args: argparse.Namespace, gpu: hardware.Hardware) -> Answer:
     """Return the model sizes that reach a loss, and their costs."""
     shares = (args.training_mfu, args.inference_mfu)
-    for name, share in zip(("--training-mfu", "--inference-mfu"), shares, strict=True):
-        if not 0 < share <= 1:
-            raise UserError(f"{name} = {share:g} is not above 0 and at most 1; give a share of the GPU's peak")
     rates = costs.Rates(gpu.peak * shares[0], gpu.peak * shares[1])
     return Answer(*tables.trade(args.target_loss, _tokens("--inference-tokens", args.inference_tokens), rates))
 

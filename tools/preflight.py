@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llama_ds.command_line import Answer, add_json, new_parser, run
+from llama_ds.command_line import Answer, add_json, new_parser, port, real, run, seconds, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
@@ -38,20 +38,20 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--hostfile", required=True)
     parser.add_argument("--run", help="run file whose folders and tokenizer are checked")
     parser.add_argument("--spares", help="hostfile of spare hosts that replace bad ones")
-    parser.add_argument("--world", type=int, help="required number of ranks (default: all slots of the hostfile)")
+    parser.add_argument("--world", type=whole(), help="required number of ranks (default: all slots of the hostfile)")
     parser.add_argument("--out", metavar="FILE", help="write the hostfile of the good hosts to FILE")
     add_json(parser, "the report")
     parser.add_argument("--no-measure", action="store_true", help="do not time devices and links")
     parser.add_argument("--slow", choices=("warning", "error"), default="warning", help="severity of a slow host")
-    parser.add_argument("--burn-s", type=float, default=2.0, help="time of the device test (default: %(default)s)")
+    parser.add_argument("--burn-s", type=seconds, default=2.0, help="time of the device test (default: %(default)s)")
     parser.add_argument(
-        "--timeout-s", type=float, default=20.0, help="time for a host to answer (default: %(default)s)"
+        "--timeout-s", type=seconds, default=20.0, help="time for a host to answer (default: %(default)s)"
     )
     parser.add_argument(
-        "--min-free-gib", type=float, default=1.0, help="free space on each disk (default: %(default)s)"
+        "--min-free-gib", type=real(0, 1e9), default=1.0, help="free space on each disk (default: %(default)s)"
     )
     parser.add_argument("--nic", default="", help="network interface that every host must have")
-    parser.add_argument("--ssh-port", type=int)
+    parser.add_argument("--ssh-port", type=port)
     return parser
 
 

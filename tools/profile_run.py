@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llama_ds.child_processes import run_child
-from llama_ds.command_line import Answer, add_json, add_results, check_positive, new_parser, run, subcommands
+from llama_ds.command_line import Answer, add_json, add_results, new_parser, port, run, subcommands, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import save_text
@@ -71,15 +71,15 @@ def _add_record_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--ranks", default=DEFAULT_RANKS, metavar="R", help=words)
     words = "steps to record, and then as many with the profiler (default: %(default)s)"
-    command.add_argument("--steps", type=int, default=3, help=words)
-    command.add_argument("--warmup", type=int, default=3, help="warm-up steps before them (default: %(default)s)")
+    command.add_argument("--steps", type=whole(), default=3, help=words)
+    command.add_argument("--warmup", type=whole(0), default=3, help="warm-up steps before them (default: %(default)s)")
     command.add_argument("--out", metavar="FOLDER", help="output folder (default: the run's folder plus -profile)")
     where = command.add_mutually_exclusive_group()
     where.add_argument("--hostfile", help="the job's hosts, as for tools/launch.py")
-    where.add_argument("--num-ranks", type=int, help="ranks on this machine (default: GPUs, or pp * tp)")
+    where.add_argument("--num-ranks", type=whole(), help="ranks on this machine (default: GPUs, or pp * tp)")
     command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="(default: %(default)s)")
     command.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
-    command.add_argument("--ssh-port", type=int)
+    command.add_argument("--ssh-port", type=port)
 
 
 def _add_analysis_options(command: argparse.ArgumentParser) -> None:
@@ -99,7 +99,10 @@ def record(args: argparse.Namespace) -> Answer | int:
     limits = [parse_limit(text, METRICS) for text in args.fail_if]
     wanted = load_run(args.run, args.overrides)
     environment = dict(os.environ)
-    hosts = parse_hostfile(args.hostfile) if args.hostfile else {"localhost": _local_ranks(args, wanted, environment)}
+    if args.hostfile is not None:
+        hosts = parse_hostfile(args.hostfile)
+    else:
+        hosts = {"localhost": _local_ranks(args, wanted, environment)}
     layout = resolve_layout(wanted, sum(hosts.values()))
     out = Path(args.out or f"{wanted.run_dir}-profile").absolute()
     ranks = choose_ranks(args.ranks, layout, "--ranks")
@@ -121,7 +124,6 @@ def _local_ranks(args: argparse.Namespace, wanted: RunConfig, environment: dict[
     """Return the number of ranks on this machine; without a GPU for each they share its CPU cores."""
     import torch
 
-    check_positive(args, "num_ranks")
     gpus, model_ranks = torch.cuda.device_count(), wanted.parallel.pp * wanted.parallel.tp
     ranks = args.num_ranks or max(model_ranks, gpus // model_ranks * model_ranks)
     if gpus < ranks:

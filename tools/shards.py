@@ -24,7 +24,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from llama_ds import log
-from llama_ds.command_line import Answer, add_json, check_positive, new_parser, run, subcommands
+from llama_ds.command_line import Answer, add_json, new_parser, processes, real, run, size, subcommands, whole
+from llama_ds.config.text import save_text
 from llama_ds.data.building.build import build_source
 from llama_ds.data.building.workers import WorkerPool
 from llama_ds.data.building.workers import workers as start_workers
@@ -37,6 +38,7 @@ from llama_ds.data.text.reading_options import add_reading_options, reading_opti
 from llama_ds.errors import UserError
 
 if TYPE_CHECKING:
+    from llama_ds.data.source.store import Store
     from llama_ds.data.source.verify import Damage
 
 CORES = os.cpu_count() or 1
@@ -50,6 +52,7 @@ EXAMPLES = """examples:
   tools/shards.py audit runs/quickstart --step 17
   tools/shards.py consumed runs/quickstart
   tools/shards.py info corpus/shards --rows 100000 --weight code=0.7 --weight prose=0.3
+  tools/shards.py report corpus/shards --tokenizer corpus/tokenizer.model --html report.html
   tools/shards.py unigram corpus/shards/code=0.7 corpus/shards/prose=0.3
 """
 
@@ -71,37 +74,52 @@ def parser() -> argparse.ArgumentParser:
     add = subcommands(parser)
     command = add("gather", gather, "collect Python sources and prose found on this machine")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/code.jsonl and DIR/prose.jsonl")
-    command.add_argument("--limit-mb", type=float, default=32.0, help="total size of text (default: %(default)s)")
+    command.add_argument("--limit-mb", type=size, default=32.0, help="total size of text (default: %(default)s)")
     _add_build_options(add("build", build, "tokenize and pack", BUILD))
     command = add("serve", serve, "run the tasks of a build on one of its hosts; `build --hostfile` starts it")
     command.add_argument("--shared", required=True, metavar="FILE", help="a file that the build has written")
     command.add_argument("--cwd", required=True, metavar="DIR", help="working directory of the build")
-    command.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    command.add_argument("--workers", type=processes, help="processes (default: one for each core)")
     command = add("verify", verify, "check every shard against its checksum and its manifest")
     command.add_argument("dir", help="a source, a folder of sources, or the URL of a source")
-    command.add_argument("--workers", type=int, default=CORES, help="threads (default: %(default)s)")
     command.add_argument("--repair", action="store_true", help="record exactly the damaged shards in the manifest")
-    command.add_argument("--cache-dir", default="", help="for a URL: cache folder for downloaded shards")
-    command.add_argument("--cache-gib", type=float, default=8.0, help="size of the cache (default: %(default)s)")
+    _add_access_options(command)
     add_json(command, "the damage of each source")
     command = add("audit", audit, "list the documents that a step of a run reads")
     command.add_argument("run", help="the folder of a run, such as runs/quickstart")
-    command.add_argument("--step", type=int, required=True, help="counted from 0")
+    command.add_argument("--step", type=whole(0), required=True, help="counted from 0")
     add_json(command, "its rows")
     command = add("consumed", consumed, "tokens and epochs that a run reads of each source")
     command.add_argument("run", help="the folder of a run")
-    command.add_argument("--step", type=int, help="count up to this step (default: the full run)")
+    command.add_argument("--step", type=whole(0), help="count up to this step (default: the full run)")
     add_json(command, "them")
     command = add("info", info, "rows and tokens of each source")
     command.add_argument("dir", help="a source, or a folder of sources")
-    command.add_argument("--rows", type=int, metavar="N", help="print the epochs of a run of steps * batch = N rows")
+    command.add_argument(
+        "--rows", type=whole(), metavar="N", help="print the epochs of a run of steps * batch = N rows"
+    )
     words = "with --rows: weight of a source (default: proportional to its rows)"
     command.add_argument("--weight", action="append", default=[], metavar="NAME=W", type=_weight, help=words)
     add_json(command, "them")
+    command = add("report", report, "documents, tokens, lengths, duplicates, bytes per token and sample rows")
+    command.add_argument("dir", help="a source, a folder of sources, or the URL of a source")
+    words = "the tokenizer of the build, for bytes per token and sample rows"
+    command.add_argument("--tokenizer", metavar="MODEL", help=words)
+    words = "rows to show of each source (default: %(default)s)"
+    command.add_argument("--samples", type=whole(0, 1000), default=3, help=words)
+    command.add_argument("--html", metavar="FILE", help="also write a page with pictures")
+    _add_access_options(command)
+    add_json(command, "a list of reports")
     command = add("unigram", unigram, "loss of a unigram model on the validation rows, nats per token")
     command.add_argument("sources", nargs="+", metavar="DIR=WEIGHT", type=_weight)
-    command.add_argument("--rows", type=int, default=64, help="evaluation.rows of the run (default: %(default)s)")
+    command.add_argument("--rows", type=whole(), default=64, help="evaluation.rows of the run (default: %(default)s)")
     return parser
+
+
+def _add_access_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=processes, default=CORES, help="threads (default: %(default)s)")
+    command.add_argument("--cache-dir", default="", help="for a URL: cache folder for downloaded shards")
+    command.add_argument("--cache-gib", type=size, default=8.0, help="size of the cache (default: %(default)s)")
 
 
 def _add_build_options(command: argparse.ArgumentParser) -> None:
@@ -111,14 +129,16 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     command.add_argument("--tokenizer", required=True, metavar="MODEL")
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/NAME/")
-    command.add_argument("--seq-len", type=int, required=True, help="labels per row; a row has one more id")
-    command.add_argument("--workers", type=int, help="processes, on each host (default: one for each core)")
+    command.add_argument("--seq-len", type=whole(), required=True, help="labels per row; a row has one more id")
+    command.add_argument("--workers", type=processes, help="processes, on each host (default: one for each core)")
     command.add_argument("--hostfile", help="build on its hosts, which share all files and are reached by ssh")
     command.add_argument(
-        "--validation-fraction", type=float, default=0.01, help="fraction of documents (default: %(default)s)"
+        "--validation-fraction", type=real(0, 1), default=0.01, help="fraction of documents (default: %(default)s)"
     )
-    command.add_argument("--rows-per-shard", type=int, default=16384, help="(default: %(default)s)")
-    command.add_argument("--document-chars", type=int, default=0, help="split longer documents at line ends; 0: never")
+    command.add_argument("--rows-per-shard", type=whole(), default=16384, help="(default: %(default)s)")
+    command.add_argument(
+        "--document-chars", type=whole(0), default=0, help="split longer documents at line ends; 0: never"
+    )
     command.add_argument("--dedup", action="store_true", help="drop exact duplicates of documents")
     command.add_argument(
         "--skip-bad", action="store_true", help="skip documents that are empty, not UTF-8, or not JSON"
@@ -142,7 +162,6 @@ def gather(args: argparse.Namespace) -> None:
 def build(args: argparse.Namespace) -> None:
     """Tokenize and pack every source."""
     log.setup()
-    check_positive(args, "workers")
     options = reading_options(args)
     _check_sources(args.source, options)
     try:
@@ -240,16 +259,12 @@ class BuildProgress:
 
 def verify(args: argparse.Namespace) -> Answer:
     """Check every byte of the sources; the exit code is 1 if damage was found and not repaired."""
-    from llama_ds.data.source.cache import Cache  # imported here because the workers of a build also load this file
-    from llama_ds.data.source.store import open_store
+    # imported here because the workers of a build also load this file
     from llama_ds.data.source.verify import repair, verify_source
 
     log.setup()
-    check_positive(args, "workers")
-    cache = Cache(args.cache_dir, round(args.cache_gib * 2**30)) if args.cache_dir else None
     found = {}
-    for source in find_sources(args.dir):
-        store = open_store(source, cache)
+    for source, store in _stores(args):
         with tqdm(unit=" rows", desc=source, delay=0.5, disable=None) as bar:
             found[source] = verify_source(store, args.workers, bar.update)
         if args.repair:
@@ -316,6 +331,36 @@ def info(args: argparse.Namespace) -> Answer:
     return Answer([as_data(*source) for source in sources], "\n".join(as_line(*source) for source in sources))
 
 
+def report(args: argparse.Namespace) -> Answer:
+    """Report on the sources; write the page of --html."""
+    from llama_ds.data.report.collect import collect, shards_to_read
+    from llama_ds.data.report.page import page
+    from llama_ds.data.report.tables import as_data, as_text, remarks, shared_with_others
+    from llama_ds.data.source.shards import read_manifest  # imported here as in `verify`
+    from llama_ds.data.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
+    found = []
+    for folder, store in _stores(args):
+        total = shards_to_read(read_manifest(store))
+        with tqdm(total=total, unit=" shards", desc=folder, delay=0.5, disable=None) as bar:
+            found.append(collect(store, tokenizer, args.samples, args.workers, bar.update))
+    data = [as_data(*source) for source in zip(found, shared_with_others(found), strict=True)]
+    limits = [line for source in found for line in remarks(source)]
+    if args.html:
+        save_text(args.html, page(f"Data in {args.dir}", data, limits))
+    return Answer(data, "\n".join(map(as_text, data)), remarks=limits)
+
+
+def _stores(args: argparse.Namespace) -> Iterator[tuple[str, Store]]:
+    """Yield each source of `args.dir`, opened with the options of `_add_access_options`."""
+    from llama_ds.data.source.cache import Cache
+    from llama_ds.data.source.store import open_store
+
+    cache = Cache(args.cache_dir, round(args.cache_gib * 2**30)) if args.cache_dir else None
+    return ((source, open_store(source, cache)) for source in find_sources(args.dir))
+
+
 def unigram(args: argparse.Namespace) -> None:
     """Print the loss of the unigram model of a mixture."""
     from llama_ds.data.source.shards import open_source  # imported here as in `verify`
@@ -337,13 +382,9 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _weight(text: str) -> tuple[str, float]:
     name, _, value = text.rpartition("=")
-    try:
-        weight = float(value)
-    except ValueError:
-        weight = 0.0
-    if not name or not weight > 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not NAME=WEIGHT with a weight above 0")
-    return name, weight
+    if not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=WEIGHT")
+    return name, real(0, 1e9, above=True)(value)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_ds.command_line import new_parser, run, subcommands
+from llama_ds.command_line import new_parser, run, size, subcommands, whole
 from llama_ds.data.text.corpus import documents
 from llama_ds.data.text.reading_options import add_reading_options, reading_options
 from llama_ds.data.text.tokenizer import Tokenizer, train_tokenizer
@@ -35,17 +35,17 @@ def parser() -> argparse.ArgumentParser:
     command = add("train", train, "train a BPE model")
     command.add_argument("--input", nargs="+", required=True, metavar="PATTERN", help="files, folders or globs")
     command.add_argument(
-        "--vocab-size", type=int, required=True, help="number of ids, with unk, bos, eos and 256 bytes"
+        "--vocab-size", type=whole(1, 2**31 - 1), required=True, help="number of ids, with unk, bos, eos and 256 bytes"
     )
     command.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.model")
-    command.add_argument("--sample-mb", type=float, default=16.0, help="training text (default: %(default)s)")
+    command.add_argument("--sample-mb", type=size, default=16.0, help="training text (default: %(default)s)")
     add_reading_options(command)
     command = add("encode", encode, "print the ids of a text")
     command.add_argument("--model", required=True)
     command.add_argument("text", nargs="?", help="default: standard input")
     command = add("decode", decode, "print the text of ids")
     command.add_argument("--model", required=True)
-    command.add_argument("ids", nargs="*", type=int, help="default: standard input")
+    command.add_argument("ids", nargs="*", type=whole(0), help="default: standard input")
     command = add("check", check, "check that decode(encode(x)) == x on documents")
     command.add_argument("--model", required=True)
     command.add_argument("--input", nargs="+", required=True, metavar="PATTERN")

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ds.config.schema import DataConfig, RunConfig
+from llama_ds.data.filler import count_labels
 from llama_ds.data.sources import open_sources
 from llama_ds.errors import UserError
 from llama_ds.model.attention import Documents
 from llama_ds.model.embedding import document_starts
+from llama_ds.model.loss import IGNORED
+from llama_ds.training.device_batches import ids_and_labels
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # ids and labels (B, T) -> mean loss in nats per token
 
@@ -38,7 +41,10 @@ def moved(data: DataConfig, tokenizer: str | None, sources: list[str]) -> DataCo
 
 
 def validation_rows(run: RunConfig, count: int | None) -> np.ndarray:
-    """Return the first `count` validation rows, or as many as the run evaluates: int64 (rows, seq_len + 1)."""
+    """Return the first `count` validation rows, or as many as the run evaluates: int64 (rows, seq_len + 1).
+
+    Filler is marked.
+    """
     count = run.evaluation.rows if count is None else count
     if count < 1:
         raise UserError(
@@ -58,7 +64,7 @@ def transformers_loss(folder: str, run: RunConfig, device: torch.device, dtype: 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
         mask = Documents(document_starts(ids)).mask if run.data.document_mask else None
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 
     return loss
 
@@ -67,10 +73,10 @@ def transformers_loss(folder: str, run: RunConfig, device: torch.device, dtype: 
 def mean_loss(
     loss_of: Loss, rows: np.ndarray, micro_batch: int, device: torch.device, tick: Callable[[int], object]
 ) -> float:
-    """Return the mean loss over rows, in nats per token; `tick` is called with the number of rows just done."""
+    """Return the mean loss over the labels of rows, in nats per token; `tick` gets the number of rows just done."""
     total = 0.0
     for start in range(0, len(rows), micro_batch):
-        batch = torch.from_numpy(rows[start : start + micro_batch]).to(device)
-        total += len(batch) * loss_of(batch[:, :-1], batch[:, 1:]).item()
+        batch = rows[start : start + micro_batch]
+        total += count_labels(batch) * loss_of(*ids_and_labels(batch, device)).item()
         tick(len(batch))
-    return total / len(rows)
+    return total / count_labels(rows)

@@ -171,7 +171,7 @@ def describe(folder: str) -> Description:
             wanted = content.pop("checksum")
             if wanted != _checksum_of(_canonical(content)):
                 raise ValueError("its checksum does not match")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); use another checkpoint, or copy this one again") from None
     if version != FORMAT:
         raise UserError(
@@ -238,7 +238,7 @@ def read_tensors(folder: str, description: Description, kinds: Iterable[str]) ->
                 if parts:
                     runs = [[Run(p.start, _stored(folder, p), p.numel) for p in part] for part in parts]
                     found.setdefault(kind, {})[key] = Spread(weight.shape(description.model), weight.cut, runs)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); use another checkpoint, or copy this one again") from None
     return found
 

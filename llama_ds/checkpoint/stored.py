@@ -108,7 +108,7 @@ def safetensors_tensors(path: str) -> dict[str, Stored]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         found = {name: _safetensor(path, 8 + length, size, name, entry) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as a safetensors file ({error}); copy it again") from None
     return found
 

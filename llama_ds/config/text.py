@@ -79,6 +79,8 @@ def parse_yaml(text: str, source: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         raise UserError(f"{where}: not valid YAML: {problem or 'it holds characters that YAML forbids'}") from None
+    except (RecursionError, ValueError) as error:  # a number of more digits than Python converts
+        raise UserError(f"{source}: not a usable YAML file: {error}") from None
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
@@ -97,6 +99,8 @@ def read_json(path: str) -> dict[str, Any]:
         data = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except (RecursionError, ValueError) as error:  # a number of more digits than Python converts
+        raise UserError(f"{path}: not a usable JSON file: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds no JSON object; a DeepSpeed file is one, such as {{}}")
     return data

@@ -13,10 +13,8 @@ from llama_ds.config.run_file import load_resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import STATE, DataState, check_same_content, state_from_json
 from llama_ds.data.order import Order
-from llama_ds.data.source.documents_index import IndexedDocument, parse_documents
-from llama_ds.data.source.manifest import documents_name, shard_name
-from llama_ds.data.source.shards import Source
-from llama_ds.data.source.store import BadFile
+from llama_ds.data.source.documents_index import IndexedDocument
+from llama_ds.data.source.manifest import shard_name
 from llama_ds.data.sources import open_sources
 from llama_ds.errors import UserError
 
@@ -66,7 +64,7 @@ def open_run(folder: str) -> RecordedRun:
     try:
         with open(path, encoding="utf-8") as file:
             state = state_from_json(json.load(file), path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); name the folder of a run, as in runs/quickstart") from None
     return RecordedRun(load_resolved(os.path.join(folder, "run.yaml")), state, path)
 
@@ -94,18 +92,10 @@ def documents_of_step(recorded: RecordedRun, step: int) -> list[ReadRow]:
         source = sources[name]
         (shard,), (shard_row,) = (part.tolist() for part in source.geometry.locate(np.array([row])))
         if (name, shard) not in indexes:
-            indexes[name, shard] = _documents(source, shard)
+            indexes[name, shard] = source.documents(shard)
         parts = _parts(indexes[name, shard], shard_row * source.seq_len, (shard_row + 1) * source.seq_len)
         found.append(ReadRow(name, epoch, shard_name("train", shard), shard_row, parts))
     return found
-
-
-def _documents(source: Source, shard: int) -> list[IndexedDocument]:
-    name = documents_name(source.split, shard)
-    try:
-        return parse_documents(source.store.read(name), f"{source.store.location}/{name}")
-    except BadFile as error:
-        raise UserError(f"{error}; copy the source's folder index/ too") from None
 
 
 def _parts(documents: list[IndexedDocument], first: int, last: int) -> tuple[ReadDocument, ...]:

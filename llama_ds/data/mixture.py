@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import DataConfig
 from llama_ds.data.order import BadShard, Order, Segment
 from llama_ds.data.skips import Skip, unmade
-from llama_ds.data.source.manifest import Split, write_atomically
+from llama_ds.data.source.manifest import MANY, Split, write_atomically
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
@@ -49,18 +50,27 @@ def state_from_json(raw: dict[str, Any], source: str) -> DataState:
         UserError: `raw` is not a data state; the message names `source`, where it was read from.
     """
     try:
-        segments = tuple(
-            Segment(s["step"], s["weights"], {name: tuple(rows) for name, rows in s["extents"].items()})
-            for s in raw["segments"]
-        )
-        skips = tuple(Skip(**skip) for skip in raw.get("skips", ()))  # older checkpoints lack the key and have no skips
-        contents = {name: tuple(digests) for name, digests in raw.get("contents", {}).items()}  # older ones lack it
-        bad = tuple(BadShard(**bad) for bad in raw["bad"])
-        return DataState(raw["rows_per_shard"], segments, bad, skips, contents)
-    except (KeyError, TypeError, AttributeError) as error:
+        state = read(DataState, raw, ConfigSource(source))  # older checkpoints lack `skips` and have none
+        _check(state)
+        state.order(seed=0, global_batch=1)  # raises an error if the parts contradict each other
+    except (UserError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        reason = str(error).removeprefix(f"{source}: ")
         raise UserError(
-            f"{source}: holds no state of the data ({type(error).__name__}: {error}); it was written by another version"
+            f"{source}: holds no state of the data ({reason}); it was written by another version, or is damaged"
         ) from None
+    return state
+
+
+def _check(state: DataState) -> None:
+    """Raise ValueError for numbers that no run writes."""
+    rows = [n for segment in state.segments for extent in segment.extents.values() for n in extent]
+    counts = [*rows, *(segment.step for segment in state.segments)]
+    counts += [n for bad in state.bad for n in (bad.step, bad.shard)]
+    counts += [n for skip in state.skips for n in (skip.step, skip.steps)]
+    if not all(0 <= n < MANY for n in counts) or not all(0 < n < MANY for n in state.rows_per_shard.values()):
+        raise ValueError("a number is negative or too large")
+    if unknown := {bad.source for bad in state.bad} - set(state.rows_per_shard):
+        raise ValueError(f"bad names the unknown source {min(unknown)}")
 
 
 def save_state(path: str, state: DataState) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_ds.config.schema import DataConfig, SourceConfig
+from llama_ds.data.filler import mark_filler
 from llama_ds.data.source.cache import Cache
 from llama_ds.data.source.manifest import Manifest, check_tokenizer
 from llama_ds.data.source.remote import RetryPolicy
@@ -20,7 +21,7 @@ from llama_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Sources:
-    """The opened sources of a run. Rows are (seq_len + 1,): inputs row[:-1], labels row[1:]."""
+    """The opened sources of a run. Rows are (seq_len + 1,): inputs row[:-1], labels row[1:], with marked filler."""
 
     config: DataConfig
     tokenizer: Tokenizer
@@ -30,6 +31,12 @@ class Sources:
     def validation_rows(self, rows: int) -> np.ndarray:
         """Return `rows` validation rows, int64 (rows, seq_len + 1); see the function `validation_rows`."""
         return validation_rows(self.validation, self._weights, rows)
+
+    def validation_labels(self, rows: int) -> int:
+        """Return the number of labels, without filler, in `rows` validation rows."""
+        shares = validation_shares(self.validation, self._weights, rows)
+        chosen = zip(self.validation, shares, strict=True)
+        return sum(int(s.geometry.labels(_first_rows(s, share), s.seq_len).sum()) for s, share in chosen)
 
     def check_validation(self, rows: int, unit: int) -> None:
         """Check, before training starts, that the run can provide `rows` validation rows.
@@ -106,17 +113,25 @@ def validation_shares(sources: Sequence[Source], weights: Sequence[float], rows:
 def validation_rows(sources: Sequence[Source], weights: Sequence[float], rows: int) -> np.ndarray:
     """Return `rows` validation rows, int64 (rows, seq_len + 1): always the same first rows of each source.
 
+    Filler is marked.
+
     Raises:
         UserError: a source has too few rows, or a shard that holds them is damaged.
     """
     shares = validation_shares(sources, weights, rows)
     try:
-        chosen = [source.read(_first_rows(source, share)) for source, share in zip(sources, shares, strict=True)]
+        chosen = [_read(source, _first_rows(source, share)) for source, share in zip(sources, shares, strict=True)]
     except BadFile as error:
         raise UserError(
             f"{error}; validation always reads the same rows: copy the shard again, or rebuild the source"
         ) from None
-    return np.concatenate(chosen).astype(np.int64)
+    return np.concatenate(chosen)
+
+
+def _read(source: Source, rows: np.ndarray) -> np.ndarray:
+    ids = source.read(rows).astype(np.int64)
+    mark_filler(ids, source.geometry.labels(rows, source.seq_len))
+    return ids
 
 
 def _first_rows(source: Source, count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from llama_ds.config.schema import RunConfig
+from llama_ds.data.filler import count_labels, mark_filler, plain_ids
 from llama_ds.data.mixture import LISTED, DataState, continued, planned
 from llama_ds.data.order import BadShard, Order, Rows
 from llama_ds.data.source.shards import Source
@@ -33,7 +34,8 @@ class TokenRow:
     source: str
     epoch: int  # pass over its source, counted from 0
     row: int  # row number in the training split of its source
-    ids: np.ndarray = field(repr=False)  # int32 (seq_len + 1,): inputs ids[:-1], labels ids[1:]
+    ids: np.ndarray = field(repr=False)  # int32 (seq_len + 1,): inputs ids[:-1], labels ids[1:][:labels]
+    labels: int  # seq_len, or fewer in the last row of a build, which filler completes
     tokenizer: Tokenizer = field(repr=False)
 
     @property
@@ -70,7 +72,7 @@ class Dataset:
         return self._rows(start, stop)
 
     def read(self, rows: Rows) -> np.ndarray:
-        """Return the ids of `rows`, int32 (len(rows.row), seq_len + 1). Not thread-safe.
+        """Return the ids of `rows`, int32 (len(rows.row), seq_len + 1), with marked filler. Not thread-safe.
 
         Raises:
             BadFile: a shard is missing or damaged.
@@ -80,6 +82,19 @@ class Dataset:
         for index in np.unique(rows.source):
             mask = rows.source == index
             out[mask] = self.source(int(index)).read(rows.row[mask])
+        mark_filler(out, self._labels(rows))
+        return out
+
+    def labels(self, step: int) -> int:
+        """Return the number of labels, without filler, in all rows of a step."""
+        rows = self.order.rows(step * self.order.global_batch, self.order.global_batch)
+        return int(self._labels(rows).sum())
+
+    def _labels(self, rows: Rows) -> np.ndarray:
+        out = np.empty(len(rows.row), np.int64)
+        for index in np.unique(rows.source):
+            mask, source = rows.source == index, self.source(int(index))
+            out[mask] = source.geometry.labels(rows.row[mask], source.seq_len)
         return out
 
     def source(self, index: int) -> Source:
@@ -136,8 +151,9 @@ class Dataset:
                 ) from None
             columns = (column.tolist() for column in found)
             for number, (source, epoch, row, ids) in enumerate(zip(*columns, read, strict=True), first):
+                name, labels = self.order.names[source], count_labels(ids[None])
                 yield TokenRow(
-                    number, number // batch, self.order.names[source], epoch, row, ids, self.sources.tokenizer
+                    number, number // batch, name, epoch, row, plain_ids(ids), labels, self.sources.tokenizer
                 )
 
 
@@ -231,6 +247,7 @@ class Reader:
     def batches(self) -> Iterator[np.ndarray]:
         """Yield the micro-batches of all steps, int32 (micro_batch, seq_len + 1), as soon as they may be read.
 
+        Filler is marked (`data/filler.py`); `training.device_batches.ids_and_labels` makes inputs and labels of it.
         Step s consists of the rows s * global_batch .. (s + 1) * global_batch of the order (`Order.at`): the same rows
         under every layout.
         """

@@ -14,16 +14,20 @@ CHUNK = 4096  # rows per counting pass
 
 
 def count_labels(source: Source) -> np.ndarray:
-    """Return how often each id is a label in `source`: int64 (vocab_size,).
+    """Return how often each id is a label in `source`, without filler: int64 (vocab_size,).
 
     Raises:
         UserError: a shard is damaged.
     """
     counts = np.zeros(source.vocab_size, np.int64)
     try:
-        for block in source.blocks():
+        for shard, block in enumerate(source.blocks()):
+            rows = np.array(source.geometry.shard_rows(shard))
+            labels = source.geometry.labels(rows, source.seq_len)
             for start in range(0, len(block), CHUNK):
-                counts += np.bincount(block[start : start + CHUNK, 1:].ravel(), minlength=source.vocab_size)
+                part = slice(start, start + CHUNK)
+                counted = np.arange(source.seq_len) < labels[part, None]
+                counts += np.bincount(block[part, 1:][counted], minlength=source.vocab_size)
     except BadFile as error:
         raise UserError(f"{error}; copy the shard again, or rebuild the source") from None
     return counts
@@ -39,7 +43,8 @@ def mixture_counts(sources: Sequence[Source], weights: Sequence[float]) -> np.nd
 def unigram_loss(counts: np.ndarray, rows: np.ndarray) -> float:
     """Return the unigram model's cross-entropy on the labels of `rows`, in nats per token.
 
-    p(i) = (counts[i] + 1) / (sum(counts) + vocab_size), add-one smoothing; rows: (n, seq_len + 1).
+    p(i) = (counts[i] + 1) / (sum(counts) + vocab_size), add-one smoothing; rows: (n, seq_len + 1), with marked filler.
     """
     nats = np.log(counts.sum() + len(counts)) - np.log(counts + 1.0)
-    return float(nats[rows[:, 1:]].mean())
+    labels = rows[:, 1:]
+    return float(nats[labels[labels >= 0]].mean())

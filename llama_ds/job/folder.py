@@ -97,7 +97,7 @@ def current(environment: Mapping[str, str]) -> Job | None:
         with open(os.path.join(folder, "job.json"), encoding="utf-8") as file:
             values: dict[str, Any] = json.load(file)
         return Job(**values | {"server": tuple(values["server"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{folder}: the job's folder cannot be read on this host ({error}); "
             "set output_dir to a folder that all hosts share"

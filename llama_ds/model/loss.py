@@ -19,11 +19,17 @@ from llama_ds.model.pointwise import compiled_for
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients, add_product
 
+IGNORED = -100  # a label without loss, as in torch.nn.functional.cross_entropy
 BLOCK_ELEMENTS = 1 << 18  # block of the softmax on a CPU: temporaries of 1 MiB stay in a core's cache
 
 
 class NextTokenLoss(nn.Module):
-    """Mean cross-entropy in nats per token, plus z-loss while training (PaLM, arXiv 2204.02311, section 5)."""
+    """Mean cross-entropy in nats per token, plus z-loss while training (PaLM, arXiv 2204.02311, section 5).
+
+    Labels that are `IGNORED` have neither loss nor gradient. The sum over the others is divided by `labels`. An engine
+    sets it to the mean number of labels of the micro-batches of a step, so that the mean of their losses is the mean
+    over all labels. None: by the number of the labels given.
+    """
 
     def __init__(
         self, tp: TensorParallel, z_weight: float = 0.0, weight_gradients: WeightGradients | None = None
@@ -33,6 +39,7 @@ class NextTokenLoss(nn.Module):
         self.tp = tp
         self.z_weight = z_weight
         self.weight_gradients = weight_gradients or WeightGradients()
+        self.labels: float | None = None
 
     def forward(self, head: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         """Return the scalar loss of head = (hidden states (B, S, D), W (V / tp, D)) and labels (B, T)."""
@@ -44,7 +51,10 @@ class NextTokenLoss(nn.Module):
 
 
 class _HeadLoss(Function):
-    """mean(lse - logit[label] + z lse^2) with logits = x W^T and lse = log sum exp over the whole vocabulary."""
+    """Mean of lse - logit[label] + z lse^2 with logits = x W^T and lse = log sum exp over the whole vocabulary.
+
+    N below is the divisor of the mean (`NextTokenLoss.labels`).
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, owner: NextTokenLoss, training: bool) -> Tensor:
@@ -55,17 +65,24 @@ class _HeadLoss(Function):
         losses = torch.empty(len(rows), dtype=wide, device=x.device)
         grad_x = torch.empty_like(rows) if training else None
         grad_weight = torch.empty(weight.shape, dtype=wide, device=x.device) if training else None
+        # None: all labels count, and the host knows it.
+        ignored = None if owner.labels == len(labels) else labels == IGNORED
+        total = len(labels) if ignored is None else owner.labels or (~ignored).sum().to(wide)
         size = chunk_tokens(len(rows), rows.shape[1], len(weight))
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             logits = rows[part] @ weight.t()
             lse, target, index, here = _log_sum_exp(logits, labels[part], tp)
             torch.add(lse - target, lse.square(), alpha=z_weight, out=losses[part])
+            factor = (1 + 2 * z_weight * lse) / total
+            if ignored is not None:
+                losses[part].masked_fill_(ignored[part], 0.0)
+                factor.masked_fill_(ignored[part], 0.0)
             if grad_x is None or grad_weight is None:
                 continue
             # d lse / d logit_v = softmax_v, so dL / d logit_v = (softmax_v (1 + 2 z lse) - [v = label]) / N.
-            _softmax_(logits, lse, (1 + 2 * z_weight * lse) / len(rows))
-            logits.scatter_add_(1, index, torch.where(here, -1.0 / len(rows), 0.0)[:, None].to(logits.dtype))
+            _softmax_(logits, lse, factor)
+            logits.scatter_add_(1, index, torch.where(here, -1.0 / total, 0.0)[:, None].to(logits.dtype))
             torch.mm(logits, weight, out=grad_x[part])  # dx = dlogits W
             if start + size >= len(rows):
                 reduced = tp.start_reduce(grad_x.view_as(whole))  # overlaps with the last product of dW
@@ -76,7 +93,7 @@ class _HeadLoss(Function):
         if grad_weight is not None:
             ctx.save_for_backward(reduced(), grad_weight)
             ctx.owner, ctx.weight = owner, weight
-        return losses.mean()
+        return losses.mean() if ignored is None else losses.sum() / total
 
     @staticmethod
     @once_differentiable

@@ -32,7 +32,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.sharing import Neighbours, find_neighbours, share
-from llama_ds.training.device_batches import on_device
+from llama_ds.training.device_batches import MicroBatch, on_device
 from llama_ds.training.engines.interface import Engine
 
 INTACT, DAMAGED, FAILED = range(3)  # status of the shards that a rank needs next
@@ -119,17 +119,20 @@ class Feed:
         first_step = list(itertools.islice(self._ahead, accumulation))
         self._batches = itertools.chain(first_step, self._ahead)
 
-    def _summed(self, batches: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-        """Yield the batches and record a checksum of every step."""
+    def _summed(self, batches: Iterator[np.ndarray]) -> Iterator[MicroBatch]:
+        """Yield the batches with their number of labels, and record a checksum of every step."""
+        micro_batches = self._layout.accumulation * self._layout.dp
         for step in self._steps:
-            crc = 0
+            crc, labels = 0, 0.0
             for _ in range(self._layout.accumulation):
                 batch = next(batches, None)
                 if batch is None:  # the run ends before its last step
                     return
+                # The rank that read the batch was allowed to, so all ranks know the damaged shards of this step.
+                labels = labels or self._data.labels(step) / micro_batches
                 crc = zlib.crc32(batch.data, crc)
                 self._crc_of[step] = crc
-                yield batch
+                yield MicroBatch(batch, labels)
 
     def _agree(self, first: int, last: int, done: int = 0) -> None:
         """Agree on the shards of steps `first` to `last` and allow reading them; compare the steps before `done`."""

@@ -23,6 +23,7 @@ from llama_ds.layout.weights import Key
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.training.checkpoints import Checkpoints
+from llama_ds.training.device_batches import Batch, MicroBatch
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.plan import memory_table
 
@@ -74,10 +75,13 @@ def log_start(run: RunConfig, layout: Layout, dtype: str, first: int, resumed: b
     logger.info("%s at step %d of %d", "resumed" if resumed else "starting", first, run.training.steps)
 
 
-def validation_batches(run: RunConfig, layout: Layout, sources: Sources, engine: Engine) -> list[np.ndarray]:
+def validation_batches(run: RunConfig, layout: Layout, sources: Sources, engine: Engine) -> list[Batch]:
     """Return a rank's validation micro-batches; a middle pipeline stage needs only their number."""
     rows = run.evaluation.rows
     sources.check_validation(rows, layout.dp * layout.micro_batch)
-    if engine.reads_data:
-        return sources.validation_micro_batches(rows, engine.dp_rank, layout.dp, layout.micro_batch)
-    return [np.empty(0)] * (rows // layout.dp // layout.micro_batch)
+    count = rows // layout.dp // layout.micro_batch
+    if not engine.reads_data:
+        return [np.empty(0)] * count
+    batches = sources.validation_micro_batches(rows, engine.dp_rank, layout.dp, layout.micro_batch)
+    labels = sources.validation_labels(rows) / max(1, count * layout.dp)
+    return [MicroBatch(batch, labels) for batch in batches]

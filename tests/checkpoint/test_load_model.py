@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from written_ranks import SHAPES, Write
+from written_ranks import SEQ_LEN, SHAPES, Write
 
 from llama_ds.checkpoint.load_model import load_model, locate, open_model, run_of
 from llama_ds.checkpoint.manifest import describe
 from llama_ds.config.schema import RunConfig
+from llama_ds.data.source.shards import open_source
 from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
@@ -66,17 +67,22 @@ def test_a_path_without_a_checkpoint_gives_one_line_and_exit_2(
 
 @pytest.mark.parametrize("document_mask", [False, True])
 def test_the_export_evaluates_as_the_checkpoint(
-    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], document_mask: bool
+    write: Write, run: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], document_mask: bool
 ) -> None:
-    run, out = write(2, True, document_mask=document_mask), str(tmp_path / "hf")
-    assert convert.main([run, out, "--to", "hf"]) == 0
+    """Also on all rows, of which the last ends in filler."""
+    source = open_source(run.data.sources[0].path, "validation")
+    assert (source.geometry.ids - 1) % SEQ_LEN
+    every = ["--rows", str(source.rows)]
+    folder, out = write(2, True, document_mask=document_mask), str(tmp_path / "hf")
+    assert convert.main([folder, out, "--to", "hf"]) == 0
     capsys.readouterr()
     found = []
-    for args in ([run], [run, "--hf", out]):
+    for args in ([folder], [folder, "--hf", out], [folder, *every], [folder, "--hf", out, *every]):
         assert evaluate.main([*args, "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["rows"] == 12 and found[0]["step"] == 7
     assert found[1]["loss"] == pytest.approx(found[0]["loss"], abs=1e-5)
+    assert found[3]["loss"] == pytest.approx(found[2]["loss"], abs=1e-5)
 
 
 def test_moved_data_is_found_where_the_user_says(

@@ -15,6 +15,9 @@ from built_sources import SEQ_LEN, VOCAB_SIZE, Built
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_ds.data.building.packing import pack
+from llama_ds.data.filler import count_labels as count_row_labels
+from llama_ds.data.filler import mark_filler, plain_ids
 from llama_ds.data.source import tar_rows
 from llama_ds.data.source.manifest import (
     CHECKSUM_BLOCK,
@@ -26,6 +29,7 @@ from llama_ds.data.source.manifest import (
     checksum_of,
     checksums_name,
     parse_manifest,
+    rows_of,
     write_manifest,
 )
 from llama_ds.data.source.shards import OPEN_SHARDS, Source, check_present, open_source, read_manifest
@@ -87,6 +91,24 @@ def test_rows_and_shards_are_numbered_through_all_extents(sizes: list[int], rows
         split.shard_rows(split.shards)
 
 
+@given(
+    sizes=st.lists(st.integers(2, 60), min_size=1, max_size=4),
+    seq_len=st.integers(1, 9),
+    rows_per_shard=st.integers(1, 5),
+)
+def test_filler_is_known_from_the_manifest(sizes: list[int], seq_len: int, rows_per_shard: int) -> None:
+    """Every id is a label once, except the first of each extent; nothing else is a label."""
+    split = Split(rows_per_shard, tuple(Extent(rows_of(ids, seq_len), 1, ids) for ids in sizes))
+    packed = [rows.copy() for ids in sizes for rows in pack([np.arange(ids)], seq_len, np.dtype("<u4"), 99, 3)]
+    plain = np.concatenate(packed).astype(np.int64)
+    marked = plain.copy()
+    mark_filler(marked, split.labels(np.arange(split.rows), seq_len))
+    labels = marked[:, 1:]
+    assert (labels[labels < 0] == ~99).all() and np.array_equal(plain_ids(marked), plain)
+    assert labels[labels >= 0].tolist() == [i for ids in sizes for i in range(1, ids)]
+    assert count_row_labels(marked) == sum(sizes) - len(sizes)
+
+
 def test_checksums_are_found_by_offset_and_read_by_sha256sum(built: Built) -> None:
     digests = [f"{i:064x}" for i in range(2 * CHECKSUM_BLOCK + 5)]
     blocks = {name: text.encode() for name, text in checksum_blocks("train", digests)}
@@ -134,7 +156,7 @@ def source_of_one_row_shards(built: Built, folder: Path, rows: np.ndarray) -> Pa
     for name, text in checksum_blocks("train", digests):
         (folder / name).write_text(text)
     old = read_manifest(open_store(str(built.shards / "prose")))
-    splits = {"train": Split(1, (Extent(len(rows), 1, 1),)), "validation": Split(1, ())}
+    splits = {"train": Split(1, (Extent(len(rows), 1, len(rows) * SEQ_LEN + 1),)), "validation": Split(1, ())}
     write_manifest(str(folder), Manifest("rows", SEQ_LEN, VOCAB_SIZE, "<u2", old.tokenizer_sha256, 0.0, splits))
     return folder
 
@@ -142,7 +164,7 @@ def source_of_one_row_shards(built: Built, folder: Path, rows: np.ndarray) -> Pa
 def test_opening_does_not_read_shards(built: Built, tmp_path: Path) -> None:
     """100,000 shards open as fast as ten, from the manifest alone; here no shard file exists."""
     old = read_manifest(open_store(str(built.shards / "prose")))
-    splits = {"train": Split(1000, (Extent(10**8 - 1, 1, 1),)), "validation": Split(1000, ())}
+    splits = {"train": Split(1000, (Extent(10**8 - 1, 1, (10**8 - 1) * SEQ_LEN + 1),)), "validation": Split(1000, ())}
     write_manifest(str(tmp_path), Manifest("big", SEQ_LEN, VOCAB_SIZE, "<u2", old.tokenizer_sha256, 0.0, splits))
     assert (tmp_path / "manifest.json").stat().st_size < 2000
     source = open_source(str(tmp_path), "train")
@@ -245,6 +267,15 @@ def test_a_damaged_manifest_is_a_user_error(change: bytes, message: str) -> None
         parse_manifest(change, "here")
 
 
+def test_a_manifest_whose_ids_are_not_its_rows_is_refused(built: Built) -> None:
+    """Its count of ids tells filler from labels."""
+    content = (built.shards / "code" / "manifest.json").read_bytes()
+    raw = json.loads(content)
+    raw["splits"]["train"]["extents"][0]["ids"] += SEQ_LEN
+    with pytest.raises(UserError, match=r"here: .*ids are \d+ rows, not \d+"):
+        parse_manifest(json.dumps(raw).encode(), "here")
+
+
 def test_another_tokenizer_is_refused(built: Built) -> None:
     other = train_tokenizer([built.code], str(built.shards.parent / "other"), 400)
     manifest = read_manifest(open_store(str(built.shards / "prose")))
@@ -264,12 +295,14 @@ def test_manifest_states_what_is_there(built: Built) -> None:
 def test_unigram_loss_matches_its_formula(built: Built) -> None:
     sources = [open_source(str(built.shards / name), "train") for name in ("code", "prose")]
     for source in sources:
-        labels = [int(i) for r in range(source.rows) for i in source.row(r)[1:]]
+        ids = source.geometry.ids
+        labels = [int(i) for r in range(source.rows) for i in source.row(r)[1:]][: ids - 1]
+        assert source.rows * SEQ_LEN > ids - 1
         assert count_labels(source).tolist() == [labels.count(i) for i in range(VOCAB_SIZE)]
     counts = mixture_counts(sources, [0.25, 0.75])
-    assert counts.sum() == pytest.approx(sum(source.rows for source in sources) * SEQ_LEN)
-    rows = np.array([[5, 1, 40], [9, 40, 2]])
-    nats = [-np.log((counts[i] + 1) / (counts.sum() + VOCAB_SIZE)) for i in (1, 40, 40, 2)]
+    assert counts.sum() == pytest.approx(sum(source.geometry.ids - 1 for source in sources))
+    rows = np.array([[5, 1, 40, 7], [9, 40, 2, ~2]])
+    nats = [-np.log((counts[i] + 1) / (counts.sum() + VOCAB_SIZE)) for i in (1, 40, 7, 40, 2)]
     assert unigram_loss(counts, rows) == pytest.approx(np.mean(nats), rel=1e-12)
 
 

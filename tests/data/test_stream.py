@@ -17,6 +17,7 @@ from built_sources import BATCH, SEQ_LEN, VOCAB_SIZE, Built, run_on, with_source
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.building.build import build_source
+from llama_ds.data.filler import count_labels, plain_ids
 from llama_ds.data.mixture import DataState, state_from_json
 from llama_ds.data.order import BadShard
 from llama_ds.data.read_ahead import ReadAhead
@@ -60,7 +61,26 @@ def test_every_layout_reads_the_same_rows(dataset: Dataset, dp: int, micro: int)
     assert np.array_equal(rows, steps(dataset, 0, 3))
     expected = [dataset.order.at(step) for step in range(3)]
     read = [dataset.sources.train[s].row(r) for at in expected for s, r in zip(at.source, at.row, strict=True)]
-    assert np.array_equal(rows.reshape(-1, SEQ_LEN + 1), np.array(read))
+    assert np.array_equal(plain_ids(rows.reshape(-1, SEQ_LEN + 1)), np.array(read))
+
+
+def test_filler_is_no_label_of_any_row_or_step(dataset: Dataset) -> None:
+    eos = dataset.sources.tokenizer.eos_id
+    ends = set()
+    for step in range(60):
+        at = dataset.order.at(step)
+        real = 0
+        for index, number in zip(at.source, at.row, strict=True):
+            source = dataset.sources.train[index]
+            real += (labels := min(SEQ_LEN, source.geometry.ids - 1 - number * SEQ_LEN))
+            ends.add((index, labels))
+        rows = steps(dataset, step, 1)[0]
+        assert (rows[:, 1:] >= 0).sum() == real == dataset.labels(step)
+        assert (rows[rows < 0] == ~eos).all()
+        for row in dataset.rows(step * BATCH, BATCH):
+            assert row.ids.min() >= 0 and (row.ids[row.labels + 1 :] == eos).all()
+        assert sum(row.labels for row in dataset.rows(step * BATCH, BATCH)) == real
+    assert {index for index, labels in ends if labels < SEQ_LEN} == {0, 1}  # the last rows of both sources were read
 
 
 def test_a_resumed_run_reads_the_same_rows(run: RunConfig, dataset: Dataset) -> None:
@@ -155,7 +175,7 @@ def test_damaged_shards_are_found_before_they_are_read_and_replaced(
     plan, same = [dataset.order.at(step) for step in range(110)], (intact == repaired).all(1)
     assert 0 < same.sum() < len(same) and len(plan) * BATCH == len(same)
     every = {row.tobytes() for source in dataset.sources.train for row in source.read(np.arange(source.rows))}
-    assert all(row.astype("<u2").tobytes() in every for row in repaired)
+    assert all(row.astype("<u2").tobytes() in every for row in plain_ids(repaired))
     # A run resumed from the recorded state reads the same rows.
     resumed = open_data(run_on(damaged, tmp_path), data.state, 13, "checkpoint")
     assert np.array_equal(steps(resumed, 13, 97).reshape(-1, SEQ_LEN + 1), repaired[13 * BATCH :])
@@ -227,6 +247,9 @@ def test_validation_rows_are_fixed_and_shared_by_weight(sources: Sources) -> Non
     rows = sources.validation_rows(12)
     code, prose = sources.validation
     assert np.array_equal(rows, np.array([*(code.row(i) for i in range(8)), *(prose.row(i) for i in range(4))]))
+    assert sources.validation_labels(12) == 12 * SEQ_LEN
+    every = sources.validation_rows(rows_with_both_ends := code.rows * 10 // 7)
+    assert sources.validation_labels(rows_with_both_ends) == count_labels(every) < every[:, 1:].size
     for dp, micro in ((1, 3), (2, 2), (4, 3)):
         parts = [sources.validation_micro_batches(12, rank, dp, micro) for rank in range(dp)]
         assert all(batch.shape == (micro, SEQ_LEN + 1) for part in parts for batch in part)

@@ -14,7 +14,7 @@ from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.embedding import BOS
 from llama_ds.model.llama import Llama
-from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.loss import IGNORED, NextTokenLoss
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import SingleRank
 
@@ -136,3 +136,34 @@ def test_z_loss_penalises_the_log_normaliser_in_training_only() -> None:
     assert torch.autograd.gradcheck(lambda x, w: loss((x, w), labels), (logits, head))
     with torch.no_grad():
         torch.testing.assert_close(loss((logits, head), labels), plain, atol=1e-12, rtol=0)
+
+
+def test_an_ignored_label_has_neither_loss_nor_gradient() -> None:
+    hidden = torch.randn(2, 5, 11, dtype=torch.float64, requires_grad=True)
+    head = torch.randn(7, 11, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 7, (2, 5))
+    labels[1, 2:] = IGNORED
+    logits = hidden @ head.t()
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    wanted = plain + 0.1 * logits.logsumexp(-1).square()[labels != IGNORED].mean()
+    loss = NextTokenLoss(SingleRank(), 0.1)
+    torch.testing.assert_close(loss((hidden, head), labels), wanted, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(lambda x, w: loss((x, w), labels), (hidden, head))
+    loss.labels = 2.5  # as in a step whose other micro-batches have fewer labels
+    torch.testing.assert_close(loss((hidden, head), labels), wanted * 7 / 2.5, atol=1e-12, rtol=0)
+    loss((hidden, head), labels).backward()
+    assert not hidden.grad[1, 2:].any() and hidden.grad[0].all()  # type: ignore[index]
+
+
+def test_rows_without_filler_have_the_same_bits_as_without_a_mask() -> None:
+    """Runs of earlier versions resume bit for bit."""
+    results = []
+    for divisor in (None, 10):
+        torch.manual_seed(1)
+        hidden, head = torch.randn(2, 5, 11, requires_grad=True), torch.randn(7, 11, requires_grad=True)
+        loss = NextTokenLoss(SingleRank(), 0.1)
+        loss.labels = divisor
+        found = loss((hidden, head), torch.arange(10).view(2, 5) % 7)
+        found.backward()
+        results.append((found, hidden.grad, head.grad))
+    assert all(torch.equal(masked, plain) for masked, plain in zip(*results, strict=True))  # type: ignore[arg-type]

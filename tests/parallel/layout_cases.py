@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 
 import numpy as np
 import torch
@@ -18,14 +19,17 @@ from llama_ds.config.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from llama_ds.data.filler import count_labels, mark_filler
 from llama_ds.layout.layout import Layout
 from llama_ds.model.linear import RMSNorm
 from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.training.device_batches import MicroBatch, ids_and_labels
 from llama_ds.training.lr_schedule import learning_rate
 
 STEPS, GLOBAL_BATCH, SEQ_LEN = 20, 8, 32
+VALIDATION = 100  # a step that is not trained and has rows with filler
 
 
 @dataclass(frozen=True)
@@ -114,24 +118,41 @@ class Case:
 
 
 def global_rows(step: int) -> np.ndarray:
-    """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: short token sequences with document boundaries."""
+    """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: short token sequences with document boundaries.
+
+    In the second step of three, two rows end in filler.
+    """
     generator = np.random.default_rng(step)
     rows = (generator.integers(3, 96, (GLOBAL_BATCH, 1)) + np.arange(SEQ_LEN + 1) * generator.integers(1, 4)) % 93 + 3
     rows[generator.random(rows.shape) < 0.1] = 1
-    return rows.astype(np.int64)
+    rows = rows.astype(np.int64)
+    if step % 3 == 1:
+        labels = np.full(GLOBAL_BATCH, SEQ_LEN)
+        labels[[2, 7]] = 1, 20
+        rows[2, 2:] = rows[7, 21:] = 2
+        mark_filler(rows, labels)
+    return rows
 
 
-def micro_batches(case: Case, dp_rank: int, first_step: int = 0) -> Iterator[np.ndarray]:
+def step_batches(case: Case, dp_rank: int, step: int) -> list[MicroBatch]:
+    """Return the micro-batches of one data-parallel rank in a step."""
+    rows, size = global_rows(step), GLOBAL_BATCH // case.dp
+    labels = count_labels(rows) / (GLOBAL_BATCH // case.micro_batch)
+    parts = np.split(rows[dp_rank * size : (dp_rank + 1) * size], size // case.micro_batch)
+    return [MicroBatch(part, labels) for part in parts]
+
+
+def micro_batches(case: Case, dp_rank: int, first_step: int = 0) -> Iterator[MicroBatch]:
     """Yield the micro-batches of one data-parallel rank, endlessly."""
-    step, size = first_step, GLOBAL_BATCH // case.dp
-    while True:
-        rows = global_rows(step)[dp_rank * size : (dp_rank + 1) * size]
-        yield from np.split(rows, size // case.micro_batch)
-        step += 1
+    for step in count(first_step):
+        yield from step_batches(case, dp_rank, step)
 
 
-def train_reference(case: Case) -> list[tuple[float, float]]:
-    """Train in plain torch on one rank; return (loss, gradient norm before clipping) of each step."""
+def train_reference(case: Case) -> list[tuple[float, float, float]]:
+    """Train in plain torch on one rank.
+
+    Return of each step (loss, gradient norm before clipping, then the loss of the rows of step `VALIDATION`).
+    """
     run = case.run
     run = replace(run, compute=ComputeConfig(attention_backend="reference"))
     context = layer_context(run, SingleRank(), "cpu", torch.float32)
@@ -144,13 +165,14 @@ def train_reference(case: Case) -> list[tuple[float, float]]:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps)
     history = []
     for step in range(STEPS):
-        rows = torch.from_numpy(global_rows(step))
-        loss = model(rows[:, :-1], rows[:, 1:])
+        loss = model(*ids_and_labels(global_rows(step), torch.device("cpu")))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, run.optimizer, STEPS)
         optimizer.step()
-        history.append((loss.item(), norm.item()))
+        with torch.no_grad():
+            after = model(*ids_and_labels(global_rows(VALIDATION), torch.device("cpu")))
+        history.append((loss.item(), norm.item(), after.item()))
     return history

@@ -14,10 +14,11 @@ from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.parallel import world
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
-from tests.parallel.layout_cases import STEPS, Case, micro_batches
+from tests.parallel.layout_cases import STEPS, VALIDATION, Case, micro_batches, step_batches
 
 
-def train(case: Case) -> list[tuple[float, float]]:
+def train(case: Case) -> tuple[list[tuple[float, float]], float]:
+    """Return loss and gradient norm of each step, and the validation loss after the last."""
     run = case.run
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
     assert gc.get_freeze_count() > 100_000, "DeepSpeed's collections of garbage walk all that is imported"
@@ -29,8 +30,10 @@ def train(case: Case) -> list[tuple[float, float]]:
     if (case.dtype, case.zero, case.decoder_layer) == ("bf16", 1, "manual_backward"):
         # Straight into BF16_Optimizer's fp32 buffers: no matrix has a gradient in bf16.
         assert all(p.grad is None for n, p in engine.deepspeed.module.named_parameters() if "_proj" in n)
+    batches = step_batches(case, engine.dp_rank, VALIDATION)
+    validation = engine.evaluate(batches, len(batches))
     engine.deepspeed.destroy()
-    return history
+    return history, validation
 
 
 def main() -> None:
@@ -46,7 +49,7 @@ def main() -> None:
         for case in cases:
             histories.append(train(case))
             if rank_info.rank == 0:
-                print(case.name, histories[-1][0], histories[-1][-1], flush=True)
+                print(case.name, histories[-1][0][0], histories[-1][0][-1], flush=True)
         if rank_info.rank == 0:
             with open(out, "w") as file:
                 json.dump(histories, file)

@@ -118,7 +118,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
     new = tmp_path / "new" / "machine.yaml"
     for args, word in (
         (("comm", "--cluster", new, "--hostfile", uneven), "hosts have [2, 4] slots"),
-        (("comm", "--cluster", new, "--min-bytes", 8192, "--max-bytes", 4096), "--min-bytes 8192 is not between 4 and"),
+        (("comm", "--cluster", new, "--min-bytes", 8192, "--max-bytes", 4096), "--min-bytes 8192 is above --max-bytes"),
         (("comm", "--cluster", broken), "device is missing"),
         (("gemm", "--cluster", new, "--run", "no.yaml"), "no.yaml"),
         (("check-plan", "ds_configs/quickstart.yaml", "--cluster", "nowhere.yaml"), "nowhere.yaml"),

@@ -46,12 +46,14 @@ def draw(scenario: dict[str, Any], rank_info: world.RankInfo, folder: Path) -> d
         reads_data=scenario["reads"][rank_info.rank], dp_rank=scenario["dp_ranks"][rank_info.rank]
     )
     steps = range(*scenario["steps"])
-    batches, error, data = [], "", open_data(run)
+    batches, labels, error, data = [], [], "", open_data(run)
     try:
         feed = Feed(run, layout, data, steps, engine, rank_info, torch.device("cpu"))
         for step in steps:
             feed.before_step(step)
-            batches.append([next(feed) for _ in range(layout.accumulation)])
+            drawn = [next(feed) for _ in range(layout.accumulation)]
+            batches.append([getattr(batch, "rows", batch) for batch in drawn])  # an empty array on a middle stage
+            labels.append({getattr(batch, "labels", 0) for batch in drawn}.pop() * layout.accumulation * layout.dp)
             if step in scenario["spoil_after"] and rank_info.rank == 0:
                 for shard in Path(scenario["spoil"]).glob("train-*.tar"):
                     shard.write_bytes(shard.read_bytes()[:600])
@@ -62,7 +64,7 @@ def draw(scenario: dict[str, Any], rank_info: world.RankInfo, folder: Path) -> d
     except UserError as mistake:
         error, reads = str(mistake), False
     bad = json.dumps(data.state.as_json()["bad"])
-    return {"batches": np.array(batches), "error": error, "reads": reads, "bad": bad}
+    return {"batches": np.array(batches), "labels": np.array(labels), "error": error, "reads": reads, "bad": bad}
 
 
 if __name__ == "__main__":

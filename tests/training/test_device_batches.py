@@ -2,21 +2,60 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from llama_ds.data.read_ahead import ReadAhead
-from llama_ds.training.device_batches import InFlightBatch, on_device
+from llama_ds.layout.layout import Layout
+from llama_ds.model.loss import IGNORED, NextTokenLoss
+from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.training.device_batches import MicroBatch, ids_and_labels, on_device, training_pair
+from llama_ds.training.setup import validation_batches
 
 
-def batches() -> list[np.ndarray]:
-    return [np.random.default_rng(i).integers(0, 60000, (4, 257)).astype(np.int32) for i in range(20)]
+def batches() -> list[MicroBatch]:
+    rows = [np.random.default_rng(i).integers(0, 60000, (4, 257)).astype(np.int32) for i in range(20)]
+    rows[7][3, 100:] = ~2  # filler
+    return [MicroBatch(batch, 4 * 256 - 8) for batch in rows]
 
 
 def test_a_cpu_gets_the_arrays_themselves() -> None:
     given = batches()
     assert all(a is b for a, b in zip(given, on_device(iter(given), torch.device("cpu")), strict=True))
+
+
+def test_filler_is_an_input_and_no_label() -> None:
+    loss, cpu = NextTokenLoss(SingleRank()), torch.device("cpu")
+    rows = np.array([[1, 5, 6, 2, 1], [6, 2, ~2, ~2, ~2]], np.int32)
+    ids, labels = training_pair(MicroBatch(rows, 4.5), cpu, loss)
+    assert ids.tolist() == [[1, 5, 6, 2], [6, 2, 2, 2]]
+    assert labels.tolist() == [[5, 6, 2, 1], [2, IGNORED, IGNORED, IGNORED]]
+    assert loss.labels == 4.5
+    training_pair(rows, cpu, loss)
+    assert loss.labels is None  # the loss counts
+    training_pair(rows[:1], cpu, loss)
+    assert loss.labels == 4
+
+
+def test_the_validation_loss_is_divided_by_the_labels_of_all_ranks() -> None:
+    rows = np.arange(8 * 5).reshape(8, 5)
+    sources: Any = SimpleNamespace(
+        check_validation=lambda rows, unit: None,
+        validation_micro_batches=lambda count, rank, dp, micro: np.split(rows[4 * rank : 4 * rank + 4], 4 // micro),
+        validation_labels=lambda count: 27,
+    )
+    run: Any = SimpleNamespace(evaluation=SimpleNamespace(rows=8))
+    layout = Layout(pp=2, dp=2, tp=1, micro_batch=2, accumulation=1)
+    engine: Any = SimpleNamespace(reads_data=True, dp_rank=1)
+    batches = validation_batches(run, layout, sources, engine)
+    assert all(isinstance(batch, MicroBatch) and batch.labels == 27 / 4 for batch in batches)
+    assert np.array_equal(np.concatenate([batch.rows for batch in batches]), rows[4:])  # type: ignore[union-attr]
+    engine.reads_data = False
+    assert len(validation_batches(run, layout, sources, engine)) == 2
 
 
 @pytest.mark.gpu
@@ -28,8 +67,7 @@ def test_a_gpu_gets_them_while_it_computes() -> None:
         for _ in range(4):  # keeps the current stream busy, so that a missing wait for the copy would show
             busy = busy @ busy / 4096
         in_flight = next(ahead)
-        assert isinstance(in_flight, InFlightBatch)
-        rows = in_flight.take()
-        assert rows.dtype == torch.int64 and rows.device == device
-        assert torch.equal(rows.cpu(), torch.from_numpy(wanted).long())
+        pair, plain = ids_and_labels(in_flight, device), ids_and_labels(wanted, torch.device("cpu"))
+        for found, expected in zip(pair, plain, strict=True):
+            assert found.dtype == torch.int64 and found.device == device and torch.equal(found.cpu(), expected)
     ahead.close()

@@ -16,6 +16,7 @@ import pytest
 from llama_ds.config.run_file import load_run
 from llama_ds.config.text import dump_yaml
 from llama_ds.data.building.build import build_source
+from llama_ds.data.filler import count_labels
 from llama_ds.data.order import BadShard
 from llama_ds.data.source.manifest import checksum_line, checksums_name, shard_name
 from llama_ds.data.stream import Dataset, open_data
@@ -191,11 +192,7 @@ def outcome(root: Path) -> Callable[[str], Outcome]:
 
 def read_alone(data: Dataset, first: int, dp_rank: int = 0, dp_size: int = 1) -> np.ndarray:
     """The rows of each step as one process reads them from intact shards: (steps, rows, T + 1)."""
-    out = []
-    for step in range(first, STEPS):
-        rows = data.order.at(step, dp_rank, dp_size)
-        out.append([data.sources.train[s].row(r) for s, r in zip(rows.source, rows.row, strict=True)])
-    return np.array(out)
+    return np.array([data.read(data.order.at(step, dp_rank, dp_size)) for step in range(first, STEPS)])
 
 
 @pytest.mark.slow
@@ -208,6 +205,8 @@ def test_ranks_get_the_rows_of_the_order(name: str, root: Path, outcome: Callabl
         if settings["reads"][rank]:
             wanted = read_alone(data, settings["steps"][0], settings["dp_ranks"][rank], dp)
             assert np.array_equal(seen["batches"].reshape(wanted.shape), wanted)
+            whole = read_alone(data, settings["steps"][0])
+            assert seen["labels"].tolist() == [count_labels(rows) for rows in whole]
         else:
             assert seen["batches"].size == 0
 

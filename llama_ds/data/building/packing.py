@@ -12,15 +12,12 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from llama_ds.data.source.manifest import rows_of
+
 
 def id_dtype(vocab_size: int) -> np.dtype:
     """Return the little-endian dtype that holds every id below `vocab_size`: uint16 or uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def rows_of(ids: int, seq_len: int) -> int:
-    """Return the number of rows for `ids` ids, including a partly filled last row."""
-    return -(-max(0, ids - 1) // seq_len)
 
 
 def pack(runs: Iterable[np.ndarray], seq_len: int, dtype: np.dtype, fill: int, rows: int) -> Iterator[np.ndarray]:

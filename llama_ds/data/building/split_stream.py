@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from llama_ds.data.building.packing import rows_of
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard, read_shard
 from llama_ds.data.building.tokenized import ids_path
-from llama_ds.data.source.manifest import Extent, Split, extent_digest
+from llama_ds.data.source.manifest import Extent, Split, extent_digest, rows_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ A source is a folder, or a URL with the same file names:
     index/input-0000.gz               list of the input files of a build or addition (`input_index.py`)
 
 Each build, and each addition to a source, is an extent: its documents are concatenated and cut into rows, and the last
-row is padded with eos. All shards of an extent have `rows_per_shard` rows except the last, which has the remainder.
+row is padded with eos. The manifest counts the ids, so it tells the padding from the documents. All shards of an extent
+have `rows_per_shard` rows except the last, which has the remainder.
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ from itertools import accumulate
 
 import numpy as np
 
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
+DTYPES = ("<u2", "<u4")
+MANY = 1 << 60  # more ids than any source has; sums of them fit 64 bits
 CHECKSUM_BLOCK = 1024  # shards in one file of checksums
 REBUILD = "rebuild the source with tools/shards.py build --overwrite"
 
@@ -67,6 +71,12 @@ class Split:
         """Total number of ids, without padding."""
         return sum(extent.ids for extent in self.extents)
 
+    def labels(self, rows: np.ndarray, seq_len: int) -> np.ndarray:
+        """Return how many labels of each row, out of `seq_len`, are ids of documents; the others are filler."""
+        extent, row = self._in_extent(rows)
+        ids = np.array([extent.ids for extent in self.extents], np.int64)
+        return np.minimum(seq_len, ids[extent] - 1 - row * seq_len)
+
     @property
     def shards(self) -> int:
         """Total number of shards."""
@@ -85,11 +95,16 @@ class Split:
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the shard of each row, and its row number in that shard."""
-        first_rows = np.array([0, *accumulate(extent.rows for extent in self.extents[:-1])], np.int64)
         first_shards = np.array([0, *accumulate(self.extent_shards[:-1])], np.int64)
-        extent = np.searchsorted(first_rows, rows, side="right") - 1
-        shard, shard_row = np.divmod(rows - first_rows[extent], self.rows_per_shard)
+        extent, row = self._in_extent(rows)
+        shard, shard_row = np.divmod(row, self.rows_per_shard)
         return shard + first_shards[extent], shard_row
+
+    def _in_extent(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the extent of each row, and its row number in that extent."""
+        first_rows = np.array([0, *accumulate(extent.rows for extent in self.extents[:-1])], np.int64)
+        extent = np.searchsorted(first_rows, rows, side="right") - 1
+        return extent, rows - first_rows[extent]
 
     def _extent_of(self, shard: int) -> tuple[int, int, int]:
         """Return a shard's extent, and that extent's first shard and row."""
@@ -125,6 +140,11 @@ class Manifest:
     splits: dict[str, Split]
     format: int = FORMAT
     inputs: tuple[BuildInput, ...] = ()  # older versions recorded none
+
+
+def rows_of(ids: int, seq_len: int) -> int:
+    """Return the number of rows for `ids` ids, including a partly filled last row."""
+    return -(-max(0, ids - 1) // seq_len)
 
 
 def shard_name(split: str, shard: int) -> str:
@@ -179,16 +199,33 @@ def parse_manifest(content: bytes, where: str) -> Manifest:
         raw = json.loads(content)
         if raw["format"] != FORMAT:
             raise UserError(f"{where}: format {raw['format']}, this program reads {FORMAT}; {REBUILD}")
-        splits = {name: _split(split) for name, split in raw["splits"].items()}
-        inputs = tuple(BuildInput(**entry) for entry in raw.get("inputs", ()))
-        return Manifest(**{**raw, "splits": splits, "inputs": inputs})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         raise UserError(f"{where}: not a manifest of shards ({type(error).__name__}: {error}); {REBUILD}") from None
+    try:
+        manifest = read(Manifest, raw, ConfigSource(where))
+        _check(manifest)
+    except (UserError, ValueError) as error:
+        reason = str(error).removeprefix(f"{where}: ")
+        raise UserError(f"{where}: not a manifest of shards ({reason}); {REBUILD}") from None
+    return manifest
 
 
-def _split(raw: dict) -> Split:
-    extents = tuple(Extent(**extent) for extent in raw["extents"])
-    return Split(raw["rows_per_shard"], extents, tuple(raw["bad"]))
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for numbers that no build writes."""
+    if set(manifest.splits) != set(SPLITS) or manifest.dtype not in DTYPES:
+        raise ValueError(f"splits {list(manifest.splits)} of dtype {manifest.dtype}")
+    if not (0 < manifest.seq_len < 1 << 31 and 0 < manifest.vocab_size < 1 << 31):
+        raise ValueError(f"seq_len {manifest.seq_len}, vocab_size {manifest.vocab_size}")
+    for name, split in manifest.splits.items():
+        if not 0 < split.rows_per_shard < MANY:
+            raise ValueError(f"splits.{name}.rows_per_shard = {split.rows_per_shard}")
+        for extent in split.extents:
+            if not (0 <= extent.documents < MANY and 0 <= extent.ids < MANY):
+                raise ValueError(f"splits.{name} has {extent.documents} documents of {extent.ids} ids")
+            if extent.rows != (rows := rows_of(extent.ids, manifest.seq_len)):  # the rows tell filler from labels
+                raise ValueError(f"splits.{name}: {extent.ids} ids are {rows} rows, not {extent.rows}")
+        if not all(0 <= shard < split.shards for shard in split.bad):
+            raise ValueError(f"splits.{name}.bad = {list(split.bad)} of {split.shards} shards")
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:

@@ -15,12 +15,14 @@ from functools import lru_cache
 import numpy as np
 
 from llama_ds.data.source import tar_rows
+from llama_ds.data.source.documents_index import IndexedDocument, parse_documents
 from llama_ds.data.source.manifest import (
     MANIFEST,
     Manifest,
     Split,
     checksum_of,
     checksums_name,
+    documents_name,
     extent_digest,
     parse_manifest,
     shard_name,
@@ -157,6 +159,18 @@ class Source:
         """Return all rows of a shard, (rows, seq_len + 1). Raises BadFile."""
         data = self._members(self.check(shard), 0, len(self.geometry.shard_rows(shard)))
         return tar_rows.rows_of(data, self.seq_len, self._dtype)
+
+    def documents(self, shard: int) -> list[IndexedDocument]:
+        """Return the index of the documents that overlap a shard.
+
+        Raises:
+            UserError: the index is missing or damaged.
+        """
+        name = documents_name(self.split, shard)
+        try:
+            return parse_documents(self.store.read(name), f"{self.store.location}/{name}")
+        except BadFile as error:
+            raise UserError(f"{error}; copy the source's folder index/ too") from None
 
     def close(self) -> None:
         """Close the open files."""

@@ -37,7 +37,8 @@ def verify_source(store: Store, workers: int = 1, progress: Callable[[int], None
     """
     manifest = read_manifest(store)
     found = []
-    with ThreadPoolExecutor(workers) as pool:  # hashing and numpy release the GIL
+    pool = ThreadPoolExecutor(workers)  # hashing and numpy release the GIL
+    try:
         for name in manifest.splits:
             source = Source(store, manifest, name)
             shards = range(source.geometry.shards)
@@ -45,6 +46,8 @@ def verify_source(store: Store, workers: int = 1, progress: Callable[[int], None
                 progress(len(source.geometry.shard_rows(shard)))
                 if damage:
                     found.append(damage)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, only the shards in progress delay the end
     return found
 
 

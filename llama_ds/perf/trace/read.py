@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from bisect import bisect_right
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ _PROFILE = re.compile(r"profile_rank(\d+)\.json\.gz")
 _RANK = re.compile(r"rank(\d+)\.json")
 MAX_SHOWN = 64  # ranks to draw, or to merge into one trace
 _MAX_NAMED = 8
+_COUNTS = ("first_step", "measured_steps", "pp", "micro_batches", "virtual_stages", "extra_warmup")
+_MAX_COUNT = 10**7  # more is damage
 
 
 class Event(NamedTuple):
@@ -202,9 +205,20 @@ def read_rank(path: Path) -> RankRecord:
         recorded = [axis for axis in AXES if axis in NAMED or f"{axis}_rank" in data]
         coords = Coords(**{axis: int(data.pop(f"{axis}_rank")) for axis in recorded})
         found = RankRecord(rank, world, str(data.pop("host")), coords, data, clock, events)
+        counts = [world, *(data[name] for name in _COUNTS)]
+        assert all(type(count) is int and 0 <= count <= _MAX_COUNT for count in counts)
         assert found.schedule.name in NAMES and min(data["first_step"], data["measured_steps"], data["pp"]) > 0
-        assert world % data["pp"] == 0
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, AssertionError) as error:
+        assert world % data["pp"] == 0 and all(isinstance(event.what, str) for event in events)
+    except (
+        OSError,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        AssertionError,
+        RecursionError,
+    ) as error:
         what = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else error.strerror
         raise UserError(
             f"{path}: is not a complete record of a rank's steps ({what}); copy it again, or record again"
@@ -230,5 +244,5 @@ def read_profile(path: Path) -> list[dict[str, Any]]:
         data = json.loads(gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content)
         events = data["traceEvents"]
         return [event for event in events if isinstance(event, dict)]
-    except (OSError, EOFError, ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path}: is not a complete file of torch's profiler ({error}); record again") from None

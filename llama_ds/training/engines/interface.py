@@ -16,7 +16,7 @@ from llama_ds.training.device_batches import Batch, Batches
 class StepResult:
     """The result of a step, still on the device: reading it synchronises."""
 
-    loss: Tensor  # mean over the global batch; with a single stage, mean over this rank's share of it
+    loss: Tensor  # mean over the labels of the global batch; with a single stage, this rank's term in a mean over dp
     norm: Tensor | float  # norm of the gradients before clipping
 
 
@@ -35,4 +35,4 @@ class Engine(Protocol):
         """Return a step's global mean loss and gradient norm, the same on all ranks. Collective; synchronises."""
 
     def evaluate(self, batches: Batches, count: int) -> float:
-        """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective."""
+        """Return the mean loss over the labels of `count` micro-batches of every data-parallel rank. Collective."""

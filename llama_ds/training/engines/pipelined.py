@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.model.loss import NextTokenLoss
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
 from llama_ds.parallel.trace import Trace
-from llama_ds.training.device_batches import Batch, Batches, ids_and_labels
+from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
@@ -39,7 +40,7 @@ def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], part
     engine = LlamaPipelineEngine(module, schedule, parts.context, rows, parts.dtype, optimizer, config, parts.trace)
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
     parts.context.weight_gradients.added = engine.optimizer.gradient_added
-    return PipelinedEngine(engine, parts.trace)
+    return PipelinedEngine(engine, parts.trace, parts.loss)
 
 
 def _named_layers(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]]:
@@ -55,8 +56,8 @@ def _named_layers(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]]:
 class PipelinedEngine:
     """Takes steps by the run's pipeline schedule."""
 
-    def __init__(self, engine: LlamaPipelineEngine, trace: Trace) -> None:
-        self.deepspeed, self.trace = engine, trace
+    def __init__(self, engine: LlamaPipelineEngine, trace: Trace, loss: NextTokenLoss) -> None:
+        self.deepspeed, self.trace, self.loss = engine, trace, loss
         self.dp_rank = engine.grid.get_data_parallel_rank()
         self.reads_data = engine.reads_data()
 
@@ -72,4 +73,4 @@ class PipelinedEngine:
         return float(self.deepspeed.mean_loss(self._ids_and_labels(batches), count))
 
     def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-        return (ids_and_labels(batch, self.deepspeed.device) for batch in batches)
+        return (training_pair(batch, self.deepspeed.device, self.loss) for batch in batches)

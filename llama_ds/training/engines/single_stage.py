@@ -16,12 +16,13 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.model.embedding import Head
 from llama_ds.model.llama import Llama
+from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.parallel import world
 from llama_ds.parallel.deepspeed_trace import collectives_recorded
 from llama_ds.parallel.grid import grid
 from llama_ds.parallel.trace import Trace
-from llama_ds.training.device_batches import Batch, Batches, ids_and_labels
+from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
@@ -50,7 +51,7 @@ def build_single_stage(
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
-    return SingleStageEngine(engine, layout.accumulation, device, parts.trace)
+    return SingleStageEngine(engine, layout.accumulation, device, parts.trace, parts.loss)
 
 
 def _zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractContextManager[Any]:
@@ -63,8 +64,8 @@ def _zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractCont
 class SingleStageEngine:
     """Takes steps micro-batch by micro-batch."""
 
-    def __init__(self, engine: Any, accumulation: int, device: torch.device, trace: Trace) -> None:
-        self.deepspeed, self.trace = engine, trace
+    def __init__(self, engine: Any, accumulation: int, device: torch.device, trace: Trace, loss: NextTokenLoss) -> None:
+        self.deepspeed, self.trace, self.loss = engine, trace, loss
         self.accumulation = accumulation
         self.device = device
         self.dp_rank = engine.mpu.get_data_parallel_rank()
@@ -106,7 +107,7 @@ class SingleStageEngine:
         trace.add("wait data", begin)
         held = trace.times.now() if trace.times.counting and self._forward_waits else None
         begin = trace.now()
-        loss = engine(*ids_and_labels(batch, self.device))
+        loss = engine(*training_pair(batch, self.device, self.loss))
         trace.add("F", begin, 0, i)
         trace.doing = f"backward of micro-batch {i}, and the reduction in it"
         if held is None and trace.times.counting and (self._backward_waits or i == self.accumulation - 1):
@@ -131,5 +132,5 @@ class SingleStageEngine:
         self.deepspeed.eval()
         total = torch.zeros((), device=self.device)
         for batch in batches:
-            total += self.deepspeed(*ids_and_labels(batch, self.device))
+            total += self.deepspeed(*training_pair(batch, self.device, self.loss))
         return world.mean(total / count, self.deepspeed.mpu.get_data_parallel_group())

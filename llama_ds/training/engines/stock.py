@@ -11,10 +11,11 @@ from torch import Tensor
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.model.loss import NextTokenLoss
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.stock_trace import trace_instructions
 from llama_ds.parallel.trace import Trace
-from llama_ds.training.device_batches import Batch, Batches, ids_and_labels
+from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
@@ -36,14 +37,14 @@ def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: L
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # the module brings its grid
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
-    return StockPipelinedEngine(engine, parts.trace)
+    return StockPipelinedEngine(engine, parts.trace, parts.loss)
 
 
 class StockPipelinedEngine:
     """Takes steps by DeepSpeed's own 1F1B schedule."""
 
-    def __init__(self, engine: Any, trace: Trace) -> None:
-        self.deepspeed, self.trace = engine, trace
+    def __init__(self, engine: Any, trace: Trace, loss: NextTokenLoss) -> None:
+        self.deepspeed, self.trace, self.loss = engine, trace, loss
         self.dp_rank = engine.grid.get_data_parallel_rank()
         self.reads_data = engine.is_first_stage() or engine.is_last_stage()
         trace_instructions(engine, trace)
@@ -63,4 +64,6 @@ class StockPipelinedEngine:
 
     def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]] | None:
         """Return an iterator over the pairs, or None on the stages between the first and the last."""
-        return (ids_and_labels(batch, self.deepspeed.device) for batch in batches) if self.reads_data else None
+        return (
+            (training_pair(batch, self.deepspeed.device, self.loss) for batch in batches) if self.reads_data else None
+        )

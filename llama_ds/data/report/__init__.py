@@ -1,0 +1,1 @@
+"""Reports on built sources: documents, lengths, duplicates, bytes per token, sample rows."""
