@@ -80,6 +80,8 @@ def _read(kind: Any, data: object, source: ConfigSource, key: str) -> Any:
         return _read_tuple(get_args(kind), data, source, key)
     if get_origin(kind) is dict:
         return _read_mapping(get_args(kind)[1], data, source, key)
+    if kind is object:  # whatever the file holds
+        return data
     value = _scalar(kind, data)
     if value is None:
         raise source.error(key, f"= {data!r} is not {_WANTED[kind]}")
