@@ -34,7 +34,7 @@ def test_four_hosts_build_what_one_does(tmp_path: Path, monkeypatch: pytest.Monk
         file.writelines(lines)
     tokenizer = train_tokenizer([corpus], str(tmp_path / "tokenizer"), 600)
     build_source("s", corpus, tokenizer, str(tmp_path / "one"), SEQ_LEN, FRACTION, ROWS)
-    with Hosts(4, tmp_path / "hosts", subnet=96) as hosts:
+    with Hosts(4, tmp_path / "hosts", subnet=90) as hosts:
         for name, value in hosts.environment.items():
             monkeypatch.setenv(name, value)
 
