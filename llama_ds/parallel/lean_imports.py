@@ -20,7 +20,7 @@ def leave_out_compiler() -> None:
         if function is not None:
             setattr(function, "__dynamo_disable", function)
     if step := getattr(torch.optim.Adam.step, "__wrapped__", None):
-        torch.optim.Adam.step = torch.no_grad()(step)
+        torch.optim.Adam.step = torch.no_grad()(step)  # type: ignore[method-assign]
     compile_of_deepspeed = compiler.compile
     compiler.compile = lambda: compiler.dummy_decorator
     try:

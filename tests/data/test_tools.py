@@ -83,7 +83,7 @@ def damage(shard: Path) -> None:
             "-1",
         ),
         (("shards.py", "build", "--source=a=a", "--source=a=b", "--tokenizer=t", "--seq-len=8", "--out=x"), "2 times"),
-        (("shards.py", "verify", "no-shards", "--workers", 0), "--workers 0 is not positive"),
+        (("shards.py", "verify", "no-shards", "--workers", 0), "--workers: '0' is not a whole number from 1"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_2(args: tuple[object, ...], message: str) -> None:
