@@ -73,8 +73,11 @@ def test_cost_gives_a_runs_price() -> None:
         (("validate", "--data", "setup.py"), "setup.py:1: column id is missing"),
         (("cost",), "cost: needs --model and --gpus"),
         (("cost", "--target-loss", "1.5"), "--target-loss 1.5"),
-        (("cost", "--model", "7b", "--gpus", 8, "--tokens-per-second", 0), "--tokens-per-second = 0"),
-        (("cost", "--target-loss", "2", "--training-mfu", "0"), "--training-mfu = 0"),
+        (
+            ("cost", "--model", "7b", "--gpus", 8, "--tokens-per-second", 0),
+            "--tokens-per-second: '0' is not a finite number above 0",
+        ),
+        (("cost", "--target-loss", "2", "--training-mfu", "0"), "--training-mfu: '0' is not a finite number above 0"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(args: tuple, words: str) -> None:
