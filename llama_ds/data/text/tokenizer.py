@@ -96,7 +96,7 @@ class Tokenizer:
     @property
     def prefixed(self) -> bool:
         """Whether the model prepends a space to every text, as the original LLaMA tokenizer does."""
-        return self._model.encode("a", out_type=str)[:1] != ["a"]
+        return self._model.normalize("a").startswith(SPACE_MARK)  # not its ids: "a" need not be a piece
 
     def _space_mark_ids(self) -> list[int]:
         # Byte pieces are decoded verbatim, so a mark encoded as bytes survives. Models that prepend a space to a text
@@ -117,13 +117,16 @@ def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, s
         UserError: a document is bad, or the vocabulary is too large for the text or too small for its characters.
     """
     model = io.BytesIO()
+    sample = _Sample(patterns, sample_mb * 1e6)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample(patterns, sample_mb * 1e6),
+            sentence_iterator=iter(sample),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             character_coverage=0.9995,
+            # Without a piece of its own a space becomes the bytes of SPACE_MARK, and is decoded to that mark.
+            required_chars=SPACE_MARK,
             split_digits=True,
             byte_fallback=True,
             allow_whitespace_only_pieces=True,
@@ -140,6 +143,8 @@ def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, s
             minloglevel=2,
         )
     except RuntimeError as error:
+        if sample.error:  # a bad document, which the trainer reports in its own words
+            raise sample.error from None
         problem = f"vocab_size = {vocab_size} does not suit {' '.join(patterns)}"
         raise UserError(f"{problem}: {_vocab_limit(str(error))}") from None
     path = f"{out_prefix}.model"
@@ -150,17 +155,31 @@ def train_tokenizer(patterns: Sequence[str], out_prefix: str, vocab_size: int, s
     return path
 
 
-def _sample(patterns: Sequence[str], limit: float) -> Iterator[str]:
-    # Take every k-th piece of all documents, k = size / limit, with an accumulator: deterministic and in one pass.
-    size = sum(os.path.getsize(path) for pattern in patterns for path in source_files(pattern))
-    share, credit = min(1.0, limit / size) if size else 1.0, 0.5
-    for pattern in patterns:
-        for document in documents(pattern):
-            for piece in cut_at_lines(document.text, SENTENCE_CHARS):
-                credit += share
-                if credit >= 1.0:
-                    credit -= 1.0
-                    yield piece
+class _Sample:
+    """Iterates over an even sample of about `limit` bytes of the documents; `error` is what ended it early."""
+
+    def __init__(self, patterns: Sequence[str], limit: float) -> None:
+        self._patterns, self._limit = patterns, limit
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._pieces()
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _pieces(self) -> Iterator[str]:
+        # Take every k-th piece of all documents, k = size / limit, with an accumulator: deterministic and in one pass.
+        size = sum(os.path.getsize(path) for pattern in self._patterns for path in source_files(pattern))
+        share, credit = min(1.0, self._limit / size) if size else 1.0, 0.5
+        for pattern in self._patterns:
+            for document in documents(pattern):
+                for piece in cut_at_lines(document.text, SENTENCE_CHARS):
+                    credit += share
+                    if credit >= 1.0:
+                        credit -= 1.0
+                        yield piece
 
 
 def _vocab_limit(error: str) -> str:
