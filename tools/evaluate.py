@@ -60,7 +60,7 @@ def evaluate(args: argparse.Namespace) -> Answer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or description.dtype
     if args.hf:
-        loss_of = transformers_loss(args.hf, trained, device, DTYPES[dtype])
+        loss_of = transformers_loss(args.hf, trained, open_checkpoint(folder).marks, device, DTYPES[dtype])
     else:
         loss_of = load_model(open_checkpoint(folder), device, DTYPES[dtype])
     with tqdm(total=len(rows), unit="row", desc="evaluate", disable=None) as bar:

@@ -29,6 +29,7 @@ from llama_ds.data.source.manifest import REBUILD, SPLITS, Manifest, check_token
 from llama_ds.data.text.corpus import source_files
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
+from llama_ds.layout.document_marks import DocumentMarks
 from llama_ds.log import logger
 
 PARTS_AHEAD = 16  # parts per worker tokenized ahead of the first unfinished part; their ids wait on disk
@@ -87,8 +88,7 @@ def build_source(
     settings = _Settings(tokenizer_path, seq_len, validation_fraction, rows_per_shard, document_chars, dedup, skip_bad)
     _check(name, settings, overwrite, append)
     tokenizer = Tokenizer(tokenizer_path)
-    if tokenizer.bos_id < 0 or tokenizer.eos_id < 0:
-        raise UserError(f"{tokenizer_path}: no bos or eos id; train one with tools/tokenizer.py train")
+    marks = tokenizer.marks
     folder = os.path.join(out, name)
     files = source_files(pattern)
     parts = plan_parts(files)
@@ -100,7 +100,7 @@ def build_source(
         if base is not None:
             mark[build_folder.APPENDS_TO] = hashlib.sha256(build_folder.finished(folder) or b"").hexdigest()
         build_folder.begin(folder, mark, base, overwrite)
-        build = _Build(folder, settings, tokenizer, parts, base)
+        build = _Build(folder, settings, tokenizer.vocab_size, marks, parts, base)
         try:
             with start_workers(workers) as pool:
                 build.run(pool, progress, workers)
@@ -121,13 +121,17 @@ class _Build:
     """Schedules the tasks of a build, and appends tokenized parts to the split streams in order."""
 
     def __init__(
-        self, folder: str, settings: _Settings, tokenizer: Tokenizer, parts: Sequence[Part], base: Manifest | None
+        self,
+        folder: str,
+        settings: _Settings,
+        vocab_size: int,
+        marks: DocumentMarks,
+        parts: Sequence[Part],
+        base: Manifest | None,
     ) -> None:
-        self._dtype = id_dtype(tokenizer.vocab_size)
+        self._dtype = id_dtype(vocab_size)
         self._folder = build_folder.build_path(folder)
-        form = ShardForm(
-            folder, self._folder, settings.seq_len, settings.rows_per_shard, self._dtype.str, tokenizer.eos_id
-        )
+        form = ShardForm(folder, self._folder, settings.seq_len, settings.rows_per_shard, self._dtype.str, marks.eos)
         self.splits = {split: SplitStream(form, split, base.splits[split] if base else None) for split in SPLITS}
         self._settings, self._parts = settings, parts
         self._known = DigestSet() if settings.dedup else None

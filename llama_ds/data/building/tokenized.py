@@ -126,7 +126,9 @@ class _Output:
     def __init__(self, tokenizer: Tokenizer, files: Sequence[BinaryIO]) -> None:
         self._tokenizer, self._files = tokenizer, files
         self._dtype = id_dtype(tokenizer.vocab_size)
-        self._bos, self._eos = (np.array([i], self._dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
+        marks = tokenizer.marks
+        self._begin = np.array([] if marks.begin is None else [marks.begin], self._dtype)
+        self._end = np.array([marks.eos], self._dtype)
         self._ids: list[list[np.ndarray]] = [[] for _ in files]
         self._written = [0 for _ in files]
         self._lengths, self._lines, self._pieces = array("q"), array("q"), array("i")
@@ -139,8 +141,8 @@ class _Output:
         digest = hashlib.sha256(text.encode()).digest()
         split = _is_validation(digest, validation_fraction)
         ids = self._tokenizer.encode_array(text).astype(self._dtype)
-        self._ids[split] += (self._bos, ids, self._eos)
-        self._lengths.append(len(ids) + 2)
+        self._ids[split] += (self._begin, ids, self._end)
+        self._lengths.append(len(self._begin) + len(ids) + len(self._end))
         self._lines.append(line)
         self._pieces.append(piece)
         self._validation.append(split)
