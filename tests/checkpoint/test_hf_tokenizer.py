@@ -95,7 +95,7 @@ def test_a_model_that_normalises_is_not_imitated(tmp_path: Path) -> None:
 def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Any]]:
     """Return tokenizers of the other kinds, and what AutoTokenizer makes of their exports."""
     root, found = tmp_path_factory.mktemp("others"), {}
-    paths = {name: path for name, path in zip(("tiktoken", "llama3"), write_llama3(root), strict=True)}
+    paths = dict(zip(("tiktoken", "llama3"), write_llama3(root), strict=True))
     for name, path in {**paths, "neox": write_gpt_neox(root)}.items():
         (root / f"out_{name}").mkdir()
         found[name] = Tokenizer(path), hf(path, root / f"out_{name}")
