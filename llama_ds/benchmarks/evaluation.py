@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import DataConfig, RunConfig
 from llama_ds.data.sources import open_sources
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import DocumentMarks
 from llama_ds.model.attention import Documents
 from llama_ds.model.embedding import document_starts
 

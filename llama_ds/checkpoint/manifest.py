@@ -24,11 +24,11 @@ import xxhash
 
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored
+from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.config.moved_keys import renamed_data
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import LLAMA_MARKS
 from llama_ds.layout.optimizer_states import ADAMW, OptimizerStates
 from llama_ds.layout.weights import Key, weights
 

@@ -18,9 +18,9 @@ from llama_ds.checkpoint.manifest import (
     describe,
     read_tensors,
 )
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import Key, weight_shapes
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.model.attention import CausalAttention, choose_backend
 from llama_ds.model.cpu_products import choose_products
 from llama_ds.model.decoder import LayerContext

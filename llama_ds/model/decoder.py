@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import ModelConfig, TrainingConfig
-from llama_ds.layout.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.layout.weights import Weight, weight_of
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.init import initial_shard

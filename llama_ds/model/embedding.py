@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ds.layout.document_marks import DocumentMarks
+from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.layout.weights import EMBEDDING
 from llama_ds.model.decoder import Hidden, LayerContext
 from llama_ds.model.linear import describe

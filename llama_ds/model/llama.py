@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.layout.flops import parameter_count
 from llama_ds.model.attention import CausalAttention, choose_backend
 from llama_ds.model.cpu_products import choose_products

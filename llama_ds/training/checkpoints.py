@@ -26,11 +26,11 @@ from llama_ds.checkpoint.manifest import (
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.text.tokenizer import tokenizer_files
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import Key, key_of, weight_of

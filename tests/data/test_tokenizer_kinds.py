@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from source_files import manifest_of, write_lines
 from tokenizer_files import ODD, RANKS, sample, write_gpt_neox, write_llama3
 
+from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.data.building.build import build_source
 from llama_ds.data.source.shards import open_source
 from llama_ds.data.source.store import open_store
@@ -24,7 +25,6 @@ from llama_ds.data.source.verify import verify_source
 from llama_ds.data.text.tiktoken_ranks import PATTERN, SPECIAL_TOKENS
 from llama_ds.data.text.tokenizer import Tokenizer, tokenizer_files, train_tokenizer
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import DocumentMarks
 
 KINDS = ("sentencepiece", "tiktoken", "llama3_json", "neox_json")
 ALPHABET = [
@@ -214,6 +214,7 @@ def lines(count: int) -> bytes:
     [
         (lines(300)[:-3] + b"x\n", r"line 300 is not \"BASE64 RANK\""),
         (lines(300).replace(b" 7\n", b" 700\n"), "its 300 ranks are not 0 to 299"),
+        (lines(300).replace(b"BA== 4\n", b"BA= 4\n"), "damaged"),
         (lines(300).replace(b"BA== 4\n", b"//// 4\n"), "has no rank for the byte 0x04"),
         (lines(100256), "100256 ranks are cl100k_base's"),
         (b'{"a": 1}', "not a tokenizer.json of Hugging Face's"),

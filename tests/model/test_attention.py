@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.model import attention
 from llama_ds.model.attention import CausalAttention, Documents, choose_backend
 from llama_ds.model.attention_kernels import AttentionKernel, BlockedAttention, attention_kernel

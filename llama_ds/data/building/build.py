@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.data.building import build_folder
 from llama_ds.data.building.atomic_file import reporting_full_disk
 from llama_ds.data.building.dedup import DIGEST, DigestSet
@@ -21,7 +22,14 @@ from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import Part, plan_parts
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard
 from llama_ds.data.building.split_stream import ShardForm, SplitStream
-from llama_ds.data.building.tokenized import TokenizedCounts, TokenizedPart, TokenizePart, documents_path, read_part
+from llama_ds.data.building.tokenized import (
+    TokenizedCounts,
+    TokenizedPart,
+    TokenizePart,
+    documents_path,
+    keep_loaded,
+    read_part,
+)
 from llama_ds.data.building.workers import ThisProcess, Workers
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.documents_index import parse_documents
@@ -29,7 +37,6 @@ from llama_ds.data.source.manifest import REBUILD, SPLITS, Manifest, check_token
 from llama_ds.data.text.corpus import source_files
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import DocumentMarks
 from llama_ds.log import logger
 
 PARTS_AHEAD = 16  # parts per worker tokenized ahead of the first unfinished part; their ids wait on disk
@@ -89,6 +96,7 @@ def build_source(
     _check(name, settings, overwrite, append)
     tokenizer = Tokenizer(tokenizer_path)
     marks = tokenizer.marks
+    keep_loaded(tokenizer)
     folder = os.path.join(out, name)
     files = source_files(pattern)
     parts = plan_parts(files)

@@ -16,7 +16,6 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -213,6 +212,16 @@ def _is_validation(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-@lru_cache(maxsize=1)
+def keep_loaded(tokenizer: Tokenizer) -> None:
+    """Let the tasks of this process use a tokenizer that is loaded already: a large one takes a second."""
+    _loaded.clear()
+    _loaded[tokenizer.path] = tokenizer
+
+
 def _tokenizer(path: str) -> Tokenizer:
-    return Tokenizer(path)  # cached: each process loads it once
+    if path not in _loaded:
+        keep_loaded(Tokenizer(path))
+    return _loaded[path]
+
+
+_loaded: dict[str, Tokenizer] = {}  # by path

@@ -7,8 +7,8 @@ tiktoken's own loader is not used: it caches files by their path, and so returns
 
 from __future__ import annotations
 
-import base64
 import re
+from binascii import a2b_base64
 from collections.abc import Mapping
 
 import numpy as np
@@ -29,6 +29,7 @@ SPECIAL_TOKENS = (
     "<|python_tag|>",
 )
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+LINES = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} \d+\r?(?:\n|\Z))+")
 CUT = re.compile("|".join(PAIRS))  # PATTERN ends a match there, whatever stands around it
 # Vocabularies in the same format whose patterns or special tokens differ, by their number of ranks.
 OTHERS = {
@@ -102,13 +103,16 @@ class TiktokenRanks:
 
 
 def _parse(path: str, content: bytes) -> dict[bytes, int]:
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(content.splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise UserError(f'{path}: line {number} is not "BASE64 RANK"; the file is damaged, copy it again') from None
+    lines = content.splitlines()
+    if not LINES.fullmatch(content):
+        bad = next(number for number, line in enumerate(lines, 1) if not LINES.fullmatch(line + b"\n"))
+        raise UserError(f'{path}: line {bad} is not "BASE64 RANK"; the file is damaged, copy it again')
+    try:
+        pairs = (line.split() for line in lines)
+        ranks = {a2b_base64(token): int(rank) for token, rank in pairs}
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}), copy it again") from None
+    number = len(lines)
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) != number:
         raise UserError(f"{path}: its {number} ranks are not 0 to {number - 1}; the file is damaged, copy it again")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:

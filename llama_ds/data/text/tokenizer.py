@@ -16,13 +16,13 @@ from typing import Protocol
 
 import numpy as np
 
+from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.data.text import sentencepiece_model, tokenizer_json
 from llama_ds.data.text.corpus import cut_at_lines, documents, source_files
 from llama_ds.data.text.sentencepiece_model import SentencepieceModel
 from llama_ds.data.text.tiktoken_ranks import TiktokenRanks, is_tiktoken
 from llama_ds.data.text.tokenizer_json import TokenizerJson, is_json
 from llama_ds.errors import UserError
-from llama_ds.layout.document_marks import DocumentMarks
 
 MODEL = "tokenizer.model"  # name of a tokenizer's copy in a checkpoint, except that of a tokenizer.json
 SENTENCE_CHARS = 2000  # the trainer skips very long sentences, and merges never cross whitespace: any cut is valid

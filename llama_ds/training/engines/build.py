@@ -9,9 +9,9 @@ from typing import Any
 import deepspeed
 import torch
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
-from llama_ds.layout.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.layout.layout import Layout
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.engines.layer_parts import layer_parts

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
+from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import RunConfig
-from llama_ds.layout.document_marks import DocumentMarks
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import stage_policies
 from llama_ds.model.decoder import LayerContext
