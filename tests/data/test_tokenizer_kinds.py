@@ -214,7 +214,7 @@ def lines(count: int) -> bytes:
     [
         (lines(300)[:-3] + b"x\n", r"line 300 is not \"BASE64 RANK\""),
         (lines(300).replace(b" 7\n", b" 700\n"), "its 300 ranks are not 0 to 299"),
-        (lines(300).replace(b"BA== 4\n", b"BA= 4\n"), "damaged"),
+        (lines(300).replace(b"BA== 4\n", b"BA= 4\n"), r"line 5 is not \"BASE64 RANK\""),
         (lines(300).replace(b"BA== 4\n", b"//// 4\n"), "has no rank for the byte 0x04"),
         (lines(100256), "100256 ranks are cl100k_base's"),
         (b'{"a": 1}', "not a tokenizer.json of Hugging Face's"),

@@ -139,7 +139,7 @@ class _Output:
         """Tokenize one document."""
         digest = hashlib.sha256(text.encode()).digest()
         split = _is_validation(digest, validation_fraction)
-        ids = self._tokenizer.encode_array(text).astype(self._dtype)
+        ids = self._tokenizer.encode_array(text).astype(self._dtype, copy=False)
         self._ids[split] += (self._begin, ids, self._end)
         self._lengths.append(len(self._begin) + len(ids) + len(self._end))
         self._lines.append(line)

@@ -20,6 +20,7 @@ from llama_ds.errors import UserError
 JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET = ".parquet"
 READ_BYTES = 1 << 16  # zstd bytes per read; small, because they may decompress to a thousand times as much
+READ_BUFFER = 1 << 20  # bytes per system call; lines are long documents
 BATCH_ROWS = 256  # parquet rows per batch
 
 
@@ -249,7 +250,7 @@ def _zstd_chunks(file: BinaryIO, path: str) -> Iterator[bytes]:
 
 def _open(path: str) -> BinaryIO:
     try:
-        return open(path, "rb")
+        return open(path, "rb", READ_BUFFER)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 

@@ -7,6 +7,7 @@ tiktoken's own loader is not used: it caches files by their path, and so returns
 
 from __future__ import annotations
 
+import base64
 import re
 from binascii import a2b_base64
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ SPECIAL_TOKENS = (
     "<|python_tag|>",
 )
 LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
-LINES = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} \d+\r?(?:\n|\Z))+")
+BASE64 = re.compile(rb"[A-Za-z0-9+/=]+")
 CUT = re.compile("|".join(PAIRS))  # PATTERN ends a match there, whatever stands around it
 # Vocabularies in the same format whose patterns or special tokens differ, by their number of ranks.
 OTHERS = {
@@ -103,18 +104,30 @@ class TiktokenRanks:
 
 
 def _parse(path: str, content: bytes) -> dict[bytes, int]:
-    lines = content.splitlines()
-    if not LINES.fullmatch(content):
-        bad = next(number for number, line in enumerate(lines, 1) if not LINES.fullmatch(line + b"\n"))
-        raise UserError(f'{path}: line {bad} is not "BASE64 RANK"; the file is damaged, copy it again')
+    words = content.split()
+    tokens, numbers = words[::2], words[1::2]
     try:
-        pairs = (line.split() for line in lines)
-        ranks = {a2b_base64(token): int(rank) for token, rank in pairs}
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}), copy it again") from None
-    number = len(lines)
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) != number:
-        raise UserError(f"{path}: its {number} ranks are not 0 to {number - 1}; the file is damaged, copy it again")
+        if len(tokens) != len(numbers) or not BASE64.fullmatch(b"".join(tokens)):
+            raise ValueError
+        ranks = dict(zip(map(a2b_base64, tokens), map(int, numbers), strict=True))
+    except ValueError:
+        raise UserError(
+            f'{path}: line {_bad_line(content)} is not "BASE64 RANK"; the file is damaged, copy it again'
+        ) from None
+    count = len(tokens)
+    if sorted(ranks.values()) != list(range(count)):
+        raise UserError(f"{path}: its {count} ranks are not 0 to {count - 1}; the file is damaged, copy it again")
     if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
         raise UserError(f"{path}: has no rank for the byte 0x{missing[0]:02x}; the file is damaged, copy it again")
     return ranks
+
+
+def _bad_line(content: bytes) -> int:
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            base64.b64decode(token, validate=True)
+            int(rank)
+        except ValueError:
+            return number
+    return 0
