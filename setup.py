@@ -25,6 +25,7 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.5",
         "sentencepiece>=0.2.3",  # gives ids as arrays
+        "tiktoken>=0.12,<1",  # Llama 3's tokenizer.model
         "tokenizers>=0.22",
         "torch>=2.11",
         "tqdm>=4.66",

@@ -149,13 +149,16 @@ def data(args: argparse.Namespace) -> Answer:
     from llama_ds.benchmarks.data.report import table
     from llama_ds.benchmarks.data.run import measure, set_up
     from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_json
+    from llama_ds.data.text.sentencepiece_model import SentencepieceModel
 
     sizes = QUICK if args.quick else DataBenchSizes()
     if args.corpus_mb is not None:
         sizes = replace(sizes, corpus_mb=args.corpus_mb)
 
     def hf_json(tokenizer: Tokenizer) -> dict[str, Any]:
-        return tokenizer_json(tokenizer.pieces(), tokenizer.prefixed)
+        if not isinstance(tokenizer.vocabulary, SentencepieceModel):
+            raise UserError(f"{tokenizer.path}: not a sentencepiece model, which this benchmark measures; train one")
+        return tokenizer_json(tokenizer.vocabulary.pieces(), tokenizer.vocabulary.prefixed)
 
     with tempfile.TemporaryDirectory(prefix="benchmark-data-") as folder, tqdm(unit="run", disable=None) as bar:
 

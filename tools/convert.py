@@ -12,7 +12,7 @@ import argparse
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -69,7 +69,7 @@ def convert_model(args: argparse.Namespace) -> None:
 
     files = open_model(args.source, args.kind, args.vocab_size)
     target = Target(args.dtype or files.dtype, args.tp, args.pp)
-    tokenizer = sentencepiece_tokenizer(files) if args.to == "hf" and not holds_huggingface(files.path) else None
+    tokenizer = hf_tokenizer(files) if args.to == "hf" and not holds_huggingface(files.path) else None
     plan = plan_of(files, args.to, target, tokenizer)
     options = Options(args.overwrite, args.workers or Options.workers)
     with closing(ProgressBars()) as bars:
@@ -112,7 +112,7 @@ def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: in
         what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows removed"
         print(f"vocabulary: {table.source.shape[0]} -> {table.shape[0]} rows, {what}")
     if files.tokenizer is None and kind != "hf":
-        print(f"no tokenizer was written: {files.path} has no tokenizer.model")
+        print(f"no tokenizer was written: {files.path} has no tokenizer.model or tokenizer.json")
 
 
 def transformers_logits(folder: str, ids: Tensor) -> Tensor:
@@ -122,8 +122,9 @@ def transformers_logits(folder: str, ids: Tensor) -> Tensor:
     return fp32_logits(folder, ids)
 
 
-def sentencepiece_tokenizer(files: ModelFiles) -> HfTokenizer | None:
-    """Return the model's tokenizer.model in transformers' form; None if there is none or it cannot be used."""
+def hf_tokenizer(files: ModelFiles) -> HfTokenizer | None:
+    """Return the model's tokenizer in transformers' form; without its files, with a warning, if ids would differ."""
+    from llama_ds.benchmarks.exported_tokenizer import exported
     from llama_ds.checkpoint.formats.huggingface import HfTokenizer
     from llama_ds.data.text.tokenizer import Tokenizer
 
@@ -134,20 +135,11 @@ def sentencepiece_tokenizer(files: ModelFiles) -> HfTokenizer | None:
     except UserError as error:
         print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
         return None
-    return HfTokenizer(hf_tokenizer(files.tokenizer), ours.bos_id, ours.eos_id)
-
-
-def hf_tokenizer(path: str) -> dict[str, Any] | None:
-    """Return tokenizer.json for a sentencepiece model; None, with a warning, if it would produce different ids."""
-    from llama_ds.checkpoint.formats.hf_tokenizer import imitation
-    from llama_ds.data.text.tokenizer import Tokenizer
-
-    content = imitation(Tokenizer(path))
-    if content is None:
-        print(
-            f"warning: {path}: not a BPE model without normalisation, so no tokenizer.json is written", file=sys.stderr
-        )
-    return content
+    try:
+        return HfTokenizer(exported(ours), ours.bos_id, ours.eos_id)
+    except UserError as error:
+        print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
+        return HfTokenizer({}, ours.bos_id, ours.eos_id)
 
 
 if __name__ == "__main__":

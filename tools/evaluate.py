@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--hf", metavar="DIR", help="evaluate this export with transformers instead, on the same rows")
     parser.add_argument("--rows", type=whole(), help="validation rows (default: the run's evaluation.rows)")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="compute dtype (default: that of training)")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="new path of the run's tokenizer, if it was moved")
+    parser.add_argument("--tokenizer", metavar="FILE", help="new path of the run's tokenizer, if it was moved")
     parser.add_argument("--source", action="append", default=[], metavar="NAME=DIR", help="new path of a moved source")
     add_json(parser, "loss, perplexity, rows, step and dtype")
     return parser
@@ -60,7 +60,7 @@ def evaluate(args: argparse.Namespace) -> Answer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or description.dtype
     if args.hf:
-        loss_of = transformers_loss(args.hf, trained, device, DTYPES[dtype])
+        loss_of = transformers_loss(args.hf, trained, open_checkpoint(folder).marks, device, DTYPES[dtype])
     else:
         loss_of = load_model(open_checkpoint(folder), device, DTYPES[dtype])
     with tqdm(total=len(rows), unit="row", desc="evaluate", disable=None) as bar:

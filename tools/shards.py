@@ -127,7 +127,12 @@ def _add_build_options(command: argparse.ArgumentParser) -> None:
         "--source", action="append", required=True, metavar="NAME=PATTERN", type=_assignment,
         help="PATTERN: a file, a folder, or a glob in quotes; may be repeated",
     )  # fmt: skip
-    command.add_argument("--tokenizer", required=True, metavar="MODEL")
+    command.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="FILE",
+        help="a sentencepiece model, a tokenizer.json, or Llama 3's tokenizer.model",
+    )
     command.add_argument("--out", required=True, metavar="DIR", help="writes DIR/NAME/")
     command.add_argument("--seq-len", type=whole(), required=True, help="labels per row; a row has one more id")
     command.add_argument("--workers", type=processes, help="processes, on each host (default: one for each core)")

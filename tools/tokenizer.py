@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train, use and check a sentencepiece tokenizer."""
+"""Train a sentencepiece tokenizer; use and check one of any kind."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ EXAMPLES = """examples:
   tools/tokenizer.py train --input 'books/**/*.txt' code.jsonl --vocab-size 32000 --out tokenizers/mine
   tools/tokenizer.py encode --model tokenizers/mine.model 'Hello, world'
   tools/tokenizer.py decode --model tokenizers/mine.model 319 1542 88
-  tools/tokenizer.py check --model tokenizers/mine.model --input 'books/**/*.txt'
+  tools/tokenizer.py check --model models/Llama-3-8B/tokenizer.json --input 'books/**/*.txt'
 """
+MODEL = "a sentencepiece model, a tokenizer.json, or Llama 3's tokenizer.model"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,13 +42,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--sample-mb", type=size, default=16.0, help="training text (default: %(default)s)")
     add_reading_options(command)
     command = add("encode", encode, "print the ids of a text")
-    command.add_argument("--model", required=True)
+    command.add_argument("--model", required=True, metavar="FILE", help=MODEL)
     command.add_argument("text", nargs="?", help="default: standard input")
     command = add("decode", decode, "print the text of ids")
-    command.add_argument("--model", required=True)
+    command.add_argument("--model", required=True, metavar="FILE", help=MODEL)
     command.add_argument("ids", nargs="*", type=whole(0), help="default: standard input")
     command = add("check", check, "check that decode(encode(x)) == x on documents")
-    command.add_argument("--model", required=True)
+    command.add_argument("--model", required=True, metavar="FILE", help=MODEL)
     command.add_argument("--input", nargs="+", required=True, metavar="PATTERN")
     add_reading_options(command)
     return parser
@@ -84,8 +85,8 @@ def check(args: argparse.Namespace) -> None:
             encoded = tokenizer.encode(document.text)
             if tokenizer.decode(encoded) != document.text:
                 raise UserError(
-                    f"{document.path}: a document changes in the round trip through {args.model}; train the model with "
-                    "tools/tokenizer.py train"
+                    f"{document.path}: a document changes in the round trip through {args.model}; use a tokenizer that "
+                    "does not normalize, such as one of tools/tokenizer.py train"
                 )
             count, ids, size = count + 1, ids + len(encoded), size + len(document.text.encode())
     print(f"{count} documents round-trip: {size} bytes, {ids} ids, {size / max(1, ids):.3f} bytes per id")

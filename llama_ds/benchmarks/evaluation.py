@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import DataConfig, RunConfig
 from llama_ds.data.filler import count_labels
 from llama_ds.data.sources import open_sources
@@ -53,8 +54,10 @@ def validation_rows(run: RunConfig, count: int | None) -> np.ndarray:
     return open_sources(run.data, run.model.vocab_size).validation_rows(count)
 
 
-def transformers_loss(folder: str, run: RunConfig, device: torch.device, dtype: torch.dtype) -> Loss:
-    """Return the loss function of an exported model in transformers."""
+def transformers_loss(
+    folder: str, run: RunConfig, marks: DocumentMarks, device: torch.device, dtype: torch.dtype
+) -> Loss:
+    """Return the loss function of an exported model in transformers; `marks` are the ids between documents."""
     if not os.path.exists(os.path.join(folder, "config.json")):
         raise UserError(f"{folder}: has no config.json, so it is not an export; make one with tools/convert.py --to hf")
     from llama_ds.benchmarks.generation import load_exported
@@ -62,7 +65,7 @@ def transformers_loss(folder: str, run: RunConfig, device: torch.device, dtype: 
     model = load_exported(folder, dtype).to(device).eval()
 
     def loss(ids: Tensor, labels: Tensor) -> Tensor:
-        mask = Documents(document_starts(ids)).mask if run.data.document_mask else None
+        mask = Documents(document_starts(ids, marks)).mask if run.data.document_mask else None
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
 

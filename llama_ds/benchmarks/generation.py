@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from typing import Any
 
-import tokenizers
 import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
 from llama_ds.checkpoint.formats.hf_config import hf_config
-from llama_ds.checkpoint.formats.hf_tokenizer import imitation, tokenizer_config
 from llama_ds.checkpoint.load_model import kind_of, open_model
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles
@@ -50,21 +44,18 @@ def fp32_logits(folder: str, ids: Tensor) -> Tensor:
     return load_exported(folder, torch.float32).eval()(input_ids=ids, use_cache=False).logits
 
 
-def load(path: str, kind: str | None) -> tuple[Any, Any]:
-    """Return the transformers tokenizer and model for a folder of any kind."""
+def load(path: str, kind: str | None) -> tuple[Tokenizer, Any]:
+    """Return the tokenizer and the transformers model for a folder of any kind.
+
+    Raises:
+        UserError: the folder is damaged, or has no tokenizer.
+    """
     kind = kind or kind_of(path)
     files = open_model(path, kind)
-    if kind == "hf":
-        if not os.path.exists(os.path.join(path, "tokenizer.json")):
-            raise UserError(f"{path}: has no tokenizer.json; convert its model again with tools/convert.py")
-        return AutoTokenizer.from_pretrained(path), load_exported(path, "auto")
     if files.tokenizer is None:
-        raise UserError(f"{files.path}: has no tokenizer.model; copy the model's own into it")
-    content = imitation(Tokenizer(files.tokenizer))
-    if content is None:
-        raise UserError(f"{files.tokenizer}: not a BPE model without normalisation, so transformers cannot imitate it")
-    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokenizer_config()), _with_weights(files)
+        where = "copy the model's own into it, or convert its model again with tools/convert.py"
+        raise UserError(f"{files.path}: has no tokenizer.json and no tokenizer.model; {where}")
+    return Tokenizer(files.tokenizer), load_exported(path, "auto") if kind == "hf" else _with_weights(files)
 
 
 def _with_weights(files: ModelFiles) -> Any:
@@ -78,19 +69,24 @@ def _with_weights(files: ModelFiles) -> Any:
     return model
 
 
-def continuations(model: Any, tokenizer: Any, prompt: str, how: Sampling) -> list[str]:
-    """Return continuations of `prompt`."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+def continuations(model: Any, tokenizer: Tokenizer, prompt: str, how: Sampling) -> list[str]:
+    """Return continuations of `prompt`, which begins as a document does."""
+    marks = tokenizer.marks
+    before = [] if marks.begin is None else [marks.begin]
+    if not prompt and not before:
+        before = [marks.eos]  # after the document before
+    ids = torch.tensor([[*before, *tokenizer.encode(prompt)]], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if how.temperature > 0:
         sampling = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
-    ids = model.generate(
-        **inputs,
+    found = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
         **sampling,
         max_new_tokens=how.max_new_tokens,
         num_return_sequences=how.count if how.temperature > 0 else 1,
-        # Either id ends a document, because every document in the training rows begins with bos.
-        eos_token_id=[tokenizer.bos_token_id, tokenizer.eos_token_id],
-        pad_token_id=tokenizer.eos_token_id,
+        # Either id ends a document, because the next one in the training rows begins with the first.
+        eos_token_id=[*({marks.begin} - {None}), marks.eos],
+        pad_token_id=marks.eos,
     )
-    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [tokenizer.decode(row) for row in found[:, ids.shape[1] :].tolist()]

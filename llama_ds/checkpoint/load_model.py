@@ -118,7 +118,7 @@ def load_model(
     files = open_model(source) if isinstance(source, str) else source
     masked = files.document_mask if document_mask is None else document_mask
     dtype = DTYPES[files.dtype] if dtype is None else dtype
-    model = build_model(files.model, files.seq_len, device=device, dtype=dtype, document_mask=masked)
+    model = build_model(files.model, files.seq_len, device=device, dtype=dtype, document_mask=masked, marks=files.marks)
     for index in files.layers():
         model.layers[index].load_state_dict(files.layer(index))
     return model.eval()

@@ -24,6 +24,7 @@ import xxhash
 
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored
+from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.config.moved_keys import renamed_data
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig
@@ -33,7 +34,9 @@ from llama_ds.layout.weights import Key, weights
 
 DESCRIPTION = "llama_ds.json"
 INDEX = "index.json"
-TOKENIZER = "tokenizer.model"
+TOKENIZER, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
+TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 FORMAT = 2
 WEIGHT = "weight"  # kind of the weights used in forward and backward; the other kinds are optimizer states
 READ_BYTES = 1 << 20  # small enough that a chunk is still in the CPU cache when it is hashed
@@ -101,6 +104,9 @@ class Description:
     # (seed, row), so the seed suffices.
     rng: dict[str, int] = field(default_factory=dict)
     rewinds: list[dict[str, int]] = field(default_factory=list)  # rewinds of the run before this step: {to, id}
+    # The tokenizer's; checkpoints from before these keys have LLaMA's.
+    bos_id: int | None = LLAMA_MARKS.bos
+    eos_id: int | None = LLAMA_MARKS.eos
     config_hash: str = ""  # hash of `run`, filled in by `write_manifest`
     files: dict[str, FileEntry] = field(default_factory=dict)  # filled in by `write_manifest`
     format: int = FORMAT
@@ -142,8 +148,9 @@ def write_manifest(folder: str, description: Description, records: Iterable[Reco
     index = json.dumps(pieces, separators=(",", ":"))
     write_durably(os.path.join(folder, INDEX), index)
     files[INDEX] = FileEntry(len(index.encode()), _checksum_of(index.encode()), 0)
-    if os.path.exists(tokenizer := os.path.join(folder, TOKENIZER)):
-        files[TOKENIZER] = FileEntry(os.path.getsize(tokenizer), checksum(tokenizer), 0)
+    for name in TOKENIZER_FILES:
+        if os.path.exists(tokenizer := os.path.join(folder, name)):
+            files[name] = FileEntry(os.path.getsize(tokenizer), checksum(tokenizer), 0)
     description = replace(description, files=files, config_hash=hash_of(description.run))
     content = json.loads(json.dumps(asdict(description)))  # in the form in which it will be read
     content["checksum"] = _checksum_of(_canonical(content))

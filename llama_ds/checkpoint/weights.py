@@ -10,7 +10,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llama_ds.checkpoint.manifest import TOKENIZER, WEIGHT, describe, read_tensors
+from llama_ds.checkpoint.manifest import (
+    TOKENIZER,
+    TOKENIZER_FILES,
+    TOKENIZER_JSON,
+    WEIGHT,
+    describe,
+    read_tensors,
+)
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.optimizer_states import MASTER
@@ -45,9 +53,16 @@ class ModelFiles:
     dtype: str  # key of DTYPES: the dtype of forward and backward, and the default of a conversion
     # The keys are those of `layout.weights.weight_shapes(model)`; the values have the rotary layout of this project.
     tensors: Mapping[Key, Readable]
-    tokenizer: str | None  # path of the sentencepiece model, if there is one
+    tokenizer: str | None  # path of the tokenizer, if there is one
     document_mask: bool = False  # True: in training, attention stayed inside the documents of a row
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of the initial weights
+    bos_id: int | None = None  # the tokenizer's, as far as the files say
+    eos_id: int | None = None
+
+    @property
+    def marks(self) -> DocumentMarks:
+        """The ids between the documents of the training rows."""
+        return LLAMA_MARKS if self.eos_id is None else DocumentMarks(self.bos_id, self.eos_id)
 
     def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the unsharded weights of one layer by local name."""
@@ -59,9 +74,19 @@ class ModelFiles:
 
 
 def tokenizer_in(folder: str) -> str | None:
-    """Return the path of a model folder's sentencepiece model, if it has one."""
-    path = os.path.join(folder, TOKENIZER)
-    return path if os.path.exists(path) else None
+    """Return the path of a model folder's tokenizer, if it has one; of two the one that Meta's format takes, too."""
+    paths = (os.path.join(folder, name) for name in (TOKENIZER, TOKENIZER_JSON))
+    return next((path for path in paths if os.path.exists(path)), None)
+
+
+def tokenizer_copies(files: ModelFiles) -> dict[str, str]:
+    """Return the files of a model's tokenizer, by name in the copy."""
+    if files.tokenizer is None:
+        return {}
+    name = os.path.basename(files.tokenizer)
+    names = TOKENIZER_FILES[1:] if name == TOKENIZER_JSON else (name,)
+    paths = {name: os.path.join(files.path, name) for name in names}
+    return {name: path for name, path in paths.items() if os.path.exists(path)}
 
 
 def open_checkpoint(folder: str) -> ModelFiles:
@@ -85,6 +110,8 @@ def open_checkpoint(folder: str) -> ModelFiles:
         tokenizer=tokenizer_in(folder),
         document_mask=description.run["data"].get("document_mask", False),
         initializer_range=description.run.get("training", {}).get("initializer_range", ModelFiles.initializer_range),
+        bos_id=description.bos_id,
+        eos_id=description.eos_id,
     )
 
 

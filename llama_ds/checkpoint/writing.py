@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -30,7 +30,6 @@ import xxhash
 
 from llama_ds.checkpoint.attempt import SaveAttempt
 from llama_ds.checkpoint.manifest import (
-    TOKENIZER,
     Description,
     FileEntry,
     Record,
@@ -55,8 +54,10 @@ class Abandoned(Exception):
 class Writer:
     """Writes one rank's share of an attempt's saves. At most one save is in flight."""
 
-    def __init__(self, attempt: SaveAttempt, rank: int, ranks: int, tokenizer: str, keep: Retention) -> None:
-        """Prepare saves. `attempt` is the same on every rank; rank 0 copies `tokenizer` into each checkpoint."""
+    def __init__(
+        self, attempt: SaveAttempt, rank: int, ranks: int, tokenizer: Callable[[], Mapping[str, bytes]], keep: Retention
+    ) -> None:
+        """Prepare saves. `attempt` is the same on every rank; rank 0 writes the files of `tokenizer`, by name."""
         self.attempt, self.rank, self.ranks = attempt, rank, ranks
         self.tokenizer, self.keep = tokenizer, keep
         self._thread: threading.Thread | None = None
@@ -174,7 +175,11 @@ def collect(partial: str, ranks: int, abandoned: Callable[[], bool]) -> list[Rec
 
 
 def commit(
-    attempt: SaveAttempt, description: Description, records: list[Record], tokenizer: str, keep: Retention
+    attempt: SaveAttempt,
+    description: Description,
+    records: list[Record],
+    tokenizer: Callable[[], Mapping[str, bytes]],
+    keep: Retention,
 ) -> None:
     """Commit the files of all ranks as the newest checkpoint; then delete checkpoints that are no longer retained.
 
@@ -186,9 +191,9 @@ def commit(
     if missing := set(description.states.all_kinds()) - kinds:
         raise ValueError(f"step {description.step}: no {', '.join(sorted(missing))} of any weight was written")
     partial = attempt.partial(description.step)
-    if tokenizer:
-        with open(tokenizer, "rb") as source, HashedFile(os.path.join(partial, TOKENIZER)) as target:
-            target.write(source.read())
+    for name, content in tokenizer().items():
+        with HashedFile(os.path.join(partial, name)) as target:
+            target.write(content)
     write_manifest(partial, description, records)
     for record in records:
         os.unlink(os.path.join(partial, _record_name(record.rank)))

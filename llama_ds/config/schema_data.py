@@ -89,7 +89,13 @@ class DataConfig(Section):
 
     SECTION: ClassVar[str] = "data"
 
-    tokenizer: Annotated[str, Key("Path of the sentencepiece .model file.", is_path=True)]
+    tokenizer: Annotated[
+        str,
+        Key(
+            "Path of the tokenizer: a sentencepiece model, a tokenizer.json, or Llama 3's tokenizer.model.",
+            is_path=True,
+        ),
+    ]
     seq_len: Annotated[
         int,
         Key("Length of a row.", "tokens", POSITIVE, rule="Divisible by `parallel.tp` under sequence parallelism."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError
@@ -25,6 +26,7 @@ def build_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     document_mask: bool | None = None,
+    marks: DocumentMarks = LLAMA_MARKS,
 ) -> Llama:
     """Return the model of the given shape with its initial weights; all layers use plain autograd.
 
@@ -36,8 +38,9 @@ def build_model(
         seed: seed of the initial weights, which do not depend on the device; None: the run's, or 0 for a ModelConfig.
         device: device of weights and computation, which also decides the attention backend.
         dtype: dtype of weights and computation.
-        document_mask: whether attention stays inside the documents of a row, each of which begins with bos; None: the
-            run's setting, or False for a ModelConfig.
+        document_mask: whether attention stays inside the documents of a row; None: the run's setting, or False for a
+            ModelConfig.
+        marks: the ids between documents, those of the tokenizer; for the mask.
 
     Raises:
         UserError: the run file is missing or invalid, the device is unavailable, or the length is not positive.
@@ -63,6 +66,7 @@ def build_model(
         attention=CausalAttention(choose_backend("auto", device.type, dtype, shape.head_dim)),
         rotary=RotaryTables(shape, seq_len),
         document_mask=bool(document_mask),
+        marks=marks,
     )
     return Llama(context, NextTokenLoss(context.tp)).to(device, dtype)
 

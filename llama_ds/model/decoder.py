@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.layout.weights import Weight, weight_of
 from llama_ds.model.attention import CausalAttention
@@ -35,6 +36,7 @@ class LayerContext:
     attention: CausalAttention
     rotary: RotaryTables
     document_mask: bool = False
+    marks: DocumentMarks = LLAMA_MARKS  # the ids between documents, for the mask
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of initial weights
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
     recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # wraps the recompute of a layer

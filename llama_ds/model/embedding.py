@@ -11,22 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.layout.weights import EMBEDDING
 from llama_ds.model.decoder import Hidden, LayerContext
 from llama_ds.model.linear import describe
 
 EMBEDDING_LAYER = -1  # layer number in the seeds of initial weights; decoder layers are 0 .. L - 1
 HEAD_LAYER = -2
-BOS = 1  # sentencepiece's id, as in the LLaMA tokenizer: every packed document begins with it
 
 
-def document_starts(ids: Tensor, bos: int = BOS) -> Tensor:
+def document_starts(ids: Tensor, marks: DocumentMarks) -> Tensor:
     """Return for each token the position at which its document begins: (B, T) ids -> (B, T) int32.
 
-    Every document begins with the id `bos`. A row that starts in the middle of a document counts as starting one.
+    A row that starts in the middle of a document counts as starting one.
     """
     position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.int32)
-    return torch.where(ids == bos, position, 0).cummax(1).values.to(torch.int32)
+    begins = F.pad(ids[:, :-1] == marks.eos, (1, 0)) if marks.begin is None else ids == marks.begin
+    return torch.where(begins, position, 0).cummax(1).values.to(torch.int32)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -36,7 +37,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         model, tp = context.model, context.tp
         self.tp = tp
-        self.document_mask = context.document_mask
+        self.document_mask, self.marks = context.document_mask, context.marks
         self.weight = context.parameter(EMBEDDING, EMBEDDING_LAYER)
         self.first = tp.rank * model.vocab_size // tp.size
         self.count = model.vocab_size // tp.size
@@ -44,7 +45,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Hidden:
         """(B, T) -> (B, S, D), paired with document_start (B, T) if documents are masked."""
         x = self.tp.leave(self.lookup(ids))
-        return (x, document_starts(ids)) if self.document_mask else x
+        return (x, document_starts(ids, self.marks)) if self.document_mask else x
 
     def lookup(self, ids: Tensor) -> Tensor:
         """(B, T) -> partial sums (B, T, D)."""

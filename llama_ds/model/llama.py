@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.flops import parameter_count
@@ -27,10 +28,16 @@ from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import TensorParallel
 
 
-def layer_context(run: RunConfig, tp: TensorParallel, device_type: str, dtype: torch.dtype) -> LayerContext:
+def layer_context(
+    run: RunConfig,
+    tp: TensorParallel,
+    device_type: str,
+    dtype: torch.dtype,
+    marks: DocumentMarks = LLAMA_MARKS,
+) -> LayerContext:
     """Choose the attention backend, and on a CPU the matrix library, and return the context of a stage's layers.
 
-    `device_type` is torch's: "cpu" or "cuda". The layers compute in `dtype`.
+    `device_type` is torch's: "cpu" or "cuda". The layers compute in `dtype`. `marks` are those of the tokenizer.
     """
     model = run.model
     if device_type == "cpu":
@@ -43,6 +50,7 @@ def layer_context(run: RunConfig, tp: TensorParallel, device_type: str, dtype: t
         attention=CausalAttention(backend),
         rotary=RotaryTables(model, run.data.seq_len),
         document_mask=run.data.document_mask,
+        marks=marks,
         initializer_range=run.training.initializer_range,
     )
 

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from llama_ds.checkpoint.manifest import (
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import RunConfig
+from llama_ds.data.text.tokenizer import tokenizer_files
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.optimizer_states import MASTER
@@ -51,7 +54,10 @@ class Checkpoints:
         self.folder = os.path.join(run.run_dir, "checkpoints")
         keep = store.Retention(run.checkpoint.keep_last, run.checkpoint.keep_every)
         self._attempt = SaveAttempt(self.folder, world.gather(new_id())[0])
-        self._writer = Writer(self._attempt, rank_info.rank, rank_info.world, run.data.tokenizer, keep)
+        path = run.data.tokenizer
+        copies = partial(tokenizer_files, path) if path else dict
+        self._writer = Writer(self._attempt, rank_info.rank, rank_info.world, copies, keep)
+        self._marks = LLAMA_MARKS
         self._memory = HostMemory()
         self._step = 0  # step of the save in flight
         self._announced = 0  # the last step that was reported as saved
@@ -123,15 +129,16 @@ class Checkpoints:
             problem = str(error)
         return found, next((text for text in world.gather(problem) if text), None)
 
-    def begin(self) -> None:
+    def begin(self, marks: DocumentMarks = LLAMA_MARKS) -> None:
         """End all earlier attempts, whose processes may still run; set damaged checkpoints aside. Collective.
 
         Call it before the first save, once data and engine have accepted the checkpoint, so that a wrong command
-        changes nothing. A run with `checkpoint.save` off leaves the folder unchanged.
+        changes nothing. A run with `checkpoint.save` off leaves the folder unchanged. `marks` are the tokenizer's.
 
         Raises:
             UserError: the folder cannot be written or is not shared by all hosts, or another attempt is using it.
         """
+        self._marks = marks
         if self.run.checkpoint.save:
             world.together(lambda: self._begin() if self.rank_info.rank == 0 else None)
             world.together(self._find)
@@ -233,6 +240,8 @@ class Checkpoints:
             optimizer_steps=adam_steps(engine),
             rng={"seed": self.run.seed},
             rewinds=self._rewinds,
+            bos_id=self._marks.bos,
+            eos_id=self._marks.eos,
         )
         self._writer.start(description, snapshot)
         self._step, self._stalled_s = step, time.monotonic() - begin

@@ -39,9 +39,10 @@ def train(
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     chosen = checkpoints.choose()
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
-    engine = world.together(lambda: build_engine(run, layout, config, device))
+    marks = data.sources.tokenizer.marks
+    engine = world.together(lambda: build_engine(run, layout, config, device, marks))
     first = load_state(run, engine, checkpoints, chosen)
-    checkpoints.begin()
+    checkpoints.begin(marks)
     last = min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
     log_start(run, layout, dtype, first, resumed=chosen is not None)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))

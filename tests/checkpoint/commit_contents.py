@@ -22,6 +22,7 @@ from torch import Tensor
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.manifest import (
+    TOKENIZER,
     WEIGHT,
     Description,
     check_present,
@@ -142,7 +143,9 @@ class Rank:
         self.model, self.shares = model, shares
         self.live = LiveRank(model, shares[rank], 1 + max(share.tp_rank for share in shares))
         self.memory = HostMemory()
-        self.writer = Writer(attempt, rank, len(shares), tokenizer, keep)
+        self.writer = Writer(
+            attempt, rank, len(shares), lambda: {TOKENIZER: Path(tokenizer).read_bytes()} if tokenizer else {}, keep
+        )
 
     def start(self, life: int, step: int) -> None:
         """Begin to save a step, and then overwrite the live tensors as training would."""

@@ -171,15 +171,31 @@ def test_ids_and_tokenizer_files_of_a_hugging_face_model_are_kept(write: Write, 
         assert (tmp_path / "copy" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
-def test_a_model_without_a_sentencepiece_tokenizer_says_so(
+def test_a_tokenizer_json_goes_with_its_model_through_every_format(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert_quickly(write(1, True, model=SHAPES["mha"]), tmp_path / "hf", "--to", "hf") == 0
     (tmp_path / "hf" / "tokenizer.model").unlink()
-    for kind in ("deepspeed", "meta"):
-        capsys.readouterr()
-        assert convert_quickly(tmp_path / "hf", tmp_path / kind, "--to", kind) == 0
-        assert f"no tokenizer was written: {tmp_path / 'hf'} has no tokenizer.model" in capsys.readouterr().out
-        assert not (tmp_path / kind / "tokenizer.model").exists()
+    wanted = {name: (tmp_path / "hf" / name).read_bytes() for name in ("tokenizer.json", "tokenizer_config.json")}
+    for source, kind in (("hf", "deepspeed"), ("deepspeed", "meta"), ("meta", "hf")):
+        result = tmp_path / ("back" if kind == "hf" else kind)
+        assert convert_quickly(tmp_path / source, result, "--to", kind) == 0
+        assert (result / "tokenizer.json").read_bytes() == wanted["tokenizer.json"]
+        assert json.loads((result / "tokenizer_config.json").read_text()) == json.loads(wanted["tokenizer_config.json"])
+        assert not (result / "tokenizer.model").exists()
+    for name in ("config.json", "generation_config.json"):
+        ids = json.loads((tmp_path / "back" / name).read_text())
+        assert (ids["bos_token_id"], ids["eos_token_id"]) == (1, 2)
+    assert "no tokenizer was written" not in capsys.readouterr().out
+
+
+def test_a_model_without_a_tokenizer_says_so(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert_quickly(write(1, True, model=SHAPES["mha"]), tmp_path / "hf", "--to", "hf") == 0
+    for name in ("tokenizer.model", "tokenizer.json"):
+        (tmp_path / "hf" / name).unlink()
+    assert convert_quickly(tmp_path / "hf", tmp_path / "meta", "--to", "meta") == 0
+    wanted = f"no tokenizer was written: {tmp_path / 'hf'} has no tokenizer.model or tokenizer.json"
+    assert wanted in capsys.readouterr().out
     assert convert_quickly(tmp_path / "meta", tmp_path / "back", "--to", "hf") == 0
-    assert not (tmp_path / "back" / "tokenizer.json").exists()
+    assert not list((tmp_path / "back").glob("tokenizer*"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] is None  # nothing names it

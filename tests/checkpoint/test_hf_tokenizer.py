@@ -11,21 +11,20 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_files import ODD, write_gpt_neox, write_llama3
 from transformers import AutoTokenizer
 
-from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_config
+from llama_ds.benchmarks.exported_tokenizer import exported
 from llama_ds.data.text.tokenizer import Tokenizer
-from tools import convert
+from llama_ds.errors import UserError
 
 SPECIAL = " \t\n\r\u2581\u2585\u2047\ufffd\ufeff\u0301\u3000\x00\x7f<s>/unk0x4１é😀\U0010ffff"
 PIECES = ["    ", "  ", " ", "self", "s", "e", "de", "def", "__", "_", "=", "==", '"""', "\n", "\u2581", "aa", "a", "0"]
 
 
 def hf(model: str, folder: Path) -> Any:
-    content = convert.hf_tokenizer(model)
-    assert content is not None
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config()))
+    for name, content in exported(Tokenizer(model)).items():
+        (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))  # AutoTokenizer reads this first
     return AutoTokenizer.from_pretrained(folder)
 
@@ -87,6 +86,41 @@ def test_the_original_llama_models_space_before_a_text(tmp_path: Path, text: str
     assert theirs.decode(ids) == ours.decode(ids)
 
 
-def test_a_model_that_normalises_is_not_imitated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert.hf_tokenizer(train(tmp_path)) is None  # sentencepiece's default: NFKC
-    assert capsys.readouterr().err.startswith("warning: ")
+def test_a_model_that_normalises_is_not_imitated(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a BPE model without normalisation"):
+        exported(Tokenizer(train(tmp_path)))  # sentencepiece's default: NFKC
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenizer, Any]]:
+    """Return tokenizers of the other kinds, and what AutoTokenizer makes of their exports."""
+    root, found = tmp_path_factory.mktemp("others"), {}
+    paths = dict(zip(("tiktoken", "llama3"), write_llama3(root), strict=True))
+    for name, path in {**paths, "neox": write_gpt_neox(root)}.items():
+        (root / f"out_{name}").mkdir()
+        found[name] = Tokenizer(path), hf(path, root / f"out_{name}")
+    return found
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from([*PIECES, " don't", "漢字", "。", "12", "é"])).map("".join)))
+def test_exports_of_other_kinds_have_the_same_ids(others: dict[str, tuple[Tokenizer, Any]], text: str) -> None:
+    for ours, theirs in others.values():
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", ["tiktoken", "llama3", "neox"])
+def test_exports_of_other_kinds_mark_documents_as_training_does(
+    others: dict[str, tuple[Tokenizer, Any]], kind: str
+) -> None:
+    ours, theirs = others[kind]
+    before = [] if ours.marks.begin is None else [ours.marks.begin]
+    assert theirs("def main")["input_ids"] == [*before, *ours.encode("def main")]
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+def test_names_of_special_tokens_stay_text_in_the_export_of_a_tiktoken_file(
+    others: dict[str, tuple[Tokenizer, Any]],
+) -> None:
+    ours, theirs = others["tiktoken"]
+    assert theirs(ODD, add_special_tokens=False)["input_ids"] == ours.encode(ODD)

@@ -66,7 +66,7 @@ def test_pieces_have_the_ids_of_the_whole(built: Built, model: Callable[..., Tok
     else:  # as the original LLaMA has it, or with a vocabulary that joins words
         tokenizer = model(split_by_whitespace=kind.startswith("with a space"), allow_whitespace_only_pieces=True)
     draw = random.Random(kind)
-    pieces = [p.text.replace("\u2581", " ") for p in tokenizer.pieces() if p.ordinary]
+    pieces = [p.text.replace("\u2581", " ") for p in tokenizer.vocabulary.pieces() if p.ordinary]
     assert (kind == "with spaces inside pieces") == any(" " in piece.strip() for piece in pieces)
     several = 0
     for _ in range(1000):

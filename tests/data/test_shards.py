@@ -231,7 +231,7 @@ def test_verify_finds_every_kind_of_damage_and_repair_lists_it(built: Built, tmp
         ("train", 0, None), ("train", 1, None), ("train", 2, None), ("train", 3, 2048), ("train", 4, None),
         ("train", 5, 1024),
     ]  # fmt: skip
-    words = ("sha256", "documents that begin in the shard", "No such file", "2048 bytes", "damaged index", "sha256")
+    words = ("sha256", "documents that end in the shard", "No such file", "2048 bytes", "damaged index", "sha256")
     assert all(word in damage.reason for word, damage in zip(words, found, strict=True))
     repair(store, found)
     assert read_manifest(store).splits["train"].bad == (0, 1, 2, 3, 4, 5)

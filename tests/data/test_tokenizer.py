@@ -48,6 +48,28 @@ def test_the_same_text_gives_the_same_model(built: Built, tokenizer: Tokenizer, 
     assert again.sha256 == tokenizer.sha256
 
 
+@pytest.mark.parametrize(("filler", "size"), [("天地玄黄宇宙洪荒日月盈昃辰宿列张\n", 300), ("foo\tbar\tbaz\n", 275)])
+def test_a_tokenizer_of_text_almost_without_spaces_keeps_its_spaces(tmp_path: Path, filler: str, size: int) -> None:
+    text = filler * 2000 + "x y\n"
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    tokenizer = Tokenizer(train_tokenizer([str(tmp_path / "text.txt")], str(tmp_path / "t"), size))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("天地 \u2581 b") != tokenizer.encode("天地 \u2581\u2581b")  # a mark is no space
+    assert tokenizer.decode(tokenizer.encode("a \u2581b")) == "a \u2581b"  # "a" is no piece of this vocabulary
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"), [(b'{"text": "caf\xe9"}', "invalid UTF-8"), (b"{}", 'no "text"'), (b"x", "not JSON")]
+)
+def test_training_names_a_bad_document(built: Built, tmp_path: Path, line: bytes, problem: str) -> None:
+    good = Path(built.prose).read_bytes()
+    (tmp_path / "bad.jsonl").write_bytes(good + line + b"\n" + good)
+    with pytest.raises(UserError, match=rf"bad\.jsonl.*{problem}") as error:
+        train_tokenizer([str(tmp_path / "bad.jsonl")], str(tmp_path / "t"), VOCAB_SIZE)
+    assert "does not suit" not in str(error.value)
+    assert not (tmp_path / "t.model").exists()
+
+
 @pytest.mark.parametrize("content", [None, b"", b"not a model", "half"])
 def test_missing_or_damaged_model_is_a_user_error(built: Built, tmp_path: Path, content: bytes | str | None) -> None:
     path = tmp_path / "t.model"

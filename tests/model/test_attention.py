@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.errors import UserError
 from llama_ds.model import attention
 from llama_ds.model.attention import CausalAttention, Documents, choose_backend
@@ -19,7 +20,7 @@ def inputs(device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor,
     generator = torch.Generator().manual_seed(4)
     q, k, v = (torch.randn(2, 40, heads, 16, generator=generator).to(device, dtype) for heads in (4, 2, 2))
     ids = torch.where(torch.rand(2, 40, generator=generator) < 0.1, 1, 5)
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), document_starts(ids).to(device)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), document_starts(ids, LLAMA_MARKS).to(device)
 
 
 def output_and_gradients(backend: str, device: str, dtype: torch.dtype, masked: bool) -> list[torch.Tensor]:
@@ -43,7 +44,11 @@ def kernel_inputs(length: int, groups: int, masked: bool) -> tuple[list[torch.Te
     qkv = torch.randn(2, length, 6 + 2 * groups, 8, generator=generator, dtype=torch.float64)
     grad = torch.randn(2, length, 6, 8, generator=generator, dtype=torch.float64)
     ids = torch.where(torch.rand(2, length, generator=generator) < 0.05, 1, 5)
-    return list(qkv.split([6, groups, groups], 2)), grad, Documents(document_starts(ids)) if masked else None
+    return (
+        list(qkv.split([6, groups, groups], 2)),
+        grad,
+        Documents(document_starts(ids, LLAMA_MARKS)) if masked else None,
+    )
 
 
 def run_kernel(
@@ -90,9 +95,16 @@ def test_cuda_backends_are_the_reference(backend: str, masked: bool) -> None:
         assert (got - want).norm() <= 2e-2 * want.norm()
 
 
-def test_document_starts_at_each_bos() -> None:
+def test_documents_start_at_each_bos_of_the_tokenizer() -> None:
     ids = torch.tensor([[7, 7, 1, 7, 1, 1, 7]])
-    assert document_starts(ids).tolist() == [[0, 0, 2, 2, 4, 5, 5]]
+    assert document_starts(ids, DocumentMarks(1, 2)).tolist() == [[0, 0, 2, 2, 4, 5, 5]]
+    assert document_starts(ids + 128000, DocumentMarks(128001, 128002)).tolist() == [[0, 0, 2, 2, 4, 5, 5]]
+
+
+@pytest.mark.parametrize("bos", [None, 2])
+def test_without_a_bos_of_its_own_a_document_starts_after_each_eos(bos: int | None) -> None:
+    ids = torch.tensor([[7, 7, 2, 7, 2, 2, 7], [2, 7, 7, 7, 7, 7, 2]])
+    assert document_starts(ids, DocumentMarks(bos, 2)).tolist() == [[0, 0, 0, 3, 3, 5, 6], [0, 1, 1, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from multiprocessing import get_context
 from typing import Any
 
@@ -19,21 +19,32 @@ from llama_ds.benchmarks.data.rivals import Request, Stopwatch, memory, run, tim
 
 
 def bare_encode(request: Request) -> dict[str, Any]:
-    """Encode texts with bare sentencepiece calls."""
-    from llama_ds.data.text.tokenizer import Tokenizer
-
-    model = Tokenizer(request["tokenizer"])._model  # sentencepiece itself, which only tokenizer.py imports
+    """Encode texts with bare calls of the library of the tokenizer's kind."""
+    encode = _library(request["tokenizer"])
     with open(request["texts"], encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     clock = Stopwatch()
-    ids = _sum_over_workers(lambda part: _encode(model, part), texts, request["workers"])
+    ids = _sum_over_workers(lambda part: _encode(encode, part), texts, request["workers"])
     return {**clock.read(), "ids": ids, "peak_bytes": memory("VmHWM")}
 
 
-def _encode(model: Any, texts: list[str]) -> int:
+def _library(path: str) -> Callable[[str], Sized]:
+    from llama_ds.data.text.sentencepiece_model import SentencepieceModel
+    from llama_ds.data.text.tiktoken_ranks import TiktokenRanks
+    from llama_ds.data.text.tokenizer import Tokenizer
+
+    vocabulary: Any = Tokenizer(path).vocabulary
+    if isinstance(vocabulary, SentencepieceModel):
+        return vocabulary._model.encode
+    if isinstance(vocabulary, TiktokenRanks):
+        return vocabulary._encoding.encode_ordinary
+    return lambda text: vocabulary._tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _encode(encode: Callable[[str], Sized], texts: list[str]) -> int:
     ids = 0
     for text in texts:
-        ids += len(model.encode(text))
+        ids += len(encode(text))
     return ids
 
 
@@ -57,6 +68,7 @@ def _sum_over_workers(work: Callable[[list[str]], int], texts: list[str], worker
 def build(request: Request) -> dict[str, Any]:
     """Build a source from a JSON Lines file on disk to shards, checksums and manifest on disk."""
     from llama_ds.data.building.build import build_source
+    from llama_ds.data.text.tokenizer import Tokenizer
 
     out = os.path.join(request["folder"], str(os.getpid()))
     clock = Stopwatch()
@@ -65,7 +77,8 @@ def build(request: Request) -> dict[str, Any]:
         workers=request["workers"],
     )  # fmt: skip
     read = clock.read()
-    ids = sum(split.ids - 2 * split.documents for split in manifest.splits.values())  # without bos and eos
+    marks = Tokenizer(request["tokenizer"]).marks.count
+    ids = sum(split.ids - marks * split.documents for split in manifest.splits.values())  # without bos and eos
     return {**read, "ids": ids, "peak_bytes": memory("VmHWM")}
 
 

@@ -36,8 +36,8 @@ def hf_config(
     model: ModelConfig,
     seq_len: int,
     dtype: str,
-    bos: int = 1,
-    eos: int = 2,
+    bos: int | None = None,
+    eos: int | None = None,
     initializer_range: float = TrainingConfig.initializer_range,
 ) -> dict[str, Any]:
     """Return the content of config.json, also valid as LlamaConfig's arguments. `dtype` is torch's name: float32."""

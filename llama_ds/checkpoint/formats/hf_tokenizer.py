@@ -2,7 +2,7 @@
 
 Differences between the two libraries that matter here:
 - sentencepiece spells a space as U+2581. The vocabulary here spells it " ", so a literal U+2581 in a text stays
-  distinct: it becomes its three bytes, as in `llama_ds.data.text.tokenizer`.
+  distinct: it becomes its three bytes, as in `llama_ds.data.text.sentencepiece_model`.
 - sentencepiece merges any two neighbours whose concatenation is a piece, by best score and then leftmost position.
   Here every split of every piece is a merge, in the order of the pieces' scores.
 - sentencepiece treats names of control ids in a text ("<s>") as text; split_special_tokens does the same here.
@@ -23,7 +23,7 @@ PROBE = "  Two  spaces, ﬁne 2048 ｆｕｌｌ e\u0301é 漢字 😀\t\x00\r\n\
 
 
 class Sentencepiece(Protocol):
-    """Interface of a sentencepiece model, as implemented by `llama_ds.data.text.tokenizer.Tokenizer`."""
+    """Interface of a sentencepiece model, as implemented by `llama_ds.data.text.sentencepiece_model`."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""
@@ -38,7 +38,10 @@ class Sentencepiece(Protocol):
 
 def imitation(ours: Sentencepiece) -> dict[str, Any] | None:
     """Return the content of tokenizer.json for a sentencepiece model; None if it would give different ids."""
-    content = tokenizer_json(ours.pieces(), ours.prefixed)
+    pieces = ours.pieces()
+    if not {UNK, BOS, EOS} <= {piece[0] for piece in pieces}:
+        return None
+    content = tokenizer_json(pieces, ours.prefixed)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
     theirs.encode_special_tokens = True  # the effect of split_special_tokens
     return content if theirs.encode(PROBE, add_special_tokens=False).ids == ours.encode(PROBE) else None

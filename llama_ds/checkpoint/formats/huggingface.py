@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from llama_ds.checkpoint.formats.hf_config import (
     CONFIG,
@@ -20,14 +19,13 @@ from llama_ds.checkpoint.formats.hf_config import (
     read_config,
     read_object,
 )
-from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_config
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, model_files, same
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json
-from llama_ds.checkpoint.manifest import TOKENIZER
+from llama_ds.checkpoint.manifest import TOKENIZER_FILES
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.spread import in_one_file
 from llama_ds.checkpoint.stored import Stored, safetensors_tensors, torch_tensors
-from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_copies
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, weight_of, weight_shapes
 
@@ -37,19 +35,16 @@ INDEX = ".index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INVERSE_FREQUENCIES = re.compile(r".*\brotary_emb\.inv_freq")  # only in old exports; derived from rope_theta
 GENERATION = "generation_config.json"
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", TOKENIZER, "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja"),
-)
+COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
 class HfTokenizer:
-    """A sentencepiece model converted for transformers."""
+    """A tokenizer in the form that transformers reads."""
 
-    content: Mapping[str, Any] | None  # tokenizer.json, from `hf_tokenizer`; None: no equivalent exists
-    bos: int = 1
-    eos: int = 2
+    files: Mapping[str, bytes]  # by name
+    bos: int | None
+    eos: int | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,13 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
     check_names(found.path, names.values(), stored)
     tensors: dict[Key, Readable] = {key: in_one_file(stored[n], weight_of(key[1]).cut) for key, n in names.items()}
     files = model_files(folder, found.path, CONFIG, names, model, seq_len, tensors, vocab_size)
-    return replace(files, initializer_range=initializer_range_of(folder, config))
+    bos, eos = (config.get(key) for key in TOKEN_IDS[:2])
+    return replace(
+        files,
+        initializer_range=initializer_range_of(folder, config),
+        bos_id=bos if isinstance(bos, int) else None,
+        eos_id=eos if isinstance(eos, int) else None,  # a chat model has several
+    )
 
 
 def holds_huggingface(folder: str) -> bool:
@@ -89,8 +90,8 @@ def holds_huggingface(folder: str) -> bool:
 def plan_huggingface(files: ModelFiles, target: Target, tokenizer: HfTokenizer | None) -> Plan:
     """Return the plan: files of at most SHARD_BYTES (or a single larger layer), and the files AutoTokenizer reads.
 
-    From a Hugging Face source, tokenizer files and generation settings are copied. Otherwise `tokenizer` holds the
-    converted sentencepiece model; None: the source has no tokenizer.
+    From a Hugging Face source, tokenizer files and generation settings are copied. Otherwise `tokenizer` is the
+    source's; None: it has none that can be read.
 
     Raises:
         UserError: the target is sharded.
@@ -134,19 +135,19 @@ def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> t
     """Return the small files: the contents of those to write, and the paths of those to copy."""
     if holds_huggingface(files.path):
         config = hf_config(files.model, files.seq_len, dtype, initializer_range=files.initializer_range)
-        given = read_object(os.path.join(files.path, CONFIG))
-        config.update({key: given.get(key) for key in TOKEN_IDS if key in given})
-        kept = (os.path.join(files.path, name) for name in (*TOKENIZER_FILES, GENERATION))
+        source = read_object(os.path.join(files.path, CONFIG))
+        for key in TOKEN_IDS:
+            config.pop(key, None)  # without a key transformers has a default, which is not null
+        config.update({key: source[key] for key in TOKEN_IDS if key in source})
+        kept = (os.path.join(files.path, name) for name in (*COPIED_FILES, GENERATION))
         return {CONFIG: as_json(config)}, {os.path.basename(path): path for path in kept if os.path.exists(path)}
-    ids = tokenizer or HfTokenizer(None)
+    given = tokenizer or HfTokenizer({}, files.bos_id, files.eos_id)
     small = {
-        CONFIG: as_json(hf_config(files.model, files.seq_len, dtype, ids.bos, ids.eos, files.initializer_range)),
-        GENERATION: as_json({"bos_token_id": ids.bos, "eos_token_id": ids.eos, "do_sample": True}),
+        CONFIG: as_json(hf_config(files.model, files.seq_len, dtype, given.bos, given.eos, files.initializer_range)),
+        GENERATION: as_json({"bos_token_id": given.bos, "eos_token_id": given.eos, "do_sample": True}),
+        **given.files,
     }
-    if ids.content is not None:
-        small["tokenizer.json"] = as_json(ids.content)
-        small["tokenizer_config.json"] = as_json(tokenizer_config())
-    return small, {TOKENIZER: files.tokenizer} if files.tokenizer else {}
+    return small, {name: path for name, path in tokenizer_copies(files).items() if name not in small}
 
 
 def _stored_tensors(folder: str) -> _Found:

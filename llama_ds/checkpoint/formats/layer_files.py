@@ -17,7 +17,6 @@ import torch
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, check_parts, part_shape
 from llama_ds.checkpoint.manifest import (
     DESCRIPTION,
-    TOKENIZER,
     WEIGHT,
     Description,
     FileEntry,
@@ -28,7 +27,7 @@ from llama_ds.checkpoint.manifest import (
     name_of,
     write_manifest,
 )
-from llama_ds.checkpoint.weights import DTYPES, ModelFiles
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles, tokenizer_copies
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.weights import weight_of
 
@@ -53,7 +52,7 @@ def plan_layer_files(files: ModelFiles, target: Target) -> Plan:
     description = _description(files, target)
     state = _engine_state(description.step, target)
     small = {f"mp_rank_{rank:02d}_model_states.pt": state for rank in range(target.pp * target.tp)}
-    copied = {TOKENIZER: files.tokenizer} if files.tokenizer else {}
+    copied = tokenizer_copies(files)
     return Plan("deepspeed", DTYPES[target.dtype], outputs, small, copied, description)
 
 
@@ -95,7 +94,9 @@ def _description(files: ModelFiles, target: Target) -> Description:
             "data": {"seq_len": files.seq_len},
             "training": {"initializer_range": files.initializer_range},
         }
-        return Description(step=0, tokens=0, zero_stage=0, dtype=target.dtype, layout=layout, run=run)
+        return Description(
+            0, 0, 0, dtype=target.dtype, layout=layout, run=run, bos_id=files.bos_id, eos_id=files.eos_id
+        )
     found = describe(files.path)
     return replace(
         found,

@@ -31,7 +31,14 @@ from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import plan_parts
 from llama_ds.data.building.shard_writer import Span, WriteShard, WrittenShard
 from llama_ds.data.building.split_stream import ShardForm, SplitStream
-from llama_ds.data.building.tokenized import TokenizedCounts, TokenizedPart, TokenizePart, documents_path, read_part
+from llama_ds.data.building.tokenized import (
+    TokenizedCounts,
+    TokenizedPart,
+    TokenizePart,
+    documents_path,
+    keep_loaded,
+    read_part,
+)
 from llama_ds.data.building.workers import WorkerPool
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.documents_index import parse_documents
@@ -114,8 +121,7 @@ def build_source(
     )  # fmt: skip
     _check(name, settings, workers, overwrite, append)
     tokenizer = Tokenizer(tokenizer_path)
-    if tokenizer.bos_id < 0 or tokenizer.eos_id < 0:
-        raise UserError(f"{tokenizer_path}: no bos or eos id; train one with tools/tokenizer.py train")
+    keep_loaded(tokenizer)
     folder = os.path.join(out, name)
     inputs = find_inputs(pattern, settings.options)
     inputs.report()
@@ -192,7 +198,7 @@ class _Build:
         self._dtype = id_dtype(tokenizer.vocab_size)
         self._source, self._folder = folder, build_folder.build_path(folder)
         form = ShardForm(
-            folder, self._folder, settings.seq_len, settings.rows_per_shard, self._dtype.str, tokenizer.eos_id
+            folder, self._folder, settings.seq_len, settings.rows_per_shard, self._dtype.str, tokenizer.marks.eos
         )
         self.splits = {split: SplitStream(form, split, base.splits[split] if base else None) for split in SPLITS}
         self._settings, self._inputs = settings, {file.path: file for file in files}

@@ -55,7 +55,8 @@ class ImportedIds:
         if outside := self._outside(ids):
             size = self._tokenizer.vocab_size
             raise UserError(self._other(self._where(), f"id {outside[0]} is outside 0 to {size - 1}"))
-        special = np.isin(ids, [self._tokenizer.bos_id, self._tokenizer.eos_id])
+        marks = [i for i in (self._tokenizer.bos_id, self._tokenizer.eos_id) if i is not None]
+        special = np.isin(ids, marks)
         return "bos or eos within a document" if special.any() else ""
 
     def _outside(self, ids: np.ndarray) -> list[int]:

@@ -16,7 +16,6 @@ from array import array
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -188,7 +187,9 @@ class _Output:
     def __init__(self, tokenizer: Tokenizer, files: Sequence[BinaryIO]) -> None:
         self.tokenizer, self._files = tokenizer, files
         self._dtype = id_dtype(tokenizer.vocab_size)
-        self._bos, self._eos = (np.array([i], self._dtype) for i in (tokenizer.bos_id, tokenizer.eos_id))
+        marks = tokenizer.marks
+        self._begin = np.array([] if marks.begin is None else [marks.begin], self._dtype)
+        self._end = np.array([marks.eos], self._dtype)
         self._ids: list[list[np.ndarray]] = [[] for _ in files]
         self._written = [0 for _ in files]
         self._lengths, self._lines, self._pieces = array("q"), array("q"), array("i")
@@ -202,22 +203,22 @@ class _Output:
         """Add one document whose ids are known."""
         digest = _digest(text)
         split = _is_validation(digest, validation_fraction)
-        self._ids[split] += (self._bos, ids.astype(self._dtype), self._eos)
-        self._record(len(ids) + 2, line, piece, split, digest, len(text))
+        self._ids[split] += (self._begin, ids.astype(self._dtype), self._end)
+        self._record(len(self._begin) + len(ids) + len(self._end), line, piece, split, digest, len(text))
 
     def add(self, text: str, piece: int, line: int, validation_fraction: float) -> None:
         """Tokenize one document."""
         digest = _digest(text)
         split = _is_validation(digest, validation_fraction)
-        length = 2
-        self._ids[split].append(self._bos)
+        length = len(self._begin) + len(self._end)
+        self._ids[split].append(self._begin)
         for part in pieces_of(text, self.tokenizer.cuts if len(text) > PIECE_CHARS else None):
-            ids = self.tokenizer.encode_array(part).astype(self._dtype)
+            ids = self.tokenizer.encode_array(part).astype(self._dtype, copy=False)
             length += len(ids)
             self._ids[split].append(ids)
             if len(text) > PIECE_CHARS:
                 self._write()
-        self._ids[split].append(self._eos)
+        self._ids[split].append(self._end)
         self._record(length, line, piece, split, digest, len(text))
 
     def _record(self, length: int, line: int, piece: int, split: bool, digest: bytes, chars: int) -> None:
@@ -304,6 +305,16 @@ def _is_validation(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-@lru_cache(maxsize=1)
+def keep_loaded(tokenizer: Tokenizer) -> None:
+    """Let the tasks of this process use a tokenizer that is loaded already: a large one takes a second."""
+    _loaded.clear()
+    _loaded[tokenizer.path] = tokenizer
+
+
 def _tokenizer(path: str) -> Tokenizer:
-    return Tokenizer(path)  # cached: each process loads it once
+    if path not in _loaded:
+        keep_loaded(Tokenizer(path))
+    return _loaded[path]
+
+
+_loaded: dict[str, Tokenizer] = {}  # by path

@@ -119,12 +119,16 @@ def _check_ids(source: Source, shard: int, path: str) -> None:
 
 
 def _index_error(documents: list[IndexedDocument], ids: np.ndarray) -> str | None:
-    """Return how the index of a shard contradicts its ids (ids,), which have a bos exactly where a document begins."""
-    starts = np.array([d.start for d in documents if 0 <= d.start < len(ids)], np.int64)
-    if not len(starts):
-        return None if documents else "names no document, but the shard holds ids of one"
-    bos = ids[starts[0]]
-    if not np.array_equal(np.flatnonzero(ids == bos), starts):
-        begins = int((ids == bos).sum())
-        return f"names {len(starts)} documents that begin in the shard, but its ids have {begins} at other positions"
+    """Return how the index of a shard contradicts its ids (ids,), which have an eos exactly where a document ends."""
+    if not documents:
+        return "names no document, but the shard holds ids of one"
+    ends = np.array([d.start + d.length - 1 for d in documents], np.int64)
+    filler = ids[ends[-1] + 1 :]  # the last row of an extent is padded with eos
+    ends = ends[(ends >= 0) & (ends < len(ids))]
+    if not len(ends):
+        return None
+    eos = ids[ends[0]]
+    found = np.flatnonzero(ids[: len(ids) - len(filler)] == eos)
+    if not np.array_equal(found, ends) or (filler != eos).any():
+        return f"names {len(ends)} documents that end in the shard, but its ids have {len(found)} at other positions"
     return None

@@ -11,6 +11,7 @@ from llama_ds.data.source.remote import FileStatus, without_secrets
 from llama_ds.data.source.remote_file import find_remote, open_remote
 from llama_ds.errors import UserError
 
+BUFFER = 1 << 20  # bytes per system call; lines are long documents
 _known: dict[str, FileStatus] = {}  # remote files that this process has found, by URL
 
 
@@ -52,7 +53,7 @@ def open_input(path: str) -> BinaryIO:
     if is_remote(path):
         return cast(BinaryIO, open_remote(_status(path)))
     try:
-        return open(path, "rb")
+        return open(path, "rb", BUFFER)
     except OSError as error:
         raise unreadable(path, error) from None
 

@@ -1,133 +1,155 @@
-"""SentencePiece BPE as in LLaMA: split digits, byte fallback, and lossless: decode(encode(x)) == x."""
+"""Tokenizers of every kind: text to ids and back.
+
+`Tokenizer` recognizes a file by its content and passes each call on to the class of its kind: `sentencepiece_model.py`,
+`tokenizer_json.py` or `tiktoken_ranks.py`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
-import sentencepiece
 
+from llama_ds.config.document_marks import DocumentMarks
+from llama_ds.data.text import sentencepiece_model, tokenizer_json
 from llama_ds.data.text.corpus import cut_at_lines, documents
 from llama_ds.data.text.cuts import Cuts
 from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.input_storage import input_size
 from llama_ds.data.text.inputs import find_inputs
+from llama_ds.data.text.sentencepiece_model import SentencepieceModel
+from llama_ds.data.text.tiktoken_ranks import TiktokenRanks, is_tiktoken
+from llama_ds.data.text.tokenizer_json import TokenizerJson, is_json
 from llama_ds.errors import UserError
 
-SPACE_MARK = "\u2581"  # how sentencepiece spells a space; it decodes this mark in a text to a space
+MODEL = "tokenizer.model"  # name of a tokenizer's copy in a checkpoint, except that of a tokenizer.json
 SENTENCE_CHARS = 2000  # the trainer skips very long sentences, and merges never cross whitespace: any cut is valid
 
 
-class VocabularyPiece(NamedTuple):
-    """One vocabulary entry as sentencepiece spells it: a space is SPACE_MARK."""
+class Vocabulary(Protocol):
+    """Interface of the kinds of tokenizers."""
 
-    text: str
-    score: float  # BPE merges the pair whose concatenation scores highest first
-    ordinary: bool  # not a byte, a control id or the unknown id
+    KIND: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without bos and eos."""
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Return the ids of `encode` as an array of integers."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of ids; bos and eos add nothing, invalid UTF-8 becomes U+FFFD."""
+
+    @property
+    def cuts(self) -> Cuts | None:
+        """Where a text may be cut without a change of its ids; None: nowhere that is certain."""
 
 
 class Tokenizer:
-    """A trained sentencepiece model: text to ids and back.
+    """A tokenizer file of any kind.
 
     With a model from `train_tokenizer`, decode(encode(x)) == x for every str that can be written as UTF-8.
 
     Raises:
-        UserError: the file is missing or not a sentencepiece model.
+        UserError: the file is missing, damaged or of no known kind.
     """
 
     def __init__(self, path: str) -> None:
-        try:
-            with open(path, "rb") as file:
-                model = file.read()
-            self._model = sentencepiece.SentencePieceProcessor()
-            self._model.LoadFromSerializedProto(model)
-        except OSError as error:
-            raise UserError(
-                f"{path}: cannot read the tokenizer ({error.strerror}); train one with tools/tokenizer.py train"
-            ) from None
-        except RuntimeError:
-            raise UserError(
-                f"{path}: not a sentencepiece model, or a damaged one ({len(model)} bytes); "
-                "train one with tools/tokenizer.py train"
-            ) from None
+        content = _read(path)
         self.path = path
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._model.get_piece_size()
-        self.bos_id: int = self._model.bos_id()
-        self.eos_id: int = self._model.eos_id()
-        self._mark_ids = self._space_mark_ids()
-        self._proto = model
+        self.vocabulary: Vocabulary = _vocabulary(path, content)
+        self.kind = self.vocabulary.KIND
+        self.vocab_size = self.vocabulary.vocab_size
+        self.bos_id, self.eos_id = self.vocabulary.bos_id, self.vocabulary.eos_id
+        if isinstance(self.vocabulary, TokenizerJson):  # its bos and eos stand in other files
+            content += json.dumps([self.bos_id, self.eos_id]).encode()
+        self.sha256 = hashlib.sha256(content).hexdigest()
+
+    @property
+    def marks(self) -> DocumentMarks:
+        """The ids that mark documents.
+
+        Raises:
+            UserError: the tokenizer has no eos, or it is not known.
+        """
+        if self.eos_id is None:
+            fix = "train one with tools/tokenizer.py train"
+            if isinstance(self.vocabulary, TokenizerJson):
+                where = os.path.join(os.path.dirname(self.path), tokenizer_json.CONFIG)
+                fix = f'set eos_token in {where}, and bos_token if it has one: {{"eos_token": "..."}}'
+            raise UserError(f"{self.path}: names no eos id, which ends every document; {fix}")
+        return DocumentMarks(self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, without bos and eos."""
-        if not self._mark_ids or SPACE_MARK not in text:
-            return self._model.encode(text)
-        first, *others = (self._model.encode(part) for part in text.split(SPACE_MARK))
-        return first + [i for part in others for i in (*self._mark_ids, *part)]
+        return self.vocabulary.encode(text)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Return the ids of `encode` as int32, without creating a Python object per id."""
-        if self._mark_ids and SPACE_MARK in text:
-            return np.array(self.encode(text), np.int32)
-        return self._model.encode(text, out_type="numpy")
+        """Return the ids of `encode` as an array of integers."""
+        return self.vocabulary.encode_array(text)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
         """Return the ids of each text, in order, encoded on `threads` threads."""
-        ids = self._model.encode(list(texts), num_threads=threads)
-        if self._mark_ids:
-            for i, text in enumerate(texts):
-                if SPACE_MARK in text:
-                    ids[i] = self.encode(text)
-        return ids
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of `ids`; bos and eos add nothing, invalid UTF-8 becomes U+FFFD."""
-        return self._model.decode([int(i) for i in ids])
-
-    @cached_property
-    def cuts(self) -> Cuts | None:
-        """Where a text may be cut without a change of its ids; None: nowhere that is certain.
-
-        Certain are cuts for BPE without normalization, if no character is unknown: unknown ones would be joined.
-        """
-        from sentencepiece import sentencepiece_model_pb2
-
-        model = sentencepiece_model_pb2.ModelProto.FromString(self._proto)
-        normalizer, trainer = model.normalizer_spec, model.trainer_spec
-        normalizes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
-        if trainer.model_type != trainer.BPE or normalizes or not normalizer.escape_whitespaces:
-            return None
-        if self._model.unk_id() in (self._model.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)):
-            return None
-        texts = [piece.text.replace(SPACE_MARK, " ") for piece in self.pieces()]
-        adjacent = frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1))
-        return Cuts(adjacent, SPACE_MARK, normalizer.add_dummy_prefix)
-
-    def pieces(self) -> list[VocabularyPiece]:
-        """Return the vocabulary by id, for conversion to other formats."""
-        model = self._model
-        special = (model.is_byte, model.is_control, model.is_unknown, model.is_unused)
-        return [
-            VocabularyPiece(model.id_to_piece(i), model.get_score(i), not any(test(i) for test in special))
-            for i in range(self.vocab_size)
-        ]
+        return self.vocabulary.decode([int(i) for i in ids])
 
     @property
-    def prefixed(self) -> bool:
-        """Whether the model prepends a space to every text, as the original LLaMA tokenizer does."""
-        return self._model.encode("a", out_type=str)[:1] != ["a"]
+    def cuts(self) -> Cuts | None:
+        """Where a text may be cut without a change of its ids; None: nowhere that is certain."""
+        return self.vocabulary.cuts
 
-    def _space_mark_ids(self) -> list[int]:
-        # Byte pieces are decoded verbatim, so a mark encoded as bytes survives. Models that prepend a space to a text
-        # (the original LLaMA tokenizer) would prepend one to every part, so for them marks are not encoded as bytes.
-        ids = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
-        return [] if self._model.unk_id() in ids or self.prefixed else ids
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except IsADirectoryError:
+        names = (tokenizer_json.FILE, MODEL)
+        raise UserError(f"{path}: is a folder; name the tokenizer in it: {' or '.join(names)}") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read the tokenizer ({error.strerror}); train one with tools/tokenizer.py train"
+        ) from None
+
+
+def _vocabulary(path: str, content: bytes) -> Vocabulary:
+    if is_json(content):
+        return TokenizerJson(path, content)
+    if is_tiktoken(content):
+        return TiktokenRanks(path, content)
+    try:
+        return SentencepieceModel(content)
+    except RuntimeError:
+        raise UserError(
+            f"{path}: not a sentencepiece model, a tokenizer.json or Llama 3's tokenizer.model, or a damaged one "
+            f"({len(content)} bytes); copy it again, or train one with tools/tokenizer.py train"
+        ) from None
+
+
+def tokenizer_files(path: str) -> dict[str, bytes]:
+    """Return the files that hold a tokenizer in a checkpoint, by name.
+
+    Raises:
+        UserError: the file cannot be read, or it is a damaged tokenizer.json.
+    """
+    content = _read(path)
+    if not is_json(content):
+        return {MODEL: content}
+    names = TokenizerJson(path, content).special_names()
+    return {tokenizer_json.FILE: content, **tokenizer_json.files_beside(path, names)}
 
 
 def train_tokenizer(
@@ -147,51 +169,48 @@ def train_tokenizer(
     Raises:
         UserError: a document is bad, or the vocabulary is too large for the text or too small for its characters.
     """
-    model = io.BytesIO()
+    sample = _Sample(patterns, sample_mb * 1e6, options or ReadOptions())
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sample(patterns, sample_mb * 1e6, options or ReadOptions()),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=0.9995,
-            split_digits=True,
-            byte_fallback=True,
-            allow_whitespace_only_pieces=True,
-            # The next three settings make it lossless: no normalization, runs of spaces kept, no prepended space.
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            max_sentence_length=1 << 20,
-            num_threads=1,  # stored in the model, so it would change the checksum
-            minloglevel=2,
-        )
+        model = sentencepiece_model.train(sample, vocab_size)
     except RuntimeError as error:
+        if sample.error:  # a bad document, which the trainer reports in its own words
+            raise sample.error from None
         problem = f"vocab_size = {vocab_size} does not suit {' '.join(patterns)}"
         raise UserError(f"{problem}: {_vocab_limit(str(error))}") from None
     path = f"{out_prefix}.model"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.tmp", "wb") as file:
-        file.write(model.getvalue())
+        file.write(model)
     os.replace(f"{path}.tmp", path)
     return path
 
 
-def _sample(patterns: Sequence[str], limit: float, options: ReadOptions) -> Iterator[str]:
-    # Take every k-th piece of all documents, k = size / limit, with an accumulator: deterministic and in one pass.
-    size = sum(input_size(path) for pattern in patterns for path in find_inputs(pattern, options).paths)
-    share, credit = min(1.0, limit / size) if size else 1.0, 0.5
-    for pattern in patterns:
-        for document in documents(pattern, options=options):
-            for piece in cut_at_lines(document.text, SENTENCE_CHARS):
-                credit += share
-                if credit >= 1.0:
-                    credit -= 1.0
-                    yield piece
+class _Sample:
+    """Iterates over an even sample of about `limit` bytes of the documents; `error` is what ended it early."""
+
+    def __init__(self, patterns: Sequence[str], limit: float, options: ReadOptions) -> None:
+        self._patterns, self._limit, self._options = patterns, limit, options
+        self.error: Exception | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._pieces()
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _pieces(self) -> Iterator[str]:
+        # Take every k-th piece of all documents, k = size / limit, with an accumulator: deterministic and in one pass.
+        paths = [path for pattern in self._patterns for path in find_inputs(pattern, self._options).paths]
+        size = sum(input_size(path) for path in paths)
+        share, credit = min(1.0, self._limit / size) if size else 1.0, 0.5
+        for pattern in self._patterns:
+            for document in documents(pattern, options=self._options):
+                for piece in cut_at_lines(document.text, SENTENCE_CHARS):
+                    credit += share
+                    if credit >= 1.0:
+                        credit -= 1.0
+                        yield piece
 
 
 def _vocab_limit(error: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.layout import Layout
@@ -21,8 +22,17 @@ from llama_ds.training.engines.stock import build_stock
 from llama_ds.training.host_memory import keep_freed_memory
 
 
-def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device: torch.device) -> Engine:
-    """Build and partition this rank's layers and initialise DeepSpeed with the merged `config`. Collective."""
+def build_engine(
+    run: RunConfig,
+    layout: Layout,
+    config: dict[str, Any],
+    device: torch.device,
+    marks: DocumentMarks = LLAMA_MARKS,
+) -> Engine:
+    """Build and partition this rank's layers and initialise DeepSpeed with the merged `config`. Collective.
+
+    `marks` are those of the tokenizer.
+    """
     leave_out_compiler()
     # Otherwise DeepSpeed compiles its shared-memory all-reduce at startup, which only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -30,7 +40,7 @@ def build_engine(run: RunConfig, layout: Layout, config: dict[str, Any], device:
     if device.type == "cpu":
         keep_freed_memory()
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
-    parts = layer_parts(run, layout, dtype, device)
+    parts = layer_parts(run, layout, dtype, device, marks)
     # DeepSpeed prints its topology and seeds to stdout, which is reserved for the run's own lines.
     with redirect_stdout(io.StringIO()):
         if layout.pp == 1:

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import stage_policies
@@ -28,11 +29,13 @@ class LayerParts:
     trace: Trace
 
 
-def layer_parts(run: RunConfig, layout: Layout, dtype: torch.dtype, device: torch.device) -> LayerParts:
+def layer_parts(
+    run: RunConfig, layout: Layout, dtype: torch.dtype, device: torch.device, marks: DocumentMarks
+) -> LayerParts:
     """Create the tensor-parallel communicator and choose the attention backend and each layer's save policy."""
     trace = Trace(device)
     tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
-    context = layer_context(run, tp, device.type, dtype)
+    context = layer_context(run, tp, device.type, dtype, marks)
     context = replace(context, recomputing=partial(trace.around, "recompute"))
     loss = NextTokenLoss(context.tp, run.optimizer.z_loss, context.weight_gradients)
     return LayerParts(context, loss, _save_policies(run, layout, dtype), dtype, trace)
