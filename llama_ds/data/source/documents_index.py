@@ -4,9 +4,9 @@ It is text, so that `zcat | grep` finds a document. It has one line per document
 
     start <tab> length <tab> digest <tab> place
 
-`start` is the position of the document's bos among the shard's ids, where row r of the shard holds the positions r*T ..
+`start` is the position of the document's first id in the shard, whose row r holds the positions r*T ..
 (r+1)*T (T seq_len); it is negative if the document began in an earlier shard. `length` counts the document's ids with
-bos and eos, including those in other shards. `digest` is the first half of the sha256 of its text. `place` is the file,
+its marks, including those in other shards. `digest` is the first half of the sha256 of its text. `place` is the file,
 or file:line, that it was read from; backslashes, tabs and line ends in it are escaped as in Python.
 """
 
