@@ -91,7 +91,8 @@ def whole(least: int = 1, most: int = MANY) -> Callable[[str], int]:
         except ValueError:  # also more digits than Python converts
             value = least - 1
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{_shortened(text)} is not a whole number from {least} to {most}")
+            limit = f"of {least} or more" if most == MANY else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{_shortened(text)} is not a whole number {limit}")
         return value
 
     return parse

@@ -173,7 +173,7 @@ def test_mistakes_are_told_before_anything_starts(make_run: MakeRun, tmp_path: P
         (("--ranks", "0,2"), "--ranks 2: the layout has 2 ranks, pp 2 x dp 1 x tp 1; use 0 to 1"),
         (("--ranks", "frist"), "did you mean 'first'?"),
         (("--num-ranks", 3), "world size 3 is not a multiple of parallel.pp 2"),
-        (("--steps", 0), "--steps 0 is fewer than 1"),
+        (("--steps", 0), "--steps: '0' is not a whole number of 1 or more"),
         (
             ("--steps", 3),
             "fewer than the 9 of --warmup 3, --steps 3 and as many for the profiler",

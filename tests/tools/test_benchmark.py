@@ -75,7 +75,7 @@ def test_a_layer_is_measured_against_autograd_and_transformers(policy: str) -> N
 
 def test_impossible_numbers_are_one_line_and_exit_2() -> None:
     for args, word in (
-        (("step", "--batch", 0), "--batch 0"),
+        (("step", "--batch", 0), "--batch: '0' is not a whole number of 1 or more"),
         (("step", "--run", "no.yaml"), "no.yaml"),
         (("step", "model.hidde=3"), "hidde"),
         (("layer", "--tp", 3), "--tp 3 does not divide"),
