@@ -125,6 +125,7 @@ def sets_aside(folder: str) -> None:
     SaveAttempt(folder, OLD).set_aside_damaged(store.tag_of(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", [commits, rewinds, sets_aside])
 def test_late_operations_of_an_earlier_attempt_have_no_effect(rewound: Path, tmp_path: Path, act: object) -> None:
     """Otherwise they could make `latest` name an old checkpoint, or replace, delete or set aside a good one."""

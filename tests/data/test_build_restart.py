@@ -59,6 +59,7 @@ def kept(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in [*parts, *shards]}
 
 
+@pytest.mark.slow
 def test_a_killed_build_resumes(built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path) -> None:
     folder = tmp_path / "s"
     before: dict[str, tuple[int, int]] = {}
@@ -247,6 +248,7 @@ def test_a_disk_that_cannot_be_written_is_one_clear_error(built: Built, corpus: 
         build("s", small_disk)
 
 
+@pytest.mark.slow
 def test_hosts_give_the_same_bytes_and_a_lost_one_is_one_clear_error(
     built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:

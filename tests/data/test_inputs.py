@@ -185,6 +185,7 @@ def test_files_named_as_text_are_one_document(tmp_path: Path) -> None:
         assert texts(pattern, ReadOptions(as_text=("*.json", "table.csv"))) == ['{"a": 1}\n', "a,b\n"]
 
 
+@pytest.mark.slow
 def test_arrays_and_compressed_files_are_read_as_they_are_needed(tmp_path: Path) -> None:
     """The first document is there after a small part of the file, whose rest is not in memory."""
     noise = random.Random(0)

@@ -300,6 +300,7 @@ def test_missing_hostfile_of_the_runner_ends_the_ranks(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_deepspeeds_own_runner_is_recognised(tmp_path: Path) -> None:
     """The real launcher warns about the missing file and continues with local resources; the rank exits."""
     tmp_path.joinpath("check.py").write_text(CHECK)

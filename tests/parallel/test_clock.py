@@ -15,6 +15,7 @@ from tests import time_namespaces
 WORKER = str(Path(__file__).with_name("clock_worker.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(time_namespaces.missing() is not None, reason=str(time_namespaces.missing()))
 def test_offsets_are_those_of_the_time_namespaces(tmp_path: Path) -> None:
     """Rank 0 is 40 s ahead of this machine; ranks 1 and 2 share a host 5000 s ahead, 3 has one 123456 s ahead."""

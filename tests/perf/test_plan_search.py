@@ -37,6 +37,7 @@ def found() -> SearchResult:
     return search(base("65b"), 2048, A100, top=5)
 
 
+@pytest.mark.slow
 def test_the_ranking_is_of_legal_layouts_fastest_first(found: SearchResult) -> None:
     assert len(found.best) == 5
     seconds = [item.step.seconds for item in found.best]
@@ -61,6 +62,7 @@ def test_the_papers_speed_lies_between_a_layout_of_its_time_and_the_best(found: 
     assert set(found.of_kind) == set(KINDS)
 
 
+@pytest.mark.slow
 def test_no_pruned_layout_is_faster() -> None:
     """Exhaustive search on a small problem: the bound must not prune a layout that belongs among the best."""
     run = base("7b", "training.global_batch=64")

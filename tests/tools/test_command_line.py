@@ -34,6 +34,7 @@ def test_every_tool_has_its_calls() -> None:
     assert sorted([*NORMAL, *WITH_RANKS]) == sorted(WAITING) == TOOLS
 
 
+@pytest.mark.slow
 def test_imports_say_nothing() -> None:
     program = "import llama_ds.benchmarks.compare, llama_ds.training.loop, llama_ds.training.dry_run.run"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
