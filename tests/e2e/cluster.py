@@ -25,8 +25,8 @@ TIMEOUT_S = 600  # a start alone takes over a minute on a busy machine
 QUICK = {
     "beat-s": 0.5,
     "silent-s": 3,
-    "orphan-s": 9,
-    "hang-min-s": 6,
+    "orphan-s": 24,
+    "hang-min-s": 20,  # on a busy machine a step may take ten seconds
     "backoff-s": 0.2,
     "start-s": 300,
 }
@@ -124,6 +124,10 @@ class Job:
             self.process.wait()
         for process in self.leftovers():
             process.kill()
+
+    def left_running(self) -> list[psutil.Process]:
+        """Return the processes of the job that do not end within the time that a busy machine may take."""
+        return psutil.wait_procs(self.leftovers(), timeout=30)[1]
 
     def leftovers(self) -> list[psutil.Process]:
         """Return the living processes of the job, wherever they are, other than tools/launch.py itself."""

@@ -16,7 +16,7 @@ from tests.warm import free_port
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "llama_ds" / "train.py")
 BIN = Path(sys.executable).parent
-TIMEOUT_S = 240  # timeout of one command: a hang is a failure, a slow machine is not
+TIMEOUT_S = 600  # timeout of one command: a hang is a failure, a slow machine is not
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def test_two_hosts_train_as_one(launcher: str, hosts: Hosts, alone: Run, make_ru
     assert [event["event"] for event in job.events if event["event"] != "killed"] == [
         *("job started", "attempt started", "ranks joined", "done", "job ended"),
     ]
-    assert not job.leftovers()
+    assert not job.left_running()
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def test_the_first_failing_rank_is_shown_first(hosts: Hosts, make_run: Callable[
     assert failure["ranks"][0] in (2, 3)
     assert failure["text"].startswith(f"rank {failure['ranks'][0]} on node2 failed:\nTraceback")
     assert job.output.count("RuntimeError: broken on this host") == 1
-    assert not job.leftovers()
+    assert not job.left_running()
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_a_mistake_that_one_host_sees_ends_the_job_for_good(hosts: Hosts, make_r
     assert job.output.count("error: ") == 1
     assert str(shards) in job.output
     assert len(job.named("attempt started")) == 1
-    assert not job.leftovers()
+    assert not job.left_running()
 
 
 @pytest.mark.slow
@@ -134,7 +134,7 @@ def test_two_jobs_on_the_same_hosts_end_one_by_one(hosts: Hosts, make_run: Calla
             job.kill()
     assert code == 0, jobs[1].output[-4000:]
     assert runs[1].newest.name > saved.name
-    assert not jobs[1].leftovers()
+    assert not jobs[1].left_running()
 
 
 @pytest.mark.slow

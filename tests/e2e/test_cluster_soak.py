@@ -70,7 +70,7 @@ def test_the_losses_are_those_of_a_run_without_faults(hosts: Hosts, whole: Run, 
     run = make_run("soak", LAYOUT)
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 1, NAMES[2:])
     began = time.monotonic()
-    job = start(run, hosts, NAMES[:2], 1, "--supervise", "--spares", str(spares), orphan_s=6, hang_min_s=5)
+    job = start(run, hosts, NAMES[:2], 1, "--supervise", "--spares", str(spares), orphan_s=12)
     chance = random.Random(SEED)
     kinds = [kind for _ in range(-(-FAULTS // len(KINDS))) for kind in chance.sample([*KINDS], len(KINDS))][:FAULTS]
     faults: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ def test_the_losses_are_those_of_a_run_without_faults(hosts: Hosts, whole: Run, 
     assert code == 0, job.output[-4000:]
     assert len(run.losses) == LAYOUT["training.steps"]
     assert equal
-    assert not job.leftovers()
+    assert not job.left_running()
     for fault in faults:
         assert fault["found"] == KINDS[fault["kind"]], fault
         assert fault["restarts"] == (fault["found"] is not None), fault

@@ -97,7 +97,7 @@ def test_the_job_goes_back_before_the_spike_and_leaves_its_data_out(
         *("attempt started", "ranks joined", "done", "job ended"),
     ]
     assert f"resumed at step {BACK // INTERVAL * INTERVAL} of {STEPS}" in job.output
-    assert not job.leftovers()
+    assert not job.left_running()
 
 
 def test_without_a_checkpoint_so_far_back_it_ends_and_says_why(
@@ -112,4 +112,4 @@ def test_without_a_checkpoint_so_far_back_it_ends_and_says_why(
     assert [len(job.named(name)) for name in ("spike", "rewind", "attempt started", "mistake")] == [1, 1, 2, 1]
     assert not list(run.checkpoints.glob("*.rewound"))
     assert run.newest.name >= f"step_{BAD.start // INTERVAL * INTERVAL:08d}"
-    assert not job.leftovers()
+    assert not job.left_running()
