@@ -330,6 +330,7 @@ def info(args: argparse.Namespace) -> Answer:
     from llama_ds.data.source.shards import read_manifest  # imported here as in `verify`
     from llama_ds.data.source.store import open_store
 
+    log.setup()
     manifests = {folder: read_manifest(open_store(folder)) for folder in find_sources(args.dir)}
     times = epochs(manifests, args.rows, dict(args.weight)) if args.rows else {}
     sources = [(folder, m, times.get(m.source)) for folder, m in manifests.items()]
@@ -344,6 +345,7 @@ def report(args: argparse.Namespace) -> Answer:
     from llama_ds.data.source.shards import read_manifest  # imported here as in `verify`
     from llama_ds.data.text.tokenizer import Tokenizer
 
+    log.setup()
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
     found = []
     for folder, store in _stores(args):
@@ -372,6 +374,7 @@ def unigram(args: argparse.Namespace) -> None:
     from llama_ds.data.sources import validation_rows
     from llama_ds.data.unigram import mixture_counts, unigram_loss
 
+    log.setup()
     folders, weights = zip(*args.sources, strict=True)
     counts = mixture_counts([open_source(folder, "train") for folder in folders], weights)
     rows = validation_rows([open_source(folder, "validation") for folder in folders], weights, args.rows)

@@ -15,9 +15,10 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import xxhash
@@ -114,7 +115,7 @@ class Description:
     @cached_property
     def model(self) -> ModelConfig:
         """The shape of the model."""
-        return read(ModelConfig, self.run["model"], ConfigSource(DESCRIPTION))
+        return read(ModelConfig, self.run.get("model"), ConfigSource(DESCRIPTION), "run.model")
 
     @property
     def states(self) -> OptimizerStates:
@@ -185,9 +186,7 @@ def describe(folder: str) -> Description:
             f"{path}: checkpoint format {version}, this version reads {FORMAT}; resume with the version that wrote it, "
             "or convert its weights there (tools/convert.py) and start from them"
         )
-    content["run"] = renamed_data(content["run"], ConfigSource(path))
-    content["files"] = {name: FileEntry(*entry) for name, entry in content["files"].items()}
-    return Description(**{key: content[key] for key in content if key in {f.name for f in fields(Description)}})
+    return _description(content, ConfigSource(path))
 
 
 def check_present(folder: str, description: Description) -> None:
@@ -239,10 +238,12 @@ def read_tensors(folder: str, description: Description, kinds: Iterable[str]) ->
             rows = json.load(file)
         found: dict[str, dict[Key, Spread]] = {}
         for key, weight in weights(description.model):
-            pieces = [StoredPiece(*row) for row in rows[name_of(key)]]
+            pieces = [_stored_piece(row) for row in rows[name_of(key)]]
+            count = description.layout["tp"] if weight.cut is not None else 1
             for kind in kinds:
                 parts = _parts([p for p in pieces if p.kind == kind])
                 if parts:
+                    _check_parts(parts, count, weight.numel(description.model) // count, key, kind)
                     runs = [[Run(p.start, _stored(folder, p), p.numel) for p in part] for part in parts]
                     found.setdefault(kind, {})[key] = Spread(weight.shape(description.model), weight.cut, runs)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -287,17 +288,60 @@ def sync(path: str) -> None:
         os.close(entry)
 
 
+_KINDS: dict[str, Any] = {  # types of the description's fields, as its JSON text holds them
+    **dict.fromkeys(("step", "tokens", "zero_stage", "format"), int),
+    **dict.fromkeys(("dtype", "config_hash"), str),
+    **dict.fromkeys(("run", "data"), dict[str, object]),
+    **dict.fromkeys(("layout", "rng"), dict[str, int]),
+    "optimizer_steps": int | None,
+    "rewinds": tuple[dict[str, int], ...],
+    "files": dict[str, tuple[int, str, int]],
+}
+_PIECE_KINDS = list(get_type_hints(StoredPiece).values())
+
+
+def _description(content: Mapping[str, Any], source: ConfigSource) -> Description:
+    """Return the description that a JSON object holds, without fields that are not known. Raises UserError."""
+    found: dict[str, Any] = {}
+    for known in fields(Description):
+        if known.name in content:
+            found[known.name] = read(_KINDS[known.name], content[known.name], source, known.name)
+        elif known.default is MISSING and known.default_factory is MISSING:
+            raise source.error(known.name, f"is missing, {_DAMAGED}")
+    found["run"] = renamed_data(found["run"], source)
+    if "model" in found["run"]:
+        read(ModelConfig, found["run"]["model"], source, "run.model")
+    found["rewinds"] = list(found.get("rewinds", ()))
+    found["files"] = {name: FileEntry(*entry) for name, entry in found.get("files", {}).items()}
+    return Description(**found)
+
+
+def _stored_piece(row: list[Any]) -> StoredPiece:
+    if list(map(type, row)) == _PIECE_KINDS:  # not by `read`, because there may be a million rows
+        piece = StoredPiece(*row)
+        if piece.offset >= 0 and isinstance(getattr(torch, piece.dtype, None), torch.dtype):
+            return piece
+    raise ValueError(f"{row} is not the location of a tensor")
+
+
 def _stored(folder: str, piece: StoredPiece) -> Stored:
     return Stored(os.path.join(folder, piece.file), piece.offset, getattr(torch, piece.dtype), (piece.numel,))
 
 
 def _parts(pieces: list[StoredPiece]) -> list[list[StoredPiece]]:
-    """Return the pieces of one weight and kind for each part, in the order of their elements."""
-    count = 1 + max((p.part for p in pieces), default=-1)
-    parts: list[list[StoredPiece]] = [[] for _ in range(count)]
-    for piece in sorted(pieces, key=lambda p: (p.part, p.start)):
-        parts[piece.part].append(piece)
-    return parts
+    """Return the pieces of one weight and kind for each part that has some, in the order of their elements."""
+    ordered = sorted(pieces, key=lambda p: (p.part, p.start))
+    return [list(part) for _, part in groupby(ordered, key=lambda p: p.part)]
+
+
+def _check_parts(parts: list[list[StoredPiece]], wanted: int, numel: int, key: Key, kind: str) -> None:
+    """Raise ValueError unless there are the parts 0 .. wanted - 1, each with its `numel` elements exactly once."""
+    if [part[0].part for part in parts] != list(range(wanted)):
+        raise ValueError(f"{name_of(key)}: {len(parts)} parts of its {kind} were written, not {wanted}")
+    for part in parts:
+        ends = [0, *(p.end for p in part)]
+        if [p.start for p in part] != ends[:-1] or ends[-1] != numel:
+            raise ValueError(f"{name_of(key)}: the elements of its {kind} were not written exactly once")
 
 
 def _check_cover(description: Description, pieces: Mapping[str, list[StoredPiece]]) -> None:
@@ -309,12 +353,7 @@ def _check_cover(description: Description, pieces: Mapping[str, list[StoredPiece
         for kind in kinds:
             wanted = count if kind in (WEIGHT, *description.states.kinds(weight.role)) else 0
             parts = _parts([p for p in pieces.get(name_of(key), ()) if p.kind == kind])
-            if len(parts) != wanted:
-                raise ValueError(f"{name_of(key)}: {len(parts)} parts of its {kind} were written, not {wanted}")
-            for part in parts:
-                ends = [0, *(p.end for p in part)]
-                if [p.start for p in part] != ends[:-1] or ends[-1] != numel:
-                    raise ValueError(f"{name_of(key)}: the elements of its {kind} were not written exactly once")
+            _check_parts(parts, wanted, numel, key, kind)
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

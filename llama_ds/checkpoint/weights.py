@@ -5,24 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from llama_ds.checkpoint.manifest import (
+    DESCRIPTION,
     TOKENIZER,
     TOKENIZER_FILES,
     TOKENIZER_JSON,
     WEIGHT,
+    Description,
     describe,
     read_tensors,
 )
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
+from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import Key, weight_shapes
+
+T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their short names
 
@@ -104,15 +109,25 @@ def open_checkpoint(folder: str) -> ModelFiles:
     return ModelFiles(
         path=folder,
         model=description.model,
-        seq_len=description.run["data"]["seq_len"],
+        seq_len=_run_value(folder, description, "data.seq_len", int, None),
         dtype=description.dtype,
         tensors=kinds.get(WEIGHT) or kinds[MASTER],
         tokenizer=tokenizer_in(folder),
-        document_mask=description.run["data"].get("document_mask", False),
-        initializer_range=description.run.get("training", {}).get("initializer_range", ModelFiles.initializer_range),
+        document_mask=_run_value(folder, description, "data.document_mask", bool, False),
+        initializer_range=_run_value(
+            folder, description, "training.initializer_range", float, ModelFiles.initializer_range
+        ),
         bos_id=description.bos_id,
         eos_id=description.eos_id,
     )
+
+
+def _run_value(folder: str, description: Description, key: str, kind: type[T], default: T | None) -> T:
+    """Return a value of the run that wrote a checkpoint; of a conversion, the run has only some sections."""
+    section, name = key.split(".")
+    keys = description.run.get(section, {})
+    found = keys.get(name, default) if isinstance(keys, dict) else keys
+    return read(kind, found, ConfigSource(os.path.join(folder, DESCRIPTION)), f"run.{key}")
 
 
 def check_shapes(found: ModelFiles, wanted: ModelConfig) -> None:

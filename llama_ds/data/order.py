@@ -28,8 +28,10 @@ from typing import NamedTuple
 import numpy as np
 
 from llama_ds.data.skips import Skip, Skips
+from llama_ds.errors import UserError
 
 MIN_BLOCK = 1024  # rows per block, in which the mixture matches the weights to within one row per source
+MAX_BLOCK = 1 << 26  # rows of a block at most; its shuffle takes about 2 GB of memory, and seconds
 WINDOW = 8  # shards shuffled together; limits the number of open files
 WEIGHT_ONE = 1 << 40  # fixed-point weight of 1, so that arithmetic is exact at any row number
 
@@ -209,8 +211,15 @@ class _Mix:
         self._edges = [0, *(round(w / sum(weights) * WEIGHT_ONE) for w in accumulate(weights))]
         self._edges[-1] = WEIGHT_ONE
         # Each source needs two rows per block or more; otherwise its rounded count could decrease from block to block.
-        smallest = min(b - a for a, b in pairwise(self._edges) if b > a)
-        self.block = max(MIN_BLOCK, 1 << (2 * WEIGHT_ONE // smallest).bit_length())
+        smallest = min(b - a for (a, b), w in zip(pairwise(self._edges), weights, strict=True) if w > 0 or b > a)
+        self.block = max(MIN_BLOCK, 1 << (2 * WEIGHT_ONE // max(1, smallest)).bit_length())
+        if self.block > MAX_BLOCK:
+            weight, name = min((w, name) for w, name in zip(weights, names, strict=True) if w > 0)
+            raise UserError(
+                f"weight {weight:g} of source {name} is {weight / sum(weights):.1e} of the mixture from step "
+                f"{segment.step} on, less than one row in {MAX_BLOCK // 2:,}; raise it, or set it to 0 to leave the "
+                "source out"
+            )
         self._mixed = lru_cache(maxsize=4)(self._mix_block)
 
     def counts(self, rows: int) -> list[int]:

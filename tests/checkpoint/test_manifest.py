@@ -34,6 +34,7 @@ from llama_ds.checkpoint.manifest import (
     write_manifest,
 )
 from llama_ds.checkpoint.stored import torch_tensors
+from llama_ds.checkpoint.weights import open_checkpoint
 from llama_ds.checkpoint.writing import commit
 from llama_ds.errors import UserError
 from llama_ds.layout.optimizer_states import ADAMW, EXP_AVG, EXP_AVG_SQ, MASTER
@@ -204,6 +205,62 @@ def test_another_format_is_refused_by_its_number(folder: Path, version: object) 
     (folder / DESCRIPTION).write_text(json.dumps({**content, "format": version, "what": "is new"}))
     with pytest.raises(UserError, match=rf"checkpoint format {version}, this version reads {FORMAT}; .*convert"):
         describe(str(folder))
+
+
+def store_changed(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change the description of a checkpoint, and its checksum as if it had been written so."""
+    content = json.loads((folder / DESCRIPTION).read_text())
+    del content["checksum"]
+    change(content)
+    content["checksum"] = xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / DESCRIPTION).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(files={"a": 7}), r"files\.a = 7 is not a list"),
+        (lambda c: c.update(files={"a": ["x", "", 0]}), r"files\.a\.0 = 'x' is not an integer"),
+        (lambda c: c.update(files={"a": [1, ""]}), r"files\.a = \[1, ''\] has 2 entries, not 3"),
+        (lambda c: c.update(files=[1]), r"files = \[1\] is not a mapping"),
+        (lambda c: c.update(step=None), "step = None is not an integer"),
+        (lambda c: c.pop("tokens"), "tokens is missing, the checkpoint is damaged"),
+        (lambda c: c.update(run=7), "run = 7 is not a mapping"),
+        (lambda c: c.update(layout={"tp": [2]}), r"layout\.tp = \[2\] is not an integer"),
+        (lambda c: c.update(rewinds={}), r"rewinds = {} is not a list"),
+        (lambda c: c["run"].update(model=[]), r"run\.model = \[\] is not a section of keys"),
+        (
+            lambda c: c["run"]["model"].update(num_hidden_layers="x"),
+            r"run\.model\.num_hidden_layers = 'x' is not an integer",
+        ),
+    ],
+)
+def test_a_wrong_type_in_the_description_is_named(folder: Path, change: Callable[[dict], object], message: str) -> None:
+    """Otherwise the user would see a traceback of whatever uses the value first."""
+    store_changed(folder, change)
+    with pytest.raises(UserError, match=f"{folder / DESCRIPTION}: {message}") as error:
+        describe(str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [7, {}, {"seq_len": "x"}, {"seq_len": 64, "document_mask": 2}])
+def test_a_wrong_type_in_the_run_is_named(folder: Path, data: object) -> None:
+    store_changed(folder, lambda content: content["run"].update(data=data))
+    with pytest.raises(UserError, match=rf"{folder / DESCRIPTION}: run\.data\.\w+ = .* is not "):
+        open_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [(0, "w"), (1, 10**12), (1, -1), (2, 1), (2, "x"), (3, 0), (4, None), (5, -8), (5, "x"), (6, "zeros"), (6, 4)],
+)
+def test_a_wrong_location_in_the_index_is_named(folder: Path, column: int, value: object) -> None:
+    """Otherwise other bytes would be read as a weight, or a part number would allocate all memory."""
+    rows = json.loads((folder / INDEX).read_text())
+    next(row for row in rows["1.mlp.up_proj.weight"] if row[0] == WEIGHT)[column] = value
+    (folder / INDEX).write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=rf"{folder / INDEX}: cannot be read \(.+\); use another checkpoint"):
+        read_tensors(str(folder), describe(str(folder)), [WEIGHT])
 
 
 class Bomb:

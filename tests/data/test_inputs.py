@@ -143,6 +143,9 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
         ("a.json", ARRAY[:-2], "damaged JSON file .after item 2, cut short"),
         ("a.json", ARRAY.replace(b"drei", b"dr\nei"), "damaged JSON file .after item 2, a line ends within a string"),
         ("a.json", ARRAY.replace(b'"id": 1', b'"id": x'), "a.json:2: not JSON"),
+        ("a.jsonl", LINES + b'{"a":' * 5000 + b"1" + b"}" * 5000, r"a\.jsonl:4: not JSON \(.* nested too deeply"),
+        ("a", b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"\n", r"a:1: not JSON \(.* nested too deeply"),  # not one text
+        ("a.json", ARRAY[:-2] + b"," + b"[" * 5000 + b"]" * 5001, r"a\.json:4: not JSON \(.* nested too deeply"),
         ("a.txt", "caf\u00e9".encode("utf-16"), "UTF-16 text; convert the file to UTF-8"),
     ],
 )
@@ -176,6 +179,28 @@ def test_odd_json_is_read(tmp_path: Path) -> None:
     assert [next(nested).text, next(nested).text] == ["one", "two"]
     with pytest.raises(UserError, match=r'd\.jsonl:3: no "a\.b" of type string; .* --text-field, of a\.b\.c\.d'):
         next(nested)
+
+
+def test_a_nested_record_without_a_text_is_named_at_any_depth(tmp_path: Path) -> None:
+    """Whatever the JSON parser still reads, however close to Python's limit on recursion."""
+    for depth in range(850, 1000):
+        (tmp_path / "a.jsonl").write_text('{"a":' * depth + '"x"' + "}" * depth)
+        with pytest.raises(UserError, match=r"a\.jsonl:1: (no \"text\"|not JSON \(.* nested too deeply)"):
+            list(PieceReader(TextPiece(str(tmp_path / "a.jsonl"))))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", '{"_data_files": 7}'),
+        ("state.json", '{"_data_files": [{"file": "a"}]}'),
+        ("dataset_dict.json", '{"splits": [null, 1]}'),
+    ],
+)
+def test_damaged_metadata_of_a_saved_dataset_are_named(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: cannot be read \(it lists no names\); copy the dataset again"):
+        texts(tmp_path)
 
 
 def test_files_named_as_text_are_one_document(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_ds.data.order import MIN_BLOCK, WINDOW, BadShard, Order, Rows, Segment, permutation
+from llama_ds.data.order import MAX_BLOCK, MIN_BLOCK, WINDOW, BadShard, Order, Rows, Segment, permutation
+from llama_ds.errors import UserError
 
 R = 7  # rows per shard
 BATCH = 64
@@ -132,6 +133,15 @@ def test_the_llama_mixture_of_a_whole_run() -> None:
     for (rows, epochs), weight in zip(order.consumed(steps).values(), LLAMA, strict=True):
         assert abs(rows - steps * 2048 * weight) <= 1.01
         assert epochs == rows / 10**8
+
+
+@pytest.mark.parametrize("weight", [1e-300, 1e-13, 1e-12, 2e-8])
+def test_a_mixture_that_is_too_uneven_is_refused(weight: float) -> None:
+    """Otherwise its first step would take all memory, or the source would never be read."""
+    with pytest.raises(UserError, match=rf"^weight {weight:g} of source b is .* of the mixture from step 0 on, .* set"):
+        order_of(0, {"a": 0.0, "b": weight, "c": 1.0}, {"a": (9,), "b": (9,), "c": (9,)})
+    least = order_of(0, {"b": 4e-8, "c": 1.0}, {"b": (9,), "c": (9,)})
+    assert least._mixes[0].block == MAX_BLOCK
 
 
 @given(step=st.integers(0, 10**6), dp=st.sampled_from([1, 2, 3, 4, 6, 12]))

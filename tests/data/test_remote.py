@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 from flaky_server import FlakyServer
 
+from llama_ds.data.source import store as store_module
 from llama_ds.data.source.cache import Cache
 from llama_ds.data.source.store import BadFile, RetryPolicy, Store, open_store
 from llama_ds.errors import UserError
 from llama_ds.log import logger
+from tools import shards
 
 SHARD = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(SHARD).hexdigest()
@@ -127,6 +129,25 @@ def test_retries_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     first, second = dict.fromkeys(record.getMessage() for record in caplog.records)
     assert "/c4/a.tar: try 1 failed: HTTP 503" in first and "next in 0.0" in first
     assert f"try 2 failed: cut short at byte {len(SHARD) // 2} of {len(SHARD)}" in second
+
+
+@pytest.mark.parametrize("command", ["verify", "report"])
+@pytest.mark.parametrize(
+    ("program", "line"), [("false {}", "try 1 failed: exit status 1"), ("sleep 9; cat {}", "no byte in 0.1 s")]
+)
+def test_the_data_tools_show_that_they_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, command: str, program: str,
+    line: str,
+) -> None:  # fmt: skip
+    """Otherwise an unreachable source would look like a hang for minutes."""
+    monkeypatch.setattr(store_module, "DEFAULT_POLICY", SHORT)
+    monkeypatch.setattr(store_module, "LATE_S", 0.1)
+    logger.addHandler(caplog.handler)
+    try:
+        assert shards.main([command, f"pipe:{program}", "--cache-dir", str(tmp_path / "cache")]) == 2
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert line in caplog.text and logger.isEnabledFor(logging.WARNING)
 
 
 def gives_up(store: Store) -> str:

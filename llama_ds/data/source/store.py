@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import threading
 import time
 import urllib.parse
 import urllib.request
@@ -16,12 +17,13 @@ from contextlib import closing
 from typing import Protocol
 
 from llama_ds.data.source.cache import Busy, Cache, Part, digest_of, key_of
-from llama_ds.data.source.remote import CorruptDownload, Fault, Missing, RetryPolicy, Transport, open_transport
+from llama_ds.data.source.remote import Chunks, CorruptDownload, Fault, Missing, RetryPolicy, Transport, open_transport
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
 DEFAULT_POLICY = RetryPolicy()
 MIN_TRY_S = 1.0  # minimum time left for another try; a shorter try would say nothing about the file
+LATE_S = 5.0  # a try whose first bytes take longer is logged
 MISSING_TRIES = 3  # tries for a missing file, because object stores may list a new file late
 
 
@@ -51,7 +53,7 @@ class Store(Protocol):
         """
 
 
-def open_store(location: str, cache: Cache | None = None, policy: RetryPolicy = DEFAULT_POLICY) -> Store:
+def open_store(location: str, cache: Cache | None = None, policy: RetryPolicy | None = None) -> Store:
     """Return the store of a folder, a URL or a `pipe:` command, without connecting.
 
     Raises:
@@ -67,7 +69,7 @@ def open_store(location: str, cache: Cache | None = None, policy: RetryPolicy = 
             f"{transport.location}: a remote source needs a cache; set data.cache_dir to a folder on a local disk and "
             "data.cache_gib to the GiB it may take there"
         )
-    return RemoteStore(location, transport, cache, policy)
+    return RemoteStore(location, transport, cache, policy or DEFAULT_POLICY)
 
 
 class LocalStore:
@@ -112,7 +114,7 @@ class RemoteStore:
         tries = Tries(self.transport.where(name), self.policy)
         while True:
             try:
-                with closing(self.transport.chunks(name, 0, self.policy.stall_s, tries.until)) as chunks:
+                with closing(self._chunks(name, 0, tries.until)) as chunks:
                     return b"".join(chunk for _, chunk in chunks)
             except Fault as fault:
                 tries.wait(fault)
@@ -138,6 +140,20 @@ class RemoteStore:
             raise BadFile(tries.where, f"waited {self.policy.deadline_s:g} s: {busy}") from None
         return self.cache.path_of(key)
 
+    def _chunks(self, name: str, start: int, until: float) -> Chunks:
+        """Yield the chunks of one try, and log that its first bytes are late, because a try may wait for minutes."""
+        stall_s = max(0.0, min(self.policy.stall_s, until - time.monotonic()))
+        late = (self.transport.where(name), LATE_S, stall_s)
+        timer = threading.Timer(LATE_S, logger.warning, ("%s: no byte in %g s; this try ends after %.0f s", *late))
+        timer.daemon = True
+        timer.start()
+        try:
+            for chunk in self.transport.chunks(name, start, self.policy.stall_s, until):
+                timer.cancel()
+                yield chunk
+        finally:
+            timer.cancel()
+
     def _download(self, name: str, part: Part, sha256: str, tries: Tries) -> None:
         """Fill `part`, resuming where a failed try stopped."""
         while True:
@@ -156,7 +172,7 @@ class RemoteStore:
         """Download the missing bytes of `part` in one try."""
         if 0 < part.size == part.have:  # the last try failed after the last byte; the checksum decides
             return
-        with closing(self.transport.chunks(name, part.have, self.policy.stall_s, until)) as chunks:
+        with closing(self._chunks(name, part.have, until)) as chunks:
             for offset, chunk in chunks:
                 if offset != part.have:  # the server cannot resume
                     part.restart()

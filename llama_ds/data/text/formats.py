@@ -178,7 +178,9 @@ def _is_json_lines(head: bytes) -> bool:
         return False
     try:
         return isinstance(json_values.parse(line.decode()), dict)
-    except (ValueError, RecursionError):
+    except json_values.TooDeep:  # it is read as JSON, and thus refused: it must not become one text
+        return True
+    except ValueError:
         return False
 
 

@@ -20,14 +20,26 @@ class BrokenStream(Exception):
     """The values of a stream cannot be told apart from some byte on."""
 
 
+class TooDeep(ValueError):
+    """A JSON text with too many levels of objects and arrays."""
+
+
 def parse(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError or RecursionError: it is none."""
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON.
+        TooDeep: its objects and arrays are nested deeper than Python's parser reads.
+    """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise
-    except ValueError:  # a number of more digits than Python converts; no reader of texts needs it
-        return json.loads(text, parse_int=str)
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # a number of more digits than Python converts; no reader of texts needs it
+            return json.loads(text, parse_int=str)
+    except RecursionError:
+        raise TooDeep("objects or arrays are nested too deeply, in hundreds of levels") from None
 
 
 def field_of(record: object, path: str) -> object:
@@ -44,12 +56,23 @@ def field_of(record: object, path: str) -> object:
     return None
 
 
-def fields_of(record: object, prefix: str = "") -> list[str]:
-    """Return the fields of a record that hold a string, in the form that `field_of` takes."""
-    found = []
-    for name, value in record.items() if isinstance(record, dict) else ():
-        found += [f"{prefix}{name}"] if isinstance(value, str) else fields_of(value, f"{prefix}{name}.")
-    return found
+def fields_of(record: object) -> Iterator[str]:
+    """Yield the fields of a record that hold a string, in the form that `field_of` takes."""
+    levels = [_items("", record)]  # a stack, because a recursive call could nest deeper than the parser did
+    while levels:
+        for path, value in levels[-1]:
+            if isinstance(value, str):
+                yield path
+            elif isinstance(value, dict):
+                levels.append(_items(f"{path}.", value))
+                break
+        else:
+            levels.pop()
+
+
+def _items(prefix: str, record: object) -> Iterator[tuple[str, object]]:
+    """Return an iterator over the (path, value) of the fields of a record."""
+    return iter([(f"{prefix}{name}", value) for name, value in record.items()] if isinstance(record, dict) else ())
 
 
 def values(chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import BinaryIO
 
 from llama_ds.data.text.columns import arrow_values, parquet_values, row_counts
@@ -214,7 +215,7 @@ class PieceReader:
     def _text_of(self, item: str) -> str:
         try:
             record = parse(item)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             is_lines = self._format.content == JSON_LINES
             rule = "every line is one JSON object" if is_lines else "every item is one JSON object"
             raise _BadDocument("not JSON", f"not JSON ({error}); {rule}") from None
@@ -225,7 +226,7 @@ class PieceReader:
     def _checked(self, text: object, record: object) -> str:
         if not isinstance(text, str):
             field = self._options.text_field
-            others = fields_of(record)[:9]
+            others = list(islice(fields_of(record), 9))
             advice = f"name its text with --text-field, of {', '.join(others)}" if others else "a document is a string"
             raise _BadDocument(f'no "{field}" of type string', f'no "{field}" of type string; {advice}')
         if half := SURROGATE.search(text):

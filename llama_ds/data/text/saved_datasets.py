@@ -21,7 +21,7 @@ def check(folder: str, names: Sequence[str]) -> dict[str, str]:
         UserError: the dataset is incomplete, or the folder holds several splits.
     """
     if SPLITS in names:
-        splits = _read(os.path.join(folder, SPLITS)).get("splits", [])
+        splits = _names(os.path.join(folder, SPLITS), _read(os.path.join(folder, SPLITS)).get("splits", []))
         if len(splits) != 1:
             raise UserError(
                 f"{folder}: a saved dataset of the splits {', '.join(splits)}, which a source must not mix; name one, "
@@ -32,7 +32,10 @@ def check(folder: str, names: Sequence[str]) -> dict[str, str]:
     state = _read(os.path.join(folder, STATE)) if STATE in names else {}
     if "_data_files" not in state:
         return described
-    files = [file["filename"] for file in state["_data_files"]]
+    listed = state["_data_files"]
+    if isinstance(listed, list):
+        listed = [file.get("filename") if isinstance(file, dict) else file for file in listed]
+    files = _names(os.path.join(folder, STATE), listed)
     if missing := [name for name in files if name not in names]:
         raise UserError(
             f"{os.path.join(folder, missing[0])}: missing, though {STATE} lists it ({len(missing)} of {len(files)} "
@@ -45,6 +48,13 @@ def check(folder: str, names: Sequence[str]) -> dict[str, str]:
         )
     stale = {name: f"not listed in {STATE}" for name in names if name.endswith(".arrow") and name not in files}
     return {**stale, **described, STATE: METADATA}
+
+
+def _names(path: str, found: object) -> list[str]:
+    """Return `found`, which must be a list of names, of the JSON file at `path`."""
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise UserError(f"{path}: cannot be read (it lists no names); copy the dataset again, or delete the file")
+    return found
 
 
 def _read(path: str) -> dict:
