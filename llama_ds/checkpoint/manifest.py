@@ -295,6 +295,8 @@ _KINDS: dict[str, Any] = {  # types of the description's fields, as its JSON tex
     **dict.fromkeys(("layout", "rng"), dict[str, int]),
     "optimizer_steps": int | None,
     "rewinds": tuple[dict[str, int], ...],
+    "bos_id": int | None,
+    "eos_id": int | None,
     "files": dict[str, tuple[int, str, int]],
 }
 _PIECE_KINDS = list(get_type_hints(StoredPiece).values())
