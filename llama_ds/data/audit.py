@@ -11,7 +11,7 @@ import numpy as np
 
 from llama_ds.config.run_file import load_resolved
 from llama_ds.config.schema import RunConfig
-from llama_ds.data.mixture import STATE, DataState, check_same_content, state_from_json
+from llama_ds.data.mixture import STATE, DataState, check_same_sources, planned, state_from_json
 from llama_ds.data.order import Order
 from llama_ds.data.source.documents_index import IndexedDocument
 from llama_ds.data.source.manifest import shard_name
@@ -81,8 +81,10 @@ def documents_of_step(recorded: RecordedRun, step: int) -> list[ReadRow]:
     opened = open_sources(run.data, run.model.vocab_size)
     sources = {config.name: source for config, source in zip(run.data.sources, opened.train, strict=True)}
     rows = order.at(step)
-    contents = {name: tuple(e.sha256 for e in source.geometry.extents) for name, source in sources.items()}
-    check_same_content({order.names[i] for i in rows.source.tolist()}, recorded.state, contents, recorded.path)
+    geometry = {name: source.geometry for name, source in sources.items()}
+    present = planned(run.data, run.training.global_batch * run.data.seq_len, geometry)
+    segments = [segment for segment in recorded.state.segments if segment.step <= step]
+    check_same_sources({order.names[i] for i in rows.source.tolist()}, segments, recorded.state, present, recorded.path)
     indexes: dict[tuple[str, int], list[IndexedDocument]] = {}
     found = []
     for source_index, epoch, row in zip(*(column.tolist() for column in rows), strict=True):

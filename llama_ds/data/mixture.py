@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -110,8 +110,7 @@ def continued(past: DataState, plan: DataState, step: int, checkpoint: str) -> D
             names `checkpoint`.
     """
     kept = [segment for segment in past.segments if segment.step < step]
-    _check_same_rows(kept, past.rows_per_shard, plan, checkpoint)
-    check_same_content({name for segment in kept for name in segment.extents}, past, plan.contents, checkpoint)
+    check_same_sources({name for segment in kept for name in segment.extents}, kept, past, plan, checkpoint)
     now = next(segment for segment in reversed(plan.segments) if segment.step <= step)
     stage_starts = now.step == step  # even a stage with unchanged weights starts a segment
     if not kept or stage_starts or (kept[-1].weights, kept[-1].extents) != (now.weights, now.extents):
@@ -125,15 +124,23 @@ def continued(past: DataState, plan: DataState, step: int, checkpoint: str) -> D
     return DataState(rows_per_shard, (*kept, *later), (*past.bad, *listed), skips, contents)
 
 
-def check_same_content(names: Iterable[str], past: DataState, now: Mapping[str, tuple[str, ...]], where: str) -> None:
-    """Check that the sources `names` still hold what a run has read of them; `now` has the digests of their extents.
+def check_same_sources(
+    names: set[str], segments: Sequence[Segment], past: DataState, now: DataState, where: str
+) -> None:
+    """Check that the sources `names` still hold what a run has read of them in `segments` of its history `past`.
 
-    A source that is absent in `now` is not checked, and for one without digests that is logged.
+    A source that is absent in `now`, the plan for the present sources, is not checked.
 
     Raises:
         UserError: a source was rebuilt; the message names `where`, the checkpoint or state of the run.
     """
-    for name in sorted(set(names) & set(now)):
+    _check_same_rows(names, segments, past.rows_per_shard, now, where)
+    _check_same_content(names, past, now.contents, where)
+
+
+def _check_same_content(names: set[str], past: DataState, now: Mapping[str, tuple[str, ...]], where: str) -> None:
+    # For a source without digests, only a log line says that.
+    for name in sorted(names & set(now)):
         then = past.contents.get(name, ())
         if not (then and all(then) and all(now[name][: len(then)])):
             logger.info("%s: records no digest of source %s; whether it was rebuilt cannot be checked", where, name)
@@ -158,15 +165,17 @@ def _continued_skips(past: tuple[Skip, ...], plan: tuple[Skip, ...], step: int, 
     return (*made, *(skip for skip in plan if skip.step >= step))
 
 
-def _check_same_rows(kept: list[Segment], rows_per_shard: dict[str, int], plan: DataState, checkpoint: str) -> None:
+def _check_same_rows(
+    names: set[str], segments: Sequence[Segment], rows_per_shard: Mapping[str, int], plan: DataState, where: str
+) -> None:
     now = plan.segments[-1].extents
-    for segment in kept:
+    for segment in segments:
         for name, rows in segment.extents.items():
-            if name not in now:
+            if name not in names or name not in now:
                 continue
             if now[name][: len(rows)] != rows or plan.rows_per_shard[name] != rows_per_shard[name]:
                 then, here = (f"{' + '.join(map(str, r))} rows" for r in (rows, now[name]))
                 raise UserError(
-                    f"{checkpoint}: has read source {name} of {then}, {rows_per_shard[name]} in a shard, which now has "
+                    f"{where}: has read source {name} of {then}, {rows_per_shard[name]} in a shard, which now has "
                     f"{here}, {plan.rows_per_shard[name]} in a shard: it was rebuilt, not added to; {REBUILT}"
                 )

@@ -115,6 +115,12 @@ def test_a_source_that_was_rebuilt_is_refused(built: Built, tmp_path: Path, capl
     with caplog.at_level("INFO", "llama_ds"):
         open_data(run, state_from_json(without, "ckpt"), 5, "ckpt")
     assert "ckpt: records no digest of source prose; whether it was rebuilt cannot be checked" in caplog.text
+    (tmp_path / "run" / STATE).write_text(json.dumps(without))
+    assert documents_of_step(open_run(str(tmp_path / "run")), 3)
+    (tmp_path / "less.jsonl").write_text("".join(words.splitlines(keepends=True)[:20]))
+    build(str(tmp_path / "less.jsonl"), overwrite=True)
+    with pytest.raises(UserError, match=r"data\.json: has read source prose of \d+ rows, 20 in a shard, .* rebuilt"):
+        documents_of_step(open_run(str(tmp_path / "run")), 3)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

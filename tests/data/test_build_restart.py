@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -166,6 +167,12 @@ def test_concurrent_builds_and_other_flags_are_refused(
     finish(build)
     with pytest.raises(UserError, match=r"unfinished build.*seq_len 64, now 32.*delete .*/s/build to start again"):
         build_source(*arguments, 32, FRACTION, ROWS, dedup=True)
+    plan = tmp_path / "s" / "build" / "plan.json"
+    begun = json.loads(plan.read_text())
+    plan.write_text(json.dumps({key: value for key, value in begun.items() if key != "separator"}))
+    with pytest.raises(UserError, match=r"unfinished build of another version.*delete .*/s/build to start again"):
+        build_source(*arguments, SEQ_LEN, FRACTION, ROWS, dedup=True)
+    plan.write_text(json.dumps(begun))
     build_source(*arguments, SEQ_LEN, FRACTION, ROWS, workers=2, dedup=True)
     assert content(tmp_path / "s") == uninterrupted
 

@@ -108,6 +108,28 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         texts(tmp_path / "source")
 
 
+def test_a_file_and_links_to_it_are_read_once(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "5f").write_bytes(LINES)
+    for revision in ("1", "2"):  # as the cache of the Hugging Face hub keeps data sets
+        (tmp_path / "snapshots" / revision).mkdir(parents=True)
+        (tmp_path / "snapshots" / revision / "a.jsonl").symlink_to("../../blobs/5f")
+    names = ["snapshots/1/a.jsonl", "snapshots/2/a.jsonl"]
+    assert texts(tmp_path) == TEXTS
+    assert left_out(tmp_path) == {"a link to a file that is read under another name": names}
+    assert texts(tmp_path / "snapshots" / "*" / "*.jsonl") == TEXTS
+    assert texts(tmp_path / names[1]) == TEXTS
+
+
+def test_files_that_match_a_glob_are_taken_whatever_their_suffix(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for path in (tmp_path / "a.foo", tmp_path / "deep" / "b.foo", tmp_path / "deep" / "er" / "c"):
+        path.write_bytes(path.stem.encode())
+    with pytest.raises(UserError, match=r"name others with a glob, such as '.*/\*\*/\*'"):
+        texts(tmp_path)
+    assert texts(tmp_path / "**" / "*") == ["a", "b", "c"]
+
+
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a" / "closed").mkdir(parents=True)
     (tmp_path / "a" / "a.jsonl").write_bytes(LINES)

@@ -81,7 +81,7 @@ def test_an_appended_folder_gives_only_its_new_files(
     for pattern, append in ((crawl, True), (crawl, False), (crawl / "1.jsonl", False), (tmp_path / "copy.jsonl", True)):
         build(built, tmp_path, pattern, append=append)
         assert content(tmp_path / "s") == after
-    with pytest.raises(UserError, match=r"of 2 input files, not only these 1"):
+    with pytest.raises(UserError, match="whose 2 input files are not exactly these"):
         build(built, tmp_path, crawl / "2.jsonl")
     with pytest.raises(UserError, match=r"these documents, built with other flags \(document chars 0, now 100\)"):
         build(built, tmp_path, crawl / "2.jsonl", append=True, document_chars=100)
@@ -93,7 +93,40 @@ def test_an_appended_folder_gives_only_its_new_files(
     assert documents_in(tmp_path / "s") == 18
 
 
-def test_a_source_of_an_older_version_is_read_and_appended_to(built: Built, tmp_path: Path) -> None:
+def test_files_under_other_names_and_changed_files_are_not_added_without_a_word(
+    built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "crawl").mkdir()
+    for name in "ab":
+        write_lines(tmp_path / "crawl" / f"{name}.jsonl", TEXTS[:10] if name == "a" else TEXTS[10:14])
+    build(built, tmp_path, tmp_path / "crawl")
+    moved = (tmp_path / "crawl").rename(tmp_path / "moved")
+    build(built, tmp_path, moved)
+    write_lines(moved / "c.jsonl", TEXTS[20:23])
+    with caplog.at_level("INFO", "llama_ds"):
+        build(built, tmp_path, moved, append=True)
+    assert "already holds 2 of the 3 input files, which are not added again: " in caplog.text
+    assert documents_in(tmp_path / "s") == 17
+    for name in "abc":  # the same content in another order
+        (moved / f"{name}.jsonl").rename(moved / f"{ord('z') - ord(name)}.jsonl")
+    build(built, tmp_path, moved)
+    (tmp_path / "twice").mkdir()
+    for name in "123":
+        write_lines(tmp_path / "twice" / f"{name}.jsonl", TEXTS[:10])
+    with pytest.raises(UserError, match="whose 3 input files are not exactly these"):
+        build(built, tmp_path, tmp_path / "twice")
+    write_lines(tmp_path / "d.jsonl", TEXTS[30:32])
+    build(built, tmp_path, tmp_path / "d.jsonl", append=True)
+    write_lines(tmp_path / "d.jsonl", TEXTS[31:34])
+    caplog.clear()
+    build(built, tmp_path, tmp_path / "d.jsonl", append=True)
+    assert "files that changed since they were added are added as a whole" in caplog.text
+    assert documents_in(tmp_path / "s") == 22
+
+
+def test_a_source_of_an_older_version_is_read_and_appended_to(
+    built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number in (1, 2):
         write_lines(tmp_path / f"{number}.jsonl", TEXTS[10 * number :][:10])
     build(built, tmp_path, tmp_path / "1.jsonl")
@@ -107,6 +140,7 @@ def test_a_source_of_an_older_version_is_read_and_appended_to(built: Built, tmp_
     for _ in range(2):
         build(built, tmp_path, tmp_path / "2.jsonl", append=True)
     assert documents_in(tmp_path / "s") == 20
+    assert caplog.text.count("recorded no input; files that it already holds are added again") == 1
     with pytest.raises(UserError, match="older version, which recorded no input"):
         build(built, tmp_path, tmp_path / "2.jsonl")
 

@@ -129,9 +129,12 @@ def begin(
         _remove_build(folder)
         plan = None
     if plan is not None and plan != mark:
+        if plan.keys() == mark.keys():
+            what = f"build of other input or flags ({_changes(build, plan, mark, files)})"
+        else:
+            what = "build of another version of this program"
         raise UserError(
-            f"{folder}: holds an unfinished build of other input or flags ({_changes(build, plan, mark, files)}); "
-            f"finish it with the command that started it, or delete {build} to "
+            f"{folder}: holds an unfinished {what}; finish it with the command that started it, or delete {build} to "
             f"{'abandon that addition' if plan.get(APPENDS_TO) else 'start again'}"
         )
     remove_temporary(folder)
@@ -157,8 +160,8 @@ def _read_files(build: str) -> list[InputFile]:
 
 
 def _changes(build: str, plan: Mapping[str, object], mark: Mapping[str, object], files: Sequence[InputFile]) -> str:
-    differ = [key for key in mark if plan.get(key) != mark[key]]
-    changes = [f"{key} {plan.get(key)}, now {mark[key]}" for key in differ if key != INPUT]
+    differ = [key for key in mark if plan[key] != mark[key]]
+    changes = [f"{key} {plan[key]}, now {mark[key]}" for key in differ if key != INPUT]
     if INPUT in differ:
         changes.append(_input_change(_read_files(build), files))
     return ", ".join(changes)

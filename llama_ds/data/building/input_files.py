@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, NamedTuple
@@ -135,15 +136,21 @@ def missing_files(
         if (append or not entry.appended) and [f.sha256 for f in mine] == [f.sha256 for f in same]:
             _check_settings(folder, entry, settings)
             return []
-    known = {(file.path, file.sha256) for file in listed}
-    left = [file for file, own in zip(files, mine, strict=True) if (own.path, own.sha256) not in known]
+    known = Counter(file.sha256 for file in listed)
+    left = [file for file, own in zip(files, mine, strict=True) if own.sha256 not in known]
     if not append:
-        if not left and len(files) == len(listed) and not manifest.inputs[0].appended:
+        if _is_recorded(manifest) and Counter(own.sha256 for own in mine) == known:
             _check_settings(folder, manifest.inputs[0], settings)
             return []
         raise UserError(_other_input(folder, files, left, manifest))
-    if not settings["dedup"]:
+    if left and not settings["dedup"]:
         _check_not_grown(folder, left, listed)
+        if not _is_recorded(manifest):
+            logger.warning(
+                "%s: an older version built it and recorded no input; files that it already holds are added again, so "
+                "name new ones alone, or leave out equal documents with --dedup",
+                folder,
+            )
     if left and len(left) < len(files):
         names = {file.path for file in left}
         logger.info(
@@ -187,13 +194,18 @@ def _check_settings(folder: str, entry: BuildInput, settings: dict[str, object])
         )
 
 
+def _is_recorded(manifest: Manifest) -> bool:
+    """Whether the source lists all its input: older versions did not."""
+    return bool(manifest.inputs) and not manifest.inputs[0].appended
+
+
 def _other_input(folder: str, files: Sequence[InputFile], left: Sequence[InputFile], manifest: Manifest) -> str:
-    if not manifest.inputs or manifest.inputs[0].appended:
+    if not _is_recorded(manifest):
         what = "and an older version, which recorded no input, built it"
     elif left:
         what = f"and does not hold {len(left)} of these {len(files)} input files: {_named([f.path for f in left])}"
     else:
-        what = f"of {sum(entry.files for entry in manifest.inputs)} input files, not only these {len(files)}"
+        what = f"whose {sum(entry.files for entry in manifest.inputs)} input files are not exactly these"
     return (
         f"{folder}: already holds a finished source, {what}; use another --out or name, --append to add to it, or "
         "--overwrite to replace it"
@@ -201,14 +213,22 @@ def _other_input(folder: str, files: Sequence[InputFile], left: Sequence[InputFi
 
 
 def _check_not_grown(folder: str, files: Sequence[InputFile], listed: Sequence[ListedFile]) -> None:
-    by_path = {file.path: file for file in listed}
+    """Refuse files that have grown since they were added, and name those that have changed otherwise."""
+    held: dict[str, list[ListedFile]] = defaultdict(list)
+    for known in listed:
+        held[known.path].append(known)
     for file in files:
-        old = by_path.get(file.path)
-        if old and 0 < old.size < file.size and digest(file.path, old.size) == old.sha256:
-            raise UserError(
-                f"{file.path}: {folder} holds its first {old.size} bytes, whose documents would be added again; "
-                "append a file of the new documents alone, or leave out equal documents with --dedup"
-            )
+        for old in held[file.path]:
+            if 0 < old.size < file.size and digest(file.path, old.size) == old.sha256:
+                raise UserError(
+                    f"{file.path}: {folder} holds its first {old.size} bytes, whose documents would be added again; "
+                    "append a file of the new documents alone, or leave out equal documents with --dedup"
+                )
+    if changed := [file.path for file in files if held[file.path]]:
+        logger.warning(
+            "%s: files that changed since they were added are added as a whole, with documents that it may hold: %s",
+            *(folder, _named(changed)),
+        )
 
 
 def _named(paths: Sequence[str]) -> str:

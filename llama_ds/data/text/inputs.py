@@ -32,6 +32,7 @@ from llama_ds.log import logger
 SHOWN = 3  # examples of files that are left out for one reason
 SPLIT = re.compile(r"(?:^|[/._-])(train|validation|valid|test)(?:/|[._-]\d)")  # as hubs name folders and shards
 HIDDEN = "hidden or a marker"
+LINK = "a link to a file that is read under another name"
 # Names that Hadoop, Spark and Delta Lake give to files and folders beside the data.
 MARKER = re.compile(r"_(SUCCESS|metadata|common_metadata|temporary|spark_metadata|delta_log|(committed|started)_\w+)")
 
@@ -80,10 +81,10 @@ class Inputs:
             return UserError(
                 f"{self.pattern}: no such file, and as a glob it matches no file; check the path, and quote globs"
             )
+        others = f", such as '{os.path.join(self.pattern, '**', '*')}'" if os.path.isdir(self.pattern) else ""
         return UserError(
             f"{self.pattern}: holds no file to take; {'; '.join(self._left_out_lines())}. Taken are texts, JSON, "
-            f"parquet and Arrow files (suffixes {' '.join(known_suffixes())}); name others with a glob, such as "
-            f"'{os.path.join(self.pattern, '**', '*')}'"
+            f"parquet and Arrow files (suffixes {' '.join(known_suffixes())}); name others with a glob{others}"
         )
 
     def _left_out_lines(self) -> Iterator[str]:
@@ -110,13 +111,14 @@ def find_inputs(pattern: str, options: ReadOptions) -> Inputs:
     elif os.path.isfile(pattern):
         search.named(pattern)
     else:
-        for path in sorted(_glob(pattern)):
-            search.entry(path, in_folder=False)
+        search.matching(sorted(_glob(pattern)))
     inputs = search.inputs
     _leave_out_readme(inputs)
     if not inputs.files:
         raise inputs.nothing()
     inputs.files.sort(key=lambda file: file.path)
+    if not is_remote(pattern):
+        _leave_out_links(inputs)
     return inputs
 
 
@@ -124,6 +126,7 @@ class _Search:
     def __init__(self, inputs: Inputs, options: ReadOptions) -> None:
         self.inputs = inputs
         self._options = options
+        self._matched: set[str] = set()  # paths that match the glob
         self._seen: set[str] = set()  # paths, because several ways of a glob may lead to one
         self._folders: set[tuple[int, int]] = set()  # device and inode, because links may form a loop
 
@@ -134,6 +137,12 @@ class _Search:
             self._leave_out(path, f"the {MEGATRON_INDEX} in the .bin file")
             return
         self._take(path, FileFormat(TEXT, found.compression) if found.content in (BINARY, EMPTY) else found)
+
+    def matching(self, paths: list[str]) -> None:
+        """Take the files and folders that match a glob."""
+        self._matched = set(paths)
+        for path in paths:
+            self.entry(path)
 
     def remote(self, url: str) -> None:
         """Take the files at a URL."""
@@ -168,13 +177,14 @@ class _Search:
             if name in metadata:
                 self._leave_out(os.path.join(path, name), metadata[name])
             else:
-                self.entry(os.path.join(path, name), in_folder=True)
+                self.entry(os.path.join(path, name))
 
-    def entry(self, path: str, in_folder: bool) -> None:
+    def entry(self, path: str) -> None:
         """Take or leave out a file or a folder."""
         if path in self._seen:
             return
         self._seen.add(path)
+        in_folder = path not in self._matched
         if matches(path, self._options.exclude):
             self._leave_out(path, "named by --exclude")
             return
@@ -229,6 +239,17 @@ def _leave_out_readme(inputs: Inputs) -> None:
             inputs.left_out["describes lists of texts"].append(file.path)
     describing = set(inputs.left_out.get("describes lists of texts", ()))
     inputs.files = [file for file in inputs.files if file.path not in describing]
+
+
+def _leave_out_links(inputs: Inputs) -> None:
+    """Leave out links to files that are taken under another name, because their documents would be read twice."""
+    targets: dict[str, list[TakenFile]] = defaultdict(list)
+    for file in inputs.files:
+        targets[os.path.realpath(file.path)].append(file)
+    kept = {min(files, key=lambda file: os.path.islink(file.path)).path for files in targets.values()}
+    if links := [path for path in inputs.paths if path not in kept]:
+        inputs.left_out[LINK] = links
+    inputs.files = [file for file in inputs.files if file.path in kept]
 
 
 def _files(count: int) -> str:
