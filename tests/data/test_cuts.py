@@ -93,8 +93,8 @@ def test_texts_are_cut_to_pieces_of_the_size_where_possible(built: Built) -> Non
     text = "It was the 7th day of the voyage. " * 5000
     assert max(map(len, pieces_of(text, tokenizer.cuts, 1000))) <= 1000
     assert list(pieces_of(text, None, 1000)) == [text]
-    assert list(pieces_of("e" * 3000, cuts.Cuts(frozenset(["ee"])), 1000)) == ["e" * 3000]
-    parts = list(pieces_of("e" * 1500 + "7" + "e" * 200, cuts.Cuts(frozenset(["ee"])), 1000))
+    assert list(pieces_of("e" * 3000, cuts.UnjoinedCuts(frozenset(["ee"])), 1000)) == ["e" * 3000]
+    parts = list(pieces_of("e" * 1500 + "7" + "e" * 200, cuts.UnjoinedCuts(frozenset(["ee"])), 1000))
     assert parts == ["e" * 1500, "7" + "e" * 200]
 
 
