@@ -9,10 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_ds.checkpoint.names import hf_name
+from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import LayerContext
-from llama_ds.model.embedding import BOS
 from llama_ds.model.llama import Llama
 from llama_ds.model.loss import IGNORED, NextTokenLoss
 from llama_ds.model.rope import RotaryTables
@@ -115,7 +115,7 @@ def test_masked_documents_see_only_themselves(backend: str) -> None:
     masked.load_state_dict(mine.state_dict())
     generator = torch.Generator().manual_seed(2)
     contents = [torch.randint(3, model.vocab_size, (n,), generator=generator) for n in (9, 20, 16)]
-    documents = [torch.cat([torch.tensor([BOS]), content]) for content in contents]
+    documents = [torch.cat([torch.tensor([LLAMA_MARKS.bos]), content]) for content in contents]
     row = torch.cat(documents)[None]
     assert row.shape[1] == T
 
