@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import processors
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llama_ds.checkpoint.formats.hf_tokenizer import PROBE, imitation, tokenizer_config
+from llama_ds.checkpoint.formats.hf_tokenizer import PROBE, UNK, imitation, tokenizer_config
 from llama_ds.checkpoint.manifest import TOKENIZER_CONFIG, TOKENIZER_JSON
 from llama_ds.data.text.sentencepiece_model import SentencepieceModel
 from llama_ds.data.text.tiktoken_ranks import BOS, EOS, PATTERN, SPECIAL_TOKENS, TiktokenRanks
@@ -30,9 +30,9 @@ def exported(tokenizer: Tokenizer) -> dict[str, bytes]:
     """
     vocabulary = tokenizer.vocabulary
     if isinstance(vocabulary, SentencepieceModel):
-        content, config = imitation(vocabulary), tokenizer_config()
+        content, config = imitation(vocabulary), tokenizer_config(unk_token=UNK)
     elif isinstance(vocabulary, TiktokenRanks):
-        content, config = _converted(vocabulary), _llama3_config()
+        content, config = _converted(vocabulary), tokenizer_config(BOS, EOS)
     else:
         return _readable(tokenizer_files(tokenizer.path))
     if content is None:
@@ -65,17 +65,6 @@ def _converted(vocabulary: TiktokenRanks) -> dict[str, Any] | None:
     if not same or theirs.encode(PROBE, add_special_tokens=False).ids != vocabulary.encode(PROBE):
         return None
     return json.loads(theirs.to_str())
-
-
-def _llama3_config() -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "split_special_tokens": True,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-    }
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -120,10 +120,10 @@ def running(group: int) -> bool:
     return True
 
 
-def children(pid: int) -> list[int]:
-    """Return the worker processes of a build."""
+def children(pid: int, word: bytes = b"spawn_main") -> list[int]:
+    """Return the processes of a build with a word in their command line: its workers, or those that serve hosts."""
     found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(p) for p in found if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    return [int(p) for p in found if word in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def test_workers_end_with_their_build(
@@ -264,7 +264,7 @@ def test_hosts_give_the_same_bytes_and_a_lost_one_is_one_clear_error(
     arguments = built, corpus, tmp_path / "out", "--hostfile", tmp_path / "hosts", "--workers", 1
     build = start(*arguments)
     wait_for(build, lambda: bool(list(tmp_path.glob("out/s/*.tar"))))
-    first, second = served(build.pid)
+    first, second = children(build.pid, b"serve")
     os.kill(first, signal.SIGKILL)
     status, errors = finish(build)
     assert status == 2 and "Traceback" not in errors
@@ -275,12 +275,6 @@ def test_hosts_give_the_same_bytes_and_a_lost_one_is_one_clear_error(
     assert status == 0 and "host 127.0.0.1 builds with 1 processes" in errors
     assert content(tmp_path / "out" / "s") == uninterrupted
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["s"]
-
-
-def served(pid: int) -> list[int]:
-    """Return the processes that serve the hosts of a build."""
-    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(p) for p in found if b"serve" in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
 def test_an_interrupted_build_says_how_to_continue(

@@ -82,14 +82,14 @@ def tokenizer_json(pieces: Sequence[tuple[str, float, bool]], prefixed: bool) ->
     }
 
 
-def tokenizer_config() -> dict[str, Any]:
-    """Return the content of the matching tokenizer_config.json."""
+def tokenizer_config(bos: str = BOS, eos: str = EOS, **others: str) -> dict[str, Any]:
+    """Return the content of the tokenizer_config.json of a converted tokenizer; `others` are its other tokens."""
     return {
         # Not LlamaTokenizer: transformers 5 would replace our normalizer and pre-tokenizer by its own.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "unk_token": UNK,
+        "bos_token": bos,
+        "eos_token": eos,
+        **others,
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],

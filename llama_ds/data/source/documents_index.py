@@ -12,17 +12,12 @@ or file:line, that it was read from; backslashes, tabs and line ends in it are e
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
 from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
-from llama_ds.data.source.manifest import REBUILD
-from llama_ds.errors import UserError
+from llama_ds.data.source.packed_lines import escape, parse_lines, unescape, write_lines
 
 DIGEST_BYTES = 16
-_ESCAPES = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
 
 
 class IndexedDocument(NamedTuple):
@@ -36,12 +31,7 @@ class IndexedDocument(NamedTuple):
 
 def write_documents(file: BinaryIO, documents: Iterable[IndexedDocument]) -> None:
     """Write the index; the bytes depend on the documents alone."""
-    with (
-        gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
-        io.TextIOWrapper(packed, "utf-8", "surrogateescape", newline="\n", write_through=False) as text,
-    ):
-        for d in documents:
-            text.write(f"{d.start}\t{d.length}\t{d.digest.hex()}\t{escape(d.place)}\n")
+    write_lines(file, (f"{d.start}\t{d.length}\t{d.digest.hex()}\t{escape(d.place)}" for d in documents))
 
 
 def parse_documents(content: bytes, path: str) -> list[IndexedDocument]:
@@ -50,28 +40,7 @@ def parse_documents(content: bytes, path: str) -> list[IndexedDocument]:
     Raises:
         UserError: the index is damaged; the message names `path`.
     """
-    try:
-        if not content:
-            raise EOFError("0 bytes")
-        lines = gzip.decompress(content).decode("utf-8", "surrogateescape").split("\n")
-        return [_parse(line) for line in lines[:-1]]
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: damaged index of documents ({error}); restore it from a copy, or {REBUILD}") from None
-
-
-def escape(text: str) -> str:
-    """Escape backslashes, tabs and line ends as in Python."""
-    return text.translate(_ESCAPES)
-
-
-def unescape(text: str) -> str:
-    """Return the text that `escape` turns into `text`."""
-    if "\\" not in text:
-        return text
-    first, *others = text.split("\\\\")
-    for plain, escaped in (("\t", "\\t"), ("\n", "\\n"), ("\r", "\\r")):
-        first, others = first.replace(escaped, plain), [other.replace(escaped, plain) for other in others]
-    return "\\".join([first, *others])
+    return parse_lines(content, _parse, f"{path}: damaged index of documents")
 
 
 def _parse(line: str) -> IndexedDocument:

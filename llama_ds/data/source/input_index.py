@@ -9,16 +9,11 @@ It is text with one line per file, in the order in which the build read them:
 
 from __future__ import annotations
 
-import gzip
-import io
 import re
-import zlib
 from collections.abc import Iterable
 from typing import BinaryIO, NamedTuple
 
-from llama_ds.data.source.documents_index import escape, unescape
-from llama_ds.data.source.manifest import REBUILD
-from llama_ds.errors import UserError
+from llama_ds.data.source.packed_lines import escape, parse_lines, unescape, write_lines
 
 INPUT_FILE = re.compile(r"input-(\d+)\.gz")
 
@@ -38,12 +33,7 @@ def input_name(number: int) -> str:
 
 def write_inputs(file: BinaryIO, files: Iterable[ListedFile]) -> None:
     """Write the list; the bytes depend on the files alone."""
-    with (
-        gzip.GzipFile("", "wb", 6, file, mtime=0) as packed,
-        io.TextIOWrapper(packed, "utf-8", "surrogateescape", newline="\n") as text,
-    ):
-        for f in files:
-            text.write(f"{f.sha256}\t{f.size}\t{escape(f.path)}\n")
+    write_lines(file, (f"{f.sha256}\t{f.size}\t{escape(f.path)}" for f in files))
 
 
 def parse_inputs(content: bytes, path: str) -> list[ListedFile]:
@@ -52,11 +42,7 @@ def parse_inputs(content: bytes, path: str) -> list[ListedFile]:
     Raises:
         UserError: the list is damaged; the message names `path`.
     """
-    try:
-        lines = gzip.decompress(content).decode("utf-8", "surrogateescape").split("\n")
-        return [_parse(line) for line in lines[:-1]]
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise UserError(f"{path}: damaged list of inputs ({error}); restore it from a copy, or {REBUILD}") from None
+    return parse_lines(content, _parse, f"{path}: damaged list of inputs")
 
 
 def _parse(line: str) -> ListedFile:
