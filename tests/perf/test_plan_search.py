@@ -50,6 +50,7 @@ def test_the_ranking_is_of_legal_layouts_fastest_first(found: SearchResult) -> N
         assert 0.2 < item.step.mfu(A100) < 0.75
 
 
+@pytest.mark.slow
 def test_the_papers_speed_lies_between_a_layout_of_its_time_and_the_best(found: SearchResult) -> None:
     """The paper reports 380 tokens/s/GPU (section 2.4)."""
     plain = found.of_kind["1F1B with tp over a whole node, as in 2021-23"]
@@ -90,6 +91,7 @@ def test_the_bound_is_below_the_simulated_time() -> None:
         assert lower_bound(A100, job) <= step_time(A100, job).seconds * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_the_trainer_accepts_the_written_files(found: SearchResult, tmp_path: Path) -> None:
     for item in (found.best[0], *found.of_kind.values()):
         yaml_path, json_path = write(item.run, tmp_path / "planned")
@@ -100,6 +102,7 @@ def test_the_trainer_accepts_the_written_files(found: SearchResult, tmp_path: Pa
         assert again.step.seconds == pytest.approx(item.step.seconds)
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_with_all_pictures(found: SearchResult) -> None:
     text = page("65B <on> 2,048", found, run_cost(1.4e12, 400, 2048, 400))
     assert text.count("<svg") == 3 and text.count("</svg>") == 3
@@ -109,6 +112,7 @@ def test_the_page_is_one_file_with_all_pictures(found: SearchResult) -> None:
     assert "<circle" in text and "MWh" in text and "rank 0" in text
 
 
+@pytest.mark.slow
 def test_rejections_are_counted_with_an_example(found: SearchResult) -> None:
     assert "tensor parallelism across nodes" in found.rejected
     assert any(why.startswith("does not fit") for why in found.rejected)

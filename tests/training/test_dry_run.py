@@ -106,6 +106,7 @@ def test_every_call_and_all_memory_are_those_of_real_ranks(name: str, real: Path
                 assert rank["memory"][category] == recorded["held"][category]
 
 
+@pytest.mark.slow
 def test_messages_and_reductions_are_those_that_the_trainer_traces(real: Path, run_file: Path) -> None:
     """The engine's own trace of a real step, which is independent of the ledger, counts the same bytes."""
     name = "pp2_dp2_split"
