@@ -46,6 +46,15 @@ def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info:
     if rank_info.local_rank == 0:  # once per node, as with checkpoint files
         for source in data.sources.train:
             check_present(source)
+    for source in data.sources.train:
+        if filler := source.geometry.filler(source.seq_len):
+            labels = source.rows * source.seq_len
+            logger.info(
+                "source %s: %d of %d labels are filler after its last document, without loss",
+                source.name,
+                filler,
+                labels,
+            )
     return data
 
 

@@ -107,6 +107,7 @@ def test_filler_is_known_from_the_manifest(sizes: list[int], seq_len: int, rows_
     assert (labels[labels < 0] == ~99).all() and np.array_equal(plain_ids(marked), plain)
     assert labels[labels >= 0].tolist() == [i for ids in sizes for i in range(1, ids)]
     assert count_row_labels(marked) == sum(sizes) - len(sizes)
+    assert split.filler(seq_len) == (labels < 0).sum()
 
 
 def test_checksums_are_found_by_offset_and_read_by_sha256sum(built: Built) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -50,6 +51,7 @@ def test_what_a_run_leaves_in_its_process(make_run: Callable[..., Run]) -> None:
     started = make_run("left", {"training.steps": 3, "optimizer.warmup_steps": 1})
     output = succeed(python("-c", AND_SHOW_WHAT_IS_LEFT, TRAIN, started.file), started.log)
     assert "0 readers left, compiler imported: False" in output
+    assert re.search(r"source (code|prose): [1-9]\d* of \d+ labels are filler after its last document", output)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def as_data(report: SourceReport, shared: float) -> dict[str, Any]:
                 "documents": split.documents,
                 "tokens": split.ids,
                 "rows": split.rows,
-                "filler": split.rows * manifest.seq_len - sum(max(0, extent.ids - 1) for extent in split.extents),
+                "filler": split.filler(manifest.seq_len),
                 "shards": split.shards,
                 "damaged_shards": list(split.bad),
             }

@@ -77,6 +77,10 @@ class Split:
         ids = np.array([extent.ids for extent in self.extents], np.int64)
         return np.minimum(seq_len, ids[extent] - 1 - row * seq_len)
 
+    def filler(self, seq_len: int) -> int:
+        """Return how many labels of all rows are filler, which completes the last row of each extent."""
+        return self.rows * seq_len - sum(max(0, extent.ids - 1) for extent in self.extents)
+
     @property
     def shards(self) -> int:
         """Total number of shards."""
