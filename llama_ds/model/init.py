@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +62,7 @@ def normal_shard(
 def _draw(shape: tuple[int, int], dim: int, step: int, seed: int) -> Tensor:
     block = list(shape)
     block[dim] = step
-    # An explicit CPU device: under deepspeed.zero.Init the default device is the accelerator.
+    # Memory from NumPy: under deepspeed.zero.Init torch's constructors take the accelerator as the default device, and
+    # round what they return to bf16, here before it is scaled.
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    return torch.randn(block, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.from_numpy(np.empty(block, np.float32)).normal_(generator=generator)

@@ -53,6 +53,7 @@ class Case:
     extra_warmup: int = 0
     virtual_stages: int = 1
     layers: int = 4
+    hpz: int = 1  # ranks over which ZeRO-3 keeps a second copy of the weights
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
@@ -110,7 +111,10 @@ class Case:
             ),
             compute=ComputeConfig(decoder_layer=self.decoder_layer),
             deepspeed={
-                "zero_optimization": {"stage": self.zero},
+                "zero_optimization": {
+                    "stage": self.zero,
+                    **({"zero_hpz_partition_size": self.hpz} if self.hpz > 1 else {}),
+                },
                 "bf16": {"enabled": self.dtype == "bf16"},
             },
             path="layouts.yaml",
@@ -148,15 +152,19 @@ def micro_batches(case: Case, dp_rank: int, first_step: int = 0) -> Iterator[Mic
         yield from step_batches(case, dp_rank, step)
 
 
+def reference_model(case: Case) -> Llama:
+    """Return the model of a case in fp32 on one rank, with its initial weights and plain autograd."""
+    run = replace(case.run, compute=ComputeConfig(attention_backend="reference"))
+    context = layer_context(run, SingleRank(), "cpu", torch.float32)
+    return Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss))
+
+
 def train_reference(case: Case) -> list[tuple[float, float, float]]:
     """Train in plain torch on one rank.
 
     Return of each step (loss, gradient norm before clipping, then the loss of the rows of step `VALIDATION`).
     """
-    run = case.run
-    run = replace(run, compute=ComputeConfig(attention_backend="reference"))
-    context = layer_context(run, SingleRank(), "cpu", torch.float32)
-    model = Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss))
+    run, model = case.run, reference_model(case)
     norms = {id(p) for m in model.modules() if isinstance(m, RMSNorm) for p in m.parameters()}
     groups = [
         {"params": [p for p in model.parameters() if id(p) not in norms], "weight_decay": run.optimizer.weight_decay},

@@ -6,15 +6,20 @@ import gc
 import json
 import logging
 import sys
+from typing import Any
 
 import torch
 
 from llama_ds import log
+from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.layout.optimizer_states import MASTER
+from llama_ds.layout.weights import key_of
 from llama_ds.parallel import world
+from llama_ds.parallel.optimizer_state import fragments
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
-from tests.parallel.layout_cases import STEPS, VALIDATION, Case, micro_batches, step_batches
+from tests.parallel.layout_cases import STEPS, VALIDATION, Case, micro_batches, reference_model, step_batches
 
 
 def train(case: Case) -> tuple[list[tuple[float, float]], float]:
@@ -22,6 +27,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float]:
     run = case.run
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
     assert gc.get_freeze_count() > 100_000, "DeepSpeed's collections of garbage walk all that is imported"
+    if case.tp == 1:
+        check_initial_weights(case, engine.deepspeed)
     batches = micro_batches(case, engine.dp_rank)
     history = []
     for step in range(case.steps):
@@ -34,6 +41,14 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float]:
     validation = engine.evaluate(batches, len(batches))
     engine.deepspeed.destroy()
     return history, validation
+
+
+def check_initial_weights(case: Case, engine: Any) -> None:
+    """Check that the masters are bit for bit those of plain torch, rounded to the dtype of training."""
+    plain = {key_of(name): weight for name, weight in reference_model(case).named_parameters()}
+    for fragment in fragments(engine):
+        part = plain[key_of(fragment.name)].detach().flatten()[fragment.start :][: fragment.numel]
+        assert torch.equal(fragment.tensors[MASTER], part.to(DTYPES[case.dtype]).float()), fragment.name
 
 
 def main() -> None:
