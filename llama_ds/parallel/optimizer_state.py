@@ -86,6 +86,8 @@ def _spread_stage3(optimizer: Any) -> None:
             part.data = updated.data
     if optimizer.persistent_parameters:  # small parameters, which every rank holds in full
         optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+    optimizer.invalidate_secondary_tensor()  # hpZ keeps a copy of the weights within a host, and gathers from it
+    if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 

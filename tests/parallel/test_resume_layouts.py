@@ -27,7 +27,7 @@ ENGINES = [
     Case(2, 1, 1, schedule="interleaved", virtual_stages=2, tied=True),
     Case(1, 2, 1, zero=2, sequence_parallel=True, tied=True),
     Case(2, 1, 1, schedule="zb_h1", partition=(3, 1), tied=True),
-    Case(1, 1, 2, zero=3, tied=True),
+    Case(1, 1, 2, zero=3, tied=True, hpz=2),
     Case(2, 1, 1, schedule="dualpipe_v", virtual_stages=2, tied=True),
     Case(2, 1, 1, schedule="deepspeed", tied=True),
     Case(1, 1, 2, zero=1, tied=True),
