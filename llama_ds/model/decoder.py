@@ -122,9 +122,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = context.norm("post_attention_layernorm")
         self.mlp = SwiGLU(context, layer)
 
-    def forward(self, inputs: Hidden) -> Hidden:
-        """(B, S, D) -> (B, S, D); document_start, if given, is passed along."""
-        x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
+    def forward(self, inputs: Hidden, document_start: Tensor | None = None) -> Hidden:
+        """(B, S, D) -> (B, S, D); document_start, if given as an argument or in a pair, is passed along."""
+        x, document_start = inputs if isinstance(inputs, tuple) else (inputs, document_start)
         tp = self.tp
         x = x + tp.leave(self.self_attn(tp.enter(self.input_layernorm.plain(x)), document_start))
         x = x + tp.leave(self.mlp(tp.enter(self.post_attention_layernorm.plain(x))))

@@ -98,7 +98,9 @@ class Llama(nn.Module):
         recompute = self.checkpointed and torch.is_grad_enabled()
         hidden = embedding(ids)
         for layer in decoders:
-            hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
+            # Not as a pair: the hooks that ZeRO-3 puts on a layer find the tensors among its arguments only.
+            inputs = hidden if isinstance(hidden, tuple) else (hidden,)
+            hidden = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
         then = self._logits if labels is None else lambda x, weight: self.loss((x, weight), labels)
         return cast(Tensor, head(norm(hidden), then))
 

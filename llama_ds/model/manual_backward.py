@@ -80,9 +80,9 @@ class ManualBackwardLayer(DecoderLayer):
         self.wide_mlp = (mlp.gate_proj, mlp.up_proj)
         self.lay_weights_together()
 
-    def forward(self, inputs: Hidden) -> Hidden:
-        """(B, S, D) -> (B, S, D); document_start, if given, is passed along."""
-        x, document_start = inputs if isinstance(inputs, tuple) else (inputs, None)
+    def forward(self, inputs: Hidden, document_start: Tensor | None = None) -> Hidden:
+        """(B, S, D) -> (B, S, D); document_start, if given as an argument or in a pair, is passed along."""
+        x, document_start = inputs if isinstance(inputs, tuple) else (inputs, document_start)
         self._recording = self.recomputes_early and torch.is_grad_enabled()
         y = _Layer.apply(x, self, self.context.attention.documents(document_start), *self._parameters_in_order())
         return y if document_start is None else (y, document_start)

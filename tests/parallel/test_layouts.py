@@ -36,6 +36,10 @@ BASIC_LAYOUTS = [
 ]
 OPTIONS = [
     Case(zero=3, tied=True),
+    Case(zero=3, tied=True, decoder_layer="autograd", micro_batch=4),
+    Case(zero=3, document_mask=True, micro_batch=4, dtype="bf16"),
+    Case(1, 2, 1, zero=3, document_mask=True, micro_batch=4, sequence_parallel=True, recompute="full"),
+    Case(1, 1, 2, zero=3, document_mask=True, decoder_layer="autograd", micro_batch=4),
     Case(zero=1, document_mask=True, recompute="full", micro_batch=4),
     Case(zero=0, recompute="full", decoder_layer="autograd"),
     Case(zero=1, dtype="bf16"),
@@ -83,10 +87,11 @@ SCHEDULES_AND_OPTIONS = [
     Case(2, 1, 1, partition=(1, 1, 1, 1), recompute="none,full,selective,none", **V),
 ]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
-# Errors show in the first steps; the sixth is the first after the warm-up. Most basic layouts train all steps.
-CASES = [case if case.tp == 1 or case.world == 8 else replace(case, steps=10) for case in BASIC_LAYOUTS]
-CASES += [replace(case, steps=8) for case in SCHEDULES]
-CASES += [replace(case, steps=6) for case in SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
+# Errors show in the first steps: every step is clipped, and Adam's moments enter from the second one on. Basic layouts
+# without tp train all steps.
+CASES = [case if case.tp == 1 else replace(case, steps=10) for case in BASIC_LAYOUTS]
+CASES += [replace(case, steps=6) for case in SCHEDULES]
+CASES += [replace(case, steps=4) for case in SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
 
 History = tuple[list[tuple[float, float]], float]
 

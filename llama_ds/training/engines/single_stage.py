@@ -43,8 +43,11 @@ def build_single_stage(
     checkpointed = parts.policies is None and run.parallel.recompute == "full"
     with _zero_init(run, config, mpu):
         module = Llama(parts.context, parts.loss, parts.policies, checkpointed)
-    if run.zero_stage == 3:  # these modules read their submodules' weights directly, so ZeRO must gather each as a unit
-        set_z3_leaf_modules(module, [ManualBackwardLayer, Head])
+    if run.zero_stage == 3:
+        # These modules read their submodules' weights directly, so ZeRO must gather each as a unit.
+        units = {type(part) for part in module.modules()} & {ManualBackwardLayer, Head}
+        if units:
+            set_z3_leaf_modules(module, list(units))
     if run.logging.check_finite:
         check_layers(enumerate(module.layers), run.model.num_hidden_layers)
     optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
@@ -76,14 +79,15 @@ class SingleStageEngine:
         self._backward_waits = engine.zero_optimization_stage() >= 2
         if engine.zero_optimization_stage() == 0 and engine.dp_world_size == 1:
             engine.enable_backward_allreduce = False  # a reduction over one rank would still copy every gradient
-        # Only in fp32 without ZeRO, DeepSpeed discards the gradient norm after clipping.
+        # Only in fp32 without ZeRO, DeepSpeed discards the gradient norm after clipping, and takes steps with
+        # gradients that are not finite.
         engine.clip_fp32_gradients = self._clip_and_keep_norm
 
     def _clip_and_keep_norm(self) -> None:
         engine = self.deepspeed
-        engine._global_grad_norm = clip_grad_norm_(
-            engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu
-        )
+        norm = clip_grad_norm_(engine.module.parameters(), max_norm=engine.gradient_clipping(), mpu=engine.mpu)
+        engine._global_grad_norm = norm
+        engine.optimizer.found_inf = (~norm.isfinite()).float()  # torch's fused AdamW skips the step on the device
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         engine = self.deepspeed
