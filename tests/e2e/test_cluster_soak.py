@@ -44,7 +44,7 @@ ENDS = ("death", "failure", "hang", "host lost", "launcher", "done", "gave up", 
 NAMES = ("node1", "node2", "node3")  # the last is a spare
 LAYOUT = {
     "training.global_batch": 16,
-    "training.steps": 40 * FAULTS + 200,  # faults come by progress: enough for all
+    "training.steps": 25 * FAULTS + 100,  # faults come by progress: enough for all
     "checkpoint.interval": 5,
     "checkpoint.keep_last": 3,
     "evaluation.interval": 0,
