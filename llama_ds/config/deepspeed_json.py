@@ -15,6 +15,26 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError
 
+SECTIONS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "flops_profiler",
+    "compile",
+    "comms_logger",
+    "timers",
+    "aio",
+)
+# Keys that DeepSpeed reads and that change nothing in these engines, with the value that asks for something (None: any)
+# and what to do instead.
+NO_EFFECT = (
+    ("comms_logger.enabled", True, "take it out: tools/profile_run.py records every message of a step"),
+    ("dump_state", True, "take it out: `--dry-run` prints the resolved plan"),
+    ("timers", None, "take it out: tools/profile_run.py shows where a step's time goes"),
+    ("compile.deepcompile", True, "take it out: no step is compiled"),
+)
+
 
 class BatchSizes(Protocol):
     """The sizes of a layout that DeepSpeed's configuration repeats."""
@@ -38,9 +58,11 @@ def check_user_keys(run: RunConfig) -> None:
             raise _error(run, f"{key} is not the DeepSpeed file's to set: {OWNED[key]} and take it out here")
     source = ConfigSource(run.deepspeed_path)
     check_keys(run.deepspeed, sorted(USER_KEYS), source)
-    for section in ("zero_optimization", "bf16", "fp16", "data_types", "flops_profiler", "compile"):
-        if not isinstance(run.deepspeed.get(section, {}), dict):
-            raise _error(run, f'{section} = {run.deepspeed[section]!r} is not an object such as {{"key": value}}')
+    for section in SECTIONS:
+        _check_object(run, section, run.deepspeed.get(section, {}))
+    for section in ("offload_optimizer", "offload_param"):
+        where = f"zero_optimization.{section}"
+        _check_object(run, where, _section(run, "zero_optimization").get(section) or {}, '{"device": "cpu"}')
     for key in REMOVED_ZERO & _section(run, "zero_optimization").keys():
         raise _error(run, f"zero_optimization.{key} was removed in DeepSpeed 0.19; take it out")
     for section, known in SECTION_KEYS.items():
@@ -48,6 +70,11 @@ def check_user_keys(run: RunConfig) -> None:
     stage = _section(run, "zero_optimization").get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise _error(run, f"zero_optimization.stage = {stage!r} is not 0, 1, 2 or 3")
+
+
+def _check_object(run: RunConfig, key: str, value: object, example: str = '{"key": value}') -> None:
+    if not isinstance(value, dict):
+        raise _error(run, f"{key} = {value!r} is not an object such as {example}")
 
 
 def training_dtype(run: RunConfig, bf16_native: bool) -> str:
@@ -76,6 +103,7 @@ def deepspeed_config(run: RunConfig, layout: BatchSizes, bf16_native: bool) -> d
     """
     check_user_keys(run)
     dtype = training_dtype(run, bf16_native)
+    _check_effect(run)
     _check_combination(run, layout, dtype)
     config = copy.deepcopy(run.deepspeed)
     config.pop("fp16", None)
@@ -106,6 +134,18 @@ def _bf16(run: RunConfig) -> dict[str, Any]:
     return block
 
 
+def _check_effect(run: RunConfig) -> None:
+    """Refuse what DeepSpeed accepts and then ignores, or computes nonsense with."""
+    for key, setting, instead in NO_EFFECT:
+        section, _, name = key.rpartition(".")
+        found = (_section(run, section) if section else run.deepspeed).get(name)
+        if found not in (None, False) and (setting is None or found == setting):
+            raise _error(run, f"{key} = {found!r} has no effect here; {instead}")
+    factor = run.deepspeed.get("gradient_predivide_factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
+        raise _error(run, f"gradient_predivide_factor = {factor!r} is not a positive number; take it out")
+
+
 def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
     stage, pp = run.zero_stage, layout.pp
     if pp > 1 and stage != 1:
@@ -132,8 +172,6 @@ def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
         raise _error(run, f"wall_clock_breakdown with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
     if pp > 1 and _section(run, "flops_profiler").get("enabled"):
         raise _error(run, f"flops_profiler.enabled with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
-    if pp > 1 and _section(run, "compile").get("deepcompile"):
-        raise _error(run, f"compile.deepcompile with parallel.pp = {pp} would skip the reduction; take it out")
 
 
 def _section(run: RunConfig, name: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from llama_ds.errors import UserError
 EMPTY_DOCUMENT = "empty document"
 BLOCK = 1 << 20  # bytes per read
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+ESCAPE = "\\u"  # in JSON that was decoded from UTF-8, the only way to write half of a surrogate pair
 SURROGATE = re.compile("[\ud800-\udfff]")  # searched for, because encoding a text to find one would copy it
 
 
@@ -220,16 +221,16 @@ class PieceReader:
             rule = "every line is one JSON object" if is_lines else "every item is one JSON object"
             raise _BadDocument("not JSON", f"not JSON ({error}); {rule}") from None
         if isinstance(record, str) and self._format.content == JSON_VALUES:
-            return self._checked(record, record)
-        return self._checked(field_of(record, self._options.text_field), record)
+            return self._checked(record, record, item)
+        return self._checked(field_of(record, self._options.text_field), record, item)
 
-    def _checked(self, text: object, record: object) -> str:
+    def _checked(self, text: object, record: object, item: str = "") -> str:
         if not isinstance(text, str):
             field = self._options.text_field
             others = list(islice(fields_of(record), 9))
             advice = f"name its text with --text-field, of {', '.join(others)}" if others else "a document is a string"
             raise _BadDocument(f'no "{field}" of type string', f'no "{field}" of type string; {advice}')
-        if half := SURROGATE.search(text):
+        if ESCAPE in item and (half := SURROGATE.search(text)):
             raise _BadDocument(
                 "half of a surrogate pair", f"character {half.start()} is half of a surrogate pair; write it as UTF-8"
             )

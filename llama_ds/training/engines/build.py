@@ -13,6 +13,7 @@ from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.layout import Layout
+from llama_ds.parallel.deepspeed_check import check_values, refusals
 from llama_ds.parallel.lean_imports import leave_out_compiler
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.engines.layer_parts import layer_parts
@@ -32,8 +33,12 @@ def build_engine(
     """Build and partition this rank's layers and initialise DeepSpeed with the merged `config`. Collective.
 
     `marks` are those of the tokenizer.
+
+    Raises:
+        UserError: DeepSpeed refuses the configuration.
     """
     leave_out_compiler()
+    check_values(run.deepspeed_path, config)
     # Otherwise DeepSpeed compiles its shared-memory all-reduce at startup, which only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # adopts the process group of world.join
@@ -42,7 +47,7 @@ def build_engine(
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     parts = layer_parts(run, layout, dtype, device, marks)
     # DeepSpeed prints its topology and seeds to stdout, which is reserved for the run's own lines.
-    with redirect_stdout(io.StringIO()):
+    with redirect_stdout(io.StringIO()), refusals(run.deepspeed_path):
         if layout.pp == 1:
             return build_single_stage(run, layout, config, parts, device)
         if run.parallel.schedule == STOCK_ENGINE:

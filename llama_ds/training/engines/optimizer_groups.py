@@ -36,7 +36,7 @@ def build_optimizer(
     groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """Return AdamW over `groups`, or DeepSpeed's CPU Adam if the DeepSpeed configuration offloads the optimizer."""
-    if "offload_optimizer" in config["zero_optimization"]:
+    if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, adamw_mode=True)
