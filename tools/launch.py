@@ -33,7 +33,7 @@ from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.attempt import Watch
 from llama_ds.launch.supervise.hang_detector import HangLimits
 from llama_ds.launch.supervise.host_pool import HostPool
-from llama_ds.launch.supervise.supervisor import Bounds, Start, Supervisor, command_of
+from llama_ds.launch.supervise.supervisor import LaunchSettings, RestartLimits, Supervisor, command_of
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
 
@@ -116,7 +116,7 @@ def launch(args: argparse.Namespace) -> int:
         if finding.severity == "error":
             raise UserError(f"{args.hostfile}: {finding.text}")
         if finding.severity == "warning" or args.dry_run:
-            say(f"{finding.severity}: {finding.text}")
+            print_line(f"{finding.severity}: {finding.text}")
     start = start_of(args)
     if args.dry_run:
         show(args, wanted, start, hosts)
@@ -128,7 +128,7 @@ def launch(args: argparse.Namespace) -> int:
         watch=Watch(
             HangLimits(args.hang_factor, args.hang_min_s, args.start_s), args.silent_s, spikes=args.rewind_steps > 0
         ),
-        bounds=Bounds(
+        limits=RestartLimits(
             restarts=args.max_restarts if args.supervise else 0,
             backoff_s=args.backoff_s,
             rewind_steps=args.rewind_steps,
@@ -136,9 +136,9 @@ def launch(args: argparse.Namespace) -> int:
         ),
         folder=new_folder(wanted.run_dir),
         examine=lambda hosts: preflight(args, wanted, hosts),
-        say=say,
+        print_line=print_line,
     )
-    say(f"job folder: {supervisor.folder}")
+    print_line(f"job folder: {supervisor.folder}")
     handle_signals(supervisor)
     try:
         return supervisor.supervise()
@@ -161,7 +161,7 @@ def hosts_of(args: argparse.Namespace) -> dict[str, int]:
     return {host: len(slots) for host, slots in chosen.items()}
 
 
-def start_of(args: argparse.Namespace) -> Start:
+def start_of(args: argparse.Namespace) -> LaunchSettings:
     """Return the settings with which ranks are started."""
     exports = exported_to_ranks(os.environ)
     for pair in args.export:
@@ -169,7 +169,7 @@ def start_of(args: argparse.Namespace) -> Start:
         if not equals:
             raise UserError(f"--export {pair}: write NAME=VALUE")
         exports[name] = value
-    return Start(
+    return LaunchSettings(
         run_file=os.path.abspath(args.run_file),
         overrides=args.overrides,
         train=str(ROOT / "llama_ds" / "train.py"),
@@ -186,7 +186,7 @@ def start_of(args: argparse.Namespace) -> Start:
     )
 
 
-def show(args: argparse.Namespace, run: RunConfig, start: Start, hosts: Mapping[str, int]) -> None:
+def show(args: argparse.Namespace, run: RunConfig, start: LaunchSettings, hosts: Mapping[str, int]) -> None:
     """Print the launcher command. No host is contacted, so the values that hosts would report have placeholders."""
     folder = os.path.join(os.path.abspath(run.run_dir), "jobs", "NNNN", "attempt_01")
     job = Job(folder, dict(hosts), start.launcher, ("", 0), start.beat_s, start.orphan_s, start.nic)
@@ -213,7 +213,7 @@ def handle_signals(supervisor: Supervisor) -> None:
     signal.signal(signal.SIGUSR1, lambda *_: supervisor.ask("save"))
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line at once."""
     print(text, flush=True)
 

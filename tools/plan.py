@@ -192,9 +192,9 @@ def plan_fit(args: argparse.Namespace) -> Answer:
     if not rows:
         raise UserError(f"{', '.join(args.data)}: no row of {', '.join(machines)} states a layout; give other files")
     start = machines[args.gpu[0]].calibration
-    say = partial(print, file=sys.stderr, flush=True)
-    say(f"{len(rows)} rows, {len(BOUNDS)} constants")
-    found = fit(rows, machines, start, rounds=args.rounds, say=say)
+    print_line = partial(print, file=sys.stderr, flush=True)
+    print_line(f"{len(rows)} rows, {len(BOUNDS)} constants")
+    found = fit(rows, machines, start, rounds=args.rounds, print_line=print_line)
     found = replace(found, sources=f"fitted by tools/plan.py fit to {', '.join(Path(path).name for path in args.data)}")
     left_out = cross_validate(rows, machines, found) if args.cross_validate else {}
     if not args.dry_run:

@@ -74,7 +74,7 @@ def preflight(args: argparse.Namespace) -> Answer:
         burn_s=args.burn_s,
         slow=args.slow,
     )
-    report = examine(hosts | spares, settings, say)
+    report = examine(hosts | spares, settings, print_line)
     chosen = promote(hosts, report.good, spares, args.world)
     found = report.as_json() | {"hosts": chosen}
     if chosen is None:
@@ -94,7 +94,7 @@ def table(report: Report) -> str:
     return "\n".join([*lines, f"{len(report.good)} of {len(report.hosts)} hosts are good"])
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print progress on stderr."""
     print(text, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from llama_ds.errors import UserError
 
-SECTIONS = {  # of the classes that DeepSpeed reads sections with
+SECTIONS = {  # section of the JSON by the class that reads it
     "DeepSpeedZeroConfig": "zero_optimization",
     "DeepSpeedBF16Config": "bf16",
     "CompileConfig": "compile",

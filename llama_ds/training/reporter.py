@@ -70,7 +70,7 @@ class Reporter:
         metrics = self._meter.measure(unread.step, loss, unread.lr, norm)
         if self._log:
             self._log.record(asdict(metrics))
-            self._log.say(console_line(metrics, self._run.training.steps))
+            self._log.print_line(console_line(metrics, self._run.training.steps))
             self._log.advance(unread.step)
         if not math.isfinite(loss):
             raise Divergence(_divergence(self._run, unread.step, loss))
@@ -84,7 +84,7 @@ class Reporter:
         if self._log:
             perplexity = math.exp(loss)
             self._log.record({"step": step, "val_loss": loss, "val_perplexity": perplexity})
-            self._log.say(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.2f}")
+            self._log.print_line(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.2f}")
 
     def consumed(self, step: int, sources: dict[str, tuple[int, float]]) -> None:
         """Report how much of each source has been read: (rows, epochs) by name."""
@@ -97,13 +97,13 @@ class Reporter:
             shares = (
                 f"{name} {rows * seq_len:,} tokens, {epochs:.3f} epochs" for name, (rows, epochs) in sources.items()
             )
-            self._log.say(f"step {step} | read {'; '.join(shares)}")
+            self._log.print_line(f"step {step} | read {'; '.join(shares)}")
 
     def notes(self, lines: Iterable[str]) -> None:
         """Report events, on the console only."""
         if self._log:
             for line in lines:
-                self._log.say(line)
+                self._log.print_line(line)
 
     def close(self) -> None:
         """Close files and the progress bar."""

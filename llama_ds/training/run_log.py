@@ -40,7 +40,7 @@ class RunLog:
         for board in self._boards:
             board.add(step, numbers)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line on the console."""
         self._bar.write(text, file=sys.stdout)
         sys.stdout.flush()

@@ -20,7 +20,7 @@ import pytest
 
 from llama_ds.launch import remote
 from llama_ds.launch.preflight import HostFinding, PreflightSettings, answer, devices, examine, measure, probe
-from llama_ds.launch.preflight.checks import MAX_SKEW_S, Own, clock, judge, unlike
+from llama_ds.launch.preflight.checks import MAX_SKEW_S, LaunchingMachine, clock, judge, unlike
 from llama_ds.launch.preflight.examine import question
 
 A100, DRIVER = "NVIDIA A100-SXM4-80GB", "535.129.03"
@@ -272,7 +272,7 @@ def test_a_clock_beyond_the_bound_is_named(skew: float) -> None:
 def test_each_clock_is_judged_alone(tmp_path: Path) -> None:
     """Only this machine's clock is the reference: neither one host, nor half of them, nor all can outvote it."""
     good = examine_answer(tmp_path)
-    own = Own(good["python"], good["packages"], good["code"], {})
+    own = LaunchingMachine(good["python"], good["packages"], good["code"], {})
     for skews in ([5.0], [0.0, 5.0], [0.0, 0.0], [5.0, 5.0, 5.0], [0.0, 0.0, 5.0, 5.0], [math.nan, 0.0]):
         answers = {f"node{i}": good | {"skew_s": skew, "skew_bound_s": 0.5} for i, skew in enumerate(skews)}
         slots = dict.fromkeys(answers, 1)
@@ -308,7 +308,9 @@ def test_an_answer_of_another_shape_is_none(tmp_path: Path) -> None:
             assert read(changed) is None, (name, value)
         else:
             unjudged = read(changed) | {"skew_s": 0.0, "skew_bound_s": 0.0}
-            judge({"x": unjudged}, Own("", {}, "", {}), {"x": 1}, PreflightSettings(nic="eth0"))  # no exception
+            judge(
+                {"x": unjudged}, LaunchingMachine("", {}, "", {}), {"x": 1}, PreflightSettings(nic="eth0")
+            )  # no exception
     for name in ("time", "cores"):
         assert read(good | {name: math.nan}) is None and read(good | {name: True}) is None
 

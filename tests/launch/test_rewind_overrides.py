@@ -18,7 +18,7 @@ from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Outcome, Watch
 from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.spikes import Spike
-from llama_ds.launch.supervise.supervisor import Bounds, Start, Supervisor, rewind_overrides, skips_with
+from llama_ds.launch.supervise.supervisor import LaunchSettings, RestartLimits, Supervisor, rewind_overrides, skips_with
 
 RUN_FILE = str(Path(__file__).resolve().parents[2] / "ds_configs" / "llama_7b.yaml")
 HOSTS = {"node1": 8}
@@ -60,13 +60,13 @@ def supervising(tmp_path: Path, *overrides: str) -> Supervisor:
     run = load_run(RUN_FILE, overrides)
     return Supervisor(
         run=run,
-        start=Start(RUN_FILE, [], "train.py"),
+        start=LaunchSettings(RUN_FILE, [], "train.py"),
         host_pool=HostPool(run, HOSTS),
         watch=Watch(spikes=True),
-        bounds=Bounds(restarts=3, backoff_s=0, rewind_steps=100, skip_steps=300),
+        limits=RestartLimits(restarts=3, backoff_s=0, rewind_steps=100, skip_steps=300),
         folder=tmp_path,
         examine=lambda hosts: Report(list(hosts), []),
-        say=lambda text: None,
+        print_line=lambda text: None,
     )
 
 
@@ -111,7 +111,7 @@ def test_divergence_is_a_spike_where_rewinds_are_on(supervisor: Supervisor) -> N
     first = supervisor._rewind_id
     supervisor._prepare_restart(outcome, HOSTS, 1)
     assert supervisor._rewind_overrides == rewind_overrides([(900, 300)], 900, first + 1)
-    supervisor.bounds = Bounds(restarts=3)
+    supervisor.limits = RestartLimits(restarts=3)
     assert supervisor._exit_code(outcome, 1) == 2
 
 

@@ -22,7 +22,7 @@ from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Outcome, Watch
 from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.server import Server
-from llama_ds.launch.supervise.supervisor import MAX_BACKOFF_S, Bounds, Start, Supervisor
+from llama_ds.launch.supervise.supervisor import MAX_BACKOFF_S, LaunchSettings, RestartLimits, Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = str(ROOT / "ds_configs" / "llama_7b.yaml")
@@ -31,9 +31,16 @@ HOSTS = {"nowhere1.invalid": 8, "nowhere2.invalid": 8}
 
 def supervisor(folder: Path, examine: Callable[[Mapping[str, int]], Report]) -> Supervisor:
     run = load_run(RUN_FILE, [])
-    bounds = Bounds(restarts=2, backoff_s=0.01)
+    limits = RestartLimits(restarts=2, backoff_s=0.01)
     return Supervisor(
-        run, Start(RUN_FILE, [], "train.py"), HostPool(run, HOSTS), Watch(), bounds, folder, examine, lambda text: None
+        run,
+        LaunchSettings(RUN_FILE, [], "train.py"),
+        HostPool(run, HOSTS),
+        Watch(),
+        limits,
+        folder,
+        examine,
+        lambda text: None,
     )
 
 

@@ -29,7 +29,7 @@ class HostFinding:
 
 
 @dataclass(frozen=True)
-class Own:
+class LaunchingMachine:
     """Properties of the launching machine, for comparison."""
 
     python: str
@@ -39,7 +39,7 @@ class Own:
 
 
 def judge(
-    answers: Mapping[str, Mapping[str, Any]], own: Own, slots: Mapping[str, int], settings: Any
+    answers: Mapping[str, Mapping[str, Any]], own: LaunchingMachine, slots: Mapping[str, int], settings: Any
 ) -> list[HostFinding]:
     """Return the problems of each host that has answered."""
     found = unlike(answers)
@@ -101,7 +101,7 @@ def clock(skew_s: float, bound_s: float) -> list[Problem]:
     return [("clock", "error", f"its clock is {skew_s:+.1f} s from this machine's {known}; {fix}")]
 
 
-def _software(answer: Mapping[str, Any], own: Own) -> list[Problem]:
+def _software(answer: Mapping[str, Any], own: LaunchingMachine) -> list[Problem]:
     found = []
     if answer["python"] != own.python:
         text = f"Python {answer['python']} at {answer['executable']}, here {own.python}; install the same"
@@ -120,7 +120,7 @@ def _software(answer: Mapping[str, Any], own: Own) -> list[Problem]:
     return found
 
 
-def _disks(answer: Mapping[str, Any], own: Own, min_free_gib: float) -> list[Problem]:
+def _disks(answer: Mapping[str, Any], own: LaunchingMachine, min_free_gib: float) -> list[Problem]:
     found = []
     for path, left in answer["free"].items():
         minimum = SHM_GIB if path == "/dev/shm" else min_free_gib

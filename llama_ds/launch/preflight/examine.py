@@ -18,7 +18,7 @@ from typing import Any
 from llama_ds.errors import UserError
 from llama_ds.launch import remote
 from llama_ds.launch.preflight import answer, measure, probe
-from llama_ds.launch.preflight.checks import HostFinding, Own, judge
+from llama_ds.launch.preflight.checks import HostFinding, LaunchingMachine, judge
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -75,11 +75,11 @@ def examine(
     hosts: Mapping[str, int], settings: PreflightSettings, progress: Callable[[str], None] | None = None
 ) -> Report:
     """Check all hosts and return a report of their problems."""
-    say = progress or (lambda text: None)
+    print_line = progress or (lambda text: None)
     findings: list[HostFinding] = []
     with shared_file(settings.output_dir) as nonce:
-        ends, answers = _ask(hosts, settings, list(nonce), say)
-        own = Own(platform.python_version(), probe.packages(), probe.code_digest(str(ROOT)), nonce)
+        ends, answers = _ask(hosts, settings, list(nonce), print_line)
+        own = LaunchingMachine(platform.python_version(), probe.packages(), probe.code_digest(str(ROOT)), nonce)
     values: dict[str, dict[str, Any]] = {}
     for host, reply in answers.items():
         value = answer.read(reply.out, "preflight", answer.ANSWER)
@@ -95,7 +95,9 @@ def examine(
     if settings.measure and report.good:
         good = {host: hosts[host] for host in report.good}
         addresses = {host: values[host]["address"] for host in good}
-        report.speeds, slow = measure.measure(good, addresses, settings.burn_s, settings.ssh_port, settings.slow, say)
+        report.speeds, slow = measure.measure(
+            good, addresses, settings.burn_s, settings.ssh_port, settings.slow, print_line
+        )
         report.findings += slow
     positions = {host: position for position, host in enumerate(hosts)}
     report.findings.sort(key=lambda finding: positions[finding.host])
@@ -103,7 +105,7 @@ def examine(
 
 
 def _ask(
-    hosts: Mapping[str, int], settings: PreflightSettings, shared: list[str], say: Callable[[str], None]
+    hosts: Mapping[str, int], settings: PreflightSettings, shared: list[str], print_line: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, remote.HostAnswer]]:
     """Return the time of each host's answer, and the answers."""
     ends: dict[str, float] = {}
@@ -111,7 +113,7 @@ def _ask(
     def done(reply: remote.HostAnswer) -> None:
         ends[reply.host] = time.time()
         if len(ends) * 10 // len(hosts) > (len(ends) - 1) * 10 // len(hosts):
-            say(f"{len(ends)} of {len(hosts)} hosts have answered")
+            print_line(f"{len(ends)} of {len(hosts)} hosts have answered")
 
     argv = [sys.executable, "-I", "-"]
     return ends, remote.on_hosts(

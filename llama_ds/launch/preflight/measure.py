@@ -42,15 +42,15 @@ def measure(
     burn_s: float,
     ssh_port: int | None,
     severity: str,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> tuple[dict[str, list[dict[str, Any]]], list[HostFinding]]:
     """Return the speeds of all hosts, and findings; slow devices and links get `severity`."""
-    say(f"measuring {len(hosts)} hosts for about {burn_s + 10:.0f} s")
+    print_line(f"measuring {len(hosts)} hosts for about {burn_s + 10:.0f} s")
     slots, problems = _look(hosts, addresses, burn_s, ssh_port)
     found = failed(slots) + slow(slots, severity)
     accused = {finding.host for finding in found}
     if order := second_look(slots, accused):
-        say(f"measuring suspect hosts again, paired with fast hosts: {', '.join(order[::2])}")
+        print_line(f"measuring suspect hosts again, paired with fast hosts: {', '.join(order[::2])}")
         better(slots, _look({host: hosts[host] for host in order}, addresses, burn_s, ssh_port)[0], accused)
         found = [finding for finding in failed(slots) + slow(slots, severity) if finding.host in accused]
     return slots, problems + found

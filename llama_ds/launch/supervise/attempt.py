@@ -59,12 +59,18 @@ class Attempt:
     """The ranks of one start of the job."""
 
     def __init__(
-        self, job: Job, command: Command, server: Server, watch: Watch, events: Events, say: Callable[[str], None],
+        self,
+        job: Job,
+        command: Command,
+        server: Server,
+        watch: Watch,
+        events: Events,
+        print_line: Callable[[str], None],
         ssh_port: int | None = None,
-    ) -> None:  # fmt: skip
-        """`server` listens on the address in `job`. `say` receives rank 0's output."""
+    ) -> None:
+        """`server` listens on the address in `job`. `print_line` receives rank 0's output."""
         self.job, self.server, self.watch, self.events = job, server, watch, events
-        self._command, self._say, self._ssh_port = command, say, ssh_port
+        self._command, self._print_line, self._ssh_port = command, print_line, ssh_port
         self._hang_detector, self._spikes = HangDetector(watch.hang_limits), SpikeRule()
         self._tail = Tail(str(job.log(0)))
         self._checks: dict[str, _HostCheck] = {}  # checks in flight, by host
@@ -141,7 +147,7 @@ class Attempt:
     def _relay(self) -> None:
         for line in self._tail.lines():
             if not line.startswith("error: "):  # the rank also reports it, and it is printed as the attempt's outcome
-                self._say(line)
+                self._print_line(line)
 
     def _forward_request(self) -> None:
         request, self._request = self._request, None

@@ -14,9 +14,9 @@ from typing import Any
 class Events:
     """The file events.jsonl of a job."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
-        """Append to `path`; `say` receives the lines for the console."""
-        self.path, self._say = path, say
+    def __init__(self, path: Path, print_line: Callable[[str], None]) -> None:
+        """Append to `path`; `print_line` receives the lines for the console."""
+        self.path, self._print_line = path, print_line
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def add(self, event: str, text: str = "", **values: Any) -> None:
@@ -25,12 +25,12 @@ class Events:
         line = {"time": now, "at": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="milliseconds")}
         line |= {"event": event, **({"text": text} if text else {}), **values}
         if text:
-            self._say(text)
+            self._print_line(text)
         try:
             os.write(self._file, json.dumps(line).encode() + b"\n")
             os.fsync(self._file)
         except OSError as error:
-            self._say(f"EVENT LOST: {self.path}: {error.strerror}: {event}")
+            self._print_line(f"EVENT LOST: {self.path}: {error.strerror}: {event}")
 
     def close(self) -> None:
         """Close the file."""

@@ -27,7 +27,7 @@ MAX_BACKOFF_S = 300.0
 
 
 @dataclass(frozen=True)
-class Start:
+class LaunchSettings:
     """Settings for starting the ranks, equal in all attempts."""
 
     run_file: str
@@ -46,7 +46,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Bounds:
+class RestartLimits:
     """Limits of restarts. Only restarts without progress count: each new furthest step resets the count."""
 
     restarts: int = 0  # maximum number of restarts in a row without progress; 0: never restart
@@ -61,18 +61,18 @@ class Supervisor:
     def __init__(
         self,
         run: RunConfig,
-        start: Start,
+        start: LaunchSettings,
         host_pool: HostPool,
         watch: Watch,
-        bounds: Bounds,
+        limits: RestartLimits,
         folder: Path,
         examine: Callable[[Mapping[str, int]], Report],
-        say: Callable[[str], None],
+        print_line: Callable[[str], None],
     ) -> None:
-        """`folder` is the job's folder, `examine` runs the preflight, and `say` prints a line on the console."""
-        self.run, self.start, self.host_pool, self.watch, self.bounds = run, start, host_pool, watch, bounds
-        self.folder, self._examine, self._say = folder, examine, say
-        self.events = Events(folder / "events.jsonl", say)
+        """`folder` is the job's folder, `examine` runs the preflight, and `print_line` prints a line on the console."""
+        self.run, self.start, self.host_pool, self.watch, self.limits = run, start, host_pool, watch, limits
+        self.folder, self._examine, self._print_line = folder, examine, print_line
+        self.events = Events(folder / "events.jsonl", print_line)
         self._rewind_overrides: list[str] = []  # overrides of the last rewind, kept in all later attempts
         # (step, skipped steps of data): starts with the run file's list; each rewind adds to it.
         self._skips = [(skip.at_step, skip.steps) for skip in run.data.skip]
@@ -141,7 +141,7 @@ class Supervisor:
         )
         prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides])
         command = command_of(job, start, rendezvous)
-        self._attempt = Attempt(job, command, server, self.watch, self.events, self._say, start.ssh_port)
+        self._attempt = Attempt(job, command, server, self.watch, self.events, self._print_line, start.ssh_port)
         if self._ending:
             return Outcome(outcomes.FAILURE, "ended before the ranks were started")
         return self._attempt.run()
@@ -154,12 +154,12 @@ class Supervisor:
 
     def _exit_code(self, outcome: Outcome, in_a_row: int) -> int | None:
         """Return the exit code, or None if the job restarts."""
-        rewinds = self.bounds.rewind_steps > 0
+        rewinds = self.limits.rewind_steps > 0
         if outcome.kind == outcomes.MISTAKE or (outcome.kind == outcomes.DIVERGENCE and not rewinds):
             return UserError.EXIT_CODE
-        if self.bounds.restarts == 0:
+        if self.limits.restarts == 0:
             return 1
-        if in_a_row > self.bounds.restarts:
+        if in_a_row > self.limits.restarts:
             self.events.add(
                 "gave up",
                 f"{in_a_row - 1} restarts in a row got no further than step {outcome.step}; "
@@ -183,7 +183,7 @@ class Supervisor:
         return chosen
 
     def _backoff_s(self, in_a_row: int) -> float:
-        return float(min(self.bounds.backoff_s * 2 ** (in_a_row - 1), MAX_BACKOFF_S))
+        return float(min(self.limits.backoff_s * 2 ** (in_a_row - 1), MAX_BACKOFF_S))
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -192,7 +192,7 @@ class Supervisor:
 
     def _choose(self, hosts: dict[str, int]) -> dict[str, int]:
         """Choose the hosts of the next attempt; retry if too few are good, as a network outage may be temporary."""
-        for tries in range(1, self.bounds.restarts + 1):
+        for tries in range(1, self.limits.restarts + 1):
             try:
                 return self._check_and_choose(hosts)
             except UserError as error:
@@ -210,7 +210,7 @@ class Supervisor:
             "preflight", good=report.good, bad=[[f.host, f.check, f.text] for f in bad], strikes=self.host_pool.strikes
         )
         for finding in bad:
-            self._say(f"PREFLIGHT: {finding.host}: {finding.check}: {finding.text}")
+            self._print_line(f"PREFLIGHT: {finding.host}: {finding.check}: {finding.text}")
         chosen = self.host_pool.choose(report.good)
         out, into = [h for h in hosts if h not in chosen], [h for h in chosen if h not in hosts]
         before, after = sum(hosts.values()), sum(chosen.values())
@@ -245,12 +245,12 @@ class Supervisor:
         """Make the next attempt go back before the spike and skip the data that led to it."""
         # If no checkpoint is that old, the ranks report a user error, which ends the job; if there is no checkpoint at
         # all, the run starts from scratch. The minimum is step 1, because checkpoint.rewind_to = 0 means no rewind.
-        back = max(outcome.step - self.bounds.rewind_steps, 1)
-        self._skips = skips_with(self._skips, back, self.bounds.skip_steps)
+        back = max(outcome.step - self.limits.rewind_steps, 1)
+        self._skips = skips_with(self._skips, back, self.limits.skip_steps)
         self._rewind_id += 1
         self._rewind_overrides = rewind_overrides(self._skips, back, self._rewind_id)
         self.events.add(
-            "rewind", f"going back to step {back}, and skipping {self.bounds.skip_steps} steps of data", to=back
+            "rewind", f"going back to step {back}, and skipping {self.limits.skip_steps} steps of data", to=back
         )
 
 
@@ -272,7 +272,7 @@ def rewind_overrides(skips: Sequence[tuple[int, int]], back: int, name: int) -> 
     return [f"checkpoint.rewind_to={back}", f"checkpoint.rewind_id={name}", f"data.skip=[{entries}]"]
 
 
-def command_of(job: Job, start: Start, rendezvous: Rendezvous) -> Command:
+def command_of(job: Job, start: LaunchSettings, rendezvous: Rendezvous) -> Command:
     """Return the command that starts a job's ranks."""
     return build(
         launcher=start.launcher,

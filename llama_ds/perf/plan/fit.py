@@ -84,7 +84,7 @@ def fit(
     start: Calibration,
     free: Sequence[str] = tuple(BOUNDS),
     rounds: int = 6,
-    say: Callable[[str], None] = lambda line: None,
+    print_line: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
     """Return the calibration that fits `rows` best, starting from `start`."""
     best, lowest = start, objective(rows, machines, start)
@@ -101,7 +101,7 @@ def fit(
                     if found >= lowest - 1e-6:
                         break
                     best, lowest, moved = trial, found, True
-        say(f"round {turn + 1}: mean |log error| {loss(rows, machines, best):.4f}, objective {lowest:.4f}")
+        print_line(f"round {turn + 1}: mean |log error| {loss(rows, machines, best):.4f}, objective {lowest:.4f}")
         if not moved or turn % 2:
             step /= 2
     return best
