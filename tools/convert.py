@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS
-from llama_ds.command_line import new_parser, processes, run, whole
+from llama_ds.command_line import new_parser, processes, real, run, whole
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY
 
@@ -55,12 +55,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (default: the source's)")
     parser.add_argument("--vocab-size", type=whole(), metavar="N", help="pad or cut the embedding and head to N rows")
     unsaid = parser.add_argument_group("of a Meta folder, what params.json does not say")
-    unsaid.add_argument("--rope-factor", type=float, metavar="X", help="of Llama 3.1 and 3.3 it is 8, of 3.2 it is 32")
+    unsaid.add_argument(
+        "--rope-factor", type=real(1), metavar="X", help="of Llama 3.1 and 3.3 it is 8, of 3.2 it is 32"
+    )
     unsaid.add_argument(
         "--seq-len", type=whole(), metavar="N", help="longest sequence that it was trained for, in tokens"
     )
-    unsaid.add_argument("--bos-id", type=int, metavar="N", help="default: the tokenizer's")
-    unsaid.add_argument("--eos-id", type=int, metavar="N", nargs="+", default=[], help="default: the tokenizer's")
+    unsaid.add_argument("--bos-id", type=whole(0), metavar="N", help="default: the tokenizer's")
+    unsaid.add_argument("--eos-id", type=whole(0), metavar="N", nargs="+", default=[], help="default: the tokenizer's")
     parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
     parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")

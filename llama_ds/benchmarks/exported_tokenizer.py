@@ -35,8 +35,11 @@ def exported(tokenizer: Tokenizer, continued: bool = False) -> dict[str, bytes]:
         UserError: transformers' tokenizers would give other ids.
     """
     vocabulary = tokenizer.vocabulary
+    path = os.path.join(os.path.dirname(tokenizer.path), TOKENIZER_CONFIG)
+    said = read_object(path) if continued and os.path.exists(path) else {}
     if isinstance(vocabulary, SentencepieceModel):
-        content, config = imitation(vocabulary), sentencepiece_config(vocabulary)
+        content = imitation(vocabulary, said.get("add_bos_token"), said.get("add_eos_token") is True)
+        config = sentencepiece_config(vocabulary)
     elif isinstance(vocabulary, TiktokenRanks):
         content, config = _converted(vocabulary), _tiktoken_config()
     else:
@@ -46,10 +49,9 @@ def exported(tokenizer: Tokenizer, continued: bool = False) -> dict[str, bytes]:
             f"{tokenizer.path}: transformers would give other ids, because it is not a BPE model without "
             "normalisation; use the tokenizer itself, not transformers'"
         )
-    path = os.path.join(os.path.dirname(tokenizer.path), TOKENIZER_CONFIG)
-    if continued and os.path.exists(path):
+    if said:
         # Templates spell special tokens, so that their names must not be text.
-        config = {**config, "split_special_tokens": False, **read_object(path), **_ours(config)}
+        config = {**config, "split_special_tokens": False, **said, **_ours(config)}
     return {TOKENIZER_JSON: _json(content), TOKENIZER_CONFIG: _json(config)}
 
 

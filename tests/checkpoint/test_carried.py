@@ -21,7 +21,7 @@ from llama_ds.checkpoint.carried import carried_files
 from llama_ds.checkpoint.formats.hf_config import read_config
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import describe
-from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.data.text.tokenizer import Tokenizer, tokenizer_files
 from llama_ds.errors import UserError
 from tools import convert
 
@@ -124,6 +124,14 @@ def test_what_metas_format_has_no_place_for_is_printed(
     ) in capsys.readouterr().out
 
 
+def test_a_run_keeps_the_padding_token_that_special_tokens_map_names(chat: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "special_tokens_map.json"):
+        shutil.copy(chat / name, tmp_path)
+    config = json.loads(tokenizer_files(str(tmp_path / "tokenizer.json"))["tokenizer_config.json"])
+    names = (config["bos_token"], config["eos_token"], config["pad_token"])
+    assert names == ("<|begin_of_text|>", "<|eot_id|>", "<|fim_suffix|>")
+
+
 def train(folder: Path, **settings: Any) -> str:
     """Train a sentencepiece model; by default LLaMA's kind, with a space before every text."""
     lines = [line for p in (Path(sysconfig.get_paths()["stdlib"]) / "json").glob("*.py") for line in p.open()]
@@ -175,12 +183,14 @@ def test_the_settings_beside_tokenizer_model_are_kept(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", pad_token_id=0)
     train(folder)
     settings = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "pad_token": "<unk>", "chat_template": "{{ 1 }}"}
+    settings |= {"add_bos_token": False, "add_eos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **settings}))
     assert run(folder, tmp_path / "ours", "--to", "deepspeed") == 0
     assert run(tmp_path / "ours", tmp_path / "hf", "--to", "hf") == 0
     found = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (found.pad_token, found.chat_template) == ("<unk>", "{{ 1 }}")
-    assert found("<s> a")["input_ids"][:2] == [1, 1]  # a chat template spells its special tokens
+    ids = found("<s> a")["input_ids"]
+    assert ids[0] == 1 != ids[1] and ids[-1] == 2  # a chat template spells its special tokens
 
 
 def test_auto_tokenizer_fails_where_it_would_give_other_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

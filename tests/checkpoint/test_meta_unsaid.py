@@ -57,6 +57,8 @@ def test_the_factor_of_the_rotary_scaling_is_asked_for(
     assert found.rope_parameters["factor"] == 32.0 and found.max_position_embeddings == 131_072
     source = with_params(source, tmp_path / "said", rope_scaling_factor=16.0, rope_high_freq_factor=2.0)
     assert open_model(str(source)).model.rope_scaling == replace(SCALING, factor=16.0, high_freq_factor=2.0)
+    assert run(source, tmp_path / "hf2", "--to", "hf", "--rope-factor", 8) == 2
+    assert "rope_scaling_factor = 16.0, not 8; leave --rope-factor out" in capsys.readouterr().err
 
 
 # params.json as Meta publishes it: (release, params, factor of the scaling, sequence length, whether it is certain)

@@ -58,16 +58,22 @@ class SpecialPieces:
     """Ids with a meaning of their own; the default is LLaMA's."""
 
     unk: int = 0
-    begin: int | None = 1  # before every text; None: nothing is
+    begin: int | None = 1  # id before every text; None: nothing is
+    end: int | None = None  # id after every text; None: nothing is
     controls: Sequence[int] = (1, 2)
     user_defined: Sequence[int] = ()
 
 
-def imitation(ours: Sentencepiece) -> dict[str, Any] | None:
-    """Return the content of tokenizer.json for a sentencepiece model; None if it would give different ids."""
+def imitation(ours: Sentencepiece, bos: bool | None = None, eos: bool = False) -> dict[str, Any] | None:
+    """Return the content of tokenizer.json for a sentencepiece model; None if it would give different ids.
+
+    `bos` and `eos` say whether a text gets these ids; None: as a document of the training does.
+    """
     pieces = ours.pieces()
-    begin = None if ours.bos_id == ours.eos_id else ours.bos_id  # as `DocumentMarks.begin`
-    content = tokenizer_json(pieces, ours.prefixed, SpecialPieces(ours.unk_id, begin, ours.controls, ours.user_defined))
+    begins = ours.bos_id != ours.eos_id if bos is None else bos  # as `DocumentMarks.begin`
+    begin, end = ours.bos_id if begins else None, ours.eos_id if eos else None
+    special = SpecialPieces(ours.unk_id, begin, end, ours.controls, ours.user_defined)
+    content = tokenizer_json(pieces, ours.prefixed, special)
     theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
     theirs.encode_special_tokens = True  # the effect of split_special_tokens
     names = [pieces[i][0].replace(SPACE_MARK, " ") for i in (*ours.user_defined, *ours.controls)]
@@ -99,7 +105,7 @@ def tokenizer_json(
         "added_tokens": [_added(i, names[i], is_special) for i, is_special in sorted(added)],
         "normalizer": _step("Sequence", normalizers=prefix) if prefixed else None,
         "pre_tokenizer": None,
-        "post_processor": None if special.begin is None else _begin_with(special.begin, names[special.begin]),
+        "post_processor": _frame(special.begin, special.end, names),
         "decoder": _step("Sequence", decoders=[_step("ByteFallback"), _step("Fuse"), *(strip if prefixed else [])]),
         "model": {
             "type": "BPE",
@@ -154,11 +160,15 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
     return merges
 
 
-def _begin_with(index: int, name: str) -> dict[str, Any]:
-    first, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = {"Sequence": {"id": "B", "type_id": 1}}
-    special = {name: {"id": name, "ids": [index], "tokens": [name]}}
-    return _step("TemplateProcessing", single=[first, text], pair=[first, text, second], special_tokens=special)
+def _frame(begin: int | None, end: int | None, names: Sequence[str]) -> dict[str, Any] | None:
+    """Return the step that puts ids around a text; None: it puts none."""
+    if begin is None and end is None:
+        return None
+    before, after = ([] if i is None else [{"SpecialToken": {"id": names[i], "type_id": 0}}] for i in (begin, end))
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    special = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in (begin, end) if i is not None}
+    single, pair = [*before, first, *after], [*before, first, second, *after]
+    return _step("TemplateProcessing", single=single, pair=pair, special_tokens=special)
 
 
 def _added(index: int, name: str, special: bool) -> dict[str, Any]:

@@ -153,6 +153,8 @@ def _release_length(params: Mapping[str, Any], model: ModelConfig) -> tuple[int,
 
 def _scaling(source: ConfigSource, params: Mapping[str, Any], model: ModelConfig, unsaid: Unsaid) -> RopeScaling:
     factor: Any = params.get("rope_scaling_factor")
+    if factor is not None and unsaid.rope_factor not in (None, factor):
+        raise source.error("rope_scaling_factor", f"= {factor}, not {unsaid.rope_factor:g}; leave --rope-factor out")
     if factor is None:
         factor = unsaid.rope_factor or FACTORS.get(_shape(model))
     if factor is None:
