@@ -104,6 +104,12 @@ def test_there_and_back_twice_changes_nothing(chat: Path, tmp_path: Path) -> Non
         assert found["input_ids"] == theirs.apply_chat_template(messages, chat_template=template)["input_ids"]
 
 
+def test_an_id_without_a_row_is_refused(chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers does not load a model whose padding has no row."""
+    assert run(chat, tmp_path / "hf", "--to", "hf", "--vocab-size", 703) == 2
+    assert "eos_token_id = 709 is not below vocab_size = 703; convert with --vocab-size 710" in capsys.readouterr().err
+
+
 def test_a_damaged_file_beside_the_weights_is_not_carried_on(
     chat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llama_ds.checkpoint.carried import GENERATION, TOKENIZER_JSON, carried_files
 from llama_ds.checkpoint.formats.hf_config import (
@@ -142,11 +143,25 @@ def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> t
     config = hf_config(files.model, files.seq_len, dtype, given.bos, given.eos, files.initializer_range)
     if files.hf_config:
         config = continued(files.hf_config, config)
+    _check_ids(files, config)
     small = {CONFIG: as_json(config), **given.files}
     copied = carried_files(files.path)
     if GENERATION not in copied and not files.from_hf:
         small[GENERATION] = as_json({key: config[key] for key in TOKEN_IDS[:2]} | {"do_sample": True})
     return small, {name: path for name, path in copied.items() if name not in small}
+
+
+def _check_ids(files: ModelFiles, config: Mapping[str, Any]) -> None:
+    """Check that all token ids have rows in the vocabulary tables; else transformers may not even load the model."""
+    size = files.model.vocab_size
+    for key in TOKEN_IDS:
+        value = config.get(key)
+        for index in value if isinstance(value, list) else [value]:
+            if index is not None and index >= size:
+                raise UserError(
+                    f"{files.path}: {key} = {index} is not below vocab_size = {size}; convert with --vocab-size "
+                    f"{index + 1} or more: missing rows become zeros"
+                )
 
 
 def _stored_tensors(folder: str) -> _Found:
