@@ -19,8 +19,9 @@ import torch
 from written_ranks import build, write_rank
 
 from llama_ds.checkpoint import store
+from llama_ds.checkpoint.carried import TOKENIZER
 from llama_ds.checkpoint.load_model import load_model
-from llama_ds.checkpoint.manifest import TOKENIZER, Description, write_manifest
+from llama_ds.checkpoint.manifest import Description, write_manifest
 from llama_ds.config.run_file import load_run, resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.building.build import build_source

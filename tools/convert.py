@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS
-from llama_ds.command_line import new_parser, processes, run, whole
+from llama_ds.command_line import new_parser, processes, real, run, whole
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from llama_ds.checkpoint.conversion.proof import Proof
     from llama_ds.checkpoint.formats.huggingface import HfTokenizer
+    from llama_ds.checkpoint.formats.plan import Plan
     from llama_ds.checkpoint.weights import ModelFiles
 
 EXAMPLES = """examples:
@@ -53,6 +54,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages that DeepSpeed's own loader expects")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (default: the source's)")
     parser.add_argument("--vocab-size", type=whole(), metavar="N", help="pad or cut the embedding and head to N rows")
+    unsaid = parser.add_argument_group("of a Meta folder, what params.json does not say")
+    unsaid.add_argument(
+        "--rope-factor", type=real(1), metavar="X", help="of Llama 3.1 and 3.3 it is 8, of 3.2 it is 32"
+    )
+    unsaid.add_argument(
+        "--seq-len", type=whole(), metavar="N", help="longest sequence that it was trained for, in tokens"
+    )
+    unsaid.add_argument("--bos-id", type=whole(0), metavar="N", help="default: the tokenizer's")
+    unsaid.add_argument("--eos-id", type=whole(0), metavar="N", nargs="+", default=[], help="default: the tokenizer's")
     parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
     parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")
@@ -61,15 +71,19 @@ def parser() -> argparse.ArgumentParser:
 
 def convert_model(args: argparse.Namespace) -> None:
     """Convert, verify and print a report."""
+    from llama_ds.benchmarks.token_ids import with_token_ids
     from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
     from llama_ds.checkpoint.conversion.proof import prove
-    from llama_ds.checkpoint.formats.huggingface import holds_huggingface
+    from llama_ds.checkpoint.formats.huggingface import needs_tokenizer
+    from llama_ds.checkpoint.formats.meta_params import Unsaid
     from llama_ds.checkpoint.formats.plan import Target
     from llama_ds.checkpoint.load_model import open_model
 
-    files = open_model(args.source, args.kind, args.vocab_size)
+    unsaid = Unsaid(args.rope_factor, args.seq_len)
+    files = open_model(args.source, args.kind, args.vocab_size, unsaid)
+    files = with_token_ids(files, args.bos_id, args.eos_id)
     target = Target(args.dtype or files.dtype, args.tp, args.pp)
-    tokenizer = hf_tokenizer(files) if args.to == "hf" and not holds_huggingface(files.path) else None
+    tokenizer = hf_tokenizer(files) if args.to == "hf" and needs_tokenizer(files) else None
     plan = plan_of(files, args.to, target, tokenizer)
     options = Options(args.overwrite, args.workers or Options.workers)
     with closing(ProgressBars()) as bars:
@@ -79,7 +93,7 @@ def convert_model(args: argparse.Namespace) -> None:
             return prove(files, open_model(folder, args.to), options, bars.show, reference, not args.no_logits)
 
         proof = convert(files, plan, args.destination, options, proof_of, bars.show)
-    report(files, args.destination, args.to, target.dtype, len(plan.files), plan.nbytes)
+    report(files, plan, args.destination, target.dtype)
     print("\n".join(proof.lines()))
 
 
@@ -101,17 +115,21 @@ class ProgressBars:
         self._bar.close()
 
 
-def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: int, nbytes: int) -> None:
+def report(files: ModelFiles, plan: Plan, destination: str, dtype: str) -> None:
     """Print a summary of the conversion."""
     from llama_ds.checkpoint.formats.views import TableRows
 
-    print(f"{destination}: {kind}, {dtype}, {count} file{'s' * (count > 1)}, {nbytes / 1e9:.3f} GB, from {files.path}")
+    count, size = len(plan.files), plan.nbytes / 1e9
+    print(f"{destination}: {plan.kind}, {dtype}, {count} file{'s' * (count > 1)}, {size:.3f} GB, from {files.path}")
+    print("".join(f"{note}\n" for note in files.notes), end="")
+    if plan.dropped:
+        print(f"dropped, {plan.kind} has no place for it: {', '.join(plan.dropped)}")
     table = files.tensors[EMBEDDING_KEY]
     if isinstance(table, TableRows) and table.source.shape[0] != table.shape[0]:
         change = table.shape[0] - table.source.shape[0]
         what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows removed"
         print(f"vocabulary: {table.source.shape[0]} -> {table.shape[0]} rows, {what}")
-    if files.tokenizer is None and kind != "hf":
+    if files.tokenizer is None and plan.kind != "hf":
         print(f"no tokenizer was written: {files.path} has no tokenizer.model or tokenizer.json")
 
 
@@ -123,8 +141,8 @@ def transformers_logits(folder: str, ids: Tensor) -> Tensor:
 
 
 def hf_tokenizer(files: ModelFiles) -> HfTokenizer | None:
-    """Return the model's tokenizer in transformers' form; without its files, with a warning, if ids would differ."""
-    from llama_ds.benchmarks.exported_tokenizer import exported
+    """Return the model's tokenizer in transformers' form; if ids would differ, with a warning and files that refuse."""
+    from llama_ds.benchmarks.exported_tokenizer import exported, refusal
     from llama_ds.checkpoint.formats.huggingface import HfTokenizer
     from llama_ds.data.text.tokenizer import Tokenizer
 
@@ -136,10 +154,10 @@ def hf_tokenizer(files: ModelFiles) -> HfTokenizer | None:
         print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
         return None
     try:
-        return HfTokenizer(exported(ours), ours.bos_id, ours.eos_id)
+        return HfTokenizer(exported(ours, files.from_hf), ours.bos_id, ours.eos_id)
     except UserError as error:
         print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
-        return HfTokenizer({}, ours.bos_id, ours.eos_id)
+        return HfTokenizer(refusal(ours, files.from_hf), ours.bos_id, ours.eos_id)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ conversions are compared on a text that covers what tokenizers do differently. A
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,25 +15,33 @@ import tokenizers
 from tokenizers import processors
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llama_ds.checkpoint.formats.hf_tokenizer import PROBE, UNK, imitation, tokenizer_config
-from llama_ds.checkpoint.manifest import TOKENIZER_CONFIG, TOKENIZER_JSON
+from llama_ds.checkpoint.carried import TOKENIZER_CONFIG, TOKENIZER_JSON
+from llama_ds.checkpoint.formats.hf_config import read_object
+from llama_ds.checkpoint.formats.hf_tokenizer import ONLY_AUTO, PROBE, imitation, sentencepiece_config, tokenizer_config
 from llama_ds.data.text.sentencepiece_model import SentencepieceModel
 from llama_ds.data.text.tiktoken_ranks import BOS, EOS, PATTERN, SPECIAL_TOKENS, TiktokenRanks
 from llama_ds.data.text.tokenizer import Tokenizer, tokenizer_files
 from llama_ds.errors import UserError
 
 
-def exported(tokenizer: Tokenizer) -> dict[str, bytes]:
+def exported(tokenizer: Tokenizer, continued: bool = False) -> dict[str, bytes]:
     """Return the contents of tokenizer.json and tokenizer_config.json by name.
+
+    Args:
+        tokenizer: a tokenizer in any folder.
+        continued: its folder came from Hugging Face, and its tokenizer_config.json says more, as a chat template.
 
     Raises:
         UserError: transformers' tokenizers would give other ids.
     """
     vocabulary = tokenizer.vocabulary
+    path = os.path.join(os.path.dirname(tokenizer.path), TOKENIZER_CONFIG)
+    said = read_object(path) if continued and os.path.exists(path) else {}
     if isinstance(vocabulary, SentencepieceModel):
-        content, config = imitation(vocabulary), tokenizer_config(unk_token=UNK)
+        content = imitation(vocabulary, said.get("add_bos_token"), said.get("add_eos_token") is True)
+        config = sentencepiece_config(vocabulary)
     elif isinstance(vocabulary, TiktokenRanks):
-        content, config = _converted(vocabulary), tokenizer_config(BOS, EOS)
+        content, config = _converted(vocabulary), _tiktoken_config()
     else:
         return _readable(tokenizer_files(tokenizer.path))
     if content is None:
@@ -40,12 +49,39 @@ def exported(tokenizer: Tokenizer) -> dict[str, bytes]:
             f"{tokenizer.path}: transformers would give other ids, because it is not a BPE model without "
             "normalisation; use the tokenizer itself, not transformers'"
         )
+    if said:
+        # Templates spell special tokens, so that their names must not be text.
+        config = {**config, "split_special_tokens": False, **said, **_ours(config)}
     return {TOKENIZER_JSON: _json(content), TOKENIZER_CONFIG: _json(config)}
+
+
+def refusal(tokenizer: Tokenizer, continued: bool = False) -> dict[str, bytes]:
+    """Return the tokenizer_config.json with which AutoTokenizer fails, for a tokenizer without a tokenizer.json.
+
+    Otherwise transformers would convert tokenizer.model by itself, to other ids. In a folder that came from Hugging
+    Face (`continued`) the configuration is kept, if there is one: there transformers' ids may be those of training.
+    """
+    if continued and os.path.exists(os.path.join(os.path.dirname(tokenizer.path), TOKENIZER_CONFIG)):
+        return {}
+    vocabulary = tokenizer.vocabulary
+    config = sentencepiece_config(vocabulary) if isinstance(vocabulary, SentencepieceModel) else _tiktoken_config()
+    reason = "transformers would give other ids than the model was trained with: use tokenizer.model itself"
+    return {TOKENIZER_CONFIG: _json({**config, "encode": reason})}  # see `hf_tokenizer.ONLY_AUTO`
+
+
+def _tiktoken_config() -> dict[str, Any]:
+    return tokenizer_config(bos_token=BOS, eos_token=EOS, add_bos_token=True, add_eos_token=False)
+
+
+def _ours(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that belong to the tokenizer.json beside them."""
+    keys = ("tokenizer_class", *ONLY_AUTO, "add_prefix_space", "clean_up_tokenization_spaces")
+    return {key: config[key] for key in keys if key in config}
 
 
 def _readable(files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Return a tokenizer.json with its configuration; transformers 5 replaces parts of it for most other classes."""
-    config = {**json.loads(files[TOKENIZER_CONFIG]), "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {**json.loads(files[TOKENIZER_CONFIG]), "tokenizer_class": "PreTrainedTokenizerFast", **ONLY_AUTO}
     return {**files, TOKENIZER_CONFIG: _json(config)}
 
 

@@ -13,6 +13,7 @@ import torch
 from llama_ds.checkpoint.formats.huggingface import holds_huggingface, open_huggingface
 from llama_ds.checkpoint.formats.inventory import with_vocabulary
 from llama_ds.checkpoint.formats.meta import holds_meta, open_meta
+from llama_ds.checkpoint.formats.meta_params import Unsaid
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
 from llama_ds.checkpoint.store import LATEST, newest
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, open_checkpoint
@@ -23,18 +24,25 @@ from llama_ds.model.build import build_model
 from llama_ds.model.llama import Llama
 
 
-def open_model(path: str, kind: str | None = None, vocab_size: int | None = None) -> ModelFiles:
+def open_model(
+    path: str, kind: str | None = None, vocab_size: int | None = None, unsaid: Unsaid | None = None
+) -> ModelFiles:
     """Return the weights of a model folder. Only headers are read.
 
     Args:
         path: a run folder or its checkpoints folder (the newest), a checkpoint, a Hugging Face or a Meta folder.
         kind: one of `choices.KINDS`; None: detected from the files.
         vocab_size: rows of the vocabulary tables; missing rows become zeros. None: as many as the configuration says.
+        unsaid: of a Meta folder, what its params.json does not say.
 
     Raises:
-        UserError: the folder does not exist or is damaged.
+        UserError: the folder does not exist or is damaged, or `unsaid` is needed.
     """
     kind = kind or kind_of(path)
+    if kind != "meta" and unsaid not in (None, Unsaid()):
+        raise UserError(
+            f"command line: --rope-factor and --seq-len apply only to Meta folders; {path} is another: {kind}"
+        )
     if kind == "deepspeed":
         files = open_checkpoint(locate(path))
         if vocab_size is None:
@@ -43,7 +51,7 @@ def open_model(path: str, kind: str | None = None, vocab_size: int | None = None
         return replace(files, model=model, tensors=tensors)
     if not os.path.isdir(path):
         raise _no_folder(path)
-    return (open_huggingface if kind == "hf" else open_meta)(path, vocab_size)
+    return open_huggingface(path, vocab_size) if kind == "hf" else open_meta(path, vocab_size, unsaid)
 
 
 def kind_of(path: str) -> str:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 import xxhash
 
+from llama_ds.checkpoint.carried import carried_files
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored
 from llama_ds.config.document_marks import LLAMA_MARKS
@@ -35,9 +36,6 @@ from llama_ds.layout.weights import Key, weights
 
 DESCRIPTION = "llama_ds.json"
 INDEX = "index.json"
-TOKENIZER, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
-TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-TOKENIZER_FILES = (TOKENIZER, TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 FORMAT = 2
 WEIGHT = "weight"  # kind of the weights used in forward and backward; the other kinds are optimizer states
 READ_BYTES = 1 << 20  # small enough that a chunk is still in the CPU cache when it is hashed
@@ -108,6 +106,8 @@ class Description:
     # The tokenizer's; checkpoints from before these keys have LLaMA's.
     bos_id: int | None = LLAMA_MARKS.bos
     eos_id: int | None = LLAMA_MARKS.eos
+    # Of converted weights: the config.json of the Hugging Face folder, or token ids given for one of Meta's.
+    hf_config: dict[str, Any] = field(default_factory=dict)
     config_hash: str = ""  # hash of `run`, filled in by `write_manifest`
     files: dict[str, FileEntry] = field(default_factory=dict)  # filled in by `write_manifest`
     format: int = FORMAT
@@ -149,9 +149,8 @@ def write_manifest(folder: str, description: Description, records: Iterable[Reco
     index = json.dumps(pieces, separators=(",", ":"))
     write_durably(os.path.join(folder, INDEX), index)
     files[INDEX] = FileEntry(len(index.encode()), _checksum_of(index.encode()), 0)
-    for name in TOKENIZER_FILES:
-        if os.path.exists(tokenizer := os.path.join(folder, name)):
-            files[name] = FileEntry(os.path.getsize(tokenizer), checksum(tokenizer), 0)
+    for name, path in carried_files(folder).items():
+        files[name] = FileEntry(os.path.getsize(path), checksum(path), 0)
     description = replace(description, files=files, config_hash=hash_of(description.run))
     content = json.loads(json.dumps(asdict(description)))  # in the form in which it will be read
     content["checksum"] = _checksum_of(_canonical(content))
@@ -291,7 +290,7 @@ def sync(path: str) -> None:
 _KINDS: dict[str, Any] = {  # types of the description's fields, as its JSON text holds them
     **dict.fromkeys(("step", "tokens", "zero_stage", "format"), int),
     **dict.fromkeys(("dtype", "config_hash"), str),
-    **dict.fromkeys(("run", "data"), dict[str, object]),
+    **dict.fromkeys(("run", "data", "hf_config"), dict[str, object]),
     **dict.fromkeys(("layout", "rng"), dict[str, int]),
     "optimizer_steps": int | None,
     "rewinds": tuple[dict[str, int], ...],

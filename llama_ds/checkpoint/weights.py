@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from llama_ds.checkpoint.manifest import (
-    DESCRIPTION,
-    TOKENIZER,
-    TOKENIZER_FILES,
-    TOKENIZER_JSON,
-    WEIGHT,
-    Description,
-    describe,
-    read_tensors,
-)
+from llama_ds.checkpoint.carried import TOKENIZER, TOKENIZER_FILES, TOKENIZER_JSON
+from llama_ds.checkpoint.manifest import DESCRIPTION, WEIGHT, Description, describe, read_tensors
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig, TrainingConfig
@@ -63,6 +55,15 @@ class ModelFiles:
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of the initial weights
     bos_id: int | None = None  # the tokenizer's, as far as the files say
     eos_id: int | None = None
+    hf_config: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # content of config.json, where the weights came from one
+    notes: tuple[str, ...] = ()  # what the files leave open, and what was taken for it
+
+    @property
+    def from_hf(self) -> bool:
+        """Whether the weights, and the files beside them, came from a Hugging Face folder."""
+        return "model_type" in self.hf_config
 
     @property
     def marks(self) -> DocumentMarks:
@@ -119,6 +120,7 @@ def open_checkpoint(folder: str) -> ModelFiles:
         ),
         bos_id=description.bos_id,
         eos_id=description.eos_id,
+        hf_config=description.hf_config,
     )
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
+from llama_ds.checkpoint.carried import TOKENIZER
 from llama_ds.checkpoint.manifest import (
-    TOKENIZER,
     WEIGHT,
     Description,
     check_present,

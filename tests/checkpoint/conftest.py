@@ -12,7 +12,8 @@ import pytest
 from written_ranks import MODEL, SEQ_LEN, Write, write_rank
 
 from llama_ds.checkpoint import store
-from llama_ds.checkpoint.manifest import TOKENIZER, Description, write_manifest
+from llama_ds.checkpoint.carried import TOKENIZER
+from llama_ds.checkpoint.manifest import Description, write_manifest
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import (
     DataConfig,

@@ -62,7 +62,7 @@ RELEASES = [
     {},
     {"n_kv_heads": 2},
     {"n_kv_heads": 2, "rope_theta": 500_000.0, "ffn_dim_multiplier": 1.3, "vocab_size": 800},
-    {"rope_theta": 500_000.0, "use_scaled_rope": True},
+    {"rope_theta": 500_000.0, "use_scaled_rope": True, "rope_scaling_factor": 8.0},
 ]
 
 

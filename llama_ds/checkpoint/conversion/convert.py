@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from llama_ds.checkpoint.carried import carried_files
 from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
@@ -148,7 +149,8 @@ def _check_source(files: ModelFiles, options: Options, progress: Progress) -> No
     if not os.path.exists(os.path.join(files.path, DESCRIPTION)):
         return
     description = describe(files.path)
-    verify(files.path, description, [INDEX])
+    carried = [name for name in carried_files(files.path) if name in description.files]
+    verify(files.path, description, [INDEX, *carried])
     kinds = read_tensors(files.path, description, (WEIGHT, MASTER))
     tensors = kinds.get(WEIGHT) or kinds[MASTER]
     names = sorted({os.path.relpath(path, files.path) for tensor in tensors.values() for path in tensor.paths})
@@ -187,6 +189,7 @@ def _write_small(plan: Plan, work: Partial) -> None:
     for name, content_of in contents.items():
         if name in work.finished:
             continue
+        os.makedirs(os.path.dirname(os.path.join(work.folder, name)), exist_ok=True)
         with open(os.path.join(work.folder, name), "wb") as file:
             file.write(content_of())
             file.flush()

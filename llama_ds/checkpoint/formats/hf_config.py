@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS, check_settings
 from llama_ds.checkpoint.formats.inventory import check_file, check_layers
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig, TrainingConfig
@@ -18,7 +19,8 @@ COPIED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings"),
 )
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Not carried along: code of other models, and names of folders.
+DROPPED = ("auto_map", "_name_or_path", "quantization_config", "torch_dtype", "dtype")
 SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # Settings that can make a LlamaForCausalLM differ from this project's model, with the values for which it does not.
 SUPPORTED: dict[str, tuple[object, ...]] = {
@@ -77,7 +79,16 @@ def read_config(folder: str) -> dict[str, Any]:
                 f"{path}: {key} = {json.dumps(config.get(key))}, this project's LLaMA has {json.dumps(values[0])}; "
                 "give a model of that architecture"
             )
+    check_settings(path, config)
     return config
+
+
+def continued(source: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config` with what else the config.json that the weights came from holds, and with its token ids."""
+    ids = {key: source[key] for key in TOKEN_IDS if key in source}
+    # Without a key of an id, transformers has a default, which is not null.
+    ours = {key: value for key, value in config.items() if key not in TOKEN_IDS}
+    return {key: value for key, value in source.items() if key not in DROPPED} | ours | ids
 
 
 def model_of(folder: str, config: Mapping[str, Any]) -> tuple[ModelConfig, int]:

@@ -9,23 +9,25 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from llama_ds.checkpoint.carried import GENERATION, TOKENIZER_JSON, carried_files
 from llama_ds.checkpoint.formats.hf_config import (
     CONFIG,
-    TOKEN_IDS,
+    continued,
     hf_config,
     initializer_range_of,
     model_of,
     read_config,
     read_object,
 )
+from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, model_files, same
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json
-from llama_ds.checkpoint.manifest import TOKENIZER_FILES
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.spread import in_one_file
 from llama_ds.checkpoint.stored import Stored, safetensors_tensors, torch_tensors
-from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_copies
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, weight_of, weight_shapes
 
@@ -34,8 +36,6 @@ SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INVERSE_FREQUENCIES = re.compile(r".*\brotary_emb\.inv_freq")  # only in old exports; derived from rope_theta
-GENERATION = "generation_config.json"
-COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,13 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
     check_names(found.path, names.values(), stored)
     tensors: dict[Key, Readable] = {key: in_one_file(stored[n], weight_of(key[1]).cut) for key, n in names.items()}
     files = model_files(folder, found.path, CONFIG, names, model, seq_len, tensors, vocab_size)
-    bos, eos = (config.get(key) for key in TOKEN_IDS[:2])
+    eos = config.get("eos_token_id")
     return replace(
         files,
         initializer_range=initializer_range_of(folder, config),
-        bos_id=bos if isinstance(bos, int) else None,
+        bos_id=config.get("bos_token_id"),
         eos_id=eos if isinstance(eos, int) else None,  # a chat model has several
+        hf_config=config,
     )
 
 
@@ -90,8 +91,8 @@ def holds_huggingface(folder: str) -> bool:
 def plan_huggingface(files: ModelFiles, target: Target, tokenizer: HfTokenizer | None) -> Plan:
     """Return the plan: files of at most SHARD_BYTES (or a single larger layer), and the files AutoTokenizer reads.
 
-    From a Hugging Face source, tokenizer files and generation settings are copied. Otherwise `tokenizer` is the
-    source's; None: it has none that can be read.
+    Files that came from a Hugging Face folder are copied, its config.json is continued. `tokenizer` is the source's,
+    where the copied files do not suffice (`needs_tokenizer`); None: it has none that can be read.
 
     Raises:
         UserError: the target is sharded.
@@ -131,23 +132,36 @@ def _shards(files: ModelFiles, itemsize: int) -> list[list[OutputTensor]]:
     return shards
 
 
+def needs_tokenizer(files: ModelFiles) -> bool:
+    """Return whether AutoTokenizer would not load the model's tokenizer from the files that are carried along."""
+    return not files.from_hf or TOKENIZER_JSON not in carried_files(files.path)
+
+
 def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> tuple[dict[str, bytes], dict[str, str]]:
     """Return the small files: the contents of those to write, and the paths of those to copy."""
-    if holds_huggingface(files.path):
-        config = hf_config(files.model, files.seq_len, dtype, initializer_range=files.initializer_range)
-        source = read_object(os.path.join(files.path, CONFIG))
-        for key in TOKEN_IDS:
-            config.pop(key, None)  # without a key transformers has a default, which is not null
-        config.update({key: source[key] for key in TOKEN_IDS if key in source})
-        kept = (os.path.join(files.path, name) for name in (*COPIED_FILES, GENERATION))
-        return {CONFIG: as_json(config)}, {os.path.basename(path): path for path in kept if os.path.exists(path)}
     given = tokenizer or HfTokenizer({}, files.bos_id, files.eos_id)
-    small = {
-        CONFIG: as_json(hf_config(files.model, files.seq_len, dtype, given.bos, given.eos, files.initializer_range)),
-        GENERATION: as_json({"bos_token_id": given.bos, "eos_token_id": given.eos, "do_sample": True}),
-        **given.files,
-    }
-    return small, {name: path for name, path in tokenizer_copies(files).items() if name not in small}
+    config = hf_config(files.model, files.seq_len, dtype, given.bos, given.eos, files.initializer_range)
+    if files.hf_config:
+        config = continued(files.hf_config, config)
+    _check_ids(files, config)
+    small = {CONFIG: as_json(config), **given.files}
+    copied = carried_files(files.path)
+    if GENERATION not in copied and not files.from_hf:
+        small[GENERATION] = as_json({key: config[key] for key in TOKEN_IDS[:2]} | {"do_sample": True})
+    return small, {name: path for name, path in copied.items() if name not in small}
+
+
+def _check_ids(files: ModelFiles, config: Mapping[str, Any]) -> None:
+    """Check that all token ids have rows in the vocabulary tables; else transformers may not even load the model."""
+    size = files.model.vocab_size
+    for key in TOKEN_IDS:
+        value = config.get(key)
+        for index in value if isinstance(value, list) else [value]:
+            if index is not None and index >= size:
+                raise UserError(
+                    f"{files.path}: {key} = {index} is not below vocab_size = {size}; convert with --vocab-size "
+                    f"{index + 1} or more: missing rows become zeros"
+                )
 
 
 def _stored_tensors(folder: str) -> _Found:

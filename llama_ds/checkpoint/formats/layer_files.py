@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from llama_ds.checkpoint.carried import carried_files
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, check_parts, part_shape
 from llama_ds.checkpoint.manifest import (
     DESCRIPTION,
@@ -27,7 +28,7 @@ from llama_ds.checkpoint.manifest import (
     name_of,
     write_manifest,
 )
-from llama_ds.checkpoint.weights import DTYPES, ModelFiles, tokenizer_copies
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.weights import weight_of
 
@@ -52,7 +53,7 @@ def plan_layer_files(files: ModelFiles, target: Target) -> Plan:
     description = _description(files, target)
     state = _engine_state(description.step, target)
     small = {f"mp_rank_{rank:02d}_model_states.pt": state for rank in range(target.pp * target.tp)}
-    copied = tokenizer_copies(files)
+    copied = carried_files(files.path)
     return Plan("deepspeed", DTYPES[target.dtype], outputs, small, copied, description)
 
 
@@ -95,7 +96,10 @@ def _description(files: ModelFiles, target: Target) -> Description:
             "training": {"initializer_range": files.initializer_range},
         }
         return Description(
-            0, 0, 0, dtype=target.dtype, layout=layout, run=run, bos_id=files.bos_id, eos_id=files.eos_id
+            *(0, 0, 0, target.dtype, layout, run),
+            bos_id=files.bos_id,
+            eos_id=files.eos_id,
+            hf_config=dict(files.hf_config),
         )
     found = describe(files.path)
     return replace(

@@ -9,11 +9,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
+from llama_ds.checkpoint.carried import carried_files
+from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, model_files, same
-from llama_ds.checkpoint.formats.meta_params import LLAMA3_THETA, PARAMS, model_of, params_of, read_params
+from llama_ds.checkpoint.formats.meta_params import (
+    LLAMA3_THETA,
+    PARAMS,
+    Unsaid,
+    model_of,
+    params_of,
+    read_params,
+    seq_len_of,
+)
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json, check_parts, part_shape
 from llama_ds.checkpoint.formats.views import Columns, RotaryReordered, TableRows
 from llama_ds.checkpoint.spread import Run, Spread
@@ -49,31 +61,34 @@ def meta_name(layer: int, name: str, num_hidden_layers: int) -> str:
     return "norm.weight" if layer == num_hidden_layers + 1 else HEAD
 
 
-def open_meta(folder: str, vocab_size: int | None = None) -> ModelFiles:
+def open_meta(folder: str, vocab_size: int | None = None, unsaid: Unsaid | None = None) -> ModelFiles:
     """Return the weights of a folder in Meta's release format.
 
     `vocab_size` resizes the vocabulary tables to that many rows; by default they must match params.json. A head that
-    equals the embedding bit for bit is considered tied.
+    equals the embedding bit for bit is considered tied. `unsaid` is what params.json does not say.
 
     Raises:
-        UserError: a tensor is missing, unknown or misshapen, or a file is damaged.
+        UserError: a tensor is missing, unknown or misshapen, a file is damaged, or `unsaid` is needed.
     """
+    unsaid = unsaid or Unsaid()
     params = read_params(folder)
     paths = _parts_of(folder)
     parts = [{n: t for n, t in torch_tensors(path).items() if n not in IGNORED} for path in paths]
     for path, part in zip(paths, parts, strict=True):
         check_names(path, (EMBEDDING, HEAD), [n for n in part if n in (EMBEDDING, HEAD)])
     embedding, head = (_merged(name, parts, paths, _table_dim(name, parts)) for name in (EMBEDDING, HEAD))
-    untied, seq_len = model_of(folder, params, head.shape[0], tied=False)
+    untied = model_of(folder, params, head.shape[0], tied=False, unsaid=unsaid)
     names = {key: meta_name(*key, untied.num_hidden_layers) for key in weight_shapes(untied)}
     for path, part in zip(paths, parts, strict=True):
         check_names(path, names.values(), part)
     table: Readable = TableRows(embedding, embedding.shape[0])
     tied = same(table, head)
-    model, _ = model_of(folder, params, head.shape[0], tied)
+    model = replace(untied, tie_word_embeddings=tied)
     tensors = _tensors(model, names, parts, paths)
     tensors[EMBEDDING_KEY] = table
-    return model_files(folder, folder, PARAMS, names, model, seq_len, tensors, vocab_size)
+    seq_len, notes = seq_len_of(params, model, unsaid)
+    files = model_files(folder, folder, PARAMS, names, model, seq_len, tensors, vocab_size)
+    return replace(files, notes=notes)
 
 
 def holds_meta(folder: str) -> bool:
@@ -96,7 +111,15 @@ def plan_meta(files: ModelFiles, target: Target) -> Plan:
         for rank in range(target.tp)
     )
     copied = tokenizer_copies(files)
-    return Plan("meta", DTYPES[target.dtype], outputs, {PARAMS: as_json(params)}, copied)
+    small, dropped = {PARAMS: as_json(params)}, _dropped(files, copied)
+    return Plan("meta", DTYPES[target.dtype], outputs, small, copied, dropped=dropped)
+
+
+def _dropped(files: ModelFiles, copied: Mapping[str, str]) -> tuple[str, ...]:
+    """Return what Meta's format has no place for."""
+    ids = [f"{key} {files.hf_config[key]}" for key in TOKEN_IDS if files.hf_config.get(key) is not None]
+    names = [name for name in carried_files(files.path) if name not in copied]
+    return (f"the sequence length {files.seq_len}", *ids, *names)
 
 
 def _output_tensors(files: ModelFiles, rank: int, size: int) -> list[OutputTensor]:

@@ -91,6 +91,7 @@ class Plan:
     small: Mapping[str, bytes]  # contents of small files by name
     copied: Mapping[str, str] = field(default_factory=dict)  # paths of files to copy by name
     description: Description | None = None  # only for a checkpoint of this project, whose manifest is written last
+    dropped: tuple[str, ...] = ()  # what of the source the format has no place for
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -39,6 +39,8 @@ class SentencepieceModel:
         self._proto = content
         self.vocab_size: int = self._model.get_piece_size()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (self._model.bos_id(), self._model.eos_id()))
+        self.unk_id: int = self._model.unk_id()
+        self.pad_id = self._model.pad_id() if self._model.pad_id() >= 0 else None
         self._mark_ids = self._space_mark_ids()
 
     def encode(self, text: str) -> list[int]:
@@ -64,9 +66,7 @@ class SentencepieceModel:
 
         Certain are cuts for BPE without normalization, if no character is unknown: unknown ones would be joined.
         """
-        from sentencepiece import sentencepiece_model_pb2
-
-        model = sentencepiece_model_pb2.ModelProto.FromString(self._proto)
+        model = self._parsed()
         normalizer, trainer = model.normalizer_spec, model.trainer_spec
         normalizes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
         if trainer.model_type != trainer.BPE or normalizes or not normalizer.escape_whitespaces:
@@ -85,6 +85,23 @@ class SentencepieceModel:
             VocabularyPiece(model.id_to_piece(i), model.get_score(i), not any(test(i) for test in special))
             for i in range(self.vocab_size)
         ]
+
+    @property
+    def controls(self) -> list[int]:
+        """The ids whose names in a text are text: bos, eos, padding and other control ids."""
+        return [i for i in range(self.vocab_size) if self._model.is_control(i)]
+
+    @cached_property
+    def user_defined(self) -> list[int]:
+        """The ids of pieces that are found in a text before any merge."""
+        pieces = self._parsed().pieces
+        # A piece with a space itself is found nowhere, because spaces have become SPACE_MARK by then.
+        return [i for i, piece in enumerate(pieces) if piece.type == piece.USER_DEFINED and " " not in piece.piece]
+
+    def _parsed(self) -> Any:
+        from sentencepiece import sentencepiece_model_pb2
+
+        return sentencepiece_model_pb2.ModelProto.FromString(self._proto)
 
     @cached_property
     def prefixed(self) -> bool:

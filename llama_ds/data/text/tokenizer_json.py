@@ -84,12 +84,20 @@ def files_beside(path: str, names: Mapping[str, str]) -> dict[str, bytes]:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    names = {**_other_names(os.path.join(folder, TOKEN_NAMES[1])), **names}
     config = {**config, **{key: name for key, name in names.items() if config.get(key) is None}}
     found = {CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode()}
     if os.path.exists(template := os.path.join(folder, TEMPLATE)):
         with open(template, "rb") as file:
             found[TEMPLATE] = file.read()
     return found
+
+
+def _other_names(path: str) -> dict[str, str]:
+    """Return the names of the padding and unknown tokens that special_tokens_map.json alone may hold."""
+    found = {key: (_object(path) or {}).get(key) for key in ("pad_token", "unk_token")}
+    contents = {key: token.get("content") if isinstance(token, dict) else token for key, token in found.items()}
+    return {key: name for key, name in contents.items() if isinstance(name, str)}
 
 
 def _load(path: str, content: bytes) -> tokenizers.Tokenizer:
