@@ -53,6 +53,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages that DeepSpeed's own loader expects")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (default: the source's)")
     parser.add_argument("--vocab-size", type=whole(), metavar="N", help="pad or cut the embedding and head to N rows")
+    parser.add_argument(
+        "--embedding",
+        choices=("rows", "columns"),
+        help="how Meta's code for the model shards the embedding: rows for Llama 3, columns for LLaMA 1, 2 and Code "
+        "Llama (default: as its tokenizer.model tells)",
+    )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="convert a model with NaN or infinite weights as it is"
+    )
     parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
     parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")
@@ -66,12 +75,14 @@ def convert_model(args: argparse.Namespace) -> None:
     from llama_ds.checkpoint.formats.huggingface import holds_huggingface
     from llama_ds.checkpoint.formats.plan import Target
     from llama_ds.checkpoint.load_model import open_model
+    from llama_ds.checkpoint.weights import for_dtype
 
     files = open_model(args.source, args.kind, args.vocab_size)
-    target = Target(args.dtype or files.dtype, args.tp, args.pp)
+    target = Target(args.dtype or files.dtype, args.tp, args.pp, args.embedding)
+    files = for_dtype(files, target.dtype)
     tokenizer = hf_tokenizer(files) if args.to == "hf" and not holds_huggingface(files.path) else None
     plan = plan_of(files, args.to, target, tokenizer)
-    options = Options(args.overwrite, args.workers or Options.workers)
+    options = Options(args.overwrite, args.allow_nonfinite, args.workers or Options.workers)
     with closing(ProgressBars()) as bars:
 
         def proof_of(folder: str) -> Proof:
@@ -106,6 +117,8 @@ def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: in
     from llama_ds.checkpoint.formats.views import TableRows
 
     print(f"{destination}: {kind}, {dtype}, {count} file{'s' * (count > 1)}, {nbytes / 1e9:.3f} GB, from {files.path}")
+    for note in files.notes:
+        print(note)
     table = files.tensors[EMBEDDING_KEY]
     if isinstance(table, TableRows) and table.source.shape[0] != table.shape[0]:
         change = table.shape[0] - table.source.shape[0]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+from llama_ds.checkpoint.formats.frequencies import dropped_frequencies
 from llama_ds.checkpoint.formats.hf_config import (
     CONFIG,
     TOKEN_IDS,
@@ -19,19 +20,18 @@ from llama_ds.checkpoint.formats.hf_config import (
     read_config,
     read_object,
 )
-from llama_ds.checkpoint.formats.inventory import check_file, check_names, model_files, same
+from llama_ds.checkpoint.formats.hf_folder import ADAPTERS, INDEX, SAFETENSORS, folder_tensors, refuse_adapter
+from llama_ds.checkpoint.formats.inventory import check_names, model_files, same
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json
 from llama_ds.checkpoint.manifest import TOKENIZER_FILES
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.spread import in_one_file
-from llama_ds.checkpoint.stored import Stored, safetensors_tensors, torch_tensors
+from llama_ds.checkpoint.stored import Stored
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_copies
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, weight_of, weight_shapes
 
 SHARD_BYTES = 5 * 10**9  # default limit per file in transformers up to version 4
-SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
-INDEX = ".index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INVERSE_FREQUENCIES = re.compile(r".*\brotary_emb\.inv_freq")  # only in old exports; derived from rope_theta
 GENERATION = "generation_config.json"
@@ -47,14 +47,6 @@ class HfTokenizer:
     eos: int | None
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The tensors of a folder by name, and the path to name in messages about them."""
-
-    path: str
-    tensors: dict[str, Stored] = field(default_factory=dict)
-
-
 def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
     """Return the weights of a folder that transformers' LlamaForCausalLM can load.
 
@@ -63,10 +55,12 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
     Raises:
         UserError: the architecture is not supported, a tensor is missing, unknown or misshapen, or a file is damaged.
     """
+    refuse_adapter(folder)
     config = read_config(folder)
     model, seq_len = model_of(folder, config)
-    found = _stored_tensors(folder)
-    stored = {n: t for n, t in found.tensors.items() if not INVERSE_FREQUENCIES.fullmatch(n)}
+    found = folder_tensors(folder, config)
+    derived = {n: t for n, t in found.tensors.items() if INVERSE_FREQUENCIES.fullmatch(n)}
+    stored = {n: t for n, t in found.tensors.items() if n not in derived}
     if model.tie_word_embeddings:
         _drop_tied_head(folder, stored)
     names = {key: hf_name(*key, model.num_hidden_layers) for key in weight_shapes(model)}
@@ -79,12 +73,13 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
         initializer_range=initializer_range_of(folder, config),
         bos_id=bos if isinstance(bos, int) else None,
         eos_id=eos if isinstance(eos, int) else None,  # a chat model has several
+        notes=(*found.notes, *dropped_frequencies(found.path, derived, model, CONFIG)),
     )
 
 
 def holds_huggingface(folder: str) -> bool:
-    """Return whether a folder looks like a Hugging Face model."""
-    return os.path.lexists(os.path.join(folder, CONFIG))
+    """Return whether a folder looks like a Hugging Face model, or an adapter of one."""
+    return any(os.path.lexists(os.path.join(folder, name)) for name in (CONFIG, *ADAPTERS))
 
 
 def plan_huggingface(files: ModelFiles, target: Target, tokenizer: HfTokenizer | None) -> Plan:
@@ -148,37 +143,6 @@ def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> t
         **given.files,
     }
     return small, {name: path for name, path in tokenizer_copies(files).items() if name not in small}
-
-
-def _stored_tensors(folder: str) -> _Found:
-    """Find the tensors in the files of an index or in a single file; safetensors take precedence over pickles."""
-    for name, find in ((SAFETENSORS, safetensors_tensors), (BIN, torch_tensors)):
-        path = os.path.join(folder, name)
-        if os.path.lexists(path + INDEX):
-            found = _Found(path + INDEX)
-            for file, wanted in _files_of_index(check_file(path + INDEX)).items():
-                tensors = find(check_file(os.path.join(folder, file)))
-                check_names(os.path.join(folder, file), sorted(wanted), [n for n in tensors if n in wanted])
-                found.tensors.update(tensors)
-            return found
-        if os.path.lexists(path):
-            return _Found(path, find(check_file(path)))
-    raise UserError(f"{folder}: contains neither {SAFETENSORS} nor {BIN}, nor an index of them; copy the model again")
-
-
-def _files_of_index(path: str) -> dict[str, set[str]]:
-    """Return the names of the tensors in each file of an index."""
-    where = read_object(path).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise UserError(f"{path}: contains no weight_map, so it is not the index of a model's files; copy it again")
-    files: dict[str, set[str]] = {}
-    for name, file in where.items():
-        if not isinstance(file, str) or os.path.basename(file) != file or not file:
-            raise UserError(
-                f"{path}: puts {name} into {file!r}, which is not a file name in this folder; copy it again"
-            )
-        files.setdefault(file, set()).add(name)
-    return files
 
 
 def _drop_tied_head(folder: str, stored: dict[str, Stored]) -> None:
