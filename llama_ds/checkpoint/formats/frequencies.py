@@ -45,4 +45,4 @@ def _theta_of(found: Tensor, head_dim: int) -> str:
     """Return the theta that the second frequency, theta^(-2/K), implies, in words."""
     if found.ndim != 1 or len(found) < 2 or not 0 < float(found[1]) < 1:
         return ""
-    return f" (they suit a theta of about {float(found[1]) ** (-head_dim / 2):.2g})"
+    return f" (they suit a theta of about {float(found[1]) ** (-head_dim / 2):.1g})"
