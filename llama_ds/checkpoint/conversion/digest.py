@@ -14,7 +14,7 @@ import xxhash
 
 from llama_ds.checkpoint.weights import Readable
 
-CHUNK_ELEMENTS = 1 << 18  # of at most 8 bytes, so that a chunk and its rounded copy fit in the CPU cache
+CHUNK_ELEMENTS = 1 << 18  # a chunk and its rounded copy fit in the CPU cache
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ PROMPT_TOKENS = 32
 # wrong rotary layout, or a wrong theta, cause differences more than a hundred times as large.
 TOLERANCE = 1e-3
 
-Pairs = dict[Key, tuple[Digest, Digest]]  # of source and result
+Pairs = dict[Key, tuple[Digest, Digest]]  # those of source and result
 Logits = Callable[[str, Tensor], Tensor]  # model folder, ids (1, T) -> logits (1, T, V) in fp32
 
 
