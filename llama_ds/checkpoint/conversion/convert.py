@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import threading
@@ -22,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from llama_ds.checkpoint.conversion.digest import surely_finite
 from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
@@ -228,7 +228,7 @@ def _write_at(output: int, part: Tensor, position: int) -> None:
 def _check_range(tensor: OutputTensor, part: Tensor, start: int) -> None:
     """Refuse a value beyond the range of a narrower dtype, which would become infinity."""
     stored = tensor.source.dtype
-    if torch.finfo(part.dtype).max >= torch.finfo(stored).max or math.isfinite(part.sum(dtype=torch.float32)):
+    if torch.finfo(part.dtype).max >= torch.finfo(stored).max or surely_finite(part):
         return
     original = torch.empty(part.shape, dtype=stored)
     tensor.source.read(original, tensor.rank, tensor.size, start)

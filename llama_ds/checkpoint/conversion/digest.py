@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import xxhash
+from torch import Tensor
 
 from llama_ds.checkpoint.weights import Readable
 
@@ -44,7 +45,7 @@ def digest(
         part = buffer[: min(CHUNK_ELEMENTS, total - start)]
         tensor.read(part, 0, 1, start)
         result = part.to(dtype)
-        if not math.isfinite(part.sum(dtype=torch.float32)):  # much faster than isfinite(), and never wrongly finite
+        if not surely_finite(part):
             nan += int(part.isnan().sum())
             infinite += int(part.isinf().sum())
             result = result.masked_fill(result.isnan(), math.nan) if one_nan else result
@@ -53,6 +54,16 @@ def digest(
         hasher.update(result.view(torch.uint8).numpy().data)
         done(result.nbytes)
     return Digest(hasher.hexdigest(), rounded, nan, infinite)
+
+
+def surely_finite(part: Tensor) -> bool:
+    """Return False if an element is NaN or infinite, in a twentieth of the time that isfinite() takes.
+
+    A sum of finite numbers may overflow, so that False is only a reason to look.
+    """
+    if part.dtype == torch.float32:
+        return math.isfinite(part.sum())
+    return all(map(math.isfinite, torch.aminmax(part)))
 
 
 def _narrower(result: torch.dtype, source: torch.dtype) -> bool:
