@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from llama_ds.benchmarks.generation import load_exported
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.errors import UserError
@@ -194,6 +195,14 @@ def test_prefixes_of_wrappers_are_removed(folder: Path, rename: Callable[[str], 
                "module.lm_head.weight": torch.ones(64, 16)}, folder / SINGLE)  # fmt: skip
     with pytest.raises(UserError, match=r"are both lm_head\.weight"):
         open_model(str(folder))
+
+
+def test_transformers_makes_no_weights_up(folder: Path) -> None:
+    """It would generate and evaluate with random weights where it does not know the names."""
+    state = load_file(folder / SINGLE)
+    save_file({f"module.{name}": tensor for name, tensor in state.items()}, folder / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"transformers finds no weights for .*tools/convert\.py --to hf"):
+        load_exported(str(folder), "auto")
 
 
 @pytest.mark.parametrize("how", ["legacy", "legacy transposed", "transposed", "slices of one storage"])
