@@ -63,6 +63,15 @@ def parser() -> argparse.ArgumentParser:
     )
     unsaid.add_argument("--bos-id", type=whole(0), metavar="N", help="default: the tokenizer's")
     unsaid.add_argument("--eos-id", type=whole(0), metavar="N", nargs="+", default=[], help="default: the tokenizer's")
+    parser.add_argument(
+        "--embedding",
+        choices=("rows", "columns"),
+        help="how Meta's code for the model shards the embedding: rows for Llama 3, columns for LLaMA 1, 2 and Code "
+        "Llama (default: as its tokenizer.model tells)",
+    )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="convert a model with NaN or infinite weights as it is"
+    )
     parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
     parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")
@@ -78,14 +87,16 @@ def convert_model(args: argparse.Namespace) -> None:
     from llama_ds.checkpoint.formats.meta_params import Unsaid
     from llama_ds.checkpoint.formats.plan import Target
     from llama_ds.checkpoint.load_model import open_model
+    from llama_ds.checkpoint.weights import for_dtype
 
     unsaid = Unsaid(args.rope_factor, args.seq_len)
     files = open_model(args.source, args.kind, args.vocab_size, unsaid)
     files = with_token_ids(files, args.bos_id, args.eos_id)
-    target = Target(args.dtype or files.dtype, args.tp, args.pp)
+    target = Target(args.dtype or files.dtype, args.tp, args.pp, args.embedding)
+    files = for_dtype(files, target.dtype)
     tokenizer = hf_tokenizer(files) if args.to == "hf" and needs_tokenizer(files) else None
     plan = plan_of(files, args.to, target, tokenizer)
-    options = Options(args.overwrite, args.workers or Options.workers)
+    options = Options(args.overwrite, args.allow_nonfinite, args.workers or Options.workers)
     with closing(ProgressBars()) as bars:
 
         def proof_of(folder: str) -> Proof:

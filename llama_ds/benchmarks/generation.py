@@ -15,6 +15,7 @@ from transformers import (
 from transformers.utils import logging
 
 from llama_ds.checkpoint.formats.hf_config import hf_config
+from llama_ds.checkpoint.formats.inventory import shown
 from llama_ds.checkpoint.load_model import kind_of, open_model
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles
@@ -33,9 +34,19 @@ class Sampling:
 
 
 def load_exported(folder: str, dtype: torch.dtype | str) -> Any:
-    """Return the transformers model in a Hugging Face folder."""
+    """Return the transformers model in a Hugging Face folder.
+
+    Raises:
+        UserError: transformers finds some weights under no name that it knows, and would make up random ones.
+    """
     logging.disable_progress_bar()  # loading local files takes only a few seconds
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{folder}: transformers finds no weights for {shown(missing)}; convert it to a new folder with "
+            "tools/convert.py --to hf, which removes prefixes from names"
+        )
+    return model
 
 
 @torch.no_grad()

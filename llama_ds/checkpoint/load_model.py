@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from llama_ds.checkpoint.formats.hf_folder import holds_zero_shards
 from llama_ds.checkpoint.formats.huggingface import holds_huggingface, open_huggingface
 from llama_ds.checkpoint.formats.inventory import with_vocabulary
 from llama_ds.checkpoint.formats.meta import holds_meta, open_meta
@@ -48,7 +49,8 @@ def open_model(
         if vocab_size is None:
             return files
         model, tensors = with_vocabulary(files.model, files.tensors, vocab_size)
-        return replace(files, model=model, tensors=tensors)
+        masters = files.masters and with_vocabulary(files.model, files.masters, vocab_size)[1]
+        return replace(files, model=model, tensors=tensors, masters=masters)
     if not os.path.isdir(path):
         raise _no_folder(path)
     return open_huggingface(path, vocab_size) if kind == "hf" else open_meta(path, vocab_size, unsaid)
@@ -63,21 +65,30 @@ def kind_of(path: str) -> str:
     if not os.path.isdir(path):
         raise _no_folder(path)
     run = os.path.join(path, "checkpoints")
-    ours = (os.path.join(path, DESCRIPTION), os.path.join(path, LATEST), os.path.join(run, LATEST))
-    if any(map(os.path.lexists, ours)) or newest(path) or newest(run):
+    found = {
+        "deepspeed": os.path.lexists(os.path.join(path, DESCRIPTION)) or newest(path) or newest(run),
+        "hf": holds_huggingface(path),
+        "meta": holds_meta(path),
+    }
+    kinds = [kind for kind, holds in found.items() if holds]
+    if len(kinds) == 1:
+        return kinds[0]
+    if kinds:
+        what = " and ".join(f"{_MARKS[kind]} ({kind})" for kind in kinds)
+        raise UserError(f"{path}: contains {what}; give a folder with one model, or choose the format with --from")
+    if any(os.path.lexists(os.path.join(folder, LATEST)) for folder in (path, run)) or holds_zero_shards(path):
         return "deepspeed"
-    found = [kind for kind, holds in (("hf", holds_huggingface), ("meta", holds_meta)) if holds(path)]
-    if len(found) != 1:
-        what = (
-            "both config.json and Meta's params.json"
-            if found
-            else f"none of {DESCRIPTION}, {LATEST}, config.json, params.json"
-        )
-        raise UserError(
-            f"{path}: contains {what}; give a run, a checkpoint, a Hugging Face or a Meta folder"
-            + (", and choose the format with --from" if found else "")
-        )
-    return found[0]
+    raise UserError(
+        f"{path}: contains none of {DESCRIPTION}, {LATEST}, config.json, params.json; "
+        "give a run, a checkpoint, a Hugging Face or a Meta folder"
+    )
+
+
+_MARKS = {
+    "deepspeed": "a checkpoint of llama_ds",
+    "hf": "config.json",
+    "meta": "Meta's params.json or consolidated.NN.pth",
+}
 
 
 def locate(path: str) -> str:
@@ -95,6 +106,12 @@ def locate(path: str) -> str:
     for folder in (path, os.path.join(path, "checkpoints")):
         if tag := newest(folder):
             return os.path.join(folder, tag)
+    if holds_zero_shards(path):
+        raise UserError(
+            f"{path}: holds ZeRO shards that another program wrote with DeepSpeed; run its zero_to_fp32.py "
+            "(python zero_to_fp32.py . pytorch_model.bin), put the model's config.json beside the result, and give "
+            "that folder"
+        )
     raise UserError(
         f"{path}: contains none of {DESCRIPTION}, {LATEST}, checkpoints/{LATEST}, so it has no complete checkpoint; "
         "give a run (runs/NAME), its checkpoints folder, or one checkpoint"
@@ -111,6 +128,7 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     document_mask: bool | None = None,
+    seq_len: int | None = None,
 ) -> Llama:
     """Return a trained, unsharded model on one device in evaluation mode. Extra memory: at most one layer.
 
@@ -119,6 +137,8 @@ def load_model(
         device: device of weights and computation.
         dtype: dtype of weights and computation; None: the dtype in which the model was trained.
         document_mask: whether attention stays inside the documents of a row; None: as in training.
+        seq_len: maximum tokens of a row, for which rotary tables are computed (1 KiB a token at a head size of 128);
+            None: the longest sequence that the model was trained for.
 
     Raises:
         UserError: the folder or device does not exist, or a file is damaged.
@@ -126,7 +146,8 @@ def load_model(
     files = open_model(source) if isinstance(source, str) else source
     masked = files.document_mask if document_mask is None else document_mask
     dtype = DTYPES[files.dtype] if dtype is None else dtype
-    model = build_model(files.model, files.seq_len, device=device, dtype=dtype, document_mask=masked, marks=files.marks)
+    length = files.seq_len if seq_len is None else seq_len
+    model = build_model(files.model, length, device=device, dtype=dtype, document_mask=masked, marks=files.marks)
     for index in files.layers():
         model.layers[index].load_state_dict(files.layer(index))
     return model.eval()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,31 +65,66 @@ class Stored:
             raise UserError(f"{self.path}: cannot be read ({error.strerror}); copy it again") from None
 
 
+@dataclass(frozen=True)
+class Loaded(Stored):
+    """A tensor that torch has read, because its elements are not contiguous in the file, or have no known position."""
+
+    tensor: Tensor  # contiguous
+
+    def _read_bytes(self, out: Tensor, start: int) -> None:
+        out.copy_(self.tensor.view(-1)[start : start + len(out)])
+
+
 def torch_tensors(path: str) -> dict[str, Stored]:
     """Return the tensors of a state dict written by torch.save, by name.
+
+    Files of torch before version 1.6 and tensors that are not contiguous are read into memory.
 
     Raises:
         UserError: the file is no state dict, or it holds other objects than tensors; none of them is executed.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # the import takes seconds
 
+    if not _is_zip(path):
+        return {name: _loaded(path, tensor) for name, tensor in _state_dict(path, nullcontext()).items()}
+    located = {name: _located(path, tensor) for name, tensor in _state_dict(path, FakeTensorMode()).items()}
+    scattered = [name for name, stored in located.items() if stored is None]
+    mapped = _state_dict(path, nullcontext(), mmap=True) if scattered else {}
+    return {name: stored or _loaded(path, mapped[name]) for name, stored in located.items()}
+
+
+def _is_zip(path: str) -> bool:
+    """Return whether a file has the format of torch.save since version 1.6."""
     try:
-        with FakeTensorMode(), warnings.catch_warnings():
+        with open(path, "rb") as file:
+            return file.read(4) in (b"PK\x03\x04", b"")  # an empty file is reported like a damaged one
+    except OSError:
+        return True
+
+
+def _state_dict(path: str, mode: AbstractContextManager[object], mmap: bool = False) -> dict[str, Tensor]:
+    try:
+        with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of other pickle protocols
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise any exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again") from None
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{path}: holds no state dict (tensors by name); give a state dict written by torch.save")
-    return {str(name): _stored(path, str(name), tensor) for name, tensor in content.items()}
+    return {str(name): tensor for name, tensor in content.items()}
 
 
-def _stored(path: str, name: str, tensor: Tensor) -> Stored:
+def _located(path: str, tensor: Tensor) -> Stored | None:
+    """Return the position of a tensor in the file; None if its elements are not contiguous there."""
     begin: Any = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if begin is None or not tensor.is_contiguous():
-        raise UserError(f"{path}: tensor {name} is not stored contiguously; save a contiguous copy of it")
+        return None
     return Stored(path, begin + tensor.storage_offset() * tensor.element_size(), tensor.dtype, tuple(tensor.shape))
+
+
+def _loaded(path: str, tensor: Tensor) -> Loaded:
+    return Loaded(path, 0, tensor.dtype, tuple(tensor.shape), tensor.detach().contiguous())
 
 
 def safetensors_tensors(path: str) -> dict[str, Stored]:

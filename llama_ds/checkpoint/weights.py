@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -33,6 +33,10 @@ class Readable(Protocol):
     def dtype(self) -> torch.dtype:
         """The stored dtype."""
 
+    @property
+    def paths(self) -> set[str]:
+        """The files that hold it."""
+
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the unsharded tensor, in `dtype` or as stored."""
 
@@ -55,10 +59,9 @@ class ModelFiles:
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of the initial weights
     bos_id: int | None = None  # the tokenizer's, as far as the files say
     eos_id: int | None = None
-    hf_config: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # content of config.json, where the weights came from one
-    notes: tuple[str, ...] = ()  # what the files leave open, and what was taken for it
+    hf_config: Mapping[str, Any] = field(default_factory=dict)  # config.json, where the weights came from one
+    masters: Mapping[Key, Readable] | None = None  # fp32, of the optimizer; rounded to `dtype` they equal `tensors`
+    notes: tuple[str, ...] = ()  # what reading dropped, ignored or chose, each a line for the user
 
     @property
     def from_hf(self) -> bool:
@@ -69,6 +72,11 @@ class ModelFiles:
     def marks(self) -> DocumentMarks:
         """The ids between the documents of the training rows."""
         return LLAMA_MARKS if self.eos_id is None else DocumentMarks(self.bos_id, self.eos_id)
+
+    @property
+    def finest(self) -> Mapping[Key, Readable]:
+        """The weights at the highest precision that the files hold: the fp32 masters if there are some."""
+        return self.tensors if self.masters is None else self.masters
 
     def layer(self, layer: int, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return the unsharded weights of one layer by local name."""
@@ -96,7 +104,7 @@ def tokenizer_copies(files: ModelFiles) -> dict[str, str]:
 
 
 def open_checkpoint(folder: str) -> ModelFiles:
-    """Return the weights of a checkpoint of this project.
+    """Return the weights of a checkpoint of this project: those of forward and backward, and the fp32 masters.
 
     ZeRO-3 checkpoints hold only fp32 masters; rounded, these equal the weights used in forward and backward.
 
@@ -121,7 +129,21 @@ def open_checkpoint(folder: str) -> ModelFiles:
         bos_id=description.bos_id,
         eos_id=description.eos_id,
         hf_config=description.hf_config,
+        masters=kinds.get(MASTER),
     )
+
+
+def for_dtype(files: ModelFiles, dtype: str) -> ModelFiles:
+    """Return the weights from which a result of `dtype` is made: for fp32 the masters of a checkpoint, if it has some.
+
+    A note says which weights of a checkpoint were taken, if it was trained in another dtype.
+    """
+    if dtype != "fp32" or files.dtype == "fp32" or not os.path.exists(os.path.join(files.path, DESCRIPTION)):
+        return files
+    if files.masters is None:
+        return replace(files, notes=(*files.notes, f"taken: {files.dtype} weights; the checkpoint holds no masters"))
+    notes = (*files.notes, f"taken: fp32 masters, of which the {files.dtype} weights are roundings")
+    return replace(files, tensors=files.masters, dtype=dtype, notes=notes)
 
 
 def _run_value(folder: str, description: Description, key: str, kind: type[T], default: T | None) -> T:
@@ -145,5 +167,16 @@ def check_shapes(found: ModelFiles, wanted: ModelConfig) -> None:
             shown = [f"has shape {list(shape)}" if shape else "is not there" for shape in (there, here)]
             raise UserError(
                 f"{found.path}: layer {key[0]} {key[1]} {shown[0]}, in the run's model it {shown[1]}; "
-                "set the run file's model to the shape of these weights"
+                f"{_other_vocabulary(found, wanted) or 'set the model of the run file to the shape of these weights'}"
             )
+
+
+def _other_vocabulary(found: ModelFiles, wanted: ModelConfig) -> str:
+    """Return what to do if a model differs from the run's only in the rows of its vocabulary tables; else nothing."""
+    rows = found.model.vocab_size
+    if weight_shapes(replace(wanted, vocab_size=rows)) != {key: t.shape for key, t in found.tensors.items()}:
+        return ""
+    return (
+        f"set model.vocab_size={rows}, which may exceed the ids of the tokenizer, or resize the tables with "
+        f"tools/convert.py {found.path} NEW --to deepspeed --vocab-size {wanted.vocab_size} and start from NEW"
+    )

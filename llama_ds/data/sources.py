@@ -76,10 +76,10 @@ def open_sources(data: DataConfig, vocab_size: int) -> Sources:
         UserError: a source is unavailable, or was built with another tokenizer, vocabulary or row length.
     """
     tokenizer = Tokenizer(data.tokenizer)
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:  # a larger table is legal: many models pad theirs
         raise UserError(
             f"model.vocab_size = {vocab_size}, but {data.tokenizer} has {tokenizer.vocab_size} ids; "
-            f"set model.vocab_size to {tokenizer.vocab_size}"
+            f"set model.vocab_size to {tokenizer.vocab_size} or more"
         )
     cache = Cache(data.cache_dir, round(data.cache_gib * 2**30)) if data.cache_dir else None
     train, validation = [], []
@@ -149,7 +149,7 @@ def _check_shapes(config: SourceConfig, manifest: Manifest, seq_len: int, vocab_
             f"data.seq_len = {seq_len}, but the shards of {config.path} hold rows of {manifest.seq_len}; "
             f"set data.seq_len to {manifest.seq_len} or build them with --seq-len {seq_len}"
         )
-    if manifest.vocab_size != vocab_size:
+    if manifest.vocab_size > vocab_size:
         raise UserError(
             f"model.vocab_size = {vocab_size}, but the shards of {config.path} were built with "
             f"{manifest.vocab_size} ids; use the tokenizer and the vocab_size they were built with"

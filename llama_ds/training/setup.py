@@ -73,7 +73,9 @@ def load_state(run: RunConfig, engine: Engine, checkpoints: Checkpoints, chosen:
 def _initial_weights(run: RunConfig) -> Mapping[Key, Readable]:
     found = open_model(run.checkpoint.start_from)
     check_shapes(found, run.model)
-    return found.tensors
+    for note in found.notes:
+        logger.info("%s", note)
+    return found.finest
 
 
 def log_start(run: RunConfig, layout: Layout, dtype: str, first: int, resumed: bool) -> None:

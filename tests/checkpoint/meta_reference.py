@@ -64,8 +64,7 @@ class MetaModel:
 
     def embed(self, tokens: Tensor) -> Tensor:
         tables = [w["tok_embeddings.weight"].float() for w in self.ranks]
-        if self.p.get("rope_theta", 10000.0) < 500000:  # a LLaMA 1 or 2
-            assert tables[0].shape[1] == self.p["dim"] // len(tables)
+        if tables[0].shape[1] == self.p["dim"] // len(tables):  # the code of LLaMA 1, 2 and Code Llama
             return torch.cat([F.embedding(tokens, table) for table in tables], -1)
         assert tables[0].shape[1] == self.p["dim"]
         out, size = torch.zeros(*tokens.shape, self.p["dim"]), len(tables[0])

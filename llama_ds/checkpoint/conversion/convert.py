@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 
 from llama_ds.checkpoint.carried import carried_files
+from llama_ds.checkpoint.conversion.digest import surely_finite
 from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
 from llama_ds.checkpoint.formats.meta import plan_meta
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target
-from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, checksum, describe, read_tensors, verify
+from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, checksum, describe, verify
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.errors import UserError
-from llama_ds.layout.optimizer_states import MASTER
 
 CHUNK_BYTES = 1 << 20  # fits in the CPU cache: larger chunks are copied at half the speed
 WORKERS = 4  # default upper bound; preads, pwrites and casts overlap
@@ -44,6 +44,7 @@ class Options:
     """How a conversion is executed, independent of its result."""
 
     overwrite: bool = False
+    allow_nonfinite: bool = False  # copy NaN and infinities instead of refusing them
     workers: int = min(WORKERS, max(2, os.cpu_count() or 1))
 
 
@@ -151,9 +152,8 @@ def _check_source(files: ModelFiles, options: Options, progress: Progress) -> No
     description = describe(files.path)
     carried = [name for name in carried_files(files.path) if name in description.files]
     verify(files.path, description, [INDEX, *carried])
-    kinds = read_tensors(files.path, description, (WEIGHT, MASTER))
-    tensors = kinds.get(WEIGHT) or kinds[MASTER]
-    names = sorted({os.path.relpath(path, files.path) for tensor in tensors.values() for path in tensor.paths})
+    paths = {path for tensor in files.tensors.values() for path in tensor.paths}
+    names = sorted(os.path.relpath(path, files.path) for path in paths)
     counter = Counter(progress, "check", sum(description.files[name].size for name in names))
 
     def check(name: str) -> None:
@@ -210,7 +210,7 @@ def _write_file(file: OutputFile, plan: Plan, work: Partial, counter: Counter) -
             for start in range(0, tensor.numel, len(buffer)):
                 part = buffer[: min(len(buffer), tensor.numel - start)]
                 tensor.source.read(part, tensor.rank, tensor.size, start)
-                _check_range(tensor, part)
+                _check_range(tensor, part, start)
                 _write_at(output, part, stored[tensor.name].offset + start * dtype.itemsize)
                 counter.add(part.nbytes)
         os.fsync(output)
@@ -228,10 +228,16 @@ def _write_at(output: int, part: Tensor, position: int) -> None:
     os.posix_fadvise(output, begin, part.nbytes, os.POSIX_FADV_DONTNEED)
 
 
-def _check_range(tensor: OutputTensor, part: Tensor) -> None:
-    """Refuse a value beyond the range of fp16, which would become infinity."""
-    if part.dtype == torch.float16 and tensor.source.dtype != torch.float16 and not part.isfinite().all():
+def _check_range(tensor: OutputTensor, part: Tensor, start: int) -> None:
+    """Refuse a value beyond the range of a narrower dtype, which would become infinity."""
+    stored = tensor.source.dtype
+    if torch.finfo(part.dtype).max >= torch.finfo(stored).max or surely_finite(part):
+        return
+    original = torch.empty(part.shape, dtype=stored)
+    tensor.source.read(original, tensor.rank, tensor.size, start)
+    if (original.isfinite() & ~part.isfinite()).any():
+        name, wider = str(part.dtype).removeprefix("torch."), "bf16" if part.dtype == torch.float16 else "fp32"
         raise UserError(
-            f"{tensor.name}: holds numbers above {torch.finfo(torch.float16).max:.0f}, the largest of fp16; "
-            "convert with --dtype bf16"
+            f"{tensor.name}: holds numbers above {torch.finfo(part.dtype).max:.6g}, the largest of {name}; "
+            f"convert with --dtype {wider}"
         )

@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_ds.checkpoint.carried import GENERATION, TOKENIZER_JSON, carried_files
+from llama_ds.checkpoint.formats.frequencies import dropped_frequencies
 from llama_ds.checkpoint.formats.hf_config import (
     CONFIG,
     continued,
@@ -19,21 +20,19 @@ from llama_ds.checkpoint.formats.hf_config import (
     initializer_range_of,
     model_of,
     read_config,
-    read_object,
 )
+from llama_ds.checkpoint.formats.hf_folder import ADAPTERS, INDEX, SAFETENSORS, folder_tensors, refuse_adapter
 from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
-from llama_ds.checkpoint.formats.inventory import check_file, check_names, model_files, same
+from llama_ds.checkpoint.formats.inventory import check_names, model_files, same
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.spread import in_one_file
-from llama_ds.checkpoint.stored import Stored, safetensors_tensors, torch_tensors
+from llama_ds.checkpoint.stored import Stored
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, weight_of, weight_shapes
 
 SHARD_BYTES = 5 * 10**9  # default limit per file in transformers up to version 4
-SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
-INDEX = ".index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INVERSE_FREQUENCIES = re.compile(r".*\brotary_emb\.inv_freq")  # only in old exports; derived from rope_theta
 
@@ -47,14 +46,6 @@ class HfTokenizer:
     eos: int | None
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The tensors of a folder by name, and the path to name in messages about them."""
-
-    path: str
-    tensors: dict[str, Stored] = field(default_factory=dict)
-
-
 def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
     """Return the weights of a folder that transformers' LlamaForCausalLM can load.
 
@@ -63,10 +54,12 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
     Raises:
         UserError: the architecture is not supported, a tensor is missing, unknown or misshapen, or a file is damaged.
     """
+    refuse_adapter(folder)
     config = read_config(folder)
     model, seq_len = model_of(folder, config)
-    found = _stored_tensors(folder)
-    stored = {n: t for n, t in found.tensors.items() if not INVERSE_FREQUENCIES.fullmatch(n)}
+    found = folder_tensors(folder, config)
+    derived = {n: t for n, t in found.tensors.items() if INVERSE_FREQUENCIES.fullmatch(n)}
+    stored = {n: t for n, t in found.tensors.items() if n not in derived}
     if model.tie_word_embeddings:
         _drop_tied_head(folder, stored)
     names = {key: hf_name(*key, model.num_hidden_layers) for key in weight_shapes(model)}
@@ -80,12 +73,13 @@ def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
         bos_id=config.get("bos_token_id"),
         eos_id=eos if isinstance(eos, int) else None,  # a chat model has several
         hf_config=config,
+        notes=(*found.notes, *dropped_frequencies(found.path, derived, model, CONFIG)),
     )
 
 
 def holds_huggingface(folder: str) -> bool:
-    """Return whether a folder looks like a Hugging Face model."""
-    return os.path.lexists(os.path.join(folder, CONFIG))
+    """Return whether a folder looks like a Hugging Face model, or an adapter of one."""
+    return any(os.path.lexists(os.path.join(folder, name)) for name in (CONFIG, *ADAPTERS))
 
 
 def plan_huggingface(files: ModelFiles, target: Target, tokenizer: HfTokenizer | None) -> Plan:
@@ -162,37 +156,6 @@ def _check_ids(files: ModelFiles, config: Mapping[str, Any]) -> None:
                     f"{files.path}: {key} = {index} is not below vocab_size = {size}; convert with --vocab-size "
                     f"{index + 1} or more: missing rows become zeros"
                 )
-
-
-def _stored_tensors(folder: str) -> _Found:
-    """Find the tensors in the files of an index or in a single file; safetensors take precedence over pickles."""
-    for name, find in ((SAFETENSORS, safetensors_tensors), (BIN, torch_tensors)):
-        path = os.path.join(folder, name)
-        if os.path.lexists(path + INDEX):
-            found = _Found(path + INDEX)
-            for file, wanted in _files_of_index(check_file(path + INDEX)).items():
-                tensors = find(check_file(os.path.join(folder, file)))
-                check_names(os.path.join(folder, file), sorted(wanted), [n for n in tensors if n in wanted])
-                found.tensors.update(tensors)
-            return found
-        if os.path.lexists(path):
-            return _Found(path, find(check_file(path)))
-    raise UserError(f"{folder}: contains neither {SAFETENSORS} nor {BIN}, nor an index of them; copy the model again")
-
-
-def _files_of_index(path: str) -> dict[str, set[str]]:
-    """Return the names of the tensors in each file of an index."""
-    where = read_object(path).get("weight_map")
-    if not isinstance(where, dict) or not where:
-        raise UserError(f"{path}: contains no weight_map, so it is not the index of a model's files; copy it again")
-    files: dict[str, set[str]] = {}
-    for name, file in where.items():
-        if not isinstance(file, str) or os.path.basename(file) != file or not file:
-            raise UserError(
-                f"{path}: puts {name} into {file!r}, which is not a file name in this folder; copy it again"
-            )
-        files.setdefault(file, set()).add(name)
-    return files
 
 
 def _drop_tied_head(folder: str, stored: dict[str, Stored]) -> None:

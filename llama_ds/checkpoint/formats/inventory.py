@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -54,13 +55,15 @@ def check_names(path: str, wanted: Collection[str], found: Collection[str]) -> N
     """
     missing = [name for name in wanted if name not in found]
     if missing:
-        raise UserError(f"{path}: {_some(missing)} missing of {len(wanted)}; the model is incomplete: copy it again")
+        raise UserError(
+            f"{path}: {some_tensors(missing)} missing of {len(wanted)}; the model is incomplete: copy it again"
+        )
     known = set(wanted)
     foreign = [name for name in found if name not in known]
     if foreign:
         raise UserError(
-            f"{path}: {_some(foreign)} unknown to a LLaMA of this configuration; give the folder of a plain LLaMA "
-            "(adapters merged, no other heads)"
+            f"{path}: {some_tensors(foreign)} unknown to a LLaMA of this configuration; give the folder of a plain "
+            "LLaMA (adapters merged, no other heads)"
         )
 
 
@@ -123,12 +126,16 @@ def _check_tensors(
 
 
 def _dtype_of(path: str, tensors: Mapping[Key, Readable]) -> str:
-    """Return the short name of the dtype of a model's matrices.
+    """Return the short name of the dtype that most elements of a model's hidden matrices have.
 
     Raises:
         UserError: the dtype is not one of DTYPES.
     """
-    stored = next(tensor.dtype for (_, name), tensor in tensors.items() if weight_of(name).role is Role.HIDDEN_MATRIX)
+    elements: Counter[torch.dtype] = Counter()
+    for (_, name), tensor in tensors.items():
+        if weight_of(name).role is Role.HIDDEN_MATRIX:
+            elements[tensor.dtype] += torch.Size(tensor.shape).numel()
+    ((stored, _),) = elements.most_common(1)
     for name, dtype in DTYPES.items():
         if stored == dtype:
             return name
@@ -163,6 +170,11 @@ def same(first: Readable, second: Readable, elements: int = 4 << 20) -> bool:
     return True
 
 
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:MAX_SHOWN]) + (", ..." if len(names) > MAX_SHOWN else "")
-    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown}) {'is' if len(names) == 1 else 'are'}"
+def shown(names: Sequence[str]) -> str:
+    """Return the first few of some names, for a message."""
+    return ", ".join(names[:MAX_SHOWN]) + (", ..." if len(names) > MAX_SHOWN else "")
+
+
+def some_tensors(names: Sequence[str]) -> str:
+    """Return the beginning of a sentence about tensors: their number, the first few names, and the verb."""
+    return f"{len(names)} tensor{'s' * (len(names) > 1)} ({shown(names)}) {'is' if len(names) == 1 else 'are'}"

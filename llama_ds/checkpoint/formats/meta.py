@@ -1,8 +1,8 @@
 """Meta's format of a LLaMA: consolidated.NN.pth for each model-parallel rank, params.json, tokenizer.model.
 
 It differs from this project's format in four points: weight names; rows of query and key heads are ordered in adjacent
-rotary pairs; the embedding is sharded by columns in LLaMA 1 and 2, and by rows from Llama 3 on; a tied head is stored
-as a copy of the embedding.
+rotary pairs; the embedding is sharded by columns in LLaMA 1, 2 and Code Llama, and by rows from Llama 3 on; a tied head
+is stored as a copy of the embedding.
 """
 
 from __future__ import annotations
@@ -14,18 +14,11 @@ from dataclasses import replace
 
 import torch
 
-from llama_ds.checkpoint.carried import carried_files
+from llama_ds.checkpoint.carried import TOKENIZER, carried_files
+from llama_ds.checkpoint.formats.frequencies import dropped_frequencies
 from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
-from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, model_files, same
-from llama_ds.checkpoint.formats.meta_params import (
-    LLAMA3_THETA,
-    PARAMS,
-    Unsaid,
-    model_of,
-    params_of,
-    read_params,
-    seq_len_of,
-)
+from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, model_files, same, shown
+from llama_ds.checkpoint.formats.meta_params import PARAMS, Unsaid, model_of, params_of, read_params, seq_len_of
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json, check_parts, part_shape
 from llama_ds.checkpoint.formats.views import Columns, RotaryReordered, TableRows
 from llama_ds.checkpoint.spread import Run, Spread
@@ -36,6 +29,7 @@ from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY, Key, weight_of, weight_shapes
 
 PART = re.compile(r"consolidated\.(\d\d)\.pth")
+OTHER_PART = re.compile(r"consolidated\b.*\.(pth|pt|bin|safetensors)")
 LOCAL = {
     "input_layernorm.weight": "attention_norm.weight",
     "self_attn.q_proj.weight": "attention.wq.weight",
@@ -47,9 +41,15 @@ LOCAL = {
     "mlp.down_proj.weight": "feed_forward.w2.weight",
     "mlp.up_proj.weight": "feed_forward.w3.weight",
 }
+LLAMA3_VOCABULARY = 128_256
+LLAMA2_THETA = 10_000.0  # the code of LLaMA 1 and 2 has no other
 ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
-IGNORED = ("rope.freqs",)  # derived from rope_theta
+# Derived from rope_theta: at the top in LLaMA 2, in every layer in LLaMA 1.
+FREQUENCIES = re.compile(r"(layers\.\d+\.attention\.(inner_attention\.)?)?rope\.freqs")
+# Each rank of Meta's training kept its own copy of the norms, and in Llama 3 70B the copies differ by up to 0.01.
+# Norms of unrelated models differ by tenths, so that copies within this bound are those of one model.
+NORM_DRIFT, NORM_DRIFT_RELATIVE = 0.01, 0.05  # absolute, and relative to the norm's largest weight; the larger counts
 
 
 def meta_name(layer: int, name: str, num_hidden_layers: int) -> str:
@@ -73,7 +73,8 @@ def open_meta(folder: str, vocab_size: int | None = None, unsaid: Unsaid | None 
     unsaid = unsaid or Unsaid()
     params = read_params(folder)
     paths = _parts_of(folder)
-    parts = [{n: t for n, t in torch_tensors(path).items() if n not in IGNORED} for path in paths]
+    found = [torch_tensors(path) for path in paths]
+    parts = [{n: t for n, t in part.items() if not FREQUENCIES.fullmatch(n)} for part in found]
     for path, part in zip(paths, parts, strict=True):
         check_names(path, (EMBEDDING, HEAD), [n for n in part if n in (EMBEDDING, HEAD)])
     embedding, head = (_merged(name, parts, paths, _table_dim(name, parts)) for name in (EMBEDDING, HEAD))
@@ -88,6 +89,9 @@ def open_meta(folder: str, vocab_size: int | None = None, unsaid: Unsaid | None 
     tensors[EMBEDDING_KEY] = table
     seq_len, notes = seq_len_of(params, model, unsaid)
     files = model_files(folder, folder, PARAMS, names, model, seq_len, tensors, vocab_size)
+    derived = {n: t for n, t in found[0].items() if FREQUENCIES.fullmatch(n)}
+    norms = [name for key, name in names.items() if weight_of(key[1]).cut is None]
+    notes += (*dropped_frequencies(folder, derived, model, PARAMS), *_compare_norms(norms, parts, paths))
     return replace(files, notes=notes)
 
 
@@ -100,14 +104,16 @@ def plan_meta(files: ModelFiles, target: Target) -> Plan:
     """Return the plan: one file for each of `target.tp` model-parallel ranks.
 
     Raises:
-        UserError: Meta's code does not support the model, or it cannot be sharded over that many ranks.
+        UserError: Meta's code does not support the model, it cannot be sharded over that many ranks, or nothing says
+            along which dimension the embedding is sharded.
     """
     if target.pp != 1:
         raise UserError("command line: --pp applies only to deepspeed; leave it out for meta")
     params = params_of(files.model, files.path)
     check_parts(files, target)
+    embedding_dim = _embedding_dim(files, target)
     outputs = tuple(
-        OutputFile(f"consolidated.{rank:02d}.pth", tuple(_output_tensors(files, rank, target.tp)))
+        OutputFile(f"consolidated.{rank:02d}.pth", tuple(_output_tensors(files, rank, target.tp, embedding_dim)))
         for rank in range(target.tp)
     )
     copied = tokenizer_copies(files)
@@ -122,12 +128,12 @@ def _dropped(files: ModelFiles, copied: Mapping[str, str]) -> tuple[str, ...]:
     return (f"the sequence length {files.seq_len}", *ids, *names)
 
 
-def _output_tensors(files: ModelFiles, rank: int, size: int) -> list[OutputTensor]:
+def _output_tensors(files: ModelFiles, rank: int, size: int, embedding_dim: int) -> list[OutputTensor]:
     layers = files.model.num_hidden_layers
     outputs = []
     for (layer, local), tensor in files.tensors.items():
         name, source = meta_name(layer, local, layers), tensor
-        dim = _dim(name, local, files.model)
+        dim = embedding_dim if name == EMBEDDING else weight_of(local).cut
         if local in ROTATED:
             source = RotaryReordered(tensor, files.model.head_dim, to_halves=False)
         if name == EMBEDDING and dim == 1:
@@ -138,11 +144,32 @@ def _output_tensors(files: ModelFiles, rank: int, size: int) -> list[OutputTenso
     return outputs
 
 
-def _dim(name: str, local: str, model: ModelConfig) -> int | None:
-    """Return the dimension along which Meta shards a tensor: the same as here, except for the embedding."""
-    if name == EMBEDDING:
-        return 0 if model.rope_theta >= LLAMA3_THETA else 1
-    return weight_of(local).cut
+def _embedding_dim(files: ModelFiles, target: Target) -> int:
+    """Return the dimension along which the Meta code that will read the result shards the embedding.
+
+    It is the code that reads the model's tokenizer: of Llama 3 (rows) for tiktoken's ranks, of LLaMA 1, 2 and Code
+    Llama (columns) for a sentencepiece model. rope_theta does not tell them apart: Code Llama's is 1e6.
+
+    Raises:
+        UserError: nothing says which code it is, and the target has several files.
+    """
+    if target.embedding or target.tp == 1:
+        return 1 if target.embedding == "columns" else 0
+    if files.tokenizer and os.path.basename(files.tokenizer) == TOKENIZER:
+        return 0 if _is_tiktoken(files.tokenizer) else 1
+    if files.model.vocab_size == LLAMA3_VOCABULARY or files.model.rope_scaling:
+        return 0
+    if files.model.rope_theta == LLAMA2_THETA:
+        return 1
+    raise UserError(
+        f"{files.path}: has no tokenizer.model, so nothing says which of Meta's codes will read the result; give "
+        "--embedding rows for that of Llama 3, or --embedding columns for that of LLaMA 1, 2 and Code Llama"
+    )
+
+
+def _is_tiktoken(path: str) -> bool:
+    with open(path, "rb") as file:
+        return bool(re.match(rb"[A-Za-z0-9+/]+=* \d+\s", file.read(200)))
 
 
 def _table_dim(name: str, parts: list[dict[str, Stored]]) -> int:
@@ -157,8 +184,14 @@ def _parts_of(folder: str) -> list[str]:
     """Return the paths of the files of all ranks, in order.
 
     Raises:
-        UserError: a file is missing.
+        UserError: a file is missing, or there are weight files of another form, which may be the model as well.
     """
+    others = sorted(n for n in os.listdir(folder) if OTHER_PART.fullmatch(n) and not PART.fullmatch(n))
+    if others:
+        raise UserError(
+            f"{folder}: contains {shown(others)} beside consolidated.NN.pth, and no rule says which is the model; "
+            "move one of them to another folder"
+        )
     found = {int(match[1]) for name in os.listdir(folder) if (match := PART.fullmatch(name))}
     return [check_file(os.path.join(folder, f"consolidated.{i:02d}.pth")) for i in range(max(found, default=0) + 1)]
 
@@ -177,18 +210,49 @@ def _tensors(
 
 
 def _merged(name: str, parts: list[dict[str, Stored]], paths: list[str], dim: int | None) -> Spread:
-    """Return a tensor assembled from all parts. An unsharded one must be equal in every part."""
+    """Return a tensor assembled from all parts; of an unsharded one, the copy of the first rank."""
     first = parts[0][name]
     for path, part in zip(paths, parts, strict=True):
         check_shape(path, name, part[name].shape, first.shape, os.path.basename(paths[0]))
     runs = [[Run(0, part[name], torch.Size(first.shape).numel())] for part in parts]
-    if dim is not None and len(first.shape) != 2:
-        raise UserError(f"{paths[0]}: tensor {name} has shape {list(first.shape)}, not that of a matrix; copy it again")
     if dim is None:
-        full = Spread(first.shape, None, runs[:1])
-        for path, run in zip(paths[1:], runs[1:], strict=True):
-            if not same(full, Spread(first.shape, None, [run])):
-                raise UserError(f"{path}: {name} differs from that of {paths[0]}: parts of two models; copy it again")
-        return full
+        return Spread(first.shape, None, runs[:1])
+    if len(first.shape) != 2:
+        raise UserError(f"{paths[0]}: tensor {name} has shape {list(first.shape)}, not that of a matrix; copy it again")
     shape = tuple(n * len(parts) if i == dim else n for i, n in enumerate(first.shape))
     return Spread(shape, dim, runs)
+
+
+def _compare_norms(names: list[str], parts: list[dict[str, Stored]], paths: list[str]) -> list[str]:
+    """Return a line on norms that differ between ranks.
+
+    Raises:
+        UserError: they differ by more than copies of one model do.
+    """
+    different, largest = set(), 0.0
+    for name in names:
+        first = _whole(parts[0][name])
+        for path, part in zip(paths[1:], parts[1:], strict=True):
+            other = _whole(part[name])
+            if torch.equal(first.view(torch.int64), other.view(torch.int64)):  # bits, so that NaN equals itself
+                continue
+            difference = (first - other).abs().max().item()
+            if not difference <= max(NORM_DRIFT, NORM_DRIFT_RELATIVE * first.abs().max().item()):
+                raise UserError(
+                    f"{path}: {name} differs from that of {paths[0]} by up to {difference:.3g}: parts of two models; "
+                    "copy it again"
+                )
+            different.add(name)
+            largest = max(largest, difference)
+    if not different:
+        return []
+    return [
+        f"{paths[0]}: its norms are taken; {len(different)} of {len(names)} differ in the files of other ranks, "
+        f"by at most {largest:.3g}"
+    ]
+
+
+def _whole(stored: Stored) -> torch.Tensor:
+    out = torch.empty(stored.shape, dtype=torch.float64)
+    stored.read(out)
+    return out

@@ -29,6 +29,7 @@ class Target:
     dtype: str  # key of DTYPES
     tp: int = 1  # tensor-parallel parts
     pp: int = 1  # pipeline stages that DeepSpeed's own loader expects
+    embedding: str | None = None  # for meta: "rows" or "columns", how the embedding is sharded; None: as it follows
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ class View:
         """The stored dtype."""
         return self.source.dtype
 
+    @property
+    def paths(self) -> set[str]:
+        """The files that hold it."""
+        return self.source.paths
+
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the unsharded tensor, in `dtype` or as stored."""
         out = torch.empty(self.shape, dtype=dtype or self.dtype)
