@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from written_ranks import MODEL, NEIGHBOURS, Write, build
 
+from llama_ds.benchmarks.generation import load
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.load_model import load_model, open_model
 from llama_ds.config.schema import ModelConfig, RunConfig
@@ -45,11 +46,14 @@ def test_transformers_computes_the_same_from_an_export(write: Write, run: RunCon
     """From two tensor-parallel ranks: biases and norms of heads are joined, or taken from one rank."""
     model = NEIGHBOURS[name]
     out = tmp_path / "hf"
-    assert convert.main([write(2, True, model=model), str(out), "--to", "hf", "--no-logits"]) == 0
+    source = write(2, True, model=model)
+    assert convert.main([source, str(out), "--to", "hf", "--no-logits"]) == 0
     theirs, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected = build(replace(run, model=model))(IDS)
     torch.testing.assert_close(theirs(IDS).logits, expected, atol=1e-5, rtol=0)  # fp32 sums in another order
+    _, generating = load(source, None)  # as tools/generate.py does, without an export
+    torch.testing.assert_close(generating(IDS).logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
