@@ -127,10 +127,16 @@ def _check_windows(path: str, config: Mapping[str, Any]) -> None:
     """Check that every layer attends to all earlier tokens; Qwen's sliding_window counts if use_sliding_window does."""
     window = config.get("sliding_window")
     if window is not None and config["model_type"] == "llama":
-        raise UserError(f"{path}: sliding_window = {json.dumps(window)}, this project attends to all earlier tokens")
+        raise UserError(
+            f"{path}: sliding_window = {json.dumps(window)}, this project attends to all earlier tokens; "
+            "give a model that does"
+        )
     others = sorted({str(kind) for kind in config.get("layer_types") or ()} - {FULL_ATTENTION})
     if others:
-        raise UserError(f"{path}: layer_types has {', '.join(others)}, this project has {FULL_ATTENTION} only")
+        raise UserError(
+            f"{path}: layer_types has {', '.join(others)}, this project has {FULL_ATTENTION} only; "
+            "give a model with no others"
+        )
 
 
 def _biases_and_norms(config: Mapping[str, Any]) -> dict[str, Any]:
