@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.config.schema import ModelConfig, OptimizerConfig
 from llama_ds.layout.partition import boundaries, stage_roles
-from llama_ds.layout.weights import DECODER_LAYER, TABLE, Role, held_elements, key_of, weight_of, weight_shapes, weights
+from llama_ds.layout.weights import TABLE, Role, decoder_layer, held_elements, key_of, weight_of, weight_shapes, weights
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.llama import Llama
@@ -29,7 +30,11 @@ REPO = Path(__file__).resolve().parent.parent
 GQA = ModelConfig(96, 32, 88, 3, 8, 4, 8)
 WIDE_HEADS = ModelConfig(96, 32, 88, 2, 8, 2, 16)  # head_dim above hidden / heads
 TIED = replace(GQA, tie_word_embeddings=True)
-MODELS = pytest.mark.parametrize("model", [GQA, WIDE_HEADS, TIED], ids=["gqa", "wide heads", "tied"])
+BIASED = replace(GQA, attention_bias="qkvo", mlp_bias=True)
+QWEN3 = replace(WIDE_HEADS, attention_bias="qkvo", qk_norm=True)
+MODELS = pytest.mark.parametrize(
+    "model", [GQA, WIDE_HEADS, TIED, BIASED, QWEN3], ids=["gqa", "wide heads", "tied", "biased", "qwen3"]
+)
 RANKS = pytest.mark.parametrize(("rank", "size"), [(0, 1), (0, 2), (1, 2)])
 
 
@@ -59,11 +64,9 @@ def test_the_table_agrees_with_the_modules(model: ModelConfig, rank: int, size: 
 
 @MODELS
 def test_names_and_shapes_are_those_of_transformers(model: ModelConfig) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "tie_word_embeddings")  # fmt: skip
-    reference = LlamaForCausalLM(LlamaConfig(**{key: getattr(model, key) for key in keys}))
+    reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config(model, 16, "float32")))
     assert {hf_name(*key, model.num_hidden_layers): shape for key, shape in weight_shapes(model).items()} == {
         name: tuple(parameter.shape) for name, parameter in reference.named_parameters()
     }
@@ -93,13 +96,16 @@ def test_initial_weights_do_not_change(model: ModelConfig, rank: int, size: int,
 def test_decay_groups_follow_the_table(model: ModelConfig) -> None:
     module = build(model)
     names = {parameter: name for name, parameter in module.named_parameters()}
-    matrices, norms = decay_groups(module, OptimizerConfig(lr=1e-3, weight_decay=0.25), "all ")
-    assert [(group["weight_decay"], group["name"]) for group in (matrices, norms)] == [
-        (0.25, "all matrices"),
-        (0.0, "all norms"),
-    ]
-    for group, decays in ((matrices, True), (norms, False)):
-        assert [key_of(names[p]) for p in group["params"]] == [key for key, w in weights(model) if w.decays == decays]
+    groups = decay_groups(module, OptimizerConfig(lr=1e-3, weight_decay=0.25), "all ")
+    wanted = {
+        (0.25, "all matrices"): [key for key, w in weights(model) if w.decays],
+        (0.0, "all norms"): [key for key, w in weights(model) if not w.decays and w.cut is None],
+        # Another group, because tensor-parallel ranks hold different parts: the gradient norm counts all of them.
+        (0.0, "all biases"): [key for key, w in weights(model) if not w.decays and w.cut is not None],
+    }
+    assert {(g["weight_decay"], g["name"]): [key_of(names[p]) for p in g["params"]] for g in groups} == {
+        group: keys for group, keys in wanted.items() if keys
+    }
 
 
 def test_decay_groups_of_one_layer_have_its_matrices_first() -> None:
@@ -138,7 +144,7 @@ def test_universal_patterns_shard_weights_as_the_table_does() -> None:
 
 def test_the_first_and_last_stage_hold_the_tables() -> None:
     held = stage_roles(GQA, boundaries(GQA, 16, 3, None), 2)
-    layer = held_elements(DECODER_LAYER, GQA, 2)
+    layer = held_elements(decoder_layer(GQA), GQA, 2)
     table = 96 * 32 // 2
     assert held == [layer + Counter({Role.EMBEDDING: table}), layer, layer + Counter({Role.HEAD: table, Role.NORM: 32})]
     assert stage_roles(TIED, boundaries(TIED, 16, 3, None), 2)[2][Role.EMBEDDING] == table
@@ -151,7 +157,7 @@ def test_the_first_and_last_stage_hold_the_tables() -> None:
 WORDS = {part for weight in TABLE for part in weight.name.split(".") if "_" in part} - {"self_attn"} | {"embed_tokens"}
 MODULES = {"RMSNorm", "ShardedLinear"}
 OWNERS = ("llama_ds/layout/weights.py", "llama_ds/model/", "llama_ds/checkpoint/names.py")
-FOREIGN = ("llama_ds/checkpoint/formats/huggingface.py", "llama_ds/checkpoint/formats/meta.py")
+FOREIGN = tuple(f"llama_ds/checkpoint/formats/{name}" for name in ("hf_folder.py", "huggingface.py", "meta.py"))
 
 
 def weight_names(source: str) -> list[int]:

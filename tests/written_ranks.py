@@ -13,6 +13,7 @@ from llama_ds.checkpoint.manifest import WEIGHT, FileEntry, Record, StoredPiece,
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.schema import ModelConfig, RopeScaling, RunConfig
+from llama_ds.layout.weights import EMBEDDING, FINAL_NORM, HEAD, decoder_layer, key_of, weight_of
 from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
@@ -30,6 +31,13 @@ MODEL = ModelConfig(
 )
 
 META_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # constants in Meta's code
+# Models that Hugging Face's format and ours support, and their architectures in transformers.
+NEIGHBOURS = {
+    "qwen2": replace(MODEL, attention_bias="qkv", rope_scaling=RopeScaling(4.0, None, None, 8, "yarn", beta_fast=4.0)),
+    "qwen3": replace(MODEL, attention_bias="qkvo", qk_norm=True, head_dim=16, rope_scaling=None),
+    "llama": replace(MODEL, attention_bias="qkvo", mlp_bias=True, rope_scaling=RopeScaling(2.0, rope_type="linear")),
+    "dynamic": replace(MODEL, rope_scaling=RopeScaling(2.0, None, None, 16, "dynamic")),
+}
 # Models that every format supports. LLaMA 1 and 2 shard the embedding along another dimension than Llama 3.
 SHAPES = {
     "mha": replace(MODEL, num_key_value_heads=4, rope_scaling=None),
@@ -51,7 +59,13 @@ class Rank(SingleRank):
 def build(run: RunConfig, rank: int = 0, size: int = 1) -> Llama:
     """Return one tensor-parallel rank's model with its initial weights."""
     context = layer_context(run, Rank(rank, size), "cpu", torch.float32)
-    return Llama(context, NextTokenLoss(SingleRank()))
+    model = Llama(context, NextTokenLoss(SingleRank()))
+    for number, (name, parameter) in enumerate(model.named_parameters()):
+        row = weight_of(name)
+        if row not in (*decoder_layer(MODEL), EMBEDDING, FINAL_NORM, HEAD):  # zeros or ones would hide their order
+            values = torch.cos(number + torch.arange(row.numel(run.model))) / 5
+            parameter.data += values if row.cut is None else values.chunk(size)[rank]
+    return model
 
 
 def write_rank(run: RunConfig, folder: str, rank: int, tp: int, by_layer: bool, dtype: str) -> Record:
@@ -68,7 +82,7 @@ def write_rank(run: RunConfig, folder: str, rank: int, tp: int, by_layer: bool, 
         torch.save({name_of(key): weight for key, weight in tensors.items()}, path)
         record.files[file] = FileEntry(os.path.getsize(path), checksum(path), rank)
         for name, stored in torch_tensors(path).items():
-            if rank == 0 or "norm" not in name:
+            if rank == 0 or weight_of(key_of(name)[1]).cut is not None:
                 record.pieces[name] = pieces(file, rank, stored, [0] if by_layer else [0, 13])
     return record
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from llama_ds.benchmarks.layer import LayerContestant
@@ -19,6 +19,7 @@ from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.weights import HEAD
 from llama_ds.model.attention import flash_module
@@ -43,6 +44,9 @@ def layers(
 
     Our layers save all activations (`none`) or follow `policy`. Their layer uses torch's default matmul precision, and
     on a CPU also ours.
+
+    Raises:
+        UserError: the layer is not one of transformers' Llama.
     """
     torch_default = torch.get_float32_matmul_precision()
     context = layer_context(run, SingleRank(), device.type, dtype)
@@ -53,7 +57,13 @@ def layers(
     for manual_layer in ours.values():
         manual_layer.load_state_dict(reference.state_dict())
         manual_layer.lay_weights_together()  # as in DeepSpeed's flat buffers
-    config = LlamaConfig(**hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch.")))
+    settings = hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch."))
+    if settings["model_type"] != LlamaConfig.model_type:
+        raise UserError(
+            f"model: transformers' {settings['model_type']} has this layer, and layers are compared with its "
+            f"{LlamaConfig.model_type}; leave out model.qk_norm and model.attention_bias = qkv"
+        )
+    config = LlamaConfig(**settings)
     flash = {"flash_attn": "flash_attention_2", "flash_attn.cute": "flash_attention_4"}  # names in transformers
     attention = flash[flash_module().__name__] if context.attention.name == "flash_attn" else "sdpa"
     config._attn_implementation = attention
@@ -126,10 +136,10 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]
     }
 
 
-def transformers_model(run: RunConfig, source: Llama, dtype: torch.dtype) -> LlamaForCausalLM:
+def transformers_model(run: RunConfig, source: Llama, dtype: torch.dtype) -> PreTrainedModel:
     """Return a transformers model of the same shape with a copy of our weights."""
     config = hf_config(run.model, run.data.seq_len, str(dtype).removeprefix("torch."))
-    model = LlamaForCausalLM(LlamaConfig(**config)).to(dtype)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).to(dtype)
     count = run.model.num_hidden_layers
     weights = {
         hf_name(i, name, count): w for i, layer in enumerate(source.layers) for name, w in layer.state_dict().items()

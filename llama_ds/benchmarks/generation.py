@@ -7,11 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from llama_ds.checkpoint.formats.hf_config import hf_config
@@ -72,8 +68,8 @@ def load(path: str, kind: str | None) -> tuple[Tokenizer, Any]:
 def _with_weights(files: ModelFiles) -> Any:
     """Return a transformers model with the weights of `files`, loaded layer by layer."""
     dtype = DTYPES[files.dtype]
-    config = LlamaConfig(**hf_config(files.model, files.seq_len, str(dtype).removeprefix("torch.")))
-    model = LlamaForCausalLM(config).to(dtype)
+    config = AutoConfig.for_model(**hf_config(files.model, files.seq_len, str(dtype).removeprefix("torch.")))
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     for layer in files.layers():
         named = {hf_name(layer, name, files.model.num_hidden_layers): w for name, w in files.layer(layer).items()}
         model.load_state_dict(named, strict=False)

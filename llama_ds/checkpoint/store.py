@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from typing import Any
 
@@ -102,8 +102,10 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
             f"{tag_folder}: holds weights only, no optimizer states, so it cannot be resumed; "
             "start a run from it with checkpoint.start_from"
         )
+    # Keys that the version which wrote the checkpoint did not have count with their defaults.
+    trained = {**found.run, "model": asdict(found.model)}
     for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # a step implies a position in the data
-        then, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (found.run, run))
+        then, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (trained, run))
         if then != now:
             raise UserError(
                 f"{tag_folder}: was trained with {key} {_difference(then, now)}; "

@@ -10,10 +10,11 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section
+from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section, declared
 from llama_ds.config.schema_data import DataConfig, MixtureStage, SkipConfig, SourceConfig
 from llama_ds.config.schema_operation import CheckpointConfig, EvaluationConfig, LoggingConfig
 from llama_ds.config.section_rules import (
+    ROPE_KEYS,
     STOCK_ENGINE,
     check_model,
     check_optimizer,
@@ -42,25 +43,71 @@ __all__ = [
 
 @dataclass(frozen=True)
 class RopeScaling(Section):
-    """Llama-3 frequency scaling of the rotary embedding (Llama 3.1 release; HF `rope_type: llama3`)."""
+    """Scaling of the rotary frequencies for longer rows; names and kinds are those of HF's `rope_scaling`."""
 
     SECTION: ClassVar[str] = "model.rope_scaling"
 
-    factor: Annotated[float, Key("Factor by which low frequencies are divided.", rule="At least 1.")]
+    factor: Annotated[float, Key("Factor by which frequencies are divided.", rule="At least 1.")]
     low_freq_factor: Annotated[
-        float,
+        float | None,
         Key(
             "Wavelengths above `original_max_position_embeddings / low_freq_factor` are scaled in full.",
-            rule="Positive and below `high_freq_factor`.",
+            rule="llama3 only, required. Positive and below `high_freq_factor`.",
         ),
-    ]
+    ] = None
     high_freq_factor: Annotated[
-        float, Key("Wavelengths below `original_max_position_embeddings / high_freq_factor` are not scaled.")
-    ]
-    original_max_position_embeddings: Annotated[int, Key("Longest row before the scaling.", "tokens", rule="Positive.")]
+        float | None,
+        Key(
+            "Wavelengths below `original_max_position_embeddings / high_freq_factor` are not scaled.",
+            rule="llama3 only, required.",
+        ),
+    ] = None
+    original_max_position_embeddings: Annotated[
+        int | None, Key("Longest row before the scaling.", "tokens", POSITIVE, rule="Required except for linear.")
+    ] = None
+    rope_type: Annotated[
+        str,
+        Key(
+            "Which frequencies are scaled: those of long waves (Llama 3.1), all alike, a larger base for rows longer "
+            "than the original ones, or those of slow rotations (YaRN, arXiv 2309.00071).",
+            choices=tuple(ROPE_KEYS),
+        ),
+    ] = "llama3"
+    attention_factor: Annotated[
+        float | None,
+        Key(
+            "Factor of the rotated queries and keys; null: 0.1 log(factor) + 1, or the quotient of this with `mscale` "
+            "and with `mscale_all_dim` before the logarithm.",
+            sign=POSITIVE,
+            rule="yarn only.",
+        ),
+    ] = None
+    beta_fast: Annotated[
+        float | None,
+        Key(
+            "Frequencies with more rotations in the longest original row are not scaled; null: 32.",
+            sign=POSITIVE,
+            rule="yarn only. Above `beta_slow`.",
+        ),
+    ] = None
+    beta_slow: Annotated[
+        float | None,
+        Key("Frequencies with fewer rotations are scaled in full; null: 1.", sign=POSITIVE, rule="yarn only."),
+    ] = None
+    mscale: Annotated[float | None, Key("See `attention_factor`.", sign=POSITIVE, rule="yarn only.")] = None
+    mscale_all_dim: Annotated[float | None, Key("See `attention_factor`.", sign=POSITIVE, rule="yarn only.")] = None
+    truncate: Annotated[
+        bool | None,
+        Key("Whether the scaled range is widened to entire frequencies; null: true.", rule="yarn only."),
+    ] = None
 
     def check(self) -> None:
         check_rope_scaling(self)
+
+    def parameters(self) -> dict[str, float]:
+        """Return the keys that are set, without the kind."""
+        found = {name: getattr(self, name) for name in declared(RopeScaling) if name != "rope_type"}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -101,6 +148,18 @@ class ModelConfig(Section):
         RopeScaling | None, Key("Scaling of the rotary frequencies for longer rows; null: none.")
     ] = None
     tie_word_embeddings: Annotated[bool, Key("Whether the head shares the embedding's weights.")] = False
+    attention_bias: Annotated[
+        str,
+        Key(
+            "Projections of attention with a bias: none (LLaMA), q, k and v (Qwen2), or these and the output's (HF's "
+            "`attention_bias: true`).",
+            choices=("none", "qkv", "qkvo"),
+        ),
+    ] = "none"
+    mlp_bias: Annotated[bool, Key("Whether the three projections of the feed-forward layer have a bias.")] = False
+    qk_norm: Annotated[
+        bool, Key("Whether each head's queries and keys pass an RMS norm before the rotation (Qwen3).")
+    ] = False
 
     def check(self) -> None:
         check_model(self)
@@ -189,7 +248,7 @@ class OptimizerConfig(Section):
     ] = (0.9, 0.95)
     eps: Annotated[float, Key("Added to the root of the second moment.", sign=POSITIVE)] = 1e-8
     weight_decay: Annotated[
-        float, Key("Decoupled weight decay of matrices; norm weights do not decay.", sign=NOT_NEGATIVE)
+        float, Key("Decoupled weight decay of matrices; norm weights and biases do not decay.", sign=NOT_NEGATIVE)
     ] = 0.1
     clip: Annotated[float, Key("Largest global gradient norm; longer gradients are clipped.", sign=POSITIVE)] = 1.0
     schedule: Annotated[

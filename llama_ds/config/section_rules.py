@@ -19,15 +19,41 @@ if TYPE_CHECKING:
 STOCK_ENGINE = "deepspeed"  # value of parallel.schedule: DeepSpeed's unmodified PipelineEngine, a baseline
 
 
+# Kinds of rotary scaling: the keys that each requires beside `factor`, and those that it also takes.
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "llama3": (("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "linear": ((), ()),
+    "dynamic": (("original_max_position_embeddings",), ()),
+    "yarn": (
+        ("original_max_position_embeddings",),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+YARN_FAST, YARN_SLOW = 32.0, 1.0  # defaults of beta_fast and beta_slow
+
+
 def check_rope_scaling(scaling: RopeScaling) -> None:
-    """Check that the factors order the frequencies."""
-    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
+    """Check that the keys are those of the kind, and that the factors order the frequencies."""
+    required, optional = ROPE_KEYS[scaling.rope_type]
+    given = scaling.parameters()
+    for key in required:
+        if key not in given:
+            raise scaling.broken(f"model.rope_scaling.{key} is missing; rope_type {scaling.rope_type} has no default")
+    for key in given:
+        if key not in ("factor", *required, *optional):
+            raise scaling.broken(
+                f"model.rope_scaling.{key} = {given[key]} is not a key of rope_type {scaling.rope_type}; leave it out"
+            )
+    if scaling.factor < 1:
+        raise scaling.broken(f"model.rope_scaling.factor = {scaling.factor} is below 1; it is new / original length")
+    if scaling.rope_type == "llama3" and not 0 < given["low_freq_factor"] < given["high_freq_factor"]:
         raise scaling.broken(
             f"model.rope_scaling.low_freq_factor = {scaling.low_freq_factor} is not between 0 and "
             f"high_freq_factor = {scaling.high_freq_factor}; Llama 3.1 has 1 and 4"
         )
-    if not (scaling.factor >= 1 and scaling.original_max_position_embeddings > 0):
-        raise scaling.broken("model.rope_scaling requires factor >= 1 and original_max_position_embeddings > 0")
+    fast, slow = given.get("beta_fast", YARN_FAST), given.get("beta_slow", YARN_SLOW)
+    if slow >= fast:
+        raise scaling.broken(f"model.rope_scaling.beta_slow = {slow} is not below beta_fast = {fast}")
 
 
 def check_model(model: ModelConfig) -> None:
@@ -40,6 +66,11 @@ def check_model(model: ModelConfig) -> None:
         )
     if model.head_dim % 2:
         raise model.broken(f"model.head_dim = {model.head_dim} is odd; rotary embeddings rotate pairs; use an even one")
+    kind = model.rope_scaling.rope_type if model.rope_scaling else ""
+    if kind == "dynamic" and model.head_dim == 2:
+        raise model.broken("model.head_dim = 2 has one frequency, which rope_type dynamic keeps; use 4 or more")
+    if kind == "yarn" and model.rope_theta <= 1:
+        raise model.broken(f"model.rope_theta = {model.rope_theta} is not above 1, as rope_type yarn requires")
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:

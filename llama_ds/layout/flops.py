@@ -1,10 +1,10 @@
 """Parameters and FLOPs per token of a LLaMA model, and the peak FLOP/s of known devices.
 
-Convention: a multiply-add is 2 FLOPs. Only matrix products are counted; norms, rotary embedding, softmax, SiLU and the
-embedding lookup are not. A query at position t attends to t + 1 keys, so causal attention counts (T + 1) / 2 keys per
-query. The backward pass costs twice the forward. Model FLOPs are the same for every layout and recompute policy;
-hardware FLOPs add the recomputed ones (`layout/activation_memory.py`). See PaLM (arXiv 2204.02311, appendix B) and
-Korthikanti et al. (arXiv 2205.05198, appendix A).
+Convention: a multiply-add is 2 FLOPs. Only matrix products are counted; norms, biases, rotary embedding, softmax, SiLU
+and the embedding lookup are not. A query at position t attends to t + 1 keys, so causal attention counts (T + 1) / 2
+keys per query. The backward pass costs twice the forward. Model FLOPs are the same for every layout and recompute
+policy; hardware FLOPs add the recomputed ones (`layout/activation_memory.py`). See PaLM (arXiv 2204.02311, appendix B)
+and Korthikanti et al. (arXiv 2205.05198, appendix A).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from llama_ds.config.schema import ModelConfig
-from llama_ds.layout.weights import DECODER_LAYER, EMBEDDING, HEAD, Role, weights
+from llama_ds.layout.weights import EMBEDDING, HEAD, Role, decoder_layer, weights
 
 # Dense peaks in FLOP/s (no sparsity) from the vendors' data sheets, by dtype. V100 has no bf16.
 DEVICE_PEAK_FLOPS: dict[str, dict[str, float]] = {
@@ -36,8 +36,8 @@ DEVICE_PEAK_FLOPS: dict[str, dict[str, float]] = {
 
 
 def layer_parameters(model: ModelConfig) -> int:
-    """Return the parameters of one decoder layer: attention, SwiGLU and its two norms."""
-    return sum(weight.numel(model) for weight in DECODER_LAYER)
+    """Return the parameters of one decoder layer: attention, SwiGLU, norms and biases."""
+    return sum(weight.numel(model) for weight in decoder_layer(model))
 
 
 def embedding_parameters(model: ModelConfig) -> int:
@@ -83,4 +83,4 @@ def layer_forward_flops(model: ModelConfig, seq_len: int) -> float:
 
 @lru_cache(maxsize=1000)  # the planner calls this for every layout
 def _matrix_parameters(model: ModelConfig) -> int:
-    return sum(weight.numel(model) for weight in DECODER_LAYER if weight.role is Role.HIDDEN_MATRIX)
+    return sum(weight.numel(model) for weight in decoder_layer(model) if weight.role is Role.HIDDEN_MATRIX)

@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.layout.flops import layer_costs
-from llama_ds.layout.weights import DECODER_LAYER, FINAL_NORM, GATE, Role, held_elements
+from llama_ds.layout.weights import FINAL_NORM, GATE, Role, decoder_layer, held_elements
 
 _BEFORE, _AFTER = 1, 2  # layers around the decoder: the embedding; the final norm and the head
 
@@ -78,7 +78,7 @@ def held_parameters(
 
 @lru_cache(maxsize=1000)  # the planner calls this for every layout
 def _decoder_layer(model: ModelConfig, tp: int, gated: bool) -> Mapping[Role, int]:
-    return held_elements((weight for weight in DECODER_LAYER if gated or weight is not GATE), model, tp)
+    return held_elements((weight for weight in decoder_layer(model) if gated or weight is not GATE), model, tp)
 
 
 def balance(costs: Sequence[float], stages: int) -> list[int]:

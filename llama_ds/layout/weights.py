@@ -5,22 +5,26 @@ is (layer, local name), in memory and in files. A parameter is looked up by its 
 parameter that ZeRO-3 partitions has an empty shape.
 
 Dimensions: vocab V, hidden D, intermediate F, queries H K, keys G K with H query and G key-value heads of size K.
+
+LLaMA has no biases and no norms of queries and keys; those of its neighbours are rows that only their models have.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
 from llama_ds.config.schema import ModelConfig
 
 Key = tuple[int, str]
-Dimension = Literal["vocab", "hidden", "intermediate", "queries", "keys"]
+Dimension = Literal["vocab", "hidden", "intermediate", "queries", "keys", "head"]
+BIAS = ".bias"
 TIED_MODULES = "tied_modules."  # DeepSpeed's pipeline names tied weights by module instead of layer
 TIED_TABLE = "embed"
 _PREFIX = re.compile(rf"^(?:(?:layers\.)?(\d+)|{re.escape(TIED_MODULES)}{TIED_TABLE})\.")
@@ -32,6 +36,7 @@ class Role(Enum):
     EMBEDDING = "embedding"
     HIDDEN_MATRIX = "hidden matrix"
     NORM = "norm"
+    BIAS = "bias"
     HEAD = "head"
 
 
@@ -44,8 +49,9 @@ class Weight:
     dimensions: tuple[Dimension, ...]
     cut: int | None  # dimension sharded over tensor-parallel ranks; None: replicated
     decays: bool = True
-    seed_name: str | None = None  # name that seeds the initial values; None: initialized to ones
+    seed_name: str | None = None  # name that seeds the initial values; None: ones, or zeros for a bias
     residual_output: bool = False  # the product is added to the residual stream
+    present: Callable[[ModelConfig], bool] = lambda model: True  # whether a model has this weight
 
     def shape(self, model: ModelConfig) -> tuple[int, ...]:
         """Return the shape of the unsharded weight."""
@@ -55,6 +61,7 @@ class Weight:
             "intermediate": model.intermediate_size,
             "queries": model.num_attention_heads * model.head_dim,
             "keys": model.num_key_value_heads * model.head_dim,
+            "head": model.head_dim,
         }
         return tuple(sizes[dimension] for dimension in self.dimensions)
 
@@ -75,33 +82,64 @@ def _row_parallel(name: str, outputs: Dimension, inputs: Dimension, seed_name: s
     return Weight(name, Role.HIDDEN_MATRIX, (outputs, inputs), cut=1, seed_name=seed_name, residual_output=True)
 
 
+def _bias(of: Weight, present: Callable[[ModelConfig], bool]) -> Weight:
+    """Return the bias of a matrix, cut like its rows: that of a row-parallel one is added after the reduction."""
+    name = of.name.removesuffix(".weight") + BIAS
+    return Weight(name, Role.BIAS, of.dimensions[:1], None if of.cut else 0, decays=False, present=present)
+
+
+def _head_norm(name: str) -> Weight:
+    return Weight(name, Role.NORM, ("head",), cut=None, decays=False, present=lambda model: model.qk_norm)
+
+
+def _has_qkv_bias(model: ModelConfig) -> bool:
+    return model.attention_bias != "none"
+
+
+def _has_output_bias(model: ModelConfig) -> bool:
+    return model.attention_bias == "qkvo"
+
+
+def _has_mlp_bias(model: ModelConfig) -> bool:
+    return model.mlp_bias
+
+
+QUERY = _column_parallel("self_attn.q_proj.weight", "queries", "hidden", "q_proj")
+KEY = _column_parallel("self_attn.k_proj.weight", "keys", "hidden", "k_proj")
+VALUE = _column_parallel("self_attn.v_proj.weight", "keys", "hidden", "v_proj")
+OUTPUT = _row_parallel("self_attn.o_proj.weight", "hidden", "queries", "o_proj")
+UP = _column_parallel("mlp.up_proj.weight", "intermediate", "hidden", "up_proj")
+DOWN = _row_parallel("mlp.down_proj.weight", "hidden", "intermediate", "down_proj")
 GATE = _column_parallel("mlp.gate_proj.weight", "intermediate", "hidden", "gate_proj")
 
 EMBEDDING = Weight("weight", Role.EMBEDDING, ("vocab", "hidden"), cut=0, seed_name="embed")
-DECODER_LAYER = (
+_LAYER = (  # in the order of the modules
     _norm("input_layernorm.weight"),
-    _column_parallel("self_attn.q_proj.weight", "queries", "hidden", "q_proj"),
-    _column_parallel("self_attn.k_proj.weight", "keys", "hidden", "k_proj"),
-    _column_parallel("self_attn.v_proj.weight", "keys", "hidden", "v_proj"),
-    _row_parallel("self_attn.o_proj.weight", "hidden", "queries", "o_proj"),
+    *(row for matrix in (QUERY, KEY, VALUE) for row in (matrix, _bias(matrix, _has_qkv_bias))),
+    *(OUTPUT, _bias(OUTPUT, _has_output_bias)),
+    *(_head_norm("self_attn.q_norm.weight"), _head_norm("self_attn.k_norm.weight")),
     _norm("post_attention_layernorm.weight"),
-    GATE,
-    _column_parallel("mlp.up_proj.weight", "intermediate", "hidden", "up_proj"),
-    _row_parallel("mlp.down_proj.weight", "hidden", "intermediate", "down_proj"),
+    *(row for matrix in (GATE, UP, DOWN) for row in (matrix, _bias(matrix, _has_mlp_bias))),
 )
 FINAL_NORM = _norm("norm.weight")
 HEAD = Weight("lm_head.weight", Role.HEAD, ("vocab", "hidden"), cut=0, seed_name="lm_head")
 
-TABLE = (EMBEDDING, *DECODER_LAYER, FINAL_NORM, HEAD)
+TABLE = (EMBEDDING, *_LAYER, FINAL_NORM, HEAD)
 EMBEDDING_KEY: Key = (0, EMBEDDING.name)
 _BY_NAME = {weight.name: weight for weight in TABLE}
+
+
+@lru_cache(maxsize=1000)  # the planner asks for every layout
+def decoder_layer(model: ModelConfig) -> tuple[Weight, ...]:
+    """Return the rows of a decoder layer of a model, in the order of the modules."""
+    return tuple(weight for weight in _LAYER if weight.present(model))
 
 
 def weights(model: ModelConfig) -> Iterator[tuple[Key, Weight]]:
     """Yield (key, row) of every weight of a model in layer order; a tied table appears once, as the embedding."""
     layers = model.num_hidden_layers
     yield EMBEDDING_KEY, EMBEDDING
-    yield from (((layer, weight.name), weight) for layer in range(1, layers + 1) for weight in DECODER_LAYER)
+    yield from (((layer, weight.name), weight) for layer in range(1, layers + 1) for weight in decoder_layer(model))
     yield (layers + 1, FINAL_NORM.name), FINAL_NORM
     if not model.tie_word_embeddings:
         yield (layers + 2, HEAD.name), HEAD
@@ -110,6 +148,12 @@ def weights(model: ModelConfig) -> Iterator[tuple[Key, Weight]]:
 def weight_shapes(model: ModelConfig) -> dict[Key, tuple[int, ...]]:
     """Return the unsharded shape of every weight of a model, in layer order."""
     return {key: weight.shape(model) for key, weight in weights(model)}
+
+
+def bias_of(matrix: Weight, model: ModelConfig) -> Weight | None:
+    """Return the row of the bias that a model adds to the product of `matrix`, None without one."""
+    bias = _BY_NAME.get(matrix.name.removesuffix(".weight") + BIAS)
+    return bias if bias is not None and bias.present(model) else None
 
 
 def weight_of(name: str) -> Weight:

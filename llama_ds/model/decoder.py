@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import ModelConfig, TrainingConfig
-from llama_ds.layout.weights import Weight, weight_of
+from llama_ds.layout.weights import Weight, bias_of, weight_of
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.init import initial_shard
 from llama_ds.model.linear import RMSNorm, ShardedLinear
@@ -60,15 +60,20 @@ class LayerContext:
     def linear(self, name: str, layer: int) -> ShardedLinear:
         """Return the linear layer called `name` within decoder layer `layer`."""
         weight = weight_of(f"{name}.weight")
-        return ShardedLinear(self.parameter(weight, layer), weight.cut, self.tp)
+        bias = bias_of(weight, self.model)
+        offsets = None if bias is None else self.parameter(bias)
+        return ShardedLinear(self.parameter(weight, layer), weight.cut, self.tp, offsets)
 
-    def norm(self, name: str) -> RMSNorm:
+    def norm(self, name: str, of_heads: bool = False) -> RMSNorm:
         """Return the norm called `name` within its layer."""
-        return RMSNorm(self.parameter(weight_of(f"{name}.weight")), self.model.rms_norm_eps, self.tp)
+        return RMSNorm(self.parameter(weight_of(f"{name}.weight")), self.model.rms_norm_eps, self.tp, of_heads)
 
 
 class Attention(nn.Module):
-    """x -> W_o attention(rope(W_q x), rope(W_k x), W_v x) with this rank's heads."""
+    """x -> W_o attention(rope(W_q x), rope(W_k x), W_v x) with this rank's heads.
+
+    With biases it is W x + b; with norms of queries and keys each head passes one before rope.
+    """
 
     def __init__(self, context: LayerContext, layer: int) -> None:
         super().__init__()
@@ -78,14 +83,21 @@ class Attention(nn.Module):
         self.k_proj = context.linear("self_attn.k_proj", layer)
         self.v_proj = context.linear("self_attn.v_proj", layer)
         self.o_proj = context.linear("self_attn.o_proj", layer)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if context.model.qk_norm:
+            self.q_norm = context.norm("self_attn.q_norm", of_heads=True)
+            self.k_norm = context.norm("self_attn.k_norm", of_heads=True)
 
     def forward(self, x: Tensor, document_start: Tensor | None) -> Tensor:
         """(B, T, D) -> partial sums (B, T, D)."""
         heads = (-1, self.head_dim)
-        tables = self.context.rotary.on(x.device)
-        q = rotate(self.q_proj(x).unflatten(-1, heads), tables)  # (B, T, H / tp, K)
-        k = rotate(self.k_proj(x).unflatten(-1, heads), tables)  # (B, T, G / tp, K)
-        v = self.v_proj(x).unflatten(-1, heads)
+        tables = self.context.rotary.on(x.device, x.shape[1])
+        q, k, v = (linear(x).unflatten(-1, heads) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm.plain(q), self.k_norm.plain(k)
+        q = rotate(q, tables)  # (B, T, H / tp, K)
+        k = rotate(k, tables)  # (B, T, G / tp, K)
         return self.o_proj(self.context.attention(q, k, v, document_start).flatten(2))
 
     def extra_repr(self) -> str:
@@ -125,7 +137,7 @@ class DecoderLayer(nn.Module):
     def forward(self, inputs: Hidden, document_start: Tensor | None = None) -> Hidden:
         """(B, S, D) -> (B, S, D); document_start, if given as an argument or in a pair, is passed along."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, document_start)
-        tp = self.tp
-        x = x + tp.leave(self.self_attn(tp.enter(self.input_layernorm.plain(x)), document_start))
-        x = x + tp.leave(self.mlp(tp.enter(self.post_attention_layernorm.plain(x))))
+        tp, attention, mlp = self.tp, self.self_attn, self.mlp
+        x = x + attention.o_proj.reduced(attention(tp.enter(self.input_layernorm.plain(x)), document_start))
+        x = x + mlp.down_proj.reduced(mlp(tp.enter(self.post_attention_layernorm.plain(x))))
         return x if document_start is None else (x, document_start)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig
-from llama_ds.layout.weights import Weight
+from llama_ds.layout.weights import Role, Weight
 
 BLOCKS = 64  # any tp works; a tp that divides 64 draws no surplus numbers
 
@@ -28,10 +28,11 @@ def block_seed(seed: int, layer: int, name: str, block: int) -> int:
 def initial_shard(
     weight: Weight, model: ModelConfig, rank: int, size: int, std: float, seed: int, layer: int
 ) -> Tensor:
-    """Return the initial shard of `weight` on `rank` of `size`: normal (0, std), or ones for norms."""
+    """Return the initial shard of `weight` on `rank` of `size`: normal (0, std), ones for norms, zeros for biases."""
     shape = weight.shape(model)
     if weight.seed_name is None:
-        return torch.ones(shape)
+        own = [n // size if dim == weight.cut else n for dim, n in enumerate(shape)]
+        return torch.zeros(own) if weight.role is Role.BIAS else torch.ones(own)
     out_size, in_size = shape
     assert weight.cut is not None, "matrices are drawn in blocks along their sharded dimension"
     return normal_shard((out_size, in_size), weight.cut, rank, size, std, seed, layer, weight.seed_name)

@@ -25,18 +25,39 @@ def describe(weight: Tensor, tp: TensorParallel, dim: int | None = None) -> str:
 
 
 class ShardedLinear(nn.Module):
-    """y = x W^T with this rank's shard of W (out, in), sharded along dimension `cut`; no bias, no collective."""
+    """y = x W^T + b with this rank's shard of W (out, in), sharded along dimension `cut`; b is optional.
 
-    def __init__(self, weight: nn.Parameter, cut: int | None, tp: TensorParallel) -> None:
+    The bias of a row-parallel matrix (cut 1) is replicated and added once to the sum over ranks, by `reduced`.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, weight: nn.Parameter, cut: int | None, tp: TensorParallel, bias: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight
+        self.register_parameter("bias", bias)
         self.cut, self.tp = cut, tp
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        """Return this rank's outputs, or its partial sums without the bias if the matrix is row-parallel."""
+        return F.linear(x, self.weight, None if self.cut else self.bias)
+
+    def reduced(self, partial: Tensor) -> Tensor:
+        """Sum the partial outputs of a row-parallel matrix over ranks and add the bias: (B, T, D) -> (B, S, D)."""
+        y = self.tp.leave(partial)
+        return y if self.bias is None else y + self.tp.replicated(self.bias)
 
     def extra_repr(self) -> str:
-        return describe(self.weight, self.tp, self.cut)
+        return describe(self.weight, self.tp, self.cut) + ("" if self.bias is None else ", with bias")
+
+
+def column_products(x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
+    """Return the outputs of column-parallel layers side by side for x (N, I): (N, sum of O). Not differentiable."""
+    weight = stacked([layer.weight for layer in layers]).t()
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    return torch.addmm(torch.cat(biases), x, weight) if biases else x @ weight
 
 
 def adjacent(matrices: Sequence[Tensor]) -> Tensor | None:
@@ -88,11 +109,13 @@ class _Normed(torch.autograd.Function):
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * w over the last dimension (Zhang and Sennrich 2019, equation 4)."""
 
-    def __init__(self, weight: nn.Parameter, eps: float, tp: TensorParallel) -> None:
+    def __init__(self, weight: nn.Parameter, eps: float, tp: TensorParallel, of_heads: bool = False) -> None:
+        """`of_heads`: whether each rank applies the weight to heads of its own, instead of tokens."""
         super().__init__()
         self.weight = weight
         self.eps = eps
         self.tp = tp
+        self.of_heads = of_heads
 
     def forward(self, x: Tensor) -> Tensor:
         return _Normed.apply(x, self.tp.replicated(self.weight), self.eps)
@@ -101,7 +124,9 @@ class RMSNorm(nn.Module):
         """Compute the same with plain autograd."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()
-        return self.tp.replicated(self.weight) * normed.to(x.dtype)
+        # Both sum the gradient of the weight over ranks; the former only if they have different tokens.
+        share = self.tp.enter if self.of_heads and not self.tp.sequence_parallel else self.tp.replicated
+        return share(self.weight) * normed.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{describe(self.weight, self.tp)}, eps {self.eps:g}"

@@ -30,7 +30,7 @@ from torch.autograd.function import Function, once_differentiable
 from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import Statistics, attention_kernel
 from llama_ds.model.decoder import DecoderLayer, Hidden, LayerContext
-from llama_ds.model.linear import lay_together, stacked
+from llama_ds.model.linear import ShardedLinear, column_products, lay_together, stacked
 from llama_ds.model.pointwise import (
     rms_norm,
     rms_norm_backward,
@@ -39,7 +39,7 @@ from llama_ds.model.pointwise import (
     swiglu,
     swiglu_backward,
 )
-from llama_ds.model.weight_gradients import LayerWeightGradients
+from llama_ds.model.weight_gradients import LayerWeightGradients, bias_gradients
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Saved:
     """Activations that the forward saves for the backward; the backward recomputes those that are None."""
 
     x: Tensor  # (B, S, D), the layer's input
-    qkv: Tensor | None = None  # (B, T, H + 2 G, K), queries and keys rotated
+    qkv: Tensor | None = None  # (B, T, H + 2 G, K), queries and keys rotated; before their norms if they have norms
     out: Tensor | None = None  # (B, T, H, K), output of the attention
     mid: Tensor | None = None  # (B, S, D), after the residual addition of the attention
     gate_up: Tensor | None = None  # (N, 2 F), outputs of gate and up
@@ -108,7 +108,10 @@ class ManualBackwardLayer(DecoderLayer):
     def _parameters_in_order(self) -> list[nn.Parameter]:
         attention, mlp = self.self_attn, self.mlp
         modules = (*self.wide_attention, attention.o_proj, *self.wide_mlp, mlp.down_proj)
-        return [m.weight for m in (*modules, self.input_layernorm, self.post_attention_layernorm)]
+        biases = [m.bias for m in modules if m.bias is not None]
+        head_norms = [norm.weight for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+        weights = [m.weight for m in (*modules, self.input_layernorm, self.post_attention_layernorm)]
+        return [*weights, *biases, *head_norms]
 
 
 class _Layer(Function):
@@ -160,28 +163,31 @@ def forward(
     rows = n.shape[:2]
     n = n.flatten(0, 1)
     # 2. [q | k | v] = n [W_q | W_k | W_v]^T; q = R q, k = R k
-    qkv = (n @ stacked([m.weight for m in layer.wide_attention]).t()).view(*rows, -1, attention.head_dim)
-    num_rotated_heads = sum(len(m.weight) for m in layer.wide_attention[:2]) // attention.head_dim
-    qkv = rotate_heads(qkv, num_rotated_heads, layer.context.rotary.on(x.device))
+    qkv = projected = column_products(n, layer.wide_attention).view(*rows, -1, attention.head_dim)
+    if attention.q_norm is None:
+        qkv = projected = _rotate_queries_and_keys(layer, qkv)
+    else:
+        qkv = _rotate_queries_and_keys(layer, _normed_heads(layer, projected))
     q, k, v = _split_heads(layer, qkv)
     # 3. o = attention(q, k, v)
     out, statistics = layer.kernel.forward(q, k, v, documents)
     # 4. m = x + o W_o^T, summed over ranks
     mid = out.flatten(2) @ attention.o_proj.weight.t()
-    mid = tp.start_reduce(mid)().add_(x)
+    mid = _add_residual(tp.start_reduce(mid)(), x, attention.o_proj)
     # 5. l = norm(m), gathered over the sequence
     normed_mid = tp.start_gather(rms_norm(mid, layer.post_attention_layernorm.weight, eps))().flatten(0, 1)
     # 6. [g | u] = l [W_gate | W_up]^T, a = silu(g) u
-    gate_up = normed_mid @ stacked([m.weight for m in layer.wide_mlp]).t()
+    gate_up = column_products(normed_mid, layer.wide_mlp)
     product = swiglu(gate_up)
     # 7. y = m + a W_down^T, summed over ranks
     y = None
     if output:
-        y = tp.start_reduce((product @ mlp.down_proj.weight.t()).view(*rows, -1))().add_(mid)
+        y = tp.start_reduce((product @ mlp.down_proj.weight.t()).view(*rows, -1))()
+        y = _add_residual(y, mid, mlp.down_proj)
 
     if policy == "full":
         return y, Saved(x)
-    saved = Saved(x, qkv, out, gate_up=gate_up, statistics=statistics)
+    saved = Saved(x, projected, out, gate_up=gate_up, statistics=statistics)
     if keep or tp.size > 1:
         saved.mid = mid
     if keep or tp.sequence_parallel:
@@ -205,11 +211,12 @@ def backward(
     assert qkv is not None and out is not None and gate_up is not None
     weight_grads, gathered_shape = layer.weight_grads, (*qkv.shape[:2], x.shape[-1])  # (B, T, D)
 
+    # For a bias b of a product dy: db = sum over tokens of dy.
     # 7. dm = dy (the residual), da = dy W_down, dW_down = dy^T a
     gathering = tp.start_gather(grad_y)
     mid = saved.mid
     if mid is None:  # recompute step 4
-        mid = (out.flatten(2) @ attention.o_proj.weight.t()).add_(x)
+        mid = _add_residual(out.flatten(2) @ attention.o_proj.weight.t(), x, attention.o_proj)
     normed_mid = rms_norm(mid, mid_norm, eps).flatten(0, 1) if saved.normed_mid is None else saved.normed_mid
     gathered_grad_y = gathering().flatten(0, 1)
     grad_product = gathered_grad_y @ mlp.down_proj.weight
@@ -225,16 +232,20 @@ def backward(
     # 4. do = dm W_o, dW_o = dm^T o
     gathering = tp.start_gather(grad_mid)
     grad_gate_up_weight = weight_grads.of(layer.wide_mlp, grad_gate_up, normed_mid)  # 6. d[W_gate | W_up]
+    grad_gate_up_bias = bias_gradients(layer.wide_mlp, grad_gate_up)
     del grad_gate_up
     gathered_grad_mid = gathering().flatten(0, 1)
     grad_out = (gathered_grad_mid @ attention.o_proj.weight).view_as(out)
     # 3. dq, dk, dv of the attention: formulas in `llama_ds.model.attention_kernels`
-    q, k, v = _split_heads(layer, qkv)
+    heads = qkv if attention.q_norm is None else _rotate_queries_and_keys(layer, _normed_heads(layer, qkv))
+    q, k, v = _split_heads(layer, heads)
     grads_q_k_v = layer.kernel.backward(grad_out, q, k, v, out, saved.statistics, documents)
     # 2. dq = R^T dq, dk = R^T dk;
     #    dn = [dq | dk | dv] [W_q | W_k | W_v], d[W_q | W_k | W_v] = [dq | dk | dv]^T n
-    grad_qkv = rotate_heads_back(grads_q_k_v, layer.context.rotary.on(x.device)).flatten(2).flatten(0, 1)
-    del grads_q_k_v, grad_out
+    grad_qkv = rotate_heads_back(grads_q_k_v, layer.context.rotary.on(x.device, qkv.shape[1]))
+    del grads_q_k_v, grad_out, heads, q, k, v
+    grad_qkv, grad_head_norms = _normed_heads_backward(layer, grad_qkv, qkv)
+    grad_qkv = grad_qkv.flatten(2).flatten(0, 1)
     reducing = tp.start_reduce((grad_qkv @ stacked([m.weight for m in layer.wide_attention])).view(gathered_shape))
     grad_o_weight = weight_grads.of((attention.o_proj,), gathered_grad_mid, out.flatten(2).flatten(0, 1))  # 4. dW_o
     normed_x = rms_norm(x, norm, eps).flatten(0, 1) if saved.normed_x is None else saved.normed_x
@@ -245,11 +256,54 @@ def backward(
     summing_norm = tp.start_sum(grad_norm)
     grad_qkv_weight = weight_grads.of(layer.wide_attention, grad_qkv, normed_x)  # 2. d[W_q | W_k | W_v]
     weight_grads.end_micro_batch()
+    grad_biases = [
+        *bias_gradients(layer.wide_attention, grad_qkv),
+        *bias_gradients((attention.o_proj,), gathered_grad_mid),
+        *grad_gate_up_bias,
+        *bias_gradients((mlp.down_proj,), gathered_grad_y),
+    ]
     grad_norms = [total().to(norm.dtype) for total in (summing_norm, summing_mid_norm)]
-    return grad_x, [*grad_qkv_weight, *grad_o_weight, *grad_gate_up_weight, *grad_down_weight, *grad_norms]
+    grad_matrices = [*grad_qkv_weight, *grad_o_weight, *grad_gate_up_weight, *grad_down_weight]
+    return grad_x, [*grad_matrices, *grad_norms, *grad_biases, *grad_head_norms]
 
 
 def _split_heads(layer: ManualBackwardLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return views (B, T, H, K), (B, T, G, K) and (B, T, G, K) of (B, T, H + 2 G, K)."""
     q, k, v = qkv.split([len(m.weight) // layer.self_attn.head_dim for m in layer.wide_attention], 2)
     return q, k, v
+
+
+def _rotate_queries_and_keys(layer: ManualBackwardLayer, qkv: Tensor) -> Tensor:
+    """Return qkv (B, T, H + 2 G, K) with rotated queries and keys; on a CPU it is changed in place."""
+    num_rotated_heads = sum(len(m.weight) for m in layer.wide_attention[:2]) // layer.self_attn.head_dim
+    return rotate_heads(qkv, num_rotated_heads, layer.context.rotary.on(qkv.device, qkv.shape[1]))
+
+
+def _normed_heads(layer: ManualBackwardLayer, qkv: Tensor) -> Tensor:
+    """Return [norm(q) | norm(k) | v] (B, T, H + 2 G, K), each head normed over K."""
+    query_norm, key_norm = layer.self_attn.q_norm, layer.self_attn.k_norm
+    assert query_norm is not None and key_norm is not None
+    q, k, v = _split_heads(layer, qkv)
+    normed = [rms_norm(x, norm.weight, norm.eps) for x, norm in ((q, query_norm), (k, key_norm))]
+    return torch.cat([*normed, v], 2)
+
+
+def _normed_heads_backward(layer: ManualBackwardLayer, grad: Tensor, qkv: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return dL/dqkv (B, T, H + 2 G, K) for `grad` behind the norms of queries and keys, and those of their weights.
+
+    Without these norms it returns `grad` and []. A rank has only some heads, so the ranks always sum the latter.
+    """
+    query_norm, key_norm = layer.self_attn.q_norm, layer.self_attn.k_norm
+    if query_norm is None or key_norm is None:
+        return grad, []
+    (grad_q, grad_k, grad_v), (q, k, _) = _split_heads(layer, grad), _split_heads(layer, qkv)
+    grad_q, grad_query_norm = rms_norm_backward(grad_q, q, query_norm.weight, query_norm.eps)
+    grad_k, grad_key_norm = rms_norm_backward(grad_k, k, key_norm.weight, key_norm.eps)
+    total = layer.tp.all_reduce_sum(torch.cat([grad_query_norm, grad_key_norm])).to(query_norm.weight.dtype)
+    return torch.cat([grad_q, grad_k, grad_v], 2), list(total.chunk(2))
+
+
+def _add_residual(y: Tensor, residual: Tensor, linear: ShardedLinear) -> Tensor:
+    """Add the residual and the bias of a row-parallel layer, if it has one, to its output y (B, S, D) in place."""
+    y.add_(residual)
+    return y if linear.bias is None else y.add_(linear.bias)

@@ -1,4 +1,4 @@
-"""Rotary position embedding (Su 2021, equation 34) in Hugging Face's half-split layout, with Llama-3 scaling.
+"""Rotary position embedding (Su 2021, equation 34) in Hugging Face's half-split layout, with scalings for longer rows.
 
 Shapes: B rows, T tokens, H heads, K head size.
 """
@@ -11,21 +11,73 @@ import torch
 from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig, RopeScaling
+from llama_ds.config.section_rules import YARN_FAST, YARN_SLOW
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Return theta^(-2i/K), i < K/2, in float32, scaled for long contexts if `scaling` is given."""
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, length: int | None = None) -> Tensor:
+    """Return theta^(-2i/K), i < K/2, in float32, scaled for long contexts if `scaling` is given.
+
+    `length` is the number of tokens of a row, on which only the kind dynamic depends; None: not above the original.
+    """
+    if scaling is not None and scaling.rope_type == "dynamic":
+        theta *= _dynamic_factor(head_dim, scaling, length or 0)
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    return frequencies if scaling is None else scale_llama3(frequencies, scaling)
+    if scaling is None or scaling.rope_type == "dynamic":
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "yarn":
+        return _scale_yarn(frequencies, theta, scaling)
+    return scale_llama3(frequencies, scaling)
+
+
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """Return the factor of rotated queries and keys: 1, or that of YaRN (arXiv 2309.00071, equation 22)."""
+    if scaling is None or scaling.rope_type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    over, under = scaling.mscale, scaling.mscale_all_dim
+    logarithm = 0.1 * math.log(scaling.factor)
+    return (logarithm * over + 1) / (logarithm * under + 1) if over and under else logarithm + 1
 
 
 def scale_llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     """Divide low frequencies by `factor`, keep high ones, interpolate between (Llama 3.1 release, `apply_scaling`)."""
     wavelength = 2 * math.pi / frequencies
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    low, high, original = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position_embeddings
+    assert low is not None and high is not None and original is not None, "checked with the section"
     # Weight of the unscaled frequency: 0 for waves longer than context / low, 1 for waves shorter than context / high.
-    keep = ((scaling.original_max_position_embeddings / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+    keep = ((original / wavelength - low) / (high - low)).clamp(0.0, 1.0)
     return (1 - keep) * frequencies / scaling.factor + keep * frequencies
+
+
+def _dynamic_factor(head_dim: int, scaling: RopeScaling, length: int) -> float:
+    """Return the factor of theta for rows of `length` tokens: 1 up to the original length."""
+    original = scaling.original_max_position_embeddings
+    assert original is not None, "checked with the section"
+    stretch = scaling.factor * max(length, original) / original - (scaling.factor - 1)
+    return float(stretch ** (head_dim / (head_dim - 2)))
+
+
+def _scale_yarn(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tensor:
+    """Divide frequencies of few rotations by `factor`, keep those of many (arXiv 2309.00071, section 3.2).
+
+    The weight of the unscaled frequency falls linearly in the index i between the two numbers of rotations.
+    """
+    dim, original = 2 * len(frequencies), scaling.original_max_position_embeddings
+    assert original is not None, "checked with the section"
+
+    def index(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    start, end = index(scaling.beta_fast or YARN_FAST), index(scaling.beta_slow or YARN_SLOW)
+    if scaling.truncate is not False:
+        start, end = math.floor(start), math.ceil(end)
+    start, end = max(start, 0), min(end, dim - 1)
+    end += 0.001 if start == end else 0.0  # as in transformers, against a division by zero
+    keep = 1 - ((torch.arange(dim // 2).float() - start) / (end - start)).clamp(0, 1)
+    return frequencies / scaling.factor * (1 - keep) + frequencies * keep
 
 
 class RotaryTables:
@@ -35,20 +87,30 @@ class RotaryTables:
         """`seq_len` is the maximum number of tokens of a row."""
         self.model = model
         self.seq_len = seq_len
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        scaling = model.rope_scaling
+        self._by_length = scaling is not None and scaling.rope_type == "dynamic"
+        self._tables: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return [cos | cos] and [-sin | sin] on `device`: each (T, 1, K) in float32.
+    def on(self, device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return [cos | cos] and [-sin | sin] on `device`: each (T, 1, K) in float32, for rows of `length` tokens.
 
-        The rotation of x is x cos + swapped(x) sin, where swapped exchanges the halves of a head.
+        The rotation of x is x cos + swapped(x) sin, where swapped exchanges the halves of a head. T is `seq_len`, or,
+        if the frequencies depend on the length of the rows, that length.
         """
-        if device not in self._tables:
-            model = self.model
-            frequencies = inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
-            angles = torch.outer(torch.arange(self.seq_len).float(), frequencies)[:, None]  # (T, 1, K/2)
-            cos, sin = angles.cos(), angles.sin()
-            self._tables[device] = (torch.cat([cos, cos], -1).to(device), torch.cat([-sin, sin], -1).to(device))
-        return self._tables[device]
+        length = length if self._by_length and length is not None else self.seq_len
+        if (device, length) not in self._tables:
+            cos, sin = self._compute(length)
+            self._tables[device, length] = cos.to(device), sin.to(device)
+        return self._tables[device, length]
+
+    def _compute(self, length: int) -> tuple[Tensor, Tensor]:
+        model, factor = self.model, attention_factor(self.model.rope_scaling)
+        frequencies = inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling, length)
+        angles = torch.outer(torch.arange(length).float(), frequencies)[:, None]  # (T, 1, K/2)
+        cos, sin = angles.cos(), angles.sin()
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

@@ -92,6 +92,20 @@ class LayerWeightGradients:
                     weight.grad = grad_weight if weight.grad is None else weight.grad.add_(grad_weight)
 
 
+def bias_gradients(modules: Sequence[ShardedLinear], grad: Tensor) -> list[Tensor]:
+    """Return dL/db = the sum of dY over tokens for linear layers with biases, [] for layers without.
+
+    `grad` is the concatenation of their output gradients (N, sum of O), of all tokens: every rank then has the entire
+    gradient of a replicated bias. Like those of norms, the gradients go to autograd at once, also where those of the
+    matrices are deferred: a sum is cheap.
+    """
+    biases = [module.bias for module in modules if module.bias is not None]
+    if not biases:
+        return []
+    total = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
+    return list(total.split([len(bias) for bias in biases]))
+
+
 def add_product(buffer: Tensor, grad: Tensor, x: Tensor) -> None:
     """Compute buffer += dY^T X, accumulating in the buffer's dtype."""
     if buffer.dtype == grad.dtype:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from llama_ds.layout.weights import Role, weight_of
+from llama_ds.layout.weights import weight_of
 from llama_ds.parallel.data_parallel import Wait, start_all_gather, start_reduce_scatter
 from llama_ds.parallel.trace import Trace
 
@@ -74,11 +74,11 @@ class PipelineOptimizer(BF16_Optimizer):
         return counted.pop()
 
     def _make_buckets(self, reduce: torch.dtype) -> list[_Bucket]:
-        roles = [weight_of(self.param_names[group[0]]).role for group in self.bf16_groups]
-        # In the order in which the backward fills them: from the last layer on, the norms at the end.
-        matrices = [[i] for i, role in enumerate(roles) if role is not Role.NORM]
-        norms = [i for i, role in enumerate(roles) if role is Role.NORM]
-        buckets = [_Bucket(self, groups, reduce) for groups in [*reversed(matrices), norms] if groups]
+        decays = [weight_of(self.param_names[group[0]]).decays for group in self.bf16_groups]
+        # In the order in which the backward fills them: from the last layer on, norms and biases at the end.
+        matrices = [[i] for i, is_matrix in enumerate(decays) if is_matrix]
+        vectors = [i for i, is_matrix in enumerate(decays) if not is_matrix]
+        buckets = [_Bucket(self, groups, reduce) for groups in [*reversed(matrices), vectors] if groups]
         for bucket in buckets:
             for i in bucket.groups:
                 self._bucket_of.update({id(p): bucket for p in self.bf16_groups[i]})

@@ -14,7 +14,7 @@ from llama_ds.checkpoint import store
 from llama_ds.checkpoint.load_model import run_of
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description, describe
 from llama_ds.config.run_file import load_run, resolved
-from llama_ds.config.schema import ComputeConfig
+from llama_ds.config.schema import ComputeConfig, RopeScaling
 from llama_ds.config.text import dump_yaml
 from llama_ds.errors import UserError
 
@@ -31,7 +31,10 @@ def found(tmp_path: Path) -> Description:
 def test_its_run_is_described_by_the_present_names(found: Description) -> None:
     run = run_of("folder", found)
     assert run.compute == ComputeConfig("sdpa", "manual_backward") and run.training.initializer_range == 0.05
-    assert found.model == run.model and found.run == resolved(run)
+    later = ("attention_bias", "mlp_bias", "qk_norm")
+    present = resolved(run)
+    present["model"] = {key: value for key, value in present["model"].items() if key not in later}
+    assert found.model == run.model and found.run == present
     assert found.config_hash == json.loads(RECORDED.read_text())["config_hash"]
 
 
@@ -56,6 +59,21 @@ def test_how_it_is_computed_may_change(found: Description, change: dict[str, Any
     run = run_of("folder", found)
     changes = {k: replace(getattr(run, k), **v) if isinstance(v, dict) else v for k, v in change.items()}
     store.check_resumable("folder", found, resolved(replace(run, **changes)))
+
+
+def test_a_rotary_scaling_without_a_kind_is_llama_3s(found: Description, tmp_path: Path) -> None:
+    """Before there were other kinds, a run file and a checkpoint had these four keys only."""
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    run = json.loads(RECORDED.read_text())["run"]
+    del run["path"], run["deepspeed_path"], run["training"]["tokens"]
+    run["model"]["rope_scaling"] = found.run["model"]["rope_scaling"] = scaling
+    (tmp_path / "run.yaml").write_text(dump_yaml(run))
+    now = load_run(str(tmp_path / "run.yaml"))
+    assert now.model.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 16, "llama3") == found.model.rope_scaling
+    store.check_resumable("folder", found, resolved(now))
+    with pytest.raises(UserError, match="rope_scaling"):
+        other = replace(now.model, rope_scaling=RopeScaling(8.0, rope_type="linear"))
+        store.check_resumable("folder", found, resolved(replace(now, model=other)))
 
 
 def test_the_model_may_not_change(found: Description) -> None:

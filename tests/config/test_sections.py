@@ -42,6 +42,21 @@ MODEL = ModelConfig(
         (lambda: replace(MODEL, rms_norm_eps=float("nan")), "model.rms_norm_eps = nan is not positive"),
         (lambda: RopeScaling(8.0, 4.0, 1.0, 8192), "model.rope_scaling.low_freq_factor = 4.0 is not between 0 and "
          "high_freq_factor = 1.0; Llama 3.1 has 1 and 4"),
+        (lambda: RopeScaling(8.0), "model.rope_scaling.low_freq_factor is missing; rope_type llama3 has no default"),
+        (lambda: RopeScaling(4.0, rope_type="yarn"), "model.rope_scaling.original_max_position_embeddings is missing; "
+         "rope_type yarn has no default"),
+        (lambda: RopeScaling(4.0, rope_type="linear", beta_fast=32.0), "model.rope_scaling.beta_fast = 32.0 is not a "
+         "key of rope_type linear; leave it out"),
+        (lambda: RopeScaling(0.5, rope_type="linear"), "model.rope_scaling.factor = 0.5 is below 1; it is new / "
+         "original length"),
+        (lambda: RopeScaling(4.0, None, None, 16, "yarn", beta_slow=40.0), "model.rope_scaling.beta_slow = 40.0 is not "
+         "below beta_fast = 32.0"),
+        (lambda: replace(MODEL, rope_theta=1.0, rope_scaling=RopeScaling(4.0, None, None, 16, "yarn")),
+         "model.rope_theta = 1.0 is not above 1, as rope_type yarn requires"),
+        (lambda: replace(MODEL, head_dim=2, rope_scaling=RopeScaling(4.0, None, None, 16, "dynamic")),
+         "model.head_dim = 2 has one frequency, which rope_type dynamic keeps; use 4 or more"),
+        (lambda: replace(MODEL, attention_bias="qk"), "model.attention_bias = 'qk' is not none, qkv or qkvo "
+         "(did you mean 'qkv'?)"),
         (lambda: ComputeConfig("flsh"), "compute.attention_backend = 'flsh' is not auto, flash_attn, sdpa or "
          "reference"),
         (lambda: ComputeConfig(decoder_layer="written_out"), "compute.decoder_layer = 'written_out' is not "

@@ -1,4 +1,4 @@
-"""The model is transformers' LlamaForCausalLM: same weights, same logits, same loss and gradients."""
+"""The model is transformers' Llama, Qwen2 or Qwen3: same weights, same logits, same loss and gradients."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.config.schema import ModelConfig, RopeScaling
@@ -36,6 +37,21 @@ SHAPES = {
     "tied": replace(LLAMA1, tie_word_embeddings=True),
     "llama3": replace(LLAMA1, num_key_value_heads=2, rope_theta=500000.0),
     "llama31_scaled": replace(LLAMA1, rope_theta=500000.0, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16)),
+    "linear": replace(LLAMA1, rope_scaling=RopeScaling(2.5, rope_type="linear")),
+    "dynamic": replace(LLAMA1, rope_scaling=RopeScaling(2.0, None, None, 16, "dynamic")),
+    "dynamic_short_rows": replace(LLAMA1, rope_scaling=RopeScaling(2.0, None, None, T, "dynamic")),
+    "yarn": replace(LLAMA1, rope_scaling=RopeScaling(4.0, None, None, 16, "yarn")),
+    "yarn_all_keys": replace(
+        LLAMA1,
+        rope_scaling=RopeScaling(
+            4.0, None, None, 32, "yarn", beta_fast=3, beta_slow=0.5, mscale=1.5, mscale_all_dim=0.5, truncate=False
+        ),
+    ),
+    "yarn_attention": replace(LLAMA1, rope_scaling=RopeScaling(4.0, None, None, 16, "yarn", attention_factor=1.3)),
+    "qwen2": replace(LLAMA1, num_key_value_heads=2, attention_bias="qkv", tie_word_embeddings=True),
+    "all_biases": replace(LLAMA1, attention_bias="qkvo", mlp_bias=True),
+    "qwen3": replace(LLAMA1, num_key_value_heads=2, head_dim=32, qk_norm=True),
+    "qwen3_biased": replace(LLAMA1, num_key_value_heads=2, qk_norm=True, attention_bias="qkvo"),
 }
 
 
@@ -43,28 +59,18 @@ def ours(model: ModelConfig, backend: str, policy: str | None = None) -> Llama:
     tp = SingleRank()
     # Initial weights are large enough that attention is far from uniform.
     context = LayerContext(model, 7, tp, CausalAttention(backend), RotaryTables(model, T), initializer_range=0.1)
-    return Llama(context, NextTokenLoss(tp), policy and [policy] * model.num_hidden_layers)
+    built = Llama(context, NextTokenLoss(tp), policy and [policy] * model.num_hidden_layers)
+    with torch.no_grad():  # norm weights of one and biases of zero would hide their place
+        generator = torch.Generator().manual_seed(3)
+        for weight in built.parameters():
+            if weight.dim() == 1:
+                weight.add_(torch.randn(weight.shape, generator=generator) * 0.1)
+    return built
 
 
-def theirs(model: ModelConfig, source: Llama) -> LlamaForCausalLM:
-    rope: dict[str, object] = {"rope_type": "default", "rope_theta": model.rope_theta}
-    if model.rope_scaling:
-        rope.update(vars(model.rope_scaling), rope_type="llama3")
-    config = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_hidden_layers,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        head_dim=model.head_dim,
-        rms_norm_eps=model.rms_norm_eps,
-        rope_parameters=rope,
-        tie_word_embeddings=model.tie_word_embeddings,
-        max_position_embeddings=4 * T,
-        attn_implementation="eager",
-    )
-    judge = LlamaForCausalLM(config).eval()
+def theirs(model: ModelConfig, source: Llama) -> PreTrainedModel:
+    config = AutoConfig.for_model(**hf_config(model, 4 * T, "float32"), attn_implementation="eager")
+    judge = AutoModelForCausalLM.from_config(config).eval()
     weights = {
         hf_name(i, name, model.num_hidden_layers): w
         for i, layer in enumerate(source.layers)
@@ -78,8 +84,17 @@ def theirs(model: ModelConfig, source: Llama) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("policy", [None, "selective"], ids=["autograd", "manual_backward"])
-@pytest.mark.parametrize("backend", ["sdpa", "reference"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "backend"),
+    [
+        *((shape, "sdpa") for shape in SHAPES),
+        ("llama1", "reference"),
+        ("llama2_gqa", "reference"),
+        ("multi_query_wide_head", "reference"),
+        ("tied", "reference"),
+        ("llama3", "reference"),
+    ],
+)
 def test_logits_loss_and_gradients_are_transformers(shape: str, backend: str, policy: str | None) -> None:
     """Logits to 1e-5 as the field judges ports; gradients to 1e-5 of each gradient's norm."""
     model = SHAPES[shape]

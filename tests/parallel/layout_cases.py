@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +16,13 @@ from llama_ds.config.schema import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    RopeScaling,
     RunConfig,
     SourceConfig,
     TrainingConfig,
 )
 from llama_ds.data.filler import count_labels, mark_filler
 from llama_ds.layout.layout import Layout
-from llama_ds.model.linear import RMSNorm
 from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
@@ -29,6 +30,12 @@ from llama_ds.training.device_batches import MicroBatch, ids_and_labels
 from llama_ds.training.lr_schedule import learning_rate
 
 STEPS, GLOBAL_BATCH, SEQ_LEN = 20, 8, 32
+NEIGHBOUR: dict[str, Any] = {
+    "attention_bias": "qkvo",
+    "mlp_bias": True,
+    "qk_norm": True,
+    "rope_scaling": RopeScaling(4.0, None, None, 8, "yarn"),
+}
 VALIDATION = 100  # a step that is not trained and has rows with filler
 
 
@@ -54,6 +61,8 @@ class Case:
     virtual_stages: int = 1
     layers: int = 4
     hpz: int = 1  # ranks over which ZeRO-3 keeps a second copy of the weights
+    # All that LLaMA does not have: biases, norms of queries and keys, scaled rotary frequencies.
+    neighbour: bool = False
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
@@ -74,7 +83,13 @@ class Case:
     @property
     def reference(self) -> Case:
         """The same mathematics on one rank: the key under which the plain torch run is shared between layouts."""
-        return Case(tied=self.tied, document_mask=self.document_mask, z_loss=self.z_loss, layers=self.layers)
+        return Case(
+            tied=self.tied,
+            document_mask=self.document_mask,
+            z_loss=self.z_loss,
+            layers=self.layers,
+            neighbour=self.neighbour,
+        )
 
     @property
     def run(self) -> RunConfig:
@@ -87,6 +102,7 @@ class Case:
             num_key_value_heads=4,
             head_dim=8,
             tie_word_embeddings=self.tied,
+            **(NEIGHBOUR if self.neighbour else {}),
         )
         return RunConfig(
             name="layouts",
@@ -165,10 +181,9 @@ def train_reference(case: Case) -> list[tuple[float, float, float]]:
     Return of each step (loss, gradient norm before clipping, then the loss of the rows of step `VALIDATION`).
     """
     run, model = case.run, reference_model(case)
-    norms = {id(p) for m in model.modules() if isinstance(m, RMSNorm) for p in m.parameters()}
     groups = [
-        {"params": [p for p in model.parameters() if id(p) not in norms], "weight_decay": run.optimizer.weight_decay},
-        {"params": [p for p in model.parameters() if id(p) in norms], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": run.optimizer.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps)
     history = []

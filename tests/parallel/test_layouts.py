@@ -86,12 +86,23 @@ SCHEDULES_AND_OPTIONS = [
     Case(2, 2, 1, sequence_parallel=True, document_mask=True, recompute="none,full", **H1),
     Case(2, 1, 1, partition=(1, 1, 1, 1), recompute="none,full,selective,none", **V),
 ]
+# Biases and norms of heads on every engine, with every ZeRO stage, schedule that defers gradients, and cut of theirs.
+NEIGHBOURS = [
+    Case(1, 1, 2, zero=3, recompute="full"),
+    Case(1, 2, 1, zero=2, micro_batch=4, recompute="selective"),
+    Case(2, 1, 1, **H1),
+    Case(1, 2, 2, zero=3, micro_batch=2, sequence_parallel=True),
+    Case(2, 2, 1, sequence_parallel=True, recompute="full", **H1),
+    Case(2, 2, 1, sequence_parallel=True, decoder_layer="autograd"),
+    Case(2, 1, 2, dtype="bf16", **V),
+]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
 # Errors show in the first steps: every step is clipped, and Adam's moments enter from the second one on. Basic layouts
 # without tp train all steps.
 CASES = [case if case.tp == 1 else replace(case, steps=10) for case in BASIC_LAYOUTS]
 CASES += [replace(case, steps=6) for case in SCHEDULES]
 CASES += [replace(case, steps=4) for case in SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
+CASES += [replace(case, steps=4, neighbour=True) for case in NEIGHBOURS]
 
 History = tuple[list[tuple[float, float]], float]
 

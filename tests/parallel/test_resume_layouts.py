@@ -34,6 +34,10 @@ ENGINES = [
     Case(1, 2, 1, zero=0, tied=True),
     Case(2, 1, 1, tied=True),
 ]
+NEIGHBOURS = [  # biases, norms of queries and keys: cut, replicated and deferred
+    Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, neighbour=True),
+    Case(2, 1, 1, schedule="zb_h1", neighbour=True),
+]
 BF16 = [
     Case(2, 1, 2, dtype="bf16"),
     Case(1, 4, 1, dtype="bf16"),
@@ -63,7 +67,7 @@ def take(tmp_path: Path) -> Turns:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [LAYOUTS, ENGINES], ids=["layouts", "engines"])
+@pytest.mark.parametrize("cases", [LAYOUTS, ENGINES, NEIGHBOURS], ids=["layouts", "engines", "neighbours"])
 def test_history_is_that_of_one_run(cases: list[Case], take: Turns, tmp_path: Path) -> None:
     """1e-5 relative: as in test_layouts.py, only the order of sums differs. The worker compares loaded bits exactly."""
     history, checkpoints = take(cases)

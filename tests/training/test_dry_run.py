@@ -44,7 +44,10 @@ RUN: dict[str, Any] = {
 REAL = {
     "pp2_tp2": ["parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"],
     "pp2_dp2_split": ["parallel.pp=2", "parallel.schedule=zb_h1", "model.tie_word_embeddings=true"],
-    "zero3": ["parallel.tp=2", "deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=false"],
+    "zero3": [
+        *("parallel.tp=2", "deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=false"),
+        *("model.attention_bias=qkvo", "model.mlp_bias=true", "model.qk_norm=true"),
+    ],
 }
 # The 7B model on 16 ranks, with few micro-batches.
 SEVEN_B = [

@@ -1,18 +1,21 @@
-"""Reading and writing config.json of transformers' LlamaForCausalLM."""
+"""Reading and writing config.json of transformers' LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM.
+
+Qwen2 is LLaMA with biases of q, k and v; Qwen3 has norms of queries and keys, and biases of q, k, v and o if asked.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS, check_settings
 from llama_ds.checkpoint.formats.inventory import check_file, check_layers
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig, TrainingConfig
-from llama_ds.errors import UserError
+from llama_ds.config.section_rules import ROPE_KEYS
+from llama_ds.errors import UserError, listed
 
 CONFIG = "config.json"
 COPIED = (
@@ -21,17 +24,22 @@ COPIED = (
 )
 # Not carried along: code of other models, and names of folders.
 DROPPED = ("auto_map", "_name_or_path", "quantization_config", "torch_dtype", "dtype")
-SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# Settings that can make a LlamaForCausalLM differ from this project's model, with the values for which it does not.
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Settings that can make these models differ from this project's, with the values for which they do not.
 SUPPORTED: dict[str, tuple[object, ...]] = {
-    "model_type": ("llama",),
+    "model_type": tuple(ARCHITECTURES),
     "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
     "quantization_config": (None,),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, 1.0, None),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (1, None),
 }
+# Defaults of transformers for keys that a file leaves out, where they differ from those of LlamaConfig.
+DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+ORIGINAL = "original_max_position_embeddings"
 
 
 def hf_config(
@@ -42,27 +50,59 @@ def hf_config(
     eos: int | None = None,
     initializer_range: float = TrainingConfig.initializer_range,
 ) -> dict[str, Any]:
-    """Return the content of config.json, also valid as LlamaConfig's arguments. `dtype` is torch's name: float32."""
+    """Return the content of config.json, also valid as the configuration's arguments. `dtype` is torch's: float32.
+
+    Raises:
+        UserError: no architecture of transformers has this combination of biases and norms.
+    """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling:
-        rope.update(asdict(model.rope_scaling), rope_type="llama3")
+        rope.update(model.rope_scaling.parameters(), rope_type=model.rope_scaling.rope_type)
+    if rope["rope_type"] == "dynamic":
+        del rope[ORIGINAL]  # it is max_position_embeddings
+    kind = _model_type(model)
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [ARCHITECTURES[kind]],
+        "model_type": kind,
         **{key: getattr(model, key) for key in COPIED},
         "initializer_range": initializer_range,
         "rope_parameters": rope,
         "rope_theta": model.rope_theta,  # transformers before version 5 reads this key
         "rope_scaling": rope if model.rope_scaling else None,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "max_position_embeddings": seq_len,
+        **({} if kind == "qwen2" else {"attention_bias": model.attention_bias == "qkvo"}),
+        **({"mlp_bias": model.mlp_bias} if kind == "llama" else {"use_sliding_window": False}),
+        "max_position_embeddings": _longest(model, seq_len),
         "bos_token_id": bos,
         "eos_token_id": eos,
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+
+
+def _model_type(model: ModelConfig) -> str:
+    """Return transformers' name of a model's architecture."""
+    bias = model.attention_bias
+    kind = "qwen3" if model.qk_norm else "qwen2" if bias == "qkv" else "llama"
+    if (kind == "qwen3" and bias == "qkv") or (kind != "llama" and model.mlp_bias):
+        raise UserError(
+            f"model.attention_bias = {bias}, model.mlp_bias = {str(model.mlp_bias).lower()}, model.qk_norm = "
+            f"{str(model.qk_norm).lower()}: no model of transformers has all of these (Llama: qkvo and mlp_bias; "
+            "Qwen2: qkv; Qwen3: qk_norm, also with qkvo); convert to deepspeed"
+        )
+    return kind
+
+
+def _longest(model: ModelConfig, seq_len: int) -> int:
+    """Return max_position_embeddings, by which transformers scales rotary frequencies of two kinds.
+
+    It is the original length of dynamic, and the scaled one of yarn: version 4 computes the factor from it.
+    """
+    scaling = model.rope_scaling
+    if scaling is None or scaling.original_max_position_embeddings is None or scaling.rope_type == "llama3":
+        return seq_len
+    original = scaling.original_max_position_embeddings
+    return original if scaling.rope_type == "dynamic" else round(scaling.factor * original)
 
 
 def read_config(folder: str) -> dict[str, Any]:
@@ -76,11 +116,33 @@ def read_config(folder: str) -> dict[str, Any]:
     for key, values in SUPPORTED.items():
         if config.get(key) not in values or (key == "model_type" and key not in config):
             raise UserError(
-                f"{path}: {key} = {json.dumps(config.get(key))}, this project's LLaMA has {json.dumps(values[0])}; "
+                f"{path}: {key} = {json.dumps(config.get(key))}, this project's models have "
+                f"{listed(json.dumps(value) for value in values if value is not None or len(values) == 1)}; "
                 "give a model of that architecture"
             )
     check_settings(path, config)
-    return config
+    _check_windows(path, config)
+    return DEFAULTS[config["model_type"]] | config
+
+
+def _check_windows(path: str, config: Mapping[str, Any]) -> None:
+    """Check that every layer attends to all earlier tokens; Qwen's sliding_window counts if use_sliding_window does."""
+    window = config.get("sliding_window")
+    if window is not None and config["model_type"] == "llama":
+        raise UserError(
+            f"{path}: sliding_window = {json.dumps(window)}, this project attends to all earlier tokens; "
+            "give a model that does"
+        )
+
+
+def _biases_and_norms(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of ModelConfig in which the supported architectures differ."""
+    kind, biased = config["model_type"], config.get("attention_bias") or False
+    return {
+        "attention_bias": "qkv" if kind == "qwen2" else "qkvo" if biased else "none",
+        "mlp_bias": kind == "llama" and bool(config.get("mlp_bias")),
+        "qk_norm": kind == "qwen3",
+    }
 
 
 def continued(source: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,8 +167,8 @@ def model_of(folder: str, config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
         given.setdefault("head_dim", given["hidden_size"] // heads)
     given.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's default
     source = ConfigSource(path)
-    model = read(ModelConfig, {**given, **_rotary(path, config)}, source)
-    seq_len = read(int, config.get("max_position_embeddings", 2048), source, "max_position_embeddings")
+    model = read(ModelConfig, {**given, **_rotary(path, config), **_biases_and_norms(config)}, source)
+    seq_len = read(int, config["max_position_embeddings"], source, "max_position_embeddings")
     check_layers(path, model)
     return model, seq_len
 
@@ -146,15 +208,28 @@ def _rotary(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta"))
     found: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
-    if kind not in ("default", "llama3"):
+    if kind != "default" and kind not in ROPE_KEYS:
         raise UserError(
-            f"{path}: rope_type = {json.dumps(kind)}, this project computes default and llama3; "
+            f"{path}: rope_type = {json.dumps(kind)}, this project computes {listed(('default', *ROPE_KEYS))}; "
             "give a model with one of these"
         )
     if rope.get("partial_rotary_factor", 1) != 1:
         raise UserError(
             f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']}, this project rotates entire heads"
         )
-    if kind == "llama3":
-        found["rope_scaling"] = {key: rope[key] for key in SCALING if key in rope}
+    if kind != "default":
+        found["rope_scaling"] = {"rope_type": kind, **_scaling(kind, rope, config)}
+    return found
+
+
+def _scaling(kind: str, rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of a kind of scaling, with the original length where transformers takes it from."""
+    required, optional = ROPE_KEYS[kind]
+    found = {key: rope[key] for key in ("factor", *required, *optional) if rope.get(key) is not None}
+    if kind == "yarn" and rope.get("truncate", True) is None:
+        found["truncate"] = False  # as transformers reads null
+    if kind == "yarn" and ORIGINAL in config:
+        found[ORIGINAL] = config[ORIGINAL]
+    elif kind == "dynamic" or (kind == "yarn" and ORIGINAL not in found):
+        found[ORIGINAL] = config["max_position_embeddings"]
     return found

@@ -64,7 +64,7 @@ def check_settings(path: str, config: Mapping[str, Any]) -> None:
     kinds = config.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != FULL_ATTENTION for kind in kinds)):
         raise UserError(
-            f"{path}: layer_types = {json.dumps(kinds)}, in this project's LLaMA all layers are {FULL_ATTENTION}; "
+            f"{path}: layer_types = {json.dumps(kinds)}, in this project all layers have {FULL_ATTENTION}; "
             "give a model of that architecture"
         )
     for key in TOKEN_IDS:

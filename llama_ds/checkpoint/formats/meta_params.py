@@ -17,6 +17,7 @@ from typing import Any
 
 from llama_ds.checkpoint.formats.hf_config import read_object
 from llama_ds.checkpoint.formats.inventory import check_file, check_layers
+from llama_ds.checkpoint.formats.plain_llama import check_plain
 from llama_ds.config.reader import ConfigSource, check_keys, read
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.errors import UserError
@@ -184,12 +185,13 @@ def params_of(model: ModelConfig, source: str) -> dict[str, Any]:
             f"{source}: head_dim = {model.head_dim}, Meta's model has hidden_size {model.hidden_size} / "
             f"num_attention_heads {model.num_attention_heads}; convert to hf or deepspeed"
         )
+    check_plain(model, source, "Meta's code")
     # Meta's code computes with SCALING; Meta publishes Llama 3.2, which has another factor, in the same form.
     released = replace(SCALING, factor=FACTORS.get(_shape(model), SCALING.factor))
     if model.rope_scaling not in (None, SCALING, released):
         raise UserError(
-            f"{source}: rope_scaling = {list(asdict(model.rope_scaling).values())}, Meta's code has "
-            f"{list(asdict(SCALING).values())} built in; convert to hf or deepspeed"
+            f"{source}: rope_scaling = {list(model.rope_scaling.parameters().values())}, Meta's code has "
+            f"{list(SCALING.parameters().values())} built in; convert to hf or deepspeed"
         )
     grouped = model.num_key_value_heads
     return {

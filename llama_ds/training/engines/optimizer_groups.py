@@ -14,21 +14,27 @@ from llama_ds.layout.optimizer_states import ADAMW
 from llama_ds.layout.weights import weight_of
 from llama_ds.model.weight_gradients import WeightGradients
 
+MATRICES = "matrices"
+REPLICATED = "norms"  # and the biases that are added to the residual stream
+SHARDED = "biases"
+
 
 def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
-    """Return the optimizer groups of a module: matrices with weight decay, norm weights without.
+    """Return the optimizer groups of a module: matrices with weight decay, norm weights and biases without.
 
-    Weights of a group have the same kinds of state, because each state is one flat buffer for the group.
+    Weights of a group have the same kinds of state, because each state is one flat buffer for the group, and are all
+    replicated over tensor-parallel ranks or all sharded, because the gradient norm counts the former once.
     """
-    groups: dict[tuple[bool, tuple[str, ...]], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, tuple[str, ...]], list[nn.Parameter]] = {}
     for parameter_name, parameter in module.named_parameters():
         weight = weight_of(parameter_name)
-        groups.setdefault((weight.decays, ADAMW.kinds(weight.role)), []).append(parameter)
+        label = MATRICES if weight.decays else REPLICATED if weight.cut is None else SHARDED
+        groups.setdefault((label, ADAMW.kinds(weight.role)), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": settings.weight_decay * decays, "name": name + label}
-        for decays, label in ((True, "matrices"), (False, "norms"))
-        for (decaying, _), parameters in groups.items()
-        if decaying == decays
+        {"params": parameters, "weight_decay": settings.weight_decay * (label == MATRICES), "name": name + label}
+        for label in (MATRICES, REPLICATED, SHARDED)
+        for (found, _), parameters in groups.items()
+        if found == label
     ]
 
 
