@@ -103,6 +103,7 @@ class ProgressBars:
 
 def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: int, nbytes: int) -> None:
     """Print a summary of the conversion."""
+    from llama_ds.checkpoint.formats.huggingface import holds_huggingface
     from llama_ds.checkpoint.formats.views import TableRows
 
     print(f"{destination}: {kind}, {dtype}, {count} file{'s' * (count > 1)}, {nbytes / 1e9:.3f} GB, from {files.path}")
@@ -111,7 +112,7 @@ def report(files: ModelFiles, destination: str, kind: str, dtype: str, count: in
         change = table.shape[0] - table.source.shape[0]
         what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows removed"
         print(f"vocabulary: {table.source.shape[0]} -> {table.shape[0]} rows, {what}")
-    if files.tokenizer is None and kind != "hf":
+    if files.tokenizer is None and not (kind == "hf" and holds_huggingface(files.path)):
         print(f"no tokenizer was written: {files.path} has no tokenizer.model or tokenizer.json")
 
 

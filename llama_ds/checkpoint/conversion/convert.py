@@ -27,7 +27,7 @@ from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_inde
 from llama_ds.checkpoint.formats.meta import plan_meta
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, checksum, describe, read_tensors, verify
-from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.checkpoint.weights import ModelFiles, tokenizer_copies
 from llama_ds.errors import UserError
 from llama_ds.layout.optimizer_states import MASTER
 
@@ -144,11 +144,11 @@ def _check_apart(source: str, destination: str) -> None:
 
 
 def _check_source(files: ModelFiles, options: Options, progress: Progress) -> None:
-    """Verify the checksums of the files that hold the weights. Only checkpoints of this project record them."""
+    """Verify the checksums of tokenizer and weights. Only checkpoints of this project record them."""
     if not os.path.exists(os.path.join(files.path, DESCRIPTION)):
         return
     description = describe(files.path)
-    verify(files.path, description, [INDEX])
+    verify(files.path, description, [INDEX, *(name for name in tokenizer_copies(files) if name in description.files)])
     kinds = read_tensors(files.path, description, (WEIGHT, MASTER))
     tensors = kinds.get(WEIGHT) or kinds[MASTER]
     names = sorted({os.path.relpath(path, files.path) for tensor in tensors.values() for path in tensor.paths})
