@@ -15,6 +15,7 @@ from functools import reduce
 from typing import Any
 
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
+from llama_ds.config.reader import plain
 from llama_ds.errors import UserError
 
 LATEST = "latest"
@@ -102,11 +103,13 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
             f"{tag_folder}: holds weights only, no optimizer states, so it cannot be resumed; "
             "start a run from it with checkpoint.start_from"
         )
+    # Keys that the version which wrote the checkpoint did not have count with their defaults.
+    then = {**found.run, "model": plain(found.model)}
     for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # a step implies a position in the data
-        then, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (found.run, run))
-        if then != now:
+        before, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (then, run))
+        if before != now:
             raise UserError(
-                f"{tag_folder}: was trained with {key} {_difference(then, now)}; "
+                f"{tag_folder}: was trained with {key} {_difference(before, now)}; "
                 "use the same run file, or another name for a new run"
             )
 
