@@ -32,7 +32,7 @@ def check_same_function(found: ModelFiles, wanted: ModelConfig, changes: Collect
         purpose = f", or list what you change on purpose: checkpoint.start_from_changes='[{', '.join(free)}]'"
         raise UserError(
             f"{found.path}: is another model than the run's: {values}; set these keys to the folder's values, or take "
-            f"all of them by model.from={found.path}{purpose if free else ''}"
+            f"all of them: model='{{from: {found.path}}}'{purpose if free else ''}"
         )
     return differing
 

@@ -93,7 +93,7 @@ def expired_rewound(folder: str) -> list[str]:
 
 
 def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) -> None:
-    """Refuse to resume from a checkpoint with another model or data order, or with weights only.
+    """Refuse to resume from a checkpoint with another model or data order, after the run's end, or with weights only.
 
     Raises:
         UserError: the checkpoint cannot be resumed; the message names what differs.
@@ -112,6 +112,12 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
                 f"{tag_folder}: was trained with {key} {_difference(before, now)}; "
                 "use the same run file, or another name for a new run"
             )
+    steps = run["training"]["steps"]
+    if found.step > steps:
+        raise UserError(
+            f"{tag_folder}: is at step {found.step}, after the last one of a run with training.steps = {steps}; "
+            "set more steps, or go back first with checkpoint.rewind_to"
+        )
 
 
 def latest_tag(folder: str) -> str | None:

@@ -46,7 +46,7 @@ def train(
     first = load_state(engine, checkpoints, chosen, start)
     checkpoints.begin(marks)
     last = min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
-    log_start(run, layout, dtype, first, chosen)
+    log_start(run, layout, dtype, range(first, last), chosen)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))
     log = world.together(lambda: open_run_log(run, first) if rank_info.rank == 0 else None)
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)

@@ -37,12 +37,13 @@ def with_min_memory(run: RunConfig, device: torch.device) -> RunConfig:
 
 def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info: world.RankInfo) -> Dataset:
     """Open the data at the chosen checkpoint of the folder `checkpoints`, or at the start."""
-    if chosen:
+    if not chosen:
+        data = open_data(run)
+    else:
         folder = os.path.join(checkpoints, chosen[0])
         data = open_data(run, state_from_json(chosen[1].data, folder), chosen[1].step, folder)
-        check_same_tokenizer(folder, data.sources.tokenizer)
-    else:
-        data = open_data(run)
+        if rank_info.local_rank == 0:
+            check_same_tokenizer(folder, data.sources.tokenizer)
     if rank_info.local_rank == 0:  # once per node, as with checkpoint files
         for source in data.sources.train:
             check_present(source)
@@ -58,18 +59,21 @@ def load_state(engine: Engine, checkpoints: Checkpoints, chosen: Chosen, start: 
     return 0
 
 
-def log_start(run: RunConfig, layout: Layout, dtype: str, first: int, chosen: Chosen) -> None:
-    """Log the step at which the run starts, and what differs from the checkpoint that it resumes from.
+def log_start(run: RunConfig, layout: Layout, dtype: str, steps: range, chosen: Chosen) -> None:
+    """Log the first of the `steps` that remain, and what differs from the checkpoint that it resumes from.
 
     Under `recompute: auto` also the memory plan of every stage.
     """
     if run.parallel.recompute.startswith(AUTO):
         for line in memory_table(run, layout, ELEMENT_BYTES[dtype]):
             logger.info("%s", line)
-    logger.info("%s at step %d of %d", "resumed" if chosen else "starting", first, run.training.steps)
+    logger.info("%s at step %d of %d", "resumed" if chosen else "starting", steps.start, run.training.steps)
     if chosen:
         for line in changes(run, layout, dtype, *chosen):
             logger.info("changed since %s: %s", chosen[0], line)
+    if not steps:
+        key = "training.steps" if steps.stop == run.training.steps else "checkpoint.stop_at"
+        logger.info("no steps are left: %s = %d", key, steps.stop)
 
 
 def validation_batches(run: RunConfig, layout: Layout, sources: Sources, engine: Engine) -> list[Batch]:

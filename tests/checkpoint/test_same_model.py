@@ -50,7 +50,7 @@ def test_one_message_has_all_keys_and_the_changes_that_fit_the_weights() -> None
     assert "model.num_attention_heads = 8 there, 4 here; model.num_key_value_heads = 4 there, 2 here; " in message
     assert "model.rms_norm_eps = 1e-05 there, 0.01 here; model.rope_theta = 10000.0 there, 500000.0 here; " in message
     assert "model.rope_scaling = null there, {factor: 8.0, low_freq_factor: 1.0, " in message
-    assert "take all of them by model.from=folder, " in message
+    assert "take all of them: model='{from: folder}', or list" in message
     assert message.endswith("'[model.vocab_size, model.rms_norm_eps, model.rope_theta, model.rope_scaling]'")
 
 

@@ -208,7 +208,7 @@ CASES = [
     Case(
         "start from another shape",
         other_shape,
-        ("model.intermediate_size = 88 there, 96 here", "model.from="),
+        ("model.intermediate_size = 88 there, 96 here", "model='{from: "),
         trained=True,
     ),
     Case("other model", overriding("model.intermediate_size=96"), ("intermediate_size 88, not 96",), trained=True),
