@@ -16,6 +16,7 @@ from typing import Any
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from llama_ds import log
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import ending_quietly
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
@@ -30,6 +31,7 @@ def main() -> int:
     """Run the command line and return the exit code. A user error ends every rank with code 2 and one message."""
     arguments = parse(sys.argv[1:])
     log.silence_libraries()
+    read_models()
     from llama_ds.parallel import world
 
     heartbeat = Heartbeat()

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_results, new_parser, processes, run, subcommands, whole
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import load_run
@@ -46,6 +47,7 @@ SHAPES = {"quickstart": "quickstart", "7b": "llama_7b", "13b": "llama_13b", "33b
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    read_models()
     return run(parser(), argv)
 
 

@@ -140,7 +140,7 @@ def report(files: ModelFiles, plan: Plan, destination: str, dtype: str) -> None:
         change = table.shape[0] - table.source.shape[0]
         what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows removed"
         print(f"vocabulary: {table.source.shape[0]} -> {table.shape[0]} rows, {what}")
-    if files.tokenizer is None and plan.kind != "hf":
+    if files.tokenizer is None and not (plan.kind == "hf" and files.from_hf):
         print(f"no tokenizer was written: {files.path} has no tokenizer.model or tokenizer.json")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
@@ -48,6 +49,7 @@ is not the first slots of a host, use --json.
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    read_models()
     return run(parser(), argv)
 
 

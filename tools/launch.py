@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import delay, new_parser, port, real, run, seconds, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
@@ -46,6 +47,7 @@ EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done, 1 failed after all restarts, 2 a mistake in the command."""
+    read_models()
     return run(parser(), argv)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_results, new_parser, port, real, run, seconds, subcommands, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.config.text import save_text
@@ -33,6 +34,7 @@ EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    read_models()
     return run(parser(), argv)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_json, new_parser, real, run, subcommands
 from llama_ds.config.reader import integer
 from llama_ds.config.run_file import find_run_file, load_run
@@ -46,6 +47,7 @@ CALIBRATION = ROOT / "docs" / "calibration" / "published_runs.csv"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    read_models()
     return run(parser(), argv)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_json, new_parser, port, real, run, seconds, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
@@ -28,6 +29,7 @@ EXAMPLES = """examples:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    read_models()
     return run(parser(), argv)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.child_processes import run_child
 from llama_ds.command_line import Answer, add_json, add_results, new_parser, port, run, subcommands, whole
 from llama_ds.config.run_file import load_run
@@ -40,6 +41,7 @@ GRACE_S = 120.0  # time for the job to stop on all of its hosts
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    read_models()
     return run(parser(), argv)
 
 

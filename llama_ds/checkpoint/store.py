@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
+from llama_ds.config.reader import plain
 from llama_ds.errors import UserError
 
 LATEST = "latest"
@@ -92,7 +93,7 @@ def expired_rewound(folder: str) -> list[str]:
 
 
 def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) -> None:
-    """Refuse to resume from a checkpoint with another model or data order, or with weights only.
+    """Refuse to resume from a checkpoint with another model or data order, after the run's end, or with weights only.
 
     Raises:
         UserError: the checkpoint cannot be resumed; the message names what differs.
@@ -103,14 +104,20 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
             "start a run from it with checkpoint.start_from"
         )
     # Keys that the version which wrote the checkpoint did not have count with their defaults.
-    trained = {**found.run, "model": asdict(found.model)}
+    then = {**found.run, "model": plain(found.model)}
     for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # a step implies a position in the data
-        then, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (trained, run))
-        if then != now:
+        before, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (then, run))
+        if before != now:
             raise UserError(
-                f"{tag_folder}: was trained with {key} {_difference(then, now)}; "
+                f"{tag_folder}: was trained with {key} {_difference(before, now)}; "
                 "use the same run file, or another name for a new run"
             )
+    steps = run["training"]["steps"]
+    if found.step > steps:
+        raise UserError(
+            f"{tag_folder}: is at step {found.step}, after the last one of a run with training.steps = {steps}; "
+            "set more steps, or go back first with checkpoint.rewind_to"
+        )
 
 
 def latest_tag(folder: str) -> str | None:

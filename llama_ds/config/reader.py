@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from decimal import Decimal
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -52,6 +52,11 @@ def read(kind: type[T], data: object, source: ConfigSource, key: str = "") -> T:
     return _read(kind, data, source, key)
 
 
+def plain(section: Any) -> dict[str, Any]:
+    """Return a dataclass as plain data (dicts, lists, scalars), the inverse of `read`."""
+    return _plain(asdict(section))
+
+
 def check_keys(data: dict, known: Iterable[str], source: ConfigSource, key: str = "") -> None:
     """Raise UserError for a key of `data` that is not `known`, suggesting the closest known one."""
     names = list(known)
@@ -67,6 +72,12 @@ def integer(text: str) -> int | None:
         return None
     number = Decimal(match[1].replace("_", "")) * _SUFFIX.get(match[2], 1)
     return int(number) if number == number.to_integral_value() else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _read(kind: Any, data: object, source: ConfigSource, key: str) -> Any:

@@ -25,6 +25,15 @@ Any key can be overridden on the command line as `section.key=value`; list entri
 Integers may be written 4194304, 4_194_304, 4M, 1.4T or 1.4e12, numbers also as 1e-5. Data-parallel size and
 accumulation steps are never set: they follow from the number of ranks.
 """
+_MODEL = """\
+## Model of a folder
+
+    model: {from: models/Llama-3.2-1B}
+
+takes all keys of `model` from a run, a checkpoint, a Hugging Face folder (config.json suffices) or a Meta folder.
+Other keys beside `from` must have the folder's values, except those that `checkpoint.start_from_changes` lists. The
+resolved run in the run's folder holds the numbers. `from` does not load the weights: that is `checkpoint.start_from`.
+"""
 _RECOMPUTE = """\
 ## Recompute policies
 
@@ -58,7 +67,7 @@ def reference() -> str:
     """Return the text of docs/run_file.md."""
     tables = [_section("", RunConfig)]
     tables += [_section(key, kind) for key, kind in _sections("", RunConfig)]
-    return "\n".join([_INTRODUCTION, *tables, _RECOMPUTE, _old_names()])
+    return "\n".join([_INTRODUCTION, *tables, _MODEL, _RECOMPUTE, _old_names()])
 
 
 def _sections(at: str, kind: type) -> Iterator[tuple[str, type]]:

@@ -6,11 +6,12 @@ Rules within a section are checked by the section itself (`config/declare.py`).
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from functools import reduce
 
 from llama_ds.config.numbers import divisors
-from llama_ds.config.schema import RunConfig
-from llama_ds.errors import UserError, listed
+from llama_ds.config.schema import ModelConfig, RunConfig
+from llama_ds.errors import UserError, did_you_mean, listed
 
 FLASH_HEAD_DIMS = range(8, 256 + 1, 8)
 DEFERRING_SCHEDULES = ("zb_h1", "dualpipe_v")  # schedules that defer weight gradients
@@ -23,6 +24,7 @@ def check(run: RunConfig) -> None:
     _check_mixture(run)
     _check_skips(run)
     _check_rewind(run)
+    _check_start_from_changes(run)
     _check_schedule_of_learning_rate(run)
     _check_tensor_parallel(run)
     _check_pipeline(run)
@@ -81,6 +83,17 @@ def _check_rewind(run: RunConfig) -> None:
     to, steps = run.checkpoint.rewind_to, run.training.steps
     if to >= steps:
         raise _error(run, f"checkpoint.rewind_to = {to} is not below training.steps = {steps}; name an earlier step")
+
+
+def _check_start_from_changes(run: RunConfig) -> None:
+    known = [*(f"model.{key.name}" for key in fields(ModelConfig)), "data.tokenizer"]
+    for key in run.checkpoint.start_from_changes:
+        if key not in known:
+            raise _error(
+                run,
+                f"checkpoint.start_from_changes lists {key}{did_you_mean(key, known)}; list keys of model, as in "
+                "model.rope_theta, or data.tokenizer",
+            )
 
 
 def _check_schedule_of_learning_rate(run: RunConfig) -> None:

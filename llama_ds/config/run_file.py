@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from llama_ds.config.deepspeed_json import check_user_keys
+from llama_ds.config.model_source import take_model
 from llama_ds.config.moved_keys import renamed_data, renamed_overrides, warn_of_old_names
 from llama_ds.config.numbers import divisors
-from llama_ds.config.reader import ConfigSource, check_keys, read
+from llama_ds.config.reader import ConfigSource, check_keys, plain, read
 from llama_ds.config.recompute import canonical
 from llama_ds.config.rules import check
 from llama_ds.config.schema import RunConfig
@@ -50,7 +51,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     `deepspeed` is the path of the DeepSpeed JSON relative to the run file's folder, or its content. Defaults are 0 for
     seed and "runs" for output_dir. Omitted keys are derived: model.num_key_value_heads = num_attention_heads,
     model.head_dim = hidden_size / heads, and training.steps and training.tokens from each other by
-    steps = ceil(tokens / (global_batch * seq_len)).
+    steps = ceil(tokens / (global_batch * seq_len)). `model.from` is replaced by the keys of that folder's model.
     Old names of keys and values (`config/moved_keys.py`) are accepted with a warning each.
     An override of training.steps or training.tokens replaces either of the two in the file.
 
@@ -70,6 +71,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     for key, value in changes:
         if key != "deepspeed":
             _set(data, key, value, source)
+    take_model(data, source)
     _derive(data, source)
     run = read(RunConfig, {**_DEFAULTS, **data, "path": path, "deepspeed_path": deepspeed_path}, source)
     check(run)
@@ -87,18 +89,12 @@ def load_resolved(path: str) -> RunConfig:
 
 def resolved(run: RunConfig) -> dict[str, Any]:
     """Return the complete resolved run as plain data (dicts, lists, scalars) for JSON and YAML."""
-    return _plain(asdict(run))
+    return plain(run)
 
 
 def dump(run: RunConfig) -> str:
     """Return the complete resolved run as YAML text that `load_resolved` can read."""
     return dump_yaml(resolved(run))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _split(override: str) -> tuple[str, Any]:

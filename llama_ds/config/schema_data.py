@@ -41,6 +41,9 @@ class SourceConfig(Section):
             rule="Positive; within 10 percent of what the run reads.",
         ),
     ] = None
+    reread: Annotated[
+        bool, Key("Whether a source that is new in a resumed run may hold rows that the run has read by another name.")
+    ] = False
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,13 @@ class CheckpointConfig(Section):
             is_path=True,
         ),
     ] = ""
+    start_from_changes: Annotated[
+        tuple[str, ...],
+        Key(
+            "Keys in which the run may differ from the model of `start_from`: `model.rope_theta`, for example.",
+            rule="Keys of `model`, or `data.tokenizer`.",
+        ),
+    ] = ()
     asynchronous: Annotated[bool, Key("Whether training continues while a checkpoint is written.")] = True
     keep_last: Annotated[int, Key("Newest checkpoints to keep; 0: all.", "checkpoints", NOT_NEGATIVE)] = 0
     keep_every: Annotated[

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -102,14 +102,17 @@ def planned_skips(data: DataConfig) -> tuple[Skip, ...]:
     return tuple(Skip(skip.at_step, skip.steps) for skip in data.skip)
 
 
-def continued(past: DataState, plan: DataState, step: int, checkpoint: str) -> DataState:
+def continued(past: DataState, plan: DataState, step: int, checkpoint: str, reread: Collection[str] = ()) -> DataState:
     """Return the state of a run that resumes at `step`: its unchanged past, followed by the plan of the run file.
 
+    `reread` names the new sources that may hold rows which the run has read.
+
     Raises:
-        UserError: a source was rebuilt, or the run file requests past skips that the run did not make; the message
-            names `checkpoint`.
+        UserError: a source was rebuilt or renamed, or the run file requests past skips that the run did not make; the
+            message names `checkpoint`.
     """
     kept = [segment for segment in past.segments if segment.step < step]
+    _check_new_sources(kept, past, plan, checkpoint, reread)
     check_same_sources({name for segment in kept for name in segment.extents}, kept, past, plan, checkpoint)
     now = next(segment for segment in reversed(plan.segments) if segment.step <= step)
     stage_starts = now.step == step  # even a stage with unchanged weights starts a segment
@@ -136,6 +139,26 @@ def check_same_sources(
     """
     _check_same_rows(names, segments, past.rows_per_shard, now, where)
     _check_same_content(names, past, now.contents, where)
+
+
+def _check_new_sources(
+    kept: Sequence[Segment], past: DataState, plan: DataState, checkpoint: str, reread: Collection[str]
+) -> None:
+    """Refuse a source that is new to the run, but holds shards that it has read: a renamed source would start anew."""
+    read_ones = {name for segment in kept for name, weight in segment.weights.items() if weight}
+    for name in sorted(plan.contents.keys() - past.rows_per_shard.keys()):
+        digests = {digest for digest in plan.contents[name] if digest}
+        again = sorted(old for old in read_ones if digests & set(past.contents.get(old, ())))
+        if again and name not in reread:
+            listed = "" if again[0] in plan.contents else ", which the run file no longer lists,"
+            raise UserError(
+                f"{checkpoint}: source {name} is new to the run, and holds shards that it has read as source "
+                f"{again[0]}{listed} so their rows would come again from the first one on; call the source {again[0]}, "
+                "or set its reread: true"
+            )
+        unknown = sorted(old for old in read_ones - plan.contents.keys() if not all(past.contents.get(old, ("",))))
+        unsure = f"; {checkpoint} records no digest of {', '.join(unknown)}: check that it is not one of these"
+        logger.info("source %s is new to the run: its first row comes next%s", name, unsure if unknown else "")
 
 
 def _check_same_content(names: set[str], past: DataState, now: Mapping[str, tuple[str, ...]], where: str) -> None:

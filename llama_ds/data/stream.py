@@ -176,7 +176,8 @@ def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, chec
             raise UserError(f"data.sources: {name} has no training rows; leave it out, or build it from more text")
     state = planned(run.data, run.training.global_batch * run.data.seq_len, geometry)
     if past:
-        state = continued(past, state, step, checkpoint)
+        reread = [source.name for source in run.data.sources if source.reread]
+        state = continued(past, state, step, checkpoint, reread)
     order = state.order(run.seed, run.training.global_batch)
     _check_epochs(run, order)
     dataset = Dataset(sources, order, state, run.training.steps)

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
-from llama_ds.checkpoint.manifest import (
-    WEIGHT,
-    Description,
-    check_present,
-    describe,
-    read_tensors,
-    verify,
-)
+from llama_ds.checkpoint.damage import damaged_files, missing_files, needed_to_resume
+from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, Description, describe, read_tensors
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
@@ -72,8 +66,8 @@ class Checkpoints:
     def choose(self) -> tuple[str, Description] | None:
         """Return tag and description of the newest intact checkpoint to resume from, if any. Collective.
 
-        Each rank reads a share of its files and verifies their checksums. A damaged checkpoint is reported and skipped.
-        The folder does not change before `begin`.
+        Each rank reads a share of its files and verifies their checksums. A damaged checkpoint is reported and skipped,
+        unless a resume reads none of the damaged files. The folder does not change before `begin`.
 
         Raises:
             UserError: it belongs to another run, or `checkpoint.resume` or `checkpoint.strict` forbids using it.
@@ -93,9 +87,15 @@ class Checkpoints:
             )
         self._chosen, self._damaged = None, []
         for tag in tags:
-            found, problem = self._examine(tag)
+            found, problem, unread = self._examine(tag)
             if problem is None:
                 assert found
+                if unread and settings.strict:
+                    raise UserError(
+                        f"{unread[0]} (checkpoint.strict: without it the run would resume without this file)"
+                    )
+                for text in unread:
+                    logger.warning("DAMAGED FILE, which a resume does not read: %s", text)
                 # All ranks have read the same description, so all of them raise or none does.
                 store.check_resumable(os.path.join(self.folder, tag), found, resolved(self.run))
                 self._rewinds = rewinds(self.run, found)
@@ -115,19 +115,38 @@ class Checkpoints:
         self._rewinds = rewinds(self.run, None)
         return None
 
-    def _examine(self, tag: str) -> tuple[Description | None, str | None]:
-        """Return a checkpoint's description and the first problem found by any rank, if there is one. Collective."""
-        folder, found, problem = os.path.join(self.folder, tag), None, None
+    def _examine(self, tag: str) -> tuple[Description | None, str | None, list[str]]:
+        """Examine a checkpoint. Collective.
+
+        Returns:
+            Its description, the first problem found by any rank that prevents a resume, and the problems of files that
+            a resume does not read.
+        """
+        folder, found, problems = os.path.join(self.folder, tag), None, {}
         try:
             found = describe(folder)
-            if self.rank_info.local_rank == 0:  # once per host: each call stats all files on the shared file system
-                check_present(folder, found)
-            rank, ranks = self.rank_info.rank, self.rank_info.world
-            mine = [name for name, file in found.files.items() if file.rank % ranks == rank]
-            verify(folder, found, mine)
         except UserError as error:
-            problem = str(error)
-        return found, next((text for text in world.gather(problem) if text), None)
+            problems = {DESCRIPTION: str(error)}
+        else:
+            rank, ranks = self.rank_info.rank, self.rank_info.world
+            problems = damaged_files(folder, found, [n for n, file in found.files.items() if file.rank % ranks == rank])
+            if self.rank_info.local_rank == 0:  # once per host: each call stats all files on the shared file system
+                problems |= missing_files(folder, found)
+        every: dict[str, str] = {}
+        for one in world.gather(problems):
+            every = {**one, **every}
+        needed = world.gather(self._needed(folder, found, every))[0] if every else set()
+        unread = [text for name, text in every.items() if name not in needed]
+        return found, next((text for name, text in every.items() if name in needed), None), unread
+
+    def _needed(self, folder: str, found: Description | None, damaged: Mapping[str, str]) -> set[str]:
+        """Return the damaged files that a resume reads; all of them if the checkpoint does not tell."""
+        if found is None or INDEX in damaged:
+            return set(damaged)
+        try:
+            return needed_to_resume(folder, found)
+        except UserError:
+            return set(damaged)
 
     def begin(self, marks: DocumentMarks = LLAMA_MARKS) -> None:
         """End all earlier attempts, whose processes may still run; set damaged checkpoints aside. Collective.

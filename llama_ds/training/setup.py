@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import Description
-from llama_ds.checkpoint.weights import Readable, check_shapes
+from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.config.recompute import AUTO
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import state_from_json
@@ -19,13 +17,14 @@ from llama_ds.data.sources import Sources
 from llama_ds.data.stream import Dataset, open_data
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
-from llama_ds.layout.weights import Key
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.device_batches import Batch, MicroBatch
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.plan import memory_table
+from llama_ds.training.resumed import changes
+from llama_ds.training.start import check_same_tokenizer
 
 Chosen = tuple[str, Description] | None  # tag and description of the checkpoint to resume from, if any
 
@@ -38,11 +37,13 @@ def with_min_memory(run: RunConfig, device: torch.device) -> RunConfig:
 
 def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info: world.RankInfo) -> Dataset:
     """Open the data at the chosen checkpoint of the folder `checkpoints`, or at the start."""
-    if chosen:
+    if not chosen:
+        data = open_data(run)
+    else:
         folder = os.path.join(checkpoints, chosen[0])
         data = open_data(run, state_from_json(chosen[1].data, folder), chosen[1].step, folder)
-    else:
-        data = open_data(run)
+        if rank_info.local_rank == 0:
+            check_same_tokenizer(folder, data.sources.tokenizer)
     if rank_info.local_rank == 0:  # once per node, as with checkpoint files
         for source in data.sources.train:
             check_present(source)
@@ -58,32 +59,30 @@ def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info:
     return data
 
 
-def load_state(run: RunConfig, engine: Engine, checkpoints: Checkpoints, chosen: Chosen) -> int:
-    """Load the chosen checkpoint or the initial weights; return the number of finished steps.
-
-    Collective.
-    """
+def load_state(engine: Engine, checkpoints: Checkpoints, chosen: Chosen, start: ModelFiles | None) -> int:
+    """Load the chosen checkpoint, or the weights of `start`; return the number of finished steps. Collective."""
     if chosen:
         return checkpoints.load(engine.deepspeed, *chosen)
-    if run.checkpoint.start_from:
-        checkpoints.start_from(engine.deepspeed, world.together(lambda: _initial_weights(run)))
+    if start:
+        checkpoints.start_from(engine.deepspeed, start.finest)
     return 0
 
 
-def _initial_weights(run: RunConfig) -> Mapping[Key, Readable]:
-    found = open_model(run.checkpoint.start_from)
-    check_shapes(found, run.model)
-    for note in found.notes:
-        logger.info("%s", note)
-    return found.finest
+def log_start(run: RunConfig, layout: Layout, dtype: str, steps: range, chosen: Chosen) -> None:
+    """Log the first of the `steps` that remain, and what differs from the checkpoint that it resumes from.
 
-
-def log_start(run: RunConfig, layout: Layout, dtype: str, first: int, resumed: bool) -> None:
-    """Log the step at which the run starts, and under `recompute: auto` the memory plan of every stage."""
+    Under `recompute: auto` also the memory plan of every stage.
+    """
     if run.parallel.recompute.startswith(AUTO):
         for line in memory_table(run, layout, ELEMENT_BYTES[dtype]):
             logger.info("%s", line)
-    logger.info("%s at step %d of %d", "resumed" if resumed else "starting", first, run.training.steps)
+    logger.info("%s at step %d of %d", "resumed" if chosen else "starting", steps.start, run.training.steps)
+    if chosen:
+        for line in changes(run, layout, dtype, *chosen):
+            logger.info("changed since %s: %s", chosen[0], line)
+    if not steps:
+        key = "training.steps" if steps.stop == run.training.steps else "checkpoint.stop_at"
+        logger.info("no steps are left: %s = %d", key, steps.stop)
 
 
 def validation_batches(run: RunConfig, layout: Layout, sources: Sources, engine: Engine) -> list[Batch]:

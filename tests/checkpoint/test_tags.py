@@ -143,7 +143,7 @@ def test_publishing_replaces_a_checkpoint_of_the_same_step(tmp_path: Path) -> No
 
 
 def run_of(found: Description) -> dict[str, object]:
-    return {**found.run, "training": {"global_batch": 4}, "data": {"seq_len": 32}}
+    return {**found.run, "training": {"global_batch": 4, "steps": 2}, "data": {"seq_len": 32}}
 
 
 @pytest.mark.parametrize(
@@ -164,6 +164,15 @@ def test_another_run_is_refused(change: dict[str, object], message: str) -> None
     store.check_resumable("folder", found, {**run, "optimizer": {"lr": 1.0}})
     with pytest.raises(UserError, match=f"^folder: was trained with {message}; use the same run file"):
         store.check_resumable("folder", found, {**run, **change})
+
+
+def test_a_shorter_run_is_refused() -> None:
+    """Otherwise the run would end at once and seem to have finished with its new number of steps."""
+    found = description(SMALL, ONE, 1, 2)
+    run = run_of(found)
+    found.run.update(run)
+    with pytest.raises(UserError, match=r"^folder: is at step 2, after the last one of .*training.steps = 1; set more"):
+        store.check_resumable("folder", found, {**run, "training": {"global_batch": 4, "steps": 1}})
 
 
 def test_a_weights_only_checkpoint_cannot_be_resumed() -> None:

@@ -132,3 +132,38 @@ def test_a_removed_source_is_not_read_after_the_resume() -> None:
     assert rows_of(order, 9) == rows_of(order_of(past, 0), 9)
     assert {name for name, _, _ in rows_of(order, 10)} == {"b"}
     assert order.consumed(20)["a"] == order.consumed(10)["a"]
+
+
+def test_a_renamed_source_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """Otherwise it would start again at its first row, and the run would read those rows twice."""
+
+    def of(*digests: str) -> Split:
+        return Split(R, tuple(Extent(50, 1, 1, digest) for digest in digests))
+
+    def plan(**sources: Split) -> DataState:
+        weights = tuple(SourceConfig(name, name, 1 / len(sources)) for name in sources)
+        return planned(DataConfig("t", 10, weights), TOKENS, sources)
+
+    past = plan(a=of("1"), b=of("2"))
+    for now, listed in (
+        (plan(c=of("1"), b=of("2")), "a, which the run file no longer lists,"),
+        (plan(c=of("3", "1"), b=of("2")), "a, which the run file no longer lists,"),
+        (plan(c=of("1"), a=of("1"), b=of("2")), "a so"),
+    ):
+        with pytest.raises(UserError, match=rf"^ckpt: source c is new .* that it has read as source {listed}"):
+            continued(past, now, 20, "ckpt")
+        assert "c" in continued(past, now, 20, "ckpt", reread=["c"]).rows_per_shard
+    with caplog.at_level("INFO", "llama_ds"):
+        state = continued(past, plan(c=of("3"), b=of("2")), 20, "ckpt")
+    assert "source c is new to the run: its first row comes next" in caplog.messages
+    again = continued(state, plan(a=of("1"), b=of("2")), 40, "ckpt")  # a comes back where it ended
+    assert again.order(0, BATCH).consumed(41)["a"] > again.order(0, BATCH).consumed(20)["a"]
+
+
+def test_a_new_source_beside_a_lost_one_without_digests_is_logged_as_unsure(caplog: pytest.LogCaptureFixture) -> None:
+    data = DataConfig("t", 10, (SourceConfig("a", "a", 1.0),))
+    past = planned(data, TOKENS, {"a": split(50)})
+    now = planned(replace(data, sources=(SourceConfig("c", "c", 1.0),)), TOKENS, {"c": split(50)})
+    with caplog.at_level("INFO", "llama_ds"):
+        continued(past, now, 20, "ckpt")
+    assert "; ckpt records no digest of a: check that it is not one of these" in caplog.messages[0]

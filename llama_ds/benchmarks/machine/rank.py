@@ -20,6 +20,7 @@ import torch
 
 from llama_ds import log
 from llama_ds.benchmarks.machine import computing, layouts
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
@@ -45,6 +46,7 @@ def main() -> None:
         if world.device().type == "cpu":
             keep_freed_memory()  # as in training
             choose_products()
+        read_models()
         found = MEASUREMENTS[request["what"]](request, rank_info, world.device())
         if rank_info.rank == 0:
             Path(request["out"]).write_text(json.dumps(found), encoding="utf-8")

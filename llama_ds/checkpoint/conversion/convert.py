@@ -146,7 +146,7 @@ def _check_apart(source: str, destination: str) -> None:
 
 
 def _check_source(files: ModelFiles, options: Options, progress: Progress) -> None:
-    """Verify the checksums of the files that hold the weights. Only checkpoints of this project record them."""
+    """Verify the checksums of tokenizer and weights. Only checkpoints of this project record them."""
     if not os.path.exists(os.path.join(files.path, DESCRIPTION)):
         return
     description = describe(files.path)

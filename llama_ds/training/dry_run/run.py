@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import AUTO, GIB
 from llama_ds.config.run_file import load_run
@@ -39,6 +40,7 @@ def dry_run(
         UserError: the run file is invalid, or it uses a feature that the dry run does not support.
     """
     started = time.perf_counter()
+    read_models()
     run = load_run(run_file, overrides)
     layout = resolve_layout(run, sum(slots.values()))
     run = _with_device(run, device_gib)
