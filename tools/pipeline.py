@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from llama_ds.benchmarks.pipeline.contest import Contest
 from llama_ds.benchmarks.pipeline.report import report
 from llama_ds.benchmarks.pipeline.run import run_contest
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_results, delay, new_parser, run, size, whole
 from llama_ds.perf.trace.picture import picture
 from llama_ds.perf.trace.read import read
@@ -34,6 +35,7 @@ SCHEDULES = ["deepspeed", "1f1b", "zb_h1", "zb_h1+1"]
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    read_models()
     return run(parser(), argv)
 
 

@@ -62,6 +62,26 @@ def test_starting_over_leaves_no_old_lines(trained: Callable[[str], Run], make_r
     assert anew.losses == old.losses
 
 
+def test_a_lost_tokenizer_costs_no_steps_and_changes_are_logged(
+    trained: Callable[[str], Run], make_run: Callable[..., Run]
+) -> None:
+    """The tokenizer is at the data and the weights are those of the masters, so the newest checkpoint resumes."""
+    old, this = trained("alone"), make_run("lost", {"training.steps": STEPS + 1})
+    shutil.copytree(old.dir, this.dir)
+    (this.newest / "tokenizer.model").unlink()
+    (this.newest / "mp_rank_00_model_states.pt").write_bytes(b"cut")
+    output = succeed(alone(TRAIN, this.file, "optimizer.eps=1e-6"), this.log)
+    assert f"resumed at step {STEPS} of {STEPS + 1}" in output and output.count("DAMAGED FILE, which a resume") == 2
+    changed = [line.split(": ", 1)[1] for line in output.splitlines() if "changed since step_00000006: " in line]
+    assert changed == [
+        "name alone -> lost",
+        f"output_dir {old.dir.parent} -> {this.dir.parent}",
+        f"training.steps {STEPS} -> {STEPS + 1}",
+        "training.tokens 2304 -> 2688",
+        "optimizer.eps 1e-08 -> 1e-06",
+    ]
+
+
 def watch_latest(run: Run, ended: Callable[[], int | None], count: int) -> dict[str, set[str]]:
     """Return, for each of the first tags that `latest` is seen to name, the files that it had at that moment."""
     seen: dict[str, set[str]] = {}

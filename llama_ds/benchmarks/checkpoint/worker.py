@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from llama_ds import log
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.manifest import sync
+from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.checkpoint.snapshot import tensors_in
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
@@ -56,6 +57,7 @@ def main() -> None:
     with open(sys.argv[1]) as file:
         settings = CheckpointBenchSettings(**json.load(file))
     rank_info = world.find_rank_info()
+    read_models()
     log.silence_libraries()
     log.setup(quiet=True)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
