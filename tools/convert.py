@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Convert a model between this project's checkpoints, Hugging Face's format and Meta's, and verify the result.
+"""Convert a model between this project's checkpoints, Hugging Face's format and Meta's, or to GGUF, and verify it.
 
 SRC is a run folder or its checkpoints folder (newest checkpoint), one checkpoint, a Hugging Face or a Meta folder.
 DST is a new folder. It is written as DST.partial, which makes the conversion resumable, and renamed once it is complete
-and verified. With --to deepspeed it is one checkpoint, from which checkpoint.start_from can start a run.
+and verified. With --to deepspeed it is one checkpoint, from which checkpoint.start_from can start a run; with --to gguf
+DST is one file for llama.cpp.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS
+from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, TARGET_DTYPES, TARGETS
 from llama_ds.command_line import new_parser, processes, run, whole
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llama_ds.checkpoint.conversion.proof import Proof
+    from llama_ds.checkpoint.formats.gguf_model import GgufVocabulary
     from llama_ds.checkpoint.formats.huggingface import HfTokenizer
     from llama_ds.checkpoint.weights import ModelFiles
 
@@ -34,6 +36,7 @@ EXAMPLES = """examples:
   tools/convert.py runs/quickstart runs/quickstart/hf --to hf
   tools/convert.py models/Llama-2-7b-hf runs/start --from hf --to deepspeed --tp 2
   tools/convert.py runs/quickstart/checkpoints/step_00000100 exported --to meta --tp 2 --dtype bf16
+  tools/convert.py runs/quickstart quickstart.gguf --to gguf --dtype q8_0
 """
 
 
@@ -48,10 +51,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("destination", metavar="DST")
     parser.add_argument("--from", dest="kind", choices=KINDS, help="format of SRC (default: detected from its files)")
-    parser.add_argument("--to", choices=KINDS, required=True, help="format of DST")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="format of DST")
     parser.add_argument("--tp", type=whole(), default=1, help="number of TP shards; Meta's model-parallel size")
     parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages that DeepSpeed's own loader expects")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (default: the source's)")
+    parser.add_argument(
+        "--dtype", choices=TARGET_DTYPES, help="dtype of the weights (default: the source's); q8_0 for gguf"
+    )
     parser.add_argument("--vocab-size", type=whole(), metavar="N", help="pad or cut the embedding and head to N rows")
     parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
@@ -67,6 +72,10 @@ def convert_model(args: argparse.Namespace) -> None:
     from llama_ds.checkpoint.formats.plan import Target
     from llama_ds.checkpoint.load_model import open_model
 
+    if args.to == "gguf":
+        return convert_to_gguf(args)
+    if args.dtype not in (None, *DTYPE_NAMES):
+        raise UserError(f"command line: --dtype {args.dtype} applies only to gguf; use {', '.join(DTYPE_NAMES)}")
     files = open_model(args.source, args.kind, args.vocab_size)
     target = Target(args.dtype or files.dtype, args.tp, args.pp)
     tokenizer = hf_tokenizer(files) if args.to == "hf" and not holds_huggingface(files.path) else None
@@ -81,6 +90,53 @@ def convert_model(args: argparse.Namespace) -> None:
         proof = convert(files, plan, args.destination, options, proof_of, bars.show)
     report(files, args.destination, args.to, target.dtype, len(plan.files), plan.nbytes)
     print("\n".join(proof.lines()))
+
+
+def convert_to_gguf(args: argparse.Namespace) -> None:
+    """Convert to a GGUF file, verify it and print a report."""
+    from llama_ds.checkpoint.conversion.convert import Options, convert
+    from llama_ds.checkpoint.conversion.proof import prove
+    from llama_ds.checkpoint.formats.plan import Target
+    from llama_ds.checkpoint.load_model import open_model
+
+    try:
+        from llama_ds.checkpoint.formats.gguf_model import plan_gguf, read_back_gguf, rounded_as, unquantized
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise UserError("command line: --to gguf needs the package gguf; pip install 'llama_ds[gguf]'") from None
+    if not args.destination.endswith(".gguf"):
+        raise UserError(f"{args.destination}: a GGUF model is one file; give a name that ends in .gguf")
+    files = open_model(args.source, args.kind, args.vocab_size)
+    target = Target(args.dtype or files.dtype, args.tp, args.pp)
+    plan = plan_gguf(files, target, Path(args.destination).name, gguf_tokenizer(files))
+    options = Options(args.overwrite, args.workers or Options.workers)
+    with closing(ProgressBars()) as bars:
+
+        def proof_of(folder: str) -> Proof:
+            result = read_back_gguf(files, plan, folder, target.dtype)
+            return prove(files, result, options, bars.show, None, not args.no_logits, rounded_as)
+
+        proof = convert(files, plan, args.destination, options, proof_of, bars.show)
+    report(files, args.destination, args.to, target.dtype, len(plan.files), plan.nbytes)
+    if target.dtype == "q8_0" and (matrices := unquantized(files)):
+        print(
+            f"{len(matrices)} matrices ({matrices[0]}, ...) are fp16: their rows are no multiple of q8_0's 32 elements"
+        )
+    print("\n".join(proof.lines()))
+
+
+def gguf_tokenizer(files: ModelFiles) -> GgufVocabulary | None:
+    """Return the model's tokenizer as llama.cpp reads it, and print what is to know about it."""
+    from llama_ds.benchmarks.gguf_tokenizer import gguf_vocabulary
+    from llama_ds.data.text.tokenizer import Tokenizer
+
+    if files.tokenizer is None:
+        return None
+    vocabulary, differences = gguf_vocabulary(Tokenizer(files.tokenizer))
+    for difference in differences:
+        print(f"note: {difference}", file=sys.stderr)
+    return vocabulary
 
 
 class ProgressBars:

@@ -26,6 +26,7 @@ PROMPT_TOKENS = 32
 # wrong rotary layout, or a wrong theta, cause differences more than a hundred times as large.
 TOLERANCE = 1e-3
 
+Rounded = Callable[[Readable, Readable], Readable]  # source and result -> the source's values as the result holds them
 Logits = Callable[[str, Tensor], Tensor]  # model folder, ids (1, T) -> logits (1, T, V) in fp32
 
 
@@ -63,17 +64,19 @@ def prove(
     progress: Progress,
     logits_of_result: Logits | None = None,
     with_logits: bool = True,
+    rounded: Rounded = lambda source, result: source,
 ) -> Proof:
     """Compare the result of a conversion with its source.
 
     Args:
+        rounded: applies what the result's format rounds besides the dtype, which is quantization.
         logits_of_result: computes logits with the library that the result is meant for; None: this project's model.
 
     Raises:
         UserError: they differ; the message names the tensor or the logits.
     """
     _compare_shapes(source, result)
-    hashes = _compare_hashes(source, result, options, progress)
+    hashes = _compare_hashes(source, result, rounded, options, progress)
     parameters = sum(torch.Size(tensor.shape).numel() for tensor in result.tensors.values())
     proof = Proof(len(result.tensors), parameters, result.dtype, *hashes)
     if not with_logits:
@@ -82,11 +85,7 @@ def prove(
     expected = _our_logits(source, ids)
     found = logits_of_result(result.path, ids) if logits_of_result else _our_logits(result, ids)
     difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
-    narrower = DTYPES[result.dtype].itemsize < DTYPES[source.dtype].itemsize or {source.dtype, result.dtype} == {
-        "bf16",
-        "fp16",
-    }
-    if not narrower and not difference <= TOLERANCE * max(largest, 1.0):
+    if not _narrower(result.dtype, source.dtype) and not difference <= TOLERANCE * max(largest, 1.0):
         raise UserError(
             f"{result.path}: its logits differ from those of {source.path} by {difference:.3g} of {largest:.3g}; "
             "this is an error of the conversion: report it with both configurations"
@@ -98,6 +97,13 @@ def prompt(files: ModelFiles) -> Tensor:
     """Return the fixed ids (1, T), spread over the vocabulary."""
     length = min(PROMPT_TOKENS, files.seq_len)
     return (torch.arange(length) * 7919 + 1).remainder(files.model.vocab_size)[None]
+
+
+def _narrower(result: str, source: str) -> bool:
+    """Return whether a dtype holds fewer values than the source's; quantized ones have no torch dtype."""
+    if result not in DTYPES or {result, source} == {"bf16", "fp16"}:
+        return True
+    return DTYPES[result].itemsize < DTYPES[source].itemsize
 
 
 def _compare_shapes(source: ModelFiles, result: ModelFiles) -> None:
@@ -112,14 +118,16 @@ def _compare_shapes(source: ModelFiles, result: ModelFiles) -> None:
             )
 
 
-def _compare_hashes(source: ModelFiles, result: ModelFiles, options: Options, progress: Progress) -> tuple[str, str]:
+def _compare_hashes(
+    source: ModelFiles, result: ModelFiles, rounded: Rounded, options: Options, progress: Progress
+) -> tuple[str, str]:
     total = sum(torch.Size(t.shape).numel() * t.dtype.itemsize for t in result.tensors.values())
     counter = Counter(progress, "prove", total)
     hashes: dict[Key, tuple[str, str]] = {}
 
     def compare(key: Key) -> None:
-        dtype = result.tensors[key].dtype
-        hashes[key] = _hash(source.tensors[key], dtype, None), _hash(result.tensors[key], dtype, counter)
+        wanted, found = rounded(source.tensors[key], result.tensors[key]), result.tensors[key]
+        hashes[key] = _hash(wanted, found.dtype, None), _hash(found, found.dtype, counter)
         if len(set(hashes[key])) > 1:
             raise UserError(f"{result.path}: {name_of(key)} differs from that of {source.path}; {_AGAIN}")
 

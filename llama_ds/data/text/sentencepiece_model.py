@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -64,10 +64,7 @@ class SentencepieceModel:
 
         Certain are cuts for BPE without normalization, if no character is unknown: unknown ones would be joined.
         """
-        from sentencepiece import sentencepiece_model_pb2
-
-        model = sentencepiece_model_pb2.ModelProto.FromString(self._proto)
-        normalizer, trainer = model.normalizer_spec, model.trainer_spec
+        normalizer, trainer = self._settings.normalizer_spec, self._settings.trainer_spec
         normalizes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
         if trainer.model_type != trainer.BPE or normalizes or not normalizer.escape_whitespaces:
             return None
@@ -76,6 +73,35 @@ class SentencepieceModel:
         texts = [piece.text.replace(SPACE_MARK, " ") for piece in self.pieces()]
         adjacent = frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1))
         return UnjoinedCuts(adjacent, SPACE_MARK, normalizer.add_dummy_prefix)
+
+    def piece_types(self) -> list[int]:
+        """Return the type of each piece: 1 ordinary, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
+        return [int(piece.type) for piece in self._settings.pieces]
+
+    def beyond_merges(self) -> list[str]:
+        """Return what the model does besides merging characters by score, as predicates; LLaMA's does nothing else."""
+        normalizer, trainer = self._settings.normalizer_spec, self._settings.trainer_spec
+        found = {
+            "is no BPE model": trainer.model_type != trainer.BPE,
+            f"normalizes texts ({normalizer.name})": bool(normalizer.precompiled_charsmap),
+            "removes white space": normalizer.remove_extra_whitespaces,
+            "does not write spaces as U+2581": not normalizer.escape_whitespaces,
+            "puts the space of a word behind it": trainer.treat_whitespace_as_suffix,
+            "has no pieces for bytes": 6 not in self.piece_types(),
+            "has unused pieces": 5 in self.piece_types(),
+        }
+        return [what for what, does in found.items() if does]
+
+    @property
+    def unknown_id(self) -> int:
+        """The id of characters that the model does not know."""
+        return self._model.unk_id()
+
+    @cached_property
+    def _settings(self) -> Any:
+        from sentencepiece import sentencepiece_model_pb2
+
+        return sentencepiece_model_pb2.ModelProto.FromString(self._proto)
 
     def pieces(self) -> list[VocabularyPiece]:
         """Return the vocabulary by id."""
