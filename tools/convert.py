@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=whole(), metavar="N", help="pad or cut the embedding and head to N rows")
     parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
+    parser.add_argument("--card", action="store_true", help="add a model card of what the run says (hf only)")
     parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")
     return parser
 
@@ -72,6 +74,8 @@ def convert_model(args: argparse.Namespace) -> None:
     from llama_ds.checkpoint.formats.plan import Target
     from llama_ds.checkpoint.load_model import open_model
 
+    if args.card and args.to != "hf":
+        raise UserError(f"command line: --card applies only to hf, not to {args.to}; leave it out")
     if args.to == "gguf":
         return convert_to_gguf(args)
     if args.dtype not in (None, *DTYPE_NAMES):
@@ -80,6 +84,11 @@ def convert_model(args: argparse.Namespace) -> None:
     target = Target(args.dtype or files.dtype, args.tp, args.pp)
     tokenizer = hf_tokenizer(files) if args.to == "hf" and not holds_huggingface(files.path) else None
     plan = plan_of(files, args.to, target, tokenizer)
+    if args.card:
+        from llama_ds.benchmarks.model_card import card_files
+
+        name = Path(args.destination).resolve().name
+        plan = replace(plan, small={**plan.small, **card_files(files, name, target.dtype)})
     options = Options(args.overwrite, args.workers or Options.workers)
     with closing(ProgressBars()) as bars:
 
@@ -182,6 +191,8 @@ def hf_tokenizer(files: ModelFiles) -> HfTokenizer | None:
     """Return the model's tokenizer in transformers' form; without its files, with a warning, if ids would differ."""
     from llama_ds.benchmarks.exported_tokenizer import exported
     from llama_ds.checkpoint.formats.huggingface import HfTokenizer
+    from llama_ds.checkpoint.weights import ORIGINAL
+    from llama_ds.data.text.tiktoken_ranks import TiktokenRanks
     from llama_ds.data.text.tokenizer import Tokenizer
 
     if files.tokenizer is None:
@@ -192,7 +203,8 @@ def hf_tokenizer(files: ModelFiles) -> HfTokenizer | None:
         print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
         return None
     try:
-        return HfTokenizer(exported(ours), ours.bos_id, ours.eos_id)
+        copy = ORIGINAL if ours.kind == TiktokenRanks.KIND else None
+        return HfTokenizer(exported(ours), ours.bos_id, ours.eos_id, copy)
     except UserError as error:
         print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
         return HfTokenizer({}, ours.bos_id, ours.eos_id)

@@ -29,6 +29,8 @@ from llama_ds.layout.weights import Key, weight_shapes
 
 T = TypeVar("T")
 
+# Where a Hugging Face folder has Llama 3's file: beside the weights, tools take a tokenizer.model for sentencepiece's.
+ORIGINAL = "original/tokenizer.model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their short names
 
 

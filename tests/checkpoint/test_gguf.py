@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import replace
@@ -275,6 +276,21 @@ def test_llama_3s_tokenizer_becomes_merges_of_bytes(tmp_path: Path) -> None:
     assert [m for m in found.merges if m.split(" ") in published] == [" ".join(m) for m in published]
     again, _ = gguf_vocabulary(Tokenizer(hf))
     assert (again.tokens, again.types, again.bos, again.eos) == (found.tokens, found.types, found.bos, found.eos)
+
+
+def test_llama_3s_file_is_not_beside_the_weights_of_an_export(write: Write, tmp_path: Path) -> None:
+    """llama.cpp's converter, and transformers' LlamaTokenizer, read a tokenizer.model there as sentencepiece's."""
+    meta, _ = write_llama3(tmp_path)
+    source = Path(write(1, True, model=replace(SHAPES["llama3"], vocab_size=Tokenizer(meta).vocab_size)))
+    assert convert.main([str(source), str(tmp_path / "a"), "--to", "meta", "--no-logits"]) == 0
+    shutil.copyfile(meta, tmp_path / "a" / "tokenizer.model")
+    for before, after, kind in (("a", "b", "hf"), ("b", "c", "hf"), ("c", "d", "meta")):
+        words = [str(tmp_path / before), str(tmp_path / after), "--to", kind, "--no-logits"]
+        assert convert.main(words) == 0
+    for name in ("b", "c"):
+        assert not (tmp_path / name / "tokenizer.model").exists() and (tmp_path / name / "tokenizer.json").exists()
+        assert (tmp_path / name / "original" / "tokenizer.model").read_bytes() == Path(meta).read_bytes()
+    assert (tmp_path / "d" / "tokenizer.model").read_bytes() == Path(meta).read_bytes()
 
 
 def test_a_tokenizer_whose_bos_is_its_eos_begins_no_text_with_it(tmp_path: Path) -> None:

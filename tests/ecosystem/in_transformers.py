@@ -31,7 +31,7 @@ def compare(expected: Expected, where: str) -> None:
 
     def continuation(prompt: str, count: int) -> list[int]:
         inputs = tokenizer(prompt, return_tensors="pt")
-        found = model.generate(**inputs, do_sample=False, max_new_tokens=count, pad_token_id=expected.eos)
+        found = model.generate(**inputs, do_sample=False, max_new_tokens=count, suppress_tokens=[expected.eos])
         return found[0, inputs["input_ids"].shape[1] :].tolist()
 
     expected.check_greedy(where, continuation)

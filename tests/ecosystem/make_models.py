@@ -83,7 +83,9 @@ def _expect(folder: Path, ours: Tokenizer, rows: int) -> None:
     for prompt in prompts:
         ids = list(prompt)
         for _ in range(GREEDY):
-            ids.append(int(loaded(torch.tensor([ids]))[0, -1].argmax()))
+            logits = loaded(torch.tensor([ids]))[0, -1]
+            logits[ours.eos_id] = -torch.inf  # at which others would stop
+            ids.append(int(logits.argmax()))
         greedy.append(ids[len(prompt) :])
     np.save(folder / "logits.npy", loaded(torch.tensor(prompts[:1]))[0].numpy())
     texts = _random_texts()

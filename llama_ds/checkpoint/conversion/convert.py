@@ -189,6 +189,7 @@ def _write_small(plan: Plan, work: Partial) -> None:
     for name, content_of in contents.items():
         if name in work.finished:
             continue
+        os.makedirs(os.path.dirname(os.path.join(work.folder, name)), exist_ok=True)
         with open(os.path.join(work.folder, name), "wb") as file:
             file.write(content_of())
             file.flush()

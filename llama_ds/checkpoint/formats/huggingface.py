@@ -25,7 +25,7 @@ from llama_ds.checkpoint.manifest import TOKENIZER_FILES
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.spread import in_one_file
 from llama_ds.checkpoint.stored import Stored, safetensors_tensors, torch_tensors
-from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_copies
+from llama_ds.checkpoint.weights import DTYPES, ORIGINAL, ModelFiles, Readable, tokenizer_copies
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, weight_of, weight_shapes
 
@@ -35,7 +35,7 @@ INDEX = ".index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INVERSE_FREQUENCIES = re.compile(r".*\brotary_emb\.inv_freq")  # only in old exports; derived from rope_theta
 GENERATION = "generation_config.json"
-COPIED_FILES = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+COPIED_FILES = (ORIGINAL, *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class HfTokenizer:
     files: Mapping[str, bytes]  # by name
     bos: int | None
     eos: int | None
+    copy: str | None = None  # where a copy of the source's file goes; None: beside the weights
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,16 @@ def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> t
         for key in TOKEN_IDS:
             config.pop(key, None)  # without a key transformers has a default, which is not null
         config.update({key: source[key] for key in TOKEN_IDS if key in source})
-        kept = (os.path.join(files.path, name) for name in (*COPIED_FILES, GENERATION))
-        return {CONFIG: as_json(config)}, {os.path.basename(path): path for path in kept if os.path.exists(path)}
+        kept = {name: os.path.join(files.path, name) for name in (*COPIED_FILES, GENERATION)}
+        return {CONFIG: as_json(config)}, {name: path for name, path in kept.items() if os.path.exists(path)}
     given = tokenizer or HfTokenizer({}, files.bos_id, files.eos_id)
     small = {
         CONFIG: as_json(hf_config(files.model, files.seq_len, dtype, given.bos, given.eos, files.initializer_range)),
         GENERATION: as_json({"bos_token_id": given.bos, "eos_token_id": given.eos, "do_sample": True}),
         **given.files,
     }
-    return small, {name: path for name, path in tokenizer_copies(files).items() if name not in small}
+    copies = tokenizer_copies(files).items()
+    return small, {given.copy or name: path for name, path in copies if name not in small}
 
 
 def _stored_tensors(folder: str) -> _Found:

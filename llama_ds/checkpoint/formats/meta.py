@@ -16,9 +16,10 @@ from llama_ds.checkpoint.formats.inventory import check_file, check_names, check
 from llama_ds.checkpoint.formats.meta_params import LLAMA3_THETA, PARAMS, model_of, params_of, read_params
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json, check_parts, part_shape
 from llama_ds.checkpoint.formats.views import Columns, RotaryReordered, TableRows
+from llama_ds.checkpoint.manifest import TOKENIZER
 from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored, torch_tensors
-from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_copies
+from llama_ds.checkpoint.weights import DTYPES, ORIGINAL, ModelFiles, Readable, tokenizer_copies
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY, Key, weight_of, weight_shapes
@@ -95,7 +96,8 @@ def plan_meta(files: ModelFiles, target: Target) -> Plan:
         OutputFile(f"consolidated.{rank:02d}.pth", tuple(_output_tensors(files, rank, target.tp)))
         for rank in range(target.tp)
     )
-    copied = tokenizer_copies(files)
+    original = os.path.join(files.path, ORIGINAL)
+    copied = {TOKENIZER: original} if os.path.exists(original) else tokenizer_copies(files)
     return Plan("meta", DTYPES[target.dtype], outputs, {PARAMS: as_json(params)}, copied)
 
 
