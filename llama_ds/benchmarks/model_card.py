@@ -185,9 +185,11 @@ def _software() -> Iterator[Row]:
 
 def _metrics(folder: str, description: Description, run: RunConfig) -> _Metrics:
     """Return what the run of a checkpoint (runs/NAME/checkpoints/TAG) has reported up to its step."""
-    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(folder))), METRICS)
+    checkpoints = os.path.dirname(os.path.abspath(folder))
+    path = os.path.join(os.path.dirname(checkpoints), METRICS)
     found = _Metrics()
-    if not os.path.isfile(path):
+    converted = description.optimizer_steps is None  # and so it may lie in another run's folder
+    if converted or os.path.basename(checkpoints) != "checkpoints" or not os.path.isfile(path):
         return found
     batch = run.training.global_batch * run.data.seq_len
     with open(path, encoding="utf-8") as file:
