@@ -167,7 +167,8 @@ def _check_model(tokenizer: Tokenizer, content: Mapping[str, Any]) -> None:
 
 def _check_merges(tokenizer: Tokenizer, model: Mapping[str, Any]) -> None:
     """Refuse merges by which it matters whether a word that is a token is merged."""
-    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    merges = [(str(left), str(right)) for left, right in pairs]
     bpe = tokenizers.models.BPE(model["vocab"], merges)
     if other := next((text for text in model["vocab"] if len(bpe.tokenize(text)) > 1), None):
         raise _refused(tokenizer, f"has merges that do not make its token {other!r}")

@@ -20,7 +20,7 @@ class Expected:
         self.folder, self.bos, self.eos = folder, found["bos"], found["eos"]
         self.prompts, self.prompt_ids = found["prompts"], found["prompt_ids"]
         self.texts, self.ids = found["texts"], found["ids"]
-        self.greedy = found["greedy"]
+        self.greedy, self.rolling, self.continuation = found["greedy"], found["rolling"], found["continuation"]
         self.logits = np.load(folder / "logits.npy")
 
     def check_ids(self, where: str, encode: Callable[[str], Sequence[int]]) -> None:

@@ -89,6 +89,9 @@ def _expect(folder: Path, ours: Tokenizer, rows: int) -> None:
         greedy.append(ids[len(prompt) :])
     np.save(folder / "logits.npy", loaded(torch.tensor(prompts[:1]))[0].numpy())
     texts = _random_texts()
+    log_probs = loaded(torch.tensor(prompts[1:2]))[0].log_softmax(-1)
+    scores = [log_probs[i, token].item() for i, token in enumerate(prompts[1][1:])]
+    context = len(ours.encode(PROMPTS[1].split(" ")[0]))
     expected = {
         "bos": ours.bos_id,
         "eos": ours.eos_id,
@@ -97,6 +100,8 @@ def _expect(folder: Path, ours: Tokenizer, rows: int) -> None:
         "texts": texts,
         "ids": [ours.encode(text) for text in texts],
         "greedy": greedy,
+        "rolling": sum(scores),  # log-likelihood of the second prompt, and of it after its first word
+        "continuation": sum(scores[context:]),
     }
     (folder / "expected.json").write_text(json.dumps(expected))
 

@@ -126,8 +126,8 @@ class Plan:
     files: tuple[OutputFile, ...]
     small: Mapping[str, bytes]  # contents of small files by name
     copied: Mapping[str, str] = field(default_factory=dict)  # paths of files to copy by name
-    single: bool = False  # the result is the one file itself, not a folder
     description: Description | None = None  # only for a checkpoint of this project, whose manifest is written last
+    single: bool = False  # the result is the one file itself, not a folder
 
     @property
     def nbytes(self) -> int:
