@@ -24,7 +24,7 @@ from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 TEMPLATE = "chat_template.jinja"
-ADDED_SCORE = -1000.0  # of tokens that no merge makes; llama.cpp's converter writes the same
+ADDED_SCORE = -1000.0  # score of a token that no merge makes; llama.cpp's converter writes the same
 # Pre-tokenizers by the steps in tokenizer.json, as llama.cpp names them.
 PRE_TOKENIZERS = {
     ("ByteLevel with GPT-2's pattern",): "gpt-2",

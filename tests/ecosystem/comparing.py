@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 MODELS = ("sentencepiece", "sentencepiece-prefix", "llama3")
-TOLERANCE = 1e-3  # of the largest logit: two libraries sum in other orders
+TOLERANCE = 1e-3  # relative to the largest logit: two libraries sum in other orders
 
 
 class Expected:

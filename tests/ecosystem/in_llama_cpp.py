@@ -48,7 +48,7 @@ def compare(expected: Expected, where: str, path: Path) -> None:
     """Compare one file."""
     model = load(path)
     expected.check_ids(where, lambda text: ids_of(model, text, False))
-    space = expected.folder.name == "sentencepiece-prefix"  # of every text, which decoding keeps
+    space = expected.folder.name == "sentencepiece-prefix"  # decoding keeps the space before a text
     expected.check_texts(where, lambda ids: model.detokenize(ids).decode()[1 if space and ids else 0 :])
     expected.check_begin(where, lambda text: ids_of(model, text, True))
     expected.check_logits(where, logits_of(model, ids_of(model, expected.prompts[0], True)))

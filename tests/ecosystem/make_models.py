@@ -84,7 +84,7 @@ def _expect(folder: Path, ours: Tokenizer, rows: int) -> None:
         ids = list(prompt)
         for _ in range(GREEDY):
             logits = loaded(torch.tensor([ids]))[0, -1]
-            logits[ours.eos_id] = -torch.inf  # at which others would stop
+            logits[ours.eos_id] = -torch.inf  # others would stop there
             ids.append(int(logits.argmax()))
         greedy.append(ids[len(prompt) :])
     np.save(folder / "logits.npy", loaded(torch.tensor(prompts[:1]))[0].numpy())

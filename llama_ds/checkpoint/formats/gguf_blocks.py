@@ -20,7 +20,7 @@ from llama_ds.errors import UserError
 
 Q8_0 = "q8_0"
 BLOCK, BLOCK_BYTES = 32, 34
-LARGEST = 127  # of the integers
+LARGEST = 127  # largest integer of a block
 # Half a step, and the rounding of the scale to fp16 (normal: 2^-11 of it; subnormal: 2^-25) times the largest integer.
 HALF_STEP, SCALE_ERROR, SMALLEST_ERROR = 0.5, LARGEST * 2.0**-11, LARGEST * 2.0**-25
 

@@ -57,7 +57,7 @@ EXPRESSED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
 )
-NO_SCORE = -10_000.0  # of ids that no text has
+NO_SCORE = -10_000.0  # score of an id that no text has
 
 
 @dataclass(frozen=True)
