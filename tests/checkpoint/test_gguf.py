@@ -53,8 +53,10 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("dtype", "kind"), [("fp32", "F32"), ("bf16", "BF16"), ("fp16", "F16")])
+@pytest.mark.parametrize(
+    ("name", "dtype", "kind"),
+    [*((name, "fp32", "F32") for name in SHAPES), ("gqa", "bf16", "BF16"), ("llama3", "fp16", "F16")],
+)
 def test_every_weight_has_its_name_dtype_and_value(
     write: Write, tmp_path: Path, name: str, dtype: str, kind: str
 ) -> None:
