@@ -26,6 +26,7 @@ from written_ranks import SHAPES, Write
 
 from llama_ds.benchmarks.gguf_tokenizer import gguf_vocabulary
 from llama_ds.checkpoint.formats import gguf_model
+from llama_ds.checkpoint.formats.plan import Target
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
@@ -129,6 +130,18 @@ def test_q8_0_rounds_by_half_a_step_and_says_what_it_cannot_hold(
     # Half a step, and the rounding of the step to fp16 (2^-11 of it, 2^-25 where that is subnormal), times up to 127.
     bound = step / 2 + 127 * np.maximum(step * 2.0**-11, 2.0**-25)
     assert (np.abs(values(reader)["token_embd.weight"].reshape(-1, 32) - table) <= bound).all()
+
+
+def test_what_the_file_cannot_say_of_a_model_is_refused(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A property that a later version of the model has must not be left out without a word."""
+    source = write(1, True, model=SHAPES["llama3"])
+    for table, name in (("EXPRESSED", "rms_norm_eps"), ("SCALING", "factor")):
+        monkeypatch.setattr(gguf_model, table, tuple(n for n in getattr(gguf_model, table) if n != name))
+        model = replace(open_model(source).model, rms_norm_eps=1e-3)
+        files = replace(open_model(source), model=model)
+        with pytest.raises(UserError, match=f"{name} = .* cannot be written as GGUF by this tool"):
+            gguf_model.plan_gguf(files, Target("fp32"), "m.gguf", None)
+        monkeypatch.undo()
 
 
 def test_a_wrong_value_in_the_file_fails_the_proof(

@@ -7,7 +7,8 @@ Meta's format, and Llama 3's rotary scaling is a tensor of factors by which the 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
+from typing import Any
 
 import torch
 from gguf import (
@@ -25,7 +26,7 @@ from llama_ds.checkpoint.formats.gguf_file import ARCHITECTURE, Entry, GgufFile,
 from llama_ds.checkpoint.formats.plan import Encoding, Numbers, OutputTensor, Plan, Target
 from llama_ds.checkpoint.formats.views import RotaryReordered
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
-from llama_ds.config.schema import ModelConfig
+from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key
 from llama_ds.model.rope import inverse_frequencies
@@ -57,6 +58,8 @@ EXPRESSED = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
 )
+# Fields of the rotary scaling that the factors express, which are Llama 3's.
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 NO_SCORE = -10_000.0  # score of an id that no text has
 
 
@@ -137,9 +140,13 @@ def unquantized(files: ModelFiles) -> list[str]:
 
 def _check_expressed(files: ModelFiles) -> None:
     """Refuse a model of which this file's tables do not know every property."""
-    for known in fields(ModelConfig):
-        value = getattr(files.model, known.name)
-        if known.name not in EXPRESSED and value != known.default:
+    scaling = files.model.rope_scaling
+    unknown: list[tuple[Any, Field[Any]]] = [
+        (files.model, known) for known in fields(ModelConfig) if known.name not in EXPRESSED
+    ]
+    unknown += [(scaling, known) for known in fields(RopeScaling) if scaling and known.name not in SCALING]
+    for section, known in unknown:
+        if (value := getattr(section, known.name)) != known.default:
             raise UserError(
                 f"{files.path}: {known.name} = {value} cannot be written as GGUF by this tool; convert to hf, and that "
                 "with llama.cpp's convert_hf_to_gguf.py"
