@@ -1,5 +1,5 @@
-# make quickstart | test | test-fast | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
-.PHONY: quickstart test test-fast lint format clean
+# make quickstart | test | test-fast | ecosystem | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
+.PHONY: quickstart test test-fast ecosystem lint format clean
 
 PYTHON ?= python3
 export PYTHON
@@ -28,6 +28,10 @@ test: .venv/.installed
 test-fast: .venv/.installed
 	.ci/test $(RUN)python -m pytest -m "$(FAST)"
 
+# Exports in the libraries that they are for, each in an environment of its own in .venv-ecosystem.
+ecosystem: .venv/.installed
+	.ci/ecosystem
+
 lint: .venv/.installed
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
@@ -39,7 +43,7 @@ format: .venv/.installed
 
 # Leaves runs/ alone: it holds trained models.
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-ecosystem .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/.installed: setup.py constraints.txt .ci/install.sh

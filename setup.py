@@ -35,6 +35,7 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
+        "gguf": ["gguf>=0.17"],  # tools/convert.py --to gguf, for llama.cpp
         "gs": ["gcsfs"],
         "gpu": ["flash-attn>=2.8", "nvidia-ml-py"],  # flash-attn compiles for an hour: see CONTRIBUTING.md
         "mpi": ["mpi4py>=4"],  # wants an MPI library on the machine: the cluster's own
@@ -42,6 +43,7 @@ setup(
         "s3": ["s3fs"],
         "tensorboard": ["tensorboard>=2.20"],
         "dev": [
+            "gguf>=0.17",
             "hypothesis>=6.100",
             "mpi4py>=4",
             "mypy>=2",

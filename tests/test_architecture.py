@@ -35,6 +35,7 @@ DOORS = {
     "deepspeed": ("llama_ds/parallel/*", "llama_ds/training/engines/*.py"),
     "fsspec": ("llama_ds/data/source/remote.py",),
     "flash_attn": ("llama_ds/model/attention*.py",),
+    "gguf": ("llama_ds/checkpoint/formats/gguf_*.py", "llama_ds/benchmarks/gguf_tokenizer.py"),
     "pyarrow": ("llama_ds/data/text/columns.py",),
     "sentencepiece": ("llama_ds/data/text/sentencepiece_model.py",),
     "streaming": ("llama_ds/benchmarks/data/rivals.py",),

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Convert a model between this project's checkpoints, Hugging Face's format and Meta's, and verify the result.
+"""Convert a model between this project's checkpoints, Hugging Face's format and Meta's, or to GGUF, and verify it.
 
 SRC is a run folder or its checkpoints folder (newest checkpoint), one checkpoint, a Hugging Face or a Meta folder.
 DST is a new folder. It is written as DST.partial, which makes the conversion resumable, and renamed once it is complete
-and verified. With --to deepspeed it is one checkpoint, from which checkpoint.start_from can start a run.
+and verified. With --to deepspeed it is one checkpoint, from which checkpoint.start_from can start a run; with --to gguf
+DST is one file for llama.cpp.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS
+from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, TARGET_DTYPES, TARGETS
 from llama_ds.command_line import new_parser, processes, real, run, whole
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from llama_ds.checkpoint.conversion.proof import Proof
+    from llama_ds.checkpoint.formats.gguf_model import GgufVocabulary
     from llama_ds.checkpoint.formats.huggingface import HfTokenizer
     from llama_ds.checkpoint.formats.plan import Plan
     from llama_ds.checkpoint.weights import ModelFiles
@@ -35,6 +38,7 @@ EXAMPLES = """examples:
   tools/convert.py runs/quickstart runs/quickstart/hf --to hf
   tools/convert.py models/Llama-2-7b-hf runs/start --from hf --to deepspeed --tp 2
   tools/convert.py runs/quickstart/checkpoints/step_00000100 exported --to meta --tp 2 --dtype bf16
+  tools/convert.py runs/quickstart quickstart.gguf --to gguf --dtype q8_0
 """
 
 
@@ -49,10 +53,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC")
     parser.add_argument("destination", metavar="DST")
     parser.add_argument("--from", dest="kind", choices=KINDS, help="format of SRC (default: detected from its files)")
-    parser.add_argument("--to", choices=KINDS, required=True, help="format of DST")
+    parser.add_argument("--to", choices=TARGETS, required=True, help="format of DST")
     parser.add_argument("--tp", type=whole(), default=1, help="number of TP shards; Meta's model-parallel size")
     parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages that DeepSpeed's own loader expects")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="dtype of the weights (default: the source's)")
+    parser.add_argument(
+        "--dtype", choices=TARGET_DTYPES, help="dtype of the weights (default: the source's); q8_0 for gguf"
+    )
     parser.add_argument("--vocab-size", type=whole(), metavar="N", help="pad or cut the embedding and head to N rows")
     unsaid = parser.add_argument_group("of a Meta folder, what params.json does not say")
     unsaid.add_argument(
@@ -74,28 +80,34 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
+    parser.add_argument("--card", action="store_true", help="add a model card of what the run says (hf only)")
     parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")
     return parser
 
 
 def convert_model(args: argparse.Namespace) -> None:
     """Convert, verify and print a report."""
-    from llama_ds.benchmarks.token_ids import with_token_ids
     from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
     from llama_ds.checkpoint.conversion.proof import prove
     from llama_ds.checkpoint.formats.huggingface import needs_tokenizer
-    from llama_ds.checkpoint.formats.meta_params import Unsaid
     from llama_ds.checkpoint.formats.plan import Target
     from llama_ds.checkpoint.load_model import open_model
-    from llama_ds.checkpoint.weights import for_dtype
 
-    unsaid = Unsaid(args.rope_factor, args.seq_len)
-    files = open_model(args.source, args.kind, args.vocab_size, unsaid)
-    files = with_token_ids(files, args.bos_id, args.eos_id)
+    if args.card and args.to != "hf":
+        raise UserError(f"command line: --card applies only to hf, not to {args.to}; leave it out")
+    if args.to != "gguf" and args.dtype not in (None, *DTYPE_NAMES):
+        raise UserError(f"command line: --dtype {args.dtype} applies only to gguf; use {', '.join(DTYPE_NAMES)}")
+    files = open_source(args)
+    if args.to == "gguf":
+        return convert_to_gguf(args, files)
     target = Target(args.dtype or files.dtype, args.tp, args.pp, args.embedding)
-    files = for_dtype(files, target.dtype)
     tokenizer = hf_tokenizer(files) if args.to == "hf" and needs_tokenizer(files) else None
     plan = plan_of(files, args.to, target, tokenizer)
+    if args.card:
+        from llama_ds.benchmarks.model_card import card_files
+
+        name = Path(args.destination).resolve().name
+        plan = replace(plan, small={**plan.small, **card_files(files, name, target.dtype)})
     options = Options(args.overwrite, args.allow_nonfinite, args.workers or Options.workers)
     with closing(ProgressBars()) as bars:
 
@@ -106,6 +118,63 @@ def convert_model(args: argparse.Namespace) -> None:
         proof = convert(files, plan, args.destination, options, proof_of, bars.show)
     report(files, plan, args.destination, target.dtype)
     print("\n".join(proof.lines()))
+
+
+def open_source(args: argparse.Namespace) -> ModelFiles:
+    """Return the model to convert, with the weights from which a result of the wanted dtype is made."""
+    from llama_ds.benchmarks.token_ids import with_token_ids
+    from llama_ds.checkpoint.formats.meta_params import Unsaid
+    from llama_ds.checkpoint.load_model import open_model
+    from llama_ds.checkpoint.weights import for_dtype
+
+    files = open_model(args.source, args.kind, args.vocab_size, Unsaid(args.rope_factor, args.seq_len))
+    files = with_token_ids(files, args.bos_id, args.eos_id)
+    return for_dtype(files, args.dtype or files.dtype)
+
+
+def convert_to_gguf(args: argparse.Namespace, files: ModelFiles) -> None:
+    """Convert to a GGUF file, verify it and print a report."""
+    from llama_ds.checkpoint.conversion.convert import Options, convert
+    from llama_ds.checkpoint.conversion.proof import prove
+    from llama_ds.checkpoint.formats.plan import Target
+
+    try:
+        from llama_ds.checkpoint.formats.gguf_model import plan_gguf, read_back_gguf, rounded_as, unquantized
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise UserError("command line: --to gguf needs the package gguf; pip install 'llama_ds[gguf]'") from None
+    if not args.destination.endswith(".gguf"):
+        raise UserError(f"{args.destination}: a GGUF model is one file; give a name that ends in .gguf")
+    target = Target(args.dtype or files.dtype, args.tp, args.pp)
+    plan = plan_gguf(files, target, Path(args.destination).name, gguf_tokenizer(files))
+    options = Options(args.overwrite, args.allow_nonfinite, args.workers or Options.workers)
+    with closing(ProgressBars()) as bars:
+
+        def proof_of(folder: str) -> Proof:
+            result = read_back_gguf(files, plan, folder, target.dtype)
+            return prove(files, result, options, bars.show, None, not args.no_logits, rounded_as)
+
+        proof = convert(files, plan, args.destination, options, proof_of, bars.show)
+    report(files, plan, args.destination, target.dtype)
+    if target.dtype == "q8_0" and (matrices := unquantized(files)):
+        print(
+            f"{len(matrices)} matrices ({matrices[0]}, ...) are fp16: their rows are no multiple of q8_0's 32 elements"
+        )
+    print("\n".join(proof.lines()))
+
+
+def gguf_tokenizer(files: ModelFiles) -> GgufVocabulary | None:
+    """Return the model's tokenizer as llama.cpp reads it, and print what is to know about it."""
+    from llama_ds.benchmarks.gguf_tokenizer import gguf_vocabulary
+    from llama_ds.data.text.tokenizer import Tokenizer
+
+    if files.tokenizer is None:
+        return None
+    vocabulary, differences = gguf_vocabulary(Tokenizer(files.tokenizer))
+    for difference in differences:
+        print(f"note: {difference}", file=sys.stderr)
+    return vocabulary
 
 
 class ProgressBars:
@@ -154,7 +223,9 @@ def transformers_logits(folder: str, ids: Tensor) -> Tensor:
 def hf_tokenizer(files: ModelFiles) -> HfTokenizer | None:
     """Return the model's tokenizer in transformers' form; if ids would differ, with a warning and files that refuse."""
     from llama_ds.benchmarks.exported_tokenizer import exported, refusal
+    from llama_ds.checkpoint.carried import ORIGINAL
     from llama_ds.checkpoint.formats.huggingface import HfTokenizer
+    from llama_ds.data.text.tiktoken_ranks import TiktokenRanks
     from llama_ds.data.text.tokenizer import Tokenizer
 
     if files.tokenizer is None:
@@ -165,7 +236,8 @@ def hf_tokenizer(files: ModelFiles) -> HfTokenizer | None:
         print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
         return None
     try:
-        return HfTokenizer(exported(ours, files.from_hf), ours.bos_id, ours.eos_id)
+        copy = ORIGINAL if ours.kind == TiktokenRanks.KIND else None
+        return HfTokenizer(exported(ours, files.from_hf), ours.bos_id, ours.eos_id, copy)
     except UserError as error:
         print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
         return HfTokenizer(refusal(ours, files.from_hf), ours.bos_id, ours.eos_id)

@@ -10,10 +10,13 @@ import os
 TOKENIZER, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 TOKENIZER_FILES = (TOKENIZER, TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE)
+# Where a Hugging Face folder has Llama 3's file: beside the weights, tools take a tokenizer.model for sentencepiece's.
+ORIGINAL = "original/tokenizer.model"
 GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
 CARRIED = (
     *TOKENIZER_FILES,
+    ORIGINAL,
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.json", GENERATION),
 )
 

@@ -4,3 +4,6 @@ from __future__ import annotations
 
 KINDS = ("deepspeed", "hf", "meta")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
+# Only written: llama.cpp's format, and its quantized dtype.
+TARGETS = (*KINDS, "gguf")
+TARGET_DTYPES = (*DTYPE_NAMES, "q8_0")

@@ -112,7 +112,7 @@ def convert(
         except UserError:
             work.discard_journal()
             raise
-        work.commit()
+        work.commit(plan.files[0].name if plan.single else None)
     return found
 
 
@@ -132,7 +132,9 @@ def fingerprint(files: ModelFiles, plan: Plan) -> str:
     paths = [os.path.join(files.path, name) for name in sorted(os.listdir(files.path))]
     states = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
     source = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
-    outputs = [(file.name, [(t.name, t.shape, t.rank, t.size) for t in file.tensors]) for file in plan.files]
+    outputs = [
+        (file.name, [(t.name, t.shape, t.rank, t.size, str(t.encoding)) for t in file.tensors]) for file in plan.files
+    ]
     small = {name: hashlib.sha256(content).hexdigest() for name, content in plan.small.items()}
     identity = [os.path.realpath(files.path), source, plan.kind, str(plan.dtype), outputs, small]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -201,18 +203,20 @@ def _write_file(file: OutputFile, plan: Plan, work: Partial, counter: Counter) -
     path = os.path.join(work.folder, file.name)
     if os.path.lexists(path):
         os.unlink(path)  # a conversion that was killed left it unfinished
-    dtype = plan.dtype
-    stored = file.create(work.folder, dtype)
-    buffer = torch.empty(CHUNK_BYTES // dtype.itemsize, dtype=dtype)
+    stored = file.create(work.folder, plan.dtype)
+    memory = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     output = os.open(path, os.O_WRONLY)
     try:
         for tensor in file.tensors:
+            encoding = tensor.stored_as(plan.dtype)
+            buffer = memory.view(encoding.dtype)
             for start in range(0, tensor.numel, len(buffer)):
                 part = buffer[: min(len(buffer), tensor.numel - start)]
                 tensor.source.read(part, tensor.rank, tensor.size, start)
                 _check_range(tensor, part, start)
-                _write_at(output, part, stored[tensor.name].offset + start * dtype.itemsize)
-                counter.add(part.nbytes)
+                encoded = encoding.encode(part)
+                _write_at(output, encoded, stored[tensor.name].offset + encoding.nbytes(start))
+                counter.add(encoded.nbytes)
         os.fsync(output)
     finally:
         os.close(output)

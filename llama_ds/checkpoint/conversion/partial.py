@@ -80,8 +80,10 @@ class Partial:
         """Delete the journal, so that no conversion resumes in this folder."""
         os.unlink(self._journal_path)
 
-    def commit(self) -> None:
-        """Rename the folder to the destination. An existing destination is moved aside first, and then removed.
+    def commit(self, name: str | None = None) -> None:
+        """Rename the folder to the destination, or only the file `name` in it.
+
+        An existing destination is moved aside first, and then removed.
 
         Raises:
             UserError: a file operation failed.
@@ -93,8 +95,10 @@ class Partial:
             if replaced := os.path.lexists(self.destination):
                 os.rename(self.destination, old)
             self.discard_journal()
-            os.rename(self.folder, self.destination)
+            os.rename(os.path.join(self.folder, name) if name else self.folder, self.destination)
             sync(parent)
+            if name:
+                os.rmdir(self.folder)
             if replaced:
                 _remove(old)
         except OSError as error:

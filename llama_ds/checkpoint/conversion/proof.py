@@ -20,7 +20,7 @@ from llama_ds.checkpoint.formats.inventory import shown
 from llama_ds.checkpoint.load_model import load_model
 from llama_ds.checkpoint.manifest import name_of
 from llama_ds.checkpoint.names import hf_name
-from llama_ds.checkpoint.weights import DTYPES, ModelFiles
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, weight_shapes
 
@@ -29,6 +29,7 @@ PROMPT_TOKENS = 32
 # wrong rotary layout, or a wrong theta, cause differences more than a hundred times as large.
 TOLERANCE = 1e-3
 
+Rounded = Callable[[Readable, Readable], Readable]  # source and result -> the source's values as the result holds them
 Pairs = dict[Key, tuple[Digest, Digest]]  # those of source and result
 Logits = Callable[[str, Tensor], Tensor]  # model folder, ids (1, T) -> logits (1, T, V) in fp32
 
@@ -79,17 +80,19 @@ def prove(
     progress: Progress,
     logits_of_result: Logits | None = None,
     with_logits: bool = True,
+    rounded: Rounded = lambda source, result: source,
 ) -> Proof:
     """Compare the result of a conversion with its source.
 
     Args:
+        rounded: applies what the result's format rounds besides the dtype, which is quantization.
         logits_of_result: computes logits with the library that the result is meant for; None: this project's model.
 
     Raises:
         UserError: they differ; the message names the tensor or the logits.
     """
     _compare_shapes(source, result)
-    pairs = _compare_digests(source, result, options, progress)
+    pairs = _compare_digests(source, result, rounded, options, progress)
     parameters = sum(torch.Size(tensor.shape).numel() for tensor in result.tensors.values())
     proof = Proof(
         len(result.tensors),
@@ -110,7 +113,7 @@ def prove(
     expected = _our_logits(source, ids)
     found = logits_of_result(result.path, ids) if logits_of_result else _our_logits(result, ids)
     difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
-    exact = not any(before.rounded for before, _ in pairs.values())
+    exact = result.dtype in DTYPES and not any(before.rounded for before, _ in pairs.values())
     if exact and not difference <= TOLERANCE * max(largest, 1.0):
         raise UserError(
             f"{result.path}: its logits differ from those of {source.path} by {difference:.3g} of {largest:.3g}; "
@@ -137,7 +140,9 @@ def _compare_shapes(source: ModelFiles, result: ModelFiles) -> None:
             )
 
 
-def _compare_digests(source: ModelFiles, result: ModelFiles, options: Options, progress: Progress) -> Pairs:
+def _compare_digests(
+    source: ModelFiles, result: ModelFiles, rounded: Rounded, options: Options, progress: Progress
+) -> Pairs:
     """Return the digests of every weight in source and result, in the result's dtype.
 
     Raises:
@@ -148,7 +153,8 @@ def _compare_digests(source: ModelFiles, result: ModelFiles, options: Options, p
     pairs: Pairs = {}
 
     def compare(key: Key) -> None:
-        before, after = source.tensors[key], result.tensors[key]
+        after = result.tensors[key]
+        before = rounded(source.tensors[key], after)
         converted = before.dtype != after.dtype
         pairs[key] = digest(before, after.dtype, converted), digest(after, after.dtype, converted, counter.add)
         if pairs[key][0].hash != pairs[key][1].hash:

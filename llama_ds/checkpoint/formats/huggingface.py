@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama_ds.checkpoint.carried import GENERATION, TOKENIZER_JSON, carried_files
+from llama_ds.checkpoint.carried import GENERATION, TOKENIZER, TOKENIZER_JSON, carried_files
 from llama_ds.checkpoint.formats.frequencies import dropped_frequencies
 from llama_ds.checkpoint.formats.hf_config import (
     CONFIG,
@@ -44,6 +44,7 @@ class HfTokenizer:
     files: Mapping[str, bytes]  # by name
     bos: int | None
     eos: int | None
+    copy: str | None = None  # where a copy of the source's file goes; None: beside the weights
 
 
 def open_huggingface(folder: str, vocab_size: int | None = None) -> ModelFiles:
@@ -140,6 +141,8 @@ def _settings(files: ModelFiles, dtype: str, tokenizer: HfTokenizer | None) -> t
     _check_ids(files, config)
     small = {CONFIG: as_json(config), **given.files}
     copied = carried_files(files.path)
+    if given.copy and TOKENIZER in copied:
+        copied[given.copy] = copied.pop(TOKENIZER)
     if GENERATION not in copied and not files.from_hf:
         small[GENERATION] = as_json({key: config[key] for key in TOKEN_IDS[:2]} | {"do_sample": True})
     return small, {name: path for name, path in copied.items() if name not in small}

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from llama_ds.checkpoint.carried import TOKENIZER, carried_files
+from llama_ds.checkpoint.carried import ORIGINAL, TOKENIZER, carried_files
 from llama_ds.checkpoint.formats.frequencies import dropped_frequencies
 from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, model_files, same, shown
@@ -116,7 +116,8 @@ def plan_meta(files: ModelFiles, target: Target) -> Plan:
         OutputFile(f"consolidated.{rank:02d}.pth", tuple(_output_tensors(files, rank, target.tp, embedding_dim)))
         for rank in range(target.tp)
     )
-    copied = tokenizer_copies(files)
+    original = os.path.join(files.path, ORIGINAL)
+    copied = {TOKENIZER: original} if os.path.exists(original) else tokenizer_copies(files)
     small, dropped = {PARAMS: as_json(params)}, _dropped(files, copied)
     return Plan("meta", DTYPES[target.dtype], outputs, small, copied, dropped=dropped)
 
@@ -124,7 +125,7 @@ def plan_meta(files: ModelFiles, target: Target) -> Plan:
 def _dropped(files: ModelFiles, copied: Mapping[str, str]) -> tuple[str, ...]:
     """Return what Meta's format has no place for."""
     ids = [f"{key} {files.hf_config[key]}" for key in TOKEN_IDS if files.hf_config.get(key) is not None]
-    names = [name for name in carried_files(files.path) if name not in copied]
+    names = [name for name, path in carried_files(files.path).items() if path not in copied.values()]
     return (f"the sequence length {files.seq_len}", *ids, *names)
 
 

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from math import gcd
+from typing import Protocol
 
 import torch
+from torch import Tensor
 from torch.serialization import skip_data
 
 from llama_ds.checkpoint.manifest import Description
@@ -32,6 +34,35 @@ class Target:
     embedding: str | None = None  # for meta: "rows" or "columns", how the embedding is sharded; None: as it follows
 
 
+class Encoding(Protocol):
+    """Interface of the ways in which a file stores the elements of a tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the elements before they are encoded."""
+
+    def nbytes(self, numel: int) -> int:
+        """Return the size of so many elements in bytes."""
+
+    def encode(self, part: Tensor) -> Tensor:
+        """Return the elements as they are stored."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Elements as numbers of one dtype."""
+
+    dtype: torch.dtype
+
+    def nbytes(self, numel: int) -> int:
+        """Return the size of so many elements in bytes."""
+        return numel * self.dtype.itemsize
+
+    def encode(self, part: Tensor) -> Tensor:
+        """Return the elements, which have that dtype."""
+        return part
+
+
 @dataclass(frozen=True)
 class OutputTensor:
     """A tensor in a file to be written: shard `rank` of `size` of `source`."""
@@ -41,6 +72,11 @@ class OutputTensor:
     source: Readable
     rank: int = 0
     size: int = 1
+    encoding: Encoding | None = None  # None: numbers of the plan's dtype
+
+    def stored_as(self, dtype: torch.dtype) -> Encoding:
+        """Return how the file stores the elements, in a plan of `dtype`."""
+        return self.encoding or Numbers(dtype)
 
     @property
     def numel(self) -> int:
@@ -57,7 +93,7 @@ class OutputFile:
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Return the size of the tensors in bytes."""
-        return sum(tensor.numel for tensor in self.tensors) * dtype.itemsize
+        return sum(tensor.stored_as(dtype).nbytes(tensor.numel) for tensor in self.tensors)
 
     def create(self, folder: str, dtype: torch.dtype) -> dict[str, Stored]:
         """Write the file without tensor data, and return the location of every tensor.
@@ -93,6 +129,7 @@ class Plan:
     copied: Mapping[str, str] = field(default_factory=dict)  # paths of files to copy by name
     description: Description | None = None  # only for a checkpoint of this project, whose manifest is written last
     dropped: tuple[str, ...] = ()  # what of the source the format has no place for
+    single: bool = False  # the result is the one file itself, not a folder
 
     @property
     def nbytes(self) -> int:

@@ -66,8 +66,7 @@ class SentencepieceModel:
 
         Certain are cuts for BPE without normalization, if no character is unknown: unknown ones would be joined.
         """
-        model = self._parsed()
-        normalizer, trainer = model.normalizer_spec, model.trainer_spec
+        normalizer, trainer = self._settings.normalizer_spec, self._settings.trainer_spec
         normalizes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
         if trainer.model_type != trainer.BPE or normalizes or not normalizer.escape_whitespaces:
             return None
@@ -76,6 +75,30 @@ class SentencepieceModel:
         texts = [piece.text.replace(SPACE_MARK, " ") for piece in self.pieces()]
         adjacent = frozenset(text[i : i + 2] for text in texts for i in range(len(text) - 1))
         return UnjoinedCuts(adjacent, SPACE_MARK, normalizer.add_dummy_prefix)
+
+    def piece_types(self) -> list[int]:
+        """Return the type of each piece: 1 ordinary, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte."""
+        return [int(piece.type) for piece in self._settings.pieces]
+
+    def beyond_merges(self) -> list[str]:
+        """Return what the model does besides merging characters by score, as predicates; LLaMA's does nothing else."""
+        normalizer, trainer = self._settings.normalizer_spec, self._settings.trainer_spec
+        found = {
+            "is no BPE model": trainer.model_type != trainer.BPE,
+            f"normalizes texts ({normalizer.name})": bool(normalizer.precompiled_charsmap),
+            "removes white space": normalizer.remove_extra_whitespaces,
+            "does not write spaces as U+2581": not normalizer.escape_whitespaces,
+            "puts the space of a word behind it": trainer.treat_whitespace_as_suffix,
+            "has no pieces for bytes": 6 not in self.piece_types(),
+            "has unused pieces": 5 in self.piece_types(),
+        }
+        return [what for what, does in found.items() if does]
+
+    @cached_property
+    def _settings(self) -> Any:
+        from sentencepiece import sentencepiece_model_pb2
+
+        return sentencepiece_model_pb2.ModelProto.FromString(self._proto)
 
     def pieces(self) -> list[VocabularyPiece]:
         """Return the vocabulary by id."""
@@ -94,14 +117,9 @@ class SentencepieceModel:
     @cached_property
     def user_defined(self) -> list[int]:
         """The ids of pieces that are found in a text before any merge."""
-        pieces = self._parsed().pieces
+        pieces = self._settings.pieces
         # A piece with a space itself is found nowhere, because spaces have become SPACE_MARK by then.
         return [i for i, piece in enumerate(pieces) if piece.type == piece.USER_DEFINED and " " not in piece.piece]
-
-    def _parsed(self) -> Any:
-        from sentencepiece import sentencepiece_model_pb2
-
-        return sentencepiece_model_pb2.ModelProto.FromString(self._proto)
 
     @cached_property
     def prefixed(self) -> bool:
