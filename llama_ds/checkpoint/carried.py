@@ -6,6 +6,10 @@ They are the tokenizer in all its spellings, chat templates and generation setti
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 TOKENIZER, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -28,3 +32,16 @@ def carried_files(folder: str) -> dict[str, str]:
     if os.path.isdir(templates):
         names += [f"{TEMPLATES}/{name}" for name in sorted(os.listdir(templates)) if name.endswith(".jinja")]
     return {name: os.path.join(folder, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What the checkpoints of a run take over from the model that it started from."""
+
+    hf_config: Mapping[str, Any] = field(default_factory=dict)  # content of its config.json, or token ids
+    folder: str = ""  # where its files are; "": there are none
+
+    def files(self) -> dict[str, bytes]:
+        """Return the contents of its files by name. The folder may be deleted afterwards."""
+        found = carried_files(self.folder) if self.folder else {}
+        return {name: Path(path).read_bytes() for name, path in found.items()}

@@ -192,6 +192,7 @@ def commit(
         raise ValueError(f"step {description.step}: no {', '.join(sorted(missing))} of any weight was written")
     partial = attempt.partial(description.step)
     for name, content in tokenizer().items():
+        os.makedirs(os.path.dirname(os.path.join(partial, name)), exist_ok=True)  # chat templates have a folder
         with HashedFile(os.path.join(partial, name)) as target:
             target.write(content)
     write_manifest(partial, description, records)

@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
+from llama_ds.checkpoint.carried import Carried
 from llama_ds.checkpoint.damage import damaged_files, missing_files, needed_to_resume
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, Description, describe, read_tensors
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
@@ -34,6 +34,7 @@ from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragmen
 from llama_ds.parallel.state_files import state_files
 from llama_ds.training.rewind import Choice, choice, rewinds
 
+NOTHING = Carried()
 DRAIN_S = 60.0  # grace period for an in-flight save when a rank fails
 SHARED_S = 10.0  # time for a file written by another host to become visible
 READ_ELEMENTS = 16 << 20  # chunk size of reads into device memory: 64 MiB of fp32
@@ -48,10 +49,9 @@ class Checkpoints:
         self.folder = os.path.join(run.run_dir, "checkpoints")
         keep = store.Retention(run.checkpoint.keep_last, run.checkpoint.keep_every)
         self._attempt = SaveAttempt(self.folder, world.gather(new_id())[0])
-        path = run.data.tokenizer
-        copies = partial(tokenizer_files, path) if path else dict
-        self._writer = Writer(self._attempt, rank_info.rank, rank_info.world, copies, keep)
-        self._marks = LLAMA_MARKS
+        self._writer = Writer(self._attempt, rank_info.rank, rank_info.world, self._copies, keep)
+        self._marks, self._hf_config = LLAMA_MARKS, dict[str, Any]()
+        self._carried: dict[str, bytes] = {}  # files of the model that the run started from
         self._memory = HostMemory()
         self._step = 0  # step of the save in flight
         self._announced = 0  # the last step that was reported as saved
@@ -148,19 +148,27 @@ class Checkpoints:
         except UserError:
             return set(damaged)
 
-    def begin(self, marks: DocumentMarks = LLAMA_MARKS) -> None:
+    def begin(self, marks: DocumentMarks = LLAMA_MARKS, carried: Carried = NOTHING) -> None:
         """End all earlier attempts, whose processes may still run; set damaged checkpoints aside. Collective.
 
         Call it before the first save, once data and engine have accepted the checkpoint, so that a wrong command
-        changes nothing. A run with `checkpoint.save` off leaves the folder unchanged. `marks` are the tokenizer's.
+        changes nothing. A run with `checkpoint.save` off leaves the folder unchanged. `marks` are the tokenizer's;
+        `carried` goes into every checkpoint of the run.
 
         Raises:
             UserError: the folder cannot be written or is not shared by all hosts, or another attempt is using it.
         """
-        self._marks = marks
+        self._marks, self._hf_config = marks, dict(carried.hf_config)
         if self.run.checkpoint.save:
+            self._carried = carried.files() if self.rank_info.rank == 0 else {}
             world.together(lambda: self._begin() if self.rank_info.rank == 0 else None)
             world.together(self._find)
+
+    def _copies(self) -> dict[str, bytes]:
+        """Return the files beside the weights: the tokenizer's, unless a carried one is the same, and those carried."""
+        path, carried = self.run.data.tokenizer, self._carried
+        own = tokenizer_files(path) if path else {}
+        return {name: content for name, content in own.items() if content not in carried.values()} | carried
 
     def _begin(self) -> None:
         self._check_unchanged()
@@ -261,6 +269,7 @@ class Checkpoints:
             rewinds=self._rewinds,
             bos_id=self._marks.bos,
             eos_id=self._marks.eos,
+            hf_config=self._hf_config,
         )
         self._writer.start(description, snapshot)
         self._step, self._stalled_s = step, time.monotonic() - begin

@@ -20,7 +20,7 @@ from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
 from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
-from llama_ds.training.start import open_start
+from llama_ds.training.start import carried_over, open_start
 from llama_ds.training.stragglers import Stragglers
 
 
@@ -44,7 +44,7 @@ def train(
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
     engine = world.together(lambda: build_engine(run, layout, config, device, marks))
     first = load_state(engine, checkpoints, chosen, start)
-    checkpoints.begin(marks)
+    checkpoints.begin(marks, carried_over(checkpoints.folder, chosen, start))
     last = min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
     log_start(run, layout, dtype, range(first, last), chosen)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))

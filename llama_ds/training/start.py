@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+from dataclasses import replace
 
+from llama_ds.checkpoint.carried import Carried
 from llama_ds.checkpoint.load_model import kind_of, open_model
+from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.same_model import check_same_function, fingerprint
 from llama_ds.checkpoint.weights import ModelFiles, check_shapes, tokenizer_in
 from llama_ds.config.differences import Difference, shown
@@ -40,7 +44,19 @@ def open_start(run: RunConfig, tokenizer: Tokenizer) -> ModelFiles | None:
         )
     if logger.isEnabledFor(logging.INFO):  # the first rank
         _log(run, found, changed, other)
-    return files
+    return replace(files, hf_config={}) if other else files
+
+
+def carried_over(checkpoints: str, chosen: tuple[str, Description] | None, start: ModelFiles | None) -> Carried:
+    """Return what a run takes over from the checkpoint in the folder `checkpoints` or the model that it starts from.
+
+    Token ids, chat templates and generation settings belong to a tokenizer: with another one there are none.
+    """
+    if chosen and chosen[1].hf_config:
+        return Carried(chosen[1].hf_config, os.path.join(checkpoints, chosen[0]))
+    if start and start.hf_config:
+        return Carried(start.hf_config, start.path)
+    return Carried()
 
 
 def check_same_tokenizer(folder: str, tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -194,12 +195,27 @@ def test_a_run_starts_from_weights_of_any_format(
         if kind != "deepspeed":
             folder = tmp_path / kind
             assert convert.main([str(source.dir), str(folder), "--to", kind]) == 0
+        if kind == "hf":
+            (folder / "chat_template.jinja").write_text("{{ messages }}")
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 5], "pad_token_id": 0}))
         this = make_run(f"from_{kind}", {**layout, "checkpoint.start_from": str(folder), "checkpoint.stop_at": 2})
         succeed(forked(ranks, TRAIN, this.file), this.log)
         losses[kind] = this.losses
+        if kind == "hf":
+            check_metadata(folder, this, tmp_path / "again")
     assert losses["hf"] == pytest.approx(losses["deepspeed"], rel=1e-5)
     assert losses["meta"] == pytest.approx(losses["deepspeed"], rel=1e-5)
     assert losses["deepspeed"][0] < source.losses[0] - 0.2  # six steps had lowered the loss
+
+
+def check_metadata(folder: Path, run: Run, again: Path) -> None:
+    """Chat template and token ids of the Hugging Face folder `folder` come out of the run that started from it."""
+    assert convert.main([str(run.dir), str(again), "--to", "hf", "--no-logits"]) == 0
+    assert (again / "chat_template.jinja").read_text() == "{{ messages }}"
+    then, now = (json.loads((each / "config.json").read_text()) for each in (folder, again))
+    assert {key for key in then if then[key] != now.get(key)} == set()
+    assert (now["eos_token_id"], now["pad_token_id"]) == ([2, 5], 0)
 
 
 @pytest.mark.slow

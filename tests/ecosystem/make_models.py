@@ -23,8 +23,9 @@ from tokenizer_files import ODD, write_llama3
 from written_ranks import SHAPES, write_rank
 
 from llama_ds.checkpoint import store
+from llama_ds.checkpoint.carried import TOKENIZER
 from llama_ds.checkpoint.load_model import load_model, open_model
-from llama_ds.checkpoint.manifest import TOKENIZER, Description, write_manifest
+from llama_ds.checkpoint.manifest import Description, write_manifest
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import (
     DataConfig,

@@ -33,7 +33,7 @@ from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.weights import EMBEDDING_KEY, weight_shapes
 from llama_ds.training.resumed import changes
-from llama_ds.training.start import check_same_tokenizer, open_start
+from llama_ds.training.start import carried_over, check_same_tokenizer, open_start
 
 SIZE = 320
 MODEL = ModelConfig(SIZE, 8, 12, 1, 2, 1, 4)
@@ -66,6 +66,16 @@ def run_from(folder: Path, listed: tuple[str, ...] = (), **changes: Any) -> RunC
     checkpoint = CheckpointConfig(start_from=str(folder), start_from_changes=listed)
     shape, training = replace(MODEL, **changes), TrainingConfig(4, 10, 320)
     return RunConfig("r", 0, "o", shape, data, training, OptimizerConfig(1e-3), ParallelConfig(), checkpoint=checkpoint)
+
+
+def test_metadata_goes_along_with_the_tokenizer(folder: Path, tokenizers: tuple[Tokenizer, Tokenizer]) -> None:
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    same = carried_over("runs", None, open_start(run_from(folder), tokenizers[0]))
+    assert same.hf_config["eos_token_id"] == 2 and "chat_template.jinja" in same.files()
+    other = carried_over("runs", None, open_start(run_from(folder, ("data.tokenizer",)), tokenizers[1]))
+    assert not other.hf_config and not other.files()
+    resumed = Description(1, 8, 1, "fp32", {}, {}, hf_config=dict(same.hf_config))
+    assert carried_over(str(folder.parent), (folder.name, resumed), None).files() == same.files()
 
 
 def test_what_was_loaded_is_logged(

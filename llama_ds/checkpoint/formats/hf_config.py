@@ -53,7 +53,7 @@ def hf_config(
     """Return the content of config.json, also valid as the configuration's arguments. `dtype` is torch's: float32.
 
     Raises:
-        UserError: no architecture of transformers has this combination of biases and norms.
+        UserError: no architecture of transformers has this number of heads, or this combination of biases and norms.
     """
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling:
@@ -89,6 +89,11 @@ def _model_type(model: ModelConfig) -> str:
             f"model.attention_bias = {bias}, model.mlp_bias = {str(model.mlp_bias).lower()}, model.qk_norm = "
             f"{str(model.qk_norm).lower()}: no model of transformers has all of these (Llama: qkvo and mlp_bias; "
             "Qwen2: qkv; Qwen3: qk_norm, also with qkvo); convert to deepspeed"
+        )
+    if kind == "llama" and model.hidden_size % model.num_attention_heads:
+        raise UserError(
+            f"model.hidden_size = {model.hidden_size} is no multiple of model.num_attention_heads = "
+            f"{model.num_attention_heads}, as transformers' {ARCHITECTURES[kind]} requires; convert to deepspeed or gguf"
         )
     return kind
 
