@@ -143,6 +143,14 @@ def test_a_combination_that_transformers_does_not_have_is_refused(model: ModelCo
         hf_config(model, 32, "float32")
 
 
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    """They train, but transformers would not load the export."""
+    with pytest.raises(UserError, match=r"hidden_size = 16 is no multiple of model.num_attention_heads = 3"):
+        hf_config(
+            replace(MODEL, hidden_size=16, num_attention_heads=3, num_key_value_heads=3, head_dim=4), 32, "float32"
+        )
+
+
 def test_dynamic_and_yarn_write_the_length_by_which_transformers_scales() -> None:
     """Version 4 takes yarn's factor from it, and both versions dynamic's original length, whatever rows are trained."""
     assert hf_config(NEIGHBOURS["dynamic"], 4096, "float32")["max_position_embeddings"] == 16

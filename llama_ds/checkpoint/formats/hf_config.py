@@ -93,7 +93,7 @@ def _model_type(model: ModelConfig) -> str:
     if kind == "llama" and model.hidden_size % model.num_attention_heads:
         raise UserError(
             f"model.hidden_size = {model.hidden_size} is no multiple of model.num_attention_heads = "
-            f"{model.num_attention_heads}, as transformers' {ARCHITECTURES[kind]} requires; convert to deepspeed or gguf"
+            f"{model.num_attention_heads}, which {ARCHITECTURES[kind]} of transformers requires; convert to deepspeed"
         )
     return kind
 
