@@ -128,7 +128,6 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     document_mask: bool | None = None,
-    seq_len: int | None = None,
 ) -> Llama:
     """Return a trained, unsharded model on one device in evaluation mode. Extra memory: at most one layer.
 
@@ -137,8 +136,6 @@ def load_model(
         device: device of weights and computation.
         dtype: dtype of weights and computation; None: the dtype in which the model was trained.
         document_mask: whether attention stays inside the documents of a row; None: as in training.
-        seq_len: maximum tokens of a row, for which rotary tables are computed (1 KiB a token at a head size of 128);
-            None: the longest sequence that the model was trained for.
 
     Raises:
         UserError: the folder or device does not exist, or a file is damaged.
@@ -146,8 +143,7 @@ def load_model(
     files = open_model(source) if isinstance(source, str) else source
     masked = files.document_mask if document_mask is None else document_mask
     dtype = DTYPES[files.dtype] if dtype is None else dtype
-    length = files.seq_len if seq_len is None else seq_len
-    model = build_model(files.model, length, device=device, dtype=dtype, document_mask=masked, marks=files.marks)
+    model = build_model(files.model, files.seq_len, device=device, dtype=dtype, document_mask=masked, marks=files.marks)
     for index in files.layers():
         model.layers[index].load_state_dict(files.layer(index))
     return model.eval()

@@ -94,10 +94,14 @@ class RotaryTables:
     def on(self, device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Return [cos | cos] and [-sin | sin] on `device`: each (T, 1, K) in float32, for rows of `length` tokens.
 
-        The rotation of x is x cos + swapped(x) sin, where swapped exchanges the halves of a head. T is `seq_len`, or,
-        if the frequencies depend on the length of the rows, that length.
+        The rotation of x is x cos + swapped(x) sin, where swapped exchanges the halves of a head. T is that length if
+        the frequencies depend on it, else the next power of two up to `seq_len`: a model for a million tokens has small
+        tables for a prompt.
         """
-        length = length if self._by_length and length is not None else self.seq_len
+        if length is None:
+            length = self.seq_len
+        elif not self._by_length:
+            length = min(self.seq_len, 1 << (length - 1).bit_length())
         if (device, length) not in self._tables:
             cos, sin = self._compute(length)
             self._tables[device, length] = cos.to(device), sin.to(device)

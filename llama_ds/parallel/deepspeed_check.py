@@ -26,6 +26,13 @@ ONE_RANK = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradien
 DEEPSPEED, PROJECT = Path(deepspeed.__file__).parent, Path(__file__).parents[1]
 
 
+class _OneRank:
+    """The grid of a job of one rank. Without a grid, DeepSpeed takes the ranks that have joined."""
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+
 def check_values(path: str, config: dict[str, Any]) -> None:
     """Let DeepSpeed's classes read the merged configuration `config`; `path` is the user's file, for messages.
 
@@ -34,7 +41,7 @@ def check_values(path: str, config: dict[str, Any]) -> None:
     """
     try:
         with redirect_stdout(io.StringIO()):  # it announces the world size
-            DeepSpeedConfig(copy.deepcopy(config) | ONE_RANK)
+            DeepSpeedConfig(copy.deepcopy(config) | ONE_RANK, mpu=_OneRank())
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, (SECTIONS.get(error.title, error.title), *first["loc"])))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llama_ds.benchmarks.generation import load_exported
-from llama_ds.checkpoint.load_model import open_model
+from llama_ds.checkpoint.load_model import load_model, open_model
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.errors import UserError
 from tools import convert
@@ -112,12 +112,20 @@ def test_a_tensor_in_two_shards_is_refused(saved: Path, folder: Path) -> None:
 def test_the_report_of_a_conversion_names_the_files_not_read(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder's million positions also take no memory: rotary tables of the proof cover the prompt."""
     as_bin(folder, 7)
     assert convert.main([str(folder), str(tmp_path / "out"), "--to", "deepspeed"]) == 0
     out = capsys.readouterr().out
     assert f"{folder / SINGLE}: is read, as transformers does; not read: {BIN}\n" in out
     assert "proof   logits  max abs difference 0 " in out
+
+
+def test_a_million_positions_take_no_memory(folder: Path) -> None:
+    """Rotary tables of all of them would take gigabytes at a usual head size."""
+    model = load_model(str(folder))
+    longest = model.logits([[3, 1, 4, 1, 5]])
+    assert all(len(table) == 8 for table in model.context.rotary.on(torch.device("cpu"), 5))
+    rows = [model.logits([[3, 1, 4, 1, 5] + [0] * more])[:, :5] for more in (0, 4, 60)]  # tables of 8, 16 and 128
+    assert all(torch.allclose(row, longest, atol=1e-6) for row in rows)
 
 
 @pytest.mark.parametrize(

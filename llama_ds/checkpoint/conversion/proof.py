@@ -194,5 +194,4 @@ _AGAIN = "the disk or the source changed during the conversion: remove the folde
 
 @torch.no_grad()
 def _our_logits(files: ModelFiles, ids: Tensor) -> Tensor:
-    length = ids.shape[1]  # a model of a million positions has rotary tables of gigabytes
-    return load_model(files, "cpu", torch.float32, document_mask=False, seq_len=length)(ids)
+    return load_model(files, "cpu", torch.float32, document_mask=False)(ids)
