@@ -25,6 +25,7 @@ from llama_ds.checkpoint.carried import carried_files
 from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
+from llama_ds.checkpoint.formats.megatron import plan_megatron
 from llama_ds.checkpoint.formats.meta import plan_meta
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, checksum, describe, read_tensors, verify
@@ -123,15 +124,19 @@ def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer
     """
     if kind == "hf":
         return plan_huggingface(files, target, tokenizer)
-    return plan_meta(files, target) if kind == "meta" else plan_layer_files(files, target)
+    plans = {"meta": plan_meta, "megatron": plan_megatron, "deepspeed": plan_layer_files}
+    return plans[kind](files, target)
 
 
 def fingerprint(files: ModelFiles, plan: Plan) -> str:
     """Return a hash of the source files (path, size, mtime) and the planned outputs, without the tensor data."""
-    paths = [os.path.join(files.path, name) for name in sorted(os.listdir(files.path))]
+    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(files.path) for name in names)
     states = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
     source = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
-    outputs = [(file.name, [(t.name, t.shape, t.rank, t.size) for t in file.tensors]) for file in plan.files]
+    outputs = [
+        (file.name, repr(file.enclosing), [(t.name, t.shape, t.rank, t.size) for t in file.tensors])
+        for file in plan.files
+    ]
     small = {name: hashlib.sha256(content).hexdigest() for name, content in plan.small.items()}
     identity = [os.path.realpath(files.path), source, plan.kind, str(plan.dtype), outputs, small]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
