@@ -28,8 +28,8 @@ def with_token_ids(files: ModelFiles, bos: int | None, eos: Sequence[int]) -> Mo
     if holds_huggingface(files.path) or os.path.exists(os.path.join(files.path, DESCRIPTION)):
         if bos is not None or eos:
             raise UserError(
-                f"command line: --bos-id and --eos-id apply only to Meta folders and Megatron-LM's; {files.path} names its ids "
-                "itself: change them in config.json and generation_config.json of the result"
+                f"command line: --bos-id and --eos-id apply only to Meta folders and Megatron-LM's; {files.path} "
+                "names its ids itself: change them in config.json and generation_config.json of the result"
             )
         return files
     tokenizer = _tokenizer(files)

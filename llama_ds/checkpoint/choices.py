@@ -4,4 +4,4 @@ from __future__ import annotations
 
 KINDS = ("deepspeed", "hf", "meta", "megatron")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
-TRANSFORMER_IMPLS = ("transformer_engine", "local")  # of Megatron-LM, which name the norms of a layer differently
+TRANSFORMER_IMPLS = ("transformer_engine", "local")  # Megatron-LM's; they name the norms of a layer differently

@@ -118,6 +118,24 @@ def test_the_flags_that_megatron_does_not_read_from_a_checkpoint_are_printed(
     assert state["model"]["decoder.layers.3.mlp.linear_fc1._extra_state"] is None
 
 
+# Of what load_args_from_checkpoint in megatron/training/checkpointing.py takes from the args, what describes a LLaMA.
+TAKEN = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "seq_length", "num_attention_heads", "num_query_groups"),
+    *("group_query_attention", "kv_channels", "max_position_embeddings", "position_embedding_type"),
+    *("add_position_embedding", "use_rotary_position_embeddings", "rotary_base", "rotary_percent"),
+    *("rotary_interleaved", "add_bias_linear", "add_qkv_bias", "squared_relu", "swiglu", "apply_layernorm_1p"),
+    *("untie_embeddings_and_output_weights", "normalization", "apply_query_key_layer_scaling", "attention_dropout"),
+    *("hidden_dropout", "padded_vocab_size", "tensor_model_parallel_size", "pipeline_model_parallel_size"),
+)
+
+
+def test_args_hold_what_use_checkpoint_args_takes(written: Callable[..., Path]) -> None:
+    """Megatron-LM falls back to its own default for one that is None."""
+    args = load(written("gqa", 2, 2) / "release" / "mp_rank_00_000" / "model_optim_rng.pt")["args"]
+    assert [name for name in TAKEN if getattr(args, name, None) is None] == []
+    assert (args.attention_dropout, args.hidden_dropout, args.iteration) == (0.0, 0.0, 0)
+
+
 @pytest.fixture
 def saved(written: Callable[..., Path], tmp_path: Path) -> Path:
     """A checkpoint on two tensor-parallel ranks and two stages, as a training run of Megatron-LM saves it."""

@@ -25,7 +25,7 @@ from llama_ds.checkpoint.carried import carried_files
 from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
-from llama_ds.checkpoint.formats.megatron import plan_megatron
+from llama_ds.checkpoint.formats.megatron_writing import plan_megatron
 from llama_ds.checkpoint.formats.meta import plan_meta
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, checksum, describe, read_tensors, verify

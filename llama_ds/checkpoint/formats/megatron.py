@@ -16,26 +16,22 @@ from __future__ import annotations
 
 import os
 import re
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from llama_ds.checkpoint.carried import carried_files
-from llama_ds.checkpoint.formats.fused import Fused, Unfused
-from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
+from llama_ds.checkpoint.formats.fused import Unfused
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, merged, model_files, same
-from llama_ds.checkpoint.formats.megatron_args import MULTIPLE, Settings, args_of, flags_of, settings_of
+from llama_ds.checkpoint.formats.megatron_args import MegatronSettings, settings_of
 from llama_ds.checkpoint.formats.meta_params import Unsaid
-from llama_ds.checkpoint.formats.plan import Enclosing, OutputFile, OutputTensor, Plan, Target, check_parts, part_shape
+from llama_ds.checkpoint.formats.plan import part_shape
 from llama_ds.checkpoint.formats.views import RotaryReordered, TableRows
 from llama_ds.checkpoint.stored import Stored, located, torch_content
-from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
-from llama_ds.config.numbers import divisors
+from llama_ds.checkpoint.weights import ModelFiles, Readable
 from llama_ds.config.schema import ModelConfig
-from llama_ds.errors import UserError, listed
+from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY, Key, weight_of, weight_shapes
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
@@ -59,7 +55,7 @@ NORMS = {
         "local": "pre_mlp_layernorm.weight",
     },
 }
-LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.*)")
 EXTRA_STATE = "._extra_state"  # None, or the scales of FP8
 OTHER_FORMATS = (".metadata", "metadata.json", "common.pt")  # files of torch_dist and torch_dcp
 
@@ -120,30 +116,6 @@ def holds_megatron(folder: str) -> bool:
     return TRACKER in (names := os.listdir(folder)) or any(RANK_FOLDER.fullmatch(name) for name in names)
 
 
-def plan_megatron(files: ModelFiles, target: Target) -> Plan:
-    """Return the plan: a release, which Megatron-LM loads without a training state, of one file for each rank.
-
-    Raises:
-        UserError: Megatron-LM does not compute the model, or it cannot be divided among that many ranks.
-    """
-    check_parts(files, target, padded=True)
-    layers = files.model.num_hidden_layers
-    if layers % target.pp:
-        raise UserError(
-            f"command line: --pp {target.pp} does not divide num_hidden_layers = {layers} of {files.path}; use "
-            f"{listed(divisors(layers))}"
-        )
-    multiple = MULTIPLE * target.tp
-    args = args_of(files, target, -(-files.model.vocab_size // multiple) * multiple)
-    outputs = tuple(
-        _output_file(files, target, args, rank, stage) for stage in range(target.pp) for rank in range(target.tp)
-    )
-    note = f"Megatron-LM loads it with --load and --use-checkpoint-args {flags_of(args)}"
-    dropped = [f"{key} {files.hf_config[key]}" for key in TOKEN_IDS if files.hf_config.get(key) is not None]
-    small, copied = {TRACKER: f"{RELEASE}\n".encode()}, carried_files(files.path)
-    return Plan("megatron", DTYPES[target.dtype], outputs, small, copied, dropped=tuple(dropped), notes=(note,))
-
-
 def _checkpoint_in(folder: str) -> str:
     """Return the folder of the checkpoint that a folder names as its newest, or the folder itself."""
     tracker = os.path.join(folder, TRACKER)
@@ -181,13 +153,13 @@ def _content(path: str) -> dict[str, Any]:
     return content
 
 
-def _chunks(where: str, settings: Settings, vocab_size: int | None, unsaid: Unsaid) -> list[Chunk]:
+def _chunks(where: str, settings: MegatronSettings, vocab_size: int | None, unsaid: Unsaid) -> list[Chunk]:
     """Return the chunks of all stages in the order of their layers, checked to be of one model."""
     _check_folders(where, settings)
     stages: list[list[Chunk]] = []
     for stage in range(settings.pp):
         paths = [
-            check_file(os.path.join(where, _rank_folder(rank, stage, settings.pp), RANK_FILE))
+            check_file(os.path.join(where, rank_folder(rank, stage, settings.pp), RANK_FILE))
             for rank in range(settings.tp)
         ]
         contents = [_content(path) for path in paths]
@@ -203,12 +175,12 @@ def _chunks(where: str, settings: Settings, vocab_size: int | None, unsaid: Unsa
     return [stage[index] for index in range(len(stages[0])) for stage in stages]
 
 
-def _check_folders(where: str, settings: Settings) -> None:
+def _check_folders(where: str, settings: MegatronSettings) -> None:
     """Check that there is a folder for each rank, and no other."""
     found = {name for name in os.listdir(where) if RANK_FOLDER.fullmatch(name)}
     what = f"args say tensor_model_parallel_size = {settings.tp}, pipeline_model_parallel_size = {settings.pp}"
     wanted = set()
-    for name in (_rank_folder(rank, stage, settings.pp) for stage in range(settings.pp) for rank in range(settings.tp)):
+    for name in (rank_folder(rank, stage, settings.pp) for stage in range(settings.pp) for rank in range(settings.tp)):
         if name not in found:
             raise UserError(f"{where}: {name} is missing ({what}); copy the files of all ranks")
         wanted.add(name)
@@ -216,7 +188,8 @@ def _check_folders(where: str, settings: Settings) -> None:
         raise UserError(f"{where}: {others[0]} is of no rank of this checkpoint ({what}); move it away")
 
 
-def _rank_folder(rank: int, stage: int, pp: int) -> str:
+def rank_folder(rank: int, stage: int, pp: int) -> str:
+    """Return the name of a rank's folder."""
     return f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
 
 
@@ -244,7 +217,7 @@ def _weights_in(path: str, state: object) -> Mapping[str, Stored]:
     return located(path, weights)
 
 
-def _tensors(where: str, settings: Settings, chunks: list[Chunk]) -> tuple[dict[Key, str], dict[Key, Readable]]:
+def _tensors(where: str, settings: MegatronSettings, chunks: list[Chunk]) -> tuple[dict[Key, str], dict[Key, Readable]]:
     """Return the names, for messages, and the tensors of a model."""
     model = settings.model
     _check_layers(where, model, chunks)
@@ -286,7 +259,7 @@ def _check_ranks(where: str, model: ModelConfig, tp: int) -> None:
             raise UserError(f"{where}: args.{key} = {size} is not divisible by the {tp} ranks; copy it again")
 
 
-def _end_names(settings: Settings, chunk: Chunk, first: bool, last: bool) -> dict[Key, str]:
+def _end_names(settings: MegatronSettings, chunk: Chunk, first: bool, last: bool) -> dict[Key, str]:
     """Return the names of the weights outside of decoder layers that a chunk holds."""
     layers = settings.model.num_hidden_layers
     names: dict[Key, str] = {EMBEDDING_KEY: EMBEDDING} if first else {}
@@ -310,7 +283,7 @@ def _drop_tied_head(where: str, model: ModelConfig, tensors: dict[Key, Readable]
 class _LayerOf:
     """A decoder layer of a chunk."""
 
-    def __init__(self, chunk: Chunk, local: int, settings: Settings) -> None:
+    def __init__(self, chunk: Chunk, local: int, settings: MegatronSettings) -> None:
         self._chunk, self._prefix = chunk, f"decoder.layers.{local}."
         self._settings = settings
 
@@ -355,48 +328,3 @@ def qkv_lengths(model: ModelConfig) -> tuple[int, int, int]:
 def gate_up_lengths(model: ModelConfig, tp: int) -> tuple[int, int]:
     """Return the rows of gate and up on each tensor-parallel rank."""
     return model.intermediate_size // tp, model.intermediate_size // tp
-
-
-def _output_file(files: ModelFiles, target: Target, args: Namespace, rank: int, stage: int) -> OutputFile:
-    tensors = tuple(
-        OutputTensor(name, part_shape(source.shape, dim, target.tp), source, rank, target.tp)
-        for name, source, dim in _stage_tensors(files, target, args, stage)
-    )
-    modules = [tensor.name.removesuffix(".weight") for tensor in tensors if len(tensor.shape) > 1]
-    # Modules of parallel linear layers have this entry; in Transformer Engine without FP8, and otherwise, it is None.
-    empty = tuple(module + EXTRA_STATE for module in modules if module + ".weight" != EMBEDDING)
-    around = Enclosing("model", {"args": args, "checkpoint_version": VERSION, "iteration": 0}, empty)
-    return OutputFile(f"{RELEASE}/{_rank_folder(rank, stage, target.pp)}/{RANK_FILE}", tensors, around)
-
-
-def _stage_tensors(
-    files: ModelFiles, target: Target, args: Namespace, stage: int
-) -> Iterator[tuple[str, Readable, int | None]]:
-    """Yield name, unsharded tensor and sharded dimension of everything on a stage."""
-    model, tensors = files.model, files.tensors
-    count = model.num_hidden_layers // target.pp
-    table = TableRows(tensors[EMBEDDING_KEY], args.padded_vocab_size)
-    if stage == 0:
-        yield EMBEDDING, table, 0
-    for local in range(count):
-        layer = {name: tensors[stage * count + local + 1, name] for name in (*NORMS, *PARALLEL, Q, K, V, GATE, UP)}
-        for name, source, dim in _layer_tensors(layer, model, target):
-            yield f"decoder.layers.{local}.{name}", source, dim
-    if stage < target.pp - 1:
-        return
-    yield FINAL_NORM, tensors[model.num_hidden_layers + 1, "norm.weight"], None
-    if not model.tie_word_embeddings:
-        yield HEAD, TableRows(tensors[model.num_hidden_layers + 2, "lm_head.weight"], args.padded_vocab_size), 0
-    elif target.pp > 1:
-        yield HEAD, table, 0
-
-
-def _layer_tensors(
-    layer: Mapping[str, Readable], model: ModelConfig, target: Target
-) -> Iterator[tuple[str, Readable, int | None]]:
-    for name, spellings in NORMS.items():
-        yield spellings[target.transformer_impl], layer[name], None
-    yield f"{QKV}.weight", Fused([layer[Q], layer[K], layer[V]], qkv_lengths(model)), 0
-    yield f"{FC1}.weight", Fused([layer[GATE], layer[UP]], gate_up_lengths(model, target.tp)), 0
-    for name, module in PARALLEL.items():
-        yield f"{module}.weight", layer[name], 1

@@ -22,8 +22,8 @@ from llama_ds.config.schema import ModelConfig, RopeScaling, TrainingConfig
 from llama_ds.errors import UserError, listed
 
 MULTIPLE = 128  # default of make_vocab_size_divisible_by
-OLD_ROTARY_BASE = 10_000.0  # of releases without the argument rotary_base
-SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # of use_rope_scaling; only the factor is an argument
+OLD_ROTARY_BASE = 10_000.0  # constant in releases without the argument rotary_base
+SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)  # constants of use_rope_scaling; only the factor is an argument
 # Arguments that must be there, with the values that make a LLaMA.
 WANTED: dict[str, tuple[object, ...]] = {
     "position_embedding_type": ("rope",),
@@ -48,7 +48,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class MegatronSettings:
     """What the args of a rank's file say."""
 
     model: ModelConfig
@@ -61,7 +61,7 @@ class Settings:
     notes: tuple[str, ...] = ()
 
 
-def settings_of(path: str, args: object, vocab_size: int | None, unsaid: Unsaid) -> Settings:
+def settings_of(path: str, args: object, vocab_size: int | None, unsaid: Unsaid) -> MegatronSettings:
     """Return what `args` of the file `path` say.
 
     Args:
@@ -97,7 +97,7 @@ def settings_of(path: str, args: object, vocab_size: int | None, unsaid: Unsaid)
     model = read(ModelConfig, shape, source, "args")
     check_layers(path, model)
     note = f"rotary_base: {theta:g} assumed, as in releases of Megatron-LM without that argument"
-    return Settings(
+    return MegatronSettings(
         model,
         seq_len=unsaid.seq_len or _needed(source, given, "max_position_embeddings", int),
         tp=_parts(source, given, "tensor_model_parallel_size"),

@@ -60,7 +60,7 @@ class OutputTensor:
 class Enclosing:
     """What surrounds the state dict in a file written by torch.save."""
 
-    key: str  # of the state dict, in the dict that is written
+    key: str  # key of the state dict in the dict that is written
     beside: Mapping[str, object]  # the other entries of that dict
     empty: tuple[str, ...] = ()  # entries of the state dict that are None
 
