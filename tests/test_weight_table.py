@@ -157,7 +157,10 @@ def test_the_first_and_last_stage_hold_the_tables() -> None:
 WORDS = {part for weight in TABLE for part in weight.name.split(".") if "_" in part} - {"self_attn"} | {"embed_tokens"}
 MODULES = {"RMSNorm", "ShardedLinear"}
 OWNERS = ("llama_ds/layout/weights.py", "llama_ds/model/", "llama_ds/checkpoint/names.py")
-FOREIGN_FILES = ("gguf_model.py", "hf_folder.py", "huggingface.py", "meta.py")
+FOREIGN_FILES = (
+    *("gguf_model.py", "hf_folder.py", "huggingface.py", "meta.py"),
+    *("megatron.py", "megatron_args.py", "megatron_writing.py"),
+)
 FOREIGN = tuple(f"llama_ds/checkpoint/formats/{name}" for name in FOREIGN_FILES)
 
 

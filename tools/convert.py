@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Convert a model between this project's checkpoints, Hugging Face's format and Meta's, or to GGUF, and verify it.
+"""Convert a model between this project's checkpoints and other formats, or to GGUF, and verify it.
 
-SRC is a run folder or its checkpoints folder (newest checkpoint), one checkpoint, a Hugging Face or a Meta folder.
+SRC is a run folder or its checkpoints folder (newest checkpoint), one checkpoint, or a folder of another format.
 DST is a new folder. It is written as DST.partial, which makes the conversion resumable, and renamed once it is complete
 and verified. With --to deepspeed it is one checkpoint, from which checkpoint.start_from can start a run; with --to gguf
 DST is one file for llama.cpp.
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, TARGET_DTYPES, TARGETS
+from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, TARGET_DTYPES, TARGETS, TRANSFORMER_IMPLS
 from llama_ds.command_line import new_parser, processes, real, run, whole
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY
@@ -54,13 +54,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("destination", metavar="DST")
     parser.add_argument("--from", dest="kind", choices=KINDS, help="format of SRC (default: detected from its files)")
     parser.add_argument("--to", choices=TARGETS, required=True, help="format of DST")
-    parser.add_argument("--tp", type=whole(), default=1, help="number of TP shards; Meta's model-parallel size")
-    parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages that DeepSpeed's own loader expects")
+    parser.add_argument("--tp", type=whole(), default=1, help="number of tensor-parallel shards, not for hf and gguf")
+    parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages, for deepspeed and megatron")
+    parser.add_argument(
+        "--transformer-impl",
+        choices=TRANSFORMER_IMPLS,
+        default=TRANSFORMER_IMPLS[0],
+        help="Megatron-LM's flag of that name: names of the norms in a result for it (default: %(default)s)",
+    )
     parser.add_argument(
         "--dtype", choices=TARGET_DTYPES, help="dtype of the weights (default: the source's); q8_0 for gguf"
     )
     parser.add_argument("--vocab-size", type=whole(), metavar="N", help="pad or cut the embedding and head to N rows")
-    unsaid = parser.add_argument_group("of a Meta folder, what params.json does not say")
+    unsaid = parser.add_argument_group("of a folder of Meta or Megatron-LM, what it does not say")
     unsaid.add_argument(
         "--rope-factor", type=real(1), metavar="X", help="of Llama 3.1 and 3.3 it is 8, of 3.2 it is 32"
     )
@@ -100,7 +106,7 @@ def convert_model(args: argparse.Namespace) -> None:
     files = open_source(args)
     if args.to == "gguf":
         return convert_to_gguf(args, files)
-    target = Target(args.dtype or files.dtype, args.tp, args.pp, args.embedding)
+    target = Target(args.dtype or files.dtype, args.tp, args.pp, args.embedding, args.transformer_impl)
     tokenizer = hf_tokenizer(files) if args.to == "hf" and needs_tokenizer(files) else None
     plan = plan_of(files, args.to, target, tokenizer)
     if args.card:
@@ -204,6 +210,7 @@ def report(files: ModelFiles, plan: Plan, destination: str, dtype: str) -> None:
     print("".join(f"{note}\n" for note in files.notes), end="")
     if plan.dropped:
         print(f"dropped, {plan.kind} has no place for it: {', '.join(plan.dropped)}")
+    print("".join(f"{note}\n" for note in plan.notes), end="")
     table = files.tensors[EMBEDDING_KEY]
     if isinstance(table, TableRows) and table.source.shape[0] != table.shape[0]:
         change = table.shape[0] - table.source.shape[0]

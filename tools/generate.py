@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generate text in transformers with a model of any format: a run, a checkpoint, a Hugging Face or a Meta folder."""
+"""Generate text in transformers with a model of any format: a run, a checkpoint, or a folder of another format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(generate, __doc__, EXAMPLES)
-    parser.add_argument("model", help="a run or a checkpoint, a Hugging Face folder or a Meta folder")
+    parser.add_argument("model", help="a run, a checkpoint, or a folder of Hugging Face, Meta or Megatron-LM")
     parser.add_argument("--from", dest="kind", choices=KINDS, help="its format (default: detected from its files)")
     parser.add_argument("--prompt", action="append", help="text to continue; may be repeated (default: a few)")
     parser.add_argument("--max-new-tokens", type=whole(), default=64, help="(default: %(default)s)")

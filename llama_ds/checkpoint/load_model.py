@@ -1,4 +1,5 @@
-"""Loading a model from a path: a run or checkpoint of this project, or a Hugging Face or Meta folder.
+"""Loading a model from a path: a run or checkpoint of this project, or a folder of Hugging Face, Meta or
+Megatron-LM.
 
 `open_model` locates the weights in the files, and `load_model` builds a model with them.
 """
@@ -10,11 +11,13 @@ from dataclasses import replace
 
 import torch
 
+from llama_ds.checkpoint.formats.hf_config import CONFIG
 from llama_ds.checkpoint.formats.hf_folder import holds_zero_shards
 from llama_ds.checkpoint.formats.huggingface import holds_huggingface, open_huggingface
 from llama_ds.checkpoint.formats.inventory import with_vocabulary
+from llama_ds.checkpoint.formats.megatron import TRACKER, holds_megatron, open_megatron
 from llama_ds.checkpoint.formats.meta import holds_meta, open_meta
-from llama_ds.checkpoint.formats.meta_params import Unsaid
+from llama_ds.checkpoint.formats.meta_params import PARAMS, Unsaid
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
 from llama_ds.checkpoint.store import LATEST, newest
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, open_checkpoint
@@ -24,6 +27,13 @@ from llama_ds.errors import UserError
 from llama_ds.model.build import build_model
 from llama_ds.model.llama import Llama
 
+# Formats of others: the file by which each is known, and the check for it.
+RECOGNISED = {
+    "hf": (CONFIG, holds_huggingface),
+    "meta": (f"{PARAMS} or consolidated.NN.pth", holds_meta),
+    "megatron": (TRACKER, holds_megatron),
+}
+
 
 def open_model(
     path: str, kind: str | None = None, vocab_size: int | None = None, unsaid: Unsaid | None = None
@@ -31,18 +41,19 @@ def open_model(
     """Return the weights of a model folder. Only headers are read.
 
     Args:
-        path: a run folder or its checkpoints folder (the newest), a checkpoint, a Hugging Face or a Meta folder.
+        path: a run folder or its checkpoints folder (the newest), a checkpoint, or a folder of another format.
         kind: one of `choices.KINDS`; None: detected from the files.
         vocab_size: rows of the vocabulary tables; missing rows become zeros. None: as many as the configuration says.
-        unsaid: of a Meta folder, what its params.json does not say.
+        unsaid: of a Meta or Megatron-LM folder, what its params.json or args do not say.
 
     Raises:
         UserError: the folder does not exist or is damaged, or `unsaid` is needed.
     """
     kind = kind or kind_of(path)
-    if kind != "meta" and unsaid not in (None, Unsaid()):
+    if kind not in ("meta", "megatron") and unsaid not in (None, Unsaid()):
         raise UserError(
-            f"command line: --rope-factor and --seq-len apply only to Meta folders; {path} is another: {kind}"
+            "command line: --rope-factor and --seq-len apply only to Meta folders and Megatron-LM's; "
+            f"{path} is another: {kind}"
         )
     if kind == "deepspeed":
         files = open_checkpoint(locate(path))
@@ -53,7 +64,9 @@ def open_model(
         return replace(files, model=model, tensors=tensors, masters=masters)
     if not os.path.isdir(path):
         raise _no_folder(path)
-    return open_huggingface(path, vocab_size) if kind == "hf" else open_meta(path, vocab_size, unsaid)
+    if kind == "hf":
+        return open_huggingface(path, vocab_size)
+    return (open_meta if kind == "meta" else open_megatron)(path, vocab_size, unsaid)
 
 
 def kind_of(path: str) -> str:
@@ -67,28 +80,22 @@ def kind_of(path: str) -> str:
     run = os.path.join(path, "checkpoints")
     found = {
         "deepspeed": os.path.lexists(os.path.join(path, DESCRIPTION)) or newest(path) or newest(run),
-        "hf": holds_huggingface(path),
-        "meta": holds_meta(path),
+        **{kind: holds(path) for kind, (_, holds) in RECOGNISED.items()},
     }
     kinds = [kind for kind, holds in found.items() if holds]
     if len(kinds) == 1:
         return kinds[0]
     if kinds:
-        what = " and ".join(f"{_MARKS[kind]} ({kind})" for kind in kinds)
+        marks = {"deepspeed": "a checkpoint of llama_ds"} | {kind: mark for kind, (mark, _) in RECOGNISED.items()}
+        what = " and ".join(f"{marks[kind]} ({kind})" for kind in kinds)
         raise UserError(f"{path}: contains {what}; give a folder with one model, or choose the format with --from")
     if any(os.path.lexists(os.path.join(folder, LATEST)) for folder in (path, run)) or holds_zero_shards(path):
         return "deepspeed"
+    files = ", ".join(mark for mark, _ in RECOGNISED.values())
     raise UserError(
-        f"{path}: contains none of {DESCRIPTION}, {LATEST}, config.json, params.json; "
-        "give a run, a checkpoint, a Hugging Face or a Meta folder"
+        f"{path}: contains none of {DESCRIPTION}, {LATEST}, {files}; "
+        "give a run, a checkpoint, or a folder of Hugging Face, Meta or Megatron-LM"
     )
-
-
-_MARKS = {
-    "deepspeed": "a checkpoint of llama_ds",
-    "hf": "config.json",
-    "meta": "Meta's params.json or consolidated.NN.pth",
-}
 
 
 def locate(path: str) -> str:
@@ -152,5 +159,6 @@ def load_model(
 def _no_folder(path: str) -> UserError:
     reason = ": a link to nothing or to itself" if os.path.islink(path) else ""
     return UserError(
-        f"{path}: no such folder{reason}; give a run (runs/NAME), a checkpoint, a Hugging Face or a Meta folder"
+        f"{path}: no such folder{reason}; give a run (runs/NAME), a checkpoint, or a folder of Hugging Face, Meta or "
+        "Megatron-LM"
     )

@@ -5,8 +5,10 @@ No pickled code is ever executed.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from llama_ds.errors import UserError
 
 CHUNK_ELEMENTS = 4 << 20  # chunk size of a read that converts the dtype: 16 MiB of fp32
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+_ALLOWING = threading.Lock()  # what torch.load allows is a setting of the whole process
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,21 @@ class Loaded(Stored):
         out.copy_(self.tensor.view(-1)[start : start + len(out)])
 
 
+class StandIn:
+    """Takes the place of an object of a class that is not loaded. It ignores all that a pickle does with it."""
+
+    def __init__(self, *arguments: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
 def torch_tensors(path: str) -> dict[str, Stored]:
     """Return the tensors of a state dict written by torch.save, by name.
 
     Files of torch before version 1.6 and tensors that are not contiguous are read into memory.
 
     Raises:
-        UserError: the file is no state dict, or it holds other objects than tensors; none of them is executed.
+        UserError: the file is damaged, or it holds objects that are not allowed; none of them is executed.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # the import takes seconds
 
@@ -102,14 +115,58 @@ def _is_zip(path: str) -> bool:
         return True
 
 
+def torch_content(path: str, inert: bool = False) -> Any:
+    """Return what torch.save wrote, with tensors that have no data but know where it is (`located`).
+
+    Args:
+        inert: objects are allowed: `argparse.Namespace` with its attributes, any other class as a `StandIn`. False:
+            only tensors and plain data are.
+
+    Raises:
+        UserError: the file is damaged, or it holds objects that are not allowed; none of them is executed.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # the import takes seconds
+
+    return _load(path, FakeTensorMode(), inert=inert)
+
+
+def located(path: str, content: object) -> dict[str, Stored]:
+    """Return where the tensors of a state dict are stored. `content` is a part of what `torch_content` returns.
+
+    Raises:
+        UserError: it is no state dict, or a tensor is not contiguous in the file.
+    """
+    found = {name: _located(path, tensor) for name, tensor in _checked(path, content).items()}
+    if scattered := [name for name, stored in found.items() if stored is None]:
+        raise UserError(f"{path}: tensor {scattered[0]} is not stored contiguously; save a contiguous copy of it")
+    return {name: stored for name, stored in found.items() if stored}
+
+
 def _state_dict(path: str, mode: AbstractContextManager[object], mmap: bool = False) -> dict[str, Tensor]:
+    return _checked(path, _load(path, mode, mmap))
+
+
+def _load(path: str, mode: AbstractContextManager[object], mmap: bool = False, inert: bool = False) -> Any:
     try:
         with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of other pickle protocols
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            if inert:
+                return _inert_content(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise any exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again") from None
+
+
+def _inert_content(path: str) -> Any:
+    with _ALLOWING:
+        with safe_globals([argparse.Namespace]):
+            unknown = get_unsafe_globals_in_checkpoint(path)
+        with safe_globals([argparse.Namespace, *((StandIn, name) for name in unknown)]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _checked(path: str, content: object) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
         raise UserError(f"{path}: holds no state dict (tensors by name); give a state dict written by torch.save")
     return {str(name): tensor for name, tensor in content.items()}

@@ -1,4 +1,4 @@
-"""The weights of a model in files of any supported format: this project's checkpoints, Hugging Face's or Meta's."""
+"""The weights of a model in files of any supported format: this project's checkpoints and others."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class CheckpointConfig(Section):
     start_from: Annotated[
         str,
         Key(
-            "Initial weights of a new run: a checkpoint, or a model folder in Hugging Face's or Meta's format.",
+            "Initial weights of a new run: a checkpoint, or a model folder of Hugging Face, Meta or Megatron-LM.",
             is_path=True,
         ),
     ] = ""

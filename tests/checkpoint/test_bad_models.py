@@ -220,7 +220,8 @@ def test_a_folder_of_an_unknown_format_is_named(
     refuse(
         tmp_path / "empty",
         capsys,
-        f"{tmp_path}/empty: contains none of llama_ds.json, latest, config.json, params.json",
+        f"{tmp_path}/empty: contains none of llama_ds.json, latest, config.json, "
+        "params.json or consolidated.NN.pth, latest_checkpointed_iteration.txt",
     )
     refuse(tmp_path / "nowhere", capsys, f"{tmp_path}/nowhere: no such folder")
     (tmp_path / "loop").symlink_to("loop")
@@ -228,7 +229,7 @@ def test_a_folder_of_an_unknown_format_is_named(
     both = models("hf")
     for file in models("meta").iterdir():
         shutil.copy(file, both)
-    refuse(both, capsys, "contains config.json (hf) and Meta's params.json", "--from")
+    refuse(both, capsys, "contains config.json (hf) and params.json or consolidated.NN.pth (meta)", "--from")
     assert convert.main([str(both), str(tmp_path / "x"), "--from", "meta", "--to", "hf", "--no-logits"]) == 0
     refuse(tmp_path / "meta", capsys, "config.json: cannot be read (No such file", words=("--from", "hf"))
     refuse(tmp_path / "hf", capsys, "no complete checkpoint", words=("--from", "deepspeed"))

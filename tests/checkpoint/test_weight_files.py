@@ -172,7 +172,10 @@ def test_an_adapter_is_refused(folder: Path, complete: bool) -> None:
 
 def test_a_folder_with_two_formats_is_refused(folder: Path) -> None:
     (folder / "consolidated.00.pth").touch()
-    with pytest.raises(UserError, match=r"contains config\.json \(hf\) and Meta's .* with --from"):
+    with pytest.raises(
+        UserError,
+        match=r"contains config\.json \(hf\) and params\.json or .* \(meta\).* with --from",
+    ):
         open_model(str(folder))
     assert len(open_model(str(folder), "hf").tensors) == 21
     (folder / "consolidated.00.pth").rename(folder / "llama_ds.json")

@@ -26,6 +26,7 @@ from llama_ds.checkpoint.conversion.digest import surely_finite
 from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
+from llama_ds.checkpoint.formats.megatron_writing import plan_megatron
 from llama_ds.checkpoint.formats.meta import plan_meta
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, checksum, describe, verify
@@ -124,16 +125,22 @@ def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer
     """
     if kind == "hf":
         return plan_huggingface(files, target, tokenizer)
-    return plan_meta(files, target) if kind == "meta" else plan_layer_files(files, target)
+    plans = {"meta": plan_meta, "megatron": plan_megatron, "deepspeed": plan_layer_files}
+    return plans[kind](files, target)
 
 
 def fingerprint(files: ModelFiles, plan: Plan) -> str:
     """Return a hash of the source files (path, size, mtime) and the planned outputs, without the tensor data."""
-    paths = [os.path.join(files.path, name) for name in sorted(os.listdir(files.path))]
+    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(files.path) for name in names)
     states = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
     source = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
     outputs = [
-        (file.name, [(t.name, t.shape, t.rank, t.size, str(t.encoding)) for t in file.tensors]) for file in plan.files
+        (
+            file.name,
+            repr(file.enclosing),
+            [(t.name, t.shape, t.rank, t.size, str(t.encoding)) for t in file.tensors],
+        )
+        for file in plan.files
     ]
     small = {name: hashlib.sha256(content).hexdigest() for name, content in plan.small.items()}
     identity = [os.path.realpath(files.path), source, plan.kind, str(plan.dtype), outputs, small]

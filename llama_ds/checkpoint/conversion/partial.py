@@ -91,7 +91,8 @@ class Partial:
         old = f"{self.destination}.replaced-{os.getpid()}"
         parent = os.path.dirname(self.destination)
         try:
-            sync(self.folder)
+            for folder, _, _ in os.walk(self.folder):
+                sync(folder)
             if replaced := os.path.lexists(self.destination):
                 os.rename(self.destination, old)
             self.discard_journal()

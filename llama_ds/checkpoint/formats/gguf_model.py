@@ -102,7 +102,7 @@ def plan_gguf(files: ModelFiles, target: Target, file: str, vocabulary: GgufVoca
         **_tokenizer(files, vocabulary),
     }
     dtype = DTYPES.get(target.dtype, torch.float32)
-    output = GgufFile(file, tuple(_tensors(files, target.dtype)), metadata)
+    output = GgufFile(file, tuple(_tensors(files, target.dtype)), metadata=metadata)
     return Plan("gguf", dtype, (output,), {}, single=True)
 
 

@@ -11,6 +11,8 @@ from dataclasses import replace
 import torch
 
 from llama_ds.checkpoint.formats.views import TableRows
+from llama_ds.checkpoint.spread import Run, Spread
+from llama_ds.checkpoint.stored import Stored
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_in
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
@@ -168,6 +170,35 @@ def same(first: Readable, second: Readable, elements: int = 4 << 20) -> bool:
         if not torch.equal(parts[0].view(bits), parts[1].view(bits)):
             return False
     return True
+
+
+def merged(
+    name: str, parts: Sequence[Mapping[str, Stored]], paths: Sequence[str], dim: int | None, equal: bool = True
+) -> Spread:
+    """Return a tensor assembled from the parts of all ranks; `dim` None: it is unsharded, the first rank's is taken.
+
+    Args:
+        parts: the tensors of each rank's file by name, in the order of the ranks.
+        paths: the paths of these files.
+        equal: check that an unsharded tensor is equal in every part.
+
+    Raises:
+        UserError: the shapes, or the values of an unsharded tensor, differ between the parts.
+    """
+    first = parts[0][name]
+    for path, part in zip(paths, parts, strict=True):
+        check_shape(path, name, part[name].shape, first.shape, os.path.basename(paths[0]))
+    runs = [[Run(0, part[name], torch.Size(first.shape).numel())] for part in parts]
+    if dim is not None and len(first.shape) != 2:
+        raise UserError(f"{paths[0]}: tensor {name} has shape {list(first.shape)}, not that of a matrix; copy it again")
+    if dim is None:
+        full = Spread(first.shape, None, runs[:1])
+        for path, run in zip(paths[1:], runs[1:], strict=True):
+            if equal and not same(full, Spread(first.shape, None, [run])):
+                raise UserError(f"{path}: {name} differs from that of {paths[0]}: parts of two models; copy it again")
+        return full
+    shape = tuple(n * len(parts) if i == dim else n for i, n in enumerate(first.shape))
+    return Spread(shape, dim, runs)
 
 
 def shown(names: Sequence[str]) -> str:

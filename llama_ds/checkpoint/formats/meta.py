@@ -17,11 +17,10 @@ import torch
 from llama_ds.checkpoint.carried import ORIGINAL, TOKENIZER, carried_files
 from llama_ds.checkpoint.formats.frequencies import dropped_frequencies
 from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
-from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, model_files, same, shown
+from llama_ds.checkpoint.formats.inventory import check_file, check_names, merged, model_files, same, shown
 from llama_ds.checkpoint.formats.meta_params import PARAMS, Unsaid, model_of, params_of, read_params, seq_len_of
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json, check_parts, part_shape
 from llama_ds.checkpoint.formats.views import Columns, RotaryReordered, TableRows
-from llama_ds.checkpoint.spread import Run, Spread
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_copies
 from llama_ds.config.schema import ModelConfig
@@ -77,7 +76,7 @@ def open_meta(folder: str, vocab_size: int | None = None, unsaid: Unsaid | None 
     parts = [{n: t for n, t in part.items() if not FREQUENCIES.fullmatch(n)} for part in found]
     for path, part in zip(paths, parts, strict=True):
         check_names(path, (EMBEDDING, HEAD), [n for n in part if n in (EMBEDDING, HEAD)])
-    embedding, head = (_merged(name, parts, paths, _table_dim(name, parts)) for name in (EMBEDDING, HEAD))
+    embedding, head = (merged(name, parts, paths, _table_dim(name, parts)) for name in (EMBEDDING, HEAD))
     untied = model_of(folder, params, head.shape[0], tied=False, unsaid=unsaid)
     names = {key: meta_name(*key, untied.num_hidden_layers) for key in weight_shapes(untied)}
     for path, part in zip(paths, parts, strict=True):
@@ -205,23 +204,9 @@ def _tensors(
         if key == EMBEDDING_KEY:
             continue
         dim = weight_of(key[1]).cut
-        full = _merged(names[key], parts, paths, dim)
+        full = merged(names[key], parts, paths, dim, equal=False)  # `_compare_norms` compares them
         tensors[key] = RotaryReordered(full, model.head_dim, to_halves=True) if key[1] in ROTATED else full
     return tensors
-
-
-def _merged(name: str, parts: list[dict[str, Stored]], paths: list[str], dim: int | None) -> Spread:
-    """Return a tensor assembled from all parts; of an unsharded one, the copy of the first rank."""
-    first = parts[0][name]
-    for path, part in zip(paths, parts, strict=True):
-        check_shape(path, name, part[name].shape, first.shape, os.path.basename(paths[0]))
-    runs = [[Run(0, part[name], torch.Size(first.shape).numel())] for part in parts]
-    if dim is None:
-        return Spread(first.shape, None, runs[:1])
-    if len(first.shape) != 2:
-        raise UserError(f"{paths[0]}: tensor {name} has shape {list(first.shape)}, not that of a matrix; copy it again")
-    shape = tuple(n * len(parts) if i == dim else n for i, n in enumerate(first.shape))
-    return Spread(shape, dim, runs)
 
 
 def _compare_norms(names: list[str], parts: list[dict[str, Stored]], paths: list[str]) -> list[str]:

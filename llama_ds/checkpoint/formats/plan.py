@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.serialization import skip_data
 
 from llama_ds.checkpoint.manifest import Description
-from llama_ds.checkpoint.stored import SAFETENSORS_DTYPES, Stored, safetensors_tensors, torch_tensors
+from llama_ds.checkpoint.stored import (
+    SAFETENSORS_DTYPES,
+    Stored,
+    located,
+    safetensors_tensors,
+    torch_content,
+    torch_tensors,
+)
 from llama_ds.checkpoint.weights import ModelFiles, Readable
 from llama_ds.config.numbers import divisors
 from llama_ds.errors import UserError, listed
@@ -30,8 +37,9 @@ class Target:
 
     dtype: str  # key of DTYPES
     tp: int = 1  # tensor-parallel parts
-    pp: int = 1  # pipeline stages that DeepSpeed's own loader expects
+    pp: int = 1  # pipeline stages: of the files of megatron, or that DeepSpeed's own loader expects
     embedding: str | None = None  # for meta: "rows" or "columns", how the embedding is sharded; None: as it follows
+    transformer_impl: str = "transformer_engine"  # one of choices.TRANSFORMER_IMPLS, for megatron
 
 
 class Encoding(Protocol):
@@ -85,11 +93,25 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
+class Enclosing:
+    """What surrounds the state dict in a file written by torch.save."""
+
+    key: str  # key of the state dict in the dict that is written
+    beside: Mapping[str, object]  # the other entries of that dict
+    empty: tuple[str, ...] = ()  # entries of the state dict that are None
+
+    def around(self, tensors: Mapping[str, Tensor]) -> dict[str, object]:
+        """Return what to write."""
+        return {**self.beside, self.key: {**tensors, **dict.fromkeys(self.empty)}}
+
+
+@dataclass(frozen=True)
 class OutputFile:
     """A file of tensors. Its name decides the format: safetensors, or a state dict written by torch.save."""
 
     name: str
     tensors: tuple[OutputTensor, ...]
+    enclosing: Enclosing | None = None  # None: the state dict is all that the file holds
 
     def nbytes(self, dtype: torch.dtype) -> int:
         """Return the size of the tensors in bytes."""
@@ -102,9 +124,11 @@ class OutputFile:
             OSError, RuntimeError: the system, or torch, cannot write the file.
         """
         path = os.path.join(folder, self.name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         if not self.name.endswith(".safetensors"):
+            tensors = {t.name: torch.empty(t.shape, dtype=dtype) for t in self.tensors}
             with skip_data():  # the pages of torch.empty are not touched, so they take no memory
-                torch.save({t.name: torch.empty(t.shape, dtype=dtype) for t in self.tensors}, path)
+                torch.save(self.enclosing.around(tensors) if self.enclosing else tensors, path)
         else:
             header = safetensors_header(self.tensors, dtype)
             with open(path, "wb") as file:
@@ -114,8 +138,11 @@ class OutputFile:
 
     def locate(self, folder: str) -> dict[str, Stored]:
         """Return the location of every tensor in the written file."""
-        find = safetensors_tensors if self.name.endswith(".safetensors") else torch_tensors
-        return find(os.path.join(folder, self.name))
+        path = os.path.join(folder, self.name)
+        if self.enclosing:
+            state = torch_content(path, inert=True)[self.enclosing.key]
+            return located(path, {tensor.name: state[tensor.name] for tensor in self.tensors})
+        return safetensors_tensors(path) if self.name.endswith(".safetensors") else torch_tensors(path)
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,7 @@ class Plan:
     description: Description | None = None  # only for a checkpoint of this project, whose manifest is written last
     dropped: tuple[str, ...] = ()  # what of the source the format has no place for
     single: bool = False  # the result is the one file itself, not a folder
+    notes: tuple[str, ...] = ()  # what the user of the result has to know
 
     @property
     def nbytes(self) -> int:
@@ -158,14 +186,14 @@ def part_shape(shape: tuple[int, ...], dim: int | None, size: int) -> tuple[int,
     return shape if dim is None else tuple(n // size if i == dim else n for i, n in enumerate(shape))
 
 
-def check_parts(files: ModelFiles, target: Target) -> None:
-    """Check that the model can be sharded as the target says.
+def check_parts(files: ModelFiles, target: Target, padded: bool = False) -> None:
+    """Check that the model can be sharded as the target says. `padded`: the vocabulary is padded to fit.
 
     Raises:
         UserError: it cannot; the message names the indivisible size and the numbers that are possible.
     """
     model = files.model
-    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    keys = ["num_attention_heads", "num_key_value_heads", "intermediate_size", *([] if padded else ["vocab_size"])]
     sizes = {key: getattr(model, key) for key in keys}
     for key, size in sizes.items():
         if target.tp < 1 or size % target.tp:
