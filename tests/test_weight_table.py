@@ -23,7 +23,7 @@ from llama_ds.model.llama import Llama
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import SingleRank
-from llama_ds.parallel.state_files import UNIVERSAL
+from llama_ds.parallel.state_files import universal_info
 from llama_ds.training.engines.optimizer_groups import decay_groups
 
 REPO = Path(__file__).resolve().parent.parent
@@ -130,15 +130,19 @@ def test_a_parameter_is_looked_up_by_any_of_its_names() -> None:
         key_of("self_attn.q_proj.weight")
 
 
-def test_universal_patterns_shard_weights_as_the_table_does() -> None:
-    """DeepSpeed's ds_to_universal applies them with `re.match`, to names without a pipeline, in a pipeline and tied."""
-    rows = UNIVERSAL["parameter_with_row_parallelism_patterns"]
-    whole = UNIVERSAL["tp_replicated_parameter_patterns"]
-    assert isinstance(rows, list) and isinstance(whole, list)
-    for weight in TABLE:
-        for name in (f"layers.3.{weight.name}", f"3.{weight.name}"):
-            assert any(re.match(pattern, name) for pattern in rows) == (weight.cut == 1), name
-            assert any(re.match(pattern, name) for pattern in whole) == (weight.cut is None), name
+@pytest.mark.parametrize("model", [GQA, replace(GQA, attention_bias="qkvo", mlp_bias=True, qk_norm=True)])
+def test_universal_patterns_shard_weights_as_the_table_does(model: ModelConfig) -> None:
+    """DeepSpeed's ds_to_universal applies them with `re.match`, to names without a pipeline, in a pipeline and tied.
+
+    It refuses a checkpoint if a pattern matches no weight.
+    """
+    info = universal_info(model)
+    rows, whole = info["parameter_with_row_parallelism_patterns"], info["tp_replicated_parameter_patterns"]
+    names = [f"{layer}.{weight.name}" for (layer, _), weight in weights(model)]
+    for name in (*names, *(f"layers.{name}" for name in names)):
+        assert any(re.match(pattern, name) for pattern in rows) == (weight_of(name).cut == 1), name
+        assert any(re.match(pattern, name) for pattern in whole) == (weight_of(name).cut is None), name
+    assert all(any(re.match(pattern, name) for name in names) for pattern in (*rows, *whole))
     assert not any(re.match(pattern, "tied_modules.embed.weight") for pattern in (*rows, *whole))
 
 

@@ -8,24 +8,29 @@ from typing import Any
 
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
+from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.weights import TABLE, TIED_MODULES
 
-
-def _patterns(cut: int | None) -> list[str]:
-    """Return name patterns of the weights that are sharded along dimension `cut`; None: replicated."""
-    return [rf".*\.{re.escape(weight.name)}" for weight in TABLE if weight.cut == cut]
-
-
-# Metadata that DeepSpeed's ds_to_universal requires: name patterns of weights by their sharding.
-UNIVERSAL = {
-    "universal_checkpoint_version": 0.2,
-    "parameter_with_row_parallelism_patterns": _patterns(1),
-    "tp_replicated_parameter_patterns": _patterns(None),
-}
 TIED = {"pipeline_replicated_parameter_patterns": [rf"{re.escape(TIED_MODULES)}.*"]}
 
 
-def state_files(engine: Any, tag: str, tied_stages: bool) -> list[tuple[str, Any]]:
+def universal_info(model: ModelConfig) -> dict[str, Any]:
+    """Return the metadata that DeepSpeed's ds_to_universal requires: name patterns of weights by their sharding.
+
+    A pattern that no weight has is an error there.
+    """
+
+    def patterns(cut: int | None) -> list[str]:
+        return [rf".*\.{re.escape(weight.name)}" for weight in TABLE if weight.cut == cut and weight.present(model)]
+
+    return {
+        "universal_checkpoint_version": 0.2,
+        "parameter_with_row_parallelism_patterns": patterns(1),
+        "tp_replicated_parameter_patterns": patterns(None),
+    }
+
+
+def state_files(engine: Any, tag: str, model: ModelConfig, tied_stages: bool) -> list[tuple[str, Any]]:
     """Return this rank's files of a checkpoint: (name, content). Collective.
 
     `tied_stages`: whether the first and the last stage of a pipeline share the embedding table.
@@ -34,7 +39,7 @@ def state_files(engine: Any, tag: str, tied_stages: bool) -> list[tuple[str, Any
     original, engine.checkpoint_engine = engine.checkpoint_engine, collected
     engine._copy_recovery_script = lambda _: None  # do not copy zero_to_fp32.py, which cannot read a pipeline's files
     try:
-        info = {**UNIVERSAL, **(TIED if tied_stages else {})}
+        info = {**universal_info(model), **(TIED if tied_stages else {})}
         engine.save_checkpoint(".", tag, client_state={"universal_checkpoint_info": info}, save_latest=False)
     finally:
         engine.checkpoint_engine = original

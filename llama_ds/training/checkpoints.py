@@ -279,7 +279,7 @@ class Checkpoints:
     def snapshot(self, engine: Any, step: int) -> Snapshot:
         """Copy this rank's share of a checkpoint to host memory, reusing the memory of the last one. Collective."""
         tied = self.run.model.tie_word_embeddings and self.layout.pp > 1
-        files = state_files(engine, store.tag_of(step), tied)
+        files = state_files(engine, store.tag_of(step), self.run.model, tied)
         return self._memory.take(files, self._located(engine))
 
     def settle(self) -> None:
