@@ -135,7 +135,7 @@ def test_a_grown_source_is_read_and_the_past_stays(built: Built, tmp_path: Path)
 def test_a_new_source_joins_a_resumed_run(built: Built, tmp_path: Path) -> None:
     run = run_on(built, tmp_path)
     before = open_data(run)
-    third = {"name": "again", "path": str(built.shards / "code"), "weight": 0.5}
+    third = {"name": "again", "path": str(built.shards / "code"), "weight": 0.5, "reread": True}
     own = [{"name": s.name, "path": s.path, "weight": s.weight / 2} for s in run.data.sources]
     after = open_data(run_on(built, tmp_path, sources=[third, *own]), before.state, 20, "checkpoint")
     assert np.array_equal(steps(after, 0, 20), steps(before, 0, 20))
