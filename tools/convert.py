@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -93,8 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
 def convert_model(args: argparse.Namespace) -> None:
     """Convert, verify and print a report."""
-    from llama_ds.checkpoint.conversion.convert import Options, convert, plan_of
-    from llama_ds.checkpoint.conversion.proof import prove
+    from llama_ds.checkpoint.conversion.convert import plan_of
     from llama_ds.checkpoint.formats.huggingface import needs_tokenizer
     from llama_ds.checkpoint.formats.plan import Target
     from llama_ds.checkpoint.load_model import open_model
@@ -114,14 +114,8 @@ def convert_model(args: argparse.Namespace) -> None:
 
         name = Path(args.destination).resolve().name
         plan = replace(plan, small={**plan.small, **card_files(files, name, target.dtype)})
-    options = Options(args.overwrite, args.allow_nonfinite, args.workers or Options.workers)
-    with closing(ProgressBars()) as bars:
-
-        def proof_of(folder: str) -> Proof:
-            reference = transformers_logits if args.to == "hf" else None
-            return prove(files, open_model(folder, args.to), options, bars.show, reference, not args.no_logits)
-
-        proof = convert(files, plan, args.destination, options, proof_of, bars.show)
+    reference = transformers_logits if args.to == "hf" else None
+    proof = converted(args, files, plan, lambda folder: open_model(folder, args.to), logits_of_result=reference)
     report(files, plan, args.destination, target.dtype)
     print("\n".join(proof.lines()))
 
@@ -140,8 +134,6 @@ def open_source(args: argparse.Namespace) -> ModelFiles:
 
 def convert_to_gguf(args: argparse.Namespace, files: ModelFiles) -> None:
     """Convert to a GGUF file, verify it and print a report."""
-    from llama_ds.checkpoint.conversion.convert import Options, convert
-    from llama_ds.checkpoint.conversion.proof import prove
     from llama_ds.checkpoint.formats.plan import Target
 
     try:
@@ -154,20 +146,32 @@ def convert_to_gguf(args: argparse.Namespace, files: ModelFiles) -> None:
         raise UserError(f"{args.destination}: a GGUF model is one file; give a name that ends in .gguf")
     target = Target(args.dtype or files.dtype, args.tp, args.pp)
     plan = plan_gguf(files, target, Path(args.destination).name, gguf_tokenizer(files))
-    options = Options(args.overwrite, args.allow_nonfinite, args.workers or Options.workers)
-    with closing(ProgressBars()) as bars:
-
-        def proof_of(folder: str) -> Proof:
-            result = read_back_gguf(files, plan, folder, target.dtype)
-            return prove(files, result, options, bars.show, None, not args.no_logits, rounded_as)
-
-        proof = convert(files, plan, args.destination, options, proof_of, bars.show)
+    proof = converted(
+        args, files, plan, lambda folder: read_back_gguf(files, plan, folder, target.dtype), rounded=rounded_as
+    )
     report(files, plan, args.destination, target.dtype)
     if target.dtype == "q8_0" and (matrices := unquantized(files)):
         print(
             f"{len(matrices)} matrices ({matrices[0]}, ...) are fp16: their rows are no multiple of q8_0's 32 elements"
         )
     print("\n".join(proof.lines()))
+
+
+def converted(
+    args: argparse.Namespace, files: ModelFiles, plan: Plan, read_back: Callable[[str], ModelFiles], **comparison: Any
+) -> Proof:
+    """Write the files of a plan and verify what `read_back` finds in them; `comparison` goes to `prove`."""
+    from llama_ds.checkpoint.conversion.convert import Options, convert
+    from llama_ds.checkpoint.conversion.proof import prove
+
+    options = Options(args.overwrite, args.allow_nonfinite, args.workers or Options.workers)
+    with closing(ProgressBars()) as bars:
+
+        def proof_of(folder: str) -> Proof:
+            result = read_back(folder)
+            return prove(files, result, options, bars.show, with_logits=not args.no_logits, **comparison)
+
+        return convert(files, plan, args.destination, options, proof_of, bars.show)
 
 
 def gguf_tokenizer(files: ModelFiles) -> GgufVocabulary | None:

@@ -24,9 +24,10 @@ from gguf import (
 from llama_ds.checkpoint.formats.gguf_blocks import BLOCK, Q8_0, Blocks, BlocksInFile, Rounded
 from llama_ds.checkpoint.formats.gguf_file import ARCHITECTURE, Entry, GgufFile, InMemory
 from llama_ds.checkpoint.formats.plan import Encoding, Numbers, OutputTensor, Plan, Target
-from llama_ds.checkpoint.formats.views import RotaryReordered
+from llama_ds.checkpoint.formats.views import ROTATED, RotaryReordered
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 from llama_ds.config.schema import ModelConfig, RopeScaling
+from llama_ds.config.section_rules import ROPE_KEYS
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key
 from llama_ds.model.rope import inverse_frequencies
@@ -45,7 +46,6 @@ LOCAL = {
     "norm.weight": MODEL_TENSOR.OUTPUT_NORM,
     "lm_head.weight": MODEL_TENSOR.OUTPUT,
 }
-ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 ROPE_FACTORS = f"{TENSOR_NAMES[MODEL_TENSOR.ROPE_FREQS]}.weight"
 FILE_TYPES = {
     "fp32": LlamaFileType.ALL_F32,
@@ -59,7 +59,7 @@ EXPRESSED = (
     *("num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
 )
 # Fields of the rotary scaling that the factors express, which are Llama 3's.
-SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+SCALING = ("factor", *ROPE_KEYS["llama3"][0])
 NO_SCORE = -10_000.0  # score of an id that no text has
 
 

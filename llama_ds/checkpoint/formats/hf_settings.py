@@ -31,7 +31,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     **dict.fromkeys(("rotary_pct", "rotary_percent"), (1,)),
     # which tokens attention sees
     **dict.fromkeys(("attention_chunk_size", "attn_temperature_tuning"), (False, 0)),
-    **dict.fromkeys(("use_sliding_window", "is_encoder_decoder", "add_cross_attention"), (False,)),
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention"), (False,)),
     **dict.fromkeys(("is_causal", "use_causal_mask"), (True,)),
     # experts, and other layers
     **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), (0, 1)),

@@ -11,13 +11,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from llama_ds.checkpoint.formats.inventory import check_layers
 from llama_ds.checkpoint.formats.meta_params import Unsaid
 from llama_ds.checkpoint.formats.plain_llama import check_plain
 from llama_ds.checkpoint.formats.plan import Target
-from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig, RopeScaling, TrainingConfig
 from llama_ds.errors import UserError, listed
@@ -162,7 +160,7 @@ def args_of(files: ModelFiles, target: Target, padded_vocab_size: int) -> Namesp
         virtual_pipeline_model_parallel_size=None,
         expert_model_parallel_size=1,
         transformer_impl=target.transformer_impl,
-        params_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[target.dtype],
+        params_dtype=DTYPES[target.dtype],
         bf16=target.dtype == "bf16",
         fp16=target.dtype == "fp16",
         ckpt_format="torch",

@@ -20,7 +20,7 @@ from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, merged, model_files, same, shown
 from llama_ds.checkpoint.formats.meta_params import PARAMS, Unsaid, model_of, params_of, read_params, seq_len_of
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json, check_parts, part_shape
-from llama_ds.checkpoint.formats.views import Columns, RotaryReordered, TableRows
+from llama_ds.checkpoint.formats.views import ROTATED, Columns, RotaryReordered, TableRows
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable, tokenizer_copies
 from llama_ds.config.schema import ModelConfig
@@ -42,7 +42,6 @@ LOCAL = {
 }
 LLAMA3_VOCABULARY = 128_256
 LLAMA2_THETA = 10_000.0  # the code of LLaMA 1 and 2 has no other
-ROTATED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 # Derived from rope_theta: at the top in LLaMA 2, in every layer in LLaMA 1.
 FREQUENCIES = re.compile(r"(layers\.\d+\.attention\.(inner_attention\.)?)?rope\.freqs")

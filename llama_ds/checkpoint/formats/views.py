@@ -11,6 +11,9 @@ from torch import Tensor
 
 from llama_ds.checkpoint.spread import BLOCK_ELEMENTS
 from llama_ds.checkpoint.weights import Readable
+from llama_ds.layout.weights import KEY, QUERY
+
+ROTATED = (QUERY.name, KEY.name)  # weights whose rows `RotaryReordered` reorders
 
 
 class View:
