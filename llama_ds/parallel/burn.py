@@ -21,7 +21,7 @@ from llama_ds.job.heartbeat import interface_towards
 from llama_ds.parallel.world import finish, on_cuda
 
 GROUP_S = 20.0  # timeout for forming a group and for each of its all-reduces
-REPEATS = 5
+MEASURED_S, MIN_REPEATS, MAX_REPEATS = 0.5, 3, 50  # all-reduces that are measured
 
 
 def main() -> None:
@@ -77,7 +77,10 @@ def multiply(device: torch.device, seconds: float) -> float:
 
 
 def all_reduce(group: dict[str, Any], slot: int, device: torch.device) -> float:
-    """Return the bus bandwidth of an all-reduce in GB/s: 2 (n - 1) / n times the bytes, for the median time."""
+    """Return the bus bandwidth of an all-reduce in GB/s: 2 (n - 1) / n times the bytes, for the shortest time.
+
+    The shortest, because other work on a host delays single all-reduces, and a slow link delays each of them.
+    """
     interface = interface_towards(group["master"])
     if interface:
         os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
@@ -90,12 +93,17 @@ def all_reduce(group: dict[str, Any], slot: int, device: torch.device) -> float:
     )
     elements = (64 << 20 if device.type == "cuda" else 2 << 20) // 4
     data = torch.ones(elements, device=device)
-    times = []
-    for _ in range(REPEATS):
+
+    def measured() -> float:
         dist.barrier()
         begin = time.perf_counter()
         dist.all_reduce(data)
         finish(device)
-        times.append(time.perf_counter() - begin)
-    median = sorted(times)[REPEATS // 2]
-    return 2 * (group["size"] - 1) / group["size"] * elements * 4 / median / 1e9
+        return time.perf_counter() - begin
+
+    measured()  # the first also forms connections
+    longest = torch.tensor([measured()], device=device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)  # all ranks repeat it equally often
+    repeats = min(max(int(MEASURED_S / longest.item()), MIN_REPEATS), MAX_REPEATS)
+    shortest = min(measured() for _ in range(repeats))
+    return 2 * (group["size"] - 1) / group["size"] * elements * 4 / shortest / 1e9
