@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Python puts a script's folder first on sys.path, where `data` and `config` would shadow modules of other packages.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -19,12 +19,16 @@ from llama_ds import log
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import ending_quietly
 from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.job.folder import MPI_LAUNCHERS, current
 from llama_ds.job.heartbeat import Heartbeat, check_hosts, check_world, host_identity, keep_output
 from llama_ds.launch.hostfile import check_launcher_hostfile
 from llama_ds.layout.layout import Layout, resolve_layout
+
+if TYPE_CHECKING:
+    from llama_ds.parallel.world import RankInfo
 
 
 def main() -> int:
@@ -58,9 +62,12 @@ def main() -> int:
         if job:
             check_hosts(job, world.gather(host_identity()))
         run, layout, config = world.together(lambda: resolve(arguments, rank_info.world))
-        from llama_ds.training.loop import train
+        if arguments.self_test:
+            only_self_test(run, layout, config, rank_info)
+        else:
+            from llama_ds.training.loop import train
 
-        train(run, layout, config, rank_info, heartbeat.progress)
+            train(run, layout, config, rank_info, heartbeat.progress)
         heartbeat.end()
     return 0
 
@@ -76,6 +83,19 @@ def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layou
     return run, layout, deepspeed_config(run, layout, world.computes_bf16(world.device()))
 
 
+def only_self_test(run: RunConfig, layout: Layout, config: dict[str, Any], rank_info: RankInfo) -> None:
+    """Test the layout without the run's data, of which only document masks need the tokenizer. Collective."""
+    from llama_ds.data.text.tokenizer import Tokenizer
+    from llama_ds.parallel import world
+    from llama_ds.training.self_test.check import self_test
+    from llama_ds.training.setup import with_min_memory
+
+    device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
+    path = run.data.tokenizer
+    marks = world.together(lambda: Tokenizer(path).marks if run.data.document_mask else LLAMA_MARKS)
+    self_test(with_min_memory(run, device), layout, dtype, marks, rank_info, device)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line; DeepSpeed's launcher adds --local_rank, which the environment also contains."""
     parser = argparse.ArgumentParser(
@@ -86,7 +106,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("run_file", help="YAML run file, e.g. ds_configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
+    instead.add_argument(
+        "--self-test", action="store_true", help="test the layout with a tiny model against plain torch, and exit"
+    )
     parser.add_argument("--strict", action="store_true", help="end at a damaged checkpoint: checkpoint.strict=true")
     parser.add_argument("--world", type=int, help="with --dry-run: the number of ranks to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

@@ -189,6 +189,14 @@ class ComputeConfig(Section):
             "weight gradients (zb_h1, dualpipe_v).",
         ),
     ] = "manual_backward"
+    self_test: Annotated[
+        str,
+        Key(
+            "Whether a start first trains a tiny model of the same structure under the run's layout and compares it "
+            "with plain torch: `auto` at the first start of a layout on several ranks, `always`, or `off`.",
+            choices=("auto", "always", "off"),
+        ),
+    ] = "auto"
 
 
 @dataclass(frozen=True)

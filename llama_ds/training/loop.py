@@ -19,6 +19,7 @@ from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
+from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
 from llama_ds.training.start import carried_over, open_start
 from llama_ds.training.stragglers import Stragglers
@@ -42,6 +43,7 @@ def train(
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
+    self_test_at_start(run, layout, dtype, marks, rank_info, device)
     engine = world.together(lambda: build_engine(run, layout, config, device, marks))
     first = load_state(engine, checkpoints, chosen, start)
     checkpoints.begin(marks, carried_over(checkpoints.folder, chosen, start))
