@@ -29,7 +29,7 @@ PART_TIMEOUT = timedelta(seconds=60)  # of a collective in a part of the world; 
 def engines_undone() -> Iterator[None]:
     """Undo what engines built inside change in this process: groups, DeepSpeed's globals, generators, frozen garbage.
 
-    Destroy them inside. All ranks must leave it alike.
+    Dismantle them inside. All ranks must leave it alike.
     """
     before = set(distributed_c10d._world.pg_map)
     restore = [_globals_of(module) for module in _STATEFUL]
@@ -50,6 +50,19 @@ def engines_undone() -> Iterator[None]:
                 torch._dynamo.reset()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+
+
+def dismantle(engine: Any) -> None:
+    """Destroy a DeepSpeed engine and what it hangs on its parameters.
+
+    Under ZeRO-3 the optimizer holds autograd's nodes, which hold the parameters, which hold the optimizer: a cycle
+    through C++ that Python's collector does not see.
+    """
+    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    engine.destroy()
+    vars(optimizer).clear()
+    for parameter in parameters:
+        vars(parameter).clear()
 
 
 def _globals_of(module: ModuleType) -> Callable[[], None]:

@@ -6,7 +6,7 @@ axes' communication does not take part, and groups on faulty hosts are told from
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations, count
 from typing import Any
@@ -32,10 +32,10 @@ class Trial:
     groups: int
 
     def words(self) -> str:
-        """Return what failed: "tp 2 alone fails on ranks 2 and 3 (the loss differs by 0.1 (bound 1e-05))"."""
+        """Return what failed: "tp 2 alone fails in 1 of 2 groups, ranks 2 and 3: the loss differs by 0.1 ..."."""
         ranks = next(iter(self.failures))
-        some = f" in {len(self.failures)} of {self.groups} groups, first on ranks {_span(ranks)}"
-        return f"{self.name} fails{some if len(self.failures) < self.groups else ''}: {self.failures[ranks]}"
+        first = f" in {len(self.failures)} of {self.groups} groups, first in that of ranks {_all(ranks)}"
+        return f"{self.name} fails{first if len(self.failures) < self.groups else ''}: {self.failures[ranks]}"
 
 
 class FaultSearch:
@@ -66,14 +66,14 @@ class FaultSearch:
         where = f"along {' and '.join(chosen)}" if chosen else "in what each rank computes by itself"
         yield f"The fault is {where}: " + "; ".join(other.words() for other in faulty)
         if passed:
-            yield f"{_capital(listed(passed).replace(' or ', ' and '))} {'passes' if len(passed) == 1 else 'pass'}"
+            yield _capital(f"{_all(passed)} {'passes' if len(passed) == 1 else 'pass'}")
         helping = [
             name
             for name, small in options_off(with_axes(self.small, chosen))
             if not self._run(name, small, chosen).failures
         ]
         if helping:
-            yield f"{trial.name} passes with {listed(helping)}"
+            yield _capital(f"{trial.name} passes with {listed(helping)}")
 
     def _try(self, chosen: Axes, axes: Axes, whole: Trial) -> Trial:
         if chosen == axes:
@@ -134,8 +134,10 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
             yield f"model.{key}={str(off).lower()}", of("model", **{key: off})
 
 
-def _span(ranks: tuple[int, ...]) -> str:
-    return " and ".join(map(str, ranks)) if len(ranks) < 3 else f"{', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
+def _all(things: Iterable[object]) -> str:
+    """Return the things as an English list: "0, 1 and 2"."""
+    *others, last = map(str, things)
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def _capital(text: str) -> str:

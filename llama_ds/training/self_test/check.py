@@ -72,8 +72,8 @@ def self_test(
         verdict = FaultSearch(small, rank_info, device).verdict(failed) if failed else ""
     if failed:
         raise UserError(
-            f"self-test of {name}: the run would compute wrong numbers. A tiny model of its structure against plain "
-            f"torch: {failed}. {verdict}; mend or avoid that, or set compute.self_test=off to train regardless"
+            f"self-test of {name}: the run would compute wrong numbers: a tiny model's are not plain torch's: "
+            f"{failed}. {verdict}. Use another value or other hosts there, or compute.self_test=off to train regardless"
         )
     if rank_info.rank == 0:
         _remember(path, record)

@@ -23,7 +23,7 @@ from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import Key, key_of, weight_of
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import fragments
-from llama_ds.parallel.temporary import engines_undone
+from llama_ds.parallel.temporary import dismantle, engines_undone
 from llama_ds.training.device_batches import MicroBatch
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.self_test.plain import PlainTraining
@@ -102,7 +102,7 @@ def _compare(small: SmallRun, rank_info: world.RankInfo, device: torch.device) -
             norms.append(_relative(abs(norm - wanted_norm), wanted_norm))
         after, wanted_after = _masters(engine.deepspeed), _weights(plain)
     finally:
-        engine.deepspeed.destroy()
+        dismantle(engine.deepspeed)
     tp_rank = small.layout.coords(rank_info.rank).tp
     changed = [(name, start, values - old) for (name, start, values), (*_, old) in zip(after, before, strict=True)]
     changes = {key: wanted_after[key] - old for key, old in wanted_before.items()}
