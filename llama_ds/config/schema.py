@@ -24,21 +24,10 @@ from llama_ds.config.section_rules import (
 from llama_ds.schedules.schedule import NAMES as SCHEDULES
 
 __all__ = [
-    "CheckpointConfig",
-    "ComputeConfig",
-    "DataConfig",
-    "EvaluationConfig",
-    "LoggingConfig",
-    "MixtureStage",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "RopeScaling",
-    "RunConfig",
-    "SkipConfig",
-    "SourceConfig",
-    "TrainingConfig",
-]
+    "CheckpointConfig", "ComputeConfig", "DataConfig", "EvaluationConfig", "LoggingConfig",
+    "MixtureStage", "ModelConfig", "OptimizerConfig", "ParallelConfig", "RopeScaling",
+    "RunConfig", "SkipConfig", "SourceConfig", "TrainingConfig",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

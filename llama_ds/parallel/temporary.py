@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d
 
 # Modules of DeepSpeed that keep process groups and buffers of the engine built last in global variables.
 _STATEFUL = (groups, p2p, checkpointing, partition_parameters)
-PART_TIMEOUT = timedelta(seconds=60)  # of a collective in a part of the world; only a rank that failed is so late
+PART_TIMEOUT = timedelta(seconds=60)  # limit for a collective in a part of the world
 
 
 @contextmanager
@@ -56,7 +56,8 @@ def dismantle(engine: Any) -> None:
     """Destroy a DeepSpeed engine and what it hangs on its parameters.
 
     Under ZeRO-3 the optimizer holds autograd's nodes, which hold the parameters, which hold the optimizer: a cycle
-    through C++ that Python's collector does not see.
+    through C++ that Python's collector does not see. This frees most of it; an engine of ZeRO-3 still leaves some
+    tensors of its small model.
     """
     optimizer, parameters = engine.optimizer, list(engine.module.parameters())
     engine.destroy()

@@ -28,7 +28,13 @@ from llama_ds.training.self_test.comparison import Differences, bounds_of, compa
 from llama_ds.training.self_test.small_run import SmallRun, small_run
 
 PASSED = "self_test.json"  # in the run's folder: the layouts that have passed
-SECTIONS = ("model", "optimizer", "parallel", "compute", "deepspeed")  # of the small run: what a test depends on
+SECTIONS = (
+    "model",
+    "optimizer",
+    "parallel",
+    "compute",
+    "deepspeed",
+)  # sections of the small run that decide the outcome
 
 
 def self_test_at_start(

@@ -34,11 +34,11 @@ from llama_ds.training.self_test.small_run import BEGIN_ID, END_ID, LEARNING_RAT
 class Differences:
     """Relative differences from plain torch, the largest of all ranks and steps; not a number counts as infinite."""
 
-    initial: float  # of initial weights
+    initial: float  # initial weights
     loss: float
     norm: float
-    change: float  # of the change of one kind of weight
-    kind: str = ""  # which one
+    change: float  # change of one kind of weight
+    kind: str = ""  # name of the kind
 
     def beyond(self, bounds: Differences) -> list[str]:
         """Return what exceeds its bound, in words."""
@@ -59,14 +59,14 @@ class Differences:
 #   fp32: layouts differ in the order of sums. Measured 1e-7 (loss), 3e-7 (norm); the change of norm weights near 1 is
 #       known to 2^-24, a few 1e-5 of itself.
 #   bf16: its mantissa of 8 bits rounds by up to 2^-9 = 2e-3 an operation, which averages out in loss and norm. Measured
-#       3e-4, 3e-3, and 1.5e-2 for the change, whose elements sum few roundings.
+#       3e-4, 3e-3, and 2e-2 for the change, whose elements sum few roundings.
 #   quantized: ZeRO++ sends 8-bit weights or 4-bit gradients; or masters in bf16, which round each change. Not measured.
 BOUNDS = {
     "fp32": Differences(0.0, 1e-5, 1e-5, 1e-3),
     "bf16": Differences(0.0, 3e-3, 2e-2, 1e-1),
     "quantized": Differences(1e-2, 3e-2, 2e-1, 5e-1),
 }
-SMALLEST_SHARE = 0.03  # of the change of all weights: kinds of weights that change less are judged against this
+SMALLEST_SHARE = 0.03  # share of the whole change against which kinds that change less are judged
 
 
 def bounds_of(small: SmallRun) -> Differences:

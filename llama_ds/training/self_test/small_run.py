@@ -30,7 +30,7 @@ from llama_ds.layout.recompute import ELEMENT_BYTES, stage_policies
 
 STEPS = 2
 HIDDEN_SIZE = 64
-FEATURES = 32  # of the feed-forward layer on a rank
+FEATURES = 32  # feed-forward features on a rank
 MIN_VOCABULARY, MIN_TOKENS = 128, 32
 MANY_STAGES = 4  # a stage has two decoder layers, and one if there are more stages than this
 PERSISTENT = 1000  # elements that ZeRO-3 holds on every rank: norms and biases, as in a large model, but no matrix
@@ -108,19 +108,19 @@ def with_axes(small: SmallRun, axes: Iterable[str]) -> SmallRun:
     layout = replace(
         small.layout, **{axis: 1 for axis in small.layout.sizes._asdict() if axis not in kept}
     )  # accumulation and rows of a micro-batch stay
-    parallel, deepspeed = small.run.parallel, copy.deepcopy(small.run.deepspeed)
+    parallel, settings = small.run.parallel, copy.deepcopy(small.run.deepspeed)
     parallel = replace(
         parallel, pp=layout.pp, tp=layout.tp, sequence_parallel=parallel.sequence_parallel and layout.tp > 1,
         **({} if "pp" in kept else _one_stage(parallel.recompute)),
     )  # fmt: skip
     if "dp" not in kept:
-        deepspeed.get("zero_optimization", {}).pop("zero_hpz_partition_size", None)
+        settings.get("zero_optimization", {}).pop("zero_hpz_partition_size", None)
     training = replace(
         small.run.training,
         global_batch=layout.global_batch,
         tokens=STEPS * layout.global_batch * small.run.data.seq_len,
     )
-    run = replace(small.run, parallel=parallel, training=training, deepspeed=deepspeed)
+    run = replace(small.run, parallel=parallel, training=training, deepspeed=settings)
     return replace(small, run=run, layout=layout)
 
 
