@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-KINDS = ("deepspeed", "hf", "meta", "megatron")
+KINDS = ("deepspeed", "hf", "meta", "megatron", "neox")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 # Only written: llama.cpp's format, and its quantized dtype.
 TARGETS = (*KINDS, "gguf")
 TARGET_DTYPES = (*DTYPE_NAMES, "q8_0")
+# Formats that leave settings of the model open (`formats.meta_params.Unsaid`), and in words for messages.
+INCOMPLETE = ("meta", "megatron", "neox")
+INCOMPLETE_FOLDERS = "Meta folders and those of Megatron-LM and GPT-NeoX"
+# Results with tensor-parallel shards and with pipeline stages, in words for messages.
+SHARDED, STAGED = "deepspeed, meta, megatron and neox", "deepspeed, megatron and neox"
 TRANSFORMER_IMPLS = ("transformer_engine", "local")  # Megatron-LM's; they name the norms of a layer differently
+# How GPT-NeoX orders the rows of query, key and value of grouped heads in their common matrix: by heads until
+# 2024-11-13, in blocks of all queries, keys and values of a rank since then.
+QKV_ORDERS = ("heads", "blocks")

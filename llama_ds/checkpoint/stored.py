@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +23,8 @@ from llama_ds.errors import UserError
 
 CHUNK_ELEMENTS = 4 << 20  # chunk size of a read that converts the dtype: 16 MiB of fp32
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+REFUSED_OBJECT = re.compile(r"\b(?:GLOBAL|global|class) ([\w.]+\.\w+)")  # in torch.load's messages
 
 _ALLOWING = threading.Lock()  # what torch.load allows is a setting of the whole process
 
@@ -154,8 +157,19 @@ def _load(path: str, mode: AbstractContextManager[object], mmap: bool = False, i
                 return _inert_content(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise any exception
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    """Return what to say of an error of torch.load, whose own text advises to execute what the file holds."""
+    text = str(error)
+    if object_name := REFUSED_OBJECT.search(text):
+        return UserError(
+            f"{path}: holds {object_name[1]}, which is neither a tensor nor plain data, and nothing in a file is "
+            "executed; save the tensors alone, as a state dict"
+        )
+    reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or type(error).__name__
+    return UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again")
 
 
 def _inert_content(path: str) -> Any:

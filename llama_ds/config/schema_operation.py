@@ -64,7 +64,7 @@ class CheckpointConfig(Section):
     start_from: Annotated[
         str,
         Key(
-            "Initial weights of a new run: a checkpoint, or a model folder of Hugging Face, Meta or Megatron-LM.",
+            "Initial weights of a new run: a checkpoint, or a model folder that tools/convert.py reads.",
             is_path=True,
         ),
     ] = ""

@@ -23,10 +23,10 @@ from typing import Any
 from torch import Tensor
 
 from llama_ds.checkpoint.formats.fused import Unfused
-from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, merged, model_files, same
+from llama_ds.checkpoint.formats.inventory import check_file, model_files, same
 from llama_ds.checkpoint.formats.megatron_args import MegatronSettings, settings_of
 from llama_ds.checkpoint.formats.meta_params import Unsaid
-from llama_ds.checkpoint.formats.plan import part_shape
+from llama_ds.checkpoint.formats.rank_parts import RankParts
 from llama_ds.checkpoint.formats.views import RotaryReordered, TableRows
 from llama_ds.checkpoint.stored import Stored, located, torch_content
 from llama_ds.checkpoint.weights import ModelFiles, Readable
@@ -61,11 +61,8 @@ OTHER_FORMATS = (".metadata", "metadata.json", "common.pt")  # files of torch_di
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """One chunk of the model's layers: its state dict on every tensor-parallel rank."""
-
-    paths: tuple[str, ...]
-    parts: tuple[Mapping[str, Stored], ...]
+class Chunk(RankParts):
+    """One chunk of the model's layers."""
 
     def layers(self) -> int:
         """Return the number of decoder layers.
@@ -77,17 +74,6 @@ class Chunk:
         if found != set(range(len(found))):
             raise UserError(f"{self.paths[0]}: its layers are not numbered 0, 1, 2, ...; copy the file again")
         return len(found)
-
-    def check(self, wanted: list[str]) -> None:
-        """Check that all ranks have exactly the tensors `wanted`."""
-        for path, part in zip(self.paths, self.parts, strict=True):
-            check_names(path, wanted, part)
-
-    def merged(self, name: str, dim: int | None, shape: tuple[int, ...]) -> Readable:
-        """Return a tensor of all ranks, checked to have the unsharded `shape`."""
-        own = part_shape(shape, dim, len(self.parts))
-        check_shape(self.paths[0], name, self.parts[0][name].shape, own, "args")
-        return merged(name, self.parts, self.paths, dim)
 
 
 def open_megatron(folder: str, vocab_size: int | None = None, unsaid: Unsaid | None = None) -> ModelFiles:
