@@ -163,7 +163,15 @@ MODULES = {"RMSNorm", "ShardedLinear"}
 OWNERS = ("llama_ds/layout/weights.py", "llama_ds/model/", "llama_ds/checkpoint/names.py")
 FOREIGN_FILES = (
     *("gguf_model.py", "hf_folder.py", "huggingface.py", "meta.py"),
-    *("megatron.py", "megatron_args.py", "megatron_writing.py", "neox.py", "neox_writing.py"),
+    *(
+        "megatron.py",
+        "megatron_args.py",
+        "megatron_writing.py",
+        "megatron_tensors.py",
+        "megatron_legacy.py",
+        "neox.py",
+        "neox_writing.py",
+    ),
 )
 FOREIGN = tuple(f"llama_ds/checkpoint/formats/{name}" for name in FOREIGN_FILES)
 

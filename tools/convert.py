@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     unsaid.add_argument(
         "--qkv-order",
         choices=QKV_ORDERS,
-        help="for GPT-NeoX with grouped heads: order of the rows of query, key and value; blocks since 2024-11-13",
+        help="order of the rows of query, key and value of GPT-NeoX and Megatron-DeepSpeed, which changed late in 2024",
     )
     unsaid.add_argument("--bos-id", type=whole(0), metavar="N", help="default: the tokenizer's")
     unsaid.add_argument("--eos-id", type=whole(0), metavar="N", nargs="+", default=[], help="default: the tokenizer's")

@@ -13,6 +13,5 @@ INCOMPLETE_FOLDERS = "Meta folders and those of Megatron-LM and GPT-NeoX"
 # Results with tensor-parallel shards and with pipeline stages, in words for messages.
 SHARDED, STAGED = "deepspeed, meta, megatron and neox", "deepspeed, megatron and neox"
 TRANSFORMER_IMPLS = ("transformer_engine", "local")  # Megatron-LM's; they name the norms of a layer differently
-# How GPT-NeoX orders the rows of query, key and value of grouped heads in their common matrix: by heads until
-# 2024-11-13, in blocks of all queries, keys and values of a rank since then.
+# Order of the rows of query, key and value in their common matrix: by heads, or all queries, keys and values of a rank.
 QKV_ORDERS = ("heads", "blocks")

@@ -59,8 +59,8 @@ def open_model(
             f"command line: --rope-factor, --seq-len and --qkv-order apply only to {INCOMPLETE_FOLDERS}; {path} is "
             f"another: {kind}"
         )
-    if unsaid and unsaid.qkv_order and kind != "neox":
-        raise UserError(f"command line: --qkv-order applies only to folders of GPT-NeoX; {path} is another: {kind}")
+    if unsaid and unsaid.qkv_order and kind == "meta":
+        raise UserError(f"command line: --qkv-order does not apply to {path}: Meta has three matrices; omit it")
     if kind == "deepspeed":
         files = open_checkpoint(locate(path))
         if vocab_size is None:

@@ -127,7 +127,7 @@ def module_tensors(path: str, content: Mapping[str, Any]) -> dict[str, Stored]:
     Raises:
         UserError: it holds something else than tensors, or nothing.
     """
-    tensors = dict(_flat(content.get("module"), ""))
+    tensors = flat(content.get("module"))
     if other := [name for name, value in tensors.items() if not isinstance(value, Tensor)]:
         raise UserError(f"{path}: {other[0]} is no plain tensor; save the weights in bf16, fp16 or fp32")
     if not tensors:
@@ -135,7 +135,11 @@ def module_tensors(path: str, content: Mapping[str, Any]) -> dict[str, Stored]:
     return located(path, tensors)
 
 
-def _flat(value: object, prefix: str) -> list[tuple[str, object]]:
-    if not isinstance(value, dict):
-        return [] if value is None else [(prefix, value)]
-    return [entry for key, inner in value.items() for entry in _flat(inner, f"{prefix}.{key}" if prefix else str(key))]
+def flat(state: object, prefix: str = "") -> dict[str, object]:
+    """Return the values of nested dicts by their keys joined with dots; None and empty dicts are left out."""
+    if not isinstance(state, dict):
+        return {} if state is None else {prefix: state}
+    found: dict[str, object] = {}
+    for key, value in state.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
