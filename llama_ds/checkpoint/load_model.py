@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from llama_ds.checkpoint.choices import INCOMPLETE, INCOMPLETE_FOLDERS
+from llama_ds.checkpoint.formats.dcp import holds_dcp
 from llama_ds.checkpoint.formats.hf_config import CONFIG
 from llama_ds.checkpoint.formats.hf_folder import holds_zero_shards
 from llama_ds.checkpoint.formats.huggingface import holds_huggingface, open_huggingface
@@ -19,6 +20,7 @@ from llama_ds.checkpoint.formats.megatron import TRACKER, holds_megatron, open_m
 from llama_ds.checkpoint.formats.meta import holds_meta, open_meta
 from llama_ds.checkpoint.formats.meta_params import PARAMS, Unsaid
 from llama_ds.checkpoint.formats.neox import holds_neox, open_neox
+from llama_ds.checkpoint.formats.torchtitan import open_torchtitan
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
 from llama_ds.checkpoint.store import LATEST, newest
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, open_checkpoint
@@ -34,9 +36,10 @@ RECOGNISED = {
     "meta": (f"{PARAMS} or consolidated.NN.pth", holds_meta),
     "megatron": (TRACKER, holds_megatron),
     "neox": ("layers of GPT-NeoX", holds_neox),
+    "torchtitan": ("step-N/.metadata of torchtitan", holds_dcp),
 }
-FOLDERS = "Hugging Face, Meta, Megatron-LM or GPT-NeoX"
-OPEN = {"meta": open_meta, "megatron": open_megatron, "neox": open_neox}
+FOLDERS = "Hugging Face, Meta, Megatron-LM, GPT-NeoX or torchtitan"
+OPEN = {"meta": open_meta, "megatron": open_megatron, "neox": open_neox, "torchtitan": open_torchtitan}
 
 
 def open_model(
@@ -59,8 +62,8 @@ def open_model(
             f"command line: --rope-factor, --seq-len and --qkv-order apply only to {INCOMPLETE_FOLDERS}; {path} is "
             f"another: {kind}"
         )
-    if unsaid and unsaid.qkv_order and kind == "meta":
-        raise UserError(f"command line: --qkv-order does not apply to {path}: Meta has three matrices; omit it")
+    if unsaid and unsaid.qkv_order and kind in ("meta", "torchtitan"):
+        raise UserError(f"command line: --qkv-order does not apply to {path}: its three matrices are apart; omit it")
     if kind == "deepspeed":
         files = open_checkpoint(locate(path))
         if vocab_size is None:

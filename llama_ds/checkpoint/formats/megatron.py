@@ -75,6 +75,8 @@ def holds_megatron(folder: str) -> bool:
     names = os.listdir(folder)
     if TRACKER in names or any(RANK_FOLDER.fullmatch(name) for name in names):
         return True
+    if all(name in names for name in OTHER_FORMATS[1:]):
+        return True
     return holds_megatron_deepspeed(folder)
 
 

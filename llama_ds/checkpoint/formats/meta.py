@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from llama_ds.checkpoint.carried import ORIGINAL, TOKENIZER, carried_files
 from llama_ds.checkpoint.choices import STAGED
+from llama_ds.checkpoint.formats.dcp import holds_dcp
 from llama_ds.checkpoint.formats.frequencies import dropped_frequencies
 from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, merged, model_files, same, shown
@@ -92,7 +93,10 @@ def open_meta(folder: str, vocab_size: int | None = None, unsaid: Unsaid | None 
 
 def holds_meta(folder: str) -> bool:
     """Return whether a folder looks like a Meta release."""
-    return os.path.lexists(os.path.join(folder, PARAMS)) or any(PART.fullmatch(name) for name in os.listdir(folder))
+    names = os.listdir(folder)
+    if any(PART.fullmatch(name) for name in names):
+        return True
+    return PARAMS in names and not holds_dcp(folder)  # torchtitan's checkpoints need one, too
 
 
 def plan_meta(files: ModelFiles, target: Target) -> Plan:
