@@ -15,12 +15,14 @@ from torch import Tensor
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.carried import Carried
+from llama_ds.checkpoint.conversion.digest import surely_finite
 from llama_ds.checkpoint.damage import damaged_files, missing_files, needed_to_resume
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, Description, describe, read_tensors
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
+from llama_ds.config.rules import NONFINITE
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.text.tokenizer import tokenizer_files
@@ -233,10 +235,14 @@ class Checkpoints:
         return found.step
 
     def start_from(self, engine: Any, weights: Mapping[Key, Readable]) -> None:
-        """Initialize a run with the weights of a model. Collective."""
-        self._fill(engine, {MASTER: weights})
+        """Initialize a run with the weights of a model. Collective.
 
-    def _fill(self, engine: Any, kinds: Mapping[str, Mapping[Key, Readable]]) -> None:
+        Raises:
+            UserError: a weight is NaN or infinite, and the run does not allow it.
+        """
+        self._fill(engine, {MASTER: weights}, check=NONFINITE not in self.run.checkpoint.start_from_changes)
+
+    def _fill(self, engine: Any, kinds: Mapping[str, Mapping[Key, Readable]], check: bool = False) -> None:
         def fill() -> None:
             for fragment in fragments(engine):
                 key = key_of(fragment.name)
@@ -244,6 +250,8 @@ class Checkpoints:
                 for kind, target in fragment.tensors.items():
                     if kind in kinds:
                         _read(kinds[kind][key], target, rank, size, fragment.start)
+                        if check:
+                            _check_finite(self.run.checkpoint.start_from, key, target)
 
         world.together(fill)
         spread_masters(engine)
@@ -381,6 +389,15 @@ def _read(source: Readable, target: Tensor, rank: int, size: int, start: int) ->
         part = target[begin : begin + READ_ELEMENTS]
         source.read(buffer[: len(part)], rank, size, start + begin)
         part.copy_(buffer[: len(part)])
+
+
+def _check_finite(path: str, key: Key, part: Tensor) -> None:
+    if not part.numel() or surely_finite(part) or part.isfinite().all():
+        return
+    raise UserError(
+        f"{path}: layer {key[0]} {key[1]} holds NaN or infinity, so the model is damaged; give another checkpoint, or "
+        f"start from it as it is: checkpoint.start_from_changes=[{NONFINITE}]"
+    )
 
 
 def _reason(error: Exception | None) -> str | None:
