@@ -9,13 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.carried import Carried
-from llama_ds.checkpoint.conversion.digest import surely_finite
 from llama_ds.checkpoint.damage import damaged_files, missing_files, needed_to_resume
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, Description, describe, read_tensors
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
@@ -34,12 +30,12 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, spread_masters
 from llama_ds.parallel.state_files import state_files
+from llama_ds.training.reading import check_finite, read_part
 from llama_ds.training.rewind import Choice, choice, rewinds
 
 NOTHING = Carried()
 DRAIN_S = 60.0  # grace period for an in-flight save when a rank fails
 SHARED_S = 10.0  # time for a file written by another host to become visible
-READ_ELEMENTS = 16 << 20  # chunk size of reads into device memory: 64 MiB of fp32
 
 
 class Checkpoints:
@@ -249,9 +245,9 @@ class Checkpoints:
                 rank, size = self._part(engine, key)
                 for kind, target in fragment.tensors.items():
                     if kind in kinds:
-                        _read(kinds[kind][key], target, rank, size, fragment.start)
+                        read_part(kinds[kind][key], target, rank, size, fragment.start)
                         if check:
-                            _check_finite(self.run.checkpoint.start_from, key, target)
+                            check_finite(self.run.checkpoint.start_from, key, target)
 
         world.together(fill)
         spread_masters(engine)
@@ -378,26 +374,6 @@ class Checkpoints:
     def _is_indexed(self, engine: Any, key: Key, parameter: Any) -> bool:
         tp_replica = weight_of(key[1]).cut is None and engine.mpu.get_tensor_model_parallel_rank() > 0
         return not tp_replica and not getattr(parameter, "ds_pipe_replicated", False)
-
-
-def _read(source: Readable, target: Tensor, rank: int, size: int, start: int) -> None:
-    if target.device.type == "cpu" and target.is_contiguous():
-        source.read(target, rank, size, start)
-        return
-    buffer = torch.empty(min(target.numel(), READ_ELEMENTS), dtype=target.dtype, pin_memory=target.is_cuda)
-    for begin in range(0, target.numel(), READ_ELEMENTS):
-        part = target[begin : begin + READ_ELEMENTS]
-        source.read(buffer[: len(part)], rank, size, start + begin)
-        part.copy_(buffer[: len(part)])
-
-
-def _check_finite(path: str, key: Key, part: Tensor) -> None:
-    if not part.numel() or surely_finite(part) or part.isfinite().all():
-        return
-    raise UserError(
-        f"{path}: layer {key[0]} {key[1]} holds NaN or infinity, so the model is damaged; give another checkpoint, or "
-        f"start from it as it is: checkpoint.start_from_changes=[{NONFINITE}]"
-    )
 
 
 def _reason(error: Exception | None) -> str | None:

@@ -102,7 +102,7 @@ def modern_args(args: object) -> object:
         values |= {"group_query_attention": groups != heads, "num_query_groups": groups}
     replaced = {"normalization", "position_embedding_type"} if rotary is not None else {"normalization"}
     kept = {key: value for key, value in given.items() if value is not None and key not in replaced}
-    experts = kept.get("num_experts")  # of Megatron-DeepSpeed it is a list
+    experts = kept.get("num_experts")  # a list in Megatron-DeepSpeed
     if isinstance(experts, list) and set(experts) == {1}:
         kept["num_experts"] = None
     return Namespace(**{**values, **kept})
