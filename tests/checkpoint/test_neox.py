@@ -309,3 +309,14 @@ def test_what_it_cannot_compute_is_refused(
     (folder / "config.json").write_text(json.dumps(config))
     assert convert.main([str(folder), str(tmp_path / "x"), "--to", "neox"]) == 2
     assert "GPT-NeoX computes llama3 only" in capsys.readouterr().err
+
+
+def test_an_incomplete_checkpoint_of_this_project_is_not_taken_for_one(
+    tmp_path: Path, models: dict[str, LlamaForCausalLM]
+) -> None:
+    """It has files of the same names."""
+    folder = tmp_path / "ds"
+    assert convert.main([models["mha"].name_or_path, str(folder), "--to", "deepspeed", "--no-logits"]) == 0
+    (folder / "llama_ds.json").unlink()
+    with pytest.raises(UserError, match=r"contains none of llama_ds\.json"):
+        kind_of(str(folder))

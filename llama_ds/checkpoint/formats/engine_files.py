@@ -99,6 +99,15 @@ def layer_parts(where: str) -> dict[int, RankParts]:
     return layers
 
 
+def layer_holds(where: str, layer: int, name: str) -> bool:
+    """Return whether the file of a layer can be read and holds the tensor `name`."""
+    path = os.path.join(where, layer_file(layer, 0))
+    try:
+        return os.path.exists(path) and name in torch_tensors(path)
+    except UserError:
+        return False
+
+
 def rank_paths(where: str) -> list[str]:
     """Return the paths of the files of all model-parallel ranks.
 

@@ -23,7 +23,7 @@ from llama_ds.checkpoint.formats.engine_files import (
     RANK_FILE,
     engine_content,
     foreign_names,
-    layer_file,
+    layer_holds,
     layer_parts,
     module_tensors,
     rank_paths,
@@ -54,7 +54,7 @@ def holds_megatron_deepspeed(folder: str) -> bool:
     """Return whether a folder looks like Megatron-DeepSpeed's checkpoints, or one of them."""
     where, names = foreign_names(folder)
     if any(LAYER_FILE.fullmatch(name) for name in names):
-        return layer_file(FIRST, 0) in names and layer_file(0, 0) not in names
+        return layer_holds(where, FIRST, "word_embeddings.weight")
     if not any(RANK_FILE.fullmatch(name) for name in names):
         return False
     try:

@@ -25,7 +25,7 @@ from llama_ds.checkpoint.formats.engine_files import (
     checkpoint_in,
     engine_content,
     foreign_names,
-    layer_file,
+    layer_holds,
     layer_parts,
     module_tensors,
     rank_file,
@@ -129,7 +129,7 @@ def holds_neox(folder: str) -> bool:
     """Return whether a folder looks like GPT-NeoX's checkpoints, or one of them."""
     where, names = foreign_names(folder)
     if any(LAYER_FILE.fullmatch(name) for name in names):
-        return layer_file(0, 0) in names  # Megatron-DeepSpeed's layer 0 has no weights
+        return layer_holds(where, 0, EMBEDDING)  # Megatron-DeepSpeed's layer 0 has no weights
     if not any(RANK_FILE.fullmatch(name) for name in names):
         return False
     try:
