@@ -162,8 +162,9 @@ WORDS = {part for weight in TABLE for part in weight.name.split(".") if "_" in p
 MODULES = {"RMSNorm", "ShardedLinear"}
 OWNERS = ("llama_ds/layout/weights.py", "llama_ds/model/", "llama_ds/checkpoint/names.py")
 FOREIGN_FILES = (
-    *("gguf_model.py", "hf_folder.py", "huggingface.py", "meta.py"),
-    *("megatron.py", "megatron_args.py", "megatron_writing.py"),
+    *("gguf_model.py", "hf_folder.py", "huggingface.py", "meta.py", "torchtitan.py", "neox.py", "neox_writing.py"),
+    *("megatron.py", "megatron_args.py", "megatron_deepspeed.py", "megatron_legacy.py", "megatron_tensors.py"),
+    "megatron_writing.py",
 )
 FOREIGN = tuple(f"llama_ds/checkpoint/formats/{name}" for name in FOREIGN_FILES)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from llama_ds.checkpoint.formats.layer_files import layer_file
+from llama_ds.checkpoint.formats.engine_files import layer_file
 from llama_ds.checkpoint.manifest import WEIGHT, FileEntry, Record, StoredPiece, checksum, name_of
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES

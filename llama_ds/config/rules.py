@@ -13,6 +13,7 @@ from llama_ds.config.numbers import divisors
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError, did_you_mean, listed
 
+NONFINITE = "nonfinite"  # entry of checkpoint.start_from_changes that allows NaN and infinite weights
 FLASH_HEAD_DIMS = range(8, 256 + 1, 8)
 DEFERRING_SCHEDULES = ("zb_h1", "dualpipe_v")  # schedules that defer weight gradients
 
@@ -86,13 +87,13 @@ def _check_rewind(run: RunConfig) -> None:
 
 
 def _check_start_from_changes(run: RunConfig) -> None:
-    known = [*(f"model.{key.name}" for key in fields(ModelConfig)), "data.tokenizer"]
+    known = [*(f"model.{key.name}" for key in fields(ModelConfig)), "data.tokenizer", NONFINITE]
     for key in run.checkpoint.start_from_changes:
         if key not in known:
             raise _error(
                 run,
                 f"checkpoint.start_from_changes lists {key}{did_you_mean(key, known)}; list keys of model, as in "
-                "model.rope_theta, or data.tokenizer",
+                f"model.rope_theta, data.tokenizer, or {NONFINITE}",
             )
 
 

@@ -64,7 +64,7 @@ class CheckpointConfig(Section):
     start_from: Annotated[
         str,
         Key(
-            "Initial weights of a new run: a checkpoint, or a model folder of Hugging Face, Meta or Megatron-LM.",
+            "Initial weights of a new run: a checkpoint, or a model folder that tools/convert.py reads.",
             is_path=True,
         ),
     ] = ""
@@ -72,7 +72,7 @@ class CheckpointConfig(Section):
         tuple[str, ...],
         Key(
             "Keys in which the run may differ from the model of `start_from`: `model.rope_theta`, for example.",
-            rule="Keys of `model`, or `data.tokenizer`.",
+            rule="Keys of `model`, `data.tokenizer`, or `nonfinite` for a model with NaN or infinite weights.",
         ),
     ] = ()
     asynchronous: Annotated[bool, Key("Whether training continues while a checkpoint is written.")] = True

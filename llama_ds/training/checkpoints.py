@@ -9,9 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.carried import Carried
@@ -21,6 +18,7 @@ from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
+from llama_ds.config.rules import NONFINITE
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.text.tokenizer import tokenizer_files
@@ -32,12 +30,12 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, spread_masters
 from llama_ds.parallel.state_files import state_files
+from llama_ds.training.reading import check_finite, read_part
 from llama_ds.training.rewind import Choice, choice, rewinds
 
 NOTHING = Carried()
 DRAIN_S = 60.0  # grace period for an in-flight save when a rank fails
 SHARED_S = 10.0  # time for a file written by another host to become visible
-READ_ELEMENTS = 16 << 20  # chunk size of reads into device memory: 64 MiB of fp32
 
 
 class Checkpoints:
@@ -233,17 +231,23 @@ class Checkpoints:
         return found.step
 
     def start_from(self, engine: Any, weights: Mapping[Key, Readable]) -> None:
-        """Initialize a run with the weights of a model. Collective."""
-        self._fill(engine, {MASTER: weights})
+        """Initialize a run with the weights of a model. Collective.
 
-    def _fill(self, engine: Any, kinds: Mapping[str, Mapping[Key, Readable]]) -> None:
+        Raises:
+            UserError: a weight is NaN or infinite, and the run does not allow it.
+        """
+        self._fill(engine, {MASTER: weights}, check=NONFINITE not in self.run.checkpoint.start_from_changes)
+
+    def _fill(self, engine: Any, kinds: Mapping[str, Mapping[Key, Readable]], check: bool = False) -> None:
         def fill() -> None:
             for fragment in fragments(engine):
                 key = key_of(fragment.name)
                 rank, size = self._part(engine, key)
                 for kind, target in fragment.tensors.items():
                     if kind in kinds:
-                        _read(kinds[kind][key], target, rank, size, fragment.start)
+                        read_part(kinds[kind][key], target, rank, size, fragment.start)
+                        if check:
+                            check_finite(self.run.checkpoint.start_from, key, target)
 
         world.together(fill)
         spread_masters(engine)
@@ -370,17 +374,6 @@ class Checkpoints:
     def _is_indexed(self, engine: Any, key: Key, parameter: Any) -> bool:
         tp_replica = weight_of(key[1]).cut is None and engine.mpu.get_tensor_model_parallel_rank() > 0
         return not tp_replica and not getattr(parameter, "ds_pipe_replicated", False)
-
-
-def _read(source: Readable, target: Tensor, rank: int, size: int, start: int) -> None:
-    if target.device.type == "cpu" and target.is_contiguous():
-        source.read(target, rank, size, start)
-        return
-    buffer = torch.empty(min(target.numel(), READ_ELEMENTS), dtype=target.dtype, pin_memory=target.is_cuda)
-    for begin in range(0, target.numel(), READ_ELEMENTS):
-        part = target[begin : begin + READ_ELEMENTS]
-        source.read(buffer[: len(part)], rank, size, start + begin)
-        part.copy_(buffer[: len(part)])
 
 
 def _reason(error: Exception | None) -> str | None:
