@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import delay, new_parser, port, real, run, seconds, whole
-from llama_ds.config.run_file import load_run
+from llama_ds.config.run_file import load_run, path_variables
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.folder import VARIABLE, Job
@@ -166,6 +166,7 @@ def hosts_of(args: argparse.Namespace) -> dict[str, int]:
 def start_of(args: argparse.Namespace) -> LaunchSettings:
     """Return the settings with which ranks are started."""
     exports = exported_to_ranks(os.environ)
+    exports |= {name: os.environ[name] for name in path_variables(args.run_file, args.overrides)}
     for pair in args.export:
         name, equals, value = pair.partition("=")
         if not equals:
