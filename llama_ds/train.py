@@ -57,6 +57,7 @@ def main() -> int:
                 world.check_mpi(rank_info)
             check_world(job, rank_info.rank, rank_info.world)
             keep_output(job, rank_info.rank)
+            os.environ.update(job.secrets())
             heartbeat.begin(job, rank_info.rank)
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
         world.join(rank_info, job.nic if job else "")

@@ -27,6 +27,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
+from llama_ds.launch.deepspeed_env import read_deepspeed_env
 from llama_ds.launch.hostfile import parse_hostfile, select
 from llama_ds.launch.job_files import new_folder
 from llama_ds.launch.preflight import PreflightSettings, Report, examine
@@ -165,7 +166,10 @@ def hosts_of(args: argparse.Namespace) -> dict[str, int]:
 
 def start_of(args: argparse.Namespace) -> LaunchSettings:
     """Return the settings with which ranks are started."""
-    exports = exported_to_ranks(os.environ)
+    from_files = read_deepspeed_env(os.environ)
+    if from_files.remark:
+        print_line(from_files.remark)
+    exports = exported_to_ranks(os.environ) | from_files.exports
     exports |= {name: os.environ[name] for name in path_variables(args.run_file, args.overrides)}
     for pair in args.export:
         name, equals, value = pair.partition("=")
@@ -179,6 +183,7 @@ def start_of(args: argparse.Namespace) -> LaunchSettings:
         launcher=args.launcher,
         launcher_args=args.launcher_args.split(),
         exports=exports,
+        secrets={name: value for name, value in from_files.secrets.items() if name not in exports},
         nic=args.nic,
         master=args.master_addr,
         master_port=args.master_port,

@@ -36,6 +36,7 @@ class LaunchSettings:
     launcher: str = "pdsh"
     launcher_args: Sequence[str] = ()
     exports: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables that reach the ranks in a file
     nic: str = ""
     master: str = ""
     master_port: int = 0
@@ -139,7 +140,7 @@ class Supervisor:
             orphan_s=start.orphan_s,
             nic=start.nic,
         )
-        prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides])
+        prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides], start.secrets)
         command = command_of(job, start, rendezvous)
         self._attempt = Attempt(job, command, server, self.watch, self.events, self._print_line, start.ssh_port)
         if self._ending:
