@@ -21,6 +21,7 @@ from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.host_pool import HostPool
+from llama_ds.launch.supervise.repeats import RepeatedFailures, reason
 from llama_ds.launch.supervise.server import Server
 
 MAX_BACKOFF_S = 300.0
@@ -79,6 +80,7 @@ class Supervisor:
         self._skips = [(skip.at_step, skip.steps) for skip in run.data.skip]
         self._rewind_id = int(time.time())  # differs from an earlier job's: the run ignores an id it has seen
         self._attempt: Attempt | None = None
+        self._repeats = RepeatedFailures()
         self._ending = False
 
     def ask(self, what: str) -> None:
@@ -159,6 +161,13 @@ class Supervisor:
         if outcome.kind == outcomes.MISTAKE or (outcome.kind == outcomes.DIVERGENCE and not rewinds):
             return UserError.EXIT_CODE
         if self.limits.restarts == 0:
+            return 1
+        if self._repeats.seen(outcome, other_hosts=bool(self.host_pool.spares)):
+            self.events.add(
+                "gave up",
+                f"the same failure came again at step {outcome.step}, and would after another restart: "
+                f"{reason(outcome)}; see {self.folder}, fix the cause and run the same command again",
+            )
             return 1
         if in_a_row > self.limits.restarts:
             self.events.add(
