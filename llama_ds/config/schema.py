@@ -195,7 +195,7 @@ class OptimizerConfig(Section):
 
     SECTION: ClassVar[str] = "optimizer"
 
-    lr: Annotated[float, Key("Peak learning rate.", sign=POSITIVE)]
+    lr: Annotated[float, Key("Peak learning rate.", sign=POSITIVE, most=3e38)]  # float32
     betas: Annotated[
         tuple[float, float], Key("Decay rates of AdamW's first and second moment.", rule="Each in [0, 1).")
     ] = (0.9, 0.95)

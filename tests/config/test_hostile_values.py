@@ -87,7 +87,7 @@ def test_a_hostile_value_is_one_line(key: str, base: None) -> None:
     [
         ("model.hidden_size=1e23", "command line: model.hidden_size = 99999999999999991611392 is above 1e6, the "
          "largest that is accepted"),
-        ("optimizer.lr=1e10", "tiny.yaml: optimizer.lr = 10000000000.0 is above 1e9, the largest that is accepted"),
+        ("optimizer.clip=1e10", "tiny.yaml: optimizer.clip = 10000000000.0 is above 1e9, the largest that is accepted"),
         ("optimizer.betas=[-1e30, 0]", "tiny.yaml: optimizer.betas.0 = -1e+30 is below -1e9, the smallest that is "
          "accepted"),
         ("model.rope_theta=0.5", "tiny.yaml: model.rope_theta = 0.5 is below 1"),

@@ -213,5 +213,5 @@ CASES = [
     ),
     Case("other model", overriding("model.intermediate_size=96"), ("intermediate_size 88, not 96",), trained=True),
     Case("run folder is a file", run_folder_is_a_file, ("cannot write",)),
-    Case("divergence", overriding("optimizer.lr=1e9", "optimizer.warmup_steps=0"), ("diverged", "optimizer.lr")),
+    Case("divergence", overriding("optimizer.lr=1e38", "optimizer.warmup_steps=0"), ("diverged", "optimizer.lr")),
 ]
