@@ -162,7 +162,7 @@ def device_memory(where: torch.device) -> int:
     if where.type == "cuda":
         return torch.cuda.get_device_properties(where).total_memory
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // int(_first_set((*_LOCAL_SIZES, "WORLD_SIZE")) or 1)
+    return free // (first_number((*_LOCAL_SIZES, "WORLD_SIZE"), 1) or 1)
 
 
 def finish(where: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from llama_ds.errors import UserError
 from llama_ds.parallel import world
@@ -54,3 +55,10 @@ def test_other_mistakes(launched: pytest.MonkeyPatch, name: str, value: str, mes
     with pytest.raises(UserError) as error:
         world.find_rank_info()
     assert str(error.value) == f"environment: {message}"
+
+
+def test_a_dry_run_reads_the_same_numbers(launched: pytest.MonkeyPatch) -> None:
+    """It shares the host's memory among the ranks on it, and looks up no rank."""
+    launched.setenv("LOCAL_WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE = 'two' is not a whole number"):
+        world.device_memory(torch.device("cpu"))
