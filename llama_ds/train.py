@@ -17,10 +17,11 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 from llama_ds import log
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import ending_quietly
+from llama_ds.command_line import ending_quietly, whole
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
 from llama_ds.job.folder import MPI_LAUNCHERS, current
 from llama_ds.job.heartbeat import Heartbeat, check_hosts, check_world, host_identity, keep_output
 from llama_ds.launch.hostfile import check_launcher_hostfile
@@ -29,7 +30,11 @@ from llama_ds.layout.layout import Layout, resolve_layout
 
 def main() -> int:
     """Run the command line and return the exit code. A user error ends every rank with code 2 and one message."""
-    arguments = parse(sys.argv[1:])
+    try:
+        arguments = parse(sys.argv[1:])
+    except (argparse.ArgumentError, UserError) as error:
+        print(f"error: command line: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
     log.silence_libraries()
     read_models()
     from llama_ds.parallel import world
@@ -52,6 +57,7 @@ def main() -> int:
                 world.check_mpi(rank_info)
             check_world(job, rank_info.rank, rank_info.world)
             keep_output(job, rank_info.rank)
+            os.environ.update(job.secrets())
             heartbeat.begin(job, rank_info.rank)
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
         world.join(rank_info, job.nic if job else "")
@@ -82,15 +88,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Train a LLaMA on DeepSpeed.",
         epilog=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
         fromfile_prefix_chars="@",  # tools/launch.py passes arguments in a file, so that no user input reaches a shell
     )
     parser.add_argument("run_file", help="YAML run file, e.g. ds_configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
     parser.add_argument("--strict", action="store_true", help="end at a damaged checkpoint: checkpoint.strict=true")
-    parser.add_argument("--world", type=int, help="with --dry-run: the number of ranks to plan for")
+    parser.add_argument("--world", type=whole(1, 10**7), help="with --dry-run: the number of ranks to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.world is not None and not arguments.dry_run:
+        raise UserError(f"--world {arguments.world} is for --dry-run: the launcher counts the ranks; leave it out")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -22,11 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import delay, new_parser, port, real, run, seconds, whole
-from llama_ds.config.run_file import load_run
+from llama_ds.config.run_file import load_run, path_variables
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
+from llama_ds.launch.deepspeed_env import read_deepspeed_env
 from llama_ds.launch.hostfile import parse_hostfile, select
 from llama_ds.launch.job_files import new_folder
 from llama_ds.launch.preflight import PreflightSettings, Report, examine
@@ -165,7 +166,11 @@ def hosts_of(args: argparse.Namespace) -> dict[str, int]:
 
 def start_of(args: argparse.Namespace) -> LaunchSettings:
     """Return the settings with which ranks are started."""
-    exports = exported_to_ranks(os.environ)
+    from_files = read_deepspeed_env(os.environ)
+    if from_files.remark:
+        print_line(from_files.remark)
+    exports = exported_to_ranks(os.environ) | from_files.exports
+    exports |= {name: os.environ[name] for name in path_variables(args.run_file, args.overrides)}
     for pair in args.export:
         name, equals, value = pair.partition("=")
         if not equals:
@@ -178,6 +183,7 @@ def start_of(args: argparse.Namespace) -> LaunchSettings:
         launcher=args.launcher,
         launcher_args=args.launcher_args.split(),
         exports=exports,
+        secrets={name: value for name, value in from_files.secrets.items() if name not in exports},
         nic=args.nic,
         master=args.master_addr,
         master_port=args.master_port,

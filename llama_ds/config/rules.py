@@ -9,7 +9,7 @@ import math
 from dataclasses import fields
 from functools import reduce
 
-from llama_ds.config.numbers import divisors
+from llama_ds.config.numbers import near_divisors
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError, did_you_mean, listed
 
@@ -116,7 +116,7 @@ def _check_tensor_parallel(run: RunConfig) -> None:
     sizes: dict[str, int] = {key: getattr(run.model, key) for key in keys}
     for key, size in sizes.items():
         if size % tp:
-            fits = listed(divisors(reduce(math.gcd, sizes.values())))
+            fits = listed(near_divisors(reduce(math.gcd, sizes.values()), tp))
             raise _error(run, f"parallel.tp = {tp} does not divide model.{key} = {size}; use {fits}")
     if run.parallel.sequence_parallel and seq_len % tp:
         raise _error(

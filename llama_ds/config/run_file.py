@@ -8,19 +8,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from llama_ds.config.declare import declared, number_problem, path_texts
 from llama_ds.config.deepspeed_json import check_user_keys
+from llama_ds.config.model_source import KEY as FROM
 from llama_ds.config.model_source import take_model
 from llama_ds.config.moved_keys import renamed_data, renamed_overrides, warn_of_old_names
-from llama_ds.config.numbers import divisors
+from llama_ds.config.numbers import near_divisors
+from llama_ds.config.paths import expanded, variables
 from llama_ds.config.reader import ConfigSource, check_keys, plain, read
 from llama_ds.config.recompute import canonical
 from llama_ds.config.rules import check
-from llama_ds.config.schema import RunConfig
+from llama_ds.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llama_ds.config.text import dump_yaml, parse_yaml, read_json, read_yaml
-from llama_ds.errors import UserError, did_you_mean, listed
+from llama_ds.errors import UserError, did_you_mean, listed, shortened
 
 RUN_FILES = Path(__file__).resolve().parents[2] / "ds_configs"
 _DEFAULTS = {"seed": 0, "output_dir": "runs"}
+_OWNERS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
 _READER_FIELDS = {"path", "deepspeed_path"}  # fields of RunConfig that only the reader sets
 
 
@@ -79,6 +83,23 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     return run
 
 
+def path_variables(path: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Return the environment variables in the paths of a run that `load_run` accepts, which its ranks need too.
+
+    Those in data.cache_dir do not count: that folder is on each host's own disk.
+    """
+    data, source = read_yaml(path), ConfigSource(path)
+    for key, value in map(_split, overrides):
+        if not key.startswith("deepspeed."):  # keys in the DeepSpeed JSON
+            _set(data, key, value, source)
+    texts = [
+        *path_texts(RunConfig, data, skipping="cache_dir"),
+        data.get("deepspeed"),
+        _section(data, "model").get(FROM),
+    ]
+    return sorted({name for text in texts if isinstance(text, str) for name in variables(text)})
+
+
 def load_resolved(path: str) -> RunConfig:
     """Return the run whose `resolved` data was saved as YAML or JSON in `path`."""
     source = ConfigSource(path)
@@ -109,8 +130,13 @@ def _deepspeed(named: object, source: ConfigSource) -> tuple[dict[str, Any], str
     if isinstance(named, dict):
         return copy.deepcopy(named), source.path
     if not isinstance(named, str):
-        raise source.error("deepspeed", f"= {named!r} names no DeepSpeed JSON; write deepspeed: zero1_auto.json")
-    path = str(Path(source.path).parent / Path(named).expanduser())
+        raise source.error(
+            "deepspeed", f"= {shortened(repr(named))} names no DeepSpeed JSON; write deepspeed: zero1_auto.json"
+        )
+    try:
+        path = str(Path(source.path).parent / expanded(named))
+    except ValueError as error:
+        raise source.error("deepspeed", f"= {shortened(repr(named))}: {error}") from None
     return read_json(path), path
 
 
@@ -153,7 +179,7 @@ def _derive(data: dict[str, Any], source: ConfigSource) -> None:
         model["num_key_value_heads"] = heads
     if heads and hidden and "head_dim" not in model:
         if hidden % heads:
-            fits = listed(n for n in divisors(hidden) if n <= 2 * heads)
+            fits = listed(n for n in near_divisors(hidden, heads) if n <= 2 * heads)
             raise source.error(
                 "model.num_attention_heads",
                 f"= {heads} does not divide model.hidden_size = {hidden}; use {fits}, or set model.head_dim",
@@ -181,6 +207,6 @@ def _positive(data: dict[str, Any], dotted: str, source: ConfigSource) -> int | 
     if key not in _section(data, section):
         return None
     value = read(int, _section(data, section)[key], source, dotted)
-    if value <= 0:
-        raise source.error(dotted, f"= {value} is not positive")
+    if problem := number_problem(declared(_OWNERS[section])[key], dotted, value):
+        raise source.error(*problem.split(" ", 1))
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section
+from llama_ds.config.declare import MOST_INT64, NOT_NEGATIVE, POSITIVE, Key, Section
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,12 @@ class CheckpointConfig(Section):
         ),
     ] = 0
     rewind_id: Annotated[
-        int, Key("Id of the rewind; a new id requests another rewind, even to the same step.", sign=NOT_NEGATIVE)
+        int,
+        Key(
+            "Id of the rewind; a new id requests another rewind, even to the same step.",
+            sign=NOT_NEGATIVE,
+            most=MOST_INT64,
+        ),
     ] = 0
     start_from: Annotated[
         str,
@@ -116,6 +121,7 @@ class LoggingConfig(Section):
         tuple[int, ...],
         Key(
             "Ranks that run torch's profiler for as many steps after the recorded ones.",
+            sign=NOT_NEGATIVE,
             rule="Needs `trace_step`; each below the world size.",
         ),
     ] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,13 +32,19 @@ def new_folder(run_dir: str) -> Path:
         raise UserError(f"{jobs}: cannot be written ({error.strerror}); set output_dir to another folder") from None
 
 
-def prepare(job: Job, arguments: Sequence[str]) -> None:
-    """Write the files of an attempt."""
+def prepare(job: Job, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> None:
+    """Write the files of an attempt; `variables` are environment variables for the ranks that are secrets."""
     for name in ("logs", "stacks"):
         Path(job.folder, name).mkdir(parents=True)
-    secret = os.open(job.path("token"), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(secret, "w") as file:
-        file.write(secrets.token_bytes(TOKEN_BYTES).hex())
+    _write_private(job.path("token"), secrets.token_bytes(TOKEN_BYTES).hex())
+    if variables:
+        _write_private(job.path("secrets"), json.dumps(dict(variables)))
     write_hostfile(job.path("hostfile"), job.hosts)
     Path(job.path("arguments")).write_text("".join(f"{line}\n" for line in arguments), encoding="utf-8")
     Path(job.path("job.json")).write_text(json.dumps(asdict(job), indent=1), encoding="utf-8")
+
+
+def _write_private(path: str, text: str) -> None:
+    """Write a new file that only its owner can read."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)

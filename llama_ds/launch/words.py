@@ -115,6 +115,16 @@ def is_secret(name: str) -> bool:
     return name.upper() not in _KEPT_IN_FILES and bool(_SECRET.search(name))
 
 
+def holds_secret(name: str, value: str) -> bool:
+    """Return whether a variable must not appear in a command: its name is a secret's, or its URL has a password."""
+    return is_secret(name) or bool(_SECRET_VALUE.search(value))
+
+
+def is_variable(name: str) -> bool:
+    """Return whether `name` can be a variable's."""
+    return bool(_VARIABLE.fullmatch(name))
+
+
 def launcher_arguments(words: Sequence[str], launcher: str) -> list[str]:
     """Return the user's arguments for the launcher, after a check that they change neither hosts nor ranks."""
     where = "--launcher_args"

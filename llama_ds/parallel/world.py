@@ -20,6 +20,7 @@ from torch.distributed import distributed_c10d
 from llama_ds.errors import UserError
 from llama_ds.job.heartbeat import interface_towards
 from llama_ds.log import logger
+from llama_ds.parallel.environment import check_others, first_number
 
 T = TypeVar("T")
 
@@ -51,9 +52,11 @@ def find_rank_info() -> RankInfo:
     """Read this process's rank from the launcher's environment; without a launcher, the world is one rank.
 
     Raises:
-        UserError: the launcher set only some of the variables.
+        UserError: the launcher set only some of the variables, or a value is not a number of its range.
     """
-    found = {name: _first_set(names) for name, names in LAUNCHER_VARIABLES.items()}
+    check_others()
+    first_number(_LOCAL_SIZES, 1)
+    found = {name: first_number(names, 1 if name == "WORLD_SIZE" else 0) for name, names in LAUNCHER_VARIABLES.items()}
     if found["RANK"] is None and found["WORLD_SIZE"] is None:
         return RankInfo(0, 1, 0)
     missing = [name for name, value in found.items() if value is None]
@@ -62,7 +65,12 @@ def find_rank_info() -> RankInfo:
             f"environment: {' and '.join(missing)} not set but other launcher variables are; "
             "start with deepspeed, torchrun or mpirun, or set RANK, WORLD_SIZE and LOCAL_RANK together"
         )
-    return RankInfo(*(int(found[name] or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    own = RankInfo(*(found[name] or 0 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if own.rank >= own.world:
+        raise UserError(
+            f"environment: rank {own.rank} is not below the {own.world} ranks of the world; ranks count from 0"
+        )
+    return own
 
 
 def _first_set(names: tuple[str, ...]) -> str | None:
@@ -154,7 +162,7 @@ def device_memory(where: torch.device) -> int:
     if where.type == "cuda":
         return torch.cuda.get_device_properties(where).total_memory
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // int(_first_set((*_LOCAL_SIZES, "WORLD_SIZE")) or 1)
+    return free // (first_number((*_LOCAL_SIZES, "WORLD_SIZE"), 1) or 1)
 
 
 def finish(where: torch.device) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llama_ds.config.run_file import dump, load_resolved, load_run, resolved
+from llama_ds.config.run_file import dump, load_resolved, load_run, path_variables, resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 
@@ -119,6 +119,25 @@ def test_home_is_expanded_in_paths(folder: Path, monkeypatch: pytest.MonkeyPatch
     )
     assert found == tuple(f"{folder}/{name}" for name in ("t.model", "code", "cache", "runs", "model"))
     assert (run.data.sources[1].path, run.deepspeed_path) == ("shards/prose", f"{folder}/ds.json")
+
+
+def test_variables_are_expanded_in_paths_and_go_to_the_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks on other hosts expand the paths again: without the variables they would end, or save somewhere else."""
+    for name, value in (("SCRATCH", str(folder)), ("USER_1", "me"), ("DISK", "/disk"), ("TOK", "t.model")):
+        monkeypatch.setenv(name, value)
+    overrides = [
+        *("output_dir=$SCRATCH/${USER_1}/runs", "data.cache_dir=$DISK/cache", "data.tokenizer=$TOK"),
+        *("data.sources.0.path=pipe:cat $NOT_OURS/{}", "deepspeed=$SCRATCH/ds.json", "optimizer.lr=2"),
+        "deepspeed.zero_optimization.stage=2",
+    ]
+    run = load(*overrides)
+    found = (run.output_dir, run.data.cache_dir, run.data.tokenizer, run.data.sources[0].path, run.deepspeed_path)
+    assert found == (
+        *(f"{folder}/me/runs", "/disk/cache", "t.model", "pipe:cat $NOT_OURS/{}"),
+        f"{folder}/ds.json",
+    )
+    assert path_variables("tiny.yaml", overrides) == ["SCRATCH", "TOK", "USER_1"]
+    assert path_variables("tiny.yaml") == []
 
 
 def test_last_override_wins(folder: Path) -> None:

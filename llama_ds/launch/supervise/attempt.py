@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llama_ds.errors import UserError
 from llama_ds.job.folder import Job
 from llama_ds.launch.command import Command, runner_environment
 from llama_ds.launch.supervise import hang, processes
@@ -27,6 +29,8 @@ SETTLE_S = 3.0  # wait after the first failure: its cause may be reported later,
 LAUNCHER_EXIT_S = 30.0  # time for the launcher to exit after its ranks
 STACKS_S = 5.0  # time for ranks to report their stacks
 LOG_LINES = 12  # number of lines shown from the end of a log
+
+_MISTAKE = re.compile(r"^\s*(?:\S+: )?(error: .*)$", re.MULTILINE)  # pdsh writes the host before it
 
 DONE, MISTAKE, DIVERGENCE, FAILURE, DEATH, HOST_LOST, HANG, SPIKE, LAUNCHER = (
     *("done", "mistake", "divergence", "failure", "death", "host lost", "hang", "spike", "launcher"),
@@ -244,6 +248,9 @@ class Attempt:
     def _launcher_failed(self, code: int) -> Outcome:
         log = str(self.job.launcher_log)
         if not self.server.members:
+            mistake = _MISTAKE.search(last_lines(log, 2 * LOG_LINES)) if code == UserError.EXIT_CODE else None
+            if mistake:  # a rank ended before it was connected
+                return Outcome(MISTAKE, mistake[1])
             text = f"no rank has started; DeepSpeed's launcher exited with code {code}; the end of {log}:\n"
             return Outcome(LAUNCHER, text + last_lines(log, 2 * LOG_LINES))
         absent = [r for r in range(self.job.world) if r not in self.server.members or not self.server.members[r].left]

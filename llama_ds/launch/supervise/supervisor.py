@@ -21,6 +21,7 @@ from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.host_pool import HostPool
+from llama_ds.launch.supervise.repeats import RepeatedFailures, reason
 from llama_ds.launch.supervise.server import Server
 
 MAX_BACKOFF_S = 300.0
@@ -36,6 +37,7 @@ class LaunchSettings:
     launcher: str = "pdsh"
     launcher_args: Sequence[str] = ()
     exports: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables that reach the ranks in a file
     nic: str = ""
     master: str = ""
     master_port: int = 0
@@ -78,6 +80,7 @@ class Supervisor:
         self._skips = [(skip.at_step, skip.steps) for skip in run.data.skip]
         self._rewind_id = int(time.time())  # differs from an earlier job's: the run ignores an id it has seen
         self._attempt: Attempt | None = None
+        self._repeats = RepeatedFailures()
         self._ending = False
 
     def ask(self, what: str) -> None:
@@ -139,7 +142,7 @@ class Supervisor:
             orphan_s=start.orphan_s,
             nic=start.nic,
         )
-        prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides])
+        prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides], start.secrets)
         command = command_of(job, start, rendezvous)
         self._attempt = Attempt(job, command, server, self.watch, self.events, self._print_line, start.ssh_port)
         if self._ending:
@@ -158,6 +161,13 @@ class Supervisor:
         if outcome.kind == outcomes.MISTAKE or (outcome.kind == outcomes.DIVERGENCE and not rewinds):
             return UserError.EXIT_CODE
         if self.limits.restarts == 0:
+            return 1
+        if self._repeats.seen(outcome, other_hosts=bool(self.host_pool.spares)):
+            self.events.add(
+                "gave up",
+                f"the same failure came again at step {outcome.step}, and would after another restart: "
+                f"{reason(outcome)}; see {self.folder}, fix the cause and run the same command again",
+            )
             return 1
         if in_a_row > self.limits.restarts:
             self.events.add(
