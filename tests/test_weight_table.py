@@ -43,7 +43,7 @@ def build(model: ModelConfig, rank: int = 0, size: int = 1) -> Llama:
     tp = SingleRank()
     tp.rank, tp.size = rank, size
     context = LayerContext(model, 7, tp, CausalAttention("reference"), RotaryTables(model, 16))
-    return Llama(context, NextTokenLoss(tp))
+    return Llama(context, NextTokenLoss(tp, vocab_size=model.vocab_size))
 
 
 @MODELS

@@ -116,9 +116,7 @@ class ModelConfig(Section):
 
     SECTION: ClassVar[str] = "model"
 
-    vocab_size: Annotated[
-        int, Key("Rows of the embedding table and of the head.", "tokens", POSITIVE, rule="Divisible by `parallel.tp`.")
-    ]
+    vocab_size: Annotated[int, Key("Rows of the embedding table and of the head.", "tokens", POSITIVE)]
     hidden_size: Annotated[int, Key("Width of the residual stream.", sign=POSITIVE)]
     intermediate_size: Annotated[
         int, Key("Width of the SwiGLU feed-forward layer.", sign=POSITIVE, rule="Divisible by `parallel.tp`.")
@@ -289,7 +287,7 @@ class ParallelConfig(Section):
             "Tensor-parallel size.",
             "ranks",
             POSITIVE,
-            rule="Divides `model.num_attention_heads`, `num_key_value_heads`, `intermediate_size` and `vocab_size`.",
+            rule="Divides `model.num_attention_heads`, `num_key_value_heads` and `intermediate_size`.",
         ),
     ] = 1
     sequence_parallel: Annotated[
