@@ -21,6 +21,11 @@ def own_rows(rows: int, part: int, parts: int) -> range:
     return range(min(part * size, rows), min((part + 1) * size, rows))
 
 
+def padding_rows(rows: int, parts: int) -> int:
+    """Return the number of rows of padding in all parts together."""
+    return parts * part_rows(rows, parts) - rows
+
+
 def fits(vocab_size: int, tp: int) -> bool:
     """Return whether every rank gets a row of the vocabulary, and not only padding."""
     return len(own_rows(vocab_size, tp - 1, tp)) > 0
