@@ -21,7 +21,7 @@ from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 GPUS = 8
-MASKED = "llama3_8b"  # of the shipped run files, the one with document masks
+MASKED = "llama3_8b"  # the shipped run file with document masks
 PLANS = [(MASKED, GPUS, "a100-40gb"), ("llama_7b", GPUS, "a100-40gb"), ("quickstart", 2, "a100-80gb")]
 KINDS = [
     *(("pp 1", f"ZeRO-{zero}", policy) for zero in (2, 3) for policy in ("none", "selective", "full")),
