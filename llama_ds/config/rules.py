@@ -112,7 +112,7 @@ def _check_schedule_of_learning_rate(run: RunConfig) -> None:
 
 def _check_tensor_parallel(run: RunConfig) -> None:
     tp, seq_len = run.parallel.tp, run.data.seq_len
-    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     sizes: dict[str, int] = {key: getattr(run.model, key) for key in keys}
     for key, size in sizes.items():
         if size % tp:

@@ -56,16 +56,7 @@ class ModelConfig(Section):
 
     SECTION: ClassVar[str] = "model"
 
-    vocab_size: Annotated[
-        int,
-        Key(
-            "Rows of the embedding table and of the head.",
-            "tokens",
-            POSITIVE,
-            rule="Divisible by `parallel.tp`.",
-            most=1e8,
-        ),
-    ]
+    vocab_size: Annotated[int, Key("Rows of the embedding table and of the head.", "tokens", POSITIVE, most=1e8)]
     hidden_size: Annotated[int, Key("Width of the residual stream.", sign=POSITIVE, most=1e6)]
     intermediate_size: Annotated[
         int, Key("Width of the SwiGLU feed-forward layer.", sign=POSITIVE, rule="Divisible by `parallel.tp`.", most=1e7)
@@ -247,7 +238,7 @@ class ParallelConfig(Section):
             "Tensor-parallel size.",
             "ranks",
             POSITIVE,
-            rule="Divides `model.num_attention_heads`, `num_key_value_heads`, `intermediate_size` and `vocab_size`.",
+            rule="Divides `model.num_attention_heads`, `num_key_value_heads` and `intermediate_size`.",
             most=1e4,
         ),
     ] = 1

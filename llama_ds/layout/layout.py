@@ -8,6 +8,7 @@ from llama_ds.config.numbers import near_divisors, near_multiples
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError, listed
 from llama_ds.layout.axes import Axes
+from llama_ds.layout.vocab_parts import fits
 from llama_ds.schedules.schedule import NAMES as SCHEDULES
 from llama_ds.schedules.schedule import obstacle
 
@@ -65,10 +66,21 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
             f"{source}: parallel.micro_batch = {micro} does not divide {batch} / dp {dp} = {batch // dp}; "
             f"use {listed(near_divisors(batch // dp, micro))}"
         )
+    _check_vocabulary(run)
     _check_schedule(run, batch // dp // micro)
     _check_profile_ranks(run, world)
     sizes = axes.sizes._asdict() | {"dp": dp}
     return Layout(**sizes, micro_batch=micro, accumulation=batch // dp // micro)
+
+
+def _check_vocabulary(run: RunConfig) -> None:
+    rows, tp = run.model.vocab_size, run.parallel.tp
+    if not fits(rows, tp):
+        possible = [size for size in range(1, tp) if fits(rows, size)]
+        raise UserError(
+            f"{run.path}: parallel.tp = {tp} leaves a rank without rows of model.vocab_size = {rows}; "
+            f"use {listed(possible)}"
+        )
 
 
 def _check_schedule(run: RunConfig, micro_batches: int) -> None:

@@ -357,13 +357,17 @@ class Checkpoints:
         for parameter, name in engine.param_names.items():
             key = key_of(name)
             if self._is_indexed(engine, key, parameter) and not hasattr(parameter, "ds_id"):
-                yield Located(key, WEIGHT, self._part(engine, key)[0], 0, parameter.detach())
+                part, parts = self._part(engine, key)
+                own = weight_of(key[1]).own_numel(self.run.model, part, parts)
+                yield Located(key, WEIGHT, part, 0, parameter.detach().view(-1)[:own])
         parameters = {name: parameter for parameter, name in engine.param_names.items()}
         for fragment in fragments(engine):
             key = key_of(fragment.name)
-            if self._is_indexed(engine, key, parameters[fragment.name]):
+            part, parts = self._part(engine, key)
+            own = weight_of(key[1]).own_numel(self.run.model, part, parts) - fragment.start  # padding may follow
+            if own > 0 and self._is_indexed(engine, key, parameters[fragment.name]):
                 for kind, tensor in fragment.tensors.items():
-                    yield Located(key, kind, self._part(engine, key)[0], fragment.start, tensor)
+                    yield Located(key, kind, part, fragment.start, tensor[:own])
 
     def _part(self, engine: Any, key: Key) -> tuple[int, int]:
         """Return the index of this rank's tensor-parallel part of a weight, and the number of parts."""

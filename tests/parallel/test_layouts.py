@@ -96,6 +96,17 @@ NEIGHBOURS = [
     Case(2, 2, 1, sequence_parallel=True, decoder_layer="autograd", micro_batch=4),
     Case(2, 1, 2, dtype="bf16", **V),
 ]
+# A vocabulary that tp does not divide. Padding in embedding and head must not show in any number.
+ODD_VOCABULARY = [
+    Case(1, 2, 1, zero=0, micro_batch=4),
+    Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, tied=True, z_loss=1e-3),
+    Case(1, 2, 1, zero=3, micro_batch=4, sequence_parallel=True, tied=True, z_loss=1e-3),
+    Case(1, 4, 1, micro_batch=4, decoder_layer="autograd", tied=True, z_loss=1e-3),
+    Case(2, 2, 1, sequence_parallel=True, tied=True, z_loss=1e-3, **H1),
+    Case(2, 2, 1, micro_batch=2, **STOCK),
+    Case(1, 2, 2, zero=3, micro_batch=2, dtype="bf16"),
+    Case(2, 2, 2, sequence_parallel=True, micro_batch=2, dtype="bf16"),
+]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
 # Errors show in the first steps: every step is clipped, and Adam's moments enter from the second one on. Basic layouts
 # of one and two ranks without tp train all steps.
@@ -103,6 +114,7 @@ CASES = [case if case.world <= 2 and case.tp == 1 else replace(case, steps=8) fo
 CASES += [replace(case, steps=6) for case in SCHEDULES]
 CASES += [replace(case, steps=4) for case in SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
 CASES += [replace(case, steps=4, neighbour=True) for case in NEIGHBOURS]
+CASES += [replace(case, steps=4, vocab=97) for case in ODD_VOCABULARY]
 
 History = tuple[list[tuple[float, float]], float]
 

@@ -1,7 +1,8 @@
 """A weights-only checkpoint in DeepSpeed's pipeline format: one file per layer and tensor-parallel rank.
 
-DeepSpeed's PipelineEngine loads it (load_module_only) with the pp and tp it was written for. With the index of this
-project it is also one of its checkpoints, from which a run of any layout can start.
+DeepSpeed's PipelineEngine loads it (load_module_only) with the pp and tp it was written for, so the files hold the
+padding of the vocabulary. The index of this project does not, by which it is also one of its checkpoints, from which a
+run of any layout can start.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def plan_layer_files(files: ModelFiles, target: Target) -> Plan:
     Raises:
         UserError: the model cannot be sharded over the target's ranks.
     """
-    check_parts(files, target)
+    check_parts(files, target, padded=True)
     outputs = tuple(
         OutputFile(layer_file(layer, rank), tuple(_output_tensors(files, layer, rank, target.tp)))
         for layer in files.layers()
@@ -63,9 +64,10 @@ def write_index(folder: str, plan: Plan, checksums: Mapping[str, str]) -> None:
         for tensor in file.tensors:
             if tensor.rank and weight_of(tensor.name).cut is None:
                 continue  # replicated on every rank; readers use the copy of rank 0
-            stored = located[tensor.name]
+            stored, weight = located[tensor.name], weight_of(tensor.name)
+            numel = weight.own_numel(plan.description.model, tensor.rank, tensor.size)
             dtype = str(stored.dtype).removeprefix("torch.")
-            piece = StoredPiece(WEIGHT, tensor.rank, 0, tensor.numel, file.name, stored.offset, dtype)
+            piece = StoredPiece(WEIGHT, tensor.rank, 0, numel, file.name, stored.offset, dtype)
             record.pieces.setdefault(name_of((layer, tensor.name)), []).append(piece)
     write_manifest(folder, plan.description, [record])
 
