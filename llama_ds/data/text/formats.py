@@ -159,9 +159,19 @@ def _content(path: str, head: bytes, suffix: str) -> str:
     return TEXT if suffix in TEXT_SUFFIXES or _is_utf8(head) else BINARY
 
 
+def companions(path: str) -> list[str]:
+    """Return the files that belong to a file of the input: NAME.idx to the NAME.bin of Megatron-LM."""
+    return [megatron_index(path)] if path.endswith(".bin") and not is_remote(path) and _has_index(path) else []
+
+
+def megatron_index(path: str) -> str:
+    """Return the path of the index of NAME.bin."""
+    return f"{os.path.splitext(path)[0]}.idx"
+
+
 def _has_index(path: str) -> bool:
     """Whether an index of Megatron-LM lies beside NAME.bin."""
-    index = f"{os.path.splitext(path)[0]}.idx"
+    index = megatron_index(path)
     return os.path.exists(index) and _head(index, "").startswith(_MEGATRON_MAGIC)
 
 

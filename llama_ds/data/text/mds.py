@@ -125,13 +125,14 @@ class _Stream:
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes. Raises UserError: the shard ends before."""
-        parts, wanted = [], size
+        parts: list[memoryview] = []
+        wanted = size
         while wanted:
             if not self._rest:
-                data = next(self._chunks, b"")
-                if not data:
+                chunk = next(self._chunks, b"")
+                if not chunk:
                     raise damaged(self._path, KIND, f"cut short at {self.read_bytes + size - wanted} bytes")
-                self._rest = memoryview(data)
+                self._rest = memoryview(chunk)
             part = self._rest[:wanted]
             parts.append(part)
             self._rest = self._rest[len(part) :]
@@ -144,7 +145,7 @@ class _Stream:
 
     def end(self, info: dict[str, Any]) -> None:
         """Check that the shard ends here, and compare its hash with that of the index."""
-        if self._rest or next(self._chunks, b""):
+        if len(self._rest) or next(self._chunks, b""):
             raise damaged(self._path, KIND, f"it goes on after its last sample, at {self.read_bytes} bytes")
         if self._hash and self._hash.hexdigest() != info["hashes"][self._hash_name]:
             raise damaged(self._path, KIND, f"its {self._hash_name} is not that of {INDEX}")
@@ -230,7 +231,8 @@ def _is_file_info(found: object) -> bool:
 
 def _files(shard: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what the index says of a shard's files: uncompressed, and compressed if there is one."""
-    return [info for info in (shard["raw_data"], shard.get("zip_data")) if _is_file_info(info)]
+    zipped = shard.get("zip_data")
+    return [shard["raw_data"], *([zipped] if _is_file_info(zipped) else [])]
 
 
 def _listed(path: str) -> dict[str, Any]:
