@@ -204,7 +204,7 @@ def _json_text(data: bytes, field: str) -> Any:
     try:
         found = parse(data.decode())
     except UnicodeDecodeError:
-        return data  # whose reader reports it
+        return data  # the reader reports that it is not UTF-8
     except ValueError:
         return None
     found = field_of(found, field) if field else found
