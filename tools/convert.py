@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
+import llama_ds.command_line  # noqa: F401 (first: from then on, Ctrl-C is one line)
 from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, QKV_ORDERS, TARGET_DTYPES, TARGETS, TRANSFORMER_IMPLS
 from llama_ds.command_line import new_parser, processes, real, run, whole
 from llama_ds.errors import UserError

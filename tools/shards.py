@@ -27,13 +27,13 @@ from llama_ds import log
 from llama_ds.command_line import Answer, add_json, new_parser, processes, real, run, size, subcommands, whole
 from llama_ds.config.text import save_text
 from llama_ds.data.building.build import build_source
+from llama_ds.data.building.found_input import FoundInput, find_input
 from llama_ds.data.building.workers import WorkerPool
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.listing import as_data, as_line, epochs, find_sources
 from llama_ds.data.source.manifest import MANIFEST
 from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.gather import gather_local_corpus
-from llama_ds.data.text.inputs import find_inputs
 from llama_ds.data.text.reading_options import add_reading_options, reading_options
 from llama_ds.errors import UserError
 
@@ -168,14 +168,14 @@ def build(args: argparse.Namespace) -> None:
     """Tokenize and pack every source."""
     log.setup()
     options = reading_options(args)
-    _check_sources(args.source, options)
+    found = _find_sources(args.source, options)
     try:
-        _build_sources(args, options)
+        _build_sources(args, options, found)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to resume the build") from None
 
 
-def _build_sources(args: argparse.Namespace, options: ReadOptions) -> None:
+def _build_sources(args: argparse.Namespace, options: ReadOptions, found: dict[str, FoundInput]) -> None:
     with _hosts(args) if args.hostfile else nullcontext(start_workers) as start_pool:
         for name, pattern in args.source:
             with (
@@ -189,7 +189,7 @@ def _build_sources(args: argparse.Namespace, options: ReadOptions) -> None:
                     workers=args.workers or CORES, document_chars=args.document_chars, overwrite=args.overwrite,
                     dedup=args.dedup, append=args.append, skip_bad=args.skip_bad,
                     allow_empty=tuple(args.allow_empty), options=options, progress=progress.update,
-                    announce=progress.start, start_pool=start_pool,
+                    announce=progress.start, start_pool=start_pool, found=found[name],
                 )  # fmt: skip
             print(as_line(os.path.join(args.out, name), manifest))
 
@@ -230,13 +230,13 @@ def serve(args: argparse.Namespace) -> None:
     host_workers.serve(args.workers or CORES, args.shared)
 
 
-def _check_sources(sources: list[tuple[str, str]], options: ReadOptions) -> None:
-    """Check all sources before the first one is built, which may take hours."""
+def _find_sources(sources: list[tuple[str, str]], options: ReadOptions) -> dict[str, FoundInput]:
+    """Find the files of all sources before the first one is built, which may take hours."""
     names = [name for name, _ in sources]
-    for name, pattern in sources:
+    for name in names:
         if names.count(name) > 1:
             raise UserError(f"--source {name}=... is given {names.count(name)} times; give each source one name")
-        find_inputs(pattern, options)
+    return {name: find_input(pattern, options) for name, pattern in sources}
 
 
 class BuildProgress:
