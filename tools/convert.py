@@ -19,6 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from tqdm import tqdm
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, TARGET_DTYPES, TARGETS, TRANSFORMER_IMPLS

@@ -4,7 +4,8 @@
 With --supervise, a failed job is stopped on all hosts and restarted from its newest complete checkpoint: on the same
 hosts, with spares in place of bad ones, or on fewer ranks with the same global batch.
 
-On SIGINT or SIGTERM the ranks save and stop (a second signal stops them at once); on SIGUSR1 they save.
+On SIGINT or SIGTERM, whenever it comes, the ranks save and end (a second signal ends them at once); on SIGUSR1 they
+save.
 """
 
 from __future__ import annotations
@@ -20,8 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import delay, new_parser, port, real, run, seconds, whole
+from llama_ds.command_line import INTERRUPTED, delay, new_parser, port, real, run, seconds, whole
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
@@ -46,7 +52,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 failed after all restarts, 2 a mistake in the command."""
+    """Run the command line; return the exit code: 0 done or ended, 1 failed, 2 a mistake, 130 after Ctrl-C."""
     read_models()
     return run(parser(), argv)
 
@@ -141,9 +147,10 @@ def launch(args: argparse.Namespace) -> int:
         print_line=print_line,
     )
     print_line(f"job folder: {supervisor.folder}")
-    handle_signals(supervisor)
+    received = handle_signals(supervisor)
     try:
-        return supervisor.supervise()
+        code = supervisor.supervise()
+        return INTERRUPTED if not code and signal.SIGINT in received else code
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped at once: nothing was saved") from None
 
@@ -202,10 +209,15 @@ def preflight(args: argparse.Namespace, run: RunConfig, hosts: Mapping[str, int]
     return examine(hosts, settings)
 
 
-def handle_signals(supervisor: Supervisor) -> None:
-    """Forward signals from a person or a scheduler to the supervisor; a second SIGINT or SIGTERM interrupts at once."""
+def handle_signals(supervisor: Supervisor) -> list[int]:
+    """Forward signals from a person or a scheduler to the supervisor; a second SIGINT or SIGTERM interrupts at once.
 
-    def end(*_: Any) -> None:
+    The returned list gets the signal that asked for the end.
+    """
+    received = []
+
+    def end(number: int, _: Any) -> None:
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         supervisor.ask("end")
@@ -213,6 +225,7 @@ def handle_signals(supervisor: Supervisor) -> None:
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGUSR1, lambda *_: supervisor.ask("save"))
+    return received
 
 
 def print_line(text: str) -> None:

@@ -42,8 +42,12 @@ class RunLog:
 
     def print_line(self, text: str) -> None:
         """Print a line on the console."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read it is gone, such as the launcher; the run goes on, or is asked to end
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`."""
