@@ -15,11 +15,17 @@ from typing import Any
 # Python puts a script's folder first on sys.path, where `data` and `config` would shadow modules of other packages.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+from llama_ds.job.folder import MPI_LAUNCHERS, VARIABLE, current
+from llama_ds.job.launcher_watch import watch_launcher
+from llama_ds.job.own_session import leave_session_of_mpirun
 from llama_ds.job.requests import Request, Requests, Stage
 
 REQUESTS = Requests()
-if __name__ == "__main__":
-    REQUESTS.listen()  # before the imports, which take seconds
+if __name__ == "__main__":  # before the imports, which take seconds
+    leave_session_of_mpirun()
+    REQUESTS.listen()
+    if VARIABLE not in os.environ:
+        watch_launcher(REQUESTS.ask)
 
 from llama_ds import log
 from llama_ds.checkpoint.model_shape import read_models
@@ -27,9 +33,7 @@ from llama_ds.command_line import INTERRUPTED, TERMINATED, ending_quietly
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
-from llama_ds.job.folder import MPI_LAUNCHERS, current
 from llama_ds.job.heartbeat import Heartbeat, check_hosts, check_world, host_identity, keep_output
-from llama_ds.job.launcher_watch import watch_launcher
 from llama_ds.launch.hostfile import check_launcher_hostfile
 from llama_ds.layout.layout import Layout, resolve_layout
 
@@ -65,8 +69,6 @@ def main() -> int:
             keep_output(job, rank_info.rank)
             heartbeat.begin(job, rank_info.rank)
             REQUESTS.farewell = heartbeat.end
-        else:
-            watch_launcher(REQUESTS.ask)
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
         if rank_info.world > 1:
             REQUESTS.enter(Stage.JOINING)

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 # torchrun, MPICH and Intel MPI pass the signal that they receive on to their ranks; all others send SIGTERM for any.
 _PASS_ON_THE_SAME = ("TORCHELASTIC_RUN_ID", "PMI_RANK")
-COPY_S = 5.0  # the same signal within this time of the first may be the launcher's copy of it
+COPY_S = 5.0  # time after a signal in which launchers may send their copies of it
 JOIN_S = 5.0  # time that ranks have to join after a request to end
 
 
@@ -32,7 +32,7 @@ class Request(IntEnum):
 
     NOTHING = 0
     SAVE = 1
-    END = 2  # by SIGTERM, the wall-time limit, tools/launch.py, or because the launcher has gone
+    END = 2  # by SIGTERM, SIGHUP, the wall-time limit, tools/launch.py, or because the launcher has gone
     INTERRUPT = 3  # by SIGINT: as END, with exit code 130
 
 
@@ -71,7 +71,10 @@ class Requests:
         os.set_blocking(writer, False)
         self._writer = writer
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
         threading.Thread(target=self._serve, name="requests", daemon=True).start()
 
     def close(self) -> None:
@@ -140,6 +143,9 @@ class Requests:
         if number == signal.SIGUSR1:
             self.ask(Request.SAVE, name)
             return
+        if number == signal.SIGHUP:  # a closed terminal sends several
+            self.ask(Request.END, name, 128 + number)
+            return
         earlier, now = list(self._received), time.monotonic()
         self._received.append((number, now))
         if earlier and self._is_insistent(earlier, number, now):
@@ -156,7 +162,7 @@ class Requests:
         if not same:
             return self._same
         copied = self._same or number == signal.SIGTERM
-        return not copied or len(same) > 1 or now - same[0] > COPY_S
+        return not copied or now - same[0] > COPY_S
 
     def _end_if_joining(self, code: int) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -45,7 +46,11 @@ class RunLog:
         try:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever read it is gone, such as the launcher; the run goes on, or is asked to end
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # the disk of a file is full, for example
+                logger.warning("a line for the console is lost (%s); the run continues", error)
+                return
+            # Whoever read the pipe or terminal is gone. If it was the launcher, the ranks will be asked to end.
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), 1)
 
