@@ -74,7 +74,7 @@ def main() -> int:
             REQUESTS.enter(Stage.JOINING)
         world.join(rank_info, job.nic if job else "")
         if rank_info.world > 1:
-            REQUESTS.enter(Stage.TOGETHER)
+            REQUESTS.keep()
         if job:
             check_hosts(job, world.gather(host_identity()))
         run, layout, config = world.together(lambda: resolve(arguments, rank_info.world))

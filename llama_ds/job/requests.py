@@ -50,7 +50,7 @@ class Requests:
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         """`environment` tells which launcher started this process, and whether it is the first rank."""
-        self.reason = ""  # of the request to end
+        self.reason = ""  # why the run is to end
         self.farewell: Callable[[], None] = lambda: None  # called before an end at once that the launcher asked for
         self._stage, self._own = Stage.ALONE, Request.NOTHING
         self._launched = any(name in environment for name in RANK_VARIABLES)
@@ -88,6 +88,10 @@ class Requests:
         """Enter a stage of this process."""
         with self._lock:
             self._stage = stage
+
+    def keep(self) -> None:
+        """From now on keep requests until the ranks agree on them."""
+        self.enter(Stage.TOGETHER)
 
     def ask(self, request: Request, reason: str, code: int = 0) -> None:
         """Remember a request, from any thread. `code` is the exit code if it ends the process at once."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from llama_ds.config.schema import CheckpointConfig
-from llama_ds.job.requests import Request, Requests, Stage
+from llama_ds.job.requests import Request, Requests
 from llama_ds.parallel import world
 
 ON_ANOTHER_RANK = "requested on another rank"
@@ -51,7 +51,7 @@ class Interruptions:
         self._requests, self._listens = requests or Requests(), requests is None
         if self._listens:
             self._requests.listen()
-        self._requests.enter(Stage.TOGETHER)
+        self._requests.keep()
 
     @property
     def reason(self) -> str:

@@ -30,7 +30,7 @@ def main() -> None:
     watch_launcher(requests.ask)
     folder = Path(sys.argv[-1])
     rank = next(os.environ[name] for name in RANK_VARIABLES if name in os.environ)
-    requests.enter(Stage.TOGETHER)
+    requests.keep()
     write(folder / f"trains_{rank}", str(os.getpid()))
     while requests.take() < Request.END:
         time.sleep(0.02)

@@ -165,7 +165,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warm.Process]]:
         (TERM, "before the start", 0),
         (TERM, "all 2 ranks have connected", 0),
         (INT, "| loss", 130),
-        (KILL, "| loss", 1),  # of DeepSpeed's launcher, not of tools/launch.py
+        (KILL, "| loss", 1),  # to DeepSpeed's launcher, not to tools/launch.py
     ],
 )
 def test_a_supervised_job_ends_as_asked(
