@@ -4,8 +4,8 @@
 With --supervise, a failed job is stopped on all hosts and restarted from its newest complete checkpoint: on the same
 hosts, with spares in place of bad ones, or on fewer ranks with the same global batch.
 
-On SIGINT or SIGTERM, whenever it comes, the ranks save and end (a second signal ends them at once); on SIGUSR1 they
-save.
+On SIGINT, SIGTERM or SIGHUP, whenever it comes, the ranks save and end (a second SIGINT or SIGTERM ends them at once);
+on SIGUSR1 they save.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.supervisor import LaunchSettings, RestartLimits, Supervisor, command_of
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
+from llama_ds.log import console_is_gone
 
 EXAMPLES = """examples:
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --dry-run
@@ -224,13 +225,19 @@ def handle_signals(supervisor: Supervisor) -> list[int]:
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, end)
     signal.signal(signal.SIGUSR1, lambda *_: supervisor.ask("save"))
     return received
 
 
 def print_line(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+    """Print a line at once. A console that is gone does not end the job: its events are in a file, too."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not console_is_gone(error):
+            raise
 
 
 if __name__ == "__main__":

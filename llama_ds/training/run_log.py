@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from llama_ds.config.run_file import dump
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.log import logger
+from llama_ds.log import console_is_gone, logger
 from llama_ds.training.boards import open_boards
 
 
@@ -47,12 +46,9 @@ class RunLog:
             self._bar.write(text, file=sys.stdout)
             sys.stdout.flush()
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO):  # the disk of a file is full, for example
+            # If the launcher read it and is gone, the ranks will be asked to end: they must live to save.
+            if not console_is_gone(error):  # the disk of a file is full, for example
                 logger.warning("a line for the console is lost (%s); the run continues", error)
-                return
-            # Whoever read the pipe or terminal is gone. If it was the launcher, the ranks will be asked to end.
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), 1)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`."""

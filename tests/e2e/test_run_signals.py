@@ -150,7 +150,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warm.Process]]:
         return started[-1]
 
     monkeypatch.setattr(Attempt, "_start", start_warm)
-    before = {number: signal.getsignal(number) for number in (INT, TERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (INT, TERM, HUP, signal.SIGUSR1)}
     yield started
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -162,7 +162,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warm.Process]]:
 @pytest.mark.parametrize(
     ("number", "moment", "code"),
     [
-        (TERM, "before the start", 0),
+        (HUP, "before the start", 0),
         (TERM, "all 2 ranks have connected", 0),
         (INT, "| loss", 130),
         (KILL, "| loss", 1),  # to DeepSpeed's launcher, not to tools/launch.py
