@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from llama_ds import log
@@ -23,6 +22,7 @@ from llama_ds.errors import UserError
 
 CLOSED_PIPE = 128 + signal.SIGPIPE  # exit codes that a shell reports for a process killed by the signal
 INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
 MANY = 10**12  # largest count of anything
 
 
@@ -128,7 +128,10 @@ def _shortened(text: str) -> str:
 
 
 def end_on_interrupt() -> None:
-    """Let Ctrl-C end the program with one line while it still imports its modules; `run` handles it from then on."""
+    """Let Ctrl-C end the program with one line while it imports its modules; `run` handles it until it returns.
+
+    The handler exits, because an import can turn KeyboardInterrupt into another exception, or ignore it.
+    """
     signal.signal(signal.SIGINT, _end_at_once)
 
 
@@ -148,17 +151,6 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     return ending_quietly(lambda: _outcome(parser, argv))
-
-
-def _report_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print one line for Ctrl-C outside of `ending_quietly`, such as during imports; Python then exits by SIGINT."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _report_interrupt
 
 
 def ending_quietly(main: Callable[[], int]) -> int:
@@ -185,8 +177,18 @@ def ending_quietly(main: Callable[[], int]) -> int:
 
 
 def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    if signal.getsignal(signal.SIGINT) is _end_at_once:
+    """Return the exit code of a command; while it runs, Ctrl-C is KeyboardInterrupt, so that it can clean up."""
+    ends_at_once = signal.getsignal(signal.SIGINT) is _end_at_once
+    if ends_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return _result(parser, argv)
+    finally:
+        if ends_at_once:
+            end_on_interrupt()
+
+
+def _result(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     try:
         try:
             args = _parse(parser, argv)

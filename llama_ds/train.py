@@ -15,21 +15,36 @@ from typing import Any
 # Python puts a script's folder first on sys.path, where `data` and `config` would shadow modules of other packages.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+from llama_ds.job.folder import MPI_LAUNCHERS, VARIABLE, current
+from llama_ds.job.launcher_watch import watch_launcher
+from llama_ds.job.own_session import leave_session_of_mpirun
+from llama_ds.job.requests import Request, Requests, Stage
+
+REQUESTS = Requests()
+if __name__ == "__main__":  # before the imports, which take seconds
+    leave_session_of_mpirun()
+    REQUESTS.listen()
+    if VARIABLE not in os.environ:
+        watch_launcher(REQUESTS.ask)
+
 from llama_ds import log
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import ending_quietly, whole
+from llama_ds.command_line import INTERRUPTED, TERMINATED, ending_quietly, whole
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.job.folder import MPI_LAUNCHERS, current
 from llama_ds.job.heartbeat import Heartbeat, check_hosts, check_world, host_identity, keep_output
 from llama_ds.launch.hostfile import check_launcher_hostfile
 from llama_ds.layout.layout import Layout, resolve_layout
 
 
 def main() -> int:
-    """Run the command line and return the exit code. A user error ends every rank with code 2 and one message."""
+    """Run the command line and return the exit code. A user error ends every rank with code 2 and one message.
+
+    A run that is asked to end saves a checkpoint; it returns 0 then, or 130 after Ctrl-C. If it is asked before its
+    first step it returns 143 or 130.
+    """
     try:
         arguments = parse(sys.argv[1:])
     except (argparse.ArgumentError, UserError) as error:
@@ -39,8 +54,8 @@ def main() -> int:
     read_models()
     from llama_ds.parallel import world
 
-    heartbeat = Heartbeat()
-    with world.failing_together(heartbeat.tell):
+    heartbeat = Heartbeat(REQUESTS.ask)
+    with world.failing_together(heartbeat.tell) as end:
         if arguments.dry_run:
             from llama_ds.layout.recompute import with_device_memory
             from llama_ds.training.plan import describe
@@ -59,16 +74,28 @@ def main() -> int:
             keep_output(job, rank_info.rank)
             os.environ.update(job.secrets())
             heartbeat.begin(job, rank_info.rank)
+            REQUESTS.farewell = heartbeat.end
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
+        if rank_info.world > 1:
+            REQUESTS.enter(Stage.JOINING)
         world.join(rank_info, job.nic if job else "")
+        if rank_info.world > 1:
+            REQUESTS.keep()
         if job:
             check_hosts(job, world.gather(host_identity()))
         run, layout, config = world.together(lambda: resolve(arguments, rank_info.world))
+        from llama_ds.training.interruptions import EndedEarly
         from llama_ds.training.loop import train
 
-        train(run, layout, config, rank_info, heartbeat.progress)
+        try:
+            ended = train(run, layout, config, rank_info, heartbeat.progress, REQUESTS)
+            end.code = INTERRUPTED if ended is Request.INTERRUPT else 0
+        except EndedEarly as early:
+            log.logger.info("ended before the first step (%s); there was nothing to save", early)
+            end.code = INTERRUPTED if early.request is Request.INTERRUPT else 0 if job else TERMINATED
+        REQUESTS.enter(Stage.FINISHED)
         heartbeat.end()
-    return 0
+    return end.code
 
 
 def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layout, dict[str, Any]]:

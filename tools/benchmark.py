@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import llama_ds.command_line  # noqa: F401 (first: from then on, Ctrl-C is one line)
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from llama_ds.checkpoint.choices import DTYPE_NAMES
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_results, new_parser, processes, run, subcommands, whole

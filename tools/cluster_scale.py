@@ -15,6 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from llama_ds.command_line import Answer, add_results, new_parser, run, seconds, whole
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.launch.scale import fan_out, measure, setting

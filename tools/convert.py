@@ -19,9 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from tqdm import tqdm
 
-import llama_ds.command_line  # noqa: F401 (first: from then on, Ctrl-C is one line)
 from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, QKV_ORDERS, TARGET_DTYPES, TARGETS, TRANSFORMER_IMPLS
 from llama_ds.command_line import new_parser, processes, real, run, whole
 from llama_ds.errors import UserError

@@ -9,7 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import llama_ds.command_line  # noqa: F401 (first: from then on, Ctrl-C is one line)
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from llama_ds.checkpoint.choices import KINDS
 from llama_ds.command_line import Answer, add_json, new_parser, real, run, whole
 

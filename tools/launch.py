@@ -4,7 +4,8 @@
 With --supervise, a failed job is stopped on all hosts and restarted from its newest complete checkpoint: on the same
 hosts, with spares in place of bad ones, or on fewer ranks with the same global batch.
 
-On SIGINT or SIGTERM the ranks save and stop (a second signal stops them at once); on SIGUSR1 they save.
+On SIGINT, SIGTERM or SIGHUP, whenever it comes, the ranks save and end (a second SIGINT or SIGTERM ends them at once);
+on SIGUSR1 they save.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import llama_ds.command_line  # noqa: F401 (first: from then on, Ctrl-C is one line)
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import delay, new_parser, port, real, run, seconds, whole
+from llama_ds.command_line import INTERRUPTED, delay, new_parser, port, real, run, seconds, whole
 from llama_ds.config.run_file import load_run, path_variables
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
@@ -39,6 +44,7 @@ from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.supervisor import LaunchSettings, RestartLimits, Supervisor, command_of
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
+from llama_ds.log import console_is_gone
 
 EXAMPLES = """examples:
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --dry-run
@@ -48,7 +54,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 failed after all restarts, 2 a mistake in the command."""
+    """Run the command line; return the exit code: 0 done or ended, 1 failed, 2 a mistake, 130 after Ctrl-C."""
     read_models()
     return run(parser(), argv)
 
@@ -143,9 +149,10 @@ def launch(args: argparse.Namespace) -> int:
         print_line=print_line,
     )
     print_line(f"job folder: {supervisor.folder}")
-    handle_signals(supervisor)
+    received = handle_signals(supervisor)
     try:
-        return supervisor.supervise()
+        code = supervisor.supervise()
+        return INTERRUPTED if not code and signal.SIGINT in received else code
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped at once: nothing was saved") from None
 
@@ -209,22 +216,34 @@ def preflight(args: argparse.Namespace, run: RunConfig, hosts: Mapping[str, int]
     return examine(hosts, settings)
 
 
-def handle_signals(supervisor: Supervisor) -> None:
-    """Forward signals from a person or a scheduler to the supervisor; a second SIGINT or SIGTERM interrupts at once."""
+def handle_signals(supervisor: Supervisor) -> list[int]:
+    """Forward signals from a person or a scheduler to the supervisor; a second SIGINT or SIGTERM interrupts at once.
 
-    def end(*_: Any) -> None:
+    The returned list gets the signal that asked for the end.
+    """
+    received = []
+
+    def end(number: int, _: Any) -> None:
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         supervisor.ask("end")
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, end)
     signal.signal(signal.SIGUSR1, lambda *_: supervisor.ask("save"))
+    return received
 
 
 def print_line(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+    """Print a line at once. A console that is gone does not end the job: its events are in a file, too."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not console_is_gone(error):
+            raise
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import llama_ds.command_line  # noqa: F401 (first: from then on, Ctrl-C is one line)
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_results, new_parser, port, real, run, seconds, subcommands, whole
 from llama_ds.config.run_file import load_run

@@ -9,6 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
 from llama_ds.command_line import new_parser, run, size, subcommands, whole
 from llama_ds.data.text.corpus import documents
 from llama_ds.data.text.reading_options import add_reading_options, reading_options

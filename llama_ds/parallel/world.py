@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d
 
 from llama_ds.errors import UserError
 from llama_ds.job.heartbeat import interface_towards
+from llama_ds.job.requests import RANK_VARIABLES
 from llama_ds.log import logger
 from llama_ds.parallel.environment import check_others, first_number
 
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 # Variables in which launchers pass a process its rank; those of DeepSpeed and torchrun come first.
 LAUNCHER_VARIABLES = {
-    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"),
+    "RANK": RANK_VARIABLES,
     "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
     "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
 }
@@ -260,19 +261,27 @@ def barrier() -> None:
         dist.barrier()
 
 
+@dataclass
+class ProgramEnd:
+    """How a rank's program ends if it does not fail."""
+
+    code: int = 0
+
+
 @contextmanager
-def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[None]:
+def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[ProgramEnd]:
     """Turn an exception of this rank into a message and a non-zero exit, without waiting for the other ranks.
 
     A user error is printed once, whether one or all ranks raise it; ranks that fail because another has exited do not
     repeat it. Any other exception is printed with its traceback. The exit skips atexit handlers, in which a process
     group would hang once its peers have exited. A rank without an error runs to the end of its program and then skips
-    the interpreter's shutdown (`_end_at_once`).
+    the interpreter's shutdown (`_end_at_once`) with the code that it has set in the yielded object.
 
     `tell` is called first with the failure's kind ("echo" if another rank failed before) and text.
     """
+    end = ProgramEnd()
     try:
-        yield
+        yield end
     except UserError as error:
         tell(what="failure", kind=error.kind, text=f"error: {error}")
         _report_once(f"error: {error}")
@@ -283,7 +292,7 @@ def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[N
         _leave(_report_own(error, tell))
     if dist.is_initialized():
         dist.destroy_process_group()
-        atexit.register(_end_at_once)
+        atexit.register(_end_at_once, end)
 
 
 def _report_once(message: str) -> None:
@@ -324,12 +333,13 @@ def _report_own(error: Exception, tell: Callable[..., None]) -> int:
     return 1
 
 
-def _end_at_once() -> NoReturn:
+def _end_at_once(end: ProgramEnd) -> NoReturn:
     """Exit before other atexit handlers: a native thread that runs during interpreter shutdown aborts the process."""
-    _leave(1 if getattr(sys, "last_value", None) else 0)  # set if an exception ended the program
+    _leave(1 if getattr(sys, "last_value", None) else end.code)  # set if an exception ended the program
 
 
 def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)

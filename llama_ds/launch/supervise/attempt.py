@@ -29,11 +29,14 @@ SETTLE_S = 3.0  # wait after the first failure: its cause may be reported later,
 LAUNCHER_EXIT_S = 30.0  # time for the launcher to exit after its ranks
 STACKS_S = 5.0  # time for ranks to report their stacks
 LOG_LINES = 12  # number of lines shown from the end of a log
+ALL_LEFT = "all ranks exited cleanly"
+NOT_JOINED = "ended before all ranks had joined; there was nothing to save"
+REQUESTED = {"save": "save", "end": "save and end"}
 
 _MISTAKE = re.compile(r"^\s*(?:\S+: )?(error: .*)$", re.MULTILINE)  # pdsh writes the host before it
 
-DONE, MISTAKE, DIVERGENCE, FAILURE, DEATH, HOST_LOST, HANG, SPIKE, LAUNCHER = (
-    *("done", "mistake", "divergence", "failure", "death", "host lost", "hang", "spike", "launcher"),
+DONE, ENDED, MISTAKE, DIVERGENCE, FAILURE, DEATH, HOST_LOST, HANG, SPIKE, LAUNCHER = (
+    *("done", "ended", "mistake", "divergence", "failure", "death", "host lost", "hang", "spike", "launcher"),
 )
 
 
@@ -80,6 +83,8 @@ class Attempt:
         self._checks: dict[str, _HostCheck] = {}  # checks in flight, by host
         self._joined = False
         self._request: str | None = None  # "save" or "end", to be forwarded to the ranks
+        self._ending = False  # whether the ranks were asked to end, or will be
+        self._launcher_gone = ""  # how DeepSpeed's launcher ended while all ranks were running
         self._first_lost: Member | None = None  # the first rank whose connection broke without a goodbye
         self._failure: Outcome | None = None  # the first failure, as far as it is known
         self._failed_at = 0.0
@@ -87,7 +92,8 @@ class Attempt:
 
     def ask(self, what: str) -> None:
         """Ask the ranks to "save", or to save and "end". Safe to call from signal handlers."""
-        self._request = what
+        self._ending = self._ending or what == "end"
+        self._request = "end" if self._ending else what
 
     def run(self) -> Outcome:
         """Start the ranks and wait until they have ended on all hosts."""
@@ -128,6 +134,9 @@ class Attempt:
             time.sleep(TICK_S)
             self.server.poll()
             self._relay()
+            self._note_joined()
+            if self._ending and not self._joined:
+                return Outcome(ENDED, NOT_JOINED)
             self._forward_request()
             outcome = self._judge()
             if outcome:
@@ -136,13 +145,30 @@ class Attempt:
                 # Ranks of other hosts may still send a report.
                 ended_at = ended_at or time.monotonic()
                 if self._all_left():
-                    return Outcome(DONE, "all ranks exited cleanly")
-                if time.monotonic() - ended_at > SETTLE_S and not self._checks:
+                    return Outcome(LAUNCHER, self._launcher_gone) if self._launcher_gone else Outcome(DONE, ALL_LEFT)
+                if time.monotonic() - ended_at > SETTLE_S and not self._checks and not self._outlived(launcher):
                     return self._failure or self._launcher_failed(launcher.returncode)
             elif self._all_left():
                 ended_at = ended_at or time.monotonic()
                 if time.monotonic() - ended_at > LAUNCHER_EXIT_S:  # the ranks are done, so the launcher may be killed
-                    return Outcome(DONE, "all ranks exited cleanly, the launcher was killed")
+                    return Outcome(DONE, f"{ALL_LEFT}, the launcher was killed")
+
+    def _outlived(self, launcher: subprocess.Popen[bytes]) -> bool:
+        """Return whether the ranks that have not left still run without their launcher, asked to save and end.
+
+        The launcher is killed alone, or gets the signal that is meant for the whole job. A rank that hangs ends the
+        attempt as a hang.
+        """
+        running = [m for m in self.server.members.values() if not m.left]
+        if self._failure or not self._joined or not all(m.connected and not m.failed for m in running):
+            return False
+        if not self._ending and not self._launcher_gone:
+            self._launcher_gone = (
+                f"DeepSpeed's launcher exited with code {launcher.returncode} while {len(running)} ranks were running, "
+                "which have saved and ended"
+            )
+            self.server.ask("end")
+        return True
 
     def _all_left(self) -> bool:
         members = self.server.members
@@ -156,15 +182,17 @@ class Attempt:
     def _forward_request(self) -> None:
         request, self._request = self._request, None
         if request:
-            self.events.add("asked", f"asking the ranks to {request}", what=request)
+            self.events.add("asked", f"asking the ranks to {REQUESTED[request]}", what=request)
             self.server.ask(request)
+
+    def _note_joined(self) -> None:
+        if not self._joined and len(self.server.members) == self.job.world:
+            self._joined = True
+            self.events.add("ranks joined", f"all {self.job.world} ranks have connected")
 
     def _judge(self) -> Outcome | None:
         """Return the outcome if the attempt is over."""
         members, now = self.server.members, time.monotonic()
-        if not self._joined and len(members) == self.job.world:
-            self._joined = True
-            self.events.add("ranks joined", f"all {self.job.world} ranks have connected")
         if spike := self._read_reports():
             return spike
         while self.server.disconnected:
@@ -254,9 +282,6 @@ class Attempt:
             text = f"no rank has started; DeepSpeed's launcher exited with code {code}; the end of {log}:\n"
             return Outcome(LAUNCHER, text + last_lines(log, 2 * LOG_LINES))
         absent = [r for r in range(self.job.world) if r not in self.server.members or not self.server.members[r].left]
-        if all(rank in self.server.members and self.server.members[rank].connected for rank in absent):
-            text = f"DeepSpeed's launcher exited with code {code} while {len(absent)} ranks were running; "
-            return Outcome(LAUNCHER, f"{text}the end of {log}:\n{last_lines(log)}")
         rank, host = absent[0], self.job.rank_hosts[absent[0]]
         shown = str(self.job.log(rank)) if rank in self.server.members else log
         text = (

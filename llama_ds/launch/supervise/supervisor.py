@@ -90,7 +90,7 @@ class Supervisor:
             self._attempt.ask(what)
 
     def supervise(self) -> int:
-        """Run the job to its end; return the exit code: 0 done, 1 given up, 2 user error."""
+        """Run the job to its end; return the exit code: 0 done or ended as asked, 1 given up, 2 user error."""
         hosts, number, in_a_row, furthest = dict(self.host_pool.hosts), 0, 0, 0
         server: Server | None = None
         self.events.add("job started", run=self.run.path, hosts=hosts, spares=self.host_pool.spares)
@@ -104,9 +104,10 @@ class Supervisor:
                 else:
                     outcome = rendezvous
                 self._record(outcome)
-                if outcome.kind == outcomes.DONE or (self._ending and outcome.kind != outcomes.MISTAKE):
+                as_asked = outcome.kind in (outcomes.DONE, outcomes.ENDED)
+                if as_asked or (self._ending and outcome.kind != outcomes.MISTAKE):
                     self.events.add("job ended", "")
-                    return 0 if outcome.kind == outcomes.DONE else 1
+                    return 0 if as_asked else 1
                 in_a_row = 1 if outcome.step > furthest else in_a_row + 1
                 furthest = max(furthest, outcome.step)
                 code = self._exit_code(outcome, in_a_row)
@@ -146,7 +147,7 @@ class Supervisor:
         command = command_of(job, start, rendezvous)
         self._attempt = Attempt(job, command, server, self.watch, self.events, self._print_line, start.ssh_port)
         if self._ending:
-            return Outcome(outcomes.FAILURE, "ended before the ranks were started")
+            return Outcome(outcomes.ENDED, "ended before the ranks were started; there was nothing to save")
         return self._attempt.run()
 
     def _record(self, outcome: Outcome) -> None:
