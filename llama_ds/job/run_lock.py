@@ -34,6 +34,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from llama_ds.errors import UserError
+from llama_ds.job.folder import VARIABLE
 from llama_ds.log import logger
 
 RANKS, LAUNCHER = "ranks.lock", "launcher.lock"  # held by the first rank; by tools/launch.py, also between attempts
@@ -168,6 +169,22 @@ class RunLock:
                 return
             except OSError:  # the file system may answer again at the next heartbeat
                 continue
+
+
+def lock_for_ranks(run_dir: str) -> RunLock:
+    """Acquire the lock of a run for its ranks, which may belong to a job of tools/launch.py; return it.
+
+    Raises:
+        UserError: another job trains the run, or is about to start its ranks again.
+    """
+    attempt = os.environ.get(VARIABLE, "")
+    job = os.path.dirname(attempt)
+    lock = RunLock(run_dir, RANKS, job, attempt)
+    lock.acquire()
+    if launcher := living_holder(run_dir, LAUNCHER, job):
+        lock.release()
+        raise in_use(run_dir, launcher)
+    return lock
 
 
 def read_holder(run_dir: Path, name: str) -> Holder | None:
