@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,11 @@ class HostAnswer:
 def is_local(host: str) -> bool:
     """Return whether a name in a hostfile means this machine, which needs no ssh."""
     return host in LOCAL or host == socket.gethostname()
+
+
+def local_host(hosts: Iterable[str]) -> str | None:
+    """Return the name of this machine among `hosts`, if it is one of them."""
+    return next((host for host in hosts if is_local(host)), None)
 
 
 def ssh_command(host: str, argv: Sequence[str], port: int | None = None) -> list[str]:

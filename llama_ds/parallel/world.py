@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from llama_ds.errors import UserError
+from llama_ds.job.devices import VARIABLE as DEVICES
+from llama_ds.job.devices import VISIBLE, decode
 from llama_ds.log import logger
 from llama_ds.parallel.first_rank import (
     LOCAL_SIZES,
@@ -90,6 +92,9 @@ def join(rank_info: RankInfo, nic: str = "", hosts: Sequence[str] = ()) -> None:
         UserError: rank 0 cannot be found, or ranks do not come within `TIMEOUT`.
     """
     rank, size = rank_info.rank, rank_info.world
+    devices = decode(os.environ.get(DEVICES, ""), rank)
+    if devices is not None:  # the launcher set it to the host's first ones
+        os.environ[VISIBLE] = devices
     by = next((name for name in LAUNCHER_VARIABLES["RANK"] if name in os.environ), "")
     find_first_rank(rank, size, by)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank_info.local_rank))

@@ -12,7 +12,7 @@ from pathlib import Path
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.folder import VARIABLE, Job
-from llama_ds.launch.command import Command, build
+from llama_ds.launch.command import Command, build, devices_export
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.preflight import Report
 from llama_ds.launch.remote import is_local
@@ -36,6 +36,7 @@ class LaunchSettings:
     launcher: str = "pdsh"
     launcher_args: Sequence[str] = ()
     exports: Mapping[str, str] = field(default_factory=dict)
+    devices: Mapping[str, str] = field(default_factory=dict)  # CUDA_VISIBLE_DEVICES of hosts that need their own
     nic: str = ""
     master: str = ""
     master_port: int = 0
@@ -283,7 +284,7 @@ def command_of(job: Job, start: LaunchSettings, rendezvous: Rendezvous) -> Comma
         arguments_file=job.path("arguments"),
         master_addr=rendezvous.master,
         master_port=rendezvous.port,
-        exports={**start.exports, VARIABLE: job.folder},
+        exports={**start.exports, VARIABLE: job.folder, **devices_export(job.hosts, start.devices)},
         env_file=job.path("environment"),
         nic=start.nic,
         ssh_port=start.ssh_port,
