@@ -7,6 +7,7 @@ each step.
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from types import FrameType
 import torch
 
 from llama_ds.config.schema import CheckpointConfig
+from llama_ds.errors import UserError
+from llama_ds.job.wall_time import job_start, seconds_left
 from llama_ds.parallel import world
 
 
@@ -27,14 +30,29 @@ class Request(IntEnum):
     END = 2
 
 
+def check_time_left(settings: CheckpointConfig) -> None:
+    """Check that the job has time for steps.
+
+    Raises:
+        UserError: its time limit, less the margin, has passed.
+    """
+    start = job_start(os.environ)
+    left = seconds_left(settings, start)
+    if left is not None and left <= 0:
+        raise UserError(
+            f"checkpoint.wall_time_s = {settings.wall_time_s:g}: counted from {start.what}, "
+            f"{time.time() - start.at:.0f} s ago, no time for a step is left before the margin of "
+            f"{settings.wall_time_margin_s:g} s; give the job's whole time limit, or start another job"
+        )
+
+
 class Interruptions:
     """Collects the requests to this rank and agrees on them with the other ranks."""
 
     def __init__(self, settings: CheckpointConfig, device: torch.device) -> None:
         """Handle the signals from now on; a second SIGTERM ends the process at once."""
-        self._deadline = (
-            time.monotonic() + settings.wall_time_s - settings.wall_time_margin_s if settings.wall_time_s else None
-        )
+        left = seconds_left(settings, job_start(os.environ))
+        self._deadline = None if left is None else time.monotonic() + left
         self._device = device
         self._own = Request.NOTHING
         self._agreed: Callable[[], int] | None = None  # waits for the all-reduce in flight

@@ -15,7 +15,7 @@ from llama_ds.parallel.recording import Recording
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.feed import Feed
-from llama_ds.training.interruptions import Interruptions, Request
+from llama_ds.training.interruptions import Interruptions, Request, check_time_left
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
@@ -34,10 +34,11 @@ def train(
     `config` is the merged DeepSpeed configuration; `progress` reports this rank's phase to the supervisor.
 
     Raises:
-        UserError: on all ranks alike: another job trains the run, data or checkpoints cannot be used, or the loss has
-            diverged.
+        UserError: on all ranks alike: another job trains the run, no time is left, data or checkpoints cannot be used,
+            or the loss has diverged.
     """
     progress.enter(Phase.LOADING)
+    world.together(lambda: check_time_left(run.checkpoint))
     with locked(run.run_dir, rank_info) as check_lock:
         _train(run, layout, config, rank_info, progress, check_lock)
 

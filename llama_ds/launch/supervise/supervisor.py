@@ -12,6 +12,7 @@ from pathlib import Path
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.folder import VARIABLE, Job
+from llama_ds.job.wall_time import job_start, seconds_left
 from llama_ds.launch.command import Command, build, devices_export
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.preflight import Report
@@ -73,6 +74,7 @@ class Supervisor:
         """`folder` is the job's folder, `examine` runs the preflight, and `print_line` prints a line on the console."""
         self.run, self.start, self.host_pool, self.watch, self.limits = run, start, host_pool, watch, limits
         self.folder, self._examine, self._print_line = folder, examine, print_line
+        self._job_start = job_start(os.environ)
         self.events = Events(folder / "events.jsonl", print_line)
         self._rewind_overrides: list[str] = []  # overrides of the last rewind, kept in all later attempts
         # (step, skipped steps of data): starts with the run file's list; each rewind adds to it.
@@ -140,6 +142,7 @@ class Supervisor:
             beat_s=start.beat_s,
             orphan_s=start.orphan_s,
             nic=start.nic,
+            started=self._job_start.at,
         )
         prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides])
         command = command_of(job, start, rendezvous)
@@ -160,6 +163,14 @@ class Supervisor:
         if outcome.kind == outcomes.MISTAKE or (outcome.kind == outcomes.DIVERGENCE and not rewinds):
             return UserError.EXIT_CODE
         if self.limits.restarts == 0:
+            return 1
+        left = seconds_left(self.run.checkpoint, self._job_start)
+        if left is not None and left <= 0:
+            self.events.add(
+                "gave up",
+                f"no time for a restart is left of checkpoint.wall_time_s = {self.run.checkpoint.wall_time_s:g}; the "
+                "same command resumes in another job",
+            )
             return 1
         if in_a_row > self.limits.restarts:
             self.events.add(
