@@ -78,7 +78,7 @@ def main() -> int:
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
         if rank_info.world > 1:
             REQUESTS.enter(Stage.JOINING)
-        world.join(rank_info, job.nic if job else "")
+        world.join(rank_info, job.nic if job else "", job.rank_hosts if job else ())
         if rank_info.world > 1:
             REQUESTS.keep()
         if job:

@@ -31,12 +31,14 @@ from llama_ds.command_line import INTERRUPTED, delay, new_parser, port, real, ru
 from llama_ds.config.run_file import load_run, path_variables
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.devices import visible_devices
 from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
 from llama_ds.launch.deepspeed_env import read_deepspeed_env
 from llama_ds.launch.hostfile import parse_hostfile, select
-from llama_ds.launch.job_files import new_folder
+from llama_ds.launch.job_files import lock_run, new_folder
 from llama_ds.launch.preflight import PreflightSettings, Report, examine
+from llama_ds.launch.remote import local_host
 from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.attempt import Watch
 from llama_ds.launch.supervise.hang_detector import HangLimits
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("run_file", help="YAML run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as for llama_ds/train.py")
     parser.add_argument("--hostfile", required=True, help="HOST slots=N, one per line, in the order of the ranks")
-    parser.add_argument("--include", default="", help="use only these hosts: node1@node2:0,1")
+    parser.add_argument("--include", default="", help="use only these hosts and devices: node1@node2:0,1")
     parser.add_argument("--exclude", default="", help="use all hosts but these")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: %(default)s")
     parser.add_argument("--launcher-args", default="", help="additional arguments for pdsh, mpirun or srun")
@@ -119,7 +121,8 @@ def launch(args: argparse.Namespace) -> int:
     """Start the job and supervise it to its end."""
     os.environ.pop(VARIABLE, None)  # this job must not join the job that started it
     wanted = load_run(args.run_file, args.overrides)
-    hosts = hosts_of(args)
+    slots = slots_of(args)
+    hosts = {host: len(chosen) for host, chosen in slots.items()}
     layout = resolve_layout(wanted, sum(hosts.values()))
     ranks = place_ranks(hosts, layout)
     for finding in findings(ranks):
@@ -127,10 +130,17 @@ def launch(args: argparse.Namespace) -> int:
             raise UserError(f"{args.hostfile}: {finding.text}")
         if finding.severity == "warning" or args.dry_run:
             print_line(f"{finding.severity}: {finding.text}")
-    start = start_of(args)
+    devices = visible_devices(slots, local_host(hosts), os.environ)
+    for host, chosen in devices.items():
+        print_line(
+            f"{host}: the ranks use the CUDA devices {chosen}" if chosen else f"{host}: no CUDA device is visible"
+        )
+    start = start_of(args, devices)
     if args.dry_run:
         show(args, wanted, start, hosts)
         return 0
+    folder = new_folder(wanted.run_dir)
+    lock = lock_run(wanted.run_dir, folder, args.orphan_s, print_line)
     supervisor = Supervisor(
         run=wanted,
         start=start,
@@ -144,7 +154,7 @@ def launch(args: argparse.Namespace) -> int:
             rewind_steps=args.rewind_steps,
             skip_steps=args.skip_steps or args.rewind_steps + 200,
         ),
-        folder=new_folder(wanted.run_dir),
+        folder=folder,
         examine=lambda hosts: preflight(args, wanted, hosts),
         print_line=print_line,
     )
@@ -155,24 +165,16 @@ def launch(args: argparse.Namespace) -> int:
         return INTERRUPTED if not code and signal.SIGINT in received else code
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped at once: nothing was saved") from None
+    finally:
+        lock.release()
 
 
-def hosts_of(args: argparse.Namespace) -> dict[str, int]:
-    """Return the slots of the selected hosts."""
-    hosts = parse_hostfile(args.hostfile)
-    if not (args.include or args.exclude):
-        return hosts
-    chosen = select(hosts, args.include, args.exclude)
-    for host, slots in chosen.items():
-        if slots != list(range(len(slots))):
-            raise UserError(
-                f"--include/--exclude: slots {slots} of {host} are not its first ones; write a hostfile with fewer "
-                "slots and set CUDA_VISIBLE_DEVICES on that host"
-            )
-    return {host: len(slots) for host, slots in chosen.items()}
+def slots_of(args: argparse.Namespace) -> dict[str, list[int]]:
+    """Return the selected slots of the hosts."""
+    return select(parse_hostfile(args.hostfile), args.include, args.exclude)
 
 
-def start_of(args: argparse.Namespace) -> LaunchSettings:
+def start_of(args: argparse.Namespace, devices: Mapping[str, str]) -> LaunchSettings:
     """Return the settings with which ranks are started."""
     from_files = read_deepspeed_env(os.environ)
     if from_files.remark:
@@ -192,6 +194,7 @@ def start_of(args: argparse.Namespace) -> LaunchSettings:
         launcher_args=args.launcher_args.split(),
         exports=exports,
         secrets={name: value for name, value in from_files.secrets.items() if name not in exports},
+        devices=devices,
         nic=args.nic,
         master=args.master_addr,
         master_port=args.master_port,

@@ -87,7 +87,13 @@ class CheckpointConfig(Section):
     ] = 0
     save: Annotated[bool, Key("Whether checkpoints are saved; false suits profiling.")] = True
     wall_time_s: Annotated[
-        float, Key("Time limit of the job; the run saves and ends before it. 0: none.", "seconds", NOT_NEGATIVE)
+        float,
+        Key(
+            "Time limit of the job, counted from its start; the run saves and ends before it. 0: none.",
+            "seconds",
+            NOT_NEGATIVE,
+            rule="Above `wall_time_margin_s`.",
+        ),
     ] = 0.0
     wall_time_margin_s: Annotated[
         float, Key("Time before the limit at which the run saves and ends.", "seconds", NOT_NEGATIVE)
@@ -98,6 +104,12 @@ class CheckpointConfig(Section):
             raise self.broken(
                 f"checkpoint.rewind_to = {self.rewind_to} resumes from a checkpoint, which checkpoint.resume = never "
                 "forbids; use auto"
+            )
+        if 0 < self.wall_time_s <= self.wall_time_margin_s:
+            raise self.broken(
+                f"checkpoint.wall_time_s = {self.wall_time_s:g} is not above checkpoint.wall_time_margin_s = "
+                f"{self.wall_time_margin_s:g}, so the job would end before its first step; lower the margin to the "
+                "time that a save takes"
             )
 
 

@@ -37,6 +37,7 @@ class Job:
     beat_s: float  # heartbeat interval
     orphan_s: float  # a rank without a supervisor terminates after this time
     nic: str = ""  # interface for the ranks' traffic; "": the interface that routes to the first host
+    started: float = 0.0  # when the job began, in seconds since the epoch; 0: unknown
 
     @property
     def world(self) -> int:

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llama_ds.errors import UserError, did_you_mean
+from llama_ds.job import devices
 from llama_ds.launch import words
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm", "impi")
@@ -139,6 +140,12 @@ def inherited(environ: Mapping[str, str], launcher: str) -> dict[str, str]:
 def exported_to_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of `environ` to export to the ranks on all hosts."""
     return {k: v for k, v in environ.items() if k.startswith(_EXPORTED) or k in _EXPORTED_NAMES}
+
+
+def devices_export(hosts: Mapping[str, int], chosen: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable that passes the hosts' CUDA devices to the ranks, if any of `hosts` has its own."""
+    text = devices.encode(hosts, chosen)
+    return {devices.VARIABLE: text} if text else {}
 
 
 def runner_environment(command: Command, environ: Mapping[str, str], launcher: str) -> dict[str, str]:

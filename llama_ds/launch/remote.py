@@ -12,7 +12,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,11 @@ class HostAnswer:
 def is_local(host: str) -> bool:
     """Return whether a name in a hostfile means this machine, which needs no ssh."""
     return host in LOCAL or host == socket.gethostname()
+
+
+def local_host(hosts: Iterable[str]) -> str | None:
+    """Return the name of this machine among `hosts`, if it is one of them."""
+    return next((host for host in hosts if is_local(host)), None)
 
 
 def ssh_command(host: str, argv: Sequence[str], port: int | None = None) -> list[str]:
@@ -115,6 +120,7 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostA
     try:
         process = subprocess.Popen(
             command,
+            env=_environment(host),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -146,6 +152,11 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostA
     seconds = time.monotonic() - begin
     out, err = (kept.get(name, b"").decode(errors="replace") for name in ("out", "err"))
     return HostAnswer(host, None if late and code == -signal.SIGKILL else code, out, err, seconds)
+
+
+def _environment(host: str) -> dict[str, str] | None:
+    """Return the environment of a command: here without the SSH_CONNECTION of this shell's own login."""
+    return {k: v for k, v in os.environ.items() if k != "SSH_CONNECTION"} if is_local(host) else None
 
 
 def _read(stream: object) -> bytes:

@@ -7,13 +7,16 @@ overlaps each step.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 
 import torch
 
 from llama_ds.config.schema import CheckpointConfig
+from llama_ds.errors import UserError
 from llama_ds.job.requests import Request, Requests
+from llama_ds.job.wall_time import job_start, seconds_left
 from llama_ds.parallel import world
 
 ON_ANOTHER_RANK = "requested on another rank"
@@ -38,14 +41,29 @@ def end_if_asked(requests: Requests, device: torch.device) -> None:
         raise EndedEarly(agreed, requests.reason or ON_ANOTHER_RANK)
 
 
+def check_time_left(settings: CheckpointConfig) -> None:
+    """Check that the job has time for steps.
+
+    Raises:
+        UserError: its time limit, less the margin, has passed.
+    """
+    start = job_start(os.environ)
+    left = seconds_left(settings, start)
+    if left is not None and left <= 0:
+        raise UserError(
+            f"checkpoint.wall_time_s = {settings.wall_time_s:g}: counted from {start.what}, "
+            f"{time.time() - start.at:.0f} s ago, no time for a step is left before the margin of "
+            f"{settings.wall_time_margin_s:g} s; give the job's whole time limit, or start another job"
+        )
+
+
 class Interruptions:
     """Agrees with the other ranks on the requests to any of them."""
 
     def __init__(self, settings: CheckpointConfig, device: torch.device, requests: Requests | None = None) -> None:
         """From now on there is something to save. Without `requests`, handle signals until `close`."""
-        self._deadline = (
-            time.monotonic() + settings.wall_time_s - settings.wall_time_margin_s if settings.wall_time_s else None
-        )
+        left = seconds_left(settings, job_start(os.environ))
+        self._deadline = None if left is None else time.monotonic() + left
         self._device = device
         self._agreed: Callable[[], int] | None = None  # waits for the all-reduce in flight
         self._requests, self._listens = requests or Requests(), requests is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llama_ds.config.schema import RunConfig
@@ -15,10 +16,11 @@ from llama_ds.parallel.recording import Recording
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.feed import Feed
-from llama_ds.training.interruptions import Interruptions, end_if_asked
+from llama_ds.training.interruptions import Interruptions, check_time_left, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
+from llama_ds.training.run_in_use import locked
 from llama_ds.training.run_log import open_run_log
 from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
 from llama_ds.training.start import carried_over, open_start
@@ -41,10 +43,25 @@ def train(
         The request that ended the run early, or NOTHING.
 
     Raises:
-        UserError: on all ranks alike: data or checkpoints cannot be used, or the loss has diverged.
+        UserError: on all ranks alike: another job trains the run, no time is left, data or checkpoints cannot be used,
+            or the loss has diverged.
         EndedEarly: on all ranks alike, before the first step.
     """
     progress.enter(Phase.LOADING)
+    world.together(lambda: check_time_left(run.checkpoint))
+    with locked(run.run_dir, rank_info) as check_lock:
+        return _train(run, layout, config, rank_info, progress, requests, check_lock)
+
+
+def _train(
+    run: RunConfig,
+    layout: Layout,
+    config: dict[str, Any],
+    rank_info: world.RankInfo,
+    progress: Progress,
+    requests: Requests,
+    check_lock: Callable[[], None],
+) -> Request:
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
     run = with_min_memory(run, device)
@@ -74,6 +91,7 @@ def train(
 
     with checkpoints.drained():
         for step in range(first, last):
+            check_lock()
             feed.before_step(step)
             recording.before_step(step + 1)
             stragglers.before_step()

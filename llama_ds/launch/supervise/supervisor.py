@@ -12,11 +12,12 @@ from pathlib import Path
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.folder import VARIABLE, Job
-from llama_ds.launch.command import Command, build
+from llama_ds.job.wall_time import job_start, seconds_left
+from llama_ds.launch.command import Command, build, devices_export
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.preflight import Report
 from llama_ds.launch.remote import is_local
-from llama_ds.launch.rendezvous import Rendezvous, arrange
+from llama_ds.launch.rendezvous import Rendezvous, UnreachableHost, arrange
 from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
@@ -38,6 +39,7 @@ class LaunchSettings:
     launcher_args: Sequence[str] = ()
     exports: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables that reach the ranks in a file
+    devices: Mapping[str, str] = field(default_factory=dict)  # CUDA_VISIBLE_DEVICES of hosts that need their own
     nic: str = ""
     master: str = ""
     master_port: int = 0
@@ -74,6 +76,7 @@ class Supervisor:
         """`folder` is the job's folder, `examine` runs the preflight, and `print_line` prints a line on the console."""
         self.run, self.start, self.host_pool, self.watch, self.limits = run, start, host_pool, watch, limits
         self.folder, self._examine, self._print_line = folder, examine, print_line
+        self._job_start = job_start(os.environ)
         self.events = Events(folder / "events.jsonl", print_line)
         self._rewind_overrides: list[str] = []  # overrides of the last rewind, kept in all later attempts
         # (step, skipped steps of data): starts with the run file's list; each rewind adds to it.
@@ -123,14 +126,15 @@ class Supervisor:
             self.events.close()
 
     def _rendezvous(self, hosts: Mapping[str, int], again: bool) -> Rendezvous | Outcome:
-        """Return the rendezvous; if the first host does not answer at a restart, that is one more failure."""
+        """Return the rendezvous; if a host that it needs does not answer at a restart, that is one more failure."""
         start = self.start
         try:
             return arrange(list(hosts), start.nic, start.master_port, start.master, start.ssh_port)
         except UserError as error:
             if not again:
                 raise
-            return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[next(iter(hosts))])
+            host = error.host if isinstance(error, UnreachableHost) else next(iter(hosts))
+            return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[host])
 
     def _run_attempt(self, number: int, hosts: dict[str, int], rendezvous: Rendezvous, server: Server) -> Outcome:
         start = self.start
@@ -142,6 +146,7 @@ class Supervisor:
             beat_s=start.beat_s,
             orphan_s=start.orphan_s,
             nic=start.nic,
+            started=self._job_start.at,
         )
         prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides], start.secrets)
         command = command_of(job, start, rendezvous)
@@ -168,6 +173,14 @@ class Supervisor:
                 "gave up",
                 f"the same failure came again at step {outcome.step}, and would after another restart: "
                 f"{reason(outcome)}; see {self.folder}, fix the cause and run the same command again",
+            )
+            return 1
+        left = seconds_left(self.run.checkpoint, self._job_start)
+        if left is not None and left <= 0:
+            self.events.add(
+                "gave up",
+                f"no time for a restart is left of checkpoint.wall_time_s = {self.run.checkpoint.wall_time_s:g}; the "
+                "same command resumes in another job",
             )
             return 1
         if in_a_row > self.limits.restarts:
@@ -293,7 +306,7 @@ def command_of(job: Job, start: LaunchSettings, rendezvous: Rendezvous) -> Comma
         arguments_file=job.path("arguments"),
         master_addr=rendezvous.master,
         master_port=rendezvous.port,
-        exports={**start.exports, VARIABLE: job.folder},
+        exports={**start.exports, VARIABLE: job.folder, **devices_export(job.hosts, start.devices)},
         env_file=job.path("environment"),
         nic=start.nic,
         ssh_port=start.ssh_port,
