@@ -54,7 +54,7 @@ def main() -> int:
     read_models()
     from llama_ds.parallel import world
 
-    heartbeat = Heartbeat(REQUESTS.ask)
+    heartbeat = Heartbeat(REQUESTS)
     with world.failing_together(heartbeat.tell) as end:
         if arguments.dry_run:
             from llama_ds.layout.recompute import with_device_memory
@@ -74,7 +74,6 @@ def main() -> int:
             keep_output(job, rank_info.rank)
             os.environ.update(job.secrets())
             heartbeat.begin(job, rank_info.rank)
-            REQUESTS.farewell = heartbeat.end
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
         if rank_info.world > 1:
             REQUESTS.enter(Stage.JOINING)

@@ -56,7 +56,8 @@ RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMPI_COMM_WORLD_*", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 )
-RANK_READERS = ("llama_ds/parallel/*",)
+# The second knows before torch is imported whether this is the first rank, which alone says why a run ends.
+RANK_READERS = ("llama_ds/parallel/*", "llama_ds/job/requests.py")
 
 # Arithmetic and text, usable on a login node without torch.
 TORCH_FREE = (

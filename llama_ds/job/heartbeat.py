@@ -23,7 +23,7 @@ import psutil
 
 from llama_ds.errors import UserError
 from llama_ds.job.folder import RETRY_S, Job
-from llama_ds.job.requests import Request
+from llama_ds.job.requests import Request, Requests
 from llama_ds.job.wire import (
     Beat,
     Kind,
@@ -39,7 +39,6 @@ from llama_ds.job.wire import (
     pack_beat,
 )
 
-Ask = Callable[[Request, str], None]
 REACH_S = 60.0  # timeout for the first connection to the supervisor
 FROM_LAUNCHER = "asked by the launcher"
 STACKS_SIGNAL = signal.SIGUSR2  # faulthandler dumps the stacks from C, even while Python hangs
@@ -80,13 +79,13 @@ class Progress:
 class HeartbeatConnection:
     """This rank's connection to its job's supervisor."""
 
-    def __init__(self, job: Job, rank: int, progress: Progress, ask: Ask = lambda *_: None) -> None:
-        """Connect and start the heartbeat thread, which passes the supervisor's requests to `ask`.
+    def __init__(self, job: Job, rank: int, progress: Progress, requests: Requests | None = None) -> None:
+        """Connect and start the heartbeat thread, which passes on the supervisor's requests.
 
         Raises:
             UserError: the supervisor cannot be reached.
         """
-        self.job, self.rank, self.progress, self._ask = job, rank, progress, ask
+        self.job, self.rank, self.progress, self._requests = job, rank, progress, requests
         progress.is_reporter, progress.host = rank == 0, job.rank_hosts[rank]
         self._token = job.token()
         self._about = {"rank": rank, "host": progress.host, "pid": os.getpid()}
@@ -158,6 +157,10 @@ class HeartbeatConnection:
             self._ask(Request.SAVE, FROM_LAUNCHER)
         elif request == "end":
             self._ask(Request.END, FROM_LAUNCHER)
+
+    def _ask(self, request: Request, reason: str) -> None:
+        if self._requests:
+            self._requests.ask(request, reason, farewell=self.close)
 
     def _flush(self) -> None:
         with suppress(IndexError):  # the other thread took the last report
@@ -231,10 +234,10 @@ class HeartbeatConnection:
 class Heartbeat:
     """A rank's heartbeat if it belongs to a job; otherwise every method does nothing."""
 
-    def __init__(self, ask: Ask = lambda *_: None) -> None:
-        """`ask` gets the supervisor's requests."""
+    def __init__(self, requests: Requests | None = None) -> None:
+        """`requests` gets those of the supervisor."""
         self.progress = Progress()
-        self._ask = ask
+        self._requests = requests
         self._connection: HeartbeatConnection | None = None
 
     def begin(self, job: Job, rank: int) -> None:
@@ -243,7 +246,7 @@ class Heartbeat:
         Raises:
             UserError: the supervisor cannot be reached.
         """
-        self._connection = HeartbeatConnection(job, rank, self.progress, self._ask)
+        self._connection = HeartbeatConnection(job, rank, self.progress, self._requests)
 
     def tell(self, **values: Any) -> None:
         """Send a report to the supervisor at once, if there is one."""

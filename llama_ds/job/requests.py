@@ -51,7 +51,6 @@ class Requests:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         """`environment` tells which launcher started this process, and whether it is the first rank."""
         self.reason = ""  # why the run is to end
-        self.farewell: Callable[[], None] = lambda: None  # called before an end at once that the launcher asked for
         self._stage, self._own = Stage.ALONE, Request.NOTHING
         self._launched = any(name in environment for name in RANK_VARIABLES)
         self._same = any(name in environment for name in _PASS_ON_THE_SAME)
@@ -93,8 +92,8 @@ class Requests:
         """From now on keep requests until the ranks agree on them."""
         self.enter(Stage.TOGETHER)
 
-    def ask(self, request: Request, reason: str, code: int = 0) -> None:
-        """Remember a request, from any thread. `code` is the exit code if it ends the process at once."""
+    def ask(self, request: Request, reason: str, code: int = 0, farewell: Callable[[], None] = lambda: None) -> None:
+        """Remember a request, from any thread. If it ends the process at once: after `farewell`, with `code`."""
         with self._lock:
             if self._stage is Stage.FINISHED:
                 return
@@ -102,9 +101,9 @@ class Requests:
                 self._own = request
                 self.reason = reason if request >= Request.END else ""
             if request >= Request.END and self._stage is Stage.ALONE:
-                self._end_alone(code)
+                self._end_alone(code, farewell)
             if request >= Request.END and self._stage is Stage.JOINING:
-                timer = threading.Timer(JOIN_S, self._end_if_joining, (code,))
+                timer = threading.Timer(JOIN_S, self._end_if_joining, (code, farewell))
                 timer.daemon = True
                 timer.start()
 
@@ -168,14 +167,13 @@ class Requests:
         copied = self._same or number == signal.SIGTERM
         return not copied or now - same[0] > COPY_S
 
-    def _end_if_joining(self, code: int) -> None:
+    def _end_if_joining(self, code: int, farewell: Callable[[], None]) -> None:
         with self._lock:
             if self._stage is Stage.JOINING:
-                self._end_alone(code)
+                self._end_alone(code, farewell)
 
-    def _end_alone(self, code: int) -> NoReturn:
-        if not code:
-            self.farewell()
+    def _end_alone(self, code: int, farewell: Callable[[], None]) -> NoReturn:
+        farewell()
         self._leave(f"ended before the first step ({self.reason}); there was nothing to save", code)
 
     def _leave(self, text: str, code: int) -> NoReturn:

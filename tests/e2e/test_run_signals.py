@@ -194,8 +194,9 @@ def test_a_supervised_job_ends_as_asked(
             return received
 
         monkeypatch.setattr(launch, "handle_signals", signalled)
-    assert launch.main([str(run.file), "--hostfile", str(hostfile), "--beat-s", "0.5"]) == code
+    got = launch.main([str(run.file), "--hostfile", str(hostfile), "--beat-s", "0.5"])
     output = "\n".join(lines)
+    assert got == code, output
     assert "DIED" not in output and "Traceback" not in output, output
     processes = [p for p in psutil.process_iter() if _is_in(p, str(run.dir))]
     assert psutil.wait_procs(processes, timeout=TIMEOUT_S)[1] == []
