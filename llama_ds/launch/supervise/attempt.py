@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import threading
@@ -21,6 +20,7 @@ from llama_ds.launch.command import Command, runner_environment
 from llama_ds.launch.supervise import hang, processes
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
+from llama_ds.launch.supervise.logs import LOG_LINES, Tail, first_error, last_error, last_lines
 from llama_ds.launch.supervise.server import Member, Server
 from llama_ds.launch.supervise.spikes import Spike, SpikeRule
 
@@ -29,12 +29,9 @@ SETTLE_S = 3.0  # wait after the first failure: its cause may be reported later,
 LAUNCHER_EXIT_S = 30.0  # time for the launcher to exit after its ranks
 WAITING_S = 30.0  # interval between the lines that name ranks which have not connected
 STACKS_S = 5.0  # time for ranks to report their stacks
-LOG_LINES = 12  # number of lines shown from the end of a log
 ALL_LEFT = "all ranks exited cleanly"
 NOT_JOINED = "ended before all ranks had joined; there was nothing to save"
 REQUESTED = {"save": "save", "end": "save and end"}
-
-_MISTAKE = re.compile(r"^\s*(?:\S+: )?(error: .*)$", re.MULTILINE)  # pdsh writes the host before it
 
 DONE, ENDED, MISTAKE, DIVERGENCE, FAILURE, DEATH, HOST_LOST, HANG, SPIKE, LAUNCHER = (
     *("done", "ended", "mistake", "divergence", "failure", "death", "host lost", "hang", "spike", "launcher"),
@@ -299,9 +296,8 @@ class Attempt:
     def _launcher_failed(self, code: int) -> Outcome:
         log = str(self.job.launcher_log)
         if not self.server.members:
-            mistake = _MISTAKE.search(last_lines(log, 2 * LOG_LINES)) if code == UserError.EXIT_CODE else None
-            if mistake:  # a rank ended before it was connected
-                return Outcome(MISTAKE, mistake[1])
+            if code == UserError.EXIT_CODE and (error := first_error(log)):  # a rank ended before it was connected
+                return Outcome(MISTAKE, error)
             text = f"no rank has started; DeepSpeed's launcher exited with code {code}; the end of {log}:\n"
             return Outcome(LAUNCHER, text + last_lines(log, 2 * LOG_LINES))
         absent = [r for r in range(self.job.world) if r not in self.server.members or not self.server.members[r].left]
@@ -365,25 +361,6 @@ class _HostCheck:
         threading.Thread(target=look, daemon=True).start()
 
 
-class Tail:
-    """Follows a growing file, which need not exist yet."""
-
-    def __init__(self, path: str) -> None:
-        self._path, self._offset, self._rest = path, 0, b""
-
-    def lines(self) -> list[str]:
-        """Return the lines completed since the last call."""
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(self._offset)
-                new = file.read()
-        except OSError:
-            return []
-        self._offset += len(new)
-        *lines, self._rest = (self._rest + new).split(b"\n")
-        return [line.decode(errors="replace") for line in lines]
-
-
 def _reported_failure(member: Member, report: dict[str, Any]) -> Outcome:
     kind, text = str(report.get("kind")), str(report.get("text"))
     if kind == MISTAKE:
@@ -393,20 +370,3 @@ def _reported_failure(member: Member, report: dict[str, Any]) -> Outcome:
     return Outcome(
         FAILURE, f"rank {member.rank} on {member.host} failed:\n{text}", ranks=[member.rank], hosts=[member.host]
     )
-
-
-def last_lines(path: str, count: int = LOG_LINES) -> str:
-    """Return the last lines of a file, indented."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(os.path.getsize(path) - (1 << 16), 0))
-            lines = file.read().decode(errors="replace").splitlines()[-count:]
-    except OSError as error:
-        lines = [str(error)]
-    return "\n".join(f"    {line}" for line in lines)
-
-
-def last_error(path: str) -> str:
-    """Return the last error for the user in a rank's log, "" without one."""
-    errors = [line.strip() for line in last_lines(path).splitlines() if line.strip().startswith("error: ")]
-    return errors[-1] if errors else ""
