@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import delay, new_parser, port, real, run, seconds, whole
 from llama_ds.config.run_file import load_run
@@ -119,7 +120,7 @@ def launch(args: argparse.Namespace) -> int:
             raise UserError(f"{args.hostfile}: {finding.text}")
         if finding.severity == "warning" or args.dry_run:
             print_line(f"{finding.severity}: {finding.text}")
-    start = start_of(args)
+    start = start_of(args, wanted)
     if args.dry_run:
         show(args, wanted, start, hosts)
         return 0
@@ -163,7 +164,7 @@ def hosts_of(args: argparse.Namespace) -> dict[str, int]:
     return {host: len(slots) for host, slots in chosen.items()}
 
 
-def start_of(args: argparse.Namespace) -> LaunchSettings:
+def start_of(args: argparse.Namespace, wanted: RunConfig) -> LaunchSettings:
     """Return the settings with which ranks are started."""
     exports = exported_to_ranks(os.environ)
     for pair in args.export:
@@ -172,9 +173,9 @@ def start_of(args: argparse.Namespace) -> LaunchSettings:
             raise UserError(f"--export {pair}: write NAME=VALUE")
         exports[name] = value
     return LaunchSettings(
-        run_file=os.path.abspath(args.run_file),
+        run_file=os.path.abspath(wanted.path),
         overrides=args.overrides,
-        train=str(ROOT / "llama_ds" / "train.py"),
+        train=shipped.TRAIN,
         launcher=args.launcher,
         launcher_args=args.launcher_args.split(),
         exports=exports,
