@@ -54,7 +54,7 @@ def main() -> int:
             keep_output(job, rank_info.rank)
             heartbeat.begin(job, rank_info.rank)
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
-        world.join(rank_info, job.nic if job else "")
+        world.join(rank_info, job.nic if job else "", job.rank_hosts if job else ())
         if job:
             check_hosts(job, world.gather(host_identity()))
         run, layout, config = world.together(lambda: resolve(arguments, rank_info.world))

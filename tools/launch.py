@@ -29,7 +29,7 @@ from llama_ds.errors import UserError
 from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
 from llama_ds.launch.hostfile import parse_hostfile, select
-from llama_ds.launch.job_files import new_folder
+from llama_ds.launch.job_files import lock_run, new_folder
 from llama_ds.launch.preflight import PreflightSettings, Report, examine
 from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.attempt import Watch
@@ -124,6 +124,8 @@ def launch(args: argparse.Namespace) -> int:
     if args.dry_run:
         show(args, wanted, start, hosts)
         return 0
+    folder = new_folder(wanted.run_dir)
+    lock = lock_run(wanted.run_dir, folder, args.orphan_s, print_line)
     supervisor = Supervisor(
         run=wanted,
         start=start,
@@ -137,7 +139,7 @@ def launch(args: argparse.Namespace) -> int:
             rewind_steps=args.rewind_steps,
             skip_steps=args.skip_steps or args.rewind_steps + 200,
         ),
-        folder=new_folder(wanted.run_dir),
+        folder=folder,
         examine=lambda hosts: preflight(args, wanted, hosts),
         print_line=print_line,
     )
@@ -147,6 +149,8 @@ def launch(args: argparse.Namespace) -> int:
         return supervisor.supervise()
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped at once: nothing was saved") from None
+    finally:
+        lock.release()
 
 
 def hosts_of(args: argparse.Namespace) -> dict[str, int]:

@@ -25,6 +25,7 @@ from llama_ds.child_processes import PIPE, run_child
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.run_lock import check_unused
 
 EXAMPLES = """examples:
   tools/quickstart.py                      # as `make quickstart`; reuses finished stages
@@ -61,6 +62,7 @@ def quickstart(fresh: bool, overrides: list[str]) -> None:
     started = time.monotonic()
     run = load_run(RUN_FILE, overrides)
     if fresh:
+        check_unused(run.run_dir)
         shutil.rmtree(run.run_dir, ignore_errors=True)
     _prepare_data(run)
     unigram = _unigram(run)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from llama_ds.errors import UserError
 from llama_ds.job.folder import Job
+from llama_ds.job.run_lock import LAUNCHER, RANKS, RunLock, in_use, living_holder, wait_until_free
 from llama_ds.job.wire import TOKEN_BYTES
 from llama_ds.launch.hostfile import write_hostfile
 
@@ -30,6 +31,27 @@ def new_folder(run_dir: str) -> Path:
             return jobs / f"{number:04d}"
     except OSError as error:
         raise UserError(f"{jobs}: cannot be written ({error.strerror}); set output_dir to another folder") from None
+
+
+def lock_run(run_dir: str, folder: Path, orphan_s: float, print_line: Callable[[str], None]) -> RunLock:
+    """Lock a run for the job in `folder`, which lasts between its attempts too; return the lock, to be released.
+
+    Ranks whose launcher was killed save and end within `orphan_s`; this waits for them.
+
+    Raises:
+        UserError: another job trains the run. The job's folder is removed again.
+    """
+    lock = RunLock(run_dir, LAUNCHER, job=str(folder), say=print_line)
+    try:
+        lock.acquire()
+        ranks = living_holder(run_dir, RANKS, str(folder), print_line)
+        if ranks and not (ranks.job and wait_until_free(run_dir, ranks, 2 * orphan_s, print_line)):
+            lock.release()
+            raise in_use(run_dir, ranks)
+    except UserError:
+        folder.rmdir()
+        raise
+    return lock
 
 
 def prepare(job: Job, arguments: Sequence[str]) -> None:

@@ -115,6 +115,7 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostA
     try:
         process = subprocess.Popen(
             command,
+            env=_environment(host),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -146,6 +147,11 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostA
     seconds = time.monotonic() - begin
     out, err = (kept.get(name, b"").decode(errors="replace") for name in ("out", "err"))
     return HostAnswer(host, None if late and code == -signal.SIGKILL else code, out, err, seconds)
+
+
+def _environment(host: str) -> dict[str, str] | None:
+    """Return the environment of a command: here without the SSH_CONNECTION of this shell's own login."""
+    return {k: v for k, v in os.environ.items() if k != "SSH_CONNECTION"} if is_local(host) else None
 
 
 def _read(stream: object) -> bytes:

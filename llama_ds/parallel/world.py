@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,18 +18,27 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from llama_ds.errors import UserError
-from llama_ds.job.heartbeat import interface_towards
 from llama_ds.log import logger
+from llama_ds.parallel.first_rank import (
+    LOCAL_SIZES,
+    SLURM_RANK,
+    check_not_a_slurm_script,
+    find_first_rank,
+    first_set,
+    hosts_of_step,
+    in_slurm_step,
+    interface,
+)
+from llama_ds.parallel.joining import open_store
 
 T = TypeVar("T")
 
 # Variables in which launchers pass a process its rank; those of DeepSpeed and torchrun come first.
 LAUNCHER_VARIABLES = {
-    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"),
-    "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
+    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", SLURM_RANK),
+    "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"),
     "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
 }
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 TIMEOUT = timedelta(minutes=30)
 
 # Keys in the process group's store with which ranks agree on the one that reports a user error.
@@ -51,10 +60,15 @@ def find_rank_info() -> RankInfo:
     """Read this process's rank from the launcher's environment; without a launcher, the world is one rank.
 
     Raises:
-        UserError: the launcher set only some of the variables.
+        UserError: the launcher set only some of the variables, or this is the script of a Slurm job of several tasks.
     """
-    found = {name: _first_set(names) for name, names in LAUNCHER_VARIABLES.items()}
+    ignored = "" if in_slurm_step() else "SLURM_"
+    found = {
+        name: first_set([one for one in names if not (ignored and one.startswith(ignored))])
+        for name, names in LAUNCHER_VARIABLES.items()
+    }
     if found["RANK"] is None and found["WORLD_SIZE"] is None:
+        check_not_a_slurm_script()
         return RankInfo(0, 1, 0)
     missing = [name for name, value in found.items() if value is None]
     if missing:
@@ -65,57 +79,28 @@ def find_rank_info() -> RankInfo:
     return RankInfo(*(int(found[name] or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
 
-def _first_set(names: tuple[str, ...]) -> str | None:
-    return next((os.environ[name] for name in names if name in os.environ), None)
-
-
-def join(rank_info: RankInfo, nic: str = "") -> None:
+def join(rank_info: RankInfo, nic: str = "", hosts: Sequence[str] = ()) -> None:
     """Join the run's process group: NCCL on CUDA, gloo elsewhere, over `nic` or else the interface towards rank 0.
 
-    DeepSpeed adopts the group. It is created here, without a device id, because DeepSpeed's own call makes NCCL create
-    a communicator eagerly for each of the hundreds of groups of a large grid.
+    `hosts` are the hosts of all ranks, to name those that are waited for. DeepSpeed adopts the group. It is created
+    here, without a device id, because DeepSpeed's own call makes NCCL create a communicator eagerly for each of the
+    hundreds of groups of a large grid.
+
+    Raises:
+        UserError: rank 0 cannot be found, or ranks do not come within `TIMEOUT`.
     """
-    os.environ.update(RANK=str(rank_info.rank), WORLD_SIZE=str(rank_info.world), LOCAL_RANK=str(rank_info.local_rank))
-    _find_master(rank_info)
-    interface = None if _on_one_host() else nic or interface_towards(os.environ["MASTER_ADDR"])
-    if interface:  # otherwise gloo uses the interface of the host's name
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    rank, size = rank_info.rank, rank_info.world
+    by = next((name for name in LAUNCHER_VARIABLES["RANK"] if name in os.environ), "")
+    find_first_rank(rank, size, by)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank_info.local_rank))
+    if own := interface(nic, size):  # otherwise gloo uses the interface of the host's name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", own)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", own)
     if on_cuda():
         torch.cuda.set_device(rank_info.local_rank)
-    dist.init_process_group("nccl" if on_cuda() else "gloo", timeout=TIMEOUT)
-
-
-def _find_master(rank_info: RankInfo) -> None:
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = "127.0.0.1" if _on_one_host() else _first_mpi_host()
-    if "MASTER_PORT" not in os.environ and rank_info.world == 1:
-        os.environ["MASTER_PORT"] = "0"  # any free port: no other rank joins
-    if "MASTER_PORT" not in os.environ:
-        # mpirun assigns no port; deriving it from the job keeps two jobs on a host apart.
-        job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("SLURM_JOB_ID") or str(os.getppid())
-        os.environ["MASTER_PORT"] = str(20000 + sum(job.encode()) * 7919 % 10000)
-
-
-def _on_one_host() -> bool:
-    local = _first_set(_LOCAL_SIZES)
-    return local is None or local == os.environ["WORLD_SIZE"]
-
-
-def _first_mpi_host() -> str:
-    """Ask rank 0 for its address over MPI, as DeepSpeed's own MPI discovery does."""
-    try:
-        from mpi4py import MPI
-    except ImportError:
-        raise UserError(
-            "environment: MASTER_ADDR is not set and mpi4py is missing, so ranks on several hosts cannot find rank 0; "
-            "install the [mpi] extra or pass MASTER_ADDR (mpirun -x MASTER_ADDR=host)"
-        ) from None
-    import socket
-
-    address = MPI.COMM_WORLD.bcast(socket.gethostbyname(socket.gethostname()), root=0)
-    MPI.Finalize()  # this process skips atexit handlers, and mpirun would report a crash
-    return address
+    store = open_store(rank, size, rank_info.local_rank, TIMEOUT, hosts or hosts_of_step())
+    backend = "nccl" if on_cuda() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def check_mpi(rank_info: RankInfo) -> None:
@@ -154,7 +139,7 @@ def device_memory(where: torch.device) -> int:
     if where.type == "cuda":
         return torch.cuda.get_device_properties(where).total_memory
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // int(_first_set((*_LOCAL_SIZES, "WORLD_SIZE")) or 1)
+    return free // int(first_set((*LOCAL_SIZES, "WORLD_SIZE")) or 1)
 
 
 def finish(where: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llama_ds.config.schema import RunConfig
@@ -18,6 +19,7 @@ from llama_ds.training.interruptions import Interruptions, Request
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
+from llama_ds.training.run_in_use import locked
 from llama_ds.training.run_log import open_run_log
 from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
 from llama_ds.training.start import carried_over, open_start
@@ -32,9 +34,22 @@ def train(
     `config` is the merged DeepSpeed configuration; `progress` reports this rank's phase to the supervisor.
 
     Raises:
-        UserError: on all ranks alike: data or checkpoints cannot be used, or the loss has diverged.
+        UserError: on all ranks alike: another job trains the run, data or checkpoints cannot be used, or the loss has
+            diverged.
     """
     progress.enter(Phase.LOADING)
+    with locked(run.run_dir, rank_info) as check_lock:
+        _train(run, layout, config, rank_info, progress, check_lock)
+
+
+def _train(
+    run: RunConfig,
+    layout: Layout,
+    config: dict[str, Any],
+    rank_info: world.RankInfo,
+    progress: Progress,
+    check_lock: Callable[[], None],
+) -> None:
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     run = with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
@@ -59,6 +74,7 @@ def train(
 
     with checkpoints.drained():
         for step in range(first, last):
+            check_lock()
             feed.before_step(step)
             recording.before_step(step + 1)
             stragglers.before_step()

@@ -61,6 +61,9 @@ def test_signals_and_the_time_limit_save_and_the_run_goes_on(make_run: Callable[
 
     process = start(deepspeed(2, TRAIN, this.file), this.log)
     wait_for(process, this.log, lambda: reported(this, 3))
+    second = run(forked(2, TRAIN, this.file), this.log.with_suffix(".second"))
+    assert second.code == 2 and len(second.errors) == 1, second.output
+    assert f"this run is in use by another job: process {ranks_of(process)[0].pid} of" in second.errors[0]
     ranks_of(process)[1].send_signal(signal.SIGUSR1)
     wait_for(process, this.log, lambda: (this.checkpoints / "latest").exists())
     saved = this.newest.name

@@ -25,6 +25,7 @@ from llama_ds.launch.supervise.spikes import Spike, SpikeRule
 TICK_S = 0.5  # polling interval
 SETTLE_S = 3.0  # wait after the first failure: its cause may be reported later, and logs are completed
 LAUNCHER_EXIT_S = 30.0  # time for the launcher to exit after its ranks
+WAITING_S = 30.0  # interval between the lines that name ranks which have not connected
 STACKS_S = 5.0  # time for ranks to report their stacks
 LOG_LINES = 12  # number of lines shown from the end of a log
 
@@ -79,6 +80,7 @@ class Attempt:
         self._first_lost: Member | None = None  # the first rank whose connection broke without a goodbye
         self._failure: Outcome | None = None  # the first failure, as far as it is known
         self._failed_at = 0.0
+        self._said = time.monotonic()  # last time at which missing ranks were named
         self.ended_at = 0.0  # time at which the supervisor closed the connections to the ranks
 
     def ask(self, what: str) -> None:
@@ -134,7 +136,7 @@ class Attempt:
                 if self._all_left():
                     return Outcome(DONE, "all ranks exited cleanly")
                 if time.monotonic() - ended_at > SETTLE_S and not self._checks:
-                    return self._failure or self._launcher_failed(launcher.returncode)
+                    return self._with_cause(self._failure or self._launcher_failed(launcher.returncode))
             elif self._all_left():
                 ended_at = ended_at or time.monotonic()
                 if time.monotonic() - ended_at > LAUNCHER_EXIT_S:  # the ranks are done, so the launcher may be killed
@@ -161,6 +163,9 @@ class Attempt:
         if not self._joined and len(members) == self.job.world:
             self._joined = True
             self.events.add("ranks joined", f"all {self.job.world} ranks have connected")
+        if not self._joined and now - self._said > WAITING_S:
+            self._said = now
+            self._say_missing()
         if spike := self._read_reports():
             return spike
         while self.server.disconnected:
@@ -171,7 +176,8 @@ class Attempt:
         self._read_checks()
         if self._failure:
             waited = now - self._failed_at
-            return self._failure if waited > SETTLE_S and not (self._checks and waited < 5 * SETTLE_S) else None
+            settled = waited > SETTLE_S and not (self._checks and waited < 5 * SETTLE_S)
+            return self._with_cause(self._failure) if settled else None
         if self._hang_detector.update(members.values()) and members:
             text = f"no progress for {self._hang_detector.stalled_s:.1f} s"
             return Outcome(HANG, text)
@@ -240,6 +246,23 @@ class Attempt:
             + last_lines(str(log))
         )
         return Outcome(DEATH, text, ranks=[member.rank], hosts=[member.host])
+
+    def _say_missing(self) -> None:
+        missing = [rank for rank in range(self.job.world) if rank not in self.server.members]
+        hosts = list(dict.fromkeys(self.job.rank_hosts[rank] for rank in missing))
+        named = ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more hosts" if len(hosts) > 8 else "")
+        text = f"waiting for {len(missing)} of {self.job.world} ranks, on {named}, the first is rank {missing[0]}"
+        self.events.add("waiting", text, ranks=missing)
+
+    def _with_cause(self, outcome: Outcome) -> Outcome:
+        """Put first the error in the log of a rank that never connected: it could not report, and it ended others."""
+        if outcome.kind not in (DEATH, LAUNCHER):
+            return outcome
+        for rank, host in enumerate(self.job.rank_hosts):
+            if rank not in self.server.members and (error := last_error(str(self.job.log(rank)))):
+                text = f"rank {rank} on {host} did not join: {error}\n{outcome.text}"
+                return replace(outcome, text=text, ranks=[rank], hosts=[host])
+        return outcome
 
     def _launcher_failed(self, code: int) -> Outcome:
         log = str(self.job.launcher_log)
@@ -349,3 +372,9 @@ def last_lines(path: str, count: int = LOG_LINES) -> str:
     except OSError as error:
         lines = [str(error)]
     return "\n".join(f"    {line}" for line in lines)
+
+
+def last_error(path: str) -> str:
+    """Return the last error for the user in a rank's log, "" without one."""
+    errors = [line.strip() for line in last_lines(path).splitlines() if line.strip().startswith("error: ")]
+    return errors[-1] if errors else ""

@@ -16,7 +16,7 @@ from llama_ds.launch.command import Command, build
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.preflight import Report
 from llama_ds.launch.remote import is_local
-from llama_ds.launch.rendezvous import Rendezvous, arrange
+from llama_ds.launch.rendezvous import Rendezvous, UnreachableHost, arrange
 from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
@@ -119,14 +119,15 @@ class Supervisor:
             self.events.close()
 
     def _rendezvous(self, hosts: Mapping[str, int], again: bool) -> Rendezvous | Outcome:
-        """Return the rendezvous; if the first host does not answer at a restart, that is one more failure."""
+        """Return the rendezvous; if a host that it needs does not answer at a restart, that is one more failure."""
         start = self.start
         try:
             return arrange(list(hosts), start.nic, start.master_port, start.master, start.ssh_port)
         except UserError as error:
             if not again:
                 raise
-            return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[next(iter(hosts))])
+            host = error.host if isinstance(error, UnreachableHost) else next(iter(hosts))
+            return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[host])
 
     def _run_attempt(self, number: int, hosts: dict[str, int], rendezvous: Rendezvous, server: Server) -> Outcome:
         start = self.start
