@@ -590,7 +590,7 @@ printf '%s' "$*" > "$RECORD.$host"
 """
 
 
-@pytest.mark.skipif(shutil.which("pdsh") is None, reason="pdsh is not installed")
+@pytest.mark.skipif(shutil.which("pdsh") is None, reason="not installed: pdsh")
 def test_pdsh_gives_every_host_its_place_in_the_hostfile(deepspeed_runner: Runner, tmp_path: Path) -> None:
     """The real pdsh at 256 hosts, with a recording program instead of ssh; the hosts are not in the names' order."""
     names = [f"node{n:03}" for n in range(256, 0, -1)]
