@@ -30,6 +30,7 @@ from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
 from llama_ds.launch.hostfile import parse_hostfile, select
 from llama_ds.launch.job_files import lock_run, new_folder
+from llama_ds.launch.mpirun import find_mpirun
 from llama_ds.launch.preflight import PreflightSettings, Report, examine
 from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.attempt import Watch
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--exclude", default="", help="use all hosts but these")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: %(default)s")
     parser.add_argument("--launcher-args", default="", help="additional arguments for pdsh, mpirun or srun")
+    parser.add_argument("--mpirun", default="", metavar="PATH", help="the mpirun to use (default: first on PATH)")
     parser.add_argument("--dry-run", action="store_true", help="print the command and the placement; start nothing")
     network = parser.add_argument_group("network")
     network.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
@@ -182,6 +184,7 @@ def start_of(args: argparse.Namespace, wanted: RunConfig) -> LaunchSettings:
         train=shipped.TRAIN,
         launcher=args.launcher,
         launcher_args=args.launcher_args.split(),
+        mpirun="" if args.dry_run else find_mpirun(args.launcher, args.mpirun, os.environ),
         exports=exports,
         nic=args.nic,
         master=args.master_addr,
