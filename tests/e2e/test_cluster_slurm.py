@@ -49,7 +49,7 @@ def test_an_allocation_is_checked_and_used_from_outside_of_it(slurm: Slurm, host
     """In salloc's shell on a login node, the preflight reaches the nodes by srun; a node outside is not reached."""
     (tmp_path / "three").write_text(hostfile.read_text() + "node9 slots=1\n")
     command = [sys.executable, PREFLIGHT, "--hostfile", tmp_path / "three", "--no-measure", "--json", "--world", 2]
-    kept = environment() | {"SSH_CONNECTION": "192.0.2.1 5 192.0.2.2 22"}  # of the user's own login
+    kept = environment() | {"SSH_CONNECTION": "192.0.2.1 5 192.0.2.2 22"}  # the login of this user
     said = slurm.run("sh", "-c", 'cd "$0" && salloc --quiet "$@" || test $? = 1', tmp_path, *TWO, *command, **kept)
     report = json.loads(said)
     assert report["good"] == ["node1", "node2"]
