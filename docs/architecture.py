@@ -68,6 +68,7 @@ ROUTES: dict[tuple[str, str], tuple[int] | tuple[int, str, int]] = {
     ("training", "parallel"): (500,),
     ("training", "model"): (448,),
     ("training", "layout"): (224,),
+    ("training", "job"): (690,),
     ("checkpoint", "model"): (341,),
     ("checkpoint", "layout"): (258,),
     ("parallel", "model"): (474,),

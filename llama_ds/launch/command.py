@@ -49,7 +49,7 @@ class Command:
     env_file: str  # path of the file with env_text, to be written before the start
     env_text: str  # lines KEY=VALUE that the runner exports to the ranks; any other line, even a blank one, crashes it
     working_folder: str
-    programs: str  # folder in which the runner looks for mpirun first
+    programs: str = ""  # folder in which the runner looks for mpirun first; "": the interpreter's
 
 
 def build(
@@ -116,7 +116,7 @@ def build(
     # mpirun itself needs these, and -x passes them only to the ranks
     environment |= {k: v for k, v in exported.items() if way == "openmpi" and k.startswith("OMPI_ALLOW_RUN_AS_ROOT")}
     text = "" if by_inheritance else "".join(f"{k}={v}\n" for k, v in exported.items())
-    command = Command(argv, environment, env_file, text, working_folder, os.path.dirname(mpirun or python))
+    command = Command(argv, environment, env_file, text, working_folder, os.path.dirname(mpirun))
     _check_size(way, command, hosts)
     return command
 
@@ -154,7 +154,8 @@ def runner_environment(command: Command, environ: Mapping[str, str], launcher: s
     DeepSpeed searches PATH for mpirun; the one of an MPI wheel is in the interpreter's folder.
     """
     environment = inherited(environ, launcher) | command.environment
-    environment["PATH"] = f"{command.programs}:{environment.get('PATH', os.defpath)}"
+    first = command.programs or os.path.dirname(command.argv[0])
+    environment["PATH"] = f"{first}:{environment.get('PATH', os.defpath)}"
     return environment
 
 
