@@ -31,9 +31,7 @@ def hostfile(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return slurm.hosts.write_hostfile(tmp_path_factory.mktemp("files") / "hosts", 1)
 
 
-def test_a_batch_job_launches_ranks_on_all_nodes(
-    slurm: Slurm, hostfile: Path, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_job_launches_ranks_on_all_nodes(slurm: Slurm, hostfile: Path, make_run: Callable[..., Run]) -> None:
     """tools/launch.py in an sbatch script asks, starts and watches the nodes by srun."""
     run = make_run("batch", LAYOUT)
     script = f"cd {ROOT}; exec {sys.executable} {LAUNCH} {run.file} --hostfile {hostfile} --launcher slurm --beat-s 0.5"
