@@ -31,6 +31,7 @@ class Room(NamedTuple):
 
 
 ROOMS = {
+    "__main__": Room(16, 884, "the command llama-ds: train and every program of tools"),
     "train": Room(16, 330, "the script that launchers start on every rank", "blue"),
     "tools": Room(346, 884, "one thin program per task"),
     "benchmarks": Room(346, 738, "benchmarks of steps, layers, data, checkpoints, machines"),

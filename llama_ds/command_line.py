@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_ds import log
+from llama_ds import log, shipped
 from llama_ds.errors import UserError
 
 CLOSED_PIPE = 128 + signal.SIGPIPE  # exit codes that a shell reports for a process killed by the signal
@@ -42,11 +42,17 @@ NO_PATHS = frozenset(("text", "prompt", "comment", "separator", "overrides", "ex
 Work = Callable[[argparse.Namespace], "Answer | int | None"]
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help in which the programs of tools/ are named as this user starts them."""
+
+    def format_help(self) -> str:
+        return shipped.as_typed(super().format_help())
+
+
 def new_parser(work: Work | None, description: str | None, examples: str) -> argparse.ArgumentParser:
     """Return the parser of a tool; `work` is None if subcommands do the work. `examples` is the epilog of --help."""
-    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=formatter, exit_on_error=False
+        description=description, epilog=examples, formatter_class=_Help, exit_on_error=False
     )
     parser.set_defaults(work=work)
     return parser
@@ -62,7 +68,7 @@ def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.Argum
             help=summary,
             description=description or summary,
             epilog=examples or parser.epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             exit_on_error=False,
         )
         command.set_defaults(work=work)
@@ -201,7 +207,7 @@ def _result(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
             answer = args.work(args)
         return _print_answer(args, answer) if isinstance(answer, Answer) else answer or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(shipped.as_typed(f"error: {error}"), file=sys.stderr)
     except OSError as error:
         if not _is_about_files(error):
             raise

@@ -18,14 +18,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_ds.command_line import end_on_interrupt
 
 if __name__ == "__main__":
     end_on_interrupt()
 
+from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import INTERRUPTED, delay, new_parser, port, real, run, seconds, whole
 from llama_ds.config.run_file import load_run, path_variables
@@ -37,6 +38,7 @@ from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
 from llama_ds.launch.deepspeed_env import read_deepspeed_env
 from llama_ds.launch.hostfile import parse_hostfile, select
 from llama_ds.launch.job_files import lock_run, new_folder
+from llama_ds.launch.mpirun import find_mpirun
 from llama_ds.launch.preflight import PreflightSettings, Report, examine
 from llama_ds.launch.remote import local_host
 from llama_ds.launch.rendezvous import Rendezvous
@@ -71,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--exclude", default="", help="use all hosts but these")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: %(default)s")
     parser.add_argument("--launcher-args", default="", help="additional arguments for pdsh, mpirun or srun")
+    parser.add_argument("--mpirun", default="", metavar="PATH", help="the mpirun to use (default: first on PATH)")
     parser.add_argument("--dry-run", action="store_true", help="print the command and the placement; start nothing")
     network = parser.add_argument_group("network")
     network.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
@@ -135,7 +138,7 @@ def launch(args: argparse.Namespace) -> int:
         print_line(
             f"{host}: the ranks use the CUDA devices {chosen}" if chosen else f"{host}: no CUDA device is visible"
         )
-    start = start_of(args, devices)
+    start = start_of(args, wanted, devices)
     if args.dry_run:
         show(args, wanted, start, hosts)
         return 0
@@ -174,24 +177,25 @@ def slots_of(args: argparse.Namespace) -> dict[str, list[int]]:
     return select(parse_hostfile(args.hostfile), args.include, args.exclude)
 
 
-def start_of(args: argparse.Namespace, devices: Mapping[str, str]) -> LaunchSettings:
+def start_of(args: argparse.Namespace, wanted: RunConfig, devices: Mapping[str, str]) -> LaunchSettings:
     """Return the settings with which ranks are started."""
     from_files = read_deepspeed_env(os.environ)
     if from_files.remark:
         print_line(from_files.remark)
     exports = exported_to_ranks(os.environ) | from_files.exports
-    exports |= {name: os.environ[name] for name in path_variables(args.run_file, args.overrides)}
+    exports |= {name: os.environ[name] for name in path_variables(wanted.path, args.overrides)}
     for pair in args.export:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--export {pair}: write NAME=VALUE")
         exports[name] = value
     return LaunchSettings(
-        run_file=os.path.abspath(args.run_file),
+        run_file=os.path.abspath(wanted.path),
         overrides=args.overrides,
-        train=str(ROOT / "llama_ds" / "train.py"),
+        train=shipped.TRAIN,
         launcher=args.launcher,
         launcher_args=args.launcher_args.split(),
+        mpirun="" if args.dry_run else find_mpirun(args.launcher, args.mpirun, os.environ),
         exports=exports,
         secrets={name: value for name, value in from_files.secrets.items() if name not in exports},
         devices=devices,

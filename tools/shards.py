@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_ds.command_line import end_on_interrupt
 
@@ -23,7 +24,7 @@ if __name__ == "__main__":
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from llama_ds import log
+from llama_ds import log, shipped
 from llama_ds.command_line import Answer, add_json, new_parser, processes, real, run, size, subcommands, whole
 from llama_ds.config.text import save_text
 from llama_ds.data.building.build import build_source
@@ -203,7 +204,7 @@ def _hosts(args: argparse.Namespace) -> Iterator[Callable[[int], WorkerPool]]:
 
     hosts = list(parse_hostfile(args.hostfile))
     with _shared_file(os.path.abspath(args.out)) as shared:
-        argv = [sys.executable, os.path.abspath(__file__), "serve", "--shared", shared, "--cwd", os.getcwd()]
+        argv = [*shipped.command("shards"), "serve", "--shared", shared, "--cwd", os.getcwd()]
         argv += ["--workers", str(args.workers)] if args.workers else []
         commands = {host: ssh_command(host, argv) for host in hosts}
         yield lambda _: HostWorkers(commands)

@@ -1,8 +1,9 @@
 """The rendezvous of a job: address and port of rank 0, and the address on which the supervisor listens.
 
 The first host is asked over ssh. Its SSH_CONNECTION holds two addresses that certainly reach each other, while host
-names need not resolve everywhere. If the first host is this machine, the next one is asked how it sees it: the
-SSH_CONNECTION of a shell here belongs to its user's login, from a network that hosts may not see.
+names need not resolve everywhere; under srun, SLURM_LAUNCH_NODE_IPADDR is the first of them. If the first host is this
+machine, the next one is asked how it sees it: the SSH_CONNECTION of a shell here belongs to its user's login, from a
+network that hosts may not see.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def of_interface(name):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         return socket.inet_ntoa(fcntl.ioctl(probe, 0x8915, struct.pack("256s", name.encode()))[20:24])
 found = {"ssh": os.environ.get("SSH_CONNECTION", "").split()}
+srun = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+if srun and not found["ssh"]:
+    found["ssh"] = [srun, "0", own_towards(srun), "0"]
 try:
     found["nic"] = of_interface(nic) if nic else None
 except OSError:

@@ -54,6 +54,7 @@ def run_ranks(
         working_folder=os.path.realpath(os.getcwd()),
         nic=nic,
         ssh_port=ssh_port,
+        own_address=rendezvous.listen,
     )
     Path(paths["environment"]).write_text(command.env_text, encoding="utf-8")
     environment = runner_environment(command, os.environ, launcher)

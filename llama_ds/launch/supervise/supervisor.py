@@ -37,6 +37,7 @@ class LaunchSettings:
     train: str  # path of llama_ds/train.py
     launcher: str = "pdsh"
     launcher_args: Sequence[str] = ()
+    mpirun: str = ""  # path of the mpirun; "": the first beside the interpreter and on PATH
     exports: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables that reach the ranks in a file
     devices: Mapping[str, str] = field(default_factory=dict)  # CUDA_VISIBLE_DEVICES of hosts that need their own
@@ -311,6 +312,8 @@ def command_of(job: Job, start: LaunchSettings, rendezvous: Rendezvous) -> Comma
         nic=start.nic,
         ssh_port=start.ssh_port,
         launcher_args=start.launcher_args,
+        mpirun=start.mpirun,
+        own_address=start.listen or rendezvous.listen,
         ssh_args=os.environ.get("PDSH_SSH_ARGS_APPEND", ""),
         force_multi=not all(is_local(host) for host in job.hosts),
         python=sys.executable,
