@@ -45,6 +45,7 @@ def main() -> int:
     A run that is asked to end saves a checkpoint; it returns 0 then, or 130 after Ctrl-C. If it is asked before its
     first step it returns 143 or 130.
     """
+    REQUESTS.listen()  # where another program has imported this one
     try:
         arguments = parse(sys.argv[1:])
     except (argparse.ArgumentError, UserError) as error:

@@ -60,11 +60,13 @@ class Requests:
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """Handle the signals from now on. Call it from the main thread.
+        """Handle the signals from now on, unless it does. Call it from the main thread.
 
         A thread handles them when the main thread cannot: Python runs handlers between two bytecodes of the main
         thread, which may be waiting in a library for another rank.
         """
+        if self._before:
+            return
         self._reader, writer = os.pipe()
         os.set_blocking(self._reader, False)
         os.set_blocking(writer, False)
@@ -80,6 +82,7 @@ class Requests:
         """Restore the handlers that were there before `listen`."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
         signal.set_wakeup_fd(-1)
         os.close(self._writer)
 
