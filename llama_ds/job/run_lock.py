@@ -94,7 +94,7 @@ class RunLock:
             self._wait_for()
         except OSError as error:
             raise UserError(
-                f"{self.run_dir}: cannot be locked for this run ({error.strerror}); set output_dir to a writable folder"
+                f"{self.run_dir}: cannot write the run's lock ({error.strerror}); set output_dir to a writable folder"
             ) from None
         threading.Thread(target=self._beat, name="run lock", daemon=True).start()
 

@@ -214,7 +214,7 @@ def test_a_launcher_waits_for_ranks_whose_launcher_was_killed(tmp_path: Path, li
 
 def test_a_folder_that_cannot_be_locked_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be locked for this run .*; set output_dir to a writable folder"):
+    with pytest.raises(UserError, match=r"cannot write the run's lock .*; set output_dir to a writable folder"):
         lock(tmp_path / "file").acquire()
 
 
