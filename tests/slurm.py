@@ -141,7 +141,7 @@ class Slurm:
         nodes = [f"NodeName={n} NodeAddr={a} CPUs={self._cpus} State=UNKNOWN" for n, a in addresses.items()]
         settings = {
             "ClusterName": "tests",
-            "SlurmctldHost": f"{socket.gethostname()}({self.hosts.machine})",
+            "SlurmctldHost": f"{socket.gethostname().partition('.')[0]}({self.hosts.machine})",
             "SlurmctldPort": f"{27000 + self.hosts.subnet}",  # here; the hosts have networks of their own
             "AuthInfo": f"socket={self.folder / 'munge.sock'},cred_expire=3",  # a requeued job waits for that long
             "SlurmUser": "root",
