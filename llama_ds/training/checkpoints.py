@@ -164,8 +164,8 @@ class Checkpoints:
 
     def _copies(self) -> dict[str, bytes]:
         """Return the files beside the weights: the tokenizer's, unless a carried one is the same, and those carried."""
-        path, carried = self.run.data.tokenizer, self._carried
-        own = tokenizer_files(path) if path else {}
+        carried = self._carried
+        own = tokenizer_files(self.run.data.tokenizer)
         return {name: content for name, content in own.items() if content not in carried.values()} | carried
 
     def _begin(self) -> None:
