@@ -21,7 +21,7 @@ from llama_ds.data.stream import open_data
 
 pytestmark = pytest.mark.slow
 
-STEPS, INTERVAL = 200, 20
+STEPS, INTERVAL = 140, 20
 BAD = range(100, 108)  # steps with noise, counted from 0
 REWIND, SKIP = 10, 20  # the 20 skipped steps of data begin 10 steps before the spike and include the noise
 SPIKE = BAD.start + 1  # the first step with a high loss, counted from 1
