@@ -6,6 +6,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 INIT = Path(__file__).with_name("llama_ds") / "__init__.py"
+BESIDE = {  # folders beside the package, and their files that are no modules
+    "tools": [],
+    "ds_configs": ["*"],
+    "hostfiles": ["*"],
+    "docs.calibration": ["published_runs.csv"],
+}
 
 setup(
     name="llama_ds",
@@ -14,8 +20,11 @@ setup(
     description="Pre-training of LLaMA models on DeepSpeed",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["llama_ds", "llama_ds.*"]),
-    package_data={"llama_ds.perf.plan": ["data/*.yaml"]},
+    # What a checkout has beside the package is inside of it in a wheel; llama_ds/shipped.py finds both.
+    packages=[*find_packages(include=["llama_ds", "llama_ds.*"]), *(f"llama_ds.{name}" for name in BESIDE)],
+    package_dir={f"llama_ds.{name}": name.replace(".", "/") for name in BESIDE},
+    package_data={"llama_ds.perf.plan": ["data/*.yaml"], **{f"llama_ds.{name}": BESIDE[name] for name in BESIDE}},
+    entry_points={"console_scripts": ["llama-ds = llama_ds.__main__:main"]},
     install_requires=[
         "deepspeed>=0.19.4,<0.20",  # earlier releases scale pipeline gradients wrongly
         "fsspec>=2024.6",

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from llama_ds import log
+from llama_ds import log, shipped
 from llama_ds.errors import UserError
 
 CLOSED_PIPE = 128 + signal.SIGPIPE  # exit codes that a shell reports for a process killed by the signal
 INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
 MANY = 10**12  # largest count of anything
 
 
@@ -42,11 +42,17 @@ NO_PATHS = frozenset(("text", "prompt", "comment", "separator", "overrides", "ex
 Work = Callable[[argparse.Namespace], "Answer | int | None"]
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help in which the programs of tools/ are named as this user starts them."""
+
+    def format_help(self) -> str:
+        return shipped.as_typed(super().format_help())
+
+
 def new_parser(work: Work | None, description: str | None, examples: str) -> argparse.ArgumentParser:
     """Return the parser of a tool; `work` is None if subcommands do the work. `examples` is the epilog of --help."""
-    formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        description=description, epilog=examples, formatter_class=formatter, exit_on_error=False
+        description=description, epilog=examples, formatter_class=_Help, exit_on_error=False
     )
     parser.set_defaults(work=work)
     return parser
@@ -62,7 +68,7 @@ def subcommands(parser: argparse.ArgumentParser) -> Callable[..., argparse.Argum
             help=summary,
             description=description or summary,
             epilog=examples or parser.epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             exit_on_error=False,
         )
         command.set_defaults(work=work)
@@ -128,7 +134,10 @@ def _shortened(text: str) -> str:
 
 
 def end_on_interrupt() -> None:
-    """Let Ctrl-C end the program with one line while it still imports its modules; `run` handles it from then on."""
+    """Let Ctrl-C end the program with one line while it imports its modules; `run` handles it until it returns.
+
+    The handler exits, because an import can turn KeyboardInterrupt into another exception, or ignore it.
+    """
     signal.signal(signal.SIGINT, _end_at_once)
 
 
@@ -148,17 +157,6 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     return ending_quietly(lambda: _outcome(parser, argv))
-
-
-def _report_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print one line for Ctrl-C outside of `ending_quietly`, such as during imports; Python then exits by SIGINT."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _report_interrupt
 
 
 def ending_quietly(main: Callable[[], int]) -> int:
@@ -185,8 +183,18 @@ def ending_quietly(main: Callable[[], int]) -> int:
 
 
 def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    if signal.getsignal(signal.SIGINT) is _end_at_once:
+    """Return the exit code of a command; while it runs, Ctrl-C is KeyboardInterrupt, so that it can clean up."""
+    ends_at_once = signal.getsignal(signal.SIGINT) is _end_at_once
+    if ends_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return _result(parser, argv)
+    finally:
+        if ends_at_once:
+            end_on_interrupt()
+
+
+def _result(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     try:
         try:
             args = _parse(parser, argv)
@@ -199,7 +207,7 @@ def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int
             answer = args.work(args)
         return _print_answer(args, answer) if isinstance(answer, Answer) else answer or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(shipped.as_typed(f"error: {error}"), file=sys.stderr)
     except OSError as error:
         if not _is_about_files(error):
             raise

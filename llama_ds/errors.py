@@ -29,6 +29,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
+def shortened(text: str, limit: int = 80) -> str:
+    """Return a user's value for a message, cut after `limit` characters."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def listed(choices: Iterable[object]) -> str:
     """Return the choices as an English list: "1, 2 or 4"."""
     words = [str(choice) for choice in choices]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -29,6 +30,16 @@ def silence_libraries() -> None:
     warnings.filterwarnings(  # DeepSpeed uses deprecated names of collectives
         "ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\.c10d_logger"
     )
+
+
+def console_is_gone(error: OSError) -> bool:
+    """Return whether whoever read stdout is gone, a pipe's reader or a terminal; further output then goes nowhere."""
+    if error.errno not in (errno.EPIPE, errno.EIO):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    return True
 
 
 @contextmanager

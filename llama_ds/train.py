@@ -15,14 +15,26 @@ from typing import TYPE_CHECKING, Any
 # Python puts a script's folder first on sys.path, where `data` and `config` would shadow modules of other packages.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
+from llama_ds.job.folder import MPI_LAUNCHERS, VARIABLE, current
+from llama_ds.job.launcher_watch import watch_launcher
+from llama_ds.job.own_session import leave_session_of_mpirun
+from llama_ds.job.requests import Request, Requests, Stage
+
+REQUESTS = Requests()
+if __name__ == "__main__":  # before the imports, which take seconds
+    leave_session_of_mpirun()
+    REQUESTS.listen()
+    if VARIABLE not in os.environ:
+        watch_launcher(REQUESTS.ask)
+
 from llama_ds import log
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import ending_quietly
+from llama_ds.command_line import INTERRUPTED, TERMINATED, ending_quietly, whole
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
-from llama_ds.job.folder import MPI_LAUNCHERS, current
+from llama_ds.errors import UserError
 from llama_ds.job.heartbeat import Heartbeat, check_hosts, check_world, host_identity, keep_output
 from llama_ds.launch.hostfile import check_launcher_hostfile
 from llama_ds.layout.layout import Layout, resolve_layout
@@ -32,14 +44,23 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Run the command line and return the exit code. A user error ends every rank with code 2 and one message."""
-    arguments = parse(sys.argv[1:])
+    """Run the command line and return the exit code. A user error ends every rank with code 2 and one message.
+
+    A run that is asked to end saves a checkpoint; it returns 0 then, or 130 after Ctrl-C. If it is asked before its
+    first step it returns 143 or 130.
+    """
+    REQUESTS.listen()  # where another program has imported this one
+    try:
+        arguments = parse(sys.argv[1:])
+    except (argparse.ArgumentError, UserError) as error:
+        print(f"error: command line: {error}", file=sys.stderr)
+        return UserError.EXIT_CODE
     log.silence_libraries()
     read_models()
     from llama_ds.parallel import world
 
-    heartbeat = Heartbeat()
-    with world.failing_together(heartbeat.tell):
+    heartbeat = Heartbeat(REQUESTS)
+    with world.failing_together(heartbeat.tell) as end:
         if arguments.dry_run:
             from llama_ds.layout.recompute import with_device_memory
             from llama_ds.training.plan import describe
@@ -56,20 +77,40 @@ def main() -> int:
                 world.check_mpi(rank_info)
             check_world(job, rank_info.rank, rank_info.world)
             keep_output(job, rank_info.rank)
+            os.environ.update(job.secrets())
             heartbeat.begin(job, rank_info.rank)
         # Join first: a mistake that only one rank detects, such as a file missing on its node, must reach the others.
-        world.join(rank_info, job.nic if job else "")
+        if rank_info.world > 1:
+            REQUESTS.enter(Stage.JOINING)
+        world.join(rank_info, job.nic if job else "", job.rank_hosts if job else ())
+        if rank_info.world > 1:
+            REQUESTS.keep()
         if job:
             check_hosts(job, world.gather(host_identity()))
         run, layout, config = world.together(lambda: resolve(arguments, rank_info.world))
         if arguments.self_test:
             only_self_test(run, layout, config, rank_info)
         else:
-            from llama_ds.training.loop import train
-
-            train(run, layout, config, rank_info, heartbeat.progress)
+            end.code = train_until_asked(run, layout, config, rank_info, heartbeat)
+        REQUESTS.enter(Stage.FINISHED)
         heartbeat.end()
-    return 0
+    return end.code
+
+
+def train_until_asked(
+    run: RunConfig, layout: Layout, config: dict[str, Any], rank_info: RankInfo, heartbeat: Heartbeat
+) -> int:
+    """Train to the last step, or until the run is asked to end; return the exit code. Collective."""
+    from llama_ds.training.interruptions import EndedEarly
+    from llama_ds.training.loop import train
+
+    try:
+        ended = train(run, layout, config, rank_info, heartbeat.progress, REQUESTS)
+    except EndedEarly as early:
+        log.logger.info("ended before the first step (%s); there was nothing to save", early)
+        of_launcher = current(os.environ) is not None
+        return INTERRUPTED if early.request is Request.INTERRUPT else 0 if of_launcher else TERMINATED
+    return INTERRUPTED if ended is Request.INTERRUPT else 0
 
 
 def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layout, dict[str, Any]]:
@@ -102,6 +143,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Train a LLaMA on DeepSpeed.",
         epilog=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        exit_on_error=False,
         fromfile_prefix_chars="@",  # tools/launch.py passes arguments in a file, so that no user input reaches a shell
     )
     parser.add_argument("run_file", help="YAML run file, e.g. ds_configs/quickstart.yaml")
@@ -112,9 +154,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--self-test", action="store_true", help="test the layout with a tiny model against plain torch, and exit"
     )
     parser.add_argument("--strict", action="store_true", help="end at a damaged checkpoint: checkpoint.strict=true")
-    parser.add_argument("--world", type=int, help="with --dry-run: the number of ranks to plan for")
+    parser.add_argument("--world", type=whole(1, 10**7), help="with --dry-run: the number of ranks to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_intermixed_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.world is not None and not arguments.dry_run:
+        raise UserError(f"--world {arguments.world} is for --dry-run: the launcher counts the ranks; leave it out")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -39,10 +39,13 @@ def missing() -> str | None:
 class Hosts:
     """A context in which hosts `node1`, `node2`, ... exist, reachable by ssh with `environment` only."""
 
-    def __init__(self, count: int, folder: Path, subnet: int = 98) -> None:
-        """Files go to `folder`; hosts have the addresses from 10.`subnet`.0.1, this machine 10.`subnet`.0.254."""
+    def __init__(self, count: int, folder: Path, subnet: int = 98, before: str = "") -> None:
+        """Files go to `folder`; hosts have the addresses from 10.`subnet`.0.1, this machine 10.`subnet`.0.254.
+
+        `before` are shell commands that each host runs first, when it is started or restarted.
+        """
         self.names = [f"node{i + 1}" for i in range(count)]
-        self.folder, self.subnet = folder, subnet
+        self.folder, self.subnet, self._before = folder, subnet, before
         self._tag = f"{os.getpid() % 10**6}"
         self._bridge = f"lb{self._tag}"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -102,7 +105,7 @@ class Hosts:
             f"SetEnv HOME={self.folder}\n"  # skips the user's shell startup files, which may be slow
         )
         sshd = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"])
-        script = f"hostname {name}; {before}\nexec {sshd} -D -e -f {config}"
+        script = f"hostname {name}; {self._before}\n{before}\nexec {sshd} -D -e -f {config}"
         isolate = ["unshare", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", script]
         with open(self.folder / f"{name}.log", "ab") as log:
             self._daemons[name] = subprocess.Popen(

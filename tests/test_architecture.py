@@ -15,7 +15,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Lowest first. A room may import itself and rooms on lower floors, but not other rooms on its own floor.
 FLOORS = (
-    ("errors", "log", "machine", "child_processes"),
+    ("errors", "log", "machine", "child_processes", "shipped"),
     ("command_line",),
     ("schedules",),
     ("config",),
@@ -27,6 +27,7 @@ FLOORS = (
     ("launch",),
     ("benchmarks",),
     ("train", "tools"),
+    ("__main__",),
 )
 
 # Heavy packages, and the only files that may import or name them (in fnmatch, * also crosses folders).
@@ -43,7 +44,10 @@ DOORS = {
     "torch.distributed": ("llama_ds/parallel/*",),
     "transformers": ("llama_ds/benchmarks/*", "tools/*"),
     "webdataset": ("llama_ds/data/*", "llama_ds/benchmarks/data/*"),
-    "xxhash": ("llama_ds/checkpoint/*",),
+    "xxhash": (
+        "llama_ds/checkpoint/*",
+        "llama_ds/data/text/mds.py",
+    ),
     "yaml": ("llama_ds/config/*",),
     "zstandard": ("llama_ds/data/text/decompress.py",),
 }
@@ -53,12 +57,13 @@ RANK_VARIABLES = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("OMPI_COMM_WORLD_*", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 )
-RANK_READERS = ("llama_ds/parallel/*",)
+# The second knows before torch is imported whether this is the first rank, which alone says why a run ends.
+RANK_READERS = ("llama_ds/parallel/*", "llama_ds/job/requests.py")
 
 # Arithmetic and text, usable on a login node without torch.
 TORCH_FREE = (
     *("llama_ds/errors.py", "llama_ds/log.py", "llama_ds/machine.py", "llama_ds/child_processes.py"),
-    *("llama_ds/command_line.py", "llama_ds/config/*", "llama_ds/layout/*"),
+    *("llama_ds/shipped.py", "llama_ds/command_line.py", "llama_ds/config/*", "llama_ds/layout/*"),
     *("llama_ds/schedules/*", "llama_ds/job/*", "llama_ds/launch/*", "llama_ds/perf/*"),
     *("llama_ds/data/order.py", "llama_ds/data/mixture.py", "llama_ds/data/text/*", "llama_ds/data/building/*"),
     "llama_ds/training/lr_schedule.py",

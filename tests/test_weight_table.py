@@ -43,7 +43,7 @@ def build(model: ModelConfig, rank: int = 0, size: int = 1) -> Llama:
     tp = SingleRank()
     tp.rank, tp.size = rank, size
     context = LayerContext(model, 7, tp, CausalAttention("reference"), RotaryTables(model, 16))
-    return Llama(context, NextTokenLoss(tp))
+    return Llama(context, NextTokenLoss(tp, vocab_size=model.vocab_size))
 
 
 @MODELS
@@ -130,7 +130,7 @@ def test_a_parameter_is_looked_up_by_any_of_its_names() -> None:
         key_of("self_attn.q_proj.weight")
 
 
-@pytest.mark.parametrize("model", [GQA, replace(GQA, attention_bias="qkvo", mlp_bias=True, qk_norm=True)])
+@pytest.mark.parametrize("model", [GQA, TIED, replace(GQA, attention_bias="qkvo", mlp_bias=True, qk_norm=True)])
 def test_universal_patterns_shard_weights_as_the_table_does(model: ModelConfig) -> None:
     """DeepSpeed's ds_to_universal applies them with `re.match`, to names without a pipeline, in a pipeline and tied.
 
@@ -138,12 +138,17 @@ def test_universal_patterns_shard_weights_as_the_table_does(model: ModelConfig) 
     """
     info = universal_info(model)
     rows, whole = info["parameter_with_row_parallelism_patterns"], info["tp_replicated_parameter_patterns"]
+    tables = info["vocabulary_parameter_patterns"]
     names = [f"{layer}.{weight.name}" for (layer, _), weight in weights(model)]
     for name in (*names, *(f"layers.{name}" for name in names)):
         assert any(re.match(pattern, name) for pattern in rows) == (weight_of(name).cut == 1), name
         assert any(re.match(pattern, name) for pattern in whole) == (weight_of(name).cut is None), name
-    assert all(any(re.match(pattern, name) for name in names) for pattern in (*rows, *whole))
+        has_rows = weight_of(name).role in (Role.EMBEDDING, Role.HEAD)
+        assert any(re.match(pattern, name) for pattern in tables) == has_rows, name
+    assert all(any(re.match(pattern, name) for name in names) for pattern in (*rows, *whole, *tables))
     assert not any(re.match(pattern, "tied_modules.embed.weight") for pattern in (*rows, *whole))
+    assert any(re.match(pattern, "tied_modules.embed.weight") for pattern in tables)
+    assert info["original_vocab_size"] == model.vocab_size
 
 
 def test_the_first_and_last_stage_hold_the_tables() -> None:
@@ -162,8 +167,9 @@ WORDS = {part for weight in TABLE for part in weight.name.split(".") if "_" in p
 MODULES = {"RMSNorm", "ShardedLinear"}
 OWNERS = ("llama_ds/layout/weights.py", "llama_ds/model/", "llama_ds/checkpoint/names.py")
 FOREIGN_FILES = (
-    *("gguf_model.py", "hf_folder.py", "huggingface.py", "meta.py"),
-    *("megatron.py", "megatron_args.py", "megatron_writing.py"),
+    *("gguf_model.py", "hf_folder.py", "huggingface.py", "meta.py", "torchtitan.py", "neox.py", "neox_writing.py"),
+    *("megatron.py", "megatron_args.py", "megatron_deepspeed.py", "megatron_legacy.py", "megatron_tensors.py"),
+    "megatron_writing.py",
 )
 FOREIGN = tuple(f"llama_ds/checkpoint/formats/{name}" for name in FOREIGN_FILES)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from llama_ds.checkpoint.formats.layer_files import layer_file
+from llama_ds.checkpoint.formats.engine_files import layer_file
 from llama_ds.checkpoint.manifest import WEIGHT, FileEntry, Record, StoredPiece, checksum, name_of
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES
@@ -82,14 +82,16 @@ def write_rank(run: RunConfig, folder: str, rank: int, tp: int, by_layer: bool, 
         torch.save({name_of(key): weight for key, weight in tensors.items()}, path)
         record.files[file] = FileEntry(os.path.getsize(path), checksum(path), rank)
         for name, stored in torch_tensors(path).items():
-            if rank == 0 or weight_of(key_of(name)[1]).cut is not None:
-                record.pieces[name] = pieces(file, rank, stored, [0] if by_layer else [0, 13])
+            weight = weight_of(key_of(name)[1])
+            if rank == 0 or weight.cut is not None:
+                numel = weight.own_numel(run.model, rank, tp)  # the rest is padding of the vocabulary
+                record.pieces[name] = pieces(file, rank, stored, [0] if by_layer else [0, 13], numel)
     return record
 
 
-def pieces(file: str, rank: int, stored: Stored, starts: list[int]) -> list[StoredPiece]:
-    """Return a tensor's runs, which begin at `starts`."""
-    ends = [*starts[1:], torch.Size(stored.shape).numel()]
+def pieces(file: str, rank: int, stored: Stored, starts: list[int], numel: int) -> list[StoredPiece]:
+    """Return the runs of a tensor's first `numel` elements, which begin at `starts`."""
+    ends = [*starts[1:], numel]
     size, dtype = stored.dtype.itemsize, str(stored.dtype).removeprefix("torch.")
     return [
         StoredPiece(WEIGHT, rank, start, end - start, file, stored.offset + start * size, dtype)

@@ -11,14 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_results, new_parser, processes, run, subcommands, whole
 from llama_ds.config.recompute import POLICIES
-from llama_ds.config.run_file import load_run
+from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 
@@ -101,7 +106,7 @@ def _add_data_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--tokenizer", default="", metavar="MODEL", help="(default: train one with 4096 ids)")
     command.add_argument("--streaming-python", default="", metavar="PYTHON", help="interpreter with these packages")
-    command.add_argument("--run", default=str(ROOT / "ds_configs" / "llama_65b.yaml"), help="run file to resume")
+    command.add_argument("--run", default=find_run_file("65b"), help="run file to resume")
     command.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"any of {', '.join(PARTS)}")
     command.add_argument("--quick", action="store_true", help="small sizes, for a smoke test only")
     command.add_argument("--repeats", type=whole(), default=5, help="processes per contestant (default: %(default)s)")
@@ -121,7 +126,7 @@ def step(args: argparse.Namespace) -> Answer:
 
 def layer(args: argparse.Namespace) -> Answer:
     """Time one decoder layer."""
-    wanted = load_run(str(ROOT / "ds_configs" / f"{SHAPES[args.shape]}.yaml"))
+    wanted = load_run(find_run_file(SHAPES[args.shape]))
     import torch
 
     from llama_ds.benchmarks.compare import measure_layer

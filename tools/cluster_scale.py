@@ -12,9 +12,15 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+from llama_ds import shipped
 from llama_ds.command_line import Answer, add_results, new_parser, run, seconds, whole
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.launch.scale import fan_out, measure, setting
@@ -34,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(scale, __doc__, EXAMPLES)
-    parser.add_argument("hostfile", nargs="?", default=str(ROOT / "hostfiles" / "256x8"), help="(default: %(default)s)")
+    parser.add_argument(
+        "hostfile", nargs="?", default=str(shipped.folder("hostfiles") / "256x8"), help="(default: %(default)s)"
+    )
     parser.add_argument("--pp", type=whole(), default=8)
     parser.add_argument("--tp", type=whole(), default=8)
     parser.add_argument("--beat-s", type=seconds, default=5.0, help="heartbeat interval (default: %(default)s)")
@@ -51,7 +59,7 @@ def scale(args: argparse.Namespace) -> Answer:
     hosts = parse_hostfile(args.hostfile)
     if args.preflight:
         slots = max(hosts.values())
-        found = fan_out(str(ROOT / "tools" / "preflight.py"), len(hosts), slots, args.timeout_s)
+        found = fan_out(shipped.command("preflight"), len(hosts), slots, args.timeout_s)
     else:
         found = measure(hosts, Axes(pp=args.pp, tp=args.tp), args.beat_s, args.seconds)
     return Answer(begin | found, json.dumps(begin | found, indent=1))

@@ -17,11 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
 
 from tqdm import tqdm
 
-from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, TARGET_DTYPES, TARGETS, TRANSFORMER_IMPLS
+from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, QKV_ORDERS, TARGET_DTYPES, TARGETS, TRANSFORMER_IMPLS
 from llama_ds.command_line import new_parser, processes, real, run, whole
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY
@@ -56,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--from", dest="kind", choices=KINDS, help="format of SRC (default: detected from its files)")
     parser.add_argument("--to", choices=TARGETS, required=True, help="format of DST")
     parser.add_argument("--tp", type=whole(), default=1, help="number of tensor-parallel shards, not for hf and gguf")
-    parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages, for deepspeed and megatron")
+    parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages, for deepspeed, megatron and neox")
     parser.add_argument(
         "--transformer-impl",
         choices=TRANSFORMER_IMPLS,
@@ -67,12 +73,17 @@ def parser() -> argparse.ArgumentParser:
         "--dtype", choices=TARGET_DTYPES, help="dtype of the weights (default: the source's); q8_0 for gguf"
     )
     parser.add_argument("--vocab-size", type=whole(), metavar="N", help="pad or cut the embedding and head to N rows")
-    unsaid = parser.add_argument_group("of a folder of Meta or Megatron-LM, what it does not say")
+    unsaid = parser.add_argument_group("of a folder of another format, what it does not say")
     unsaid.add_argument(
         "--rope-factor", type=real(1), metavar="X", help="of Llama 3.1 and 3.3 it is 8, of 3.2 it is 32"
     )
     unsaid.add_argument(
         "--seq-len", type=whole(), metavar="N", help="longest sequence that it was trained for, in tokens"
+    )
+    unsaid.add_argument(
+        "--qkv-order",
+        choices=QKV_ORDERS,
+        help="order of the rows of query, key and value of GPT-NeoX and Megatron-DeepSpeed, which changed late in 2024",
     )
     unsaid.add_argument("--bos-id", type=whole(0), metavar="N", help="default: the tokenizer's")
     unsaid.add_argument("--eos-id", type=whole(0), metavar="N", nargs="+", default=[], help="default: the tokenizer's")
@@ -127,7 +138,7 @@ def open_source(args: argparse.Namespace) -> ModelFiles:
     from llama_ds.checkpoint.load_model import open_model
     from llama_ds.checkpoint.weights import for_dtype
 
-    files = open_model(args.source, args.kind, args.vocab_size, Unsaid(args.rope_factor, args.seq_len))
+    files = open_model(args.source, args.kind, args.vocab_size, Unsaid(args.rope_factor, args.seq_len, args.qkv_order))
     files = with_token_ids(files, args.bos_id, args.eos_id)
     return for_dtype(files, args.dtype or files.dtype)
 

@@ -9,7 +9,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES
 from llama_ds.command_line import Answer, add_json, new_parser, run, whole

@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
 
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_json, new_parser, run, subcommands, whole

@@ -4,7 +4,8 @@
 With --supervise, a failed job is stopped on all hosts and restarted from its newest complete checkpoint: on the same
 hosts, with spares in place of bad ones, or on fewer ranks with the same global batch.
 
-On SIGINT or SIGTERM the ranks save and stop (a second signal stops them at once); on SIGUSR1 they save.
+On SIGINT, SIGTERM or SIGHUP, whenever it comes, the ranks save and end (a second SIGINT or SIGTERM ends them at once);
+on SIGUSR1 they save.
 """
 
 from __future__ import annotations
@@ -17,19 +18,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import delay, new_parser, port, real, run, seconds, whole
-from llama_ds.config.run_file import load_run
+from llama_ds.command_line import INTERRUPTED, delay, new_parser, port, real, run, seconds, whole
+from llama_ds.config.run_file import load_run, path_variables
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.devices import visible_devices
 from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
+from llama_ds.launch.deepspeed_env import read_deepspeed_env
 from llama_ds.launch.hostfile import parse_hostfile, select
-from llama_ds.launch.job_files import new_folder
+from llama_ds.launch.job_files import lock_run, new_folder
+from llama_ds.launch.mpirun import find_mpirun
 from llama_ds.launch.preflight import PreflightSettings, Report, examine
+from llama_ds.launch.remote import local_host
 from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.attempt import Watch
 from llama_ds.launch.supervise.hang_detector import HangLimits
@@ -37,6 +48,7 @@ from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.supervisor import LaunchSettings, RestartLimits, Supervisor, command_of
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
+from llama_ds.log import console_is_gone
 
 EXAMPLES = """examples:
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --dry-run
@@ -46,7 +58,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0 done, 1 failed after all restarts, 2 a mistake in the command."""
+    """Run the command line; return the exit code: 0 done or ended, 1 failed, 2 a mistake, 130 after Ctrl-C."""
     read_models()
     return run(parser(), argv)
 
@@ -57,10 +69,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("run_file", help="YAML run file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, as for llama_ds/train.py")
     parser.add_argument("--hostfile", required=True, help="HOST slots=N, one per line, in the order of the ranks")
-    parser.add_argument("--include", default="", help="use only these hosts: node1@node2:0,1")
+    parser.add_argument("--include", default="", help="use only these hosts and devices: node1@node2:0,1")
     parser.add_argument("--exclude", default="", help="use all hosts but these")
     parser.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="default: %(default)s")
     parser.add_argument("--launcher-args", default="", help="additional arguments for pdsh, mpirun or srun")
+    parser.add_argument("--mpirun", default="", metavar="PATH", help="the mpirun to use (default: first on PATH)")
     parser.add_argument("--dry-run", action="store_true", help="print the command and the placement; start nothing")
     network = parser.add_argument_group("network")
     network.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
@@ -111,7 +124,8 @@ def launch(args: argparse.Namespace) -> int:
     """Start the job and supervise it to its end."""
     os.environ.pop(VARIABLE, None)  # this job must not join the job that started it
     wanted = load_run(args.run_file, args.overrides)
-    hosts = hosts_of(args)
+    slots = slots_of(args)
+    hosts = {host: len(chosen) for host, chosen in slots.items()}
     layout = resolve_layout(wanted, sum(hosts.values()))
     ranks = place_ranks(hosts, layout)
     for finding in findings(ranks):
@@ -119,10 +133,17 @@ def launch(args: argparse.Namespace) -> int:
             raise UserError(f"{args.hostfile}: {finding.text}")
         if finding.severity == "warning" or args.dry_run:
             print_line(f"{finding.severity}: {finding.text}")
-    start = start_of(args)
+    devices = visible_devices(slots, local_host(hosts), os.environ)
+    for host, chosen in devices.items():
+        print_line(
+            f"{host}: the ranks use the CUDA devices {chosen}" if chosen else f"{host}: no CUDA device is visible"
+        )
+    start = start_of(args, wanted, devices)
     if args.dry_run:
         show(args, wanted, start, hosts)
         return 0
+    folder = new_folder(wanted.run_dir)
+    lock = lock_run(wanted.run_dir, folder, args.orphan_s, print_line)
     supervisor = Supervisor(
         run=wanted,
         start=start,
@@ -136,48 +157,48 @@ def launch(args: argparse.Namespace) -> int:
             rewind_steps=args.rewind_steps,
             skip_steps=args.skip_steps or args.rewind_steps + 200,
         ),
-        folder=new_folder(wanted.run_dir),
+        folder=folder,
         examine=lambda hosts: preflight(args, wanted, hosts),
         print_line=print_line,
     )
     print_line(f"job folder: {supervisor.folder}")
-    handle_signals(supervisor)
+    received = handle_signals(supervisor)
     try:
-        return supervisor.supervise()
+        code = supervisor.supervise()
+        return INTERRUPTED if not code and signal.SIGINT in received else code
     except KeyboardInterrupt:
         raise KeyboardInterrupt("stopped at once: nothing was saved") from None
+    finally:
+        lock.release()
 
 
-def hosts_of(args: argparse.Namespace) -> dict[str, int]:
-    """Return the slots of the selected hosts."""
-    hosts = parse_hostfile(args.hostfile)
-    if not (args.include or args.exclude):
-        return hosts
-    chosen = select(hosts, args.include, args.exclude)
-    for host, slots in chosen.items():
-        if slots != list(range(len(slots))):
-            raise UserError(
-                f"--include/--exclude: slots {slots} of {host} are not its first ones; write a hostfile with fewer "
-                "slots and set CUDA_VISIBLE_DEVICES on that host"
-            )
-    return {host: len(slots) for host, slots in chosen.items()}
+def slots_of(args: argparse.Namespace) -> dict[str, list[int]]:
+    """Return the selected slots of the hosts."""
+    return select(parse_hostfile(args.hostfile), args.include, args.exclude)
 
 
-def start_of(args: argparse.Namespace) -> LaunchSettings:
+def start_of(args: argparse.Namespace, wanted: RunConfig, devices: Mapping[str, str]) -> LaunchSettings:
     """Return the settings with which ranks are started."""
-    exports = exported_to_ranks(os.environ)
+    from_files = read_deepspeed_env(os.environ)
+    if from_files.remark:
+        print_line(from_files.remark)
+    exports = exported_to_ranks(os.environ) | from_files.exports
+    exports |= {name: os.environ[name] for name in path_variables(wanted.path, args.overrides)}
     for pair in args.export:
         name, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"--export {pair}: write NAME=VALUE")
         exports[name] = value
     return LaunchSettings(
-        run_file=os.path.abspath(args.run_file),
+        run_file=os.path.abspath(wanted.path),
         overrides=args.overrides,
-        train=str(ROOT / "llama_ds" / "train.py"),
+        train=shipped.TRAIN,
         launcher=args.launcher,
         launcher_args=args.launcher_args.split(),
+        mpirun="" if args.dry_run else find_mpirun(args.launcher, args.mpirun, os.environ),
         exports=exports,
+        secrets={name: value for name, value in from_files.secrets.items() if name not in exports},
+        devices=devices,
         nic=args.nic,
         master=args.master_addr,
         master_port=args.master_port,
@@ -202,22 +223,34 @@ def preflight(args: argparse.Namespace, run: RunConfig, hosts: Mapping[str, int]
     return examine(hosts, settings)
 
 
-def handle_signals(supervisor: Supervisor) -> None:
-    """Forward signals from a person or a scheduler to the supervisor; a second SIGINT or SIGTERM interrupts at once."""
+def handle_signals(supervisor: Supervisor) -> list[int]:
+    """Forward signals from a person or a scheduler to the supervisor; a second SIGINT or SIGTERM interrupts at once.
 
-    def end(*_: Any) -> None:
+    The returned list gets the signal that asked for the end.
+    """
+    received = []
+
+    def end(number: int, _: Any) -> None:
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         supervisor.ask("end")
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, end)
     signal.signal(signal.SIGUSR1, lambda *_: supervisor.ask("save"))
+    return received
 
 
 def print_line(text: str) -> None:
-    """Print a line at once."""
-    print(text, flush=True)
+    """Print a line at once. A console that is gone does not end the job: its events are in a file, too."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not console_is_gone(error):
+            raise
 
 
 if __name__ == "__main__":

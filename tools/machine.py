@@ -9,12 +9,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_results, new_parser, port, real, run, seconds, subcommands, whole
-from llama_ds.config.run_file import load_run
+from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
 from llama_ds.launch.command import LAUNCHERS
@@ -45,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     words = "measure compute rates of all ranks of a hostfile: products, attention and pointwise kernels"
     command = add("gemm", gemm, words)
     words = "run file with the attention backend (default: %(default)s)"
-    command.add_argument("--run", default=str(ROOT / "ds_configs" / "quickstart.yaml"), help=words)
+    command.add_argument("--run", default=find_run_file("quickstart"), help=words)
     command.add_argument("--dtype", choices=("bf16", "fp32"), help="(default: native dtype of the device)")
     command.add_argument("--power-w", type=real(0, above=True), help="power of one device, for the energy of runs")
     command.add_argument("--quick", action="store_true", help="few small sizes, for a smoke test only")
@@ -72,7 +78,9 @@ def parser() -> argparse.ArgumentParser:
 def _add_cluster(command: argparse.ArgumentParser) -> None:
     words = "YAML description of the machine, for tools/plan.py --gpu FILE"
     command.add_argument("--cluster", required=True, metavar="FILE", help=words)
-    command.add_argument("--hostfile", default=str(ROOT / "hostfiles" / "local"), help="(default: %(default)s)")
+    command.add_argument(
+        "--hostfile", default=str(shipped.folder("hostfiles") / "local"), help="(default: %(default)s)"
+    )
     command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="(default: %(default)s)")
     command.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
     command.add_argument("--ssh-port", type=port)
@@ -81,13 +89,13 @@ def _add_cluster(command: argparse.ArgumentParser) -> None:
 
 def gemm(args: argparse.Namespace) -> Answer:
     """Measure compute rates and write them to the cluster's YAML."""
-    load_run(args.run)
+    wanted = load_run(args.run)
     from llama_ds.benchmarks.machine import describe
     from llama_ds.benchmarks.machine.on_ranks import measure
 
     cluster = _cluster(args)
     machine = describe.begin(cluster.file, cluster.file.stem, cluster.slots)
-    request = {"what": "computing", "run": os.path.abspath(args.run), "dtype": args.dtype, "quick": args.quick}
+    request = {"what": "computing", "run": os.path.abspath(wanted.path), "dtype": args.dtype, "quick": args.quick}
     found = measure(cluster, request)
     machine = describe.with_computing(machine, found, args.power_w)
     for rank, share in describe.slow_ranks(found):
@@ -121,8 +129,9 @@ def check_plan(args: argparse.Namespace) -> Answer:
     cluster = _cluster(args)
     machine = hardware.load(args.cluster)
     layouts = args.layout or [[]]
-    planned = [estimate(load_run(args.run, words), sum(cluster.hosts.values()), machine) for words in layouts]
-    request = {"what": "layouts", "run": os.path.abspath(args.run), "layouts": layouts}
+    runs = [load_run(args.run, words) for words in layouts]
+    planned = [estimate(one, sum(cluster.hosts.values()), machine) for one in runs]
+    request = {"what": "layouts", "run": os.path.abspath(runs[0].path), "layouts": layouts}
     results = compare(planned, measure(cluster, {**request, "rounds": args.rounds, "steps": args.steps}))
     return Answer(results, comparison_table(results))
 

@@ -10,13 +10,19 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_json, new_parser, real, run, subcommands
 from llama_ds.config.reader import integer
-from llama_ds.config.run_file import find_run_file, load_run
+from llama_ds.config.run_file import load_run
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
 from llama_ds.perf.plan import cost as costs
@@ -42,7 +48,7 @@ EXAMPLES = """examples:
   tools/plan.py fit --data docs/calibration/published_runs.csv docs/calibration/a100_single_node_runs.csv \\
       --gpu a100-80gb a100-40gb --cross-validate
 """
-CALIBRATION = ROOT / "docs" / "calibration" / "published_runs.csv"
+CALIBRATION = shipped.folder("docs/calibration") / "published_runs.csv"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,7 +127,7 @@ def _add_fit_options(command: argparse.ArgumentParser) -> None:
 
 def plan_estimate(args: argparse.Namespace) -> Answer:
     """Return the estimate of one layout."""
-    found = estimate(load_run(find_run_file(args.run), args.overrides), args.gpus, hardware.load(args.gpu))
+    found = estimate(load_run(args.run, args.overrides), args.gpus, hardware.load(args.gpu))
     return Answer(as_data(found), report(found) + (f"\n\n{explain(found)}" if args.explain else ""))
 
 

@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.child_processes import run_child
 from llama_ds.command_line import Answer, add_json, add_results, new_parser, port, run, subcommands, whole
@@ -146,7 +152,7 @@ def _hostfile_in(out: Path, given: str | None, hosts: dict[str, int]) -> str:
 
 
 def _launch_command(args: argparse.Namespace, overrides: list[str], hostfile: str) -> list[str]:
-    command = [sys.executable, str(ROOT / "tools" / "launch.py"), args.run, *overrides, "--hostfile", hostfile]
+    command = [*shipped.command("launch"), args.run, *overrides, "--hostfile", hostfile]
     command += ["--launcher", args.launcher, *(["--nic", args.nic] if args.nic else [])]
     return command + (["--ssh-port", str(args.ssh_port)] if args.ssh_port else [])
 

@@ -17,14 +17,20 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from llama_ds import command_line
+from llama_ds.command_line import end_on_interrupt
+
+if __name__ == "__main__":
+    end_on_interrupt()
+
+from llama_ds import command_line, shipped
 from llama_ds.child_processes import PIPE, run_child
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.run_lock import check_unused
 
 EXAMPLES = """examples:
   tools/quickstart.py                      # as `make quickstart`; reuses finished stages
@@ -50,8 +56,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def begin(args: argparse.Namespace) -> None:
-    """Run the stages in the repository root, to which all paths are relative."""
-    os.chdir(ROOT)
+    """Run the stages in the checkout, or without one in this folder; all paths are relative to it."""
+    if not shipped.INSTALLED:
+        os.chdir(shipped.PACKAGE.parent)
     quickstart(args.fresh, args.overrides)
 
 
@@ -60,6 +67,7 @@ def quickstart(fresh: bool, overrides: list[str]) -> None:
     started = time.monotonic()
     run = load_run(RUN_FILE, overrides)
     if fresh:
+        check_unused(run.run_dir)
         shutil.rmtree(run.run_dir, ignore_errors=True)
     _prepare_data(run)
     unigram = _unigram(run)
@@ -140,14 +148,15 @@ def stage(title: str) -> None:
 
 def tool(script: str, *arguments: object, capture: bool = False) -> str:
     """Print the command line of a tool and run it; return its stdout if captured."""
-    return run_command([sys.executable, f"tools/{script}", *map(str, arguments)], capture)
+    program = shipped.command(script.removesuffix(".py")) if shipped.INSTALLED else [sys.executable, f"tools/{script}"]
+    return run_command([*program, *map(str, arguments)], capture)
 
 
 def launch(*arguments: str) -> None:
     """Run the training script under DeepSpeed's launcher."""
     deepspeed = os.path.join(os.path.dirname(sys.executable), "deepspeed")
     ranks = ["--num_accelerators", str(RANKS), "--master_port", str(free_port()), "--log_level", "error"]
-    run_command([deepspeed, *ranks, "llama_ds/train.py", RUN_FILE, *arguments], ranks=RANKS)
+    run_command([deepspeed, *ranks, os.path.relpath(shipped.TRAIN), RUN_FILE, *arguments], ranks=RANKS)
 
 
 def run_command(command: list[str], capture: bool = False, ranks: int = 1) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llama_ds.command_line import end_on_interrupt
 
@@ -23,17 +24,17 @@ if __name__ == "__main__":
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from llama_ds import log
+from llama_ds import log, shipped
 from llama_ds.command_line import Answer, add_json, new_parser, processes, real, run, size, subcommands, whole
 from llama_ds.config.text import save_text
 from llama_ds.data.building.build import build_source
+from llama_ds.data.building.found_input import FoundInput, find_input
 from llama_ds.data.building.workers import WorkerPool
 from llama_ds.data.building.workers import workers as start_workers
 from llama_ds.data.source.listing import as_data, as_line, epochs, find_sources
 from llama_ds.data.source.manifest import MANIFEST
 from llama_ds.data.text.formats import ReadOptions
 from llama_ds.data.text.gather import gather_local_corpus
-from llama_ds.data.text.inputs import find_inputs
 from llama_ds.data.text.reading_options import add_reading_options, reading_options
 from llama_ds.errors import UserError
 
@@ -168,14 +169,14 @@ def build(args: argparse.Namespace) -> None:
     """Tokenize and pack every source."""
     log.setup()
     options = reading_options(args)
-    _check_sources(args.source, options)
+    found = _find_sources(args.source, options)
     try:
-        _build_sources(args, options)
+        _build_sources(args, options, found)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; run the same command again to resume the build") from None
 
 
-def _build_sources(args: argparse.Namespace, options: ReadOptions) -> None:
+def _build_sources(args: argparse.Namespace, options: ReadOptions, found: dict[str, FoundInput]) -> None:
     with _hosts(args) if args.hostfile else nullcontext(start_workers) as start_pool:
         for name, pattern in args.source:
             with (
@@ -189,7 +190,7 @@ def _build_sources(args: argparse.Namespace, options: ReadOptions) -> None:
                     workers=args.workers or CORES, document_chars=args.document_chars, overwrite=args.overwrite,
                     dedup=args.dedup, append=args.append, skip_bad=args.skip_bad,
                     allow_empty=tuple(args.allow_empty), options=options, progress=progress.update,
-                    announce=progress.start, start_pool=start_pool,
+                    announce=progress.start, start_pool=start_pool, found=found[name],
                 )  # fmt: skip
             print(as_line(os.path.join(args.out, name), manifest))
 
@@ -203,7 +204,7 @@ def _hosts(args: argparse.Namespace) -> Iterator[Callable[[int], WorkerPool]]:
 
     hosts = list(parse_hostfile(args.hostfile))
     with _shared_file(os.path.abspath(args.out)) as shared:
-        argv = [sys.executable, os.path.abspath(__file__), "serve", "--shared", shared, "--cwd", os.getcwd()]
+        argv = [*shipped.command("shards"), "serve", "--shared", shared, "--cwd", os.getcwd()]
         argv += ["--workers", str(args.workers)] if args.workers else []
         commands = {host: ssh_command(host, argv) for host in hosts}
         yield lambda _: HostWorkers(commands)
@@ -230,13 +231,13 @@ def serve(args: argparse.Namespace) -> None:
     host_workers.serve(args.workers or CORES, args.shared)
 
 
-def _check_sources(sources: list[tuple[str, str]], options: ReadOptions) -> None:
-    """Check all sources before the first one is built, which may take hours."""
+def _find_sources(sources: list[tuple[str, str]], options: ReadOptions) -> dict[str, FoundInput]:
+    """Find the files of all sources before the first one is built, which may take hours."""
     names = [name for name, _ in sources]
-    for name, pattern in sources:
+    for name in names:
         if names.count(name) > 1:
             raise UserError(f"--source {name}=... is given {names.count(name)} times; give each source one name")
-        find_inputs(pattern, options)
+    return {name: find_input(pattern, options) for name, pattern in sources}
 
 
 class BuildProgress:

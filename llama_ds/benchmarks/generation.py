@@ -33,10 +33,17 @@ def load_exported(folder: str, dtype: torch.dtype | str) -> Any:
     """Return the transformers model in a Hugging Face folder.
 
     Raises:
-        UserError: transformers finds some weights under no name that it knows, and would make up random ones.
+        UserError: transformers cannot load the folder, or finds some weights under no name that it knows, and would
+            make up random ones.
     """
     logging.disable_progress_bar()  # loading local files takes only a few seconds
-    model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # a damaged file gives errors of many types
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise UserError(
+            f"{folder}: transformers cannot load it ({reason}); export the model again with tools/convert.py --to hf"
+        ) from None
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"{folder}: transformers finds no weights for {shown(missing)}; convert it to a new folder with "

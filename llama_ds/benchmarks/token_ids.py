@@ -1,4 +1,4 @@
-"""The ids of bos and eos of a folder of Meta or Megatron-LM: its settings hold none, its tokenizer does."""
+"""The ids of bos and eos of a folder whose settings hold none: its tokenizer does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 
+from llama_ds.checkpoint.choices import INCOMPLETE_FOLDERS
 from llama_ds.checkpoint.formats.huggingface import holds_huggingface
 from llama_ds.checkpoint.manifest import DESCRIPTION
 from llama_ds.checkpoint.weights import ModelFiles
@@ -18,7 +19,7 @@ def with_token_ids(files: ModelFiles, bos: int | None, eos: Sequence[int]) -> Mo
     """Return a model with the ids given, or else those of its tokenizer, and a note of what they are.
 
     Args:
-        files: a model of any format; only that of a folder of Meta or Megatron-LM has no ids of its own.
+        files: a model of any format; only those of `choices.INCOMPLETE` have no ids of their own.
         bos: the id that begins a text; None: not given.
         eos: the ids that end one, the first of them in training; empty: not given.
 
@@ -28,7 +29,7 @@ def with_token_ids(files: ModelFiles, bos: int | None, eos: Sequence[int]) -> Mo
     if holds_huggingface(files.path) or os.path.exists(os.path.join(files.path, DESCRIPTION)):
         if bos is not None or eos:
             raise UserError(
-                f"command line: --bos-id and --eos-id apply only to Meta folders and Megatron-LM's; {files.path} "
+                f"command line: --bos-id and --eos-id apply only to {INCOMPLETE_FOLDERS}; {files.path} "
                 "names its ids itself: change them in config.json and generation_config.json of the result"
             )
         return files

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-KINDS = ("deepspeed", "hf", "meta", "megatron")
+KINDS = ("deepspeed", "hf", "meta", "megatron", "neox", "torchtitan")
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
-# Only written: llama.cpp's format, and its quantized dtype.
-TARGETS = (*KINDS, "gguf")
+# torchtitan's is only read; llama.cpp's format, and its quantized dtype, are only written.
+TARGETS = ("deepspeed", "hf", "meta", "megatron", "neox", "gguf")
 TARGET_DTYPES = (*DTYPE_NAMES, "q8_0")
+# Formats that leave settings of the model open (`formats.meta_params.Unsaid`), and in words for messages.
+INCOMPLETE = ("meta", "megatron", "neox", "torchtitan")
+INCOMPLETE_FOLDERS = "Meta folders and those of Megatron-LM, GPT-NeoX and torchtitan"
+# Results with tensor-parallel shards and with pipeline stages, in words for messages.
+SHARDED, STAGED = "deepspeed, meta, megatron and neox", "deepspeed, megatron and neox"
 TRANSFORMER_IMPLS = ("transformer_engine", "local")  # Megatron-LM's; they name the norms of a layer differently
+# Order of the rows of query, key and value in their common matrix: by heads, or all queries, keys and values of a rank.
+QKV_ORDERS = ("heads", "blocks")

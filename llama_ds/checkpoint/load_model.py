@@ -1,5 +1,4 @@
-"""Loading a model from a path: a run or checkpoint of this project, or a folder of Hugging Face, Meta or
-Megatron-LM.
+"""Loading a model from a path: a run or checkpoint of this project, or a folder of another format.
 
 `open_model` locates the weights in the files, and `load_model` builds a model with them.
 """
@@ -11,6 +10,8 @@ from dataclasses import replace
 
 import torch
 
+from llama_ds.checkpoint.choices import INCOMPLETE, INCOMPLETE_FOLDERS
+from llama_ds.checkpoint.formats.dcp import holds_dcp
 from llama_ds.checkpoint.formats.hf_config import CONFIG
 from llama_ds.checkpoint.formats.hf_folder import holds_zero_shards
 from llama_ds.checkpoint.formats.huggingface import holds_huggingface, open_huggingface
@@ -18,6 +19,8 @@ from llama_ds.checkpoint.formats.inventory import with_vocabulary
 from llama_ds.checkpoint.formats.megatron import TRACKER, holds_megatron, open_megatron
 from llama_ds.checkpoint.formats.meta import holds_meta, open_meta
 from llama_ds.checkpoint.formats.meta_params import PARAMS, Unsaid
+from llama_ds.checkpoint.formats.neox import holds_neox, open_neox
+from llama_ds.checkpoint.formats.torchtitan import open_torchtitan
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
 from llama_ds.checkpoint.store import LATEST, newest
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, open_checkpoint
@@ -32,7 +35,11 @@ RECOGNISED = {
     "hf": (CONFIG, holds_huggingface),
     "meta": (f"{PARAMS} or consolidated.NN.pth", holds_meta),
     "megatron": (TRACKER, holds_megatron),
+    "neox": ("layers of GPT-NeoX", holds_neox),
+    "torchtitan": ("step-N/.metadata of torchtitan", holds_dcp),
 }
+FOLDERS = "Hugging Face, Meta, Megatron-LM, GPT-NeoX or torchtitan"
+OPEN = {"meta": open_meta, "megatron": open_megatron, "neox": open_neox, "torchtitan": open_torchtitan}
 
 
 def open_model(
@@ -44,17 +51,19 @@ def open_model(
         path: a run folder or its checkpoints folder (the newest), a checkpoint, or a folder of another format.
         kind: one of `choices.KINDS`; None: detected from the files.
         vocab_size: rows of the vocabulary tables; missing rows become zeros. None: as many as the configuration says.
-        unsaid: of a Meta or Megatron-LM folder, what its params.json or args do not say.
+        unsaid: of a folder of one of `choices.INCOMPLETE`, what its files do not say.
 
     Raises:
         UserError: the folder does not exist or is damaged, or `unsaid` is needed.
     """
     kind = kind or kind_of(path)
-    if kind not in ("meta", "megatron") and unsaid not in (None, Unsaid()):
+    if kind not in INCOMPLETE and unsaid not in (None, Unsaid()):
         raise UserError(
-            "command line: --rope-factor and --seq-len apply only to Meta folders and Megatron-LM's; "
-            f"{path} is another: {kind}"
+            f"command line: --rope-factor, --seq-len and --qkv-order apply only to {INCOMPLETE_FOLDERS}; {path} is "
+            f"another: {kind}"
         )
+    if unsaid and unsaid.qkv_order and kind in ("meta", "torchtitan"):
+        raise UserError(f"command line: --qkv-order does not apply to {path}: its three matrices are apart; omit it")
     if kind == "deepspeed":
         files = open_checkpoint(locate(path))
         if vocab_size is None:
@@ -66,7 +75,7 @@ def open_model(
         raise _no_folder(path)
     if kind == "hf":
         return open_huggingface(path, vocab_size)
-    return (open_meta if kind == "meta" else open_megatron)(path, vocab_size, unsaid)
+    return OPEN[kind](path, vocab_size, unsaid)
 
 
 def kind_of(path: str) -> str:
@@ -93,8 +102,7 @@ def kind_of(path: str) -> str:
         return "deepspeed"
     files = ", ".join(mark for mark, _ in RECOGNISED.values())
     raise UserError(
-        f"{path}: contains none of {DESCRIPTION}, {LATEST}, {files}; "
-        "give a run, a checkpoint, or a folder of Hugging Face, Meta or Megatron-LM"
+        f"{path}: contains none of {DESCRIPTION}, {LATEST}, {files}; give a run, a checkpoint, or a folder of {FOLDERS}"
     )
 
 
@@ -158,7 +166,4 @@ def load_model(
 
 def _no_folder(path: str) -> UserError:
     reason = ": a link to nothing or to itself" if os.path.islink(path) else ""
-    return UserError(
-        f"{path}: no such folder{reason}; give a run (runs/NAME), a checkpoint, or a folder of Hugging Face, Meta or "
-        "Megatron-LM"
-    )
+    return UserError(f"{path}: no such folder{reason}; give a run (runs/NAME), a checkpoint, or a folder of {FOLDERS}")

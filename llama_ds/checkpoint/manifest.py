@@ -32,7 +32,7 @@ from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.optimizer_states import ADAMW, OptimizerStates
-from llama_ds.layout.weights import Key, weights
+from llama_ds.layout.weights import Key, Weight, weights
 
 DESCRIPTION = "llama_ds.json"
 INDEX = "index.json"
@@ -238,11 +238,11 @@ def read_tensors(folder: str, description: Description, kinds: Iterable[str]) ->
         found: dict[str, dict[Key, Spread]] = {}
         for key, weight in weights(description.model):
             pieces = [_stored_piece(row) for row in rows[name_of(key)]]
-            count = description.layout["tp"] if weight.cut is not None else 1
+            held = _held(weight, description)
             for kind in kinds:
                 parts = _parts([p for p in pieces if p.kind == kind])
                 if parts:
-                    _check_parts(parts, count, weight.numel(description.model) // count, key, kind)
+                    _check_parts(parts, held, key, kind)
                     runs = [[Run(p.start, _stored(folder, p), p.numel) for p in part] for part in parts]
                     found.setdefault(kind, {})[key] = Spread(weight.shape(description.model), weight.cut, runs)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -335,11 +335,17 @@ def _parts(pieces: list[StoredPiece]) -> list[list[StoredPiece]]:
     return [list(part) for _, part in groupby(ordered, key=lambda p: p.part)]
 
 
-def _check_parts(parts: list[list[StoredPiece]], wanted: int, numel: int, key: Key, kind: str) -> None:
-    """Raise ValueError unless there are the parts 0 .. wanted - 1, each with its `numel` elements exactly once."""
-    if [part[0].part for part in parts] != list(range(wanted)):
-        raise ValueError(f"{name_of(key)}: {len(parts)} parts of its {kind} were written, not {wanted}")
-    for part in parts:
+def _held(weight: Weight, description: Description) -> list[int]:
+    """Return the number of elements of each part of a weight, without the padding of the vocabulary."""
+    parts = description.layout["tp"] if weight.cut is not None else 1
+    return [weight.own_numel(description.model, part, parts) for part in range(parts)]
+
+
+def _check_parts(parts: list[list[StoredPiece]], held: list[int], key: Key, kind: str) -> None:
+    """Raise ValueError unless there are parts 0, 1, ... with the numbers of elements `held`, each exactly once."""
+    if [part[0].part for part in parts] != list(range(len(held))):
+        raise ValueError(f"{name_of(key)}: {len(parts)} parts of its {kind} were written, not {len(held)}")
+    for part, numel in zip(parts, held, strict=True):
         ends = [0, *(p.end for p in part)]
         if [p.start for p in part] != ends[:-1] or ends[-1] != numel:
             raise ValueError(f"{name_of(key)}: the elements of its {kind} were not written exactly once")
@@ -349,12 +355,11 @@ def _check_cover(description: Description, pieces: Mapping[str, list[StoredPiece
     """Check that every saved kind covers all elements of all TP parts of every weight that has it, exactly once."""
     kinds = {p.kind for rows in pieces.values() for p in rows} or {WEIGHT}
     for key, weight in weights(description.model):
-        count = description.layout["tp"] if weight.cut is not None else 1
-        numel = weight.numel(description.model) // count
+        held = _held(weight, description)
         for kind in kinds:
-            wanted = count if kind in (WEIGHT, *description.states.kinds(weight.role)) else 0
+            wanted = held if kind in (WEIGHT, *description.states.kinds(weight.role)) else []
             parts = _parts([p for p in pieces.get(name_of(key), ()) if p.kind == kind])
-            _check_parts(parts, wanted, numel, key, kind)
+            _check_parts(parts, wanted, key, kind)
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

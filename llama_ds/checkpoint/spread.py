@@ -1,7 +1,8 @@
 """One tensor of the model, stored in several files: sharded into tensor-parallel parts, each split into runs.
 
-Shapes: a matrix is (R, C). It is sharded along dimension 0 (R / parts rows each) or 1 (C / parts columns each); an
-unsharded tensor has one part. Elements of a part are numbered in its row-major order.
+Shapes: a matrix is (R, C). It is sharded along dimension 0 (R / parts rows each, rounded up; the last parts have the
+rest) or 1 (C / parts columns each); an unsharded tensor has one part. Elements of a part are numbered in its row-major
+order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.checkpoint.stored import Stored
+from llama_ds.layout.vocab_parts import part_rows
 
 BLOCK_ELEMENTS = 4 << 20  # size of the block in memory when columns are regrouped
 
@@ -36,6 +38,7 @@ class Spread:
         self._parts = [list(part) for part in parts]
         self._starts = [[run.start for run in part] for part in self._parts]
         self.numel = torch.Size(self.shape).numel()
+        self._row = torch.Size(self.shape[1:]).numel()  # elements of a row
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,7 +59,8 @@ class Spread:
     def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
         """Fill `out` with elements of the shard of tensor-parallel rank `rank` of `size`, from `start` on.
 
-        `out` is contiguous, on the CPU, of any dtype; `size` divides the dimension that the tensor is sharded along.
+        `out` is contiguous, on the CPU, of any dtype. `size` divides the columns that are sharded, but not necessarily
+        the rows: rows of the last shards that the tensor does not have are zeros.
 
         Raises:
             UserError: a file is truncated or cannot be read.
@@ -65,7 +69,10 @@ class Spread:
         if self.dim is None:
             self._read_part(0, out, start)
         elif self.dim == 0:
-            self._read_rows(out, rank * (self.numel // size) + start)
+            first = rank * part_rows(self.shape[0], size) * self._row + start
+            available = min(max(self.numel - first, 0), len(out))
+            self._read_rows(out[:available], first)
+            out[available:] = 0
         elif size == len(self._parts):
             self._read_part(rank, out, start)
         else:
@@ -73,7 +80,7 @@ class Spread:
 
     def _read_rows(self, out: Tensor, start: int) -> None:
         """Read from parts that are blocks of rows. `start` counts through all parts, one after the other."""
-        length = self.numel // len(self._parts)
+        length = part_rows(self.shape[0], len(self._parts)) * self._row
         done = 0
         while done < len(out):
             part, begin = divmod(start + done, length)

@@ -6,13 +6,15 @@ No pickled code is ever executed.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
+import re
 import threading
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from llama_ds.errors import UserError
 
 CHUNK_ELEMENTS = 4 << 20  # chunk size of a read that converts the dtype: 16 MiB of fp32
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+REFUSED_OBJECT = re.compile(r"\b(?:GLOBAL|global|class) ([\w.]+\.\w+)")  # in torch.load's messages
 
 _ALLOWING = threading.Lock()  # what torch.load allows is a setting of the whole process
 
@@ -142,20 +146,87 @@ def located(path: str, content: object) -> dict[str, Stored]:
     return {name: stored for name, stored in found.items() if stored}
 
 
+def embedded_tensor(path: str, offset: int, length: int) -> Stored:
+    """Return a tensor that torch.save has written into `length` bytes of a file, from byte `offset` on.
+
+    Raises:
+        UserError: the bytes are damaged or hold something else; nothing in them is executed.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # the import takes seconds
+
+    with open(path, "rb") as file:
+        window = Window(file, offset, min(length, max(0, os.path.getsize(path) - offset)))
+        tensor = _load(path, FakeTensorMode(), file=cast(IO[bytes], window))
+    stored = _located(path, tensor) if isinstance(tensor, Tensor) else None
+    if stored is None:
+        raise UserError(f"{path}: holds no contiguous tensor at byte {offset}; save the checkpoint again")
+    return replace(stored, offset=stored.offset + offset)
+
+
+class Window(io.RawIOBase):
+    """Some bytes of an open file, as a file of their own."""
+
+    def __init__(self, file: IO[bytes], offset: int, length: int) -> None:
+        self._file, self._offset, self._length, self._position = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        """Return True: any position can be read."""
+        return True
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def tell(self) -> int:
+        """Return the position within the window, in bytes."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a position, and return it."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with bytes from the position on, and return their number."""
+        left = max(0, min(len(buffer), self._length - self._position))
+        self._file.seek(self._offset + self._position)
+        count = self._file.readinto(memoryview(buffer)[:left])  # type: ignore[attr-defined]
+        self._position += count
+        return int(count)
+
+
 def _state_dict(path: str, mode: AbstractContextManager[object], mmap: bool = False) -> dict[str, Tensor]:
     return _checked(path, _load(path, mode, mmap))
 
 
-def _load(path: str, mode: AbstractContextManager[object], mmap: bool = False, inert: bool = False) -> Any:
+def _load(
+    path: str,
+    mode: AbstractContextManager[object],
+    mmap: bool = False,
+    inert: bool = False,
+    file: IO[bytes] | None = None,
+) -> Any:
     try:
         with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of other pickle protocols
             if inert:
                 return _inert_content(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(file or path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise any exception
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    """Return what to say of an error of torch.load, whose own text advises to execute what the file holds."""
+    text = str(error)
+    if object_name := REFUSED_OBJECT.search(text):
+        return UserError(
+            f"{path}: holds {object_name[1]}, which is neither a tensor nor plain data, and nothing in a file is "
+            "executed; save the tensors alone, as a state dict"
+        )
+    reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or type(error).__name__
+    return UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again")
 
 
 def _inert_content(path: str) -> Any:

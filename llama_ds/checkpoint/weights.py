@@ -41,7 +41,10 @@ class Readable(Protocol):
         """Return the unsharded tensor, in `dtype` or as stored."""
 
     def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
-        """Fill `out` with elements of the shard of tensor-parallel rank `rank` of `size`, from `start` on."""
+        """Fill `out` with elements of the shard of tensor-parallel rank `rank` of `size`, from `start` on.
+
+        Shards of rows have R / size of them, rounded up; rows beyond the tensor's R are zeros.
+        """
 
 
 @dataclass(frozen=True)

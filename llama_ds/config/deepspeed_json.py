@@ -9,31 +9,15 @@ from __future__ import annotations
 import copy
 from typing import Any, Protocol
 
-from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO, SECTION_KEYS, USER_KEYS
+from llama_ds.config.deepspeed_effects import SECTIONS, used_keys, without_effect
+from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO
 from llama_ds.config.reader import ConfigSource, check_keys
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, shortened
 
-SECTIONS = (
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "data_types",
-    "flops_profiler",
-    "compile",
-    "comms_logger",
-    "timers",
-    "aio",
-)
-# Keys that DeepSpeed reads and that change nothing in these engines, with the value that asks for something (None: any)
-# and what to do instead.
-NO_EFFECT = (
-    ("comms_logger.enabled", True, "take it out: tools/profile_run.py records every message of a step"),
-    ("dump_state", True, "take it out: `--dry-run` prints the resolved plan"),
-    ("timers", None, "take it out: tools/profile_run.py shows where a step's time goes"),
-    ("compile.deepcompile", True, "take it out: no step is compiled"),
-)
+FP32 = ("fp32", "float32", "torch.float32", "float")
+FP16 = ("fp16", "float16", "torch.float16", "half")
 
 
 class BatchSizes(Protocol):
@@ -57,16 +41,18 @@ def check_user_keys(run: RunConfig) -> None:
         if key in OWNED:
             raise _error(run, f"{key} is not the DeepSpeed file's to set: {OWNED[key]} and take it out here")
     source = ConfigSource(run.deepspeed_path)
-    check_keys(run.deepspeed, sorted(USER_KEYS), source)
+    check_keys(run.deepspeed, sorted(used_keys()), source)
     for section in SECTIONS:
         _check_object(run, section, run.deepspeed.get(section, {}))
     for section in ("offload_optimizer", "offload_param"):
         where = f"zero_optimization.{section}"
-        _check_object(run, where, _section(run, "zero_optimization").get(section) or {}, '{"device": "cpu"}')
+        block = _section(run, "zero_optimization").get(section) or {}
+        _check_object(run, where, block, '{"device": "cpu"}')
+        check_keys(block, used_keys(where), source, where)
     for key in REMOVED_ZERO & _section(run, "zero_optimization").keys():
         raise _error(run, f"zero_optimization.{key} was removed in DeepSpeed 0.19; take it out")
-    for section, known in SECTION_KEYS.items():
-        check_keys(_section(run, section), sorted(known), source, section)
+    for section in SECTIONS:
+        check_keys(_section(run, section), sorted(used_keys(section)), source, section)
     stage = _section(run, "zero_optimization").get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise _error(run, f"zero_optimization.stage = {stage!r} is not 0, 1, 2 or 3")
@@ -103,8 +89,8 @@ def deepspeed_config(run: RunConfig, layout: BatchSizes, bf16_native: bool) -> d
     """
     check_user_keys(run)
     dtype = training_dtype(run, bf16_native)
-    _check_effect(run)
     _check_combination(run, layout, dtype)
+    _check_effect(run, _engine(run, layout, dtype))
     config = copy.deepcopy(run.deepspeed)
     config.pop("fp16", None)
     config["bf16"] = {"enabled": False} if dtype == "fp32" else _bf16(run)
@@ -134,13 +120,29 @@ def _bf16(run: RunConfig) -> dict[str, Any]:
     return block
 
 
-def _check_effect(run: RunConfig) -> None:
+def _engine(run: RunConfig, layout: BatchSizes, dtype: str) -> str:
+    """Return which engine of `deepspeed_effects` trains the run."""
+    if layout.pp > 1 and run.parallel.schedule != STOCK_ENGINE:
+        return "pp"
+    in_fp32 = (_section(run, "data_types").get("grad_accum_dtype") or "fp32") in FP32
+    if run.zero_stage == 1 and dtype == "bf16" and in_fp32 and not _offloads_optimizer(run):
+        return "1-bf16"
+    return str(run.zero_stage)
+
+
+def _offloads_optimizer(run: RunConfig) -> bool:
+    block = _section(run, "zero_optimization").get("offload_optimizer") or {}
+    return bool(block.get("device", "none") != "none")
+
+
+def _check_effect(run: RunConfig, engine: str) -> None:
     """Refuse what DeepSpeed accepts and then ignores, or computes nonsense with."""
-    for key, setting, instead in NO_EFFECT:
-        section, _, name = key.rpartition(".")
-        found = (_section(run, section) if section else run.deepspeed).get(name)
-        if found not in (None, False) and (setting is None or found == setting):
-            raise _error(run, f"{key} = {found!r} has no effect here; {instead}")
+    for key, value, reason in without_effect(run.deepspeed, engine):
+        raise _error(run, f"{key} = {shortened(repr(value))} has no use here; take it out: {reason}")
+    for section, key in (("data_types", "grad_accum_dtype"), ("", "communication_data_type")):
+        value = (_section(run, section) if section else run.deepspeed).get(key)
+        if value in FP16:
+            raise _error(run, f"{key} = {value!r}: sums in fp16 overflow without loss scaling; use fp32 or bf16")
     factor = run.deepspeed.get("gradient_predivide_factor", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < float("inf"):
         raise _error(run, f"gradient_predivide_factor = {factor!r} is not a positive number; take it out")
@@ -153,9 +155,7 @@ def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
         raise _error(run, f"zero_optimization.stage = {stage} with parallel.pp = {pp}: ZeRO-{stage} {why}; use stage 1")
     if dtype == "bf16" and stage == 0:
         raise _error(run, "zero_optimization.stage = 0 with bf16: gradients would be accumulated in bf16; use stage 1")
-    if not _section(run, "zero_optimization").get("compute_grad_norm", True):
-        raise _error(run, "zero_optimization.compute_grad_norm = false leaves clipping without a norm; take it out")
-    if pp > 1 and run.parallel.schedule != STOCK_ENGINE and "offload_optimizer" in _section(run, "zero_optimization"):
+    if pp > 1 and run.parallel.schedule != STOCK_ENGINE and _offloads_optimizer(run):
         raise _error(
             run,
             f"zero_optimization.offload_optimizer with parallel.pp = {pp}: schedule {run.parallel.schedule} keeps the "

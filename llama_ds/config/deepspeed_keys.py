@@ -1,6 +1,6 @@
-"""The keys of a DeepSpeed JSON that DeepSpeed 0.19.8 reads (runtime/config.py, constants.py, zero/config.py).
+"""The keys that DeepSpeed 0.19.8 reads from its JSON and that are set elsewhere, or that it has removed.
 
-DeepSpeed itself ignores unknown keys; a test compares these lists with the installed package.
+DeepSpeed itself ignores unknown keys; a test compares these lists and `deepspeed_effects.USES` with the package.
 """
 
 from __future__ import annotations
@@ -10,33 +10,6 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-USER_KEYS = _words(
-    "zero_optimization bf16 fp16 data_types communication_data_type seq_parallel_communication_data_type "
-    "prescale_gradients gradient_predivide_factor disable_allgather zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer aio compile wall_clock_breakdown memory_breakdown timers flops_profiler "
-    "comms_logger dump_state disable_python_gc log_level"
-)
-SECTION_KEYS = {
-    "zero_optimization": _words(
-        "stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce "
-        "allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights "
-        "elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size prefetch_bucket_size "
-        "param_persistence_threshold model_persistence_threshold max_live_parameters max_reuse_distance "
-        "gather_16bit_weights_on_model_save module_granularity_threshold use_all_reduce_for_fetch_params "
-        "allgather_sequential stage3_prefetch_bucket_size stage3_param_persistence_threshold "
-        "stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance "
-        "stage3_gather_16bit_weights_on_model_save stage3_module_granularity_threshold "
-        "stage3_use_all_reduce_for_fetch_params stage3_allgather_sequential ignore_unused_parameters "
-        "legacy_stage1 round_robin_gradients parameter_alignment zero_hpz_partition_size zero_quantized_weights "
-        "zero_quantized_nontrainable_weights zero_quantized_gradients memory_efficient_linear "
-        "pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks "
-        "save_muon_momentum_buffer_in_memory leaf_module"
-    ),
-    "bf16": _words(
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
-    ),
-    "data_types": _words("grad_accum_dtype param_dtype buffer_dtype keep_in_fp32_modules"),
-}
 OWNED = {  # keys that are set elsewhere, and where
     "train_batch_size": "set training.global_batch in the run file",
     "train_micro_batch_size_per_gpu": "set parallel.micro_batch in the run file",

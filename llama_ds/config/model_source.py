@@ -5,13 +5,14 @@ Readers of model folders lie on a higher floor. A program that loads run files n
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from llama_ds.config.differences import model_differences, shown
+from llama_ds.config.paths import expanded
 from llama_ds.config.reader import ConfigSource, plain, read
 from llama_ds.config.schema import ModelConfig
+from llama_ds.errors import shortened
 from llama_ds.log import logger
 
 KEY = "from"
@@ -36,7 +37,10 @@ def take_model(data: dict[str, Any], source: ConfigSource) -> None:
     section = data.get("model")
     if not isinstance(section, dict) or KEY not in section:
         return
-    path = os.path.expanduser(read(str, section[KEY], source, f"model.{KEY}"))
+    try:
+        path = expanded(written := read(str, section[KEY], source, f"model.{KEY}"))
+    except ValueError as error:
+        raise source.error(f"model.{KEY}", f"= {shortened(written)}: {error}") from None
     if not _readers:
         raise source.error(
             f"model.{KEY}",

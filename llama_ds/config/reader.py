@@ -10,16 +10,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from decimal import Decimal
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from llama_ds.config.declare import SectionError
-from llama_ds.errors import UserError, did_you_mean
+from llama_ds.errors import UserError, did_you_mean, shortened
 
 T = TypeVar("T")
 
 _SUFFIX = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_NUMBER = re.compile(r"([+-]?[0-9][0-9_]*(?:\.[0-9_]+)?(?:[eE][+-]?[0-9]{1,2})?) ?([KMBT]?)")
+# No leading zeros: YAML 1.1 reads 010 as 8, YAML 1.2 as 10. The number of digits keeps `Decimal` exact.
+_NUMBER = re.compile(r"([+-]?(?:0|[1-9][0-9_]{0,19})(?:\.[0-9_]{1,20})?(?:[eE][+-]?[0-9]{1,2})?) ?([KMBT]?)")
+_FLOAT = re.compile(r"[+-]?(?:0|[1-9][0-9_]*|(?=\.[0-9]))(?:\.[0-9_]*)?(?:[eE][+-]?[0-9]+)?")
 _WANTED = {
     int: "an integer (4194304, 4_194_304, 4M, 1.4T and 1.4e12 are)",
     float: "a finite number",
@@ -62,7 +65,8 @@ def check_keys(data: dict, known: Iterable[str], source: ConfigSource, key: str 
     names = list(known)
     for name in data:
         if name not in names:
-            raise source.error(_join(key, name), f"is not a known key{did_you_mean(str(name), names)}")
+            shown = shortened(name if isinstance(name, str) and name.isprintable() else repr(name))
+            raise source.error(_join(key, shown), f"is not a known key{did_you_mean(shown, names)}")
 
 
 def integer(text: str) -> int | None:
@@ -95,14 +99,15 @@ def _read(kind: Any, data: object, source: ConfigSource, key: str) -> Any:
         return data
     value = _scalar(kind, data)
     if value is None:
-        raise source.error(key, f"= {data!r} is not {_WANTED[kind]}")
+        null = "; YAML reads ~ and an empty value as null, so write them in quotes" if data is None else ""
+        raise source.error(key, f"= {_shown(data)} is not {_WANTED[kind]}{null}")
     return value
 
 
 def _read_dataclass(kind: Any, data: object, source: ConfigSource, key: str) -> Any:
     if not isinstance(data, dict):
-        raise source.error(key, f"= {data!r} is not a section of keys")
-    known, hints = fields(kind), get_type_hints(kind)
+        raise source.error(key, f"= {_shown(data)} is not a section of keys")
+    known, hints = fields(kind), _hints(kind)
     check_keys(data, (f.name for f in known), source, key)
     missing = [f.name for f in known if f.name not in data and f.default is MISSING and f.default_factory is MISSING]
     if missing:
@@ -115,19 +120,24 @@ def _read_dataclass(kind: Any, data: object, source: ConfigSource, key: str) -> 
         raise error.placed(source.path, key) from None
 
 
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _read_tuple(arms: tuple[Any, ...], data: object, source: ConfigSource, key: str) -> tuple[Any, ...]:
     if not isinstance(data, list):
-        raise source.error(key, f"= {data!r} is not a list")
+        raise source.error(key, f"= {_shown(data)} is not a list")
     if arms[-1] is Ellipsis:
         arms = (arms[0],) * len(data)
     if len(data) != len(arms):
-        raise source.error(key, f"= {data!r} has {len(data)} entries, not {len(arms)}")
+        raise source.error(key, f"= {_shown(data)} has {len(data)} entries, not {len(arms)}")
     return tuple(_read(arm, item, source, f"{key}.{i}") for i, (arm, item) in enumerate(zip(arms, data, strict=True)))
 
 
 def _read_mapping(kind: Any, data: object, source: ConfigSource, key: str) -> dict[str, Any]:
     if not isinstance(data, dict):
-        raise source.error(key, f"= {data!r} is not {_WANTED[dict]}")
+        raise source.error(key, f"= {_shown(data)} is not {_WANTED[dict]}")
     return {str(name): _read(kind, item, source, f"{key}.{name}") for name, item in data.items()}
 
 
@@ -145,11 +155,18 @@ def _scalar(kind: Any, data: object) -> Any:
 
 
 def _finite(data: int | float | str) -> float | None:
+    if isinstance(data, str) and not _FLOAT.fullmatch(data):  # float() also reads " 1", "1__0" and other digits
+        return None
     try:
         number = float(data)
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def _shown(data: object) -> str:
+    """Return a value of any kind and size for a message."""
+    return shortened(repr(data))
 
 
 def _join(key: str, name: object) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 GIB = 2**30
 AUTO = "auto"  # use all device memory; `auto: 80 GiB` gives its size
 POLICIES = ("none", "selective", "full")  # by decreasing memory and increasing computation
-_AMOUNT = re.compile(r"(budget|auto): ?([0-9]+(?:\.[0-9]+)?) ?GiB")
+_AMOUNT = re.compile(r"(budget|auto): ?([0-9]{1,7}(?:\.[0-9]{1,9})?) ?GiB")
 
 
 @dataclass(frozen=True)

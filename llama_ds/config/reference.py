@@ -7,7 +7,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from llama_ds.config.declare import Key, declared
+from llama_ds.config.declare import MOST, Key, declared, shown_bound
 from llama_ds.config.moved_keys import MOVED_KEYS, RENAMED_VALUES
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import listed
@@ -22,8 +22,16 @@ name.
 Any key can be overridden on the command line as `section.key=value`; list entries are numbered from 0, as in
 `data.sources.0.weight=0.5`. Unknown keys are errors. *Required* keys have no default.
 
-Integers may be written 4194304, 4_194_304, 4M, 1.4T or 1.4e12, numbers also as 1e-5. Data-parallel size and
-accumulation steps are never set: they follow from the number of ranks.
+Integers may be written 4194304, 4_194_304, 4M, 1.4T or 1.4e12, numbers also as 1e-5. Numbers have at most the size
+1e9 where the tables give no other bound. Data-parallel size and accumulation steps are never set: they follow from the
+number of ranks.
+
+The YAML is that of version 1.2: `yes`, `no`, `on`, `off` and dates are text, and a number with a leading zero (010) is
+refused. Anchors, aliases and merges (`<<: *name`) work; a key that is set twice is an error.
+
+In the values of path keys, of `deepspeed` and of `model.from`, `~` is the user's home folder, and `$NAME` or `${NAME}`
+an environment variable, which must be set. `tools/launch.py` passes these variables to the ranks, except those in
+`data.cache_dir`, which each host expands by its own environment. A `pipe:` command is left to its shell.
 """
 _MODEL = """\
 ## Model of a folder
@@ -91,7 +99,7 @@ def _section(key: str, kind: type) -> str:
 
 def _row(field: Field[Any], kind: Any, key: Key) -> str:
     choices = listed(f"`{choice}`" for choice in key.choices) if key.choices else ""
-    rules = [key.sign.capitalize() + "." if key.sign else "", key.rule]
+    rules = [key.sign.capitalize() + "." if key.sign else "", *_bounds(key), key.rule]
     cells = (
         f"`{field.name}`",
         key.form or choices or _type(kind),
@@ -101,6 +109,13 @@ def _row(field: Field[Any], kind: Any, key: Key) -> str:
         " ".join(filter(None, rules)),
     )
     return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |".replace("|  |", "| |")
+
+
+def _bounds(key: Key) -> Iterator[str]:
+    if key.least is not None:
+        yield f"At least {shown_bound(key.least)}."
+    if key.most != MOST:
+        yield f"At most {shown_bound(key.most)}."
 
 
 def _type(kind: Any) -> str:

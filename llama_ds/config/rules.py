@@ -9,10 +9,11 @@ import math
 from dataclasses import fields
 from functools import reduce
 
-from llama_ds.config.numbers import divisors
+from llama_ds.config.numbers import near_divisors
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError, did_you_mean, listed
 
+NONFINITE = "nonfinite"  # entry of checkpoint.start_from_changes that allows NaN and infinite weights
 FLASH_HEAD_DIMS = range(8, 256 + 1, 8)
 DEFERRING_SCHEDULES = ("zb_h1", "dualpipe_v")  # schedules that defer weight gradients
 
@@ -86,13 +87,13 @@ def _check_rewind(run: RunConfig) -> None:
 
 
 def _check_start_from_changes(run: RunConfig) -> None:
-    known = [*(f"model.{key.name}" for key in fields(ModelConfig)), "data.tokenizer"]
+    known = [*(f"model.{key.name}" for key in fields(ModelConfig)), "data.tokenizer", NONFINITE]
     for key in run.checkpoint.start_from_changes:
         if key not in known:
             raise _error(
                 run,
                 f"checkpoint.start_from_changes lists {key}{did_you_mean(key, known)}; list keys of model, as in "
-                "model.rope_theta, or data.tokenizer",
+                f"model.rope_theta, data.tokenizer, or {NONFINITE}",
             )
 
 
@@ -111,11 +112,11 @@ def _check_schedule_of_learning_rate(run: RunConfig) -> None:
 
 def _check_tensor_parallel(run: RunConfig) -> None:
     tp, seq_len = run.parallel.tp, run.data.seq_len
-    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    keys = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     sizes: dict[str, int] = {key: getattr(run.model, key) for key in keys}
     for key, size in sizes.items():
         if size % tp:
-            fits = listed(divisors(reduce(math.gcd, sizes.values())))
+            fits = listed(near_divisors(reduce(math.gcd, sizes.values()), tp))
             raise _error(run, f"parallel.tp = {tp} does not divide model.{key} = {size}; use {fits}")
     if run.parallel.sequence_parallel and seq_len % tp:
         raise _error(

@@ -3,61 +3,75 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from llama_ds import shipped
+from llama_ds.config.declare import declared, number_problem, path_texts
 from llama_ds.config.deepspeed_json import check_user_keys
+from llama_ds.config.model_source import KEY as FROM
 from llama_ds.config.model_source import take_model
 from llama_ds.config.moved_keys import renamed_data, renamed_overrides, warn_of_old_names
-from llama_ds.config.numbers import divisors
+from llama_ds.config.numbers import near_divisors
+from llama_ds.config.paths import expanded, variables
 from llama_ds.config.reader import ConfigSource, check_keys, plain, read
 from llama_ds.config.recompute import canonical
 from llama_ds.config.rules import check
-from llama_ds.config.schema import RunConfig
+from llama_ds.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llama_ds.config.text import dump_yaml, parse_yaml, read_json, read_yaml
-from llama_ds.errors import UserError, did_you_mean, listed
+from llama_ds.errors import UserError, did_you_mean, listed, shortened
+from llama_ds.log import logger
 
-RUN_FILES = Path(__file__).resolve().parents[2] / "ds_configs"
+RUN_FILES = "ds_configs"  # folder of the shipped ones
 _DEFAULTS = {"seed": 0, "output_dir": "runs"}
+_OWNERS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "training": TrainingConfig}
 _READER_FIELDS = {"path", "deepspeed_path"}  # fields of RunConfig that only the reader sets
 
 
 def find_run_file(name: str) -> str:
-    """Return the path of a run file: `name` itself if it is a path, else the file in ds_configs/ with that name.
+    """Return the path of a run file: `name` if it is a file's path, else the shipped file of that name, from anywhere.
 
-    Both "65b" and "llama_65b" name llama_65b.yaml.
+    "65b", "llama_65b", "llama_65b.yaml" and "ds_configs/llama_65b.yaml" name the shipped llama_65b.yaml.
 
     Raises:
-        UserError: there is no such file.
+        UserError: there is no such model.
     """
     if name.endswith((".yaml", ".yml")):
+        found = shipped.find(name, RUN_FILES)
+        if found != name:
+            logger.warning("%s: no such file here; using %s", name, found)
+        return found
+    if os.sep in name or os.path.isfile(name):
         return name
-    known = {path.stem: path for path in RUN_FILES.glob("*.yaml")}
+    known = {path.stem: path for path in shipped.folder(RUN_FILES).glob("*.yaml")}
     short = {stem.rpartition("_")[2]: path for stem, path in known.items()}
-    found = known.get(name) or short.get(name.lower())
-    if not found:
+    model = known.get(name) or short.get(name.lower())
+    if not model:
         raise UserError(
             f"{name}: no such model{did_you_mean(name.lower(), [*known, *short])}; use one of "
             f"{', '.join(sorted(short))}, or the path of a run file"
         )
-    return str(found)
+    return str(model)
 
 
 def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the run that the YAML file `path` describes, with `section.key=value` overrides, resolved and checked.
+    """Return the run that a YAML file describes, with `section.key=value` overrides, resolved and checked.
 
-    `deepspeed` is the path of the DeepSpeed JSON relative to the run file's folder, or its content. Defaults are 0 for
-    seed and "runs" for output_dir. Omitted keys are derived: model.num_key_value_heads = num_attention_heads,
-    model.head_dim = hidden_size / heads, and training.steps and training.tokens from each other by
-    steps = ceil(tokens / (global_batch * seq_len)). `model.from` is replaced by the keys of that folder's model.
+    `path` is as in `find_run_file`. `deepspeed` is the path of the DeepSpeed JSON relative to the run file's folder, or
+    its content. Defaults are 0 for seed and "runs" for output_dir. Omitted keys are derived:
+    model.num_key_value_heads = num_attention_heads, model.head_dim = hidden_size / heads, and training.steps and
+    training.tokens from each other by steps = ceil(tokens / (global_batch * seq_len)). `model.from` is replaced by the
+    keys of that folder's model.
     Old names of keys and values (`config/moved_keys.py`) are accepted with a warning each.
     An override of training.steps or training.tokens replaces either of the two in the file.
 
     Raises:
         UserError: for any mistake in the files or the overrides, with place, value, rule and fix.
     """
+    path = find_run_file(path)
     data, changes = read_yaml(path), [_split(override) for override in overrides]
     warn_of_old_names(path, data, changes)
     data = renamed_data(data, ConfigSource(path))
@@ -77,6 +91,23 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     check(run)
     check_user_keys(run)
     return run
+
+
+def path_variables(path: str, overrides: Sequence[str] = ()) -> list[str]:
+    """Return the environment variables in the paths of a run that `load_run` accepts, which its ranks need too.
+
+    Those in data.cache_dir do not count: that folder is on each host's own disk.
+    """
+    data, source = read_yaml(path), ConfigSource(path)
+    for key, value in map(_split, overrides):
+        if not key.startswith("deepspeed."):  # keys in the DeepSpeed JSON
+            _set(data, key, value, source)
+    texts = [
+        *path_texts(RunConfig, data, skipping="cache_dir"),
+        data.get("deepspeed"),
+        _section(data, "model").get(FROM),
+    ]
+    return sorted({name for text in texts if isinstance(text, str) for name in variables(text)})
 
 
 def load_resolved(path: str) -> RunConfig:
@@ -109,8 +140,13 @@ def _deepspeed(named: object, source: ConfigSource) -> tuple[dict[str, Any], str
     if isinstance(named, dict):
         return copy.deepcopy(named), source.path
     if not isinstance(named, str):
-        raise source.error("deepspeed", f"= {named!r} names no DeepSpeed JSON; write deepspeed: zero1_auto.json")
-    path = str(Path(source.path).parent / Path(named).expanduser())
+        raise source.error(
+            "deepspeed", f"= {shortened(repr(named))} names no DeepSpeed JSON; write deepspeed: zero1_auto.json"
+        )
+    try:
+        path = str(Path(source.path).parent / expanded(named))
+    except ValueError as error:
+        raise source.error("deepspeed", f"= {shortened(repr(named))}: {error}") from None
     return read_json(path), path
 
 
@@ -153,7 +189,7 @@ def _derive(data: dict[str, Any], source: ConfigSource) -> None:
         model["num_key_value_heads"] = heads
     if heads and hidden and "head_dim" not in model:
         if hidden % heads:
-            fits = listed(n for n in divisors(hidden) if n <= 2 * heads)
+            fits = listed(n for n in near_divisors(hidden, heads) if n <= 2 * heads)
             raise source.error(
                 "model.num_attention_heads",
                 f"= {heads} does not divide model.hidden_size = {hidden}; use {fits}, or set model.head_dim",
@@ -181,6 +217,6 @@ def _positive(data: dict[str, Any], dotted: str, source: ConfigSource) -> int | 
     if key not in _section(data, section):
         return None
     value = read(int, _section(data, section)[key], source, dotted)
-    if value <= 0:
-        raise source.error(dotted, f"= {value} is not positive")
+    if problem := number_problem(declared(_OWNERS[section])[key], dotted, value):
+        raise source.error(*problem.split(" ", 1))
     return value

@@ -10,17 +10,24 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
-from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section, declared
+from llama_ds.config.declare import (
+    MOST_INT64,
+    MOST_TOKENS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Key,
+    Section,
+)
 from llama_ds.config.schema_data import DataConfig, MixtureStage, SkipConfig, SourceConfig
 from llama_ds.config.schema_operation import CheckpointConfig, EvaluationConfig, LoggingConfig
+from llama_ds.config.schema_rope import RopeScaling
 from llama_ds.config.section_rules import (
-    ROPE_KEYS,
     STOCK_ENGINE,
     check_model,
     check_optimizer,
     check_parallel,
-    check_rope_scaling,
 )
+from llama_ds.errors import shortened
 from llama_ds.schedules.schedule import NAMES as SCHEDULES
 
 __all__ = [
@@ -29,74 +36,7 @@ __all__ = [
     "RunConfig", "SkipConfig", "SourceConfig", "TrainingConfig",
 ]  # fmt: skip
 
-
-@dataclass(frozen=True)
-class RopeScaling(Section):
-    """Scaling of the rotary frequencies for longer rows; names and kinds are those of HF's `rope_scaling`."""
-
-    SECTION: ClassVar[str] = "model.rope_scaling"
-
-    factor: Annotated[float, Key("Factor by which frequencies are divided.", rule="At least 1.")]
-    low_freq_factor: Annotated[
-        float | None,
-        Key(
-            "Wavelengths above `original_max_position_embeddings / low_freq_factor` are scaled in full.",
-            rule="llama3 only, required. Positive and below `high_freq_factor`.",
-        ),
-    ] = None
-    high_freq_factor: Annotated[
-        float | None,
-        Key(
-            "Wavelengths below `original_max_position_embeddings / high_freq_factor` are not scaled.",
-            rule="llama3 only, required.",
-        ),
-    ] = None
-    original_max_position_embeddings: Annotated[
-        int | None, Key("Longest row before the scaling.", "tokens", POSITIVE, rule="Required except for linear.")
-    ] = None
-    rope_type: Annotated[
-        str,
-        Key(
-            "Which frequencies are scaled: those of long waves (Llama 3.1), all alike, a larger base for rows longer "
-            "than the original ones, or those of slow rotations (YaRN, arXiv 2309.00071).",
-            choices=tuple(ROPE_KEYS),
-        ),
-    ] = "llama3"
-    attention_factor: Annotated[
-        float | None,
-        Key(
-            "Factor of the rotated queries and keys; null: 0.1 log(factor) + 1, or the quotient of this with `mscale` "
-            "and with `mscale_all_dim` before the logarithm.",
-            sign=POSITIVE,
-            rule="yarn only.",
-        ),
-    ] = None
-    beta_fast: Annotated[
-        float | None,
-        Key(
-            "Frequencies with more rotations in the longest original row are not scaled; null: 32.",
-            sign=POSITIVE,
-            rule="yarn only. Above `beta_slow`.",
-        ),
-    ] = None
-    beta_slow: Annotated[
-        float | None,
-        Key("Frequencies with fewer rotations are scaled in full; null: 1.", sign=POSITIVE, rule="yarn only."),
-    ] = None
-    mscale: Annotated[float | None, Key("See `attention_factor`.", sign=POSITIVE, rule="yarn only.")] = None
-    mscale_all_dim: Annotated[float | None, Key("See `attention_factor`.", sign=POSITIVE, rule="yarn only.")] = None
-    truncate: Annotated[
-        bool | None,
-        Key("Whether the scaled range is widened to entire frequencies; null: true.", rule="yarn only."),
-    ] = None
-
-    def check(self) -> None:
-        check_rope_scaling(self)
-
-    def parameters(self) -> dict[str, float]:
-        """Return the keys that are set, without the kind."""
-        found = {name: getattr(self, name) for name in declared(RopeScaling) if name != "rope_type"}
-        return {name: value for name, value in found.items() if value is not None}
+MOST_NAME = 128  # characters: file systems take names of 255 bytes
 
 
 @dataclass(frozen=True)
@@ -105,18 +45,16 @@ class ModelConfig(Section):
 
     SECTION: ClassVar[str] = "model"
 
-    vocab_size: Annotated[
-        int, Key("Rows of the embedding table and of the head.", "tokens", POSITIVE, rule="Divisible by `parallel.tp`.")
-    ]
-    hidden_size: Annotated[int, Key("Width of the residual stream.", sign=POSITIVE)]
+    vocab_size: Annotated[int, Key("Rows of the embedding table and of the head.", "tokens", POSITIVE, most=1e8)]
+    hidden_size: Annotated[int, Key("Width of the residual stream.", sign=POSITIVE, most=1e6)]
     intermediate_size: Annotated[
-        int, Key("Width of the SwiGLU feed-forward layer.", sign=POSITIVE, rule="Divisible by `parallel.tp`.")
+        int, Key("Width of the SwiGLU feed-forward layer.", sign=POSITIVE, rule="Divisible by `parallel.tp`.", most=1e7)
     ]
     num_hidden_layers: Annotated[
-        int, Key("Number of decoder layers.", "layers", POSITIVE, rule="At least `parallel.pp`.")
+        int, Key("Number of decoder layers.", "layers", POSITIVE, rule="At least `parallel.pp`.", most=1e4)
     ]
     num_attention_heads: Annotated[
-        int, Key("Number of query heads.", "heads", POSITIVE, rule="Divisible by `parallel.tp`.")
+        int, Key("Number of query heads.", "heads", POSITIVE, rule="Divisible by `parallel.tp`.", most=1e5)
     ]
     num_key_value_heads: Annotated[
         int,
@@ -126,13 +64,17 @@ class ModelConfig(Section):
             POSITIVE,
             rule="Divides `num_attention_heads`; divisible by `parallel.tp`.",
             default="`num_attention_heads`",
+            most=1e5,
         ),
     ]
     head_dim: Annotated[
-        int, Key("Width of a head.", sign=POSITIVE, rule="Even.", default="`hidden_size / num_attention_heads`")
+        int,
+        Key("Width of a head.", sign=POSITIVE, rule="Even.", default="`hidden_size / num_attention_heads`", most=1e5),
     ]
-    rms_norm_eps: Annotated[float, Key("Added to the mean square in each RMS norm.", sign=POSITIVE)] = 1e-5
-    rope_theta: Annotated[float, Key("Base of the rotary embedding's frequencies.", sign=POSITIVE)] = 10000.0
+    rms_norm_eps: Annotated[float, Key("Added to the mean square in each RMS norm.", sign=POSITIVE, most=1)] = 1e-5
+    rope_theta: Annotated[
+        float, Key("Base of the rotary embedding's frequencies.", sign=POSITIVE, least=1, most=1e12)
+    ] = 10000.0
     rope_scaling: Annotated[
         RopeScaling | None, Key("Scaling of the rotary frequencies for longer rows; null: none.")
     ] = None
@@ -185,7 +127,7 @@ class ComputeConfig(Section):
             "with plain torch: `auto` at the first start of a layout on several ranks, `always`, or `off`.",
             choices=("auto", "always", "off"),
         ),
-    ] = "auto"
+    ] = "off"
 
 
 @dataclass(frozen=True)
@@ -221,6 +163,7 @@ class TrainingConfig(Section):
             POSITIVE,
             rule="A run file sets `steps` or `tokens`, not both.",
             default="`steps * global_batch * data.seq_len`",
+            most=MOST_TOKENS,
         ),
     ]
     initializer_range: Annotated[
@@ -229,6 +172,7 @@ class TrainingConfig(Section):
             "Standard deviation of initial weights; projections into the residual stream start smaller by "
             "`sqrt(2 * model.num_hidden_layers)`.",
             sign=POSITIVE,
+            most=1e3,
         ),
     ] = 0.02
 
@@ -239,13 +183,14 @@ class OptimizerConfig(Section):
 
     SECTION: ClassVar[str] = "optimizer"
 
-    lr: Annotated[float, Key("Peak learning rate.", sign=POSITIVE)]
+    lr: Annotated[float, Key("Peak learning rate.", sign=POSITIVE, most=3e38)]  # float32
     betas: Annotated[
         tuple[float, float], Key("Decay rates of AdamW's first and second moment.", rule="Each in [0, 1).")
     ] = (0.9, 0.95)
-    eps: Annotated[float, Key("Added to the root of the second moment.", sign=POSITIVE)] = 1e-8
+    eps: Annotated[float, Key("Added to the root of the second moment.", sign=POSITIVE, most=1)] = 1e-8
     weight_decay: Annotated[
-        float, Key("Decoupled weight decay of matrices; norm weights and biases do not decay.", sign=NOT_NEGATIVE)
+        float,
+        Key("Decoupled weight decay of matrices; norm weights and biases do not decay.", sign=NOT_NEGATIVE, most=1e3),
     ] = 0.1
     clip: Annotated[float, Key("Largest global gradient norm; longer gradients are clipped.", sign=POSITIVE)] = 1.0
     schedule: Annotated[
@@ -267,7 +212,9 @@ class OptimizerConfig(Section):
             rule="With wsd 1 to `training.steps - warmup_steps`; with cosine 0.",
         ),
     ] = 0
-    z_loss: Annotated[float, Key("Weight of the auxiliary loss (log Z)^2 (PaLM, section 5).", sign=NOT_NEGATIVE)] = 0.0
+    z_loss: Annotated[
+        float, Key("Weight of the auxiliary loss (log Z)^2 (PaLM, section 5).", sign=NOT_NEGATIVE, most=1e3)
+    ] = 0.0
 
     def check(self) -> None:
         check_optimizer(self)
@@ -279,14 +226,17 @@ class ParallelConfig(Section):
 
     SECTION: ClassVar[str] = "parallel"
 
-    pp: Annotated[int, Key("Pipeline-parallel size.", "ranks", POSITIVE, rule="At most `model.num_hidden_layers`.")] = 1
+    pp: Annotated[
+        int, Key("Pipeline-parallel size.", "ranks", POSITIVE, rule="At most `model.num_hidden_layers`.", most=1e4)
+    ] = 1
     tp: Annotated[
         int,
         Key(
             "Tensor-parallel size.",
             "ranks",
             POSITIVE,
-            rule="Divides `model.num_attention_heads`, `num_key_value_heads`, `intermediate_size` and `vocab_size`.",
+            rule="Divides `model.num_attention_heads`, `num_key_value_heads` and `intermediate_size`.",
+            most=1e4,
         ),
     ] = 1
     sequence_parallel: Annotated[
@@ -296,13 +246,14 @@ class ParallelConfig(Section):
             rule="Needs tp > 1.",
         ),
     ] = False
-    micro_batch: Annotated[int, Key("Rows per micro-batch of a data-parallel rank.", "rows", POSITIVE)] = 1
+    micro_batch: Annotated[int, Key("Rows per micro-batch of a data-parallel rank.", "rows", POSITIVE, most=1e6)] = 1
     partition: Annotated[
         tuple[int, ...] | None,
         Key(
             "Decoder layers of each pipeline stage; null: balanced by cost.",
             "layers",
             rule="`pp * virtual_stages` positive entries that sum to `model.num_hidden_layers`.",
+            most=1e4,
         ),
     ] = None
     recompute: Annotated[
@@ -327,6 +278,7 @@ class ParallelConfig(Section):
             "micro-batches",
             NOT_NEGATIVE,
             rule="For schedules 1f1b and zb_h1.",
+            most=1e6,
         ),
     ] = 0
     virtual_stages: Annotated[
@@ -336,6 +288,7 @@ class ParallelConfig(Section):
             "stages",
             POSITIVE,
             rule="Schedule interleaved needs 2 or more, dualpipe_v 2, others 1.",
+            most=1e4,
         ),
     ] = 1
 
@@ -350,10 +303,13 @@ class RunConfig(Section):
     name: Annotated[
         str,
         Key(
-            "Name of the run and of its folder.", rule="Letters, digits, '_', '-' and '.'; no '-' or '.' at the start."
+            "Name of the run and of its folder.",
+            rule="At most 128 letters, digits, '_', '-' and '.'; no '-' or '.' at the start.",
         ),
     ]
-    seed: Annotated[int, Key("Seed of initial weights and of the order of rows.", sign=NOT_NEGATIVE, default="`0`")]
+    seed: Annotated[
+        int, Key("Seed of initial weights and of the order of rows.", sign=NOT_NEGATIVE, default="`0`", most=MOST_INT64)
+    ]
     output_dir: Annotated[
         str, Key("Folder of the runs: files go to `output_dir/name`.", default="`runs`", is_path=True)
     ]
@@ -373,6 +329,7 @@ class RunConfig(Section):
             form="path of a JSON file, relative to the run file's folder, or the mapping itself",
             rule="Keys that the run file owns are refused.",
             default="*required*",
+            is_foreign=True,
         ),
     ] = field(default_factory=dict)
     deepspeed_path: str = ""
@@ -380,7 +337,11 @@ class RunConfig(Section):
 
     def check(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name, re.ASCII):
-            raise self.broken(f"name = {self.name!r} names the run's folder: letters, digits, '_', '-' and '.' only")
+            raise self.broken(
+                f"name = {shortened(repr(self.name))} names the run's folder: letters, digits, '_', '-' and '.' only"
+            )
+        if len(self.name) > MOST_NAME:
+            raise self.broken(f"name = {shortened(self.name)} has {len(self.name)} characters; use at most {MOST_NAME}")
 
     @property
     def zero_stage(self) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section
+from llama_ds.config.declare import MOST_LENGTH, MOST_TOKENS, NOT_NEGATIVE, POSITIVE, Key, Section
 from llama_ds.errors import did_you_mean
 
 MIN_WEIGHT = 1e-6  # minimum weight of a source: the order holds a block of 1 / weight rows in memory
@@ -31,6 +31,7 @@ class SourceConfig(Section):
         Key(
             "Share of the sampled rows.",
             rule="At least 1e-6, or 0 for a source that a later stage of `mixture` reads; the weights sum to 1.",
+            most=1,
         ),
     ]
     epochs: Annotated[
@@ -39,6 +40,7 @@ class SourceConfig(Section):
             "Expected passes over the source; null: any.",
             "epochs",
             rule="Positive; within 10 percent of what the run reads.",
+            most=1e6,
         ),
     ] = None
     reread: Annotated[
@@ -58,6 +60,7 @@ class MixtureStage(Section):
             "Tokens trained before the stage; it begins with the first step at or after that count.",
             "tokens",
             rule="Above that of the previous stage, in a later step, and below `training.tokens`.",
+            most=MOST_TOKENS,
         ),
     ]
     weights: Annotated[
@@ -101,7 +104,13 @@ class DataConfig(Section):
     ]
     seq_len: Annotated[
         int,
-        Key("Length of a row.", "tokens", POSITIVE, rule="Divisible by `parallel.tp` under sequence parallelism."),
+        Key(
+            "Length of a row.",
+            "tokens",
+            POSITIVE,
+            rule="Divisible by `parallel.tp` under sequence parallelism.",
+            most=MOST_LENGTH,
+        ),
     ]
     sources: Annotated[tuple[SourceConfig, ...], Key("Sources of the mixture.", rule="At least one.")]
     mixture: Annotated[tuple[MixtureStage, ...], Key("Changes of the sources' weights during the run.")] = ()
@@ -118,11 +127,16 @@ class DataConfig(Section):
         ),
     ] = ""
     cache_gib: Annotated[
-        float, Key("Size of `cache_dir`; the least recently used shards are evicted.", "GiB", POSITIVE)
+        float, Key("Size of `cache_dir`; the least recently used shards are evicted.", "GiB", POSITIVE, most=1e6)
     ] = 64.0
     deadline_s: Annotated[
         float,
-        Key("Time for which failed requests for a shard are retried before it counts as damaged.", "seconds", POSITIVE),
+        Key(
+            "Time for which failed requests for a shard are retried before it counts as damaged.",
+            "seconds",
+            POSITIVE,
+            most=1e6,
+        ),
     ] = 300.0
     check_interval: Annotated[
         int,
@@ -138,6 +152,8 @@ class DataConfig(Section):
         names = [source.name for source in self.sources]
         later = {name for stage in self.mixture for name in stage.weights}
         for i, source in enumerate(self.sources):
+            if not source.name:
+                raise self.broken(f'data.sources.{i}.name = "" is empty; write a name')
             if names.index(source.name) < i:
                 raise self.broken(
                     f"data.sources.{i}.name = {source.name!r} is also source {names.index(source.name)}'s"

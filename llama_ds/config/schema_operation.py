@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section
+from llama_ds.config.declare import MOST_INT64, NOT_NEGATIVE, POSITIVE, Key, Section
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,17 @@ class CheckpointConfig(Section):
         ),
     ] = 0
     rewind_id: Annotated[
-        int, Key("Id of the rewind; a new id requests another rewind, even to the same step.", sign=NOT_NEGATIVE)
+        int,
+        Key(
+            "Id of the rewind; a new id requests another rewind, even to the same step.",
+            sign=NOT_NEGATIVE,
+            most=MOST_INT64,
+        ),
     ] = 0
     start_from: Annotated[
         str,
         Key(
-            "Initial weights of a new run: a checkpoint, or a model folder of Hugging Face, Meta or Megatron-LM.",
+            "Initial weights of a new run: a checkpoint, or a model folder that tools/convert.py reads.",
             is_path=True,
         ),
     ] = ""
@@ -72,7 +77,7 @@ class CheckpointConfig(Section):
         tuple[str, ...],
         Key(
             "Keys in which the run may differ from the model of `start_from`: `model.rope_theta`, for example.",
-            rule="Keys of `model`, or `data.tokenizer`.",
+            rule="Keys of `model`, `data.tokenizer`, or `nonfinite` for a model with NaN or infinite weights.",
         ),
     ] = ()
     asynchronous: Annotated[bool, Key("Whether training continues while a checkpoint is written.")] = True
@@ -82,7 +87,13 @@ class CheckpointConfig(Section):
     ] = 0
     save: Annotated[bool, Key("Whether checkpoints are saved; false suits profiling.")] = True
     wall_time_s: Annotated[
-        float, Key("Time limit of the job; the run saves and ends before it. 0: none.", "seconds", NOT_NEGATIVE)
+        float,
+        Key(
+            "Time limit of the job, counted from its start; the run saves and ends before it. 0: none.",
+            "seconds",
+            NOT_NEGATIVE,
+            rule="Above `wall_time_margin_s`.",
+        ),
     ] = 0.0
     wall_time_margin_s: Annotated[
         float, Key("Time before the limit at which the run saves and ends.", "seconds", NOT_NEGATIVE)
@@ -93,6 +104,12 @@ class CheckpointConfig(Section):
             raise self.broken(
                 f"checkpoint.rewind_to = {self.rewind_to} resumes from a checkpoint, which checkpoint.resume = never "
                 "forbids; use auto"
+            )
+        if 0 < self.wall_time_s <= self.wall_time_margin_s:
+            raise self.broken(
+                f"checkpoint.wall_time_s = {self.wall_time_s:g} is not above checkpoint.wall_time_margin_s = "
+                f"{self.wall_time_margin_s:g}, so the job would end before its first step; lower the margin to the "
+                "time that a save takes"
             )
 
 
@@ -116,6 +133,7 @@ class LoggingConfig(Section):
         tuple[int, ...],
         Key(
             "Ranks that run torch's profiler for as many steps after the recorded ones.",
+            sign=NOT_NEGATIVE,
             rule="Needs `trace_step`; each below the world size.",
         ),
     ] = ()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llama_ds.config.numbers import divisors
+from llama_ds.config.numbers import near_divisors
 from llama_ds.config.recompute import AUTO, POLICIES, parse
-from llama_ds.errors import did_you_mean, listed
+from llama_ds.errors import did_you_mean, listed, shortened
 
 if TYPE_CHECKING:
     from llama_ds.config.schema import (
@@ -62,7 +62,7 @@ def check_model(model: ModelConfig) -> None:
     if heads % groups:
         raise model.broken(
             f"model.num_key_value_heads = {groups} does not divide model.num_attention_heads = {heads}; "
-            f"use {listed(divisors(heads))}"
+            f"use {listed(near_divisors(heads, groups))}"
         )
     if model.head_dim % 2:
         raise model.broken(f"model.head_dim = {model.head_dim} is odd; rotary embeddings rotate pairs; use an even one")
@@ -121,10 +121,11 @@ def _check_recompute(parallel: ParallelConfig) -> None:
     found = parse(text)
     if found is None:
         raise parallel.broken(
-            f"parallel.recompute = {text!r} is not {listed(POLICIES)}, a list of these for each stage, or "
-            f"{{budget: 20 GiB}}, auto or {{auto: 80 GiB}}{did_you_mean(text, (*POLICIES, AUTO))}"
+            f"parallel.recompute = {shortened(repr(text))} is not {listed(POLICIES)}, a list of these for each stage, "
+            f"or {{budget: 20 GiB}}, auto or {{auto: 80 GiB}}{did_you_mean(text[:80], (*POLICIES, AUTO))}"
         )
     if len(found.policies) not in (0, 1, stages):
         raise parallel.broken(
-            f"parallel.recompute = {text} names {len(found.policies)} stages of {stages}; name one or {stages}"
+            f"parallel.recompute = {shortened(text)} names {len(found.policies)} stages of {stages}; name one or "
+            f"{stages}"
         )

@@ -9,15 +9,21 @@ from typing import Any
 
 import yaml
 
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, shortened
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars (`1e-5` is a number, `no` is a word) and without duplicate keys."""
+    """SafeLoader with YAML 1.2's scalars (`1e-5` is a number, `no` is a word), YAML 1.1's merge key, no duplicate keys.
+
+    A number with a leading zero, which the two versions read differently, is text, and a date is too. Aliases that
+    contain themselves are errors.
+    """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (the base class declares it so)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping; its keys are compared here, before merges add the keys of others."""
+        node = super().compose_mapping_node(anchor)
         first: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
@@ -25,7 +31,11 @@ class _Loader(yaml.SafeLoader):
                 before = first[key.value]
                 raise UserError(f"{self.name}:{line}: key '{key.value}' is set twice, first in line {before}; keep one")
             first[str(key.value)] = line
-        return super().construct_mapping(node, deep)
+        return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        """Return the document's value, built depth first: so PyYAML notices an alias within its own value."""
+        return self.construct_object(node, deep=True)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -35,10 +45,15 @@ class _Dumper(yaml.SafeDumper):
 
 
 for _tag, _pattern, _first in (
-    ("bool", r"true|false", "tf"),
-    ("null", r"~|null|", ["~", "n", ""]),
-    ("int", r"0|[-+]?[1-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(0|[1-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?((0|[1-9][0-9_]*)(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("merge", r"<<", "<"),
 ):
     for _kind in (_Loader, _Dumper):
         _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
@@ -79,8 +94,16 @@ def parse_yaml(text: str, source: str) -> Any:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         raise UserError(f"{where}: not valid YAML: {problem or 'it holds characters that YAML forbids'}") from None
-    except (RecursionError, ValueError) as error:  # a number of more digits than Python converts
-        raise UserError(f"{source}: not a usable YAML file: {error}") from None
+    except RecursionError:
+        raise UserError(f"{source}: not a usable YAML file: it is nested too deeply") from None
+    except (
+        AttributeError,
+        LookupError,
+        ValueError,
+    ) as error:  # !!int "x"; a number of more digits than Python converts
+        raise UserError(
+            f"{source}: not a usable YAML file: {shortened(str(error))}; check its numbers and tags"
+        ) from None
 
 
 def dump_yaml(data: dict[str, Any]) -> str:
@@ -99,7 +122,9 @@ def read_json(path: str) -> dict[str, Any]:
         data = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, path))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})") from None
-    except (RecursionError, ValueError) as error:  # a number of more digits than Python converts
+    except RecursionError:
+        raise UserError(f"{path}: not a usable JSON file: it is nested too deeply") from None
+    except ValueError as error:  # a number of more digits than Python converts
         raise UserError(f"{path}: not a usable JSON file: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds no JSON object; a DeepSpeed file is one, such as {{}}")

@@ -4,6 +4,7 @@ runs/NAME/jobs/0001/events.jsonl        the event log, one JSON object per line
 runs/NAME/jobs/0001/attempt_01/         one start of the ranks:
     job.json hostfile arguments environment     inputs of the launch
     token                               the attempt's shared secret, readable only by its owner
+    secrets                             variables for the ranks that no command may show, readable only by its owner
     logs/launcher.log rank_00000.log    output of DeepSpeed's launcher and of every rank
     stacks/rank_00000.txt               stack traces of a hanging rank
 """
@@ -36,6 +37,7 @@ class Job:
     beat_s: float  # heartbeat interval
     orphan_s: float  # a rank without a supervisor terminates after this time
     nic: str = ""  # interface for the ranks' traffic; "": the interface that routes to the first host
+    started: float = 0.0  # when the job began, in seconds since the epoch; 0: unknown
 
     @property
     def world(self) -> int:
@@ -77,6 +79,22 @@ class Job:
     def token(self) -> bytes:
         """Return the attempt's shared secret."""
         return bytes.fromhex(Path(self.folder, "token").read_text())
+
+    def secrets(self) -> dict[str, str]:
+        """Return the environment variables for the ranks that are secrets.
+
+        Raises:
+            UserError: the file cannot be read on this host.
+        """
+        try:
+            found: dict[str, str] = json.loads(Path(self.folder, "secrets").read_text(encoding="utf-8"))
+            return found
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self.folder}/secrets: cannot be read on this host ({error}); start the job again"
+            ) from None
 
     @property
     def rank_hosts(self) -> list[str]:

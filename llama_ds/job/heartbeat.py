@@ -23,6 +23,7 @@ import psutil
 
 from llama_ds.errors import UserError
 from llama_ds.job.folder import RETRY_S, Job
+from llama_ds.job.requests import Request, Requests
 from llama_ds.job.wire import (
     Beat,
     Kind,
@@ -39,6 +40,7 @@ from llama_ds.job.wire import (
 )
 
 REACH_S = 60.0  # timeout for the first connection to the supervisor
+FROM_LAUNCHER = "asked by the launcher"
 STACKS_SIGNAL = signal.SIGUSR2  # faulthandler dumps the stacks from C, even while Python hangs
 
 
@@ -77,13 +79,13 @@ class Progress:
 class HeartbeatConnection:
     """This rank's connection to its job's supervisor."""
 
-    def __init__(self, job: Job, rank: int, progress: Progress) -> None:
-        """Connect and start the heartbeat thread.
+    def __init__(self, job: Job, rank: int, progress: Progress, requests: Requests | None = None) -> None:
+        """Connect and start the heartbeat thread, which passes on the supervisor's requests.
 
         Raises:
             UserError: the supervisor cannot be reached.
         """
-        self.job, self.rank, self.progress = job, rank, progress
+        self.job, self.rank, self.progress, self._requests = job, rank, progress, requests
         progress.is_reporter, progress.host = rank == 0, job.rank_hosts[rank]
         self._token = job.token()
         self._about = {"rank": rank, "host": progress.host, "pid": os.getpid()}
@@ -91,7 +93,8 @@ class HeartbeatConnection:
         self._sending = threading.Lock()
         self._ended = threading.Event()
         self._lost_since: float | None = None
-        self._term_sent = False
+        self._end_asked = False
+        self._buffer = bytearray()  # received, not yet handled
         self._stacks = open(job.stacks(rank), "w")  # noqa: SIM115 (the fault handler keeps it open)
         faulthandler.register(STACKS_SIGNAL, self._stacks, all_threads=True)
         deadline = time.monotonic() + REACH_S
@@ -119,12 +122,10 @@ class HeartbeatConnection:
 
     def _serve(self) -> None:
         due = time.monotonic()
-        buffer = bytearray()
         while not self._ended.is_set():
             now = time.monotonic()
             if self._socket is None:
                 self._check_orphaned(now)
-                buffer.clear()
                 if self._connect() is not None:
                     self._ended.wait(RETRY_S)
                 continue
@@ -132,20 +133,20 @@ class HeartbeatConnection:
                 due = now + self.job.beat_s
                 self._flush()
                 self._send(Kind.BEAT, pack_beat(self.progress.beat()))
-            self._receive(buffer, max(due - time.monotonic(), 0))
+            self._receive(max(due - time.monotonic(), 0))
 
-    def _receive(self, buffer: bytearray, seconds: float) -> None:
+    def _receive(self, seconds: float) -> None:
         try:
+            for kind, payload in frames(self._buffer):
+                if kind is Kind.ASK:
+                    self._answer(from_json(payload).get("do"))
             connection = self._socket
             if connection is None or not select.select([connection], [], [], seconds)[0]:
                 return
             chunk = connection.recv(1 << 16)
             if not chunk:
                 raise ConnectionError("closed")
-            buffer += chunk
-            for kind, payload in frames(buffer):
-                if kind is Kind.ASK:
-                    self._answer(from_json(payload).get("do"))
+            self._buffer += chunk
         except (OSError, ValueError, ProtocolError):
             self._lose()
 
@@ -153,9 +154,13 @@ class HeartbeatConnection:
         if request == "stacks":
             self._send(Kind.STACKS, stacks().encode())
         elif request == "save":
-            os.kill(os.getpid(), signal.SIGUSR1)
+            self._ask(Request.SAVE, FROM_LAUNCHER)
         elif request == "end":
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._ask(Request.END, FROM_LAUNCHER)
+
+    def _ask(self, request: Request, reason: str) -> None:
+        if self._requests:
+            self._requests.ask(request, reason, farewell=self.close)
 
     def _flush(self) -> None:
         with suppress(IndexError):  # the other thread took the last report
@@ -170,10 +175,10 @@ class HeartbeatConnection:
         if lost_s > self.job.orphan_s:
             print(f"{prefix}; terminating", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        if lost_s > self.job.orphan_s / 3 and not self._term_sent:
-            self._term_sent = True
+        if lost_s > self.job.orphan_s / 3 and not self._end_asked:
+            self._end_asked = True
             print(f"{prefix}; saving a checkpoint and exiting", file=sys.stderr, flush=True)
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._ask(Request.END, f"no connection to the launcher for {lost_s:.0f} s")
 
     def _connect(self) -> str | None:
         """Connect and perform the handshake; return the reason of a failure."""
@@ -193,7 +198,7 @@ class HeartbeatConnection:
         return None
 
     def _shake_hands(self, connection: socket.socket) -> None:
-        buffer = bytearray()
+        buffer = self._buffer = bytearray()  # a request may have arrived with the welcome
 
         def receive(wanted: Kind) -> bytes:
             while True:
@@ -229,8 +234,10 @@ class HeartbeatConnection:
 class Heartbeat:
     """A rank's heartbeat if it belongs to a job; otherwise every method does nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, requests: Requests | None = None) -> None:
+        """`requests` gets those of the supervisor."""
         self.progress = Progress()
+        self._requests = requests
         self._connection: HeartbeatConnection | None = None
 
     def begin(self, job: Job, rank: int) -> None:
@@ -239,7 +246,7 @@ class Heartbeat:
         Raises:
             UserError: the supervisor cannot be reached.
         """
-        self._connection = HeartbeatConnection(job, rank, self.progress)
+        self._connection = HeartbeatConnection(job, rank, self.progress, self._requests)
 
     def tell(self, **values: Any) -> None:
         """Send a report to the supervisor at once, if there is one."""

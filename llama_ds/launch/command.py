@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llama_ds.errors import UserError, did_you_mean
+from llama_ds.job import devices
 from llama_ds.launch import words
 
 LAUNCHERS = ("pdsh", "openmpi", "mpich", "slurm", "impi")
@@ -49,6 +50,7 @@ class Command:
     env_file: str  # path of the file with env_text, to be written before the start
     env_text: str  # lines KEY=VALUE that the runner exports to the ranks; any other line, even a blank one, crashes it
     working_folder: str
+    programs: str = ""  # folder in which the runner looks for mpirun first; "": the interpreter's
 
 
 def build(
@@ -69,6 +71,8 @@ def build(
     ssh_args: str = "",
     launcher_args: Sequence[str] = (),
     force_multi: bool = False,
+    mpirun: str = "",
+    own_address: str = "",
 ) -> Command:
     """Return the command that runs `script @arguments_file` on all slots of the `hosts` of `hostfile`.
 
@@ -76,6 +80,8 @@ def build(
     `working_folder` is a real path (os.path.realpath), because the runner uses os.getcwd(). `exports` reach the ranks
     and the programs that start them. `ssh_args` are additional ssh arguments, such as "-F /path/config"; pdsh inherits
     PDSH_SSH_ARGS_APPEND and slurm uses no ssh. `force_multi` uses pdsh for a single host, if it is not this machine.
+    `mpirun` is the path of the mpirun to use; without it, the one beside `python` comes before those on PATH.
+    `own_address` is this machine's for the hosts; MPICH else gives them its name, which may not resolve there.
 
     Raises:
         UserError: a value would not arrive unchanged, is a secret, slots differ where they must be equal, or the
@@ -93,6 +99,8 @@ def build(
         words.path(name, value, way)
     exported = _exported(way, exports, nic, master_addr, master_port)
     own_args = _launcher_args(way, hosts, nic, words.launcher_arguments(launcher_args, launcher))
+    if way == "mpich" and own_address:
+        own_args = ["-localhost", words.address("this machine's address", own_address), *own_args]
 
     argv = [python, "-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", f"--launcher={launcher}"]
     argv += [f"--master_addr={master_addr}", f"--master_port={master_port}"]
@@ -109,7 +117,7 @@ def build(
     # mpirun itself needs these, and -x passes them only to the ranks
     environment |= {k: v for k, v in exported.items() if way == "openmpi" and k.startswith("OMPI_ALLOW_RUN_AS_ROOT")}
     text = "" if by_inheritance else "".join(f"{k}={v}\n" for k, v in exported.items())
-    command = Command(argv, environment, env_file, text, working_folder)
+    command = Command(argv, environment, env_file, text, working_folder, os.path.dirname(mpirun))
     _check_size(way, command, hosts)
     return command
 
@@ -141,13 +149,20 @@ def exported_to_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if k.startswith(_EXPORTED) or k in _EXPORTED_NAMES}
 
 
+def devices_export(hosts: Mapping[str, int], chosen: Mapping[str, str]) -> dict[str, str]:
+    """Return the variable that passes the hosts' CUDA devices to the ranks, if any of `hosts` has its own."""
+    text = devices.encode(hosts, chosen)
+    return {devices.VARIABLE: text} if text else {}
+
+
 def runner_environment(command: Command, environ: Mapping[str, str], launcher: str) -> dict[str, str]:
     """Return the complete environment for `command`, started from a process with `environ`.
 
-    DeepSpeed searches PATH for mpirun; the one of the MPI wheel is in the interpreter's folder.
+    DeepSpeed searches PATH for mpirun; the one of an MPI wheel is in the interpreter's folder.
     """
     environment = inherited(environ, launcher) | command.environment
-    environment["PATH"] = f"{os.path.dirname(command.argv[0])}:{environment.get('PATH', os.defpath)}"
+    first = command.programs or os.path.dirname(command.argv[0])
+    environment["PATH"] = f"{first}:{environment.get('PATH', os.defpath)}"
     return environment
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from llama_ds import shipped
 from llama_ds.errors import UserError, did_you_mean
 from llama_ds.layout.nodelist import check_host, clip, expand
 
@@ -24,6 +25,8 @@ _RUNNER_MODULE = "deepspeed.launcher.runner"
 def parse_hostfile(path: str) -> dict[str, int]:
     """Return the slots of each host in the hostfile `path`, in the order of the file.
 
+    `path` may also be the name of a shipped hostfile, such as 2x8 or hostfiles/2x8.
+
     A line is `host slots=N`, a `#` comment or blank; a comment may also follow a host. DeepSpeed reads every accepted
     file the same way. It accepts more host names, and passes their special characters to ssh and to shells.
 
@@ -31,6 +34,7 @@ def parse_hostfile(path: str) -> dict[str, int]:
         UserError: the file is missing or empty, or a line is malformed, repeats a host or has no slots.
     """
     slots: dict[str, int] = {}
+    path = shipped.find(path, "hostfiles")
     for number, line in enumerate(_read(path).split("\n"), start=1):  # splitlines would split where DeepSpeed does not
         text = line.strip(" \t")
         if not text or text.startswith("#"):

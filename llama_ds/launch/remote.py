@@ -1,20 +1,25 @@
 """Commands on many hosts in parallel over ssh; each host has its own timeout and fails independently.
 
-ssh gets the same additional arguments as under pdsh: PDSH_SSH_ARGS_APPEND, such as "-F ssh_config".
+Hosts of the Slurm allocation in which this process runs are reached by srun instead, which needs no ssh. ssh gets the
+same additional arguments as under pdsh: PDSH_SSH_ARGS_APPEND, such as "-F ssh_config".
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from llama_ds.layout.nodelist import expand
 
 CONNECT_S = 5  # ssh's connection timeout
 # A handshake takes some 10 ms of a core: with hundreds at once on few cores, none would finish within CONNECT_S.
@@ -51,10 +56,30 @@ def is_local(host: str) -> bool:
     return host in LOCAL or host == socket.gethostname()
 
 
+def local_host(hosts: Iterable[str]) -> str | None:
+    """Return the name of this machine among `hosts`, if it is one of them."""
+    return next((host for host in hosts if is_local(host)), None)
+
+
+def in_allocation(host: str) -> bool:
+    """Return whether a host belongs to the Slurm allocation (sbatch, salloc) in which this process runs."""
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "") if "SLURM_JOB_ID" in os.environ else ""
+    return bool(nodes and shutil.which("srun")) and host in _nodes(nodes)
+
+
+@cache
+def _nodes(nodelist: str) -> frozenset[str]:
+    return frozenset(expand(nodelist, "SLURM_JOB_NODELIST"))
+
+
 def ssh_command(host: str, argv: Sequence[str], port: int | None = None) -> list[str]:
     """Return the command that runs `argv` on a host, without prompts and with a timeout for a dead host."""
     if is_local(host):
         return list(argv)
+    if in_allocation(host):
+        # A step of one task beside those of the job, whatever the job's own variables ask for.
+        one = ["--nodes=1", "--ntasks=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--distribution=block"]
+        return ["srun", "--overlap", "--quiet", *one, "--mpi=none", "--export=ALL", f"--nodelist={host}", *argv]
     options = ["BatchMode=yes", f"ConnectTimeout={CONNECT_S}", "ServerAliveInterval=5", "ServerAliveCountMax=2"]
     words = [word for option in options for word in ("-o", option)]
     words += ["-p", str(port)] if port else []
@@ -115,6 +140,7 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostA
     try:
         process = subprocess.Popen(
             command,
+            env=_environment(host),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -146,6 +172,12 @@ def _run(host: str, command: list[str], stdin: bytes, timeout_s: float) -> HostA
     seconds = time.monotonic() - begin
     out, err = (kept.get(name, b"").decode(errors="replace") for name in ("out", "err"))
     return HostAnswer(host, None if late and code == -signal.SIGKILL else code, out, err, seconds)
+
+
+def _environment(host: str) -> dict[str, str] | None:
+    """Return the environment of a command: without ssh also without the SSH_CONNECTION of this shell's own login."""
+    without_ssh = is_local(host) or in_allocation(host)
+    return {k: v for k, v in os.environ.items() if k != "SSH_CONNECTION"} if without_ssh else None
 
 
 def _read(stream: object) -> bytes:

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llama_ds.child_processes import run_child
-from llama_ds.launch.command import build, runner_environment
+from llama_ds.job.devices import visible_devices
+from llama_ds.launch.command import build, devices_export, runner_environment
 from llama_ds.launch.hostfile import write_hostfile
+from llama_ds.launch.remote import local_host
 from llama_ds.launch.rendezvous import arrange
 
 
@@ -36,6 +38,7 @@ def run_ranks(
     paths = {name: str((folder / name).resolve()) for name in ("hostfile", "arguments", "environment")}
     write_hostfile(paths["hostfile"], dict(hosts))
     Path(paths["arguments"]).write_text("".join(f"{line}\n" for line in arguments), encoding="utf-8")
+    chosen = visible_devices({host: range(slots) for host, slots in hosts.items()}, local_host(hosts), os.environ)
     rendezvous = arrange(list(hosts), nic, ssh_port=ssh_port)
     command = build(
         launcher=launcher,
@@ -45,12 +48,13 @@ def run_ranks(
         arguments_file=paths["arguments"],
         master_addr=rendezvous.master,
         master_port=rendezvous.port,
-        exports=exports or {},
+        exports={**(exports or {}), **devices_export(hosts, chosen)},
         env_file=paths["environment"],
         python=sys.executable,
         working_folder=os.path.realpath(os.getcwd()),
         nic=nic,
         ssh_port=ssh_port,
+        own_address=rendezvous.listen,
     )
     Path(paths["environment"]).write_text(command.env_text, encoding="utf-8")
     environment = runner_environment(command, os.environ, launcher)

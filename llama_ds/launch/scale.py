@@ -9,13 +9,12 @@ import resource
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,8 @@ def measure(hosts: Mapping[str, int], axes: Axes, beat_s: float, seconds: float)
     return {"hosts": len(hosts), "ranks": world, "parts": parts, "supervisor": watching}
 
 
-def fan_out(tool: str, count: int, slots: int, timeout_s: float) -> dict[str, Any]:
-    """Return the cost of `tool`, the preflight, on `count` stub hosts, and the hosts it reports.
+def fan_out(preflight: Sequence[str], count: int, slots: int, timeout_s: float) -> dict[str, Any]:
+    """Return the cost of the command `preflight` on `count` stub hosts, and the hosts it reports.
 
     Three cases: all hosts answer; the middle one hangs and the last one answers garbage; all hang. Needs root.
     """
@@ -80,7 +79,7 @@ def fan_out(tool: str, count: int, slots: int, timeout_s: float) -> dict[str, An
         folder = Path(name)
         with StubHosts(count, folder, PreflightSettings(output_dir=str(folder / "runs"), timeout_s=timeout_s)) as hosts:
             write_hostfile(str(folder / "hostfile"), dict.fromkeys(hosts.names, slots))
-            argv = [sys.executable, tool, "--hostfile", str(folder / "hostfile"), "--json", "--no-measure"]
+            argv = [*preflight, "--hostfile", str(folder / "hostfile"), "--json", "--no-measure"]
             argv += ["--timeout-s", str(timeout_s)]
             well = _look(argv, hosts)
             hosts.spoil(hangs=hosts.names[count // 2], garbage=hosts.names[-1])

@@ -11,10 +11,10 @@ import string
 from collections.abc import Callable, Sequence
 
 from llama_ds.errors import UserError, did_you_mean
+from llama_ds.layout.nodelist import check_host
 
 PLAIN = frozenset(string.ascii_letters + string.digits + "_@%+=:,./-")  # DeepSpeed's add_export does not quote these
 _IN_QUOTES = frozenset(string.printable[:95]) - frozenset('"$\\`!')  # safe between double quotes
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 _ADDRESS = re.compile(r"[A-Za-z0-9:]([A-Za-z0-9_.:-]*[A-Za-z0-9:])?")  # IPv6 included
 _NIC = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}(,[A-Za-z0-9][A-Za-z0-9_.-]{0,14})*")  # Linux: 15 characters
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -66,9 +66,9 @@ def path(where: str, value: str, launcher: str) -> str:
 
 
 def host(where: str, value: str) -> str:
-    """Return `value` if it is a host name; pdsh interprets - ^ / [ ] @ : in one, and ssh a leading - as an option."""
-    rule = "letters, digits and . _ - between them; give hosts of other names a name in ssh's config"
-    return _match(where, value, _HOST, rule)
+    """Return `value` if it is a host name."""
+    check_host(value, where)
+    return value
 
 
 def address(where: str, value: str) -> str:
@@ -113,6 +113,16 @@ def value_of(where: str, name: str, value: str, launcher: str) -> str:
 def is_secret(name: str) -> bool:
     """Return whether a variable is named like a secret: HF_TOKEN is, TOKENIZERS_PARALLELISM is not."""
     return name.upper() not in _KEPT_IN_FILES and bool(_SECRET.search(name))
+
+
+def holds_secret(name: str, value: str) -> bool:
+    """Return whether a variable must not appear in a command: its name is a secret's, or its URL has a password."""
+    return is_secret(name) or bool(_SECRET_VALUE.search(value))
+
+
+def is_variable(name: str) -> bool:
+    """Return whether `name` can be a variable's."""
+    return bool(_VARIABLE.fullmatch(name))
 
 
 def launcher_arguments(words: Sequence[str], launcher: str) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llama_ds.config.numbers import divisors
+from llama_ds.config.numbers import near_divisors, near_multiples
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError, listed
 from llama_ds.layout.axes import Axes
+from llama_ds.layout.vocab_parts import fits
 from llama_ds.schedules.schedule import NAMES as SCHEDULES
 from llama_ds.schedules.schedule import obstacle
 
@@ -44,8 +45,7 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
     source, axes = run.path, model_axes(run.parallel)
     replica = axes.replica
     if world < 1 or world % replica:
-        fits = range(replica, max(world, replica) * 2 + 1, replica)
-        near = sorted(sorted(fits, key=lambda n: abs(n - world))[:3])
+        near = near_multiples(replica, world, 3)
         keys = [f"parallel.{axis}" for axis in axes.replica_sizes]
         product = " * ".join(f"parallel.{axis} {size}" for axis, size in axes.replica_sizes.items())
         raise UserError(
@@ -55,7 +55,7 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
     dp = world // replica
     batch, micro = run.training.global_batch, run.parallel.micro_batch
     if batch % dp:
-        near = sorted(sorted(range(dp, batch + 2 * dp, dp), key=lambda n: abs(n - batch))[:2])
+        near = near_multiples(dp, batch, 2)
         product = " * ".join(f"{axis} {size}" for axis, size in axes.replica_sizes.items())
         raise UserError(
             f"{source}: training.global_batch = {batch} is not a multiple of "
@@ -64,12 +64,23 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
     if (batch // dp) % micro:
         raise UserError(
             f"{source}: parallel.micro_batch = {micro} does not divide {batch} / dp {dp} = {batch // dp}; "
-            f"use {listed(divisors(batch // dp))}"
+            f"use {listed(near_divisors(batch // dp, micro))}"
         )
+    _check_vocabulary(run)
     _check_schedule(run, batch // dp // micro)
     _check_profile_ranks(run, world)
     sizes = axes.sizes._asdict() | {"dp": dp}
     return Layout(**sizes, micro_batch=micro, accumulation=batch // dp // micro)
+
+
+def _check_vocabulary(run: RunConfig) -> None:
+    rows, tp = run.model.vocab_size, run.parallel.tp
+    if not fits(rows, tp):
+        possible = [size for size in range(1, tp) if fits(rows, size)]
+        raise UserError(
+            f"{run.path}: parallel.tp = {tp} leaves a rank without rows of model.vocab_size = {rows}; "
+            f"use {listed(possible)}"
+        )
 
 
 def _check_schedule(run: RunConfig, micro_batches: int) -> None:

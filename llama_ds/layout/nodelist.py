@@ -13,7 +13,7 @@ MAX_HOSTS = 65_536  # limit of one list; a larger range such as n[1-9999999999] 
 SYSTEMS = ("slurm", "lsf", "pbs")
 
 # The DNS allows names of at most 253 characters.
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,252}")
+_NAME = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?")
 _LITERAL = re.compile(r"[A-Za-z0-9._-]+")
 _SPAN = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 _SPACE = re.compile(r"[ \t\n]*")
@@ -24,11 +24,15 @@ _NUMBER = re.compile(r"(?<![0-9])([0-9]{1,18})(?![0-9])")
 
 
 def check_host(name: str, source: str) -> None:
-    """Raise UserError unless `name` is a host name that ssh, pdsh, DeepSpeed's filters and a shell take literally."""
+    """Raise UserError unless `name` is a host name that ssh, pdsh, DeepSpeed's filters and a shell take literally.
+
+    All lists of hosts have this one grammar. pdsh reads - ^ / [ ] @ : in a name, filters @ and :, ssh a leading -.
+    """
     if not _NAME.fullmatch(name):
         raise UserError(
             f"{source}: {clip(name)} is not a host name; "
-            "use letters, digits, '.', '_' and '-', at most 253, the first a letter, a digit or '_'"
+            "use letters, digits, '.', '_' and '-', at most 253, the first and last a letter, a digit or '_'; "
+            "an IPv6 address, a port or a user belongs to a name in ssh's config (Host NAME, HostName, Port, User)"
         )
 
 

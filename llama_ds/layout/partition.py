@@ -15,6 +15,7 @@ from itertools import accumulate, pairwise
 
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.layout.flops import layer_costs
+from llama_ds.layout.vocab_parts import part_rows
 from llama_ds.layout.weights import FINAL_NORM, GATE, Role, decoder_layer, held_elements
 
 _BEFORE, _AFTER = 1, 2  # layers around the decoder: the embedding; the final norm and the head
@@ -50,7 +51,7 @@ def stage_roles(model: ModelConfig, bounds: Sequence[int], tp: int) -> list[Coun
 
     A tied embedding counts on both the first and the last stage if they differ, because each keeps a copy.
     """
-    return held_parameters(model, decoder_layers(bounds), tp, model.vocab_size // tp)
+    return held_parameters(model, decoder_layers(bounds), tp, part_rows(model.vocab_size, tp))
 
 
 def held_parameters(
@@ -60,7 +61,7 @@ def held_parameters(
 
     Args:
         layers: decoder layers of each stage.
-        local_vocab: rows of the embedding and of the head on a rank; None for decoder layers only.
+        local_vocab: rows of the embedding and of the head on a rank, with padding; None for decoder layers only.
         gated: whether the feed-forward network is SwiGLU with three matrices; otherwise it has two.
     """
     layer = _decoder_layer(model, tp, gated)

@@ -18,6 +18,7 @@ from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.layout.optimizer_states import ADAMW
 from llama_ds.layout.partition import stage_boundaries, stage_roles
 from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.vocab_parts import part_rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
     parameters = stage_roles(model, stage_boundaries(run), layout.tp)
     work = layer_work(run, layout, element_bytes)
     tokens = layout.micro_batch * run.data.seq_len
-    vocab = model.vocab_size // layout.tp
+    vocab = part_rows(model.vocab_size, layout.tp)
     chunk = chunk_tokens(tokens, model.hidden_size, vocab)
     head = (
         chunk * vocab * element_bytes + 4 * vocab * model.hidden_size + 2 * tokens * model.hidden_size * element_bytes

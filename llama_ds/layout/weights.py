@@ -21,6 +21,7 @@ from math import prod
 from typing import Literal
 
 from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.vocab_parts import own_rows, part_rows
 
 Key = tuple[int, str]
 Dimension = Literal["vocab", "hidden", "intermediate", "queries", "keys", "head"]
@@ -68,6 +69,21 @@ class Weight:
     def numel(self, model: ModelConfig) -> int:
         """Return the number of elements of the unsharded weight."""
         return prod(self.shape(model))
+
+    def part_shape(self, model: ModelConfig, tp: int) -> tuple[int, ...]:
+        """Return the shape on each of `tp` ranks, with the padding of the vocabulary."""
+        return tuple(part_rows(n, tp) if dim == self.cut else n for dim, n in enumerate(self.shape(model)))
+
+    def part_numel(self, model: ModelConfig, tp: int) -> int:
+        """Return the number of elements on each of `tp` ranks, with the padding of the vocabulary."""
+        return prod(self.part_shape(model, tp))
+
+    def own_numel(self, model: ModelConfig, rank: int, tp: int) -> int:
+        """Return how many elements of the weight `rank` of `tp` holds; in its memory, padding follows them."""
+        if self.cut is None:
+            return self.numel(model)
+        length = self.shape(model)[self.cut]
+        return self.numel(model) // length * len(own_rows(length, rank, tp))
 
 
 def _norm(name: str) -> Weight:
@@ -170,9 +186,14 @@ def key_of(name: str) -> Key:
 
 
 def held_elements(rows: Iterable[Weight], model: ModelConfig, tp: int) -> Counter[Role]:
-    """Return the number of elements of `rows` that each of `tp` ranks holds, by role."""
-    sharded: Counter[Role] = Counter()
-    replicated: Counter[Role] = Counter()
+    """Return the number of elements of `rows` that each of `tp` ranks holds, by role, with padding."""
+    held: Counter[Role] = Counter()
     for weight in rows:
-        (replicated if weight.cut is None else sharded)[weight.role] += weight.numel(model)
-    return replicated + Counter({role: count // tp for role, count in sharded.items()})
+        held[weight.role] += weight.part_numel(model, tp)
+    return held
+
+
+def padding_elements(model: ModelConfig, tp: int) -> int:
+    """Return the number of elements of padding that `tp` ranks together hold beside one copy of the model."""
+    sharded = (weight for _, weight in weights(model) if weight.cut is not None)
+    return sum(weight.part_numel(model, tp) * tp - weight.numel(model) for weight in sharded)

@@ -62,7 +62,7 @@ class LayerContext:
         weight = weight_of(f"{name}.weight")
         bias = bias_of(weight, self.model)
         offsets = None if bias is None else self.parameter(bias)
-        return ShardedLinear(self.parameter(weight, layer), weight.cut, self.tp, offsets)
+        return ShardedLinear(self.parameter(weight, layer), weight.cut, self.tp, offsets, weight.shape(self.model))
 
     def norm(self, name: str, of_heads: bool = False) -> RMSNorm:
         """Return the norm called `name` within its layer."""

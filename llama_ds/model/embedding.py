@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ds.config.document_marks import DocumentMarks
+from llama_ds.layout.vocab_parts import own_rows
 from llama_ds.layout.weights import EMBEDDING
 from llama_ds.model.decoder import Hidden, LayerContext
 from llama_ds.model.linear import describe
@@ -31,7 +32,7 @@ def document_starts(ids: Tensor, marks: DocumentMarks) -> Tensor:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Look up this rank's V / tp tokens; other tokens contribute zero to the sum over ranks."""
+    """Look up this rank's part of the vocabulary; other tokens contribute zero to the sum over ranks."""
 
     def __init__(self, context: LayerContext) -> None:
         super().__init__()
@@ -39,8 +40,8 @@ class VocabParallelEmbedding(nn.Module):
         self.tp = tp
         self.document_mask, self.marks = context.document_mask, context.marks
         self.weight = context.parameter(EMBEDDING, EMBEDDING_LAYER)
-        self.first = tp.rank * model.vocab_size // tp.size
-        self.count = model.vocab_size // tp.size
+        self.own = own_rows(model.vocab_size, tp.rank, tp.size)
+        self.whole = EMBEDDING.shape(model)
 
     def forward(self, ids: Tensor) -> Hidden:
         """(B, T) -> (B, S, D), paired with document_start (B, T) if documents are masked."""
@@ -51,13 +52,13 @@ class VocabParallelEmbedding(nn.Module):
         """(B, T) -> partial sums (B, T, D)."""
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
-        local = ids - self.first
-        absent = (local < 0) | (local >= self.count)
+        local = ids - self.own.start
+        absent = (local < 0) | (local >= len(self.own))
         rows = F.embedding(local.masked_fill(absent, 0), self.weight)
         return rows.masked_fill(absent[..., None], 0.0)
 
     def extra_repr(self) -> str:
-        return describe(self.weight, self.tp, EMBEDDING.cut)
+        return describe(self.weight, self.tp, EMBEDDING.cut, self.whole)
 
 
 class FinalNorm(nn.Module):
@@ -76,7 +77,7 @@ Then = Callable[[Tensor, Tensor], Tensor]
 
 
 class Head(nn.Module):
-    """The output matrix W (V / tp, D); the loss computes the logits x W^T chunk by chunk, never all at once."""
+    """The output matrix W (V / tp rows, rounded up, D); the loss computes the logits x W^T chunk by chunk."""
 
     def __init__(self, context: LayerContext) -> None:
         super().__init__()

@@ -11,9 +11,11 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.vocab_parts import own_rows, part_rows
 from llama_ds.layout.weights import Role, Weight
 
 BLOCKS = 64  # any tp works; a tp that divides 64 draws no surplus numbers
@@ -28,12 +30,14 @@ def block_seed(seed: int, layer: int, name: str, block: int) -> int:
 def initial_shard(
     weight: Weight, model: ModelConfig, rank: int, size: int, std: float, seed: int, layer: int
 ) -> Tensor:
-    """Return the initial shard of `weight` on `rank` of `size`: normal (0, std), ones for norms, zeros for biases."""
-    shape = weight.shape(model)
+    """Return the initial shard of `weight` on `rank` of `size`: normal (0, std), ones for norms, zeros for biases.
+
+    Padding of the vocabulary is zero.
+    """
     if weight.seed_name is None:
-        own = [n // size if dim == weight.cut else n for dim, n in enumerate(shape)]
+        own = weight.part_shape(model, size)
         return torch.zeros(own) if weight.role is Role.BIAS else torch.ones(own)
-    out_size, in_size = shape
+    out_size, in_size = weight.shape(model)
     assert weight.cut is not None, "matrices are drawn in blocks along their sharded dimension"
     return normal_shard((out_size, in_size), weight.cut, rank, size, std, seed, layer, weight.seed_name)
 
@@ -44,20 +48,21 @@ def normal_shard(
     """Draw the shard of a normal (0, std) matrix on `rank` of `size` when the matrix is sharded along `dim`.
 
     Args:
-        shape: shape of the full matrix; `shape[dim]` is a multiple of `size`.
+        shape: shape of the full matrix.
         layer: number of the decoder layer from 0, or the key of embedding or head (`embedding.py`).
         name: name of the weight in its layer.
 
     Returns:
-        float32 tensor of `shape`, except that its size along `dim` is `shape[dim] / size`.
+        float32 tensor of `shape`, except that its size along `dim` is ceil(`shape[dim]` / `size`). Where `size` does
+        not divide `shape[dim]`, zeros pad the last shards.
     """
     length = shape[dim]
     step = length // math.gcd(length, BLOCKS)
-    start, stop = rank * length // size, (rank + 1) * length // size
-    first, last = start // step, -(-stop // step)
+    own, padding = own_rows(length, rank, size), part_rows(length, size) - len(own_rows(length, rank, size))
+    first, last = own.start // step, -(-own.stop // step)
     blocks = [_draw(shape, dim, step, block_seed(seed, layer, name, b)) for b in range(first, last)]
-    drawn = torch.cat(blocks, dim)
-    return drawn.narrow(dim, start - first * step, stop - start).mul_(std).contiguous()
+    drawn = torch.cat(blocks, dim).narrow(dim, own.start - first * step, len(own)).mul_(std)
+    return F.pad(drawn, (0, padding) if dim else (0, 0, 0, padding)) if padding else drawn.contiguous()
 
 
 def _draw(shape: tuple[int, int], dim: int, step: int, seed: int) -> Tensor:

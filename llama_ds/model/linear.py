@@ -13,13 +13,15 @@ from llama_ds.model.pointwise import rms_norm, rms_norm_backward
 from llama_ds.model.tensor_parallel import TensorParallel
 
 
-def describe(weight: Tensor, tp: TensorParallel, dim: int | None = None) -> str:
-    """Return shape and dtype of a weight in words, for `print(model)`.
+def describe(weight: Tensor, tp: TensorParallel, dim: int | None = None, whole: Sequence[int] | None = None) -> str:
+    """Return shape and dtype of a weight in words, for `print(model)`. ZeRO-3 keeps the shape in `ds_shape`.
 
-    `dim` is the dimension sharded over `tp`; None: the weight is replicated. ZeRO-3 keeps the shape in `ds_shape`.
+    Args:
+        dim: dimension sharded over `tp`; None: the weight is replicated.
+        whole: shape of the unsharded weight, which a padded shard does not tell; None: the shards are not padded.
     """
     shard = list(getattr(weight, "ds_shape", weight.shape))
-    full = [size * tp.size if i == dim else size for i, size in enumerate(shard)]
+    full = list(whole or (size * tp.size if i == dim else size for i, size in enumerate(shard)))
     cut = "" if full == shard else f", {shard} on this rank: dim {dim} cut over tp {tp.size}"
     return f"{full}{cut}, {str(weight.dtype).removeprefix('torch.')}"
 
@@ -33,12 +35,18 @@ class ShardedLinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(
-        self, weight: nn.Parameter, cut: int | None, tp: TensorParallel, bias: nn.Parameter | None = None
+        self,
+        weight: nn.Parameter,
+        cut: int | None,
+        tp: TensorParallel,
+        bias: nn.Parameter | None = None,
+        whole: Sequence[int] | None = None,
     ) -> None:
+        """`whole`: shape of the unsharded matrix; None: the shards are not padded."""
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
-        self.cut, self.tp = cut, tp
+        self.cut, self.tp, self.whole = cut, tp, whole
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this rank's outputs, or its partial sums without the bias if the matrix is row-parallel."""
@@ -50,7 +58,7 @@ class ShardedLinear(nn.Module):
         return y if self.bias is None else y + self.tp.replicated(self.bias)
 
     def extra_repr(self) -> str:
-        return describe(self.weight, self.tp, self.cut) + ("" if self.bias is None else ", with bias")
+        return describe(self.weight, self.tp, self.cut, self.whole) + ("" if self.bias is None else ", with bias")
 
 
 def column_products(x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:

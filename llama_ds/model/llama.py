@@ -18,6 +18,7 @@ from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.flops import parameter_count
+from llama_ds.layout.vocab_parts import own_rows
 from llama_ds.model.attention import CausalAttention, choose_backend
 from llama_ds.model.cpu_products import choose_products
 from llama_ds.model.decoder import DecoderLayer, LayerContext
@@ -152,4 +153,5 @@ class Llama(nn.Module):
         return found
 
     def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(self.tp.enter(x), weight)
+        own = own_rows(self.context.model.vocab_size, self.tp.rank, self.tp.size)
+        return F.linear(self.tp.enter(x), weight[: len(own)])

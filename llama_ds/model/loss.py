@@ -1,8 +1,9 @@
 """Fused output head and next-token cross-entropy, over a vocabulary sharded over the tensor-parallel ranks.
 
-Shapes: B rows, T tokens, N = B * T, D hidden size, V vocabulary, tp ranks; each rank holds W (V / tp, D). The logits
-exist for one chunk of tokens at a time. Their gradient is computed with them in the forward, as in liger-kernel's fused
-linear cross-entropy (arXiv 2410.10989, section 3.2): three matrix products in all, none repeated.
+Shapes: B rows, T tokens, N = B * T, D hidden size, V vocabulary, tp ranks; each rank holds W (R, D) with R = V / tp,
+rounded up: the last ranks pad their rows (`layout.vocab_parts`). Logits of padding are never computed, and its gradient
+is zero. The logits exist for one chunk of tokens at a time. Their gradient is computed with them in the forward, as in
+liger-kernel's fused linear cross-entropy (arXiv 2410.10989, section 3.2): three matrix products in all, none repeated.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from llama_ds.layout.loss_chunks import chunk_tokens
+from llama_ds.layout.vocab_parts import own_rows
 from llama_ds.model.pointwise import compiled_for
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients, add_product
@@ -32,19 +34,39 @@ class NextTokenLoss(nn.Module):
     """
 
     def __init__(
-        self, tp: TensorParallel, z_weight: float = 0.0, weight_gradients: WeightGradients | None = None
+        self,
+        tp: TensorParallel,
+        z_weight: float = 0.0,
+        weight_gradients: WeightGradients | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        """`z_weight` scales the z-loss; `weight_gradients` receives the gradient of W, None: autograd does."""
+        """Take the group over which the vocabulary is sharded.
+
+        Args:
+            z_weight: scales the z-loss.
+            weight_gradients: receives the gradient of W; None: autograd does.
+            vocab_size: V, which W does not tell if several ranks share it; None: all rows of W.
+
+        Raises:
+            ValueError: several ranks share the vocabulary, and its size is not given.
+        """
         super().__init__()
+        if vocab_size is None and tp.size > 1:
+            raise ValueError("a vocabulary sharded over ranks needs vocab_size, because a shard may be padded")
         self.tp = tp
         self.z_weight = z_weight
         self.weight_gradients = weight_gradients or WeightGradients()
+        self.vocab_size = vocab_size
         self.labels: float | None = None
 
     def forward(self, head: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
-        """Return the scalar loss of head = (hidden states (B, S, D), W (V / tp, D)) and labels (B, T)."""
+        """Return the scalar loss of head = (hidden states (B, S, D), W (R, D)) and labels (B, T)."""
         x, weight = head
         return _HeadLoss.apply(x, weight, labels, self, torch.is_grad_enabled())
+
+    def own_rows(self, held: int) -> range:
+        """Return the ids whose rows this rank holds, in `held` rows of W."""
+        return range(held) if self.vocab_size is None else own_rows(self.vocab_size, self.tp.rank, self.tp.size)
 
     def extra_repr(self) -> str:
         return f"z-loss {self.z_weight:g}"
@@ -69,27 +91,32 @@ class _HeadLoss(Function):
         ignored = None if owner.labels == len(labels) else labels == IGNORED
         total = len(labels) if ignored is None else owner.labels or (~ignored).sum().to(wide)
         size = chunk_tokens(len(rows), rows.shape[1], len(weight))
+        ids = owner.own_rows(len(weight))
+        own_weight, own_grad = weight[: len(ids)], None
+        if grad_weight is not None:
+            grad_weight[len(ids) :] = 0.0
+            own_grad = grad_weight[: len(ids)]
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
-            logits = rows[part] @ weight.t()
-            lse, target, index, here = _log_sum_exp(logits, labels[part], tp)
+            logits = rows[part] @ own_weight.t()
+            lse, target, index, here = _log_sum_exp(logits, labels[part] - ids.start, tp)
             torch.add(lse - target, lse.square(), alpha=z_weight, out=losses[part])
             factor = (1 + 2 * z_weight * lse) / total
             if ignored is not None:
                 losses[part].masked_fill_(ignored[part], 0.0)
                 factor.masked_fill_(ignored[part], 0.0)
-            if grad_x is None or grad_weight is None:
+            if grad_x is None or own_grad is None:
                 continue
             # d lse / d logit_v = softmax_v, so dL / d logit_v = (softmax_v (1 + 2 z lse) - [v = label]) / N.
             _softmax_(logits, lse, factor)
             logits.scatter_add_(1, index, torch.where(here, -1.0 / total, 0.0)[:, None].to(logits.dtype))
-            torch.mm(logits, weight, out=grad_x[part])  # dx = dlogits W
+            torch.mm(logits, own_weight, out=grad_x[part])  # dx = dlogits W
             if start + size >= len(rows):
                 reduced = tp.start_reduce(grad_x.view_as(whole))  # overlaps with the last product of dW
             if start == 0 and wide == logits.dtype:
-                torch.mm(logits.t(), rows[part], out=grad_weight)  # dW = dlogits^T x
+                torch.mm(logits.t(), rows[part], out=own_grad)  # dW = dlogits^T x
             else:
-                add_product(grad_weight if start else grad_weight.zero_(), logits, rows[part])
+                add_product(own_grad if start else own_grad.zero_(), logits, rows[part])
         if grad_weight is not None:
             ctx.save_for_backward(reduced(), grad_weight)
             ctx.owner, ctx.weight = owner, weight
@@ -105,9 +132,11 @@ class _HeadLoss(Function):
         return grad_x, ctx.owner.weight_gradients.add(ctx.weight, grad_weight, factor), None, None, None
 
 
-def _log_sum_exp(logits: Tensor, labels: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return lse and the labels' logits (n,), the local label indices (n, 1), and whether a label is local (n,)."""
-    local = labels - tp.rank * logits.shape[1]
+def _log_sum_exp(logits: Tensor, local: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return lse and the labels' logits (n,), the local label indices (n, 1), and whether a label is local (n,).
+
+    `local` are the labels, counted from this rank's first row.
+    """
     here = (local >= 0) & (local < logits.shape[1])
     index = local.masked_fill(~here, 0)[:, None]
     wide = torch.promote_types(logits.dtype, torch.float32)

@@ -1,14 +1,12 @@
-"""Measures a host's matrix-product throughput and all-reduce bandwidth for the preflight.
+"""Measures the matrix products and all-reduces of one of a host's slots for the preflight.
 
-`llama_ds/launch/preflight/measure.py` starts it on each host with one JSON argument; it starts a process for each slot
-and prints their measurements as JSON.
+`llama_ds/launch/preflight/slots.py` starts it for each slot with one JSON argument.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from datetime import timedelta
@@ -25,20 +23,9 @@ MEASURED_S, MIN_REPEATS, MAX_REPEATS = 0.5, 3, 50  # all-reduces that are measur
 
 
 def main() -> None:
-    """Run as the host process, or as one of its slots."""
-    plan = json.loads(sys.argv[1])
-    if "slot" in plan:
-        print(json.dumps(measure(plan)), flush=True)
-        os._exit(0)  # the normal exit would wait for a group whose peer failed
-    started = [
-        subprocess.Popen(
-            [sys.executable, *sys.orig_argv[1:-1], json.dumps(plan | {"slot": slot})],
-            stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for slot in range(plan["slots"])
-    ]  # fmt: skip
-    lines = [process.communicate()[0].strip().splitlines() for process in started]
-    print("<burn>" + json.dumps([json.loads(found[-1]) if found else None for found in lines]) + "</burn>")
+    """Measure one slot, and print what it found."""
+    print(json.dumps(measure(json.loads(sys.argv[1]))), flush=True)
+    os._exit(0)  # the normal exit would wait for a group whose peer failed
 
 
 def measure(plan: dict[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,17 @@ def check_values(path: str, config: dict[str, Any]) -> None:
         raise _refused(path, error) from None
 
 
+def check_device(path: str, config: dict[str, Any], device: str) -> None:
+    """Refuse what DeepSpeed computes on CUDA only, and otherwise notices in the first step; `path` is for messages.
+
+    Raises:
+        UserError: a key of ZeRO asks for quantization on another `device`.
+    """
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if device != "cuda" and config.get("zero_optimization", {}).get(key):
+            raise UserError(f"{path}: zero_optimization.{key}: DeepSpeed quantizes on CUDA only; take it out")
+
+
 @contextmanager
 def refusals(path: str) -> Iterator[None]:
     """Turn what DeepSpeed's engines refuse at their start into an error of the user's file `path`.

@@ -9,8 +9,13 @@ from typing import Any
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from llama_ds.config.schema import ModelConfig
-from llama_ds.layout.weights import TABLE, TIED_MODULES
+from llama_ds.layout.weights import EMBEDDING, HEAD, TABLE, TIED_MODULES, TIED_TABLE
 
+# Exact names, because a converter takes a pattern for the beginning of a name, and every matrix ends in ".weight".
+TABLE_NAMES = {
+    EMBEDDING: rf"({re.escape(TIED_MODULES)}{TIED_TABLE}|(layers\.)?0)\.{re.escape(EMBEDDING.name)}$",
+    HEAD: rf".*\.{re.escape(HEAD.name)}$",
+}
 TIED = {"pipeline_replicated_parameter_patterns": [rf"{re.escape(TIED_MODULES)}.*"]}
 
 
@@ -23,8 +28,11 @@ def universal_info(model: ModelConfig) -> dict[str, Any]:
     def patterns(cut: int | None) -> list[str]:
         return [rf".*\.{re.escape(weight.name)}" for weight in TABLE if weight.cut == cut and weight.present(model)]
 
+    tables = [EMBEDDING] if model.tie_word_embeddings else [EMBEDDING, HEAD]
     return {
         "universal_checkpoint_version": 0.2,
+        "vocabulary_parameter_patterns": [TABLE_NAMES[table] for table in tables],
+        "original_vocab_size": model.vocab_size,  # the converter drops further rows, the padding
         "parameter_with_row_parallelism_patterns": patterns(1),
         "tp_replicated_parameter_patterns": patterns(None),
     }

@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,18 +18,29 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from llama_ds.errors import UserError
-from llama_ds.job.heartbeat import interface_towards
+from llama_ds.job.devices import VARIABLE as DEVICES
+from llama_ds.job.devices import VISIBLE, decode
+from llama_ds.job.requests import RANK_VARIABLES
 from llama_ds.log import logger
+from llama_ds.parallel.environment import check_others, first_number
+from llama_ds.parallel.first_rank import (
+    LOCAL_SIZES,
+    check_not_a_slurm_script,
+    find_first_rank,
+    hosts_of_step,
+    in_slurm_step,
+    interface,
+)
+from llama_ds.parallel.joining import open_store
 
 T = TypeVar("T")
 
 # Variables in which launchers pass a process its rank; those of DeepSpeed and torchrun come first.
 LAUNCHER_VARIABLES = {
-    "RANK": ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"),
-    "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
+    "RANK": RANK_VARIABLES,
+    "WORLD_SIZE": ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"),
     "LOCAL_RANK": ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
 }
-_LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 TIMEOUT = timedelta(minutes=30)
 
 # Keys in the process group's store with which ranks agree on the one that reports a user error.
@@ -51,10 +62,18 @@ def find_rank_info() -> RankInfo:
     """Read this process's rank from the launcher's environment; without a launcher, the world is one rank.
 
     Raises:
-        UserError: the launcher set only some of the variables.
+        UserError: the launcher set only some of the variables, a value is not a number of its range, or this is the
+            script of a Slurm job of several tasks.
     """
-    found = {name: _first_set(names) for name, names in LAUNCHER_VARIABLES.items()}
+    check_others()
+    first_number(LOCAL_SIZES, 1)
+    ignored = () if in_slurm_step() else ("SLURM_",)
+    found = {
+        name: first_number(tuple(one for one in names if not one.startswith(ignored)), 1 if name == "WORLD_SIZE" else 0)
+        for name, names in LAUNCHER_VARIABLES.items()
+    }
     if found["RANK"] is None and found["WORLD_SIZE"] is None:
+        check_not_a_slurm_script()
         return RankInfo(0, 1, 0)
     missing = [name for name, value in found.items() if value is None]
     if missing:
@@ -62,60 +81,39 @@ def find_rank_info() -> RankInfo:
             f"environment: {' and '.join(missing)} not set but other launcher variables are; "
             "start with deepspeed, torchrun or mpirun, or set RANK, WORLD_SIZE and LOCAL_RANK together"
         )
-    return RankInfo(*(int(found[name] or 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    own = RankInfo(*(found[name] or 0 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if own.rank >= own.world:
+        raise UserError(
+            f"environment: rank {own.rank} is not below the {own.world} ranks of the world; ranks count from 0"
+        )
+    return own
 
 
-def _first_set(names: tuple[str, ...]) -> str | None:
-    return next((os.environ[name] for name in names if name in os.environ), None)
-
-
-def join(rank_info: RankInfo, nic: str = "") -> None:
+def join(rank_info: RankInfo, nic: str = "", hosts: Sequence[str] = ()) -> None:
     """Join the run's process group: NCCL on CUDA, gloo elsewhere, over `nic` or else the interface towards rank 0.
 
-    DeepSpeed adopts the group. It is created here, without a device id, because DeepSpeed's own call makes NCCL create
-    a communicator eagerly for each of the hundreds of groups of a large grid.
+    `hosts` are the hosts of all ranks, to name those that are waited for. DeepSpeed adopts the group. It is created
+    here, without a device id, because DeepSpeed's own call makes NCCL create a communicator eagerly for each of the
+    hundreds of groups of a large grid.
+
+    Raises:
+        UserError: rank 0 cannot be found, or ranks do not come within `TIMEOUT`.
     """
-    os.environ.update(RANK=str(rank_info.rank), WORLD_SIZE=str(rank_info.world), LOCAL_RANK=str(rank_info.local_rank))
-    _find_master(rank_info)
-    interface = None if _on_one_host() else nic or interface_towards(os.environ["MASTER_ADDR"])
-    if interface:  # otherwise gloo uses the interface of the host's name
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    rank, size = rank_info.rank, rank_info.world
+    devices = decode(os.environ.get(DEVICES, ""), rank)
+    if devices is not None:  # the launcher set it to the host's first ones
+        os.environ[VISIBLE] = devices
+    by = next((name for name in LAUNCHER_VARIABLES["RANK"] if name in os.environ), "")
+    find_first_rank(rank, size, by)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank_info.local_rank))
+    if own := interface(nic, size):  # otherwise gloo uses the interface of the host's name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", own)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", own)
     if on_cuda():
         torch.cuda.set_device(rank_info.local_rank)
-    dist.init_process_group("nccl" if on_cuda() else "gloo", timeout=TIMEOUT)
-
-
-def _find_master(rank_info: RankInfo) -> None:
-    if "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = "127.0.0.1" if _on_one_host() else _first_mpi_host()
-    if "MASTER_PORT" not in os.environ and rank_info.world == 1:
-        os.environ["MASTER_PORT"] = "0"  # any free port: no other rank joins
-    if "MASTER_PORT" not in os.environ:
-        # mpirun assigns no port; deriving it from the job keeps two jobs on a host apart.
-        job = os.environ.get("PMIX_NAMESPACE") or os.environ.get("SLURM_JOB_ID") or str(os.getppid())
-        os.environ["MASTER_PORT"] = str(20000 + sum(job.encode()) * 7919 % 10000)
-
-
-def _on_one_host() -> bool:
-    local = _first_set(_LOCAL_SIZES)
-    return local is None or local == os.environ["WORLD_SIZE"]
-
-
-def _first_mpi_host() -> str:
-    """Ask rank 0 for its address over MPI, as DeepSpeed's own MPI discovery does."""
-    try:
-        from mpi4py import MPI
-    except ImportError:
-        raise UserError(
-            "environment: MASTER_ADDR is not set and mpi4py is missing, so ranks on several hosts cannot find rank 0; "
-            "install the [mpi] extra or pass MASTER_ADDR (mpirun -x MASTER_ADDR=host)"
-        ) from None
-    import socket
-
-    address = MPI.COMM_WORLD.bcast(socket.gethostbyname(socket.gethostname()), root=0)
-    MPI.Finalize()  # this process skips atexit handlers, and mpirun would report a crash
-    return address
+    store = open_store(rank, size, rank_info.local_rank, TIMEOUT, hosts or hosts_of_step())
+    backend = "nccl" if on_cuda() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def check_mpi(rank_info: RankInfo) -> None:
@@ -154,7 +152,7 @@ def device_memory(where: torch.device) -> int:
     if where.type == "cuda":
         return torch.cuda.get_device_properties(where).total_memory
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // int(_first_set((*_LOCAL_SIZES, "WORLD_SIZE")) or 1)
+    return free // (first_number((*LOCAL_SIZES, "WORLD_SIZE"), 1) or 1)
 
 
 def finish(where: torch.device) -> None:
@@ -252,19 +250,27 @@ def barrier() -> None:
         dist.barrier()
 
 
+@dataclass
+class ProgramEnd:
+    """How a rank's program ends if it does not fail."""
+
+    code: int = 0
+
+
 @contextmanager
-def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[None]:
+def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[ProgramEnd]:
     """Turn an exception of this rank into a message and a non-zero exit, without waiting for the other ranks.
 
     A user error is printed once, whether one or all ranks raise it; ranks that fail because another has exited do not
     repeat it. Any other exception is printed with its traceback. The exit skips atexit handlers, in which a process
     group would hang once its peers have exited. A rank without an error runs to the end of its program and then skips
-    the interpreter's shutdown (`_end_at_once`).
+    the interpreter's shutdown (`_end_at_once`) with the code that it has set in the yielded object.
 
     `tell` is called first with the failure's kind ("echo" if another rank failed before) and text.
     """
+    end = ProgramEnd()
     try:
-        yield
+        yield end
     except UserError as error:
         tell(what="failure", kind=error.kind, text=f"error: {error}")
         _report_once(f"error: {error}")
@@ -275,7 +281,7 @@ def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[N
         _leave(_report_own(error, tell))
     if dist.is_initialized():
         dist.destroy_process_group()
-        atexit.register(_end_at_once)
+        atexit.register(_end_at_once, end)
 
 
 def _report_once(message: str) -> None:
@@ -316,12 +322,13 @@ def _report_own(error: Exception, tell: Callable[..., None]) -> int:
     return 1
 
 
-def _end_at_once() -> NoReturn:
+def _end_at_once(end: ProgramEnd) -> NoReturn:
     """Exit before other atexit handlers: a native thread that runs during interpreter shutdown aborts the process."""
-    _leave(1 if getattr(sys, "last_value", None) else 0)  # set if an exception ended the program
+    _leave(1 if getattr(sys, "last_value", None) else end.code)  # set if an exception ended the program
 
 
 def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)

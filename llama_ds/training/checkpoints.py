@@ -9,9 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
 from llama_ds.checkpoint.carried import Carried
@@ -21,6 +18,7 @@ from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
+from llama_ds.config.rules import NONFINITE
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.text.tokenizer import tokenizer_files
@@ -32,12 +30,12 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, spread_masters
 from llama_ds.parallel.state_files import state_files
+from llama_ds.training.reading import check_finite, read_part
 from llama_ds.training.rewind import Choice, choice, rewinds
 
 NOTHING = Carried()
 DRAIN_S = 60.0  # grace period for an in-flight save when a rank fails
 SHARED_S = 10.0  # time for a file written by another host to become visible
-READ_ELEMENTS = 16 << 20  # chunk size of reads into device memory: 64 MiB of fp32
 
 
 class Checkpoints:
@@ -166,8 +164,8 @@ class Checkpoints:
 
     def _copies(self) -> dict[str, bytes]:
         """Return the files beside the weights: the tokenizer's, unless a carried one is the same, and those carried."""
-        path, carried = self.run.data.tokenizer, self._carried
-        own = tokenizer_files(path) if path else {}
+        carried = self._carried
+        own = tokenizer_files(self.run.data.tokenizer)
         return {name: content for name, content in own.items() if content not in carried.values()} | carried
 
     def _begin(self) -> None:
@@ -233,17 +231,23 @@ class Checkpoints:
         return found.step
 
     def start_from(self, engine: Any, weights: Mapping[Key, Readable]) -> None:
-        """Initialize a run with the weights of a model. Collective."""
-        self._fill(engine, {MASTER: weights})
+        """Initialize a run with the weights of a model. Collective.
 
-    def _fill(self, engine: Any, kinds: Mapping[str, Mapping[Key, Readable]]) -> None:
+        Raises:
+            UserError: a weight is NaN or infinite, and the run does not allow it.
+        """
+        self._fill(engine, {MASTER: weights}, check=NONFINITE not in self.run.checkpoint.start_from_changes)
+
+    def _fill(self, engine: Any, kinds: Mapping[str, Mapping[Key, Readable]], check: bool = False) -> None:
         def fill() -> None:
             for fragment in fragments(engine):
                 key = key_of(fragment.name)
                 rank, size = self._part(engine, key)
                 for kind, target in fragment.tensors.items():
                     if kind in kinds:
-                        _read(kinds[kind][key], target, rank, size, fragment.start)
+                        read_part(kinds[kind][key], target, rank, size, fragment.start)
+                        if check:
+                            check_finite(self.run.checkpoint.start_from, key, target)
 
         world.together(fill)
         spread_masters(engine)
@@ -353,13 +357,17 @@ class Checkpoints:
         for parameter, name in engine.param_names.items():
             key = key_of(name)
             if self._is_indexed(engine, key, parameter) and not hasattr(parameter, "ds_id"):
-                yield Located(key, WEIGHT, self._part(engine, key)[0], 0, parameter.detach())
+                part, parts = self._part(engine, key)
+                own = weight_of(key[1]).own_numel(self.run.model, part, parts)
+                yield Located(key, WEIGHT, part, 0, parameter.detach().view(-1)[:own])
         parameters = {name: parameter for parameter, name in engine.param_names.items()}
         for fragment in fragments(engine):
             key = key_of(fragment.name)
-            if self._is_indexed(engine, key, parameters[fragment.name]):
+            part, parts = self._part(engine, key)
+            own = weight_of(key[1]).own_numel(self.run.model, part, parts) - fragment.start  # padding may follow
+            if own > 0 and self._is_indexed(engine, key, parameters[fragment.name]):
                 for kind, tensor in fragment.tensors.items():
-                    yield Located(key, kind, self._part(engine, key)[0], fragment.start, tensor)
+                    yield Located(key, kind, part, fragment.start, tensor[:own])
 
     def _part(self, engine: Any, key: Key) -> tuple[int, int]:
         """Return the index of this rank's tensor-parallel part of a weight, and the number of parts."""
@@ -370,17 +378,6 @@ class Checkpoints:
     def _is_indexed(self, engine: Any, key: Key, parameter: Any) -> bool:
         tp_replica = weight_of(key[1]).cut is None and engine.mpu.get_tensor_model_parallel_rank() > 0
         return not tp_replica and not getattr(parameter, "ds_pipe_replicated", False)
-
-
-def _read(source: Readable, target: Tensor, rank: int, size: int, start: int) -> None:
-    if target.device.type == "cpu" and target.is_contiguous():
-        source.read(target, rank, size, start)
-        return
-    buffer = torch.empty(min(target.numel(), READ_ELEMENTS), dtype=target.dtype, pin_memory=target.is_cuda)
-    for begin in range(0, target.numel(), READ_ELEMENTS):
-        part = target[begin : begin + READ_ELEMENTS]
-        source.read(buffer[: len(part)], rank, size, start + begin)
-        part.copy_(buffer[: len(part)])
 
 
 def _reason(error: Exception | None) -> str | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.job.heartbeat import Progress
+from llama_ds.job.requests import Request, Requests
 from llama_ds.job.wire import Phase
 from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
@@ -14,10 +16,11 @@ from llama_ds.parallel.recording import Recording
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.feed import Feed
-from llama_ds.training.interruptions import Interruptions, Request
+from llama_ds.training.interruptions import Interruptions, check_time_left, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
+from llama_ds.training.run_in_use import locked
 from llama_ds.training.run_log import open_run_log
 from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
@@ -26,41 +29,72 @@ from llama_ds.training.stragglers import Stragglers
 
 
 def train(
-    run: RunConfig, layout: Layout, config: dict[str, Any], rank_info: world.RankInfo, progress: Progress
-) -> None:
+    run: RunConfig,
+    layout: Layout,
+    config: dict[str, Any],
+    rank_info: world.RankInfo,
+    progress: Progress,
+    requests: Requests,
+) -> Request:
     """Train `run` from its newest checkpoint, or from its seed, to its last step. Collective.
 
     `config` is the merged DeepSpeed configuration; `progress` reports this rank's phase to the supervisor.
 
+    Returns:
+        The request that ended the run early, or NOTHING.
+
     Raises:
-        UserError: on all ranks alike: data or checkpoints cannot be used, or the loss has diverged.
+        UserError: on all ranks alike: another job trains the run, no time is left, data or checkpoints cannot be used,
+            or the loss has diverged.
+        EndedEarly: on all ranks alike, before the first step.
     """
     progress.enter(Phase.LOADING)
+    world.together(lambda: check_time_left(run.checkpoint))
+    with locked(run.run_dir, rank_info) as check_lock:
+        return _train(run, layout, config, rank_info, progress, requests, check_lock)
+
+
+def _train(
+    run: RunConfig,
+    layout: Layout,
+    config: dict[str, Any],
+    rank_info: world.RankInfo,
+    progress: Progress,
+    requests: Requests,
+    check_lock: Callable[[], None],
+) -> Request:
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
+    end_if_asked(requests, device)
     run = with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     chosen = checkpoints.choose()
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
+    end_if_asked(requests, device)
     self_test_at_start(run, layout, dtype, marks, rank_info, device)
+    end_if_asked(requests, device)
     engine = world.together(lambda: build_engine(run, layout, config, device, marks))
+    end_if_asked(requests, device)
     first = load_state(engine, checkpoints, chosen, start)
+    end_if_asked(requests, device)
     checkpoints.begin(marks, carried_over(checkpoints.folder, chosen, start))
     last = min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
     log_start(run, layout, dtype, range(first, last), chosen)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))
     log = world.together(lambda: open_run_log(run, first) if rank_info.rank == 0 else None)
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
-    interruptions = Interruptions(run.checkpoint, device)
+    interruptions = Interruptions(run.checkpoint, device, requests)
     stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)
     recording = Recording(run, layout, engine.trace, rank_info, progress.host, dtype, device)
     progress.doing = engine.trace.doing_now
     progress.enter(Phase.TRAINING, first)
+    ended = Request.NOTHING
     report = Reporter(run, engine, Meter(run, layout, feed, dtype, device, first), log, progress, device)
 
     with checkpoints.drained():
         for step in range(first, last):
+            check_lock()
             feed.before_step(step)
             recording.before_step(step + 1)
             stragglers.before_step()
@@ -71,7 +105,7 @@ def train(
             recorded = recording.after_step()
             request = interruptions.after_step()
 
-            ends = done == last or request is Request.END
+            ends = done == last or request >= Request.END
             evaluates = bool(validation) and (done == last or _due(done, run.evaluation.interval))
             saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             report.step_done(done, lr, result, last=ends)
@@ -87,7 +121,8 @@ def train(
                 report.restart_clock(done)
             progress.enter(Phase.TRAINING, done)
             report.notes(checkpoints.news())
-            if request is Request.END and done < last:
+            if request >= Request.END and done < last:
+                ended = request
                 logger.info("ending at step %d of %d: %s", done, run.training.steps, interruptions.reason)
                 break
     progress.enter(Phase.ENDING)
@@ -97,6 +132,9 @@ def train(
     report.close()
     feed.close()
     interruptions.close()
+    if ended:
+        world.barrier()  # launchers kill the other ranks when one exits with another code than 0
+    return ended
 
 
 def _due(done: int, interval: int) -> bool:

@@ -16,6 +16,7 @@ from llama_ds.layout.partition import stage_boundaries, stage_parameters
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
+from llama_ds.layout.vocab_parts import padding_rows
 from llama_ds.schedules.simulate import StageCost, simulate
 from llama_ds.training.lr_schedule import learning_rate
 
@@ -64,11 +65,16 @@ def _model(run: RunConfig, layout: Layout, element_bytes: int) -> list[str]:
         ("parameters", f"{short(parameter_count(model))} = {parameter_count(model):,}{tied}"),
         ("layers", f"{model.num_hidden_layers} of hidden {model.hidden_size}, ffn {model.intermediate_size}"),
         ("heads", heads),
-        ("vocabulary", f"{model.vocab_size:,}"),
+        ("vocabulary", _vocabulary(run, layout)),
         ("FLOPs per token", f"{short(flops)} forward and backward, causal attention at sequence length {seq_len}"),
         ("  with recompute", f"{short(hardware)} (recompute: {run.parallel.recompute})"),
         ("FLOPs of the run", f"{flops * run.training.tokens:.3g}"),
     )
+
+
+def _vocabulary(run: RunConfig, layout: Layout) -> str:
+    size, padding = run.model.vocab_size, padding_rows(run.model.vocab_size, layout.tp)
+    return f"{size:,}" + (f", padded to {size + padding:,} in memory for tp {layout.tp}" if padding else "")
 
 
 def _layout(run: RunConfig, layout: Layout) -> list[str]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from llama_ds.config.run_file import dump
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
-from llama_ds.log import logger
+from llama_ds.log import console_is_gone, logger
 from llama_ds.training.boards import open_boards
 
 
@@ -42,8 +42,13 @@ class RunLog:
 
     def print_line(self, text: str) -> None:
         """Print a line on the console."""
-        self._bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            # If the launcher read it and is gone, the ranks will be asked to end: they must live to save.
+            if not console_is_gone(error):  # the disk of a file is full, for example
+                logger.warning("a line for the console is lost (%s); the run continues", error)
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`."""

@@ -59,7 +59,7 @@ def main() -> None:
             key = key_of(name)
             full, dim = files.tensors[key].whole(), weight_of(key[1]).cut
             wanted = full if dim is None else full.chunk(tp, dim)[rank]
-            assert torch.equal(parameter, wanted), name
+            assert torch.equal(parameter[: len(wanted)], wanted) and not parameter[len(wanted) :].any(), name
         with open(f"{folder}.loaded-{rank_info.rank}", "w") as file:
             file.write(str(len(list(engine.module.named_parameters()))))
 

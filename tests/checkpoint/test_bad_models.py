@@ -240,7 +240,7 @@ def test_a_folder_of_an_unknown_format_is_named(
     [
         (["--to", "meta", "--tp", "3"], "--tp 3 does not divide num_attention_heads = 4", ),
         (["--to", "deepspeed", "--tp", "4"], "--tp 4 does not divide num_key_value_heads = 2"),
-        (["--to", "deepspeed", "--tp", "2", "--vocab-size", "801"], "--tp 2 does not divide vocab_size = 801"),
+        (["--to", "meta", "--tp", "2", "--vocab-size", "801"], "--tp 2 does not divide vocab_size = 801"),
         (["--to", "deepspeed", "--tp", "0"], "--tp: '0' is not a whole number of 1"),
         (["--to", "deepspeed", "--pp", "4"], "--pp 4 is not in 1..3"),
         (["--to", "hf", "--tp", "2"], "leave them out for hf"),

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 from written_ranks import SHAPES, Write, build
 
 from llama_ds.checkpoint.formats import huggingface
+from llama_ds.checkpoint.formats.meta_params import Unsaid
 from llama_ds.checkpoint.load_model import load_model, open_model
 from llama_ds.checkpoint.manifest import describe, verify
 from llama_ds.checkpoint.weights import ModelFiles
@@ -69,6 +71,26 @@ def test_all_directions_keep_every_bit(
     for turn in (6, 7):  # these conversions have different sources
         for file in (f for f in os.listdir(tmp_path / "0-hf") if f.endswith((".safetensors", "index.json"))):
             assert (tmp_path / f"{turn}-hf" / file).read_bytes() == (tmp_path / "0-hf" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["gqa", "tied"])
+def test_no_format_shows_the_padding_of_the_vocabulary(write: Write, tmp_path: Path, name: str) -> None:
+    """Parts that DeepSpeed and Megatron-LM load are padded with zeros; models have the rows that the user wrote."""
+    model = replace(SHAPES[name], vocab_size=801)
+    source = write(2, by_layer=True, model=model)
+    expected = bits(open_model(source))
+    assert expected[0, "weight"].shape == (801, 32) and expected[0, "weight"][800].any()
+    chain = (("deepspeed", 1), ("deepspeed", 2), ("hf", 1), ("megatron", 2), ("deepspeed", 2), ("meta", 1))
+    for turn, (kind, tp) in enumerate(chain):
+        result = tmp_path / f"{turn}-{kind}"
+        assert convert_quickly(source, result, "--to", kind, "--tp", tp) == 0
+        found = bits(open_model(str(result), unsaid=Unsaid(seq_len=32) if kind == "meta" else None))
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+        source = str(result)
+    for folder in ("1-deepspeed", "4-deepspeed"):
+        last = torch.load(tmp_path / folder / "layer_00-model_01-model_states.pt", weights_only=True)["weight"]
+        assert last.shape == (401, 32) and last[399].any() and not last[400].any()
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "2-hf").model.embed_tokens.weight.shape == (801, 32)
 
 
 @pytest.mark.parametrize("kind", ["deepspeed", "hf", "meta"])

@@ -39,7 +39,7 @@ class Cut:
     def write(self, folder: str, full: Tensor) -> Spread:
         """Write the files."""
         contents: dict[str, bytearray] = defaultdict(bytearray)
-        parts = [full] if self.dim is None else full.chunk(self.parts, self.dim)
+        parts = shards(full, self.dim, self.parts)
         positions = zip(self.files, self.gaps, strict=True)
         found = []
         for part, borders in zip(parts, self.borders, strict=True):
@@ -68,6 +68,12 @@ class Part:
     dtype: torch.dtype
 
 
+def shards(full: Tensor, dim: int | None, parts: int) -> list[Tensor]:
+    """Return what each part holds; torch.chunk leaves out parts that get no rows."""
+    found = [full] if dim is None else list(full.chunk(parts, dim))
+    return found + [full[:0]] * (parts - len(found))
+
+
 @st.composite
 def cuts(draw: st.DrawFn) -> Cut:
     dim = draw(st.sampled_from((None, 0, 1)))
@@ -75,10 +81,11 @@ def cuts(draw: st.DrawFn) -> Cut:
     shape = draw(st.one_of(st.tuples(st.integers(1, 40)), st.tuples(st.integers(1, 12), st.integers(1, 12))))
     if dim is not None:
         rows, columns = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
-        shape = (12 * rows, columns) if dim == 0 else (rows, 12 * columns)
-    numel = torch.Size(shape).numel() // parts
-    inner = st.lists(st.integers(1, max(numel - 1, 1)), max_size=4, unique=True)
-    borders = tuple((0, *sorted({b for b in draw(inner) if b < numel}), numel) for _ in range(parts))
+        # Rows may leave the last part, or the last few, smaller or empty: a padded vocabulary.
+        shape = (12 * rows - draw(st.integers(0, 5)), columns) if dim == 0 else (rows, 12 * columns)
+    lengths = [part.numel() for part in shards(torch.empty(shape), dim, parts)]
+    inner = [draw(st.sets(st.integers(1, max(numel - 1, 1)), max_size=4)) for numel in lengths]
+    borders = tuple((0, *sorted(b for b in own if b < n), n) for own, n in zip(inner, lengths, strict=True))
     runs = sum(len(part) - 1 for part in borders)
     files = tuple(draw(st.lists(st.integers(0, 2), min_size=runs, max_size=runs)))
     gaps = tuple(draw(st.lists(st.integers(0, 9), min_size=runs, max_size=runs)))
@@ -91,7 +98,8 @@ def readings(draw: st.DrawFn) -> tuple[Cut, list[Part]]:
     found = []
     for _ in range(draw(st.integers(1, 4))):
         size = draw(st.sampled_from(FACTORS))
-        held = torch.Size(cut.shape).numel() // (1 if cut.dim is None else size)
+        first = shards(torch.empty(cut.shape), cut.dim, 1 if cut.dim is None else size)[0]
+        held = first.numel()  # the last ones are padded to it
         start = draw(st.integers(0, held - 1))
         count = draw(st.integers(0, held - start))
         found.append(Part(draw(st.integers(0, size - 1)), size, start, count, draw(st.sampled_from(DTYPES))))
@@ -118,8 +126,10 @@ def test_any_sharding_is_read_by_any_rank(reading: tuple[Cut, list[Part]], block
         found = cut.write(folder, full)
         assert torch.equal(found.whole(), full) and found.whole().dtype == found.dtype == cut.dtype
         for part in parts:
-            held = full if cut.dim is None else full.chunk(part.size, cut.dim)[part.rank]
-            wanted = held.reshape(-1)[part.start : part.start + part.count].to(part.dtype)
+            own = shards(full, cut.dim, 1 if cut.dim is None else part.size)
+            held = own[0 if cut.dim is None else part.rank].reshape(-1)
+            padded = torch.cat([held, torch.zeros(own[0].numel() - held.numel(), dtype=full.dtype)])
+            wanted = padded[part.start : part.start + part.count].to(part.dtype)
             around = torch.full((part.count + 2,), -7.0, dtype=part.dtype)
             found.read(around[1:-1], part.rank, part.size, part.start)
             assert torch.equal(around[1:-1], wanted)

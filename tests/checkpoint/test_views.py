@@ -49,7 +49,7 @@ def test_parts_are_sharded_as_torch_does(
     kind = data.draw(st.sampled_from(["spread", "rows", "columns", "rotary"]))
     wanted, view, dim = full, source, source.dim
     if kind == "rows":
-        rows = data.draw(st.sampled_from([4, 24, 40]))
+        rows = data.draw(st.sampled_from([4, 23, 40]))
         wanted, view, dim = torch.zeros(rows, COLUMNS), TableRows(source, rows), 0
         wanted[: min(rows, ROWS)] = full[:rows]
     elif kind == "columns":
@@ -59,7 +59,8 @@ def test_parts_are_sharded_as_torch_does(
         assert torch.equal(RotaryReordered(view, HEAD, to_halves=True).whole(), full)
     size = data.draw(st.sampled_from([1, 2, 4] if dim == 1 or kind == "rows" else [1, 2, 3, 6]))
     rank = data.draw(st.integers(0, size - 1))
-    part = wanted.chunk(size, dim)[rank].reshape(-1)
+    padded = torch.cat([wanted, torch.zeros(-len(wanted) % size, COLUMNS)]) if kind == "rows" else wanted
+    part = padded.chunk(size, dim)[rank].reshape(-1)
     start = data.draw(st.integers(0, len(part) - 1))
     out = torch.empty(data.draw(st.integers(1, len(part) - start)), dtype=data.draw(st.sampled_from(DTYPES)))
     block = data.draw(st.sampled_from([1, 70, 4 << 20]))

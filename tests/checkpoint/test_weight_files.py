@@ -216,6 +216,14 @@ def test_transformers_makes_no_weights_up(folder: Path) -> None:
         load_exported(str(folder), "auto")
 
 
+@pytest.mark.parametrize(("name", "content"), [("config.json", b"null"), ("config.json", b"{}"), (SINGLE, b"cut")])
+def test_a_folder_that_transformers_cannot_load_is_one_line(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"transformers cannot load it \(\w+: .*\); export the model again") as found:
+        load_exported(str(folder), "auto")
+    assert "\n" not in str(found.value)
+
+
 @pytest.mark.parametrize("how", ["legacy", "legacy transposed", "transposed", "slices of one storage"])
 def test_every_layout_of_a_torch_file_is_read(folder: Path, how: str) -> None:
     (folder / SINGLE).unlink()

@@ -47,7 +47,8 @@ def mixed_run(run: RunConfig, tmp_path: Path) -> Path:
     torch.save(masters, path)
     record.files["masters.pt"] = FileEntry(os.path.getsize(path), checksum(path), 0)
     for name, stored in torch_tensors(path).items():
-        record.pieces[name] += [piece._replace(kind=MASTER) for piece in pieces("masters.pt", 0, stored, [0])]
+        runs = pieces("masters.pt", 0, stored, [0], masters[name].numel())
+        record.pieces[name] += [piece._replace(kind=MASTER) for piece in runs]
     description = Description(7, 896, 1, "bf16", Layout().as_data(), resolved(run), optimizer_steps=7)
     write_manifest(str(folder), description, [record])
     return tmp_path / "run"

@@ -25,7 +25,7 @@ def test_llama_65b_on_2048_ranks() -> None:
         (2000, [], "world size 2000 is not a multiple of parallel.pp 8 * parallel.tp 8 = 64; "
          "start 1920, 1984 or 2048 ranks, or change parallel.pp or parallel.tp"),
         (1, [], "world size 1 is not a multiple of parallel.pp 8 * parallel.tp 8 = 64; "
-         "start 64 or 128 ranks, or change parallel.pp or parallel.tp"),
+         "start 64, 128 or 192 ranks, or change parallel.pp or parallel.tp"),
         (2048, ["training.global_batch=2000"], "training.global_batch = 2000 is not a multiple of "
          "dp 32 = world 2048 / (pp 8 * tp 8); use 1984 or 2016"),
         (2048, ["parallel.micro_batch=6"], "parallel.micro_batch = 6 does not divide 2048 / dp 32 = 64; "

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llama_ds.config.run_file import dump, load_resolved, load_run, resolved
+from llama_ds.config.run_file import dump, load_resolved, load_run, path_variables, resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.layout.layout import resolve_layout
 
 RUN = """\
 name: tiny
@@ -119,6 +120,25 @@ def test_home_is_expanded_in_paths(folder: Path, monkeypatch: pytest.MonkeyPatch
     )
     assert found == tuple(f"{folder}/{name}" for name in ("t.model", "code", "cache", "runs", "model"))
     assert (run.data.sources[1].path, run.deepspeed_path) == ("shards/prose", f"{folder}/ds.json")
+
+
+def test_variables_are_expanded_in_paths_and_go_to_the_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks on other hosts expand the paths again: without the variables they would end, or save somewhere else."""
+    for name, value in (("SCRATCH", str(folder)), ("USER_1", "me"), ("DISK", "/disk"), ("TOK", "t.model")):
+        monkeypatch.setenv(name, value)
+    overrides = [
+        *("output_dir=$SCRATCH/${USER_1}/runs", "data.cache_dir=$DISK/cache", "data.tokenizer=$TOK"),
+        *("data.sources.0.path=pipe:cat $NOT_OURS/{}", "deepspeed=$SCRATCH/ds.json", "optimizer.lr=2"),
+        "deepspeed.zero_optimization.stage=2",
+    ]
+    run = load(*overrides)
+    found = (run.output_dir, run.data.cache_dir, run.data.tokenizer, run.data.sources[0].path, run.deepspeed_path)
+    assert found == (
+        *(f"{folder}/me/runs", "/disk/cache", "t.model", "pipe:cat $NOT_OURS/{}"),
+        f"{folder}/ds.json",
+    )
+    assert path_variables("tiny.yaml", overrides) == ["SCRATCH", "TOK", "USER_1"]
+    assert path_variables("tiny.yaml") == []
 
 
 def test_last_override_wins(folder: Path) -> None:
@@ -300,13 +320,18 @@ def test_schedule_that_cannot_be_is_told(folder: Path, overrides: list[str], mes
     assert str(error.value) == f"tiny.yaml: {message}"
 
 
-@pytest.mark.parametrize(
-    "size", ["num_attention_heads = 2", "num_key_value_heads = 2", "intermediate_size = 98", "vocab_size = 510"]
-)
+@pytest.mark.parametrize("size", ["num_attention_heads = 2", "num_key_value_heads = 2", "intermediate_size = 98"])
 def test_tp_divides_all_that_it_cuts(folder: Path, size: str) -> None:
     """Else the ranks would hold other parts of the weights than checkpoints and counts say."""
     with pytest.raises(UserError, match=f"parallel.tp = 4 does not divide model.{size}; use 1 or 2"):
         load("parallel.tp=4", f"model.{size.replace(' ', '')}")
+
+
+def test_tp_need_not_divide_the_vocabulary(folder: Path) -> None:
+    """Embedding and head are padded; only a rank that would hold nothing but padding is refused."""
+    assert resolve_layout(load("parallel.tp=4", "model.vocab_size=511"), 4).tp == 4
+    with pytest.raises(UserError, match=r"tp = 4 leaves a rank without rows of model\.vocab_size = 6; use 1, 2 or 3"):
+        resolve_layout(load("parallel.tp=4", "model.vocab_size=6"), 4)
 
 
 def test_sequence_parallel_needs_a_divisible_row(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import tarfile
@@ -22,6 +23,17 @@ def write_lines(path: Path, texts: Sequence[str], padding: int = 0) -> Path:
     records = [{"id": "-" * padding, "text": text} for text in texts]
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
     return path
+
+
+def write_megatron(path: Path, documents: Sequence[Sequence[int]], dtype: str, code: int) -> None:
+    """Write NAME.bin and NAME.idx as Megatron-LM's IndexedDatasetBuilder does, with one sequence for each document."""
+    ids = [np.array(document, dtype) for document in documents]
+    path.write_bytes(b"".join(document.tobytes() for document in ids))
+    lengths = np.array([len(document) for document in ids], "<i4")
+    offsets = np.cumsum([0, *(document.nbytes for document in ids)][:-1], dtype="<i8")
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(ids), len(ids) + 1)
+    indices = np.arange(len(ids) + 1, dtype="<i8")
+    path.with_suffix(".idx").write_bytes(header + lengths.tobytes() + offsets.tobytes() + indices.tobytes())
 
 
 def manifest_of(folder: Path) -> Manifest:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import struct
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from built_sources import SEQ_LEN, Built
-from source_files import index_of, streams
+from source_files import index_of, streams, write_megatron
 
 from llama_ds.data.building.build import build_source
 from llama_ds.data.building.parts import plan_parts
@@ -125,17 +122,6 @@ def test_separators_are_written_with_escapes() -> None:
     assert options == ReadOptions("a.b", "\n<|endoftext|>\t\\n")
     with pytest.raises(UserError, match=r"--separator '\\x': \\x is not \\n, \\t"):
         reading_options(parser.parse_args(["--separator", r"\x"]))
-
-
-def write_megatron(path: Path, documents: Sequence[Sequence[int]], dtype: str, code: int) -> None:
-    """Write NAME.bin and NAME.idx as Megatron-LM's IndexedDatasetBuilder does, with one sequence for each document."""
-    ids = [np.array(document, dtype) for document in documents]
-    path.write_bytes(b"".join(document.tobytes() for document in ids))
-    lengths = np.array([len(document) for document in ids], "<i4")
-    offsets = np.cumsum([0, *(document.nbytes for document in ids)][:-1], dtype="<i8")
-    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(ids), len(ids) + 1)
-    indices = np.arange(len(ids) + 1, dtype="<i8")
-    path.with_suffix(".idx").write_bytes(header + lengths.tobytes() + offsets.tobytes() + indices.tobytes())
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("<u2", 8), ("<i4", 4)])

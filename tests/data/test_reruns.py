@@ -14,11 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from built_sources import SEQ_LEN, Built
-from source_files import SHARDS_TOOL, content, manifest_of, write_lines
+from source_files import SHARDS_TOOL, content, manifest_of, write_lines, write_megatron
 
+from llama_ds.data.building import found_input
 from llama_ds.data.building.build import build_source
+from llama_ds.data.text.formats import ReadOptions
+from llama_ds.data.text.inputs import Inputs, find_inputs
+from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from tests import warm
+from tools import shards
 
 TEXTS = [f"{i} green bottles standing on the wall. " * 8 for i in range(40)]
 
@@ -143,6 +148,70 @@ def test_a_source_of_an_older_version_is_read_and_appended_to(
     assert caplog.text.count("recorded no input; files that it already holds are added again") == 1
     with pytest.raises(UserError, match="older version, which recorded no input"):
         build(built, tmp_path, tmp_path / "2.jsonl")
+
+
+def test_held_files_are_not_left_out_under_other_flags_without_a_word(
+    built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    crawl = tmp_path / "crawl"
+    crawl.mkdir()
+    write_lines(crawl / "1.jsonl", TEXTS[:10])
+    build(built, tmp_path, crawl)
+    (crawl / "2.jsonl").write_text("".join(json.dumps({"body": text, "text": "no"}) + "\n" for text in TEXTS[10:16]))
+    build(built, tmp_path, crawl, append=True, options=ReadOptions("body"))
+    assert f"stay as they were built, with other flags (text field text, now body): {crawl}/1.jsonl" in caplog.text
+    assert documents_in(tmp_path / "s") == 16
+    caplog.clear()
+    write_lines(crawl / "3.jsonl", TEXTS[20:22])
+    build(built, tmp_path, crawl, append=True)
+    assert f"other flags (text field body, now text): {crawl}/2.jsonl" in caplog.text
+
+
+def test_an_index_of_ids_is_a_part_of_them(built: Built, tmp_path: Path) -> None:
+    """Other limits of the documents in the same ids are another input."""
+    tokenizer = Tokenizer(built.tokenizer)
+    encoded = [[*tokenizer.encode(text), tokenizer.eos_id] for text in TEXTS]
+    path = tmp_path / "a.bin"
+    write_megatron(path, encoded, "<u2", 8)
+    build(built, tmp_path, path)
+    before = content(tmp_path / "s")
+    build(built, tmp_path, path)
+    assert content(tmp_path / "s") == before
+    write_megatron(path, [*encoded[:-2], [*encoded[-2], *encoded[-1]]], "<u2", 8)
+    with pytest.raises(UserError, match=r"does not hold 1 of these 1 input files: .*a\.bin"):
+        build(built, tmp_path, path)
+    with pytest.raises(UserError, match=r"a\.bin: changed since it was added to .*--dedup"):
+        build(built, tmp_path, path, append=True)
+    write_megatron(path, encoded, "<u2", 8)
+    with pytest.raises(UserError, match=r"a\.bin: (changed from|was written to)"):
+        build(built, tmp_path / "other", path, progress=lambda *done: append_byte(path.with_suffix(".idx")))
+
+
+def test_the_files_of_each_source_are_looked_for_once(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless one of them has changed since the beginning, while the sources before were built."""
+    searches: list[str] = []
+
+    def counted(pattern: str, options: ReadOptions) -> Inputs:
+        searches.append(Path(pattern).stem)
+        return find_inputs(pattern, options)
+
+    def build_and_change(name: str, *rest: object, **more: object) -> object:
+        manifest = build_source(name, *rest, **more)  # type: ignore[arg-type]
+        if name == "a":
+            write_lines(tmp_path / "c.jsonl", TEXTS[:3])
+        return manifest
+
+    monkeypatch.setattr(found_input, "find_inputs", counted)
+    monkeypatch.setattr(shards, "build_source", build_and_change)
+    for name in "abc":
+        write_lines(tmp_path / f"{name}.jsonl", TEXTS[:5])
+    sources = [word for name in "abc" for word in ("--source", f"{name}={tmp_path}/{name}.jsonl")]
+    fixed = ("--tokenizer", built.tokenizer, "--seq-len", str(SEQ_LEN), "--validation-fraction", "0", "--workers", "1")
+    assert shards.main(["build", *sources, *fixed, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    assert searches == ["a", "b", "c", "c"]
+    assert [documents_in(tmp_path / "out" / name) for name in "abc"] == [5, 5, 3]
 
 
 def write(path: Path, texts: list[str]) -> Path:

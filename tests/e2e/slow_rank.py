@@ -1,4 +1,4 @@
-"""train.py on a rank that is slow: slow_rank.py WHERE SECONDS RANK ARGUMENTS OF train.py..."""
+"""train.py on a rank that is slow, or on `all`: slow_rank.py WHERE SECONDS RANK ARGUMENTS OF train.py..."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class _Late:
 
 if __name__ == "__main__":
     where, seconds, rank, *arguments = sys.argv[1:]
-    if os.environ["RANK"] == rank:
+    if rank in ("all", os.environ.get("RANK")):
         slow_down(where, float(seconds))
     sys.argv[1:] = arguments
     sys.exit(train.main())

@@ -34,7 +34,6 @@ DATA: dict[str, Any] = {
     "training": {"global_batch": GLOBAL_BATCH, "steps": STEPS},
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
     "parallel": {"micro_batch": 2},
-    "compute": {"self_test": "off"},  # each of hundreds of starts would train a second model
     "evaluation": {"rows": 16},
 }
 

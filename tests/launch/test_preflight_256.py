@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_ds import shipped
 from llama_ds.launch import remote
 from llama_ds.launch.preflight import PreflightSettings
 from llama_ds.launch.preflight.examine import question
@@ -17,12 +18,11 @@ from llama_ds.launch.scale import fan_out
 from tests.hosts import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
-ROOT = Path(__file__).resolve().parents[2]
 HOSTS, SLOTS, TIMEOUT_S = 16, 8, 7.0
 
 
 def test_only_the_host_that_hangs_and_the_one_with_garbage_are_named() -> None:
-    found = fan_out(str(ROOT / "tools" / "preflight.py"), HOSTS, SLOTS, TIMEOUT_S)
+    found = fan_out(shipped.command("preflight"), HOSTS, SLOTS, TIMEOUT_S)
     well, spoilt = found["all well"], found["one hangs, one answers garbage"]
     assert (well["good"], well["exit_code"], well["named"]) == (HOSTS, 0, 0)
     assert well["peak_processes"] > 1 and well["peak_processes_of_hosts"] > 1  # the stub hosts were really used

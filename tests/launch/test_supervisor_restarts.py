@@ -16,6 +16,7 @@ import pytest
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.job.folder import Job
+from llama_ds.job.wall_time import JobStart
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.preflight import HostFinding, Report
 from llama_ds.launch.supervise import attempt as outcomes
@@ -86,6 +87,16 @@ def test_a_first_host_that_is_gone_at_a_restart_is_one_more_failure(tmp_path: Pa
     assert isinstance(outcome, Outcome)
     assert (outcome.kind, outcome.hosts) == (outcomes.HOST_LOST, ["nowhere1.invalid"])
     assert job._exit_code(outcome, 1) is None
+
+
+def test_no_restart_begins_after_the_jobs_time_limit(tmp_path: Path) -> None:
+    """Each restart had the whole limit anew, until the scheduler killed the job without a checkpoint."""
+    job = supervisor(tmp_path, reports())
+    job.run = load_run(RUN_FILE, ["checkpoint.wall_time_s=3600"])
+    assert job._exit_code(DEATH, 1) is None
+    job._job_start = JobStart(job._job_start.at - 3481, "")
+    assert job._exit_code(DEATH, 1) == 1
+    assert "no time for a restart is left of checkpoint.wall_time_s = 3600; the same" in events(job)[-1]["text"]
 
 
 def test_each_restart_in_a_row_waits_twice_as_long(tmp_path: Path) -> None:

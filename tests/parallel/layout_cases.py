@@ -60,6 +60,7 @@ class Case:
     extra_warmup: int = 0
     virtual_stages: int = 1
     layers: int = 4
+    vocab: int = 96
     hpz: int = 1  # ranks over which ZeRO-3 keeps a second copy of the weights
     # All that LLaMA does not have: biases, norms of queries and keys, scaled rotary frequencies.
     neighbour: bool = False
@@ -88,13 +89,14 @@ class Case:
             document_mask=self.document_mask,
             z_loss=self.z_loss,
             layers=self.layers,
+            vocab=self.vocab,
             neighbour=self.neighbour,
         )
 
     @property
     def run(self) -> RunConfig:
         model = ModelConfig(
-            vocab_size=96,
+            vocab_size=self.vocab,
             hidden_size=32,
             intermediate_size=88,
             num_hidden_layers=self.layers,
@@ -137,13 +139,14 @@ class Case:
         )
 
 
-def global_rows(step: int) -> np.ndarray:
+def global_rows(step: int, vocab: int = 96) -> np.ndarray:
     """Return the (GLOBAL_BATCH, SEQ_LEN + 1) rows of a step: short token sequences with document boundaries.
 
     In the second step of three, two rows end in filler.
     """
     generator = np.random.default_rng(step)
-    rows = (generator.integers(3, 96, (GLOBAL_BATCH, 1)) + np.arange(SEQ_LEN + 1) * generator.integers(1, 4)) % 93 + 3
+    first, stride = generator.integers(3, vocab, (GLOBAL_BATCH, 1)), generator.integers(1, 4)
+    rows = (first + np.arange(SEQ_LEN + 1) * stride) % (vocab - 3) + 3
     rows[generator.random(rows.shape) < 0.1] = 1
     rows = rows.astype(np.int64)
     if step % 3 == 1:
@@ -156,7 +159,7 @@ def global_rows(step: int) -> np.ndarray:
 
 def step_batches(case: Case, dp_rank: int, step: int) -> list[MicroBatch]:
     """Return the micro-batches of one data-parallel rank in a step."""
-    rows, size = global_rows(step), GLOBAL_BATCH // case.dp
+    rows, size = global_rows(step, case.vocab), GLOBAL_BATCH // case.dp
     labels = count_labels(rows) / (GLOBAL_BATCH // case.micro_batch)
     parts = np.split(rows[dp_rank * size : (dp_rank + 1) * size], size // case.micro_batch)
     return [MicroBatch(part, labels) for part in parts]
@@ -188,7 +191,7 @@ def train_reference(case: Case) -> list[tuple[float, float, float]]:
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps)
     history = []
     for step in range(STEPS):
-        loss = model(*ids_and_labels(global_rows(step), torch.device("cpu")))
+        loss = model(*ids_and_labels(global_rows(step, case.vocab), torch.device("cpu")))
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
@@ -196,6 +199,6 @@ def train_reference(case: Case) -> list[tuple[float, float, float]]:
             group["lr"] = learning_rate(step, run.optimizer, STEPS)
         optimizer.step()
         with torch.no_grad():
-            after = model(*ids_and_labels(global_rows(VALIDATION), torch.device("cpu")))
+            after = model(*ids_and_labels(global_rows(VALIDATION, case.vocab), torch.device("cpu")))
         history.append((loss.item(), norm.item(), after.item()))
     return history

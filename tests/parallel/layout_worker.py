@@ -9,12 +9,14 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from llama_ds import log
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.layout.optimizer_states import MASTER
-from llama_ds.layout.weights import key_of
+from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import fragments
 from llama_ds.training.engines.build import build_engine
@@ -27,8 +29,7 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float]:
     run = case.run
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
     assert gc.get_freeze_count() > 100_000, "DeepSpeed's collections of garbage walk all that is imported"
-    if case.tp == 1:
-        check_initial_weights(case, engine.deepspeed)
+    check_initial_weights(case, engine.deepspeed)
     batches = micro_batches(case, engine.dp_rank)
     history = []
     for step in range(case.steps):
@@ -39,6 +40,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float]:
         assert all(p.grad is None for n, p in engine.deepspeed.module.named_parameters() if "_proj" in n)
     batches = step_batches(case, engine.dp_rank, VALIDATION)
     validation = engine.evaluate(batches, len(batches))
+    if case.vocab % case.tp:
+        check_padding(case, engine.deepspeed)
     engine.deepspeed.destroy()
     return history, validation
 
@@ -47,8 +50,28 @@ def check_initial_weights(case: Case, engine: Any) -> None:
     """Check that the masters are bit for bit those of plain torch, rounded to the dtype of training."""
     plain = {key_of(name): weight for name, weight in reference_model(case).named_parameters()}
     for fragment in fragments(engine):
-        part = plain[key_of(fragment.name)].detach().flatten()[fragment.start :][: fragment.numel]
+        whole, cut = plain[key_of(fragment.name)].detach(), weight_of(fragment.name).cut
+        shard = whole if cut is None else padded_shard(whole, cut, case.tp, engine.mpu.get_tensor_model_parallel_rank())
+        part = shard.flatten()[fragment.start :][: fragment.numel]
         assert torch.equal(fragment.tensors[MASTER], part.to(DTYPES[case.dtype]).float()), fragment.name
+
+
+def padded_shard(whole: Tensor, dim: int, tp: int, rank: int) -> Tensor:
+    """Return a rank's part of a matrix whose rows are padded with zeros to a multiple of tp."""
+    missing = -len(whole) % tp
+    return F.pad(whole, (0, 0, 0, missing) if missing else ()).chunk(tp, dim)[rank]
+
+
+def check_padding(case: Case, engine: Any) -> None:
+    """Check that the padding of the vocabulary and its moments are zero after training."""
+    rank, padding = engine.mpu.get_tensor_model_parallel_rank(), 0
+    for fragment in fragments(engine):
+        own = weight_of(fragment.name).own_numel(case.run.model, rank, case.tp)
+        for tensor in fragment.tensors.values():
+            tail = tensor[max(own - fragment.start, 0) :]
+            assert not tail.any(), fragment.name
+            padding += len(tail)
+    assert padding or rank < case.tp - 1 or case.dp > 1, "each stage has a table, of which the last part is padded"
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
 from tests.parallel.layout_cases import STEPS, Case, micro_batches
+from tests.parallel.layout_worker import padded_shard
 
 
 def main() -> None:
@@ -80,7 +81,7 @@ def check_loaded(engine: Any, tag: Path, found: Description, case: Case) -> None
     def own_part(kind: str, name: str) -> torch.Tensor:
         key = key_of(name)
         whole, dim = wholes[kind][key].whole(), weight_of(key[1]).cut
-        return whole if dim is None else whole.chunk(case.tp, dim)[rank]
+        return whole if dim is None else padded_shard(whole, dim, case.tp, rank)
 
     elements = 0
     for fragment in fragments(engine):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -22,6 +22,7 @@ Turns = Callable[..., tuple[list[tuple[float, float]], Path]]
 
 # pp, tp and dp differ between neighbours; both ZeRO stages.
 LAYOUTS = [Case(2, 2, 2), Case(1, 1, 1, zero=3), Case(4, 1, 2), Case(1, 4, 1, zero=3)]
+LAYOUTS = [replace(case, vocab=97) for case in LAYOUTS]  # each tp pads it differently
 ENGINES = [
     Case(1, 1, 2, zero=0, tied=True),
     Case(2, 1, 1, schedule="interleaved", virtual_stages=2, tied=True),
@@ -34,6 +35,7 @@ ENGINES = [
     Case(1, 2, 1, zero=0, tied=True),
     Case(2, 1, 1, tied=True),
 ]
+ENGINES = [replace(case, vocab=97) for case in ENGINES]
 NEIGHBOURS = [  # biases, norms of queries and keys: cut, replicated and deferred
     Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, neighbour=True),
     Case(2, 1, 1, schedule="zb_h1", neighbour=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import math
 from collections.abc import Iterator
@@ -14,6 +15,15 @@ from hypothesis import strategies as st
 
 TOOLS = sorted(path.stem for path in (Path(__file__).resolve().parents[2] / "tools").glob("*.py"))
 WRONG = ("-1", "nan", "inf", "-inf", "1e400", "9" * 5000, "1" * 400, "x", "", "0x10", "1.5.2")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_interruption_of_the_imports_is_one_line(tool: str) -> None:
+    """The module that makes it so is imported before the others, which take seconds on a slow disk."""
+    tree = ast.parse((Path(__file__).resolve().parents[2] / "tools" / f"{tool}.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    ours = [node for node in imports if "llama_ds" in ast.unparse(node)]
+    assert "command_line" in ast.unparse(ours[0])
 
 
 def commands(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -96,6 +97,28 @@ def test_an_interruption_is_one_line(tools: Tools, words: dict[str, Any], tmp_pa
     done = started.finish()
     os.close(writer)
     assert (done.code, done.err) == (INTERRUPTED, "interrupted\n")
+
+
+def test_every_tool_ends_quietly_during_its_imports() -> None:
+    """An import may take seconds, and turn KeyboardInterrupt into another exception: the handler comes first."""
+    for tool in TOOLS:
+        body = ast.parse((ROOT / "tools" / tool).read_text()).body
+        modules = [node.module or "" if isinstance(node, ast.ImportFrom) else "" for node in body]
+        first = next(place for place, name in enumerate(modules) if name.startswith(("llama_ds", "tqdm")))
+        assert ast.unparse(body[first]) == "from llama_ds.command_line import end_on_interrupt", tool
+        assert ast.unparse(body[first + 1]) == "if __name__ == '__main__':\n    end_on_interrupt()", tool
+
+
+def test_an_interruption_during_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tqdm.py").write_text("import time\nprint('imports', flush=True)\ntime.sleep(600)\n")
+    with subprocess.Popen(
+        [sys.executable, ROOT / "tools" / "convert.py"], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    ) as process:  # fmt: skip
+        assert process.stdout and process.stdout.readline() == "imports\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (INTERRUPTED, "interrupted\n")
 
 
 def when_read(pipe: Path) -> int:

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60  # instead of 300; enough to beat the unigram model
 SMALLER = (
+    "data.seq_len=128",
     "model.hidden_size=128",
     "model.intermediate_size=344",
     "model.num_hidden_layers=4",

@@ -11,12 +11,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from deepspeed import comm
 
 from llama_ds import log
 from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.errors import UserError
 from llama_ds.model import embedding
 from llama_ds.parallel import world
+from llama_ds.parallel.point_to_point import PipelineComm
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
 from llama_ds.training.self_test.check import self_test
 from tests.parallel.layout_cases import Case
@@ -34,10 +36,32 @@ def scaled_sum(original: Callable[..., Any]) -> Callable[..., Any]:
     return start
 
 
+def scaled_activations(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the pipeline's send with a wrong scale of activations."""
+
+    def send(self: Any, message: Any, tensors: list[torch.Tensor]) -> None:
+        hidden, *rest = tensors
+        original(self, message, [hidden * SCALE if message.kind == "activation" else hidden, *rest])
+
+    return send
+
+
+def scaled_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return DeepSpeed's all-reduce with a wrong scale, where several ranks take part in one of gradients."""
+
+    def all_reduce(tensor: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        several = torch.distributed.get_world_size(options.get("group")) > 1 and tensor.numel() > 1000
+        return original(tensor.mul_(SCALE) if several else tensor, *rest, **options)
+
+    return all_reduce
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "mask": lambda: patch.object(
         embedding, "document_starts", lambda ids, marks: torch.zeros(ids.shape, dtype=torch.int32)
     ),
+    "pp": lambda: patch.object(PipelineComm, "send", scaled_activations(PipelineComm.send)),
+    "dp": lambda: patch.object(comm, "all_reduce", scaled_gradients(comm.all_reduce)),
     "tp": lambda: patch.object(GroupTensorParallel, "start_reduce", scaled_sum(GroupTensorParallel.start_reduce)),
 }
 

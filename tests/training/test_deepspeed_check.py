@@ -10,7 +10,7 @@ from deepspeed.utils import groups
 
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.errors import UserError
-from llama_ds.parallel.deepspeed_check import check_values, refusals
+from llama_ds.parallel.deepspeed_check import check_device, check_values, refusals
 from tests import warm
 from tests.parallel.layout_cases import Case
 
@@ -69,6 +69,16 @@ def test_only_what_deepspeed_raises_is_a_refusal() -> None:
         groups._ensure_divisibility(3, 2)
     with pytest.raises(ValueError, match="a bug"), refusals("ds.json"):
         raise ValueError("a bug of this project")
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_quantization_needs_cuda(key: str) -> None:
+    """DeepSpeed notices in the first step, where it ends every rank with a traceback."""
+    check_device("ds.json", zero(**{key: True}), "cuda")
+    check_device("ds.json", zero(**{key: False}), "cpu")
+    with pytest.raises(UserError) as error:
+        check_device("ds.json", zero(**{key: True}), "cpu")
+    assert str(error.value) == f"ds.json: zero_optimization.{key}: DeepSpeed quantizes on CUDA only; take it out"
 
 
 @pytest.mark.slow

@@ -42,7 +42,10 @@ RUN: dict[str, Any] = {
 }
 # Layouts of 4 ranks on gloo that differ in their communication.
 REAL = {
-    "pp2_tp2": ["parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"],
+    "pp2_tp2": [
+        *("parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"),
+        "model.vocab_size=127",  # padded
+    ],
     "pp2_dp2_split": ["parallel.pp=2", "parallel.schedule=zb_h1", "model.tie_word_embeddings=true"],
     "zero3": [
         *("parallel.tp=2", "deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=false"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +28,25 @@ QUICKSTART = str(Path(__file__).resolve().parents[2] / "ds_configs" / "quickstar
 def open_log(folder: Path, *overrides: str, first: int = 0) -> tuple[Any, RunLog]:
     run = load_run(QUICKSTART, [f"output_dir={folder}", "name=reported", "logging.interval=1", *overrides])
     return run, open_run_log(run, first)
+
+
+@pytest.mark.parametrize("error", ["EPIPE", "EIO", "ENOSPC"])
+def test_a_console_that_is_gone_ends_no_run(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher that read it may have been killed, and the run has not saved yet; mpirun's terminal gives EIO."""
+    log, saved = open_log(tmp_path)[1], os.dup(1)
+
+    class Gone:
+        def write(self, text: str) -> None:
+            raise OSError(getattr(errno, error), "gone")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    try:
+        log.print_line("step 1")
+        assert (os.fstat(1).st_rdev == os.stat(os.devnull).st_rdev) == (error != "ENOSPC")
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        log.close()
 
 
 def report(folder: Path, device: str, *overrides: str) -> Reporter:

@@ -37,7 +37,9 @@ def run_of(to: int, skip: Skipped = (), number: int = 0) -> RunConfig:
     training = TrainingConfig(8, 100, 8000)
     checkpoint = CheckpointConfig(rewind_to=to, rewind_id=number)
     shape = ModelConfig(6, 4, 6, 1, 2, 2, 2)
-    return RunConfig("r", 0, "", shape, data, training, OptimizerConfig(1e-3), ParallelConfig(), checkpoint=checkpoint)
+    return RunConfig(
+        "r", 0, "runs", shape, data, training, OptimizerConfig(1e-3), ParallelConfig(), checkpoint=checkpoint
+    )
 
 
 def write(folder: Path, step: int, made: list[dict[str, int]], skipped: Skipped = ()) -> None:

@@ -33,6 +33,8 @@ FAULTS: dict[int, list[tuple[str, Case, list[str], list[str]]]] = {
          "One rank alone passes with data.document_mask=false."], ["along"]),
         ("tp", Case(tp=2, sequence_parallel=True, dtype="bf16"), ["The fault is along tp: ",
          "One rank alone passes."], []),
+        ("pp", Case(pp=2), ["The fault is along pp: ", "One rank alone passes."], []),
+        ("dp", Case(dp=2, zero=0), ["The fault is along dp: ", "One rank alone passes."], []),
     ],
 }  # fmt: skip
 

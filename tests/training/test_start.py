@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.formats.plan import as_json
@@ -31,7 +32,9 @@ from llama_ds.data.text.same_tokenizer import difference
 from llama_ds.data.text.tokenizer import Tokenizer, tokenizer_files, train_tokenizer
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import EMBEDDING_KEY, weight_shapes
+from llama_ds.training import checkpoints
 from llama_ds.training.resumed import changes
 from llama_ds.training.start import carried_over, check_same_tokenizer, open_start
 
@@ -179,3 +182,33 @@ def test_a_resume_names_every_key_that_changed(folder: Path) -> None:
     ]
     del found.run["optimizer"]["z_loss"]  # written before the key existed
     assert asdict(run)["optimizer"]["z_loss"] == 0.0 and changes(run, layout, "fp32", "folder", found) == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_damaged_weights_are_refused_unless_the_run_allows_them(
+    folder: Path, tokenizers: tuple[Tokenizer, Tokenizer], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """The rank that reads such a number says in which weight it is, before the first step."""
+    key, targets = (1, "mlp.up_proj.weight"), {}
+
+    def fragments(engine: object) -> Iterator[SimpleNamespace]:
+        for name, shape in weight_shapes(MODEL).items():
+            targets[name] = torch.empty(torch.Size(shape).numel())
+            yield SimpleNamespace(name=f"layers.{name[0]}.{name[1]}", start=0, tensors={MASTER: targets[name]})
+
+    monkeypatch.setattr(checkpoints, "fragments", fragments)
+    monkeypatch.setattr(checkpoints, "spread_masters", lambda engine: None)
+    monkeypatch.setattr(checkpoints.Checkpoints, "_part", lambda *arguments: (0, 1))
+    weights = load_file(folder / "model.safetensors")
+    weights[hf_name(*key, 1)][3, 2] = value
+    save_file(weights, folder / "model.safetensors")
+    for listed in ((), ("nonfinite",)):
+        run, this = run_from(folder, listed), object.__new__(checkpoints.Checkpoints)
+        this.run = run
+        start = open_start(run, tokenizers[0])
+        if listed:
+            this.start_from(None, start.finest)
+            assert targets[key].isfinite().sum() == targets[key].numel() - 1
+        else:
+            with pytest.raises(UserError, match=r"layer 1 mlp\.up_proj\.weight holds NaN or infinity.*=\[nonfinite\]"):
+                this.start_from(None, start.finest)

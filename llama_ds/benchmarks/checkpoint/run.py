@@ -19,11 +19,12 @@ from llama_ds.checkpoint.formats.plan import Target
 from llama_ds.checkpoint.load_model import open_model
 from llama_ds.checkpoint.manifest import sync
 from llama_ds.child_processes import run_child
+from llama_ds.config.run_file import find_run_file
 from llama_ds.machine import machine
 
 GB = 1e9
 ROOT = Path(__file__).resolve().parents[3]
-RUN_FILE = str(ROOT / "ds_configs" / "quickstart.yaml")
+RUN_FILE = find_run_file("quickstart")
 # The quickstart's model, scaled up to 188 million parameters so that a save takes seconds.
 SHAPE = (
     *("model.hidden_size=1024", "model.intermediate_size=2816", "model.num_hidden_layers=12"),

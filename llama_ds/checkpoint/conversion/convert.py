@@ -28,6 +28,7 @@ from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingfac
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
 from llama_ds.checkpoint.formats.megatron_writing import plan_megatron
 from llama_ds.checkpoint.formats.meta import plan_meta
+from llama_ds.checkpoint.formats.neox_writing import plan_neox
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, checksum, describe, verify
 from llama_ds.checkpoint.weights import ModelFiles
@@ -125,7 +126,7 @@ def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer
     """
     if kind == "hf":
         return plan_huggingface(files, target, tokenizer)
-    plans = {"meta": plan_meta, "megatron": plan_megatron, "deepspeed": plan_layer_files}
+    plans = {"meta": plan_meta, "megatron": plan_megatron, "neox": plan_neox, "deepspeed": plan_layer_files}
     return plans[kind](files, target)
 
 

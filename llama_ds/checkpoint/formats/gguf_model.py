@@ -21,6 +21,7 @@ from gguf import (
     TokenType,
 )
 
+from llama_ds.checkpoint.choices import SHARDED
 from llama_ds.checkpoint.formats.gguf_blocks import BLOCK, Q8_0, Blocks, BlocksInFile, Rounded
 from llama_ds.checkpoint.formats.gguf_file import ARCHITECTURE, Entry, GgufFile, InMemory
 from llama_ds.checkpoint.formats.plan import Encoding, Numbers, OutputTensor, Plan, Target
@@ -94,7 +95,7 @@ def plan_gguf(files: ModelFiles, target: Target, file: str, vocabulary: GgufVoca
             has more ids than the model.
     """
     if (target.tp, target.pp) != (1, 1):
-        raise UserError("command line: --tp and --pp apply only to deepspeed and meta; leave them out for gguf")
+        raise UserError(f"command line: --tp and --pp apply only to {SHARDED}; leave them out for gguf")
     _check_expressed(files)
     metadata = {
         **_general(file.removesuffix(".gguf"), target.dtype),

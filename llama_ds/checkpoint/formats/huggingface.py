@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_ds.checkpoint.carried import GENERATION, TOKENIZER, TOKENIZER_JSON, carried_files
+from llama_ds.checkpoint.choices import SHARDED
 from llama_ds.checkpoint.formats.frequencies import dropped_frequencies
 from llama_ds.checkpoint.formats.hf_config import (
     CONFIG,
@@ -93,7 +94,7 @@ def plan_huggingface(files: ModelFiles, target: Target, tokenizer: HfTokenizer |
         UserError: the target is sharded.
     """
     if (target.tp, target.pp) != (1, 1):
-        raise UserError("command line: --tp and --pp apply only to deepspeed and meta; leave them out for hf")
+        raise UserError(f"command line: --tp and --pp apply only to {SHARDED}; leave them out for hf")
     dtype = DTYPES[target.dtype]
     shards = list(_shards(files, dtype.itemsize))
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]

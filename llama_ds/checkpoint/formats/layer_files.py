@@ -1,20 +1,19 @@
 """A weights-only checkpoint in DeepSpeed's pipeline format: one file per layer and tensor-parallel rank.
 
-DeepSpeed's PipelineEngine loads it (load_module_only) with the pp and tp it was written for. With the index of this
-project it is also one of its checkpoints, from which a run of any layout can start.
+DeepSpeed's PipelineEngine loads it (load_module_only) with the pp and tp it was written for, so the files hold the
+padding of the vocabulary. The index of this project does not, by which it is also one of its checkpoints, from which a
+run of any layout can start.
 """
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
 from llama_ds.checkpoint.carried import carried_files
+from llama_ds.checkpoint.formats.engine_files import engine_state, layer_file, rank_file
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, check_parts, part_shape
 from llama_ds.checkpoint.manifest import (
     DESCRIPTION,
@@ -33,26 +32,21 @@ from llama_ds.layout.layout import Layout
 from llama_ds.layout.weights import weight_of
 
 
-def layer_file(layer: int, tp_rank: int) -> str:
-    """Return the file name of one layer's weights in DeepSpeed's PipelineModule."""
-    return f"layer_{layer:02d}-model_{tp_rank:02d}-model_states.pt"
-
-
 def plan_layer_files(files: ModelFiles, target: Target) -> Plan:
     """Return the plan. Step, tokens and run are copied from a source that is a checkpoint of this project.
 
     Raises:
         UserError: the model cannot be sharded over the target's ranks.
     """
-    check_parts(files, target)
+    check_parts(files, target, padded=True)
     outputs = tuple(
         OutputFile(layer_file(layer, rank), tuple(_output_tensors(files, layer, rank, target.tp)))
         for layer in files.layers()
         for rank in range(target.tp)
     )
     description = _description(files, target)
-    state = _engine_state(description.step, target)
-    small = {f"mp_rank_{rank:02d}_model_states.pt": state for rank in range(target.pp * target.tp)}
+    state = engine_state(description.step, target.pp * target.tp)
+    small = {rank_file(rank): state for rank in range(target.pp * target.tp)}
     copied = carried_files(files.path)
     return Plan("deepspeed", DTYPES[target.dtype], outputs, small, copied, description)
 
@@ -70,9 +64,10 @@ def write_index(folder: str, plan: Plan, checksums: Mapping[str, str]) -> None:
         for tensor in file.tensors:
             if tensor.rank and weight_of(tensor.name).cut is None:
                 continue  # replicated on every rank; readers use the copy of rank 0
-            stored = located[tensor.name]
+            stored, weight = located[tensor.name], weight_of(tensor.name)
+            numel = weight.own_numel(plan.description.model, tensor.rank, tensor.size)
             dtype = str(stored.dtype).removeprefix("torch.")
-            piece = StoredPiece(WEIGHT, tensor.rank, 0, tensor.numel, file.name, stored.offset, dtype)
+            piece = StoredPiece(WEIGHT, tensor.rank, 0, numel, file.name, stored.offset, dtype)
             record.pieces.setdefault(name_of((layer, tensor.name)), []).append(piece)
     write_manifest(folder, plan.description, [record])
 
@@ -111,19 +106,3 @@ def _description(files: ModelFiles, target: Target) -> Description:
         optimizer_steps=None,
         files={},
     )
-
-
-def _engine_state(step: int, target: Target) -> bytes:
-    """Return the content of the file that DeepSpeed's engine reads first: step counters and sizes, but no weights."""
-    state = {
-        "module": None,
-        "optimizer": None,
-        "lr_scheduler": None,
-        "global_steps": step,
-        "skipped_steps": 0,
-        "dp_world_size": 1,
-        "mp_world_size": target.pp * target.tp,
-    }
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.getvalue()

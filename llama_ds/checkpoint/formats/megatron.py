@@ -1,4 +1,4 @@
-"""Megatron-LM's checkpoints of a LLaMA, in its "torch" format with the names of Megatron core.
+"""Megatron-LM's checkpoints of a LLaMA, in its "torch" format, with the names of Megatron core or earlier ones.
 
     latest_checkpointed_iteration.txt              "100", or "release" for weights without a training state
     iter_0000100/mp_rank_TT/model_optim_rng.pt     of tensor-parallel rank TT; release/ instead of iter_0000100/
@@ -6,7 +6,8 @@
 
 A file holds `args`, `checkpoint_version` and the state dict `model`. With a virtual pipeline it has several, `model0`,
 `model1`, ...: the layers of all `model0` come first, in the order of the stages, then those of all `model1`. Each of
-them counts its layers from 0. `megatron_args` reads the args, `fused` describes the fused matrices.
+them counts its layers from 0. `megatron_args` reads the args, `megatron_tensors` finds the tensors, `megatron_legacy`
+knows the names before Megatron core, and `megatron_deepspeed` the folders that DeepSpeed's engine writes.
 
 Sources: megatron/training/checkpointing.py, megatron/core/transformer/attention.py, mlp.py and
 megatron/core/models/gpt of github.com/NVIDIA/Megatron-LM.
@@ -16,78 +17,33 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from llama_ds.checkpoint.formats.fused import Unfused
-from llama_ds.checkpoint.formats.inventory import check_file, check_names, check_shape, merged, model_files, same
+from llama_ds.checkpoint.formats.engine_files import RANK_FILE as RANK_FILE_OF_ENGINE
+from llama_ds.checkpoint.formats.engine_files import flat, foreign_names
+from llama_ds.checkpoint.formats.inventory import check_file, model_files
 from llama_ds.checkpoint.formats.megatron_args import MegatronSettings, settings_of
+from llama_ds.checkpoint.formats.megatron_deepspeed import (
+    MegatronSource,
+    holds_megatron_deepspeed,
+    read_megatron_deepspeed,
+)
+from llama_ds.checkpoint.formats.megatron_legacy import ROOT, block_lengths, core_names, lengths_of, modern_args
+from llama_ds.checkpoint.formats.megatron_tensors import EXTRA_STATE, Chunk, tensors_of
 from llama_ds.checkpoint.formats.meta_params import Unsaid
-from llama_ds.checkpoint.formats.plan import part_shape
-from llama_ds.checkpoint.formats.views import RotaryReordered, TableRows
 from llama_ds.checkpoint.stored import Stored, located, torch_content
-from llama_ds.checkpoint.weights import ModelFiles, Readable
-from llama_ds.config.schema import ModelConfig
+from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.errors import UserError
-from llama_ds.layout.weights import EMBEDDING_KEY, Key, weight_of, weight_shapes
 
 TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 RANK_FILE = "model_optim_rng.pt"
 RANK_FOLDER = re.compile(r"mp_rank_\d{2,}(_\d{3,})*")
 VERSION = 3.0  # checkpoint_version; earlier ones order the rows of query, key and value differently
-EMBEDDING, FINAL_NORM, HEAD = (
-    "embedding.word_embeddings.weight",
-    "decoder.final_layernorm.weight",
-    "output_layer.weight",
-)
-QKV, FC1 = "self_attention.linear_qkv", "mlp.linear_fc1"
-Q, K, V = (f"self_attn.{name}_proj.weight" for name in "qkv")
-GATE, UP = "mlp.gate_proj.weight", "mlp.up_proj.weight"
-PARALLEL = {"self_attn.o_proj.weight": "self_attention.linear_proj", "mlp.down_proj.weight": "mlp.linear_fc2"}
-# The norms before a fused matrix: parts of its module in Transformer Engine, modules of their own otherwise.
-NORMS = {
-    "input_layernorm.weight": {"transformer_engine": f"{QKV}.layer_norm_weight", "local": "input_layernorm.weight"},
-    "post_attention_layernorm.weight": {
-        "transformer_engine": f"{FC1}.layer_norm_weight",
-        "local": "pre_mlp_layernorm.weight",
-    },
-}
-LAYER = re.compile(r"decoder\.layers\.(\d{1,6})\.(.*)")
-EXTRA_STATE = "._extra_state"  # None, or the scales of FP8
 OTHER_FORMATS = (".metadata", "metadata.json", "common.pt")  # files of torch_dist and torch_dcp
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One chunk of the model's layers: its state dict on every tensor-parallel rank."""
-
-    paths: tuple[str, ...]
-    parts: tuple[Mapping[str, Stored], ...]
-
-    def layers(self) -> int:
-        """Return the number of decoder layers.
-
-        Raises:
-            UserError: they are not numbered from 0 on.
-        """
-        found = {int(match[1]) for name in self.parts[0] if (match := LAYER.fullmatch(name))}
-        if found != set(range(len(found))):
-            raise UserError(f"{self.paths[0]}: its layers are not numbered 0, 1, 2, ...; copy the file again")
-        return len(found)
-
-    def check(self, wanted: list[str]) -> None:
-        """Check that all ranks have exactly the tensors `wanted`."""
-        for path, part in zip(self.paths, self.parts, strict=True):
-            check_names(path, wanted, part)
-
-    def merged(self, name: str, dim: int | None, shape: tuple[int, ...]) -> Readable:
-        """Return a tensor of all ranks, checked to have the unsharded `shape`."""
-        own = part_shape(shape, dim, len(self.parts))
-        check_shape(self.paths[0], name, self.parts[0][name].shape, own, "args")
-        return merged(name, self.parts, self.paths, dim)
 
 
 def open_megatron(folder: str, vocab_size: int | None = None, unsaid: Unsaid | None = None) -> ModelFiles:
@@ -102,18 +58,26 @@ def open_megatron(folder: str, vocab_size: int | None = None, unsaid: Unsaid | N
         UserError: the args are not those of a LLaMA, a file or tensor is missing, unknown or misshapen, or `vocab_size`
             or `unsaid` is needed.
     """
-    where = _checkpoint_in(folder)
-    first = _first_file(where)
-    settings = settings_of(first, _content(first).get("args"), vocab_size, unsaid or Unsaid())
-    chunks = _chunks(where, settings, vocab_size, unsaid or Unsaid())
-    names, tensors = _tensors(where, settings, chunks)
-    files = model_files(folder, where, "args", names, settings.model, settings.seq_len, tensors, vocab_size)
+    unsaid = unsaid or Unsaid()
+    engine, names = foreign_names(folder)
+    if any(RANK_FILE_OF_ENGINE.fullmatch(name) for name in names):
+        found = read_megatron_deepspeed(engine, vocab_size, unsaid)
+    else:
+        found = _read(_checkpoint_in(folder), vocab_size, unsaid)
+    settings = found.settings
+    spelled, tensors = tensors_of(found.where, settings, found.chunks, found.lengths)
+    files = model_files(folder, found.where, "args", spelled, settings.model, settings.seq_len, tensors, vocab_size)
     return replace(files, initializer_range=settings.initializer_range, notes=settings.notes)
 
 
 def holds_megatron(folder: str) -> bool:
-    """Return whether a folder looks like Megatron-LM's checkpoints, or one of them."""
-    return TRACKER in (names := os.listdir(folder)) or any(RANK_FOLDER.fullmatch(name) for name in names)
+    """Return whether a folder looks like checkpoints of Megatron-LM or Megatron-DeepSpeed, or one of them."""
+    names = os.listdir(folder)
+    if TRACKER in names or any(RANK_FOLDER.fullmatch(name) for name in names):
+        return True
+    if all(name in names for name in OTHER_FORMATS[1:]):
+        return True
+    return holds_megatron_deepspeed(folder)
 
 
 def _checkpoint_in(folder: str) -> str:
@@ -153,26 +117,89 @@ def _content(path: str) -> dict[str, Any]:
     return content
 
 
-def _chunks(where: str, settings: MegatronSettings, vocab_size: int | None, unsaid: Unsaid) -> list[Chunk]:
-    """Return the chunks of all stages in the order of their layers, checked to be of one model."""
+def _read(where: str, vocab_size: int | None, unsaid: Unsaid) -> MegatronSource:
+    """Return the checkpoint in a folder, with the chunks of all stages in the order of their layers."""
+    first = _first_file(where)
+    content = _content(first)
+    legacy = any(isinstance(state, dict) and ROOT in state for state in _models(content))
+    if unsaid.qkv_order and not legacy:
+        raise UserError(f"command line: --qkv-order does not apply to {where}: Megatron core has one order; omit it")
+    rank = _RankReader(vocab_size, unsaid, legacy)
+    settings, version = rank.settings(first, content), rank.version(first, content)
     _check_folders(where, settings)
     stages: list[list[Chunk]] = []
     for stage in range(settings.pp):
         paths = [
-            check_file(os.path.join(where, rank_folder(rank, stage, settings.pp), RANK_FILE))
-            for rank in range(settings.tp)
+            check_file(os.path.join(where, rank_folder(number, stage, settings.pp), RANK_FILE))
+            for number in range(settings.tp)
         ]
-        contents = [_content(path) for path in paths]
-        for path, content in zip(paths, contents, strict=True):
-            if settings_of(path, content.get("args"), vocab_size, unsaid) != settings:
+        parts = []
+        for path in paths:
+            own = content if path == first else _content(path)
+            if rank.settings(path, own) != settings or rank.version(path, own) != version:
                 raise UserError(f"{path}: its args differ from those of rank 0: files of two models; copy it again")
-        parts = [_state_dicts(path, content) for path, content in zip(paths, contents, strict=True)]
+            parts.append(rank.state_dicts(path, own))
         if len({len(chunks) for chunks in parts}) > 1:
             raise UserError(f"{paths[0]}: the ranks of this stage hold different numbers of chunks; copy them again")
         stages.append([Chunk(tuple(paths), chunk) for chunk in zip(*parts, strict=True)])
     if len({len(chunks) for chunks in stages}) > 1:
         raise UserError(f"{where}: its pipeline stages hold different numbers of chunks; copy it again")
-    return [stage[index] for index in range(len(stages[0])) for stage in stages]
+    chunks = [stage[index] for index in range(len(stages[0])) for stage in stages]
+    return MegatronSource(where, settings, chunks, _lengths(where, settings, version, unsaid))
+
+
+def _lengths(where: str, settings: MegatronSettings, version: float, unsaid: Unsaid) -> tuple[int, int, int]:
+    if unsaid.qkv_order == "blocks":
+        return block_lengths(settings.model, settings.tp)
+    return lengths_of(where, settings.model, settings.tp, 2 if unsaid.qkv_order else version)
+
+
+@dataclass(frozen=True)
+class _RankReader:
+    """Reads what a rank's file holds."""
+
+    vocab_size: int | None
+    unsaid: Unsaid
+    legacy: bool  # True: with the names before Megatron core
+
+    def settings(self, path: str, content: Mapping[str, Any]) -> MegatronSettings:
+        """Return what the args say."""
+        args = content.get("args")
+        return settings_of(path, modern_args(args) if self.legacy else args, self.vocab_size, self.unsaid)
+
+    def version(self, path: str, content: Mapping[str, Any]) -> float:
+        """Return the checkpoint_version.
+
+        Raises:
+            UserError: it is too early for Megatron core's names.
+        """
+        version = content.get("checkpoint_version")
+        if self.legacy and version is None:
+            return 0.0
+        if not isinstance(version, int | float) or (version < VERSION and not self.legacy):
+            raise UserError(
+                f"{path}: checkpoint_version = {version!r}, this project reads {VERSION:g} and later with these names; "
+                "load the checkpoint with a newer Megatron-LM, and save it again"
+            )
+        return float(version)
+
+    def state_dicts(self, path: str, content: Mapping[str, Any]) -> list[Mapping[str, Stored]]:
+        """Return the tensors of each chunk.
+
+        Raises:
+            UserError: there is none, or it holds something else than tensors.
+        """
+        models = _models(content)
+        if not models:
+            raise UserError(f"{path}: holds no state dict named model; give a checkpoint that Megatron-LM saved")
+        if not self.legacy:
+            return [_weights_in(path, state) for state in models]
+        return [core_names(path, _weights_in(path, flat(state))) for state in models]
+
+
+def _models(content: Mapping[str, Any]) -> list[Any]:
+    keys = ["model"] if "model" in content else [f"model{i}" for i in range(len(content)) if f"model{i}" in content]
+    return [content[key] for key in keys]
 
 
 def _check_folders(where: str, settings: MegatronSettings) -> None:
@@ -193,20 +220,6 @@ def rank_folder(rank: int, stage: int, pp: int) -> str:
     return f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pp > 1 else "")
 
 
-def _state_dicts(path: str, content: Mapping[str, Any]) -> list[Mapping[str, Stored]]:
-    """Return the tensors of each chunk in a rank's file."""
-    version = content.get("checkpoint_version")
-    if not isinstance(version, int | float) or version < VERSION:
-        raise UserError(
-            f"{path}: checkpoint_version = {version!r}, this project reads {VERSION:g} and later; load the checkpoint "
-            "with a newer Megatron-LM, and save it again"
-        )
-    keys = ["model"] if "model" in content else [f"model{i}" for i in range(len(content)) if f"model{i}" in content]
-    if not keys:
-        raise UserError(f"{path}: holds no state dict named model; give a checkpoint that Megatron-LM saved")
-    return [_weights_in(path, content[key]) for key in keys]
-
-
 def _weights_in(path: str, state: object) -> Mapping[str, Stored]:
     if not isinstance(state, dict):
         raise UserError(f"{path}: its model is no state dict; give a checkpoint that Megatron-LM saved")
@@ -215,116 +228,3 @@ def _weights_in(path: str, state: object) -> Mapping[str, Stored]:
     if other is not None:
         raise UserError(f"{path}: {other} is no plain tensor; save the weights in bf16, fp16 or fp32")
     return located(path, weights)
-
-
-def _tensors(where: str, settings: MegatronSettings, chunks: list[Chunk]) -> tuple[dict[Key, str], dict[Key, Readable]]:
-    """Return the names, for messages, and the tensors of a model."""
-    model = settings.model
-    _check_layers(where, model, chunks)
-    _check_ranks(where, model, settings.tp)
-    names: dict[Key, str] = {}
-    tensors: dict[Key, Readable] = {}
-    layer = 1
-    for index, chunk in enumerate(chunks):
-        ends = _end_names(settings, chunk, index == 0, index == len(chunks) - 1)
-        layers = [_LayerOf(chunk, number, settings) for number in range(chunk.layers())]
-        chunk.check([*ends.values(), *(name for found in layers for name in found.names())])
-        for found in layers:
-            for local, tensor in found.tensors():
-                tensors[layer, local], names[layer, local] = tensor, found.name_of(local)
-            layer += 1
-        for key, name in ends.items():
-            cut = None if name == FINAL_NORM else 0
-            shape = (model.hidden_size,) if cut is None else (settings.padded_vocab_size, model.hidden_size)
-            whole = chunk.merged(name, cut, shape)
-            tensors[key] = whole if cut is None else TableRows(whole, model.vocab_size)
-            names[key] = name
-    if model.tie_word_embeddings:
-        _drop_tied_head(where, model, tensors)
-    return names, {key: tensors[key] for key in weight_shapes(model)}
-
-
-def _check_layers(where: str, model: ModelConfig, chunks: list[Chunk]) -> None:
-    found = sum(chunk.layers() for chunk in chunks)
-    if found != model.num_hidden_layers:
-        raise UserError(
-            f"{where}: its files hold {found} layers, args.num_layers = {model.num_hidden_layers}; copy it again"
-        )
-
-
-def _check_ranks(where: str, model: ModelConfig, tp: int) -> None:
-    sizes = {"ffn_hidden_size": model.intermediate_size, "num_attention_heads": model.num_attention_heads}
-    for key, size in sizes.items():
-        if size % tp:
-            raise UserError(f"{where}: args.{key} = {size} is not divisible by the {tp} ranks; copy it again")
-
-
-def _end_names(settings: MegatronSettings, chunk: Chunk, first: bool, last: bool) -> dict[Key, str]:
-    """Return the names of the weights outside of decoder layers that a chunk holds."""
-    layers = settings.model.num_hidden_layers
-    names: dict[Key, str] = {EMBEDDING_KEY: EMBEDDING} if first else {}
-    if last:
-        names[layers + 1, "norm.weight"] = FINAL_NORM
-        # A tied head exists where the embedding is on another stage.
-        if not settings.model.tie_word_embeddings or HEAD in chunk.parts[0]:
-            names[layers + 2, "lm_head.weight"] = HEAD
-    return names
-
-
-def _drop_tied_head(where: str, model: ModelConfig, tensors: dict[Key, Readable]) -> None:
-    head = tensors.pop((model.num_hidden_layers + 2, "lm_head.weight"), None)
-    if head is not None and not same(tensors[EMBEDDING_KEY], head):
-        raise UserError(
-            f"{where}: args.untie_embeddings_and_output_weights = False, but {HEAD} differs from {EMBEDDING}; "
-            "the files belong to two checkpoints: copy it again"
-        )
-
-
-class _LayerOf:
-    """A decoder layer of a chunk."""
-
-    def __init__(self, chunk: Chunk, local: int, settings: MegatronSettings) -> None:
-        self._chunk, self._prefix = chunk, f"decoder.layers.{local}."
-        self._settings = settings
-
-    def name_of(self, name: str) -> str:
-        """Return the name of the tensor that holds weight `name`."""
-        if name in NORMS:
-            spellings = [self._prefix + spelling for spelling in NORMS[name].values()]
-            return next((spelling for spelling in spellings if spelling in self._chunk.parts[0]), spellings[0])
-        module = QKV if name in (Q, K, V) else FC1 if name in (GATE, UP) else PARALLEL[name]
-        return f"{self._prefix}{module}.weight"
-
-    def names(self) -> list[str]:
-        """Return the names of the layer's tensors."""
-        return list(dict.fromkeys(map(self.name_of, (*NORMS, Q, GATE, *PARALLEL))))
-
-    def tensors(self) -> Iterator[tuple[str, Readable]]:
-        """Yield the layer's weights by local name."""
-        model, tp = self._settings.model, self._settings.tp
-        for name in NORMS:
-            yield name, self._chunk.merged(self.name_of(name), None, (model.hidden_size,))
-        for name in PARALLEL:
-            yield name, self._chunk.merged(self.name_of(name), 1, weight_of(name).shape(model))
-        yield from self._unfused((Q, K, V), qkv_lengths(model))
-        yield from self._unfused((GATE, UP), gate_up_lengths(model, tp))
-
-    def _unfused(self, names: tuple[str, ...], lengths: tuple[int, ...]) -> Iterator[tuple[str, Readable]]:
-        model = self._settings.model
-        rows = sum(weight_of(name).shape(model)[0] for name in names)
-        fused = self._chunk.merged(self.name_of(names[0]), 0, (rows, model.hidden_size))
-        for index, name in enumerate(names):
-            tensor: Readable = Unfused(fused, lengths, index)
-            if self._settings.interleaved and name in (Q, K):
-                tensor = RotaryReordered(tensor, model.head_dim, to_halves=True)
-            yield name, tensor
-
-
-def qkv_lengths(model: ModelConfig) -> tuple[int, int, int]:
-    """Return the rows of queries, keys and values in each group."""
-    return model.num_attention_heads // model.num_key_value_heads * model.head_dim, model.head_dim, model.head_dim
-
-
-def gate_up_lengths(model: ModelConfig, tp: int) -> tuple[int, int]:
-    """Return the rows of gate and up on each tensor-parallel rank."""
-    return model.intermediate_size // tp, model.intermediate_size // tp

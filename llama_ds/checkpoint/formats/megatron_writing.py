@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from llama_ds.checkpoint.carried import carried_files
 from llama_ds.checkpoint.formats.fused import Fused
 from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
-from llama_ds.checkpoint.formats.megatron import (
+from llama_ds.checkpoint.formats.megatron import RANK_FILE, RELEASE, TRACKER, VERSION, rank_folder
+from llama_ds.checkpoint.formats.megatron_args import MULTIPLE, args_of, flags_of
+from llama_ds.checkpoint.formats.megatron_tensors import (
     EMBEDDING,
     EXTRA_STATE,
     FC1,
@@ -18,19 +20,13 @@ from llama_ds.checkpoint.formats.megatron import (
     NORMS,
     PARALLEL,
     QKV,
-    RANK_FILE,
-    RELEASE,
-    TRACKER,
     UP,
-    VERSION,
     K,
     Q,
     V,
     gate_up_lengths,
     qkv_lengths,
-    rank_folder,
 )
-from llama_ds.checkpoint.formats.megatron_args import MULTIPLE, args_of, flags_of
 from llama_ds.checkpoint.formats.plan import Enclosing, OutputFile, OutputTensor, Plan, Target, check_parts, part_shape
 from llama_ds.checkpoint.formats.views import TableRows
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable

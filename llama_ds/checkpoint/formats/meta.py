@@ -12,13 +12,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
-
 from llama_ds.checkpoint.carried import ORIGINAL, TOKENIZER, carried_files
+from llama_ds.checkpoint.choices import STAGED
+from llama_ds.checkpoint.formats.dcp import holds_dcp
 from llama_ds.checkpoint.formats.frequencies import dropped_frequencies
 from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
 from llama_ds.checkpoint.formats.inventory import check_file, check_names, merged, model_files, same, shown
 from llama_ds.checkpoint.formats.meta_params import PARAMS, Unsaid, model_of, params_of, read_params, seq_len_of
+from llama_ds.checkpoint.formats.norm_copies import norm_drift
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, as_json, check_parts, part_shape
 from llama_ds.checkpoint.formats.views import ROTATED, Columns, RotaryReordered, TableRows
 from llama_ds.checkpoint.stored import Stored, torch_tensors
@@ -45,9 +46,6 @@ LLAMA2_THETA = 10_000.0  # the code of LLaMA 1 and 2 has no other
 EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 # Derived from rope_theta: at the top in LLaMA 2, in every layer in LLaMA 1.
 FREQUENCIES = re.compile(r"(layers\.\d+\.attention\.(inner_attention\.)?)?rope\.freqs")
-# Each rank of Meta's training kept its own copy of the norms, and in Llama 3 70B the copies differ by up to 0.01.
-# Norms of unrelated models differ by tenths, so that copies within this bound are those of one model.
-NORM_DRIFT, NORM_DRIFT_RELATIVE = 0.01, 0.05  # absolute, and relative to the norm's largest weight; the larger counts
 
 
 def meta_name(layer: int, name: str, num_hidden_layers: int) -> str:
@@ -89,13 +87,16 @@ def open_meta(folder: str, vocab_size: int | None = None, unsaid: Unsaid | None 
     files = model_files(folder, folder, PARAMS, names, model, seq_len, tensors, vocab_size)
     derived = {n: t for n, t in found[0].items() if FREQUENCIES.fullmatch(n)}
     norms = [name for key, name in names.items() if weight_of(key[1]).cut is None]
-    notes += (*dropped_frequencies(folder, derived, model, PARAMS), *_compare_norms(norms, parts, paths))
+    notes += (*dropped_frequencies(folder, derived, model, PARAMS), *norm_drift(norms, parts, paths))
     return replace(files, notes=notes)
 
 
 def holds_meta(folder: str) -> bool:
     """Return whether a folder looks like a Meta release."""
-    return os.path.lexists(os.path.join(folder, PARAMS)) or any(PART.fullmatch(name) for name in os.listdir(folder))
+    names = os.listdir(folder)
+    if any(PART.fullmatch(name) for name in names):
+        return True
+    return PARAMS in names and not holds_dcp(folder)  # torchtitan's checkpoints need one, too
 
 
 def plan_meta(files: ModelFiles, target: Target) -> Plan:
@@ -106,7 +107,7 @@ def plan_meta(files: ModelFiles, target: Target) -> Plan:
             along which dimension the embedding is sharded.
     """
     if target.pp != 1:
-        raise UserError("command line: --pp applies only to deepspeed; leave it out for meta")
+        raise UserError(f"command line: --pp applies only to {STAGED}; leave it out for meta")
     params = params_of(files.model, files.path)
     check_parts(files, target)
     embedding_dim = _embedding_dim(files, target)
@@ -203,41 +204,6 @@ def _tensors(
         if key == EMBEDDING_KEY:
             continue
         dim = weight_of(key[1]).cut
-        full = merged(names[key], parts, paths, dim, equal=False)  # `_compare_norms` compares them
+        full = merged(names[key], parts, paths, dim, equal=False)  # `norm_drift` compares them
         tensors[key] = RotaryReordered(full, model.head_dim, to_halves=True) if key[1] in ROTATED else full
     return tensors
-
-
-def _compare_norms(names: list[str], parts: list[dict[str, Stored]], paths: list[str]) -> list[str]:
-    """Return a line on norms that differ between ranks.
-
-    Raises:
-        UserError: they differ by more than copies of one model do.
-    """
-    different, largest = set(), 0.0
-    for name in names:
-        first = _whole(parts[0][name])
-        for path, part in zip(paths[1:], parts[1:], strict=True):
-            other = _whole(part[name])
-            if torch.equal(first.view(torch.int64), other.view(torch.int64)):  # bits, so that NaN equals itself
-                continue
-            difference = (first - other).abs().max().item()
-            if not difference <= max(NORM_DRIFT, NORM_DRIFT_RELATIVE * first.abs().max().item()):
-                raise UserError(
-                    f"{path}: {name} differs from that of {paths[0]} by up to {difference:.3g}: parts of two models; "
-                    "copy it again"
-                )
-            different.add(name)
-            largest = max(largest, difference)
-    if not different:
-        return []
-    return [
-        f"{paths[0]}: its norms are taken; {len(different)} of {len(names)} differ in the files of other ranks, "
-        f"by at most {largest:.3g}"
-    ]
-
-
-def _whole(stored: Stored) -> torch.Tensor:
-    out = torch.empty(stored.shape, dtype=torch.float64)
-    stored.read(out)
-    return out

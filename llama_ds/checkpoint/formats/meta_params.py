@@ -47,10 +47,11 @@ ONLY_LLAMA1 = ((6656, 60), (8192, 80))  # dim and layers of 30B and 65B, of the 
 
 @dataclass(frozen=True)
 class Unsaid:
-    """What params.json does not say; None: as far as it can be recognised."""
+    """What the files of a format do not say; None: as far as it can be recognised."""
 
     rope_factor: float | None = None  # factor of the rotary scaling, where use_scaled_rope is true
     seq_len: int | None = None  # longest sequence that the model was trained for, in tokens
+    qkv_order: str | None = None  # one of choices.QKV_ORDERS, for GPT-NeoX
 
 
 def inner_size(dim: int, multiple_of: int, multiplier: float | None) -> int:

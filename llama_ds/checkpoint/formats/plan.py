@@ -26,6 +26,7 @@ from llama_ds.checkpoint.stored import (
 from llama_ds.checkpoint.weights import ModelFiles, Readable
 from llama_ds.config.numbers import divisors
 from llama_ds.errors import UserError, listed
+from llama_ds.layout.vocab_parts import part_rows
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 ALIGNMENT = 8  # bytes; alignment of the first tensor in a safetensors file
@@ -182,8 +183,8 @@ def safetensors_header(tensors: tuple[OutputTensor, ...], dtype: torch.dtype) ->
 
 
 def part_shape(shape: tuple[int, ...], dim: int | None, size: int) -> tuple[int, ...]:
-    """Return the shape of one rank's part of a tensor that is sharded over `size` ranks along `dim`."""
-    return shape if dim is None else tuple(n // size if i == dim else n for i, n in enumerate(shape))
+    """Return the shape of one rank's part of a tensor that is sharded over `size` ranks along `dim`, with padding."""
+    return tuple(part_rows(n, size) if i == dim else n for i, n in enumerate(shape))
 
 
 def check_parts(files: ModelFiles, target: Target, padded: bool = False) -> None:

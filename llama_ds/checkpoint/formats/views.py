@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llama_ds.checkpoint.spread import BLOCK_ELEMENTS
 from llama_ds.checkpoint.weights import Readable
+from llama_ds.layout.vocab_parts import part_rows
 from llama_ds.layout.weights import KEY, QUERY
 
 ROTATED = (QUERY.name, KEY.name)  # weights whose rows `RotaryReordered` reorders
@@ -50,11 +51,11 @@ class TableRows(View):
         super().__init__(source, (rows, *source.shape[1:]))
 
     def read(self, out: Tensor, rank: int = 0, size: int = 1, start: int = 0) -> None:
-        """Fill `out` with elements of the rows from rank * R / size on, starting at element `start`."""
+        """Fill `out` with elements of the rows from rank * ceil(R / size) on, starting at element `start`."""
         out = out.view(-1)
         rows, width = self.shape
-        begin = rank * (rows // size) * width + start
-        available = min(max(self.source.shape[0] * width - begin, 0), len(out))
+        begin = rank * part_rows(rows, size) * width + start
+        available = min(max(min(rows, self.source.shape[0]) * width - begin, 0), len(out))
         if available:
             self.source.read(out[:available], 0, 1, begin)
         out[available:] = 0

@@ -18,12 +18,12 @@ from llama_ds.data.building import build_folder
 from llama_ds.data.building.atomic_file import reporting_write_errors
 from llama_ds.data.building.dedup import DIGEST, DigestSet
 from llama_ds.data.building.document_counts import DocumentCounts
+from llama_ds.data.building.found_input import FoundInput, find_input
 from llama_ds.data.building.input_files import (
     InputFile,
     build_input,
     check_touched,
     missing_files,
-    stat_files,
 )
 from llama_ds.data.building.packing import id_dtype
 from llama_ds.data.building.parts import plan_parts
@@ -43,7 +43,7 @@ from llama_ds.data.source.documents_index import parse_documents
 from llama_ds.data.source.input_index import ListedFile
 from llama_ds.data.source.manifest import REBUILD, SPLITS, Manifest, check_tokenizer, documents_name, parse_manifest
 from llama_ds.data.text.formats import FileFormat, ReadOptions
-from llama_ds.data.text.inputs import Inputs, TakenFile, find_inputs
+from llama_ds.data.text.inputs import Inputs, TakenFile
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from llama_ds.log import logger
@@ -85,6 +85,7 @@ def build_source(
     allow_empty: tuple[str, ...] = (),
     announce: Callable[[int], None] = lambda input_bytes: None,
     start_pool: Callable[[int], WorkerPool] = start_workers,
+    found: FoundInput | None = None,
 ) -> Manifest:
     """Tokenize and pack the documents of `pattern` into the folder out/name.
 
@@ -105,6 +106,7 @@ def build_source(
         allow_empty: patterns of files that may be empty or yield no document.
         announce: called once with the size of the input in bytes.
         start_pool: starts the processes for `workers`; by default on this machine.
+        found: what `find_input` has found for the pattern and the options, if it was called before.
 
     The bytes written depend on the documents, the tokenizer and the sizes, but not on `workers` or on restarts of the
     build. `progress` is called with the documents, ids and input bytes processed since its last call, and with
@@ -121,9 +123,9 @@ def build_source(
     tokenizer = Tokenizer(tokenizer_path)
     keep_loaded(tokenizer)
     folder = os.path.join(out, name)
-    inputs = find_inputs(pattern, settings.options)
+    found = found.current() if found else find_input(pattern, settings.options)
+    inputs, files = found.inputs, found.files
     inputs.report()
-    files = stat_files(inputs.paths)
     with reporting_write_errors(folder), build_folder.locked(folder):
         build_folder.finish_commit(folder)
         base = None if overwrite else _finished(folder, settings, tokenizer, append)

@@ -1,6 +1,7 @@
 """The input files of a build: whether they stay unchanged while it runs, and which of them a source already holds.
 
-The content of a file identifies it. Its stamp (size and times) only says whether the content must be compared again.
+The content of a file identifies it, with that of the files that belong to it, such as an index. Its stamp (size and
+times) only says whether the content must be compared again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 from llama_ds.data.source.input_index import ListedFile, input_name, parse_inputs
 from llama_ds.data.source.manifest import BuildInput, Manifest
+from llama_ds.data.text.formats import companions
 from llama_ds.data.text.input_storage import input_size, open_input, remote_version, stamp, unreadable
 from llama_ds.errors import UserError
 from llama_ds.log import logger
@@ -63,27 +65,28 @@ def _again(fix: str) -> str:
 
 
 def digest(path: str, size: int | None = None) -> str:
-    """Return the sha256 of a file, or of its first `size` bytes.
+    """Return the sha256 of a file with those that belong to it, or of its first `size` bytes.
 
     Raises:
         UserError: it cannot be read.
     """
     if size is None and (version := remote_version(path)):  # stands for the content, which is not read twice
         return hashlib.sha256(f"{input_size(path)} {version}".encode()).hexdigest()
-    try:
-        with open_input(path) as file:
-            return _digest(file, size)
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def _digest(file: BinaryIO, size: int | None) -> str:
     sha256 = hashlib.sha256()
+    for name in (path, *(companions(path) if size is None else ())):
+        try:
+            with open_input(name) as file:
+                _add(sha256, file, size)
+        except OSError as error:
+            raise unreadable(name, error) from None
+    return sha256.hexdigest()
+
+
+def _add(sha256: hashlib._Hash, file: BinaryIO, size: int | None) -> None:
     left = size
     while data := file.read(BLOCK if left is None else min(BLOCK, left)):
         sha256.update(data)
         left = None if left is None else left - len(data)
-    return sha256.hexdigest()
 
 
 def check_touched(
@@ -152,6 +155,7 @@ def missing_files(
                 folder,
             )
     if left and len(left) < len(files):
+        _warn_of_other_settings(folder, manifest, held, {own.sha256 for own in mine}, settings)
         names = {file.path for file in left}
         logger.info(
             "%s: already holds %d of the %d input files, which are not added again: %s",
@@ -161,7 +165,8 @@ def missing_files(
 
 
 def _stat(path: str) -> InputFile:
-    return InputFile(path, *stamp(path))
+    # sums: a change of any of the files changes them
+    return InputFile(path, *(sum(numbers) for numbers in zip(*map(stamp, (path, *companions(path))), strict=True)))
 
 
 def _listed(folder: str, number: int) -> list[ListedFile]:
@@ -185,13 +190,36 @@ def _combined(files: Sequence[ListedFile]) -> str:
 
 
 def _check_settings(folder: str, entry: BuildInput, settings: dict[str, object]) -> None:
-    differ = [f"{key} {entry.settings.get(key)}, now {value}" for key, value in settings.items()
-              if entry.settings.get(key) != value]  # fmt: skip
-    if differ:
+    if differ := _other_settings(entry, settings):
         raise UserError(
-            f"{folder}: already holds these documents, built with other flags ({'; '.join(differ)}); use another --out "
+            f"{folder}: already holds these documents, built with other flags ({differ}); use another --out "
             "or name, or --overwrite to build the source again"
         )
+
+
+def _other_settings(entry: BuildInput, settings: dict[str, object]) -> str:
+    return "; ".join(
+        f"{key} {entry.settings.get(key)}, now {value}"
+        for key, value in settings.items()
+        if entry.settings.get(key) != value
+    )
+
+
+def _warn_of_other_settings(
+    folder: str,
+    manifest: Manifest,
+    held: Sequence[Sequence[ListedFile]],
+    named: set[str],
+    settings: dict[str, object],
+) -> None:
+    """Name the flags that held files were added with if they are others, because these files stay as they are."""
+    for entry, files in zip(manifest.inputs, held, strict=True):
+        kept = [file.path for file in files if file.sha256 in named]
+        if kept and (differ := _other_settings(entry, settings)):
+            logger.warning(
+                "%s: files that it already holds stay as they were built, with other flags (%s): %s",
+                *(folder, differ, _named(kept)),
+            )
 
 
 def _is_recorded(manifest: Manifest) -> bool:
@@ -219,6 +247,11 @@ def _check_not_grown(folder: str, files: Sequence[InputFile], listed: Sequence[L
         held[known.path].append(known)
     for file in files:
         for old in held[file.path]:
+            if companions(file.path):
+                raise UserError(
+                    f"{file.path}: changed since it was added to {folder}, which would add its documents again; append "
+                    "a file of the new documents alone, or leave out equal documents with --dedup"
+                )
             if 0 < old.size < file.size and digest(file.path, old.size) == old.sha256:
                 raise UserError(
                     f"{file.path}: {folder} holds its first {old.size} bytes, whose documents would be added again; "

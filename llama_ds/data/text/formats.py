@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from itertools import chain
 
-from llama_ds.data.text import decompress, json_values
-from llama_ds.data.text.input_storage import open_input
+from llama_ds.data.text import decompress, json_values, mds
+from llama_ds.data.text.input_storage import is_remote, open_input
 from llama_ds.errors import UserError
 
 HEAD_BYTES = 1 << 16  # bytes of a file, decompressed, that decide about its format
@@ -20,6 +20,7 @@ JSON_LINES, JSON_VALUES = "JSON lines", "JSON"
 PARQUET, ARROW_STREAM, ARROW_FILE = "parquet", "Arrow stream", "Arrow"
 COLUMNS = (PARQUET, ARROW_STREAM, ARROW_FILE)
 MEGATRON, MEGATRON_INDEX = "Megatron ids", "index of Megatron ids"
+MDS = mds.KIND
 
 # Suffixes of texts that no other format has: their content is not examined.
 PLAIN_SUFFIXES = (
@@ -28,20 +29,19 @@ PLAIN_SUFFIXES = (
 )
 TEXT_SUFFIXES = (".txt", *PLAIN_SUFFIXES)
 LINES_SUFFIXES = (".jsonl", ".ndjson")
-_OF_CONTENT = {".parquet": PARQUET, ".arrow": ARROW_STREAM, ".feather": ARROW_FILE}
+_OF_CONTENT = {".parquet": PARQUET, ".arrow": ARROW_STREAM, ".feather": ARROW_FILE, ".mds": MDS}
 # Files of records that are not read, and what to do about them.
 _UNREAD = {
     **dict.fromkeys((".csv", ".tsv"), "write the texts as JSON lines or parquet"),
     **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar"), "unpack the archive"),
     **dict.fromkeys((".lz4", ".lzo", ".snappy", ".br", ".lzma", ".z"), "compress the file with zstd or gzip"),
-    **dict.fromkeys(
-        (".avro", ".orc", ".h5", ".hdf5", ".tfrecord", ".msgpack", ".mds", ".lance"), "write it as parquet"
-    ),
+    **dict.fromkeys((".avro", ".orc", ".h5", ".hdf5", ".tfrecord", ".msgpack", ".lance"), "write it as parquet"),
     **dict.fromkeys((".warc", ".wet", ".wat"), "extract the texts as JSON lines"),
     **dict.fromkeys((".pkl", ".pickle", ".npy", ".npz"), "write it as parquet"),
 }
 _ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
+_MDS_CONFIG = re.compile(rb'"format": ?"mds"')
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,11 @@ def recognise(path: str, options: ReadOptions) -> FileFormat:
             f"{path}: {content} data within {compression}; only text and JSON are read compressed, unpack the file "
             f"or leave it out with --exclude '{os.path.basename(path)}'"
         )
-    if suffix in _OF_CONTENT and content not in COLUMNS and head:
+    if suffix in _OF_CONTENT and content not in (*COLUMNS, MDS) and head:
         kind = suffix.removeprefix(".")
         raise decompress.damaged(path, kind, f"it does not begin as a {kind} file")
+    if content == MDS and is_remote(path):
+        raise UserError(f"{path}: {MDS} shards are read from a disk only; download their folder first")
     return FileFormat(content, compression)
 
 
@@ -144,6 +146,8 @@ def _content(path: str, head: bytes, suffix: str) -> str:
         return ARROW_FILE
     if head.startswith(_ARROW_STREAM_MAGIC):
         return ARROW_STREAM
+    if mds.begins_as_shard(head) and (suffix == ".mds" or _MDS_CONFIG.search(head)):
+        return MDS
     if suffix in LINES_SUFFIXES or suffix == ".json":
         return _json_content(head, suffix)
     if not head:
@@ -155,9 +159,19 @@ def _content(path: str, head: bytes, suffix: str) -> str:
     return TEXT if suffix in TEXT_SUFFIXES or _is_utf8(head) else BINARY
 
 
+def companions(path: str) -> list[str]:
+    """Return the files that belong to a file of the input: NAME.idx to the NAME.bin of Megatron-LM."""
+    return [megatron_index(path)] if path.endswith(".bin") and not is_remote(path) and _has_index(path) else []
+
+
+def megatron_index(path: str) -> str:
+    """Return the path of the index of NAME.bin."""
+    return f"{os.path.splitext(path)[0]}.idx"
+
+
 def _has_index(path: str) -> bool:
     """Whether an index of Megatron-LM lies beside NAME.bin."""
-    index = f"{os.path.splitext(path)[0]}.idx"
+    index = megatron_index(path)
     return os.path.exists(index) and _head(index, "").startswith(_MEGATRON_MAGIC)
 
 

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from llama_ds.data.text import saved_datasets
+from llama_ds.data.text import mds, saved_datasets
 from llama_ds.data.text.formats import (
     BINARY,
     EMPTY,
@@ -132,6 +132,9 @@ class _Search:
 
     def named(self, path: str) -> None:
         """Take a file that the user named in full."""
+        if path in self._matched and mds.is_index(path):
+            self._leave_out(path, mds.METADATA)
+            return
         found = recognise(path, self._options)
         if found.content == MEGATRON_INDEX:
             self._leave_out(path, f"the {MEGATRON_INDEX} in the .bin file")
@@ -172,7 +175,7 @@ class _Search:
             names = sorted(os.listdir(path))
         except OSError as error:
             raise unreadable(path, error) from None
-        metadata = saved_datasets.check(path, names)
+        metadata = {**saved_datasets.check(path, names), **mds.check(path, names)}
         for name in names:
             if name in metadata:
                 self._leave_out(os.path.join(path, name), metadata[name])

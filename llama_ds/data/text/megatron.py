@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_ds.data.text.decompress import damaged
-from llama_ds.data.text.formats import MEGATRON
+from llama_ds.data.text.formats import MEGATRON, megatron_index
 from llama_ds.data.text.input_storage import is_remote
 from llama_ds.errors import UserError
 
@@ -48,7 +48,7 @@ def open_megatron(path: str) -> MegatronFile:
     Raises:
         UserError: the index is missing, damaged, or does not describe the file.
     """
-    index = f"{path.removesuffix('.bin')}.idx"
+    index = megatron_index(path)
     if is_remote(path):
         raise UserError(f"{path}: Megatron ids are read from a disk only; download {path} and {index} first")
     try:

@@ -22,6 +22,7 @@ from llama_ds.data.text.formats import (
     BOM,
     JSON_LINES,
     JSON_VALUES,
+    MDS,
     MEGATRON,
     PARQUET,
     FileFormat,
@@ -30,6 +31,7 @@ from llama_ds.data.text.formats import (
 )
 from llama_ds.data.text.input_storage import input_size, open_input
 from llama_ds.data.text.json_values import BrokenStream, field_of, fields_of, parse, values
+from llama_ds.data.text.mds import mds_values
 from llama_ds.errors import UserError
 
 EMPTY_DOCUMENT = "empty document"
@@ -93,6 +95,8 @@ class PieceReader:
             return self._rows(self._parquet())
         if self._format.content in (ARROW_STREAM, ARROW_FILE):
             return self._rows(arrow_values(self.piece.path, self._format.content, self._options.text_field))
+        if self._format.content == MDS:
+            return self._rows(self._mds())
         if self._format.content == JSON_LINES:
             return self._json(self._records(b"\n"))
         if self._format.content == JSON_VALUES:
@@ -194,6 +198,11 @@ class PieceReader:
         for batch in parquet_values(path, field, groups):
             yield batch
             self.share = self.lines / max(1, rows)
+
+    def _mds(self) -> Iterator[list[object]]:
+        for batch, share in mds_values(self.piece.path, self._format.compression, self._options.text_field):
+            yield batch
+            self.share = share
 
     def _rows(self, batches: Iterable[list[object]]) -> Iterator[tuple[int, str]]:
         for batch in batches:

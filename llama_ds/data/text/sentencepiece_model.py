@@ -57,8 +57,8 @@ class SentencepieceModel:
         return self._model.encode(text, out_type="numpy")
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
-        return self._model.decode(ids)
+        """Return the text of ids; those of padding rows, which the model does not have, add nothing."""
+        return self._model.decode([i for i in ids if i < self.vocab_size])
 
     @cached_property
     def cuts(self) -> UnjoinedCuts | None:

@@ -47,7 +47,7 @@ class Vocabulary(Protocol):
         """Return the ids of `encode` as an array of integers."""
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of ids; bos and eos add nothing, invalid UTF-8 becomes U+FFFD."""
+        """Return the text of ids; bos, eos and ids above the vocabulary add nothing, invalid UTF-8 becomes U+FFFD."""
 
     @property
     def cuts(self) -> Cuts | None:
@@ -103,7 +103,7 @@ class Tokenizer:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Return the text of `ids`; bos and eos add nothing, invalid UTF-8 becomes U+FFFD."""
+        """Return the text of `ids`; bos, eos and ids above the vocabulary add nothing, invalid UTF-8 becomes U+FFFD."""
         return self.vocabulary.decode([int(i) for i in ids])
 
     @property

@@ -19,6 +19,7 @@ from llama_ds.errors import UserError
 from llama_ds.launch import remote
 from llama_ds.launch.preflight import answer, measure, probe
 from llama_ds.launch.preflight.checks import HostFinding, LaunchingMachine, judge
+from llama_ds.launch.rendezvous import is_loopback, own_address_towards
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -94,7 +95,7 @@ def examine(
     report = Report(list(hosts), findings)
     if settings.measure and report.good:
         good = {host: hosts[host] for host in report.good}
-        addresses = {host: values[host]["address"] for host in good}
+        addresses = _addresses({host: values[host]["address"] for host in good})
         report.speeds, slow = measure.measure(
             good, addresses, settings.burn_s, settings.ssh_port, settings.slow, print_line
         )
@@ -149,3 +150,10 @@ def shared_file(folder: str) -> Iterator[dict[str, str]]:
     finally:
         with suppress(OSError):
             os.unlink(path)
+
+
+def _addresses(found: Mapping[str, str]) -> dict[str, str]:
+    """Return the addresses of hosts for each other; this machine, asked without ssh, has named a loopback address."""
+    other = next((address for address in found.values() if not is_loopback(address)), "")
+    own = own_address_towards(other) if other else None
+    return {host: own if own and is_loopback(address) else address for host, address in found.items()}

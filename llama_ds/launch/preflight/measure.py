@@ -61,7 +61,7 @@ def _look(
 ) -> tuple[dict[str, list[dict[str, Any]]], list[HostFinding]]:
     """Return the measurements of hosts paired in this order, and findings for those that failed."""
     plans = plan(hosts, addresses, random.randrange(20000, 30000))
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from llama_ds.parallel.burn import main; main()"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from llama_ds.launch.preflight.slots import main; main()"
     argv = {
         host: [sys.executable, "-c", code, json.dumps({"slots": hosts[host], "burn_s": burn_s, "groups": plans[host]})]
         for host in hosts

@@ -14,22 +14,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llama_ds.errors import UserError
 from llama_ds.job.folder import Job
 from llama_ds.launch.command import Command, runner_environment
 from llama_ds.launch.supervise import hang, processes
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
+from llama_ds.launch.supervise.logs import LOG_LINES, Tail, first_error, last_error, last_lines
 from llama_ds.launch.supervise.server import Member, Server
 from llama_ds.launch.supervise.spikes import Spike, SpikeRule
 
 TICK_S = 0.5  # polling interval
 SETTLE_S = 3.0  # wait after the first failure: its cause may be reported later, and logs are completed
 LAUNCHER_EXIT_S = 30.0  # time for the launcher to exit after its ranks
+WAITING_S = 30.0  # interval between the lines that name ranks which have not connected
 STACKS_S = 5.0  # time for ranks to report their stacks
-LOG_LINES = 12  # number of lines shown from the end of a log
+ALL_LEFT = "all ranks exited cleanly"
+NOT_JOINED = "ended before all ranks had joined; there was nothing to save"
+REQUESTED = {"save": "save", "end": "save and end"}
 
-DONE, MISTAKE, DIVERGENCE, FAILURE, DEATH, HOST_LOST, HANG, SPIKE, LAUNCHER = (
-    *("done", "mistake", "divergence", "failure", "death", "host lost", "hang", "spike", "launcher"),
+DONE, ENDED, MISTAKE, DIVERGENCE, FAILURE, DEATH, HOST_LOST, HANG, SPIKE, LAUNCHER = (
+    *("done", "ended", "mistake", "divergence", "failure", "death", "host lost", "hang", "spike", "launcher"),
 )
 
 
@@ -76,14 +81,18 @@ class Attempt:
         self._checks: dict[str, _HostCheck] = {}  # checks in flight, by host
         self._joined = False
         self._request: str | None = None  # "save" or "end", to be forwarded to the ranks
+        self._ending = False  # whether the ranks were asked to end, or will be
+        self._launcher_gone = ""  # how DeepSpeed's launcher ended while all ranks were running
         self._first_lost: Member | None = None  # the first rank whose connection broke without a goodbye
         self._failure: Outcome | None = None  # the first failure, as far as it is known
         self._failed_at = 0.0
+        self._said = time.monotonic()  # last time at which missing ranks were named
         self.ended_at = 0.0  # time at which the supervisor closed the connections to the ranks
 
     def ask(self, what: str) -> None:
         """Ask the ranks to "save", or to save and "end". Safe to call from signal handlers."""
-        self._request = what
+        self._ending = self._ending or what == "end"
+        self._request = "end" if self._ending else what
 
     def run(self) -> Outcome:
         """Start the ranks and wait until they have ended on all hosts."""
@@ -124,6 +133,9 @@ class Attempt:
             time.sleep(TICK_S)
             self.server.poll()
             self._relay()
+            self._note_joined()
+            if self._ending and not self._joined:
+                return Outcome(ENDED, NOT_JOINED)
             self._forward_request()
             outcome = self._judge()
             if outcome:
@@ -132,13 +144,30 @@ class Attempt:
                 # Ranks of other hosts may still send a report.
                 ended_at = ended_at or time.monotonic()
                 if self._all_left():
-                    return Outcome(DONE, "all ranks exited cleanly")
-                if time.monotonic() - ended_at > SETTLE_S and not self._checks:
-                    return self._failure or self._launcher_failed(launcher.returncode)
+                    return Outcome(LAUNCHER, self._launcher_gone) if self._launcher_gone else Outcome(DONE, ALL_LEFT)
+                if time.monotonic() - ended_at > SETTLE_S and not self._checks and not self._outlived(launcher):
+                    return self._with_cause(self._failure or self._launcher_failed(launcher.returncode))
             elif self._all_left():
                 ended_at = ended_at or time.monotonic()
                 if time.monotonic() - ended_at > LAUNCHER_EXIT_S:  # the ranks are done, so the launcher may be killed
-                    return Outcome(DONE, "all ranks exited cleanly, the launcher was killed")
+                    return Outcome(DONE, f"{ALL_LEFT}, the launcher was killed")
+
+    def _outlived(self, launcher: subprocess.Popen[bytes]) -> bool:
+        """Return whether the ranks that have not left still run without their launcher, asked to save and end.
+
+        The launcher is killed alone, or gets the signal that is meant for the whole job. A rank that hangs ends the
+        attempt as a hang.
+        """
+        running = [m for m in self.server.members.values() if not m.left]
+        if self._failure or not self._joined or not all(m.connected and not m.failed for m in running):
+            return False
+        if not self._ending and not self._launcher_gone:
+            self._launcher_gone = (
+                f"DeepSpeed's launcher exited with code {launcher.returncode} while {len(running)} ranks were running, "
+                "which have saved and ended"
+            )
+            self.server.ask("end")
+        return True
 
     def _all_left(self) -> bool:
         members = self.server.members
@@ -152,15 +181,20 @@ class Attempt:
     def _forward_request(self) -> None:
         request, self._request = self._request, None
         if request:
-            self.events.add("asked", f"asking the ranks to {request}", what=request)
+            self.events.add("asked", f"asking the ranks to {REQUESTED[request]}", what=request)
             self.server.ask(request)
+
+    def _note_joined(self) -> None:
+        if not self._joined and len(self.server.members) == self.job.world:
+            self._joined = True
+            self.events.add("ranks joined", f"all {self.job.world} ranks have connected")
 
     def _judge(self) -> Outcome | None:
         """Return the outcome if the attempt is over."""
         members, now = self.server.members, time.monotonic()
-        if not self._joined and len(members) == self.job.world:
-            self._joined = True
-            self.events.add("ranks joined", f"all {self.job.world} ranks have connected")
+        if not self._joined and now - self._said > WAITING_S:
+            self._said = now
+            self._say_missing()
         if spike := self._read_reports():
             return spike
         while self.server.disconnected:
@@ -171,7 +205,8 @@ class Attempt:
         self._read_checks()
         if self._failure:
             waited = now - self._failed_at
-            return self._failure if waited > SETTLE_S and not (self._checks and waited < 5 * SETTLE_S) else None
+            settled = waited > SETTLE_S and not (self._checks and waited < 5 * SETTLE_S)
+            return self._with_cause(self._failure) if settled else None
         if self._hang_detector.update(members.values()) and members:
             text = f"no progress for {self._hang_detector.stalled_s:.1f} s"
             return Outcome(HANG, text)
@@ -241,15 +276,31 @@ class Attempt:
         )
         return Outcome(DEATH, text, ranks=[member.rank], hosts=[member.host])
 
+    def _say_missing(self) -> None:
+        missing = [rank for rank in range(self.job.world) if rank not in self.server.members]
+        hosts = list(dict.fromkeys(self.job.rank_hosts[rank] for rank in missing))
+        named = ", ".join(hosts[:8]) + (f" and {len(hosts) - 8} more hosts" if len(hosts) > 8 else "")
+        text = f"waiting for {len(missing)} of {self.job.world} ranks, on {named}, the first is rank {missing[0]}"
+        self.events.add("waiting", text, ranks=missing)
+
+    def _with_cause(self, outcome: Outcome) -> Outcome:
+        """Put first the error in the log of a rank that never connected: it could not report, and it ended others."""
+        if outcome.kind not in (DEATH, LAUNCHER):
+            return outcome
+        for rank, host in enumerate(self.job.rank_hosts):
+            if rank not in self.server.members and (error := last_error(str(self.job.log(rank)))):
+                text = f"rank {rank} on {host} did not join: {error}\n{outcome.text}"
+                return replace(outcome, text=text, ranks=[rank], hosts=[host])
+        return outcome
+
     def _launcher_failed(self, code: int) -> Outcome:
         log = str(self.job.launcher_log)
         if not self.server.members:
+            if code == UserError.EXIT_CODE and (error := first_error(log)):  # a rank ended before it was connected
+                return Outcome(MISTAKE, error)
             text = f"no rank has started; DeepSpeed's launcher exited with code {code}; the end of {log}:\n"
             return Outcome(LAUNCHER, text + last_lines(log, 2 * LOG_LINES))
         absent = [r for r in range(self.job.world) if r not in self.server.members or not self.server.members[r].left]
-        if all(rank in self.server.members and self.server.members[rank].connected for rank in absent):
-            text = f"DeepSpeed's launcher exited with code {code} while {len(absent)} ranks were running; "
-            return Outcome(LAUNCHER, f"{text}the end of {log}:\n{last_lines(log)}")
         rank, host = absent[0], self.job.rank_hosts[absent[0]]
         shown = str(self.job.log(rank)) if rank in self.server.members else log
         text = (
@@ -310,25 +361,6 @@ class _HostCheck:
         threading.Thread(target=look, daemon=True).start()
 
 
-class Tail:
-    """Follows a growing file, which need not exist yet."""
-
-    def __init__(self, path: str) -> None:
-        self._path, self._offset, self._rest = path, 0, b""
-
-    def lines(self) -> list[str]:
-        """Return the lines completed since the last call."""
-        try:
-            with open(self._path, "rb") as file:
-                file.seek(self._offset)
-                new = file.read()
-        except OSError:
-            return []
-        self._offset += len(new)
-        *lines, self._rest = (self._rest + new).split(b"\n")
-        return [line.decode(errors="replace") for line in lines]
-
-
 def _reported_failure(member: Member, report: dict[str, Any]) -> Outcome:
     kind, text = str(report.get("kind")), str(report.get("text"))
     if kind == MISTAKE:
@@ -338,14 +370,3 @@ def _reported_failure(member: Member, report: dict[str, Any]) -> Outcome:
     return Outcome(
         FAILURE, f"rank {member.rank} on {member.host} failed:\n{text}", ranks=[member.rank], hosts=[member.host]
     )
-
-
-def last_lines(path: str, count: int = LOG_LINES) -> str:
-    """Return the last lines of a file, indented."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(os.path.getsize(path) - (1 << 16), 0))
-            lines = file.read().decode(errors="replace").splitlines()[-count:]
-    except OSError as error:
-        lines = [str(error)]
-    return "\n".join(f"    {line}" for line in lines)

@@ -82,6 +82,7 @@ class Server:
         self._unauthenticated = 0
         self._token = b""
         self._world = 0
+        self._ending = False
         self.members: dict[int, Member] = {}
         self.last_beat = np.zeros(0)  # by rank; monotonic seconds, 0 before the first heartbeat
         self.reports: list[tuple[Member, dict[str, Any]]] = []  # in order of arrival
@@ -91,7 +92,7 @@ class Server:
         """Begin an attempt: discard the ranks of the previous one, and accept only connections with its token."""
         for fd in list(self._connections):
             self._drop(fd, ended=False)
-        self._token, self._world = token, world
+        self._token, self._world, self._ending = token, world, False
         self.members, self.reports, self.disconnected = {}, [], []
         self.last_beat = np.zeros(world)
 
@@ -112,7 +113,11 @@ class Server:
                 self._drop(fd)
 
     def ask(self, what: str, ranks: list[int] | None = None) -> None:
-        """Ask ranks (None: all) for their "stacks", to "save", or to save and "end"."""
+        """Ask ranks (None: all) for their "stacks", to "save", or to save and "end".
+
+        Ranks that connect later are asked to end, too: a connection may break at any moment.
+        """
+        self._ending = self._ending or what == "end"
         data = frame(Kind.ASK, as_json({"do": what}))
         for fd, one in list(self._connections.items()):
             if one.rank is not None and (ranks is None or one.rank in ranks):
@@ -181,6 +186,8 @@ class Server:
         known.about, known.connected, known.disconnected_at = about, True, None
         self.last_beat[rank] = time.monotonic()
         self._send(one, frame(Kind.WELCOME, welcome(self._token, one.nonce, nonce)))
+        if self._ending:
+            self._send(one, frame(Kind.ASK, as_json({"do": "end"})))
 
     def _handle(self, member: Member, kind: Kind, payload: bytes) -> None:
         if kind is Kind.BEAT:

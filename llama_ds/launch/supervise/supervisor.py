@@ -12,15 +12,17 @@ from pathlib import Path
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.folder import VARIABLE, Job
-from llama_ds.launch.command import Command, build
+from llama_ds.job.wall_time import job_start, seconds_left
+from llama_ds.launch.command import Command, build, devices_export
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.preflight import Report
 from llama_ds.launch.remote import is_local
-from llama_ds.launch.rendezvous import Rendezvous, arrange
+from llama_ds.launch.rendezvous import Rendezvous, UnreachableHost, arrange
 from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.host_pool import HostPool
+from llama_ds.launch.supervise.repeats import RepeatedFailures, reason
 from llama_ds.launch.supervise.server import Server
 
 MAX_BACKOFF_S = 300.0
@@ -35,7 +37,10 @@ class LaunchSettings:
     train: str  # path of llama_ds/train.py
     launcher: str = "pdsh"
     launcher_args: Sequence[str] = ()
+    mpirun: str = ""  # path of the mpirun; "": the first beside the interpreter and on PATH
     exports: Mapping[str, str] = field(default_factory=dict)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)  # variables that reach the ranks in a file
+    devices: Mapping[str, str] = field(default_factory=dict)  # CUDA_VISIBLE_DEVICES of hosts that need their own
     nic: str = ""
     master: str = ""
     master_port: int = 0
@@ -72,12 +77,14 @@ class Supervisor:
         """`folder` is the job's folder, `examine` runs the preflight, and `print_line` prints a line on the console."""
         self.run, self.start, self.host_pool, self.watch, self.limits = run, start, host_pool, watch, limits
         self.folder, self._examine, self._print_line = folder, examine, print_line
+        self._job_start = job_start(os.environ)
         self.events = Events(folder / "events.jsonl", print_line)
         self._rewind_overrides: list[str] = []  # overrides of the last rewind, kept in all later attempts
         # (step, skipped steps of data): starts with the run file's list; each rewind adds to it.
         self._skips = [(skip.at_step, skip.steps) for skip in run.data.skip]
         self._rewind_id = int(time.time())  # differs from an earlier job's: the run ignores an id it has seen
         self._attempt: Attempt | None = None
+        self._repeats = RepeatedFailures()
         self._ending = False
 
     def ask(self, what: str) -> None:
@@ -87,7 +94,7 @@ class Supervisor:
             self._attempt.ask(what)
 
     def supervise(self) -> int:
-        """Run the job to its end; return the exit code: 0 done, 1 given up, 2 user error."""
+        """Run the job to its end; return the exit code: 0 done or ended as asked, 1 given up, 2 user error."""
         hosts, number, in_a_row, furthest = dict(self.host_pool.hosts), 0, 0, 0
         server: Server | None = None
         self.events.add("job started", run=self.run.path, hosts=hosts, spares=self.host_pool.spares)
@@ -101,9 +108,10 @@ class Supervisor:
                 else:
                     outcome = rendezvous
                 self._record(outcome)
-                if outcome.kind == outcomes.DONE or (self._ending and outcome.kind != outcomes.MISTAKE):
+                as_asked = outcome.kind in (outcomes.DONE, outcomes.ENDED)
+                if as_asked or (self._ending and outcome.kind != outcomes.MISTAKE):
                     self.events.add("job ended", "")
-                    return 0 if outcome.kind == outcomes.DONE else 1
+                    return 0 if as_asked else 1
                 in_a_row = 1 if outcome.step > furthest else in_a_row + 1
                 furthest = max(furthest, outcome.step)
                 code = self._exit_code(outcome, in_a_row)
@@ -119,14 +127,15 @@ class Supervisor:
             self.events.close()
 
     def _rendezvous(self, hosts: Mapping[str, int], again: bool) -> Rendezvous | Outcome:
-        """Return the rendezvous; if the first host does not answer at a restart, that is one more failure."""
+        """Return the rendezvous; if a host that it needs does not answer at a restart, that is one more failure."""
         start = self.start
         try:
             return arrange(list(hosts), start.nic, start.master_port, start.master, start.ssh_port)
         except UserError as error:
             if not again:
                 raise
-            return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[next(iter(hosts))])
+            host = error.host if isinstance(error, UnreachableHost) else next(iter(hosts))
+            return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[host])
 
     def _run_attempt(self, number: int, hosts: dict[str, int], rendezvous: Rendezvous, server: Server) -> Outcome:
         start = self.start
@@ -138,12 +147,13 @@ class Supervisor:
             beat_s=start.beat_s,
             orphan_s=start.orphan_s,
             nic=start.nic,
+            started=self._job_start.at,
         )
-        prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides])
+        prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides], start.secrets)
         command = command_of(job, start, rendezvous)
         self._attempt = Attempt(job, command, server, self.watch, self.events, self._print_line, start.ssh_port)
         if self._ending:
-            return Outcome(outcomes.FAILURE, "ended before the ranks were started")
+            return Outcome(outcomes.ENDED, "ended before the ranks were started; there was nothing to save")
         return self._attempt.run()
 
     def _record(self, outcome: Outcome) -> None:
@@ -158,6 +168,21 @@ class Supervisor:
         if outcome.kind == outcomes.MISTAKE or (outcome.kind == outcomes.DIVERGENCE and not rewinds):
             return UserError.EXIT_CODE
         if self.limits.restarts == 0:
+            return 1
+        if self._repeats.seen(outcome, other_hosts=bool(self.host_pool.spares)):
+            self.events.add(
+                "gave up",
+                f"the same failure came again at step {outcome.step}, and would after another restart: "
+                f"{reason(outcome)}; see {self.folder}, fix the cause and run the same command again",
+            )
+            return 1
+        left = seconds_left(self.run.checkpoint, self._job_start)
+        if left is not None and left <= 0:
+            self.events.add(
+                "gave up",
+                f"no time for a restart is left of checkpoint.wall_time_s = {self.run.checkpoint.wall_time_s:g}; the "
+                "same command resumes in another job",
+            )
             return 1
         if in_a_row > self.limits.restarts:
             self.events.add(
@@ -282,11 +307,13 @@ def command_of(job: Job, start: LaunchSettings, rendezvous: Rendezvous) -> Comma
         arguments_file=job.path("arguments"),
         master_addr=rendezvous.master,
         master_port=rendezvous.port,
-        exports={**start.exports, VARIABLE: job.folder},
+        exports={**start.exports, VARIABLE: job.folder, **devices_export(job.hosts, start.devices)},
         env_file=job.path("environment"),
         nic=start.nic,
         ssh_port=start.ssh_port,
         launcher_args=start.launcher_args,
+        mpirun=start.mpirun,
+        own_address=start.listen or rendezvous.listen,
         ssh_args=os.environ.get("PDSH_SSH_ARGS_APPEND", ""),
         force_multi=not all(is_local(host) for host in job.hosts),
         python=sys.executable,

@@ -12,6 +12,7 @@ from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.recompute import StagePolicies
+from llama_ds.layout.vocab_parts import part_rows
 from llama_ds.perf.plan.communication import RankGroup
 from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
 from llama_ds.schedules.instructions import Placement
@@ -80,8 +81,8 @@ class StepJob:
     @property
     def vocab(self) -> int:
         """Vocabulary size on one tensor-parallel rank, with the program's padding."""
-        unit = self.program.padded_vocab * self.tp if self.program.padded_vocab > 1 else 1
-        return -(-self.model.vocab_size // unit) * unit // self.tp
+        unit = self.program.padded_vocab
+        return unit * part_rows(self.model.vocab_size, unit * self.tp)
 
     @property
     def placement(self) -> Placement:

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.flops import parameter_count
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.weights import padding_elements
 from llama_ds.training.dry_run.report import Check, IssuedCall, ProcessGroup, RankReport
 
 MESSAGES = ("send", "receive")
@@ -162,8 +163,9 @@ def check_parameters(run: RunConfig, layout: Layout, reports: Sequence[RankRepor
     if len(by_position) < layout.pp:
         return Check(name, True, f"equal on ranks of a stage; {layout.pp - len(by_position)} stages were not run")
     total = sum(sharded * layout.tp + replicated for sharded, replicated in by_position.values())
-    model = parameter_count(run.model)
-    return Check(name, total == model, f"all stages hold {total:,}, the model has {model:,}")
+    model, padding = parameter_count(run.model), padding_elements(run.model, layout.tp)
+    padded = f" and {padding:,} of padding" if padding else ""
+    return Check(name, total == model + padding, f"all stages hold {total:,}, the model has {model:,}{padded}")
 
 
 def _all(report: RankReport) -> Iterable[IssuedCall]:

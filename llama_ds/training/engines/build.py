@@ -13,7 +13,7 @@ from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.layout import Layout
-from llama_ds.parallel.deepspeed_check import check_values, refusals
+from llama_ds.parallel.deepspeed_check import check_device, check_values, refusals
 from llama_ds.parallel.lean_imports import leave_out_compiler
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.engines.layer_parts import layer_parts
@@ -39,6 +39,7 @@ def build_engine(
     """
     leave_out_compiler()
     check_values(run.deepspeed_path, config)
+    check_device(run.deepspeed_path, config, device.type)
     # Otherwise DeepSpeed compiles its shared-memory all-reduce at startup, which only inference uses.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)  # adopts the process group of world.join

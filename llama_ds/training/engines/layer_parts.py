@@ -37,7 +37,7 @@ def layer_parts(
     tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
     context = layer_context(run, tp, device.type, dtype, marks)
     context = replace(context, recomputing=partial(trace.around, "recompute"))
-    loss = NextTokenLoss(context.tp, run.optimizer.z_loss, context.weight_gradients)
+    loss = NextTokenLoss(context.tp, run.optimizer.z_loss, context.weight_gradients, run.model.vocab_size)
     return LayerParts(context, loss, _save_policies(run, layout, dtype), dtype, trace)
 
 

@@ -113,8 +113,8 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
     if parallel.recompute != "none":
         yield "parallel.recompute=none", of("parallel", recompute="none")
     if run.zero_stage > 1:
-        zero = {**run.deepspeed["zero_optimization"], "stage": 1}
-        yield "ZeRO-1", replace(small, run=replace(run, deepspeed={**run.deepspeed, "zero_optimization": zero}))
+        zero_1 = {**run.deepspeed, "zero_optimization": {"stage": 1}}  # other keys are refused without their stage
+        yield "ZeRO-1", replace(small, run=replace(run, deepspeed=zero_1))
     if run.data.document_mask:
         yield "data.document_mask=false", of("data", document_mask=False)
     if compute.attention_backend != "reference":

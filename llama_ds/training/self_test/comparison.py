@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama_ds.checkpoint.weights import DTYPES
@@ -140,7 +141,7 @@ def _squares(held: Held, wanted: Mapping[Key, Tensor], small: SmallRun, tp_rank:
     for key, start, values in held:
         whole, cut = wanted[key], weight_of(key[1]).cut
         shard = whole if cut is None else whole.chunk(small.layout.tp, cut)[tp_rank]
-        right = shard.flatten()[start : start + len(values)]
+        right = F.pad(shard.flatten()[start:], (0, len(values)))[: len(values)]  # the vocabulary's padding stays zero
         error, square = sums.get(key[1], (0.0, 0.0))
         sums[key[1]] = error + float((values - right).square().sum()), square + float(right.square().sum())
     return sums

@@ -191,7 +191,7 @@ def _deepspeed(run: RunConfig, model: ModelConfig, tp: int, dtype: str) -> dict[
         given = zero.pop("param_persistence_threshold", None)
         key = "stage3_param_persistence_threshold"
         zero[key] = min(zero.get(key, PERSISTENT) if given is None else given, PERSISTENT)
-    if zero.get("stage", 0):
+    if zero.get("stage", 0) > 1 or "reduce_bucket_size" in zero:  # other engines have no such buckets
         widest = max(model.num_attention_heads * model.head_dim, model.intermediate_size, model.vocab_size)
         largest = -(-widest // tp) * HIDDEN_SIZE  # elements of the largest weight on a rank
         zero["reduce_bucket_size"] = min(zero.get("reduce_bucket_size", largest), largest)

@@ -1,0 +1,199 @@
+"""The address of rank 0, if the launcher passes none: from Slurm's list of hosts, or by asking rank 0 over MPI."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+
+import psutil
+
+from llama_ds.errors import UserError
+from llama_ds.job.heartbeat import interface_towards
+from llama_ds.layout.nodelist import from_slurm
+
+LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+SLURM_RANK = "SLURM_PROCID"
+LOOPBACK = "127.0.0.1"
+OUTSIDE = "192.0.2.1"  # an address that is no host's (RFC 5737); the route to it is the default route
+
+
+def first_set(names: Sequence[str]) -> str | None:
+    """Return the value of the first of these environment variables that is set."""
+    return next((os.environ[name] for name in names if name in os.environ), None)
+
+
+def in_slurm_step() -> bool:
+    """Return whether srun started this process, not a batch script or a shell in a Slurm allocation.
+
+    Slurm sets SLURM_PROCID=0 and SLURM_NTASKS for a batch script too. Variables of a step may also be left over from
+    the step in which sbatch was called.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS")
+    return tasks is not None and os.environ.get("SLURM_NTASKS", tasks) == tasks
+
+
+def check_not_a_slurm_script() -> None:
+    """Check that a process without a rank is not the script of a Slurm job that has several tasks.
+
+    Raises:
+        UserError: it is, so that one rank would train alone instead of all of them, or wait for the others for ever.
+    """
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "SLURM_JOB_ID" in os.environ and tasks != "1":
+        raise UserError(
+            f"environment: SLURM_NTASKS = {tasks}, but srun did not start this process, so it is the only one; start "
+            "all ranks with `srun python ...`, or a single one on purpose with RANK=0 LOCAL_RANK=0 WORLD_SIZE=1"
+        )
+
+
+def hosts_of_step() -> list[str]:
+    """Return the host of every task of this Slurm step; [] outside of one, or where Slurm does not tell."""
+    if not os.environ.get("SLURM_DISTRIBUTION", "block").startswith("block"):
+        return []
+    return [host for host, count in _tasks_by_host().items() for _ in range(count)]
+
+
+def on_one_host(world: int) -> bool:
+    """Return whether all ranks are on this host, as far as the launcher tells."""
+    local = first_set(LOCAL_SIZES)
+    if local is not None:
+        return local == str(world)
+    if in_slurm_step():
+        return os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1"
+    return _is_loopback(os.environ.get("MASTER_ADDR", LOOPBACK))
+
+
+def find_first_rank(rank: int, world: int, by: str) -> None:
+    """Set MASTER_ADDR and MASTER_PORT, if the launcher has not. `by` is the variable from which the rank was read.
+
+    Raises:
+        UserError: they are needed and cannot be found, or MASTER_ADDR is an address that other hosts cannot reach.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if world > 1 and by == "RANK" and not (address and port):
+        missing = " and ".join(name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name))
+        raise UserError(
+            f"environment: RANK and WORLD_SIZE = {world} are set, but not {missing}; set MASTER_ADDR to the host of "
+            f"rank 0 ({LOOPBACK} if all ranks are on one host) and MASTER_PORT to a free port there, the same for all"
+        )
+    if not (address and port):
+        found = _find(rank, world, by, address)
+        address, port = address or found[0], port or str(found[1])
+    if not on_one_host(world):
+        _check_address(address)
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
+
+
+def interface(nic: str, world: int) -> str | None:
+    """Return the network interface of this rank: `nic`, or else the one that routes to rank 0; None on one host."""
+    if on_one_host(world):
+        return None
+    found = nic or interface_towards(os.environ["MASTER_ADDR"])
+    if found and not _is_loopback_interface(found):
+        return found
+    # This is rank 0's host, which finds its own name at a loopback address, as Debian's /etc/hosts has it.
+    others = [host for host in _tasks_by_host() if host != os.environ["MASTER_ADDR"]]
+    towards = (interface_towards(host) for host in [*others[:1], OUTSIDE])
+    return next((name for name in towards if name and not _is_loopback_interface(name)), found)
+
+
+def _find(rank: int, world: int, by: str, given: str | None) -> tuple[str, int]:
+    """Return address and port of rank 0; of the address `given`, only the port is missing."""
+    if world == 1:
+        return LOOPBACK, 0  # any free port: no other rank joins
+    # Deriving the port from the job keeps two jobs on a host apart.
+    job = os.environ.get("PMIX_NAMESPACE") or ".".join(_values("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    if on_one_host(world):
+        return LOOPBACK, _port_of(job or str(os.getppid()))
+    if given and job:
+        return given, _port_of(job)
+    if by != SLURM_RANK and not (in_slurm_step() and first_set(LOCAL_SIZES) is None):
+        return _ask_first_rank(rank, world)
+    hosts, distribution = list(_tasks_by_host()), os.environ.get("SLURM_DISTRIBUTION", "block")
+    if not hosts or distribution.startswith("arbitrary"):
+        raise UserError(
+            "environment: MASTER_ADDR is not set, and Slurm does not tell the host of task 0 (SLURM_STEP_NODELIST = "
+            f"{os.environ.get('SLURM_STEP_NODELIST', '')!r}, SLURM_DISTRIBUTION = {distribution!r}); pass "
+            "srun --export=ALL,MASTER_ADDR=HOST"
+        )
+    return hosts[0], _port_of(job)
+
+
+def _tasks_by_host() -> dict[str, int]:
+    """Return the hosts of this Slurm step, task 0's first, with their numbers of tasks; {} outside of a step."""
+    nodes, tasks = os.environ.get("SLURM_STEP_NODELIST"), os.environ.get("SLURM_STEP_TASKS_PER_NODE")
+    return from_slurm(nodes, tasks) if in_slurm_step() and nodes and tasks else {}
+
+
+def _values(*names: str) -> list[str]:
+    return [os.environ[name] for name in names if name in os.environ]
+
+
+def _port_of(job: str) -> int:
+    return 20000 + sum(job.encode()) * 7919 % 10000
+
+
+def _check_address(address: str) -> None:
+    if _is_loopback(address):
+        raise UserError(
+            f"environment: MASTER_ADDR = {address} is every host itself, and the ranks are on several hosts; set it to "
+            "the name or address of rank 0's host"
+        )
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise UserError(
+            f"environment: MASTER_ADDR = {address}, the host of rank 0, has no address on {socket.gethostname()} "
+            f"({error.strerror}); set MASTER_ADDR to an address that all hosts reach"
+        ) from None
+
+
+def _ask_first_rank(rank: int, world: int) -> tuple[str, int]:
+    """Ask rank 0 for its address and a free port over MPI."""
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        raise UserError(
+            "environment: MASTER_ADDR is not set and mpi4py is missing, so ranks on several hosts cannot find rank 0; "
+            "install the [mpi] extra or pass MASTER_ADDR and MASTER_PORT (mpirun -x MASTER_ADDR=host)"
+        ) from None
+    if MPI.COMM_WORLD.Get_size() != world:
+        raise UserError(
+            f"environment: MASTER_ADDR is not set, and mpi4py sees {MPI.COMM_WORLD.Get_size()} of {world} ranks; "
+            "install the mpi4py of the MPI whose mpirun starts the job (pip install --no-binary mpi4py mpi4py), or "
+            "pass MASTER_ADDR and MASTER_PORT"
+        )
+    hosts = MPI.COMM_WORLD.gather(socket.gethostname(), root=0)
+    found = (_own_address(hosts or []), _free_port()) if rank == 0 else None
+    result: tuple[str, int] = MPI.COMM_WORLD.bcast(found, root=0)
+    MPI.Finalize()  # this process skips atexit handlers, and mpirun would report a crash
+    return result
+
+
+def _own_address(hosts: Sequence[str]) -> str:
+    """Return the address of this host on the route to another one of `hosts`, or else on the default route."""
+    others = [host for host in dict.fromkeys(hosts) if host != socket.gethostname()]
+    for other in [*others, OUTSIDE]:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect((other, 9))  # no packet is sent
+            except OSError:
+                continue
+            if not (own := str(probe.getsockname()[0])).startswith("127."):
+                return own
+    return socket.gethostbyname(socket.gethostname())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def _is_loopback(address: str) -> bool:
+    return address in ("localhost", "::1") or address.startswith("127.")
+
+
+def _is_loopback_interface(name: str) -> bool:
+    return any(found.address == LOOPBACK for found in psutil.net_if_addrs().get(name, []))
