@@ -43,6 +43,17 @@ def console_is_gone(error: OSError) -> bool:
 
 
 @contextmanager
+def only_warnings() -> Iterator[None]:
+    """Suppress the package's log lines below warnings."""
+    level = logger.level
+    logger.setLevel(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def without_profiler_marks() -> Iterator[None]:
     """Remove from stderr the lines that libkineto prints, at every log level, when a profile starts and ends."""
     sys.stderr.flush()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Python puts a script's folder first on sys.path, where `data` and `config` would shadow modules of other packages.
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -31,12 +31,16 @@ from llama_ds import log
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import INTERRUPTED, TERMINATED, ending_quietly, whole
 from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.heartbeat import Heartbeat, check_hosts, check_world, host_identity, keep_output
 from llama_ds.launch.hostfile import check_launcher_hostfile
 from llama_ds.layout.layout import Layout, resolve_layout
+
+if TYPE_CHECKING:
+    from llama_ds.parallel.world import RankInfo
 
 
 def main() -> int:
@@ -84,18 +88,29 @@ def main() -> int:
         if job:
             check_hosts(job, world.gather(host_identity()))
         run, layout, config = world.together(lambda: resolve(arguments, rank_info.world))
-        from llama_ds.training.interruptions import EndedEarly
-        from llama_ds.training.loop import train
-
-        try:
-            ended = train(run, layout, config, rank_info, heartbeat.progress, REQUESTS)
-            end.code = INTERRUPTED if ended is Request.INTERRUPT else 0
-        except EndedEarly as early:
-            log.logger.info("ended before the first step (%s); there was nothing to save", early)
-            end.code = INTERRUPTED if early.request is Request.INTERRUPT else 0 if job else TERMINATED
+        if arguments.self_test:
+            only_self_test(run, layout, config, rank_info)
+        else:
+            end.code = train_until_asked(run, layout, config, rank_info, heartbeat)
         REQUESTS.enter(Stage.FINISHED)
         heartbeat.end()
     return end.code
+
+
+def train_until_asked(
+    run: RunConfig, layout: Layout, config: dict[str, Any], rank_info: RankInfo, heartbeat: Heartbeat
+) -> int:
+    """Train to the last step, or until the run is asked to end; return the exit code. Collective."""
+    from llama_ds.training.interruptions import EndedEarly
+    from llama_ds.training.loop import train
+
+    try:
+        ended = train(run, layout, config, rank_info, heartbeat.progress, REQUESTS)
+    except EndedEarly as early:
+        log.logger.info("ended before the first step (%s); there was nothing to save", early)
+        of_launcher = current(os.environ) is not None
+        return INTERRUPTED if early.request is Request.INTERRUPT else 0 if of_launcher else TERMINATED
+    return INTERRUPTED if ended is Request.INTERRUPT else 0
 
 
 def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layout, dict[str, Any]]:
@@ -109,6 +124,19 @@ def resolve(arguments: argparse.Namespace, ranks: int) -> tuple[RunConfig, Layou
     return run, layout, deepspeed_config(run, layout, world.computes_bf16(world.device()))
 
 
+def only_self_test(run: RunConfig, layout: Layout, config: dict[str, Any], rank_info: RankInfo) -> None:
+    """Test the layout without the run's data, of which only document masks need the tokenizer. Collective."""
+    from llama_ds.data.text.tokenizer import Tokenizer
+    from llama_ds.parallel import world
+    from llama_ds.training.self_test.check import self_test
+    from llama_ds.training.setup import with_min_memory
+
+    device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
+    path = run.data.tokenizer
+    marks = world.together(lambda: Tokenizer(path).marks if run.data.document_mask else LLAMA_MARKS)
+    self_test(with_min_memory(run, device), layout, dtype, marks, rank_info, device)
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line; DeepSpeed's launcher adds --local_rank, which the environment also contains."""
     parser = argparse.ArgumentParser(
@@ -120,7 +148,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("run_file", help="YAML run file, e.g. ds_configs/quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, e.g. parallel.pp=2")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print the resolved plan and exit")
+    instead.add_argument(
+        "--self-test", action="store_true", help="test the layout with a tiny model against plain torch, and exit"
+    )
     parser.add_argument("--strict", action="store_true", help="end at a damaged checkpoint: checkpoint.strict=true")
     parser.add_argument("--world", type=whole(1, 10**7), help="with --dry-run: the number of ranks to plan for")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

@@ -31,21 +31,10 @@ from llama_ds.errors import shortened
 from llama_ds.schedules.schedule import NAMES as SCHEDULES
 
 __all__ = [
-    "CheckpointConfig",
-    "ComputeConfig",
-    "DataConfig",
-    "EvaluationConfig",
-    "LoggingConfig",
-    "MixtureStage",
-    "ModelConfig",
-    "OptimizerConfig",
-    "ParallelConfig",
-    "RopeScaling",
-    "RunConfig",
-    "SkipConfig",
-    "SourceConfig",
-    "TrainingConfig",
-]
+    "CheckpointConfig", "ComputeConfig", "DataConfig", "EvaluationConfig", "LoggingConfig",
+    "MixtureStage", "ModelConfig", "OptimizerConfig", "ParallelConfig", "RopeScaling",
+    "RunConfig", "SkipConfig", "SourceConfig", "TrainingConfig",
+]  # fmt: skip
 
 MOST_NAME = 128  # characters: file systems take names of 255 bytes
 
@@ -131,6 +120,14 @@ class ComputeConfig(Section):
             "weight gradients (zb_h1, dualpipe_v).",
         ),
     ] = "manual_backward"
+    self_test: Annotated[
+        str,
+        Key(
+            "Whether a start first trains a tiny model of the same structure under the run's layout and compares it "
+            "with plain torch: `auto` at the first start of a layout on several ranks, `always`, or `off`.",
+            choices=("auto", "always", "off"),
+        ),
+    ] = "off"
 
 
 @dataclass(frozen=True)

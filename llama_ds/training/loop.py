@@ -22,6 +22,7 @@ from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_in_use import locked
 from llama_ds.training.run_log import open_run_log
+from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
 from llama_ds.training.start import carried_over, open_start
 from llama_ds.training.stragglers import Stragglers
@@ -70,6 +71,8 @@ def _train(
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
+    end_if_asked(requests, device)
+    self_test_at_start(run, layout, dtype, marks, rank_info, device)
     end_if_asked(requests, device)
     engine = world.together(lambda: build_engine(run, layout, config, device, marks))
     end_if_asked(requests, device)

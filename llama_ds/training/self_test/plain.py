@@ -1,0 +1,140 @@
+"""Training in plain torch on one rank: the numbers that every layout must reproduce.
+
+The layers are those of `model/decoder.py` with autograd. Attention, document masks and the loss are written here once
+more, from their definitions, so that a fault in the model's own does not hide in the comparison.
+
+Shapes: R rows, T tokens, H query heads, G key-value heads, K head size, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
+from llama_ds.config.schema import OptimizerConfig, RunConfig
+from llama_ds.model.attention import CausalAttention
+from llama_ds.model.decoder import LayerContext
+from llama_ds.model.llama import Llama
+from llama_ds.model.loss import IGNORED
+from llama_ds.model.rope import RotaryTables
+from llama_ds.model.tensor_parallel import SingleRank
+
+ROWS_AT_ONCE = 16  # rows of one forward, which bounds the memory of the scores
+
+
+class PlainTraining:
+    """A run's model on one rank, and AdamW; `step` and `loss` take rows in which filler is marked."""
+
+    def __init__(
+        self, run: RunConfig, marks: DocumentMarks = LLAMA_MARKS, initial: torch.dtype = torch.float32
+    ) -> None:
+        """Build the model in float64, with its initial weights rounded to `initial`."""
+        self.attention = PlainAttention(marks if run.data.document_mask else None)
+        self.objective = PlainLoss(run.optimizer.z_loss)
+        context = LayerContext(
+            model=run.model,
+            seed=run.seed,
+            tp=SingleRank(),
+            attention=self.attention,
+            rotary=RotaryTables(run.model, run.data.seq_len),
+            initializer_range=run.training.initializer_range,
+        )
+        self.model = Llama(context, self.objective).to(initial).to(torch.float64)  # type: ignore[arg-type]
+        self.clip = run.optimizer.clip
+        self.optimizer = _adamw(self.model, run.optimizer)
+
+    def step(self, rows: np.ndarray, lr: float) -> tuple[float, float]:
+        """Take a step on the global batch `rows` (R, T + 1); return its mean loss, and the norm before clipping."""
+        self.optimizer.zero_grad()
+        loss = sum(self._backward(part, labels_of(rows)) for part in _parts(rows))
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return float(loss), norm.item()
+
+    @torch.no_grad()
+    def loss(self, rows: np.ndarray) -> float:
+        """Return the mean loss of `rows` (R, T + 1), without z-loss."""
+        return float(sum(self._forward(part, labels_of(rows)) for part in _parts(rows)))
+
+    def _backward(self, rows: np.ndarray, labels: int) -> Tensor:
+        loss = self._forward(rows, labels)
+        loss.backward()
+        return loss.detach()
+
+    def _forward(self, rows: np.ndarray, labels: int) -> Tensor:
+        marked = torch.from_numpy(rows)
+        ids = torch.where(marked < 0, ~marked, marked)[:, :-1]
+        self.attention.see(ids)
+        self.objective.labels = labels
+        return self.model(ids, marked[:, 1:].masked_fill(marked[:, 1:] < 0, IGNORED))
+
+
+class PlainAttention(CausalAttention):
+    """softmax(Q K^T / sqrt(K)) V over the earlier tokens of a token's document, or of its row without `marks`."""
+
+    def __init__(self, marks: DocumentMarks | None) -> None:
+        super().__init__("reference")
+        self.marks = marks
+        self.hidden = torch.empty(0)
+
+    def see(self, ids: Tensor) -> None:
+        """Note which pairs of tokens of `ids` (R, T) do not see each other: (R, 1, 1, T, T) or (1, 1, 1, T, T)."""
+        later = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
+        self.hidden = later[None, None, None]
+        if self.marks is not None:
+            begin, eos = self.marks.begin, self.marks.eos
+            opens = F.pad(ids[:, :-1] == eos, (1, 0)) if begin is None else ids == begin
+            document = opens.cumsum(1)
+            self.hidden = self.hidden | (document[:, :, None] != document[:, None, :])[:, None, None]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, document_start: Tensor | None = None) -> Tensor:
+        """(R, T, H, K), (R, T, G, K), (R, T, G, K) -> (R, T, H, K)."""
+        groups = k.shape[2]
+        queries = q.unflatten(2, (groups, -1))  # consecutive heads share a key-value head
+        scores = torch.einsum("rigqk,rjgk->rgqij", queries, k) / math.sqrt(q.shape[-1])
+        weights = scores.masked_fill(self.hidden, -math.inf).softmax(-1)
+        return torch.einsum("rgqij,rjgk->rigqk", weights, v).flatten(2, 3)
+
+
+class PlainLoss(nn.Module):
+    """Cross-entropy, plus z-loss while training, summed over the labels and divided by their number in the batch."""
+
+    def __init__(self, z_weight: float) -> None:
+        super().__init__()
+        self.z_weight = z_weight
+        self.labels = 1
+
+    def forward(self, head: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+        """Return the share of these labels (R, T) in the mean loss; head = (hidden states (R, T, D), W (V, D))."""
+        x, weight = head
+        logits, flat = (x @ weight.t()).flatten(0, 1), labels.flatten()
+        total = F.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum")
+        if self.z_weight and torch.is_grad_enabled():
+            total = total + self.z_weight * logits.logsumexp(1).square()[flat != IGNORED].sum()
+        return total / self.labels
+
+
+def labels_of(rows: np.ndarray) -> int:
+    """Return the number of labels of marked rows (R, T + 1)."""
+    return int((rows[:, 1:] >= 0).sum())
+
+
+def _parts(rows: np.ndarray) -> list[np.ndarray]:
+    return np.array_split(rows, -(-len(rows) // ROWS_AT_ONCE))
+
+
+def _adamw(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() == 1]  # norms and biases
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps)

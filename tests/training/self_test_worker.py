@@ -1,0 +1,101 @@
+"""One rank of the self-test's tests: runs every given test with a fault planted; rank 0 writes the outcomes as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from deepspeed import comm
+
+from llama_ds import log
+from llama_ds.config.document_marks import LLAMA_MARKS
+from llama_ds.errors import UserError
+from llama_ds.model import embedding
+from llama_ds.parallel import world
+from llama_ds.parallel.point_to_point import PipelineComm
+from llama_ds.parallel.tensor_parallel import GroupTensorParallel
+from llama_ds.training.self_test.check import self_test
+from tests.parallel.layout_cases import Case
+
+SCALE = 1.1
+
+
+def scaled_sum(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the sum over tensor-parallel ranks with a wrong scale."""
+
+    def start(self: Any, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        pending = original(self, x)
+        return lambda: pending() * SCALE
+
+    return start
+
+
+def scaled_activations(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the pipeline's send with a wrong scale of activations."""
+
+    def send(self: Any, message: Any, tensors: list[torch.Tensor]) -> None:
+        hidden, *rest = tensors
+        original(self, message, [hidden * SCALE if message.kind == "activation" else hidden, *rest])
+
+    return send
+
+
+def scaled_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return DeepSpeed's all-reduce with a wrong scale, where several ranks take part in one of gradients."""
+
+    def all_reduce(tensor: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        several = torch.distributed.get_world_size(options.get("group")) > 1 and tensor.numel() > 1000
+        return original(tensor.mul_(SCALE) if several else tensor, *rest, **options)
+
+    return all_reduce
+
+
+FAULTS: dict[str, Callable[[], Any]] = {
+    "mask": lambda: patch.object(
+        embedding, "document_starts", lambda ids, marks: torch.zeros(ids.shape, dtype=torch.int32)
+    ),
+    "pp": lambda: patch.object(PipelineComm, "send", scaled_activations(PipelineComm.send)),
+    "dp": lambda: patch.object(comm, "all_reduce", scaled_gradients(comm.all_reduce)),
+    "tp": lambda: patch.object(GroupTensorParallel, "start_reduce", scaled_sum(GroupTensorParallel.start_reduce)),
+}
+
+
+def outcome(fault: str, case: Case, folder: str, rank_info: world.RankInfo) -> str:
+    """Return the error of the self-test of a case with a fault, "" if it passes; assert that all ranks raise it."""
+    run = replace(case.run, output_dir=folder)
+    with FAULTS[fault]():
+        try:
+            self_test(run, case.layout, case.dtype, LLAMA_MARKS, rank_info, torch.device("cpu"))
+            text = ""
+        except UserError as error:
+            text = str(error)
+    assert len(set(world.gather(text))) == 1, "ranks disagree"
+    return text
+
+
+def main() -> None:
+    cases_file, folder, out = sys.argv[1:]
+    rank_info = world.find_rank_info()
+    log.setup(quiet=True)
+    log.silence_libraries()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with open(cases_file) as file:
+        request = json.load(file)
+    found: dict[str, Any] = {"outcomes": []}
+    with world.failing_together():
+        world.join(rank_info)
+        for fault, keys in request["faults"]:
+            found["outcomes"].append(outcome(fault, Case(**keys), folder, rank_info))
+        if rank_info.rank == 0:
+            with open(out, "w") as file:
+                json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main()
