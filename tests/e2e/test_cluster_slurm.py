@@ -70,7 +70,9 @@ def test_a_job_saves_before_its_time_limit_and_is_requeued(
     job = f"{slurm.submit(script, *TWO, *options, **environment())}_3"
     metrics = run.dir / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and '"loss"' in metrics.read_text(), "no step")
-    slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")  # minutes from its start
+    hours, minutes, _ = map(int, slurm.state(job)["RunTime"].split(":"))
+    limit = 60 * hours + minutes + 2  # minutes from its start; the signal comes a minute before, not with the limit
+    slurm.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
     wait_until(latest.exists, "the ranks do not save")
     saved = int(latest.read_text().removeprefix("step_"))
     pace.write_text("0")
