@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_ds import shipped
 from llama_ds.errors import UserError
 from llama_ds.job.folder import Job
 from llama_ds.launch.deepspeed_env import read_deepspeed_env
@@ -76,7 +77,7 @@ def test_the_command_has_the_variables_and_no_secret(
 ) -> None:
     (home / "here" / ".deepspeed_env").write_text("OPTIONS=ab")  # srun cannot pass commas
     (home / "hosts").write_text("node1 slots=4\nnode2 slots=4\n")
-    run_file = Path(launch.ROOT) / "ds_configs" / "quickstart.yaml"
+    run_file = shipped.folder("ds_configs") / "quickstart.yaml"
     words = ["--hostfile", str(home / "hosts"), "--launcher", launcher, "--master-addr", "10.0.0.1", "--dry-run"]
     assert launch.main([str(run_file), "parallel.micro_batch=1", *words]) == 0
     shown = capsys.readouterr().out
