@@ -19,6 +19,7 @@ from llama_ds.job.folder import MPI_LAUNCHERS, VARIABLE, current
 from llama_ds.job.launcher_watch import watch_launcher
 from llama_ds.job.own_session import leave_session_of_mpirun
 from llama_ds.job.requests import Request, Requests, Stage
+from llama_ds.job.wire import Phase
 
 REQUESTS = Requests()
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -100,12 +101,21 @@ def main() -> int:
 def train_until_asked(
     run: RunConfig, layout: Layout, config: dict[str, Any], rank_info: RankInfo, heartbeat: Heartbeat
 ) -> int:
-    """Train to the last step, or until the run is asked to end; return the exit code. Collective."""
-    from llama_ds.training.interruptions import EndedEarly
-    from llama_ds.training.loop import train
+    """Train to the last step, or until the run is asked to end; return the exit code. Collective.
 
+    Raises:
+        UserError: on all ranks: another job trains the run, no time is left, or as `train`.
+    """
+    from llama_ds.parallel import world
+    from llama_ds.training.interruptions import EndedEarly, check_time_left
+    from llama_ds.training.loop import train
+    from llama_ds.training.run_in_use import locked
+
+    heartbeat.progress.enter(Phase.LOADING)
+    world.together(lambda: check_time_left(run.checkpoint))
     try:
-        ended = train(run, layout, config, rank_info, heartbeat.progress, REQUESTS)
+        with locked(run.run_dir, rank_info) as check_lock:
+            ended = train(run, layout, config, rank_info, heartbeat.progress, REQUESTS, check_lock)
     except EndedEarly as early:
         log.logger.info("ended before the first step (%s); there was nothing to save", early)
         of_launcher = current(os.environ) is not None

@@ -16,11 +16,10 @@ from llama_ds.parallel.recording import Recording
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.feed import Feed
-from llama_ds.training.interruptions import Interruptions, check_time_left, end_if_asked
+from llama_ds.training.interruptions import Interruptions, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
-from llama_ds.training.run_in_use import locked
 from llama_ds.training.run_log import open_run_log
 from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
@@ -35,34 +34,20 @@ def train(
     rank_info: world.RankInfo,
     progress: Progress,
     requests: Requests,
+    check_lock: Callable[[], None],
 ) -> Request:
     """Train `run` from its newest checkpoint, or from its seed, to its last step. Collective.
 
-    `config` is the merged DeepSpeed configuration; `progress` reports this rank's phase to the supervisor.
+    `config` is the merged DeepSpeed configuration; `progress` reports this rank's phase to the supervisor; `check_lock`
+    raises UserError once another job has taken the run over.
 
     Returns:
         The request that ended the run early, or NOTHING.
 
     Raises:
-        UserError: on all ranks alike: another job trains the run, no time is left, data or checkpoints cannot be used,
-            or the loss has diverged.
+        UserError: on all ranks alike: data or checkpoints cannot be used, or the loss has diverged.
         EndedEarly: on all ranks alike, before the first step.
     """
-    progress.enter(Phase.LOADING)
-    world.together(lambda: check_time_left(run.checkpoint))
-    with locked(run.run_dir, rank_info) as check_lock:
-        return _train(run, layout, config, rank_info, progress, requests, check_lock)
-
-
-def _train(
-    run: RunConfig,
-    layout: Layout,
-    config: dict[str, Any],
-    rank_info: world.RankInfo,
-    progress: Progress,
-    requests: Requests,
-    check_lock: Callable[[], None],
-) -> Request:
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
     run = with_min_memory(run, device)
