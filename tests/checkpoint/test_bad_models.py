@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pickled_call import PickledCall
 from safetensors.torch import load_file, save_file
 from written_ranks import SHAPES, Write
 
@@ -120,16 +121,6 @@ def test_random_damage_is_reported_or_harmless(models: Models, kind: str, seed: 
     assert errors > 10
 
 
-class Bomb:
-    """A pickle that creates a folder when its code is executed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize("how", ["torch.save", "pickle"])
 @pytest.mark.parametrize("name", ["consolidated.01.pth", "pytorch_model.bin", "layer_02-model_01-model_states.pt"])
 def test_code_in_a_checkpoint_is_not_executed(
@@ -139,7 +130,7 @@ def test_code_in_a_checkpoint_is_not_executed(
     folder = models(kind)
     if kind == "hf":
         (folder / "model.safetensors").unlink()
-    content = {"model.norm.weight": torch.ones(32), "code": Bomb(tmp_path / "executed")}
+    content = {"model.norm.weight": torch.ones(32), "code": PickledCall(os.mkdir, str(tmp_path / "executed"))}
     if how == "torch.save":
         torch.save(content, folder / name)
     else:

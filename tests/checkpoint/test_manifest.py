@@ -15,6 +15,7 @@ import pytest
 import torch
 import xxhash
 from commit_contents import KINDS, MOMENTS, SMALL, THREE, check_checkpoint, description, elements, ranks, save
+from pickled_call import PickledCall
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.attempt import SaveAttempt, new_id
@@ -263,21 +264,11 @@ def test_a_wrong_location_in_the_index_is_named(folder: Path, column: int, value
         read_tensors(str(folder), describe(str(folder)), [WEIGHT])
 
 
-class Bomb:
-    """A pickle that creates a folder when its code is executed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return os.mkdir, (str(self.path),)
-
-
 def test_no_code_is_executed(folder: Path, tmp_path: Path) -> None:
     """Otherwise anyone who can write or send a checkpoint could execute code on every node."""
     mark, name = tmp_path / "executed", DATA[2]
     size = (folder / name).stat().st_size
-    torch.save({"optimizer_state_dict": Bomb(mark)}, folder / name)
+    torch.save({"optimizer_state_dict": PickledCall(os.mkdir, str(mark))}, folder / name)
     with open(folder / name, "ab") as file:
         file.write(bytes(size - file.tell()))
     with pytest.raises(UserError, match=f"{name}: its bytes have checksum"):
@@ -286,10 +277,10 @@ def test_no_code_is_executed(folder: Path, tmp_path: Path) -> None:
         for spread in spreads.values():
             spread.whole()
     for plain in (folder / name, folder / DATA[0]):
-        plain.write_bytes(pickle.dumps(Bomb(mark)))
+        plain.write_bytes(pickle.dumps(PickledCall(os.mkdir, str(mark))))
         with pytest.raises(UserError, match="cannot be read as a file of torch tensors"):
             torch_tensors(str(plain))
-    torch.save({"w": Bomb(mark)}, folder / name)
+    torch.save({"w": PickledCall(os.mkdir, str(mark))}, folder / name)
     with pytest.raises(UserError, match="neither a tensor nor plain data, and nothing in a file is executed"):
         torch_tensors(str(folder / name))
     assert not mark.exists()

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import saved_llama
 from megatron_reference import MegatronModel, load
-from transformers import LlamaConfig, LlamaForCausalLM
+from pickled_call import PickledCall
+from transformers import LlamaForCausalLM
 
 from llama_ds.checkpoint.formats.fused import Fused, Unfused
 from llama_ds.checkpoint.formats.meta_params import Unsaid
@@ -36,19 +38,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LlamaForCausalLM]:
     """transformers' models, saved in the folders that their `name_or_path` names."""
-    root, found = tmp_path_factory.mktemp("hf"), {}
-    for name, shape in SHAPES.items():
-        torch.manual_seed(1)
-        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
-        config = LlamaConfig(
-            vocab_size=200, hidden_size=32, intermediate_size=88, num_hidden_layers=4, num_attention_heads=8,
-            head_dim=8, max_position_embeddings=64, initializer_range=0.2, **rope | shape,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config).eval()
-        model.name_or_path = str(root / name)
-        model.save_pretrained(model.name_or_path)
-        found[name] = model
-    return found
+    root, sizes = (
+        tmp_path_factory.mktemp("hf"),
+        {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 4, "head_dim": 8},
+    )
+    return {name: saved_llama(root / name, **sizes | shape) for name, shape in SHAPES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -310,16 +304,6 @@ def test_missing_files_are_named(saved: Path) -> None:
             open_model(str(saved))
 
 
-class Command:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return self.call
-
-
 @pytest.mark.parametrize("function", [os.system, exec, os.mkdir, pickle.loads])
 @pytest.mark.parametrize("key", ["args", "model", "inside args"])
 def test_nothing_in_a_pickle_is_executed(
@@ -330,9 +314,9 @@ def test_nothing_in_a_pickle_is_executed(
         os.system: f"mkdir {target}",
         exec: f"import os; os.mkdir({str(target)!r})",
         os.mkdir: str(target),
-        pickle.loads: pickle.dumps(Command(os.mkdir, str(target))),
+        pickle.loads: pickle.dumps(PickledCall(os.mkdir, str(target))),
     }[function]
-    attack = Command(function, argument)
+    attack = PickledCall(function, argument)
     change(saved, lambda state: state["args"].__setattr__("lr", attack) if " " in key else state.update({key: attack}))
     try:
         open_model(str(saved))

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import saved_llama
 from neox_reference import NeoxModel, load
-from transformers import LlamaConfig, LlamaForCausalLM
+from pickled_call import PickledCall
+from transformers import LlamaForCausalLM
 
 from llama_ds.checkpoint.formats.meta_params import Unsaid
 from llama_ds.checkpoint.load_model import kind_of, open_model
@@ -31,19 +33,8 @@ PATH = "global_step0/layer_{:02d}-model_{:02d}-model_states.pt"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LlamaForCausalLM]:
     """transformers' models, saved in the folders that their `name_or_path` names."""
-    root, found = tmp_path_factory.mktemp("hf"), {}
-    for name, shape in SHAPES.items():
-        torch.manual_seed(1)
-        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
-        config = LlamaConfig(
-            vocab_size=192, hidden_size=64, intermediate_size=88, num_hidden_layers=2, num_attention_heads=8,
-            max_position_embeddings=64, initializer_range=0.2, **rope | shape,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config).eval()
-        model.name_or_path = str(root / name)
-        model.save_pretrained(model.name_or_path)
-        found[name] = model
-    return found
+    root, sizes = tmp_path_factory.mktemp("hf"), {"vocab_size": 192, "hidden_size": 64, "num_hidden_layers": 2}
+    return {name: saved_llama(root / name, **sizes | shape) for name, shape in SHAPES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -279,20 +270,10 @@ def test_the_configuration_is_asked_for(saved: Path) -> None:
         open_model(str(saved))
 
 
-class Command:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return os.mkdir, (self.path,)
-
-
 def test_nothing_in_a_pickle_is_executed(saved: Path, tmp_path: Path) -> None:
     for path in (saved / PATH.format(2, 0), saved / "global_step0" / "mp_rank_00_model_states.pt"):
         before = load(path)
-        torch.save({**before, "more": Command(tmp_path / "executed")}, path)
+        torch.save({**before, "more": PickledCall(os.mkdir, str(tmp_path / "executed"))}, path)
         with pytest.raises(UserError, match=rf"{path.name}: holds posix\.mkdir, which is neither a tensor .* executed"):
             open_model(str(saved), unsaid=Unsaid(qkv_order="blocks"))
         torch.save(before, path)

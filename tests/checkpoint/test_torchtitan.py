@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hf_models import saved_llama
+from pickled_call import PickledCall
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -23,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from llama_ds.checkpoint.formats.meta_params import Unsaid
 from llama_ds.checkpoint.load_model import kind_of, open_model
@@ -37,17 +39,10 @@ PARAMS |= {"max_seq_len": 64}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LlamaForCausalLM:
     """transformers' model, saved in the folder that its `name_or_path` names."""
-    torch.manual_seed(1)
-    rope = {"rope_type": "default", "rope_theta": 5e5}
-    config = LlamaConfig(
-        vocab_size=200, hidden_size=32, intermediate_size=88, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=4, max_position_embeddings=64, initializer_range=0.2, rms_norm_eps=1e-6,
-        rope_parameters=rope,
+    return saved_llama(
+        tmp_path_factory.mktemp("hf"), vocab_size=200, hidden_size=32, num_hidden_layers=2, num_key_value_heads=4,
+        head_dim=4, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     )  # fmt: skip
-    found = LlamaForCausalLM(config).eval()
-    found.name_or_path = str(tmp_path_factory.mktemp("hf"))
-    found.save_pretrained(found.name_or_path)
-    return found
 
 
 def reverse_permute(w: torch.Tensor, heads: int) -> torch.Tensor:
@@ -202,16 +197,6 @@ def test_a_folder_without_settings_asks_for_them(saved: Path) -> None:
         open_model(str(saved))
 
 
-class Command:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return os.mkdir, (self.path,)
-
-
 def change_metadata(folder: Path, edit: Callable[[Any], object]) -> None:
     path, saved = folder / ".metadata", folder / "saved"
     if not saved.exists():
@@ -246,12 +231,15 @@ def test_damaged_checkpoints_are_refused(saved: Path, edit: Callable[[Any], obje
 
 
 def test_nothing_in_a_pickle_is_executed(saved: Path, tmp_path: Path) -> None:
-    change_metadata(saved, lambda m: setattr(m, "planner_data", Command(tmp_path / "executed")))
+    change_metadata(saved, lambda m: setattr(m, "planner_data", PickledCall(os.mkdir, str(tmp_path / "executed"))))
     assert open_model(str(saved)).model.hidden_size == 32
-    change_metadata(saved, lambda m: m.state_dict_metadata.update({"norm.weight": Command(tmp_path / "executed")}))
+    change_metadata(
+        saved,
+        lambda m: m.state_dict_metadata.update({"norm.weight": PickledCall(os.mkdir, str(tmp_path / "executed"))}),
+    )
     with pytest.raises(UserError, match=r"1 tensor \(norm\.weight\) is missing"):
         open_model(str(saved))
-    (saved / ".metadata").write_bytes(pickle.dumps(Command(tmp_path / "executed")))
+    (saved / ".metadata").write_bytes(pickle.dumps(PickledCall(os.mkdir, str(tmp_path / "executed"))))
     with pytest.raises(UserError, match="cannot be read as metadata of torch's DCP"):
         open_model(str(saved))
     (saved / ".metadata").write_bytes(b"")
@@ -262,7 +250,7 @@ def test_nothing_in_a_pickle_is_executed(saved: Path, tmp_path: Path) -> None:
 
 def test_a_block_that_is_no_tensor_is_refused(saved: Path, tmp_path: Path) -> None:
     for value, named in (
-        (Command(tmp_path / "executed"), "holds posix.mkdir"),
+        (PickledCall(os.mkdir, str(tmp_path / "executed")), "holds posix.mkdir"),
         ({"a": 1}, "holds no contiguous tensor"),
     ):
         torch.save(value, saved / "bad.distcp")
