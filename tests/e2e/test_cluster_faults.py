@@ -17,12 +17,14 @@ from tests.hosts import Hosts, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
-# Steps are short, as starting dominates the time; there are enough steps for all faults and for some after them.
+# Links set the pace of steps, so that few steps last through all faults.
+SLOW_LINKS = "tc qdisc add dev eth0 root tbf rate 2mbit burst 16kb limit 4mb"
 LAYOUT = {
     "parallel.pp": 2,
-    "training.steps": 240,
+    "model.num_hidden_layers": 2,
+    "training.steps": 100,
     "optimizer.lr": 1e-3,  # at the tiny run's 3e-3 rounding grows to 2e-3 of the loss in 60 steps, here to 3e-7
-    "checkpoint.interval": 10,
+    "checkpoint.interval": 5,
     "checkpoint.keep_last": 3,
 }
 ORPHAN_S = 12.0  # the supervisor waits longer than this for a vanished host, until its ranks have certainly ended
@@ -32,7 +34,7 @@ DETECTED_S = 15.0  # limit for the detection of a killed rank on a machine with 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(4, tmp_path_factory.mktemp("hosts")) as those:
+    with Hosts(4, tmp_path_factory.mktemp("hosts"), before=SLOW_LINKS) as those:
         yield those
 
 
