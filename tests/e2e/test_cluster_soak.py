@@ -42,8 +42,9 @@ KINDS = {  # fault -> outcome that the supervisor must report
 }
 ENDS = ("death", "failure", "hang", "host lost", "launcher", "done", "gave up", "mistake")
 NAMES = ("node1", "node2", "node3")  # the last is a spare
+SLOW_LINKS = "tc qdisc add dev eth0 root tbf rate 16mbit burst 16kb limit 4mb"  # they set the pace of steps, not work
 LAYOUT = {
-    "training.global_batch": 16,
+    "model.num_hidden_layers": 2,
     "training.steps": 25 * FAULTS + 100,  # faults come by progress: enough for all
     "checkpoint.interval": 5,
     "checkpoint.keep_last": 3,
@@ -53,7 +54,7 @@ LAYOUT = {
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(len(NAMES), tmp_path_factory.mktemp("hosts"), subnet=94) as those:
+    with Hosts(len(NAMES), tmp_path_factory.mktemp("hosts"), subnet=94, before=SLOW_LINKS) as those:
         yield those
 
 

@@ -37,6 +37,8 @@ def spoilt(corpus: Corpus, make_run: Callable[..., Run], tmp_path_factory: pytes
     folder = root / "code"
     changes = {
         "data.sources": [{"name": "code", "path": str(folder), "weight": 1.0}],
+        "model.num_hidden_layers": 2,
+        "training.global_batch": 4,
         "training.steps": STEPS,
         "checkpoint.interval": INTERVAL,
     }
