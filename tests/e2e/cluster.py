@@ -143,6 +143,11 @@ class Job:
         return found
 
 
+def slow_links(mbit: int) -> str:
+    """Return the shell command by which a host's link, not its work, sets the pace of steps."""
+    return f"tc qdisc add dev eth0 root tbf rate {mbit}mbit burst 16kb limit 4mb"
+
+
 def start(run: Run, hosts: Hosts, names: Sequence[str], slots: int, *options: str, **changed: float | str) -> Job:
     """Start tools/launch.py on hosts; `changed` overrides options of QUICK."""
     hostfile = hosts.write_hostfile(run.file.with_suffix(".hosts"), slots, names)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from cluster import QUICK, Job, start, stop
+from cluster import QUICK, Job, slow_links, start, stop
 from launching import TRAIN, forked, succeed
 from tiny_run import Run
 
@@ -17,8 +17,7 @@ from tests.hosts import Hosts, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
-# Links set the pace of steps, so that few steps last through all faults.
-SLOW_LINKS = "tc qdisc add dev eth0 root tbf rate 2mbit burst 16kb limit 4mb"
+# Slow links make these few steps last through all faults.
 LAYOUT = {
     "parallel.pp": 2,
     "model.num_hidden_layers": 2,
@@ -34,7 +33,7 @@ DETECTED_S = 15.0  # limit for the detection of a killed rank on a machine with 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(4, tmp_path_factory.mktemp("hosts"), before=SLOW_LINKS) as those:
+    with Hosts(4, tmp_path_factory.mktemp("hosts"), before=slow_links(2)) as those:
         yield those
 
 

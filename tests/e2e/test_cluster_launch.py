@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import LAUNCH, Job, start
+from cluster import LAUNCH, Job, slow_links, start
 from launching import ROOT, TRAIN, environment, forked, succeed
 from tiny_run import Run
 
@@ -28,7 +28,7 @@ ENDLESS = {"parallel.pp": 2, "training.steps": 10**6}
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(2, tmp_path_factory.mktemp("hosts"), subnet=96) as those:
+    with Hosts(2, tmp_path_factory.mktemp("hosts"), subnet=96, before=slow_links(16)) as those:
         yield those
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from cluster import Job, send, start
+from cluster import Job, send, slow_links, start
 from launching import TRAIN, forked, succeed
 from tiny_run import Run
 
@@ -42,7 +42,6 @@ KINDS = {  # fault -> outcome that the supervisor must report
 }
 ENDS = ("death", "failure", "hang", "host lost", "launcher", "done", "gave up", "mistake")
 NAMES = ("node1", "node2", "node3")  # the last is a spare
-SLOW_LINKS = "tc qdisc add dev eth0 root tbf rate 16mbit burst 16kb limit 4mb"  # they set the pace of steps, not work
 LAYOUT = {
     "model.num_hidden_layers": 2,
     "training.steps": 25 * FAULTS + 100,  # faults come by progress: enough for all
@@ -54,7 +53,7 @@ LAYOUT = {
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(len(NAMES), tmp_path_factory.mktemp("hosts"), subnet=94, before=SLOW_LINKS) as those:
+    with Hosts(len(NAMES), tmp_path_factory.mktemp("hosts"), subnet=94, before=slow_links(16)) as those:
         yield those
 
 
