@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama_ds.data.text.corpus import documents
-from llama_ds.data.text.formats import ReadOptions
+from llama_ds.data.text.formats import JSON_LINES, FileFormat, ReadOptions
 from llama_ds.data.text.inputs import find_inputs
 from llama_ds.data.text.piece_reader import PieceReader, TextPiece
 from llama_ds.errors import UserError
@@ -201,6 +203,52 @@ def test_odd_json_is_read(tmp_path: Path) -> None:
     assert [next(nested).text, next(nested).text] == ["one", "two"]
     with pytest.raises(UserError, match=r'd\.jsonl:3: no "a\.b" of type string; .* --text-field, of a\.b\.c\.d'):
         next(nested)
+
+
+BEGINNINGS = (
+    '{"text": "',
+    '{"t": 1, "text": "',
+    '{"text": "first", "text": "',
+    '{"x": {"text": "no"}, "text": "',
+    '{"t": "',
+)
+INSIDE = (
+    *("a", "é", "\U0001f600", "\ufeff", "\x7f", "\x00", "\t", "\\n", "\\u00e9", "\\ud83d\\ude00", "\\ud800"),
+    *("\\udc00", "\\u0000", "\\/", "\\x", '\\"', "{", "\xa0"),
+)
+ENDS = (
+    *(
+        '"}',
+        '", "n": 1e999}',
+        '", "n": NaN}',
+        '", "n": -0}',
+        '", "n": 01}',
+        '", "s": "\\ud800"}',
+        '", "l": [[]]} ',
+        '"',
+    ),
+    *('", "n": ' + "9" * 5000 + "}", '", "l": ' + "[" * 1010 + "]" * 1010 + "}", '"} x', '",}', '", "text": null}'),
+)
+
+
+@given(
+    st.sampled_from(BEGINNINGS),
+    st.lists(st.sampled_from(INSIDE), max_size=3),
+    st.sampled_from([b"", b"", b"", b"\xff", b"\xed\xa0\x80"]),
+    st.sampled_from(ENDS),
+)
+def test_the_fast_parser_gives_the_texts_of_the_exact_one(begin: str, inside: list[str], raw: bytes, end: str) -> None:
+    """orjson reads most lines; json decides about those that it refuses, and orjson never about what json refuses."""
+    line = "".join([begin, *inside]).encode() + raw + end.encode()
+    exact = PieceReader(TextPiece("x", format=FileFormat(JSON_LINES)))
+    exact._quick_text_of = lambda data: None  # type: ignore[method-assign]
+    found = []
+    for reader in (exact, PieceReader(TextPiece("x", format=FileFormat(JSON_LINES)))):
+        try:
+            found.append(list(reader._json([(0, line)])))
+        except UserError as error:
+            found.append(str(error))
+    assert found[0] == found[1] or "nested too deeply" in found[0]  # orjson reads a few levels more
 
 
 def test_a_nested_record_without_a_text_is_named_at_any_depth(tmp_path: Path) -> None:
