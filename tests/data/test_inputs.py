@@ -171,6 +171,8 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
         ("a", b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"\n", r"a:1: not JSON \(.* nested too deeply"),  # not one text
         ("a.json", ARRAY[:-2] + b"," + b"[" * 5000 + b"]" * 5001, r"a\.json:4: not JSON \(.* nested too deeply"),
         ("a.txt", "caf\u00e9".encode("utf-16"), "UTF-16 text; convert the file to UTF-8"),
+        ("a.txt", "caf\u00e9".encode("utf-32"), "UTF-32 text; convert the file to UTF-8"),
+        ("a.idx", b"MMIDIDX\0\0" + bytes(40), "an index of Megatron ids without .*a.bin; copy that too"),
     ],
 )
 def test_what_looks_like_data_but_cannot_be_read_is_refused(
@@ -182,6 +184,17 @@ def test_what_looks_like_data_but_cannot_be_read_is_refused(
         texts(tmp_path)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
     assert texts(tmp_path, ReadOptions(exclude=(name,))) == TEXTS
+
+
+def test_backups_and_files_in_progress_are_left_out_of_folders(tmp_path: Path) -> None:
+    """They repeat a file that is read, or its beginning."""
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    names = ["#a.jsonl#", "a.jsonl.bak", "a.jsonl.crdownload", "a.jsonl.tmp", "a.jsonl~"]
+    for name in names:
+        (tmp_path / name).write_bytes(LINES)
+    assert texts(tmp_path) == TEXTS
+    assert left_out(tmp_path) == {"a backup or an unfinished file by its name": names}
+    assert texts(tmp_path / "a.jsonl~") == TEXTS == texts(f"{tmp_path}/*.bak")  # as the user asks for it
 
 
 def test_odd_json_is_read(tmp_path: Path) -> None:

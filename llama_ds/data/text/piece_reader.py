@@ -37,7 +37,8 @@ from llama_ds.errors import UserError
 
 EMPTY_DOCUMENT = "empty document"
 BLOCK = 1 << 20  # bytes per read
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# Encodings of several bytes a character, by the marks with which files begin; UTF-32's begins as UTF-16's.
+WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 ESCAPE = "\\u"  # in JSON that was decoded from UTF-8, the only way to write half of a surrogate pair
 SURROGATE = re.compile("[\ud800-\udfff]")  # searched for, because encoding a text to find one would copy it
 
@@ -305,8 +306,8 @@ def _skip_line(file: BinaryIO, size: int) -> int:
 
 
 def _decode(data: bytes, offset: int = 0) -> str:
-    if data.startswith(UTF16) and not offset:
-        raise _BadDocument("UTF-16", "UTF-16 text; convert the file to UTF-8 (iconv -f utf-16 -t utf-8)")
+    if not offset and (name := next((WIDE[mark] for mark in WIDE if data.startswith(mark)), "")):
+        raise _BadDocument(name, f"{name} text; convert the file to UTF-8 (iconv -f {name.lower()} -t utf-8)")
     if (at := data.find(b"\0")) >= 0:
         raise _BadDocument(
             "binary data",
