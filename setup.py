@@ -29,6 +29,7 @@ setup(
         "deepspeed>=0.19.4,<0.20",  # earlier releases scale pipeline gradients wrongly
         "fsspec>=2024.6",
         "numpy>=2.1",
+        "orjson>=3.10",
         "protobuf>=5",  # sentencepiece describes its models with it
         "psutil>=5.9",
         "pyyaml>=6",

@@ -152,6 +152,7 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> i
     A UserError prints one line to stderr and gives exit code 2. With --json, stdout contains only the answer.
     Closed pipes and Ctrl-C are handled as in `ending_quietly`.
     """
+    _open_missing_streams()
     log.silence_libraries()
     for stream in (sys.stdout, sys.stderr):  # paths and texts may hold what the terminal's encoding does not
         if isinstance(stream, io.TextIOWrapper):
@@ -165,21 +166,50 @@ def ending_quietly(main: Callable[[], int]) -> int:
     A closed pipe prints nothing, Ctrl-C one line.
     """
     try:
-        code = main()
-        print(end="", flush=True)
-        return code
+        return _flushed(main())
     except BrokenPipeError:
         closed = [stream for stream in (1, 2) if _has_no_reader(stream)]
         if not closed:  # another pipe broke, which is a real error
             raise
-        devnull = os.open(os.devnull, os.O_WRONLY)
         for stream in closed:
-            os.dup2(devnull, stream)  # the interpreter flushes its buffers there at exit
+            _discard(stream)
         return CLOSED_PIPE
     except KeyboardInterrupt as interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C kills the process during interpreter shutdown
         print(str(interrupt) or "interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _flushed(code: int) -> int:
+    """Write what is left of stdout; return `code`, or that of an error if it cannot be written, as on a full disk."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard(1)
+        if not code:
+            print(f"error: stdout: cannot be written ({error.strerror})", file=sys.stderr)
+        return code or UserError.EXIT_CODE
+    return code
+
+
+def _discard(stream: int) -> None:
+    """Let an output of this process go nowhere; the interpreter flushes its buffers there at exit."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, stream)
+    os.close(devnull)
+
+
+def _open_missing_streams() -> None:
+    """Open /dev/null for a stdin, stdout or stderr that the shell closed (>&-): else a file would take its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the least number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _outcome(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:

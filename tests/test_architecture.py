@@ -37,6 +37,7 @@ DOORS = {
     "fsspec": ("llama_ds/data/source/remote.py",),
     "flash_attn": ("llama_ds/model/attention*.py",),
     "gguf": ("llama_ds/checkpoint/formats/gguf_*.py", "llama_ds/benchmarks/gguf_tokenizer.py"),
+    "orjson": ("llama_ds/data/text/piece_reader.py",),
     "pyarrow": ("llama_ds/data/text/columns.py",),
     "sentencepiece": ("llama_ds/data/text/sentencepiece_model.py",),
     "streaming": ("llama_ds/benchmarks/data/rivals.py",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 from collections.abc import Callable
@@ -13,14 +14,16 @@ import sentencepiece
 from built_sources import SEQ_LEN, Built
 from hypothesis import given
 from hypothesis import strategies as st
-from source_files import streams
+from source_files import index_of, streams, write_lines
 
 from llama_ds.data.building import tokenized
 from llama_ds.data.building.build import build_source
+from llama_ds.data.building.tokenized import in_validation
 from llama_ds.data.text import cuts
 from llama_ds.data.text.corpus import cut_at_lines, documents
 from llama_ds.data.text.cuts import PIECE_CHARS, pieces_of
 from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.errors import UserError
 
 ODD = [
     "\u2581",
@@ -115,6 +118,42 @@ def test_a_build_of_a_long_document_gives_the_ids_of_the_whole(
     build_source("s", str(tmp_path / "a.txt"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.0)
     assert streams(tmp_path / "s", "train")[0].tolist() == [1, *tokenizer.encode(text), 2]
     assert len(sizes) > 2 and max(sizes) <= PIECE_CHARS
+
+
+def test_documents_of_all_lengths_keep_their_order_and_places(built: Built, tmp_path: Path) -> None:
+    """Short ones are encoded together, long ones in pieces, and a file of one text ends a batch."""
+    texts = [f"{i} " * (i * 7919 % 900) + f"text {i}" for i in range(400)]
+    texts[100] = texts[250] = "a long one " * (PIECE_CHARS // 8)
+    (tmp_path / "in").mkdir()
+    write_lines(tmp_path / "in" / "a.jsonl", texts)
+    (tmp_path / "in" / "b.txt").write_text("a single text")
+    build_source("s", str(tmp_path / "in"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.3)
+    tokenizer = Tokenizer(built.tokenizer)
+    for split, held_out in (("train", False), ("validation", True)):
+        mine = [
+            (f"{tmp_path}/in/a.jsonl:{i}", text)
+            for i, text in enumerate(texts, 1)
+            if in_validation(text, 0.3) == held_out
+        ]
+        if in_validation("a single text", 0.3) == held_out:
+            mine.append((f"{tmp_path}/in/b.txt", "a single text"))
+        wanted = [[1, *tokenizer.encode(text), 2] for _, text in mine]
+        assert streams(tmp_path / "s", split)[0].tolist() == [i for ids in wanted for i in ids]
+        found = {d.place: (d.length, d.digest) for d in index_of(tmp_path / "s", split, 0)}
+        digests = [hashlib.sha256(text.encode()).digest()[:16] for _, text in mine]
+        assert found == {place: (len(ids), d) for (place, _), ids, d in zip(mine, wanted, digests, strict=True)}
+
+
+def test_a_text_that_cannot_be_encoded_is_named(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode_array(self: Tokenizer, text: str) -> np.ndarray:
+        if "bad" in text:
+            raise UserError("no ids")
+        return np.zeros(3, np.uint32)
+
+    write_lines(tmp_path / "a.jsonl", ["good", "x bad", "good"])
+    monkeypatch.setattr(tokenized.Tokenizer, "encode_array", encode_array)
+    with pytest.raises(UserError, match=r"^\S*a\.jsonl:2: no ids$"):
+        build_source("s", str(tmp_path / "a.jsonl"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.0)
 
 
 @given(st.text(st.sampled_from("ab\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029 ")), st.integers(1, 9))

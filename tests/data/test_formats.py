@@ -84,6 +84,24 @@ def test_columns_of_many_types_are_texts(tmp_path: Path) -> None:
         texts(tmp_path / "bad.parquet")
 
 
+def test_of_columns_with_one_name_none_is_guessed(tmp_path: Path) -> None:
+    """As in JSON, the column "a.b" comes before field b of column a; two columns of the same name are refused."""
+    nested = pa.array([{"b": "no"}] * len(TEXTS))
+    for number, names in enumerate((["a.b", "a"], ["a", "a.b"])):
+        columns = {"a": nested, "a.b": pa.array(TEXTS)}
+        table = pa.table({name: columns[name] for name in names})
+        pq.write_table(table, tmp_path / f"{number}.parquet")
+        write_stream(tmp_path / f"{number}.arrow", table)
+        for suffix in ("parquet", "arrow"):
+            assert texts(tmp_path / f"{number}.{suffix}", text_field="a.b") == TEXTS
+    twice = pa.table([pa.array(TEXTS), pa.array(TEXTS)], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    write_stream(tmp_path / "twice.arrow", twice)
+    for suffix in ("parquet", "arrow"):
+        with pytest.raises(UserError, match=rf'twice\.{suffix}: several columns "text"'):
+            texts(tmp_path / f"twice.{suffix}")
+
+
 def test_nested_columns_are_named_with_dots(tmp_path: Path) -> None:
     table = pa.table({"doc": [{"body": text, "n": 1} for text in TEXTS], "a.b": TEXTS[::-1], "n": range(len(TEXTS))})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=9)

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llama_ds.data.text.corpus import documents
-from llama_ds.data.text.formats import ReadOptions
+from llama_ds.data.text.formats import JSON_LINES, FileFormat, ReadOptions
 from llama_ds.data.text.inputs import find_inputs
 from llama_ds.data.text.piece_reader import PieceReader, TextPiece
 from llama_ds.errors import UserError
@@ -169,6 +171,8 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
         ("a", b'{"a":' * 2000 + b"1" + b"}" * 2000 + b"\n", r"a:1: not JSON \(.* nested too deeply"),  # not one text
         ("a.json", ARRAY[:-2] + b"," + b"[" * 5000 + b"]" * 5001, r"a\.json:4: not JSON \(.* nested too deeply"),
         ("a.txt", "caf\u00e9".encode("utf-16"), "UTF-16 text; convert the file to UTF-8"),
+        ("a.txt", "caf\u00e9".encode("utf-32"), "UTF-32 text; convert the file to UTF-8"),
+        ("a.idx", b"MMIDIDX\0\0" + bytes(40), "an index of Megatron ids without .*a.bin; copy that too"),
     ],
 )
 def test_what_looks_like_data_but_cannot_be_read_is_refused(
@@ -180,6 +184,17 @@ def test_what_looks_like_data_but_cannot_be_read_is_refused(
         texts(tmp_path)
     assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
     assert texts(tmp_path, ReadOptions(exclude=(name,))) == TEXTS
+
+
+def test_backups_and_files_in_progress_are_left_out_of_folders(tmp_path: Path) -> None:
+    """They repeat a file that is read, or its beginning."""
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    names = ["#a.jsonl#", "a.jsonl.bak", "a.jsonl.crdownload", "a.jsonl.tmp", "a.jsonl~"]
+    for name in names:
+        (tmp_path / name).write_bytes(LINES)
+    assert texts(tmp_path) == TEXTS
+    assert left_out(tmp_path) == {"a backup or an unfinished file by its name": names}
+    assert texts(tmp_path / "a.jsonl~") == TEXTS == texts(f"{tmp_path}/*.bak")  # as the user asks for it
 
 
 def test_odd_json_is_read(tmp_path: Path) -> None:
@@ -201,6 +216,52 @@ def test_odd_json_is_read(tmp_path: Path) -> None:
     assert [next(nested).text, next(nested).text] == ["one", "two"]
     with pytest.raises(UserError, match=r'd\.jsonl:3: no "a\.b" of type string; .* --text-field, of a\.b\.c\.d'):
         next(nested)
+
+
+BEGINNINGS = (
+    '{"text": "',
+    '{"t": 1, "text": "',
+    '{"text": "first", "text": "',
+    '{"x": {"text": "no"}, "text": "',
+    '{"t": "',
+)
+INSIDE = (
+    *("a", "é", "\U0001f600", "\ufeff", "\x7f", "\x00", "\t", "\\n", "\\u00e9", "\\ud83d\\ude00", "\\ud800"),
+    *("\\udc00", "\\u0000", "\\/", "\\x", '\\"', "{", "\xa0"),
+)
+ENDS = (
+    *(
+        '"}',
+        '", "n": 1e999}',
+        '", "n": NaN}',
+        '", "n": -0}',
+        '", "n": 01}',
+        '", "s": "\\ud800"}',
+        '", "l": [[]]} ',
+        '"',
+    ),
+    *('", "n": ' + "9" * 5000 + "}", '", "l": ' + "[" * 1010 + "]" * 1010 + "}", '"} x', '",}', '", "text": null}'),
+)
+
+
+@given(
+    st.sampled_from(BEGINNINGS),
+    st.lists(st.sampled_from(INSIDE), max_size=3),
+    st.sampled_from([b"", b"", b"", b"\xff", b"\xed\xa0\x80"]),
+    st.sampled_from(ENDS),
+)
+def test_the_fast_parser_gives_the_texts_of_the_exact_one(begin: str, inside: list[str], raw: bytes, end: str) -> None:
+    """orjson reads most lines; json decides about those that it refuses, and orjson never about what json refuses."""
+    line = "".join([begin, *inside]).encode() + raw + end.encode()
+    exact = PieceReader(TextPiece("x", format=FileFormat(JSON_LINES)))
+    exact._quick_text_of = lambda data: None  # type: ignore[method-assign]
+    found = []
+    for reader in (exact, PieceReader(TextPiece("x", format=FileFormat(JSON_LINES)))):
+        try:
+            found.append(list(reader._json([(0, line)])))
+        except UserError as error:
+            found.append(str(error))
+    assert found[0] == found[1] or "nested too deeply" in found[0]  # orjson reads a few levels more
 
 
 def test_a_nested_record_without_a_text_is_named_at_any_depth(tmp_path: Path) -> None:

@@ -79,6 +79,22 @@ def test_a_normal_call_says_what_is_ours(tools: Tools, words: dict[str, Any], tm
         assert done.out and "Warning" not in done.out
 
 
+@pytest.mark.parametrize("words", ["map hostfiles/2x8 --tp 4", "map hostfiles/2x8 --tp 4 --json", "--help"])
+def test_a_stdout_that_is_full_or_closed_is_no_traceback(words: str) -> None:
+    """All tools print through `command_line.run`."""
+    command = f"{sys.executable} tools/hostfile.py {words}"
+    for redirection, code, error in (
+        (">/dev/full", 2, "error: stdout: cannot be written (No space left on device)\n"),
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+    ):
+        done = subprocess.run(
+            ["sh", "-c", f"{command} {redirection}"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+            env=os.environ | {"PYTHONUNBUFFERED": ""},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr, done.stdout) == (code, error, ""), redirection
+
+
 def test_the_plan_of_a_training_may_be_left_unread(tools: Tools, words: dict[str, Any]) -> None:
     done = tools.call("llama_ds/train.py", words["run_file"], "--dry-run", closed=True)
     assert (done.code, done.err) == (CLOSED_PIPE, "")

@@ -39,7 +39,7 @@ class ImportedIds:
             ids = self._bare(ids)
             if reason := self._problem(ids):
                 if not self._skip_bad:
-                    raise UserError(f"{self._where()}: {reason}; leave such documents out with --skip-bad")
+                    raise UserError(f"{self.where(self.lines)}: {reason}; leave such documents out with --skip-bad")
                 self.left_out.setdefault(reason, LeftOut(0, self.lines)).count += 1
             else:
                 yield self.lines, ids, self._tokenizer.decode(ids)
@@ -54,7 +54,7 @@ class ImportedIds:
             return EMPTY_DOCUMENT
         if outside := self._outside(ids):
             size = self._tokenizer.vocab_size
-            raise UserError(self._other(self._where(), f"id {outside[0]} is outside 0 to {size - 1}"))
+            raise UserError(self._other(self.where(self.lines), f"id {outside[0]} is outside 0 to {size - 1}"))
         marks = [i for i in (self._tokenizer.bos_id, self._tokenizer.eos_id) if i is not None]
         special = np.isin(ids, marks)
         return "bos or eos within a document" if special.any() else ""
@@ -78,5 +78,6 @@ class ImportedIds:
     def _other(self, where: str, why: str) -> str:
         return f"{where}: its ids are not of the tokenizer {self._tokenizer.path} ({why}); name the one that made them"
 
-    def _where(self) -> str:
-        return f"{self.piece.path}:{self.piece.start + self.lines}"
+    def where(self, line: int) -> str:
+        """Return file:document, counted from the start of the file."""
+        return f"{self.piece.path}:{self.piece.start + line}"

@@ -18,7 +18,7 @@ from llama_ds.data.building.atomic_file import atomic_writer
 from llama_ds.data.building.packing import pack
 from llama_ds.data.building.tokenized import documents_path, ids_path
 from llama_ds.data.source import tar_rows
-from llama_ds.data.source.documents_index import IndexedDocument, write_documents
+from llama_ds.data.source.documents_index import DIGEST_BYTES, IndexedDocument, write_documents
 from llama_ds.data.source.manifest import documents_name, shard_name
 
 CHUNK_BYTES = 8 << 20  # bytes per write
@@ -135,11 +135,11 @@ class _Documents:
 
     def entries(self, start: int) -> Iterator[IndexedDocument]:
         """Yield the index entries of a shard whose first position is `start`."""
-        for record, position in zip(self.records, self.positions, strict=True):
-            path, lines = self.files[record["piece"]]
-            where = f"{path}:{lines + record['line']}" if record["line"] else path
-            digest = record["digest"].ljust(16, b"\0")
-            yield IndexedDocument(int(position) - start, int(record["length"]), digest, where)
+        found = (self.records[name].tolist() for name in ("piece", "line", "length", "digest"))
+        for piece, line, length, digest, position in zip(*found, self.positions.tolist(), strict=True):
+            path, lines = self.files[piece]
+            where = f"{path}:{lines + line}" if line else path
+            yield IndexedDocument(position - start, length, digest.ljust(DIGEST_BYTES, b"\0"), where)
 
 
 def read_shard(folder: str, build: str, split: str, shard: int) -> WrittenShard | None:

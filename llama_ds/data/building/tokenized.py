@@ -36,6 +36,7 @@ from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 REPORT_CHARS = 1 << 19  # characters of text between two progress reports, which also write the ids
+BATCH_CHARS = 1 << 17  # characters encoded in a row, because other work evicts the encoder's tables from the caches
 
 DOCUMENT = np.dtype(
     [("length", "<i8"), ("line", "<i8"), ("piece", "<i4"), ("validation", "?"), ("digest", DIGEST)]
@@ -101,17 +102,18 @@ class TokenizePart:
             files = [
                 stack.enter_context(atomic_writer(ids_path(self.build, self.number, s), size, False)) for s in SPLITS
             ]
-            output = _Output(_tokenizer(self.tokenizer_path), files)
+            output = _Output(_tokenizer(self.tokenizer_path), files, self.validation_fraction)
             lines, reported = [], 0
             for index, piece in enumerate(self.pieces):
                 reader = self._reader(piece, output)
                 before = sum(p.size for p in self.pieces[:index])
-                output.taken.append(0)
-                for _ in self._documents(output, reader, index):
+                output.begin_piece(index, reader)
+                for _ in self._documents(output, reader):
                     if output.chars >= REPORT_CHARS:
                         done = before + int(reader.share * piece.size)
                         yield output.flush(max(0, done - reported))
                         reported = max(reported, done)
+                output.encode_waiting()
                 lines.append(reader.lines)
                 output.left_out.append(reader.left_out)
             yield output.flush(size - reported)
@@ -122,18 +124,18 @@ class TokenizePart:
             return ImportedIds(piece, output.tokenizer, self.skip_bad)
         return PieceReader(piece, self.skip_bad, self.options)
 
-    def _documents(self, output: _Output, reader: PieceReader | ImportedIds, piece: int) -> Iterator[None]:
+    def _documents(self, output: _Output, reader: PieceReader | ImportedIds) -> Iterator[None]:
         """Add the documents of a piece, and yield after each."""
         if isinstance(reader, PieceReader):
             for line, text in self._texts(reader):
-                self._add(output, reader, piece, line, text)
+                self._add(output, reader, line, text)
                 yield
         elif self.document_chars:
             raise UserError(f"{reader.piece.path}: --document-chars splits no ids already made; omit it")
         else:
             for line, ids, text in reader:
                 output.taken[-1] += 1
-                output.add_ids(ids, text, piece, line, self.validation_fraction)
+                output.add_ids(ids, text, line)
                 yield
 
     def _texts(self, reader: PieceReader) -> Iterable[tuple[int, str]]:
@@ -159,13 +161,13 @@ class TokenizePart:
                 f"{reader.where(line)}: empty document; remove it, or leave such documents out with --skip-bad"
             )
 
-    def _add(self, output: _Output, reader: PieceReader, piece: int, line: int, text: str) -> None:
+    def _add(self, output: _Output, reader: PieceReader, line: int, text: str) -> None:
         if not text:
             self._check_not_empty(reader, line)
             return
         output.taken[-1] += 1
         for document in cut(text, self.document_chars):
-            output.add(document, piece, line, self.validation_fraction)
+            output.add(document, line)
 
     def _finish(self, output: _Output, lines: tuple[int, ...], digests: dict[str, str]) -> TokenizedPart:
         records = output.records()
@@ -184,12 +186,15 @@ class TokenizePart:
 class _Output:
     """Tokenizes documents, and writes their ids to the file of their split."""
 
-    def __init__(self, tokenizer: Tokenizer, files: Sequence[BinaryIO]) -> None:
-        self.tokenizer, self._files = tokenizer, files
+    def __init__(self, tokenizer: Tokenizer, files: Sequence[BinaryIO], validation_fraction: float) -> None:
+        self.tokenizer, self._files, self._validation_fraction = tokenizer, files, validation_fraction
         self._dtype = id_dtype(tokenizer.vocab_size)
         marks = tokenizer.marks
         self._begin = np.array([] if marks.begin is None else [marks.begin], self._dtype)
         self._end = np.array([marks.eos], self._dtype)
+        self._marks = len(self._begin) + len(self._end)
+        self._waiting: list[tuple[str, int]] = []  # texts of the piece that are not encoded yet, with their lines
+        self._waiting_chars = 0
         self._ids: list[list[np.ndarray]] = [[] for _ in files]
         self._written = [0 for _ in files]
         self._lengths, self._lines, self._pieces = array("q"), array("q"), array("i")
@@ -199,38 +204,70 @@ class _Output:
         self.left_out: list[dict[str, LeftOut]] = []
         self.chars = 0
 
-    def add_ids(self, ids: np.ndarray, text: str, piece: int, line: int, validation_fraction: float) -> None:
-        """Add one document whose ids are known."""
-        digest = _digest(text)
-        split = _is_validation(digest, validation_fraction)
-        self._ids[split] += (self._begin, ids.astype(self._dtype), self._end)
-        self._record(len(self._begin) + len(ids) + len(self._end), line, piece, split, digest, len(text))
+    def begin_piece(self, piece: int, reader: PieceReader | ImportedIds) -> None:
+        """Begin with the documents of a piece."""
+        self._piece, self._where = piece, reader.where
+        self.taken.append(0)
 
-    def add(self, text: str, piece: int, line: int, validation_fraction: float) -> None:
-        """Tokenize one document."""
+    def add_ids(self, ids: np.ndarray, text: str, line: int) -> None:
+        """Add one document whose ids are known."""
+        split = self._record(_digest(text), line, self._marks + len(ids))
+        self._ids[split] += (self._begin, ids.astype(self._dtype), self._end)
+        self.chars += len(text)
+
+    def add(self, text: str, line: int) -> None:
+        """Tokenize one document, together with the next if it is short."""
+        self.chars += len(text)
+        if len(text) > PIECE_CHARS:
+            self.encode_waiting()
+            self._add_long(text, line)
+            return
+        self._waiting.append((text, line))
+        self._waiting_chars += len(text)
+        if self._waiting_chars >= BATCH_CHARS:
+            self.encode_waiting()
+
+    def encode_waiting(self) -> None:
+        """Tokenize the documents that wait."""
+        encoded = [self._encode(text, line) for text, line in self._waiting]
+        for (text, line), ids in zip(self._waiting, encoded, strict=True):  # hashed now, because str keeps its UTF-8
+            split = self._record(_digest(text), line, self._marks + len(ids))
+            self._ids[split] += (self._begin, ids, self._end)
+        self._waiting, self._waiting_chars = [], 0
+
+    def _add_long(self, text: str, line: int) -> None:
+        """Tokenize a document in pieces, and write the ids of each."""
         digest = _digest(text)
-        split = _is_validation(digest, validation_fraction)
-        length = len(self._begin) + len(self._end)
+        split = _is_validation(digest, self._validation_fraction)
+        length = self._marks
         self._ids[split].append(self._begin)
-        for part in pieces_of(text, self.tokenizer.cuts if len(text) > PIECE_CHARS else None):
-            ids = self.tokenizer.encode_array(part).astype(self._dtype, copy=False)
+        for part in pieces_of(text, self.tokenizer.cuts):
+            ids = self._encode(part, line)
             length += len(ids)
             self._ids[split].append(ids)
-            if len(text) > PIECE_CHARS:
-                self._write()
+            self._write()
         self._ids[split].append(self._end)
-        self._record(length, line, piece, split, digest, len(text))
+        self._record(digest, line, length)
 
-    def _record(self, length: int, line: int, piece: int, split: bool, digest: bytes, chars: int) -> None:
+    def _encode(self, text: str, line: int) -> np.ndarray:
+        try:
+            return self.tokenizer.encode_array(text).astype(self._dtype, copy=False)
+        except UserError as error:
+            raise UserError(f"{self._where(line)}: {error}") from None
+
+    def _record(self, digest: bytes, line: int, length: int) -> bool:
+        """Record a document; return whether it belongs to validation."""
+        split = _is_validation(digest, self._validation_fraction)
         self._lengths.append(length)
         self._lines.append(line)
-        self._pieces.append(piece)
+        self._pieces.append(self._piece)
         self._validation.append(split)
         self._digests += digest[: DIGEST.itemsize]
-        self.chars += chars
+        return split
 
     def flush(self, read_bytes: int) -> TokenizedCounts:
-        """Write the buffered ids, and return the progress since the last call."""
+        """Write the ids so far, and return the progress since the last call."""
+        self.encode_waiting()
         self._write()
         documents, ids = self._reported
         self._reported = len(self._lengths), sum(self._written)
@@ -240,9 +277,10 @@ class _Output:
     def _write(self) -> None:
         for i, (ids, file) in enumerate(zip(self._ids, self._files, strict=True)):
             if ids:
-                file.write(np.concatenate(ids).data)
-            self._written[i] += sum(map(len, ids))
-            ids.clear()
+                joined = np.concatenate(ids)
+                file.write(joined.data)
+                self._written[i] += len(joined)
+                ids.clear()
 
     def totals(self) -> tuple[int, int]:
         """Return the number of ids written for each split."""
@@ -295,6 +333,8 @@ def _record_path(build: str, number: int) -> str:
 
 
 def _digest(text: str) -> bytes:
+    if len(text) <= PIECE_CHARS:
+        return hashlib.sha256(text.encode()).digest()
     sha256 = hashlib.sha256()
     for start in range(0, len(text), PIECE_CHARS):  # in pieces, because the encoded text is a copy
         sha256.update(text[start : start + PIECE_CHARS].encode())

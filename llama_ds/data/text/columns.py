@@ -40,7 +40,7 @@ def parquet_values(path: str, field: str, groups: Sequence[int]) -> Iterator[Val
     """Yield the values of a column in batches. Raises UserError: the file is damaged."""
     with open_parquet(path, field) as file, _reporting_damage(path, PARQUET, _pyarrow(path)):
         names = _path_of(path, file.schema_arrow, field)
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=[field]):
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=list(groups), columns=[".".join(names)]):
             yield _values(batch, names)
 
 
@@ -91,9 +91,13 @@ def _reporting_damage(path: str, kind: str, pa: Any) -> Iterator[None]:
 def _path_of(path: str, schema: Any, field: str) -> list[str]:
     """Return the names that lead to a column, where a.b is column a.b or field b of the structs in column a."""
     pa = _pyarrow(path)
-    columns = {".".join(names): (names, kind) for names, kind in _leaves(pa, schema)}
+    leaves = sorted(_leaves(pa, schema), key=lambda leaf: -len(leaf[0]))
+    columns = {".".join(names): (names, kind) for names, kind in leaves}  # a column "a.b" before field b of column a
     if field in columns:
-        return columns[field][0]
+        found = columns[field][0]
+        if sum(names == found for names, _ in leaves) > 1:
+            raise UserError(f'{path}: several columns "{field}"; write the file again with one of them')
+        return found
     texts = [name for name, (_, kind) in columns.items() if pa.types.is_string(kind) or pa.types.is_large_string(kind)]
     advice = f"name one with --text-field: {', '.join(texts)}" if texts else "none of them holds strings"
     raise UserError(f'{path}: no column "{field}", only {", ".join(columns)}; {advice}')

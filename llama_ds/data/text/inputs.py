@@ -32,9 +32,12 @@ from llama_ds.log import logger
 SHOWN = 3  # examples of files that are left out for one reason
 SPLIT = re.compile(r"(?:^|[/._-])(train|validation|valid|test)(?:/|[._-]\d)")  # as hubs name folders and shards
 HIDDEN = "hidden or a marker"
+UNFINISHED = "a backup or an unfinished file by its name"
 LINK = "a link to a file that is read under another name"
 # Names that Hadoop, Spark and Delta Lake give to files and folders beside the data.
 MARKER = re.compile(r"_(SUCCESS|metadata|common_metadata|temporary|spark_metadata|delta_log|(committed|started)_\w+)")
+# Names that editors give to backups, and browsers and download tools to files in progress.
+BACKUP = re.compile(r".*~|#.*#|.*\.(bak|orig|swp|tmp|temp|crdownload|download|partial|incomplete|aria2)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,9 @@ class _Search:
             return
         found = recognise(path, self._options)
         if found.content == MEGATRON_INDEX:
+            ids = f"{os.path.splitext(path)[0]}.bin"
+            if not is_remote(path) and not os.path.exists(ids):
+                raise UserError(f"{path}: an index of Megatron ids without {ids}; copy that too, or delete the index")
             self._leave_out(path, f"the {MEGATRON_INDEX} in the .bin file")
             return
         self._take(path, FileFormat(TEXT, found.compression) if found.content in (BINARY, EMPTY) else found)
@@ -159,6 +165,8 @@ class _Search:
                 _is_hidden(part) or MARKER.fullmatch(part) for part in path.split("/") if part not in url.split("/")
             ):
                 self._leave_out(path, HIDDEN)
+            elif BACKUP.fullmatch(os.path.basename(path)):
+                self._leave_out(path, UNFINISHED)
             elif os.path.basename(path) in saved_datasets.FILES:
                 self._leave_out(path, saved_datasets.METADATA)
             else:
@@ -205,6 +213,8 @@ class _Search:
             self._leave_out(path, "not a regular file")
         elif not in_folder:
             self.named(path)
+        elif BACKUP.fullmatch(name):
+            self._leave_out(path, UNFINISHED)
         else:
             self._of_folder(path)
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO
+
+import orjson
 
 from llama_ds.data.text.columns import arrow_values, parquet_values, row_counts
 from llama_ds.data.text.decompress import damaged, decompressed, split_records
@@ -36,7 +37,8 @@ from llama_ds.errors import UserError
 
 EMPTY_DOCUMENT = "empty document"
 BLOCK = 1 << 20  # bytes per read
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
+# Encodings of several bytes a character, by the marks with which files begin; UTF-32's begins as UTF-16's.
+WIDE = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 ESCAPE = "\\u"  # in JSON that was decoded from UTF-8, the only way to write half of a surrogate pair
 SURROGATE = re.compile("[\ud800-\udfff]")  # searched for, because encoding a text to find one would copy it
 
@@ -118,10 +120,13 @@ class PieceReader:
             chunks = decompressed(file, self._format.compression, self.piece.path)
             data = b"".join(chunks) if self._format.compression else file.read()
         self.share = 1.0
-        with self._skipping_bad():
+        try:
             text = _decode(data).removeprefix("\ufeff")
-            del data  # otherwise a long text would be held twice
-            yield 0, text
+        except _BadDocument as error:
+            self._leave_out_bad(error)
+            return
+        del data  # otherwise a long text would be held twice
+        yield 0, text
 
     def _separated_texts(self) -> Iterator[tuple[int, str]]:
         separator = self._options.separator.encode()
@@ -130,9 +135,12 @@ class PieceReader:
             text = data.removesuffix(separator)
             if text.isspace() or not text:
                 continue
-            with self._skipping_bad():
+            try:
                 found = _decode(text, offset)
-                yield self.lines, found if offset else found.removeprefix("\ufeff")
+            except _BadDocument as error:
+                self._leave_out_bad(error)
+                continue
+            yield self.lines, found if offset else found.removeprefix("\ufeff")
 
     def _json(self, items: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, str]]:
         for offset, data in items:
@@ -141,8 +149,14 @@ class PieceReader:
                 data, offset = data.removeprefix(BOM), offset + len(BOM)
             if not data or data.isspace():
                 continue
-            with self._skipping_bad():
-                yield self.lines, self._text_of(_decode(data, offset))
+            text = self._quick_text_of(data)
+            if text is None:
+                try:
+                    text = self._text_of(_decode(data, offset))
+                except _BadDocument as error:
+                    self._leave_out_bad(error)
+                    continue
+            yield self.lines, text
 
     def _json_values(self) -> Iterator[tuple[int, bytes]]:
         try:
@@ -208,19 +222,32 @@ class PieceReader:
         for batch in batches:
             for value in batch:
                 self.lines += 1
-                with self._skipping_bad():
-                    yield self.lines, self._checked(_decode(value) if isinstance(value, bytes) else value, None)
+                try:
+                    text = self._checked(_decode(value) if isinstance(value, bytes) else value, None)
+                except _BadDocument as error:
+                    self._leave_out_bad(error)
+                    continue
+                yield self.lines, text
         self.share = 1.0
 
-    @contextmanager
-    def _skipping_bad(self) -> Iterator[None]:
+    def _leave_out_bad(self, error: _BadDocument) -> None:
+        if not self._skip_bad:
+            hint = "" if self._skip_bad is None else ", or leave such documents out with --skip-bad"
+            raise UserError(f"{self.where(self.lines)}: {error}{hint}") from None
+        self.leave_out(error.reason, self.lines)
+
+    def _quick_text_of(self, data: bytes) -> str | None:
+        """Return the text of a JSON value; None if orjson, which is stricter than `_text_of`, finds none.
+
+        It refuses invalid UTF-8, halves of surrogate pairs, NaN and deeply nested values.
+        """
         try:
-            yield
-        except _BadDocument as error:
-            if not self._skip_bad:
-                hint = "" if self._skip_bad is None else ", or leave such documents out with --skip-bad"
-                raise UserError(f"{self.where(self.lines)}: {error}{hint}") from None
-            self.leave_out(error.reason, self.lines)
+            record = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return None
+        is_text = isinstance(record, str) and self._format.content == JSON_VALUES
+        found = record if is_text else field_of(record, self._options.text_field)
+        return found if isinstance(found, str) else None
 
     def _text_of(self, item: str) -> str:
         try:
@@ -279,8 +306,8 @@ def _skip_line(file: BinaryIO, size: int) -> int:
 
 
 def _decode(data: bytes, offset: int = 0) -> str:
-    if data.startswith(UTF16) and not offset:
-        raise _BadDocument("UTF-16", "UTF-16 text; convert the file to UTF-8 (iconv -f utf-16 -t utf-8)")
+    if not offset and (name := next((WIDE[mark] for mark in WIDE if data.startswith(mark)), "")):
+        raise _BadDocument(name, f"{name} text; convert the file to UTF-8 (iconv -f {name.lower()} -t utf-8)")
     if (at := data.find(b"\0")) >= 0:
         raise _BadDocument(
             "binary data",
