@@ -55,7 +55,7 @@ class Value:
 
 # Groups: 1 for buckets and gathers, 2 for what excludes one of these, 3 for dtypes and offload, 4 for scales.
 VALUES: dict[str, Value] = {
-    "zero_optimization.stage": Value(None),  # that of the engine
+    "zero_optimization.stage": Value(None),  # the engine has its own
     "zero_optimization.contiguous_gradients": Value(False),
     "zero_optimization.reduce_scatter": Value(False),
     "zero_optimization.reduce_bucket_size": Value(4000),
