@@ -11,14 +11,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from llama_ds.shipped import as_typed
+
 logger = logging.getLogger("llama_ds")
+
+
+class _Formatter(logging.Formatter):
+    """Spells commands as the user types them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return as_typed(super().format(record))
 
 
 def setup(quiet: bool = False) -> None:
     """Send the package's log lines to stderr; with `quiet` (all ranks but the first) only errors."""
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.propagate = False
     logger.setLevel(logging.ERROR if quiet else logging.INFO)

@@ -14,6 +14,8 @@ PACKAGE = Path(__file__).resolve().parent
 TRAIN = str(PACKAGE / "train.py")  # the script that launchers start on every rank
 INSTALLED = (PACKAGE / "tools").is_dir()  # whether this is a wheel, without a checkout
 _TOOL = re.compile(r"(?:python )?tools/(\w+)\.py")
+_TRAIN = re.compile(r"python llama_ds/train\.py")
+_SCRIPT = re.compile(r"(?<![\w/])llama_ds/train\.py")  # as launchers take it
 
 
 def folder(name: str) -> Path:
@@ -36,5 +38,12 @@ def command(tool: str) -> list[str]:
 
 
 def as_typed(text: str) -> str:
-    """Return a text for the user in which `tools/NAME.py` is what the user types to run that program."""
-    return _TOOL.sub(lambda match: f"llama-ds {match[1].replace('_', '-')}", text) if INSTALLED else text
+    """Return a text for the user in which programs are spelled as the user types them.
+
+    Texts in the code spell them as in a checkout: `tools/NAME.py`, `llama_ds/train.py`. Whoever prints calls this:
+    errors of programs and of ranks, log lines, help.
+    """
+    if not INSTALLED:
+        return text
+    text = _TOOL.sub(lambda match: f"llama-ds {match[1].replace('_', '-')}", text)
+    return _SCRIPT.sub(lambda _: TRAIN, _TRAIN.sub("llama-ds train", text))

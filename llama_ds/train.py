@@ -39,6 +39,7 @@ from llama_ds.errors import UserError
 from llama_ds.job.heartbeat import Heartbeat, check_hosts, check_world, host_identity, keep_output
 from llama_ds.launch.hostfile import check_launcher_hostfile
 from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.shipped import as_typed
 
 if TYPE_CHECKING:
     from llama_ds.parallel.world import RankInfo
@@ -54,7 +55,7 @@ def main() -> int:
     try:
         arguments = parse(sys.argv[1:])
     except (argparse.ArgumentError, UserError) as error:
-        print(f"error: command line: {error}", file=sys.stderr)
+        print(as_typed(f"error: command line: {error}"), file=sys.stderr)
         return UserError.EXIT_CODE
     log.silence_libraries()
     read_models()
@@ -151,7 +152,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Parse the command line; DeepSpeed's launcher adds --local_rank, which the environment also contains."""
     parser = argparse.ArgumentParser(
         description="Train a LLaMA on DeepSpeed.",
-        epilog=__doc__,
+        epilog=as_typed(__doc__ or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         exit_on_error=False,
         fromfile_prefix_chars="@",  # tools/launch.py passes arguments in a file, so that no user input reaches a shell

@@ -15,7 +15,8 @@ REPO = Path(__file__).resolve().parent.parent
 
 # Lowest first. A room may import itself and rooms on lower floors, but not other rooms on its own floor.
 FLOORS = (
-    ("errors", "log", "machine", "child_processes", "shipped"),
+    ("errors", "machine", "child_processes", "shipped"),
+    ("log",),
     ("command_line",),
     ("schedules",),
     ("config",),

@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 
 from llama_ds.data.text.tiktoken_ranks import BOS, EOS, PATTERN, SPECIAL_TOKENS
 
-RANKS = 700
+RANKS = 701  # odd, as 32,001 is: tp does not divide a vocabulary of that size
 # Scripts, odd Unicode and names of special tokens, for comparisons of ids.
 ODD = (
     "  Two  spaces, ﬁne 2048 ｆｕｌｌ e\u0301é 漢字仮名。한국어, العربية עברית हिन्दी ไทย русский Ελληνικά\t\x00\r\n\r\n"

@@ -4,8 +4,8 @@
 With --supervise, a failed job is stopped on all hosts and restarted from its newest complete checkpoint: on the same
 hosts, with spares in place of bad ones, or on fewer ranks with the same global batch.
 
-On SIGINT, SIGTERM or SIGHUP, whenever it comes, the ranks save and end (a second SIGINT or SIGTERM ends them at once);
-on SIGUSR1 they save.
+On SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR2 or SIGXCPU, whenever it comes, the ranks save and end (a second SIGINT or
+SIGTERM ends them at once); on SIGUSR1 they save.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.devices import visible_devices
 from llama_ds.job.folder import VARIABLE, Job
+from llama_ds.job.requests import warnings_heard
 from llama_ds.launch.command import LAUNCHERS, exported_to_ranks, runner_command
 from llama_ds.launch.deepspeed_env import read_deepspeed_env
 from llama_ds.launch.hostfile import parse_hostfile, select
@@ -238,8 +239,8 @@ def handle_signals(supervisor: Supervisor) -> list[int]:
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-        signal.signal(signal.SIGHUP, end)
+    for number in warnings_heard():
+        signal.signal(number, end)
     signal.signal(signal.SIGUSR1, lambda *_: supervisor.ask("save"))
     return received
 

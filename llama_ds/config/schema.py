@@ -127,7 +127,7 @@ class ComputeConfig(Section):
             "with plain torch: `auto` at the first start of a layout on several ranks, `always`, or `off`.",
             choices=("auto", "always", "off"),
         ),
-    ] = "off"
+    ] = "auto"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ import signal
 from collections.abc import Mapping
 from contextlib import suppress
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+from llama_ds.job.requests import WARNINGS
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *WARNINGS)
 
 
 def leave_session_of_mpirun(environment: Mapping[str, str] = os.environ) -> None:

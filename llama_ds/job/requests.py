@@ -23,8 +23,16 @@ from typing import Any, NoReturn
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 # torchrun, MPICH and Intel MPI pass the signal that they receive on to their ranks; all others send SIGTERM for any.
 _PASS_ON_THE_SAME = ("TORCHELASTIC_RUN_ID", "PMI_RANK")
+# Signals that ask for an end however often they come: of a closed terminal, Ctrl-\, and those by which schedulers warn
+# of a limit (LSF and Grid Engine send SIGUSR2, SIGXCPU comes every second). Their default is to end without a save.
+WARNINGS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU)
 COPY_S = 5.0  # time after a signal in which launchers may send their copies of it
 JOIN_S = 5.0  # time that ranks have to join after a request to end
+
+
+def warnings_heard() -> list[signal.Signals]:
+    """Return the signals of `WARNINGS` that whoever started this process does not have it ignore, as nohup does."""
+    return [number for number in WARNINGS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 class Request(IntEnum):
@@ -32,7 +40,7 @@ class Request(IntEnum):
 
     NOTHING = 0
     SAVE = 1
-    END = 2  # by SIGTERM, SIGHUP, the wall-time limit, tools/launch.py, or because the launcher has gone
+    END = 2  # by SIGTERM, a signal of WARNINGS, the wall-time limit, tools/launch.py, or because the launcher has gone
     INTERRUPT = 3  # by SIGINT: as END, with exit code 130
 
 
@@ -72,9 +80,7 @@ class Requests:
         os.set_blocking(writer, False)
         self._writer = writer
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-            numbers.append(signal.SIGHUP)
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *warnings_heard()]
         self._before = {number: signal.signal(number, self._handle) for number in numbers}
         threading.Thread(target=self._serve, name="requests", daemon=True).start()
 
@@ -149,7 +155,7 @@ class Requests:
         if number == signal.SIGUSR1:
             self.ask(Request.SAVE, name)
             return
-        if number == signal.SIGHUP:  # a closed terminal sends several
+        if number in WARNINGS:
             self.ask(Request.END, name, 128 + number)
             return
         earlier, now = list(self._received), time.monotonic()

@@ -27,6 +27,7 @@ class FileVariables:
     exports: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
     remark: str = ""
+    files: list[str] = field(default_factory=list)
 
 
 def read_deepspeed_env(environment: Mapping[str, str], folders: tuple[str, ...] = ("~", ".")) -> FileVariables:
@@ -45,7 +46,8 @@ def read_deepspeed_env(environment: Mapping[str, str], folders: tuple[str, ...] 
     exports = {name: value for name, value in found.items() if name not in secrets}
     kinds = ((exports, ""), (secrets, " (by the job's secrets file)"))
     parts = [f"{', '.join(names)}{how}" for names, how in kinds if names]
-    return FileVariables(exports, secrets, f"variables from {' and '.join(read)}: {'; '.join(parts)}" if parts else "")
+    remark = f"variables from {' and '.join(read)}: {'; '.join(parts)}" if parts else ""
+    return FileVariables(exports, secrets, remark, read)
 
 
 def _variables(path: str) -> dict[str, str]:

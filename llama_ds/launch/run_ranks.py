@@ -11,6 +11,7 @@ from pathlib import Path
 from llama_ds.child_processes import run_child
 from llama_ds.job.devices import visible_devices
 from llama_ds.launch.command import build, devices_export, runner_environment
+from llama_ds.launch.deepspeed_env import FileVariables, read_deepspeed_env
 from llama_ds.launch.hostfile import write_hostfile
 from llama_ds.launch.remote import local_host
 from llama_ds.launch.rendezvous import arrange
@@ -29,11 +30,15 @@ def run_ranks(
 ) -> int:
     """Run `script` with `arguments`, passed in a file with one per line, and return the launcher's exit code.
 
-    The ranks' output goes to stderr. All hosts must see `folder`.
+    The ranks' output goes to stderr. All hosts must see `folder`. Variables of .deepspeed_env reach the ranks as in
+    tools/launch.py, without those that may be secret: measurements need none.
 
     Raises:
-        UserError: the first host does not answer, or a word would not arrive unchanged.
+        UserError: the first host does not answer, .deepspeed_env cannot be read, or a word would not arrive unchanged.
     """
+    from_files = read_deepspeed_env(os.environ)
+    if from_files.exports or from_files.secrets:
+        print(_remark(from_files), file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: str((folder / name).resolve()) for name in ("hostfile", "arguments", "environment")}
     write_hostfile(paths["hostfile"], dict(hosts))
@@ -48,7 +53,7 @@ def run_ranks(
         arguments_file=paths["arguments"],
         master_addr=rendezvous.master,
         master_port=rendezvous.port,
-        exports={**(exports or {}), **devices_export(hosts, chosen)},
+        exports={**(exports or {}), **from_files.exports, **devices_export(hosts, chosen)},
         env_file=paths["environment"],
         python=sys.executable,
         working_folder=os.path.realpath(os.getcwd()),
@@ -62,3 +67,9 @@ def run_ranks(
         command.argv, env=environment, cwd=command.working_folder, stdin=subprocess.DEVNULL, stdout=sys.stderr
     )
     return done.returncode
+
+
+def _remark(variables: FileVariables) -> str:
+    parts = [", ".join(variables.exports)] if variables.exports else []
+    parts += [f"without {', '.join(variables.secrets)}, which may be secret"] if variables.secrets else []
+    return f"variables from {' and '.join(variables.files)}: {'; '.join(parts)}"

@@ -53,17 +53,23 @@ def engines_undone() -> Iterator[None]:
 
 
 def dismantle(engine: Any) -> None:
-    """Destroy a DeepSpeed engine and what it hangs on its parameters.
+    """Destroy a DeepSpeed engine and what it hangs on its parameters and modules.
 
     Under ZeRO-3 the optimizer holds autograd's nodes, which hold the parameters, which hold the optimizer: a cycle
-    through C++ that Python's collector does not see. This frees most of it; an engine of ZeRO-3 still leaves some
-    tensors of its small model.
+    through C++ that Python's collector does not see. Hooks of the modules hold the optimizer's coordinator of gathers,
+    which holds the parameters, too.
     """
-    optimizer, parameters = engine.optimizer, list(engine.module.parameters())
+    optimizer, module = engine.optimizer, engine.module
+    offload = getattr(optimizer, "parameter_offload", None)
+    parameters, modules = list(module.parameters()), list(module.modules())
     engine.destroy()
-    vars(optimizer).clear()
+    for owner in (offload, getattr(offload, "param_coordinator", None), optimizer):
+        if owner is not None:
+            vars(owner).clear()
     for parameter in parameters:
         vars(parameter).clear()
+    for part in modules:
+        vars(part).clear()
 
 
 def _globals_of(module: ModuleType) -> Callable[[], None]:

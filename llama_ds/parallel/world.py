@@ -32,6 +32,7 @@ from llama_ds.parallel.first_rank import (
     interface,
 )
 from llama_ds.parallel.joining import open_store
+from llama_ds.shipped import as_typed
 
 T = TypeVar("T")
 
@@ -272,8 +273,9 @@ def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[P
     try:
         yield end
     except UserError as error:
-        tell(what="failure", kind=error.kind, text=f"error: {error}")
-        _report_once(f"error: {error}")
+        message = as_typed(f"error: {error}")
+        tell(what="failure", kind=error.kind, text=message)
+        _report_once(message)
         _leave(UserError.EXIT_CODE)
     except KeyboardInterrupt:
         _leave(130)

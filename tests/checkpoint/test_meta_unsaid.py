@@ -147,18 +147,18 @@ def test_token_ids_are_those_of_the_tokenizer_or_given(
     llama3: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(llama3, tmp_path / "base", "--to", "hf") == 0
-    assert "token ids: bos 700, eos 701, of tokenizer.model; instruct models end turns with others: --eos-id N N\n" in (
+    assert "token ids: bos 701, eos 702, of tokenizer.model; instruct models end turns with others: --eos-id N N\n" in (
         capsys.readouterr().out
     )
     config, generation = (kind.from_pretrained(tmp_path / "base") for kind in (AutoConfig, GenerationConfig))
-    assert (config.bos_token_id, config.eos_token_id) == (700, 701)
-    assert (generation.bos_token_id, generation.eos_token_id) == (700, 701)
-    assert run(llama3, tmp_path / "ours", "--to", "deepspeed", "--eos-id", 701, 708, 709) == 0
-    assert "token ids: bos 700, eos 701, 708, 709, of the command line\n" in capsys.readouterr().out
+    assert (config.bos_token_id, config.eos_token_id) == (701, 702)
+    assert (generation.bos_token_id, generation.eos_token_id) == (701, 702)
+    assert run(llama3, tmp_path / "ours", "--to", "deepspeed", "--eos-id", 702, 708, 709) == 0
+    assert "token ids: bos 701, eos 702, 708, 709, of the command line\n" in capsys.readouterr().out
     assert run(tmp_path / "ours", tmp_path / "chat", "--to", "hf") == 0
     config, generation = (kind.from_pretrained(tmp_path / "chat") for kind in (AutoConfig, GenerationConfig))
-    assert (config.bos_token_id, config.eos_token_id) == (700, [701, 708, 709])
-    assert (generation.bos_token_id, generation.eos_token_id) == (700, [701, 708, 709])
+    assert (config.bos_token_id, config.eos_token_id) == (701, [702, 708, 709])
+    assert (generation.bos_token_id, generation.eos_token_id) == (701, [702, 708, 709])
     assert run(llama3, tmp_path / "none", "--to", "hf", "--eos-id", 1000) == 2
     assert "the id 1000 is not below vocab_size = 1000" in capsys.readouterr().err
 

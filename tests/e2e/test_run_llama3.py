@@ -1,4 +1,7 @@
-"""A tokenizer of Llama 3's shape from text to text: build, train, resume, evaluate, export, generate."""
+"""A tokenizer of Llama 3's shape from text to text: build, train, resume, evaluate, export, generate.
+
+Tensor parallelism does not divide its vocabulary; the padding shows in no file, no id and no number.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import TRAIN, forked, succeed
+from launching import TRAIN, alone, forked, succeed
 from tiny_run import SEQ_LEN, Corpus, Run
 from tokenizer_files import RANKS, write_llama3
 from transformers import AutoTokenizer
@@ -17,6 +20,7 @@ from llama_ds.data.building.build import build_source
 from llama_ds.data.text.tokenizer import Tokenizer
 from tools import convert, evaluate, generate
 
+VOCABULARY = RANKS + 256
 TEXT = "def main(argv):\n    return 12345, '漢字'  # <|end_of_text|>"
 
 
@@ -34,21 +38,24 @@ def test_from_text_to_text(
     source = {"name": "code", "path": str(tmp_path / "shards" / "meta" / "code"), "weight": 1.0}
     changes = {
         "data.tokenizer": meta, "data.sources": [source], "data.document_mask": True,
-        "model.vocab_size": RANKS + 256, "parallel.pp": 2,
+        "model.vocab_size": VOCABULARY,
     }  # fmt: skip
     run = make_run("llama3", changes)
-    succeed(forked(2, TRAIN, run.file, "checkpoint.stop_at=3"), run.log)
-    assert "resumed at step 3" in succeed(forked(2, TRAIN, run.file, "checkpoint.resume=must"), run.log)
+    cut = ("parallel.tp=2", "parallel.sequence_parallel=true", "parallel.micro_batch=8", "checkpoint.stop_at=3")
+    succeed(forked(2, TRAIN, run.file, *cut), run.log)
+    assert "resumed at step 3" in succeed(alone(TRAIN, run.file, "checkpoint.resume=must"), run.log)
     found = describe(str(run.newest))
     assert (found.bos_id, found.eos_id) == (RANKS, RANKS + 1)
     assert (run.newest / "tokenizer.model").read_bytes() == Path(meta).read_bytes()
 
     exported = tmp_path / "exported"
-    assert convert.main([str(run.newest), str(exported), "--to", "hf"]) == 0
+    assert convert.main([str(run.newest), str(exported), "--to", "hf"]) == 0  # compares logits with transformers'
     for name in ("config.json", "generation_config.json"):
         ids = json.loads((exported / name).read_text())
         assert (ids["bos_token_id"], ids["eos_token_id"]) == (RANKS, RANKS + 1)
+    assert json.loads((exported / "config.json").read_text())["vocab_size"] == VOCABULARY
     theirs, ours = AutoTokenizer.from_pretrained(exported), Tokenizer(meta)
+    assert len(theirs) == VOCABULARY
     assert theirs(TEXT)["input_ids"] == [RANKS, *ours.encode(TEXT)]
 
     texts = []

@@ -25,6 +25,7 @@ from launching import torchrun as torchrun_command
 from tiny_run import Run
 
 from llama_ds.job.folder import VARIABLE
+from llama_ds.job.requests import WARNINGS
 from llama_ds.launch.supervise.attempt import Attempt
 from tests import warm
 from tools import launch
@@ -57,6 +58,7 @@ def text_of(path: Path) -> str:
         ("deepspeed", KILL, "launcher", {"the launcher, deepspeed"}),
         ("torchrun", INT, "group", {"SIGINT"}),
         ("torchrun", TERM, "all", {"SIGTERM"}),
+        ("torchrun", signal.SIGQUIT, "group", {"SIGQUIT"}),
         ("torchrun", KILL, "launcher", {"the launcher, torchrun"}),
         ("mpirun", INT, "group", {"SIGTERM", "the launcher, prterun"}),
         ("mpirun", TERM, "all", {"SIGTERM"}),
@@ -150,7 +152,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[warm.Process]]:
         return started[-1]
 
     monkeypatch.setattr(Attempt, "_start", start_warm)
-    before = {number: signal.getsignal(number) for number in (INT, TERM, HUP, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (INT, TERM, *WARNINGS, signal.SIGUSR1)}
     yield started
     for number, handler in before.items():
         signal.signal(number, handler)

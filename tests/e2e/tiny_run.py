@@ -31,6 +31,7 @@ DATA: dict[str, Any] = {
         "num_key_value_heads": 2,
     },
     "data": {"seq_len": SEQ_LEN},
+    "compute": {"self_test": "off"},  # test_run_self_test.py turns it on; elsewhere it would only cost time
     "training": {"global_batch": GLOBAL_BATCH, "steps": STEPS},
     "optimizer": {"lr": 3e-3, "warmup_steps": 2},
     "parallel": {"micro_batch": 2},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import pytest
 from llama_ds import shipped
 from llama_ds.errors import UserError
 from llama_ds.job.folder import Job
+from llama_ds.launch import run_ranks
 from llama_ds.launch.deepspeed_env import read_deepspeed_env
 from llama_ds.launch.job_files import prepare
+from llama_ds.launch.rendezvous import Rendezvous
 from tools import launch
 
 TEXT = """\
@@ -83,6 +86,21 @@ def test_the_command_has_the_variables_and_no_secret(
     shown = capsys.readouterr().out
     assert "NCCL_IB_HCA=mlx5" in shown and "OPTIONS=ab" in shown
     assert "secret@" not in shown and "hf_secret" not in shown
+
+
+def test_ranks_that_measure_have_the_variables_too(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a network is measured with other settings than it trains with. Secrets have no use there."""
+    (home / "here" / ".deepspeed_env").write_text("OPTIONS=ab")
+    monkeypatch.setattr(run_ranks, "arrange", lambda *_, **__: Rendezvous("10.0.0.1", 29500, ""))
+    monkeypatch.setattr(run_ranks, "run_child", lambda *_, **__: subprocess.CompletedProcess([], 0))
+    hosts = {"node1": 1, "node2": 1}
+    assert run_ranks.run_ranks("/rank.py", [], hosts, home / "job", exports={"OPTIONS": "old", "MINE": "1"}) == 0
+    exported = (home / "job" / "environment").read_text().splitlines()
+    assert {"NCCL_IB_HCA=mlx5", "OPTIONS=ab", "MINE=1"} <= set(exported)
+    assert "secret" not in "".join(exported)
+    assert "NCCL_IB_HCA, OPTIONS; without HF_TOKEN, PROXY, which may be secret" in capsys.readouterr().err
 
 
 def test_secrets_reach_the_ranks_in_a_private_file(tmp_path: Path) -> None:

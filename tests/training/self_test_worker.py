@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -17,9 +18,10 @@ from llama_ds import log
 from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.errors import UserError
 from llama_ds.model import embedding
-from llama_ds.parallel import world
+from llama_ds.parallel import pipeline_optimizer, world
 from llama_ds.parallel.point_to_point import PipelineComm
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
+from llama_ds.training.self_test import check
 from llama_ds.training.self_test.check import self_test
 from tests.parallel.layout_cases import Case
 
@@ -56,14 +58,53 @@ def scaled_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
     return all_reduce
 
 
+def scaled_parts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the pipelines' reduce-scatter of gradients with a wrong scale, where several ranks take part."""
+
+    def start(whole: torch.Tensor, own: torch.Tensor, group: Any, *rest: Any) -> Any:
+        several = torch.distributed.get_world_size(group) > 1
+        return original(whole.mul_(SCALE) if several else whole, own, group, *rest)
+
+    return start
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "mask": lambda: patch.object(
         embedding, "document_starts", lambda ids, marks: torch.zeros(ids.shape, dtype=torch.int32)
     ),
     "pp": lambda: patch.object(PipelineComm, "send", scaled_activations(PipelineComm.send)),
     "dp": lambda: patch.object(comm, "all_reduce", scaled_gradients(comm.all_reduce)),
+    "pp dp": lambda: patch.object(
+        pipeline_optimizer, "start_reduce_scatter", scaled_parts(pipeline_optimizer.start_reduce_scatter)
+    ),
     "tp": lambda: patch.object(GroupTensorParallel, "start_reduce", scaled_sum(GroupTensorParallel.start_reduce)),
 }
+
+
+def tensors() -> set[int]:
+    """Return the identities of all tensors that Python knows of."""
+    gc.collect()
+    return {id(thing) for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)}
+
+
+def left_over(case: Case, folder: str, rank_info: world.RankInfo) -> int:
+    """Return the number of tensors that a self-test leaves on this or another rank. Collective."""
+    before = tensors()
+    self_test(
+        replace(case.run, output_dir=folder), case.layout, case.dtype, LLAMA_MARKS, rank_info, torch.device("cpu")
+    )
+    return max(world.gather(len(tensors() - before)))
+
+
+def crash(case: Case, folder: str, rank_info: world.RankInfo) -> list[str]:
+    """Return what is logged where the comparison itself fails."""
+    with patch.object(check, "compare", side_effect=RuntimeError), patch.object(check.logger, "error") as said:
+        try:
+            self_test(replace(case.run, output_dir=folder), case.layout, case.dtype, LLAMA_MARKS, rank_info,
+                      torch.device("cpu"))  # fmt: skip
+        except RuntimeError:
+            return [said.call_args.args[0] % said.call_args.args[1:]]
+    return []
 
 
 def outcome(fault: str, case: Case, folder: str, rank_info: world.RankInfo) -> str:
@@ -92,6 +133,8 @@ def main() -> None:
         world.join(rank_info)
         for fault, keys in request["faults"]:
             found["outcomes"].append(outcome(fault, Case(**keys), folder, rank_info))
+        found["left"] = [left_over(Case(**keys), folder, rank_info) for keys in request["sound"]]
+        found["crash"] = crash(Case(**request["faults"][0][1]), folder, rank_info)
         if rank_info.rank == 0:
             with open(out, "w") as file:
                 json.dump(found, file)

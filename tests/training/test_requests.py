@@ -14,6 +14,7 @@ from llama_ds.job.requests import Request, Requests, Stage
 
 ROOT = Path(__file__).resolve().parents[2]
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+QUIT, USR2, XCPU = signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
 PROGRAM = """
 import os, signal, sys, time
 from llama_ds.job import requests
@@ -44,7 +45,7 @@ def _number(word: int | str) -> int | str:
     return word if isinstance(word, str) else int(word)
 
 
-@pytest.mark.parametrize("number", [INT, TERM, HUP])
+@pytest.mark.parametrize("number", [INT, TERM, HUP, QUIT, USR2, XCPU])
 def test_with_nothing_to_save_the_process_ends_at_once(number: signal.Signals) -> None:
     line = f"ended before the first step ({number.name}); there was nothing to save"
     assert after(Stage.ALONE, "", number) == (128 + number, [line])
@@ -57,6 +58,7 @@ def test_with_nothing_to_save_the_process_ends_at_once(number: signal.Signals) -
         ("", [INT, INT], INT),
         ("", [INT, TERM], TERM),
         ("", [HUP, HUP, TERM], None),  # a closed terminal sends several
+        ("", [USR2, QUIT, XCPU, XCPU, TERM], None),  # warnings of schedulers, and Ctrl-\
         # DeepSpeed and mpirun send SIGTERM for any signal: to their ranks, which may have received the same.
         ("RANK=0", [INT, TERM], None),
         ("RANK=0", [INT, TERM, INT], INT),

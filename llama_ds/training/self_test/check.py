@@ -10,6 +10,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -72,7 +74,7 @@ def self_test(
     if not repeat and world.gather(rank_info.rank == 0 and record in _passed(path))[0]:
         return
     logger.info("self-test of %s: a tiny model against plain torch (compute.self_test)", name)
-    with only_warnings():
+    with only_warnings(), _crash_explained(name):
         found = compare(small, rank_info, device)
         failed = "; ".join(found.beyond(bounds_of(small)))
         verdict = FaultSearch(small, rank_info, device).verdict(failed) if failed else ""
@@ -84,6 +86,21 @@ def self_test(
     if rank_info.rank == 0:
         _remember(path, record)
     logger.info("self-test of %s: %s; %.1f s", name, _words(found), time.monotonic() - started)
+
+
+@contextmanager
+def _crash_explained(name: str) -> Iterator[None]:
+    """Say of an error inside that it is the self-test's, and how to train without it."""
+    try:
+        yield
+    except Exception as error:
+        logger.error(
+            "self-test of %s: it could not be finished (%s), so it says nothing about this layout; "
+            "compute.self_test=off trains without it, where the error may come again",
+            name,
+            type(error).__name__,
+        )
+        raise
 
 
 def _words(found: Differences) -> str:
