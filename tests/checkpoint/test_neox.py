@@ -81,6 +81,26 @@ def test_gpt_neox_computes_the_same(
     assert len(list((folder / "global_step0").glob("mp_rank_*"))) == 2 * tp
 
 
+def test_without_a_pipeline_each_rank_has_one_file(
+    models: dict[str, LlamaForCausalLM], written: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`to_sequential` in megatron/model/gpt2_model.py numbers the layers like the pipeline."""
+    words = [models["gqa"].name_or_path, str(tmp_path / "n"), "--to", "neox", "--tp", "2", "--pp", "0", "--no-logits"]
+    assert convert.main(words) == 0
+    where = tmp_path / "n" / "global_step0"
+    assert json.loads((where / "configs" / "llama_ds.yml").read_text())["pipe_parallel_size"] == 0
+    assert not list(where.glob("layer_*"))
+    for rank in range(2):
+        module = torch.load(where / f"mp_rank_{rank:02d}_model_states.pt", weights_only=True)["module"]
+        layers = {}
+        for path in written("gqa", 2).glob(f"global_step0/layer_*-model_{rank:02d}-*"):
+            number = int(path.name[6:8])
+            layers |= {f"sequential.{number}.{n}": t for n, t in torch.load(path, weights_only=True).items()}
+        assert_same(module, layers)
+        assert {"sequential.0.word_embeddings.weight", "sequential.5.norm.scale"} <= module.keys()
+    assert_same(weights(tmp_path / "n"), weights(models["gqa"].name_or_path))
+
+
 def test_it_comes_back_to_hugging_face(
     models: dict[str, LlamaForCausalLM], written: Callable[..., Path], tmp_path: Path
 ) -> None:
