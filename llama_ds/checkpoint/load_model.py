@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 
 import torch
@@ -39,6 +40,7 @@ RECOGNISED = {
     "torchtitan": ("step-N/.metadata of torchtitan", holds_dcp),
 }
 FOLDERS = "Hugging Face, Meta, Megatron-LM, GPT-NeoX or torchtitan"
+ASKED_FLAG = re.compile(r"convert with (--[a-z-]+)")  # in messages of readers that need one
 OPEN = {"meta": open_meta, "megatron": open_megatron, "neox": open_neox, "torchtitan": open_torchtitan}
 
 
@@ -76,6 +78,24 @@ def open_model(
     if kind == "hf":
         return open_huggingface(path, vocab_size)
     return OPEN[kind](path, vocab_size, unsaid)
+
+
+def open_as_found(path: str, vocab_size: int | None = None, kind: str | None = None) -> ModelFiles:
+    """Return `open_model` for a user who has no flags to say what the folder leaves open.
+
+    Raises:
+        UserError: as `open_model`; where a flag of tools/convert.py is asked for, with the command that takes it.
+    """
+    try:
+        return open_model(path, kind, vocab_size)
+    except UserError as error:
+        asked = ASKED_FLAG.search(str(error))
+        if asked is None:
+            raise
+        raise UserError(
+            f"{error}. The command is: tools/convert.py {path} NEW --to deepspeed {asked[1]} VALUE; then give NEW "
+            "instead of this folder"
+        ) from None
 
 
 def kind_of(path: str) -> str:

@@ -17,7 +17,8 @@ from pickled_call import PickledCall
 from transformers import LlamaForCausalLM
 
 from llama_ds.checkpoint.formats.meta_params import Unsaid
-from llama_ds.checkpoint.load_model import kind_of, open_model
+from llama_ds.checkpoint.load_model import kind_of, open_as_found, open_model
+from llama_ds.checkpoint.model_shape import model_in
 from llama_ds.errors import UserError
 from tools import convert
 
@@ -321,3 +322,22 @@ def test_an_incomplete_checkpoint_of_this_project_is_not_taken_for_one(
     (folder / "llama_ds.json").unlink()
     with pytest.raises(UserError, match=r"contains none of llama_ds\.json"):
         kind_of(str(folder))
+
+
+def test_where_no_flag_can_be_given_the_command_that_takes_it_is_named(
+    models: dict[str, LlamaForCausalLM], written: Callable[..., Path], tmp_path: Path
+) -> None:
+    """checkpoint.start_from and model.from have no --qkv-order."""
+    folder = tmp_path / "neox"
+    shutil.copytree(written("gqa", 1), folder)
+    path = folder / "global_step0" / "mp_rank_00_model_states.pt"
+    torch.save({**torch.load(path, weights_only=True), "llama_ds": {}}, path)
+    for opened in (open_as_found, model_in):
+        with pytest.raises(
+            UserError, match=r"heads\. The command is: tools/convert\.py \S+/neox NEW --to deepspeed --qkv"
+        ):
+            opened(str(folder))
+    words = ["--to", "deepspeed", "--qkv-order", "blocks", "--no-logits"]
+    assert convert.main([str(folder), str(tmp_path / "new"), *words]) == 0
+    assert_same(weights(tmp_path / "new"), weights(models["gqa"].name_or_path))
+    assert open_as_found(str(tmp_path / "new")).model == model_in(str(tmp_path / "new"))
