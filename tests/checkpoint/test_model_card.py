@@ -43,6 +43,10 @@ def test_the_card_of_a_run(write: Write, tmp_path: Path) -> None:
     lines.insert(5, {"step": 5, "val_loss": 6.25, "val_perplexity": 518.0})
     lines.insert(9, {"step": 7, "tokens/code": 896, "epochs/code": 0.03125})
     (source / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    starts = [(0, 2, "CPU A", "2.12"), (3, 4, "CPU B", "2.12"), (5, 8, "CPU C", "2.13"), (5, 4, "CPU B", "2.13")]
+    starts.append((7, 1, "CPU D", "2.14"))  # later than the checkpoint; CPU C trained nothing
+    machines = [{"step": s, "ranks": r, "device": d, "versions": {"torch": v}} for s, r, d, v in starts]
+    (source / "machines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in machines))
     front, found = export(source, tmp_path / "tiny-model")
     assert front == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["llama", "llama_ds"]}
     weights = 2 * 800 * 32 + 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 88 + 2 * 32) + 32
@@ -56,7 +60,9 @@ def test_the_card_of_a_run(write: Write, tmp_path: Path) -> None:
     assert found["Training loss"] == "6.3000 nats per token, at 896 tokens"
     assert found["Validation loss"] == "6.2500 nats per token on held-out rows, at 640 tokens"
     assert found["Throughput"] == "1,004 tokens/s, median of the reported steps"
-    assert found["Hardware"] == found["Energy"] == found["Benchmarks"] == found["Of the training"] == "not recorded"
+    assert found["Energy"] == found["Benchmarks"] == "not recorded"
+    assert found["Hardware"] == "2 ranks, CPU A; then 4 ranks, CPU B"
+    assert found["Of the training"] == "torch 2.12; then torch 2.13"
     assert "llama_ds " in found["Of this export"] and "torch " in found["Of this export"]
     card = (tmp_path / "tiny-model" / "README.md").read_text()
     assert "(loss_curve.svg)" in card and str(tmp_path) not in card  # no paths of this machine
