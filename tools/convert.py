@@ -120,6 +120,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
     parser.add_argument("--card", action="store_true", help="add a model card of what the run says (hf only)")
+    parser.add_argument(
+        "--results", nargs="+", default=[], metavar="FILE", help="results_*.json of lm-eval, for the model card"
+    )
+    parser.add_argument("--energy-kwh", type=real(0), metavar="X", help="energy of the training, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")
     return parser
 
@@ -135,6 +139,8 @@ def convert_model(args: argparse.Namespace) -> None:
         raise UserError(f"command line: --card applies only to hf, not to {args.to}; leave it out")
     if args.to != "gguf" and args.dtype not in (None, *DTYPE_NAMES):
         raise UserError(f"command line: --dtype {args.dtype} applies only to gguf; use {', '.join(DTYPE_NAMES)}")
+    if not args.card and (args.results or args.energy_kwh is not None):
+        raise UserError("command line: --results and --energy-kwh apply only to a model card; add --card")
     files = open_source(args)
     if args.to == "gguf":
         return convert_to_gguf(args, files)
@@ -145,10 +151,10 @@ def convert_model(args: argparse.Namespace) -> None:
     tokenizer = hf_tokenizer(files) if args.to == "hf" and needs_tokenizer(files) else None
     plan = plan_of(files, args.to, target, tokenizer)
     if args.card:
-        from llama_ds.benchmarks.model_card import card_files
+        from llama_ds.benchmarks.model_card import Stated, card_files
 
-        name = Path(args.destination).resolve().name
-        plan = replace(plan, small={**plan.small, **card_files(files, name, target.dtype)})
+        name, stated = Path(args.destination).resolve().name, Stated(args.energy_kwh, tuple(args.results))
+        plan = replace(plan, small={**plan.small, **card_files(files, name, target.dtype, stated)})
     reference = transformers_logits if args.to == "hf" else None
     kind = READ_AS.get(args.to, args.to)
     proof = converted(args, files, plan, lambda folder: open_model(folder, kind), logits_of_result=reference)

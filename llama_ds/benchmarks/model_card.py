@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from llama_ds import __version__
+from llama_ds.benchmarks.evaluation_results import benchmark_rows
 from llama_ds.checkpoint.load_model import run_of
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description, describe
 from llama_ds.checkpoint.weights import ModelFiles
@@ -44,27 +45,41 @@ class _Metrics:
     read: dict[str, Any] = field(default_factory=dict)  # tokens and epochs of each source, as last reported
 
 
-def card_files(files: ModelFiles, name: str, dtype: str) -> dict[str, bytes]:
+@dataclass(frozen=True)
+class Stated:
+    """What the publisher adds to what the run has recorded."""
+
+    energy_kwh: float | None = None
+    results: tuple[str, ...] = ()  # files of lm-eval
+
+
+def card_files(files: ModelFiles, name: str, dtype: str, stated: Stated | None = None) -> dict[str, bytes]:
     """Return the contents of the card's files by name; `name` is the model's, `dtype` that of the export.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: the checkpoint, or a file of results, is damaged.
     """
+    stated = stated or Stated()
+    benchmarks = list(benchmark_rows(stated.results))
     parts = [_front_matter(), f"# {name}\n", _section("Model", _model(files, dtype))]
     description = describe(files.path) if os.path.exists(os.path.join(files.path, DESCRIPTION)) else None
     if description is None or "training" not in description.run:
         parts.append("## Training\n\nData, settings, losses, hardware and energy of the training: not recorded.\n")
+        if stated.energy_kwh is not None:
+            parts.append(_section("Energy", iter([("Energy", _energy(stated))])))
+        if benchmarks:
+            parts.append(_section("Evaluation", iter(benchmarks)))
         parts.append(_section("Software", _software([])))
         return {CARD: "\n".join(parts).encode()}
     run = run_of(files.path, description)
     metrics, machines = _metrics(files.path, description, run), _machines(files.path, description)
-    parts.append(_section("Training", _training(description, run, metrics, machines)))
+    parts.append(_section("Training", _training(description, run, metrics, machines, _energy(stated))))
     parts.append(_section("Data", _data(run, description, metrics)))
     curve = {}
     if metrics.train:
         parts.append(f"## Loss\n\n![Training and validation loss over tokens]({CURVE})\n")
         curve = {CURVE: loss_curve(metrics.train, metrics.validation).encode()}
-    parts.append(_section("Evaluation", _evaluation(metrics)))
+    parts.append(_section("Evaluation", _evaluation(metrics, benchmarks)))
     parts.append(_section("Software", _software(machines)))
     return {CARD: "\n".join(parts).encode(), **curve}
 
@@ -95,7 +110,7 @@ def _rotary(model: ModelConfig) -> str:
 
 
 def _training(
-    description: Description, run: RunConfig, metrics: _Metrics, machines: list[dict[str, Any]]
+    description: Description, run: RunConfig, metrics: _Metrics, machines: list[dict[str, Any]], energy: str
 ) -> Iterator[Row]:
     training, optimizer = run.training, run.optimizer
     yield "Steps", f"{description.step:,} of {training.steps:,}"
@@ -118,7 +133,11 @@ def _training(
     if metrics.rates:
         yield "Throughput", f"{median(metrics.rates):,.0f} tokens/s, median of the reported steps"
     yield "Hardware", _distinct(f"{line['ranks']} ranks, {line['device']}" for line in machines)
-    yield "Energy", NOT_RECORDED
+    yield "Energy", energy
+
+
+def _energy(stated: Stated) -> str:
+    return NOT_RECORDED if stated.energy_kwh is None else f"{stated.energy_kwh:g} kWh, as the publisher states"
 
 
 def _data(run: RunConfig, description: Description, metrics: _Metrics) -> Iterator[Row]:
@@ -163,7 +182,7 @@ def _manifest(source: SourceConfig) -> Manifest | None:
         return parse_manifest(file.read(), path)
 
 
-def _evaluation(metrics: _Metrics) -> Iterator[Row]:
+def _evaluation(metrics: _Metrics, benchmarks: list[Row]) -> Iterator[Row]:
     if metrics.train:
         tokens, loss = metrics.train[-1]
         yield "Training loss", f"{loss:.4f} nats per token, at {tokens:,.0f} tokens"
@@ -172,7 +191,7 @@ def _evaluation(metrics: _Metrics) -> Iterator[Row]:
         yield "Validation loss", f"{loss:.4f} nats per token on held-out rows, at {tokens:,.0f} tokens"
     else:
         yield "Validation loss", NOT_RECORDED
-    yield "Benchmarks", NOT_RECORDED
+    yield from benchmarks or [("Benchmarks", NOT_RECORDED)]
 
 
 def _software(machines: list[dict[str, Any]]) -> Iterator[Row]:
