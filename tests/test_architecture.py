@@ -43,7 +43,7 @@ DOORS = {
     "sentencepiece": ("llama_ds/data/text/sentencepiece_model.py",),
     "streaming": ("llama_ds/benchmarks/data/rivals.py",),
     "tiktoken": ("llama_ds/data/text/tiktoken_ranks.py",),
-    "torch.distributed": ("llama_ds/parallel/*",),
+    "torch.distributed": ("llama_ds/parallel/*", "llama_ds/checkpoint/formats/dcp_writing.py"),
     "transformers": ("llama_ds/benchmarks/*", "tools/*"),
     "webdataset": ("llama_ds/data/*", "llama_ds/benchmarks/data/*"),
     "xxhash": (

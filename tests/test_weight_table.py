@@ -169,7 +169,7 @@ OWNERS = ("llama_ds/layout/weights.py", "llama_ds/model/", "llama_ds/checkpoint/
 FOREIGN_FILES = (
     *("gguf_model.py", "hf_folder.py", "huggingface.py", "meta.py", "torchtitan.py", "neox.py", "neox_writing.py"),
     *("megatron.py", "megatron_args.py", "megatron_deepspeed.py", "megatron_legacy.py", "megatron_tensors.py"),
-    "megatron_writing.py",
+    *("megatron_writing.py", "megatron_deepspeed_writing.py", "torchtitan_writing.py"),
 )
 FOREIGN = tuple(f"llama_ds/checkpoint/formats/{name}" for name in FOREIGN_FILES)
 

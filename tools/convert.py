@@ -27,7 +27,17 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from llama_ds.checkpoint.choices import DTYPE_NAMES, KINDS, QKV_ORDERS, TARGET_DTYPES, TARGETS, TRANSFORMER_IMPLS
+from llama_ds.checkpoint.choices import (
+    DTYPE_NAMES,
+    KINDS,
+    QKV_ORDERS,
+    READ_AS,
+    SHARDED,
+    STAGED,
+    TARGET_DTYPES,
+    TARGETS,
+    TRANSFORMER_IMPLS,
+)
 from llama_ds.command_line import new_parser, processes, real, run, whole
 from llama_ds.errors import UserError
 from llama_ds.layout.weights import EMBEDDING_KEY
@@ -61,13 +71,24 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("destination", metavar="DST")
     parser.add_argument("--from", dest="kind", choices=KINDS, help="format of SRC (default: detected from its files)")
     parser.add_argument("--to", choices=TARGETS, required=True, help="format of DST")
-    parser.add_argument("--tp", type=whole(), default=1, help="number of tensor-parallel shards, not for hf and gguf")
-    parser.add_argument("--pp", type=whole(), default=1, help="pipeline stages, for deepspeed, megatron and neox")
+    parser.add_argument("--tp", type=whole(), default=1, help=f"number of tensor-parallel shards, for {SHARDED}")
+    parser.add_argument(
+        "--pp",
+        type=whole(0),
+        default=1,
+        help=f"pipeline stages, for {STAGED}; 0 for neox and megatron_deepspeed: files of a model without a pipeline",
+    )
     parser.add_argument(
         "--transformer-impl",
         choices=TRANSFORMER_IMPLS,
         default=TRANSFORMER_IMPLS[0],
         help="Megatron-LM's flag of that name: names of the norms in a result for it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--to-qkv-order",
+        choices=QKV_ORDERS,
+        help="order of the rows of query, key and value in a result for megatron_deepspeed: that of its code since "
+        "2024-12-04 (blocks) or before (default: blocks without grouped heads, heads with)",
     )
     parser.add_argument(
         "--dtype", choices=TARGET_DTYPES, help="dtype of the weights (default: the source's); q8_0 for gguf"
@@ -99,6 +120,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=processes, help="threads (default: 2 to 4, depending on the cores)")
     parser.add_argument("--no-logits", action="store_true", help="verify without running the model, if it is too large")
     parser.add_argument("--card", action="store_true", help="add a model card of what the run says (hf only)")
+    parser.add_argument(
+        "--results", nargs="+", default=[], metavar="FILE", help="results_*.json of lm-eval, for the model card"
+    )
+    parser.add_argument("--energy-kwh", type=real(0), metavar="X", help="energy of the training, for the model card")
     parser.add_argument("--overwrite", action="store_true", help="replace DST and an unfinished DST.partial")
     return parser
 
@@ -114,19 +139,25 @@ def convert_model(args: argparse.Namespace) -> None:
         raise UserError(f"command line: --card applies only to hf, not to {args.to}; leave it out")
     if args.to != "gguf" and args.dtype not in (None, *DTYPE_NAMES):
         raise UserError(f"command line: --dtype {args.dtype} applies only to gguf; use {', '.join(DTYPE_NAMES)}")
+    if not args.card and (args.results or args.energy_kwh is not None):
+        raise UserError("command line: --results and --energy-kwh apply only to a model card; add --card")
     files = open_source(args)
     if args.to == "gguf":
         return convert_to_gguf(args, files)
-    target = Target(args.dtype or files.dtype, args.tp, args.pp, args.embedding, args.transformer_impl)
+    if args.to_qkv_order and args.to != "megatron_deepspeed":
+        raise UserError(f"command line: --to-qkv-order applies only to megatron_deepspeed, not to {args.to}; omit it")
+    dtype, impl = args.dtype or files.dtype, args.transformer_impl
+    target = Target(dtype, args.tp, args.pp, args.embedding, impl, args.to_qkv_order)
     tokenizer = hf_tokenizer(files) if args.to == "hf" and needs_tokenizer(files) else None
     plan = plan_of(files, args.to, target, tokenizer)
     if args.card:
-        from llama_ds.benchmarks.model_card import card_files
+        from llama_ds.benchmarks.model_card import Stated, card_files
 
-        name = Path(args.destination).resolve().name
-        plan = replace(plan, small={**plan.small, **card_files(files, name, target.dtype)})
+        name, stated = Path(args.destination).resolve().name, Stated(args.energy_kwh, tuple(args.results))
+        plan = replace(plan, small={**plan.small, **card_files(files, name, target.dtype, stated)})
     reference = transformers_logits if args.to == "hf" else None
-    proof = converted(args, files, plan, lambda folder: open_model(folder, args.to), logits_of_result=reference)
+    kind = READ_AS.get(args.to, args.to)
+    proof = converted(args, files, plan, lambda folder: open_model(folder, kind), logits_of_result=reference)
     report(files, plan, args.destination, target.dtype)
     print("\n".join(proof.lines()))
 

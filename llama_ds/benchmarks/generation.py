@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.formats.inventory import shown
-from llama_ds.checkpoint.load_model import kind_of, open_model
+from llama_ds.checkpoint.load_model import kind_of, open_as_found
 from llama_ds.checkpoint.names import hf_name
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles
 from llama_ds.data.text.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def load(path: str, kind: str | None) -> tuple[Tokenizer, Any]:
         UserError: the folder is damaged, or has no tokenizer.
     """
     kind = kind or kind_of(path)
-    files = open_model(path, kind)
+    files = open_as_found(path, kind=kind)
     if files.tokenizer is None:
         where = "copy the model's own into it, or convert its model again with tools/convert.py"
         raise UserError(f"{files.path}: has no tokenizer.json and no tokenizer.model; {where}")

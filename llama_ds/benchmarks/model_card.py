@@ -1,7 +1,7 @@
 """Model card of an export: README.md with YAML front matter, as Hugging Face's hub reads it, and the loss curve.
 
-It says what the checkpoint, the run's metrics.jsonl and the manifests of its sources say. What none of them says is
-named as not recorded; nothing is guessed.
+It says what the checkpoint, the run's metrics.jsonl and machines.jsonl and the manifests of its sources say. What none
+of them says is named as not recorded; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from statistics import median
 from typing import Any
 
 from llama_ds import __version__
+from llama_ds.benchmarks.evaluation_results import benchmark_rows
 from llama_ds.checkpoint.load_model import run_of
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description, describe
 from llama_ds.checkpoint.weights import ModelFiles
@@ -24,6 +25,7 @@ from llama_ds.config.schema import ModelConfig, RunConfig, SourceConfig
 from llama_ds.data.source.manifest import MANIFEST, Manifest, parse_manifest
 from llama_ds.layout.flops import flops_per_token, parameter_count
 from llama_ds.perf.loss_curve import loss_curve
+from llama_ds.training.machines import MACHINES
 
 CARD, CURVE = "README.md", "loss_curve.svg"
 METRICS = "metrics.jsonl"
@@ -43,28 +45,42 @@ class _Metrics:
     read: dict[str, Any] = field(default_factory=dict)  # tokens and epochs of each source, as last reported
 
 
-def card_files(files: ModelFiles, name: str, dtype: str) -> dict[str, bytes]:
+@dataclass(frozen=True)
+class Stated:
+    """What the publisher adds to what the run has recorded."""
+
+    energy_kwh: float | None = None
+    results: tuple[str, ...] = ()  # files of lm-eval
+
+
+def card_files(files: ModelFiles, name: str, dtype: str, stated: Stated | None = None) -> dict[str, bytes]:
     """Return the contents of the card's files by name; `name` is the model's, `dtype` that of the export.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: the checkpoint, or a file of results, is damaged.
     """
+    stated = stated or Stated()
+    benchmarks = list(benchmark_rows(stated.results))
     parts = [_front_matter(), f"# {name}\n", _section("Model", _model(files, dtype))]
     description = describe(files.path) if os.path.exists(os.path.join(files.path, DESCRIPTION)) else None
     if description is None or "training" not in description.run:
         parts.append("## Training\n\nData, settings, losses, hardware and energy of the training: not recorded.\n")
-        parts.append(_section("Software", _software()))
+        if stated.energy_kwh is not None:
+            parts.append(_section("Energy", iter([("Energy", _energy(stated))])))
+        if benchmarks:
+            parts.append(_section("Evaluation", iter(benchmarks)))
+        parts.append(_section("Software", _software([])))
         return {CARD: "\n".join(parts).encode()}
     run = run_of(files.path, description)
-    metrics = _metrics(files.path, description, run)
-    parts.append(_section("Training", _training(description, run, metrics)))
+    metrics, machines = _metrics(files.path, description, run), _machines(files.path, description)
+    parts.append(_section("Training", _training(description, run, metrics, machines, _energy(stated))))
     parts.append(_section("Data", _data(run, description, metrics)))
     curve = {}
     if metrics.train:
         parts.append(f"## Loss\n\n![Training and validation loss over tokens]({CURVE})\n")
         curve = {CURVE: loss_curve(metrics.train, metrics.validation).encode()}
-    parts.append(_section("Evaluation", _evaluation(metrics)))
-    parts.append(_section("Software", _software()))
+    parts.append(_section("Evaluation", _evaluation(metrics, benchmarks)))
+    parts.append(_section("Software", _software(machines)))
     return {CARD: "\n".join(parts).encode(), **curve}
 
 
@@ -93,7 +109,9 @@ def _rotary(model: ModelConfig) -> str:
     return f"theta {model.rope_theta:g}" + (f", scaled by {scaling.factor:g} (Llama 3)" if scaling else "")
 
 
-def _training(description: Description, run: RunConfig, metrics: _Metrics) -> Iterator[Row]:
+def _training(
+    description: Description, run: RunConfig, metrics: _Metrics, machines: list[dict[str, Any]], energy: str
+) -> Iterator[Row]:
     training, optimizer = run.training, run.optimizer
     yield "Steps", f"{description.step:,} of {training.steps:,}"
     yield "Tokens", f"{description.tokens:,}"
@@ -114,8 +132,12 @@ def _training(description: Description, run: RunConfig, metrics: _Metrics) -> It
         yield "Ranks at this checkpoint", ", ".join(f"{key} {description.layout[key]}" for key in keys)
     if metrics.rates:
         yield "Throughput", f"{median(metrics.rates):,.0f} tokens/s, median of the reported steps"
-    yield "Hardware", NOT_RECORDED
-    yield "Energy", NOT_RECORDED
+    yield "Hardware", _distinct(f"{line['ranks']} ranks, {line['device']}" for line in machines)
+    yield "Energy", energy
+
+
+def _energy(stated: Stated) -> str:
+    return NOT_RECORDED if stated.energy_kwh is None else f"{stated.energy_kwh:g} kWh, as the publisher states"
 
 
 def _data(run: RunConfig, description: Description, metrics: _Metrics) -> Iterator[Row]:
@@ -160,7 +182,7 @@ def _manifest(source: SourceConfig) -> Manifest | None:
         return parse_manifest(file.read(), path)
 
 
-def _evaluation(metrics: _Metrics) -> Iterator[Row]:
+def _evaluation(metrics: _Metrics, benchmarks: list[Row]) -> Iterator[Row]:
     if metrics.train:
         tokens, loss = metrics.train[-1]
         yield "Training loss", f"{loss:.4f} nats per token, at {tokens:,.0f} tokens"
@@ -169,10 +191,10 @@ def _evaluation(metrics: _Metrics) -> Iterator[Row]:
         yield "Validation loss", f"{loss:.4f} nats per token on held-out rows, at {tokens:,.0f} tokens"
     else:
         yield "Validation loss", NOT_RECORDED
-    yield "Benchmarks", NOT_RECORDED
+    yield from benchmarks or [("Benchmarks", NOT_RECORDED)]
 
 
-def _software() -> Iterator[Row]:
+def _software(machines: list[dict[str, Any]]) -> Iterator[Row]:
     found = []
     for package in PACKAGES:
         try:
@@ -180,16 +202,38 @@ def _software() -> Iterator[Row]:
         except PackageNotFoundError:
             continue
     yield "Of this export", f"llama_ds {__version__}, Python {platform.python_version()}, {', '.join(found)}"
-    yield "Of the training", NOT_RECORDED
+    versions = (line["versions"] for line in machines)
+    yield "Of the training", _distinct(", ".join(f"{name} {v}" for name, v in found.items()) for found in versions)
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return "; then ".join(dict.fromkeys(texts)) or NOT_RECORDED
+
+
+def _run_file(folder: str, description: Description, name: str) -> str | None:
+    """Return the path of a file in the folder of the run that wrote a checkpoint (runs/NAME/checkpoints/TAG)."""
+    checkpoints = os.path.dirname(os.path.abspath(folder))
+    path = os.path.join(os.path.dirname(checkpoints), name)
+    converted = description.optimizer_steps is None  # and so it may lie in another run's folder
+    return None if converted or os.path.basename(checkpoints) != "checkpoints" or not os.path.isfile(path) else path
+
+
+def _machines(folder: str, description: Description) -> list[dict[str, Any]]:
+    """Return the starts of a run that trained steps of its checkpoint."""
+    path = _run_file(folder, description, MACHINES)
+    if path is None:
+        return []
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file if line.endswith("\n")]
+    until = [*(line["step"] for line in lines[1:]), description.step]
+    return [line for line, end in zip(lines, until, strict=True) if line["step"] < min(end, description.step)]
 
 
 def _metrics(folder: str, description: Description, run: RunConfig) -> _Metrics:
     """Return what the run of a checkpoint (runs/NAME/checkpoints/TAG) has reported up to its step."""
-    checkpoints = os.path.dirname(os.path.abspath(folder))
-    path = os.path.join(os.path.dirname(checkpoints), METRICS)
     found = _Metrics()
-    converted = description.optimizer_steps is None  # and so it may lie in another run's folder
-    if converted or os.path.basename(checkpoints) != "checkpoints" or not os.path.isfile(path):
+    path = _run_file(folder, description, METRICS)
+    if path is None:
         return found
     batch = run.training.global_batch * run.data.seq_len
     with open(path, encoding="utf-8") as file:

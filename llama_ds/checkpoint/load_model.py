@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 
 import torch
@@ -39,6 +40,8 @@ RECOGNISED = {
     "torchtitan": ("step-N/.metadata of torchtitan", holds_dcp),
 }
 FOLDERS = "Hugging Face, Meta, Megatron-LM, GPT-NeoX or torchtitan"
+SNAPSHOTS = "snapshots"  # folder of the hub's cache
+ASKED_FLAG = re.compile(r"convert with (--[a-z-]+)")  # in messages of readers that need one
 OPEN = {"meta": open_meta, "megatron": open_megatron, "neox": open_neox, "torchtitan": open_torchtitan}
 
 
@@ -78,6 +81,24 @@ def open_model(
     return OPEN[kind](path, vocab_size, unsaid)
 
 
+def open_as_found(path: str, vocab_size: int | None = None, kind: str | None = None) -> ModelFiles:
+    """Return `open_model` for a user who has no flags to say what the folder leaves open.
+
+    Raises:
+        UserError: as `open_model`; where a flag of tools/convert.py is asked for, with the command that takes it.
+    """
+    try:
+        return open_model(path, kind, vocab_size)
+    except UserError as error:
+        asked = ASKED_FLAG.search(str(error))
+        if asked is None:
+            raise
+        raise UserError(
+            f"{error}. The command is: tools/convert.py {path} NEW --to deepspeed {asked[1]} VALUE; then give NEW "
+            "instead of this folder"
+        ) from None
+
+
 def kind_of(path: str) -> str:
     """Return the format of a folder, one of `choices.KINDS`.
 
@@ -100,6 +121,11 @@ def kind_of(path: str) -> str:
         raise UserError(f"{path}: contains {what}; give a folder with one model, or choose the format with --from")
     if any(os.path.lexists(os.path.join(folder, LATEST)) for folder in (path, run)) or holds_zero_shards(path):
         return "deepspeed"
+    if os.path.isdir(os.path.join(path, SNAPSHOTS)):
+        raise UserError(
+            f"{path}: is a repository in the cache of Hugging Face's hub; give the folder of a snapshot, "
+            f"{os.path.join(path, SNAPSHOTS)}/..."
+        )
     files = ", ".join(mark for mark, _ in RECOGNISED.values())
     raise UserError(
         f"{path}: contains none of {DESCRIPTION}, {LATEST}, {files}; give a run, a checkpoint, or a folder of {FOLDERS}"
@@ -165,5 +191,7 @@ def load_model(
 
 
 def _no_folder(path: str) -> UserError:
+    if os.path.isfile(path):
+        return UserError(f"{path}: is a file, and a model is a folder; give the folder that holds it")
     reason = ": a link to nothing or to itself" if os.path.islink(path) else ""
     return UserError(f"{path}: no such folder{reason}; give a run (runs/NAME), a checkpoint, or a folder of {FOLDERS}")

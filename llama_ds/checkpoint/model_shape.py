@@ -22,11 +22,11 @@ def model_in(path: str) -> ModelConfig:
     """
     try:
         from llama_ds.checkpoint.formats.hf_config import model_of, read_config
-        from llama_ds.checkpoint.load_model import kind_of, open_model
+        from llama_ds.checkpoint.load_model import kind_of, open_as_found
     except ImportError as error:
         raise UserError(
             f"model.from = {path}: cannot be read here ({error}); write the model's keys into the run file instead, "
             "from run.yaml of the run or config.json of the model"
         ) from None
     kind = kind_of(path)
-    return model_of(path, read_config(path))[0] if kind == "hf" else open_model(path, kind).model
+    return model_of(path, read_config(path))[0] if kind == "hf" else open_as_found(path, kind=kind).model

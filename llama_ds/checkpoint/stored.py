@@ -146,6 +146,16 @@ def located(path: str, content: object) -> dict[str, Stored]:
     return {name: stored for name, stored in found.items() if stored}
 
 
+def flat(state: object, prefix: str = "") -> dict[str, object]:
+    """Return the values of nested dicts by their keys joined with dots; None and empty dicts are left out."""
+    if not isinstance(state, dict):
+        return {} if state is None else {prefix: state}
+    found: dict[str, object] = {}
+    for key, value in state.items():
+        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
 def embedded_tensor(path: str, offset: int, length: int) -> Stored:
     """Return a tensor that torch.save has written into `length` bytes of a file, from byte `offset` on.
 

@@ -18,6 +18,7 @@ from llama_ds.training.engines.build import build_engine
 from llama_ds.training.feed import Feed
 from llama_ds.training.interruptions import Interruptions, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
+from llama_ds.training.machines import machine_of
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
@@ -67,7 +68,7 @@ def train(
     last = min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
     log_start(run, layout, dtype, range(first, last), chosen)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))
-    log = world.together(lambda: open_run_log(run, first) if rank_info.rank == 0 else None)
+    log = world.together(lambda: open_run_log(run, first, machine_of(layout, device)) if rank_info.rank == 0 else None)
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
     interruptions = Interruptions(run.checkpoint, device, requests)
     stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)

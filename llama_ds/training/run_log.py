@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +16,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.log import console_is_gone, logger
 from llama_ds.training.boards import open_boards
+from llama_ds.training.machines import MACHINES
 
 
 class RunLog:
@@ -63,8 +65,8 @@ class RunLog:
             board.close()
 
 
-def open_run_log(run: RunConfig, first_step: int) -> RunLog:
-    """Open the log of a run and write the resolved run file next to it.
+def open_run_log(run: RunConfig, first_step: int, machine: Mapping[str, Any] | None = None) -> RunLog:
+    """Open the log of a run; write the resolved run file next to it, and of what `machines` says a line.
 
     Raises:
         UserError: the folder is not writable, or the package of a board is not installed.
@@ -73,6 +75,11 @@ def open_run_log(run: RunConfig, first_step: int) -> RunLog:
         log = RunLog(run, first_step)
         with open(os.path.join(run.run_dir, "run.yaml"), "w") as file:
             file.write(dump(run))
+        if machine is not None:
+            path = os.path.join(run.run_dir, MACHINES)
+            drop_steps_after(path, first_step)
+            with open(path, "a") as file:
+                file.write(json.dumps({"step": first_step, **machine}) + "\n")
     except OSError as error:
         raise UserError(
             f"{run.run_dir}: cannot write the run's files ({error}); set output_dir to a writable folder"

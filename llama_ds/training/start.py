@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 
 from llama_ds.checkpoint.carried import Carried
-from llama_ds.checkpoint.load_model import kind_of, open_model
+from llama_ds.checkpoint.load_model import kind_of, open_as_found
 from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.same_model import check_same_function, fingerprint
 from llama_ds.checkpoint.weights import ModelFiles, check_shapes, tokenizer_in
@@ -31,10 +31,10 @@ def open_start(run: RunConfig, tokenizer: Tokenizer) -> ModelFiles | None:
     path, changes = run.checkpoint.start_from, run.checkpoint.start_from_changes
     if not path:
         return None
-    files = found = open_model(path)
+    files = found = open_as_found(path)
     changed = check_same_function(found, run.model, changes)
     if any(key == VOCABULARY for key, *_ in changed):
-        files = open_model(path, vocab_size=run.model.vocab_size)
+        files = open_as_found(path, run.model.vocab_size)
     check_shapes(files, run.model)
     other = _other_tokenizer(found, tokenizer)
     if other and TOKENIZER not in changes:

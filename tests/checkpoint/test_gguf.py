@@ -186,7 +186,10 @@ def test_the_result_is_one_file_and_never_half_of_one(
     ("words", "message"),
     [
         (["x", "--to", "gguf"], "x: a GGUF model is one file; give a name that ends in .gguf"),
-        (["x.gguf", "--to", "gguf", "--tp", "2"], "--tp and --pp apply only to deepspeed, meta, megatron and neox"),
+        (
+            ["x.gguf", "--to", "gguf", "--tp", "2"],
+            "--tp and --pp apply only to deepspeed, meta, neox and the three of megatron",
+        ),
         (["x", "--to", "hf", "--dtype", "q8_0"], "--dtype q8_0 applies only to gguf; use fp32, bf16, fp16"),
         (["x.gguf", "--to", "gguf", "--vocab-size", "700"], "its tokenizer has 800 ids, its tables have 700 rows"),
     ],

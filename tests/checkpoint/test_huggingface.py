@@ -118,7 +118,7 @@ def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": "mixtral"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "12 tensors (model.layers.0.self_attn.q_proj.bias"),
         ({"mlp_bias": True}, "9 tensors (model.layers.0.mlp.gate_proj.bias"),

@@ -17,7 +17,8 @@ from pickled_call import PickledCall
 from transformers import LlamaForCausalLM
 
 from llama_ds.checkpoint.formats.meta_params import Unsaid
-from llama_ds.checkpoint.load_model import kind_of, open_model
+from llama_ds.checkpoint.load_model import kind_of, open_as_found, open_model
+from llama_ds.checkpoint.model_shape import model_in
 from llama_ds.errors import UserError
 from tools import convert
 
@@ -79,6 +80,26 @@ def test_gpt_neox_computes_the_same(
     assert (found.model, found.seq_len, found.dtype) == (source.model, source.seq_len, source.dtype)
     assert found.initializer_range == 0.2 and kind_of(str(folder)) == "neox"
     assert len(list((folder / "global_step0").glob("mp_rank_*"))) == 2 * tp
+
+
+def test_without_a_pipeline_each_rank_has_one_file(
+    models: dict[str, LlamaForCausalLM], written: Callable[..., Path], tmp_path: Path
+) -> None:
+    """`to_sequential` in megatron/model/gpt2_model.py numbers the layers like the pipeline."""
+    words = [models["gqa"].name_or_path, str(tmp_path / "n"), "--to", "neox", "--tp", "2", "--pp", "0", "--no-logits"]
+    assert convert.main(words) == 0
+    where = tmp_path / "n" / "global_step0"
+    assert json.loads((where / "configs" / "llama_ds.yml").read_text())["pipe_parallel_size"] == 0
+    assert not list(where.glob("layer_*"))
+    for rank in range(2):
+        module = torch.load(where / f"mp_rank_{rank:02d}_model_states.pt", weights_only=True)["module"]
+        layers = {}
+        for path in written("gqa", 2).glob(f"global_step0/layer_*-model_{rank:02d}-*"):
+            number = int(path.name[6:8])
+            layers |= {f"sequential.{number}.{n}": t for n, t in torch.load(path, weights_only=True).items()}
+        assert_same(module, layers)
+        assert {"sequential.0.word_embeddings.weight", "sequential.5.norm.scale"} <= module.keys()
+    assert_same(weights(tmp_path / "n"), weights(models["gqa"].name_or_path))
 
 
 def test_it_comes_back_to_hugging_face(
@@ -301,3 +322,22 @@ def test_an_incomplete_checkpoint_of_this_project_is_not_taken_for_one(
     (folder / "llama_ds.json").unlink()
     with pytest.raises(UserError, match=r"contains none of llama_ds\.json"):
         kind_of(str(folder))
+
+
+def test_where_no_flag_can_be_given_the_command_that_takes_it_is_named(
+    models: dict[str, LlamaForCausalLM], written: Callable[..., Path], tmp_path: Path
+) -> None:
+    """checkpoint.start_from and model.from have no --qkv-order."""
+    folder = tmp_path / "neox"
+    shutil.copytree(written("gqa", 1), folder)
+    path = folder / "global_step0" / "mp_rank_00_model_states.pt"
+    torch.save({**torch.load(path, weights_only=True), "llama_ds": {}}, path)
+    for opened in (open_as_found, model_in):
+        with pytest.raises(
+            UserError, match=r"heads\. The command is: tools/convert\.py \S+/neox NEW --to deepspeed --qkv"
+        ):
+            opened(str(folder))
+    words = ["--to", "deepspeed", "--qkv-order", "blocks", "--no-logits"]
+    assert convert.main([str(folder), str(tmp_path / "new"), *words]) == 0
+    assert_same(weights(tmp_path / "new"), weights(models["gqa"].name_or_path))
+    assert open_as_found(str(tmp_path / "new")).model == model_in(str(tmp_path / "new"))

@@ -149,6 +149,51 @@ def test_it_converts_to_hugging_face_in_any_layout(model: LlamaForCausalLM, tmp_
     assert convert.main(words) == 0  # its proof compares the hashes
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_written_loads_with_torch(model: LlamaForCausalLM, tmp_path: Path, tied: bool) -> None:
+    """torchtitan gives DCP the state dict of its model, in which a tied head is an entry of its own."""
+    source = model
+    if tied:
+        source = saved_llama(
+            tmp_path / "tied", vocab_size=200, hidden_size=32, num_hidden_layers=2, num_key_value_heads=4, head_dim=4,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+    assert convert.main([source.name_or_path, str(tmp_path / "out"), "--to", "torchtitan"]) == 0
+    expected = titan_state(source)
+    found = {name: torch.full_like(tensor, 7) for name, tensor in expected.items()}
+    dcp.load(found, checkpoint_id=str(tmp_path / "out" / "step-0"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    metadata = dcp.FileSystemReader(str(tmp_path / "out" / "step-0")).read_metadata()
+    assert metadata.state_dict_metadata.keys() == expected.keys()
+    assert metadata.planner_data == {name: (name,) for name in expected}
+    assert_reads(tmp_path / "out", source)
+
+
+def test_the_names_and_shapes_are_those_of_torchtitan(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    """Literal names of `from_hf_map` in torchtitan/models/llama3/state_dict_adapter.py."""
+    assert convert.main([model.name_or_path, str(tmp_path / "out"), "--to", "torchtitan", "--dtype", "bf16"]) == 0
+    metadata = dcp.FileSystemReader(str(tmp_path / "out" / "step-0")).read_metadata()
+    found = {name: (tuple(e.size), e.properties.dtype) for name, e in metadata.state_dict_metadata.items()}
+    layer = {
+        "attention.qkv_linear.wq.weight": (32, 32), "attention.qkv_linear.wk.weight": (16, 32),
+        "attention.qkv_linear.wv.weight": (16, 32), "attention.wo.weight": (32, 32), "feed_forward.w1.weight": (88, 32),
+        "feed_forward.w2.weight": (32, 88), "feed_forward.w3.weight": (88, 32), "attention_norm.weight": (32,),
+        "ffn_norm.weight": (32,),
+    }  # fmt: skip
+    names = {f"layers.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    names |= {"tok_embeddings.weight": (200, 32), "norm.weight": (32,), "lm_head.weight": (200, 32)}
+    assert found == {name: (shape, torch.bfloat16) for name, shape in names.items()}
+
+
+def test_it_is_not_written_for_ranks(
+    model: LlamaForCausalLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert.main([model.name_or_path, str(tmp_path / "out"), "--to", "torchtitan", "--tp", "2"]) == 2
+    assert (
+        "leave them out for torchtitan, which loads its checkpoints on any number of ranks" in capsys.readouterr().err
+    )
+
+
 def test_a_tied_head_is_recognised(model: LlamaForCausalLM, tmp_path: Path) -> None:
     state = titan_state(model)
     (tmp_path / "params.json").write_text(json.dumps(PARAMS))

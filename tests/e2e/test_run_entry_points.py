@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 
 import pytest
 from launching import ROOT, TRAIN, alone, deepspeed, forked, mpirun, python, run, succeed, torchrun
 from tiny_run import GLOBAL_BATCH, SEQ_LEN, STEPS, Run
+
+from llama_ds.machine import cpu_name
 
 STEP_KEYS = [
     *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "hfu"),
@@ -70,6 +73,12 @@ def test_metrics_hold_what_they_promise(trained: Callable[[str], Run]) -> None:
     assert [line["tokens"] for line in lines] == [(n + 1) * GLOBAL_BATCH * SEQ_LEN for n in range(STEPS)]
     assert all(line["mfu"] is None and line["hfu"] is None for line in lines), "the peak of a CPU is not known"
     assert all(line["tokens_per_s"] == pytest.approx(2 * line["tokens_per_s_per_gpu"]) for line in lines)
+
+
+def test_a_start_records_its_machine(trained: Callable[[str], Run]) -> None:
+    (line,) = map(json.loads, (trained("pp2").dir / "machines.jsonl").read_text().splitlines())
+    assert (line["step"], line["ranks"]) == (0, 2) and line["device"] == cpu_name()
+    assert {"llama_ds", "Python", "torch", "deepspeed"} <= line["versions"].keys()
 
 
 def test_tensorboard_holds_the_same_losses(trained: Callable[[str], Run]) -> None:

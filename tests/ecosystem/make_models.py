@@ -49,7 +49,7 @@ MODULES = Path(sysconfig.get_paths()["stdlib"]) / "json"
 def main(folder: Path) -> None:
     """Make all models."""
     folder.mkdir(parents=True)
-    wide = replace(SHAPES["gqa"], hidden_size=64, head_dim=16, intermediate_size=96)
+    wide = replace(SHAPES["gqa"], hidden_size=64, head_dim=32, intermediate_size=96)
     plain = train_tokenizer([str(MODULES)], str(folder / "plain"), 800)
     meta, _ = write_llama3(folder)
     tokenizers = {"sentencepiece": plain, "sentencepiece-prefix": _with_prefix(folder), "llama3": meta}

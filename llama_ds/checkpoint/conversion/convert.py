@@ -26,16 +26,28 @@ from llama_ds.checkpoint.conversion.digest import surely_finite
 from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
-from llama_ds.checkpoint.formats.megatron_writing import plan_megatron
+from llama_ds.checkpoint.formats.megatron_deepspeed_writing import plan_megatron_deepspeed
+from llama_ds.checkpoint.formats.megatron_writing import plan_megatron, plan_megatron_legacy
 from llama_ds.checkpoint.formats.meta import plan_meta
 from llama_ds.checkpoint.formats.neox_writing import plan_neox
 from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target
+from llama_ds.checkpoint.formats.torchtitan_writing import plan_torchtitan
 from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, checksum, describe, verify
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.errors import UserError
 
 CHUNK_BYTES = 1 << 20  # fits in the CPU cache: larger chunks are copied at half the speed
 WORKERS = 4  # default upper bound; preads, pwrites and casts overlap
+
+PLANS: dict[str, Callable[[ModelFiles, Target], Plan]] = {
+    "deepspeed": plan_layer_files,
+    "meta": plan_meta,
+    "megatron": plan_megatron,
+    "megatron_legacy": plan_megatron_legacy,
+    "megatron_deepspeed": plan_megatron_deepspeed,
+    "neox": plan_neox,
+    "torchtitan": plan_torchtitan,
+}
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]  # (phase, bytes done, total bytes)
@@ -126,8 +138,7 @@ def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer
     """
     if kind == "hf":
         return plan_huggingface(files, target, tokenizer)
-    plans = {"meta": plan_meta, "megatron": plan_megatron, "neox": plan_neox, "deepspeed": plan_layer_files}
-    return plans[kind](files, target)
+    return PLANS[kind](files, target)
 
 
 def fingerprint(files: ModelFiles, plan: Plan) -> str:
@@ -187,6 +198,8 @@ def _write_all(plan: Plan, work: Partial, options: Options, progress: Progress) 
             )
         _write_small(plan, work)
         run_all((partial(_write_file, file, plan, work, counter) for file in left), options.workers, counter)
+        if plan.finish is not None:
+            plan.finish(work.folder)
         if plan.description is not None:
             write_index(work.folder, plan, work.finished)
     except (OSError, RuntimeError) as error:

@@ -23,7 +23,7 @@ from llama_ds.checkpoint.formats.inventory import check_file
 from llama_ds.checkpoint.formats.rank_parts import RankParts
 from llama_ds.checkpoint.manifest import DESCRIPTION
 from llama_ds.checkpoint.store import LATEST
-from llama_ds.checkpoint.stored import Stored, located, torch_content, torch_tensors
+from llama_ds.checkpoint.stored import Stored, flat, located, torch_content, torch_tensors
 from llama_ds.errors import UserError
 
 LAYER_FILE = re.compile(r"layer_(\d{2,})-model_(\d{2,})-model_states\.pt")
@@ -40,10 +40,9 @@ def rank_file(rank: int) -> str:
     return f"mp_rank_{rank:02d}_model_states.pt"
 
 
-def engine_state(step: int, ranks: int, **more: object) -> bytes:
-    """Return the content of the file that an engine reads first: step counters and sizes, but no weights."""
-    state = {
-        "module": None,
+def engine_fields(step: int, ranks: int, **more: object) -> dict[str, object]:
+    """Return what the file that an engine reads first holds beside the weights: step counters and sizes."""
+    return {
         "optimizer": None,
         "lr_scheduler": None,
         "global_steps": step,
@@ -52,8 +51,12 @@ def engine_state(step: int, ranks: int, **more: object) -> bytes:
         "mp_world_size": ranks,
         **more,
     }
+
+
+def engine_state(step: int, ranks: int, **more: object) -> bytes:
+    """Return the content of that file without weights."""
     file = io.BytesIO()
-    torch.save(state, file)
+    torch.save({"module": None, **engine_fields(step, ranks, **more)}, file)
     return file.getvalue()
 
 
@@ -142,13 +145,3 @@ def module_tensors(path: str, content: Mapping[str, Any]) -> dict[str, Stored]:
     if not tensors:
         raise UserError(f"{path}: holds no weights, and there are no layer files; copy the checkpoint again")
     return located(path, tensors)
-
-
-def flat(state: object, prefix: str = "") -> dict[str, object]:
-    """Return the values of nested dicts by their keys joined with dots; None and empty dicts are left out."""
-    if not isinstance(state, dict):
-        return {} if state is None else {prefix: state}
-    found: dict[str, object] = {}
-    for key, value in state.items():
-        found |= flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found

@@ -1,6 +1,7 @@
 """Reading and writing config.json of transformers' LlamaForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM.
 
-Qwen2 is LLaMA with biases of q, k and v; Qwen3 has norms of queries and keys, and biases of q, k, v and o if asked.
+MistralForCausalLM without a sliding window is a LLaMA, and becomes one. Qwen2 is LLaMA with biases of q, k and v; Qwen3
+has norms of queries and keys, and biases of q, k, v and o if asked.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ COPIED = (
 # Not carried along: code of other models, and names of folders.
 DROPPED = ("auto_map", "_name_or_path", "quantization_config", "torch_dtype", "dtype")
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+MISTRAL = "mistral"
 # Settings that can make these models differ from this project's, with the values for which they do not.
 SUPPORTED: dict[str, tuple[object, ...]] = {
-    "model_type": tuple(ARCHITECTURES),
-    "hidden_act": ("silu", None),
-    "quantization_config": (None,),
+    "model_type": (*ARCHITECTURES, MISTRAL),
+    "hidden_act": ("silu", "swish", None),
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1, None),
 }
 # Defaults of transformers for keys that a file leaves out, where they differ from those of LlamaConfig.
 DEFAULTS: dict[str, dict[str, int]] = {
     "llama": {"max_position_embeddings": 2048},
+    MISTRAL: {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
@@ -118,6 +120,7 @@ def read_config(folder: str) -> dict[str, Any]:
     """
     path = check_file(os.path.join(folder, CONFIG))
     config = read_object(path)
+    _check_not_quantized(path, config)
     for key, values in SUPPORTED.items():
         if config.get(key) not in values or (key == "model_type" and key not in config):
             raise UserError(
@@ -126,17 +129,28 @@ def read_config(folder: str) -> dict[str, Any]:
                 "give a model of that architecture"
             )
     check_settings(path, config)
+    config = DEFAULTS[config["model_type"]] | config
     _check_windows(path, config)
-    return DEFAULTS[config["model_type"]] | config
+    return config
+
+
+def _check_not_quantized(path: str, config: Mapping[str, Any]) -> None:
+    found = config.get("quantization_config")
+    if found is not None:
+        method = found.get("quant_method") if isinstance(found, dict) else found
+        raise UserError(
+            f"{path}: quantization_config: the weights are quantised ({method}) and cannot be trained; give the model "
+            "from which they were made"
+        )
 
 
 def _check_windows(path: str, config: Mapping[str, Any]) -> None:
     """Check that every layer attends to all earlier tokens; Qwen's sliding_window counts if use_sliding_window does."""
     window = config.get("sliding_window")
-    if window is not None and config["model_type"] == "llama":
+    if window is not None and config["model_type"] in ("llama", MISTRAL):
         raise UserError(
-            f"{path}: sliding_window = {json.dumps(window)}, this project attends to all earlier tokens; "
-            "give a model that does"
+            f"{path}: sliding_window = {json.dumps(window)} (of Mistral the default is 4096), this project attends to "
+            "all earlier tokens; give a model that does"
         )
 
 
@@ -144,7 +158,7 @@ def _biases_and_norms(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of ModelConfig in which the supported architectures differ."""
     kind, biased = config["model_type"], config.get("attention_bias") or False
     return {
-        "attention_bias": "qkv" if kind == "qwen2" else "qkvo" if biased else "none",
+        "attention_bias": "qkv" if kind == "qwen2" else "qkvo" if biased and kind != MISTRAL else "none",
         "mlp_bias": kind == "llama" and bool(config.get("mlp_bias")),
         "qk_norm": kind == "qwen3",
     }
@@ -166,12 +180,13 @@ def model_of(folder: str, config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     """
     path = os.path.join(folder, CONFIG)
     given = {key: config[key] for key in COPIED if config.get(key) is not None}
-    heads = given.get("num_attention_heads")
-    given.setdefault("num_key_value_heads", heads)
-    if isinstance(heads, int) and isinstance(given.get("hidden_size"), int) and heads > 0:
-        given.setdefault("head_dim", given["hidden_size"] // heads)
-    given.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's default
     source = ConfigSource(path)
+    hidden, heads = (
+        read(int, given[key], source, key) if key in given else 1 for key in ("hidden_size", "num_attention_heads")
+    )
+    given.setdefault("num_key_value_heads", heads)
+    given.setdefault("head_dim", hidden // max(heads, 1))
+    given.setdefault("rms_norm_eps", 1e-6)  # LlamaConfig's default
     model = read(ModelConfig, {**given, **_rotary(path, config), **_biases_and_norms(config)}, source)
     seq_len = read(int, config["max_position_embeddings"], source, "max_position_embeddings")
     check_layers(path, model)
@@ -210,6 +225,7 @@ def _rotary(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters = {json.dumps(rope)} is not an object; copy the file again")
+    _check_one_rope(path, config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta"))
     found: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
@@ -225,6 +241,27 @@ def _rotary(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if kind != "default":
         found["rope_scaling"] = {"rope_type": kind, **_scaling(kind, rope, config)}
     return found
+
+
+def _check_one_rope(path: str, config: Mapping[str, Any]) -> None:
+    """Refuse two descriptions of the rotary embedding that differ: versions of transformers read different ones."""
+    new, old = (_with_kind(config.get(key) or {}) for key in ("rope_parameters", "rope_scaling"))
+    theta = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
+    for key, other in (("rope_scaling", old), ("rope_theta", theta)):
+        both = new.keys() & other.keys() if key == "rope_theta" else (new.keys() | other.keys()) - {"rope_theta"}
+        if new and other and (differing := sorted(name for name in both if new.get(name) != other.get(name))):
+            name = differing[0]
+            raise UserError(
+                f"{path}: rope_parameters has {name} = {json.dumps(new.get(name))}, {key} has "
+                f"{json.dumps(other.get(name))}, and which counts depends on the version of transformers; remove one"
+            )
+
+
+def _with_kind(rope: Any) -> dict[str, Any]:
+    """Return a description of the rotary embedding with the present name of its kind; {}: it is none."""
+    if not isinstance(rope, dict) or "type" not in rope:
+        return rope if isinstance(rope, dict) else {}
+    return {"rope_type": rope["type"], **{key: value for key, value in rope.items() if key != "type"}}
 
 
 def _scaling(kind: str, rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llama_ds.errors import UserError
 from llama_ds.layout.weights import Key, Role, weight_of, weight_shapes, weights
 
 MAX_LAYERS = 10_000  # a larger number is taken for damage: listing its tensors would exhaust memory
+LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # beginning and limit of size
 MAX_SHOWN = 3  # number of tensors that an error message names
 
 
@@ -26,17 +27,29 @@ def check_file(path: str) -> str:
     """Return `path`, checked to be an existing regular file.
 
     Raises:
-        UserError: it is missing, a broken link, or not a regular file.
+        UserError: it is missing, a broken link, not a regular file, or a pointer to it in git-lfs.
     """
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); copy the model again, with all its files"
         ) from None
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(found.st_mode):
         raise UserError(f"{path}: is not a regular file; copy the model again")
+    if found.st_size < LFS_POINTER_BYTES and _is_lfs_pointer(path):
+        raise UserError(
+            f"{path}: is a pointer of git-lfs, and the file itself was not downloaded; run `git lfs pull` in the folder"
+        )
     return path
+
+
+def _is_lfs_pointer(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return False  # whoever reads the file reports it
 
 
 def check_layers(path: str, model: ModelConfig) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from llama_ds.checkpoint.formats.engine_files import RANK_FILE as RANK_FILE_OF_ENGINE
-from llama_ds.checkpoint.formats.engine_files import flat, foreign_names
+from llama_ds.checkpoint.formats.engine_files import foreign_names
 from llama_ds.checkpoint.formats.inventory import check_file, model_files
 from llama_ds.checkpoint.formats.megatron_args import MegatronSettings, settings_of
 from llama_ds.checkpoint.formats.megatron_deepspeed import (
@@ -35,7 +35,7 @@ from llama_ds.checkpoint.formats.megatron_deepspeed import (
 from llama_ds.checkpoint.formats.megatron_legacy import ROOT, block_lengths, core_names, lengths_of, modern_args
 from llama_ds.checkpoint.formats.megatron_tensors import EXTRA_STATE, Chunk, tensors_of
 from llama_ds.checkpoint.formats.meta_params import Unsaid
-from llama_ds.checkpoint.stored import Stored, located, torch_content
+from llama_ds.checkpoint.stored import Stored, flat, located, torch_content
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.errors import UserError
 

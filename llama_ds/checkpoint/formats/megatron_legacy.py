@@ -1,7 +1,8 @@
 """Names and args of a LLaMA in Megatron-LM before Megatron core, and in Megatron-DeepSpeed, which began there.
 
 The state dict is nested: `language_model` holds `embedding`, `encoder` (earlier `transformer`) and `output_layer`. A
-head that is tied to an embedding on another stage is `word_embeddings_for_head`.
+head that is tied to an embedding on another stage is `word_embeddings_for_head`. Megatron-LM called its norms
+`input_norm`, ... when it got RMSNorm, Megatron-DeepSpeed still calls them `input_layernorm`, ....
 
 The rows of query, key and value depend on checkpoint_version: K is the size of the H heads of a rank.
 
@@ -30,6 +31,7 @@ from llama_ds.checkpoint.formats.megatron_tensors import (
     QKV,
     qkv_lengths,
 )
+from llama_ds.checkpoint.formats.megatron_tensors import LAYER as CORE_LAYER
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 
@@ -37,13 +39,14 @@ T = TypeVar("T")
 
 ROOT = "language_model"
 LAYER = re.compile(r"language_model\.(?:encoder|transformer)\.layers\.(\d{1,6})\.(.*)")
+TIED_HEAD = "word_embeddings_for_head.weight"
 ENDS = {
     "language_model.embedding.word_embeddings.weight": EMBEDDING,
     "language_model.encoder.final_layernorm.weight": FINAL_NORM,
     "language_model.encoder.final_norm.weight": FINAL_NORM,
     "language_model.transformer.final_layernorm.weight": FINAL_NORM,
     "language_model.output_layer.weight": HEAD,
-    "word_embeddings_for_head.weight": HEAD,
+    TIED_HEAD: HEAD,
 }
 _BEFORE_ATTENTION, _BEFORE_MLP = (spellings["local"] for spellings in NORMS.values())
 _OUTPUT, _DOWN = PARALLEL.values()
@@ -59,6 +62,39 @@ LOCAL = {
     "mlp.dense_h_to_4h.weight": f"{FC1}.weight",
     "mlp.dense_4h_to_h.weight": f"{_DOWN}.weight",
 }
+
+
+# The modules whose state dicts are nested in that of the model.
+MODULES = (f"{ROOT}.embedding.word_embeddings", f"{ROOT}.encoder", f"{ROOT}.output_layer", "word_embeddings_for_head")
+
+
+def legacy_name(name: str, norm: str, tied: bool = False) -> str:
+    """Return the name of a weight in Megatron core (`local`) as it was before.
+
+    Args:
+        norm: what norms are called, "norm" or "layernorm".
+        tied: the head is tied to the embedding.
+    """
+    ends = {
+        EMBEDDING: f"{MODULES[0]}.weight",
+        FINAL_NORM: f"{ROOT}.encoder.final_{norm}.weight",
+        HEAD: TIED_HEAD if tied else f"{ROOT}.output_layer.weight",
+    }
+    layer = CORE_LAYER.fullmatch(name)
+    return f"{ROOT}.encoder.layers.{layer[1]}.{legacy_local(layer[2], norm)}" if layer else ends[name]
+
+
+def legacy_local(name: str, norm: str) -> str:
+    """Return `legacy_name` within a decoder layer."""
+    spelled = {
+        _BEFORE_ATTENTION: f"input_{norm}.weight",
+        _BEFORE_MLP: f"post_attention_{norm}.weight",
+        f"{QKV}.weight": "self_attention.query_key_value.weight",
+        f"{_OUTPUT}.weight": "self_attention.dense.weight",
+        f"{FC1}.weight": "mlp.dense_h_to_4h.weight",
+        f"{_DOWN}.weight": "mlp.dense_4h_to_h.weight",
+    }
+    return spelled[name]
 
 
 def core_names(path: str, state: Mapping[str, T]) -> dict[str, T]:

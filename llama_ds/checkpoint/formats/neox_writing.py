@@ -1,11 +1,12 @@
-"""Writing GPT-NeoX's checkpoints, as `neox` describes them: those of its pipeline, for its present code."""
+"""Writing GPT-NeoX's checkpoints, as `neox` describes them, for its present code, with a pipeline or without."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from llama_ds.checkpoint.carried import carried_files
-from llama_ds.checkpoint.formats.engine_files import engine_state, layer_file, rank_file
+from llama_ds.checkpoint.formats.engine_files import engine_fields, engine_state, layer_file, rank_file
 from llama_ds.checkpoint.formats.fused import Fused
 from llama_ds.checkpoint.formats.hf_settings import TOKEN_IDS
 from llama_ds.checkpoint.formats.neox import (
@@ -18,6 +19,7 @@ from llama_ds.checkpoint.formats.neox import (
     OUTPUT,
     QKV,
     RECORD,
+    SEQUENTIAL,
     UP,
     UP_GATE,
     K,
@@ -28,7 +30,7 @@ from llama_ds.checkpoint.formats.neox import (
     up_gate_lengths,
 )
 from llama_ds.checkpoint.formats.neox_config import CONFIGS, configuration
-from llama_ds.checkpoint.formats.plan import OutputFile, OutputTensor, Plan, Target, check_parts, part_shape
+from llama_ds.checkpoint.formats.plan import Enclosing, OutputFile, OutputTensor, Plan, Target, check_parts, part_shape
 from llama_ds.checkpoint.store import LATEST
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles, Readable
 
@@ -42,23 +44,23 @@ def plan_neox(files: ModelFiles, target: Target) -> Plan:
     Raises:
         UserError: GPT-NeoX does not compute the model, or it cannot be sharded over that many ranks.
     """
-    check_parts(files, target)
-    model = files.model
-    configs = configuration(files, target)
-    outputs = tuple(
-        OutputFile(
-            f"{TAG}/{layer_file(layer_index(layer, model.num_hidden_layers), rank)}",
-            tuple(
-                OutputTensor(name, part_shape(source.shape, dim, target.tp), source, rank, target.tp)
-                for name, source, dim in _layer_tensors(files, layer, target)
-            ),
+    check_parts(files, target, fewest_stages=0)
+    small = {LATEST: TAG.encode(), f"{TAG}/{CONFIGS}/llama_ds.yml": configuration(files, target)}
+    more: dict[str, object] = {"iteration": 0, RECORD: {"qkv_order": qkv_order(files)}}
+    if target.pp:
+        outputs = tuple(
+            OutputFile(f"{TAG}/{layer_file(number, rank)}", tuple(_of_rank(files, layer, target, rank)))
+            for layer, number in _layers(files)
+            for rank in range(target.tp)
         )
-        for layer in files.layers()
-        for rank in range(target.tp)
-    )
-    state = engine_state(0, target.pp * target.tp, iteration=0, **{RECORD: {"qkv_order": qkv_order(files)}})
-    small = {LATEST: TAG.encode(), f"{TAG}/{CONFIGS}/llama_ds.yml": configs}
-    small |= {f"{TAG}/{rank_file(rank)}": state for rank in range(target.pp * target.tp)}
+        state = engine_state(0, target.pp * target.tp, **more)
+        small |= {f"{TAG}/{rank_file(rank)}": state for rank in range(target.pp * target.tp)}
+    else:
+        around = Enclosing("module", engine_fields(0, target.tp, **more))
+        outputs = tuple(
+            OutputFile(f"{TAG}/{rank_file(rank)}", tuple(_sequential(files, target, rank)), around)
+            for rank in range(target.tp)
+        )
     dropped = [f"{key} {files.hf_config[key]}" for key in TOKEN_IDS if files.hf_config.get(key) is not None]
     note = (
         f"GPT-NeoX starts from it with {TAG}/{CONFIGS}/llama_ds.yml, beside files that set load, tokenizer_type, "
@@ -71,6 +73,24 @@ def plan_neox(files: ModelFiles, target: Target) -> Plan:
 def qkv_order(files: ModelFiles) -> str:
     """Return the order of GPT-NeoX's present code, one of `choices.QKV_ORDERS`."""
     return "heads" if files.model.num_key_value_heads == files.model.num_attention_heads else "blocks"
+
+
+def _layers(files: ModelFiles) -> Iterator[tuple[int, int]]:
+    """Yield our number of each layer, and GPT-NeoX's."""
+    for layer in files.layers():
+        yield layer, layer_index(layer, files.model.num_hidden_layers)
+
+
+def _sequential(files: ModelFiles, target: Target, rank: int) -> Iterator[OutputTensor]:
+    """Yield all tensors of a rank by their names in a model without a pipeline."""
+    for layer, number in _layers(files):
+        for tensor in _of_rank(files, layer, target, rank):
+            yield replace(tensor, name=f"{SEQUENTIAL}{number}.{tensor.name}")
+
+
+def _of_rank(files: ModelFiles, layer: int, target: Target, rank: int) -> Iterator[OutputTensor]:
+    for name, source, dim in _layer_tensors(files, layer, target):
+        yield OutputTensor(name, part_shape(source.shape, dim, target.tp), source, rank, target.tp)
 
 
 def _layer_tensors(files: ModelFiles, layer: int, target: Target) -> Iterator[tuple[str, Readable, int | None]]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from math import gcd
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.stored import (
     SAFETENSORS_DTYPES,
     Stored,
+    embedded_tensor,
+    flat,
     located,
     safetensors_tensors,
     torch_content,
@@ -29,6 +31,7 @@ from llama_ds.errors import UserError, listed
 from llama_ds.layout.vocab_parts import part_rows
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+DCP_SUFFIX = ".distcp"
 ALIGNMENT = 8  # bytes; alignment of the first tensor in a safetensors file
 
 
@@ -38,9 +41,10 @@ class Target:
 
     dtype: str  # key of DTYPES
     tp: int = 1  # tensor-parallel parts
-    pp: int = 1  # pipeline stages: of the files of megatron, or that DeepSpeed's own loader expects
+    pp: int = 1  # pipeline stages: of the files, or that the loader expects; 0: no pipeline (neox, megatron_deepspeed)
     embedding: str | None = None  # for meta: "rows" or "columns", how the embedding is sharded; None: as it follows
     transformer_impl: str = "transformer_engine"  # one of choices.TRANSFORMER_IMPLS, for megatron
+    qkv_order: str | None = None  # for megatron_deepspeed, one of choices.QKV_ORDERS; None: that of its present code
 
 
 class Encoding(Protocol):
@@ -100,15 +104,26 @@ class Enclosing:
     key: str  # key of the state dict in the dict that is written
     beside: Mapping[str, object]  # the other entries of that dict
     empty: tuple[str, ...] = ()  # entries of the state dict that are None
+    modules: tuple[str, ...] = ()  # modules whose tensors are in dicts of their own, nested by the parts of their names
 
     def around(self, tensors: Mapping[str, Tensor]) -> dict[str, object]:
         """Return what to write."""
-        return {**self.beside, self.key: {**tensors, **dict.fromkeys(self.empty)}}
+        state: dict[str, Any] = {}
+        for name, tensor in tensors.items():
+            module = next((module for module in self.modules if name.startswith(f"{module}.")), "")
+            inner = state
+            for part in module.split(".") if module else ():
+                inner = inner.setdefault(part, {})
+            inner[name.removeprefix(f"{module}.") if module else name] = tensor
+        return {**self.beside, self.key: {**state, **dict.fromkeys(self.empty)}}
 
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file of tensors. Its name decides the format: safetensors, or a state dict written by torch.save."""
+    """A file of tensors. Its name decides the format: safetensors, or what torch.save writes.
+
+    That is a state dict, or the only tensor itself in a file of DCP (`.distcp`).
+    """
 
     name: str
     tensors: tuple[OutputTensor, ...]
@@ -129,7 +144,7 @@ class OutputFile:
         if not self.name.endswith(".safetensors"):
             tensors = {t.name: torch.empty(t.shape, dtype=dtype) for t in self.tensors}
             with skip_data():  # the pages of torch.empty are not touched, so they take no memory
-                torch.save(self.enclosing.around(tensors) if self.enclosing else tensors, path)
+                torch.save(self._saved(tensors), path)
         else:
             header = safetensors_header(self.tensors, dtype)
             with open(path, "wb") as file:
@@ -137,11 +152,20 @@ class OutputFile:
                 file.truncate(len(header) + self.nbytes(dtype))
         return self.locate(folder)
 
+    def _saved(self, tensors: Mapping[str, Tensor]) -> object:
+        """Return what torch.save writes."""
+        if self.name.endswith(DCP_SUFFIX):
+            (tensor,) = tensors.values()
+            return tensor
+        return self.enclosing.around(tensors) if self.enclosing else dict(tensors)
+
     def locate(self, folder: str) -> dict[str, Stored]:
         """Return the location of every tensor in the written file."""
         path = os.path.join(folder, self.name)
+        if self.name.endswith(DCP_SUFFIX):
+            return {self.tensors[0].name: embedded_tensor(path, 0, os.path.getsize(path))}
         if self.enclosing:
-            state = torch_content(path, inert=True)[self.enclosing.key]
+            state = flat(torch_content(path, inert=True)[self.enclosing.key])
             return located(path, {tensor.name: state[tensor.name] for tensor in self.tensors})
         return safetensors_tensors(path) if self.name.endswith(".safetensors") else torch_tensors(path)
 
@@ -159,6 +183,7 @@ class Plan:
     dropped: tuple[str, ...] = ()  # what of the source the format has no place for
     single: bool = False  # the result is the one file itself, not a folder
     notes: tuple[str, ...] = ()  # what the user of the result has to know
+    finish: Callable[[str], None] | None = None  # is given the folder once its files are written, to describe them
 
     @property
     def nbytes(self) -> int:
@@ -187,8 +212,12 @@ def part_shape(shape: tuple[int, ...], dim: int | None, size: int) -> tuple[int,
     return tuple(part_rows(n, size) if i == dim else n for i, n in enumerate(shape))
 
 
-def check_parts(files: ModelFiles, target: Target, padded: bool = False) -> None:
-    """Check that the model can be sharded as the target says. `padded`: the vocabulary is padded to fit.
+def check_parts(files: ModelFiles, target: Target, padded: bool = False, fewest_stages: int = 1) -> None:
+    """Check that the model can be sharded as the target says.
+
+    Args:
+        padded: the vocabulary is padded to fit.
+        fewest_stages: 0 if the format has files without a pipeline.
 
     Raises:
         UserError: it cannot; the message names the indivisible size and the numbers that are possible.
@@ -202,9 +231,10 @@ def check_parts(files: ModelFiles, target: Target, padded: bool = False) -> None
             raise UserError(
                 f"command line: --tp {target.tp} does not divide {key} = {size} of {files.path}; use {fits}"
             )
-    if not 1 <= target.pp <= model.num_hidden_layers:
+    if not fewest_stages <= target.pp <= model.num_hidden_layers:
         raise UserError(
-            f"command line: --pp {target.pp} is not in 1..{model.num_hidden_layers}, the decoder layers of {files.path}"
+            f"command line: --pp {target.pp} is not in {fewest_stages}..{model.num_hidden_layers}, the decoder layers "
+            f"of {files.path}"
         )
 
 
