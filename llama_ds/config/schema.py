@@ -179,7 +179,7 @@ class TrainingConfig(Section):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule (LLaMA paper, section 2.3)."""
+    """The optimizer and its learning-rate schedule: AdamW (LLaMA paper, section 2.3) or Muon."""
 
     SECTION: ClassVar[str] = "optimizer"
 
@@ -229,6 +229,35 @@ class OptimizerConfig(Section):
             rule="With other schedules sqrt.",
         ),
     ] = "sqrt"
+    name: Annotated[
+        str,
+        Key(
+            "Optimizer of the hidden matrices (projections of attention and feed-forward); AdamW for other weights.",
+            choices=("adamw", "muon"),
+            rule="`muon` takes no offload.",
+        ),
+    ] = "adamw"
+    muon_lr: Annotated[
+        float | None,
+        Key(
+            "Peak learning rate of the hidden matrices with muon.",
+            sign=POSITIVE,
+            most=3e38,
+            rule="With adamw null.",
+            default="`lr`",
+        ),
+    ] = None
+    momentum: Annotated[float, Key("Muon's momentum.", sign=NOT_NEGATIVE, rule="Below 1; with adamw 0.95.")] = 0.95
+    nesterov: Annotated[bool, Key("Whether Muon's momentum is Nesterov's.", rule="With adamw true.")] = True
+    muon_scale: Annotated[
+        str,
+        Key(
+            "Scale of Muon's update of a matrix (n, m): 0.2 sqrt(max(n, m)), which suits AdamW's learning rate, or "
+            "sqrt(max(1, n / m)), which suits a `muon_lr` of about 0.02.",
+            choices=("moonlight", "jordan"),
+            rule="With adamw moonlight.",
+        ),
+    ] = "moonlight"
     z_loss: Annotated[
         float, Key("Weight of the auxiliary loss (log Z)^2 (PaLM, section 5).", sign=NOT_NEGATIVE, most=1e3)
     ] = 0.0

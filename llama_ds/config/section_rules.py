@@ -82,6 +82,12 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         raise optimizer.broken(
             f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio} is above 1; it is final / peak learning rate"
         )
+    if optimizer.momentum >= 1:
+        raise optimizer.broken(f"optimizer.momentum = {optimizer.momentum} is not below 1; Muon's usual one is 0.95")
+    unused = {"muon_lr": None, "momentum": 0.95, "nesterov": True, "muon_scale": "moonlight"}
+    for key, default in unused.items():
+        if optimizer.name != "muon" and (value := getattr(optimizer, key)) != default:
+            raise optimizer.broken(f"optimizer.{key} = {value} is for Muon; set optimizer.name = muon, or leave it out")
     schedule = optimizer.schedule
     if schedule != "wsd" and optimizer.decay_steps:
         raise optimizer.broken(

@@ -277,6 +277,9 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
          "training.steps 100 - warmup_steps 10, as schedule wsd needs"),
         ("optimizer.decay_steps=5", "tiny.yaml: optimizer.decay_steps = 5 is for schedule wsd; "
          "leave it out with cosine"),
+        ("optimizer.muon_lr=0.02", "tiny.yaml: optimizer.muon_lr = 0.02 is for Muon; set optimizer.name = muon, or "
+         "leave it out"),
+        ("optimizer.momentum=1", "tiny.yaml: optimizer.momentum = 1.0 is not below 1; Muon's usual one is 0.95"),
         ("optimizer.decay_shape=linear", "tiny.yaml: optimizer.decay_shape = linear is for schedule wsd; "
          "leave it out with cosine"),
         ("deepspeed=gone.json", "gone.json: cannot be read: No such file or directory; "
