@@ -14,8 +14,9 @@ from functools import cache
 import pytest
 import torch
 
-from llama_ds.layout.matrix_owners import owners
-from llama_ds.parallel.muon import orthogonalised
+from llama_ds.config.schema import OptimizerConfig
+from llama_ds.layout.matrix_owners import HeldMatrix, owners
+from llama_ds.parallel.muon import Muon, _Piece, orthogonalised
 from tests import warm
 from tests.parallel.layout_cases import Case, train_reference
 
@@ -93,6 +94,23 @@ def test_singular_values_become_about_one() -> None:
         kept = torch.diagonal(left.mT @ found @ right.mT)
         assert kept[values > 0.02 * values.max()].sub(1).abs().max() < 0.35
         assert (found - left @ torch.diag(kept) @ right).abs().max() < 1e-4, "singular vectors stay"
+
+
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+    settings = OptimizerConfig(lr=1e-2, warmup_steps=0, name="muon")
+    muon = Muon([{"params": [weight], "weight_decay": 0.1, "muon": True}], settings, torch.float32)
+    matrix = HeldMatrix("1.mlp.up_proj.weight", (4, 6), 0, ((0, 24),))
+    muon._pieces, muon._place = {id(weight): [_Piece(matrix, 0, 24)]}, (1, 0, None)
+    history = []
+    for gradient, infinite in ((torch.ones(4, 6), 0.0), (torch.full((4, 6), torch.nan), 1.0), (torch.ones(4, 6), 0.0)):
+        weight.grad, muon.found_inf = gradient, torch.tensor(infinite)  # type: ignore[attr-defined]
+        muon.step()
+        state = muon.state[weight]
+        history.append((weight.detach().clone(), state["exp_avg"].clone(), int(state["step"])))
+    assert all(torch.equal(a, b) for a, b in zip(history[0][:2], history[1][:2], strict=True))
+    assert [steps for *_, steps in history] == [1, 1, 2]
+    assert history[2][0].isfinite().all() and not torch.equal(history[2][0], history[1][0])
 
 
 def test_owners_share_the_cost_fairly() -> None:
