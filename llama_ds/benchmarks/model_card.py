@@ -119,7 +119,9 @@ def _training(
     yield "Global batch", f"{training.global_batch:,} rows of {run.data.seq_len:,}, {batch:,} tokens"
     yield "Compute", f"{description.tokens * flops_per_token(run.model, run.data.seq_len):.3g} FLOPs of the model"
     betas = ", ".join(f"{beta:g}" for beta in optimizer.betas)
-    yield "Optimizer", f"AdamW, betas {betas}, epsilon {optimizer.eps:g}, weight decay {optimizer.weight_decay:g}"
+    muon = f"Muon with momentum {optimizer.momentum:g} for hidden matrices, " if optimizer.name == "muon" else ""
+    text = f"{muon}AdamW, betas {betas}, epsilon {optimizer.eps:g}, weight decay {optimizer.weight_decay:g}"
+    yield "Optimizer", text
     warmup = f"{optimizer.warmup_steps:,} warm-up steps, then {optimizer.schedule}"
     yield "Learning rate", f"{optimizer.lr:g}, {warmup}, to {optimizer.min_lr_ratio:g} of it"
     yield "Gradient clipping", f"{optimizer.clip:g}"

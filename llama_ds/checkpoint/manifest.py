@@ -31,7 +31,7 @@ from llama_ds.config.moved_keys import renamed_data
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
-from llama_ds.layout.optimizer_states import ADAMW, OptimizerStates
+from llama_ds.layout.optimizer_states import OptimizerStates, states_of
 from llama_ds.layout.weights import Key, Weight, weights
 
 DESCRIPTION = "llama_ds.json"
@@ -120,7 +120,7 @@ class Description:
     @property
     def states(self) -> OptimizerStates:
         """The states that the run's optimizer keeps for each weight."""
-        return ADAMW
+        return states_of(self.run.get("optimizer", {}).get("name", "adamw"))
 
 
 def name_of(key: Key) -> str:

@@ -105,7 +105,10 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
         )
     # Keys that the version which wrote the checkpoint did not have count with their defaults.
     then = {**found.run, "model": plain(found.model)}
-    for key in ("model", "seed", "training.global_batch", "data.seq_len"):  # a step implies a position in the data
+    # The optimizer decides which states there are; earlier versions had only AdamW.
+    then, run = ({**config, "optimizer": {"name": "adamw", **config.get("optimizer", {})}} for config in (then, run))
+    # A step implies a position in the data.
+    for key in ("model", "seed", "training.global_batch", "data.seq_len", "optimizer.name"):
         before, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (then, run))
         if before != now:
             raise UserError(

@@ -162,7 +162,14 @@ def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
             f"optimizer on the device; take it out, or use parallel.schedule = {STOCK_ENGINE}",
         )
     for section in ("offload_optimizer", "offload_param"):
-        if (_section(run, "zero_optimization").get(section) or {}).get("device") == "nvme":
+        device = (_section(run, "zero_optimization").get(section) or {}).get("device", "none")
+        if run.optimizer.name == "muon" and device != "none":
+            raise _error(
+                run,
+                f"zero_optimization.{section}.device = {device} with optimizer.name = muon: Muon updates whole "
+                "matrices on the device; take it out, or use optimizer.name = adamw",
+            )
+        if device == "nvme":
             raise _error(
                 run,
                 f"zero_optimization.{section}.device = nvme: checkpoints cannot follow what DeepSpeed swaps there; "

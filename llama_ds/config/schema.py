@@ -179,7 +179,7 @@ class TrainingConfig(Section):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule (LLaMA paper, section 2.3)."""
+    """The optimizer and its learning-rate schedule: AdamW (LLaMA paper, section 2.3) or Muon."""
 
     SECTION: ClassVar[str] = "optimizer"
 
@@ -195,13 +195,22 @@ class OptimizerConfig(Section):
     clip: Annotated[float, Key("Largest global gradient norm; longer gradients are clipped.", sign=POSITIVE)] = 1.0
     schedule: Annotated[
         str,
-        Key("Learning rate after warm-up: cosine decay, or warmup-stable-decay.", choices=("cosine", "wsd")),
+        Key(
+            "Learning rate after warm-up: decay along a cosine, linear, or with the inverse square root of the step; "
+            "constant with a decay at the end (warmup-stable-decay), or without.",
+            choices=("cosine", "linear", "inverse_sqrt", "wsd", "constant"),
+        ),
     ] = "cosine"
     warmup_steps: Annotated[
         int, Key("Length of the linear warm-up.", "steps", NOT_NEGATIVE, rule="Below `training.steps`.")
     ] = 2000
     min_lr_ratio: Annotated[
-        float, Key("Final learning rate / peak learning rate.", sign=NOT_NEGATIVE, rule="At most 1.")
+        float,
+        Key(
+            "Final learning rate / peak learning rate; with inverse_sqrt the lowest; with constant not used.",
+            sign=NOT_NEGATIVE,
+            rule="At most 1.",
+        ),
     ] = 0.1
     decay_steps: Annotated[
         int,
@@ -209,9 +218,46 @@ class OptimizerConfig(Section):
             "Length of the final decay of schedule wsd.",
             "steps",
             NOT_NEGATIVE,
-            rule="With wsd 1 to `training.steps - warmup_steps`; with cosine 0.",
+            rule="With wsd 1 to `training.steps - warmup_steps`; with other schedules 0.",
         ),
     ] = 0
+    decay_shape: Annotated[
+        str,
+        Key(
+            "Final decay of schedule wsd: 1 - sqrt of the share of it that is done, or linear.",
+            choices=("sqrt", "linear"),
+            rule="With other schedules sqrt.",
+        ),
+    ] = "sqrt"
+    name: Annotated[
+        str,
+        Key(
+            "Optimizer of the hidden matrices (projections of attention and feed-forward); AdamW for other weights.",
+            choices=("adamw", "muon"),
+            rule="`muon` takes no offload.",
+        ),
+    ] = "adamw"
+    muon_lr: Annotated[
+        float | None,
+        Key(
+            "Peak learning rate of the hidden matrices with muon.",
+            sign=POSITIVE,
+            most=3e38,
+            rule="With adamw null.",
+            default="`lr`",
+        ),
+    ] = None
+    momentum: Annotated[float, Key("Muon's momentum.", sign=NOT_NEGATIVE, rule="Below 1; with adamw 0.95.")] = 0.95
+    nesterov: Annotated[bool, Key("Whether Muon's momentum is Nesterov's.", rule="With adamw true.")] = True
+    muon_scale: Annotated[
+        str,
+        Key(
+            "Scale of Muon's update of a matrix (n, m): 0.2 sqrt(max(n, m)), which suits AdamW's learning rate, or "
+            "sqrt(max(1, n / m)), which suits a `muon_lr` of about 0.02.",
+            choices=("moonlight", "jordan"),
+            rule="With adamw moonlight.",
+        ),
+    ] = "moonlight"
     z_loss: Annotated[
         float, Key("Weight of the auxiliary loss (log Z)^2 (PaLM, section 5).", sign=NOT_NEGATIVE, most=1e3)
     ] = 0.0

@@ -74,7 +74,7 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Check the ranges of the betas and of the final learning rate, and that only wsd sets decay_steps."""
+    """Check the ranges of the betas and of the final learning rate, and that only wsd has a final decay."""
     for i, beta in enumerate(optimizer.betas):
         if not 0 <= beta < 1:
             raise optimizer.broken(f"optimizer.betas.{i} = {beta} is not in [0, 1)")
@@ -82,9 +82,20 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         raise optimizer.broken(
             f"optimizer.min_lr_ratio = {optimizer.min_lr_ratio} is above 1; it is final / peak learning rate"
         )
-    if optimizer.schedule == "cosine" and optimizer.decay_steps:
+    if optimizer.momentum >= 1:
+        raise optimizer.broken(f"optimizer.momentum = {optimizer.momentum} is not below 1; Muon's usual one is 0.95")
+    unused = {"muon_lr": None, "momentum": 0.95, "nesterov": True, "muon_scale": "moonlight"}
+    for key, default in unused.items():
+        if optimizer.name != "muon" and (value := getattr(optimizer, key)) != default:
+            raise optimizer.broken(f"optimizer.{key} = {value} is for Muon; set optimizer.name = muon, or leave it out")
+    schedule = optimizer.schedule
+    if schedule != "wsd" and optimizer.decay_steps:
         raise optimizer.broken(
-            f"optimizer.decay_steps = {optimizer.decay_steps} is for schedule wsd; leave it out with cosine"
+            f"optimizer.decay_steps = {optimizer.decay_steps} is for schedule wsd; leave it out with {schedule}"
+        )
+    if schedule != "wsd" and optimizer.decay_shape != "sqrt":
+        raise optimizer.broken(
+            f"optimizer.decay_shape = {optimizer.decay_shape} is for schedule wsd; leave it out with {schedule}"
         )
 
 

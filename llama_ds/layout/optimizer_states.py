@@ -37,3 +37,10 @@ class OptimizerStates:
 
 
 ADAMW = OptimizerStates(dict.fromkeys(Role, (EXP_AVG, EXP_AVG_SQ)))
+MUON = OptimizerStates({**ADAMW.moments, Role.HIDDEN_MATRIX: (EXP_AVG,)})  # its momentum
+_BY_NAME = {"adamw": ADAMW, "muon": MUON}
+
+
+def states_of(optimizer: str) -> OptimizerStates:
+    """Return the states of an optimizer by its name in a run file (`optimizer.name`)."""
+    return _BY_NAME[optimizer]

@@ -24,6 +24,19 @@ def grid(layout: Layout) -> PipelineParallelGrid:
     return PipelineParallelGrid(topology=topology(layout))
 
 
+def stage_group(layout: Layout) -> dist.ProcessGroup | None:
+    """Return the group of the ranks of this rank's pipeline stage, None if that is one rank. Collective."""
+    size = layout.stride("pp")
+    if size == 1:
+        return None
+    own = None
+    for first in range(0, layout.world, size):
+        ranks = list(range(first, first + size))
+        group = dist.new_group(ranks)
+        own = group if dist.get_rank() in ranks else own
+    return own
+
+
 def tensor_parallel(layout: Layout, sequence_parallel: bool, trace: Trace) -> TensorParallel:
     """Return this rank's tensor-parallel communicator, with collectives recorded by `trace`. Collective."""
     if layout.tp == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,6 +44,48 @@ def fragments(engine: Any) -> Iterator[Fragment]:
             flats = {MASTER: master, **moments}
             views = {key: flat.detach().view(-1).narrow(0, begin, count) for key, flat in flats.items()}
             yield Fragment(name, start, views)
+
+
+def flat_groups(engine: Any, ranks: int) -> Iterator[tuple[Tensor, list[tuple[str, int, list[tuple[int, int]]]]]]:
+    """Yield each master with its weights: (name, begin, ranges).
+
+    `begin` is where this rank's elements begin in the master. `ranges` has for each of the `ranks` data-parallel ranks
+    the first element that it holds of its tensor-parallel part of the weight, and the end. They follow from how
+    DeepSpeed cuts its buffers; that this rank's own are as it says is checked.
+    """
+    for index, (master, parameters) in enumerate(zip(_masters(engine), _groups(engine), strict=True)):
+        found = []
+        for parameter, ranges in _ranges(engine, index, master, parameters, ranks):
+            location = _locate(engine, parameter)
+            _, begin, count, start = location or (master, 0, 0, 0)
+            own = ranges[engine.mpu.get_data_parallel_rank() if ranks > 1 else 0]
+            if own[1] - own[0] != count or (count and own[0] != start):
+                raise AssertionError(f"{engine.param_names[parameter]}: {own} is not where DeepSpeed has {location}")
+            found.append((engine.param_names[parameter], begin, ranges))
+        yield master, found
+
+
+def _ranges(
+    engine: Any, index: int, master: Tensor, parameters: list[nn.Parameter], ranks: int
+) -> Iterator[tuple[nn.Parameter, list[tuple[int, int]]]]:
+    optimizer = engine.optimizer
+    if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+        for parameter in parameters:
+            zero3: Any = parameter
+            _, _, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            ends = [min(rank * length, zero3.ds_numel) for rank in range(ranks + 1)]
+            yield parameter, list(pairwise(ends))
+    elif hasattr(parameters[0], "_hp_mapping"):
+        orders = getattr(optimizer, "round_robin_bit16_groups", None) or _groups(engine)
+        size, before = master.numel(), 0
+        for parameter in orders[index]:
+            numel = parameter.numel()
+            ends = [min(max(rank * size - before, 0), numel) for rank in range(ranks + 1)]
+            yield parameter, list(pairwise(ends))
+            before += numel
+    else:
+        for parameter in parameters:
+            yield parameter, [(0, parameter.numel())] * ranks
 
 
 def begin_moments(engine: Any, steps: int, states: OptimizerStates) -> None:

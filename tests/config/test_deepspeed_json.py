@@ -11,7 +11,7 @@ import pytest
 
 from llama_ds.config.deepspeed_json import deepspeed_config, training_dtype
 from llama_ds.config.run_file import load_run
-from llama_ds.config.schema import RunConfig
+from llama_ds.config.schema import OptimizerConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
 
@@ -164,6 +164,16 @@ def test_what_cannot_work_is_refused(deepspeed: dict[str, Any], pp: int, message
     with pytest.raises(UserError) as error:
         merged(deepspeed, pp=pp)
     assert str(error.value) == f"ds.json: {message}"
+
+
+def test_muon_is_not_offloaded() -> None:
+    run = replace(run_with({}), optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, name="muon"))
+    for stage, section in ((2, "offload_optimizer"), (3, "offload_param")):
+        found = replace(run, deepspeed={"zero_optimization": {"stage": stage, section: {"device": "cpu"}}})
+        with pytest.raises(
+            UserError, match=f"^ds.json: zero_optimization.{section}.device = cpu with optimizer.name = mu"
+        ):
+            deepspeed_config(found, resolve_layout(found, 1), bf16_native=True)
 
 
 def test_defaults_and_keys_of_the_stage_are_accepted() -> None:

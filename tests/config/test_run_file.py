@@ -205,8 +205,8 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
         ("data.document_mask=yes", "command line: data.document_mask = 'yes' is not true or false"),
         ("optimizer.betas=[0.9]", "command line: optimizer.betas = [0.9] has 1 entries, not 2"),
         ("model=7B", "command line: model = '7B' is not a section of keys"),
-        ("optimizer.schedule=cosin", "tiny.yaml: optimizer.schedule = 'cosin' is not cosine or wsd "
-         "(did you mean 'cosine'?)"),
+        ("optimizer.schedule=cosin", "tiny.yaml: optimizer.schedule = 'cosin' is not cosine, linear, "
+         "inverse_sqrt, wsd or constant (did you mean 'cosine'?)"),
         ("parallel.recompute=all", "tiny.yaml: parallel.recompute = 'all' is not none, selective or full, "
          "a list of these for each stage, or {budget: 20 GiB}, auto or {auto: 80 GiB}"),
         ("optimizer.lr=0", "tiny.yaml: optimizer.lr = 0.0 is not positive"),
@@ -276,6 +276,11 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
         ("optimizer.schedule=wsd", "tiny.yaml: optimizer.decay_steps = 0 is not in 1..90 = "
          "training.steps 100 - warmup_steps 10, as schedule wsd needs"),
         ("optimizer.decay_steps=5", "tiny.yaml: optimizer.decay_steps = 5 is for schedule wsd; "
+         "leave it out with cosine"),
+        ("optimizer.muon_lr=0.02", "tiny.yaml: optimizer.muon_lr = 0.02 is for Muon; set optimizer.name = muon, or "
+         "leave it out"),
+        ("optimizer.momentum=1", "tiny.yaml: optimizer.momentum = 1.0 is not below 1; Muon's usual one is 0.95"),
+        ("optimizer.decay_shape=linear", "tiny.yaml: optimizer.decay_shape = linear is for schedule wsd; "
          "leave it out with cosine"),
         ("deepspeed=gone.json", "gone.json: cannot be read: No such file or directory; "
          "give the path of an existing file"),

@@ -28,6 +28,7 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.training.device_batches import MicroBatch, ids_and_labels
 from llama_ds.training.lr_schedule import learning_rate
+from tests.parallel.plain_muon import PlainMuon
 
 STEPS, GLOBAL_BATCH, SEQ_LEN = 20, 8, 32
 NEIGHBOUR: dict[str, Any] = {
@@ -64,6 +65,7 @@ class Case:
     hpz: int = 1  # ranks over which ZeRO-3 keeps a second copy of the weights
     # All that LLaMA does not have: biases, norms of queries and keys, scaled rotary frequencies.
     neighbour: bool = False
+    muon: str = ""  # rule of scale of Muon's updates; "": AdamW
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
@@ -91,6 +93,7 @@ class Case:
             layers=self.layers,
             vocab=self.vocab,
             neighbour=self.neighbour,
+            muon=self.muon,
         )
 
     @property
@@ -115,7 +118,14 @@ class Case:
             training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
             # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
             # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
-            optimizer=OptimizerConfig(lr=3e-3, eps=1e-6, warmup_steps=5, clip=0.5, z_loss=self.z_loss),
+            optimizer=OptimizerConfig(
+                lr=3e-3,
+                eps=1e-6,
+                warmup_steps=5,
+                clip=0.5,
+                z_loss=self.z_loss,
+                **({"name": "muon", "muon_scale": self.muon, "muon_lr": 1e-2} if self.muon else {}),
+            ),
             parallel=ParallelConfig(
                 self.pp,
                 self.tp,
@@ -184,20 +194,24 @@ def train_reference(case: Case) -> list[tuple[float, float, float]]:
     Return of each step (loss, gradient norm before clipping, then the loss of the rows of step `VALIDATION`).
     """
     run, model = case.run, reference_model(case)
+    hidden = [p for name, p in model.named_parameters() if "_proj.weight" in name] if case.muon else []
+    muon = PlainMuon(hidden, run.optimizer)
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p not in muon.momenta]
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": run.optimizer.weight_decay},
+        {"params": matrices, "weight_decay": run.optimizer.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps)
     history = []
     for step in range(STEPS):
         loss = model(*ids_and_labels(global_rows(step, case.vocab), torch.device("cpu")))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, run.optimizer, STEPS)
         optimizer.step()
+        muon.step(learning_rate(step, run.optimizer, STEPS))
         with torch.no_grad():
             after = model(*ids_and_labels(global_rows(VALIDATION, case.vocab), torch.device("cpu")))
         history.append((loss.item(), norm.item(), after.item()))

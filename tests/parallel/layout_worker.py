@@ -37,6 +37,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float]:
     if (case.dtype, case.zero, case.decoder_layer) == ("bf16", 1, "manual_backward"):
         # Straight into BF16_Optimizer's fp32 buffers: no matrix has a gradient in bf16.
         assert all(p.grad is None for n, p in engine.deepspeed.module.named_parameters() if "_proj" in n)
+    if case.muon:
+        check_orthogonalised(case, engine.deepspeed)
     batches = step_batches(case, engine.dp_rank, VALIDATION)
     validation = engine.evaluate(batches, len(batches))
     if case.vocab % case.tp:
@@ -53,6 +55,12 @@ def check_initial_weights(case: Case, engine: Any) -> None:
         shard = whole if cut is None else padded_shard(whole, cut, case.tp, engine.mpu.get_tensor_model_parallel_rank())
         part = shard.flatten()[fragment.start :][: fragment.numel]
         assert torch.equal(fragment.tensors[MASTER], part.to(DTYPES[case.dtype]).float()), fragment.name
+
+
+def check_orthogonalised(case: Case, engine: Any) -> None:
+    """Check that all ranks together orthogonalised each of the seven matrices of a layer once a step."""
+    every = world.gather(getattr(engine.optimizer, "optimizer", engine.optimizer).orthogonalised)
+    assert sum(every) == 7 * case.layers * case.steps, every
 
 
 def padded_shard(whole: Tensor, dim: int, tp: int, rank: int) -> Tensor:

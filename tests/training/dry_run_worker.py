@@ -15,6 +15,7 @@ from llama_ds import log
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
 from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.optimizer_states import states_of
 from llama_ds.parallel import world
 from llama_ds.parallel.dry_run.holdings import sort_holdings
 from llama_ds.parallel.dry_run.ledger import Ledger
@@ -30,7 +31,7 @@ def record(name: str, run_file: str, overrides: list[str], folder: Path, rank_in
         stack.enter_context(ledger)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(ledger.saved, lambda tensor: tensor))
         engine = build_engine(run, layout, config, torch.device("cpu"))
-        sort_holdings(engine.deepspeed, ledger)
+        sort_holdings(engine.deepspeed, ledger, states_of(run.optimizer.name))
         building, held = ledger.calls, dict(ledger.now)
         ledger.restart()
         engine.trace.start()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llama_ds.layout.optimizer_states import ADAMW
+from llama_ds.layout.optimizer_states import OptimizerStates
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger, tensors_in
 from llama_ds.parallel.optimizer_state import begin_moments, fragments
@@ -17,14 +17,14 @@ _GRADIENTS = ("fp32_groups_gradients_flat", "averaged_gradients", "grad_partitio
 _WEIGHTS = ("bf16_groups_flat", "bit16_groups_flat", "fp16_partitioned_groups_flat")
 
 
-def sort_holdings(engine: Any, ledger: Ledger) -> None:
+def sort_holdings(engine: Any, ledger: Ledger, states: OptimizerStates) -> None:
     """Mark everything that DeepSpeed's `engine` holds before its first step with its category, moments included.
 
     Hooks mark what a step allocates: gradients once autograd has accumulated them, and the inputs of deferred weight
     gradients as activations.
     """
     # Moments are allocated at the end of the first step and are present at the peak of every later step.
-    begin_moments(engine, 0, ADAMW)
+    begin_moments(engine, 0, states)
     for fragment in fragments(engine):
         ledger.mark(fragment.tensors.values(), OPTIMIZER)
     ledger.mark(_buffers(engine.optimizer, _GRADIENTS), GRADIENTS)

@@ -14,6 +14,7 @@ import torch
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import ELEMENT_BYTES, stage_policies
@@ -42,7 +43,7 @@ def simulate_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
     ledger, new_groups = Ledger(), hashlib.sha256()
     with fake_world(rank_info, task.backend, ledger, lambda ranks: new_groups.update(repr(ranks).encode())):
         engine = build_engine(run, layout, task.config, torch.device("cpu"))
-        sort_holdings(engine.deepspeed, ledger)
+        sort_holdings(engine.deepspeed, ledger, states_of(run.optimizer.name))
         building = ledger.calls
         ledger.restart()
         batches = _Batches(layout.micro_batch, run.data.seq_len)

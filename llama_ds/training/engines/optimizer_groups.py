@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
-from llama_ds.config.schema import OptimizerConfig
-from llama_ds.layout.optimizer_states import ADAMW
-from llama_ds.layout.weights import weight_of
+from llama_ds.config.schema import OptimizerConfig, RunConfig
+from llama_ds.layout.layout import Layout
+from llama_ds.layout.optimizer_states import states_of
+from llama_ds.layout.weights import Role, weight_of
 from llama_ds.model.weight_gradients import WeightGradients
+from llama_ds.parallel.muon import Muon
 
 MATRICES = "matrices"
 REPLICATED = "norms"  # and the biases that are added to the residual stream
@@ -25,15 +28,21 @@ def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -
     Weights of a group have the same kinds of state, because each state is one flat buffer for the group, and are all
     replicated over tensor-parallel ranks or all sharded, because the gradient norm counts the former once.
     """
-    groups: dict[tuple[str, tuple[str, ...]], list[nn.Parameter]] = {}
+    states, groups = states_of(settings.name), dict[tuple[str, tuple[str, ...], bool], list[nn.Parameter]]()
     for parameter_name, parameter in module.named_parameters():
         weight = weight_of(parameter_name)
         label = MATRICES if weight.decays else REPLICATED if weight.cut is None else SHARDED
-        groups.setdefault((label, ADAMW.kinds(weight.role)), []).append(parameter)
+        by_muon = settings.name == "muon" and weight.role is Role.HIDDEN_MATRIX
+        groups.setdefault((label, states.kinds(weight.role), by_muon), []).append(parameter)
     return [
-        {"params": parameters, "weight_decay": settings.weight_decay * (label == MATRICES), "name": name + label}
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay * (label == MATRICES),
+            "name": name + label,
+            **({"muon": True} if by_muon else {}),
+        }
         for label in (MATRICES, REPLICATED, SHARDED)
-        for (found, _), parameters in groups.items()
+        for (found, _, by_muon), parameters in groups.items()
         if found == label
     ]
 
@@ -41,7 +50,11 @@ def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -
 def build_optimizer(
     groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return AdamW over `groups`, or DeepSpeed's CPU Adam if the DeepSpeed configuration offloads the optimizer."""
+    """Return the run's optimizer over `groups`; AdamW is DeepSpeed's for CPUs if the DeepSpeed `config` offloads it."""
+    if settings.name == "muon":
+        if Muon not in ZERO_SUPPORTED_OPTIMIZERS:  # other kinds DeepSpeed refuses as untested
+            ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
+        return Muon(groups, settings, torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -50,9 +63,16 @@ def build_optimizer(
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Set the learning rate of all groups of a DeepSpeed engine's optimizer."""
+    """Set the learning rate of all groups of a DeepSpeed engine's optimizer, each times the group's own factor."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
+def attach_matrices(engine: Any, run: RunConfig, layout: Layout) -> None:
+    """Tell the optimizer of a DeepSpeed engine where the parts of whole matrices are, if it needs them. Collective."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    if isinstance(optimizer, Muon):
+        optimizer.attach(engine, run.model, layout)
 
 
 def accumulate_in_fp32(weight_gradients: WeightGradients, optimizer: Any) -> None:

@@ -19,6 +19,7 @@ from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
+    attach_matrices,
     build_optimizer,
     decay_groups,
     set_learning_rate,
@@ -39,6 +40,7 @@ def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], part
     rows = (layout.micro_batch, run.data.seq_len)
     engine = LlamaPipelineEngine(module, schedule, parts.context, rows, parts.dtype, optimizer, config, parts.trace)
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
+    attach_matrices(engine, run, layout)
     parts.context.weight_gradients.added = engine.optimizer.gradient_added
     return PipelinedEngine(engine, parts.trace, parts.loss)
 

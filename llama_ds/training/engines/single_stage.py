@@ -27,6 +27,7 @@ from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
+    attach_matrices,
     build_optimizer,
     decay_groups,
     set_learning_rate,
@@ -54,6 +55,7 @@ def build_single_stage(
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
+    attach_matrices(engine, run, layout)
     return SingleStageEngine(engine, layout.accumulation, device, parts.trace, parts.loss)
 
 

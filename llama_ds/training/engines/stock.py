@@ -20,6 +20,7 @@ from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
+    attach_matrices,
     build_optimizer,
     decay_groups,
     set_learning_rate,
@@ -37,6 +38,7 @@ def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: L
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # the module brings its grid
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
+    attach_matrices(engine, run, layout)
     return StockPipelinedEngine(engine, parts.trace, parts.loss)
 
 

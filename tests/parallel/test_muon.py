@@ -1,0 +1,121 @@
+"""Muon under every layout is plain Muon with whole matrices on one rank: losses and gradient norms, step by step.
+
+1e-5 relative in fp32, as in test_layouts.py. bf16 orthogonalises in bf16, with 2^-9 in each product: the bounds of
+test_layouts.py for losses hold, and gradient norms, which follow the weights, get 4e-2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+
+import pytest
+import torch
+
+from llama_ds.config.schema import OptimizerConfig
+from llama_ds.layout.matrix_owners import HeldMatrix, owners
+from llama_ds.parallel.muon import Muon, _Piece, orthogonalised
+from tests import warm
+from tests.parallel.layout_cases import Case, train_reference
+
+TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (3e-3, 4e-2)}
+CASES = [
+    Case(zero=0, muon="moonlight"),
+    Case(zero=3, muon="jordan", steps=6),
+    Case(1, 1, 2, zero=0),
+    Case(1, 1, 2, zero=1),
+    Case(1, 1, 2, zero=2, tied=True),
+    Case(1, 1, 2, zero=3),
+    Case(1, 2, 1, micro_batch=4, sequence_parallel=True, muon="jordan"),
+    Case(1, 2, 1, micro_batch=4, zero=3, tied=True),
+    Case(2, 1, 1, schedule="zb_h1", tied=True),
+    Case(2, 1, 1, schedule="dualpipe_v", virtual_stages=2),
+    Case(2, 1, 1, dtype="bf16"),
+    Case(1, 2, 2, zero=0, micro_batch=2),
+    Case(2, 2, 1, micro_batch=4, sequence_parallel=True, muon="jordan"),
+    Case(2, 1, 2, schedule="dualpipe_v", virtual_stages=2, tied=True),
+    Case(2, 1, 2, schedule="deepspeed", neighbour=True),
+    Case(2, 1, 2, schedule="zb_h1", partition=(3, 1)),
+    Case(1, 2, 2, zero=1, micro_batch=2, dtype="bf16"),
+]
+# Errors show in the first steps: the momentum enters from the second one on.
+CASES = [replace(case, muon=case.muon or "moonlight", steps=case.steps if case.world == 1 else 4) for case in CASES]
+
+History = tuple[list[tuple[float, float]], float]
+
+
+@pytest.fixture(scope="module")
+def history_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], History]:
+    """Return the trained history of a case; all cases of one world size share one start of its processes."""
+
+    @cache
+    def trained(world: int) -> dict[Case, History] | str:
+        folder = tmp_path_factory.mktemp(f"world{world}")
+        cases = [case for case in CASES if case.world == world]
+        (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
+        files = (folder / "cases.json", folder / "histories.json")
+        done = warm.run("-m", "tests.parallel.layout_worker", *files, ranks=world, timeout_s=600)
+        if done.returncode:
+            return done.stdout[-2000:] + done.stderr[-6000:]
+        return dict(zip(cases, json.loads((folder / "histories.json").read_text()), strict=True))
+
+    def history(case: Case) -> History:
+        histories = trained(case.world)
+        assert not isinstance(histories, str), histories
+        return histories[case]
+
+    return history
+
+
+reference_of = cache(train_reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layout_equals_plain_muon(case: Case, history_of: Callable[[Case], History]) -> None:
+    (history, validation), reference = history_of(case), reference_of(case.reference)
+    loss_tolerance, norm_tolerance = TOLERANCE[case.dtype]
+    assert len(history) == case.steps
+    for step, ((loss, norm), (wanted_loss, wanted_norm, _)) in enumerate(zip(history, reference, strict=False)):
+        assert loss == pytest.approx(wanted_loss, rel=loss_tolerance), f"loss of step {step}"
+        assert norm == pytest.approx(wanted_norm, rel=norm_tolerance), f"gradient norm of step {step}"
+    assert validation == pytest.approx(reference[case.steps - 1][2], rel=loss_tolerance)
+
+
+def test_singular_values_become_about_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((32, 88), (88, 32), (16, 16)):
+        matrix = torch.randn(shape, generator=generator)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        found = orthogonalised(matrix * 1e-4)
+        assert torch.allclose(found, orthogonalised(matrix), rtol=1e-2, atol=1e-3), "its size does not count"
+        kept = torch.diagonal(left.mT @ found @ right.mT)
+        assert kept[values > 0.02 * values.max()].sub(1).abs().max() < 0.35
+        assert (found - left @ torch.diag(kept) @ right).abs().max() < 1e-4, "singular vectors stay"
+
+
+def test_a_step_with_gradients_that_are_not_finite_changes_nothing() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
+    settings = OptimizerConfig(lr=1e-2, warmup_steps=0, name="muon")
+    muon = Muon([{"params": [weight], "weight_decay": 0.1, "muon": True}], settings, torch.float32)
+    matrix = HeldMatrix("1.mlp.up_proj.weight", (4, 6), 0, ((0, 24),))
+    muon._pieces, muon._place = {id(weight): [_Piece(matrix, 0, 24)]}, (1, 0, None)
+    history = []
+    for gradient, infinite in ((torch.ones(4, 6), 0.0), (torch.full((4, 6), torch.nan), 1.0), (torch.ones(4, 6), 0.0)):
+        weight.grad, muon.found_inf = gradient, torch.tensor(infinite)  # type: ignore[attr-defined]
+        muon.step()
+        state = muon.state[weight]
+        history.append((weight.detach().clone(), state["exp_avg"].clone(), int(state["step"])))
+    assert all(torch.equal(a, b) for a, b in zip(history[0][:2], history[1][:2], strict=True))
+    assert [steps for *_, steps in history] == [1, 1, 2]
+    assert history[2][0].isfinite().all() and not torch.equal(history[2][0], history[1][0])
+
+
+def test_owners_share_the_cost_fairly() -> None:
+    costs = [9, 1, 1, 1, 9, 3, 3, 3]
+    found = owners(costs, 3)
+    loads = [sum(cost for cost, owner in zip(costs, found, strict=True) if owner == rank) for rank in range(3)]
+    assert sorted(loads) == [10, 10, 10]
+    assert owners([5, 5], 1) == [0, 0]
