@@ -23,6 +23,7 @@ FLOORS = (
     ("job",),
     ("model", "perf"),
     ("parallel", "checkpoint", "data"),
+    ("evaluation",),
     ("training",),
     ("launch",),
     ("benchmarks",),
