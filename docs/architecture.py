@@ -68,7 +68,7 @@ ROUTES: dict[tuple[str, str], tuple[int] | tuple[int, str, int]] = {
     ("training", "checkpoint"): (340,),
     ("training", "evaluation"): (275,),
     ("evaluation", "data"): (244, "evaluation", 190),
-    ("evaluation", "model"): (306, "evaluation", 448),
+    ("evaluation", "checkpoint"): (300,),
     ("training", "parallel"): (500,),
     ("training", "model"): (448,),
     ("training", "layout"): (217,),
