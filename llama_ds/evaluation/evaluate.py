@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,13 +126,16 @@ def _complete_lines(path: str) -> list[dict[str, Any]]:
         raise UserError(f"{path}: is no journal of an evaluation; name another file with --results") from None
 
 
-def evaluate(scorer: Scorer, work: Work, journal: Journal | None = None) -> TaskResult:
-    """Score a task and return its result. Collective under an engine; a journal is for one process."""
+def evaluate(
+    scorer: Scorer, work: Work, journal: Journal | None = None, before_block: Callable[[], object] = lambda: None
+) -> TaskResult:
+    """Score a task block by block and return its result. Collective under an engine; a journal is for one process."""
     found = journal.known(work) if journal else {}
     for start in range(0, len(work.examples), BLOCK):
         block = [n for n in range(start, min(start + BLOCK, len(work.examples))) if n not in found]
         if not block:
             continue
+        before_block()
         outcomes = dict(zip(block, _outcomes(scorer, work, [work.examples[n] for n in block]), strict=True))
         found |= outcomes
         if journal:
