@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   tools/evaluate.py runs/quickstart --tasks miniature
   tools/evaluate.py fetch common_sense,mmlu --data benchmarks
   tools/evaluate.py exported/hf --tasks common_sense --data benchmarks --limit 500 --results results.jsonl
+  tools/evaluate.py runs/7b --beside runs/13b --figure tasks.svg --references paper.json
 """
 
 
@@ -58,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--data", metavar="DIR", default="benchmarks", help="data of tasks (default: %(default)s)")
     tasks.add_argument("--results", metavar="FILE", help="file of outcomes, from which a killed evaluation goes on")
     tasks.add_argument("--batch", type=whole(), default=8, help="rows of a forward pass (default: %(default)s)")
+    tasks.add_argument("--figure", metavar="FILE", help="draw the tasks of a run over its tokens to this SVG, no more")
+    tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
+    tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}')
     add_json(parser, "loss, perplexity, rows, step and dtype, or the results of tasks,")
     return parser
 
@@ -72,7 +76,18 @@ def evaluate(args: argparse.Namespace) -> Answer:
         return fetch_data(args)
     if args.names:
         raise UserError(f"command line: {args.names!r} is one word too many; name tasks with --tasks {args.names}")
+    if args.figure:
+        return draw(args)
     return evaluate_tasks(args) if args.tasks else evaluate_loss(args)
+
+
+def draw(args: argparse.Namespace) -> Answer:
+    """Write the figure of tasks over tokens."""
+    from llama_ds.evaluation.figure import figure, read_curves, read_references
+
+    curves = read_curves([args.checkpoint, *args.beside])
+    Path(args.figure).write_text(figure(curves, read_references(args.references) if args.references else {}))
+    return Answer({"figure": args.figure, "tasks": list(curves)}, args.figure)
 
 
 def fetch_data(args: argparse.Namespace) -> Answer:
