@@ -38,6 +38,7 @@ DOORS = {
     "fsspec": ("llama_ds/data/source/remote.py",),
     "flash_attn": ("llama_ds/model/attention*.py",),
     "gguf": ("llama_ds/checkpoint/formats/gguf_*.py", "llama_ds/benchmarks/gguf_tokenizer.py"),
+    "lm_eval": ("llama_ds/evaluation/lm_eval_model.py",),
     "pyarrow": ("llama_ds/data/text/columns.py", "llama_ds/evaluation/fetch.py"),
     "sentencepiece": ("llama_ds/data/text/sentencepiece_model.py",),
     "streaming": ("llama_ds/benchmarks/data/rivals.py",),

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from llama_ds.checkpoint.load_model import load_model, open_model
-from llama_ds.checkpoint.weights import DTYPES
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 from llama_ds.evaluation.evaluate import Journal, TaskResult, Work, evaluate
@@ -40,18 +40,12 @@ def evaluate_folder(
     Raises:
         UserError: the folder is damaged or has no tokenizer, or the tokenizer has no bos.
     """
-    files = open_model(path)
-    found = tokenizer or files.tokenizer
-    if found is None:
-        raise UserError(f"{files.path}: has no tokenizer; name the model's own with --tokenizer FILE")
-    ours = Tokenizer(found)
-    prefix(ours)  # before the weights are read
+    files, ours = _opened(path, tokenizer)
     dtype = dtype or files.dtype
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     subject: dict[str, Any] = {"model": os.path.abspath(files.path), "saved": _saved_at(files.path), "dtype": dtype}
     subject["tokenizer"] = ours.sha256
     kept = Journal(journal, subject)
-    scorer = Scorer(ModelBackend(load_model(files, device, DTYPES[dtype]), rows), ours)
+    scorer = _scorer(files, ours, dtype, rows)
     results = []
     for work in works:
         results.append(evaluate(scorer, work, kept))
@@ -63,6 +57,27 @@ def evaluate_folder(
         "examples_done_before": kept.done_before,
         "tasks": [asdict(result) for result in results],
     }
+
+
+def open_scorer(path: str, dtype: str | None = None, rows: int = 8, tokenizer: str | None = None) -> Scorer:
+    """Return a scorer of the model in `path`; the arguments and errors are those of `evaluate_folder`."""
+    files, ours = _opened(path, tokenizer)
+    return _scorer(files, ours, dtype or files.dtype, rows)
+
+
+def _opened(path: str, tokenizer: str | None) -> tuple[ModelFiles, Tokenizer]:
+    files = open_model(path)
+    found = tokenizer or files.tokenizer
+    if found is None:
+        raise UserError(f"{files.path}: has no tokenizer; name the model's own with --tokenizer FILE")
+    ours = Tokenizer(found)
+    prefix(ours)  # before the weights are read
+    return files, ours
+
+
+def _scorer(files: ModelFiles, tokenizer: Tokenizer, dtype: str, rows: int) -> Scorer:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Scorer(ModelBackend(load_model(files, device, DTYPES[dtype]), rows), tokenizer)
 
 
 def _saved_at(folder: str) -> int:

@@ -63,7 +63,8 @@ def encode(tokenizer: Tokenizer, request: ScoringRequest, seq_len: int) -> Encod
             f"evaluation: a continuation of {scored} tokens is longer than a row of {seq_len}; use a rolling "
             "log-likelihood, or a model with longer rows"
         )
-    ids = [*before, *whole]
+    # Where a token would cross the boundary, the context keeps its own ids, as in lm-eval, whose numbers are compared.
+    ids = [*before, *context, *whole[len(context) :]]
     cut = max(0, len(ids) - seq_len - 1)
     return Encoded(tuple(ids[cut:]), scored, cut)
 

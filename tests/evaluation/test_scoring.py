@@ -91,6 +91,22 @@ def test_rolling_windows_predict_each_token_once() -> None:
     ]
 
 
+class Pairs(Letters):
+    """Merges "ab" to id 95."""
+
+    def encode(self, text: str) -> list[int]:
+        first, *others = (super(Pairs, self).encode(part) for part in text.split("ab"))
+        return first + [i for part in others for i in (95, *part)]
+
+
+def test_white_space_and_merges_at_the_boundary_are_as_in_lm_eval() -> None:
+    """A space after the context is predicted. If a token crosses the boundary, the context keeps its own ids, and the
+    continuation is what the whole has after as many."""
+    x, a, c, space = (Letters().encode(character)[0] for character in "xac ")
+    assert encode(Pairs(), ScoringRequest("x ", "c"), SEQ_LEN) == Encoded((1, x, space, c), 2)  # type: ignore[arg-type]
+    assert encode(Pairs(), ScoringRequest("xa", "bc"), SEQ_LEN) == Encoded((1, x, a, c), 1)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("request_", "bos", "rule"),
     [(ScoringRequest("a", ""), 1, "adds no token"), (ScoringRequest("a", "b"), None, "names no bos")],
