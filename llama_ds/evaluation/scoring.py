@@ -138,7 +138,8 @@ class ModelBackend:
         found: dict[int, Score] = {}
         loss.scores, loss.labels = [], 1.0
         try:
-            for rows in micro_batches:
+            for padded_rows in micro_batches:
+                rows = [row for row in padded_rows if row.slots]  # alone, nobody waits for the empty ones
                 marked = torch.from_numpy(stacked(rows)).to(device)
                 labels = marked[:, 1:].masked_fill(marked[:, 1:] < 0, IGNORED)
                 self.model(torch.where(marked < 0, ~marked, marked)[:, :-1], labels)
