@@ -1,7 +1,7 @@
 """The multiple-choice benchmarks of the LLaMA paper (arXiv 2302.13971, section 3), each from lines of its data set.
 
 The paper says how completions are normalized and how many examples are shown, and not how questions are written: the
-wording is that of lm-evaluation-harness where it has the task. docs/evaluation.md has the choices.
+wording is that of lm-evaluation-harness, except RACE. docs/evaluation.md has the choices.
 """
 
 from __future__ import annotations
