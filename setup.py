@@ -45,6 +45,7 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
+        "eval": ["lm-eval>=0.4.13", "pyarrow>=15"],  # evaluation/lm_eval_model.py; tools/evaluate.py fetch
         "gguf": ["gguf>=0.17"],  # tools/convert.py --to gguf, for llama.cpp
         "gs": ["gcsfs"],
         "gpu": ["flash-attn>=2.8", "nvidia-ml-py"],  # flash-attn compiles for an hour: see CONTRIBUTING.md

@@ -10,7 +10,7 @@ from llama_ds.config.declare import MOST_INT64, NOT_NEGATIVE, POSITIVE, Key, Sec
 
 @dataclass(frozen=True)
 class EvaluationConfig(Section):
-    """Validation during training."""
+    """Validation and benchmarks during training."""
 
     SECTION: ClassVar[str] = "evaluation"
 
@@ -26,6 +26,17 @@ class EvaluationConfig(Section):
             rule="Divisible by data-parallel size * `parallel.micro_batch`.",
         ),
     ] = 64
+    tasks: Annotated[
+        tuple[str, ...],
+        Key("Benchmarks to evaluate: tasks and groups of `docs/evaluation.md`.", rule="Names of tasks or groups."),
+    ] = ()
+    task_interval: Annotated[
+        int, Key("Interval between evaluations of the tasks; 0: only after the last step.", "steps", NOT_NEGATIVE)
+    ] = 0
+    task_examples: Annotated[int, Key("Examples of each task, its first ones; 0: all.", "examples", NOT_NEGATIVE)] = 0
+    task_data: Annotated[str, Key("Folder with the tasks' data, from `tools/evaluate.py fetch`.", is_path=True)] = (
+        "benchmarks"
+    )
 
 
 @dataclass(frozen=True)

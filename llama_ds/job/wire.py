@@ -49,6 +49,9 @@ class Phase(IntEnum):
     EVALUATING = 3
     SAVING = 4
     ENDING = 5
+    # These two alternate from block to block of benchmarks, because a change of phase is progress.
+    TASKS = 6
+    MORE_TASKS = 7
 
 
 _PHASES = tuple(Phase)

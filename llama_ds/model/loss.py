@@ -58,6 +58,9 @@ class NextTokenLoss(nn.Module):
         self.weight_gradients = weight_gradients or WeightGradients()
         self.vocab_size = vocab_size
         self.labels: float | None = None
+        # While this is a list, each forward without gradients appends the losses (B, T), which are 0 where the label is
+        # ignored, and whether each label is the most likely token (B, T).
+        self.scores: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, head: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         """Return the scalar loss of head = (hidden states (B, S, D), W (R, D)) and labels (B, T)."""
@@ -82,6 +85,7 @@ class _HeadLoss(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, owner: NextTokenLoss, training: bool) -> Tensor:
         tp, z_weight = owner.tp, owner.z_weight if training else 0.0
         whole = tp.start_gather(x)()
+        shape = labels.shape
         rows, labels = whole.flatten(0, 1), labels.flatten()
         wide = torch.promote_types(x.dtype, torch.float32)
         losses = torch.empty(len(rows), dtype=wide, device=x.device)
@@ -92,6 +96,7 @@ class _HeadLoss(Function):
         total = len(labels) if ignored is None else owner.labels or (~ignored).sum().to(wide)
         size = chunk_tokens(len(rows), rows.shape[1], len(weight))
         ids = owner.own_rows(len(weight))
+        greedy = None if training or owner.scores is None else torch.empty_like(labels, dtype=torch.bool)
         own_weight, own_grad = weight[: len(ids)], None
         if grad_weight is not None:
             grad_weight[len(ids) :] = 0.0
@@ -105,6 +110,8 @@ class _HeadLoss(Function):
             if ignored is not None:
                 losses[part].masked_fill_(ignored[part], 0.0)
                 factor.masked_fill_(ignored[part], 0.0)
+            if greedy is not None:
+                greedy[part] = _most_likely(logits, ids.start, tp) == labels[part]
             if grad_x is None or own_grad is None:
                 continue
             # d lse / d logit_v = softmax_v, so dL / d logit_v = (softmax_v (1 + 2 z lse) - [v = label]) / N.
@@ -117,6 +124,8 @@ class _HeadLoss(Function):
                 torch.mm(logits.t(), rows[part], out=own_grad)  # dW = dlogits^T x
             else:
                 add_product(own_grad if start else own_grad.zero_(), logits, rows[part])
+        if greedy is not None and owner.scores is not None:
+            owner.scores.append((losses.view(shape), greedy.view(shape)))
         if grad_weight is not None:
             ctx.save_for_backward(reduced(), grad_weight)
             ctx.owner, ctx.weight = owner, weight
@@ -149,6 +158,19 @@ def _log_sum_exp(logits: Tensor, local: Tensor, tp: TensorParallel) -> tuple[Ten
         total, target = tp.all_reduce_sum(torch.stack([(lse - top).exp(), target])).unbind()
         lse = total.log() + top
     return lse, target, index, here
+
+
+def _most_likely(logits: Tensor, first_id: int, tp: TensorParallel) -> Tensor:
+    """Return the ids (n,) of the largest logits of the whole vocabulary; among equal ones the lowest, as argmax does.
+
+    `first_id` is the id of this rank's first row of W.
+    """
+    top, index = logits.max(1)
+    ids = index + first_id
+    if tp.size > 1:
+        absent = torch.iinfo(ids.dtype).min
+        ids = -tp.all_reduce_max(torch.where(top == tp.all_reduce_max(top), -ids, absent))
+    return ids
 
 
 def _rows_log_sum_exp(logits: Tensor) -> Tensor:

@@ -118,10 +118,18 @@ class LlamaPipelineEngine(PipelineEngine):
         return summary
 
     @torch.no_grad()
-    def mean_loss(self, batches: Batches, count: int) -> Tensor:
-        """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective."""
+    def mean_loss(self, batches: Batches, count: int, tokens: int | None = None) -> Tensor:
+        """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective.
+
+        `tokens` of a row; None: those of training.
+        """
         self.module.eval()
-        self._run(forward_only.instructions(self.stage_id, count, self._schedule.placement), batches)
+        trained = self._rows
+        self._rows = trained[0], tokens or trained[1]
+        try:
+            self._run(forward_only.instructions(self.stage_id, count, self._schedule.placement), batches)
+        finally:
+            self._rows = trained
         total = self._own_share_of_loss(count)
         dist.all_reduce(total)
         self._comm.finish()

@@ -26,6 +26,7 @@ from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
 from llama_ds.training.start import carried_over, open_start
 from llama_ds.training.stragglers import Stragglers
+from llama_ds.training.task_evaluation import TaskEvaluation
 
 
 def train(
@@ -57,6 +58,7 @@ def train(
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
+    tasks = world.together(lambda: TaskEvaluation(run, layout, data.sources.tokenizer))
     end_if_asked(requests, device)
     self_test_at_start(run, layout, dtype, marks, rank_info, device)
     end_if_asked(requests, device)
@@ -93,13 +95,16 @@ def train(
 
             ends = done == last or request >= Request.END
             evaluates = bool(validation) and (done == last or _due(done, run.evaluation.interval))
+            tests = tasks.due(done, done == last)
             saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             report.step_done(done, lr, result, last=ends)
-            if recorded or evaluates or saves:
+            if recorded or evaluates or tests or saves:
                 report.flush()
                 if evaluates:
                     progress.enter(Phase.EVALUATING)
                     report.validation(done, engine.evaluate(validation, len(validation)))
+                if tests:
+                    report.tasks(done, tasks.results(engine, progress))
                 if saves:
                     progress.enter(Phase.SAVING)
                     checkpoints.save(engine.deepspeed, done, data.state.as_json())

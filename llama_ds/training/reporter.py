@@ -7,13 +7,14 @@ once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import Divergence
+from llama_ds.evaluation.evaluate import TaskResult
 from llama_ds.job.heartbeat import Progress
 from llama_ds.training.engines.interface import Engine, StepResult
 from llama_ds.training.meter import Meter, StepMetrics
@@ -85,6 +86,21 @@ class Reporter:
             perplexity = math.exp(loss)
             self._log.record({"step": step, "val_loss": loss, "val_perplexity": perplexity})
             self._log.print_line(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.2f}")
+
+    def tasks(self, step: int, results: Sequence[TaskResult]) -> None:
+        """Report the accuracies of benchmarks, with their standard errors and the shares of the right choices."""
+        if self._log:
+            tokens = step * self._run.training.global_batch * self._run.data.seq_len
+            values: dict[str, float] = {"step": step, "tasks_tokens": tokens}
+            for one in results:
+                values |= {
+                    f"tasks/{one.task}": one.accuracy,
+                    f"tasks_stderr/{one.task}": one.stderr,
+                    f"tasks_share/{one.task}": one.probability,
+                }
+            self._log.record(values)
+            shown = ", ".join(f"{one.task} {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}" for one in results)
+            self._log.print_line(f"step {step} | {shown}")
 
     def consumed(self, step: int, sources: dict[str, tuple[int, float]]) -> None:
         """Report how much of each source has been read: (rows, epochs) by name."""

@@ -1,4 +1,6 @@
-"""Compare lm-eval's HFLM on an export with this project's log-likelihoods. Usage: in_lm_eval.py FOLDER
+"""Compare lm-eval's HFLM on an export with this project's log-likelihoods, and with its own model of the harness.
+
+Usage: in_lm_eval.py FOLDER, with the project on PYTHONPATH
 
 HFLM puts bos before a text that begins a prediction, and its default lets the tokenizer do the same: a rolling
 log-likelihood then begins with two. add_bos_token=False is right there, and the default for tasks with a context.
@@ -15,7 +17,11 @@ from comparing import MODELS, Expected
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from llama_ds.evaluation.lm_eval_model import HarnessModel
+
 TOLERANCE = 1e-3  # nats, of sums over a text in fp32
+REQUESTS = 200
+REQUEST_TOLERANCE = 1e-4  # nats, of a request of few tokens in fp32
 
 
 def main(folder: Path) -> None:
@@ -26,11 +32,27 @@ def main(folder: Path) -> None:
         default, without = (model(expected, **settings) for settings in ({}, {"add_bos_token": False}))
         rolling = [m.loglikelihood_rolling([request(text)])[0] for m in (default, without)]
         check(f"{where}, rolling, add_bos_token=False", rolling[1], expected.rolling)
+        compare_requests(where, default, expected)
         (found,) = default.loglikelihood([request(context, text.removeprefix(context))])
         check(f"{where}, with a context, default", found[0], expected.continuation)
         print(
             f"{where}: rolling with the default, which doubles bos: {rolling[0]:.4f} nats, not {expected.rolling:.4f}"
         )
+
+
+def compare_requests(where: str, theirs: Any, expected: Expected) -> None:
+    """Compare the harness' model hf with ours on the export, which pads the vocabulary, request by request."""
+    ours = HarnessModel.from_folder(str(expected.folder / "hf"), dtype="fp32")
+    texts = [text for text in expected.texts if 8 < len(text.strip()) < 60 and "<" not in text][:REQUESTS]
+    pairs = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
+    requests = [request(context, continuation) for context, continuation in pairs if context.strip()]
+    found = ours.loglikelihood(requests)
+    wanted = theirs.loglikelihood(requests)
+    largest = max(abs(one[0] - other[0]) for one, other in zip(found, wanted, strict=True))
+    greedy = [one[1] for one in found] == [other[1] for other in wanted]
+    if largest > REQUEST_TOLERANCE or not greedy:
+        raise SystemExit(f"{where}: requests differ by {largest:.3g} nats, greedy flags equal: {greedy}")
+    print(f"{where}: {len(requests)} requests equal to {largest:.1g} nats, and greedy flags too")
 
 
 def model(expected: Expected, **settings: bool) -> Any:

@@ -46,4 +46,5 @@ def recording_overrides(run: RunConfig, folder: str, warmup: int, steps: int, ra
         "checkpoint.rewind_to=0",
         "evaluation.interval=0",
         "evaluation.rows=0",
+        "evaluation.tasks=[]",
     ]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from llama_ds.model.loss import NextTokenLoss
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches
 
@@ -27,6 +28,8 @@ class Engine(Protocol):
     dp_rank: int
     reads_data: bool  # True on the first and the last pipeline stage
     trace: Trace
+    loss: NextTokenLoss  # called by the ranks of the last stage
+    any_row_length: bool  # whether `evaluate` also takes rows shorter than those of training
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         """Take one optimizer step over `accumulation` micro-batches."""
@@ -34,5 +37,8 @@ class Engine(Protocol):
     def read(self, result: StepResult) -> tuple[float, float]:
         """Return a step's global mean loss and gradient norm, the same on all ranks. Collective; synchronises."""
 
-    def evaluate(self, batches: Batches, count: int) -> float:
-        """Return the mean loss over the labels of `count` micro-batches of every data-parallel rank. Collective."""
+    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
+        """Return the mean loss over the labels of `count` micro-batches of every data-parallel rank. Collective.
+
+        `tokens` of a row; None: those of training.
+        """

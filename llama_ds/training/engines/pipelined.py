@@ -58,6 +58,8 @@ def _named_layers(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]]:
 class PipelinedEngine:
     """Takes steps by the run's pipeline schedule."""
 
+    any_row_length = True
+
     def __init__(self, engine: LlamaPipelineEngine, trace: Trace, loss: NextTokenLoss) -> None:
         self.deepspeed, self.trace, self.loss = engine, trace, loss
         self.dp_rank = engine.grid.get_data_parallel_rank()
@@ -71,8 +73,8 @@ class PipelinedEngine:
     def read(self, result: StepResult) -> tuple[float, float]:
         return float(result.loss), float(result.norm)
 
-    def evaluate(self, batches: Batches, count: int) -> float:
-        return float(self.deepspeed.mean_loss(self._ids_and_labels(batches), count))
+    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
+        return float(self.deepspeed.mean_loss(self._ids_and_labels(batches), count, tokens))
 
     def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         return (training_pair(batch, self.deepspeed.device, self.loss) for batch in batches)

@@ -69,6 +69,8 @@ def _zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractCont
 class SingleStageEngine:
     """Takes steps micro-batch by micro-batch."""
 
+    any_row_length = True
+
     def __init__(self, engine: Any, accumulation: int, device: torch.device, trace: Trace, loss: NextTokenLoss) -> None:
         self.deepspeed, self.trace, self.loss = engine, trace, loss
         self.accumulation = accumulation
@@ -134,7 +136,7 @@ class SingleStageEngine:
         return world.mean(result.loss, self.deepspeed.mpu.get_data_parallel_group()), float(result.norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: Batches, count: int) -> float:
+    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
         self.deepspeed.eval()
         total = torch.zeros((), device=self.device)
         for batch in batches:

@@ -45,6 +45,8 @@ def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: L
 class StockPipelinedEngine:
     """Takes steps by DeepSpeed's own 1F1B schedule."""
 
+    any_row_length = False
+
     def __init__(self, engine: Any, trace: Trace, loss: NextTokenLoss) -> None:
         self.deepspeed, self.trace, self.loss = engine, trace, loss
         self.dp_rank = engine.grid.get_data_parallel_rank()
@@ -61,7 +63,8 @@ class StockPipelinedEngine:
     def read(self, result: StepResult) -> tuple[float, float]:
         return float(result.loss), float(result.norm)
 
-    def evaluate(self, batches: Batches, count: int) -> float:
+    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
+        assert tokens is None, "DeepSpeed's engine keeps the shape of its first messages"
         return float(self.deepspeed.eval_batch(self._ids_and_labels(batches), num_micro_batches=count))
 
     def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]] | None:

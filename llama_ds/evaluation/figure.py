@@ -1,0 +1,129 @@
+"""Benchmarks over the tokens of training, as figure 2 of the LLaMA paper: a self-contained SVG, one panel a task."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from llama_ds.errors import UserError
+
+COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2")
+COLUMNS, WIDTH, HEIGHT = 3, 250.0, 150.0  # panels of a row, and the size of a panel's axes
+LEFT, TOP, GAP_X, GAP_Y = 48.0, 56.0, 60.0, 62.0
+
+Curves = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]  # task -> run -> (tokens, percent)
+References = Mapping[str, Mapping[str, float]]  # task -> name -> percent
+
+
+def read_curves(runs: Sequence[str]) -> Curves:
+    """Return the accuracies in the metrics.jsonl of run folders.
+
+    Raises:
+        UserError: a run has no metrics, or none of tasks.
+    """
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for run in runs:
+        path, name = os.path.join(run, "metrics.jsonl"), os.path.basename(os.path.normpath(run))
+        lines = [line for line in _lines(path) if "tasks_tokens" in line]
+        if not lines:
+            raise UserError(f"{path}: has no results of tasks; set evaluation.tasks in the run file, and train")
+        for line in lines:
+            for key, value in line.items():
+                if key.startswith("tasks/"):
+                    points = curves.setdefault(key.removeprefix("tasks/"), {}).setdefault(name, [])
+                    points.append((line["tasks_tokens"], 100 * value))
+    return curves
+
+
+def _lines(path: str) -> list[dict[str, Any]]:
+    if not os.path.exists(path):
+        raise UserError(f"{path}: missing; give the folder of a run, runs/NAME")
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]  # the last may be being written
+
+
+def read_references(path: str) -> References:
+    """Return the reference lines of a JSON file {"TASK": {"NAME": PERCENT}}.
+
+    Raises:
+        UserError: the file is not of this form.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        return {task: {name: _percent(value) for name, value in lines.items()} for task, lines in found.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f'{path}: not of the form {{"TASK": {{"NAME": PERCENT}}}} ({error})') from None
+
+
+def _percent(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:
+        raise ValueError(f"{value!r} is not a number from 0 to 100")
+    return float(value)
+
+
+def figure(curves: Curves, references: References) -> str:
+    """Return the SVG: a panel for each task, a curve for each run, a dashed line for each reference."""
+    runs = list(dict.fromkeys(run for panel in curves.values() for run in panel))
+    colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(runs)}
+    last = max((x for panel in curves.values() for points in panel.values() for x, _ in points), default=1.0)
+    rows = -(-len(curves) // COLUMNS)
+    width = LEFT + COLUMNS * (WIDTH + GAP_X)
+    height = TOP + rows * (HEIGHT + GAP_Y)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
+        f'height="{height:.0f}" font-family="sans-serif" font-size="11"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for i, run in enumerate(runs):
+        x = LEFT + 160 * i
+        parts.append(f'<line x1="{x}" x2="{x + 20}" y1="14" y2="14" stroke="{colours[run]}" stroke-width="2"/>')
+        parts.append(f'<text x="{x + 26}" y="18">{escape(run)}</text>')
+    for i, (task, panel) in enumerate(curves.items()):
+        origin = LEFT + i % COLUMNS * (WIDTH + GAP_X), TOP + i // COLUMNS * (HEIGHT + GAP_Y)
+        parts += _panel(origin, task, panel, references.get(task, {}), last, colours)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _panel(
+    origin: tuple[float, float],
+    task: str,
+    panel: Mapping[str, Sequence[tuple[float, float]]],
+    references: Mapping[str, float],
+    last: float,
+    colours: Mapping[str, str],
+) -> list[str]:
+    left, top = origin
+    values = [*references.values(), *(y for points in panel.values() for _, y in points)]
+    low = 10 * math.floor(min(values) / 10)
+    high = max(10 * math.ceil(max(values) / 10), low + 10)
+
+    def height_of(percent: float) -> float:
+        return top + (high - percent) / (high - low) * HEIGHT
+
+    parts = [f'<text x="{left + WIDTH / 2:.1f}" y="{top - 8:.1f}" text-anchor="middle">{escape(task)}</text>']
+    for mark in range(low, high + 1, 10 if high - low <= 50 else 20):
+        y = height_of(mark)
+        parts.append(f'<line x1="{left}" x2="{left + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e4e4"/>')
+        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark}</text>')
+    for part in (0.0, 0.5, 1.0):
+        x = left + part * WIDTH
+        tokens = f"{part * last:.3g}" if last < 1e4 else f"{part * last / 1e9:.3g}B"
+        parts.append(f'<text x="{x:.1f}" y="{top + HEIGHT + 16:.1f}" text-anchor="middle">{tokens}</text>')
+    for name, percent in references.items():
+        y = height_of(percent)
+        parts.append(
+            f'<line x1="{left}" x2="{left + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#555" stroke-dasharray="4 3"/>'
+        )
+        parts.append(f'<text x="{left + WIDTH}" y="{y - 3:.1f}" text-anchor="end" fill="#555">{escape(name)}</text>')
+    for run, points in panel.items():
+        line = " ".join(f"{left + x / last * WIDTH:.1f},{height_of(y):.1f}" for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[run]}" stroke-width="1.5"/>')
+        for x, y in points:
+            where = f'cx="{left + x / last * WIDTH:.1f}" cy="{height_of(y):.1f}"'
+            title = f"<title>{escape(run)}, {x:,.0f} tokens: {y:.1f}</title>"
+            parts.append(f'<circle {where} r="2.5" fill="{colours[run]}">{title}</circle>')
+    return parts

@@ -1,0 +1,85 @@
+"""Tasks on a model folder of any format, in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from llama_ds.checkpoint.load_model import load_model, open_model
+from llama_ds.checkpoint.weights import DTYPES, ModelFiles
+from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.errors import UserError
+from llama_ds.evaluation.evaluate import Journal, TaskResult, Work, evaluate
+from llama_ds.evaluation.requests import prefix
+from llama_ds.evaluation.scoring import ModelBackend, Scorer
+
+
+def evaluate_folder(
+    path: str,
+    works: Sequence[Work],
+    journal: str | None,
+    dtype: str | None,
+    rows: int,
+    tokenizer: str | None = None,
+    tick: Callable[[TaskResult], object] = lambda result: None,
+) -> dict[str, Any]:
+    """Evaluate the tasks on the model in `path` and return their results and what was evaluated.
+
+    Args:
+        path: what `open_model` accepts.
+        journal: the file of outcomes, from which a killed evaluation goes on; None: there is none.
+        dtype: dtype of weights and computation; None: that of training.
+        rows: rows of a forward pass.
+        tokenizer: the tokenizer's path; None: the one in the folder.
+        tick: is called with each result.
+
+    Raises:
+        UserError: the folder is damaged or has no tokenizer, or the tokenizer has no bos.
+    """
+    files, ours = _opened(path, tokenizer)
+    dtype = dtype or files.dtype
+    subject: dict[str, Any] = {"model": os.path.abspath(files.path), "saved": _saved_at(files.path), "dtype": dtype}
+    subject["tokenizer"] = ours.sha256
+    kept = Journal(journal, subject)
+    scorer = _scorer(files, ours, dtype, rows)
+    results = []
+    for work in works:
+        results.append(evaluate(scorer, work, kept))
+        tick(results[-1])
+    return {
+        "model": files.path,
+        "dtype": dtype,
+        "truncated_requests": scorer.truncated,
+        "examples_done_before": kept.done_before,
+        "tasks": [asdict(result) for result in results],
+    }
+
+
+def open_scorer(path: str, dtype: str | None = None, rows: int = 8, tokenizer: str | None = None) -> Scorer:
+    """Return a scorer of the model in `path`; the arguments and errors are those of `evaluate_folder`."""
+    files, ours = _opened(path, tokenizer)
+    return _scorer(files, ours, dtype or files.dtype, rows)
+
+
+def _opened(path: str, tokenizer: str | None) -> tuple[ModelFiles, Tokenizer]:
+    files = open_model(path)
+    found = tokenizer or files.tokenizer
+    if found is None:
+        raise UserError(f"{files.path}: has no tokenizer; name the model's own with --tokenizer FILE")
+    ours = Tokenizer(found)
+    prefix(ours)  # before the weights are read
+    return files, ours
+
+
+def _scorer(files: ModelFiles, tokenizer: Tokenizer, dtype: str, rows: int) -> Scorer:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Scorer(ModelBackend(load_model(files, device, DTYPES[dtype]), rows), tokenizer)
+
+
+def _saved_at(folder: str) -> int:
+    """Return the time of the newest file of a model folder: another model in the same place is another one."""
+    return max(entry.stat().st_mtime_ns for entry in os.scandir(folder))

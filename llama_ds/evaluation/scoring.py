@@ -1,0 +1,154 @@
+"""Log-likelihoods of requests by a backend: a model in one process, or the engine of a run under its layout.
+
+Shapes: b rows of a micro-batch, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama_ds.config.document_marks import DocumentMarks
+from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.evaluation.packing import PackedRow, micro_batches, packed, padded, row_lengths
+from llama_ds.evaluation.requests import Encoded, Score, ScoringRequest, encode, rolling
+from llama_ds.log import logger
+from llama_ds.model.llama import Llama
+from llama_ds.model.loss import IGNORED
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The rows that a backend takes."""
+
+    seq_len: int
+    micro_batch: int
+    dp: int
+    document_mask: bool
+    marks: DocumentMarks
+    any_length: bool = True  # whether rows may be shorter than seq_len
+    multiple: int = 1  # divides the number of tokens of every row
+
+
+class Backend(Protocol):
+    """Computes what the layers say of rows. Every rank of a job calls it with the same rows."""
+
+    shape: RowShape
+
+    def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int) -> dict[int, Score]:
+        """Return the score of every request in the rows, on every rank. Collective under an engine.
+
+        Micro-batch i belongs to data-parallel rank i % dp; all have the same number of rows of `tokens` tokens.
+        """
+
+
+Tick = Callable[[int], object]  # gets the number of requests just scored
+
+
+class Scorer:
+    """Scores texts with a backend; counts the requests whose context had to be truncated."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
+        self.backend, self.tokenizer = backend, tokenizer
+        self.truncated = 0
+
+    def log_likelihoods(self, requests: Sequence[ScoringRequest], tick: Tick = lambda count: None) -> list[Score]:
+        """Return the log-likelihood of each continuation after its context. Collective under an engine.
+
+        Raises:
+            UserError: a continuation is empty or longer than a row, or the tokenizer has no bos.
+        """
+        seq_len = self.backend.shape.seq_len
+        encoded = [encode(self.tokenizer, request, seq_len) for request in requests]
+        if cut := sum(request.cut > 0 for request in encoded):
+            self.truncated += cut
+            logger.warning(
+                "evaluation: %d of %d requests are longer than a row of %d tokens; their contexts lose tokens on the "
+                "left",
+                cut,
+                len(encoded),
+                seq_len,
+            )
+        return self.scores(encoded, tick)
+
+    def rolling_log_likelihoods(self, texts: Sequence[str], tick: Tick = lambda count: None) -> list[float]:
+        """Return the log-likelihood of each text, in nats: every token is predicted once. Collective."""
+        windows = [rolling(self.tokenizer, text, self.backend.shape.seq_len) for text in texts]
+        scores = iter(self.scores([window for text in windows for window in text], tick))
+        return [sum(next(scores).log_likelihood for _ in text) for text in windows]
+
+    def scores(self, requests: Sequence[Encoded], tick: Tick = lambda count: None) -> list[Score]:
+        """Return the score of each request; equal ones are computed once. Collective under an engine."""
+        shape = self.backend.shape
+        distinct = list(dict.fromkeys(requests))
+        found: dict[Encoded, Score] = {}
+        for tokens, rows in sorted(self._rows(distinct).items(), reverse=True):
+            batches = list(micro_batches(rows, shape.micro_batch, shape.dp, shape.marks.eos))
+            scores = self.backend.scores(batches, tokens)
+            found.update((distinct[number], score) for number, score in scores.items())
+            tick(len(scores))
+        return [found[request] for request in requests]
+
+    def _rows(self, requests: Sequence[Encoded]) -> dict[int, list[PackedRow]]:
+        shape = self.backend.shape
+        if shape.document_mask and shape.marks.begin is not None:
+            return packed(requests, shape.seq_len, shape.marks)
+        lengths = row_lengths(shape.seq_len, shape.multiple) if shape.any_length else [shape.seq_len]
+        return padded(requests, lengths, shape.marks.eos)
+
+
+def sums(rows: Sequence[PackedRow], losses: Tensor, greedy: Tensor) -> dict[int, Score]:
+    """Return the scores of the requests in rows from their tokens' losses and greedy flags, (b, T) each."""
+    every, hits = losses.double().cpu().numpy(), greedy.cpu().numpy()
+    return {
+        slot.request: Score(-float(every[i, slot.start : slot.stop].sum()), bool(hits[i, slot.start : slot.stop].all()))
+        for i, row in enumerate(rows)
+        for slot in row.slots
+    }
+
+
+def stacked(rows: Sequence[PackedRow]) -> np.ndarray:
+    """Return the ids of a micro-batch, (b, T + 1), marked where they are no labels."""
+    return np.stack([row.ids for row in rows])
+
+
+class ModelBackend:
+    """A model on one device, without an engine."""
+
+    def __init__(self, model: Llama, micro_batch: int) -> None:
+        context = model.context
+        self.model = model.eval()
+        self.shape = RowShape(
+            context.rotary.seq_len,
+            micro_batch,
+            dp=1,
+            document_mask=context.document_mask,
+            marks=context.marks,
+            any_length=rows_of_any_length(context.model.rope_scaling),
+        )
+
+    @torch.no_grad()
+    def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int) -> dict[int, Score]:
+        loss, device = self.model.loss, next(self.model.parameters()).device
+        found: dict[int, Score] = {}
+        loss.scores, loss.labels = [], 1.0
+        try:
+            for padded_rows in micro_batches:
+                rows = [row for row in padded_rows if row.slots]  # alone, nobody waits for the empty ones
+                marked = torch.from_numpy(stacked(rows)).to(device)
+                labels = marked[:, 1:].masked_fill(marked[:, 1:] < 0, IGNORED)
+                self.model(torch.where(marked < 0, ~marked, marked)[:, :-1], labels)
+                found |= sums(rows, *loss.scores.pop())
+        finally:
+            loss.scores, loss.labels = None, None
+        return found
+
+
+def rows_of_any_length(scaling: object) -> bool:
+    """Return whether a row's length does not change the rotary frequencies, as it does under `dynamic` scaling."""
+    return getattr(scaling, "rope_type", None) != "dynamic"

@@ -1,0 +1,86 @@
+"""Multiple-choice tasks: examples, what a model's scores of their choices mean, and the tasks by name."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llama_ds.evaluation.requests import ScoringRequest
+
+ANSWER = "Answer:"  # context of the normalization of Brown et al. 2020
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with its choices: each is a completion of its context; texts. `gold` is the index of the right one."""
+
+    contexts: tuple[str, ...]
+    completions: tuple[str, ...]
+    gold: int
+    group: str = ""  # examples shown before a question are of its group
+
+    @property
+    def solved(self) -> str:
+        """The text with the right completion, shown before other questions."""
+        return f"{self.contexts[self.gold]} {self.completions[self.gold]}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark. `version` changes with everything that changes its numbers."""
+
+    name: str
+    version: int
+    example: Callable[[Mapping[str, Any]], Example]  # reads one line of the data
+    split: str = "validation"
+    shot_split: str = "train"  # the split from which shown examples are taken
+    shots: int = 0
+    normalization: str = "characters"  # or "answer", or "none"
+    dataset: str = ""  # repository of the data on the Hugging Face hub; empty: the examples are made from a seed
+    subset: str = "default"
+    heading: Callable[[str], str] = lambda group: ""  # text above the shown examples of a group
+
+
+def chosen(task: Task, shown: Sequence[Example], example: Example) -> list[ScoringRequest]:
+    """Return the requests of an example, one for each choice, then those of its normalization.
+
+    `shown` are the solved examples before it.
+    """
+    before = task.heading(example.group) + "".join(f"{one.solved}\n\n" for one in shown)
+    pairs = list(zip(example.contexts, example.completions, strict=True))
+    requests = [ScoringRequest(before + context, f" {completion}") for context, completion in pairs]
+    if task.normalization == "answer":
+        requests += [ScoringRequest(ANSWER, f" {completion}") for _, completion in pairs]
+    return requests
+
+
+def choice_scores(task: Task, example: Example, log_likelihoods: Sequence[float]) -> list[float]:
+    """Return the score of each choice from the log-likelihoods of the requests of `chosen`.
+
+    By characters: log P(completion | context) / characters. By answer: log P(completion | context) -
+    log P(completion | "Answer:").
+    """
+    count = len(example.completions)
+    own = log_likelihoods[:count]
+    if task.normalization == "characters":
+        return [value / max(1, len(text)) for value, text in zip(own, example.completions, strict=True)]
+    if task.normalization == "answer":
+        return [value - alone for value, alone in zip(own, log_likelihoods[count:], strict=True)]
+    return list(own)
+
+
+def probability(scores: Sequence[float], gold: int) -> float:
+    """Return the share of the right choice among the choices: it moves before the accuracy of a small model does."""
+    top = max(scores)
+    shares = [math.exp(score - top) for score in scores]
+    return shares[gold] / sum(shares)
+
+
+def shown_examples(pool: Sequence[Example], task: Task, shots: int, example: Example) -> list[Example]:
+    """Return the `shots` examples before a question: the first ones of its group, or the same draw for all."""
+    if example.group:
+        return [one for one in pool if one.group == example.group][:shots]
+    return random.Random(f"{task.name} {task.version}").sample(pool, shots) if shots else []

@@ -1,0 +1,57 @@
+"""Scores of requests on the engine of a run: a forward-only pass under the run's layout and schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from llama_ds.config.document_marks import DocumentMarks
+from llama_ds.config.schema import RunConfig
+from llama_ds.evaluation.packing import PackedRow
+from llama_ds.evaluation.requests import Score
+from llama_ds.evaluation.scoring import RowShape, rows_of_any_length, stacked, sums
+from llama_ds.layout.layout import Layout
+from llama_ds.parallel import world
+from llama_ds.training.device_batches import MicroBatch
+from llama_ds.training.engines.interface import Engine
+
+
+class EngineBackend:
+    """Every rank calls it with the same rows; data-parallel ranks share them, and every rank gets all scores.
+
+    The weights, gradients and optimizer states stay as they are; the engine's next step is a step of training.
+    """
+
+    def __init__(self, engine: Engine, run: RunConfig, layout: Layout, marks: DocumentMarks) -> None:
+        self.engine, self.run = engine, run
+        self.shape = RowShape(
+            run.data.seq_len,
+            layout.micro_batch,
+            layout.dp,
+            run.data.document_mask,
+            marks,
+            any_length=engine.any_row_length and rows_of_any_length(run.model.rope_scaling),
+            multiple=layout.tp if run.parallel.sequence_parallel else 1,
+        )
+
+    def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int) -> dict[int, Score]:
+        engine = self.engine
+        own = micro_batches[engine.dp_rank :: self.shape.dp]
+        computed: list[tuple[Tensor, Tensor]] = []
+        engine.loss.scores = computed
+        try:
+            engine.evaluate(self._batches(own), len(own), None if tokens == self.shape.seq_len else tokens)
+        finally:
+            engine.loss.scores = None
+        found: dict[int, Score] = {}
+        if engine.loss.tp.rank == 0:  # the others computed the same
+            for rows, (losses, greedy) in zip(own, computed, strict=False):  # none before the last stage
+                found |= sums(rows, losses, greedy)
+        return {number: score for part in world.gather(found) for number, score in part.items()}
+
+    def _batches(self, own: Sequence[list[PackedRow]]) -> Iterator[MicroBatch | np.ndarray]:
+        if not self.engine.reads_data:
+            return iter([np.empty(0)] * len(own))
+        return (MicroBatch(stacked(rows), 1.0) for rows in own)

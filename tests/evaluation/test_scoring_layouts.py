@@ -1,0 +1,73 @@
+"""Scores on the engines equal those of plain torch under every kind of layout, and leave the training as it was.
+
+Tolerance: 1e-4 nats of a sum over at most 99 tokens in fp32, where layouts differ in the order of sums (measured: below
+2e-5).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import warm
+from tests.evaluation.letters import TEXT, Letters, some_requests
+from tests.evaluation.scoring_worker import compares_training
+from tests.parallel.layout_cases import SEQ_LEN, Case, reference_model
+
+V = {"schedule": "dualpipe_v", "virtual_stages": 2}
+CASES = [
+    Case(2, 2, 1, sequence_parallel=True, micro_batch=4),
+    Case(2, 1, 2, document_mask=True, **V),
+    Case(2, 2, 1, micro_batch=4, vocab=97, schedule="zb_h1"),
+    Case(1, 2, 2, zero=3, micro_batch=4),
+    Case(2, 1, 2, micro_batch=2, schedule="deepspeed"),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("scores")
+    (folder / "cases.json").write_text(json.dumps([asdict(case) for case in CASES]))
+    words = (folder / "cases.json", folder / "out.json")
+    done = warm.run("-m", "tests.evaluation.scoring_worker", *words, ranks=4, timeout_s=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return dict(zip(CASES, json.loads((folder / "out.json").read_text()), strict=True))
+
+
+def token_log_probs(case: Case, ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the log-probabilities of the ids after the first, and whether each is the argmax."""
+    with torch.no_grad():
+        found = reference_model(case)(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+    wanted = torch.tensor(ids[1:])
+    return found.gather(1, wanted[:, None])[:, 0], found.argmax(-1) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_scores_equal_plain_torch(case: Case, outcomes: dict[Case, dict[str, Any]]) -> None:
+    outcome, letters = outcomes[case], Letters()
+    for request, score in zip(some_requests(20, SEQ_LEN), outcome["scores"], strict=True):
+        ids = [1, *letters.encode(request.context + request.continuation)][-SEQ_LEN - 1 :]
+        # The space before a continuation belongs to it, wherever the request has it.
+        scored = len(request.context) - len(request.context.rstrip()) + len(request.continuation)
+        log_probs, greedy = token_log_probs(case.reference, ids)
+        assert score["log_likelihood"] == pytest.approx(log_probs[-scored:].sum().item(), abs=1e-4), request
+        assert score["greedy"] == bool(greedy[-scored:].all()), request
+    text = letters.encode(TEXT)
+    first = token_log_probs(case.reference, [1, *text[:SEQ_LEN]])[0].sum()
+    rest = sum(
+        token_log_probs(case.reference, text[end - SEQ_LEN - 1 : end])[0][-new:].sum()
+        for end, new in ((64, 32), (96, 32), (len(text), len(text) - 96))
+    )
+    assert outcome["rolling"][0] == pytest.approx(float(first + rest), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if compares_training(case)], ids=lambda case: case.name)
+def test_training_goes_on_bit_for_bit(case: Case, outcomes: dict[Case, dict[str, Any]]) -> None:
+    assert outcomes[case]["with"] == outcomes[case]["without"]
