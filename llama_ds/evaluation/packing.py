@@ -78,7 +78,7 @@ def packed(requests: Sequence[Encoded], seq_len: int, marks: DocumentMarks) -> d
         free[place] -= len(ids)
         while first_open < len(rows) and free[first_open] < shortest:
             first_open += 1
-    return {seq_len: [_row(requests, row, seq_len, marks.eos) for row in rows]}
+    return {seq_len: [_row(requests, row, seq_len, marks.eos) for row in rows]} if rows else {}
 
 
 def _row(requests: Sequence[Encoded], numbers: Sequence[int], tokens: int, fill: int) -> PackedRow:

@@ -66,6 +66,15 @@ class Axes:
         return self.stride("pp") // self.tp
 
     @property
+    def stage_places(self) -> list[tuple[int, int]]:
+        """Of each rank of a stage, in order: its index along `data_axis`, and its tensor-parallel rank."""
+        return [divmod(rank, self.tp) for rank in range(self.stride("pp"))]
+
+    def rank_in_stage(self, rank: int) -> int:
+        """Return a rank's number among those of its stage."""
+        return rank % self.stride("pp")
+
+    @property
     def replica_sizes(self) -> dict[str, int]:
         """The sizes of `named` without dp: those of one copy of the model."""
         return {axis: size for axis, size in self.named.items() if axis != "dp"}

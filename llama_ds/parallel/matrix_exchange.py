@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama_ds.layout.layout import Layout
 from llama_ds.layout.matrix_owners import HeldMatrix, newton_schulz_flops, owners
 
 
@@ -19,12 +20,18 @@ class MatrixExchange:
     """The exchange of some matrices between the ranks of a stage."""
 
     def __init__(
-        self, matrices: Sequence[HeldMatrix], tp: int, rank: int, group: dist.ProcessGroup | None, device: torch.device
+        self,
+        matrices: Sequence[HeldMatrix],
+        layout: Layout,
+        rank: int,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
     ) -> None:
         """`rank` is this rank's number in the stage's `group`; None: the stage has one rank."""
-        self._tp, self._rank, self._group, self._device = tp, rank, group, device
-        self._ranks = len(matrices[0].ranges) * tp
-        costs = [newton_schulz_flops(*matrix.shape(tp), iterations=1) for matrix in matrices]
+        self._tp, self._rank, self._group, self._device = layout.tp, rank, group, device
+        self._places = layout.stage_places
+        self._ranks = len(self._places)
+        costs = [newton_schulz_flops(*matrix.shape(layout.tp), iterations=1) for matrix in matrices]
         self._owned: list[list[HeldMatrix]] = [[] for _ in range(self._ranks)]
         for matrix, owner in zip(matrices, owners(costs, self._ranks), strict=True):
             self._owned[owner].append(matrix)
@@ -44,7 +51,7 @@ class MatrixExchange:
         for source, some in enumerate(arriving):
             for matrix in some:
                 start, end = self._range(matrix, source)
-                parts[matrix.name][source % self._tp, start:end] = next(pieces)
+                parts[matrix.name][self._places[source][1], start:end] = next(pieces)
         for matrix in mine:
             whole = parts.pop(matrix.name).view(self._tp, *matrix.part_shape)
             yield matrix, torch.cat(whole.unbind(), matrix.cut)
@@ -53,7 +60,8 @@ class MatrixExchange:
         """Return this rank's elements, flat and by name, of matrices whose owners give them whole. Collective."""
         mine, own = self._owned[self._rank], self._rank
         parts = {m.name: [p.reshape(-1) for p in wholes[m.name].chunk(self._tp, m.cut)] for m in mine}
-        sent = [parts[m.name][to % self._tp][slice(*self._range(m, to))] for to in range(self._ranks) for m in mine]
+        cuts = [part for _, part in self._places]
+        sent = [parts[m.name][cuts[to]][slice(*self._range(m, to))] for to in range(self._ranks) for m in mine]
         sizes = [sum(self._count(m, to) for m in mine) for to in range(self._ranks)]
         counts = [sum(self._count(m, own) for m in some) for some in self._owned]
         arrived = self._exchange(sent, sizes, counts, dtype)
@@ -74,7 +82,7 @@ class MatrixExchange:
         return [self._count(m, source) for source, some in enumerate(arriving) for m in some]
 
     def _range(self, matrix: HeldMatrix, rank: int) -> tuple[int, int]:
-        return matrix.ranges[rank // self._tp]
+        return matrix.ranges[self._places[rank][0]]
 
     def _count(self, matrix: HeldMatrix, rank: int) -> int:
         start, end = self._range(matrix, rank)
@@ -83,4 +91,4 @@ class MatrixExchange:
     def _sent(self, matrix: HeldMatrix, owner: int, source: int | None = None) -> bool:
         """Return whether `source` (None: this rank) sends its elements: of replicas, those of the owner's model do."""
         rank = self._rank if source is None else source
-        return not matrix.replicated or rank // self._tp == owner // self._tp
+        return not matrix.replicated or self._places[rank][0] == self._places[owner][0]

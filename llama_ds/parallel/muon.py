@@ -79,15 +79,15 @@ class Muon(torch.optim.AdamW):
         self._settings, self._dtype = settings, dtype
         self._pieces: dict[int, list[_Piece]] = {}  # by id of the group's master
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
-        self._place: tuple[int, int, dist.ProcessGroup | None] | None = None
+        self._place: tuple[Layout, int, dist.ProcessGroup | None] | None = None
         for group in self.param_groups:
             if group.get("muon"):
                 group["lr_factor"] = (settings.muon_lr or settings.lr) / settings.lr
 
     def attach(self, engine: Any, model: ModelConfig, layout: Layout) -> None:
         """Learn from DeepSpeed's `engine` where the elements of each matrix are. Collective."""
-        group, rank = stage_group(layout), dist.get_rank() % layout.stride("pp")
-        self._place = layout.tp, rank, group
+        group, rank = stage_group(layout), layout.rank_in_stage(dist.get_rank())
+        self._place = layout, rank, group
         for master, members in flat_groups(engine, layout.data_axis):
             pieces = []
             for name, begin, ranges in members:
@@ -95,7 +95,7 @@ class Muon(torch.optim.AdamW):
                 if weight.role is Role.HIDDEN_MATRIX:
                     assert weight.cut is not None
                     matrix = HeldMatrix(name, weight.part_shape(model, layout.tp), weight.cut, tuple(ranges))
-                    start, end = ranges[rank // layout.tp]
+                    start, end = ranges[layout.stage_places[rank][0]]
                     pieces.append(_Piece(matrix, begin, end - start))
             self._pieces[id(master)] = pieces
 

@@ -51,7 +51,9 @@ def by_transformers(exported: LlamaForCausalLM, request: Encoded) -> tuple[float
 def test_log_likelihoods_equal_transformers(exported: LlamaForCausalLM, document_mask: bool) -> None:
     """Packed behind each other, requests still see nothing of those before them."""
     requests = some_requests(30, SEQ_LEN)
-    scores = scorer(exported, document_mask).log_likelihoods(requests)
+    ours = scorer(exported, document_mask)
+    assert (ours.log_likelihoods([]), ours.rolling_log_likelihoods([""])) == ([], [0.0])
+    scores = ours.log_likelihoods(requests)
     for request, score in zip(requests, scores, strict=True):
         wanted, greedy = by_transformers(exported, encode(Letters(), request, SEQ_LEN))  # type: ignore[arg-type]
         assert score.log_likelihood == pytest.approx(wanted, abs=1e-4), request
