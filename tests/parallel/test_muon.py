@@ -100,7 +100,7 @@ def test_a_step_with_gradients_that_are_not_finite_changes_nothing() -> None:
     settings = OptimizerConfig(lr=1e-2, warmup_steps=0, name="muon")
     muon = Muon([{"params": [weight], "weight_decay": 0.1, "muon": True}], settings, torch.float32)
     matrix = HeldMatrix("1.mlp.up_proj.weight", (4, 6), 0, ((0, 24),))
-    muon._pieces, muon._place = {id(weight): [_Piece(matrix, 0, 24)]}, (1, 0, None)
+    muon._pieces, muon._place = {id(weight): [_Piece(matrix, 0, 24)]}, (Case().layout, 0, None)
     history = []
     for gradient, infinite in ((torch.ones(4, 6), 0.0), (torch.full((4, 6), torch.nan), 1.0), (torch.ones(4, 6), 0.0)):
         weight.grad, muon.found_inf = gradient, torch.tensor(infinite)  # type: ignore[attr-defined]
