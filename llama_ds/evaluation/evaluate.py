@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -80,6 +81,8 @@ class Journal:
         lines = _complete_lines(path)
         if lines and lines[0] != subject:
             raise UserError(f"{path}: holds results of {lines[0]}, not of {subject}; name another file with --results")
+        if lines:
+            _cut_last(path)
         self._done = {
             (line["task"], line["example"]): ExampleOutcome(line["correct"], line["probability"]) for line in lines[1:]
         }
@@ -109,21 +112,30 @@ class Journal:
 
 
 def _key(work: Work) -> str:
-    return f"{work.task.name} v{work.task.version} shots {work.shots}"
+    """Return what an outcome depends on beside the model: the task and its data, so that other data is scored anew."""
+    digest = hashlib.sha256(repr((work.shown, work.examples)).encode()).hexdigest()[:16]
+    return f"{work.task.name} v{work.task.version} shots {work.shots} data {digest}"
 
 
 def _complete_lines(path: str) -> list[dict[str, Any]]:
-    """Return the lines of a journal; a last line without its end is one that a kill cut, and is removed."""
-    if not os.path.exists(path):
+    """Return the lines of a journal; a last line without its end is one that a kill cut."""
+    if not os.path.exists(path) or not os.path.getsize(path):
         return []
-    with open(path, "rb+") as file:
+    with open(path, "rb") as file:
         content = file.read()
-        whole = content.rfind(b"\n") + 1
-        file.truncate(whole)
     try:
-        return [json.loads(line) for line in content[:whole].splitlines()]
+        lines = [json.loads(line) for line in content[: content.rfind(b"\n") + 1].splitlines()]
     except ValueError:
-        raise UserError(f"{path}: is no journal of an evaluation; name another file with --results") from None
+        lines = []
+    if not lines or not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{path}: is no journal of an evaluation; name another file with --results")
+    return lines
+
+
+def _cut_last(path: str) -> None:
+    """Remove a last line without its end from a journal."""
+    with open(path, "rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def evaluate(

@@ -22,6 +22,10 @@ class Example:
     gold: int
     group: str = ""  # examples shown before a question are of its group
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.gold < len(self.completions):  # as where a data set hides the labels of its test split
+            raise ValueError(f"its label names choice {self.gold} of 0 to {len(self.completions) - 1}")
+
     @property
     def solved(self) -> str:
         """The text with the right completion, shown before other questions."""

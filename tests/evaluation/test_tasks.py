@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from llama_ds.evaluation.fetch import fetch
 from llama_ds.evaluation.miniature import MAKERS, examples
 from llama_ds.evaluation.requests import Score, ScoringRequest
 from llama_ds.evaluation.suite import TASKS, find_tasks, read_examples
-from llama_ds.evaluation.tasks import chosen
+from llama_ds.evaluation.tasks import Example, chosen
 
 ARC = {"question": "Why?", "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "B"}
 # One line of each data set as the hub has it, then the requests of the right choice.
@@ -144,6 +145,22 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
     assert again.asked == whole.asked - 127 * 4
     with pytest.raises(UserError, match=r"not of \{'model': 'other'\}"):
         Journal(path, {"model": "other"})
+    other = replace(work, examples=work.examples[::-1])
+    evaluate(again, other, Journal(path, subject))  # type: ignore[arg-type]
+    assert again.asked == 2 * whole.asked - 127 * 4, "outcomes of other data are not taken for its own"
+
+
+@pytest.mark.parametrize("content", ['{"precious": 1}', "two lines\nof text", "[1]\n"])
+def test_a_file_that_is_no_journal_is_left_alone(content: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text(content)
+    with pytest.raises(UserError, match="is no journal of an evaluation"):
+        Journal(str(tmp_path / "mine"), {"model": "m"})
+    assert (tmp_path / "mine").read_text() == content
+
+
+def test_a_hidden_label_is_refused() -> None:
+    with pytest.raises(ValueError, match="its label names choice -1 of 0 to 1"):
+        Example(("a", "a"), ("b", "c"), -1)
 
 
 def test_the_miniature_suite_is_the_same_everywhere() -> None:
