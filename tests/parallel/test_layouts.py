@@ -9,15 +9,13 @@ of 256 tokens (allowed 3e-3, measured 8e-4) and less in the norm (allowed 2e-2, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 
 import pytest
 
-from tests import warm
-from tests.parallel.layout_cases import STEPS, Case, train_reference
+from tests.parallel.layout_cases import STEPS, Case
+from tests.parallel.layout_histories import History, check_equals_plain, histories_of, reference_of
 
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (3e-3, 2e-2)}
 
@@ -116,47 +114,16 @@ CASES += [replace(case, steps=3) for case in SEQUENCE_PARALLEL + OPTIONS + SCHED
 CASES += [replace(case, steps=3, neighbour=True) for case in NEIGHBOURS]
 CASES += [replace(case, steps=3, vocab=97) for case in ODD_VOCABULARY]
 
-History = tuple[list[tuple[float, float]], float]
-
 
 @pytest.fixture(scope="module")
 def history_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], History]:
-    """Return the trained history of a case; all cases of one world size share one start of its processes."""
-
-    @cache
-    def trained(world: int) -> dict[Case, History] | str:
-        folder = tmp_path_factory.mktemp(f"world{world}")
-        cases = [case for case in CASES if case.world == world]
-        (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-        files = (folder / "cases.json", folder / "histories.json")
-        done = warm.run("-m", "tests.parallel.layout_worker", *files, ranks=world, timeout_s=600)
-        if done.returncode:  # cached: otherwise every case would restart the processes
-            return done.stdout[-2000:] + done.stderr[-6000:]
-        histories = json.loads((folder / "histories.json").read_text())
-        return dict(zip(cases, histories, strict=True))
-
-    def history(case: Case) -> History:
-        histories = trained(case.world)
-        assert not isinstance(histories, str), histories
-        return histories[case]
-
-    return history
-
-
-reference_of = cache(train_reference)
+    return histories_of(CASES, tmp_path_factory)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_plain_torch(case: Case, history_of: Callable[[Case], History]) -> None:
-    (history, validation), reference = history_of(case), reference_of(case.reference)
-    assert len(history) == case.steps <= len(reference)
-    loss_tolerance, norm_tolerance = TOLERANCE[case.dtype]
-    plain = [(loss, norm) for loss, norm, _ in reference]
-    for step, ((loss, norm), (wanted_loss, wanted_norm)) in enumerate(zip(history, plain, strict=False)):
-        assert loss == pytest.approx(wanted_loss, rel=loss_tolerance), f"loss of step {step}"
-        assert norm == pytest.approx(wanted_norm, rel=norm_tolerance), f"gradient norm of step {step}"
-    assert validation == pytest.approx(reference[case.steps - 1][2], rel=loss_tolerance)
+    check_equals_plain(case, history_of(case), TOLERANCE[case.dtype])
 
 
 def test_reference_learns_and_clips() -> None:

@@ -6,10 +6,8 @@ test_layouts.py for losses hold, and gradient norms, which follow the weights, g
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +15,8 @@ import torch
 from llama_ds.config.schema import OptimizerConfig
 from llama_ds.layout.matrix_owners import HeldMatrix, owners
 from llama_ds.parallel.muon import Muon, _Piece, orthogonalised
-from tests import warm
-from tests.parallel.layout_cases import Case, train_reference
+from tests.parallel.layout_cases import Case
+from tests.parallel.layout_histories import History, check_equals_plain, histories_of
 
 TOLERANCE = {"fp32": (1e-5, 1e-5), "bf16": (3e-3, 4e-2)}
 CASES = [
@@ -42,45 +40,16 @@ CASES = [
 # Errors show in the first steps: the momentum enters from the second one on.
 CASES = [replace(case, muon=case.muon or "moonlight", steps=case.steps if case.world == 1 else 4) for case in CASES]
 
-History = tuple[list[tuple[float, float]], float]
-
 
 @pytest.fixture(scope="module")
 def history_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], History]:
-    """Return the trained history of a case; all cases of one world size share one start of its processes."""
-
-    @cache
-    def trained(world: int) -> dict[Case, History] | str:
-        folder = tmp_path_factory.mktemp(f"world{world}")
-        cases = [case for case in CASES if case.world == world]
-        (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-        files = (folder / "cases.json", folder / "histories.json")
-        done = warm.run("-m", "tests.parallel.layout_worker", *files, ranks=world, timeout_s=600)
-        if done.returncode:
-            return done.stdout[-2000:] + done.stderr[-6000:]
-        return dict(zip(cases, json.loads((folder / "histories.json").read_text()), strict=True))
-
-    def history(case: Case) -> History:
-        histories = trained(case.world)
-        assert not isinstance(histories, str), histories
-        return histories[case]
-
-    return history
-
-
-reference_of = cache(train_reference)
+    return histories_of(CASES, tmp_path_factory)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_plain_muon(case: Case, history_of: Callable[[Case], History]) -> None:
-    (history, validation), reference = history_of(case), reference_of(case.reference)
-    loss_tolerance, norm_tolerance = TOLERANCE[case.dtype]
-    assert len(history) == case.steps
-    for step, ((loss, norm), (wanted_loss, wanted_norm, _)) in enumerate(zip(history, reference, strict=False)):
-        assert loss == pytest.approx(wanted_loss, rel=loss_tolerance), f"loss of step {step}"
-        assert norm == pytest.approx(wanted_norm, rel=norm_tolerance), f"gradient norm of step {step}"
-    assert validation == pytest.approx(reference[case.steps - 1][2], rel=loss_tolerance)
+    check_equals_plain(case, history_of(case), TOLERANCE[case.dtype])
 
 
 def test_singular_values_become_about_one() -> None:

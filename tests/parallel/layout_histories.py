@@ -1,0 +1,49 @@
+"""Trains layouts on ranks, and compares what they computed with plain torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache
+
+import pytest
+
+from tests import warm
+from tests.parallel.layout_cases import Case, train_reference
+
+History = tuple[list[tuple[float, float]], float]  # loss and gradient norm of each step; the validation loss after them
+reference_of = cache(train_reference)
+
+
+def histories_of(cases: Sequence[Case], folders: pytest.TempPathFactory) -> Callable[[Case], History]:
+    """Return a function to the trained history of a case; all of one world size share one start of its processes."""
+
+    @cache
+    def trained(world: int) -> dict[Case, History] | str:
+        folder = folders.mktemp(f"world{world}")
+        own = [case for case in cases if case.world == world]
+        (folder / "cases.json").write_text(json.dumps([asdict(case) for case in own]))
+        files = (folder / "cases.json", folder / "histories.json")
+        done = warm.run("-m", "tests.parallel.layout_worker", *files, ranks=world, timeout_s=600)
+        if done.returncode:  # cached: otherwise every case would restart the processes
+            return done.stdout[-2000:] + done.stderr[-6000:]
+        return dict(zip(own, json.loads((folder / "histories.json").read_text()), strict=True))
+
+    def history(case: Case) -> History:
+        histories = trained(case.world)
+        assert not isinstance(histories, str), histories
+        return histories[case]
+
+    return history
+
+
+def check_equals_plain(case: Case, trained: History, tolerance: tuple[float, float]) -> None:
+    """Check losses and gradient norms, to relative tolerances of each, against one rank of plain torch."""
+    (history, validation), reference = trained, reference_of(case.reference)
+    assert len(history) == case.steps <= len(reference)
+    loss_tolerance, norm_tolerance = tolerance
+    for step, ((loss, norm), (wanted_loss, wanted_norm, _)) in enumerate(zip(history, reference, strict=False)):
+        assert loss == pytest.approx(wanted_loss, rel=loss_tolerance), f"loss of step {step}"
+        assert norm == pytest.approx(wanted_norm, rel=norm_tolerance), f"gradient norm of step {step}"
+    assert validation == pytest.approx(reference[case.steps - 1][2], rel=loss_tolerance)
