@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
+from llama_ds.layout.axes import AXES
 from llama_ds.layout.layout import Layout
 from llama_ds.model.tensor_parallel import SingleRank, TensorParallel
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
@@ -26,24 +27,21 @@ def grid(layout: Layout) -> PipelineParallelGrid:
 
 def stage_group(layout: Layout) -> dist.ProcessGroup | None:
     """Return the group of the ranks of this rank's pipeline stage, None if that is one rank. Collective."""
-    size = layout.stride("pp")
-    if size == 1:
-        return None
-    own = None
-    for first in range(0, layout.world, size):
-        ranks = list(range(first, first + size))
-        group = dist.new_group(ranks)
-        own = group if dist.get_rank() in ranks else own
-    return own
+    return None if layout.stride("pp") == 1 else _own_group(layout, *AXES[AXES.index("pp") + 1 :])
 
 
 def tensor_parallel(layout: Layout, sequence_parallel: bool, trace: Trace) -> TensorParallel:
     """Return this rank's tensor-parallel communicator, with collectives recorded by `trace`. Collective."""
     if layout.tp == 1:
         return SingleRank()
+    return GroupTensorParallel(_own_group(layout, "tp"), sequence_parallel, trace)
+
+
+def _own_group(layout: Layout, *axes: str) -> dist.ProcessGroup:
+    """Make all groups along `axes`, and return that of this rank. Collective."""
     rank, own = dist.get_rank(), None
-    for ranks in layout.groups("tp"):
+    for ranks in layout.groups(*axes):
         group = dist.new_group(ranks)
         own = group if rank in ranks else own
     assert own is not None
-    return GroupTensorParallel(own, sequence_parallel, trace)
+    return own
