@@ -181,8 +181,8 @@ def slots_of(args: argparse.Namespace) -> dict[str, list[int]]:
 def start_of(args: argparse.Namespace, wanted: RunConfig, devices: Mapping[str, str]) -> LaunchSettings:
     """Return the settings with which ranks are started."""
     from_files = read_deepspeed_env(os.environ)
-    if from_files.remark:
-        print_line(from_files.remark)
+    if remark := from_files.remark():
+        print_line(remark)
     exports = exported_to_ranks(os.environ) | from_files.exports
     exports |= {name: os.environ[name] for name in path_variables(wanted.path, args.overrides)}
     for pair in args.export:

@@ -22,12 +22,17 @@ _OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "CROSS_RANK", "CROSS_
 
 @dataclass
 class FileVariables:
-    """Variables from .deepspeed_env: those that a command may show, secrets, and a line for the user."""
+    """Variables from .deepspeed_env: those that a command may show, secrets, and the files."""
 
     exports: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, str] = field(default_factory=dict)
-    remark: str = ""
     files: list[str] = field(default_factory=list)
+
+    def remark(self, secrets: str = "{} (by the job's secrets file)") -> str:
+        """Return a line for the user, "" without variables; `secrets` says what becomes of those named at {}."""
+        parts = [", ".join(self.exports)] if self.exports else []
+        parts += [secrets.format(", ".join(self.secrets))] if self.secrets else []
+        return f"variables from {' and '.join(self.files)}: {'; '.join(parts)}" if parts else ""
 
 
 def read_deepspeed_env(environment: Mapping[str, str], folders: tuple[str, ...] = ("~", ".")) -> FileVariables:
@@ -44,10 +49,7 @@ def read_deepspeed_env(environment: Mapping[str, str], folders: tuple[str, ...] 
         found |= _variables(path)
     secrets = {name: value for name, value in found.items() if words.holds_secret(name, value)}
     exports = {name: value for name, value in found.items() if name not in secrets}
-    kinds = ((exports, ""), (secrets, " (by the job's secrets file)"))
-    parts = [f"{', '.join(names)}{how}" for names, how in kinds if names]
-    remark = f"variables from {' and '.join(read)}: {'; '.join(parts)}" if parts else ""
-    return FileVariables(exports, secrets, remark, read)
+    return FileVariables(exports, secrets, read)
 
 
 def _variables(path: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from llama_ds.child_processes import run_child
 from llama_ds.job.devices import visible_devices
 from llama_ds.launch.command import build, devices_export, runner_environment
-from llama_ds.launch.deepspeed_env import FileVariables, read_deepspeed_env
+from llama_ds.launch.deepspeed_env import read_deepspeed_env
 from llama_ds.launch.hostfile import write_hostfile
 from llama_ds.launch.remote import local_host
 from llama_ds.launch.rendezvous import arrange
@@ -37,8 +37,8 @@ def run_ranks(
         UserError: the first host does not answer, .deepspeed_env cannot be read, or a word would not arrive unchanged.
     """
     from_files = read_deepspeed_env(os.environ)
-    if from_files.exports or from_files.secrets:
-        print(_remark(from_files), file=sys.stderr)
+    if remark := from_files.remark("without {}, which may be secret"):
+        print(remark, file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: str((folder / name).resolve()) for name in ("hostfile", "arguments", "environment")}
     write_hostfile(paths["hostfile"], dict(hosts))
@@ -67,9 +67,3 @@ def run_ranks(
         command.argv, env=environment, cwd=command.working_folder, stdin=subprocess.DEVNULL, stdout=sys.stderr
     )
     return done.returncode
-
-
-def _remark(variables: FileVariables) -> str:
-    parts = [", ".join(variables.exports)] if variables.exports else []
-    parts += [f"without {', '.join(variables.secrets)}, which may be secret"] if variables.secrets else []
-    return f"variables from {' and '.join(variables.files)}: {'; '.join(parts)}"

@@ -45,7 +45,7 @@ def test_both_files_are_read_and_the_current_folder_wins(home: Path) -> None:
     found = read_deepspeed_env({})
     assert found.exports == {"NCCL_IB_HCA": "mlx4", "OPTIONS": "a=1,b=2"}
     assert found.secrets == {"HF_TOKEN": "hf_secret", "PROXY": "http://me:secret@proxy:80"}
-    assert found.remark == (
+    assert found.remark() == (
         f"variables from {home}/home/.deepspeed_env and {home}/here/.deepspeed_env: NCCL_IB_HCA, OPTIONS; "
         "HF_TOKEN, PROXY (by the job's secrets file)"
     )
@@ -54,7 +54,7 @@ def test_both_files_are_read_and_the_current_folder_wins(home: Path) -> None:
 def test_another_name_may_be_given(home: Path) -> None:
     (home / "mine").write_text("A=1")
     assert read_deepspeed_env({"DS_ENV_FILE": str(home / "mine")}).exports == {"A": "1"}
-    assert read_deepspeed_env({"DS_ENV_FILE": "gone"}).remark == ""
+    assert read_deepspeed_env({"DS_ENV_FILE": "gone"}).remark() == ""
 
 
 @pytest.mark.parametrize(
