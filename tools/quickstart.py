@@ -109,8 +109,13 @@ def _unigram(run: RunConfig) -> float:
 
 def _train(run: RunConfig, overrides: list[str]) -> None:
     """Train in two launches; the second resumes from the first one's checkpoint."""
-    half = run.training.steps // 2
-    if not os.path.exists(f"{run.run_dir}/checkpoints/latest"):
+    from llama_ds.checkpoint.store import newest, tag_of
+
+    half, saved = run.training.steps // 2, newest(f"{run.run_dir}/checkpoints")
+    if saved == tag_of(run.training.steps):
+        stage(f"Training: finished before, at step {run.training.steps}")
+        return
+    if not saved:
         stage(f"Training: {RANKS} ranks, pp {run.parallel.pp} x tp {run.parallel.tp}, steps 1 to {half}")
         launch(*overrides, f"checkpoint.stop_at={half}")
     stage(f"Training: resumed from its checkpoint, to step {run.training.steps}")

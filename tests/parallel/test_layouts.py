@@ -108,9 +108,8 @@ ODD_VOCABULARY = [
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
 # Errors show in the first steps: every step is clipped, and Adam's moments enter from the second one on. On one rank
 # basic layouts train all steps.
-CASES = [replace(case, steps=STEPS if case.world == 1 else 10 if case.world == 2 else 6) for case in BASIC_LAYOUTS]
-CASES += [replace(case, steps=4) for case in SCHEDULES]
-CASES += [replace(case, steps=3) for case in SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
+CASES = [replace(case, steps=STEPS if case.world == 1 else 8 if case.world == 2 else 5) for case in BASIC_LAYOUTS]
+CASES += [replace(case, steps=3) for case in SCHEDULES + SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
 CASES += [replace(case, steps=3, neighbour=True) for case in NEIGHBOURS]
 CASES += [replace(case, steps=3, vocab=97) for case in ODD_VOCABULARY]
 
