@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -79,6 +80,9 @@ def test_a_start_records_its_machine(trained: Callable[[str], Run]) -> None:
     (line,) = map(json.loads, (trained("pp2").dir / "machines.jsonl").read_text().splitlines())
     assert (line["step"], line["ranks"]) == (0, 2) and line["device"] == cpu_name()
     assert {"llama_ds", "Python", "torch", "deepspeed"} <= line["versions"].keys()
+    assert line["hosts"] == {socket.gethostname(): 2} and line["packages"]["torch"] == line["versions"]["torch"]
+    assert any(word.endswith("train.py") for word in line["command"])
+    assert json.loads((trained("pp2").dir / "deepspeed.json").read_text())["train_batch_size"] == GLOBAL_BATCH
 
 
 def test_tensorboard_holds_the_same_losses(trained: Callable[[str], Run]) -> None:
