@@ -87,9 +87,11 @@ def follow(args: argparse.Namespace) -> Answer:
     from llama_ds.experiments.records import read_runs
     from llama_ds.experiments.report_data import page_data
     from llama_ds.experiments.report_page import page
-    from llama_ds.experiments.serve import Server
+    from llama_ds.experiments.serve import ReportServer
 
-    with Server(args.port, args.runs, lambda: page(page_data(read_runs(args.runs), args.power_w), LIVE_S)) as server:
+    with ReportServer(
+        args.port, args.runs, lambda: page(page_data(read_runs(args.runs), args.power_w), LIVE_S)
+    ) as server:
         server.page()  # a wrong folder is an error now
         port = server.server_address[1]
         print(f"{server.address}   from elsewhere: ssh -L {port}:127.0.0.1:{port} THIS_HOST", file=sys.stderr)

@@ -33,7 +33,7 @@ class Records:
     config: Mapping[str, Any]  # the resolved run file; {} if the folder has none
     curves: Mapping[str, Curve]  # by the name that metrics.jsonl gives them
     machines: Sequence[Mapping[str, Any]]  # a line for each start
-    events: Sequence[Mapping[str, Any]]  # of all jobs, in order of time, each with its job's number
+    events: Sequence[Mapping[str, Any]]  # all jobs' events by time, each with its job's number
     damaged: Mapping[str, int]  # lines that could not be read, by file; a last line without its end is no damage
 
 

@@ -14,7 +14,7 @@ from llama_ds.experiments.records import MACHINES, METRICS, RUN_FILE
 HOST = "127.0.0.1"
 
 
-class Server(ThreadingHTTPServer):
+class ReportServer(ThreadingHTTPServer):
     """Answers GET / and GET /page with the report."""
 
     daemon_threads = True
@@ -50,7 +50,7 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: ReportServer
 
     def do_GET(self) -> None:
         if self.path not in ("/", "/page"):

@@ -19,7 +19,7 @@ from llama_ds.errors import UserError
 from llama_ds.experiments.records import Curve, read_run, read_runs, training_hours
 from llama_ds.experiments.report_data import facts, notes, page_data, panels
 from llama_ds.experiments.report_page import page
-from llama_ds.experiments.serve import Server
+from llama_ds.experiments.serve import ReportServer
 from llama_ds.experiments.text_curve import text_curve
 from tests.tools.calling import Tools
 
@@ -185,7 +185,7 @@ def test_a_served_page_goes_on_with_its_run(tmp_path: Path) -> None:
         made.append(1)
         return page(page_data(read_runs([folder])), 10)
 
-    with Server(0, [folder], make) as server:
+    with ReportServer(0, [folder], make) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
 
         def loss() -> str:
@@ -198,7 +198,7 @@ def test_a_served_page_goes_on_with_its_run(tmp_path: Path) -> None:
             file.write(json.dumps({"step": 4, "loss": 4.5}) + "\n")
         assert loss() == "4.5000 at step 4"
         with pytest.raises(UserError, match="--port"):
-            Server(server.server_address[1], [folder], make)
+            ReportServer(server.server_address[1], [folder], make)
         server.shutdown()
 
 
