@@ -87,8 +87,8 @@ def facts(run: Records, power_w: float | None = None) -> Iterator[tuple[str, str
         ("Loss", "loss", "{:.4f}"),
         ("Validation loss", "val_loss", "{:.4f}"),
     ):
-        if curve := run.curves.get(name):
-            yield label, text.format(curve.values[-1]) + f" at step {curve.steps[-1]:,}"
+        if last_of := run.curves.get(name):
+            yield label, text.format(last_of.values[-1]) + f" at step {last_of.steps[-1]:,}"
     if curve := run.curves.get("val_loss"):
         best = min(range(len(curve.values)), key=lambda i: curve.values[i])
         yield "Lowest validation loss", f"{curve.values[best]:.4f} at step {curve.steps[best]:,}"
@@ -97,8 +97,8 @@ def facts(run: Records, power_w: float | None = None) -> Iterator[tuple[str, str
         ("of one GPU", "tokens_per_s_per_gpu", "{:,.1f} tokens/s"),
         ("MFU, median", "mfu", "{:.1%}"),
     ):
-        if curve := run.curves.get(name):
-            yield label, text.format(median(curve.values))
+        if rates := run.curves.get(name):
+            yield label, text.format(median(rates.values))
     hours = training_hours(run.curves).values
     if hours:
         yield "Time of steps", _duration(hours[-1])

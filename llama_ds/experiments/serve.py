@@ -12,6 +12,7 @@ from llama_ds.errors import UserError
 from llama_ds.experiments.records import MACHINES, METRICS, RUN_FILE
 
 HOST = "127.0.0.1"
+Files = tuple[tuple[str, int, int], ...]  # name, size and time of each
 
 
 class ReportServer(ThreadingHTTPServer):
@@ -26,7 +27,8 @@ class ReportServer(ThreadingHTTPServer):
             UserError: the port is taken, or not for this user.
         """
         self._folders, self._make = folders, make
-        self._lock, self._made = threading.Lock(), ((), b"")
+        self._lock = threading.Lock()
+        self._made: tuple[tuple[Files, ...], bytes] = ((), b"")
         try:
             super().__init__((HOST, port), _Handler)
         except OSError as error:
@@ -71,7 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing of each request."""
 
 
-def _state(folder: str) -> tuple[tuple[str, int, int], ...]:
+def _state(folder: str) -> Files:
     """Return names, sizes and times of the files that a report reads."""
     paths = [Path(folder, name) for name in (METRICS, MACHINES, RUN_FILE)]
     found = []

@@ -126,6 +126,7 @@ def children(pid: int, word: bytes = b"spawn_main") -> list[int]:
     return [int(p) for p in found if word in Path(f"/proc/{p}/cmdline").read_bytes()]
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_build(
     built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -140,6 +141,7 @@ def test_workers_end_with_their_build(
     assert not running(build.pid)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_one_clear_error(
     built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -277,6 +279,7 @@ def test_hosts_give_the_same_bytes_and_a_lost_one_is_one_clear_error(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["s"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_says_how_to_continue(
     built: Built, corpus: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:

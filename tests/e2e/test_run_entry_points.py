@@ -29,6 +29,7 @@ def test_every_launcher_trains_the_same_run(trained: Callable[[str], Run], make_
         assert started.validation_loss == pipeline.validation_loss, launch.__name__
 
 
+@pytest.mark.slow
 def test_one_process_needs_no_launcher(trained: Callable[[str], Run]) -> None:
     one, pipeline = trained("alone"), trained("pp2")
     assert one.losses == pytest.approx(pipeline.losses, rel=1e-5)
@@ -47,6 +48,7 @@ print(f"{len(readers)} readers left, compiler imported: {'torch._dynamo' in sys.
 """
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_in_its_process(make_run: Callable[..., Run]) -> None:
     """A daemon thread in native code when the interpreter ends is an abort, now and then: "terminate called".
 

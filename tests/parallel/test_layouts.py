@@ -125,6 +125,7 @@ def test_layout_equals_plain_torch(case: Case, history_of: Callable[[Case], Hist
     check_equals_plain(case, history_of(case), TOLERANCE[case.dtype])
 
 
+@pytest.mark.slow
 def test_reference_learns_and_clips() -> None:
     """The comparison means something: the loss falls, and every step is clipped, so a wrong norm would show."""
     history = reference_of(Case().reference)
