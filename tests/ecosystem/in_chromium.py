@@ -18,6 +18,7 @@ from llama_ds.experiments.report_page import page
 
 STEPS = 100_000
 DRAWN = "document.body.dataset.drawn"
+TWO_FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
 
 def main(folder: Path) -> None:
@@ -81,7 +82,7 @@ def used(shown: Page) -> None:
     def hover(share: float) -> list[tuple[float, float]]:
         """Return value and place of each line's nearest point."""
         shown.mouse.move(left + share * width, top)
-        shown.wait_for_timeout(100)
+        shown.evaluate(TWO_FRAMES)
         texts = shown.locator(".panel").first.locator("b").all_inner_texts()
         return [(float(value), number(place)) for value, place in (text.split(" at ") for text in texts)]
 
