@@ -166,7 +166,7 @@ function drawChart(chart, range, style) {
   const pen = canvas.getContext("2d");
   pen.scale(ratio, ratio);
   pen.font = "11px system-ui, sans-serif";
-  const log = state.log && !chart.panel.title.startsWith("Learning");
+  const log = state.log && /loss|norm/i.test(chart.panel.title);
   const of = (value, line) => (log ? Math.log10(value * line.factor) : value * line.factor);
   let low = Infinity, high = -Infinity;
   for (const line of lines) {

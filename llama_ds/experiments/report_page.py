@@ -40,7 +40,7 @@ _CONTROLS = (
     '<div class="bar"><label>over <select id="axis"><option value="step">steps</option>'
     '<option value="tokens">tokens</option><option value="hours">hours of steps</option></select></label>'
     '<label>smooth <input type="range" id="smooth" min="0" max="0.99" step="0.01" value="0"></label>'
-    '<label><input type="checkbox" id="log"> logarithmic</label>'
+    '<label><input type="checkbox" id="log"> logarithmic losses and norms</label>'
     '<button id="reset">whole range</button>'
     "<label>drag to zoom, double-click for the whole range</label></div>"
     "<noscript><p>The curves need JavaScript.</p></noscript>"
