@@ -1,8 +1,9 @@
-"""Keeps a rank of Open MPI alive while it saves.
+"""Keeps a rank of an MPI alive while it saves.
 
-mpirun answers SIGTERM, SIGINT and SIGHUP with SIGTERM to its ranks, and SIGKILL 0.2 s later (Open MPI 5; no option
-changes it). No checkpoint is written in that time. Therefore what mpirun starts only passes signals on to a child in a
-session of its own, which is the rank.
+mpirun of Open MPI 5 answers SIGTERM, SIGINT and SIGHUP with SIGTERM to its ranks, and SIGKILL 0.2 s later; no option
+changes it. Hydra's proxies, of MPICH and Intel MPI, kill their ranks as soon as mpirun is gone, as it is after SIGHUP.
+No checkpoint is written in that time. Therefore what they start only passes signals on to a child in a session of its
+own, which is the rank.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from contextlib import suppress
 
 from llama_ds.job.requests import WARNINGS
 
+# Variables that a rank has from Open MPI's mpirun, MPICH's and Intel MPI's. srun sets PMI_RANK, but none of them.
+_OF_MPIRUN = ("OMPI_COMM_WORLD_RANK", "HYDI_CONTROL_FD", "HYDRA_BSTRAP_UPSTREAM_FD")
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *WARNINGS)
 
 
 def leave_session_of_mpirun(environment: Mapping[str, str] = os.environ) -> None:
-    """Return in a child process if Open MPI started this one, which then ends as the child does.
+    """Return in a child process if an mpirun started this one, which then ends as the child does.
 
     Call it before threads start.
     """
-    if "OMPI_COMM_WORLD_RANK" not in environment:
+    if not any(name in environment for name in _OF_MPIRUN):
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     child = os.fork()
