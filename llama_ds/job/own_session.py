@@ -15,9 +15,15 @@ from contextlib import suppress
 
 from llama_ds.job.requests import WARNINGS
 
-# Variables that a rank has from Open MPI's mpirun, MPICH's and Intel MPI's. srun sets PMI_RANK, but none of them.
-_OF_MPIRUN = ("OMPI_COMM_WORLD_RANK", "HYDI_CONTROL_FD", "HYDRA_BSTRAP_UPSTREAM_FD")
+# Set by Open MPI's mpirun, and by Hydra (the mpirun of MPICH and Intel MPI). srun sets PMI_RANK, but neither of them.
+_OF_MPIRUN = ("OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID")
+_starter = 0  # process id of what started the process whose child this is
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *WARNINGS)
+
+
+def starter() -> int:
+    """Return the process id of what has started this rank; Hydra and DeepSpeed start all ranks of a host by one."""
+    return _starter or os.getppid()
 
 
 def leave_session_of_mpirun(environment: Mapping[str, str] = os.environ) -> None:
@@ -27,6 +33,8 @@ def leave_session_of_mpirun(environment: Mapping[str, str] = os.environ) -> None
     """
     if not any(name in environment for name in _OF_MPIRUN):
         return
+    global _starter
+    _starter = os.getppid()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     child = os.fork()
     if not child:
