@@ -60,6 +60,7 @@ setup(
         "dev": [
             "gguf>=0.17",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "mpi4py>=4",
             "mypy>=2",
             "openmpi>=5; sys_platform == 'linux'",  # brings mpirun for its test, without root

@@ -29,7 +29,7 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.training.device_batches import MicroBatch, ids_and_labels
 from llama_ds.training.lr_schedule import learning_rate
-from tests.parallel.plain_muon import PlainMuon
+from llama_ds.training.self_test.plain_muon import PlainMuon
 
 STEPS, GLOBAL_BATCH, SEQ_LEN = 20, 8, 32
 NEIGHBOUR: dict[str, Any] = {

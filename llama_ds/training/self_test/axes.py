@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from llama_ds.config.rules import DEFERRING_SCHEDULES
+from llama_ds.config.section_rules import WITHOUT_MUON
 from llama_ds.errors import listed
 from llama_ds.parallel import world
 from llama_ds.parallel.temporary import part_of_world
@@ -122,6 +123,8 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
     deferred = small.layout.pp > 1 and parallel.schedule in DEFERRING_SCHEDULES
     if compute.decoder_layer != "autograd" and parallel.recompute in ("none", "full") and not deferred:
         yield "compute.decoder_layer=autograd", of("compute", decoder_layer="autograd")
+    if run.optimizer.name == "muon":
+        yield "optimizer.name=adamw", of("optimizer", name="adamw", **WITHOUT_MUON)
     if run.optimizer.z_loss:
         yield "optimizer.z_loss=0", of("optimizer", z_loss=0.0)
     for key, off in (

@@ -2,7 +2,8 @@
 
 Kept are the axes and their ranks, the schedule, stages and chunks, save policies, ZeRO and dtypes, the ratio of query
 to key-value heads, the size of a head (kernels depend on it), biases, norms of heads, rotary scaling, tied embeddings,
-masks and z-loss. Only numbers shrink: layers of a stage, heads, widths, vocabulary, tokens, rows and micro-batches.
+masks, the optimizer's kind and z-loss. Only numbers shrink: layers of a stage, heads, widths, vocabulary, tokens, rows
+and micro-batches.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ Z_LOSS = 1e-2
 # With this eps, AdamW's update is nearly proportional to the gradient, so that the change of the weights compares
 # gradients weight by weight. Clipping takes effect, so a wrong norm changes the weights too.
 LEARNING_RATE, EPS, CLIP, WEIGHT_DECAY, INITIALIZER_RANGE = 1.0, 1.0, 0.5, 3e-3, 0.1
+# Muon's update of a matrix has a norm of its own: with this rate its changes are about as large as AdamW's.
+MUON_LR = 1e-2
 # Other ids than those of LLaMA's tokenizer, so that code which assumes these is noticed.
 BEGIN_ID, END_ID = 5, 3
 
@@ -83,15 +86,7 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
         model=model,
         data=replace(run.data, seq_len=seq_len, mixture=(), skip=()),
         training=TrainingConfig(batch, STEPS, STEPS * batch * seq_len, INITIALIZER_RANGE),
-        optimizer=OptimizerConfig(
-            lr=LEARNING_RATE,
-            betas=run.optimizer.betas,
-            eps=EPS,
-            weight_decay=WEIGHT_DECAY if run.optimizer.weight_decay else 0.0,
-            clip=CLIP,
-            warmup_steps=0,
-            z_loss=Z_LOSS if run.optimizer.z_loss else 0.0,
-        ),
+        optimizer=_optimizer(run.optimizer),
         parallel=parallel,
         evaluation=EvaluationConfig(rows=0),
         checkpoint=CheckpointConfig(save=False),
@@ -100,6 +95,24 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
     )
     small_marks = DocumentMarks(None, END_ID) if marks.begin is None else DocumentMarks(BEGIN_ID, END_ID)
     return SmallRun(small, small_layout, dtype, small_marks)
+
+
+def _optimizer(settings: OptimizerConfig) -> OptimizerConfig:
+    muon = settings.name == "muon"
+    return OptimizerConfig(
+        lr=LEARNING_RATE,
+        betas=settings.betas,
+        eps=EPS,
+        weight_decay=WEIGHT_DECAY if settings.weight_decay else 0.0,
+        clip=CLIP,
+        warmup_steps=0,
+        name=settings.name,
+        muon_lr=MUON_LR if muon else None,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        muon_scale=settings.muon_scale,
+        z_loss=Z_LOSS if settings.z_loss else 0.0,
+    )
 
 
 def with_axes(small: SmallRun, axes: Iterable[str]) -> SmallRun:
