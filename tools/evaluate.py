@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import argparse
-import math
+import functools
+import operator
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -55,19 +56,19 @@ def parser() -> argparse.ArgumentParser:
     tasks = parser.add_argument_group("benchmarks")
     tasks.add_argument("--tasks", metavar="NAMES", help="tasks or groups, with commas; CHECKPOINT may be of any format")
     tasks.add_argument("--shots", type=whole(0, 1000), help="examples before each question (default: as in the paper)")
-    tasks.add_argument("--limit", type=whole(), help="evaluate only the first examples of each task")
+    tasks.add_argument("--limit", type=whole(), help="evaluate only the first examples of each task, of all subjects")
     tasks.add_argument("--data", metavar="DIR", default="benchmarks", help="data of tasks (default: %(default)s)")
     tasks.add_argument("--results", metavar="FILE", help="file of outcomes, from which a killed evaluation goes on")
     tasks.add_argument("--batch", type=whole(), default=8, help="rows of a forward pass (default: %(default)s)")
     tasks.add_argument("--figure", metavar="FILE", help="draw the tasks of a run over its tokens to this SVG, no more")
     tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
     tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}')
-    add_json(parser, "loss, perplexity, rows, step and dtype, or the results of tasks,")
+    add_json(parser, "losses, perplexities and bits per byte, or the results of tasks,")
     return parser
 
 
 def evaluate(args: argparse.Namespace) -> Answer:
-    """Return the results of tasks, or loss and perplexity; or fetch data."""
+    """Return the results of tasks, or losses; or fetch data."""
     from llama_ds.errors import UserError
 
     if args.checkpoint == "fetch":
@@ -111,9 +112,10 @@ def evaluate_tasks(args: argparse.Namespace) -> Answer:
     if args.hf or args.rows or args.source:
         raise UserError("command line: --hf, --rows and --source belong to the validation loss; give --tasks alone")
     works = prepare(find_tasks(args.tasks.split(",")), args.data, args.shots, args.limit)
-    with tqdm(total=len(works), unit="task", desc="evaluate", disable=None) as bar:
+    requests = sum(work.requests for work in works)
+    with tqdm(total=requests, unit="request", desc="evaluate", disable=None) as bar:
         found = evaluate_folder(
-            args.checkpoint, works, args.results, args.dtype, args.batch, args.tokenizer, lambda result: bar.update()
+            args.checkpoint, works, args.results, args.dtype, args.batch, args.tokenizer, bar.update
         )
     remarks = []
     if done := found["examples_done_before"]:
@@ -125,11 +127,11 @@ def evaluate_tasks(args: argparse.Namespace) -> Answer:
 
 
 def evaluate_loss(args: argparse.Namespace) -> Answer:
-    """Return loss and perplexity."""
+    """Return loss, perplexity and bits per byte, of all rows and of each source."""
     import torch
     from tqdm import tqdm
 
-    from llama_ds.benchmarks.evaluation import mean_loss, moved, transformers_loss, validation_rows
+    from llama_ds.benchmarks.evaluation import moved, transformers_loss, validation_loss, validation_rows
     from llama_ds.checkpoint.load_model import load_model, locate, run_of
     from llama_ds.checkpoint.manifest import describe
     from llama_ds.checkpoint.weights import DTYPES, open_checkpoint
@@ -138,18 +140,31 @@ def evaluate_loss(args: argparse.Namespace) -> Answer:
     description = describe(folder)
     trained = run_of(folder, description)
     trained = replace(trained, data=moved(trained.data, args.tokenizer, args.source))
-    rows = validation_rows(trained, args.rows)
+    parts = validation_rows(trained, args.rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or description.dtype
     if args.hf:
         loss_of = transformers_loss(args.hf, trained, open_checkpoint(folder).marks, device, DTYPES[dtype])
     else:
         loss_of = load_model(open_checkpoint(folder), device, DTYPES[dtype])
-    with tqdm(total=len(rows), unit="row", desc="evaluate", disable=None) as bar:
-        loss = mean_loss(loss_of, rows, trained.parallel.micro_batch, device, bar.update)
-    found = {"loss": loss, "perplexity": math.exp(loss), "rows": len(rows), "step": description.step, "dtype": dtype}
-    text = f"step {description.step} | {len(rows)} rows | loss {loss:.4f} | perplexity {math.exp(loss):.2f}"
-    return Answer(found, f"{args.hf or folder}: {text}")
+    with tqdm(total=sum(len(part.rows) for part in parts), unit="row", desc="evaluate", disable=None) as bar:
+        losses = {
+            part.source: validation_loss(loss_of, part, trained.parallel.micro_batch, device, bar.update)
+            for part in parts
+        }
+    values = functools.reduce(operator.add, losses.values()).values
+    by_source = {name: loss.values for name, loss in losses.items()}
+    lines = [f"{args.hf or folder}: step {description.step} | {_line(values)}"]
+    lines += [f"  {name}: {_line(one)}" for name, one in by_source.items() if len(by_source) > 1]
+    found = {**values, "step": description.step, "dtype": dtype, "sources": by_source}
+    return Answer(found, "\n".join(lines))
+
+
+def _line(values: dict[str, float]) -> str:
+    return (
+        f"{values['rows']} rows | loss {values['loss']:.4f} | perplexity {values['perplexity']:.2f} | "
+        f"{values['bits_per_byte']:.4f} bits per byte"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Shapes: b rows of a micro-batch, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -74,7 +74,8 @@ class Scorer:
                 len(encoded),
                 seq_len,
             )
-        return self.scores(encoded, tick)
+        scores = self.scores(encoded, tick)
+        return [replace(score, truncated=one.cut > 0) for score, one in zip(scores, encoded, strict=True)]
 
     def rolling_log_likelihoods(self, texts: Sequence[str], tick: Tick = lambda count: None) -> list[float]:
         """Return the log-likelihood of each text, in nats: every token is predicted once. Collective."""
@@ -92,6 +93,7 @@ class Scorer:
             scores = self.backend.scores(batches, tokens)
             found.update((distinct[number], score) for number, score in scores.items())
             tick(len(scores))
+        tick(len(requests) - len(distinct))
         return [found[request] for request in requests]
 
     def _rows(self, requests: Sequence[Encoded]) -> dict[int, list[PackedRow]]:

@@ -88,7 +88,10 @@ class Reporter:
             self._log.print_line(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.2f}")
 
     def tasks(self, step: int, results: Sequence[TaskResult]) -> None:
-        """Report the accuracies of benchmarks, with their standard errors and the shares of the right choices."""
+        """Report the accuracies of benchmarks, with their standard errors and the shares of the right choices.
+
+        Accuracies by another normalization than the paper's are in metrics.jsonl too, as tasks_NORMALIZATION/NAME.
+        """
         if self._log:
             tokens = step * self._run.training.global_batch * self._run.data.seq_len
             values: dict[str, float] = {"step": step, "tasks_tokens": tokens}
@@ -98,6 +101,8 @@ class Reporter:
                     f"tasks_stderr/{one.task}": one.stderr,
                     f"tasks_share/{one.task}": one.probability,
                 }
+                others = {name: value for name, value in one.accuracies.items() if name != one.normalization}
+                values |= {f"tasks_{name}/{one.task}": value for name, value in others.items()}
             self._log.record(values)
             shown = ", ".join(f"{one.task} {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}" for one in results)
             self._log.print_line(f"step {step} | {shown}")

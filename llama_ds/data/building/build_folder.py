@@ -37,6 +37,7 @@ from llama_ds.data.source.manifest import (
     shard_name,
     write_atomically,
 )
+from llama_ds.data.source.source_folder import BUILD, PLAN
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
@@ -47,7 +48,7 @@ SOURCE_FILE = re.compile(rf"({'|'.join(SPLITS)})-(\d+)\.(tar|documents\.gz|sha25
 
 def build_path(folder: str) -> str:
     """Return the folder for the unfinished work of a source."""
-    return os.path.join(folder, "build")
+    return os.path.join(folder, BUILD)
 
 
 @contextmanager
@@ -144,7 +145,7 @@ def begin(
     os.makedirs(build, exist_ok=True)
     os.makedirs(os.path.join(folder, "index"), exist_ok=True)
     save_files(folder, files)
-    with atomic_writer(os.path.join(build, "plan.json")) as file:
+    with atomic_writer(os.path.join(build, PLAN)) as file:
         file.write(json.dumps(dict(mark), indent=1).encode())
     return list(files)
 
@@ -233,7 +234,7 @@ def _read(path: str) -> bytes:
 
 
 def _read_plan(build: str) -> dict[str, object] | None:
-    content = _read(os.path.join(build, "plan.json"))
+    content = _read(os.path.join(build, PLAN))
     return json.loads(content) if content else None
 
 
