@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from llama_ds.checkpoint.choices import INCOMPLETE, INCOMPLETE_FOLDERS
+from llama_ds.checkpoint.conversion.partial import refuse_unfinished
 from llama_ds.checkpoint.formats.dcp import holds_dcp
 from llama_ds.checkpoint.formats.hf_config import CONFIG
 from llama_ds.checkpoint.formats.hf_folder import holds_zero_shards
@@ -103,10 +104,11 @@ def kind_of(path: str) -> str:
     """Return the format of a folder, one of `choices.KINDS`.
 
     Raises:
-        UserError: the folder has none of these formats, or two of them.
+        UserError: the folder has none of these formats, or two of them, or a conversion has not finished it.
     """
     if not os.path.isdir(path):
         raise _no_folder(path)
+    refuse_unfinished(path)
     run = os.path.join(path, "checkpoints")
     found = {
         "deepspeed": os.path.lexists(os.path.join(path, DESCRIPTION)) or newest(path) or newest(run),
