@@ -63,11 +63,13 @@ def open_model(
     kind = kind or kind_of(path)
     if kind not in INCOMPLETE and unsaid not in (None, Unsaid()):
         raise UserError(
-            f"command line: --rope-factor, --seq-len and --qkv-order apply only to {INCOMPLETE_FOLDERS}; {path} is "
+            f"command line: --rope-factor, --rope-theta, --seq-len and --qkv-order apply only to {INCOMPLETE_FOLDERS}; {path} is "
             f"another: {kind}"
         )
     if unsaid and unsaid.qkv_order and kind in ("meta", "torchtitan"):
         raise UserError(f"command line: --qkv-order does not apply to {path}: its three matrices are apart; omit it")
+    if unsaid and unsaid.rope_theta is not None and kind != "megatron":
+        raise UserError(f"command line: --rope-theta does not apply to {path}, whose files say it; omit it")
     if kind == "deepspeed":
         files = open_checkpoint(locate(path))
         if vocab_size is None:

@@ -122,8 +122,9 @@ def _read(where: str, vocab_size: int | None, unsaid: Unsaid) -> MegatronSource:
     first = _first_file(where)
     content = _content(first)
     legacy = any(isinstance(state, dict) and ROOT in state for state in _models(content))
-    if unsaid.qkv_order and not legacy:
-        raise UserError(f"command line: --qkv-order does not apply to {where}: Megatron core has one order; omit it")
+    for flag, value in {"--qkv-order": unsaid.qkv_order, "--rope-theta": unsaid.rope_theta}.items():
+        if value is not None and not legacy:
+            raise UserError(f"command line: {flag} does not apply to {where}: Megatron core has one, known; omit it")
     rank = _RankReader(vocab_size, unsaid, legacy)
     settings, version = rank.settings(first, content), rank.version(first, content)
     _check_folders(where, settings)
@@ -165,7 +166,9 @@ class _RankReader:
     def settings(self, path: str, content: Mapping[str, Any]) -> MegatronSettings:
         """Return what the args say."""
         args = content.get("args")
-        return settings_of(path, modern_args(args) if self.legacy else args, self.vocab_size, self.unsaid)
+        return settings_of(
+            path, modern_args(path, args, self.unsaid) if self.legacy else args, self.vocab_size, self.unsaid
+        )
 
     def version(self, path: str, content: Mapping[str, Any]) -> float:
         """Return the checkpoint_version.
