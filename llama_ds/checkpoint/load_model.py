@@ -63,8 +63,8 @@ def open_model(
     kind = kind or kind_of(path)
     if kind not in INCOMPLETE and unsaid not in (None, Unsaid()):
         raise UserError(
-            f"command line: --rope-factor, --rope-theta, --seq-len and --qkv-order apply only to {INCOMPLETE_FOLDERS}; {path} is "
-            f"another: {kind}"
+            f"command line: --rope-factor, --rope-theta, --seq-len and --qkv-order apply only to {INCOMPLETE_FOLDERS}; "
+            f"{path} is another: {kind}"
         )
     if unsaid and unsaid.qkv_order and kind in ("meta", "torchtitan"):
         raise UserError(f"command line: --qkv-order does not apply to {path}: its three matrices are apart; omit it")

@@ -166,9 +166,9 @@ class _RankReader:
     def settings(self, path: str, content: Mapping[str, Any]) -> MegatronSettings:
         """Return what the args say."""
         args = content.get("args")
-        return settings_of(
-            path, modern_args(path, args, self.unsaid) if self.legacy else args, self.vocab_size, self.unsaid
-        )
+        if self.legacy:
+            args = modern_args(path, args, self.unsaid)
+        return settings_of(path, args, self.vocab_size, self.unsaid)
 
     def version(self, path: str, content: Mapping[str, Any]) -> float:
         """Return the checkpoint_version.

@@ -158,7 +158,8 @@ def _rotary(source: ConfigSource, given: Mapping[str, Any], unsaid: Unsaid) -> d
     scaling, weights that were converted to its names have others.
     """
     theta, base = given.get("rope_theta"), given.get("rotary_base")
-    ignored = base is not None and base != (OLD_ROTARY_BASE if theta is None else theta)
+    computed = OLD_ROTARY_BASE if theta is None else theta
+    ignored = base is not None and base != computed
     if unsaid.rope_theta is not None and not ignored:
         raise UserError(
             f"command line: --rope-theta does not apply to {source.path}: its args leave no choice; omit it"
@@ -166,9 +167,9 @@ def _rotary(source: ConfigSource, given: Mapping[str, Any], unsaid: Unsaid) -> d
     if ignored and unsaid.rope_theta is None:
         raise source.error(
             "args.rotary_base",
-            f"= {base} is ignored by the model with these names, which rotates with base {theta or OLD_ROTARY_BASE:g}; "
-            f"convert with --rope-theta {theta or OLD_ROTARY_BASE:g} if it trained the weights, with --rope-theta {base} "
-            "if they are those of another model",
+            f"= {base} is ignored by the model with these names, which rotates with base {computed:g}; convert with "
+            f"--rope-theta {computed:g} if it trained the weights, with --rope-theta {base} if they are those of "
+            "another model",
         )
     found = {"rotary_base": unsaid.rope_theta if ignored else base if theta is None else theta}
     if not given.get("use_rope_scaling"):
