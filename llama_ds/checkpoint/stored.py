@@ -173,6 +173,19 @@ def embedded_tensor(path: str, offset: int, length: int) -> Stored:
     return replace(stored, offset=stored.offset + offset)
 
 
+def embedded_content(path: str, offset: int, length: int) -> Any:
+    """Return `torch_content` of `length` bytes of a file, from byte `offset` on, with objects as inert ones.
+
+    Raises:
+        UserError: the bytes are damaged.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # the import takes seconds
+
+    with open(path, "rb") as file:
+        window = Window(file, offset, min(length, max(0, os.path.getsize(path) - offset)))
+        return _load(path, FakeTensorMode(), inert=True, file=cast(IO[bytes], window))
+
+
 class Window(io.RawIOBase):
     """Some bytes of an open file, as a file of their own."""
 
@@ -221,7 +234,7 @@ def _load(
         with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of other pickle protocols
             if inert:
-                return _inert_content(path)
+                return _inert_content(file or path)
             return torch.load(file or path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise any exception
         raise _unreadable(path, error) from None
@@ -239,12 +252,14 @@ def _unreadable(path: str, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again")
 
 
-def _inert_content(path: str) -> Any:
+def _inert_content(file: str | IO[bytes]) -> Any:
     with _ALLOWING:
         with safe_globals([argparse.Namespace]):
-            unknown = get_unsafe_globals_in_checkpoint(path)
+            unknown = get_unsafe_globals_in_checkpoint(file)
+        if not isinstance(file, str):
+            file.seek(0)
         with safe_globals([argparse.Namespace, *((StandIn, name) for name in unknown)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _checked(path: str, content: object) -> dict[str, Tensor]:
