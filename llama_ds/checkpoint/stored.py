@@ -39,6 +39,11 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
     def read(self, out: Tensor, start: int = 0) -> None:
         """Fill `out`, contiguous and on the CPU, with the elements from `start` on in row-major order.
 
@@ -297,9 +302,20 @@ def safetensors_tensors(path: str) -> dict[str, Stored]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         found = {name: _safetensor(path, 8 + length, size, name, entry) for name, entry in header.items()}
+        _check_cover(found, 8 + length, size)
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as a safetensors file ({error}); copy it again") from None
     return found
+
+
+def _check_cover(found: dict[str, Stored], begin: int, size: int) -> None:
+    """Check that tensors cover the data of a safetensors file once, as its format demands."""
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if stored.offset != begin:
+            raise ValueError(f"tensor {name} begins at byte {stored.offset}, the one before it ends at byte {begin}")
+        begin += stored.nbytes
+    if begin != size:
+        raise ValueError(f"its tensors end at byte {begin} of {size}")
 
 
 def _safetensor(path: str, base: int, size: int, name: str, entry: dict[str, Any]) -> Stored:
@@ -312,6 +328,6 @@ def _safetensor(path: str, base: int, size: int, name: str, entry: dict[str, Any
     stored = Stored(path, base + begin, SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
     if base + end > size:
         raise UserError(f"{path}: tensor {name} ends at byte {base + end} of {size}, the file is truncated; copy again")
-    if torch.Size(stored.shape).numel() * stored.dtype.itemsize != end - begin:
+    if stored.nbytes != end - begin:
         raise ValueError(f"tensor {name}: {end - begin} bytes for shape {list(stored.shape)}")
     return stored

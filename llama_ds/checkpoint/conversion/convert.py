@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llama_ds.checkpoint.carried import carried_files
+from llama_ds.checkpoint.carried import carried_files, check_carried
 from llama_ds.checkpoint.conversion.digest import surely_finite
 from llama_ds.checkpoint.conversion.partial import Partial, cannot_write, written_by_conversion
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
@@ -118,6 +118,7 @@ def convert(
         UserError: a damaged source, a destination that exists or cannot be written, a failed verification.
     """
     _check_apart(files.path, destination)
+    check_carried(plan.copied)
     with Partial(destination, fingerprint(files, plan, destination), options.overwrite) as work:
         _check_source(files, options, progress)
         _write_all(plan, work, options, progress)
