@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from llama_ds.checkpoint.conversion.proof import Proof
     from llama_ds.checkpoint.formats.gguf_model import GgufVocabulary
     from llama_ds.checkpoint.formats.huggingface import HfTokenizer
+    from llama_ds.checkpoint.formats.meta_params import Unsaid
     from llama_ds.checkpoint.formats.plan import Plan
     from llama_ds.checkpoint.weights import ModelFiles
 
@@ -100,6 +101,12 @@ def parser() -> argparse.ArgumentParser:
     )
     unsaid.add_argument(
         "--seq-len", type=whole(), metavar="N", help="longest sequence that it was trained for, in tokens"
+    )
+    unsaid.add_argument(
+        "--rope-theta",
+        type=real(1),
+        metavar="X",
+        help="rotary base of a checkpoint of Megatron-LM before Megatron core, which ignored the one in its args",
     )
     unsaid.add_argument(
         "--qkv-order",
@@ -165,13 +172,19 @@ def convert_model(args: argparse.Namespace) -> None:
 def open_source(args: argparse.Namespace) -> ModelFiles:
     """Return the model to convert, with the weights from which a result of the wanted dtype is made."""
     from llama_ds.benchmarks.token_ids import with_token_ids
-    from llama_ds.checkpoint.formats.meta_params import Unsaid
     from llama_ds.checkpoint.load_model import open_model
     from llama_ds.checkpoint.weights import for_dtype
 
-    files = open_model(args.source, args.kind, args.vocab_size, Unsaid(args.rope_factor, args.seq_len, args.qkv_order))
+    files = open_model(args.source, args.kind, args.vocab_size, unsaid_by(args))
     files = with_token_ids(files, args.bos_id, args.eos_id)
     return for_dtype(files, args.dtype or files.dtype)
+
+
+def unsaid_by(args: argparse.Namespace) -> Unsaid:
+    """Return what the user says of the source."""
+    from llama_ds.checkpoint.formats.meta_params import Unsaid
+
+    return Unsaid(args.rope_factor, args.seq_len, args.qkv_order, args.rope_theta)
 
 
 def convert_to_gguf(args: argparse.Namespace, files: ModelFiles) -> None:

@@ -154,7 +154,8 @@ def _dtype_of(path: str, tensors: Mapping[Key, Readable]) -> str:
     for name, dtype in DTYPES.items():
         if stored == dtype:
             return name
-    raise UserError(f"{path}: its weights are {str(stored).removeprefix('torch.')}, not one of {', '.join(DTYPES)}")
+    name, known = str(stored).removeprefix("torch."), ", ".join(DTYPES)
+    raise UserError(f"{path}: its weights are {name}, not one of {known}; save them as one of these")
 
 
 def vocabulary_tables(model: ModelConfig) -> tuple[Key, ...]:
