@@ -245,6 +245,11 @@ def mean(value: torch.Tensor, group: dist.ProcessGroup) -> float:
     return float(total) / dist.get_world_size(group)
 
 
+def is_first() -> bool:
+    """Return whether this is rank 0."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
