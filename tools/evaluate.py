@@ -21,7 +21,7 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES
-from llama_ds.command_line import Answer, add_json, new_parser, run, whole
+from llama_ds.command_line import Answer, add_json, new_parser, real, run, whole
 
 EXAMPLES = """examples:
   tools/evaluate.py runs/quickstart
@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   tools/evaluate.py runs/quickstart --tasks miniature
   tools/evaluate.py fetch common_sense,mmlu --data benchmarks
   tools/evaluate.py exported/hf --tasks common_sense --data benchmarks --limit 500 --results results.jsonl
+  tools/evaluate.py runs/7b --tasks humaneval --data benchmarks --samples 100 --pass-at 10 --run-code
   tools/evaluate.py runs/7b --beside runs/13b --figure tasks.svg --references paper.json
 """
 
@@ -59,6 +60,11 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--data", metavar="DIR", default="benchmarks", help="data of tasks (default: %(default)s)")
     tasks.add_argument("--results", metavar="FILE", help="file of outcomes, from which a killed evaluation goes on")
     tasks.add_argument("--batch", type=whole(), default=8, help="rows of a forward pass (default: %(default)s)")
+    tasks.add_argument("--samples", type=whole(1, 10_000), default=1, help="continuations of a question (default: 1)")
+    tasks.add_argument("--pass-at", type=whole(1, 10_000), default=1, metavar="K", help="code: pass@K (default: 1)")
+    tasks.add_argument("--temperature", type=real(), help="of continuations; 0: greedy (default: that of the task)")
+    tasks.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of sampled continuations (default: 0)")
+    tasks.add_argument("--run-code", action="store_true", help="let generated programs run, in limited processes")
     tasks.add_argument("--figure", metavar="FILE", help="draw the tasks of a run over its tokens to this SVG, no more")
     tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
     tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}')
@@ -105,12 +111,17 @@ def evaluate_tasks(args: argparse.Namespace) -> Answer:
 
     from llama_ds.errors import UserError
     from llama_ds.evaluation.evaluate import TaskResult, prepare, table
+    from llama_ds.evaluation.generated_outcomes import check_leave
+    from llama_ds.evaluation.generation_tasks import Samples
     from llama_ds.evaluation.one_process import evaluate_folder
     from llama_ds.evaluation.suite import find_tasks
 
     if args.hf or args.rows or args.source:
         raise UserError("command line: --hf, --rows and --source belong to the validation loss; give --tasks alone")
-    works = prepare(find_tasks(args.tasks.split(",")), args.data, args.shots, args.limit)
+    samples = Samples(args.samples, args.pass_at, args.temperature, args.seed, args.run_code)
+    tasks = find_tasks(args.tasks.split(","))
+    check_leave(tasks, samples)
+    works = prepare(tasks, args.data, args.shots, args.limit, samples)
     with tqdm(total=len(works), unit="task", desc="evaluate", disable=None) as bar:
         found = evaluate_folder(
             args.checkpoint, works, args.results, args.dtype, args.batch, args.tokenizer, lambda result: bar.update()

@@ -8,9 +8,11 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from llama_ds.errors import UserError
+from llama_ds.evaluation.generated_outcomes import generated_scores
+from llama_ds.evaluation.generation_tasks import ONE_SAMPLE, GenerationTask, Question, Samples
 from llama_ds.evaluation.scoring import Scorer
 from llama_ds.evaluation.suite import read_examples
 from llama_ds.evaluation.tasks import Example, Task, choice_scores, chosen, probability, shown_examples
@@ -22,8 +24,8 @@ BLOCK = 128  # examples that are scored together; a killed evaluation repeats at
 class ExampleOutcome:
     """One example: whether the model chose the right completion, and the share that it gave to it."""
 
-    correct: bool
-    probability: float
+    correct: float  # 1 or 0, or an estimate of pass@k
+    probability: float | None  # None: the model wrote its answer
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class TaskResult:
     examples: int
     accuracy: float
     stderr: float  # standard error of the accuracy; 0 for a single example
-    probability: float  # mean share of the right choice among the choices
+    probability: float | None  # mean share of the right choice among the choices; None: answers are generated
+    metric: str = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,12 @@ class Work:
     shots: int
     examples: list[Example]
     shown: list[Example]
+    samples: Samples = ONE_SAMPLE  # of a task whose answers are generated
 
 
-def prepare(tasks: Sequence[Task], data: str, shots: int | None = None, limit: int | None = None) -> list[Work]:
+def prepare(
+    tasks: Sequence[Task], data: str, shots: int | None = None, limit: int | None = None, samples: Samples = ONE_SAMPLE
+) -> list[Work]:
     """Read the examples of all tasks, the first `limit` of each; `shots` None: as many as in the paper.
 
     Raises:
@@ -61,7 +67,7 @@ def prepare(tasks: Sequence[Task], data: str, shots: int | None = None, limit: i
         shown = read_examples(data, task, shown=True) if count else []
         if len(shown) < count:
             raise UserError(f"command line: --shots {count}: {task.name} has {len(shown)} examples to show; use fewer")
-        found.append(Work(task, count, read_examples(data, task)[:limit], shown))
+        found.append(Work(task, count, read_examples(data, task)[:limit], shown, samples))
     return found
 
 
@@ -114,7 +120,8 @@ class Journal:
 def _key(work: Work) -> str:
     """Return what an outcome depends on beside the model: the task and its data, so that other data is scored anew."""
     digest = hashlib.sha256(repr((work.shown, work.examples)).encode()).hexdigest()[:16]
-    return f"{work.task.name} v{work.task.version} shots {work.shots} data {digest}"
+    samples = work.samples.words if isinstance(work.task, GenerationTask) else ""
+    return f"{work.task.name} v{work.task.version} shots {work.shots}{samples} data {digest}"
 
 
 def _complete_lines(path: str) -> list[dict[str, Any]]:
@@ -157,6 +164,10 @@ def evaluate(
 
 def _outcomes(scorer: Scorer, work: Work, examples: Sequence[Example]) -> list[ExampleOutcome]:
     task = work.task
+    if isinstance(task, GenerationTask):
+        shown, questions = cast(list[Question], work.shown), cast(list[Question], examples)
+        judged = generated_scores(scorer, task, work.shots, shown, questions, work.samples)
+        return [ExampleOutcome(score, None) for score in judged]
     requests = [chosen(task, shown_examples(work.shown, task, work.shots, one), one) for one in examples]
     scores = iter(scorer.log_likelihoods([request for some in requests for request in some]))
     found = []
@@ -168,12 +179,15 @@ def _outcomes(scorer: Scorer, work: Work, examples: Sequence[Example]) -> list[E
 
 
 def summary(work: Work, outcomes: Sequence[ExampleOutcome]) -> TaskResult:
-    """Return accuracy, its standard error (that of a mean of 0 and 1) and the mean share of the right choice."""
+    """Return accuracy, the standard error of this mean, and the mean share of the right choice."""
     count = len(outcomes)
     accuracy = sum(one.correct for one in outcomes) / count
-    stderr = math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else 0.0
-    share = sum(one.probability for one in outcomes) / count
-    return TaskResult(work.task.name, work.task.version, work.shots, count, accuracy, stderr, share)
+    spread = sum((one.correct - accuracy) ** 2 for one in outcomes) / count  # of 0 and 1: p (1 - p)
+    stderr = math.sqrt(spread / (count - 1)) if count > 1 else 0.0
+    shares = [one.probability for one in outcomes if one.probability is not None]
+    share = sum(shares) / count if shares else None
+    metric = work.task.metric(work.samples) if isinstance(work.task, GenerationTask) else "accuracy"
+    return TaskResult(work.task.name, work.task.version, work.shots, count, accuracy, stderr, share, metric)
 
 
 def table(results: Sequence[TaskResult]) -> str:
@@ -181,7 +195,7 @@ def table(results: Sequence[TaskResult]) -> str:
     lines = [f"{'task':16} {'version':>7} {'shots':>5} {'examples':>8}  {'accuracy':>13}  {'share':>5}"]
     for one in results:
         accuracy = f"{100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}"
-        lines.append(
-            f"{one.task:16} {one.version:7} {one.shots:5} {one.examples:8}  {accuracy:>13}  {one.probability:5.3f}"
-        )
+        share = "" if one.probability is None else f"{one.probability:5.3f}"
+        name = one.task if one.metric == "accuracy" else f"{one.task} {one.metric}"
+        lines.append(f"{name:16} {one.version:7} {one.shots:5} {one.examples:8}  {accuracy:>13}  {share:>5}".rstrip())
     return "\n".join(lines)

@@ -53,7 +53,7 @@ def evaluate_folder(
     return {
         "model": files.path,
         "dtype": dtype,
-        "truncated_requests": scorer.truncated,
+        "truncated_requests": scorer.all_truncated,
         "examples_done_before": kept.done_before,
         "tasks": [asdict(result) for result in results],
     }

@@ -96,8 +96,9 @@ class Reporter:
                 values |= {
                     f"tasks/{one.task}": one.accuracy,
                     f"tasks_stderr/{one.task}": one.stderr,
-                    f"tasks_share/{one.task}": one.probability,
                 }
+                if one.probability is not None:
+                    values[f"tasks_share/{one.task}"] = one.probability
             self._log.record(values)
             shown = ", ".join(f"{one.task} {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}" for one in results)
             self._log.print_line(f"step {step} | {shown}")
