@@ -127,8 +127,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 
 def _rotated_heads(qkv: Tensor, num_rotated_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    rotated = torch.arange(qkv.shape[2], device=qkv.device)[:, None] < num_rotated_heads
-    return torch.where(rotated, rotated(qkv, cos, sin).to(qkv.dtype), qkv)
+    is_rotated = torch.arange(qkv.shape[2], device=qkv.device)[:, None] < num_rotated_heads
+    return torch.where(is_rotated, rotated(qkv, cos, sin).to(qkv.dtype), qkv)
 
 
 def _rotated_back(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
