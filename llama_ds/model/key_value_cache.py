@@ -7,13 +7,14 @@ head size. Rows begin at position 0 and have lengths of their own; behind its le
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ds.model.attention_kernels import attention_kernel
+from llama_ds.model.cpu_products import products_of_a_row
 from llama_ds.model.pointwise import rotated
 from llama_ds.model.rope import RotaryTables
 
@@ -28,6 +29,7 @@ class KeyValueCache:
     def __init__(self, rows: int, positions: int) -> None:
         self.positions = positions
         self.lengths = [0] * rows  # tokens of each row in the cache
+        self.single_on_cpu = False  # whether the next pass is of a single token on a CPU
         self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # keys and values, (B, G, P, K) each
         self._tables = (torch.empty(0), torch.empty(0))
         self._mask: Tensor | None = None  # (B, 1, 1, longest row with its new token), added to the scores
@@ -48,6 +50,7 @@ class KeyValueCache:
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = (table.to(wide) for table in rotary.on(device, self.positions))
         self._mask = self._index = None
+        self.single_on_cpu = len(self.lengths) == 1 and not self.empty and device.type == "cpu"
         if self.empty:
             self._tables = cos[:tokens], sin[:tokens]  # (T, 1, K)
             return
@@ -119,7 +122,9 @@ class CacheHolder:
     def using(self, cache: KeyValueCache | None) -> Iterator[None]:
         """Let the layers use `cache`."""
         self.cache = cache
+        single = cache is not None and cache.single_on_cpu
         try:
-            yield
+            with products_of_a_row() if single else nullcontext():
+                yield
         finally:
             self.cache = None
