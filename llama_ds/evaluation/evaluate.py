@@ -97,6 +97,10 @@ class Journal:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(json.dumps(subject) + "\n")
 
+    def share(self, gather: Callable[[object], Sequence[Any]]) -> None:
+        """Take over what the first rank has read, so that all ranks score the same. Collective."""
+        self._done = gather(self._done)[0]
+
     @property
     def done_before(self) -> int:
         """Number of examples that an earlier evaluation has scored."""
@@ -188,6 +192,26 @@ def summary(work: Work, outcomes: Sequence[ExampleOutcome]) -> TaskResult:
     share = sum(shares) / count if shares else None
     metric = work.task.metric(work.samples) if isinstance(work.task, GenerationTask) else "accuracy"
     return TaskResult(work.task.name, work.task.version, work.shots, count, accuracy, stderr, share, metric)
+
+
+def metrics_of(results: Sequence[TaskResult]) -> dict[str, float]:
+    """Return results by the keys that metrics.jsonl and boards have for them."""
+    values: dict[str, float] = {}
+    for one in results:
+        values |= {f"tasks/{one.task}": one.accuracy, f"tasks_stderr/{one.task}": one.stderr}
+        if one.probability is not None:
+            values[f"tasks_share/{one.task}"] = one.probability
+    return values
+
+
+def in_words(results: Sequence[TaskResult]) -> str:
+    """Return results in a line, in percent."""
+    return ", ".join(f"{one.task} {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}" for one in results)
+
+
+def digest_of(works: Sequence[Work]) -> str:
+    """Return what results depend on beside the model, in 16 digits."""
+    return hashlib.sha256(repr([_key(work) for work in works]).encode()).hexdigest()[:16]
 
 
 def table(results: Sequence[TaskResult]) -> str:

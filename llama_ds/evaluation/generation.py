@@ -76,6 +76,7 @@ class TextGenerator:
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
         self.truncated = 0
+        self.cache_bytes = 0  # of the largest cache so far, on this rank
         marks = tokenizer.marks
         # Either id ends a document, because the next one in the training rows begins with the first.
         self._ends = {marks.begin, marks.eos} - {None}
@@ -143,6 +144,7 @@ class TextGenerator:
             decoder.context.tp.size,
             decoder.dtype.itemsize,
         )
+        self.cache_bytes = max(self.cache_bytes, size)
         logger.info(
             "generation: %d prompts; a cache of %.1f MiB on this rank for %d rows of up to %d tokens",
             len(ordered), size / MIB, rows, ordered[0].positions,

@@ -78,6 +78,12 @@ class Scorer:
         generator = self.__dict__.get("generator")  # not made here
         return self.truncated + (generator.truncated if generator else 0)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the largest cache of continuations so far on this rank; 0 without any."""
+        generator = self.__dict__.get("generator")
+        return generator.cache_bytes if generator else 0
+
     def log_likelihoods(self, requests: Sequence[ScoringRequest], tick: Tick = lambda count: None) -> list[Score]:
         """Return the log-likelihood of each continuation after its context. Collective under an engine.
 
