@@ -10,8 +10,10 @@ import argparse
 import functools
 import operator
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,7 +24,10 @@ if __name__ == "__main__":
     end_on_interrupt()
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES
-from llama_ds.command_line import Answer, add_json, new_parser, run, whole
+from llama_ds.command_line import Answer, add_json, new_parser, real, run, whole
+
+if TYPE_CHECKING:
+    from llama_ds.evaluation.evaluate import Work
 
 EXAMPLES = """examples:
   tools/evaluate.py runs/quickstart
@@ -32,6 +37,9 @@ EXAMPLES = """examples:
   tools/evaluate.py runs/quickstart --tasks miniature
   tools/evaluate.py fetch common_sense,mmlu --data benchmarks
   tools/evaluate.py exported/hf --tasks common_sense --data benchmarks --limit 500 --results results.jsonl
+  tools/evaluate.py runs/7b --tasks humaneval --data benchmarks --samples 100 --pass-at 10 --run-code
+  deepspeed --num_gpus 8 tools/evaluate.py runs/65b --tasks paper --data benchmarks --pp 2 --tp 4
+  tools/evaluate.py runs/7b --tasks common_sense --data benchmarks --follow
   tools/evaluate.py runs/7b --beside runs/13b --figure tasks.svg --references paper.json
 """
 
@@ -60,14 +68,27 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--data", metavar="DIR", default="benchmarks", help="data of tasks (default: %(default)s)")
     tasks.add_argument("--results", metavar="FILE", help="file of outcomes, from which a killed evaluation goes on")
     tasks.add_argument("--batch", type=whole(), default=8, help="rows of a forward pass (default: %(default)s)")
+    tasks.add_argument("--samples", type=whole(1, 10_000), default=1, help="continuations of a question (default: 1)")
+    tasks.add_argument("--pass-at", type=whole(1, 10_000), default=1, metavar="K", help="code: pass@K (default: 1)")
+    tasks.add_argument("--temperature", type=real(), help="of continuations; 0: greedy (default: that of the task)")
+    tasks.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of sampled continuations (default: 0)")
+    tasks.add_argument("--run-code", action="store_true", help="let generated programs run, in limited processes")
+    tasks.add_argument("--follow", action="store_true", help="every new checkpoint of a run, until the run has ended")
+    tasks.add_argument(
+        "--pp", type=whole(1, 10_000), help="pipeline-parallel size, under a launcher (default: the run's)"
+    )
+    tasks.add_argument(
+        "--tp", type=whole(1, 10_000), help="tensor-parallel size, under a launcher (default: the run's)"
+    )
     tasks.add_argument("--figure", metavar="FILE", help="draw the tasks of a run over its tokens to this SVG, no more")
     tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
     tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}')
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     add_json(parser, "losses, perplexities and bits per byte, or the results of tasks,")
     return parser
 
 
-def evaluate(args: argparse.Namespace) -> Answer:
+def evaluate(args: argparse.Namespace) -> Answer | int:
     """Return the results of tasks, or losses; or fetch data."""
     from llama_ds.errors import UserError
 
@@ -79,6 +100,8 @@ def evaluate(args: argparse.Namespace) -> Answer:
         raise UserError(f"command line: {args.names!r} is one word too many; name tasks with --tasks {args.names}")
     if args.figure:
         return draw(args)
+    if args.follow and not args.tasks:
+        raise UserError("command line: --follow evaluates tasks; name them with --tasks")
     return evaluate_tasks(args) if args.tasks else evaluate_loss(args)
 
 
@@ -100,30 +123,112 @@ def fetch_data(args: argparse.Namespace) -> Answer:
     return Answer({"written": written}, "\n".join(written) or f"{args.data}: has all of it already")
 
 
-def evaluate_tasks(args: argparse.Namespace) -> Answer:
-    """Return the results of tasks."""
-    from tqdm import tqdm
-
+def evaluate_tasks(args: argparse.Namespace) -> Answer | int:
+    """Return the results of tasks, on all ranks of a launcher together; only the first one answers."""
     from llama_ds.errors import UserError
-    from llama_ds.evaluation.evaluate import TaskResult, prepare, table
-    from llama_ds.evaluation.one_process import evaluate_folder
-    from llama_ds.evaluation.suite import find_tasks
+    from llama_ds.parallel import world
 
     if args.hf or args.rows or args.source:
         raise UserError("command line: --hf, --rows and --source belong to the validation loss; give --tasks alone")
-    works = prepare(find_tasks(args.tasks.split(",")), args.data, args.shots, args.limit)
+    if args.follow and args.results:
+        raise UserError("command line: --follow keeps the outcomes of each checkpoint in RUN/tasks; omit --results")
+    if world.launched_ranks() > 1:
+        return evaluate_on_ranks(args)
+    if args.pp or args.tp:
+        raise UserError("command line: --pp and --tp divide a model over the ranks of a launcher; start with torchrun")
+    return answered(args, Alone(args), read_works(args))
+
+
+def evaluate_on_ranks(args: argparse.Namespace) -> Answer | int:
+    """Return the answer on the first rank, 0 on the others."""
+    from llama_ds import log
+    from llama_ds.parallel import world
+    from llama_ds.training.evaluation_job import EvaluationJob, EvaluationSettings
+
+    with world.failing_together():
+        rank_info = world.find_rank_info()
+        log.setup(quiet=rank_info.rank != 0)
+        world.join(rank_info)
+        settings = EvaluationSettings(args.dtype, args.batch, args.tokenizer, args.pp, args.tp)
+        works = world.together(lambda: read_works(args))
+        answer = answered(args, EvaluationJob(settings, rank_info), works, rank_info.rank == 0)
+        return answer if rank_info.rank == 0 else 0
+
+
+def read_works(args: argparse.Namespace) -> list[Work]:
+    """Return the tasks with their examples."""
+    from llama_ds.evaluation.evaluate import prepare
+    from llama_ds.evaluation.generated_outcomes import check_leave
+    from llama_ds.evaluation.generation_tasks import Samples
+    from llama_ds.evaluation.suite import find_tasks
+
+    samples = Samples(args.samples, args.pass_at, args.temperature, args.seed, args.run_code)
+    tasks = find_tasks(args.tasks.split(","))
+    check_leave(tasks, samples)
+    return prepare(tasks, args.data, args.shots, args.limit, samples)
+
+
+class Alone:
+    """An evaluation in this process."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+
+    def evaluate(
+        self, path: str, works: list[Work], journal: str | None, tick: Callable[[int], object] = lambda requests: None
+    ) -> dict[str, Any]:
+        """Return the results of tasks on a model."""
+        from llama_ds.evaluation.one_process import evaluate_folder
+
+        args = self._args
+        return evaluate_folder(path, works, journal, args.dtype, args.batch, args.tokenizer, tick)
+
+    def once(self, work: Callable[[], Any]) -> Any:
+        """Do the work."""
+        return work()
+
+
+def answered(args: argparse.Namespace, job: Any, works: list[Work], first: bool = True) -> Answer:
+    """Return the answer of a job: the results of one model, or of every checkpoint of a run that it follows."""
+    from tqdm import tqdm
+
+    from llama_ds.evaluation.evaluate import TaskResult, table
+
+    if args.follow:
+        return followed(args, job, works, first)
     requests = sum(work.requests for work in works)
-    with tqdm(total=requests, unit="request", desc="evaluate", disable=None) as bar:
-        found = evaluate_folder(
-            args.checkpoint, works, args.results, args.dtype, args.batch, args.tokenizer, bar.update
-        )
+    with tqdm(total=requests, unit="request", desc="evaluate", disable=None if first else True) as bar:
+        found = job.evaluate(args.checkpoint, works, args.results, bar.update)
     remarks = []
     if done := found["examples_done_before"]:
         remarks.append(f"{args.results}: {done} examples were done already")
     if cut := found["truncated_requests"]:
         remarks.append(f"{cut} requests are longer than the model's rows: their contexts lost tokens on the left")
+    if cache := found["cache_bytes"]:
+        remarks.append(f"the cache of generated texts took {cache / 2**20:.1f} MiB")
     text = f"{found['model']}\n{table([TaskResult(**one) for one in found['tasks']])}"
     return Answer(found, text, remarks=remarks)
+
+
+def followed(args: argparse.Namespace, job: Any, works: list[Work], first: bool) -> Answer:
+    """Evaluate every checkpoint of a run until it has ended; each line is printed at once."""
+    from llama_ds.evaluation.evaluate import TaskResult, digest_of, in_words
+    from llama_ds.evaluation.follow import Follower, follow
+
+    follower = job.once(lambda: Follower(args.checkpoint, f"{digest_of(works)} {args.dtype or 'as trained'}"))
+    results: list[TaskResult] = []
+
+    def evaluate(path: str, journal: str) -> dict[str, Any]:
+        found: dict[str, Any] = job.evaluate(path, works, journal)
+        results[:] = [TaskResult(**one) for one in found["tasks"]]
+        return found
+
+    def tell(line: dict[str, Any]) -> None:
+        if first and not args.json:
+            print(f"step {line['step']} | {in_words(results)}", flush=True)
+
+    lines = follow(follower, evaluate, job.once, tell)
+    return Answer(lines, f"{args.checkpoint}: the run has ended; {len(lines)} checkpoints were evaluated")
 
 
 def evaluate_loss(args: argparse.Namespace) -> Answer:

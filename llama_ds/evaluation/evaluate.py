@@ -9,13 +9,16 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from llama_ds.errors import UserError
+from llama_ds.evaluation.generated_outcomes import generated_scores
+from llama_ds.evaluation.generation_tasks import ONE_SAMPLE, GenerationTask, Question, Samples
 from llama_ds.evaluation.scoring import Scorer
 from llama_ds.evaluation.suite import read_examples
 from llama_ds.evaluation.tasks import (
     NORMALIZATIONS,
+    PLAIN,
     Example,
     Task,
     choice_scores,
@@ -34,8 +37,8 @@ BLOCK = 128  # examples that are scored together; a killed evaluation repeats at
 class ExampleOutcome:
     """One example: whether the right completion was chosen by each normalization, and the share that it got."""
 
-    correct: dict[str, bool]
-    probability: float
+    correct: dict[str, float]  # 1 or 0, or an estimate of pass@k
+    probability: float | None  # None: the model wrote its answer
     truncated: int = 0  # requests whose contexts lost tokens on the left
 
 
@@ -49,10 +52,11 @@ class TaskResult:
     examples: int
     accuracy: float  # by `normalization`, the paper's
     stderr: float  # standard error of the accuracy; 0 for a single example
-    probability: float  # mean share of the right choice among the choices
-    normalization: str = "plain"
+    probability: float | None  # mean share of the right choice among the choices; None: answers are generated
+    normalization: str = PLAIN
     accuracies: dict[str, float] = field(default_factory=dict)  # by each normalization that was computed
     truncated_requests: int = 0  # number of requests whose contexts lost tokens on the left
+    metric: str = "accuracy"
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,21 @@ class Work:
     shots: int
     examples: list[Example]
     shown: list[Example]
+    samples: Samples = ONE_SAMPLE  # of a task whose answers are generated
 
     @property
     def requests(self) -> int:
         """Number of requests of all examples."""
-        return sum(request_count(self.task, example) for example in self.examples)
+        return sum(map(self.request_count, self.examples))
+
+    def request_count(self, example: Example) -> int:
+        """Return the number of requests of an example."""
+        return self.samples.count if isinstance(self.task, GenerationTask) else request_count(self.task, example)
 
 
-def prepare(tasks: Sequence[Task], data: str, shots: int | None = None, limit: int | None = None) -> list[Work]:
+def prepare(
+    tasks: Sequence[Task], data: str, shots: int | None = None, limit: int | None = None, samples: Samples = ONE_SAMPLE
+) -> list[Work]:
     """Read the examples of all tasks; `shots` None: as many as in the paper.
 
     `limit` takes the first examples of each task, of one with subjects about as many of each.
@@ -84,7 +95,7 @@ def prepare(tasks: Sequence[Task], data: str, shots: int | None = None, limit: i
         shown = read_examples(data, task, shown=True) if count else []
         examples = first_of_groups(read_examples(data, task), limit)
         _check_shown("" if shots is None else f"command line: --shots {shots}: ", task, count, shown, examples)
-        found.append(Work(task, count, examples, shown))
+        found.append(Work(task, count, examples, shown, samples))
     return found
 
 
@@ -124,6 +135,10 @@ class Journal:
             with open(path, "w", encoding="utf-8") as file:
                 file.write(json.dumps(subject) + "\n")
 
+    def share(self, gather: Callable[[object], Sequence[Any]]) -> None:
+        """Take over what the first rank has read, so that all ranks score the same. Collective."""
+        self._done = gather(self._done)[0]
+
     @property
     def done_before(self) -> int:
         """Number of examples that an earlier evaluation has scored."""
@@ -146,7 +161,8 @@ class Journal:
 def _key(work: Work) -> str:
     """Return what an outcome depends on beside the model: the task and its data, so that other data is scored anew."""
     digest = hashlib.sha256(repr((work.shown, work.examples)).encode()).hexdigest()[:16]
-    return f"{work.task.name} v{work.task.version} shots {work.shots} data {digest}"
+    samples = work.samples.words if isinstance(work.task, GenerationTask) else ""
+    return f"{work.task.name} v{work.task.version} shots {work.shots}{samples} data {digest}"
 
 
 def _complete_lines(path: str) -> list[dict[str, Any]]:
@@ -182,7 +198,7 @@ def evaluate(
     `tick` is called with the number of requests just done, also with those of an earlier evaluation.
     """
     found = journal.known(work) if journal else {}
-    tick(sum(request_count(work.task, work.examples[number]) for number in found))
+    tick(sum(work.request_count(work.examples[number]) for number in found))
     for start in range(0, len(work.examples), BLOCK):
         block = [n for n in range(start, min(start + BLOCK, len(work.examples))) if n not in found]
         if not block:
@@ -199,13 +215,17 @@ def _outcomes(
     scorer: Scorer, work: Work, examples: Sequence[Example], tick: Callable[[int], object]
 ) -> list[ExampleOutcome]:
     task = work.task
+    if isinstance(task, GenerationTask):
+        shown, questions = cast(list[Question], work.shown), cast(list[Question], examples)
+        judged = generated_scores(scorer, task, work.shots, shown, questions, work.samples, tick)
+        return [ExampleOutcome({PLAIN: score}, None, truncated) for score, truncated in judged]
     requests = [chosen(task, shown_examples(work.shown, task, work.shots, one), one) for one in examples]
     scores = iter(scorer.log_likelihoods([request for some in requests for request in some], tick))
     found = []
     for example, some in zip(examples, requests, strict=True):
         own = [next(scores) for _ in some]
         choices = choice_scores(example, [score.log_likelihood for score in own])
-        correct = {name: values.index(max(values)) == example.gold for name, values in choices.items()}
+        correct = {name: float(values.index(max(values)) == example.gold) for name, values in choices.items()}
         share = probability(choices[task.normalization], example.gold)
         found.append(ExampleOutcome(correct, share, sum(score.truncated for score in own)))
     return found
@@ -215,17 +235,52 @@ def summary(work: Work, outcomes: Sequence[ExampleOutcome]) -> TaskResult:
     """Return accuracies, the standard error of the task's own, and the mean share of the right choice."""
     task, count = work.task, len(outcomes)
     accuracies = {name: sum(one.correct[name] for one in outcomes) / count for name in outcomes[0].correct}
-    accuracy = accuracies[task.normalization]
-    share = sum(one.probability for one in outcomes) / count
+    shares = [one.probability for one in outcomes if one.probability is not None]
     return TaskResult(
-        task.name, task.version, work.shots, count, accuracy, standard_error(accuracy, count), share,
-        task.normalization, accuracies, sum(one.truncated for one in outcomes),
-    )  # fmt: skip
+        task=task.name,
+        version=task.version,
+        shots=work.shots,
+        examples=count,
+        accuracy=accuracies[task.normalization],
+        stderr=standard_error([one.correct[task.normalization] for one in outcomes]),
+        probability=sum(shares) / count if shares else None,
+        normalization=task.normalization,
+        accuracies=accuracies,
+        truncated_requests=sum(one.truncated for one in outcomes),
+        metric=task.metric(work.samples) if isinstance(task, GenerationTask) else "accuracy",
+    )
 
 
-def standard_error(accuracy: float, count: int) -> float:
-    """Return the standard error of a mean of `count` values that are 0 or 1."""
-    return math.sqrt(accuracy * (1 - accuracy) / (count - 1)) if count > 1 else 0.0
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean of values; 0 for a single one."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values) / len(values)  # of 0 and 1: p (1 - p)
+    return math.sqrt(spread / (len(values) - 1)) if len(values) > 1 else 0.0
+
+
+def metrics_of(results: Sequence[TaskResult]) -> dict[str, float]:
+    """Return results by the keys that metrics.jsonl and boards have for them.
+
+    Accuracies by another normalization than the task's own are tasks_NORMALIZATION/NAME.
+    """
+    values: dict[str, float] = {}
+    for one in results:
+        values |= {f"tasks/{one.task}": one.accuracy, f"tasks_stderr/{one.task}": one.stderr}
+        if one.probability is not None:
+            values[f"tasks_share/{one.task}"] = one.probability
+        others = {name: value for name, value in one.accuracies.items() if name != one.normalization}
+        values |= {f"tasks_{name}/{one.task}": value for name, value in others.items()}
+    return values
+
+
+def in_words(results: Sequence[TaskResult]) -> str:
+    """Return results in a line, in percent."""
+    return ", ".join(f"{one.task} {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}" for one in results)
+
+
+def digest_of(works: Sequence[Work]) -> str:
+    """Return what results depend on beside the model, in 16 digits."""
+    return hashlib.sha256(repr([_key(work) for work in works]).encode()).hexdigest()[:16]
 
 
 def table(results: Sequence[TaskResult]) -> str:
@@ -234,7 +289,9 @@ def table(results: Sequence[TaskResult]) -> str:
     lines = [f"{'task':16} {'version':>7} {'shots':>5} {'examples':>8}{head}  {'share':>5}"]
     for one in results:
         shown = "".join(f"  {_percent(one, name):>13}" for name in NORMALIZATIONS)
-        lines.append(f"{one.task:16} {one.version:7} {one.shots:5} {one.examples:8}{shown}  {one.probability:5.3f}")
+        share = "" if one.probability is None else f"{one.probability:5.3f}"
+        name = one.task if one.metric == "accuracy" else f"{one.task} {one.metric}"
+        lines.append(f"{name:16} {one.version:7} {one.shots:5} {one.examples:8}{shown}  {share}".rstrip())
     return "\n".join(lines)
 
 
@@ -242,5 +299,7 @@ def _percent(result: TaskResult, normalization: str) -> str:
     accuracy = result.accuracies.get(normalization)
     if accuracy is None:
         return "-"
-    mark = "*" if normalization == result.normalization else ""
-    return f"{mark}{100 * accuracy:.1f} ± {100 * standard_error(accuracy, result.examples):.1f}"
+    if normalization == result.normalization:
+        return f"*{100 * accuracy:.1f} ± {100 * result.stderr:.1f}"
+    stderr = math.sqrt(accuracy * (1 - accuracy) / (result.examples - 1)) if result.examples > 1 else 0.0
+    return f"{100 * accuracy:.1f} ± {100 * stderr:.1f}"

@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from llama_ds.errors import UserError
+from llama_ds.evaluation.follow import RESULTS, result_lines
 
 COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2")
 COLUMNS, WIDTH, HEIGHT = 3, 250.0, 150.0  # panels of a row, and the size of a panel's axes
@@ -20,7 +21,7 @@ References = Mapping[str, Mapping[str, float]]  # task -> name -> percent
 
 
 def read_curves(runs: Sequence[str]) -> Curves:
-    """Return the accuracies in the metrics.jsonl of run folders.
+    """Return the accuracies in the metrics.jsonl of run folders, and in what was evaluated beside them.
 
     Raises:
         UserError: a run has no metrics, or none of tasks.
@@ -28,14 +29,18 @@ def read_curves(runs: Sequence[str]) -> Curves:
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run in runs:
         path, name = os.path.join(run, "metrics.jsonl"), os.path.basename(os.path.normpath(run))
-        lines = [line for line in _lines(path) if "tasks_tokens" in line]
+        beside = os.path.join(run, RESULTS)
+        lines = _lines(path) if os.path.exists(path) or not os.path.exists(beside) else []
+        lines = [line for line in (*lines, *result_lines(beside)) if "tasks_tokens" in line]
         if not lines:
             raise UserError(f"{path}: has no results of tasks; set evaluation.tasks in the run file, and train")
+        found: dict[str, dict[float, float]] = {}
         for line in lines:
             for key, value in line.items():
                 if key.startswith("tasks/"):
-                    points = curves.setdefault(key.removeprefix("tasks/"), {}).setdefault(name, [])
-                    points.append((line["tasks_tokens"], 100 * value))
+                    found.setdefault(key.removeprefix("tasks/"), {})[line["tasks_tokens"]] = 100 * value
+        for task, points in found.items():
+            curves.setdefault(task, {})[name] = sorted(points.items())
     return curves
 
 

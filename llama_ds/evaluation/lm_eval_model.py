@@ -1,17 +1,22 @@
-"""This project's models in lm-evaluation-harness (package lm-eval, the extra [eval]), for its log-likelihood tasks."""
+"""This project's models in lm-evaluation-harness (package lm-eval, the extra [eval])."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.model import LM
 
 from llama_ds.data.text.tokenizer import Tokenizer
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, listed
+from llama_ds.evaluation.generation import GenerationRequest, cut_at
 from llama_ds.evaluation.one_process import open_scorer
 from llama_ds.evaluation.requests import ScoringRequest
 from llama_ds.evaluation.scoring import Backend, Scorer
+from llama_ds.model.next_token import GREEDY, DecodingRule
+
+MAX_TOKENS = 256  # of a continuation without max_gen_toks, as in the harness
+SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
 
 class HarnessModel(LM):
@@ -20,6 +25,7 @@ class HarnessModel(LM):
     def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.scorer = Scorer(backend, tokenizer)
+        self.seed = 0  # of the draws of sampled continuations
 
     @classmethod
     def from_folder(cls, path: str, dtype: str | None = None, rows: int = 8) -> HarnessModel:
@@ -43,8 +49,30 @@ class HarnessModel(LM):
         return self.scorer.rolling_log_likelihoods([request.args[0] for request in requests])
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Refuse: only log-likelihoods are computed here."""
-        raise UserError(
-            "lm-eval: this task generates text, and only log-likelihoods are computed here; export the model with "
-            "tools/convert.py --to hf, and use lm-eval's model hf"
+        """Return the continuation of each context up to its stop strings; args: context, settings of the harness.
+
+        As in the harness the text is that of the new ids alone, of which some tokenizers drop the first space.
+
+        Raises:
+            UserError: a setting is unknown.
+        """
+        tokenizer = self.scorer.tokenizer
+        wanted = [self._wanted(*request.args) for request in requests]
+        found = self.scorer.generator.generate(wanted)
+        return [cut_at(tokenizer.decode(one.ids), asked.until) for asked, one in zip(wanted, found, strict=True)]
+
+    def _wanted(self, context: str, settings: Mapping[str, Any]) -> GenerationRequest:
+        if unknown := sorted(settings.keys() - SETTINGS):
+            raise UserError(f"lm-eval: generation_kwargs: {unknown[0]}: unknown; there are {listed(sorted(SETTINGS))}")
+        until = settings.get("until") or ()
+        temperature = float(settings.get("temperature") or 0.0)
+        if settings.get("do_sample", temperature > 0):
+            rule = DecodingRule(temperature or 1.0, settings.get("top_p") or 1.0, settings.get("top_k") or 0, self.seed)
+        else:
+            rule = GREEDY
+        return GenerationRequest(
+            context,
+            (until,) if isinstance(until, str) else tuple(stop for stop in until if stop),
+            int(settings.get("max_gen_toks") or MAX_TOKENS),
+            rule,
         )

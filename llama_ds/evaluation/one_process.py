@@ -40,16 +40,21 @@ def evaluate_folder(
     Raises:
         UserError: the folder is damaged or has no tokenizer, or the tokenizer has no bos.
     """
-    files, ours = _opened(path, tokenizer)
+    files, ours = opened(path, tokenizer)
     dtype = dtype or files.dtype
-    subject: dict[str, Any] = {"model": os.path.abspath(files.path), "saved": _saved_at(files.path), "dtype": dtype}
-    subject |= {"tokenizer": ours.sha256, "format": FORMAT}
-    kept = Journal(journal, subject)
-    scorer = _scorer(files, ours, dtype, rows)
+    kept = Journal(journal, subject_of(files, ours, dtype))
+    return results_of(_scorer(files, ours, dtype, rows), files, dtype, works, kept, tick)
+
+
+def results_of(
+    scorer: Scorer, files: ModelFiles, dtype: str, works: Sequence[Work], kept: Journal, tick: Callable[[int], object]
+) -> dict[str, Any]:
+    """Return the results of the tasks, and what was evaluated. Collective under an engine."""
     results = [evaluate(scorer, work, kept, tick=tick) for work in works]
     return {
         "model": files.path,
         "dtype": dtype,
+        "cache_bytes": scorer.cache_bytes,
         "truncated_requests": sum(result.truncated_requests for result in results),
         "examples_done_before": kept.done_before,
         "tasks": [asdict(result) for result in results],
@@ -58,11 +63,27 @@ def evaluate_folder(
 
 def open_scorer(path: str, dtype: str | None = None, rows: int = 8, tokenizer: str | None = None) -> Scorer:
     """Return a scorer of the model in `path`; the arguments and errors are those of `evaluate_folder`."""
-    files, ours = _opened(path, tokenizer)
+    files, ours = opened(path, tokenizer)
     return _scorer(files, ours, dtype or files.dtype, rows)
 
 
-def _opened(path: str, tokenizer: str | None) -> tuple[ModelFiles, Tokenizer]:
+def subject_of(files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+    """Return of what a journal is: outcomes of another model, dtype or tokenizer are not taken for its own."""
+    return {
+        "model": os.path.abspath(files.path),
+        "saved": saved_at(files.path),
+        "dtype": dtype,
+        "tokenizer": tokenizer.sha256,
+        "format": FORMAT,
+    }
+
+
+def opened(path: str, tokenizer: str | None) -> tuple[ModelFiles, Tokenizer]:
+    """Return the weights in `path`, and the tokenizer: the given one, or that of the folder.
+
+    Raises:
+        UserError: the folder is damaged or has no tokenizer, or the tokenizer has no bos.
+    """
     files = open_model(path)
     found = tokenizer or files.tokenizer
     if found is None:
@@ -77,6 +98,6 @@ def _scorer(files: ModelFiles, tokenizer: Tokenizer, dtype: str, rows: int) -> S
     return Scorer(ModelBackend(load_model(files, device, DTYPES[dtype]), rows), tokenizer)
 
 
-def _saved_at(folder: str) -> int:
+def saved_at(folder: str) -> int:
     """Return the time of the newest file of a model folder: another model in the same place is another one."""
     return max(entry.stat().st_mtime_ns for entry in os.scandir(folder))

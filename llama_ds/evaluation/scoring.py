@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import cached_property
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.evaluation.generation import Decoder, ModelDecoder, TextGenerator
 from llama_ds.evaluation.packing import PackedRow, micro_batches, packed, padded, row_lengths
 from llama_ds.evaluation.requests import Encoded, Score, ScoringRequest, encode, rolling
 from llama_ds.log import logger
 from llama_ds.model.llama import Llama
 from llama_ds.model.loss import IGNORED
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,16 +50,33 @@ class Backend(Protocol):
         Micro-batch i belongs to data-parallel rank i % dp; all have the same number of rows of `tokens` tokens.
         """
 
+    def decoder(self) -> Decoder:
+        """Return what continues texts with the same layers."""
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Return on every rank what `work` returns on the first, the only one that does it. Collective."""
+
 
 Tick = Callable[[int], object]  # gets the number of requests just scored
 
 
 class Scorer:
-    """Scores texts with a backend; counts the requests whose context had to be truncated."""
+    """Scores texts with a backend, and continues them; counts the requests whose context had to be truncated."""
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
         self.backend, self.tokenizer = backend, tokenizer
         self.truncated = 0
+
+    @cached_property
+    def generator(self) -> TextGenerator:
+        """What continues texts with the same layers."""
+        return TextGenerator(self.backend.decoder(), self.tokenizer)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the largest cache of continuations so far on this rank; 0 without any."""
+        generator = self.__dict__.get("generator")  # not made here
+        return generator.cache_bytes if generator else 0
 
     def log_likelihoods(self, requests: Sequence[ScoringRequest], tick: Tick = lambda count: None) -> list[Score]:
         """Return the log-likelihood of each continuation after its context. Collective under an engine.
@@ -125,6 +146,7 @@ class ModelBackend:
     def __init__(self, model: Llama, micro_batch: int) -> None:
         context = model.context
         self.model = model.eval()
+        self._decoder: Decoder | None = None
         self.shape = RowShape(
             context.rotary.seq_len,
             micro_batch,
@@ -149,6 +171,13 @@ class ModelBackend:
         finally:
             loss.scores, loss.labels = None, None
         return found
+
+    def decoder(self) -> Decoder:
+        self._decoder = self._decoder or ModelDecoder(self.model, self.shape.micro_batch)
+        return self._decoder
+
+    def once(self, work: Callable[[], T]) -> T:
+        return work()
 
 
 def rows_of_any_length(scaling: object) -> bool:

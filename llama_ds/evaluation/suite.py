@@ -7,12 +7,21 @@ import os
 from collections.abc import Sequence
 
 from llama_ds.errors import UserError, did_you_mean, listed
+from llama_ds.evaluation.generation_tasks import CLOSED_BOOK, CODE, MATHEMATICS
 from llama_ds.evaluation.miniature import MINIATURE, examples
 from llama_ds.evaluation.paper_tasks import COMMON_SENSE, MMLU, PAPER, RACE
 from llama_ds.evaluation.tasks import Example, Task
 
-TASKS = {task.name: task for task in (*MINIATURE, *PAPER)}
-GROUPS = {"miniature": MINIATURE, "common_sense": COMMON_SENSE, "race": RACE, "paper": (*COMMON_SENSE, *RACE, MMLU)}
+TASKS: dict[str, Task] = {task.name: task for task in (*MINIATURE, *PAPER, *CLOSED_BOOK, *MATHEMATICS, *CODE)}
+GROUPS: dict[str, tuple[Task, ...]] = {
+    "miniature": MINIATURE,
+    "common_sense": COMMON_SENSE,
+    "race": RACE,
+    "closed_book": CLOSED_BOOK,
+    "mathematics": MATHEMATICS,
+    "code": CODE,
+    "paper": (*COMMON_SENSE, *RACE, MMLU, *CLOSED_BOOK, *MATHEMATICS),  # code is run only where it is asked for by name
+}
 
 
 def find_tasks(names: Sequence[str]) -> list[Task]:

@@ -12,7 +12,8 @@ from typing import Any
 from llama_ds.evaluation.requests import ScoringRequest
 
 ANSWER = "Answer:"  # context of the normalization of Brown et al. 2020
-NORMALIZATIONS = ("plain", "characters", "answer")
+PLAIN = "plain"
+NORMALIZATIONS = (PLAIN, "characters", "answer")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ are as exact as MKL's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -33,6 +34,22 @@ def choose_products() -> None:
 def onednn_multiplies() -> bool:
     """Return whether `choose_products` selected oneDNN."""
     return torch.get_float32_matmul_precision() == _ROUNDING_ALLOWED
+
+
+@contextmanager
+def products_of_a_row() -> Iterator[None]:
+    """Let MKL multiply inside, if oneDNN was selected: for a single row and matrices in the cache in 0.6 x the time.
+
+    From two rows on oneDNN is the faster one.
+    """
+    if not onednn_multiplies():
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(_ROUNDING_ALLOWED)
 
 
 def exact(multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul) -> bool:

@@ -17,7 +17,9 @@ from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.layout.weights import Weight, bias_of, weight_of
 from llama_ds.model.attention import CausalAttention
+from llama_ds.model.cached_layer import cached_forward
 from llama_ds.model.init import initial_shard
+from llama_ds.model.key_value_cache import CacheHolder
 from llama_ds.model.linear import RMSNorm, ShardedLinear
 from llama_ds.model.rope import RotaryTables, rotate
 from llama_ds.model.tensor_parallel import TensorParallel
@@ -40,6 +42,7 @@ class LayerContext:
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of initial weights
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
     recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # wraps the recompute of a layer
+    caches: CacheHolder = field(default_factory=CacheHolder)  # for the generation of text
 
     def parameter(self, weight: Weight, layer: int = 0) -> nn.Parameter:
         """Return this rank's shard of a weight with its initial values, which depend on `layer` except for norms.
@@ -137,6 +140,8 @@ class DecoderLayer(nn.Module):
     def forward(self, inputs: Hidden, document_start: Tensor | None = None) -> Hidden:
         """(B, S, D) -> (B, S, D); document_start, if given as an argument or in a pair, is passed along."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, document_start)
+        if self.context.caches.cache is not None:
+            return cached_forward(self, x, self.context.caches.cache)
         tp, attention, mlp = self.tp, self.self_attn, self.mlp
         x = x + attention.o_proj.reduced(attention(tp.enter(self.input_layernorm.plain(x)), document_start))
         x = x + mlp.down_proj.reduced(mlp(tp.enter(self.post_attention_layernorm.plain(x))))

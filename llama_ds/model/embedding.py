@@ -38,7 +38,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         model, tp = context.model, context.tp
         self.tp = tp
-        self.document_mask, self.marks = context.document_mask, context.marks
+        self.document_mask, self.marks, self.caches = context.document_mask, context.marks, context.caches
         self.weight = context.parameter(EMBEDDING, EMBEDDING_LAYER)
         self.own = own_rows(model.vocab_size, tp.rank, tp.size)
         self.whole = EMBEDDING.shape(model)
@@ -46,7 +46,8 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Hidden:
         """(B, T) -> (B, S, D), paired with document_start (B, T) if documents are masked."""
         x = self.tp.leave(self.lookup(ids))
-        return (x, document_starts(ids, self.marks)) if self.document_mask else x
+        masked = self.document_mask and self.caches.cache is None  # generated text and its context are one document
+        return (x, document_starts(ids, self.marks)) if masked else x
 
     def lookup(self, ids: Tensor) -> Tensor:
         """(B, T) -> partial sums (B, T, D)."""

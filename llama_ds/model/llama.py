@@ -25,6 +25,7 @@ from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
+from llama_ds.model.next_token import own_logits
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import TensorParallel
 
@@ -90,8 +91,11 @@ class Llama(nn.Module):
         self.loss = loss
         self.tp = context.tp
 
-    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return the loss of ids and labels, each (B, T), or, without labels, this rank's logits (B, T, V / tp)."""
+    def forward(self, ids: Tensor, labels: Tensor | None = None, last: Tensor | None = None) -> Tensor:
+        """Return the loss of ids and labels, each (B, T), or, without labels, this rank's logits (B, T, V / tp).
+
+        With `last` (B,), only the logits (B, V / tp) at these positions of the rows.
+        """
         layers = list(self.layers)
         embedding = cast(VocabParallelEmbedding, layers[0])
         head = partial(tied_head, embedding) if self.tied else layers.pop()
@@ -102,7 +106,7 @@ class Llama(nn.Module):
             # Not as a pair: the hooks that ZeRO-3 puts on a layer find the tensors among its arguments only.
             inputs = hidden if isinstance(hidden, tuple) else (hidden,)
             hidden = checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
-        then = self._logits if labels is None else lambda x, weight: self.loss((x, weight), labels)
+        then = partial(self._logits, last) if labels is None else lambda x, weight: self.loss((x, weight), labels)
         return cast(Tensor, head(norm(hidden), then))
 
     @torch.no_grad()
@@ -152,6 +156,8 @@ class Llama(nn.Module):
             )
         return found
 
-    def _logits(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _logits(self, last: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
+        if last is not None:
+            return own_logits(x, weight, last, self.context)
         own = own_rows(self.context.model.vocab_size, self.tp.rank, self.tp.size)
         return F.linear(self.tp.enter(x), weight[: len(own)])

@@ -111,7 +111,7 @@ class _HeadLoss(Function):
                 losses[part].masked_fill_(ignored[part], 0.0)
                 factor.masked_fill_(ignored[part], 0.0)
             if greedy is not None:
-                greedy[part] = _most_likely(logits, ids.start, tp) == labels[part]
+                greedy[part] = most_likely(logits, ids.start, tp) == labels[part]
             if grad_x is None or own_grad is None:
                 continue
             # d lse / d logit_v = softmax_v, so dL / d logit_v = (softmax_v (1 + 2 z lse) - [v = label]) / N.
@@ -160,7 +160,7 @@ def _log_sum_exp(logits: Tensor, local: Tensor, tp: TensorParallel) -> tuple[Ten
     return lse, target, index, here
 
 
-def _most_likely(logits: Tensor, first_id: int, tp: TensorParallel) -> Tensor:
+def most_likely(logits: Tensor, first_id: int, tp: TensorParallel) -> Tensor:
     """Return the ids (n,) of the largest logits of the whole vocabulary; among equal ones the lowest, as argmax does.
 
     `first_id` is the id of this rank's first row of W.

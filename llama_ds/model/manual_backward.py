@@ -29,6 +29,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import Statistics, attention_kernel
+from llama_ds.model.cached_layer import cached_forward
 from llama_ds.model.decoder import DecoderLayer, Hidden, LayerContext
 from llama_ds.model.linear import ShardedLinear, column_products, lay_together, stacked
 from llama_ds.model.pointwise import (
@@ -83,6 +84,8 @@ class ManualBackwardLayer(DecoderLayer):
     def forward(self, inputs: Hidden, document_start: Tensor | None = None) -> Hidden:
         """(B, S, D) -> (B, S, D); document_start, if given as an argument or in a pair, is passed along."""
         x, document_start = inputs if isinstance(inputs, tuple) else (inputs, document_start)
+        if self.context.caches.cache is not None:
+            return cached_forward(self, x, self.context.caches.cache)
         self._recording = self.recomputes_early and torch.is_grad_enabled()
         y = _Layer.apply(x, self, self.context.attention.documents(document_start), *self._parameters_in_order())
         return y if document_start is None else (y, document_start)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, equation 4): (..., D) -> (..., D)."""
-    return compiled_for(x, _rms_norm)(x, weight, eps)
+    return compiled_for(x, plain_rms_norm)(x, weight, eps)
 
 
 def rms_norm_backward(
@@ -31,7 +31,7 @@ def rms_norm_backward(
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """a = silu(g) u with silu(g) = g sigmoid(g) (Shazeer 2020): [g | u] (N, 2F) -> (N, F)."""
-    return compiled_for(gate_up, _swiglu)(gate_up)
+    return compiled_for(gate_up, plain_swiglu)(gate_up)
 
 
 def swiglu_backward(grad: Tensor, gate_up: Tensor, product: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,8 @@ def rotate_heads_back(grads: tuple[Tensor, Tensor, Tensor], tables: tuple[Tensor
     return compiled_for(grads[0], _rotated_back)(*grads, cos, sin)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute `rms_norm` without compiling it, for shapes that change."""
     wide = x.to(_wide(x))
     return (wide * _inverse_rms(wide, eps)).mul_(weight).to(x.dtype)
 
@@ -88,7 +89,8 @@ def _inverse_rms(wide: Tensor, eps: float) -> Tensor:
     return torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(wide.shape[-1]).add_(eps).rsqrt_()
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
+def plain_swiglu(gate_up: Tensor) -> Tensor:
+    """Compute `swiglu` without compiling it, for shapes that change."""
     gate, up = gate_up.to(_wide(gate_up)).chunk(2, -1)
     return torch.nn.functional.silu(gate).mul_(up).to(gate_up.dtype)
 
@@ -121,20 +123,21 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
         swapped = _swapped(x)
         out.mul_(cos).addcmul_(swapped, sin)
     else:
-        out.copy_(_rotated(x, cos, sin))
+        out.copy_(rotated(x, cos, sin))
 
 
 def _rotated_heads(qkv: Tensor, num_rotated_heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    rotated = torch.arange(qkv.shape[2], device=qkv.device)[:, None] < num_rotated_heads
-    return torch.where(rotated, _rotated(qkv, cos, sin).to(qkv.dtype), qkv)
+    is_rotated = torch.arange(qkv.shape[2], device=qkv.device)[:, None] < num_rotated_heads
+    return torch.where(is_rotated, rotated(qkv, cos, sin).to(qkv.dtype), qkv)
 
 
 def _rotated_back(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    back = [_rotated(grad, cos, -sin).to(grad.dtype) for grad in (grad_q, grad_k)]
+    back = [rotated(grad, cos, -sin).to(grad.dtype) for grad in (grad_q, grad_k)]
     return torch.cat([*back, grad_v], 2)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x cos + swapped(x) sin in the dtype of the tables, where swapped exchanges the halves of each head."""
     wide = x.to(cos.dtype)
     return (wide * cos).addcmul_(_swapped(wide), sin)
 

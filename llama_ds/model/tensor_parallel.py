@@ -6,7 +6,8 @@ The collectives are in `llama_ds.parallel.tensor_parallel`; this module does not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor
@@ -87,3 +88,14 @@ class SingleRank:
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         return x
+
+
+@contextmanager
+def whole_rows(tp: TensorParallel) -> Iterator[None]:
+    """Turn sequence parallelism off inside: every rank has all tokens, S = T, as for rows of a single token."""
+    before = tp.sequence_parallel
+    tp.sequence_parallel = False
+    try:
+        yield
+    finally:
+        tp.sequence_parallel = before

@@ -6,7 +6,7 @@ what a step does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.manual_backward import ManualBackwardLayer
+from llama_ds.model.next_token import DecodePass, own_logits
+from llama_ds.model.tensor_parallel import whole_rows
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.point_to_point import PipelineComm, Work, wait
@@ -68,6 +70,8 @@ class LlamaPipelineEngine(PipelineEngine):
         self._batches: Batches = iter(())
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
         self._loss = torch.zeros((), device=self.device)
+        self._passes: Sequence[DecodePass] = ()  # instead of micro-batches, while text is generated
+        self._chosen: list[Tensor] = []  # next ids of each pass
         self._manual_layers = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
         self._prepare_layers(module)
 
@@ -135,6 +139,22 @@ class LlamaPipelineEngine(PipelineEngine):
         self._comm.finish()
         return total
 
+    @torch.no_grad()
+    def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
+        """Return the next ids (B,) of every pass, on all ranks of the pipeline. Collective within the pipeline."""
+        self.module.eval()
+        self._passes, self._chosen = passes, [torch.zeros_like(one.last) for one in passes]
+        instructions = forward_only.instructions(self.stage_id, len(passes), self._schedule.placement)
+        try:
+            with whole_rows(self._context.tp):
+                self._run(instructions, ((one.ids, one.last) for one in passes))
+        finally:
+            self._passes = ()
+        self._comm.finish()
+        every = torch.cat(self._chosen)
+        dist.broadcast(every, self.grid.stage_to_global(self._last[0]), group=self.grid.get_pipe_parallel_group())
+        return list(every.split([len(one.last) for one in passes]))
+
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
         """Save as DeepSpeed does, after the all-gather of all weights."""
         self.optimizer.finish()
@@ -177,16 +197,27 @@ class LlamaPipelineEngine(PipelineEngine):
             inputs = (x, *rest) if rest else x
         begin = self._trace.now()
         self.module.activate(chunk)
-        outputs = self.module(inputs)
+        with self._context.caches.using(self._passes[i].cache if self._passes else None):
+            outputs = self.module(inputs)
         if (self.stage_id, chunk) == self._last:
-            outputs = self.module.loss_fn(outputs, self._batch(i, last_use=True)[1])
-            self._loss += outputs.detach()
+            outputs = self._end(outputs, i)
         self._record("F", begin, step)
         leading, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
         if torch.is_grad_enabled():
             self._live[chunk, i] = x, get_gradient_edge(leading)
         if (self.stage_id, chunk) != self._last:
             self._deliver(step, [leading.detach(), *rest])
+
+    def _end(self, head: tuple[Tensor, Tensor], micro_batch: int) -> Tensor:
+        """Return the loss, or the next ids, of a micro-batch from its hidden states and the head's weight."""
+        _, labels_or_last = self._batch(micro_batch, last_use=True)
+        if self._passes:
+            logits = own_logits(*head, labels_or_last, self._context)
+            self._chosen[micro_batch] = self._passes[micro_batch].choose(logits)
+            return self._chosen[micro_batch]
+        loss = self.module.loss_fn(head, labels_or_last)
+        self._loss += loss.detach()
+        return loss
 
     def _backward(self, step: Instruction) -> None:
         chunk, i = step.chunk, step.micro_batch
@@ -252,12 +283,12 @@ class LlamaPipelineEngine(PipelineEngine):
 
     def _post(self, step: Instruction) -> None:
         message = message_of(step, self.stage_id, self._schedule.placement)
-        rows, tokens = self._rows
+        rows, tokens = self._passes[step.micro_batch].ids.shape if self._passes else self._rows
         tp = self._context.tp
         own = tokens // tp.size if tp.sequence_parallel else tokens
         hidden = torch.empty(rows, own, self._context.model.hidden_size, dtype=self._dtype, device=self.device)
         buffers = [hidden]
-        if message.kind == "activation" and self._context.document_mask:
+        if message.kind == "activation" and self._context.document_mask and not self._passes:
             buffers.append(torch.empty(rows, tokens, dtype=torch.int32, device=self.device))
         self._posted[message.kind, step.chunk, step.micro_batch] = self._comm.post(message, buffers)
 

@@ -90,6 +90,16 @@ def find_rank_info() -> RankInfo:
     return own
 
 
+def launched_ranks() -> int:
+    """Return the number of ranks that a launcher has started this process with, 1 without a launcher.
+
+    Raises:
+        UserError: the variable is no number.
+    """
+    names = LAUNCHER_VARIABLES["WORLD_SIZE"]
+    return first_number(tuple(name for name in names if in_slurm_step() or not name.startswith("SLURM_")), 1) or 1
+
+
 def join(rank_info: RankInfo, nic: str = "", hosts: Sequence[str] = ()) -> None:
     """Join the run's process group: NCCL on CUDA, gloo elsewhere, over `nic` or else the interface towards rank 0.
 
@@ -243,6 +253,11 @@ def mean(value: torch.Tensor, group: dist.ProcessGroup) -> float:
     total = value.detach().clone()
     dist.all_reduce(total, group=group)
     return float(total) / dist.get_world_size(group)
+
+
+def is_first() -> bool:
+    """Return whether this is rank 0."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def barrier() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import Divergence
-from llama_ds.evaluation.evaluate import TaskResult
+from llama_ds.evaluation.evaluate import TaskResult, in_words, metrics_of
 from llama_ds.job.heartbeat import Progress
 from llama_ds.training.engines.interface import Engine, StepResult
 from llama_ds.training.meter import Meter, StepMetrics
@@ -88,24 +88,12 @@ class Reporter:
             self._log.print_line(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.2f}")
 
     def tasks(self, step: int, results: Sequence[TaskResult]) -> None:
-        """Report the accuracies of benchmarks, with their standard errors and the shares of the right choices.
-
-        Accuracies by another normalization than the paper's are in metrics.jsonl too, as tasks_NORMALIZATION/NAME.
-        """
+        """Report the accuracies of benchmarks, with their standard errors and the shares of the right choices."""
         if self._log:
             tokens = step * self._run.training.global_batch * self._run.data.seq_len
-            values: dict[str, float] = {"step": step, "tasks_tokens": tokens}
-            for one in results:
-                values |= {
-                    f"tasks/{one.task}": one.accuracy,
-                    f"tasks_stderr/{one.task}": one.stderr,
-                    f"tasks_share/{one.task}": one.probability,
-                }
-                others = {name: value for name, value in one.accuracies.items() if name != one.normalization}
-                values |= {f"tasks_{name}/{one.task}": value for name, value in others.items()}
+            values = {"step": step, "tasks_tokens": tokens, **metrics_of(results)}
             self._log.record(values)
-            shown = ", ".join(f"{one.task} {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}" for one in results)
-            self._log.print_line(f"step {step} | {shown}")
+            self._log.print_line(f"step {step} | {in_words(results)}")
 
     def consumed(self, step: int, sources: dict[str, tuple[int, float]]) -> None:
         """Report how much of each source has been read: (rows, epochs) by name."""

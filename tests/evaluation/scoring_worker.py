@@ -1,4 +1,6 @@
-"""One rank: scores requests on the engine of every given case between two steps; rank 0 writes the outcomes as JSON."""
+"""One rank: scores requests and continues texts on the engine of every given case between two steps; rank 0 writes
+the outcomes as JSON.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,19 @@ import torch
 from llama_ds import log
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.document_marks import LLAMA_MARKS
+from llama_ds.errors import UserError
 from llama_ds.evaluation.scoring import Scorer
 from llama_ds.parallel import world
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.engines.scoring import EngineBackend
-from tests.evaluation.letters import TEXT, Letters, some_requests
+from tests.evaluation.letters import TEXT, Letters, some_prompts, some_requests
 from tests.parallel.layout_cases import SEQ_LEN, Case, micro_batches
 
 LR = 1e-2
 
 
 def outcome(case: Case) -> dict[str, Any]:
-    """Return the scores with the initial weights, and the losses of two steps with scoring before each, and without."""
+    """Return scores and texts with the initial weights, and losses of two steps with scoring before, and without."""
     found: dict[str, Any] = {}
     for evaluates in (False, True) if compares_training(case) else (True,):
         config = deepspeed_config(case.run, case.layout, bf16_native=True)
@@ -37,10 +40,19 @@ def outcome(case: Case) -> dict[str, Any]:
                 if step == 0:
                     found["scores"] = [asdict(score) for score in scores]
                     found["rolling"] = scorer.rolling_log_likelihoods([TEXT, TEXT[:20]])
+                    found["generated"] = generated(scorer)
             losses.append(engine.read(engine.train_step(batches, LR)))
         found["with" if evaluates else "without"] = losses
         engine.deepspeed.destroy()
     return found
+
+
+def generated(scorer: Scorer) -> list[tuple[int, ...]] | str:
+    """Return the ids of continuations, or the error of an engine that has none."""
+    try:
+        return [one.ids for one in scorer.generator.generate(some_prompts())]
+    except UserError as error:
+        return str(error)
 
 
 def compares_training(case: Case) -> bool:

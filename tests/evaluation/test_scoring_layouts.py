@@ -1,4 +1,4 @@
-"""Scores on the engines equal those of plain torch under every kind of layout, and leave the training as it was.
+"""Scores and texts on the engines equal those of plain torch under every kind of layout; the training stays as it was.
 
 Tolerance: 1e-4 nats of a sum over at most 99 tokens in fp32, where layouts differ in the order of sums (measured: below
 2e-5).
@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from llama_ds.evaluation.generation import ModelDecoder, TextGenerator
 from tests import warm
-from tests.evaluation.letters import TEXT, Letters, some_requests
+from tests.evaluation.letters import TEXT, Letters, some_prompts, some_requests
 from tests.evaluation.scoring_worker import compares_training
 from tests.parallel.layout_cases import SEQ_LEN, Case, reference_model
 
@@ -65,6 +66,24 @@ def test_scores_equal_plain_torch(case: Case, outcomes: dict[Case, dict[str, Any
         for end, new in ((64, 32), (96, 32), (len(text), len(text) - 96))
     )
     assert outcome["rolling"][0] == pytest.approx(float(first + rest), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_texts_equal_those_of_one_process(case: Case, outcomes: dict[Case, dict[str, Any]]) -> None:
+    """Greedy ones also equal the argmax of plain torch without a cache; drawn ones differ from them."""
+    found = outcomes[case]["generated"]
+    if case.schedule == "deepspeed":
+        assert found.startswith("parallel.schedule = deepspeed: DeepSpeed's own pipeline cannot generate text")
+        return
+    model = reference_model(case.reference).eval()
+    wanted = TextGenerator(ModelDecoder(model, 4), Letters()).generate(some_prompts())  # type: ignore[arg-type]
+    assert [tuple(ids) for ids in found] == [one.ids for one in wanted]
+    greedy, drawn = found[: len(found) // 2], found[len(found) // 2 :]
+    assert all(one != other for one, other in zip(greedy, drawn, strict=True))
+    for prompt, new in zip(some_prompts(), greedy, strict=False):
+        ids = [1, *Letters().encode(prompt.context)][-(SEQ_LEN - prompt.max_tokens) :]
+        assert token_log_probs(case.reference, [*ids, *new])[1][-len(new) :].all(), prompt
 
 
 @pytest.mark.slow

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from calling import Tools
+
+from llama_ds.errors import UserError
+from llama_ds.evaluation.figure import read_curves
+from llama_ds.evaluation.follow import Follower, follow, result_lines
+from llama_ds.job.run_lock import RANKS, RunLock
+from tests import warm
 
 
 def test_tasks_of_a_run_and_their_journal(tools: Tools, words: dict[str, object], tmp_path: Path) -> None:
@@ -46,8 +54,15 @@ def test_validation_by_source_and_in_bits_per_byte(
         (("--tasks", "piqa", "--data", "nowhere"), "nowhere/piqa/validation.jsonl: missing; on a machine with a"),
         (("piqa",), "'piqa' is one word too many; name tasks with --tasks piqa"),
         (("--tasks", "miniature", "--rows", "4"), "--rows and --source belong to the validation loss"),
+        (("--tasks", "mini_copy,code"), "task humaneval: runs programs that the model writes; allow it with"),
+        (("--tasks", "miniature", "--pp", "2"), "--pp and --tp divide a model over the ranks of a launcher"),
+        (("--follow",), "--follow evaluates tasks; name them with --tasks"),
+        (("--tasks", "gsm8k", "--pass-at", "2"), "--pass-at 2 needs 2 samples or more: --samples 2"),
     ],
-    ids=["unknown task", "not fetched", "a word too many", "option of the loss"],
+    ids=[
+        *("unknown task", "not fetched", "a word too many", "option of the loss", "code", "alone", "nothing to follow"),
+        "too few samples",
+    ],
 )
 def test_bad_input_is_one_line(
     tools: Tools, words: dict[str, object], arguments: tuple[str, ...], message: str
@@ -55,3 +70,77 @@ def test_bad_input_is_one_line(
     done = tools.call("tools/evaluate.py", words["run"], *arguments)
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1), done.err
     assert message in done.err
+
+
+def copied(words: dict[str, object], tmp_path: Path) -> Path:
+    """Return a copy of the run's folder that a test may change."""
+    return Path(shutil.copytree(str(words["run"]), tmp_path / "copy"))
+
+
+def test_following_a_finished_run_evaluates_what_it_has(tools: Tools, words: dict[str, object], tmp_path: Path) -> None:
+    """Once: a second call finds nothing new. The figure shows the results."""
+    run = copied(words, tmp_path)
+    options = ("--tasks", "mini_copy", "--limit", "4", "--follow")
+    done = tools.call("tools/evaluate.py", run, *options)
+    assert done.code == 0, done.err
+    assert re.fullmatch(
+        rf"step 3 \| mini_copy [\d.]+ ± [\d.]+\n{run}: the run has ended; 1 checkpoints were .*\n", done.out
+    )
+    (line,) = result_lines(str(run / "tasks.jsonl"))
+    assert (line["step"], line["tasks_tokens"]) == (3, 3 * 8 * 48)
+    assert [point for point, _ in read_curves([str(run)])["mini_copy"]["copy"]] == [3 * 8 * 48]
+    again = tools.call("tools/evaluate.py", run, *options, "--json")
+    assert (again.code, json.loads(again.out)) == (0, [])
+
+
+def test_following_waits_while_the_run_is_held(words: dict[str, object], tmp_path: Path) -> None:
+    """A checkpoint that appears while a job holds the run is evaluated; then the run ends."""
+    run = copied(words, tmp_path)
+    lock = RunLock(str(run), RANKS)
+    lock.acquire()
+    first = run / "checkpoints" / "step_00000003"
+
+    def new_checkpoint(seconds: float) -> None:
+        shutil.copytree(first, run / "checkpoints" / "step_00000004")
+        lock.release()
+
+    evaluated = []
+
+    def evaluate(path: str, journal: str) -> dict[str, Any]:
+        evaluated.append((Path(path).name, Path(journal).parent == run / "tasks"))
+        return {"tasks": []}
+
+    lines = follow(Follower(str(run), "names"), evaluate, wait=new_checkpoint)
+    assert evaluated == [("step_00000003", True), ("step_00000004", True)] and len(lines) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no job trains this run, and it has no checkpoint"):
+        follow(Follower(str(tmp_path / "empty"), "names"), evaluate)
+
+
+@pytest.mark.slow
+def test_ranks_of_a_launcher_give_the_results_of_one_process(
+    tools: Tools, words: dict[str, object], tmp_path: Path
+) -> None:
+    """The model is cut into two stages; the first rank alone answers, writes the journal, and goes on from it."""
+    (tmp_path / "gsm8k").mkdir()
+    question = {"question": "One and one?", "answer": "#### 2"}
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(2 * (json.dumps(question) + "\n"))
+    options = ("--tasks", "mini_copy,gsm8k", "--shots", "0", "--limit", "4", "--data", tmp_path, "--json")
+    alone = tools.call("tools/evaluate.py", words["run"], *options)
+    assert alone.code == 0, alone.err
+    journal = ("--results", tmp_path / "results.jsonl")
+    command = ("tools/evaluate.py", "--local_rank=0", words["run"], *options, "--pp", "2")
+    together = warm.run(*command, *journal, ranks=2)
+    assert together.returncode == 0, together.stderr
+    one, two = (json.loads(text) for text in (alone.out, together.stdout))
+    for task, other in zip(one.pop("tasks"), two.pop("tasks"), strict=True):
+        share = task.pop("probability")  # None: gsm8k's answers are generated
+        assert other.pop("probability") == (share and pytest.approx(share, rel=1e-5))
+        assert task == other
+    assert one == two | {"cache_bytes": one["cache_bytes"]}
+    assert 0 < two["cache_bytes"] < one["cache_bytes"]
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 1 + 4 + 2
+    refused = warm.run(*command[:-1], "3", ranks=2)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert "world size 2 is not a multiple of parallel.pp 3" in refused.stderr and refused.stderr.count("error:") == 1

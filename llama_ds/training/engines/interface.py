@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from llama_ds.model.decoder import LayerContext
 from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches
 
@@ -29,6 +31,7 @@ class Engine(Protocol):
     reads_data: bool  # True on the first and the last pipeline stage
     trace: Trace
     loss: NextTokenLoss  # called by the ranks of the last stage
+    context: LayerContext  # of this rank's layers
     any_row_length: bool  # whether `evaluate` also takes rows shorter than those of training
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
@@ -41,4 +44,10 @@ class Engine(Protocol):
         """Return the mean loss over the labels of `count` micro-batches of every data-parallel rank. Collective.
 
         `tokens` of a row; None: those of training.
+        """
+
+    def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
+        """Return the next ids (B,) of every pass, on all ranks of its pipeline.
+
+        Collective within the pipeline and the tensor-parallel group, and under ZeRO-3 over all ranks.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
-from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
-from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
@@ -42,7 +41,7 @@ def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], part
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
     attach_matrices(engine, run, layout)
     parts.context.weight_gradients.added = engine.optimizer.gradient_added
-    return PipelinedEngine(engine, parts.trace, parts.loss)
+    return PipelinedEngine(engine, parts)
 
 
 def _named_layers(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]]:
@@ -60,8 +59,8 @@ class PipelinedEngine:
 
     any_row_length = True
 
-    def __init__(self, engine: LlamaPipelineEngine, trace: Trace, loss: NextTokenLoss) -> None:
-        self.deepspeed, self.trace, self.loss = engine, trace, loss
+    def __init__(self, engine: LlamaPipelineEngine, parts: LayerParts) -> None:
+        self.deepspeed, self.trace, self.loss, self.context = engine, parts.trace, parts.loss, parts.context
         self.dp_rank = engine.grid.get_data_parallel_rank()
         self.reads_data = engine.reads_data()
 
@@ -75,6 +74,9 @@ class PipelinedEngine:
 
     def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
         return float(self.deepspeed.mean_loss(self._ids_and_labels(batches), count, tokens))
+
+    def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
+        return self.deepspeed.next_tokens(passes)
 
     def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         return (training_pair(batch, self.deepspeed.device, self.loss) for batch in batches)

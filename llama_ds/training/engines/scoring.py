@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import RunConfig
+from llama_ds.evaluation.generation import Decoder
 from llama_ds.evaluation.packing import PackedRow
 from llama_ds.evaluation.requests import Score
 from llama_ds.evaluation.scoring import RowShape, rows_of_any_length, stacked, sums
 from llama_ds.layout.layout import Layout
 from llama_ds.parallel import world
 from llama_ds.training.device_batches import MicroBatch
+from llama_ds.training.engines.generating import EngineDecoder
 from llama_ds.training.engines.interface import Engine
+
+T = TypeVar("T")
 
 
 class EngineBackend:
@@ -25,7 +30,7 @@ class EngineBackend:
     """
 
     def __init__(self, engine: Engine, run: RunConfig, layout: Layout, marks: DocumentMarks) -> None:
-        self.engine, self.run = engine, run
+        self.engine, self.run, self.layout = engine, run, layout
         self.shape = RowShape(
             run.data.seq_len,
             layout.micro_batch,
@@ -50,6 +55,12 @@ class EngineBackend:
             for rows, (losses, greedy) in zip(own, computed, strict=False):  # none before the last stage
                 found |= sums(rows, losses, greedy)
         return {number: score for part in world.gather(found) for number, score in part.items()}
+
+    def decoder(self) -> Decoder:
+        return EngineDecoder(self.engine, self.run, self.layout)
+
+    def once(self, work: Callable[[], T]) -> T:
+        return world.gather(work() if world.is_first() else None)[0]  # type: ignore[return-value]
 
     def _batches(self, own: Sequence[list[PackedRow]]) -> Iterator[MicroBatch | np.ndarray]:
         if not self.engine.reads_data:

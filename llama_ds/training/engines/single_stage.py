@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,12 +16,12 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.model.embedding import Head
 from llama_ds.model.llama import Llama
-from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
+from llama_ds.model.next_token import DecodePass
+from llama_ds.model.tensor_parallel import whole_rows
 from llama_ds.parallel import world
 from llama_ds.parallel.deepspeed_trace import collectives_recorded
 from llama_ds.parallel.grid import grid
-from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
@@ -56,7 +56,7 @@ def build_single_stage(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
     attach_matrices(engine, run, layout)
-    return SingleStageEngine(engine, layout.accumulation, device, parts.trace, parts.loss)
+    return SingleStageEngine(engine, layout.accumulation, device, parts)
 
 
 def _zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractContextManager[Any]:
@@ -71,8 +71,8 @@ class SingleStageEngine:
 
     any_row_length = True
 
-    def __init__(self, engine: Any, accumulation: int, device: torch.device, trace: Trace, loss: NextTokenLoss) -> None:
-        self.deepspeed, self.trace, self.loss = engine, trace, loss
+    def __init__(self, engine: Any, accumulation: int, device: torch.device, parts: LayerParts) -> None:
+        self.deepspeed, self.trace, self.loss, self.context = engine, parts.trace, parts.loss, parts.context
         self.accumulation = accumulation
         self.device = device
         self.dp_rank = engine.mpu.get_data_parallel_rank()
@@ -142,3 +142,13 @@ class SingleStageEngine:
         for batch in batches:
             total += self.deepspeed(*training_pair(batch, self.device, self.loss))
         return world.mean(total / count, self.deepspeed.mpu.get_data_parallel_group())
+
+    @torch.no_grad()
+    def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
+        self.deepspeed.eval()
+        found = []
+        with whole_rows(self.context.tp):
+            for one in passes:
+                with self.context.caches.using(one.cache):
+                    found.append(one.choose(self.deepspeed(one.ids, None, one.last)))
+        return found

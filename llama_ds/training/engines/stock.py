@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import deepspeed
 from torch import Tensor
 
 from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
-from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.stock_trace import trace_instructions
-from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
@@ -39,7 +39,7 @@ def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: L
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # the module brings its grid
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
     attach_matrices(engine, run, layout)
-    return StockPipelinedEngine(engine, parts.trace, parts.loss)
+    return StockPipelinedEngine(engine, parts)
 
 
 class StockPipelinedEngine:
@@ -47,11 +47,11 @@ class StockPipelinedEngine:
 
     any_row_length = False
 
-    def __init__(self, engine: Any, trace: Trace, loss: NextTokenLoss) -> None:
-        self.deepspeed, self.trace, self.loss = engine, trace, loss
+    def __init__(self, engine: Any, parts: LayerParts) -> None:
+        self.deepspeed, self.trace, self.loss, self.context = engine, parts.trace, parts.loss, parts.context
         self.dp_rank = engine.grid.get_data_parallel_rank()
         self.reads_data = engine.is_first_stage() or engine.is_last_stage()
-        trace_instructions(engine, trace)
+        trace_instructions(engine, parts.trace)
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         set_learning_rate(self.deepspeed, lr)
@@ -66,6 +66,11 @@ class StockPipelinedEngine:
     def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
         assert tokens is None, "DeepSpeed's engine keeps the shape of its first messages"
         return float(self.deepspeed.eval_batch(self._ids_and_labels(batches), num_micro_batches=count))
+
+    def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
+        raise UserError(
+            "parallel.schedule = deepspeed: DeepSpeed's own pipeline cannot generate text; use another schedule"
+        )
 
     def _ids_and_labels(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]] | None:
         """Return an iterator over the pairs, or None on the stages between the first and the last."""

@@ -1,0 +1,149 @@
+"""Tasks on a model folder of any format on several ranks: an engine is built, and filled from the model's files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from llama_ds.checkpoint.load_model import run_of
+from llama_ds.checkpoint.manifest import DESCRIPTION, describe
+from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.config import rules
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.errors import UserError
+from llama_ds.evaluation.evaluate import Journal, Work
+from llama_ds.evaluation.one_process import opened, results_of, subject_of
+from llama_ds.evaluation.scoring import Scorer
+from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.log import logger
+from llama_ds.parallel import world
+from llama_ds.training.checkpoints import Checkpoints
+from llama_ds.training.engines.build import build_engine
+from llama_ds.training.engines.scoring import EngineBackend
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How a model is evaluated; None: as the run that trained it."""
+
+    dtype: str | None = None  # of weights and computation: bf16 or fp32
+    rows: int = 8  # of a forward pass
+    tokenizer: str | None = None  # its path
+    pp: int | None = None
+    tp: int | None = None
+
+
+class EvaluationJob:
+    """The ranks of an evaluation. The engine is built for the first model, and refilled for others of its shape."""
+
+    def __init__(self, settings: EvaluationSettings, rank_info: world.RankInfo) -> None:
+        self._settings, self._rank_info = settings, rank_info
+        self._engine: Any = None
+        self._checkpoints: Checkpoints | None = None
+        self._run: RunConfig | None = None
+        self._layout: Layout | None = None
+
+    def evaluate(
+        self,
+        path: str,
+        works: Sequence[Work],
+        journal: str | None,
+        tick: Callable[[int], object] = lambda requests: None,
+    ) -> dict[str, Any]:
+        """Return on every rank what `evaluate_folder` returns. Collective.
+
+        Raises:
+            UserError: on all ranks: the model cannot be read, or its layout does not suit the number of ranks.
+        """
+        files, tokenizer = world.together(lambda: opened(path, self._settings.tokenizer))
+        dtype = self._settings.dtype or files.dtype
+        first = self._rank_info.rank == 0
+        kept = world.together(
+            lambda: Journal(journal, subject_of(files, tokenizer, dtype)) if first else Journal(None, {})
+        )
+        kept.share(world.gather)
+        self._fill(files, tokenizer, dtype)
+        assert self._run is not None and self._layout is not None
+        backend = EngineBackend(self._engine, self._run, self._layout, tokenizer.marks)
+        return results_of(Scorer(backend, tokenizer), files, dtype, works, kept, tick)
+
+    def once(self, work: Callable[[], T]) -> T:
+        """Return on every rank what `work` returns on the first, the only one that does it. Collective.
+
+        Raises:
+            UserError: on all ranks, if `work` does.
+        """
+
+        def on_first() -> T | None:
+            try:
+                return work() if self._rank_info.rank == 0 else None
+            except OSError as error:
+                raise UserError(str(error)) from None
+
+        return world.gather(world.together(on_first))[0]  # type: ignore[return-value]
+
+    def _fill(self, files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> None:
+        if self._checkpoints is None:
+            run, self._layout = world.together(lambda: self._layout_of(files, tokenizer, dtype))
+            device = world.device()
+            config = deepspeed_config(run, self._layout, world.computes_bf16(device))
+            self._run = run
+            layout = self._layout
+            self._engine = world.together(lambda: build_engine(run, layout, config, device, tokenizer.marks))
+            self._checkpoints = Checkpoints(run, layout, dtype, self._rank_info)
+            logger.info("evaluating %s under %s, ZeRO-%d, %s", files.path, layout.words(), run.zero_stage, dtype)
+        self._checkpoints.start_from(self._engine.deepspeed, files.tensors)
+
+    def _layout_of(self, files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> tuple[RunConfig, Layout]:
+        run = evaluation_run(files, tokenizer.path, dtype, self._settings, self._rank_info.world)
+        rules.check(run)
+        return run, resolve_layout(run, self._rank_info.world)
+
+
+def evaluation_run(
+    files: ModelFiles, tokenizer: str, dtype: str, settings: EvaluationSettings, ranks: int
+) -> RunConfig:
+    """Return a run whose engine evaluates a model: with the layout of the run that trained it, or the one given.
+
+    It has schedule 1f1b, which for forwards is as good as any, and nothing of training that costs memory.
+    """
+    parallel, zero = ParallelConfig(), 1
+    if os.path.exists(os.path.join(files.path, DESCRIPTION)):
+        trained = run_of(files.path, describe(files.path))
+        own = trained.parallel
+        parallel = ParallelConfig(pp=own.pp, tp=own.tp)
+        zero = 3 if trained.zero_stage == 3 else 1
+    pp, tp = settings.pp or parallel.pp, settings.tp or parallel.tp
+    zero = zero if pp == 1 else 1
+    batch = max(1, ranks // (pp * tp)) * settings.rows
+    return RunConfig(
+        name="evaluation",
+        seed=0,
+        output_dir="unused",
+        model=files.model,
+        data=DataConfig(
+            tokenizer, files.seq_len, (SourceConfig("none", "unused", 1.0),), document_mask=files.document_mask
+        ),
+        training=TrainingConfig(batch, 1, batch * files.seq_len),
+        optimizer=OptimizerConfig(lr=1.0, warmup_steps=0),
+        parallel=replace(parallel, pp=pp, tp=tp, micro_batch=settings.rows),
+        evaluation=EvaluationConfig(rows=0),
+        checkpoint=CheckpointConfig(save=False, start_from=files.path),
+        deepspeed={"zero_optimization": {"stage": zero}, "bf16": {"enabled": dtype == "bf16"}},
+        path=files.path,
+    )
