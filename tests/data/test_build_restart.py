@@ -205,6 +205,8 @@ def test_a_build_killed_during_its_commit_is_completed(
     with pytest.raises(UserError, match=r"manifest.json.tmp: cannot be written .*Is a directory"):
         build("b", more, append)
     blocker.rmdir()
+    (tmp_path / "b" / "s" / "build.removed").mkdir()  # what a kill leaves at the end of the commit
+    (tmp_path / "b" / "s" / "build.removed" / "part-000000.json").touch()
     tars = {p: p.stat().st_ino for p in tmp_path.glob("b/s/*.tar")}
     build("b", more, append)  # an addition is not added twice
     assert content(tmp_path / "a") == content(tmp_path / "b")

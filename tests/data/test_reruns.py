@@ -151,6 +151,21 @@ def test_files_under_other_names_and_changed_files_are_not_added_without_a_word(
     assert documents_in(tmp_path / "s") == 22
 
 
+def test_a_file_that_was_compressed_after_it_was_added_is_not_added_again(built: Built, tmp_path: Path) -> None:
+    """As `gzip crawl/*` leaves it: its name is the only sign of it, as its bytes are others."""
+    crawl = tmp_path / "crawl"
+    crawl.mkdir()
+    write_lines(crawl / "a.jsonl", TEXTS[:10])
+    build(built, tmp_path, crawl)
+    (crawl / "a.jsonl.gz").write_bytes(gzip.compress((crawl / "a.jsonl").read_bytes()))
+    (crawl / "a.jsonl").unlink()
+    write_lines(crawl / "b.jsonl", TEXTS[10:12])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: .*/s holds .*a\.jsonl, the same file by its name"):
+        build(built, tmp_path, crawl, append=True)
+    build(built, tmp_path, crawl, append=True, options=ReadOptions(exclude=("*.gz",)))
+    assert documents_in(tmp_path / "s") == 12
+
+
 def test_a_source_of_an_older_version_is_read_and_appended_to(
     built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -112,6 +112,7 @@ def finish_commit(folder: str) -> None:
     if content := _read(os.path.join(build_path(folder), MANIFEST)):
         write_atomically(os.path.join(folder, MANIFEST), content)
         _remove_build(folder)
+    shutil.rmtree(_removed_path(folder), ignore_errors=True)
 
 
 def begin(
@@ -238,9 +239,13 @@ def _read_plan(build: str) -> dict[str, object] | None:
     return json.loads(content) if content else None
 
 
+def _removed_path(folder: str) -> str:
+    return os.path.join(folder, "build.removed")
+
+
 def _remove_build(folder: str) -> None:
     # Rename first: a partly removed folder would look like an unfinished build of other flags.
-    build, removed = build_path(folder), os.path.join(folder, "build.removed")
+    build, removed = build_path(folder), _removed_path(folder)
     shutil.rmtree(removed, ignore_errors=True)
     if os.path.exists(build):
         os.rename(build, removed)
@@ -249,7 +254,7 @@ def _remove_build(folder: str) -> None:
 
 def remove_temporary(folder: str) -> None:
     """Remove the partial files of killed processes; no build may be running."""
-    shutil.rmtree(os.path.join(folder, "build.removed"), ignore_errors=True)
+    shutil.rmtree(_removed_path(folder), ignore_errors=True)
     for directory in (folder, build_path(folder), os.path.join(folder, "index")):
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
             if TEMPORARY in name:

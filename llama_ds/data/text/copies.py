@@ -30,9 +30,8 @@ def compressed_copies(files: Iterable[tuple[str, FileFormat]]) -> set[str]:
     """
     named: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for path, form in files:
-        root, suffix = os.path.splitext(path)
-        is_suffix = form.compression and suffix.lower() in decompress.SUFFIXES
-        named[root if is_suffix else path].append((path, form.compression))
+        bare = decompress.without_compression(path) if form.compression else path
+        named[bare].append((path, form.compression))
     found: set[str] = set()
     for first, *others in (sorted(same, key=lambda file: len(file[0])) for same in named.values()):
         found |= {path for path, compression in others if _equal(first, (path, compression))}
