@@ -171,12 +171,12 @@ def convert_model(args: argparse.Namespace) -> None:
 
 def open_source(args: argparse.Namespace) -> ModelFiles:
     """Return the model to convert, with the weights from which a result of the wanted dtype is made."""
-    from llama_ds.benchmarks.token_ids import with_token_ids
+    from llama_ds.benchmarks.token_ids import with_missing_rows_noted, with_token_ids
     from llama_ds.checkpoint.load_model import open_model
     from llama_ds.checkpoint.weights import for_dtype
 
     files = open_model(args.source, args.kind, args.vocab_size, unsaid_by(args))
-    files = with_token_ids(files, args.bos_id, args.eos_id)
+    files = with_missing_rows_noted(with_token_ids(files, args.bos_id, args.eos_id))
     return for_dtype(files, args.dtype or files.dtype)
 
 
