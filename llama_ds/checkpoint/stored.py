@@ -254,6 +254,7 @@ def _unreadable(path: str, error: Exception) -> UserError:
             "executed; save the tensors alone, as a state dict"
         )
     reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or type(error).__name__
+    reason = reason.partition(". This is an internal")[0]  # five sentences on corruption follow
     return UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again")
 
 

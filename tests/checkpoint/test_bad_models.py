@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,23 @@ def test_tensors_cover_a_safetensors_file_once(
     folder = models("hf")
     damage(folder / "model.safetensors")
     refuse(folder, capsys, f"{folder}/model.safetensors: cannot be read as a safetensors file", named)
+
+
+def test_a_rank_s_file_in_place_of_another_is_named(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = models("meta")
+    shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
+    named = f"{folder}/consolidated.01.pth: ", f" equals that of {folder}/consolidated.00.pth, though each rank"
+    refuse(folder, capsys, *named)
+
+
+def test_ids_without_a_row_are_noted(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Many published models have a padding token whose id is the number of rows; it is legal, but not computed."""
+    source = write(1, True, model=replace(SHAPES["gqa"], vocab_size=700))
+    for words, noted in (((), True), (("--vocab-size", "800"), False)):
+        out = tmp_path / str(noted)
+        assert convert.main([source, str(out), "--to", "hf", "--no-logits", *words]) == 0
+        text = "vocabulary: the tables have 700 rows, the tokenizer 800 ids, of which those from 700 on cannot"
+        assert (text in capsys.readouterr().out) == noted
 
 
 @pytest.mark.parametrize(

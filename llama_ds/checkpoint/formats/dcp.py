@@ -63,13 +63,13 @@ class DcpTensor:
             raise UserError(
                 f"{self.folder}: a block of {self.name} holds several layers, which this reader does not know"
             )
-        places = tuple((begin[1:], sizes[1:], *where) for begin, sizes, *where in own)
+        places = tuple((begin[1:], sizes[1:], file, at, length) for begin, sizes, file, at, length in own)
         return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], places=places, stacked=True)
 
     def followed_by(self, other: DcpTensor) -> DcpTensor:
         """Return both as one tensor, with the rows of `other` at the end."""
         rows = self.shape[0]
-        moved = [((begin[0] + rows, *begin[1:]), *where) for begin, *where in other.places]
+        moved = [((begin[0] + rows, *begin[1:]), *place[1:]) for place in other.places for begin in place[:1]]
         return replace(self, shape=(rows + other.shape[0], *self.shape[1:]), places=(*self.places, *moved))
 
     def readable(self, dim: int | None) -> Readable:
