@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
-from llama_ds.model.loss import NextTokenLoss
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
-from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
@@ -42,7 +40,7 @@ def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], part
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
     attach_matrices(engine, run, layout)
     parts.context.weight_gradients.added = engine.optimizer.gradient_added
-    return PipelinedEngine(engine, parts.trace, parts.loss)
+    return PipelinedEngine(engine, parts)
 
 
 def _named_layers(module: LlamaPipeline) -> Iterator[tuple[str, nn.Module]]:
@@ -60,9 +58,8 @@ class PipelinedEngine:
 
     any_row_length = True
 
-    def __init__(self, engine: LlamaPipelineEngine, trace: Trace, loss: NextTokenLoss) -> None:
-        self.deepspeed, self.trace, self.loss = engine, trace, loss
-        self.dp_rank = engine.grid.get_data_parallel_rank()
+    def __init__(self, engine: LlamaPipelineEngine, parts: LayerParts) -> None:
+        self.deepspeed, self.trace, self.loss, self.dp_rank = engine, parts.trace, parts.loss, parts.dp_rank
         self.reads_data = engine.reads_data()
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:

@@ -16,12 +16,10 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.model.embedding import Head
 from llama_ds.model.llama import Llama
-from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.parallel import world
 from llama_ds.parallel.deepspeed_trace import collectives_recorded
 from llama_ds.parallel.grid import grid
-from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
@@ -56,7 +54,7 @@ def build_single_stage(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
     attach_matrices(engine, run, layout)
-    return SingleStageEngine(engine, layout.accumulation, device, parts.trace, parts.loss)
+    return SingleStageEngine(engine, layout.accumulation, device, parts)
 
 
 def _zero_init(run: RunConfig, config: dict[str, Any], mpu: Any) -> AbstractContextManager[Any]:
@@ -71,11 +69,10 @@ class SingleStageEngine:
 
     any_row_length = True
 
-    def __init__(self, engine: Any, accumulation: int, device: torch.device, trace: Trace, loss: NextTokenLoss) -> None:
-        self.deepspeed, self.trace, self.loss = engine, trace, loss
+    def __init__(self, engine: Any, accumulation: int, device: torch.device, parts: LayerParts) -> None:
+        self.deepspeed, self.trace, self.loss, self.dp_rank = engine, parts.trace, parts.loss, parts.dp_rank
         self.accumulation = accumulation
         self.device = device
-        self.dp_rank = engine.mpu.get_data_parallel_rank()
         self.reads_data = True
         # DeepSpeed's collectives run in the forward under ZeRO-3, in the backward of every micro-batch from ZeRO-2 on,
         # else in the last backward only. Time that includes collectives does not count as this rank's own.

@@ -11,10 +11,8 @@ from torch import Tensor
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.pipeline_schedule import schedule_of
-from llama_ds.model.loss import NextTokenLoss
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.stock_trace import trace_instructions
-from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches, training_pair
 from llama_ds.training.engines.interface import StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
@@ -39,7 +37,7 @@ def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: L
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # the module brings its grid
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
     attach_matrices(engine, run, layout)
-    return StockPipelinedEngine(engine, parts.trace, parts.loss)
+    return StockPipelinedEngine(engine, parts)
 
 
 class StockPipelinedEngine:
@@ -47,11 +45,10 @@ class StockPipelinedEngine:
 
     any_row_length = False
 
-    def __init__(self, engine: Any, trace: Trace, loss: NextTokenLoss) -> None:
-        self.deepspeed, self.trace, self.loss = engine, trace, loss
-        self.dp_rank = engine.grid.get_data_parallel_rank()
+    def __init__(self, engine: Any, parts: LayerParts) -> None:
+        self.deepspeed, self.trace, self.loss, self.dp_rank = engine, parts.trace, parts.loss, parts.dp_rank
         self.reads_data = engine.is_first_stage() or engine.is_last_stage()
-        trace_instructions(engine, trace)
+        trace_instructions(engine, parts.trace)
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         set_learning_rate(self.deepspeed, lr)
