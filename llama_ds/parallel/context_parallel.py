@@ -29,15 +29,16 @@ class GroupContextParallel:
             dist.P2POp(dist.irecv, received, self._previous, self.group),
         ]
         handles = dist.batch_isend_irecv(messages)
-        issued = self.trace.now()
+        watched = self.trace.watch("cp", handles[-1], x.nbytes)
 
         def wait() -> Tensor:
-            begin = self.trace.now()
+            trace = self.trace
+            begin = trace.now()
             for handle in handles:
                 handle.wait()
-            if self.trace.recording and issued is not None:
-                self.trace.add("cp", issued, size=x.nbytes)
-                self.trace.add("wait cp", begin)
+            if trace.recording:
+                trace.done("cp", watched, x.nbytes)
+                trace.add("wait cp", begin)
             return received
 
         return wait
