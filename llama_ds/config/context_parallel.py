@@ -22,6 +22,7 @@ ELEMENT_BYTES = 2  # bf16
 def cp_method(run: RunConfig) -> tuple[str, str]:
     """Return the run's method, and why; `auto` takes the ring unless its messages are too large to hide.
 
+    The ring computes document masks by plain matrix products, so with these `auto` prefers all-to-alls.
     A rank with S tokens, H query heads and G key-value heads of size K computes 2 S^2 H K FLOPs on each block of a
     ring, and passes on 2 S G K elements meanwhile: S H / G FLOPs for each element.
     """
@@ -33,6 +34,8 @@ def cp_method(run: RunConfig) -> tuple[str, str]:
         return RING, f"parallel.cp = {cp} does not divide the {heads} query heads of a rank"
     if run.data.seq_len % cp:
         return RING, f"parallel.cp = {cp} does not divide rows of {run.data.seq_len} tokens"
+    if run.data.document_mask:
+        return ALL_TO_ALL, "with data.document_mask, kernels for documents of any length compute whole rows"
     tokens = run.data.seq_len // cp
     intensity = tokens * run.model.num_attention_heads / run.model.num_key_value_heads / ELEMENT_BYTES
     if run.data.seq_len % (2 * cp) or intensity < HIDING_INTENSITY:

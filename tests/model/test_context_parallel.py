@@ -5,6 +5,7 @@ What each rank computes goes through the same code as on real ranks; only the me
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -23,8 +24,9 @@ from llama_ds.config.context_parallel import ALL_TO_ALL, RING
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.activation_memory import LayerWork
 from llama_ds.layout.row_cuts import own_ranges, ring_block
+from llama_ds.model import ring_attention
 from llama_ds.model.attention import Documents
-from llama_ds.model.attention_kernels import AttentionKernel, attention_kernel
+from llama_ds.model.attention_kernels import AttentionKernel, _SdpaCuda, attention_kernel
 from llama_ds.model.context_parallel import own_tokens, whole_rows
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.manual_backward import ManualBackwardLayer
@@ -199,6 +201,39 @@ class Alone(ThreadRank):
 
     def all_to_all(self, x: Tensor) -> Tensor:
         return x
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_blocks_fit_the_signatures_of_torchs_cuda_kernels(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: shapes, dtypes and order of arguments, on tensors without data."""
+    monkeypatch.setattr(ring_attention, "block_kernel", lambda backend, like, causal: _SdpaCuda(causal))
+    ring = RingAttention(Alone(rank, 4, RING, Mailboxes(1)), "sdpa")
+    q, k = (torch.empty(2, 16, heads, 64, device="meta", dtype=torch.bfloat16) for heads in (8, 2))
+    out, statistics = ring.forward(q, k, k, None)
+    grads = ring.backward(torch.empty_like(q), q, k, k, out, statistics, None)
+    assert (out.shape, out.dtype, statistics[0].shape, statistics[0].dtype) == (
+        q.shape,
+        q.dtype,
+        (2, 8, 16),
+        torch.float32,
+    )
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, k)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", *(["flash_attn"] if importlib.util.find_spec("flash_attn") else [])])
+def test_cuda_blocks_merge_to_the_attention_of_whole_rows(backend: str) -> None:
+    """In bf16, against float64: errors of a few roundings, 2^-8 each."""
+    tensors, _ = inputs(8, 2, 512, 0.0)
+    wanted = run_kernel(attention_kernel("reference"), tensors, None)
+    halves = [x.to("cuda", torch.bfloat16) for x in tensors]
+
+    def run(cp: ThreadRank) -> tuple[Tensor, ...]:
+        own = [own_tokens(x, cp) for x in halves]
+        return tuple(whole_rows_of(x, cp) for x in run_kernel(kernel_over(cp, backend), own, None))
+
+    for got, want in zip(on_ranks(4, RING, run)[0], wanted, strict=True):
+        assert (got.cpu().double() - want).norm() < 2e-2 * want.norm()
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])

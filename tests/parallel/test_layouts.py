@@ -109,7 +109,7 @@ RING = {"cp": 2, "cp_method": "ring"}
 ALL_TO_ALL = {"cp": 2, "cp_method": "all_to_all"}
 CONTEXT_PARALLEL = [
     Case(1, 1, 1, zero=0, micro_batch=4, document_mask=True, recompute="full", **RING),
-    Case(1, 1, 1, zero=2, micro_batch=4, decoder_layer="autograd", tied=True, **RING),
+    Case(1, 1, 1, zero=2, micro_batch=4, decoder_layer="autograd", tied=True, z_loss=1e-3, **RING),
     Case(1, 1, 1, zero=3, micro_batch=4, dtype="bf16", **ALL_TO_ALL),
     Case(1, 1, 1, micro_batch=4, cp=4, cp_method="ring"),
     Case(1, 1, 2, zero=3, micro_batch=2, **RING),
