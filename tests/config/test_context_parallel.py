@@ -49,7 +49,12 @@ def test_what_ranks_cannot_share_is_refused_with_values_that_would_do(overrides:
 @pytest.mark.parametrize(
     ("name", "overrides", "method", "reason"),
     [
-        ("llama3_8b", ["data.seq_len=131072", "parallel.cp=8"], "ring", "it computes 32768 FLOPs for each byte"),
+        (
+            "llama3_8b",
+            ["data.seq_len=131072", "parallel.cp=8", "data.document_mask=false"],
+            "ring",
+            "it computes 32768 FLOPs for each byte",
+        ),
         ("llama_65b", ["data.seq_len=32768", "parallel.cp=4"], "all_to_all", "a ring would compute 4096 FLOPs for"),
         ("llama_65b", ["data.seq_len=32768", "parallel.cp=16"], "ring", "parallel.cp = 16 does not divide the 8 query"),
         (
