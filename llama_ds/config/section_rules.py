@@ -109,6 +109,10 @@ def check_parallel(parallel: ParallelConfig) -> None:
         raise parallel.broken(
             "parallel.sequence_parallel = true shares rows over tp ranks and tp is 1; set it to false"
         )
+    if parallel.cp == 1 and parallel.cp_method != "auto":
+        raise parallel.broken(
+            f"parallel.cp_method = {parallel.cp_method} shares rows over cp ranks and cp is 1; leave it out"
+        )
     if virtual > 1 and pp == 1:
         raise parallel.broken(f"parallel.virtual_stages = {virtual} cuts what pipeline ranks hold and pp is 1; use 1")
     if virtual > 1 and parallel.schedule == STOCK_ENGINE:

@@ -67,11 +67,14 @@ class Case:
     # All that LLaMA does not have: biases, norms of queries and keys, scaled rotary frequencies.
     neighbour: bool = False
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
+    cp: int = 1
+    cp_method: str = "auto"
+    kv_heads: int = 4
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
     def world(self) -> int:
-        return self.pp * self.tp * self.dp
+        return self.pp * self.tp * self.dp * self.cp
 
     @property
     def name(self) -> str:
@@ -82,7 +85,8 @@ class Case:
     @property
     def layout(self) -> Layout:
         accumulation = GLOBAL_BATCH // self.dp // self.micro_batch
-        return Layout(pp=self.pp, dp=self.dp, tp=self.tp, micro_batch=self.micro_batch, accumulation=accumulation)
+        sizes = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+        return Layout(**sizes, micro_batch=self.micro_batch, accumulation=accumulation)
 
     @property
     def reference(self) -> Case:
@@ -95,6 +99,7 @@ class Case:
             vocab=self.vocab,
             neighbour=self.neighbour,
             muon=self.muon,
+            kv_heads=self.kv_heads,
         )
 
     @property
@@ -110,7 +115,7 @@ def run_of(case: Case) -> RunConfig:
         intermediate_size=88,
         num_hidden_layers=case.layers,
         num_attention_heads=8,
-        num_key_value_heads=4,
+        num_key_value_heads=case.kv_heads,
         head_dim=8,
         tie_word_embeddings=case.tied,
         **(NEIGHBOUR if case.neighbour else {}),
@@ -142,6 +147,8 @@ def run_of(case: Case) -> RunConfig:
             case.schedule,
             case.extra_warmup,
             case.virtual_stages,
+            case.cp,
+            case.cp_method,
         ),
         compute=ComputeConfig(decoder_layer=case.decoder_layer),
         deepspeed={

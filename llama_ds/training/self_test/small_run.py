@@ -9,10 +9,12 @@ and micro-batches.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama_ds.config.context_parallel import ALL_TO_ALL, cp_method
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.recompute import POLICIES
@@ -71,7 +73,8 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
     `marks` are those of the tokenizer. `recompute: auto` must be resolved.
     """
     layers = _layers_of_stages(run)
-    seq_len = layout.tp * -(-MIN_TOKENS // layout.tp)
+    multiple = layout.cp * math.lcm(layout.tp, 2) if layout.cp > 1 else layout.tp
+    seq_len = multiple * -(-MIN_TOKENS // multiple)
     model = _small_model(run, layout.tp, sum(layers), seq_len)
     small_layout = replace(layout, micro_batch=min(layout.micro_batch, 2), accumulation=_accumulation(layout))
     batch = small_layout.global_batch
@@ -80,6 +83,7 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
         micro_batch=small_layout.micro_batch,
         partition=tuple(layers) if len(layers) > 1 else None,
         recompute=_policies(run, layout, dtype),
+        cp_method=cp_method(run)[0] if layout.cp > 1 else "auto",
     )
     small = replace(
         run,
@@ -124,6 +128,7 @@ def with_axes(small: SmallRun, axes: Iterable[str]) -> SmallRun:
     parallel, settings = small.run.parallel, copy.deepcopy(small.run.deepspeed)
     parallel = replace(
         parallel, pp=layout.pp, tp=layout.tp, sequence_parallel=parallel.sequence_parallel and layout.tp > 1,
+        cp=layout.cp, cp_method=parallel.cp_method if layout.cp > 1 else "auto",
         **({} if "pp" in kept else _one_stage(parallel.recompute)),
     )  # fmt: skip
     if "dp" not in kept:
@@ -175,7 +180,7 @@ def _policies(run: RunConfig, layout: Layout, dtype: str) -> str:
 
 def _small_model(run: RunConfig, tp: int, layers: int, seq_len: int) -> ModelConfig:
     model = run.model
-    groups = tp * min(2, model.num_key_value_heads // tp)
+    groups = tp * _key_value_heads(run, tp)
     scaling = model.rope_scaling
     if scaling and scaling.original_max_position_embeddings:
         original = scaling.original_max_position_embeddings * seq_len // run.data.seq_len
@@ -190,6 +195,15 @@ def _small_model(run: RunConfig, tp: int, layers: int, seq_len: int) -> ModelCon
         num_key_value_heads=groups,
         rope_scaling=scaling,
     )
+
+
+def _key_value_heads(run: RunConfig, tp: int) -> int:
+    """Return a number of key-value heads on a rank whose query heads context-parallel ranks can exchange."""
+    model, cp = run.model, run.parallel.cp
+    repeats, found = model.num_attention_heads // model.num_key_value_heads, min(2, model.num_key_value_heads // tp)
+    if cp_method(run)[0] == ALL_TO_ALL:
+        found += next(more for more in range(cp) if (found + more) * repeats % cp == 0)
+    return found
 
 
 def _deepspeed(run: RunConfig, model: ModelConfig, tp: int, dtype: str) -> dict[str, Any]:
