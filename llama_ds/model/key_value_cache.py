@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ds.model.attention_kernels import attention_kernel
-from llama_ds.model.cpu_products import products_of_a_row
+from llama_ds.model.cpu_products import small_products
 from llama_ds.model.pointwise import rotated
 from llama_ds.model.rope import RotaryTables
 
@@ -90,7 +90,8 @@ class KeyValueCache:
         # The R queries that share a key-value head are the rows of one matrix, so that no key is repeated.
         grouped = q.view(len(q), k.shape[2], -1, q.shape[3])
         seen = slice(0, longest + 1)
-        out = F.scaled_dot_product_attention(grouped, keys[:, :, seen], values[:, :, seen], attn_mask=self._mask)
+        with nullcontext() if q.is_cuda else small_products():
+            out = F.scaled_dot_product_attention(grouped, keys[:, :, seen], values[:, :, seen], attn_mask=self._mask)
         return out.reshape(q.shape)
 
     def end(self, counts: Sequence[int]) -> None:
@@ -124,7 +125,7 @@ class CacheHolder:
         self.cache = cache
         single = cache is not None and cache.single_on_cpu
         try:
-            with products_of_a_row() if single else nullcontext():
+            with small_products() if single else nullcontext():
                 yield
         finally:
             self.cache = None
