@@ -29,6 +29,7 @@ class KeyValueCache:
     def __init__(self, rows: int, positions: int) -> None:
         self.positions = positions
         self.lengths = [0] * rows  # tokens of each row in the cache
+        self.joined: dict[nn.Module, tuple[Tensor, Tensor | None] | None] = {}  # see `cached_layer`
         self.single_on_cpu = False  # whether the next pass is of a single token on a CPU
         self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # keys and values, (B, G, P, K) each
         self._tables = (torch.empty(0), torch.empty(0))
@@ -67,8 +68,12 @@ class KeyValueCache:
         self._mask = mask[:, None, None]
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys of the new tokens by their positions: (B, T, heads, K)."""
-        return rotated(x, *self._tables).to(x.dtype)
+        """Return queries or keys of the new tokens rotated by their positions: (B, T, heads, K). It may overwrite x."""
+        cos, sin = self._tables
+        if x.dtype == cos.dtype:
+            swapped = x.roll(x.shape[-1] // 2, -1)
+            return x.mul_(cos).addcmul_(swapped, sin)
+        return rotated(x, cos, sin).to(x.dtype)
 
     def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         """Append k and v (B, T, G, K) of `layer`; return the attention of q (B, T, H, K) to all so far: (B, T, H, K).
