@@ -26,7 +26,7 @@ test: .venv/.installed
 	.ci/test $(RUN)python -m pytest --durations=15 -m "$(ALL)"
 
 test-fast: .venv/.installed
-	.ci/test $(RUN)python -m pytest -m "$(FAST)"
+	.ci/test --merged $(RUN)python -m pytest -m "$(FAST)"
 
 # Exports in the libraries that they are for, each in an environment of its own in .venv-ecosystem.
 ecosystem: .venv/.installed

@@ -23,7 +23,11 @@ setup(
     # What a checkout has beside the package is inside of it in a wheel; llama_ds/shipped.py finds both.
     packages=[*find_packages(include=["llama_ds", "llama_ds.*"]), *(f"llama_ds.{name}" for name in BESIDE)],
     package_dir={f"llama_ds.{name}": name.replace(".", "/") for name in BESIDE},
-    package_data={"llama_ds.perf.plan": ["data/*.yaml"], **{f"llama_ds.{name}": BESIDE[name] for name in BESIDE}},
+    package_data={
+        "llama_ds.experiments": ["*.css", "*.js"],
+        "llama_ds.perf.plan": ["data/*.yaml"],
+        **{f"llama_ds.{name}": BESIDE[name] for name in BESIDE},
+    },
     entry_points={"console_scripts": ["llama-ds = llama_ds.__main__:main"]},
     install_requires=[
         "deepspeed>=0.19.4,<0.20",  # earlier releases scale pipeline gradients wrongly
@@ -56,6 +60,7 @@ setup(
         "dev": [
             "gguf>=0.17",
             "hypothesis>=6.100",
+            "jsonschema>=4.20",
             "mpi4py>=4",
             "mypy>=2",
             "openmpi>=5; sys_platform == 'linux'",  # brings mpirun for its test, without root

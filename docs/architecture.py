@@ -34,7 +34,8 @@ ROOMS = {
     "__main__": Room(16, 884, "the command llama-ds: train and every program of tools"),
     "train": Room(16, 330, "the script that launchers start on every rank", "blue"),
     "tools": Room(346, 884, "one thin program per task"),
-    "benchmarks": Room(346, 738, "benchmarks of steps, layers, data, checkpoints, machines"),
+    "benchmarks": Room(346, 598, "steps, layers, data, machines"),
+    "experiments": Room(614, 738, "runs side by side"),
     "launch": Room(346, 838, "hostfiles, launcher commands, preflight checks, supervision of a job"),
     "training": Room(16, 697, "the loop, its engines, feed, checkpoints of a run, reports", "blue"),
     "evaluation": Room(228, 322, "benchmarks"),
@@ -59,7 +60,8 @@ COLOURS = {  # fill and border
 # Where an arrow runs: straight down at x, or down at the first x, across below a floor, and down at the second x.
 ROUTES: dict[tuple[str, str], tuple[int] | tuple[int, str, int]] = {
     ("train", "training"): (173,),
-    ("tools", "benchmarks"): (542,),
+    ("tools", "benchmarks"): (472,),
+    ("tools", "experiments"): (676,),
     ("tools", "launch"): (769,),
     ("tools", "perf"): (861,),
     ("launch", "job"): (704,),
@@ -87,7 +89,12 @@ ROUTES: dict[tuple[str, str], tuple[int] | tuple[int, str, int]] = {
 }
 
 # These rooms may use every room below, and those are used by every room above: most of their arrows would say nothing.
-ENTRIES = {"train": ("training",), "tools": ("benchmarks", "launch", "perf"), "benchmarks": ()}
+ENTRIES = {
+    "train": ("training",),
+    "tools": ("benchmarks", "experiments", "launch", "perf"),
+    "benchmarks": (),
+    "experiments": (),
+}
 MODULES = [name for floor in FLOORS for name in floor if name not in ROOMS and (REPO / f"llama_ds/{name}.py").exists()]
 GROUND = ("config", *MODULES)
 FEW = 8  # an arrow of fewer imports is left out where a longer way along other arrows leads to the same room

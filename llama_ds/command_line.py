@@ -230,6 +230,8 @@ def _result(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
             args = _parse(parser, argv)
         except SystemExit as error:  # argparse has printed the reason
             return int(error.code or 0)
+        if path := getattr(args, "results_file", None):
+            _check_writable(path)
         if getattr(args, "json", False):
             with _stdout_to_stderr():
                 answer = args.work(args)
@@ -279,21 +281,37 @@ def _expanded(value: Any) -> Any:
 
 def _print_answer(args: argparse.Namespace, answer: Answer) -> int:
     """Print an answer, and write it to the file of --out."""
-    if path := getattr(args, "results_file", None):
-        _write(path, json.dumps(answer.data, indent=1) + "\n")
     if getattr(args, "json", False):
         print(json.dumps(answer.data, indent=1))
     elif answer.text:
         print(answer.text)
+    if path := getattr(args, "results_file", None):
+        _write(path, json.dumps(answer.data, indent=1) + "\n")
     for line in answer.remarks:
         print(line, file=sys.stderr)
     return answer.code
 
 
 def _write(path: str, text: str) -> None:
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with _reporting_out(path):
         Path(path).write_text(text, encoding="utf-8")
+
+
+def _check_writable(path: str) -> None:
+    """Raise UserError if a file cannot be written: before the work, whose results would be lost."""
+    with _reporting_out(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        is_new = not os.path.lexists(path)
+        with open(path, "ab"):
+            pass
+        if is_new:
+            os.remove(path)
+
+
+@contextmanager
+def _reporting_out(path: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); name another file") from None
 

@@ -27,7 +27,7 @@ FLOORS = (
     ("evaluation",),
     ("training",),
     ("launch",),
-    ("benchmarks",),
+    ("benchmarks", "experiments"),
     ("train", "tools"),
     ("__main__",),
 )

@@ -93,6 +93,7 @@ def data() -> Dataset:
     return open_data(load_run("ds_configs/quickstart.yaml"))
 
 
+@pytest.mark.slow
 def test_snippets_print_what_the_page_shows() -> None:
     snippets = SNIPPET.findall((ROOT / "docs/python.md").read_text())
     assert len(snippets) == 5

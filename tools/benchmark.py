@@ -104,8 +104,8 @@ def _add_data_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--corpus-mb", type=whole(1, 10**9), help="text to build from (default: 30); more is better for workers"
     )
-    command.add_argument("--tokenizer", default="", metavar="MODEL", help="(default: train one with 4096 ids)")
-    command.add_argument("--streaming-python", default="", metavar="PYTHON", help="interpreter with these packages")
+    command.add_argument("--tokenizer", metavar="MODEL", help="(default: train one with 4096 ids)")
+    command.add_argument("--streaming-python", metavar="PYTHON", help="interpreter with these packages")
     command.add_argument("--run", default=find_run_file("65b"), help="run file to resume")
     command.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help=f"any of {', '.join(PARTS)}")
     command.add_argument("--quick", action="store_true", help="small sizes, for a smoke test only")
@@ -158,6 +158,9 @@ def data(args: argparse.Namespace) -> Answer:
     from llama_ds.checkpoint.formats.hf_tokenizer import tokenizer_json
     from llama_ds.data.text.sentencepiece_model import SentencepieceModel
 
+    run_file, parts = find_run_file(args.run), args.only or PARTS
+    if "resume" in parts:
+        load_run(run_file)  # before the measurements of the other parts
     sizes = QUICK if args.quick else DataBenchSizes()
     if args.corpus_mb is not None:
         sizes = replace(sizes, corpus_mb=args.corpus_mb)
@@ -174,7 +177,7 @@ def data(args: argparse.Namespace) -> Answer:
             bar.update()
 
         bench = set_up(folder, args.corpus, args.tokenizer, hf_json, sizes, args.repeats, args.streaming_python, tick)
-        results = measure(bench, args.only or PARTS, args.run)
+        results = measure(bench, parts, run_file)
     return Answer(results, table(results))
 
 

@@ -40,14 +40,12 @@ from llama_ds.checkpoint.choices import (
 )
 from llama_ds.command_line import new_parser, processes, real, run, whole
 from llama_ds.errors import UserError
-from llama_ds.layout.weights import EMBEDDING_KEY
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llama_ds.checkpoint.conversion.proof import Proof
-    from llama_ds.checkpoint.formats.gguf_model import GgufVocabulary
-    from llama_ds.checkpoint.formats.huggingface import HfTokenizer
+    from llama_ds.checkpoint.formats.meta_params import Unsaid
     from llama_ds.checkpoint.formats.plan import Plan
     from llama_ds.checkpoint.weights import ModelFiles
 
@@ -102,6 +100,12 @@ def parser() -> argparse.ArgumentParser:
         "--seq-len", type=whole(), metavar="N", help="longest sequence that it was trained for, in tokens"
     )
     unsaid.add_argument(
+        "--rope-theta",
+        type=real(1),
+        metavar="X",
+        help="rotary base of a checkpoint of Megatron-LM before Megatron core, which ignored the one in its args",
+    )
+    unsaid.add_argument(
         "--qkv-order",
         choices=QKV_ORDERS,
         help="order of the rows of query, key and value of GPT-NeoX and Megatron-DeepSpeed, which changed late in 2024",
@@ -131,6 +135,7 @@ def parser() -> argparse.ArgumentParser:
 def convert_model(args: argparse.Namespace) -> None:
     """Convert, verify and print a report."""
     from llama_ds.checkpoint.conversion.convert import plan_of
+    from llama_ds.checkpoint.conversion.report import report
     from llama_ds.checkpoint.formats.huggingface import needs_tokenizer
     from llama_ds.checkpoint.formats.plan import Target
     from llama_ds.checkpoint.load_model import open_model
@@ -148,7 +153,13 @@ def convert_model(args: argparse.Namespace) -> None:
         raise UserError(f"command line: --to-qkv-order applies only to megatron_deepspeed, not to {args.to}; omit it")
     dtype, impl = args.dtype or files.dtype, args.transformer_impl
     target = Target(dtype, args.tp, args.pp, args.embedding, impl, args.to_qkv_order)
-    tokenizer = hf_tokenizer(files) if args.to == "hf" and needs_tokenizer(files) else None
+    tokenizer = None
+    if args.to == "hf" and needs_tokenizer(files):
+        from llama_ds.benchmarks.exported_tokenizer import hf_tokenizer
+
+        tokenizer, warning = hf_tokenizer(files)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
     plan = plan_of(files, args.to, target, tokenizer)
     if args.card:
         from llama_ds.benchmarks.model_card import Stated, card_files
@@ -158,27 +169,34 @@ def convert_model(args: argparse.Namespace) -> None:
     reference = transformers_logits if args.to == "hf" else None
     kind = READ_AS.get(args.to, args.to)
     proof = converted(args, files, plan, lambda folder: open_model(folder, kind), logits_of_result=reference)
-    report(files, plan, args.destination, target.dtype)
-    print("\n".join(proof.lines()))
+    print("\n".join([*report(files, plan, args.destination, target.dtype), *proof.lines()]))
 
 
 def open_source(args: argparse.Namespace) -> ModelFiles:
     """Return the model to convert, with the weights from which a result of the wanted dtype is made."""
-    from llama_ds.benchmarks.token_ids import with_token_ids
-    from llama_ds.checkpoint.formats.meta_params import Unsaid
+    from llama_ds.benchmarks.token_ids import with_missing_rows_noted, with_token_ids
     from llama_ds.checkpoint.load_model import open_model
     from llama_ds.checkpoint.weights import for_dtype
 
-    files = open_model(args.source, args.kind, args.vocab_size, Unsaid(args.rope_factor, args.seq_len, args.qkv_order))
-    files = with_token_ids(files, args.bos_id, args.eos_id)
+    files = open_model(args.source, args.kind, args.vocab_size, unsaid_by(args))
+    files = with_missing_rows_noted(with_token_ids(files, args.bos_id, args.eos_id))
     return for_dtype(files, args.dtype or files.dtype)
+
+
+def unsaid_by(args: argparse.Namespace) -> Unsaid:
+    """Return what the user says of the source."""
+    from llama_ds.checkpoint.formats.meta_params import Unsaid
+
+    return Unsaid(args.rope_factor, args.seq_len, args.qkv_order, args.rope_theta)
 
 
 def convert_to_gguf(args: argparse.Namespace, files: ModelFiles) -> None:
     """Convert to a GGUF file, verify it and print a report."""
+    from llama_ds.checkpoint.conversion.report import report
     from llama_ds.checkpoint.formats.plan import Target
 
     try:
+        from llama_ds.benchmarks.gguf_tokenizer import model_vocabulary
         from llama_ds.checkpoint.formats.gguf_model import plan_gguf, read_back_gguf, rounded_as, unquantized
     except ModuleNotFoundError as error:
         if error.name != "gguf":
@@ -186,17 +204,20 @@ def convert_to_gguf(args: argparse.Namespace, files: ModelFiles) -> None:
         raise UserError("command line: --to gguf needs the package gguf; pip install 'llama_ds[gguf]'") from None
     if not args.destination.endswith(".gguf"):
         raise UserError(f"{args.destination}: a GGUF model is one file; give a name that ends in .gguf")
+    vocabulary, differences = model_vocabulary(files)
+    for difference in differences:
+        print(f"note: {difference}", file=sys.stderr)
     target = Target(args.dtype or files.dtype, args.tp, args.pp)
-    plan = plan_gguf(files, target, Path(args.destination).name, gguf_tokenizer(files))
+    plan = plan_gguf(files, target, Path(args.destination).name, vocabulary)
     proof = converted(
         args, files, plan, lambda folder: read_back_gguf(files, plan, folder, target.dtype), rounded=rounded_as
     )
-    report(files, plan, args.destination, target.dtype)
+    lines = report(files, plan, args.destination, target.dtype)
     if target.dtype == "q8_0" and (matrices := unquantized(files)):
-        print(
+        lines.append(
             f"{len(matrices)} matrices ({matrices[0]}, ...) are fp16: their rows are no multiple of q8_0's 32 elements"
         )
-    print("\n".join(proof.lines()))
+    print("\n".join([*lines, *proof.lines()]))
 
 
 def converted(
@@ -214,19 +235,6 @@ def converted(
             return prove(files, result, options, bars.show, with_logits=not args.no_logits, **comparison)
 
         return convert(files, plan, args.destination, options, proof_of, bars.show)
-
-
-def gguf_tokenizer(files: ModelFiles) -> GgufVocabulary | None:
-    """Return the model's tokenizer as llama.cpp reads it, and print what is to know about it."""
-    from llama_ds.benchmarks.gguf_tokenizer import gguf_vocabulary
-    from llama_ds.data.text.tokenizer import Tokenizer
-
-    if files.tokenizer is None:
-        return None
-    vocabulary, differences = gguf_vocabulary(Tokenizer(files.tokenizer))
-    for difference in differences:
-        print(f"note: {difference}", file=sys.stderr)
-    return vocabulary
 
 
 class ProgressBars:
@@ -247,53 +255,11 @@ class ProgressBars:
         self._bar.close()
 
 
-def report(files: ModelFiles, plan: Plan, destination: str, dtype: str) -> None:
-    """Print a summary of the conversion."""
-    from llama_ds.checkpoint.formats.views import TableRows
-
-    count, size = len(plan.files), plan.nbytes / 1e9
-    print(f"{destination}: {plan.kind}, {dtype}, {count} file{'s' * (count > 1)}, {size:.3f} GB, from {files.path}")
-    print("".join(f"{note}\n" for note in files.notes), end="")
-    if plan.dropped:
-        print(f"dropped, {plan.kind} has no place for it: {', '.join(plan.dropped)}")
-    print("".join(f"{note}\n" for note in plan.notes), end="")
-    table = files.tensors[EMBEDDING_KEY]
-    if isinstance(table, TableRows) and table.source.shape[0] != table.shape[0]:
-        change = table.shape[0] - table.source.shape[0]
-        what = f"{change} rows of zeros added" if change > 0 else f"the last {-change} rows removed"
-        print(f"vocabulary: {table.source.shape[0]} -> {table.shape[0]} rows, {what}")
-    if files.tokenizer is None and not (plan.kind == "hf" and files.from_hf):
-        print(f"no tokenizer was written: {files.path} has no tokenizer.model or tokenizer.json")
-
-
 def transformers_logits(folder: str, ids: Tensor) -> Tensor:
     """Return the logits (1, T, V) that transformers computes; the import is lazy because it is slow."""
     from llama_ds.benchmarks.generation import fp32_logits
 
     return fp32_logits(folder, ids)
-
-
-def hf_tokenizer(files: ModelFiles) -> HfTokenizer | None:
-    """Return the model's tokenizer in transformers' form; if ids would differ, with a warning and files that refuse."""
-    from llama_ds.benchmarks.exported_tokenizer import exported, refusal
-    from llama_ds.checkpoint.carried import ORIGINAL
-    from llama_ds.checkpoint.formats.huggingface import HfTokenizer
-    from llama_ds.data.text.tiktoken_ranks import TiktokenRanks
-    from llama_ds.data.text.tokenizer import Tokenizer
-
-    if files.tokenizer is None:
-        return None
-    try:
-        ours = Tokenizer(files.tokenizer)
-    except UserError as error:
-        print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
-        return None
-    try:
-        copy = ORIGINAL if ours.kind == TiktokenRanks.KIND else None
-        return HfTokenizer(exported(ours, files.from_hf), ours.bos_id, ours.eos_id, copy)
-    except UserError as error:
-        print(f"warning: {error}; no tokenizer.json is written", file=sys.stderr)
-        return HfTokenizer(refusal(ours, files.from_hf), ours.bos_id, ours.eos_id)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import argparse
-import math
+import functools
+import operator
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -63,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     tasks = parser.add_argument_group("benchmarks")
     tasks.add_argument("--tasks", metavar="NAMES", help="tasks or groups, with commas; CHECKPOINT may be of any format")
     tasks.add_argument("--shots", type=whole(0, 1000), help="examples before each question (default: as in the paper)")
-    tasks.add_argument("--limit", type=whole(), help="evaluate only the first examples of each task")
+    tasks.add_argument("--limit", type=whole(), help="evaluate only the first examples of each task, of all subjects")
     tasks.add_argument("--data", metavar="DIR", default="benchmarks", help="data of tasks (default: %(default)s)")
     tasks.add_argument("--results", metavar="FILE", help="file of outcomes, from which a killed evaluation goes on")
     tasks.add_argument("--batch", type=whole(), default=8, help="rows of a forward pass (default: %(default)s)")
@@ -83,12 +84,12 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
     tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}')
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
-    add_json(parser, "loss, perplexity, rows, step and dtype, or the results of tasks,")
+    add_json(parser, "losses, perplexities and bits per byte, or the results of tasks,")
     return parser
 
 
 def evaluate(args: argparse.Namespace) -> Answer | int:
-    """Return the results of tasks, or loss and perplexity; or fetch data."""
+    """Return the results of tasks, or losses; or fetch data."""
     from llama_ds.errors import UserError
 
     if args.checkpoint == "fetch":
@@ -174,7 +175,7 @@ class Alone:
         self._args = args
 
     def evaluate(
-        self, path: str, works: list[Work], journal: str | None, tick: Callable[[Any], object] = lambda result: None
+        self, path: str, works: list[Work], journal: str | None, tick: Callable[[int], object] = lambda requests: None
     ) -> dict[str, Any]:
         """Return the results of tasks on a model."""
         from llama_ds.evaluation.one_process import evaluate_folder
@@ -195,8 +196,9 @@ def answered(args: argparse.Namespace, job: Any, works: list[Work], first: bool 
 
     if args.follow:
         return followed(args, job, works, first)
-    with tqdm(total=len(works), unit="task", desc="evaluate", disable=None if first else True) as bar:
-        found = job.evaluate(args.checkpoint, works, args.results, lambda result: bar.update())
+    requests = sum(work.requests for work in works)
+    with tqdm(total=requests, unit="request", desc="evaluate", disable=None if first else True) as bar:
+        found = job.evaluate(args.checkpoint, works, args.results, bar.update)
     remarks = []
     if done := found["examples_done_before"]:
         remarks.append(f"{args.results}: {done} examples were done already")
@@ -230,11 +232,11 @@ def followed(args: argparse.Namespace, job: Any, works: list[Work], first: bool)
 
 
 def evaluate_loss(args: argparse.Namespace) -> Answer:
-    """Return loss and perplexity."""
+    """Return loss, perplexity and bits per byte, of all rows and of each source."""
     import torch
     from tqdm import tqdm
 
-    from llama_ds.benchmarks.evaluation import mean_loss, moved, transformers_loss, validation_rows
+    from llama_ds.benchmarks.evaluation import moved, transformers_loss, validation_loss, validation_rows
     from llama_ds.checkpoint.load_model import load_model, locate, run_of
     from llama_ds.checkpoint.manifest import describe
     from llama_ds.checkpoint.weights import DTYPES, open_checkpoint
@@ -243,18 +245,31 @@ def evaluate_loss(args: argparse.Namespace) -> Answer:
     description = describe(folder)
     trained = run_of(folder, description)
     trained = replace(trained, data=moved(trained.data, args.tokenizer, args.source))
-    rows = validation_rows(trained, args.rows)
+    parts = validation_rows(trained, args.rows)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or description.dtype
     if args.hf:
         loss_of = transformers_loss(args.hf, trained, open_checkpoint(folder).marks, device, DTYPES[dtype])
     else:
         loss_of = load_model(open_checkpoint(folder), device, DTYPES[dtype])
-    with tqdm(total=len(rows), unit="row", desc="evaluate", disable=None) as bar:
-        loss = mean_loss(loss_of, rows, trained.parallel.micro_batch, device, bar.update)
-    found = {"loss": loss, "perplexity": math.exp(loss), "rows": len(rows), "step": description.step, "dtype": dtype}
-    text = f"step {description.step} | {len(rows)} rows | loss {loss:.4f} | perplexity {math.exp(loss):.2f}"
-    return Answer(found, f"{args.hf or folder}: {text}")
+    with tqdm(total=sum(len(part.rows) for part in parts), unit="row", desc="evaluate", disable=None) as bar:
+        losses = {
+            part.source: validation_loss(loss_of, part, trained.parallel.micro_batch, device, bar.update)
+            for part in parts
+        }
+    values = functools.reduce(operator.add, losses.values()).values
+    by_source = {name: loss.values for name, loss in losses.items()}
+    lines = [f"{args.hf or folder}: step {description.step} | {_line(values)}"]
+    lines += [f"  {name}: {_line(one)}" for name, one in by_source.items() if len(by_source) > 1]
+    found = {**values, "step": description.step, "dtype": dtype, "sources": by_source}
+    return Answer(found, "\n".join(lines))
+
+
+def _line(values: dict[str, float]) -> str:
+    return (
+        f"{values['rows']} rows | loss {values['loss']:.4f} | perplexity {values['perplexity']:.2f} | "
+        f"{values['bits_per_byte']:.4f} bits per byte"
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
 from llama_ds.launch.command import LAUNCHERS
 from llama_ds.launch.hostfile import parse_hostfile, write_hostfile
-from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.layout import model_axes, resolve_layout
 from llama_ds.layout.ranks import choose_ranks
 from llama_ds.perf.trace.job import DEFAULT_RANKS, recording_overrides
 from llama_ds.perf.trace.kinds import METRICS
@@ -132,7 +132,7 @@ def _local_ranks(args: argparse.Namespace, wanted: RunConfig, environment: dict[
     """Return the number of ranks on this machine; without a GPU for each they share its CPU cores."""
     import torch
 
-    gpus, model_ranks = torch.cuda.device_count(), wanted.parallel.pp * wanted.parallel.tp
+    gpus, model_ranks = torch.cuda.device_count(), model_axes(wanted.parallel).replica
     ranks = args.num_ranks or max(model_ranks, gpus // model_ranks * model_ranks)
     if gpus < ranks:
         environment.setdefault("DS_ACCELERATOR", "cpu")

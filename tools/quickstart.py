@@ -75,6 +75,7 @@ def quickstart(fresh: bool, overrides: list[str]) -> None:
     trained, exported = _export(run)
     stage("Text from the export")
     tool("generate.py", f"{run.run_dir}/hf", *[word for prompt in PROMPTS for word in ("--prompt", prompt)])
+    _report(run)
     _summary(run, unigram, trained, exported, time.monotonic() - started)
 
 
@@ -109,8 +110,13 @@ def _unigram(run: RunConfig) -> float:
 
 def _train(run: RunConfig, overrides: list[str]) -> None:
     """Train in two launches; the second resumes from the first one's checkpoint."""
-    half = run.training.steps // 2
-    if not os.path.exists(f"{run.run_dir}/checkpoints/latest"):
+    from llama_ds.checkpoint.store import newest, tag_of
+
+    half, saved = run.training.steps // 2, newest(f"{run.run_dir}/checkpoints")
+    if saved == tag_of(run.training.steps):
+        stage(f"Training: finished before, at step {run.training.steps}")
+        return
+    if not saved:
         stage(f"Training: {RANKS} ranks, pp {run.parallel.pp} x tp {run.parallel.tp}, steps 1 to {half}")
         launch(*overrides, f"checkpoint.stop_at={half}")
     stage(f"Training: resumed from its checkpoint, to step {run.training.steps}")
@@ -128,12 +134,23 @@ def _export(run: RunConfig) -> tuple[float, float]:
     return losses[-1], evaluated["loss"]
 
 
+def _report(run: RunConfig) -> None:
+    """Write the report's page and print the training loss as a curve."""
+    from llama_ds.experiments.records import read_run
+    from llama_ds.experiments.text_curve import text_curve
+
+    stage("Report: the training loss, and a page with all that was measured")
+    tool("report.py", run.run_dir)
+    print(text_curve(read_run(run.run_dir).curves["loss"], encoding=sys.stdout.encoding))
+
+
 def _summary(run: RunConfig, unigram: float, trained: float, exported: float, seconds: float) -> None:
     verdict = "below" if trained < unigram else "NOT BELOW"
     stage(f"Done in {seconds / 60:.1f} minutes")
     print(f"validation loss    {trained:.4f} nats per token, {verdict} the unigram model's {unigram:.4f}")
     print(f"the same rows      {exported:.4f} by transformers with the exported weights")
     print(f"data               {os.path.dirname(run.data.tokenizer)}")
+    print(f"report             {run.run_dir}/report.html")
     print(f"metrics            {run.run_dir}/metrics.jsonl")
     print(f"checkpoints        {run.run_dir}/checkpoints")
     print(f"Hugging Face       {run.run_dir}/hf")

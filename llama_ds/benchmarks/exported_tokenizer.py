@@ -15,13 +15,34 @@ import tokenizers
 from tokenizers import processors
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from llama_ds.checkpoint.carried import TOKENIZER_CONFIG, TOKENIZER_JSON
+from llama_ds.checkpoint.carried import ORIGINAL, TOKENIZER_CONFIG, TOKENIZER_JSON
 from llama_ds.checkpoint.formats.hf_config import read_object
 from llama_ds.checkpoint.formats.hf_tokenizer import ONLY_AUTO, PROBE, imitation, sentencepiece_config, tokenizer_config
+from llama_ds.checkpoint.formats.huggingface import HfTokenizer
+from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.data.text.sentencepiece_model import SentencepieceModel
 from llama_ds.data.text.tiktoken_ranks import BOS, EOS, PATTERN, SPECIAL_TOKENS, TiktokenRanks
 from llama_ds.data.text.tokenizer import Tokenizer, tokenizer_files
 from llama_ds.errors import UserError
+
+
+def hf_tokenizer(files: ModelFiles) -> tuple[HfTokenizer | None, str]:
+    """Return a model's tokenizer in transformers' form, and a warning or nothing.
+
+    If ids would differ there is no tokenizer.json, but a file with which AutoTokenizer fails.
+    """
+    if files.tokenizer is None:
+        return None, ""
+    try:
+        ours = Tokenizer(files.tokenizer)
+    except UserError as error:
+        return None, f"{error}; no tokenizer.json is written"
+    try:
+        copy = ORIGINAL if ours.kind == TiktokenRanks.KIND else None
+        return HfTokenizer(exported(ours, files.from_hf), ours.bos_id, ours.eos_id, copy), ""
+    except UserError as error:
+        found = HfTokenizer(refusal(ours, files.from_hf), ours.bos_id, ours.eos_id)
+        return found, f"{error}; no tokenizer.json is written"
 
 
 def exported(tokenizer: Tokenizer, continued: bool = False) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from llama_ds.benchmarks.exported_tokenizer import exported
 from llama_ds.checkpoint.carried import TOKENIZER_CONFIG, TOKENIZER_JSON
 from llama_ds.checkpoint.formats.gguf_model import GgufVocabulary
 from llama_ds.checkpoint.formats.hf_config import read_object
+from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.data.text.sentencepiece_model import SentencepieceModel
 from llama_ds.data.text.tiktoken_ranks import PATTERN
 from llama_ds.data.text.tokenizer import Tokenizer
@@ -32,6 +33,15 @@ PRE_TOKENIZERS = {
     ("Digits", "ByteLevel with GPT-2's pattern"): "smollm",
 }
 WHOLE_WORDS = ("llama-bpe",)  # llama.cpp takes a word that is a token without merging it, whatever the merges say
+
+
+def model_vocabulary(files: ModelFiles) -> tuple[GgufVocabulary | None, list[str]]:
+    """Return `gguf_vocabulary` of a model's tokenizer; None if it has none.
+
+    Raises:
+        UserError: the tokenizer is damaged, or llama.cpp has none that gives its ids.
+    """
+    return (None, []) if files.tokenizer is None else gguf_vocabulary(Tokenizer(files.tokenizer))
 
 
 def gguf_vocabulary(tokenizer: Tokenizer) -> tuple[GgufVocabulary, list[str]]:

@@ -46,6 +46,19 @@ def with_token_ids(files: ModelFiles, bos: int | None, eos: Sequence[int]) -> Mo
     return replace(files, bos_id=bos, eos_id=eos[0] if eos else None, hf_config=ids, notes=notes)
 
 
+def with_missing_rows_noted(files: ModelFiles) -> ModelFiles:
+    """Return a model with a note if its tokenizer has ids without a row in the vocabulary tables."""
+    tokenizer, rows = _tokenizer(files), files.model.vocab_size
+    if tokenizer is None or tokenizer.vocab_size <= rows:
+        return files
+    ids = tokenizer.vocab_size
+    note = (
+        f"vocabulary: the tables have {rows} rows, the tokenizer {ids} ids, of which those from {rows} on cannot be "
+        f"computed; --vocab-size {ids} adds rows of zeros"
+    )
+    return replace(files, notes=(*files.notes, note))
+
+
 def _tokenizer(files: ModelFiles) -> Tokenizer | None:
     try:
         return None if files.tokenizer is None else Tokenizer(files.tokenizer)

@@ -5,11 +5,14 @@ They are the tokenizer in all its spellings, chat templates and generation setti
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from llama_ds.errors import UserError
 
 TOKENIZER, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -32,6 +35,25 @@ def carried_files(folder: str) -> dict[str, str]:
     if os.path.isdir(templates):
         names += [f"{TEMPLATES}/{name}" for name in sorted(os.listdir(templates)) if name.endswith(".jinja")]
     return {name: os.path.join(folder, name) for name in names}
+
+
+def check_carried(paths: Mapping[str, str]) -> None:
+    """Check that files to carry along, by their names, are whole, because most are copied without being read.
+
+    Raises:
+        UserError: a JSON file holds no object, or a tokenizer is empty.
+    """
+    for name, path in paths.items():
+        content = Path(path).read_bytes() if name.endswith((".json", TOKENIZER)) else b"{}"
+        try:
+            if not content or (name.endswith(".json") and not isinstance(json.loads(content), dict)):
+                raise ValueError("it holds no object" if content else "it is empty")
+            if name == TOKENIZER_JSON and "model" not in json.loads(content):
+                raise ValueError("it holds no model")
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path}: is damaged ({str(error).partition(':')[0]}); copy it again, or remove it"
+            ) from None
 
 
 @dataclass(frozen=True)

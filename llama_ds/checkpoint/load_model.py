@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from llama_ds.checkpoint.choices import INCOMPLETE, INCOMPLETE_FOLDERS
+from llama_ds.checkpoint.conversion.partial import refuse_unfinished
 from llama_ds.checkpoint.formats.dcp import holds_dcp
 from llama_ds.checkpoint.formats.hf_config import CONFIG
 from llama_ds.checkpoint.formats.hf_folder import holds_zero_shards
@@ -62,11 +63,13 @@ def open_model(
     kind = kind or kind_of(path)
     if kind not in INCOMPLETE and unsaid not in (None, Unsaid()):
         raise UserError(
-            f"command line: --rope-factor, --seq-len and --qkv-order apply only to {INCOMPLETE_FOLDERS}; {path} is "
-            f"another: {kind}"
+            f"command line: --rope-factor, --rope-theta, --seq-len and --qkv-order apply only to {INCOMPLETE_FOLDERS}; "
+            f"{path} is another: {kind}"
         )
     if unsaid and unsaid.qkv_order and kind in ("meta", "torchtitan"):
         raise UserError(f"command line: --qkv-order does not apply to {path}: its three matrices are apart; omit it")
+    if unsaid and unsaid.rope_theta is not None and kind != "megatron":
+        raise UserError(f"command line: --rope-theta does not apply to {path}, whose files say it; omit it")
     if kind == "deepspeed":
         files = open_checkpoint(locate(path))
         if vocab_size is None:
@@ -103,10 +106,11 @@ def kind_of(path: str) -> str:
     """Return the format of a folder, one of `choices.KINDS`.
 
     Raises:
-        UserError: the folder has none of these formats, or two of them.
+        UserError: the folder has none of these formats, or two of them, or a conversion has not finished it.
     """
     if not os.path.isdir(path):
         raise _no_folder(path)
+    refuse_unfinished(path)
     run = os.path.join(path, "checkpoints")
     found = {
         "deepspeed": os.path.lexists(os.path.join(path, DESCRIPTION)) or newest(path) or newest(run),

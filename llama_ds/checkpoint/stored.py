@@ -39,6 +39,11 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
     def read(self, out: Tensor, start: int = 0) -> None:
         """Fill `out`, contiguous and on the CPU, with the elements from `start` on in row-major order.
 
@@ -173,6 +178,19 @@ def embedded_tensor(path: str, offset: int, length: int) -> Stored:
     return replace(stored, offset=stored.offset + offset)
 
 
+def embedded_content(path: str, offset: int, length: int) -> Any:
+    """Return `torch_content` of `length` bytes of a file, from byte `offset` on, with objects as inert ones.
+
+    Raises:
+        UserError: the bytes are damaged.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # the import takes seconds
+
+    with open(path, "rb") as file:
+        window = Window(file, offset, min(length, max(0, os.path.getsize(path) - offset)))
+        return _load(path, FakeTensorMode(), inert=True, file=cast(IO[bytes], window))
+
+
 class Window(io.RawIOBase):
     """Some bytes of an open file, as a file of their own."""
 
@@ -221,7 +239,7 @@ def _load(
         with mode, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of other pickle protocols
             if inert:
-                return _inert_content(path)
+                return _inert_content(file or path)
             return torch.load(file or path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged pickle can raise any exception
         raise _unreadable(path, error) from None
@@ -236,15 +254,18 @@ def _unreadable(path: str, error: Exception) -> UserError:
             "executed; save the tensors alone, as a state dict"
         )
     reason = text.rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0] or type(error).__name__
+    reason = reason.partition(". This is an internal")[0]  # five sentences on corruption follow
     return UserError(f"{path}: cannot be read as a file of torch tensors ({reason}); copy it again")
 
 
-def _inert_content(path: str) -> Any:
+def _inert_content(file: str | IO[bytes]) -> Any:
     with _ALLOWING:
         with safe_globals([argparse.Namespace]):
-            unknown = get_unsafe_globals_in_checkpoint(path)
+            unknown = get_unsafe_globals_in_checkpoint(file)
+        if not isinstance(file, str):
+            file.seek(0)
         with safe_globals([argparse.Namespace, *((StandIn, name) for name in unknown)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _checked(path: str, content: object) -> dict[str, Tensor]:
@@ -282,9 +303,20 @@ def safetensors_tensors(path: str) -> dict[str, Stored]:
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         found = {name: _safetensor(path, 8 + length, size, name, entry) for name, entry in header.items()}
+        _check_cover(found, 8 + length, size)
     except (OSError, ArithmeticError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: cannot be read as a safetensors file ({error}); copy it again") from None
     return found
+
+
+def _check_cover(found: dict[str, Stored], begin: int, size: int) -> None:
+    """Check that tensors cover the data of a safetensors file once, as its format demands."""
+    for name, stored in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if stored.offset != begin:
+            raise ValueError(f"tensor {name} begins at byte {stored.offset}, the one before it ends at byte {begin}")
+        begin += stored.nbytes
+    if begin != size:
+        raise ValueError(f"its tensors end at byte {begin} of {size}")
 
 
 def _safetensor(path: str, base: int, size: int, name: str, entry: dict[str, Any]) -> Stored:
@@ -297,6 +329,6 @@ def _safetensor(path: str, base: int, size: int, name: str, entry: dict[str, Any
     stored = Stored(path, base + begin, SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"]))
     if base + end > size:
         raise UserError(f"{path}: tensor {name} ends at byte {base + end} of {size}, the file is truncated; copy again")
-    if torch.Size(stored.shape).numel() * stored.dtype.itemsize != end - begin:
+    if stored.nbytes != end - begin:
         raise ValueError(f"tensor {name}: {end - begin} bytes for shape {list(stored.shape)}")
     return stored

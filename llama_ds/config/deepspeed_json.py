@@ -26,6 +26,8 @@ class BatchSizes(Protocol):
     @property
     def pp(self) -> int: ...
     @property
+    def cp(self) -> int: ...
+    @property
     def global_batch(self) -> int: ...
     @property
     def micro_batch(self) -> int: ...
@@ -99,7 +101,7 @@ def deepspeed_config(run: RunConfig, layout: BatchSizes, bf16_native: bool) -> d
         config["data_types"] = {"grad_accum_dtype": "fp32", **_section(run, "data_types")}
         config.setdefault("communication_data_type", "fp32")
     config.update(
-        train_batch_size=layout.global_batch,
+        train_batch_size=layout.global_batch * layout.cp,  # DeepSpeed takes dp and cp for one data axis
         train_micro_batch_size_per_gpu=layout.micro_batch,
         gradient_accumulation_steps=layout.accumulation,
         gradient_clipping=run.optimizer.clip,

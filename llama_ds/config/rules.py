@@ -9,6 +9,7 @@ import math
 from dataclasses import fields
 from functools import reduce
 
+from llama_ds.config.context_parallel import check_context_parallel
 from llama_ds.config.numbers import near_divisors
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError, did_you_mean, listed
@@ -28,6 +29,7 @@ def check(run: RunConfig) -> None:
     _check_start_from_changes(run)
     _check_schedule_of_learning_rate(run)
     _check_tensor_parallel(run)
+    check_context_parallel(run)
     _check_pipeline(run)
     _check_autograd_layer(run)
 

@@ -73,6 +73,10 @@ def check_model(model: ModelConfig) -> None:
         raise model.broken(f"model.rope_theta = {model.rope_theta} is not above 1, as rope_type yarn requires")
 
 
+# Muon's keys, and the values that they have with another optimizer.
+WITHOUT_MUON = {"muon_lr": None, "momentum": 0.95, "nesterov": True, "muon_scale": "moonlight"}
+
+
 def check_optimizer(optimizer: OptimizerConfig) -> None:
     """Check the ranges of the betas and of the final learning rate, and that only wsd has a final decay."""
     for i, beta in enumerate(optimizer.betas):
@@ -84,8 +88,7 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         )
     if optimizer.momentum >= 1:
         raise optimizer.broken(f"optimizer.momentum = {optimizer.momentum} is not below 1; Muon's usual one is 0.95")
-    unused = {"muon_lr": None, "momentum": 0.95, "nesterov": True, "muon_scale": "moonlight"}
-    for key, default in unused.items():
+    for key, default in WITHOUT_MUON.items():
         if optimizer.name != "muon" and (value := getattr(optimizer, key)) != default:
             raise optimizer.broken(f"optimizer.{key} = {value} is for Muon; set optimizer.name = muon, or leave it out")
     schedule = optimizer.schedule
@@ -105,6 +108,10 @@ def check_parallel(parallel: ParallelConfig) -> None:
     if parallel.sequence_parallel and tp == 1:
         raise parallel.broken(
             "parallel.sequence_parallel = true shares rows over tp ranks and tp is 1; set it to false"
+        )
+    if parallel.cp == 1 and parallel.cp_method != "auto":
+        raise parallel.broken(
+            f"parallel.cp_method = {parallel.cp_method} shares rows over cp ranks and cp is 1; leave it out"
         )
     if virtual > 1 and pp == 1:
         raise parallel.broken(f"parallel.virtual_stages = {virtual} cuts what pipeline ranks hold and pp is 1; use 1")

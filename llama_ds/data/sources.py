@@ -32,10 +32,13 @@ class Sources:
         """Return `rows` validation rows, int64 (rows, seq_len + 1); see the function `validation_rows`."""
         return validation_rows(self.validation, self._weights, rows)
 
+    def validation_shares(self, rows: int) -> list[int]:
+        """Return how many of `rows` validation rows are of each source; see the function `validation_shares`."""
+        return validation_shares(self.validation, self._weights, rows)
+
     def validation_labels(self, rows: int) -> int:
         """Return the number of labels, without filler, in `rows` validation rows."""
-        shares = validation_shares(self.validation, self._weights, rows)
-        chosen = zip(self.validation, shares, strict=True)
+        chosen = zip(self.validation, self.validation_shares(rows), strict=True)
         return sum(int(s.geometry.labels(_first_rows(s, share), s.seq_len).sum()) for s, share in chosen)
 
     def check_validation(self, rows: int, unit: int) -> None:
@@ -52,7 +55,7 @@ class Sources:
                 f"evaluation.rows = {rows} is not a multiple of dp * parallel.micro_batch = {unit}; "
                 f"use {' or '.join(map(str, nearest))}"
             )
-        validation_shares(self.validation, self._weights, rows)
+        self.validation_shares(rows)
 
     def validation_micro_batches(self, rows: int, dp_rank: int, dp_size: int, micro_batch: int) -> list[np.ndarray]:
         """Return one rank's share of the `rows` validation rows as micro-batches, int64 (micro_batch, seq_len + 1).

@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from llama_ds.errors import UserError
@@ -15,17 +16,30 @@ from llama_ds.evaluation.generated_outcomes import generated_scores
 from llama_ds.evaluation.generation_tasks import ONE_SAMPLE, GenerationTask, Question, Samples
 from llama_ds.evaluation.scoring import Scorer
 from llama_ds.evaluation.suite import read_examples
-from llama_ds.evaluation.tasks import Example, Task, choice_scores, chosen, probability, shown_examples
+from llama_ds.evaluation.tasks import (
+    NORMALIZATIONS,
+    PLAIN,
+    Example,
+    Task,
+    choice_scores,
+    chosen,
+    first_of_groups,
+    probability,
+    request_count,
+    shown_examples,
+)
 
+FORMAT = 2  # version of a journal's lines
 BLOCK = 128  # examples that are scored together; a killed evaluation repeats at most so many
 
 
 @dataclass(frozen=True)
 class ExampleOutcome:
-    """One example: whether the model chose the right completion, and the share that it gave to it."""
+    """One example: whether the right completion was chosen by each normalization, and the share that it got."""
 
-    correct: float  # 1 or 0, or an estimate of pass@k
+    correct: dict[str, float]  # 1 or 0, or an estimate of pass@k
     probability: float | None  # None: the model wrote its answer
+    truncated: int = 0  # requests whose contexts lost tokens on the left
 
 
 @dataclass(frozen=True)
@@ -36,9 +50,12 @@ class TaskResult:
     version: int
     shots: int
     examples: int
-    accuracy: float
+    accuracy: float  # by `normalization`, the paper's
     stderr: float  # standard error of the accuracy; 0 for a single example
     probability: float | None  # mean share of the right choice among the choices; None: answers are generated
+    normalization: str = PLAIN
+    accuracies: dict[str, float] = field(default_factory=dict)  # by each normalization that was computed
+    truncated_requests: int = 0  # number of requests whose contexts lost tokens on the left
     metric: str = "accuracy"
 
 
@@ -52,23 +69,46 @@ class Work:
     shown: list[Example]
     samples: Samples = ONE_SAMPLE  # of a task whose answers are generated
 
+    @property
+    def requests(self) -> int:
+        """Number of requests of all examples."""
+        return sum(map(self.request_count, self.examples))
+
+    def request_count(self, example: Example) -> int:
+        """Return the number of requests of an example."""
+        return self.samples.count if isinstance(self.task, GenerationTask) else request_count(self.task, example)
+
 
 def prepare(
     tasks: Sequence[Task], data: str, shots: int | None = None, limit: int | None = None, samples: Samples = ONE_SAMPLE
 ) -> list[Work]:
-    """Read the examples of all tasks, the first `limit` of each; `shots` None: as many as in the paper.
+    """Read the examples of all tasks; `shots` None: as many as in the paper.
+
+    `limit` takes the first examples of each task, of one with subjects about as many of each.
 
     Raises:
-        UserError: data is missing, or has fewer examples to show than asked for.
+        UserError: data is missing, or has fewer examples to show than asked for, in all or for a subject.
     """
     found = []
     for task in tasks:
         count = task.shots if shots is None else shots
         shown = read_examples(data, task, shown=True) if count else []
-        if len(shown) < count:
-            raise UserError(f"command line: --shots {count}: {task.name} has {len(shown)} examples to show; use fewer")
-        found.append(Work(task, count, read_examples(data, task)[:limit], shown, samples))
+        examples = first_of_groups(read_examples(data, task), limit)
+        _check_shown("" if shots is None else f"command line: --shots {shots}: ", task, count, shown, examples)
+        found.append(Work(task, count, examples, shown, samples))
     return found
+
+
+def _check_shown(place: str, task: Task, count: int, shown: Sequence[Example], examples: Sequence[Example]) -> None:
+    """Check that every question has `count` examples of its group to show; `place` is where the user set it."""
+    there = Counter(one.group for one in shown)
+    for group in dict.fromkeys(one.group for one in examples):
+        if there[group] < count:
+            name = f"{task.name}, subject {group}," if group else task.name
+            raise UserError(
+                f"{place}{name} has {there[group]} examples to show before a question, fewer than {count}; show fewer, "
+                "or fetch its data again"
+            )
 
 
 class Journal:
@@ -89,9 +129,7 @@ class Journal:
             raise UserError(f"{path}: holds results of {lines[0]}, not of {subject}; name another file with --results")
         if lines:
             _cut_last(path)
-        self._done = {
-            (line["task"], line["example"]): ExampleOutcome(line["correct"], line["probability"]) for line in lines[1:]
-        }
+        self._done = {(line.pop("task"), line.pop("example")): ExampleOutcome(**line) for line in lines[1:]}
         if not lines:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:
@@ -117,8 +155,7 @@ class Journal:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             for number, one in outcomes.items():
-                line = {"task": _key(work), "example": number, "correct": one.correct, "probability": one.probability}
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({"task": _key(work), "example": number, **asdict(one)}) + "\n")
 
 
 def _key(work: Work) -> str:
@@ -150,57 +187,89 @@ def _cut_last(path: str) -> None:
 
 
 def evaluate(
-    scorer: Scorer, work: Work, journal: Journal | None = None, before_block: Callable[[], object] = lambda: None
+    scorer: Scorer,
+    work: Work,
+    journal: Journal | None = None,
+    before_block: Callable[[], object] = lambda: None,
+    tick: Callable[[int], object] = lambda requests: None,
 ) -> TaskResult:
-    """Score a task block by block and return its result. Collective under an engine; a journal is for one process."""
+    """Score a task block by block and return its result. Collective under an engine; a journal is for one process.
+
+    `tick` is called with the number of requests just done, also with those of an earlier evaluation.
+    """
     found = journal.known(work) if journal else {}
+    tick(sum(work.request_count(work.examples[number]) for number in found))
     for start in range(0, len(work.examples), BLOCK):
         block = [n for n in range(start, min(start + BLOCK, len(work.examples))) if n not in found]
         if not block:
             continue
         before_block()
-        outcomes = dict(zip(block, _outcomes(scorer, work, [work.examples[n] for n in block]), strict=True))
+        outcomes = dict(zip(block, _outcomes(scorer, work, [work.examples[n] for n in block], tick), strict=True))
         found |= outcomes
         if journal:
             journal.add(work, outcomes)
     return summary(work, list(found.values()))
 
 
-def _outcomes(scorer: Scorer, work: Work, examples: Sequence[Example]) -> list[ExampleOutcome]:
+def _outcomes(
+    scorer: Scorer, work: Work, examples: Sequence[Example], tick: Callable[[int], object]
+) -> list[ExampleOutcome]:
     task = work.task
     if isinstance(task, GenerationTask):
         shown, questions = cast(list[Question], work.shown), cast(list[Question], examples)
-        judged = generated_scores(scorer, task, work.shots, shown, questions, work.samples)
-        return [ExampleOutcome(score, None) for score in judged]
+        judged = generated_scores(scorer, task, work.shots, shown, questions, work.samples, tick)
+        return [ExampleOutcome({PLAIN: score}, None, truncated) for score, truncated in judged]
     requests = [chosen(task, shown_examples(work.shown, task, work.shots, one), one) for one in examples]
-    scores = iter(scorer.log_likelihoods([request for some in requests for request in some]))
+    scores = iter(scorer.log_likelihoods([request for some in requests for request in some], tick))
     found = []
     for example, some in zip(examples, requests, strict=True):
-        choices = choice_scores(task, example, [next(scores).log_likelihood for _ in some])
-        best = max(range(len(choices)), key=choices.__getitem__)
-        found.append(ExampleOutcome(best == example.gold, probability(choices, example.gold)))
+        own = [next(scores) for _ in some]
+        choices = choice_scores(example, [score.log_likelihood for score in own])
+        correct = {name: float(values.index(max(values)) == example.gold) for name, values in choices.items()}
+        share = probability(choices[task.normalization], example.gold)
+        found.append(ExampleOutcome(correct, share, sum(score.truncated for score in own)))
     return found
 
 
 def summary(work: Work, outcomes: Sequence[ExampleOutcome]) -> TaskResult:
-    """Return accuracy, the standard error of this mean, and the mean share of the right choice."""
-    count = len(outcomes)
-    accuracy = sum(one.correct for one in outcomes) / count
-    spread = sum((one.correct - accuracy) ** 2 for one in outcomes) / count  # of 0 and 1: p (1 - p)
-    stderr = math.sqrt(spread / (count - 1)) if count > 1 else 0.0
+    """Return accuracies, the standard error of the task's own, and the mean share of the right choice."""
+    task, count = work.task, len(outcomes)
+    accuracies = {name: sum(one.correct[name] for one in outcomes) / count for name in outcomes[0].correct}
     shares = [one.probability for one in outcomes if one.probability is not None]
-    share = sum(shares) / count if shares else None
-    metric = work.task.metric(work.samples) if isinstance(work.task, GenerationTask) else "accuracy"
-    return TaskResult(work.task.name, work.task.version, work.shots, count, accuracy, stderr, share, metric)
+    return TaskResult(
+        task=task.name,
+        version=task.version,
+        shots=work.shots,
+        examples=count,
+        accuracy=accuracies[task.normalization],
+        stderr=standard_error([one.correct[task.normalization] for one in outcomes]),
+        probability=sum(shares) / count if shares else None,
+        normalization=task.normalization,
+        accuracies=accuracies,
+        truncated_requests=sum(one.truncated for one in outcomes),
+        metric=task.metric(work.samples) if isinstance(task, GenerationTask) else "accuracy",
+    )
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean of values; 0 for a single one."""
+    mean = sum(values) / len(values)
+    spread = sum((value - mean) ** 2 for value in values) / len(values)  # of 0 and 1: p (1 - p)
+    return math.sqrt(spread / (len(values) - 1)) if len(values) > 1 else 0.0
 
 
 def metrics_of(results: Sequence[TaskResult]) -> dict[str, float]:
-    """Return results by the keys that metrics.jsonl and boards have for them."""
+    """Return results by the keys that metrics.jsonl and boards have for them.
+
+    Accuracies by another normalization than the task's own are tasks_NORMALIZATION/NAME.
+    """
     values: dict[str, float] = {}
     for one in results:
         values |= {f"tasks/{one.task}": one.accuracy, f"tasks_stderr/{one.task}": one.stderr}
         if one.probability is not None:
             values[f"tasks_share/{one.task}"] = one.probability
+        others = {name: value for name, value in one.accuracies.items() if name != one.normalization}
+        values |= {f"tasks_{name}/{one.task}": value for name, value in others.items()}
     return values
 
 
@@ -215,11 +284,22 @@ def digest_of(works: Sequence[Work]) -> str:
 
 
 def table(results: Sequence[TaskResult]) -> str:
-    """Return results as a table; accuracies in percent."""
-    lines = [f"{'task':16} {'version':>7} {'shots':>5} {'examples':>8}  {'accuracy':>13}  {'share':>5}"]
+    """Return results as a table, with accuracies in percent by each normalization; a star marks the task's own."""
+    head = "".join(f"  {name:>13}" for name in NORMALIZATIONS)
+    lines = [f"{'task':16} {'version':>7} {'shots':>5} {'examples':>8}{head}  {'share':>5}"]
     for one in results:
-        accuracy = f"{100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}"
+        shown = "".join(f"  {_percent(one, name):>13}" for name in NORMALIZATIONS)
         share = "" if one.probability is None else f"{one.probability:5.3f}"
         name = one.task if one.metric == "accuracy" else f"{one.task} {one.metric}"
-        lines.append(f"{name:16} {one.version:7} {one.shots:5} {one.examples:8}  {accuracy:>13}  {share:>5}".rstrip())
+        lines.append(f"{name:16} {one.version:7} {one.shots:5} {one.examples:8}{shown}  {share}".rstrip())
     return "\n".join(lines)
+
+
+def _percent(result: TaskResult, normalization: str) -> str:
+    accuracy = result.accuracies.get(normalization)
+    if accuracy is None:
+        return "-"
+    if normalization == result.normalization:
+        return f"*{100 * accuracy:.1f} ± {100 * result.stderr:.1f}"
+    stderr = math.sqrt(accuracy * (1 - accuracy) / (result.examples - 1)) if result.examples > 1 else 0.0
+    return f"{100 * accuracy:.1f} ± {100 * stderr:.1f}"

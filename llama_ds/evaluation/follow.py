@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from llama_ds.checkpoint import store
 from llama_ds.checkpoint.manifest import describe
@@ -27,6 +27,12 @@ POLL_S = 10.0
 
 T = TypeVar("T")
 Evaluate = Callable[[str, str], dict[str, Any]]  # checkpoint, journal -> what `evaluate_folder` returns
+
+
+class Once(Protocol):
+    """Returns on every rank what its argument returns on the first, the only one that calls it."""
+
+    def __call__(self, work: Callable[[], T], /) -> T: ...
 
 
 class Follower:
@@ -63,7 +69,7 @@ class Follower:
     def add(self, path: str, found: dict[str, Any]) -> dict[str, Any]:
         """Write the results of a checkpoint; return the line."""
         step = store.step_of(os.path.basename(path))
-        line = {"step": step, "tasks_tokens": describe(path).tokens, "names": self._names}
+        line: dict[str, Any] = {"step": step, "tasks_tokens": describe(path).tokens, "names": self._names}
         line |= {"saved": saved_at(path)} | metrics_of([TaskResult(**one) for one in found["tasks"]])
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -88,14 +94,14 @@ class Follower:
 def follow(
     follower: Follower,
     evaluate: Evaluate,
-    once: Callable[[Callable[[], T]], T] = lambda work: work(),
+    once: Once = lambda work: work(),
     tell: Callable[[dict[str, Any]], object] = lambda line: None,
     wait: Callable[[float], object] = time.sleep,
 ) -> list[dict[str, Any]]:
     """Evaluate every checkpoint until the run has ended; return the lines written. Collective under an engine.
 
     Args:
-        once: returns on every rank what its argument returns on the first, the only one that calls it.
+        once: as `Once`; without ranks it is called.
         tell: gets every line.
         wait: waits for so many seconds.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llama_ds.errors import UserError
 from llama_ds.evaluation.code_runs import all_pass
@@ -30,22 +30,30 @@ def check_leave(tasks: Sequence[Task], samples: Samples) -> None:
 
 def generated_scores(
     scorer: Scorer, task: GenerationTask, shots: int, shown: Sequence[Question], examples: Sequence[Question],
-    samples: Samples,
-) -> list[float]:  # fmt: skip
-    """Return the score of each example: 1 if the answer is right, else 0; or the estimate of pass@k. Collective."""
+    samples: Samples, tick: Callable[[int], object] = lambda requests: None,
+) -> list[tuple[float, int]]:  # fmt: skip
+    """Return of each example its score, and how many of its requests were truncated. Collective.
+
+    The score is 1 if the answer is right, else 0; or the estimate of pass@k.
+
+    `tick` is called with the number of texts just generated.
+    """
     rule = task.rule(samples)
     requests = [
         GenerationRequest(prompt(task, shots, shown, example), task.stops, task.max_tokens, rule, sample)
         for example in examples
         for sample in range(samples.count)
     ]
-    texts = [one.text for one in scorer.generator.generate(requests)]
-    groups = [texts[start : start + samples.count] for start in range(0, len(texts), samples.count)]
+    every = scorer.generator.generate(requests, tick)
+    found = [every[start : start + samples.count] for start in range(0, len(every), samples.count)]
+    groups = [[one.text for one in group] for group in found]
     if task.runs_code:
         check_leave([task], samples)
-        return scorer.backend.once(lambda: _code_scores(examples, groups, samples.k))
-    voted = (majority([task.answer(text) for text in group]) for group in groups)
-    return [float(bool(answer) and answer in one.answers) for one, answer in zip(examples, voted, strict=True)]
+        scores = scorer.backend.once(lambda: _code_scores(examples, groups, samples.k))
+    else:
+        voted = (majority([task.answer(text) for text in group]) for group in groups)
+        scores = [float(bool(answer) and answer in one.answers) for one, answer in zip(examples, voted, strict=True)]
+    return [(score, sum(one.truncated for one in group)) for score, group in zip(scores, found, strict=True)]
 
 
 def prompt(task: GenerationTask, shots: int, shown: Sequence[Question], example: Question) -> str:

@@ -42,6 +42,7 @@ class Generated:
 
     text: str
     ids: tuple[int, ...]
+    truncated: bool = False  # whether its context lost tokens on the left, or fewer follow than asked for
 
 
 class Decoder(Protocol):
@@ -71,11 +72,10 @@ Tick = Callable[[int], object]  # gets the number of requests just answered
 
 
 class TextGenerator:
-    """Continues texts with a decoder; counts the requests whose context or length had to be cut."""
+    """Continues texts with a decoder."""
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
-        self.truncated = 0
         self.cache_bytes = 0  # of the largest cache so far, on this rank
         marks = tokenizer.marks
         # Either id ends a document, because the next one in the training rows begins with the first.
@@ -104,15 +104,13 @@ class TextGenerator:
         positions = self.decoder.positions
         new = min(request.max_tokens, max(positions // 2, positions - len(ids)))
         cut = max(0, len(ids) + new - positions)
-        if cut or new < request.max_tokens:
-            self.truncated += 1
         kept = tuple(ids[cut:])
         draw = Draw(request.rule, kept, request.sample) if request.rule.temperature > 0 else None
-        return Prompt(number, kept, new, request.until, draw)
+        return Prompt(number, kept, new, request.until, draw, truncated=cut > 0 or new < request.max_tokens)
 
     def _generated(self, prompt: Prompt, new: list[int]) -> Generated:
         ids = new[:-1] if new[-1] in self._ends else new
-        return Generated(cut_at(self.text(prompt.ids, ids), prompt.stops), tuple(new))
+        return Generated(cut_at(self.text(prompt.ids, ids), prompt.stops), tuple(new), prompt.truncated)
 
     def _ended(self, prompt: Prompt, new: list[int]) -> bool:
         if new[-1] in self._ends:
@@ -129,7 +127,9 @@ class TextGenerator:
         if ordered:
             self._say(ordered)
         own = ordered[decoder.dp_rank :: decoder.dp]
-        waiting = deque(own[start : start + decoder.rows] for start in range(0, len(own), decoder.rows))
+        waiting: deque[Sequence[Prompt]] = deque(
+            own[start : start + decoder.rows] for start in range(0, len(own), decoder.rows)
+        )
         return decoder.gather(decode(decoder, waiting, self._ended, self.tokenizer.marks.eos, tick))
 
     def _say(self, ordered: Sequence[Prompt]) -> None:
@@ -149,11 +149,11 @@ class TextGenerator:
             "generation: %d prompts; a cache of %.1f MiB on this rank for %d rows of up to %d tokens",
             len(ordered), size / MIB, rows, ordered[0].positions,
         )  # fmt: skip
-        if self.truncated:
+        if truncated := sum(prompt.truncated for prompt in ordered):
             logger.warning(
-                "generation: %d requests so far are longer than the model's %d positions; their contexts lose tokens "
+                "generation: %d requests are longer than the model's %d positions; their contexts lose tokens "
                 "on the left, or their continuations end early",
-                self.truncated,
+                truncated,
                 positions,
             )
 

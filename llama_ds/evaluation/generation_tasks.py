@@ -12,7 +12,7 @@ from typing import Any
 
 from llama_ds.errors import UserError
 from llama_ds.evaluation.generated_answers import boxed_answer, final_number, plain_words
-from llama_ds.evaluation.tasks import Example, Task
+from llama_ds.evaluation.tasks import PLAIN, Example, Task
 from llama_ds.model.next_token import GREEDY, DecodingRule
 
 Line = Mapping[str, Any]
@@ -70,6 +70,7 @@ NUCLEUS = DecodingRule(0.6, top_p=0.95)
 class GenerationTask(Task):
     """A benchmark whose answers are generated."""
 
+    normalization: str = PLAIN
     stops: tuple[str, ...] = ()
     max_tokens: int = 256
     separator: str = "\n\n"  # between a solved example and the next question

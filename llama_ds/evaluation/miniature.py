@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Iterator, Sequence
 
 from llama_ds.evaluation.tasks import Example, Task
 
-COUNT = 200  # examples of each task
+COUNT = 200  # questions of each task
+SHOWN = 100  # further examples of each, for showing before a question
 SEED = 20230227
-SEQUENCES = (
-    ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"),
-    ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November"),
-    ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    ("a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m"),
-    tuple(str(number) for number in range(1, 40)),
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
 )
+NUMBERS = (
+    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+)
+STEPS, SHOWN_STEPS = (1, 2, 3, 5, 10), (4, 7, 25, 100)  # sequences of numbers; a shown one says nothing of those asked
+RANGE = 40  # numbers of a sequence
 WORDS = (
     "time",
     "name",
@@ -36,12 +42,24 @@ BRACKETS = {"(": ")", "[": "]", "{": "}"}
 CHOICES = 4
 
 
-def _cloze(rng: random.Random) -> Example:
+def _cloze(rng: random.Random, sequences: Sequence[Sequence[str]] | None = None) -> Example:
     """Continue a well-known sequence."""
-    words = rng.choice(SEQUENCES)
+    words = rng.choice(sequences or SEQUENCES)
     start = rng.randrange(len(words) - 3)
-    wrong = rng.sample([word for word in words if word not in words[start : start + 4]], 3)
+    wrong = rng.sample([word for word in dict.fromkeys(words) if word not in words[start : start + 4]], 3)
     return _shuffled(rng, f"{words[start]}, {words[start + 1]}, {words[start + 2]},", words[start + 3], wrong)
+
+
+def _numbers(steps: Sequence[int]) -> Iterator[Sequence[str]]:
+    """Yield the multiples of each step, upwards and downwards."""
+    for step in steps:
+        up = [str(number) for number in range(step, step * (RANGE + 1), step)]
+        yield from (up, up[::-1])
+
+
+_NAMED = [*DAYS, *DAYS[:3]], [*MONTHS, *MONTHS[:3]], NUMBERS, string.ascii_lowercase
+SEQUENCES = (*_NAMED, *(words[::-1] for words in _NAMED), *_numbers(STEPS))
+SHOWN_SEQUENCES = tuple(_numbers(SHOWN_STEPS))
 
 
 def _copy(rng: random.Random) -> Example:
@@ -53,8 +71,8 @@ def _copy(rng: random.Random) -> Example:
 
 
 def _arithmetic(rng: random.Random) -> Example:
-    """Add two digits."""
-    a, b = rng.randrange(1, 10), rng.randrange(1, 10)
+    """Add two numbers."""
+    a, b = rng.randrange(1, 31), rng.randrange(1, 31)
     wrong = rng.sample([n for n in range(max(2, a + b - 4), a + b + 5) if n != a + b], 3)
     return _shuffled(rng, f"{a} + {b} =", str(a + b), [str(n) for n in wrong])
 
@@ -85,10 +103,26 @@ MAKERS: dict[str, Callable[[random.Random], Example]] = {
     "mini_arithmetic": _arithmetic,
     "mini_brackets": _brackets,
 }
-MINIATURE = tuple(Task(name, 1, lambda line: line["example"]) for name in MAKERS)
+SHOWN_MAKERS = MAKERS | {"mini_cloze": lambda rng: _cloze(rng, SHOWN_SEQUENCES)}
+MINIATURE = tuple(Task(name, 2, lambda line: line["example"]) for name in MAKERS)
 
 
-def examples(name: str, count: int = COUNT, seed: int = SEED) -> list[Example]:
-    """Return the examples of a task of the suite; those of another seed are shown before questions."""
+def examples(name: str, shown: bool = False, seed: int = SEED) -> list[Example]:
+    """Return the questions of a task of the suite, or the examples that are shown before them.
+
+    No question repeats, so that their outcomes are independent, and no example shown answers one.
+    """
     rng = random.Random(f"{name} {seed}")
-    return [MAKERS[name](rng) for _ in range(count)]
+    distinct: dict[tuple[str, ...], Example] = {}
+    for make, count in ((MAKERS[name], COUNT), (SHOWN_MAKERS[name], COUNT + SHOWN)):
+        while len(distinct) < count:
+            example = make(rng)
+            distinct.setdefault(_question(example), example)
+    made = list(distinct.values())
+    return made[COUNT:] if shown else made[:COUNT]
+
+
+def _question(example: Example) -> tuple[str, ...]:
+    """Return what makes two questions one: the context, in which a sum does not depend on the order."""
+    words = example.contexts[0].split(" ")
+    return tuple(sorted(words) if "+" in words else words)

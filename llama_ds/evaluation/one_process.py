@@ -13,7 +13,7 @@ from llama_ds.checkpoint.load_model import load_model, open_model
 from llama_ds.checkpoint.weights import DTYPES, ModelFiles
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
-from llama_ds.evaluation.evaluate import Journal, TaskResult, Work, evaluate
+from llama_ds.evaluation.evaluate import FORMAT, Journal, Work, evaluate
 from llama_ds.evaluation.requests import prefix
 from llama_ds.evaluation.scoring import ModelBackend, Scorer
 
@@ -25,7 +25,7 @@ def evaluate_folder(
     dtype: str | None,
     rows: int,
     tokenizer: str | None = None,
-    tick: Callable[[TaskResult], object] = lambda result: None,
+    tick: Callable[[int], object] = lambda requests: None,
 ) -> dict[str, Any]:
     """Evaluate the tasks on the model in `path` and return their results and what was evaluated.
 
@@ -35,7 +35,7 @@ def evaluate_folder(
         dtype: dtype of weights and computation; None: that of training.
         rows: rows of a forward pass.
         tokenizer: the tokenizer's path; None: the one in the folder.
-        tick: is called with each result.
+        tick: is called with the number of requests just done, also with those of an earlier evaluation.
 
     Raises:
         UserError: the folder is damaged or has no tokenizer, or the tokenizer has no bos.
@@ -47,19 +47,15 @@ def evaluate_folder(
 
 
 def results_of(
-    scorer: Scorer, files: ModelFiles, dtype: str, works: Sequence[Work], kept: Journal,
-    tick: Callable[[TaskResult], object],
-) -> dict[str, Any]:  # fmt: skip
+    scorer: Scorer, files: ModelFiles, dtype: str, works: Sequence[Work], kept: Journal, tick: Callable[[int], object]
+) -> dict[str, Any]:
     """Return the results of the tasks, and what was evaluated. Collective under an engine."""
-    results = []
-    for work in works:
-        results.append(evaluate(scorer, work, kept))
-        tick(results[-1])
+    results = [evaluate(scorer, work, kept, tick=tick) for work in works]
     return {
         "model": files.path,
         "dtype": dtype,
         "cache_bytes": scorer.cache_bytes,
-        "truncated_requests": scorer.all_truncated,
+        "truncated_requests": sum(result.truncated_requests for result in results),
         "examples_done_before": kept.done_before,
         "tasks": [asdict(result) for result in results],
     }
@@ -78,6 +74,7 @@ def subject_of(files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> dict[str,
         "saved": saved_at(files.path),
         "dtype": dtype,
         "tokenizer": tokenizer.sha256,
+        "format": FORMAT,
     }
 
 

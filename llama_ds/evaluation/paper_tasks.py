@@ -39,9 +39,9 @@ def _hellaswag(line: Line) -> Example:
 
 
 def _without_marks(text: str) -> str:
-    """Return a text of WikiHow without its marks, such as [header]."""
+    """Return a text of WikiHow without its marks, such as [header]; spaces beside them stay, as in the harness."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ").strip()
+    return text.replace("  ", " ")
 
 
 def _winogrande(line: Line) -> Example:
@@ -81,15 +81,18 @@ COMMON_SENSE = (
     Task("boolq", 1, _boolq, normalization="answer", dataset="google/boolq"),
     Task("piqa", 1, _piqa, dataset="ybisk/piqa"),
     Task("social_iqa", 1, _social_iqa, dataset="allenai/social_i_qa"),
-    Task("hellaswag", 1, _hellaswag, dataset="Rowan/hellaswag"),
+    Task("hellaswag", 2, _hellaswag, dataset="Rowan/hellaswag"),
     Task("winogrande", 1, _winogrande, dataset="allenai/winogrande", subset="winogrande_xl"),
     Task("arc_easy", 1, _arc, split="test", dataset="allenai/ai2_arc", subset="ARC-Easy"),
     Task("arc_challenge", 1, _arc, split="test", dataset="allenai/ai2_arc", subset="ARC-Challenge"),
     Task("openbookqa", 1, _openbookqa, "test", normalization="answer", dataset="allenai/openbookqa", subset="main"),
 )
-RACE = tuple(Task(f"race_{part}", 1, _race, "test", dataset="ehovy/race", subset=part) for part in ("middle", "high"))
+RACE = tuple(
+    Task(f"race_{part}", 2, _race, "test", normalization="answer", dataset="ehovy/race", subset=part)
+    for part in ("middle", "high")
+)
 MMLU = Task(
-    "mmlu", 1, _mmlu, "test", shot_split="dev", shots=5, normalization="none", dataset="cais/mmlu", subset="all",
+    "mmlu", 1, _mmlu, "test", shot_split="dev", shots=5, normalization="plain", dataset="cais/mmlu", subset="all",
     heading=_mmlu_heading,
 )  # fmt: skip
 PAPER = (*COMMON_SENSE, *RACE, MMLU)

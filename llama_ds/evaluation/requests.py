@@ -35,6 +35,7 @@ class Score:
 
     log_likelihood: float
     greedy: bool
+    truncated: bool = False  # whether the context lost tokens on the left
 
 
 def encode(tokenizer: Tokenizer, request: ScoringRequest, seq_len: int) -> Encoded:

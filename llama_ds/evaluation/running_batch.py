@@ -22,6 +22,7 @@ class Prompt:
     new_tokens: int  # ids of the continuation at most
     stops: tuple[str, ...] = ()
     draw: Draw | None = None  # None: greedy
+    truncated: bool = False  # whether its context lost tokens on the left, or fewer follow than asked for
 
     @property
     def positions(self) -> int:

@@ -6,7 +6,7 @@ Shapes: b rows of a micro-batch, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, TypeVar
 
@@ -61,7 +61,7 @@ Tick = Callable[[int], object]  # gets the number of requests just scored
 
 
 class Scorer:
-    """Scores texts with a backend; counts the requests whose context had to be truncated."""
+    """Scores texts with a backend, and continues them; counts the requests whose context had to be truncated."""
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
         self.backend, self.tokenizer = backend, tokenizer
@@ -73,15 +73,9 @@ class Scorer:
         return TextGenerator(self.backend.decoder(), self.tokenizer)
 
     @property
-    def all_truncated(self) -> int:
-        """Number of requests that were scored or continued with less context than they have."""
-        generator = self.__dict__.get("generator")  # not made here
-        return self.truncated + (generator.truncated if generator else 0)
-
-    @property
     def cache_bytes(self) -> int:
         """Bytes of the largest cache of continuations so far on this rank; 0 without any."""
-        generator = self.__dict__.get("generator")
+        generator = self.__dict__.get("generator")  # not made here
         return generator.cache_bytes if generator else 0
 
     def log_likelihoods(self, requests: Sequence[ScoringRequest], tick: Tick = lambda count: None) -> list[Score]:
@@ -101,7 +95,8 @@ class Scorer:
                 len(encoded),
                 seq_len,
             )
-        return self.scores(encoded, tick)
+        scores = self.scores(encoded, tick)
+        return [replace(score, truncated=one.cut > 0) for score, one in zip(scores, encoded, strict=True)]
 
     def rolling_log_likelihoods(self, texts: Sequence[str], tick: Tick = lambda count: None) -> list[float]:
         """Return the log-likelihood of each text, in nats: every token is predicted once. Collective."""
@@ -119,6 +114,7 @@ class Scorer:
             scores = self.backend.scores(batches, tokens)
             found.update((distinct[number], score) for number, score in scores.items())
             tick(len(scores))
+        tick(len(requests) - len(distinct))
         return [found[request] for request in requests]
 
     def _rows(self, requests: Sequence[Encoded]) -> dict[int, list[PackedRow]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from llama_ds.errors import UserError, did_you_mean, listed
 from llama_ds.evaluation.generation_tasks import CLOSED_BOOK, CODE, MATHEMATICS
-from llama_ds.evaluation.miniature import MINIATURE, SEED, examples
+from llama_ds.evaluation.miniature import MINIATURE, examples
 from llama_ds.evaluation.paper_tasks import COMMON_SENSE, MMLU, PAPER, RACE
 from llama_ds.evaluation.tasks import Example, Task
 
@@ -51,7 +51,7 @@ def read_examples(data: str, task: Task, shown: bool = False) -> list[Example]:
         UserError: the data has not been fetched, or a line has other columns.
     """
     if not task.dataset:
-        return examples(task.name, seed=SEED + 1) if shown else examples(task.name)
+        return examples(task.name, shown)
     split = task.shot_split if shown else task.split
     path = split_file(data, task, split)
     if not os.path.exists(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from llama_ds.evaluation.requests import ScoringRequest
 
 ANSWER = "Answer:"  # context of the normalization of Brown et al. 2020
+PLAIN = "plain"
+NORMALIZATIONS = (PLAIN, "characters", "answer")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Task:
     split: str = "validation"
     shot_split: str = "train"  # the split from which shown examples are taken
     shots: int = 0
-    normalization: str = "characters"  # or "answer", or "none"
+    normalization: str = "characters"  # one of NORMALIZATIONS, the paper's
     dataset: str = ""  # repository of the data on the Hugging Face hub; empty: the examples are made from a seed
     subset: str = "default"
     heading: Callable[[str], str] = lambda group: ""  # text above the shown examples of a group
@@ -61,19 +64,19 @@ def chosen(task: Task, shown: Sequence[Example], example: Example) -> list[Scori
     return requests
 
 
-def choice_scores(task: Task, example: Example, log_likelihoods: Sequence[float]) -> list[float]:
-    """Return the score of each choice from the log-likelihoods of the requests of `chosen`.
+def choice_scores(example: Example, log_likelihoods: Sequence[float]) -> dict[str, list[float]]:
+    """Return the scores of the choices by normalization, from the log-likelihoods of the requests of `chosen`.
 
-    By characters: log P(completion | context) / characters. By answer: log P(completion | context) -
-    log P(completion | "Answer:").
+    plain: log P(completion | context). characters: that divided by the characters of the completion. answer: that minus
+    log P(completion | "Answer:"), where the task asked for it.
     """
     count = len(example.completions)
-    own = log_likelihoods[:count]
-    if task.normalization == "characters":
-        return [value / max(1, len(text)) for value, text in zip(own, example.completions, strict=True)]
-    if task.normalization == "answer":
-        return [value - alone for value, alone in zip(own, log_likelihoods[count:], strict=True)]
-    return list(own)
+    own, alone = list(log_likelihoods[:count]), log_likelihoods[count:]
+    scores = {"plain": own}
+    scores["characters"] = [value / max(1, len(text)) for value, text in zip(own, example.completions, strict=True)]
+    if alone:
+        scores["answer"] = [value - bare for value, bare in zip(own, alone, strict=True)]
+    return scores
 
 
 def probability(scores: Sequence[float], gold: int) -> float:
@@ -81,6 +84,21 @@ def probability(scores: Sequence[float], gold: int) -> float:
     top = max(scores)
     shares = [math.exp(score - top) for score in scores]
     return shares[gold] / sum(shares)
+
+
+def request_count(task: Task, example: Example) -> int:
+    """Return the number of requests of `chosen`."""
+    return len(example.completions) * (2 if task.normalization == "answer" else 1)
+
+
+def first_of_groups(examples: Sequence[Example], limit: int | None) -> list[Example]:
+    """Return `limit` examples in their order: the first ones of each group, from all groups about as many."""
+    ranks: Counter[str] = Counter()
+    places = []
+    for number, example in enumerate(examples):
+        places.append((ranks[example.group], number))
+        ranks[example.group] += 1
+    return [examples[number] for number in sorted(number for _, number in sorted(places)[:limit])]
 
 
 def shown_examples(pool: Sequence[Example], task: Task, shots: int, example: Example) -> list[Example]:

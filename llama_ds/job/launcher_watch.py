@@ -25,6 +25,8 @@ _LAUNCHERS = (
     *("mpiexec.hydra", "hydra_pmi_proxy"),  # MPICH, Intel MPI
 )
 
+_SHELLS = ("sh", "bash", "dash")
+
 
 def watch_launcher(ask: Callable[[Request, str], None]) -> None:
     """Ask this rank to end when one of the processes that launched it has ended. A thread checks every CHECK_S."""
@@ -53,11 +55,14 @@ def watched(chain: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _program(words: Sequence[str]) -> str:
-    """Return the program of a command line; for Python, its script or module."""
+    """Return the program of a command line; for Python and shells, its script or module."""
     if not words:
         return ""
-    if not os.path.basename(words[0]).startswith("python"):
-        return os.path.basename(words[0])
+    program = os.path.basename(words[0])
+    if program in _SHELLS:  # mpirun of Intel MPI is a script
+        return os.path.basename(words[1]) if len(words) > 1 and not words[1].startswith("-") else program
+    if not program.startswith("python"):
+        return program
     rest = list(words[1:])
     while rest and rest[0].startswith("-") and rest[0] != "-m":
         rest.pop(0)

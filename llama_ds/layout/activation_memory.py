@@ -1,6 +1,6 @@
 """Activation memory and recompute cost of a decoder layer under each save policy.
 
-Saved between forward and backward, per layer and micro-batch, in elements of the run's dtype. N = micro_batch * T
+Saved between forward and backward, per layer and micro-batch, in elements of the run's dtype. N = micro_batch * T / cp
 tokens, M = N / tp under sequence parallelism, else N; D hidden size, F intermediate size, H query heads and G
 key-value heads of size K:
 
@@ -34,11 +34,12 @@ class LayerWork:
     tp: int = 1
     sequence_parallel: bool = False
     element_bytes: int = 2
+    cp: int = 1
 
     def saved_bytes(self, policy: str) -> int:
         """Return the bytes that the layer saves between its forward and backward, by the formulas above."""
         model = self.model
-        tokens = self.micro_batch * self.seq_len
+        tokens = self.micro_batch * self.seq_len // self.cp
         own = tokens // self.tp if self.sequence_parallel else tokens
         hidden, inner = model.hidden_size, model.intermediate_size
         queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
@@ -53,7 +54,7 @@ class LayerWork:
     def deferred_wgrad_bytes(self) -> int:
         """Return the bytes kept between the input backward and a deferred weight backward."""
         model = self.model
-        tokens = self.micro_batch * self.seq_len
+        tokens = self.micro_batch * self.seq_len // self.cp
         queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         own = tokens * (2 * queries + 2 * keys + 3 * model.intermediate_size) // self.tp
         return (4 * tokens * model.hidden_size + own) * self.element_bytes

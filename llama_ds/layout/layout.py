@@ -33,7 +33,7 @@ class Layout(Axes):
 
 def model_axes(parallel: ParallelConfig) -> Axes:
     """Return the axes of one model replica, as the run file sizes them; dp follows from the world size."""
-    return Axes(pp=parallel.pp, tp=parallel.tp)
+    return Axes(pp=parallel.pp, cp=parallel.cp, tp=parallel.tp)
 
 
 def resolve_layout(run: RunConfig, world: int) -> Layout:

@@ -84,7 +84,8 @@ def by_host(ranks: Iterable[PlacedRank]) -> dict[str, list[PlacedRank]]:
 def findings(ranks: Sequence[PlacedRank]) -> list[PlacementFinding]:
     """Check the placement of all ranks of a job: hosts, tensor, pipeline and data parallelism."""
     slots = {host: len(found) for host, found in by_host(ranks).items()}
-    return [_slots(slots, sizes(ranks)), _tensor(ranks, slots), _pipeline(ranks, slots), _data(ranks)]
+    context = [_context(ranks)] if sizes(ranks).cp > 1 else []
+    return [_slots(slots, sizes(ranks)), _tensor(ranks, slots), *context, _pipeline(ranks, slots), _data(ranks)]
 
 
 def _slots(slots: Mapping[str, int], axes: Axes) -> PlacementFinding:
@@ -118,6 +119,19 @@ def _tensor(ranks: Sequence[PlacedRank], slots: Mapping[str, int]) -> PlacementF
         f"tp: {len(spanning)} of {len(groups)} groups of {tp} ranks span hosts, first ranks "
         f"{first[0].rank}-{first[-1].rank} on {_some(_distinct(r.host for r in first))}; use a tp that divides "
         f"every host's slots: {listed(divisors(math.gcd(*slots.values())))}",
+    )
+
+
+def _context(ranks: Sequence[PlacedRank]) -> PlacementFinding:
+    axes = sizes(ranks)
+    groups = axes.groups("cp")
+    spanning = [group for group in groups if len({ranks[rank].host for rank in group}) > 1]
+    if not spanning:
+        return PlacementFinding("ok", f"cp: {_groups_text(len(groups))} of {axes.cp} ranks within a host")
+    return PlacementFinding(
+        "ok",
+        f"cp: {len(spanning)} of {len(groups)} groups of {axes.cp} ranks span hosts, the first "
+        f"{_some(_distinct(ranks[rank].host for rank in spanning[0]))}; all keys and values pass between them",
     )
 
 
@@ -155,22 +169,23 @@ def _pipeline(ranks: Sequence[PlacedRank], slots: Mapping[str, int]) -> Placemen
 
 
 def _data(ranks: Sequence[PlacedRank]) -> PlacementFinding:
-    dp = sizes(ranks).dp
+    axes = sizes(ranks)
+    dp, name = axes.data_axis, "dp * cp" if axes.cp > 1 else "dp"
     if dp == 1:
         return PlacementFinding("ok", "dp: 1, no gradients to reduce between ranks")
     groups: dict[Coords, Counter[str]] = defaultdict(Counter)
     for rank in ranks:
-        groups[rank.coords._replace(dp=0)][rank.host] += 1
+        groups[rank.coords._replace(dp=0, cp=0)][rank.host] += 1
     spanning = [group for group in groups.values() if len(group) > 1]
     groups_text = _groups_text(len(groups))
     if not spanning:
-        return PlacementFinding("ok", f"dp: {groups_text} of {dp} ranks within a host, gradients reduced there")
+        return PlacementFinding("ok", f"{name}: {groups_text} of {dp} ranks within a host, gradients reduced there")
     hosts = _from_to({len(group) for group in groups.values()})
     each = _from_to({count for group in groups.values() for count in group.values()})
     shared = max(Counter(host for group in spanning for host in group).values())
     return PlacementFinding(
         "ok",
-        f"dp: {groups_text} of {dp} ranks over {hosts} hosts, {each} on a host; "
+        f"{name}: {groups_text} of {dp} ranks over {hosts} hosts, {each} on a host; "
         f"{_count(shared, 'group')} at most {'reduce' if shared > 1 else 'reduces'} gradients through a host's network",
     )
 

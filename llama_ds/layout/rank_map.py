@@ -185,7 +185,8 @@ def _legend(axes: Axes, width: int) -> tuple[list[str], int]:
     parts.append(f'<text x="{_GAP + 19}" y="{y + 10}" font-size="11">tp group</text>')
     parts.append(f'<rect class="x" x="{_GAP + 80}" y="{y}" width="14" height="12"/>')
     parts.append(f'<text x="{_GAP + 99}" y="{y + 10}" font-size="11">tp group over several hosts</text>')
-    parts.append(f'<text x="{_GAP + 270}" y="{y + 10}" font-size="11">in a slot: rank, below it stage.dp.tp</text>')
+    order = ".".join("stage" if axis == "pp" else axis for axis in axes.named)
+    parts.append(f'<text x="{_GAP + 270}" y="{y + 10}" font-size="11">in a slot: rank, below it {order}</text>')
     return parts, y + 26
 
 

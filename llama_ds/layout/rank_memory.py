@@ -1,10 +1,9 @@
 """Memory of a rank other than saved activations. An element of the run's dtype has e bytes.
 
 With P parameters on the rank: weights e P, gradients 4 P (fp32 buffers), and this rank's ZeRO-1 shard of the optimizer
-states. AdamW's take 8 P / dp, or 12 P / dp in bf16 (Rajbhandari et al., arXiv 1910.02054, section 5), and Muon's 4 less
-for each element of a hidden matrix. Working memory is
-the larger of one layer's activations and their gradients, and the head's chunk of logits with its fp32 gradient; the
-buffers of pipeline messages come on top.
+states. AdamW's take 8 P / (dp cp), or 12 P / (dp cp) in bf16 (Rajbhandari et al., arXiv 1910.02054, section 5), and
+Muon's 4 less for each element of a hidden matrix. Working memory is the larger of one layer's activations and their
+gradients, and the head's chunk of logits with its fp32 gradient; the buffers of pipeline messages come on top.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
     placement, model = schedule.placement, run.model
     parameters = stage_roles(model, stage_boundaries(run), layout.tp)
     work = layer_work(run, layout, element_bytes)
-    tokens = layout.micro_batch * run.data.seq_len
+    tokens = layout.micro_batch * run.data.seq_len // layout.cp
     vocab = part_rows(model.vocab_size, layout.tp)
     chunk = chunk_tokens(tokens, model.hidden_size, vocab)
     head = (
@@ -59,7 +58,7 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         working = max(2 * work.saved_bytes("none"), head if has_head else 0)
         # Buffers in each direction: posted receives, one send in flight and one being queued.
         messages = 2 * placement.chunks * (3 + schedule.extra_warmup) * message if layout.pp > 1 else 0
-        states = states_of(run.optimizer.name).nbytes(by_role, element_bytes) // layout.dp
+        states = states_of(run.optimizer.name).nbytes(by_role, element_bytes) // layout.data_axis
         found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages))
     return found
 
@@ -68,5 +67,5 @@ def layer_work(run: RunConfig, layout: Layout, element_bytes: int) -> LayerWork:
     """Return the run's decoder layer for the cost table in `activation_memory`."""
     parallel = run.parallel
     return LayerWork(
-        run.model, run.data.seq_len, layout.micro_batch, layout.tp, parallel.sequence_parallel, element_bytes
+        run.model, run.data.seq_len, layout.micro_batch, layout.tp, parallel.sequence_parallel, element_bytes, layout.cp
     )

@@ -43,6 +43,20 @@ def attention_kernel(backend: str) -> AttentionKernel:
     return _Reference() if backend == "reference" else _Sdpa()
 
 
+def block_kernel(backend: str, like: Tensor, causal: bool) -> AttentionKernel | None:
+    """Return the kernel for a block of queries and keys whose first statistic is the logsumexp (B, H, queries).
+
+    None: the backend has no such kernel for the device and dtype of `like`, and `plain_blocks` computes the block.
+    """
+    if backend == "flash_attn":
+        return _FlashAttention4(causal) if flash_module().__name__ == FLASH_4 else _FlashAttention2(causal)
+    if backend == "reference":
+        return None
+    if like.is_cuda:
+        return _SdpaCuda(causal) if _SdpaCuda.is_flash(like, None) else None
+    return _SdpaCpu(causal)
+
+
 class _Reference:
     """Attention computed from its definition, in the inputs' dtype; for tests."""
 
@@ -103,14 +117,21 @@ class BlockedAttention:
         return blocked_backward(grad, q, k, v, out, statistics[0], _bias(docs, q))
 
 
-class _SdpaCpu:
+class _Backend:
+    """A kernel that also computes a block of attention in which every query sees every key."""
+
+    def __init__(self, causal: bool = True) -> None:
+        self.causal = causal
+
+
+class _SdpaCpu(_Backend):
     """torch's flash attention for the CPU, which lacks grouped queries."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         heads = q.shape[2]
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(_heads_first(x) for x in (q, repeat_heads(k, heads), repeat_heads(v, heads))),
-            is_causal=documents is None,
+            is_causal=documents is None and self.causal,
             attn_mask=_bias(documents, q),
         )
         return out.transpose(1, 2), (lse,)
@@ -123,66 +144,69 @@ class _SdpaCpu:
             *(_heads_first(x) for x in (grad, q, repeat_heads(k, heads), repeat_heads(v, heads), out)),
             statistics[0],
             0.0,
-            docs is None,
+            docs is None and self.causal,
             attn_mask=_bias(docs, q),
         )
         grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
         return grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
 
 
-class _SdpaCuda:
+class _SdpaCuda(_Backend):
     """torch's flash attention for bf16 and fp16; its memory-efficient kernel for float32 and document masks."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         heads, aten = q.shape[2], torch.ops.aten
         inputs = tuple(_heads_first(x) for x in (q, repeat_heads(k, heads), repeat_heads(v, heads)))
-        if self._flash(q, documents):
-            out, lse, _, _, _, _, state, unused, _ = aten._scaled_dot_product_flash_attention(*inputs, 0.0, True)
+        if self.is_flash(q, documents):
+            out, lse, _, _, _, _, state, unused, _ = aten._scaled_dot_product_flash_attention(*inputs, 0.0, self.causal)
             return out.transpose(1, 2), (lse, state, unused)
         bias = _bias(documents, q)
-        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(*inputs, bias, True, 0.0, bias is None)
+        causal = bias is None and self.causal
+        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(*inputs, bias, True, 0.0, causal)
         return out.transpose(1, 2), (lse, seed, offset)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
     ) -> Gradients:
-        heads, groups, length = q.shape[2], k.shape[2], q.shape[1]
+        heads, groups, lengths = q.shape[2], k.shape[2], (q.shape[1], k.shape[1])
         inputs = tuple(_heads_first(x) for x in (grad, q, repeat_heads(k, heads), repeat_heads(v, heads)))
         lse, *state = statistics
         out = _heads_first(out)
-        if self._flash(q, docs):
+        if self.is_flash(q, docs):
             grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                *inputs, out, lse, None, None, length, length, 0.0, True, *state
+                *inputs, out, lse, None, None, *lengths, 0.0, self.causal, *state
             )
         else:
             bias = _bias(docs, q)
             *grads, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-                *inputs, bias, out, lse, *state, 0.0, [True, True, True, False], bias is None
+                *inputs, bias, out, lse, *state, 0.0, [True, True, True, False], bias is None and self.causal
             )
         grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
         return grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
 
     @staticmethod
-    def _flash(q: Tensor, documents: Documents | None) -> bool:
+    def is_flash(q: Tensor, documents: Documents | None) -> bool:
+        """Return whether flash attention computes it; the logsumexp of the other kernel is padded."""
         return documents is None and q.dtype in (torch.bfloat16, torch.float16)
 
 
-class _FlashAttention2:
+class _FlashAttention2(_Backend):
     """flash_attn 2.x through the functions below its autograd functions; packed documents are variable-length rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool = True) -> None:
+        super().__init__(causal)
         self._functions: Any = importlib.import_module("flash_attn.flash_attn_interface")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         if documents is None:
             out, lse, _, state = self._functions._wrapped_flash_attn_forward(
-                q, k, v, **_options(q), return_softmax=False
+                q, k, v, **_options(q, self.causal), return_softmax=False
             )
             return out, (lse, state)
         flat = (x.flatten(0, 1) for x in (q, k, v))
         lengths = _lengths(documents)
         out, lse, _, state = self._functions._wrapped_flash_attn_varlen_forward(
-            *flat, *lengths, **_options(q), return_softmax=False
+            *flat, *lengths, **_options(q, self.causal), return_softmax=False
         )
         return out.view_as(q), (lse, state)
 
@@ -191,7 +215,7 @@ class _FlashAttention2:
     ) -> Gradients:
         lse, state = statistics
         grads = tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        options = {**_options(q), "deterministic": False, "rng_state": state}
+        options = {**_options(q, self.causal), "deterministic": False, "rng_state": state}
         if docs is None:
             self._functions._wrapped_flash_attn_backward(grad, q, k, v, out, lse, *grads, **options)
         else:
@@ -201,18 +225,21 @@ class _FlashAttention2:
         return grads  # type: ignore[return-value]
 
 
-class _FlashAttention4:
+class _FlashAttention4(_Backend):
     """flash_attn 4.x (`flash_attn.cute`) through the functions below its autograd functions."""
 
-    def __init__(self) -> None:
+    def __init__(self, causal: bool = True) -> None:
+        super().__init__(causal)
         self._functions: Any = importlib.import_module("flash_attn.cute.interface")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         if documents is None:
-            out, lse, *_ = self._functions._flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+            out, lse, *_ = self._functions._flash_attn_fwd(q, k, v, causal=self.causal, return_lse=True)
             return out, (lse,)
         flat = (x.flatten(0, 1) for x in (q, k, v))
-        out, lse, *_ = self._functions._flash_attn_fwd(*flat, **self._varlen(documents), causal=True, return_lse=True)
+        out, lse, *_ = self._functions._flash_attn_fwd(
+            *flat, **self._varlen(documents), causal=self.causal, return_lse=True
+        )
         return out.view_as(q), (lse,)
 
     def backward(
@@ -220,9 +247,9 @@ class _FlashAttention4:
     ) -> Gradients:
         (lse,) = statistics
         if docs is None:
-            return self._functions._flash_attn_bwd(q, k, v, out, grad, lse, causal=True)[:3]
+            return self._functions._flash_attn_bwd(q, k, v, out, grad, lse, causal=self.causal)[:3]
         flat = (x.flatten(0, 1) for x in (q, k, v, out, grad))
-        grads = self._functions._flash_attn_bwd(*flat, lse, causal=True, **self._varlen(docs))[:3]
+        grads = self._functions._flash_attn_bwd(*flat, lse, causal=self.causal, **self._varlen(docs))[:3]
         return tuple(x.unflatten(0, q.shape[:2]) for x in grads)
 
     @staticmethod
@@ -231,12 +258,12 @@ class _FlashAttention4:
         return dict(zip(names, _lengths(documents), strict=True))
 
 
-def _options(q: Tensor) -> dict[str, Any]:
-    """Return flash_attn 2.x's options for plain causal attention."""
+def _options(q: Tensor, causal: bool) -> dict[str, Any]:
+    """Return flash_attn 2.x's options for plain attention."""
     return {
         "dropout_p": 0.0,
         "softmax_scale": q.shape[-1] ** -0.5,
-        "causal": True,
+        "causal": causal,
         "window_size_left": -1,
         "window_size_right": -1,
         "softcap": 0.0,

@@ -18,6 +18,7 @@ from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.layout.weights import Weight, bias_of, weight_of
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.cached_layer import cached_forward
+from llama_ds.model.context_parallel import ContextParallel, WholeRows
 from llama_ds.model.init import initial_shard
 from llama_ds.model.key_value_cache import CacheHolder
 from llama_ds.model.linear import RMSNorm, ShardedLinear
@@ -37,6 +38,7 @@ class LayerContext:
     tp: TensorParallel
     attention: CausalAttention
     rotary: RotaryTables
+    cp: ContextParallel = field(default_factory=WholeRows)
     document_mask: bool = False
     marks: DocumentMarks = LLAMA_MARKS  # the ids between documents, for the mask
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of initial weights

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.layout.vocab_parts import own_rows
 from llama_ds.layout.weights import EMBEDDING
+from llama_ds.model.context_parallel import own_tokens
 from llama_ds.model.decoder import Hidden, LayerContext
 from llama_ds.model.linear import describe
 
@@ -38,14 +39,18 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         model, tp = context.model, context.tp
         self.tp = tp
-        self.document_mask, self.marks, self.caches = context.document_mask, context.marks, context.caches
+        self.cp, self.caches = context.cp, context.caches
+        self.document_mask, self.marks = context.document_mask, context.marks
         self.weight = context.parameter(EMBEDDING, EMBEDDING_LAYER)
         self.own = own_rows(model.vocab_size, tp.rank, tp.size)
         self.whole = EMBEDDING.shape(model)
 
     def forward(self, ids: Tensor) -> Hidden:
-        """(B, T) -> (B, S, D), paired with document_start (B, T) if documents are masked."""
-        x = self.tp.leave(self.lookup(ids))
+        """(B, T) -> (B, S, D), paired with document_start (B, T) if documents are masked.
+
+        `ids` are of whole rows; context-parallel ranks look up their own tokens.
+        """
+        x = self.tp.leave(self.lookup(own_tokens(ids, self.cp)))
         masked = self.document_mask and self.caches.cache is None  # generated text and its context are one document
         return (x, document_starts(ids, self.marks)) if masked else x
 

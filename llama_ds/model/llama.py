@@ -19,7 +19,8 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.flops import parameter_count
 from llama_ds.layout.vocab_parts import own_rows
-from llama_ds.model.attention import CausalAttention, choose_backend
+from llama_ds.model.attention import choose_backend
+from llama_ds.model.context_parallel import ContextParallel, WholeRows
 from llama_ds.model.cpu_products import choose_products
 from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
@@ -27,6 +28,7 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.next_token import own_logits
 from llama_ds.model.rope import RotaryTables
+from llama_ds.model.shared_rows import attention_over
 from llama_ds.model.tensor_parallel import TensorParallel
 
 
@@ -36,12 +38,14 @@ def layer_context(
     device_type: str,
     dtype: torch.dtype,
     marks: DocumentMarks = LLAMA_MARKS,
+    cp: ContextParallel | None = None,
 ) -> LayerContext:
     """Choose the attention backend, and on a CPU the matrix library, and return the context of a stage's layers.
 
-    `device_type` is torch's: "cpu" or "cuda". The layers compute in `dtype`. `marks` are those of the tokenizer.
+    `device_type` is torch's: "cpu" or "cuda". The layers compute in `dtype`. `marks` are those of the tokenizer. `cp`
+    is the group that shares rows; None: this rank has whole rows.
     """
-    model = run.model
+    model, cp = run.model, cp or WholeRows()
     if device_type == "cpu":
         choose_products()
     backend = choose_backend(run.compute.attention_backend, device_type, dtype, model.head_dim)
@@ -49,8 +53,9 @@ def layer_context(
         model=model,
         seed=run.seed,
         tp=tp,
-        attention=CausalAttention(backend),
-        rotary=RotaryTables(model, run.data.seq_len),
+        attention=attention_over(cp, backend),
+        rotary=RotaryTables(model, run.data.seq_len, cp),
+        cp=cp,
         document_mask=run.data.document_mask,
         marks=marks,
         initializer_range=run.training.initializer_range,

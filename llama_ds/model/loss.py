@@ -17,6 +17,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.layout.vocab_parts import own_rows
+from llama_ds.model.context_parallel import ContextParallel, WholeRows, own_tokens, whole_rows
 from llama_ds.model.pointwise import compiled_for
 from llama_ds.model.tensor_parallel import TensorParallel
 from llama_ds.model.weight_gradients import WeightGradients, add_product
@@ -31,6 +32,9 @@ class NextTokenLoss(nn.Module):
     Labels that are `IGNORED` have neither loss nor gradient. The sum over the others is divided by `labels`. An engine
     sets it to the mean number of labels of the micro-batches of a step, so that the mean of their losses is the mean
     over all labels. None: by the number of the labels given.
+
+    Labels are those of whole rows. Context-parallel ranks take their own tokens' and divide by labels / n, so that the
+    mean over ranks is the loss.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class NextTokenLoss(nn.Module):
         z_weight: float = 0.0,
         weight_gradients: WeightGradients | None = None,
         vocab_size: int | None = None,
+        cp: ContextParallel | None = None,
     ) -> None:
         """Take the group over which the vocabulary is sharded.
 
@@ -46,6 +51,7 @@ class NextTokenLoss(nn.Module):
             z_weight: scales the z-loss.
             weight_gradients: receives the gradient of W; None: autograd does.
             vocab_size: V, which W does not tell if several ranks share it; None: all rows of W.
+            cp: the group that shares rows; None: this rank has whole rows.
 
         Raises:
             ValueError: several ranks share the vocabulary, and its size is not given.
@@ -54,6 +60,7 @@ class NextTokenLoss(nn.Module):
         if vocab_size is None and tp.size > 1:
             raise ValueError("a vocabulary sharded over ranks needs vocab_size, because a shard may be padded")
         self.tp = tp
+        self.cp = cp or WholeRows()
         self.z_weight = z_weight
         self.weight_gradients = weight_gradients or WeightGradients()
         self.vocab_size = vocab_size
@@ -65,7 +72,11 @@ class NextTokenLoss(nn.Module):
     def forward(self, head: tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
         """Return the scalar loss of head = (hidden states (B, S, D), W (R, D)) and labels (B, T)."""
         x, weight = head
-        return _HeadLoss.apply(x, weight, labels, self, torch.is_grad_enabled())
+        if self.cp.size == 1:
+            return _HeadLoss.apply(x, weight, labels, self, self.labels, torch.is_grad_enabled())
+        total = (labels != IGNORED).sum() if self.labels is None else self.labels
+        own = own_tokens(labels, self.cp)
+        return _HeadLoss.apply(x, weight, own, self, total / self.cp.size, torch.is_grad_enabled())
 
     def own_rows(self, held: int) -> range:
         """Return the ids whose rows this rank holds, in `held` rows of W."""
@@ -78,11 +89,19 @@ class NextTokenLoss(nn.Module):
 class _HeadLoss(Function):
     """Mean of lse - logit[label] + z lse^2 with logits = x W^T and lse = log sum exp over the whole vocabulary.
 
-    N below is the divisor of the mean (`NextTokenLoss.labels`).
+    N below is the divisor of the mean, `divisor`; None: the number of labels that count.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, owner: NextTokenLoss, training: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        owner: NextTokenLoss,
+        divisor: float | Tensor | None,
+        training: bool,
+    ) -> Tensor:
         tp, z_weight = owner.tp, owner.z_weight if training else 0.0
         whole = tp.start_gather(x)()
         shape = labels.shape
@@ -92,8 +111,11 @@ class _HeadLoss(Function):
         grad_x = torch.empty_like(rows) if training else None
         grad_weight = torch.empty(weight.shape, dtype=wide, device=x.device) if training else None
         # None: all labels count, and the host knows it.
-        ignored = None if owner.labels == len(labels) else labels == IGNORED
-        total = len(labels) if ignored is None else owner.labels or (~ignored).sum().to(wide)
+        known = None if isinstance(divisor, Tensor) else divisor
+        ignored = None if known == len(labels) else labels == IGNORED
+        total = len(labels) if ignored is None else known or (~ignored).sum().to(wide)
+        if isinstance(divisor, Tensor):
+            total = divisor.to(wide)
         size = chunk_tokens(len(rows), rows.shape[1], len(weight))
         ids = owner.own_rows(len(weight))
         greedy = None if training or owner.scores is None else torch.empty_like(labels, dtype=torch.bool)
@@ -125,7 +147,7 @@ class _HeadLoss(Function):
             else:
                 add_product(own_grad if start else own_grad.zero_(), logits, rows[part])
         if greedy is not None and owner.scores is not None:
-            owner.scores.append((losses.view(shape), greedy.view(shape)))
+            owner.scores.append((whole_rows(losses.view(shape), owner.cp), whole_rows(greedy.view(shape), owner.cp)))
         if grad_weight is not None:
             ctx.save_for_backward(reduced(), grad_weight)
             ctx.owner, ctx.weight = owner, weight
@@ -138,7 +160,7 @@ class _HeadLoss(Function):
         factor = grad if grad.is_cuda or grad != 1 else None  # on CUDA, reading it would synchronise
         if factor is not None:
             grad_x = grad_x * factor  # out of place: with retain_graph the saved gradients are read again
-        return grad_x, ctx.owner.weight_gradients.add(ctx.weight, grad_weight, factor), None, None, None
+        return grad_x, ctx.owner.weight_gradients.add(ctx.weight, grad_weight, factor), None, None, None, None
 
 
 def _log_sum_exp(logits: Tensor, local: Tensor, tp: TensorParallel) -> tuple[Tensor, Tensor, Tensor, Tensor]:

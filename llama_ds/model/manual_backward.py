@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
 from llama_ds.model.attention import Documents
-from llama_ds.model.attention_kernels import Statistics, attention_kernel
+from llama_ds.model.attention_kernels import Statistics
 from llama_ds.model.cached_layer import cached_forward
 from llama_ds.model.decoder import DecoderLayer, Hidden, LayerContext
 from llama_ds.model.linear import ShardedLinear, column_products, lay_together, stacked
@@ -40,6 +40,7 @@ from llama_ds.model.pointwise import (
     swiglu,
     swiglu_backward,
 )
+from llama_ds.model.shared_rows import kernel_over
 from llama_ds.model.weight_gradients import LayerWeightGradients, bias_gradients
 
 
@@ -71,7 +72,7 @@ class ManualBackwardLayer(DecoderLayer):
         super().__init__(context, layer)
         self.policy = policy
         self.first = first
-        self.kernel = attention_kernel(context.attention.name)
+        self.kernel = kernel_over(context.cp, context.attention.name)
         self.weight_grads = LayerWeightGradients(context.weight_gradients)
         self.recomputes_early = False  # True (policy full only): recompute_oldest() runs before every backward
         self._outstanding: deque[Any] = deque()  # autograd contexts of forwards with a pending backward

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.config.section_rules import YARN_FAST, YARN_SLOW
+from llama_ds.model.context_parallel import ContextParallel, WholeRows, positions
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, length: int | None = None) -> Tensor:
@@ -83,24 +84,25 @@ def _scale_yarn(frequencies: Tensor, theta: float, scaling: RopeScaling) -> Tens
 class RotaryTables:
     """Cosines and sines of all positions of a row, computed once per device and shared by a stage's layers."""
 
-    def __init__(self, model: ModelConfig, seq_len: int) -> None:
-        """`seq_len` is the maximum number of tokens of a row."""
+    def __init__(self, model: ModelConfig, seq_len: int, cp: ContextParallel | None = None) -> None:
+        """`seq_len` is the maximum number of tokens of a row. If `cp` ranks share rows, tables are of own tokens."""
         self.model = model
         self.seq_len = seq_len
+        self.cp = cp or WholeRows()
         scaling = model.rope_scaling
         self._by_length = scaling is not None and scaling.rope_type == "dynamic"
         self._tables: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Return [cos | cos] and [-sin | sin] on `device`: each (T, 1, K) in float32, for rows of `length` tokens.
+        """Return [cos | cos] and [-sin | sin] on `device`: each (T, 1, K) in float32, for this rank's `length` tokens.
 
         The rotation of x is x cos + swapped(x) sin, where swapped exchanges the halves of a head. T is that length if
         the frequencies depend on it, else the next power of two up to `seq_len`: a model for a million tokens has small
         tables for a prompt.
         """
         if length is None:
-            length = self.seq_len
-        elif not self._by_length:
+            length = self.seq_len // self.cp.size
+        elif not self._by_length and self.cp.size == 1:
             length = min(self.seq_len, 1 << (length - 1).bit_length())
         if (device, length) not in self._tables:
             cos, sin = self._compute(length)
@@ -109,8 +111,10 @@ class RotaryTables:
 
     def _compute(self, length: int) -> tuple[Tensor, Tensor]:
         model, factor = self.model, attention_factor(self.model.rope_scaling)
-        frequencies = inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling, length)
-        angles = torch.outer(torch.arange(length).float(), frequencies)[:, None]  # (T, 1, K/2)
+        tokens = length * self.cp.size
+        frequencies = inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling, tokens)
+        own = torch.arange(tokens) if self.cp.size == 1 else positions(tokens, self.cp, self.cp.rank)
+        angles = torch.outer(own.float(), frequencies)[:, None]  # (T, 1, K/2)
         cos, sin = angles.cos(), angles.sin()
         if factor != 1:
             cos, sin = cos * factor, sin * factor

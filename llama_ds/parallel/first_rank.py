@@ -10,6 +10,7 @@ import psutil
 
 from llama_ds.errors import UserError
 from llama_ds.job.heartbeat import interface_towards
+from llama_ds.job.own_session import starter
 from llama_ds.layout.nodelist import from_slurm
 
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
@@ -105,7 +106,7 @@ def _find(rank: int, world: int, by: str, given: str | None) -> tuple[str, int]:
     # Deriving the port from the job keeps two jobs on a host apart.
     job = os.environ.get("PMIX_NAMESPACE") or ".".join(_values("SLURM_JOB_ID", "SLURM_STEP_ID"))
     if on_one_host(world):
-        return LOOPBACK, _port_of(job or str(os.getppid()))
+        return LOOPBACK, _port_of(job or str(starter()))
     if given and job:
         return given, _port_of(job)
     if by != SLURM_RANK and not (in_slurm_step() and first_set(LOCAL_SIZES) is None):
@@ -165,10 +166,24 @@ def _ask_first_rank(rank: int, world: int) -> tuple[str, int]:
             "pass MASTER_ADDR and MASTER_PORT"
         )
     hosts = MPI.COMM_WORLD.gather(socket.gethostname(), root=0)
-    found = (_own_address(hosts or []), _free_port()) if rank == 0 else None
-    result: tuple[str, int] = MPI.COMM_WORLD.bcast(found, root=0)
+    found = _own_address_and_port(hosts or []) if rank == 0 else None
+    result: tuple[str, int] | str = MPI.COMM_WORLD.bcast(found, root=0)
     MPI.Finalize()  # this process skips atexit handlers, and mpirun would report a crash
+    if isinstance(result, str):
+        raise UserError(result)
     return result
+
+
+def _own_address_and_port(hosts: Sequence[str]) -> tuple[str, int] | str:
+    """Return an address of this host, and a free port; or the error, which all ranks are to raise."""
+    try:
+        return _own_address(hosts), _free_port()
+    except OSError as error:
+        return (
+            f"environment: MASTER_ADDR is not set, and rank 0's host {socket.gethostname()} has neither a route to the "
+            f"others nor an address of its own name ({error.strerror}); set MASTER_ADDR to an address that all hosts "
+            "reach"
+        )
 
 
 def _own_address(hosts: Sequence[str]) -> str:
@@ -182,7 +197,14 @@ def _own_address(hosts: Sequence[str]) -> str:
                 continue
             if not (own := str(probe.getsockname()[0])).startswith("127."):
                 return own
-    return socket.gethostbyname(socket.gethostname())
+    return _only_address() or socket.gethostbyname(socket.gethostname())
+
+
+def _only_address() -> str | None:
+    """Return this host's IPv4 address, if it has only one besides the loopback interface's."""
+    every = (found for addresses in psutil.net_if_addrs().values() for found in addresses)
+    own = {found.address for found in every if found.family == socket.AF_INET and not _is_loopback(found.address)}
+    return own.pop() if len(own) == 1 else None
 
 
 def _free_port() -> int:

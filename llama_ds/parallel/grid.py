@@ -1,13 +1,15 @@
-"""Process groups of a layout: DeepSpeed's grid, and this rank's tensor-parallel communicator."""
+"""Process groups of a layout: DeepSpeed's grid, and this rank's tensor- and context-parallel communicators."""
 
 from __future__ import annotations
 
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
-from llama_ds.layout.axes import AXES
+from llama_ds.layout.axes import AXES, Coords
 from llama_ds.layout.layout import Layout
+from llama_ds.model.context_parallel import ContextParallel, WholeRows
 from llama_ds.model.tensor_parallel import SingleRank, TensorParallel
+from llama_ds.parallel.context_parallel import GroupContextParallel
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
 from llama_ds.parallel.trace import Trace
 
@@ -35,6 +37,18 @@ def tensor_parallel(layout: Layout, sequence_parallel: bool, trace: Trace) -> Te
     if layout.tp == 1:
         return SingleRank()
     return GroupTensorParallel(_own_group(layout, "tp"), sequence_parallel, trace)
+
+
+def context_parallel(layout: Layout, method: str, trace: Trace) -> ContextParallel:
+    """Return this rank's context-parallel communicator, with its messages recorded by `trace`. Collective."""
+    if layout.cp == 1:
+        return WholeRows()
+    return GroupContextParallel(_own_group(layout, "cp"), method, trace)
+
+
+def own_coords(layout: Layout) -> Coords:
+    """Return this rank's coordinates."""
+    return layout.coords(dist.get_rank())
 
 
 def _own_group(layout: Layout, *axes: str) -> dist.ProcessGroup:

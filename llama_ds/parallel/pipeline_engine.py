@@ -284,8 +284,8 @@ class LlamaPipelineEngine(PipelineEngine):
     def _post(self, step: Instruction) -> None:
         message = message_of(step, self.stage_id, self._schedule.placement)
         rows, tokens = self._passes[step.micro_batch].ids.shape if self._passes else self._rows
-        tp = self._context.tp
-        own = tokens // tp.size if tp.sequence_parallel else tokens
+        tp, own = self._context.tp, tokens // self._context.cp.size
+        own = own // tp.size if tp.sequence_parallel else own
         hidden = torch.empty(rows, own, self._context.model.hidden_size, dtype=self._dtype, device=self.device)
         buffers = [hidden]
         if message.kind == "activation" and self._context.document_mask and not self._passes:

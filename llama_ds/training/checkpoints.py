@@ -226,7 +226,7 @@ class Checkpoints:
         begin_moments(engine, found.optimizer_steps or 0, found.states)
         self._fill(engine, kinds)
         engine.global_steps = found.step
-        engine.global_samples = found.step * self.layout.global_batch
+        engine.global_samples = found.step * engine.train_batch_size()
         engine.skipped_steps = found.step - (found.optimizer_steps or 0)
         return found.step
 

@@ -24,7 +24,7 @@ from llama_ds.config.schema import (
 )
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
-from llama_ds.evaluation.evaluate import Journal, TaskResult, Work
+from llama_ds.evaluation.evaluate import Journal, Work
 from llama_ds.evaluation.one_process import opened, results_of, subject_of
 from llama_ds.evaluation.scoring import Scorer
 from llama_ds.layout.layout import Layout, resolve_layout
@@ -63,7 +63,7 @@ class EvaluationJob:
         path: str,
         works: Sequence[Work],
         journal: str | None,
-        tick: Callable[[TaskResult], object] = lambda result: None,
+        tick: Callable[[int], object] = lambda requests: None,
     ) -> dict[str, Any]:
         """Return on every rank what `evaluate_folder` returns. Collective.
 

@@ -70,7 +70,14 @@ def train(
     last = min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
     log_start(run, layout, dtype, range(first, last), chosen)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))
-    log = world.together(lambda: open_run_log(run, first, machine_of(layout, device)) if rank_info.rank == 0 else None)
+    hosts = world.gather(progress.host)
+    log = world.together(
+        lambda: (
+            open_run_log(run, first, config, machine_of(layout, device, hosts, run.run_dir))
+            if rank_info.rank == 0
+            else None
+        )
+    )
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
     interruptions = Interruptions(run.checkpoint, device, requests)
     stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)

@@ -1,23 +1,36 @@
-"""On what a run was trained: machines.jsonl in its folder has a line for each start, for the model card."""
+"""On what a run was trained, and by which code: machines.jsonl in its folder has a line for each start."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from llama_ds import __version__
 from llama_ds.layout.layout import Layout
+from llama_ds.log import logger
 from llama_ds.machine import cpu_name
 
 MACHINES = "machines.jsonl"
 PACKAGES = ("torch", "deepspeed", "flash-attn")
+GIT_S = 20.0  # longest wait for git, on slow network file systems
+CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def machine_of(layout: Layout, device: torch.device) -> dict[str, Any]:
-    """Return the number of ranks, the device of this one, and the versions of the software."""
+def machine_of(layout: Layout, device: torch.device, hosts: Sequence[str], run_dir: str) -> dict[str, Any]:
+    """Return what machines.jsonl says of a start: ranks, device, hosts with their ranks, software, command line, code.
+
+    Uncommitted changes of the code are written to `run_dir`, in a file that is named after their hash.
+    """
     found = {"llama_ds": __version__, "Python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -25,4 +38,38 @@ def machine_of(layout: Layout, device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"ranks": layout.world, "device": name, "versions": found}
+    return {
+        "ranks": layout.world,
+        "device": name,
+        "versions": found,
+        "hosts": Counter(hosts),
+        "command": sys.argv,
+        "code": code_of(run_dir),
+        "packages": {one.name: one.version for one in sorted(distributions(), key=lambda one: one.name.lower())},
+    }
+
+
+def code_of(run_dir: str) -> dict[str, Any]:
+    """Return the commit of this package's checkout and the file with its changes; {} if it is no checkout of git."""
+    if not (CHECKOUT / ".git").exists():  # installed, or within a checkout of something else
+        return {}
+    try:
+        code: dict[str, Any] = {"commit": _git("rev-parse", "HEAD").decode().strip()}
+        if untracked := _git("ls-files", "--others", "--exclude-standard", "-z").decode(errors="replace"):
+            code["untracked"] = untracked.rstrip("\0").split("\0")
+        if changes := _git("diff", "HEAD", "--binary"):
+            code["changes"] = f"code_{hashlib.sha256(changes).hexdigest()[:12]}.diff"
+            Path(run_dir, code["changes"]).write_bytes(changes)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning("the version of the code is not recorded (%s); the run continues", error)
+        return {}
+    return code
+
+
+def _git(*words: str) -> bytes:
+    """Return git's answer on the checkout; it takes no locks, because other jobs may start from the same checkout."""
+    command = ["git", "--no-optional-locks", "-C", str(CHECKOUT), *words]
+    # A checkout of another user is as good: git is only asked.
+    environment = os.environ | {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory"}
+    environment["GIT_CONFIG_VALUE_0"] = str(CHECKOUT)
+    return subprocess.run(command, env=environment, capture_output=True, check=True, timeout=GIT_S).stdout

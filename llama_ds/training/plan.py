@@ -81,7 +81,7 @@ def _layout(run: RunConfig, layout: Layout) -> list[str]:
     sequence = ", activations sharded along the sequence" if run.parallel.sequence_parallel else ""
     rows = f"{layout.dp} x {layout.micro_batch} x {layout.accumulation}"
     return _pairs(
-        ("ranks", f"{layout.world:,} = pp {layout.pp} x dp {layout.dp} x tp {layout.tp}{sequence}"),
+        ("ranks", f"{layout.world:,} = {layout.words()}{sequence}"),
         ("micro batch", f"{layout.micro_batch} rows of {run.data.seq_len:,} tokens"),
         ("accumulation", f"{layout.accumulation} micro-batches per step"),
         ("global batch", f"{layout.global_batch:,} rows = {rows} = {layout.global_batch * run.data.seq_len:,} tokens"),

@@ -14,7 +14,8 @@ from llama_ds.layout.layout import Layout
 
 NOT_COMPARED = (
     *("path", "deepspeed_path"),  # where the run was read from, not what it is
-    *("layout.pp", "layout.tp", "layout.micro_batch", "layout.global_batch"),  # keys of the run, too
+    # keys of the run, too
+    *("layout.pp", "layout.cp", "layout.tp", "layout.micro_batch", "layout.global_batch"),
 )
 
 

@@ -18,6 +18,8 @@ from llama_ds.log import console_is_gone, logger
 from llama_ds.training.boards import open_boards
 from llama_ds.training.machines import MACHINES
 
+DEEPSPEED = "deepspeed.json"  # the merged configuration, as the engine received it
+
 
 class RunLog:
     """The outputs of one run; a resumed run continues them after `first_step`."""
@@ -65,8 +67,13 @@ class RunLog:
             board.close()
 
 
-def open_run_log(run: RunConfig, first_step: int, machine: Mapping[str, Any] | None = None) -> RunLog:
-    """Open the log of a run; write the resolved run file next to it, and of what `machines` says a line.
+def open_run_log(
+    run: RunConfig,
+    first_step: int,
+    config: Mapping[str, Any] | None = None,
+    machine: Mapping[str, Any] | None = None,
+) -> RunLog:
+    """Open the log of a run; next to it write the run file, DeepSpeed's `config` and a line on the `machine`.
 
     Raises:
         UserError: the folder is not writable, or the package of a board is not installed.
@@ -75,6 +82,9 @@ def open_run_log(run: RunConfig, first_step: int, machine: Mapping[str, Any] | N
         log = RunLog(run, first_step)
         with open(os.path.join(run.run_dir, "run.yaml"), "w") as file:
             file.write(dump(run))
+        if config is not None:
+            with open(os.path.join(run.run_dir, DEEPSPEED), "w") as file:
+                json.dump(config, file, indent=2)
         if machine is not None:
             path = os.path.join(run.run_dir, MACHINES)
             drop_steps_after(path, first_step)

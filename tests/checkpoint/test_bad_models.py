@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +51,71 @@ def refuse(folder: Path, capsys: pytest.CaptureFixture[str], *named: str, words:
     (line,) = lines
     assert line.startswith("error: ") and all(name in line for name in named), line
     return line
+
+
+def in_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Return what changes the header of a safetensors file."""
+
+    def damage(path: Path) -> None:
+        content = path.read_bytes()
+        length = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:length])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + content[length:])
+
+    return damage
+
+
+UP, GATE = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"
+OFFSETS = "data_offsets"
+UNCOVERED: list[tuple[Callable[[Path], object], str]] = [
+    (lambda path: path.write_bytes(path.read_bytes() + bytes(100)), "its tensors end at byte"),
+    (in_header(lambda header: header[UP].update({OFFSETS: header[GATE][OFFSETS]})), "begins at byte"),
+    (in_header(lambda header: header[UP].update({OFFSETS: [n - 8 for n in header[UP][OFFSETS]]})), "begins at byte"),
+]
+
+
+@pytest.mark.parametrize(("damage", "named"), UNCOVERED, ids=["longer", "twice", "overlap"])
+def test_tensors_cover_a_safetensors_file_once(
+    models: Models, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], object], named: str
+) -> None:
+    """Otherwise a file with the end of another, or a header of another, would be read as weights."""
+    folder = models("hf")
+    damage(folder / "model.safetensors")
+    refuse(folder, capsys, f"{folder}/model.safetensors: cannot be read as a safetensors file", named)
+
+
+def test_a_rank_s_file_in_place_of_another_is_named(models: Models, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = models("meta")
+    shutil.copy(folder / "consolidated.00.pth", folder / "consolidated.01.pth")
+    named = f"{folder}/consolidated.01.pth: ", f" equals that of {folder}/consolidated.00.pth, though each rank"
+    refuse(folder, capsys, *named)
+
+
+def test_ids_without_a_row_are_noted(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Many published models have a padding token whose id is the number of rows; it is legal, but not computed."""
+    source = write(1, True, model=replace(SHAPES["gqa"], vocab_size=700))
+    for words, noted in (((), True), (("--vocab-size", "800"), False)):
+        out = tmp_path / str(noted)
+        assert convert.main([source, str(out), "--to", "hf", "--no-logits", *words]) == 0
+        text = "vocabulary: the tables have 700 rows, the tokenizer 800 ids, of which those from 700 on cannot"
+        assert (text in capsys.readouterr().out) == noted
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("generation_config.json", "{"), ("tokenizer.json", "{}"), ("tokenizer.model", ""), ("added_tokens.json", "[]")],
+)
+def test_damaged_files_are_not_carried_along(
+    models: Models, capsys: pytest.CaptureFixture[str], name: str, content: str
+) -> None:
+    folder = models("hf")
+    (folder / name).write_text(content)
+    capsys.readouterr()
+    assert convert.main([str(folder), str(folder.parent / "out"), "--to", "hf", "--no-logits"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {folder / name}: is damaged (") and not (folder.parent / "out").exists()
 
 
 def damage_large(kind: str, how: str) -> Callable[[Path], None]:

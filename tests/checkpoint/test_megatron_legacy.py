@@ -175,6 +175,30 @@ def test_other_spellings_are_read(models: dict[str, LlamaForCausalLM], tmp_path:
     assert_reads(folder, models[name])
 
 
+@pytest.mark.parametrize(
+    ("extra", "flag"),
+    [({"rotary_base": 500_000}, "--rope-theta 10000"), ({"use_rope_scaling": True}, "--rope-factor 1")],
+)
+def test_a_rotary_embedding_that_the_model_ignores_is_asked_for(
+    models: dict[str, LlamaForCausalLM], tmp_path: Path, extra: dict[str, Any], flag: str
+) -> None:
+    """Megatron-LM before Megatron core always rotates with 10000: its `RotaryEmbedding(` gets no other base."""
+    args = args_of(models["gqa"], 1, 1, **extra)
+    del args.rope_theta
+    folder = save_megatron(ranks_of(models["gqa"], 1, by_groups), args, tmp_path / "saved", 3.0, lambda name: name)
+    with pytest.raises(UserError, match=f"is ignored by the model with these names.*convert with {flag} "):
+        open_model(str(folder), vocab_size=200)
+    name = flag.split()[0][2:].replace("-", "_")
+    assert_reads(folder, models["gqa"], **{name: float(flag.split()[1])})
+    found = open_model(str(folder), vocab_size=200, unsaid=Unsaid(**{name: 32.0})).model
+    assert (found.rope_theta, found.rope_scaling and found.rope_scaling.factor) in ((32, None), (10_000, 32))
+    args.rotary_base, args.use_rope_scaling = 10_000, False  # as an export of ours has it
+    folder = save_megatron(ranks_of(models["gqa"], 1, by_groups), args, tmp_path / "plain", 3.0, lambda name: name)
+    assert_reads(folder, models["gqa"])
+    with pytest.raises(UserError, match="command line: --rope-theta does not apply to"):
+        open_model(str(folder), vocab_size=200, unsaid=Unsaid(rope_theta=10_000.0))
+
+
 def edit(path: Path, change: Callable[[Any], object]) -> None:
     with torch.serialization.safe_globals([argparse.Namespace]):
         state = torch.load(path, weights_only=True)

@@ -53,7 +53,10 @@ def test_compressions_are_recognised_by_content_and_read_to_the_end_of_the_last_
             (tmp_path / name).write_bytes(pack(content[:30]) + pack(content[30:]))
             assert texts(tmp_path / name) == TEXTS
     (tmp_path / f"story.txt.{suffix}").write_bytes(pack(b"a story"))
-    assert texts(tmp_path) == [*TEXTS * 4, "a story"]
+    assert texts(tmp_path) == [*TEXTS * 2, "a story"]
+    assert left_out(tmp_path) == {
+        "a compressed copy of a file that is read": sorted([f"a.{suffix}", f"a.json.{suffix}"])
+    }
     for cut in (pack(LINES)[:-1], pack(LINES) + pack(LINES)[:-3], pack(LINES) + b"not a stream"):
         (tmp_path / f"cut.{suffix}").write_bytes(cut)
         with pytest.raises(UserError, match=rf"cut\.{suffix}: damaged (gzip|zstd|xz|bzip2) file"):
@@ -116,11 +119,31 @@ def test_a_file_and_links_to_it_are_read_once(tmp_path: Path) -> None:
     for revision in ("1", "2"):  # as the cache of the Hugging Face hub keeps data sets
         (tmp_path / "snapshots" / revision).mkdir(parents=True)
         (tmp_path / "snapshots" / revision / "a.jsonl").symlink_to("../../blobs/5f")
-    names = ["snapshots/1/a.jsonl", "snapshots/2/a.jsonl"]
+    (tmp_path / "blobs" / "6.jsonl").hardlink_to(tmp_path / "blobs" / "5f")
+    names = ["blobs/6.jsonl", "snapshots/1/a.jsonl", "snapshots/2/a.jsonl"]
     assert texts(tmp_path) == TEXTS
     assert left_out(tmp_path) == {"a link to a file that is read under another name": names}
     assert texts(tmp_path / "snapshots" / "*" / "*.jsonl") == TEXTS
     assert texts(tmp_path / names[1]) == TEXTS
+
+
+def test_a_compressed_copy_is_left_out_and_another_file_of_its_name_is_not(tmp_path: Path) -> None:
+    """As `gzip -k` leaves it; a dump in XML is not taken either, because of a folder it would not be uncompressed."""
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(LINES + LINES))
+    (tmp_path / "dump.xml.gz").write_bytes(gzip.compress(b"<page>"))
+    assert texts(tmp_path) == TEXTS * 3
+    assert left_out(tmp_path) == {
+        "a compressed copy of a file that is read": ["a.jsonl.gz"],
+        "suffix .xml, which folders are not searched for": ["dump.xml.gz"],
+    }
+
+
+@pytest.mark.parametrize("end", [b"\r", b"", b" "])
+def test_json_values_are_recognised_whatever_stands_between_them(tmp_path: Path, end: bytes) -> None:
+    (tmp_path / "a.txt").write_bytes(LINES.replace(b"\n", end))
+    assert texts(tmp_path / "a.txt") == TEXTS
 
 
 def test_files_that_match_a_glob_are_taken_whatever_their_suffix(tmp_path: Path) -> None:
@@ -172,6 +195,16 @@ def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
         ("a.json", ARRAY[:-2] + b"," + b"[" * 5000 + b"]" * 5001, r"a\.json:4: not JSON \(.* nested too deeply"),
         ("a.txt", "caf\u00e9".encode("utf-16"), "UTF-16 text; convert the file to UTF-8"),
         ("a.txt", "caf\u00e9".encode("utf-32"), "UTF-32 text; convert the file to UTF-8"),
+        (
+            "a.py",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+            "in place of .* with git lfs pull",
+        ),
+        (
+            "a.parquet",
+            b"/annex/objects/SHA256E-s9--4d.parquet\n",
+            "a pointer in place of the file, .* with git annex get",
+        ),
         ("a.idx", b"MMIDIDX\0\0" + bytes(40), "an index of Megatron ids without .*a.bin; copy that too"),
     ],
 )

@@ -55,6 +55,7 @@ def rows_of(order: Order, step: int, dp: int = 1) -> list[tuple[str, int, int]]:
     return [(order.names[s], int(e), int(r)) for s, e, r in zip(*columns, strict=True)]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(run=runs(), seed=st.integers(0, 2**40), stops=st.sets(st.integers(1, STEPS - 1), max_size=3))
 def test_a_run_that_resumes_under_any_layout_reads_as_one_that_does_not(

@@ -67,6 +67,28 @@ def test_the_same_command_completes_several_sources_and_repeats_none(built: Buil
     assert documents_in(tmp_path / "out" / "a") == 25 and documents_in(tmp_path / "out" / "b") == 24
 
 
+def test_shards_below_the_input_are_none_of_it(built: Built, tmp_path: Path) -> None:
+    """Neither those of a finished source nor the files of an unfinished one, however they are found."""
+    corpus, out = tmp_path / "corpus", tmp_path / "corpus" / "shards"
+    corpus.mkdir()
+    write_lines(corpus / "a.jsonl", TEXTS)
+    (corpus / "b.jsonl").write_text("{\n")
+    for pattern in (corpus, corpus / "**" / "*.json*"):
+        for _ in range(2):  # the second finds the files of the first, which the bad line stopped
+            with pytest.raises(UserError, match=r"b\.jsonl:1: not JSON"):
+                build(built, out, pattern)
+        (out / "s" / "build").rename(tmp_path / f"{len(str(pattern))}")
+    (corpus / "b.jsonl").unlink()
+    build(built, out, corpus)
+    for _ in range(2):
+        write_lines(corpus / "c.jsonl", TEXTS[:7])
+        build(built, out, corpus, append=True)
+        assert documents_in(out / "s") == 47
+    assert list(find_inputs(str(corpus), ReadOptions()).left_out) == ["of a source that a build has made"]
+    with pytest.raises(UserError, match=r"1 file left out, of a source that a build has made: .*/shards/s"):
+        find_inputs(str(out / "s"), ReadOptions())
+
+
 def test_an_appended_folder_gives_only_its_new_files(
     built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,6 +149,21 @@ def test_files_under_other_names_and_changed_files_are_not_added_without_a_word(
     build(built, tmp_path, tmp_path / "d.jsonl", append=True)
     assert "files that changed since they were added are added as a whole" in caplog.text
     assert documents_in(tmp_path / "s") == 22
+
+
+def test_a_file_that_was_compressed_after_it_was_added_is_not_added_again(built: Built, tmp_path: Path) -> None:
+    """As `gzip crawl/*` leaves it: its name is the only sign of it, as its bytes are others."""
+    crawl = tmp_path / "crawl"
+    crawl.mkdir()
+    write_lines(crawl / "a.jsonl", TEXTS[:10])
+    build(built, tmp_path, crawl)
+    (crawl / "a.jsonl.gz").write_bytes(gzip.compress((crawl / "a.jsonl").read_bytes()))
+    (crawl / "a.jsonl").unlink()
+    write_lines(crawl / "b.jsonl", TEXTS[10:12])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: .*/s holds .*a\.jsonl, the same file by its name"):
+        build(built, tmp_path, crawl, append=True)
+    build(built, tmp_path, crawl, append=True, options=ReadOptions(exclude=("*.gz",)))
+    assert documents_in(tmp_path / "s") == 12
 
 
 def test_a_source_of_an_older_version_is_read_and_appended_to(

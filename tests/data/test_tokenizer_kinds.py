@@ -244,6 +244,27 @@ def test_a_source_holds_the_documents_between_their_marks(files: Files, tmp_path
     assert (ids[train.ids :] == marks.eos).all()
 
 
+def test_what_tiktoken_cannot_encode_can_be_left_out(
+    files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its pattern gives up on a million spaces, here after pieces of the document that are encoded already."""
+    spaces = " " * 1_200_000
+    texts = ["the first", "many words, " * 25_000 + spaces, "the second", spaces + "x", "the third"]
+    documents, words = write_lines(tmp_path / "texts.jsonl", texts), (files.paths["tiktoken"], str(tmp_path), 4, 0.0)
+    with pytest.raises(
+        UserError, match=r"texts\.jsonl:2: .* cannot encode .*, or leave such documents out with --skip"
+    ):
+        build_source("s", str(documents), *words, overwrite=True)
+    build_source("s", str(documents), *words, overwrite=True, skip_bad=True)
+    assert "documents left out, 2: the tokenizer cannot encode it, the first in line 2" in caplog.text
+    tokenizer = files.of("tiktoken")
+    marks = tokenizer.marks
+    expected = [i for text in texts[::2] for i in (marks.begin, *tokenizer.encode(text), marks.eos)]
+    rows = np.concatenate(list(open_source(str(tmp_path / "s"), "train").blocks()))
+    assert [int(rows[0, 0]), *rows[:, 1:].ravel().tolist()][: len(expected)] == expected
+    assert manifest_of(tmp_path / "s").splits["train"].documents == 3
+
+
 def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path: Path) -> None:
     (tmp_path / "large.model").write_bytes(lines(66_000))
     source = write_lines(tmp_path / "text.jsonl", ["abc"] * 20)

@@ -29,6 +29,7 @@ def test_help_shows_an_example(name: str) -> None:
     assert f"tools/{name}" in done(name, "--help")
 
 
+@pytest.mark.slow
 def test_from_text_to_verified_shards(tmp_path: Path) -> None:
     done("shards.py", "gather", "--out", tmp_path, "--limit-mb", "1")
     code, prose, model = tmp_path / "code.jsonl", tmp_path / "prose.jsonl", tmp_path / "t.model"

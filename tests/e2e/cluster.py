@@ -69,7 +69,7 @@ class Job:
         lines = path.read_text().splitlines() if path.exists() else []
         return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
 
-    def wait_for(self, what: Callable[[], Any], timeout_s: float = 300, pause_s: float = 0.02) -> Any:
+    def wait_for(self, what: Callable[[], Any], timeout_s: float = 300, pause_s: float = 0.1) -> Any:
         """Wait until `what` returns a true value, while the job runs."""
         deadline = time.monotonic() + timeout_s
         while not (found := what()):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from tests import warm
 from tests.warm import free_port
@@ -66,7 +70,13 @@ def torchrun(ranks: int, *arguments: object) -> list[str]:
 
 
 def mpirun(ranks: int, *arguments: object) -> list[str]:
-    """Return the command of Open MPI's launcher, from the wheel in this environment."""
+    """Return the command of Open MPI's launcher, from the wheel in this environment.
+
+    A killed mpirun leaves its session folder ompi.PID, and with it a later one of the same process id does not start.
+    """
+    for folder in Path(tempfile.gettempdir()).glob("ompi.*"):
+        if folder.suffix[1:].isdigit() and not psutil.pid_exists(int(folder.suffix[1:])):
+            shutil.rmtree(folder, ignore_errors=True)
     options = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
     return [str(BIN / "mpirun"), "-n", str(ranks), *options, sys.executable, *words(arguments)]
 

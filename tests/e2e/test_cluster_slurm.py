@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,15 +44,21 @@ def test_a_batch_job_launches_ranks_on_all_nodes(slurm: Slurm, hostfile: Path, m
     assert [log.name for log in logs] == ["rank_00000.log", "rank_00001.log"]
 
 
-def test_an_allocation_is_checked_and_used_from_outside_of_it(slurm: Slurm, hostfile: Path, tmp_path: Path) -> None:
-    """In salloc's shell on a login node, the preflight reaches the nodes by srun; a node outside is not reached."""
+def test_an_allocation_is_checked_and_used_from_outside_of_it(
+    slurm: Slurm, hostfile: Path, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """In salloc's shell on a login node, the preflight and the launcher reach the nodes by srun, and no others."""
     (tmp_path / "three").write_text(hostfile.read_text() + "node9 slots=1\n")
-    command = [sys.executable, PREFLIGHT, "--hostfile", tmp_path / "three", "--no-measure", "--json", "--world", 2]
+    run = make_run("salloc", LAYOUT)
+    checked = [sys.executable, PREFLIGHT, "--hostfile", tmp_path / "three", "--no-measure", "--json", "--world", 2]
+    trained = [sys.executable, LAUNCH, run.file, "--hostfile", hostfile, "--launcher", "slurm", "--beat-s", 0.5]
+    script = tmp_path / "in_allocation"
+    script.write_text(f"{shlex.join(map(str, checked))}\n{shlex.join(map(str, trained))} >{run.log} 2>&1\n")
     kept = environment() | {"SSH_CONNECTION": "192.0.2.1 5 192.0.2.2 22"}  # the login of this user
-    said = slurm.run("sh", "-c", 'cd "$0" && salloc --quiet "$@" || test $? = 1', tmp_path, *TWO, *command, **kept)
-    report = json.loads(said)
+    report = json.loads(slurm.run("salloc", "--quiet", *TWO, "sh", script, **kept))
     assert report["good"] == ["node1", "node2"]
     assert {finding["host"] for finding in report["findings"] if finding["severity"] == "error"} == {"node9"}
+    assert len(run.losses) == 4 and "step 4/4" in run.log.read_text()
 
 
 def test_a_job_saves_before_its_time_limit_and_is_requeued(

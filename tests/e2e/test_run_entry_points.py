@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from collections.abc import Callable
 
 import pytest
@@ -28,6 +29,7 @@ def test_every_launcher_trains_the_same_run(trained: Callable[[str], Run], make_
         assert started.validation_loss == pipeline.validation_loss, launch.__name__
 
 
+@pytest.mark.slow
 def test_one_process_needs_no_launcher(trained: Callable[[str], Run]) -> None:
     one, pipeline = trained("alone"), trained("pp2")
     assert one.losses == pytest.approx(pipeline.losses, rel=1e-5)
@@ -46,6 +48,7 @@ print(f"{len(readers)} readers left, compiler imported: {'torch._dynamo' in sys.
 """
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_in_its_process(make_run: Callable[..., Run]) -> None:
     """A daemon thread in native code when the interpreter ends is an abort, now and then: "terminate called".
 
@@ -79,6 +82,9 @@ def test_a_start_records_its_machine(trained: Callable[[str], Run]) -> None:
     (line,) = map(json.loads, (trained("pp2").dir / "machines.jsonl").read_text().splitlines())
     assert (line["step"], line["ranks"]) == (0, 2) and line["device"] == cpu_name()
     assert {"llama_ds", "Python", "torch", "deepspeed"} <= line["versions"].keys()
+    assert line["hosts"] == {socket.gethostname(): 2} and line["packages"]["torch"] == line["versions"]["torch"]
+    assert any(word.endswith("train.py") for word in line["command"])
+    assert json.loads((trained("pp2").dir / "deepspeed.json").read_text())["train_batch_size"] == GLOBAL_BATCH
 
 
 def test_tensorboard_holds_the_same_losses(trained: Callable[[str], Run]) -> None:

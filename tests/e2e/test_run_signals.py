@@ -36,11 +36,12 @@ GONE = (psutil.NoSuchProcess, ProcessLookupError)
 ENDLESS = {"parallel.pp": 2, "training.steps": 10**6}
 
 
-def wait_for(happened: Callable[[], Any], process: Process | None = None) -> Any:
-    """Return the first true value."""
+def wait_for(happened: Callable[[], Any], process: Process | None = None, log: Path = Path(os.devnull)) -> Any:
+    """Return the first true value; `log` says why it never came."""
     deadline = time.monotonic() + TIMEOUT_S
     while not (found := happened()):
-        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        assert time.monotonic() < deadline, f"not in {TIMEOUT_S:g} s: {text_of(log)}"
+        assert process is None or process.poll() is None, f"ended with {process.poll()}: {text_of(log)}"
         time.sleep(0.02)
     return found
 
@@ -74,7 +75,7 @@ def test_ranks_of_a_launcher_save_and_end(
     log = tmp_path / "log"
     process = start(command(2, RANK, tmp_path), log)
     try:
-        wait_for(lambda: all((tmp_path / f"trains_{rank}").exists() for rank in range(2)), process)
+        wait_for(lambda: all((tmp_path / f"trains_{rank}").exists() for rank in range(2)), process, log)
         every = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         send(number, receiver, every)
         code = process.wait(TIMEOUT_S)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,7 +89,7 @@ class Writer:
         self.replies, self.asked = replies, list[GenerationRequest]()
         self.generator = self.backend = self
 
-    def generate(self, requests: list[GenerationRequest]) -> list[Generated]:
+    def generate(self, requests: list[GenerationRequest], tick: Callable[[int], object]) -> list[Generated]:
         """Return the replies in turn."""
         self.asked += requests
         return [Generated(cut_at(self.replies[r.sample % len(self.replies)], r.until), ()) for r in requests]

@@ -27,6 +27,7 @@ CASES = [
     Case(2, 2, 1, micro_batch=4, vocab=97, schedule="zb_h1"),
     Case(1, 2, 2, zero=3, micro_batch=4),
     Case(2, 1, 2, micro_batch=2, schedule="deepspeed"),
+    Case(2, 1, 1, micro_batch=4, document_mask=True, cp=2, cp_method="ring"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ LINES: dict[str, tuple[dict[str, Any], str, str]] = {
     "hellaswag": (
         {"activity_label": "Run", "ctx_a": "A man", "ctx_b": "he", "endings": ["[step] goes.", "flies."], "label": "0"},
         "Run: A man He",
-        " goes.",
+        "  goes.",
     ),
     "winogrande": (
         {"sentence": "Al saw Bo so _ ran off.", "option1": "Al", "option2": "Bo", "answer": "2"},
@@ -69,12 +70,16 @@ class ByTable:
     def __init__(self, values: dict[ScoringRequest, float] | None = None, stop_after: int = 10**9) -> None:
         self.values, self.asked, self.stop_after = values or {}, 0, stop_after
 
-    def log_likelihoods(self, requests: list[ScoringRequest]) -> list[Score]:
-        """Return the values of requests."""
+    def log_likelihoods(self, requests: list[ScoringRequest], tick: Callable[[int], object]) -> list[Score]:
+        """Return the values of requests; every other context counts as truncated."""
         self.asked += len(requests)
         if self.asked > self.stop_after:
             raise KeyboardInterrupt
-        return [Score(self.values.get(one, -float(len(one.continuation))), False) for one in requests]
+        tick(len(requests))
+        return [
+            Score(self.values.get(one, -float(len(one.continuation))), False, len(one.context) % 2 == 0)
+            for one in requests
+        ]
 
 
 def write(data: Path, task: str, *lines: dict[str, Any]) -> str:
@@ -113,8 +118,28 @@ def test_characters_and_answer_normalization_by_hand(tmp_path: Path) -> None:
         (work,) = prepare([TASKS[name]], data)
         found[name] = evaluate(scorer, work)  # type: ignore[arg-type]
     assert (found["arc_easy"].accuracy, found["openbookqa"].accuracy) == (0.0, 1.0)
+    assert found["arc_easy"].accuracies == {"plain": 1.0, "characters": 0.0}
+    assert found["openbookqa"].accuracies == {"plain": 1.0, "characters": 0.0, "answer": 1.0}
     assert found["arc_easy"].probability == pytest.approx(math.exp(-3) / (math.exp(-3) + math.exp(-2)))
     assert found["openbookqa"].probability == pytest.approx(math.e / (math.e + 1))
+
+
+def test_marks_of_hellaswag_are_removed_as_in_the_harness() -> None:
+    """Values of lm-eval's preprocess: outer white space goes first, so that what a mark leaves stays."""
+    line = LINES["hellaswag"][0]
+    odd = {
+        " [header] Cut [title] Hold it. [step] Then  cut": " Cut. Hold it. Then cut",
+        "Stop [substeps]": "Stop ",
+        "a[b[c]d] e": "ad] e",
+        "[x\ny] two\n": "[x\ny] two",
+        "one   two": "one  two",
+        "[title] At the start [title]": " At the start. ",
+    }
+    task = TASKS["hellaswag"]
+    example = task.example({**line, "ctx_a": "[header] Go", "ctx_b": "", "endings": list(odd), "label": "1"})
+    assert example.completions == tuple(odd.values())
+    assert example.contexts[0] == "Run: Go"
+    assert task.example({**line, "ctx_b": "[Step]"}).contexts[0] == "Run: A man "
 
 
 def test_shown_examples_are_of_the_same_subject(tmp_path: Path) -> None:
@@ -125,12 +150,25 @@ def test_shown_examples_are_of_the_same_subject(tmp_path: Path) -> None:
     heading, question = context.split("\n\n")
     asked: list[ScoringRequest] = []
     scorer = ByTable()
-    scorer.log_likelihoods = lambda requests: asked.extend(requests) or [Score(0.0, False)] * len(requests)  # type: ignore
+    scorer.log_likelihoods = lambda requests, tick: asked.extend(requests) or [Score(0.0, False)] * len(requests)  # type: ignore
     result = evaluate(scorer, work)  # type: ignore[arg-type]
     assert asked[0] == ScoringRequest(f"{heading}\n\n{question} B\n\n{question}", " A")
     assert (result.shots, result.examples) == (1, 2)
-    with pytest.raises(UserError, match=r"--shots 5: mmlu has 2 examples to show"):
+    with pytest.raises(UserError, match=r"^mmlu, subject high_school_math, has 1 examples to show .* fewer than 5"):
         prepare([TASKS["mmlu"]], data)
+    with pytest.raises(UserError, match=r"--shots 2: mmlu, subject high_school_math, has 1 examples to show"):
+        prepare([TASKS["mmlu"]], data, shots=2)
+
+
+def test_a_limit_takes_examples_of_all_subjects(tmp_path: Path) -> None:
+    lines = [{**LINES["mmlu"][0], "subject": name, "question": str(i)} for name in ("a", "b", "c") for i in range(3)]
+    (work,) = prepare([TASKS["mmlu"]], write(tmp_path, "mmlu", *lines), shots=1, limit=4)
+    assert [(one.group, one.contexts[0][0]) for one in work.examples] == [
+        ("a", "0"),
+        ("a", "1"),
+        ("b", "0"),
+        ("c", "0"),
+    ]
 
 
 def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
@@ -143,8 +181,10 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
         evaluate(ByTable(stop_after=600), work, Journal(path, subject))  # type: ignore[arg-type]
     with open(path, "rb+") as file:
         file.truncate(len(file.read()) - 9)
-    again = ByTable()
-    assert evaluate(again, work, Journal(path, subject)) == expected  # type: ignore[arg-type]
+    again, ticks = ByTable(), list[int]()
+    found = evaluate(again, work, Journal(path, subject), tick=ticks.append)  # type: ignore[arg-type]
+    assert found == expected and 0 < found.truncated_requests < work.requests, "counted before the kill too"
+    assert sum(ticks) == work.requests == 200 * 4
     assert again.asked == whole.asked - 127 * 4
     with pytest.raises(UserError, match=r"not of \{'model': 'other'\}"):
         Journal(path, {"model": "other"})
@@ -166,11 +206,20 @@ def test_a_hidden_label_is_refused() -> None:
         Example(("a", "a"), ("b", "c"), -1)
 
 
-def test_the_miniature_suite_is_the_same_everywhere() -> None:
+def test_the_miniature_suite_asks_each_question_once() -> None:
+    """The standard error holds for independent outcomes only, and no example shown may hold the answer."""
     for name in MAKERS:
-        first = examples(name)
+        first, shown = examples(name), examples(name, shown=True)
         assert first == examples(name) != examples(name, seed=1)
-        assert all(len(set(one.completions)) == len(one.completions) >= 3 for one in first)
+        assert (len(first), len(shown)) == (200, 100)
+        asked = {one.contexts[0] for one in first}
+        assert len(asked) == 200 and not asked & {one.contexts[0] for one in shown}
+        assert all(len(set(one.completions)) == len(one.completions) >= 3 for one in first + shown)
+        if name == "mini_arithmetic":  # 1 + 2 is asked as 2 + 1 neither
+            assert len({frozenset(c.split()) for c in asked | {one.contexts[0] for one in shown}}) == 300
+        if name == "mini_cloze":
+            ends = [f"{one.contexts[0].split()[-1]} {one.completions[one.gold]}" for one in first]
+            assert not [end for end in ends for one in shown if f" {end} " in f" {one.solved} ".replace(", ", ", ")]
         share = [sum(one.gold == place for one in first) / len(first) for place in range(3)]
         assert min(share) > 0.15, "the right choice is at every place"
 
@@ -208,4 +257,5 @@ def test_table_has_standard_errors() -> None:
     result = evaluate(ByTable(), work)  # type: ignore[arg-type]
     p = result.accuracy
     assert result.stderr == pytest.approx(math.sqrt(p * (1 - p) / 19))
-    assert f"{100 * p:.1f} ± {100 * result.stderr:.1f}" in table([result])
+    error = 100 * result.stderr
+    assert f"*{100 * p:.1f} ± {error:.1f}" in table([result]), "the paper's choice is marked"

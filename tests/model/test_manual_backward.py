@@ -88,6 +88,7 @@ def test_output_and_gradients_are_autograds(shape: str, policy: str, backend: st
     assert_same(run(layer, x, grad, masked), run(reference, x, grad, masked))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True], ids=["causal", "documents"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_gradcheck(policy: str, masked: bool) -> None:

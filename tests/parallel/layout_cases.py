@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import count
 from typing import Any
 
@@ -28,7 +29,7 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.training.device_batches import MicroBatch, ids_and_labels
 from llama_ds.training.lr_schedule import learning_rate
-from tests.parallel.plain_muon import PlainMuon
+from llama_ds.training.self_test.plain_muon import PlainMuon
 
 STEPS, GLOBAL_BATCH, SEQ_LEN = 20, 8, 32
 NEIGHBOUR: dict[str, Any] = {
@@ -66,11 +67,14 @@ class Case:
     # All that LLaMA does not have: biases, norms of queries and keys, scaled rotary frequencies.
     neighbour: bool = False
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
+    cp: int = 1
+    cp_method: str = "auto"
+    kv_heads: int = 4
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
     def world(self) -> int:
-        return self.pp * self.tp * self.dp
+        return self.pp * self.tp * self.dp * self.cp
 
     @property
     def name(self) -> str:
@@ -81,7 +85,8 @@ class Case:
     @property
     def layout(self) -> Layout:
         accumulation = GLOBAL_BATCH // self.dp // self.micro_batch
-        return Layout(pp=self.pp, dp=self.dp, tp=self.tp, micro_batch=self.micro_batch, accumulation=accumulation)
+        sizes = {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}
+        return Layout(**sizes, micro_batch=self.micro_batch, accumulation=accumulation)
 
     @property
     def reference(self) -> Case:
@@ -94,59 +99,67 @@ class Case:
             vocab=self.vocab,
             neighbour=self.neighbour,
             muon=self.muon,
+            kv_heads=self.kv_heads,
         )
 
     @property
     def run(self) -> RunConfig:
-        model = ModelConfig(
-            vocab_size=self.vocab,
-            hidden_size=32,
-            intermediate_size=88,
-            num_hidden_layers=self.layers,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=8,
-            tie_word_embeddings=self.tied,
-            **(NEIGHBOUR if self.neighbour else {}),
-        )
-        return RunConfig(
-            name="layouts",
-            seed=11,
-            output_dir="unused",
-            model=model,
-            data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), document_mask=self.document_mask),
-            training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
-            # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
-            # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
-            optimizer=OptimizerConfig(
-                lr=3e-3,
-                eps=1e-6,
-                warmup_steps=5,
-                clip=0.5,
-                z_loss=self.z_loss,
-                **({"name": "muon", "muon_scale": self.muon, "muon_lr": 1e-2} if self.muon else {}),
-            ),
-            parallel=ParallelConfig(
-                self.pp,
-                self.tp,
-                self.sequence_parallel,
-                self.micro_batch,
-                self.partition,
-                self.recompute,
-                self.schedule,
-                self.extra_warmup,
-                self.virtual_stages,
-            ),
-            compute=ComputeConfig(decoder_layer=self.decoder_layer),
-            deepspeed={
-                "zero_optimization": {
-                    "stage": self.zero,
-                    **({"zero_hpz_partition_size": self.hpz} if self.hpz > 1 else {}),
-                },
-                "bf16": {"enabled": self.dtype == "bf16"},
+        return run_of(self)
+
+
+@cache  # to make and check it takes as long as a step
+def run_of(case: Case) -> RunConfig:
+    model = ModelConfig(
+        vocab_size=case.vocab,
+        hidden_size=32,
+        intermediate_size=88,
+        num_hidden_layers=case.layers,
+        num_attention_heads=8,
+        num_key_value_heads=case.kv_heads,
+        head_dim=8,
+        tie_word_embeddings=case.tied,
+        **(NEIGHBOUR if case.neighbour else {}),
+    )
+    return RunConfig(
+        name="layouts",
+        seed=11,
+        output_dir="unused",
+        model=model,
+        data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), document_mask=case.document_mask),
+        training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
+        # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
+        # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
+        optimizer=OptimizerConfig(
+            lr=3e-3,
+            eps=1e-6,
+            warmup_steps=5,
+            clip=0.5,
+            z_loss=case.z_loss,
+            **({"name": "muon", "muon_scale": case.muon, "muon_lr": 1e-2} if case.muon else {}),
+        ),
+        parallel=ParallelConfig(
+            case.pp,
+            case.tp,
+            case.sequence_parallel,
+            case.micro_batch,
+            case.partition,
+            case.recompute,
+            case.schedule,
+            case.extra_warmup,
+            case.virtual_stages,
+            case.cp,
+            case.cp_method,
+        ),
+        compute=ComputeConfig(decoder_layer=case.decoder_layer),
+        deepspeed={
+            "zero_optimization": {
+                "stage": case.zero,
+                **({"zero_hpz_partition_size": case.hpz} if case.hpz > 1 else {}),
             },
-            path="layouts.yaml",
-        )
+            "bf16": {"enabled": case.dtype == "bf16"},
+        },
+        path="layouts.yaml",
+    )
 
 
 def global_rows(step: int, vocab: int = 96) -> np.ndarray:

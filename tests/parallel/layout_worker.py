@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import sys
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,12 +50,18 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float]:
 
 def check_initial_weights(case: Case, engine: Any) -> None:
     """Check that the masters are bit for bit those of plain torch, rounded to the dtype of training."""
-    plain = {key_of(name): weight for name, weight in reference_model(case).named_parameters()}
+    plain = plain_weights(case.reference)
     for fragment in fragments(engine):
-        whole, cut = plain[key_of(fragment.name)].detach(), weight_of(fragment.name).cut
+        whole, cut = plain[key_of(fragment.name)], weight_of(fragment.name).cut
         shard = whole if cut is None else padded_shard(whole, cut, case.tp, engine.mpu.get_tensor_model_parallel_rank())
         part = shard.flatten()[fragment.start :][: fragment.numel]
         assert torch.equal(fragment.tensors[MASTER], part.to(DTYPES[case.dtype]).float()), fragment.name
+
+
+@cache
+def plain_weights(case: Case) -> dict[str, Tensor]:
+    """Return the initial weights in plain torch."""
+    return {key_of(name): weight.detach() for name, weight in reference_model(case).named_parameters()}
 
 
 def check_orthogonalised(case: Case, engine: Any) -> None:

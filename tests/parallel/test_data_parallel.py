@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COUNT = 500_000  # elements of a rank's part: 2 MB in fp32
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_reduction_and_gather_send_each_part_once() -> None:
     """Two ranks: each sends the other's part, and 15 percent at most for headers and barriers."""

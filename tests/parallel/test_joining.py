@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -150,6 +152,30 @@ def test_mpi_ranks_on_one_host_ask_nobody() -> None:
     os.environ.update({"MPI_LOCALNRANKS": "4", "PMI_RANK": "3"})
     assert on_one_host(4) and not on_one_host(8)
     assert found("PMI_RANK")[0] == "127.0.0.1"
+
+
+def test_rank_0_without_routes_and_names_has_its_only_address_or_says_what_is_missing(
+    environ: pytest.MonkeyPatch,
+) -> None:
+    """Of mpirun on several hosts whose network knows no names: it was a traceback on rank 0."""
+
+    def fails(*_: object) -> None:
+        raise OSError(-3, "Temporary failure in name resolution")
+
+    def addresses(*own: str) -> dict[str, list[SimpleNamespace]]:
+        every = ("127.0.0.1", *own)
+        return {address: [SimpleNamespace(family=socket.AF_INET, address=address)] for address in every}
+
+    environ.setattr("socket.socket.connect", fails)
+    environ.setattr("socket.gethostbyname", fails)
+    environ.setattr("psutil.net_if_addrs", lambda: addresses("10.0.0.1"))
+    assert first_rank._own_address(["other"]) == "10.0.0.1"
+    environ.setattr("psutil.net_if_addrs", lambda: addresses("10.0.0.1", "10.0.1.1"))
+    said = first_rank._own_address_and_port(["other"])
+    assert isinstance(said, str) and said.endswith(
+        "has neither a route to the others nor an address of its own name (Temporary failure in name resolution); "
+        "set MASTER_ADDR to an address that all hosts reach"
+    )
 
 
 def test_rank_0_says_who_is_waited_for_and_then_gives_up(

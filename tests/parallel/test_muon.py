@@ -25,7 +25,7 @@ CASES = [
     Case(1, 1, 2, zero=0),
     Case(1, 1, 2, zero=1),
     Case(1, 1, 2, zero=2, tied=True),
-    Case(1, 1, 2, zero=3),
+    Case(1, 1, 1, zero=3, cp=2, cp_method="ring"),
     Case(1, 2, 1, micro_batch=4, sequence_parallel=True, muon="jordan"),
     Case(1, 2, 1, micro_batch=4, zero=3, tied=True),
     Case(2, 1, 1, schedule="zb_h1", tied=True),

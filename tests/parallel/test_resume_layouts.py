@@ -31,7 +31,7 @@ ENGINES = [
     Case(1, 1, 2, zero=3, tied=True, hpz=2),
     Case(2, 1, 1, schedule="dualpipe_v", virtual_stages=2, tied=True),
     Case(2, 1, 1, schedule="deepspeed", tied=True),
-    Case(1, 1, 2, zero=1, tied=True),
+    Case(1, 1, 1, zero=1, tied=True, cp=2, cp_method="ring"),
     Case(1, 2, 1, zero=0, tied=True),
     Case(2, 1, 1, tied=True),
 ]

@@ -30,6 +30,7 @@ def analyse(*arguments: object) -> subprocess.CompletedProcess[str]:
     return warm.run(ROOT / "tools" / "profile_run.py", "analyse", *arguments)
 
 
+@pytest.mark.slow
 def test_limits_decide_the_exit_code(tmp_path: Path) -> None:
     write(tmp_path, two_ranks())  # bubble 47.5, compute 42.86 percent
     kept = analyse(tmp_path, "--fail-if", "bubble>47.6", "--fail-if", "compute<42.8", "--json")

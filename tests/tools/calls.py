@@ -18,6 +18,7 @@ NORMAL = {
     "plan.py": "estimate 7b --gpus 8 --json",
     "preflight.py": "--hostfile hostfiles/local --no-measure --json",
     "profile_run.py": "analyse {run}/trace --merge --json",
+    "report.py": "{run} --out {new}/report.html --json",
     "shards.py": "verify {shards} --json",
     "tokenizer.py": "encode --model {tokenizer} text",
 }
@@ -40,6 +41,7 @@ WAITING = {
     "profile_run.py": "record {waits}/pipe.yaml",
     "quickstart.py": "data.tokenizer={waits}/pipe.yaml "
     "data.sources.0.path={waits}/source data.sources.1.path={waits}/source",
+    "report.py": "{waits}/run",
     "shards.py": "info {waits}/source",
     "tokenizer.py": "encode --model {waits}/pipe.yaml text",
 }

@@ -28,7 +28,7 @@ def words(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, o
     done = tools.call("llama_ds/train.py", run.file)
     assert done.code == 0, done.err
     waits = root / "waits"
-    for place in ("pipe.yaml", "step_00000001/llama_ds.json", "source/manifest.json"):
+    for place in ("pipe.yaml", "step_00000001/llama_ds.json", "source/manifest.json", "run/metrics.jsonl"):
         (waits / place).parent.mkdir(parents=True, exist_ok=True)
         if place == "pipe.yaml":
             os.mkfifo(waits / place)

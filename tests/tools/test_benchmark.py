@@ -19,6 +19,7 @@ def benchmark(*args: object) -> subprocess.CompletedProcess[str]:
     return warm.run(ROOT / "tools" / "benchmark.py", *args)
 
 
+@pytest.mark.slow
 def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
     out = tmp_path / "measured" / "tiny.json"
     sizes = ("--batch", 2, "--seq-len", 8, "--threads", 1, "--repeats", 2, "--json", "--out", out)

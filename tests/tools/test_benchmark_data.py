@@ -84,11 +84,17 @@ def test_the_table_says_what_was_left_out(measured: tuple[dict[str, Any], str]) 
 
 
 @pytest.mark.parametrize(
-    ("python", "message"), [("/no/python", "cannot be started"), ("/bin/false", "cannot run the benchmark")]
+    ("python", "message"),
+    [
+        ("/no/python", "cannot be started"),
+        ("/bin/false", "cannot run the benchmark"),
+        ("/bin/true", r"cannot run the benchmark \(nothing\)"),
+        ("/bin/echo", "cannot run the benchmark"),
+    ],
 )
 def test_an_interpreter_that_will_not_do_is_the_users_mistake(python: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{python}: {message}"):
-        set_up(str(tmp_path), [], "", lambda tokenizer: {}, QUICK, 1, python, lambda name: None)
+        set_up(str(tmp_path), [], None, lambda tokenizer: {}, QUICK, 1, python, lambda name: None)
 
 
 def test_a_digest_tells_rows_apart_but_not_their_order() -> None:

@@ -25,6 +25,7 @@ from tests.console import foreign_lines
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
 CLOSED_PIPE, INTERRUPTED = 141, 130
+DRY_RUN = pytest.param("dryrun.py", marks=pytest.mark.slow)  # it starts processes of its own
 
 
 def filled(call: str, words: dict[str, Any], new: Path) -> list[str]:
@@ -63,13 +64,13 @@ def test_a_reader_that_leaves_ends_it_quietly(tools: Tools, tool: str) -> None:
     assert (done.code, done.err) == (CLOSED_PIPE, "")
 
 
-@pytest.mark.parametrize("tool", ["dryrun.py", "evaluate.py", "hostfile.py", "plan.py", "shards.py", "tokenizer.py"])
+@pytest.mark.parametrize("tool", [DRY_RUN, "evaluate.py", "hostfile.py", "plan.py", "shards.py", "tokenizer.py"])
 def test_a_reader_that_leaves_before_the_answer(tools: Tools, words: dict[str, Any], tool: str) -> None:
     done = tools.call(f"tools/{tool}", *filled(NORMAL[tool], words, Path("new")), closed=True)
     assert (done.code, done.err) == (CLOSED_PIPE, "")
 
 
-@pytest.mark.parametrize("tool", NORMAL)
+@pytest.mark.parametrize("tool", [DRY_RUN, *(tool for tool in NORMAL if tool != "dryrun.py")])
 def test_a_normal_call_says_what_is_ours(tools: Tools, words: dict[str, Any], tmp_path: Path, tool: str) -> None:
     done = tools.call(f"tools/{tool}", *filled(NORMAL[tool], words, tmp_path))
     assert done.code == 0 and foreign_lines(done.err) == [], done.err

@@ -30,9 +30,21 @@ def test_tasks_of_a_run_and_their_journal(tools: Tools, words: dict[str, object]
     again = tools.call("tools/evaluate.py", words["run"], *options)
     assert json.loads(again.out) == {**found, "examples_done_before": 16}
     assert "results.jsonl: 16 examples were done already" in again.err
+    assert found["tasks"][0]["accuracies"].keys() == {"plain", "characters"} and found["truncated_requests"] == 0
     other = tools.call("tools/evaluate.py", words["run"], *options, "--dtype", "bf16")
     assert (other.code, other.out, other.err.count("\n")) == (2, "", 1)
     assert "holds results of" in other.err and "name another file with --results" in other.err
+
+
+def test_validation_by_source_and_in_bits_per_byte(
+    words: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tools import evaluate
+
+    assert evaluate.main([str(words["run"])]) == 0
+    total, *sources = capsys.readouterr().out.splitlines()
+    assert re.search(r" \| 4 rows \| loss [\d.]+ \| perplexity [\d.]+ \| [\d.]+ bits per byte$", total)
+    assert [line.split(":")[0].strip() for line in sources] == ["code", "prose"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,10 @@ CALLS = (
     "plan validate --data {}",
     "plan search --model {} --gpus 8",
     "profile_run analyse {}",
+    "benchmark data --quick --only build --corpus {}",
+    "benchmark data --quick --only build --tokenizer {}",
+    "benchmark data --quick --only resume --run {}",
+    "benchmark data --quick --only read --streaming-python {}",
 )
 
 
@@ -81,6 +86,17 @@ def test_an_output_that_cannot_be_written_is_one_line(odd: list[str], capsys: py
         assert shards.main(["gather", "--limit-mb", "0.001", "--out", f"{path}/x"]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.splitlines()[-1].startswith("error: "), path[-40:]
+
+
+def test_the_file_of_results_is_checked_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A benchmark takes minutes, and an --out that cannot be written would lose them. The check leaves no file."""
+    from tools import benchmark
+
+    (tmp_path / "file").touch()
+    for out, error in (("file/x", "error: --out"), ("new/x", "error: no.yaml: ")):
+        assert benchmark.main(["data", "--run", "no.yaml", "--out", str(tmp_path / out)]) == 2
+        assert capsys.readouterr().err.startswith(error)
+    assert not (tmp_path / "new" / "x").exists()
 
 
 VALUES = st.sampled_from([None, -1, 0, 1.5, "x", "", [], {}, 10**30, float("nan"), True, [None], {"a": 1}, -(10**30)])

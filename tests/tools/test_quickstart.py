@@ -49,9 +49,10 @@ def test_the_whole_job_and_a_second_call(tmp_path: Path) -> None:
     assert trained < unigram - 0.1
     assert exported == pytest.approx(trained, abs=1e-3)
     assert f"resumed at step {STEPS // 2} of {STEPS}" in output
+    assert (tmp_path / "quickstart" / "report.html").exists() and output.count("█") > 20  # the curve
     assert output.count("--- '") == 2  # one continuation for each prompt
     assert not re.search(r"Warning|\[INFO\]|it/s\]|USDT:|Loading weights", output)  # no output of libraries
 
     again = quickstart(tmp_path)
     assert losses(again) == (trained, unigram, exported)
-    assert "=== Corpus" not in again and "step 1/" not in again  # finished stages are not repeated
+    assert "=== Corpus" not in again and "=== Training: finished before" in again  # finished stages are not repeated

@@ -19,6 +19,7 @@ from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.errors import UserError
 from llama_ds.model import embedding
 from llama_ds.parallel import pipeline_optimizer, world
+from llama_ds.parallel.matrix_exchange import MatrixExchange
 from llama_ds.parallel.point_to_point import PipelineComm
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
 from llama_ds.training.self_test import check
@@ -68,6 +69,16 @@ def scaled_parts(original: Callable[..., Any]) -> Callable[..., Any]:
     return start
 
 
+def turned_matrices(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return Muon's gather of whole matrices with their rows in a wrong order, where several ranks take part."""
+
+    def gather(self: Any, *rest: Any) -> Any:
+        several = torch.distributed.get_world_size() > 1
+        return ((matrix, whole.roll(1, 0) if several else whole) for matrix, whole in original(self, *rest))
+
+    return gather
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "mask": lambda: patch.object(
         embedding, "document_starts", lambda ids, marks: torch.zeros(ids.shape, dtype=torch.int32)
@@ -77,6 +88,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "pp dp": lambda: patch.object(
         pipeline_optimizer, "start_reduce_scatter", scaled_parts(pipeline_optimizer.start_reduce_scatter)
     ),
+    "muon": lambda: patch.object(MatrixExchange, "gather", turned_matrices(MatrixExchange.gather)),
     "tp": lambda: patch.object(GroupTensorParallel, "start_reduce", scaled_sum(GroupTensorParallel.start_reduce)),
 }
 

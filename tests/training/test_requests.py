@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -111,6 +112,17 @@ def test_a_checkpoint_gives_no_reason_for_an_end() -> None:
     assert (this.take(), this.take(), this.reason) == (Request.END, Request.END, "the wall-time limit")
 
 
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "PMI_RANK"])
+def test_a_rank_of_mpirun_leaves_its_session(variable: str) -> None:
+    """mpirun of Open MPI, MPICH and Intel MPI takes what it has started with it; srun, by PMI_RANK, does not."""
+    program = (
+        f"leave_session_of_mpirun({{{variable!r}: '0'}}); print(os.getsid(0) == os.getpid(), starter()); sys.exit(3)"
+    )
+    program = f"import os, sys; from llama_ds.job.own_session import leave_session_of_mpirun, starter; {program}"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (3, f"{variable != 'PMI_RANK'} {os.getpid()}\n", "")
+
+
 PYTHON, SHELL, SSH = "/venv/bin/python3.11", ["-bash"], ["sshd: me@notty"]
 LAUNCH = [PYTHON, "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "train.py"]
 
@@ -125,6 +137,8 @@ LAUNCH = [PYTHON, "-u", "-m", "deepspeed.launcher.launch", "--world_info=x", "tr
         ([[PYTHON, "/venv/bin/torchrun", "train.py"], ["sshd: me@pts/1"]], ["torchrun", ""]),
         ([[PYTHON, "-m", "torch.distributed.run", "train.py"]], ["torch.distributed.run"]),
         ([[PYTHON, "-u", "train.py"], ["/venv/bin/mpirun", "-n", "2", "python"]], ["", "mpirun"]),
+        ([["mpiexec.hydra", "-n", "2"], ["/bin/sh", "/opt/intel/bin/mpirun", "-n", "2"], ["/bin/sh", "job.sh"], ["sh"]],
+         ["mpiexec.hydra", "mpirun", "", ""]),
         ([["prted", "--prtemca"], ["hydra_pmi_proxy"]], ["prted", "hydra_pmi_proxy"]),
         ([["bash", "run.sh", "deepspeed"], SHELL, SSH, []], ["", "", "", ""]),  # no launcher: it may end first
     ],

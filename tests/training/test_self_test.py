@@ -35,6 +35,8 @@ FAULTS: dict[int, list[tuple[str, Case, list[str], list[str]]]] = {
          "One rank alone passes."], []),
         ("pp", Case(pp=2), ["The fault is along pp: ", "One rank alone passes."], []),
         ("dp", Case(dp=2, zero=0), ["The fault is along dp: ", "One rank alone passes."], []),
+        ("muon", Case(dp=2, muon="moonlight", dtype="bf16"), ["The fault is along dp: ", "One rank alone passes.",
+         "passes with optimizer.name=adamw"], []),
     ],
     4: [
         # dp alone has another reduction, that of DeepSpeed

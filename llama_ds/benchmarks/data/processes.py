@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[3]  # folder from which `llama_ds` is im
 PROBE = (sys.executable, "-m", "llama_ds.benchmarks.data.probe")
 ONE_CORE = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 ERROR_CHARS = 2000  # length of the stderr tail in errors
+USER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}: "  # how a traceback ends with one
 SLOW_S = 30.0  # slower contestants are measured once unless `repeat_slow`
 
 Result = dict[str, Any]
@@ -31,12 +32,14 @@ class Contestant:
 
     command: Sequence[str]
     request: Mapping[str, Any]
+    limit_s: float | None = None  # time after which the process is killed
 
     def measure(self) -> Result:
         """Run it in a fresh process and return what it measured.
 
         Raises:
-            UserError: its interpreter cannot be started.
+            UserError: its interpreter cannot be started, or the user's input is at fault.
+            RuntimeError: it failed, or gave no answer.
         """
         request = {**self.request, "began": time.monotonic()}
         environment = {**os.environ, **ONE_CORE, "PYTHONPATH": str(ROOT)}
@@ -44,15 +47,26 @@ class Contestant:
             del environment["PYTHONPATH"]
         try:
             done = subprocess.run(
-                [*self.command, json.dumps(request)], env=environment, capture_output=True, text=True, check=False
-            )
+                [*self.command, json.dumps(request)],
+                stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True, check=False,
+                timeout=self.limit_s,
+            )  # fmt: skip
         except OSError as error:
             raise UserError(
                 f"{self.command[0]}: cannot be started ({error.strerror}); give the path of a Python interpreter"
             ) from None
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{' '.join(self.command)}: gave no answer within {self.limit_s:g} s") from None
+        *_, last = ["", *done.stderr.splitlines()]
+        if done.returncode and last.startswith(USER_ERROR):
+            raise UserError(last.removeprefix(USER_ERROR))
         if done.returncode:
             raise RuntimeError(f"{' '.join(self.command)}: exit code {done.returncode}\n{done.stderr[-ERROR_CHARS:]}")
-        return json.loads(done.stdout.splitlines()[-1])
+        try:
+            return dict(json.loads(done.stdout.splitlines()[-1]))
+        except (ValueError, TypeError, IndexError):
+            shown = done.stdout[-ERROR_CHARS:].strip() or "nothing"
+            raise RuntimeError(f"{' '.join(self.command)}: printed no measurement\n{shown}") from None
 
 
 def ours(task: str, **request: Any) -> Contestant:

@@ -21,9 +21,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llama_ds.checkpoint.carried import carried_files
+from llama_ds.checkpoint.carried import carried_files, check_carried
 from llama_ds.checkpoint.conversion.digest import surely_finite
-from llama_ds.checkpoint.conversion.partial import Partial, cannot_write
+from llama_ds.checkpoint.conversion.partial import Partial, cannot_write, written_by_conversion
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
 from llama_ds.checkpoint.formats.megatron_deepspeed_writing import plan_megatron_deepspeed
@@ -118,13 +118,14 @@ def convert(
         UserError: a damaged source, a destination that exists or cannot be written, a failed verification.
     """
     _check_apart(files.path, destination)
-    with Partial(destination, fingerprint(files, plan), options.overwrite) as work:
+    check_carried(plan.copied)
+    with Partial(destination, fingerprint(files, plan, destination), options.overwrite) as work:
         _check_source(files, options, progress)
         _write_all(plan, work, options, progress)
         try:
             found = prove(work.folder)
         except UserError:
-            work.discard_journal()
+            work.spoil()
             raise
         work.commit(plan.files[0].name if plan.single else None)
     return found
@@ -141,15 +142,14 @@ def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer
     return PLANS[kind](files, target)
 
 
-def fingerprint(files: ModelFiles, plan: Plan) -> str:
+def fingerprint(files: ModelFiles, plan: Plan, destination: str) -> str:
     """Return a hash of the source files (path, size, mtime) and the planned outputs, without the tensor data."""
-    paths = sorted(os.path.join(folder, name) for folder, _, names in os.walk(files.path) for name in names)
-    states = [(path, os.stat(path)) for path in paths if os.path.isfile(path)]
+    states = [(path, os.stat(path)) for path in _source_files(files.path, destination) if os.path.isfile(path)]
     source = [(path, state.st_size, state.st_mtime_ns) for path, state in states]
     outputs = [
         (
             file.name,
-            repr(file.enclosing),
+            file.surroundings(),
             [(t.name, t.shape, t.rank, t.size, str(t.encoding)) for t in file.tensors],
         )
         for file in plan.files
@@ -157,6 +157,15 @@ def fingerprint(files: ModelFiles, plan: Plan) -> str:
     small = {name: hashlib.sha256(content).hexdigest() for name, content in plan.small.items()}
     identity = [os.path.realpath(files.path), source, plan.kind, str(plan.dtype), outputs, small]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _source_files(folder: str, destination: str) -> list[str]:
+    """Return the paths in a source's folder, without what the conversion itself writes there."""
+    own, found = written_by_conversion(destination), []
+    for parent, folders, names in os.walk(os.path.realpath(folder)):
+        folders[:] = [name for name in folders if not own(os.path.join(parent, name))]
+        found += [path for name in names if not own(path := os.path.join(parent, name))]
+    return sorted(found)
 
 
 def _check_apart(source: str, destination: str) -> None:

@@ -10,8 +10,10 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,7 @@ from llama_ds.checkpoint.manifest import sync
 from llama_ds.errors import UserError
 
 JOURNAL = ".conversion"
+PARTIAL, REPLACED = ".partial", ".replaced-"  # what is appended to the name of a destination
 FULL_DISK_BYTES = 1 << 20  # after a failed write, a disk with less free space than this counts as full
 
 
@@ -50,14 +53,15 @@ class Partial:
             UserError: the destination exists and `overwrite` is false, or the folder belongs to another conversion.
         """
         self.destination = os.path.abspath(destination)
-        self.folder = self.destination + ".partial"
+        self.folder = self.destination + PARTIAL
+        self._overwrite = overwrite
         self.finished: dict[str, str] = {}  # checksum by file name; "" if it was not computed
         self._journal_path = os.path.join(self.folder, JOURNAL)
         self._lock = threading.Lock()
         if os.path.lexists(self.destination) and not overwrite:
             raise UserError(f"{destination}: exists already; give another folder or --overwrite")
         try:
-            self._open(fingerprint, overwrite)
+            self._open(fingerprint)
         except OSError as error:
             raise cannot_write(self.folder, error) from None
 
@@ -76,39 +80,40 @@ class Partial:
             self._append({"file": name, "size": size, "checksum": checksum})
             self.finished[name] = checksum
 
-    def discard_journal(self) -> None:
-        """Delete the journal, so that no conversion resumes in this folder."""
-        os.unlink(self._journal_path)
+    def spoil(self) -> None:
+        """Change the journal, so that no conversion resumes in this folder, and no reader takes it for a model."""
+        os.ftruncate(self._journal, 0)
+        self._append({"fingerprint": "of files that failed their verification"})
 
     def commit(self, name: str | None = None) -> None:
         """Rename the folder to the destination, or only the file `name` in it.
 
-        An existing destination is moved aside first, and then removed.
+        An existing destination is moved aside first, and then removed, with those that a killed conversion moved aside.
 
         Raises:
             UserError: a file operation failed.
         """
-        old = f"{self.destination}.replaced-{os.getpid()}"
+        old = f"{self.destination}{REPLACED}{os.getpid()}"
         parent = os.path.dirname(self.destination)
         try:
             for folder, _, _ in os.walk(self.folder):
                 sync(folder)
-            if replaced := os.path.lexists(self.destination):
+            if os.path.lexists(self.destination):
                 os.rename(self.destination, old)
-            self.discard_journal()
+            os.unlink(self._journal_path)
             os.rename(os.path.join(self.folder, name) if name else self.folder, self.destination)
             sync(parent)
             if name:
                 os.rmdir(self.folder)
-            if replaced:
-                _remove(old)
+            for path in self._moved_aside() if self._overwrite else ():
+                _remove(path)
         except OSError as error:
             raise cannot_write(self.destination, error) from None
 
-    def _open(self, fingerprint: str, overwrite: bool) -> None:
+    def _open(self, fingerprint: str) -> None:
         os.makedirs(os.path.dirname(self.destination), exist_ok=True)
         if os.path.lexists(self.folder) and not self._is_of(fingerprint):
-            if not overwrite:
+            if not self._overwrite:
                 raise UserError(
                     f"{self.folder}: was left by a conversion of another source or with other options; remove it, or "
                     "give --overwrite"
@@ -123,6 +128,12 @@ class Partial:
             sync(self.folder)
             sync(os.path.dirname(self.folder))
         self.finished = {line["file"]: line["checksum"] for line in lines[1:] if self._is_there(line)}
+
+    def _moved_aside(self) -> list[str]:
+        """Return the paths of former destinations, also of those that a conversion killed in `commit` had replaced."""
+        parent, name = os.path.split(self.destination)
+        pattern = re.compile(re.escape(name + REPLACED) + r"\d+")
+        return [os.path.join(parent, found) for found in os.listdir(parent) if pattern.fullmatch(found)]
 
     def _is_there(self, line: dict[str, Any]) -> bool:
         """Return whether a finished file exists at its full size; a power failure may have undone its creation."""
@@ -177,3 +188,24 @@ def _remove(path: str) -> None:
         shutil.rmtree(path)
     else:
         os.unlink(path)
+
+
+def refuse_unfinished(folder: str) -> None:
+    """Refuse the working folder of a conversion as a model: its files may have their full size, and still be zeros.
+
+    Raises:
+        UserError: it is one.
+    """
+    if os.path.lexists(os.path.join(folder, JOURNAL)):
+        raise UserError(
+            f"{folder}: is the working folder of a conversion that was interrupted or failed; run its command again, "
+            "and give the folder that it makes"
+        )
+
+
+def written_by_conversion(destination: str) -> Callable[[str], bool]:
+    """Return whether a path is the destination, its working folder or one that was moved aside, for `fingerprint`."""
+    parent, name = os.path.split(os.path.abspath(destination))
+    pattern = re.compile(re.escape(name) + rf"({re.escape(PARTIAL)}|{re.escape(REPLACED)}\d+)?")
+    parent = os.path.realpath(parent)
+    return lambda path: os.path.dirname(path) == parent and pattern.fullmatch(os.path.basename(path)) is not None

@@ -15,7 +15,7 @@ import pickle
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -30,7 +30,7 @@ from llama_ds.checkpoint.weights import Readable
 from llama_ds.errors import UserError
 
 METADATA = ".metadata"
-OTHER_FORMAT = "common.pt"  # file beside .metadata in Megatron-LM's torch_dist
+OTHER_FORMAT = ("common.pt", "metadata.json")  # files beside .metadata in Megatron-LM's torch_dist
 STEP = re.compile(r"step-(\d{1,12})")
 
 
@@ -50,6 +50,27 @@ class DcpTensor:
     name: str
     shape: tuple[int, ...]
     places: tuple[tuple[tuple[int, ...], tuple[int, ...], str, int, int], ...]  # begin, sizes, file, offset, length
+    stacked: bool = False  # True: blocks are stored with another dimension, of size 1, before those of `shape`
+
+    def layer(self, index: int) -> DcpTensor:
+        """Return one of the tensors that this one has along its first dimension.
+
+        Raises:
+            UserError: a block holds several of them.
+        """
+        own = [place for place in self.places if place[0][0] <= index < place[0][0] + place[1][0]]
+        if any(sizes[0] != 1 for _, sizes, *_ in own):
+            raise UserError(
+                f"{self.folder}: a block of {self.name} holds several layers, which this reader does not know"
+            )
+        places = tuple((begin[1:], sizes[1:], file, at, length) for begin, sizes, file, at, length in own)
+        return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], places=places, stacked=True)
+
+    def followed_by(self, other: DcpTensor) -> DcpTensor:
+        """Return both as one tensor, with the rows of `other` at the end."""
+        rows = self.shape[0]
+        moved = [((begin[0] + rows, *begin[1:]), *place[1:]) for place in other.places for begin in place[:1]]
+        return replace(self, shape=(rows + other.shape[0], *self.shape[1:]), places=(*self.places, *moved))
 
     def readable(self, dim: int | None) -> Readable:
         """Return the tensor, to be sharded along `dim`.
@@ -60,6 +81,8 @@ class DcpTensor:
         blocks = []
         for begin, sizes, name, offset, length in self.places:
             stored = embedded_tensor(check_file(os.path.join(self.folder, name)), offset, length)
+            if self.stacked and stored.shape[:1] == (1,):
+                stored = replace(stored, shape=stored.shape[1:])
             if stored.shape != sizes:
                 raise UserError(
                     f"{stored.path}: the block of {self.name} at {list(begin)} has shape {list(stored.shape)}, "
@@ -121,7 +144,7 @@ def holds_dcp(folder: str) -> bool:
     """Return whether a folder is a checkpoint of DCP, or has some named step-N; but not Megatron-LM's torch_dist."""
     names = os.listdir(folder)
     if METADATA in names:
-        return OTHER_FORMAT not in names
+        return not any(name in names for name in OTHER_FORMAT)
     return any(STEP.fullmatch(name) and os.path.lexists(os.path.join(folder, name, METADATA)) for name in names)
 
 
@@ -131,16 +154,31 @@ def dcp_tensors(folder: str) -> dict[str, DcpTensor]:
     Raises:
         UserError: its metadata is missing or damaged, or of a form that is not known.
     """
+    return dcp_entries(folder)[0]
+
+
+def dcp_entries(folder: str) -> tuple[dict[str, DcpTensor], dict[str, tuple[str, int, int]]]:
+    """Return the tensors of a checkpoint by name, and of its other objects the path, offset and length in bytes.
+
+    Raises:
+        UserError: its metadata is missing or damaged, or of a form that is not known.
+    """
     path = check_file(os.path.join(folder, METADATA))
     try:
         with open(path, "rb") as file:
             metadata = _Reader(io.BytesIO(file.read())).load()
         places = _places(metadata.storage_data.items())
-        return {
+        objects = {
+            name: (os.path.join(folder, file), offset, length)
+            for (name, begin), (file, offset, length) in places.items()
+            if not begin
+        }
+        tensors = {
             str(name): DcpTensor(folder, str(name), entry.size, tuple(_blocks(str(name), entry, places)))
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, _TensorStorageMetadata)
         }
+        return tensors, {name: where for name, where in objects.items() if name not in tensors}
     except Exception as error:  # a damaged pickle can raise any exception
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: cannot be read as metadata of torch's DCP ({reason}); copy it again") from None

@@ -53,6 +53,10 @@ class GgufFile(OutputFile):
 
     metadata: Mapping[str, Entry] = field(default_factory=dict)
 
+    def surroundings(self) -> str:
+        """Return all that the file holds beside its tensors."""
+        return repr(self.metadata)
+
     def create(self, folder: str, dtype: torch.dtype) -> dict[str, Stored]:
         """Write the file without tensor data, and return the location of every tensor.
 

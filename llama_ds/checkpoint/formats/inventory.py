@@ -20,6 +20,7 @@ from llama_ds.layout.weights import Key, Role, weight_of, weight_shapes, weights
 
 MAX_LAYERS = 10_000  # a larger number is taken for damage: listing its tensors would exhaust memory
 LFS_POINTER, LFS_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024  # beginning and limit of size
+DISTINCT_ELEMENTS = 1024  # number of elements at the beginning of two parts by which most are told apart
 MAX_SHOWN = 3  # number of tensors that an error message names
 
 
@@ -154,7 +155,8 @@ def _dtype_of(path: str, tensors: Mapping[Key, Readable]) -> str:
     for name, dtype in DTYPES.items():
         if stored == dtype:
             return name
-    raise UserError(f"{path}: its weights are {str(stored).removeprefix('torch.')}, not one of {', '.join(DTYPES)}")
+    name, known = str(stored).removeprefix("torch."), ", ".join(DTYPES)
+    raise UserError(f"{path}: its weights are {name}, not one of {known}; save them as one of these")
 
 
 def vocabulary_tables(model: ModelConfig) -> tuple[Key, ...]:
@@ -196,7 +198,8 @@ def merged(
         equal: check that an unsharded tensor is equal in every part.
 
     Raises:
-        UserError: the shapes, or the values of an unsharded tensor, differ between the parts.
+        UserError: the shapes, or the values of an unsharded tensor, differ between the parts, or two ranks have equal
+            parts of a sharded one.
     """
     first = parts[0][name]
     for path, part in zip(paths, parts, strict=True):
@@ -210,8 +213,30 @@ def merged(
             if equal and not same(full, Spread(first.shape, None, [run])):
                 raise UserError(f"{path}: {name} differs from that of {paths[0]}: parts of two models; copy it again")
         return full
+    _check_distinct(name, [run.stored for (run,) in runs], paths)
     shape = tuple(n * len(parts) if i == dim else n for i, n in enumerate(first.shape))
     return Spread(shape, dim, runs)
+
+
+def _check_distinct(name: str, parts: Sequence[Stored], paths: Sequence[str]) -> None:
+    """Check that no two ranks have equal parts of a matrix, unless these are all zeros, as padding is.
+
+    Ranks' files have one name in folders of their own, or nearly one name, so that a copy may overwrite another.
+    """
+    first: dict[bytes, int] = {}
+    for rank, part in enumerate(parts):
+        start = torch.empty(min(DISTINCT_ELEMENTS, torch.Size(part.shape).numel()), dtype=part.dtype)
+        part.read(start)
+        other = first.setdefault(start.view(torch.uint8).numpy().tobytes(), rank)
+        if other == rank or not start.any():
+            continue
+        numel = torch.Size(part.shape).numel()
+        before, after = (Spread(part.shape, None, [[Run(0, own, numel)]]) for own in (parts[other], part))
+        if same(before, after):
+            raise UserError(
+                f"{paths[rank]}: {name} equals that of {paths[other]}, though each rank has its own part: one file was "
+                "copied over the other; copy the model again"
+            )
 
 
 def shown(names: Sequence[str]) -> str:

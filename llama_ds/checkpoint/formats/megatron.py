@@ -23,6 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llama_ds.checkpoint.formats.dcp import METADATA, OTHER_FORMAT
 from llama_ds.checkpoint.formats.engine_files import RANK_FILE as RANK_FILE_OF_ENGINE
 from llama_ds.checkpoint.formats.engine_files import foreign_names
 from llama_ds.checkpoint.formats.inventory import check_file, model_files
@@ -32,8 +33,9 @@ from llama_ds.checkpoint.formats.megatron_deepspeed import (
     holds_megatron_deepspeed,
     read_megatron_deepspeed,
 )
+from llama_ds.checkpoint.formats.megatron_dist import is_distributed, open_distributed
 from llama_ds.checkpoint.formats.megatron_legacy import ROOT, block_lengths, core_names, lengths_of, modern_args
-from llama_ds.checkpoint.formats.megatron_tensors import EXTRA_STATE, Chunk, tensors_of
+from llama_ds.checkpoint.formats.megatron_tensors import EXTRA_STATE, Chunk, qkv_lengths, tensors_of
 from llama_ds.checkpoint.formats.meta_params import Unsaid
 from llama_ds.checkpoint.stored import Stored, flat, located, torch_content
 from llama_ds.checkpoint.weights import ModelFiles
@@ -43,7 +45,6 @@ TRACKER, RELEASE = "latest_checkpointed_iteration.txt", "release"
 RANK_FILE = "model_optim_rng.pt"
 RANK_FOLDER = re.compile(r"mp_rank_\d{2,}(_\d{3,})*")
 VERSION = 3.0  # checkpoint_version; earlier ones order the rows of query, key and value differently
-OTHER_FORMATS = (".metadata", "metadata.json", "common.pt")  # files of torch_dist and torch_dcp
 
 
 def open_megatron(folder: str, vocab_size: int | None = None, unsaid: Unsaid | None = None) -> ModelFiles:
@@ -75,7 +76,7 @@ def holds_megatron(folder: str) -> bool:
     names = os.listdir(folder)
     if TRACKER in names or any(RANK_FOLDER.fullmatch(name) for name in names):
         return True
-    if all(name in names for name in OTHER_FORMATS[1:]):
+    if METADATA in names and any(name in names for name in OTHER_FORMAT):
         return True
     return holds_megatron_deepspeed(folder)
 
@@ -100,11 +101,6 @@ def _first_file(where: str) -> str:
     names = [name for name in ("mp_rank_00", "mp_rank_00_000") if os.path.isdir(os.path.join(where, name))]
     if names:
         return check_file(os.path.join(where, names[0], RANK_FILE))
-    if any(os.path.lexists(os.path.join(where, name)) for name in OTHER_FORMATS):
-        raise UserError(
-            f"{where}: is a distributed checkpoint of Megatron-LM (torch_dist or torch_dcp); save it in the format "
-            "torch, with Megatron-LM's --ckpt-convert-format torch"
-        )
     raise UserError(
         f"{where}: contains no mp_rank_00/{RANK_FILE}; copy the checkpoint again, with the files of all ranks"
     )
@@ -119,11 +115,13 @@ def _content(path: str) -> dict[str, Any]:
 
 def _read(where: str, vocab_size: int | None, unsaid: Unsaid) -> MegatronSource:
     """Return the checkpoint in a folder, with the chunks of all stages in the order of their layers."""
+    if is_distributed(where):
+        return _read_distributed(where, vocab_size, unsaid)
     first = _first_file(where)
     content = _content(first)
     legacy = any(isinstance(state, dict) and ROOT in state for state in _models(content))
-    if unsaid.qkv_order and not legacy:
-        raise UserError(f"command line: --qkv-order does not apply to {where}: Megatron core has one order; omit it")
+    if not legacy:
+        _check_unsaid(where, unsaid)
     rank = _RankReader(vocab_size, unsaid, legacy)
     settings, version = rank.settings(first, content), rank.version(first, content)
     _check_folders(where, settings)
@@ -148,6 +146,27 @@ def _read(where: str, vocab_size: int | None, unsaid: Unsaid) -> MegatronSource:
     return MegatronSource(where, settings, chunks, _lengths(where, settings, version, unsaid))
 
 
+def _check_unsaid(where: str, unsaid: Unsaid) -> None:
+    """Refuse what only checkpoints before Megatron core leave open."""
+    for flag, value in {"--qkv-order": unsaid.qkv_order, "--rope-theta": unsaid.rope_theta}.items():
+        if value is not None:
+            raise UserError(f"command line: {flag} does not apply to {where}: Megatron core has one, known; omit it")
+
+
+def _read_distributed(where: str, vocab_size: int | None, unsaid: Unsaid) -> MegatronSource:
+    """Return a checkpoint in the format torch_dist; its one chunk is the whole model of one rank."""
+    if others := sorted(name for name in os.listdir(where) if RANK_FOLDER.fullmatch(name)):
+        raise UserError(
+            f"{where}: holds {others[0]} and a distributed checkpoint; move away the one that does not count"
+        )
+    _check_unsaid(where, unsaid)
+    shared, chunk = open_distributed(where)
+    rank = _RankReader(vocab_size, unsaid, legacy=False)
+    settings = replace(rank.settings(where, shared), tp=1, pp=1)
+    rank.version(where, shared)
+    return MegatronSource(where, settings, [chunk], qkv_lengths(settings.model))
+
+
 def _lengths(where: str, settings: MegatronSettings, version: float, unsaid: Unsaid) -> tuple[int, int, int]:
     if unsaid.qkv_order == "blocks":
         return block_lengths(settings.model, settings.tp)
@@ -165,7 +184,9 @@ class _RankReader:
     def settings(self, path: str, content: Mapping[str, Any]) -> MegatronSettings:
         """Return what the args say."""
         args = content.get("args")
-        return settings_of(path, modern_args(args) if self.legacy else args, self.vocab_size, self.unsaid)
+        if self.legacy:
+            args = modern_args(path, args, self.unsaid)
+        return settings_of(path, args, self.vocab_size, self.unsaid)
 
     def version(self, path: str, content: Mapping[str, Any]) -> float:
         """Return the checkpoint_version.

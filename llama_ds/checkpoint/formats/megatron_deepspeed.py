@@ -73,7 +73,7 @@ def read_megatron_deepspeed(where: str, vocab_size: int | None, unsaid: Unsaid) 
     paths = rank_paths(where)
     content = engine_content(paths[0])
     args = content.get("args")
-    settings = settings_of(paths[0], modern_args(args), vocab_size, unsaid)
+    settings = settings_of(paths[0], modern_args(paths[0], args, unsaid), vocab_size, unsaid)
     layers = layer_parts(where)
     ranks = len(next(iter(layers.values())).parts) if layers else len(paths)
     if ranks != settings.tp:

@@ -19,8 +19,9 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from llama_ds.checkpoint.formats.megatron_args import OLD_ROTARY_BASE
 from llama_ds.checkpoint.formats.megatron_tensors import (
     EMBEDDING,
     FC1,
@@ -32,6 +33,8 @@ from llama_ds.checkpoint.formats.megatron_tensors import (
     qkv_lengths,
 )
 from llama_ds.checkpoint.formats.megatron_tensors import LAYER as CORE_LAYER
+from llama_ds.checkpoint.formats.meta_params import Unsaid
+from llama_ds.config.reader import ConfigSource
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 
@@ -115,8 +118,12 @@ def core_names(path: str, state: Mapping[str, T]) -> dict[str, T]:
     return found
 
 
-def modern_args(args: object) -> object:
-    """Return args with the arguments of Megatron core; what is no namespace is returned as it is."""
+def modern_args(path: str, args: object, unsaid: Unsaid) -> object:
+    """Return the args of file `path` with the arguments of Megatron core; what is no namespace is returned as it is.
+
+    Raises:
+        UserError: they have a rotary embedding that this model ignores, and `unsaid` does not say which counts.
+    """
     if not isinstance(args, Namespace):
         return args
     given = dict(vars(args))
@@ -127,7 +134,6 @@ def modern_args(args: object) -> object:
         "normalization": "RMSNorm" if str(norm).lower() == "rmsnorm" else norm,
         "norm_epsilon": given.get("layernorm_epsilon"),
         "position_embedding_type": "rope" if rotary is True else "learned_absolute",
-        "rotary_base": given.get("rope_theta"),
         "swiglu": False,
         "add_bias_linear": not given.get("disable_bias_linear", False),
         "untie_embeddings_and_output_weights": False,
@@ -141,7 +147,40 @@ def modern_args(args: object) -> object:
     experts = kept.get("num_experts")  # a list in Megatron-DeepSpeed
     if isinstance(experts, list) and set(experts) == {1}:
         kept["num_experts"] = None
-    return Namespace(**{**values, **kept})
+    return Namespace(**{**values, **kept, **_rotary(ConfigSource(path), given, unsaid)})
+
+
+def _rotary(source: ConfigSource, given: Mapping[str, Any], unsaid: Unsaid) -> dict[str, Any]:
+    """Return base and scaling of the rotary embedding as arguments of Megatron core.
+
+    Megatron-DeepSpeed computes with its argument rope_theta. Megatron-LM's model had none (2023-03 to 2026-05), and
+    ignores those of Megatron core, which are in its args all the same: weights that it trained have base 10000 and no
+    scaling, weights that were converted to its names have others.
+    """
+    theta, base = given.get("rope_theta"), given.get("rotary_base")
+    computed = OLD_ROTARY_BASE if theta is None else theta
+    ignored = base is not None and base != computed
+    if unsaid.rope_theta is not None and not ignored:
+        raise UserError(
+            f"command line: --rope-theta does not apply to {source.path}: its args leave no choice; omit it"
+        )
+    if ignored and unsaid.rope_theta is None:
+        raise source.error(
+            "args.rotary_base",
+            f"= {base} is ignored by the model with these names, which rotates with base {computed:g}; convert with "
+            f"--rope-theta {computed:g} if it trained the weights, with --rope-theta {base} if they are those of "
+            "another model",
+        )
+    found = {"rotary_base": unsaid.rope_theta if ignored else base if theta is None else theta}
+    if not given.get("use_rope_scaling"):
+        return found
+    if unsaid.rope_factor is None:
+        raise source.error(
+            "args.use_rope_scaling",
+            f"= {given['use_rope_scaling']} is ignored by the model with these names; convert with --rope-factor 1 "
+            "(none) if it trained the weights, with the factor if they are those of another model",
+        )
+    return {**found, "use_rope_scaling": unsaid.rope_factor != 1, "rope_scaling_factor": unsaid.rope_factor}
 
 
 def lengths_of(where: str, model: ModelConfig, tp: int, version: float) -> tuple[int, int, int]:

@@ -51,7 +51,7 @@ class Chunk(RankParts):
         Raises:
             UserError: they are not numbered from 0 on.
         """
-        found = {int(match[1]) for name in self.parts[0] if (match := LAYER.fullmatch(name))}
+        found = {int(match[1]) for name in self.names if (match := LAYER.fullmatch(name))}
         if found != set(range(len(found))):
             raise UserError(f"{self.paths[0]}: its layers are not numbered 0, 1, 2, ...; copy the file again")
         return len(found)
@@ -115,7 +115,7 @@ def _end_names(settings: MegatronSettings, chunk: Chunk, first: bool, last: bool
     if last:
         names[layers + 1, "norm.weight"] = FINAL_NORM
         # A tied head exists where the embedding is on another stage.
-        if not settings.model.tie_word_embeddings or HEAD in chunk.parts[0]:
+        if not settings.model.tie_word_embeddings or HEAD in chunk.names:
             names[layers + 2, "lm_head.weight"] = HEAD
     return names
 
@@ -140,7 +140,7 @@ class _LayerOf:
         """Return the name of the tensor that holds weight `name`."""
         if name in NORMS:
             spellings = [self._prefix + spelling for spelling in NORMS[name].values()]
-            return next((spelling for spelling in spellings if spelling in self._chunk.parts[0]), spellings[0])
+            return next((spelling for spelling in spellings if spelling in self._chunk.names), spellings[0])
         module = QKV if name in (Q, K, V) else FC1 if name in (GATE, UP) else PARALLEL[name]
         return f"{self._prefix}{module}.weight"
 

@@ -52,6 +52,7 @@ class Unsaid:
     rope_factor: float | None = None  # factor of the rotary scaling, where use_scaled_rope is true
     seq_len: int | None = None  # longest sequence that the model was trained for, in tokens
     qkv_order: str | None = None  # one of choices.QKV_ORDERS, for GPT-NeoX
+    rope_theta: float | None = None  # for Megatron-LM before Megatron core, which ignores the rotary base of its args
 
 
 def inner_size(dim: int, multiple_of: int, multiplier: float | None) -> int:

@@ -133,6 +133,10 @@ class OutputFile:
         """Return the size of the tensors in bytes."""
         return sum(tensor.stored_as(dtype).nbytes(tensor.numel) for tensor in self.tensors)
 
+    def surroundings(self) -> str:
+        """Return all that the file holds beside its tensors, to recognise the same file in another conversion."""
+        return repr(self.enclosing)
+
     def create(self, folder: str, dtype: torch.dtype) -> dict[str, Stored]:
         """Write the file without tensor data, and return the location of every tensor.
 

@@ -18,6 +18,11 @@ class RankParts:
     paths: tuple[str, ...]
     parts: tuple[Mapping[str, Stored], ...]
 
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the tensors on the first rank."""
+        return self.parts[0].keys()
+
     def check(self, wanted: Collection[str]) -> None:
         """Check that all ranks have exactly the tensors `wanted`.
 

@@ -37,6 +37,7 @@ from llama_ds.data.source.manifest import (
     shard_name,
     write_atomically,
 )
+from llama_ds.data.source.source_folder import BUILD, PLAN
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 
@@ -47,7 +48,7 @@ SOURCE_FILE = re.compile(rf"({'|'.join(SPLITS)})-(\d+)\.(tar|documents\.gz|sha25
 
 def build_path(folder: str) -> str:
     """Return the folder for the unfinished work of a source."""
-    return os.path.join(folder, "build")
+    return os.path.join(folder, BUILD)
 
 
 @contextmanager
@@ -111,6 +112,7 @@ def finish_commit(folder: str) -> None:
     if content := _read(os.path.join(build_path(folder), MANIFEST)):
         write_atomically(os.path.join(folder, MANIFEST), content)
         _remove_build(folder)
+    shutil.rmtree(_removed_path(folder), ignore_errors=True)
 
 
 def begin(
@@ -144,7 +146,7 @@ def begin(
     os.makedirs(build, exist_ok=True)
     os.makedirs(os.path.join(folder, "index"), exist_ok=True)
     save_files(folder, files)
-    with atomic_writer(os.path.join(build, "plan.json")) as file:
+    with atomic_writer(os.path.join(build, PLAN)) as file:
         file.write(json.dumps(dict(mark), indent=1).encode())
     return list(files)
 
@@ -233,13 +235,17 @@ def _read(path: str) -> bytes:
 
 
 def _read_plan(build: str) -> dict[str, object] | None:
-    content = _read(os.path.join(build, "plan.json"))
+    content = _read(os.path.join(build, PLAN))
     return json.loads(content) if content else None
+
+
+def _removed_path(folder: str) -> str:
+    return os.path.join(folder, "build.removed")
 
 
 def _remove_build(folder: str) -> None:
     # Rename first: a partly removed folder would look like an unfinished build of other flags.
-    build, removed = build_path(folder), os.path.join(folder, "build.removed")
+    build, removed = build_path(folder), _removed_path(folder)
     shutil.rmtree(removed, ignore_errors=True)
     if os.path.exists(build):
         os.rename(build, removed)
@@ -248,7 +254,7 @@ def _remove_build(folder: str) -> None:
 
 def remove_temporary(folder: str) -> None:
     """Remove the partial files of killed processes; no build may be running."""
-    shutil.rmtree(os.path.join(folder, "build.removed"), ignore_errors=True)
+    shutil.rmtree(_removed_path(folder), ignore_errors=True)
     for directory in (folder, build_path(folder), os.path.join(folder, "index")):
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
             if TEMPORARY in name:

@@ -15,6 +15,7 @@ from typing import BinaryIO, NamedTuple
 
 from llama_ds.data.source.input_index import ListedFile, input_name, parse_inputs
 from llama_ds.data.source.manifest import BuildInput, Manifest
+from llama_ds.data.text.decompress import without_compression
 from llama_ds.data.text.formats import companions
 from llama_ds.data.text.input_storage import input_size, open_input, remote_version, stamp, unreadable
 from llama_ds.errors import UserError
@@ -241,11 +242,18 @@ def _other_input(folder: str, files: Sequence[InputFile], left: Sequence[InputFi
 
 
 def _check_not_grown(folder: str, files: Sequence[InputFile], listed: Sequence[ListedFile]) -> None:
-    """Refuse files that have grown since they were added, and name those that have changed otherwise."""
+    """Refuse files that have grown or been compressed since they were added, and name those that changed otherwise."""
     held: dict[str, list[ListedFile]] = defaultdict(list)
     for known in listed:
         held[known.path].append(known)
+    bare = {without_compression(path): path for path in held}
     for file in files:
+        other = bare.get(without_compression(file.path), file.path)
+        if file.path not in held and other != file.path:
+            raise UserError(
+                f"{file.path}: {folder} holds {other}, the same file by its name, compressed or not, whose documents "
+                "would be added again; leave it out with --exclude, or equal documents with --dedup"
+            )
         for old in held[file.path]:
             if companions(file.path):
                 raise UserError(

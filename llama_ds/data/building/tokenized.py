@@ -36,6 +36,7 @@ from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 REPORT_CHARS = 1 << 19  # characters of text between two progress reports, which also write the ids
+NOT_ENCODED = "the tokenizer cannot encode it"
 BATCH_CHARS = 1 << 17  # characters encoded in a row, because other work evicts the encoder's tables from the caches
 
 DOCUMENT = np.dtype(
@@ -102,7 +103,7 @@ class TokenizePart:
             files = [
                 stack.enter_context(atomic_writer(ids_path(self.build, self.number, s), size, False)) for s in SPLITS
             ]
-            output = _Output(_tokenizer(self.tokenizer_path), files, self.validation_fraction)
+            output = _Output(_tokenizer(self.tokenizer_path), files, self.validation_fraction, self.skip_bad)
             lines, reported = [], 0
             for index, piece in enumerate(self.pieces):
                 reader = self._reader(piece, output)
@@ -186,8 +187,12 @@ class TokenizePart:
 class _Output:
     """Tokenizes documents, and writes their ids to the file of their split."""
 
-    def __init__(self, tokenizer: Tokenizer, files: Sequence[BinaryIO], validation_fraction: float) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, files: Sequence[BinaryIO], validation_fraction: float, skip_bad: bool
+    ) -> None:
         self.tokenizer, self._files, self._validation_fraction = tokenizer, files, validation_fraction
+        self._skip_bad = skip_bad
+        self._failed = -1, -1  # piece and line of the last document that could not be encoded
         self._dtype = id_dtype(tokenizer.vocab_size)
         marks = tokenizer.marks
         self._begin = np.array([] if marks.begin is None else [marks.begin], self._dtype)
@@ -206,7 +211,7 @@ class _Output:
 
     def begin_piece(self, piece: int, reader: PieceReader | ImportedIds) -> None:
         """Begin with the documents of a piece."""
-        self._piece, self._where = piece, reader.where
+        self._piece, self._reader = piece, reader
         self.taken.append(0)
 
     def add_ids(self, ids: np.ndarray, text: str, line: int) -> None:
@@ -231,6 +236,8 @@ class _Output:
         """Tokenize the documents that wait."""
         encoded = [self._encode(text, line) for text, line in self._waiting]
         for (text, line), ids in zip(self._waiting, encoded, strict=True):  # hashed now, because str keeps its UTF-8
+            if ids is None:
+                continue
             split = self._record(_digest(text), line, self._marks + len(ids))
             self._ids[split] += (self._begin, ids, self._end)
         self._waiting, self._waiting_chars = [], 0
@@ -239,21 +246,40 @@ class _Output:
         """Tokenize a document in pieces, and write the ids of each."""
         digest = _digest(text)
         split = _is_validation(digest, self._validation_fraction)
-        length = self._marks
+        self._write()
+        start, length = self._written[split], self._marks
         self._ids[split].append(self._begin)
         for part in pieces_of(text, self.tokenizer.cuts):
             ids = self._encode(part, line)
+            if ids is None:
+                self._take_back(split, start)
+                return
             length += len(ids)
             self._ids[split].append(ids)
             self._write()
         self._ids[split].append(self._end)
         self._record(digest, line, length)
 
-    def _encode(self, text: str, line: int) -> np.ndarray:
+    def _take_back(self, split: int, start: int) -> None:
+        """Remove the ids of a document that has begun at id `start` of its split."""
+        self._ids[split].clear()
+        self._files[split].seek(start * self._dtype.itemsize)
+        self._files[split].truncate()
+        self._written[split] = start
+
+    def _encode(self, text: str, line: int) -> np.ndarray | None:
+        """Return the ids of a text; None if the tokenizer cannot encode it and the document is left out."""
         try:
             return self.tokenizer.encode_array(text).astype(self._dtype, copy=False)
         except UserError as error:
-            raise UserError(f"{self._where(line)}: {error}") from None
+            if not (self._skip_bad and isinstance(self._reader, PieceReader)):
+                hint = ", or leave such documents out with --skip-bad"
+                raise UserError(f"{self._reader.where(line)}: {error}{hint}") from None
+        if self._failed != (self._piece, line):  # once for the pieces of a document
+            self._failed = self._piece, line
+            self._reader.leave_out(NOT_ENCODED, line)
+            self.taken[-1] -= 1
+        return None
 
     def _record(self, digest: bytes, line: int, length: int) -> bool:
         """Record a document; return whether it belongs to validation."""

@@ -26,11 +26,12 @@ from itertools import accumulate
 import numpy as np
 
 from llama_ds.config.reader import ConfigSource, read
+from llama_ds.data.source import source_folder
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
 FORMAT = 2
-MANIFEST = "manifest.json"
+MANIFEST = source_folder.MANIFEST
 SPLITS = ("train", "validation")
 DTYPES = ("<u2", "<u4")
 MANY = 1 << 60  # more ids than any source has; sums of them fit 64 bits

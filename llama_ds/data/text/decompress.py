@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import lzma
+import os
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, Protocol
@@ -83,6 +84,12 @@ class _Zstd:
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         return self._frame.decompress(data)
+
+
+def without_compression(path: str) -> str:
+    """Return a path without the suffix of a compression."""
+    root, suffix = os.path.splitext(path)
+    return root if suffix.lower() in SUFFIXES else path
 
 
 def compression_of(head: bytes) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ _UNREAD = {
     **dict.fromkeys((".warc", ".wet", ".wat"), "extract the texts as JSON lines"),
     **dict.fromkeys((".pkl", ".pickle", ".npy", ".npz"), "write it as parquet"),
 }
+# What a clone without the contents of large files holds in their place.
+_POINTERS = {b"version https://git-lfs.github.com/spec/": "git lfs pull", b"/annex/objects/": "git annex get"}
+POINTER_BYTES = 1024  # a pointer is shorter
 _ARROW_STREAM_MAGIC = b"\xff\xff\xff\xff"
 _MEGATRON_MAGIC = b"MMIDIDX\0\0"
 _MDS_CONFIG = re.compile(rb'"format": ?"mds"')
@@ -92,6 +96,7 @@ def recognise(path: str, options: ReadOptions) -> FileFormat:
         UserError: the file cannot be read, contradicts its name, or holds records in a format that is not read.
     """
     head = _head(path, "")
+    _check_no_pointer(path, head, options)
     compression = decompress.compression_of(head)
     named = decompress.SUFFIXES.get(os.path.splitext(path.lower())[1], "")
     if named and head and compression != named:
@@ -119,6 +124,17 @@ def recognise(path: str, options: ReadOptions) -> FileFormat:
     if content == MDS and is_remote(path):
         raise UserError(f"{path}: {MDS} shards are read from a disk only; download their folder first")
     return FileFormat(content, compression)
+
+
+def _check_no_pointer(path: str, head: bytes, options: ReadOptions) -> None:
+    if len(head) > POINTER_BYTES or matches(path, options.as_text):
+        return
+    for mark, fetch in _POINTERS.items():
+        if head.startswith(mark):
+            raise UserError(
+                f"{path}: a pointer in place of the file, as a clone leaves it; fetch the file with {fetch}, or leave "
+                f"it out with --exclude '{os.path.basename(path)}'"
+            )
 
 
 def _head(path: str, compression: str) -> bytes:
@@ -154,7 +170,8 @@ def _content(path: str, head: bytes, suffix: str) -> str:
         return TEXT if suffix in TEXT_SUFFIXES else EMPTY
     if _is_json_lines(head):
         return JSON_LINES
-    if re.match(rb'\[\s*\{\s*"|\{\s*\n\s*"', head.removeprefix(BOM).lstrip()):
+    start = head.removeprefix(BOM).lstrip()
+    if re.match(rb'\[\s*\{\s*"|\{\s*\n\s*"', start) or _begins_with_values(start):
         return JSON_VALUES
     return TEXT if suffix in TEXT_SUFFIXES or _is_utf8(head) else BINARY
 
@@ -196,6 +213,17 @@ def _is_json_lines(head: bytes) -> bool:
         return True
     except ValueError:
         return False
+
+
+def _begins_with_values(start: bytes) -> bool:
+    """Whether a text begins with JSON objects that no line ends separate, as those of old Macs, or none at all."""
+    if not re.match(rb'\{\s*"', start):
+        return False
+    try:
+        value, stop = json.JSONDecoder().raw_decode(start.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and start.decode(errors="replace")[stop:].lstrip().startswith("{")
 
 
 def _is_utf8(head: bytes) -> bool:

@@ -11,7 +11,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from llama_ds.data.source.source_folder import is_source_folder
 from llama_ds.data.text import mds, saved_datasets
+from llama_ds.data.text.copies import compressed_copies, links
 from llama_ds.data.text.formats import (
     BINARY,
     EMPTY,
@@ -34,6 +36,8 @@ SPLIT = re.compile(r"(?:^|[/._-])(train|validation|valid|test)(?:/|[._-]\d)")  #
 HIDDEN = "hidden or a marker"
 UNFINISHED = "a backup or an unfinished file by its name"
 LINK = "a link to a file that is read under another name"
+COPY = "a compressed copy of a file that is read"
+BUILT = "of a source that a build has made"
 # Names that Hadoop, Spark and Delta Lake give to files and folders beside the data.
 MARKER = re.compile(r"_(SUCCESS|metadata|common_metadata|temporary|spark_metadata|delta_log|(committed|started)_\w+)")
 # Names that editors give to backups, and browsers and download tools to files in progress.
@@ -121,7 +125,7 @@ def find_inputs(pattern: str, options: ReadOptions) -> Inputs:
         raise inputs.nothing()
     inputs.files.sort(key=lambda file: file.path)
     if not is_remote(pattern):
-        _leave_out_links(inputs)
+        _leave_out_repeated(inputs)
     return inputs
 
 
@@ -132,6 +136,7 @@ class _Search:
         self._matched: set[str] = set()  # paths that match the glob
         self._seen: set[str] = set()  # paths, because several ways of a glob may lead to one
         self._folders: set[tuple[int, int]] = set()  # device and inode, because links may form a loop
+        self._built: dict[str, bool] = {}  # whether folders hold sources
 
     def named(self, path: str) -> None:
         """Take a file that the user named in full."""
@@ -179,6 +184,9 @@ class _Search:
             self._leave_out(path, "a link to a folder that is read under another name")
             return
         self._folders.add((status.st_dev, status.st_ino))
+        if self._is_built(path):
+            self._leave_out(path, BUILT)
+            return
         try:
             names = sorted(os.listdir(path))
         except OSError as error:
@@ -209,6 +217,8 @@ class _Search:
             raise unreadable(path, error) from None
         if stat.S_ISDIR(mode):
             self.folder(path)
+        elif any(self._is_built(folder) for folder in _folders_above(path, 2)):  # a glob may match its files
+            self._leave_out(path, BUILT)
         elif not stat.S_ISREG(mode):
             self._leave_out(path, "not a regular file")
         elif not in_folder:
@@ -217,6 +227,11 @@ class _Search:
             self._leave_out(path, UNFINISHED)
         else:
             self._of_folder(path)
+
+    def _is_built(self, folder: str) -> bool:
+        if folder not in self._built:
+            self._built[folder] = is_source_folder(folder)
+        return self._built[folder]
 
     def _of_folder(self, path: str) -> None:
         found = recognise(path, self._options)
@@ -227,7 +242,7 @@ class _Search:
             self.named(path)
         elif found.content in (BINARY, EMPTY) and not _is_part(path):
             self._leave_out(path, "not text" if found.content == BINARY else "empty, and no suffix of a text")
-        elif found.content == TEXT and suffix not in TEXT_SUFFIXES and not (found.compression or _is_part(path)):
+        elif found.content == TEXT and suffix not in TEXT_SUFFIXES and not _may_be_text(path, suffix, found):
             self._leave_out(path, f"suffix {suffix or 'missing'}, which folders are not searched for")
         else:
             self._take(path, FileFormat(TEXT, found.compression) if found.content in (BINARY, EMPTY) else found)
@@ -254,15 +269,26 @@ def _leave_out_readme(inputs: Inputs) -> None:
     inputs.files = [file for file in inputs.files if file.path not in describing]
 
 
-def _leave_out_links(inputs: Inputs) -> None:
-    """Leave out links to files that are taken under another name, because their documents would be read twice."""
-    targets: dict[str, list[TakenFile]] = defaultdict(list)
-    for file in inputs.files:
-        targets[os.path.realpath(file.path)].append(file)
-    kept = {min(files, key=lambda file: os.path.islink(file.path)).path for files in targets.values()}
-    if links := [path for path in inputs.paths if path not in kept]:
-        inputs.left_out[LINK] = links
-    inputs.files = [file for file in inputs.files if file.path in kept]
+def _leave_out_repeated(inputs: Inputs) -> None:
+    """Leave out files that are taken under another name, because their documents would be read twice."""
+    for reason, repeated in (
+        (LINK, links(inputs.paths)),
+        (COPY, compressed_copies((file.path, file.format) for file in inputs.files)),
+    ):
+        if repeated:
+            inputs.left_out[reason] = sorted(repeated)
+            inputs.files = [file for file in inputs.files if file.path not in repeated]
+
+
+def _may_be_text(path: str, suffix: str, found: FileFormat) -> bool:
+    """Whether a name without a suffix of texts may be that of one: shard.gz and web.2019.gz may, dump.xml.gz not."""
+    return _is_part(path) or (bool(found.compression) and not suffix.strip(".").isalpha())
+
+
+def _folders_above(path: str, levels: int) -> Iterator[str]:
+    for _ in range(levels):
+        path = os.path.dirname(path)
+        yield path
 
 
 def _files(count: int) -> str:

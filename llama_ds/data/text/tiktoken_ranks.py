@@ -11,6 +11,7 @@ import base64
 import re
 from binascii import a2b_base64
 from collections.abc import Mapping
+from functools import cached_property
 
 import numpy as np
 import tiktoken
@@ -67,13 +68,17 @@ class TiktokenRanks:
                 f"{path}: {len(self.ranks)} ranks are {name}'s; of tiktoken's files only Llama 3's is supported, whose "
                 "special tokens are known: name the model's tokenizer.json instead"
             )
-        special = {name: len(self.ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self._encoding = tiktoken.Encoding(
-            "llama3", pat_str=PATTERN, mergeable_ranks=dict(self.ranks), special_tokens=special
+        self._special = {name: len(self.ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(self.ranks) + len(self._special)
+        self.bos_id: int | None = self._special[BOS]
+        self.eos_id: int | None = self._special[EOS]
+
+    @cached_property
+    def _encoding(self) -> tiktoken.Encoding:
+        """The encoder: made when it is first needed, because processes that only name the tokenizer never need it."""
+        return tiktoken.Encoding(
+            "llama3", pat_str=PATTERN, mergeable_ranks=dict(self.ranks), special_tokens=self._special
         )
-        self.vocab_size = len(self.ranks) + len(special)
-        self.bos_id: int | None = special[BOS]
-        self.eos_id: int | None = special[EOS]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text."""

@@ -61,9 +61,9 @@ def run_memory(
         weights, gathered = float(held.weights), 0.0
         layers = sum(len(policies[placement.stage(rank, chunk)].policies) for chunk in range(placement.chunks))
         if zero == 3:
-            weights, gathered = weights / layout.dp, 2 * weights / max(1, layers)
-        gradients = held.gradients / (layout.dp if zero >= 2 else 1) + (gathered if zero >= 2 else 0)
-        optimizer = held.optimizer * (1 if zero else layout.dp)
+            weights, gathered = weights / layout.data_axis, 2 * weights / max(1, layers)
+        gradients = held.gradients / (layout.data_axis if zero >= 2 else 1) + (gathered if zero >= 2 else 0)
+        optimizer = held.optimizer * (1 if zero else layout.data_axis)
         found.append(Memory(weights, gradients, optimizer, kept, held.working + gathered, (1 - USABLE) * device_bytes))
     return found
 

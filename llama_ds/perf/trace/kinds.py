@@ -8,6 +8,7 @@ RECOMPUTE = "recompute"
 COMMUNICATION = {
     "p2p": "activations and gradients between pipeline stages",
     "tp": "tensor parallelism: all-gathers and reductions between the shards of a matrix",
+    "cp": "context parallelism: keys and values around a ring, or all-to-alls",
     "reduction": "gradients over data-parallel ranks",
     "weights": "all-gathers of weights",
     "agreement": "the norm and the loss over all ranks",
@@ -19,6 +20,7 @@ WAITS = {  # blocking waits, by kind of communication
     "send grad": "p2p",
     "wait sends": "p2p",
     "wait tp": "tp",
+    "wait cp": "cp",
     "wait reduction": "reduction",
     "wait tied": "reduction",
     "wait weights": "weights",
@@ -26,7 +28,7 @@ WAITS = {  # blocking waits, by kind of communication
     "wait agreement": "agreement",
 }
 # Intervals from issue to completion, by kind of communication.
-IN_FLIGHT = {"tp": "tp", "reduce": "reduction", "gather": "weights", "agree": "agreement"}
+IN_FLIGHT = {"tp": "tp", "cp": "cp", "reduce": "reduction", "gather": "weights", "agree": "agreement"}
 MESSAGES = ("wait activation", "wait grad")
 SENDS = ("send activation", "send grad")
 

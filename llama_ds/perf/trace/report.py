@@ -17,7 +17,8 @@ _MAX_PROFILED = 4  # profiled ranks to show
 def table(found: dict[str, Analysis]) -> str:
     """Return a table with a line for each named analysis."""
     width = max(map(len, found))
-    columns = ("compute", "recompute", "bubble", *(f"exposed_{kind}" for kind in COMMUNICATION), "optimizer", "data")
+    kinds = [kind for kind in COMMUNICATION if kind != "cp" or any(kind in one.communication for one in found.values())]
+    columns = ("compute", "recompute", "bubble", *(f"exposed_{kind}" for kind in kinds), "optimizer", "data")
     heads = [name.removeprefix("exposed_") for name in columns]
     lines = [f"{'':{width}} {'step ms':>9} " + " ".join(f"{head:>{max(7, len(head))}}" for head in heads)]
     for name, analysis in found.items():

@@ -140,10 +140,12 @@ def check_batch(layout: Layout, reports: Sequence[RankReport]) -> Check:
         wanted = layout.accumulation if report.reads_data else 0
         if report.micro_batches != wanted:
             return Check(name, False, f"rank {report.rank} reads {report.micro_batches} micro-batches, not {wanted}")
-        if report.engine_batch != (layout.global_batch, layout.accumulation, layout.dp):
+        # To DeepSpeed dp and cp are one data axis, each of whose ranks has rows of its own.
+        sizes = layout.global_batch * layout.cp, layout.accumulation, layout.data_axis
+        if report.engine_batch != sizes:
             return Check(
-                name, False, f"rank {report.rank}: DeepSpeed's engine has (batch, accumulation, dp) = "
-                f"{report.engine_batch}, the layout {(layout.global_batch, layout.accumulation, layout.dp)}",
+                name, False, f"rank {report.rank}: DeepSpeed's engine has (batch, accumulation, data-parallel ranks) = "
+                f"{report.engine_batch}, the layout {sizes}",
             )  # fmt: skip
     text = f"dp {layout.dp} x micro batch {layout.micro_batch} x {layout.accumulation} micro-batches"
     rows = layout.dp * layout.micro_batch * layout.accumulation

@@ -7,14 +7,16 @@ from functools import partial
 
 import torch
 
+from llama_ds.config.context_parallel import cp_method
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import stage_policies
+from llama_ds.log import logger
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.llama import layer_context
 from llama_ds.model.loss import NextTokenLoss
-from llama_ds.parallel.grid import tensor_parallel
+from llama_ds.parallel.grid import context_parallel, own_coords, tensor_parallel
 from llama_ds.parallel.trace import Trace
 
 
@@ -27,18 +29,23 @@ class LayerParts:
     policies: list[str] | None  # save policy of every decoder layer; None: layers by autograd
     dtype: torch.dtype
     trace: Trace
+    dp_rank: int  # number of this rank's rows among the data-parallel ranks
 
 
 def layer_parts(
     run: RunConfig, layout: Layout, dtype: torch.dtype, device: torch.device, marks: DocumentMarks
 ) -> LayerParts:
-    """Create the tensor-parallel communicator and choose the attention backend and each layer's save policy."""
+    """Create the communicators of a layer and choose the attention backend and each layer's save policy. Collective."""
     trace = Trace(device)
     tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
-    context = layer_context(run, tp, device.type, dtype, marks)
+    method, reason = cp_method(run)
+    cp = context_parallel(layout, method, trace)
+    if cp.size > 1:
+        logger.info("context parallelism: %s over %d ranks, %s", method, cp.size, reason)
+    context = layer_context(run, tp, device.type, dtype, marks, cp)
     context = replace(context, recomputing=partial(trace.around, "recompute"))
-    loss = NextTokenLoss(context.tp, run.optimizer.z_loss, context.weight_gradients, run.model.vocab_size)
-    return LayerParts(context, loss, _save_policies(run, layout, dtype), dtype, trace)
+    loss = NextTokenLoss(tp, run.optimizer.z_loss, context.weight_gradients, run.model.vocab_size, cp)
+    return LayerParts(context, loss, _save_policies(run, layout, dtype), dtype, trace, own_coords(layout).dp)
 
 
 def _save_policies(run: RunConfig, layout: Layout, dtype: torch.dtype) -> list[str] | None:

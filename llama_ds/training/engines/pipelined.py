@@ -61,7 +61,7 @@ class PipelinedEngine:
 
     def __init__(self, engine: LlamaPipelineEngine, parts: LayerParts) -> None:
         self.deepspeed, self.trace, self.loss, self.context = engine, parts.trace, parts.loss, parts.context
-        self.dp_rank = engine.grid.get_data_parallel_rank()
+        self.dp_rank = parts.dp_rank
         self.reads_data = engine.reads_data()
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:

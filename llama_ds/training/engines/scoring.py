@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 from torch import Tensor
 
+from llama_ds.config.context_parallel import row_multiple
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.evaluation.generation import Decoder
@@ -38,7 +39,7 @@ class EngineBackend:
             run.data.document_mask,
             marks,
             any_length=engine.any_row_length and rows_of_any_length(run.model.rope_scaling),
-            multiple=layout.tp if run.parallel.sequence_parallel else 1,
+            multiple=row_multiple(run),
         )
 
     def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int) -> dict[int, Score]:
@@ -51,7 +52,7 @@ class EngineBackend:
         finally:
             engine.loss.scores = None
         found: dict[int, Score] = {}
-        if engine.loss.tp.rank == 0:  # the others computed the same
+        if engine.loss.tp.rank == engine.loss.cp.rank == 0:  # the others computed the same
             for rows, (losses, greedy) in zip(own, computed, strict=False):  # none before the last stage
                 found |= sums(rows, losses, greedy)
         return {number: score for part in world.gather(found) for number, score in part.items()}

@@ -73,9 +73,9 @@ class SingleStageEngine:
 
     def __init__(self, engine: Any, accumulation: int, device: torch.device, parts: LayerParts) -> None:
         self.deepspeed, self.trace, self.loss, self.context = engine, parts.trace, parts.loss, parts.context
+        self.dp_rank = parts.dp_rank
         self.accumulation = accumulation
         self.device = device
-        self.dp_rank = engine.mpu.get_data_parallel_rank()
         self.reads_data = True
         # DeepSpeed's collectives run in the forward under ZeRO-3, in the backward of every micro-batch from ZeRO-2 on,
         # else in the last backward only. Time that includes collectives does not count as this rank's own.

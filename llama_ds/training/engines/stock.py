@@ -49,7 +49,7 @@ class StockPipelinedEngine:
 
     def __init__(self, engine: Any, parts: LayerParts) -> None:
         self.deepspeed, self.trace, self.loss, self.context = engine, parts.trace, parts.loss, parts.context
-        self.dp_rank = engine.grid.get_data_parallel_rank()
+        self.dp_rank = parts.dp_rank
         self.reads_data = engine.is_first_stage() or engine.is_last_stage()
         trace_instructions(engine, parts.trace)
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from llama_ds.config.context_parallel import ALL_TO_ALL, RING
 from llama_ds.config.rules import DEFERRING_SCHEDULES
+from llama_ds.config.section_rules import WITHOUT_MUON
 from llama_ds.errors import listed
 from llama_ds.parallel import world
 from llama_ds.parallel.temporary import part_of_world
@@ -108,6 +110,8 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
 
     if parallel.sequence_parallel:
         yield "parallel.sequence_parallel=false", of("parallel", sequence_parallel=False)
+    if parallel.cp_method == ALL_TO_ALL:
+        yield "parallel.cp_method=ring", of("parallel", cp_method=RING)
     if small.layout.pp > 1 and parallel.schedule != "1f1b":
         yield "parallel.schedule=1f1b", without_schedule(small)
     if parallel.recompute != "none":
@@ -122,6 +126,8 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
     deferred = small.layout.pp > 1 and parallel.schedule in DEFERRING_SCHEDULES
     if compute.decoder_layer != "autograd" and parallel.recompute in ("none", "full") and not deferred:
         yield "compute.decoder_layer=autograd", of("compute", decoder_layer="autograd")
+    if run.optimizer.name == "muon":
+        yield "optimizer.name=adamw", of("optimizer", name="adamw", **WITHOUT_MUON)
     if run.optimizer.z_loss:
         yield "optimizer.z_loss=0", of("optimizer", z_loss=0.0)
     for key, off in (

@@ -61,11 +61,16 @@ class Differences:
 #       known to 2^-24, a few 1e-5 of itself.
 #   bf16: its mantissa of 8 bits rounds by up to 2^-9 = 2e-3 an operation, which averages out in loss and norm. Measured
 #       3e-4, 3e-3, and 2e-2 for the change, whose elements sum few roundings.
+#   muon: orthogonalising multiplies small singular values by up to 3.4445^5 = 485, with their rounding. Measured are
+#       changes of 5e-4 in fp32, 1e-1 in bf16, 2e-1 without momentum; another rank's part of a matrix makes it about 1.
 #   quantized: ZeRO++ sends 8-bit weights or 4-bit gradients; or masters in bf16, which round each change. Not measured.
 BOUNDS = {
     "fp32": Differences(0.0, 1e-5, 1e-5, 1e-3),
     "bf16": Differences(0.0, 3e-3, 2e-2, 1e-1),
+    "fp32 muon": Differences(0.0, 1e-5, 1e-5, 1e-2),
+    "bf16 muon": Differences(0.0, 3e-3, 2e-2, 5e-1),
     "quantized": Differences(1e-2, 3e-2, 2e-1, 5e-1),
+    "quantized muon": Differences(1e-2, 3e-2, 2e-1, math.inf),
 }
 SMALLEST_SHARE = 0.03  # share of the whole change against which kinds that change less are judged
 
@@ -74,10 +79,12 @@ def bounds_of(small: SmallRun) -> Differences:
     """Return the largest differences that rounding explains under the run's dtypes."""
     settings = small.run.deepspeed
     zero, bf16 = settings.get("zero_optimization", {}), settings.get("bf16", {})
-    if any(zero.get(key) for key in QUANTIZED) or bf16.get("bf16_master_weights_and_grads"):
-        return BOUNDS["quantized"]
     through = settings.get("communication_data_type"), settings.get("data_types", {}).get("grad_accum_dtype")
-    return BOUNDS["fp32" if small.dtype == "fp32" and all(dtype in (None, "fp32") for dtype in through) else "bf16"]
+    exact = small.dtype == "fp32" and all(dtype in (None, "fp32") for dtype in through)
+    coarsest = "fp32" if exact else "bf16"
+    if any(zero.get(key) for key in QUANTIZED) or bf16.get("bf16_master_weights_and_grads"):
+        coarsest = "quantized"
+    return BOUNDS[coarsest + (" muon" if small.run.optimizer.name == "muon" else "")]
 
 
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")

@@ -1,7 +1,7 @@
 """Training in plain torch on one rank: the numbers that every layout must reproduce.
 
-The layers are those of `model/decoder.py` with autograd. Attention, document masks and the loss are written here once
-more, from their definitions, so that a fault in the model's own does not hide in the comparison.
+The layers are those of `model/decoder.py` with autograd. Attention, document masks, the loss and Muon are written here
+once more, from their definitions, so that a fault in the model's own does not hide in the comparison.
 
 Shapes: R rows, T tokens, H query heads, G key-value heads, K head size, V vocabulary, D hidden size.
 """
@@ -9,6 +9,7 @@ Shapes: R rows, T tokens, H query heads, G key-value heads, K head size, V vocab
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,18 +18,20 @@ from torch import Tensor, nn
 
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import OptimizerConfig, RunConfig
+from llama_ds.layout.weights import Role, weight_of
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.llama import Llama
 from llama_ds.model.loss import IGNORED
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.training.self_test.plain_muon import PlainMuon
 
 ROWS_AT_ONCE = 16  # rows of one forward, which bounds the memory of the scores
 
 
 class PlainTraining:
-    """A run's model on one rank, and AdamW; `step` and `loss` take rows in which filler is marked."""
+    """A run's model on one rank, and its optimizer; `step` and `loss` take rows in which filler is marked."""
 
     def __init__(
         self, run: RunConfig, marks: DocumentMarks = LLAMA_MARKS, initial: torch.dtype = torch.float32
@@ -46,16 +49,22 @@ class PlainTraining:
         )
         self.model = Llama(context, self.objective).to(initial).to(torch.float64)  # type: ignore[arg-type]
         self.clip = run.optimizer.clip
-        self.optimizer = _adamw(self.model, run.optimizer)
+        by_muon = run.optimizer.name == "muon"
+        hidden = {
+            p for name, p in self.model.named_parameters() if by_muon and weight_of(name).role is Role.HIDDEN_MATRIX
+        }
+        self.muon = PlainMuon(hidden, run.optimizer)
+        self.optimizer = _adamw([p for p in self.model.parameters() if p not in hidden], run.optimizer)
 
     def step(self, rows: np.ndarray, lr: float) -> tuple[float, float]:
         """Take a step on the global batch `rows` (R, T + 1); return its mean loss, and the norm before clipping."""
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss = sum(self._backward(part, labels_of(rows)) for part in _parts(rows))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.muon.step(lr)
         return float(loss), norm.item()
 
     @torch.no_grad()
@@ -126,13 +135,18 @@ def labels_of(rows: np.ndarray) -> int:
     return int((rows[:, 1:] >= 0).sum())
 
 
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return the weights that Muon updates."""
+    return [p for name, p in model.named_parameters() if weight_of(name).role is Role.HIDDEN_MATRIX]
+
+
 def _parts(rows: np.ndarray) -> list[np.ndarray]:
     return np.array_split(rows, -(-len(rows) // ROWS_AT_ONCE))
 
 
-def _adamw(model: nn.Module, settings: OptimizerConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() == 1]  # norms and biases
+def _adamw(parameters: Sequence[nn.Parameter], settings: OptimizerConfig) -> torch.optim.AdamW:
+    matrices = [p for p in parameters if p.dim() == 2]
+    vectors = [p for p in parameters if p.dim() == 1]  # norms and biases
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

@@ -2,16 +2,19 @@
 
 Kept are the axes and their ranks, the schedule, stages and chunks, save policies, ZeRO and dtypes, the ratio of query
 to key-value heads, the size of a head (kernels depend on it), biases, norms of heads, rotary scaling, tied embeddings,
-masks and z-loss. Only numbers shrink: layers of a stage, heads, widths, vocabulary, tokens, rows and micro-batches.
+masks, the optimizer's kind and z-loss. Only numbers shrink: layers of a stage, heads, widths, vocabulary, tokens, rows
+and micro-batches.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama_ds.config.context_parallel import ALL_TO_ALL, cp_method
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.recompute import POLICIES
@@ -38,6 +41,8 @@ Z_LOSS = 1e-2
 # With this eps, AdamW's update is nearly proportional to the gradient, so that the change of the weights compares
 # gradients weight by weight. Clipping takes effect, so a wrong norm changes the weights too.
 LEARNING_RATE, EPS, CLIP, WEIGHT_DECAY, INITIALIZER_RANGE = 1.0, 1.0, 0.5, 3e-3, 0.1
+# Muon's update of a matrix has a norm of its own: with this rate its changes are about as large as AdamW's.
+MUON_LR = 1e-2
 # Other ids than those of LLaMA's tokenizer, so that code which assumes these is noticed.
 BEGIN_ID, END_ID = 5, 3
 
@@ -68,7 +73,8 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
     `marks` are those of the tokenizer. `recompute: auto` must be resolved.
     """
     layers = _layers_of_stages(run)
-    seq_len = layout.tp * -(-MIN_TOKENS // layout.tp)
+    multiple = layout.cp * math.lcm(layout.tp, 2) if layout.cp > 1 else layout.tp
+    seq_len = multiple * -(-MIN_TOKENS // multiple)
     model = _small_model(run, layout.tp, sum(layers), seq_len)
     small_layout = replace(layout, micro_batch=min(layout.micro_batch, 2), accumulation=_accumulation(layout))
     batch = small_layout.global_batch
@@ -77,21 +83,14 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
         micro_batch=small_layout.micro_batch,
         partition=tuple(layers) if len(layers) > 1 else None,
         recompute=_policies(run, layout, dtype),
+        cp_method=cp_method(run)[0] if layout.cp > 1 else "auto",
     )
     small = replace(
         run,
         model=model,
         data=replace(run.data, seq_len=seq_len, mixture=(), skip=()),
         training=TrainingConfig(batch, STEPS, STEPS * batch * seq_len, INITIALIZER_RANGE),
-        optimizer=OptimizerConfig(
-            lr=LEARNING_RATE,
-            betas=run.optimizer.betas,
-            eps=EPS,
-            weight_decay=WEIGHT_DECAY if run.optimizer.weight_decay else 0.0,
-            clip=CLIP,
-            warmup_steps=0,
-            z_loss=Z_LOSS if run.optimizer.z_loss else 0.0,
-        ),
+        optimizer=_optimizer(run.optimizer),
         parallel=parallel,
         evaluation=EvaluationConfig(rows=0),
         checkpoint=CheckpointConfig(save=False),
@@ -100,6 +99,24 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
     )
     small_marks = DocumentMarks(None, END_ID) if marks.begin is None else DocumentMarks(BEGIN_ID, END_ID)
     return SmallRun(small, small_layout, dtype, small_marks)
+
+
+def _optimizer(settings: OptimizerConfig) -> OptimizerConfig:
+    muon = settings.name == "muon"
+    return OptimizerConfig(
+        lr=LEARNING_RATE,
+        betas=settings.betas,
+        eps=EPS,
+        weight_decay=WEIGHT_DECAY if settings.weight_decay else 0.0,
+        clip=CLIP,
+        warmup_steps=0,
+        name=settings.name,
+        muon_lr=MUON_LR if muon else None,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        muon_scale=settings.muon_scale,
+        z_loss=Z_LOSS if settings.z_loss else 0.0,
+    )
 
 
 def with_axes(small: SmallRun, axes: Iterable[str]) -> SmallRun:
@@ -111,6 +128,7 @@ def with_axes(small: SmallRun, axes: Iterable[str]) -> SmallRun:
     parallel, settings = small.run.parallel, copy.deepcopy(small.run.deepspeed)
     parallel = replace(
         parallel, pp=layout.pp, tp=layout.tp, sequence_parallel=parallel.sequence_parallel and layout.tp > 1,
+        cp=layout.cp, cp_method=parallel.cp_method if layout.cp > 1 else "auto",
         **({} if "pp" in kept else _one_stage(parallel.recompute)),
     )  # fmt: skip
     if "dp" not in kept:
@@ -162,7 +180,7 @@ def _policies(run: RunConfig, layout: Layout, dtype: str) -> str:
 
 def _small_model(run: RunConfig, tp: int, layers: int, seq_len: int) -> ModelConfig:
     model = run.model
-    groups = tp * min(2, model.num_key_value_heads // tp)
+    groups = tp * _key_value_heads(run, tp)
     scaling = model.rope_scaling
     if scaling and scaling.original_max_position_embeddings:
         original = scaling.original_max_position_embeddings * seq_len // run.data.seq_len
@@ -177,6 +195,15 @@ def _small_model(run: RunConfig, tp: int, layers: int, seq_len: int) -> ModelCon
         num_key_value_heads=groups,
         rope_scaling=scaling,
     )
+
+
+def _key_value_heads(run: RunConfig, tp: int) -> int:
+    """Return a number of key-value heads on a rank whose query heads context-parallel ranks can exchange."""
+    model, cp = run.model, run.parallel.cp
+    repeats, found = model.num_attention_heads // model.num_key_value_heads, min(2, model.num_key_value_heads // tp)
+    if cp_method(run)[0] == ALL_TO_ALL:
+        found += next(more for more in range(cp) if (found + more) * repeats % cp == 0)
+    return found
 
 
 def _deepspeed(run: RunConfig, model: ModelConfig, tp: int, dtype: str) -> dict[str, Any]:

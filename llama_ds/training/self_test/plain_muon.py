@@ -1,4 +1,4 @@
-"""Muon with whole matrices on one rank, written once more from its paper: what every layout must compute."""
+"""Muon with whole matrices on one rank, written here once more from its paper: what every layout must compute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llama_ds.config.schema import OptimizerConfig
 
 
 class PlainMuon:
-    """Muon for the matrices of `hidden`."""
+    """Muon for the matrices of `hidden`, in their dtype."""
 
     def __init__(self, hidden: Iterable[nn.Parameter], settings: OptimizerConfig) -> None:
         self.settings = settings
@@ -36,7 +36,7 @@ def newton_schulz(g: Tensor) -> Tensor:
     x = g / g.norm()
     if len(x) > len(x.t()):
         return newton_schulz(g.t()).t()
-    eye = torch.eye(len(x))
+    eye = torch.eye(len(x), dtype=x.dtype)
     for _ in range(5):
         gram = x @ x.t()
         x = (3.4445 * eye - 4.7750 * gram + 2.0315 * gram @ gram) @ x

@@ -1,0 +1,106 @@
+"""The section `parallel` of a run file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from llama_ds.config.context_parallel import CP_METHODS
+from llama_ds.config.declare import NOT_NEGATIVE, POSITIVE, Key, Section
+from llama_ds.config.section_rules import STOCK_ENGINE, check_parallel
+from llama_ds.schedules.schedule import NAMES as SCHEDULES
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Section):
+    """Parallel layout. Data-parallel size and accumulation steps are derived from the world size."""
+
+    SECTION: ClassVar[str] = "parallel"
+
+    pp: Annotated[
+        int, Key("Pipeline-parallel size.", "ranks", POSITIVE, rule="At most `model.num_hidden_layers`.", most=1e4)
+    ] = 1
+    tp: Annotated[
+        int,
+        Key(
+            "Tensor-parallel size.",
+            "ranks",
+            POSITIVE,
+            rule="Divides `model.num_attention_heads`, `num_key_value_heads` and `intermediate_size`.",
+            most=1e4,
+        ),
+    ] = 1
+    sequence_parallel: Annotated[
+        bool,
+        Key(
+            "Whether tensor-parallel ranks shard the activations between matrix products by sequence.",
+            rule="Needs tp > 1.",
+        ),
+    ] = False
+    micro_batch: Annotated[int, Key("Rows per micro-batch of a data-parallel rank.", "rows", POSITIVE, most=1e6)] = 1
+    partition: Annotated[
+        tuple[int, ...] | None,
+        Key(
+            "Decoder layers of each pipeline stage; null: balanced by cost.",
+            "layers",
+            rule="`pp * virtual_stages` positive entries that sum to `model.num_hidden_layers`.",
+            most=1e4,
+        ),
+    ] = None
+    recompute: Annotated[
+        str,
+        Key(
+            "Activations that decoder layers recompute in the backward (see below).",
+            form="none, selective, full, a list of these for each stage, `{budget: 20 GiB}`, auto or `{auto: 80 GiB}`",
+            rule="A list names `pp * virtual_stages` stages.",
+        ),
+    ] = "none"  # canonical text of lists and mappings: `config/recompute.py`
+    schedule: Annotated[
+        str,
+        Key(
+            "Pipeline schedule for `pp` > 1 (`llama_ds/schedules`); `deepspeed` is DeepSpeed's own pipeline engine.",
+            choices=(*SCHEDULES, STOCK_ENGINE),
+        ),
+    ] = "1f1b"
+    extra_warmup: Annotated[
+        int,
+        Key(
+            "Additional warm-up forwards for each following rank: more activation memory, which hides slow links.",
+            "micro-batches",
+            NOT_NEGATIVE,
+            rule="For schedules 1f1b and zb_h1.",
+            most=1e6,
+        ),
+    ] = 0
+    virtual_stages: Annotated[
+        int,
+        Key(
+            "Stages of the model on each pipeline rank.",
+            "stages",
+            POSITIVE,
+            rule="Schedule interleaved needs 2 or more, dualpipe_v 2, others 1.",
+            most=1e4,
+        ),
+    ] = 1
+    cp: Annotated[
+        int,
+        Key(
+            "Context-parallel size: ranks that share the tokens of each row.",
+            "ranks",
+            POSITIVE,
+            rule="`2 * cp` divides `data.seq_len` with method ring, `cp` with all_to_all.",
+            most=1e4,
+        ),
+    ] = 1
+    cp_method: Annotated[
+        str,
+        Key(
+            "Attention over rows that several ranks share: keys and values travel around a ring, or an all-to-all "
+            "exchanges tokens for heads; `auto` decides by heads and tokens of a rank.",
+            choices=CP_METHODS,
+            rule="`all_to_all` needs `model.num_attention_heads / tp` divisible by `cp`.",
+        ),
+    ] = "auto"
+
+    def check(self) -> None:
+        check_parallel(self)

@@ -1,0 +1,129 @@
+"""What a run has recorded in its folder: metrics.jsonl, run.yaml, machines.jsonl and the event logs of its jobs."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_ds.config.text import read_yaml
+from llama_ds.errors import UserError
+
+METRICS, MACHINES, RUN_FILE = "metrics.jsonl", "machines.jsonl", "run.yaml"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric over the steps of a run; a value that was not finite is NaN or infinite."""
+
+    steps: Sequence[int]
+    values: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Records:
+    """The records of one run."""
+
+    name: str
+    folder: str
+    config: Mapping[str, Any]  # the resolved run file; {} if the folder has none
+    curves: Mapping[str, Curve]  # by the name that metrics.jsonl gives them
+    machines: Sequence[Mapping[str, Any]]  # a line for each start
+    events: Sequence[Mapping[str, Any]]  # all jobs' events by time, each with its job's number
+    damaged: Mapping[str, int]  # lines that could not be read, by file; a last line without its end is no damage
+
+
+def read_runs(folders: Sequence[str]) -> list[Records]:
+    """Return the records of run folders, with distinct names.
+
+    Raises:
+        UserError: a folder is not that of a run, is named twice, or holds a file that cannot be read.
+    """
+    found: dict[str, Records] = {}
+    for folder in folders:
+        key = os.path.realpath(folder)
+        if key in found:
+            raise UserError(f"{folder}: named twice; give each run once")
+        found[key] = read_run(folder)
+    names = [records.name for records in found.values()]
+    if len(set(names)) == len(names):
+        return list(found.values())
+    return [Records(**{**vars(records), "name": records.folder}) for records in found.values()]
+
+
+def read_run(folder: str) -> Records:
+    """Return the records of a run's folder.
+
+    Raises:
+        UserError: the folder has no metrics.jsonl, or a file cannot be read.
+    """
+    root, damaged = Path(folder), dict[str, int]()
+    if not (root / METRICS).exists():
+        raise UserError(f"{folder}: has no {METRICS}; give the folder of a run that has started, such as runs/NAME")
+    config = read_yaml(str(root / RUN_FILE)) if (root / RUN_FILE).is_file() else {}
+    events = []
+    for path in sorted(root.glob("jobs/*/events.jsonl")):
+        lines = _lines(path, "time", damaged)
+        events += [{**line, "job": path.parent.name} for line in lines]
+    machines = _lines(root / MACHINES, "step", damaged) if (root / MACHINES).is_file() else []
+    return Records(
+        name=os.path.basename(os.path.realpath(folder)),
+        folder=folder,
+        config=config,
+        curves=curves_of(_lines(root / METRICS, "step", damaged)),
+        machines=list(machines),
+        events=sorted(events, key=lambda event: event["time"]),
+        damaged=damaged,
+    )
+
+
+def curves_of(lines: Iterator[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Return a curve for each name that has numbers."""
+    steps: dict[str, list[int]] = {}
+    values: dict[str, list[float]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                steps.setdefault(name, []).append(line["step"])
+                values.setdefault(name, []).append(value)
+    return {name: Curve(steps[name], values[name]) for name in steps}
+
+
+def training_hours(curves: Mapping[str, Curve]) -> Curve:
+    """Return the hours that steps have taken up to each report: without starts, saves, evaluations and lost steps."""
+    times = curves.get("step_s", Curve((), ()))
+    total, before, found = 0.0, 0, []
+    for step, seconds in zip(times.steps, times.values, strict=True):
+        total, before = total + max(step - before, 0) * seconds / 3600, step
+        found.append(total)
+    return Curve(times.steps, found)
+
+
+def _lines(path: Path, number: str, damaged: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a JSON Lines file that have this number; count the other lines."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for text in file:
+                line = _object(text)
+                if line is not None and _is_number(line.get(number)):
+                    yield line
+                elif text.endswith("\n") and text.strip():
+                    damaged[str(path)] = damaged.get(str(path), 0) + 1
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); make it readable for this user") from None
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

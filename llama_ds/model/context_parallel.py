@@ -1,0 +1,75 @@
+"""The interface of context parallelism that the model uses, and its implementation for ranks that hold whole rows.
+
+Shapes: B rows, T tokens of a row, n ranks of the group, S = T / n. Which tokens a rank holds: `layout/row_cuts.py`. The
+messages are in `llama_ds.parallel.context_parallel`; this module does not depend on process groups.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama_ds.layout.row_cuts import own_ranges
+from llama_ds.model.tensor_parallel import Pending
+
+
+class ContextParallel(Protocol):
+    """One rank's view of the ranks that share its rows. Nothing here is differentiable."""
+
+    rank: int
+    size: int
+    method: str  # see `config/context_parallel.py`
+
+    def start_pass(self, x: Tensor) -> Pending:
+        """Send x to the next rank; the returned call waits, and returns the previous rank's tensor of x's shape.
+
+        x must not change before that call.
+        """
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """Send part i of x (n, ...) to rank i; return the parts from all ranks, in their order."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return the tensors of all ranks, in their order: (...) -> (n, ...)."""
+
+
+class WholeRows:
+    """Context parallelism of size one."""
+
+    rank = 0
+    size = 1
+    method = ""
+
+    def start_pass(self, x: Tensor) -> Pending:
+        return lambda: x
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x[None]
+
+
+def own_tokens(x: Tensor, cp: ContextParallel) -> Tensor:
+    """Return this rank's tokens of whole rows: (B, T, ...) -> (B, S, ...)."""
+    if cp.size == 1:
+        return x
+    return torch.cat([x[:, part.start : part.stop] for part in own_ranges(x.shape[1], cp.rank, cp.size, cp.method)], 1)
+
+
+def positions(tokens: int, cp: ContextParallel, rank: int) -> Tensor:
+    """Return the positions (S,) in rows of `tokens` that rank `rank` of the group holds."""
+    return torch.cat([torch.arange(part.start, part.stop) for part in own_ranges(tokens, rank, cp.size, cp.method)])
+
+
+def whole_rows(x: Tensor, cp: ContextParallel) -> Tensor:
+    """Gather whole rows from the ranks' tokens: (B, S) -> (B, T)."""
+    if cp.size == 1:
+        return x
+    parts, tokens = cp.all_gather(x.contiguous()), x.shape[1] * cp.size
+    order = torch.cat([positions(tokens, cp, rank) for rank in range(cp.size)]).to(x.device)
+    whole = x.new_empty(x.shape[0], tokens)
+    whole[:, order] = parts.transpose(0, 1).flatten(1)
+    return whole

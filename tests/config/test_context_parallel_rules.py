@@ -1,0 +1,103 @@
+"""The choice of the method of context parallelism, and what is refused before any rank starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llama_ds.config.context_parallel import cp_method, row_multiple
+from llama_ds.config.run_file import load_run
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.placement import findings, place_ranks
+from llama_ds.perf.plan.estimate import check_no_cp
+
+FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+ONE_TP = ["parallel.tp=1", "parallel.sequence_parallel=false"]
+RING, ALL_TO_ALL = "parallel.cp_method=ring", "parallel.cp_method=all_to_all"
+
+
+def load(name: str, *overrides: str) -> RunConfig:
+    return load_run(str(FOLDER / f"{name}.yaml"), list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rule"),
+    [
+        ([RING, "parallel.cp=3"], "data.seq_len = 256 is not a multiple of 6, as 2 * parallel.cp = 3 with cp_method "
+         "ring and sequence_parallel with parallel.tp = 2 needs; use 252 or 258"),
+        ([*ONE_TP, RING, "parallel.cp=4", "data.seq_len=252"], "data.seq_len = 252 is not a multiple of 8, as 2 * "
+         "parallel.cp = 4 with cp_method ring needs; use 248 or 256"),
+        ([*ONE_TP, ALL_TO_ALL, "parallel.cp=4", "data.seq_len=254"], "data.seq_len = 254 is not a multiple of 4, as "
+         "parallel.cp = 4 with cp_method all_to_all needs; use 252 or 256"),
+        ([ALL_TO_ALL, "parallel.cp=8"], "parallel.cp = 8 with cp_method all_to_all does not divide the 4 query heads "
+         "of a rank (model.num_attention_heads / tp); use 1, 2 or 4, or cp_method ring"),
+        ([RING], "parallel.cp_method = ring shares rows over cp ranks and cp is 1; leave it out"),
+        (["parallel.cp=0"], "parallel.cp = 0 is not positive"),
+        (["parallel.cp=2", "parallel.cp_method=ulysses"], "parallel.cp_method = 'ulysses' is not auto, ring or "
+         "all_to_all"),
+    ],
+)  # fmt: skip
+def test_what_ranks_cannot_share_is_refused_with_values_that_would_do(overrides: list[str], rule: str) -> None:
+    with pytest.raises(UserError) as error:
+        load("quickstart", *overrides)
+    assert str(error.value).endswith(f": {rule}")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "method", "reason"),
+    [
+        (
+            "llama3_8b",
+            ["data.seq_len=131072", "parallel.cp=8", "data.document_mask=false"],
+            "ring",
+            "it computes 32768 FLOPs for each byte",
+        ),
+        ("llama_65b", ["data.seq_len=32768", "parallel.cp=4"], "all_to_all", "a ring would compute 4096 FLOPs for"),
+        ("llama_65b", ["data.seq_len=32768", "parallel.cp=16"], "ring", "parallel.cp = 16 does not divide the 8 query"),
+        (
+            "llama3_8b",
+            [
+                "data.seq_len=131072",
+                "parallel.cp=8",
+                "parallel.tp=1",
+                "parallel.sequence_parallel=false",
+                "data.document_mask=true",
+            ],
+            "all_to_all",
+            "with data.document_mask, kernels",
+        ),
+        ("quickstart", [RING, "parallel.cp=2"], "ring", "as parallel.cp_method says"),
+    ],
+)
+def test_the_method_follows_from_heads_and_tokens(name: str, overrides: list[str], method: str, reason: str) -> None:
+    found, why = cp_method(load(name, *overrides))
+    assert found == method and why.startswith(reason)
+
+
+def test_cp_divides_the_ranks_but_not_the_global_batch() -> None:
+    run = load("quickstart", "parallel.cp=2", RING)
+    layout = resolve_layout(run, 16)
+    assert (layout.dp, layout.cp, layout.data_axis, layout.accumulation, layout.global_batch) == (2, 2, 4, 1, 16)
+    assert row_multiple(run) == 4
+    with pytest.raises(
+        UserError, match=r"parallel.pp 2 \* parallel.cp 2 \* parallel.tp 2 = 8; start 8, 16 or 24 ranks"
+    ):
+        resolve_layout(run, 12)
+
+
+def test_placement_names_groups_that_pass_keys_between_hosts() -> None:
+    axes = resolve_layout(load("quickstart", "parallel.cp=2", RING), 16)
+    within, across = (
+        [found.text for found in findings(place_ranks(dict.fromkeys("abcdefgh"[:n], 16 // n), axes))] for n in (2, 8)
+    )
+    assert "cp: all 8 groups of 2 ranks within a host" in within
+    assert "dp * cp: all 4 groups of 4 ranks within a host, gradients reduced there" in within
+    assert "cp: 8 of 8 groups of 2 ranks span hosts, the first a and b; all keys and values pass between them" in across
+
+
+def test_the_planner_refuses_what_it_has_no_times_of() -> None:
+    with pytest.raises(UserError, match=r"parallel.cp = 2: the planner has no times of context parallelism"):
+        check_no_cp(load("quickstart", "parallel.cp=2"))

@@ -1,0 +1,252 @@
+"""Attention over rows that context-parallel ranks share: threads as ranks, in float64 against one rank.
+
+What each rank computes goes through the same code as on real ranks; only the messages pass through queues here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from queue import Queue
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llama_ds.benchmarks.layer import saved_bytes
+from llama_ds.config.context_parallel import ALL_TO_ALL, RING
+from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.activation_memory import LayerWork
+from llama_ds.layout.row_cuts import own_ranges, ring_block
+from llama_ds.model import ring_attention
+from llama_ds.model.attention import Documents
+from llama_ds.model.attention_kernels import AttentionKernel, _SdpaCuda, attention_kernel
+from llama_ds.model.context_parallel import own_tokens, whole_rows
+from llama_ds.model.decoder import LayerContext
+from llama_ds.model.manual_backward import ManualBackwardLayer
+from llama_ds.model.ring_attention import RingAttention
+from llama_ds.model.rope import RotaryTables
+from llama_ds.model.shared_rows import attention_over, kernel_over
+from llama_ds.model.tensor_parallel import Pending, SingleRank
+
+WAIT_S = 60
+
+
+class Mailboxes:
+    """What the threads of a group exchange."""
+
+    def __init__(self, size: int) -> None:
+        self.queues: list[Queue[Tensor]] = [Queue() for _ in range(size)]
+        self.shared: list[Tensor] = [torch.empty(0)] * size
+        self.barrier = threading.Barrier(size, timeout=WAIT_S)
+
+
+class ThreadRank:
+    """A context-parallel rank in a thread; it notes its events."""
+
+    def __init__(self, rank: int, size: int, method: str, mail: Mailboxes) -> None:
+        self.rank, self.size, self.method, self.mail = rank, size, method, mail
+        self.events: list[str] = []
+
+    def start_pass(self, x: Tensor) -> Pending:
+        self.events.append("pass")
+        self.mail.queues[self.rank].put(x)
+
+        def wait() -> Tensor:
+            self.events.append("wait")
+            return self.mail.queues[self.rank - 1].get(timeout=WAIT_S)
+
+        return wait
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        self.mail.shared[self.rank] = x
+        self.mail.barrier.wait()
+        every = torch.stack(self.mail.shared)
+        self.mail.barrier.wait()
+        return every
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return self.all_gather(x)[:, self.rank]
+
+
+def on_ranks(size: int, method: str, run: Callable[[ThreadRank], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Return what `run` returns on every rank of a group, each in its thread."""
+    mail = Mailboxes(size)
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, [ThreadRank(rank, size, method, mail) for rank in range(size)], timeout=WAIT_S))
+
+
+def inputs(heads: int, groups: int, tokens: int, documents: float, seed: int = 0) -> tuple[list[Tensor], Tensor | None]:
+    """Return q, k, v, the output's gradient, and document starts where a token begins one with this probability."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (heads, groups, groups, heads)
+    tensors = [torch.randn(2, tokens, n, 8, generator=generator, dtype=torch.float64) for n in sizes]
+    begins = torch.rand(2, tokens, generator=generator) < documents
+    starts = torch.where(begins, torch.arange(tokens), 0).cummax(1).values.int()
+    return tensors, starts if documents else None
+
+
+def run_kernel(kernel: AttentionKernel, tensors: list[Tensor], starts: Tensor | None) -> tuple[Tensor, ...]:
+    documents = None if starts is None else Documents(starts)
+    q, k, v, grad = tensors
+    out, statistics = kernel.forward(q, k, v, documents)
+    return (out, *kernel.backward(grad, q, k, v, out, statistics, documents))
+
+
+@pytest.mark.parametrize("documents", [0.0, 0.1, 0.7], ids=["one document", "long documents", "short documents"])
+@pytest.mark.parametrize(
+    ("size", "method", "backend", "heads", "groups"),
+    [(2, RING, "sdpa", 8, 2), (4, RING, "reference", 4, 1), (3, RING, "sdpa", 6, 3), (2, ALL_TO_ALL, "sdpa", 8, 2),
+     (4, ALL_TO_ALL, "sdpa", 8, 2), (3, ALL_TO_ALL, "sdpa", 6, 2)],
+)  # fmt: skip
+def test_outputs_and_gradients_are_those_of_one_rank(
+    size: int, method: str, backend: str, heads: int, groups: int, documents: float
+) -> None:
+    """With key-value heads fewer than ranks, and documents that cross cuts. float64: 1e-12."""
+    tensors, starts = inputs(heads, groups, 8 * 2 * size, documents)
+    wanted = run_kernel(attention_kernel("reference"), tensors, starts)
+
+    def run(cp: ThreadRank) -> tuple[Tensor, ...]:
+        own = [own_tokens(x, cp) for x in tensors]
+        return tuple(whole_rows_of(x, cp) for x in run_kernel(kernel_over(cp, backend), own, starts))
+
+    for rank, found in enumerate(on_ranks(size, method, run)):
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12, msg=f"rank {rank}")
+
+
+def whole_rows_of(x: Tensor, cp: ThreadRank) -> Tensor:
+    """Gather whole rows of (B, S, H, K)."""
+    flat = x.permute(0, 2, 3, 1)
+    return whole_rows(flat.flatten(0, 2), cp).view(*flat.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("method", [RING, ALL_TO_ALL])
+def test_autograd_gives_the_same_gradients(method: str) -> None:
+    tensors, _ = inputs(4, 2, 16, 0.0)
+    _, *wanted = run_kernel(attention_kernel("reference"), tensors, None)
+
+    def run(cp: ThreadRank) -> tuple[Tensor, ...]:
+        q, k, v, grad = (own_tokens(x, cp) for x in tensors)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        attention_over(cp, "sdpa")(*leaves).backward(grad)
+        return tuple(x.grad for x in leaves if x.grad is not None)
+
+    for rank, found in enumerate(on_ranks(2, method, run)):
+        for got, want in zip(found, wanted, strict=True):
+            own = own_tokens(want, ThreadRank(rank, 2, method, Mailboxes(1)))
+            torch.testing.assert_close(got, own, atol=1e-12, rtol=1e-12)
+
+
+def test_every_message_of_a_ring_travels_while_a_block_is_computed() -> None:
+    """Forward: keys and values of the next block are under way during each block but the last.
+
+    Backward: so are the gradients of the block before, from the second block on; their last hop has nothing to hide.
+    """
+    tensors, _ = inputs(4, 2, 32, 0.0)
+    compute = RingAttention._work
+
+    def run(cp: ThreadRank) -> tuple[Tensor, ...]:
+        kernel = RingAttention(cp, "sdpa")
+        kernel._work = lambda *args: (cp.events.append("compute"), compute(kernel, *args))[1]  # type: ignore
+        q, k, v, grad = (own_tokens(x, cp) for x in tensors)
+        out, statistics = kernel.forward(q, k, v, None)
+        forward = cp.events.copy()
+        cp.events.clear()
+        kernel.backward(grad, q, k, v, out, statistics, None)
+        assert forward == ["pass", "compute", "wait"] * 3 + ["compute"]
+        step = ["pass", "compute", "wait", "pass", "wait"]  # keys leave, gradients arrive, gradients leave, keys arrive
+        assert cp.events == ["pass", "compute", "pass", "wait", *step * 2, "compute", "wait", "pass", "wait"]
+        return ()
+
+    on_ranks(4, RING, run)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 8), st.integers(1, 4))
+def test_blocks_of_a_ring_cover_every_pair_once_with_equal_work(size: int, length: int) -> None:
+    tokens = 2 * size * length
+    held = [[at for part in own_ranges(tokens, rank, size, RING) for at in part] for rank in range(size)]
+    assert sorted(at for own in held for at in own) == list(range(tokens))
+    pairs: Counter[tuple[int, int]] = Counter()
+    work = []
+    for rank, own in enumerate(held):
+        counted = pairs.total()
+        for step in range(size):
+            block = ring_block(len(own), rank, size, step)
+            queries, keys = own[block.queries], held[block.source][block.keys]
+            pairs.update((q, k) for q in queries for k in keys if not block.causal or k <= q)
+        work.append(pairs.total() - counted)
+    assert pairs == Counter((q, k) for q in range(tokens) for k in range(q + 1))
+    assert len(set(work)) == 1, "ranks would wait for the slowest"
+
+
+@pytest.mark.parametrize("tokens", [7, 10])
+def test_rows_that_cannot_be_cut_are_refused(tokens: int) -> None:
+    with pytest.raises(ValueError, match="not a multiple of 4"):
+        own_ranges(tokens, 0, 2, RING)
+
+
+class Alone(ThreadRank):
+    """A rank of a group without the others: what it receives is what it sent."""
+
+    def start_pass(self, x: Tensor) -> Pending:
+        return lambda: x
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_blocks_fit_the_signatures_of_torchs_cuda_kernels(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: shapes, dtypes and order of arguments, on tensors without data."""
+    monkeypatch.setattr(ring_attention, "block_kernel", lambda backend, like, causal: _SdpaCuda(causal))
+    ring = RingAttention(Alone(rank, 4, RING, Mailboxes(1)), "sdpa")
+    q, k = (torch.empty(2, 16, heads, 64, device="meta", dtype=torch.bfloat16) for heads in (8, 2))
+    out, statistics = ring.forward(q, k, k, None)
+    grads = ring.backward(torch.empty_like(q), q, k, k, out, statistics, None)
+    assert (out.shape, out.dtype, statistics[0].shape, statistics[0].dtype) == (
+        q.shape,
+        q.dtype,
+        (2, 8, 16),
+        torch.float32,
+    )
+    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, k)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", *(["flash_attn"] if importlib.util.find_spec("flash_attn") else [])])
+def test_cuda_blocks_merge_to_the_attention_of_whole_rows(backend: str) -> None:
+    """In bf16, against float64: errors of a few roundings, 2^-8 each."""
+    tensors, _ = inputs(8, 2, 512, 0.0)
+    wanted = run_kernel(attention_kernel("reference"), tensors, None)
+    halves = [x.to("cuda", torch.bfloat16) for x in tensors]
+
+    def run(cp: ThreadRank) -> tuple[Tensor, ...]:
+        own = [own_tokens(x, cp) for x in halves]
+        return tuple(whole_rows_of(x, cp) for x in run_kernel(kernel_over(cp, backend), own, None))
+
+    for got, want in zip(on_ranks(4, RING, run)[0], wanted, strict=True):
+        assert (got.cpu().double() - want).norm() < 2e-2 * want.norm()
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize("method", [RING, ALL_TO_ALL])
+def test_kept_bytes_are_the_cost_tables_and_fall_with_the_number_of_ranks(method: str, policy: str) -> None:
+    model = ModelConfig(128, 64, 96, 1, 8, 4, 8)
+    kept = []
+    for size in (1, 2, 4):
+        cp = Alone(0, size, method, Mailboxes(1))
+        attention, tables = attention_over(cp, "sdpa"), RotaryTables(model, 64, cp)
+        layer = ManualBackwardLayer(LayerContext(model, 7, SingleRank(), attention, tables, cp), 0, policy)
+        x = torch.randn(2, 64 // size, 64, requires_grad=True)
+        constant = [*layer.parameters(), *tables.on(x.device, x.shape[1])]
+        kept.append(saved_bytes(lambda layer=layer, x=x: layer(x), constant))
+        assert kept[-1] == LayerWork(model, 64, 2, element_bytes=4, cp=size).saved_bytes(policy)
+    assert all(more == 2 * less for more, less in pairwise(kept))
