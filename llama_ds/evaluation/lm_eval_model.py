@@ -57,11 +57,16 @@ class HarnessModel(LM):
             UserError: a setting is unknown.
         """
         tokenizer = self.scorer.tokenizer
-        wanted = [self._wanted(*request.args) for request in requests]
+        wanted = [self.wanted(*request.args) for request in requests]
         found = self.scorer.generator.generate(wanted)
         return [cut_at(tokenizer.decode(one.ids), asked.until) for asked, one in zip(wanted, found, strict=True)]
 
-    def _wanted(self, context: str, settings: Mapping[str, Any]) -> GenerationRequest:
+    def wanted(self, context: str, settings: Mapping[str, Any]) -> GenerationRequest:
+        """Return what a request of the harness asks for.
+
+        Raises:
+            UserError: a setting is unknown.
+        """
         if unknown := sorted(settings.keys() - SETTINGS):
             raise UserError(f"lm-eval: generation_kwargs: {unknown[0]}: unknown; there are {listed(sorted(SETTINGS))}")
         until = settings.get("until") or ()

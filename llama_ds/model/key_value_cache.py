@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ds.model.attention_kernels import attention_kernel
-from llama_ds.model.cpu_products import products_of_a_row
+from llama_ds.model.cpu_products import small_products
 from llama_ds.model.pointwise import rotated
 from llama_ds.model.rope import RotaryTables
 
@@ -29,6 +29,7 @@ class KeyValueCache:
     def __init__(self, rows: int, positions: int) -> None:
         self.positions = positions
         self.lengths = [0] * rows  # tokens of each row in the cache
+        self.joined: dict[nn.Module, tuple[Tensor, Tensor | None] | None] = {}  # see `cached_layer`
         self.single_on_cpu = False  # whether the next pass is of a single token on a CPU
         self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # keys and values, (B, G, P, K) each
         self._tables = (torch.empty(0), torch.empty(0))
@@ -67,8 +68,12 @@ class KeyValueCache:
         self._mask = mask[:, None, None]
 
     def rotate(self, x: Tensor) -> Tensor:
-        """Rotate queries or keys of the new tokens by their positions: (B, T, heads, K)."""
-        return rotated(x, *self._tables).to(x.dtype)
+        """Return queries or keys of the new tokens rotated by their positions: (B, T, heads, K). It may overwrite x."""
+        cos, sin = self._tables
+        if x.dtype == cos.dtype:
+            swapped = x.roll(x.shape[-1] // 2, -1)
+            return x.mul_(cos).addcmul_(swapped, sin)
+        return rotated(x, cos, sin).to(x.dtype)
 
     def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         """Append k and v (B, T, G, K) of `layer`; return the attention of q (B, T, H, K) to all so far: (B, T, H, K).
@@ -90,7 +95,8 @@ class KeyValueCache:
         # The R queries that share a key-value head are the rows of one matrix, so that no key is repeated.
         grouped = q.view(len(q), k.shape[2], -1, q.shape[3])
         seen = slice(0, longest + 1)
-        out = F.scaled_dot_product_attention(grouped, keys[:, :, seen], values[:, :, seen], attn_mask=self._mask)
+        with nullcontext() if q.is_cuda else small_products():
+            out = F.scaled_dot_product_attention(grouped, keys[:, :, seen], values[:, :, seen], attn_mask=self._mask)
         return out.reshape(q.shape)
 
     def end(self, counts: Sequence[int]) -> None:
@@ -124,7 +130,7 @@ class CacheHolder:
         self.cache = cache
         single = cache is not None and cache.single_on_cpu
         try:
-            with products_of_a_row() if single else nullcontext():
+            with small_products() if single else nullcontext():
                 yield
         finally:
             self.cache = None

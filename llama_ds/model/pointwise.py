@@ -16,7 +16,7 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y = x r w with r = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019, equation 4): (..., D) -> (..., D)."""
-    return compiled_for(x, plain_rms_norm)(x, weight, eps)
+    return compiled_for(x, _rms_norm)(x, weight, eps)
 
 
 def rms_norm_backward(
@@ -64,8 +64,7 @@ def rotate_heads_back(grads: tuple[Tensor, Tensor, Tensor], tables: tuple[Tensor
     return compiled_for(grads[0], _rotated_back)(*grads, cos, sin)
 
 
-def plain_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute `rms_norm` without compiling it, for shapes that change."""
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(_wide(x))
     return (wide * _inverse_rms(wide, eps)).mul_(weight).to(x.dtype)
 

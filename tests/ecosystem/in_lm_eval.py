@@ -1,4 +1,4 @@
-"""Compare lm-eval's HFLM on an export with this project's log-likelihoods, and with its own model of the harness.
+"""Compare lm-eval's HFLM on an export with this project's log-likelihoods and texts by its own model of the harness.
 
 Usage: in_lm_eval.py FOLDER, with the project on PYTHONPATH
 
@@ -17,10 +17,12 @@ from comparing import MODELS, Expected
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from llama_ds.evaluation.generation import cut_at
 from llama_ds.evaluation.lm_eval_model import HarnessModel
 
 TOLERANCE = 1e-3  # nats, of sums over a text in fp32
 REQUESTS = 200
+TEXTS = 24  # continuations
 REQUEST_TOLERANCE = 1e-4  # nats, of a request of few tokens in fp32
 
 
@@ -53,6 +55,20 @@ def compare_requests(where: str, theirs: Any, expected: Expected) -> None:
     if largest > REQUEST_TOLERANCE or not greedy:
         raise SystemExit(f"{where}: requests differ by {largest:.3g} nats, greedy flags equal: {greedy}")
     print(f"{where}: {len(requests)} requests equal to {largest:.1g} nats, and greedy flags too")
+    asked = [until(text[: 3 + n % 40], n) for n, text in enumerate(texts[:TEXTS])]
+    written = ours.scorer.generator.generate([ours.wanted(*one.args) for one in asked])
+    # Their tokenizer decodes both: random models write invalid UTF-8, which libraries decode differently. They also
+    # write bos, which ends a text here.
+    pairs_of_texts = [
+        (cut_at(theirs.tok_decode(own.ids), one.args[1]["until"]), other)
+        for own, one, other in zip(written, asked, theirs.generate_until(asked, disable_tqdm=True), strict=True)
+        if own.ids[-1] != expected.bos
+    ]
+    wrong = [pair for pair in pairs_of_texts if pair[0] != pair[1]]
+    if wrong or len(set(pairs_of_texts)) < len(asked) // 2:
+        raise SystemExit(f"{where}: {len(wrong)} of {len(asked)} texts differ, as {wrong[:1]!r}")
+    ours.generate_until(asked[:1])
+    print(f"{where}: {len(pairs_of_texts)} generated texts equal")
 
 
 def model(expected: Expected, **settings: bool) -> Any:
@@ -64,6 +80,12 @@ def model(expected: Expected, **settings: bool) -> Any:
 def request(*arguments: str) -> Instance:
     """Return a request as tasks make it."""
     return Instance("loglikelihood", {}, arguments, 0)
+
+
+def until(text: str, number: int) -> Instance:
+    """Return a request to continue a text, with stop strings of several kinds."""
+    stops = [["\n"], [")", "  "], ["return"]][number % 3]
+    return Instance("generate_until", {}, (text, {"until": stops, "max_gen_toks": 20, "do_sample": False}), 0)
 
 
 def check(where: str, found: float, wanted: float) -> None:
