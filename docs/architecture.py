@@ -71,6 +71,8 @@ ROUTES: dict[tuple[str, str], tuple[int] | tuple[int, str, int]] = {
     ("training", "evaluation"): (275,),
     ("evaluation", "data"): (244, "evaluation", 190),
     ("evaluation", "checkpoint"): (300,),
+    ("evaluation", "model"): (316, "evaluation", 446),
+    ("evaluation", "job"): (312, "evaluation", 696),
     ("training", "parallel"): (500,),
     ("training", "model"): (448,),
     ("training", "layout"): (217,),

@@ -19,7 +19,7 @@ from functools import cache
 
 from llama_ds.log import logger
 
-SECONDS = 5.0  # of wall-clock time and of CPU time
+SECONDS = 5.0  # limit of wall-clock time, and of CPU time
 MEMORY_MIB, FILE_MIB, FILES, PROCESSES = 2048, 16, 64, 64
 
 # The child limits itself, runs the program from stdin and writes the word of the parent. A program that ends early, by

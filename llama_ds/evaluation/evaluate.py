@@ -67,7 +67,7 @@ class Work:
     shots: int
     examples: list[Example]
     shown: list[Example]
-    samples: Samples = ONE_SAMPLE  # of a task whose answers are generated
+    samples: Samples = ONE_SAMPLE  # for a task whose answers are generated
 
     @property
     def requests(self) -> int:
@@ -254,7 +254,7 @@ def summary(work: Work, outcomes: Sequence[ExampleOutcome]) -> TaskResult:
 def standard_error(values: Sequence[float]) -> float:
     """Return the standard error of the mean of values; 0 for a single one."""
     mean = sum(values) / len(values)
-    spread = sum((value - mean) ** 2 for value in values) / len(values)  # of 0 and 1: p (1 - p)
+    spread = sum((value - mean) ** 2 for value in values) / len(values)  # p (1 - p) for values of 0 and 1
     return math.sqrt(spread / (len(values) - 1)) if len(values) > 1 else 0.0
 
 

@@ -54,7 +54,7 @@ class Decoder(Protocol):
     dp: int
     dp_rank: int
     context: LayerContext
-    dtype: torch.dtype  # of the computation
+    dtype: torch.dtype  # dtype in which the layers compute
     device: torch.device
     layers: int  # decoder layers of this rank
 
@@ -76,7 +76,7 @@ class TextGenerator:
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
-        self.cache_bytes = 0  # of the largest cache so far, on this rank
+        self.cache_bytes = 0  # size of the largest cache so far, on this rank
         marks = tokenizer.marks
         # Either id ends a document, because the next one in the training rows begins with the first.
         self._ends = {marks.begin, marks.eos} - {None}

@@ -46,7 +46,7 @@ class Samples:
     """How many continuations of a question are judged, and how they are drawn."""
 
     count: int = 1
-    k: int = 1  # of pass@k
+    k: int = 1  # the k in pass@k
     temperature: float | None = None  # None: that of the task
     seed: int = 0
     run_code: bool = False  # leave to run generated programs

@@ -15,7 +15,7 @@ from llama_ds.evaluation.requests import ScoringRequest
 from llama_ds.evaluation.scoring import Backend, Scorer
 from llama_ds.model.next_token import GREEDY, DecodingRule
 
-MAX_TOKENS = 256  # of a continuation without max_gen_toks, as in the harness
+MAX_TOKENS = 256  # length of a continuation without max_gen_toks, as in the harness
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
 
 
@@ -25,7 +25,7 @@ class HarnessModel(LM):
     def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.scorer = Scorer(backend, tokenizer)
-        self.seed = 0  # of the draws of sampled continuations
+        self.seed = 0  # seed of the draws of sampled continuations
 
     @classmethod
     def from_folder(cls, path: str, dtype: str | None = None, rows: int = 8) -> HarnessModel:

@@ -34,11 +34,13 @@ class PackedRow:
     slots: tuple[Slot, ...]
 
 
-def row_lengths(seq_len: int, multiple: int = 1) -> list[int]:
+def row_lengths(seq_len: int, multiple: int = 1, few: bool = True) -> list[int]:
     """Return the allowed numbers of tokens of a row: `seq_len` and its halves, each a multiple of `multiple`.
 
-    Few lengths, because each is another shape to compile and to allocate.
+    They are few, because each is another shape to compile and to allocate. Not `few`: all multiples of `SHORTEST`.
     """
+    if not few:
+        return [*range(SHORTEST, seq_len, SHORTEST), seq_len]
     lengths = [seq_len]
     while lengths[-1] % (2 * multiple) == 0 and lengths[-1] // 2 >= SHORTEST:
         lengths.append(lengths[-1] // 2)

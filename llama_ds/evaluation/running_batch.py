@@ -17,7 +17,7 @@ from llama_ds.model.next_token import DecodePass, Draw, choose_tokens
 class Prompt:
     """The ids before a continuation, and how it is chosen."""
 
-    number: int  # of its request
+    number: int  # the index of its request
     ids: tuple[int, ...]
     new_tokens: int  # ids of the continuation at most
     stops: tuple[str, ...] = ()

@@ -37,6 +37,7 @@ class RowShape:
     marks: DocumentMarks
     any_length: bool = True  # whether rows may be shorter than seq_len
     multiple: int = 1  # divides the number of tokens of every row
+    few_lengths: bool = True  # whether a further length of rows costs time, as where kernels are compiled for it
 
 
 class Backend(Protocol):
@@ -121,7 +122,7 @@ class Scorer:
         shape = self.backend.shape
         if shape.document_mask and shape.marks.begin is not None:
             return packed(requests, shape.seq_len, shape.marks)
-        lengths = row_lengths(shape.seq_len, shape.multiple) if shape.any_length else [shape.seq_len]
+        lengths = row_lengths(shape.seq_len, shape.multiple, shape.few_lengths) if shape.any_length else [shape.seq_len]
         return padded(requests, lengths, shape.marks.eos)
 
 
@@ -154,6 +155,7 @@ class ModelBackend:
             document_mask=context.document_mask,
             marks=context.marks,
             any_length=rows_of_any_length(context.model.rope_scaling),
+            few_lengths=next(model.parameters()).is_cuda,
         )
 
     @torch.no_grad()

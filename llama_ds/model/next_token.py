@@ -63,7 +63,7 @@ def kept_probabilities(logits: np.ndarray, rule: DecodingRule) -> np.ndarray:
     probabilities = np.exp(scaled - scaled.max())
     if rule.top_p < 1:
         order = np.argsort(-probabilities, kind="stable")
-        before = np.cumsum(probabilities[order]) - probabilities[order]  # of all that are more likely
+        before = np.cumsum(probabilities[order]) - probabilities[order]  # share of the more likely ids
         probabilities[order[before >= rule.top_p * probabilities.sum()]] = 0.0
     return probabilities
 

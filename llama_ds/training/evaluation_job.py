@@ -41,8 +41,8 @@ T = TypeVar("T")
 class EvaluationSettings:
     """How a model is evaluated; None: as the run that trained it."""
 
-    dtype: str | None = None  # of weights and computation: bf16 or fp32
-    rows: int = 8  # of a forward pass
+    dtype: str | None = None  # bf16 or fp32, for weights and computation
+    rows: int = 8  # rows in a forward pass
     tokenizer: str | None = None  # its path
     pp: int | None = None
     tp: int | None = None

@@ -112,7 +112,7 @@ def test_each_layout_gives_its_prompt_and_judges_answers(name: str, tmp_path: Pa
     _, prompt, right = LINES[name]
     shots = 0 if name == "humaneval" else 1
     (work,) = prepare([TASKS[name]], write(tmp_path, name), shots, samples=ALLOWED)
-    if name != "mbpp":  # which shows the first of its group
+    if name != "mbpp":  # it shows the first of its group
         work.shown[:] = work.shown[:1]
     work.examples[:] = work.examples[-1:]
     scorer = Writer(right)

@@ -141,3 +141,4 @@ def test_rows_are_short_or_full() -> None:
 def test_row_lengths_divide_by_sequence_parallel_ranks() -> None:
     assert row_lengths(96, 8) == [24, 48, 96]
     assert row_lengths(50) == [25, 50]
+    assert row_lengths(50, few=False) == [16, 32, 48, 50]

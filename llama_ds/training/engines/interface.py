@@ -31,7 +31,7 @@ class Engine(Protocol):
     reads_data: bool  # True on the first and the last pipeline stage
     trace: Trace
     loss: NextTokenLoss  # called by the ranks of the last stage
-    context: LayerContext  # of this rank's layers
+    context: LayerContext  # context of this rank's layers
     any_row_length: bool  # whether `evaluate` also takes rows shorter than those of training
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
