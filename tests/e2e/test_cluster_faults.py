@@ -45,27 +45,22 @@ def whole(make_run: Callable[..., Run]) -> Run:
     return run
 
 
-def test_killed_stopped_cut_off_and_killed_while_saving(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
-    """Four faults in a job of pp 2, dp 2 on two hosts with two spares; losses equal an undisturbed run's."""
+def test_stopped_killed_while_saving_and_cut_off(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
+    """Three faults in a job of pp 2, dp 2 on two hosts with two spares; losses equal an undisturbed run's."""
     run = make_run("faults", LAYOUT)
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 2, ["node3", "node4"])
     job = start(run, hosts, ["node1", "node2"], 2, "--supervise", "--spares", str(spares), orphan_s=ORPHAN_S)
     try:
         job.wait_for_attempt(1)
-        killed_at = time.time()
-        job.ranks("node2")[1].kill()
-        job.wait_for(lambda: job.named("death"))
-
-        job.wait_for_attempt(2)
         time.sleep(LEARN_S)
         stop(job.ranks("node1")[1])
         job.wait_for(lambda: job.named("hang"))
 
-        job.wait_for_attempt(3)
-        kill_while_saving(job, "node1")
-        job.wait_for(lambda: len(job.named("death")) == 2)
+        job.wait_for_attempt(2)
+        killed_at = kill_while_saving(job, "node1")
+        job.wait_for(lambda: job.named("death"))
 
-        job.wait_for_attempt(4)  # node1 has failed twice: a spare replaces it
+        job.wait_for_attempt(3)  # node1 has failed twice: a spare replaces it
         hosts.unplug("node2")
         job.wait_for(lambda: job.named("host lost"))
         code = job.finish()
@@ -74,15 +69,14 @@ def test_killed_stopped_cut_off_and_killed_while_saving(hosts: Hosts, whole: Run
         hosts.plug("node2")
     assert code == 0, job.output[-4000:]
 
-    first, second = job.named("death")
-    assert (first["ranks"], first["hosts"]) == ([3], ["node2"])
-    detected = next(event for event in job.named("detected") if event["ranks"] == [3])
+    (death,) = job.named("death")
+    assert (death["ranks"], death["hosts"]) == ([0], ["node1"])
+    detected = next(event for event in job.named("detected") if event["ranks"] == [0])
     assert detected["time"] - killed_at < DETECTED_S
-    assert "rank 3 on node2" in first["text"]
+    assert "rank 0 on node1" in death["text"]
     (hang,) = job.named("hang")
     assert (hang["ranks"], hang["hosts"]) == ([1], ["node1"])
     assert "probably because of rank 1 on node1: its process is stopped" in hang["text"]
-    assert second["ranks"] == [0]
     (lost,) = job.named("host lost")
     assert lost["hosts"] == ["node2"]
     assert [(e["out"], e["into"]) for e in job.named("hosts changed")] == [
@@ -94,11 +88,12 @@ def test_killed_stopped_cut_off_and_killed_while_saving(hosts: Hosts, whole: Run
     assert not job.left_running()
 
 
-def kill_while_saving(job: Job, host: str) -> None:
-    """Kill the first rank of a host while a checkpoint is being written."""
+def kill_while_saving(job: Job, host: str) -> float:
+    """Kill the first rank of a host while a checkpoint is being written; return when."""
     victim = job.ranks(host)[0]
     job.wait_for_save()
     victim.kill()
+    return time.time()
 
 
 def test_without_a_spare_fewer_ranks_go_on(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
