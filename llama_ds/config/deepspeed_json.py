@@ -177,10 +177,23 @@ def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
                 f"zero_optimization.{section}.device = nvme: checkpoints cannot follow what DeepSpeed swaps there; "
                 "use cpu",
             )
+    _check_neighbours(run)
     if pp > 1 and run.deepspeed.get("wall_clock_breakdown"):
         raise _error(run, f"wall_clock_breakdown with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
     if pp > 1 and _section(run, "flops_profiler").get("enabled"):
         raise _error(run, f"flops_profiler.enabled with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
+
+
+def _check_neighbours(run: RunConfig) -> None:
+    """Refuse ZeRO++ where it would mix tensor-parallel shards: its groups are consecutive ranks of the world."""
+    zero, tp = _section(run, "zero_optimization"), run.parallel.tp
+    for key, off in (("zero_hpz_partition_size", 1), ("zero_quantized_gradients", False)):
+        if tp > 1 and zero.get(key, off) != off:
+            raise _error(
+                run,
+                f"zero_optimization.{key} with parallel.tp = {tp}: DeepSpeed groups consecutive ranks, which hold "
+                "different parts of the weights; take it out, or use parallel.tp = 1",
+            )
 
 
 def _section(run: RunConfig, name: str) -> dict[str, Any]:

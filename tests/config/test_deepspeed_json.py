@@ -166,6 +166,15 @@ def test_what_cannot_work_is_refused(deepspeed: dict[str, Any], pp: int, message
     assert str(error.value) == f"ds.json: {message}"
 
 
+@pytest.mark.parametrize("setting", [{"zero_hpz_partition_size": 2}, {"zero_quantized_gradients": True}])
+def test_zero_plus_plus_does_not_mix_tensor_parallel_ranks(setting: dict[str, Any]) -> None:
+    """Its groups are consecutive ranks: with tp 2 losses and norms were wrong from the first step."""
+    run = run_with({"zero_optimization": {"stage": 3, **setting}}, tp=2)
+    (key,) = setting
+    with pytest.raises(UserError, match=f"^ds.json: zero_optimization.{key} with parallel.tp = 2: DeepSpeed groups"):
+        deepspeed_config(run, resolve_layout(run, 4), bf16_native=True)
+
+
 def test_muon_is_not_offloaded() -> None:
     run = replace(run_with({}), optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, name="muon"))
     for stage, section in ((2, "offload_optimizer"), (3, "offload_param")):
