@@ -14,6 +14,7 @@ import torch
 from llama_ds.checkpoint.choices import INCOMPLETE, INCOMPLETE_FOLDERS
 from llama_ds.checkpoint.conversion.partial import refuse_unfinished
 from llama_ds.checkpoint.formats.dcp import holds_dcp
+from llama_ds.checkpoint.formats.engine_files import checkpoint_in
 from llama_ds.checkpoint.formats.hf_config import CONFIG
 from llama_ds.checkpoint.formats.hf_folder import holds_zero_shards
 from llama_ds.checkpoint.formats.huggingface import holds_huggingface, open_huggingface
@@ -152,6 +153,8 @@ def locate(path: str) -> str:
         if tag := newest(folder):
             return os.path.join(folder, tag)
     if holds_zero_shards(path):
+        if any(name.startswith("global_step") for name in os.listdir(path)):
+            checkpoint_in(path)  # `latest` may name another one, that is not there
         raise UserError(
             f"{path}: holds ZeRO shards that another program wrote with DeepSpeed; run its zero_to_fp32.py "
             "(python zero_to_fp32.py . pytorch_model.bin), put the model's config.json beside the result, and give "

@@ -14,8 +14,8 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from llama_ds.config.declare import SectionError
-from llama_ds.errors import UserError, did_you_mean, shortened
+from llama_ds.config.declare import SectionError, declared
+from llama_ds.errors import UserError, did_you_mean, listed, shortened
 
 T = TypeVar("T")
 
@@ -113,6 +113,9 @@ def _read_dataclass(kind: Any, data: object, source: ConfigSource, key: str) -> 
     if missing:
         raise source.error(_join(key, missing[0]), "is missing and has no default")
     given = [f.name for f in known if f.name in data]
+    for name, found in declared(kind).items():
+        if found.choices and isinstance(data.get(name), (bool, int, float)):
+            raise source.error(_join(key, name), f"= {_shown(data[name])} is not {listed(found.choices)}")
     values = {name: _read(hints[name], data[name], source, _join(key, name)) for name in given}
     try:
         return kind(**values)

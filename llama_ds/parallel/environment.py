@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+
+import psutil
 
 from llama_ds.errors import UserError, shortened
 
@@ -35,6 +38,13 @@ def check_others() -> None:
             _number(name, least, most)
     if os.environ.get("MASTER_ADDR") == "":
         raise UserError("environment: MASTER_ADDR is empty; set it to the address of rank 0's host, or unset it")
+    interfaces = psutil.net_if_addrs()
+    for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(","):
+        if name and name not in interfaces:
+            raise UserError(
+                f"environment: GLOO_SOCKET_IFNAME = {shortened(repr(name))} is no network interface of "
+                f"{socket.gethostname()}, which has {', '.join(sorted(interfaces))}; correct it, or unset it"
+            )
     accelerator = os.environ.get("DS_ACCELERATOR", "cpu")
     if accelerator not in ACCELERATORS:
         raise UserError(

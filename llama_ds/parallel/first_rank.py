@@ -81,8 +81,7 @@ def find_first_rank(rank: int, world: int, by: str) -> None:
     if not (address and port):
         found = _find(rank, world, by, address)
         address, port = address or found[0], port or str(found[1])
-    if not on_one_host(world):
-        _check_address(address)
+    _check_address(address, on_one_host(world))
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=port)
 
 
@@ -135,8 +134,8 @@ def _port_of(job: str) -> int:
     return 20000 + sum(job.encode()) * 7919 % 10000
 
 
-def _check_address(address: str) -> None:
-    if _is_loopback(address):
+def _check_address(address: str, one_host: bool) -> None:
+    if _is_loopback(address) and not one_host:
         raise UserError(
             f"environment: MASTER_ADDR = {address} is every host itself, and the ranks are on several hosts; set it to "
             "the name or address of rank 0's host"

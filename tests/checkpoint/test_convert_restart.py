@@ -33,6 +33,7 @@ class Noise:
     """A weight that is generated when it is read; no file holds it."""
 
     dtype = torch.float32
+    paths: frozenset[str] = frozenset()
 
     def __init__(self, shape: tuple[int, ...], seed: int) -> None:
         self.shape, self._seed = shape, seed
@@ -182,6 +183,11 @@ def test_the_source_is_not_replaced(
         assert "holds the source" in capsys.readouterr().err
     assert contents(Path(source) / "checkpoints" / "step_00000007") == before
     assert convert.main([source, f"{source}/hf", *words]) == 0  # beside the checkpoints
+    inside = contents(Path(source) / "hf")
+    for name in ("model.safetensors", "config.json", "tokenizer.model"):
+        assert convert.main([f"{source}/hf", f"{source}/hf/{name}", *words, "--overwrite"]) == 2
+        assert "of the source " in capsys.readouterr().err or name != "config.json"
+    assert contents(Path(source) / "hf") == inside
 
 
 def test_a_failed_proof_leaves_no_destination(

@@ -127,6 +127,15 @@ def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}}, "rope_type"),
         ({"rope_parameters": None, "rope_scaling": {"type": "su", "factor": 2.0}}, "rope_type"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_scaling.factor"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters.full_attention: kinds of layers",
+        ),
+        (
+            {"rope_parameters": None, "rope_scaling": {"type": "linear", "rope_type": "dynamic"}},
+            'beside type = "linear"',
+        ),
+        ({"rms_norm_eps": None}, "rms_norm_eps = None is not"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads = 4"),
         ({"num_hidden_layers": -3}, "num_hidden_layers = -3"),

@@ -279,6 +279,8 @@ def test_damaged_folders_are_refused(saved: Path) -> None:
     (saved / "latest").write_text("../global_step0")
     with pytest.raises(UserError, match=r"latest: names '\.\./global_step0', which is not there"):
         open_model(str(saved), "neox")
+    with pytest.raises(UserError, match=r"latest: names '\.\./global_step0', which is not there"):
+        open_model(str(saved))
 
 
 def test_the_configuration_is_asked_for(saved: Path) -> None:

@@ -93,6 +93,7 @@ def test_a_hostile_value_is_one_line(key: str, base: None) -> None:
         ("model.rope_theta=0.5", "tiny.yaml: model.rope_theta = 0.5 is below 1"),
         ("training.steps=900_000_000", None),
         ("seed=010", "command line: seed = '010' is not an integer (4194304, 4_194_304, 4M, 1.4T and 1.4e12 are)"),
+        ("compute.self_test=false", "command line: compute.self_test = False is not auto, always or off"),
         ("name=1e5", "command line: name = 100000.0 is not a string"),
         ("name=2024-01-01", None),
         ("output_dir=~", "command line: output_dir = None is not a string; YAML reads ~ and an empty value as null, so "

@@ -22,7 +22,7 @@ from llama_ds.train import parse
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCHEMAS = Path(__file__).with_name("schemas")
-WRONG: list[list[str]] = [[]]  # of the wrong type everywhere
+WRONG: list[list[str]] = [[]]  # the wrong type everywhere
 FREE = ("limits", "volumes")  # resources of a pod and volumes of a SkyPilot task, whose keys are names of the cluster's
 
 
@@ -57,7 +57,7 @@ def test_an_example_has_the_fields_of_its_schema_and_a_wrong_one_is_noticed(name
     found, example = validator(name), read(name)
     found.validate(example)
     accepted = {path for path, changed in wrong_fields(example) if found.is_valid(changed)}
-    assert accepted == ({("volumes", "/shared")} if name == "skypilot.yaml" else set())  # of any kind
+    assert accepted == ({("volumes", "/shared")} if name == "skypilot.yaml" else set())  # free there
 
 
 def check(words: list[str], ranks: int) -> None:

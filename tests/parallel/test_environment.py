@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+
+import psutil
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ from llama_ds.parallel.environment import MOST_RANKS
 
 NUMBERS = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
 FIX = "; correct it, or unset it"
+HOST = socket.gethostname()
+INTERFACES = ", ".join(sorted(psutil.net_if_addrs()))
 
 
 @pytest.fixture
@@ -47,6 +52,11 @@ def test_a_number_that_is_none(launched: pytest.MonkeyPatch, name: str, value: s
     [
         ("RANK", "4", "rank 4 is not below the 4 ranks of the world; ranks count from 0"),
         ("MASTER_ADDR", "", "MASTER_ADDR is empty; set it to the address of rank 0's host, or unset it"),
+        (
+            "GLOO_SOCKET_IFNAME",
+            "lo,ib9",
+            f"GLOO_SOCKET_IFNAME = 'ib9' is no network interface of {HOST}, which has {INTERFACES}{FIX}",
+        ),
         ("DS_ACCELERATOR", "gpu", "DS_ACCELERATOR = 'gpu' is not cuda or cpu; unset it to use what is there"),
     ],
 )

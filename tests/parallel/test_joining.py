@@ -135,9 +135,10 @@ def test_a_name_without_an_address_is_refused_at_once(environ: pytest.MonkeyPatc
         raise OSError(-2, "Name or service not known")
 
     environ.setattr("socket.getaddrinfo", fails)
-    os.environ.update(STEP)
-    with pytest.raises(UserError, match=r"MASTER_ADDR = n08, the host of rank 0, has no address on .* not known"):
-        found()
+    for environment in (STEP, STEP | {"SLURM_STEP_NUM_NODES": "1", "MASTER_ADDR": "n08", "MASTER_PORT": "1"}):
+        os.environ.update(environment)
+        with pytest.raises(UserError, match=r"MASTER_ADDR = n08, the host of rank 0, has no address on .* not known"):
+            found()
 
 
 def test_a_loopback_name_of_rank_0_does_not_become_its_interface(environ: pytest.MonkeyPatch) -> None:

@@ -117,7 +117,7 @@ def convert(
     Raises:
         UserError: a damaged source, a destination that exists or cannot be written, a failed verification.
     """
-    _check_apart(files.path, destination)
+    _check_apart(files, plan, destination)
     check_carried(plan.copied)
     with Partial(destination, fingerprint(files, plan, destination), options.overwrite) as work:
         _check_source(files, options, progress)
@@ -168,11 +168,15 @@ def _source_files(folder: str, destination: str) -> list[str]:
     return sorted(found)
 
 
-def _check_apart(source: str, destination: str) -> None:
-    """Refuse a destination that contains the source, because replacing it would delete the source."""
-    inner, outer = os.path.realpath(source), os.path.realpath(destination)
-    if os.path.commonpath([inner, outer]) == outer:
-        raise UserError(f"{destination}: holds the source {source}; give another folder")
+def _check_apart(files: ModelFiles, plan: Plan, destination: str) -> None:
+    """Refuse a destination that contains the source or is a file in it, because replacing it would delete that."""
+    source, outer = os.path.realpath(files.path), os.path.realpath(destination)
+    used = [path for tensor in files.tensors.values() for path in tensor.paths]
+    for path in {files.path, *used, *plan.copied.values()}:
+        if os.path.commonpath([os.path.realpath(path), outer]) == outer:
+            raise UserError(f"{destination}: holds the source {path}; give another folder")
+    if os.path.isfile(destination) and not plan.single and os.path.commonpath([source, outer]) == source:
+        raise UserError(f"{destination}: is a file of the source {files.path}; give another folder")
 
 
 def _check_source(files: ModelFiles, options: Options, progress: Progress) -> None:

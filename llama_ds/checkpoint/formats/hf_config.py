@@ -179,7 +179,8 @@ def model_of(folder: str, config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
         UserError: a number is missing or invalid, or the rotary embedding is not supported.
     """
     path = os.path.join(folder, CONFIG)
-    given = {key: config[key] for key in COPIED if config.get(key) is not None}
+    # Where these are null, transformers takes a default, except for the norms' constant.
+    given = {key: config[key] for key in COPIED if key in config and (config[key] is not None or key == "rms_norm_eps")}
     source = ConfigSource(path)
     hidden, heads = (
         read(int, given[key], source, key) if key in given else 1 for key in ("hidden_size", "num_attention_heads")
@@ -226,7 +227,17 @@ def _rotary(path: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters = {json.dumps(rope)} is not an object; copy the file again")
     _check_one_rope(path, config)
+    if nested := [key for key, value in rope.items() if isinstance(value, dict)]:
+        raise UserError(
+            f"{path}: rope_parameters.{nested[0]}: kinds of layers have rotary embeddings of their own there, this "
+            "project's have one; give a model with one"
+        )
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if rope.get("type", kind) != kind:
+        raise UserError(
+            f"{path}: rope_type = {json.dumps(kind)} beside type = {json.dumps(rope['type'])}, and which counts "
+            "depends on the version of transformers; remove one"
+        )
     theta = rope.get("rope_theta", config.get("rope_theta"))
     found: dict[str, Any] = {} if theta is None else {"rope_theta": theta}
     if kind != "default" and kind not in ROPE_KEYS:

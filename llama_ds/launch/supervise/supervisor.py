@@ -119,7 +119,7 @@ class Supervisor:
                     return code
                 hosts = self._prepare_restart(outcome, hosts, in_a_row)
         except UserError as error:
-            self.events.add("gave up", str(error))
+            self.events.add("gave up", f"error: {error}")
             return UserError.EXIT_CODE
         finally:
             if server:

@@ -11,6 +11,7 @@ from torch import Tensor
 from llama_ds.config.context_parallel import row_multiple
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
 from llama_ds.evaluation.generation import Decoder
 from llama_ds.evaluation.packing import PackedRow
 from llama_ds.evaluation.requests import Score
@@ -58,6 +59,11 @@ class EngineBackend:
         return {number: score for part in world.gather(found) for number, score in part.items()}
 
     def decoder(self) -> Decoder:
+        if self.layout.cp > 1:
+            raise UserError(
+                f"parallel.cp = {self.layout.cp}: ranks that share rows cannot generate text; evaluate the checkpoints "
+                "by tools/evaluate.py"
+            )
         return EngineDecoder(self.engine, self.run, self.layout)
 
     def once(self, work: Callable[[], T]) -> T:
