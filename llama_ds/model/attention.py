@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch import Tensor
 from llama_ds.config.rules import FLASH_HEAD_DIMS
 from llama_ds.errors import UserError
 from llama_ds.log import logger
+from llama_ds.model.attention_blocks import MAX_ROW_TOKENS
+from llama_ds.model.cpu_products import small_products
 
 FLASH_4 = "flash_attn.cute"
 FLASH_MODULES = ("flash_attn", FLASH_4)  # 2.x interface, then 4.x; both export the same two functions
@@ -172,17 +174,19 @@ def flash_module() -> Any:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     """Attention computed by torch.nn.functional.scaled_dot_product_attention."""
+    short_on_cpu = q.device.type == "cpu" and q.shape[1] <= MAX_ROW_TOKENS
     if q.device.type == "cpu":
         # The CPU kernel lacks grouped queries and would fall back to unfused attention.
         k, v = repeat_heads(k, q.shape[2]), repeat_heads(v, q.shape[2])
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=documents.mask if documents else None,
-        is_causal=documents is None,
-        enable_gqa=k.shape[2] != q.shape[2],
-    )
+    with small_products() if short_on_cpu else nullcontext():
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=documents.mask if documents else None,
+            is_causal=documents is None,
+            enable_gqa=k.shape[2] != q.shape[2],
+        )
     return out.transpose(1, 2)
 
 
