@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--figure", metavar="FILE", help="draw the tasks of a run over its tokens to this SVG, no more")
     tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
     tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}')
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+    parser.add_argument("--local_rank", type=whole(0), help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     add_json(parser, "losses, perplexities and bits per byte, or the results of tasks,")
     return parser
 

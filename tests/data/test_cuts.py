@@ -152,7 +152,7 @@ def test_a_text_that_cannot_be_encoded_is_named(built: Built, tmp_path: Path, mo
 
     write_lines(tmp_path / "a.jsonl", ["good", "x bad", "good"])
     monkeypatch.setattr(tokenized.Tokenizer, "encode_array", encode_array)
-    with pytest.raises(UserError, match=r"^\S*a\.jsonl:2: no ids$"):
+    with pytest.raises(UserError, match=r"^\S*a\.jsonl:2: no ids, or leave such documents out with --skip-bad$"):
         build_source("s", str(tmp_path / "a.jsonl"), built.tokenizer, str(tmp_path), SEQ_LEN, 0.0)
 
 
