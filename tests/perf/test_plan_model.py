@@ -187,3 +187,23 @@ def test_a_bad_machine_is_refused_with_its_key(line: str, words: str, tmp_path: 
 def test_an_unknown_machine_is_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"a100-90gb: not a described machine.*did you mean 'a100-80gb'"):
         hardware.load("a100-90gb")
+
+
+def test_shared_rows_take_less_memory_and_little_more_time() -> None:
+    """By 8 ranks, the activations are an eighth; computing blocks of 16,384 tokens hides all but a ring's last hop."""
+    path = str(REPO / "ds_configs/llama3_8b.yaml")
+    options = ["data.seq_len=131072", "training.global_batch=128", "parallel.recompute=full", "parallel.tp=2"]
+    found = {
+        (cp, method): estimate(
+            load_run(path, [*options, f"parallel.cp={cp}", f"parallel.cp_method={method}"]), 256, A100
+        )
+        for cp, method in ((1, "auto"), (8, "ring"), (8, "all_to_all"))
+    }
+    whole = found.pop((1, "auto"))
+    for (_, method), item in found.items():
+        assert item.memory[0].activations == whole.memory[0].activations / 8
+        assert item.memory[0].optimizer == whole.memory[0].optimizer  # dp * cp ranks share it, as dp did
+        assert whole.step.seconds < item.step.seconds < 1.05 * whole.step.seconds
+        (stage,) = item.step.stages
+        assert (stage.forward.context > 0) == (method == "all_to_all") and stage.input_backward.context > 0
+        assert "exposed context-parallel" in explain(item)

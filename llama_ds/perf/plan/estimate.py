@@ -67,19 +67,6 @@ def held_by(run: RunConfig, layout: Layout, gpu: Hardware) -> tuple[tuple[StageP
     return policies, tuple(run_memory(run, enough, policies, gpu.memory_bytes, gpu.element_bytes))
 
 
-def check_no_cp(run: RunConfig) -> None:
-    """Refuse a run with context parallelism, whose messages the time model does not have.
-
-    Raises:
-        UserError: parallel.cp is above 1.
-    """
-    if run.parallel.cp > 1:
-        raise UserError(
-            f"{run.path}: parallel.cp = {run.parallel.cp}: the planner has no times of context parallelism; plan with "
-            "parallel.cp=1, and see this layout's memory with train.py --dry-run"
-        )
-
-
 def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
     """Return the estimate of the run with its own layout.
 
@@ -90,7 +77,6 @@ def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
     Raises:
         UserError: The trainer would refuse the layout, or the machine's description is for another dtype.
     """
-    check_no_cp(run)
     layout = resolve_layout(run, world)
     native = gpu.dtype == "bf16"
     deepspeed_config(run, layout, native)

@@ -91,7 +91,8 @@ def _parts(parts: Parts) -> str:
     return (
         f"{parts.device * 1e3:8.3f} = matrices {parts.matrices * 1e3:.3f} + attention {parts.attention * 1e3:.3f} + "
         f"pointwise {parts.pointwise * 1e3:.3f} + exposed tensor-parallel {parts.tensor * 1e3:.3f}"
-        f" (host {parts.host * 1e3:.3f} in parallel)"
+        + (f" + exposed context-parallel {parts.context * 1e3:.3f}" if parts.context else "")
+        + f" (host {parts.host * 1e3:.3f} in parallel)"
     )
 
 
@@ -113,7 +114,8 @@ def _stages(found: Estimate) -> list[tuple[str, str]]:
 def _communication(found: Estimate) -> list[tuple[str, str]]:
     job, gpu = found.step.job, found.gpu
     rows = []
-    for name, group in (("tensor parallel", job.group("tp")), ("data parallel", job.group("dp"))):
+    groups = {"tensor parallel": job.group("tp"), "context parallel": job.group("cp"), "data parallel": job.group("dp")}
+    for name, group in groups.items():
         if group.size > 1:
             where = f"on {nodes(gpu, group)} nodes" if nodes(gpu, group) > 1 else "within a node"
             rows.append(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from llama_ds.config.context_parallel import cp_method
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.layout.axes import Axes
@@ -15,6 +16,7 @@ from llama_ds.layout.recompute import StagePolicies
 from llama_ds.layout.vocab_parts import part_rows
 from llama_ds.perf.plan.communication import RankGroup
 from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
+from llama_ds.perf.plan.row_sharing import RowSharing
 from llama_ds.schedules.instructions import Placement
 from llama_ds.schedules.schedule import Schedule
 
@@ -47,6 +49,7 @@ class StepJob:
     stages: tuple[Counts, ...]  # policies of the decoder layers of each of the pp * chunks stages
     whole_model: bool = True  # False: bare layers, without embedding, head and optimizer
     launch_blocking: bool = False  # CUDA_LAUNCH_BLOCKING=1: host time and GPU time add up
+    cp_method: str = ""  # method of context parallelism if axes.cp > 1
 
     @property
     def pp(self) -> int:
@@ -69,9 +72,19 @@ class StepJob:
         return RankGroup(getattr(self.axes, axis), self.axes.stride(axis))
 
     @property
+    def data_group(self) -> RankGroup:
+        """The ranks that reduce gradients and share optimizer states: dp and cp together."""
+        return RankGroup(self.axes.data_axis, self.tp)
+
+    @property
+    def sharing(self) -> RowSharing:
+        """How context-parallel ranks share rows."""
+        return RowSharing(self.axes.cp, self.axes.stride("cp"), self.cp_method, self.ranks)
+
+    @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.micro_batch * self.seq_len
+        """Tokens of a micro-batch on one rank."""
+        return self.micro_batch * self.seq_len // self.axes.cp
 
     @property
     def rows(self) -> int:
@@ -110,6 +123,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         chunks=schedule.chunks,
         extra_warmup=schedule.extra_warmup,
         stages=tuple(_counts(stage.policies) for stage in policies),
+        cp_method=cp_method(run)[0] if layout.cp > 1 else "",
     )
 
 

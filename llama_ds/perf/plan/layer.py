@@ -15,6 +15,7 @@ from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, p
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.program import PROGRAMS, MemoryTraffic
+from llama_ds.perf.plan.row_sharing import RowSharing, shared_attention
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,11 @@ class Parts:
     pointwise: float = 0.0
     tensor: float = 0.0
     host: float = 0.0  # host time, in parallel with the GPU
+    context: float = 0.0  # exposed time of context-parallel messages
 
     @property
     def device(self) -> float:
-        return self.matrices + self.attention + self.pointwise + self.tensor
+        return self.matrices + self.attention + self.pointwise + self.tensor + self.context
 
     def __add__(self, other: Parts) -> Parts:
         return Parts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -52,7 +54,8 @@ def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
     """Return the time of a decoder layer under a save policy."""
     m = job.model
     shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
-    return _layer(gpu, job.program.name, shape, job.micro_batch, job.seq_len, job.tp, job.sequence_parallel, policy)
+    sizes = job.micro_batch, job.seq_len, job.tp
+    return _layer(gpu, job.program.name, shape, *sizes, job.sequence_parallel, policy, job.sharing)
 
 
 @lru_cache(maxsize=100_000)
@@ -65,13 +68,15 @@ def _layer(
     tp: int,
     sequence_parallel: bool,
     policy: str,
+    sharing: RowSharing,
 ) -> LayerTime:
     program = PROGRAMS[program_name]
     hidden, inner, heads, kv_heads, head_dim = shape
-    tokens = rows * seq_len
+    tokens = rows * seq_len // sharing.size
     own = tokens / tp if sequence_parallel else tokens
     local_heads = -(-heads // tp)
-    queries, keys, inner = local_heads * head_dim, -(-kv_heads // tp) * head_dim, -(-inner // tp)
+    local_kv_heads = -(-kv_heads // tp)
+    queries, keys, inner = local_heads * head_dim, local_kv_heads * head_dim, -(-inner // tp)
 
     products = [
         (hidden, queries + 2 * keys),
@@ -84,9 +89,12 @@ def _layer(
     weight_gemm = [gemm(gpu, k, n, tokens) for k, n in products]
 
     attend = flash_attention if program.flash else plain_attention
-    attention, attention_back = attend(gpu, rows, seq_len, local_heads, head_dim)
+    shared = shared_attention(
+        gpu, sharing, attend, rows, seq_len, local_heads, local_kv_heads, head_dim, program.element_bytes
+    )
+    attention, attention_back = shared.attention
     scale = program.element_bytes / 2
-    scores = rows * local_heads * seq_len * seq_len * scale
+    scores = rows * local_heads * seq_len * seq_len * scale / sharing.size
     score_time = pointwise(gpu, program.scores.forward * scores), pointwise(gpu, program.scores.backward * scores)
 
     def pointwise_time(forward: bool) -> float:
@@ -105,9 +113,10 @@ def _layer(
     forward = Parts(
         sum(forward_gemm),
         attention + score_time[0],
-        pointwise_time(True) + start * program.kernels_forward,
+        pointwise_time(True) + start * program.kernels_forward + shared.merging[0],
         sum(sent),
         launch * (program.kernels_forward + collectives),
+        shared.exposed[0],
     )
     exposed = sum(sent) + (2 * sent[0] if sequence_parallel and not program.overlaps_tensor else 0)
     if program.overlaps_tensor and tp > 1:
@@ -122,9 +131,10 @@ def _layer(
     backward = Parts(
         sum(input_gemm),
         attention_back + score_time[1],
-        pointwise_time(False) + start * program.kernels_backward,
+        pointwise_time(False) + start * program.kernels_backward + shared.merging[1],
         exposed,
         launch * (program.kernels_backward + collectives),
+        shared.exposed[1],
     )
     numbers = sum(k * n for k, n in products)
     weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers, "optimizer"))

@@ -20,7 +20,7 @@ from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.partition import boundaries, decoder_layers
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
-from llama_ds.perf.plan.estimate import Estimate, check_no_cp, filled, held_by
+from llama_ds.perf.plan.estimate import Estimate, filled, held_by
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob, job_of
 from llama_ds.perf.plan.memory import Memory
@@ -81,7 +81,11 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
     """
     if world < 1:
         raise UserError(f"{world} GPUs: the number of GPUs is not positive; give 1 or more")
-    check_no_cp(base)
+    if base.parallel.cp > 1:
+        raise UserError(
+            f"{base.path}: parallel.cp = {base.parallel.cp}: the search knows no layouts with context parallelism; "
+            "search with parallel.cp=1, or compare layouts by tools/plan.py estimate"
+        )
     found = SearchResult([])
     candidates = []
     for run in layouts(base, world, gpu, found.rejected):

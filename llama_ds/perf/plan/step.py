@@ -180,13 +180,13 @@ def rank_parameters(job: StepJob) -> list[int]:
 
 def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[float, float]:
     """Return (exposed reduction, optimizer) of the rank with the longest sum."""
-    group = job.group("dp")
+    group = job.data_group
     placement = job.placement
     ends = {placement.home(stage)[0] for stage in (0, placement.stages - 1)}
     tied_ranks = ends if job.model.tie_word_embeddings and len(ends) > 1 else set()
     found = []
     for rank, parameters in enumerate(rank_parameters(job)):
-        shard = parameters / job.dp if job.zero_stage else parameters
+        shard = parameters / job.axes.data_axis if job.zero_stage else parameters
         update = pointwise(gpu, job.program.optimizer_bytes * shard, "optimizer")
         scatter = reduce_scatter(gpu, group, float(job.program.reduced_bytes) * parameters)
         gather = all_gather(gpu, group, float(job.program.element_bytes) * parameters) if job.zero_stage else scatter
@@ -221,7 +221,7 @@ def _with_zero(gpu: Hardware, job: StepJob, stage: int, cost: StageCost) -> Stag
     ZeRO-3 all-gathers a layer's 16-bit weights for each pass and reduce-scatters its gradients; ZeRO-2 only does the
     latter (Rajbhandari et al., arXiv 1910.02054, section 7). The first layer's all-gather is exposed.
     """
-    group = job.group("dp")
+    group = job.data_group
     parameters, layers = stage_roles(job)[stage].total(), sum(n for _, n in job.stages[stage]) or 1
     gather = 0.0
     if job.zero_stage == 3:
