@@ -107,7 +107,7 @@ class CheckpointBench:
     def _engine(self, overrides: list[str]) -> tuple[RunConfig, Layout, Engine]:
         run = load_run(self.settings.run_file, overrides)
         none = Path(self.settings.folder, "none.model")  # the run file's tokenizer need not be on this machine
-        none.touch()
+        none.write_text("stands for a tokenizer\n")
         run = replace(run, output_dir=self.settings.folder, data=replace(run.data, tokenizer=str(none)))
         layout = resolve_layout(run, self.rank_info.world)
         return run, layout, build_engine(run, layout, deepspeed_config(run, layout, False), world.device())
