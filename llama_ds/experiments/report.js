@@ -129,7 +129,7 @@ function makeChart(panel) {
     legend.append(entry);
   }
   const xAt = (event) => {
-    const area = canvas.getBoundingClientRect(), [low, high] = chart.range;
+    const area = canvas.getBoundingClientRect(), [low, high] = shownRange();
     const share = (event.clientX - area.left - MARGIN.left) / (area.width - MARGIN.left - MARGIN.right);
     return low + Math.min(1, Math.max(0, share)) * (high - low);
   };
@@ -137,7 +137,7 @@ function makeChart(panel) {
   canvas.onpointerdown = (event) => { from = xAt(event); canvas.setPointerCapture(event.pointerId); };
   canvas.onpointermove = (event) => { state.pointer = { x: xAt(event), from }; draw(); };
   canvas.onpointerup = (event) => {
-    const to = xAt(event), [low, high] = chart.range;
+    const to = xAt(event), [low, high] = shownRange();
     if (from !== null && Math.abs(to - from) > (high - low) / 100) state.range = [Math.min(from, to), Math.max(from, to)];
     from = null;
     state.pointer = null;
@@ -157,8 +157,10 @@ function fullRange() {
   return [0, high || 1];
 }
 
+// Not that of the last drawing: events may come before the next one.
+function shownRange() { return state.range || fullRange(); }
+
 function drawChart(chart, range, style) {
-  chart.range = range;
   const { canvas, lines } = chart, ratio = window.devicePixelRatio || 1;
   const width = canvas.clientWidth, height = canvas.clientHeight;
   canvas.width = width * ratio;
@@ -286,7 +288,7 @@ function draw() { // at most once a frame
     waiting = false;
     const computed = getComputedStyle(document.documentElement), style = {};
     for (const name of ["text", "dim", "line"]) style[name] = computed.getPropertyValue("--" + name);
-    const range = state.range || fullRange();
+    const range = shownRange();
     for (const chart of charts) drawChart(chart, range, style);
     document.body.dataset.drawn = charts.length;
   });
