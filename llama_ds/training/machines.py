@@ -22,6 +22,7 @@ from llama_ds.machine import cpu_name
 
 MACHINES = "machines.jsonl"
 PACKAGES = ("torch", "deepspeed", "flash-attn")
+MOST_NAMES = 100
 GIT_S = 20.0  # longest wait for git, on slow network file systems
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +57,8 @@ def code_of(run_dir: str) -> dict[str, Any]:
     try:
         code: dict[str, Any] = {"commit": _git("rev-parse", "HEAD").decode().strip()}
         if untracked := _git("ls-files", "--others", "--exclude-standard", "-z").decode(errors="replace"):
-            code["untracked"] = untracked.rstrip("\0").split("\0")
+            names = untracked.rstrip("\0").split("\0")  # data may lie there too
+            code["untracked"] = names[:MOST_NAMES] + [f"and {len(names) - MOST_NAMES} more"] * (len(names) > MOST_NAMES)
         if changes := _git("diff", "HEAD", "--binary"):
             code["changes"] = f"code_{hashlib.sha256(changes).hexdigest()[:12]}.diff"
             Path(run_dir, code["changes"]).write_bytes(changes)

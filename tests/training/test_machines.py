@@ -37,8 +37,11 @@ def test_commit_and_changes_restore_the_code(checkout: Path, tmp_path: Path) -> 
     assert machines.code_of(str(tmp_path / "run")) == {"commit": commit}
     (checkout / "model.py").write_text("width = 2\n")
     (checkout / "new file.py").touch()
+    for number in range(120):
+        (checkout / f"x{number:03d}").touch()
     code = machines.code_of(str(tmp_path / "run"))
-    assert (code["commit"], code["untracked"]) == (commit, ["new file.py"])
+    assert code["commit"] == commit
+    assert code["untracked"] == ["new file.py", *(f"x{number:03d}" for number in range(99)), "and 21 more"]
     git(checkout, "checkout", "-q", "model.py")
     git(checkout, "apply", str(tmp_path / "run" / code["changes"]))
     assert (checkout / "model.py").read_text() == "width = 2\n"
