@@ -75,6 +75,8 @@ def quickstart(fresh: bool, overrides: list[str]) -> None:
     trained, exported = _export(run)
     stage("Text from the export")
     tool("generate.py", f"{run.run_dir}/hf", *[word for prompt in PROMPTS for word in ("--prompt", prompt)])
+    stage("Benchmarks that need no download: the miniature suite")
+    tool("evaluate.py", run.run_dir, "--tasks", "miniature")
     _report(run)
     _summary(run, unigram, trained, exported, time.monotonic() - started)
 

@@ -49,6 +49,7 @@ def test_the_whole_job_and_a_second_call(tmp_path: Path) -> None:
     assert trained < unigram - 0.1
     assert exported == pytest.approx(trained, abs=1e-3)
     assert f"resumed at step {STEPS // 2} of {STEPS}" in output
+    assert re.search(r"mini_brackets +\d+ +0 +200 ", output)
     assert (tmp_path / "quickstart" / "report.html").exists() and output.count("█") > 20  # the curve
     assert output.count("--- '") == 2  # one continuation for each prompt
     assert not re.search(r"Warning|\[INFO\]|it/s\]|USDT:|Loading weights", output)  # no output of libraries
