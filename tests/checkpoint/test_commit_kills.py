@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,10 +16,10 @@ import pytest
 from commit_contents import LARGE, SMALL, THREE, check_checkpoint, check_folder, linked, names, ranks, save
 from commit_points import without_writes
 from commit_worker import Outcome, Trial
+from worker_process import worker_process
 
 from llama_ds.checkpoint import store
 
-REPO = Path(__file__).resolve().parents[2]
 RANKS = (0, 1, 2)
 KILLED = -9
 # Points that must be among those observed: the operations of the documented protocol.
@@ -47,22 +44,14 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def perform() -> Iterator[Perform]:
     """Return a function that runs a trial in separate processes, which die only of the trial's kills."""
-    command = [sys.executable, str(Path(__file__).with_name("commit_worker.py"))]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as worker:
-        assert worker.stdin and worker.stdout
+    with worker_process("commit_worker.py") as ask:
 
         def perform(trial: Trial) -> Outcome:
-            assert worker.stdin and worker.stdout
-            print(json.dumps(asdict(trial)), file=worker.stdin, flush=True)
-            answer = worker.stdout.readline()
-            assert answer, "the worker has ended: see its stderr"
-            outcome = Outcome(**json.loads(answer))
+            outcome = Outcome(**ask(asdict(trial)))
             assert not outcome.hung, trial
             return outcome
 
         yield perform
-        worker.stdin.close()
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from worker_process import worker_process
 from written_ranks import SHAPES, Write
 
 from llama_ds.checkpoint.choices import TARGETS
@@ -21,7 +19,6 @@ from llama_ds.errors import UserError
 
 pytestmark = pytest.mark.slow
 
-REPO = Path(__file__).resolve().parents[2]
 KILLED, NONE = -9, ""
 # Every writer, and hf with all of its files.
 KINDS = [*(kind for kind in TARGETS if kind not in ("hf", "megatron_legacy")), "hf --card"]
@@ -41,22 +38,13 @@ Perform = Callable[..., Answer]
 @pytest.fixture(scope="module")
 def perform() -> Iterator[Perform]:
     """Return a function that converts in a process of its own, which dies of the wanted kill only."""
-    command = [sys.executable, str(Path(__file__).with_name("convert_worker.py"))]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as worker:
-        assert worker.stdin and worker.stdout
+    with worker_process("convert_worker.py") as ask:
 
         def perform(words: list[str], folder: Path, fatal: str | None) -> Answer:
             """`fatal`: point of the kill; NONE: it lives; None: it runs in the worker itself, and has its points."""
-            assert worker.stdin and worker.stdout
-            request = {"words": words, "folder": str(folder), "fatal": fatal}
-            print(json.dumps(request), file=worker.stdin, flush=True)
-            line = worker.stdout.readline()
-            assert line, "the worker has ended: see its stderr"
-            return Answer(**json.loads(line))
+            return Answer(**ask({"words": words, "folder": str(folder), "fatal": fatal}))
 
         yield perform
-        worker.stdin.close()
 
 
 @pytest.fixture
