@@ -72,7 +72,7 @@ def choice_scores(example: Example, log_likelihoods: Sequence[float]) -> dict[st
     """
     count = len(example.completions)
     own, alone = list(log_likelihoods[:count]), log_likelihoods[count:]
-    scores = {"plain": own}
+    scores = {PLAIN: own}
     scores["characters"] = [value / max(1, len(text)) for value, text in zip(own, example.completions, strict=True)]
     if alone:
         scores["answer"] = [value - bare for value, bare in zip(own, alone, strict=True)]

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def read_runs(folders: Sequence[str]) -> list[Records]:
     names = [records.name for records in found.values()]
     if len(set(names)) == len(names):
         return list(found.values())
-    return [Records(**{**vars(records), "name": records.folder}) for records in found.values()]
+    return [replace(records, name=records.folder) for records in found.values()]
 
 
 def read_run(folder: str) -> Records:
