@@ -23,6 +23,12 @@ class Divergence(UserError):
     kind = "divergence"
 
 
+class NotJoined(UserError):
+    """The ranks did not find each other: a restart, at another port or on other hosts, may help."""
+
+    kind = "failure"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " (did you mean 'x'?)" for the closest of `known`, or "" if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -1,9 +1,11 @@
-"""Description of the machine on which a benchmark ran."""
+"""This machine: its processor, its load, a free port."""
 
 from __future__ import annotations
 
 import os
 import platform
+import random
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,22 @@ def cpu_name() -> str:
 def cpu_vendor() -> str:
     """Return the processor's vendor, such as `GenuineIntel`, or "" if Linux does not report it."""
     return _cpuinfo("vendor_id")
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody uses, below those that systems give to connections (from 32768 on Linux).
+
+    It may be used seconds later, when ranks have been started: one of those could have become a connection's.
+    `rendezvous` runs the source of this function on other hosts.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 1000):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("a thousand ports between 20000 and 32000 are in use")
 
 
 def _cpuinfo(key: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import random
 import select
 import signal
 import socket
@@ -17,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import IO
 
+from llama_ds.machine import free_port
 from tests.forking import Request
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,12 +112,3 @@ def run(
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
     return subprocess.CompletedProcess(process.args, code, *texts)
-
-
-def free_port() -> int:
-    """Return a TCP port that nobody listens on, below those that the system gives to connections."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port

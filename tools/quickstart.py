@@ -12,7 +12,6 @@ import json
 import os
 import shlex
 import shutil
-import socket
 import sys
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.run_lock import check_unused
+from llama_ds.machine import free_port
 
 EXAMPLES = """examples:
   tools/quickstart.py                      # as `make quickstart`; reuses finished stages
@@ -197,13 +197,6 @@ def environment(ranks: int) -> dict[str, str]:
     if torch.cuda.device_count() < RANKS:
         values["DS_ACCELERATOR"] = "cpu"
     return values
-
-
-def free_port() -> int:
-    """Return a free TCP port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 if __name__ == "__main__":

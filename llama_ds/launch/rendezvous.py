@@ -8,6 +8,7 @@ network that hosts may not see.
 
 from __future__ import annotations
 
+import inspect
 import json
 import socket
 import sys
@@ -19,10 +20,12 @@ import psutil
 
 from llama_ds.errors import UserError
 from llama_ds.launch import remote
+from llama_ds.machine import free_port
 
 LOOPBACK = "127.0.0.1"
-_ASK = """
-import json, os, socket, sys
+_ASK = (
+    f"import json, os, random, socket, sys\n{inspect.getsource(free_port)}"
+    + """
 nic, other, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
 def own_towards(address):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -45,16 +48,17 @@ try:
     found["towards"] = own_towards(socket.gethostbyname(other)) if other else None
 except OSError:
     found["towards"] = None
-with socket.socket() as probe:
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
+try:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("", port))
-        found["port"] = probe.getsockname()[1]
-    except OSError as error:
-        found["port"], found["taken"] = 0, error.strerror
+    found["port"] = port or free_port()
+except OSError as error:
+    found["port"], found["taken"] = 0, error.strerror or str(error)
 print()
 print(json.dumps(found))
 """
+)
 
 
 @dataclass(frozen=True)

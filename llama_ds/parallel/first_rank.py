@@ -12,6 +12,7 @@ from llama_ds.errors import UserError
 from llama_ds.job.heartbeat import interface_towards
 from llama_ds.job.own_session import starter
 from llama_ds.layout.nodelist import from_slurm
+from llama_ds.machine import free_port
 
 LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 SLURM_RANK = "SLURM_PROCID"
@@ -176,7 +177,7 @@ def _ask_first_rank(rank: int, world: int) -> tuple[str, int]:
 def _own_address_and_port(hosts: Sequence[str]) -> tuple[str, int] | str:
     """Return an address of this host, and a free port; or the error, which all ranks are to raise."""
     try:
-        return _own_address(hosts), _free_port()
+        return _own_address(hosts), free_port()
     except OSError as error:
         return (
             f"environment: MASTER_ADDR is not set, and rank 0's host {socket.gethostname()} has neither a route to the "
@@ -204,12 +205,6 @@ def _only_address() -> str | None:
     every = (found for addresses in psutil.net_if_addrs().values() for found in addresses)
     own = {found.address for found in every if found.family == socket.AF_INET and not _is_loopback(found.address)}
     return own.pop() if len(own) == 1 else None
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _is_loopback(address: str) -> bool:

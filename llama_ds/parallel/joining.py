@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from llama_ds.errors import UserError, listed
+from llama_ds.errors import NotJoined, listed
 from llama_ds.log import logger
 
 SAY_S = 30.0
@@ -26,7 +26,7 @@ def open_store(rank: int, world: int, local_rank: int, timeout: timedelta, hosts
     `hosts` are the hosts of all ranks, as far as they are known.
 
     Raises:
-        UserError: rank 0 cannot listen there, or ranks do not come within `timeout`.
+        NotJoined: rank 0 cannot listen there, or ranks do not come within `timeout`.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun's agent serves the store, and keeps it when it starts its ranks again.
@@ -38,7 +38,7 @@ def open_store(rank: int, world: int, local_rank: int, timeout: timedelta, hosts
             tcp = dist.TCPStore(address, port, world, serves, timeout, wait_for_workers=False, multi_tenant=True)
     except dist.DistError as error:
         problem = str(error).partition("\n")[0]
-        raise UserError(
+        raise NotJoined(
             f"{here}: cannot {'listen' if serves else 'reach rank 0'} at MASTER_ADDR:MASTER_PORT = {address}:{port} "
             f"({problem}); give another port, or an address of rank 0's host that all hosts reach"
         ) from None
@@ -79,7 +79,7 @@ def _wait_for_all(store: dist.Store, world: int, timeout: timedelta, hosts: Sequ
             said = now
             logger.warning("waiting for %s at %s, for %.0f s", _absent(store, world, hosts), place, now - began)
         if now - began > timeout.total_seconds():
-            raise UserError(
+            raise NotJoined(
                 f"{_absent(store, world, hosts)} did not connect to rank 0 at {place} within {timeout}; see their "
                 "logs, and whether their hosts reach that address"
             )

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from llama_ds.machine import free_port
 from tests import warm
-from tests.warm import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "llama_ds" / "train.py")

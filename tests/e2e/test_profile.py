@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, TRAIN, Finished, alone, environment, forked, free_port, python, run, succeed
+from launching import ROOT, TRAIN, Finished, alone, environment, forked, python, run, succeed
 from tiny_run import DATA, GLOBAL_BATCH, SEQ_LEN, Run
 
+from llama_ds.machine import free_port
 from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.merge import merge
 from tests import time_namespaces

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from bad_input_cases import CASES, Case, Site
-from launching import TRAIN, Finished, deepspeed, forked, free_port, run, succeed
+from launching import TRAIN, Finished, deepspeed, forked, run, succeed
 from tiny_run import Corpus, Run, write_run
+
+from llama_ds.machine import free_port
 
 RECORDER = Path(__file__).with_name("rank_recorder.py")
 RANKS = 2

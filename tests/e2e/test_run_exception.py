@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import TIMEOUT_S, environment, free_port
+from launching import TIMEOUT_S, environment
 from tiny_run import Run
 
+from llama_ds.machine import free_port
 from tests import warm
 
 FAILING = Path(__file__).with_name("failing_rank.py")

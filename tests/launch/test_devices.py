@@ -15,8 +15,8 @@ from llama_ds.job.folder import Job
 from llama_ds.launch.hostfile import select
 from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.supervisor import LaunchSettings, command_of
+from llama_ds.machine import free_port
 from llama_ds.parallel import world
-from tests.warm import free_port
 
 HERE = "localhost"
 

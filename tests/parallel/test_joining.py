@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from llama_ds.errors import UserError
+from llama_ds.errors import NotJoined, UserError
+from llama_ds.launch.supervise import attempt
+from llama_ds.machine import free_port
 from llama_ds.parallel import first_rank, joining, world
 from llama_ds.parallel.first_rank import find_first_rank, hosts_of_step, on_one_host
-from tests.warm import free_port
 
 MINUTE = timedelta(minutes=1)
 PREFIXES = ("SLURM_", "PMI", "OMPI_", "MPI_", "LOCAL_", "RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
@@ -191,6 +192,19 @@ def test_rank_0_says_who_is_waited_for_and_then_gives_up(
     assert str(late.value).startswith(
         f"2 of 3 ranks (1 and 2 on b) did not connect to rank 0 at {place} within 0:00:00"
     )
+
+
+def test_a_port_that_was_taken_meanwhile_is_no_mistake() -> None:
+    """A supervisor ends a job for good after a mistake; with another port the job goes on."""
+    with socket.socket() as other:
+        other.bind(("", free_port()))
+        other.listen()
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(other.getsockname()[1]))
+        with pytest.raises(
+            NotJoined, match=r"cannot listen at MASTER_ADDR:MASTER_PORT = .* address already in use"
+        ) as no:
+            joining.open_store(0, 2, 0, MINUTE)
+    assert no.value.kind == attempt.FAILURE != attempt.MISTAKE
 
 
 def test_a_rank_without_an_answer_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from llama_ds.benchmarks.pipeline.contest import Contest
 from llama_ds.child_processes import without_interrupts
 from llama_ds.errors import UserError
 from llama_ds.launch.namespaces import INTERFACE, Hosts
+from llama_ds.machine import free_port
 
 ROOT = Path(__file__).resolve().parents[3]
 PORT = 29507
@@ -51,7 +51,7 @@ def run_contest(contest: Contest, folder: Path) -> None:
 def _environments(world: int, hosts: Hosts | None) -> list[dict[str, str]]:
     """Return the environment of each rank, on its own simulated host or on this one."""
     common = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
-    common |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(PORT if hosts else _free_port())}
+    common |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(PORT if hosts else free_port())}
     common |= {"MASTER_ADDR": hosts.address(0) if hosts else "127.0.0.1"}
     if hosts:
         common |= {"GLOO_SOCKET_IFNAME": INTERFACE}
@@ -62,9 +62,3 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.kill()
         process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
