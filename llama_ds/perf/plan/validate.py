@@ -22,9 +22,9 @@ class Fits:
     """Whether runs ran or were out of memory, and whether the planner says so."""
 
     ran: int
-    said_to_fit: int  # of those that ran
+    said_to_fit: int  # among those that ran
     failed: int
-    said_to_fail: int  # of those that were out of memory
+    said_to_fail: int  # among the others
 
     @property
     def agreement(self) -> float:
