@@ -26,6 +26,20 @@ def own_ranges(tokens: int, rank: int, size: int, method: str) -> tuple[range, .
     return tuple(range(chunk * length, (chunk + 1) * length) for chunk in chunks)
 
 
+def causal_imbalance(tokens: int, size: int, method: str) -> float:
+    """Return the causal work of the busiest of `size` ranks over their mean, less 1, for a row of one document.
+
+    With all-to-alls, every rank computes whole rows of equally many heads.
+    """
+    if method != RING:
+        return 0.0
+    work = [
+        sum((part.start + part.stop + 1) * len(part) // 2 for part in own_ranges(tokens, rank, size, method))
+        for rank in range(size)
+    ]
+    return max(work) * size / sum(work) - 1
+
+
 class RingBlock(NamedTuple):
     """A step of the ring on one rank: which of its queries meet which of the keys at hand."""
 

@@ -81,7 +81,7 @@ class Schedule:
     @cached_property
     def held(self) -> list[list[list[Held]]]:
         """held[rank][chunk]: the maximal combinations of micro-batches that the rank holds of that chunk."""
-        return [[_maximal(self.computations(r), c) for c in range(self.chunks)] for r in range(self.ranks)]
+        return _held(self)
 
 
 def placement(name: str, ranks: int, chunks: int) -> Placement:
@@ -118,6 +118,12 @@ def last_use(computations: list[Instruction]) -> list[Instruction]:
         for step in computations
         if step.op is Op.WEIGHT_BACKWARD or (step.op in BACKWARDS and step[1:] not in split)
     ]
+
+
+@lru_cache(maxsize=1000)  # a search asks for the same schedule in many layouts
+def _held(schedule: Schedule) -> list[list[list[Held]]]:
+    computed = [schedule.computations(rank) for rank in range(schedule.ranks)]
+    return [[_maximal(steps, chunk) for chunk in range(schedule.chunks)] for steps in computed]
 
 
 def _maximal(computations: list[Instruction], chunk: int) -> list[Held]:

@@ -36,11 +36,13 @@ class RowSharing:
 
 @dataclass(frozen=True)
 class SharedAttention:
-    """Times of a rank's attention in forward and backward: computation, merging of blocks, exposed messages."""
+    """A rank's attention in forward and backward: times of computation, merging of blocks and messages, bytes sent."""
 
     attention: tuple[float, float]
-    merging: tuple[float, float]
-    exposed: tuple[float, float]
+    merging: tuple[float, float] = (0.0, 0.0)
+    exposed: tuple[float, float] = (0.0, 0.0)  # part of `messages`
+    messages: tuple[float, float] = (0.0, 0.0)  # time of all messages, exposed or hidden
+    sent: tuple[float, float] = (0.0, 0.0)  # bytes
 
 
 def shared_attention(
@@ -55,17 +57,19 @@ def shared_attention(
     element_bytes: int,
 ) -> SharedAttention:
     """Return the times of one layer; `heads` and `kv_heads` are those of a tensor-parallel rank."""
-    n, nothing = sharing.size, (0.0, 0.0)
+    n = sharing.size
     if n == 1:
-        return SharedAttention(attend(gpu, rows, seq_len, heads, head_dim), nothing, nothing)
+        return SharedAttention(attend(gpu, rows, seq_len, heads, head_dim))
     tokens = rows * seq_len // n
     if sharing.method != RING:
         group = RankGroup(n, sharing.stride)
         keys = 2 * math.lcm(kv_heads, n)
         elements = heads + keys + heads, 3 * heads + keys + heads + keys
-        sizes = (float(count * tokens * head_dim * element_bytes) for count in elements)
-        forward, backward = (half(gpu, group, size) for size in sizes)
-        return SharedAttention(attend(gpu, rows, seq_len, -(-heads // n), head_dim), nothing, (forward, backward))
+        whole = [float(count * tokens * head_dim * element_bytes) for count in elements]
+        times = half(gpu, group, whole[0]), half(gpu, group, whole[1])
+        sent = whole[0] * (n - 1) / n, whole[1] * (n - 1) / n
+        own = attend(gpu, rows, seq_len, -(-heads // n), head_dim)
+        return SharedAttention(own, exposed=times, messages=times, sent=sent)
     length = seq_len // n  # blocks run at the rate of rows of their length
     share = seq_len * (seq_len + 1) / (n * length * (length + 1))
     forward, backward = (time * share for time in attend(gpu, rows, length, heads, head_dim))
@@ -79,4 +83,6 @@ def shared_attention(
         (n - 1) * max(0.0, passed - forward / n),
         (n - 1) * max(0.0, passed + gradients - backward / n) + gradients,
     )
-    return SharedAttention((forward, backward), (merging[0], merging[1]), exposed)
+    messages = (n - 1) * passed, (n - 1) * passed + n * gradients
+    sent = (n - 1) * keys * element_bytes, (n - 1) * keys * element_bytes + n * keys * FP32_BYTES
+    return SharedAttention((forward, backward), (merging[0], merging[1]), exposed, messages, sent)
