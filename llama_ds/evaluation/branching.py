@@ -6,6 +6,7 @@ So the choices of a question share its context, and the questions of a task the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from llama_ds.evaluation.requests import Encoded
 def branched(requests: Sequence[Encoded], lengths: Sequence[int], fill: int) -> dict[int, list[PackedRow]]:
     """Return rows by their number of tokens, each the shortest of `lengths` that holds its requests; longest first."""
     order = sorted(range(len(requests)), key=lambda i: requests[i].ids)
-    shared = [0, *(_shared(requests[a], requests[b]) for a, b in zip(order, order[1:], strict=False))]
+    shared = [0, *(_shared(requests[a], requests[b]) for a, b in pairwise(order))]
     rows: dict[int, list[PackedRow]] = {}
     for start, stop in _cuts([len(requests[i].ids) for i in order], shared, lengths[-1] + 1):
         size = sum(len(requests[order[i]].ids) - (shared[i] if i > start else 0) for i in range(start, stop))
