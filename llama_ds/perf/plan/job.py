@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llama_ds.config.context_parallel import cp_method
+from llama_ds.config.context_parallel import WHOLE_ROWS, CpSizes, cp_sizes
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.layout.axes import Axes
@@ -49,7 +49,7 @@ class StepJob:
     stages: tuple[Counts, ...]  # policies of the decoder layers of each of the pp * chunks stages
     whole_model: bool = True  # False: bare layers, without embedding, head and optimizer
     launch_blocking: bool = False  # CUDA_LAUNCH_BLOCKING=1: host time and GPU time add up
-    cp_method: str = ""  # method of context parallelism if axes.cp > 1
+    cp_sizes: CpSizes = WHOLE_ROWS  # ranks that share rows
 
     @property
     def pp(self) -> int:
@@ -79,7 +79,7 @@ class StepJob:
     @property
     def sharing(self) -> RowSharing:
         """How context-parallel ranks share rows."""
-        return RowSharing(self.axes.cp, self.axes.stride("cp"), self.cp_method, self.ranks)
+        return RowSharing(self.cp_sizes, self.axes.stride("cp"), self.ranks)
 
     @property
     def tokens(self) -> int:
@@ -128,7 +128,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         chunks=schedule.chunks,
         extra_warmup=schedule.extra_warmup,
         stages=tuple(_counts(stage.policies) for stage in policies),
-        cp_method=cp_method(run)[0] if layout.cp > 1 else "",
+        cp_sizes=cp_sizes(run)[0] if layout.cp > 1 else WHOLE_ROWS,
     )
 
 
