@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from llama_ds.experiments.attempts import AS_ASKED, FAILURES, RecordedAttempt, Mark, attempts_of
+from llama_ds.experiments.attempts import AS_ASKED, FAILURES, Mark, RecordedAttempt, attempts_of
 from llama_ds.experiments.records import Curve, Records
 
 TRAINING, DATA_WAIT, LOST, FIRST_STEP = "training", "data wait", "lost steps", "first step"
