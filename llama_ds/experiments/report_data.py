@@ -11,8 +11,8 @@ from typing import Any
 
 from llama_ds.config.differences import differences, shown
 from llama_ds.experiments.norm_map import heat_map
-from llama_ds.experiments.norm_rises import first_rise, spikes
 from llama_ds.experiments.records import Curve, Records, training_hours
+from llama_ds.launch.supervise.norm_rises import first_rise, in_words, spikes
 from llama_ds.perf.plan.cost import CARBON, OVERHEAD
 
 HOURS = "training hours"
@@ -199,7 +199,7 @@ def _norms(run: Records) -> dict[str, Any]:
         "maps": [heat_map(run.norms, kind) for kind in NORM_KINDS],
         "spikes": [
             f"loss spike at step {spike.step:,}, {spike.loss:.4f} after {spike.before:.4f}: "
-            f"{first_rise(run.norms, spike.step) or 'no gradient is known to have risen before it'}"
+            f"{in_words(first_rise(run.norms, spike.step))}"
             for spike in spikes(losses.steps, losses.values)
         ],
     }

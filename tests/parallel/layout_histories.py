@@ -42,9 +42,9 @@ def histories_of(cases: Sequence[Case], folders: pytest.TempPathFactory) -> Call
 def check_equals_plain(case: Case, trained: History, tolerance: tuple[float, float]) -> None:
     """Check losses, gradient norms and norms of every weight, to relative tolerances, against one rank of plain torch.
 
-    The tolerance of gradient norms is also that of the norms of every weight. Where weights are near 1 (norms of heads),
-    an update of 1e-3 is known to their rounding, 6e-8 / 1e-3, and Muon enlarges small singular values with their
-    rounding: ten times that for such updates.
+    The tolerance of gradient norms is also that of the norms of every weight, but ten times as large for updates of two
+    kinds: that of eight weights near 1 (norms of heads) is a difference of 1e-3 with their rounding of 6e-8 each, and
+    Muon enlarges small singular values together with their rounding.
     """
     (history, validation, norms), reference = trained, reference_of(case.reference)
     assert len(history) == case.steps <= len(reference)

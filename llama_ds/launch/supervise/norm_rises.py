@@ -6,8 +6,12 @@ and by the factor `FACTOR`. The last `NEAR` lines before the spike are not part 
 
 from __future__ import annotations
 
+import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llama_ds.job.robust_stats import median_and_deviation
@@ -42,6 +46,26 @@ def spikes(steps: Sequence[int], losses: Sequence[float]) -> Iterator[Spike]:
         if spike and spike.step != last:
             last = spike.step
             yield spike
+
+
+def before_spike(metrics: Path, spike: int) -> str:
+    """Say whose gradient rose before the step `spike`, by the last lines of a run's metrics.jsonl that have norms."""
+    texts: deque[str] = deque(maxlen=2 * (WINDOW + NEAR))  # some may have been measured after the spike
+    try:
+        with open(metrics, encoding="utf-8") as file:
+            texts.extend(text for text in file if '"norms": {' in text)
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{metrics} cannot be read ({error}), so it is not known whose gradient rose before the spike"
+    lines = []
+    for text in texts:
+        with suppress(ValueError):  # a line that is still being written
+            lines.append(json.loads(text))
+    return in_words(first_rise(lines, spike))
+
+
+def in_words(rise: Rise | None) -> str:
+    """Return what is said of a rise before a spike, or of none."""
+    return str(rise or "no gradient is known to have risen before it")
 
 
 def first_rise(lines: Sequence[Mapping[str, Any]], spike: int) -> Rise | None:
