@@ -100,6 +100,7 @@ def train(
             feed.before_step(step)
             recording.before_step(step + 1)
             stragglers.before_step()
+            report.before_step(step + 1)
             lr = learning_rate(step, run.optimizer, run.training.steps)
             result = engine.train_step(feed, lr)
             done = step + 1
