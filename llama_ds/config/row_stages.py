@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from llama_ds.config.context_parallel import HIERARCHICAL
 from llama_ds.config.numbers import near_divisors
 from llama_ds.errors import UserError, listed
 
 if TYPE_CHECKING:
     from llama_ds.config.schema import RunConfig
 
-_SIZES = ("cp", "cp_method", "micro_batch")  # keys of a stage that stand for those of `parallel`
+_SIZES = ("cp", "cp_method", "cp_all_to_all", "micro_batch")  # keys of a stage that stand for those of `parallel`
 SEQ_LEN = "{seq_len}"  # in the path of a source: the row length of the stage
 
 
@@ -73,6 +74,9 @@ def complete_stages(data: Mapping[str, Any], parallel: Mapping[str, Any]) -> Non
             stage.update({key: parallel.get(key, 1) for key in ("cp", "micro_batch") if stage.get(key) is None})
             if stage.get("cp_method") is None:
                 stage["cp_method"] = parallel.get("cp_method", "auto") if stage["cp"] != 1 else "auto"
+            if stage.get("cp_all_to_all") is None:
+                hierarchical = stage["cp_method"] == HIERARCHICAL
+                stage["cp_all_to_all"] = parallel.get("cp_all_to_all", 0) if hierarchical else 0
 
 
 def trained_lengths(run: Mapping[str, Any], steps: int) -> list[tuple[int, int]]:

@@ -107,6 +107,10 @@ class RowStage(Section):
         str | None,
         Key("Method of context parallelism in this stage; null: `parallel.cp_method`.", choices=CP_METHODS),
     ] = None
+    cp_all_to_all: Annotated[
+        int | None,
+        Key("Ranks of a group in this stage; null: `parallel.cp_all_to_all`.", "ranks", NOT_NEGATIVE, most=1e4),
+    ] = None
     micro_batch: Annotated[
         int | None,
         Key("Rows per micro-batch in this stage; null: `parallel.micro_batch`.", "rows", POSITIVE, most=1e6),

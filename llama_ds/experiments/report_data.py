@@ -22,6 +22,7 @@ PANELS = (  # title, unit, factor, names; a name that ends in / stands for all t
     ("Throughput", "tokens/s/GPU", 1, ("tokens_per_s_per_gpu",)),
     ("Utilisation", "percent of peak", 100, ("mfu", "hfu")),
     ("Wait for data", "seconds per step", 1, ("data_wait_s",)),
+    ("Imbalance of a ring", "attention of the slowest rank over the mean", 1, ("cp_imbalance",)),
     ("Peak memory", "GiB, fullest rank", 1, ("peak_mem_gib",)),
     ("Tokens read by source", "", 1, ("tokens/",)),
     ("Epochs by source", "", 1, ("epochs/",)),
@@ -42,7 +43,7 @@ def page_data(runs: Sequence[Records], power_w: float | None = None) -> dict[str
         "runs": [_run(run, power_w) for run in runs],
         "tasks": _tasks(runs),
         "differences": setting_differences(runs),
-        "events": [_event(run, event) for run in runs for event in run.events],
+        "events": [_event(run, event) for run in runs for event in run.events if event.get("event") != "progress"],
     }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from llama_ds.config.rules import FLASH_HEAD_DIMS
 from llama_ds.errors import UserError
@@ -37,6 +38,7 @@ class Documents:
     def __init__(self, start: Tensor) -> None:
         self.start = start  # (B, T)
         self._biases: dict[torch.dtype, Tensor] = {}
+        self.blocks: dict[tuple[int, ...], Any] = {}  # those of the steps of a ring (`ring_attention`)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -50,6 +52,22 @@ class Documents:
             bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.start.device)
             self._biases[dtype] = bias.masked_fill_(~self.mask, -math.inf)
         return self._biases[dtype]
+
+    @cached_property
+    def begins(self) -> list[list[int]]:
+        """Return of each row the positions at which its documents begin.
+
+        Reading them synchronises with the device, once per micro-batch and stage. Without data, as in a dry run, each
+        row is one document, which needs most memory.
+        """
+        rows, length = self.start.shape
+        if isinstance(self.start, FakeTensor):
+            return [[0]] * rows
+        *offsets, _ = self.cumulative_lengths.tolist()
+        found: list[list[int]] = [[] for _ in range(rows)]
+        for offset in offsets:
+            found[offset // length].append(offset % length)
+        return found
 
     @cached_property
     def cumulative_lengths(self) -> Tensor:

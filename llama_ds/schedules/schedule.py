@@ -89,6 +89,27 @@ def placement(name: str, ranks: int, chunks: int) -> Placement:
     return Placement(ranks, chunks, "v" if name == "dualpipe_v" else "loop")
 
 
+@lru_cache(maxsize=1000)
+def split_share(name: str, ranks: int, micro_batches: int, chunks: int, extra_warmup: int) -> float:
+    """Return the share of a schedule's backwards whose weight gradients are computed separately.
+
+    Their number is a linear function of the micro-batches once the pipeline is full, so long steps are extrapolated.
+    """
+
+    def count(number: int) -> int:
+        plan = Schedule(name, ranks, number, chunks, extra_warmup)
+        return sum(step.op is Op.WEIGHT_BACKWARD for rank in range(ranks) for step in plan.computations(rank))
+
+    short, longer = 3 * ranks, 4 * ranks
+    if micro_batches <= longer + ranks:
+        found = float(count(micro_batches))
+    else:
+        rest = micro_batches % ranks
+        last = count(longer + rest)
+        found = last + (last - count(short + rest)) * (micro_batches - longer - rest) / ranks
+    return found / (micro_batches * ranks * chunks)
+
+
 def last_use(computations: list[Instruction]) -> list[Instruction]:
     """Return the computations that read an activation for the last time: those of the weight gradients."""
     split = {step[1:] for step in computations if step.op is Op.WEIGHT_BACKWARD}

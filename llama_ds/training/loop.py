@@ -32,6 +32,7 @@ from llama_ds.training.setup import (
     open_train_data,
     stage_setup,
     validation_batches,
+    with_cp_method,
     with_min_memory,
 )
 from llama_ds.training.start import carried_over, open_start
@@ -88,12 +89,14 @@ def train_stage(
     """
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
+    hosts = world.gather(progress.host)
     run = with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     chosen = checkpoints.choose()
     if run.data.stages:
         run, layout, config = world.together(lambda: stage_setup(run, chosen, layout.world, device))
-        checkpoints.run, checkpoints.layout = run, layout
+    run = with_cp_method(run, hosts)
+    checkpoints.run, checkpoints.layout = run, layout
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
@@ -110,7 +113,6 @@ def train_stage(
     last = min(final, stage_steps(run, first).stop)
     log_start(run, layout, dtype, range(first, last), chosen)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))
-    hosts = world.gather(progress.host)
     log = world.together(
         lambda: (
             open_run_log(run, first, config, machine_of(layout, device, hosts, run.run_dir))

@@ -70,7 +70,10 @@ class Reporter:
         self._progress.tell(what="loss", step=unread.step, loss=loss)
         metrics = self._meter.measure(unread.step, loss, unread.lr, norm)
         if self._log:
-            self._log.record(asdict(metrics))
+            values = asdict(metrics)
+            if metrics.cp_imbalance is None:
+                del values["cp_imbalance"]
+            self._log.record(values)
             self._log.print_line(console_line(metrics, self._run.training.steps))
             self._log.advance(unread.step)
         if not math.isfinite(loss):
@@ -124,10 +127,11 @@ def console_line(metrics: StepMetrics, total: int) -> str:
     """Return the console line for a step of a run of `total` steps."""
     remaining = (total - metrics.step) * metrics.step_s
     utilisation = "" if metrics.mfu is None else f" | MFU {metrics.mfu:.1%}"
+    imbalance = "" if metrics.cp_imbalance is None else f" | cp imbalance {metrics.cp_imbalance:.2f}"
     return (
         f"step {metrics.step}/{total} | loss {metrics.loss:.4f} | lr {metrics.lr:.2e} | norm {metrics.grad_norm:.3f}"
         f" | {metrics.tokens_per_s:,.0f} tok/s | {metrics.tokens_per_s_per_gpu:,.0f} tok/s/GPU{utilisation}"
-        f" | mem {metrics.peak_mem_gib:.2f} GiB | ETA {_duration(remaining)}"
+        f"{imbalance} | mem {metrics.peak_mem_gib:.2f} GiB | ETA {_duration(remaining)}"
     )
 
 

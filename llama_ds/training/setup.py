@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 
 from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.config.context_parallel import HIERARCHICAL, cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import AUTO
 from llama_ds.config.row_stages import at_stage, stage_index, stage_runs
@@ -52,6 +56,16 @@ def stage_setup(
         open_sources(later.data, later.model.vocab_size)
     layout = resolve_layout(stage, ranks)
     return stage, layout, deepspeed_config(stage, layout, world.computes_bf16(device))
+
+
+def with_cp_method(run: RunConfig, hosts: Sequence[str]) -> RunConfig:
+    """Return the run with `cp_method` resolved; `hosts` are those of all ranks, in order."""
+    if run.parallel.cp == 1:
+        return run
+    sizes, reason = cp_sizes(run, min(Counter(hosts).values()))
+    logger.info("context parallelism: %s over %d ranks, %s", sizes.words(), sizes.ranks, reason)
+    groups = sizes.all_to_all if sizes.method == HIERARCHICAL else 0
+    return replace(run, parallel=replace(run.parallel, cp_method=sizes.method, cp_all_to_all=groups))
 
 
 def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info: world.RankInfo) -> Dataset:

@@ -69,6 +69,7 @@ class Case:
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
     cp: int = 1
     cp_method: str = "auto"
+    cp_all_to_all: int = 0
     kv_heads: int = 4
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
@@ -149,6 +150,7 @@ def run_of(case: Case) -> RunConfig:
             case.virtual_stages,
             case.cp,
             case.cp_method,
+            case.cp_all_to_all,
         ),
         compute=ComputeConfig(decoder_layer=case.decoder_layer),
         deepspeed={

@@ -53,7 +53,7 @@ def report(folder: Path, device: str, *overrides: str) -> Reporter:
     """Return a reporter for a device type whose step results are plain losses."""
     run, log = open_log(folder, *overrides)
     engine: Any = SimpleNamespace(read=lambda loss: (loss, 1.0))
-    feed: Any = SimpleNamespace(wait_s=0.0)
+    feed: Any = SimpleNamespace(wait_s=0.0, balance=None)
     meter = Meter(run, resolve_layout(run, 4), feed, "fp32", torch.device("cpu"), 0)
     return Reporter(run, engine, meter, log, Progress(), torch.device(device))
 

@@ -145,7 +145,7 @@ def _sharings(base: RunConfig, tp: int, ranks: int, rejected: dict[str, Rejected
         if seq_len % (2 * cp * tp):
             _reject(rejected, "rows that a ring cannot divide", f"{shared}: {seq_len} tokens by {2 * cp * tp}")
         elif base.data.document_mask:
-            why = "a ring computes document masks by plain matrix products"
+            why = "the documents of a row decide how unequal the ranks of a ring are"
             _reject(rejected, why, f"{shared}: without data.document_mask, rings are searched too")
         else:
             yield cp, RING

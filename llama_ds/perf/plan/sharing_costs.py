@@ -55,14 +55,14 @@ def sharing_costs(gpu: Hardware, step: StepTime) -> SharingCosts | None:
     sent, exposed, hidden = (value * job.micro_batches for value in max(found))
     keys = 2 * job.tokens * -(-job.model.num_key_value_heads // job.tp) * job.model.head_dim
     return SharingCosts(
-        sharing.method,
+        sharing.sizes.words(),
         sharing.size,
         sharing.stride,
         keys * job.program.element_bytes,
         sent,
         exposed,
         max(0.0, hidden),
-        causal_imbalance(job.seq_len, sharing.size, sharing.method),
+        causal_imbalance(job.seq_len, sharing.sizes),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from llama_ds.layout.flops import parameter_count
@@ -24,7 +25,7 @@ from llama_ds.perf.plan.estimate import Estimate, as_data
 from llama_ds.perf.plan.job import layers_by_policy
 from llama_ds.perf.plan.search import SearchResult
 from llama_ds.perf.plan.sharing_costs import sharing_costs
-from llama_ds.perf.plan.validate import Checked, groups, summary
+from llama_ds.perf.plan.validate import Checked, Fits, groups, summary
 
 RANKED = [
     *("", "tp", "pp", "cp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "MFU", "bubble"),
@@ -230,7 +231,9 @@ def trade(target: float, inference_tokens: float, rates: Rates) -> tuple[dict[st
     return data, f"{head}\n{aligned(rows)}{note}"
 
 
-def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool) -> tuple[dict[str, Any], str]:
+def errors(
+    checked: Sequence[Checked], skipped: Mapping[str, int], fits: Fits | None, each: bool
+) -> tuple[dict[str, Any], str]:
     """Return the planner's errors by source and over all rows, as plain data and as text."""
     tables = {name: summary(items) for name, items in groups(checked).items()}
     time = [item for item in checked if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100")]
@@ -241,6 +244,7 @@ def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool) -
         totals["all A100 | time"]["median_of_sources"] = statistics.median(of_sources)
     rows = [{"id": c.row.id, "measured": c.row.value, "predicted": c.predicted, "error": c.error} for c in checked]
     data = {"sources": tables, "overall": totals, "skipped": dict(skipped), "rows": rows}
+    data["fits"] = fits and {**asdict(fits), "agreement": fits.agreement}
     lines = [("source | machine | what", "rows", "median |error|", "90th percentile", "bias")]
     for name, found in {**tables, **totals}.items():
         lines.append(
@@ -251,6 +255,11 @@ def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool) -
         table = [("row", "measured", "predicted", "error")]
         table += [(c.row.id, f"{c.row.value:.4g}", f"{c.predicted:.4g}", f"{c.error:+.1%}") for c in checked]
         text = aligned(table) + "\n\n" + text
+    if fits:
+        text += (
+            f"\n\nmemory: {fits.said_to_fit} of {fits.ran} runs that ran are said to fit, {fits.said_to_fail} of "
+            f"{fits.failed} that were out of memory not to; agreement {fits.agreement:.1%}"
+        )
     if skipped:
         text += "\n\nskipped:\n" + "\n".join(f"  {count:>5}  {why}" for why, count in sorted(skipped.items()))
     return data, text
