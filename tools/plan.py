@@ -22,6 +22,7 @@ from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import Answer, add_json, new_parser, real, run, subcommands
 from llama_ds.config.reader import integer
+from llama_ds.config.row_stages import stage_runs
 from llama_ds.config.run_file import load_run
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
@@ -127,8 +128,11 @@ def _add_fit_options(command: argparse.ArgumentParser) -> None:
 
 def plan_estimate(args: argparse.Namespace) -> Answer:
     """Return the estimate of one layout."""
-    found = estimate(load_run(args.run, args.overrides), args.gpus, hardware.load(args.gpu))
-    return Answer(as_data(found), report(found) + (f"\n\n{explain(found)}" if args.explain else ""))
+    run, gpu = load_run(args.run, args.overrides), hardware.load(args.gpu)
+    stages = [estimate(stage, args.gpus, gpu) for stage in stage_runs(run)]
+    texts = [report(found) + (f"\n\n{explain(found)}" if args.explain else "") for found in stages]
+    data = as_data(stages[0]) if len(stages) == 1 else {"stages": [as_data(found) for found in stages]}
+    return Answer(data, "\n\n".join(texts))
 
 
 def plan_search(args: argparse.Namespace) -> Answer:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llama_ds.config.deepspeed_json import deepspeed_config, training_dtype
+from llama_ds.config.row_stages import first_step, stage_steps
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout, resolve_layout
@@ -40,8 +41,16 @@ class Estimate:
 
     @property
     def days(self) -> float:
-        """Duration of the run in days, without interruptions."""
-        return self.run.training.steps * self.step.seconds / 86400
+        """Duration of the run, or of its stage of `data.stages`, in days without interruptions."""
+        return len(stage_steps(self.run, first_step(self.run))) * self.step.seconds / 86400
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the run, or of its stage of `data.stages`."""
+        if not self.run.data.stages:
+            return self.run.training.tokens
+        steps = len(stage_steps(self.run, first_step(self.run)))
+        return steps * self.run.training.global_batch * self.run.data.seq_len
 
 
 def with_partition(run: RunConfig) -> RunConfig:
@@ -149,7 +158,7 @@ def report(found: Estimate) -> str:
         f"optimizer {step.optimizer:.3f} + host {step.host:.3f}",
         f"  bubble         {step.bubble:.1%} of the pipeline's time",
         f"  speed          {step.tokens_per_second:,.0f} tokens/s/GPU, MFU {step.mfu(found.gpu):.1%}, "
-        f"{found.days:.1f} days for {found.run.training.tokens:.3g} tokens",
+        f"{found.days:.1f} days for {found.tokens:.3g} tokens",
         *([_likely_words(*likely)] if likely else []),
         f"  memory         {found.peak_bytes / GIB:.1f} of {found.gpu.memory_gib:.0f} GiB"
         f"{'' if found.fits else ': DOES NOT FIT'}",
