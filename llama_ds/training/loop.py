@@ -60,7 +60,7 @@ def train(
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
     hosts = world.gather(progress.host)
-    run = with_cp_method(with_min_memory(run, device), hosts)
+    run = with_cp_method(with_min_memory(run, device), hosts, dtype)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     chosen = checkpoints.choose()
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
