@@ -43,7 +43,7 @@ def page_data(runs: Sequence[Records], power_w: float | None = None) -> dict[str
         "runs": [_run(run, power_w) for run in runs],
         "tasks": _tasks(runs),
         "differences": setting_differences(runs),
-        "events": [_event(run, event) for run in runs for event in run.events],
+        "events": [_event(run, event) for run in runs for event in run.events if event.get("event") != "progress"],
     }
 
 

@@ -12,8 +12,6 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
-from llama_ds.perf.plan.hardware import load as hardware
-from llama_ds.perf.plan.search import search
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 ONE_TP = ["parallel.tp=1", "parallel.sequence_parallel=false"]
@@ -110,8 +108,3 @@ def test_placement_names_groups_that_pass_keys_between_hosts() -> None:
     assert "cp: all 8 groups of 2 ranks within a host" in within
     assert "dp * cp: all 4 groups of 4 ranks within a host, gradients reduced there" in within
     assert "cp: 8 of 8 groups of 2 ranks span hosts, the first a and b; all keys and values pass between them" in across
-
-
-def test_the_search_refuses_what_it_does_not_vary() -> None:
-    with pytest.raises(UserError, match=r"parallel.cp = 2: the search knows no layouts with context parallelism"):
-        search(load("quickstart", "parallel.cp=2"), 16, hardware("a100-80gb"))

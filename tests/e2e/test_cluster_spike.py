@@ -94,7 +94,7 @@ def test_the_job_goes_back_before_the_spike_and_leaves_its_data_out(
     (rewind,) = job.named("rewind")
     assert rewind["to"] == BACK
     assert f"going back to step {BACK}, and skipping {SKIP} steps of data" in job.output
-    assert [e["event"] for e in job.events if e["event"] not in ("killed", "waiting")] == [
+    assert [e["event"] for e in job.events if e["event"] not in ("killed", "progress", "waiting")] == [
         *("job started", "attempt started", "ranks joined", "spike", "rewind", "restart"),
         *("attempt started", "ranks joined", "done", "job ended"),
     ]

@@ -18,7 +18,7 @@ from llama_ds.perf.plan.communication import RankGroup
 from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
 from llama_ds.perf.plan.row_sharing import RowSharing
 from llama_ds.schedules.instructions import Placement
-from llama_ds.schedules.schedule import Schedule
+from llama_ds.schedules.schedule import Schedule, split_share
 
 Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
 
@@ -101,6 +101,11 @@ class StepJob:
     def placement(self) -> Placement:
         """The placement of stages on pipeline ranks, which no number of micro-batches changes."""
         return self.plan(max(self.micro_batches, 2 * self.pp)).placement
+
+    @property
+    def split_share(self) -> float:
+        """Share of the backwards whose weight gradients the schedule puts off."""
+        return split_share(self.schedule, self.pp, self.micro_batches, self.chunks, self.extra_warmup)
 
     def plan(self, micro_batches: int) -> Schedule:
         """Return the schedule of the job for this number of micro-batches."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llama_ds.config.context_parallel import WHOLE_ROWS, CpSizes
-from llama_ds.layout.cp_traffic import GRADIENT_BYTES, cp_traffic
+from llama_ds.layout.cp_traffic import GRADIENT_BYTES, cp_traffic, sent_bytes
 from llama_ds.perf.plan.communication import RankGroup, half, message
 from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
@@ -40,11 +40,13 @@ class RowSharing:
 
 @dataclass(frozen=True)
 class SharedAttention:
-    """Times of a rank's attention in forward and backward: computation, merging of blocks, exposed messages."""
+    """A rank's attention in forward and backward: times of computation, merging of blocks and messages, bytes sent."""
 
     attention: tuple[float, float]
-    merging: tuple[float, float]
-    exposed: tuple[float, float]
+    merging: tuple[float, float] = (0.0, 0.0)
+    exposed: tuple[float, float] = (0.0, 0.0)  # part of `messages`
+    messages: tuple[float, float] = (0.0, 0.0)  # time of all messages, exposed or hidden
+    sent: tuple[float, float] = (0.0, 0.0)  # bytes
 
 
 def shared_attention(
@@ -67,8 +69,11 @@ def shared_attention(
         half(gpu, around, float(traffic.exchanged_forward * element_bytes)),
         half(gpu, around, float(traffic.exchanged_backward * element_bytes)),
     )
+    forward_bytes, backward_bytes = sent_bytes(sharing.sizes, traffic, element_bytes)
+    sent = float(forward_bytes), float(backward_bytes)
     if ring == 1:
-        return SharedAttention(attend(gpu, rows, seq_len, own_heads, head_dim), (0.0, 0.0), exchanged)
+        own = attend(gpu, rows, seq_len, own_heads, head_dim)
+        return SharedAttention(own, exposed=exchanged, messages=exchanged, sent=sent)
     length = seq_len // ring  # blocks run at the rate of rows of their length
     share = seq_len * (seq_len + 1) / (ring * length * (length + 1))
     forward, backward = (time * share for time in attend(gpu, rows, length, own_heads, head_dim))
@@ -82,4 +87,5 @@ def shared_attention(
         (ring - 1) * max(0.0, passed - forward / ring) + exchanged[0],
         (ring - 1) * max(0.0, passed + gradients - backward / ring) + gradients + exchanged[1],
     )
-    return SharedAttention((forward, backward), (merging[0], merging[1]), exposed)
+    messages = (ring - 1) * passed + exchanged[0], (ring - 1) * passed + ring * gradients + exchanged[1]
+    return SharedAttention((forward, backward), (merging[0], merging[1]), exposed, messages, sent)
