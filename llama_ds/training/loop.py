@@ -95,7 +95,7 @@ def train_stage(
     chosen = checkpoints.choose()
     if run.data.stages:
         run, layout, config = world.together(lambda: stage_setup(run, chosen, layout.world, device))
-    run = with_cp_method(run, hosts)
+    run = with_cp_method(run, hosts, dtype)
     checkpoints.run, checkpoints.layout = run, layout
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks

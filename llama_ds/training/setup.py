@@ -22,6 +22,7 @@ from llama_ds.data.mixture import state_from_json
 from llama_ds.data.source.shards import check_present
 from llama_ds.data.sources import Sources, open_sources
 from llama_ds.data.stream import Dataset, open_data
+from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.log import logger
@@ -58,12 +59,18 @@ def stage_setup(
     return stage, layout, deepspeed_config(stage, layout, world.computes_bf16(device))
 
 
-def with_cp_method(run: RunConfig, hosts: Sequence[str]) -> RunConfig:
+def with_cp_method(run: RunConfig, hosts: Sequence[str], dtype: str) -> RunConfig:
     """Return the run with `cp_method` resolved; `hosts` are those of all ranks, in order."""
     if run.parallel.cp == 1:
         return run
     sizes, reason = cp_sizes(run, min(Counter(hosts).values()))
     logger.info("context parallelism: %s over %d ranks, %s", sizes.words(), sizes.ranks, reason)
+    model, parallel = run.model, run.parallel
+    heads, kv_heads = model.num_attention_heads // parallel.tp, model.num_key_value_heads // parallel.tp
+    tokens = parallel.micro_batch * run.data.seq_len // sizes.ranks
+    traffic = cp_traffic(sizes, tokens, heads, kv_heads, model.head_dim)
+    forward, backward = (size / 2**20 for size in sent_bytes(sizes, traffic, ELEMENT_BYTES[dtype]))
+    logger.info("each rank sends %.3g MiB forward and %.3g MiB backward, of a layer and micro-batch", forward, backward)
     groups = sizes.all_to_all if sizes.method == HIERARCHICAL else 0
     return replace(run, parallel=replace(run.parallel, cp_method=sizes.method, cp_all_to_all=groups))
 
