@@ -239,10 +239,10 @@ def plan_goodput(args: argparse.Namespace) -> Answer:
         raise UserError(
             "goodput: needs --gpus and --model (or --training-days and --step-s), or --published; see --help"
         )
-    name, training_s, step_s = args.model or "run", 86400 * (args.training_days or 0), args.step_s
-    if not training_s or step_s is None:
+    name, days, step_s = args.model or "run", args.training_days, args.step_s
+    if days is None or step_s is None:
         best = search(base_run(args.model), args.gpus, hardware.load(args.gpu), 1).best[0]
-        training_s, step_s = training_s or 86400 * best.days, step_s or best.step.seconds
+        days, step_s = days or best.days, step_s or best.step.seconds
     memory_share = args.memory_share if args.memory_save_s is not None else 0.0
     tiers = [Tier("disk", args.disk_save_s, args.restart_s, args.disk_write_s, 1 - memory_share)]
     if memory_share:
@@ -254,7 +254,7 @@ def plan_goodput(args: argparse.Namespace) -> Answer:
         failures_per_gpu_day=args.failures_per_gpu_day,
         host_share=args.host_share,
         repair_s=3600 * args.repair_h,
-        training_s=training_s,
+        training_s=86400 * days,
         step_s=step_s,
         tiers=[tier for tier in tiers if tier.share],
         start=args.start or datetime.now(),
