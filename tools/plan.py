@@ -38,7 +38,7 @@ from llama_ds.perf.plan.models import base_run
 from llama_ds.perf.plan.page import page
 from llama_ds.perf.plan.rows import Row, read_rows
 from llama_ds.perf.plan.search import search
-from llama_ds.perf.plan.validate import check
+from llama_ds.perf.plan.validate import check, fits
 from llama_ds.perf.plan.write import write
 
 EXAMPLES = """examples:
@@ -265,11 +265,13 @@ def plan_goodput(args: argparse.Namespace) -> Answer:
 def plan_validate(args: argparse.Namespace) -> Answer:
     """Return the errors by source."""
     machines = {name: hardware.load(name) for name in hardware.names()}
-    checked, skipped = check(_rows(args.data), machines)
-    if not checked:
+    rows = _rows(args.data)
+    checked, skipped = check(rows, machines)
+    memory = fits(rows, machines)
+    if not (checked or memory):
         reasons = "; ".join(f"{count} {why}" for why, count in skipped.items()) or "the files hold no rows"
         raise UserError(f"{', '.join(args.data)}: no row can be compared: {reasons}; fill in the layout columns")
-    return Answer(*tables.errors(checked, skipped, args.rows))
+    return Answer(*tables.errors(checked, skipped, memory, args.rows))
 
 
 def plan_fit(args: argparse.Namespace) -> Answer:

@@ -143,6 +143,14 @@ class LoggingConfig(Section):
     straggler_interval: Annotated[
         int, Key("Interval between reports of ranks that others wait for; 0: none.", "steps", NOT_NEGATIVE)
     ] = 100
+    norms: Annotated[
+        int,
+        Key(
+            "Interval between measurements of the norms of gradient, weights and update of every weight; 0: none.",
+            "steps",
+            NOT_NEGATIVE,
+        ),
+    ] = 0
     trace_step: Annotated[
         int,
         Key("First step whose events every rank records in the run's folder; 0: none.", "steps", NOT_NEGATIVE),

@@ -34,6 +34,7 @@ class Records:
     curves: Mapping[str, Curve]  # by the name that metrics.jsonl gives them
     machines: Sequence[Mapping[str, Any]]  # a line for each start
     events: Sequence[Mapping[str, Any]]  # all jobs' events by time, each with its job's number
+    norms: Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl that have norms of weights
     damaged: Mapping[str, int]  # lines that could not be read, by file; a last line without its end is no damage
 
 
@@ -69,15 +70,34 @@ def read_run(folder: str) -> Records:
     for path in sorted(root.glob("jobs/*/events.jsonl")):
         lines = _lines(path, "time", damaged)
         events += [{**line, "job": path.parent.name} for line in lines]
+    norms: list[Mapping[str, Any]] = []
     machines = _lines(root / MACHINES, "step", damaged) if (root / MACHINES).is_file() else []
     return Records(
         name=os.path.basename(os.path.realpath(folder)),
         folder=folder,
         config=config,
-        curves=curves_of(_lines(root / METRICS, "step", damaged)),
+        curves=curves_of(_with_norms_kept(_lines(root / METRICS, "step", damaged), norms)),
         machines=list(machines),
         events=sorted(events, key=lambda event: event["time"]),
+        norms=norms,
         damaged=damaged,
+    )
+
+
+def _with_norms_kept(lines: Iterator[dict[str, Any]], norms: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield all lines, and append to `norms` those that have norms of weights."""
+    for line in lines:
+        if _are_norms(line.get("norms")):
+            norms.append(line)
+        yield line
+
+
+def _are_norms(value: object) -> bool:
+    """Return whether a value has, by kind and role, a number or null for each layer."""
+    return isinstance(value, dict) and all(
+        isinstance(rows, dict)
+        and all(isinstance(row, list) and all(x is None or _is_number(x) for x in row) for row in rows.values())
+        for rows in (value.get("gradient"), *value.values())
     )
 
 

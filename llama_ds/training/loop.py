@@ -24,7 +24,14 @@ from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
 from llama_ds.training.self_test.check import self_test_at_start
-from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
+from llama_ds.training.setup import (
+    load_state,
+    log_start,
+    open_train_data,
+    validation_batches,
+    with_cp_method,
+    with_min_memory,
+)
 from llama_ds.training.start import carried_over, open_start
 from llama_ds.training.stragglers import Stragglers
 from llama_ds.training.task_evaluation import TaskEvaluation
@@ -53,7 +60,8 @@ def train(
     """
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
-    run = with_min_memory(run, device)
+    hosts = world.gather(progress.host)
+    run = with_cp_method(with_min_memory(run, device), hosts)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     chosen = checkpoints.choose()
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
@@ -71,7 +79,6 @@ def train(
     last = min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
     log_start(run, layout, dtype, range(first, last), chosen)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))
-    hosts = world.gather(progress.host)
     log = world.together(
         lambda: (
             open_run_log(run, first, config, machine_of(layout, device, hosts, run.run_dir))
@@ -95,6 +102,7 @@ def train(
             feed.before_step(step)
             recording.before_step(step + 1)
             stragglers.before_step()
+            report.before_step(step + 1)
             lr = learning_rate(step, run.optimizer, run.training.steps)
             result = engine.train_step(feed, lr)
             done = step + 1

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.config.context_parallel import HIERARCHICAL, cp_sizes
 from llama_ds.config.recompute import AUTO
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import state_from_json
@@ -33,6 +37,16 @@ def with_min_memory(run: RunConfig, device: torch.device) -> RunConfig:
     """Return the run with `recompute: auto` resolved for the job's smallest device memory. Collective."""
     smallest = -int(world.maximum([-float(world.device_memory(device))], device)[0])
     return with_device_memory(run, smallest)
+
+
+def with_cp_method(run: RunConfig, hosts: Sequence[str]) -> RunConfig:
+    """Return the run with `cp_method` resolved; `hosts` are those of all ranks, in order."""
+    if run.parallel.cp == 1:
+        return run
+    sizes, reason = cp_sizes(run, min(Counter(hosts).values()))
+    logger.info("context parallelism: %s over %d ranks, %s", sizes.words(), sizes.ranks, reason)
+    groups = sizes.all_to_all if sizes.method == HIERARCHICAL else 0
+    return replace(run, parallel=replace(run.parallel, cp_method=sizes.method, cp_all_to_all=groups))
 
 
 def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info: world.RankInfo) -> Dataset:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from llama_ds.errors import UserError
+from llama_ds.experiments.norm_map import layer_norms
 from llama_ds.experiments.records import Curve, read_run, read_runs, training_hours
 from llama_ds.experiments.report_data import facts, notes, page_data, panels
 from llama_ds.experiments.report_page import page
@@ -227,3 +228,32 @@ def test_curve_as_text_has_the_means_in_their_places() -> None:
     ]
     assert text_curve(Curve([1], [math.nan])) == ""
     assert text_curve(curve, 7, 2, encoding="latin-1").splitlines()[:2] == ["4.000 ####", "0.000 ######"]
+
+
+def norm_line(step: int, down: float | None) -> dict[str, Any]:
+    """Return a line of two layers, in which the gradient of the second down projection is `down`."""
+    noise = 1 + step % 3 / 100
+    rows = {"embedding": [0.5 * noise], "q_proj": [noise, noise], "down_proj": [noise, down], "head": [2.0]}
+    return {"step": step, "norms": dict.fromkeys(("gradient", "weight", "update"), rows)}
+
+
+def test_the_page_says_whose_gradient_rose_before_a_spike(tmp_path: Path) -> None:
+    """It rises at step 60, ten steps before the loss; what rises with the loss comes later."""
+    losses = [{"step": n, "loss": 3.0 + n % 3 / 100 + 2 * (n >= 70)} for n in range(1, 80)]
+    norms = [norm_line(n, 1 + n % 2 / 100 + 4 * (n >= 60)) for n in range(3, 80, 3)]
+    norms += [{"step": 80, "norms": {"gradient": {"q_proj": ["x"]}}}, {"step": 80, "norms": {"weight": {}}}]
+    text = page(page_data([read_run(write_run(tmp_path / "a", [*losses, *norms]))]))
+    assert "the gradient of down_proj of layer 2 rose first, at step 60, to 5.0 times its median" in text
+    assert text.count("relative to the layer's median") == 3
+    assert [text.count(f">{name}</text>") for name in ("embedding", "layer 1", "layer 2", "head")] == [3, 3, 3, 3]
+
+
+def test_a_layer_has_the_norm_of_all_its_weights() -> None:
+    """A weight whose norm was not finite leaves a gap."""
+    rows = layer_norms([norm_line(3, 1.0), norm_line(6, None)], "gradient")
+    assert rows == {
+        "embedding": [0.5, 0.5],
+        "layer 1": [math.sqrt(2), math.sqrt(2)],
+        "layer 2": [math.sqrt(2), None],
+        "head": [2.0, 2.0],
+    }

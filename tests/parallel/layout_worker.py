@@ -19,6 +19,7 @@ from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel import world
+from llama_ds.parallel.layer_norms import LayerNorms
 from llama_ds.parallel.optimizer_state import fragments
 from llama_ds.parallel.replicas import wrong_ranks
 from llama_ds.training.engines.build import build_engine
@@ -26,16 +27,20 @@ from llama_ds.training.lr_schedule import learning_rate
 from tests.parallel.layout_cases import STEPS, VALIDATION, Case, micro_batches, reference_model, step_batches
 
 
-def train(case: Case) -> tuple[list[tuple[float, float]], float]:
-    """Return loss and gradient norm of each step, and the validation loss after the last."""
+def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[float]]]:
+    """Return loss and gradient norm of each step, the validation loss after the last, and that step's norms by kind."""
     run = case.run
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
     check_initial_weights(case, engine.deepspeed)
     batches = micro_batches(case, engine.dp_rank)
     history = []
+    norms = LayerNorms(engine.deepspeed, run.model)
     for step in range(case.steps):
+        if step == case.steps - 1:
+            norms.measure()
         result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
         history.append(engine.read(result))
+    by_weight = norms.sums().wait(history[-1][1])
     if (case.dtype, case.zero, case.decoder_layer) == ("bf16", 1, "manual_backward"):
         # Straight into BF16_Optimizer's fp32 buffers: no matrix has a gradient in bf16.
         assert all(p.grad is None for n, p in engine.deepspeed.module.named_parameters() if "_proj" in n)
@@ -48,7 +53,7 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float]:
     if case.zero < 3 and case.layout.data_axis > 1:
         check_replicas(case, engine.deepspeed)
     engine.deepspeed.destroy()
-    return history, validation
+    return history, validation, {kind: list(found.values()) for kind, found in by_weight.items()}
 
 
 def check_initial_weights(case: Case, engine: Any) -> None:

@@ -22,6 +22,7 @@ from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.host_pool import STRIKES, HostPool
+from llama_ds.launch.supervise.norm_rises import before_spike
 from llama_ds.launch.supervise.repeats import RepeatedFailures, reason
 from llama_ds.launch.supervise.server import Server
 
@@ -196,6 +197,9 @@ class Supervisor:
     def _prepare_restart(self, outcome: Outcome, hosts: dict[str, int], in_a_row: int) -> dict[str, int]:
         """Prepare the next attempt; return its hosts."""
         if outcome.kind in (outcomes.SPIKE, outcomes.DIVERGENCE):
+            if self.run.logging.norms:  # now, because the next attempt drops the lines of steps that it repeats
+                text = before_spike(Path(self.run.run_dir, "metrics.jsonl"), outcome.step)
+                self.events.add("norms", text)
             self._rewind(outcome)
             chosen = hosts
         else:

@@ -13,7 +13,9 @@ from llama_ds.layout.partition import decoder_layers, stage_boundaries
 from llama_ds.layout.recompute import GIB, StagePolicies, stage_policies, with_device_memory
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import job_of, layers_by_policy
+from llama_ds.perf.plan.likely import likely_speed
 from llama_ds.perf.plan.memory import Memory, run_memory
+from llama_ds.perf.plan.sharing_costs import sharing_costs
 from llama_ds.perf.plan.step import StepTime, step_time
 
 
@@ -100,6 +102,7 @@ def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
 def as_data(found: Estimate) -> dict[str, Any]:
     """Return the estimate as plain data for JSON, in seconds, GiB and fractions of 1."""
     step, parallel, layout = found.step, found.run.parallel, found.layout
+    sharing = sharing_costs(found.gpu, step)
     return {
         "gpu": found.gpu.name,
         "gpus": layout.world,
@@ -117,15 +120,24 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "reduction_s": step.reduction,
         "optimizer_s": step.optimizer,
         "host_s": step.host,
+        "context_parallel": asdict(sharing) if sharing else None,
+        "likely_tokens_per_s_per_gpu": likely[:2] if (likely := likely_speed(found.gpu, step)) else None,
         "fits": found.fits,
         "peak_memory_gib": found.peak_bytes / GIB,
         "memory_gib": [{name: value / GIB for name, value in asdict(rank).items()} for rank in found.memory],
     }
 
 
+def _likely_words(low: float, high: float, runs: int) -> str:
+    return (
+        f"  likely         {low:,.0f} to {high:,.0f} tokens/s/GPU, as four of five of {runs} measured runs like it were"
+    )
+
+
 def report(found: Estimate) -> str:
     """Return the estimate as text."""
     step, layout, parallel = found.step, found.layout, found.run.parallel
+    sharing, likely = sharing_costs(found.gpu, step), likely_speed(found.gpu, step)
     lines = [
         f"{found.run.name} on {layout.world:,} x {found.gpu.name}: {layout.words(' ')}, "
         f"{parallel.schedule if layout.pp > 1 else 'no pipeline'}"
@@ -138,8 +150,10 @@ def report(found: Estimate) -> str:
         f"  bubble         {step.bubble:.1%} of the pipeline's time",
         f"  speed          {step.tokens_per_second:,.0f} tokens/s/GPU, MFU {step.mfu(found.gpu):.1%}, "
         f"{found.days:.1f} days for {found.run.training.tokens:.3g} tokens",
+        *([_likely_words(*likely)] if likely else []),
         f"  memory         {found.peak_bytes / GIB:.1f} of {found.gpu.memory_gib:.0f} GiB"
         f"{'' if found.fits else ': DOES NOT FIT'}",
+        *([f"  context        {sharing.words()}"] if sharing else []),
         "",
         f"  {'rank':>4} {'layers':>7} {'recompute':24} {'weights':>8} {'grads':>7} {'optim':>7} {'activ':>7} "
         f"{'working':>8} {'margin':>7} {'GiB':>7}",

@@ -3,7 +3,8 @@
 n ranks hold S = T / n tokens of each row, with H query and G key-value heads of size K. Each computes 1 / n of a row's
 causal attention. In a ring these are n equal blocks, and a message travels during each block: 2 S G K elements of keys
 and values, and in the backward as many fp32 gradients, whose last hop nothing hides. All-to-alls are exposed: q, k, v
-and the output in the forward; those, the output's gradient and the gradients of q, k and v in the backward.
+and the output in the forward; those, the output's gradient and the gradients of q, k and v in the backward. In a
+ring of groups, a rank passes on its share of the heads of its group's tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llama_ds.config.context_parallel import RING
+from llama_ds.config.context_parallel import WHOLE_ROWS, CpSizes
 from llama_ds.perf.plan.communication import RankGroup, half, message
 from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
@@ -26,21 +27,27 @@ Attend = Callable[[Hardware, int, int, int, int], tuple[float, float]]
 
 @dataclass(frozen=True)
 class RowSharing:
-    """A layout's context parallelism: ranks of a group, distance between them, method, and ranks of the job."""
+    """A layout's context parallelism: sizes, distance between ranks of a group, and ranks of the job."""
 
-    size: int = 1
+    sizes: CpSizes = WHOLE_ROWS
     stride: int = 1
-    method: str = ""
     ranks: int = 1
+
+    @property
+    def size(self) -> int:
+        """The number of ranks that share a row."""
+        return self.sizes.ranks
 
 
 @dataclass(frozen=True)
 class SharedAttention:
-    """Times of a rank's attention in forward and backward: computation, merging of blocks, exposed messages."""
+    """A rank's attention in forward and backward: times of computation, merging of blocks and messages, bytes sent."""
 
     attention: tuple[float, float]
-    merging: tuple[float, float]
-    exposed: tuple[float, float]
+    merging: tuple[float, float] = (0.0, 0.0)
+    exposed: tuple[float, float] = (0.0, 0.0)  # part of `messages`
+    messages: tuple[float, float] = (0.0, 0.0)  # time of all messages, exposed or hidden
+    sent: tuple[float, float] = (0.0, 0.0)  # bytes
 
 
 def shared_attention(
@@ -55,28 +62,42 @@ def shared_attention(
     element_bytes: int,
 ) -> SharedAttention:
     """Return the times of one layer; `heads` and `kv_heads` are those of a tensor-parallel rank."""
-    n, nothing = sharing.size, (0.0, 0.0)
-    if n == 1:
-        return SharedAttention(attend(gpu, rows, seq_len, heads, head_dim), nothing, nothing)
-    tokens = rows * seq_len // n
-    if sharing.method != RING:
-        group = RankGroup(n, sharing.stride)
-        keys = 2 * math.lcm(kv_heads, n)
-        elements = heads + keys + heads, 3 * heads + keys + heads + keys
-        sizes = (float(count * tokens * head_dim * element_bytes) for count in elements)
-        forward, backward = (half(gpu, group, size) for size in sizes)
-        return SharedAttention(attend(gpu, rows, seq_len, -(-heads // n), head_dim), nothing, (forward, backward))
-    length = seq_len // n  # blocks run at the rate of rows of their length
-    share = seq_len * (seq_len + 1) / (n * length * (length + 1))
-    forward, backward = (time * share for time in attend(gpu, rows, length, heads, head_dim))
-    keys = 2 * tokens * kv_heads * head_dim
+    ring, group = sharing.sizes
+    own_heads, own_kv_heads = -(-heads // group), math.lcm(kv_heads, group) // group  # on a rank, of all tokens
+    tokens = rows * seq_len // sharing.size
+    exchanged, moved = _exchanges(gpu, sharing, tokens, heads, kv_heads, head_dim * element_bytes)
+    if ring == 1:
+        own = attend(gpu, rows, seq_len, own_heads, head_dim)
+        return SharedAttention(own, exposed=exchanged, messages=exchanged, sent=moved)
+    length = seq_len // ring  # blocks run at the rate of rows of their length
+    share = seq_len * (seq_len + 1) / (ring * length * (length + 1))
+    forward, backward = (time * share for time in attend(gpu, rows, length, own_heads, head_dim))
+    keys = 2 * rows * length * own_kv_heads * head_dim
     passed, gradients = (
-        sum(message(gpu, sharing.stride, float(keys * size), sharing.ranks)) for size in (element_bytes, FP32_BYTES)
+        sum(message(gpu, sharing.stride * group, float(keys * size), sharing.ranks))
+        for size in (element_bytes, FP32_BYTES)
     )
-    merged = tokens * heads * head_dim, tokens * heads * head_dim + keys
-    merging = tuple(pointwise(gpu, (n - 1) * MERGED_BYTES * count) for count in merged)
+    merged = rows * length * own_heads * head_dim, rows * length * own_heads * head_dim + keys
+    merging = tuple(pointwise(gpu, (ring - 1) * MERGED_BYTES * count) for count in merged)
     exposed = (
-        (n - 1) * max(0.0, passed - forward / n),
-        (n - 1) * max(0.0, passed + gradients - backward / n) + gradients,
+        (ring - 1) * max(0.0, passed - forward / ring) + exchanged[0],
+        (ring - 1) * max(0.0, passed + gradients - backward / ring) + gradients + exchanged[1],
     )
-    return SharedAttention((forward, backward), (merging[0], merging[1]), exposed)
+    messages = (ring - 1) * passed + exchanged[0], (ring - 1) * passed + ring * gradients + exchanged[1]
+    sent = (
+        (ring - 1) * keys * element_bytes + moved[0],
+        (ring - 1) * keys * element_bytes + ring * keys * FP32_BYTES + moved[1],
+    )
+    return SharedAttention((forward, backward), (merging[0], merging[1]), exposed, messages, sent)
+
+
+def _exchanges(
+    gpu: Hardware, sharing: RowSharing, tokens: int, heads: int, kv_heads: int, head_bytes: int
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return times and sent bytes of the all-to-alls in forward and backward; `tokens` are a rank's."""
+    size = sharing.sizes.all_to_all
+    keys, group = 2 * math.lcm(kv_heads, size), RankGroup(size, sharing.stride)
+    counts = heads + keys + heads, 3 * heads + keys + heads + keys
+    whole = [float(count * tokens * head_bytes) for count in counts]
+    others = (size - 1) / size
+    return (half(gpu, group, whole[0]), half(gpu, group, whole[1])), (whole[0] * others, whole[1] * others)

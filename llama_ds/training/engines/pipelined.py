@@ -14,7 +14,7 @@ from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
 from llama_ds.training.device_batches import Batch, Batches, training_pair
-from llama_ds.training.engines.interface import StepResult
+from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
@@ -72,8 +72,10 @@ class PipelinedEngine:
     def read(self, result: StepResult) -> tuple[float, float]:
         return float(result.loss), float(result.norm)
 
-    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
-        return float(self.deepspeed.mean_loss(self._ids_and_labels(batches), count, tokens))
+    def evaluate(
+        self, batches: Batches, count: int, tokens: int | None = None, branches: Branches | None = None
+    ) -> float:
+        return float(self.deepspeed.mean_loss(self._ids_and_labels(batches), count, tokens, branches))
 
     def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
         return self.deepspeed.next_tokens(passes)

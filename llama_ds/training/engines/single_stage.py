@@ -23,7 +23,7 @@ from llama_ds.parallel import world
 from llama_ds.parallel.deepspeed_trace import collectives_recorded
 from llama_ds.parallel.grid import grid
 from llama_ds.training.device_batches import Batch, Batches, training_pair
-from llama_ds.training.engines.interface import StepResult
+from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
@@ -136,11 +136,15 @@ class SingleStageEngine:
         return world.mean(result.loss, self.deepspeed.mpu.get_data_parallel_group()), float(result.norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
+    def evaluate(
+        self, batches: Batches, count: int, tokens: int | None = None, branches: Branches | None = None
+    ) -> float:
         self.deepspeed.eval()
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            total += self.deepspeed(*training_pair(batch, self.device, self.loss))
+        with whole_rows(self.context.tp) if branches else nullcontext():
+            for i, batch in enumerate(batches):
+                with self.context.caches.using(branches(i) if branches else None):
+                    total += self.deepspeed(*training_pair(batch, self.device, self.loss))
         return world.mean(total / count, self.deepspeed.mpu.get_data_parallel_group())
 
     @torch.no_grad()
