@@ -23,6 +23,7 @@ from llama_ds.training.interruptions import Interruptions, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.machines import machine_of
 from llama_ds.training.meter import Meter
+from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
 from llama_ds.training.self_test.check import self_test_at_start
@@ -123,6 +124,7 @@ def train_stage(
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
     interruptions = Interruptions(run.checkpoint, device, requests)
     stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)
+    replicas = ReplicaCheck(run, layout, engine.deepspeed, device, progress.host)
     recording = Recording(run, layout, engine.trace, rank_info, progress.host, dtype, device)
     progress.doing = engine.trace.doing_now
     progress.enter(Phase.TRAINING, first)
@@ -148,6 +150,7 @@ def train_stage(
             tests = tasks.due(done, done == final)
             saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             report.step_done(done, lr, result, last=ends)
+            replicas.after_step(done, saves)
             if recorded or evaluates or tests or saves:
                 report.flush()
                 if evaluates:

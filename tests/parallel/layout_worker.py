@@ -27,6 +27,7 @@ from llama_ds.parallel import world
 from llama_ds.parallel.context_parallel import GroupContextParallel
 from llama_ds.parallel.layer_norms import LayerNorms
 from llama_ds.parallel.optimizer_state import fragments
+from llama_ds.parallel.replicas import wrong_ranks
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
 from tests.parallel.layout_cases import (
@@ -67,6 +68,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     validation = engine.evaluate(batches, len(batches))
     if case.vocab % case.tp:
         check_padding(case, engine.deepspeed)
+    if case.zero < 3 and case.layout.data_axis > 1:
+        check_replicas(case, engine.deepspeed)
     engine.deepspeed.destroy()
     return history, validation, {kind: list(found.values()) for kind, found in by_weight.items()}
 
@@ -118,6 +121,19 @@ def check_orthogonalised(case: Case, engine: Any) -> None:
     """Check that all ranks together orthogonalised each of the seven matrices of a layer once a step."""
     every = world.gather(getattr(engine.optimizer, "optimizer", engine.optimizer).orthogonalised)
     assert sum(every) == 7 * case.layers * case.steps, every
+
+
+def check_replicas(case: Case, engine: Any) -> None:
+    """Check that replicas compare equal, and that one flipped bit of a weight names its rank, of two ranks both."""
+    rank, groups = torch.distributed.get_rank(), case.layout.groups("dp", "cp")
+    weights = list(engine.module.parameters())
+    assert wrong_ranks(weights, groups, torch.device("cpu")) == [], case.name
+    bad = groups[-1][-1]
+    if rank == bad:
+        flat = weights[-1].data.view(-1)
+        bits = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
+        bits[len(bits) // 2] ^= 1  # the least significant bit
+    assert wrong_ranks(weights, groups, torch.device("cpu")) == ([bad] if len(groups[-1]) > 2 else groups[-1])
 
 
 def padded_shard(whole: Tensor, dim: int, tp: int, rank: int) -> Tensor:
