@@ -1,4 +1,6 @@
-"""What a run has recorded in its folder: metrics.jsonl, run.yaml, machines.jsonl and the event logs of its jobs."""
+"""What a run has recorded in its folder: metrics.jsonl, tasks.jsonl, run.yaml, machines.jsonl and the event
+logs of its jobs.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from llama_ds.config.text import read_yaml
 from llama_ds.errors import UserError
 
 METRICS, MACHINES, RUN_FILE = "metrics.jsonl", "machines.jsonl", "run.yaml"
+FOLLOWED = "tasks.jsonl"  # results of tools/evaluate.py --follow, which other hosts write
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,13 @@ def read_run(folder: str) -> Records:
         lines = _lines(path, "time", damaged)
         events += [{**line, "job": path.parent.name} for line in lines]
     norms: list[Mapping[str, Any]] = []
+    steps = _with_norms_kept(_lines(root / METRICS, "step", damaged), norms)
     machines = _lines(root / MACHINES, "step", damaged) if (root / MACHINES).is_file() else []
     return Records(
         name=os.path.basename(os.path.realpath(folder)),
         folder=folder,
         config=config,
-        curves=curves_of(_with_norms_kept(_lines(root / METRICS, "step", damaged), norms)),
+        curves=_with_followed(curves_of(steps), root / FOLLOWED, damaged),
         machines=list(machines),
         events=sorted(events, key=lambda event: event["time"]),
         norms=norms,
@@ -111,6 +115,18 @@ def curves_of(lines: Iterator[Mapping[str, Any]]) -> dict[str, Curve]:
                 steps.setdefault(name, []).append(line["step"])
                 values.setdefault(name, []).append(value)
     return {name: Curve(steps[name], values[name]) for name in steps}
+
+
+def _with_followed(curves: dict[str, Curve], path: Path, damaged: dict[str, int]) -> dict[str, Curve]:
+    """Return curves with the results of tasks in `path`; those of the run itself come first, then the latest."""
+    if not path.is_file():
+        return curves
+    for name, found in curves_of(_lines(path, "step", damaged)).items():
+        if name.startswith("tasks"):
+            own = curves.get(name, Curve((), ()))
+            points = dict(zip([*found.steps, *own.steps], [*found.values, *own.values], strict=True))
+            curves[name] = Curve(sorted(points), [points[step] for step in sorted(points)])
+    return curves
 
 
 def training_hours(curves: Mapping[str, Curve]) -> Curve:

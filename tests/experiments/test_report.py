@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from llama_ds.errors import UserError
+from llama_ds.evaluation.follow import RESULTS
 from llama_ds.experiments.norm_map import layer_norms
-from llama_ds.experiments.records import Curve, read_run, read_runs, training_hours
+from llama_ds.experiments.records import FOLLOWED, Curve, read_run, read_runs, training_hours
 from llama_ds.experiments.report_data import facts, notes, page_data, panels
 from llama_ds.experiments.report_page import page
 from llama_ds.experiments.serve import ReportServer
@@ -92,6 +93,19 @@ def test_page_has_every_number(tmp_path: Path) -> None:
         ("norms", ["norms/a", "norms/b"]),
     ]
     assert data["tasks"] == [{"run": "a", "task": "piqa", "step": 6, "accuracy": 0.625, "stderr": 0.02}]
+
+
+def test_results_of_an_evaluation_beside_the_run_are_shown(tmp_path: Path) -> None:
+    """`tools/evaluate.py --follow` appends them in no order; of a step evaluated again the latest counts, but the run's
+    own results come first."""
+    assert FOLLOWED == RESULTS
+    run = write_run(tmp_path / "a", [*steps(5.0, 4.5), {"step": 4, "tasks/piqa": 0.7}])
+    lines = [{"step": 6, "tasks/piqa": 0.5}, {"step": 2, "tasks/piqa": 0.25}, {"step": 6, "tasks/piqa": 0.625}]
+    beside = [{**line, "saved": 9, "names": "x"} for line in [*lines, {"step": 4, "tasks/piqa": 0.1}]]
+    (Path(run) / FOLLOWED).write_text("".join(json.dumps(line) + "\n" for line in beside) + '{"step": 8, "tas')
+    curves = read_run(run).curves
+    assert curves["tasks/piqa"] == Curve([2, 4, 6], [0.25, 0.7, 0.625])
+    assert "saved" not in curves
 
 
 def test_every_metric_of_a_run_has_a_panel_or_is_an_axis() -> None:
