@@ -31,7 +31,7 @@ from llama_ds.schedules.communication import message_of, produced
 from llama_ds.schedules.instructions import Instruction, Op
 from llama_ds.schedules.schedule import Schedule
 
-CacheOf = Callable[[int], LayerCache]  # of the micro-batch with this number
+CacheOf = Callable[[int], LayerCache]  # takes the number of a micro-batch
 Batches = Iterator[tuple[Tensor, Tensor]]  # ids and labels, (b, T) each
 Key = tuple[int, int]  # chunk, micro-batch
 
@@ -77,7 +77,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
         self._loss = torch.zeros((), device=self.device)
         self._passes: Sequence[DecodePass] = ()  # instead of micro-batches, while text is generated
-        self._cache_of: CacheOf | None = None  # of a micro-batch, where rows are not whole
+        self._cache_of: CacheOf | None = None  # takes a micro-batch; None: rows are whole
         self._chosen: list[Tensor] = []  # next ids of each pass
         self._manual_layers = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
         self._prepare_layers(module)

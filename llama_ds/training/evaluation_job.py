@@ -128,8 +128,7 @@ def evaluation_run(
 ) -> RunConfig:
     """Return a run whose engine evaluates a model: with the layout of the run that trained it, or the one given.
 
-    It has schedule 1f1b, which for forwards is as good as any, and nothing of training that costs memory. With one
-    stage it has ZeRO-0 or, like the run, ZeRO-3; pipelines need ZeRO-1, which without an optimizer does nothing.
+    It has schedule 1f1b, which for forwards is as good as any, and nothing of training that costs memory.
     """
     parallel, zero3 = ParallelConfig(), False
     if os.path.exists(os.path.join(files.path, DESCRIPTION)):
@@ -138,7 +137,7 @@ def evaluation_run(
         parallel = ParallelConfig(pp=own.pp, tp=own.tp)
         zero3 = trained.zero_stage == 3
     pp, tp = settings.pp or parallel.pp, settings.tp or parallel.tp
-    zero = 1 if pp > 1 else 3 if zero3 else 0
+    zero = 3 if zero3 and pp == 1 else 1
     batch = max(1, ranks // (pp * tp)) * settings.rows
     return RunConfig(
         name="evaluation",

@@ -15,7 +15,7 @@ from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches
 
-Branches = Callable[[int], LayerCache]  # of the micro-batch with this number
+Branches = Callable[[int], LayerCache]  # takes the number of a micro-batch
 
 
 @dataclass(frozen=True)
