@@ -46,11 +46,14 @@ class LlamaPipelineEngine(PipelineEngine):
         context: LayerContext,
         rows: tuple[int, int],
         dtype: torch.dtype,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         config: dict[str, Any],
         trace: Trace,
     ) -> None:
-        """`rows` is (b rows of a micro-batch, T tokens of a row), `config` the merged DeepSpeed config. Collective."""
+        """`rows` is (b rows of a micro-batch, T tokens of a row), `config` the merged DeepSpeed config. Collective.
+
+        Without an optimizer the engine cannot train.
+        """
         self._schedule, self._context, self._trace = schedule, context, trace
         self._rows, self._dtype = rows, dtype
         grid = module.mpu()
@@ -81,6 +84,8 @@ class LlamaPipelineEngine(PipelineEngine):
 
     def _prepare_layers(self, module: LlamaPipeline) -> None:
         optimizer = self.optimizer
+        if optimizer is None:
+            return
         for _, layer in module.numbered_layers():
             parameters = list(layer.parameters())
             layer.register_forward_pre_hook(lambda *_, own=parameters: optimizer.wait_for(own))
@@ -91,7 +96,9 @@ class LlamaPipelineEngine(PipelineEngine):
                 layer.recomputes_early = layer.policy == "full"
 
     # DeepSpeed calls one of these two, depending on the dtype.
-    def _configure_bf16_optimizer(self, optimizer: Any) -> PipelineOptimizer:
+    def _configure_bf16_optimizer(self, optimizer: Any) -> PipelineOptimizer | None:
+        if optimizer is None:
+            return None
         _, accumulate = self.get_data_types()
         return PipelineOptimizer(optimizer, self, accumulate, self.communication_data_type, self._trace)
 
@@ -172,7 +179,8 @@ class LlamaPipelineEngine(PipelineEngine):
 
     def destroy(self) -> None:
         """Finish all communication in flight before the process ends."""
-        self.optimizer.finish()
+        if self.optimizer is not None:
+            self.optimizer.finish()
         super().destroy()
 
     def _run(self, instructions: list[Instruction], batches: Batches) -> None:

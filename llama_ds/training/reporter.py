@@ -18,6 +18,7 @@ from llama_ds.evaluation.evaluate import TaskResult, in_words, metrics_of
 from llama_ds.job.heartbeat import Progress
 from llama_ds.training.engines.interface import Engine, StepResult
 from llama_ds.training.meter import Meter, StepMetrics
+from llama_ds.training.norm_lines import NormLines, plotted
 from llama_ds.training.run_log import RunLog
 
 
@@ -38,8 +39,13 @@ class Reporter:
     ) -> None:
         """`log` receives the reports and is None on all ranks but the first; `progress` receives every loss."""
         self._run, self._engine, self._meter, self._log, self._progress = run, engine, meter, log, progress
+        self._norms = NormLines(run, engine)
         self._defers = device.type == "cuda"
         self._unread: _UnreadStep | None = None
+
+    def before_step(self, step: int) -> None:
+        """Prepare what is measured within the step that will be the `step`-th."""
+        self._norms.before_step(step)
 
     def step_done(self, step: int, lr: float, result: StepResult, last: bool) -> None:
         """Report the deferred result, if any; then defer the result of this step or report it at once. Collective.
@@ -50,6 +56,7 @@ class Reporter:
             Divergence: the loss that was read is not finite.
         """
         self.flush()
+        self._norms.after_step(step, result)
         if last or step % self._run.logging.interval == 0:
             self._unread = _UnreadStep(step, lr, result)
             if last or not self._defers:
@@ -61,6 +68,9 @@ class Reporter:
         Raises:
             Divergence: see `step_done`.
         """
+        line = self._norms.take()
+        if line and self._log:  # before the loss, which may end the run
+            self._log.record(line, dict(plotted(line["norms"])))
         if self._unread:
             unread, self._unread = self._unread, None
             self._report(unread)

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +14,16 @@ import torch
 from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.config.context_parallel import HIERARCHICAL, cp_sizes
+from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import AUTO
+from llama_ds.config.row_stages import at_stage, stage_index, stage_runs
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import state_from_json
 from llama_ds.data.source.shards import check_present
-from llama_ds.data.sources import Sources
+from llama_ds.data.sources import Sources, open_sources
 from llama_ds.data.stream import Dataset, open_data
 from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
-from llama_ds.layout.layout import Layout
+from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.log import logger
 from llama_ds.parallel import world
@@ -38,6 +41,22 @@ def with_min_memory(run: RunConfig, device: torch.device) -> RunConfig:
     """Return the run with `recompute: auto` resolved for the job's smallest device memory. Collective."""
     smallest = -int(world.maximum([-float(world.device_memory(device))], device)[0])
     return with_device_memory(run, smallest)
+
+
+def stage_setup(
+    run: RunConfig, chosen: Chosen, ranks: int, device: torch.device
+) -> tuple[RunConfig, Layout, dict[str, Any]]:
+    """Return the run as the stage after the chosen checkpoint trains it, its layout and its DeepSpeed configuration.
+
+    Raises:
+        UserError: the data of a later stage cannot be used.
+    """
+    step = chosen[1].step if chosen else 0
+    stage = at_stage(run, step)
+    for later in stage_runs(run)[stage_index(run, step) + 1 :]:
+        open_sources(later.data, later.model.vocab_size)
+    layout = resolve_layout(stage, ranks)
+    return stage, layout, deepspeed_config(stage, layout, world.computes_bf16(device))
 
 
 def with_cp_method(run: RunConfig, hosts: Sequence[str], dtype: str) -> RunConfig:

@@ -25,7 +25,9 @@ from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel import world
 from llama_ds.parallel.context_parallel import GroupContextParallel
+from llama_ds.parallel.layer_norms import LayerNorms
 from llama_ds.parallel.optimizer_state import fragments
+from llama_ds.parallel.replicas import wrong_ranks
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
 from tests.parallel.layout_cases import (
@@ -40,17 +42,21 @@ from tests.parallel.layout_cases import (
 )
 
 
-def train(case: Case) -> tuple[list[tuple[float, float]], float]:
-    """Return loss and gradient norm of each step, and the validation loss after the last."""
+def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[float]]]:
+    """Return loss and gradient norm of each step, the validation loss after the last, and that step's norms by kind."""
     run = case.run
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
     check_initial_weights(case, engine.deepspeed)
     batches = micro_batches(case, engine.dp_rank)
     history = []
+    norms = LayerNorms(engine.deepspeed, run.model)
     with cp_bytes() as sent:
         for step in range(case.steps):
+            if step == case.steps - 1:
+                norms.measure()
             result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
             history.append(engine.read(result))
+    by_weight = norms.sums().wait(history[-1][1])
     if case.cp > 1 and case.recompute == "none":
         check_sent(case, sum(sent))
     if (case.dtype, case.zero, case.decoder_layer) == ("bf16", 1, "manual_backward"):
@@ -62,8 +68,10 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float]:
     validation = engine.evaluate(batches, len(batches))
     if case.vocab % case.tp:
         check_padding(case, engine.deepspeed)
+    if case.zero < 3 and case.layout.data_axis > 1:
+        check_replicas(case, engine.deepspeed)
     engine.deepspeed.destroy()
-    return history, validation
+    return history, validation, {kind: list(found.values()) for kind, found in by_weight.items()}
 
 
 def check_initial_weights(case: Case, engine: Any) -> None:
@@ -113,6 +121,19 @@ def check_orthogonalised(case: Case, engine: Any) -> None:
     """Check that all ranks together orthogonalised each of the seven matrices of a layer once a step."""
     every = world.gather(getattr(engine.optimizer, "optimizer", engine.optimizer).orthogonalised)
     assert sum(every) == 7 * case.layers * case.steps, every
+
+
+def check_replicas(case: Case, engine: Any) -> None:
+    """Check that replicas compare equal, and that one flipped bit of a weight names its rank, of two ranks both."""
+    rank, groups = torch.distributed.get_rank(), case.layout.groups("dp", "cp")
+    weights = list(engine.module.parameters())
+    assert wrong_ranks(weights, groups, torch.device("cpu")) == [], case.name
+    bad = groups[-1][-1]
+    if rank == bad:
+        flat = weights[-1].data.view(-1)
+        bits = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
+        bits[len(bits) // 2] ^= 1  # the least significant bit
+    assert wrong_ranks(weights, groups, torch.device("cpu")) == ([bad] if len(groups[-1]) > 2 else groups[-1])
 
 
 def padded_shard(whole: Tensor, dim: int, tp: int, rank: int) -> Tensor:

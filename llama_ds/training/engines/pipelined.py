@@ -27,20 +27,23 @@ from llama_ds.training.host_memory import freeze_imports
 from llama_ds.training.nan_check import check_layers
 
 
-def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts) -> PipelinedEngine:
+def build_pipelined(
+    run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts, trains: bool = True
+) -> PipelinedEngine:
     """Build this rank's stages from layer specs; each layer has its own optimizer groups. Collective."""
     schedule = schedule_of(run, layout)
     module = LlamaPipeline(run, layout, schedule.placement, parts.context, parts.loss, parts.policies)
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
     groups = [group for name, layer in _named_layers(module) for group in decay_groups(layer, run.optimizer, name)]
-    optimizer = build_optimizer(groups, run.optimizer, config)
+    optimizer = build_optimizer(groups, run.optimizer, config) if trains else None
     freeze_imports()
     rows = (layout.micro_batch, run.data.seq_len)
     engine = LlamaPipelineEngine(module, schedule, parts.context, rows, parts.dtype, optimizer, config, parts.trace)
-    accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
-    attach_matrices(engine, run, layout)
-    parts.context.weight_gradients.added = engine.optimizer.gradient_added
+    if trains:
+        accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
+        attach_matrices(engine, run, layout)
+        parts.context.weight_gradients.added = engine.optimizer.gradient_added
     return PipelinedEngine(engine, parts)
 
 

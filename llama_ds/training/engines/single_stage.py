@@ -37,7 +37,7 @@ from llama_ds.training.nan_check import check_layers
 
 
 def build_single_stage(
-    run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts, device: torch.device
+    run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts, device: torch.device, trains: bool = True
 ) -> SingleStageEngine:
     """Build the model, under ZeRO-3 already partitioned, and initialise DeepSpeed with it. Collective."""
     mpu = grid(layout)
@@ -51,11 +51,13 @@ def build_single_stage(
             set_z3_leaf_modules(module, list(units))
     if run.logging.check_finite:
         check_layers(enumerate(module.layers), run.model.num_hidden_layers)
-    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
+    updates = trains or run.zero_stage == 3  # where the optimizer holds what the layers are gathered from
+    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config) if updates else None
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
-    accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
-    attach_matrices(engine, run, layout)
+    if updates:
+        accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
+        attach_matrices(engine, run, layout)
     return SingleStageEngine(engine, layout.accumulation, device, parts)
 
 
