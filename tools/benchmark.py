@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmark against other libraries: training steps, decoder layers, the data path and checkpoints."""
+"""Benchmark against other libraries: training steps, decoder layers, data, checkpoints; context parallelism."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 from llama_ds.checkpoint.choices import DTYPE_NAMES
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import Answer, add_results, new_parser, processes, run, subcommands, whole
+from llama_ds.command_line import Answer, add_results, delay, new_parser, processes, run, size, subcommands, whole
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.schema import RunConfig
@@ -38,6 +38,7 @@ EXAMPLES = """examples:
   tools/benchmark.py layer --shape 65b --tp 8 --seq-len 4096 --device cuda --out measured.json
   tools/benchmark.py data --streaming-python /tmp/rivals/bin/python --out measured.json
   tools/benchmark.py checkpoint --folder /mnt/scratch --out measured.json
+  tools/benchmark.py context --ranks 2 --rate-mbit 200 --delay-ms 0.5
 """
 DATA = """Build, read, open and resume data on this machine, with a fresh process for every measurement.
 
@@ -85,7 +86,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", default=tempfile.gettempdir(), help=words)
     command.add_argument("--repeats", type=whole(), default=5, help="number of turns (default: %(default)s)")
     add_results(command)
+    _add_context_options(add("context", context, "attention over rows that ranks share, by each method"))
     return parser
+
+
+def _add_context_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--ranks", type=whole(), default=2, help="(default: %(default)s)")
+    command.add_argument("--seq-lens", type=whole(), nargs="+", default=[512, 4096], metavar="TOKENS")
+    command.add_argument("--heads", type=whole(), default=4, help="query heads (default: %(default)s)")
+    command.add_argument("--kv-heads", type=whole(), default=4, help="key-value heads (default: %(default)s)")
+    command.add_argument("--head-dim", type=whole(), default=64, help="(default: %(default)s)")
+    words = "bandwidth of a link in each direction; every rank is a simulated host (needs root)"
+    command.add_argument("--rate-mbit", type=size, help=words)
+    command.add_argument("--delay-ms", type=delay, default=0.0, help="latency of a link in each direction")
+    command.add_argument("--repeats", type=whole(), default=5, help="number of turns (default: %(default)s)")
+    add_results(command)
 
 
 def _add_sizes(command: argparse.ArgumentParser, policy: str) -> None:
@@ -187,6 +202,18 @@ def checkpoints(args: argparse.Namespace) -> Answer:
 
     with tempfile.TemporaryDirectory(prefix="benchmark-checkpoint-", dir=args.folder) as folder:
         results = measure(args.overrides, folder, args.repeats)
+    return Answer(results, table(results))
+
+
+def context(args: argparse.Namespace) -> Answer:
+    """Measure attention over shared rows."""
+    from llama_ds.benchmarks.context.request import ContextRequest
+    from llama_ds.benchmarks.context.run import measure, table
+
+    request = ContextRequest(**{field.name: getattr(args, field.name) for field in fields(ContextRequest)})
+    request.check()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(request, Path(folder))
     return Answer(results, table(results))
 
 

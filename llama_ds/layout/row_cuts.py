@@ -26,7 +26,7 @@ def own_ranges(tokens: int, rank: int, sizes: CpSizes) -> tuple[range, ...]:
         raise ValueError(f"{tokens} tokens of a row are not a multiple of {multiple}")
     length, own = tokens // chunks, tokens // sizes.ranks
     group, member = divmod(rank, sizes.all_to_all)
-    begin, found = member * own, []  # of this rank's part of the group's chunks
+    begin, found = member * own, []  # where this rank's part of the group's chunks begins
     for number, chunk in enumerate(sorted({group, chunks - 1 - group})):
         first, last = max(begin - number * length, 0), min(begin + own - number * length, length)
         if first < last:

@@ -10,12 +10,16 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama_ds.benchmarks.pipeline.contest import Contest
 from llama_ds.child_processes import without_interrupts
 from llama_ds.errors import UserError
 from llama_ds.launch.namespaces import INTERFACE, Hosts
 from llama_ds.machine import free_port
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).resolve().parents[3]
 PORT = 29507
@@ -27,16 +31,26 @@ def run_contest(contest: Contest, folder: Path) -> None:
     Raises:
         UserError: a rank failed; the message has the end of its log.
     """
-    request = folder / "contest.json"
-    request.write_text(json.dumps(asdict(contest)))
+    module = "llama_ds.benchmarks.pipeline.rank"
+    start_ranks(module, contest, folder, contest.world, contest.rate_mbit, contest.delay_ms)
+
+
+def start_ranks(
+    module: str, wanted: DataclassInstance, folder: Path, world: int, rate_mbit: float | None, delay_ms: float
+) -> None:
+    """Run `python -m module REQUEST.json FOLDER` on every rank, with `wanted` as the request.
+
+    Raises:
+        UserError: a rank failed; the message has the end of its log.
+    """
+    request = folder / "request.json"
+    request.write_text(json.dumps(asdict(wanted)))
     with ExitStack() as stack:
-        hosts = None
-        if contest.rate_mbit:
-            hosts = stack.enter_context(Hosts(contest.world, contest.rate_mbit, contest.delay_ms))
+        hosts = stack.enter_context(Hosts(world, rate_mbit, delay_ms)) if rate_mbit else None
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(_end, processes)
-        for rank, environment in enumerate(_environments(contest.world, hosts)):
-            command = [sys.executable, "-m", "llama_ds.benchmarks.pipeline.rank", str(request), str(folder)]
+        for rank, environment in enumerate(_environments(world, hosts)):
+            command = [sys.executable, "-m", module, str(request), str(folder)]
             command = hosts.command(rank, command) if hosts else command
             log = stack.enter_context(open(folder / f"rank{rank}.log", "w"))
             with without_interrupts():

@@ -62,7 +62,7 @@ def shared_attention(
 ) -> SharedAttention:
     """Return the times of one layer; `heads` and `kv_heads` are those of a tensor-parallel rank."""
     ring, group = sharing.sizes
-    own_heads = -(-heads // group)  # of all tokens of a group
+    own_heads = -(-heads // group)  # each computes all tokens of its group
     traffic = cp_traffic(sharing.sizes, rows * seq_len // sharing.size, heads, kv_heads, head_dim)
     around = RankGroup(group, sharing.stride)
     exchanged = (
