@@ -92,6 +92,14 @@ class CheckpointConfig(Section):
         ),
     ] = ()
     asynchronous: Annotated[bool, Key("Whether training continues while a checkpoint is written.")] = True
+    compare_replicas: Annotated[
+        int,
+        Key(
+            "Interval between comparisons of the weights of data-parallel replicas, also before each save; 0: none.",
+            "steps",
+            NOT_NEGATIVE,
+        ),
+    ] = 0
     keep_last: Annotated[int, Key("Newest checkpoints to keep; 0: all.", "checkpoints", NOT_NEGATIVE)] = 0
     keep_every: Annotated[
         int, Key("Interval of steps whose checkpoints are also kept; 0: none.", "steps", NOT_NEGATIVE)

@@ -8,13 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # How an attempt ends, as in `llama_ds.launch.supervise.attempt`.
-FAILURES = (
-    "failure",
-    "death",
-    "host lost",
-    "hang",
-    "launcher",
-)  # failures of machines, network or code, which count for the MTBF
+# Failures of machines, network or code, which count for the mean time between failures.
+FAILURES = ("failure", "death", "host lost", "hang", "corruption", "launcher")
 ENDS = (*FAILURES, "divergence", "spike", "mistake", "done", "ended")
 AS_ASKED = ("done", "ended")
 _NUMBERS = ("time", "step", "world", "seconds", "pause_s", "after_s")

@@ -29,7 +29,8 @@ from llama_ds.layout.document_blocks import pieces_of
 from llama_ds.layout.row_cuts import own_ranges, ring_block
 from llama_ds.model import ring_attention
 from llama_ds.model.attention import Documents
-from llama_ds.model.attention_kernels import AttentionKernel, _SdpaCuda, attention_kernel
+from llama_ds.model.attention_kernels import AttentionKernel, attention_kernel
+from llama_ds.model.attention_torch_flash import TorchFlash
 from llama_ds.model.context_parallel import own_tokens, whole_rows
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.manual_backward import ManualBackwardLayer
@@ -261,7 +262,7 @@ class Alone(ThreadRank):
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_blocks_fit_the_signatures_of_torchs_cuda_kernels(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: shapes, dtypes and order of arguments, on tensors without data."""
-    monkeypatch.setattr(ring_attention, "block_kernel", lambda backend, like, causal: _SdpaCuda(causal))
+    monkeypatch.setattr(ring_attention, "block_kernel", lambda backend, like, causal: TorchFlash(causal))
     ring = RingAttention(Alone(rank, 4, RING, Mailboxes(1)), "sdpa")
     q, k = (torch.empty(2, 16, heads, 64, device="meta", dtype=torch.bfloat16) for heads in (8, 2))
     out, statistics = ring.forward(q, k, k, None)

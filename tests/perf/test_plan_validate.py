@@ -11,10 +11,11 @@ from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.fit import BOUNDS, fit, loss, usable
+from llama_ds.perf.plan.likely import SPANS
 from llama_ds.perf.plan.memory import layer_activations, published_memory
 from llama_ds.perf.plan.program import AUTOGRAD, LLAMA, LLAMA_UNFUSED, Program, without_flash
 from llama_ds.perf.plan.rows import COLUMNS, KINDS, Row, program_of, read_rows, stages_of
-from llama_ds.perf.plan.validate import Checked, check, fits, groups, predict, quantile, stated_flops, summary
+from llama_ds.perf.plan.validate import Checked, check, fits, groups, predict, quantile, spans, stated_flops, summary
 
 DATA = Path(__file__).resolve().parents[2] / "docs/calibration"
 MACHINES = {name: hardware.load(name) for name in hardware.names()}
@@ -77,6 +78,16 @@ def test_the_planner_says_which_runs_fit() -> None:
     assert found.agreement >= 0.95
     assert found.said_to_fail >= 5, "206B in bf16 with tp 4, pp 12 is predicted at 61 GiB"
     assert fits([], MACHINES) is None
+
+
+def test_the_likely_interval_is_that_of_the_measured_runs() -> None:
+    """llama_ds/perf/plan/likely.py holds what all A100 rows of docs/calibration give."""
+    rows = [row for name in ("published_runs.csv", "a100_single_node_runs.csv") for row in read_rows(DATA / name)]
+    found = spans(check(rows, MACHINES)[0])
+    assert found.keys() == SPANS.keys()
+    for kind, span in found.items():
+        assert (round(span.low, 3), round(span.high, 3), span.runs) == SPANS[kind]
+        assert span.low < 1 < span.high
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ REQUESTED = {"save": "save", "end": "save and end"}
 DONE, ENDED, MISTAKE, DIVERGENCE, FAILURE, DEATH, HOST_LOST, HANG, SPIKE, LAUNCHER = (
     *("done", "ended", "mistake", "divergence", "failure", "death", "host lost", "hang", "spike", "launcher"),
 )
+CORRUPTION = "corruption"
 
 
 @dataclass
@@ -229,7 +230,7 @@ class Attempt:
                 self._hang_detector.learn(int(report["phase"]), float(report["seconds"]))
                 self._progress_log.take(report)
             elif report.get("what") == "failure" and report.get("kind") != "echo":
-                self._record_failure(_reported_failure(member, report))
+                self._record_failure(_reported_failure(member, report, self.job.rank_hosts))
         return None
 
     def _record_failure(self, outcome: Outcome, since: float | None = None) -> None:
@@ -373,8 +374,12 @@ class _HostCheck:
         threading.Thread(target=look, daemon=True).start()
 
 
-def _reported_failure(member: Member, report: dict[str, Any]) -> Outcome:
+def _reported_failure(member: Member, report: dict[str, Any], rank_hosts: list[str]) -> Outcome:
     kind, text = str(report.get("kind")), str(report.get("text"))
+    if kind == CORRUPTION:  # every rank reports it, and it names others
+        ranks = [int(rank) for rank in report["ranks"]]
+        hosts = list(dict.fromkeys(rank_hosts[rank] for rank in ranks))
+        return Outcome(CORRUPTION, text, member.beat.step, ranks=ranks, hosts=hosts)
     if kind == MISTAKE:
         return Outcome(MISTAKE, text, ranks=[member.rank], hosts=[member.host])
     if kind == DIVERGENCE:

@@ -9,16 +9,15 @@ ring of groups, a rank passes on its share of the heads of its group's tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from llama_ds.config.context_parallel import WHOLE_ROWS, CpSizes
+from llama_ds.layout.cp_traffic import GRADIENT_BYTES, cp_traffic, sent_bytes
 from llama_ds.perf.plan.communication import RankGroup, half, message
 from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
 
-FP32_BYTES = 4
 MERGED_BYTES = 12  # per element of a block's result: read it, read and write the sum, in fp32
 
 # (forward, backward) of causal attention for (gpu, rows, tokens of a row, heads, head size)
@@ -63,41 +62,30 @@ def shared_attention(
 ) -> SharedAttention:
     """Return the times of one layer; `heads` and `kv_heads` are those of a tensor-parallel rank."""
     ring, group = sharing.sizes
-    own_heads, own_kv_heads = -(-heads // group), math.lcm(kv_heads, group) // group  # on a rank, of all tokens
-    tokens = rows * seq_len // sharing.size
-    exchanged, moved = _exchanges(gpu, sharing, tokens, heads, kv_heads, head_dim * element_bytes)
+    own_heads = -(-heads // group)  # of all tokens of a group
+    traffic = cp_traffic(sharing.sizes, rows * seq_len // sharing.size, heads, kv_heads, head_dim)
+    around = RankGroup(group, sharing.stride)
+    exchanged = (
+        half(gpu, around, float(traffic.exchanged_forward * element_bytes)),
+        half(gpu, around, float(traffic.exchanged_backward * element_bytes)),
+    )
+    forward_bytes, backward_bytes = sent_bytes(sharing.sizes, traffic, element_bytes)
+    sent = float(forward_bytes), float(backward_bytes)
     if ring == 1:
         own = attend(gpu, rows, seq_len, own_heads, head_dim)
-        return SharedAttention(own, exposed=exchanged, messages=exchanged, sent=moved)
+        return SharedAttention(own, exposed=exchanged, messages=exchanged, sent=sent)
     length = seq_len // ring  # blocks run at the rate of rows of their length
     share = seq_len * (seq_len + 1) / (ring * length * (length + 1))
     forward, backward = (time * share for time in attend(gpu, rows, length, own_heads, head_dim))
-    keys = 2 * rows * length * own_kv_heads * head_dim
     passed, gradients = (
-        sum(message(gpu, sharing.stride * group, float(keys * size), sharing.ranks))
-        for size in (element_bytes, FP32_BYTES)
+        sum(message(gpu, sharing.stride * group, float(traffic.passed * size), sharing.ranks))
+        for size in (element_bytes, GRADIENT_BYTES)
     )
-    merged = rows * length * own_heads * head_dim, rows * length * own_heads * head_dim + keys
+    merged = rows * length * own_heads * head_dim, rows * length * own_heads * head_dim + traffic.passed
     merging = tuple(pointwise(gpu, (ring - 1) * MERGED_BYTES * count) for count in merged)
     exposed = (
         (ring - 1) * max(0.0, passed - forward / ring) + exchanged[0],
         (ring - 1) * max(0.0, passed + gradients - backward / ring) + gradients + exchanged[1],
     )
     messages = (ring - 1) * passed + exchanged[0], (ring - 1) * passed + ring * gradients + exchanged[1]
-    sent = (
-        (ring - 1) * keys * element_bytes + moved[0],
-        (ring - 1) * keys * element_bytes + ring * keys * FP32_BYTES + moved[1],
-    )
     return SharedAttention((forward, backward), (merging[0], merging[1]), exposed, messages, sent)
-
-
-def _exchanges(
-    gpu: Hardware, sharing: RowSharing, tokens: int, heads: int, kv_heads: int, head_bytes: int
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Return times and sent bytes of the all-to-alls in forward and backward; `tokens` are a rank's."""
-    size = sharing.sizes.all_to_all
-    keys, group = 2 * math.lcm(kv_heads, size), RankGroup(size, sharing.stride)
-    counts = heads + keys + heads, 3 * heads + keys + heads + keys
-    whole = [float(count * tokens * head_bytes) for count in counts]
-    others = (size - 1) / size
-    return (half(gpu, group, whole[0]), half(gpu, group, whole[1])), (whole[0] * others, whole[1] * others)

@@ -23,12 +23,13 @@ from llama_ds.perf.plan.cost import (
 )
 from llama_ds.perf.plan.estimate import Estimate, as_data
 from llama_ds.perf.plan.job import layers_by_policy
+from llama_ds.perf.plan.likely import likely_speed
 from llama_ds.perf.plan.search import SearchResult
 from llama_ds.perf.plan.sharing_costs import sharing_costs
 from llama_ds.perf.plan.validate import Checked, Fits, groups, summary
 
 RANKED = [
-    *("", "tp", "pp", "cp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "MFU", "bubble"),
+    *("", "tp", "pp", "cp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "likely", "MFU", "bubble"),
     *("exposed cp", "GiB", "days"),
 ]
 
@@ -90,7 +91,7 @@ def paper_speed(item: Estimate) -> float | None:
 def ranked(position: int, item: Estimate) -> list[str]:
     """Return a row of the ranking."""
     parallel, step = item.run.parallel, item.step
-    counts = layers_by_policy(step.job.stages)
+    counts, likely = layers_by_policy(step.job.stages), likely_speed(item.gpu, step)
     return [
         *(str(n) for n in (position, parallel.tp, parallel.pp)),
         f"{parallel.cp_method} x{parallel.cp}" if parallel.cp > 1 else "-",
@@ -99,6 +100,7 @@ def ranked(position: int, item: Estimate) -> list[str]:
         str(item.run.zero_stage),
         "+".join(f"{n} {policy}" for policy, n in counts.items()),
         f"{step.tokens_per_second:,.0f}",
+        f"{likely[0]:,.0f}-{likely[1]:,.0f}" if likely else "-",
         f"{step.mfu(item.gpu):.1%}",
         f"{step.bubble:.1%}",
         f"{_exposed_context(item):.1%}",

@@ -12,6 +12,7 @@ from llama_ds.config.recompute import GIB
 from llama_ds.layout.flops import parameter_count
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob
+from llama_ds.perf.plan.likely import Interval
 from llama_ds.perf.plan.memory import published_memory
 from llama_ds.perf.plan.rows import Row, group_of
 from llama_ds.perf.plan.step import step_time
@@ -119,6 +120,18 @@ def quantile(values: Sequence[float], share: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def spans(checked: Iterable[Checked]) -> dict[tuple[bool, bool], Interval]:
+    """Return the spans of `likely.SPANS` from the A100 runs among these."""
+    found: dict[tuple[bool, bool], list[float]] = defaultdict(list)
+    for item in checked:
+        job = item.row.job
+        if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100") and job and job.whole_model:
+            slower = item.predicted / item.row.value
+            faster = slower if item.row.kind == "iteration_s" else 1 / slower
+            found[job.ranks > 8, job.pp > 1].append(faster)
+    return {kind: Interval(quantile(values, 0.1), quantile(values, 0.9), len(values)) for kind, values in found.items()}
 
 
 def summary(checked: Sequence[Checked]) -> dict[str, float]:

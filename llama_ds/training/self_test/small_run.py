@@ -88,7 +88,7 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
     small = replace(
         run,
         model=model,
-        data=replace(run.data, seq_len=seq_len, mixture=(), skip=()),
+        data=replace(run.data, seq_len=seq_len, stages=(), mixture=(), skip=()),
         training=TrainingConfig(batch, STEPS, STEPS * batch * seq_len, INITIALIZER_RANGE),
         optimizer=_optimizer(run.optimizer),
         parallel=parallel,
