@@ -13,7 +13,7 @@ from llama_ds.layout.weights import EMBEDDING, FINAL_NORM, HEAD, Key
 from llama_ds.parallel.layer_norms import LayerNorms, Sums
 from llama_ds.training.engines.interface import Engine, StepResult
 
-DIGITS = 7  # of a number in a line: those that float32 has
+DIGITS = 7  # float32 has no more
 _OUTSIDE = {EMBEDDING.name: "embedding", FINAL_NORM.name: "final_norm", HEAD.name: "head"}
 
 Norms = Mapping[str, Mapping[str, list[float | None]]]  # by kind and role: a number for each layer that has the role

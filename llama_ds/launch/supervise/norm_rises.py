@@ -29,7 +29,7 @@ class Rise:
 
     step: int
     role: str
-    layer: int  # from 1; 1 for a role that has one weight
+    layer: int  # counted from 1; also 1 if the role has one weight
     only: bool  # the role has one weight
     times: float
 
