@@ -204,7 +204,7 @@ def flash_module() -> Any:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
     """Attention by torch.nn.functional.scaled_dot_product_attention; packed rows on CUDA by the kernels below it."""
-    if documents is not None and torch_flash_takes(q):
+    if isinstance(documents, Documents) and torch_flash_takes(q):  # not the mask alone, as of rows that branch
         return packed_attention(q, k, v, documents)
     short_on_cpu = q.device.type == "cpu" and q.shape[1] <= MAX_ROW_TOKENS
     if q.device.type == "cpu":

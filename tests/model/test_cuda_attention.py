@@ -148,6 +148,15 @@ def test_packed_rows_reach_torchs_operators_as_their_documents(monkeypatch: pyte
         torch.testing.assert_close(x, y, atol=1e-11, rtol=1e-11)
 
 
+def test_a_mask_that_is_not_of_documents_stays_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in which texts branch have no offsets: flash attention over documents cannot compute them."""
+    monkeypatch.setattr(attention, "torch_flash_takes", lambda like: True)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(x.shape) for x in layer_inputs("cpu", torch.float32)[:3])
+    masked: Any = SimpleNamespace(mask=Documents(STARTS).mask)
+    torch.testing.assert_close(attention.sdpa(q, k, v, masked), reference(q, k, v, masked), atol=1e-5, rtol=1e-5)
+
+
 class Package:
     """The functions of one version of flash_attn, which accept what its signatures do and return empty tensors."""
 
