@@ -15,7 +15,7 @@ from llama_ds.config.run_file import dump
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.log import console_is_gone, logger
-from llama_ds.training.boards import open_boards
+from llama_ds.training.boards.opening import open_boards
 from llama_ds.training.machines import MACHINES
 
 DEEPSPEED = "deepspeed.json"  # the merged configuration, as the engine received it
@@ -31,7 +31,7 @@ class RunLog:
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         steps = run.training.steps
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
-        self._boards = open_boards(run.logging, run.run_dir, first_step)
+        self._boards = open_boards(run, first_step)
 
     def record(self, values: dict[str, Any]) -> None:
         """Write a line to metrics.jsonl and its numbers to the boards; `values` includes the step."""
