@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE
 from llama_ds.config.text import read_yaml
 from llama_ds.errors import UserError
-
-METRICS, MACHINES, RUN_FILE = "metrics.jsonl", "machines.jsonl", "run.yaml"
 
 
 @dataclass(frozen=True)

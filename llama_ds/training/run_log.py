@@ -12,11 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from llama_ds.config.run_file import dump
+from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.log import console_is_gone, logger
 from llama_ds.training.boards.opening import open_boards
-from llama_ds.training.machines import MACHINES
 
 DEEPSPEED = "deepspeed.json"  # the merged configuration, as the engine received it
 
@@ -26,7 +26,7 @@ class RunLog:
 
     def __init__(self, run: RunConfig, first_step: int) -> None:
         os.makedirs(run.run_dir, exist_ok=True)
-        path = os.path.join(run.run_dir, "metrics.jsonl")
+        path = os.path.join(run.run_dir, METRICS)
         drop_steps_after(path, first_step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         steps = run.training.steps
@@ -80,7 +80,7 @@ def open_run_log(
     """
     try:
         log = RunLog(run, first_step)
-        with open(os.path.join(run.run_dir, "run.yaml"), "w") as file:
+        with open(os.path.join(run.run_dir, RUN_FILE), "w") as file:
             file.write(dump(run))
         if config is not None:
             with open(os.path.join(run.run_dir, DEEPSPEED), "w") as file:
