@@ -63,12 +63,11 @@ class BackgroundBoard:
             logger.warning("board %s: %s%d values were dropped; metrics.jsonl has them", self._name, more, lost)
 
     def _work(self) -> None:
-        board, open_at = None, 0.0
+        board, open_at = self._opened(), time.monotonic() + REOPEN_S
         while (report := self._waiting.get()) is not None:
             try:
                 if board is None and time.monotonic() >= open_at:
-                    open_at = time.monotonic() + REOPEN_S
-                    board = self._open()
+                    board, open_at = self._opened(), time.monotonic() + REOPEN_S
                 if board is None:
                     self._lost += len(report[1])
                 else:
@@ -81,6 +80,13 @@ class BackgroundBoard:
                 board.close()
         except Exception as error:
             self._warn(f"{type(error).__name__}: {error}")
+
+    def _opened(self) -> Board | None:
+        try:
+            return self._open()
+        except Exception as error:
+            self._warn(f"{type(error).__name__}: {error}")
+            return None
 
     def _warn(self, problem: str) -> None:
         if not self._warned:

@@ -69,7 +69,12 @@ class WandbRun:
             config=dict(config),
             # The console is the run's own; neither a login nor a server that is gone may hold up the end of the run.
             settings=wandb.Settings(
-                console="off", silent=True, disable_code=True, login_timeout=30, finish_timeout=CLOSE_S
+                console="off",
+                silent=True,
+                disable_code=True,
+                login_timeout=30,
+                init_timeout=CLOSE_S,
+                finish_timeout=CLOSE_S,
             ),
         )
         service.write(service.held)
