@@ -53,10 +53,12 @@ setup(
         "gguf": ["gguf>=0.17"],  # tools/convert.py --to gguf, for llama.cpp
         "gs": ["gcsfs"],
         "gpu": ["flash-attn>=2.8", "nvidia-ml-py"],  # flash-attn compiles for an hour: see CONTRIBUTING.md
+        "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],  # the latter two for sqlite:// and databases
         "mpi": ["mpi4py>=4"],  # wants an MPI library on the machine: the cluster's own
         "parquet": ["pyarrow>=15"],  # to build shards from parquet files
         "s3": ["s3fs"],
         "tensorboard": ["tensorboard>=2.20"],
+        "wandb": ["wandb>=0.31"],  # of which a run can end although the server is gone
         "dev": [
             "gguf>=0.17",
             "hypothesis>=6.100",

@@ -31,6 +31,7 @@ if __name__ == "__main__":  # before the imports, which take seconds
 from llama_ds import log
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import INTERRUPTED, TERMINATED, ending_quietly, whole
+from llama_ds.config.boards import check_packages
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.config.run_file import load_run
@@ -68,6 +69,7 @@ def main() -> int:
             from llama_ds.training.plan import describe_stages
 
             run, _, config = resolve(arguments, arguments.world or 1)
+            check_packages(run.path, run.logging.boards)
             run = with_device_memory(run, world.device_memory(world.device()))
             print(describe_stages(run, arguments.world or 1, config))
             return 0
@@ -114,6 +116,7 @@ def train_until_asked(
 
     heartbeat.progress.enter(Phase.LOADING)
     world.together(lambda: check_time_left(run.checkpoint))
+    world.together(lambda: check_packages(run.path, run.logging.boards if rank_info.rank == 0 else ()))
     try:
         with locked(run.run_dir, rank_info) as check_lock:
             ended = train(run, layout, config, rank_info, heartbeat.progress, REQUESTS, check_lock)

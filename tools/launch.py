@@ -31,6 +31,7 @@ if __name__ == "__main__":
 from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.command_line import INTERRUPTED, Answer, add_json, delay, new_parser, port, real, run, seconds, whole
+from llama_ds.config.boards import check_packages
 from llama_ds.config.run_file import load_run, path_variables
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import save_text
@@ -167,6 +168,7 @@ def launch(args: argparse.Namespace) -> int:
     """Start the job and supervise it to its end."""
     os.environ.pop(VARIABLE, None)  # this job must not join the job that started it
     wanted = load_run(args.run_file, args.overrides)
+    check_packages(wanted.path, wanted.logging.boards)
     slots = slots_of(args)
     hosts = {host: len(chosen) for host, chosen in slots.items()}
     layout = resolve_layout(wanted, sum(hosts.values()))

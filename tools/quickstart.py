@@ -27,6 +27,7 @@ if __name__ == "__main__":
 from llama_ds import command_line, shipped
 from llama_ds.child_processes import PIPE, run_child
 from llama_ds.config.run_file import load_run
+from llama_ds.config.run_files import METRICS
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.run_lock import check_unused
@@ -131,7 +132,7 @@ def _export(run: RunConfig) -> tuple[float, float]:
     folder = f"{run.run_dir}/hf"
     tool("convert.py", run.run_dir, folder, "--to", "hf", "--overwrite")
     evaluated = json.loads(tool("evaluate.py", run.run_dir, "--hf", folder, "--json", capture=True))
-    with open(f"{run.run_dir}/metrics.jsonl") as file:
+    with open(f"{run.run_dir}/{METRICS}") as file:
         losses = [line["val_loss"] for line in map(json.loads, file) if "val_loss" in line]
     return losses[-1], evaluated["loss"]
 
@@ -153,7 +154,7 @@ def _summary(run: RunConfig, unigram: float, trained: float, exported: float, se
     print(f"the same rows      {exported:.4f} by transformers with the exported weights")
     print(f"data               {os.path.dirname(run.data.tokenizer)}")
     print(f"report             {run.run_dir}/report.html")
-    print(f"metrics            {run.run_dir}/metrics.jsonl")
+    print(f"metrics            {run.run_dir}/{METRICS}")
     print(f"checkpoints        {run.run_dir}/checkpoints")
     print(f"Hugging Face       {run.run_dir}/hf")
     if trained >= unigram:

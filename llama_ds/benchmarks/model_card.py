@@ -21,14 +21,13 @@ from llama_ds.benchmarks.evaluation_results import benchmark_rows
 from llama_ds.checkpoint.load_model import run_of
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description, describe
 from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.config.run_files import MACHINES, METRICS
 from llama_ds.config.schema import ModelConfig, RunConfig, SourceConfig
 from llama_ds.data.source.manifest import MANIFEST, Manifest, parse_manifest
 from llama_ds.layout.flops import flops_per_token, parameter_count
 from llama_ds.perf.loss_curve import loss_curve
-from llama_ds.training.machines import MACHINES
 
 CARD, CURVE = "README.md", "loss_curve.svg"
-METRICS = "metrics.jsonl"
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "safetensors")
 NOT_RECORDED = "not recorded"
 

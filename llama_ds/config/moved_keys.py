@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from llama_ds.config.differences import shown
 from llama_ds.config.reader import ConfigSource
 from llama_ds.log import logger
 
@@ -12,6 +13,11 @@ MOVED_KEYS = {
     "model.attention_backend": "compute.attention_backend",
     "model.initializer_range": "training.initializer_range",
     "parallel.decoder_layer": "compute.decoder_layer",
+    "logging.tensorboard": "logging.boards",
+}
+# Values that changed their form with the name of their key.
+REFORMED: dict[str, dict[bool, list[dict[str, str]]]] = {
+    "logging.tensorboard": {True: [{"name": "tensorboard"}], False: []},
 }
 RENAMED_VALUES = {("compute.decoder_layer", "written_out"): "manual_backward"}
 
@@ -61,7 +67,9 @@ def warn_of_old_names(path: str, data: Mapping[str, Any], changes: Sequence[Entr
     for source, entries in ((path, _entries(data)), ("command line", _with_sections(changes))):
         for old, value in _outdated(entries):
             new, present = _renamed(old, value)
-            if new == old:
+            if old in REFORMED:
+                logger.warning("%s: %s = %s is now written %s = %s", source, old, shown(value), new, shown(present))
+            elif new == old:
                 logger.warning("%s: %s = %s is now called %s; the old name still works", source, old, value, present)
             else:
                 logger.warning("%s: %s is now called %s; the old name still works", source, old, new)
@@ -83,6 +91,8 @@ def _outdated(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _renamed(key: str, value: Any) -> Entry:
+    if key in REFORMED and isinstance(value, bool):
+        value = REFORMED[key][value]
     key = MOVED_KEYS.get(key, key)
     return key, RENAMED_VALUES.get((key, value), value) if isinstance(value, str) else value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from llama_ds.config.boards import BoardConfig
 from llama_ds.config.declare import MOST_INT64, NOT_NEGATIVE, POSITIVE, Key, Section
 
 
@@ -139,7 +140,7 @@ class LoggingConfig(Section):
     SECTION: ClassVar[str] = "logging"
 
     interval: Annotated[int, Key("Interval between log lines.", "steps", POSITIVE)] = 1
-    tensorboard: Annotated[bool, Key("Whether to write TensorBoard event files.")] = False
+    boards: Annotated[tuple[BoardConfig, ...], Key("Programs that show the metrics (`docs/boards.md`).")] = ()
     straggler_interval: Annotated[
         int, Key("Interval between reports of ranks that others wait for; 0: none.", "steps", NOT_NEGATIVE)
     ] = 100
@@ -169,6 +170,9 @@ class LoggingConfig(Section):
     )
 
     def check(self) -> None:
+        names = [board.name for board in self.boards]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise self.broken(f"logging.boards has {twice[0]} twice; give each board once")
         if self.profile_ranks and not self.trace_step:
             raise self.broken(
                 f"logging.profile_ranks = {list(self.profile_ranks)} requires logging.trace_step, the first step to "
@@ -176,4 +180,4 @@ class LoggingConfig(Section):
             )
 
 
-NO_BOARDS = ("logging.tensorboard=false",)  # overrides that disable all metric boards
+NO_BOARDS = ("logging.boards=[]",)  # overrides that disable all metric boards

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from llama_ds.config.run_files import METRICS
 from llama_ds.errors import UserError
 from llama_ds.evaluation.follow import RESULTS, result_lines
 
@@ -28,7 +29,7 @@ def read_curves(runs: Sequence[str]) -> Curves:
     """
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for run in runs:
-        path, name = os.path.join(run, "metrics.jsonl"), os.path.basename(os.path.normpath(run))
+        path, name = os.path.join(run, METRICS), os.path.basename(os.path.normpath(run))
         beside = os.path.join(run, RESULTS)
         lines = _lines(path) if os.path.exists(path) or not os.path.exists(beside) else []
         lines = [line for line in (*lines, *result_lines(beside)) if "tasks_tokens" in line]

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE
 from llama_ds.config.text import read_yaml
 from llama_ds.errors import UserError
 
-METRICS, MACHINES, RUN_FILE = "metrics.jsonl", "machines.jsonl", "run.yaml"
 FOLLOWED = "tasks.jsonl"  # results of tools/evaluate.py --follow, which other hosts write
 
 

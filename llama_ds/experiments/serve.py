@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE
 from llama_ds.errors import UserError
-from llama_ds.experiments.records import MACHINES, METRICS, RUN_FILE
 
 HOST = "127.0.0.1"
 Files = tuple[tuple[str, int, int], ...]  # name, size and time of each

@@ -20,7 +20,6 @@ from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
 from llama_ds.machine import cpu_name
 
-MACHINES = "machines.jsonl"
 PACKAGES = ("torch", "deepspeed", "flash-attn")
 MOST_NAMES = 100
 GIT_S = 20.0  # longest wait for git, on slow network file systems

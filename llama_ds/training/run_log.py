@@ -12,11 +12,11 @@ from typing import Any
 from tqdm import tqdm
 
 from llama_ds.config.run_file import dump
+from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.log import console_is_gone, logger
-from llama_ds.training.boards import open_boards
-from llama_ds.training.machines import MACHINES
+from llama_ds.training.boards.opening import open_boards
 
 DEEPSPEED = "deepspeed.json"  # the merged configuration, as the engine received it
 
@@ -26,12 +26,12 @@ class RunLog:
 
     def __init__(self, run: RunConfig, first_step: int) -> None:
         os.makedirs(run.run_dir, exist_ok=True)
-        path = os.path.join(run.run_dir, "metrics.jsonl")
+        path = os.path.join(run.run_dir, METRICS)
         drop_steps_after(path, first_step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         steps = run.training.steps
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
-        self._boards = open_boards(run.logging, run.run_dir, first_step)
+        self._boards = open_boards(run, first_step)
 
     def record(self, values: dict[str, Any], plotted: Mapping[str, float] | None = None) -> None:
         """Write a line to metrics.jsonl, and its numbers or those of `plotted` to the boards.
@@ -84,7 +84,7 @@ def open_run_log(
     """
     try:
         log = RunLog(run, first_step)
-        with open(os.path.join(run.run_dir, "run.yaml"), "w") as file:
+        with open(os.path.join(run.run_dir, RUN_FILE), "w") as file:
             file.write(dump(run))
         if config is not None:
             with open(os.path.join(run.run_dir, DEEPSPEED), "w") as file:

@@ -28,12 +28,14 @@ OLD = BASE | {
     "model": {**MODEL, "attention_backend": "sdpa", "initializer_range": 0.05},
     "training": {"global_batch": 16, "steps": 100},
     "parallel": {"decoder_layer": "written_out", "micro_batch": 2},
+    "logging": {"tensorboard": True},
 }
 NEW = BASE | {
     "model": MODEL,
     "training": {"global_batch": 16, "steps": 100, "initializer_range": 0.05},
     "parallel": {"micro_batch": 2},
     "compute": {"attention_backend": "sdpa", "decoder_layer": "manual_backward"},
+    "logging": {"boards": [{"name": "tensorboard"}]},
 }
 MOVED = {
     "model.attention_backend": "compute.attention_backend",
@@ -60,6 +62,7 @@ def test_an_old_run_file_is_the_same_run(caplog: pytest.LogCaptureFixture) -> No
     assert not caplog.records
     assert load(OLD) == new and new.training.initializer_range == 0.05
     lines = [f"run.yaml: {old} is now called {now}; the old name still works" for old, now in MOVED.items()]
+    lines.append("run.yaml: logging.tensorboard = true is now written logging.boards = [{name: tensorboard}]")
     assert caplog.messages == lines and {record.levelno for record in caplog.records} == {logging.WARNING}
 
 

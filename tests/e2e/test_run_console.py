@@ -13,7 +13,7 @@ from tests.console import foreign_lines
 
 @pytest.mark.slow
 def test_libraries_are_silent(make_run: Callable[..., Run]) -> None:
-    recorded = {"logging.trace_step": 2, "logging.profile_ranks": [0, 1], "logging.tensorboard": True}
+    recorded = {"logging.trace_step": 2, "logging.profile_ranks": [0, 1], "logging.boards": [{"name": "tensorboard"}]}
     made = make_run("silent", recorded)
     launcher, *words = deepspeed(2, TRAIN, made.file)
     output = succeed([launcher, "--log_level", "error", *words], made.log)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llama_ds.config.run_file import load_run
-from llama_ds.errors import Divergence, UserError
+from llama_ds.errors import Divergence
 from llama_ds.job.heartbeat import Progress
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.training.meter import Meter
@@ -159,9 +159,3 @@ def test_a_resumed_run_writes_later_steps_anew(tmp_path: Path) -> None:
     _, log = open_log(tmp_path, first=2)
     log.close()
     assert reported(tmp_path) == [1, 2]
-
-
-def test_a_board_whose_package_is_missing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r"logging\.tensorboard = true: the tensorboard package is not installed"):
-        open_log(tmp_path, "logging.tensorboard=true")

@@ -1,0 +1,95 @@
+"""Boards in threads of their own, so that a server that is slow or gone neither stops nor slows training."""
+
+from __future__ import annotations
+
+import atexit
+import time
+from collections.abc import Callable, Mapping
+from queue import Full, Queue
+from threading import Thread
+from typing import Protocol
+
+from llama_ds.log import logger
+
+MAX_WAITING = 10_000  # reports that wait for a slow board; later ones are dropped
+REOPEN_S = 60.0  # delay before a board that could not be opened is tried again
+CLOSE_S = 30.0  # time at the end of a run for a board to take what waits
+
+
+class Board(Protocol):
+    """Receives the numbers of every line of metrics.jsonl; any exception means that these numbers are lost."""
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Show `values`, by name, at `step`."""
+
+    def close(self) -> None:
+        """Flush and close."""
+
+
+class BackgroundBoard:
+    """A board that a thread opens and fills. It logs its first failure, and at the end how many values were lost."""
+
+    def __init__(self, name: str, open_board: Callable[[], Board]) -> None:
+        self._name, self._open = name, open_board
+        self._waiting: Queue[tuple[int, Mapping[str, float]] | None] = Queue(MAX_WAITING)
+        self._refused = self._lost = 0  # values; each is counted by one thread
+        self._warned = False
+        self._thread = Thread(target=self._work, name=f"board {name}", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)  # for a run that ends by an error
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand over `values` and return at once."""
+        try:
+            self._waiting.put_nowait((step, values))
+        except Full:
+            self._refused += len(values)
+            self._warn(f"{MAX_WAITING:,} reports wait for it")
+
+    def close(self) -> None:
+        """Wait at most `CLOSE_S` for what was handed over, and log how many values were lost."""
+        atexit.unregister(self.close)
+        try:
+            self._waiting.put(None, timeout=CLOSE_S)
+        except Full:
+            pass
+        else:
+            self._thread.join(CLOSE_S)
+        unfinished = self._thread.is_alive()
+        if unfinished:
+            logger.warning("board %s: did not take its last values within %g s", self._name, CLOSE_S)
+        if lost := self._refused + self._lost:
+            more = "at least " if unfinished else ""
+            logger.warning("board %s: %s%d values were dropped; metrics.jsonl has them", self._name, more, lost)
+
+    def _work(self) -> None:
+        board, open_at = self._opened(), time.monotonic() + REOPEN_S
+        while (report := self._waiting.get()) is not None:
+            try:
+                if board is None and time.monotonic() >= open_at:
+                    board, open_at = self._opened(), time.monotonic() + REOPEN_S
+                if board is None:
+                    self._lost += len(report[1])
+                else:
+                    board.add(*report)
+            except Exception as error:
+                self._lost += len(report[1])
+                self._warn(f"{type(error).__name__}: {error}")
+        try:
+            if board is not None:
+                board.close()
+        except Exception as error:
+            self._warn(f"{type(error).__name__}: {error}")
+
+    def _opened(self) -> Board | None:
+        try:
+            return self._open()
+        except Exception as error:
+            self._warn(f"{type(error).__name__}: {error}")
+            return None
+
+    def _warn(self, problem: str) -> None:
+        if not self._warned:
+            self._warned = True
+            text = " ".join(problem.split())[:300]
+            logger.warning("board %s: values are lost (%s); the run continues", self._name, text)

@@ -1,0 +1,52 @@
+"""Boards that are files of the run: TensorBoard's event files, and a CSV table."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+
+
+class TensorBoardFiles:
+    """Event files for TensorBoard."""
+
+    def __init__(self, folder: str, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder, purge_step=first_step + 1)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class CsvFile:
+    """A table of (step, name, value): each kind of report has other names, so they are rows and not columns."""
+
+    HEADER = ("step", "name", "value")
+
+    def __init__(self, path: str, first_step: int) -> None:
+        kept = _rows_until(path, first_step)
+        with open(path + ".tmp", "w", newline="") as file:
+            csv.writer(file).writerows((self.HEADER, *kept))
+        os.replace(path + ".tmp", path)
+        self._file = open(path, "a", buffering=1, newline="")  # noqa: SIM115 (closed by close)
+        self._writer = csv.writer(self._file)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        self._writer.writerows((step, name, value) for name, value in values.items())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _rows_until(path: str, step: int) -> list[list[str]]:
+    """Return the complete rows up to `step`; a kill may have cut off the last one."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    return [row for row in csv.reader(lines) if len(row) == 3 and row[0].isdigit() and int(row[0]) <= step]
