@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -15,12 +15,23 @@ class UserError(Exception):
 
     EXIT_CODE = 2
     kind = "mistake"
+    ranks: Sequence[int] = ()  # the ranks that caused it, if it names any
 
 
 class Divergence(UserError):
     """The loss became NaN or infinite: other data or another learning rate may help, a plain restart does not."""
 
     kind = "divergence"
+
+
+class Corruption(UserError):
+    """Weights that must be equal differ: `ranks` computed or stored them wrongly, and other hosts may do better."""
+
+    kind = "corruption"
+
+    def __init__(self, text: str, ranks: Sequence[int]) -> None:
+        super().__init__(text)
+        self.ranks = ranks
 
 
 class NotJoined(UserError):

@@ -65,11 +65,11 @@ def main() -> int:
     with world.failing_together(heartbeat.tell) as end:
         if arguments.dry_run:
             from llama_ds.layout.recompute import with_device_memory
-            from llama_ds.training.plan import describe
+            from llama_ds.training.plan import describe_stages
 
-            run, layout, config = resolve(arguments, arguments.world or 1)
+            run, _, config = resolve(arguments, arguments.world or 1)
             run = with_device_memory(run, world.device_memory(world.device()))
-            print(describe(run, layout, config))
+            print(describe_stages(run, arguments.world or 1, config))
             return 0
         rank_info = world.find_rank_info()
         log.setup(quiet=rank_info.rank != 0)

@@ -65,9 +65,11 @@ def commands_of(page: str) -> Iterator[tuple[str, list[str]]]:
 @pytest.mark.parametrize("page", names_of(PAGES))
 def test_commands_parse(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     for tool, arguments in commands_of(page):
-        parser: argparse.ArgumentParser = importlib.import_module(f"tools.{tool}").parser()
+        module = importlib.import_module(f"tools.{tool}")
+        reports = tool == "launch" and arguments[:1] == ["report"]
+        parser: argparse.ArgumentParser = module.report_parser() if reports else module.parser()
         try:
-            parser.parse_args(arguments)
+            parser.parse_args(arguments[reports:])
         except SystemExit:
             pytest.fail(f"{page}: tools/{tool}.py {shlex.join(arguments)}: {capsys.readouterr().err}")
 

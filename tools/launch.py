@@ -6,6 +6,8 @@ hosts, with spares in place of bad ones, or on fewer ranks with the same global 
 
 On SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR2 or SIGXCPU, whenever it comes, the ranks save and end (a second SIGINT or
 SIGTERM ends them at once); on SIGUSR1 they save.
+
+"tools/launch.py report RUN" says how much of a run's time was effective training time, and what took the rest.
 """
 
 from __future__ import annotations
@@ -28,10 +30,15 @@ if __name__ == "__main__":
 
 from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import INTERRUPTED, delay, new_parser, port, real, run, seconds, whole
+from llama_ds.command_line import INTERRUPTED, Answer, add_json, delay, new_parser, port, real, run, seconds, whole
 from llama_ds.config.run_file import load_run, path_variables
 from llama_ds.config.schema import RunConfig
+from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
+from llama_ds.experiments import goodput
+from llama_ds.experiments.goodput import PHASES
+from llama_ds.experiments.goodput_report import as_data, as_text, remarks, timeline
+from llama_ds.experiments.records import read_run
 from llama_ds.job.devices import visible_devices
 from llama_ds.job.folder import VARIABLE, Job
 from llama_ds.job.requests import warnings_heard
@@ -55,11 +62,15 @@ EXAMPLES = """examples:
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --dry-run
   tools/launch.py ds_configs/llama_65b.yaml --hostfile hostfiles/256x8 --supervise --spares hostfiles/spares
   tools/launch.py ds_configs/quickstart.yaml training.steps=20 --hostfile hostfiles/local parallel.pp=1
+  tools/launch.py report runs/llama_65b --svg timeline.svg
 """
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit code: 0 done or ended, 1 failed, 2 a mistake, 130 after Ctrl-C."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["report"]:
+        return run(report_parser(), words[1:])
     read_models()
     return run(parser(), argv)
 
@@ -119,6 +130,37 @@ def parser() -> argparse.ArgumentParser:
         "--skip-steps", type=whole(0), default=0, help="then skip the data of this many steps (default: rewind + 200)"
     )
     return parser
+
+
+def report_parser() -> argparse.ArgumentParser:
+    """Return the parser of "report RUN"."""
+    meanings = "\n".join(f"  {name:12} {meaning}" for name, meaning in PHASES.items())
+    parser = new_parser(report, f"{goodput.__doc__}\nPhases:\n{meanings}", EXAMPLES)
+    parser.prog = f"{parser.prog} report"
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run, such as runs/NAME")
+    parser.add_argument(
+        "--window-h", type=real(0, 1e5, above=True), default=24.0, help="window of the sliding share (%(default)s h)"
+    )
+    parser.add_argument(
+        "--half-life-d",
+        type=real(0, 1e5, above=True),
+        default=7.0,
+        help="days after which a host's strike counts half (default: %(default)s)",
+    )
+    parser.add_argument("--svg", metavar="FILE", help="write the timeline as a picture")
+    add_json(parser)
+    return parser
+
+
+def report(args: argparse.Namespace) -> Answer:
+    """Return the accounts of a run's time."""
+    found = goodput.goodput(read_run(args.run_folder), 86400 * args.half_life_d)
+    window_s = 3600 * args.window_h
+    if not found.jobs:
+        raise UserError(f"{args.run_folder}/jobs: has no events.jsonl; give a run that tools/launch.py has started")
+    if args.svg:
+        save_text(args.svg, timeline(found, window_s))
+    return Answer(as_data(found, window_s), as_text(found, window_s), remarks=remarks(found))
 
 
 def launch(args: argparse.Namespace) -> int:

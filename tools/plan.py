@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +21,9 @@ if __name__ == "__main__":
 
 from llama_ds import shipped
 from llama_ds.checkpoint.model_shape import read_models
-from llama_ds.command_line import Answer, add_json, new_parser, real, run, subcommands
+from llama_ds.command_line import Answer, add_json, delay, new_parser, real, run, seconds, subcommands
 from llama_ds.config.reader import integer
+from llama_ds.config.row_stages import stage_runs
 from llama_ds.config.run_file import load_run
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
@@ -30,11 +32,14 @@ from llama_ds.perf.plan import hardware, tables
 from llama_ds.perf.plan.estimate import as_data, estimate, report
 from llama_ds.perf.plan.explain import explain
 from llama_ds.perf.plan.fit import BOUNDS, cross_validate, fit, usable
+from llama_ds.perf.plan.goodput import Tier
+from llama_ds.perf.plan.goodput_published import DISK, LLAMA3_RATE, MEMORY
+from llama_ds.perf.plan.goodput_tables import GoodputRequest, plan_goodput_of, published
 from llama_ds.perf.plan.models import base_run
 from llama_ds.perf.plan.page import page
 from llama_ds.perf.plan.rows import Row, read_rows
 from llama_ds.perf.plan.search import search
-from llama_ds.perf.plan.validate import check
+from llama_ds.perf.plan.validate import check, fits
 from llama_ds.perf.plan.write import write
 
 EXAMPLES = """examples:
@@ -44,6 +49,8 @@ EXAMPLES = """examples:
   tools/plan.py cost --model 65b --gpus 2048 --gpu a100-80gb
   tools/plan.py cost --table15
   tools/plan.py cost --target-loss 2.0 --inference-tokens 2T
+  tools/plan.py goodput --model 65b --gpus 2048 --gpu a100-80gb --disk-save-s 10 --memory-save-s 0.04
+  tools/plan.py goodput --published
   tools/plan.py validate --data docs/calibration/published_runs.csv --rows
   tools/plan.py fit --data docs/calibration/published_runs.csv docs/calibration/a100_single_node_runs.csv \\
       --gpu a100-80gb a100-40gb --cross-validate
@@ -65,6 +72,8 @@ def parser() -> argparse.ArgumentParser:
     _add_search_options(add("search", plan_search, "rank all valid layouts of a model on a number of GPUs"))
     words = "GPU-hours, days, energy and carbon of a run, or the cheapest model size for a loss"
     _add_cost_options(add("cost", plan_cost, words))
+    words = "effective training time under failures, checkpoint intervals, spares, end date"
+    _add_goodput_options(add("goodput", plan_goodput, words))
     command = add("validate", plan_validate, "compare the planner with measured runs of CSV files")
     command.add_argument("--data", nargs="+", default=[str(CALIBRATION)], metavar="CSV", help="default: %(default)s")
     command.add_argument("--rows", action="store_true", help="print every row")
@@ -115,6 +124,46 @@ def _add_cost_options(command: argparse.ArgumentParser) -> None:
     add_json(command)
 
 
+def _add_goodput_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", help="size such as 65b, or a run file")
+    command.add_argument("--gpus", type=_positive, help="GPUs of the run")
+    command.add_argument("--gpu", default="a100-80gb", help=f"{', '.join(hardware.names())} (default: %(default)s)")
+    command.add_argument(
+        "--training-days",
+        type=real(0, 1e5, above=True),
+        help="days without interruptions (default: of the best layout)",
+    )
+    command.add_argument("--step-s", type=seconds, help="time of a step (default: of the best layout)")
+    command.add_argument(
+        "--failures-per-gpu-day",
+        type=real(1e-9, 100),
+        default=round(LLAMA3_RATE, 7),
+        help="default: %(default)s, Llama 3's; `tools/launch.py report` prints that of a run",
+    )
+    command.add_argument("--disk-save-s", type=delay, default=DISK.save_s, help="time blocked by a save (%(default)s)")
+    command.add_argument(
+        "--disk-write-s", type=delay, default=DISK.write_s, help="then, until the save is complete (%(default)s)"
+    )
+    command.add_argument(
+        "--restart-s", type=delay, default=DISK.restart_s, help="from a failure to the first step (%(default)s)"
+    )
+    command.add_argument("--memory-save-s", type=delay, help="time blocked by a save to peers' memory (default: none)")
+    command.add_argument(
+        "--memory-restart-s", type=delay, default=MEMORY.restart_s, help="the same, from memory (%(default)s)"
+    )
+    command.add_argument(
+        "--memory-share", type=real(0, 1, above=True), default=MEMORY.share, help="failures it survives (%(default)s)"
+    )
+    command.add_argument("--gpus-per-host", type=_positive, default=8, help="default: %(default)s")
+    command.add_argument(
+        "--host-share", type=real(0, 1), default=0.78, help="failures after which a host needs repair (%(default)s)"
+    )
+    command.add_argument("--repair-h", type=real(0, 1e5), default=24.0, help="duration of a repair (%(default)s h)")
+    command.add_argument("--start", type=_date, metavar="YYYY-MM-DD", help="first day of the run (default: today)")
+    command.add_argument("--published", action="store_true", help="compare with published runs")
+    add_json(command)
+
+
 def _add_fit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--data", nargs="+", default=[str(CALIBRATION)], metavar="CSV", help="default: %(default)s")
     command.add_argument("--gpu", nargs="+", required=True, help="machines that share one calibration")
@@ -127,8 +176,11 @@ def _add_fit_options(command: argparse.ArgumentParser) -> None:
 
 def plan_estimate(args: argparse.Namespace) -> Answer:
     """Return the estimate of one layout."""
-    found = estimate(load_run(args.run, args.overrides), args.gpus, hardware.load(args.gpu))
-    return Answer(as_data(found), report(found) + (f"\n\n{explain(found)}" if args.explain else ""))
+    run, gpu = load_run(args.run, args.overrides), hardware.load(args.gpu)
+    stages = [estimate(stage, args.gpus, gpu) for stage in stage_runs(run)]
+    texts = [report(found) + (f"\n\n{explain(found)}" if args.explain else "") for found in stages]
+    data = as_data(stages[0]) if len(stages) == 1 else {"stages": [as_data(found) for found in stages]}
+    return Answer(data, "\n\n".join(texts))
 
 
 def plan_search(args: argparse.Namespace) -> Answer:
@@ -183,14 +235,47 @@ def _trade(args: argparse.Namespace, gpu: hardware.Hardware) -> Answer:
     return Answer(*tables.trade(args.target_loss, _tokens("--inference-tokens", args.inference_tokens), rates))
 
 
+def plan_goodput(args: argparse.Namespace) -> Answer:
+    """Return the effective training time of a run, or the comparison with published runs."""
+    if args.published:
+        return Answer(*published())
+    if args.gpus is None or (args.model is None and None in (args.training_days, args.step_s)):
+        raise UserError(
+            "goodput: needs --gpus and --model (or --training-days and --step-s), or --published; see --help"
+        )
+    name, days, step_s = args.model or "run", args.training_days, args.step_s
+    if days is None or step_s is None:
+        best = search(base_run(args.model), args.gpus, hardware.load(args.gpu), 1).best[0]
+        days, step_s = days or best.days, step_s or best.step.seconds
+    memory_share = args.memory_share if args.memory_save_s is not None else 0.0
+    tiers = [Tier("disk", args.disk_save_s, args.restart_s, args.disk_write_s, 1 - memory_share)]
+    if memory_share:
+        tiers.insert(0, Tier("memory", args.memory_save_s, args.memory_restart_s, 0.0, memory_share))
+    wanted = GoodputRequest(
+        name=name,
+        gpus=args.gpus,
+        gpus_per_host=args.gpus_per_host,
+        failures_per_gpu_day=args.failures_per_gpu_day,
+        host_share=args.host_share,
+        repair_s=3600 * args.repair_h,
+        training_s=86400 * days,
+        step_s=step_s,
+        tiers=[tier for tier in tiers if tier.share],
+        start=args.start or datetime.now(),
+    )
+    return Answer(*plan_goodput_of(wanted))
+
+
 def plan_validate(args: argparse.Namespace) -> Answer:
     """Return the errors by source."""
     machines = {name: hardware.load(name) for name in hardware.names()}
-    checked, skipped = check(_rows(args.data), machines)
-    if not checked:
+    rows = _rows(args.data)
+    checked, skipped = check(rows, machines)
+    memory = fits(rows, machines)
+    if not (checked or memory):
         reasons = "; ".join(f"{count} {why}" for why, count in skipped.items()) or "the files hold no rows"
         raise UserError(f"{', '.join(args.data)}: no row can be compared: {reasons}; fill in the layout columns")
-    return Answer(*tables.errors(checked, skipped, args.rows))
+    return Answer(*tables.errors(checked, skipped, memory, args.rows))
 
 
 def plan_fit(args: argparse.Namespace) -> Answer:
@@ -218,6 +303,13 @@ def plan_fit(args: argparse.Namespace) -> Answer:
 def _add_machine_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpus", type=_positive, required=True, help="number of GPUs")
     command.add_argument("--gpu", default="a100-80gb", help=f"{', '.join(hardware.names())}, or a YAML file")
+
+
+def _date(text: str) -> datetime:
+    try:
+        return datetime.strptime(text, "%Y-%m-%d")
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a date; write YYYY-MM-DD") from None
 
 
 def _positive(text: str) -> int:

@@ -319,7 +319,7 @@ def consumed(args: argparse.Namespace) -> Answer:
     step = run.training.steps if args.step is None else args.step
     if not 0 <= step <= run.training.steps:
         raise UserError(f"--step {step} is not between 0 and the run's {run.training.steps} steps")
-    consumed = recorded.order.consumed(step)
+    consumed = recorded.consumed(step)
     read = {name: (rows * run.data.seq_len, epochs) for name, (rows, epochs) in consumed.items()}
     lines = [f"  {name}: {tokens:,} tokens, {epochs:.3f} epochs" for name, (tokens, epochs) in read.items()]
     data = {name: {"tokens": tokens, "epochs": epochs} for name, (tokens, epochs) in read.items()}

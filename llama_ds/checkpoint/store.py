@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
 from llama_ds.config.reader import plain
+from llama_ds.config.row_stages import trained_lengths
 from llama_ds.errors import UserError
 
 LATEST = "latest"
@@ -108,7 +111,8 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
     # The optimizer decides which states there are; earlier versions had only AdamW.
     then, run = ({**config, "optimizer": {"name": "adamw", **config.get("optimizer", {})}} for config in (then, run))
     # A step implies a position in the data.
-    for key in ("model", "seed", "training.global_batch", "data.seq_len", "optimizer.name"):
+    _check_lengths(tag_folder, found, then, run)
+    for key in ("model", "seed", "optimizer.name"):
         before, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (then, run))
         if before != now:
             raise UserError(
@@ -121,6 +125,44 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
             f"{tag_folder}: is at step {found.step}, after the last one of a run with training.steps = {steps}; "
             "set more steps, or go back first with checkpoint.rewind_to"
         )
+
+
+def _check_lengths(tag_folder: str, found: Description, then: dict[str, Any], run: dict[str, Any]) -> None:
+    """Refuse other rows in the steps before the checkpoint; `data.stages` may give later ones another length."""
+    batches = [config["training"]["global_batch"] * config["data"]["seq_len"] for config in (then, run)]
+    lengths = [trained_lengths(config, found.step) for config in (then, run)]
+    if not then["data"].get("stages") and not run["data"].get("stages"):
+        lengths = [[(config["data"]["seq_len"], found.step)] for config in (then, run)]
+    if lengths[0] == lengths[1] and batches[0] == batches[1]:
+        return
+    if lengths[0] == lengths[1]:
+        rows = [batch // lengths[0][-1][0] if lengths[0] else batch for batch in batches]
+        raise UserError(
+            f"{tag_folder}: was trained with training.global_batch {rows[0]}, not {rows[1]}; "
+            "use the same run file, or another name for a new run"
+        )
+    before, now = ("; ".join(f"{length} for {steps} steps" for length, steps in each) for each in lengths)
+    if len(lengths[0]) == len(lengths[1]) == 1:
+        before, now = (str(each[0][0]) for each in lengths)
+    raise UserError(
+        f"{tag_folder}: was trained with data.seq_len {before}, not {now}; use the same run file, or another name for "
+        f"a new run{_longer_rows(lengths[0], lengths[1][-1][0])}"
+    )
+
+
+def _longer_rows(trained: list[tuple[int, int]], seq_len: int) -> str:
+    """Return the advice to continue with rows of `seq_len`, if these are longer than the last ones."""
+    if not trained or seq_len <= trained[-1][0]:
+        return ""
+    stages = ", ".join(f"{{seq_len: {length}, until_step: {end}}}" for length, end in _ends(trained))
+    return (
+        f"; to continue with rows of {seq_len}, keep data.seq_len: {trained[0][0]} and set data.stages: "
+        f"[{stages}, {{seq_len: {seq_len}}}]"
+    )
+
+
+def _ends(lengths: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    return zip((length for length, _ in lengths), accumulate(steps for _, steps in lengths), strict=True)
 
 
 def latest_tag(folder: str) -> str | None:

@@ -11,6 +11,7 @@ from functools import reduce
 
 from llama_ds.config.context_parallel import check_context_parallel
 from llama_ds.config.numbers import near_divisors
+from llama_ds.config.row_stages import check_stages, stage_runs
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError, did_you_mean, listed
 
@@ -21,6 +22,12 @@ DEFERRING_SCHEDULES = ("zb_h1", "dualpipe_v")  # schedules that defer weight gra
 
 def check(run: RunConfig) -> None:
     """Raise UserError for the first rule between sections that `run` breaks, naming values that satisfy it."""
+    check_stages(run)
+    for stage in stage_runs(run):
+        _check_stage(stage)
+
+
+def _check_stage(run: RunConfig) -> None:
     if run.compute.attention_backend == "flash_attn":
         _check_flash_attention(run)
     _check_mixture(run)

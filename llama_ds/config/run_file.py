@@ -19,6 +19,7 @@ from llama_ds.config.numbers import near_divisors
 from llama_ds.config.paths import expanded, variables
 from llama_ds.config.reader import ConfigSource, check_keys, plain, read
 from llama_ds.config.recompute import canonical
+from llama_ds.config.row_stages import at_stage, complete_stages
 from llama_ds.config.rules import check
 from llama_ds.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from llama_ds.config.text import dump_yaml, parse_yaml, read_json, read_yaml
@@ -90,7 +91,13 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     run = read(RunConfig, {**_DEFAULTS, **data, "path": path, "deepspeed_path": deepspeed_path}, source)
     check(run)
     check_user_keys(run)
-    return run
+    if run.data.stages and run.data.seq_len != run.data.stages[0].seq_len:
+        raise source.error(
+            "data.seq_len",
+            f"= {run.data.seq_len} is not the {run.data.stages[0].seq_len} of the first stage in data.stages; use "
+            "that, or data.stages=[] for a run with rows of one length",
+        )
+    return at_stage(run, 0)
 
 
 def path_variables(path: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -195,6 +202,7 @@ def _derive(data: dict[str, Any], source: ConfigSource) -> None:
                 f"= {heads} does not divide model.hidden_size = {hidden}; use {fits}, or set model.head_dim",
             )
         model["head_dim"] = hidden // heads
+    complete_stages(_section(data, "data"), parallel)
     if ("steps" in training) == ("tokens" in training):
         many = "are both set; keep one" if training.get("steps") else "are both missing; set one"
         raise source.error("training", f"says how long to train: steps and tokens {many}")

@@ -104,7 +104,7 @@ class ComputeConfig(Section):
         str,
         Key(
             "Implementation of attention: FlashAttention, torch's `scaled_dot_product_attention`, or plain matrix "
-            "products; `auto` takes flash_attn where it can run, else sdpa.",
+            "products; `auto` takes flash_attn where it can run (on Hopper and newer version 4 before 2), else sdpa.",
             choices=("auto", "flash_attn", "sdpa", "reference"),
             rule="`flash_attn` needs CUDA, bf16 and a `model.head_dim` that is a multiple of 8 up to 256.",
         ),

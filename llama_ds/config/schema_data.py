@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from llama_ds.config.context_parallel import CP_METHODS
 from llama_ds.config.declare import MOST_LENGTH, MOST_TOKENS, NOT_NEGATIVE, POSITIVE, Key, Section
 from llama_ds.errors import did_you_mean
 
@@ -22,7 +23,8 @@ class SourceConfig(Section):
     path: Annotated[
         str,
         Key(
-            'Folder or URL (file, http(s), s3, gs, or "pipe:COMMAND {}") that holds the source\'s manifest.json.',
+            'Folder or URL (file, http(s), s3, gs, or "pipe:COMMAND {}") that holds the source\'s manifest.json; '
+            "`{seq_len}` in it stands for the length of a row.",
             is_path=True,
         ),
     ]
@@ -67,6 +69,52 @@ class MixtureStage(Section):
         dict[str, float],
         Key("Share of each source, by name; an omitted source is not read.", rule="Each at least 1e-6; they sum to 1."),
     ]
+
+
+@dataclass(frozen=True)
+class RowStage(Section):
+    """Steps of the run with rows of one length, as Llama 3 was trained (arXiv 2407.21783, section 3.4.2).
+
+    All stages have the same tokens in a step. `training.global_batch` and `evaluation.rows` count the rows of one.
+    """
+
+    SECTION: ClassVar[str] = "data.stages.N"
+
+    seq_len: Annotated[
+        int,
+        Key(
+            "Length of a row in this stage.",
+            "tokens",
+            POSITIVE,
+            rule="Not below that of the previous stage; divides the tokens of a step and of a validation.",
+            most=MOST_LENGTH,
+        ),
+    ]
+    until_step: Annotated[
+        int | None,
+        Key(
+            "Steps of the run after which the stage ends; null: the end of the run.",
+            "steps",
+            POSITIVE,
+            rule="Above that of the previous stage, below `training.steps`; null in the last stage only.",
+        ),
+    ] = None
+    cp: Annotated[
+        int | None,
+        Key("Context-parallel size in this stage; null: `parallel.cp`.", "ranks", POSITIVE, most=1e4),
+    ] = None
+    cp_method: Annotated[
+        str | None,
+        Key("Method of context parallelism in this stage; null: `parallel.cp_method`.", choices=CP_METHODS),
+    ] = None
+    cp_all_to_all: Annotated[
+        int | None,
+        Key("Ranks of a group in this stage; null: `parallel.cp_all_to_all`.", "ranks", NOT_NEGATIVE, most=1e4),
+    ] = None
+    micro_batch: Annotated[
+        int | None,
+        Key("Rows per micro-batch in this stage; null: `parallel.micro_batch`.", "rows", POSITIVE, most=1e6),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +193,10 @@ class DataConfig(Section):
     max_bad_shards: Annotated[
         int, Key("Damaged shards that are replaced by others before the run stops.", "shards", NOT_NEGATIVE)
     ] = 16
+    stages: Annotated[
+        tuple[RowStage, ...],
+        Key("Stages with longer and longer rows; empty: all rows are of `seq_len`, otherwise that of the first stage."),
+    ] = ()
 
     def check(self) -> None:
         if not self.sources:

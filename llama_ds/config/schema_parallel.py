@@ -88,7 +88,8 @@ class ParallelConfig(Section):
             "Context-parallel size: ranks that share the tokens of each row.",
             "ranks",
             POSITIVE,
-            rule="`2 * cp` divides `data.seq_len` with method ring, `cp` with all_to_all.",
+            rule="`2 * cp` divides `data.seq_len` with method ring, `cp` with all_to_all, and with hierarchical `cp` "
+            "and twice the number of groups.",
             most=1e4,
         ),
     ] = 1
@@ -96,11 +97,23 @@ class ParallelConfig(Section):
         str,
         Key(
             "Attention over rows that several ranks share: keys and values travel around a ring, or an all-to-all "
-            "exchanges tokens for heads; `auto` decides by heads and tokens of a rank.",
+            "exchanges tokens for heads, or neighbouring ranks exchange heads and a ring passes between these groups "
+            "(`hierarchical`); `auto` decides by heads and tokens of a rank and the ranks of a host.",
             choices=CP_METHODS,
             rule="`all_to_all` needs `model.num_attention_heads / tp` divisible by `cp`.",
         ),
     ] = "auto"
+    cp_all_to_all: Annotated[
+        int,
+        Key(
+            "Ranks of a group that exchanges heads under `cp_method: hierarchical`; 0: as many as heads and the ranks "
+            "of a host allow.",
+            "ranks",
+            NOT_NEGATIVE,
+            rule="Divides `cp` and `model.num_attention_heads / tp`, and is neither 1 nor `cp`.",
+            most=1e4,
+        ),
+    ] = 0
 
     def check(self) -> None:
         check_parallel(self)

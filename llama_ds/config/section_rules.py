@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llama_ds.config.context_parallel import HIERARCHICAL
 from llama_ds.config.numbers import near_divisors
 from llama_ds.config.recompute import AUTO, POLICIES, parse
 from llama_ds.errors import did_you_mean, listed, shortened
@@ -112,6 +113,11 @@ def check_parallel(parallel: ParallelConfig) -> None:
     if parallel.cp == 1 and parallel.cp_method != "auto":
         raise parallel.broken(
             f"parallel.cp_method = {parallel.cp_method} shares rows over cp ranks and cp is 1; leave it out"
+        )
+    if parallel.cp_all_to_all and parallel.cp_method != HIERARCHICAL:
+        raise parallel.broken(
+            f"parallel.cp_all_to_all = {parallel.cp_all_to_all} is for cp_method hierarchical; leave it out with "
+            f"{parallel.cp_method}"
         )
     if virtual > 1 and pp == 1:
         raise parallel.broken(f"parallel.virtual_stages = {virtual} cuts what pipeline ranks hold and pp is 1; use 1")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llama_ds.config.row_stages import at_stage, length_begins
 from llama_ds.config.run_file import load_resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import STATE, DataState, check_same_sources, planned, state_from_json
@@ -53,6 +54,29 @@ class RecordedRun(NamedTuple):
         """The order in which the run reads its rows."""
         return self.state.order(self.config.seed, self.config.training.global_batch)
 
+    def consumed(self, step: int) -> dict[str, tuple[int, float]]:
+        """Return the (rows, epochs) of each source that the steps before `step` have read.
+
+        With `data.stages`, these are the rows of the present length.
+
+        Raises:
+            UserError: the last of these steps reads rows of another length.
+        """
+        if step == 0:
+            return self.order.consumed(0)
+        self.check_length(step - 1)
+        begun, read = self.order.consumed(length_begins(self.config, step - 1)), self.order.consumed(step)
+        return {name: (rows - begun[name][0], epochs - begun[name][1]) for name, (rows, epochs) in read.items()}
+
+    def check_length(self, step: int) -> None:
+        """Raise UserError if `step` reads rows of another length than those that the state describes."""
+        own, seq_len = self.config.data.seq_len, at_stage(self.config, step).data.seq_len
+        if seq_len != own:
+            raise UserError(
+                f"{self.path}: describes the rows of {own} tokens that the run has read last, and step {step} is of a "
+                f"stage with rows of {seq_len}; ask for a step with rows of {own}"
+            )
+
 
 def open_run(folder: str) -> RecordedRun:
     """Return the run in `folder`.
@@ -78,6 +102,7 @@ def documents_of_step(recorded: RecordedRun, step: int) -> list[ReadRow]:
     run, order = recorded.config, recorded.order
     if not 0 <= step < run.training.steps:
         raise UserError(f"step {step} is not one of the run's steps 0 to {run.training.steps - 1}")
+    recorded.check_length(step)
     opened = open_sources(run.data, run.model.vocab_size)
     sources = {config.name: source for config, source in zip(run.data.sources, opened.train, strict=True)}
     rows = order.at(step)

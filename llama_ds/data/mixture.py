@@ -127,6 +127,17 @@ def continued(past: DataState, plan: DataState, step: int, checkpoint: str, rere
     return DataState(rows_per_shard, (*kept, *later), (*past.bad, *listed), skips, contents)
 
 
+def lengthened(past: DataState, plan: DataState, step: int, checkpoint: str) -> DataState:
+    """Return the state of a run whose rows change their length at `step`: the plan of the run file, with past skips.
+
+    Rows of another length are other rows, in shards of their own.
+
+    Raises:
+        UserError: the run file requests past skips that the run did not make.
+    """
+    return replace(plan, skips=_continued_skips(past.skips, plan.skips, step, checkpoint))
+
+
 def check_same_sources(
     names: set[str], segments: Sequence[Segment], past: DataState, now: DataState, where: str
 ) -> None:

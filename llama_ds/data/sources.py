@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llama_ds.config.row_stages import SEQ_LEN
 from llama_ds.config.schema import DataConfig, SourceConfig
 from llama_ds.data.filler import mark_filler
 from llama_ds.data.source.cache import Cache
@@ -87,7 +88,7 @@ def open_sources(data: DataConfig, vocab_size: int) -> Sources:
     cache = Cache(data.cache_dir, round(data.cache_gib * 2**30)) if data.cache_dir else None
     train, validation = [], []
     for config in data.sources:
-        store = open_store(config.path, cache, RetryPolicy(data.deadline_s))
+        store = open_store(config.path.replace(SEQ_LEN, str(data.seq_len)), cache, RetryPolicy(data.deadline_s))
         manifest = with_digests(store, read_manifest(store))
         check_tokenizer(manifest, tokenizer)
         _check_shapes(config, manifest, data.seq_len, vocab_size)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from llama_ds.config.row_stages import at_stage, length_begins, stage_steps
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.filler import count_labels, mark_filler, plain_ids
-from llama_ds.data.mixture import LISTED, DataState, continued, planned
+from llama_ds.data.mixture import LISTED, DataState, continued, lengthened, planned
 from llama_ds.data.order import BadShard, Order, Rows
 from llama_ds.data.source.shards import Source
 from llama_ds.data.source.store import BadFile
@@ -51,7 +52,8 @@ class Dataset:
     sources: Sources
     order: Order
     start: DataState  # state at which the run started or resumed
-    steps: int  # total number of optimizer steps of the run
+    steps: int  # number of optimizer steps of the run until the rows change their length, or until its end
+    first_step: int = 0  # first step with rows of this length (`data.stages`)
 
     def rows(self, start: int = 0, count: int | None = None) -> Iterator[TokenRow]:
         """Return an iterator over `count` rows of the run from row number `start` on, in the order of `Order.rows`.
@@ -62,12 +64,12 @@ class Dataset:
         Raises:
             UserError: the run has no such rows; during iteration, a shard is missing or damaged.
         """
-        total = self.steps * self.order.global_batch
+        begin, total = self.first_step * self.order.global_batch, self.steps * self.order.global_batch
         stop = total if count is None else start + count
-        if not 0 <= start <= stop <= total:
+        if not begin <= start <= stop <= total:
             raise UserError(
-                f"rows from {start} to {stop}: the run has the rows 0 to {total}, training.steps {self.steps} times "
-                f"training.global_batch {self.order.global_batch}; ask for some of these"
+                f"rows from {start} to {stop}: the run has the rows {begin} to {total}, training.steps {self.steps} "
+                f"times training.global_batch {self.order.global_batch}; ask for some of these"
             )
         return self._rows(start, stop)
 
@@ -89,6 +91,14 @@ class Dataset:
         """Return the number of labels, without filler, in all rows of a step."""
         rows = self.order.rows(step * self.order.global_batch, self.order.global_batch)
         return int(self._labels(rows).sum())
+
+    def consumed(self, step: int) -> dict[str, tuple[int, float]]:
+        """Return the (rows, epochs) of each source that the steps before `step`, with rows of this length, have read.
+
+        A stage of `data.stages` continues the order of its own rows at its first step, as if all steps had read them.
+        """
+        before, read = self.order.consumed(self.first_step), self.order.consumed(step)
+        return {name: (rows - before[name][0], epochs - before[name][1]) for name, (rows, epochs) in read.items()}
 
     def _labels(self, rows: Rows) -> np.ndarray:
         out = np.empty(len(rows.row), np.int64)
@@ -168,6 +178,8 @@ def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, chec
     Raises:
         UserError: the data does not fit the run, which would otherwise fail later or train on other data.
     """
+    run = at_stage(run, step)
+    first, end = length_begins(run, step), stage_steps(run, step).stop
     sources = open_sources(run.data, run.model.vocab_size)
     names = [source.name for source in run.data.sources]
     geometry = {name: source.geometry for name, source in zip(names, sources.train, strict=True)}
@@ -175,12 +187,14 @@ def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, chec
         if not split.rows:
             raise UserError(f"data.sources: {name} has no training rows; leave it out, or build it from more text")
     state = planned(run.data, run.training.global_batch * run.data.seq_len, geometry)
-    if past:
+    if past and first == step > 0:
+        state = lengthened(past, state, step, checkpoint)
+    elif past:
         reread = [source.name for source in run.data.sources if source.reread]
         state = continued(past, state, step, checkpoint, reread)
     order = state.order(run.seed, run.training.global_batch)
     _check_epochs(run, order)
-    dataset = Dataset(sources, order, state, run.training.steps)
+    dataset = Dataset(sources, order, state, end, first)
     dataset.replace([], run.data.max_bad_shards)
     return dataset
 

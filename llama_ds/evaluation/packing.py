@@ -32,6 +32,7 @@ class PackedRow:
 
     ids: np.ndarray
     slots: tuple[Slot, ...]
+    texts: tuple[np.ndarray, ...] = ()  # of a branched row: the columns of each request, those it shares included
 
 
 def row_lengths(seq_len: int, multiple: int = 1, few: bool = True) -> list[int]:

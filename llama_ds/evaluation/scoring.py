@@ -16,10 +16,14 @@ from torch import Tensor
 
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.evaluation.branching import branched
 from llama_ds.evaluation.generation import Decoder, ModelDecoder, TextGenerator
 from llama_ds.evaluation.packing import PackedRow, micro_batches, packed, padded, row_lengths
 from llama_ds.evaluation.requests import Encoded, Score, ScoringRequest, encode, rolling
 from llama_ds.log import logger
+from llama_ds.model.branched_rows import BranchedRows
+from llama_ds.model.cached_layer import join_products
+from llama_ds.model.decoder import LayerContext
 from llama_ds.model.llama import Llama
 from llama_ds.model.loss import IGNORED
 
@@ -38,6 +42,7 @@ class RowShape:
     any_length: bool = True  # whether rows may be shorter than seq_len
     multiple: int = 1  # divides the number of tokens of every row
     few_lengths: bool = True  # whether a further length of rows costs time, as where kernels are compiled for it
+    branches: bool = False  # whether texts with a common prefix may share it in a row
 
 
 class Backend(Protocol):
@@ -120,9 +125,11 @@ class Scorer:
 
     def _rows(self, requests: Sequence[Encoded]) -> dict[int, list[PackedRow]]:
         shape = self.backend.shape
+        lengths = row_lengths(shape.seq_len, shape.multiple, shape.few_lengths) if shape.any_length else [shape.seq_len]
+        if shape.branches:
+            return branched(requests, lengths, shape.marks.eos)
         if shape.document_mask and shape.marks.begin is not None:
             return packed(requests, shape.seq_len, shape.marks)
-        lengths = row_lengths(shape.seq_len, shape.multiple, shape.few_lengths) if shape.any_length else [shape.seq_len]
         return padded(requests, lengths, shape.marks.eos)
 
 
@@ -136,6 +143,12 @@ def sums(rows: Sequence[PackedRow], losses: Tensor, greedy: Tensor) -> dict[int,
     }
 
 
+def branches_of(rows: Sequence[PackedRow], context: LayerContext, device: torch.device) -> BranchedRows:
+    """Return what the layers of `context` need of a micro-batch of branched rows."""
+    tokens = len(rows[0].ids) - 1
+    return BranchedRows([row.texts for row in rows], tokens, context.rotary, device)
+
+
 def stacked(rows: Sequence[PackedRow]) -> np.ndarray:
     """Return the ids of a micro-batch, (b, T + 1), marked where they are no labels."""
     return np.stack([row.ids for row in rows])
@@ -147,6 +160,8 @@ class ModelBackend:
     def __init__(self, model: Llama, micro_batch: int) -> None:
         context = model.context
         self.model = model.eval()
+        join_products(model)
+        any_length = rows_of_any_length(context.model.rope_scaling)
         self._decoder: Decoder | None = None
         self.shape = RowShape(
             context.rotary.seq_len,
@@ -154,13 +169,14 @@ class ModelBackend:
             dp=1,
             document_mask=context.document_mask,
             marks=context.marks,
-            any_length=rows_of_any_length(context.model.rope_scaling),
+            any_length=any_length,
             few_lengths=next(model.parameters()).is_cuda,
+            branches=any_length,
         )
 
     @torch.no_grad()
     def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int) -> dict[int, Score]:
-        loss, device = self.model.loss, next(self.model.parameters()).device
+        loss, context, device = self.model.loss, self.model.context, next(self.model.parameters()).device
         found: dict[int, Score] = {}
         loss.scores, loss.labels = [], 1.0
         try:
@@ -168,7 +184,9 @@ class ModelBackend:
                 rows = [row for row in padded_rows if row.slots]  # alone, nobody waits for the empty ones
                 marked = torch.from_numpy(stacked(rows)).to(device)
                 labels = marked[:, 1:].masked_fill(marked[:, 1:] < 0, IGNORED)
-                self.model(torch.where(marked < 0, ~marked, marked)[:, :-1], labels)
+                seen = branches_of(rows, context, device) if self.shape.branches else None
+                with context.caches.using(seen):
+                    self.model(torch.where(marked < 0, ~marked, marked)[:, :-1], labels)
                 found |= sums(rows, *loss.scores.pop())
         finally:
             loss.scores, loss.labels = None, None

@@ -1,4 +1,6 @@
-"""What a run has recorded in its folder: metrics.jsonl, run.yaml, machines.jsonl and the event logs of its jobs."""
+"""What a run has recorded in its folder: metrics.jsonl, tasks.jsonl, run.yaml, machines.jsonl and the event
+logs of its jobs.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from llama_ds.config.text import read_yaml
 from llama_ds.errors import UserError
 
 METRICS, MACHINES, RUN_FILE = "metrics.jsonl", "machines.jsonl", "run.yaml"
+FOLLOWED = "tasks.jsonl"  # results of tools/evaluate.py --follow, which other hosts write
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Records:
     curves: Mapping[str, Curve]  # by the name that metrics.jsonl gives them
     machines: Sequence[Mapping[str, Any]]  # a line for each start
     events: Sequence[Mapping[str, Any]]  # all jobs' events by time, each with its job's number
+    norms: Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl that have norms of weights
     damaged: Mapping[str, int]  # lines that could not be read, by file; a last line without its end is no damage
 
 
@@ -69,15 +73,35 @@ def read_run(folder: str) -> Records:
     for path in sorted(root.glob("jobs/*/events.jsonl")):
         lines = _lines(path, "time", damaged)
         events += [{**line, "job": path.parent.name} for line in lines]
+    norms: list[Mapping[str, Any]] = []
+    steps = _with_norms_kept(_lines(root / METRICS, "step", damaged), norms)
     machines = _lines(root / MACHINES, "step", damaged) if (root / MACHINES).is_file() else []
     return Records(
         name=os.path.basename(os.path.realpath(folder)),
         folder=folder,
         config=config,
-        curves=curves_of(_lines(root / METRICS, "step", damaged)),
+        curves=_with_followed(curves_of(steps), root / FOLLOWED, damaged),
         machines=list(machines),
         events=sorted(events, key=lambda event: event["time"]),
+        norms=norms,
         damaged=damaged,
+    )
+
+
+def _with_norms_kept(lines: Iterator[dict[str, Any]], norms: list[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield all lines, and append to `norms` those that have norms of weights."""
+    for line in lines:
+        if _are_norms(line.get("norms")):
+            norms.append(line)
+        yield line
+
+
+def _are_norms(value: object) -> bool:
+    """Return whether a value has, by kind and role, a number or null for each layer."""
+    return isinstance(value, dict) and all(
+        isinstance(rows, dict)
+        and all(isinstance(row, list) and all(x is None or _is_number(x) for x in row) for row in rows.values())
+        for rows in (value.get("gradient"), *value.values())
     )
 
 
@@ -91,6 +115,18 @@ def curves_of(lines: Iterator[Mapping[str, Any]]) -> dict[str, Curve]:
                 steps.setdefault(name, []).append(line["step"])
                 values.setdefault(name, []).append(value)
     return {name: Curve(steps[name], values[name]) for name in steps}
+
+
+def _with_followed(curves: dict[str, Curve], path: Path, damaged: dict[str, int]) -> dict[str, Curve]:
+    """Return curves with the results of tasks in `path`; those of the run itself come first, then the latest."""
+    if not path.is_file():
+        return curves
+    for name, found in curves_of(_lines(path, "step", damaged)).items():
+        if name.startswith("tasks"):
+            own = curves.get(name, Curve((), ()))
+            points = dict(zip([*found.steps, *own.steps], [*found.values, *own.values], strict=True))
+            curves[name] = Curve(sorted(points), [points[step] for step in sorted(points)])
+    return curves
 
 
 def training_hours(curves: Mapping[str, Curve]) -> Curve:

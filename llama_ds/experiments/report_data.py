@@ -10,7 +10,9 @@ from statistics import median
 from typing import Any
 
 from llama_ds.config.differences import differences, shown
+from llama_ds.experiments.norm_map import heat_map
 from llama_ds.experiments.records import Curve, Records, training_hours
+from llama_ds.launch.supervise.norm_rises import first_rise, in_words, spikes
 from llama_ds.perf.plan.cost import CARBON, OVERHEAD
 
 HOURS = "training hours"
@@ -22,6 +24,7 @@ PANELS = (  # title, unit, factor, names; a name that ends in / stands for all t
     ("Throughput", "tokens/s/GPU", 1, ("tokens_per_s_per_gpu",)),
     ("Utilisation", "percent of peak", 100, ("mfu", "hfu")),
     ("Wait for data", "seconds per step", 1, ("data_wait_s",)),
+    ("Imbalance of a ring", "attention of the slowest rank over the mean", 1, ("cp_imbalance",)),
     ("Peak memory", "GiB, fullest rank", 1, ("peak_mem_gib",)),
     ("Tokens read by source", "", 1, ("tokens/",)),
     ("Epochs by source", "", 1, ("epochs/",)),
@@ -30,6 +33,7 @@ PANELS = (  # title, unit, factor, names; a name that ends in / stands for all t
 NO_PANEL = {"tokens", "tokens_per_s", "step_s", "val_perplexity", "tasks_tokens", HOURS}
 NO_PANEL_OF = ("tasks_stderr/", "tasks_share/")
 TASK = "tasks/"
+NORM_KINDS = ("gradient", "update", "weight")
 
 
 def page_data(runs: Sequence[Records], power_w: float | None = None) -> dict[str, Any]:
@@ -42,7 +46,8 @@ def page_data(runs: Sequence[Records], power_w: float | None = None) -> dict[str
         "runs": [_run(run, power_w) for run in runs],
         "tasks": _tasks(runs),
         "differences": setting_differences(runs),
-        "events": [_event(run, event) for run in runs for event in run.events],
+        "norms": [_norms(run) for run in runs if run.norms],
+        "events": [_event(run, event) for run in runs for event in run.events if event.get("event") != "progress"],
     }
 
 
@@ -185,6 +190,20 @@ def _tasks(runs: Sequence[Records]) -> list[dict[str, Any]]:
                 row = {"run": run.name, "task": task, "step": curve.steps[-1], "accuracy": curve.values[-1]}
                 found.append(row | {"stderr": stderr})
     return found
+
+
+def _norms(run: Records) -> dict[str, Any]:
+    """Return the heat maps of a run's norms, and what rose before each of its loss spikes."""
+    losses = run.curves.get("loss", Curve((), ()))
+    return {
+        "run": run.name,
+        "maps": [heat_map(run.norms, kind) for kind in NORM_KINDS],
+        "spikes": [
+            f"loss spike at step {spike.step:,}, {spike.loss:.4f} after {spike.before:.4f}: "
+            f"{in_words(first_rise(run.norms, spike.step))}"
+            for spike in spikes(losses.steps, losses.values)
+        ],
+    }
 
 
 def setting_differences(runs: Sequence[Records]) -> list[list[str]]:

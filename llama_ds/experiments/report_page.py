@@ -51,6 +51,10 @@ def _rest(data: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     parts = []
     if data["tasks"]:
         parts += ["<h2>Benchmarks, last results</h2>", _tasks(data["tasks"], names)]
+    for found in data["norms"]:
+        parts.append(f"<h2>Norms of layers of {escape(found['run'])}</h2>")
+        parts += [f'<p class="note">{escape(text)}</p>' for text in found["spikes"]]
+        parts += [f'<div class="scroll">{svg}</div>' for svg in found["maps"]]
     if data["events"]:
         parts += ["<h2>Events of jobs</h2>", '<div class="scroll">', _events(data["events"]), "</div>"]
     if data["differences"]:

@@ -60,7 +60,8 @@ class Progress:
         """Enter a phase after `step` completed steps."""
         now = time.monotonic()
         if self.phase is not phase:
-            self.tell(what="phase", phase=int(self.phase), seconds=now - self._since)
+            done = self.step if step is None else step
+            self.tell(what="phase", phase=int(self.phase), seconds=now - self._since, to=int(phase), step=done)
             self.phase, self._since = phase, now
         if step is not None:
             self.step = step

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama_ds.config.numbers import near_divisors, near_multiples
+from llama_ds.config.row_stages import stage_runs
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError, listed
 from llama_ds.layout.axes import Axes
@@ -37,11 +38,31 @@ def model_axes(parallel: ParallelConfig) -> Axes:
 
 
 def resolve_layout(run: RunConfig, world: int) -> Layout:
-    """Derive dp and the accumulation steps of `run` from the world size.
+    """Derive dp and the accumulation steps of `run` from the world size; check those of all its stages.
 
     Raises:
         UserError: A size does not divide; the message lists sizes that do.
     """
+    for stage in stage_runs(run) if run.data.stages else ():
+        try:
+            _check_evaluation(stage, _resolve(stage, world))
+        except UserError as error:
+            raise UserError(f"{error} (in the stage of data.stages with rows of {stage.data.seq_len})") from None
+    return _resolve(run, world)
+
+
+def _check_evaluation(run: RunConfig, layout: Layout) -> None:
+    """Refuse the validation rows of a later stage now: without stages, the start of the run does."""
+    unit = layout.dp * layout.micro_batch
+    if run.evaluation.rows % unit:
+        near = near_multiples(unit, run.evaluation.rows, 2)
+        raise UserError(
+            f"{run.path}: evaluation.rows = {run.evaluation.rows} is not a multiple of dp {layout.dp} * micro_batch "
+            f"{layout.micro_batch} = {unit}; use {listed(near)}"
+        )
+
+
+def _resolve(run: RunConfig, world: int) -> Layout:
     source, axes = run.path, model_axes(run.parallel)
     replica = axes.replica
     if world < 1 or world % replica:

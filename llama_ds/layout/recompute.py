@@ -48,6 +48,7 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
     work = layer_work(run, layout, element_bytes)
     schedule = schedule_of(run, layout)
     counts, placement = decoder_layers(stage_boundaries(run)), schedule.placement
+    fixed = [] if wanted.device_bytes is None else [r.fixed for r in rank_memory(run, layout, element_bytes)]
     stages = []
     for stage, layers in enumerate(counts):
         rank, chunk = placement.home(stage)
@@ -58,7 +59,7 @@ def stage_policies(run: RunConfig, layout: Layout, element_bytes: int) -> list[S
             room = wanted.budget_bytes
             if room is None:
                 assert wanted.device_bytes is not None
-                room = int(wanted.device_bytes * USABLE) - rank_memory(run, layout, element_bytes)[rank].fixed
+                room = int(wanted.device_bytes * USABLE) - fixed[rank]
             own = [(schedule.held[rank][c], counts[placement.stage(rank, c)]) for c in range(placement.chunks)]
             least = [kept_bytes(work, {"full": n}, at) for at, n in own]
             if sum(least) > room:

@@ -3,27 +3,48 @@
 Attention is causal, so late tokens cost more than early ones. For a ring of n ranks, a row of T tokens is cut into 2 n
 chunks, and rank r holds chunks r and 2 n - 1 - r, which together cost the same on all ranks (zigzag). At step s of the
 ring, rank r has the keys of rank r - s. With all-to-alls, a rank holds an n-th of the row, and computes whole rows.
+In a ring of groups, each group has the tokens of a rank of the ring, of which its ranks hold equal parts, in order.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
-from llama_ds.config.context_parallel import RING
+from llama_ds.config.context_parallel import CpSizes
 
 
-def own_ranges(tokens: int, rank: int, size: int, method: str) -> tuple[range, ...]:
-    """Return the positions that a rank of `size` holds of a row of `tokens`, in order.
+def own_ranges(tokens: int, rank: int, sizes: CpSizes) -> tuple[range, ...]:
+    """Return the positions that a rank holds of a row of `tokens`, in order.
 
     Raises:
-        ValueError: `size`, times 2 for the ring, does not divide `tokens`.
+        ValueError: The number of ranks, or twice that of a ring, does not divide `tokens`.
     """
-    parts = 2 * size if method == RING else size
-    if tokens % parts:
-        raise ValueError(f"{tokens} tokens of a row are not a multiple of {parts}")
-    length = tokens // parts
-    chunks = (rank, parts - 1 - rank) if method == RING else (rank,)
-    return tuple(range(chunk * length, (chunk + 1) * length) for chunk in chunks)
+    chunks = 2 * sizes.ring if sizes.ring > 1 else 1
+    multiple = math.lcm(chunks, sizes.ranks)
+    if tokens % multiple:
+        raise ValueError(f"{tokens} tokens of a row are not a multiple of {multiple}")
+    length, own = tokens // chunks, tokens // sizes.ranks
+    group, member = divmod(rank, sizes.all_to_all)
+    begin, found = member * own, []  # of this rank's part of the group's chunks
+    for number, chunk in enumerate(sorted({group, chunks - 1 - group})):
+        first, last = max(begin - number * length, 0), min(begin + own - number * length, length)
+        if first < last:
+            found.append(range(chunk * length + first, chunk * length + last))
+    return tuple(found)
+
+
+def causal_imbalance(tokens: int, sizes: CpSizes) -> float:
+    """Return the causal work of the busiest rank over the mean, less 1, for a row of one document.
+
+    Ranks that exchange heads compute the same tokens of equally many heads.
+    """
+    groups = CpSizes(sizes.ring)
+    work = [
+        sum((part.start + part.stop + 1) * len(part) // 2 for part in own_ranges(tokens, group, groups))
+        for group in range(sizes.ring)
+    ]
+    return max(work) * sizes.ring / sum(work) - 1
 
 
 class RingBlock(NamedTuple):

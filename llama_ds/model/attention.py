@@ -18,17 +18,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from llama_ds.config.rules import FLASH_HEAD_DIMS
 from llama_ds.errors import UserError
 from llama_ds.log import logger
 from llama_ds.model.attention_blocks import MAX_ROW_TOKENS
+from llama_ds.model.attention_torch_flash import FLASH_DTYPES, packed_attention, torch_flash_takes
 from llama_ds.model.cpu_products import small_products
 
 FLASH_4 = "flash_attn.cute"
-FLASH_MODULES = ("flash_attn", FLASH_4)  # 2.x interface, then 4.x; both export the same two functions
-_FLASH_4_BACKWARD = (9, 0)  # minimum compute capability: on an A100 (8.0) only the forward runs (4.0.0b36)
-FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_MODULES = ("flash_attn", FLASH_4)  # the 2.x interface and that of 4.x; both export the same two functions
+# Minimum compute capability of version 4. On an A100 (8.0) only its forward runs (4.0.0b36). From Hopper on it comes
+# before version 2, whose kernels are written for Ampere.
+_FLASH_4_CAPABILITY = (9, 0)
 
 
 class Documents:
@@ -37,6 +40,7 @@ class Documents:
     def __init__(self, start: Tensor) -> None:
         self.start = start  # (B, T)
         self._biases: dict[torch.dtype, Tensor] = {}
+        self.blocks: dict[tuple[int, ...], Any] = {}  # those of the steps of a ring (`ring_attention`)
 
     @cached_property
     def mask(self) -> Tensor:
@@ -50,6 +54,22 @@ class Documents:
             bias = torch.zeros(self.mask.shape, dtype=dtype, device=self.start.device)
             self._biases[dtype] = bias.masked_fill_(~self.mask, -math.inf)
         return self._biases[dtype]
+
+    @cached_property
+    def begins(self) -> list[list[int]]:
+        """Return of each row the positions at which its documents begin.
+
+        Reading them synchronises with the device, once per micro-batch and stage. Without data, as in a dry run, each
+        row is one document, which needs most memory.
+        """
+        rows, length = self.start.shape
+        if isinstance(self.start, FakeTensor):
+            return [[0]] * rows
+        *offsets, _ = self.cumulative_lengths.tolist()
+        found: list[list[int]] = [[] for _ in range(rows)]
+        for offset in offsets:
+            found[offset // length].append(offset % length)
+        return found
 
     @cached_property
     def cumulative_lengths(self) -> Tensor:
@@ -101,9 +121,18 @@ def choose_backend(wanted: str, device_type: str, dtype: torch.dtype, head_dim: 
     if wanted == "flash_attn" and obstacle:
         raise UserError(f"compute.attention_backend = flash_attn: {obstacle}; use auto or sdpa")
     chosen = wanted if wanted != "auto" else ("sdpa" if obstacle else "flash_attn")
-    why = f" (not flash_attn: {obstacle})" if wanted == "auto" and obstacle else ""
-    logger.info("attention backend: %s%s", chosen, why)
+    logger.info("attention backend: %s%s", chosen, _reason(wanted, chosen, obstacle))
     return chosen
+
+
+def _reason(wanted: str, chosen: str, obstacle: str) -> str:
+    if chosen == "flash_attn":
+        return f" ({flash_module().__name__} on compute capability {_dotted(torch.cuda.get_device_capability())})"
+    return f" (not flash_attn: {obstacle})" if wanted == "auto" and obstacle else ""
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _flash_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
@@ -116,11 +145,8 @@ def _flash_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) -> str:
     if importlib.util.find_spec("flash_attn") is None:
         return "the package is not installed (pip install flash-attn)"
     capability = torch.cuda.get_device_capability()
-    if flash_module().__name__ == FLASH_4 and capability < _FLASH_4_BACKWARD:
-        return (
-            f"version 4 has no backward for compute capability {'.'.join(map(str, capability))} "
-            "(pip install 'flash-attn<3')"
-        )
+    if flash_module().__name__ == FLASH_4 and capability < _FLASH_4_CAPABILITY:
+        return f"version 4 has no backward for compute capability {_dotted(capability)} (pip install 'flash-attn<3')"
     return ""
 
 
@@ -160,8 +186,12 @@ def flash_backend() -> Backend:
 
 
 def flash_module() -> Any:
-    """Return the installed interface of flash_attn: `flash_attn` (2.x), or `flash_attn.cute` (4.x)."""
-    for name in FLASH_MODULES:
+    """Return the installed interface of flash_attn for this GPU: `flash_attn` (2.x), or `flash_attn.cute` (4.x).
+
+    Where both are installed, it is 4.x on Hopper and newer and 2.x on older devices.
+    """
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FLASH_4_CAPABILITY
+    for name in reversed(FLASH_MODULES) if hopper else FLASH_MODULES:
         with suppress(ImportError):
             module = importlib.import_module(name)
             if hasattr(module, "flash_attn_func"):  # with only 4.x installed, `flash_attn` is an empty namespace
@@ -173,7 +203,9 @@ def flash_module() -> Any:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
-    """Attention computed by torch.nn.functional.scaled_dot_product_attention."""
+    """Attention by torch.nn.functional.scaled_dot_product_attention; packed rows on CUDA by the kernels below it."""
+    if documents is not None and torch_flash_takes(q):
+        return packed_attention(q, k, v, documents)
     short_on_cpu = q.device.type == "cpu" and q.shape[1] <= MAX_ROW_TOKENS
     if q.device.type == "cpu":
         # The CPU kernel lacks grouped queries and would fall back to unfused attention.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama_ds.model.attention import FLASH_4, Documents, flash_module, repeat_heads
 from llama_ds.model.attention_blocks import MAX_ROW_TOKENS, blocked_backward, blocked_forward
+from llama_ds.model.attention_torch_flash import TorchFlash, torch_flash_takes
 from llama_ds.model.cpu_products import onednn_multiplies
 
 Statistics = tuple[Tensor, ...]
@@ -53,7 +54,7 @@ def block_kernel(backend: str, like: Tensor, causal: bool) -> AttentionKernel | 
     if backend == "reference":
         return None
     if like.is_cuda:
-        return _SdpaCuda(causal) if _SdpaCuda.is_flash(like, None) else None
+        return TorchFlash(causal) if torch_flash_takes(like) else None
     return _SdpaCpu(causal)
 
 
@@ -100,7 +101,7 @@ class _Sdpa:
     @staticmethod
     def _kernel(q: Tensor) -> AttentionKernel:
         if q.is_cuda:
-            return _SdpaCuda()
+            return TorchFlash() if torch_flash_takes(q) else _EfficientCuda()
         return BlockedAttention() if q.shape[1] <= MAX_ROW_TOKENS and onednn_multiplies() else _SdpaCpu()
 
 
@@ -151,43 +152,40 @@ class _SdpaCpu(_Backend):
         return grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
 
 
-class _SdpaCuda(_Backend):
-    """torch's flash attention for bf16 and fp16; its memory-efficient kernel for float32 and document masks."""
+class _EfficientCuda(_Backend):
+    """torch's memory-efficient kernel, for what its flash kernels do not take: float32, and other head sizes.
+
+    Its logsumexp is padded, and document masks are a bias on all scores.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
-        heads, aten = q.shape[2], torch.ops.aten
-        inputs = tuple(_heads_first(x) for x in (q, repeat_heads(k, heads), repeat_heads(v, heads)))
-        if self.is_flash(q, documents):
-            out, lse, _, _, _, _, state, unused, _ = aten._scaled_dot_product_flash_attention(*inputs, 0.0, self.causal)
-            return out.transpose(1, 2), (lse, state, unused)
-        bias = _bias(documents, q)
-        causal = bias is None and self.causal
-        out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(*inputs, bias, True, 0.0, causal)
+        bias, heads = _bias(documents, q), q.shape[2]
+        out, lse, seed, offset = torch.ops.aten._scaled_dot_product_efficient_attention(
+            *(_heads_first(x) for x in (q, repeat_heads(k, heads), repeat_heads(v, heads))),
+            bias,
+            True,
+            0.0,
+            bias is None and self.causal,
+        )
         return out.transpose(1, 2), (lse, seed, offset)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Statistics, docs: Documents | None
     ) -> Gradients:
-        heads, groups, lengths = q.shape[2], k.shape[2], (q.shape[1], k.shape[1])
-        inputs = tuple(_heads_first(x) for x in (grad, q, repeat_heads(k, heads), repeat_heads(v, heads)))
+        heads, groups, bias = q.shape[2], k.shape[2], _bias(docs, q)
         lse, *state = statistics
-        out = _heads_first(out)
-        if self.is_flash(q, docs):
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-                *inputs, out, lse, None, None, *lengths, 0.0, self.causal, *state
-            )
-        else:
-            bias = _bias(docs, q)
-            *grads, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-                *inputs, bias, out, lse, *state, 0.0, [True, True, True, False], bias is None and self.causal
-            )
+        *grads, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            *(_heads_first(x) for x in (grad, q, repeat_heads(k, heads), repeat_heads(v, heads))),
+            bias,
+            _heads_first(out),
+            lse,
+            *state,
+            0.0,
+            [True, True, True, False],
+            bias is None and self.causal,
+        )
         grad_q, grad_k, grad_v = (x.transpose(1, 2) for x in grads)
         return grad_q, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
-
-    @staticmethod
-    def is_flash(q: Tensor, documents: Documents | None) -> bool:
-        """Return whether flash attention computes it; the logsumexp of the other kernel is padded."""
-        return documents is None and q.dtype in (torch.bfloat16, torch.float16)
 
 
 class _FlashAttention2(_Backend):

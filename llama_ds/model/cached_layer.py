@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ds.model.key_value_cache import KeyValueCache
+from llama_ds.model.key_value_cache import LayerCache
 from llama_ds.model.linear import RMSNorm, ShardedLinear, adjacent, lay_together
 from llama_ds.model.pointwise import plain_swiglu
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llama_ds.model.decoder import DecoderLayer
 
 
-def cached_forward(layer: DecoderLayer, x: Tensor, cache: KeyValueCache) -> Tensor:
+def cached_forward(layer: DecoderLayer, x: Tensor, cache: LayerCache) -> Tensor:
     """Return the layer's output for the hidden states x of the tokens that `cache.begin` announced: (B, T, D)."""
     attention, mlp = layer.self_attn, layer.mlp
     norm, mid_norm = layer.input_layernorm, layer.post_attention_layernorm
@@ -47,7 +47,7 @@ def _normed(x: Tensor, norm: RMSNorm) -> Tensor:
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
 
 
-def _side_by_side(x: Tensor, layers: Sequence[ShardedLinear], cache: KeyValueCache) -> Tensor:
+def _side_by_side(x: Tensor, layers: Sequence[ShardedLinear], cache: LayerCache) -> Tensor:
     """Return the outputs of column-parallel layers for x (N, I): (N, sum of O); by one product if it copies nothing."""
     if layers[0] not in cache.joined:
         cache.joined[layers[0]] = _joined(layers)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llama_ds.config.context_parallel import WHOLE_ROWS, CpSizes
 from llama_ds.layout.row_cuts import own_ranges
 from llama_ds.model.tensor_parallel import Pending
 
@@ -20,16 +21,16 @@ class ContextParallel(Protocol):
 
     rank: int
     size: int
-    method: str  # see `config/context_parallel.py`
+    sizes: CpSizes  # rank r is member r % all_to_all of group r // all_to_all
 
     def start_pass(self, x: Tensor) -> Pending:
-        """Send x to the next rank; the returned call waits, and returns the previous rank's tensor of x's shape.
+        """Send x to this member of the next group; the returned call waits, and returns that of the previous group.
 
         x must not change before that call.
         """
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        """Send part i of x (n, ...) to rank i; return the parts from all ranks, in their order."""
+        """Send part i of x (all_to_all, ...) to member i of this group; return the parts of all members, in order."""
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Return the tensors of all ranks, in their order: (...) -> (n, ...)."""
@@ -40,7 +41,7 @@ class WholeRows:
 
     rank = 0
     size = 1
-    method = ""
+    sizes = WHOLE_ROWS
 
     def start_pass(self, x: Tensor) -> Pending:
         return lambda: x
@@ -56,12 +57,12 @@ def own_tokens(x: Tensor, cp: ContextParallel) -> Tensor:
     """Return this rank's tokens of whole rows: (B, T, ...) -> (B, S, ...)."""
     if cp.size == 1:
         return x
-    return torch.cat([x[:, part.start : part.stop] for part in own_ranges(x.shape[1], cp.rank, cp.size, cp.method)], 1)
+    return torch.cat([x[:, part.start : part.stop] for part in own_ranges(x.shape[1], cp.rank, cp.sizes)], 1)
 
 
 def positions(tokens: int, cp: ContextParallel, rank: int) -> Tensor:
     """Return the positions (S,) in rows of `tokens` that rank `rank` of the group holds."""
-    return torch.cat([torch.arange(part.start, part.stop) for part in own_ranges(tokens, rank, cp.size, cp.method)])
+    return torch.cat([torch.arange(part.start, part.stop) for part in own_ranges(tokens, rank, cp.sizes)])
 
 
 def whole_rows(x: Tensor, cp: ContextParallel) -> Tensor:

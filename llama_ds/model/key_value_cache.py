@@ -19,7 +19,29 @@ from llama_ds.model.pointwise import rotated
 from llama_ds.model.rope import RotaryTables
 
 
-class KeyValueCache:
+class LayerCache:
+    """What decoder layers use in place of whole rows: the rotation of the tokens, and their attention."""
+
+    single_on_cpu = False  # whether the next pass is of a single token on a CPU
+
+    def __init__(self) -> None:
+        self.joined: dict[nn.Module, tuple[Tensor, Tensor | None] | None] = {}  # see `cached_layer`
+        self._tables = (torch.empty(0), torch.empty(0))  # cos and sin of the tokens
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Return queries or keys of the new tokens rotated by their positions: (B, T, heads, K). It may overwrite x."""
+        cos, sin = self._tables
+        if x.dtype == cos.dtype:
+            swapped = x.roll(x.shape[-1] // 2, -1)
+            return x.mul_(cos).addcmul_(swapped, sin)
+        return rotated(x, cos, sin).to(x.dtype)
+
+    def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+        """Return the attention of q (B, T, H, K) of `layer`, whose keys and values are k and v: (B, T, H, K)."""
+        raise NotImplementedError
+
+
+class KeyValueCache(LayerCache):
     """The cache of one batch in all decoder layers of a rank, which allocate their parts on first use.
 
     `begin` announces the next tokens of every row, then each layer calls `rotate` and `attend` once, and `end` counts
@@ -27,12 +49,10 @@ class KeyValueCache:
     """
 
     def __init__(self, rows: int, positions: int) -> None:
+        super().__init__()
         self.positions = positions
         self.lengths = [0] * rows  # tokens of each row in the cache
-        self.joined: dict[nn.Module, tuple[Tensor, Tensor | None] | None] = {}  # see `cached_layer`
-        self.single_on_cpu = False  # whether the next pass is of a single token on a CPU
         self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # keys and values, (B, G, P, K) each
-        self._tables = (torch.empty(0), torch.empty(0))
         self._mask: Tensor | None = None  # (B, 1, 1, longest row with its new token), added to the scores
         self._index: tuple[Tensor, Tensor] | None = None  # rows and columns of the new tokens; None: all in one column
 
@@ -66,14 +86,6 @@ class KeyValueCache:
         hidden = torch.arange(longest + 1, device=device) > column[:, None]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
         self._mask = mask[:, None, None]
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Return queries or keys of the new tokens rotated by their positions: (B, T, heads, K). It may overwrite x."""
-        cos, sin = self._tables
-        if x.dtype == cos.dtype:
-            swapped = x.roll(x.shape[-1] // 2, -1)
-            return x.mul_(cos).addcmul_(swapped, sin)
-        return rotated(x, cos, sin).to(x.dtype)
 
     def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
         """Append k and v (B, T, G, K) of `layer`; return the attention of q (B, T, H, K) to all so far: (B, T, H, K).
@@ -122,10 +134,10 @@ class CacheHolder:
     """The cache that the layers of a stage use at present; None: they compute whole rows."""
 
     def __init__(self) -> None:
-        self.cache: KeyValueCache | None = None
+        self.cache: LayerCache | None = None
 
     @contextmanager
-    def using(self, cache: KeyValueCache | None) -> Iterator[None]:
+    def using(self, cache: LayerCache | None) -> Iterator[None]:
         """Let the layers use `cache`."""
         self.cache = cache
         single = cache is not None and cache.single_on_cpu

@@ -106,6 +106,10 @@ class _HeadLoss(Function):
         whole = tp.start_gather(x)()
         shape = labels.shape
         rows, labels = whole.flatten(0, 1), labels.flatten()
+        counted = None
+        if not training and owner.scores is not None:  # each label's own score: the others need no logits
+            counted = (labels != IGNORED).nonzero()[:, 0]
+            rows, labels = rows[counted], labels[counted]
         wide = torch.promote_types(x.dtype, torch.float32)
         losses = torch.empty(len(rows), dtype=wide, device=x.device)
         grad_x = torch.empty_like(rows) if training else None
@@ -116,9 +120,9 @@ class _HeadLoss(Function):
         total = len(labels) if ignored is None else known or (~ignored).sum().to(wide)
         if isinstance(divisor, Tensor):
             total = divisor.to(wide)
-        size = chunk_tokens(len(rows), rows.shape[1], len(weight))
+        size = max(1, chunk_tokens(len(rows), rows.shape[1], len(weight)))
         ids = owner.own_rows(len(weight))
-        greedy = None if training or owner.scores is None else torch.empty_like(labels, dtype=torch.bool)
+        greedy = None if counted is None else torch.empty_like(labels, dtype=torch.bool)
         own_weight, own_grad = weight[: len(ids)], None
         if grad_weight is not None:
             grad_weight[len(ids) :] = 0.0
@@ -146,8 +150,10 @@ class _HeadLoss(Function):
                 torch.mm(logits.t(), rows[part], out=own_grad)  # dW = dlogits^T x
             else:
                 add_product(own_grad if start else own_grad.zero_(), logits, rows[part])
-        if greedy is not None and owner.scores is not None:
-            owner.scores.append((whole_rows(losses.view(shape), owner.cp), whole_rows(greedy.view(shape), owner.cp)))
+        if counted is not None and greedy is not None and owner.scores is not None:
+            spread = (of.new_zeros(shape.numel()).index_copy_(0, counted, of).view(shape) for of in (losses, greedy))
+            every, hits = (whole_rows(values, owner.cp) for values in spread)
+            owner.scores.append((every, hits))
         if grad_weight is not None:
             ctx.save_for_backward(reduced(), grad_weight)
             ctx.owner, ctx.weight = owner, weight

@@ -1,8 +1,8 @@
-"""A block of attention by matrix products, with any mask: queries of one part of a row, keys of another.
+"""A block of attention by matrix products: queries of one part of a row, keys of another, or of the same documents.
 
 Shapes: B rows, Q queries, S keys, G key-value heads, R query heads of each, H = G R, K head size. Arithmetic is in
-float32 or wider. A block of scores is freed before the next one is computed. A query that sees no key of the block has
-output 0 and logsumexp -inf.
+float32 or wider. A block of scores is freed before the next one is computed. `first` (B or 1, Q) says which keys a
+query sees: those from the first to its own, with Q = S. None: it sees all.
 """
 
 from __future__ import annotations
@@ -16,25 +16,22 @@ from torch import Tensor
 SCORES = 1 << 24  # elements of a block of scores
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return out (B, Q, H, K) and logsumexp (B, H, Q) of q (B, Q, H, K) over k and v (B, S, G, K).
-
-    `visible` (B or 1, Q, S) says which keys a query sees; None: all.
-    """
+def block_forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return out (B, Q, H, K) and logsumexp (B, H, Q) of q (B, Q, H, K) over k and v (B, S, G, K)."""
     queries, keys, values = _wide(q).unflatten(2, (k.shape[2], -1)), _wide(k), _wide(v)
     out = torch.empty(q.shape, dtype=queries.dtype, device=q.device)
     lse = queries.new_empty(q.shape[0], q.shape[2], q.shape[1])
     for part in _parts(q, k):
-        scores = _scores(queries[:, part], keys, visible, part)  # (B, G, R, q, S)
+        scores = _scores(queries[:, part], keys, first, part)  # (B, G, R, q, S)
         found = scores.logsumexp(-1)
-        p = (scores - found.masked_fill(found == -math.inf, 0.0)[..., None]).exp()
+        p = scores.sub_(found[..., None]).exp_()
         out[:, part] = torch.einsum("bgrqs,bsgk->bqgrk", p, values).flatten(2, 3)
         lse[:, :, part] = found.flatten(1, 2)
     return out, lse
 
 
 def block_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, visible: Tensor | None
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, first: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the block's part of (dL/dq, dL/dk, dL/dv); grad = dL/dout, `out` and `lse` are those over all keys."""
     groups = k.shape[2]
@@ -43,7 +40,7 @@ def block_backward(
     inner = (grads * _wide(out).unflatten(2, (groups, -1))).sum(-1)  # rowsum(dO * O): (B, Q, G, R)
     grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     for part in _parts(q, k):
-        p = _scores(queries[:, part], keys, visible, part)
+        p = _scores(queries[:, part], keys, first, part)
         p = p.sub_(_wide(lse)[:, :, part].unflatten(1, (groups, -1))[..., None]).exp_()
         grad_v += torch.einsum("bgrqs,bqgrk->bsgk", p, grads[:, part])
         grad_s = torch.einsum("bqgrk,bsgk->bgrqs", grads[:, part], values)
@@ -53,9 +50,13 @@ def block_backward(
     return grad_q.flatten(2, 3), grad_k, grad_v
 
 
-def _scores(queries: Tensor, keys: Tensor, visible: Tensor | None, part: slice) -> Tensor:
+def _scores(queries: Tensor, keys: Tensor, first: Tensor | None, part: slice) -> Tensor:
     scores = torch.einsum("bqgrk,bsgk->bgrqs", queries, keys).mul_(1 / math.sqrt(keys.shape[-1]))
-    return scores if visible is None else scores.masked_fill_(~visible[:, None, None, part], -math.inf)
+    if first is None:
+        return scores
+    key = torch.arange(keys.shape[1], device=keys.device)
+    hidden = (key < first[:, part, None]) | (key > key[part, None])  # (B or 1, q, S)
+    return scores.masked_fill_(hidden[:, None, None], -math.inf)
 
 
 def _parts(q: Tensor, k: Tensor) -> Iterator[slice]:

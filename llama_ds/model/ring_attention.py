@@ -3,6 +3,7 @@
 Each rank keeps its queries; keys and values travel from rank to rank, and so do their gradients in the backward. Every
 message is issued before the block that is computed meanwhile. Shapes as in `llama_ds.model.attention_kernels`, with S
 tokens of this rank in place of T; `layout/row_cuts.py` says which tokens, and which blocks the steps of the ring are.
+With document masks a block is cut into those in which a query sees a key (`layout/document_blocks.py`).
 
 The parts O_i of the blocks, with logsumexps l_i over their keys, merge to l = log sum exp(l_i) and
 O = sum exp(l_i - l) O_i. With the merged l and O, P = exp(Q K^T / sqrt(K) - l) and rowsum(dO * O) of a block are those
@@ -17,10 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llama_ds.layout.row_cuts import RingBlock, ring_block
+from llama_ds.layout.document_blocks import Piece, pieces_of
+from llama_ds.layout.row_cuts import ring_block
 from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import AttentionKernel, Gradients, Statistics, block_kernel
-from llama_ds.model.context_parallel import ContextParallel, positions
+from llama_ds.model.context_parallel import ContextParallel
 from llama_ds.model.plain_blocks import block_backward, block_forward
 
 
@@ -28,26 +30,26 @@ class RingAttention:
     """The kernel `llama_ds.model.attention_kernels.AttentionKernel` over the ranks of a ring."""
 
     def __init__(self, cp: ContextParallel, backend: str) -> None:
-        """`backend` computes blocks without document masks, where it has a kernel for blocks."""
+        """`backend` computes blocks without masks of documents, where it has a kernel for blocks."""
         self.cp, self.backend = cp, backend
+        self.rank, self.size = cp.rank // cp.sizes.all_to_all, cp.sizes.ring
         self._kernels: dict[tuple[torch.device, torch.dtype, bool], AttentionKernel | None] = {}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
         """Return out (B, S, H, K) and the merged logsumexp (B, H, S), followed by state of the blocks' kernel."""
-        cp = self.cp
-        out, lse, state = q, q, tuple[Tensor, ...]()  # replaced in the first step
+        out = _wide(torch.empty_like(q, memory_format=torch.contiguous_format))
+        lse = out.new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
+        state: Statistics = ()
         keys_values = torch.stack([k, v])
-        for step in range(cp.size):
-            passing = cp.start_pass(keys_values) if step + 1 < cp.size else None
-            block = ring_block(q.shape[1], cp.rank, cp.size, step)
-            work = self._work(block, q, documents)
-            if work.any_visible:
-                keys, values = keys_values[:, :, block.keys]
-                part, part_lse, own_state = work.forward(q[:, block.queries], keys, values)
-                if step == 0:
-                    out, lse, state = _wide(part), _wide(part_lse).contiguous(), own_state
+        for step in range(self.size):
+            passing = self.cp.start_pass(keys_values) if step + 1 < self.size else None
+            for (rows, queries, keys, causal, _), work in self._work(step, q, documents):
+                part, part_lse, own_state = work.forward(q[rows, queries], *keys_values[:, rows, keys])
+                state = state or own_state
+                if step == 0 and causal:  # the first block of these queries, which has a key for each
+                    out[rows, queries], lse[rows, :, queries] = part.to(out.dtype), part_lse.to(lse.dtype)
                 else:
-                    _merge(out[:, block.queries], lse[:, :, block.queries], part, part_lse)
+                    _merge(out[rows, queries], lse[rows, :, queries], part, part_lse)
             if passing:
                 keys_values = passing()
         return out.to(q.dtype), (lse, *state)
@@ -59,66 +61,66 @@ class RingAttention:
 
         The gradients of keys and values follow these one step behind, and reach their own rank with the last message.
         """
-        cp = self.cp
         lse, *state = statistics
         keys_values = torch.stack([k, v])
         grad_q = _wide(torch.zeros_like(q))
         arriving = None
-        for step in range(cp.size):
-            passing = cp.start_pass(keys_values) if step + 1 < cp.size else None
-            block = ring_block(q.shape[1], cp.rank, cp.size, step)
-            queries, work = block.queries, self._work(block, q, docs)
-            parts: Gradients | None = None
-            if work.any_visible:
-                (keys, values), own_lse = keys_values[:, :, block.keys], lse[:, :, queries]
-                parts = work.backward(
-                    grad[:, queries], q[:, queries], keys, values, out[:, queries], own_lse, tuple(state)
-                )
+        for step in range(self.size):
+            passing = self.cp.start_pass(keys_values) if step + 1 < self.size else None
+            parts: list[tuple[Piece, Tensor, Tensor]] = []
+            for piece, work in self._work(step, q, docs):
+                rows, queries, keys = piece[:3]
+                own_grad, own_q, own_out = (x[rows, queries] for x in (grad, q, out))
+                own_keys, own_values = keys_values[:, rows, keys]
+                own_lse = lse[rows, :, queries]
+                found = work.backward(own_grad, own_q, own_keys, own_values, own_out, own_lse, tuple(state))
+                grad_q[rows, queries] += found[0]
+                parts.append((piece, *found[1:]))
             travelling = arriving() if arriving else _wide(torch.zeros_like(keys_values))
-            if parts:
-                grad_q[:, queries] += parts[0]
-                for total, part in zip(travelling, parts[1:], strict=True):
-                    total[:, block.keys] += part
-            arriving = cp.start_pass(travelling)
+            for piece, *grads in parts:
+                for total, part in zip(travelling, grads, strict=True):
+                    total[piece.rows, piece.keys] += part
+            arriving = self.cp.start_pass(travelling)
             if passing:
                 keys_values = passing()
         assert arriving is not None
         grad_k, grad_v = arriving()
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
-    def _work(self, block: RingBlock, q: Tensor, documents: Documents | None) -> _BlockWork:
-        """Choose how a block is computed."""
-        if documents is not None:
-            visible = self._visible(block, documents)
-            # A query always sees its own key. Asking a CUDA device for others would make the host wait for it.
-            return _BlockWork(None, visible, block.causal or visible.is_cuda or bool(visible.any()))
-        key = q.device, q.dtype, block.causal
-        if key not in self._kernels:
-            self._kernels[key] = block_kernel(self.backend, q, block.causal)
-        kernel = self._kernels[key]
-        if kernel is not None or not block.causal:
-            return _BlockWork(kernel, None, True)
-        earlier = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).tril()
-        return _BlockWork(None, earlier[None], True)
+    def _work(self, step: int, q: Tensor, documents: Documents | None) -> list[tuple[Piece, _BlockWork]]:
+        """Return the blocks of a step, and how each is computed."""
+        block, rows = ring_block(q.shape[1], self.rank, self.size, step), slice(0, q.shape[0])
+        if documents is None:
+            piece = Piece(rows, block.queries, block.keys, block.causal)
+            return [(piece, self._computed(piece, q, None))]
+        key = (self.rank, self.size, step)
+        if key not in documents.blocks:
+            documents.blocks[key] = pieces_of(block, self.rank, self.size, q.shape[1], documents.begins)
+        return [(piece, self._computed(piece, q, documents)) for piece in documents.blocks[key]]
 
-    def _visible(self, block: RingBlock, documents: Documents) -> Tensor:
-        """Return which keys of a block each query sees (B, queries, keys): the earlier ones of its document."""
-        cp, start = self.cp, documents.start
-        own, other = (positions(start.shape[1], cp, rank).to(start.device) for rank in (cp.rank, block.source))
-        queries, keys = own[block.queries], other[block.keys]
-        return (keys >= start[:, queries, None]) & (keys <= queries[:, None])
+    def _computed(self, piece: Piece, q: Tensor, documents: Documents | None) -> _BlockWork:
+        if documents is not None and piece.begins is not None:
+            tokens = slice(piece.begins, piece.begins + piece.queries.stop - piece.queries.start)
+            return _BlockWork(None, documents.start[piece.rows, tokens] - piece.begins)
+        key = q.device, q.dtype, piece.causal
+        if key not in self._kernels:
+            self._kernels[key] = block_kernel(self.backend, q, piece.causal)
+        kernel = self._kernels[key]
+        if kernel is not None or not piece.causal:
+            return _BlockWork(kernel, None)
+        tokens = piece.queries
+        return _BlockWork(None, torch.zeros(1, tokens.stop - tokens.start, dtype=torch.int32, device=q.device))
 
 
 class _BlockWork(NamedTuple):
     """One block of attention: by a kernel, or by plain matrix products where there is none."""
 
     kernel: AttentionKernel | None
-    visible: Tensor | None  # for plain products: (B or 1, queries, keys); None: all
-    any_visible: bool
+    first: Tensor | None  # for plain products: the first key (B or 1, queries) that each query sees; None: all keys
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Statistics]:
         if self.kernel is None:
-            return *block_forward(q, k, v, self.visible), ()
+            return *block_forward(q, k, v, self.first), ()
         out, (lse, *state) = self.kernel.forward(q, k, v, None)
         return out, lse, tuple(state)
 
@@ -126,7 +128,7 @@ class _BlockWork(NamedTuple):
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Statistics
     ) -> Gradients:
         if self.kernel is None:
-            return block_backward(grad, q, k, v, out, lse, self.visible)
+            return block_backward(grad, q, k, v, out, lse, self.first)
         return self.kernel.backward(grad, q, k, v, out, (lse.contiguous(), *state), None)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from llama_ds.config.context_parallel import RING
 from llama_ds.model.all_to_all_attention import AllToAllAttention
 from llama_ds.model.attention import CausalAttention, Documents
 from llama_ds.model.attention_kernels import AttentionKernel, attention_kernel
@@ -17,9 +16,8 @@ from llama_ds.model.ring_attention import RingAttention
 
 def kernel_over(cp: ContextParallel, backend: str) -> AttentionKernel:
     """Return the kernel of a resolved backend for rows that the ranks of `cp` share."""
-    if cp.size == 1:
-        return attention_kernel(backend)
-    return RingAttention(cp, backend) if cp.method == RING else AllToAllAttention(cp, attention_kernel(backend))
+    kernel = RingAttention(cp, backend) if cp.sizes.ring > 1 else attention_kernel(backend)
+    return AllToAllAttention(cp, kernel) if cp.sizes.all_to_all > 1 else kernel
 
 
 def attention_over(cp: ContextParallel, backend: str) -> CausalAttention:

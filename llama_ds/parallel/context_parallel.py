@@ -1,32 +1,43 @@
-"""Context parallelism on a process group: messages around a ring, and all-to-alls between tokens and heads."""
+"""Context parallelism on process groups: messages around a ring, and all-to-alls between tokens and heads."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from llama_ds.config.context_parallel import CpSizes
 from llama_ds.model.tensor_parallel import Pending
 from llama_ds.parallel.tensor_parallel import all_gather_flat
 from llama_ds.parallel.trace import Trace
 
 
-class GroupContextParallel:
-    """`llama_ds.model.context_parallel.ContextParallel` on a process group."""
+class CpGroups(NamedTuple):
+    """The process groups of a rank; for a ring or all-to-alls alone, the other of the two has one rank."""
 
-    def __init__(self, group: dist.ProcessGroup, method: str, trace: Trace | None = None) -> None:
-        self.group, self.method = group, method
+    whole: dist.ProcessGroup
+    ring: dist.ProcessGroup
+    all_to_all: dist.ProcessGroup
+
+
+class GroupContextParallel:
+    """`llama_ds.model.context_parallel.ContextParallel` on process groups."""
+
+    def __init__(self, groups: CpGroups, sizes: CpSizes, trace: Trace | None = None) -> None:
+        self.groups, self.sizes = groups, sizes
         self.trace = trace or Trace(torch.device("cpu"))  # never started
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        ranks = dist.get_process_group_ranks(group)
-        self._next, self._previous = ranks[(self.rank + 1) % self.size], ranks[self.rank - 1]
+        self.rank, self.size = dist.get_rank(groups.whole), dist.get_world_size(groups.whole)
+        ranks, own = dist.get_process_group_ranks(groups.ring), dist.get_rank(groups.ring)
+        self._next, self._previous = ranks[(own + 1) % len(ranks)], ranks[own - 1]
 
     def start_pass(self, x: Tensor) -> Pending:
         x, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         # As one batch: NCCL would run a send before the receive that it waits for, and so would the neighbours.
         messages = [
-            dist.P2POp(dist.isend, x, self._next, self.group),
-            dist.P2POp(dist.irecv, received, self._previous, self.group),
+            dist.P2POp(dist.isend, x, self._next, self.groups.ring),
+            dist.P2POp(dist.irecv, received, self._previous, self.groups.ring),
         ]
         handles = dist.batch_isend_irecv(messages)
         watched = self.trace.watch("cp", handles[-1], x.nbytes)
@@ -46,14 +57,14 @@ class GroupContextParallel:
     def all_to_all(self, x: Tensor) -> Tensor:
         x, received = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         begin = self.trace.now()
-        dist.all_to_all_single(received, x, group=self.group)
+        dist.all_to_all_single(received, x, group=self.groups.all_to_all)
         self._record(begin, x.nbytes)
         return received
 
     def all_gather(self, x: Tensor) -> Tensor:
         parts = x.new_empty(self.size, *x.shape)
         begin = self.trace.now()
-        all_gather_flat(parts.view(-1), x.contiguous().view(-1), group=self.group)
+        all_gather_flat(parts.view(-1), x.contiguous().view(-1), group=self.groups.whole)
         self._record(begin, parts.nbytes)
         return parts
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import psutil
@@ -18,6 +21,22 @@ LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "
 SLURM_RANK = "SLURM_PROCID"
 LOOPBACK = "127.0.0.1"
 OUTSIDE = "192.0.2.1"  # an address that is no host's (RFC 5737); the route to it is the default route
+_NO_MPI4PY = 3
+_MEETING = f"""
+import json, os, socket, sys
+ours = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what MPI prints is for the user
+try:
+    from mpi4py import MPI
+except ImportError:
+    sys.exit({_NO_MPI4PY})
+world = MPI.COMM_WORLD
+print(world.Get_size(), file=ours, flush=True)
+hosts = world.gather(socket.gethostname(), root=0)
+if world.Get_rank() == 0:
+    print(json.dumps(hosts), file=ours, flush=True)
+ours.write(world.bcast(sys.stdin.read(), root=0))
+"""
 
 
 def first_set(names: Sequence[str]) -> str | None:
@@ -151,27 +170,42 @@ def _check_address(address: str, one_host: bool) -> None:
 
 
 def _ask_first_rank(rank: int, world: int) -> tuple[str, int]:
-    """Ask rank 0 for its address and a free port over MPI."""
-    try:
-        from mpi4py import MPI
-    except ImportError:
+    """Ask rank 0 for its address and a free port over MPI.
+
+    A process of its own talks to MPI, and ends as MPI expects: MPICH tells its mpirun that a rank has finished only
+    when the interpreter shuts down, which a rank skips (`failing_together`), and mpirun would kill the other ranks.
+    """
+    command = [sys.executable, "-c", _MEETING]
+    # MPI's connection to its mpirun is an open file.
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, close_fds=False
+    ) as meeting:
+        assert meeting.stdin and meeting.stdout
+        first = meeting.stdout.readline()
+        if (size := int(first or 0)) not in (0, world):
+            raise UserError(
+                f"environment: MASTER_ADDR is not set, and mpi4py sees {size} of {world} ranks; install the mpi4py of "
+                "the MPI whose mpirun starts the job (pip install --no-binary mpi4py mpi4py), or pass MASTER_ADDR and "
+                "MASTER_PORT"
+            )
+        if rank == 0 and size:
+            meeting.stdin.write(json.dumps(_own_address_and_port(json.loads(meeting.stdout.readline()))))
+        meeting.stdin.close()
+        answer = meeting.stdout.read()
+    if meeting.returncode == _NO_MPI4PY:
         raise UserError(
             "environment: MASTER_ADDR is not set and mpi4py is missing, so ranks on several hosts cannot find rank 0; "
             "install the [mpi] extra or pass MASTER_ADDR and MASTER_PORT (mpirun -x MASTER_ADDR=host)"
-        ) from None
-    if MPI.COMM_WORLD.Get_size() != world:
-        raise UserError(
-            f"environment: MASTER_ADDR is not set, and mpi4py sees {MPI.COMM_WORLD.Get_size()} of {world} ranks; "
-            "install the mpi4py of the MPI whose mpirun starts the job (pip install --no-binary mpi4py mpi4py), or "
-            "pass MASTER_ADDR and MASTER_PORT"
         )
-    hosts = MPI.COMM_WORLD.gather(socket.gethostname(), root=0)
-    found = _own_address_and_port(hosts or []) if rank == 0 else None
-    result: tuple[str, int] | str = MPI.COMM_WORLD.bcast(found, root=0)
-    MPI.Finalize()  # this process skips atexit handlers, and mpirun would report a crash
+    if not answer:
+        raise UserError(
+            "environment: MASTER_ADDR is not set, and MPI did not connect the ranks (its messages are above); pass "
+            "MASTER_ADDR and MASTER_PORT"
+        )
+    result: tuple[str, int] | str = json.loads(answer)
     if isinstance(result, str):
         raise UserError(result)
-    return result
+    return result[0], result[1]
 
 
 def _own_address_and_port(hosts: Sequence[str]) -> tuple[str, int] | str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
+from llama_ds.config.context_parallel import CpSizes
 from llama_ds.layout.axes import AXES, Coords
 from llama_ds.layout.layout import Layout
 from llama_ds.model.context_parallel import ContextParallel, WholeRows
 from llama_ds.model.tensor_parallel import SingleRank, TensorParallel
-from llama_ds.parallel.context_parallel import GroupContextParallel
+from llama_ds.parallel.context_parallel import CpGroups, GroupContextParallel
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
 from llama_ds.parallel.trace import Trace
 
@@ -39,11 +42,15 @@ def tensor_parallel(layout: Layout, sequence_parallel: bool, trace: Trace) -> Te
     return GroupTensorParallel(_own_group(layout, "tp"), sequence_parallel, trace)
 
 
-def context_parallel(layout: Layout, method: str, trace: Trace) -> ContextParallel:
+def context_parallel(layout: Layout, sizes: CpSizes, trace: Trace) -> ContextParallel:
     """Return this rank's context-parallel communicator, with its messages recorded by `trace`. Collective."""
     if layout.cp == 1:
         return WholeRows()
-    return GroupContextParallel(_own_group(layout, "cp"), method, trace)
+    whole, inner = layout.groups("cp"), sizes.all_to_all
+    groups = [ranks[at : at + inner] for ranks in whole for at in range(0, layout.cp, inner)]
+    rings = [ranks[at::inner] for ranks in whole for at in range(inner)]
+    own = CpGroups(*(_own_of(parts) for parts in (whole, rings, groups)))
+    return GroupContextParallel(own, sizes, trace)
 
 
 def own_coords(layout: Layout) -> Coords:
@@ -53,9 +60,14 @@ def own_coords(layout: Layout) -> Coords:
 
 def _own_group(layout: Layout, *axes: str) -> dist.ProcessGroup:
     """Make all groups along `axes`, and return that of this rank. Collective."""
+    return _own_of(layout.groups(*axes))
+
+
+def _own_of(groups: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """Make all `groups` of ranks, and return that of this rank. Collective."""
     rank, own = dist.get_rank(), None
-    for ranks in layout.groups(*axes):
-        group = dist.new_group(ranks)
+    for ranks in groups:
+        group = dist.new_group(list(ranks))
         own = group if rank in ranks else own
     assert own is not None
     return own

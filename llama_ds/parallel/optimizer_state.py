@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from llama_ds.layout.optimizer_states import MASTER, OptimizerStates
 from llama_ds.layout.weights import weight_of
 
+# master, offset of this rank's elements of a weight in it, their count, number of the first one in the weight's shard
+Location = tuple[Tensor, int, int, int]
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -35,15 +38,20 @@ class Fragment:
 
 def fragments(engine: Any) -> Iterator[Fragment]:
     """Yield this rank's fragments. They have moments after a step or `begin_moments`."""
+    for _, name, (master, begin, count, start) in located(engine):
+        state = _adam(engine).state[master]
+        moments = {k: s for k, s in state.items() if isinstance(s, Tensor) and s.shape == master.shape}
+        flats = {MASTER: master, **moments}
+        views = {key: flat.detach().view(-1).narrow(0, begin, count) for key, flat in flats.items()}
+        yield Fragment(name, start, views)
+
+
+def located(engine: Any) -> Iterator[tuple[nn.Parameter, str, Location]]:
+    """Yield the weights of which this rank has elements: (parameter, its name in the engine, where they are)."""
     for parameter, name in engine.param_names.items():
         location = _locate(engine, parameter)
         if location:
-            master, begin, count, start = location
-            state = _adam(engine).state[master]
-            moments = {k: s for k, s in state.items() if isinstance(s, Tensor) and s.shape == master.shape}
-            flats = {MASTER: master, **moments}
-            views = {key: flat.detach().view(-1).narrow(0, begin, count) for key, flat in flats.items()}
-            yield Fragment(name, start, views)
+            yield parameter, name, location
 
 
 def flat_groups(engine: Any, ranks: int) -> Iterator[tuple[Tensor, list[tuple[str, int, list[tuple[int, int]]]]]]:
@@ -134,8 +142,8 @@ def _spread_stage3(optimizer: Any) -> None:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
-def _locate(engine: Any, parameter: nn.Parameter) -> tuple[Tensor, int, int, int] | None:
-    """Return (master, offset of this weight's elements in it, their count, number of the first one in the weight)."""
+def _locate(engine: Any, parameter: nn.Parameter) -> Location | None:
+    """Return where this rank's elements of a weight are, None if it has none."""
     optimizer: Any = engine.optimizer
     zero3: Any = parameter
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):

@@ -7,6 +7,7 @@ what a step does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from llama_ds.model.decoder import LayerContext
+from llama_ds.model.key_value_cache import LayerCache
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.next_token import DecodePass, own_logits
 from llama_ds.model.tensor_parallel import whole_rows
@@ -29,6 +31,7 @@ from llama_ds.schedules.communication import message_of, produced
 from llama_ds.schedules.instructions import Instruction, Op
 from llama_ds.schedules.schedule import Schedule
 
+CacheOf = Callable[[int], LayerCache]  # of the micro-batch with this number
 Batches = Iterator[tuple[Tensor, Tensor]]  # ids and labels, (b, T) each
 Key = tuple[int, int]  # chunk, micro-batch
 
@@ -43,11 +46,14 @@ class LlamaPipelineEngine(PipelineEngine):
         context: LayerContext,
         rows: tuple[int, int],
         dtype: torch.dtype,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         config: dict[str, Any],
         trace: Trace,
     ) -> None:
-        """`rows` is (b rows of a micro-batch, T tokens of a row), `config` the merged DeepSpeed config. Collective."""
+        """`rows` is (b rows of a micro-batch, T tokens of a row), `config` the merged DeepSpeed config. Collective.
+
+        Without an optimizer the engine cannot train.
+        """
         self._schedule, self._context, self._trace = schedule, context, trace
         self._rows, self._dtype = rows, dtype
         grid = module.mpu()
@@ -71,12 +77,15 @@ class LlamaPipelineEngine(PipelineEngine):
         self._read: dict[int, tuple[Tensor, Tensor]] = {}
         self._loss = torch.zeros((), device=self.device)
         self._passes: Sequence[DecodePass] = ()  # instead of micro-batches, while text is generated
+        self._cache_of: CacheOf | None = None  # of a micro-batch, where rows are not whole
         self._chosen: list[Tensor] = []  # next ids of each pass
         self._manual_layers = [[x for x in chunk if isinstance(x, ManualBackwardLayer)] for chunk in module.chunks]
         self._prepare_layers(module)
 
     def _prepare_layers(self, module: LlamaPipeline) -> None:
         optimizer = self.optimizer
+        if optimizer is None:
+            return
         for _, layer in module.numbered_layers():
             parameters = list(layer.parameters())
             layer.register_forward_pre_hook(lambda *_, own=parameters: optimizer.wait_for(own))
@@ -87,7 +96,9 @@ class LlamaPipelineEngine(PipelineEngine):
                 layer.recomputes_early = layer.policy == "full"
 
     # DeepSpeed calls one of these two, depending on the dtype.
-    def _configure_bf16_optimizer(self, optimizer: Any) -> PipelineOptimizer:
+    def _configure_bf16_optimizer(self, optimizer: Any) -> PipelineOptimizer | None:
+        if optimizer is None:
+            return None
         _, accumulate = self.get_data_types()
         return PipelineOptimizer(optimizer, self, accumulate, self.communication_data_type, self._trace)
 
@@ -122,18 +133,23 @@ class LlamaPipelineEngine(PipelineEngine):
         return summary
 
     @torch.no_grad()
-    def mean_loss(self, batches: Batches, count: int, tokens: int | None = None) -> Tensor:
+    def mean_loss(
+        self, batches: Batches, count: int, tokens: int | None = None, branches: CacheOf | None = None
+    ) -> Tensor:
         """Return the mean loss over `count` micro-batches of every data-parallel rank. Collective.
 
-        `tokens` of a row; None: those of training.
+        Args:
+            tokens: of a row; None: those of training.
+            branches: returns the branches of a micro-batch, on every stage; None: the rows are whole.
         """
         self.module.eval()
         trained = self._rows
-        self._rows = trained[0], tokens or trained[1]
+        self._rows, self._cache_of = (trained[0], tokens or trained[1]), branches
         try:
-            self._run(forward_only.instructions(self.stage_id, count, self._schedule.placement), batches)
+            with whole_rows(self._context.tp) if branches else nullcontext():
+                self._run(forward_only.instructions(self.stage_id, count, self._schedule.placement), batches)
         finally:
-            self._rows = trained
+            self._rows, self._cache_of = trained, None
         total = self._own_share_of_loss(count)
         dist.all_reduce(total)
         self._comm.finish()
@@ -143,13 +159,14 @@ class LlamaPipelineEngine(PipelineEngine):
     def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
         """Return the next ids (B,) of every pass, on all ranks of the pipeline. Collective within the pipeline."""
         self.module.eval()
-        self._passes, self._chosen = passes, [torch.zeros_like(one.last) for one in passes]
+        self._passes, self._cache_of = passes, lambda i: passes[i].cache
+        self._chosen = [torch.zeros_like(one.last) for one in passes]
         instructions = forward_only.instructions(self.stage_id, len(passes), self._schedule.placement)
         try:
             with whole_rows(self._context.tp):
                 self._run(instructions, ((one.ids, one.last) for one in passes))
         finally:
-            self._passes = ()
+            self._passes, self._cache_of = (), None
         self._comm.finish()
         every = torch.cat(self._chosen)
         dist.broadcast(every, self.grid.stage_to_global(self._last[0]), group=self.grid.get_pipe_parallel_group())
@@ -162,7 +179,8 @@ class LlamaPipelineEngine(PipelineEngine):
 
     def destroy(self) -> None:
         """Finish all communication in flight before the process ends."""
-        self.optimizer.finish()
+        if self.optimizer is not None:
+            self.optimizer.finish()
         super().destroy()
 
     def _run(self, instructions: list[Instruction], batches: Batches) -> None:
@@ -197,7 +215,7 @@ class LlamaPipelineEngine(PipelineEngine):
             inputs = (x, *rest) if rest else x
         begin = self._trace.now()
         self.module.activate(chunk)
-        with self._context.caches.using(self._passes[i].cache if self._passes else None):
+        with self._context.caches.using(self._cache_of(i) if self._cache_of else None):
             outputs = self.module(inputs)
         if (self.stage_id, chunk) == self._last:
             outputs = self._end(outputs, i)
@@ -288,7 +306,7 @@ class LlamaPipelineEngine(PipelineEngine):
         own = own // tp.size if tp.sequence_parallel else own
         hidden = torch.empty(rows, own, self._context.model.hidden_size, dtype=self._dtype, device=self.device)
         buffers = [hidden]
-        if message.kind == "activation" and self._context.document_mask and not self._passes:
+        if message.kind == "activation" and self._context.document_mask and not self._cache_of:
             buffers.append(torch.empty(rows, tokens, dtype=torch.int32, device=self.device))
         self._posted[message.kind, step.chunk, step.micro_batch] = self._comm.post(message, buffers)
 

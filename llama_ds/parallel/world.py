@@ -289,7 +289,7 @@ def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[P
         yield end
     except UserError as error:
         message = as_typed(f"error: {error}")
-        tell(what="failure", kind=error.kind, text=message)
+        tell(what="failure", kind=error.kind, text=message, ranks=list(error.ranks))
         _report_once(message)
         _leave(UserError.EXIT_CODE)
     except KeyboardInterrupt:

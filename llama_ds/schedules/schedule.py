@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from llama_ds.schedules import dualpipe_v, interleaved, one_f_one_b, zero_bubble_h1
@@ -81,12 +81,33 @@ class Schedule:
     @cached_property
     def held(self) -> list[list[list[Held]]]:
         """held[rank][chunk]: the maximal combinations of micro-batches that the rank holds of that chunk."""
-        return [[_maximal(self.computations(r), c) for c in range(self.chunks)] for r in range(self.ranks)]
+        return _held(self)
 
 
 def placement(name: str, ranks: int, chunks: int) -> Placement:
     """Return the placement of the schedule's stages on the ranks."""
     return Placement(ranks, chunks, "v" if name == "dualpipe_v" else "loop")
+
+
+@lru_cache(maxsize=1000)
+def split_share(name: str, ranks: int, micro_batches: int, chunks: int, extra_warmup: int) -> float:
+    """Return the share of a schedule's backwards whose weight gradients are computed separately.
+
+    Their number is a linear function of the micro-batches once the pipeline is full, so long steps are extrapolated.
+    """
+
+    def count(number: int) -> int:
+        plan = Schedule(name, ranks, number, chunks, extra_warmup)
+        return sum(step.op is Op.WEIGHT_BACKWARD for rank in range(ranks) for step in plan.computations(rank))
+
+    short, longer = 3 * ranks, 4 * ranks
+    if micro_batches <= longer + ranks:
+        found = float(count(micro_batches))
+    else:
+        rest = micro_batches % ranks
+        last = count(longer + rest)
+        found = last + (last - count(short + rest)) * (micro_batches - longer - rest) / ranks
+    return found / (micro_batches * ranks * chunks)
 
 
 def last_use(computations: list[Instruction]) -> list[Instruction]:
@@ -97,6 +118,12 @@ def last_use(computations: list[Instruction]) -> list[Instruction]:
         for step in computations
         if step.op is Op.WEIGHT_BACKWARD or (step.op in BACKWARDS and step[1:] not in split)
     ]
+
+
+@lru_cache(maxsize=1000)  # a search asks for the same schedule in many layouts
+def _held(schedule: Schedule) -> list[list[list[Held]]]:
+    computed = [schedule.computations(rank) for rank in range(schedule.ranks)]
+    return [[_maximal(steps, chunk) for chunk in range(schedule.chunks)] for steps in computed]
 
 
 def _maximal(computations: list[Instruction], chunk: int) -> list[Held]:

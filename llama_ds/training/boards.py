@@ -6,6 +6,7 @@ To add one, write a class here, open it in `open_boards`, and give it an option 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Protocol
 
 from llama_ds.config.schema import LoggingConfig
@@ -15,7 +16,7 @@ from llama_ds.errors import UserError
 class Board(Protocol):
     """Receives the numbers of every line of metrics.jsonl."""
 
-    def add(self, step: int, values: dict[str, float]) -> None:
+    def add(self, step: int, values: Mapping[str, float]) -> None:
         """Plot `values`, by name, at `step`."""
 
     def close(self) -> None:
@@ -47,7 +48,7 @@ class TensorBoard:
             ) from None
         self._writer = SummaryWriter(folder, purge_step=first_step + 1)
 
-    def add(self, step: int, values: dict[str, float]) -> None:
+    def add(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 

@@ -33,6 +33,7 @@ from llama_ds.parallel import world
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.engines.scoring import EngineBackend
+from llama_ds.training.held_weights import fill_weights
 
 T = TypeVar("T")
 
@@ -98,16 +99,23 @@ class EvaluationJob:
         return world.gather(world.together(on_first))[0]  # type: ignore[return-value]
 
     def _fill(self, files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> None:
-        if self._checkpoints is None:
+        if self._engine is None:
             run, self._layout = world.together(lambda: self._layout_of(files, tokenizer, dtype))
             device = world.device()
             config = deepspeed_config(run, self._layout, world.computes_bf16(device))
             self._run = run
             layout = self._layout
-            self._engine = world.together(lambda: build_engine(run, layout, config, device, tokenizer.marks))
-            self._checkpoints = Checkpoints(run, layout, dtype, self._rank_info)
+            self._engine = world.together(
+                lambda: build_engine(run, layout, config, device, tokenizer.marks, trains=False)
+            )
+            if run.zero_stage == 3:  # the layers are gathered from the optimizer's parts
+                self._checkpoints = Checkpoints(run, layout, dtype, self._rank_info)
             logger.info("evaluating %s under %s, ZeRO-%d, %s", files.path, layout.words(), run.zero_stage, dtype)
-        self._checkpoints.start_from(self._engine.deepspeed, files.tensors)
+        assert self._layout is not None
+        if self._checkpoints:
+            self._checkpoints.start_from(self._engine.deepspeed, files.tensors)
+        else:
+            fill_weights(self._engine.deepspeed, files.tensors, self._layout.tp, files.path)
 
     def _layout_of(self, files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> tuple[RunConfig, Layout]:
         run = evaluation_run(files, tokenizer.path, dtype, self._settings, self._rank_info.world)
@@ -120,16 +128,17 @@ def evaluation_run(
 ) -> RunConfig:
     """Return a run whose engine evaluates a model: with the layout of the run that trained it, or the one given.
 
-    It has schedule 1f1b, which for forwards is as good as any, and nothing of training that costs memory.
+    It has schedule 1f1b, which for forwards is as good as any, and nothing of training that costs memory. With one
+    stage it has ZeRO-0 or, like the run, ZeRO-3; pipelines need ZeRO-1, which without an optimizer does nothing.
     """
-    parallel, zero = ParallelConfig(), 1
+    parallel, zero3 = ParallelConfig(), False
     if os.path.exists(os.path.join(files.path, DESCRIPTION)):
         trained = run_of(files.path, describe(files.path))
         own = trained.parallel
         parallel = ParallelConfig(pp=own.pp, tp=own.tp)
-        zero = 3 if trained.zero_stage == 3 else 1
+        zero3 = trained.zero_stage == 3
     pp, tp = settings.pp or parallel.pp, settings.tp or parallel.tp
-    zero = zero if pp == 1 else 1
+    zero = 1 if pp > 1 else 3 if zero3 else 0
     batch = max(1, ranks // (pp * tp)) * settings.rows
     return RunConfig(
         name="evaluation",

@@ -32,6 +32,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.sharing import Neighbours, find_neighbours, share
+from llama_ds.training.cp_balance import balance_of
 from llama_ds.training.device_batches import MicroBatch, on_device
 from llama_ds.training.engines.interface import Engine
 
@@ -59,6 +60,7 @@ class Feed:
         self._run, self._layout, self._data, self._steps = run, layout, data, steps
         self._engine, self._rank_info, self._device = engine, rank_info, device
         self._interval = run.data.check_interval
+        self.balance = balance_of(run, data.sources.tokenizer.marks)
         self._crc_of: dict[int, int] = {}  # checksums of the steps read since the last comparison
         self._batches: Iterator[Any] = itertools.repeat(np.empty(0))
         self._shared: Iterator[np.ndarray] = iter(())
@@ -132,6 +134,8 @@ class Feed:
                 labels = labels or self._data.labels(step) / micro_batches
                 crc = zlib.crc32(batch.data, crc)
                 self._crc_of[step] = crc
+                if self.balance:
+                    self.balance.add(step, batch)
                 yield MicroBatch(batch, labels)
 
     def _agree(self, first: int, last: int, done: int = 0) -> None:

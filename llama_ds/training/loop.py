@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
+from llama_ds.config.row_stages import stage_steps
 from llama_ds.config.schema import RunConfig
 from llama_ds.job.heartbeat import Progress
 from llama_ds.job.requests import Request, Requests
@@ -13,6 +15,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.recording import Recording
+from llama_ds.parallel.temporary import dismantle, engines_undone
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.feed import Feed
@@ -20,10 +23,19 @@ from llama_ds.training.interruptions import Interruptions, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.machines import machine_of
 from llama_ds.training.meter import Meter
+from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
 from llama_ds.training.self_test.check import self_test_at_start
-from llama_ds.training.setup import load_state, log_start, open_train_data, validation_batches, with_min_memory
+from llama_ds.training.setup import (
+    load_state,
+    log_start,
+    open_train_data,
+    stage_setup,
+    validation_batches,
+    with_cp_method,
+    with_min_memory,
+)
 from llama_ds.training.start import carried_over, open_start
 from llama_ds.training.stragglers import Stragglers
 from llama_ds.training.task_evaluation import TaskEvaluation
@@ -38,13 +50,39 @@ def train(
     requests: Requests,
     check_lock: Callable[[], None],
 ) -> Request:
-    """Train `run` from its newest checkpoint, or from its seed, to its last step. Collective.
+    """Train the stages of `run` (`data.stages`), from its newest checkpoint or its seed to its last step. Collective.
+
+    The engine of a stage resumes from the checkpoint at the end of the stage before it, as after a restart. Arguments,
+    result and errors are those of `train_stage`.
+    """
+    while True:
+        engines = ExitStack()  # not a `with`: after an error, the ranks of a job that fails close no groups
+        if run.data.stages:
+            engines.enter_context(engines_undone())
+        ended, done = train_stage(run, layout, config, rank_info, progress, requests, check_lock)
+        if ended or done >= last_step(run):
+            return ended
+        engines.close()
+        logger.info("step %d ends a stage of data.stages; the next one starts from its checkpoint", done)
+        progress.enter(Phase.LOADING)
+
+
+def train_stage(
+    run: RunConfig,
+    layout: Layout,
+    config: dict[str, Any],
+    rank_info: world.RankInfo,
+    progress: Progress,
+    requests: Requests,
+    check_lock: Callable[[], None],
+) -> tuple[Request, int]:
+    """Train `run` from its newest checkpoint, or from its seed, to the last step of the stage. Collective.
 
     `config` is the merged DeepSpeed configuration; `progress` reports this rank's phase to the supervisor; `check_lock`
     raises UserError once another job has taken the run over.
 
     Returns:
-        The request that ended the run early, or NOTHING.
+        The request that ended the run early, or NOTHING, and the number of finished steps.
 
     Raises:
         UserError: on all ranks alike: data or checkpoints cannot be used, or the loss has diverged.
@@ -52,9 +90,14 @@ def train(
     """
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
+    hosts = world.gather(progress.host)
     run = with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     chosen = checkpoints.choose()
+    if run.data.stages:
+        run, layout, config = world.together(lambda: stage_setup(run, chosen, layout.world, device))
+    run = with_cp_method(run, hosts, dtype)
+    checkpoints.run, checkpoints.layout = run, layout
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
@@ -67,10 +110,10 @@ def train(
     first = load_state(engine, checkpoints, chosen, start)
     end_if_asked(requests, device)
     checkpoints.begin(marks, carried_over(checkpoints.folder, chosen, start))
-    last = min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
+    final = last_step(run)
+    last = min(final, stage_steps(run, first).stop)
     log_start(run, layout, dtype, range(first, last), chosen)
     validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))
-    hosts = world.gather(progress.host)
     log = world.together(
         lambda: (
             open_run_log(run, first, config, machine_of(layout, device, hosts, run.run_dir))
@@ -81,6 +124,7 @@ def train(
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
     interruptions = Interruptions(run.checkpoint, device, requests)
     stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)
+    replicas = ReplicaCheck(run, layout, engine.deepspeed, device, progress.host)
     recording = Recording(run, layout, engine.trace, rank_info, progress.host, dtype, device)
     progress.doing = engine.trace.doing_now
     progress.enter(Phase.TRAINING, first)
@@ -93,6 +137,7 @@ def train(
             feed.before_step(step)
             recording.before_step(step + 1)
             stragglers.before_step()
+            report.before_step(step + 1)
             lr = learning_rate(step, run.optimizer, run.training.steps)
             result = engine.train_step(feed, lr)
             done = step + 1
@@ -102,9 +147,10 @@ def train(
 
             ends = done == last or request >= Request.END
             evaluates = bool(validation) and (done == last or _due(done, run.evaluation.interval))
-            tests = tasks.due(done, done == last)
+            tests = tasks.due(done, done == final)
             saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             report.step_done(done, lr, result, last=ends)
+            replicas.after_step(done, saves)
             if recorded or evaluates or tests or saves:
                 report.flush()
                 if evaluates:
@@ -115,11 +161,11 @@ def train(
                 if saves:
                     progress.enter(Phase.SAVING)
                     checkpoints.save(engine.deepspeed, done, data.state.as_json())
-                    report.consumed(done, data.order.consumed(done))
+                    report.consumed(done, data.consumed(done))
                 report.restart_clock(done)
             progress.enter(Phase.TRAINING, done)
             report.notes(checkpoints.news())
-            if request >= Request.END and done < last:
+            if request >= Request.END and done < final:
                 ended = request
                 logger.info("ending at step %d of %d: %s", done, run.training.steps, interruptions.reason)
                 break
@@ -132,7 +178,15 @@ def train(
     interruptions.close()
     if ended:
         world.barrier()  # launchers kill the other ranks when one exits with another code than 0
-    return ended
+    elif last < final:
+        progress.doing = lambda: ("", False)  # refers to the engine
+        dismantle(engine.deepspeed)
+    return ended, done if ended else last
+
+
+def last_step(run: RunConfig) -> int:
+    """Return the number of steps after which the run, or this start of it, ends."""
+    return min(run.checkpoint.stop_at or run.training.steps, run.training.steps)
 
 
 def _due(done: int, interval: int) -> bool:

@@ -22,7 +22,8 @@ class StepMetrics:
     """One line of metrics.jsonl. Times are seconds per step, averaged since the line before.
 
     mfu counts the model's FLOPs without recompute, hfu all FLOPs that the hardware executes; both are None if the
-    device's peak is unknown.
+    device's peak is unknown. cp_imbalance is the attention of a ring's slowest rank over the mean (`cp_balance`); it is
+    written only if data.document_mask makes ranks unequal.
     """
 
     step: int
@@ -37,6 +38,7 @@ class StepMetrics:
     step_s: float
     data_wait_s: float
     peak_mem_gib: float
+    cp_imbalance: float | None = None
 
 
 class Meter:
@@ -81,6 +83,7 @@ class Meter:
             step_s=step_s,
             data_wait_s=data_wait_s,
             peak_mem_gib=peak_mem / GIB,
+            cp_imbalance=self._feed.balance.take(step) if self._feed.balance else None,
         )
 
     def _utilisation(self, tokens_per_s: float, flops: float) -> float | None:

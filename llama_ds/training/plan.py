@@ -7,16 +7,19 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
+from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import GIB, POLICIES
+from llama_ds.config.row_stages import first_step, stage_runs, stage_steps
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.flops import flops_per_token, layer_costs, parameter_count
-from llama_ds.layout.layout import Layout
+from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.partition import stage_boundaries, stage_parameters
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
 from llama_ds.layout.vocab_parts import padding_rows
+from llama_ds.layout.worst_stage import peak_bytes, worst_stage
 from llama_ds.schedules.simulate import StageCost, simulate
 from llama_ds.training.lr_schedule import learning_rate
 
@@ -35,6 +38,36 @@ def describe(run: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> str:
         ("deepspeed", json.dumps(ds_config, indent=2).splitlines()),
     )
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections)
+
+
+def describe_stages(run: RunConfig, world: int, ds_config: dict[str, Any]) -> str:
+    """Return the plan of `run` on `world` ranks; with `data.stages`, that of the stage with the most memory."""
+    bf16 = ds_config["bf16"]["enabled"]
+    element_bytes = ELEMENT_BYTES["bf16" if bf16 else "fp32"]
+    worst = worst_stage(run, world, element_bytes)
+    layout = resolve_layout(worst, world)
+    if run.data.stages:
+        ds_config = deepspeed_config(worst, layout, bf16)
+    plan = describe(worst, layout, ds_config)
+    if not run.data.stages:
+        return plan
+    lines = _table(_row_stages(run, world, element_bytes))
+    title = f"stages of the rows (the plan is that of rows of {worst.data.seq_len}, which need the most memory)"
+    return "\n".join([title, *(f"  {line}" for line in lines), "", plan])
+
+
+def _row_stages(run: RunConfig, world: int, element_bytes: int) -> Iterable[tuple[str, ...]]:
+    yield "steps", "row length", "rows of a step", "layout", "GiB of the fullest rank", "FLOPs per token"
+    for stage in stage_runs(run):
+        layout, steps = resolve_layout(stage, world), stage_steps(run, first_step(stage))
+        yield (
+            f"{steps.start:,} to {steps.stop:,}",
+            f"{stage.data.seq_len:,}",
+            f"{layout.global_batch:,}",
+            layout.words(" "),
+            f"{peak_bytes(stage, layout, element_bytes) / GIB:.2f}",
+            short(flops_per_token(stage.model, stage.data.seq_len)),
+        )
 
 
 def short(number: float) -> str:
@@ -68,7 +101,17 @@ def _model(run: RunConfig, layout: Layout, element_bytes: int) -> list[str]:
         ("vocabulary", _vocabulary(run, layout)),
         ("FLOPs per token", f"{short(flops)} forward and backward, causal attention at sequence length {seq_len}"),
         ("  with recompute", f"{short(hardware)} (recompute: {run.parallel.recompute})"),
-        ("FLOPs of the run", f"{flops * run.training.tokens:.3g}"),
+        ("FLOPs of the run", f"{_flops_of_run(run):.3g}"),
+    )
+
+
+def _flops_of_run(run: RunConfig) -> float:
+    if not run.data.stages:
+        return flops_per_token(run.model, run.data.seq_len) * run.training.tokens
+    step = run.training.global_batch * run.data.seq_len
+    return step * sum(
+        flops_per_token(stage.model, stage.data.seq_len) * len(stage_steps(run, first_step(stage)))
+        for stage in stage_runs(run)
     )
 
 

@@ -18,6 +18,7 @@ from llama_ds.evaluation.evaluate import TaskResult, in_words, metrics_of
 from llama_ds.job.heartbeat import Progress
 from llama_ds.training.engines.interface import Engine, StepResult
 from llama_ds.training.meter import Meter, StepMetrics
+from llama_ds.training.norm_lines import NormLines, plotted
 from llama_ds.training.run_log import RunLog
 
 
@@ -38,8 +39,13 @@ class Reporter:
     ) -> None:
         """`log` receives the reports and is None on all ranks but the first; `progress` receives every loss."""
         self._run, self._engine, self._meter, self._log, self._progress = run, engine, meter, log, progress
+        self._norms = NormLines(run, engine)
         self._defers = device.type == "cuda"
         self._unread: _UnreadStep | None = None
+
+    def before_step(self, step: int) -> None:
+        """Prepare what is measured within the step that will be the `step`-th."""
+        self._norms.before_step(step)
 
     def step_done(self, step: int, lr: float, result: StepResult, last: bool) -> None:
         """Report the deferred result, if any; then defer the result of this step or report it at once. Collective.
@@ -50,6 +56,7 @@ class Reporter:
             Divergence: the loss that was read is not finite.
         """
         self.flush()
+        self._norms.after_step(step, result)
         if last or step % self._run.logging.interval == 0:
             self._unread = _UnreadStep(step, lr, result)
             if last or not self._defers:
@@ -61,6 +68,9 @@ class Reporter:
         Raises:
             Divergence: see `step_done`.
         """
+        line = self._norms.take()
+        if line and self._log:  # before the loss, which may end the run
+            self._log.record(line, dict(plotted(line["norms"])))
         if self._unread:
             unread, self._unread = self._unread, None
             self._report(unread)
@@ -70,7 +80,10 @@ class Reporter:
         self._progress.tell(what="loss", step=unread.step, loss=loss)
         metrics = self._meter.measure(unread.step, loss, unread.lr, norm)
         if self._log:
-            self._log.record(asdict(metrics))
+            values = asdict(metrics)
+            if metrics.cp_imbalance is None:
+                del values["cp_imbalance"]
+            self._log.record(values)
             self._log.print_line(console_line(metrics, self._run.training.steps))
             self._log.advance(unread.step)
         if not math.isfinite(loss):
@@ -124,10 +137,11 @@ def console_line(metrics: StepMetrics, total: int) -> str:
     """Return the console line for a step of a run of `total` steps."""
     remaining = (total - metrics.step) * metrics.step_s
     utilisation = "" if metrics.mfu is None else f" | MFU {metrics.mfu:.1%}"
+    imbalance = "" if metrics.cp_imbalance is None else f" | cp imbalance {metrics.cp_imbalance:.2f}"
     return (
         f"step {metrics.step}/{total} | loss {metrics.loss:.4f} | lr {metrics.lr:.2e} | norm {metrics.grad_norm:.3f}"
         f" | {metrics.tokens_per_s:,.0f} tok/s | {metrics.tokens_per_s_per_gpu:,.0f} tok/s/GPU{utilisation}"
-        f" | mem {metrics.peak_mem_gib:.2f} GiB | ETA {_duration(remaining)}"
+        f"{imbalance} | mem {metrics.peak_mem_gib:.2f} GiB | ETA {_duration(remaining)}"
     )
 
 

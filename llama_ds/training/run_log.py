@@ -33,16 +33,20 @@ class RunLog:
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
         self._boards = open_boards(run.logging, run.run_dir, first_step)
 
-    def record(self, values: dict[str, Any]) -> None:
-        """Write a line to metrics.jsonl and its numbers to the boards; `values` includes the step."""
+    def record(self, values: dict[str, Any], plotted: Mapping[str, float] | None = None) -> None:
+        """Write a line to metrics.jsonl, and its numbers or those of `plotted` to the boards.
+
+        `values` includes the step.
+        """
         step = values["step"]
         try:
             self._file.write(json.dumps(values) + "\n")
         except OSError as error:  # a full disk does not stop the run
             logger.warning("METRICS LOST: step %s: %s (%s); the run continues", step, self._file.name, error)
-        numbers = {name: value for name, value in values.items() if name != "step" and value is not None}
+        if plotted is None:
+            plotted = {name: value for name, value in values.items() if name != "step" and value is not None}
         for board in self._boards:
-            board.add(step, numbers)
+            board.add(step, plotted)
 
     def print_line(self, text: str) -> None:
         """Print a line on the console."""

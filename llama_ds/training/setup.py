@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.config.context_parallel import HIERARCHICAL, cp_sizes
+from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import AUTO
+from llama_ds.config.row_stages import at_stage, stage_index, stage_runs
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import state_from_json
 from llama_ds.data.source.shards import check_present
-from llama_ds.data.sources import Sources
+from llama_ds.data.sources import Sources, open_sources
 from llama_ds.data.stream import Dataset, open_data
-from llama_ds.layout.layout import Layout
+from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
+from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.log import logger
 from llama_ds.parallel import world
@@ -33,6 +41,38 @@ def with_min_memory(run: RunConfig, device: torch.device) -> RunConfig:
     """Return the run with `recompute: auto` resolved for the job's smallest device memory. Collective."""
     smallest = -int(world.maximum([-float(world.device_memory(device))], device)[0])
     return with_device_memory(run, smallest)
+
+
+def stage_setup(
+    run: RunConfig, chosen: Chosen, ranks: int, device: torch.device
+) -> tuple[RunConfig, Layout, dict[str, Any]]:
+    """Return the run as the stage after the chosen checkpoint trains it, its layout and its DeepSpeed configuration.
+
+    Raises:
+        UserError: the data of a later stage cannot be used.
+    """
+    step = chosen[1].step if chosen else 0
+    stage = at_stage(run, step)
+    for later in stage_runs(run)[stage_index(run, step) + 1 :]:
+        open_sources(later.data, later.model.vocab_size)
+    layout = resolve_layout(stage, ranks)
+    return stage, layout, deepspeed_config(stage, layout, world.computes_bf16(device))
+
+
+def with_cp_method(run: RunConfig, hosts: Sequence[str], dtype: str) -> RunConfig:
+    """Return the run with `cp_method` resolved; `hosts` are those of all ranks, in order."""
+    if run.parallel.cp == 1:
+        return run
+    sizes, reason = cp_sizes(run, min(Counter(hosts).values()))
+    logger.info("context parallelism: %s over %d ranks, %s", sizes.words(), sizes.ranks, reason)
+    model, parallel = run.model, run.parallel
+    heads, kv_heads = model.num_attention_heads // parallel.tp, model.num_key_value_heads // parallel.tp
+    tokens = parallel.micro_batch * run.data.seq_len // sizes.ranks
+    traffic = cp_traffic(sizes, tokens, heads, kv_heads, model.head_dim)
+    forward, backward = (size / 2**20 for size in sent_bytes(sizes, traffic, ELEMENT_BYTES[dtype]))
+    logger.info("each rank sends %.3g MiB forward and %.3g MiB backward, of a layer and micro-batch", forward, backward)
+    groups = sizes.all_to_all if sizes.method == HIERARCHICAL else 0
+    return replace(run, parallel=replace(run.parallel, cp_method=sizes.method, cp_all_to_all=groups))
 
 
 def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info: world.RankInfo) -> Dataset:

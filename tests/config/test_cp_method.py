@@ -6,14 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from llama_ds.config.context_parallel import cp_method, row_multiple
+from llama_ds.config.context_parallel import cp_sizes, row_multiple
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
-from llama_ds.perf.plan.hardware import load as hardware
-from llama_ds.perf.plan.search import search
 
 FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
 ONE_TP = ["parallel.tp=1", "parallel.sequence_parallel=false"]
@@ -37,8 +35,8 @@ def load(name: str, *overrides: str) -> RunConfig:
          "of a rank (model.num_attention_heads / tp); use 1, 2 or 4, or cp_method ring"),
         ([RING], "parallel.cp_method = ring shares rows over cp ranks and cp is 1; leave it out"),
         (["parallel.cp=0"], "parallel.cp = 0 is not positive"),
-        (["parallel.cp=2", "parallel.cp_method=ulysses"], "parallel.cp_method = 'ulysses' is not auto, ring or "
-         "all_to_all"),
+        (["parallel.cp=2", "parallel.cp_method=ulysses"], "parallel.cp_method = 'ulysses' is not auto, ring, "
+         "all_to_all or hierarchical"),
     ],
 )  # fmt: skip
 def test_what_ranks_cannot_share_is_refused_with_values_that_would_do(overrides: list[str], rule: str) -> None:
@@ -70,12 +68,25 @@ def test_what_ranks_cannot_share_is_refused_with_values_that_would_do(overrides:
             "all_to_all",
             "with data.document_mask, kernels",
         ),
+        (
+            "llama_65b",
+            ["data.seq_len=65536", "parallel.tp=4", "parallel.cp=8"],
+            "hierarchical (a ring of 4 groups of 2 ranks)",
+            "a ring would compute 4096 FLOPs for each byte that it passes on, too few to hide its messages; 2 ranks of "
+            "a node exchange heads, and the ring of these groups computes 8192 FLOPs",
+        ),
+        (
+            "llama_65b",
+            ["data.seq_len=65536", "parallel.tp=4", "parallel.cp=32"],
+            "hierarchical (a ring of 16 groups of 2 ranks)",
+            "parallel.cp = 32 does not divide the 16 query heads of a rank; 2 ranks of a node",
+        ),
         ("quickstart", [RING, "parallel.cp=2"], "ring", "as parallel.cp_method says"),
     ],
 )
 def test_the_method_follows_from_heads_and_tokens(name: str, overrides: list[str], method: str, reason: str) -> None:
-    found, why = cp_method(load(name, *overrides))
-    assert found == method and why.startswith(reason)
+    sizes, why = cp_sizes(load(name, *overrides))
+    assert sizes.words() == method and why.startswith(reason)
 
 
 def test_cp_divides_the_ranks_but_not_the_global_batch() -> None:
@@ -97,8 +108,3 @@ def test_placement_names_groups_that_pass_keys_between_hosts() -> None:
     assert "cp: all 8 groups of 2 ranks within a host" in within
     assert "dp * cp: all 4 groups of 4 ranks within a host, gradients reduced there" in within
     assert "cp: 8 of 8 groups of 2 ranks span hosts, the first a and b; all keys and values pass between them" in across
-
-
-def test_the_search_refuses_what_it_does_not_vary() -> None:
-    with pytest.raises(UserError, match=r"parallel.cp = 2: the search knows no layouts with context parallelism"):
-        search(load("quickstart", "parallel.cp=2"), 16, hardware("a100-80gb"))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.row_stages import stage_runs
 from llama_ds.config.run_file import load_run
 from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.layout.flops import parameter_count
 from llama_ds.layout.layout import resolve_layout
+from llama_ds.perf.plan import hardware
+from llama_ds.perf.plan.estimate import estimate
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -24,6 +28,8 @@ RUNS = {
     "llama_65b": (2048, 65_285_660_672),
     "llama2_70b": (2048, 68_976_648_192),
     "llama3_8b": (256, 8_030_261_248),
+    "llama3_8b_128k": (256, 8_030_261_248),
+    "llama_65b_32k": (2048, 65_285_660_672),
 }
 
 
@@ -65,3 +71,25 @@ def test_llama_reads_the_papers_batches_and_mixture(name: str) -> None:
 @pytest.mark.parametrize(("name", "ranks"), [("local", 2), ("2x8", 16), ("32x8", 256), ("256x8", 2048)])
 def test_hostfile_counts_its_ranks(name: str, ranks: int) -> None:
     assert sum(parse_hostfile(str(REPO / "hostfiles" / name)).values()) == ranks
+
+
+@pytest.mark.parametrize("name", ["llama3_8b_128k", "llama_65b_32k"])
+def test_long_rows_fit_80_gib_on_their_ranks(name: str) -> None:
+    """In every stage, with the least recompute that fits."""
+    run = load_run(str(REPO / "ds_configs" / f"{name}.yaml"))
+    a100 = hardware.load("a100-80gb")
+    for stage in stage_runs(run):
+        found = estimate(stage, RUNS[name][0], a100)
+        assert found.fits and stage.training.global_batch * stage.data.seq_len == 4_194_304
+
+
+def test_llama_3_continues_as_published() -> None:
+    """meta-llama/Llama-3.1-8B, config.json: rope_theta and rope_scaling; arXiv 2407.21783, section 3.4.2."""
+    run = load_run(str(REPO / "ds_configs/llama3_8b_128k.yaml"))
+    assert run.model.rope_theta == 500_000 and run.model.rope_scaling
+    assert run.model.rope_scaling.parameters() == {
+        "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    assert [stage.data.seq_len for stage in stage_runs(run)][::4] == [8192, 131_072]
+    before = load_run(str(REPO / "ds_configs/llama3_8b.yaml")).model
+    assert replace(run.model, rope_scaling=None) == before

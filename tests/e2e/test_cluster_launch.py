@@ -54,7 +54,7 @@ def test_two_hosts_train_as_one(launcher: str, hosts: Hosts, alone: Run, make_ru
     logs = job.folder / "attempt_01" / "logs"
     assert sorted(path.name for path in logs.glob("rank_*")) == [f"rank_{rank:05d}.log" for rank in range(4)]
     assert f"step 12/12 | loss {run.losses[-1]:.4f}" in job.output
-    assert [event["event"] for event in job.events if event["event"] not in ("killed", "waiting")] == [
+    assert [event["event"] for event in job.events if event["event"] not in ("killed", "progress", "waiting")] == [
         *("job started", "attempt started", "ranks joined", "done", "job ended"),
     ]
     assert not job.left_running()
@@ -121,7 +121,7 @@ def test_two_jobs_on_the_same_hosts_end_one_by_one(hosts: Hosts, make_run: Calla
         assert jobs[0].finish() == 1
         jobs[1].wait_for_steps(5)
         assert jobs[1].process.poll() is None
-        found = [event["event"] for event in jobs[1].events if event["event"] != "waiting"]
+        found = [event["event"] for event in jobs[1].events if event["event"] not in ("progress", "waiting")]
         assert found == ["job started", "attempt started", "ranks joined"]
 
         jobs[1].process.send_signal(signal.SIGUSR1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ def spoilt(corpus: Corpus, make_run: Callable[..., Run], tmp_path_factory: pytes
         "training.global_batch": 4,
         "training.steps": STEPS,
         "checkpoint.interval": INTERVAL,
+        "logging.norms": 1,
     }
     order = open_data(load_run(str(make_run("order", changes).file), [])).order
     rows = np.concatenate([order.at(step).row for step in BAD])
@@ -91,11 +93,14 @@ def test_the_job_goes_back_before_the_spike_and_leaves_its_data_out(
     (spike,) = job.named("spike")
     assert (spike["step"], spike["hosts"]) == (SPIKE, [])
     assert "LOSS SPIKE: " in job.output and f" at step {SPIKE}, after " in job.output
+    (norms,) = job.named("norms")
+    rise = re.fullmatch(r"the gradient of .+ rose first, at step (\d+), to .+ times its median", norms["text"])
+    assert rise and SPIKE - 8 < int(rise[1]) <= SPIKE, norms["text"]
     (rewind,) = job.named("rewind")
     assert rewind["to"] == BACK
     assert f"going back to step {BACK}, and skipping {SKIP} steps of data" in job.output
-    assert [e["event"] for e in job.events if e["event"] not in ("killed", "waiting")] == [
-        *("job started", "attempt started", "ranks joined", "spike", "rewind", "restart"),
+    assert [e["event"] for e in job.events if e["event"] not in ("killed", "progress", "waiting")] == [
+        *("job started", "attempt started", "ranks joined", "spike", "norms", "rewind", "restart"),
         *("attempt started", "ranks joined", "done", "job ended"),
     ]
     assert f"resumed at step {BACK // INTERVAL * INTERVAL} of {STEPS}" in job.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import socket
 from collections.abc import Callable
@@ -87,7 +88,7 @@ def test_a_start_records_its_machine(trained: Callable[[str], Run]) -> None:
     assert json.loads((trained("pp2").dir / "deepspeed.json").read_text())["train_batch_size"] == GLOBAL_BATCH
 
 
-def test_tensorboard_holds_the_same_losses(trained: Callable[[str], Run]) -> None:
+def test_tensorboard_holds_the_same_losses_and_norms(trained: Callable[[str], Run]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     pipeline = trained("pp2")
@@ -97,6 +98,15 @@ def test_tensorboard_holds_the_same_losses(trained: Callable[[str], Run]) -> Non
     # Event files hold float32, and so were the losses.
     assert scalars["loss"] == list(enumerate(pipeline.losses, start=1))
     assert scalars["val_loss"] == [(STEPS, pytest.approx(pipeline.validation_loss))]
+    norms = {line["step"]: line["norms"] for line in pipeline.metrics if "norms" in line}
+    assert list(norms) == list(range(2, STEPS + 1, 2))
+    total = {line["step"]: line["grad_norm"] for line in pipeline.metrics if "grad_norm" in line}
+    for step, found in norms.items():
+        every = [number for row in found["gradient"].values() for number in row]
+        assert math.hypot(*every) == pytest.approx(total[step], rel=1e-5)
+        assert len(every) == 4 * 9 + 3 and list(found) == ["gradient", "weight", "update"]
+    third = [(event.step, event.value) for event in events.Scalars("norms/update/q_proj/3")]
+    assert third == [(step, pytest.approx(found["update"]["q_proj"][2])) for step, found in norms.items()]
 
 
 def test_dry_run_plans_2048_ranks_in_one_process(tmp_path_factory: pytest.TempPathFactory) -> None:

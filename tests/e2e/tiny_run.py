@@ -40,7 +40,7 @@ DATA: dict[str, Any] = {
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # ranks, changes to the run above
     "alone": (1, {}),
-    "pp2": (2, {"parallel.pp": 2, "logging.tensorboard": True}),
+    "pp2": (2, {"parallel.pp": 2, "logging.tensorboard": True, "logging.norms": 2}),
     "pp2_tp2": (4, {"parallel.pp": 2, "parallel.tp": 2, "parallel.sequence_parallel": True}),
     "dp2_zero2": (2, {"deepspeed.zero_optimization.stage": 2}),
     "dp2_zero3": (2, {"deepspeed.zero_optimization.stage": 3}),

@@ -42,6 +42,7 @@ def some_requests(count: int, longest: int) -> list[ScoringRequest]:
         ScoringRequest("the ", "dog"),
         ScoringRequest("the ", "dog"),
         ScoringRequest(TEXT, " and"),
+        *(ScoringRequest(TEXT[:20], choice) for choice in (" fox", " four foxes", " f", TEXT[20:26])),
     ]
     while len(found) < count:
         length, scored = rng.randrange(2, longest), rng.randrange(1, 9)

@@ -4,6 +4,7 @@ the outcomes as JSON.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -29,6 +30,8 @@ LR = 1e-2
 def outcome(case: Case) -> dict[str, Any]:
     """Return scores and texts with the initial weights, and losses of two steps with scoring before, and without."""
     found: dict[str, Any] = {}
+    if case.zero < 3 and case.sequence_parallel:
+        found["extra bytes"] = world.gather([extra_bytes(case, trains) for trains in (True, False)])
     for evaluates in (False, True) if compares_training(case) else (True,):
         config = deepspeed_config(case.run, case.layout, bf16_native=True)
         engine = build_engine(case.run, case.layout, config, torch.device("cpu"))
@@ -45,6 +48,24 @@ def outcome(case: Case) -> dict[str, Any]:
         found["with" if evaluates else "without"] = losses
         engine.deepspeed.destroy()
     return found
+
+
+def extra_bytes(case: Case, trains: bool) -> float:
+    """Return the bytes of all tensors of an engine beside its weights, as a multiple of theirs."""
+    before = tensor_bytes()
+    config = deepspeed_config(case.run, case.layout, bf16_native=True)
+    engine = build_engine(case.run, case.layout, config, torch.device("cpu"), trains=trains)
+    weights = sum(p.nbytes for p in engine.deepspeed.module.parameters())
+    held = sum(size for address, size in tensor_bytes().items() if address not in before)
+    engine.deepspeed.destroy()
+    return held / weights - 1
+
+
+def tensor_bytes() -> dict[int, int]:
+    """Return the sizes of all memory that tensors hold, by address."""
+    gc.collect()
+    storages = [one.untyped_storage() for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def generated(scorer: Scorer) -> list[tuple[int, ...]] | str:

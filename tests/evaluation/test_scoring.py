@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +20,7 @@ from transformers import LlamaForCausalLM
 from llama_ds.checkpoint.load_model import load_model
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.errors import UserError
+from llama_ds.evaluation.branching import branched
 from llama_ds.evaluation.packing import packed, padded, row_lengths
 from llama_ds.evaluation.requests import Encoded, ScoringRequest, encode, rolling
 from llama_ds.evaluation.scoring import ModelBackend, Scorer
@@ -136,6 +138,27 @@ def test_rows_are_short_or_full() -> None:
     assert full.ids.tolist() == [~1, *(~i for i in range(10, 68)), 68, 69, ~1, ~10, 11, 12]
     cut = [Encoded(tuple(range(10, 15)), 2), Encoded(tuple(range(10, 14)), 2)]
     assert len(packed(cut, 64, MARKS)[64]) == 2, "without bos, the second would see the first"
+
+
+def test_a_common_prefix_is_in_a_row_once() -> None:
+    """Two questions behind one example: each choice begins with the id that predicts it, and no label is there twice.
+    A row that is full ends where the next one shares least."""
+    example, first, second = (1, *range(10, 20)), (20, 21), (30, 31)
+    choices = [
+        Encoded((*example, *first, 40, 41), 2),
+        Encoded((*example, *first, 40, 50), 2),
+        Encoded((*example, *second, 60), 1),
+        Encoded((*example, *second), 2),
+    ]
+    (row,) = branched(choices, [16, 32], 2)[32]
+    assert sorted(slot.request for slot in row.slots) == [0, 1, 2, 3]
+    assert [len(columns) for columns in row.texts] == [len(choices[slot.request].ids) for slot in row.slots]
+    assert (row.ids == ~1).sum() == 1, "the example is there once"
+    for slot, columns in zip(row.slots, row.texts, strict=True):
+        ids, labels = row.ids[columns], row.ids[slot.start + 1 : slot.stop + 1]
+        assert tuple(np.where(ids < 0, ~ids, ids)) == choices[slot.request].ids
+        assert tuple(labels) == choices[slot.request].ids[-choices[slot.request].scored :]
+    assert [[slot.request for slot in row.slots] for row in branched(choices, [18], 2)[18]] == [[0, 1], [3, 2]]
 
 
 def test_row_lengths_divide_by_sequence_parallel_ranks() -> None:

@@ -89,6 +89,13 @@ def test_texts_equal_those_of_one_process(case: Case, outcomes: dict[Case, dict[
 
 
 @pytest.mark.slow
+def test_an_engine_that_evaluates_only_holds_its_weights(outcomes: dict[Case, dict[str, Any]]) -> None:
+    """Neither masters nor gradients on any rank; a quarter of the weights of a tiny model are tables and buffers."""
+    for training, evaluating in outcomes[CASES[0]]["extra bytes"]:
+        assert training > 0.9 and evaluating < 0.25
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in CASES if compares_training(case)], ids=lambda case: case.name)
 def test_training_goes_on_bit_for_bit(case: Case, outcomes: dict[Case, dict[str, Any]]) -> None:
     assert outcomes[case]["with"] == outcomes[case]["without"]

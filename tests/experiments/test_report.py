@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from llama_ds.errors import UserError
-from llama_ds.experiments.records import Curve, read_run, read_runs, training_hours
+from llama_ds.evaluation.follow import RESULTS
+from llama_ds.experiments.norm_map import layer_norms
+from llama_ds.experiments.records import FOLLOWED, Curve, read_run, read_runs, training_hours
 from llama_ds.experiments.report_data import facts, notes, page_data, panels
 from llama_ds.experiments.report_page import page
 from llama_ds.experiments.serve import ReportServer
@@ -91,6 +93,19 @@ def test_page_has_every_number(tmp_path: Path) -> None:
         ("norms", ["norms/a", "norms/b"]),
     ]
     assert data["tasks"] == [{"run": "a", "task": "piqa", "step": 6, "accuracy": 0.625, "stderr": 0.02}]
+
+
+def test_results_of_an_evaluation_beside_the_run_are_shown(tmp_path: Path) -> None:
+    """`tools/evaluate.py --follow` appends them in no order; of a step evaluated again the latest counts, but the run's
+    own results come first."""
+    assert FOLLOWED == RESULTS
+    run = write_run(tmp_path / "a", [*steps(5.0, 4.5), {"step": 4, "tasks/piqa": 0.7}])
+    lines = [{"step": 6, "tasks/piqa": 0.5}, {"step": 2, "tasks/piqa": 0.25}, {"step": 6, "tasks/piqa": 0.625}]
+    beside = [{**line, "saved": 9, "names": "x"} for line in [*lines, {"step": 4, "tasks/piqa": 0.1}]]
+    (Path(run) / FOLLOWED).write_text("".join(json.dumps(line) + "\n" for line in beside) + '{"step": 8, "tas')
+    curves = read_run(run).curves
+    assert curves["tasks/piqa"] == Curve([2, 4, 6], [0.25, 0.7, 0.625])
+    assert "saved" not in curves
 
 
 def test_every_metric_of_a_run_has_a_panel_or_is_an_axis() -> None:
@@ -227,3 +242,32 @@ def test_curve_as_text_has_the_means_in_their_places() -> None:
     ]
     assert text_curve(Curve([1], [math.nan])) == ""
     assert text_curve(curve, 7, 2, encoding="latin-1").splitlines()[:2] == ["4.000 ####", "0.000 ######"]
+
+
+def norm_line(step: int, down: float | None) -> dict[str, Any]:
+    """Return a line of two layers, in which the gradient of the second down projection is `down`."""
+    noise = 1 + step % 3 / 100
+    rows = {"embedding": [0.5 * noise], "q_proj": [noise, noise], "down_proj": [noise, down], "head": [2.0]}
+    return {"step": step, "norms": dict.fromkeys(("gradient", "weight", "update"), rows)}
+
+
+def test_the_page_says_whose_gradient_rose_before_a_spike(tmp_path: Path) -> None:
+    """It rises at step 60, ten steps before the loss; what rises with the loss comes later."""
+    losses = [{"step": n, "loss": 3.0 + n % 3 / 100 + 2 * (n >= 70)} for n in range(1, 80)]
+    norms = [norm_line(n, 1 + n % 2 / 100 + 4 * (n >= 60)) for n in range(3, 80, 3)]
+    norms += [{"step": 80, "norms": {"gradient": {"q_proj": ["x"]}}}, {"step": 80, "norms": {"weight": {}}}]
+    text = page(page_data([read_run(write_run(tmp_path / "a", [*losses, *norms]))]))
+    assert "the gradient of down_proj of layer 2 rose first, at step 60, to 5.0 times its median" in text
+    assert text.count("relative to the layer's median") == 3
+    assert [text.count(f">{name}</text>") for name in ("embedding", "layer 1", "layer 2", "head")] == [3, 3, 3, 3]
+
+
+def test_a_layer_has_the_norm_of_all_its_weights() -> None:
+    """A weight whose norm was not finite leaves a gap."""
+    rows = layer_norms([norm_line(3, 1.0), norm_line(6, None)], "gradient")
+    assert rows == {
+        "embedding": [0.5, 0.5],
+        "layer 1": [math.sqrt(2), math.sqrt(2)],
+        "layer 2": [math.sqrt(2), None],
+        "head": [2.0, 2.0],
+    }

@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 
 from llama_ds.config.run_file import load_run
-from llama_ds.errors import UserError
+from llama_ds.errors import Corruption, UserError
 from llama_ds.job.folder import Job
 from llama_ds.job.wall_time import JobStart
+from llama_ds.job.wire import Beat, Phase
 from llama_ds.launch.job_files import prepare
 from llama_ds.launch.preflight import HostFinding, Report
 from llama_ds.launch.supervise import attempt as outcomes
-from llama_ds.launch.supervise.attempt import Outcome, Watch
+from llama_ds.launch.supervise.attempt import Outcome, Watch, _reported_failure
 from llama_ds.launch.supervise.host_pool import HostPool
-from llama_ds.launch.supervise.server import Server
+from llama_ds.launch.supervise.server import Member, Server
 from llama_ds.launch.supervise.supervisor import MAX_BACKOFF_S, LaunchSettings, RestartLimits, Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +105,22 @@ def test_each_restart_in_a_row_waits_twice_as_long(tmp_path: Path) -> None:
     job = supervisor(tmp_path, reports())
     assert [job._backoff_s(in_a_row) for in_a_row in (1, 2, 3, 4)] == [0.01, 0.02, 0.04, 0.08]
     assert job._backoff_s(100) == MAX_BACKOFF_S
+
+
+def test_a_host_with_wrong_weights_is_drained_and_the_job_goes_on(tmp_path: Path) -> None:
+    """At once, not after a second failure; of two hosts that differ either may be right, so that both stay."""
+    job = supervisor(tmp_path, reports(True, True))
+    spare = {"nowhere3.invalid": 8}
+    job.host_pool.spares = spare
+    host = list(HOSTS)[1]
+    report = {"kind": Corruption.kind, "text": "CORRUPTION: rank 8", "ranks": [8, 9]}
+    member = Member(0, next(iter(HOSTS)), {"pid": 1}, beat=Beat(40, Phase.TRAINING, False, ""))
+    found = _reported_failure(member, report, [host for host in HOSTS for _ in range(8)])
+    assert (found.kind, found.hosts, found.ranks, found.step) == (outcomes.CORRUPTION, [host], [8, 9], 40)
+    assert job._exit_code(found, 1) is None
+    pair = Outcome(outcomes.CORRUPTION, "CORRUPTION", 40, ranks=[0, 8], hosts=list(HOSTS))
+    assert job._prepare_restart(pair, HOSTS, 1) == HOSTS
+    assert job._prepare_restart(found, HOSTS, 1) == {next(iter(HOSTS)): 8, **spare}
 
 
 RANK = """

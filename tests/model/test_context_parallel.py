@@ -10,8 +10,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import pairwise, product
 from queue import Queue
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,13 +21,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_ds.benchmarks.layer import saved_bytes
-from llama_ds.config.context_parallel import ALL_TO_ALL, RING
+from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, CpSizes
 from llama_ds.config.schema import ModelConfig
+from llama_ds.layout import document_blocks
 from llama_ds.layout.activation_memory import LayerWork
+from llama_ds.layout.document_blocks import pieces_of
 from llama_ds.layout.row_cuts import own_ranges, ring_block
 from llama_ds.model import ring_attention
 from llama_ds.model.attention import Documents
-from llama_ds.model.attention_kernels import AttentionKernel, _SdpaCuda, attention_kernel
+from llama_ds.model.attention_kernels import AttentionKernel, attention_kernel
+from llama_ds.model.attention_torch_flash import TorchFlash
 from llama_ds.model.context_parallel import own_tokens, whole_rows
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.manual_backward import ManualBackwardLayer
@@ -51,7 +55,8 @@ class ThreadRank:
     """A context-parallel rank in a thread; it notes its events."""
 
     def __init__(self, rank: int, size: int, method: str, mail: Mailboxes) -> None:
-        self.rank, self.size, self.method, self.mail = rank, size, method, mail
+        group = {RING: 1, ALL_TO_ALL: size, HIERARCHICAL: 2}[method]
+        self.rank, self.size, self.sizes, self.mail = rank, size, CpSizes(size // group, group), mail
         self.events: list[str] = []
 
     def start_pass(self, x: Tensor) -> Pending:
@@ -60,7 +65,7 @@ class ThreadRank:
 
         def wait() -> Tensor:
             self.events.append("wait")
-            return self.mail.queues[self.rank - 1].get(timeout=WAIT_S)
+            return self.mail.queues[self.rank - self.sizes.all_to_all].get(timeout=WAIT_S)
 
         return wait
 
@@ -72,7 +77,8 @@ class ThreadRank:
         return every
 
     def all_to_all(self, x: Tensor) -> Tensor:
-        return self.all_gather(x)[:, self.rank]
+        group, member = divmod(self.rank, self.sizes.all_to_all)
+        return self.all_gather(x)[group * len(x) : (group + 1) * len(x), member]
 
 
 def on_ranks(size: int, method: str, run: Callable[[ThreadRank], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
@@ -103,12 +109,23 @@ def run_kernel(kernel: AttentionKernel, tensors: list[Tensor], starts: Tensor | 
 @pytest.mark.parametrize(
     ("size", "method", "backend", "heads", "groups"),
     [(2, RING, "sdpa", 8, 2), (4, RING, "reference", 4, 1), (3, RING, "sdpa", 6, 3), (2, ALL_TO_ALL, "sdpa", 8, 2),
-     (4, ALL_TO_ALL, "sdpa", 8, 2), (3, ALL_TO_ALL, "sdpa", 6, 2)],
+     (4, ALL_TO_ALL, "sdpa", 8, 2), (3, ALL_TO_ALL, "sdpa", 6, 2), (4, HIERARCHICAL, "sdpa", 4, 1),
+     (6, HIERARCHICAL, "reference", 8, 4)],
 )  # fmt: skip
 def test_outputs_and_gradients_are_those_of_one_rank(
-    size: int, method: str, backend: str, heads: int, groups: int, documents: float
+    size: int,
+    method: str,
+    backend: str,
+    heads: int,
+    groups: int,
+    documents: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With key-value heads fewer than ranks, and documents that cross cuts. float64: 1e-12."""
+    """With key-value heads fewer than ranks, and documents that cross cuts, longer and shorter than tiles.
+
+    float64: 1e-12.
+    """
+    monkeypatch.setattr(document_blocks, "TILE", 3)
     tensors, starts = inputs(heads, groups, 8 * 2 * size, documents)
     wanted = run_kernel(attention_kernel("reference"), tensors, starts)
 
@@ -127,7 +144,7 @@ def whole_rows_of(x: Tensor, cp: ThreadRank) -> Tensor:
     return whole_rows(flat.flatten(0, 2), cp).view(*flat.shape[:3], -1).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("method", [RING, ALL_TO_ALL])
+@pytest.mark.parametrize("method", [RING, ALL_TO_ALL, HIERARCHICAL])
 def test_autograd_gives_the_same_gradients(method: str) -> None:
     tensors, _ = inputs(4, 2, 16, 0.0)
     _, *wanted = run_kernel(attention_kernel("reference"), tensors, None)
@@ -138,9 +155,9 @@ def test_autograd_gives_the_same_gradients(method: str) -> None:
         attention_over(cp, "sdpa")(*leaves).backward(grad)
         return tuple(x.grad for x in leaves if x.grad is not None)
 
-    for rank, found in enumerate(on_ranks(2, method, run)):
+    for rank, found in enumerate(on_ranks(4, method, run)):
         for got, want in zip(found, wanted, strict=True):
-            own = own_tokens(want, ThreadRank(rank, 2, method, Mailboxes(1)))
+            own = own_tokens(want, ThreadRank(rank, 4, method, Mailboxes(1)))
             torch.testing.assert_close(got, own, atol=1e-12, rtol=1e-12)
 
 
@@ -168,11 +185,50 @@ def test_every_message_of_a_ring_travels_while_a_block_is_computed() -> None:
     on_ranks(4, RING, run)
 
 
+@st.composite
+def packed_rows(draw: st.DrawFn) -> tuple[int, int, list[list[int]]]:
+    """Draw ranks of a ring, tokens of a chunk, and where the documents of two rows begin: none, some or all tokens."""
+    size, half = draw(st.integers(2, 4)), draw(st.integers(1, 12))
+    tokens = 2 * size * half
+    begins = st.sets(st.integers(1, tokens - 1), max_size=tokens).map(lambda found: [0, *sorted(found)])
+    return size, half, draw(st.one_of(st.lists(begins, min_size=2, max_size=2), begins.map(lambda one: [one] * 2)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(packed_rows(), st.sampled_from([1, 3, 1000]))
+def test_documents_leave_every_visible_pair_in_one_block_and_no_empty_block(
+    drawn: tuple[int, int, list[list[int]]], tile: int
+) -> None:
+    """Blocks without a mask have only visible pairs, so nothing hidden is computed but in tiles of short documents."""
+    size, half, begins = drawn
+    tokens = 2 * size * half
+    held = [[at for part in own_ranges(tokens, rank, CpSizes(size)) for at in part] for rank in range(size)]
+    pairs: Counter[tuple[int, int, int]] = Counter()
+    with patch.object(document_blocks, "TILE", tile):
+        for rank, step in product(range(size), range(size)):
+            block = ring_block(2 * half, rank, size, step)
+            for piece in pieces_of(block, rank, size, 2 * half, begins):
+                queries, keys = held[rank][piece.queries], held[block.source][piece.keys]
+                for row in range(2)[piece.rows]:
+                    seen = {(row, q, k) for q in queries for k in keys if not piece.causal or k <= q}
+                    if piece.begins is not None:
+                        assert queries == keys == list(range(piece.begins, piece.begins + len(queries)))
+                        assert len(queries) <= tile
+                        seen = {(r, q, k) for r, q, k in seen if not any(k < at <= q for at in begins[row])}
+                    assert seen
+                    pairs.update(seen)
+    visible = {
+        (row, q, k) for row in range(2) for q in range(tokens)
+        for k in range(max(at for at in begins[row] if at <= q), q + 1)
+    }  # fmt: skip
+    assert pairs == Counter(visible)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.integers(1, 8), st.integers(1, 4))
 def test_blocks_of_a_ring_cover_every_pair_once_with_equal_work(size: int, length: int) -> None:
     tokens = 2 * size * length
-    held = [[at for part in own_ranges(tokens, rank, size, RING) for at in part] for rank in range(size)]
+    held = [[at for part in own_ranges(tokens, rank, CpSizes(size)) for at in part] for rank in range(size)]
     assert sorted(at for own in held for at in own) == list(range(tokens))
     pairs: Counter[tuple[int, int]] = Counter()
     work = []
@@ -190,7 +246,7 @@ def test_blocks_of_a_ring_cover_every_pair_once_with_equal_work(size: int, lengt
 @pytest.mark.parametrize("tokens", [7, 10])
 def test_rows_that_cannot_be_cut_are_refused(tokens: int) -> None:
     with pytest.raises(ValueError, match="not a multiple of 4"):
-        own_ranges(tokens, 0, 2, RING)
+        own_ranges(tokens, 0, CpSizes(2))
 
 
 class Alone(ThreadRank):
@@ -206,7 +262,7 @@ class Alone(ThreadRank):
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_blocks_fit_the_signatures_of_torchs_cuda_kernels(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU: shapes, dtypes and order of arguments, on tensors without data."""
-    monkeypatch.setattr(ring_attention, "block_kernel", lambda backend, like, causal: _SdpaCuda(causal))
+    monkeypatch.setattr(ring_attention, "block_kernel", lambda backend, like, causal: TorchFlash(causal))
     ring = RingAttention(Alone(rank, 4, RING, Mailboxes(1)), "sdpa")
     q, k = (torch.empty(2, 16, heads, 64, device="meta", dtype=torch.bfloat16) for heads in (8, 2))
     out, statistics = ring.forward(q, k, k, None)
@@ -237,12 +293,12 @@ def test_cuda_blocks_merge_to_the_attention_of_whole_rows(backend: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
-@pytest.mark.parametrize("method", [RING, ALL_TO_ALL])
+@pytest.mark.parametrize("method", [RING, ALL_TO_ALL, HIERARCHICAL])
 def test_kept_bytes_are_the_cost_tables_and_fall_with_the_number_of_ranks(method: str, policy: str) -> None:
     model = ModelConfig(128, 64, 96, 1, 8, 4, 8)
     kept = []
     for size in (1, 2, 4):
-        cp = Alone(0, size, method, Mailboxes(1))
+        cp = Alone(0, size, method if size > 2 or method == RING else ALL_TO_ALL, Mailboxes(1))
         attention, tables = attention_over(cp, "sdpa"), RotaryTables(model, 64, cp)
         layer = ManualBackwardLayer(LayerContext(model, 7, SingleRank(), attention, tables, cp), 0, policy)
         x = torch.randn(2, 64 // size, 64, requires_grad=True)

@@ -24,6 +24,7 @@ from llama_ds.config.schema import (
 )
 from llama_ds.data.filler import count_labels, mark_filler
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.weights import key_of, weights
 from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
@@ -69,6 +70,7 @@ class Case:
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
     cp: int = 1
     cp_method: str = "auto"
+    cp_all_to_all: int = 0
     kv_heads: int = 4
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
@@ -149,6 +151,7 @@ def run_of(case: Case) -> RunConfig:
             case.virtual_stages,
             case.cp,
             case.cp_method,
+            case.cp_all_to_all,
         ),
         compute=ComputeConfig(decoder_layer=case.decoder_layer),
         deepspeed={
@@ -201,10 +204,11 @@ def reference_model(case: Case) -> Llama:
     return Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss))
 
 
-def train_reference(case: Case) -> list[tuple[float, float, float]]:
+def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, list[float]]]]:
     """Train in plain torch on one rank.
 
-    Return of each step (loss, gradient norm before clipping, then the loss of the rows of step `VALIDATION`).
+    Return of each step (loss, gradient norm before clipping, then the loss of the rows of step `VALIDATION`, the norms
+    of every weight by kind, in the order of the weight table).
     """
     run, model = case.run, reference_model(case)
     hidden = [p for name, p in model.named_parameters() if "_proj.weight" in name] if case.muon else []
@@ -220,6 +224,10 @@ def train_reference(case: Case) -> list[tuple[float, float, float]]:
         loss = model(*ids_and_labels(global_rows(step, case.vocab), torch.device("cpu")))
         model.zero_grad()
         loss.backward()
+        named = {key_of(name): p for name, p in model.named_parameters()}
+        ordered = [named[key] for key, _ in weights(run.model)]
+        before = [p.detach().clone() for p in ordered]
+        norms = {"gradient": [float(p.grad.norm()) for p in ordered if p.grad is not None]}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, run.optimizer, STEPS)
@@ -227,5 +235,7 @@ def train_reference(case: Case) -> list[tuple[float, float, float]]:
         muon.step(learning_rate(step, run.optimizer, STEPS))
         with torch.no_grad():
             after = model(*ids_and_labels(global_rows(VALIDATION, case.vocab), torch.device("cpu")))
-        history.append((loss.item(), norm.item(), after.item()))
+        norms["weight"] = [float(p.detach().norm()) for p in ordered]
+        norms["update"] = [float((p.detach() - old).norm()) for p, old in zip(ordered, before, strict=True)]
+        history.append((loss.item(), norm.item(), after.item(), norms))
     return history

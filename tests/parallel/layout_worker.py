@@ -6,8 +6,11 @@ import gc
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -15,26 +18,47 @@ from torch import Tensor
 
 from llama_ds import log
 from llama_ds.checkpoint.weights import DTYPES
+from llama_ds.config.context_parallel import cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel import world
+from llama_ds.parallel.context_parallel import GroupContextParallel
+from llama_ds.parallel.layer_norms import LayerNorms
 from llama_ds.parallel.optimizer_state import fragments
+from llama_ds.parallel.replicas import wrong_ranks
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
-from tests.parallel.layout_cases import STEPS, VALIDATION, Case, micro_batches, reference_model, step_batches
+from tests.parallel.layout_cases import (
+    GLOBAL_BATCH,
+    SEQ_LEN,
+    STEPS,
+    VALIDATION,
+    Case,
+    micro_batches,
+    reference_model,
+    step_batches,
+)
 
 
-def train(case: Case) -> tuple[list[tuple[float, float]], float]:
-    """Return loss and gradient norm of each step, and the validation loss after the last."""
+def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[float]]]:
+    """Return loss and gradient norm of each step, the validation loss after the last, and that step's norms by kind."""
     run = case.run
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
     check_initial_weights(case, engine.deepspeed)
     batches = micro_batches(case, engine.dp_rank)
     history = []
-    for step in range(case.steps):
-        result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
-        history.append(engine.read(result))
+    norms = LayerNorms(engine.deepspeed, run.model)
+    with cp_bytes() as sent:
+        for step in range(case.steps):
+            if step == case.steps - 1:
+                norms.measure()
+            result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
+            history.append(engine.read(result))
+    by_weight = norms.sums().wait(history[-1][1])
+    if case.cp > 1 and case.recompute == "none":
+        check_sent(case, sum(sent))
     if (case.dtype, case.zero, case.decoder_layer) == ("bf16", 1, "manual_backward"):
         # Straight into BF16_Optimizer's fp32 buffers: no matrix has a gradient in bf16.
         assert all(p.grad is None for n, p in engine.deepspeed.module.named_parameters() if "_proj" in n)
@@ -44,8 +68,10 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float]:
     validation = engine.evaluate(batches, len(batches))
     if case.vocab % case.tp:
         check_padding(case, engine.deepspeed)
+    if case.zero < 3 and case.layout.data_axis > 1:
+        check_replicas(case, engine.deepspeed)
     engine.deepspeed.destroy()
-    return history, validation
+    return history, validation, {kind: list(found.values()) for kind, found in by_weight.items()}
 
 
 def check_initial_weights(case: Case, engine: Any) -> None:
@@ -58,6 +84,33 @@ def check_initial_weights(case: Case, engine: Any) -> None:
         assert torch.equal(fragment.tensors[MASTER], part.to(DTYPES[case.dtype]).float()), fragment.name
 
 
+@contextmanager
+def cp_bytes() -> Iterator[list[int]]:
+    """Collect the bytes that this rank hands to its context-parallel groups for other ranks."""
+    sent: list[int] = []
+    post, exchange = GroupContextParallel.start_pass, GroupContextParallel.all_to_all
+
+    def posted(self: GroupContextParallel, x: Tensor) -> Any:
+        sent.append(x.nbytes)
+        return post(self, x)
+
+    def exchanged(self: GroupContextParallel, x: Tensor) -> Tensor:
+        sent.append(x.nbytes * (len(x) - 1) // len(x))
+        return exchange(self, x)
+
+    with patch.multiple(GroupContextParallel, start_pass=posted, all_to_all=exchanged):
+        yield sent
+
+
+def check_sent(case: Case, sent: int) -> None:
+    """Check the bytes of context parallelism against the formula."""
+    tokens, tp, sizes = case.micro_batch * SEQ_LEN // case.cp, case.tp, cp_sizes(case.run)[0]
+    traffic = cp_traffic(sizes, tokens, 8 // tp, case.kv_heads // tp, 8)
+    wanted = sum(sent_bytes(sizes, traffic, DTYPES[case.dtype].itemsize))
+    micro_batches = case.steps * GLOBAL_BATCH // case.dp // case.micro_batch
+    assert sent == wanted * micro_batches * case.layers // case.pp > 0, (sent, wanted)
+
+
 @cache
 def plain_weights(case: Case) -> dict[str, Tensor]:
     """Return the initial weights in plain torch."""
@@ -68,6 +121,19 @@ def check_orthogonalised(case: Case, engine: Any) -> None:
     """Check that all ranks together orthogonalised each of the seven matrices of a layer once a step."""
     every = world.gather(getattr(engine.optimizer, "optimizer", engine.optimizer).orthogonalised)
     assert sum(every) == 7 * case.layers * case.steps, every
+
+
+def check_replicas(case: Case, engine: Any) -> None:
+    """Check that replicas compare equal, and that one flipped bit of a weight names its rank, of two ranks both."""
+    rank, groups = torch.distributed.get_rank(), case.layout.groups("dp", "cp")
+    weights = list(engine.module.parameters())
+    assert wrong_ranks(weights, groups, torch.device("cpu")) == [], case.name
+    bad = groups[-1][-1]
+    if rank == bad:
+        flat = weights[-1].data.view(-1)
+        bits = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
+        bits[len(bits) // 2] ^= 1  # the least significant bit
+    assert wrong_ranks(weights, groups, torch.device("cpu")) == ([bad] if len(groups[-1]) > 2 else groups[-1])
 
 
 def padded_shard(whole: Tensor, dim: int, tp: int, rank: int) -> Tensor:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from llama_ds.config.context_parallel import CpSizes
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import load_run
-from llama_ds.config.schema import RunConfig
+from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.recompute import stage_policies
+from llama_ds.layout.row_cuts import causal_imbalance
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.cost import run_cost
-from llama_ds.perf.plan.estimate import estimate
+from llama_ds.perf.plan.estimate import estimate, report
 from llama_ds.perf.plan.job import job_of
 from llama_ds.perf.plan.page import page
 from llama_ds.perf.plan.search import KINDS, SearchResult, layouts, lower_bound, search
+from llama_ds.perf.plan.sharing_costs import sharing_costs
 from llama_ds.perf.plan.sizes import rows_of
 from llama_ds.perf.plan.step import step_time
 from llama_ds.perf.plan.tables import paper_speed, search_data, search_table
@@ -44,7 +48,7 @@ def test_the_ranking_is_of_legal_layouts_fastest_first(found: SearchResult) -> N
     assert seconds == sorted(seconds)
     for item in found.best:
         layout = resolve_layout(item.run, 2048)
-        assert layout.pp * layout.tp * layout.dp == 2048
+        assert layout.pp * layout.tp * layout.cp * layout.dp == 2048
         deepspeed_config(item.run, layout, bf16_native=True)
         assert item.fits and item.peak_bytes <= A100.memory_bytes
         assert 0.2 < item.step.mfu(A100) < 0.75
@@ -60,13 +64,16 @@ def test_the_papers_speed_lies_between_a_layout_of_its_time_and_the_best(found: 
     assert found.best[0].step.tokens_per_second > paper
     text = search_table(found, run_cost(1.4e12, 400, 2048, 400))
     assert "380 tokens/s/GPU" in text and "exposed tensor-parallel" in text
-    assert set(found.of_kind) == set(KINDS)
+    assert set(KINDS) - set(found.of_kind) == {
+        "context parallelism by a ring",  # rows of 2,048 tokens are not shared
+        "context parallelism by all-to-alls",
+    }
 
 
 @pytest.mark.slow
 def test_no_pruned_layout_is_faster() -> None:
     """Exhaustive search on a small problem: the bound must not prune a layout that belongs among the best."""
-    run = base("7b", "training.global_batch=64")
+    run = base("7b", "training.global_batch=16", "data.seq_len=8192")
     best = search(run, 16, A100, top=3)
     every = []
     for layout in layouts(run, 16, A100):
@@ -78,6 +85,49 @@ def test_no_pruned_layout_is_faster() -> None:
             every.append(item.step.seconds)
     assert best.legal == len(every)
     assert [item.step.seconds for item in best.best] == pytest.approx(sorted(every)[:3])
+    assert {f"context parallelism by {how}" for how in ("a ring", "all-to-alls")} <= set(best.of_kind)
+
+
+def test_long_rows_are_shared_by_both_methods() -> None:
+    """8B with rows of 131,072 tokens on 256 A100s: layouts that share rows beat all others, and the table says why."""
+    options = ["parallel={}", "data.seq_len=131072", "training.global_batch=32"]
+    path = str(REPO / "ds_configs/llama3_8b.yaml")
+    plain = search(load_run(path, [*options, "data.document_mask=false"]), 256, A100, top=3)
+    whole, ring, swap = (plain.of_kind[kind] for kind in list(KINDS)[-3:])
+    assert (ring.run.parallel.cp_method, swap.run.parallel.cp_method) == ("ring", "all_to_all")
+    assert max(ring.step.seconds, swap.step.seconds) < 0.9 * whole.step.seconds
+    text = search_table(plain, run_cost(1e12, 400, 256, 400))
+    assert re.search(r"all_to_all x\d+ .*\d%", text) and "best of no context parallelism: tp 8" in text
+    assert "exposed context-parallel" in text and "imbalance of causal work 0.0%" in text
+
+    masked = search(load_run(path, options), 256, A100, top=3)
+    assert {item.run.parallel.cp_method for item in masked.best} <= {"all_to_all", "auto"}
+    assert masked.rejected["the documents of a row decide how unequal the ranks of a ring are"].count
+
+
+def test_smaller_groups_beat_larger_micro_batches() -> None:
+    """The search leaves out micro-batches that have a factor in common with cp."""
+    run = base("7b", "data.seq_len=32768", "training.global_batch=64", "parallel.recompute=full")
+    for method in ("ring", "all_to_all"):
+        parallel = ParallelConfig(recompute="full", cp=8, cp_method=method, micro_batch=2)
+        larger = estimate(replace(run, parallel=parallel), 64, A100)
+        smaller = estimate(replace(run, parallel=replace(parallel, cp=4, micro_batch=1)), 64, A100)
+        assert smaller.step.seconds < larger.step.seconds
+        assert smaller.peak_bytes == larger.peak_bytes
+
+
+def test_a_ring_sends_keys_and_values_and_the_gradients_of_both() -> None:
+    """In bytes: 16,384 tokens of 8 heads of 128, keys and values in bf16, gradients in fp32, 32 layers, by hand."""
+    options = ["data.seq_len=131072", "training.global_batch=32", "parallel.tp=1", "parallel.sequence_parallel=false"]
+    options += ["parallel.cp=8", "parallel.cp_method=ring", "parallel.recompute=full"]
+    found = estimate(load_run(str(REPO / "ds_configs/llama3_8b.yaml"), options), 256, A100)
+    costs = sharing_costs(A100, found.step)
+    assert costs is not None and costs.key_value_bytes == 2 * 16384 * 8 * 128 * 2
+    forwards, backward = 2 * 7 * costs.key_value_bytes, (7 + 2 * 8) * costs.key_value_bytes
+    assert costs.sent_bytes == 32 * (forwards + backward)
+    assert costs.imbalance == 0 and costs.hidden_s > 10 * costs.exposed_s > 0
+    assert "imbalance of causal work 0.0%" in report(found)
+    assert causal_imbalance(1200, CpSizes(3)) == 0
 
 
 def test_the_bound_is_below_the_simulated_time() -> None:

@@ -11,9 +11,11 @@ from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan import hardware
 from llama_ds.perf.plan.fit import BOUNDS, fit, loss, usable
+from llama_ds.perf.plan.likely import SPANS
 from llama_ds.perf.plan.memory import layer_activations, published_memory
-from llama_ds.perf.plan.rows import COLUMNS, Row, read_rows, stages_of
-from llama_ds.perf.plan.validate import Checked, check, groups, quantile, stated_flops, summary
+from llama_ds.perf.plan.program import AUTOGRAD, LLAMA, LLAMA_UNFUSED, Program, without_flash
+from llama_ds.perf.plan.rows import COLUMNS, KINDS, Row, program_of, read_rows, stages_of
+from llama_ds.perf.plan.validate import Checked, check, fits, groups, predict, quantile, spans, stated_flops, summary
 
 DATA = Path(__file__).resolve().parents[2] / "docs/calibration"
 MACHINES = {name: hardware.load(name) for name in hardware.names()}
@@ -69,6 +71,53 @@ def test_every_source_is_in_the_table_once(published: list[Checked]) -> None:
     assert any("Korthikanti" in name for name in tables)
 
 
+def test_the_planner_says_which_runs_fit() -> None:
+    rows = [row for name in ("published_runs.csv", "a100_single_node_runs.csv") for row in read_rows(DATA / name)]
+    found = fits(rows, MACHINES)
+    assert found and (found.ran, found.failed) == (1754, 6)
+    assert found.agreement >= 0.95
+    assert found.said_to_fail >= 5, "206B in bf16 with tp 4, pp 12 is predicted at 61 GiB"
+    assert fits([], MACHINES) is None
+
+
+def test_the_likely_interval_is_that_of_the_measured_runs() -> None:
+    """llama_ds/perf/plan/likely.py holds what all A100 rows of docs/calibration give."""
+    rows = [row for name in ("published_runs.csv", "a100_single_node_runs.csv") for row in read_rows(DATA / name)]
+    found = spans(check(rows, MACHINES)[0])
+    assert found.keys() == SPANS.keys()
+    for kind, span in found.items():
+        assert (round(span.low, 3), round(span.high, 3), span.runs) == SPANS[kind]
+        assert span.low < 1 < span.high
+
+
+@pytest.mark.parametrize(
+    ("note", "program", "flash"),
+    [
+        ("flash attn", LLAMA_UNFUSED, True),
+        ("flash attn; RMSNorm kernel", LLAMA, True),
+        ("PyTorch FSDP", AUTOGRAD, True),
+        ("nanotron v0.5", AUTOGRAD, True),
+        ("torch attention", without_flash(LLAMA_UNFUSED, False), False),
+        ("Megatron attention, RMS kernel", without_flash(LLAMA, True), False),
+    ],
+)
+def test_a_llama_program_is_that_of_the_note(note: str, program: Program, flash: bool) -> None:
+    found = program_of({"note": note, "model": "LLaMA-13B"})
+    assert found is program and found.flash is flash
+
+
+def test_norms_by_operations_and_scores_take_time_and_memory(tmp_path: Path) -> None:
+    """The same run with each program: time and memory grow with what its kernels move and keep."""
+    notes = ("PyTorch FSDP", "RMSNorm kernel", "", "torch attention")
+    row = GOOD.replace("GPT,", "LLaMA,").replace(",1,0,full,", ",1,0,none,")
+    (tmp_path / "mine.csv").write_text("\n".join([HEADER, *(row + note for note in notes)]) + "\n")
+    read = read_rows(tmp_path / "mine.csv")
+    times = [item.predicted for item in check(read, MACHINES)[0]]
+    assert times == sorted(set(times))
+    held = [published_memory(row.job, reserved=False) for row in read if row.job]
+    assert held[0] == held[1] < held[2] < held[3]
+
+
 def test_layouts_that_ran_out_of_memory_are_predicted_not_to_fit(published: list[Checked]) -> None:
     """BigScience's layouts that ran out of 80 GB (docs/calibration/CONVENTIONS.md, section 3), by a similar row."""
     near = next(c.row.job for c in published if c.row.id == "bs_181b_h14336_tp8pp12dp4_mb1_gbs2048_a64_0221")
@@ -108,6 +157,9 @@ def test_flops_are_counted_as_in_the_sources(published: list[Checked]) -> None:
     per_second = row.job.rows * row.job.seq_len / 1.10 / 8 / MACHINES["a100-80gb"].peak
     assert stated_flops(row.job, hardware=False) * per_second == pytest.approx(0.415, abs=0.004)
     assert stated_flops(row.job, hardware=True) * per_second == pytest.approx(0.437, abs=0.004)
+    predicted = {kind: predict(replace(row, kind=kind), MACHINES["a100-80gb"]) for kind in KINDS[:-1]}
+    assert predicted["tflops_per_gpu_hw"] == pytest.approx(predicted["hfu_pct"] * 3.12)
+    assert predicted["tflops_per_gpu_model"] == pytest.approx(predicted["mfu_pct"] * 3.12)
 
 
 def test_a_row_becomes_the_job_that_it_states(tmp_path: Path) -> None:
@@ -128,7 +180,7 @@ def test_a_row_becomes_the_job_that_it_states(tmp_path: Path) -> None:
     ("text", "words"),
     [
         (f"{HEADER}\n{GOOD.replace('10.0', 'ten')}\n", ":2: value = 'ten' is not a number"),
-        (f"{HEADER}\n{GOOD}\n{GOOD.replace('10.0', '-1')}\n", ":3: value = '-1' is not a positive number"),
+        (f"{HEADER}\n{GOOD}\n{GOOD.replace('10.0', '-1')}\n", ":3: value = '-1' is neither a positive number nor OOM"),
         (f"{HEADER}\n{GOOD.replace('10.0', 'nan')}\n", ":2: value = 'nan' is not a number"),
         (f"{HEADER}\n{GOOD.replace('4096,32', '4096,0')}\n", ":2: layers = 0 is not a positive whole number"),
         (f"{HEADER}\n{GOOD.replace('4096,32', '4096,1.5')}\n", ":2: layers = 1.5 is not a positive whole number"),

@@ -55,8 +55,14 @@ def kind_of(found: Estimate) -> tuple[str, str, str]:
 def smallest_of_kinds() -> dict[tuple[str, str, str], Estimate]:
     """Return a layout of each kind, with the fewest stages, for a model with document masks."""
     every = searched(MASKED, GPUS, "h100-80gb", 1000).best
-    # With 2 tensor-parallel ranks, if one is, so that all axes are larger than 1.
-    ordered = sorted(every, key=lambda e: (e.run.parallel.pp * e.run.parallel.virtual_stages, abs(e.layout.tp - 2)))
+    # With 2 tensor-parallel and 2 context-parallel ranks, if one is, so that most axes are larger than 1.
+    ordered = sorted(
+        every,
+        key=lambda e: (
+            e.run.parallel.pp * e.run.parallel.virtual_stages,
+            abs(e.layout.tp - 2) + abs(e.layout.cp - 2),
+        ),
+    )
     return {kind_of(found): found for found in reversed(ordered)}
 
 

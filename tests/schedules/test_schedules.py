@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llama_ds.schedules import forward_only
 from llama_ds.schedules.instructions import COMPUTES, Instruction, Op, Placement
-from llama_ds.schedules.schedule import NAMES, Schedule, obstacle
+from llama_ds.schedules.schedule import NAMES, Schedule, obstacle, split_share
 from llama_ds.schedules.simulate import StageCost, simulate
 from llama_ds.schedules.verify import (
     ScheduleError,
@@ -140,6 +140,19 @@ def test_one_link_carries_one_message_at_a_time() -> None:
     timeline = simulate(Schedule("1f1b", 3, 2), EQUAL, transfer=5.0)
     starts = [start for step, start, _ in timeline.ranks[1] if step.op is Op.FORWARD]
     assert starts == [6.0, 11.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks", "extra"), [("zb_h1", 1, 0), ("zb_h1", 1, 2), ("dualpipe_v", 2, 0), ("interleaved", 2, 0)]
+)
+@pytest.mark.parametrize("micro_batches", [8, 28, 100])
+def test_the_share_of_split_backwards_is_counted(name: str, chunks: int, extra: int, micro_batches: int) -> None:
+    """Of long steps it is extrapolated, which is exact."""
+    plan = Schedule(name, 4, micro_batches, chunks, extra)
+    ops = [step.op for rank in range(4) for step in plan.computations(rank)]
+    split, whole = ops.count(Op.WEIGHT_BACKWARD), ops.count(Op.BACKWARD)
+    assert split_share(name, 4, micro_batches, chunks, extra) == pytest.approx(split / (split + whole), abs=1e-12)
+    assert (split > 0) is (name != "interleaved")
 
 
 def test_h1_holds_no_more_than_1f1bs_first_rank() -> None:

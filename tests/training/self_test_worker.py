@@ -19,6 +19,7 @@ from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.errors import UserError
 from llama_ds.model import embedding
 from llama_ds.parallel import pipeline_optimizer, world
+from llama_ds.parallel.context_parallel import GroupContextParallel
 from llama_ds.parallel.matrix_exchange import MatrixExchange
 from llama_ds.parallel.point_to_point import PipelineComm
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
@@ -79,6 +80,21 @@ def turned_matrices(original: Callable[..., Any]) -> Callable[..., Any]:
     return gather
 
 
+def stale_keys(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the ring's message with the keys of this rank in place of those of the previous one."""
+
+    def start(self: Any, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        pending, own = original(self, x), x.clone()
+        return lambda: (pending(), own)[1]
+
+    return start
+
+
+def reversed_parts(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the all-to-all with the parts of ranks in a wrong order."""
+    return lambda self, x: original(self, x).flip(0)
+
+
 FAULTS: dict[str, Callable[[], Any]] = {
     "mask": lambda: patch.object(
         embedding, "document_starts", lambda ids, marks: torch.zeros(ids.shape, dtype=torch.int32)
@@ -87,6 +103,10 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "dp": lambda: patch.object(comm, "all_reduce", scaled_gradients(comm.all_reduce)),
     "pp dp": lambda: patch.object(
         pipeline_optimizer, "start_reduce_scatter", scaled_parts(pipeline_optimizer.start_reduce_scatter)
+    ),
+    "cp ring": lambda: patch.object(GroupContextParallel, "start_pass", stale_keys(GroupContextParallel.start_pass)),
+    "cp all_to_all": lambda: patch.object(
+        GroupContextParallel, "all_to_all", reversed_parts(GroupContextParallel.all_to_all)
     ),
     "muon": lambda: patch.object(MatrixExchange, "gather", turned_matrices(MatrixExchange.gather)),
     "tp": lambda: patch.object(GroupTensorParallel, "start_reduce", scaled_sum(GroupTensorParallel.start_reduce)),

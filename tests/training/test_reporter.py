@@ -52,8 +52,8 @@ def test_a_console_that_is_gone_ends_no_run(error: str, tmp_path: Path, monkeypa
 def report(folder: Path, device: str, *overrides: str) -> Reporter:
     """Return a reporter for a device type whose step results are plain losses."""
     run, log = open_log(folder, *overrides)
-    engine: Any = SimpleNamespace(read=lambda loss: (loss, 1.0))
-    feed: Any = SimpleNamespace(wait_s=0.0)
+    engine: Any = SimpleNamespace(read=lambda loss: (loss, 1.0), deepspeed=None)
+    feed: Any = SimpleNamespace(wait_s=0.0, balance=None)
     meter = Meter(run, resolve_layout(run, 4), feed, "fp32", torch.device("cpu"), 0)
     return Reporter(run, engine, meter, log, Progress(), torch.device(device))
 
@@ -95,6 +95,52 @@ def test_the_interval_and_the_last_step_are_reported(device: str, tmp_path: Path
     for step in range(1, 8):
         step_done(reporter, step, last=step == 7)
     assert reported(tmp_path) == [3, 6, 7]
+
+
+class MeasuredNorms:
+    """Stands for the norms of an engine whose weights are an embedding, two matrices and a head."""
+
+    def __init__(self, engine: Any, model: Any) -> None:
+        self.measured = 0
+
+    def measure(self) -> None:
+        self.measured += 1
+
+    def sums(self) -> Any:
+        keys = ((0, "weight"), (1, "mlp.down_proj.weight"), (2, "mlp.down_proj.weight"), (4, "lm_head.weight"))
+        norms = [1 / 3, math.nan, float(self.measured), 2.0]
+        return SimpleNamespace(wait=lambda norm: {"gradient": dict(zip(keys, norms, strict=True))})
+
+
+class LossAndNorm(float):
+    """A step's result whose loss is the number itself."""
+
+    norm = 1.0
+
+
+def test_norms_are_read_a_step_later_and_before_the_loss_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On boards each number is a curve of its own; what is not finite has no point."""
+    monkeypatch.setattr("llama_ds.training.norm_lines.LayerNorms", MeasuredNorms)
+    reporter = report(tmp_path, "cuda", "logging.norms=2", "logging.interval=4")
+    points: list[Any] = []
+    assert reporter._log is not None
+    reporter._log._boards = [SimpleNamespace(add=lambda *point: points.append(point), close=lambda: None)]
+    found = []
+    for step in range(1, 5):
+        reporter.before_step(step)
+        result: Any = LossAndNorm("nan")
+        reporter.step_done(step, 0.1, result, last=False)
+        found.append(reported(tmp_path))
+    assert found == [[], [], [2], [2]]
+    with pytest.raises(Divergence):
+        reporter.flush()
+    lines = [json.loads(line) for line in (tmp_path / "reported" / "metrics.jsonl").read_text().splitlines()]
+    rows = {"embedding": [0.3333333], "down_proj": [None, 2.0], "head": [2.0]}
+    assert lines[1] == {"step": 4, "norms": {"gradient": rows}}
+    names = {"norms/gradient/embedding": 0.3333333, "norms/gradient/down_proj/2": 2.0, "norms/gradient/head": 2.0}
+    assert points[1] == (4, names)
 
 
 def test_a_run_that_diverges_reports_the_step_and_ends(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from llama_ds.launch.supervise import hang, processes
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
 from llama_ds.launch.supervise.logs import LOG_LINES, Tail, first_error, last_error, last_lines
+from llama_ds.launch.supervise.progress_log import ProgressLog
 from llama_ds.launch.supervise.server import Member, Server
 from llama_ds.launch.supervise.spikes import Spike, SpikeRule
 
@@ -36,6 +37,7 @@ REQUESTED = {"save": "save", "end": "save and end"}
 DONE, ENDED, MISTAKE, DIVERGENCE, FAILURE, DEATH, HOST_LOST, HANG, SPIKE, LAUNCHER = (
     *("done", "ended", "mistake", "divergence", "failure", "death", "host lost", "hang", "spike", "launcher"),
 )
+CORRUPTION = "corruption"
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Attempt:
         self.job, self.server, self.watch, self.events = job, server, watch, events
         self._command, self._print_line, self._ssh_port = command, print_line, ssh_port
         self._hang_detector, self._spikes = HangDetector(watch.hang_limits), SpikeRule()
+        self._progress_log = ProgressLog(events)
         self._tail = Tail(str(job.log(0)))
         self._checks: dict[str, _HostCheck] = {}  # checks in flight, by host
         self._joined = False
@@ -107,8 +110,10 @@ class Attempt:
             raise
         if outcome.spike is None:  # the outcome of a spike already has the spike's first step
             outcome.step = max(outcome.step, self._hang_detector.step)
-        if outcome.kind == HANG:
-            self.events.add("detected", kind=HANG, ranks=[], hosts=[])  # finding the culprit takes some more seconds
+        self._progress_log.close(self._hang_detector.step)
+        if outcome.kind == HANG:  # finding the culprit takes some more seconds
+            stalled_s = round(self._hang_detector.stalled_s, 3)
+            self.events.add("detected", kind=HANG, ranks=[], hosts=[], after_s=stalled_s)
             outcome = self._report_hang(outcome)
         outcome.unclean = self._end(launcher)
         self._relay()
@@ -210,6 +215,7 @@ class Attempt:
         if self._hang_detector.update(members.values()) and members:
             text = f"no progress for {self._hang_detector.stalled_s:.1f} s"
             return Outcome(HANG, text)
+        self._progress_log.update(self._hang_detector.step)
         return None
 
     def _read_reports(self) -> Outcome | None:
@@ -222,18 +228,23 @@ class Attempt:
                     return Outcome(SPIKE, text, spike.step, spike=spike)
             elif report.get("what") == "phase":
                 self._hang_detector.learn(int(report["phase"]), float(report["seconds"]))
+                self._progress_log.take(report)
             elif report.get("what") == "failure" and report.get("kind") != "echo":
-                self._record_failure(_reported_failure(member, report))
+                self._record_failure(_reported_failure(member, report, self.job.rank_hosts))
         return None
 
-    def _record_failure(self, outcome: Outcome) -> None:
-        """Record the first failure; a death replaces an exception that another rank reported because of it."""
+    def _record_failure(self, outcome: Outcome, since: float | None = None) -> None:
+        """Record the first failure; a death replaces an exception that another rank reported because of it.
+
+        `since` is the monotonic time of the last sign of life (None: now).
+        """
         explains = self._failure and self._failure.kind == FAILURE and outcome.kind in (DEATH, HOST_LOST)
         if self._failure is None:
             self._failed_at = time.monotonic()
         if self._failure is None or explains:
             self._failure = outcome
-            self.events.add("detected", kind=outcome.kind, ranks=outcome.ranks, hosts=outcome.hosts)
+            after_s = 0.0 if since is None else round(time.monotonic() - since, 3)
+            self.events.add("detected", kind=outcome.kind, ranks=outcome.ranks, hosts=outcome.hosts, after_s=after_s)
 
     def _check_host(self, host: str) -> None:
         if host not in self._checks:
@@ -256,13 +267,15 @@ class Attempt:
             if check.found.problem:
                 if all(not m.connected or self._is_silent(m) for m in own):
                     text = f"HOST LOST: {host} does not answer ({check.found.problem})"
-                    self._record_failure(Outcome(HOST_LOST, text, ranks=[m.rank for m in own], hosts=[host]))
+                    beats = [beat for m in own if (beat := float(self.server.last_beat[m.rank]))]
+                    last_beat = max(beats, default=None)
+                    self._record_failure(Outcome(HOST_LOST, text, ranks=[m.rank for m in own], hosts=[host]), last_beat)
                 continue
             living = check.found.answer["processes"]
             dead = [m for m in own if not (m.connected or m.failed) and str(m.about["pid"]) not in living]
             dead.sort(key=lambda m: (m is not self._first_lost, m.disconnected_at or 0))
             if dead:
-                self._record_failure(self._died(dead[0]))
+                self._record_failure(self._died(dead[0]), dead[0].disconnected_at)
 
     def _is_silent(self, member: Member) -> bool:
         return time.monotonic() - self.server.last_beat[member.rank] > self.watch.silent_s / 2
@@ -361,8 +374,12 @@ class _HostCheck:
         threading.Thread(target=look, daemon=True).start()
 
 
-def _reported_failure(member: Member, report: dict[str, Any]) -> Outcome:
+def _reported_failure(member: Member, report: dict[str, Any], rank_hosts: list[str]) -> Outcome:
     kind, text = str(report.get("kind")), str(report.get("text"))
+    if kind == CORRUPTION:  # every rank reports it, and it names others
+        ranks = [int(rank) for rank in report["ranks"]]
+        hosts = list(dict.fromkeys(rank_hosts[rank] for rank in ranks))
+        return Outcome(CORRUPTION, text, member.beat.step, ranks=ranks, hosts=hosts)
     if kind == MISTAKE:
         return Outcome(MISTAKE, text, ranks=[member.rank], hosts=[member.host])
     if kind == DIVERGENCE:

@@ -27,10 +27,10 @@ class HostPool:
         """All hosts, spares last."""
         return self.hosts | self.spares
 
-    def blame(self, hosts: list[str]) -> None:
-        """Count a failure of hosts."""
+    def blame(self, hosts: list[str], strikes: int = 1) -> None:
+        """Count a failure of hosts; `STRIKES` strikes exclude them at once."""
         for host in hosts:
-            self.strikes[host] = self.strikes.get(host, 0) + 1
+            self.strikes[host] = self.strikes.get(host, 0) + strikes
 
     def choose(self, good: list[str]) -> dict[str, int]:
         """Return the hosts of the next attempt with their slots, chosen among the hosts that are `good`.

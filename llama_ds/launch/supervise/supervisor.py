@@ -21,7 +21,8 @@ from llama_ds.launch.rendezvous import Rendezvous, UnreachableHost, arrange
 from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
-from llama_ds.launch.supervise.host_pool import HostPool
+from llama_ds.launch.supervise.host_pool import STRIKES, HostPool
+from llama_ds.launch.supervise.norm_rises import before_spike
 from llama_ds.launch.supervise.repeats import RepeatedFailures, reason
 from llama_ds.launch.supervise.server import Server
 
@@ -196,11 +197,16 @@ class Supervisor:
     def _prepare_restart(self, outcome: Outcome, hosts: dict[str, int], in_a_row: int) -> dict[str, int]:
         """Prepare the next attempt; return its hosts."""
         if outcome.kind in (outcomes.SPIKE, outcomes.DIVERGENCE):
+            if self.run.logging.norms:  # now, because the next attempt drops the lines of steps that it repeats
+                text = before_spike(Path(self.run.run_dir, "metrics.jsonl"), outcome.step)
+                self.events.add("norms", text)
             self._rewind(outcome)
             chosen = hosts
         else:
             self._fence(outcome)
-            self.host_pool.blame(outcome.hosts)
+            # Wrong weights are a reason to drain a host, unless two hosts differ and either may be right.
+            certain = outcome.kind == outcomes.CORRUPTION and len(outcome.hosts) == 1
+            self.host_pool.blame(outcome.hosts, STRIKES if certain else 1)
             chosen = self._choose(hosts)
         pause = self._backoff_s(in_a_row)
         self.events.add("restart", f"starting again in {pause:g} s, restart {in_a_row} in a row", pause_s=pause)

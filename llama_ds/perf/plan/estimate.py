@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llama_ds.config.deepspeed_json import deepspeed_config, training_dtype
+from llama_ds.config.row_stages import first_step, stage_steps
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout, resolve_layout
@@ -13,7 +14,9 @@ from llama_ds.layout.partition import decoder_layers, stage_boundaries
 from llama_ds.layout.recompute import GIB, StagePolicies, stage_policies, with_device_memory
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import job_of, layers_by_policy
+from llama_ds.perf.plan.likely import likely_speed
 from llama_ds.perf.plan.memory import Memory, run_memory
+from llama_ds.perf.plan.sharing_costs import sharing_costs
 from llama_ds.perf.plan.step import StepTime, step_time
 
 
@@ -38,8 +41,16 @@ class Estimate:
 
     @property
     def days(self) -> float:
-        """Duration of the run in days, without interruptions."""
-        return self.run.training.steps * self.step.seconds / 86400
+        """Duration of the run, or of its stage of `data.stages`, in days without interruptions."""
+        return len(stage_steps(self.run, first_step(self.run))) * self.step.seconds / 86400
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the run, or of its stage of `data.stages`."""
+        if not self.run.data.stages:
+            return self.run.training.tokens
+        steps = len(stage_steps(self.run, first_step(self.run)))
+        return steps * self.run.training.global_batch * self.run.data.seq_len
 
 
 def with_partition(run: RunConfig) -> RunConfig:
@@ -100,6 +111,7 @@ def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
 def as_data(found: Estimate) -> dict[str, Any]:
     """Return the estimate as plain data for JSON, in seconds, GiB and fractions of 1."""
     step, parallel, layout = found.step, found.run.parallel, found.layout
+    sharing = sharing_costs(found.gpu, step)
     return {
         "gpu": found.gpu.name,
         "gpus": layout.world,
@@ -117,15 +129,24 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "reduction_s": step.reduction,
         "optimizer_s": step.optimizer,
         "host_s": step.host,
+        "context_parallel": asdict(sharing) if sharing else None,
+        "likely_tokens_per_s_per_gpu": likely[:2] if (likely := likely_speed(found.gpu, step)) else None,
         "fits": found.fits,
         "peak_memory_gib": found.peak_bytes / GIB,
         "memory_gib": [{name: value / GIB for name, value in asdict(rank).items()} for rank in found.memory],
     }
 
 
+def _likely_words(low: float, high: float, runs: int) -> str:
+    return (
+        f"  likely         {low:,.0f} to {high:,.0f} tokens/s/GPU, as four of five of {runs} measured runs like it were"
+    )
+
+
 def report(found: Estimate) -> str:
     """Return the estimate as text."""
     step, layout, parallel = found.step, found.layout, found.run.parallel
+    sharing, likely = sharing_costs(found.gpu, step), likely_speed(found.gpu, step)
     lines = [
         f"{found.run.name} on {layout.world:,} x {found.gpu.name}: {layout.words(' ')}, "
         f"{parallel.schedule if layout.pp > 1 else 'no pipeline'}"
@@ -137,9 +158,11 @@ def report(found: Estimate) -> str:
         f"optimizer {step.optimizer:.3f} + host {step.host:.3f}",
         f"  bubble         {step.bubble:.1%} of the pipeline's time",
         f"  speed          {step.tokens_per_second:,.0f} tokens/s/GPU, MFU {step.mfu(found.gpu):.1%}, "
-        f"{found.days:.1f} days for {found.run.training.tokens:.3g} tokens",
+        f"{found.days:.1f} days for {found.tokens:.3g} tokens",
+        *([_likely_words(*likely)] if likely else []),
         f"  memory         {found.peak_bytes / GIB:.1f} of {found.gpu.memory_gib:.0f} GiB"
         f"{'' if found.fits else ': DOES NOT FIT'}",
+        *([f"  context        {sharing.words()}"] if sharing else []),
         "",
         f"  {'rank':>4} {'layers':>7} {'recompute':24} {'weights':>8} {'grads':>7} {'optim':>7} {'activ':>7} "
         f"{'working':>8} {'margin':>7} {'GiB':>7}",

@@ -115,7 +115,7 @@ def usable(rows: Sequence[Row], machines: Mapping[str, Hardware], every: int) ->
     for row in rows:
         seen[row.source] += 1
         thinned = count[row.source] > 500 and seen[row.source] % every
-        if row.job and row.gpu in machines and row.kind != "peak_mem_gib" and not thinned:
+        if row.job and row.gpu in machines and row.kind != "peak_mem_gib" and math.isfinite(row.value) and not thinned:
             found.append(row)
     return found
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llama_ds.config.context_parallel import cp_method
+from llama_ds.config.context_parallel import WHOLE_ROWS, CpSizes, cp_sizes
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.layout.axes import Axes
@@ -18,7 +18,7 @@ from llama_ds.perf.plan.communication import RankGroup
 from llama_ds.perf.plan.program import OURS, OURS_FP32, Program
 from llama_ds.perf.plan.row_sharing import RowSharing
 from llama_ds.schedules.instructions import Placement
-from llama_ds.schedules.schedule import Schedule
+from llama_ds.schedules.schedule import Schedule, split_share
 
 Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
 
@@ -49,7 +49,7 @@ class StepJob:
     stages: tuple[Counts, ...]  # policies of the decoder layers of each of the pp * chunks stages
     whole_model: bool = True  # False: bare layers, without embedding, head and optimizer
     launch_blocking: bool = False  # CUDA_LAUNCH_BLOCKING=1: host time and GPU time add up
-    cp_method: str = ""  # method of context parallelism if axes.cp > 1
+    cp_sizes: CpSizes = WHOLE_ROWS  # ranks that share rows
 
     @property
     def pp(self) -> int:
@@ -79,7 +79,7 @@ class StepJob:
     @property
     def sharing(self) -> RowSharing:
         """How context-parallel ranks share rows."""
-        return RowSharing(self.axes.cp, self.axes.stride("cp"), self.cp_method, self.ranks)
+        return RowSharing(self.cp_sizes, self.axes.stride("cp"), self.ranks)
 
     @property
     def tokens(self) -> int:
@@ -102,6 +102,11 @@ class StepJob:
         """The placement of stages on pipeline ranks, which no number of micro-batches changes."""
         return self.plan(max(self.micro_batches, 2 * self.pp)).placement
 
+    @property
+    def split_share(self) -> float:
+        """Share of the backwards whose weight gradients the schedule puts off."""
+        return split_share(self.schedule, self.pp, self.micro_batches, self.chunks, self.extra_warmup)
+
     def plan(self, micro_batches: int) -> Schedule:
         """Return the schedule of the job for this number of micro-batches."""
         return Schedule(self.schedule, self.pp, micro_batches, self.chunks, self.extra_warmup)
@@ -123,7 +128,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         chunks=schedule.chunks,
         extra_warmup=schedule.extra_warmup,
         stages=tuple(_counts(stage.policies) for stage in policies),
-        cp_method=cp_method(run)[0] if layout.cp > 1 else "",
+        cp_sizes=cp_sizes(run)[0] if layout.cp > 1 else WHOLE_ROWS,
     )
 
 

@@ -14,7 +14,7 @@ from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, 
 from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob
-from llama_ds.perf.plan.program import PROGRAMS, MemoryTraffic
+from llama_ds.perf.plan.program import MemoryTraffic, Program
 from llama_ds.perf.plan.row_sharing import RowSharing, shared_attention
 
 
@@ -55,13 +55,13 @@ def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
     m = job.model
     shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     sizes = job.micro_batch, job.seq_len, job.tp
-    return _layer(gpu, job.program.name, shape, *sizes, job.sequence_parallel, policy, job.sharing)
+    return _layer(gpu, job.program, shape, *sizes, job.sequence_parallel, policy, job.sharing, job.split_share)
 
 
 @lru_cache(maxsize=100_000)
 def _layer(
     gpu: Hardware,
-    program_name: str,
+    program: Program,
     shape: tuple[int, int, int, int, int],
     rows: int,
     seq_len: int,
@@ -69,8 +69,8 @@ def _layer(
     sequence_parallel: bool,
     policy: str,
     sharing: RowSharing,
+    split_share: float,
 ) -> LayerTime:
-    program = PROGRAMS[program_name]
     hidden, inner, heads, kv_heads, head_dim = shape
     tokens = rows * seq_len // sharing.size
     own = tokens / tp if sequence_parallel else tokens
@@ -122,10 +122,11 @@ def _layer(
     if program.overlaps_tensor and tp > 1:
         # Each collective overlaps a weight gradient. Under sequence parallelism these are, in order: all-gather with
         # q, k, v; reduce-scatter with the down projection; all-gather with gate and up; reduce-scatter with the
-        # output projection. Otherwise there are two all-reduces.
+        # output projection. Otherwise there are two all-reduces. Where the weight gradients are put off, nothing is
+        # computed meanwhile.
         order = (0, 3, 2, 1) if sequence_parallel else (3, 1)
         beside = sum(min(time, weight_gemm[i]) for time, i in zip(sent, order, strict=True))
-        exposed -= beside * (1 - gpu.calibration.contention)
+        exposed -= (1 - split_share) * beside * (1 - gpu.calibration.contention)
     if program.sums_norms and sequence_parallel:
         exposed += 2 * all_reduce(gpu, RankGroup(tp), 4.0 * hidden) * gpu.calibration.contention
     backward = Parts(

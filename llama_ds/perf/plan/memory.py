@@ -89,7 +89,7 @@ def _published(job: StepJob) -> list[float]:
         again = any(policy == "full" for stage in own for policy, _ in job.stages[stage])
         working = layer_activations(job, "none") * (2 if again else 1)  # activations and their gradients
         if len(job.stages) - 1 in own:
-            working = max(working, 10.0 * job.tokens * job.vocab)  # logits in 16 bits and in fp32, and their gradient
+            working = max(working, job.program.kept_logits * job.tokens * job.vocab)
         found.append(_states(job, by_role) + kept + working)
     return found
 
@@ -110,12 +110,16 @@ def layer_activations(job: StepJob, policy: str) -> float:
     """Return the bytes that one layer saves for one micro-batch."""
     numbers = float(job.tokens) * job.model.hidden_size
     if job.program.gated and policy != "full":
-        # Inputs and outputs of two norms; q, k, v before and after rotation; attention output; gate, up, SiLU, product.
+        # Two norms; q, k, v before and after rotation; attention output; gate, up, SiLU, product.
         own = numbers / job.tp if job.sequence_parallel else numbers
-        return 8 * own + 14 * numbers / job.tp + 8.0 * job.tokens * job.model.intermediate_size / job.tp
+        inner = 8.0 * job.tokens * job.model.intermediate_size / job.tp
+        scores = float(job.tokens) * job.seq_len * job.model.num_attention_heads / job.tp
+        scores *= job.program.kept_scores if policy == "none" else 0
+        return 2 * job.program.kept_norm * own + 14 * numbers / job.tp + inner + scores
     if policy == "full":
         return 2 * numbers / (job.tp if job.program.gated and job.sequence_parallel else 1)
-    replicated, sharded = (0.0, 34.0) if job.sequence_parallel else (10.0, 24.0)
+    masks = 0.0 if job.program.flash else 2.0  # two dropouts a layer
+    replicated, sharded = (0.0, 32.0 + masks) if job.sequence_parallel else (8.0 + masks, 24.0)
     if not job.program.flash and policy != "selective":
         sharded += 5.0 * job.model.num_attention_heads * job.seq_len / job.model.hidden_size
     return numbers * (replicated + sharded / job.tp)

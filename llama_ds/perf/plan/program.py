@@ -10,6 +10,7 @@ H x T x T (scores).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class MemoryTraffic:
     backward: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # few constants, in the keys of many caches
 class Program:
     """How one training program computes a layer and ends a step."""
 
@@ -49,6 +50,9 @@ class Program:
     keeps_outputs: int = 0  # 1: pipeline buffers keep a stage's outputs as well as its inputs (DeepSpeed)
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
     element_bytes: int = 2  # bytes of an element; the traffic scales with it
+    kept_norm: float = 4  # bytes of a norm kept for its backward, per element of N x D
+    kept_scores: float = 0  # bytes of attention scores kept, per element of H x T x T, with recompute none
+    kept_logits: float = 10  # bytes of logits and their gradient at the loss, per element of N x V
 
 
 # RMSNorm takes 4 and 6 bytes, twice; two residual additions take 6 each. Rotary embedding reads and writes q and k.
@@ -115,7 +119,7 @@ MEGATRON = Program(
 MEGATRON_BF16 = replace(MEGATRON, name="megatron_bf16", reduced_bytes=4, accumulation=14, gradient_bytes=6)
 
 # MosaicML llm-foundry on PyTorch FSDP: LayerNorm in 16 bits, no dropout, biases whose gradients need one more read,
-# GELU, fused attention, torch's loss in fp32, multi-tensor AdamW.
+# GELU, fused attention, multi-tensor AdamW. Its fused loss keeps the logits and their gradient in 16 bits.
 FSDP = Program(
     "fsdp",
     gated=False,
@@ -135,12 +139,14 @@ FSDP = Program(
     blocking_sends=True,
     overlaps_reduction=True,
     overlaps_tensor=False,
+    kept_logits=4,
 )
 # GPT-NeoX on DeepSpeed: Megatron's layer with fused attention, without dropout.
 NEOX = replace(MEGATRON, name="neox", flash=True, scores=MemoryTraffic(0, 0), kernels_forward=30, kernels_backward=48)
 
-# LLaMA layers by autograd, as in nanotron and torchtitan: several kernels for norms and activation function, and all
-# logits at once in fp32.
+# LLaMA layers by autograd, as in nanotron, torchtitan and FSDP: a kernel for each norm, several for the activation
+# function. All logits at once in fp32: cast 6, log-softmax 8; backward: gradient of the picked logits 4, log-softmax
+# 12, cast 6.
 AUTOGRAD = replace(
     OURS,
     name="autograd",
@@ -152,8 +158,35 @@ AUTOGRAD = replace(
     inner=MemoryTraffic(10, 16),
     kernels_forward=30,
     kernels_backward=56,
+    logits=MemoryTraffic(14, 22),
     overlaps_tensor=False,
     blocking_sends=True,
+    kept_logits=14,
 )
 
-PROGRAMS = {program.name: program for program in (OURS, OURS_FP32, MEGATRON, MEGATRON_BF16, FSDP, NEOX, AUTOGRAD)}
+# The same in programs after Megatron-LM of 2023: ZeRO-1's or DDP's reduction starts after the last backward.
+LLAMA = replace(AUTOGRAD, name="llama", overlaps_reduction=False)
+
+# RMSNorm as Meta published it, one kernel for each operation, in fp32: cast 6, square 8, mean 4, product 8, cast 6,
+# product with the weight 4. The backward: products with the weight 10, cast 6, product 20, square 12, sum 12, cast 6.
+# In place of 4 and 6 bytes in one kernel, twice a layer; the fp32 input and the normalized output are kept.
+_NORM_KERNELS = (7, 12)
+LLAMA_UNFUSED = replace(
+    LLAMA,
+    name="llama_unfused",
+    hidden=MemoryTraffic(AUTOGRAD.hidden.forward + 2 * (36 - 4), AUTOGRAD.hidden.backward + 2 * (66 - 6)),
+    kernels_forward=AUTOGRAD.kernels_forward + 2 * (_NORM_KERNELS[0] - 1),
+    kernels_backward=AUTOGRAD.kernels_backward + 2 * (_NORM_KERNELS[1] - 1),
+    kept_norm=8,
+)
+
+
+@cache
+def without_flash(program: Program, fused_softmax: bool) -> Program:
+    """Return a LLaMA program whose attention computes all scores.
+
+    Megatron's scaled masked softmax is one kernel: 4 and 6 bytes, and its output is kept. Of torch, scale 4, mask 4,
+    cast to fp32 6, softmax 8, cast 6; the backward reads and writes as much again with one more operand: 38.
+    """
+    traffic, kept = (MemoryTraffic(4, 6), 2) if fused_softmax else (MemoryTraffic(28, 38), 6)
+    return replace(program, name=f"{program.name}_scores", flash=False, scores=traffic, kept_scores=kept)

@@ -3,21 +3,21 @@
 n ranks hold S = T / n tokens of each row, with H query and G key-value heads of size K. Each computes 1 / n of a row's
 causal attention. In a ring these are n equal blocks, and a message travels during each block: 2 S G K elements of keys
 and values, and in the backward as many fp32 gradients, whose last hop nothing hides. All-to-alls are exposed: q, k, v
-and the output in the forward; those, the output's gradient and the gradients of q, k and v in the backward.
+and the output in the forward; those, the output's gradient and the gradients of q, k and v in the backward. In a
+ring of groups, a rank passes on its share of the heads of its group's tokens.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llama_ds.config.context_parallel import RING
+from llama_ds.config.context_parallel import WHOLE_ROWS, CpSizes
+from llama_ds.layout.cp_traffic import GRADIENT_BYTES, cp_traffic, sent_bytes
 from llama_ds.perf.plan.communication import RankGroup, half, message
 from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
 
-FP32_BYTES = 4
 MERGED_BYTES = 12  # per element of a block's result: read it, read and write the sum, in fp32
 
 # (forward, backward) of causal attention for (gpu, rows, tokens of a row, heads, head size)
@@ -26,21 +26,27 @@ Attend = Callable[[Hardware, int, int, int, int], tuple[float, float]]
 
 @dataclass(frozen=True)
 class RowSharing:
-    """A layout's context parallelism: ranks of a group, distance between them, method, and ranks of the job."""
+    """A layout's context parallelism: sizes, distance between ranks of a group, and ranks of the job."""
 
-    size: int = 1
+    sizes: CpSizes = WHOLE_ROWS
     stride: int = 1
-    method: str = ""
     ranks: int = 1
+
+    @property
+    def size(self) -> int:
+        """The number of ranks that share a row."""
+        return self.sizes.ranks
 
 
 @dataclass(frozen=True)
 class SharedAttention:
-    """Times of a rank's attention in forward and backward: computation, merging of blocks, exposed messages."""
+    """A rank's attention in forward and backward: times of computation, merging of blocks and messages, bytes sent."""
 
     attention: tuple[float, float]
-    merging: tuple[float, float]
-    exposed: tuple[float, float]
+    merging: tuple[float, float] = (0.0, 0.0)
+    exposed: tuple[float, float] = (0.0, 0.0)  # part of `messages`
+    messages: tuple[float, float] = (0.0, 0.0)  # time of all messages, exposed or hidden
+    sent: tuple[float, float] = (0.0, 0.0)  # bytes
 
 
 def shared_attention(
@@ -55,28 +61,31 @@ def shared_attention(
     element_bytes: int,
 ) -> SharedAttention:
     """Return the times of one layer; `heads` and `kv_heads` are those of a tensor-parallel rank."""
-    n, nothing = sharing.size, (0.0, 0.0)
-    if n == 1:
-        return SharedAttention(attend(gpu, rows, seq_len, heads, head_dim), nothing, nothing)
-    tokens = rows * seq_len // n
-    if sharing.method != RING:
-        group = RankGroup(n, sharing.stride)
-        keys = 2 * math.lcm(kv_heads, n)
-        elements = heads + keys + heads, 3 * heads + keys + heads + keys
-        sizes = (float(count * tokens * head_dim * element_bytes) for count in elements)
-        forward, backward = (half(gpu, group, size) for size in sizes)
-        return SharedAttention(attend(gpu, rows, seq_len, -(-heads // n), head_dim), nothing, (forward, backward))
-    length = seq_len // n  # blocks run at the rate of rows of their length
-    share = seq_len * (seq_len + 1) / (n * length * (length + 1))
-    forward, backward = (time * share for time in attend(gpu, rows, length, heads, head_dim))
-    keys = 2 * tokens * kv_heads * head_dim
+    ring, group = sharing.sizes
+    own_heads = -(-heads // group)  # of all tokens of a group
+    traffic = cp_traffic(sharing.sizes, rows * seq_len // sharing.size, heads, kv_heads, head_dim)
+    around = RankGroup(group, sharing.stride)
+    exchanged = (
+        half(gpu, around, float(traffic.exchanged_forward * element_bytes)),
+        half(gpu, around, float(traffic.exchanged_backward * element_bytes)),
+    )
+    forward_bytes, backward_bytes = sent_bytes(sharing.sizes, traffic, element_bytes)
+    sent = float(forward_bytes), float(backward_bytes)
+    if ring == 1:
+        own = attend(gpu, rows, seq_len, own_heads, head_dim)
+        return SharedAttention(own, exposed=exchanged, messages=exchanged, sent=sent)
+    length = seq_len // ring  # blocks run at the rate of rows of their length
+    share = seq_len * (seq_len + 1) / (ring * length * (length + 1))
+    forward, backward = (time * share for time in attend(gpu, rows, length, own_heads, head_dim))
     passed, gradients = (
-        sum(message(gpu, sharing.stride, float(keys * size), sharing.ranks)) for size in (element_bytes, FP32_BYTES)
+        sum(message(gpu, sharing.stride * group, float(traffic.passed * size), sharing.ranks))
+        for size in (element_bytes, GRADIENT_BYTES)
     )
-    merged = tokens * heads * head_dim, tokens * heads * head_dim + keys
-    merging = tuple(pointwise(gpu, (n - 1) * MERGED_BYTES * count) for count in merged)
+    merged = rows * length * own_heads * head_dim, rows * length * own_heads * head_dim + traffic.passed
+    merging = tuple(pointwise(gpu, (ring - 1) * MERGED_BYTES * count) for count in merged)
     exposed = (
-        (n - 1) * max(0.0, passed - forward / n),
-        (n - 1) * max(0.0, passed + gradients - backward / n) + gradients,
+        (ring - 1) * max(0.0, passed - forward / ring) + exchanged[0],
+        (ring - 1) * max(0.0, passed + gradients - backward / ring) + gradients + exchanged[1],
     )
-    return SharedAttention((forward, backward), (merging[0], merging[1]), exposed)
+    messages = (ring - 1) * passed + exchanged[0], (ring - 1) * passed + ring * gradients + exchanged[1]
+    return SharedAttention((forward, backward), (merging[0], merging[1]), exposed, messages, sent)

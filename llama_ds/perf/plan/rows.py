@@ -13,7 +13,17 @@ from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
 from llama_ds.perf.plan.job import Counts, StepJob
-from llama_ds.perf.plan.program import AUTOGRAD, FSDP, MEGATRON, MEGATRON_BF16, NEOX, Program
+from llama_ds.perf.plan.program import (
+    AUTOGRAD,
+    FSDP,
+    LLAMA,
+    LLAMA_UNFUSED,
+    MEGATRON,
+    MEGATRON_BF16,
+    NEOX,
+    Program,
+    without_flash,
+)
 from llama_ds.schedules.schedule import obstacle
 
 COLUMNS = (
@@ -21,7 +31,11 @@ COLUMNS = (
     *("n_gpus", "tp", "pp", "dp", "virtual_stages", "sequence_parallel", "recompute", "zero_stage", "micro_batch"),
     *("global_batch_seqs", "measured_kind", "value", "note"),
 )
-KINDS = ("iteration_s", "tokens_per_s_per_gpu", "mfu_pct", "hfu_pct", "tflops_per_gpu_model", "peak_mem_gib")
+KINDS = (
+    *("iteration_s", "tokens_per_s_per_gpu", "mfu_pct", "hfu_pct", "tflops_per_gpu_model", "tflops_per_gpu_hw"),
+    "peak_mem_gib",
+)
+OUT_OF_MEMORY = "OOM"  # in place of a value
 _LAYOUT = ("hidden", "layers", "seq_len", "n_gpus", "tp", "pp", "dp", "micro_batch", "global_batch_seqs")
 
 # Links of a source's machines, GB/s in one direction: bus bandwidth within a node if it is not that of twelve NVLinks,
@@ -43,7 +57,7 @@ class Row:
     source: str
     gpu: str  # a machine in data/, or the row's own name if it is not described
     kind: str
-    value: float
+    value: float  # infinite: the run was out of memory
     links: tuple[float | None, float | None]  # NVLink and network, GB/s; None: as in the machine's description
     job: StepJob | None
     reserved: bool  # memory as shown by nvidia-smi, not allocated by tensors
@@ -91,9 +105,12 @@ def _row(row: dict[str, str], source: str, line: int) -> Row:
         raise UserError(
             f"{source}: recompute = {row['recompute']!r} is not one of {', '.join(POLICIES)}; correct the row"
         )
-    value = _number(row, "value", source)
+    value = math.inf if row["value"].strip() == OUT_OF_MEMORY else _number(row, "value", source)
     if value is None or not value > 0:
-        raise UserError(f"{source}: value = {row['value']!r} is not a positive number; correct or remove the row")
+        raise UserError(
+            f"{source}: value = {row['value']!r} is neither a positive number nor {OUT_OF_MEMORY}; correct or remove "
+            "the row"
+        )
     numbers = {name: _count(row, name, source) for name in (*_LAYOUT, "heads", "kv_heads", "ffn", "vocab")}
     virtual = _count(row, "virtual_stages", source) or 1
     sharded = row["sequence_parallel"].strip() == "1"
@@ -173,15 +190,25 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
 
 
 def program_of(row: dict[str, str]) -> Program:
-    """Return the program of a row: AUTOGRAD for LLaMA-like models, FSDP and NEOX by the note, otherwise Megatron."""
+    """Return the program of a row: for LLaMA-like models and others by the note, otherwise Megatron."""
     note, model = row["note"].lower(), row["model"].lower()
     if "llama" in model or "mistral" in model or "smollm" in model:
-        return AUTOGRAD
+        return _llama_program(note)
     if "neox" in note:
         return NEOX
     if "fsdp" in note or "flash" in note:
         return FSDP
     return MEGATRON_BF16 if "bf16" in note else MEGATRON
+
+
+def _llama_program(note: str) -> Program:
+    if any(word in note for word in ("nanotron", "fsdp", "titan", "compile")):
+        return AUTOGRAD
+    program = LLAMA if "rms" in note else LLAMA_UNFUSED
+    for words, fused_softmax in (("torch attention", False), ("megatron attention", True)):
+        if words in note:
+            return without_flash(program, fused_softmax)
+    return program
 
 
 def links_of(row: dict[str, str]) -> tuple[float | None, float | None]:

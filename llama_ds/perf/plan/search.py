@@ -7,10 +7,12 @@ result are not simulated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
+from llama_ds.config.context_parallel import ALL_TO_ALL, RING
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.numbers import divisors
 from llama_ds.config.rules import check
@@ -27,6 +29,7 @@ from llama_ds.perf.plan.memory import Memory
 from llama_ds.perf.plan.step import end_of_step, stage_costs, stage_message, step_time
 
 MAX_MICRO_BATCH = 16
+MIN_SHARED_TOKENS = 2048  # minimum share of a row on a context-parallel rank; smaller ones cost more messages
 _VIRTUAL = (2, 3, 4, 5, 6, 8, 10)
 _SCHEDULES = (
     *((("1f1b", 1, 0), ("zb_h1", 1, 0), ("zb_h1", 1, 1), ("dualpipe_v", 2, 0))),
@@ -41,6 +44,9 @@ KINDS: dict[str, Callable[[ParallelConfig, Hardware], bool]] = {
     ),
     "any pipeline": lambda parallel, gpu: parallel.pp > 1,
     "no pipeline, ZeRO over all ranks": lambda parallel, gpu: parallel.pp == 1,
+    "no context parallelism": lambda parallel, gpu: parallel.cp == 1,
+    "context parallelism by a ring": lambda parallel, gpu: parallel.cp > 1 and parallel.cp_method == RING,
+    "context parallelism by all-to-alls": lambda parallel, gpu: parallel.cp > 1 and parallel.cp_method == ALL_TO_ALL,
 }
 
 
@@ -76,16 +82,10 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
         gpu: the kind of machine, such as `hardware.load("a100-80gb")`.
 
     Raises:
-        UserError: The run has context parallelism, or no layout is possible; the message names the nearest possible
-            number of GPUs.
+        UserError: No layout is possible; the message names the nearest possible number of GPUs.
     """
     if world < 1:
         raise UserError(f"{world} GPUs: the number of GPUs is not positive; give 1 or more")
-    if base.parallel.cp > 1:
-        raise UserError(
-            f"{base.path}: parallel.cp = {base.parallel.cp}: the search knows no layouts with context parallelism; "
-            "search with parallel.cp=1, or compare layouts by tools/plan.py estimate"
-        )
     found = SearchResult([])
     candidates = []
     for run in layouts(base, world, gpu, found.rejected):
@@ -117,7 +117,7 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
 def layouts(
     base: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected] | None = None
 ) -> Iterator[RunConfig]:
-    """Yield `base` with every layout: tp within a node, pp, micro-batch, schedule and ZeRO stage."""
+    """Yield `base` with every layout: tp within a node, pp, cp by both methods, micro-batch, schedule, ZeRO stage."""
     rejected = {} if rejected is None else rejected
     model, base = base.model, replace(base, deepspeed={"bf16": {"enabled": gpu.dtype == "bf16"}})
     for tp in divisors(world):
@@ -128,44 +128,89 @@ def layouts(
             if pp > model.num_hidden_layers:
                 _reject(rejected, "more stages than layers", f"pp {pp}, {model.num_hidden_layers} layers")
                 continue
-            dp = world // tp // pp
-            if base.training.global_batch % dp:
-                near = [n for n in divisors(world // tp) if base.training.global_batch % (world // tp // n) == 0]
-                _reject(
-                    rejected,
-                    "dp does not divide the global batch",
-                    f"tp {tp} pp {pp}: dp {dp} does not divide {base.training.global_batch} rows"
-                    + (f"; at tp {tp} pp {near[0]} it would" if near else ""),
-                )
-                continue
-            yield from _of_sizes(base, tp, pp, dp)
+            for cp, method in _sharings(base, tp, world // tp // pp, rejected):
+                yield from _of_data_axis(base, tp, pp, cp, method, world // tp // pp, rejected)
 
 
-def _of_sizes(base: RunConfig, tp: int, pp: int, dp: int) -> Iterator[RunConfig]:
+def _sharings(base: RunConfig, tp: int, ranks: int, rejected: dict[str, Rejected]) -> Iterator[tuple[int, str]]:
+    """Yield the sizes and methods of context parallelism for a data axis of `ranks`."""
+    seq_len, heads = base.data.seq_len, base.model.num_attention_heads // tp
+    for cp in divisors(ranks):
+        if cp == 1:
+            yield 1, "auto"
+            continue
+        if seq_len // cp < MIN_SHARED_TOKENS:
+            return
+        shared = f"tp {tp} cp {cp}"
+        if seq_len % (2 * cp * tp):
+            _reject(rejected, "rows that a ring cannot divide", f"{shared}: {seq_len} tokens by {2 * cp * tp}")
+        elif base.data.document_mask:
+            why = "the documents of a row decide how unequal the ranks of a ring are"
+            _reject(rejected, why, f"{shared}: without data.document_mask, rings are searched too")
+        else:
+            yield cp, RING
+        if heads % cp or seq_len % (cp * tp):
+            _reject(rejected, "heads or rows that all-to-alls cannot divide", f"{shared}: {heads} heads of a rank")
+        else:
+            yield cp, ALL_TO_ALL
+
+
+def _of_data_axis(
+    base: RunConfig, tp: int, pp: int, cp: int, method: str, ranks: int, rejected: dict[str, Rejected]
+) -> Iterator[RunConfig]:
+    dp, rows = ranks // cp, base.training.global_batch
+    if rows % dp == 0:
+        yield from _of_sizes(base, ParallelConfig(pp=pp, tp=tp, cp=cp, cp_method=method), dp)
+        return
+    if cp > 1 and method != RING:  # counted once for both methods
+        return
+    near = [n for n in divisors(ranks * pp) if rows % (ranks * pp // n) == 0]
+    _reject(
+        rejected,
+        "dp does not divide the global batch",
+        f"tp {tp} pp {pp}{f' cp {cp}' if cp > 1 else ''}: dp {dp} does not divide {rows} rows"
+        + (f"; at tp {tp} pp {near[0]} it would" if near else ""),
+    )
+
+
+def _of_sizes(base: RunConfig, sizes: ParallelConfig, dp: int) -> Iterator[RunConfig]:
+    """Yield the layouts with these sizes of the axes.
+
+    A micro-batch with a factor in common with cp is left out: dividing both by it, with a larger dp, leaves every rank
+    the same tokens, micro-batches and memory, and fewer messages.
+    """
     for micro in divisors(base.training.global_batch // dp):
         if micro > MAX_MICRO_BATCH:
             break
-        if pp == 1:
+        if math.gcd(micro, sizes.cp) > 1:
+            continue
+        if sizes.pp == 1:
             for zero, policies in (
                 (1, ("auto",)),
                 (2, ("none", "selective", "full")),
                 (3, ("none", "selective", "full")),
             ):
                 for recompute in policies:
-                    yield _run(base, tp, 1, micro, "1f1b", 1, 0, zero, recompute)
+                    yield _run(base, sizes, micro, "1f1b", 1, 0, zero, recompute)
             continue
         for schedule, chunks, warmup in _SCHEDULES:
-            if pp * chunks <= base.model.num_hidden_layers:
-                yield _run(base, tp, pp, micro, schedule, chunks, warmup, 1, "auto")
+            if sizes.pp * chunks <= base.model.num_hidden_layers:
+                yield _run(base, sizes, micro, schedule, chunks, warmup, 1, "auto")
 
 
 def _run(
-    base: RunConfig, tp: int, pp: int, micro: int, schedule: str, chunks: int, warmup: int, zero: int, recompute: str
+    base: RunConfig,
+    sizes: ParallelConfig,
+    micro: int,
+    schedule: str,
+    chunks: int,
+    warmup: int,
+    zero: int,
+    recompute: str,
 ) -> RunConfig:
-    parallel = ParallelConfig(
-        pp=pp,
-        tp=tp,
-        sequence_parallel=tp > 1,
+    parallel = replace(
+        sizes,
+        sequence_parallel=sizes.tp > 1,
         micro_batch=micro,
         recompute=recompute,
         schedule=schedule,
@@ -190,7 +235,8 @@ class _Candidate:
 
 def _candidate(run: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected]) -> _Candidate | None:
     parallel = run.parallel
-    words = f"tp {parallel.tp} pp {parallel.pp} micro-batch {parallel.micro_batch} {parallel.schedule}"
+    shared = f" cp {parallel.cp} {parallel.cp_method}" if parallel.cp > 1 else ""
+    words = f"tp {parallel.tp} pp {parallel.pp}{shared} micro-batch {parallel.micro_batch} {parallel.schedule}"
     partition = _partition(run.model, run.data.seq_len, parallel.pp * parallel.virtual_stages)
     recompute = f"auto: {gpu.memory_gib:g} GiB" if parallel.recompute == "auto" else parallel.recompute
     run = replace(run, parallel=replace(parallel, partition=partition, recompute=recompute))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from llama_ds.layout.flops import parameter_count
@@ -22,10 +23,15 @@ from llama_ds.perf.plan.cost import (
 )
 from llama_ds.perf.plan.estimate import Estimate, as_data
 from llama_ds.perf.plan.job import layers_by_policy
+from llama_ds.perf.plan.likely import likely_speed
 from llama_ds.perf.plan.search import SearchResult
-from llama_ds.perf.plan.validate import Checked, groups, summary
+from llama_ds.perf.plan.sharing_costs import sharing_costs
+from llama_ds.perf.plan.validate import Checked, Fits, groups, summary
 
-RANKED = ["", "tp", "pp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "MFU", "bubble", "GiB", "days"]
+RANKED = [
+    *("", "tp", "pp", "cp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "likely", "MFU", "bubble"),
+    *("exposed cp", "GiB", "days"),
+]
 
 
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -57,6 +63,9 @@ def search_table(found: SearchResult, cost: Cost) -> str:
                 f"best of {kind}: {_words(item)}, {item.step.tokens_per_second:,.0f} tokens/s/GPU: {_breakdown(item)}"
             )
     paper = paper_speed(best)
+    sharing = sharing_costs(best.gpu, best.step)
+    if sharing:
+        lines.append(f"context parallelism of the best layout: {sharing.words()}")
     if paper:
         lines.append(f"the LLaMA paper trained this model at {paper:,.0f} tokens/s/GPU (table 15) on 2,048 A100-80GB")
     lines += [
@@ -82,15 +91,19 @@ def paper_speed(item: Estimate) -> float | None:
 def ranked(position: int, item: Estimate) -> list[str]:
     """Return a row of the ranking."""
     parallel, step = item.run.parallel, item.step
-    counts = layers_by_policy(step.job.stages)
+    counts, likely = layers_by_policy(step.job.stages), likely_speed(item.gpu, step)
     return [
-        *(str(n) for n in (position, parallel.tp, parallel.pp, item.layout.dp, parallel.micro_batch)),
+        *(str(n) for n in (position, parallel.tp, parallel.pp)),
+        f"{parallel.cp_method} x{parallel.cp}" if parallel.cp > 1 else "-",
+        *(str(n) for n in (item.layout.dp, parallel.micro_batch)),
         _schedule(item),
         str(item.run.zero_stage),
         "+".join(f"{n} {policy}" for policy, n in counts.items()),
         f"{step.tokens_per_second:,.0f}",
+        f"{likely[0]:,.0f}-{likely[1]:,.0f}" if likely else "-",
         f"{step.mfu(item.gpu):.1%}",
         f"{step.bubble:.1%}",
+        f"{_exposed_context(item):.1%}",
         f"{item.peak_bytes / GIB:.1f}",
         f"{item.days:.1f}",
     ]
@@ -106,7 +119,14 @@ def _schedule(item: Estimate) -> str:
 
 def _words(item: Estimate) -> str:
     parallel = item.run.parallel
-    return f"tp {parallel.tp} pp {parallel.pp} dp {item.layout.dp} {_schedule(item)}"
+    shared = f"{parallel.cp_method} x{parallel.cp} " if parallel.cp > 1 else ""
+    return f"tp {parallel.tp} pp {parallel.pp} {shared}dp {item.layout.dp} {_schedule(item)}"
+
+
+def _exposed_context(item: Estimate) -> float:
+    """Return the share of the step for which its busiest rank waits for context-parallel messages."""
+    sharing = sharing_costs(item.gpu, item.step)
+    return sharing.exposed_s / item.step.seconds if sharing else 0.0
 
 
 def _breakdown(item: Estimate) -> str:
@@ -118,7 +138,8 @@ def _breakdown(item: Estimate) -> str:
     known = parts.device / per_pass + (step.bubble * step.pipeline + step.reduction) / step.seconds
     return (
         f"matrices {parts.matrices / per_pass:.0%}, attention {parts.attention / per_pass:.0%}, pointwise "
-        f"{parts.pointwise / per_pass:.0%}, exposed tensor-parallel {parts.tensor / per_pass:.0%}, bubble "
+        f"{parts.pointwise / per_pass:.0%}, exposed tensor-parallel {parts.tensor / per_pass:.0%}, "
+        f"{f'exposed context-parallel {parts.context / per_pass:.0%}, ' if parts.context else ''}bubble "
         f"{step.bubble * step.pipeline / step.seconds:.0%}, exposed reduction {step.reduction / step.seconds:.0%}, "
         f"other (imbalance, ZeRO all-gathers, host) {max(0.0, 1 - known):.0%}"
     )
@@ -212,7 +233,9 @@ def trade(target: float, inference_tokens: float, rates: Rates) -> tuple[dict[st
     return data, f"{head}\n{aligned(rows)}{note}"
 
 
-def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool) -> tuple[dict[str, Any], str]:
+def errors(
+    checked: Sequence[Checked], skipped: Mapping[str, int], fits: Fits | None, each: bool
+) -> tuple[dict[str, Any], str]:
     """Return the planner's errors by source and over all rows, as plain data and as text."""
     tables = {name: summary(items) for name, items in groups(checked).items()}
     time = [item for item in checked if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100")]
@@ -223,6 +246,7 @@ def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool) -
         totals["all A100 | time"]["median_of_sources"] = statistics.median(of_sources)
     rows = [{"id": c.row.id, "measured": c.row.value, "predicted": c.predicted, "error": c.error} for c in checked]
     data = {"sources": tables, "overall": totals, "skipped": dict(skipped), "rows": rows}
+    data["fits"] = fits and {**asdict(fits), "agreement": fits.agreement}
     lines = [("source | machine | what", "rows", "median |error|", "90th percentile", "bias")]
     for name, found in {**tables, **totals}.items():
         lines.append(
@@ -233,6 +257,11 @@ def errors(checked: Sequence[Checked], skipped: Mapping[str, int], each: bool) -
         table = [("row", "measured", "predicted", "error")]
         table += [(c.row.id, f"{c.row.value:.4g}", f"{c.predicted:.4g}", f"{c.error:+.1%}") for c in checked]
         text = aligned(table) + "\n\n" + text
+    if fits:
+        text += (
+            f"\n\nmemory: {fits.said_to_fit} of {fits.ran} runs that ran are said to fit, {fits.said_to_fail} of "
+            f"{fits.failed} that were out of memory not to; agreement {fits.agreement:.1%}"
+        )
     if skipped:
         text += "\n\nskipped:\n" + "\n".join(f"  {count:>5}  {why}" for why, count in sorted(skipped.items()))
     return data, text

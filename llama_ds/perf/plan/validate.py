@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +12,25 @@ from llama_ds.config.recompute import GIB
 from llama_ds.layout.flops import parameter_count
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob
+from llama_ds.perf.plan.likely import Interval
 from llama_ds.perf.plan.memory import published_memory
 from llama_ds.perf.plan.rows import Row, group_of
 from llama_ds.perf.plan.step import step_time
+
+
+@dataclass(frozen=True)
+class Fits:
+    """Whether runs ran or were out of memory, and whether the planner says so."""
+
+    ran: int
+    said_to_fit: int  # among those that ran
+    failed: int
+    said_to_fail: int  # among the others
+
+    @property
+    def agreement(self) -> float:
+        """Share of all runs about which the planner is right."""
+        return (self.said_to_fit + self.said_to_fail) / (self.ran + self.failed)
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,10 @@ class Checked:
 
 
 def check(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> tuple[list[Checked], dict[str, int]]:
-    """Return the predictions for all rows with a job on a described machine, and the skipped rows by reason."""
+    """Return the predictions for all rows with a job on a described machine, and the skipped rows by reason.
+
+    Rows that were out of memory have no number to predict; `fits` judges them.
+    """
     found: list[Checked] = []
     skipped: dict[str, int] = defaultdict(int)
     for row in rows:
@@ -38,9 +58,24 @@ def check(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> tuple[list[C
             skipped[row.skipped] += 1
         elif row.gpu not in machines:
             skipped[f"no description of {row.gpu}"] += 1
-        else:
+        elif math.isfinite(row.value):
             found.append(Checked(row, predict(row, machines[row.gpu])))
     return found, dict(skipped)
+
+
+def fits(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> Fits | None:
+    """Return what the planner says of runs whose memory is known to suffice or not; None without any.
+
+    A run that was measured has had enough memory. What the caching allocator and the driver take is counted.
+    """
+    found: dict[bool, list[bool]] = {True: [], False: []}
+    for row in rows:
+        if row.job is not None and row.gpu in machines and row.job.whole_model:
+            held = published_memory(row.job, reserved=True)
+            found[math.isfinite(row.value)].append(held <= machines[row.gpu].memory_bytes)
+    if not (found[True] or found[False]):
+        return None
+    return Fits(len(found[True]), sum(found[True]), len(found[False]), found[False].count(False))
 
 
 def predict(row: Row, gpu: Hardware) -> float:
@@ -55,8 +90,8 @@ def predict(row: Row, gpu: Hardware) -> float:
         return step.seconds
     if row.kind == "tokens_per_s_per_gpu":
         return step.tokens_per_second
-    rate = step.tokens_per_second * stated_flops(row.job, hardware=row.kind == "hfu_pct")
-    return rate / 1e12 if row.kind == "tflops_per_gpu_model" else 100 * rate / gpu.peak
+    rate = step.tokens_per_second * stated_flops(row.job, hardware=row.kind in ("hfu_pct", "tflops_per_gpu_hw"))
+    return rate / 1e12 if row.kind.startswith("tflops") else 100 * rate / gpu.peak
 
 
 def stated_flops(job: StepJob, hardware: bool) -> float:
@@ -85,6 +120,18 @@ def quantile(values: Sequence[float], share: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def spans(checked: Iterable[Checked]) -> dict[tuple[bool, bool], Interval]:
+    """Return the spans of `likely.SPANS` from the A100 runs among these."""
+    found: dict[tuple[bool, bool], list[float]] = defaultdict(list)
+    for item in checked:
+        job = item.row.job
+        if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100") and job and job.whole_model:
+            slower = item.predicted / item.row.value
+            faster = slower if item.row.kind == "iteration_s" else 1 / slower
+            found[job.ranks > 8, job.pp > 1].append(faster)
+    return {kind: Interval(quantile(values, 0.1), quantile(values, 0.9), len(values)) for kind, values in found.items()}
 
 
 def summary(checked: Sequence[Checked]) -> dict[str, float]:

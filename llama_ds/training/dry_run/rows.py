@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from llama_ds.config.row_stages import SEQ_LEN
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import planned
 from llama_ds.data.order import Order, Rows
@@ -18,16 +19,17 @@ MAX_RANKS = 256  # rows of at most this many data-parallel ranks are compared
 ROWS_PER_SHARD = 8192  # assumption for sources that are not on this machine
 
 
-def check_rows(run: RunConfig, layout: Layout) -> Check:
-    """Check that each row of the run's first step is read by exactly one data-parallel rank.
+def check_rows(run: RunConfig, layout: Layout, first: int = 0) -> Check:
+    """Check that each row of the step `first` of the run, or of its stage, is read by exactly one data-parallel rank.
 
     Raises:
         UserError: data on this machine cannot be used.
     """
-    here = all(os.path.isdir(source.path) for source in run.data.sources)
-    order = open_data(run).order if here else _order_of_stated_sizes(run)
+    folders = [source.path.replace(SEQ_LEN, str(run.data.seq_len)) for source in run.data.sources]
+    here = all(os.path.isdir(folder) for folder in folders)
+    order = open_data(run, step=first).order if here else _order_of_stated_sizes(run)
     some = sorted({round(i) for i in np.linspace(0, layout.dp - 1, min(layout.dp, MAX_RANKS))})
-    check = compare_rows([(rank, order.at(0, rank, layout.dp)) for rank in some], layout.global_batch // layout.dp)
+    check = compare_rows([(rank, order.at(first, rank, layout.dp)) for rank in some], layout.global_batch // layout.dp)
     sizes = "actual sources" if here else "sources are not on this machine: sizes estimated from data.sources"
     return Check(check.name, check.ok, f"{check.text} ({sizes})")
 

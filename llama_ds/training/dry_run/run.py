@@ -9,13 +9,15 @@ from dataclasses import replace
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import AUTO, GIB
+from llama_ds.config.row_stages import first_step
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.ranks import choose_ranks
-from llama_ds.layout.recompute import USABLE, with_device_memory
+from llama_ds.layout.recompute import ELEMENT_BYTES, USABLE, with_device_memory
+from llama_ds.layout.worst_stage import worst_stage
 from llama_ds.training.dry_run.checks import check_ranks
 from llama_ds.training.dry_run.report import Check, DryRun, RankReport
 from llama_ds.training.dry_run.rows import check_rows
@@ -42,12 +44,14 @@ def dry_run(
     started = time.perf_counter()
     read_models()
     run = load_run(run_file, overrides)
-    layout = resolve_layout(run, sum(slots.values()))
+    resolve_layout(run, sum(slots.values()))
     run = _with_device(run, device_gib)
+    run = worst_stage(run, sum(slots.values()), ELEMENT_BYTES["bf16"])
+    layout = resolve_layout(run, sum(slots.values()))
     chosen = choose_ranks(wanted, layout, "--rank")
     if not chosen:
         raise UserError(f"--rank {wanted}: a dry run simulates at least one rank; use 0 to {layout.world - 1}")
-    rows = check_rows(run, layout)
+    rows = check_rows(run, layout, first_step(run))
     config = deepspeed_config(run, layout, bf16_native=backend == "nccl")
 
     # Errors in the run file are reported before the slow imports of torch and DeepSpeed.
@@ -59,7 +63,13 @@ def dry_run(
     rank_infos = [RankInfo(rank, layout.world, local[rank]) for rank in chosen]
     reports = simulate_ranks(DryRunTask(run, layout, config, backend), rank_infos, jobs)
     checks = [*check_ranks(run, layout, reports), rows, *_check_fit(reports, device_gib)]
-    return DryRun(run.name, layout, backend, reports, checks, time.perf_counter() - started)
+    return DryRun(_name(run), layout, backend, reports, checks, time.perf_counter() - started)
+
+
+def _name(run: RunConfig) -> str:
+    if not run.data.stages:
+        return run.name
+    return f"{run.name} (from step {first_step(run)}, rows of {run.data.seq_len}: the stage with the most memory)"
 
 
 def _with_device(run: RunConfig, device_gib: float | None) -> RunConfig:

@@ -29,10 +29,13 @@ def build_engine(
     config: dict[str, Any],
     device: torch.device,
     marks: DocumentMarks = LLAMA_MARKS,
+    trains: bool = True,
 ) -> Engine:
     """Build and partition this rank's layers and initialise DeepSpeed with the merged `config`. Collective.
 
-    `marks` are those of the tokenizer.
+    Args:
+        marks: those of the tokenizer.
+        trains: False: the engine evaluates only. Without ZeRO-3 it then has neither masters nor gradients.
 
     Raises:
         UserError: DeepSpeed refuses the configuration.
@@ -50,7 +53,7 @@ def build_engine(
     # DeepSpeed prints its topology and seeds to stdout, which is reserved for the run's own lines.
     with redirect_stdout(io.StringIO()), refusals(run.deepspeed_path):
         if layout.pp == 1:
-            return build_single_stage(run, layout, config, parts, device)
+            return build_single_stage(run, layout, config, parts, device, trains)
         if run.parallel.schedule == STOCK_ENGINE:
             return build_stock(run, layout, config, parts)
-        return build_pipelined(run, layout, config, parts)
+        return build_pipelined(run, layout, config, parts, trains)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from llama_ds.model.decoder import LayerContext
+from llama_ds.model.key_value_cache import LayerCache
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.device_batches import Batch, Batches
+
+Branches = Callable[[int], LayerCache]  # of the micro-batch with this number
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Engine(Protocol):
     trace: Trace
     loss: NextTokenLoss  # called by the ranks of the last stage
     context: LayerContext  # context of this rank's layers
-    any_row_length: bool  # whether `evaluate` also takes rows shorter than those of training
+    any_row_length: bool  # whether `evaluate` also takes branches, and rows shorter than those of training
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         """Take one optimizer step over `accumulation` micro-batches."""
@@ -40,10 +43,14 @@ class Engine(Protocol):
     def read(self, result: StepResult) -> tuple[float, float]:
         """Return a step's global mean loss and gradient norm, the same on all ranks. Collective; synchronises."""
 
-    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
+    def evaluate(
+        self, batches: Batches, count: int, tokens: int | None = None, branches: Branches | None = None
+    ) -> float:
         """Return the mean loss over the labels of `count` micro-batches of every data-parallel rank. Collective.
 
-        `tokens` of a row; None: those of training.
+        Args:
+            tokens: of a row; None: those of training.
+            branches: returns the branches of a micro-batch of this rank's rows; None: the rows are whole.
         """
 
     def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:

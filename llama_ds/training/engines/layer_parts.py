@@ -7,12 +7,11 @@ from functools import partial
 
 import torch
 
-from llama_ds.config.context_parallel import cp_method
+from llama_ds.config.context_parallel import cp_sizes
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.recompute import stage_policies
-from llama_ds.log import logger
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.llama import layer_context
 from llama_ds.model.loss import NextTokenLoss
@@ -38,10 +37,7 @@ def layer_parts(
     """Create the communicators of a layer and choose the attention backend and each layer's save policy. Collective."""
     trace = Trace(device)
     tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
-    method, reason = cp_method(run)
-    cp = context_parallel(layout, method, trace)
-    if cp.size > 1:
-        logger.info("context parallelism: %s over %d ranks, %s", method, cp.size, reason)
+    cp = context_parallel(layout, cp_sizes(run)[0], trace)
     context = layer_context(run, tp, device.type, dtype, marks, cp)
     context = replace(context, recomputing=partial(trace.around, "recompute"))
     loss = NextTokenLoss(tp, run.optimizer.z_loss, context.weight_gradients, run.model.vocab_size, cp)

@@ -14,7 +14,7 @@ from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_engine import LlamaPipelineEngine
 from llama_ds.training.device_batches import Batch, Batches, training_pair
-from llama_ds.training.engines.interface import StepResult
+from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
@@ -27,20 +27,23 @@ from llama_ds.training.host_memory import freeze_imports
 from llama_ds.training.nan_check import check_layers
 
 
-def build_pipelined(run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts) -> PipelinedEngine:
+def build_pipelined(
+    run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts, trains: bool = True
+) -> PipelinedEngine:
     """Build this rank's stages from layer specs; each layer has its own optimizer groups. Collective."""
     schedule = schedule_of(run, layout)
     module = LlamaPipeline(run, layout, schedule.placement, parts.context, parts.loss, parts.policies)
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
     groups = [group for name, layer in _named_layers(module) for group in decay_groups(layer, run.optimizer, name)]
-    optimizer = build_optimizer(groups, run.optimizer, config)
+    optimizer = build_optimizer(groups, run.optimizer, config) if trains else None
     freeze_imports()
     rows = (layout.micro_batch, run.data.seq_len)
     engine = LlamaPipelineEngine(module, schedule, parts.context, rows, parts.dtype, optimizer, config, parts.trace)
-    accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
-    attach_matrices(engine, run, layout)
-    parts.context.weight_gradients.added = engine.optimizer.gradient_added
+    if trains:
+        accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
+        attach_matrices(engine, run, layout)
+        parts.context.weight_gradients.added = engine.optimizer.gradient_added
     return PipelinedEngine(engine, parts)
 
 
@@ -72,8 +75,10 @@ class PipelinedEngine:
     def read(self, result: StepResult) -> tuple[float, float]:
         return float(result.loss), float(result.norm)
 
-    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
-        return float(self.deepspeed.mean_loss(self._ids_and_labels(batches), count, tokens))
+    def evaluate(
+        self, batches: Batches, count: int, tokens: int | None = None, branches: Branches | None = None
+    ) -> float:
+        return float(self.deepspeed.mean_loss(self._ids_and_labels(batches), count, tokens, branches))
 
     def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
         return self.deepspeed.next_tokens(passes)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from llama_ds.config.context_parallel import row_multiple
@@ -15,8 +16,9 @@ from llama_ds.errors import UserError
 from llama_ds.evaluation.generation import Decoder
 from llama_ds.evaluation.packing import PackedRow
 from llama_ds.evaluation.requests import Score
-from llama_ds.evaluation.scoring import RowShape, rows_of_any_length, stacked, sums
+from llama_ds.evaluation.scoring import RowShape, branches_of, rows_of_any_length, stacked, sums
 from llama_ds.layout.layout import Layout
+from llama_ds.model.branched_rows import BranchedRows
 from llama_ds.parallel import world
 from llama_ds.training.device_batches import MicroBatch
 from llama_ds.training.engines.generating import EngineDecoder
@@ -33,14 +35,16 @@ class EngineBackend:
 
     def __init__(self, engine: Engine, run: RunConfig, layout: Layout, marks: DocumentMarks) -> None:
         self.engine, self.run, self.layout = engine, run, layout
+        any_length = engine.any_row_length and rows_of_any_length(run.model.rope_scaling)
         self.shape = RowShape(
             run.data.seq_len,
             layout.micro_batch,
             layout.dp,
             run.data.document_mask,
             marks,
-            any_length=engine.any_row_length and rows_of_any_length(run.model.rope_scaling),
+            any_length=any_length,
             multiple=row_multiple(run),
+            branches=any_length and layout.cp == 1,
         )
 
     def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int) -> dict[int, Score]:
@@ -48,8 +52,14 @@ class EngineBackend:
         own = micro_batches[engine.dp_rank :: self.shape.dp]
         computed: list[tuple[Tensor, Tensor]] = []
         engine.loss.scores = computed
+        device = torch.device(world.device())
+
+        def branches(i: int) -> BranchedRows:
+            return branches_of(own[i], engine.context, device)
+
+        length = None if tokens == self.shape.seq_len else tokens
         try:
-            engine.evaluate(self._batches(own), len(own), None if tokens == self.shape.seq_len else tokens)
+            engine.evaluate(self._batches(own), len(own), length, branches if self.shape.branches else None)
         finally:
             engine.loss.scores = None
         found: dict[int, Score] = {}

@@ -23,7 +23,7 @@ from llama_ds.parallel import world
 from llama_ds.parallel.deepspeed_trace import collectives_recorded
 from llama_ds.parallel.grid import grid
 from llama_ds.training.device_batches import Batch, Batches, training_pair
-from llama_ds.training.engines.interface import StepResult
+from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
@@ -37,7 +37,7 @@ from llama_ds.training.nan_check import check_layers
 
 
 def build_single_stage(
-    run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts, device: torch.device
+    run: RunConfig, layout: Layout, config: dict[str, Any], parts: LayerParts, device: torch.device, trains: bool = True
 ) -> SingleStageEngine:
     """Build the model, under ZeRO-3 already partitioned, and initialise DeepSpeed with it. Collective."""
     mpu = grid(layout)
@@ -51,11 +51,13 @@ def build_single_stage(
             set_z3_leaf_modules(module, list(units))
     if run.logging.check_finite:
         check_layers(enumerate(module.layers), run.model.num_hidden_layers)
-    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
+    updates = trains or run.zero_stage == 3  # where the optimizer holds what the layers are gathered from
+    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config) if updates else None
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
-    accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
-    attach_matrices(engine, run, layout)
+    if updates:
+        accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
+        attach_matrices(engine, run, layout)
     return SingleStageEngine(engine, layout.accumulation, device, parts)
 
 
@@ -136,11 +138,15 @@ class SingleStageEngine:
         return world.mean(result.loss, self.deepspeed.mpu.get_data_parallel_group()), float(result.norm)
 
     @torch.no_grad()
-    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
+    def evaluate(
+        self, batches: Batches, count: int, tokens: int | None = None, branches: Branches | None = None
+    ) -> float:
         self.deepspeed.eval()
         total = torch.zeros((), device=self.device)
-        for batch in batches:
-            total += self.deepspeed(*training_pair(batch, self.device, self.loss))
+        with whole_rows(self.context.tp) if branches else nullcontext():
+            for i, batch in enumerate(batches):
+                with self.context.caches.using(branches(i) if branches else None):
+                    total += self.deepspeed(*training_pair(batch, self.device, self.loss))
         return world.mean(total / count, self.deepspeed.mpu.get_data_parallel_group())
 
     @torch.no_grad()

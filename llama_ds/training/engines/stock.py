@@ -16,7 +16,7 @@ from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.stock_trace import trace_instructions
 from llama_ds.training.device_batches import Batch, Batches, training_pair
-from llama_ds.training.engines.interface import StepResult
+from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
@@ -63,8 +63,10 @@ class StockPipelinedEngine:
     def read(self, result: StepResult) -> tuple[float, float]:
         return float(result.loss), float(result.norm)
 
-    def evaluate(self, batches: Batches, count: int, tokens: int | None = None) -> float:
-        assert tokens is None, "DeepSpeed's engine keeps the shape of its first messages"
+    def evaluate(
+        self, batches: Batches, count: int, tokens: int | None = None, branches: Branches | None = None
+    ) -> float:
+        assert tokens is None and branches is None, "DeepSpeed's engine keeps the shape of its first messages"
         return float(self.deepspeed.eval_batch(self._ids_and_labels(batches), num_micro_batches=count))
 
     def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llama_ds.config.context_parallel import ALL_TO_ALL, RING
+from llama_ds.config.context_parallel import RING, cp_sizes
 from llama_ds.config.rules import DEFERRING_SCHEDULES
 from llama_ds.config.section_rules import WITHOUT_MUON
 from llama_ds.errors import listed
@@ -110,8 +110,8 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
 
     if parallel.sequence_parallel:
         yield "parallel.sequence_parallel=false", of("parallel", sequence_parallel=False)
-    if parallel.cp_method == ALL_TO_ALL:
-        yield "parallel.cp_method=ring", of("parallel", cp_method=RING)
+    if parallel.cp > 1 and cp_sizes(run)[0].all_to_all > 1:
+        yield "parallel.cp_method=ring", of("parallel", cp_method=RING, cp_all_to_all=0)
     if small.layout.pp > 1 and parallel.schedule != "1f1b":
         yield "parallel.schedule=1f1b", without_schedule(small)
     if parallel.recompute != "none":

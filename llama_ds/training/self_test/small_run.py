@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama_ds.config.context_parallel import ALL_TO_ALL, cp_method
+from llama_ds.config.context_parallel import HIERARCHICAL, cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.recompute import POLICIES
@@ -83,12 +83,12 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
         micro_batch=small_layout.micro_batch,
         partition=tuple(layers) if len(layers) > 1 else None,
         recompute=_policies(run, layout, dtype),
-        cp_method=cp_method(run)[0] if layout.cp > 1 else "auto",
+        **_cp_method(run, layout),
     )
     small = replace(
         run,
         model=model,
-        data=replace(run.data, seq_len=seq_len, mixture=(), skip=()),
+        data=replace(run.data, seq_len=seq_len, stages=(), mixture=(), skip=()),
         training=TrainingConfig(batch, STEPS, STEPS * batch * seq_len, INITIALIZER_RANGE),
         optimizer=_optimizer(run.optimizer),
         parallel=parallel,
@@ -129,6 +129,7 @@ def with_axes(small: SmallRun, axes: Iterable[str]) -> SmallRun:
     parallel = replace(
         parallel, pp=layout.pp, tp=layout.tp, sequence_parallel=parallel.sequence_parallel and layout.tp > 1,
         cp=layout.cp, cp_method=parallel.cp_method if layout.cp > 1 else "auto",
+        cp_all_to_all=parallel.cp_all_to_all if layout.cp > 1 else 0,
         **({} if "pp" in kept else _one_stage(parallel.recompute)),
     )  # fmt: skip
     if "dp" not in kept:
@@ -199,11 +200,19 @@ def _small_model(run: RunConfig, tp: int, layers: int, seq_len: int) -> ModelCon
 
 def _key_value_heads(run: RunConfig, tp: int) -> int:
     """Return a number of key-value heads on a rank whose query heads context-parallel ranks can exchange."""
-    model, cp = run.model, run.parallel.cp
+    model, ranks = run.model, cp_sizes(run)[0].all_to_all
     repeats, found = model.num_attention_heads // model.num_key_value_heads, min(2, model.num_key_value_heads // tp)
-    if cp_method(run)[0] == ALL_TO_ALL:
-        found += next(more for more in range(cp) if (found + more) * repeats % cp == 0)
+    if run.parallel.cp > 1:
+        found += next(more for more in range(ranks) if (found + more) * repeats % ranks == 0)
     return found
+
+
+def _cp_method(run: RunConfig, layout: Layout) -> dict[str, Any]:
+    """Return the settings of `parallel` for the method of context parallelism, without `auto`."""
+    if layout.cp == 1:
+        return {}
+    sizes = cp_sizes(run)[0]
+    return {"cp_method": sizes.method, "cp_all_to_all": sizes.all_to_all if sizes.method == HIERARCHICAL else 0}
 
 
 def _deepspeed(run: RunConfig, model: ModelConfig, tp: int, dtype: str) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""Norms of the gradient, weights and update of every weight, under every layout, without an extra synchronisation.
+
+Around the optimizer's step each rank adds up the squares of the elements that it holds, each element of the model on
+one rank; one asynchronous all-reduce of these few numbers makes them the whole model's. A step that is not measured
+costs one comparison.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.weights import Key, key_of, weight_of, weights
+from llama_ds.parallel.muon import Muon
+from llama_ds.parallel.optimizer_state import located
+from llama_ds.parallel.pipeline_optimizer import CLIP_EPS, PipelineOptimizer
+
+KINDS = ("gradient", "weight", "update")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Elements of a master that belong to one weight, and the number of that weight."""
+
+    begin: int
+    count: int
+    number: int
+
+
+class Sums:
+    """The sums of squares of one step, while ranks still add them up."""
+
+    def __init__(self, keys: Sequence[Key], squares: Tensor, clip: float | None) -> None:
+        """`squares` is (3, n): `KINDS` of the n `keys`; the gradient is already clipped to `clip`. Collective."""
+        self._keys, self._squares, self._clip = keys, squares, clip
+        self._work = dist.all_reduce(squares, async_op=True) if dist.is_initialized() else None
+
+    def wait(self, grad_norm: Tensor | float) -> dict[str, dict[Key, float]]:
+        """Return the norms by kind and weight, before clipping; `grad_norm` is the step's global one. Synchronises."""
+        if self._work is not None:
+            self._work.wait()
+        norms = self._squares.double().sqrt().tolist()
+        if self._clip:
+            clipped = max(1.0, (float(grad_norm) + CLIP_EPS) / self._clip)
+            norms[0] = [norm * clipped for norm in norms[0]]
+        return {kind: dict(zip(self._keys, found, strict=True)) for kind, found in zip(KINDS, norms, strict=True)}
+
+
+class LayerNorms:
+    """Measures the steps of one DeepSpeed engine; `measure` arms the next step."""
+
+    def __init__(self, engine: Any, model: ModelConfig) -> None:
+        self._engine = engine
+        self._keys = [key for key, _ in weights(model)]
+        self._number = {key: number for number, key in enumerate(self._keys)}
+        self._armed = False
+        self._parts: dict[int, list[_Part]] = {}  # by id of the master
+        self._squares = torch.zeros(0)
+        optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+        self._optimizer, self._step = optimizer, optimizer.step
+        # DeepSpeed calls it once a step, or once for every group; both with the groups in optimizer.param_groups.
+        optimizer.step = self._measured_step
+
+    def measure(self) -> None:
+        """Measure the next step."""
+        self._armed = True
+        self._squares = torch.zeros(len(KINDS), len(self._keys), device=self._engine.device)
+        self._parts = defaultdict(list)
+        for parameter, name, (master, begin, count, _) in located(self._engine):
+            if self._is_counted(parameter, name):
+                self._parts[id(master)].append(_Part(begin, count, self._number[key_of(name)]))
+
+    def sums(self) -> Sums:
+        """Return the sums of the measured step, and begin to add them up over the ranks. Collective."""
+        self._armed = False
+        raw = isinstance(self._engine.optimizer, PipelineOptimizer)
+        return Sums(self._keys, self._squares, None if raw else self._engine.gradient_clipping())
+
+    def _is_counted(self, parameter: nn.Parameter, name: str) -> bool:
+        """Return whether this rank's elements of a weight count: those that several ranks hold count once."""
+        engine = self._engine
+        if getattr(parameter, "ds_pipe_replicated", False):  # a tied table, which an earlier stage holds too
+            return False
+        if weight_of(name).cut is None and engine.mpu.get_tensor_model_parallel_rank() > 0:
+            return False
+        cut_by_zero = engine.optimizer is not self._optimizer
+        return cut_by_zero or engine.mpu.get_data_parallel_rank() == 0
+
+    def _measured_step(self, *arguments: Any, **options: Any) -> Any:
+        if not self._armed:
+            return self._step(*arguments, **options)
+        every = self._optimizer.param_groups
+        # One group at a time: the copies of masters then take the memory of one. Muon exchanges all groups at once.
+        turns = [every] if isinstance(self._optimizer, Muon) else [[group] for group in every]
+        try:
+            for groups in turns:
+                self._optimizer.param_groups = groups
+                masters = [p for group in groups for p in group["params"] if p.grad is not None]
+                if masters:
+                    self._step_of(masters)
+        finally:
+            self._optimizer.param_groups = every
+        return None
+
+    @torch.no_grad()
+    def _step_of(self, masters: list[Tensor]) -> None:
+        self._add(0, [(master, master.grad) for master in masters if master.grad is not None])
+        before = [master.detach().clone() for master in masters]
+        self._step()
+        torch._foreach_sub_(before, masters)
+        self._add(1, [(master, master.detach()) for master in masters])
+        self._add(2, list(zip(masters, before, strict=True)))
+
+    def _add(self, kind: int, tensors: list[tuple[Tensor, Tensor]]) -> None:
+        """Add the squares of `tensors`, each shaped as the master beside it, to the weights' sums of a kind."""
+        views, numbers = [], []
+        for master, tensor in tensors:
+            for part in self._parts[id(master)]:
+                views.append(tensor.reshape(-1).narrow(0, part.begin, part.count))
+                numbers.append(part.number)
+        if views:
+            squares = torch.stack(torch._foreach_norm(views)).float().square().to(self._squares.device)
+            where = torch.tensor(numbers, device=self._squares.device)
+            self._squares[kind].index_add_(0, where, squares)

@@ -1,0 +1,132 @@
+"""`.ci/gpu`: order, limits, results and resumption, with steps that stand in for those that need a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def script(name: str) -> ModuleType:
+    """Return a script of .ci as a module."""
+    loader = SourceFileLoader(f"ci_{name}", str(REPO / ".ci" / name))
+    spec = spec_from_loader(loader.name, loader)
+    assert spec
+    module = module_from_spec(spec)
+    sys.modules[loader.name] = module
+    write, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # .ci is no package
+    try:
+        loader.exec_module(module)
+    finally:
+        sys.dont_write_bytecode = write
+    return module
+
+
+@pytest.fixture(scope="module")
+def kit() -> ModuleType:
+    return script("gpu_kit")
+
+
+def test_a_kit_in_parts_is_joined_and_a_damaged_part_is_named(kit: ModuleType, tmp_path: Path) -> None:
+    content, parts, joined = tmp_path / "content", tmp_path / "parts", tmp_path / "joined"
+    (content / "wheels").mkdir(parents=True)
+    (content / "wheels" / "a.whl").write_bytes(os.urandom(3_000_000))
+    (content / "data").write_text("tokens")
+    kit.split(content, parts, 1_000_000)
+    made = sorted(path for path in parts.iterdir() if path.suffix == ".part")
+    assert len(made) == 4 and all(path.stat().st_size <= 1_000_000 for path in made)
+    subprocess.run(["sh", parts / "unpack.sh", joined], check=True, stdout=subprocess.DEVNULL)
+    for name in ("wheels/a.whl", "data"):
+        assert (joined / name).read_bytes() == (content / name).read_bytes()
+    made[1].write_bytes(made[1].read_bytes()[:-1] + b"?")
+    again = subprocess.run(["sh", parts / "unpack.sh", tmp_path / "no"], capture_output=True, text=True)
+    assert again.returncode and made[1].name in again.stdout and not (tmp_path / "no").exists()
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    return script("gpu")
+
+
+def result(out: Path, name: str) -> int:
+    return json.loads((out / f"{name}.json").read_text())["exit_code"]
+
+
+def test_a_failed_step_runs_again_after_those_that_were_not_reached(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each step notes that it ran; the second fails the first time, and the third needs its success."""
+    ran, mended = tmp_path / "ran", tmp_path / "mended"
+
+    def step(name: str, then: str = "true", after: str = "") -> object:
+        return gpu.Step(name, "stub", 60.0, ("sh", "-c", f"echo {name} >> {ran}; echo says {name}; {then}"), after)
+
+    steps = [step("one"), step("two", f"test -e {mended}"), step("three", after="two"), step("four")]
+    assert not gpu.run_steps(steps, tmp_path, 300.0)
+    assert ran.read_text().split() == ["one", "two", "four"]
+    said = capsys.readouterr().out
+    assert "== two: exit code 1 after" in said and "says four" in said
+    assert "== three: left out, because two has not succeeded" in said and "not reached: three;" in said
+    assert [result(tmp_path, name) for name in ("one", "two", "four")] == [0, 1, 0]
+
+    mended.touch()
+    assert gpu.run_steps(steps, tmp_path, 300.0)
+    assert ran.read_text().split()[3:] == ["two", "three"]
+    assert "== one: done before" in capsys.readouterr().out
+    changed = [step("one", "echo otherwise"), *steps[1:]]
+    assert gpu.run_steps(changed, tmp_path, 300.0)
+    assert ran.read_text().split()[5:] == ["one"], "a command that has changed runs again"
+
+
+def test_a_step_that_outlives_its_limit_ends_with_its_children_and_the_rest_runs(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    child = tmp_path / "child"
+    endless = gpu.Step("endless", "stub", 1.0, ("sh", "-c", f"sleep 600 & echo $! > {child}; wait"))
+    assert not gpu.run_steps([endless, gpu.Step("next", "stub", 60.0, ("true",))], tmp_path, 300.0)
+    assert (result(tmp_path, "endless"), result(tmp_path, "next")) == (124, 0)
+    assert not alive(int(child.read_text()))
+    capsys.readouterr()
+
+
+def test_a_step_ended_by_the_time_of_all_has_no_result_and_is_not_reached(
+    gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [gpu.Step(name, "stub", 500.0, ("sleep", "600")) for name in ("cut", "later")]
+    gpu.SHORTEST_S, shortest = 0.5, gpu.SHORTEST_S
+    try:
+        assert gpu.run_steps(steps, tmp_path, 1.0), "nothing has failed"
+    finally:
+        gpu.SHORTEST_S = shortest
+    assert not (tmp_path / "cut.json").exists()
+    assert "not reached: cut, later;" in capsys.readouterr().out
+
+
+def test_steps_are_named_once_and_come_after_what_they_need(gpu: ModuleType, tmp_path: Path) -> None:
+    """The programs and run files of their commands exist."""
+    steps = gpu.steps("python", tmp_path, tmp_path)
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names)
+    for index, step in enumerate(steps):
+        assert not step.after or step.after in names[:index]
+        words = [
+            word for word in step.command if word.endswith((".py", ".yaml")) and not word.startswith(str(tmp_path))
+        ]
+        assert all((REPO / word).exists() for word in words)
+
+
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
