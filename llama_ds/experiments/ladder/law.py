@@ -17,7 +17,7 @@ from scipy.special import logsumexp, softmax
 
 from llama_ds.errors import UserError
 
-DELTA = 1e-3  # of the Huber loss, as in the paper
+DELTA = 1e-3  # threshold of the Huber loss, as in the paper
 CONSTANTS = 5
 FEWEST_RUNS, FEWEST_VALUES = 6, 3  # one more run than constants; three values tell a power from its limit
 STARTS = 12  # best points of the grid, from which L-BFGS starts

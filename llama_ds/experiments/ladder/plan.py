@@ -31,7 +31,7 @@ class Rung:
     run: RunConfig
     depth: int
     budget: float
-    value: float | None  # of the swept option
+    value: float | None  # value of the swept option
     predicted: bool  # whether the law is not fitted to this run
 
     @property
