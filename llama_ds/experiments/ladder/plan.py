@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_ds.config.run_file import dump, load_run
+from llama_ds.config.run_file import load_run, resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
@@ -147,14 +147,13 @@ def _rows(ladder: Ladder, base: RunConfig, tokens: float) -> int:
 
 
 def fingerprint(ladder: Ladder, rungs: list[Rung]) -> str:
-    """Return a hash of all run files, and of the tokenizer and the shards' manifests that they name.
+    """Return a hash of the ranks and the runs' names, and of the tokenizer and the shards' manifests.
 
     Raises:
         UserError: the tokenizer or a manifest cannot be read.
     """
     found = hashlib.sha256(f"{ladder.ranks}\n".encode())
-    for rung in rungs:
-        found.update(dump(rung.run).encode())
+    found.update("\n".join(rung.name for rung in rungs).encode())
     data = rungs[0].run.data
     paths = [Path(source.path, "manifest.json") for source in data.sources]
     for path in [*([Path(data.tokenizer)] if data.tokenizer else []), *paths]:
@@ -180,14 +179,19 @@ def write_plan(ladder: Ladder, rungs: list[Rung]) -> list[str]:
             before = json.loads(state.read_text(encoding="utf-8"))["fingerprint"]
         except (ValueError, KeyError, TypeError, OSError):
             raise UserError(f"{state}: is damaged; remove the folder {ladder.root}, or give another name") from None
-        if before != mark:
+        if before != mark or not all(_is_written(rung, path) for rung, path in zip(rungs, paths, strict=True)):
             raise UserError(
                 f"{state}: the ladder, its base, its tokenizer or its shards changed since its runs began, and their "
                 f"losses could not be compared; give the changed ladder another name or folder"
             )
-        if all(Path(path).exists() for path in paths):
-            return paths
+        return paths
     for rung in rungs:
         write(rung.run, f"{ladder.root}/run_files")
     save_text(str(state), json.dumps({"fingerprint": mark, "runs": [rung.name for rung in rungs]}) + "\n")
     return paths
+
+
+def _is_written(rung: Rung, path: str) -> bool:
+    """Return whether a run file says the same; keys that a newer version of the code has added take their defaults."""
+    first, second = resolved(load_run(path)), resolved(rung.run)
+    return all(first[key] == second[key] for key in second if key not in ("path", "deepspeed_path"))
