@@ -1,5 +1,5 @@
-# make quickstart | test | test-fast | ecosystem | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
-.PHONY: quickstart test test-fast ecosystem lint format clean
+# make quickstart | ladder | test | test-fast | ecosystem | lint | clean. PYTHON=python3.12 picks the interpreter of a new .venv.
+.PHONY: quickstart ladder test test-fast ecosystem lint format clean
 
 PYTHON ?= python3
 export PYTHON
@@ -21,6 +21,12 @@ endif
 
 quickstart: .venv/.installed
 	$(RUN)python tools/quickstart.py
+
+# Four sizes on the quickstart's data, and a fifth whose loss is predicted first. Interrupted, it goes on.
+ladder: .venv/.installed
+	$(RUN)python tools/quickstart.py --data-only
+	$(RUN)python tools/ladder.py run examples/ladder.yaml
+	$(RUN)python tools/ladder.py report examples/ladder.yaml
 
 test: .venv/.installed
 	.ci/test $(RUN)python -m pytest --durations=15 -m "$(ALL)"

@@ -52,6 +52,7 @@ setup(
         "eval": ["lm-eval>=0.4.13", "pyarrow>=15"],  # evaluation/lm_eval_model.py; tools/evaluate.py fetch
         "gguf": ["gguf>=0.17"],  # tools/convert.py --to gguf, for llama.cpp
         "gs": ["gcsfs"],
+        "ladder": ["matplotlib>=3.10", "scipy>=1.15"],  # tools/ladder.py: the fitted law and its figures
         "gpu": ["flash-attn>=2.8", "nvidia-ml-py"],  # flash-attn compiles for an hour: see CONTRIBUTING.md
         "mlflow": ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],  # the latter two for sqlite:// and databases
         "mpi": ["mpi4py>=4"],  # wants an MPI library on the machine: the cluster's own
@@ -63,12 +64,14 @@ setup(
             "gguf>=0.17",
             "hypothesis>=6.100",
             "jsonschema>=4.20",
+            "matplotlib>=3.10",
             "mpi4py>=4",
             "mypy>=2",
             "openmpi>=5; sys_platform == 'linux'",  # brings mpirun for its test, without root
             "pyarrow>=15",
             "pytest>=9",
             "ruff>=0.17",
+            "scipy>=1.15",
             "tensorboard>=2.20",
             "types-PyYAML",
             "types-psutil",

@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = command_line.new_parser(begin, __doc__, EXAMPLES)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run file")
+    parser.add_argument("--data-only", action="store_true", help="end after the shards are built")
     parser.add_argument("--fresh", action="store_true", help="remove the run's folder first")
     return parser
 
@@ -60,7 +61,10 @@ def begin(args: argparse.Namespace) -> None:
     """Run the stages in the checkout, or without one in this folder; all paths are relative to it."""
     if not shipped.INSTALLED:
         os.chdir(shipped.PACKAGE.parent)
-    quickstart(args.fresh, args.overrides)
+    if args.data_only:
+        _prepare_data(load_run(RUN_FILE, args.overrides))
+    else:
+        quickstart(args.fresh, args.overrides)
 
 
 def quickstart(fresh: bool, overrides: list[str]) -> None:

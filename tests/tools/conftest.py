@@ -27,6 +27,9 @@ def words(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, o
     run = write_run(root, "finished", corpus, {"training.steps": 3, "logging.trace_step": 2, "evaluation.rows": 4})
     done = tools.call("llama_ds/train.py", run.file)
     assert done.code == 0, done.err
+    ladder = root / "ladder.yaml"
+    sizes = "depths: [1, 2]\ntokens: [1M]\nparallel: {micro_batch: 1}"
+    ladder.write_text(f"name: small\nbase: {run.file}\nfolder: {root}/ladder\n{sizes}\n")
     waits = root / "waits"
     for place in ("pipe.yaml", "step_00000001/llama_ds.json", "source/manifest.json", "run/metrics.jsonl"):
         (waits / place).parent.mkdir(parents=True, exist_ok=True)
@@ -38,5 +41,5 @@ def words(tools: Tools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, o
     (waits / "corpus" / "prose.jsonl").touch()
     return {
         "run": run.dir, "run_file": run.file, "shards": corpus.shards, "tokenizer": corpus.tokenizer, "waits": waits,
-        "trained": done,
+        "trained": done, "ladder": ladder,
     }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Scaling ladders: run files of several sizes from one dial, their runs, the fitted law and its figures."""

@@ -1,0 +1,98 @@
+"""Reads a ladder: which sizes are trained on how many tokens, and where."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from llama_ds.config.reader import ConfigSource, read
+from llama_ds.config.text import read_yaml
+from llama_ds.errors import UserError
+
+BUDGETS = ("tokens_per_parameter", "tokens", "flops")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One option of the run file, and the values that it takes."""
+
+    key: str  # such as optimizer.lr
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """A ladder file. Depth is the dial: it gives the shape, and shape and budget give the rest."""
+
+    name: str
+    base: str  # run file with data, tokenizer, and all that is not derived
+    depths: tuple[int, ...]  # decoder layers of the sizes that the law is fitted to
+    predict: tuple[int, ...] = ()  # depths whose loss is predicted first; trained on the largest budget only
+    folder: str = ""  # default: runs/NAME
+    tokens_per_parameter: tuple[float, ...] = ()  # exactly one of these three: tokens / parameters,
+    tokens: tuple[int, ...] = ()  # fixed tokens,
+    flops: tuple[float, ...] = ()  # or fixed training FLOPs (IsoFLOP)
+    width_per_layer: int = 64
+    head_dim: int = 64
+    batch_exponent: float = 0.0  # rows of a step grow with tokens to this power, from the base's rows and tokens
+    lr_exponent: float = -0.5  # the learning rate follows width to this power, from the base's rate and width
+    warmup_share: float = 0.1  # warm-up steps / steps
+    ranks: int = 1
+    hostfile: str = ""  # start by tools/launch.py on these hosts; empty: on this machine
+    gpu: str = ""  # let the planner choose each layout for this GPU; empty: the base's `parallel`, or the one below
+    parallel: dict[str, object] = field(default_factory=dict)
+    sweep: Sweep | None = None
+
+    @property
+    def root(self) -> str:
+        """Folder of the ladder."""
+        return self.folder or f"runs/{self.name}"
+
+    @property
+    def budget(self) -> tuple[str, tuple[float, ...]]:
+        """Kind of the budgets, and their values."""
+        return next((kind, getattr(self, kind)) for kind in BUDGETS if getattr(self, kind))
+
+
+def read_ladder(path: str, depths: tuple[int, ...] = ()) -> Ladder:
+    """Return the ladder of a YAML file; `depths` replaces its own.
+
+    Raises:
+        UserError: a key is unknown, missing, or has a value that no ladder can have.
+    """
+    data = read_yaml(path)
+    if depths:
+        data["depths"] = list(depths)
+    ladder = read(Ladder, data, ConfigSource(path))
+    _check(ladder, path)
+    return ladder
+
+
+def _check(ladder: Ladder, path: str) -> None:
+    if not ladder.name or not all(letter.isalnum() or letter in "_-" for letter in ladder.name):
+        raise UserError(f"{path}: name = {ladder.name!r} names files; use letters, digits, _ and -")
+    given = [kind for kind in BUDGETS if getattr(ladder, kind)]
+    if len(given) != 1:
+        raise UserError(f"{path}: sets {' and '.join(given) or 'no budget'}; set one of {', '.join(BUDGETS)}")
+    lists = {"depths": ladder.depths, "predict": ladder.predict, given[0]: ladder.budget[1]}
+    if ladder.sweep:
+        lists["sweep.values"] = ladder.sweep.values
+    for key, values in lists.items():
+        if not values and key != "predict":
+            raise UserError(f"{path}: {key} is empty; give at least one value")
+        for value in values:
+            if not (value > 0 and math.isfinite(value)):
+                raise UserError(f"{path}: {key} = {value:g} is not positive; give positive numbers")
+        if len(set(values)) < len(values):
+            raise UserError(f"{path}: {key} holds a value twice; give each once")
+    if both := sorted(set(ladder.depths) & set(ladder.predict)):
+        raise UserError(f"{path}: depth {both[0]} is in depths and in predict; a predicted size must not be fitted to")
+    for key in ("width_per_layer", "head_dim", "ranks"):
+        if getattr(ladder, key) < 1:
+            raise UserError(f"{path}: {key} = {getattr(ladder, key)} is not positive; use 1 or more")
+    if ladder.head_dim % 2:
+        raise UserError(
+            f"{path}: head_dim = {ladder.head_dim} is odd, and rotary embeddings need pairs; use an even one"
+        )
+    if not 0 <= ladder.warmup_share < 1:
+        raise UserError(f"{path}: warmup_share = {ladder.warmup_share:g} is not a share of the steps; use 0 to below 1")
