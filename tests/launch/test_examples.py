@@ -22,6 +22,7 @@ from llama_ds.train import parse
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCHEMAS = Path(__file__).with_name("schemas")
+OURS = {"ladder.yaml", "grafana"}  # read by programs of this project, or about its values
 WRONG: list[list[str]] = [[]]  # the wrong type everywhere
 FREE = ("limits", "volumes")  # resources of a pod and volumes of a SkyPilot task, whose keys are names of the cluster's
 
@@ -52,7 +53,7 @@ def wrong_fields(example: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tup
             yield (*path, key), changed
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.iterdir()))
+@pytest.mark.parametrize("name", sorted({path.name for path in EXAMPLES.iterdir()} - OURS))
 def test_an_example_has_the_fields_of_its_schema_and_a_wrong_one_is_noticed(name: str) -> None:
     found, example = validator(name), read(name)
     found.validate(example)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
+from llama_ds.config.row_stages import stage_runs
 from llama_ds.config.rules import check
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
@@ -109,8 +111,10 @@ def runs() -> list[Any]:
     cases = {case.name: (case.run, case.layout) for case in CASES}
     for file in RUN_FILES:
         run = load_run(str(file))
-        replica = model_axes(run.parallel).replica
-        cases[file.stem] = run, resolve_layout(run, replica * 2)
+        stages = stage_runs(run)
+        world = 2 * math.lcm(*(model_axes(stage.parallel).replica for stage in stages))
+        for number, stage in enumerate(stages):
+            cases[f"{file.stem} {number}" if number else file.stem] = stage, resolve_layout(stage, world)
     return [pytest.param(*one, id=name) for name, one in cases.items()]
 
 
