@@ -61,6 +61,8 @@ def begin(args: argparse.Namespace) -> None:
     """Run the stages in the checkout, or without one in this folder; all paths are relative to it."""
     if not shipped.INSTALLED:
         os.chdir(shipped.PACKAGE.parent)
+    if args.data_only and args.fresh:
+        raise UserError("--data-only builds what is missing and removes nothing; leave out --fresh")
     if args.data_only:
         _prepare_data(load_run(RUN_FILE, args.overrides))
     else:

@@ -136,7 +136,7 @@ def _check_lengths(tag_folder: str, found: Description, then: dict[str, Any], ru
     if lengths[0] == lengths[1] and batches[0] == batches[1]:
         return
     if lengths[0] == lengths[1]:
-        rows = [batch // lengths[0][-1][0] if lengths[0] else batch for batch in batches]
+        rows = [batch // lengths[0][0][0] if lengths[0] else batch for batch in batches]
         raise UserError(
             f"{tag_folder}: was trained with training.global_batch {rows[0]}, not {rows[1]}; "
             "use the same run file, or another name for a new run"

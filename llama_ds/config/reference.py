@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from types import NoneType, UnionType
@@ -89,7 +90,7 @@ def _sections(at: str, kind: type) -> Iterator[tuple[str, type]]:
 
 
 def _section(key: str, kind: type) -> str:
-    heading = f"## `{key}`\n\n{kind.__doc__}\n" if key else "## Top level\n"
+    heading = f"## `{key}`\n\n{inspect.cleandoc(kind.__doc__ or '')}\n" if key else "## Top level\n"
     types, keys = get_type_hints(kind), declared(kind)
     rows = [_row(field, types[field.name], keys[field.name]) for field in fields(kind) if field.name in keys]
     return "\n".join(

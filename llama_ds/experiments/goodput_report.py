@@ -75,8 +75,8 @@ def as_text(run: Goodput, window_s: float) -> str:
         recovery = median_recovery_s(run)
         lines += [
             "",
-            f"time between failures: {duration(run.mtbf_s)} on average, {run.failures / run.gpu_days:.3g} failures a "
-            "rank and day",
+            f"time between failures: {duration(run.mtbf_s)} on average"
+            + (f", {run.failures / run.gpu_days:.3g} failures a rank and day" if run.gpu_days else ""),
             *([f"from a failure to the first step after it: {duration(recovery)} (median)"] if recovery else []),
         ]
     if run.strikes:

@@ -111,14 +111,15 @@ def test_depth_gives_whole_run_files(make: Callable[..., Ladder]) -> None:
 
 def test_equal_flops_and_sweeps(make: Callable[..., Ladder]) -> None:
     budget = 5e12
-    for rung in plan(make(("tokens_per_parameter: [1, 2]", f"flops: [{budget}]"))):
+    alone = ("predict: [5]", "predict: []")
+    for rung in plan(make(("tokens_per_parameter: [1, 2]", f"flops: [{budget}]"), alone)):
         step = flops_per_token(rung.run.model, 256) * rung.run.training.global_batch * 256
         assert 0 <= budget - rung.flops < step
     text = "tokens_per_parameter: [2]\nsweep: {key: optimizer.lr, values: [1e-3, 2e-3]}"
-    sweep = plan(make(("tokens_per_parameter: [1, 2]", text)))
+    sweep = plan(make(("tokens_per_parameter: [1, 2]", text), alone))
     assert [rung.run.optimizer.lr for rung in sweep[:4]] == [1e-3, 2e-3] * 2
     text = text.replace("optimizer.lr, values: [1e-3, 2e-3]", "training.global_batch, values: [8, 32]")
-    batches = plan(make(("tokens_per_parameter: [1, 2]", text)))
+    batches = plan(make(("tokens_per_parameter: [1, 2]", text), alone))
     assert [rung.run.training.global_batch for rung in batches[:2]] == [8, 32]
     # More rows are fewer steps: runs that are compared read the same tokens, but for less than a batch.
     assert batches[0].run.training.steps // 4 == batches[1].run.training.steps
@@ -154,9 +155,16 @@ def test_killed_ladder_gives_the_same_figures(make: Callable[..., Ladder], monke
 
 
 def test_changed_ladders_and_data_are_refused(make: Callable[..., Ladder], tmp_path: Path) -> None:
+    """Once a run has begun; before, a plan may be made again."""
     ladder = make()
     write_plan(ladder, plan(ladder))
     changed = make(("[1, 2]", "[1, 3]"))
+    paths = write_plan(changed, plan(changed))
+    assert sorted(paths) == sorted(str(path) for path in (tmp_path / "ladder/run_files").glob("*.yaml"))
+    write_plan(ladder, plan(ladder))
+    begun = tmp_path / "ladder/runs/d01_1/metrics.jsonl"
+    begun.parent.mkdir(parents=True)
+    begun.touch()
     with pytest.raises(UserError, match="changed since its runs began"):
         write_plan(changed, plan(changed))
     (tmp_path / "tokenizer.model").write_bytes(b"other ids")
@@ -179,6 +187,11 @@ def test_changed_ladders_and_data_are_refused(make: Callable[..., Ladder], tmp_p
         ("micro_batch: 4", "tp: 2", "does not divide|not divisible|not a multiple"),
         ("micro_batch: 4", "micro_bach: 4", "did you mean"),
         ("predict:", "predicts:", "is not a known key"),
+        ("[1, 2]", "[1]", "predict needs 6 runs .* give 4 runs of 4 and 4; add some"),
+        ("[1, 2]", "[1.00000001, 1.00000002]", "2 runs have the name d01_1; budgets must differ in six digits"),
+        ("predict:", "sweep: {key: optimizer.lr, values: [1]}\npredict:", "sets predict and sweep"),
+        ("predict: [5]", "sweep: {key: training.steps, values: [1]}", "training.steps follows from depth and budget"),
+        ("predict: [5]", "sweep: {key: training.global_batch, values: [1.5]}", "1.5 is no number of rows"),
     ],
 )
 def test_bad_input_is_one_error(make: Callable[..., Ladder], old: str, new: str, message: str) -> None:

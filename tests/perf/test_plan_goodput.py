@@ -73,7 +73,11 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["effective_share"] == pytest.approx(found["effective_share_daly"], abs=0.002)
     assert found["tiers"][0]["interval_steps"] * 10 == pytest.approx(found["tiers"][0]["young_s"], rel=1.0)
     assert plan.main([*run, "--restart-s", "1e6", "--failures-per-gpu-day", "0.1"]) == 0
-    assert "the run makes no progress: failures come faster" in capsys.readouterr().out
+    assert "the run may make no progress: failures come faster" in capsys.readouterr().out
+    assert plan.main([*run, "--failures-per-gpu-day", "1"]) == 2
+    assert "40,960 failures during the training are more than 20,000" in capsys.readouterr().err
+    assert plan.main([*run[:-1], "9999-12-30"]) == 0
+    assert "end: after the year 9999" in capsys.readouterr().out
     assert plan.main(["goodput", "--gpus", "8"]) == 2
     assert "goodput: needs --gpus and --model" in capsys.readouterr().err
     assert plan.main([*run[:-1], "1.12.2026"]) == 2

@@ -16,10 +16,10 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 
 from llama_ds.errors import UserError
+from llama_ds.experiments.ladder.spec import FEWEST_RUNS, FEWEST_VALUES
 
 DELTA = 1e-3  # threshold of the Huber loss, as in the paper
 CONSTANTS = 5
-FEWEST_RUNS, FEWEST_VALUES = 6, 3  # one more run than constants; three values tell a power from its limit
 STARTS = 12  # best points of the grid, from which L-BFGS starts
 SAMPLES = 200
 LEVEL = 0.95

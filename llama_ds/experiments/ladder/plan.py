@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from llama_ds.config.run_file import load_run, resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
-from llama_ds.experiments.ladder.spec import Ladder
+from llama_ds.experiments.ladder.spec import BATCH, FEWEST_RUNS, FEWEST_VALUES, Ladder
 from llama_ds.layout.flops import embedding_parameters, flops_per_token, parameter_count
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.perf.plan import hardware
@@ -54,13 +56,25 @@ def plan(ladder: Ladder) -> list[Rung]:
     """Return the runs: sizes to fit by budget, then the sizes to predict.
 
     Raises:
-        UserError: a size has no valid layout, or a budget is below the warm-up and two steps.
+        UserError: a size has no valid layout, a budget is below one batch, two runs have one name, or the runs are too
+            few for a prediction.
     """
     budgets = ladder.budget[1]
     values: tuple[float | None, ...] = ladder.sweep.values if ladder.sweep else (None,)
     cells = [(depth, budget, False) for depth in ladder.depths for budget in budgets]
     cells += [(depth, max(budgets), True) for depth in ladder.predict]
-    return [_rung(ladder, *cell, value) for cell in cells for value in values]
+    rungs = [_rung(ladder, *cell, value) for cell in cells for value in values]
+    for name, count in Counter(rung.name for rung in rungs).items():
+        if count > 1:
+            raise UserError(f"{ladder.name}: {count} runs have the name {name}; budgets must differ in six digits")
+    fitted = [rung for rung in rungs if not rung.predicted]
+    kinds = len({rung.parameters for rung in fitted}), len({rung.run.training.tokens for rung in fitted})
+    if ladder.predict and (len(fitted) < FEWEST_RUNS or min(kinds) < FEWEST_VALUES):
+        raise UserError(
+            f"{ladder.name}: predict needs {FEWEST_RUNS} runs of {FEWEST_VALUES} sizes and {FEWEST_VALUES} numbers of "
+            f"tokens, and depths and budgets give {len(fitted)} runs of {kinds[0]} and {kinds[1]}; add some"
+        )
+    return rungs
 
 
 def shape(ladder: Ladder, depth: int) -> dict[str, int]:
@@ -91,7 +105,7 @@ def _rung(ladder: Ladder, depth: int, budget: float, predicted: bool, value: flo
     sized = _load(ladder, {**changes, "training.steps": 1, "optimizer.warmup_steps": 0}, depth)
     wanted = _tokens(ladder, budget, Rung(sized, depth, budget, value, predicted))
     rows = _rows(ladder, base, wanted)
-    if ladder.sweep and ladder.sweep.key == "training.global_batch" and value is not None:
+    if ladder.sweep and ladder.sweep.key == BATCH and value is not None:
         rows = int(value)
     steps = int(wanted // (rows * base.data.seq_len))
     if steps < 1:
@@ -111,8 +125,7 @@ def _rung(ladder: Ladder, depth: int, budget: float, predicted: bool, value: flo
         "logging.interval": max(1, steps // 200),
     }
     if ladder.sweep and value is not None:
-        whole = ladder.sweep.key == "training.global_batch" or value == int(value)
-        changes[ladder.sweep.key] = int(value) if whole else value
+        changes[ladder.sweep.key] = int(value) if value == int(value) else value
     run = _load(ladder, changes, depth)
     if ladder.gpu:
         run = search(run, ladder.ranks, hardware.load(ladder.gpu), 1).best[0].run
@@ -167,14 +180,14 @@ def fingerprint(ladder: Ladder, rungs: list[Rung]) -> str:
 
 
 def write_plan(ladder: Ladder, rungs: list[Rung]) -> list[str]:
-    """Write the run files into the ladder's folder, or check that it holds these; return their paths.
+    """Write the run files into the ladder's folder, or check them there if a run has begun; return their paths.
 
     Raises:
         UserError: the folder belongs to another ladder, or to these run files with other data.
     """
     state, mark = Path(ladder.root, STATE), fingerprint(ladder, rungs)
     paths = [f"{ladder.root}/run_files/{rung.name}.yaml" for rung in rungs]
-    if state.exists():
+    if state.exists() and any(Path(ladder.root, "runs").glob("*/metrics.jsonl")):
         try:
             before = json.loads(state.read_text(encoding="utf-8"))["fingerprint"]
         except (ValueError, KeyError, TypeError, OSError):
@@ -185,6 +198,7 @@ def write_plan(ladder: Ladder, rungs: list[Rung]) -> list[str]:
                 f"losses could not be compared; give the changed ladder another name or folder"
             )
         return paths
+    shutil.rmtree(f"{ladder.root}/run_files", ignore_errors=True)  # an earlier plan
     for rung in rungs:
         write(rung.run, f"{ladder.root}/run_files")
     save_text(str(state), json.dumps({"fingerprint": mark, "runs": [rung.name for rung in rungs]}) + "\n")

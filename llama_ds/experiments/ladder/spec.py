@@ -10,6 +10,14 @@ from llama_ds.config.text import read_yaml
 from llama_ds.errors import UserError
 
 BUDGETS = ("tokens_per_parameter", "tokens", "flops")
+BATCH = "training.global_batch"
+DERIVED = (
+    *("name", "output_dir", "training.steps", "evaluation.interval", "checkpoint.interval", "logging.interval"),
+    *(f"model.{key}" for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")),
+    *("model.head_dim", "model.intermediate_size"),
+)
+# What the law needs: one more run than its constants; three values tell a power from its limit.
+FEWEST_RUNS, FEWEST_VALUES = 6, 3
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,14 @@ def _check(ladder: Ladder, path: str) -> None:
     for key in ("width_per_layer", "head_dim", "ranks"):
         if getattr(ladder, key) < 1:
             raise UserError(f"{path}: {key} = {getattr(ladder, key)} is not positive; use 1 or more")
+    if ladder.predict and ladder.sweep:
+        raise UserError(f"{path}: sets predict and sweep, and no law is fitted to a sweep; leave one out")
+    if ladder.sweep and ladder.sweep.key in DERIVED:
+        raise UserError(f"{path}: sweep.key = {ladder.sweep.key} follows from depth and budget; sweep another option")
+    if ladder.sweep and ladder.sweep.key == BATCH:
+        for value in ladder.sweep.values:
+            if value != int(value):
+                raise UserError(f"{path}: sweep.values = {value:g} is no number of rows for {BATCH}; use whole numbers")
     if ladder.head_dim % 2:
         raise UserError(
             f"{path}: head_dim = {ladder.head_dim} is odd, and rotary embeddings need pairs; use an even one"

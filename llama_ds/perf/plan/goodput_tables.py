@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from llama_ds.errors import UserError
 from llama_ds.perf.plan.goodput import (
     Simulated,
     Tier,
@@ -23,6 +24,7 @@ from llama_ds.perf.plan.goodput_published import RUNS
 from llama_ds.perf.plan.tables import aligned
 
 CERTAINTY = 0.95
+MOST_FAILURES = 20_000  # simulated at most
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class GoodputRequest:
 def plan_goodput_of(wanted: GoodputRequest) -> tuple[dict[str, Any], str]:
     """Return the plan as data and as text."""
     mtbf = mtbf_s(wanted.failures_per_gpu_day, wanted.gpus)
+    if wanted.training_s > MOST_FAILURES * mtbf:
+        raise UserError(
+            f"goodput: {wanted.training_s / mtbf:,.0f} failures during the training are more than {MOST_FAILURES:,}, "
+            "which would take long to simulate; lower --training-days, --gpus or --failures-per-gpu-day"
+        )
     young = with_intervals(wanted.tiers, mtbf, wanted.step_s)
     best, _ = best_intervals(wanted.tiers, mtbf, wanted.training_s, wanted.step_s)
     found = simulate(best, mtbf, wanted.training_s)
@@ -51,7 +58,7 @@ def plan_goodput_of(wanted: GoodputRequest) -> tuple[dict[str, Any], str]:
     lost_per_s = wanted.host_share / mtbf
     wall = float(found.wall_s.mean())
     late = found.quantile_s(CERTAINTY)
-    endless = not math.isfinite(late)
+    endless = not math.isfinite(wall)
     moment, throughout = (0, 0) if endless else spares_needed(lost_per_s, wanted.repair_s, wall, CERTAINTY)
     tiers = [
         {
@@ -84,7 +91,10 @@ def plan_goodput_of(wanted: GoodputRequest) -> tuple[dict[str, Any], str]:
 
 
 def _date(start: datetime, seconds: float) -> str:
-    return (start + timedelta(seconds=seconds)).date().isoformat()
+    try:
+        return (start + timedelta(seconds=seconds)).date().isoformat()
+    except OverflowError:
+        return "after the year 9999"
 
 
 def _text(wanted: GoodputRequest, data: Mapping[str, Any], found: Simulated) -> str:
@@ -110,7 +120,7 @@ def _text(wanted: GoodputRequest, data: Mapping[str, Any], found: Simulated) -> 
         "",
     ]
     if data["expected_days"] is None:
-        return "\n".join([*lines, "the run makes no progress: failures come faster than restarts and saves"])
+        return "\n".join([*lines, "the run may make no progress: failures come faster than restarts and saves"])
     checks = f"{data['effective_share_first_order']:.2%} by the sum of costs"
     if data["effective_share_daly"] is not None:
         checks += f", {data['effective_share_daly']:.2%} by Daly's model"

@@ -30,8 +30,11 @@ SPANS = {
 
 
 def likely_speed(gpu: Hardware, step: StepTime) -> tuple[float, float, int] | None:
-    """Return the likely tokens/s of one GPU, lowest and highest, and the runs behind them; None for other devices."""
-    if gpu.host_computes:
+    """Return the likely tokens/s of one GPU, lowest and highest, and the runs behind them; None if none are alike.
+
+    All runs are on A100s, and none shares rows among ranks.
+    """
+    if not gpu.name.startswith("a100") or step.job.sharing.size > 1:
         return None
     span = SPANS[step.job.ranks > gpu.links.gpus_per_node, step.job.pp > 1]
     return step.tokens_per_second * span.low, step.tokens_per_second * span.high, span.runs

@@ -26,6 +26,11 @@ class StageTime:
     input_backward: Parts
     weight_backward: Parts
 
+    @property
+    def whole(self) -> Parts:
+        """All passes together."""
+        return self.forward + self.recompute + self.input_backward + self.weight_backward
+
     def cost(self, launch_blocking: bool = False) -> StageCost:
         """Return the costs for the simulation: the longer of GPU and host time, with recompute in the backward."""
         join = sum if launch_blocking else max

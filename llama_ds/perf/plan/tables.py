@@ -23,6 +23,7 @@ from llama_ds.perf.plan.cost import (
 )
 from llama_ds.perf.plan.estimate import Estimate, as_data
 from llama_ds.perf.plan.job import layers_by_policy
+from llama_ds.perf.plan.layer import Parts
 from llama_ds.perf.plan.likely import likely_speed
 from llama_ds.perf.plan.search import SearchResult
 from llama_ds.perf.plan.sharing_costs import sharing_costs
@@ -130,11 +131,14 @@ def _exposed_context(item: Estimate) -> float:
 
 
 def _breakdown(item: Estimate) -> str:
-    """Return the components of the step time, in percent, for the pipeline's busiest stage."""
-    step = item.step
-    stage = max(step.stages, key=lambda s: sum(p.device for p in (s.forward, s.recompute, s.input_backward)))
-    parts = stage.forward + stage.recompute + stage.input_backward + stage.weight_backward
-    per_pass = step.seconds / item.layout.accumulation / step.job.chunks
+    """Return the components of the step time, in percent, for the pipeline's busiest rank."""
+    step, placement = item.step, item.step.job.placement
+    ranks = [
+        sum((step.stages[placement.stage(rank, chunk)].whole for chunk in range(placement.chunks)), Parts())
+        for rank in range(step.job.pp)
+    ]
+    parts = max(ranks, key=lambda rank: rank.device)
+    per_pass = step.seconds / item.layout.accumulation
     known = parts.device / per_pass + (step.bubble * step.pipeline + step.reduction) / step.seconds
     return (
         f"matrices {parts.matrices / per_pass:.0%}, attention {parts.attention / per_pass:.0%}, pointwise "
