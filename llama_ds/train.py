@@ -60,7 +60,14 @@ def main() -> int:
         return UserError.EXIT_CODE
     log.silence_libraries()
     read_models()
-    from llama_ds.parallel import world
+    try:
+        from llama_ds.parallel import world
+    except ValueError as error:  # torch reads some variables while it is imported
+        about = str(error).strip().partition("\n")[0]
+        print(
+            f"error: environment: torch refuses a TORCH_* variable ({about}); correct it, or unset it", file=sys.stderr
+        )
+        return UserError.EXIT_CODE
 
     heartbeat = Heartbeat(REQUESTS)
     with world.failing_together(heartbeat.tell) as end:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -11,10 +15,12 @@ import torch
 from llama_ds.errors import UserError
 from llama_ds.parallel import world
 from llama_ds.parallel.environment import MOST_RANKS
+from llama_ds.shipped import TRAIN
 
 NUMBERS = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
 FIX = "; correct it, or unset it"
 HOST = socket.gethostname()
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -72,3 +78,15 @@ def test_a_dry_run_reads_the_same_numbers(launched: pytest.MonkeyPatch) -> None:
     launched.setenv("LOCAL_WORLD_SIZE", "two")
     with pytest.raises(UserError, match="LOCAL_WORLD_SIZE = 'two' is not a whole number"):
         world.device_memory(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("TORCH_DISTRIBUTED_DEBUG", "must be OFF, INFO, or DETAIL"), ("TORCH_LOGS", "Invalid log settings")],
+)
+def test_what_torch_refuses_while_it_is_imported_is_one_line(name: str, why: str) -> None:
+    command = [sys.executable, TRAIN, "ds_configs/quickstart.yaml"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {name: "x"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: environment: torch refuses a TORCH_* variable (") and why in line
