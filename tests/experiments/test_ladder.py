@@ -131,6 +131,7 @@ def test_planner_gives_layouts(make: Callable[..., Ladder]) -> None:
     assert [load_run(path).name for path in write_plan(ladder, rungs)] == [rung.name for rung in rungs]
 
 
+@pytest.mark.slow
 def test_killed_ladder_gives_the_same_figures(make: Callable[..., Ladder], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "fit_law", partial(fit_law, samples=20))
     whole = make(("/ladder\n", "/whole\n"))
@@ -218,6 +219,7 @@ def test_fit_recovers_known_constants() -> None:
     assert exact.loss(size, tokens) < min(nearby)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth() -> None:
     fits = [synthetic(seed, 0.003) for seed in range(8)]
     for name in ("E", "alpha", "beta"):
