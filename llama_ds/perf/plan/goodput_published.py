@@ -65,13 +65,13 @@ RUNS = (
     PublishedRun(
         *("BLOOM", 384, 117, 1.5 * 117 / 7, (Tier("disk", 40.0, 1800.0, 0.0, interval_s=3 * 3600.0),), 105.0, None),
         0.90,
-        "arXiv 2211.05100, section 3.4: 1 to 2 GPU failures a week, a checkpoint every 3 hours",
+        "arXiv 2211.05100: 1 to 2 GPU failures a week, a checkpoint every 3 hours",
         "derived: 366e9 tokens in steps of 4.2e6 tokens and 105 s are 106 of 117 days",
     ),
     PublishedRun(
         *("OPT-175B", 992, 56, 35 + 70, (Tier("disk", 300.0, 3600.0, 0.0),), 20.0, None),
         0.59,
-        "arXiv 2205.01068, section 2.5: 35 manual restarts and more than 70 automatic ones in 2 months",
+        "arXiv 2205.01068: 35 manual restarts and more than 70 automatic ones in 2 months",
         "derived: 4.3e23 FLOPs at 147 TFLOP/s per GPU are 33 of 56 days",
     ),
 )
