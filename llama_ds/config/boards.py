@@ -23,7 +23,7 @@ PACKAGES = ("tensorboard", "wandb", "mlflow")  # boards that need the package an
 
 @dataclass(frozen=True)
 class BoardConfig(Section):
-    """A board: a program that shows the metrics of a run. Keys and passwords belong into the environment."""
+    """A board: a program that shows the metrics of a run. Keys and passwords belong in the environment."""
 
     SECTION: ClassVar[str] = "logging.boards.N"
 

@@ -143,6 +143,14 @@ def sums(rows: Sequence[PackedRow], losses: Tensor, greedy: Tensor) -> dict[int,
     }
 
 
+def hides_prefix(document_mask: bool, marks: DocumentMarks) -> bool:
+    """Return whether a text does not see the eos before it, so that no texts may share it.
+
+    Under document masks, eos ends a document where the tokenizer has no bos of its own.
+    """
+    return document_mask and marks.begin is None
+
+
 def branches_of(rows: Sequence[PackedRow], context: LayerContext, device: torch.device) -> BranchedRows:
     """Return what the layers of `context` need of a micro-batch of branched rows."""
     tokens = len(rows[0].ids) - 1
@@ -171,7 +179,7 @@ class ModelBackend:
             marks=context.marks,
             any_length=any_length,
             few_lengths=next(model.parameters()).is_cuda,
-            branches=any_length,
+            branches=any_length and not hides_prefix(context.document_mask, context.marks),
         )
 
     @torch.no_grad()

@@ -183,13 +183,14 @@ def _ask_first_rank(rank: int, world: int) -> tuple[str, int]:
         assert meeting.stdin and meeting.stdout
         first = meeting.stdout.readline()
         if (size := int(first or 0)) not in (0, world):
+            meeting.kill()
             raise UserError(
                 f"environment: MASTER_ADDR is not set, and mpi4py sees {size} of {world} ranks; install the mpi4py of "
                 "the MPI whose mpirun starts the job (pip install --no-binary mpi4py mpi4py), or pass MASTER_ADDR and "
                 "MASTER_PORT"
             )
-        if rank == 0 and size:
-            meeting.stdin.write(json.dumps(_own_address_and_port(json.loads(meeting.stdout.readline()))))
+        if rank == 0 and (hosts := meeting.stdout.readline()):
+            meeting.stdin.write(json.dumps(_own_address_and_port(json.loads(hosts))))
         meeting.stdin.close()
         answer = meeting.stdout.read()
     if meeting.returncode == _NO_MPI4PY:

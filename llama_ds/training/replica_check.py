@@ -10,6 +10,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import Corruption
 from llama_ds.layout.layout import Layout
 from llama_ds.parallel import world
+from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.replicas import wrong_ranks
 
 
@@ -34,6 +35,9 @@ class ReplicaCheck:
         """
         if not self._every or not (saves or done % self._every == 0):
             return
+        optimizer = self._engine.optimizer
+        if isinstance(optimizer, PipelineOptimizer):  # the next forward would wait for the weights of other replicas
+            optimizer.finish()
         wrong = wrong_ranks(self._engine.module.parameters(), self._groups, self._device)
         if not wrong:
             return

@@ -13,7 +13,7 @@ import torch
 
 from llama_ds.checkpoint.manifest import Description
 from llama_ds.checkpoint.weights import ModelFiles
-from llama_ds.config.context_parallel import HIERARCHICAL, cp_sizes
+from llama_ds.config.context_parallel import HIERARCHICAL, check_context_parallel, cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import AUTO
 from llama_ds.config.row_stages import at_stage, stage_index, stage_runs
@@ -72,7 +72,9 @@ def with_cp_method(run: RunConfig, hosts: Sequence[str], dtype: str) -> RunConfi
     forward, backward = (size / 2**20 for size in sent_bytes(sizes, traffic, ELEMENT_BYTES[dtype]))
     logger.info("each rank sends %.3g MiB forward and %.3g MiB backward, of a layer and micro-batch", forward, backward)
     groups = sizes.all_to_all if sizes.method == HIERARCHICAL else 0
-    return replace(run, parallel=replace(run.parallel, cp_method=sizes.method, cp_all_to_all=groups))
+    run = replace(run, parallel=replace(run.parallel, cp_method=sizes.method, cp_all_to_all=groups))
+    check_context_parallel(run)  # rules before the launch assume hosts of eight ranks
+    return run
 
 
 def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info: world.RankInfo) -> Dataset:

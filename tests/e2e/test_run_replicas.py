@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launching import TRAIN, forked, run
+from launching import TRAIN, forked, run, succeed
 from tiny_run import Run
 
 # Runs a script in which rank 2's first weight has another bit from step 4 on.
@@ -37,3 +37,12 @@ def test_a_flipped_bit_is_found_before_it_is_saved(make_run: Callable[..., Run],
     assert done.output.count("error: CORRUPTION: after step 4 the weights of rank 2 on ") == 1
     assert " differ from those of the other replicas; the step is not saved; " in done.output
     assert made.newest.name == "step_00000002" and not (made.checkpoints / "step_00000004").exists()
+
+
+@pytest.mark.slow
+def test_replicas_of_a_pipeline_are_compared_as_the_next_step_sees_them(make_run: Callable[..., Run]) -> None:
+    """A step ends while weights still travel between replicas; they must not be taken for wrong ones."""
+    changes = {"checkpoint.compare_replicas": 1, "parallel.pp": 2, "training.steps": 3}
+    made = make_run("pipeline", changes)
+    succeed(forked(4, TRAIN, made.file), made.log)
+    assert made.newest.name == "step_00000003"

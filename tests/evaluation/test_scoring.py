@@ -6,6 +6,7 @@ Tolerance: 1e-4 nats of a sum over at most 64 tokens in fp32 (measured: below 2e
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from llama_ds.errors import UserError
 from llama_ds.evaluation.branching import branched
 from llama_ds.evaluation.packing import packed, padded, row_lengths
 from llama_ds.evaluation.requests import Encoded, ScoringRequest, encode, rolling
-from llama_ds.evaluation.scoring import ModelBackend, Scorer
+from llama_ds.evaluation.scoring import ModelBackend, Scorer, hides_prefix
 from tests.evaluation.letters import TEXT, Letters, some_requests
 
 SEQ_LEN = 64
@@ -60,6 +61,15 @@ def test_log_likelihoods_equal_transformers(exported: LlamaForCausalLM, document
         wanted, greedy = by_transformers(exported, encode(Letters(), request, SEQ_LEN))  # type: ignore[arg-type]
         assert score.log_likelihood == pytest.approx(wanted, abs=1e-4), request
         assert score.greedy == greedy, request
+
+
+def test_texts_share_no_eos_that_a_masked_row_hides(exported: LlamaForCausalLM) -> None:
+    """Without a bos of the tokenizer's own, eos ends a document, and document masks hide it from the text after it."""
+    model = load_model(exported.name_or_path, document_mask=True)
+    for marks, shared in ((MARKS, True), (DocumentMarks(None, 2), False)):
+        model.context = replace(model.context, marks=marks)
+        assert ModelBackend(model, 3).shape.branches is shared
+    assert not hides_prefix(False, DocumentMarks(None, 2))
 
 
 def test_a_greedy_continuation_is_found(exported: LlamaForCausalLM) -> None:

@@ -16,7 +16,7 @@ from llama_ds.errors import UserError
 from llama_ds.evaluation.generation import Decoder
 from llama_ds.evaluation.packing import PackedRow
 from llama_ds.evaluation.requests import Score
-from llama_ds.evaluation.scoring import RowShape, branches_of, rows_of_any_length, stacked, sums
+from llama_ds.evaluation.scoring import RowShape, branches_of, hides_prefix, rows_of_any_length, stacked, sums
 from llama_ds.layout.layout import Layout
 from llama_ds.model.branched_rows import BranchedRows
 from llama_ds.parallel import world
@@ -44,7 +44,7 @@ class EngineBackend:
             marks,
             any_length=any_length,
             multiple=row_multiple(run),
-            branches=any_length and layout.cp == 1,
+            branches=any_length and layout.cp == 1 and not hides_prefix(run.data.document_mask, marks),
         )
 
     def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int) -> dict[int, Score]:
