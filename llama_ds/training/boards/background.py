@@ -36,7 +36,7 @@ class BackgroundBoard:
         self._warned = False
         self._thread = Thread(target=self._work, name=f"board {name}", daemon=True)
         self._thread.start()
-        atexit.register(self.close)  # for a run that ends by an error
+        atexit.register(self.close)  # for a program that ends without it
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Hand over `values` and return at once."""
