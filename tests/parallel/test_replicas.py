@@ -57,7 +57,7 @@ def test_a_difference_ends_the_run_before_the_save(
 ) -> None:
     """Three replicas: the wrong one is named with its host; if all differ from each other, all of them."""
     run = load_run("quickstart", ["checkpoint.compare_replicas=10", "parallel.pp=1", *LAYOUT])
-    engine = SimpleNamespace(module=torch.nn.Linear(4, 4))
+    engine = SimpleNamespace(module=torch.nn.Linear(4, 4), optimizer=None)
     check = ReplicaCheck(run, resolve_layout(run, 3), engine, torch.device("cpu"), "node")
     gathered = []
 
