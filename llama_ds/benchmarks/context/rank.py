@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama_ds import log
 from llama_ds.benchmarks.context.request import ContextRequest
+from llama_ds.benchmarks.ranks import joined
 from llama_ds.config.context_parallel import CpSizes
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import Layout
@@ -52,17 +50,12 @@ class TimedContextParallel(GroupContextParallel):
 
 def main() -> None:
     """Time forward and backward of attention by each method in turns; rank 0 writes times.json."""
-    request, folder = ContextRequest(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
-    log.silence_libraries()
-    log.setup(quiet=True)
-    rank_info = world.find_rank_info()
-    with world.failing_together():
-        world.join(rank_info)
+    with joined(ContextRequest) as (request, folder, rank):
         own = {name: _communicator(request, sizes) for name, sizes in request.methods.items()}
         found = {
             str(tokens): {name: _times(request, cp, tokens) for name, cp in own.items()} for tokens in request.seq_lens
         }
-        if rank_info.rank == 0:
+        if rank == 0:
             (folder / "times.json").write_text(json.dumps(found))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ds.benchmarks.context.request import ContextRequest
-from llama_ds.benchmarks.pipeline.run import start_ranks
+from llama_ds.benchmarks.ranks import start_ranks
 from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 
 ELEMENT_BYTES = 4

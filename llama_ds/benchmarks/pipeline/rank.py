@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from llama_ds import log
 from llama_ds.benchmarks.pipeline.contest import Contest
+from llama_ds.benchmarks.ranks import joined
 from llama_ds.benchmarks.step import Step
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.layout.pipeline_schedule import describe_trace
@@ -25,12 +23,7 @@ WARMUP = 2  # untimed turns
 
 def main() -> None:
     """Time the schedules in turns and record one step of each."""
-    contest, folder = Contest(**json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2])
-    log.silence_libraries()
-    log.setup(quiet=True)
-    rank_info = world.find_rank_info()
-    with world.failing_together():
-        world.join(rank_info)
+    with joined(Contest) as (contest, folder, rank):
         engines, steps = {}, {}
         for schedule in contest.schedules:
             engines[schedule], steps[schedule] = _build(contest, schedule)
@@ -40,11 +33,11 @@ def main() -> None:
             world.barrier()
             engine.trace.start()
             steps[schedule]()
-            about = {**describe_trace(run, layout, rank_info.rank), "host": f"host{rank_info.rank}", "device": "cpu"}
+            about = {**describe_trace(run, layout, rank), "host": f"host{rank}", "device": "cpu"}
             about |= {"first_step": 1, "measured_steps": 1, "clock": [(0, 0, 0)]}  # network namespaces share the clock
-            engine.trace.write(str(folder / schedule), rank_info.rank, **about)
+            engine.trace.write(str(folder / schedule), rank, **about)
             engine.deepspeed.destroy()
-        if rank_info.rank == 0:
+        if rank == 0:
             (folder / "times.json").write_text(json.dumps(times))
 
 

@@ -1,28 +1,11 @@
-"""Runs the ranks of a contest: starts them, waits, and kills them if one fails or the user interrupts."""
+"""Runs the ranks of a contest."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from llama_ds.benchmarks.pipeline.contest import Contest
-from llama_ds.child_processes import without_interrupts
-from llama_ds.errors import UserError
-from llama_ds.launch.namespaces import INTERFACE, Hosts
-from llama_ds.machine import free_port
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-ROOT = Path(__file__).resolve().parents[3]
-PORT = 29507
+from llama_ds.benchmarks.ranks import start_ranks
 
 
 def run_contest(contest: Contest, folder: Path) -> None:
@@ -33,46 +16,3 @@ def run_contest(contest: Contest, folder: Path) -> None:
     """
     module = "llama_ds.benchmarks.pipeline.rank"
     start_ranks(module, contest, folder, contest.world, contest.rate_mbit, contest.delay_ms)
-
-
-def start_ranks(
-    module: str, wanted: DataclassInstance, folder: Path, world: int, rate_mbit: float | None, delay_ms: float
-) -> None:
-    """Run `python -m module REQUEST.json FOLDER` on every rank, with `wanted` as the request.
-
-    Raises:
-        UserError: a rank failed; the message has the end of its log.
-    """
-    request = folder / "request.json"
-    request.write_text(json.dumps(asdict(wanted)))
-    with ExitStack() as stack:
-        hosts = stack.enter_context(Hosts(world, rate_mbit, delay_ms)) if rate_mbit else None
-        processes: list[subprocess.Popen[bytes]] = []
-        stack.callback(_end, processes)
-        for rank, environment in enumerate(_environments(world, hosts)):
-            command = [sys.executable, "-m", module, str(request), str(folder)]
-            command = hosts.command(rank, command) if hosts else command
-            log = stack.enter_context(open(folder / f"rank{rank}.log", "w"))
-            with without_interrupts():
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-            time.sleep(0.1)
-        failed = [rank for rank, process in enumerate(processes) if process.poll()]
-    if failed:
-        raise UserError(f"rank {failed[0]} failed:\n{(folder / f'rank{failed[0]}.log').read_text()[-3000:]}")
-
-
-def _environments(world: int, hosts: Hosts | None) -> list[dict[str, str]]:
-    """Return the environment of each rank, on its own simulated host or on this one."""
-    common = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
-    common |= {"WORLD_SIZE": str(world), "MASTER_PORT": str(PORT if hosts else free_port())}
-    common |= {"MASTER_ADDR": hosts.address(0) if hosts else "127.0.0.1"}
-    if hosts:
-        common |= {"GLOO_SOCKET_IFNAME": INTERFACE}
-    return [common | {"RANK": str(rank), "LOCAL_RANK": "0" if hosts else str(rank)} for rank in range(world)]
-
-
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        process.kill()
-        process.wait()
