@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp, softmax
 
 from llama_ds.errors import UserError
-from llama_ds.experiments.ladder.spec import FEWEST_RUNS, FEWEST_VALUES
+from llama_ds.experiments.ladder.spec import FEWEST_RUNS, FEWEST_VALUES, suffice
 
 DELTA = 1e-3  # threshold of the Huber loss, as in the paper
 CONSTANTS = 5
@@ -86,11 +86,10 @@ def fit_law(
         UserError: the runs are too few, or too alike, for five constants.
     """
     n, d, y = (np.log(np.asarray(values, dtype=float)) for values in (parameters, tokens, losses))
-    kinds = (len(set(parameters)), len(set(tokens)))
-    if len(y) < FEWEST_RUNS or min(kinds) < FEWEST_VALUES:
+    if not suffice(parameters, tokens):
         raise UserError(
-            f"fit: {len(y)} runs of {kinds[0]} sizes and {kinds[1]} token counts do not determine the law's "
-            f"{CONSTANTS} constants; train at least {FEWEST_RUNS} runs with {FEWEST_VALUES} of each"
+            f"fit: {len(y)} runs of {len(set(parameters))} sizes and {len(set(tokens))} token counts do not "
+            f"determine the law's {CONSTANTS} constants; train at least {FEWEST_RUNS} runs with {FEWEST_VALUES} of each"
         )
     middle = (float(n.mean()), float(d.mean()))
     best = min((_descend(start, n, d, y, middle) for start in _starts(n, d, y, middle)), key=lambda found: found[0])[1]

@@ -15,7 +15,7 @@ from llama_ds.config.run_file import load_run, resolved
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
-from llama_ds.experiments.ladder.spec import BATCH, FEWEST_RUNS, FEWEST_VALUES, Ladder
+from llama_ds.experiments.ladder.spec import BATCH, FEWEST_RUNS, FEWEST_VALUES, Ladder, suffice
 from llama_ds.layout.flops import embedding_parameters, flops_per_token, parameter_count
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.perf.plan import hardware
@@ -68,11 +68,12 @@ def plan(ladder: Ladder) -> list[Rung]:
         if count > 1:
             raise UserError(f"{ladder.name}: {count} runs have the name {name}; budgets must differ in six digits")
     fitted = [rung for rung in rungs if not rung.predicted]
-    kinds = len({rung.parameters for rung in fitted}), len({rung.run.training.tokens for rung in fitted})
-    if ladder.predict and (len(fitted) < FEWEST_RUNS or min(kinds) < FEWEST_VALUES):
+    sizes, tokens = [rung.parameters for rung in fitted], [rung.run.training.tokens for rung in fitted]
+    if ladder.predict and not suffice(sizes, tokens):
         raise UserError(
             f"{ladder.name}: predict needs {FEWEST_RUNS} runs of {FEWEST_VALUES} sizes and {FEWEST_VALUES} numbers of "
-            f"tokens, and depths and budgets give {len(fitted)} runs of {kinds[0]} and {kinds[1]}; add some"
+            f"tokens, and depths and budgets give {len(fitted)} runs of {len(set(sizes))} and {len(set(tokens))}; "
+            "add some"
         )
     return rungs
 

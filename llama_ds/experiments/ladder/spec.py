@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llama_ds.config.reader import ConfigSource, read
@@ -18,6 +19,11 @@ DERIVED = (
 )
 # What the law needs: one more run than its constants; three values tell a power from its limit.
 FEWEST_RUNS, FEWEST_VALUES = 6, 3
+
+
+def suffice(parameters: Sequence[float], tokens: Sequence[float]) -> bool:
+    """Return whether runs of these sizes and numbers of tokens determine the law."""
+    return len(parameters) >= FEWEST_RUNS and min(len(set(parameters)), len(set(tokens))) >= FEWEST_VALUES
 
 
 @dataclass(frozen=True)
