@@ -19,7 +19,6 @@ from llama_ds.config.document_marks import LLAMA_MARKS
 from llama_ds.errors import UserError
 from llama_ds.evaluation.scoring import Scorer
 from llama_ds.parallel import world
-from llama_ds.parallel.temporary import dismantle, engines_undone
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.engines.scoring import EngineBackend
 from tests.evaluation.letters import TEXT, Letters, some_prompts, some_requests
@@ -47,7 +46,7 @@ def outcome(case: Case) -> dict[str, Any]:
                     found["generated"] = generated(scorer)
             losses.append(engine.read(engine.train_step(batches, LR)))
         found["with" if evaluates else "without"] = losses
-        dismantle(engine.deepspeed)
+        engine.deepspeed.destroy()
     return found
 
 
@@ -58,7 +57,7 @@ def extra_bytes(case: Case, trains: bool) -> float:
     engine = build_engine(case.run, case.layout, config, torch.device("cpu"), trains=trains)
     weights = sum(p.nbytes for p in engine.deepspeed.module.parameters())
     held = sum(size for address, size in tensor_bytes().items() if address not in before)
-    dismantle(engine.deepspeed)
+    engine.deepspeed.destroy()
     return held / weights - 1
 
 
@@ -91,11 +90,7 @@ def main() -> None:
         cases = [Case(**case) for case in json.load(file)]
     with world.failing_together():
         world.join(rank_info)
-        outcomes = []
-        for case in cases:
-            with engines_undone():
-                outcomes.append(outcome(case))
-        outcomes = world.gather(outcomes)
+        outcomes = world.gather([outcome(case) for case in cases])
         assert all(one == outcomes[0] for one in outcomes), "every rank has every score"
         if rank_info.rank == 0:
             with open(out, "w") as file:
