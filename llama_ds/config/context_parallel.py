@@ -28,9 +28,7 @@ class CpSizes(NamedTuple):
 
     ring: int = 1  # number of groups
     all_to_all: int = 1  # ranks of a group
-    striped: bool = (
-        False  # whether groups hold every ring-th token of a row, or two chunks of it (`layout/row_cuts.py`)
-    )
+    striped: bool = False  # groups hold every ring-th token of a row, not two chunks of it (`layout/row_cuts.py`)
 
     @property
     def ranks(self) -> int:

@@ -2,7 +2,7 @@
 
 Each rank keeps its queries; keys and values travel from rank to rank, and so do their gradients in the backward. Every
 message is issued before the block that is computed meanwhile. Shapes as in `llama_ds.model.attention_kernels`, with S
-tokens of this rank in place of T: which tokens is in `layout/row_cuts.py`, and the blocks of a step in `ring_blocks.py`.
+tokens of this rank in place of T; `layout/row_cuts.py` says which, and `ring_blocks.py` has the blocks of a step.
 
 The parts O_i of the blocks, with logsumexps l_i over their keys, merge to l = log sum exp(l_i) and
 O = sum exp(l_i - l) O_i. With the merged l and O, P = exp(Q K^T / sqrt(K) - l) and rowsum(dO * O) of a block are those
