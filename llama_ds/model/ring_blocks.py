@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama_ds.errors import UserError
 from llama_ds.layout.document_blocks import Piece, Step, pieces_of
 from llama_ds.layout.row_cuts import ring_block
 from llama_ds.model.attention import Documents
@@ -89,7 +90,14 @@ class Block(NamedTuple):
             out, lse = block_forward(q, k, v, self.first)
             return out, lse.transpose(1, 2), ()
         out, (lse, *state) = self.kernel.forward(q, k, v, self.documents)
-        return out, lse.reshape(len(q), q.shape[2], -1).transpose(1, 2), tuple(state)
+        if self.documents is not None:
+            if lse.shape != (q.shape[2], q.shape[1]):
+                raise UserError(
+                    f"compute.attention_backend: the kernel for packed documents returns logsumexps {tuple(lse.shape)}"
+                    ", which a ring cannot merge; install flash-attn 2.6 or newer, or use sdpa"
+                )
+            lse = lse.unsqueeze(0)
+        return out, lse.transpose(1, 2), tuple(state)
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, state: Statistics

@@ -31,7 +31,7 @@ from llama_ds.layout.document_blocks import Step, pieces_of
 from llama_ds.layout.row_cuts import own_ranges, ring_block
 from llama_ds.model import ring_blocks
 from llama_ds.model.attention import Documents
-from llama_ds.model.attention_kernels import AttentionKernel, attention_kernel
+from llama_ds.model.attention_kernels import AttentionKernel, Statistics, _Reference, attention_kernel
 from llama_ds.model.attention_torch_flash import TorchFlash
 from llama_ds.model.context_parallel import own_tokens, whole_rows
 from llama_ds.model.decoder import LayerContext
@@ -114,7 +114,15 @@ def _documents(starts: Tensor | None) -> Documents | None:
     return None if starts is None else Documents(starts)
 
 
-_PACKED = {"sdpa": None, "reference": attention_kernel("reference")}
+class PackedReference(_Reference):
+    """The reference as a kernel for packed documents, whose logsumexp is (H, N)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        out, (lse,) = super().forward(q, k, v, documents)
+        return out, (lse[0],)
+
+
+_PACKED = {"sdpa": None, "reference": PackedReference()}
 
 
 @pytest.mark.parametrize("documents", [0.0, 0.1, 0.7], ids=["one document", "long documents", "short documents"])
