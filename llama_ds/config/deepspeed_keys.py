@@ -28,7 +28,7 @@ OWNED = {  # keys that are set elsewhere, and where
     "activation_checkpointing": "set parallel.recompute in the run file",
     "tensor_parallel": "set parallel.tp in the run file",
     "sequence_parallel_size": "set parallel.cp in the run file, which shares rows over ranks",
-    "data_parallel_size": "it is world size / (pp * tp)",
+    "data_parallel_size": "it is world size / (pp * cp * tp)",
     "expert_parallel": "LLaMA has no experts",
     "use_data_before_expert_parallelism": "LLaMA has no experts",
     "checkpoint": "set checkpoint.interval and checkpoint.resume in the run file",
