@@ -51,8 +51,8 @@ class Decoder(Protocol):
     positions: int  # tokens of a prompt and its continuation at most
     rows: int  # prompts of a batch
     in_flight: int  # batches that are continued at the same time
-    dp: int
-    dp_rank: int
+    ranks: int  # ranks among whom the prompts are divided
+    rank: int  # this one's number among them
     context: LayerContext
     dtype: torch.dtype  # dtype in which the layers compute
     device: torch.device
@@ -65,7 +65,7 @@ class Decoder(Protocol):
         """Return whether this rank continues: because it has prompts, or because those that have need its weights."""
 
     def gather(self, found: dict[int, list[int]]) -> dict[int, list[int]]:
-        """Return the continuations of all data-parallel ranks. Collective."""
+        """Return the continuations of all ranks. Collective."""
 
 
 Tick = Callable[[int], object]  # gets the number of requests just answered
@@ -126,7 +126,7 @@ class TextGenerator:
         ordered = sorted(prompts, key=lambda prompt: (-prompt.positions, prompt.number))  # the largest cache first
         if ordered:
             self._say(ordered)
-        own = ordered[decoder.dp_rank :: decoder.dp]
+        own = ordered[decoder.rank :: decoder.ranks]
         waiting: deque[Sequence[Prompt]] = deque(
             own[start : start + decoder.rows] for start in range(0, len(own), decoder.rows)
         )
@@ -134,7 +134,7 @@ class TextGenerator:
 
     def _say(self, ordered: Sequence[Prompt]) -> None:
         decoder, positions = self.decoder, self.decoder.positions
-        share = -(-len(ordered) // decoder.dp)
+        share = -(-len(ordered) // decoder.ranks)
         rows = min(share, decoder.rows * decoder.in_flight)
         size = cache_bytes(
             decoder.context.model,
@@ -199,7 +199,7 @@ def position_limit(context: LayerContext) -> int:
 class ModelDecoder:
     """A model on one device, without an engine."""
 
-    in_flight, dp, dp_rank = 1, 1, 0
+    in_flight, ranks, rank = 1, 1, 0
 
     def __init__(self, model: Llama, rows: int) -> None:
         weight = next(model.parameters())
