@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import operator
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +27,7 @@ from llama_ds.command_line import Answer, add_json, new_parser, real, run, whole
 
 if TYPE_CHECKING:
     from llama_ds.evaluation.evaluate import Work
+    from llama_ds.evaluation.validation import ValidationLoss
 
 EXAMPLES = """examples:
   tools/evaluate.py runs/quickstart
@@ -240,6 +240,7 @@ def evaluate_loss(args: argparse.Namespace) -> Answer:
     from llama_ds.checkpoint.load_model import load_model, locate, run_of
     from llama_ds.checkpoint.manifest import describe
     from llama_ds.checkpoint.weights import DTYPES, open_checkpoint
+    from llama_ds.evaluation.validation import total
 
     folder = locate(args.checkpoint)
     description = describe(folder)
@@ -257,18 +258,18 @@ def evaluate_loss(args: argparse.Namespace) -> Answer:
             part.source: validation_loss(loss_of, part, trained.parallel.micro_batch, device, bar.update)
             for part in parts
         }
-    values = functools.reduce(operator.add, losses.values()).values
+    every = total(losses.values())
+    lines = [f"{args.hf or folder}: step {description.step} | {_line(every)}"]
+    lines += [f"  {name}: {_line(one)}" for name, one in losses.items() if len(losses) > 1]
     by_source = {name: loss.values for name, loss in losses.items()}
-    lines = [f"{args.hf or folder}: step {description.step} | {_line(values)}"]
-    lines += [f"  {name}: {_line(one)}" for name, one in by_source.items() if len(by_source) > 1]
-    found = {**values, "step": description.step, "dtype": dtype, "sources": by_source}
+    found = {**every.values, "step": description.step, "dtype": dtype, "sources": by_source}
     return Answer(found, "\n".join(lines))
 
 
-def _line(values: dict[str, float]) -> str:
+def _line(loss: ValidationLoss) -> str:
     return (
-        f"{values['rows']} rows | loss {values['loss']:.4f} | perplexity {values['perplexity']:.2f} | "
-        f"{values['bits_per_byte']:.4f} bits per byte"
+        f"{loss.rows} rows | {loss.labels:,} tokens | loss {loss.loss:.4f} | perplexity {math.exp(loss.loss):.2f} | "
+        f"{loss.bits_per_byte:.4f} bits per byte"
     )
 
 

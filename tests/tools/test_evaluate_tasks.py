@@ -39,12 +39,22 @@ def test_tasks_of_a_run_and_their_journal(tools: Tools, words: dict[str, object]
 def test_validation_by_source_and_in_bits_per_byte(
     words: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The run itself has recorded the same of all rows and of each source alone."""
     from tools import evaluate
 
     assert evaluate.main([str(words["run"])]) == 0
     total, *sources = capsys.readouterr().out.splitlines()
-    assert re.search(r" \| 4 rows \| loss [\d.]+ \| perplexity [\d.]+ \| [\d.]+ bits per byte$", total)
+    pattern = r" \| 4 rows \| 1\d\d tokens \| loss [\d.]+ \| perplexity [\d.]+ \| [\d.]+ bits per byte$"
+    assert re.search(pattern, total)
     assert [line.split(":")[0].strip() for line in sources] == ["code", "prose"]
+    assert evaluate.main([str(words["run"]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = map(json.loads, (Path(str(words["run"])) / "metrics.jsonl").read_text().splitlines())
+    (recorded,) = [line for line in lines if "val_loss" in line]
+    for suffix, one in {"": found, **{f"/{name}": one for name, one in found["sources"].items()}}.items():
+        assert recorded[f"val_loss{suffix}"] == pytest.approx(one["loss"], rel=1e-5)
+        assert recorded[f"bits_per_byte{suffix}"] == pytest.approx(one["bits_per_byte"], rel=1e-5)
+        assert recorded[f"val_tokens{suffix}"] == one["tokens"]
 
 
 @pytest.mark.parametrize(
