@@ -193,6 +193,7 @@ def answered(args: argparse.Namespace, job: Any, works: list[Work], first: bool 
     from tqdm import tqdm
 
     from llama_ds.evaluation.evaluate import TaskResult, table
+    from llama_ds.evaluation.requests import TRUNCATED
 
     if args.follow:
         return followed(args, job, works, first)
@@ -203,7 +204,7 @@ def answered(args: argparse.Namespace, job: Any, works: list[Work], first: bool 
     if done := found["examples_done_before"]:
         remarks.append(f"{args.results}: {done} examples were done already")
     if cut := found["truncated_requests"]:
-        remarks.append(f"{cut} requests are longer than the model's rows: their contexts lost tokens on the left")
+        remarks.append(f"{cut} requests {TRUNCATED}")
     if cache := found["cache_bytes"]:
         remarks.append(f"the cache of generated texts took {cache / 2**20:.1f} MiB")
     text = f"{found['model']}\n{table([TaskResult(**one) for one in found['tasks']])}"

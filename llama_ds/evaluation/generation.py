@@ -18,8 +18,9 @@ from llama_ds.layout.cache_memory import cache_bytes
 from llama_ds.log import logger
 from llama_ds.model.cached_layer import join_products
 from llama_ds.model.decoder import LayerContext
+from llama_ds.model.decoding_rule import GREEDY, DecodingRule
 from llama_ds.model.llama import Llama
-from llama_ds.model.next_token import GREEDY, DecodePass, DecodingRule, Draw
+from llama_ds.model.next_token import DecodePass, Draw
 
 ANCHOR = 8  # ids before a continuation that are decoded with it: some tokenizers drop the space of a first token
 MIB = 2**20
@@ -133,7 +134,7 @@ class TextGenerator:
         return decoder.gather(decode(decoder, waiting, self._ended, self.tokenizer.marks.eos, tick))
 
     def _say(self, ordered: Sequence[Prompt]) -> None:
-        decoder, positions = self.decoder, self.decoder.positions
+        decoder = self.decoder
         share = -(-len(ordered) // decoder.ranks)
         rows = min(share, decoder.rows * decoder.in_flight)
         size = cache_bytes(
@@ -149,13 +150,6 @@ class TextGenerator:
             "generation: %d prompts; a cache of %.1f MiB on this rank for %d rows of up to %d tokens",
             len(ordered), size / MIB, rows, ordered[0].positions,
         )  # fmt: skip
-        if truncated := sum(prompt.truncated for prompt in ordered):
-            logger.warning(
-                "generation: %d requests are longer than the model's %d positions; their contexts lose tokens "
-                "on the left, or their continuations end early",
-                truncated,
-                positions,
-            )
 
 
 def decode(

@@ -71,11 +71,10 @@ Tick = Callable[[int], object]  # gets the number of requests just scored
 
 
 class Scorer:
-    """Scores texts with a backend, and continues them; counts the requests whose context had to be truncated."""
+    """Scores texts with a backend, and continues them."""
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
         self.backend, self.tokenizer = backend, tokenizer
-        self.truncated = 0
         self._said = ""  # why requests were in plain rows
 
     @cached_property
@@ -97,15 +96,6 @@ class Scorer:
         """
         seq_len = self.backend.shape.seq_len
         encoded = [encode(self.tokenizer, request, seq_len) for request in requests]
-        if cut := sum(request.cut > 0 for request in encoded):
-            self.truncated += cut
-            logger.warning(
-                "evaluation: %d of %d requests are longer than a row of %d tokens; their contexts lose tokens on the "
-                "left",
-                cut,
-                len(encoded),
-                seq_len,
-            )
         scores = self.scores(encoded, tick)
         return [replace(score, truncated=one.cut > 0) for score, one in zip(scores, encoded, strict=True)]
 

@@ -31,7 +31,7 @@ PANELS = (  # title, unit, factor, names; a name that ends in / stands for all t
 )
 # In other form on the page: axes, or the same as another curve.
 NO_PANEL = {"tokens", "tokens_per_s", "step_s", "val_perplexity", "val_tokens", "tasks_tokens", HOURS}
-NO_PANEL_OF = ("tasks_stderr/", "tasks_share/", "val_tokens/")
+NO_PANEL_OF = ("tasks_stderr/", "tasks_share/", "tasks_truncated/", "val_tokens/")
 TASK = "tasks/"
 NORM_KINDS = ("gradient", "update", "weight")
 
