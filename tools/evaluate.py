@@ -80,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument(
         "--tp", type=whole(1, 10_000), help="tensor-parallel size, under a launcher (default: the run's)"
     )
+    tasks.add_argument(
+        "--cp", type=whole(1, 10_000), help="context-parallel size, for rows too long for one rank (default: 1)"
+    )
     tasks.add_argument("--figure", metavar="FILE", help="draw the tasks of a run over its tokens to this SVG, no more")
     tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
     tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}')
@@ -134,8 +137,10 @@ def evaluate_tasks(args: argparse.Namespace) -> Answer | int:
         raise UserError("command line: --follow keeps the outcomes of each checkpoint in RUN/tasks; omit --results")
     if world.launched_ranks() > 1:
         return evaluate_on_ranks(args)
-    if args.pp or args.tp:
-        raise UserError("command line: --pp and --tp divide a model over the ranks of a launcher; start with torchrun")
+    if args.pp or args.tp or args.cp:
+        raise UserError(
+            "command line: --pp, --tp and --cp divide a model over the ranks of a launcher; start with torchrun"
+        )
     return answered(args, Alone(args), read_works(args))
 
 
@@ -149,7 +154,7 @@ def evaluate_on_ranks(args: argparse.Namespace) -> Answer | int:
         rank_info = world.find_rank_info()
         log.setup(quiet=rank_info.rank != 0)
         world.join(rank_info)
-        settings = EvaluationSettings(args.dtype, args.batch, args.tokenizer, args.pp, args.tp)
+        settings = EvaluationSettings(args.dtype, args.batch, args.tokenizer, args.pp, args.tp, args.cp or 1)
         works = world.together(lambda: read_works(args))
         answer = answered(args, EvaluationJob(settings, rank_info), works, rank_info.rank == 0)
         return answer if rank_info.rank == 0 else 0
