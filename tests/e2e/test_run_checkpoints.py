@@ -55,7 +55,7 @@ def interrupt(run: Run, number: int, at_step: int, whom: Callable[[Process], psu
 @pytest.mark.slow
 def test_signals_save_and_the_run_goes_on(make_run: Callable[..., Run]) -> None:
     """One rank receives the signal, all save the same step; no step of the run is lost or repeated."""
-    changes = {**PP2, "model.num_hidden_layers": 2, "training.steps": LONG}
+    changes = {**PP2, "model.num_hidden_layers": 2, "parallel.micro_batch": 4, "training.steps": LONG}
     whole, this = make_run("uninterrupted", changes), make_run("interrupted", changes)
     succeed(forked(2, TRAIN, whole.file), whole.log)
 

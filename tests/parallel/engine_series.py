@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import Mock, patch
@@ -19,6 +20,7 @@ class Series:
 
     def __init__(self, freeze: Mock) -> None:
         self._freeze, self._built = freeze, 0
+        self._threads: list[int] = []
 
     @contextmanager
     def engine(self) -> Iterator[None]:
@@ -28,6 +30,8 @@ class Series:
             self._built += 1
             # Without it DeepSpeed's collections of garbage walk all that is imported.
             assert self._freeze.call_count == self._built, "an engine's build does not freeze what is imported"
+        self._threads.append(len(os.listdir("/proc/self/task")))
+        assert self._threads[-1] <= self._threads[0] + 2, f"threads left after each engine: {self._threads}"
 
 
 @contextmanager

@@ -43,8 +43,10 @@ def test_search_prints_writes_and_draws(tmp_path: Path) -> None:
     assert json.loads(again.stdout)["fits"]
 
 
-def test_validate_reads_any_file_of_the_format() -> None:
-    done = plan("validate", "--data", "docs/calibration/published_runs.csv", "--json")
+def test_validate_reads_any_file_of_the_format(tmp_path: Path) -> None:
+    header, *rows = (ROOT / "docs/calibration/published_runs.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "some.csv").write_text("".join([header, *rows[::4]]))
+    done = plan("validate", "--data", tmp_path / "some.csv", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["overall"]["all A100 | time"]["median"] < 0.07
