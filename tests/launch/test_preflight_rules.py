@@ -190,11 +190,17 @@ def test_an_nvidia_smi_that_hangs_is_named_before_the_host_is_late(install: Run,
     assert probe.SMI_SHARE + probe.DMESG_SHARE < 1
 
 
+def kernel_log(*texts: str) -> str:
+    """A kernel log of the last seconds: its stamps count from the host's start, which may be days ago."""
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return "".join(f"[{max(0.0, uptime - len(texts) + i):12.6f}] {text}\n" for i, text in enumerate(texts))
+
+
 def test_xids_of_hardware_are_errors_while_they_are_new(install: Run) -> None:
-    install(dmesg=f"[    1.250000] x\n[    2.500000] {FAULT}\n[    3.000000] {FALLEN}\n[    4.000000] {REMAPPED}\n")
+    install(dmesg=kernel_log("x", FAULT, FALLEN, REMAPPED))
     fallen, remapped = problems()
     assert fallen[:2] == ("xid", "error") and fallen[2].startswith(FALLEN)
-    assert "hours ago; reset that GPU" in fallen[2]
+    assert "0.0 hours ago; reset that GPU" in fallen[2]
     assert remapped[:2] == ("xid", "warning") and "Row Remapper" in remapped[2]
 
 
@@ -210,7 +216,7 @@ def test_old_xids_are_warnings_and_each_is_said_once() -> None:
 
 
 def test_a_host_with_a_bad_gpu_is_named_by_the_whole_preflight(install: Run, tmp_path: Path) -> None:
-    install(put(6, "ecc.errors.uncorrected.volatile.total", "2"), dmesg=f"[    3.000000] {FALLEN}\n")
+    install(put(6, "ecc.errors.uncorrected.volatile.total", "2"), dmesg=kernel_log(FALLEN))
     report = examine({"localhost": 9}, PreflightSettings(output_dir=str(tmp_path), min_free_gib=0.0))
     found = [f for f in report.findings if f.check in ("ecc", "xid", "gpu")]
     assert [(f.host, f.check, f.severity) for f in found] == [
