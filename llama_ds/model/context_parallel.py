@@ -6,6 +6,8 @@ messages are in `llama_ds.parallel.context_parallel`; this module does not depen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -51,6 +53,17 @@ class WholeRows:
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x[None]
+
+
+@contextmanager
+def rows_of_its_own(cp: ContextParallel) -> Iterator[None]:
+    """Let this rank compute whole rows inside, other ones than those that it otherwise shares rows with."""
+    before = cp.rank, cp.size, cp.sizes
+    cp.rank, cp.size, cp.sizes = 0, 1, WHOLE_ROWS
+    try:
+        yield
+    finally:
+        cp.rank, cp.size, cp.sizes = before
 
 
 def own_tokens(x: Tensor, cp: ContextParallel) -> Tensor:

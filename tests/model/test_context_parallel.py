@@ -33,7 +33,7 @@ from llama_ds.model import ring_blocks
 from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import AttentionKernel, Statistics, _Reference, attention_kernel
 from llama_ds.model.attention_torch_flash import TorchFlash
-from llama_ds.model.context_parallel import own_tokens, whole_rows
+from llama_ds.model.context_parallel import own_tokens, rows_of_its_own, whole_rows
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.ring_attention import RingAttention
@@ -386,3 +386,18 @@ def test_kept_bytes_are_the_cost_tables_and_fall_with_the_number_of_ranks(method
         kept.append(saved_bytes(lambda layer=layer, x=x: layer(x), constant))
         assert kept[-1] == LayerWork(model, 64, 2, element_bytes=4, cp=size).saved_bytes(policy)
     assert all(more == 2 * less for more, less in pairwise(kept))
+
+
+def test_a_rank_with_rows_of_its_own_has_their_tables_and_tokens() -> None:
+    """Text generated along training has positions from 0 on; the next step has those of its part of a row again."""
+    model, cpu = ModelConfig(16, 32, 64, 1, 4, 4, 8), torch.device("cpu")
+    cp = ThreadRank(1, 2, RING, Mailboxes(2))
+    tables, ids = RotaryTables(model, 32, cp), torch.arange(32)[None]
+    shared = [*tables.on(cpu, 16), own_tokens(ids, cp)]
+    with rows_of_its_own(cp):
+        whole = [*tables.on(cpu, 16), own_tokens(ids, cp)]
+    expected = [*RotaryTables(model, 32).on(cpu, 16), ids]
+    assert all(torch.equal(one, other) for one, other in zip(whole, expected, strict=True))
+    assert not torch.equal(shared[0], whole[0])
+    again = [*tables.on(cpu, 16), own_tokens(ids, cp)]
+    assert all(torch.equal(one, other) for one, other in zip(again, shared, strict=True))
