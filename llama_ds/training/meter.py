@@ -23,7 +23,7 @@ class StepMetrics:
 
     mfu counts the model's FLOPs without recompute, hfu all FLOPs that the hardware executes; both are None if the
     device's peak is unknown. cp_imbalance is the attention of a ring's slowest rank over the mean (`cp_balance`); it is
-    written only if data.document_mask makes ranks unequal.
+    written only for rings with data.document_mask.
     """
 
     step: int
