@@ -19,6 +19,7 @@ from llama_ds.config.declare import (
     Section,
 )
 from llama_ds.config.schema_data import DataConfig, MixtureStage, SkipConfig, SourceConfig
+from llama_ds.config.schema_mup import MupConfig
 from llama_ds.config.schema_operation import CheckpointConfig, EvaluationConfig, LoggingConfig
 from llama_ds.config.schema_parallel import ParallelConfig
 from llama_ds.config.schema_rope import RopeScaling
@@ -30,7 +31,7 @@ from llama_ds.errors import shortened
 
 __all__ = [
     "CheckpointConfig", "ComputeConfig", "DataConfig", "EvaluationConfig", "LoggingConfig",
-    "MixtureStage", "ModelConfig", "OptimizerConfig", "ParallelConfig", "RopeScaling",
+    "MixtureStage", "ModelConfig", "MupConfig", "OptimizerConfig", "ParallelConfig", "RopeScaling",
     "RunConfig", "SkipConfig", "SourceConfig", "TrainingConfig",
 ]  # fmt: skip
 
@@ -89,6 +90,10 @@ class ModelConfig(Section):
     qk_norm: Annotated[
         bool, Key("Whether each head's queries and keys pass an RMS norm before the rotation (Qwen3).")
     ] = False
+    mup: Annotated[
+        MupConfig | None,
+        Key("Maximal update parametrization, with which learning rates suit models of other widths; null: none."),
+    ] = None
 
     def check(self) -> None:
         check_model(self)
