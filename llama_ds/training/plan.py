@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import GIB, POLICIES
-from llama_ds.config.row_stages import first_step, stage_runs, stage_steps
+from llama_ds.config.row_stages import first_step, stage_runs, stage_steps, stages_key
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.flops import flops_per_token, layer_costs, parameter_count
@@ -41,18 +41,19 @@ def describe(run: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> str:
 
 
 def describe_stages(run: RunConfig, world: int, ds_config: dict[str, Any]) -> str:
-    """Return the plan of `run` on `world` ranks; with `data.stages`, that of the stage with the most memory."""
+    """Return the plan of `run` on `world` ranks; of a run with stages, that of the stage with the most memory."""
     bf16 = ds_config["bf16"]["enabled"]
     element_bytes = ELEMENT_BYTES["bf16" if bf16 else "fp32"]
     worst = worst_stage(run, world, element_bytes)
     layout = resolve_layout(worst, world)
-    if run.data.stages:
+    if stages_key(run):
         ds_config = deepspeed_config(worst, layout, bf16)
     plan = describe(worst, layout, ds_config)
-    if not run.data.stages:
+    if not stages_key(run):
         return plan
     lines = _table(_row_stages(run, world, element_bytes))
-    title = f"stages of the rows (the plan is that of rows of {worst.data.seq_len}, which need the most memory)"
+    what = f"rows of {worst.data.seq_len}" if run.data.stages else f"steps of {layout.global_batch:,} rows"
+    title = f"stages of {stages_key(run)} (the plan is that of {what}, which need the most memory)"
     return "\n".join([title, *(f"  {line}" for line in lines), "", plan])
 
 
