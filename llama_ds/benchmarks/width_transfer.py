@@ -139,7 +139,7 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
 
 def _activations(run: RunConfig, data: Dataset, steps: int) -> Iterator[dict[str, float]]:

@@ -61,7 +61,9 @@ def batches_of(training: TrainingConfig) -> Batches:
 def _batches(global_batch: int, stages: Sequence[BatchStage]) -> Batches:
     if not stages:
         return Batches((global_batch,))
-    return Batches(tuple(stage.global_batch for stage in stages), (0, *(stage.until_step or 0 for stage in stages[:-1])))
+    return Batches(
+        tuple(stage.global_batch for stage in stages), (0, *(stage.until_step or 0 for stage in stages[:-1]))
+    )
 
 
 def tokens_before(run: RunConfig, step: int) -> int:
@@ -105,7 +107,7 @@ def complete_batch_stages(training: dict[str, Any], seq_len: int | None, source:
     elif final not in (None, stages[0].global_batch, stages[-1].global_batch):
         raise source.error(
             "training.global_batch",
-            f"= {final} is not the {stages[-1].global_batch} of the last entry of {KEY}, which has no end; leave it out",
+            f"= {final} is not the {stages[-1].global_batch} of the last entry of {KEY}, which has no end; omit it",
         )
     stages = _by_steps(stages, seq_len or 1)
     if problem := _problem(stages):

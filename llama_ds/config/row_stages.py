@@ -2,7 +2,8 @@
 the run as each stage trains it.
 
 All stages of rows have the same tokens per step, so the rows of a step and of a validation follow from the stage's row
-length; `batch_stages.py` has the rows of the other kind. A staged run holds the numbers of one stage in its keys, and `at_stage` exchanges them for those of another.
+length; `batch_stages.py` has the rows of the other kind. A staged run holds the numbers of one stage in its keys, and
+`at_stage` exchanges them for those of another.
 """
 
 from __future__ import annotations

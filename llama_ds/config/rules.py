@@ -69,7 +69,9 @@ def _check_mixture(run: RunConfig) -> None:
                 f"{key}.at_tokens = {stage.at_tokens} is not between {before}, where the stage before it begins, and "
                 f"the run's {run.training.tokens} tokens",
             )
-        first, second = (batches_of(run.training).steps_for(-(-n // run.data.seq_len)) for n in (before, stage.at_tokens))
+        first, second = (
+            batches_of(run.training).steps_for(-(-n // run.data.seq_len)) for n in (before, stage.at_tokens)
+        )
         if first == second:
             step = batches_of(run.training).of(first) * run.data.seq_len
             raise _error(run, f"{key}.at_tokens = {stage.at_tokens} is in the same step of {step} tokens as {before}")

@@ -83,14 +83,17 @@ def save_state(path: str, state: DataState) -> None:
 def planned(data: DataConfig, batches: Batches | int, geometry: Mapping[str, Split]) -> DataState:
     """Return the state of a run that follows its run file from the first step to the last.
 
-    batches: the rows of each step, or of every step. geometry: the training split of every source by name. A stage of `data.mixture` starts at the first step at which
-    `at_tokens` tokens have been read. Shards that a manifest lists as damaged are replaced from the start.
+    batches: the rows of each step, or of every step. geometry: the training split of every source by name. A stage of
+    `data.mixture` starts at the first step at which `at_tokens` tokens have been read. Shards that a manifest lists as
+    damaged are replaced from the start.
     """
     weights = {source.name: source.weight for source in data.sources}
     extents = {name: tuple(extent.rows for extent in split.extents) for name, split in geometry.items()}
     segments = [Segment(0, weights, extents)]
     for stage in data.mixture:
-        step = (Batches((batches,)) if isinstance(batches, int) else batches).steps_for(-(-stage.at_tokens // data.seq_len))
+        step = (Batches((batches,)) if isinstance(batches, int) else batches).steps_for(
+            -(-stage.at_tokens // data.seq_len)
+        )
         segments.append(Segment(step, {name: stage.weights.get(name, 0.0) for name in weights}, extents))
     bad = tuple(BadShard(0, name, shard, LISTED) for name, split in geometry.items() for shard in split.bad)
     rows_per_shard = {name: split.rows_per_shard for name, split in geometry.items()}

@@ -69,8 +69,8 @@ class Dataset:
         stop = total if count is None else start + count
         if not begin <= start <= stop <= total:
             raise UserError(
-                f"rows from {start} to {stop}: the run has the rows {begin} to {total}, those of its {self.steps} steps "
-                "(training.steps) of training.global_batch; ask for some of these"
+                f"rows from {start} to {stop}: the run has the rows {begin} to {total} in steps {self.first_step} to "
+                f"{self.steps} (training.steps); ask for some of these"
             )
         return self._rows(start, stop)
 

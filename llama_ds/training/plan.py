@@ -14,11 +14,13 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.flops import flops_per_token, layer_costs, parameter_count
 from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.layout.mup import initial_factor, inverse_width, rate_factor, scores_factor
 from llama_ds.layout.partition import stage_boundaries, stage_parameters
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
 from llama_ds.layout.vocab_parts import padding_rows
+from llama_ds.layout.weights import Role
 from llama_ds.layout.worst_stage import peak_bytes, worst_stage
 from llama_ds.schedules.simulate import StageCost, simulate
 from llama_ds.training.lr_schedule import learning_rate
@@ -100,10 +102,24 @@ def _model(run: RunConfig, layout: Layout, element_bytes: int) -> list[str]:
         ("layers", f"{model.num_hidden_layers} of hidden {model.hidden_size}, ffn {model.intermediate_size}"),
         ("heads", heads),
         ("vocabulary", _vocabulary(run, layout)),
+        *([("muP", _mup(run))] if model.mup else []),
         ("FLOPs per token", f"{short(flops)} forward and backward, causal attention at sequence length {seq_len}"),
         ("  with recompute", f"{short(hardware)} (recompute: {run.parallel.recompute})"),
         ("FLOPs of the run", f"{_flops_of_run(run):.3g}"),
     )
+
+
+def _mup(run: RunConfig) -> str:
+    model, hidden = run.model, Role.HIDDEN_MATRIX
+    assert model.mup is not None
+    factors = {
+        "initial weights": initial_factor(hidden, model),
+        "learning rate": rate_factor(hidden, model, run.optimizer),
+        "logits": inverse_width(model),
+        "attention scores": scores_factor(model),
+    }
+    text = ", ".join(f"{name} x {factor:.4g}" for name, factor in factors.items())
+    return f"base width {model.mup.base_width}; hidden matrices: {text.replace(', logits', '; logits')}"
 
 
 def _flops_of_run(run: RunConfig) -> float:

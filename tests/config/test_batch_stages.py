@@ -54,7 +54,9 @@ def test_each_step_has_the_rows_of_its_stage(tmp_path: Path) -> None:
 def test_a_stage_or_a_run_can_be_as_long_as_some_tokens() -> None:
     by_tokens = "training.batch_stages=[{global_batch: 16, until_tokens: 80_000}, {global_batch: 32, until_step: 40}]"
     assert load(by_tokens).training == load(STAGES).training  # 9.8 steps of 8,192
-    run = load_run(FILE, [*(one for one in SIZES if "steps=100" not in one), STAGES, f"training.tokens={sum(ROWS) * 512 - 1}"])
+    run = load_run(
+        FILE, [*(one for one in SIZES if "steps=100" not in one), STAGES, f"training.tokens={sum(ROWS) * 512 - 1}"]
+    )
     assert (run.training.steps, run.training.tokens) == (100, sum(ROWS) * 512 - 1)
 
 
@@ -138,7 +140,9 @@ def test_stages_move_the_boundaries_of_steps_and_no_row() -> None:
     steady, staged = order(4, 9, 6, Skip(18, 6)), order(batches, 7, 6, Skip(10, 2))
     assert all(map(np.array_equal, steady.rows(0, 200), staged.rows(0, 200)))
     for step in range(20):
-        for found, wanted in zip(staged.rows_of(step), steady.rows(batches.first_row(step), batches.of(step)), strict=True):
+        for found, wanted in zip(
+            staged.rows_of(step), steady.rows(batches.first_row(step), batches.of(step)), strict=True
+        ):
             assert np.array_equal(found, wanted)
         parts = [staged.at(step, rank, 2) for rank in range(2)]
         assert [len(part.row) for part in parts] == [batches.of(step) // 2] * 2

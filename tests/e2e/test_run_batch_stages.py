@@ -1,4 +1,4 @@
-"""A run whose batch grows: under any engine it is plain torch with batches of these sizes, in one start or in several."""
+"""A run whose batch grows is plain torch with batches of these sizes, on both engines, in one start or in several."""
 
 from __future__ import annotations
 

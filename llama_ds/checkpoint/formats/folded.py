@@ -67,7 +67,10 @@ def folded(files: ModelFiles) -> ModelFiles:
         masters=files.masters
         and {key: _scaled(weight, factors.get(key[1], 1.0)) for key, weight in files.masters.items()},
     )
-    notes = (f"folded: muP's factor {factor:g} into {name}{'' if _is_power_of_two(factor) else ', rounded'}" for name, factor in factors.items())
+    notes = (
+        f"folded: muP's factor {factor:g} into {name}{'' if _is_power_of_two(factor) else ', rounded'}"
+        for name, factor in factors.items()
+    )
     return replace(plain, notes=(*files.notes, *notes))
 
 

@@ -17,9 +17,13 @@ def coordinates_figure(found: dict[str, Any]) -> str:
 
     def painter(how: str, kind: str) -> Callable[[Any], None]:
         def paint(axes: Any) -> None:
-            for step, (color, values) in enumerate(zip(colors, zip(*found["mean_abs"][how][kind], strict=True), strict=True)):
+            for step, (color, values) in enumerate(
+                zip(colors, zip(*found["mean_abs"][how][kind], strict=True), strict=True)
+            ):
                 shown = step in (0, 1, found["steps"])
-                axes.plot(found["widths"], values, "o-", color=color, ms=3, label=f"after {step} steps" if shown else None)
+                axes.plot(
+                    found["widths"], values, "o-", color=color, ms=3, label=f"after {step} steps" if shown else None
+                )
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
             axes.set(title=f"{kind}, {TITLES[how]}", xlabel="width", ylabel="mean |x|")
