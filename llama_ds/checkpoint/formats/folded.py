@@ -75,7 +75,9 @@ def folded(files: ModelFiles) -> ModelFiles:
 
 
 def _scaled(weight: Readable, factor: float) -> Readable:
-    return weight if factor == 1 else Scaled(weight, factor)
+    if factor == 1:
+        return weight
+    return Scaled(weight, factor)
 
 
 def exactly_folded(model: ModelConfig, dtype: str) -> bool:
