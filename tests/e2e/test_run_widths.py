@@ -30,6 +30,7 @@ def test_activations_have_one_size_at_all_widths(make_run: Callable[..., Run], t
     arguments = [str(run.file), "--widths", "32,64,128,256", "--steps", "4", "--out", str(tmp_path)]
     assert ladder.main(["coordinate-check", *arguments]) == 0
     found = json.loads((tmp_path / "coordinate-check.json").read_text())
+    print(found["slopes"])
     for kind, slopes in found["slopes"]["mup"].items():
         assert abs(slopes[-1]) < 0.3 or kind == "logits", (kind, slopes)
     for kind, slopes in found["slopes"]["standard"].items():
