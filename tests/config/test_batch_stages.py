@@ -61,9 +61,10 @@ def test_a_stage_or_a_run_can_be_as_long_as_some_tokens() -> None:
 
 
 def test_the_plan_has_a_line_for_each_stage() -> None:
-    run = load(STAGES)
+    run = load(STAGES, "model.mup={base_width: 128, base_head_dim: 16}")
     text = describe_stages(run, 4, {"bf16": {"enabled": True}})
     assert "stages of training.batch_stages (the plan is that of steps of 64 rows, which need the most memory)" in text
+    assert "base width 128; hidden matrices: initial weights x 0.4" in text
     assert "tokens" in text and f"{sum(ROWS) * 512:,}" in text
     assert [line.split()[:5] for line in text.splitlines()[2:5]] == [
         ["0", "to", "10", "512", "16"],
