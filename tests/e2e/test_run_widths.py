@@ -1,4 +1,4 @@
-"""Coordinate check: with muP the size of activations after a few steps does not depend on the width; without, it does."""
+"""Coordinate check: with muP the size of activations after a few steps does not depend on the width; else it does."""
 
 from __future__ import annotations
 
