@@ -22,17 +22,16 @@ CHANGES = {
 @pytest.mark.slow
 def test_activations_have_one_size_at_all_widths(make_run: Callable[..., Run], tmp_path: Path) -> None:
     """Slopes of log size over log width. A wrong factor of a learning rate changes them by 1, of initial weights by
-    1/2; measured are at most 0.17 with muP and at least 0.7 without.
+    1/2; measured are at most 0.05 with muP and at least 0.87 without.
 
-    Logits start from a sum of random signs, with slope -1/2 under muP, and are not compared there.
+    Logits start as sums of random signs, with slope -1/2 under muP, and may rise from there to 0.
     """
     run = make_run("widths", CHANGES)
     arguments = [str(run.file), "--widths", "32,64,128,256", "--steps", "4", "--out", str(tmp_path)]
     assert ladder.main(["coordinate-check", *arguments]) == 0
     found = json.loads((tmp_path / "coordinate-check.json").read_text())
-    print(found["slopes"])
     for kind, slopes in found["slopes"]["mup"].items():
-        assert abs(slopes[-1]) < 0.3 or kind == "logits", (kind, slopes)
+        assert abs(slopes[-1]) < 0.15 or (kind == "logits" and -0.6 < slopes[-1] < 0.15), (kind, slopes)
     for kind, slopes in found["slopes"]["standard"].items():
         assert slopes[-1] > 0.5, (kind, slopes)
     figure = (tmp_path / "coordinate-check.svg").read_text()

@@ -7,7 +7,7 @@ those of the model times a factor, rounded once to the dtype in which they are r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import frexp
 
 import torch
@@ -19,17 +19,11 @@ from llama_ds.layout.mup import inverse_width, scores_factor
 from llama_ds.layout.weights import FINAL_NORM, QUERY, QUERY_NORM, bias_of
 
 
-@dataclass(frozen=True)
 class Scaled:
     """A stored weight times a factor."""
 
-    stored: Readable
-    factor: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the weight."""
-        return self.stored.shape
+    def __init__(self, stored: Readable, factor: float) -> None:
+        self.stored, self.factor, self.shape = stored, factor, stored.shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,9 +69,7 @@ def folded(files: ModelFiles) -> ModelFiles:
 
 
 def _scaled(weight: Readable, factor: float) -> Readable:
-    if factor == 1:
-        return weight
-    return Scaled(weight, factor)
+    return weight if factor == 1 else Scaled(weight, factor)
 
 
 def exactly_folded(model: ModelConfig, dtype: str) -> bool:
