@@ -18,7 +18,8 @@ from llama_ds.config.declare import (
     Key,
     Section,
 )
-from llama_ds.config.schema_data import DataConfig, MixtureStage, SkipConfig, SourceConfig
+from llama_ds.config.schema_data import BatchStage, DataConfig, MixtureStage, SkipConfig, SourceConfig
+from llama_ds.config.schema_mup import MupConfig
 from llama_ds.config.schema_operation import CheckpointConfig, EvaluationConfig, LoggingConfig
 from llama_ds.config.schema_parallel import ParallelConfig
 from llama_ds.config.schema_rope import RopeScaling
@@ -29,8 +30,8 @@ from llama_ds.config.section_rules import (
 from llama_ds.errors import shortened
 
 __all__ = [
-    "CheckpointConfig", "ComputeConfig", "DataConfig", "EvaluationConfig", "LoggingConfig",
-    "MixtureStage", "ModelConfig", "OptimizerConfig", "ParallelConfig", "RopeScaling",
+    "BatchStage", "CheckpointConfig", "ComputeConfig", "DataConfig", "EvaluationConfig", "LoggingConfig",
+    "MixtureStage", "ModelConfig", "MupConfig", "OptimizerConfig", "ParallelConfig", "RopeScaling",
     "RunConfig", "SkipConfig", "SourceConfig", "TrainingConfig",
 ]  # fmt: skip
 
@@ -89,6 +90,10 @@ class ModelConfig(Section):
     qk_norm: Annotated[
         bool, Key("Whether each head's queries and keys pass an RMS norm before the rotation (Qwen3).")
     ] = False
+    mup: Annotated[
+        MupConfig | None,
+        Key("Maximal update parametrization, with which learning rates suit models of other widths; null: none."),
+    ] = None
 
     def check(self) -> None:
         check_model(self)
@@ -173,6 +178,13 @@ class TrainingConfig(Section):
             most=1e3,
         ),
     ] = 0.02
+    batch_stages: Annotated[
+        tuple[BatchStage, ...],
+        Key(
+            "First steps with smaller batches, in their order; `global_batch` is that of the steps after them. The "
+            "resolved run has that as a last stage."
+        ),
+    ] = ()
 
 
 @dataclass(frozen=True)

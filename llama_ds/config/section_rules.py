@@ -72,7 +72,24 @@ def check_model(model: ModelConfig) -> None:
         raise model.broken("model.head_dim = 2 has one frequency, which rope_type dynamic keeps; use 4 or more")
     if kind == "yarn" and model.rope_theta <= 1:
         raise model.broken(f"model.rope_theta = {model.rope_theta} is not above 1, as rope_type yarn requires")
+    _check_mup(model)
 
+
+def _check_mup(model: ModelConfig) -> None:
+    """Refuse a base that is so far from the model that one of the two must be a mistake."""
+    if model.mup is None:
+        return
+    for key, own in (("base_width", "hidden_size"), ("base_head_dim", "head_dim")):
+        base, size = getattr(model.mup, key), getattr(model, own)
+        if base is not None and not size <= MUP_MOST * base <= MUP_MOST**2 * size:
+            raise model.broken(
+                f"model.mup.{key} = {base} is the {own} of the model on which hyperparameters were tuned, and not "
+                f"within a factor of {MUP_MOST} of model.{own} = {size}; use {-(-size // MUP_MOST)} to "
+                f"{size * MUP_MOST}"
+            )
+
+
+MUP_MOST = 256  # largest ratio of a size to that of the base model
 
 # Muon's keys, and the values that they have with another optimizer.
 WITHOUT_MUON = {"muon_lr": None, "momentum": 0.95, "nesterov": True, "muon_scale": "moonlight"}

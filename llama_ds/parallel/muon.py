@@ -82,7 +82,8 @@ class Muon(torch.optim.AdamW):
         self._place: tuple[Layout, int, dist.ProcessGroup | None] | None = None
         for group in self.param_groups:
             if group.get("muon"):
-                group["lr_factor"] = (settings.muon_lr or settings.lr) / settings.lr
+                own = (settings.muon_lr or settings.lr) / settings.lr
+                group["lr_factor"] = own * group.get("lr_factor", 1.0)
 
     def attach(self, engine: Any, model: ModelConfig, layout: Layout) -> None:
         """Learn from DeepSpeed's `engine` where the elements of each matrix are. Collective."""

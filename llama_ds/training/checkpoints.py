@@ -17,6 +17,7 @@ from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, Description
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
+from llama_ds.config.batch_stages import tokens_before
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.rules import NONFINITE
 from llama_ds.config.run_file import resolved
@@ -262,7 +263,7 @@ class Checkpoints:
         snapshot = self.snapshot(engine, step)
         description = Description(
             step=step,
-            tokens=step * self.layout.global_batch * self.run.data.seq_len,
+            tokens=tokens_before(self.run, step),
             zero_stage=self.run.zero_stage,
             dtype=self.dtype,
             layout=self.layout.as_data(),

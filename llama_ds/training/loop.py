@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from llama_ds.config.row_stages import stage_steps
+from llama_ds.config.row_stages import stage_steps, stages_key
 from llama_ds.config.schema import RunConfig
 from llama_ds.job.heartbeat import Progress
 from llama_ds.job.requests import Request, Requests
@@ -50,20 +50,20 @@ def train(
     requests: Requests,
     check_lock: Callable[[], None],
 ) -> Request:
-    """Train the stages of `run` (`data.stages`), from its newest checkpoint or its seed to its last step. Collective.
+    """Train the stages of `run` (`stages_key`), from its newest checkpoint or its seed to its last step. Collective.
 
     The engine of a stage resumes from the checkpoint at the end of the stage before it, as after a restart. Arguments,
     result and errors are those of `train_stage`.
     """
     while True:
         engines = ExitStack()  # not a `with`: after an error, the ranks of a job that fails close no groups
-        if run.data.stages:
+        if stages_key(run):
             engines.enter_context(engines_undone())
         ended, done = train_stage(run, layout, config, rank_info, progress, requests, check_lock)
         if ended or done >= last_step(run):
             return ended
         engines.close()
-        logger.info("step %d ends a stage of data.stages; the next one starts from its checkpoint", done)
+        logger.info("step %d ends a stage of %s; the next one starts from its checkpoint", done, stages_key(run))
         progress.enter(Phase.LOADING)
 
 
@@ -94,7 +94,7 @@ def train_stage(
     run = with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     chosen = checkpoints.choose()
-    if run.data.stages:
+    if stages_key(run):
         run, layout, config = world.together(lambda: stage_setup(run, chosen, layout.world, device))
     run = with_cp_method(run, hosts, dtype)
     checkpoints.run, checkpoints.layout = run, layout

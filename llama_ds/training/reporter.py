@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from llama_ds.config.batch_stages import tokens_before
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import Divergence
 from llama_ds.evaluation.evaluate import TaskResult, in_words, metrics_of
@@ -116,8 +117,7 @@ class Reporter:
     def tasks(self, step: int, results: Sequence[TaskResult]) -> None:
         """Report the accuracies of benchmarks, with their standard errors and the shares of the right choices."""
         if self._log:
-            tokens = step * self._run.training.global_batch * self._run.data.seq_len
-            values = {"step": step, "tasks_tokens": tokens, **metrics_of(results)}
+            values = {"step": step, "tasks_tokens": tokens_before(self._run, step), **metrics_of(results)}
             self._log.record(values)
             self._log.print_line(f"step {step} | {in_words(results)}")
 

@@ -15,6 +15,7 @@ from llama_ds.config.schema import (
     ComputeConfig,
     DataConfig,
     ModelConfig,
+    MupConfig,
     OptimizerConfig,
     ParallelConfig,
     RopeScaling,
@@ -67,6 +68,7 @@ class Case:
     hpz: int = 1  # ranks over which ZeRO-3 keeps a second copy of the weights
     # All that LLaMA does not have: biases, norms of queries and keys, scaled rotary frequencies.
     neighbour: bool = False
+    mup: int = 0  # width of the base model, whose heads are of size 2; 0: no muP
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
     cp: int = 1
     cp_method: str = "auto"
@@ -100,6 +102,7 @@ class Case:
             layers=self.layers,
             vocab=self.vocab,
             neighbour=self.neighbour,
+            mup=self.mup,
             muon=self.muon,
             kv_heads=self.kv_heads,
         )
@@ -120,6 +123,7 @@ def run_of(case: Case) -> RunConfig:
         num_key_value_heads=case.kv_heads,
         head_dim=8,
         tie_word_embeddings=case.tied,
+        mup=MupConfig(case.mup, 2) if case.mup else None,
         **(NEIGHBOUR if case.neighbour else {}),
     )
     return RunConfig(
@@ -211,14 +215,17 @@ def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, lis
     of every weight by kind, in the order of the weight table).
     """
     run, model = case.run, reference_model(case)
-    hidden = [p for name, p in model.named_parameters() if "_proj.weight" in name] if case.muon else []
-    muon = PlainMuon(hidden, run.optimizer)
-    matrices = [p for p in model.parameters() if p.dim() == 2 and p not in muon.momenta]
+    hidden = [p for name, p in model.named_parameters() if "_proj.weight" in name]
+    muon = PlainMuon(hidden if case.muon else [], run.optimizer, run.model)
+    wider = run.model.hidden_size / case.mup if case.mup else 1.0
+    decay, by_adamw = run.optimizer.weight_decay, [p for p in hidden if not case.muon]
     groups = [
-        {"params": matrices, "weight_decay": run.optimizer.weight_decay},
+        {"params": by_adamw, "weight_decay": decay * wider, "factor": 1 / wider},
+        {"params": [p for p in model.parameters() if p.dim() == 2 and p not in set(hidden)], "weight_decay": decay},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps)
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps / wider)
     history = []
     for step in range(STEPS):
         loss = model(*ids_and_labels(global_rows(step, case.vocab), torch.device("cpu")))
@@ -230,7 +237,7 @@ def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, lis
         norms = {"gradient": [float(p.grad.norm()) for p in ordered if p.grad is not None]}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.optimizer, STEPS)
+            group["lr"] = learning_rate(step, run.optimizer, STEPS) * group.get("factor", 1.0)
         optimizer.step()
         muon.step(learning_rate(step, run.optimizer, STEPS))
         with torch.no_grad():

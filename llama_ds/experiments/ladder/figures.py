@@ -21,18 +21,40 @@ WINDOW = 0.02  # share of a run that one point of its smoothed curve averages
 
 def draw(paint: Callable[[Axes], None], title: str, across: str, up: str) -> str:
     """Return the SVG of one panel; the same numbers give the same text."""
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-        axes = figure.add_subplot()
+
+    def titled(axes: Axes) -> None:
         paint(axes)
         axes.set(title=title, xlabel=across, ylabel=up)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=9)
+
+    return draw_panels([[titled]], (7.2, 4.4))
+
+
+def draw_panels(
+    rows: Sequence[Sequence[Callable[[Axes], None]]], size: tuple[float, float] = (3.6, 3.0), share: str = "none"
+) -> str:
+    """Return the SVG of a grid of panels of `size` inches; the same numbers give the same text.
+
+    `share`: which panels have one y axis: those of a "row", those of a column ("col"), or "none".
+    """
+    columns = len(rows[0])
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(size[0] * columns, size[1] * len(rows)), layout="constrained")
+        grid = figure.subplots(len(rows), columns, squeeze=False, sharey=share)  # type: ignore[call-overload]
+        for paint, axes in zip((paint for row in rows for paint in row), grid.flat, strict=True):
+            paint(axes)
+            axes.grid(alpha=0.25)
+            axes.spines[["top", "right"]].set_visible(False)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(frameon=False, fontsize=9)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
+
+
+def gradation(count: int) -> list[str]:
+    """Return colors of increasing darkness."""
+    levels = np.linspace(0.35, 1.0, count)
+    return [matplotlib.colors.to_hex(matplotlib.colormaps["Blues"](level)) for level in levels]
 
 
 def size_name(parameters: float) -> str:

@@ -59,6 +59,8 @@ def plan(ladder: Ladder) -> list[Rung]:
         UserError: a size has no valid layout, a budget is below one batch, two runs have one name, or the runs are too
             few for a prediction.
     """
+    if load_run(ladder.base).training.batch_stages:
+        raise UserError(f"{ladder.base}: the runs of a ladder have one batch each; leave training.batch_stages out")
     budgets = ladder.budget[1]
     values: tuple[float | None, ...] = ladder.sweep.values if ladder.sweep else (None,)
     cells = [(depth, budget, False) for depth in ladder.depths for budget in budgets]

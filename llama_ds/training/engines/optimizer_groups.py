@@ -10,8 +10,9 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
-from llama_ds.config.schema import OptimizerConfig, RunConfig
+from llama_ds.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.mup import inverse_width, rate_factor
 from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.weights import Role, weight_of
 from llama_ds.model.weight_gradients import WeightGradients
@@ -22,27 +23,32 @@ REPLICATED = "norms"  # and the biases that are added to the residual stream
 SHARDED = "biases"
 
 
-def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
+def decay_groups(
+    module: nn.Module, settings: OptimizerConfig, model: ModelConfig, name: str = ""
+) -> list[dict[str, Any]]:
     """Return the optimizer groups of a module: matrices with weight decay, norm weights and biases without.
 
     Weights of a group have the same kinds of state, because each state is one flat buffer for the group, and are all
-    replicated over tensor-parallel ranks or all sharded, because the gradient norm counts the former once.
+    replicated over tensor-parallel ranks or all sharded, because the gradient norm counts the former once. Under muP
+    their learning rates also have one factor.
     """
-    states, groups = states_of(settings.name), dict[tuple[str, tuple[str, ...], bool], list[nn.Parameter]]()
+    states, groups = states_of(settings.name), dict[tuple[str, tuple[str, ...], bool, float], list[nn.Parameter]]()
     for parameter_name, parameter in module.named_parameters():
         weight = weight_of(parameter_name)
         label = MATRICES if weight.decays else REPLICATED if weight.cut is None else SHARDED
         by_muon = settings.name == "muon" and weight.role is Role.HIDDEN_MATRIX
-        groups.setdefault((label, states.kinds(weight.role), by_muon), []).append(parameter)
+        rate = rate_factor(weight.role, model, settings)
+        groups.setdefault((label, states.kinds(weight.role), by_muon, rate), []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": settings.weight_decay * (label == MATRICES),
+            "weight_decay": settings.weight_decay * (label == MATRICES) / rate,
             "name": name + label,
             **({"muon": True} if by_muon else {}),
+            **({"lr_factor": rate, "eps": settings.eps * inverse_width(model)} if inverse_width(model) != 1 else {}),
         }
         for label in (MATRICES, REPLICATED, SHARDED)
-        for (found, _, by_muon), parameters in groups.items()
+        for (found, _, by_muon, rate), parameters in groups.items()
         if found == label
     ]
 

@@ -35,7 +35,8 @@ def build_pipelined(
     module = LlamaPipeline(run, layout, schedule.placement, parts.context, parts.loss, parts.policies)
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
-    groups = [group for name, layer in _named_layers(module) for group in decay_groups(layer, run.optimizer, name)]
+    layers = _named_layers(module)
+    groups = [group for name, layer in layers for group in decay_groups(layer, run.optimizer, run.model, name)]
     optimizer = build_optimizer(groups, run.optimizer, config) if trains else None
     freeze_imports()
     rows = (layout.micro_batch, run.data.seq_len)

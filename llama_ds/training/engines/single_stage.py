@@ -51,7 +51,9 @@ def build_single_stage(
     if run.logging.check_finite:
         check_layers(enumerate(module.layers), run.model.num_hidden_layers)
     updates = trains or run.zero_stage == 3  # where the optimizer holds what the layers are gathered from
-    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config) if updates else None
+    optimizer = (
+        build_optimizer(decay_groups(module, run.optimizer, run.model), run.optimizer, config) if updates else None
+    )
     if not updates:  # ZeRO-1 and 2 cut the states of an optimizer
         config = config | {"zero_optimization": {"stage": 0}}
     freeze_imports()

@@ -34,7 +34,7 @@ def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: L
     module = LlamaPipeline(run, layout, schedule_of(run, layout).placement, parts.context, parts.loss, parts.policies)
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
-    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
+    optimizer = build_optimizer(decay_groups(module, run.optimizer, run.model), run.optimizer, config)
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # the module brings its grid
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)

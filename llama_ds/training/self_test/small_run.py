@@ -2,8 +2,8 @@
 
 Kept are the axes and their ranks, the schedule, stages and chunks, save policies, ZeRO and dtypes, the ratio of query
 to key-value heads, the size of a head (kernels depend on it), biases, norms of heads, rotary scaling, tied embeddings,
-masks, the optimizer's kind and z-loss. Only numbers shrink: layers of a stage, heads, widths, vocabulary, tokens, rows
-and micro-batches.
+masks, the optimizer's kind, muP and z-loss. Only numbers shrink: layers of a stage, heads, widths, vocabulary, tokens,
+rows and micro-batches.
 """
 
 from __future__ import annotations
@@ -195,6 +195,8 @@ def _small_model(run: RunConfig, tp: int, layers: int, seq_len: int) -> ModelCon
         num_attention_heads=groups * (model.num_attention_heads // model.num_key_value_heads),
         num_key_value_heads=groups,
         rope_scaling=scaling,
+        mup=model.mup
+        and replace(model.mup, base_width=max(1, HIDDEN_SIZE * model.mup.base_width // model.hidden_size)),
     )
 
 
