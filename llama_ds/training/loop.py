@@ -10,6 +10,7 @@ from llama_ds.config.row_stages import stage_steps
 from llama_ds.config.schema import RunConfig
 from llama_ds.job.heartbeat import Progress
 from llama_ds.job.requests import Request, Requests
+from llama_ds.job.run_end import RunEnd
 from llama_ds.job.wire import Phase
 from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
@@ -121,6 +122,8 @@ def train_stage(
             else None
         )
     )
+    if log:
+        requests.before_end(log.close_boards)
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
     interruptions = Interruptions(run.checkpoint, device, requests)
     stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)
@@ -173,7 +176,7 @@ def train_stage(
     recording.close()
     checkpoints.close()
     report.notes(checkpoints.news())
-    report.close()
+    report.close(RunEnd.INTERRUPTED if ended or last < final else RunEnd.FINISHED)
     feed.close()
     interruptions.close()
     if ended:

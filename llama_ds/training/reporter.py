@@ -16,6 +16,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.errors import Divergence
 from llama_ds.evaluation.evaluate import TaskResult, in_words, metrics_of
 from llama_ds.job.heartbeat import Progress
+from llama_ds.job.run_end import RunEnd
 from llama_ds.training.engines.interface import Engine, StepResult
 from llama_ds.training.meter import Meter, StepMetrics
 from llama_ds.training.norm_lines import NormLines, plotted
@@ -127,10 +128,10 @@ class Reporter:
             for line in lines:
                 self._log.print_line(line)
 
-    def close(self) -> None:
-        """Close files and the progress bar."""
+    def close(self, end: RunEnd) -> None:
+        """Close files and the progress bar; tell boards how the run ends."""
         if self._log:
-            self._log.close()
+            self._log.close(end)
 
 
 def console_line(metrics: StepMetrics, total: int) -> str:

@@ -15,7 +15,9 @@ from llama_ds.config.run_file import dump
 from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.run_end import RunEnd
 from llama_ds.log import console_is_gone, logger
+from llama_ds.training.boards.background import close_boards
 from llama_ds.training.boards.opening import open_boards
 
 DEEPSPEED = "deepspeed.json"  # the merged configuration, as the engine received it
@@ -62,13 +64,16 @@ class RunLog:
         """Move the progress bar to `step`."""
         self._bar.update(step - self._bar.n)
 
-    def close(self) -> None:
-        """Close the files and the bar."""
+    def close(self, end: RunEnd) -> None:
+        """Close the files and the bar, and the boards in the state `end`."""
         self._bar.close()
         with suppress(OSError):  # `record` has warned of a full disk
             self._file.close()
-        for board in self._boards:
-            board.close()
+        self.close_boards(end)
+
+    def close_boards(self, end: RunEnd) -> None:
+        """Close the boards in the state `end`; from any thread, and once."""
+        close_boards(self._boards, end)
 
 
 def open_run_log(

@@ -17,6 +17,7 @@ import torch
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import Divergence
 from llama_ds.job.heartbeat import Progress
+from llama_ds.job.run_end import RunEnd
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
@@ -46,7 +47,7 @@ def test_a_console_that_is_gone_ends_no_run(error: str, tmp_path: Path, monkeypa
     finally:
         os.dup2(saved, 1)
         os.close(saved)
-        log.close()
+        log.close(RunEnd.FINISHED)
 
 
 def report(folder: Path, device: str, *overrides: str) -> Reporter:
@@ -155,7 +156,7 @@ def test_a_resumed_run_writes_later_steps_anew(tmp_path: Path) -> None:
     reporter = report(tmp_path, "cpu")
     for step in (1, 2, 3):
         step_done(reporter, step)
-    reporter.close()
+    reporter.close(RunEnd.FINISHED)
     _, log = open_log(tmp_path, first=2)
-    log.close()
+    log.close(RunEnd.FINISHED)
     assert reported(tmp_path) == [1, 2]

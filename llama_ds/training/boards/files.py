@@ -6,6 +6,8 @@ import csv
 import os
 from collections.abc import Mapping
 
+from llama_ds.job.run_end import RunEnd
+
 
 class TensorBoardFiles:
     """Event files for TensorBoard."""
@@ -19,7 +21,7 @@ class TensorBoardFiles:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         self._writer.close()
 
 
@@ -39,7 +41,7 @@ class CsvFile:
     def add(self, step: int, values: Mapping[str, float]) -> None:
         self._writer.writerows((step, name, value) for name, value in values.items())
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         self._file.close()
 
 

@@ -14,6 +14,8 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+from llama_ds.job.run_end import RunEnd
+
 TIMEOUT_S = 10.0  # for a client that sends no request
 
 
@@ -35,7 +37,7 @@ class PrometheusMetrics:
                 file.write(self._text)
             os.replace(self._textfile + ".tmp", self._textfile)
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         """Stop serving and remove the file: values of a run that has ended are not current."""
         if self._server:
             self._server.shutdown()
