@@ -25,7 +25,7 @@ PHASES = {  # in the order of reports, with their meaning
     DATA_WAIT: "steps wait for data (data_wait_s of metrics.jsonl)",
     "saving": "checkpoints, as far as they block the training",
     "evaluating": "validation loss",
-    "tasks": "benchmarks during the run",
+    "tasks": "benchmarks and samples during the run",
     "ending": "from the last step to the exit",
     LOST: "steps that were computed again after a restart, and the unfinished step of a failure",
     DETECT: "from the last sign of life of the failed rank until the ranks are ended",

@@ -285,7 +285,8 @@ def failing_together(
     group would hang once its peers have exited. A rank without an error runs to the end of its program and then skips
     the interpreter's shutdown (`_end_at_once`) with the code that it has set in the yielded object.
 
-    `tell` is called first with the failure's kind ("echo" if another rank failed before) and text, `close_outputs` last.
+    `tell` is called first, with the failure's kind ("echo" if another rank failed before) and text, and
+    `close_outputs` last.
     """
     end = ProgramEnd()
     try:

@@ -27,6 +27,7 @@ from llama_ds.training.meter import Meter
 from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
+from llama_ds.training.samples import Samples
 from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import (
     load_state,
@@ -103,6 +104,7 @@ def train_stage(
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
     tasks = world.together(lambda: TaskEvaluation(run, layout, data.sources.tokenizer))
+    samples = world.together(lambda: Samples(run, layout, data.sources.tokenizer))
     end_if_asked(requests, device)
     self_test_at_start(run, layout, dtype, marks, rank_info, device)
     end_if_asked(requests, device)
@@ -151,16 +153,19 @@ def train_stage(
             ends = done == last or request >= Request.END
             evaluates = bool(validation) and (done == last or _due(done, run.evaluation.interval))
             tests = tasks.due(done, done == final)
+            continues = samples.due(done, done == final)
             saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             report.step_done(done, lr, result, last=ends)
             replicas.after_step(done, saves)
-            if recorded or evaluates or tests or saves:
+            if recorded or evaluates or tests or continues or saves:
                 report.flush()
                 if evaluates:
                     progress.enter(Phase.EVALUATING)
                     report.validation(done, engine.evaluate(validation, len(validation)))
                 if tests:
                     report.tasks(done, tasks.results(engine, progress))
+                if continues:
+                    report.samples(done, samples.generate(engine, progress))
                 if saves:
                     progress.enter(Phase.SAVING)
                     checkpoints.save(engine.deepspeed, done, data.state.as_json())

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from llama_ds.config.schema import RunConfig
-from llama_ds.errors import Divergence
+from llama_ds.errors import Divergence, shortened
 from llama_ds.evaluation.evaluate import TaskResult, in_words, metrics_of
 from llama_ds.job.heartbeat import Progress
 from llama_ds.job.run_end import RunEnd
@@ -21,6 +21,7 @@ from llama_ds.training.engines.interface import Engine, StepResult
 from llama_ds.training.meter import Meter, StepMetrics
 from llama_ds.training.norm_lines import NormLines, plotted
 from llama_ds.training.run_log import RunLog
+from llama_ds.training.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,13 @@ class Reporter:
             values = {"step": step, "tasks_tokens": tokens, **metrics_of(results)}
             self._log.record(values)
             self._log.print_line(f"step {step} | {in_words(results)}")
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Report continuations of prompts."""
+        if self._log:
+            self._log.record_samples(step, samples)
+            for one in samples:
+                self._log.print_line(f"step {step} | {shortened(repr(one.prompt))} -> {shortened(repr(one.text))}")
 
     def consumed(self, step: int, sources: dict[str, tuple[int, float]]) -> None:
         """Report how much of each source has been read: (rows, epochs) by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
@@ -23,6 +24,7 @@ from llama_ds.training.boards.files import CsvFile, TensorBoardFiles
 from llama_ds.training.boards.prometheus import PrometheusMetrics, exposition
 from llama_ds.training.boards.services import ServiceRun
 from llama_ds.training.run_log import open_run_log
+from llama_ds.training.samples import Sample
 
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "ds_configs" / "quickstart.yaml")
 
@@ -58,6 +60,28 @@ def test_steps_after_a_resume_appear_once_with_their_new_values(kind: Any, point
             with open(path, "a") as file:
                 file.write("1,lo")  # cut off by a kill
     assert points(path) == [(1, 4.0), (2, 2.5), (3, 1.5)]
+
+
+def test_texts_go_to_boards_that_take_them(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    boards = f"[{{name: tensorboard}}, {{name: csv}}, {{name: prometheus, textfile: {tmp_path}/run.prom}}]"
+    run = load_run(QUICKSTART, [f"output_dir={tmp_path}", "name=texts", f"logging.boards={boards}"])
+    folder = tmp_path / "texts"
+    log = open_run_log(run, 0)
+    log.record_samples(2, [Sample("def f(x):\n", "    return x\n"), Sample("", "é")])
+    log.record_samples(4, [Sample("def f(x):\n", "    pass\n")])
+    log.close(RunEnd.FINISHED)
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    (text, _) = (event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/1/text_summary"))
+    assert text == "    def f(x):\n        return x"
+    assert (folder / "metrics.csv").read_text().splitlines() == ["step,name,value"]
+    open_run_log(run, 3).close(RunEnd.FINISHED)  # resumes before the last samples
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"], line["text"]) for line in lines] == [
+        *((2, "def f(x):\n", "    return x\n"), (2, "", "é"))
+    ]
 
 
 def test_prometheus_serves_the_last_values(tmp_path: Path) -> None:

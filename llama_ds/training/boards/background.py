@@ -18,11 +18,19 @@ REOPEN_S = 60.0  # delay before a board that could not be opened is tried again
 CLOSE_S = 30.0  # time at the end of a run for its boards to take what waits
 
 
-class Board(Protocol):
-    """Receives the numbers of every line of metrics.jsonl; any exception means that these numbers are lost."""
+Values = Mapping[str, float] | Mapping[str, str]
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Show `values`, by name, at `step`."""
+
+def numbers(values: Values) -> dict[str, float]:
+    """Return the values that are numbers."""
+    return {name: value for name, value in values.items() if not isinstance(value, str)}
+
+
+class Board(Protocol):
+    """Receives the numbers of every line of metrics.jsonl, and texts; any exception means that these are lost."""
+
+    def add(self, step: int, values: Values) -> None:
+        """Show `values`, by name, at `step`; a board that takes no texts leaves them out."""
 
     def close(self, end: RunEnd) -> None:
         """Flush and close; `end` says how the run ends."""
@@ -33,7 +41,7 @@ class BackgroundBoard:
 
     def __init__(self, name: str, open_board: Callable[[], Board]) -> None:
         self._name, self._open = name, open_board
-        self._waiting: Queue[tuple[int, Mapping[str, float]] | RunEnd] = Queue(MAX_WAITING)
+        self._waiting: Queue[tuple[int, Values] | RunEnd] = Queue(MAX_WAITING)
         self._ending = False
         self._refused = self._lost = 0  # values; each is counted by one thread
         self._warned = False
@@ -41,7 +49,7 @@ class BackgroundBoard:
         self._thread.start()
         atexit.register(close_boards, (self,), RunEnd.FAILED)  # for a program that ends without it
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
+    def add(self, step: int, values: Values) -> None:
         """Hand over `values` and return at once."""
         try:
             self._waiting.put_nowait((step, values))

@@ -15,7 +15,7 @@ from typing import Any
 from llama_ds.config.boards import BoardConfig
 from llama_ds.job.run_end import RunEnd
 from llama_ds.log import logger
-from llama_ds.training.boards.background import CLOSE_S
+from llama_ds.training.boards.background import CLOSE_S, Values, numbers
 
 PROJECT = "llama_ds"
 MAX_PARAMS = 100  # limit of one request to MLflow
@@ -82,7 +82,7 @@ class WandbRun:
         )
         service.write(service.held)
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
+    def add(self, step: int, values: Values) -> None:
         if step > self._service.held:
             if step > self._step:  # wandb sends the values of a step when the next one begins
                 self._service.write(self._step)
@@ -122,14 +122,15 @@ class MlflowRun:
             self._client.log_batch(run, params=params[begin : begin + MAX_PARAMS])
         return run
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
+    def add(self, step: int, values: Values) -> None:
         from mlflow.entities import Metric
 
         if step > self._service.held:
             now = int(time.time() * 1000)
-            metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
-            self._client.log_batch(self._service.id, metrics=metrics)
-            self._service.write(step)
+            metrics = [Metric(key, float(value), now, step) for key, value in numbers(values).items()]
+            if metrics:
+                self._client.log_batch(self._service.id, metrics=metrics)
+                self._service.write(step)
 
     def close(self, end: RunEnd) -> None:
         self._client.set_terminated(self._service.id, MLFLOW_STATES[end])
