@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ds.config.run_file import load_run
-from llama_ds.job.requests import Requests, Stage
+from llama_ds.job import requests
 from llama_ds.job.run_end import RunEnd
 from llama_ds.log import logger
 from llama_ds.parallel import world
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE = "{name: wandb, offline: true, project: p}, {name: mlflow, project: p}"
 LOSSES = [(1, 4.0), (2, 3.0), (3, 2.0), (4, 1.0)]
+PATIENCE_S = 300.0  # a machine under load imports mlflow for a minute
 BLOCK, HEADER = 32768, struct.Struct("<IHB")  # LevelDB's log format, in which W&B writes
 
 
@@ -48,10 +49,10 @@ def write(folder: Path, boards: str, first: int, reports: list[dict[str, Any]]) 
 
 def fail(folder: Path) -> None:
     """Write a start of a run that fails, as train.py does, in a process of its own; it does not return."""
-    requests = Requests()
-    with world.failing_together(close_outputs=requests.close_outputs):
-        requests.before_end(started(folder, OFFLINE, 3, [{"step": 4, "loss": 1.0}]).close_boards)
-        requests.enter(Stage.TOGETHER)
+    requests.CLOSE_S = background.CLOSE_S = PATIENCE_S
+    own = requests.Requests()
+    with world.failing_together(close_outputs=own.close_outputs):
+        own.before_end(started(folder, OFFLINE, 3, [{"step": 4, "loss": 1.0}]).close_boards)
         raise RuntimeError("as a rank fails")
 
 
@@ -148,7 +149,7 @@ def without_servers(folder: Path) -> float:
 def main() -> None:
     """Check all boards."""
     os.environ |= {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    background.CLOSE_S = 300.0  # a machine under load imports mlflow for a minute
+    background.CLOSE_S = PATIENCE_S
     with tempfile.TemporaryDirectory() as text:
         folder, run = Path(text), Path(text) / "run"
         write(folder, OFFLINE, 0, [{"step": n, "loss": 5.0 - n} for n in (1, 2, 3)] + [{"step": 3, "val_loss": 2.5}])
