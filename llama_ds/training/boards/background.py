@@ -66,7 +66,8 @@ class BackgroundBoard:
                 break
             except Full:  # make place: it is slow, or hangs
                 with suppress(Empty):
-                    self._refused += len(self._waiting.get_nowait()[1])
+                    report = self._waiting.get_nowait()
+                    self._refused += 0 if isinstance(report, RunEnd) else len(report[1])
         return first
 
     def wait_for_end(self, seconds: float) -> None:
