@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from statistics import median
 from typing import Any
@@ -37,6 +37,7 @@ NO_PANEL_OF = ("tasks_stderr/", "tasks_share/")
 TASK = "tasks/"
 NORM_KINDS = ("gradient", "update", "weight")
 WINDOW_S, HALF_LIFE_S = 86400.0, 7 * 86400.0  # as in `tools/launch.py report`
+MAX_EVENTS = 1000  # of a run on the page
 MAX_SAMPLES = 400  # lines of samples on the page, evenly over the run
 
 
@@ -54,7 +55,7 @@ def page_data(runs: Sequence[Records], power_w: float | None = None) -> dict[str
         "goodput": [_goodput(run, found) for run, found in accounts if found],
         "differences": setting_differences(runs),
         "norms": [_norms(run) for run in runs if run.norms],
-        "events": [_event(run, event) for run in runs for event in run.events if event.get("event") != "progress"],
+        "events": [row for run in runs for row in _events(run)],
     }
 
 
@@ -259,13 +260,22 @@ def setting_differences(runs: Sequence[Records]) -> list[list[str]]:
     return rows
 
 
-def _event(run: Records, event: Any) -> dict[str, Any]:
-    what = str(event.get("event", ""))
+def _events(run: Records) -> list[dict[str, Any]]:
+    """Return the events of a run's jobs and its warnings by time; of very many, the last ones."""
+    found = [event for event in run.events if event.get("event") != "progress"]
+    found += [{**line, "event": "warning", "job": ""} for line in run.warnings]
+    found.sort(key=lambda event: event["time"])
+    left = [{"time": 0, "at": "", "job": "", "text": f"{len(found) - MAX_EVENTS:,} earlier ones are left out"}]
+    return [_event(run, event) for event in [*(left if len(found) > MAX_EVENTS else []), *found[-MAX_EVENTS:]]]
+
+
+def _event(run: Records, event: Mapping[str, Any]) -> dict[str, Any]:
+    time = datetime.fromtimestamp(event["time"], timezone.utc).isoformat(timespec="seconds")
     return {
         "run": run.name,
-        "at": str(event.get("at", event["time"])),
+        "at": str(event.get("at", time)),
         "job": event["job"],
-        "event": what,
+        "event": str(event.get("event", "")),
         "step": event.get("step"),
         "text": str(event.get("text", "")),
     }

@@ -65,7 +65,7 @@ def _rest(data: Mapping[str, Any], names: Sequence[str]) -> list[str]:
             parts.append(_plain_table(("failure", "count", "lost steps", "time"), found["causes"]))
         parts.append(f'<div class="scroll">{found["timeline"]}</div>')
     if data["events"]:
-        parts += ["<h2>Events of jobs</h2>", '<div class="scroll">', _events(data["events"]), "</div>"]
+        parts += ["<h2>Events and warnings</h2>", '<div class="scroll">', _events(data["events"]), "</div>"]
     if data["differences"]:
         rows = [[escape(cell) for cell in row] for row in data["differences"]]
         parts += ["<h2>Settings that differ</h2>", _table(["", *map(escape, names)], rows)]

@@ -146,7 +146,7 @@ def train_stage(
             lr = learning_rate(step, run.optimizer, run.training.steps)
             result = engine.train_step(feed, lr)
             done = step + 1
-            report.notes(stragglers.after_step(done))
+            report.slow_ranks(stragglers.after_step(done))
             recorded = recording.after_step()
             request = interruptions.after_step()
 

@@ -136,6 +136,11 @@ class Reporter:
             for line in lines:
                 self._log.print_line(line)
 
+    def slow_ranks(self, lines: Iterable[str]) -> None:
+        """Report ranks that others wait for."""
+        if self._log:
+            self._log.warn(lines)
+
     def close(self, end: RunEnd) -> None:
         """Close files and the progress bar; tell boards how the run ends."""
         if self._log:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from llama_ds.config.run_file import dump
-from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE, SAMPLES
+from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE, SAMPLES, WARNINGS
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.job.run_end import RunEnd
@@ -23,6 +25,21 @@ from llama_ds.training.boards.opening import open_boards
 from llama_ds.training.samples import Sample
 
 DEEPSPEED = "deepspeed.json"  # the merged configuration, as the engine received it
+
+
+class WarningsFile(logging.Handler):
+    """Writes each warning as a line of warnings.jsonl: step, time in seconds since the epoch, text."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(logging.WARNING)
+        self._path, self.step = path, 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(record.getMessage(), record.created)
+
+    def write(self, text: str, at: float) -> None:
+        with suppress(OSError), open(self._path, "a") as file:  # a full disk: the console has it
+            file.write(json.dumps({"step": self.step, "time": round(at, 3), "text": text}) + "\n")
 
 
 class RunLog:
@@ -37,6 +54,9 @@ class RunLog:
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         steps = run.training.steps
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+        self._warnings = WarningsFile(os.path.join(run.run_dir, WARNINGS))
+        self._warnings.step = first_step
+        logger.addHandler(self._warnings)
         self._boards = open_boards(run, first_step)
 
     def record(self, values: dict[str, Any], plotted: Mapping[str, float] | None = None) -> None:
@@ -44,7 +64,7 @@ class RunLog:
 
         `values` includes the step.
         """
-        step = values["step"]
+        step = self._warnings.step = values["step"]
         try:
             self._file.write(json.dumps(values) + "\n")
         except OSError as error:
@@ -69,6 +89,12 @@ class RunLog:
         """Log what was not written: a full disk does not stop the run."""
         logger.warning("METRICS LOST: step %s: %s (%s); the run continues", step, path, error)
 
+    def warn(self, lines: Iterable[str]) -> None:
+        """Print lines on the console, and write them to warnings.jsonl."""
+        for line in lines:
+            self.print_line(line)
+            self._warnings.write(line, time.time())
+
     def print_line(self, text: str) -> None:
         """Print a line on the console."""
         try:
@@ -89,6 +115,7 @@ class RunLog:
         with suppress(OSError):  # `record` has warned of a full disk
             self._file.close()
         self.close_boards(end)
+        logger.removeHandler(self._warnings)
 
     def close_boards(self, end: RunEnd) -> None:
         """Close the boards in the state `end`; from any thread, and once."""

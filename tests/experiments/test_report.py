@@ -163,7 +163,13 @@ def test_the_page_says_where_the_time_went_and_shows_samples(tmp_path: Path) -> 
     (folder / "jobs" / "0001" / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
     samples = [{"step": n, "prompt": "<b>", "text": f"  {n}\n"} for n in range(1, 1001)]
     (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*samples, {"step": 3, "text": 1}]))
+    slow = [{"step": n, "time": n, "text": f"SLOW: rank {n}"} for n in range(15, 1200)]
+    (folder / "warnings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in slow))
     data = page_data([read_run(str(folder))])
+    assert data["events"][0]["text"] == f"{5 - 1 + 1185 - 1000} earlier ones are left out"
+    assert data["events"][-1] | {"at": ""} == {
+        **{"run": "a", "at": "", "job": "", "event": "warning", "step": 1199, "text": "SLOW: rank 1199"}
+    }
     assert dict(data["runs"][0]["facts"])["Effective training time"] == "40.0% of it"
     (found,) = data["goodput"]
     assert found["phases"][0][:3] == ["training", "0 min 08 s", "40.0%"]

@@ -19,6 +19,7 @@ from llama_ds.errors import Divergence
 from llama_ds.job.heartbeat import Progress
 from llama_ds.job.run_end import RunEnd
 from llama_ds.layout.layout import resolve_layout
+from llama_ds.log import logger
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import RunLog, open_run_log
@@ -150,6 +151,20 @@ def test_a_run_that_diverges_reports_the_step_and_ends(tmp_path: Path) -> None:
     with pytest.raises(Divergence, match="loss is nan at step 1, the run has diverged"):
         step_done(reporter, 2)
     assert reported(tmp_path) == [1]
+
+
+def test_warnings_are_kept_with_their_step(tmp_path: Path) -> None:
+    """Bad shards, stragglers, lost values: a report shows them after the console is gone."""
+    reporter = report(tmp_path, "cpu")
+    step_done(reporter, 1)
+    logger.warning("shard %s is damaged", "x")
+    logger.info("no warning")
+    step_done(reporter, 2)
+    reporter.slow_ranks(["SLOW: rank 3"])
+    reporter.close(RunEnd.FINISHED)
+    logger.warning("of another run")
+    lines = [json.loads(line) for line in (tmp_path / "reported" / "warnings.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["text"]) for line in lines] == [(1, "shard x is damaged"), (2, "SLOW: rank 3")]
 
 
 def test_a_resumed_run_writes_later_steps_anew(tmp_path: Path) -> None:
