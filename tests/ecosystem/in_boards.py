@@ -5,6 +5,7 @@ One start ends by an error. Usage: in_boards.py FOLDER, with the project on PYTH
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import struct
@@ -24,6 +25,7 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.training.boards import background
 from llama_ds.training.run_log import RunLog, open_run_log
+from llama_ds.training.samples import Sample
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -50,9 +52,10 @@ def write(folder: Path, boards: str, first: int, reports: list[dict[str, Any]]) 
 def fail(folder: Path) -> None:
     """Write a start of a run that fails, as train.py does, in a process of its own; it does not return."""
     requests.CLOSE_S = background.CLOSE_S = PATIENCE_S
-    own = requests.Requests()
+    own, log = requests.Requests(), started(folder, OFFLINE, 3, [{"step": 4, "loss": 1.0}])
+    log.record_samples(4, [Sample("one, two,", " three")])
     with world.failing_together(close_outputs=own.close_outputs):
-        own.before_end(started(folder, OFFLINE, 3, [{"step": 4, "loss": 1.0}]).close_boards)
+        own.before_end(log.close_boards)
         raise RuntimeError("as a rank fails")
 
 
@@ -80,9 +83,9 @@ def wandb_records(path: Path) -> Iterator[Any]:
             part = b""
 
 
-def read_wandb(run: Path) -> tuple[set[str], list[tuple[int, float]], list[int]]:
-    """Return the ids of the runs, (step, loss) of the points, and the exit codes, of all starts."""
-    ids, points, codes = set(), [], []
+def read_wandb(run: Path) -> tuple[set[str], list[tuple[int, float]], list[int], list[str]]:
+    """Return the ids of the runs, (step, loss) of the points, the exit codes and the samples, of all starts."""
+    ids, points, codes, texts = set(), [], [], []
     for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
         for record in wandb_records(path):
             if record.HasField("run"):
@@ -92,7 +95,8 @@ def read_wandb(run: Path) -> tuple[set[str], list[tuple[int, float]], list[int]]
             if record.HasField("history"):
                 items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
                 points += [(int(items["_step"]), float(items["loss"]))] if "loss" in items else []
-    return ids, points, codes
+                texts += [json.loads(items["samples/1"])] if "samples/1" in items else []
+    return ids, points, codes, texts
 
 
 def read_mlflow(run: Path) -> tuple[int, list[tuple[int, float]], str, str]:
@@ -157,10 +161,11 @@ def main() -> None:
         check("mlflow of a run that was interrupted", read_mlflow(run)[2], "KILLED")
         failed = subprocess.run([sys.executable, __file__, str(folder), "fail"], timeout=600)
         check("exit code of a run that fails", failed.returncode, 1)
-        ids, points, codes = read_wandb(run)
+        ids, points, codes, texts = read_wandb(run)
         check(f"wandb {version('wandb')}, runs", len(ids), 1)
         check("points of all starts", points, LOSSES)
         check("exit codes of all starts", codes, [255, 255, 1])
+        check("samples", texts, ["one, two, three"])
         found = read_mlflow(run)
         check(f"mlflow {version('mlflow-skinny')}", found, (1, LOSSES, "FAILED", "16"))
         holding = [str(path) for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
