@@ -37,7 +37,7 @@ class Records:
     curves: Mapping[str, Curve]  # by the name that metrics.jsonl gives them
     machines: Sequence[Mapping[str, Any]]  # a line for each start
     events: Sequence[Mapping[str, Any]]  # all jobs' events by time, each with its job's number
-    warnings: Sequence[Mapping[str, Any]]  # of the first rank: step, time, text
+    warnings: Sequence[Mapping[str, Any]]  # what the first rank warned of: step, time, text
     samples: Sequence[Mapping[str, Any]]  # continuations of prompts: step, prompt, text
     norms: Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl that have norms of weights
     damaged: Mapping[str, int]  # lines that could not be read, by file; a last line without its end is no damage

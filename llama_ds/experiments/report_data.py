@@ -37,7 +37,7 @@ NO_PANEL_OF = ("tasks_stderr/", "tasks_share/")
 TASK = "tasks/"
 NORM_KINDS = ("gradient", "update", "weight")
 WINDOW_S, HALF_LIFE_S = 86400.0, 7 * 86400.0  # as in `tools/launch.py report`
-MAX_EVENTS = 1000  # of a run on the page
+MAX_EVENTS = 1000  # largest number of a run on the page
 MAX_SAMPLES = 400  # lines of samples on the page, evenly over the run
 
 

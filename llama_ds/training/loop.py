@@ -27,7 +27,7 @@ from llama_ds.training.meter import Meter
 from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
-from llama_ds.training.samples import Samples
+from llama_ds.training.samples import TrainingSamples
 from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import (
     load_state,
@@ -104,7 +104,7 @@ def train_stage(
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
     tasks = world.together(lambda: TaskEvaluation(run, layout, data.sources.tokenizer))
-    samples = world.together(lambda: Samples(run, layout, data.sources.tokenizer))
+    samples = world.together(lambda: TrainingSamples(run, layout, data.sources.tokenizer))
     end_if_asked(requests, device)
     self_test_at_start(run, layout, dtype, marks, rank_info, device)
     end_if_asked(requests, device)

@@ -27,7 +27,7 @@ class Sample:
     text: str
 
 
-class Samples:
+class TrainingSamples:
     """The prompts of `evaluation.sample_prompts`."""
 
     def __init__(self, run: RunConfig, layout: Layout, tokenizer: Tokenizer) -> None:

@@ -151,7 +151,7 @@ def sweep(runs: Sequence[Measured], key: str) -> str:
         for parameters, budget in cells:
             here = [one for one in runs if (one.rung.parameters, one.rung.budget) == (parameters, budget)]
             losses = {one.rung.value or 0.0: list[float]() for one in here}
-            for one in here:  # of one value there is a run for each seed
+            for one in here:  # each seed has a run of each value
                 losses[one.rung.value or 0.0].append(one.loss)
             found = sorted((value, float(np.mean(each))) for value, each in losses.items())
             (line,) = axes.plot(*np.array(found).T, "-", label=f"{size_name(parameters)}, budget {budget:g}")

@@ -53,7 +53,7 @@ class Ladder:
     batch_exponent: float = 0.0  # rows of a step grow with tokens to this power, from the base's rows and tokens
     lr_exponent: float = -0.5  # the learning rate follows width to this power, from the base's rate and width
     warmup_share: float = 0.1  # warm-up steps / steps
-    ranks: int = 1  # of each run
+    ranks: int = 1  # number of ranks of each run
     hostfile: str = ""  # start by tools/launch.py, side by side on `ranks` slots each; empty: on this machine
     gpu: str = ""  # let the planner choose each layout for this GPU; empty: the base's `parallel`, or the one below
     parallel: dict[str, object] = field(default_factory=dict)
