@@ -270,7 +270,10 @@ def _events(run: Records) -> list[dict[str, Any]]:
 
 
 def _event(run: Records, event: Mapping[str, Any]) -> dict[str, Any]:
-    time = datetime.fromtimestamp(event["time"], timezone.utc).isoformat(timespec="seconds")
+    try:
+        time = datetime.fromtimestamp(event["time"], timezone.utc).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):  # no year has it
+        time = str(event["time"])
     return {
         "run": run.name,
         "at": str(event.get("at", time)),

@@ -129,12 +129,13 @@ class Requests:
 
         It runs in a thread, because a signal may have interrupted the main thread while it held a lock of an output.
         """
-        close, self._close = self._close, None
-        if close:
-            self.enter(Stage.FINISHED)
-            thread = threading.Thread(target=close, args=(end,), name="last outputs", daemon=True)
-            thread.start()
-            thread.join(CLOSE_S)
+        with self._lock:  # whoever comes second waits for the end of the process
+            close, self._close = self._close, None
+            if close:
+                self.enter(Stage.FINISHED)
+                thread = threading.Thread(target=close, args=(end,), name="last outputs", daemon=True)
+                thread.start()
+                thread.join(CLOSE_S)
 
     @property
     def highest(self) -> Request:
