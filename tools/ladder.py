@@ -116,7 +116,7 @@ def plan_ladder(args: argparse.Namespace) -> Answer:
 
 def run_ladder(args: argparse.Namespace) -> Answer:
     """Train what is not finished, and return the losses."""
-    from llama_ds.child_processes import run_child
+    from llama_ds.child_processes import ChildGroup
     from llama_ds.experiments.ladder.execute import execute
     from llama_ds.experiments.ladder.plan import plan, write_plan
     from llama_ds.experiments.ladder.results import losses_text, predict_first, results
@@ -125,17 +125,20 @@ def run_ladder(args: argparse.Namespace) -> Answer:
     rungs = plan(ladder)
     paths = dict(zip((rung.name for rung in rungs), write_plan(ladder, rungs), strict=True))
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ladder.ranks)), **os.environ}
-    for predicted in (False, True):
-        part = [rung for rung in rungs if rung.predicted is predicted]
-        if predicted and part:
-            _say(predict_first(ladder, rungs))
-        execute(
-            ladder,
-            part,
-            [paths[rung.name] for rung in part],
-            lambda words: run_child(words, env=environment, stdout=sys.stderr).returncode,
-            _say,
-        )
+    with ChildGroup() as children:
+
+        def start(words: list[str], log: str) -> int:
+            if not log:
+                return children.run(words, env=environment, stdout=sys.stderr)
+            Path(log).parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "a") as file:
+                return children.run(words, env=environment, stdout=file, stderr=file)
+
+        for predicted in (False, True):
+            part = [rung for rung in rungs if rung.predicted is predicted]
+            if predicted and part:
+                _say(predict_first(ladder, rungs))
+            execute(ladder, part, [paths[rung.name] for rung in part], start, _say)
     return Answer(results(rungs), losses_text(ladder, rungs))
 
 

@@ -10,6 +10,7 @@ from llama_ds.config.row_stages import stage_steps, stages_key
 from llama_ds.config.schema import RunConfig
 from llama_ds.job.heartbeat import Progress
 from llama_ds.job.requests import Request, Requests
+from llama_ds.job.run_end import RunEnd
 from llama_ds.job.wire import Phase
 from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
@@ -26,6 +27,7 @@ from llama_ds.training.meter import Meter
 from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
+from llama_ds.training.samples import TrainingSamples
 from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import (
     load_state,
@@ -102,6 +104,7 @@ def train_stage(
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
     tasks = world.together(lambda: TaskEvaluation(run, layout, data.sources.tokenizer))
+    samples = world.together(lambda: TrainingSamples(run, layout, data.sources.tokenizer))
     end_if_asked(requests, device)
     self_test_at_start(run, layout, dtype, marks, rank_info, device)
     end_if_asked(requests, device)
@@ -121,6 +124,8 @@ def train_stage(
             else None
         )
     )
+    if log:
+        requests.before_end(log.close_boards)
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
     interruptions = Interruptions(run.checkpoint, device, requests)
     stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)
@@ -141,23 +146,26 @@ def train_stage(
             lr = learning_rate(step, run.optimizer, run.training.steps)
             result = engine.train_step(feed, lr)
             done = step + 1
-            report.notes(stragglers.after_step(done))
+            report.slow_ranks(stragglers.after_step(done))
             recorded = recording.after_step()
             request = interruptions.after_step()
 
             ends = done == last or request >= Request.END
             evaluates = validation.due(done, done == last)
             tests = tasks.due(done, done == final)
+            continues = samples.due(done, done == final)
             saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             report.step_done(done, lr, result, last=ends)
             replicas.after_step(done, saves)
-            if recorded or evaluates or tests or saves:
+            if recorded or evaluates or tests or continues or saves:
                 report.flush()
                 if evaluates:
                     progress.enter(Phase.EVALUATING)
                     report.validation(done, validation.losses())
                 if tests:
                     report.tasks(done, tasks.results(engine, progress))
+                if continues:
+                    report.samples(done, samples.generate(engine, progress))
                 if saves:
                     progress.enter(Phase.SAVING)
                     checkpoints.save(engine.deepspeed, done, data.state.as_json())
@@ -173,7 +181,7 @@ def train_stage(
     recording.close()
     checkpoints.close()
     report.notes(checkpoints.news())
-    report.close()
+    report.close(RunEnd.INTERRUPTED if ended or last < final else RunEnd.FINISHED)
     feed.close()
     interruptions.close()
     if ended:

@@ -28,12 +28,11 @@ FAILING = Path(__file__).with_name("failing_rank.py")
     ],
 )
 def test_exception_on_one_stage_ends_all(
-    schedule: str, virtual_stages: int, method: str, rank: int, make_run: Callable[..., Run]
+    schedule: str, virtual_stages: int, method: str, rank: int, make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
-    run = make_run(
-        f"{schedule}_{method}",
-        {"parallel.pp": 2, "parallel.schedule": schedule, "parallel.virtual_stages": virtual_stages},
-    )
+    name, board = f"{schedule}_{method}", tmp_path / "run.prom"
+    parallel = {"parallel.pp": 2, "parallel.schedule": schedule, "parallel.virtual_stages": virtual_stages}
+    run = make_run(name, {**parallel, "logging.boards": [{"name": "prometheus", "textfile": str(board)}]})
     common = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = (FAILING, method, 11, rank, run.file)
     with open(run.log, "wb") as log:
@@ -52,3 +51,5 @@ def test_exception_on_one_stage_ends_all(
     assert f"RuntimeError: broken in {method}" in output
     assert output.count("Traceback (most recent call last)") == 1, output
     assert os.path.exists(run.dir / "run.yaml")
+    assert run.metrics, "no step was reported, and the board had nothing to close"
+    assert not board.exists(), "the board shows values of a run that has ended"

@@ -67,17 +67,43 @@ def size_name(parameters: float) -> str:
 
 def training_loss(runs: Sequence[Measured]) -> str:
     """Return figure 1 of the LLaMA paper: training loss over tokens, the longest run of each size."""
-    longest: dict[int, Measured] = {}
-    for one in sorted(runs, key=lambda one: one.rung.run.training.tokens):
-        longest[one.rung.parameters] = one
 
     def paint(axes: Axes) -> None:
-        for parameters, one in sorted(longest.items()):
-            run = one.rung.run
-            tokens = np.array(one.curve.steps) * run.training.global_batch * run.data.seq_len
+        for parameters, one in longest(runs):
+            tokens = np.array(one.curve.steps) * one.rung.batch_tokens
             axes.plot(tokens, smoothed(np.array(one.curve.values)), label=size_name(parameters), linewidth=1.4)
 
     return draw(paint, "Training loss over tokens", "tokens", "training loss (nats per token)")
+
+
+def benchmarks(runs: Sequence[Measured]) -> str:
+    """Return figure 2 of the LLaMA paper: accuracies over tokens, of the longest run of each size."""
+    chosen = longest(runs)
+
+    def panel(task: str) -> Callable[[Axes], None]:
+        def paint(axes: Axes) -> None:
+            for parameters, one in chosen:
+                if curve := one.tasks.get(task):
+                    tokens = np.array(curve.steps) * one.rung.batch_tokens
+                    percent = 100 * np.array(curve.values)
+                    axes.plot(tokens, percent, ".-", label=size_name(parameters), linewidth=1.4)
+            axes.set(title=task, xlabel="tokens", ylabel="accuracy (percent)")
+
+        return paint
+
+    panels = [panel(task) for task in dict.fromkeys(task for _, one in chosen for task in one.tasks)]
+    width = min(3, len(panels))
+    blank = [lambda axes: axes.set_axis_off()] * (-len(panels) % width)
+    every = [*panels, *blank]
+    return draw_panels([every[start : start + width] for start in range(0, len(every), width)])
+
+
+def longest(runs: Sequence[Measured]) -> list[tuple[int, Measured]]:
+    """Return the parameters and the longest run of each size, of several seeds the first, the smallest size first."""
+    found: dict[int, Measured] = {}
+    for one in sorted(runs, key=lambda one: -one.rung.run.training.tokens):
+        found.setdefault(one.rung.parameters, one)
+    return sorted(found.items())
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
@@ -124,14 +150,19 @@ def iso_flop(runs: Sequence[Measured]) -> str:
 
 
 def sweep(runs: Sequence[Measured], key: str) -> str:
-    """Return the loss over the swept option, a curve for each size and budget."""
+    """Return the loss over the swept option, a curve of the seeds' means for each size and budget."""
 
     def paint(axes: Axes) -> None:
         cells = sorted({(one.rung.parameters, one.rung.budget) for one in runs})
         for parameters, budget in cells:
             here = [one for one in runs if (one.rung.parameters, one.rung.budget) == (parameters, budget)]
-            found = sorted((one.rung.value or 0.0, one.loss) for one in here)
-            axes.plot(*np.array(found).T, "o-", label=f"{size_name(parameters)}, budget {budget:g}")
+            losses = {one.rung.value or 0.0: list[float]() for one in here}
+            for one in here:  # each seed has a run of each value
+                losses[one.rung.value or 0.0].append(one.loss)
+            found = sorted((value, float(np.mean(each))) for value, each in losses.items())
+            (line,) = axes.plot(*np.array(found).T, "-", label=f"{size_name(parameters)}, budget {budget:g}")
+            points = [(value, loss) for value, each in losses.items() for loss in each]
+            axes.plot(*np.array(points).T, "o", color=line.get_color())
         axes.set_xscale("log")
 
     return draw(paint, f"Sweep of {key}", key, "validation loss (nats per token)")
