@@ -24,6 +24,7 @@ from llama_ds.training.interruptions import Interruptions, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.machines import machine_of
 from llama_ds.training.meter import Meter
+from llama_ds.training.out_of_memory import MemoryExplainer
 from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
@@ -88,6 +89,7 @@ def train_stage(
 
     Raises:
         UserError: on all ranks alike: data or checkpoints cannot be used, or the loss has diverged.
+        OutOfMemory: on the ranks whose memory is too small.
         EndedEarly: on all ranks alike, before the first step.
     """
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
@@ -108,9 +110,12 @@ def train_stage(
     end_if_asked(requests, device)
     self_test_at_start(run, layout, dtype, marks, rank_info, device)
     end_if_asked(requests, device)
-    engine = world.together(lambda: build_engine(run, layout, config, device, marks))
-    end_if_asked(requests, device)
-    first = load_state(engine, checkpoints, chosen, start)
+    memory = MemoryExplainer(run, layout, dtype, rank_info.rank, device)
+    with memory.explained():  # outside of `together`, because a rank without memory does not meet the others again
+        engine = world.together(lambda: build_engine(run, layout, config, device, marks))
+        memory.built(engine.deepspeed)
+        end_if_asked(requests, device)
+        first = load_state(engine, checkpoints, chosen, start)
     end_if_asked(requests, device)
     checkpoints.begin(marks, carried_over(checkpoints.folder, chosen, start))
     final = last_step(run)
@@ -136,8 +141,9 @@ def train_stage(
     ended = Request.NOTHING
     report = Reporter(run, engine, Meter(run, layout, feed, dtype, device, first), log, progress, device)
 
-    with checkpoints.drained():
+    with checkpoints.drained(), memory.explained():
         for step in range(first, last):
+            memory.before_step(step + 1, step == first)
             check_lock()
             feed.before_step(step)
             recording.before_step(step + 1)
