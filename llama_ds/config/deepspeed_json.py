@@ -17,6 +17,8 @@ from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError, shortened
 
 FP32 = ("fp32", "float32", "torch.float32", "float")
+# Optimizers that DeepSpeed cannot offload, and why.
+ON_DEVICE = {"muon": "Muon updates whole matrices", "lion": "Lion has no step for CPUs here and updates"}
 FP16 = ("fp16", "float16", "torch.float16", "half")
 
 
@@ -165,11 +167,11 @@ def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
         )
     for section in ("offload_optimizer", "offload_param"):
         device = (_section(run, "zero_optimization").get(section) or {}).get("device", "none")
-        if run.optimizer.name == "muon" and device != "none":
+        if run.optimizer.name in ON_DEVICE and device != "none":
             raise _error(
                 run,
-                f"zero_optimization.{section}.device = {device} with optimizer.name = muon: Muon updates whole "
-                "matrices on the device; take it out, or use optimizer.name = adamw",
+                f"zero_optimization.{section}.device = {device} with optimizer.name = {run.optimizer.name}: "
+                f"{ON_DEVICE[run.optimizer.name]} on the device; take it out, or use optimizer.name = adamw",
             )
         if device == "nvme":
             raise _error(

@@ -74,12 +74,14 @@ def check_model(model: ModelConfig) -> None:
         raise model.broken(f"model.rope_theta = {model.rope_theta} is not above 1, as rope_type yarn requires")
 
 
+EPS = 1e-8  # of AdamW
+
 # Muon's keys, and the values that they have with another optimizer.
 WITHOUT_MUON = {"muon_lr": None, "momentum": 0.95, "nesterov": True, "muon_scale": "moonlight"}
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Check the ranges of the betas and of the final learning rate, and that only wsd has a final decay."""
+    """Check the ranges of the betas and of the final learning rate, and that keys belong to optimizer and schedule."""
     for i, beta in enumerate(optimizer.betas):
         if not 0 <= beta < 1:
             raise optimizer.broken(f"optimizer.betas.{i} = {beta} is not in [0, 1)")
@@ -89,6 +91,8 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         )
     if optimizer.momentum >= 1:
         raise optimizer.broken(f"optimizer.momentum = {optimizer.momentum} is not below 1; Muon's usual one is 0.95")
+    if optimizer.name == "lion" and optimizer.eps != EPS:
+        raise optimizer.broken(f"optimizer.eps = {optimizer.eps} is for AdamW's second moment; leave it out with lion")
     for key, default in WITHOUT_MUON.items():
         if optimizer.name != "muon" and (value := getattr(optimizer, key)) != default:
             raise optimizer.broken(f"optimizer.{key} = {value} is for Muon; set optimizer.name = muon, or leave it out")

@@ -38,7 +38,8 @@ class OptimizerStates:
 
 ADAMW = OptimizerStates(dict.fromkeys(Role, (EXP_AVG, EXP_AVG_SQ)))
 MUON = OptimizerStates({**ADAMW.moments, Role.HIDDEN_MATRIX: (EXP_AVG,)})  # its momentum
-_BY_NAME = {"adamw": ADAMW, "muon": MUON}
+LION = OptimizerStates(dict.fromkeys(Role, (EXP_AVG,)))
+_BY_NAME = {"adamw": ADAMW, "muon": MUON, "lion": LION}
 
 
 def states_of(optimizer: str) -> OptimizerStates:

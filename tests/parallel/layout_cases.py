@@ -30,6 +30,7 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.training.device_batches import MicroBatch, ids_and_labels
 from llama_ds.training.lr_schedule import learning_rate
+from llama_ds.training.self_test.plain_lion import PlainLion
 from llama_ds.training.self_test.plain_muon import PlainMuon
 
 STEPS, GLOBAL_BATCH, SEQ_LEN = 20, 8, 32
@@ -68,6 +69,7 @@ class Case:
     # All that LLaMA does not have: biases, norms of queries and keys, scaled rotary frequencies.
     neighbour: bool = False
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
+    lion: bool = False
     cp: int = 1
     cp_method: str = "auto"
     cp_all_to_all: int = 0
@@ -101,6 +103,7 @@ class Case:
             vocab=self.vocab,
             neighbour=self.neighbour,
             muon=self.muon,
+            lion=self.lion,
             kv_heads=self.kv_heads,
         )
 
@@ -131,14 +134,7 @@ def run_of(case: Case) -> RunConfig:
         training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
         # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
         # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
-        optimizer=OptimizerConfig(
-            lr=3e-3,
-            eps=1e-6,
-            warmup_steps=5,
-            clip=0.5,
-            z_loss=case.z_loss,
-            **({"name": "muon", "muon_scale": case.muon, "muon_lr": 1e-2} if case.muon else {}),
-        ),
+        optimizer=OptimizerConfig(warmup_steps=5, clip=0.5, z_loss=case.z_loss, **_optimizer(case)),
         parallel=ParallelConfig(
             case.pp,
             case.tp,
@@ -163,6 +159,13 @@ def run_of(case: Case) -> RunConfig:
         },
         path="layouts.yaml",
     )
+
+
+def _optimizer(case: Case) -> dict[str, Any]:
+    if case.lion:
+        return {"name": "lion", "lr": 5e-4, "betas": (0.9, 0.98)}
+    muon = {"name": "muon", "muon_scale": case.muon, "muon_lr": 1e-2} if case.muon else {}
+    return {"lr": 3e-3, "eps": 1e-6, **muon}
 
 
 def global_rows(step: int, vocab: int = 96) -> np.ndarray:
@@ -213,10 +216,11 @@ def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, lis
     run, model = case.run, reference_model(case)
     hidden = [p for name, p in model.named_parameters() if "_proj.weight" in name] if case.muon else []
     muon = PlainMuon(hidden, run.optimizer)
-    matrices = [p for p in model.parameters() if p.dim() == 2 and p not in muon.momenta]
+    lion = PlainLion(model.parameters() if case.lion else [], run.optimizer)
+    others = [p for p in model.parameters() if p not in muon.momenta and p not in lion.moments]
     groups = [
-        {"params": matrices, "weight_decay": run.optimizer.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
+        {"params": [p for p in others if p.dim() == 2], "weight_decay": run.optimizer.weight_decay},
+        {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps)
     history = []
@@ -233,6 +237,7 @@ def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, lis
             group["lr"] = learning_rate(step, run.optimizer, STEPS)
         optimizer.step()
         muon.step(learning_rate(step, run.optimizer, STEPS))
+        lion.step(learning_rate(step, run.optimizer, STEPS))
         with torch.no_grad():
             after = model(*ids_and_labels(global_rows(VALIDATION, case.vocab), torch.device("cpu")))
         norms["weight"] = [float(p.detach().norm()) for p in ordered]

@@ -15,6 +15,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.weights import Role, weight_of
 from llama_ds.model.weight_gradients import WeightGradients
+from llama_ds.parallel.elementwise import Elementwise
 from llama_ds.parallel.muon import Muon
 
 MATRICES = "matrices"
@@ -51,10 +52,13 @@ def build_optimizer(
     groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """Return the run's optimizer over `groups`; AdamW is DeepSpeed's for CPUs if the DeepSpeed `config` offloads it."""
+    for own in (Elementwise, Muon):
+        if own not in ZERO_SUPPORTED_OPTIMIZERS:  # other kinds DeepSpeed refuses as untested
+            ZERO_SUPPORTED_OPTIMIZERS.append(own)
     if settings.name == "muon":
-        if Muon not in ZERO_SUPPORTED_OPTIMIZERS:  # other kinds DeepSpeed refuses as untested
-            ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
         return Muon(groups, settings, torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
+    if settings.name == "lion":
+        return Elementwise(groups, settings)
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

@@ -1,7 +1,7 @@
 """Training in plain torch on one rank: the numbers that every layout must reproduce.
 
-The layers are those of `model/decoder.py` with autograd. Attention, document masks, the loss and Muon are written here
-once more, from their definitions, so that a fault in the model's own does not hide in the comparison.
+The layers are those of `model/decoder.py` with autograd. Attention, document masks, the loss, Muon and Lion are written
+here once more, from their definitions, so that a fault in the model's own does not hide in the comparison.
 
 Shapes: R rows, T tokens, H query heads, G key-value heads, K head size, V vocabulary, D hidden size.
 """
@@ -25,6 +25,7 @@ from llama_ds.model.llama import Llama
 from llama_ds.model.loss import IGNORED
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.training.self_test.plain_lion import PlainLion
 from llama_ds.training.self_test.plain_muon import PlainMuon
 
 ROWS_AT_ONCE = 16  # rows of one forward, which bounds the memory of the scores
@@ -49,22 +50,22 @@ class PlainTraining:
         )
         self.model = Llama(context, self.objective).to(initial).to(torch.float64)  # type: ignore[arg-type]
         self.clip = run.optimizer.clip
-        by_muon = run.optimizer.name == "muon"
-        hidden = {
-            p for name, p in self.model.named_parameters() if by_muon and weight_of(name).role is Role.HIDDEN_MATRIX
-        }
-        self.muon = PlainMuon(hidden, run.optimizer)
-        self.optimizer = _adamw([p for p in self.model.parameters() if p not in hidden], run.optimizer)
+        kind, parameters = run.optimizer.name, list(self.model.parameters())
+        self.muon = PlainMuon(hidden_matrices(self.model) if kind == "muon" else [], run.optimizer)
+        self.lion = PlainLion(parameters if kind == "lion" else [], run.optimizer)
+        others = [p for p in parameters if p not in self.muon.momenta and p not in self.lion.moments]
+        self.adamw = _adamw(others, run.optimizer)
 
     def step(self, rows: np.ndarray, lr: float) -> tuple[float, float]:
         """Take a step on the global batch `rows` (R, T + 1); return its mean loss, and the norm before clipping."""
         self.model.zero_grad()
         loss = sum(self._backward(part, labels_of(rows)) for part in _parts(rows))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        for group in self.optimizer.param_groups:
+        for group in self.adamw.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        self.adamw.step()
         self.muon.step(lr)
+        self.lion.step(lr)
         return float(loss), norm.item()
 
     @torch.no_grad()
