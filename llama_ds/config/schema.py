@@ -242,6 +242,22 @@ class OptimizerConfig(Section):
             rule="`muon` and `lion` take no offload.",
         ),
     ] = "adamw"
+    state_dtype: Annotated[
+        str,
+        Key(
+            "Dtype in which the first moment is kept; the second one is fp32.",
+            rule="`fp32` or `bf16`, which takes no offload.",
+        ),
+    ] = "fp32"
+    masters: Annotated[
+        str,
+        Key(
+            "The weights that the optimizer updates: fp32 masters; or the bf16 weights themselves, rounded at random "
+            "(stochastic rounding), or with a bf16 compensation for what they lack (Kahan).",
+            choices=("fp32", "bf16_stochastic", "bf16_kahan"),
+            rule="bf16 ones need training in bf16 with ZeRO-1, without offload.",
+        ),
+    ] = "fp32"
     muon_lr: Annotated[
         float | None,
         Key(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig, OptimizerConfig
 from llama_ds.layout.layout import Layout
-from llama_ds.layout.matrix_owners import HeldMatrix
+from llama_ds.layout.matrix_owners import ITERATIONS, HeldMatrix
 from llama_ds.layout.optimizer_states import EXP_AVG
 from llama_ds.layout.weights import Role, weight_of
 from llama_ds.parallel.elementwise import Elementwise
@@ -31,7 +31,6 @@ from llama_ds.parallel.grid import stage_group
 from llama_ds.parallel.matrix_exchange import MatrixExchange
 from llama_ds.parallel.optimizer_state import flat_groups
 
-ITERATIONS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al.
 NORM_EPS = 1e-7
 
@@ -70,9 +69,9 @@ class _Piece:
 class Muon(Elementwise):
     """Groups with "muon": True are updated by Muon, others by AdamW. `attach` must precede the first step."""
 
-    def __init__(self, groups: list[dict[str, Any]], settings: OptimizerConfig, dtype: torch.dtype) -> None:
+    def __init__(self, groups: list[dict[str, Any]], settings: OptimizerConfig, seed: int, dtype: torch.dtype) -> None:
         """`dtype` is that in which matrices are orthogonalised."""
-        super().__init__(groups, settings)
+        super().__init__(groups, settings, seed)
         self.orthogonalised = 0  # matrices that this rank has orthogonalised so far
         self._dtype = dtype
         self._pieces: dict[int, list[_Piece]] = {}  # by id of the group's master
@@ -84,6 +83,7 @@ class Muon(Elementwise):
 
     def attach(self, engine: Any, model: ModelConfig, layout: Layout) -> None:
         """Learn from DeepSpeed's `engine` where the elements of each matrix are. Collective."""
+        super().attach(engine, model, layout)
         group, rank = stage_group(layout), layout.rank_in_stage(dist.get_rank())
         self._place = layout, rank, group
         for master, members in flat_groups(engine, layout.data_axis):
@@ -123,18 +123,15 @@ class Muon(Elementwise):
             flat = found[id(master)].zero_()  # padding between matrices has no update
             for piece in self._pieces[id(master)]:
                 flat.narrow(0, piece.begin, piece.count).copy_(updates[piece.matrix.name])
-            self.update(master, flat.view(master.shape), group)
+            self.update(master, 0, flat, group)
 
     def _momentum(self, master: Tensor) -> Tensor:
         """Advance a master's momentum; return what is to be orthogonalised, a new flat tensor."""
-        state, beta = self.state[master], self._settings.momentum
-        self.count_step(master)
-        if EXP_AVG not in state:
-            state[EXP_AVG] = torch.zeros_like(master)
-        assert master.grad is not None
-        grad = self.scaled(master.grad)
-        average = torch.lerp(grad, state[EXP_AVG], beta)
-        self.replace(state[EXP_AVG], average)
+        self.begin_step(master, Role.HIDDEN_MATRIX)
+        momentum, beta = self.state[master][EXP_AVG], self._settings.momentum
+        grad = self.scaled(self.gradient(master).float())
+        average = torch.lerp(grad, momentum.float(), beta)
+        self.replace(momentum, average)
         return (torch.lerp(grad, average, beta) if self._settings.nesterov else average).reshape(-1)
 
     def _orthogonalised(self, masters: list[Tensor], held: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -70,6 +70,8 @@ class Case:
     neighbour: bool = False
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
     lion: bool = False
+    state_dtype: str = "fp32"
+    masters: str = "fp32"
     cp: int = 1
     cp_method: str = "auto"
     cp_all_to_all: int = 0
@@ -162,10 +164,11 @@ def run_of(case: Case) -> RunConfig:
 
 
 def _optimizer(case: Case) -> dict[str, Any]:
+    dtypes = {"state_dtype": case.state_dtype, "masters": case.masters}
     if case.lion:
-        return {"name": "lion", "lr": 5e-4, "betas": (0.9, 0.98)}
+        return {"name": "lion", "lr": 5e-4, "betas": (0.9, 0.98), **dtypes}
     muon = {"name": "muon", "muon_scale": case.muon, "muon_lr": 1e-2} if case.muon else {}
-    return {"lr": 3e-3, "eps": 1e-6, **muon}
+    return {"lr": 3e-3, "eps": 1e-6, **muon, **dtypes}
 
 
 def global_rows(step: int, vocab: int = 96) -> np.ndarray:
@@ -223,15 +226,19 @@ def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, lis
         {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps)
-    history = []
+    history, hidden = [], list[torch.Tensor]()
+    for layer in list(model.layers)[1 : case.layers + 1]:
+        layer.register_forward_hook(lambda _, __, out: hidden.append(out[0] if isinstance(out, tuple) else out))
     for step in range(STEPS):
+        hidden.clear()
         loss = model(*ids_and_labels(global_rows(step, case.vocab), torch.device("cpu")))
+        norms = {"activation": [float(x.detach().square().mean().sqrt()) for x in hidden]}
         model.zero_grad()
         loss.backward()
         named = {key_of(name): p for name, p in model.named_parameters()}
         ordered = [named[key] for key, _ in weights(run.model)]
         before = [p.detach().clone() for p in ordered]
-        norms = {"gradient": [float(p.grad.norm()) for p in ordered if p.grad is not None]}
+        norms["gradient"] = [float(p.grad.norm()) for p in ordered if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, run.optimizer, STEPS)

@@ -43,7 +43,7 @@ Z_LOSS = 1e-2
 LEARNING_RATE, EPS, CLIP, WEIGHT_DECAY, INITIALIZER_RANGE = 1.0, 1.0, 0.5, 3e-3, 0.1
 # Muon's update of a matrix has a norm of its own: with this rate its changes are about as large as AdamW's.
 MUON_LR = 1e-2
-LION_LR = 1e-2  # of each element in a step
+LION_LR = 1e-3  # change of each element in a step
 # Other ids than those of LLaMA's tokenizer, so that code which assumes these is noticed.
 BEGIN_ID, END_ID = 5, 3
 
@@ -112,6 +112,8 @@ def _optimizer(settings: OptimizerConfig) -> OptimizerConfig:
         clip=CLIP,
         warmup_steps=0,
         name=settings.name,
+        state_dtype=settings.state_dtype,
+        masters=settings.masters,
         muon_lr=MUON_LR if muon else None,
         momentum=settings.momentum,
         nesterov=settings.nesterov,
