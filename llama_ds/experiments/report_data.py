@@ -33,7 +33,7 @@ PANELS = (  # title, unit, factor, names; a name that ends in / stands for all t
 NO_PANEL = {"tokens", "tokens_per_s", "step_s", "val_perplexity", "tasks_tokens", HOURS}
 NO_PANEL_OF = ("tasks_stderr/", "tasks_share/")
 TASK = "tasks/"
-NORM_KINDS = ("gradient", "update", "weight")
+NORM_KINDS = ("gradient", "update", "weight", "activation")
 
 
 def page_data(runs: Sequence[Records], power_w: float | None = None) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _norms(run: Records) -> dict[str, Any]:
     losses = run.curves.get("loss", Curve((), ()))
     return {
         "run": run.name,
-        "maps": [heat_map(run.norms, kind) for kind in NORM_KINDS],
+        "maps": [heat_map(run.norms, kind) for kind in NORM_KINDS if kind in run.norms[-1]["norms"]],
         "spikes": [
             f"loss spike at step {spike.step:,}, {spike.loss:.4f} after {spike.before:.4f}: "
             f"{in_words(first_rise(run.norms, spike.step))}"
