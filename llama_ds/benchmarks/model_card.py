@@ -123,8 +123,8 @@ def _training(
     yield "Compute", f"{description.tokens * flops_per_token(run.model, run.data.seq_len):.3g} FLOPs of the model"
     betas = ", ".join(f"{beta:g}" for beta in optimizer.betas)
     muon = f"Muon with momentum {optimizer.momentum:g} for hidden matrices, " if optimizer.name == "muon" else ""
-    text = f"{muon}AdamW, betas {betas}, epsilon {optimizer.eps:g}, weight decay {optimizer.weight_decay:g}"
-    yield "Optimizer", text
+    rule = "Lion" if optimizer.name == "lion" else f"{muon}AdamW, epsilon {optimizer.eps:g}"
+    yield "Optimizer", f"{rule}, betas {betas}, weight decay {optimizer.weight_decay:g}"
     warmup = f"{optimizer.warmup_steps:,} warm-up steps, then {optimizer.schedule}"
     yield "Learning rate", f"{optimizer.lr:g}, {warmup}, to {optimizer.min_lr_ratio:g} of it"
     yield "Gradient clipping", f"{optimizer.clip:g}"

@@ -109,6 +109,8 @@ def rate_sweep(run: RunConfig, widths: Sequence[int], rates: Sequence[float], sa
 def _opened(run: RunConfig) -> Dataset:
     if run.optimizer.name == "muon":
         raise UserError(f"{run.path}: optimizer.name = muon needs an engine, which this has not; use adamw")
+    if run.optimizer.masters != "fp32":
+        raise UserError(f"{run.path}: optimizer.masters = {run.optimizer.masters} needs an engine; use fp32")
     return open_data(run)
 
 
@@ -123,7 +125,7 @@ class _Training:
         context = layer_context(run, SingleRank(), "cpu", torch.float32, data.sources.tokenizer.marks)
         self.model = Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss), policies)
         groups = decay_groups(self.model, run.optimizer, run.model)
-        self.optimizer = build_optimizer(groups, run.optimizer, {"bf16": {"enabled": False}})
+        self.optimizer = build_optimizer(groups, run, {"bf16": {"enabled": False}})
         self._data, self._clip = data, run.optimizer.clip
 
     def rows(self, step: int) -> tuple[Tensor, Tensor]:

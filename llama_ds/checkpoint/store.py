@@ -109,11 +109,12 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
         )
     # Keys that the version which wrote the checkpoint did not have count with their defaults.
     then = {**found.run, "model": plain(found.model)}
-    # The optimizer decides which states there are; earlier versions had only AdamW.
-    then, run = ({**config, "optimizer": {"name": "adamw", **config.get("optimizer", {})}} for config in (then, run))
+    # The optimizer decides which states there are; earlier versions had only AdamW with fp32 masters.
+    first = {"name": "adamw", "masters": "fp32"}
+    then, run = ({**config, "optimizer": {**first, **config.get("optimizer", {})}} for config in (then, run))
     # A step implies a position in the data.
     _check_lengths(tag_folder, found, then, run)
-    for key in ("model", "seed", "optimizer.name"):
+    for key in ("model", "seed", "optimizer.name", "optimizer.masters"):
         before, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (then, run))
         if before != now:
             raise UserError(

@@ -171,7 +171,8 @@ class LoggingConfig(Section):
     norms: Annotated[
         int,
         Key(
-            "Interval between measurements of the norms of gradient, weights and update of every weight; 0: none.",
+            "Interval between measurements of the norms of gradient, weights and update of every weight, and of "
+            "activations; 0: none.",
             "steps",
             NOT_NEGATIVE,
         ),

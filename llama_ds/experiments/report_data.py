@@ -35,7 +35,7 @@ PANELS = (  # title, unit, factor, names; a name that ends in / stands for all t
 NO_PANEL = {"tokens", "tokens_per_s", "step_s", "val_perplexity", "val_tokens", "tasks_tokens", HOURS}
 NO_PANEL_OF = ("tasks_stderr/", "tasks_share/", "tasks_truncated/", "val_tokens/")
 TASK = "tasks/"
-NORM_KINDS = ("gradient", "update", "weight")
+NORM_KINDS = ("gradient", "update", "weight", "activation")
 WINDOW_S, HALF_LIFE_S = 86400.0, 7 * 86400.0  # as in `tools/launch.py report`
 MAX_EVENTS = 1000  # largest number of a run on the page
 MAX_SAMPLES = 400  # lines of samples on the page, evenly over the run
@@ -257,7 +257,7 @@ def _norms(run: Records) -> dict[str, Any]:
     losses = run.curves.get("loss", Curve((), ()))
     return {
         "run": run.name,
-        "maps": [heat_map(run.norms, kind) for kind in NORM_KINDS],
+        "maps": [heat_map(run.norms, kind) for kind in NORM_KINDS if kind in run.norms[-1]["norms"]],
         "spikes": [
             f"loss spike at step {spike.step:,}, {spike.loss:.4f} after {spike.before:.4f}: "
             f"{in_words(first_rise(run.norms, spike.step))}"

@@ -25,7 +25,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.data.text.tokenizer import tokenizer_files
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
-from llama_ds.layout.optimizer_states import MASTER
+from llama_ds.layout.optimizer_states import MASTER, states_of
 from llama_ds.layout.weights import Key, key_of, weight_of
 from llama_ds.log import logger
 from llama_ds.parallel import world
@@ -224,7 +224,7 @@ class Checkpoints:
         """
         folder = os.path.join(self.folder, tag)
         kinds = world.together(lambda: read_tensors(folder, found, found.states.all_kinds()))
-        begin_moments(engine, found.optimizer_steps or 0, found.states)
+        begin_moments(engine, found.optimizer_steps or 0, states_of(self.run.optimizer))
         self._fill(engine, kinds)
         engine.global_steps = found.step
         engine.global_samples = found.step * engine.train_batch_size()

@@ -16,6 +16,8 @@ from llama_ds.layout.mup import inverse_width, rate_factor
 from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.weights import Role, weight_of
 from llama_ds.model.weight_gradients import WeightGradients
+from llama_ds.parallel.bf16_masters import use_weights_as_masters
+from llama_ds.parallel.elementwise import Elementwise
 from llama_ds.parallel.muon import Muon
 
 MATRICES = "matrices"
@@ -32,7 +34,7 @@ def decay_groups(
     replicated over tensor-parallel ranks or all sharded, because the gradient norm counts the former once. Under muP
     their learning rates also have one factor.
     """
-    states, groups = states_of(settings.name), dict[tuple[str, tuple[str, ...], bool, float], list[nn.Parameter]]()
+    states, groups = states_of(settings), dict[tuple[str, tuple[str, ...], bool, float], list[nn.Parameter]]()
     for parameter_name, parameter in module.named_parameters():
         weight = weight_of(parameter_name)
         label = MATRICES if weight.decays else REPLICATED if weight.cut is None else SHARDED
@@ -53,14 +55,16 @@ def decay_groups(
     ]
 
 
-def build_optimizer(
-    groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
-) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], run: RunConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
     """Return the run's optimizer over `groups`; AdamW is DeepSpeed's for CPUs if the DeepSpeed `config` offloads it."""
+    settings = run.optimizer
+    for own in (Elementwise, Muon):
+        if own not in ZERO_SUPPORTED_OPTIMIZERS:  # other kinds DeepSpeed refuses as untested
+            ZERO_SUPPORTED_OPTIMIZERS.append(own)
     if settings.name == "muon":
-        if Muon not in ZERO_SUPPORTED_OPTIMIZERS:  # other kinds DeepSpeed refuses as untested
-            ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
-        return Muon(groups, settings, torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
+        return Muon(groups, settings, run.seed, torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
+    if settings.name == "lion" or states_of(settings).bf16:
+        return Elementwise(groups, settings, run.seed)
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -74,10 +78,12 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
-def attach_matrices(engine: Any, run: RunConfig, layout: Layout) -> None:
-    """Tell the optimizer of a DeepSpeed engine where the parts of whole matrices are, if it needs them. Collective."""
+def attach_optimizer(engine: Any, run: RunConfig, layout: Layout) -> None:
+    """Give a DeepSpeed engine the run's kind of masters; tell its optimizer which elements it has. Collective."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if isinstance(optimizer, Muon):
+    if run.optimizer.masters != "fp32":
+        use_weights_as_masters(engine.optimizer)
+    if isinstance(optimizer, Elementwise):
         optimizer.attach(engine, run.model, layout)
 
 

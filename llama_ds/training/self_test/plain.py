@@ -1,6 +1,7 @@
 """Training in plain torch on one rank: the numbers that every layout must reproduce.
 
-The layers are those of `model/decoder.py` with autograd. Attention, document masks, the loss, Muon and muP are written
+The layers are those of `model/decoder.py` with autograd. Attention, document masks, the loss, Muon, Lion and muP are
+written
 here once more, from their definitions, so that a fault in the model's own does not hide in the comparison.
 
 Shapes: R rows, T tokens, H query heads, G key-value heads, K head size, V vocabulary, D hidden size.
@@ -26,6 +27,7 @@ from llama_ds.model.llama import Llama
 from llama_ds.model.loss import IGNORED
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import SingleRank
+from llama_ds.training.self_test.plain_lion import PlainLion
 from llama_ds.training.self_test.plain_muon import PlainMuon
 
 ROWS_AT_ONCE = 16  # rows of one forward, which bounds the memory of the scores
@@ -53,25 +55,26 @@ class PlainTraining:
             initializer_range=run.training.initializer_range,
         )
         self.model = Llama(context, self.objective)  # type: ignore[arg-type]
-        for matrix in hidden_matrices(self.model):
+        hidden = hidden_matrices(self.model)
+        for matrix in hidden:
             matrix.data.mul_(wider**-0.5)
         self.model.to(initial).to(torch.float64)
         self.clip = settings.clip
-        hidden = hidden_matrices(self.model)
-        by_muon = hidden if settings.name == "muon" else []
-        self.muon = PlainMuon(by_muon, settings, run.model)
-        others = [p for p in self.model.parameters() if p not in set(hidden)]
-        self.optimizer = _adamw(others, [] if by_muon else hidden, settings, wider)
+        self.muon = PlainMuon(hidden if settings.name == "muon" else [], settings, run.model)
+        self.lion = PlainLion(self.model.parameters() if settings.name == "lion" else [], settings, hidden, wider)
+        others = [p for p in self.model.parameters() if p not in self.muon.momenta and p not in self.lion.moments]
+        self.adamw = _adamw(others, hidden, settings, wider)
 
     def step(self, rows: np.ndarray, lr: float) -> tuple[float, float]:
         """Take a step on the global batch `rows` (R, T + 1); return its mean loss, and the norm before clipping."""
         self.model.zero_grad()
         loss = sum(self._backward(part, labels_of(rows)) for part in _parts(rows))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        for group in self.optimizer.param_groups:
+        for group in self.adamw.param_groups:
             group["lr"] = lr * group["factor"]
-        self.optimizer.step()
+        self.adamw.step()
         self.muon.step(lr)
+        self.lion.step(lr)
         return float(loss), norm.item()
 
     @torch.no_grad()
@@ -157,13 +160,14 @@ def _parts(rows: np.ndarray) -> list[np.ndarray]:
 
 
 def _adamw(
-    others: Sequence[nn.Parameter], hidden: Sequence[nn.Parameter], settings: OptimizerConfig, wider: float
+    parameters: Sequence[nn.Parameter], hidden: Sequence[nn.Parameter], settings: OptimizerConfig, wider: float
 ) -> torch.optim.AdamW:
-    """Return AdamW for hidden matrices and others of a model that is `wider` than the base of muP."""
-    tables = [p for p in others if p.dim() == 2]
-    vectors = [p for p in others if p.dim() == 1]  # norms and biases
+    """Return AdamW for parameters, some of them hidden matrices, of a model that is `wider` than the base of muP."""
+    matrices = [p for p in parameters if p in set(hidden)]
+    tables = [p for p in parameters if p.dim() == 2 and p not in set(hidden)]
+    vectors = [p for p in parameters if p.dim() == 1]  # norms and biases
     groups = [
-        {"params": hidden, "weight_decay": settings.weight_decay * wider, "factor": 1 / wider},
+        {"params": matrices, "weight_decay": settings.weight_decay * wider, "factor": 1 / wider},
         {"params": tables, "weight_decay": settings.weight_decay, "factor": 1.0},
         {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
     ]

@@ -43,6 +43,7 @@ Z_LOSS = 1e-2
 LEARNING_RATE, EPS, CLIP, WEIGHT_DECAY, INITIALIZER_RANGE = 1.0, 1.0, 0.5, 3e-3, 0.1
 # Muon's update of a matrix has a norm of its own: with this rate its changes are about as large as AdamW's.
 MUON_LR = 1e-2
+LION_LR = 1e-3  # change of each element in a step
 # Other ids than those of LLaMA's tokenizer, so that code which assumes these is noticed.
 BEGIN_ID, END_ID = 5, 3
 
@@ -102,15 +103,17 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
 
 
 def _optimizer(settings: OptimizerConfig) -> OptimizerConfig:
-    muon = settings.name == "muon"
+    muon, lion = settings.name == "muon", settings.name == "lion"
     return OptimizerConfig(
-        lr=LEARNING_RATE,
+        lr=LION_LR if lion else LEARNING_RATE,
         betas=settings.betas,
-        eps=EPS,
+        eps=OptimizerConfig.eps if lion else EPS,
         weight_decay=WEIGHT_DECAY if settings.weight_decay else 0.0,
         clip=CLIP,
         warmup_steps=0,
         name=settings.name,
+        state_dtype=settings.state_dtype,
+        masters=settings.masters,
         muon_lr=MUON_LR if muon else None,
         momentum=settings.momentum,
         nesterov=settings.nesterov,
