@@ -135,7 +135,7 @@ def train_stage(
     ended = Request.NOTHING
     report = Reporter(run, engine, Meter(run, layout, feed, dtype, device, first), log, progress, device)
 
-    with checkpoints.drained():
+    with checkpoints.drained(), memory.trusted():
         for step in range(first, last):
             check_lock()
             feed.before_step(step)

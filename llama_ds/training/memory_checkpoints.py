@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,19 @@ from torch import Tensor
 from llama_ds.checkpoint.manifest import Description, description_from
 from llama_ds.config.reader import ConfigSource
 from llama_ds.config.run_file import resolved
-from llama_ds.errors import UserError
+from llama_ds.errors import Corruption, UserError
 from llama_ds.job import memory_keeper
 from llama_ds.job.memory_link import Address, MemoryServer, get, put
-from llama_ds.job.memory_slots import Slot, older, open_pair, remove, remove_others, run_folder, whole_slots
+from llama_ds.job.memory_slots import (
+    HEADER_BYTES,
+    Slot,
+    older,
+    open_pair,
+    remove,
+    remove_others,
+    run_folder,
+    whole_slots,
+)
 from llama_ds.job.run_lock import LEASE_S
 from llama_ds.layout.optimizer_states import MASTER, STATE_BYTES, states_of
 from llama_ds.layout.peers import peer_ranks
@@ -65,6 +75,7 @@ class MemoryCheckpoints:
         run, layout, rank_info = checkpoints.run, checkpoints.layout, checkpoints.rank_info
         self.found: Description | None = None  # the state that `find` has brought to this host
         self._every = run.checkpoint.memory_interval if run.checkpoint.save else 0
+        self._slots: list[Slot] = []  # all that this rank writes to
         if not self._every:
             return
         self._rank, self._hosts = rank_info.rank, hosts
@@ -145,6 +156,7 @@ class MemoryCheckpoints:
         world.together(lambda: self._mark() if self._rank == 0 else None)
         self._run_id = world.gather(self._id_path.read_text() if self._rank == 0 else "")[0]
         sizes = world.gather(self._nbytes(engine))
+        taken = {rank: 2 * (HEADER_BYTES + size) for rank, size in enumerate(sizes)}
         kept = [rank for rank, peer in enumerate(self._peers or ()) if peer == self._rank]
         every = world.gather([self._rank, *kept])
         here = {rank for other in self._local for rank in every[other]}
@@ -153,7 +165,7 @@ class MemoryCheckpoints:
             if self._rank == self._local[0]:
                 self._make_folder()
                 remove_others(self._folder, here)
-                self._check_memory(sum(2 * sizes[rank] for rank in here))
+                self._check_memory(sum(taken[rank] for rank in here))
 
         world.together(prepare)
         if self._rank == self._local[0]:
@@ -165,7 +177,8 @@ class MemoryCheckpoints:
                 pairs = {rank: open_pair(self._folder, rank, sizes[rank]) for rank in kept}
             except OSError as error:
                 raise self._too_little(str(error)) from None
-            for slot in (*self._own, *(slot for pair in pairs.values() for slot in pair)):
+            self._slots = [slot for pair in (self._own, *pairs.values()) for slot in pair]
+            for slot in self._slots:
                 if slot.step > first or not self._is_usable(slot):
                     slot.clear()
             self._server.keep(pairs)
@@ -173,7 +186,7 @@ class MemoryCheckpoints:
         world.together(take)
         logger.info(
             "memory checkpoints every %d steps in %s, %.3g GiB on this host, %s",
-            *(self._every, self._folder.parent, sum(2 * sizes[rank] for rank in here) / 2**30),
+            *(self._every, self._folder.parent, sum(taken[rank] for rank in here) / 2**30),
             "with a copy of each rank's on another" if self._peers else "without copies, because there is no other",
         )
 
@@ -204,6 +217,18 @@ class MemoryCheckpoints:
         }
         self._thread = threading.Thread(target=self._finish, args=(slot, header, ready), daemon=True)
         self._thread.start()
+
+    @contextmanager
+    def trusted(self) -> Iterator[None]:
+        """Forget all states if replicas turn out to differ: since when they do is not known."""
+        try:
+            yield
+        except Corruption:
+            if self._every:
+                self._wait()
+            for slot in self._slots:
+                slot.clear()
+            raise
 
     def close(self, ended: bool) -> None:
         """Wait for transfers and stop serving; with `ended` free the memory. Collective."""

@@ -5,8 +5,10 @@ Three or four hosts, each with its own network, processes and sshd; DeepSpeed's 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from cluster import QUICK, Job, slow_links, start, stop
@@ -45,9 +47,16 @@ def whole(make_run: Callable[..., Run]) -> Run:
     return run
 
 
-def test_stopped_killed_while_saving_and_cut_off(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
-    """Three faults in a job of pp 2, dp 2 on two hosts with two spares; losses equal an undisturbed run's."""
-    run = make_run("faults", LAYOUT)
+def test_stopped_killed_while_saving_and_cut_off(
+    hosts: Hosts, whole: Run, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Three faults in a job of pp 2, dp 2 on two hosts with two spares; losses equal an undisturbed run's.
+
+    Each time it goes on from the memory of the hosts, after the last step but one at least.
+    """
+    memory = tmp_path / "memory"
+    memory.mkdir()
+    run = make_run("faults", LAYOUT | {"checkpoint.memory_interval": 1, "checkpoint.memory_folder": str(memory)})
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 2, ["node3", "node4"])
     job = start(run, hosts, ["node1", "node2"], 2, "--supervise", "--spares", str(spares), orphan_s=ORPHAN_S)
     try:
@@ -86,6 +95,17 @@ def test_stopped_killed_while_saving_and_cut_off(hosts: Hosts, whole: Run, make_
     assert run.losses == whole.losses
     assert run.validation_loss == whole.validation_loss
     assert not job.left_running()
+
+    failed_at = [event["step"] for kind in ("hang", "death", "host lost") for event in job.named(kind)]
+    logs = [(job.folder / f"attempt_{n:02d}/logs/rank_00000.log").read_text() for n in (2, 3, 4)]
+    found = [
+        re.search(r"MEMORY CHECKPOINT: step (\d+) .*?; (\d) of 4 ranks have their state on their own", log)
+        for log in logs
+    ]
+    assert [match and match[2] for match in found] == ["4", "2", "2"]  # a host was replaced twice
+    for step, match in zip(failed_at, found, strict=True):
+        assert match and int(match[1]) >= step - 1
+    assert not list(memory.iterdir())
 
 
 def kill_while_saving(job: Job, host: str) -> float:
