@@ -99,6 +99,7 @@ class CheckpointConfig(Section):
             "Interval between copies of each rank's state to its host's memory and to another host's; 0: none.",
             "steps",
             NOT_NEGATIVE,
+            rule="None with `save: false`.",
         ),
     ] = 0
     memory_folder: Annotated[str, Key("File system in memory for these copies.", is_path=True)] = "/dev/shm"

@@ -1,9 +1,9 @@
 """Frees the memory of a run on one host when its job has ended, however it ended. Standard library only.
 
-It is a process of its own, because ranks and launcher may be killed. It watches the locks in the run's folder
-(`run_lock`), which their holders touch every few seconds; the memory is deleted once no lock has changed for `lease_s`.
+It is a process of its own, because ranks and launcher may be killed. It watches the locks of the run (`run_lock`), which
+their holders touch every few seconds; the memory is deleted once none of them has changed for LEASE_S.
 
-    python -I memory_keeper.py FOLDER RUN_DIR LEASE_S
+    python -I memory_keeper.py FOLDER LEASE_S LOCK...
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ import shutil
 import sys
 import time
 
-LOCKS = ("ranks.lock", "launcher.lock")
 HELD = "keeper"  # name of the file in the folder that the keeper of the folder locks
 POLL_S = 1.0
 
 
-def heartbeats(run_dir: str) -> dict[str, int]:
-    """Return the times of the last heartbeats of the locks of a run, in ns, by file."""
+def heartbeats(locks: list[str]) -> dict[str, int]:
+    """Return the times of the last heartbeats of the holders of locks, in ns, by file."""
     found = {}
-    for lock in LOCKS:
-        folder = os.path.join(run_dir, lock)
+    for lock in locks:
         try:
-            for name in os.listdir(folder):
-                with open(os.path.join(folder, name), "rb") as file:  # opening makes NFS ask the server
-                    found[f"{lock}/{name}"] = os.fstat(file.fileno()).st_mtime_ns
+            for path in (os.path.join(lock, name) for name in os.listdir(lock)):
+                with open(path, "rb") as file:  # opening makes NFS ask the server
+                    found[path] = os.fstat(file.fileno()).st_mtime_ns
         except OSError:
             continue
     return found
@@ -35,16 +33,16 @@ def heartbeats(run_dir: str) -> dict[str, int]:
 
 def main() -> None:
     """Keep the folder until its job has ended, then delete it."""
-    folder, run_dir, lease_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
+    folder, lease_s, locks = sys.argv[1], float(sys.argv[2]), sys.argv[3:]
     try:
         held = os.open(os.path.join(folder, HELD), os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # another keeper holds it, or the run has ended already
         return
-    last, changed = heartbeats(run_dir), time.monotonic()
+    last, changed = heartbeats(locks), time.monotonic()
     while os.path.isdir(folder):
         time.sleep(POLL_S)
-        now = heartbeats(run_dir)
+        now = heartbeats(locks)
         if now and now != last:
             last, changed = now, time.monotonic()
         if time.monotonic() - changed > lease_s:

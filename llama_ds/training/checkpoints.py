@@ -114,10 +114,6 @@ class Checkpoints:
         self._rewinds = rewinds(self.run, None)
         return None
 
-    def newest_tag(self) -> str:
-        """Return the tag of the newest checkpoint without looking into it, "" without one. Collective."""
-        return world.gather(store.newest(self.folder) or "" if self.rank_info.rank == 0 else "")[0]
-
     def adopt(self, found: Description) -> None:
         """Continue from a state that is newer than any checkpoint here, instead of `choose`."""
         self._rewinds = rewinds(self.run, found)

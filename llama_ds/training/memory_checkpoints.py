@@ -23,13 +23,13 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from llama_ds.checkpoint.manifest import Description, description_from
 from llama_ds.config.reader import ConfigSource
 from llama_ds.config.run_file import resolved
 from llama_ds.errors import Corruption, UserError
 from llama_ds.job import memory_keeper
+from llama_ds.job.folder import VARIABLE
 from llama_ds.job.memory_link import Address, MemoryServer, get, put
 from llama_ds.job.memory_slots import (
     HEADER_BYTES,
@@ -41,20 +41,18 @@ from llama_ds.job.memory_slots import (
     run_folder,
     whole_slots,
 )
-from llama_ds.job.run_lock import LEASE_S
-from llama_ds.layout.optimizer_states import MASTER, STATE_BYTES, states_of
+from llama_ds.job.run_lock import LAUNCHER, LEASE_S, RANKS
+from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.peers import peer_ranks
-from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.first_rank import own_address
-from llama_ds.parallel.optimizer_state import begin_moments, fragments, spread_masters, step_counter
+from llama_ds.parallel.optimizer_state import begin_moments, spread_masters
+from llama_ds.training import memory_state
 from llama_ds.training.checkpoints import Checkpoints
 
 ID = "memory.id"  # a file in the run's folder: states in memory belong to this run, not to a deleted one of its name
-ALIGNED = 64  # bytes; the first of them hold the optimizer's count of steps
 TRIED_STEPS = 2  # no rank holds older states
-FINITE_ELEMENTS = 1 << 22  # checked at once
 
 
 @dataclass(frozen=True)
@@ -91,7 +89,6 @@ class MemoryCheckpoints:
         self._peers = peer_ranks(layout, hosts)
         self._own: tuple[Slot, Slot] | None = None
         self._restored: Slot | None = None
-        self._signature = ""  # of this engine, once it has moments
         self._thread: threading.Thread | None = None
         self._without_copy = False  # whether the last state has no copy on another host
 
@@ -130,15 +127,12 @@ class MemoryCheckpoints:
         """Load the state that `find` has brought here; return its step. Collective."""
         assert self._restored and self.found
         found = self.found
-        header, payload = self._restored.header, self._restored.payload
-        count = int(torch.frombuffer(payload, dtype=torch.float64, count=1))
+        count = memory_state.step_count(self._restored)
         begin_moments(engine, count, found.states)
-        if header is None or header["signature"] != _signature(engine):
+        if not memory_state.read(engine, self._restored):
             raise UserError(
                 f"{self._restored.path}: holds other weights than this rank; delete {self._folder.parent} on every host"
             )
-        for target, stored in _placed(engine, payload):
-            target.copy_(stored)
         spread_masters(engine)
         engine.global_steps = found.step
         engine.global_samples = found.step * engine.train_batch_size()
@@ -155,7 +149,7 @@ class MemoryCheckpoints:
             return
         world.together(lambda: self._mark() if self._rank == 0 else None)
         self._run_id = world.gather(self._id_path.read_text() if self._rank == 0 else "")[0]
-        sizes = world.gather(self._nbytes(engine))
+        sizes = world.gather(memory_state.payload_bytes(engine, states_of(self.run.optimizer.name)))
         taken = {rank: 2 * (HEADER_BYTES + size) for rank, size in enumerate(sizes)}
         kept = [rank for rank, peer in enumerate(self._peers or ()) if peer == self._rank]
         every = world.gather([self._rank, *kept])
@@ -201,20 +195,10 @@ class MemoryCheckpoints:
         assert self._own
         slot = older(self._own)
         slot.clear()
-        counter = step_counter(engine)
-        head = torch.frombuffer(slot.payload, dtype=torch.float64, count=1)
-        head.copy_(counter, non_blocking=True) if isinstance(counter, Tensor) else head.fill_(counter)
-        for source, stored in _placed(engine, slot.payload):
-            stored.copy_(source, non_blocking=True)
+        about = memory_state.write(engine, slot.payload)
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
-        self._signature = self._signature or _signature(engine)
-        header = {
-            "step": done,
-            "identity": self._identity(),
-            "signature": self._signature,
-            "masters": sum(_aligned(f.tensors[MASTER].nbytes) for f in fragments(engine)) // STATE_BYTES,
-            "description": asdict(self._checkpoints.description(done, data())),
-        }
+        description = asdict(self._checkpoints.description(done, data()))
+        header = {"step": done, "identity": self._identity(), "description": description, **about}
         self._thread = threading.Thread(target=self._finish, args=(slot, header, ready), daemon=True)
         self._thread.start()
 
@@ -224,8 +208,9 @@ class MemoryCheckpoints:
         try:
             yield
         except Corruption:
-            if self._every:
+            if self._every:  # the error is raised on all ranks alike
                 self._wait()
+                world.barrier()
             for slot in self._slots:
                 slot.clear()
             raise
@@ -289,7 +274,7 @@ class MemoryCheckpoints:
         """Return what is wrong with the chosen states, each of which a rank on its host reads. Collective."""
         mine = [copy for copy in chosen if copy.host == self._hosts[self._rank]]
         place, ranks = self._local.index(self._rank), len(self._local)
-        problems = {copy: _problem(here[copy.rank, copy.step]) for copy in mine[place::ranks]}
+        problems = {copy: memory_state.problem(here[copy.rank, copy.step]) for copy in mine[place::ranks]}
         return {copy: text for one in world.gather(problems) for copy, text in one.items() if text}
 
     def _fetch(
@@ -307,7 +292,7 @@ class MemoryCheckpoints:
                 self._make_folder()
                 self._restored = older(open_pair(self._folder, self._rank, nbytes[copy.rank, copy.step]))
                 get(address, self._token, copy.rank, copy.step, self._restored)
-            except OSError as error:
+            except (OSError, UserError) as error:
                 problem = f"it could not be brought to {self._hosts[self._rank]} ({error})"
         return {copy: text for copy, text in zip(chosen, world.gather(problem), strict=True) if text}
 
@@ -322,9 +307,8 @@ class MemoryCheckpoints:
             *(chosen[0].step, disk_step, len(chosen) - len(moved), len(chosen)),
             f"; copies of other hosts: rank {', '.join(moved)}" if moved else "",
         )
-        count = int(torch.frombuffer(self._restored.payload, dtype=torch.float64, count=1))
         found = description_from(header["description"], ConfigSource(str(self._restored.path)))
-        return replace(found, optimizer_steps=count)
+        return replace(found, optimizer_steps=memory_state.step_count(self._restored))
 
     def _mark(self) -> None:
         if not self._id_path.exists():
@@ -357,14 +341,6 @@ class MemoryCheckpoints:
                 "checkpoint.memory_folder"
             )
 
-    def _nbytes(self, engine: Any) -> int:
-        """Return the bytes of this rank's state, which may have no moments yet."""
-        states, total = states_of(self.run.optimizer.name), ALIGNED
-        for fragment in fragments(engine):
-            kinds = states.kinds(weight_of(key_of(fragment.name)[1]).role)
-            total += len(kinds) * _aligned(fragment.numel * STATE_BYTES)
-        return total
-
     def _check_memory(self, wanted: int) -> None:
         """Check that the states of this host fit into its memory."""
         there = sum(slot.path.stat().st_size for _, slot in whole_slots(self._folder))
@@ -384,47 +360,14 @@ class MemoryCheckpoints:
 
     def _start_keeper(self) -> None:
         """Start the process that frees the memory when the job has ended without doing so."""
-        command = [sys.executable, "-I", memory_keeper.__file__, str(self._folder), self.run.run_dir, str(LEASE_S)]
+        locks = [os.path.join(os.path.abspath(self.run.run_dir), name) for name in (RANKS, LAUNCHER)]
         subprocess.Popen(
-            command,
+            [sys.executable, "-I", memory_keeper.__file__, str(self._folder), str(LEASE_S), *locks],
             cwd="/",
-            env={},  # without the variable by which the supervisor finds processes of the job
+            # Without the variable by which the supervisor finds processes of the job, and ends them.
+            env={name: value for name, value in os.environ.items() if name != VARIABLE},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-
-
-def _placed(engine: Any, payload: memoryview) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's tensors, masters first, each with its place in the payload."""
-    every, at = list(fragments(engine)), ALIGNED
-    for kind in sorted({kind for fragment in every for kind in fragment.tensors}, key=lambda kind: kind != MASTER):
-        for fragment in every:
-            if (tensor := fragment.tensors.get(kind)) is not None:
-                yield tensor, torch.frombuffer(payload, dtype=tensor.dtype, count=tensor.numel(), offset=at)
-                at += _aligned(tensor.nbytes)
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNED) * ALIGNED
-
-
-def _signature(engine: Any) -> str:
-    """Return a hash of which elements this rank's state has, and in which order."""
-    digest = hashlib.sha256()
-    for fragment in fragments(engine):
-        kinds = [(kind, str(tensor.dtype)) for kind, tensor in sorted(fragment.tensors.items())]
-        digest.update(f"{fragment.name} {fragment.start} {fragment.numel} {kinds}\n".encode())
-    return digest.hexdigest()
-
-
-def _problem(slot: Slot) -> str:
-    """Return why a state cannot be used, "" if it can."""
-    header = slot.header
-    if header is None or not slot.is_intact:
-        return "its bytes do not have their checksum"
-    masters = torch.frombuffer(slot.payload, dtype=torch.float32, count=header["masters"], offset=ALIGNED)
-    if not all(bool(part.isfinite().all()) for part in masters.split(FINITE_ELEMENTS)):
-        return "it has weights that are not finite"
-    return ""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from llama_ds.checkpoint.manifest import Description
-from llama_ds.checkpoint.store import step_of
+from llama_ds.checkpoint.store import newest, step_of
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.config.context_parallel import HIERARCHICAL, check_context_parallel, cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
@@ -47,7 +47,7 @@ def choose_state(checkpoints: Checkpoints, memory: MemoryCheckpoints) -> Chosen:
     Raises:
         UserError: as `Checkpoints.choose`.
     """
-    tag = checkpoints.newest_tag()
+    tag = world.gather(newest(checkpoints.folder) or "" if world.is_first() else "")[0]
     found = memory.find(step_of(tag) if tag else 0)
     if found is None:
         return checkpoints.choose()

@@ -145,13 +145,12 @@ def _pass_on(source: socket.socket, target: socket.socket, nbytes: int) -> None:
 
 
 def test_memory_is_freed_when_nobody_holds_the_run(tmp_path: Path) -> None:
-    folder, run_dir = tmp_path / "memory" / "node1", tmp_path / "run"
+    folder, lock = tmp_path / "memory" / "node1", tmp_path / "run" / "ranks.lock" / "a1"
     folder.mkdir(parents=True)
-    (run_dir / "ranks.lock").mkdir(parents=True)
-    lock = run_dir / "ranks.lock" / "a1"
+    lock.parent.mkdir(parents=True)
     lock.touch()
     filled(folder / "rank_00000.a", 3)
-    command = [sys.executable, "-I", memory_keeper.__file__, str(folder), str(run_dir), "3"]
+    command = [sys.executable, "-I", memory_keeper.__file__, str(folder), "3", str(lock.parent)]
     first, until = subprocess.Popen(command), time.monotonic() + 6
     while not (folder / memory_keeper.HELD).exists():
         time.sleep(0.02)

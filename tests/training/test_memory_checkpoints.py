@@ -30,7 +30,7 @@ from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.memory_checkpoints import MemoryCheckpoints
 
 MODEL = ModelConfig(6, 4, 6, 1, 2, 2, 2)
-DATA = {"segments": []}
+DATA: dict[str, Any] = {"segments": []}
 
 
 @pytest.fixture
