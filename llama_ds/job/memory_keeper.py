@@ -1,7 +1,7 @@
 """Frees the memory of a run on one host when its job has ended, however it ended. Standard library only.
 
-It is a process of its own, because ranks and launcher may be killed. It watches the locks of the run (`run_lock`), which
-their holders touch every few seconds; the memory is deleted once none of them has changed for LEASE_S.
+It is a process of its own, because ranks and launcher may be killed. It watches the locks of the run (`run_lock`),
+which their holders touch every few seconds; the memory is deleted once none of them has changed for LEASE_S.
 
     python -I memory_keeper.py FOLDER LEASE_S LOCK...
 """
