@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from typing import Any
 
-from llama_ds.job.memory_slots import Slot, checksum, older
+from llama_ds.job.memory_slots import Slot, checksum, oldest
 from llama_ds.job.wire import (
     HEADER,
     MAX_FRAME,
@@ -43,7 +43,7 @@ class MemoryServer:
     def __init__(self, host: str, token: bytes) -> None:
         """Listen on an address of this host, on any free port."""
         self._token = token
-        self._kept: dict[int, tuple[Slot, Slot]] = {}
+        self._kept: dict[int, list[Slot]] = {}
         self._offered: dict[tuple[int, int], Slot] = {}
         self._listening = socket.create_server((host, 0), backlog=64)
         self.address: Address = self._listening.getsockname()[:2]
@@ -53,9 +53,9 @@ class MemoryServer:
         """Offer states, by rank and step, to ranks that ask for them."""
         self._offered = dict(found)
 
-    def keep(self, pairs: Mapping[int, tuple[Slot, Slot]]) -> None:
-        """Store copies of the ranks in `pairs` from now on."""
-        self._kept = dict(pairs)
+    def keep(self, slots: Mapping[int, list[Slot]]) -> None:
+        """Store copies of the ranks in `slots` from now on."""
+        self._kept = dict(slots)
 
     def close(self) -> None:
         """Stop listening; transfers under way end by themselves."""
@@ -86,7 +86,7 @@ class MemoryServer:
                 connection.sendall(slot.payload)
 
     def _store(self, connection: socket.socket, rank: int, header: dict[str, Any]) -> None:
-        slot = older(self._kept[rank])
+        slot = oldest(self._kept[rank])
         slot.clear()
         _receive_into(connection, slot.payload)
         if slot.checksum() != header["checksum"]:

@@ -2,10 +2,13 @@
 
 MEMORY/llama_ds_UID_HASH/        one run of one user; HASH is that of the run's folder
     node1/                       one host: its name, because containers may share their memory
-        rank_00003.a  .b         two states of a rank, written in turn: one is always whole
+        rank_00003.a  .b  .c     three states of a rank, written in turn
 
 A file is a header of `HEADER_BYTES` with a JSON object, then the payload. The header is cleared before the payload
 changes and written after it, with the payload's checksum. No file is synced: it is lost with the host.
+
+Why three: while a rank writes step k + 1, another one's copy of step k may still be on its way. If that one's host is
+lost, every rank needs step k - 1.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,8 @@ import xxhash
 HEADER_BYTES = 1 << 18
 HASH_BYTES = 1 << 20  # small enough that a chunk is still in the CPU cache
 _LENGTH = struct.Struct("!I")
-_NAME = re.compile(r"rank_(\d{5,})\.([ab])")
+_NAME = re.compile(r"rank_(\d{5,})\.[abc]")
+STATES = "abc"  # suffixes of a rank's files
 
 
 class Slot:
@@ -112,20 +116,14 @@ def run_folder(memory: str, run_dir: str) -> Path:
     return Path(memory, f"llama_ds_{os.getuid()}_{digest}")
 
 
-def slot_paths(folder: Path, rank: int) -> tuple[Path, Path]:
-    """Return the two files of a rank."""
-    return folder / f"rank_{rank:05d}.a", folder / f"rank_{rank:05d}.b"
+def open_slots(folder: Path, rank: int, nbytes: int) -> list[Slot]:
+    """Create or open the files of a rank, with payloads of `nbytes`. Raises OSError."""
+    return [Slot(folder / f"rank_{rank:05d}.{suffix}", nbytes) for suffix in STATES]
 
 
-def open_pair(folder: Path, rank: int, nbytes: int) -> tuple[Slot, Slot]:
-    """Create or open the two files of a rank, with payloads of `nbytes`. Raises OSError."""
-    first, second = (Slot(path, nbytes) for path in slot_paths(folder, rank))
-    return first, second
-
-
-def older(pair: tuple[Slot, Slot]) -> Slot:
-    """Return the file of a pair that is to be overwritten next."""
-    return min(pair, key=lambda slot: slot.step)
+def oldest(slots: Iterable[Slot]) -> Slot:
+    """Return the file that is to be overwritten next."""
+    return min(slots, key=lambda slot: slot.step)
 
 
 def whole_slots(folder: Path) -> Iterator[tuple[int, Slot]]:

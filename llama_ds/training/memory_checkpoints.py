@@ -33,12 +33,12 @@ from llama_ds.job.folder import VARIABLE
 from llama_ds.job.memory_link import Address, MemoryServer, get, put
 from llama_ds.job.memory_slots import (
     HEADER_BYTES,
+    STATES,
     Slot,
-    older,
-    open_pair,
+    oldest,
+    open_slots,
     remove,
     remove_others,
-    run_folder,
     whole_slots,
 )
 from llama_ds.job.run_lock import LAUNCHER, LEASE_S, RANKS
@@ -52,7 +52,6 @@ from llama_ds.training import memory_state
 from llama_ds.training.checkpoints import Checkpoints
 
 ID = "memory.id"  # a file in the run's folder: states in memory belong to this run, not to a deleted one of its name
-TRIED_STEPS = 2  # no rank holds older states
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class MemoryCheckpoints:
         self._server = MemoryServer(own_address(), self._token)
         self._addresses: list[Address] = world.gather(self._server.address)
         self._peers = peer_ranks(layout, hosts)
-        self._own: tuple[Slot, Slot] | None = None
+        self._own: list[Slot] = []
         self._restored: Slot | None = None
         self._thread: threading.Thread | None = None
         self._without_copy = False  # whether the last state has no copy on another host
@@ -106,7 +105,7 @@ class MemoryCheckpoints:
         listed = world.gather(sizes if self._rank == self._local[0] else {})
         nbytes = {copy: size for one in listed for copy, size in one.items()}
         copies = {_Copy(*copy, self._hosts[rank]) for rank, one in enumerate(listed) for copy in one}
-        steps = sorted({copy.step for copy in copies if copy.step > disk_step}, reverse=True)[:TRIED_STEPS]
+        steps = sorted({copy.step for copy in copies if copy.step > disk_step}, reverse=True)
         for step in steps:
             while chosen := self._chosen(copies, step):
                 bad = self._verify(chosen, with_header) or self._fetch(chosen, with_header, nbytes)
@@ -150,7 +149,7 @@ class MemoryCheckpoints:
         world.together(lambda: self._mark() if self._rank == 0 else None)
         self._run_id = world.gather(self._id_path.read_text() if self._rank == 0 else "")[0]
         sizes = world.gather(memory_state.payload_bytes(engine, states_of(self.run.optimizer.name)))
-        taken = {rank: 2 * (HEADER_BYTES + size) for rank, size in enumerate(sizes)}
+        taken = {rank: len(STATES) * (HEADER_BYTES + size) for rank, size in enumerate(sizes)}
         kept = [rank for rank, peer in enumerate(self._peers or ()) if peer == self._rank]
         every = world.gather([self._rank, *kept])
         here = {rank for other in self._local for rank in every[other]}
@@ -167,17 +166,19 @@ class MemoryCheckpoints:
 
         def take() -> None:
             try:
-                self._own = open_pair(self._folder, self._rank, sizes[self._rank])
-                pairs = {rank: open_pair(self._folder, rank, sizes[rank]) for rank in kept}
+                self._own = open_slots(self._folder, self._rank, sizes[self._rank])
+                copies = {rank: open_slots(self._folder, rank, sizes[rank]) for rank in kept}
             except OSError as error:
                 raise self._too_little(str(error)) from None
-            self._slots = [slot for pair in (self._own, *pairs.values()) for slot in pair]
+            self._slots = [slot for slots in (self._own, *copies.values()) for slot in slots]
             for slot in self._slots:
                 if slot.step > first or not self._is_usable(slot):
                     slot.clear()
-            self._server.keep(pairs)
+            self._server.keep(copies)
 
         world.together(take)
+        if self._restored and self._peers:  # another peer, or one that has not received this state
+            self._start(self._restored, lambda: None)
         logger.info(
             "memory checkpoints every %d steps in %s, %.3g GiB on this host, %s",
             *(self._every, self._folder.parent, sum(taken[rank] for rank in here) / 2**30),
@@ -192,15 +193,19 @@ class MemoryCheckpoints:
         if not self._every or done % self._every:
             return
         self._wait()
-        assert self._own
-        slot = older(self._own)
+        slot = oldest(self._own)
         slot.clear()
         about = memory_state.write(engine, slot.payload)
         ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
         description = asdict(self._checkpoints.description(done, data()))
         header = {"step": done, "identity": self._identity(), "description": description, **about}
-        self._thread = threading.Thread(target=self._finish, args=(slot, header, ready), daemon=True)
-        self._thread.start()
+
+        def complete() -> None:
+            if ready is not None:
+                ready.synchronize()
+            slot.complete(header | {"checksum": slot.checksum()})
+
+        self._start(slot, complete)
 
     @contextmanager
     def trusted(self) -> Iterator[None]:
@@ -225,13 +230,18 @@ class MemoryCheckpoints:
         if ended and self._rank == self._local[0]:
             remove(self._folder)
 
-    def _finish(self, slot: Slot, header: dict[str, Any], ready: Any) -> None:
-        if ready is not None:
-            ready.synchronize()
-        slot.complete(header | {"checksum": slot.checksum()})
-        if not self._peers:
-            return
-        peer = self._peers[self._rank]
+    def _start(self, slot: Slot, complete: Callable[[], None]) -> None:
+        """Let a thread complete a state and send it to the peer, if there is one."""
+
+        def run() -> None:
+            complete()
+            if self._peers:
+                self._send(slot, self._peers[self._rank])
+
+        self._thread = threading.Thread(target=run, name="memory checkpoint", daemon=True)
+        self._thread.start()
+
+    def _send(self, slot: Slot, peer: int) -> None:
         try:
             put(self._addresses[peer], self._token, self._rank, slot, self.run.checkpoint.memory_rate)
             self._without_copy = False
@@ -239,7 +249,7 @@ class MemoryCheckpoints:
             if not self._without_copy:
                 logger.warning(
                     "MEMORY CHECKPOINT: the state of rank %d has no copy on %s since step %d: %s",
-                    *(self._rank, self._hosts[peer], header["step"], error),
+                    *(self._rank, self._hosts[peer], slot.step, error),
                 )
             self._without_copy = True
 
@@ -290,7 +300,7 @@ class MemoryCheckpoints:
             address = self._addresses[holders[self._rank % len(holders)]]
             try:
                 self._make_folder()
-                self._restored = older(open_pair(self._folder, self._rank, nbytes[copy.rank, copy.step]))
+                self._restored = oldest(open_slots(self._folder, self._rank, nbytes[copy.rank, copy.step]))
                 get(address, self._token, copy.rank, copy.step, self._restored)
             except (OSError, UserError) as error:
                 problem = f"it could not be brought to {self._hosts[self._rank]} ({error})"

@@ -15,7 +15,7 @@ import pytest
 
 from llama_ds.job import memory_keeper
 from llama_ds.job.memory_link import CHUNK_BYTES, MemoryServer, get, put
-from llama_ds.job.memory_slots import HEADER_BYTES, Slot, older, open_pair, remove_others, whole_slots
+from llama_ds.job.memory_slots import HEADER_BYTES, Slot, oldest, open_slots, remove_others, whole_slots
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.peers import peer_ranks
 
@@ -50,14 +50,12 @@ def test_a_state_is_whole_or_not_there(tmp_path: Path) -> None:
     assert list(whole_slots(tmp_path)) == []
 
 
-def test_the_older_of_two_states_is_overwritten(tmp_path: Path) -> None:
-    pair = open_pair(tmp_path, 3, 64)
-    assert older(pair) is pair[0]
-    pair[0].complete({"step": 4})
-    assert older(pair) is pair[1]
-    pair[1].complete({"step": 5})
-    assert older(pair) is pair[0]
-    assert [(rank, slot.step) for rank, slot in whole_slots(tmp_path)] == [(3, 4), (3, 5)]
+def test_the_oldest_state_is_overwritten(tmp_path: Path) -> None:
+    slots = open_slots(tmp_path, 3, 64)
+    for step in (4, 5, 6, 7):
+        assert oldest(slots) is slots[step % 4 % 3]
+        oldest(slots).complete({"step": step})
+    assert [(rank, slot.step) for rank, slot in whole_slots(tmp_path)] == [(3, 7), (3, 5), (3, 6)]
     remove_others(tmp_path, {2})
     assert not list(tmp_path.iterdir())
 
@@ -71,10 +69,10 @@ def test_a_file_of_another_size_is_made_anew(tmp_path: Path) -> None:
 
 def test_copies_travel_with_their_checksums(tmp_path: Path, server: MemoryServer) -> None:
     (tmp_path / "here").mkdir()
-    own, kept = filled(tmp_path / "rank_00003.a", 9), open_pair(tmp_path / "here", 3, SIZE)
+    own, kept = filled(tmp_path / "rank_00003.a", 9), open_slots(tmp_path / "here", 3, SIZE)
     server.keep({3: kept})
     put(server.address, TOKEN, 3, own)
-    assert older(kept) is kept[1] and kept[0].header == own.header and kept[0].payload == own.payload
+    assert oldest(kept) is kept[1] and kept[0].header == own.header and kept[0].payload == own.payload
     begin = time.monotonic()
     put(server.address, TOKEN, 3, own, mib_per_s=20.0)
     assert time.monotonic() - begin >= SIZE / 2**20 / 20 and kept[1].is_intact
@@ -87,7 +85,7 @@ def test_copies_travel_with_their_checksums(tmp_path: Path, server: MemoryServer
 
 def test_a_copy_that_changed_on_the_way_is_refused(tmp_path: Path, server: MemoryServer) -> None:
     (tmp_path / "here").mkdir()
-    own, kept = filled(tmp_path / "rank_00003.a", 9), open_pair(tmp_path / "here", 3, SIZE)
+    own, kept = filled(tmp_path / "rank_00003.a", 9), open_slots(tmp_path / "here", 3, SIZE)
     server.keep({3: kept})
     server.offer({(3, 9): own})
     own.payload[5] = 0
@@ -101,9 +99,9 @@ def test_a_copy_that_changed_on_the_way_is_refused(tmp_path: Path, server: Memor
 
 @pytest.mark.parametrize("token", [b"x" * 32, b""])
 def test_without_the_token_nothing_is_read_or_stored(token: bytes, tmp_path: Path, server: MemoryServer) -> None:
-    own, (kept, _) = filled(tmp_path / "rank_00002.a", 9), open_pair(tmp_path, 3, SIZE)
+    own, (kept, *_) = filled(tmp_path / "rank_00002.a", 9), open_slots(tmp_path, 3, SIZE)
     server.offer({(3, 9): own})
-    server.keep({3: (kept, kept)})
+    server.keep({3: [kept]})
     for call in (lambda: put(server.address, token, 3, own), lambda: get(server.address, token, 3, 9, kept)):
         with pytest.raises(OSError):
             call()
@@ -111,7 +109,7 @@ def test_without_the_token_nothing_is_read_or_stored(token: bytes, tmp_path: Pat
 
 
 def test_an_interrupted_transfer_leaves_no_state(tmp_path: Path, server: MemoryServer) -> None:
-    own, kept = filled(tmp_path / "rank_00002.a", 9), open_pair(tmp_path, 3, SIZE)
+    own, kept = filled(tmp_path / "rank_00002.a", 9), open_slots(tmp_path, 3, SIZE)
     server.keep({3: kept})
     put(server.address, TOKEN, 3, own)
     listening = socket.create_server(("127.0.0.1", 0))
@@ -128,7 +126,7 @@ def test_an_interrupted_transfer_leaves_no_state(tmp_path: Path, server: MemoryS
     with pytest.raises(OSError):
         put(listening.getsockname()[:2], TOKEN, 3, own)
     listening.close()
-    assert [slot.step for slot in kept] == [9, -1]
+    assert [slot.step for slot in kept] == [9, -1, -1]
 
 
 def _pass_on(source: socket.socket, target: socket.socket, nbytes: int) -> None:
