@@ -39,6 +39,7 @@ from llama_ds.job.memory_slots import (
     open_slots,
     remove,
     remove_others,
+    run_folder,
     whole_slots,
 )
 from llama_ds.job.run_lock import LAUNCHER, LEASE_S, RANKS
