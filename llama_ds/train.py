@@ -8,6 +8,7 @@ python llama_ds/train.py ds_configs/llama_65b.yaml --dry-run --world 2048
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ REQUESTS = Requests()
 if __name__ == "__main__":  # before the imports, which take seconds
     leave_session_of_mpirun()
     REQUESTS.listen()
+    gc.disable()  # until all is imported: modules leave no garbage, but would be searched for it a hundred times
     if VARIABLE not in os.environ:
         watch_launcher(REQUESTS.ask)
 
@@ -121,6 +123,7 @@ def train_until_asked(
     from llama_ds.training.loop import train
     from llama_ds.training.run_in_use import locked
 
+    gc.enable()
     heartbeat.progress.enter(Phase.LOADING)
     world.together(lambda: check_time_left(run.checkpoint))
     world.together(lambda: check_packages(run.path, run.logging.boards if rank_info.rank == 0 else ()))
@@ -152,6 +155,7 @@ def only_self_test(run: RunConfig, layout: Layout, config: dict[str, Any], rank_
     from llama_ds.training.self_test.check import self_test
     from llama_ds.training.setup import with_min_memory
 
+    gc.enable()
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     path = run.data.tokenizer
     marks = world.together(lambda: Tokenizer(path).marks if run.data.document_mask else LLAMA_MARKS)

@@ -26,7 +26,7 @@ from typing import NoReturn
 
 # What ranks and tools import sooner or later, in four seconds; nothing of this project.
 HEAVY = (
-    *("deepspeed", "torch._dynamo"),
+    *("deepspeed", "deepspeed.module_inject.auto_ep_layer", "torch._dynamo", "sentencepiece", "tiktoken"),
     *("transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama"),
 )
 MAX_REQUEST = 1 << 20  # bytes
@@ -62,6 +62,8 @@ def preload() -> None:
     """Import what ranks would."""
     for name in HEAVY:
         importlib.import_module(name)
+    # Each engine asks it what can be compiled, and it runs a compiler to know.
+    assert importlib.import_module("deepspeed.ops").__compatible_ops__
 
 
 def serve(requests: socket.socket) -> Request | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ PROGRAMS = {
     "pdsh": "pdsh",
     "unshare": "util-linux",
 }
+TIMEOUT_S = 120.0  # for the start of a host on a busy machine
 
 
 def missing() -> str | None:
@@ -65,7 +67,7 @@ class Hosts:
                 self.start(name)
             self._write_ssh_config()
             for name in self.names:
-                self._wait_for(name)
+                self.wait_for(name)
         except BaseException:
             self._remove()
             raise
@@ -117,7 +119,16 @@ class Hosts:
         """Power a host off and start it again."""
         self.power_off(name)
         self.start(name, before)
-        self._wait_for(name)
+        self.wait_for(name)
+
+    def wait_for(self, name: str) -> None:
+        """Wait until the sshd of a started host takes connections."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while True:
+            with suppress(OSError), socket.create_connection((self.address(name), 22), 5):
+                return
+            assert time.monotonic() < deadline, (self.folder / f"{name}.log").read_text()
+            time.sleep(0.05)
 
     def power_off(self, name: str) -> None:
         """Kill all of a host's processes at once; its sockets send no FIN, because its link is cut first."""
@@ -136,11 +147,6 @@ class Hosts:
     def plug(self, name: str) -> None:
         """Restore a host's link."""
         _run("ip", "link", "set", self._cable(name), "up")
-
-    def ssh(self, name: str, *argv: str, timeout_s: float = 20) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host."""
-        command = ["ssh", "-F", str(self.ssh_config), name, *argv]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
 
     def processes(self, name: str, word: str) -> list[psutil.Process]:
         """Return the living processes of a host with `word` in their command line."""
@@ -191,12 +197,6 @@ class Hosts:
         }
         lines += ["Host *\n", *(f"  {key} {value}\n" for key, value in common.items())]
         self.ssh_config.write_text("".join(lines))
-
-    def _wait_for(self, name: str) -> None:
-        deadline = time.monotonic() + 20
-        while self.ssh(name, "true").returncode:
-            assert time.monotonic() < deadline, (self.folder / f"{name}.log").read_text()
-            time.sleep(0.1)
 
     def _remove(self) -> None:
         for daemon in self._daemons.values():

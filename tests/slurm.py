@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -107,8 +108,12 @@ class Slurm:
 
     def finish(self, job: str) -> dict[str, str]:
         """Wait for the end of a job; return its last state."""
-        wait_until(lambda: self.state(job)["JobState"] in FINISHED, f"job {job} does not end:\n{self.output(job)}")
+        self.wait_for(job, lambda state: state["JobState"] in FINISHED, "does not end")
         return self.state(job)
+
+    def wait_for(self, job: str, condition: Callable[[dict[str, str]], bool], problem: str) -> None:
+        """Wait until the state of a job fulfils a condition; scontrol, which is asked, costs some 20 ms each time."""
+        wait_until(lambda: condition(self.state(job)), f"job {job} {problem}:\n{self.output(job)}", pause_s=1.0)
 
     def output(self, job: str) -> str:
         """Return what a job has printed so far."""
@@ -165,10 +170,9 @@ class Slurm:
         self.conf.write_text("\n".join([*text, *nodes, partition]) + "\n")
 
 
-def wait_until(condition: object, problem: str) -> None:
+def wait_until(condition: Callable[[], object], problem: str, pause_s: float = 0.2) -> None:
     """Wait until a function returns something true."""
-    assert callable(condition)
     until = time.monotonic() + TIMEOUT_S
     while not condition():
         assert time.monotonic() < until, problem
-        time.sleep(0.2)
+        time.sleep(pause_s)

@@ -25,7 +25,10 @@ from llama_ds.machine import free_port
 from tests.forking import Request
 
 ROOT = Path(__file__).resolve().parents[1]
-SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+SETTINGS = {
+    **{"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    "HF_HUB_OFFLINE": "1",  # nothing that a test starts may need the network
+}
 
 
 class Process:

@@ -7,8 +7,7 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import operator
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +27,7 @@ from llama_ds.command_line import Answer, add_json, new_parser, real, run, whole
 
 if TYPE_CHECKING:
     from llama_ds.evaluation.evaluate import Work
+    from llama_ds.evaluation.validation import ValidationLoss
 
 EXAMPLES = """examples:
   tools/evaluate.py runs/quickstart
@@ -79,6 +79,9 @@ def parser() -> argparse.ArgumentParser:
     )
     tasks.add_argument(
         "--tp", type=whole(1, 10_000), help="tensor-parallel size, under a launcher (default: the run's)"
+    )
+    tasks.add_argument(
+        "--cp", type=whole(1, 10_000), help="context-parallel size, for rows too long for one rank (default: 1)"
     )
     tasks.add_argument("--figure", metavar="FILE", help="draw the tasks of a run over its tokens to this SVG, no more")
     tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
@@ -134,8 +137,10 @@ def evaluate_tasks(args: argparse.Namespace) -> Answer | int:
         raise UserError("command line: --follow keeps the outcomes of each checkpoint in RUN/tasks; omit --results")
     if world.launched_ranks() > 1:
         return evaluate_on_ranks(args)
-    if args.pp or args.tp:
-        raise UserError("command line: --pp and --tp divide a model over the ranks of a launcher; start with torchrun")
+    if args.pp or args.tp or args.cp:
+        raise UserError(
+            "command line: --pp, --tp and --cp divide a model over the ranks of a launcher; start with torchrun"
+        )
     return answered(args, Alone(args), read_works(args))
 
 
@@ -149,7 +154,7 @@ def evaluate_on_ranks(args: argparse.Namespace) -> Answer | int:
         rank_info = world.find_rank_info()
         log.setup(quiet=rank_info.rank != 0)
         world.join(rank_info)
-        settings = EvaluationSettings(args.dtype, args.batch, args.tokenizer, args.pp, args.tp)
+        settings = EvaluationSettings(args.dtype, args.batch, args.tokenizer, args.pp, args.tp, args.cp or 1)
         works = world.together(lambda: read_works(args))
         answer = answered(args, EvaluationJob(settings, rank_info), works, rank_info.rank == 0)
         return answer if rank_info.rank == 0 else 0
@@ -193,6 +198,7 @@ def answered(args: argparse.Namespace, job: Any, works: list[Work], first: bool 
     from tqdm import tqdm
 
     from llama_ds.evaluation.evaluate import TaskResult, table
+    from llama_ds.evaluation.requests import TRUNCATED
 
     if args.follow:
         return followed(args, job, works, first)
@@ -203,7 +209,7 @@ def answered(args: argparse.Namespace, job: Any, works: list[Work], first: bool 
     if done := found["examples_done_before"]:
         remarks.append(f"{args.results}: {done} examples were done already")
     if cut := found["truncated_requests"]:
-        remarks.append(f"{cut} requests are longer than the model's rows: their contexts lost tokens on the left")
+        remarks.append(f"{cut} requests {TRUNCATED}")
     if cache := found["cache_bytes"]:
         remarks.append(f"the cache of generated texts took {cache / 2**20:.1f} MiB")
     text = f"{found['model']}\n{table([TaskResult(**one) for one in found['tasks']])}"
@@ -240,6 +246,7 @@ def evaluate_loss(args: argparse.Namespace) -> Answer:
     from llama_ds.checkpoint.load_model import load_model, locate, run_of
     from llama_ds.checkpoint.manifest import describe
     from llama_ds.checkpoint.weights import DTYPES, open_checkpoint
+    from llama_ds.evaluation.validation import total
 
     folder = locate(args.checkpoint)
     description = describe(folder)
@@ -257,18 +264,18 @@ def evaluate_loss(args: argparse.Namespace) -> Answer:
             part.source: validation_loss(loss_of, part, trained.parallel.micro_batch, device, bar.update)
             for part in parts
         }
-    values = functools.reduce(operator.add, losses.values()).values
+    every = total(losses.values())
+    lines = [f"{args.hf or folder}: step {description.step} | {_line(every)}"]
+    lines += [f"  {name}: {_line(one)}" for name, one in losses.items() if len(losses) > 1]
     by_source = {name: loss.values for name, loss in losses.items()}
-    lines = [f"{args.hf or folder}: step {description.step} | {_line(values)}"]
-    lines += [f"  {name}: {_line(one)}" for name, one in by_source.items() if len(by_source) > 1]
-    found = {**values, "step": description.step, "dtype": dtype, "sources": by_source}
+    found = {**every.values, "step": description.step, "dtype": dtype, "sources": by_source}
     return Answer(found, "\n".join(lines))
 
 
-def _line(values: dict[str, float]) -> str:
+def _line(loss: ValidationLoss) -> str:
     return (
-        f"{values['rows']} rows | loss {values['loss']:.4f} | perplexity {values['perplexity']:.2f} | "
-        f"{values['bits_per_byte']:.4f} bits per byte"
+        f"{loss.rows} rows | {loss.labels:,} tokens | loss {loss.loss:.4f} | perplexity {math.exp(loss.loss):.2f} | "
+        f"{loss.bits_per_byte:.4f} bits per byte"
     )
 
 

@@ -84,7 +84,7 @@ def _add_record_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", metavar="FOLDER", help="output folder (default: the run's folder plus -profile)")
     where = command.add_mutually_exclusive_group()
     where.add_argument("--hostfile", help="the job's hosts, as for tools/launch.py")
-    where.add_argument("--num-ranks", type=whole(), help="ranks on this machine (default: GPUs, or pp * tp)")
+    where.add_argument("--num-ranks", type=whole(), help="ranks on this machine (default: GPUs, or pp * cp * tp)")
     command.add_argument("--launcher", choices=LAUNCHERS, default="pdsh", help="(default: %(default)s)")
     command.add_argument("--nic", default="", help="network interface of the ranks (default: the one to rank 0)")
     command.add_argument("--ssh-port", type=port)

@@ -5,13 +5,10 @@ Shapes: B rows, T tokens of a row.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
-from itertools import islice
+from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,43 +17,14 @@ from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import DataConfig, RunConfig
 from llama_ds.data.filler import count_labels
 from llama_ds.data.sources import open_sources
-from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
+from llama_ds.evaluation.validation import ValidationLoss, ValidationRows, rows_by_source
 from llama_ds.model.attention import Documents
 from llama_ds.model.embedding import document_starts
 from llama_ds.model.loss import IGNORED
 from llama_ds.training.device_batches import ids_and_labels
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # ids and labels (B, T) -> mean loss in nats per token
-
-
-@dataclass(frozen=True, eq=False)
-class ValidationRows:
-    """Validation rows of one source, int64 (R, T + 1), with marked filler, and the bytes of their labels' text."""
-
-    source: str
-    rows: np.ndarray
-    text_bytes: int
-
-
-@dataclass(frozen=True)
-class ValidationLoss:
-    """The loss of a model on rows: labels are tokens, bos and eos among them; bytes are those of the text."""
-
-    rows: int
-    labels: int
-    text_bytes: int
-    nats: float  # summed over the labels
-
-    @property
-    def values(self) -> dict[str, float]:
-        """The loss in nats per token, its perplexity, and bits per byte, comparable between tokenizers."""
-        loss = self.nats / self.labels
-        bits = self.nats / math.log(2) / self.text_bytes
-        return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits, "rows": self.rows}
-
-    def __add__(self, other: ValidationLoss) -> ValidationLoss:
-        return ValidationLoss(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def moved(data: DataConfig, tokenizer: str | None, sources: list[str]) -> DataConfig:
@@ -85,27 +53,11 @@ def validation_rows(run: RunConfig, count: int | None) -> list[ValidationRows]:
             f"command line: --rows {count} is not positive; the run has evaluation.rows {run.evaluation.rows}"
         )
     sources = open_sources(run.data, run.model.vocab_size)
-    every, found = iter(sources.validation_rows(count)), []
-    for source, share in zip(run.data.sources, sources.validation_shares(count), strict=True):
-        if share:
-            rows = np.stack(list(islice(every, share)))
-            found.append(ValidationRows(source.name, rows, text_bytes(rows, sources.tokenizer)))
+    found = rows_by_source(sources, count)
     for part in found:
         if not part.text_bytes:
             raise UserError(f"source {part.source}: its {len(part.rows)} validation rows hold no text; raise --rows")
     return found
-
-
-def text_bytes(rows: np.ndarray, tokenizer: Tokenizer) -> int:
-    """Return the UTF-8 bytes of the text of the labels of consecutive marked rows (R, T + 1).
-
-    Documents are decoded whole, because characters may be cut at the end of a row. bos and eos are no text.
-    """
-    labels = rows[:, 1:].ravel()
-    labels = labels[labels >= 0]
-    marks = [mark for mark in (tokenizer.bos_id, tokenizer.eos_id) if mark is not None]
-    documents = np.split(labels, np.flatnonzero(np.isin(labels, marks)))
-    return sum(len(tokenizer.decode(ids).encode("utf-8", "replace")) for ids in documents)
 
 
 def transformers_loss(

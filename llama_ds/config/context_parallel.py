@@ -28,11 +28,17 @@ class CpSizes(NamedTuple):
 
     ring: int = 1  # number of groups
     all_to_all: int = 1  # ranks of a group
+    striped: bool = False  # groups hold every ring-th token of a row, not two chunks of it (`layout/row_cuts.py`)
 
     @property
     def ranks(self) -> int:
         """The number of ranks that share rows."""
         return self.ring * self.all_to_all
+
+    @property
+    def chunks(self) -> int:
+        """The number of equal parts of a row that a ring's cut needs."""
+        return 1 if self.ring == 1 else self.ring if self.striped else 2 * self.ring
 
     @property
     def method(self) -> str:
@@ -52,11 +58,21 @@ WHOLE_ROWS = CpSizes()
 
 def cp_sizes(run: RunConfig, node_ranks: int = NODE_RANKS) -> tuple[CpSizes, str]:
     """Return how the run's ranks share rows, and why; `node_ranks` of them have fast links between each other."""
+    sizes, why = _sizes_of_method(run, node_ranks)
+    return _cut(run, sizes), why
+
+
+def _cut(run: RunConfig, sizes: CpSizes) -> CpSizes:
+    """Return the sizes with the cut of rows: wherever documents begin, stripes give all ranks of a ring equal work."""
+    return sizes._replace(striped=run.data.document_mask and sizes.ring > 1)
+
+
+def _sizes_of_method(run: RunConfig, node_ranks: int) -> tuple[CpSizes, str]:
     parallel, cp = run.parallel, run.parallel.cp
     if parallel.cp_method == "auto":
         return _chosen_sizes(run, node_ranks)
     if parallel.cp_method == HIERARCHICAL and not parallel.cp_all_to_all:
-        found = _group_ranks(run, node_ranks) or _group_ranks(run, cp * parallel.tp)
+        found = group_ranks(run, node_ranks) or group_ranks(run, cp * parallel.tp)
         why = "as parallel.cp_method says; groups are as large as heads and nodes allow"
         return CpSizes(cp // found, found) if found else CpSizes(cp), why
     inner = {RING: 1, ALL_TO_ALL: cp, HIERARCHICAL: parallel.cp_all_to_all}[parallel.cp_method]
@@ -66,14 +82,14 @@ def cp_sizes(run: RunConfig, node_ranks: int = NODE_RANKS) -> tuple[CpSizes, str
 def _chosen_sizes(run: RunConfig, node_ranks: int) -> tuple[CpSizes, str]:
     """Choose by rule: a ring if its messages can hide, else all-to-alls, between nodes only if a ring needs them too.
 
-    With document masks the work of a ring's ranks differs, but not that of ranks with whole rows of some heads.
+    With document masks a ring's blocks are smaller, and hide less than it says of rows of one document.
     """
     cp, seq_len = run.parallel.cp, run.data.seq_len
     heads = run.model.num_attention_heads // run.parallel.tp
-    ring, group = CpSizes(cp, 1), _group_ranks(run, node_ranks) if cp * run.parallel.tp > node_ranks else 0
+    ring, group = CpSizes(cp, 1), group_ranks(run, node_ranks) if cp * run.parallel.tp > node_ranks else 0
     grouped = CpSizes(cp // group, group) if group else ring
     intensity = _intensity(run, ring)
-    hidden = seq_len % (2 * cp) == 0 and intensity >= HIDING_INTENSITY
+    hidden = seq_len % _cut(run, ring).chunks == 0 and intensity >= HIDING_INTENSITY
     nodes = f"{group} ranks of a node exchange heads, and the ring of these groups"
     grouped_words = f"{nodes} computes {_intensity(run, grouped):.0f} FLOPs for each byte that it passes on"
     if heads % cp or seq_len % cp:
@@ -101,8 +117,8 @@ def _intensity(run: RunConfig, sizes: CpSizes) -> float:
     return tokens * heads / math.lcm(max(1, run.model.num_key_value_heads // tp), sizes.all_to_all) / ELEMENT_BYTES
 
 
-def _group_ranks(run: RunConfig, node_ranks: int) -> int:
-    """Return the largest number of ranks of a node, fewer than cp, that can exchange heads; 0 if there is none."""
+def group_ranks(run: RunConfig, node_ranks: int) -> int:
+    """Return the size of groups of a ring: the most ranks of a node, below cp, that can exchange heads; 0 for none."""
     cp, tp = run.parallel.cp, run.parallel.tp
     heads = run.model.num_attention_heads // tp
 
@@ -120,7 +136,7 @@ def row_multiple(run: RunConfig) -> int:
 
 def _multiple(run: RunConfig, sizes: CpSizes) -> int:
     tp = run.parallel.tp if run.parallel.sequence_parallel else 1
-    return math.lcm(2 * sizes.ring if sizes.ring > 1 else 1, sizes.ranks * tp)
+    return math.lcm(_cut(run, sizes).chunks, sizes.ranks * tp)
 
 
 def check_context_parallel(run: RunConfig) -> None:
@@ -143,7 +159,7 @@ def check_context_parallel(run: RunConfig) -> None:
         _check_groups(run, sizes, heads)
     if seq_len % _multiple(run, sizes):
         multiple = _multiple(run, sizes)
-        halves = "2 * " if sizes.method == RING else ""
+        halves = "2 * " if sizes.method == RING and not sizes.striped else ""
         shards = " and sequence_parallel with parallel.tp = " + str(tp) if run.parallel.sequence_parallel else ""
         raise UserError(
             f"{run.path}: data.seq_len = {seq_len} is not a multiple of {multiple}, as {halves}parallel.cp = {cp} with "

@@ -89,7 +89,7 @@ class ParallelConfig(Section):
             "ranks",
             POSITIVE,
             rule="`2 * cp` divides `data.seq_len` with method ring, `cp` with all_to_all, and with hierarchical `cp` "
-            "and twice the number of groups.",
+            "and twice the number of groups; with `data.document_mask`, `cp` is enough.",
             most=1e4,
         ),
     ] = 1

@@ -37,10 +37,10 @@ class Sources:
         """Return how many of `rows` validation rows are of each source; see the function `validation_shares`."""
         return validation_shares(self.validation, self._weights, rows)
 
-    def validation_labels(self, rows: int) -> int:
-        """Return the number of labels, without filler, in `rows` validation rows."""
+    def validation_labels(self, rows: int) -> list[int]:
+        """Return the number of labels of each source, without filler, in `rows` validation rows."""
         chosen = zip(self.validation, self.validation_shares(rows), strict=True)
-        return sum(int(s.geometry.labels(_first_rows(s, share), s.seq_len).sum()) for s, share in chosen)
+        return [int(s.geometry.labels(_first_rows(s, share), s.seq_len).sum()) for s, share in chosen]
 
     def check_validation(self, rows: int, unit: int) -> None:
         """Check, before training starts, that the run can provide `rows` validation rows.

@@ -268,14 +268,20 @@ def metrics_of(results: Sequence[TaskResult]) -> dict[str, float]:
         values |= {f"tasks/{one.task}": one.accuracy, f"tasks_stderr/{one.task}": one.stderr}
         if one.probability is not None:
             values[f"tasks_share/{one.task}"] = one.probability
+        if one.truncated_requests:
+            values[f"tasks_truncated/{one.task}"] = one.truncated_requests
         others = {name: value for name, value in one.accuracies.items() if name != one.normalization}
         values |= {f"tasks_{name}/{one.task}": value for name, value in others.items()}
     return values
 
 
 def in_words(results: Sequence[TaskResult]) -> str:
-    """Return results in a line, in percent."""
-    return ", ".join(f"{one.task} {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}" for one in results)
+    """Return results in a line, in percent, with the number of truncated requests."""
+    return ", ".join(
+        f"{one.task} {100 * one.accuracy:.1f} ± {100 * one.stderr:.1f}"
+        + (f" ({one.truncated_requests} requests truncated)" if one.truncated_requests else "")
+        for one in results
+    )
 
 
 def digest_of(works: Sequence[Work]) -> str:
@@ -284,12 +290,17 @@ def digest_of(works: Sequence[Work]) -> str:
 
 
 def table(results: Sequence[TaskResult]) -> str:
-    """Return results as a table, with accuracies in percent by each normalization; a star marks the task's own."""
+    """Return results as a table, with accuracies in percent by each normalization; a star marks the task's own.
+
+    If requests were truncated, a column counts them.
+    """
     head = "".join(f"  {name:>13}" for name in NORMALIZATIONS)
-    lines = [f"{'task':16} {'version':>7} {'shots':>5} {'examples':>8}{head}  {'share':>5}"]
+    counts = any(one.truncated_requests for one in results)
+    lines = [f"{'task':16} {'version':>7} {'shots':>5} {'examples':>8}{head}  {'share':>5}" + "  truncated" * counts]
     for one in results:
         shown = "".join(f"  {_percent(one, name):>13}" for name in NORMALIZATIONS)
-        share = "" if one.probability is None else f"{one.probability:5.3f}"
+        share = f"{'' if one.probability is None else f'{one.probability:5.3f}':5}"
+        share += f"  {one.truncated_requests:9}" * counts
         name = one.task if one.metric == "accuracy" else f"{one.task} {one.metric}"
         lines.append(f"{name:16} {one.version:7} {one.shots:5} {one.examples:8}{shown}  {share}".rstrip())
     return "\n".join(lines)

@@ -10,8 +10,9 @@ from html import escape
 from typing import Any
 
 from llama_ds.config.run_files import METRICS
-from llama_ds.errors import UserError
+from llama_ds.errors import UserError, did_you_mean
 from llama_ds.evaluation.follow import RESULTS, result_lines
+from llama_ds.evaluation.suite import TASKS
 
 COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2")
 COLUMNS, WIDTH, HEIGHT = 3, 250.0, 150.0  # panels of a row, and the size of a panel's axes
@@ -56,14 +57,18 @@ def read_references(path: str) -> References:
     """Return the reference lines of a JSON file {"TASK": {"NAME": PERCENT}}.
 
     Raises:
-        UserError: the file is not of this form.
+        UserError: the file is not of this form, or a task is unknown.
     """
     try:
         with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        return {task: {name: _percent(value) for name, value in lines.items()} for task, lines in found.items()}
+            content = json.load(file)
+        found = {task: {name: _percent(value) for name, value in lines.items()} for task, lines in content.items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: not of the form {{"TASK": {{"NAME": PERCENT}}}} ({error})') from None
+    for task in found:
+        if task not in TASKS:
+            raise UserError(f"{path}: task {task!r}: unknown{did_you_mean(task, list(TASKS))}; use names of tasks")
+    return found
 
 
 def _percent(value: object) -> float:

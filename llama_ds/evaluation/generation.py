@@ -18,8 +18,9 @@ from llama_ds.layout.cache_memory import cache_bytes
 from llama_ds.log import logger
 from llama_ds.model.cached_layer import join_products
 from llama_ds.model.decoder import LayerContext
+from llama_ds.model.decoding_rule import GREEDY, DecodingRule
 from llama_ds.model.llama import Llama
-from llama_ds.model.next_token import GREEDY, DecodePass, DecodingRule, Draw
+from llama_ds.model.next_token import DecodePass, Draw
 
 ANCHOR = 8  # ids before a continuation that are decoded with it: some tokenizers drop the space of a first token
 MIB = 2**20
@@ -51,8 +52,8 @@ class Decoder(Protocol):
     positions: int  # tokens of a prompt and its continuation at most
     rows: int  # prompts of a batch
     in_flight: int  # batches that are continued at the same time
-    dp: int
-    dp_rank: int
+    ranks: int  # ranks among whom the prompts are divided
+    rank: int  # this one's number among them
     context: LayerContext
     dtype: torch.dtype  # dtype in which the layers compute
     device: torch.device
@@ -65,7 +66,7 @@ class Decoder(Protocol):
         """Return whether this rank continues: because it has prompts, or because those that have need its weights."""
 
     def gather(self, found: dict[int, list[int]]) -> dict[int, list[int]]:
-        """Return the continuations of all data-parallel ranks. Collective."""
+        """Return the continuations of all ranks. Collective."""
 
 
 Tick = Callable[[int], object]  # gets the number of requests just answered
@@ -126,15 +127,15 @@ class TextGenerator:
         ordered = sorted(prompts, key=lambda prompt: (-prompt.positions, prompt.number))  # the largest cache first
         if ordered:
             self._say(ordered)
-        own = ordered[decoder.dp_rank :: decoder.dp]
+        own = ordered[decoder.rank :: decoder.ranks]
         waiting: deque[Sequence[Prompt]] = deque(
             own[start : start + decoder.rows] for start in range(0, len(own), decoder.rows)
         )
         return decoder.gather(decode(decoder, waiting, self._ended, self.tokenizer.marks.eos, tick))
 
     def _say(self, ordered: Sequence[Prompt]) -> None:
-        decoder, positions = self.decoder, self.decoder.positions
-        share = -(-len(ordered) // decoder.dp)
+        decoder = self.decoder
+        share = -(-len(ordered) // decoder.ranks)
         rows = min(share, decoder.rows * decoder.in_flight)
         size = cache_bytes(
             decoder.context.model,
@@ -149,13 +150,6 @@ class TextGenerator:
             "generation: %d prompts; a cache of %.1f MiB on this rank for %d rows of up to %d tokens",
             len(ordered), size / MIB, rows, ordered[0].positions,
         )  # fmt: skip
-        if truncated := sum(prompt.truncated for prompt in ordered):
-            logger.warning(
-                "generation: %d requests are longer than the model's %d positions; their contexts lose tokens "
-                "on the left, or their continuations end early",
-                truncated,
-                positions,
-            )
 
 
 def decode(
@@ -199,7 +193,7 @@ def position_limit(context: LayerContext) -> int:
 class ModelDecoder:
     """A model on one device, without an engine."""
 
-    in_flight, dp, dp_rank = 1, 1, 0
+    in_flight, ranks, rank = 1, 1, 0
 
     def __init__(self, model: Llama, rows: int) -> None:
         weight = next(model.parameters())

@@ -13,7 +13,7 @@ from typing import Any
 from llama_ds.errors import UserError
 from llama_ds.evaluation.generated_answers import boxed_answer, final_number, plain_words
 from llama_ds.evaluation.tasks import PLAIN, Example, Task
-from llama_ds.model.next_token import GREEDY, DecodingRule
+from llama_ds.model.decoding_rule import GREEDY, DecodingRule
 
 Line = Mapping[str, Any]
 

@@ -11,9 +11,10 @@ from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError, listed
 from llama_ds.evaluation.generation import GenerationRequest, cut_at
 from llama_ds.evaluation.one_process import open_scorer
-from llama_ds.evaluation.requests import ScoringRequest
+from llama_ds.evaluation.requests import TRUNCATED, ScoringRequest
 from llama_ds.evaluation.scoring import Backend, Scorer
-from llama_ds.model.next_token import GREEDY, DecodingRule
+from llama_ds.log import logger
+from llama_ds.model.decoding_rule import GREEDY, DecodingRule
 
 MAX_TOKENS = 256  # length of a continuation without max_gen_toks, as in the harness
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k"}
@@ -42,6 +43,7 @@ class HarnessModel(LM):
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log-likelihood of each continuation, and whether it is greedy; args: context, continuation."""
         scores = self.scorer.log_likelihoods([ScoringRequest(*request.args) for request in requests])
+        _say_truncated([score.truncated for score in scores])
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -59,6 +61,7 @@ class HarnessModel(LM):
         tokenizer = self.scorer.tokenizer
         wanted = [self.wanted(*request.args) for request in requests]
         found = self.scorer.generator.generate(wanted)
+        _say_truncated([one.truncated for one in found])
         return [cut_at(tokenizer.decode(one.ids), asked.until) for asked, one in zip(wanted, found, strict=True)]
 
     def wanted(self, context: str, settings: Mapping[str, Any]) -> GenerationRequest:
@@ -81,3 +84,8 @@ class HarnessModel(LM):
             int(settings.get("max_gen_toks") or MAX_TOKENS),
             rule,
         )
+
+
+def _say_truncated(truncated: Sequence[bool]) -> None:
+    if any(truncated):
+        logger.warning("evaluation: %d of %d requests %s", sum(truncated), len(truncated), TRUNCATED)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.errors import UserError
 
+# What happened to truncated requests, in words.
+TRUNCATED = "are longer than the model's rows: their contexts lost tokens on the left, or their texts end early"
+
 
 @dataclass(frozen=True)
 class ScoringRequest:

@@ -28,6 +28,7 @@ from llama_ds.model.llama import Llama
 from llama_ds.model.loss import IGNORED
 
 T = TypeVar("T")
+LONGEST_BRANCHED = 4096  # tokens of a branched row: its mask has the square of them
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,15 @@ class RowShape:
 
     seq_len: int
     micro_batch: int
-    dp: int
     document_mask: bool
     marks: DocumentMarks
+    dp: int = 1  # ranks among whom plain rows are divided
+    ranks: int = 1  # ranks among whom branched rows are divided
     any_length: bool = True  # whether rows may be shorter than seq_len
-    multiple: int = 1  # divides the number of tokens of every row
+    multiple: int = 1  # divides the number of tokens of every plain row
     few_lengths: bool = True  # whether a further length of rows costs time, as where kernels are compiled for it
-    branches: bool = False  # whether texts with a common prefix may share it in a row
+    unbranched: str = ""  # why texts with a common prefix cannot share it in a row; empty: they can
+    longest_branched: int = LONGEST_BRANCHED
 
 
 class Backend(Protocol):
@@ -50,10 +53,11 @@ class Backend(Protocol):
 
     shape: RowShape
 
-    def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int) -> dict[int, Score]:
+    def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int, branched: bool) -> dict[int, Score]:
         """Return the score of every request in the rows, on every rank. Collective under an engine.
 
-        Micro-batch i belongs to data-parallel rank i % dp; all have the same number of rows of `tokens` tokens.
+        Micro-batch i belongs to rank i % dp of `shape`, one of branched rows to i % ranks. All have the same number of
+        rows of `tokens` tokens.
         """
 
     def decoder(self) -> Decoder:
@@ -67,11 +71,11 @@ Tick = Callable[[int], object]  # gets the number of requests just scored
 
 
 class Scorer:
-    """Scores texts with a backend, and continues them; counts the requests whose context had to be truncated."""
+    """Scores texts with a backend, and continues them."""
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
         self.backend, self.tokenizer = backend, tokenizer
-        self.truncated = 0
+        self._said = ""  # why requests were in plain rows
 
     @cached_property
     def generator(self) -> TextGenerator:
@@ -92,15 +96,6 @@ class Scorer:
         """
         seq_len = self.backend.shape.seq_len
         encoded = [encode(self.tokenizer, request, seq_len) for request in requests]
-        if cut := sum(request.cut > 0 for request in encoded):
-            self.truncated += cut
-            logger.warning(
-                "evaluation: %d of %d requests are longer than a row of %d tokens; their contexts lose tokens on the "
-                "left",
-                cut,
-                len(encoded),
-                seq_len,
-            )
         scores = self.scores(encoded, tick)
         return [replace(score, truncated=one.cut > 0) for score, one in zip(scores, encoded, strict=True)]
 
@@ -115,22 +110,39 @@ class Scorer:
         shape = self.backend.shape
         distinct = list(dict.fromkeys(requests))
         found: dict[Encoded, Score] = {}
-        for tokens, rows in sorted(self._rows(distinct).items(), reverse=True):
-            batches = list(micro_batches(rows, shape.micro_batch, shape.dp, shape.marks.eos))
-            scores = self.backend.scores(batches, tokens)
-            found.update((distinct[number], score) for number, score in scores.items())
-            tick(len(scores))
+        limit = 0 if shape.unbranched else min(shape.longest_branched, shape.seq_len) + 1
+        for branches in (False, True):
+            chosen = [request for request in distinct if (len(request.ids) <= limit) == branches]
+            if chosen and not branches:
+                self._say_plain(len(chosen))
+            rows_of = self._branched if branches else self._plain
+            for tokens, rows in sorted(rows_of(chosen).items(), reverse=True):
+                ranks = shape.ranks if branches else shape.dp
+                batches = list(micro_batches(rows, shape.micro_batch, ranks, shape.marks.eos))
+                scores = self.backend.scores(batches, tokens, branches)
+                found.update((chosen[number], score) for number, score in scores.items())
+                tick(len(scores))
         tick(len(requests) - len(distinct))
         return [found[request] for request in requests]
 
-    def _rows(self, requests: Sequence[Encoded]) -> dict[int, list[PackedRow]]:
+    def _branched(self, requests: Sequence[Encoded]) -> dict[int, list[PackedRow]]:
         shape = self.backend.shape
-        lengths = row_lengths(shape.seq_len, shape.multiple, shape.few_lengths) if shape.any_length else [shape.seq_len]
-        if shape.branches:
-            return branched(requests, lengths, shape.marks.eos)
+        lengths = row_lengths(min(shape.longest_branched, shape.seq_len), few=shape.few_lengths)
+        return branched(requests, lengths, shape.marks.eos)
+
+    def _plain(self, requests: Sequence[Encoded]) -> dict[int, list[PackedRow]]:
+        shape = self.backend.shape
         if shape.document_mask and shape.marks.begin is not None:
             return packed(requests, shape.seq_len, shape.marks)
+        lengths = row_lengths(shape.seq_len, shape.multiple, shape.few_lengths) if shape.any_length else [shape.seq_len]
         return padded(requests, lengths, shape.marks.eos)
+
+    def _say_plain(self, count: int) -> None:
+        shape = self.backend.shape
+        why = shape.unbranched or f"they are longer than {shape.longest_branched} tokens"
+        if why != self._said:
+            logger.info("evaluation: %d requests share no common prefixes: %s", count, why)
+            self._said = why
 
 
 def sums(rows: Sequence[PackedRow], losses: Tensor, greedy: Tensor) -> dict[int, Score]:
@@ -143,12 +155,14 @@ def sums(rows: Sequence[PackedRow], losses: Tensor, greedy: Tensor) -> dict[int,
     }
 
 
-def hides_prefix(document_mask: bool, marks: DocumentMarks) -> bool:
-    """Return whether a text does not see the eos before it, so that no texts may share it.
-
-    Under document masks, eos ends a document where the tokenizer has no bos of its own.
-    """
-    return document_mask and marks.begin is None
+def why_unbranched(context: LayerContext) -> str:
+    """Return why texts cannot share a common prefix in the rows of these layers; empty: they can."""
+    if not rows_of_any_length(context.model.rope_scaling):
+        return "under dynamic rotary scaling the frequencies depend on the length of a row"
+    if context.document_mask and context.marks.begin is None:
+        # Under document masks, eos ends a document where the tokenizer has no bos of its own.
+        return "documents are masked and begin behind an eos, which a text does not see"
+    return ""
 
 
 def branches_of(rows: Sequence[PackedRow], context: LayerContext, device: torch.device) -> BranchedRows:
@@ -169,21 +183,19 @@ class ModelBackend:
         context = model.context
         self.model = model.eval()
         join_products(model)
-        any_length = rows_of_any_length(context.model.rope_scaling)
         self._decoder: Decoder | None = None
         self.shape = RowShape(
             context.rotary.seq_len,
             micro_batch,
-            dp=1,
-            document_mask=context.document_mask,
-            marks=context.marks,
-            any_length=any_length,
+            context.document_mask,
+            context.marks,
+            any_length=rows_of_any_length(context.model.rope_scaling),
             few_lengths=next(model.parameters()).is_cuda,
-            branches=any_length and not hides_prefix(context.document_mask, context.marks),
+            unbranched=why_unbranched(context),
         )
 
     @torch.no_grad()
-    def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int) -> dict[int, Score]:
+    def scores(self, micro_batches: Sequence[list[PackedRow]], tokens: int, branched: bool) -> dict[int, Score]:
         loss, context, device = self.model.loss, self.model.context, next(self.model.parameters()).device
         found: dict[int, Score] = {}
         loss.scores, loss.labels = [], 1.0
@@ -192,7 +204,7 @@ class ModelBackend:
                 rows = [row for row in padded_rows if row.slots]  # alone, nobody waits for the empty ones
                 marked = torch.from_numpy(stacked(rows)).to(device)
                 labels = marked[:, 1:].masked_fill(marked[:, 1:] < 0, IGNORED)
-                seen = branches_of(rows, context, device) if self.shape.branches else None
+                seen = branches_of(rows, context, device) if branched else None
                 with context.caches.using(seen):
                     self.model(torch.where(marked < 0, ~marked, marked)[:, :-1], labels)
                 found |= sums(rows, *loss.scores.pop())

@@ -30,8 +30,8 @@ PANELS = (  # title, unit, factor, names; a name that ends in / stands for all t
     ("Epochs by source", "", 1, ("epochs/",)),
 )
 # In other form on the page: axes, or the same as another curve.
-NO_PANEL = {"tokens", "tokens_per_s", "step_s", "val_perplexity", "tasks_tokens", HOURS}
-NO_PANEL_OF = ("tasks_stderr/", "tasks_share/")
+NO_PANEL = {"tokens", "tokens_per_s", "step_s", "val_perplexity", "val_tokens", "tasks_tokens", HOURS}
+NO_PANEL_OF = ("tasks_stderr/", "tasks_share/", "tasks_truncated/", "val_tokens/")
 TASK = "tasks/"
 NORM_KINDS = ("gradient", "update", "weight")
 
@@ -94,6 +94,7 @@ def facts(run: Records, power_w: float | None = None) -> Iterator[tuple[str, str
     ):
         if last_of := run.curves.get(name):
             yield label, text.format(last_of.values[-1]) + f" at step {last_of.steps[-1]:,}"
+    yield from _validation(run)
     if curve := run.curves.get("val_loss"):
         best = min(range(len(curve.values)), key=lambda i: curve.values[i])
         yield "Lowest validation loss", f"{curve.values[best]:.4f} at step {curve.steps[best]:,}"
@@ -109,6 +110,21 @@ def facts(run: Records, power_w: float | None = None) -> Iterator[tuple[str, str
         yield "Time of steps", _duration(hours[-1])
     yield from _jobs(run, hours[-1] if hours else 0.0)
     yield from _machines(run, hours[-1] if hours else 0.0, power_w)
+
+
+def _validation(run: Records) -> Iterator[tuple[str, str]]:
+    """Yield the last validation loss of each source, in bits per byte too, and the tokens that it counts."""
+    for name in [name.partition("/")[2] for name in run.curves if name.startswith("val_loss/")]:
+        texts = [
+            text.format(curve.values[-1])
+            for kind, text in (
+                ("val_loss", "{:.4f}"),
+                ("bits_per_byte", "{:.4f} bits per byte"),
+                ("val_tokens", "{:,.0f} tokens"),
+            )
+            if (curve := run.curves.get(f"{kind}/{name}"))
+        ]
+        yield f"Validation loss of {name}", ", ".join(texts)
 
 
 def _jobs(run: Records, hours: float) -> Iterator[tuple[str, str]]:

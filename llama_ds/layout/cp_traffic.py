@@ -36,7 +36,7 @@ def sent_bytes(sizes: CpSizes, traffic: CpTraffic, element_bytes: int) -> tuple[
 
     A ring of n groups passes keys on n - 1 times, and their gradients n times, back to their own rank.
     """
-    ring, group = sizes
+    ring, group = sizes.ring, sizes.all_to_all
     forward, backward = (
         count * element_bytes * (group - 1) // group
         for count in (traffic.exchanged_forward, traffic.exchanged_backward)

@@ -15,6 +15,7 @@ from contextlib import nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,8 +40,18 @@ class Documents:
 
     def __init__(self, start: Tensor) -> None:
         self.start = start  # (B, T)
+        self.longest = start.shape[1]  # upper bound of the tokens of a document, which kernels size their grids by
         self._biases: dict[torch.dtype, Tensor] = {}
-        self.blocks: dict[tuple[int, ...], Any] = {}  # those of the steps of a ring (`ring_attention`)
+        self.blocks: dict[tuple[Any, ...], Any] = {}  # those of the steps of a ring (`ring_blocks`)
+
+    @classmethod
+    def of_lengths(cls, lengths: np.ndarray, device: torch.device) -> Documents:
+        """Return documents of these lengths (documents,) as one row, without a read from `device`."""
+        ends = lengths.cumsum()
+        found = cls(torch.tensor(np.repeat(ends - lengths, lengths)[None], dtype=torch.int32, device=device))
+        vars(found)["cumulative_lengths"] = torch.tensor([0, *ends], dtype=torch.int32, device=device)
+        found.longest = int(lengths.max(initial=0))
+        return found
 
     @cached_property
     def mask(self) -> Tensor:

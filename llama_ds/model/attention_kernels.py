@@ -58,6 +58,16 @@ def block_kernel(backend: str, like: Tensor, causal: bool) -> AttentionKernel | 
     return _SdpaCpu(causal)
 
 
+def packed_kernel(backend: str, like: Tensor) -> AttentionKernel | None:
+    """Return the kernel for packed documents whose first statistic is the logsumexp (H, tokens of all of them).
+
+    None: the backend has no such kernel for the device and dtype of `like`.
+    """
+    if backend == "flash_attn":
+        return attention_kernel(backend)
+    return TorchFlash() if backend == "sdpa" and torch_flash_takes(like) else None
+
+
 class _Reference:
     """Attention computed from its definition, in the inputs' dtype; for tests."""
 
@@ -270,8 +280,8 @@ def _options(q: Tensor, causal: bool) -> dict[str, Any]:
 
 
 def _lengths(documents: Documents) -> tuple[Tensor, Tensor, int, int]:
-    offsets, longest = documents.cumulative_lengths, documents.start.shape[1]
-    return offsets, offsets, longest, longest
+    offsets = documents.cumulative_lengths
+    return offsets, offsets, documents.longest, documents.longest
 
 
 def _bias(documents: Documents | None, q: Tensor) -> Tensor | None:

@@ -96,5 +96,6 @@ def _sequences(tensors: tuple[Tensor, ...], documents: Documents | None) -> tupl
 
 def _lengths(q: Tensor, k: Tensor, documents: Documents | None) -> tuple[Tensor | None, Tensor | None, int, int]:
     """Return (offsets of queries, of keys, longest query sequence, longest key sequence)."""
-    offsets = None if documents is None else documents.cumulative_lengths
-    return offsets, offsets, q.shape[1], k.shape[1]
+    if documents is None:
+        return None, None, q.shape[1], k.shape[1]
+    return documents.cumulative_lengths, documents.cumulative_lengths, documents.longest, documents.longest

@@ -6,6 +6,8 @@ messages are in `llama_ds.parallel.context_parallel`; this module does not depen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -53,16 +55,28 @@ class WholeRows:
         return x[None]
 
 
+@contextmanager
+def rows_of_its_own(cp: ContextParallel) -> Iterator[None]:
+    """Let this rank compute whole rows inside, other ones than those that it otherwise shares rows with."""
+    before = cp.rank, cp.size, cp.sizes
+    cp.rank, cp.size, cp.sizes = 0, 1, WHOLE_ROWS
+    try:
+        yield
+    finally:
+        cp.rank, cp.size, cp.sizes = before
+
+
 def own_tokens(x: Tensor, cp: ContextParallel) -> Tensor:
     """Return this rank's tokens of whole rows: (B, T, ...) -> (B, S, ...)."""
     if cp.size == 1:
         return x
-    return torch.cat([x[:, part.start : part.stop] for part in own_ranges(x.shape[1], cp.rank, cp.sizes)], 1)
+    parts = own_ranges(x.shape[1], cp.rank, cp.sizes)
+    return torch.cat([x[:, part.start : part.stop : part.step] for part in parts], 1)
 
 
 def positions(tokens: int, cp: ContextParallel, rank: int) -> Tensor:
     """Return the positions (S,) in rows of `tokens` that rank `rank` of the group holds."""
-    return torch.cat([torch.arange(part.start, part.stop) for part in own_ranges(tokens, rank, cp.sizes)])
+    return torch.cat([torch.arange(part.start, part.stop, part.step) for part in own_ranges(tokens, rank, cp.sizes)])
 
 
 def whole_rows(x: Tensor, cp: ContextParallel) -> Tensor:

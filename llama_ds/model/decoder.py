@@ -6,8 +6,8 @@ K head size, tp ranks; S = T / tp under sequence parallelism, else T.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
@@ -18,12 +18,12 @@ from llama_ds.config.schema import ModelConfig, TrainingConfig
 from llama_ds.layout.weights import Weight, bias_of, weight_of
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.cached_layer import cached_forward
-from llama_ds.model.context_parallel import ContextParallel, WholeRows
+from llama_ds.model.context_parallel import ContextParallel, WholeRows, rows_of_its_own
 from llama_ds.model.init import initial_shard
 from llama_ds.model.key_value_cache import CacheHolder
 from llama_ds.model.linear import RMSNorm, ShardedLinear
 from llama_ds.model.rope import RotaryTables, rotate
-from llama_ds.model.tensor_parallel import TensorParallel
+from llama_ds.model.tensor_parallel import TensorParallel, no_sequence_parallel
 from llama_ds.model.weight_gradients import WeightGradients
 
 Hidden = Tensor | tuple[Tensor, Tensor]  # (B, S, D), paired with document_start (B, T) if documents are masked
@@ -45,6 +45,15 @@ class LayerContext:
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
     recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # wraps the recompute of a layer
     caches: CacheHolder = field(default_factory=CacheHolder)  # for the generation of text
+
+    @contextmanager
+    def whole_rows(self) -> Iterator[None]:
+        """Let every rank hold all tokens of its rows inside, as the layers with a cache need it.
+
+        Context-parallel ranks then have rows of their own, like data-parallel ones; tensor-parallel ranks share theirs.
+        """
+        with no_sequence_parallel(self.tp), rows_of_its_own(self.cp):
+            yield
 
     def parameter(self, weight: Weight, layer: int = 0) -> nn.Parameter:
         """Return this rank's shard of a weight with its initial values, which depend on `layer` except for norms.

@@ -16,25 +16,9 @@ from torch import Tensor
 
 from llama_ds.layout.vocab_parts import own_rows
 from llama_ds.model.decoder import LayerContext
+from llama_ds.model.decoding_rule import DecodingRule
 from llama_ds.model.key_value_cache import KeyValueCache
 from llama_ds.model.loss import most_likely
-
-
-@dataclass(frozen=True)
-class DecodingRule:
-    """How a token is chosen: the most likely one if `temperature` is 0, else drawn from softmax(logits / temperature).
-
-    As in transformers, first only the `top_k` most likely ids remain (0: all), then of these the fewest that together
-    have the probability `top_p`.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-
-GREEDY = DecodingRule()
 
 
 class Draw:

@@ -2,7 +2,7 @@
 
 Shapes: B rows, Q queries, S keys, G key-value heads, R query heads of each, H = G R, K head size. Arithmetic is in
 float32 or wider. A block of scores is freed before the next one is computed. `first` (B or 1, Q) says which keys a
-query sees: those from the first to its own, with Q = S. None: it sees all.
+query sees: those from the first to its own, with Q = S, or none if that is later. None: it sees all.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> tupl
     for part in _parts(q, k):
         scores = _scores(queries[:, part], keys, first, part)  # (B, G, R, q, S)
         found = scores.logsumexp(-1)
-        p = scores.sub_(found[..., None]).exp_()
+        p = scores.sub_(found.clamp(min=torch.finfo(found.dtype).min)[..., None]).exp_()  # 0 for a query without keys
         out[:, part] = torch.einsum("bgrqs,bsgk->bqgrk", p, values).flatten(2, 3)
         lse[:, :, part] = found.flatten(1, 2)
     return out, lse

@@ -91,7 +91,7 @@ class RotaryTables:
         self.cp = cp or WholeRows()
         scaling = model.rope_scaling
         self._by_length = scaling is not None and scaling.rope_type == "dynamic"
-        self._tables: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[torch.device, int, int], tuple[Tensor, Tensor]] = {}
 
     def on(self, device: torch.device, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Return [cos | cos] and [-sin | sin] on `device`: each (T, 1, K) in float32, for this rank's `length` tokens.
@@ -104,10 +104,11 @@ class RotaryTables:
             length = self.seq_len // self.cp.size
         elif not self._by_length and self.cp.size == 1:
             length = min(self.seq_len, 1 << (length - 1).bit_length())
-        if (device, length) not in self._tables:
+        key = device, length, self.cp.size  # the size changes where ranks have rows of their own
+        if key not in self._tables:
             cos, sin = self._compute(length)
-            self._tables[device, length] = cos.to(device), sin.to(device)
-        return self._tables[device, length]
+            self._tables[key] = cos.to(device), sin.to(device)
+        return self._tables[key]
 
     def _compute(self, length: int) -> tuple[Tensor, Tensor]:
         model, factor = self.model, attention_factor(self.model.rope_scaling)

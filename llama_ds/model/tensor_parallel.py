@@ -91,7 +91,7 @@ class SingleRank:
 
 
 @contextmanager
-def whole_rows(tp: TensorParallel) -> Iterator[None]:
+def no_sequence_parallel(tp: TensorParallel) -> Iterator[None]:
     """Turn sequence parallelism off inside: every rank has all tokens, S = T, as for rows of a single token."""
     before = tp.sequence_parallel
     tp.sequence_parallel = False

@@ -58,6 +58,11 @@ def own_coords(layout: Layout) -> Coords:
     return layout.coords(dist.get_rank())
 
 
+def own_data_rank(layout: Layout) -> int:
+    """Return this rank's number along `layout.data_axis`."""
+    return layout.stage_places[layout.rank_in_stage(dist.get_rank())][0]
+
+
 def _own_group(layout: Layout, *axes: str) -> dist.ProcessGroup:
     """Make all groups along `axes`, and return that of this rank. Collective."""
     return _own_of(layout.groups(*axes))

@@ -21,7 +21,6 @@ from llama_ds.model.decoder import LayerContext
 from llama_ds.model.key_value_cache import LayerCache
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.next_token import DecodePass, own_logits
-from llama_ds.model.tensor_parallel import whole_rows
 from llama_ds.parallel.pipeline import LlamaPipeline
 from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.point_to_point import PipelineComm, Work, wait
@@ -146,7 +145,7 @@ class LlamaPipelineEngine(PipelineEngine):
         trained = self._rows
         self._rows, self._cache_of = (trained[0], tokens or trained[1]), branches
         try:
-            with whole_rows(self._context.tp) if branches else nullcontext():
+            with self._context.whole_rows() if branches else nullcontext():
                 self._run(forward_only.instructions(self.stage_id, count, self._schedule.placement), batches)
         finally:
             self._rows, self._cache_of = trained, None
@@ -163,7 +162,7 @@ class LlamaPipelineEngine(PipelineEngine):
         self._chosen = [torch.zeros_like(one.last) for one in passes]
         instructions = forward_only.instructions(self.stage_id, len(passes), self._schedule.placement)
         try:
-            with whole_rows(self._context.tp):
+            with self._context.whole_rows():
                 self._run(instructions, ((one.ids, one.last) for one in passes))
         finally:
             self._passes, self._cache_of = (), None

@@ -235,6 +235,15 @@ def maximum(values: list[float], where: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def total(values: list[float], where: torch.device) -> list[float]:
+    """Return the elementwise sum over all ranks, in float64. Collective; synchronises with the device."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=where)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
 def start_maximum(value: int, where: torch.device) -> Callable[[], int]:
     """Start an all-reduce of an integer's maximum; the returned call waits and returns it. Collective."""
     tensor = torch.tensor([value], dtype=torch.int32, device=where)

@@ -1,7 +1,7 @@
 """How unequal the attention of a ring's ranks is, counted from the ids of rows on the host.
 
-A causal cut in zigzag gives all ranks of a ring the same work only in rows of one document. With document masks a token
-attends to those of its document up to itself, so a rank whose chunks begin documents has less to compute, and waits.
+With document masks a token attends to those of its document up to itself. Stripes give the ranks of a ring nearly equal
+numbers of such pairs, whatever the documents; what is left of the difference is the number reported here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CpBalance:
 
     def add(self, step: int, rows: np.ndarray) -> None:
         """Count a micro-batch (b, T + 1) of `step`; a reader thread may do so ahead of the step."""
-        self._counted[step].append(ring_work(rows[:, :-1], self.marks, self.sizes.ring))
+        self._counted[step].append(ring_work(rows[:, :-1], self.marks, self.sizes))
 
     def take(self, before: int) -> float | None:
         """Return the imbalance of the steps below `before` that were not taken yet; None if there are none.
@@ -44,8 +44,8 @@ def balance_of(run: RunConfig, marks: DocumentMarks) -> CpBalance | None:
     return CpBalance(sizes, marks) if run.data.document_mask and run.parallel.cp > 1 and sizes.ring > 1 else None
 
 
-def ring_work(ids: np.ndarray, marks: DocumentMarks, ring: int) -> np.ndarray:
-    """Return the number of (query, key) pairs that each of `ring` ranks computes of rows (b, T): (ring,)."""
+def ring_work(ids: np.ndarray, marks: DocumentMarks, sizes: CpSizes) -> np.ndarray:
+    """Return the number of (query, key) pairs that each group of the ring computes of rows (b, T): (ring,)."""
     ids = np.where(ids < 0, ~ids, ids)  # filler is marked by negative ids
     tokens = ids.shape[1]
     begins = np.zeros(ids.shape, dtype=bool)
@@ -55,6 +55,6 @@ def ring_work(ids: np.ndarray, marks: DocumentMarks, ring: int) -> np.ndarray:
         begins = ids == marks.begin
     position = np.arange(tokens)
     visible = (position - np.maximum.accumulate(np.where(begins, position, 0), 1) + 1).sum(0)
-    sizes = CpSizes(ring)
-    own = [own_ranges(tokens, rank, sizes) for rank in range(ring)]
-    return np.array([sum(int(visible[part.start : part.stop].sum()) for part in parts) for parts in own])
+    groups = sizes._replace(all_to_all=1)
+    own = [own_ranges(tokens, rank, groups) for rank in range(sizes.ring)]
+    return np.array([sum(int(visible[part.start : part.stop : part.step].sum()) for part in parts) for parts in own])

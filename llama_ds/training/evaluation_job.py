@@ -47,6 +47,7 @@ class EvaluationSettings:
     tokenizer: str | None = None  # its path
     pp: int | None = None
     tp: int | None = None
+    cp: int = 1
 
 
 class EvaluationJob:
@@ -138,7 +139,7 @@ def evaluation_run(
         zero3 = trained.zero_stage == 3
     pp, tp = settings.pp or parallel.pp, settings.tp or parallel.tp
     zero = 3 if zero3 and pp == 1 else 1
-    batch = max(1, ranks // (pp * tp)) * settings.rows
+    batch = max(1, ranks // (pp * tp * settings.cp)) * settings.rows
     return RunConfig(
         name="evaluation",
         seed=0,
@@ -149,7 +150,7 @@ def evaluation_run(
         ),
         training=TrainingConfig(batch, 1, batch * files.seq_len),
         optimizer=OptimizerConfig(lr=1.0, warmup_steps=0),
-        parallel=replace(parallel, pp=pp, tp=tp, micro_batch=settings.rows),
+        parallel=replace(parallel, pp=pp, tp=tp, cp=settings.cp, micro_batch=settings.rows),
         evaluation=EvaluationConfig(rows=0),
         checkpoint=CheckpointConfig(save=False, start_from=files.path),
         deepspeed={"zero_optimization": {"stage": zero}, "bf16": {"enabled": dtype == "bf16"}},

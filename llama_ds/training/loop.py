@@ -34,13 +34,13 @@ from llama_ds.training.setup import (
     log_start,
     open_train_data,
     stage_setup,
-    validation_batches,
     with_cp_method,
     with_min_memory,
 )
 from llama_ds.training.start import carried_over, open_start
 from llama_ds.training.stragglers import Stragglers
 from llama_ds.training.task_evaluation import TaskEvaluation
+from llama_ds.training.validation import Validation
 
 
 def train(
@@ -117,7 +117,7 @@ def train_stage(
     final = last_step(run)
     last = min(final, stage_steps(run, first).stop)
     log_start(run, layout, dtype, range(first, last), chosen)
-    validation = world.together(lambda: validation_batches(run, layout, data.sources, engine))
+    validation = world.together(lambda: Validation(run, layout, data.sources, engine))
     log = world.together(
         lambda: (
             open_run_log(run, first, config, machine_of(layout, device, hosts, run.run_dir))
@@ -150,7 +150,7 @@ def train_stage(
             request = interruptions.after_step()
 
             ends = done == last or request >= Request.END
-            evaluates = bool(validation) and (done == last or _due(done, run.evaluation.interval))
+            evaluates = validation.due(done, done == last)
             tests = tasks.due(done, done == final)
             saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             report.step_done(done, lr, result, last=ends)
@@ -159,7 +159,7 @@ def train_stage(
                 report.flush()
                 if evaluates:
                     progress.enter(Phase.EVALUATING)
-                    report.validation(done, engine.evaluate(validation, len(validation)))
+                    report.validation(done, validation.losses())
                 if tests:
                     report.tasks(done, tasks.results(engine, progress))
                 if saves:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from email.parser import HeaderParser
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,16 @@ def machine_of(layout: Layout, device: torch.device, hosts: Sequence[str], run_d
         "hosts": Counter(hosts),
         "command": sys.argv,
         "code": code_of(run_dir),
-        "packages": {one.name: one.version for one in sorted(distributions(), key=lambda one: one.name.lower())},
+        "packages": packages(),
     }
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of all installed distributions by name, in alphabetical order."""
+    read = HeaderParser().parsestr  # `one.name` and `one.version` would parse each package's README as well
+    texts = [one.read_text("METADATA") or one.read_text("PKG-INFO") or "" for one in distributions()]
+    found = {about["Name"]: about["Version"] for about in map(read, texts) if about["Name"]}
+    return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
 def code_of(run_dir: str) -> dict[str, Any]:

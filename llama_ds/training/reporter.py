@@ -7,7 +7,7 @@ once.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +15,7 @@ import torch
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import Divergence
 from llama_ds.evaluation.evaluate import TaskResult, in_words, metrics_of
+from llama_ds.evaluation.validation import ValidationLoss, total
 from llama_ds.job.heartbeat import Progress
 from llama_ds.training.engines.interface import Engine, StepResult
 from llama_ds.training.meter import Meter, StepMetrics
@@ -93,12 +94,24 @@ class Reporter:
         """Restart the timing after `step`, so that the time since then does not count as part of a step."""
         self._meter.restart(step)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Report a validation loss in nats per token, and its perplexity."""
-        if self._log:
-            perplexity = math.exp(loss)
-            self._log.record({"step": step, "val_loss": loss, "val_perplexity": perplexity})
-            self._log.print_line(f"step {step} | validation loss {loss:.4f} | perplexity {perplexity:.2f}")
+    def validation(self, step: int, losses: Mapping[str, ValidationLoss]) -> None:
+        """Report the validation loss in nats per token, its perplexity, and bits per byte; of several sources each."""
+        if not self._log:
+            return
+        every = total(losses.values())
+        perplexity = math.exp(every.loss)
+        self._log.print_line(f"step {step} | validation loss {_in_words(every)} | perplexity {perplexity:.2f}")
+        curves, counts = {"val_loss": every.loss, "val_perplexity": perplexity}, {}
+        parts = {"": every}
+        for name, one in losses.items() if len(losses) > 1 else ():
+            parts[f"/{name}"] = one
+            curves[f"val_loss/{name}"] = one.loss
+            self._log.print_line(f"step {step} | validation loss of {name} {_in_words(one)}")
+        for suffix, one in parts.items():
+            counts[f"val_tokens{suffix}"] = one.labels
+            if one.bits_per_byte is not None:
+                curves[f"bits_per_byte{suffix}"] = one.bits_per_byte
+        self._log.record({"step": step, **curves, **counts}, curves)
 
     def tasks(self, step: int, results: Sequence[TaskResult]) -> None:
         """Report the accuracies of benchmarks, with their standard errors and the shares of the right choices."""
@@ -143,6 +156,11 @@ def console_line(metrics: StepMetrics, total: int) -> str:
         f" | {metrics.tokens_per_s:,.0f} tok/s | {metrics.tokens_per_s_per_gpu:,.0f} tok/s/GPU{utilisation}"
         f"{imbalance} | mem {metrics.peak_mem_gib:.2f} GiB | ETA {_duration(remaining)}"
     )
+
+
+def _in_words(loss: ValidationLoss) -> str:
+    bits = "" if loss.bits_per_byte is None else f" | {loss.bits_per_byte:.4f} bits per byte"
+    return f"{loss.loss:.4f}{bits} | {loss.labels:,} tokens"
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Preparation for the first step: device memory, data, restored state, validation rows."""
+"""Preparation for the first step: device memory, data, restored state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from llama_ds.checkpoint.manifest import Description
@@ -21,7 +20,7 @@ from llama_ds.config.row_stages import at_stage, stage_index, stage_runs
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import state_from_json
 from llama_ds.data.source.shards import check_present
-from llama_ds.data.sources import Sources, open_sources
+from llama_ds.data.sources import open_sources
 from llama_ds.data.stream import Dataset, open_data
 from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 from llama_ds.layout.layout import Layout, resolve_layout
@@ -29,7 +28,6 @@ from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.training.checkpoints import Checkpoints
-from llama_ds.training.device_batches import Batch, MicroBatch
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.memory_checkpoints import MemoryCheckpoints
 from llama_ds.training.plan import memory_table
@@ -147,15 +145,3 @@ def log_start(run: RunConfig, layout: Layout, dtype: str, steps: range, chosen: 
     if not steps:
         key = "training.steps" if steps.stop == run.training.steps else "checkpoint.stop_at"
         logger.info("no steps are left: %s = %d", key, steps.stop)
-
-
-def validation_batches(run: RunConfig, layout: Layout, sources: Sources, engine: Engine) -> list[Batch]:
-    """Return a rank's validation micro-batches; a middle pipeline stage needs only their number."""
-    rows = run.evaluation.rows
-    sources.check_validation(rows, layout.dp * layout.micro_batch)
-    count = rows // layout.dp // layout.micro_batch
-    if not engine.reads_data:
-        return [np.empty(0)] * count
-    batches = sources.validation_micro_batches(rows, engine.dp_rank, layout.dp, layout.micro_batch)
-    labels = sources.validation_labels(rows) / max(1, count * layout.dp)
-    return [MicroBatch(batch, labels) for batch in batches]

@@ -60,15 +60,10 @@ def _check_engine(run: RunConfig, tasks: Sequence[Task]) -> None:
     """Check that the run's engine can do the tasks.
 
     Raises:
-        UserError: one generates text on DeepSpeed's own pipeline, or on ranks that share rows.
+        UserError: one generates text on DeepSpeed's own pipeline.
     """
     named = [task.name for task in tasks if isinstance(task, GenerationTask)]
     if named and run.parallel.pp > 1 and run.parallel.schedule == STOCK_ENGINE:
         raise UserError(
             f"task {named[0]} generates text, which parallel.schedule = {STOCK_ENGINE} cannot; use another schedule"
-        )
-    if named and run.parallel.cp > 1:
-        raise UserError(
-            f"task {named[0]} generates text, which ranks that share rows (parallel.cp = {run.parallel.cp}) cannot; "
-            "evaluate the checkpoints by tools/evaluate.py --follow"
         )

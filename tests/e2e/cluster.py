@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,18 @@ class Job:
         self.wait_for(lambda: "starting at step" in self._log(number) or "resumed at step" in self._log(number))
         self.wait_for(lambda: "| loss " in self._log(number))
 
+    def resumed_at(self, attempt: int) -> int:
+        """Return the step at which an attempt has resumed."""
+        found = re.search(r"resumed at step (\d+)", self._log(attempt))
+        assert found, self._log(attempt)
+        return int(found[1])
+
+    def resumed_from_memory(self, attempt: int) -> tuple[int, int]:
+        """Return the step that an attempt has found in the memory of hosts, and how many ranks found it on their own."""
+        found = re.search(r"MEMORY CHECKPOINT: step (\d+) is in .*; (\d+) of \d+ ranks have", self._log(attempt))
+        assert found, self._log(attempt)
+        return int(found[1]), int(found[2])
+
     def _log(self, attempt: int) -> str:
         path = self.folder / f"attempt_{attempt:02d}" / "logs" / "rank_00000.log"
         return path.read_text(errors="replace") if path.exists() else ""
@@ -117,6 +131,24 @@ class Job:
         finally:
             self.kill()
 
+    def leaks(self) -> list[str]:
+        """Wait for the end of the job; return where its token was seen: a command line, an environment or a file."""
+        found: set[str] = set()
+        looked, token, secret = 0, Path(), b""
+        while self.process.poll() is None:
+            time.sleep(0.5)
+            token = next(iter(self.run.dir.glob("jobs/*/attempt_01/token")), token)
+            secret = secret or (token.read_bytes() if token.name else b"")
+            for process in psutil.Process().children(recursive=True) if secret else ():  # those of hosts, too
+                for part in ("cmdline", "environ"):
+                    with suppress(OSError):
+                        content = Path("/proc", str(process.pid), part).read_bytes()
+                        looked += TRAIN.encode() in content
+                        found.update([f"{part} {content!r}"] if secret in content else [])
+        assert looked, "no rank was looked at"
+        files = [self.log, *(path for path in (self.run.dir / "jobs").rglob("*") if path.is_file() and path != token)]
+        return [*found, *(str(path) for path in files if secret in path.read_bytes())]
+
     def kill(self) -> None:
         """Kill all processes of the job."""
         if self.process.poll() is None:
@@ -125,9 +157,9 @@ class Job:
         for process in self.leftovers():
             process.kill()
 
-    def left_running(self) -> list[psutil.Process]:
+    def left_running(self, timeout_s: float = 30) -> list[psutil.Process]:
         """Return the processes of the job that do not end within the time that a busy machine may take."""
-        return psutil.wait_procs(self.leftovers(), timeout=30)[1]
+        return psutil.wait_procs(self.leftovers(), timeout=timeout_s)[1]
 
     def leftovers(self) -> list[psutil.Process]:
         """Return the living processes of the job, wherever they are, other than tools/launch.py itself."""

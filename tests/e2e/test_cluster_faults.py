@@ -1,20 +1,20 @@
 """Faults in a job on real hosts: its losses equal those of an undisturbed run.
 
-Three or four hosts, each with its own network, processes and sshd; DeepSpeed's launcher over pdsh and ssh.
+Three hosts, each with its own network, processes and sshd; DeepSpeed's launcher over pdsh and ssh.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import QUICK, Job, slow_links, start, stop
+from cluster import Job, slow_links, start, stop
 from launching import TRAIN, forked, succeed
 from tiny_run import Run
 
+from llama_ds.launch.supervise.attempt import TICK_S
 from tests.hosts import Hosts, missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
@@ -23,19 +23,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason
 LAYOUT = {
     "parallel.pp": 2,
     "model.num_hidden_layers": 2,
-    "training.steps": 100,
+    "training.steps": 60,
     "optimizer.lr": 1e-3,  # at the tiny run's 3e-3 rounding grows to 2e-3 of the loss in 60 steps, here to 3e-7
     "checkpoint.interval": 5,
     "checkpoint.keep_last": 3,
 }
 ORPHAN_S = 12.0  # the supervisor waits longer than this for a vanished host, until its ranks have certainly ended
-LEARN_S = 6.0  # time for the supervisor to learn the duration of steps; it polls twice a second
+LEARNED_FROM = 8  # ticks of the supervisor with steps: it needs four, and may be slower than this process
 DETECTED_S = 15.0  # limit for the detection of a killed rank on a machine with two cores
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(4, tmp_path_factory.mktemp("hosts"), before=slow_links(2)) as those:
+    with Hosts(3, tmp_path_factory.mktemp("hosts"), before=slow_links(2)) as those:
         yield those
 
 
@@ -50,18 +50,20 @@ def whole(make_run: Callable[..., Run]) -> Run:
 def test_stopped_killed_while_saving_and_cut_off(
     hosts: Hosts, whole: Run, make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
-    """Three faults in a job of pp 2, dp 2 on two hosts with two spares; losses equal an undisturbed run's.
+    """Three faults in a job of pp 2, dp 2 on two hosts with one spare; losses equal an undisturbed run's.
 
-    Each time it goes on from the memory of the hosts, after the last step but one at least.
+    It goes on from the memory of its hosts, also where one is replaced. In the end one host of three is left: dp 2
+    becomes dp 1 with the same global batch, so that the losses from there on differ by the rounding of another
+    summation order. Another layout resumes from the disk.
     """
-    memory = tmp_path / "memory"
-    memory.mkdir()
-    run = make_run("faults", LAYOUT | {"checkpoint.memory_interval": 1, "checkpoint.memory_folder": str(memory)})
-    spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 2, ["node3", "node4"])
+    run = make_run("faults", LAYOUT | {"checkpoint.memory_interval": 1, "checkpoint.memory_folder": str(tmp_path)})
+    spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 2, ["node3"])
     job = start(run, hosts, ["node1", "node2"], 2, "--supervise", "--spares", str(spares), orphan_s=ORPHAN_S)
     try:
         job.wait_for_attempt(1)
-        time.sleep(LEARN_S)
+        for _ in range(LEARNED_FROM):
+            time.sleep(TICK_S)
+            job.wait_for_steps(1)
         stop(job.ranks("node1")[1])
         job.wait_for(lambda: job.named("hang"))
 
@@ -69,12 +71,14 @@ def test_stopped_killed_while_saving_and_cut_off(
         killed_at = kill_while_saving(job, "node1")
         job.wait_for(lambda: job.named("death"))
 
-        job.wait_for_attempt(3)  # node1 has failed twice: a spare replaces it
+        job.wait_for_attempt(3)  # node1 has failed twice: the spare replaces it
+        hosts.unplug("node1")
         hosts.unplug("node2")
         job.wait_for(lambda: job.named("host lost"))
         code = job.finish()
     finally:
         job.kill()
+        hosts.plug("node1")
         hosts.plug("node2")
     assert code == 0, job.output[-4000:]
 
@@ -90,22 +94,23 @@ def test_stopped_killed_while_saving_and_cut_off(
     assert lost["hosts"] == ["node2"]
     assert [(e["out"], e["into"]) for e in job.named("hosts changed")] == [
         (["node1"], ["node3"]),
-        (["node2"], ["node4"]),
+        (["node2"], []),
     ]
-    assert run.losses == whole.losses
-    assert run.validation_loss == whole.validation_loss
+    (changed,) = job.named("world changed")
+    assert (changed["before"], changed["after"]) == (4, 2)
+    same = job.resumed_at(4)
+    assert 0 < same < LAYOUT["training.steps"]
+    assert run.losses[:same] == whole.losses[:same]
+    assert run.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert run.validation_loss == pytest.approx(whole.validation_loss, rel=1e-5)
     assert not job.left_running()
 
-    failed_at = [event["step"] for kind in ("hang", "death", "host lost") for event in job.named(kind)]
-    logs = [(job.folder / f"attempt_{n:02d}/logs/rank_00000.log").read_text() for n in (2, 3, 4)]
-    found = [
-        re.search(r"MEMORY CHECKPOINT: step (\d+) .*?; (\d) of 4 ranks have their state on their own", log)
-        for log in logs
-    ]
-    assert [match and match[2] for match in found] == ["4", "2", "2"]  # a host was replaced twice
-    for step, match in zip(failed_at, found, strict=True):
-        assert match and int(match[1]) >= step - 1
-    assert not list(memory.iterdir())
+    (hang_at,), (death_at,) = ([event["step"] for event in job.named(kind)] for kind in ("hang", "death"))
+    for attempt, failed_at, own in ((2, hang_at, 4), (3, death_at, 2)):
+        step, kept = job.resumed_from_memory(attempt)
+        assert step == job.resumed_at(attempt) >= failed_at - 1
+        assert kept == own, "ranks whose host was not replaced"
+    assert not list(tmp_path.iterdir())
 
 
 def kill_while_saving(job: Job, host: str) -> float:
@@ -114,39 +119,3 @@ def kill_while_saving(job: Job, host: str) -> float:
     job.wait_for_save()
     victim.kill()
     return time.time()
-
-
-def test_without_a_spare_fewer_ranks_go_on(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
-    """dp 2 becomes dp 1 with the same global batch: losses differ only by the rounding of another summation order."""
-    run = make_run("fewer", LAYOUT)
-    job = start(run, hosts, ["node1", "node2"], 2, "--supervise", orphan_s=ORPHAN_S)
-    try:
-        job.wait_for_attempt(1)
-        hosts.unplug("node2")
-        code = job.finish()
-    finally:
-        job.kill()
-        hosts.plug("node2")
-    assert code == 0, job.output[-4000:]
-    (changed,) = job.named("world changed")
-    assert (changed["before"], changed["after"]) == (4, 2)
-    assert run.losses == pytest.approx(whole.losses, rel=1e-5)
-    assert not job.left_running()
-
-
-def test_killed_launcher_leaves_no_process_and_loses_nothing(hosts: Hosts, make_run: Callable[..., Run]) -> None:
-    """After kill -9 of tools/launch.py the ranks notice, save a checkpoint and exit."""
-    run = make_run("launcher_killed", LAYOUT | {"training.steps": 10**6, "checkpoint.interval": 0})
-    job = start(run, hosts, ["node1", "node2"], 1)
-    try:
-        job.wait_for_attempt(1)
-        job.wait_for_steps(5)
-        at = job.step
-        job.process.kill()
-        deadline = time.monotonic() + QUICK["orphan-s"] + 60
-        while job.leftovers() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not job.left_running()
-    finally:
-        job.kill()
-    assert int(run.newest.name.removeprefix("step_")) >= at

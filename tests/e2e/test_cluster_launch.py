@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,11 +21,12 @@ from tests.hosts import Hosts, missing
 needs_hosts = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 LAYOUT = {"parallel.pp": 2, "training.steps": 12, "checkpoint.interval": 5}
 ENDLESS = {"parallel.pp": 2, "training.steps": 10**6}
+ORPHAN_S = 12.0
 
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with Hosts(2, tmp_path_factory.mktemp("hosts"), subnet=96, before=slow_links(16)) as those:
+    with Hosts(2, tmp_path_factory.mktemp("hosts"), subnet=96, before=slow_links(8)) as those:
         yield those
 
 
@@ -44,10 +42,16 @@ def alone(make_run: Callable[..., Run]) -> Run:
 @needs_hosts
 @pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
 def test_two_hosts_train_as_one(launcher: str, hosts: Hosts, alone: Run, make_run: Callable[..., Run]) -> None:
-    """pp 2, dp 2 on two hosts: the same losses to the bit, a log for each rank, the console's from rank 0."""
+    """pp 2, dp 2 on two hosts: the same losses to the bit, a log for each rank, the console's from rank 0.
+
+    The job's token is only in its file: not in a command line, an environment, a log or the output.
+    """
     run = make_run(f"two_hosts_{launcher}", LAYOUT)
     job = start(run, hosts, ["node1", "node2"], 2, "--launcher", launcher)
-    code = job.finish()
+    try:
+        assert not job.leaks()
+    finally:
+        code = job.finish()
     assert code == 0, job.output[-4000:]
     assert run.losses == alone.losses
     assert run.validation_loss == alone.validation_loss
@@ -92,7 +96,7 @@ def test_a_mistake_that_one_host_sees_ends_the_job_for_good(hosts: Hosts, make_r
     shards = next(path for path in run.file.parent.parent.glob("corpus*/shards"))
     hosts.restart("node2", f"mount -t tmpfs none {shards}")
     try:
-        job = start(run, hosts, ["node1", "node2"], 2, "--supervise")
+        job = start(run, hosts, ["node1", "node2"], 1, "--supervise")
         code = job.finish()
     finally:
         hosts.restart("node2")
@@ -108,13 +112,14 @@ def test_a_mistake_that_one_host_sees_ends_the_job_for_good(hosts: Hosts, make_r
 def test_two_jobs_on_the_same_hosts_end_one_by_one(hosts: Hosts, make_run: Callable[..., Run]) -> None:
     """Killing one job on all hosts must not touch another job's processes on the same hosts.
 
-    On signals to its launcher, the other job then saves and continues, and later saves and exits.
+    The other saves on a signal to its launcher and continues. After kill -9 of the launcher its ranks notice, save and
+    exit.
     """
     jobs: list[Job] = []
     runs = [make_run(name, ENDLESS | layout) for name, layout in (("first", {"parallel.pp": 1}), ("second", {}))]
     try:
         for run in runs:
-            jobs.append(start(run, hosts, ["node1", "node2"], 1))
+            jobs.append(start(run, hosts, ["node1", "node2"], 1, orphan_s=ORPHAN_S))
         for job in jobs:
             job.wait_for_attempt(1)
         jobs[0].ranks("node2")[0].kill()
@@ -128,14 +133,14 @@ def test_two_jobs_on_the_same_hosts_end_one_by_one(hosts: Hosts, make_run: Calla
         jobs[1].wait_for(lambda: (runs[1].checkpoints / "latest").exists())
         saved = runs[1].newest
         jobs[1].wait_for_steps(3)
-        jobs[1].process.send_signal(signal.SIGTERM)
-        code = jobs[1].finish()
+        at = jobs[1].step
+        jobs[1].process.kill()
+        assert not jobs[1].left_running(ORPHAN_S + 60)
     finally:
         for job in jobs:
             job.kill()
-    assert code == 0, jobs[1].output[-4000:]
     assert runs[1].newest.name > saved.name
-    assert not jobs[1].left_running()
+    assert int(runs[1].newest.name.removeprefix("step_")) >= at
 
 
 @pytest.mark.slow
@@ -205,39 +210,3 @@ def test_a_host_that_does_not_answer_is_named(hosts: Hosts, make_run: Callable[.
     finally:
         hosts.plug("node1")
     assert "node1: the first host does not answer" in job.output
-
-
-@pytest.mark.slow
-def test_no_secret_in_any_argv_or_log(make_run: Callable[..., Run]) -> None:
-    """The token is only in its file: not in a command line, an environment or an output."""
-    run = make_run("secret", LAYOUT | {"parallel.pp": 1})
-    hostfile = run.file.with_suffix(".hosts")
-    hostfile.write_text("localhost slots=2\n")
-    process = subprocess.Popen(
-        [sys.executable, LAUNCH, str(run.file), "--hostfile", str(hostfile)],
-        cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    token_file = None
-    seen = ""
-    while process.poll() is None:
-        token_file = token_file or next(iter(run.dir.glob("jobs/*/attempt_01/token")), None)
-        for name in os.listdir("/proc"):
-            if name.isdigit():
-                for part in ("cmdline", "environ"):
-                    try:
-                        seen += Path("/proc", name, part).read_bytes().decode(errors="replace") if token_file else ""
-                    except OSError:
-                        continue
-        seen = seen[-(1 << 24) :]
-        time.sleep(0.5)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert token_file
-    secret = token_file.read_text()
-    assert "train.py" in seen
-    assert secret not in seen
-    files = [path for path in (run.dir / "jobs").rglob("*") if path.is_file() and path != token_file]
-    assert files
-    assert not any(secret in path.read_text(errors="replace") for path in files)
-    assert secret not in output
-    assert json.loads((run.dir / "jobs/0001/events.jsonl").read_text().splitlines()[-1])["event"] == "job ended"

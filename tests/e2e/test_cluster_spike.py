@@ -22,8 +22,8 @@ from llama_ds.data.stream import open_data
 
 pytestmark = pytest.mark.slow
 
-STEPS, INTERVAL = 140, 20
-BAD = range(100, 108)  # steps with noise, counted from 0
+STEPS, INTERVAL = 110, 20
+BAD = range(80, 88)  # steps with noise, counted from 0
 REWIND, SKIP = 10, 20  # the 20 skipped steps of data begin 10 steps before the spike and include the noise
 SPIKE = BAD.start + 1  # the first step with a high loss, counted from 1
 BACK = SPIKE - REWIND

@@ -21,6 +21,7 @@ from tests.chrome_format import check_chrome_format
 from tests.hosts import Hosts, missing
 
 MICRO_BATCHES = 4  # 8 rows by 2
+LAYERS = 2
 MakeRun = Callable[..., Run]
 
 
@@ -47,20 +48,23 @@ def arrows(events: list[dict[str, Any]]) -> list[tuple[float, float]]:
 
 
 @pytest.mark.slow
-def test_a_job_is_profiled(make_run: MakeRun, tmp_path: Path) -> None:
+@pytest.mark.skipif(missing() is not None, reason=str(missing()))
+def test_a_job_on_two_hosts_is_profiled(make_run: MakeRun, tmp_path: Path) -> None:
     """pp 2 x tp 2: the products of all ranks are the model's, each within its forward or backward."""
     layout = {"parallel.pp": 2, "parallel.tp": 2, "parallel.sequence_parallel": True}
-    made = make_run("profiled", {**layout, "checkpoint.interval": 1})
+    made = make_run("profiled", {**layout, "model.num_hidden_layers": LAYERS, "checkpoint.interval": 1})
     out = tmp_path / "profile"
-    done = record(
-        made, "--out", out, "--ranks", "all", "--steps", 1, "--warmup", 1, "--json", "--fail-if", "other>=100"
-    )
+    asked = ("--ranks", "all", "--steps", 1, "--warmup", 1, "--json", "--fail-if", "other>=100")
+    with Hosts(2, tmp_path / "hosts", subnet=92) as hosts:
+        hostfile = hosts.write_hostfile(tmp_path / "hostfile", 2)
+        done = record(made, "--out", out, *asked, "--hostfile", hostfile, **hosts.environment)
     assert done.code == 0, done.output[-4000:]
     assert "step 3/6" in done.output and "step 4/6" not in done.output
     assert not made.dir.exists() and not (out / "checkpoints").exists(), "nothing of the run itself is touched"
 
     found = json.loads(done.output[done.output.index("\n{") :])
     assert (found["ranks"], found["steps"], found["profiled_ranks"]) == (4, 1, [0, 1, 2, 3])
+    assert found["communication"]["p2p"]["under_way_ms"] > 0
     metrics = found["metrics"]
     parts = ("compute", "recompute", "optimizer", "data", "bubble", "exposed", "other")
     assert sum(metrics[part] for part in parts) == pytest.approx(100)
@@ -69,7 +73,7 @@ def test_a_job_is_profiled(make_run: MakeRun, tmp_path: Path) -> None:
     model = DATA["model"]
     hidden, head_dim = model["hidden_size"], model["hidden_size"] // model["num_attention_heads"]
     wide = (2 * model["num_attention_heads"] + 2 * model["num_key_value_heads"]) * head_dim  # q, o, k, v
-    matrices = model["num_hidden_layers"] * hidden * (wide + 3 * model["intermediate_size"])
+    matrices = LAYERS * hidden * (wide + 3 * model["intermediate_size"])
     matrices += model["vocab_size"] * hidden
     forward_and_backward = 3 * 2 * matrices * GLOBAL_BATCH * SEQ_LEN
     assert sum(products["flops"] for products in found["products"].values()) == forward_and_backward
@@ -77,7 +81,7 @@ def test_a_job_is_profiled(make_run: MakeRun, tmp_path: Path) -> None:
     events = merged_events(Path(found["trace"]))
     check_chrome_format(events)
     names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    assert names == {r: f"rank {r}: pp {r // 2} dp 0 tp {r % 2}, localhost" for r in range(4)}
+    assert names == {r: f"rank {r}: pp {r // 2} dp 0 tp {r % 2}, node{r // 2 + 1}" for r in range(4)}
     for rank in range(4):
         computations = slices(events, rank, "F", "BW")
         assert len(computations) == 2 * 2 * MICRO_BATCHES  # one recorded and one profiled step
@@ -90,23 +94,6 @@ def test_a_job_is_profiled(make_run: MakeRun, tmp_path: Path) -> None:
     ways = arrows(events)
     assert len(ways) == 2 * 2 * 2 * MICRO_BATCHES  # steps, tp ranks, there and back
     assert all(sent <= came for sent, came in ways)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(missing() is not None, reason=str(missing()))
-def test_hosts_of_a_hostfile_are_profiled(make_run: MakeRun, tmp_path: Path) -> None:
-    made = make_run("profiled_hosts", {"parallel.pp": 2})
-    with Hosts(2, tmp_path / "hosts", subnet=92) as hosts:
-        hostfile = hosts.write_hostfile(tmp_path / "hostfile", 1, ["node1", "node2"])
-        sizes = ("--ranks", "none", "--steps", 1, "--warmup", 1, "--out", tmp_path / "profile")
-        done = record(made, *sizes, "--hostfile", hostfile, "--json", **hosts.environment)
-    assert done.code == 0, done.output[-4000:]
-    found = json.loads(done.output[done.output.index("\n{") :])
-    assert found["communication"]["p2p"]["under_way_ms"] > 0
-    events = merged_events(Path(found["trace"]))
-    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
-    assert names == {r: f"rank {r}: pp {r} dp 0 tp 0, node{r + 1}" for r in range(2)}
-    assert len(arrows(events)) == 2 * MICRO_BATCHES
 
 
 @pytest.mark.slow

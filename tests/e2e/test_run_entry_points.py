@@ -14,6 +14,7 @@ from tiny_run import GLOBAL_BATCH, SEQ_LEN, STEPS, Run
 
 from llama_ds.machine import cpu_name
 
+PROSE = "bits_per_byte/prose"
 STEP_KEYS = [
     *("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "tokens_per_s_per_gpu", "mfu", "hfu"),
     *("step_s", "data_wait_s", "peak_mem_gib"),
@@ -34,7 +35,7 @@ def test_every_launcher_trains_the_same_run(trained: Callable[[str], Run], make_
 def test_one_process_needs_no_launcher(trained: Callable[[str], Run]) -> None:
     one, pipeline = trained("alone"), trained("pp2")
     assert one.losses == pytest.approx(pipeline.losses, rel=1e-5)
-    assert one.validation_loss == pytest.approx(pipeline.validation_loss, rel=1e-5)
+    assert one.validation == pytest.approx(pipeline.validation, rel=1e-5), "also by source"
 
 
 AND_SHOW_WHAT_IS_LEFT = """
@@ -94,10 +95,11 @@ def test_tensorboard_holds_the_same_losses_and_norms(trained: Callable[[str], Ru
     pipeline = trained("pp2")
     events = EventAccumulator(str(pipeline.dir / "tensorboard"))
     events.Reload()
-    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in ("loss", "val_loss")}
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in ("loss", "val_loss", PROSE)}
     # Event files hold float32, and so were the losses.
     assert scalars["loss"] == list(enumerate(pipeline.losses, start=1))
     assert scalars["val_loss"] == [(STEPS, pytest.approx(pipeline.validation_loss))]
+    assert scalars[PROSE] == [(STEPS, pytest.approx(pipeline.validation[PROSE]))]
     norms = {line["step"]: line["norms"] for line in pipeline.metrics if "norms" in line}
     assert list(norms) == list(range(2, STEPS + 1, 2))
     total = {line["step"]: line["grad_norm"] for line in pipeline.metrics if "grad_norm" in line}

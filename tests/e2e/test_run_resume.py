@@ -27,7 +27,7 @@ def test_three_steps_and_three_are_six(name: str, trained: Callable[[str], Run],
     output = succeed(forked(ranks, TRAIN, halves.file, "checkpoint.resume=must"), halves.log)
     assert f"resumed at step 3 of {STEPS}" in output
     assert halves.losses == whole.losses
-    assert halves.validation_loss == whole.validation_loss
+    assert halves.validation == whole.validation
     assert_same_bits(halves.newest, whole.newest)
 
 

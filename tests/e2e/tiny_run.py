@@ -95,7 +95,12 @@ class Run:
     @property
     def validation_loss(self) -> float:
         """The last validation loss."""
-        return [line["val_loss"] for line in self.metrics if "val_loss" in line][-1]
+        return self.validation["val_loss"]
+
+    @property
+    def validation(self) -> dict[str, float]:
+        """The results of the last validation: of all rows, and of each source."""
+        return [line for line in self.metrics if "val_loss" in line][-1]
 
 
 def build_corpus(root: Path) -> Corpus:

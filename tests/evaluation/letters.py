@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.evaluation.generation import GenerationRequest
 from llama_ds.evaluation.requests import ScoringRequest
-from llama_ds.model.next_token import GREEDY, DecodingRule
+from llama_ds.model.decoding_rule import GREEDY, DecodingRule
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away from the bear that sleeps in the old wood"
 

@@ -8,7 +8,7 @@ import gc
 import json
 import logging
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from tests.evaluation.letters import TEXT, Letters, some_prompts, some_requests
 from tests.parallel.layout_cases import SEQ_LEN, Case, micro_batches
 
 LR = 1e-2
+SHORT = 16  # tokens of a branched row, where longer requests are also scored in plain rows
 
 
 def outcome(case: Case) -> dict[str, Any]:
@@ -44,6 +45,10 @@ def outcome(case: Case) -> dict[str, Any]:
                     found["scores"] = [asdict(score) for score in scores]
                     found["rolling"] = scorer.rolling_log_likelihoods([TEXT, TEXT[:20]])
                     found["generated"] = generated(scorer)
+                    if case.cp > 1:
+                        scorer.backend.shape = replace(scorer.backend.shape, longest_branched=SHORT)
+                        plain = scorer.log_likelihoods(some_requests(20, SEQ_LEN))
+                        found["plain"] = [asdict(score) for score in plain]
             losses.append(engine.read(engine.train_step(batches, LR)))
         found["with" if evaluates else "without"] = losses
         engine.deepspeed.destroy()

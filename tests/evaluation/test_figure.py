@@ -45,3 +45,6 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(UserError, match=r"bad.json: not of the form"):
             read_references(str(tmp_path / "bad.json"))
+    (tmp_path / "bad.json").write_text('{"pika": {"Chinchilla": 81.8}}')
+    with pytest.raises(UserError, match=r"bad.json: task 'pika': unknown \(did you mean 'piqa'\?\)"):
+        read_references(str(tmp_path / "bad.json"))

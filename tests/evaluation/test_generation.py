@@ -18,8 +18,9 @@ from transformers import LlamaForCausalLM
 from llama_ds.checkpoint.load_model import load_model
 from llama_ds.evaluation.generation import GenerationRequest, ModelDecoder, TextGenerator, cut_at
 from llama_ds.layout.cache_memory import cache_bytes
+from llama_ds.model.decoding_rule import DecodingRule
 from llama_ds.model.key_value_cache import KeyValueCache
-from llama_ds.model.next_token import DecodingRule, Draw, kept_probabilities
+from llama_ds.model.next_token import Draw, kept_probabilities
 from tests.evaluation.letters import TEXT, Letters
 
 POSITIONS, NEW = 64, 20
@@ -92,8 +93,8 @@ def test_draws_have_the_probabilities_of_the_rule() -> None:
     assert np.all(np.abs(shares - np.exp(logits)) < 4 * np.sqrt(0.25 / count))
 
 
-def test_long_contexts_lose_their_left(exported: LlamaForCausalLM, caplog: pytest.LogCaptureFixture) -> None:
-    """A context gives way to the continuation, down to half of the positions; it is counted and said."""
+def test_long_contexts_lose_their_left(exported: LlamaForCausalLM) -> None:
+    """A context gives way to the continuation, down to half of the positions; it is counted."""
     ours = generator(exported)
     long = [GenerationRequest(TEXT, max_tokens=NEW), GenerationRequest(TEXT, max_tokens=1000)]
     found = ours.generate(long)

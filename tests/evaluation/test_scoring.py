@@ -24,7 +24,7 @@ from llama_ds.errors import UserError
 from llama_ds.evaluation.branching import branched
 from llama_ds.evaluation.packing import packed, padded, row_lengths
 from llama_ds.evaluation.requests import Encoded, ScoringRequest, encode, rolling
-from llama_ds.evaluation.scoring import ModelBackend, Scorer, hides_prefix
+from llama_ds.evaluation.scoring import ModelBackend, Scorer, why_unbranched
 from tests.evaluation.letters import TEXT, Letters, some_requests
 
 SEQ_LEN = 64
@@ -68,8 +68,8 @@ def test_texts_share_no_eos_that_a_masked_row_hides(exported: LlamaForCausalLM) 
     model = load_model(exported.name_or_path, document_mask=True)
     for marks, shared in ((MARKS, True), (DocumentMarks(None, 2), False)):
         model.context = replace(model.context, marks=marks)
-        assert ModelBackend(model, 3).shape.branches is shared
-    assert not hides_prefix(False, DocumentMarks(None, 2))
+        assert bool(ModelBackend(model, 3).shape.unbranched) is not shared
+    assert not why_unbranched(replace(model.context, document_mask=False))
 
 
 def test_a_greedy_continuation_is_found(exported: LlamaForCausalLM) -> None:
@@ -88,7 +88,7 @@ def test_truncation_drops_the_left_of_the_context(exported: LlamaForCausalLM) ->
     (score,) = ours.log_likelihoods([long])
     ids = [1, *Letters().encode(long.context + long.continuation)][-SEQ_LEN - 1 :]
     assert score.log_likelihood == pytest.approx(by_transformers(exported, Encoded(tuple(ids), 9))[0], abs=1e-4)
-    assert ours.truncated == 1
+    assert score.truncated and not ours.log_likelihoods([ScoringRequest("x", "y")])[0].truncated
     with pytest.raises(UserError, match="continuation of 100 tokens is longer than a row of 64"):
         ours.log_likelihoods([ScoringRequest("", "x" * 100)])
 

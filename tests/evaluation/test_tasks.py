@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from llama_ds.errors import UserError
-from llama_ds.evaluation.evaluate import Journal, evaluate, prepare, table
+from llama_ds.evaluation.evaluate import Journal, evaluate, in_words, metrics_of, prepare, table
 from llama_ds.evaluation.fetch import fetch
 from llama_ds.evaluation.generation_tasks import GenerationTask
 from llama_ds.evaluation.miniature import MAKERS, examples
@@ -184,6 +184,12 @@ def test_a_killed_evaluation_goes_on(tmp_path: Path) -> None:
     again, ticks = ByTable(), list[int]()
     found = evaluate(again, work, Journal(path, subject), tick=ticks.append)  # type: ignore[arg-type]
     assert found == expected and 0 < found.truncated_requests < work.requests, "counted before the kill too"
+    count = found.truncated_requests
+    assert table([found]).splitlines()[1].endswith(f"  {count}") and "truncated" in table([found])
+    assert in_words([found]).endswith(f" ({count} requests truncated)")
+    assert metrics_of([found])["tasks_truncated/mini_copy"] == count
+    cured = replace(found, truncated_requests=0)
+    assert not any("truncated" in text for text in (table([cured]), in_words([cured]), *metrics_of([cured])))
     assert sum(ticks) == work.requests == 200 * 4
     assert again.asked == whole.asked - 127 * 4
     with pytest.raises(UserError, match=r"not of \{'model': 'other'\}"):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from llama_ds.benchmarks.evaluation import ValidationRows, text_bytes, validation_loss
+from llama_ds.benchmarks.evaluation import validation_loss
 from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.evaluation.validation import ValidationRows, text_bytes
 from llama_ds.model.loss import IGNORED
 from tests.tokenizer_files import ODD, write_llama3
 

@@ -77,7 +77,8 @@ def test_a_diverged_loss_is_a_gap_in_the_curve(tmp_path: Path) -> None:
 
 def test_page_has_every_number(tmp_path: Path) -> None:
     lines = steps(5.0, 4.5, 4.25)
-    lines.append({"step": 6, "val_loss": 4.3, "val_perplexity": 73.7})
+    validation = {"val_loss": 4.3, "val_loss/web": 4.4, "bits_per_byte": 1.2, "bits_per_byte/web": 1.3}
+    lines.append({"step": 6, "val_perplexity": 73.7, **validation, "val_tokens": 9, "val_tokens/web": 4})
     lines.append(
         {"step": 6, "tasks_tokens": 9, "tasks/piqa": 0.625, "tasks_stderr/piqa": 0.02, "tasks_share/piqa": 0.5}
     )
@@ -88,7 +89,8 @@ def test_page_has_every_number(tmp_path: Path) -> None:
     assert decoded(run["axes"][axis], "d") == [2, 4, 6]
     assert decoded(tokens, "d") == [2 * 2**40, 4 * 2**40, 6 * 2**40], "more than float32 holds"
     assert [(one["title"], one["names"]) for one in data["panels"]] == [
-        ("Loss", ["loss", "val_loss"]),
+        ("Loss", ["loss", "val_loss", "val_loss/web"]),
+        ("Bits per byte", ["bits_per_byte", "bits_per_byte/web"]),
         ("piqa", ["tasks/piqa"]),
         ("norms", ["norms/a", "norms/b"]),
     ]
@@ -120,7 +122,8 @@ def test_hours_count_steps_once(tmp_path: Path) -> None:
 
 
 def test_facts_of_a_supervised_run(tmp_path: Path) -> None:
-    lines = [*steps(5.0, 4.0, 4.5), {"step": 4, "val_loss": 3.5}, {"step": 6, "val_loss": 3.75}]
+    web = {"val_loss/web": 3.5, "bits_per_byte/web": 0.9, "val_tokens/web": 5120}
+    lines = [*steps(5.0, 4.0, 4.5), {"step": 4, "val_loss": 3.5}, {"step": 6, "val_loss": 3.75, **web}]
     run = read_run(write_run(tmp_path / "a", lines, {"training": {"steps": 100}}))
     machine = {"step": 0, "ranks": 8, "device": "A100", "versions": {"torch": "2.13.0"}, "command": ["train.py", "x"]}
     (tmp_path / "a" / "machines.jsonl").write_text(
@@ -136,6 +139,7 @@ def test_facts_of_a_supervised_run(tmp_path: Path) -> None:
         "Tokens": f"{6 * 2**40:,} at step 6",
         "Loss": "4.5000 at step 6",
         "Validation loss": "3.7500 at step 6",
+        "Validation loss of web": "3.5000, 0.9000 bits per byte, 5,120 tokens",
         "Lowest validation loss": "3.5000 at step 4",
         "Throughput, median": "100 tokens/s",
         "Time of steps": "6 h 00 min",

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise, product
 from queue import Queue
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -19,19 +20,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ds.benchmarks.layer import saved_bytes
 from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, CpSizes
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout import document_blocks
 from llama_ds.layout.activation_memory import LayerWork
-from llama_ds.layout.document_blocks import pieces_of
+from llama_ds.layout.document_blocks import Step, pieces_of
 from llama_ds.layout.row_cuts import own_ranges, ring_block
-from llama_ds.model import ring_attention
+from llama_ds.model import ring_blocks
 from llama_ds.model.attention import Documents
-from llama_ds.model.attention_kernels import AttentionKernel, attention_kernel
+from llama_ds.model.attention_kernels import AttentionKernel, Statistics, _Reference, attention_kernel
 from llama_ds.model.attention_torch_flash import TorchFlash
-from llama_ds.model.context_parallel import own_tokens, whole_rows
+from llama_ds.model.context_parallel import own_tokens, rows_of_its_own, whole_rows
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.ring_attention import RingAttention
@@ -54,9 +56,9 @@ class Mailboxes:
 class ThreadRank:
     """A context-parallel rank in a thread; it notes its events."""
 
-    def __init__(self, rank: int, size: int, method: str, mail: Mailboxes) -> None:
+    def __init__(self, rank: int, size: int, method: str, mail: Mailboxes, striped: bool = False) -> None:
         group = {RING: 1, ALL_TO_ALL: size, HIERARCHICAL: 2}[method]
-        self.rank, self.size, self.sizes, self.mail = rank, size, CpSizes(size // group, group), mail
+        self.rank, self.size, self.sizes, self.mail = rank, size, CpSizes(size // group, group, striped), mail
         self.events: list[str] = []
 
     def start_pass(self, x: Tensor) -> Pending:
@@ -81,11 +83,14 @@ class ThreadRank:
         return self.all_gather(x)[group * len(x) : (group + 1) * len(x), member]
 
 
-def on_ranks(size: int, method: str, run: Callable[[ThreadRank], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+def on_ranks(
+    size: int, method: str, run: Callable[[ThreadRank], tuple[Tensor, ...]], striped: bool = False
+) -> list[tuple[Tensor, ...]]:
     """Return what `run` returns on every rank of a group, each in its thread."""
     mail = Mailboxes(size)
+    ranks = [ThreadRank(rank, size, method, mail, striped and method != ALL_TO_ALL) for rank in range(size)]
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, [ThreadRank(rank, size, method, mail) for rank in range(size)], timeout=WAIT_S))
+        return list(pool.map(run, ranks, timeout=WAIT_S))
 
 
 def inputs(heads: int, groups: int, tokens: int, documents: float, seed: int = 0) -> tuple[list[Tensor], Tensor | None]:
@@ -99,10 +104,25 @@ def inputs(heads: int, groups: int, tokens: int, documents: float, seed: int = 0
 
 
 def run_kernel(kernel: AttentionKernel, tensors: list[Tensor], starts: Tensor | None) -> tuple[Tensor, ...]:
-    documents = None if starts is None else Documents(starts)
+    documents = _documents(starts)
     q, k, v, grad = tensors
     out, statistics = kernel.forward(q, k, v, documents)
     return (out, *kernel.backward(grad, q, k, v, out, statistics, documents))
+
+
+def _documents(starts: Tensor | None) -> Documents | None:
+    return None if starts is None else Documents(starts)
+
+
+class PackedReference(_Reference):
+    """The reference as a kernel for packed documents, whose logsumexp is (H, N)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> tuple[Tensor, Statistics]:
+        out, (lse,) = super().forward(q, k, v, documents)
+        return out, (lse[0],)
+
+
+_PACKED = {"sdpa": None, "reference": PackedReference()}
 
 
 @pytest.mark.parametrize("documents", [0.0, 0.1, 0.7], ids=["one document", "long documents", "short documents"])
@@ -123,9 +143,10 @@ def test_outputs_and_gradients_are_those_of_one_rank(
 ) -> None:
     """With key-value heads fewer than ranks, and documents that cross cuts, longer and shorter than tiles.
 
-    float64: 1e-12.
+    The reference computes packed documents as CUDA's kernels do, in one call for a step. float64: 1e-12.
     """
     monkeypatch.setattr(document_blocks, "TILE", 3)
+    monkeypatch.setattr(ring_blocks, "packed_kernel", lambda name, like: _PACKED[name])
     tensors, starts = inputs(heads, groups, 8 * 2 * size, documents)
     wanted = run_kernel(attention_kernel("reference"), tensors, starts)
 
@@ -133,7 +154,7 @@ def test_outputs_and_gradients_are_those_of_one_rank(
         own = [own_tokens(x, cp) for x in tensors]
         return tuple(whole_rows_of(x, cp) for x in run_kernel(kernel_over(cp, backend), own, starts))
 
-    for rank, found in enumerate(on_ranks(size, method, run)):
+    for rank, found in enumerate(on_ranks(size, method, run, striped=starts is not None)):
         for got, want in zip(found, wanted, strict=True):
             torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12, msg=f"rank {rank}")
 
@@ -142,6 +163,42 @@ def whole_rows_of(x: Tensor, cp: ThreadRank) -> Tensor:
     """Gather whole rows of (B, S, H, K)."""
     flat = x.permute(0, 2, 3, 1)
     return whole_rows(flat.flatten(0, 2), cp).view(*flat.shape[:3], -1).permute(0, 3, 1, 2)
+
+
+class _OnRanks(torch.autograd.Function):
+    """Attention over whole rows, whose forward and backward are those of a ring's ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, size: int) -> Tensor:
+        @torch.no_grad()  # grad mode belongs to a thread
+        def run(cp: ThreadRank) -> tuple[Tensor, ...]:
+            own = [own_tokens(x, cp) for x in (q, k, v)]
+            out, statistics = kernel_over(cp, "reference").forward(*own, _documents(starts))
+            ctx.saved[cp.rank] = own, out, statistics
+            return (whole_rows_of(out, cp),)
+
+        ctx.saved, ctx.starts, ctx.size = {}, starts, size
+        return on_ranks(size, RING, run, starts is not None)[0][0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        @torch.no_grad()
+        def run(cp: ThreadRank) -> tuple[Tensor, ...]:
+            own, out, statistics = ctx.saved[cp.rank]
+            grads = kernel_over(cp, "reference").backward(
+                own_tokens(grad, cp), *own, out, statistics, _documents(ctx.starts)
+            )
+            return tuple(whole_rows_of(x, cp) for x in grads)
+
+        return *on_ranks(ctx.size, RING, run, ctx.starts is not None)[0], None, None
+
+
+@pytest.mark.parametrize("documents", [0.0, 0.3])
+def test_gradients_of_a_ring_are_those_of_finite_differences(documents: float) -> None:
+    """float64, torch's gradcheck in a random direction of all elements of queries, keys and values."""
+    (*tensors, _), starts = inputs(2, 1, 12, documents)
+    leaves = [x[:, :, :, :4].clone().requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(lambda q, k, v: _OnRanks.apply(q, k, v, starts, 3), leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("method", [RING, ALL_TO_ALL, HIERARCHICAL])
@@ -167,11 +224,11 @@ def test_every_message_of_a_ring_travels_while_a_block_is_computed() -> None:
     Backward: so are the gradients of the block before, from the second block on; their last hop has nothing to hide.
     """
     tensors, _ = inputs(4, 2, 32, 0.0)
-    compute = RingAttention._work
 
     def run(cp: ThreadRank) -> tuple[Tensor, ...]:
         kernel = RingAttention(cp, "sdpa")
-        kernel._work = lambda *args: (cp.events.append("compute"), compute(kernel, *args))[1]  # type: ignore
+        blocks = kernel.blocks.at
+        kernel.blocks.at = lambda *args: (cp.events.append("compute"), blocks(*args))[1]  # type: ignore
         q, k, v, grad = (own_tokens(x, cp) for x in tensors)
         out, statistics = kernel.forward(q, k, v, None)
         forward = cp.events.copy()
@@ -187,11 +244,11 @@ def test_every_message_of_a_ring_travels_while_a_block_is_computed() -> None:
 
 @st.composite
 def packed_rows(draw: st.DrawFn) -> tuple[int, int, list[list[int]]]:
-    """Draw ranks of a ring, tokens of a chunk, and where the documents of two rows begin: none, some or all tokens."""
-    size, half = draw(st.integers(2, 4)), draw(st.integers(1, 12))
-    tokens = 2 * size * half
+    """Draw ranks of a ring, tokens of a rank, and where the documents of two rows begin: none, some or all tokens."""
+    size, length = draw(st.integers(2, 4)), draw(st.integers(1, 24))
+    tokens = size * length
     begins = st.sets(st.integers(1, tokens - 1), max_size=tokens).map(lambda found: [0, *sorted(found)])
-    return size, half, draw(st.one_of(st.lists(begins, min_size=2, max_size=2), begins.map(lambda one: [one] * 2)))
+    return size, length, draw(st.one_of(st.lists(begins, min_size=2, max_size=2), begins.map(lambda one: [one] * 2)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -200,20 +257,19 @@ def test_documents_leave_every_visible_pair_in_one_block_and_no_empty_block(
     drawn: tuple[int, int, list[list[int]]], tile: int
 ) -> None:
     """Blocks without a mask have only visible pairs, so nothing hidden is computed but in tiles of short documents."""
-    size, half, begins = drawn
-    tokens = 2 * size * half
-    held = [[at for part in own_ranges(tokens, rank, CpSizes(size)) for at in part] for rank in range(size)]
+    size, length, begins = drawn
+    tokens = size * length
+    held = [list(range(rank, tokens, size)) for rank in range(size)]
+    assert held == [[*own_ranges(tokens, rank, CpSizes(size, 1, True))[0]] for rank in range(size)]
     pairs: Counter[tuple[int, int, int]] = Counter()
     with patch.object(document_blocks, "TILE", tile):
-        for rank, step in product(range(size), range(size)):
-            block = ring_block(2 * half, rank, size, step)
-            for piece in pieces_of(block, rank, size, 2 * half, begins):
-                queries, keys = held[rank][piece.queries], held[block.source][piece.keys]
+        for rank, source in product(range(size), range(size)):
+            for piece in pieces_of(Step(rank, source, size, length), begins):
+                queries, keys = held[rank][piece.queries], held[source][piece.keys]
+                assert piece.causal and len(queries) == len(keys) and (len(keys) <= tile or not piece.masked)
                 for row in range(2)[piece.rows]:
-                    seen = {(row, q, k) for q in queries for k in keys if not piece.causal or k <= q}
-                    if piece.begins is not None:
-                        assert queries == keys == list(range(piece.begins, piece.begins + len(queries)))
-                        assert len(queries) <= tile
+                    seen = {(row, q, k) for i, q in enumerate(queries) for k in keys[: i + 1]}
+                    if piece.masked:
                         seen = {(r, q, k) for r, q, k in seen if not any(k < at <= q for at in begins[row])}
                     assert seen
                     pairs.update(seen)
@@ -249,6 +305,18 @@ def test_rows_that_cannot_be_cut_are_refused(tokens: int) -> None:
         own_ranges(tokens, 0, CpSizes(2))
 
 
+class Operators(TorchDispatchMode):
+    """Counts the calls of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name.removeprefix("aten::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Alone(ThreadRank):
     """A rank of a group without the others: what it receives is what it sent."""
 
@@ -259,36 +327,45 @@ class Alone(ThreadRank):
         return x
 
 
+@pytest.mark.parametrize("begins", [None, [[0, 1, 7, 40], [0]]], ids=["one document", "documents"])
 @pytest.mark.parametrize("rank", [0, 1, 3])
-def test_blocks_fit_the_signatures_of_torchs_cuda_kernels(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: shapes, dtypes and order of arguments, on tensors without data."""
-    monkeypatch.setattr(ring_attention, "block_kernel", lambda backend, like, causal: TorchFlash(causal))
-    ring = RingAttention(Alone(rank, 4, RING, Mailboxes(1)), "sdpa")
+def test_blocks_fit_the_signatures_of_torchs_cuda_kernels(
+    rank: int, begins: list[list[int]] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: shapes, dtypes and order of arguments, on tensors without data.
+
+    Documents are one call for a step, forward and backward; those of 1 and 6 tokens leave no keys to some ranks.
+    """
+    monkeypatch.setattr(ring_blocks, "block_kernel", lambda backend, like, causal: TorchFlash(causal))
+    monkeypatch.setattr(ring_blocks, "packed_kernel", lambda backend, like: TorchFlash())
+    ring = RingAttention(Alone(rank, 4, RING, Mailboxes(1), striped=begins is not None), "sdpa")
     q, k = (torch.empty(2, 16, heads, 64, device="meta", dtype=torch.bfloat16) for heads in (8, 2))
-    out, statistics = ring.forward(q, k, k, None)
-    grads = ring.backward(torch.empty_like(q), q, k, k, out, statistics, None)
-    assert (out.shape, out.dtype, statistics[0].shape, statistics[0].dtype) == (
-        q.shape,
-        q.dtype,
-        (2, 8, 16),
-        torch.float32,
-    )
-    assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in (q, k, k)]
+    documents = None if begins is None else Documents(torch.empty(2, 64, device="meta", dtype=torch.int32))
+    if documents:
+        vars(documents)["begins"] = begins
+    with Operators() as seen:
+        out, statistics = ring.forward(q, k, k, documents)
+        grads = ring.backward(torch.empty_like(q), q, k, k, out, statistics, documents)
+    assert [(x.shape, x.dtype) for x in (out, *grads)] == [(x.shape, x.dtype) for x in (q, q, k, k)]
+    assert (statistics[0].shape, statistics[0].dtype) == ((2, 16, 8), torch.float32)
+    assert seen.counts["_flash_attention_forward"] == seen.counts["_flash_attention_backward"] == 4
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("documents", [0.0, 0.02])
 @pytest.mark.parametrize("backend", ["sdpa", *(["flash_attn"] if importlib.util.find_spec("flash_attn") else [])])
-def test_cuda_blocks_merge_to_the_attention_of_whole_rows(backend: str) -> None:
+def test_cuda_blocks_merge_to_the_attention_of_whole_rows(backend: str, documents: float) -> None:
     """In bf16, against float64: errors of a few roundings, 2^-8 each."""
-    tensors, _ = inputs(8, 2, 512, 0.0)
-    wanted = run_kernel(attention_kernel("reference"), tensors, None)
+    tensors, starts = inputs(8, 2, 512, documents)
+    wanted = run_kernel(attention_kernel("reference"), tensors, starts)
     halves = [x.to("cuda", torch.bfloat16) for x in tensors]
+    on_device = None if starts is None else starts.to("cuda")
 
     def run(cp: ThreadRank) -> tuple[Tensor, ...]:
         own = [own_tokens(x, cp) for x in halves]
-        return tuple(whole_rows_of(x, cp) for x in run_kernel(kernel_over(cp, backend), own, None))
+        return tuple(whole_rows_of(x, cp) for x in run_kernel(kernel_over(cp, backend), own, on_device))
 
-    for got, want in zip(on_ranks(4, RING, run)[0], wanted, strict=True):
+    for got, want in zip(on_ranks(4, RING, run, starts is not None)[0], wanted, strict=True):
         assert (got.cpu().double() - want).norm() < 2e-2 * want.norm()
 
 
@@ -306,3 +383,18 @@ def test_kept_bytes_are_the_cost_tables_and_fall_with_the_number_of_ranks(method
         kept.append(saved_bytes(lambda layer=layer, x=x: layer(x), constant))
         assert kept[-1] == LayerWork(model, 64, 2, element_bytes=4, cp=size).saved_bytes(policy)
     assert all(more == 2 * less for more, less in pairwise(kept))
+
+
+def test_a_rank_with_rows_of_its_own_has_their_tables_and_tokens() -> None:
+    """Text generated along training has positions from 0 on; the next step has those of its part of a row again."""
+    model, cpu = ModelConfig(16, 32, 64, 1, 4, 4, 8), torch.device("cpu")
+    cp = ThreadRank(1, 2, RING, Mailboxes(2))
+    tables, ids = RotaryTables(model, 32, cp), torch.arange(32)[None]
+    shared = [*tables.on(cpu, 16), own_tokens(ids, cp)]
+    with rows_of_its_own(cp):
+        whole = [*tables.on(cpu, 16), own_tokens(ids, cp)]
+    expected = [*RotaryTables(model, 32).on(cpu, 16), ids]
+    assert all(torch.equal(one, other) for one, other in zip(whole, expected, strict=True))
+    assert not torch.equal(shared[0], whole[0])
+    again = [*tables.on(cpu, 16), own_tokens(ids, cp)]
+    assert all(torch.equal(one, other) for one, other in zip(again, shared, strict=True))

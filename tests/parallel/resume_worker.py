@@ -22,9 +22,11 @@ from llama_ds.layout.optimizer_states import ADAMW, MASTER
 from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, fragments
+from llama_ds.parallel.temporary import dismantle
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
+from tests.parallel.engine_series import engines_in_turn
 from tests.parallel.layout_cases import STEPS, Case, micro_batches
 from tests.parallel.layout_worker import padded_shard
 
@@ -37,10 +39,11 @@ def main() -> None:
     with open(cases_file) as file:
         cases = [Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}) for c in json.load(file)]
     history: list[tuple[float, float]] = []
-    with world.failing_together():
+    with world.failing_together(), engines_in_turn() as series:
         world.join(rank_info)
         for turn, case in enumerate(cases, int(first_turn)):
-            history += take_turn(case, Path(folder), turn * int(share), int(share), rank_info)
+            with series.engine():
+                history += take_turn(case, Path(folder), turn * int(share), int(share), rank_info)
         if rank_info.rank == 0:
             Path(out).write_text(json.dumps(history))
 
@@ -69,7 +72,7 @@ def take_turn(case: Case, folder: Path, first: int, steps: int, rank_info: world
     )
     checkpoints.save(engine.deepspeed, first + steps, {})
     checkpoints.close()
-    engine.deepspeed.destroy()
+    dismantle(engine.deepspeed)
     return history
 
 

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.parallel.drawn_layouts import drawn_layouts
 from tests.parallel.layout_cases import STEPS, Case
 from tests.parallel.layout_histories import History, check_equals_plain, histories_of, reference_of
 
@@ -108,13 +109,10 @@ ODD_VOCABULARY = [
 RING = {"cp": 2, "cp_method": "ring"}
 ALL_TO_ALL = {"cp": 2, "cp_method": "all_to_all"}
 CONTEXT_PARALLEL = [
-    Case(1, 1, 1, zero=0, micro_batch=4, document_mask=True, recompute="full", **RING),
     Case(1, 1, 1, zero=2, micro_batch=4, decoder_layer="autograd", tied=True, z_loss=1e-3, **RING),
     Case(1, 1, 1, zero=3, micro_batch=4, dtype="bf16", **ALL_TO_ALL),
-    Case(1, 1, 1, micro_batch=4, cp=4, cp_method="ring"),
     Case(2, 1, 1, micro_batch=4, cp=4, cp_method="hierarchical", document_mask=True),
     Case(1, 1, 2, zero=3, micro_batch=2, **RING),
-    Case(1, 1, 2, zero=1, micro_batch=2, **ALL_TO_ALL),
     Case(2, 1, 1, micro_batch=4, schedule="zb_h1", tied=True, document_mask=True, recompute="selective", **RING),
     Case(2, 1, 1, micro_batch=4, schedule="interleaved", virtual_stages=2, **ALL_TO_ALL),
     Case(2, 1, 1, micro_batch=2, schedule="dualpipe_v", virtual_stages=2, recompute="none,full,selective,none",
@@ -130,9 +128,10 @@ SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAY
 CASES = [replace(case, steps=STEPS if case.world == 1 else 8 if case.world == 2 else 5) for case in BASIC_LAYOUTS]
 CASES += [replace(case, steps=3) for case in SCHEDULES + SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
 CASES += [replace(case, steps=3) for case in CONTEXT_PARALLEL]
-CASES += [
-    Case(micro_batch=4, cp=4, cp_method="hierarchical", cp_all_to_all=2, document_mask=True, recompute="selective")
-]
+CASES += [Case(micro_batch=8, zero=zero, document_mask=True, recompute=recompute, **how) for zero, recompute, how in (
+    (0, "full", RING), (1, "none", RING | {"cp": 4}), (1, "selective", {"cp": 4, "cp_method": "hierarchical"}),
+)]  # fmt: skip
+CASES += drawn_layouts(4, 3)
 CASES += [replace(case, steps=3, neighbour=True) for case in NEIGHBOURS]
 CASES += [replace(case, steps=3, vocab=97) for case in ODD_VOCABULARY]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,22 @@ def test_tasks_of_a_run_and_their_journal(tools: Tools, words: dict[str, object]
 def test_validation_by_source_and_in_bits_per_byte(
     words: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The run itself has recorded the same of all rows and of each source alone."""
     from tools import evaluate
 
     assert evaluate.main([str(words["run"])]) == 0
     total, *sources = capsys.readouterr().out.splitlines()
-    assert re.search(r" \| 4 rows \| loss [\d.]+ \| perplexity [\d.]+ \| [\d.]+ bits per byte$", total)
+    pattern = r" \| 4 rows \| 1\d\d tokens \| loss [\d.]+ \| perplexity [\d.]+ \| [\d.]+ bits per byte$"
+    assert re.search(pattern, total)
     assert [line.split(":")[0].strip() for line in sources] == ["code", "prose"]
+    assert evaluate.main([str(words["run"]), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = map(json.loads, (Path(str(words["run"])) / "metrics.jsonl").read_text().splitlines())
+    (recorded,) = [line for line in lines if "val_loss" in line]
+    for suffix, one in {"": found, **{f"/{name}": one for name, one in found["sources"].items()}}.items():
+        assert recorded[f"val_loss{suffix}"] == pytest.approx(one["loss"], rel=1e-5)
+        assert recorded[f"bits_per_byte{suffix}"] == pytest.approx(one["bits_per_byte"], rel=1e-5)
+        assert recorded[f"val_tokens{suffix}"] == one["tokens"]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +66,7 @@ def test_validation_by_source_and_in_bits_per_byte(
         (("piqa",), "'piqa' is one word too many; name tasks with --tasks piqa"),
         (("--tasks", "miniature", "--rows", "4"), "--rows and --source belong to the validation loss"),
         (("--tasks", "mini_copy,code"), "task humaneval: runs programs that the model writes; allow it with"),
-        (("--tasks", "miniature", "--pp", "2"), "--pp and --tp divide a model over the ranks of a launcher"),
+        (("--tasks", "miniature", "--pp", "2"), "--pp, --tp and --cp divide a model over the ranks of a launcher"),
         (("--follow",), "--follow evaluates tasks; name them with --tasks"),
         (("--tasks", "gsm8k", "--pass-at", "2"), "--pass-at 2 needs 2 samples or more: --samples 2"),
     ],
@@ -121,7 +132,8 @@ def test_following_waits_while_the_run_is_held(words: dict[str, object], tmp_pat
 def test_ranks_of_a_launcher_give_the_results_of_one_process(
     tools: Tools, words: dict[str, object], tmp_path: Path
 ) -> None:
-    """The model is cut into two stages; the first rank alone answers, writes the journal, and goes on from it."""
+    """The model is cut into two stages; the first rank alone answers and writes the journal, from which all ranks go on
+    after a kill in the midst."""
     (tmp_path / "gsm8k").mkdir()
     question = {"question": "One and one?", "answer": "#### 2"}
     (tmp_path / "gsm8k" / "test.jsonl").write_text(2 * (json.dumps(question) + "\n"))
@@ -130,9 +142,17 @@ def test_ranks_of_a_launcher_give_the_results_of_one_process(
     assert alone.code == 0, alone.err
     journal = ("--results", tmp_path / "results.jsonl")
     command = ("tools/evaluate.py", "--local_rank=0", words["run"], *options, "--pp", "2")
+    with (tmp_path / "killed.log").open("wb") as log:
+        killed = warm.start([*command, *journal], log, ranks=2)
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "results.jsonl").exists() or (tmp_path / "results.jsonl").read_bytes().count(b"\n") < 5:
+            assert killed.poll() is None and time.monotonic() < deadline, (tmp_path / "killed.log").read_text()
+            time.sleep(0.02)
+        killed.kill()
     together = warm.run(*command, *journal, ranks=2)
     assert together.returncode == 0, together.stderr
     one, two = (json.loads(text) for text in (alone.out, together.stdout))
+    assert one.pop("examples_done_before") == 0 and two.pop("examples_done_before") >= 4
     for task, other in zip(one.pop("tasks"), two.pop("tasks"), strict=True):
         share = task.pop("probability")  # None: gsm8k's answers are generated
         assert other.pop("probability") == (share and pytest.approx(share, rel=1e-5))
@@ -141,6 +161,7 @@ def test_ranks_of_a_launcher_give_the_results_of_one_process(
     assert 0 < two["cache_bytes"] < one["cache_bytes"]
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
     assert len(lines) == 1 + 4 + 2
-    refused = warm.run(*command[:-1], "3", ranks=2)
+    refused = warm.run(*command[:-2], "--pp", "1", "--cp", "3", ranks=2)
     assert refused.returncode == 2 and refused.stdout == ""
-    assert "world size 2 is not a multiple of parallel.pp 3" in refused.stderr and refused.stderr.count("error:") == 1
+    assert re.search(r"world size 2 is not a multiple of .*parallel\.cp 3", refused.stderr), refused.stderr
+    assert refused.stderr.count("error:") == 1

@@ -24,7 +24,7 @@ def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(missing() is not None, reason=str(missing()))
 def test_shaped_links_show_the_overlap(tmp_path: Path) -> None:
     """All hosts share one clock, so the order of events on different ranks can be compared."""
-    schedules = ["deepspeed", "1f1b", "zb_h1+1"]
+    schedules = ["deepspeed", "zb_h1+1"]
     done = pipeline(
         *("--pp", "2", "--dp", "2", "--rate-mbit", "50", "--delay-ms", "10", "--micro-batches", "4"),
         *("--repeats", "1", "--json", "--svg", str(tmp_path), "--keep", str(tmp_path / "traces"), *SMALL),

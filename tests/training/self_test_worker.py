@@ -25,6 +25,7 @@ from llama_ds.parallel.point_to_point import PipelineComm
 from llama_ds.parallel.tensor_parallel import GroupTensorParallel
 from llama_ds.training.self_test import check
 from llama_ds.training.self_test.check import self_test
+from tests.parallel.engine_series import engines_in_turn
 from tests.parallel.layout_cases import Case
 
 SCALE = 1.1
@@ -163,8 +164,9 @@ def main() -> None:
     found: dict[str, Any] = {"outcomes": []}
     with world.failing_together():
         world.join(rank_info)
-        for fault, keys in request["faults"]:
-            found["outcomes"].append(outcome(fault, Case(**keys), folder, rank_info))
+        with engines_in_turn():
+            for fault, keys in request["faults"]:
+                found["outcomes"].append(outcome(fault, Case(**keys), folder, rank_info))
         found["left"] = [left_over(Case(**keys), folder, rank_info) for keys in request["sound"]]
         found["crash"] = crash(Case(**request["faults"][0][1]), folder, rank_info)
         if rank_info.rank == 0:

@@ -14,7 +14,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.model.loss import IGNORED, NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.training.device_batches import MicroBatch, ids_and_labels, on_device, training_pair
-from llama_ds.training.setup import validation_batches
+from llama_ds.training.validation import Validation, validation_batches
 
 
 def batches() -> list[MicroBatch]:
@@ -46,7 +46,7 @@ def test_the_validation_loss_is_divided_by_the_labels_of_all_ranks() -> None:
     sources: Any = SimpleNamespace(
         check_validation=lambda rows, unit: None,
         validation_micro_batches=lambda count, rank, dp, micro: np.split(rows[4 * rank : 4 * rank + 4], 4 // micro),
-        validation_labels=lambda count: 27,
+        validation_labels=lambda count: [7, 20],
     )
     run: Any = SimpleNamespace(evaluation=SimpleNamespace(rows=8))
     layout = Layout(pp=2, dp=2, tp=1, micro_batch=2, accumulation=1)
@@ -56,6 +56,35 @@ def test_the_validation_loss_is_divided_by_the_labels_of_all_ranks() -> None:
     assert np.array_equal(np.concatenate([batch.rows for batch in batches]), rows[4:])  # type: ignore[union-attr]
     engine.reads_data = False
     assert len(validation_batches(run, layout, sources, engine)) == 2
+
+
+def test_validation_rows_count_for_their_source() -> None:
+    """The second of two ranks has row 3 of source a, whose rows end within its first micro-batch, and all rows of b."""
+    rows = np.arange(2, 42).reshape(8, 5)
+    sources: Any = SimpleNamespace(
+        config=SimpleNamespace(sources=[SimpleNamespace(name=name) for name in "axb"]),
+        tokenizer=SimpleNamespace(bos_id=1, eos_id=2, decode=lambda ids: "é" * len(ids)),
+        check_validation=lambda rows, unit: None,
+        validation_rows=lambda count: rows,
+        validation_shares=lambda count: [5, 0, 3],
+        validation_micro_batches=lambda count, rank, dp, micro: np.split(rows[4 * rank : 4 * rank + 4], 4 // micro),
+        validation_labels=lambda count: [20, 0, 12],
+    )
+    run: Any = SimpleNamespace(evaluation=SimpleNamespace(rows=8, interval=3))
+    engine: Any = SimpleNamespace(reads_data=True, dp_rank=1, loss=NextTokenLoss(SingleRank()))
+
+    def evaluate(batches: list[MicroBatch], count: int) -> float:
+        for batch in batches:
+            losses = torch.from_numpy(batch.rows[:, 1:]).float()  # type: ignore[union-attr]
+            engine.loss.scores.append((losses, losses > 0))
+        return 0.0
+
+    engine.evaluate = evaluate
+    validation = Validation(run, Layout(pp=1, dp=2, tp=1, micro_batch=2, accumulation=1), sources, engine)
+    found = validation.losses()
+    assert {name: one.nats for name, one in found.items()} == {"a": rows[4, 1:].sum(), "b": rows[5:, 1:].sum()}
+    assert [(one.rows, one.labels, one.text_bytes) for one in found.values()] == [(5, 20, 40), (3, 12, 24)]
+    assert [step for step in range(1, 8) if validation.due(step, step == 7)] == [3, 6, 7]
 
 
 @pytest.mark.gpu

@@ -14,11 +14,7 @@ from llama_ds.training.task_evaluation import TaskEvaluation
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "ds_configs" / "quickstart.yaml")
 
 
-@pytest.mark.parametrize(
-    ("override", "word"),
-    [("parallel.schedule=deepspeed", "parallel.schedule = deepspeed"), ("parallel.cp=2", "parallel.cp = 2")],
-)
-def test_tasks_that_generate_are_refused_where_the_engine_cannot(override: str, word: str) -> None:
-    run = load_run(QUICKSTART, ["evaluation.tasks=[gsm8k]", override])
-    with pytest.raises(UserError, match=f"evaluation.tasks: task gsm8k generates text, which .*{word}"):
+def test_tasks_that_generate_are_refused_where_the_engine_cannot() -> None:
+    run = load_run(QUICKSTART, ["evaluation.tasks=[gsm8k]", "parallel.schedule=deepspeed"])
+    with pytest.raises(UserError, match=r"gsm8k generates text, which parallel\.schedule = deepspeed cannot"):
         TaskEvaluation(run, resolve_layout(run, 8), None)  # type: ignore[arg-type]

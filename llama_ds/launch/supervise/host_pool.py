@@ -51,7 +51,8 @@ class HostPool:
             axes = model_axes(self.run.parallel)
             raise UserError(
                 f"{len(good)} good hosts with {sum(self.all_hosts[host] for host in good)} slots are left, too few for "
-                f"any layout of {self.run.path} (pp * tp = {axes.replica}, and dp must divide its batches); add spares"
+                f"any layout of {self.run.path} (pp * cp * tp = {axes.replica}, and dp must divide its batches); add "
+                "spares"
             )
         ordered = [host for host in good if host not in struck] + [host for host in good if host in struck]
         return first_slots({host: self.all_hosts[host] for host in ordered}, world)

@@ -61,7 +61,7 @@ def shared_attention(
     element_bytes: int,
 ) -> SharedAttention:
     """Return the times of one layer; `heads` and `kv_heads` are those of a tensor-parallel rank."""
-    ring, group = sharing.sizes
+    ring, group = sharing.sizes.ring, sharing.sizes.all_to_all
     own_heads = -(-heads // group)  # each computes all tokens of its group
     traffic = cp_traffic(sharing.sizes, rows * seq_len // sharing.size, heads, kv_heads, head_dim)
     around = RankGroup(group, sharing.stride)

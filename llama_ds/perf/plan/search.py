@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from llama_ds.config.context_parallel import ALL_TO_ALL, RING
+from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, group_ranks
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.numbers import divisors
 from llama_ds.config.rules import check
@@ -47,6 +47,7 @@ KINDS: dict[str, Callable[[ParallelConfig, Hardware], bool]] = {
     "no context parallelism": lambda parallel, gpu: parallel.cp == 1,
     "context parallelism by a ring": lambda parallel, gpu: parallel.cp > 1 and parallel.cp_method == RING,
     "context parallelism by all-to-alls": lambda parallel, gpu: parallel.cp > 1 and parallel.cp_method == ALL_TO_ALL,
+    "context parallelism by both": lambda parallel, gpu: parallel.cp > 1 and parallel.cp_method == HIERARCHICAL,
 }
 
 
@@ -117,7 +118,7 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
 def layouts(
     base: RunConfig, world: int, gpu: Hardware, rejected: dict[str, Rejected] | None = None
 ) -> Iterator[RunConfig]:
-    """Yield `base` with every layout: tp within a node, pp, cp by both methods, micro-batch, schedule, ZeRO stage."""
+    """Yield `base` with every layout: tp within a node, pp, cp by each method, micro-batch, schedule, ZeRO stage."""
     rejected = {} if rejected is None else rejected
     model, base = base.model, replace(base, deepspeed={"bf16": {"enabled": gpu.dtype == "bf16"}})
     for tp in divisors(world):
@@ -128,41 +129,52 @@ def layouts(
             if pp > model.num_hidden_layers:
                 _reject(rejected, "more stages than layers", f"pp {pp}, {model.num_hidden_layers} layers")
                 continue
-            for cp, method in _sharings(base, tp, world // tp // pp, rejected):
-                yield from _of_data_axis(base, tp, pp, cp, method, world // tp // pp, rejected)
+            for sizes in _sharings(base, tp, world // tp // pp, gpu.links.gpus_per_node, rejected):
+                yield from _of_data_axis(base, replace(sizes, pp=pp), world // tp // pp, rejected)
 
 
-def _sharings(base: RunConfig, tp: int, ranks: int, rejected: dict[str, Rejected]) -> Iterator[tuple[int, str]]:
-    """Yield the sizes and methods of context parallelism for a data axis of `ranks`."""
+def _sharings(
+    base: RunConfig, tp: int, ranks: int, node_ranks: int, rejected: dict[str, Rejected]
+) -> Iterator[ParallelConfig]:
+    """Yield the sizes and methods of context parallelism for a data axis of `ranks`.
+
+    In a ring of groups, the groups are as large as heads and nodes allow: larger ones pass on fewer keys and values
+    between nodes, and blocks that hide their messages better.
+    """
     seq_len, heads = base.data.seq_len, base.model.num_attention_heads // tp
     for cp in divisors(ranks):
+        sizes = ParallelConfig(tp=tp, cp=cp, sequence_parallel=tp > 1)
         if cp == 1:
-            yield 1, "auto"
+            yield sizes
             continue
         if seq_len // cp < MIN_SHARED_TOKENS:
             return
         shared = f"tp {tp} cp {cp}"
         if seq_len % (2 * cp * tp):
             _reject(rejected, "rows that a ring cannot divide", f"{shared}: {seq_len} tokens by {2 * cp * tp}")
-        elif base.data.document_mask:
-            why = "the documents of a row decide how unequal the ranks of a ring are"
-            _reject(rejected, why, f"{shared}: without data.document_mask, rings are searched too")
         else:
-            yield cp, RING
+            yield replace(sizes, cp_method=RING)
         if heads % cp or seq_len % (cp * tp):
             _reject(rejected, "heads or rows that all-to-alls cannot divide", f"{shared}: {heads} heads of a rank")
         else:
-            yield cp, ALL_TO_ALL
+            yield replace(sizes, cp_method=ALL_TO_ALL)
+        group = group_ranks(replace(base, parallel=sizes), node_ranks)
+        if group:
+            yield replace(sizes, cp_method=HIERARCHICAL, cp_all_to_all=group)
+        elif cp > 2:
+            why = f"{shared}: {heads} heads of a rank, {node_ranks} ranks of a node"
+            _reject(rejected, "no groups within nodes that heads and rows allow, for a ring of groups", why)
 
 
 def _of_data_axis(
-    base: RunConfig, tp: int, pp: int, cp: int, method: str, ranks: int, rejected: dict[str, Rejected]
+    base: RunConfig, sizes: ParallelConfig, ranks: int, rejected: dict[str, Rejected]
 ) -> Iterator[RunConfig]:
+    tp, pp, cp = sizes.tp, sizes.pp, sizes.cp
     dp, rows = ranks // cp, base.training.global_batch
     if rows % dp == 0:
-        yield from _of_sizes(base, ParallelConfig(pp=pp, tp=tp, cp=cp, cp_method=method), dp)
+        yield from _of_sizes(base, sizes, dp)
         return
-    if cp > 1 and method != RING:  # counted once for both methods
+    if cp > 1 and sizes.cp_method != RING:  # counted once for all methods
         return
     near = [n for n in divisors(ranks * pp) if rows % (ranks * pp // n) == 0]
     _reject(
@@ -210,7 +222,6 @@ def _run(
 ) -> RunConfig:
     parallel = replace(
         sizes,
-        sequence_parallel=sizes.tp > 1,
         micro_batch=micro,
         recompute=recompute,
         schedule=schedule,

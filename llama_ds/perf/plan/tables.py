@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from llama_ds.config.context_parallel import HIERARCHICAL
 from llama_ds.layout.flops import parameter_count
 from llama_ds.layout.recompute import GIB
 from llama_ds.perf.plan.cost import (
@@ -95,7 +96,7 @@ def ranked(position: int, item: Estimate) -> list[str]:
     counts, likely = layers_by_policy(step.job.stages), likely_speed(item.gpu, step)
     return [
         *(str(n) for n in (position, parallel.tp, parallel.pp)),
-        f"{parallel.cp_method} x{parallel.cp}" if parallel.cp > 1 else "-",
+        _shared(item) or "-",
         *(str(n) for n in (item.layout.dp, parallel.micro_batch)),
         _schedule(item),
         str(item.run.zero_stage),
@@ -118,10 +119,19 @@ def _schedule(item: Estimate) -> str:
     return parallel.schedule + chunks + (f" +{parallel.extra_warmup}" if parallel.extra_warmup else "")
 
 
+def _shared(item: Estimate) -> str:
+    """Return method and ranks of context parallelism: "ring x4", "hierarchical 2x4" (two groups of 4), or ""."""
+    parallel, groups = item.run.parallel, item.step.job.cp_sizes
+    if parallel.cp == 1:
+        return ""
+    ranks = f"{groups.ring}x{groups.all_to_all}" if parallel.cp_method == HIERARCHICAL else f"x{parallel.cp}"
+    return f"{parallel.cp_method} {ranks}"
+
+
 def _words(item: Estimate) -> str:
     parallel = item.run.parallel
-    shared = f"{parallel.cp_method} x{parallel.cp} " if parallel.cp > 1 else ""
-    return f"tp {parallel.tp} pp {parallel.pp} {shared}dp {item.layout.dp} {_schedule(item)}"
+    shared = _shared(item)
+    return f"tp {parallel.tp} pp {parallel.pp} {f'{shared} ' if shared else ''}dp {item.layout.dp} {_schedule(item)}"
 
 
 def _exposed_context(item: Estimate) -> float:

@@ -43,8 +43,9 @@ def build_engine(
     leave_out_compiler()
     check_values(run.deepspeed_path, config)
     check_device(run.deepspeed_path, config, device.type)
-    # Otherwise DeepSpeed compiles its shared-memory all-reduce at startup, which only inference uses.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Otherwise DeepSpeed compiles its shared-memory all-reduce at startup, which only inference uses. Reading the table
+    # that it asks would probe every op of DeepSpeed, by setuptools and a C compiler.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(verbose=False)  # adopts the process group of world.join
     if device.type == "cpu":
         keep_freed_memory()

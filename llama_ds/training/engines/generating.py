@@ -13,13 +13,18 @@ from llama_ds.layout.layout import Layout
 from llama_ds.model.decoder import DecoderLayer
 from llama_ds.model.next_token import DecodePass
 from llama_ds.parallel import world
+from llama_ds.parallel.grid import own_data_rank
 from llama_ds.training.engines.interface import Engine
 
 ROWS = 16  # prompts of a batch at least: a step of generation reads all weights for one token of each row
 
 
 class EngineDecoder:
-    """Continues texts on an engine: the prompts are divided over dp, and every rank gets all continuations.
+    """Continues texts on an engine: the prompts are divided over dp and cp, and every rank gets all continuations.
+
+    Context-parallel ranks share no rows here: a token of a row is the work of one rank, and so is a whole prompt, whose
+    activations a forward pass holds of one layer only. The caches of their rows take as much memory on each rank as
+    slices of all caches would.
 
     On a pipeline twice as many batches as stages are on their way at once. The caches are cut by tp and pp.
     """
@@ -30,7 +35,7 @@ class EngineDecoder:
         self.positions = min(run.data.seq_len, position_limit(engine.context))
         self.rows = max(rows, layout.micro_batch)
         self.in_flight = 1 if layout.pp == 1 else 2 * layout.pp
-        self.dp, self.dp_rank = layout.dp, engine.dp_rank
+        self.ranks, self.rank = layout.data_axis, own_data_rank(layout)
         self.dtype = next(module.parameters()).dtype
         self.device = world.device()
         self.layers = sum(isinstance(part, DecoderLayer) for part in module.modules())

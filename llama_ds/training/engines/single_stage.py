@@ -18,7 +18,6 @@ from llama_ds.model.embedding import Head
 from llama_ds.model.llama import Llama
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.next_token import DecodePass
-from llama_ds.model.tensor_parallel import whole_rows
 from llama_ds.parallel import world
 from llama_ds.parallel.deepspeed_trace import collectives_recorded
 from llama_ds.parallel.grid import grid
@@ -145,7 +144,7 @@ class SingleStageEngine:
     ) -> float:
         self.deepspeed.eval()
         total = torch.zeros((), device=self.device)
-        with whole_rows(self.context.tp) if branches else nullcontext():
+        with self.context.whole_rows() if branches else nullcontext():
             for i, batch in enumerate(batches):
                 with self.context.caches.using(branches(i) if branches else None):
                     total += self.deepspeed(*training_pair(batch, self.device, self.loss))
@@ -155,7 +154,7 @@ class SingleStageEngine:
     def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
         self.deepspeed.eval()
         found = []
-        with whole_rows(self.context.tp):
+        with self.context.whole_rows():
             for one in passes:
                 with self.context.caches.using(one.cache):
                     found.append(one.choose(self.deepspeed(one.ids, None, one.last)))
