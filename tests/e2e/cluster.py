@@ -108,7 +108,7 @@ class Job:
         return int(found[1])
 
     def resumed_from_memory(self, attempt: int) -> tuple[int, int]:
-        """Return the step that an attempt has found in the memory of hosts, and how many ranks found it on their own."""
+        """Return the step that an attempt found in the memory of hosts, and how many ranks had it on their own."""
         found = re.search(r"MEMORY CHECKPOINT: step (\d+) is in .*; (\d+) of \d+ ranks have", self._log(attempt))
         assert found, self._log(attempt)
         return int(found[1]), int(found[2])
