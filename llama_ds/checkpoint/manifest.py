@@ -186,7 +186,7 @@ def describe(folder: str) -> Description:
             f"{path}: checkpoint format {version}, this version reads {FORMAT}; resume with the version that wrote it, "
             "or convert its weights there (tools/convert.py) and start from them"
         )
-    return _description(content, ConfigSource(path))
+    return description_from(content, ConfigSource(path))
 
 
 def check_present(folder: str, description: Description) -> None:
@@ -302,8 +302,12 @@ _KINDS: dict[str, Any] = {  # types of the description's fields, as its JSON tex
 _PIECE_KINDS = list(get_type_hints(StoredPiece).values())
 
 
-def _description(content: Mapping[str, Any], source: ConfigSource) -> Description:
-    """Return the description that a JSON object holds, without fields that are not known. Raises UserError."""
+def description_from(content: Mapping[str, Any], source: ConfigSource) -> Description:
+    """Return the description that a JSON object holds, without fields that are not known.
+
+    Raises:
+        UserError: a field is missing or has another type.
+    """
     found: dict[str, Any] = {}
     for known in fields(Description):
         if known.name in content:

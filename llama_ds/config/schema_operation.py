@@ -117,6 +117,19 @@ class CheckpointConfig(Section):
         ),
     ] = ()
     asynchronous: Annotated[bool, Key("Whether training continues while a checkpoint is written.")] = True
+    memory_interval: Annotated[
+        int,
+        Key(
+            "Interval between copies of each rank's state to its host's memory and to another host's; 0: none.",
+            "steps",
+            NOT_NEGATIVE,
+            rule="None with `save: false`.",
+        ),
+    ] = 0
+    memory_folder: Annotated[str, Key("File system in memory for these copies.", is_path=True)] = "/dev/shm"
+    memory_rate: Annotated[
+        float, Key("Limit of a rank's transfer to the other host; 0: none.", "MiB/s", NOT_NEGATIVE)
+    ] = 0.0
     compare_replicas: Annotated[
         int,
         Key(

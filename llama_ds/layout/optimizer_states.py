@@ -35,14 +35,15 @@ class OptimizerStates:
 
     def nbytes(self, elements: Mapping[Role, int], weight_bytes: int) -> int:
         """Return the bytes of all states of weights with this many elements by role, stored in `weight_bytes` each."""
-        master = 0 if weight_bytes == self._bytes(MASTER) else FP32_BYTES
-        return sum(n * (master + sum(map(self._bytes, self.moments[role]))) for role, n in elements.items())
+        master = 0 if weight_bytes == self.state_bytes(MASTER) else FP32_BYTES
+        return sum(n * (master + sum(map(self.state_bytes, self.moments[role]))) for role, n in elements.items())
 
     def dtype_name(self, kind: str) -> str:
         """Return torch's name of the dtype of a kind."""
         return "bfloat16" if kind in self.bf16 else "float32"
 
-    def _bytes(self, kind: str) -> int:
+    def state_bytes(self, kind: str) -> int:
+        """Return the bytes of an element of a kind."""
         return BF16_BYTES if kind in self.bf16 else FP32_BYTES
 
 

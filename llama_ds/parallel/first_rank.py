@@ -118,6 +118,12 @@ def interface(nic: str, world: int) -> str | None:
     return next((name for name in towards if name and not _is_loopback_interface(name)), found)
 
 
+def own_address() -> str:
+    """Return the address of this host at which the other ranks reach it, after the ranks have joined."""
+    found = psutil.net_if_addrs().get(os.environ.get("GLOO_SOCKET_IFNAME", ""), [])
+    return next((one.address for one in found if one.family == socket.AF_INET), LOOPBACK)
+
+
 def _find(rank: int, world: int, by: str, given: str | None) -> tuple[str, int]:
     """Return address and port of rank 0; of the address `given`, only the port is missing."""
     if world == 1:

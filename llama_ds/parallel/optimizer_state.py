@@ -114,8 +114,14 @@ def adam_steps(engine: Any) -> int:
 
     Synchronises with the device.
     """
+    return int(step_counter(engine))
+
+
+def step_counter(engine: Any) -> Tensor | int:
+    """Return the count of steps of `adam_steps` as the optimizer holds it, which may be on the device."""
     state = _adam(engine).state
-    return next((int(state[master]["step"]) for master in _masters(engine) if state.get(master)), 0)
+    counts: Iterator[Tensor | int] = (state[master]["step"] for master in _masters(engine) if state.get(master))
+    return next(counts, 0)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from llama_ds.checkpoint import store
@@ -113,6 +114,10 @@ class Checkpoints:
             raise UserError(f"{self.folder}: no checkpoint to resume from (checkpoint.resume = must); set it to auto")
         self._rewinds = rewinds(self.run, None)
         return None
+
+    def adopt(self, found: Description) -> None:
+        """Continue from a state that is newer than any checkpoint here, instead of `choose`."""
+        self._rewinds = rewinds(self.run, found)
 
     def _examine(self, tag: str) -> tuple[Description | None, str | None, list[str]]:
         """Examine a checkpoint. Collective.
@@ -261,7 +266,14 @@ class Checkpoints:
         self.settle()
         begin = time.monotonic()
         snapshot = self.snapshot(engine, step)
-        description = Description(
+        self._writer.start(replace(self.description(step, data), optimizer_steps=adam_steps(engine)), snapshot)
+        self._step, self._stalled_s = step, time.monotonic() - begin
+        if not self.run.checkpoint.asynchronous:
+            self.settle()
+
+    def description(self, step: int, data: Mapping[str, Any]) -> Description:
+        """Return the description of the state after `step`, without the optimizer's count of steps."""
+        return Description(
             step=step,
             tokens=tokens_before(self.run, step),
             zero_stage=self.run.zero_stage,
@@ -269,17 +281,12 @@ class Checkpoints:
             layout=self.layout.as_data(),
             run=resolved(self.run),
             data=dict(data),
-            optimizer_steps=adam_steps(engine),
             rng={"seed": self.run.seed},
             rewinds=self._rewinds,
             bos_id=self._marks.bos,
             eos_id=self._marks.eos,
             hf_config=self._hf_config,
         )
-        self._writer.start(description, snapshot)
-        self._step, self._stalled_s = step, time.monotonic() - begin
-        if not self.run.checkpoint.asynchronous:
-            self.settle()
 
     def snapshot(self, engine: Any, step: int) -> Snapshot:
         """Copy this rank's share of a checkpoint to host memory, reusing the memory of the last one. Collective."""

@@ -23,6 +23,7 @@ from llama_ds.training.feed import Feed
 from llama_ds.training.interruptions import Interruptions, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.machines import machine_of
+from llama_ds.training.memory_checkpoints import MemoryCheckpoints
 from llama_ds.training.meter import Meter
 from llama_ds.training.out_of_memory import MemoryExplainer
 from llama_ds.training.replica_check import ReplicaCheck
@@ -31,6 +32,7 @@ from llama_ds.training.run_log import open_run_log
 from llama_ds.training.samples import TrainingSamples
 from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import (
+    choose_state,
     load_state,
     log_start,
     open_train_data,
@@ -97,14 +99,15 @@ def train_stage(
     hosts = world.gather(progress.host)
     run = with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
-    chosen = checkpoints.choose()
+    in_memory = MemoryCheckpoints(checkpoints, hosts)
+    chosen = choose_state(checkpoints, in_memory)
     if stages_key(run):
         run, layout, config = world.together(lambda: stage_setup(run, chosen, layout.world, device))
     run = with_cp_method(run, hosts, dtype)
     checkpoints.run, checkpoints.layout = run, layout
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks
-    start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
+    start = world.together(lambda: None if chosen and chosen[0] else open_start(run, data.sources.tokenizer))
     tasks = world.together(lambda: TaskEvaluation(run, layout, data.sources.tokenizer))
     samples = world.together(lambda: TrainingSamples(run, layout, data.sources.tokenizer))
     end_if_asked(requests, device)
@@ -115,9 +118,10 @@ def train_stage(
         engine = world.together(lambda: build_engine(run, layout, config, device, marks))
         memory.built(engine.deepspeed)
         end_if_asked(requests, device)
-        first = load_state(engine, checkpoints, chosen, start)
+        first = load_state(engine, checkpoints, in_memory, chosen, start)
     end_if_asked(requests, device)
     checkpoints.begin(marks, carried_over(checkpoints.folder, chosen, start))
+    in_memory.begin(engine.deepspeed, first)
     final = last_step(run)
     last = min(final, stage_steps(run, first).stop)
     log_start(run, layout, dtype, range(first, last), chosen)
@@ -141,7 +145,7 @@ def train_stage(
     ended = Request.NOTHING
     report = Reporter(run, engine, Meter(run, layout, feed, dtype, device, first), log, progress, device)
 
-    with checkpoints.drained(), memory.explained():
+    with checkpoints.drained(), in_memory.trusted(), memory.explained():
         for step in range(first, last):
             memory.before_step(step + 1, step == first)
             check_lock()
@@ -178,6 +182,7 @@ def train_stage(
                     report.consumed(done, data.consumed(done))
                 report.restart_clock(done)
             progress.enter(Phase.TRAINING, done)
+            in_memory.after_step(engine.deepspeed, done, data.state.as_json)
             report.notes(checkpoints.news())
             if request >= Request.END and done < final:
                 ended = request
@@ -186,6 +191,7 @@ def train_stage(
     progress.enter(Phase.ENDING)
     recording.close()
     checkpoints.close()
+    in_memory.close(ended=bool(ended) or last == final)
     report.notes(checkpoints.news())
     report.close(RunEnd.INTERRUPTED if ended or last < final else RunEnd.FINISHED)
     feed.close()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llama_ds.checkpoint.manifest import Description
+from llama_ds.checkpoint.store import newest, step_of
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.config.context_parallel import HIERARCHICAL, check_context_parallel, cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
@@ -28,11 +29,28 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.interface import Engine
+from llama_ds.training.memory_checkpoints import MemoryCheckpoints
 from llama_ds.training.plan import memory_table
 from llama_ds.training.resumed import changes
 from llama_ds.training.start import check_same_tokenizer
 
-Chosen = tuple[str, Description] | None  # tag and description of the checkpoint to resume from, if any
+# Tag and description of the checkpoint to resume from, if any. Of a state in memory the tag is that of the newest
+# checkpoint, "" without one.
+Chosen = tuple[str, Description] | None
+
+
+def choose_state(checkpoints: Checkpoints, memory: MemoryCheckpoints) -> Chosen:
+    """Return the state to resume from: in the memory of the hosts if it is newer than any on disk. Collective.
+
+    Raises:
+        UserError: as `Checkpoints.choose`.
+    """
+    tag = world.gather(newest(checkpoints.folder) or "" if world.is_first() else "")[0]
+    found = memory.find(step_of(tag) if tag else 0)
+    if found is None:
+        return checkpoints.choose()
+    checkpoints.adopt(found)
+    return tag, found
 
 
 def with_min_memory(run: RunConfig, device: torch.device) -> RunConfig:
@@ -99,8 +117,12 @@ def open_train_data(run: RunConfig, checkpoints: str, chosen: Chosen, rank_info:
     return data
 
 
-def load_state(engine: Engine, checkpoints: Checkpoints, chosen: Chosen, start: ModelFiles | None) -> int:
-    """Load the chosen checkpoint, or the weights of `start`; return the number of finished steps. Collective."""
+def load_state(
+    engine: Engine, checkpoints: Checkpoints, memory: MemoryCheckpoints, chosen: Chosen, start: ModelFiles | None
+) -> int:
+    """Load the chosen state, or the weights of `start`; return the number of finished steps. Collective."""
+    if memory.found:
+        return memory.load(engine.deepspeed)
     if chosen:
         return checkpoints.load(engine.deepspeed, *chosen)
     if start:

@@ -52,7 +52,7 @@ def carried_over(checkpoints: str, chosen: tuple[str, Description] | None, start
 
     Token ids, chat templates and generation settings belong to a tokenizer: with another one there are none.
     """
-    if chosen and chosen[1].hf_config:
+    if chosen and chosen[0] and chosen[1].hf_config:
         return Carried(chosen[1].hf_config, os.path.join(checkpoints, chosen[0]))
     if start and start.hf_config:
         return Carried(start.hf_config, start.path)

@@ -107,6 +107,12 @@ class Job:
         assert found, self._log(attempt)
         return int(found[1])
 
+    def resumed_from_memory(self, attempt: int) -> tuple[int, int]:
+        """Return the step that an attempt found in the memory of hosts, and how many ranks had it on their own."""
+        found = re.search(r"MEMORY CHECKPOINT: step (\d+) is in .*; (\d+) of \d+ ranks have", self._log(attempt))
+        assert found, self._log(attempt)
+        return int(found[1]), int(found[2])
+
     def _log(self, attempt: int) -> str:
         path = self.folder / f"attempt_{attempt:02d}" / "logs" / "rank_00000.log"
         return path.read_text(errors="replace") if path.exists() else ""

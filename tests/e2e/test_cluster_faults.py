@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from cluster import Job, slow_links, start, stop
@@ -46,13 +47,16 @@ def whole(make_run: Callable[..., Run]) -> Run:
     return run
 
 
-def test_stopped_killed_while_saving_and_cut_off(hosts: Hosts, whole: Run, make_run: Callable[..., Run]) -> None:
+def test_stopped_killed_while_saving_and_cut_off(
+    hosts: Hosts, whole: Run, make_run: Callable[..., Run], tmp_path: Path
+) -> None:
     """Three faults in a job of pp 2, dp 2 on two hosts with one spare; losses equal an undisturbed run's.
 
-    In the end one host of three is left: dp 2 becomes dp 1 with the same global batch, so that the losses from there on
-    differ by the rounding of another summation order.
+    It goes on from the memory of its hosts, also where one is replaced. In the end one host of three is left: dp 2
+    becomes dp 1 with the same global batch, so that the losses from there on differ by the rounding of another
+    summation order. Another layout resumes from the disk.
     """
-    run = make_run("faults", LAYOUT)
+    run = make_run("faults", LAYOUT | {"checkpoint.memory_interval": 1, "checkpoint.memory_folder": str(tmp_path)})
     spares = hosts.write_hostfile(run.file.with_suffix(".spares"), 2, ["node3"])
     job = start(run, hosts, ["node1", "node2"], 2, "--supervise", "--spares", str(spares), orphan_s=ORPHAN_S)
     try:
@@ -100,6 +104,13 @@ def test_stopped_killed_while_saving_and_cut_off(hosts: Hosts, whole: Run, make_
     assert run.losses == pytest.approx(whole.losses, rel=1e-5)
     assert run.validation_loss == pytest.approx(whole.validation_loss, rel=1e-5)
     assert not job.left_running()
+
+    (hang_at,), (death_at,) = ([event["step"] for event in job.named(kind)] for kind in ("hang", "death"))
+    for attempt, failed_at, own in ((2, hang_at, 4), (3, death_at, 2)):
+        step, kept = job.resumed_from_memory(attempt)
+        assert step == job.resumed_at(attempt) >= failed_at - 1
+        assert kept == own, "ranks whose host was not replaced"
+    assert not list(tmp_path.iterdir())
 
 
 def kill_while_saving(job: Job, host: str) -> float:

@@ -1,0 +1,384 @@
+"""Checkpoints in the memory of hosts: a restarted job loses a step, not those since the last save on disk.
+
+Every `checkpoint.memory_interval` steps each rank copies its masters and moments into a file in its host's memory, and
+a thread sends them to the rank's peer on another host (`layout/peers.py`). When the job restarts under the same layout,
+each rank takes its state from its own host, else from the host that has the copy. If a copy is missing, damaged or not
+finite, or if the run or its layout has changed, the job resumes from the checkpoints on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from llama_ds.checkpoint.manifest import Description, description_from
+from llama_ds.config.reader import ConfigSource
+from llama_ds.config.run_file import resolved
+from llama_ds.errors import Corruption, UserError
+from llama_ds.job import memory_keeper
+from llama_ds.job.folder import VARIABLE
+from llama_ds.job.memory_link import Address, MemoryServer, get, put
+from llama_ds.job.memory_slots import (
+    HEADER_BYTES,
+    STATES,
+    Slot,
+    oldest,
+    open_slots,
+    remove,
+    remove_others,
+    run_folder,
+    whole_slots,
+)
+from llama_ds.job.run_lock import LAUNCHER, LEASE_S, RANKS
+from llama_ds.layout.optimizer_states import states_of
+from llama_ds.layout.peers import peer_ranks
+from llama_ds.log import logger
+from llama_ds.parallel import world
+from llama_ds.parallel.first_rank import own_address
+from llama_ds.parallel.optimizer_state import begin_moments, spread_masters
+from llama_ds.training import memory_state
+from llama_ds.training.checkpoints import Checkpoints
+
+ID = "memory.id"  # a file in the run's folder: states in memory belong to this run, not to a deleted one of its name
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A rank's state in the memory of a host."""
+
+    rank: int
+    step: int
+    host: str
+
+
+class MemoryCheckpoints:
+    """One rank's part of the checkpoints in memory. With an interval of 0 every method does nothing."""
+
+    def __init__(self, checkpoints: Checkpoints, hosts: list[str]) -> None:
+        """Begin to serve other ranks; `hosts` are those of all ranks. Collective."""
+        self.run, self._checkpoints = checkpoints.run, checkpoints
+        run, layout, rank_info = checkpoints.run, checkpoints.layout, checkpoints.rank_info
+        self.found: Description | None = None  # the state that `find` has brought to this host
+        self._every = run.checkpoint.memory_interval if run.checkpoint.save else 0
+        self._slots: list[Slot] = []  # all that this rank writes to
+        if not self._every:
+            return
+        self._rank, self._hosts = rank_info.rank, hosts
+        self._local = [rank for rank, host in enumerate(hosts) if host == hosts[self._rank]]
+        self._folder = run_folder(run.checkpoint.memory_folder, run.run_dir) / hosts[self._rank]
+        self._id_path = Path(run.run_dir, ID)
+        found = self._id_path.read_text() if self._rank == 0 and self._id_path.exists() else ""
+        token, self._run_id = world.gather((secrets.token_hex(32), found))[0]
+        self._token = bytes.fromhex(token)
+        self._identity_of_run = {"run": resolved(run), "layout": layout.as_data(), "dtype": checkpoints.dtype}
+        self._server = MemoryServer(own_address(), self._token)
+        self._addresses: list[Address] = world.gather(self._server.address)
+        self._peers = peer_ranks(layout, hosts)
+        self._own: list[Slot] = []
+        self._restored: Slot | None = None
+        self._thread: threading.Thread | None = None
+        self._without_copy = False  # whether the last state has no copy on another host
+
+    def find(self, disk_step: int) -> Description | None:
+        """Bring the newest state of all ranks that is whole into this host's memory, and describe it. Collective.
+
+        Args:
+            disk_step: step of the newest checkpoint on disk, 0 without one. Only a later state is of use.
+        """
+        if not self._every or not self._run_id or self.run.checkpoint.resume == "never":
+            return None
+        with_header = {(rank, slot.step): slot for rank, slot in self._usable()}
+        self._server.offer(with_header)
+        sizes = {copy: len(slot.payload) for copy, slot in with_header.items()}
+        listed = world.gather(sizes if self._rank == self._local[0] else {})
+        nbytes = {copy: size for one in listed for copy, size in one.items()}
+        copies = {_Copy(*copy, self._hosts[rank]) for rank, one in enumerate(listed) for copy in one}
+        steps = sorted({copy.step for copy in copies if copy.step > disk_step}, reverse=True)
+        for step in steps:
+            while chosen := self._chosen(copies, step):
+                bad = self._verify(chosen, with_header) or self._fetch(chosen, with_header, nbytes)
+                if not bad:
+                    self.found = self._describe(chosen, disk_step)
+                    return self.found
+                for copy, problem in bad.items():
+                    logger.warning(
+                        "MEMORY CHECKPOINT: the state of rank %d after step %d on %s is not used: %s",
+                        *(copy.rank, copy.step, copy.host, problem),
+                    )
+                copies -= bad.keys()
+        if steps:
+            logger.warning("MEMORY CHECKPOINT: no step after %d is whole in memory; resuming from the disk", disk_step)
+        return None
+
+    def load(self, engine: Any) -> int:
+        """Load the state that `find` has brought here; return its step. Collective."""
+        assert self._restored and self.found
+        found = self.found
+        count = memory_state.step_count(self._restored)
+        begin_moments(engine, count, found.states)
+        if not memory_state.read(engine, self._restored):
+            raise UserError(
+                f"{self._restored.path}: holds other weights than this rank; delete {self._folder.parent} on every host"
+            )
+        spread_masters(engine)
+        engine.global_steps = found.step
+        engine.global_samples = found.step * engine.train_batch_size()
+        engine.skipped_steps = found.step - count
+        return found.step
+
+    def begin(self, engine: Any, first: int) -> None:
+        """Take the memory for this rank's states, and for the copies that it keeps; `first` steps are done. Collective.
+
+        Raises:
+            UserError: on all ranks alike: a host has too little memory.
+        """
+        if not self._every:
+            return
+        world.together(lambda: self._mark() if self._rank == 0 else None)
+        self._run_id = world.gather(self._id_path.read_text() if self._rank == 0 else "")[0]
+        sizes = world.gather(memory_state.payload_bytes(engine, states_of(self.run.optimizer)))
+        taken = {rank: len(STATES) * (HEADER_BYTES + size) for rank, size in enumerate(sizes)}
+        kept = [rank for rank, peer in enumerate(self._peers or ()) if peer == self._rank]
+        every = world.gather([self._rank, *kept])
+        here = {rank for other in self._local for rank in every[other]}
+
+        def prepare() -> None:
+            if self._rank == self._local[0]:
+                self._make_folder()
+                remove_others(self._folder, here)
+                self._check_memory(sum(taken[rank] for rank in here))
+
+        world.together(prepare)
+        if self._rank == self._local[0]:
+            self._start_keeper()
+
+        def take() -> None:
+            try:
+                self._own = open_slots(self._folder, self._rank, sizes[self._rank])
+                copies = {rank: open_slots(self._folder, rank, sizes[rank]) for rank in kept}
+            except OSError as error:
+                raise self._too_little(str(error)) from None
+            self._slots = [slot for slots in (self._own, *copies.values()) for slot in slots]
+            for slot in self._slots:
+                if slot.step > first or not self._is_usable(slot):
+                    slot.clear()
+            self._server.keep(copies)
+
+        world.together(take)
+        if self._restored and self._peers:  # another peer, or one that has not received this state
+            self._start(self._restored, lambda: None)
+        logger.info(
+            "memory checkpoints every %d steps in %s, %.3g GiB on this host, %s",
+            *(self._every, self._folder.parent, sum(taken[rank] for rank in here) / 2**30),
+            "with a copy of each rank's on another" if self._peers else "without copies, because there is no other",
+        )
+
+    def after_step(self, engine: Any, done: int, data: Callable[[], dict[str, Any]]) -> None:
+        """Copy this rank's state into memory, if it is time to, and let a thread send it to the peer.
+
+        It first waits for the transfer of the state before. Not collective. `data` returns the state of the data.
+        """
+        if not self._every or done % self._every:
+            return
+        self._wait()
+        slot = oldest(self._own)
+        slot.clear()
+        about = memory_state.write(engine, slot.payload)
+        ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        description = asdict(self._checkpoints.description(done, data()))
+        header = {"step": done, "identity": self._identity(), "description": description, **about}
+
+        def complete() -> None:
+            if ready is not None:
+                ready.synchronize()
+            slot.complete(header | {"checksum": slot.checksum()})
+
+        self._start(slot, complete)
+
+    @contextmanager
+    def trusted(self) -> Iterator[None]:
+        """Forget all states if replicas turn out to differ: since when they do is not known."""
+        try:
+            yield
+        except Corruption:
+            if self._every:  # the error is raised on all ranks alike
+                self._wait()
+                world.barrier()
+            for slot in self._slots:
+                slot.clear()
+            raise
+
+    def close(self, ended: bool) -> None:
+        """Wait for transfers and stop serving; with `ended` free the memory. Collective."""
+        if not self._every:
+            return
+        self._wait()
+        world.barrier()
+        self._server.close()
+        if ended and self._rank == self._local[0]:
+            remove(self._folder)
+
+    def _start(self, slot: Slot, complete: Callable[[], None]) -> None:
+        """Let a thread complete a state and send it to the peer, if there is one."""
+
+        def run() -> None:
+            complete()
+            if self._peers:
+                self._send(slot, self._peers[self._rank])
+
+        self._thread = threading.Thread(target=run, name="memory checkpoint", daemon=True)
+        self._thread.start()
+
+    def _send(self, slot: Slot, peer: int) -> None:
+        try:
+            put(self._addresses[peer], self._token, self._rank, slot, self.run.checkpoint.memory_rate)
+            self._without_copy = False
+        except OSError as error:
+            if not self._without_copy:
+                logger.warning(
+                    "MEMORY CHECKPOINT: the state of rank %d has no copy on %s since step %d: %s",
+                    *(self._rank, self._hosts[peer], slot.step, error),
+                )
+            self._without_copy = True
+
+    def _wait(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+
+    def _identity(self) -> str:
+        text = json.dumps({**self._identity_of_run, "id": self._run_id}, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _is_usable(self, slot: Slot) -> bool:
+        header = slot.header
+        return header is not None and header.get("identity") == self._identity()
+
+    def _usable(self) -> Iterator[tuple[int, Slot]]:
+        """Yield the states of this run and layout in the memory of this host, by rank."""
+        for rank, slot in whole_slots(self._folder):
+            if self._is_usable(slot) and rank < len(self._hosts):
+                yield rank, slot
+
+    def _chosen(self, copies: set[_Copy], step: int) -> list[_Copy] | None:
+        """Return the copy of each rank's state to use, if every rank has one, those on the rank's host first."""
+        found: dict[int, _Copy] = {}
+        for copy in sorted((c for c in copies if c.step == step), key=lambda c: c.host):
+            if copy.rank not in found or copy.host == self._hosts[copy.rank]:
+                found[copy.rank] = copy
+        return [found[rank] for rank in sorted(found)] if len(found) == len(self._hosts) else None
+
+    def _verify(self, chosen: list[_Copy], here: dict[tuple[int, int], Slot]) -> dict[_Copy, str]:
+        """Return what is wrong with the chosen states, each of which a rank on its host reads. Collective."""
+        mine = [copy for copy in chosen if copy.host == self._hosts[self._rank]]
+        place, ranks = self._local.index(self._rank), len(self._local)
+        problems = {copy: memory_state.problem(here[copy.rank, copy.step]) for copy in mine[place::ranks]}
+        return {copy: text for one in world.gather(problems) for copy, text in one.items() if text}
+
+    def _fetch(
+        self, chosen: list[_Copy], here: dict[tuple[int, int], Slot], nbytes: dict[tuple[int, int], int]
+    ) -> dict[_Copy, str]:
+        """Bring this rank's state here; return which could not be brought, and why. Collective."""
+        copy = chosen[self._rank]
+        problem = ""
+        if copy.host == self._hosts[self._rank]:
+            self._restored = here[copy.rank, copy.step]
+        else:
+            holders = [rank for rank, host in enumerate(self._hosts) if host == copy.host]
+            address = self._addresses[holders[self._rank % len(holders)]]
+            try:
+                self._make_folder()
+                self._restored = oldest(open_slots(self._folder, self._rank, nbytes[copy.rank, copy.step]))
+                get(address, self._token, copy.rank, copy.step, self._restored)
+            except (OSError, UserError) as error:
+                problem = f"it could not be brought to {self._hosts[self._rank]} ({error})"
+        return {copy: text for copy, text in zip(chosen, world.gather(problem), strict=True) if text}
+
+    def _describe(self, chosen: list[_Copy], disk_step: int) -> Description:
+        assert self._restored
+        header = self._restored.header
+        assert header
+        moved = [f"{copy.rank} from {copy.host}" for copy in chosen if copy.host != self._hosts[copy.rank]]
+        logger.info(
+            "MEMORY CHECKPOINT: step %d is in the memory of the hosts, the disk has step %d; %d of %d ranks have their "
+            "state on their own host%s",
+            *(chosen[0].step, disk_step, len(chosen) - len(moved), len(chosen)),
+            f"; copies of other hosts: rank {', '.join(moved)}" if moved else "",
+        )
+        found = description_from(header["description"], ConfigSource(str(self._restored.path)))
+        return replace(found, optimizer_steps=memory_state.step_count(self._restored))
+
+    def _mark(self) -> None:
+        if not self._id_path.exists():
+            try:
+                self._id_path.write_text(secrets.token_hex(16))
+            except OSError as error:
+                raise UserError(
+                    f"{self._id_path}: cannot be written ({error.strerror}); make the run's folder writable"
+                ) from None
+
+    def _make_folder(self) -> None:
+        """Make this host's folder. The run's may exist, but nobody else may have made it.
+
+        Raises:
+            UserError: it cannot be made, or belongs to another user.
+        """
+        above = self._folder.parent
+        try:
+            for folder in (above, self._folder):
+                folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"checkpoint.memory_folder = {self.run.checkpoint.memory_folder}: {error.filename} cannot be made on "
+                f"{self._hosts[self._rank]} ({error.strerror}); name a file system in memory that you may write to"
+            ) from None
+        about = above.lstat()
+        if above.is_symlink() or about.st_uid != os.getuid() or about.st_mode & 0o077:
+            raise UserError(
+                f"{above}: on {self._hosts[self._rank]} others may write to it or read it; delete it, or name another "
+                "checkpoint.memory_folder"
+            )
+
+    def _check_memory(self, wanted: int) -> None:
+        """Check that the states of this host fit into its memory."""
+        there = sum(slot.path.stat().st_size for _, slot in whole_slots(self._folder))
+        stats = os.statvfs(self._folder)
+        free = min(stats.f_bavail * stats.f_frsize, psutil.virtual_memory().available)
+        if wanted - there > free:
+            raise self._too_little(f"{free / 2**30:.2f} GiB are free")
+
+    def _too_little(self, problem: str) -> UserError:
+        ranks = ", ".join(map(str, self._local))
+        return UserError(
+            f"checkpoint.memory_interval = {self._every}: the states of ranks {ranks} do not fit into "
+            f"{self.run.checkpoint.memory_folder} on {self._hosts[self._rank]}: {problem}; enlarge it (mount -o "
+            "remount,size=...), use more data-parallel ranks, each of which then has less, or set "
+            "checkpoint.memory_interval=0"
+        )
+
+    def _start_keeper(self) -> None:
+        """Start the process that frees the memory when the job has ended without doing so."""
+        locks = [os.path.join(os.path.abspath(self.run.run_dir), name) for name in (RANKS, LAUNCHER)]
+        subprocess.Popen(
+            [sys.executable, "-I", memory_keeper.__file__, str(self._folder), str(LEASE_S), *locks],
+            cwd="/",
+            # Without the variable by which the supervisor finds processes of the job, and ends them.
+            env={name: value for name, value in os.environ.items() if name != VARIABLE},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )

@@ -1,0 +1,177 @@
+"""A state in memory is resumed from only if it is whole, finite, newer than the disk's, and of this very run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from llama_ds.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from llama_ds.errors import Corruption, UserError
+from llama_ds.job.memory_slots import Slot, whole_slots
+from llama_ds.layout.layout import resolve_layout
+from llama_ds.layout.weights import weight_shapes
+from llama_ds.parallel.world import RankInfo
+from llama_ds.training.checkpoints import Checkpoints
+from llama_ds.training.memory_checkpoints import MemoryCheckpoints
+
+MODEL = ModelConfig(6, 4, 6, 1, 2, 2, 2)
+DATA: dict[str, Any] = {"segments": []}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "memory").mkdir()
+    data, saves = DataConfig("any", 8, (SourceConfig("any", "any", 1.0),)), CheckpointConfig()
+    saves = replace(saves, memory_interval=2, memory_folder=str(tmp_path / "memory"))
+    training = TrainingConfig(4, 100, 3200)
+    rest = (OptimizerConfig(1e-3), ParallelConfig())
+    return RunConfig("r", 0, str(tmp_path), MODEL, data, training, *rest, checkpoint=saves)
+
+
+class Engine:
+    """What checkpoints in memory use of DeepSpeed's engine: fp32 weights that are their own masters."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        names = {f"{layer}.{name}": shape for (layer, name), shape in weight_shapes(MODEL).items()}
+        self.param_names = {torch.nn.Parameter(torch.randn(shape)): name for name, shape in names.items()}
+        self.optimizer = torch.optim.AdamW(self.param_names, 1e-3)
+        self.global_steps = self.global_samples = self.skipped_steps = 0
+
+    def train_batch_size(self) -> int:
+        return 4
+
+    def step(self) -> None:
+        for parameter in self.param_names:
+            parameter.grad = torch.randn_like(parameter)
+        self.optimizer.step()
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        kinds = ("exp_avg", "exp_avg_sq", "step")
+        return [t.clone() for p in self.param_names for t in (p.detach(), *(self.optimizer.state[p][k] for k in kinds))]
+
+
+def started(run: RunConfig) -> MemoryCheckpoints:
+    checkpoints = Checkpoints(run, resolve_layout(run, 1), "fp32", RankInfo(0, 1, 0))
+    return MemoryCheckpoints(checkpoints, ["node1"])
+
+
+def trained(run: RunConfig, steps: int = 4) -> Engine:
+    """Train some steps with checkpoints in memory, and end without freeing them."""
+    memory, engine = started(run), Engine(0)
+    assert memory.find(0) is None
+    memory.begin(engine, 0)
+    for done in range(1, steps + 1):
+        engine.step()
+        memory.after_step(engine, done, lambda: DATA)
+    memory.close(ended=False)
+    return engine
+
+
+def newest(run: RunConfig) -> Slot:
+    folder = next(Path(run.checkpoint.memory_folder).iterdir()) / "node1"
+    return max((slot for _, slot in whole_slots(folder)), key=lambda slot: slot.step)
+
+
+def test_state_and_counts_come_back_to_the_bit(run: RunConfig) -> None:
+    engine = trained(run)
+    memory, other = started(run), Engine(1)
+    found = memory.find(disk_step=2)
+    assert found and (found.step, found.optimizer_steps, found.data, found.tokens) == (4, 4, DATA, 4 * 4 * 8)
+    assert memory.load(other) == 4
+    assert all(map(torch.equal, other.state, engine.state))
+    assert (other.global_steps, other.global_samples, other.skipped_steps) == (4, 16, 0)
+    memory.begin(other, 4)
+    memory.close(ended=True)
+    assert not list(Path(run.checkpoint.memory_folder).iterdir())
+
+
+def spoil(slot: Slot) -> None:
+    slot.payload[100] ^= 1
+
+
+def make_infinite(slot: Slot) -> None:
+    torch.frombuffer(slot.payload, dtype=torch.float32, count=1, offset=64 + 4 * 3).fill_(float("inf"))
+    header = slot.header
+    assert header
+    slot.complete(header | {"checksum": slot.checksum()})
+
+
+@pytest.mark.parametrize(("damage", "why"), [(spoil, "checksum"), (make_infinite, "weights that are not finite")])
+def test_a_bad_state_is_refused_and_the_one_before_it_used(
+    run: RunConfig, damage: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(run)
+    damage(newest(run))
+    with caplog.at_level(logging.WARNING):
+        found = started(run).find(disk_step=0)
+    assert found and found.step == 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("MEMORY CHECKPOINT: the state of rank 0 after step 4 on node1 is not used") and why in line
+    assert started(run).find(disk_step=2) is None
+
+
+def test_only_a_state_of_this_very_run_is_used(run: RunConfig, tmp_path: Path) -> None:
+    trained(run)
+    assert started(run).find(0)
+    assert started(run).find(4) is None  # the disk has the same step
+    assert started(replace(run, seed=1)).find(0) is None
+    assert started(replace(run, checkpoint=replace(run.checkpoint, rewind_to=3))).find(0) is None
+    (tmp_path / "r" / "memory.id").unlink()  # the run's folder was deleted, and a new run has its name
+    assert started(run).find(0) is None
+
+
+def test_states_after_the_resumed_step_are_forgotten(run: RunConfig) -> None:
+    trained(run)
+    memory = started(run)
+    memory.begin(Engine(0), 2)  # resumed from the disk's step 2
+    memory.close(ended=False)
+    found = started(run).find(0)
+    assert found and found.step == 2
+
+
+def test_states_are_forgotten_when_replicas_differ(run: RunConfig) -> None:
+    """They may hold the wrong weights; a save on disk was compared before."""
+    trained(run)
+    memory = started(run)
+    memory.begin(Engine(0), 4)
+    with pytest.raises(Corruption), memory.trusted():
+        raise Corruption("the weights of rank 1 differ", [1])
+    assert started(run).find(0) is None
+
+
+def test_too_little_memory_is_said_before_the_first_step(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1024))
+    with pytest.raises(UserError) as raised:
+        started(run).begin(Engine(0), 0)
+    assert "of ranks 0 do not fit into" in str(raised.value) and "on node1: 0.00 GiB are free" in str(raised.value)
+
+
+def test_memory_that_others_may_read_is_refused(run: RunConfig) -> None:
+    trained(run)
+    (folder,) = Path(run.checkpoint.memory_folder).iterdir()
+    folder.chmod(0o755)
+    with pytest.raises(UserError, match="others may write to it or read it"):
+        started(run).begin(Engine(0), 0)
+
+
+def test_without_an_interval_nothing_is_kept(run: RunConfig) -> None:
+    trained(replace(run, checkpoint=replace(run.checkpoint, memory_interval=0)))
+    assert not list(Path(run.checkpoint.memory_folder).iterdir())
