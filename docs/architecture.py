@@ -77,6 +77,7 @@ ROUTES: dict[tuple[str, str], tuple[int] | tuple[int, str, int]] = {
     ("training", "model"): (448,),
     ("training", "layout"): (217,),
     ("training", "job"): (690,),
+    ("training", "perf"): (694, "training", 754),
     ("checkpoint", "model"): (341,),
     ("checkpoint", "layout"): (258,),
     ("parallel", "model"): (474,),

@@ -35,6 +35,45 @@ def run_child(command: Sequence[str], grace_s: float = 30.0, **options: Any) -> 
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
+class ChildGroup:
+    """Commands that threads run at the same time; a context manager of the main thread.
+
+    On Ctrl-C, SIGTERM or SIGHUP, as on any other exception, all of them are ended as by `run_child`.
+    """
+
+    def __init__(self, grace_s: float = 30.0) -> None:
+        self._grace_s, self._ended, self._lock = grace_s, False, threading.Lock()
+        self._running: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> ChildGroup:
+        self._previous = {number: signal.signal(number, _interrupt) for number in TERMINATION_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._ended = True
+        for process in self._running:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in self._running:
+            _terminate(process, self._grace_s)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def run(self, command: Sequence[str], **options: Any) -> int:
+        """Run a command in a process group of its own; return its exit code. A group that has ended starts nothing."""
+        with self._lock:
+            if self._ended:
+                return -signal.SIGTERM
+            process = subprocess.Popen(command, start_new_session=True, text=True, **options)
+            self._running.append(process)
+        code = process.wait()
+        with self._lock:
+            if not self._ended:
+                self._running.remove(process)
+        return code
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 

@@ -34,6 +34,17 @@ class Corruption(UserError):
         self.ranks = ranks
 
 
+class OutOfMemory(UserError):
+    """A rank's memory is too small: the message names what it holds and the setting that helps.
+
+    In the first step after a start it would come again; after steps that passed, a restart may help.
+    """
+
+    def __init__(self, text: str, first_step: bool) -> None:
+        super().__init__(text)
+        self.kind = "mistake" if first_step else "failure"
+
+
 class NotJoined(UserError):
     """The ranks did not find each other: a restart, at another port or on other hosts, may help."""
 

@@ -72,7 +72,7 @@ def main() -> int:
         return UserError.EXIT_CODE
 
     heartbeat = Heartbeat(REQUESTS)
-    with world.failing_together(heartbeat.tell) as end:
+    with world.failing_together(heartbeat.tell, REQUESTS.close_outputs) as end:
         if arguments.dry_run:
             from llama_ds.layout.recompute import with_device_memory
             from llama_ds.training.plan import describe_stages

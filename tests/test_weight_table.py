@@ -96,7 +96,7 @@ def test_initial_weights_do_not_change(model: ModelConfig, rank: int, size: int,
 def test_decay_groups_follow_the_table(model: ModelConfig) -> None:
     module = build(model)
     names = {parameter: name for name, parameter in module.named_parameters()}
-    groups = decay_groups(module, OptimizerConfig(lr=1e-3, weight_decay=0.25), "all ")
+    groups = decay_groups(module, OptimizerConfig(lr=1e-3, weight_decay=0.25), model, "all ")
     wanted = {
         (0.25, "all matrices"): [key for key, w in weights(model) if w.decays],
         (0.0, "all norms"): [key for key, w in weights(model) if not w.decays and w.cut is None],
@@ -110,12 +110,12 @@ def test_decay_groups_follow_the_table(model: ModelConfig) -> None:
 
 def test_decay_groups_of_one_layer_have_its_matrices_first() -> None:
     """The order of groups is the order of buffers in checkpoint files, although a layer's first weight is a norm."""
-    groups = decay_groups(build(GQA).layers[1], OptimizerConfig(lr=1e-3), "layer 1 ")
+    groups = decay_groups(build(GQA).layers[1], OptimizerConfig(lr=1e-3), GQA, "layer 1 ")
     assert [(group["name"], len(group["params"])) for group in groups] == [
         ("layer 1 matrices", 7),
         ("layer 1 norms", 2),
     ]
-    (table,) = decay_groups(build(TIED).layers[0], OptimizerConfig(lr=1e-3))
+    (table,) = decay_groups(build(TIED).layers[0], OptimizerConfig(lr=1e-3), TIED)
     assert table["weight_decay"] > 0
 
 

@@ -12,7 +12,7 @@ from llama_ds.checkpoint.formats.engine_files import layer_file
 from llama_ds.checkpoint.manifest import WEIGHT, FileEntry, Record, StoredPiece, checksum, name_of
 from llama_ds.checkpoint.stored import Stored, torch_tensors
 from llama_ds.checkpoint.weights import DTYPES
-from llama_ds.config.schema import ModelConfig, RopeScaling, RunConfig
+from llama_ds.config.schema import ModelConfig, MupConfig, RopeScaling, RunConfig
 from llama_ds.layout.weights import EMBEDDING, FINAL_NORM, HEAD, decoder_layer, key_of, weight_of
 from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
@@ -37,6 +37,8 @@ NEIGHBOURS = {
     "qwen3": replace(MODEL, attention_bias="qkvo", qk_norm=True, head_dim=16, rope_scaling=None),
     "llama": replace(MODEL, attention_bias="qkvo", mlp_bias=True, rope_scaling=RopeScaling(2.0, rope_type="linear")),
     "dynamic": replace(MODEL, rope_scaling=RopeScaling(2.0, None, None, 16, "dynamic")),
+    "mup": replace(MODEL, mup=MupConfig(12, 3), tie_word_embeddings=True),
+    "mup qwen3": replace(MODEL, mup=MupConfig(8, 32), attention_bias="qkvo", qk_norm=True, rope_scaling=None),
 }
 # Models that every format supports. LLaMA 1 and 2 shard the embedding along another dimension than Llama 3.
 SHAPES = {

@@ -136,6 +136,7 @@ def convert_model(args: argparse.Namespace) -> None:
     """Convert, verify and print a report."""
     from llama_ds.checkpoint.conversion.convert import plan_of
     from llama_ds.checkpoint.conversion.report import report
+    from llama_ds.checkpoint.formats.folded import folded
     from llama_ds.checkpoint.formats.huggingface import needs_tokenizer
     from llama_ds.checkpoint.formats.plan import Target
     from llama_ds.checkpoint.load_model import open_model
@@ -146,7 +147,9 @@ def convert_model(args: argparse.Namespace) -> None:
         raise UserError(f"command line: --dtype {args.dtype} applies only to gguf; use {', '.join(DTYPE_NAMES)}")
     if not args.card and (args.results or args.energy_kwh is not None):
         raise UserError("command line: --results and --energy-kwh apply only to a model card; add --card")
-    files = open_source(args)
+    files, original = open_source(args), None
+    if args.to != "deepspeed":
+        files, original = folded(files), files
     if args.to == "gguf":
         return convert_to_gguf(args, files)
     if args.to_qkv_order and args.to != "megatron_deepspeed":
@@ -168,7 +171,7 @@ def convert_model(args: argparse.Namespace) -> None:
         plan = replace(plan, small={**plan.small, **card_files(files, name, target.dtype, stated)})
     reference = transformers_logits if args.to == "hf" else None
     kind = READ_AS.get(args.to, args.to)
-    proof = converted(args, files, plan, lambda folder: open_model(folder, kind), logits_of_result=reference)
+    proof = converted(args, files, plan, lambda folder: open_model(folder, kind), original, logits_of_result=reference)
     print("\n".join([*report(files, plan, args.destination, target.dtype), *proof.lines()]))
 
 
@@ -221,9 +224,14 @@ def convert_to_gguf(args: argparse.Namespace, files: ModelFiles) -> None:
 
 
 def converted(
-    args: argparse.Namespace, files: ModelFiles, plan: Plan, read_back: Callable[[str], ModelFiles], **comparison: Any
+    args: argparse.Namespace,
+    files: ModelFiles,
+    plan: Plan,
+    read_back: Callable[[str], ModelFiles],
+    original: ModelFiles | None = None,
+    **comparison: Any,
 ) -> Proof:
-    """Write the files of a plan and verify what `read_back` finds in them; `comparison` goes to `prove`."""
+    """Write the files of a plan and verify what `read_back` finds in them; other arguments go to `prove`."""
     from llama_ds.checkpoint.conversion.convert import Options, convert
     from llama_ds.checkpoint.conversion.proof import prove
 
@@ -232,7 +240,7 @@ def converted(
 
         def proof_of(folder: str) -> Proof:
             result = read_back(folder)
-            return prove(files, result, options, bars.show, with_logits=not args.no_logits, **comparison)
+            return prove(files, result, options, bars.show, not args.no_logits, original, **comparison)
 
         return convert(files, plan, args.destination, options, proof_of, bars.show)
 

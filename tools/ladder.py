@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -17,7 +18,9 @@ from llama_ds.command_line import end_on_interrupt
 if __name__ == "__main__":
     end_on_interrupt()
 
-from llama_ds.command_line import Answer, add_json, new_parser, real, run, subcommands
+from llama_ds.command_line import Answer, add_json, new_parser, real, run, subcommands, whole
+from llama_ds.config.run_file import load_run
+from llama_ds.config.text import save_text
 from llama_ds.experiments.ladder.spec import Ladder, read_ladder
 
 EXAMPLES = """examples:
@@ -26,6 +29,8 @@ EXAMPLES = """examples:
   tools/ladder.py run examples/ladder.yaml
   tools/ladder.py fit examples/ladder.yaml --target-loss 4.5 --inference-tokens 1e9
   tools/ladder.py report examples/ladder.yaml
+  tools/ladder.py coordinate-check ds_configs/quickstart.yaml --widths 64,128,256,512 --out runs/coordinates
+  tools/ladder.py rate-sweep ds_configs/quickstart.yaml training.steps=100 --widths 64,128,256 --rates 2e-3,4e-3,8e-3
 """
 
 
@@ -56,7 +61,34 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--gpu", default="a100-80gb", help="for GPU-hours (default: %(default)s)")
             command.add_argument("--training-mfu", type=real(0, 1, above=True), default=0.45)
             command.add_argument("--inference-mfu", type=real(0, 1, above=True), default=0.25)
+    for name, work, words in (
+        ("coordinate-check", check_coordinates, "draw the size of activations over the width, with muP and without"),
+        ("rate-sweep", sweep_rates, "draw the loss over the learning rate for several widths, with muP and without"),
+    ):
+        command = add(name, work, words, f"{words.capitalize()}. It trains on this process, with the run's data.")
+        command.add_argument("run", metavar="RUN.yaml")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the run file")
+        command.add_argument("--widths", type=sizes, required=True, metavar="64,128,256", help="hidden sizes")
+        if name == "coordinate-check":
+            command.add_argument("--steps", type=whole(1, 1000), default=8, help="(default: %(default)s)")
+        else:
+            command.add_argument("--rates", type=rates, required=True, metavar="1e-3,2e-3", help="learning rates")
+        command.add_argument("--out", metavar="FOLDER", help="for JSON and SVG (default: runs/COMMAND)")
+        add_json(command)
     return parser
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Return the widths of a list such as 64,128,256."""
+    words = text.split(",")
+    if not all(word.isdecimal() and 0 < int(word) <= 10**6 for word in words) or not 1 < len(words) == len(set(words)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different widths such as 64,128,256")
+    return tuple(sorted(map(int, words)))
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Return the learning rates of a list such as 1e-3,2e-3."""
+    return tuple(sorted({real(above=True)(word) for word in text.split(",")}))
 
 
 def depths(text: str) -> tuple[int, ...]:
@@ -84,7 +116,7 @@ def plan_ladder(args: argparse.Namespace) -> Answer:
 
 def run_ladder(args: argparse.Namespace) -> Answer:
     """Train what is not finished, and return the losses."""
-    from llama_ds.child_processes import run_child
+    from llama_ds.child_processes import ChildGroup
     from llama_ds.experiments.ladder.execute import execute
     from llama_ds.experiments.ladder.plan import plan, write_plan
     from llama_ds.experiments.ladder.results import losses_text, predict_first, results
@@ -92,19 +124,21 @@ def run_ladder(args: argparse.Namespace) -> Answer:
     ladder = _ladder(args)
     rungs = plan(ladder)
     paths = dict(zip((rung.name for rung in rungs), write_plan(ladder, rungs), strict=True))
-    say = partial(print, file=sys.stderr, flush=True)
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ladder.ranks)), **os.environ}
-    for predicted in (False, True):
-        part = [rung for rung in rungs if rung.predicted is predicted]
-        if predicted and part:
-            say(predict_first(ladder, rungs))
-        execute(
-            ladder,
-            part,
-            [paths[rung.name] for rung in part],
-            lambda words: run_child(words, env=environment, stdout=sys.stderr).returncode,
-            say,
-        )
+    with ChildGroup() as children:
+
+        def start(words: list[str], log: str) -> int:
+            if not log:
+                return children.run(words, env=environment, stdout=sys.stderr)
+            Path(log).parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "a") as file:
+                return children.run(words, env=environment, stdout=file, stderr=file)
+
+        for predicted in (False, True):
+            part = [rung for rung in rungs if rung.predicted is predicted]
+            if predicted and part:
+                _say(predict_first(ladder, rungs))
+            execute(ladder, part, [paths[rung.name] for rung in part], start, _say)
     return Answer(results(rungs), losses_text(ladder, rungs))
 
 
@@ -138,6 +172,35 @@ def report_ladder(args: argparse.Namespace) -> Answer:
     write_plan(ladder, rungs)
     paths, remarks = write_report(ladder, rungs)
     return Answer({"files": paths, "remarks": remarks}, "\n".join(paths), remarks=remarks)
+
+
+def check_coordinates(args: argparse.Namespace) -> Answer:
+    """Train every width for a few steps, and draw the size of activations."""
+    from llama_ds.benchmarks.width_transfer import coordinate_check
+    from llama_ds.experiments.ladder.width_figures import coordinates_figure, coordinates_text
+
+    found = coordinate_check(load_run(args.run, args.overrides), args.widths, args.steps, _say)
+    return _written(args, found, coordinates_figure(found), coordinates_text(found))
+
+
+def sweep_rates(args: argparse.Namespace) -> Answer:
+    """Train every width with every learning rate, and draw the losses."""
+    from llama_ds.benchmarks.width_transfer import rate_sweep
+    from llama_ds.experiments.ladder.width_figures import sweep_figure, sweep_text
+
+    found = rate_sweep(load_run(args.run, args.overrides), args.widths, args.rates, _say)
+    return _written(args, found, sweep_figure(found), sweep_text(found))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _written(args: argparse.Namespace, found: dict[str, Any], figure: str, text: str) -> Answer:
+    folder = args.out or f"runs/{args.command}"
+    save_text(f"{folder}/{args.command}.svg", figure)
+    save_text(f"{folder}/{args.command}.json", json.dumps(found, indent=1) + "\n")
+    return Answer(found, f"{text}\n{folder}/{args.command}.svg")
 
 
 if __name__ == "__main__":

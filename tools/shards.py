@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING
 
 if not __package__:  # run as a script
@@ -198,28 +197,16 @@ def _build_sources(args: argparse.Namespace, options: ReadOptions, found: dict[s
 @contextmanager
 def _hosts(args: argparse.Namespace) -> Iterator[Callable[[int], WorkerPool]]:
     """Return the start of worker processes on the hosts of --hostfile, which are reached as by the launcher."""
-    from llama_ds.data.building.host_workers import HostWorkers
+    from llama_ds.data.building.host_workers import HostWorkers, shared_file
     from llama_ds.launch.hostfile import parse_hostfile
     from llama_ds.launch.remote import ssh_command
 
     hosts = list(parse_hostfile(args.hostfile))
-    with _shared_file(os.path.abspath(args.out)) as shared:
+    with shared_file(os.path.abspath(args.out)) as shared:
         argv = [*shipped.command("shards"), "serve", "--shared", shared, "--cwd", os.getcwd()]
         argv += ["--workers", str(args.workers)] if args.workers else []
         commands = {host: ssh_command(host, argv) for host in hosts}
         yield lambda _: HostWorkers(commands)
-
-
-@contextmanager
-def _shared_file(folder: str) -> Iterator[str]:
-    """Write a file by which hosts can tell whether they share the folder, for the time of the block."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        file = NamedTemporaryFile(dir=folder, prefix="hosts-")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    with file:
-        yield file.name
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -120,8 +120,8 @@ def steps(run: RunConfig, batch: np.ndarray, dtype_name: str) -> dict[str, Step]
 
         return training_step(model, optimizer, settings.clip, loss)
 
-    own_settings = replace(settings, lr=LEARNING_RATE)
-    own_optimizer = build_optimizer(decay_groups(ours, own_settings), own_settings, run.deepspeed)
+    own_run = replace(run, optimizer=replace(settings, lr=LEARNING_RATE))
+    own_optimizer = build_optimizer(decay_groups(ours, own_run.optimizer, run.model), own_run, run.deepspeed)
     own = training_step(ours, own_optimizer, settings.clip, lambda: ours(ids, labels))
     chosen = torch.get_float32_matmul_precision()
     gemms = gemm_step(run.model, ids.numel(), dtype)

@@ -37,7 +37,7 @@ def measure_steps(run: RunConfig, settings: Settings, zero: int) -> dict[str, An
     run = replace(
         run,
         data=replace(run.data, seq_len=settings.seq_len),
-        training=replace(run.training, global_batch=settings.batch),
+        training=replace(run.training, global_batch=settings.batch, batch_stages=()),
         parallel=ParallelConfig(micro_batch=settings.batch, recompute=settings.policy),
         deepspeed={"zero_optimization": {"stage": zero}, "bf16": {"enabled": settings.dtype == "bf16"}},
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+from llama_ds.checkpoint.formats.folded import folded
 from llama_ds.checkpoint.formats.hf_config import hf_config
 from llama_ds.checkpoint.formats.inventory import shown
 from llama_ds.checkpoint.load_model import kind_of, open_as_found
@@ -69,7 +70,7 @@ def load(path: str, kind: str | None) -> tuple[Tokenizer, Any]:
     if files.tokenizer is None:
         where = "copy the model's own into it, or convert its model again with tools/convert.py"
         raise UserError(f"{files.path}: has no tokenizer.json and no tokenizer.model; {where}")
-    return Tokenizer(files.tokenizer), load_exported(path, "auto") if kind == "hf" else _with_weights(files)
+    return Tokenizer(files.tokenizer), load_exported(path, "auto") if kind == "hf" else _with_weights(folded(files))
 
 
 def _with_weights(files: ModelFiles) -> Any:

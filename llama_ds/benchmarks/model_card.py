@@ -21,6 +21,7 @@ from llama_ds.benchmarks.evaluation_results import benchmark_rows
 from llama_ds.checkpoint.load_model import run_of
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description, describe
 from llama_ds.checkpoint.weights import ModelFiles
+from llama_ds.config.batch_stages import batches_of, tokens_before
 from llama_ds.config.run_files import MACHINES, METRICS
 from llama_ds.config.schema import ModelConfig, RunConfig, SourceConfig
 from llama_ds.data.source.manifest import MANIFEST, Manifest, parse_manifest
@@ -114,13 +115,16 @@ def _training(
     training, optimizer = run.training, run.optimizer
     yield "Steps", f"{description.step:,} of {training.steps:,}"
     yield "Tokens", f"{description.tokens:,}"
-    batch = training.global_batch * run.data.seq_len
-    yield "Global batch", f"{training.global_batch:,} rows of {run.data.seq_len:,}, {batch:,} tokens"
+    batches = batches_of(training)
+    for rows, start in zip(batches.rows, batches.starts, strict=True):
+        since = f" from step {start:,}" if len(batches.rows) > 1 else ""
+        text = f"{rows:,} rows of {run.data.seq_len:,}, {rows * run.data.seq_len:,} tokens"
+        yield f"Global batch{since}", text
     yield "Compute", f"{description.tokens * flops_per_token(run.model, run.data.seq_len):.3g} FLOPs of the model"
     betas = ", ".join(f"{beta:g}" for beta in optimizer.betas)
     muon = f"Muon with momentum {optimizer.momentum:g} for hidden matrices, " if optimizer.name == "muon" else ""
-    text = f"{muon}AdamW, betas {betas}, epsilon {optimizer.eps:g}, weight decay {optimizer.weight_decay:g}"
-    yield "Optimizer", text
+    rule = "Lion" if optimizer.name == "lion" else f"{muon}AdamW, epsilon {optimizer.eps:g}"
+    yield "Optimizer", f"{rule}, betas {betas}, weight decay {optimizer.weight_decay:g}"
     warmup = f"{optimizer.warmup_steps:,} warm-up steps, then {optimizer.schedule}"
     yield "Learning rate", f"{optimizer.lr:g}, {warmup}, to {optimizer.min_lr_ratio:g} of it"
     yield "Gradient clipping", f"{optimizer.clip:g}"
@@ -236,7 +240,6 @@ def _metrics(folder: str, description: Description, run: RunConfig) -> _Metrics:
     path = _run_file(folder, description, METRICS)
     if path is None:
         return found
-    batch = run.training.global_batch * run.data.seq_len
     with open(path, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file if line.endswith("\n")]
     for line in lines:
@@ -246,7 +249,7 @@ def _metrics(folder: str, description: Description, run: RunConfig) -> _Metrics:
             found.train.append((line["tokens"], line["loss"]))
             found.rates.append(line["tokens_per_s"])
         elif "val_loss" in line:
-            found.validation.append((line["step"] * batch, line["val_loss"]))
+            found.validation.append((tokens_before(run, line["step"]), line["val_loss"]))
         else:
             found.read.update(line)
     return found

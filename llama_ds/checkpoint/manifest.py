@@ -31,7 +31,7 @@ from llama_ds.config.moved_keys import renamed_data
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
-from llama_ds.layout.optimizer_states import OptimizerStates, states_of
+from llama_ds.layout.optimizer_states import OptimizerStates, states_by_name
 from llama_ds.layout.weights import Key, Weight, weights
 
 DESCRIPTION = "llama_ds.json"
@@ -120,7 +120,8 @@ class Description:
     @property
     def states(self) -> OptimizerStates:
         """The states that the run's optimizer keeps for each weight."""
-        return states_of(self.run.get("optimizer", {}).get("name", "adamw"))
+        given = {"name": "adamw", **self.run.get("optimizer", {})}
+        return states_by_name(**{key: given[key] for key in ("name", "state_dtype", "masters") if key in given})
 
 
 def name_of(key: Key) -> str:

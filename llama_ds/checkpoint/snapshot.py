@@ -76,6 +76,9 @@ class HostMemory:
 
 
 def _copy(tensor: Tensor, kept: list[Tensor], used: list[Tensor]) -> Tensor:
+    if 0 in tensor.stride():  # a constant, which a copy would make as large as its shape
+        used.append(tensor)
+        return tensor
     index = len(used)
     if index < len(kept) and kept[index].shape == tensor.shape and kept[index].dtype == tensor.dtype:
         buffer = kept[index]

@@ -17,6 +17,7 @@ from itertools import accumulate
 from typing import Any
 
 from llama_ds.checkpoint.manifest import DESCRIPTION, Description
+from llama_ds.config.batch_stages import trained_batches
 from llama_ds.config.reader import plain
 from llama_ds.config.row_stages import trained_lengths
 from llama_ds.errors import UserError
@@ -108,11 +109,12 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
         )
     # Keys that the version which wrote the checkpoint did not have count with their defaults.
     then = {**found.run, "model": plain(found.model)}
-    # The optimizer decides which states there are; earlier versions had only AdamW.
-    then, run = ({**config, "optimizer": {"name": "adamw", **config.get("optimizer", {})}} for config in (then, run))
+    # The optimizer decides which states there are; earlier versions had only AdamW with fp32 masters.
+    first = {"name": "adamw", "masters": "fp32"}
+    then, run = ({**config, "optimizer": {**first, **config.get("optimizer", {})}} for config in (then, run))
     # A step implies a position in the data.
     _check_lengths(tag_folder, found, then, run)
-    for key in ("model", "seed", "optimizer.name"):
+    for key in ("model", "seed", "optimizer.name", "optimizer.masters"):
         before, now = (reduce(lambda node, part: node[part], key.split("."), config) for config in (then, run))
         if before != now:
             raise UserError(
@@ -128,8 +130,11 @@ def check_resumable(tag_folder: str, found: Description, run: dict[str, Any]) ->
 
 
 def _check_lengths(tag_folder: str, found: Description, then: dict[str, Any], run: dict[str, Any]) -> None:
-    """Refuse other rows in the steps before the checkpoint; `data.stages` may give later ones another length."""
+    """Refuse other rows in the steps before the checkpoint; stages may give later ones another length or number."""
+    _check_batches(tag_folder, found, then, run)
     batches = [config["training"]["global_batch"] * config["data"]["seq_len"] for config in (then, run)]
+    if then["training"].get("batch_stages") or run["training"].get("batch_stages"):
+        batches = [0, 0]
     lengths = [trained_lengths(config, found.step) for config in (then, run)]
     if not then["data"].get("stages") and not run["data"].get("stages"):
         lengths = [[(config["data"]["seq_len"], found.step)] for config in (then, run)]
@@ -137,9 +142,14 @@ def _check_lengths(tag_folder: str, found: Description, then: dict[str, Any], ru
         return
     if lengths[0] == lengths[1]:
         rows = [batch // lengths[0][0][0] if lengths[0] else batch for batch in batches]
+        staged = then["data"].get("stages") or run["data"].get("stages")
+        larger = (
+            f"; to continue with {rows[1]}, set training.batch_stages: [{{global_batch: {rows[0]}, until_step: "
+            f"{found.step}}}]"
+        )
         raise UserError(
             f"{tag_folder}: was trained with training.global_batch {rows[0]}, not {rows[1]}; "
-            "use the same run file, or another name for a new run"
+            f"use the same run file, or another name for a new run{larger if rows[1] > rows[0] and not staged else ''}"
         )
     before, now = ("; ".join(f"{length} for {steps} steps" for length, steps in each) for each in lengths)
     if len(lengths[0]) == len(lengths[1]) == 1:
@@ -148,6 +158,19 @@ def _check_lengths(tag_folder: str, found: Description, then: dict[str, Any], ru
         f"{tag_folder}: was trained with data.seq_len {before}, not {now}; use the same run file, or another name for "
         f"a new run{_longer_rows(lengths[0], lengths[1][-1][0])}"
     )
+
+
+def _check_batches(tag_folder: str, found: Description, then: dict[str, Any], run: dict[str, Any]) -> None:
+    """Refuse stages of `training.batch_stages` other than those that were trained."""
+    if not then["training"].get("batch_stages") and not run["training"].get("batch_stages"):
+        return
+    before, now = (trained_batches(config, found.step) for config in (then, run))
+    if before != now:
+        shown = ["; ".join(f"{rows} for {steps} steps" for rows, steps in each) for each in (before, now)]
+        raise UserError(
+            f"{tag_folder}: was trained with training.global_batch {shown[0]}, not {shown[1]}; keep the entries of "
+            "training.batch_stages for these steps, or give a new run another name"
+        )
 
 
 def _longer_rows(trained: list[tuple[int, int]], seq_len: int) -> str:

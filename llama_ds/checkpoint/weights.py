@@ -145,7 +145,10 @@ def for_dtype(files: ModelFiles, dtype: str) -> ModelFiles:
         return files
     if files.masters is None:
         return replace(files, notes=(*files.notes, f"taken: {files.dtype} weights; the checkpoint holds no masters"))
-    notes = (*files.notes, f"taken: fp32 masters, of which the {files.dtype} weights are roundings")
+    note = f"taken: fp32 masters, of which the {files.dtype} weights are roundings"
+    if next(iter(files.masters.values())).dtype != torch.float32:
+        note = f"taken: {files.dtype} weights, which are their own masters; no compensation was added"
+    notes = (*files.notes, note)
     return replace(files, tensors=files.masters, dtype=dtype, notes=notes)
 
 

@@ -74,7 +74,7 @@ _ZERO_KEYS: dict[str, Use] = {
     "override_module_apply": _refused(True, "no layer is built with Module.apply"),
     "log_trace_cache_warnings": Use(False, ("3",), "logs when the order of gathers changes"),
     "enable_sanity_checks": Use(False, ("3",), "checks the order of gathers and reductions on all ranks; slow"),
-    "save_muon_momentum_buffer_in_memory": _refused(False, "the optimizer is AdamW"),
+    "save_muon_momentum_buffer_in_memory": _refused(False, "Muon here is not DeepSpeed's"),
     "leaf_module": _refused(None, _OUR_LEAVES),
     "offload_param": Use(None, ("3",), "keeps weights in the host's memory"),
     "offload_optimizer": Use(None, _ZERO, "keeps the optimizer's states, and its step, on the host"),
@@ -124,8 +124,8 @@ USES: dict[str, Use] = {
         False, ("1-bf16",), "adds gradients to their fp32 sums as they are produced; true here if it is not set"
     ),
     "bf16.check_grad_overflow": _refused(True, "a step whose gradients are not finite is always skipped"),
-    "bf16.bf16_master_weights_and_grads": _refused(False, "checkpoints hold fp32 masters"),
-    "bf16.bf16_optimizer_states": _refused(False, "checkpoints hold fp32 states"),
+    "bf16.bf16_master_weights_and_grads": _refused(False, "it rounds gradients; optimizer.masters has bf16 masters"),
+    "bf16.bf16_optimizer_states": _refused(False, "optimizer.state_dtype has bf16 states"),
     **_section(
         "fp16",
         {
@@ -149,7 +149,7 @@ USES: dict[str, Use] = {
     "prescale_gradients": Use(False, _PROFILER, "divides gradients before they are summed, not after"),
     "gradient_predivide_factor": Use(1.0, _PROFILER, "divides gradients by it before, and by the rest after the sum"),
     "disable_allgather": _refused(False, "DeepSpeed 0.19.8 does not read it"),
-    "zero_allow_untested_optimizer": _refused(False, "AdamW is one that DeepSpeed has tested"),
+    "zero_allow_untested_optimizer": _refused(False, "all optimizers here have tests of their own"),
     "zero_force_ds_cpu_optimizer": _refused(True, "an offloaded optimizer is always DeepSpeed's CPU Adam"),
     "wall_clock_breakdown": Use(False, _PROFILER, "rank 0 prints the parts of each step's time"),
     "memory_breakdown": Use(False, _PROFILER, "rank 0 prints the memory before and after each part of a step; slow"),

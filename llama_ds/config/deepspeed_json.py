@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from llama_ds.config.deepspeed_effects import SECTIONS, used_keys, without_effect
 from llama_ds.config.deepspeed_keys import OWNED, REMOVED, REMOVED_ZERO
 from llama_ds.config.reader import ConfigSource, check_keys
-from llama_ds.config.schema import RunConfig
+from llama_ds.config.schema import OptimizerConfig, RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.errors import UserError, shortened
 
@@ -165,11 +165,13 @@ def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
         )
     for section in ("offload_optimizer", "offload_param"):
         device = (_section(run, "zero_optimization").get(section) or {}).get("device", "none")
-        if run.optimizer.name == "muon" and device != "none":
+        if device != "none" and (found := _only_on_device(run.optimizer)):
+            key, value, why = found
+            default = getattr(OptimizerConfig, key)
             raise _error(
                 run,
-                f"zero_optimization.{section}.device = {device} with optimizer.name = muon: Muon updates whole "
-                "matrices on the device; take it out, or use optimizer.name = adamw",
+                f"zero_optimization.{section}.device = {device} with optimizer.{key} = {value}: {why}; take it out, or "
+                f"use optimizer.{key} = {default}",
             )
         if device == "nvme":
             raise _error(
@@ -177,11 +179,41 @@ def _check_combination(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
                 f"zero_optimization.{section}.device = nvme: checkpoints cannot follow what DeepSpeed swaps there; "
                 "use cpu",
             )
+    _check_masters(run, layout, dtype)
     _check_neighbours(run)
     if pp > 1 and run.deepspeed.get("wall_clock_breakdown"):
         raise _error(run, f"wall_clock_breakdown with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
     if pp > 1 and _section(run, "flops_profiler").get("enabled"):
         raise _error(run, f"flops_profiler.enabled with parallel.pp = {pp} crashes DeepSpeed's timers; take it out")
+
+
+def _only_on_device(optimizer: OptimizerConfig) -> tuple[str, str, str] | None:
+    """Return a key of the optimizer that DeepSpeed's CPU Adam cannot follow, its value and why, or None."""
+    for key, why in (
+        ("name", "DeepSpeed offloads AdamW only"),
+        ("state_dtype", "DeepSpeed's CPU Adam has fp32 moments"),
+        ("masters", "DeepSpeed's CPU Adam has fp32 masters"),
+    ):
+        if (value := getattr(optimizer, key)) != getattr(OptimizerConfig, key):
+            return key, value, why
+    return None
+
+
+def _check_masters(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
+    """Refuse bf16 masters where weights are not bf16, or where DeepSpeed rounds the gradients to the masters' dtype."""
+    masters, stage = run.optimizer.masters, run.zero_stage
+    if masters == "fp32":
+        return
+    if dtype != "bf16":
+        raise UserError(
+            f"{run.path}: optimizer.masters = {masters} in a run in {dtype}; enable bf16, or use fp32 masters"
+        )
+    if _engine(run, layout, dtype) not in ("pp", "1-bf16") or (layout.pp > 1 and run.parallel.schedule == STOCK_ENGINE):
+        where = "parallel.schedule = deepspeed" if layout.pp > 1 else f"zero_optimization.stage = {stage}"
+        raise UserError(
+            f"{run.path}: optimizer.masters = {masters} with {where}: DeepSpeed makes fp32 masters there, or rounds "
+            "gradients to the masters' dtype; use ZeRO-1 with fp32 sums of gradients, or fp32 masters"
+        )
 
 
 def _check_neighbours(run: RunConfig) -> None:

@@ -1,49 +1,59 @@
-"""Stages of a run with longer and longer rows (`data.stages`): the run as each stage trains it.
+"""Stages of a run, with longer and longer rows (`data.stages`) or larger and larger batches (`training.batch_stages`):
+the run as each stage trains it.
 
-All stages have the same tokens per step, so the rows of a step and of a validation follow from the stage's row length.
-A staged run holds the numbers of one stage in its keys, and `at_stage` exchanges them for those of another.
+All stages of rows have the same tokens per step, so the rows of a step and of a validation follow from the stage's row
+length; `batch_stages.py` has the rows of the other kind. A staged run holds the numbers of one stage in its keys, and
+`at_stage` exchanges them for those of another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from llama_ds.config.batch_stages import KEY as BATCHES
+from llama_ds.config.batch_stages import check_batch_stages
 from llama_ds.config.context_parallel import HIERARCHICAL
 from llama_ds.config.numbers import near_divisors
 from llama_ds.errors import UserError, listed
 
 if TYPE_CHECKING:
-    from llama_ds.config.schema import RunConfig
+    from llama_ds.config.schema import BatchStage, RunConfig
+    from llama_ds.config.schema_data import RowStage
 
 _SIZES = ("cp", "cp_method", "cp_all_to_all", "micro_batch")  # keys of a stage that stand for those of `parallel`
 SEQ_LEN = "{seq_len}"  # in the path of a source: the row length of the stage
 
 
+def stages_key(run: RunConfig) -> str:
+    """Return the key that cuts the run into stages; "" for a run without."""
+    return "data.stages" if run.data.stages else BATCHES if run.training.batch_stages else ""
+
+
 def stage_index(run: RunConfig, step: int) -> int:
     """Return the index of the stage that trains `step`, counted from 0; beyond the run, that of the last stage."""
-    ends = [stage.until_step for stage in run.data.stages]
+    ends = [stage.until_step for stage in _stages(run)]
     return next(i for i, end in enumerate(ends) if end is None or step < end)
 
 
 def at_stage(run: RunConfig, step: int) -> RunConfig:
     """Return the run as the stage of `step`, counted from 0, trains it; a run without stages is returned unchanged."""
-    return _with_stage(run, stage_index(run, step)) if run.data.stages else run
+    return _with_stage(run, stage_index(run, step)) if stages_key(run) else run
 
 
 def stage_runs(run: RunConfig) -> list[RunConfig]:
     """Return the run as each of its stages trains it; the run itself if it has no stages."""
-    return [_with_stage(run, i) for i in range(len(run.data.stages))] or [run]
+    return [_with_stage(run, i) for i in range(len(_stages(run)))] or [run]
 
 
 def stage_steps(run: RunConfig, step: int) -> range:
     """Return the steps of the stage of `step`; all steps of a run without stages."""
-    if not run.data.stages:
+    if not stages_key(run):
         return range(run.training.steps)
     i = stage_index(run, step)
-    first = run.data.stages[i - 1].until_step if i else 0
-    return range(first or 0, run.data.stages[i].until_step or run.training.steps)
+    first = _stages(run)[i - 1].until_step if i else 0
+    return range(first or 0, _stages(run)[i].until_step or run.training.steps)
 
 
 def length_begins(run: RunConfig, step: int) -> int:
@@ -57,8 +67,12 @@ def length_begins(run: RunConfig, step: int) -> int:
 
 def first_step(run: RunConfig) -> int:
     """Return the first step of the stage whose numbers the run holds; 0 without stages."""
-    mine = (run.data.seq_len, *(getattr(run.parallel, key) for key in _SIZES))
     begin = 0
+    for batch in run.training.batch_stages:
+        if batch.global_batch == run.training.global_batch:
+            return begin
+        begin = batch.until_step or begin
+    mine = (run.data.seq_len, *(getattr(run.parallel, key) for key in _SIZES))
     for stage in run.data.stages:
         if (stage.seq_len, *(getattr(stage, key) for key in _SIZES)) == mine:
             break
@@ -118,6 +132,7 @@ def check_stages(run: RunConfig) -> None:
         before, shortest = stage.until_step or 0, stage.seq_len
     if stages:
         _check_whole_run(run)
+    check_batch_stages(run)
 
 
 def _check_rows(run: RunConfig, key: str, seq_len: int) -> None:
@@ -156,7 +171,14 @@ def _check_whole_run(run: RunConfig) -> None:
         )
 
 
+def _stages(run: RunConfig) -> Sequence[RowStage | BatchStage]:
+    return run.data.stages or run.training.batch_stages
+
+
 def _with_stage(run: RunConfig, index: int) -> RunConfig:
+    if run.training.batch_stages:
+        rows = run.training.batch_stages[index].global_batch
+        return replace(run, training=replace(run.training, global_batch=rows))
     stage, tokens = run.data.stages[index], run.data.seq_len
     parallel = {key: value for key in _SIZES if (value := getattr(stage, key)) is not None}
     return replace(

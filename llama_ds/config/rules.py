@@ -9,6 +9,7 @@ import math
 from dataclasses import fields
 from functools import reduce
 
+from llama_ds.config.batch_stages import batches_of
 from llama_ds.config.context_parallel import check_context_parallel
 from llama_ds.config.numbers import near_divisors
 from llama_ds.config.row_stages import check_stages, stage_runs
@@ -68,8 +69,11 @@ def _check_mixture(run: RunConfig) -> None:
                 f"{key}.at_tokens = {stage.at_tokens} is not between {before}, where the stage before it begins, and "
                 f"the run's {run.training.tokens} tokens",
             )
-        step = run.training.global_batch * run.data.seq_len
-        if -(-stage.at_tokens // step) == -(-before // step):
+        first, second = (
+            batches_of(run.training).steps_for(-(-n // run.data.seq_len)) for n in (before, stage.at_tokens)
+        )
+        if first == second:
+            step = batches_of(run.training).of(first) * run.data.seq_len
             raise _error(run, f"{key}.at_tokens = {stage.at_tokens} is in the same step of {step} tokens as {before}")
         before = stage.at_tokens
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ds import shipped
+from llama_ds.config.batch_stages import Batches, complete_batch_stages
 from llama_ds.config.declare import declared, number_problem, path_texts
 from llama_ds.config.deepspeed_json import check_user_keys
 from llama_ds.config.model_source import KEY as FROM
@@ -206,12 +207,17 @@ def _derive(data: dict[str, Any], source: ConfigSource) -> None:
     if ("steps" in training) == ("tokens" in training):
         many = "are both set; keep one" if training.get("steps") else "are both missing; set one"
         raise source.error("training", f"says how long to train: steps and tokens {many}")
-    rows, seq_len = _positive(data, "training.global_batch", source), _positive(data, "data.seq_len", source)
+    seq_len = _positive(data, "data.seq_len", source)
+    stages = complete_batch_stages(training, seq_len, source)
+    rows = _positive(data, "training.global_batch", source)
     steps, tokens = _positive(data, "training.steps", source), _positive(data, "training.tokens", source)
-    if rows and seq_len and tokens:
-        training["steps"] = -(-tokens // (rows * seq_len))
-    if rows and seq_len and steps:
-        training["tokens"] = steps * rows * seq_len
+    if not rows or not seq_len:
+        return
+    batches = stages or Batches((rows,))
+    if tokens:
+        training["steps"] = batches.steps_for(-(-tokens // seq_len))
+    if steps:
+        training["tokens"] = batches.first_row(steps) * seq_len
 
 
 def _section(data: dict[str, Any], name: str) -> dict[str, Any]:

@@ -2,4 +2,6 @@
 
 METRICS = "metrics.jsonl"  # what was measured, a line for each report
 MACHINES = "machines.jsonl"  # hosts, device and software of each start
+SAMPLES = "samples.jsonl"  # continuations of prompts along training
+WARNINGS = "warnings.jsonl"  # what the first rank has warned of
 RUN_FILE = "run.yaml"  # the resolved run file

@@ -18,7 +18,8 @@ from llama_ds.config.declare import (
     Key,
     Section,
 )
-from llama_ds.config.schema_data import DataConfig, MixtureStage, SkipConfig, SourceConfig
+from llama_ds.config.schema_data import BatchStage, DataConfig, MixtureStage, SkipConfig, SourceConfig
+from llama_ds.config.schema_mup import MupConfig
 from llama_ds.config.schema_operation import CheckpointConfig, EvaluationConfig, LoggingConfig
 from llama_ds.config.schema_parallel import ParallelConfig
 from llama_ds.config.schema_rope import RopeScaling
@@ -29,8 +30,8 @@ from llama_ds.config.section_rules import (
 from llama_ds.errors import shortened
 
 __all__ = [
-    "CheckpointConfig", "ComputeConfig", "DataConfig", "EvaluationConfig", "LoggingConfig",
-    "MixtureStage", "ModelConfig", "OptimizerConfig", "ParallelConfig", "RopeScaling",
+    "BatchStage", "CheckpointConfig", "ComputeConfig", "DataConfig", "EvaluationConfig", "LoggingConfig",
+    "MixtureStage", "ModelConfig", "MupConfig", "OptimizerConfig", "ParallelConfig", "RopeScaling",
     "RunConfig", "SkipConfig", "SourceConfig", "TrainingConfig",
 ]  # fmt: skip
 
@@ -89,6 +90,10 @@ class ModelConfig(Section):
     qk_norm: Annotated[
         bool, Key("Whether each head's queries and keys pass an RMS norm before the rotation (Qwen3).")
     ] = False
+    mup: Annotated[
+        MupConfig | None,
+        Key("Maximal update parametrization, with which learning rates suit models of other widths; null: none."),
+    ] = None
 
     def check(self) -> None:
         check_model(self)
@@ -173,19 +178,32 @@ class TrainingConfig(Section):
             most=1e3,
         ),
     ] = 0.02
+    batch_stages: Annotated[
+        tuple[BatchStage, ...],
+        Key(
+            "First steps with smaller batches, in their order; `global_batch` is that of the steps after them. The "
+            "resolved run has that as a last stage."
+        ),
+    ] = ()
 
 
 @dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """The optimizer and its learning-rate schedule: AdamW (LLaMA paper, section 2.3) or Muon."""
+    """The optimizer and its learning-rate schedule: AdamW (LLaMA paper, section 2.3), Muon or Lion."""
 
     SECTION: ClassVar[str] = "optimizer"
 
     lr: Annotated[float, Key("Peak learning rate.", sign=POSITIVE, most=3e38)]  # float32
     betas: Annotated[
-        tuple[float, float], Key("Decay rates of AdamW's first and second moment.", rule="Each in [0, 1).")
+        tuple[float, float],
+        Key(
+            "Decay rates of AdamW's first and second moment; of Lion's moment in the update, and from step to step.",
+            rule="Each in [0, 1).",
+        ),
     ] = (0.9, 0.95)
-    eps: Annotated[float, Key("Added to the root of the second moment.", sign=POSITIVE, most=1)] = 1e-8
+    eps: Annotated[
+        float, Key("Added to the root of the second moment.", sign=POSITIVE, most=1, rule="With lion 1e-8.")
+    ] = 1e-8
     weight_decay: Annotated[
         float,
         Key("Decoupled weight decay of matrices; norm weights and biases do not decay.", sign=NOT_NEGATIVE, most=1e3),
@@ -230,30 +248,47 @@ class OptimizerConfig(Section):
     name: Annotated[
         str,
         Key(
-            "Optimizer of the hidden matrices (projections of attention and feed-forward); AdamW for other weights.",
-            choices=("adamw", "muon"),
-            rule="`muon` takes no offload.",
+            "Optimizer: AdamW; Muon for the hidden matrices (projections of attention and feed-forward) and AdamW for "
+            "other weights; or Lion.",
+            choices=("adamw", "muon", "lion"),
+            rule="`muon` and `lion` take no offload.",
         ),
     ] = "adamw"
+    state_dtype: Annotated[
+        str,
+        Key(
+            "Dtype in which the first moment is kept; the second one is fp32.",
+            rule="`fp32` or `bf16`, which takes no offload.",
+        ),
+    ] = "fp32"
+    masters: Annotated[
+        str,
+        Key(
+            "The weights that the optimizer updates: fp32 masters; or the bf16 weights themselves, rounded at random "
+            "(stochastic rounding), or with a bf16 compensation for what they lack (Kahan).",
+            choices=("fp32", "bf16_stochastic", "bf16_kahan"),
+            rule="bf16 ones need training in bf16 with ZeRO-1, without offload.",
+        ),
+    ] = "fp32"
     muon_lr: Annotated[
         float | None,
         Key(
             "Peak learning rate of the hidden matrices with muon.",
             sign=POSITIVE,
             most=3e38,
-            rule="With adamw null.",
+            rule="Without muon null.",
             default="`lr`",
         ),
     ] = None
-    momentum: Annotated[float, Key("Muon's momentum.", sign=NOT_NEGATIVE, rule="Below 1; with adamw 0.95.")] = 0.95
-    nesterov: Annotated[bool, Key("Whether Muon's momentum is Nesterov's.", rule="With adamw true.")] = True
+    momentum: Annotated[float, Key("Muon's momentum.", sign=NOT_NEGATIVE, rule="Below 1; without muon 0.95.")] = 0.95
+    nesterov: Annotated[bool, Key("Whether Muon's momentum is Nesterov's.", rule="Without muon true.")] = True
     muon_scale: Annotated[
         str,
         Key(
             "Scale of Muon's update of a matrix (n, m): 0.2 sqrt(max(n, m)), which suits AdamW's learning rate, or "
             "sqrt(max(1, n / m)), which suits a `muon_lr` of about 0.02.",
             choices=("moonlight", "jordan"),
-            rule="With adamw moonlight.",
+            rule="Without muon moonlight.",
         ),
     ] = "moonlight"
     z_loss: Annotated[

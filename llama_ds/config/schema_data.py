@@ -118,6 +118,52 @@ class RowStage(Section):
 
 
 @dataclass(frozen=True)
+class BatchStage(Section):
+    """First steps of the run with a smaller batch than later ones (batch-size warm-up).
+
+    It ends after a number of steps or of tokens. Steps count optimizer steps, as those of the learning rate do.
+    """
+
+    SECTION: ClassVar[str] = "training.batch_stages.N"
+
+    global_batch: Annotated[
+        int,
+        Key(
+            "Rows (sequences) per optimizer step in this stage.",
+            "rows",
+            POSITIVE,
+            rule="Above that of the previous stage; divisible by data-parallel size * `parallel.micro_batch`.",
+        ),
+    ]
+    until_step: Annotated[
+        int | None,
+        Key(
+            "Steps of the run after which the stage ends.",
+            "steps",
+            POSITIVE,
+            rule="Above that of the previous stage, below `training.steps`. A stage has this or `until_tokens`.",
+        ),
+    ] = None
+    until_tokens: Annotated[
+        int | None,
+        Key(
+            "Tokens of the run after which the stage ends: with the first step that reaches them.",
+            "tokens",
+            POSITIVE,
+            rule="The resolved run has `until_step` instead.",
+            most=MOST_TOKENS,
+        ),
+    ] = None
+
+    def check(self) -> None:
+        if self.until_step is not None and self.until_tokens is not None:
+            raise self.broken(
+                f"training.batch_stages has a stage with until_step = {self.until_step} and until_tokens = "
+                f"{self.until_tokens}; keep one"
+            )
+
+
+@dataclass(frozen=True)
 class SkipConfig(Section):
     """Rows that the run skips, for example after a loss spike (PaLM, arXiv 2204.02311, section 5.1)."""
 

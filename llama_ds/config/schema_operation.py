@@ -7,11 +7,12 @@ from typing import Annotated, ClassVar
 
 from llama_ds.config.boards import BoardConfig
 from llama_ds.config.declare import MOST_INT64, NOT_NEGATIVE, POSITIVE, Key, Section
+from llama_ds.errors import shortened
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(Section):
-    """Validation and benchmarks during training."""
+    """Validation, benchmarks and samples during training."""
 
     SECTION: ClassVar[str] = "evaluation"
 
@@ -38,6 +39,29 @@ class EvaluationConfig(Section):
     task_data: Annotated[str, Key("Folder with the tasks' data, from `tools/evaluate.py fetch`.", is_path=True)] = (
         "benchmarks"
     )
+    sample_prompts: Annotated[
+        tuple[str, ...],
+        Key(
+            'Texts that the model continues along training, `""` among them: samples.jsonl, the report and boards.',
+            rule="With `sample_tokens` more tokens each fits into a row.",
+            is_foreign=True,  # a text may have several lines
+        ),
+    ] = ()
+    sample_interval: Annotated[
+        int, Key("Interval between samples; 0: only after the last step.", "steps", NOT_NEGATIVE)
+    ] = 0
+    sample_tokens: Annotated[int, Key("Tokens of a continuation at most.", "tokens", POSITIVE)] = 64
+    sample_temperature: Annotated[
+        float, Key("Temperature of drawn tokens; 0: always the most likely one.", sign=NOT_NEGATIVE, most=100)
+    ] = 0.0
+
+    def check(self) -> None:
+        for number, prompt in enumerate(self.sample_prompts):
+            if any("\ud800" <= character <= "\udfff" for character in prompt):
+                raise self.broken(
+                    f"evaluation.sample_prompts.{number} = {shortened(repr(prompt))}: it is not Unicode text; write it "
+                    "in UTF-8"
+                )
 
 
 @dataclass(frozen=True)
@@ -147,7 +171,8 @@ class LoggingConfig(Section):
     norms: Annotated[
         int,
         Key(
-            "Interval between measurements of the norms of gradient, weights and update of every weight; 0: none.",
+            "Interval between measurements of the norms of gradient, weights and update of every weight, and of "
+            "activations; 0: none.",
             "steps",
             NOT_NEGATIVE,
         ),

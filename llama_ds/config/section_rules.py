@@ -72,14 +72,34 @@ def check_model(model: ModelConfig) -> None:
         raise model.broken("model.head_dim = 2 has one frequency, which rope_type dynamic keeps; use 4 or more")
     if kind == "yarn" and model.rope_theta <= 1:
         raise model.broken(f"model.rope_theta = {model.rope_theta} is not above 1, as rope_type yarn requires")
+    _check_mup(model)
 
+
+def _check_mup(model: ModelConfig) -> None:
+    """Refuse a base that is so far from the model that one of the two must be a mistake."""
+    if model.mup is None:
+        return
+    for key, own in (("base_width", "hidden_size"), ("base_head_dim", "head_dim")):
+        base, size = getattr(model.mup, key), getattr(model, own)
+        if base is not None and not size <= MUP_MOST * base <= MUP_MOST**2 * size:
+            raise model.broken(
+                f"model.mup.{key} = {base} is the {own} of the model on which hyperparameters were tuned, and not "
+                f"within a factor of {MUP_MOST} of model.{own} = {size}; use {-(-size // MUP_MOST)} to "
+                f"{size * MUP_MOST}"
+            )
+
+
+MUP_MOST = 256  # largest ratio of a size to that of the base model
+EPS = 1e-8  # of AdamW
+STATE_DTYPES = ("fp32", "bf16")
+EIGHT_BITS = ("int8", "uint8", "fp8", "8bit")
 
 # Muon's keys, and the values that they have with another optimizer.
 WITHOUT_MUON = {"muon_lr": None, "momentum": 0.95, "nesterov": True, "muon_scale": "moonlight"}
 
 
 def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Check the ranges of the betas and of the final learning rate, and that only wsd has a final decay."""
+    """Check the ranges of the betas and of the final learning rate, and that keys belong to optimizer and schedule."""
     for i, beta in enumerate(optimizer.betas):
         if not 0 <= beta < 1:
             raise optimizer.broken(f"optimizer.betas.{i} = {beta} is not in [0, 1)")
@@ -89,6 +109,17 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         )
     if optimizer.momentum >= 1:
         raise optimizer.broken(f"optimizer.momentum = {optimizer.momentum} is not below 1; Muon's usual one is 0.95")
+    if optimizer.name == "lion" and optimizer.eps != EPS:
+        raise optimizer.broken(f"optimizer.eps = {optimizer.eps} is for AdamW's second moment; leave it out with lion")
+    if optimizer.state_dtype in EIGHT_BITS:
+        raise optimizer.broken(
+            f"optimizer.state_dtype = {optimizer.state_dtype}: torchao and bitsandbytes scale blocks of a rank's "
+            "buffer, so that a run's numbers would depend on its layout; use bf16"
+        )
+    if optimizer.state_dtype not in STATE_DTYPES:
+        raise optimizer.broken(
+            f"optimizer.state_dtype = {shortened(repr(optimizer.state_dtype))} is not {listed(STATE_DTYPES)}"
+        )
     for key, default in WITHOUT_MUON.items():
         if optimizer.name != "muon" and (value := getattr(optimizer, key)) != default:
             raise optimizer.broken(f"optimizer.{key} = {value} is for Muon; set optimizer.name = muon, or leave it out")

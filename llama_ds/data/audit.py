@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llama_ds.config.batch_stages import batches_of
 from llama_ds.config.row_stages import at_stage, length_begins
 from llama_ds.config.run_file import load_resolved
 from llama_ds.config.schema import RunConfig
@@ -52,7 +53,7 @@ class RecordedRun(NamedTuple):
     @property
     def order(self) -> Order:
         """The order in which the run reads its rows."""
-        return self.state.order(self.config.seed, self.config.training.global_batch)
+        return self.state.order(self.config.seed, batches_of(self.config.training))
 
     def consumed(self, step: int) -> dict[str, tuple[int, float]]:
         """Return the (rows, epochs) of each source that the steps before `step` have read.
@@ -107,7 +108,7 @@ def documents_of_step(recorded: RecordedRun, step: int) -> list[ReadRow]:
     sources = {config.name: source for config, source in zip(run.data.sources, opened.train, strict=True)}
     rows = order.at(step)
     geometry = {name: source.geometry for name, source in sources.items()}
-    present = planned(run.data, run.training.global_batch * run.data.seq_len, geometry)
+    present = planned(run.data, order.batches, geometry)
     segments = [segment for segment in recorded.state.segments if segment.step <= step]
     check_same_sources({order.names[i] for i in rows.source.tolist()}, segments, recorded.state, present, recorded.path)
     indexes: dict[tuple[str, int], list[IndexedDocument]] = {}

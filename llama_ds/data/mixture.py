@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from llama_ds.config.batch_stages import Batches
 from llama_ds.config.reader import ConfigSource, read
 from llama_ds.config.schema import DataConfig
 from llama_ds.data.order import BadShard, Order, Segment
@@ -34,9 +35,9 @@ class DataState:
     skips: tuple[Skip, ...] = ()
     contents: dict[str, tuple[str, ...]] = field(default_factory=dict)  # digest of each extent of each source
 
-    def order(self, seed: int, global_batch: int) -> Order:
-        """Return the row order of a run with this history."""
-        return Order(seed, global_batch, self.rows_per_shard, self.segments, self.bad, self.skips)
+    def order(self, seed: int, batches: Batches | int) -> Order:
+        """Return the row order of a run with this history, and with these rows of each step or of every step."""
+        return Order(seed, batches, self.rows_per_shard, self.segments, self.bad, self.skips)
 
     def as_json(self) -> dict[str, Any]:
         """Return the state as JSON data."""
@@ -52,7 +53,7 @@ def state_from_json(raw: dict[str, Any], source: str) -> DataState:
     try:
         state = read(DataState, raw, ConfigSource(source))  # older checkpoints lack `skips` and have none
         _check(state)
-        state.order(seed=0, global_batch=1)  # raises an error if the parts contradict each other
+        state.order(seed=0, batches=1)  # raises an error if the parts contradict each other
     except (UserError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = str(error).removeprefix(f"{source}: ")
         raise UserError(
@@ -79,17 +80,20 @@ def save_state(path: str, state: DataState) -> None:
     write_atomically(path, json.dumps(state.as_json(), indent=1).encode())
 
 
-def planned(data: DataConfig, tokens_per_step: int, geometry: Mapping[str, Split]) -> DataState:
+def planned(data: DataConfig, batches: Batches | int, geometry: Mapping[str, Split]) -> DataState:
     """Return the state of a run that follows its run file from the first step to the last.
 
-    geometry: the training split of every source by name. A stage of `data.mixture` starts at the first step at which
-    `at_tokens` tokens have been read. Shards that a manifest lists as damaged are replaced from the start.
+    batches: the rows of each step, or of every step. geometry: the training split of every source by name. A stage of
+    `data.mixture` starts at the first step at which `at_tokens` tokens have been read. Shards that a manifest lists as
+    damaged are replaced from the start.
     """
     weights = {source.name: source.weight for source in data.sources}
     extents = {name: tuple(extent.rows for extent in split.extents) for name, split in geometry.items()}
     segments = [Segment(0, weights, extents)]
     for stage in data.mixture:
-        step = -(-stage.at_tokens // tokens_per_step)
+        step = (Batches((batches,)) if isinstance(batches, int) else batches).steps_for(
+            -(-stage.at_tokens // data.seq_len)
+        )
         segments.append(Segment(step, {name: stage.weights.get(name, 0.0) for name in weights}, extents))
     bad = tuple(BadShard(0, name, shard, LISTED) for name, split in geometry.items() for shard in split.bad)
     rows_per_shard = {name: split.rows_per_shard for name, split in geometry.items()}

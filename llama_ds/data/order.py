@@ -1,6 +1,7 @@
 """The order of rows: arithmetic from (seed, mixture history, step) to (source, epoch, row).
 
-The rows of a run are numbered 0, 1, ...: step s reads the rows s * global_batch .. (s + 1) * global_batch. There is no
+The rows of a run are numbered 0, 1, ...: step s reads the rows s * global_batch .. (s + 1) * global_batch, or, where
+batches grow, those after the rows of step s - 1 (`config/batch_stages.py`). There is no
 state from row to row, so a run resumed at step 300,000, on any number of ranks, reads the same rows as without a stop.
 
 The order has three levels, each a pure function of the level above it:
@@ -27,6 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llama_ds.config.batch_stages import Batches
 from llama_ds.data.skips import Skip, Skips
 from llama_ds.errors import UserError
 
@@ -78,27 +80,28 @@ class Order:
     """The order in which a run reads its sources.
 
     rows_per_shard: by source name. segments: in order of steps, the first at step 0. bad: shards to replace;
-    `replace_shards` adds more. skips: in order of steps. Public methods count steps of the run, private ones steps and
-    rows of the stream.
+    `replace_shards` adds more. skips: in order of steps. Public methods count steps of the run, private ones rows of
+    the stream.
     """
 
     def __init__(
         self,
         seed: int,
-        global_batch: int,
+        batches: Batches | int,
         rows_per_shard: Mapping[str, int],
         segments: Sequence[Segment],
         bad: Sequence[BadShard] = (),
         skips: Sequence[Skip] = (),
     ) -> None:
+        """`batches`: the rows of each step, or of every step."""
         if not segments or segments[0].step or any(b.step <= a.step for a, b in pairwise(segments)):
             raise ValueError("segments must start at step 0 and be in ascending order of steps")
-        self.seed, self.global_batch = int(seed), global_batch
+        self.seed, self.batches = int(seed), Batches((batches,)) if isinstance(batches, int) else batches
         self.names = tuple(rows_per_shard)
         self._rows_per_shard = dict(rows_per_shard)
-        self.skips = Skips(skips)
+        self.skips = Skips(skips, self.batches)
         self._mixes: list[_Mix] = []
-        starts = [self.skips.end(segment.step) * global_batch for segment in segments]
+        starts = [self.skips.end(segment.step) for segment in segments]
         counts = [0] * len(self.names)
         for i, segment in enumerate(segments):
             self._mixes.append(_Mix(self.seed, i, self.names, segment, starts[i], counts))
@@ -121,22 +124,25 @@ class Order:
         The rows of a step are sorted by shard before they are divided, so a rank reads few files sequentially, and the
         same files throughout a window. The loss of a step, a mean over its rows, does not depend on dp.
         """
-        rows = self.rows(step * self.global_batch, self.global_batch)
-        share = self.global_batch // dp_size
+        rows = self.rows_of(step)
+        share = self.batches.of(step) // dp_size
         mine = np.lexsort((rows.row, rows.source))[dp_rank * share : (dp_rank + 1) * share]
         return Rows(*(column[mine] for column in rows))
 
+    def rows_of(self, step: int) -> Rows:
+        """Return the rows of a step in the order of the run."""
+        return self.rows(self.batches.first_row(step), self.batches.of(step))
+
     def rows(self, start: int, count: int) -> Rows:
         """Return the rows number start .. start + count of the run, also beyond its last step."""
-        skip_rows = (skip.step * self.global_batch for skip in self.skips.all)
+        skip_rows = (self.batches.first_row(skip.step) for skip in self.skips.all)
         cuts = [start, *(row for row in skip_rows if start < row < start + count), start + count]
-        parts = [self._rows(self._position(first), last - first) for first, last in pairwise(cuts)]
+        parts = [self._rows(self.skips.position(first), last - first) for first, last in pairwise(cuts)]
         return Rows(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _position(self, row: int) -> int:
-        """Return the position in the stream of a row of the run."""
-        step, inside = divmod(row, self.global_batch)
-        return self.skips.position(step) * self.global_batch + inside
+    def _first_row(self, step: int) -> int:
+        """Return the row of the stream that is the first of `step`."""
+        return self.skips.position(self.batches.first_row(step))
 
     def _rows(self, start: int, count: int) -> Rows:
         out = Rows(*(np.empty(count, np.int64) for _ in Rows._fields))
@@ -162,15 +168,15 @@ class Order:
                 read[source] = (read[source][0] - (end[0] - begin[0]), read[source][1] - (end[1] - begin[1]))
         return dict(zip(self.names, read, strict=True))
 
-    def _before(self, step: int) -> list[tuple[int, float]]:
-        """Return the (rows, epochs) of each source before `step` of the stream."""
-        mix = self._mix_at(step * self.global_batch)
-        counts = mix.counts(step * self.global_batch - mix.start)
+    def _before(self, row: int) -> list[tuple[int, float]]:
+        """Return the (rows, epochs) of each source before `row` of the stream."""
+        mix = self._mix_at(row)
+        counts = mix.counts(row - mix.start)
         return [(count, source.epochs(count)) for count, source in zip(counts, self._sources, strict=True)]
 
     def shards_of(self, step: int) -> dict[str, int]:
         """Return the number of shards of each source in the segment of `step`."""
-        extents = self._mix_at(self._position(step * self.global_batch)).segment.extents
+        extents = self._mix_at(self._first_row(step)).segment.extents
         return {name: len(_shard_sizes(extents[name], self._rows_per_shard[name])) for name in extents}
 
     def _mix_at(self, row: int) -> _Mix:
@@ -184,7 +190,7 @@ class Order:
                 yield mix, first, last
 
     def _replace(self, rows: Rows, start: int) -> None:
-        since = {bad: self._position(bad.step * self.global_batch) for bad in self.bad}
+        since = {bad: self._first_row(bad.step) for bad in self.bad}
         if not any(row < start + len(rows.row) for row in since.values()):
             return
         for source, name in enumerate(self.names):

@@ -1,8 +1,8 @@
-"""Skipped rows: arithmetic between the steps of a run and the steps of its row stream.
+"""Skipped rows: arithmetic between the rows of a run and those of its row stream.
 
-The rows of a mixture form one stream of equal steps. Without skips, step s of the run reads step s of the stream. A
-skip of K steps at step S discards K steps of the stream before step S of the run. Mixture stages count steps of the
-run: if a stage also starts at S, the discarded rows belong to the new stage.
+The rows of a mixture form one stream. Without skips, the run reads all of it. A skip of K steps at step S discards,
+before step S of the run, the rows of K steps: those that the steps S to S + K - 1 would have read without it. Mixture
+stages count steps of the run: if a stage also starts at S, the discarded rows belong to the new stage.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+from llama_ds.config.batch_stages import Batches
+
+ONE_ROW = Batches((1,))  # with it, rows and steps have one number
 
 
 @dataclass(frozen=True)
@@ -23,22 +27,27 @@ class Skip:
 class Skips:
     """All skips of a run, by step."""
 
-    def __init__(self, skips: Sequence[Skip] = ()) -> None:
+    def __init__(self, skips: Sequence[Skip] = (), batches: Batches = ONE_ROW) -> None:
         if any(s.step < 0 or s.steps <= 0 for s in skips) or any(b.step <= a.step for a, b in pairwise(skips)):
             raise ValueError("skips must cover one step or more and be in ascending order of steps")
-        self.all = tuple(skips)
+        self.all, self._batches = tuple(skips), batches
 
-    def position(self, step: int) -> int:
-        """Return the step of the stream that `step` of the run reads."""
-        return step + sum(skip.steps for skip in self.all if skip.step <= step)
+    def position(self, row: int) -> int:
+        """Return the row of the stream that is number `row` of the run."""
+        first_row = self._batches.first_row
+        return row + sum(self._discarded(skip) for skip in self.all if first_row(skip.step) <= row)
 
     def end(self, step: int) -> int:
-        """Return the stream position after the steps before `step` of the run, in steps."""
-        return step + sum(skip.steps for skip in self.all if skip.step < step)
+        """Return the row of the stream after those of the steps before `step` of the run."""
+        return self._batches.first_row(step) + sum(self._discarded(skip) for skip in self.all if skip.step < step)
 
     def windows(self, step: int) -> list[tuple[int, int]]:
-        """Return the [first, last) ranges of stream steps that the run has skipped before `step`."""
-        return [(self.end(skip.step), self.position(skip.step)) for skip in self.all if skip.step < step]
+        """Return the [first, last) ranges of rows of the stream that the run has skipped before `step`."""
+        ends = [(skip, self.end(skip.step)) for skip in self.all if skip.step < step]
+        return [(end, end + self._discarded(skip)) for skip, end in ends]
+
+    def _discarded(self, skip: Skip) -> int:
+        return self._batches.first_row(skip.step + skip.steps) - self._batches.first_row(skip.step)
 
 
 def unmade(asked: Sequence[Skip], made: Sequence[Skip], step: int) -> list[Skip]:

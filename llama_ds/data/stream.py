@@ -7,10 +7,12 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import gcd
 
 import numpy as np
 
+from llama_ds.config.batch_stages import batches_of
 from llama_ds.config.row_stages import at_stage, length_begins, stage_steps
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.filler import count_labels, mark_filler, plain_ids
@@ -58,18 +60,17 @@ class Dataset:
     def rows(self, start: int = 0, count: int | None = None) -> Iterator[TokenRow]:
         """Return an iterator over `count` rows of the run from row number `start` on, in the order of `Order.rows`.
 
-        Step s trains on the rows s * global_batch .. (s + 1) * global_batch. `count` None: all rows up to the end of
-        the run.
+        `Order` says which step trains on a row. `count` None: all rows up to the end of the run.
 
         Raises:
             UserError: the run has no such rows; during iteration, a shard is missing or damaged.
         """
-        begin, total = self.first_step * self.order.global_batch, self.steps * self.order.global_batch
+        begin, total = map(self.order.batches.first_row, (self.first_step, self.steps))
         stop = total if count is None else start + count
         if not begin <= start <= stop <= total:
             raise UserError(
-                f"rows from {start} to {stop}: the run has the rows {begin} to {total}, training.steps {self.steps} "
-                f"times training.global_batch {self.order.global_batch}; ask for some of these"
+                f"rows from {start} to {stop}: the run has the rows {begin} to {total} in steps {self.first_step} to "
+                f"{self.steps} (training.steps); ask for some of these"
             )
         return self._rows(start, stop)
 
@@ -89,8 +90,7 @@ class Dataset:
 
     def labels(self, step: int) -> int:
         """Return the number of labels, without filler, in all rows of a step."""
-        rows = self.order.rows(step * self.order.global_batch, self.order.global_batch)
-        return int(self._labels(rows).sum())
+        return int(self._labels(self.order.rows_of(step)).sum())
 
     def consumed(self, step: int) -> dict[str, tuple[int, float]]:
         """Return the (rows, epochs) of each source that the steps before `step`, with rows of this length, have read.
@@ -127,7 +127,8 @@ class Dataset:
     def fingerprint(self) -> int:
         """A 62-bit hash that is equal on two ranks if they read the same rows of the same sources."""
         sources = [(s.name, s.rows, s.tokenizer_sha256) for s in self.sources.train]
-        order = [self.order.seed, self.order.global_batch, self.order.names, self.state.as_json()]
+        batches = asdict(self.order.batches)
+        order = [self.order.seed, batches, self.order.names, self.state.as_json()]
         text = json.dumps([sources, order], sort_keys=True)
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 2
 
@@ -150,9 +151,9 @@ class Dataset:
             )
 
     def _rows(self, start: int, stop: int) -> Iterator[TokenRow]:
-        batch = self.order.global_batch
-        for first in range(start, stop, batch):
-            found = self.order.rows(first, min(batch, stop - first))
+        batches, first = self.order.batches, start
+        while first < stop:
+            found = self.order.rows(first, min(batches.of(batches.step_of(first)), stop - first))
             try:
                 read = self.read(found)
             except BadFile as error:
@@ -163,8 +164,9 @@ class Dataset:
             for number, (source, epoch, row, ids) in enumerate(zip(*columns, read, strict=True), first):
                 name, labels = self.order.names[source], count_labels(ids[None])
                 yield TokenRow(
-                    number, number // batch, name, epoch, row, plain_ids(ids), labels, self.sources.tokenizer
+                    number, batches.step_of(number), name, epoch, row, plain_ids(ids), labels, self.sources.tokenizer
                 )
+            first += len(found.row)
 
 
 def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, checkpoint: str = "") -> Dataset:
@@ -179,20 +181,21 @@ def open_data(run: RunConfig, past: DataState | None = None, step: int = 0, chec
         UserError: the data does not fit the run, which would otherwise fail later or train on other data.
     """
     run = at_stage(run, step)
-    first, end = length_begins(run, step), stage_steps(run, step).stop
+    first, end = length_begins(run, step), stage_steps(run, step).stop if run.data.stages else run.training.steps
     sources = open_sources(run.data, run.model.vocab_size)
     names = [source.name for source in run.data.sources]
     geometry = {name: source.geometry for name, source in zip(names, sources.train, strict=True)}
     for name, split in geometry.items():
         if not split.rows:
             raise UserError(f"data.sources: {name} has no training rows; leave it out, or build it from more text")
-    state = planned(run.data, run.training.global_batch * run.data.seq_len, geometry)
+    batches = batches_of(run.training)
+    state = planned(run.data, batches, geometry)
     if past and first == step > 0:
         state = lengthened(past, state, step, checkpoint)
     elif past:
         reread = [source.name for source in run.data.sources if source.reread]
         state = continued(past, state, step, checkpoint, reread)
-    order = state.order(run.seed, run.training.global_batch)
+    order = state.order(run.seed, batches)
     _check_epochs(run, order)
     dataset = Dataset(sources, order, state, end, first)
     dataset.replace([], run.data.max_bad_shards)
@@ -226,7 +229,7 @@ class Reader:
         Raises:
             UserError: the rows of a step cannot be divided into these shares and micro-batches.
         """
-        batch = dataset.order.global_batch
+        batch = gcd(*dataset.order.batches.rows)
         if not 0 <= dp_rank < dp_size or micro_batch < 1 or batch % (dp_size * micro_batch):
             raise UserError(
                 f"Reader: dp_rank {dp_rank} of dp_size {dp_size} with micro_batch {micro_batch}: training.global_batch "
@@ -263,8 +266,7 @@ class Reader:
         """Yield the micro-batches of all steps, int32 (micro_batch, seq_len + 1), as soon as they may be read.
 
         Filler is marked (`data/filler.py`); `training.device_batches.ids_and_labels` makes inputs and labels of it.
-        Step s consists of the rows s * global_batch .. (s + 1) * global_batch of the order (`Order.at`): the same rows
-        under every layout.
+        A step consists of the same rows of the order (`Order.at`) under every layout.
         """
         for step in self._steps:
             with self._may_read:
@@ -321,7 +323,7 @@ def _check_epochs(run: RunConfig, order: Order) -> None:
             continue
         raise UserError(
             f"data.sources: {source.name} states epochs = {source.epochs:g}, but {rows} of the run's "
-            f"{run.training.steps * run.training.global_batch} rows, from the shards of {source.path}, "
+            f"{order.batches.first_row(run.training.steps)} rows, from the shards of {source.path}, "
             f"are {epochs:.3g}; set epochs to {epochs:.3g}, or change the weight, the steps or the source"
         )
 

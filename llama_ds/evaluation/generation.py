@@ -163,7 +163,8 @@ def decode(
             running.append(RunningBatch(waiting.popleft()))
         # Without prompts of its own a rank computes a token that nobody reads.
         batches = running or [RunningBatch([Prompt(-1, (fill,), 1)])]
-        passes = [batch.next_pass(decoder.context, decoder.device, decoder.dtype, fill) for batch in batches]
+        with decoder.context.whole_rows():  # positions are those of whole rows
+            passes = [batch.next_pass(decoder.context, decoder.device, decoder.dtype, fill) for batch in batches]
         tokens = decoder.next_tokens(passes)
         for batch, chosen in zip(running, tokens, strict=False):
             done = batch.take(chosen.tolist(), ended)

@@ -75,7 +75,7 @@ class Scorer:
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer) -> None:
         self.backend, self.tokenizer = backend, tokenizer
-        self._said = ""  # why requests were in plain rows
+        self._said_plain = False  # whether the reason for plain rows has been logged
 
     @cached_property
     def generator(self) -> TextGenerator:
@@ -114,7 +114,7 @@ class Scorer:
         for branches in (False, True):
             chosen = [request for request in distinct if (len(request.ids) <= limit) == branches]
             if chosen and not branches:
-                self._say_plain(len(chosen))
+                self._say_plain()
             rows_of = self._branched if branches else self._plain
             for tokens, rows in sorted(rows_of(chosen).items(), reverse=True):
                 ranks = shape.ranks if branches else shape.dp
@@ -137,12 +137,12 @@ class Scorer:
         lengths = row_lengths(shape.seq_len, shape.multiple, shape.few_lengths) if shape.any_length else [shape.seq_len]
         return padded(requests, lengths, shape.marks.eos)
 
-    def _say_plain(self, count: int) -> None:
+    def _say_plain(self) -> None:
         shape = self.backend.shape
-        why = shape.unbranched or f"they are longer than {shape.longest_branched} tokens"
-        if why != self._said:
-            logger.info("evaluation: %d requests share no common prefixes: %s", count, why)
-            self._said = why
+        if not self._said_plain:
+            why = shape.unbranched or f"some requests have more than {shape.longest_branched} tokens"
+            logger.info("evaluation: rows without shared prefixes: %s", why)
+            self._said_plain = True
 
 
 def sums(rows: Sequence[PackedRow], losses: Tensor, greedy: Tensor) -> dict[int, Score]:

@@ -25,7 +25,7 @@ PHASES = {  # in the order of reports, with their meaning
     DATA_WAIT: "steps wait for data (data_wait_s of metrics.jsonl)",
     "saving": "checkpoints, as far as they block the training",
     "evaluating": "validation loss",
-    "tasks": "benchmarks during the run",
+    "tasks": "benchmarks and samples during the run",
     "ending": "from the last step to the exit",
     LOST: "steps that were computed again after a restart, and the unfinished step of a failure",
     DETECT: "from the last sign of life of the failed rank until the ranks are ended",
@@ -77,6 +77,7 @@ class Goodput:
     running_s: float  # time from the starts of attempts to their failures
     gpu_days: float  # the same times the ranks
     step_time_s: float  # sum of the times of the run's steps by metrics.jsonl, a check of `phases`
+    recoveries: Sequence[float]  # times from a failure to the first step after it, in the same job
     unmarked: int  # attempts whose ranks joined but that have no progress events
     damaged: Mapping[str, int] = field(default_factory=dict)  # unreadable lines by file
 
@@ -99,6 +100,11 @@ class Goodput:
         """Mean time between failures, None before the first one."""
         return self.running_s / self.failures if self.failures else None
 
+    @property
+    def median_recovery_s(self) -> float | None:
+        """Median time from a failure to the first step after it, None without one."""
+        return statistics.median(self.recoveries) if self.recoveries else None
+
     def sliding(self, window_s: float) -> float:
         """Return the share of effective training time in the last `window_s` seconds of the jobs' time."""
         effective = total = 0.0
@@ -119,17 +125,17 @@ def goodput(run: Records, half_life_s: float) -> Goodput:
     attempts, jobs, wrong = attempts_of(run.events)
     kept = _kept(attempts)
     steps_s, wait_s, step_s = _by_metrics(run.curves)
-    spans, lost = list[TimeSpan](), list[int]()
+    by_job, lost = defaultdict[str, list[TimeSpan]](list), list[int]()
     cause = before = ""
     for attempt, until in zip(attempts, kept, strict=True):
         cause = cause if attempt.job == before else ""
         before = attempt.job
-        spans += _spans(attempt, until, cause, step_s)
+        by_job[attempt.job] += [span for span in _spans(attempt, until, cause, step_s) if span.seconds > 0]
         done = attempt.marks[-1].step if attempt.marks else 0
         first = attempt.marks[0].step if attempt.marks else 0
         lost.append(max(done - max(until, first), 0))
         cause = attempt.kind if attempt.kind not in AS_ASKED else ""
-    spans = _with_data_wait([span for span in spans if span.seconds > 0], wait_s)
+    spans = _with_data_wait([span for job in by_job.values() for span in job], wait_s)
     phases = {name: sum(span.seconds for span in spans if span.phase == name) for name in PHASES}
     incidents = [attempt for attempt in attempts if attempt.kind and attempt.kind not in AS_ASKED]
     now = max((end for _, end in jobs.values()), default=0.0)
@@ -148,6 +154,7 @@ def goodput(run: Records, half_life_s: float) -> Goodput:
         running_s=sum(seconds for seconds, _ in running),
         gpu_days=sum(seconds * world for seconds, world in running) / 86400,
         step_time_s=steps_s,
+        recoveries=[seconds for job in by_job.values() for seconds in _recoveries(job)],
         unmarked=sum(a.joined is not None and not a.marks for a in attempts),
         damaged=damaged,
     )
@@ -268,13 +275,12 @@ def _causes(
     return dict(sorted(found.items(), key=lambda pair: -pair[1].seconds))
 
 
-def median_recovery_s(run: Goodput) -> float | None:
-    """Return the median time from a failure to the first step after it, None without one."""
-    times, current = list[float](), 0.0
-    for span in run.spans:
+def _recoveries(job: Sequence[TimeSpan]) -> Iterator[float]:
+    """Yield the time from each failure of a job to the first step after it; none if the job gave up."""
+    current = 0.0
+    for span in job:
         if span.cause and span.phase != LOST:
             current += span.seconds
         elif span.phase == TRAINING and current:
-            times.append(current)
+            yield current
             current = 0.0
-    return statistics.median(times) if times else None

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_ds.experiments.goodput import PHASES, TRAINING, Goodput, TimeSpan, median_recovery_s
+from llama_ds.experiments.attempts import RecordedAttempt
+from llama_ds.experiments.goodput import PHASES, TRAINING, Goodput, TimeSpan
 
 COLOURS = dict(
     zip(
@@ -29,7 +30,6 @@ _MAX_ROWS = 62
 
 def as_data(run: Goodput, window_s: float) -> dict[str, Any]:
     """Return the accounts as plain data; times in seconds."""
-    recovery = median_recovery_s(run)
     return {
         "run": run.name,
         "jobs": run.jobs,
@@ -47,7 +47,7 @@ def as_data(run: Goodput, window_s: float) -> dict[str, Any]:
         "failures": run.failures,
         "mtbf_s": run.mtbf_s,
         "failures_per_gpu_day": run.failures / run.gpu_days if run.gpu_days else None,
-        "median_recovery_s": recovery,
+        "median_recovery_s": run.median_recovery_s,
         "strikes": {host: round(count, 3) for host, count in run.strikes.items()},
         "step_time_s": round(run.step_time_s, 3),
         "attempts_without_progress_events": run.unmarked,
@@ -72,7 +72,7 @@ def as_text(run: Goodput, window_s: float) -> str:
             for name, cause in run.causes.items()
         ]
     if run.mtbf_s is not None:
-        recovery = median_recovery_s(run)
+        recovery = run.median_recovery_s
         lines += [
             "",
             f"time between failures: {duration(run.mtbf_s)} on average"
@@ -93,6 +93,11 @@ def remarks(run: Goodput) -> list[str]:
             f"{run.unmarked} attempts have no progress events: their launcher was older; their time counts as restore"
         )
     return found
+
+
+def in_a_word(attempt: RecordedAttempt) -> str:
+    """Return how an attempt ended, at which step and on which hosts."""
+    return f"{attempt.kind} at step {attempt.step}" + (f": {', '.join(attempt.hosts)}" if attempt.hosts else "")
 
 
 def duration(seconds: float) -> str:
@@ -137,7 +142,7 @@ def timeline(run: Goodput, window_s: float) -> str:
     for attempt in run.incidents:
         row, x = divmod((attempt.stopped - begin) / length * _WIDTH, _WIDTH)
         y = int(_TOP + min(row, rows - 1) * _ROW)
-        words = f"{attempt.kind} at step {attempt.step}" + (f": {', '.join(attempt.hosts)}" if attempt.hosts else "")
+        words = in_a_word(attempt)
         parts.append(f'<text x="{_LEFT + x - 5:.1f}" y="{y + 2}" font-size="10">▼<title>{escape(words)}</title></text>')
     return "\n".join([*parts, *_legend(run, _TOP + rows * _ROW + 24), "</svg>\n"])
 

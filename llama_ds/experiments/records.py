@@ -1,5 +1,5 @@
-"""What a run has recorded in its folder: metrics.jsonl, tasks.jsonl, run.yaml, machines.jsonl and the event
-logs of its jobs.
+"""What a run has recorded in its folder: metrics.jsonl, tasks.jsonl, samples.jsonl, warnings.jsonl, run.yaml,
+machines.jsonl and the event logs of its jobs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE
+from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE, SAMPLES, WARNINGS
 from llama_ds.config.text import read_yaml
 from llama_ds.errors import UserError
 
@@ -37,6 +37,8 @@ class Records:
     curves: Mapping[str, Curve]  # by the name that metrics.jsonl gives them
     machines: Sequence[Mapping[str, Any]]  # a line for each start
     events: Sequence[Mapping[str, Any]]  # all jobs' events by time, each with its job's number
+    warnings: Sequence[Mapping[str, Any]]  # what the first rank warned of: step, time, text
+    samples: Sequence[Mapping[str, Any]]  # continuations of prompts: step, prompt, text
     norms: Sequence[Mapping[str, Any]]  # the lines of metrics.jsonl that have norms of weights
     damaged: Mapping[str, int]  # lines that could not be read, by file; a last line without its end is no damage
 
@@ -75,14 +77,19 @@ def read_run(folder: str) -> Records:
         events += [{**line, "job": path.parent.name} for line in lines]
     norms: list[Mapping[str, Any]] = []
     steps = _with_norms_kept(_lines(root / METRICS, "step", damaged), norms)
-    machines = _lines(root / MACHINES, "step", damaged) if (root / MACHINES).is_file() else []
+    machines, samples, warnings = (
+        list(_lines(root / name, "step", damaged)) if (root / name).is_file() else []
+        for name in (MACHINES, SAMPLES, WARNINGS)
+    )
     return Records(
         name=os.path.basename(os.path.realpath(folder)),
         folder=folder,
         config=config,
         curves=_with_followed(curves_of(steps), root / FOLLOWED, damaged),
-        machines=list(machines),
+        machines=machines,
         events=sorted(events, key=lambda event: event["time"]),
+        warnings=[line for line in warnings if _is_number(line.get("time"))],
+        samples=[line for line in samples if all(isinstance(line.get(key), str) for key in ("prompt", "text"))],
         norms=norms,
         damaged=damaged,
     )

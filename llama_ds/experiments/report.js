@@ -14,6 +14,12 @@ function numbers(text, Kind) {
   return new Kind(bytes.buffer);
 }
 
+// The failures of a run, as a curve without values: places on the axis.
+function marksOf(run) {
+  if (!run.marked) run.marked = { steps: run.marks.map(([step]) => step), xs: {} };
+  return places(run, run.marked);
+}
+
 function decode(run) {
   const axes = run.axes.map((text) => numbers(text, Float64Array));
   const wide = new Set(["tokens", "training hours"]);
@@ -135,7 +141,11 @@ function makeChart(panel) {
   };
   let from = null;
   canvas.onpointerdown = (event) => { from = xAt(event); canvas.setPointerCapture(event.pointerId); };
-  canvas.onpointermove = (event) => { state.pointer = { x: xAt(event), from }; draw(); };
+  canvas.onpointermove = (event) => {
+    state.pointer = { x: xAt(event), from };
+    canvas.title = marksNear(state.pointer.x);
+    draw();
+  };
   canvas.onpointerup = (event) => {
     const to = xAt(event), [low, high] = shownRange();
     if (from !== null && Math.abs(to - from) > (high - low) / 100) state.range = [Math.min(from, to), Math.max(from, to)];
@@ -146,6 +156,15 @@ function makeChart(panel) {
   canvas.onpointerleave = () => { if (from === null) { state.pointer = null; draw(); } };
   canvas.ondblclick = () => { state.range = null; draw(); };
   return [box, chart];
+}
+
+// What failed at a place, to be read when the pointer rests there.
+function marksNear(x) {
+  const [low, high] = shownRange(), found = [];
+  for (const run of data.runs) marksOf(run).forEach((at, i) => {
+    if (Math.abs(at - x) < (high - low) / 100) found.push(run.name + ": " + run.marks[i][1]);
+  });
+  return found.slice(0, 8).join("\n");
 }
 
 function fullRange() {
@@ -211,6 +230,17 @@ function drawChart(chart, range, style) {
   for (const line of lines) {
     if (line.ys !== line.curve.values) stroke(pen, line, line.curve.values, of, px, py, 0.25);
     stroke(pen, line, line.ys, of, px, py, 1);
+  }
+  for (const [r, run] of data.runs.entries()) {
+    pen.fillStyle = data.runs.length === 1 ? style.dim : COLOURS[r % COLOURS.length];
+    for (const at of marksOf(run)) {
+      const x = px(at);
+      pen.beginPath();
+      pen.moveTo(x - 4, foot);
+      pen.lineTo(x + 4, foot);
+      pen.lineTo(x, foot - 7);
+      pen.fill();
+    }
   }
   if (state.pointer) mark(pen, chart, of, px, py, foot, style);
   else for (const line of lines) {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from statistics import median
 from typing import Any
 
 from llama_ds.config.differences import differences, shown
+from llama_ds.experiments.goodput import PHASES, TRAINING, Goodput, goodput
+from llama_ds.experiments.goodput_report import in_a_word, remarks, timeline
 from llama_ds.experiments.norm_map import heat_map
 from llama_ds.experiments.records import Curve, Records, training_hours
 from llama_ds.launch.supervise.norm_rises import first_rise, in_words, spikes
@@ -33,21 +35,27 @@ PANELS = (  # title, unit, factor, names; a name that ends in / stands for all t
 NO_PANEL = {"tokens", "tokens_per_s", "step_s", "val_perplexity", "val_tokens", "tasks_tokens", HOURS}
 NO_PANEL_OF = ("tasks_stderr/", "tasks_share/", "tasks_truncated/", "val_tokens/")
 TASK = "tasks/"
-NORM_KINDS = ("gradient", "update", "weight")
+NORM_KINDS = ("gradient", "update", "weight", "activation")
+WINDOW_S, HALF_LIFE_S = 86400.0, 7 * 86400.0  # as in `tools/launch.py report`
+MAX_EVENTS = 1000  # largest number of a run on the page
+MAX_SAMPLES = 400  # lines of samples on the page, evenly over the run
 
 
 def page_data(runs: Sequence[Records], power_w: float | None = None) -> dict[str, Any]:
     """Return all that the page shows; `power_w` is the power of a GPU in watts, for the energy."""
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
+    accounts = [(run, _accounts(run)) for run in runs]
     return {
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "notes": list(notes(runs)),
         "panels": list(panels(names)),
-        "runs": [_run(run, power_w) for run in runs],
+        "runs": [_run(run, power_w, found) for run, found in accounts],
         "tasks": _tasks(runs),
+        "samples": [row for run in runs for row in _samples(run)],
+        "goodput": [_goodput(run, found) for run, found in accounts if found],
         "differences": setting_differences(runs),
         "norms": [_norms(run) for run in runs if run.norms],
-        "events": [_event(run, event) for run in runs for event in run.events if event.get("event") != "progress"],
+        "events": [row for run in runs for row in _events(run)],
     }
 
 
@@ -82,7 +90,7 @@ def panels(names: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield {"title": title, "unit": "", "factor": 1, "names": found}
 
 
-def facts(run: Records, power_w: float | None = None) -> Iterator[tuple[str, str]]:
+def facts(run: Records, power_w: float | None = None, accounts: Goodput | None = None) -> Iterator[tuple[str, str]]:
     """Yield what a table says of a run: (name, value)."""
     total = run.config.get("training", {}).get("steps")
     last = max((curve.steps[-1] for curve in run.curves.values() if curve.steps), default=0)
@@ -108,7 +116,7 @@ def facts(run: Records, power_w: float | None = None) -> Iterator[tuple[str, str
     hours = training_hours(run.curves).values
     if hours:
         yield "Time of steps", _duration(hours[-1])
-    yield from _jobs(run, hours[-1] if hours else 0.0)
+    yield from _jobs(run, hours[-1] if hours else 0.0, accounts)
     yield from _machines(run, hours[-1] if hours else 0.0, power_w)
 
 
@@ -127,7 +135,7 @@ def _validation(run: Records) -> Iterator[tuple[str, str]]:
         yield f"Validation loss of {name}", ", ".join(texts)
 
 
-def _jobs(run: Records, hours: float) -> Iterator[tuple[str, str]]:
+def _jobs(run: Records, hours: float, accounts: Goodput | None) -> Iterator[tuple[str, str]]:
     """Yield the time of supervised jobs and the share of it that went into steps that count."""
     if not run.events:
         return
@@ -136,7 +144,10 @@ def _jobs(run: Records, hours: float) -> Iterator[tuple[str, str]]:
         times.setdefault(event["job"], []).append(event["time"])
     wall = sum(max(found) - min(found) for found in times.values()) / 3600
     yield "Time of jobs", f"{_duration(wall)} in {len(times)}"
-    if 0 < hours <= wall:
+    if accounts:
+        yield "Effective training time", f"{accounts.effective:.1%} of it"
+        yield "Lost steps", f"{accounts.lost_steps:,}"
+    elif 0 < hours <= wall:
         yield "Share of it in steps that count", f"{hours / wall:.1%}"
     yield "Restarts", str(sum(event.get("event") == "restart" for event in run.events))
 
@@ -171,7 +182,7 @@ def _code(code: object) -> str:
     )
 
 
-def _run(run: Records, power_w: float | None) -> dict[str, Any]:
+def _run(run: Records, power_w: float | None, accounts: Goodput | None) -> dict[str, Any]:
     curves = {**run.curves, HOURS: training_hours(run.curves)}
     axes: dict[tuple[int, ...], int] = {}
     encoded = {}
@@ -182,7 +193,8 @@ def _run(run: Records, power_w: float | None) -> dict[str, Any]:
     return {
         "name": run.name,
         "folder": run.folder,
-        "facts": list(facts(run, power_w)),
+        "facts": list(facts(run, power_w, accounts)),
+        "marks": [[one.step, in_a_word(one)] for one in accounts.incidents] if accounts else [],
         "axes": [_encoded("d", axis) for axis in axes],
         "curves": encoded,
         "config": run.config,
@@ -208,12 +220,44 @@ def _tasks(runs: Sequence[Records]) -> list[dict[str, Any]]:
     return found
 
 
+def _samples(run: Records) -> list[dict[str, Any]]:
+    """Return the samples of a run, the newest first; of many steps, some that are evenly spread and the last."""
+    steps = sorted({line["step"] for line in run.samples}, reverse=True)
+    prompts = max(1, len({line["prompt"] for line in run.samples}))
+    stride = max(1, -(-len(steps) * prompts // MAX_SAMPLES))
+    chosen = set(steps[::stride])
+    rows = [{"run": run.name, **{key: line[key] for key in ("step", "prompt", "text")}} for line in run.samples]
+    return sorted((row for row in rows if row["step"] in chosen), key=lambda row: -row["step"])
+
+
+def _accounts(run: Records) -> Goodput | None:
+    """Return where the time of a supervised run went, None if its events do not say when it trained."""
+    found = goodput(run, HALF_LIFE_S) if run.events else None
+    return found if found and found.phases.get(TRAINING) else None
+
+
+def _goodput(run: Records, found: Goodput) -> dict[str, Any]:
+    return {
+        "run": run.name,
+        "phases": [
+            [name, _duration(seconds / 3600), f"{seconds / found.wall_s:.1%}", PHASES[name]]
+            for name, seconds in found.phases.items()
+        ],
+        "causes": [
+            [name, str(cause.count), f"{cause.lost_steps:,}", _duration(cause.seconds / 3600)]
+            for name, cause in found.causes.items()
+        ],
+        "remarks": [line for line in remarks(found) if line.partition(":")[0] not in run.damaged],
+        "timeline": timeline(found, WINDOW_S),
+    }
+
+
 def _norms(run: Records) -> dict[str, Any]:
     """Return the heat maps of a run's norms, and what rose before each of its loss spikes."""
     losses = run.curves.get("loss", Curve((), ()))
     return {
         "run": run.name,
-        "maps": [heat_map(run.norms, kind) for kind in NORM_KINDS],
+        "maps": [heat_map(run.norms, kind) for kind in NORM_KINDS if kind in run.norms[-1]["norms"]],
         "spikes": [
             f"loss spike at step {spike.step:,}, {spike.loss:.4f} after {spike.before:.4f}: "
             f"{in_words(first_rise(run.norms, spike.step))}"
@@ -232,13 +276,25 @@ def setting_differences(runs: Sequence[Records]) -> list[list[str]]:
     return rows
 
 
-def _event(run: Records, event: Any) -> dict[str, Any]:
-    what = str(event.get("event", ""))
+def _events(run: Records) -> list[dict[str, Any]]:
+    """Return the events of a run's jobs and its warnings by time; of very many, the last ones."""
+    found = [event for event in run.events if event.get("event") != "progress"]
+    found += [{**line, "event": "warning", "job": ""} for line in run.warnings]
+    found.sort(key=lambda event: event["time"])
+    left = [{"time": 0, "at": "", "job": "", "text": f"{len(found) - MAX_EVENTS:,} earlier ones are left out"}]
+    return [_event(run, event) for event in [*(left if len(found) > MAX_EVENTS else []), *found[-MAX_EVENTS:]]]
+
+
+def _event(run: Records, event: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        time = datetime.fromtimestamp(event["time"], timezone.utc).isoformat(timespec="seconds")
+    except (ValueError, OverflowError, OSError):  # no year has it
+        time = str(event["time"])
     return {
         "run": run.name,
-        "at": str(event.get("at", event["time"])),
+        "at": str(event.get("at", time)),
         "job": event["job"],
-        "event": what,
+        "event": str(event.get("event", "")),
         "step": event.get("step"),
         "text": str(event.get("text", "")),
     }

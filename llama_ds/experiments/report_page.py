@@ -23,7 +23,7 @@ def page(data: Mapping[str, Any], live_s: int = 0) -> str:
     live = f' data-live="{live_s}"' if live_s else ""
     curves = {
         "panels": data["panels"],
-        "runs": [{k: run[k] for k in ("name", "axes", "curves")} for run in data["runs"]],
+        "runs": [{k: run[k] for k in ("name", "axes", "curves", "marks")} for run in data["runs"]],
     }
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -51,12 +51,21 @@ def _rest(data: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     parts = []
     if data["tasks"]:
         parts += ["<h2>Benchmarks, last results</h2>", _tasks(data["tasks"], names)]
+    if data["samples"]:
+        parts += ["<h2>Samples</h2>", '<div class="scroll">', _samples(data["samples"]), "</div>"]
     for found in data["norms"]:
         parts.append(f"<h2>Norms of layers of {escape(found['run'])}</h2>")
         parts += [f'<p class="note">{escape(text)}</p>' for text in found["spikes"]]
         parts += [f'<div class="scroll">{svg}</div>' for svg in found["maps"]]
+    for found in data["goodput"]:
+        parts.append(f"<h2>Where the time of {escape(found['run'])} went</h2>")
+        parts += [f'<p class="note">{escape(text)}</p>' for text in found["remarks"]]
+        parts.append(_plain_table(("phase", "time", "share", ""), found["phases"]))
+        if found["causes"]:
+            parts.append(_plain_table(("failure", "count", "lost steps", "time"), found["causes"]))
+        parts.append(f'<div class="scroll">{found["timeline"]}</div>')
     if data["events"]:
-        parts += ["<h2>Events of jobs</h2>", '<div class="scroll">', _events(data["events"]), "</div>"]
+        parts += ["<h2>Events and warnings</h2>", '<div class="scroll">', _events(data["events"]), "</div>"]
     if data["differences"]:
         rows = [[escape(cell) for cell in row] for row in data["differences"]]
         parts += ["<h2>Settings that differ</h2>", _table(["", *map(escape, names)], rows)]
@@ -87,6 +96,23 @@ def _tasks(results: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
             shown.append("" if row is None else f"{100 * row['accuracy']:.1f}{error} at step {row['step']:,}")
         rows.append([escape(task), *shown])
     return _table(["", *map(escape, names)], rows)
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of continuations; the prompt is dimmed, and white space is kept."""
+    rows = [
+        [
+            escape(row["run"]),
+            f"{row['step']:,}",
+            f'<span class="text"><i>{escape(row["prompt"])}</i>{escape(row["text"])}</span>',
+        ]
+        for row in samples
+    ]
+    return _table(("run", "step", "prompt and continuation"), rows)
+
+
+def _plain_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return _table(head, [[escape(cell) for cell in row] for row in rows])
 
 
 def _events(events: Sequence[Mapping[str, Any]]) -> str:

@@ -19,6 +19,8 @@ from enum import IntEnum
 from types import FrameType
 from typing import Any, NoReturn
 
+from llama_ds.job.run_end import RunEnd
+
 # Variables in which launchers pass a process its rank; that of DeepSpeed and torchrun comes first.
 RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID")
 # torchrun, MPICH and Intel MPI pass the signal that they receive on to their ranks; all others send SIGTERM for any.
@@ -28,6 +30,7 @@ _PASS_ON_THE_SAME = ("TORCHELASTIC_RUN_ID", "PMI_RANK")
 WARNINGS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU)
 COPY_S = 5.0  # time after a signal in which launchers may send their copies of it
 JOIN_S = 5.0  # time that ranks have to join after a request to end
+CLOSE_S = 10.0  # time to close outputs before a process ends by an error or at once
 
 
 def warnings_heard() -> list[signal.Signals]:
@@ -66,6 +69,7 @@ class Requests:
         self._received: list[tuple[int, float]] = []  # signals that ask for an end, with their times
         self._lock = threading.RLock()
         self._before: dict[int, Any] = {}
+        self._close: Callable[[RunEnd], object] | None = None
 
     def listen(self) -> None:
         """Handle the signals from now on, unless it does. Call it from the main thread.
@@ -115,6 +119,23 @@ class Requests:
                 timer = threading.Timer(JOIN_S, self._end_if_joining, (code, farewell))
                 timer.daemon = True
                 timer.start()
+
+    def before_end(self, close: Callable[[RunEnd], object]) -> None:
+        """Call `close` before this process ends by an error or at once: the exit skips atexit handlers."""
+        self._close = close
+
+    def close_outputs(self, end: RunEnd) -> None:
+        """Close what `before_end` was given, within `CLOSE_S`; requests to end no longer matter.
+
+        It runs in a thread, because a signal may have interrupted the main thread while it held a lock of an output.
+        """
+        with self._lock:  # whoever comes second waits for the end of the process
+            close, self._close = self._close, None
+            if close:
+                self.enter(Stage.FINISHED)
+                thread = threading.Thread(target=close, args=(end,), name="last outputs", daemon=True)
+                thread.start()
+                thread.join(CLOSE_S)
 
     @property
     def highest(self) -> Request:
@@ -187,6 +208,7 @@ class Requests:
 
     def _leave(self, text: str, code: int) -> NoReturn:
         self._say(text)
+        self.close_outputs(RunEnd.INTERRUPTED)
         os._exit(code)
 
     def _say(self, text: str) -> None:

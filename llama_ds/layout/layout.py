@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llama_ds.config.numbers import near_divisors, near_multiples
-from llama_ds.config.row_stages import stage_runs
+from llama_ds.config.row_stages import stage_runs, stages_key
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError, listed
 from llama_ds.layout.axes import Axes
@@ -43,11 +43,14 @@ def resolve_layout(run: RunConfig, world: int) -> Layout:
     Raises:
         UserError: A size does not divide; the message lists sizes that do.
     """
-    for stage in stage_runs(run) if run.data.stages else ():
+    for stage in stage_runs(run) if stages_key(run) else ():
         try:
-            _check_evaluation(stage, _resolve(stage, world))
+            layout = _resolve(stage, world)
+            if run.data.stages:
+                _check_evaluation(stage, layout)
         except UserError as error:
-            raise UserError(f"{error} (in the stage of data.stages with rows of {stage.data.seq_len})") from None
+            what = f"rows of {stage.data.seq_len}" if run.data.stages else f"{stage.training.global_batch} rows"
+            raise UserError(f"{error} (in the stage of {stages_key(run)} with {what})") from None
     return _resolve(run, world)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
+ITERATIONS = 5  # of Newton and Schulz in a step
+
 
 @dataclass(frozen=True)
 class HeldMatrix:

@@ -1,19 +1,21 @@
 """Optimizer states of a weight, kinds and bytes, by the weight's role.
 
-Every state is fp32 and has the shape of its weight. The kinds have the names that DeepSpeed and torch use in
-checkpoints.
+Every state has the shape of its weight and is fp32, or bf16 where the run asks for it. The kinds have the names that
+DeepSpeed and torch use in checkpoints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from llama_ds.config.schema import OptimizerConfig
 from llama_ds.layout.weights import Role
 
-MASTER = "fp32"  # the master weight; in fp32 runs it is the weight itself
+MASTER = "fp32"  # the master weight; in fp32 runs, and with masters in bf16, it is the weight itself
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
-STATE_BYTES = 4
+COMPENSATION = "compensation"  # what a bf16 master lacks of the exact weight (Kahan)
+FP32_BYTES, BF16_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class OptimizerStates:
     """The states of one optimizer."""
 
     moments: Mapping[Role, tuple[str, ...]]  # kinds other than the master weight
+    bf16: frozenset[str] = frozenset()  # kinds that are bf16
 
     def kinds(self, role: Role) -> tuple[str, ...]:
         """Return the kinds of state of a weight with this role."""
@@ -32,15 +35,32 @@ class OptimizerStates:
 
     def nbytes(self, elements: Mapping[Role, int], weight_bytes: int) -> int:
         """Return the bytes of all states of weights with this many elements by role, stored in `weight_bytes` each."""
-        master = STATE_BYTES if weight_bytes < STATE_BYTES else 0
-        return sum(n * (master + STATE_BYTES * len(self.moments[role])) for role, n in elements.items())
+        master = 0 if weight_bytes == self._bytes(MASTER) else FP32_BYTES
+        return sum(n * (master + sum(map(self._bytes, self.moments[role]))) for role, n in elements.items())
+
+    def dtype_name(self, kind: str) -> str:
+        """Return torch's name of the dtype of a kind."""
+        return "bfloat16" if kind in self.bf16 else "float32"
+
+    def _bytes(self, kind: str) -> int:
+        return BF16_BYTES if kind in self.bf16 else FP32_BYTES
 
 
 ADAMW = OptimizerStates(dict.fromkeys(Role, (EXP_AVG, EXP_AVG_SQ)))
 MUON = OptimizerStates({**ADAMW.moments, Role.HIDDEN_MATRIX: (EXP_AVG,)})  # its momentum
-_BY_NAME = {"adamw": ADAMW, "muon": MUON}
+LION = OptimizerStates(dict.fromkeys(Role, (EXP_AVG,)))
+_BY_NAME = {"adamw": ADAMW, "muon": MUON, "lion": LION}
 
 
-def states_of(optimizer: str) -> OptimizerStates:
-    """Return the states of an optimizer by its name in a run file (`optimizer.name`)."""
-    return _BY_NAME[optimizer]
+def states_of(settings: OptimizerConfig) -> OptimizerStates:
+    """Return the states of a run's optimizer."""
+    return states_by_name(settings.name, settings.state_dtype, settings.masters)
+
+
+def states_by_name(name: str, state_dtype: str = "fp32", masters: str = "fp32") -> OptimizerStates:
+    """Return the states for the values of `optimizer.name`, `state_dtype` and `masters` in a run file."""
+    found = _BY_NAME[name]
+    if masters == "bf16_kahan":
+        found = replace(found, moments={role: (*kinds, COMPENSATION) for role, kinds in found.moments.items()})
+    own = [EXP_AVG] * (state_dtype == "bf16") + [MASTER, COMPENSATION] * (masters != "fp32")
+    return replace(found, bf16=frozenset(own))

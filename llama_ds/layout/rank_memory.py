@@ -1,9 +1,10 @@
 """Memory of a rank other than saved activations. An element of the run's dtype has e bytes.
 
 With P parameters on the rank: weights e P, gradients 4 P (fp32 buffers), and this rank's ZeRO-1 shard of the optimizer
-states. AdamW's take 8 P / (dp cp), or 12 P / (dp cp) in bf16 (Rajbhandari et al., arXiv 1910.02054, section 5), and
-Muon's 4 less for each element of a hidden matrix. Working memory is the larger of one layer's activations and their
-gradients, and the head's chunk of logits with its fp32 gradient; the buffers of pipeline messages come on top.
+states. AdamW's take 8 P / (dp cp), or 12 P / (dp cp) in bf16 (Rajbhandari et al., arXiv 1910.02054, section 5);
+`optimizer_states.py` has those of other optimizers and dtypes. Working memory is the larger of one layer's activations
+and their gradients, and the head's chunk of logits with its fp32 gradient; the buffers of pipeline messages come on
+top.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         working = max(2 * work.saved_bytes("none"), head if has_head else 0)
         # Buffers in each direction: posted receives, one send in flight and one being queued.
         messages = 2 * placement.chunks * (3 + schedule.extra_warmup) * message if layout.pp > 1 else 0
-        states = states_of(run.optimizer.name).nbytes(by_role, element_bytes) // layout.data_axis
+        states = states_of(run.optimizer).nbytes(by_role, element_bytes) // layout.data_axis
         found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages))
     return found
 

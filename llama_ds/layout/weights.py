@@ -127,13 +127,14 @@ OUTPUT = _row_parallel("self_attn.o_proj.weight", "hidden", "queries", "o_proj")
 UP = _column_parallel("mlp.up_proj.weight", "intermediate", "hidden", "up_proj")
 DOWN = _row_parallel("mlp.down_proj.weight", "hidden", "intermediate", "down_proj")
 GATE = _column_parallel("mlp.gate_proj.weight", "intermediate", "hidden", "gate_proj")
+QUERY_NORM = _head_norm("self_attn.q_norm.weight")
 
 EMBEDDING = Weight("weight", Role.EMBEDDING, ("vocab", "hidden"), cut=0, seed_name="embed")
 _LAYER = (  # in the order of the modules
     _norm("input_layernorm.weight"),
     *(row for matrix in (QUERY, KEY, VALUE) for row in (matrix, _bias(matrix, _has_qkv_bias))),
     *(OUTPUT, _bias(OUTPUT, _has_output_bias)),
-    *(_head_norm("self_attn.q_norm.weight"), _head_norm("self_attn.k_norm.weight")),
+    *(QUERY_NORM, _head_norm("self_attn.k_norm.weight")),
     _norm("post_attention_layernorm.weight"),
     *(row for matrix in (GATE, UP, DOWN) for row in (matrix, _bias(matrix, _has_mlp_bias))),
 )

@@ -1,4 +1,4 @@
-"""The stage of `data.stages` whose fullest rank needs the most memory."""
+"""The stage of a run whose fullest rank needs the most memory."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Documents:
         ends = lengths.cumsum()
         found = cls(torch.tensor(np.repeat(ends - lengths, lengths)[None], dtype=torch.int32, device=device))
         vars(found)["cumulative_lengths"] = torch.tensor([0, *ends], dtype=torch.int32, device=device)
-        found.longest = int(lengths.max(initial=0))
+        found.longest = int(lengths.max())
         return found
 
     @cached_property

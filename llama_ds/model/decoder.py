@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.schema import ModelConfig, TrainingConfig
+from llama_ds.layout.mup import initial_factor
 from llama_ds.layout.weights import Weight, bias_of, weight_of
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.cached_layer import cached_forward
@@ -59,9 +60,9 @@ class LayerContext:
         """Return this rank's shard of a weight with its initial values, which depend on `layer` except for norms.
 
         Matrices that write to the residual stream start smaller by a factor sqrt(2 L) (GPT-2, section 2.3), so that
-        its variance does not grow with depth.
+        its variance does not grow with depth. muP has a factor for hidden matrices.
         """
-        std = self.initializer_range
+        std = self.initializer_range * initial_factor(weight.role, self.model)
         if weight.residual_output:
             std /= (2 * self.model.num_hidden_layers) ** 0.5
         tp = self.tp

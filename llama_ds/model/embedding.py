@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ds.config.document_marks import DocumentMarks
+from llama_ds.layout.mup import inverse_width
 from llama_ds.layout.vocab_parts import own_rows
 from llama_ds.layout.weights import EMBEDDING
 from llama_ds.model.context_parallel import own_tokens
@@ -68,15 +69,17 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class FinalNorm(nn.Module):
-    """The norm before the head; it drops document_start."""
+    """The norm before the head, with muP's factor of the logits; it drops document_start."""
 
     def __init__(self, context: LayerContext) -> None:
         super().__init__()
         self.norm = context.norm("norm")
+        self.factor = inverse_width(context.model)
 
     def forward(self, inputs: Hidden) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        return self.norm(inputs[0] if isinstance(inputs, tuple) else inputs)
+        x = self.norm(inputs[0] if isinstance(inputs, tuple) else inputs)
+        return x if self.factor == 1 else x * self.factor
 
 
 Then = Callable[[Tensor, Tensor], Tensor]

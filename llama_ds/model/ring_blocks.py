@@ -136,7 +136,7 @@ class RingBlocks:
         if key not in documents.blocks:
             kernel = self._kernel("packed", q)
             documents.blocks[key] = (
-                [packed(step, documents, kernel)]
+                packed(step, documents, kernel)
                 if kernel
                 else [self._of_piece(piece, step, q, documents, number) for piece in pieces_of(step, documents.begins)]
             )
@@ -161,15 +161,15 @@ class RingBlocks:
     def _kernel(self, kind: str, q: Tensor) -> AttentionKernel | None:
         key = q.device, q.dtype, kind
         if key not in self._kernels:
-            make = (
-                packed_kernel(self.backend, q) if kind == "packed" else block_kernel(self.backend, q, kind == "causal")
+            dense = kind != "packed"
+            self._kernels[key] = (
+                block_kernel(self.backend, q, kind == "causal") if dense else packed_kernel(self.backend, q)
             )
-            self._kernels[key] = make
         return self._kernels[key]
 
 
-def packed(step: Step, documents: Documents, kernel: AttentionKernel) -> Block:
-    """Return a step's squares of all documents as one call of a kernel for packed documents."""
+def packed(step: Step, documents: Documents, kernel: AttentionKernel) -> list[Block]:
+    """Return a step's squares of all documents as one call of a kernel for packed documents; [] if there are none."""
     squares = np.array(
         [
             (row * step.length + square.start, len(square))
@@ -178,11 +178,13 @@ def packed(step: Step, documents: Documents, kernel: AttentionKernel) -> Block:
         ],
         dtype=np.int64,
     ).reshape(-1, 2)
+    if not len(squares):
+        return []
     starts, lengths = squares[:, 0], squares[:, 1]
     device = documents.start.device
     own = Documents.of_lengths(lengths, device)
     if step.source == step.rank:  # all tokens
-        return Block(Listed(None), Listed(None), kernel, own, whole=True)
+        return [Block(Listed(None), Listed(None), kernel, own, whole=True)]
     keys = np.arange(lengths.sum()) + np.repeat(starts - lengths.cumsum() + lengths, lengths)
     tokens = torch.tensor(keys, device=device)
-    return Block(Listed(tokens + step.shift), Listed(tokens), kernel, own)
+    return [Block(Listed(tokens + step.shift), Listed(tokens), kernel, own)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig, RopeScaling
 from llama_ds.config.section_rules import YARN_FAST, YARN_SLOW
+from llama_ds.layout.mup import scores_factor
 from llama_ds.model.context_parallel import ContextParallel, WholeRows, positions
 
 
@@ -111,7 +112,9 @@ class RotaryTables:
         return self._tables[key]
 
     def _compute(self, length: int) -> tuple[Tensor, Tensor]:
-        model, factor = self.model, attention_factor(self.model.rope_scaling)
+        model = self.model
+        # muP's factor of the scores is half on queries and half on keys, which all attention backends then compute.
+        factor = attention_factor(model.rope_scaling) * math.sqrt(scores_factor(model))
         tokens = length * self.cp.size
         frequencies = inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling, tokens)
         own = torch.arange(tokens) if self.cp.size == 1 else positions(tokens, self.cp, self.cp.rank)

@@ -1,4 +1,4 @@
-"""Norms of the gradient, weights and update of every weight, under every layout, without an extra synchronisation.
+"""Norms of the gradient, weights and update of every weight, and of activations, without an extra synchronisation.
 
 Around the optimizer's step each rank adds up the squares of the elements that it holds, each element of the model on
 one rank; one asynchronous all-reduce of these few numbers makes them the whole model's. A step that is not measured
@@ -18,11 +18,14 @@ from torch import Tensor, nn
 
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.weights import Key, key_of, weight_of, weights
+from llama_ds.parallel.activation_norms import ActivationNorms
+from llama_ds.parallel.elementwise import Elementwise
 from llama_ds.parallel.muon import Muon
 from llama_ds.parallel.optimizer_state import located
 from llama_ds.parallel.pipeline_optimizer import CLIP_EPS, PipelineOptimizer
 
 KINDS = ("gradient", "weight", "update")
+ACTIVATION = "activation"
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,33 @@ class _Part:
 class Sums:
     """The sums of squares of one step, while ranks still add them up."""
 
-    def __init__(self, keys: Sequence[Key], squares: Tensor, clip: float | None) -> None:
-        """`squares` is (3, n): `KINDS` of the n `keys`; the gradient is already clipped to `clip`. Collective."""
-        self._keys, self._squares, self._clip = keys, squares, clip
-        self._work = dist.all_reduce(squares, async_op=True) if dist.is_initialized() else None
+    def __init__(
+        self, keys: Sequence[Key], squares: Tensor, layers: Sequence[Key], activations: Tensor, clip: float | None
+    ) -> None:
+        """`squares` is (3, n): `KINDS` of the n `keys`; the gradient is already clipped to `clip`. Collective.
+
+        `activations` is (2, L): squares and numbers of the elements behind the L `layers`.
+        """
+        self._keys, self._layers, self._clip = keys, layers, clip
+        self._all = torch.cat([squares.view(-1), activations.view(-1)])
+        self._work = dist.all_reduce(self._all, async_op=True) if dist.is_initialized() else None
 
     def wait(self, grad_norm: Tensor | float) -> dict[str, dict[Key, float]]:
-        """Return the norms by kind and weight, before clipping; `grad_norm` is the step's global one. Synchronises."""
+        """Return the norms by kind and weight, gradients before clipping, and the root mean squares behind the layers.
+
+        `grad_norm` is the step's global one. Synchronises.
+        """
         if self._work is not None:
             self._work.wait()
-        norms = self._squares.double().sqrt().tolist()
+        every = self._all.double().cpu()
+        weights, activations = every[: -2 * len(self._layers)], every[-2 * len(self._layers) :].view(2, -1)
+        norms = weights.view(len(KINDS), -1).sqrt().tolist()
         if self._clip:
             clipped = max(1.0, (float(grad_norm) + CLIP_EPS) / self._clip)
             norms[0] = [norm * clipped for norm in norms[0]]
-        return {kind: dict(zip(self._keys, found, strict=True)) for kind, found in zip(KINDS, norms, strict=True)}
+        found = {kind: dict(zip(self._keys, row, strict=True)) for kind, row in zip(KINDS, norms, strict=True)}
+        mean_squares = activations[0] / activations[1]
+        return found | {ACTIVATION: dict(zip(self._layers, mean_squares.sqrt().tolist(), strict=True))}
 
 
 class LayerNorms:
@@ -63,6 +79,7 @@ class LayerNorms:
         self._armed = False
         self._parts: dict[int, list[_Part]] = {}  # by id of the master
         self._squares = torch.zeros(0)
+        self._activations = ActivationNorms(engine.module, model.num_hidden_layers)
         optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
         self._optimizer, self._step = optimizer, optimizer.step
         # DeepSpeed calls it once a step, or once for every group; both with the groups in optimizer.param_groups.
@@ -73,6 +90,7 @@ class LayerNorms:
         self._armed = True
         self._squares = torch.zeros(len(KINDS), len(self._keys), device=self._engine.device)
         self._parts = defaultdict(list)
+        self._activations.begin(self._engine.device)
         for parameter, name, (master, begin, count, _) in located(self._engine):
             if self._is_counted(parameter, name):
                 self._parts[id(master)].append(_Part(begin, count, self._number[key_of(name)]))
@@ -81,7 +99,8 @@ class LayerNorms:
         """Return the sums of the measured step, and begin to add them up over the ranks. Collective."""
         self._armed = False
         raw = isinstance(self._engine.optimizer, PipelineOptimizer)
-        return Sums(self._keys, self._squares, None if raw else self._engine.gradient_clipping())
+        clip = None if raw else self._engine.gradient_clipping()
+        return Sums(self._keys, self._squares, self._activations.keys, self._activations.sums(), clip)
 
     def _is_counted(self, parameter: nn.Parameter, name: str) -> bool:
         """Return whether this rank's elements of a weight count: those that several ranks hold count once."""
@@ -111,12 +130,19 @@ class LayerNorms:
 
     @torch.no_grad()
     def _step_of(self, masters: list[Tensor]) -> None:
-        self._add(0, [(master, master.grad) for master in masters if master.grad is not None])
-        before = [master.detach().clone() for master in masters]
+        self._add(0, [(master, self._gradient(master)) for master in masters])
+        before = [master.detach().to(torch.float32, copy=True) for master in masters]
         self._step()
-        torch._foreach_sub_(before, masters)
-        self._add(1, [(master, master.detach()) for master in masters])
+        after = [master.detach().float() for master in masters]
+        torch._foreach_sub_(before, after)
+        self._add(1, list(zip(masters, after, strict=True)))
         self._add(2, list(zip(masters, before, strict=True)))
+
+    def _gradient(self, master: Tensor) -> Tensor:
+        if isinstance(self._optimizer, Elementwise):
+            return self._optimizer.gradient(master)
+        assert master.grad is not None
+        return master.grad
 
     def _add(self, kind: int, tensors: list[tuple[Tensor, Tensor]]) -> None:
         """Add the squares of `tensors`, each shaped as the master beside it, to the weights' sums of a kind."""

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig, OptimizerConfig
 from llama_ds.layout.layout import Layout
-from llama_ds.layout.matrix_owners import HeldMatrix
+from llama_ds.layout.matrix_owners import ITERATIONS, HeldMatrix
 from llama_ds.layout.optimizer_states import EXP_AVG
 from llama_ds.layout.weights import Role, weight_of
+from llama_ds.parallel.elementwise import Elementwise
 from llama_ds.parallel.grid import stage_group
 from llama_ds.parallel.matrix_exchange import MatrixExchange
 from llama_ds.parallel.optimizer_state import flat_groups
 
-ITERATIONS = 5
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al.
 NORM_EPS = 1e-7
 
@@ -66,26 +66,25 @@ class _Piece:
     count: int
 
 
-class Muon(torch.optim.AdamW):
-    """Groups with "muon": True are updated by Muon, others by AdamW. `attach` must precede the first step.
+class Muon(Elementwise):
+    """Groups with "muon": True are updated by Muon, others by AdamW. `attach` must precede the first step."""
 
-    Like torch's fused AdamW it divides gradients by `grad_scale`, and changes nothing where `found_inf` is 1.
-    """
-
-    def __init__(self, groups: list[dict[str, Any]], settings: OptimizerConfig, dtype: torch.dtype) -> None:
+    def __init__(self, groups: list[dict[str, Any]], settings: OptimizerConfig, seed: int, dtype: torch.dtype) -> None:
         """`dtype` is that in which matrices are orthogonalised."""
-        super().__init__(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+        super().__init__(groups, settings, seed)
         self.orthogonalised = 0  # matrices that this rank has orthogonalised so far
-        self._settings, self._dtype = settings, dtype
+        self._dtype = dtype
         self._pieces: dict[int, list[_Piece]] = {}  # by id of the group's master
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
         self._place: tuple[Layout, int, dist.ProcessGroup | None] | None = None
         for group in self.param_groups:
             if group.get("muon"):
-                group["lr_factor"] = (settings.muon_lr or settings.lr) / settings.lr
+                own = (settings.muon_lr or settings.lr) / settings.lr
+                group["lr_factor"] = own * group.get("lr_factor", 1.0)
 
     def attach(self, engine: Any, model: ModelConfig, layout: Layout) -> None:
         """Learn from DeepSpeed's `engine` where the elements of each matrix are. Collective."""
+        super().attach(engine, model, layout)
         group, rank = stage_group(layout), layout.rank_in_stage(dist.get_rank())
         self._place = layout, rank, group
         for master, members in flat_groups(engine, layout.data_axis):
@@ -125,24 +124,15 @@ class Muon(torch.optim.AdamW):
             flat = found[id(master)].zero_()  # padding between matrices has no update
             for piece in self._pieces[id(master)]:
                 flat.narrow(0, piece.begin, piece.count).copy_(updates[piece.matrix.name])
-            self._update(master, flat.view(master.shape), group)
+            self.update(master, 0, flat, group)
 
     def _momentum(self, master: Tensor) -> Tensor:
         """Advance a master's momentum; return what is to be orthogonalised, a new flat tensor."""
-        grad, state, beta = master.grad, self.state[master], self._settings.momentum
-        assert grad is not None
-        if EXP_AVG not in state:
-            state[EXP_AVG] = torch.zeros_like(master)
-        state.setdefault("step", torch.zeros((), device=master.device))
-        scale, infinite = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        grad = grad if scale is None else grad / scale
-        average = torch.lerp(grad, state[EXP_AVG], beta)
-        if infinite is None:
-            state["step"] += 1
-            state[EXP_AVG].copy_(average)
-        else:
-            state["step"] += 1 - infinite.to(state["step"].device)
-            state[EXP_AVG].copy_(torch.where(infinite > 0, state[EXP_AVG], average))
+        self.begin_step(master, Role.HIDDEN_MATRIX)
+        momentum, beta = self.state[master][EXP_AVG], self._settings.momentum
+        grad = self.scaled(self.gradient(master).float())
+        average = torch.lerp(grad, momentum.float(), beta)
+        self.replace(momentum, average)
         return (torch.lerp(grad, average, beta) if self._settings.nesterov else average).reshape(-1)
 
     def _orthogonalised(self, masters: list[Tensor], held: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,8 +151,3 @@ class Muon(torch.optim.AdamW):
             matrices = [piece.matrix for master in masters for piece in self._pieces[id(master)]]
             self._exchanges[key] = MatrixExchange(matrices, *self._place, masters[0].device)
         return self._exchanges[key]
-
-    def _update(self, master: Tensor, update: Tensor, group: dict[str, Any]) -> None:
-        lr, decay, infinite = group["lr"], group["weight_decay"], getattr(self, "found_inf", None)
-        new = master * (1 - lr * decay) - lr * update
-        master.copy_(new if infinite is None else torch.where(infinite > 0, master, new))

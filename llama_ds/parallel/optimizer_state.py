@@ -106,7 +106,7 @@ def begin_moments(engine: Any, steps: int, states: OptimizerStates) -> None:
         (moments,) = {states.moments[weight_of(engine.param_names[p]).role] for p in parameters}
         for key in moments:
             if key not in state:
-                state[key] = torch.zeros_like(master)
+                state[key] = torch.zeros_like(master, dtype=getattr(torch, states.dtype_name(key)))
 
 
 def adam_steps(engine: Any) -> int:

@@ -136,7 +136,7 @@ class PipelineOptimizer(BF16_Optimizer):
 
     def _update(self, norm: Tensor) -> None:
         for master, part in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True):
-            master.grad = part.to(master.dtype)
+            master.grad = part.to(torch.float32)
         # torch's fused AdamW divides by grad_scale and skips the update if found_inf is set: clipping needs neither a
         # pass over the gradients nor a synchronisation.
         adam: Any = self.optimizer

@@ -6,9 +6,11 @@ import os
 import re
 from typing import Any
 
+import torch
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from llama_ds.config.schema import ModelConfig
+from llama_ds.layout.optimizer_states import EXP_AVG, EXP_AVG_SQ
 from llama_ds.layout.weights import EMBEDDING, HEAD, TABLE, TIED_MODULES, TIED_TABLE
 
 # Exact names, because a converter takes a pattern for the beginning of a name, and every matrix ends in ".weight".
@@ -54,6 +56,21 @@ def state_files(engine: Any, tag: str, model: ModelConfig, tied_stages: bool) ->
     return collected.files
 
 
+def _with_second_moments(tree: Any) -> Any:
+    """Return a tree of dicts and lists in which every first moment has a second one.
+
+    DeepSpeed's ds_to_universal demands both. That of an optimizer without it is zero, one number in the file.
+    """
+    if type(tree) is list:
+        return [_with_second_moments(value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    found = type(tree)((key, _with_second_moments(value)) for key, value in tree.items())
+    if EXP_AVG in found and EXP_AVG_SQ not in found:
+        found[EXP_AVG_SQ] = torch.zeros(()).expand(found[EXP_AVG].shape)
+    return found
+
+
 class _Collector(CheckpointEngine):
     """Replaces DeepSpeed's checkpoint engine and collects files instead of writing them."""
 
@@ -68,7 +85,7 @@ class _Collector(CheckpointEngine):
         pass
 
     def save(self, state_dict: Any, path: str) -> None:
-        self.files.append((os.path.basename(path), state_dict))
+        self.files.append((os.path.basename(path), _with_second_moments(state_dict)))
 
     def load(self, path: str, map_location: Any = None) -> Any:
         raise NotImplementedError("this engine only collects files")

@@ -21,6 +21,7 @@ from llama_ds.errors import UserError
 from llama_ds.job.devices import VARIABLE as DEVICES
 from llama_ds.job.devices import VISIBLE, decode
 from llama_ds.job.requests import RANK_VARIABLES
+from llama_ds.job.run_end import RunEnd
 from llama_ds.log import logger
 from llama_ds.parallel.environment import check_others, first_number
 from llama_ds.parallel.first_rank import (
@@ -283,7 +284,9 @@ class ProgramEnd:
 
 
 @contextmanager
-def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[ProgramEnd]:
+def failing_together(
+    tell: Callable[..., None] = lambda **_: None, close_outputs: Callable[[RunEnd], None] = lambda _: None
+) -> Iterator[ProgramEnd]:
     """Turn an exception of this rank into a message and a non-zero exit, without waiting for the other ranks.
 
     A user error is printed once, whether one or all ranks raise it; ranks that fail because another has exited do not
@@ -291,7 +294,8 @@ def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[P
     group would hang once its peers have exited. A rank without an error runs to the end of its program and then skips
     the interpreter's shutdown (`_end_at_once`) with the code that it has set in the yielded object.
 
-    `tell` is called first with the failure's kind ("echo" if another rank failed before) and text.
+    `tell` is called first, with the failure's kind ("echo" if another rank failed before) and text, and
+    `close_outputs` last.
     """
     end = ProgramEnd()
     try:
@@ -300,11 +304,15 @@ def failing_together(tell: Callable[..., None] = lambda **_: None) -> Iterator[P
         message = as_typed(f"error: {error}")
         tell(what="failure", kind=error.kind, text=message, ranks=list(error.ranks))
         _report_once(message)
+        close_outputs(RunEnd.FAILED)
         _leave(UserError.EXIT_CODE)
     except KeyboardInterrupt:
+        close_outputs(RunEnd.INTERRUPTED)
         _leave(130)
     except Exception as error:
-        _leave(_report_own(error, tell))
+        code = _report_own(error, tell)
+        close_outputs(RunEnd.FAILED)
+        _leave(code)
     if dist.is_initialized():
         dist.destroy_process_group()
         atexit.register(_end_at_once, end)

@@ -17,6 +17,7 @@ from llama_ds.checkpoint.manifest import DESCRIPTION, INDEX, WEIGHT, Description
 from llama_ds.checkpoint.snapshot import HostMemory, Located, Snapshot
 from llama_ds.checkpoint.weights import Readable
 from llama_ds.checkpoint.writing import Abandoned, Writer
+from llama_ds.config.batch_stages import tokens_before
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.rules import NONFINITE
 from llama_ds.config.run_file import resolved
@@ -24,7 +25,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.data.text.tokenizer import tokenizer_files
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout
-from llama_ds.layout.optimizer_states import MASTER
+from llama_ds.layout.optimizer_states import MASTER, states_of
 from llama_ds.layout.weights import Key, key_of, weight_of
 from llama_ds.log import logger
 from llama_ds.parallel import world
@@ -223,7 +224,7 @@ class Checkpoints:
         """
         folder = os.path.join(self.folder, tag)
         kinds = world.together(lambda: read_tensors(folder, found, found.states.all_kinds()))
-        begin_moments(engine, found.optimizer_steps or 0, found.states)
+        begin_moments(engine, found.optimizer_steps or 0, states_of(self.run.optimizer))
         self._fill(engine, kinds)
         engine.global_steps = found.step
         engine.global_samples = found.step * engine.train_batch_size()
@@ -262,7 +263,7 @@ class Checkpoints:
         snapshot = self.snapshot(engine, step)
         description = Description(
             step=step,
-            tokens=step * self.layout.global_batch * self.run.data.seq_len,
+            tokens=tokens_before(self.run, step),
             zero_stage=self.run.zero_stage,
             dtype=self.dtype,
             layout=self.layout.as_data(),

@@ -54,7 +54,8 @@ def on_device(batches: Iterator[MicroBatch], device: torch.device) -> Iterator[M
     for batch in batches:
         with torch.cuda.stream(stream):
             rows = torch.from_numpy(batch.rows).pin_memory().to(device, non_blocking=True).long()
-            yield replace(batch, rows=rows, copied=stream.record_event())
+            copied = stream.record_event()
+        yield replace(batch, rows=rows, copied=copied)  # outside: the thread that takes it computes on its own stream
 
 
 def ids_and_labels(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from llama_ds.config.row_stages import stage_steps
+from llama_ds.config.row_stages import stage_steps, stages_key
 from llama_ds.config.schema import RunConfig
 from llama_ds.job.heartbeat import Progress
 from llama_ds.job.requests import Request, Requests
+from llama_ds.job.run_end import RunEnd
 from llama_ds.job.wire import Phase
 from llama_ds.layout.layout import Layout
 from llama_ds.log import logger
@@ -23,9 +24,11 @@ from llama_ds.training.interruptions import Interruptions, end_if_asked
 from llama_ds.training.lr_schedule import learning_rate
 from llama_ds.training.machines import machine_of
 from llama_ds.training.meter import Meter
+from llama_ds.training.out_of_memory import MemoryExplainer
 from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
+from llama_ds.training.samples import TrainingSamples
 from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import (
     load_state,
@@ -50,20 +53,20 @@ def train(
     requests: Requests,
     check_lock: Callable[[], None],
 ) -> Request:
-    """Train the stages of `run` (`data.stages`), from its newest checkpoint or its seed to its last step. Collective.
+    """Train the stages of `run` (`stages_key`), from its newest checkpoint or its seed to its last step. Collective.
 
     The engine of a stage resumes from the checkpoint at the end of the stage before it, as after a restart. Arguments,
     result and errors are those of `train_stage`.
     """
     while True:
         engines = ExitStack()  # not a `with`: after an error, the ranks of a job that fails close no groups
-        if run.data.stages:
+        if stages_key(run):
             engines.enter_context(engines_undone())
         ended, done = train_stage(run, layout, config, rank_info, progress, requests, check_lock)
         if ended or done >= last_step(run):
             return ended
         engines.close()
-        logger.info("step %d ends a stage of data.stages; the next one starts from its checkpoint", done)
+        logger.info("step %d ends a stage of %s; the next one starts from its checkpoint", done, stages_key(run))
         progress.enter(Phase.LOADING)
 
 
@@ -86,6 +89,7 @@ def train_stage(
 
     Raises:
         UserError: on all ranks alike: data or checkpoints cannot be used, or the loss has diverged.
+        OutOfMemory: on the ranks whose memory is too small.
         EndedEarly: on all ranks alike, before the first step.
     """
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
@@ -94,7 +98,7 @@ def train_stage(
     run = with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
     chosen = checkpoints.choose()
-    if run.data.stages:
+    if stages_key(run):
         run, layout, config = world.together(lambda: stage_setup(run, chosen, layout.world, device))
     run = with_cp_method(run, hosts, dtype)
     checkpoints.run, checkpoints.layout = run, layout
@@ -102,12 +106,16 @@ def train_stage(
     marks = data.sources.tokenizer.marks
     start = world.together(lambda: None if chosen else open_start(run, data.sources.tokenizer))
     tasks = world.together(lambda: TaskEvaluation(run, layout, data.sources.tokenizer))
+    samples = world.together(lambda: TrainingSamples(run, layout, data.sources.tokenizer))
     end_if_asked(requests, device)
     self_test_at_start(run, layout, dtype, marks, rank_info, device)
     end_if_asked(requests, device)
-    engine = world.together(lambda: build_engine(run, layout, config, device, marks))
-    end_if_asked(requests, device)
-    first = load_state(engine, checkpoints, chosen, start)
+    memory = MemoryExplainer(run, layout, dtype, rank_info.rank, device)
+    with memory.explained():  # outside of `together`, because a rank without memory does not meet the others again
+        engine = world.together(lambda: build_engine(run, layout, config, device, marks))
+        memory.built(engine.deepspeed)
+        end_if_asked(requests, device)
+        first = load_state(engine, checkpoints, chosen, start)
     end_if_asked(requests, device)
     checkpoints.begin(marks, carried_over(checkpoints.folder, chosen, start))
     final = last_step(run)
@@ -121,6 +129,8 @@ def train_stage(
             else None
         )
     )
+    if log:
+        requests.before_end(log.close_boards)
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
     interruptions = Interruptions(run.checkpoint, device, requests)
     stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)
@@ -131,8 +141,9 @@ def train_stage(
     ended = Request.NOTHING
     report = Reporter(run, engine, Meter(run, layout, feed, dtype, device, first), log, progress, device)
 
-    with checkpoints.drained():
+    with checkpoints.drained(), memory.explained():
         for step in range(first, last):
+            memory.before_step(step + 1, step == first)
             check_lock()
             feed.before_step(step)
             recording.before_step(step + 1)
@@ -141,23 +152,26 @@ def train_stage(
             lr = learning_rate(step, run.optimizer, run.training.steps)
             result = engine.train_step(feed, lr)
             done = step + 1
-            report.notes(stragglers.after_step(done))
+            report.slow_ranks(stragglers.after_step(done))
             recorded = recording.after_step()
             request = interruptions.after_step()
 
             ends = done == last or request >= Request.END
             evaluates = validation.due(done, done == last)
             tests = tasks.due(done, done == final)
+            continues = samples.due(done, done == final)
             saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             report.step_done(done, lr, result, last=ends)
             replicas.after_step(done, saves)
-            if recorded or evaluates or tests or saves:
+            if recorded or evaluates or tests or continues or saves:
                 report.flush()
                 if evaluates:
                     progress.enter(Phase.EVALUATING)
                     report.validation(done, validation.losses())
                 if tests:
                     report.tasks(done, tasks.results(engine, progress))
+                if continues:
+                    report.samples(done, samples.generate(engine, progress))
                 if saves:
                     progress.enter(Phase.SAVING)
                     checkpoints.save(engine.deepspeed, done, data.state.as_json())
@@ -173,7 +187,7 @@ def train_stage(
     recording.close()
     checkpoints.close()
     report.notes(checkpoints.news())
-    report.close()
+    report.close(RunEnd.INTERRUPTED if ended or last < final else RunEnd.FINISHED)
     feed.close()
     interruptions.close()
     if ended:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_ds.config.batch_stages import tokens_before
 from llama_ds.config.recompute import GIB
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.flops import device_peak, flops_per_token
@@ -23,7 +24,7 @@ class StepMetrics:
 
     mfu counts the model's FLOPs without recompute, hfu all FLOPs that the hardware executes; both are None if the
     device's peak is unknown. cp_imbalance is the attention of a ring's slowest rank over the mean (`cp_balance`); it is
-    written only if data.document_mask makes ranks unequal.
+    written only for rings with data.document_mask.
     """
 
     step: int
@@ -54,7 +55,7 @@ class Meter:
         self.model_flops = flops_per_token(run.model, run.data.seq_len)
         self.hardware_flops = self.model_flops + recomputed_flops_per_token(run, layout, ELEMENT_BYTES[dtype])
         self.peak = device_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
-        self._feed = feed
+        self._run, self._feed = run, feed
         self.restart(first_step)
         self._waited = 0.0  # the first interval includes the wait for the run's first batches
 
@@ -72,7 +73,7 @@ class Meter:
         self.restart(step)
         return StepMetrics(
             step=step,
-            tokens=step * self.tokens_per_step,
+            tokens=tokens_before(self._run, step),
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,

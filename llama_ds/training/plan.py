@@ -9,16 +9,18 @@ from typing import Any
 
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import GIB, POLICIES
-from llama_ds.config.row_stages import first_step, stage_runs, stage_steps
+from llama_ds.config.row_stages import first_step, stage_runs, stage_steps, stages_key
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
 from llama_ds.layout.flops import flops_per_token, layer_costs, parameter_count
 from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.layout.mup import initial_factor, inverse_width, rate_factor, scores_factor
 from llama_ds.layout.partition import stage_boundaries, stage_parameters
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import ELEMENT_BYTES, StagePolicies, recomputed_flops_per_token, stage_policies
 from llama_ds.layout.vocab_parts import padding_rows
+from llama_ds.layout.weights import Role
 from llama_ds.layout.worst_stage import peak_bytes, worst_stage
 from llama_ds.schedules.simulate import StageCost, simulate
 from llama_ds.training.lr_schedule import learning_rate
@@ -41,18 +43,19 @@ def describe(run: RunConfig, layout: Layout, ds_config: dict[str, Any]) -> str:
 
 
 def describe_stages(run: RunConfig, world: int, ds_config: dict[str, Any]) -> str:
-    """Return the plan of `run` on `world` ranks; with `data.stages`, that of the stage with the most memory."""
+    """Return the plan of `run` on `world` ranks; of a run with stages, that of the stage with the most memory."""
     bf16 = ds_config["bf16"]["enabled"]
     element_bytes = ELEMENT_BYTES["bf16" if bf16 else "fp32"]
     worst = worst_stage(run, world, element_bytes)
     layout = resolve_layout(worst, world)
-    if run.data.stages:
+    if stages_key(run):
         ds_config = deepspeed_config(worst, layout, bf16)
     plan = describe(worst, layout, ds_config)
-    if not run.data.stages:
+    if not stages_key(run):
         return plan
     lines = _table(_row_stages(run, world, element_bytes))
-    title = f"stages of the rows (the plan is that of rows of {worst.data.seq_len}, which need the most memory)"
+    what = f"rows of {worst.data.seq_len}" if run.data.stages else f"steps of {layout.global_batch:,} rows"
+    title = f"stages of {stages_key(run)} (the plan is that of {what}, which need the most memory)"
     return "\n".join([title, *(f"  {line}" for line in lines), "", plan])
 
 
@@ -99,10 +102,24 @@ def _model(run: RunConfig, layout: Layout, element_bytes: int) -> list[str]:
         ("layers", f"{model.num_hidden_layers} of hidden {model.hidden_size}, ffn {model.intermediate_size}"),
         ("heads", heads),
         ("vocabulary", _vocabulary(run, layout)),
+        *([("muP", _mup(run))] if model.mup else []),
         ("FLOPs per token", f"{short(flops)} forward and backward, causal attention at sequence length {seq_len}"),
         ("  with recompute", f"{short(hardware)} (recompute: {run.parallel.recompute})"),
         ("FLOPs of the run", f"{_flops_of_run(run):.3g}"),
     )
+
+
+def _mup(run: RunConfig) -> str:
+    model, hidden = run.model, Role.HIDDEN_MATRIX
+    assert model.mup is not None
+    factors = {
+        "initial weights": initial_factor(hidden, model),
+        "learning rate": rate_factor(hidden, model, run.optimizer),
+        "logits": inverse_width(model),
+        "attention scores": scores_factor(model),
+    }
+    text = ", ".join(f"{name} x {factor:.4g}" for name, factor in factors.items())
+    return f"base width {model.mup.base_width}; hidden matrices: {text.replace(', logits', '; logits')}"
 
 
 def _flops_of_run(run: RunConfig) -> float:

@@ -12,15 +12,18 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from llama_ds.config.batch_stages import tokens_before
 from llama_ds.config.schema import RunConfig
-from llama_ds.errors import Divergence
+from llama_ds.errors import Divergence, shortened
 from llama_ds.evaluation.evaluate import TaskResult, in_words, metrics_of
 from llama_ds.evaluation.validation import ValidationLoss, total
 from llama_ds.job.heartbeat import Progress
+from llama_ds.job.run_end import RunEnd
 from llama_ds.training.engines.interface import Engine, StepResult
 from llama_ds.training.meter import Meter, StepMetrics
 from llama_ds.training.norm_lines import NormLines, plotted
 from llama_ds.training.run_log import RunLog
+from llama_ds.training.samples import Sample
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,16 @@ class Reporter:
     def tasks(self, step: int, results: Sequence[TaskResult]) -> None:
         """Report the accuracies of benchmarks, with their standard errors and the shares of the right choices."""
         if self._log:
-            tokens = step * self._run.training.global_batch * self._run.data.seq_len
-            values = {"step": step, "tasks_tokens": tokens, **metrics_of(results)}
+            values = {"step": step, "tasks_tokens": tokens_before(self._run, step), **metrics_of(results)}
             self._log.record(values)
             self._log.print_line(f"step {step} | {in_words(results)}")
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Report continuations of prompts."""
+        if self._log:
+            self._log.record_samples(step, samples)
+            for one in samples:
+                self._log.print_line(f"step {step} | {shortened(repr(one.prompt))} -> {shortened(repr(one.text))}")
 
     def consumed(self, step: int, sources: dict[str, tuple[int, float]]) -> None:
         """Report how much of each source has been read: (rows, epochs) by name."""
@@ -140,10 +149,15 @@ class Reporter:
             for line in lines:
                 self._log.print_line(line)
 
-    def close(self) -> None:
-        """Close files and the progress bar."""
+    def slow_ranks(self, lines: Iterable[str]) -> None:
+        """Report ranks that others wait for."""
         if self._log:
-            self._log.close()
+            self._log.warn(lines)
+
+    def close(self, end: RunEnd) -> None:
+        """Close files and the progress bar; tell boards how the run ends."""
+        if self._log:
+            self._log.close(end)
 
 
 def console_line(metrics: StepMetrics, total: int) -> str:

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
 from llama_ds.config.run_file import dump
-from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE
+from llama_ds.config.run_files import MACHINES, METRICS, RUN_FILE, SAMPLES, WARNINGS
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
+from llama_ds.job.run_end import RunEnd
 from llama_ds.log import console_is_gone, logger
+from llama_ds.training.boards.background import close_boards
 from llama_ds.training.boards.opening import open_boards
+from llama_ds.training.samples import Sample
 
 DEEPSPEED = "deepspeed.json"  # the merged configuration, as the engine received it
+
+
+class WarningsFile(logging.Handler):
+    """Writes each warning as a line of warnings.jsonl: step, time in seconds since the epoch, text."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(logging.WARNING)
+        self._path, self.step = path, 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.write(record.getMessage(), record.created)
+
+    def write(self, text: str, at: float) -> None:
+        with suppress(OSError), open(self._path, "a") as file:  # a full disk: the console has it
+            file.write(json.dumps({"step": self.step, "time": round(at, 3), "text": text}) + "\n")
 
 
 class RunLog:
@@ -27,10 +48,15 @@ class RunLog:
     def __init__(self, run: RunConfig, first_step: int) -> None:
         os.makedirs(run.run_dir, exist_ok=True)
         path = os.path.join(run.run_dir, METRICS)
-        drop_steps_after(path, first_step)
+        self._samples = os.path.join(run.run_dir, SAMPLES)
+        for written in (path, self._samples):
+            drop_steps_after(written, first_step)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         steps = run.training.steps
         self._bar = tqdm(total=steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+        self._warnings = WarningsFile(os.path.join(run.run_dir, WARNINGS))
+        self._warnings.step = first_step
+        logger.addHandler(self._warnings)
         self._boards = open_boards(run, first_step)
 
     def record(self, values: dict[str, Any], plotted: Mapping[str, float] | None = None) -> None:
@@ -38,15 +64,36 @@ class RunLog:
 
         `values` includes the step.
         """
-        step = values["step"]
+        step = self._warnings.step = values["step"]
         try:
             self._file.write(json.dumps(values) + "\n")
-        except OSError as error:  # a full disk does not stop the run
-            logger.warning("METRICS LOST: step %s: %s (%s); the run continues", step, self._file.name, error)
+        except OSError as error:
+            self._warn(step, self._file.name, error)
         if plotted is None:
             plotted = {name: value for name, value in values.items() if name != "step" and value is not None}
         for board in self._boards:
             board.add(step, plotted)
+
+    def record_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Write a line for each sample to samples.jsonl, and their texts to the boards."""
+        try:
+            with open(self._samples, "a") as file:
+                file.writelines(json.dumps({"step": step, **asdict(one)}) + "\n" for one in samples)
+        except OSError as error:
+            self._warn(step, self._samples, error)
+        texts = {f"samples/{number}": one.prompt + one.text for number, one in enumerate(samples, 1)}
+        for board in self._boards:
+            board.add(step, texts)
+
+    def _warn(self, step: int, path: str, error: OSError) -> None:
+        """Log what was not written: a full disk does not stop the run."""
+        logger.warning("METRICS LOST: step %s: %s (%s); the run continues", step, path, error)
+
+    def warn(self, lines: Iterable[str]) -> None:
+        """Print lines on the console, and write them to warnings.jsonl."""
+        for line in lines:
+            self.print_line(line)
+            self._warnings.write(line, time.time())
 
     def print_line(self, text: str) -> None:
         """Print a line on the console."""
@@ -62,13 +109,17 @@ class RunLog:
         """Move the progress bar to `step`."""
         self._bar.update(step - self._bar.n)
 
-    def close(self) -> None:
-        """Close the files and the bar."""
+    def close(self, end: RunEnd) -> None:
+        """Close the files and the bar, and the boards in the state `end`."""
         self._bar.close()
         with suppress(OSError):  # `record` has warned of a full disk
             self._file.close()
-        for board in self._boards:
-            board.close()
+        self.close_boards(end)
+        logger.removeHandler(self._warnings)
+
+    def close_boards(self, end: RunEnd) -> None:
+        """Close the boards in the state `end`; from any thread, and once."""
+        close_boards(self._boards, end)
 
 
 def open_run_log(
@@ -102,11 +153,22 @@ def open_run_log(
 
 
 def drop_steps_after(path: str, step: int) -> None:
-    """Drop the lines of steps after `step` from a JSON Lines file: a run resumed at `step` writes them again."""
+    """Drop the lines of steps after `step` from a JSON Lines file: a run resumed at `step` writes them again.
+
+    A damaged line stays, for reports to count; the last one is dropped if a kill cut it off.
+    """
     if not os.path.exists(path):
         return
-    with open(path) as file:
-        lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-    with open(path + ".tmp", "w") as file:
+    with open(path, errors="surrogateescape") as file:
+        lines = [line for line in file if line.endswith("\n") and _step(line, step) <= step]
+    with open(path + ".tmp", "w", errors="surrogateescape") as file:
         file.writelines(lines)
     os.replace(path + ".tmp", path)
+
+
+def _step(line: str, otherwise: int) -> int:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return otherwise
+    return step if isinstance(step, int) else otherwise

@@ -49,7 +49,7 @@ class Validation:
         return bool(self._batches) and (last or (self._interval > 0 and done % self._interval == 0))
 
     def losses(self) -> dict[str, ValidationLoss]:
-        """Return the loss of each source that has rows, on every rank. Collective.
+        """Return the loss of each source that has labels, on every rank. Collective.
 
         Bytes of text are known on the first rank only.
         """
@@ -68,7 +68,7 @@ class Validation:
         return {
             name: ValidationLoss(one.rows, one.labels, one.text_bytes, own)
             for (name, one), own in zip(self._empty, nats, strict=True)
-            if one.rows
+            if one.labels
         }
 
 

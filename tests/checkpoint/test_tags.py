@@ -153,6 +153,7 @@ def run_of(found: Description) -> dict[str, object]:
         ({"training": {"global_batch": 8}}, "training.global_batch 4, not 8"),
         ({"data": {"seq_len": 64}}, "data.seq_len 32, not 64"),
         ({"optimizer": {"name": "muon"}}, "optimizer.name adamw, not muon"),
+        ({"optimizer": {"masters": "bf16_kahan"}}, "optimizer.masters fp32, not bf16_kahan"),
         ({"model": {**asdict(SMALL), "vocab_size": 8, "head_dim": 4}}, "model vocab_size 6, not 8, head_dim 2, not 4"),
     ],
 )

@@ -175,14 +175,55 @@ def test_zero_plus_plus_does_not_mix_tensor_parallel_ranks(setting: dict[str, An
         deepspeed_config(run, resolve_layout(run, 4), bf16_native=True)
 
 
-def test_muon_is_not_offloaded() -> None:
-    run = replace(run_with({}), optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, name="muon"))
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("name", "muon", "DeepSpeed offloads AdamW only"),
+        ("name", "lion", "DeepSpeed offloads AdamW only"),
+        ("state_dtype", "bf16", "DeepSpeed's CPU Adam has fp32 moments"),
+        ("masters", "bf16_kahan", "DeepSpeed's CPU Adam has fp32 masters"),
+    ],
+)
+def test_only_adamw_with_fp32_states_is_offloaded(key: str, value: str, why: str) -> None:
+    run = replace(run_with({}), optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, **{key: value}))
     for stage, section in ((2, "offload_optimizer"), (3, "offload_param")):
         found = replace(run, deepspeed={"zero_optimization": {"stage": stage, section: {"device": "cpu"}}})
-        with pytest.raises(
-            UserError, match=f"^ds.json: zero_optimization.{section}.device = cpu with optimizer.name = mu"
-        ):
+        with pytest.raises(UserError) as error:
             deepspeed_config(found, resolve_layout(found, 1), bf16_native=True)
+        place = f"ds.json: zero_optimization.{section}.device = cpu with optimizer.{key} = {value}"
+        default = getattr(OptimizerConfig, key)
+        assert str(error.value) == f"{place}: {why}; take it out, or use optimizer.{key} = {default}"
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "parallel", "message"),
+    [
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": False}}, {}, "in a run in fp32; enable bf16"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, {}, "with zero_optimization.stage = 2: "),
+        (
+            {
+                "zero_optimization": {"stage": 1},
+                "bf16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "bf16"},
+            },
+            {},
+            "with zero_optimization.stage = 1: ",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+            {"pp": 2, "schedule": "deepspeed"},
+            "with parallel.schedule = deepspeed: ",
+        ),
+    ],
+)
+def test_bf16_masters_are_refused_where_gradients_would_be_rounded(
+    deepspeed: dict[str, Any], parallel: dict[str, Any], message: str
+) -> None:
+    optimizer = OptimizerConfig(lr=1e-3, warmup_steps=0, masters="bf16_stochastic")
+    run = replace(run_with(deepspeed, **parallel), optimizer=optimizer)
+    with pytest.raises(UserError) as error:
+        deepspeed_config(run, resolve_layout(run, 2), bf16_native=True)
+    assert f": optimizer.masters = bf16_stochastic {message}" in str(error.value)
 
 
 def test_defaults_and_keys_of_the_stage_are_accepted() -> None:

@@ -69,6 +69,8 @@ def test_other_values_must_be_stated_as_changes(load: Load) -> None:
     [
         ("model.rope_teta=1", "rope_teta is not a known key (did you mean 'rope_theta'?)"),
         ("model.from=[]", "model.from = [] is not a string"),
+        ("model.mup={base_head_dim: 8}", "model.mup.base_width is missing"),
+        ("model.mup={base_width: 64}", "model.mup = null there, {base_width: 64, base_head_dim: null} here"),
         ("checkpoint.start_from_changes=[model.rope_teta]", "lists model.rope_teta (did you mean 'model.rope_theta'?)"),
     ],
 )

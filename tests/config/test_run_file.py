@@ -280,6 +280,11 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
         ("optimizer.muon_lr=0.02", "tiny.yaml: optimizer.muon_lr = 0.02 is for Muon; set optimizer.name = muon, or "
          "leave it out"),
         ("optimizer.momentum=1", "tiny.yaml: optimizer.momentum = 1.0 is not below 1; Muon's usual one is 0.95"),
+        ("optimizer={lr: 1e-4, name: lion, eps: 1e-6}", "tiny.yaml: optimizer.eps = 1e-06 is for AdamW's second "
+         "moment; leave it out with lion"),
+        ("optimizer.state_dtype=int8", "tiny.yaml: optimizer.state_dtype = int8: torchao and bitsandbytes scale blocks "
+         "of a rank's buffer, so that a run's numbers would depend on its layout; use bf16"),
+        ("optimizer.state_dtype=bf8", "tiny.yaml: optimizer.state_dtype = 'bf8' is not fp32 or bf16"),
         ("optimizer.decay_shape=linear", "tiny.yaml: optimizer.decay_shape = linear is for schedule wsd; "
          "leave it out with cosine"),
         ("deepspeed=gone.json", "gone.json: cannot be read: No such file or directory; "

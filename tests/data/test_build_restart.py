@@ -15,6 +15,7 @@ from built_sources import SEQ_LEN, Built
 from source_files import content, finish, manifest_of, start_build, write_lines
 
 from llama_ds.data.building.build import build_source
+from llama_ds.data.building.host_workers import shared_file
 from llama_ds.data.text.corpus import documents
 from llama_ds.data.text.gather import gather_local_corpus
 from llama_ds.errors import UserError
@@ -294,3 +295,17 @@ def test_an_interrupted_build_says_how_to_continue(
     assert not running(build.pid)
     assert finish(start(built, corpus, tmp_path))[0] == 0
     assert content(tmp_path / "s") == uninterrupted
+
+
+def test_the_file_that_hosts_look_for_is_removed_after_a_kill(tmp_path: Path) -> None:
+    """The rerun of a killed build removes it, and leaves that of a build which goes on."""
+    left, new = tmp_path / "hosts-left", tmp_path / "hosts-new"
+    for path in (left, new):
+        path.touch()
+    os.utime(left, (0, 0))
+    with shared_file(str(tmp_path)) as own:
+        assert sorted(tmp_path.iterdir()) == sorted((new, Path(own)))
+        os.utime(own, (0, 0))
+        with shared_file(str(tmp_path)):
+            assert Path(own).exists()
+    assert list(tmp_path.iterdir()) == [new]

@@ -62,7 +62,7 @@ def test_a_run_that_resumes_under_any_layout_reads_as_one_that_does_not(
     run: tuple[DataConfig, Geometry], seed: int, stops: set[int]
 ) -> None:
     data, geometry = run
-    whole = planned(data, TOKENS, geometry)
+    whole = planned(data, BATCH, geometry)
     uninterrupted, state, first = order_of(whole, seed), whole, 0
     layouts = iter((3, 2, 8, 1))
     for stop in [*sorted(stops), STEPS]:
@@ -70,7 +70,7 @@ def test_a_run_that_resumes_under_any_layout_reads_as_one_that_does_not(
         for step in range(first, stop):
             assert rows_of(order, step, dp) == rows_of(uninterrupted, step)
         saved = json.loads(json.dumps(state.as_json()))  # through a checkpoint
-        state, first = continued(state_from_json(saved, "x"), planned(data, TOKENS, geometry), stop, "x"), stop
+        state, first = continued(state_from_json(saved, "x"), planned(data, BATCH, geometry), stop, "x"), stop
         assert state == whole
 
 
@@ -80,18 +80,18 @@ def test_shards_or_sources_added_in_mid_run_change_no_earlier_step(
     run: tuple[DataConfig, Geometry], seed: int, at: int, more: int, new: bool
 ) -> None:
     data, geometry = run
-    before = planned(data, TOKENS, geometry)
+    before = planned(data, BATCH, geometry)
     first, *_ = geometry
     grown = {**geometry, first: split(geometry[first].rows, more)}
     if new:  # first in the run file: the order of its sources must not affect the past
         halved = [replace(source, weight=source.weight / 2) for source in data.sources]
         data = replace(data, sources=(SourceConfig("new", "new", 0.5), *halved))
         grown = {"new": split(40), **grown}
-    after = continued(before, planned(data, TOKENS, grown), at, "x")
+    after = continued(before, planned(data, BATCH, grown), at, "x")
     orders = order_of(before, seed), order_of(after, seed)
     for step in range(at):
         assert rows_of(orders[0], step) == rows_of(orders[1], step)
-    again = continued(after, planned(data, TOKENS, grown), min(at + 7, STEPS - 1), "x")
+    again = continued(after, planned(data, BATCH, grown), min(at + 7, STEPS - 1), "x")
     for step in range(STEPS):
         assert rows_of(orders[1], step) == rows_of(order_of(again, seed), step)
 
@@ -100,35 +100,35 @@ def test_a_stage_begins_when_its_tokens_are_read() -> None:
     sources = (SourceConfig("a", "a", 1.0), SourceConfig("b", "b", 0.0))
     for tokens, step in ((1, 1), (TOKENS, 1), (TOKENS + 1, 2), (7 * TOKENS - 1, 7)):
         data = DataConfig("t", 10, sources, (MixtureStage(tokens, {"b": 1.0}),))
-        order = order_of(planned(data, TOKENS, {"a": split(50), "b": split(50)}), 0)
+        order = order_of(planned(data, BATCH, {"a": split(50), "b": split(50)}), 0)
         assert {name for name, _, _ in rows_of(order, step - 1)} == {"a"}
         assert {name for name, _, _ in rows_of(order, step)} == {"b"}
 
 
 def test_listed_damage_counts_from_the_step_that_first_sees_it() -> None:
     data = DataConfig("t", 10, (SourceConfig("a", "a", 1.0),))
-    start = planned(data, TOKENS, {"a": split(50, bad=(2,))})
+    start = planned(data, BATCH, {"a": split(50, bad=(2,))})
     assert start.bad == (BadShard(0, "a", 2, LISTED),)
     found = DataState(start.rows_per_shard, start.segments, (*start.bad, BadShard(5, "a", 3, "checksum", 9)))
-    resumed = continued(found, planned(data, TOKENS, {"a": split(50, bad=(2, 4))}), 20, "x")
+    resumed = continued(found, planned(data, BATCH, {"a": split(50, bad=(2, 4))}), 20, "x")
     assert resumed.bad == (*found.bad, BadShard(20, "a", 4, LISTED))
-    repaired = continued(found, planned(data, TOKENS, {"a": split(50)}), 20, "x")
+    repaired = continued(found, planned(data, BATCH, {"a": split(50)}), 20, "x")
     assert repaired.bad == found.bad  # shards replaced in the past stay replaced
 
 
 @pytest.mark.parametrize("now", [split(49), split(20, 30), split(51), Split(R + 1, (Extent(50, 1, 1),))])
 def test_a_source_that_was_rebuilt_is_refused(now: Split) -> None:
     data = DataConfig("t", 10, (SourceConfig("a", "a", 1.0),))
-    past = planned(data, TOKENS, {"a": split(50)})
+    past = planned(data, BATCH, {"a": split(50)})
     with pytest.raises(UserError, match=r"ckpt: has read source a of 50 rows, 5 in a shard, .* it was rebuilt"):
-        continued(past, planned(data, TOKENS, {"a": now}), 20, "ckpt")
+        continued(past, planned(data, BATCH, {"a": now}), 20, "ckpt")
 
 
 def test_a_removed_source_is_not_read_after_the_resume() -> None:
     two = DataConfig("t", 10, (SourceConfig("a", "a", 0.5), SourceConfig("b", "b", 0.5)))
     one = replace(two, sources=(SourceConfig("b", "b", 1.0),))
-    past = planned(two, TOKENS, {"a": split(50), "b": split(50)})
-    state = continued(past, planned(one, TOKENS, {"b": split(50)}), 10, "x")
+    past = planned(two, BATCH, {"a": split(50), "b": split(50)})
+    state = continued(past, planned(one, BATCH, {"b": split(50)}), 10, "x")
     order = order_of(state, 0)
     assert rows_of(order, 9) == rows_of(order_of(past, 0), 9)
     assert {name for name, _, _ in rows_of(order, 10)} == {"b"}
@@ -143,7 +143,7 @@ def test_a_renamed_source_is_refused(caplog: pytest.LogCaptureFixture) -> None:
 
     def plan(**sources: Split) -> DataState:
         weights = tuple(SourceConfig(name, name, 1 / len(sources)) for name in sources)
-        return planned(DataConfig("t", 10, weights), TOKENS, sources)
+        return planned(DataConfig("t", 10, weights), BATCH, sources)
 
     past = plan(a=of("1"), b=of("2"))
     for now, listed in (
@@ -163,8 +163,8 @@ def test_a_renamed_source_is_refused(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_a_new_source_beside_a_lost_one_without_digests_is_logged_as_unsure(caplog: pytest.LogCaptureFixture) -> None:
     data = DataConfig("t", 10, (SourceConfig("a", "a", 1.0),))
-    past = planned(data, TOKENS, {"a": split(50)})
-    now = planned(replace(data, sources=(SourceConfig("c", "c", 1.0),)), TOKENS, {"c": split(50)})
+    past = planned(data, BATCH, {"a": split(50)})
+    now = planned(replace(data, sources=(SourceConfig("c", "c", 1.0),)), BATCH, {"c": split(50)})
     with caplog.at_level("INFO", "llama_ds"):
         continued(past, now, 20, "ckpt")
     assert "; ckpt records no digest of a: check that it is not one of these" in caplog.messages[0]

@@ -138,7 +138,7 @@ def plan(*ask: tuple[int, int]) -> DataState:
     sources = (SourceConfig("a", "a", 1.0), SourceConfig("b", "b", 0.0))
     skip = tuple(SkipConfig(*one) for one in ask)
     data = DataConfig("t", 10, sources, (MixtureStage(8 * TOKENS, {"b": 1.0}),), skip)
-    return planned(data, TOKENS, GEOMETRY)
+    return planned(data, TOKENS // 10, GEOMETRY)
 
 
 def resumed(past: DataState, step: int, *ask: tuple[int, int]) -> DataState:

@@ -1,4 +1,4 @@
-"""Benchmarks along training: results in metrics.jsonl and on the console; the run is the one without them."""
+"""Benchmarks and samples along training: in files and on the console; the run is the one without them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from tiny_run import Corpus, write_run
 
 PP2 = {"training.steps": 4, "parallel.pp": 2, "evaluation.rows": 0, "checkpoint.save": False}
 TASKS = {"evaluation.tasks": ["mini_copy", "mini_brackets"], "evaluation.task_interval": 2}
+PROMPTS = ["def f(x):\n    ", ""]
+SAMPLES = {"sample_prompts": PROMPTS, "sample_interval": 2, "sample_tokens": 5, "sample_temperature": 0.5}
 
 
 @pytest.mark.slow
-def test_losses_are_those_of_a_run_without_tasks(tmp_path: Path, corpus: Corpus) -> None:
+def test_losses_are_those_of_a_run_without_tasks_and_samples(tmp_path: Path, corpus: Corpus) -> None:
     plain = write_run(tmp_path, "plain", corpus, PP2)
-    tested = write_run(tmp_path, "tested", corpus, PP2 | TASKS | {"evaluation.task_examples": 20})
+    samples = {f"evaluation.{key}": value for key, value in SAMPLES.items()}
+    tested = write_run(tmp_path, "tested", corpus, PP2 | TASKS | samples | {"evaluation.task_examples": 20})
     for one in (plain, tested):
         done = run(forked(2, TRAIN, one.file), one.log)
         assert done.code == 0, done.output
@@ -26,6 +29,12 @@ def test_losses_are_those_of_a_run_without_tasks(tmp_path: Path, corpus: Corpus)
     for line in lines:
         assert 0 <= line["tasks/mini_copy"] <= 1 and 0 < line["tasks_share/mini_brackets"] < 1
     accuracy, stderr = (100 * lines[-1][f"{name}/mini_copy"] for name in ("tasks", "tasks_stderr"))
+    written = [json.loads(line) for line in (tested.dir / "samples.jsonl").read_text().splitlines()]
+    assert [(one["step"], one["prompt"]) for one in written] == [
+        (step, prompt) for step in (2, 4) for prompt in PROMPTS
+    ]
+    assert all(one["text"] for one in written)
+    assert f"step 4 | {PROMPTS[0]!r} -> {written[2]['text']!r}" in done.output
     assert f"step 4 | mini_copy {accuracy:.1f} ± {stderr:.1f}, mini_brackets" in done.output
 
 
@@ -33,11 +42,13 @@ def test_losses_are_those_of_a_run_without_tasks(tmp_path: Path, corpus: Corpus)
     ("tasks", "message"),
     [
         (["mini_copi"], "evaluation.tasks: task 'mini_copi': unknown (did you mean 'mini_copy'?)"),
+        ([], "evaluation.sample_prompts.0 = 'xyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxyxy"),
         (["piqa"], "piqa/validation.jsonl: missing; on a machine with a network, run tools/evaluate.py fetch piqa"),
     ],
 )
 def test_bad_tasks_end_the_start(tmp_path: Path, corpus: Corpus, tasks: list[str], message: str) -> None:
-    bad = write_run(tmp_path, "bad", corpus, {"evaluation.tasks": tasks})
+    prompts = [] if tasks else ["xy" * 100]
+    bad = write_run(tmp_path, "bad", corpus, {"evaluation.tasks": tasks, "evaluation.sample_prompts": prompts})
     done = run(alone(TRAIN, bad.file), bad.log)
     assert done.code == 2 and len(done.errors) == 1, done.output
     assert message in done.errors[0]

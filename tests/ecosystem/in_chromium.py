@@ -16,7 +16,8 @@ from llama_ds.experiments.records import read_runs
 from llama_ds.experiments.report_data import page_data
 from llama_ds.experiments.report_page import page
 
-STEPS = 100_000
+STEPS, DEATH = 100_000, 40_000
+LEFT, RIGHT = 58, 10  # margins of a panel in report.js
 DRAWN = "document.body.dataset.drawn"
 TWO_FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 
@@ -52,8 +53,12 @@ def main(folder: Path) -> None:
 
 
 def write_run(folder: Path, height: float) -> str:
-    """Write the metrics of a run."""
-    folder.mkdir()
+    """Write the metrics, samples and events of a run, one of whose hosts died."""
+    write_job(folder / "jobs" / "0001")
+    with open(folder / "samples.jsonl", "w") as file:
+        for step in range(1000, STEPS + 1, 1000):
+            for prompt in ("def main():\n    ", "Once upon a time"):
+                file.write(json.dumps({"step": step, "prompt": prompt, "text": f" words of step {step}\n"}) + "\n")
     with open(folder / "metrics.jsonl", "w") as file:
         for step in range(1, STEPS + 1):
             loss = height / math.sqrt(1 + step / 1000) + 0.05 * math.sin(step)
@@ -61,6 +66,25 @@ def write_run(folder: Path, height: float) -> str:
             line |= {"tokens_per_s": 8e5, "tokens_per_s_per_gpu": 380.0, "mfu": 0.49, "hfu": 0.52, "step_s": 5.4}
             file.write(json.dumps(line | {"data_wait_s": 0.01, "peak_mem_gib": 71.0}) + "\n")
     return str(folder)
+
+
+def write_job(folder: Path) -> None:
+    """Write the events of a job with a failure at step DEATH, and a progress event for each minute."""
+    folder.mkdir(parents=True)
+    time_of = 5.4
+    events: list[dict[str, object]] = [{"time": 0, "event": "attempt started", "world": 2048}]
+    events += [{"time": 60, "event": "ranks joined"}]
+    events += [
+        {"time": 99 + time_of * step, "event": "progress", "step": step, "seconds": {}} for step in range(DEATH)[::11]
+    ]
+    died = 99 + time_of * DEATH
+    events += [{"time": died, "event": "death", "step": DEATH, "hosts": ["node7"]}]
+    events += [{"time": died + 10, "event": "restart", "pause_s": 1.0}]
+    events += [{"time": died + 20, "event": "attempt started", "world": 2048}]
+    late = died + 99 - time_of * (DEATH - 100)
+    steps = range(DEATH - 100, STEPS + 1)[::11]
+    events += [{"time": late + time_of * step, "event": "progress", "step": step, "seconds": {}} for step in steps]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
 def opened(shown: Page, path: Path) -> float:
@@ -75,6 +99,7 @@ def used(shown: Page) -> None:
     """Hover, zoom and change the axis; each must change what the page says."""
     assert int(shown.evaluate(DRAWN)) == 7, "loss, rate, norm, throughput, utilisation, wait, memory: one has no panel"
     canvas = shown.locator("canvas").first
+    canvas.scroll_into_view_if_needed()  # the table of facts is above it
     box = canvas.bounding_box()
     assert box is not None
     left, top, width = box["x"], box["y"] + box["height"] / 2, box["width"]
@@ -100,6 +125,12 @@ def used(shown: Page) -> None:
     zoomed = [hover(share)[0][1] for share in (0.2, 0.8)]
     assert at < zoomed[0] < zoomed[1] < later, "a drag zooms all panels"
     shown.locator("#reset").click()
+    hover((LEFT + DEATH / STEPS * (width - LEFT - RIGHT)) / width)
+    assert "first: death at step 40000: node7" in str(canvas.get_attribute("title")), "a failure is a mark"
+    hover(0.2)
+    assert canvas.get_attribute("title") == ""
+    texts = shown.locator("h2").all_inner_texts()
+    assert {"Samples", "Where the time of first went", "Where the time of second went"} <= set(texts), texts
     shown.select_option("#axis", "tokens")
     assert hover(0.2)[0][1] > 1e9, "over tokens"
     shown.locator("#smooth").fill("0.9")

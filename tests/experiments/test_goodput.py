@@ -99,6 +99,26 @@ def test_a_later_rewind_takes_steps_of_earlier_attempts_and_jobs(tmp_path: Path)
     assert found.wall_s == pytest.approx(77.0), "the time between jobs does not count"
 
 
+def test_a_job_that_gave_up_has_not_recovered(tmp_path: Path) -> None:
+    """The next job may start days later; its first step is not the end of that failure."""
+    folder = written(tmp_path / "run", FAULT)
+    one = [
+        event(100, "attempt started", world=4),
+        event(101, "ranks joined"),
+        event(102, "progress", step=30, seconds={}),
+    ]
+    one += [event(103, "progress", step=31, seconds={}), event(105, "death", step=31, hosts=["node1"])]
+    (folder / "jobs" / "0002").mkdir()
+    for job, events in (
+        ("0002", [*one, event(105, "gave up")]),
+        ("0003", [{**e, "time": e["time"] + 900} for e in one[:4]]),
+    ):
+        (folder / "jobs" / job).mkdir(exist_ok=True)
+        (folder / "jobs" / job / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    found = accounts(folder)
+    assert found.failures == 2 and found.recoveries == pytest.approx([20.5])
+
+
 def test_strikes_decay(tmp_path: Path) -> None:
     """A host that failed months ago is as good as any."""
     later = [*FAULT[:-2], event(152, "death", step=30, hosts=["node1"]), event(152, "gave up")]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from llama_ds.experiments.ladder.page import write_report
 from llama_ds.experiments.ladder.plan import plan, write_plan
 from llama_ds.experiments.ladder.results import fitted, predict_first, predictions
 from llama_ds.experiments.ladder.spec import Ladder, read_ladder
+from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.layout.flops import flops_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,11 +58,11 @@ def make(tmp_path: Path) -> Callable[..., Ladder]:
     return made
 
 
-def trained(ladder: Ladder, fail_at: int | None = None) -> Callable[[list[str]], int]:
+def trained(ladder: Ladder, fail_at: int | None = None) -> Callable[[list[str], str], int]:
     """Return a stub of training: it writes the records that the law gives; call number `fail_at` is killed midway."""
     calls = []
 
-    def start(command: list[str]) -> int:
+    def start(command: list[str], log: str) -> int:
         run = load_run(next(word for word in command if word.endswith(".yaml")))
         calls.append(run.name)
         folder = Path(run.run_dir)
@@ -71,7 +73,8 @@ def trained(ladder: Ladder, fail_at: int | None = None) -> Callable[[list[str]],
         noise = np.random.default_rng(size).normal(0, 1e-3)
         with (folder / "metrics.jsonl").open("a") as file:
             for step in range(1, run.training.steps // 2 if killed else run.training.steps + 1):
-                file.write(json.dumps({"step": step, "loss": 8 / step**0.1}) + "\n")
+                tasks = {"tasks/piqa": 1 - 0.5 / step} if step % 8 == 0 else {}
+                file.write(json.dumps({"step": step, "loss": 8 / step**0.1, **tasks}) + "\n")
             if not killed:
                 loss = TRUTH.loss(size, run.training.tokens) * (1 + noise)
                 file.write(json.dumps({"step": run.training.steps, "val_loss": loss}) + "\n")
@@ -80,7 +83,7 @@ def trained(ladder: Ladder, fail_at: int | None = None) -> Callable[[list[str]],
     return start
 
 
-def finish(ladder: Ladder, start: Callable[[list[str]], int]) -> None:
+def finish(ladder: Ladder, start: Callable[[list[str], str], int]) -> None:
     rungs = plan(ladder)
     paths = dict(zip((rung.name for rung in rungs), write_plan(ladder, rungs), strict=True))
     for predicted in (False, True):
@@ -125,6 +128,38 @@ def test_equal_flops_and_sweeps(make: Callable[..., Ladder]) -> None:
     assert batches[0].run.training.steps // 4 == batches[1].run.training.steps
 
 
+def test_seeds_are_runs_of_their_own_but_no_more_points_of_the_law(make: Callable[..., Ladder]) -> None:
+    ladder = make(("predict: [5]", "predict: [5]\nseeds: [3, 7]"))
+    rungs = plan(ladder)
+    assert [(rung.name, rung.run.seed) for rung in rungs[:3]] == [("d01_1_s3", 3), ("d01_1_s7", 7), ("d01_2_s3", 3)]
+    assert [rung.run.seed for rung in rungs if rung.predicted] == [3, 7]
+    with pytest.raises(UserError, match=r"predict needs 6 different runs .* give 3 of 3 and 3"):
+        plan(make(("predict: [5]", "predict: [5]\nseeds: [3, 7]"), ("[1, 2, 3, 4]", "[1, 2, 3]"), ("[1, 2]", "[1]")))
+
+
+def test_runs_are_side_by_side_on_whole_hosts(make: Callable[..., Ladder], tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\nc slots=4\nd slots=2\n")
+    beside = ("parallel:", f"ranks: 4\nhostfile: {tmp_path}/hosts\nparallel:")
+    ladder = make(beside)
+    rungs, both, seen = plan(ladder), Barrier(2, timeout=60), list[tuple[str, str]]()
+    train = trained(ladder)
+
+    def start(command: list[str], log: str) -> int:
+        seen.append((command[command.index("--hostfile") + 1], log))
+        if len(seen) <= 2:
+            both.wait()  # a run alone would wait for ever
+        return train(command, log)
+
+    execute(ladder, rungs, write_plan(ladder, rungs), start, lambda text: None)
+    assert {hostfile for hostfile, _ in seen[:2]} == {f"{ladder.root}/hosts/{n}" for n in (1, 2)}
+    assert [parse_hostfile(f"{ladder.root}/hosts/{n}") for n in (1, 2)] == [{"a": 2, "b": 2}, {"c": 4}]
+    assert sorted(log for _, log in seen) == sorted(f"{ladder.root}/logs/{rung.name}.log" for rung in rungs)
+    refused = ((3, "ranks = 3 ends within b, as a and b of .* have 4 slots"), (16, "more than the 10 slots"))
+    for ranks, message in refused:
+        with pytest.raises(UserError, match=message):
+            plan(make((beside[0], beside[1].replace("ranks: 4", f"ranks: {ranks}"))))
+
+
 def test_planner_gives_layouts(make: Callable[..., Ladder]) -> None:
     ladder = make(("parallel: {micro_batch: 4}", "gpu: a100-80gb\nranks: 2"), ("[1, 2, 3, 4]", "[2]"), ("[5]", "[]"))
     rungs = plan(ladder)
@@ -143,11 +178,13 @@ def test_killed_ladder_gives_the_same_figures(make: Callable[..., Ladder], monke
         fitted(plan(cut))
     finish(cut, trained(cut))
     pictures = [write_report(ladder, plan(ladder))[0] for ladder in (whole, cut)]
-    assert [Path(path).name for path in pictures[0]] == ["figure1.svg", "loss_over_flops.svg", "ladder.html"]
+    assert [Path(path).name for path in pictures[0]] == [
+        *("figure1.svg", "loss_over_flops.svg", "figure2.svg", "ladder.html")
+    ]
     for one, other in zip(*pictures, strict=True):
         assert Path(one).read_bytes() == Path(other).read_bytes()
     page = Path(pictures[0][-1]).read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert "src=" not in page
     (loss, low, high) = predictions(whole)["d05_2"]
     rung = plan(whole)[-1]
@@ -188,7 +225,7 @@ def test_changed_ladders_and_data_are_refused(make: Callable[..., Ladder], tmp_p
         ("micro_batch: 4", "tp: 2", "does not divide|not divisible|not a multiple"),
         ("micro_batch: 4", "micro_bach: 4", "did you mean"),
         ("predict:", "predicts:", "is not a known key"),
-        ("[1, 2]", "[1]", "predict needs 6 runs .* give 4 runs of 4 and 4; add some"),
+        ("[1, 2]", "[1]", "predict needs 6 different runs .* give 4 of 4 and 4; add some"),
         ("[1, 2]", "[1.00000001, 1.00000002]", "2 runs have the name d01_1; budgets must differ in six digits"),
         ("predict:", "sweep: {key: optimizer.lr, values: [1]}\npredict:", "sets predict and sweep"),
         ("predict: [5]", "sweep: {key: training.steps, values: [1]}", "training.steps follows from depth and budget"),

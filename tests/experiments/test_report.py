@@ -156,6 +156,35 @@ def test_facts_of_a_supervised_run(tmp_path: Path) -> None:
     assert "<b>again" not in page(page_data([run]))
 
 
+def test_the_page_says_where_the_time_went_and_shows_samples(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    write_run(folder, [{**line, "step_s": 1.0} for line in steps(5.0, 4.0)])
+    (folder / "jobs" / "0001").mkdir(parents=True)
+    events: list[dict[str, Any]] = [{"time": 0, "event": "attempt started", "world": 2}]
+    events += [{"time": 1, "event": "ranks joined"}, {"time": 10, "event": "progress", "step": 0, "seconds": {}}]
+    events += [{"time": 18, "event": "progress", "step": 8, "seconds": {}}]
+    events += [{"time": 20, "event": "death", "step": 8, "hosts": ["<n1>"]}, {"time": 20, "event": "gave up"}]
+    (folder / "jobs" / "0001" / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in events))
+    samples = [{"step": n, "prompt": "<b>", "text": f"  {n}\n"} for n in range(1, 1001)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*samples, {"step": 3, "text": 1}]))
+    slow = [{"step": n, "time": n, "text": f"SLOW: rank {n}"} for n in range(15, 1200)]
+    (folder / "warnings.jsonl").write_text("".join(json.dumps(one) + "\n" for one in slow))
+    data = page_data([read_run(str(folder))])
+    assert data["events"][0]["text"] == f"{5 - 1 + 1185 - 1000} earlier ones are left out"
+    assert data["events"][-1] | {"at": ""} == {
+        **{"run": "a", "at": "", "job": "", "event": "warning", "step": 1199, "text": "SLOW: rank 1199"}
+    }
+    assert dict(data["runs"][0]["facts"])["Effective training time"] == "40.0% of it"
+    (found,) = data["goodput"]
+    assert found["phases"][0][:3] == ["training", "0 min 08 s", "40.0%"]
+    assert found["causes"] == [["death", "1", "0", "0 min 02 s"]]
+    assert data["runs"][0]["marks"] == [[8, "death at step 8: <n1>"]]
+    shown = [row["step"] for row in data["samples"]]
+    assert shown[0] == 1000 and 300 < len(shown) <= 400 and shown == sorted(shown, reverse=True)
+    text = page(data)
+    assert "<i>&lt;b&gt;</i>  1000\n" in text and "death at step 8: &lt;n1&gt;" in text
+
+
 def test_runs_that_cannot_be_compared_are_said_to_be(tmp_path: Path) -> None:
     config = {
         "data": {"tokenizer": "one.model", "seq_len": 2048, "sources": [{"name": "web"}]},

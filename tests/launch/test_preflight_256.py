@@ -18,7 +18,7 @@ from llama_ds.launch.scale import fan_out
 from tests.hosts import missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
-HOSTS, SLOTS, TIMEOUT_S = 16, 8, 7.0
+HOSTS, SLOTS, TIMEOUT_S = 10, 8, 7.0
 
 
 def test_only_the_host_that_hangs_and_the_one_with_garbage_are_named() -> None:

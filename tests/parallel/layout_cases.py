@@ -15,6 +15,7 @@ from llama_ds.config.schema import (
     ComputeConfig,
     DataConfig,
     ModelConfig,
+    MupConfig,
     OptimizerConfig,
     ParallelConfig,
     RopeScaling,
@@ -30,6 +31,7 @@ from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.training.device_batches import MicroBatch, ids_and_labels
 from llama_ds.training.lr_schedule import learning_rate
+from llama_ds.training.self_test.plain_lion import PlainLion
 from llama_ds.training.self_test.plain_muon import PlainMuon
 
 STEPS, GLOBAL_BATCH, SEQ_LEN = 20, 8, 32
@@ -67,7 +69,11 @@ class Case:
     hpz: int = 1  # ranks over which ZeRO-3 keeps a second copy of the weights
     # All that LLaMA does not have: biases, norms of queries and keys, scaled rotary frequencies.
     neighbour: bool = False
+    mup: int = 0  # width of the base model, whose heads are of size 2; 0: no muP
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
+    lion: bool = False
+    state_dtype: str = "fp32"
+    masters: str = "fp32"
     cp: int = 1
     cp_method: str = "auto"
     cp_all_to_all: int = 0
@@ -100,7 +106,9 @@ class Case:
             layers=self.layers,
             vocab=self.vocab,
             neighbour=self.neighbour,
+            mup=self.mup,
             muon=self.muon,
+            lion=self.lion,
             kv_heads=self.kv_heads,
         )
 
@@ -120,6 +128,7 @@ def run_of(case: Case) -> RunConfig:
         num_key_value_heads=case.kv_heads,
         head_dim=8,
         tie_word_embeddings=case.tied,
+        mup=MupConfig(case.mup, 2) if case.mup else None,
         **(NEIGHBOUR if case.neighbour else {}),
     )
     return RunConfig(
@@ -131,14 +140,7 @@ def run_of(case: Case) -> RunConfig:
         training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
         # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
         # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
-        optimizer=OptimizerConfig(
-            lr=3e-3,
-            eps=1e-6,
-            warmup_steps=5,
-            clip=0.5,
-            z_loss=case.z_loss,
-            **({"name": "muon", "muon_scale": case.muon, "muon_lr": 1e-2} if case.muon else {}),
-        ),
+        optimizer=OptimizerConfig(warmup_steps=5, clip=0.5, z_loss=case.z_loss, **_optimizer(case)),
         parallel=ParallelConfig(
             case.pp,
             case.tp,
@@ -163,6 +165,14 @@ def run_of(case: Case) -> RunConfig:
         },
         path="layouts.yaml",
     )
+
+
+def _optimizer(case: Case) -> dict[str, Any]:
+    dtypes = {"state_dtype": case.state_dtype, "masters": case.masters}
+    if case.lion:
+        return {"name": "lion", "lr": 5e-4, "betas": (0.9, 0.98), **dtypes}
+    muon = {"name": "muon", "muon_scale": case.muon, "muon_lr": 1e-2} if case.muon else {}
+    return {"lr": 3e-3, "eps": 1e-6, **muon, **dtypes}
 
 
 def global_rows(step: int, vocab: int = 96) -> np.ndarray:
@@ -211,28 +221,37 @@ def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, lis
     of every weight by kind, in the order of the weight table).
     """
     run, model = case.run, reference_model(case)
-    hidden = [p for name, p in model.named_parameters() if "_proj.weight" in name] if case.muon else []
-    muon = PlainMuon(hidden, run.optimizer)
-    matrices = [p for p in model.parameters() if p.dim() == 2 and p not in muon.momenta]
+    hidden = [p for name, p in model.named_parameters() if "_proj.weight" in name]
+    wider = run.model.hidden_size / case.mup if case.mup else 1.0
+    muon = PlainMuon(hidden if case.muon else [], run.optimizer, run.model)
+    lion = PlainLion(model.parameters() if case.lion else [], run.optimizer, hidden, wider)
+    others = [p for p in model.parameters() if p not in muon.momenta and p not in lion.moments]
+    decay, matrices = run.optimizer.weight_decay, [p for p in others if p in set(hidden)]
     groups = [
-        {"params": matrices, "weight_decay": run.optimizer.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
+        {"params": matrices, "weight_decay": decay * wider, "factor": 1 / wider},
+        {"params": [p for p in others if p.dim() == 2 and p not in set(hidden)], "weight_decay": decay},
+        {"params": [p for p in others if p.dim() == 1], "weight_decay": 0.0},  # norms and biases
     ]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps)
-    history = []
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=run.optimizer.betas, eps=run.optimizer.eps / wider)
+    history, outputs = [], list[torch.Tensor]()
+    for layer in list(model.layers)[1 : case.layers + 1]:
+        layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
     for step in range(STEPS):
+        outputs.clear()
         loss = model(*ids_and_labels(global_rows(step, case.vocab), torch.device("cpu")))
+        norms = {"activation": [float(x.detach().square().mean().sqrt()) for x in outputs]}
         model.zero_grad()
         loss.backward()
         named = {key_of(name): p for name, p in model.named_parameters()}
         ordered = [named[key] for key, _ in weights(run.model)]
         before = [p.detach().clone() for p in ordered]
-        norms = {"gradient": [float(p.grad.norm()) for p in ordered if p.grad is not None]}
+        norms["gradient"] = [float(p.grad.norm()) for p in ordered if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, run.optimizer, STEPS)
+            group["lr"] = learning_rate(step, run.optimizer, STEPS) * group.get("factor", 1.0)
         optimizer.step()
         muon.step(learning_rate(step, run.optimizer, STEPS))
+        lion.step(learning_rate(step, run.optimizer, STEPS))
         with torch.no_grad():
             after = model(*ids_and_labels(global_rows(VALIDATION, case.vocab), torch.device("cpu")))
         norms["weight"] = [float(p.detach().norm()) for p in ordered]

@@ -82,7 +82,7 @@ def check_initial_weights(case: Case, engine: Any) -> None:
         whole, cut = plain[key_of(fragment.name)], weight_of(fragment.name).cut
         shard = whole if cut is None else padded_shard(whole, cut, case.tp, engine.mpu.get_tensor_model_parallel_rank())
         part = shard.flatten()[fragment.start :][: fragment.numel]
-        assert torch.equal(fragment.tensors[MASTER], part.to(DTYPES[case.dtype]).float()), fragment.name
+        assert torch.equal(fragment.tensors[MASTER].float(), part.to(DTYPES[case.dtype]).float()), fragment.name
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from llama_ds import log
 from llama_ds.checkpoint.manifest import Description, read_tensors
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.schema import CheckpointConfig
-from llama_ds.layout.optimizer_states import ADAMW, MASTER
+from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, fragments
@@ -79,7 +79,7 @@ def take_turn(case: Case, folder: Path, first: int, steps: int, rank_info: world
 def check_loaded(engine: Any, tag: Path, found: Description, case: Case) -> None:
     """Check every loaded element bit for bit against a plain shard: chunk the full tensor, flatten, take the range."""
     rank = engine.mpu.get_tensor_model_parallel_rank()
-    wholes = read_tensors(str(tag), found, ADAMW.all_kinds())
+    wholes = read_tensors(str(tag), found, found.states.all_kinds())
 
     def own_part(kind: str, name: str) -> torch.Tensor:
         key = key_of(name)
@@ -92,7 +92,7 @@ def check_loaded(engine: Any, tag: Path, found: Description, case: Case) -> None
             wanted = own_part(kind, fragment.name).reshape(-1)[fragment.start : fragment.start + fragment.numel]
             assert torch.equal(tensor, wanted), f"{fragment.name} {kind}"
             elements += tensor.numel()
-    assert elements > 3 * 10_000 // case.world
+    assert elements > len(wholes) * 10_000 // case.world
     for parameter, name in engine.param_names.items():
         if not hasattr(parameter, "ds_id"):
             assert torch.equal(parameter, own_part(MASTER, name).to(parameter.dtype)), name

@@ -122,16 +122,25 @@ CONTEXT_PARALLEL = [
     # two key-value heads on a rank, shared by four
     Case(1, 2, 1, micro_batch=4, sequence_parallel=True, cp=4, cp_method="all_to_all"),
 ]  # fmt: skip
+# Factors of muP: four times the base's width, heads four times as large.
+MUP = [
+    Case(1, 1, 2, zero=3),
+    Case(1, 2, 1, zero=0, tied=True, micro_batch=4, sequence_parallel=True, recompute="full"),
+    Case(2, 1, 1, neighbour=True, muon="moonlight", **STOCK),
+    Case(2, 1, 1, tied=True, z_loss=1e-3, **H1),
+    Case(2, 1, 2, dtype="bf16", **V),
+]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
 # Errors show in the first steps: every step is clipped, and Adam's moments enter from the second one on. On one rank
 # basic layouts train all steps.
 CASES = [replace(case, steps=STEPS if case.world == 1 else 8 if case.world == 2 else 5) for case in BASIC_LAYOUTS]
 CASES += [replace(case, steps=3) for case in SCHEDULES + SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
 CASES += [replace(case, steps=3) for case in CONTEXT_PARALLEL]
+CASES += [replace(case, steps=3, mup=8) for case in MUP]
 CASES += [Case(micro_batch=8, zero=zero, document_mask=True, recompute=recompute, **how) for zero, recompute, how in (
     (0, "full", RING), (1, "none", RING | {"cp": 4}), (1, "selective", {"cp": 4, "cp_method": "hierarchical"}),
 )]  # fmt: skip
-CASES += drawn_layouts(4, 3)
+CASES += drawn_layouts(4, 2)
 CASES += [replace(case, steps=3, neighbour=True) for case in NEIGHBOURS]
 CASES += [replace(case, steps=3, vocab=97) for case in ODD_VOCABULARY]
 

@@ -67,7 +67,7 @@ def test_singular_values_become_about_one() -> None:
 def test_a_step_with_gradients_that_are_not_finite_changes_nothing() -> None:
     weight = torch.nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(1)))
     settings = OptimizerConfig(lr=1e-2, warmup_steps=0, name="muon")
-    muon = Muon([{"params": [weight], "weight_decay": 0.1, "muon": True}], settings, torch.float32)
+    muon = Muon([{"params": [weight], "weight_decay": 0.1, "muon": True}], settings, 0, torch.float32)
     matrix = HeldMatrix("1.mlp.up_proj.weight", (4, 6), 0, ((0, 24),))
     muon._pieces, muon._place = {id(weight): [_Piece(matrix, 0, 24)]}, (Case().layout, 0, None)
     history = []

@@ -12,10 +12,20 @@ import pytest
 import torch
 
 from llama_ds.checkpoint.manifest import WEIGHT, describe, name_of, read_tensors
-from llama_ds.layout.optimizer_states import ADAMW, EXP_AVG_SQ, MUON
-from llama_ds.layout.weights import Role, weights
+from llama_ds.layout.optimizer_states import (
+    ADAMW,
+    COMPENSATION,
+    EXP_AVG,
+    EXP_AVG_SQ,
+    LION,
+    MASTER,
+    MUON,
+    OptimizerStates,
+)
+from llama_ds.layout.weights import weights
 from tests import warm
 from tests.parallel.layout_cases import STEPS, Case, train_reference
+from tests.parallel.layout_histories import histories_of
 from tests.parallel.reshard_memory_worker import LAYER_BYTES
 
 Turns = Callable[[list[Case]], tuple[list[tuple[float, float]], Path]]
@@ -49,6 +59,11 @@ BF16 = [
 ]
 MUON_LAYOUTS = [Case(1, 1, 2), Case(1, 2, 1, zero=3), Case(2, 1, 1, schedule="zb_h1"), Case(1, 1, 2, zero=0)]
 MUON_LAYOUTS = [replace(case, muon="jordan") for case in MUON_LAYOUTS]
+LION_LAYOUTS = [Case(1, 2, 1, zero=3, lion=True), Case(2, 1, 1, schedule="zb_h1", lion=True)]
+LOW_PRECISION = [
+    Case(2, 1, 1, schedule="zb_h1", dtype="bf16", state_dtype="bf16", masters="bf16_kahan"),
+    Case(1, 1, 2, dtype="bf16", state_dtype="bf16", masters="bf16_kahan"),
+]
 
 
 @pytest.fixture
@@ -92,19 +107,44 @@ def test_bf16_keeps_masters_and_moments_to_the_bit(take: Turns, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_weights_have_the_states_of_their_role(take: Turns) -> None:
-    """Muon keeps no second moments for hidden matrices. Its 20 steps over four layouts are those of one run."""
-    history, checkpoints = take(MUON_LAYOUTS)
-    reference = train_reference(MUON_LAYOUTS[0].reference)
+@pytest.mark.parametrize(("layouts", "states"), [(MUON_LAYOUTS, MUON), (LION_LAYOUTS, LION)], ids=["muon", "lion"])
+def test_weights_have_the_states_of_their_role(
+    layouts: list[Case], states: OptimizerStates, take: Turns, tmp_path: Path
+) -> None:
+    """Muon keeps no second moments for hidden matrices, Lion none. 20 steps over layouts are those of one run."""
+    history, checkpoints = take(layouts)
+    reference = train_reference(layouts[0].reference)
     for step, (found, wanted) in enumerate(zip(history, reference, strict=True)):
         assert found == pytest.approx(wanted[:2], rel=1e-5), f"step {step}"
-    for turn, case in enumerate(MUON_LAYOUTS, 1):
-        tag = str(checkpoints / f"step_{turn * STEPS // len(MUON_LAYOUTS):08d}")
-        kinds = read_tensors(tag, describe(tag), (WEIGHT, *MUON.all_kinds()))
-        assert list(kinds) == [*([] if case.zero == 3 else [WEIGHT]), *MUON.all_kinds()]
+    for turn, case in enumerate(layouts, 1):
+        tag = str(checkpoints / f"step_{turn * STEPS // len(layouts):08d}")
+        kinds = read_tensors(tag, describe(tag), (WEIGHT, *states.all_kinds()))
+        assert list(kinds) == [*([] if case.zero == 3 else [WEIGHT]), *states.all_kinds()]
         for key, weight in weights(case.run.model):
             has = [kind for kind, tensors in kinds.items() if key in tensors]
-            assert has == [kind for kind in kinds if kind != EXP_AVG_SQ or weight.role is not Role.HIDDEN_MATRIX], key
+            assert has == [kind for kind in kinds if kind in (WEIGHT, *states.kinds(weight.role))], key
+        if turn == 1:
+            check_universal(Path(tag), tmp_path / "universal", states)
+
+
+@pytest.mark.slow
+def test_bf16_states_are_kept_to_the_bit(take: Turns) -> None:
+    """The worker compares bits; stored are the dtypes that the run keeps, so that nothing is rounded."""
+    history, checkpoints = take(LOW_PRECISION)
+    assert history[-1][0] < history[0][0] - 0.5
+    tag = str(checkpoints / f"step_{STEPS:08d}")
+    kinds = read_tensors(tag, describe(tag), describe(tag).states.all_kinds())
+    dtypes = {kind: {tensor.dtype for tensor in tensors.values()} for kind, tensors in kinds.items()}
+    assert dtypes == {MASTER: {torch.bfloat16}, EXP_AVG: {torch.bfloat16}, EXP_AVG_SQ: {torch.float32},
+                      COMPENSATION: {torch.bfloat16}}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_resumed_run_rounds_as_the_uninterrupted_one(take: Turns, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """To the bit: the random bits are a function of the step, and no state is rounded by saving it."""
+    case = Case(1, 1, 1, dtype="bf16", state_dtype="bf16", masters="bf16_stochastic")
+    history, _ = take([case, case])
+    assert history == histories_of([case], tmp_path_factory)(case)[0]
 
 
 @pytest.mark.slow
@@ -120,12 +160,12 @@ def succeed(*words: object, ranks: int = 0) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
-def check_universal(tag: Path, universal: Path) -> None:
+def check_universal(tag: Path, universal: Path, states: OptimizerStates = ADAMW) -> None:
     """DeepSpeed's converter accepts the checkpoint and yields the same masters and moments."""
     options = ("--input_folder", tag, "--output_folder", universal)
     options += ("--num_extract_workers", "1", "--num_merge_workers", "1")
     succeed("-m", "deepspeed.checkpoint.ds_to_universal", *options)
-    kinds = read_tensors(str(tag), describe(str(tag)), ADAMW.all_kinds())
+    kinds = read_tensors(str(tag), describe(str(tag)), states.all_kinds())
     for kind, tensors in kinds.items():
         for key, ours in tensors.items():
             names = (name_of(key), f"layers.{name_of(key)}", f"tied_modules.embed.{key[1]}")

@@ -140,7 +140,7 @@ def test_a_run_in_fp32_needs_a_machine_described_for_fp32() -> None:
     held = found.memory[0]
     assert held.gradients == held.weights  # 4 bytes each
     words = explain(found)
-    assert "measured, 8 sizes from 16 to 64" in words and "8 bytes each, two moments" in words
+    assert "measured, 8 sizes from 16 to 64" in words and "8 bytes each: masters and moments of adamw" in words
     with pytest.raises(UserError, match=r"a run in bf16, and cpu is described for fp32: set it to false"):
         planned(CPU, 4, "deepspeed.bf16.enabled=true")
     with pytest.raises(UserError, match=r"a run in fp32, and a100-80gb is described for bf16: set it to true"):

@@ -25,7 +25,8 @@ from llama_ds.perf.plan.explain import explain
 from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import layer_time
 from llama_ds.perf.plan.program import OURS
-from llama_ds.perf.plan.step import run_schedule
+from llama_ds.perf.plan.step import rank_roles, run_schedule
+from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.simulate import StageCost, simulate
 
 REPO = Path(__file__).resolve().parents[2]
@@ -148,6 +149,27 @@ def test_settings_change_time_and_memory_in_the_expected_direction() -> None:
     assert planned(gpu=slow).step.seconds > base.step.seconds
     assert planned(gpu=H100).step.seconds < base.step.seconds / 1.5
     assert planned("training.global_batch=4096").step.bubble < base.step.bubble
+
+
+def test_muon_pays_for_whole_matrices() -> None:
+    """Counted by hand for 7B: four D x D and three D x F matrices a layer, owned by 2 x 4 ranks of each of 2 stages.
+
+    An iteration has 2 n^2 m FLOPs for X X^T, 2 n^3 for its square, 2 n^2 m for the product with X, n <= m.
+    """
+    layouts = ("parallel.pp=2", "parallel.tp=4", "optimizer.schedule=cosine")
+    adamw, muon = (planned(*layouts, f"optimizer.name={name}", size="7b", gpus=16) for name in ("adamw", "muon"))
+    narrow, wide, layers = 4096, 11008, 16
+    flops = 5 * layers * (4 * 6 * narrow**3 + 3 * (4 * narrow**2 * wide + 2 * narrow**3))
+    found = update_time(A100, muon.step.job, 0, rank_roles(muon.step.job)[0])
+    assert found.flops == flops
+    # At best the 8 ranks share them evenly, and no product is faster than the peak.
+    assert flops / 8 / A100.peak < found.products < 3 * flops / 8 / A100.peak
+    elements = layers * (4 * narrow**2 + 3 * narrow * wide) / 8
+    assert found.sent == 2 * 2 * elements * 7 / 8, "there and back, 2 bytes each, but for the rank's own eighth"
+    assert adamw.step.optimizer < found.products < muon.step.optimizer
+    assert muon.step.seconds - adamw.step.seconds == pytest.approx(muon.step.optimizer - adamw.step.optimizer)
+    assert muon.peak_bytes < adamw.peak_bytes
+    assert "Newton-Schulz" in explain(muon) and "8 of hidden matrices" in explain(muon)
 
 
 def test_memory_agrees_with_the_trainers_own_model() -> None:

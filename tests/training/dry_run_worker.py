@@ -31,7 +31,7 @@ def record(name: str, run_file: str, overrides: list[str], folder: Path, rank_in
         stack.enter_context(ledger)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(ledger.saved, lambda tensor: tensor))
         engine = build_engine(run, layout, config, torch.device("cpu"))
-        sort_holdings(engine.deepspeed, ledger, states_of(run.optimizer.name))
+        sort_holdings(engine.deepspeed, ledger, states_of(run.optimizer))
         building, held = ledger.calls, dict(ledger.now)
         ledger.restart()
         engine.trace.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
@@ -15,13 +16,15 @@ import pytest
 
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
+from llama_ds.job.run_end import RunEnd
 from llama_ds.log import logger
 from llama_ds.training.boards import background
-from llama_ds.training.boards.background import BackgroundBoard
+from llama_ds.training.boards.background import BackgroundBoard, close_boards
 from llama_ds.training.boards.files import CsvFile, TensorBoardFiles
 from llama_ds.training.boards.prometheus import PrometheusMetrics, exposition
 from llama_ds.training.boards.services import ServiceRun
 from llama_ds.training.run_log import open_run_log
+from llama_ds.training.samples import Sample
 
 QUICKSTART = str(Path(__file__).resolve().parents[2] / "ds_configs" / "quickstart.yaml")
 
@@ -52,11 +55,33 @@ def test_steps_after_a_resume_appear_once_with_their_new_values(kind: Any, point
         board = kind(str(path), first)
         for step, value in enumerate(values, start=first + 1):
             board.add(step, {"loss": value})
-        board.close()
+        board.close(RunEnd.FINISHED)
         if kind is CsvFile and not first:
             with open(path, "a") as file:
                 file.write("1,lo")  # cut off by a kill
     assert points(path) == [(1, 4.0), (2, 2.5), (3, 1.5)]
+
+
+def test_texts_go_to_boards_that_take_them(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    boards = f"[{{name: tensorboard}}, {{name: csv}}, {{name: prometheus, textfile: {tmp_path}/run.prom}}]"
+    run = load_run(QUICKSTART, [f"output_dir={tmp_path}", "name=texts", f"logging.boards={boards}"])
+    folder = tmp_path / "texts"
+    log = open_run_log(run, 0)
+    log.record_samples(2, [Sample("def f(x):\n", "    return x\n"), Sample("", "é")])
+    log.record_samples(4, [Sample("def f(x):\n", "    pass\n")])
+    log.close(RunEnd.FINISHED)
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    (text, _) = (event.tensor_proto.string_val[0].decode() for event in events.Tensors("samples/1/text_summary"))
+    assert text == "    def f(x):\n        return x"
+    assert (folder / "metrics.csv").read_text().splitlines() == ["step,name,value"]
+    open_run_log(run, 3).close(RunEnd.FINISHED)  # resumes before the last samples
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"], line["text"]) for line in lines] == [
+        *((2, "def f(x):\n", "    return x\n"), (2, "", "é"))
+    ]
 
 
 def test_prometheus_serves_the_last_values(tmp_path: Path) -> None:
@@ -70,7 +95,7 @@ def test_prometheus_serves_the_last_values(tmp_path: Path) -> None:
             served = answer.read().decode()
     finally:
         written = file.read_text()
-        board.close()
+        board.close(RunEnd.FINISHED)
     assert served == written and not file.exists()
     lines = served.splitlines()
     for line in (
@@ -89,15 +114,15 @@ class Failing:
     """A board whose server is gone for the first `failures` reports."""
 
     def __init__(self, failures: int) -> None:
-        self.failures, self.got = failures, list[int]()
+        self.failures, self.got = failures, list[int | RunEnd]()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         if step <= self.failures:
             raise ConnectionError("refused")
         self.got.append(step)
 
-    def close(self) -> None:
-        self.got.append(-1)
+    def close(self, end: RunEnd) -> None:
+        self.got.append(end)
 
 
 def test_a_board_that_fails_is_named_once_and_its_losses_are_counted(warnings: Callable[[], list[str]]) -> None:
@@ -105,8 +130,9 @@ def test_a_board_that_fails_is_named_once_and_its_losses_are_counted(warnings: C
     background = BackgroundBoard("mlflow", lambda: board)
     for step in (1, 2, 3):
         background.add(step, {"loss": 1.0, "lr": 0.1})
-    background.close()
-    assert board.got == [3, -1]
+    close_boards([background], RunEnd.FAILED)
+    close_boards([background], RunEnd.FINISHED)  # a run that has failed is not finished by what comes later
+    assert board.got == [3, RunEnd.FAILED]
     assert warnings() == [
         "board mlflow: values are lost (ConnectionError: refused); the run continues",
         "board mlflow: 4 values were dropped; metrics.jsonl has them",
@@ -130,13 +156,13 @@ def test_a_board_that_hangs_holds_up_nothing(
         assert opening.wait(60)
         for step in range(1, 8):  # two of them can wait
             board.add(step, {"loss": 1.0})
-        board.close()
+        close_boards([board], RunEnd.FINISHED)
     finally:
         free.set()
     assert warnings() == [
         "board wandb: values are lost (2 reports wait for it); the run continues",
         "board wandb: did not take its last values within 0.1 s",
-        "board wandb: at least 5 values were dropped; metrics.jsonl has them",
+        "board wandb: at least 6 values were dropped; metrics.jsonl has them",
     ]
 
 
@@ -157,7 +183,7 @@ def test_a_run_writes_to_the_boards_of_its_file(tmp_path: Path) -> None:
     run = load_run(QUICKSTART, [f"output_dir={tmp_path}", "name=boards", boards])
     log = open_run_log(run, 0)
     log.record({"step": 1, "loss": 2.0, "mfu": None})
-    log.close()
+    log.close(RunEnd.FINISHED)
     assert (tmp_path / "boards" / "metrics.csv").read_text().splitlines() == ["step,name,value", "1,loss,2.0"]
 
 

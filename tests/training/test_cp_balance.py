@@ -13,6 +13,7 @@ import torch
 from llama_ds.config.context_parallel import CpSizes
 from llama_ds.config.document_marks import LLAMA_MARKS, DocumentMarks
 from llama_ds.config.run_file import load_run
+from llama_ds.job.run_end import RunEnd
 from llama_ds.layout.row_cuts import own_ranges
 from llama_ds.model.embedding import document_starts
 from llama_ds.training.cp_balance import CpBalance, balance_of, ring_work
@@ -69,7 +70,7 @@ def test_runs_report_it_where_ranks_differ(tmp_path: Path, capsys: pytest.Captur
     balance.add(0, np.full((1, 9), 5))
     reporter._meter._feed = SimpleNamespace(wait_s=0.0, balance=balance)  # type: ignore[assignment]
     reporter.step_done(1, 1e-3, 2.0, last=False)  # type: ignore[arg-type]
-    reporter.close()
+    reporter.close(RunEnd.FINISHED)
     (line,) = (tmp_path / "reported" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["cp_imbalance"] == 20 / 18
     assert " | cp imbalance 1.11 | mem " in capsys.readouterr().out

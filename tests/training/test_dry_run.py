@@ -46,7 +46,10 @@ REAL = {
         *("parallel.pp=2", "parallel.tp=2", "parallel.sequence_parallel=true", "parallel.recompute=full"),
         *("model.vocab_size=127", "optimizer.name=muon"),  # padded, and with other states
     ],
-    "pp2_dp2_split": ["parallel.pp=2", "parallel.schedule=zb_h1", "model.tie_word_embeddings=true"],
+    "pp2_dp2_split": [
+        *("parallel.pp=2", "parallel.schedule=zb_h1", "model.tie_word_embeddings=true"),
+        *("optimizer.name=lion", "optimizer.state_dtype=bf16", "optimizer.masters=bf16_kahan"),
+    ],
     "zero3": [
         *("parallel.tp=2", "deepspeed.zero_optimization.stage=3", "deepspeed.bf16.enabled=false"),
         *("model.attention_bias=qkvo", "model.mlp_bias=true", "model.qk_norm=true"),

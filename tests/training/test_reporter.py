@@ -17,7 +17,9 @@ import torch
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import Divergence
 from llama_ds.job.heartbeat import Progress
+from llama_ds.job.run_end import RunEnd
 from llama_ds.layout.layout import resolve_layout
+from llama_ds.log import logger
 from llama_ds.training.meter import Meter
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import RunLog, open_run_log
@@ -46,7 +48,7 @@ def test_a_console_that_is_gone_ends_no_run(error: str, tmp_path: Path, monkeypa
     finally:
         os.dup2(saved, 1)
         os.close(saved)
-        log.close()
+        log.close(RunEnd.FINISHED)
 
 
 def report(folder: Path, device: str, *overrides: str) -> Reporter:
@@ -151,11 +153,25 @@ def test_a_run_that_diverges_reports_the_step_and_ends(tmp_path: Path) -> None:
     assert reported(tmp_path) == [1]
 
 
+def test_warnings_are_kept_with_their_step(tmp_path: Path) -> None:
+    """Bad shards, stragglers, lost values: a report shows them after the console is gone."""
+    reporter = report(tmp_path, "cpu")
+    step_done(reporter, 1)
+    logger.warning("shard %s is damaged", "x")
+    logger.info("no warning")
+    step_done(reporter, 2)
+    reporter.slow_ranks(["SLOW: rank 3"])
+    reporter.close(RunEnd.FINISHED)
+    logger.warning("of another run")
+    lines = [json.loads(line) for line in (tmp_path / "reported" / "warnings.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["text"]) for line in lines] == [(1, "shard x is damaged"), (2, "SLOW: rank 3")]
+
+
 def test_a_resumed_run_writes_later_steps_anew(tmp_path: Path) -> None:
     reporter = report(tmp_path, "cpu")
     for step in (1, 2, 3):
         step_done(reporter, step)
-    reporter.close()
+    reporter.close(RunEnd.FINISHED)
     _, log = open_log(tmp_path, first=2)
-    log.close()
+    log.close(RunEnd.FINISHED)
     assert reported(tmp_path) == [1, 2]

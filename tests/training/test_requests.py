@@ -16,12 +16,14 @@ from llama_ds.job.requests import Request, Requests, Stage
 ROOT = Path(__file__).resolve().parents[2]
 INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 QUIT, USR2, XCPU = signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU
+CLOSED = "outputs: interrupted"
 PROGRAM = """
 import os, signal, sys, time
 from llama_ds.job import requests
 from llama_ds.job.requests import Requests, Stage
 this = Requests(dict(pair.split("=") for pair in sys.argv[2].split()))
 this.listen()
+this.before_end(lambda end: os.write(2, f"outputs: {end.value}\\n".encode()))
 this.enter(Stage[sys.argv[1]])
 for word in sys.argv[3:]:
     if word == "later":
@@ -49,8 +51,8 @@ def _number(word: int | str) -> int | str:
 @pytest.mark.parametrize("number", [INT, TERM, HUP, QUIT, USR2, XCPU])
 def test_with_nothing_to_save_the_process_ends_at_once(number: signal.Signals) -> None:
     line = f"ended before the first step ({number.name}); there was nothing to save"
-    assert after(Stage.ALONE, "", number) == (128 + number, [line])
-    assert after(Stage.ALONE, "RANK=1 WORLD_SIZE=2", number) == (128 + number, [])  # the first rank says it
+    assert after(Stage.ALONE, "", number) == (128 + number, [line, CLOSED])
+    assert after(Stage.ALONE, "RANK=1 WORLD_SIZE=2", number) == (128 + number, [CLOSED])  # the first rank says it
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_a_second_signal_ends_at_once_unless_it_is_a_copy(
         assert len(lines) <= 1
     else:
         assert (code, lines[1:]) == (
-            128 + ends, [f"ended at once ({ends.name} again); what was not yet saved is lost"]
+            128 + ends, [f"ended at once ({ends.name} again); what was not yet saved is lost", CLOSED]
         )  # fmt: skip
 
 
@@ -100,7 +102,7 @@ def test_ranks_that_do_not_join_end() -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 128 + TERM
-    assert done.stderr.splitlines()[-1].startswith("ended before the first step (SIGTERM)")
+    assert done.stderr.splitlines()[-2].startswith("ended before the first step (SIGTERM)")
 
 
 def test_a_checkpoint_gives_no_reason_for_an_end() -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from llama_ds.checkpoint.carried import carried_files, check_carried
 from llama_ds.checkpoint.conversion.digest import surely_finite
 from llama_ds.checkpoint.conversion.partial import Partial, cannot_write, written_by_conversion
+from llama_ds.checkpoint.formats.folded import folded
 from llama_ds.checkpoint.formats.huggingface import HfTokenizer, plan_huggingface
 from llama_ds.checkpoint.formats.layer_files import plan_layer_files, write_index
 from llama_ds.checkpoint.formats.megatron_deepspeed_writing import plan_megatron_deepspeed
@@ -137,6 +138,8 @@ def plan_of(files: ModelFiles, kind: str, target: Target, tokenizer: HfTokenizer
     Raises:
         UserError: the model cannot be written in that format.
     """
+    if kind != "deepspeed":
+        files = folded(files)
     if kind == "hf":
         return plan_huggingface(files, target, tokenizer)
     return PLANS[kind](files, target)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llama_ds.checkpoint.conversion.convert import Counter, Options, Progress, run_all
 from llama_ds.checkpoint.conversion.digest import Digest, digest
+from llama_ds.checkpoint.formats.folded import exactly_folded
 from llama_ds.checkpoint.formats.inventory import shown
 from llama_ds.checkpoint.load_model import load_model
 from llama_ds.checkpoint.manifest import name_of
@@ -78,13 +79,15 @@ def prove(
     result: ModelFiles,
     options: Options,
     progress: Progress,
-    logits_of_result: Logits | None = None,
     with_logits: bool = True,
+    original: ModelFiles | None = None,
+    logits_of_result: Logits | None = None,
     rounded: Rounded = lambda source, result: source,
 ) -> Proof:
     """Compare the result of a conversion with its source.
 
     Args:
+        original: the source before factors were folded into its weights, which has the same logits.
         rounded: applies what the result's format rounds besides the dtype, which is quantization.
         logits_of_result: computes logits with the library that the result is meant for; None: this project's model.
 
@@ -110,7 +113,7 @@ def prove(
     if proof.not_finite or not with_logits:
         return proof
     ids = prompt(source)
-    expected = _our_logits(source, ids)
+    expected = _our_logits(original if original and exactly_folded(original.model, result.dtype) else source, ids)
     found = logits_of_result(result.path, ids) if logits_of_result else _our_logits(result, ids)
     difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
     exact = result.dtype in DTYPES and not any(before.rounded for before, _ in pairs.values())

@@ -55,8 +55,14 @@ def hf_config(
     """Return the content of config.json, also valid as the configuration's arguments. `dtype` is torch's: float32.
 
     Raises:
-        UserError: no architecture of transformers has this number of heads, or this combination of biases and norms.
+        UserError: no architecture of transformers has this number of heads, this combination of biases and norms, or
+            factors of muP, which `folded` puts into weights.
     """
+    if model.mup:
+        raise UserError(
+            "model.mup: no model of transformers has its factors of logits and attention scores; compare a model "
+            "without it, or convert the trained one with tools/convert.py, which folds them into weights"
+        )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.rope_scaling:
         rope.update(model.rope_scaling.parameters(), rope_type=model.rope_scaling.rope_type)

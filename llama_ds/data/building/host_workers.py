@@ -6,15 +6,19 @@ either side ends, so does the connection, and with it the host's processes.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from queue import SimpleQueue
 from typing import IO
 
@@ -23,6 +27,8 @@ from llama_ds.errors import UserError
 from llama_ds.log import logger
 
 GREETING = b"llama_ds build host\n"  # first bytes of a host: shells may print something else before
+SHARED = "hosts-"  # first part of the name of the file by which hosts see that they share the output
+LOOK_S = 60.0  # time after its start in which a build's hosts look for that file
 END_S = 5.0  # time for a host's command to end by itself
 
 
@@ -149,6 +155,36 @@ class HostWorkers:
             elif message is not None:
                 messages.append(message)
         return messages
+
+
+@contextmanager
+def shared_file(folder: str) -> Iterator[str]:
+    """Write a file by which hosts can tell whether they share the folder, for the time of the block.
+
+    It is locked, by which the files of killed builds are recognised, and removed.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        for left in Path(folder).glob(f"{SHARED}*"):
+            _remove_unlocked(left)
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=SHARED)  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+    with file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file.name
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Remove a file that no build holds, unless it is so new that it may belong to one whose lock is not seen here."""
+    with suppress(OSError), open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.time() - path.stat().st_mtime > LOOK_S:
+            path.unlink()
 
 
 def serve(workers: int, shared: str) -> None:

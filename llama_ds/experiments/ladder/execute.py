@@ -1,22 +1,26 @@
-"""Runs the rungs of a ladder one after another, and reads what they have measured."""
+"""Runs the rungs of a ladder, one after another or side by side on hosts, and reads what they have measured."""
 
 from __future__ import annotations
 
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
+from threading import Event
 
 from llama_ds import shipped
 from llama_ds.config.run_file import load_resolved
 from llama_ds.errors import UserError
-from llama_ds.experiments.ladder.plan import Rung
+from llama_ds.experiments.ladder.plan import Rung, host_groups
 from llama_ds.experiments.ladder.spec import Ladder
 from llama_ds.experiments.records import METRICS, RUN_FILE, Curve, read_run
+from llama_ds.launch.hostfile import write_hostfile
 
-Start = Callable[[list[str]], int]  # runs a command to its end and returns its exit code
+Start = Callable[[list[str], str], int]  # runs a command with its output in a file ("": here), returns its exit code
 COMPARED = ("model", "data", "training", "optimizer", "seed")
 
 
@@ -27,36 +31,83 @@ class Measured:
     rung: Rung
     loss: float  # validation loss after the last step, nats per token
     curve: Curve  # training loss
+    tasks: Mapping[str, Curve]  # accuracies of benchmarks
 
 
-def command(ladder: Ladder, run_file: str) -> list[str]:
-    """Return the command that trains one run file and resumes it from its newest checkpoint."""
-    if ladder.hostfile:
+def command(ladder: Ladder, run_file: str, hostfile: str) -> list[str]:
+    """Return the command that trains one run file, on the hosts of `hostfile`, and resumes it."""
+    if hostfile:
         tool = shipped.folder("tools") / "launch.py"
-        return [sys.executable, str(tool), run_file, "--hostfile", ladder.hostfile, "--supervise"]
+        return [sys.executable, str(tool), run_file, "--hostfile", hostfile, "--supervise"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ladder.ranks)]
     return [*torchrun, os.path.relpath(shipped.TRAIN), run_file]
+
+
+def write_hostfiles(ladder: Ladder) -> list[str]:
+    """Write a hostfile for each group of hosts that trains a run at a time; return their paths, [""] without hosts."""
+    if not ladder.hostfile:
+        return [""]
+    paths = []
+    for number, hosts in enumerate(host_groups(ladder), 1):
+        paths.append(f"{ladder.root}/hosts/{number}")
+        os.makedirs(f"{ladder.root}/hosts", exist_ok=True)
+        write_hostfile(paths[-1], hosts)
+    return paths
 
 
 def execute(
     ladder: Ladder, rungs: Sequence[Rung], paths: Sequence[str], start: Start, say: Callable[[str], None]
 ) -> None:
-    """Train every rung that is not finished; those of `predict` come last.
+    """Train every rung that is not finished, side by side on the hosts' groups. `start` is called from threads.
 
     Raises:
         UserError: a run failed or ended before its last step. The same command goes on from there.
     """
-    for number, (rung, path) in enumerate(zip(rungs, paths, strict=True), 1):
+    hostfiles = write_hostfiles(ladder)
+    free: Queue[str] = Queue()
+    for hostfile in hostfiles:
+        free.put(hostfile)
+    failed = Event()  # after it no run is started
+
+    def train(number: int, rung: Rung, path: str) -> str:
+        """Train a rung; return what went wrong."""
+        hostfile = free.get()
+        try:
+            problem = "" if failed.is_set() else train_on(hostfile, number, rung, path)
+        except BaseException:
+            failed.set()
+            raise
+        finally:
+            free.put(hostfile)
+        if problem:
+            failed.set()
+        return problem
+
+    def train_on(hostfile: str, number: int, rung: Rung, path: str) -> str:
         title = f"{rung.name} ({number} of {len(rungs)}): {rung.parameters:,} parameters"
         if measured(rung):
             say(f"{title}: finished before")
-            continue
-        say(f"{title}, {rung.run.training.tokens:,} tokens in {rung.run.training.steps:,} steps")
-        code = start(command(ladder, path))
-        if code:
-            raise UserError(f"{rung.name}: training ended with exit code {code}; see its message; run again to go on")
+            return ""
+        log = f"{ladder.root}/logs/{rung.name}.log" if len(hostfiles) > 1 else ""
+        say(
+            f"{title}, {rung.run.training.tokens:,} tokens in {rung.run.training.steps:,} steps"
+            + (f"; on {hostfile}, output in {log}" if log else "")
+        )
+        if code := start(command(ladder, path, hostfile), log):
+            return f"{rung.name}: training ended with exit code {code}; see its message; run again to go on"
         if not measured(rung):
-            raise UserError(f"{rung.name}: ended before step {rung.run.training.steps}; run again to go on")
+            return f"{rung.name}: ended before step {rung.run.training.steps}; run again to go on"
+        return ""
+
+    pool = ThreadPoolExecutor(len(hostfiles))
+    try:
+        numbered = enumerate(zip(rungs, paths, strict=True), 1)
+        started = [pool.submit(train, number, rung, path) for number, (rung, path) in numbered]
+        problems = [problem for future in started if (problem := future.result())]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # whoever made `start` ends what still runs after an error
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def measured(rung: Rung) -> Measured | None:
@@ -83,4 +134,5 @@ def measured(rung: Rung) -> Measured | None:
     loss = curves.get("loss", Curve((), ()))
     last = dict(zip(loss.steps, loss.values, strict=True))  # a step that was done again counts once
     steps = sorted(last)
-    return Measured(rung, found_loss, Curve(steps, [last[step] for step in steps]))
+    tasks = {name.removeprefix("tasks/"): one for name, one in curves.items() if name.startswith("tasks/")}
+    return Measured(rung, found_loss, Curve(steps, [last[step] for step in steps]), tasks)

@@ -89,7 +89,8 @@ def fit_law(
     if not suffice(parameters, tokens):
         raise UserError(
             f"fit: {len(y)} runs of {len(set(parameters))} sizes and {len(set(tokens))} token counts do not "
-            f"determine the law's {CONSTANTS} constants; train at least {FEWEST_RUNS} runs with {FEWEST_VALUES} of each"
+            f"determine the law's {CONSTANTS} constants; train at least {FEWEST_RUNS} different ones with "
+            f"{FEWEST_VALUES} of each"
         )
     middle = (float(n.mean()), float(d.mean()))
     best = min((_descend(start, n, d, y, middle) for start in _starts(n, d, y, middle)), key=lambda found: found[0])[1]

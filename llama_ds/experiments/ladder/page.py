@@ -58,6 +58,8 @@ def _pictures(ladder: Ladder, runs: Sequence[Measured], fit: Fit | None) -> dict
     if ladder.sweep:
         return {"sweep": figures.sweep(runs, ladder.sweep.key)}
     found = {"figure1": figures.training_loss(runs), "loss_over_flops": figures.loss_over_flops(runs, fit)}
+    if any(one.tasks for one in runs):
+        found["figure2"] = figures.benchmarks(runs)
     if ladder.flops:
         found["iso_flop"] = figures.iso_flop([one for one in runs if not one.rung.predicted])
     return found

@@ -16,6 +16,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.config.text import save_text
 from llama_ds.errors import UserError
 from llama_ds.experiments.ladder.spec import BATCH, FEWEST_RUNS, FEWEST_VALUES, Ladder, suffice
+from llama_ds.launch.hostfile import parse_hostfile
 from llama_ds.layout.flops import embedding_parameters, flops_per_token, parameter_count
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.perf.plan import hardware
@@ -41,6 +42,11 @@ class Rung:
         return self.run.name
 
     @property
+    def batch_tokens(self) -> int:
+        """Tokens of a step."""
+        return self.run.training.global_batch * self.run.data.seq_len
+
+    @property
     def parameters(self) -> int:
         """Weights that compute: all but an embedding table that is only looked up."""
         model = self.run.model
@@ -56,26 +62,58 @@ def plan(ladder: Ladder) -> list[Rung]:
     """Return the runs: sizes to fit by budget, then the sizes to predict.
 
     Raises:
-        UserError: a size has no valid layout, a budget is below one batch, two runs have one name, or the runs are too
-            few for a prediction.
+        UserError: no group of hosts has `ranks` slots, a size has no valid layout, a budget is below one batch, two
+            runs have one name, or the runs are too few for a prediction.
     """
+    if load_run(ladder.base).training.batch_stages:
+        raise UserError(f"{ladder.base}: the runs of a ladder have one batch each; leave training.batch_stages out")
+    if ladder.hostfile:
+        host_groups(ladder)
     budgets = ladder.budget[1]
     values: tuple[float | None, ...] = ladder.sweep.values if ladder.sweep else (None,)
     cells = [(depth, budget, False) for depth in ladder.depths for budget in budgets]
     cells += [(depth, max(budgets), True) for depth in ladder.predict]
-    rungs = [_rung(ladder, *cell, value) for cell in cells for value in values]
+    seeds: tuple[int | None, ...] = ladder.seeds or (None,)
+    rungs = [_rung(ladder, *cell, value, seed) for cell in cells for value in values for seed in seeds]
     for name, count in Counter(rung.name for rung in rungs).items():
         if count > 1:
             raise UserError(f"{ladder.name}: {count} runs have the name {name}; budgets must differ in six digits")
     fitted = [rung for rung in rungs if not rung.predicted]
     sizes, tokens = [rung.parameters for rung in fitted], [rung.run.training.tokens for rung in fitted]
     if ladder.predict and not suffice(sizes, tokens):
+        different = len(set(zip(sizes, tokens, strict=True)))
         raise UserError(
-            f"{ladder.name}: predict needs {FEWEST_RUNS} runs of {FEWEST_VALUES} sizes and {FEWEST_VALUES} numbers of "
-            f"tokens, and depths and budgets give {len(fitted)} runs of {len(set(sizes))} and {len(set(tokens))}; "
+            f"{ladder.name}: predict needs {FEWEST_RUNS} different runs of {FEWEST_VALUES} sizes and {FEWEST_VALUES} "
+            f"numbers of tokens, and depths and budgets give {different} of {len(set(sizes))} and {len(set(tokens))}; "
             "add some"
         )
     return rungs
+
+
+def host_groups(ladder: Ladder) -> list[dict[str, int]]:
+    """Return the groups of consecutive hosts, with their slots, on which runs are trained side by side.
+
+    Raises:
+        UserError: no group of whole hosts has `ranks` slots.
+    """
+    hosts, groups, group = parse_hostfile(ladder.hostfile), list[dict[str, int]](), dict[str, int]()
+    for host, slots in hosts.items():
+        group[host] = slots
+        total = sum(group.values())
+        if total > ladder.ranks:
+            raise UserError(
+                f"{ladder.name}: ranks = {ladder.ranks} ends within {host}, as {' and '.join(group)} of "
+                f"{ladder.hostfile} have {total} slots; a run takes whole hosts: set ranks to {total}, or the slots"
+            )
+        if total == ladder.ranks:
+            groups, group = [*groups, group], {}
+    if not groups:
+        total = sum(hosts.values())
+        raise UserError(
+            f"{ladder.name}: ranks = {ladder.ranks} are more than the {total} slots of {ladder.hostfile}; set ranks to "
+            f"{total}, or add hosts"
+        )
+    return groups
 
 
 def shape(ladder: Ladder, depth: int) -> dict[str, int]:
@@ -93,15 +131,18 @@ def shape(ladder: Ladder, depth: int) -> dict[str, int]:
     }
 
 
-def _rung(ladder: Ladder, depth: int, budget: float, predicted: bool, value: float | None) -> Rung:
+def _rung(ladder: Ladder, depth: int, budget: float, predicted: bool, value: float | None, seed: int | None) -> Rung:
     base = load_run(ladder.base)
     name = f"d{depth:02}_{budget:g}".replace("+", "") + ("" if value is None else f"_{value:g}")
+    name += "" if seed is None else f"_s{seed}"
     model = shape(ladder, depth)
     changes: dict[str, Any] = {f"model.{key}": size for key, size in model.items()}
     if ladder.gpu:
         changes["parallel"] = {}
     elif ladder.parallel:
         changes["parallel"] = ladder.parallel
+    if seed is not None:
+        changes["seed"] = seed
     changes |= {"name": name, "output_dir": f"{ladder.root}/runs"}
     sized = _load(ladder, {**changes, "training.steps": 1, "optimizer.warmup_steps": 0}, depth)
     wanted = _tokens(ladder, budget, Rung(sized, depth, budget, value, predicted))
@@ -125,6 +166,8 @@ def _rung(ladder: Ladder, depth: int, budget: float, predicted: bool, value: flo
         "checkpoint.interval": max(1, steps // 4),
         "logging.interval": max(1, steps // 200),
     }
+    if base.evaluation.tasks:
+        changes["evaluation.task_interval"] = max(1, steps // 10)
     if ladder.sweep and value is not None:
         changes[ladder.sweep.key] = int(value) if value == int(value) else value
     run = _load(ladder, changes, depth)

@@ -13,7 +13,8 @@ from llama_ds.errors import UserError
 BUDGETS = ("tokens_per_parameter", "tokens", "flops")
 BATCH = "training.global_batch"
 DERIVED = (
-    *("name", "output_dir", "training.steps", "evaluation.interval", "checkpoint.interval", "logging.interval"),
+    *("name", "output_dir", "training.steps", "evaluation.interval", "evaluation.task_interval"),
+    *("checkpoint.interval", "logging.interval"),
     *(f"model.{key}" for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")),
     *("model.head_dim", "model.intermediate_size"),
 )
@@ -22,8 +23,9 @@ FEWEST_RUNS, FEWEST_VALUES = 6, 3
 
 
 def suffice(parameters: Sequence[float], tokens: Sequence[float]) -> bool:
-    """Return whether runs of these sizes and numbers of tokens determine the law."""
-    return len(parameters) >= FEWEST_RUNS and min(len(set(parameters)), len(set(tokens))) >= FEWEST_VALUES
+    """Return whether runs of these sizes and numbers of tokens determine the law; seeds of one run count once."""
+    different = len(set(zip(parameters, tokens, strict=True)))
+    return different >= FEWEST_RUNS and min(len(set(parameters)), len(set(tokens))) >= FEWEST_VALUES
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,12 @@ class Ladder:
     batch_exponent: float = 0.0  # rows of a step grow with tokens to this power, from the base's rows and tokens
     lr_exponent: float = -0.5  # the learning rate follows width to this power, from the base's rate and width
     warmup_share: float = 0.1  # warm-up steps / steps
-    ranks: int = 1
-    hostfile: str = ""  # start by tools/launch.py on these hosts; empty: on this machine
+    ranks: int = 1  # number of ranks of each run
+    hostfile: str = ""  # start by tools/launch.py, side by side on `ranks` slots each; empty: on this machine
     gpu: str = ""  # let the planner choose each layout for this GPU; empty: the base's `parallel`, or the one below
     parallel: dict[str, object] = field(default_factory=dict)
     sweep: Sweep | None = None
+    seeds: tuple[int, ...] = ()  # every run with each of these; empty: with the base's
 
     @property
     def root(self) -> str:
@@ -99,6 +102,11 @@ def _check(ladder: Ladder, path: str) -> None:
                 raise UserError(f"{path}: {key} = {value:g} is not positive; give positive numbers")
         if len(set(values)) < len(values):
             raise UserError(f"{path}: {key} holds a value twice; give each once")
+    for seed in ladder.seeds:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"{path}: seeds = {seed} is no seed; use whole numbers from 0 to 2^63 - 1")
+    if len(set(ladder.seeds)) < len(ladder.seeds):
+        raise UserError(f"{path}: seeds holds a value twice; give each once")
     if both := sorted(set(ladder.depths) & set(ladder.predict)):
         raise UserError(f"{path}: depth {both[0]} is in depths and in predict; a predicted size must not be fitted to")
     for key in ("width_per_layer", "head_dim", "ranks"):

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
-
-from torch import Tensor, nn
 
 from llama_ds.layout.optimizer_states import OptimizerStates
 from llama_ds.model.manual_backward import ManualBackwardLayer
-from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger, tensors_in
-from llama_ds.parallel.optimizer_state import begin_moments, fragments
-
-# Attributes of BF16_Optimizer and of ZeRO 1 to 3 that hold buffers.
-_GRADIENTS = ("fp32_groups_gradients_flat", "averaged_gradients", "grad_partitions_flat_buffer", "ipg_buffer")
-_WEIGHTS = ("bf16_groups_flat", "bit16_groups_flat", "fp16_partitioned_groups_flat")
+from llama_ds.parallel.dry_run.ledger import GRADIENTS, OPTIMIZER, OTHER, WEIGHTS, Ledger
+from llama_ds.parallel.held_memory import gradient_tensors, gradients_of, optimizer_tensors, weight_tensors
+from llama_ds.parallel.optimizer_state import begin_moments
 
 
 def sort_holdings(engine: Any, ledger: Ledger, states: OptimizerStates) -> None:
@@ -25,14 +19,12 @@ def sort_holdings(engine: Any, ledger: Ledger, states: OptimizerStates) -> None:
     """
     # Moments are allocated at the end of the first step and are present at the peak of every later step.
     begin_moments(engine, 0, states)
-    for fragment in fragments(engine):
-        ledger.mark(fragment.tensors.values(), OPTIMIZER)
-    ledger.mark(_buffers(engine.optimizer, _GRADIENTS), GRADIENTS)
+    ledger.mark(optimizer_tensors(engine), OPTIMIZER)
+    ledger.mark(gradient_tensors(engine), GRADIENTS)
     # Mark weights last: in fp32 they are their own masters.
-    ledger.mark(_buffers(engine.optimizer, _WEIGHTS), WEIGHTS)
+    ledger.mark(weight_tensors(engine), WEIGHTS)
     for parameter in engine.module.parameters():
-        ledger.mark([parameter, *_partition(parameter)], WEIGHTS)
-        parameter.register_post_accumulate_grad_hook(lambda p: ledger.mark(_grad(p), GRADIENTS))
+        parameter.register_post_accumulate_grad_hook(lambda p: ledger.mark(gradients_of(p), GRADIENTS))
     for layer in engine.module.modules():
         if isinstance(layer, ManualBackwardLayer):
             _watch_deferred_wgrad(layer, ledger)
@@ -51,19 +43,6 @@ def parameter_counts(engine: Any) -> tuple[int, int]:
         else:
             replicated += count
     return sharded, replicated
-
-
-def _buffers(optimizer: Any, names: tuple[str, ...]) -> Iterator[Tensor]:
-    for name in names:
-        yield from tensors_in(getattr(optimizer, name, None))
-
-
-def _partition(parameter: Any) -> list[Tensor]:
-    return [parameter.ds_tensor] if hasattr(parameter, "ds_tensor") else []
-
-
-def _grad(parameter: nn.Parameter) -> list[Tensor]:
-    return [] if parameter.grad is None else [parameter.grad]
 
 
 def _watch_deferred_wgrad(layer: ManualBackwardLayer, ledger: Ledger) -> None:

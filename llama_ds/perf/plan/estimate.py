@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llama_ds.config.deepspeed_json import deepspeed_config, training_dtype
-from llama_ds.config.row_stages import first_step, stage_steps
+from llama_ds.config.row_stages import first_step, stage_steps, stages_key
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.layout import Layout, resolve_layout
@@ -41,13 +41,13 @@ class Estimate:
 
     @property
     def days(self) -> float:
-        """Duration of the run, or of its stage of `data.stages`, in days without interruptions."""
+        """Duration of the run, or of its stage (`stages_key`), in days without interruptions."""
         return len(stage_steps(self.run, first_step(self.run))) * self.step.seconds / 86400
 
     @property
     def tokens(self) -> int:
-        """Tokens of the run, or of its stage of `data.stages`."""
-        if not self.run.data.stages:
+        """Tokens of the run, or of its stage (`stages_key`)."""
+        if not stages_key(self.run):
             return self.run.training.tokens
         steps = len(stage_steps(self.run, first_step(self.run)))
         return steps * self.run.training.global_batch * self.run.data.seq_len

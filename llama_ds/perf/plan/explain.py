@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from llama_ds.layout.flops import flops_per_token, parameter_count
+from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.recompute import GIB, USABLE
+from llama_ds.layout.weights import Role
 from llama_ds.perf.plan.communication import bus_bandwidth, nodes
 from llama_ds.perf.plan.curves import Curves
 from llama_ds.perf.plan.estimate import Estimate
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.layer import Parts, embedding_time, head_time, layer_time
-from llama_ds.perf.plan.step import rank_parameters
+from llama_ds.perf.plan.step import rank_parameters, rank_roles
+from llama_ds.perf.plan.update import update_time
 
 _WIDTH = 24
 
@@ -150,8 +155,7 @@ def _step(found: Estimate) -> list[tuple[str, str]]:
         ),
         (
             "optimizer",
-            f"{step.optimizer:.4f} s: {job.program.optimizer_bytes:.0f} bytes moved for each of the {largest:,} / dp "
-            "parameters of a rank",
+            f"{step.optimizer:.4f} s: {_update(found)}",
         ),
         ("host", f"{step.host:.4f} s at the end of a step"),
         ("sum", f"{step.seconds:.4f} s for {job.rows:,} rows of {job.seq_len:,} tokens on {job.ranks:,} GPUs"),
@@ -172,8 +176,26 @@ def _full_attention_mfu(found: Estimate) -> float:
     return found.step.tokens_per_second * (flops_per_token(model, job.seq_len) + more) / found.gpu.peak
 
 
-def _states(gpu: Hardware) -> str:
-    return "8 bytes each, two moments" if gpu.dtype == "fp32" else "12 bytes each, master weights and two moments"
+def _update(found: Estimate) -> str:
+    job = found.step.job
+    rank, by_role = max(enumerate(rank_roles(job)), key=lambda item: item[1].total())
+    update = update_time(found.gpu, job, rank, by_role)
+    text = f"memory traffic of the {by_role.total():,} / dp parameters of a rank {update.traffic:.4f} s"
+    if job.optimizer != "muon":
+        return text
+    ranks = job.axes.data_axis * job.tp
+    return (
+        f"{text}; matrices exchanged {update.exchange:.4f} s, {update.sent / 2**20:.1f} MiB sent by each of the "
+        f"{ranks} ranks of a stage; Newton-Schulz {update.products:.4f} s, {update.flops:.4g} FLOPs of a stage"
+    )
+
+
+def _states(found: Estimate) -> str:
+    states = states_of(found.run.optimizer)
+    each = states.nbytes(Counter({Role.EMBEDDING: 1}), found.gpu.element_bytes)
+    hidden = states.nbytes(Counter({Role.HIDDEN_MATRIX: 1}), found.gpu.element_bytes)
+    own = f", {hidden} of hidden matrices" if hidden != each else ""
+    return f"{each} bytes each{own}: masters and moments of {found.run.optimizer.name}"
 
 
 def _memory(found: Estimate) -> list[tuple[str, str]]:
@@ -191,7 +213,7 @@ def _memory(found: Estimate) -> list[tuple[str, str]]:
             "gradients",
             f"{held.gradients / GIB:8.2f}: 4 bytes each, fp32{', over dp' if found.run.zero_stage > 1 else ''}",
         ),
-        ("optimizer", f"{held.optimizer / GIB:8.2f}: {_states(found.gpu)}, over dp"),
+        ("optimizer", f"{held.optimizer / GIB:8.2f}: {_states(found)}, over dp"),
         (
             "activations",
             f"{held.activations / GIB:8.2f}: saved by layers (layout/activation_memory.py), all micro-batches",

@@ -11,6 +11,7 @@ from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.recompute import StagePolicies
 from llama_ds.layout.vocab_parts import part_rows
@@ -50,6 +51,8 @@ class StepJob:
     whole_model: bool = True  # False: bare layers, without embedding, head and optimizer
     launch_blocking: bool = False  # CUDA_LAUNCH_BLOCKING=1: host time and GPU time add up
     cp_sizes: CpSizes = WHOLE_ROWS  # ranks that share rows
+    optimizer: str = "adamw"
+    low_precision: bool = False  # whether optimizer states are bf16
 
     @property
     def pp(self) -> int:
@@ -129,6 +132,8 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         extra_warmup=schedule.extra_warmup,
         stages=tuple(_counts(stage.policies) for stage in policies),
         cp_sizes=cp_sizes(run)[0] if layout.cp > 1 else WHOLE_ROWS,
+        optimizer=run.optimizer.name,
+        low_precision=bool(states_of(run.optimizer).bf16),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llama_ds.config.row_stages import stage_runs
+from llama_ds.config.row_stages import stage_runs, stages_key
 from llama_ds.config.run_file import find_run_file, load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.perf.plan.sizes import rows_of
@@ -16,7 +16,7 @@ def _last_stage(run: RunConfig, batch_tokens: int | None) -> RunConfig:
     return replace(
         stage,
         data=replace(stage.data, stages=()),
-        training=replace(stage.training, global_batch=rows),
+        training=replace(stage.training, global_batch=rows, batch_stages=()),
         parallel=ParallelConfig(),
     )
 
@@ -24,13 +24,13 @@ def _last_stage(run: RunConfig, batch_tokens: int | None) -> RunConfig:
 def base_run(model: str, seq_len: str | None = None, batch_tokens: int | None = None) -> RunConfig:
     """Return the model's run without its layout, optionally with another sequence length and global batch.
 
-    A run with `data.stages` is planned with the rows of its last stage.
+    A run with stages is planned with the rows of its last stage.
     """
     path, overrides = find_run_file(model), ["parallel={}"]
     if seq_len:
         overrides += [f"data.seq_len={seq_len}", "data.stages=[]"]
     base = load_run(path, overrides)
-    if base.data.stages:
+    if stages_key(base):
         return _last_stage(base, batch_tokens)
     if batch_tokens:
         base = load_run(path, [*overrides, f"training.global_batch={rows_of(batch_tokens, base.data.seq_len)}"])

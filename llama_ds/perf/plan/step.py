@@ -10,10 +10,10 @@ from llama_ds.layout.flops import embedding_parameters, flops_per_token
 from llama_ds.layout.partition import held_parameters
 from llama_ds.layout.weights import Role
 from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, message, reduce_scatter
-from llama_ds.perf.plan.compute import pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time, layer_time
+from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.simulate import StageCost, Timeline, simulate
 
 
@@ -190,9 +190,9 @@ def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[fl
     ends = {placement.home(stage)[0] for stage in (0, placement.stages - 1)}
     tied_ranks = ends if job.model.tie_word_embeddings and len(ends) > 1 else set()
     found = []
-    for rank, parameters in enumerate(rank_parameters(job)):
-        shard = parameters / job.axes.data_axis if job.zero_stage else parameters
-        update = pointwise(gpu, job.program.optimizer_bytes * shard, "optimizer")
+    for rank, by_role in enumerate(rank_roles(job)):
+        parameters = by_role.total()
+        update = update_time(gpu, job, rank, by_role).seconds
         scatter = reduce_scatter(gpu, group, float(job.program.reduced_bytes) * parameters)
         gather = all_gather(gpu, group, float(job.program.element_bytes) * parameters) if job.zero_stage else scatter
         if job.zero_stage >= 2:  # already part of every micro-batch

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Mapping
+
+from llama_ds.job.run_end import RunEnd
+from llama_ds.training.boards.background import Values, numbers
 
 
 class TensorBoardFiles:
@@ -15,11 +17,14 @@ class TensorBoardFiles:
 
         self._writer = SummaryWriter(folder, purge_step=first_step + 1)
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
+    def add(self, step: int, values: Values) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            if isinstance(value, str):  # TensorBoard takes it as Markdown, where an indented line is code
+                self._writer.add_text(name, "\n".join(f"    {line}" for line in value.splitlines()), step)
+            else:
+                self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         self._writer.close()
 
 
@@ -36,10 +41,10 @@ class CsvFile:
         self._file = open(path, "a", buffering=1, newline="")  # noqa: SIM115 (closed by close)
         self._writer = csv.writer(self._file)
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        self._writer.writerows((step, name, value) for name, value in values.items())
+    def add(self, step: int, values: Values) -> None:
+        self._writer.writerows((step, name, value) for name, value in numbers(values).items())
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         self._file.close()
 
 

@@ -14,6 +14,9 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+from llama_ds.job.run_end import RunEnd
+from llama_ds.training.boards.background import Values, numbers
+
 TIMEOUT_S = 10.0  # for a client that sends no request
 
 
@@ -27,15 +30,15 @@ class PrometheusMetrics:
         self._text = b""
         self._server = self._serve(address, port) if port else None
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        self._values |= {**values, "step": step, "last_report_timestamp_seconds": time.time()}
+    def add(self, step: int, values: Values) -> None:
+        self._values |= {**numbers(values), "step": step, "last_report_timestamp_seconds": time.time()}
         self._text = exposition(self._run, self._values).encode()
         if self._textfile:
             with open(self._textfile + ".tmp", "wb") as file:
                 file.write(self._text)
             os.replace(self._textfile + ".tmp", self._textfile)
 
-    def close(self) -> None:
+    def close(self, end: RunEnd) -> None:
         """Stop serving and remove the file: values of a run that has ended are not current."""
         if self._server:
             self._server.shutdown()

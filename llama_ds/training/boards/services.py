@@ -13,12 +13,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llama_ds.config.boards import BoardConfig
+from llama_ds.job.run_end import RunEnd
 from llama_ds.log import logger
-from llama_ds.training.boards.background import CLOSE_S
+from llama_ds.training.boards.background import CLOSE_S, Values, numbers
 
 PROJECT = "llama_ds"
 MAX_PARAMS = 100  # limit of one request to MLflow
 MAX_PARAM_CHARS = 500  # limit of a value on its older servers
+WANDB_EXIT_CODES = {RunEnd.FINISHED: 0, RunEnd.INTERRUPTED: 255, RunEnd.FAILED: 1}  # 255 is its own for Ctrl-C
+MLFLOW_STATES = {RunEnd.FINISHED: "FINISHED", RunEnd.INTERRUPTED: "KILLED", RunEnd.FAILED: "FAILED"}
 
 
 class ServiceRun:
@@ -79,15 +82,15 @@ class WandbRun:
         )
         service.write(service.held)
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
+    def add(self, step: int, values: Values) -> None:
         if step > self._service.held:
             if step > self._step:  # wandb sends the values of a step when the next one begins
                 self._service.write(self._step)
                 self._step = step
             self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, end: RunEnd) -> None:
+        self._run.finish(WANDB_EXIT_CODES[end])
         self._service.write(self._step)
 
 
@@ -119,17 +122,18 @@ class MlflowRun:
             self._client.log_batch(run, params=params[begin : begin + MAX_PARAMS])
         return run
 
-    def add(self, step: int, values: Mapping[str, float]) -> None:
+    def add(self, step: int, values: Values) -> None:
         from mlflow.entities import Metric
 
         if step > self._service.held:
             now = int(time.time() * 1000)
-            metrics = [Metric(key, float(value), now, step) for key, value in values.items()]
-            self._client.log_batch(self._service.id, metrics=metrics)
-            self._service.write(step)
+            metrics = [Metric(key, float(value), now, step) for key, value in numbers(values).items()]
+            if metrics:
+                self._client.log_batch(self._service.id, metrics=metrics)
+                self._service.write(step)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._service.id, "FINISHED")
+    def close(self, end: RunEnd) -> None:
+        self._client.set_terminated(self._service.id, MLFLOW_STATES[end])
 
 
 def _flat(data: Any, at: str = "") -> Iterator[tuple[str, Any]]:

@@ -43,7 +43,7 @@ def simulate_rank(task: DryRunTask, rank_info: RankInfo) -> RankReport:
     ledger, new_groups = Ledger(), hashlib.sha256()
     with fake_world(rank_info, task.backend, ledger, lambda ranks: new_groups.update(repr(ranks).encode())):
         engine = build_engine(run, layout, task.config, torch.device("cpu"))
-        sort_holdings(engine.deepspeed, ledger, states_of(run.optimizer.name))
+        sort_holdings(engine.deepspeed, ledger, states_of(run.optimizer))
         building = ledger.calls
         ledger.restart()
         batches = _Batches(layout.micro_batch, run.data.seq_len)

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 
+from llama_ds.config.batch_stages import batches_of
 from llama_ds.config.row_stages import SEQ_LEN
 from llama_ds.config.schema import RunConfig
 from llama_ds.data.mixture import planned
@@ -62,5 +63,5 @@ def _order_of_stated_sizes(run: RunConfig) -> Order:
         count = max(1, int(rows))
         extent = Extent(rows=count, documents=count, ids=count * run.data.seq_len)
         geometry[source.name] = Split(rows_per_shard=min(ROWS_PER_SHARD, count), extents=(extent,))
-    plan = planned(run.data, run.training.global_batch * run.data.seq_len, geometry)
-    return plan.order(run.seed, run.training.global_batch)
+    batches = batches_of(run.training)
+    return planned(run.data, batches, geometry).order(run.seed, batches)

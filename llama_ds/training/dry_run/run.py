@@ -9,7 +9,7 @@ from dataclasses import replace
 from llama_ds.checkpoint.model_shape import read_models
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.recompute import AUTO, GIB
-from llama_ds.config.row_stages import first_step
+from llama_ds.config.row_stages import first_step, stages_key
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
 from llama_ds.config.section_rules import STOCK_ENGINE
@@ -67,9 +67,10 @@ def dry_run(
 
 
 def _name(run: RunConfig) -> str:
-    if not run.data.stages:
+    if not stages_key(run):
         return run.name
-    return f"{run.name} (from step {first_step(run)}, rows of {run.data.seq_len}: the stage with the most memory)"
+    what = f"rows of {run.data.seq_len}" if run.data.stages else f"{run.training.global_batch:,} rows of a step"
+    return f"{run.name} (from step {first_step(run)}, {what}: the stage with the most memory)"
 
 
 def _with_device(run: RunConfig, device_gib: float | None) -> RunConfig:

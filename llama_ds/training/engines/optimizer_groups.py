@@ -10,11 +10,14 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor, nn
 
-from llama_ds.config.schema import OptimizerConfig, RunConfig
+from llama_ds.config.schema import ModelConfig, OptimizerConfig, RunConfig
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.mup import inverse_width, rate_factor
 from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.weights import Role, weight_of
 from llama_ds.model.weight_gradients import WeightGradients
+from llama_ds.parallel.bf16_masters import use_weights_as_masters
+from llama_ds.parallel.elementwise import Elementwise
 from llama_ds.parallel.muon import Muon
 
 MATRICES = "matrices"
@@ -22,39 +25,46 @@ REPLICATED = "norms"  # and the biases that are added to the residual stream
 SHARDED = "biases"
 
 
-def decay_groups(module: nn.Module, settings: OptimizerConfig, name: str = "") -> list[dict[str, Any]]:
+def decay_groups(
+    module: nn.Module, settings: OptimizerConfig, model: ModelConfig, name: str = ""
+) -> list[dict[str, Any]]:
     """Return the optimizer groups of a module: matrices with weight decay, norm weights and biases without.
 
     Weights of a group have the same kinds of state, because each state is one flat buffer for the group, and are all
-    replicated over tensor-parallel ranks or all sharded, because the gradient norm counts the former once.
+    replicated over tensor-parallel ranks or all sharded, because the gradient norm counts the former once. Under muP
+    their learning rates also have one factor.
     """
-    states, groups = states_of(settings.name), dict[tuple[str, tuple[str, ...], bool], list[nn.Parameter]]()
+    states, groups = states_of(settings), dict[tuple[str, tuple[str, ...], bool, float], list[nn.Parameter]]()
     for parameter_name, parameter in module.named_parameters():
         weight = weight_of(parameter_name)
         label = MATRICES if weight.decays else REPLICATED if weight.cut is None else SHARDED
         by_muon = settings.name == "muon" and weight.role is Role.HIDDEN_MATRIX
-        groups.setdefault((label, states.kinds(weight.role), by_muon), []).append(parameter)
+        rate = rate_factor(weight.role, model, settings)
+        groups.setdefault((label, states.kinds(weight.role), by_muon, rate), []).append(parameter)
     return [
         {
             "params": parameters,
-            "weight_decay": settings.weight_decay * (label == MATRICES),
+            "weight_decay": settings.weight_decay * (label == MATRICES) / rate,
             "name": name + label,
             **({"muon": True} if by_muon else {}),
+            **({"lr_factor": rate, "eps": settings.eps * inverse_width(model)} if inverse_width(model) != 1 else {}),
         }
         for label in (MATRICES, REPLICATED, SHARDED)
-        for (found, _, by_muon), parameters in groups.items()
+        for (found, _, by_muon, rate), parameters in groups.items()
         if found == label
     ]
 
 
-def build_optimizer(
-    groups: list[dict[str, Any]], settings: OptimizerConfig, config: dict[str, Any]
-) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict[str, Any]], run: RunConfig, config: dict[str, Any]) -> torch.optim.Optimizer:
     """Return the run's optimizer over `groups`; AdamW is DeepSpeed's for CPUs if the DeepSpeed `config` offloads it."""
+    settings = run.optimizer
+    for own in (Elementwise, Muon):
+        if own not in ZERO_SUPPORTED_OPTIMIZERS:  # other kinds DeepSpeed refuses as untested
+            ZERO_SUPPORTED_OPTIMIZERS.append(own)
     if settings.name == "muon":
-        if Muon not in ZERO_SUPPORTED_OPTIMIZERS:  # other kinds DeepSpeed refuses as untested
-            ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
-        return Muon(groups, settings, torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
+        return Muon(groups, settings, run.seed, torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
+    if settings.name == "lion" or states_of(settings).bf16:
+        return Elementwise(groups, settings, run.seed)
     if config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -68,10 +78,12 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
-def attach_matrices(engine: Any, run: RunConfig, layout: Layout) -> None:
-    """Tell the optimizer of a DeepSpeed engine where the parts of whole matrices are, if it needs them. Collective."""
+def attach_optimizer(engine: Any, run: RunConfig, layout: Layout) -> None:
+    """Give a DeepSpeed engine the run's kind of masters; tell its optimizer which elements it has. Collective."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    if isinstance(optimizer, Muon):
+    if run.optimizer.masters != "fp32":
+        use_weights_as_masters(engine.optimizer)
+    if isinstance(optimizer, Elementwise):
         optimizer.attach(engine, run.model, layout)
 
 

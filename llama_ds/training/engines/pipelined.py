@@ -18,7 +18,7 @@ from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
-    attach_matrices,
+    attach_optimizer,
     build_optimizer,
     decay_groups,
     set_learning_rate,
@@ -35,14 +35,15 @@ def build_pipelined(
     module = LlamaPipeline(run, layout, schedule.placement, parts.context, parts.loss, parts.policies)
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
-    groups = [group for name, layer in _named_layers(module) for group in decay_groups(layer, run.optimizer, name)]
-    optimizer = build_optimizer(groups, run.optimizer, config) if trains else None
+    layers = _named_layers(module)
+    groups = [group for name, layer in layers for group in decay_groups(layer, run.optimizer, run.model, name)]
+    optimizer = build_optimizer(groups, run, config) if trains else None
     freeze_imports()
     rows = (layout.micro_batch, run.data.seq_len)
     engine = LlamaPipelineEngine(module, schedule, parts.context, rows, parts.dtype, optimizer, config, parts.trace)
     if trains:
         accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
-        attach_matrices(engine, run, layout)
+        attach_optimizer(engine, run, layout)
         parts.context.weight_gradients.added = engine.optimizer.gradient_added
     return PipelinedEngine(engine, parts)
 

@@ -26,7 +26,7 @@ from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
-    attach_matrices,
+    attach_optimizer,
     build_optimizer,
     decay_groups,
     set_learning_rate,
@@ -51,14 +51,14 @@ def build_single_stage(
     if run.logging.check_finite:
         check_layers(enumerate(module.layers), run.model.num_hidden_layers)
     updates = trains or run.zero_stage == 3  # where the optimizer holds what the layers are gathered from
-    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config) if updates else None
+    optimizer = build_optimizer(decay_groups(module, run.optimizer, run.model), run, config) if updates else None
     if not updates:  # ZeRO-1 and 2 cut the states of an optimizer
         config = config | {"zero_optimization": {"stage": 0}}
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=mpu)
     if updates:
         accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
-        attach_matrices(engine, run, layout)
+        attach_optimizer(engine, run, layout)
     return SingleStageEngine(engine, layout.accumulation, device, parts)
 
 

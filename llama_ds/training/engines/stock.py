@@ -20,7 +20,7 @@ from llama_ds.training.engines.interface import Branches, StepResult
 from llama_ds.training.engines.layer_parts import LayerParts
 from llama_ds.training.engines.optimizer_groups import (
     accumulate_in_fp32,
-    attach_matrices,
+    attach_optimizer,
     build_optimizer,
     decay_groups,
     set_learning_rate,
@@ -34,11 +34,11 @@ def build_stock(run: RunConfig, layout: Layout, config: dict[str, Any], parts: L
     module = LlamaPipeline(run, layout, schedule_of(run, layout).placement, parts.context, parts.loss, parts.policies)
     if run.logging.check_finite:
         check_layers(module.numbered_layers(), run.model.num_hidden_layers)
-    optimizer = build_optimizer(decay_groups(module, run.optimizer), run.optimizer, config)
+    optimizer = build_optimizer(decay_groups(module, run.optimizer, run.model), run, config)
     freeze_imports()
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # the module brings its grid
     accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
-    attach_matrices(engine, run, layout)
+    attach_optimizer(engine, run, layout)
     return StockPipelinedEngine(engine, parts)
 
 

@@ -126,7 +126,7 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
     deferred = small.layout.pp > 1 and parallel.schedule in DEFERRING_SCHEDULES
     if compute.decoder_layer != "autograd" and parallel.recompute in ("none", "full") and not deferred:
         yield "compute.decoder_layer=autograd", of("compute", decoder_layer="autograd")
-    if run.optimizer.name == "muon":
+    if run.optimizer.name != "adamw":
         yield "optimizer.name=adamw", of("optimizer", name="adamw", **WITHOUT_MUON)
     if run.optimizer.z_loss:
         yield "optimizer.z_loss=0", of("optimizer", z_loss=0.0)

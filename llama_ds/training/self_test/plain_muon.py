@@ -7,28 +7,32 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from llama_ds.config.schema import OptimizerConfig
+from llama_ds.config.schema import ModelConfig, OptimizerConfig
 
 
 class PlainMuon:
     """Muon for the matrices of `hidden`, in their dtype."""
 
-    def __init__(self, hidden: Iterable[nn.Parameter], settings: OptimizerConfig) -> None:
+    def __init__(self, hidden: Iterable[nn.Parameter], settings: OptimizerConfig, model: ModelConfig) -> None:
         self.settings = settings
+        self.factor = 1.0  # of the learning rate, so that updates of wider models have one spectral norm
+        if model.mup and settings.muon_scale == "moonlight":
+            self.factor = (model.mup.base_width / model.hidden_size) ** 0.5
         self.momenta = {p: torch.zeros_like(p) for p in hidden}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update by the gradients; `lr` is the schedule's rate for a peak of `settings.lr`."""
         settings = self.settings
-        lr *= (settings.muon_lr or settings.lr) / settings.lr
+        decay = lr * (settings.muon_lr or settings.lr) / settings.lr * settings.weight_decay
+        lr *= self.factor * (settings.muon_lr or settings.lr) / settings.lr
         for p, momentum in self.momenta.items():
             assert p.grad is not None
             momentum.mul_(settings.momentum).add_(p.grad)
             n, m = p.shape
             update = newton_schulz(p.grad + settings.momentum * momentum if settings.nesterov else momentum)
             scale = 0.2 * max(n, m) ** 0.5 if settings.muon_scale == "moonlight" else max(1, n / m) ** 0.5
-            p.mul_(1 - lr * settings.weight_decay).sub_(lr * scale * update)
+            p.mul_(1 - decay).sub_(lr * scale * update)
 
 
 def newton_schulz(g: Tensor) -> Tensor:

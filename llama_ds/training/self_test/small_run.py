@@ -2,8 +2,8 @@
 
 Kept are the axes and their ranks, the schedule, stages and chunks, save policies, ZeRO and dtypes, the ratio of query
 to key-value heads, the size of a head (kernels depend on it), biases, norms of heads, rotary scaling, tied embeddings,
-masks, the optimizer's kind and z-loss. Only numbers shrink: layers of a stage, heads, widths, vocabulary, tokens, rows
-and micro-batches.
+masks, the optimizer's kind, muP and z-loss. Only numbers shrink: layers of a stage, heads, widths, vocabulary, tokens,
+rows and micro-batches.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ Z_LOSS = 1e-2
 LEARNING_RATE, EPS, CLIP, WEIGHT_DECAY, INITIALIZER_RANGE = 1.0, 1.0, 0.5, 3e-3, 0.1
 # Muon's update of a matrix has a norm of its own: with this rate its changes are about as large as AdamW's.
 MUON_LR = 1e-2
+LION_LR = 1e-3  # change of each element in a step
 # Other ids than those of LLaMA's tokenizer, so that code which assumes these is noticed.
 BEGIN_ID, END_ID = 5, 3
 
@@ -102,15 +103,17 @@ def small_run(run: RunConfig, layout: Layout, dtype: str, marks: DocumentMarks) 
 
 
 def _optimizer(settings: OptimizerConfig) -> OptimizerConfig:
-    muon = settings.name == "muon"
+    muon, lion = settings.name == "muon", settings.name == "lion"
     return OptimizerConfig(
-        lr=LEARNING_RATE,
+        lr=LION_LR if lion else LEARNING_RATE,
         betas=settings.betas,
-        eps=EPS,
+        eps=OptimizerConfig.eps if lion else EPS,
         weight_decay=WEIGHT_DECAY if settings.weight_decay else 0.0,
         clip=CLIP,
         warmup_steps=0,
         name=settings.name,
+        state_dtype=settings.state_dtype,
+        masters=settings.masters,
         muon_lr=MUON_LR if muon else None,
         momentum=settings.momentum,
         nesterov=settings.nesterov,
@@ -195,6 +198,8 @@ def _small_model(run: RunConfig, tp: int, layers: int, seq_len: int) -> ModelCon
         num_attention_heads=groups * (model.num_attention_heads // model.num_key_value_heads),
         num_key_value_heads=groups,
         rope_scaling=scaling,
+        mup=model.mup
+        and replace(model.mup, base_width=max(1, HIDDEN_SIZE * model.mup.base_width // model.hidden_size)),
     )
 
 

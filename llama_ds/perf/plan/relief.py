@@ -1,0 +1,99 @@
+"""The change of a run that takes least time among those that free enough memory, for a rank that has run out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.config.recompute import POLICIES, parse
+from llama_ds.config.rules import check
+from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
+from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.layout.recompute import stage_policies
+from llama_ds.perf.plan.memory import Memory, run_memory
+
+
+@dataclass(frozen=True)
+class Relief:
+    """A setting of the run, and the bytes that the plan's fullest rank holds less with it."""
+
+    setting: str
+    saves: float
+
+
+def planned_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Memory]:
+    """Return the planned memory of each pipeline rank in tensors, without a margin for the device."""
+    return run_memory(run, layout, stage_policies(run, layout, element_bytes), 0, element_bytes)
+
+
+def relief(run: RunConfig, layout: Layout, element_bytes: int, missing: int) -> Relief | None:
+    """Return the cheapest setting that is planned to free `missing` bytes on the fullest rank.
+
+    Where none does, it is the one that frees most; None if the run's rules allow no further one.
+    """
+    before = _peak(run, layout, element_bytes)
+    found: list[Relief] = []
+    for setting, candidate in _by_cost(run, layout):
+        try:
+            check(candidate)
+            changed = resolve_layout(candidate, layout.world)
+            deepspeed_config(candidate, changed, element_bytes == 2)
+            saves = before - _peak(candidate, changed, element_bytes)
+        except UserError:
+            continue
+        if saves >= max(missing, 1):
+            return Relief(setting, saves)
+        found.append(Relief(setting, saves))
+    best = max(found, key=lambda one: one.saves, default=None)
+    return best if best and best.saves > 0 else None
+
+
+def _peak(run: RunConfig, layout: Layout, element_bytes: int) -> float:
+    return max(memory.total for memory in planned_memory(run, layout, element_bytes))
+
+
+def _by_cost(run: RunConfig, layout: Layout) -> Iterator[tuple[str, RunConfig]]:
+    """Yield settings with the run that has them: first what costs no time, last what communicates most."""
+    parallel = run.parallel
+
+    def set_to(**values: Any) -> tuple[str, RunConfig]:
+        words = " ".join(f"parallel.{key}={str(value).lower()}" for key, value in values.items())
+        # An explicit partition is one of other stages.
+        partition = None if {"pp", "tp"} & values.keys() else parallel.partition
+        return words, replace(run, parallel=replace(parallel, **{"partition": partition, **values}))
+
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        yield set_to(sequence_parallel=True)
+    zero = run.zero_stage
+    for stage in range(zero + 1, 4 if parallel.pp == 1 else 2):
+        if layout.data_axis > 1 and stage < 3:
+            yield _with_zero(run, stage)
+    for policy in _stronger(parallel.recompute):
+        yield set_to(recompute=policy)
+    for size in range(parallel.micro_batch // 2, 0, -1):
+        if parallel.micro_batch % size == 0:
+            yield set_to(micro_batch=size)
+    if layout.data_axis > 1 and parallel.pp == 1 and zero < 3:
+        yield _with_zero(run, 3)
+    yield set_to(cp=2 * parallel.cp)
+    yield set_to(tp=2 * parallel.tp, sequence_parallel=True)
+    yield set_to(pp=2 * parallel.pp)
+
+
+def _with_zero(run: RunConfig, stage: int) -> tuple[str, RunConfig]:
+    block = run.deepspeed.get("zero_optimization", {}) | {"stage": stage}
+    return (
+        f"deepspeed.zero_optimization.stage={stage}",
+        replace(run, deepspeed=run.deepspeed | {"zero_optimization": block}),
+    )
+
+
+def _stronger(recompute: str) -> tuple[str, ...]:
+    """Return the save policies that save less than the weakest of the run's."""
+    wanted = parse(recompute)
+    if wanted is None or not wanted.policies:  # by a budget, which may not reach full recompute
+        return POLICIES[-1:]
+    return POLICIES[1 + min(map(POLICIES.index, wanted.policies)) :]
