@@ -15,7 +15,7 @@ class PlainMuon:
 
     def __init__(self, hidden: Iterable[nn.Parameter], settings: OptimizerConfig, model: ModelConfig) -> None:
         self.settings = settings
-        self.factor = 1.0  # of the learning rate, so that updates of wider models have one spectral norm
+        self.factor = 1.0  # factor of the learning rate: updates of wider models then have one spectral norm
         if model.mup and settings.muon_scale == "moonlight":
             self.factor = (model.mup.base_width / model.hidden_size) ** 0.5
         self.momenta = {p: torch.zeros_like(p) for p in hidden}
