@@ -70,9 +70,12 @@ class HostMemory:
             copies[name] = _map(tree, lambda tensor, k=kept, u=used: _copy(tensor, k, u))
             self._buffers[name] = used
             leaves += [(t.data_ptr(), t, name, c) for t, c in zip(tensors_in(tree), used, strict=True)]
-        on_cuda = any(tensor.is_cuda for _, tensor, _, _ in leaves)
-        ready = torch.cuda.current_stream().record_event() if on_cuda else None
-        return Snapshot(copies, list(_locate(leaves, wanted)), ready)
+        return Snapshot(copies, list(_locate(leaves, wanted)), copied_event(tensor for _, tensor, _, _ in leaves))
+
+
+def copied_event(tensors: Iterable[Tensor]) -> Any:
+    """Return an event after the copies of tensors that the current stream has been given; None if all are on a CPU."""
+    return torch.cuda.current_stream().record_event() if any(tensor.is_cuda for tensor in tensors) else None
 
 
 def _copy(tensor: Tensor, kept: list[Tensor], used: list[Tensor]) -> Tensor:

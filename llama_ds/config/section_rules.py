@@ -90,7 +90,7 @@ def _check_mup(model: ModelConfig) -> None:
 
 
 MUP_MOST = 256  # largest ratio of a size to that of the base model
-EPS = 1e-8  # of AdamW
+EPS = 1e-8  # AdamW's
 STATE_DTYPES = ("fp32", "bf16")
 EIGHT_BITS = ("int8", "uint8", "fp8", "8bit")
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from typing import Any
 
-from llama_ds.job.memory_slots import Slot, checksum, oldest
+from llama_ds.job.memory_slots import MemorySlot, checksum, oldest
 from llama_ds.job.wire import (
     HEADER,
     MAX_FRAME,
@@ -43,17 +43,17 @@ class MemoryServer:
     def __init__(self, host: str, token: bytes) -> None:
         """Listen on an address of this host, on any free port."""
         self._token = token
-        self._kept: dict[int, list[Slot]] = {}
-        self._offered: dict[tuple[int, int], Slot] = {}
+        self._kept: dict[int, list[MemorySlot]] = {}
+        self._offered: dict[tuple[int, int], MemorySlot] = {}
         self._listening = socket.create_server((host, 0), backlog=64)
         self.address: Address = self._listening.getsockname()[:2]
         threading.Thread(target=self._serve, name="memory server", daemon=True).start()
 
-    def offer(self, found: Mapping[tuple[int, int], Slot]) -> None:
+    def offer(self, found: Mapping[tuple[int, int], MemorySlot]) -> None:
         """Offer states, by rank and step, to ranks that ask for them."""
         self._offered = dict(found)
 
-    def keep(self, slots: Mapping[int, list[Slot]]) -> None:
+    def keep(self, slots: Mapping[int, list[MemorySlot]]) -> None:
         """Store copies of the ranks in `slots` from now on."""
         self._kept = dict(slots)
 
@@ -96,7 +96,7 @@ class MemoryServer:
         connection.sendall(frame(Kind.TELL, as_json({})))
 
 
-def put(address: Address, token: bytes, rank: int, slot: Slot, mib_per_s: float = 0.0) -> None:
+def put(address: Address, token: bytes, rank: int, slot: MemorySlot, mib_per_s: float = 0.0) -> None:
     """Send the state in `slot` to the host that keeps a copy, at most so many MiB/s (0: no limit).
 
     Raises:
@@ -113,7 +113,7 @@ def put(address: Address, token: bytes, rank: int, slot: Slot, mib_per_s: float 
             raise OSError(answer["problem"])
 
 
-def get(address: Address, token: bytes, rank: int, step: int, slot: Slot) -> None:
+def get(address: Address, token: bytes, rank: int, step: int, slot: MemorySlot) -> None:
     """Receive the state of a rank into `slot`, which has its size.
 
     Raises:

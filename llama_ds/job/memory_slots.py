@@ -34,7 +34,7 @@ _NAME = re.compile(r"rank_(\d{5,})\.[abc]")
 STATES = "abc"  # suffixes of a rank's files
 
 
-class Slot:
+class MemorySlot:
     """One file: a rank's state of one step, or none while it is being written."""
 
     def __init__(self, path: Path, nbytes: int | None = None) -> None:
@@ -116,23 +116,23 @@ def run_folder(memory: str, run_dir: str) -> Path:
     return Path(memory, f"llama_ds_{os.getuid()}_{digest}")
 
 
-def open_slots(folder: Path, rank: int, nbytes: int) -> list[Slot]:
+def open_slots(folder: Path, rank: int, nbytes: int) -> list[MemorySlot]:
     """Create or open the files of a rank, with payloads of `nbytes`. Raises OSError."""
-    return [Slot(folder / f"rank_{rank:05d}.{suffix}", nbytes) for suffix in STATES]
+    return [MemorySlot(folder / f"rank_{rank:05d}.{suffix}", nbytes) for suffix in STATES]
 
 
-def oldest(slots: Iterable[Slot]) -> Slot:
+def oldest(slots: Iterable[MemorySlot]) -> MemorySlot:
     """Return the file that is to be overwritten next."""
     return min(slots, key=lambda slot: slot.step)
 
 
-def whole_slots(folder: Path) -> Iterator[tuple[int, Slot]]:
+def whole_slots(folder: Path) -> Iterator[tuple[int, MemorySlot]]:
     """Yield the files of a host that hold a state, with the rank that it is of, in order."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     for name in names:
         if match := _NAME.fullmatch(name):
             with suppress(OSError, ValueError):  # empty or being created
-                slot = Slot(folder / name)
+                slot = MemorySlot(folder / name)
                 if slot.header is not None:
                     yield int(match[1]), slot
 

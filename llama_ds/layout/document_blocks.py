@@ -18,7 +18,7 @@ from typing import NamedTuple
 TILE = 256  # tokens of short documents that share a block
 
 
-class Step(NamedTuple):
+class RingStep(NamedTuple):
     """A step of a striped ring on one rank."""
 
     rank: int
@@ -49,7 +49,7 @@ class Piece(NamedTuple):
     masked: bool = False  # whether several documents share the block
 
 
-def pieces_of(step: Step, begins: Sequence[Sequence[int]]) -> list[Piece]:
+def pieces_of(step: RingStep, begins: Sequence[Sequence[int]]) -> list[Piece]:
     """Return the blocks of a step; `begins` has of each row the positions at which its documents begin."""
     every = [list(_of_row(step, documents)) for documents in begins]
     if all(found == every[0] and not any(masked for _, masked in found) for found in every):
@@ -57,12 +57,12 @@ def pieces_of(step: Step, begins: Sequence[Sequence[int]]) -> list[Piece]:
     return [_piece(step, slice(row, row + 1), *one) for row, found in enumerate(every) for one in found]
 
 
-def _piece(step: Step, rows: slice, keys: range, masked: bool) -> Piece:
+def _piece(step: RingStep, rows: slice, keys: range, masked: bool) -> Piece:
     queries = slice(keys.start + step.shift, keys.stop + step.shift)
     return Piece(rows, queries, slice(keys.start, keys.stop), True, masked)
 
 
-def _of_row(step: Step, documents: Sequence[int]) -> Iterator[tuple[range, bool]]:
+def _of_row(step: RingStep, documents: Sequence[int]) -> Iterator[tuple[range, bool]]:
     """Yield the keys of each block of a row, and whether it has several documents."""
     held, masked = range(0), False
     for square in step.squares(documents):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-ITERATIONS = 5  # of Newton and Schulz in a step
+ITERATIONS = 5  # Newton-Schulz iterations in a step
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import Gradients, Statistics
 from llama_ds.model.context_parallel import ContextParallel
-from llama_ds.model.ring_blocks import Block, RingBlocks
+from llama_ds.model.ring_blocks import KernelBlock, RingBlocks
 
 
 class RingAttention:
@@ -59,7 +59,7 @@ class RingAttention:
         arriving = None
         for step in range(self.size):
             passing = self.cp.start_pass(keys_values) if step + 1 < self.size else None
-            parts: list[tuple[Block, Tensor, Tensor]] = []
+            parts: list[tuple[KernelBlock, Tensor, Tensor]] = []
             for block in self.blocks.at(step, q, docs):
                 own_grad, own_q, own_out, own_lse = map(block.queries.take, (grad, q, out, lse))
                 own_keys, own_values = map(block.keys.take, keys_values)
@@ -78,7 +78,7 @@ class RingAttention:
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _merge(out: Tensor, lse: Tensor, block: Block, part: Tensor, part_lse: Tensor) -> None:
+def _merge(out: Tensor, lse: Tensor, block: KernelBlock, part: Tensor, part_lse: Tensor) -> None:
     """Add a block's part (B, Q, H, K) with its logsumexp (B, Q, H) to `out` and `lse`, in place."""
     own_out, own_lse, part_lse = block.queries.take(out), block.queries.take(lse), part_lse.to(lse.dtype)
     if block.whole:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama_ds.errors import UserError
-from llama_ds.layout.document_blocks import Piece, Step, pieces_of
+from llama_ds.layout.document_blocks import Piece, RingStep, pieces_of
 from llama_ds.layout.row_cuts import ring_block
 from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import AttentionKernel, Gradients, Statistics, block_kernel, packed_kernel
@@ -34,7 +34,7 @@ class Chosen(Protocol):
         """Add to the tokens of x."""
 
 
-class Span(NamedTuple):
+class TokenSpan(NamedTuple):
     """Consecutive tokens of consecutive rows; what is taken is a view."""
 
     rows: slice
@@ -74,13 +74,13 @@ def _flat(x: Tensor) -> Tensor:
     return x.view(-1, *x.shape[2:])
 
 
-class Block(NamedTuple):
+class KernelBlock(NamedTuple):
     """Queries that meet keys, by a kernel, or by plain matrix products where there is none."""
 
     queries: Chosen
     keys: Chosen
     kernel: AttentionKernel | None
-    documents: Documents | None = None  # of a kernel for packed documents
+    documents: Documents | None = None  # set for a kernel for packed documents
     first: Tensor | None = None  # for plain products: the first key (B or 1, Q) that each query sees; None: all keys
     whole: bool = False  # whether it is the first block of its queries, and has a key for each
 
@@ -106,7 +106,7 @@ class Block(NamedTuple):
         lse = lse.transpose(1, 2)
         if self.kernel is None:
             return block_backward(grad, q, k, v, out, lse, self.first)
-        lse = (lse if self.documents is None else lse.squeeze(0)).contiguous()  # of packed documents (H, N)
+        lse = (lse if self.documents is None else lse.squeeze(0)).contiguous()  # packed documents have (H, N)
         return self.kernel.backward(grad, q, k, v, out, (lse, *state), self.documents)
 
 
@@ -117,7 +117,7 @@ class RingBlocks:
         self.rank, self.size, self.striped, self.backend = rank, size, striped, backend
         self._kernels: dict[tuple[torch.device, torch.dtype, str], AttentionKernel | None] = {}
 
-    def at(self, number: int, q: Tensor, documents: Documents | None) -> list[Block]:
+    def at(self, number: int, q: Tensor, documents: Documents | None) -> list[KernelBlock]:
         """Return the blocks of step `number` for queries like q (B, S, H, K)."""
         if self.striped:
             return self._of_stripes(number, q, documents)
@@ -127,9 +127,9 @@ class RingBlocks:
         rows = slice(0, q.shape[0])
         return [self._dense(Piece(rows, found.queries, found.keys, found.causal), q, number)]
 
-    def _of_stripes(self, number: int, q: Tensor, documents: Documents | None) -> list[Block]:
+    def _of_stripes(self, number: int, q: Tensor, documents: Documents | None) -> list[KernelBlock]:
         rows, length = q.shape[:2]
-        step = Step(self.rank, (self.rank - number) % self.size, self.size, length)
+        step = RingStep(self.rank, (self.rank - number) % self.size, self.size, length)
         if documents is None:  # one document in each row
             return [self._dense(piece, q, number) for piece in pieces_of(step, [[0]] * rows)]
         key = (*step, q.device, q.dtype)
@@ -142,21 +142,23 @@ class RingBlocks:
             )
         return documents.blocks[key]
 
-    def _of_piece(self, piece: Piece, step: Step, q: Tensor, documents: Documents, number: int) -> Block:
+    def _of_piece(self, piece: Piece, step: RingStep, q: Tensor, documents: Documents, number: int) -> KernelBlock:
         if not piece.masked:
             return self._dense(piece, q, number)
         positions = slice(step.rank + piece.queries.start * step.size, piece.queries.stop * step.size, step.size)
         begins = documents.start[piece.rows, positions]
         first = (begins + step.size - 1 - step.source) // step.size - piece.keys.start
-        return Block(Span(*piece[:2]), Span(piece.rows, piece.keys), None, first=first, whole=number == 0)
+        return KernelBlock(
+            TokenSpan(*piece[:2]), TokenSpan(piece.rows, piece.keys), None, first=first, whole=number == 0
+        )
 
-    def _dense(self, piece: Piece, q: Tensor, number: int) -> Block:
+    def _dense(self, piece: Piece, q: Tensor, number: int) -> KernelBlock:
         kernel = self._kernel("causal" if piece.causal else "all", q)
         first, tokens = None, piece.queries
         if kernel is None and piece.causal:
             first = torch.zeros(1, tokens.stop - tokens.start, dtype=torch.int32, device=q.device)
         whole = number == 0 and piece.causal
-        return Block(Span(*piece[:2]), Span(piece.rows, piece.keys), kernel, first=first, whole=whole)
+        return KernelBlock(TokenSpan(*piece[:2]), TokenSpan(piece.rows, piece.keys), kernel, first=first, whole=whole)
 
     def _kernel(self, kind: str, q: Tensor) -> AttentionKernel | None:
         key = q.device, q.dtype, kind
@@ -168,7 +170,7 @@ class RingBlocks:
         return self._kernels[key]
 
 
-def packed(step: Step, documents: Documents, kernel: AttentionKernel) -> list[Block]:
+def packed(step: RingStep, documents: Documents, kernel: AttentionKernel) -> list[KernelBlock]:
     """Return a step's squares of all documents as one call of a kernel for packed documents; [] if there are none."""
     squares = np.array(
         [
@@ -184,7 +186,7 @@ def packed(step: Step, documents: Documents, kernel: AttentionKernel) -> list[Bl
     device = documents.start.device
     own = Documents.of_lengths(lengths, device)
     if step.source == step.rank:  # all tokens
-        return [Block(Listed(None), Listed(None), kernel, own, whole=True)]
+        return [KernelBlock(Listed(None), Listed(None), kernel, own, whole=True)]
     keys = np.arange(lengths.sum()) + np.repeat(starts - lengths.cumsum() + lengths, lengths)
     tokens = torch.tensor(keys, device=device)
-    return [Block(Listed(tokens + step.shift), Listed(tokens), kernel, own)]
+    return [KernelBlock(Listed(tokens + step.shift), Listed(tokens), kernel, own)]

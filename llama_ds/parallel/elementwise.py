@@ -38,7 +38,7 @@ class Elementwise(torch.optim.AdamW):
         """`seed` is that of stochastic rounding."""
         super().__init__(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
         self._settings, self._seed, self._states = settings, seed, states_of(settings)
-        self._positions: dict[int, list[Positions]] = {}  # of the elements, by id of the master
+        self._positions: dict[int, list[Positions]] = {}  # positions of the elements, by id of the master
         self._gradients: dict[int, Tensor] = {}  # fp32 gradients that are not the master's `grad`, by its id
 
     def attach(self, engine: Any, model: ModelConfig, layout: Layout) -> None:

@@ -394,8 +394,6 @@ def _reason(error: Exception | None) -> str | None:
     Raises:
         Exception: `error`, if it is not an OSError.
     """
-    if error is None:
-        return None
-    if not isinstance(error, OSError):
+    if error and not isinstance(error, OSError):
         raise error
-    return str(error)
+    return str(error) if error else None

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from llama_ds.checkpoint.manifest import Description, description_from
 from llama_ds.config.reader import ConfigSource
@@ -34,7 +33,7 @@ from llama_ds.job.memory_link import Address, MemoryServer, get, put
 from llama_ds.job.memory_slots import (
     HEADER_BYTES,
     STATES,
-    Slot,
+    MemorySlot,
     oldest,
     open_slots,
     remove,
@@ -73,7 +72,7 @@ class MemoryCheckpoints:
         run, layout, rank_info = checkpoints.run, checkpoints.layout, checkpoints.rank_info
         self.found: Description | None = None  # the state that `find` has brought to this host
         self._every = run.checkpoint.memory_interval if run.checkpoint.save else 0
-        self._slots: list[Slot] = []  # all that this rank writes to
+        self._slots: list[MemorySlot] = []  # all that this rank writes to
         if not self._every:
             return
         self._rank, self._hosts = rank_info.rank, hosts
@@ -87,8 +86,8 @@ class MemoryCheckpoints:
         self._server = MemoryServer(own_address(), self._token)
         self._addresses: list[Address] = world.gather(self._server.address)
         self._peers = peer_ranks(layout, hosts)
-        self._own: list[Slot] = []
-        self._restored: Slot | None = None
+        self._own: list[MemorySlot] = []
+        self._restored: MemorySlot | None = None
         self._thread: threading.Thread | None = None
         self._without_copy = False  # whether the last state has no copy on another host
 
@@ -196,8 +195,7 @@ class MemoryCheckpoints:
         self._wait()
         slot = oldest(self._own)
         slot.clear()
-        about = memory_state.write(engine, slot.payload)
-        ready = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
+        about, ready = memory_state.write(engine, slot.payload)
         description = asdict(self._checkpoints.description(done, data()))
         header = {"step": done, "identity": self._identity(), "description": description, **about}
 
@@ -231,7 +229,7 @@ class MemoryCheckpoints:
         if ended and self._rank == self._local[0]:
             remove(self._folder)
 
-    def _start(self, slot: Slot, complete: Callable[[], None]) -> None:
+    def _start(self, slot: MemorySlot, complete: Callable[[], None]) -> None:
         """Let a thread complete a state and send it to the peer, if there is one."""
 
         def run() -> None:
@@ -242,7 +240,7 @@ class MemoryCheckpoints:
         self._thread = threading.Thread(target=run, name="memory checkpoint", daemon=True)
         self._thread.start()
 
-    def _send(self, slot: Slot, peer: int) -> None:
+    def _send(self, slot: MemorySlot, peer: int) -> None:
         try:
             put(self._addresses[peer], self._token, self._rank, slot, self.run.checkpoint.memory_rate)
             self._without_copy = False
@@ -263,11 +261,11 @@ class MemoryCheckpoints:
         text = json.dumps({**self._identity_of_run, "id": self._run_id}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def _is_usable(self, slot: Slot) -> bool:
+    def _is_usable(self, slot: MemorySlot) -> bool:
         header = slot.header
         return header is not None and header.get("identity") == self._identity()
 
-    def _usable(self) -> Iterator[tuple[int, Slot]]:
+    def _usable(self) -> Iterator[tuple[int, MemorySlot]]:
         """Yield the states of this run and layout in the memory of this host, by rank."""
         for rank, slot in whole_slots(self._folder):
             if self._is_usable(slot) and rank < len(self._hosts):
@@ -281,7 +279,7 @@ class MemoryCheckpoints:
                 found[copy.rank] = copy
         return [found[rank] for rank in sorted(found)] if len(found) == len(self._hosts) else None
 
-    def _verify(self, chosen: list[_Copy], here: dict[tuple[int, int], Slot]) -> dict[_Copy, str]:
+    def _verify(self, chosen: list[_Copy], here: dict[tuple[int, int], MemorySlot]) -> dict[_Copy, str]:
         """Return what is wrong with the chosen states, each of which a rank on its host reads. Collective."""
         mine = [copy for copy in chosen if copy.host == self._hosts[self._rank]]
         place, ranks = self._local.index(self._rank), len(self._local)
@@ -289,7 +287,7 @@ class MemoryCheckpoints:
         return {copy: text for one in world.gather(problems) for copy, text in one.items() if text}
 
     def _fetch(
-        self, chosen: list[_Copy], here: dict[tuple[int, int], Slot], nbytes: dict[tuple[int, int], int]
+        self, chosen: list[_Copy], here: dict[tuple[int, int], MemorySlot], nbytes: dict[tuple[int, int], int]
     ) -> dict[_Copy, str]:
         """Bring this rank's state here; return which could not be brought, and why. Collective."""
         copy = chosen[self._rank]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama_ds.job.memory_slots import Slot
+from llama_ds.checkpoint.snapshot import copied_event
+from llama_ds.job.memory_slots import MemorySlot
 from llama_ds.layout.optimizer_states import MASTER, OptimizerStates
 from llama_ds.layout.weights import key_of, weight_of
 from llama_ds.parallel.optimizer_state import fragments, step_counter
@@ -31,21 +32,23 @@ def payload_bytes(engine: Any, states: OptimizerStates) -> int:
     return total
 
 
-def write(engine: Any, payload: memoryview) -> dict[str, Any]:
-    """Copy this rank's state into a payload; return what `read` and `problem` need in its header.
+def write(engine: Any, payload: memoryview) -> tuple[dict[str, Any], Any]:
+    """Copy this rank's state into a payload.
 
-    On CUDA the copies are complete when the work that the current stream has been given is.
+    Returns:
+        What `read` and `problem` need in its header, and the CUDA event after the copies, None on a CPU.
     """
     counter = step_counter(engine)
     _count(payload).copy_(counter if isinstance(counter, Tensor) else torch.tensor(counter), non_blocking=True)
     for source, stored in _placed(engine, payload):
         stored.copy_(source, non_blocking=True)
     masters = [fragment.tensors[MASTER] for fragment in fragments(engine)]
-    dtypes = [str(master.dtype).removeprefix("torch.") for master in masters[:1]]  # of all; a rank may have none
-    return {"signature": _signature(engine), "masters": sum(_aligned(m.nbytes) for m in masters), "dtypes": dtypes}
+    dtypes = [str(master.dtype).removeprefix("torch.") for master in masters[:1]]  # all have the same
+    about = {"signature": _signature(engine), "masters": sum(_aligned(m.nbytes) for m in masters), "dtypes": dtypes}
+    return about, copied_event(masters)
 
 
-def read(engine: Any, slot: Slot) -> bool:
+def read(engine: Any, slot: MemorySlot) -> bool:
     """Copy a state into this rank's optimizer, which has moments; return False if it is of other elements."""
     header = slot.header
     if header is None or header["signature"] != _signature(engine):
@@ -55,12 +58,12 @@ def read(engine: Any, slot: Slot) -> bool:
     return True
 
 
-def step_count(slot: Slot) -> int:
+def step_count(slot: MemorySlot) -> int:
     """Return the optimizer's count of steps of a state."""
     return int(_count(slot.payload))
 
 
-def problem(slot: Slot) -> str:
+def problem(slot: MemorySlot) -> str:
     """Return why a state cannot be used, "" if it can."""
     header = slot.header
     if header is None or not slot.is_intact:

@@ -50,11 +50,6 @@ class TrainingSamples:
                 f"{run.path}: evaluation.sample_prompts: parallel.schedule = {STOCK_ENGINE} cannot generate text; use "
                 "another schedule"
             )
-        if layout.cp > 1:
-            raise UserError(
-                f"{run.path}: evaluation.sample_prompts: ranks that share rows (parallel.cp = {layout.cp}) cannot "
-                "generate text; leave the prompts out"
-            )
         try:
             begin = len(prefix(tokenizer))
         except UserError as error:

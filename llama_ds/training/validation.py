@@ -33,7 +33,7 @@ class Validation:
         shares = sources.validation_shares(rows)
         per_rank = rows // layout.dp
         of_row = np.repeat(np.arange(len(shares)), shares)[per_rank * engine.dp_rank :][:per_rank]
-        self._sources = of_row.reshape(-1, layout.micro_batch)  # of each row of each micro-batch
+        self._sources = of_row.reshape(-1, layout.micro_batch)  # the source of each row of each micro-batch
         text: dict[str, int] = {}
         if rows and world.is_first():
             text = {part.source: part.text_bytes for part in rows_by_source(sources, rows)}

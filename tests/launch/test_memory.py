@@ -15,7 +15,7 @@ import pytest
 
 from llama_ds.job import memory_keeper
 from llama_ds.job.memory_link import CHUNK_BYTES, MemoryServer, get, put
-from llama_ds.job.memory_slots import HEADER_BYTES, Slot, oldest, open_slots, remove_others, whole_slots
+from llama_ds.job.memory_slots import HEADER_BYTES, MemorySlot, oldest, open_slots, remove_others, whole_slots
 from llama_ds.layout.axes import Axes
 from llama_ds.layout.peers import peer_ranks
 
@@ -23,9 +23,9 @@ TOKEN = b"t" * 32
 SIZE = CHUNK_BYTES + 4096
 
 
-def filled(path: Path, step: int, value: int = 7, nbytes: int = SIZE) -> Slot:
+def filled(path: Path, step: int, value: int = 7, nbytes: int = SIZE) -> MemorySlot:
     """A whole state of `step` in a new file."""
-    slot = Slot(path, nbytes)
+    slot = MemorySlot(path, nbytes)
     slot.payload[:] = bytes([value]) * nbytes
     slot.complete({"step": step, "checksum": slot.checksum()})
     return slot
@@ -40,7 +40,7 @@ def server() -> Iterator[MemoryServer]:
 
 def test_a_state_is_whole_or_not_there(tmp_path: Path) -> None:
     slot = filled(tmp_path / "rank_00003.a", 9)
-    again = Slot(slot.path)
+    again = MemorySlot(slot.path)
     assert again.is_intact and again.step == 9
     again.payload[SIZE - 1] = 8
     assert slot.header and not slot.is_intact  # one changed byte
@@ -62,7 +62,7 @@ def test_the_oldest_state_is_overwritten(tmp_path: Path) -> None:
 
 def test_a_file_of_another_size_is_made_anew(tmp_path: Path) -> None:
     filled(tmp_path / "rank_00000.a", 9)
-    other = Slot(tmp_path / "rank_00000.a", 128)
+    other = MemorySlot(tmp_path / "rank_00000.a", 128)
     assert other.header is None and len(other.payload) == 128
     assert other.path.stat().st_size == HEADER_BYTES + 128
 
@@ -78,7 +78,7 @@ def test_copies_travel_with_their_checksums(tmp_path: Path, server: MemoryServer
     assert time.monotonic() - begin >= SIZE / 2**20 / 20 and kept[1].is_intact
 
     server.offer({(3, 9): kept[0]})
-    back = Slot(tmp_path / "rank_00003.b", SIZE)
+    back = MemorySlot(tmp_path / "rank_00003.b", SIZE)
     get(server.address, TOKEN, 3, 9, back)
     assert back.header == own.header and back.payload == own.payload
 

@@ -27,7 +27,7 @@ from llama_ds.config.context_parallel import ALL_TO_ALL, HIERARCHICAL, RING, CpS
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout import document_blocks
 from llama_ds.layout.activation_memory import LayerWork
-from llama_ds.layout.document_blocks import Step, pieces_of
+from llama_ds.layout.document_blocks import RingStep, pieces_of
 from llama_ds.layout.row_cuts import own_ranges, ring_block
 from llama_ds.model import ring_blocks
 from llama_ds.model.attention import Documents
@@ -264,7 +264,7 @@ def test_documents_leave_every_visible_pair_in_one_block_and_no_empty_block(
     pairs: Counter[tuple[int, int, int]] = Counter()
     with patch.object(document_blocks, "TILE", tile):
         for rank, source in product(range(size), range(size)):
-            for piece in pieces_of(Step(rank, source, size, length), begins):
+            for piece in pieces_of(RingStep(rank, source, size, length), begins):
                 queries, keys = held[rank][piece.queries], held[source][piece.keys]
                 assert piece.causal and len(queries) == len(keys) and (len(keys) <= tile or not piece.masked)
                 for row in range(2)[piece.rows]:

@@ -20,7 +20,7 @@ from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT = 500_000  # elements of a rank's part: 2 MB in fp32
-SHAPE = (512, 8, 4, 64)  # of attention: tokens of a rank, query heads, key-value heads, head size
+SHAPE = (512, 8, 4, 64)  # attention: tokens of a rank, query heads, key-value heads, head size
 OVERHEAD = 1.02  # measured: 1.009
 
 

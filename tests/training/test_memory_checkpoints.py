@@ -22,7 +22,7 @@ from llama_ds.config.schema import (
     TrainingConfig,
 )
 from llama_ds.errors import Corruption, UserError
-from llama_ds.job.memory_slots import Slot, whole_slots
+from llama_ds.job.memory_slots import MemorySlot, whole_slots
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.weights import weight_shapes
 from llama_ds.parallel.world import RankInfo
@@ -85,7 +85,7 @@ def trained(run: RunConfig, steps: int = 4) -> Engine:
     return engine
 
 
-def newest(run: RunConfig) -> Slot:
+def newest(run: RunConfig) -> MemorySlot:
     folder = next(Path(run.checkpoint.memory_folder).iterdir()) / "node1"
     return max((slot for _, slot in whole_slots(folder)), key=lambda slot: slot.step)
 
@@ -103,11 +103,11 @@ def test_state_and_counts_come_back_to_the_bit(run: RunConfig) -> None:
     assert not list(Path(run.checkpoint.memory_folder).iterdir())
 
 
-def spoil(slot: Slot) -> None:
+def spoil(slot: MemorySlot) -> None:
     slot.payload[100] ^= 1
 
 
-def make_infinite(slot: Slot) -> None:
+def make_infinite(slot: MemorySlot) -> None:
     torch.frombuffer(slot.payload, dtype=torch.float32, count=1, offset=64 + 4 * 3).fill_(float("inf"))
     header = slot.header
     assert header

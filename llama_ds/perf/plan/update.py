@@ -31,9 +31,9 @@ class UpdateTime:
     """Seconds of a rank's update."""
 
     traffic: float  # elementwise work
-    products: float  # of Newton-Schulz iterations, on the rank with the most
-    exchange: float  # of matrices and their updates, not overlapped
-    flops: float  # of the products on all ranks of the stage
+    products: float  # Newton-Schulz iterations, on the rank with the most
+    exchange: float  # matrices and their updates, not overlapped
+    flops: float  # FLOPs of the products on all ranks of the stage
     sent: float  # bytes that a rank sends
 
     @property
