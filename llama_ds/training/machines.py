@@ -53,7 +53,8 @@ def machine_of(layout: Layout, device: torch.device, hosts: Sequence[str], run_d
 def packages() -> dict[str, str]:
     """Return the versions of all installed distributions by name, in alphabetical order."""
     read = HeaderParser().parsestr  # `one.name` and `one.version` would parse each package's README as well
-    texts = [one.read_text("METADATA") or one.read_text("PKG-INFO") or "" for one in distributions()]
+    installed = distributions(path=[path for path in sys.path if "_vendor" not in path])  # without setuptools' own
+    texts = [one.read_text("METADATA") or one.read_text("PKG-INFO") or "" for one in installed]
     found = {about["Name"]: about["Version"] for about in map(read, texts) if about["Name"]}
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 

@@ -16,6 +16,7 @@ from llama_ds.checkpoint.model_shape import model_in
 from llama_ds.checkpoint.same_model import check_same_function, fingerprint
 from llama_ds.checkpoint.weights import ModelFiles
 from llama_ds.config.schema import ModelConfig, RopeScaling
+from llama_ds.config.schema_mup import MupConfig
 from llama_ds.errors import UserError
 from tools import convert
 
@@ -33,7 +34,9 @@ def another(value: Any) -> Any:
 def test_every_key_of_a_model_is_compared(name: str) -> None:
     """New keys, too: each of them changes the function."""
     changed: Any = ModelConfig.__new__(ModelConfig)  # unchecked: not every pair of values makes a model
-    changed.__dict__.update(vars(MODEL) | {name: SAME_SHAPES.get(name) or another(getattr(MODEL, name))})
+    changed.__dict__.update(
+        vars(MODEL) | {name: (SAME_SHAPES | {"mup": MupConfig(32)}).get(name) or another(getattr(MODEL, name))}
+    )
     with pytest.raises(UserError, match=rf"^folder: is another model than the run's: model\.{name} = "):
         check_same_function(FILES, changed, [])
     ((key, there, _),) = check_same_function(FILES, changed, [f"model.{name}"])

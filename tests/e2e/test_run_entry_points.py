@@ -107,7 +107,7 @@ def test_tensorboard_holds_the_same_losses_and_norms(trained: Callable[[str], Ru
     for step, found in norms.items():
         every = [number for row in found["gradient"].values() for number in row]
         assert math.hypot(*every) == pytest.approx(total[step], rel=1e-5)
-        assert len(every) == 4 * 9 + 3 and list(found) == ["gradient", "weight", "update"]
+        assert len(every) == 4 * 9 + 3 and list(found) == ["gradient", "weight", "update", "activation"]
     third = [(event.step, event.value) for event in events.Scalars("norms/update/q_proj/3")]
     assert third == [(step, pytest.approx(found["update"]["q_proj"][2])) for step, found in norms.items()]
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,12 +27,17 @@ MUON = replace(SETTINGS, name="muon", muon_lr=2e-3)
 CONFIG: dict[str, Any] = {"bf16": {"enabled": False}}
 
 
+def run_with(settings: OptimizerConfig) -> Any:
+    """Return what an optimizer reads of a run."""
+    return SimpleNamespace(optimizer=settings, seed=0)
+
+
 def test_at_the_width_of_the_base_all_numbers_are_those_without_it() -> None:
     ids = torch.arange(2 * 17).view(2, 17) % 96
     found = []
     for model in (BASE, replace(BASE, mup=None)):
         built = build_model(model, 16, seed=3)
-        optimizer = build_optimizer(decay_groups(built, SETTINGS, model), SETTINGS, CONFIG)
+        optimizer = build_optimizer(decay_groups(built, SETTINGS, model), run_with(SETTINGS), CONFIG)
         for _ in range(2):
             optimizer.zero_grad()
             loss = built(ids[:, :-1], ids[:, 1:])
@@ -49,7 +55,7 @@ def test_hidden_matrices_have_a_learning_rate_of_their_own(settings: OptimizerCo
     module = build_model(WIDE, 16)
     names = {parameter: name for name, parameter in module.named_parameters()}
     groups = decay_groups(module, settings, WIDE)
-    build_optimizer(groups, settings, CONFIG)
+    build_optimizer(groups, run_with(settings), CONFIG)
     for group in groups:
         roles = {weight_of(names[p]).role for p in group["params"]}
         hidden, own = Role.HIDDEN_MATRIX in roles, 2.0 if settings.name == "muon" else 1.0

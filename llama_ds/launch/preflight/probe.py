@@ -46,9 +46,9 @@ def code_digest(root: str) -> str:
 
 
 def packages() -> dict[str, str]:
-    """Return the installed distributions and their versions."""
+    """Return the installed distributions and their versions, without those that setuptools brings along."""
     found = {}
-    for distribution in importlib.metadata.distributions():
+    for distribution in importlib.metadata.distributions(path=[path for path in sys.path if "_vendor" not in path]):
         name = distribution.metadata["Name"]  # None after an interrupted installation
         if name:
             found[name.lower().replace("_", "-")] = distribution.version or "without a version"
