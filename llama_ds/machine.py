@@ -41,6 +41,23 @@ def free_port() -> int:
     raise OSError("a thousand ports between 20000 and 32000 are in use")
 
 
+def memory_left_to_group() -> int | None:
+    """Return the bytes that the control group of this process may still use; None without a limit."""
+    try:
+        own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    group, left = Path("/sys/fs/cgroup", own[3:].lstrip("/")), list[int]()
+    for folder in (group, *group.parents):
+        try:
+            limit = (folder / "memory.max").read_text().strip()
+            if limit != "max":
+                left.append(int(limit) - int((folder / "memory.current").read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(0, min(left)) if left else None
+
+
 def _cpuinfo(key: str) -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

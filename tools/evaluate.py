@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -274,7 +273,7 @@ def evaluate_loss(args: argparse.Namespace) -> Answer:
 
 def _line(loss: ValidationLoss) -> str:
     return (
-        f"{loss.rows} rows | {loss.labels:,} tokens | loss {loss.loss:.4f} | perplexity {math.exp(loss.loss):.2f} | "
+        f"{loss.rows} rows | {loss.labels:,} tokens | loss {loss.loss:.4f} | perplexity {loss.perplexity:.2f} | "
         f"{loss.bits_per_byte:.4f} bits per byte"
     )
 

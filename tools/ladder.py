@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def check_coordinates(args: argparse.Namespace) -> Answer:
     from llama_ds.experiments.ladder.width_figures import coordinates_figure, coordinates_text
 
     found = coordinate_check(load_run(args.run, args.overrides), args.widths, args.steps, _say)
-    return _written(args, found, coordinates_figure(found), coordinates_text(found))
+    return _written(args, found, coordinates_figure, coordinates_text(found))
 
 
 def sweep_rates(args: argparse.Namespace) -> Answer:
@@ -189,17 +190,19 @@ def sweep_rates(args: argparse.Namespace) -> Answer:
     from llama_ds.experiments.ladder.width_figures import sweep_figure, sweep_text
 
     found = rate_sweep(load_run(args.run, args.overrides), args.widths, args.rates, _say)
-    return _written(args, found, sweep_figure(found), sweep_text(found))
+    return _written(args, found, sweep_figure, sweep_text(found))
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _written(args: argparse.Namespace, found: dict[str, Any], figure: str, text: str) -> Answer:
+def _written(
+    args: argparse.Namespace, found: dict[str, Any], draw: Callable[[dict[str, Any]], str], text: str
+) -> Answer:
     folder = args.out or f"runs/{args.command}"
-    save_text(f"{folder}/{args.command}.svg", figure)
     save_text(f"{folder}/{args.command}.json", json.dumps(found, indent=1) + "\n")
+    save_text(f"{folder}/{args.command}.svg", draw(found))
     return Answer(found, f"{text}\n{folder}/{args.command}.svg")
 
 

@@ -35,7 +35,7 @@ from llama_ds.perf.plan.fit import BOUNDS, cross_validate, fit, usable
 from llama_ds.perf.plan.goodput import Tier
 from llama_ds.perf.plan.goodput_published import DISK, LLAMA3_RATE, MEMORY
 from llama_ds.perf.plan.goodput_tables import GoodputRequest, plan_goodput_of, published
-from llama_ds.perf.plan.models import base_run
+from llama_ds.perf.plan.models import base_run, stages_of
 from llama_ds.perf.plan.page import page
 from llama_ds.perf.plan.rows import Row, read_rows
 from llama_ds.perf.plan.search import search
@@ -187,6 +187,11 @@ def plan_search(args: argparse.Namespace) -> Answer:
     """Return the ranking and write the requested files."""
     gpu = hardware.load(args.gpu)
     wanted = _tokens("--global-batch-tokens", args.global_batch_tokens) if args.global_batch_tokens else None
+    if args.write and (key := stages_of(args.model)):
+        raise UserError(
+            f"--write {args.write}: {args.model} has {key}, of which the last one is planned, and a written file would "
+            "train without the others; leave --write out, and take the layout of the answer into that run file"
+        )
     base = base_run(args.model, args.seq_len, wanted)
     if wanted and wanted != base.training.global_batch * base.data.seq_len:
         rows = base.training.global_batch

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_ds.config.schema import ModelConfig, MupConfig, RunConfig
+from llama_ds.data.source.store import BadFile
 from llama_ds.data.stream import Dataset, open_data
 from llama_ds.errors import UserError
 from llama_ds.model.decoder import DecoderLayer
@@ -70,7 +71,7 @@ def coordinate_check(run: RunConfig, widths: Sequence[int], steps: int, say: Say
     Raises:
         UserError: a width has no whole number of heads, the optimizer is Muon, or the data cannot be used.
     """
-    data = _opened(run)
+    data = _opened(run, widths)
     found: dict[str, dict[str, list[list[float]]]] = {}
     for how in PARAMETRIZATIONS:
         found[how] = {kind: [] for kind in KINDS}
@@ -91,7 +92,7 @@ def rate_sweep(run: RunConfig, widths: Sequence[int], rates: Sequence[float], sa
 
     A loss that is not finite is None. Errors are those of `coordinate_check`.
     """
-    data = _opened(run)
+    data = _opened(run, widths)
     losses: dict[str, list[list[float | None]]] = {}
     for how in PARAMETRIZATIONS:
         losses[how] = []
@@ -106,11 +107,15 @@ def rate_sweep(run: RunConfig, widths: Sequence[int], rates: Sequence[float], sa
     return {"widths": list(widths), "rates": list(rates), "losses": losses, "best": best, "run": _about(run)}
 
 
-def _opened(run: RunConfig) -> Dataset:
+def _opened(run: RunConfig, widths: Sequence[int]) -> Dataset:
+    """Check what would only show after hours, and open the data."""
     if run.optimizer.name == "muon":
         raise UserError(f"{run.path}: optimizer.name = muon needs an engine, which this has not; use adamw")
     if run.optimizer.masters != "fp32":
         raise UserError(f"{run.path}: optimizer.masters = {run.optimizer.masters} needs an engine; use fp32")
+    for how in PARAMETRIZATIONS:
+        for width in widths:
+            _with_width(run, width, how)
     return open_data(run)
 
 
@@ -130,7 +135,10 @@ class _Training:
 
     def rows(self, step: int) -> tuple[Tensor, Tensor]:
         """Return ids and labels of the rows of a step."""
-        return ids_and_labels(self._data.read(self._data.order.rows_of(step)), CPU)
+        try:
+            return ids_and_labels(self._data.read(self._data.order.rows_of(step)), CPU)
+        except BadFile as error:
+            raise UserError(f"{error}; copy the shard again") from None
 
     def step(self, step: int, lr: float) -> float:
         """Take a step on its rows and return their loss."""

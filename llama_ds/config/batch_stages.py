@@ -100,6 +100,8 @@ def complete_batch_stages(training: dict[str, Any], seq_len: int | None, source:
     given = training["batch_stages"]
     stages = [read(BatchStage, stage, source, f"{KEY}.{i}") for i, stage in enumerate(given)]
     final = training.get("global_batch")
+    if final is not None and (isinstance(final, bool) or not isinstance(final, int) or final < 1):
+        return None  # `TrainingConfig` refuses it under its own name
     if (stages[-1].until_step, stages[-1].until_tokens) != (None, None):
         if final is None:
             raise source.error("training.global_batch", f"is missing; it is the batch after those of {KEY}")

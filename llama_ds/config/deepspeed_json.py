@@ -208,8 +208,11 @@ def _check_masters(run: RunConfig, layout: BatchSizes, dtype: str) -> None:
         raise UserError(
             f"{run.path}: optimizer.masters = {masters} in a run in {dtype}; enable bf16, or use fp32 masters"
         )
-    if _engine(run, layout, dtype) not in ("pp", "1-bf16") or (layout.pp > 1 and run.parallel.schedule == STOCK_ENGINE):
+    sums = _section(run, "data_types").get("grad_accum_dtype") or "fp32"
+    stock = layout.pp > 1 and run.parallel.schedule == STOCK_ENGINE
+    if _engine(run, layout, dtype) not in ("pp", "1-bf16") or stock or sums not in FP32:
         where = "parallel.schedule = deepspeed" if layout.pp > 1 else f"zero_optimization.stage = {stage}"
+        where = where if sums in FP32 else f"data_types.grad_accum_dtype = {sums}"
         raise UserError(
             f"{run.path}: optimizer.masters = {masters} with {where}: DeepSpeed makes fp32 masters there, or rounds "
             "gradients to the masters' dtype; use ZeRO-1 with fp32 sums of gradients, or fp32 masters"

@@ -47,7 +47,7 @@ class Skips:
         return [(end, end + self._discarded(skip)) for skip, end in ends]
 
     def _discarded(self, skip: Skip) -> int:
-        return self._batches.first_row(skip.step + skip.steps) - self._batches.first_row(skip.step)
+        return skip.steps * self._batches.of(skip.step)  # not of later stages, which a resume may change
 
 
 def unmade(asked: Sequence[Skip], made: Sequence[Skip], step: int) -> list[Skip]:

@@ -132,9 +132,10 @@ class Scorer:
 
     def _plain(self, requests: Sequence[Encoded]) -> dict[int, list[PackedRow]]:
         shape = self.backend.shape
-        if shape.document_mask and shape.marks.begin is not None:
-            return packed(requests, shape.seq_len, shape.marks)
         lengths = row_lengths(shape.seq_len, shape.multiple, shape.few_lengths) if shape.any_length else [shape.seq_len]
+        if shape.document_mask and shape.marks.begin is not None:
+            longest = max((len(request.ids) for request in requests), default=1)
+            return packed(requests, next(length for length in lengths if length + 1 >= longest), shape.marks)
         return padded(requests, lengths, shape.marks.eos)
 
     def _say_plain(self) -> None:

@@ -15,6 +15,8 @@ import numpy as np
 from llama_ds.data.sources import Sources
 from llama_ds.data.text.tokenizer import Tokenizer
 
+OVERFLOWS = 700.0  # nats, just below the logarithm of the largest float
+
 
 @dataclass(frozen=True, eq=False)
 class ValidationRows:
@@ -40,6 +42,11 @@ class ValidationLoss:
         return self.nats / self.labels
 
     @property
+    def perplexity(self) -> float:
+        """exp(loss), infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < OVERFLOWS else math.inf
+
+    @property
     def bits_per_byte(self) -> float | None:
         """Bits per byte of text; None: the rows hold no text."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else None
@@ -49,7 +56,7 @@ class ValidationLoss:
         """The loss in nats per token, its perplexity, bits per byte, and the rows and tokens that count."""
         return {
             "loss": self.loss,
-            "perplexity": math.exp(self.loss),
+            "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
             "rows": self.rows,
             "tokens": self.labels,

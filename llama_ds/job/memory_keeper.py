@@ -34,6 +34,8 @@ def heartbeats(locks: list[str]) -> dict[str, int]:
 def main() -> None:
     """Keep the folder until its job has ended, then delete it."""
     folder, lease_s, locks = sys.argv[1], float(sys.argv[2]), sys.argv[3:]
+    if os.fork():  # the rank that started this waits for its end; the child has no parent that others would kill
+        return
     try:
         held = os.open(os.path.join(folder, HELD), os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -32,6 +32,7 @@ from llama_ds.job.wire import (
 )
 
 CHUNK_BYTES = 4 << 20
+CONNECT_S = 10.0
 TIMEOUT_S = 60.0  # without any progress of a transfer
 
 Address = tuple[str, int]
@@ -83,7 +84,7 @@ class MemoryServer:
             else:
                 slot = self._offered[int(request["rank"]), int(request["step"])]
                 connection.sendall(frame(Kind.TELL, as_json({"header": slot.header})))
-                connection.sendall(slot.payload)
+                _send_all(connection, slot.payload)
 
     def _store(self, connection: socket.socket, rank: int, header: dict[str, Any]) -> None:
         slot = oldest(self._kept[rank])
@@ -103,11 +104,7 @@ def put(address: Address, token: bytes, rank: int, slot: MemorySlot, mib_per_s: 
         OSError: the transfer failed.
     """
     with closing(_connect(address, token, {"do": "put", "rank": rank, "header": slot.header})) as connection:
-        begin, payload = time.monotonic(), slot.payload
-        for at in range(0, len(payload), CHUNK_BYTES):
-            connection.sendall(payload[at : at + CHUNK_BYTES])
-            if mib_per_s:
-                time.sleep(max(0.0, begin + (at + CHUNK_BYTES) / 2**20 / mib_per_s - time.monotonic()))
+        _send_all(connection, slot.payload, mib_per_s)
         answer = _told(connection)
         if "problem" in answer:
             raise OSError(answer["problem"])
@@ -130,8 +127,18 @@ def get(address: Address, token: bytes, rank: int, step: int, slot: MemorySlot) 
     slot.complete(header)
 
 
+def _send_all(connection: socket.socket, payload: memoryview, mib_per_s: float = 0.0) -> None:
+    """Send bytes in chunks, each of which may take `TIMEOUT_S`."""
+    begin = time.monotonic()
+    for at in range(0, len(payload), CHUNK_BYTES):
+        connection.sendall(payload[at : at + CHUNK_BYTES])
+        if mib_per_s:
+            time.sleep(max(0.0, begin + (at + CHUNK_BYTES) / 2**20 / mib_per_s - time.monotonic()))
+
+
 def _connect(address: Address, token: bytes, request: dict[str, Any]) -> socket.socket:
-    connection = socket.create_connection(address, TIMEOUT_S)
+    connection = socket.create_connection(address, CONNECT_S)
+    connection.settimeout(TIMEOUT_S)
     try:
         theirs, own = _receive(connection, Kind.NONCE), new_nonce()
         connection.sendall(frame(Kind.HELLO, hello(token, theirs, own, request)))

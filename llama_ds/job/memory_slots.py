@@ -137,6 +137,11 @@ def whole_slots(folder: Path) -> Iterator[tuple[int, MemorySlot]]:
                     yield int(match[1]), slot
 
 
+def reserved_bytes(folder: Path) -> int:
+    """Return the bytes of all files of ranks, also of those without a state: their memory is taken."""
+    return sum((folder / name).stat().st_size for name in os.listdir(folder) if _NAME.fullmatch(name))
+
+
 def remove_others(folder: Path, ranks: set[int]) -> None:
     """Delete the files of ranks that are not in `ranks`."""
     for name in os.listdir(folder):

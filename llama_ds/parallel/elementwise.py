@@ -77,8 +77,12 @@ class Elementwise(torch.optim.AdamW):
             chunk = {kind: flat[part] for kind, flat in flats.items()}
             update = rule(self.scaled(grad[part].float()), chunk, state["step"], group)
             self.update(master, begin, update, group)
+        self.drop_copy(master)
+
+    def drop_copy(self, master: Tensor) -> None:
+        """Free DeepSpeed's copy of the gradient in the master's dtype."""
         if id(master) in self._gradients:
-            master.grad = None  # DeepSpeed's copy of the gradient in the master's dtype
+            master.grad = None
 
     def _lion(self, grad: Tensor, state: dict[str, Tensor], _: Tensor, group: dict[str, Any]) -> Tensor:
         """Return u of some elements, and advance their moment."""

@@ -125,6 +125,7 @@ class Muon(Elementwise):
             for piece in self._pieces[id(master)]:
                 flat.narrow(0, piece.begin, piece.count).copy_(updates[piece.matrix.name])
             self.update(master, 0, flat, group)
+            self.drop_copy(master)
 
     def _momentum(self, master: Tensor) -> Tensor:
         """Advance a master's momentum; return what is to be orthogonalised, a new flat tensor."""

@@ -112,7 +112,12 @@ class EvaluationJob:
             if run.zero_stage == 3:  # the layers are gathered from the optimizer's parts
                 self._checkpoints = Checkpoints(run, layout, dtype, self._rank_info)
             logger.info("evaluating %s under %s, ZeRO-%d, %s", files.path, layout.words(), run.zero_stage, dtype)
-        assert self._layout is not None
+        assert self._layout is not None and self._run is not None
+        if files.seq_len != self._run.data.seq_len:
+            raise UserError(
+                f"{files.path}: has rows of {files.seq_len} tokens, the checkpoints before {self._run.data.seq_len}, "
+                "which this engine was built for; run the same command again to evaluate the checkpoints from here on"
+            )
         if self._checkpoints:
             self._checkpoints.start_from(self._engine.deepspeed, files.tensors)
         else:

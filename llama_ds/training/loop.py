@@ -97,9 +97,9 @@ def train_stage(
     device, dtype = world.device(), "bf16" if config["bf16"]["enabled"] else "fp32"
     end_if_asked(requests, device)
     hosts = world.gather(progress.host)
-    run = with_min_memory(run, device)
+    asked, run = run, with_min_memory(run, device)
     checkpoints = Checkpoints(run, layout, dtype, rank_info)
-    in_memory = MemoryCheckpoints(checkpoints, hosts)
+    in_memory = MemoryCheckpoints(asked, checkpoints, hosts, device)
     chosen = choose_state(checkpoints, in_memory)
     if stages_key(run):
         run, layout, config = world.together(lambda: stage_setup(run, chosen, layout.world, device))
@@ -120,8 +120,8 @@ def train_stage(
         end_if_asked(requests, device)
         first = load_state(engine, checkpoints, in_memory, chosen, start)
     end_if_asked(requests, device)
-    checkpoints.begin(marks, carried_over(checkpoints.folder, chosen, start))
     in_memory.begin(engine.deepspeed, first)
+    checkpoints.begin(marks, carried_over(checkpoints.folder, chosen, start))
     final = last_step(run)
     last = min(final, stage_steps(run, first).stop)
     log_start(run, layout, dtype, range(first, last), chosen)
@@ -182,7 +182,8 @@ def train_stage(
                     report.consumed(done, data.consumed(done))
                 report.restart_clock(done)
             progress.enter(Phase.TRAINING, done)
-            in_memory.after_step(engine.deepspeed, done, data.state.as_json)
+            if not ends:
+                in_memory.after_step(engine.deepspeed, done, data.state.as_json)
             report.notes(checkpoints.news())
             if request >= Request.END and done < final:
                 ended = request
@@ -193,7 +194,7 @@ def train_stage(
     checkpoints.close()
     in_memory.close(ended=bool(ended) or last == final)
     report.notes(checkpoints.news())
-    report.close(RunEnd.INTERRUPTED if ended or last < final else RunEnd.FINISHED)
+    report.close(RunEnd.INTERRUPTED if ended else RunEnd.FINISHED)
     feed.close()
     interruptions.close()
     if ended:

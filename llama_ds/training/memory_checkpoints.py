@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,14 +18,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
+import torch
 
 from llama_ds.checkpoint.manifest import Description, description_from
 from llama_ds.config.reader import ConfigSource
 from llama_ds.config.run_file import resolved
+from llama_ds.config.schema import RunConfig
 from llama_ds.errors import Corruption, UserError
-from llama_ds.job import memory_keeper
-from llama_ds.job.folder import VARIABLE
 from llama_ds.job.memory_link import Address, MemoryServer, get, put
 from llama_ds.job.memory_slots import (
     HEADER_BYTES,
@@ -37,11 +33,8 @@ from llama_ds.job.memory_slots import (
     oldest,
     open_slots,
     remove,
-    remove_others,
-    run_folder,
     whole_slots,
 )
-from llama_ds.job.run_lock import LAUNCHER, LEASE_S, RANKS
 from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.peers import peer_ranks
 from llama_ds.log import logger
@@ -50,6 +43,7 @@ from llama_ds.parallel.first_rank import own_address
 from llama_ds.parallel.optimizer_state import begin_moments, spread_masters
 from llama_ds.training import memory_state
 from llama_ds.training.checkpoints import Checkpoints
+from llama_ds.training.memory_folder import MemoryFolder
 
 ID = "memory.id"  # a file in the run's folder: states in memory belong to this run, not to a deleted one of its name
 
@@ -61,15 +55,17 @@ class _Copy:
     rank: int
     step: int
     host: str
+    nbytes: int  # of its payload
+    history: str  # id of the start whose steps led to it, and of those that went on from its states in memory
 
 
 class MemoryCheckpoints:
     """One rank's part of the checkpoints in memory. With an interval of 0 every method does nothing."""
 
-    def __init__(self, checkpoints: Checkpoints, hosts: list[str]) -> None:
-        """Begin to serve other ranks; `hosts` are those of all ranks. Collective."""
-        self.run, self._checkpoints = checkpoints.run, checkpoints
-        run, layout, rank_info = checkpoints.run, checkpoints.layout, checkpoints.rank_info
+    def __init__(self, run: RunConfig, checkpoints: Checkpoints, hosts: list[str], device: torch.device) -> None:
+        """Begin to serve other ranks; `run` is as the user gave it, `hosts` are those of all ranks. Collective."""
+        self.run, self._checkpoints, self._device = run, checkpoints, device
+        layout, rank_info = checkpoints.layout, checkpoints.rank_info
         self.found: Description | None = None  # the state that `find` has brought to this host
         self._every = run.checkpoint.memory_interval if run.checkpoint.save else 0
         self._slots: list[MemorySlot] = []  # all that this rank writes to
@@ -77,12 +73,13 @@ class MemoryCheckpoints:
             return
         self._rank, self._hosts = rank_info.rank, hosts
         self._local = [rank for rank, host in enumerate(hosts) if host == hosts[self._rank]]
-        self._folder = run_folder(run.checkpoint.memory_folder, run.run_dir) / hosts[self._rank]
+        self._folder = MemoryFolder(run, hosts[self._rank])
         self._id_path = Path(run.run_dir, ID)
         found = self._id_path.read_text() if self._rank == 0 and self._id_path.exists() else ""
-        token, self._run_id = world.gather((secrets.token_hex(32), found))[0]
+        token, self._history, self._run_id = world.gather((secrets.token_hex(32), secrets.token_hex(8), found))[0]
         self._token = bytes.fromhex(token)
-        self._identity_of_run = {"run": resolved(run), "layout": layout.as_data(), "dtype": checkpoints.dtype}
+        about = {key: value for key, value in resolved(run).items() if key not in ("path", "deepspeed_path")}
+        self._identity_of_run = {"run": about, "layout": layout.as_data(), "dtype": checkpoints.dtype}
         self._server = MemoryServer(own_address(), self._token)
         self._addresses: list[Address] = world.gather(self._server.address)
         self._peers = peer_ranks(layout, hosts)
@@ -99,16 +96,14 @@ class MemoryCheckpoints:
         """
         if not self._every or not self._run_id or self.run.checkpoint.resume == "never":
             return None
+        world.together(self._folder.check_owner)
         with_header = {(rank, slot.step): slot for rank, slot in self._usable()}
         self._server.offer(with_header)
-        sizes = {copy: len(slot.payload) for copy, slot in with_header.items()}
-        listed = world.gather(sizes if self._rank == self._local[0] else {})
-        nbytes = {copy: size for one in listed for copy, size in one.items()}
-        copies = {_Copy(*copy, self._hosts[rank]) for rank, one in enumerate(listed) for copy in one}
+        copies = {copy for one in world.gather(self._listed(with_header)) for copy in one}
         steps = sorted({copy.step for copy in copies if copy.step > disk_step}, reverse=True)
         for step in steps:
             while chosen := self._chosen(copies, step):
-                bad = self._verify(chosen, with_header) or self._fetch(chosen, with_header, nbytes)
+                bad = self._verify(chosen, with_header) or self._fetch(chosen, with_header)
                 if not bad:
                     self.found = self._describe(chosen, disk_step)
                     return self.found
@@ -125,13 +120,17 @@ class MemoryCheckpoints:
     def load(self, engine: Any) -> int:
         """Load the state that `find` has brought here; return its step. Collective."""
         assert self._restored and self.found
-        found = self.found
-        count = memory_state.step_count(self._restored)
+        found, slot = self.found, self._restored
+        count = memory_state.step_count(slot)
         begin_moments(engine, count, found.states)
-        if not memory_state.read(engine, self._restored):
-            raise UserError(
-                f"{self._restored.path}: holds other weights than this rank; delete {self._folder.parent} on every host"
-            )
+
+        def read() -> None:
+            if not memory_state.read(engine, slot):
+                raise UserError(
+                    f"{slot.path}: holds other weights than this rank; delete {slot.path.parent.parent} on every host"
+                )
+
+        world.together(read)
         spread_masters(engine)
         engine.global_steps = found.step
         engine.global_samples = found.step * engine.train_batch_size()
@@ -154,22 +153,16 @@ class MemoryCheckpoints:
         every = world.gather([self._rank, *kept])
         here = {rank for other in self._local for rank in every[other]}
 
-        def prepare() -> None:
-            if self._rank == self._local[0]:
-                self._make_folder()
-                remove_others(self._folder, here)
-                self._check_memory(sum(taken[rank] for rank in here))
-
-        world.together(prepare)
-        if self._rank == self._local[0]:
-            self._start_keeper()
+        needed = sum(taken[rank] for rank in here)
+        first_here = self._rank == self._local[0]
+        world.together(lambda: self._folder.prepare(here, needed) if first_here else None)
 
         def take() -> None:
             try:
-                self._own = open_slots(self._folder, self._rank, sizes[self._rank])
-                copies = {rank: open_slots(self._folder, rank, sizes[rank]) for rank in kept}
+                self._own = open_slots(self._folder.path, self._rank, sizes[self._rank])
+                copies = {rank: open_slots(self._folder.path, rank, sizes[rank]) for rank in kept}
             except OSError as error:
-                raise self._too_little(str(error)) from None
+                raise self._folder.too_little(str(error), here) from None
             self._slots = [slot for slots in (self._own, *copies.values()) for slot in slots]
             for slot in self._slots:
                 if slot.step > first or not self._is_usable(slot):
@@ -181,23 +174,26 @@ class MemoryCheckpoints:
             self._start(self._restored, lambda: None)
         logger.info(
             "memory checkpoints every %d steps in %s, %.3g GiB on this host, %s",
-            *(self._every, self._folder.parent, sum(taken[rank] for rank in here) / 2**30),
+            *(self._every, self._folder.path.parent, needed / 2**30),
             "with a copy of each rank's on another" if self._peers else "without copies, because there is no other",
         )
 
     def after_step(self, engine: Any, done: int, data: Callable[[], dict[str, Any]]) -> None:
         """Copy this rank's state into memory, if it is time to, and let a thread send it to the peer.
 
-        It first waits for the transfer of the state before. Not collective. `data` returns the state of the data.
+        It first waits for the transfer of the state before, and for this step: else a fast rank would overwrite the
+        only state that a slow one has, too. Not collective. `data` returns the state of the data.
         """
-        if not self._every or done % self._every:
+        if not self._every or done % self._every or not memory_state.has_moments(engine):
             return
         self._wait()
+        world.finish(self._device)
         slot = oldest(self._own)
         slot.clear()
         about, ready = memory_state.write(engine, slot.payload)
         description = asdict(self._checkpoints.description(done, data()))
-        header = {"step": done, "identity": self._identity(), "description": description, **about}
+        header = {"step": done, "identity": self._identity(), "history": self._history, "description": description}
+        header |= about
 
         def complete() -> None:
             if ready is not None:
@@ -227,7 +223,7 @@ class MemoryCheckpoints:
         world.barrier()
         self._server.close()
         if ended and self._rank == self._local[0]:
-            remove(self._folder)
+            remove(self._folder.path)
 
     def _start(self, slot: MemorySlot, complete: Callable[[], None]) -> None:
         """Let a thread complete a state and send it to the peer, if there is one."""
@@ -246,7 +242,7 @@ class MemoryCheckpoints:
             self._without_copy = False
         except OSError as error:
             if not self._without_copy:
-                logger.warning(
+                logger.error(  # the log of a rank other than the first shows nothing less
                     "MEMORY CHECKPOINT: the state of rank %d has no copy on %s since step %d: %s",
                     *(self._rank, self._hosts[peer], slot.step, error),
                 )
@@ -267,17 +263,33 @@ class MemoryCheckpoints:
 
     def _usable(self) -> Iterator[tuple[int, MemorySlot]]:
         """Yield the states of this run and layout in the memory of this host, by rank."""
-        for rank, slot in whole_slots(self._folder):
-            if self._is_usable(slot) and rank < len(self._hosts):
+        others = 0
+        for rank, slot in whole_slots(self._folder.path):
+            if self._is_usable(slot):
                 yield rank, slot
+            else:
+                others += 1
+        if others:
+            logger.info("MEMORY CHECKPOINT: %d states of another run file, override or layout are not used", others)
+
+    def _listed(self, here: dict[tuple[int, int], MemorySlot]) -> list[_Copy]:
+        """Return the copies on this host; one rank of each host lists them."""
+        found = [] if self._rank != self._local[0] else list(here.items())
+        headers = [(rank, step, slot, slot.header or {}) for (rank, step), slot in found]
+        host = self._hosts[self._rank]
+        return [_Copy(rank, step, host, len(s.payload), header["history"]) for rank, step, s, header in headers]
 
     def _chosen(self, copies: set[_Copy], step: int) -> list[_Copy] | None:
         """Return the copy of each rank's state to use, if every rank has one, those on the rank's host first."""
-        found: dict[int, _Copy] = {}
-        for copy in sorted((c for c in copies if c.step == step), key=lambda c: c.host):
-            if copy.rank not in found or copy.host == self._hosts[copy.rank]:
-                found[copy.rank] = copy
-        return [found[rank] for rank in sorted(found)] if len(found) == len(self._hosts) else None
+        of_step = sorted((copy for copy in copies if copy.step == step), key=lambda copy: copy.host)
+        for history in sorted({copy.history for copy in of_step}):
+            found: dict[int, _Copy] = {}
+            for copy in of_step:
+                if copy.history == history and (copy.rank not in found or copy.host == self._hosts[copy.rank]):
+                    found[copy.rank] = copy
+            if len(found) == len(self._hosts):
+                return [found[rank] for rank in sorted(found)]
+        return None
 
     def _verify(self, chosen: list[_Copy], here: dict[tuple[int, int], MemorySlot]) -> dict[_Copy, str]:
         """Return what is wrong with the chosen states, each of which a rank on its host reads. Collective."""
@@ -286,9 +298,7 @@ class MemoryCheckpoints:
         problems = {copy: memory_state.problem(here[copy.rank, copy.step]) for copy in mine[place::ranks]}
         return {copy: text for one in world.gather(problems) for copy, text in one.items() if text}
 
-    def _fetch(
-        self, chosen: list[_Copy], here: dict[tuple[int, int], MemorySlot], nbytes: dict[tuple[int, int], int]
-    ) -> dict[_Copy, str]:
+    def _fetch(self, chosen: list[_Copy], here: dict[tuple[int, int], MemorySlot]) -> dict[_Copy, str]:
         """Bring this rank's state here; return which could not be brought, and why. Collective."""
         copy = chosen[self._rank]
         problem = ""
@@ -298,8 +308,8 @@ class MemoryCheckpoints:
             holders = [rank for rank, host in enumerate(self._hosts) if host == copy.host]
             address = self._addresses[holders[self._rank % len(holders)]]
             try:
-                self._make_folder()
-                self._restored = oldest(open_slots(self._folder, self._rank, nbytes[copy.rank, copy.step]))
+                self._folder.make()
+                self._restored = oldest(open_slots(self._folder.path, self._rank, copy.nbytes))
                 get(address, self._token, copy.rank, copy.step, self._restored)
             except (OSError, UserError) as error:
                 problem = f"it could not be brought to {self._hosts[self._rank]} ({error})"
@@ -316,67 +326,17 @@ class MemoryCheckpoints:
             *(chosen[0].step, disk_step, len(chosen) - len(moved), len(chosen)),
             f"; copies of other hosts: rank {', '.join(moved)}" if moved else "",
         )
+        self._history = header["history"]
         found = description_from(header["description"], ConfigSource(str(self._restored.path)))
         return replace(found, optimizer_steps=memory_state.step_count(self._restored))
 
     def _mark(self) -> None:
-        if not self._id_path.exists():
+        if not (self._id_path.exists() and self._id_path.read_text()):
+            temporary = self._id_path.with_suffix(".tmp")
             try:
-                self._id_path.write_text(secrets.token_hex(16))
+                temporary.write_text(secrets.token_hex(16))
+                temporary.replace(self._id_path)
             except OSError as error:
                 raise UserError(
                     f"{self._id_path}: cannot be written ({error.strerror}); make the run's folder writable"
                 ) from None
-
-    def _make_folder(self) -> None:
-        """Make this host's folder. The run's may exist, but nobody else may have made it.
-
-        Raises:
-            UserError: it cannot be made, or belongs to another user.
-        """
-        above = self._folder.parent
-        try:
-            for folder in (above, self._folder):
-                folder.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"checkpoint.memory_folder = {self.run.checkpoint.memory_folder}: {error.filename} cannot be made on "
-                f"{self._hosts[self._rank]} ({error.strerror}); name a file system in memory that you may write to"
-            ) from None
-        about = above.lstat()
-        if above.is_symlink() or about.st_uid != os.getuid() or about.st_mode & 0o077:
-            raise UserError(
-                f"{above}: on {self._hosts[self._rank]} others may write to it or read it; delete it, or name another "
-                "checkpoint.memory_folder"
-            )
-
-    def _check_memory(self, wanted: int) -> None:
-        """Check that the states of this host fit into its memory."""
-        there = sum(slot.path.stat().st_size for _, slot in whole_slots(self._folder))
-        stats = os.statvfs(self._folder)
-        free = min(stats.f_bavail * stats.f_frsize, psutil.virtual_memory().available)
-        if wanted - there > free:
-            raise self._too_little(f"{free / 2**30:.2f} GiB are free")
-
-    def _too_little(self, problem: str) -> UserError:
-        ranks = ", ".join(map(str, self._local))
-        return UserError(
-            f"checkpoint.memory_interval = {self._every}: the states of ranks {ranks} do not fit into "
-            f"{self.run.checkpoint.memory_folder} on {self._hosts[self._rank]}: {problem}; enlarge it (mount -o "
-            "remount,size=...), use more data-parallel ranks, each of which then has less, or set "
-            "checkpoint.memory_interval=0"
-        )
-
-    def _start_keeper(self) -> None:
-        """Start the process that frees the memory when the job has ended without doing so."""
-        locks = [os.path.join(os.path.abspath(self.run.run_dir), name) for name in (RANKS, LAUNCHER)]
-        subprocess.Popen(
-            [sys.executable, "-I", memory_keeper.__file__, str(self._folder), str(LEASE_S), *locks],
-            cwd="/",
-            # Without the variable by which the supervisor finds processes of the job, and ends them.
-            env={name: value for name, value in os.environ.items() if name != VARIABLE},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )

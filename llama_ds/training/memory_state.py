@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ def payload_bytes(engine: Any, states: OptimizerStates) -> int:
         kinds = states.kinds(weight_of(key_of(fragment.name)[1]).role)
         total += sum(_aligned(fragment.numel * states.state_bytes(kind)) for kind in kinds)
     return total
+
+
+def has_moments(engine: Any) -> bool:
+    """Return whether the optimizer has moments; it has none before its first finite step."""
+    return all(len(fragment.tensors) > 1 for fragment in islice(fragments(engine), 1))
 
 
 def write(engine: Any, payload: memoryview) -> tuple[dict[str, Any], Any]:

@@ -102,9 +102,8 @@ class Reporter:
         if not self._log:
             return
         every = total(losses.values())
-        perplexity = math.exp(every.loss)
-        self._log.print_line(f"step {step} | validation loss {_in_words(every)} | perplexity {perplexity:.2f}")
-        curves, counts = {"val_loss": every.loss, "val_perplexity": perplexity}, {}
+        self._log.print_line(f"step {step} | validation loss {_in_words(every)} | perplexity {every.perplexity:.2f}")
+        curves, counts = {"val_loss": every.loss, "val_perplexity": every.perplexity}, {}
         parts = {"": every}
         for name, one in losses.items() if len(losses) > 1 else ():
             parts[f"/{name}"] = one

@@ -46,11 +46,16 @@ def choose_state(checkpoints: Checkpoints, memory: MemoryCheckpoints) -> Chosen:
         UserError: as `Checkpoints.choose`.
     """
     tag = world.gather(newest(checkpoints.folder) or "" if world.is_first() else "")[0]
-    found = memory.find(step_of(tag) if tag else 0)
-    if found is None:
-        return checkpoints.choose()
-    checkpoints.adopt(found)
-    return tag, found
+    newest_step = step_of(tag) if tag else 0
+    if found := memory.find(newest_step):
+        checkpoints.adopt(found)
+        return tag, found
+    chosen = checkpoints.choose()
+    older = step_of(chosen[0]) if chosen else 0
+    if older < newest_step and (found := memory.find(older)):  # newer checkpoints on disk are damaged
+        checkpoints.adopt(found)
+        return chosen[0] if chosen else "", found
+    return chosen
 
 
 def with_min_memory(run: RunConfig, device: torch.device) -> RunConfig:

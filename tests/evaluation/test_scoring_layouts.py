@@ -28,6 +28,7 @@ CASES = [
     Case(2, 1, 1, micro_batch=4, document_mask=True, cp=2, cp_method="ring", kv_heads=2, schedule="zb_h1"),
     Case(1, 2, 1, zero=3, micro_batch=4, sequence_parallel=True, cp=2, cp_method="all_to_all", kv_heads=2, vocab=97),
     Case(1, 1, 1, micro_batch=4, document_mask=True, cp=4, cp_method="hierarchical", cp_all_to_all=2),
+    Case(1, 1, 2, micro_batch=2, document_mask=True, zero=3, cp=2, cp_method="ring"),
 ]
 
 

@@ -13,7 +13,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from llama_ds.config.schema import OptimizerConfig
 from llama_ds.parallel.bf16_masters import Positions, bf16_and_rest, rounded_at_random
+from llama_ds.parallel.elementwise import Elementwise
 from tests.parallel.layout_cases import Case
 from tests.parallel.layout_histories import History, check_equals_plain, histories_of
 
@@ -52,6 +54,18 @@ def test_bf16_masters_train_like_fp32_ones(case: Case, history_of: Callable[[Cas
     """But for the norms of single updates, which are as large as the steps of bf16."""
     history, validation, norms = history_of(case)
     check_equals_plain(case, (history, validation, {"weight": norms["weight"]}), (3e-3, 4e-2))
+
+
+def test_compensated_masters_take_updates_below_a_step_of_bf16() -> None:
+    """200 steps of Lion, each of 2^-12 of the weight: without the compensation it would not move."""
+    settings = OptimizerConfig(lr=2.0**-12, name="lion", masters="bf16_kahan", weight_decay=0.0)
+    master = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    optimizer = Elementwise([{"params": [master]}], settings, seed=1)
+    optimizer._gradients = {id(master): torch.ones(8)}
+    for _ in range(200):
+        master.grad = torch.ones(8, dtype=torch.bfloat16)
+        optimizer.step()
+    assert torch.allclose(master.float(), torch.tensor(1 - 200 * 2.0**-12), atol=2.0**-9)
 
 
 SHAPE, SEED = (6, 8), 5

@@ -140,7 +140,9 @@ CASES += [replace(case, steps=3, mup=8) for case in MUP]
 CASES += [Case(micro_batch=8, zero=zero, document_mask=True, recompute=recompute, **how) for zero, recompute, how in (
     (0, "full", RING), (1, "none", RING | {"cp": 4}), (1, "selective", {"cp": 4, "cp_method": "hierarchical"}),
 )]  # fmt: skip
-CASES += drawn_layouts(4, 2)
+CASES += drawn_layouts(4, 1)
+CASES += [Case(1, 2, 1, micro_batch=4, sequence_parallel=True, document_mask=True, steps=3, **RING)]
+CASES += [Case(1, 1, 2, micro_batch=4, zero=1, document_mask=True, steps=3, **RING)]
 CASES += [replace(case, steps=3, neighbour=True) for case in NEIGHBOURS]
 CASES += [replace(case, steps=3, vocab=97) for case in ODD_VOCABULARY]
 

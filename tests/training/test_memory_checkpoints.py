@@ -70,7 +70,7 @@ class Engine:
 
 def started(run: RunConfig) -> MemoryCheckpoints:
     checkpoints = Checkpoints(run, resolve_layout(run, 1), "fp32", RankInfo(0, 1, 0))
-    return MemoryCheckpoints(checkpoints, ["node1"])
+    return MemoryCheckpoints(run, checkpoints, ["node1"], torch.device("cpu"))
 
 
 def trained(run: RunConfig, steps: int = 4) -> Engine:
@@ -128,6 +128,36 @@ def test_a_bad_state_is_refused_and_the_one_before_it_used(
     assert started(run).find(disk_step=2) is None
 
 
+def test_memory_that_is_reserved_already_is_not_needed_again(run: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a start that was killed before its first state, or while it wrote one."""
+    memory = started(run)
+    memory.begin(Engine(0), 0)
+    memory.close(ended=False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    started(run).begin(Engine(0), 0)
+
+
+def test_before_the_first_finite_step_there_is_no_state(run: RunConfig) -> None:
+    memory = started(run)
+    memory.begin(Engine(0), 0)
+    memory.after_step(Engine(0), 2, lambda: DATA)  # DeepSpeed has skipped both steps
+    memory.close(ended=False)
+    assert started(run).find(0) is None
+
+
+def test_states_of_two_histories_are_not_mixed(run: RunConfig) -> None:
+    """A host returns with a step that the others have trained again since, from the disk."""
+    trained(run)
+    memory, folder = started(run), newest(run).path.parent
+    other = MemorySlot(folder / "rank_00001.a", 64)
+    header = newest(run).header
+    assert header
+    other.complete(header | {"history": "another", "checksum": other.checksum()})
+    memory._hosts = ["node1", "node1"]
+    copies = set(memory._listed({(0, 4): newest(run), (1, 4): other}))
+    assert len(copies) == 2 and memory._chosen(copies, 4) is None
+
+
 def test_only_a_state_of_this_very_run_is_used(run: RunConfig, tmp_path: Path) -> None:
     trained(run)
     assert started(run).find(0)
@@ -161,7 +191,8 @@ def test_too_little_memory_is_said_before_the_first_step(run: RunConfig, monkeyp
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1024))
     with pytest.raises(UserError) as raised:
         started(run).begin(Engine(0), 0)
-    assert "of ranks 0 do not fit into" in str(raised.value) and "on node1: 0.00 GiB are free" in str(raised.value)
+    assert "the states of rank 0 do not fit into" in str(raised.value)
+    assert "on node1: 0.00 GiB are needed and 0.00 GiB free" in str(raised.value)
 
 
 def test_memory_that_others_may_read_is_refused(run: RunConfig) -> None:

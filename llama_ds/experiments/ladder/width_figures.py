@@ -53,6 +53,8 @@ def sweep_figure(found: dict[str, Any]) -> str:
                 found["widths"], colors, found["losses"][how], found["best"][how], strict=True
             ):
                 points = [(rate, loss) for rate, loss in zip(found["rates"], losses, strict=True) if loss is not None]
+                if not points:  # all have diverged
+                    continue
                 axes.plot(*zip(*points, strict=True), "o-", color=color, ms=3, label=f"width {width}")
                 axes.plot([best], [dict(points)[best]], "*", color=color, ms=12)
             axes.set_xscale("log", base=2)

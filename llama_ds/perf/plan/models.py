@@ -21,6 +21,11 @@ def _last_stage(run: RunConfig, batch_tokens: int | None) -> RunConfig:
     )
 
 
+def stages_of(model: str) -> str:
+    """Return the key of the stages that the model's run file has, "" without stages."""
+    return stages_key(load_run(find_run_file(model), ["parallel={}"]))
+
+
 def base_run(model: str, seq_len: str | None = None, batch_tokens: int | None = None) -> RunConfig:
     """Return the model's run without its layout, optionally with another sequence length and global batch.
 

@@ -150,8 +150,9 @@ def _sharings(
         if seq_len // cp < MIN_SHARED_TOKENS:
             return
         shared = f"tp {tp} cp {cp}"
-        if seq_len % (2 * cp * tp):
-            _reject(rejected, "rows that a ring cannot divide", f"{shared}: {seq_len} tokens by {2 * cp * tp}")
+        parts = cp * tp * (1 if base.data.document_mask else 2)
+        if seq_len % parts:
+            _reject(rejected, "rows that a ring cannot divide", f"{shared}: {seq_len} tokens by {parts}")
         else:
             yield replace(sizes, cp_method=RING)
         if heads % cp or seq_len % (cp * tp):

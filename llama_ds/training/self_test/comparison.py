@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,10 @@ def bounds_of(small: SmallRun) -> Differences:
     coarsest = "fp32" if exact else "bf16"
     if any(zero.get(key) for key in QUANTIZED) or bf16.get("bf16_master_weights_and_grads"):
         coarsest = "quantized"
-    return BOUNDS[coarsest + ("" if optimizer.name == "adamw" else f" {optimizer.name}")]
+    found = BOUNDS[coarsest + ("" if optimizer.name == "adamw" else f" {optimizer.name}")]
+    # muP's factor of initial weights is rounded at another place: a step of fp32, which a few bf16 weights fall across.
+    initial = (1e-6 if small.dtype == "fp32" else 1e-4) if small.run.model.mup else 0.0
+    return replace(found, initial=max(found.initial, initial))
 
 
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")

@@ -1,8 +1,7 @@
 """Training in plain torch on one rank: the numbers that every layout must reproduce.
 
 The layers are those of `model/decoder.py` with autograd. Attention, document masks, the loss, Muon, Lion and muP are
-written
-here once more, from their definitions, so that a fault in the model's own does not hide in the comparison.
+written here once more, from their definitions, so that a fault in the model's own does not hide in the comparison.
 
 Shapes: R rows, T tokens, H query heads, G key-value heads, K head size, V vocabulary, D hidden size.
 """
