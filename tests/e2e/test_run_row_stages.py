@@ -64,8 +64,7 @@ def plain_losses(file: Path) -> list[float]:
     optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps)
     for step in range(STEPS):
         data = open_data(run, step=step)
-        batch = data.order.global_batch
-        loss = model(*ids_and_labels(data.read(data.order.rows(step * batch, batch)), torch.device("cpu")))
+        loss = model(*ids_and_labels(data.read(data.order.rows_of(step)), torch.device("cpu")))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
