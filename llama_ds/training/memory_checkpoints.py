@@ -55,7 +55,7 @@ class _Copy:
     rank: int
     step: int
     host: str
-    nbytes: int  # of its payload
+    nbytes: int  # bytes of its payload
     history: str  # id of the start whose steps led to it, and of those that went on from its states in memory
 
 

@@ -83,7 +83,7 @@ def test_the_plan_has_a_line_for_each_stage() -> None:
         (["{global_batch: 16, until_step: 9}, {global_batch: 8, until_step: 12}"], r"batch = 8 is not above the 16 of"),
         (["{global_batch: 80, until_step: 9}"], r"training.global_batch = 64 is not above the 80 of .*stages.0"),
         (["{global_batch: 16, until_step: 9, until_tokens: 9}"], r"until_step = 9 and until_tokens = 9; keep one"),
-        (["{global_batch: 0, until_step: 9}"], r"batch_stages.N.global_batch = 0 is not positive"),
+        (["{global_batch: 0, until_step: 9}"], r"training.batch_stages.0.global_batch = 0 is not positive"),
         (
             ["{global_batch: 16, until_step: 9}", "training.global_batch=0"],
             r": training.global_batch = 0 is not positive",

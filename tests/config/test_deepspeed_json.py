@@ -206,8 +206,8 @@ def test_only_adamw_with_fp32_states_is_offloaded(key: str, value: str, why: str
                 "bf16": {"enabled": True},
                 "data_types": {"grad_accum_dtype": "bf16"},
             },
-            {},
-            "with zero_optimization.stage = 1: ",
+            {"pp": 2},
+            "with data_types.grad_accum_dtype = bf16: ",
         ),
         (
             {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},

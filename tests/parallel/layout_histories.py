@@ -53,7 +53,7 @@ def check_equals_plain(case: Case, trained: History, tolerance: tuple[float, flo
         assert loss == pytest.approx(wanted_loss, rel=loss_tolerance), f"loss of step {step}"
         assert norm == pytest.approx(wanted_norm, rel=norm_tolerance), f"gradient norm of step {step}"
     assert validation == pytest.approx(reference[case.steps - 1][2], rel=loss_tolerance)
-    assert norms.keys() in (reference[0][3].keys(), {"weight"})  # of bf16 masters, those of single updates are coarse
+    assert norms.keys() in (reference[0][3].keys(), {"weight"})  # bf16 masters make updates coarse
     for kind in norms:
         wanted = reference[case.steps - 1][3][kind]
         factor = 10 if kind == "update" and (case.neighbour or case.muon) else 1
