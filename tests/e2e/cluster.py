@@ -145,7 +145,9 @@ class Job:
                 for part in ("cmdline", "environ"):
                     with suppress(OSError):
                         content = Path("/proc", str(process.pid), part).read_bytes()
-                        looked += part == "environ" and b"\0RANK=" in content
+                        looked += part == "environ" and any(
+                            name in content for name in (b"\0RANK=", b"_COMM_WORLD_RANK=")
+                        )
                         found.update([f"{part} {content!r}"] if secret in content else [])
         assert looked, "no rank was looked at"
         files = [self.log, *(path for path in (self.run.dir / "jobs").rglob("*") if path.is_file() and path != token)]
