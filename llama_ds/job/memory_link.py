@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from contextlib import closing, suppress
 from typing import Any
 
-from llama_ds.job.memory_slots import MemorySlot, checksum, oldest
+from llama_ds.job.memory_slots import MemorySlot, oldest
 from llama_ds.job.wire import (
     HEADER,
     MAX_FRAME,
@@ -122,7 +122,7 @@ def get(address: Address, token: bytes, rank: int, step: int, slot: MemorySlot) 
         if not isinstance(header, dict):
             raise OSError("no state was sent")
         _receive_into(connection, slot.payload)
-    if checksum(slot.payload) != header.get("checksum"):
+    if slot.checksum() != header.get("checksum"):
         raise OSError("its bytes arrived with another checksum")
     slot.complete(header)
 

@@ -30,8 +30,8 @@ import xxhash
 HEADER_BYTES = 1 << 18
 HASH_BYTES = 1 << 20  # small enough that a chunk is still in the CPU cache
 _LENGTH = struct.Struct("!I")
-_NAME = re.compile(r"rank_(\d{5,})\.[abc]")
 STATES = "abc"  # suffixes of a rank's files
+_NAME = re.compile(rf"rank_(\d{{5,}})\.[{STATES}]")
 
 
 class MemorySlot:
@@ -92,22 +92,17 @@ class MemorySlot:
         self._map[: _LENGTH.size] = _LENGTH.pack(len(text))
 
     def checksum(self) -> str:
-        """Return the checksum of the payload."""
-        return checksum(self.payload)
+        """Return the 128-bit XXH3 of the payload."""
+        digest, payload = xxhash.xxh3_128(), self.payload
+        for begin in range(0, len(payload), HASH_BYTES):
+            digest.update(payload[begin : begin + HASH_BYTES])
+        return digest.hexdigest()
 
     @property
     def is_intact(self) -> bool:
         """Whether the payload is whole and has the checksum of the header."""
         header = self.header
         return header is not None and header.get("checksum") == self.checksum()
-
-
-def checksum(data: memoryview) -> str:
-    """Return the 128-bit XXH3 of bytes."""
-    digest = xxhash.xxh3_128()
-    for begin in range(0, len(data), HASH_BYTES):
-        digest.update(data[begin : begin + HASH_BYTES])
-    return digest.hexdigest()
 
 
 def run_folder(memory: str, run_dir: str) -> Path:

@@ -124,6 +124,13 @@ def step_counter(engine: Any) -> Tensor | int:
     return next(counts, 0)
 
 
+def set_counts(engine: Any, step: int, taken: int) -> None:
+    """Continue a DeepSpeed engine's counts after `step`, of which the optimizer has taken all but the skipped ones."""
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    engine.skipped_steps = step - taken
+
+
 @torch.no_grad()
 def spread_masters(engine: Any) -> None:
     """Copy the masters into the weights that compute, on all ranks. Collective."""

@@ -30,7 +30,7 @@ from llama_ds.layout.optimizer_states import MASTER, states_of
 from llama_ds.layout.weights import Key, key_of, weight_of
 from llama_ds.log import logger
 from llama_ds.parallel import world
-from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, spread_masters
+from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, set_counts, spread_masters
 from llama_ds.parallel.state_files import state_files
 from llama_ds.training.reading import check_finite, read_part
 from llama_ds.training.rewind import Choice, choice, rewinds
@@ -231,9 +231,7 @@ class Checkpoints:
         kinds = world.together(lambda: read_tensors(folder, found, found.states.all_kinds()))
         begin_moments(engine, found.optimizer_steps or 0, states_of(self.run.optimizer))
         self._fill(engine, kinds)
-        engine.global_steps = found.step
-        engine.global_samples = found.step * engine.train_batch_size()
-        engine.skipped_steps = found.step - (found.optimizer_steps or 0)
+        set_counts(engine, found.step, found.optimizer_steps or 0)
         return found.step
 
     def start_from(self, engine: Any, weights: Mapping[Key, Readable]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from llama_ds.checkpoint.manifest import Description, description_from
+from llama_ds.checkpoint.manifest import Description, description_from, write_durably
 from llama_ds.config.reader import ConfigSource
 from llama_ds.config.run_file import resolved
 from llama_ds.config.schema import RunConfig
@@ -40,7 +40,7 @@ from llama_ds.layout.peers import peer_ranks
 from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.first_rank import own_address
-from llama_ds.parallel.optimizer_state import begin_moments, spread_masters
+from llama_ds.parallel.optimizer_state import begin_moments, set_counts, spread_masters
 from llama_ds.training import memory_state
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.memory_folder import MemoryFolder
@@ -76,10 +76,11 @@ class MemoryCheckpoints:
         self._folder = MemoryFolder(run, hosts[self._rank])
         self._id_path = Path(run.run_dir, ID)
         found = self._id_path.read_text() if self._rank == 0 and self._id_path.exists() else ""
-        token, self._history, self._run_id = world.gather((secrets.token_hex(32), secrets.token_hex(8), found))[0]
+        token, self._history, run_id = world.gather((secrets.token_hex(32), secrets.token_hex(8), found))[0]
         self._token = bytes.fromhex(token)
         about = {key: value for key, value in resolved(run).items() if key not in ("path", "deepspeed_path")}
-        self._identity_of_run = {"run": about, "layout": layout.as_data(), "dtype": checkpoints.dtype}
+        self._about_run = {"run": about, "layout": layout.as_data(), "dtype": checkpoints.dtype}
+        self._identity = self._identity_with(run_id) if run_id else ""  # "": no state in memory can be of this run
         self._server = MemoryServer(own_address(), self._token)
         self._addresses: list[Address] = world.gather(self._server.address)
         self._peers = peer_ranks(layout, hosts)
@@ -94,7 +95,7 @@ class MemoryCheckpoints:
         Args:
             disk_step: step of the newest checkpoint on disk, 0 without one. Only a later state is of use.
         """
-        if not self._every or not self._run_id or self.run.checkpoint.resume == "never":
+        if not self._every or not self._identity or self.run.checkpoint.resume == "never":
             return None
         world.together(self._folder.check_owner)
         with_header = {(rank, slot.step): slot for rank, slot in self._usable()}
@@ -121,8 +122,8 @@ class MemoryCheckpoints:
         """Load the state that `find` has brought here; return its step. Collective."""
         assert self._restored and self.found
         found, slot = self.found, self._restored
-        count = memory_state.step_count(slot)
-        begin_moments(engine, count, found.states)
+        taken = found.optimizer_steps or 0
+        begin_moments(engine, taken, found.states)
 
         def read() -> None:
             if not memory_state.read(engine, slot):
@@ -132,9 +133,7 @@ class MemoryCheckpoints:
 
         world.together(read)
         spread_masters(engine)
-        engine.global_steps = found.step
-        engine.global_samples = found.step * engine.train_batch_size()
-        engine.skipped_steps = found.step - count
+        set_counts(engine, found.step, taken)
         return found.step
 
     def begin(self, engine: Any, first: int) -> None:
@@ -146,7 +145,7 @@ class MemoryCheckpoints:
         if not self._every:
             return
         world.together(lambda: self._mark() if self._rank == 0 else None)
-        self._run_id = world.gather(self._id_path.read_text() if self._rank == 0 else "")[0]
+        self._identity = self._identity_with(world.gather(self._id_path.read_text() if self._rank == 0 else "")[0])
         sizes = world.gather(memory_state.payload_bytes(engine, states_of(self.run.optimizer)))
         taken = {rank: len(STATES) * (HEADER_BYTES + size) for rank, size in enumerate(sizes)}
         kept = [rank for rank, peer in enumerate(self._peers or ()) if peer == self._rank]
@@ -192,7 +191,7 @@ class MemoryCheckpoints:
         slot.clear()
         about, ready = memory_state.write(engine, slot.payload)
         description = asdict(self._checkpoints.description(done, data()))
-        header = {"step": done, "identity": self._identity(), "history": self._history, "description": description}
+        header = {"step": done, "identity": self._identity, "history": self._history, "description": description}
         header |= about
 
         def complete() -> None:
@@ -253,13 +252,13 @@ class MemoryCheckpoints:
             self._thread.join()
             self._thread = None
 
-    def _identity(self) -> str:
-        text = json.dumps({**self._identity_of_run, "id": self._run_id}, sort_keys=True)
+    def _identity_with(self, run_id: str) -> str:
+        text = json.dumps({**self._about_run, "id": run_id}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _is_usable(self, slot: MemorySlot) -> bool:
         header = slot.header
-        return header is not None and header.get("identity") == self._identity()
+        return header is not None and header.get("identity") == self._identity
 
     def _usable(self) -> Iterator[tuple[int, MemorySlot]]:
         """Yield the states of this run and layout in the memory of this host, by rank."""
@@ -274,10 +273,14 @@ class MemoryCheckpoints:
 
     def _listed(self, here: dict[tuple[int, int], MemorySlot]) -> list[_Copy]:
         """Return the copies on this host; one rank of each host lists them."""
-        found = [] if self._rank != self._local[0] else list(here.items())
-        headers = [(rank, step, slot, slot.header or {}) for (rank, step), slot in found]
+        if self._rank != self._local[0]:
+            return []
         host = self._hosts[self._rank]
-        return [_Copy(rank, step, host, len(s.payload), header["history"]) for rank, step, s, header in headers]
+        return [
+            _Copy(rank, step, host, len(slot.payload), header["history"])
+            for (rank, step), slot in here.items()
+            if (header := slot.header)
+        ]
 
     def _chosen(self, copies: set[_Copy], step: int) -> list[_Copy] | None:
         """Return the copy of each rank's state to use, if every rank has one, those on the rank's host first."""
@@ -332,10 +335,8 @@ class MemoryCheckpoints:
 
     def _mark(self) -> None:
         if not (self._id_path.exists() and self._id_path.read_text()):
-            temporary = self._id_path.with_suffix(".tmp")
             try:
-                temporary.write_text(secrets.token_hex(16))
-                temporary.replace(self._id_path)
+                write_durably(str(self._id_path), secrets.token_hex(16))
             except OSError as error:
                 raise UserError(
                     f"{self._id_path}: cannot be written ({error.strerror}); make the run's folder writable"
