@@ -116,8 +116,9 @@ def execute(
         )
         if code := start(command(ladder, path, place.hostfile), log, place.variables):
             return f"{rung.name}: training ended with exit code {code}; see its message; run again to go on"
-        if not measured(rung):
+        if not (result := measured(rung)):
             return f"{rung.name}: ended before step {rung.run.training.steps}; run again to go on"
+        say(f"{rung.name}: finished, validation loss {result.loss:.4f}")
         return ""
 
     pool = ThreadPoolExecutor(len(found))
