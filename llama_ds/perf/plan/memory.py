@@ -152,12 +152,13 @@ def _layer_gradients(job: StepJob) -> float:
 def layer_activations(job: StepJob, policy: str) -> float:
     """Return the bytes that one layer saves for one micro-batch."""
     numbers = float(job.tokens) * job.model.hidden_size
-    if policy == OP:  # input, q and v, attention output, gate, output
-        width = 3 + job.model.num_key_value_heads / job.model.num_attention_heads
-        return 2 * (width * numbers + float(job.tokens) * job.model.intermediate_size)
+    own = numbers / job.tp if job.sequence_parallel else numbers
+    if policy == OP:  # input and output, q and v, attention output, gate
+        heads = 2 + job.model.num_key_value_heads / job.model.num_attention_heads
+        inner = float(job.tokens) * job.model.intermediate_size
+        return 2 * (2 * own + (heads * numbers + inner) / job.tp)
     if job.program.gated and policy != "full":
         # Two norms; rotated q and k, v and the attention's output; gate, up, SiLU, product.
-        own = numbers / job.tp if job.sequence_parallel else numbers
         inner = job.program.kept_inner * job.tokens * job.model.intermediate_size / job.tp
         scores = float(job.tokens) * job.seq_len * job.model.num_attention_heads / job.tp
         scores *= job.program.kept_scores if policy == "none" else 0
