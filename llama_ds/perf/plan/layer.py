@@ -109,17 +109,17 @@ def _layer(
         return pointwise(gpu, scale * moved, "forward" if forward else "backward")
 
     sent = _collectives(gpu, RankGroup(tp), float(program.element_bytes) * tokens * hidden, sequence_parallel)
-    ahead = 0.0
+    beside_products = 0.0
     if program.overlaps_forward and tp > 1:  # the last chunk of a product or collective has nothing beside it
         beside = sum(min(time, product) for time, product in zip(sent, forward_gemm, strict=False))
-        ahead = (1 - 1 / tp) * beside * (1 - contention(gpu, RankGroup(tp)))
+        beside_products = (1 - 1 / tp) * beside * (1 - contention(gpu, RankGroup(tp)))
     launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
     collectives = 8 if tp > 1 else 0  # launches on the host, with the calls around the collectives
     forward = Parts(
         sum(forward_gemm),
         attention + score_time[0],
         pointwise_time(True) + start * program.kernels_forward + shared.merging[0],
-        sum(sent) - ahead,
+        sum(sent) - beside_products,
         launch * (program.kernels_forward + collectives),
         shared.exposed[0],
     )
