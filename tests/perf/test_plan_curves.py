@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_ds.benchmarks.machine.describe import spread_of_ranks
 from llama_ds.config.run_file import load_run
 from llama_ds.errors import UserError
 from llama_ds.perf.plan import hardware
@@ -212,3 +213,14 @@ def test_the_planner_knows_the_operations_that_ranks_measure() -> None:
     from llama_ds.parallel.sweep import CALLS
 
     assert set(OPERATIONS) == set(CALLS)
+
+
+def test_the_spread_of_ranks_leaves_slow_ones_out_and_needs_eight() -> None:
+    """Rates of 99 to 101 in equal parts have a sample standard deviation of sqrt(8 / 7) percent; 50 is a slow rank."""
+
+    def found(*rates: float) -> dict[str, object]:
+        return {"ranks": {str(rank): {"products": {"tflops": [[[rate]]]}} for rank, rate in enumerate(rates)}}
+
+    measured = spread_of_ranks(found(99, 99, 99, 99, 101, 101, 101, 101, 50))
+    assert measured == pytest.approx(0.01 * math.sqrt(8 / 7) * 100 / 99, rel=0.01)  # of the median rate, 99
+    assert spread_of_ranks(found(99, 99, 99, 101, 101, 101, 101, 50)) is None

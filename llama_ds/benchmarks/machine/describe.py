@@ -20,10 +20,11 @@ from llama_ds.perf.plan.curves import (
     Rate,
     medians,
 )
-from llama_ds.perf.plan.hardware import Calibration, Hardware, Links
+from llama_ds.perf.plan.hardware import MAX_SPREAD, Calibration, Hardware, Links
 
 GIB = 2**30
 SOURCES = "measured by tools/machine.py"
+SPREAD_RANKS = 8  # fewer ranks do not determine the spread of their speeds
 # Placeholders: the planner does not read these values if measured curves exist.
 _LINKS = Links(1, 1.0, 1.0, 1.0)
 _CALIBRATION = Calibration(0.8, 64.0, 0.6, 0.85, 0.4, 0.3, 0.8, 0.3, 10.0, 1e-3, 1.0, SOURCES)
@@ -61,6 +62,7 @@ def with_computing(machine: Hardware, found: dict[str, Any], power_w: float | No
         peak_tflops=None if known else best,
         at_once=found["at_once"] if found["at_once"] < machine.links.gpus_per_node else None,
         host_computes=found["host_computes"],
+        rank_spread=machine.rank_spread if (spread := spread_of_ranks(found)) is None else spread,
         curves=replace(measured, collectives=machine.curves.collectives if machine.curves else ()),
     )
 
@@ -92,9 +94,23 @@ def with_links(machine: Hardware, found: dict[str, Any]) -> Hardware:
 
 def slow_ranks(found: dict[str, Any], below: float = 0.9) -> list[tuple[int, float]]:
     """Return (rank, rate / median rate) of the ranks whose rate for the largest products is below `below`."""
+    return sorted((rank, rate) for rank, rate in _relative_rates(found).items() if rate < below)
+
+
+def spread_of_ranks(found: dict[str, Any]) -> float | None:
+    """Return the relative standard deviation of the ranks' rates for the largest products, None with too few ranks.
+
+    Slow ranks are left out: they are named, to be repaired.
+    """
+    slow = {rank for rank, _ in slow_ranks(found)}
+    rates = [rate for rank, rate in _relative_rates(found).items() if rank not in slow]
+    return _short(min(MAX_SPREAD, statistics.stdev(rates))) if len(rates) >= SPREAD_RANKS else None
+
+
+def _relative_rates(found: dict[str, Any]) -> dict[int, float]:
     rates = {int(rank): one["products"]["tflops"][-1][-1][-1] for rank, one in found["ranks"].items()}
     middle = statistics.median(rates.values())
-    return sorted((rank, rate / middle) for rank, rate in rates.items() if rate < below * middle)
+    return {rank: rate / middle for rank, rate in rates.items()}
 
 
 def computing_table(machine: Hardware) -> str:

@@ -65,16 +65,16 @@ def all_reduce(gpu: Hardware, group: RankGroup, size: float) -> float:
     return 2 * _wire(gpu, group, size) + wait if group.size > 1 and size > 0 else 0.0
 
 
-def all_gather(gpu: Hardware, group: RankGroup, size: float) -> float:
-    """Return the time of an all-gather with a result of `size` bytes."""
+def all_gather(gpu: Hardware, group: RankGroup, size: float, shared_links: int = 1) -> float:
+    """Return the time of an all-gather with a result of `size` bytes; `shared_links` as in `Program`."""
     measured = _measured(gpu, ALL_GATHER, group, size)
-    return half(gpu, group, size) if measured is None else measured
+    return half(gpu, group, size, shared_links) if measured is None else measured
 
 
-def reduce_scatter(gpu: Hardware, group: RankGroup, size: float) -> float:
-    """Return the time of a reduce-scatter with an input of `size` bytes."""
+def reduce_scatter(gpu: Hardware, group: RankGroup, size: float, shared_links: int = 1) -> float:
+    """Return the time of a reduce-scatter with an input of `size` bytes; `shared_links` as in `Program`."""
     measured = _measured(gpu, REDUCE_SCATTER, group, size)
-    return half(gpu, group, size) if measured is None else measured
+    return half(gpu, group, size, shared_links) if measured is None else measured
 
 
 def layer_sum(gpu: Hardware, group: RankGroup, size: float) -> float:
@@ -83,9 +83,23 @@ def layer_sum(gpu: Hardware, group: RankGroup, size: float) -> float:
     return 2 * half(gpu, group, size) if measured is None else measured
 
 
-def half(gpu: Hardware, group: RankGroup, size: float) -> float:
+def half(gpu: Hardware, group: RankGroup, size: float, shared_links: int = 1) -> float:
     """Return the time of a ring's reduce-scatter or all-gather of `size` bytes in total."""
-    return _wire(gpu, group, size) + ring_latency(gpu, group) if group.size > 1 and size > 0 else 0.0
+    if group.size <= 1 or size <= 0:
+        return 0.0
+    links = shared_links if nodes(gpu, group) > 1 else 1
+    return links * _wire(gpu, group, size) + ring_latency(gpu, group)
+
+
+def contention(gpu: Hardware, group: RankGroup) -> float:
+    """Return the compute time that a second of hidden communication in the group costs.
+
+    Half of it are the processors that the collective occupies, at any rate; the other half is its copying, which the
+    network may slow down. A measured cost is used as it is, and on a CPU it does not depend on the rate.
+    """
+    if gpu.host_computes or (gpu.curves and gpu.curves.collectives):
+        return gpu.calibration.contention
+    return gpu.calibration.contention * (1 + bus_bandwidth(gpu, group) / (gpu.links.nvlink_gb_s * 1e9)) / 2
 
 
 def _measured(gpu: Hardware, operation: str, group: RankGroup, size: float) -> float | None:

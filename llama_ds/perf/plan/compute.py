@@ -61,6 +61,8 @@ def pointwise(gpu: Hardware, bytes_moved: float, kind: str = "forward") -> float
 def flash_attention(gpu: Hardware, rows: int, seq_len: int, heads: int, head_dim: int) -> tuple[float, float]:
     """Return (forward, backward) of fused causal attention: 2 and 5 products over half of the T x T square.
 
+    The kernel is FlashAttention-2, or the measured one.
+
     Args:
         rows: sequences of a micro-batch.
         heads: attention heads on this rank.

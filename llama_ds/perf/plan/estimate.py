@@ -14,7 +14,7 @@ from llama_ds.layout.partition import decoder_layers, stage_boundaries
 from llama_ds.layout.recompute import GIB, StagePolicies, stage_policies, with_device_memory
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import job_of, layers_by_policy
-from llama_ds.perf.plan.likely import likely_speed
+from llama_ds.perf.plan.likely import Interval, likely_speed
 from llama_ds.perf.plan.memory import Memory, run_memory
 from llama_ds.perf.plan.sharing_costs import sharing_costs
 from llama_ds.perf.plan.step import StepTime, step_time
@@ -126,6 +126,7 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "days": found.days,
         "bubble": step.bubble,
         "pipeline_s": step.pipeline,
+        "stragglers_s": step.stragglers,
         "reduction_s": step.reduction,
         "optimizer_s": step.optimizer,
         "host_s": step.host,
@@ -137,9 +138,10 @@ def as_data(found: Estimate) -> dict[str, Any]:
     }
 
 
-def _likely_words(low: float, high: float, runs: int) -> str:
+def _likely_words(found: Interval) -> str:
     return (
-        f"  likely         {low:,.0f} to {high:,.0f} tokens/s/GPU, as four of five of {runs} measured runs like it were"
+        f"  likely         {found.low:,.0f} to {found.high:,.0f} tokens/s/GPU; of {found.runs:,} measured runs like it "
+        f"{found.covered:.0%} lay in the interval of the other sources"
     )
 
 
@@ -159,7 +161,7 @@ def report(found: Estimate) -> str:
         f"  bubble         {step.bubble:.1%} of the pipeline's time",
         f"  speed          {step.tokens_per_second:,.0f} tokens/s/GPU, MFU {step.mfu(found.gpu):.1%}, "
         f"{found.days:.1f} days for {found.tokens:.3g} tokens",
-        *([_likely_words(*likely)] if likely else []),
+        *([_likely_words(likely)] if likely else []),
         f"  memory         {found.peak_bytes / GIB:.1f} of {found.gpu.memory_gib:.0f} GiB"
         f"{'' if found.fits else ': DOES NOT FIT'}",
         *([f"  context        {sharing.words()}"] if sharing else []),

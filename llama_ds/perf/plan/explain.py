@@ -13,6 +13,7 @@ from llama_ds.perf.plan.curves import Curves
 from llama_ds.perf.plan.estimate import Estimate
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.layer import Parts, embedding_time, head_time, layer_time
+from llama_ds.perf.plan.rank_spread import slowdown
 from llama_ds.perf.plan.step import rank_parameters, rank_roles
 from llama_ds.perf.plan.update import update_time
 
@@ -46,6 +47,7 @@ def _machine(found: Estimate) -> list[tuple[str, str]]:
         ("host", f"{fit.launch_us:.1f} us per kernel, {fit.step_ms:.1f} ms per step"),
         ("within a node", f"{links.nvlink_gb_s:.0f} GB/s of a ring's bus bandwidth among {links.gpus_per_node} GPUs"),
         ("between nodes", between),
+        ("ranks", f"step times with a relative standard deviation of {gpu.rank_spread:.1%}; all wait for the slowest"),
         ("calibration", fit.sources or "not stated"),
     ]
 
@@ -146,6 +148,11 @@ def _step(found: Estimate) -> list[tuple[str, str]]:
             "pipeline",
             f"{step.pipeline:.4f} s: event simulation of {job.schedule} with {job.pp} ranks of {job.chunks} stages, "
             f"{job.micro_batches} micro-batches (schedules/simulate.py); ranks wait {step.bubble:.1%}",
+        ),
+        (
+            "stragglers",
+            f"{step.stragglers:.4f} s of it: the slowest of {job.ranks:,} ranks is expected to take "
+            f"{slowdown(found.gpu, job.ranks) - 1:.1%} longer than the machine's description says",
         ),
         (
             "reduction",

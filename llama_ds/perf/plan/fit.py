@@ -33,14 +33,14 @@ _CAP = 0.5
 _PRIOR = 0.01  # penalty of a constant at e times its prior value: as much as 1% more error on all rows
 
 # Expectations for a GPU before seeing any run: large products at 80% of the peak, copies at 85% of the bandwidth,
-# fused attention 30-50% forward and 25-35% backward (FlashAttention-2, arXiv 2307.08691, section 1).
+# FlashAttention-2 at 50-73% (arXiv 2307.08691, section 1).
 PRIORS = {
     "gemm_ceiling": 0.80,
     "gemm_ramp": 64.0,
     "misaligned": 0.6,
     "memory": 0.85,
-    "flash_forward": 0.40,
-    "flash_backward": 0.30,
+    "flash_forward": 0.60,
+    "flash_backward": 0.45,
     "network": 0.80,
     "contention": 0.3,
     "launch_us": 15.0,

@@ -17,6 +17,7 @@ from llama_ds.errors import UserError, did_you_mean
 from llama_ds.layout.flops import device_peak
 from llama_ds.perf.plan.curves import OPERATIONS, Curves
 
+MAX_SPREAD = 0.2  # ranks that differ more are not of one kind
 FOLDER = Path(__file__).parent / "data"
 
 
@@ -66,6 +67,9 @@ class Hardware:
     peak_tflops: float | None = None  # dense peak, for a device that `layout/flops.py` does not have
     at_once: int | None = None  # ranks per node that run at full speed in parallel, if they share processors
     host_computes: bool = False  # True on a CPU: host time and device time add up
+    # Relative standard deviation of the step times of ranks with the same work (`rank_spread.py`). The default is that
+    # of published runs which were repeated on more GPUs (`validate.measured_spread`).
+    rank_spread: float = 0.016
     curves: Curves | None = None  # measured curves take precedence over calculated times
 
     @property
@@ -151,8 +155,12 @@ def _check(hardware: Hardware, path: str) -> None:
     _check_curves(hardware.curves or Curves(), source)
     for key, section in (("", hardware), ("links.", hardware.links), ("calibration.", hardware.calibration)):
         for name, value in vars(section).items():
-            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool) and name != "rank_spread"
+            if number and not value > 0:
                 raise source.error(key + name, f"= {value} is not positive")
+    if not 0 <= hardware.rank_spread <= MAX_SPREAD:
+        allowed = f"is not from 0 to {MAX_SPREAD}; it is a share of a step's time"
+        raise source.error("rank_spread", f"= {hardware.rank_spread} {allowed}")
     for name in ("gemm_ceiling", "misaligned", "memory", "flash_forward", "flash_backward", "network", "contention"):
         if getattr(hardware.calibration, name) > 1:
             raise source.error(

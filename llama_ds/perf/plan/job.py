@@ -22,6 +22,7 @@ from llama_ds.schedules.instructions import Placement
 from llama_ds.schedules.schedule import Schedule, split_share
 
 Counts = tuple[tuple[str, int], ...]  # decoder layers of a stage by save policy
+OP = "op"  # torchtitan's policy for published runs: attention and every second product are saved
 
 
 def layers_by_policy(stages: Iterable[Counts]) -> Counter[str]:
@@ -52,6 +53,7 @@ class StepJob:
     launch_blocking: bool = False  # CUDA_LAUNCH_BLOCKING=1: host time and GPU time add up
     cp_sizes: CpSizes = WHOLE_ROWS  # ranks that share rows
     optimizer: str = "adamw"
+    state_ranks: int = 0  # data-parallel ranks that share weights and states, copies elsewhere; 0: all do
     low_precision: bool = False  # whether optimizer states are bf16
 
     @property
@@ -78,6 +80,11 @@ class StepJob:
     def data_group(self) -> RankGroup:
         """The ranks that reduce gradients and share optimizer states: dp and cp together."""
         return RankGroup(self.axes.data_axis, self.tp)
+
+    @property
+    def state_group(self) -> RankGroup:
+        """The ranks of the data group that share weights and optimizer states."""
+        return RankGroup(self.state_ranks or self.axes.data_axis, self.tp)
 
     @property
     def sharing(self) -> RowSharing:

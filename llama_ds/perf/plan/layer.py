@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from llama_ds.layout.loss_chunks import chunk_tokens
-from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, layer_sum, reduce_scatter
+from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, contention, layer_sum, reduce_scatter
 from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
-from llama_ds.perf.plan.job import StepJob
+from llama_ds.perf.plan.job import OP, StepJob
 from llama_ds.perf.plan.program import MemoryTraffic, Program
 from llama_ds.perf.plan.row_sharing import RowSharing, shared_attention
 
@@ -48,6 +48,7 @@ class LayerTime:
     recompute: Parts  # runs before the backward
     input_backward: Parts
     weight_backward: Parts
+    ahead: float = 0.0  # hidden in the backward by the layer above, which a stage's last layer does not have
 
 
 def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
@@ -92,7 +93,7 @@ def _layer(
     shared = shared_attention(
         gpu, sharing, attend, rows, seq_len, local_heads, local_kv_heads, head_dim, program.element_bytes
     )
-    attention, attention_back = shared.attention
+    attention, attention_back = (time / (program.attention if program.flash else 1) for time in shared.attention)
     scale = program.element_bytes / 2
     scores = rows * local_heads * seq_len * seq_len * scale / sharing.size
     score_time = pointwise(gpu, program.scores.forward * scores), pointwise(gpu, program.scores.backward * scores)
@@ -108,16 +109,21 @@ def _layer(
         return pointwise(gpu, scale * moved, "forward" if forward else "backward")
 
     sent = _collectives(gpu, RankGroup(tp), float(program.element_bytes) * tokens * hidden, sequence_parallel)
+    beside_products = 0.0
+    if program.overlaps_forward and tp > 1:  # the last chunk of a product or collective has nothing beside it
+        beside = sum(min(time, product) for time, product in zip(sent, forward_gemm, strict=False))
+        beside_products = (1 - 1 / tp) * beside * (1 - contention(gpu, RankGroup(tp)))
     launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
     collectives = 8 if tp > 1 else 0  # launches on the host, with the calls around the collectives
     forward = Parts(
         sum(forward_gemm),
         attention + score_time[0],
         pointwise_time(True) + start * program.kernels_forward + shared.merging[0],
-        sum(sent),
+        sum(sent) - beside_products,
         launch * (program.kernels_forward + collectives),
         shared.exposed[0],
     )
+    hidden_ahead = 0.0
     exposed = sum(sent) + (2 * sent[0] if sequence_parallel and not program.overlaps_tensor else 0)
     if program.overlaps_tensor and tp > 1:
         # Each collective overlaps a weight gradient. Under sequence parallelism these are, in order: all-gather with
@@ -125,10 +131,12 @@ def _layer(
         # output projection. Otherwise there are two all-reduces. Where the weight gradients are put off, nothing is
         # computed meanwhile.
         order = (0, 3, 2, 1) if sequence_parallel else (3, 1)
-        beside = sum(min(time, weight_gemm[i]) for time, i in zip(sent, order, strict=True))
-        exposed -= (1 - split_share) * beside * (1 - gpu.calibration.contention)
+        covered = [min(time, weight_gemm[i]) for time, i in zip(sent, order, strict=True)]
+        credit = (1 - split_share) * (1 - contention(gpu, RankGroup(tp)))
+        exposed -= credit * sum(covered)
+        hidden_ahead = credit * covered[0] if sequence_parallel else 0.0
     if program.sums_norms and sequence_parallel:
-        exposed += 2 * all_reduce(gpu, RankGroup(tp), 4.0 * hidden) * gpu.calibration.contention
+        exposed += 2 * all_reduce(gpu, RankGroup(tp), 4.0 * hidden) * contention(gpu, RankGroup(tp))
     backward = Parts(
         sum(input_gemm),
         attention_back + score_time[1],
@@ -140,7 +148,10 @@ def _layer(
     numbers = sum(k * n for k, n in products)
     weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers, "optimizer"))
     recompute = _recompute(program.flash, policy, forward, forward_gemm, tp)
-    return LayerTime(forward, recompute, backward, weights)
+    if policy == OP:  # of q, k, v, o, gate, up and down every second product is repeated: k, o, up
+        key, output, up = keys / (queries + 2 * keys) * forward_gemm[0], forward_gemm[1], forward_gemm[2] / 2
+        recompute = Parts(key + output + up, 0.0, forward.pointwise, host=forward.host)
+    return LayerTime(forward, recompute, backward, weights, hidden_ahead)
 
 
 def _collectives(gpu: Hardware, group: RankGroup, size: float, sequence_parallel: bool) -> list[float]:

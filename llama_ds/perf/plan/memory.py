@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
@@ -18,11 +19,14 @@ from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
 from llama_ds.layout.weights import Role
-from llama_ds.perf.plan.job import StepJob
+from llama_ds.perf.plan.job import OP, StepJob
 from llama_ds.perf.plan.step import rank_roles
 
-CONTEXT_BYTES = 4.0 * GIB  # driver, buffers of NCCL and DeepSpeed, workspaces: nvidia-smi counts them, torch does not
-FRAGMENTATION = 1.08  # memory of the caching allocator over the memory of tensors
+# Driver, workspaces and buffers of NCCL, without those that a program allocates itself (`Program.buffers_gib`):
+# nvidia-smi counts them, torch does not.
+CONTEXT_BYTES = 2.0 * GIB
+FRAGMENTATION = 1.08  # memory of the caching allocator over the memory of tensors, while there is enough
+TIGHT_FRAGMENTATION = 1.03  # when memory runs out, after the allocator has released the blocks that it only keeps
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,40 @@ def run_memory(
 
 def published_memory(job: StepJob, reserved: bool) -> float:
     """Return the bytes on the fullest rank of a published run, as nvidia-smi shows them (`reserved`) or in tensors."""
-    tensors = max(_published(job))
-    return tensors * FRAGMENTATION + CONTEXT_BYTES if reserved else tensors
+    ranks = _published(job)
+    if not reserved:
+        return max(rank.tensors for rank in ranks)
+    return max(rank.kept for rank in ranks) * FRAGMENTATION + _outside(job)
 
 
-def _published(job: StepJob) -> list[float]:
+def needed_memory(job: StepJob) -> float:
+    """Return the bytes of a device with which a published run is not out of memory."""
+    return max(rank.tensors for rank in _published(job)) * TIGHT_FRAGMENTATION + _outside(job)
+
+
+def _outside(job: StepJob) -> float:
+    return CONTEXT_BYTES + job.program.buffers_gib * GIB
+
+
+class _Held(NamedTuple):
+    """Bytes of a rank: states, activations with temporaries, and what only the optimizer's step holds."""
+
+    states: float
+    activations: float
+    step: float
+
+    @property
+    def tensors(self) -> float:
+        """The largest sum at one time: the activations have gone when the step begins."""
+        return self.states + max(self.activations, self.step)
+
+    @property
+    def kept(self) -> float:
+        """What the allocator keeps: the step's long buffers do not fit into the activations' freed blocks."""
+        return self.states + self.activations + self.step
+
+
+def _published(job: StepJob) -> list[_Held]:
     full = max(job.micro_batches, 2 * job.pp)
     schedule = job.plan(min(full, 3 * job.pp + full % job.pp))  # more micro-batches do not need more memory
     boundary = 2.0 * job.tokens * job.model.hidden_size
@@ -87,35 +120,50 @@ def _published(job: StepJob) -> list[float]:
             kept += held * sum(n * layer_activations(job, policy) for policy, n in job.stages[stage])
             kept += held * boundary * job.program.keeps_outputs * (job.pp > 1)
         again = any(policy == "full" for stage in own for policy, _ in job.stages[stage])
-        working = layer_activations(job, "none") * (2 if again else 1)  # activations and their gradients
+        working = layer_activations(job, "none") if again else 0.0
+        working += _layer_gradients(job)
         if len(job.stages) - 1 in own:
             working = max(working, job.program.kept_logits * job.tokens * job.vocab)
-        found.append(_states(job, by_role) + kept + working)
+        # An optimizer of fp32 weights casts 16-bit gradients to fp32.
+        copies = 4.0 * by_role.total() / (job.state_group.size if job.zero_stage else 1)
+        found.append(_Held(_states(job, by_role), kept + working, copies if job.program.gradient_bytes == 2 else 0.0))
     return found
 
 
 def _states(job: StepJob, by_role: Counter[Role]) -> float:
-    """Return the bytes of 16-bit weights, gradients and optimizer states, with fp32 copies of 16-bit gradients."""
-    parameters = by_role.total()
-    optimizer = ADAMW.nbytes(by_role, weight_bytes=2) + (4.0 * parameters if job.program.gradient_bytes == 2 else 0.0)
-    optimizer /= job.dp if job.zero_stage else 1
-    gradients = job.program.gradient_bytes * parameters / (job.dp if job.zero_stage >= 2 else 1)
+    """Return the bytes of 16-bit weights, gradients and optimizer states."""
+    parameters, ranks = by_role.total(), job.state_group.size
+    optimizer = ADAMW.nbytes(by_role, weight_bytes=2) / (ranks if job.zero_stage else 1)
+    gradients = job.program.gradient_bytes * parameters / (ranks if job.zero_stage >= 2 else 1)
     weights = 2.0 * parameters
     if job.zero_stage == 3:
-        weights = weights / job.dp + 4.0 * parameters / max(1, job.model.num_hidden_layers)
+        weights = weights / ranks + 4.0 * parameters / max(1, job.model.num_hidden_layers)
     return weights + gradients + optimizer
+
+
+def _layer_gradients(job: StepJob) -> float:
+    """Return the bytes of a layer's gradients that exist at one time: of two sets of scores, or of inner values."""
+    model = job.model
+    inner = (6.0 if job.program.gated else 4.0) * job.tokens * model.intermediate_size / job.tp
+    scores = 0.0 if job.program.flash else 4.0 * job.tokens * job.seq_len * model.num_attention_heads / job.tp
+    return 2.0 * job.tokens * model.hidden_size + max(inner, scores)
 
 
 def layer_activations(job: StepJob, policy: str) -> float:
     """Return the bytes that one layer saves for one micro-batch."""
     numbers = float(job.tokens) * job.model.hidden_size
+    own = numbers / job.tp if job.sequence_parallel else numbers
+    if policy == OP:  # input and output, q and v, attention output, gate
+        heads = 2 + job.model.num_key_value_heads / job.model.num_attention_heads
+        inner = float(job.tokens) * job.model.intermediate_size
+        return 2 * (2 * own + (heads * numbers + inner) / job.tp)
     if job.program.gated and policy != "full":
-        # Two norms; q, k, v before and after rotation; attention output; gate, up, SiLU, product.
-        own = numbers / job.tp if job.sequence_parallel else numbers
-        inner = 8.0 * job.tokens * job.model.intermediate_size / job.tp
+        # Two norms; rotated q and k, v and the attention's output; gate, up, SiLU, product.
+        inner = job.program.kept_inner * job.tokens * job.model.intermediate_size / job.tp
         scores = float(job.tokens) * job.seq_len * job.model.num_attention_heads / job.tp
         scores *= job.program.kept_scores if policy == "none" else 0
-        return 2 * job.program.kept_norm * own + 14 * numbers / job.tp + inner + scores
+        heads = 4 + 4 * job.model.num_key_value_heads / job.model.num_attention_heads
+        return 2 * job.program.kept_norm * own + heads * numbers / job.tp + inner + scores
     if policy == "full":
         return 2 * numbers / (job.tp if job.program.gated and job.sequence_parallel else 1)
     masks = 0.0 if job.program.flash else 2.0  # two dropouts a layer

@@ -50,7 +50,12 @@ class Program:
     keeps_outputs: int = 0  # 1: pipeline buffers keep a stage's outputs as well as its inputs (DeepSpeed)
     padded_vocab: int = 1  # the vocabulary is padded to a multiple of this and tp
     element_bytes: int = 2  # bytes of an element; the traffic scales with it
+    attention: float = 1  # speed of its fused attention, relative to FlashAttention-2
+    overlaps_forward: bool = False  # products overlap the tensor-parallel collectives beside them, in tp chunks
+    shared_links: int = 1  # collectives over all ranks of a node use one of so many shares of its network links
+    buffers_gib: float = 0  # buckets for reduction and gather, outside of what memory.py counts
     kept_norm: float = 4  # bytes of a norm kept for its backward, per element of N x D
+    kept_inner: float = 8  # bytes of the activation function's inputs and results kept, per element of N x F
     kept_scores: float = 0  # bytes of attention scores kept, per element of H x T x T, with recompute none
     kept_logits: float = 10  # bytes of logits and their gradient at the loss, per element of N x V
 
@@ -113,10 +118,16 @@ MEGATRON = Program(
     gradient_bytes=2,
     keeps_outputs=1,
     padded_vocab=128,
+    buffers_gib=4,  # the remainder of 41 runs by DeepSpeed, at any size: its two buckets of 5e8 elements, and NCCL's
 )
 
 # The same in bf16: gradients accumulate in fp32, in addition to those in 16 bits.
 MEGATRON_BF16 = replace(MEGATRON, name="megatron_bf16", reduced_bytes=4, accumulation=14, gradient_bytes=6)
+
+# Fused attention of 2022 reached 30-50% of an A100's peak forward and 25-35% backward, FlashAttention-2 reaches 50-73%
+# (arXiv 2307.08691, section 1). On an H100, MPT's kernel, fitted, has 0.65 and 0.73 of the speed of FlashAttention-2,
+# measured.
+FLASH_1 = 0.67
 
 # MosaicML llm-foundry on PyTorch FSDP: LayerNorm in 16 bits, no dropout, biases whose gradients need one more read,
 # GELU, fused attention, multi-tensor AdamW. Its fused loss keeps the logits and their gradient in 16 bits.
@@ -139,10 +150,24 @@ FSDP = Program(
     blocking_sends=True,
     overlaps_reduction=True,
     overlaps_tensor=False,
+    attention=FLASH_1,
     kept_logits=4,
 )
 # GPT-NeoX on DeepSpeed: Megatron's layer with fused attention, without dropout.
-NEOX = replace(MEGATRON, name="neox", flash=True, scores=MemoryTraffic(0, 0), kernels_forward=30, kernels_backward=48)
+NEOX = replace(
+    MEGATRON,
+    name="neox",
+    flash=True,
+    attention=FLASH_1,
+    scores=MemoryTraffic(0, 0),
+    kernels_forward=30,
+    kernels_backward=48,
+)
+
+# DeepSpeed's ZeRO-3 of 2021 below Megatron's layers: one ring over all ranks, which enters and leaves a node of eight
+# links over one of them. Steps of 174.6B on 768 and 1,536 GPUs, and of 529.6B on 1,120 and 2,240, take the same time
+# whatever they compute: three times the weights' bytes over one link.
+ZERO3_2021 = replace(MEGATRON, name="zero3_2021", shared_links=8)
 
 # LLaMA layers by autograd, as in nanotron, torchtitan and FSDP: a kernel for each norm, several for the activation
 # function. All logits at once in fp32: cast 6, log-softmax 8; backward: gradient of the picked logits 4, log-softmax
@@ -167,18 +192,51 @@ AUTOGRAD = replace(
 # The same in programs after Megatron-LM of 2023: ZeRO-1's or DDP's reduction starts after the last backward.
 LLAMA = replace(AUTOGRAD, name="llama", overlaps_reduction=False)
 
+# Megatron-Core with Transformer Engine: fused kernels as ours, gradients in bf16, the tensor-parallel collectives in
+# chunks beside their products. cuDNN's attention on an H100 is 1.7 to 2 times as fast as FlashAttention-2 (arXiv
+# 2407.08608, figures 5 and 6).
+NEMO = replace(
+    OURS,
+    name="nemo",
+    sums_at_end=False,
+    reduced_bytes=2,
+    gradient_bytes=2,
+    accumulation=6,
+    kept_inner=6,
+    overlaps_forward=True,
+    attention=1.8,
+)
+NEMO_GPT = replace(NEMO, name="nemo_gpt", gated=False, inner=MemoryTraffic(4, 8), heads=MemoryTraffic(6, 8))
+
 # RMSNorm as Meta published it, one kernel for each operation, in fp32: cast 6, square 8, mean 4, product 8, cast 6,
 # product with the weight 4. The backward: products with the weight 10, cast 6, product 20, square 12, sum 12, cast 6.
 # In place of 4 and 6 bytes in one kernel, twice a layer; the fp32 input and the normalized output are kept.
 _NORM_KERNELS = (7, 12)
-LLAMA_UNFUSED = replace(
-    LLAMA,
-    name="llama_unfused",
-    hidden=MemoryTraffic(AUTOGRAD.hidden.forward + 2 * (36 - 4), AUTOGRAD.hidden.backward + 2 * (66 - 6)),
-    kernels_forward=AUTOGRAD.kernels_forward + 2 * (_NORM_KERNELS[0] - 1),
-    kernels_backward=AUTOGRAD.kernels_backward + 2 * (_NORM_KERNELS[1] - 1),
-    kept_norm=8,
-)
+
+
+@cache
+def with_plain_norms(program: Program) -> Program:
+    """Return a LLaMA program whose norms are computed operation by operation."""
+    return replace(
+        program,
+        name=f"{program.name}_norms",
+        hidden=MemoryTraffic(program.hidden.forward + 2 * (36 - 4), program.hidden.backward + 2 * (66 - 6)),
+        kernels_forward=program.kernels_forward + 2 * (_NORM_KERNELS[0] - 1),
+        kernels_backward=program.kernels_backward + 2 * (_NORM_KERNELS[1] - 1),
+        kept_norm=8,
+    )
+
+
+@cache
+def with_fused_loss(program: Program) -> Program:
+    """Return a program whose loss overwrites the 16-bit logits with their gradient."""
+    return replace(program, name=f"{program.name}_loss", logits=OURS.logits, kept_logits=4)
+
+
+@cache
+def with_small_gradients(program: Program) -> Program:
+    """Return a program that reduces gradients in 16 bits."""
+    return replace(program, name=f"{program.name}_16", reduced_bytes=2)
 
 
 @cache

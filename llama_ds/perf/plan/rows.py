@@ -8,20 +8,26 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_ds.config.context_parallel import NODE_RANKS, WHOLE_ROWS, CpSizes
 from llama_ds.config.recompute import POLICIES
 from llama_ds.config.schema import ModelConfig
 from llama_ds.errors import UserError
 from llama_ds.layout.axes import Axes
-from llama_ds.perf.plan.job import Counts, StepJob
+from llama_ds.perf.plan.job import OP, Counts, StepJob
 from llama_ds.perf.plan.program import (
     AUTOGRAD,
     FSDP,
     LLAMA,
-    LLAMA_UNFUSED,
     MEGATRON,
     MEGATRON_BF16,
+    NEMO,
+    NEMO_GPT,
     NEOX,
+    ZERO3_2021,
     Program,
+    with_fused_loss,
+    with_plain_norms,
+    with_small_gradients,
     without_flash,
 )
 from llama_ds.schedules.schedule import obstacle
@@ -46,6 +52,8 @@ _LINKS: tuple[tuple[str, float | None, float | None], ...] = (
     ("Zero Bubble", None, 100.0),  # RoCE, bandwidth not stated
 )
 _GBPS = re.compile(r"([0-9]+) ?Gbps")
+_CP = re.compile(r"\bcp ([0-9]+)")
+_RECOMPUTE = re.compile(rf"({'|'.join((*POLICIES, OP))})(?::1/([1-9]))?")
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,10 @@ def _row(row: dict[str, str], source: str, line: int) -> Row:
     kind = row["measured_kind"]
     if kind not in KINDS:
         raise UserError(f"{source}: measured_kind = {kind!r} is not one of {', '.join(KINDS)}; correct the row")
-    if row["recompute"] not in ("", *POLICIES):
+    if row["recompute"] and not _RECOMPUTE.fullmatch(row["recompute"]):
         raise UserError(
-            f"{source}: recompute = {row['recompute']!r} is not one of {', '.join(POLICIES)}; correct the row"
+            f"{source}: recompute = {row['recompute']!r} is not one of {', '.join((*POLICIES, OP))}, or one of these "
+            "for every n-th layer, such as full:1/2; correct the row"
         )
     value = math.inf if row["value"].strip() == OUT_OF_MEMORY else _number(row, "value", source)
     if value is None or not value > 0:
@@ -141,9 +150,16 @@ def _obstacle(row: dict[str, str], numbers: dict[str, int | None]) -> str:
     if "fp8" in note and "not fp8" not in note:
         return "fp8"
     tp, pp, dp, n = (numbers[name] or 0 for name in ("tp", "pp", "dp", "n_gpus"))
-    if tp * pp * dp != n:
-        return f"tp {tp} * pp {pp} * dp {dp} is not n_gpus {n}"
+    cp = _cp(row)
+    if tp * pp * dp * cp != n:
+        return f"tp {tp} * pp {pp} * {f'cp {cp} * ' if cp > 1 else ''}dp {dp} is not n_gpus {n}"
     return ""
+
+
+def _cp(row: dict[str, str]) -> int:
+    """Return the number of ranks that share each row, as the note states it."""
+    stated = _CP.search(row["note"])
+    return int(stated[1]) if stated else 1
 
 
 def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, zero: float | None) -> StepJob | str:
@@ -177,14 +193,16 @@ def _job(row: dict[str, str], n: dict[str, int], virtual: int, sharded: bool, ze
         seq_len=n["seq_len"],
         micro_batch=n["micro_batch"],
         micro_batches=micro_batches,
-        axes=Axes(pp=n["pp"], dp=n["dp"], tp=n["tp"]),
+        axes=Axes(pp=n["pp"], dp=n["dp"], cp=_cp(row), tp=n["tp"]),
         sequence_parallel=sharded and n["tp"] > 1,
         zero_stage=int(zero) if zero is not None else 0,
+        state_ranks=min(n["dp"], NODE_RANKS) if "HSDP" in row["note"] else 0,
         schedule=schedule,
         chunks=chunks,
         extra_warmup=warmup,
         stages=stages_of(n["layers"], stages, row["recompute"] or "none"),
         whole_model=not bare,
+        cp_sizes=CpSizes(ring=_cp(row)) if _cp(row) > 1 else WHOLE_ROWS,
         launch_blocking="CUDA_LAUNCH_BLOCKING=1" in row["note"] and n["n_gpus"] >= 320,
     )
 
@@ -196,15 +214,27 @@ def program_of(row: dict[str, str]) -> Program:
         return _llama_program(note)
     if "neox" in note:
         return NEOX
+    if "nemo" in note:
+        return NEMO_GPT
+    if "zero-3 of 2021" in note:
+        return ZERO3_2021
     if "fsdp" in note or "flash" in note:
         return FSDP
     return MEGATRON_BF16 if "bf16" in note else MEGATRON
 
 
 def _llama_program(note: str) -> Program:
-    if any(word in note for word in ("nanotron", "fsdp", "titan", "compile")):
-        return AUTOGRAD
-    program = LLAMA if "rms" in note else LLAMA_UNFUSED
+    """Return a LLaMA-like program by what the note states of its norms, loss, reduction and attention."""
+    if "nemo" in note:
+        return NEMO
+    overlapping = any(word in note for word in ("nanotron", "fsdp", "hsdp", "titan", "compile"))
+    program = AUTOGRAD if overlapping else LLAMA
+    if "rmsnorm by torch" in note or not (overlapping or "rms" in note):
+        program = with_plain_norms(program)
+    if "kernel" in note and "loss" in note:
+        program = with_fused_loss(program)
+    if "gradients in bf16" in note:
+        program = with_small_gradients(program)
     for words, fused_softmax in (("torch attention", False), ("megatron attention", True)):
         if words in note:
             return without_flash(program, fused_softmax)
@@ -235,14 +265,24 @@ def likely_heads(hidden: int, tp: int) -> int:
     return min(fits or [1], key=lambda n: abs(hidden / n - 128))
 
 
-def stages_of(layers: int, stages: int, policy: str) -> tuple[Counts, ...]:
-    """Return the layers of each stage, as even as possible; the last and first stages are the first to have fewer."""
+def stages_of(layers: int, stages: int, recompute: str) -> tuple[Counts, ...]:
+    """Return the layers of each stage, as even as possible; the last and first stages are the first to have fewer.
+
+    Args:
+        recompute: a policy, or a policy for every n-th layer, such as full:1/2.
+    """
+    parsed = _RECOMPUTE.fullmatch(recompute)
+    assert parsed
+    policy, every = parsed[1], int(parsed[2] or 1)
     each = math.ceil(layers / stages)
     counts = [each] * stages
     order = [i for pair in zip(range(stages - 1, -1, -1), range(stages), strict=True) for i in pair]
     for stage in list(dict.fromkeys(order))[: each * stages - layers]:
         counts[stage] -= 1
-    return tuple(((policy, count),) if count else () for count in counts)
+    return tuple(
+        tuple((name, n) for name, n in ((policy, count // every), ("none", count - count // every)) if n)
+        for count in counts
+    )
 
 
 def _number(row: dict[str, str], name: str, source: str) -> float | None:

@@ -9,10 +9,11 @@ from functools import lru_cache
 from llama_ds.layout.flops import embedding_parameters, flops_per_token
 from llama_ds.layout.partition import held_parameters
 from llama_ds.layout.weights import Role
-from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, message, reduce_scatter
+from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, contention, message, reduce_scatter
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time, layer_time
+from llama_ds.perf.plan.rank_spread import slowdown
 from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.simulate import StageCost, Timeline, simulate
 
@@ -52,6 +53,7 @@ class StepTime:
     optimizer: float
     host: float
     transfer: float  # link time of one message between stages
+    stragglers: float = 0.0  # part of the pipeline's time in which ranks wait for slower ones (`rank_spread.py`)
 
     @property
     def seconds(self) -> float:
@@ -81,9 +83,11 @@ def step_time(gpu: Hardware, job: StepJob) -> StepTime:
         pipeline = max(pipeline, factor * (1 - bubble) * pipeline)
     if not job.whole_model:
         return StepTime(job, stages, pipeline, bubble, 0.0, 0.0, 0.0, transfer)
+    stragglers = pipeline * (slowdown(gpu, job.ranks) - 1)
     reduction, optimizer = end_of_step(gpu, job, costs)
     host = gpu.calibration.step_ms * 1e-3
-    return StepTime(job, stages, pipeline, bubble, reduction, factor * optimizer, host, transfer)
+    pipeline += stragglers
+    return StepTime(job, stages, pipeline, bubble, reduction, factor * optimizer, host, transfer, stragglers)
 
 
 def oversubscription(gpu: Hardware, job: StepJob) -> float:
@@ -101,7 +105,9 @@ def stage_times(gpu: Hardware, job: StepJob) -> tuple[StageTime, ...]:
             pieces.append((embedding_time(gpu, job), 1))
         if job.whole_model and stage == last:
             pieces.append((head_time(gpu, job), 1))
-        totals = [_host(gpu, job, stage), Parts(), _host(gpu, job, stage), Parts()]
+        # Beside the gather of the gradient that a stage receives, nothing is computed.
+        received = max((piece.ahead for piece, n in pieces if n), default=0.0)
+        totals = [_host(gpu, job, stage), Parts(), _host(gpu, job, stage) + Parts(tensor=received), Parts()]
         for piece, n in pieces:
             parts = (piece.forward, piece.recompute, piece.input_backward, piece.weight_backward)
             totals = [total + part * n for total, part in zip(totals, parts, strict=True)]
@@ -186,6 +192,7 @@ def rank_parameters(job: StepJob) -> list[int]:
 def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[float, float]:
     """Return (exposed reduction, optimizer) of the rank with the longest sum."""
     group = job.data_group
+    share = contention(gpu, group)
     placement = job.placement
     ends = {placement.home(stage)[0] for stage in (0, placement.stages - 1)}
     tied_ranks = ends if job.model.tie_word_embeddings and len(ends) > 1 else set()
@@ -205,8 +212,8 @@ def end_of_step(gpu: Hardware, job: StepJob, costs: list[StageCost]) -> tuple[fl
             # These overlap the last backward and the next forward layer by layer; one layer's share is always exposed.
             cost = costs[rank]
             layers = sum(n for _, n in job.stages[rank]) or 1
-            scatter = _exposed(gpu, cost.input_backward + cost.weight_backward, scatter, layers)
-            gather = _exposed(gpu, cost.forward, gather, layers)
+            scatter = _exposed(share, cost.input_backward + cost.weight_backward, scatter, layers)
+            gather = _exposed(share, cost.forward, gather, layers)
         tied = 0.0
         if rank in tied_ranks:  # all-reduce of the tied embedding gradient over both ends of the pipeline
             pair = RankGroup(2, job.axes.stride("pp"))
@@ -224,26 +231,36 @@ def _with_zero(gpu: Hardware, job: StepJob, stage: int, cost: StageCost) -> Stag
     """Return the costs with the ZeRO-2 and ZeRO-3 collectives of every micro-batch, overlapped with the computation.
 
     ZeRO-3 all-gathers a layer's 16-bit weights for each pass and reduce-scatters its gradients; ZeRO-2 only does the
-    latter (Rajbhandari et al., arXiv 1910.02054, section 7). The first layer's all-gather is exposed.
+    latter (Rajbhandari et al., arXiv 1910.02054, section 7). The first layer's all-gather is exposed. Where only some
+    data-parallel ranks share the states, each sums its part of the gradients with its copies.
     """
-    group = job.data_group
+    group, links = job.state_group, job.program.shared_links
+    copies = RankGroup(job.axes.data_axis // group.size, group.stride * group.size)
     parameters, layers = stage_roles(job)[stage].total(), sum(n for _, n in job.stages[stage]) or 1
-    gather = 0.0
-    if job.zero_stage == 3:
-        gather = layers * all_gather(gpu, group, float(job.program.element_bytes) * parameters / layers)
-    scatter = layers * reduce_scatter(gpu, group, float(job.program.reduced_bytes) * parameters / layers)
-    forward = _overlapped(gpu, cost.forward, gather) + gather / layers
-    whole = _overlapped(gpu, cost.input_backward + cost.weight_backward, gather + scatter) + scatter / layers
+    weights, gradients = (
+        float(size) * parameters / layers for size in (job.program.element_bytes, job.program.reduced_bytes)
+    )
+    gather = layers * all_gather(gpu, group, weights, links) if job.zero_stage == 3 else 0.0
+    scatter = layers * reduce_scatter(gpu, group, gradients, links)
+    summed = layers * all_reduce(gpu, copies, gradients / group.size)
+    share = contention(gpu, group)
+    forward = _overlapped(cost.forward, gather, share * gather) + gather / layers
+    backward, sent = cost.input_backward + cost.weight_backward, gather + scatter + summed
+    disturbed = share * (gather + scatter) + contention(gpu, copies) * summed
+    whole = _overlapped(backward, sent, disturbed) + (scatter + summed) / layers
     return StageCost(forward, whole - cost.weight_backward, cost.weight_backward)
 
 
-def _overlapped(gpu: Hardware, compute: float, communicate: float) -> float:
-    """Return the time of overlapping computation and communication: the longer of both, plus contention."""
-    return max(compute, communicate) + gpu.calibration.contention * min(compute, communicate)
+def _overlapped(compute: float, communicate: float, disturbed: float) -> float:
+    """Return the time of overlapping computation and communication: the longer of both, plus contention.
+
+    `disturbed` is what the communication costs the computation if all of it is hidden.
+    """
+    return max(compute, communicate) + disturbed * min(1.0, compute / communicate if communicate else 0.0)
 
 
-def _exposed(gpu: Hardware, compute: float, communicate: float, layers: int) -> float:
+def _exposed(share: float, compute: float, communicate: float, layers: int) -> float:
     """Return the exposed time of communication that overlaps computation layer by layer."""
     overlapping = compute * (1 - 1 / layers)
     first = communicate / layers
-    return first + _overlapped(gpu, overlapping, communicate - first) - overlapping
+    return first + _overlapped(overlapping, communicate - first, share * (communicate - first)) - overlapping

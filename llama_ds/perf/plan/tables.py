@@ -28,7 +28,7 @@ from llama_ds.perf.plan.layer import Parts
 from llama_ds.perf.plan.likely import likely_speed
 from llama_ds.perf.plan.search import SearchResult
 from llama_ds.perf.plan.sharing_costs import sharing_costs
-from llama_ds.perf.plan.validate import Checked, Fits, groups, summary
+from llama_ds.perf.plan.validate import Checked, Fits, groups, spans, summary
 
 RANKED = [
     *("", "tp", "pp", "cp", "dp", "micro", "schedule", "ZeRO", "recompute", "tok/s/GPU", "likely", "MFU", "bubble"),
@@ -149,12 +149,14 @@ def _breakdown(item: Estimate) -> str:
     ]
     parts = max(ranks, key=lambda rank: rank.device)
     per_pass = step.seconds / item.layout.accumulation
-    known = parts.device / per_pass + (step.bubble * step.pipeline + step.reduction) / step.seconds
+    bubble = step.bubble * (step.pipeline - step.stragglers)
+    known = parts.device / per_pass + (bubble + step.stragglers + step.reduction) / step.seconds
     return (
         f"matrices {parts.matrices / per_pass:.0%}, attention {parts.attention / per_pass:.0%}, pointwise "
         f"{parts.pointwise / per_pass:.0%}, exposed tensor-parallel {parts.tensor / per_pass:.0%}, "
         f"{f'exposed context-parallel {parts.context / per_pass:.0%}, ' if parts.context else ''}bubble "
-        f"{step.bubble * step.pipeline / step.seconds:.0%}, exposed reduction {step.reduction / step.seconds:.0%}, "
+        f"{bubble / step.seconds:.0%}, slower ranks {step.stragglers / step.seconds:.0%}, exposed reduction "
+        f"{step.reduction / step.seconds:.0%}, "
         f"other (imbalance, ZeRO all-gathers, host) {max(0.0, 1 - known):.0%}"
     )
 
@@ -275,6 +277,14 @@ def errors(
         text += (
             f"\n\nmemory: {fits.said_to_fit} of {fits.ran} runs that ran are said to fit, {fits.said_to_fail} of "
             f"{fits.failed} that were out of memory not to; agreement {fits.agreement:.1%}"
+        )
+    intervals = spans(checked)
+    data["likely"] = [{"several_nodes": key[0], "pipeline": key[1], **one._asdict()} for key, one in intervals.items()]
+    for (several, pipeline), one in sorted(intervals.items()):
+        where = f"several nodes, {'with' if pipeline else 'without'} a pipeline" if several else "one node"
+        text += (
+            f"\nspeed on {where}: {one.low:.3f} to {one.high:.3f} of the predicted one; {one.covered:.1%} of "
+            f"{one.runs:,} runs lie in the interval of the other sources"
         )
     if skipped:
         text += "\n\nskipped:\n" + "\n".join(f"  {count:>5}  {why}" for why, count in sorted(skipped.items()))

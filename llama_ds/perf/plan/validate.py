@@ -6,16 +6,20 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_ds.config.recompute import GIB
 from llama_ds.layout.flops import parameter_count
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob
-from llama_ds.perf.plan.likely import Interval
-from llama_ds.perf.plan.memory import published_memory
+from llama_ds.perf.plan.likely import Interval, kind
+from llama_ds.perf.plan.memory import needed_memory, published_memory
+from llama_ds.perf.plan.rank_spread import expected_maximum
 from llama_ds.perf.plan.rows import Row, group_of
 from llama_ds.perf.plan.step import step_time
+
+_INSIDE = 0.8  # share of unseen runs that an interval should hold
+_LEFT_OUT = (0.1, 0.075, 0.05, 0.025)  # shares of the measured runs left out at either end, the first that suffices
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,7 @@ def fits(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> Fits | None:
     found: dict[bool, list[bool]] = {True: [], False: []}
     for row in rows:
         if row.job is not None and row.gpu in machines and row.job.whole_model:
-            held = published_memory(row.job, reserved=True)
-            found[math.isfinite(row.value)].append(held <= machines[row.gpu].memory_bytes)
+            found[math.isfinite(row.value)].append(needed_memory(row.job) <= machines[row.gpu].memory_bytes)
     if not (found[True] or found[False]):
         return None
     return Fits(len(found[True]), sum(found[True]), len(found[False]), found[False].count(False))
@@ -92,6 +95,28 @@ def predict(row: Row, gpu: Hardware) -> float:
         return step.tokens_per_second
     rate = step.tokens_per_second * stated_flops(row.job, hardware=row.kind in ("hfu_pct", "tflops_per_gpu_hw"))
     return rate / 1e12 if row.kind.startswith("tflops") else 100 * rate / gpu.peak
+
+
+def measured_spread(rows: Iterable[Row], machines: Mapping[str, Hardware]) -> dict[str, float]:
+    """Return the spread of ranks' step times that each series of runs shows, by the name of its first run.
+
+    The runs of a series have the same work for each rank and differ in the number of data-parallel ranks, at least
+    three. What they take longer than predicted without a spread is fitted to the expected maximum over their ranks.
+    """
+    series: dict[StepJob, list[tuple[float, float, str]]] = defaultdict(list)
+    for row in rows:
+        if row.job and row.gpu in machines and row.kind != "peak_mem_gib" and math.isfinite(row.value):
+            uniform = predict(row, replace(machines[row.gpu], rank_spread=0.0))
+            slower = row.value / uniform if row.kind == "iteration_s" else uniform / row.value
+            waited = expected_maximum(max(row.job.ranks, machines[row.gpu].links.gpus_per_node))
+            alike = replace(row.job, axes=replace(row.job.axes, dp=1))
+            series[alike].append((waited, math.log(slower), row.id))
+    found = {}
+    for runs in series.values():
+        waits = [wait for wait, _, _ in runs]
+        if len(set(waits)) >= 3:
+            found[runs[0][2]] = statistics.linear_regression(waits, [log for _, log, _ in runs]).slope
+    return found
 
 
 def stated_flops(job: StepJob, hardware: bool) -> float:
@@ -123,15 +148,46 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def spans(checked: Iterable[Checked]) -> dict[tuple[bool, bool], Interval]:
-    """Return the spans of `likely.SPANS` from the A100 runs among these."""
-    found: dict[tuple[bool, bool], list[float]] = defaultdict(list)
+    """Return the intervals of `likely.SPANS` from the A100 runs among these.
+
+    A source counts as much as another, however many runs it has. An interval leaves out as much at either end as it
+    may, so that four of five runs still lie in the one that the other sources give.
+    """
+    found: dict[tuple[bool, bool], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for item in checked:
         job = item.row.job
         if item.row.kind != "peak_mem_gib" and item.row.gpu.startswith("a100") and job and job.whole_model:
             slower = item.predicted / item.row.value
             faster = slower if item.row.kind == "iteration_s" else 1 / slower
-            found[job.ranks > 8, job.pp > 1].append(faster)
-    return {kind: Interval(quantile(values, 0.1), quantile(values, 0.9), len(values)) for kind, values in found.items()}
+            found[kind(job, 8)][group_of(item.row.source)].append(faster)
+    return {key: _interval(by_source) for key, by_source in found.items()}
+
+
+def _interval(by_source: Mapping[str, list[float]]) -> Interval:
+    runs = sum(map(len, by_source.values()))
+    for left_out in _LEFT_OUT:
+        inside = 0
+        for source, values in by_source.items():
+            others = {name: own for name, own in by_source.items() if name != source}
+            low, high = _ends(others, left_out) if others else (0.0, 0.0)
+            inside += sum(low <= value <= high for value in values)
+        if inside >= _INSIDE * runs:
+            break
+    return Interval(*_ends(by_source, left_out), runs, inside / runs)
+
+
+def _ends(by_source: Mapping[str, list[float]], left_out: float) -> tuple[float, float]:
+    """Return the values that leave out this share of the sources' weight at either end."""
+    points = sorted((value, 1 / len(values)) for values in by_source.values() for value in values)
+    ends = []
+    for ordered in (points, points[::-1]):
+        weight = 0.0
+        for value, share in ordered:
+            weight += share
+            if weight >= left_out * len(by_source):
+                ends.append(value)
+                break
+    return ends[0], ends[1]
 
 
 def summary(checked: Sequence[Checked]) -> dict[str, float]:
