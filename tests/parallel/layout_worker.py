@@ -49,14 +49,16 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
     check_initial_weights(case, engine.deepspeed)
     batches = micro_batches(case, engine.dp_rank)
-    history = []
+    history, results = [], []
     norms = LayerNorms(engine.deepspeed, run.model)
     with cp_bytes() as sent:
         for step in range(case.steps):
             if step == case.steps - 1:
                 norms.measure()
-            result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
-            history.append(engine.read(result))
+            results.append(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS)))
+            if not case.post_validation:  # reading settles the step
+                history.append(engine.read(results.pop()))
+    history += map(engine.read, results)
     by_weight = norms.sums().wait(history[-1][1])
     if case.cp > 1 and case.recompute == "none":
         check_sent(case, sum(sent))
