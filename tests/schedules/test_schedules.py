@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ds.schedules import forward_only
-from llama_ds.schedules.instructions import COMPUTES, Instruction, Op, Placement
+from llama_ds.schedules.communication import message_of
+from llama_ds.schedules.instructions import COMPUTES, POSTS, SENDS, Instruction, Op, Placement
+from llama_ds.schedules.leading import leading_forwards, time_between_steps
 from llama_ds.schedules.schedule import IN_A_V, NAMES, Schedule, obstacle, split_share
 from llama_ds.schedules.simulate import StageCost, simulate
 from llama_ds.schedules.verify import (
@@ -167,6 +170,42 @@ def test_a_v_is_ordered_by_the_times_of_its_passes(times: tuple[int, int, int, i
     others = [equal, Schedule("dualpipe_v", 4, 8, 2)]
     assert all(simulate(other, cost, latency=message).length > 1.04 * least for other in others)
     assert max(map(ordered.in_flight, range(4))) <= 2 * (4 + 2)
+
+
+@pytest.mark.parametrize("name", IN_A_V)
+def test_leading_forwards_need_nothing_else(name: str) -> None:
+    """Ranks that run only these, and discard them, leave no message without a receive, and no receive without one."""
+    for ranks, micro_batches in ((2, 4), (3, 7), (4, 8)):
+        schedule = Schedule(name, ranks, micro_batches, 2)
+        lists, placement = [schedule.instructions(rank) for rank in range(ranks)], schedule.placement
+        leading = leading_forwards(lists, placement)
+        run = [steps[: own.count] for steps, own in zip(lists, leading, strict=True)]
+        assert all(step.op in (Op.FORWARD, *POSTS, Op.SEND_ACTIVATION) for steps in run for step in steps)
+        assert all(any(step.op is Op.FORWARD for step in steps) for steps in run)
+        loss = placement.home(placement.stages - 1)
+        assert not any(step.op is Op.FORWARD and step.chunk == loss[1] for step in run[loss[0]])
+        check_progress(run, placement, None)
+        complete = [
+            [step for step in [*steps, *own.unsent, *own.unposted] if step.op in (Op.POST_ACTIVATION, *SENDS)]
+            for steps, own in zip(run, leading, strict=True)
+        ]
+        sent, posted = (
+            Counter(
+                message_of(step, rank, placement)
+                for rank, steps in enumerate(complete)
+                for step in steps
+                if step.op is op
+            )
+            for op in (Op.SEND_ACTIVATION, Op.POST_ACTIVATION)
+        )
+        assert sent == posted and max(sent.values()) == 1
+
+
+def test_no_bubble_remains_between_steps_that_begin_before_the_norm() -> None:
+    """Equal passes, one more micro-batch in flight for each of the last ranks to begin: only work remains."""
+    schedule = Schedule("zb_v", 4, 8, 2, 2)
+    assert time_between_steps(schedule, EQUAL) == 6 * 8
+    assert simulate(schedule, EQUAL).length == 6 * 8 + 3
 
 
 def test_a_slow_stage_is_considered() -> None:
