@@ -70,7 +70,7 @@ def time_between_steps(
     counts = [sum(step.op in COMPUTES for step in schedule.instructions(rank)[: leading[rank].count]) for rank in ranks]
     timeline = simulate_orders(lists, placement, costs, transfer, latency)
     lengths = [timeline.length]
-    for _ in range(3):  # from the second on, all steps are alike
+    for _ in range(3):  # all steps from the second on are alike
         ends = [steps[-1][2] for steps in timeline.ranks]
         gates = [(count, max(ends) + latency) for count in counts]
         timeline = simulate_orders(lists, placement, costs, transfer, latency, ends, gates)

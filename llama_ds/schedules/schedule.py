@@ -75,7 +75,7 @@ class Schedule:
     micro_batches: int
     chunks: int = 1
     extra_warmup: int = 0  # additional warm-up forwards of a rank for each following rank; of every rank in a V
-    pass_times: tuple[int, ...] | None = None  # by which a V is ordered; None: equal
+    pass_times: tuple[int, ...] | None = None  # times that order a V; None: equal
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:

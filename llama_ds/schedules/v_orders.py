@@ -142,7 +142,7 @@ class _Simulation:
         self._ranks = [_Rank(rank, ranks, limit, times) for rank in range(ranks)]
         self._micro_batches, self._message, self._rule = micro_batches, times.message, rule
         self._last = 2 * ranks - 1
-        self._arrivals = {(Op.FORWARD, 0, i): 0.0 for i in range(micro_batches)}  # of inputs, by op and stage
+        self._arrivals = {(Op.FORWARD, 0, i): 0.0 for i in range(micro_batches)}  # inputs by op, stage and micro-batch
         self._wakes = [(0.0, rank) for rank in range(ranks)]
 
     def run(self) -> float:

@@ -31,7 +31,7 @@ class Contest:
     rate_mbit: float | None  # bandwidth of a link in each direction; None: loopback
     delay_ms: float
     repeats: int
-    pass_times: list[int] | None = None  # of zero-bubble Vs
+    pass_times: list[int] | None = None  # zero-bubble Vs only
 
     @property
     def world(self) -> int:

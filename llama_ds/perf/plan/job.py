@@ -53,7 +53,7 @@ class StepJob:
     cp_sizes: CpSizes = WHOLE_ROWS  # ranks that share rows
     optimizer: str = "adamw"
     low_precision: bool = False  # whether optimizer states are bf16
-    pass_times: tuple[int, ...] | None = None  # by which a V is ordered
+    pass_times: tuple[int, ...] | None = None  # times that order a V
     post_validation: bool = False  # whether steps begin before the norm of the step before
 
     @property
