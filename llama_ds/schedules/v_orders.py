@@ -1,9 +1,9 @@
 """Orders the computations of a V by the times of its passes, within a limit of memory.
 
 Two stages on each rank, out through one and back through the other: rank r of p holds stages r and 2 p - 1 - r. Every
-backward is split. The whole pipeline is simulated, and a rank that becomes free starts the passable computation of
-highest priority: a forward or an input backward whose input is there, or else the oldest deferred weight gradient. The
-best order for given times is an NP-hard problem. Several rules are tried, and the best result wins (the heuristic of
+backward is split. The whole pipeline is simulated, and a rank that becomes free starts the computation of highest
+priority: a forward or an input backward whose input is there, or else the oldest deferred weight gradient. The best
+order for given times is an NP-hard problem. Several rules are tried, and the best result wins (the heuristic of
 Qi et al., arXiv 2401.10241, section 3.1, also simulates the pipeline pass by pass).
 
 Times are integers and ties have an order, so that every rank of a job computes the same orders.
@@ -27,8 +27,6 @@ Pass = tuple[Op, int]  # kind and chunk
 
 _F0, _F1 = (Op.FORWARD, 0), (Op.FORWARD, 1)
 _B0, _B1 = (Op.INPUT_BACKWARD, 0), (Op.INPUT_BACKWARD, 1)
-
-
 _MAX_SIMULATED = 300_000  # computations of all tried rules; a second has about 150,000
 
 
@@ -59,19 +57,16 @@ _EQUAL_PASSES = tuple(
 )
 
 
+@lru_cache(maxsize=500)
 def best_orders(ranks: int, micro_batches: int, limit: int, times: PassTimes) -> Orders:
     """Return all ranks' computations in order.
 
     Args:
-        ranks: 2 or more.
+        ranks: pipeline ranks.
+        micro_batches: of the step.
         limit: 2 or more; how many forwards of a chunk a rank holds until their weight gradients are computed.
-        times: of the 2 * ranks stages and of a message between ranks.
+        times: those of the 2 * ranks stages and of a message between ranks.
     """
-    return _best(ranks, micro_batches, limit, times)
-
-
-@lru_cache(maxsize=500)
-def _best(ranks: int, micro_batches: int, limit: int, times: PassTimes) -> Orders:
     bound = _lower_bound(ranks, micro_batches, times)
     best: Orders = ()
     shortest = math.inf
