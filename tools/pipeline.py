@@ -64,6 +64,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate-mbit", type=size, help="bandwidth of a link in each direction")
     parser.add_argument("--delay-ms", type=delay, default=0.0, help="latency of a link in each direction")
     parser.add_argument("--repeats", type=whole(), default=7, help="timed steps per schedule (default: %(default)s)")
+    words = "parallel.pass_times of zb_v, v_half and v_min, as tools/profile_run.py analyse prints them"
+    parser.add_argument("--pass-times", nargs="+", type=whole(0), metavar="N", help=words)
     add_results(parser)
     parser.add_argument("--svg", metavar="FOLDER", help="draw one step of each schedule into FOLDER")
     words = "copy the traces of these steps to FOLDER, for tools/profile_run.py analyse"

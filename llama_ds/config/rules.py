@@ -15,10 +15,10 @@ from llama_ds.config.numbers import near_divisors
 from llama_ds.config.row_stages import check_stages, stage_runs
 from llama_ds.config.schema import ModelConfig, RunConfig
 from llama_ds.errors import UserError, did_you_mean, listed
+from llama_ds.schedules.schedule import DEFERRING
 
 NONFINITE = "nonfinite"  # entry of checkpoint.start_from_changes that allows NaN and infinite weights
 FLASH_HEAD_DIMS = range(8, 256 + 1, 8)
-DEFERRING_SCHEDULES = ("zb_h1", "dualpipe_v")  # schedules that defer weight gradients
 
 
 def check(run: RunConfig) -> None:
@@ -168,7 +168,7 @@ def _check_autograd_layer(run: RunConfig) -> None:
     parallel = run.parallel
     if run.compute.decoder_layer != "autograd":
         return
-    if parallel.pp > 1 and parallel.schedule in DEFERRING_SCHEDULES:
+    if parallel.pp > 1 and parallel.schedule in DEFERRING:
         raise _error(
             run,
             f"parallel.schedule = {parallel.schedule} defers weight gradients, which compute.decoder_layer = autograd "

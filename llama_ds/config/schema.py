@@ -120,7 +120,7 @@ class ComputeConfig(Section):
             "Implementation of the decoder layer: with a hand-written backward, or the reference with plain autograd.",
             choices=("manual_backward", "autograd"),
             rule="`autograd` takes only `parallel.recompute` none or full, and no `parallel.schedule` that defers "
-            "weight gradients (zb_h1, dualpipe_v).",
+            "weight gradients (zb_h1, dualpipe_v, zb_v, v_half, v_min).",
         ),
     ] = "manual_backward"
     self_test: Annotated[

@@ -65,10 +65,11 @@ class ParallelConfig(Section):
     extra_warmup: Annotated[
         int,
         Key(
-            "Additional warm-up forwards for each following rank: more activation memory, which hides slow links.",
+            "Additional warm-up forwards for each following rank; in zb_v, v_half and v_min additional micro-batches "
+            "that every rank may hold: more activation memory, which hides slow links.",
             "micro-batches",
             NOT_NEGATIVE,
-            rule="For schedules 1f1b and zb_h1.",
+            rule="Not for schedules interleaved and dualpipe_v.",
             most=1e6,
         ),
     ] = 0
@@ -78,7 +79,7 @@ class ParallelConfig(Section):
             "Stages of the model on each pipeline rank.",
             "stages",
             POSITIVE,
-            rule="Schedule interleaved needs 2 or more, dualpipe_v 2, others 1.",
+            rule="Schedule interleaved needs 2 or more, dualpipe_v, zb_v, v_half and v_min 2, others 1.",
             most=1e4,
         ),
     ] = 1
@@ -114,6 +115,27 @@ class ParallelConfig(Section):
             most=1e4,
         ),
     ] = 0
+    pass_times: Annotated[
+        tuple[int, ...] | None,
+        Key(
+            "Times by which zb_v, v_half and v_min order their computations, in one unit: forward, input backward and "
+            "weight backward of a stage, and a message between ranks. `profile_run.py analyse` prints measured ones; "
+            "null: all passes equal, messages free.",
+            form="list of integers",
+            rule="4 entries, or 3 for each of the `2 * pp` stages in the model's order and 1 for the message.",
+            most=1e9,
+        ),
+    ] = None
+
+    post_validation: Annotated[
+        bool,
+        Key(
+            "Whether a step's first forwards may begin before the global gradient norm of the step before is known. "
+            "After a step that was not clipped, the update precedes its norm; if this one clips or is not finite, the "
+            "update and these forwards are undone and repeated. Keeps a second copy of masters and moments.",
+            rule="For schedules dualpipe_v, zb_v, v_half and v_min.",
+        ),
+    ] = False
 
     def check(self) -> None:
         check_parallel(self)

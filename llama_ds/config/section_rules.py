@@ -8,6 +8,8 @@ from llama_ds.config.context_parallel import HIERARCHICAL
 from llama_ds.config.numbers import near_divisors
 from llama_ds.config.recompute import AUTO, POLICIES, parse
 from llama_ds.errors import did_you_mean, listed, shortened
+from llama_ds.schedules.schedule import IN_A_V
+from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 
 if TYPE_CHECKING:
     from llama_ds.config.schema import (
@@ -155,6 +157,15 @@ def check_parallel(parallel: ParallelConfig) -> None:
     if virtual > 1 and parallel.schedule == STOCK_ENGINE:
         raise parallel.broken(
             f"parallel.virtual_stages = {virtual}: DeepSpeed's own engine has one stage on a rank; use 1"
+        )
+    if parallel.pass_times is not None and parallel.schedule not in V_SCHEDULES:
+        raise parallel.broken(
+            f"parallel.pass_times orders schedule {listed(V_SCHEDULES)}; leave it out with {parallel.schedule}"
+        )
+    if parallel.post_validation and (parallel.pp == 1 or parallel.schedule not in IN_A_V):
+        raise parallel.broken(
+            f"parallel.post_validation = true is for pp > 1 and schedule {listed(IN_A_V)}, whose first rank "
+            f"has embedding and loss; set it to false with pp {pp} and {parallel.schedule}"
         )
     _check_partition(parallel)
     _check_recompute(parallel)

@@ -111,7 +111,14 @@ def _check_schedule(run: RunConfig, micro_batches: int) -> None:
     parallel = run.parallel
     if parallel.pp == 1 or parallel.schedule not in SCHEDULES:
         return
-    reason = obstacle(parallel.schedule, parallel.pp, micro_batches, parallel.virtual_stages, parallel.extra_warmup)
+    reason = obstacle(
+        parallel.schedule,
+        parallel.pp,
+        micro_batches,
+        parallel.virtual_stages,
+        parallel.extra_warmup,
+        parallel.pass_times,
+    )
     if reason:
         raise UserError(
             f"{run.path}: parallel.schedule = {parallel.schedule}: {reason} "

@@ -15,7 +15,14 @@ def schedule_of(run: RunConfig, layout: Layout) -> Schedule:
     parallel = run.parallel
     if layout.pp == 1 or parallel.schedule == STOCK_ENGINE:
         return Schedule("1f1b", layout.pp, layout.accumulation)
-    return Schedule(parallel.schedule, layout.pp, layout.accumulation, parallel.virtual_stages, parallel.extra_warmup)
+    return Schedule(
+        parallel.schedule,
+        layout.pp,
+        layout.accumulation,
+        parallel.virtual_stages,
+        parallel.extra_warmup,
+        parallel.pass_times,
+    )
 
 
 def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
@@ -28,6 +35,7 @@ def describe_trace(run: RunConfig, layout: Layout, rank: int) -> dict[str, Any]:
         "pp": layout.pp,
         "virtual_stages": schedule.chunks,
         "extra_warmup": schedule.extra_warmup,
+        "pass_times": schedule.pass_times,
         "micro_batches": layout.accumulation,
         **{f"{axis}_rank": at for axis, at in layout.coords(rank).named.items()},
     }

@@ -58,8 +58,11 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         has_head = placement.stages - 1 in own
         working = max(2 * work.saved_bytes("none"), head if has_head else 0)
         # Buffers in each direction: posted receives, one send in flight and one being queued.
-        messages = 2 * placement.chunks * (3 + schedule.extra_warmup) * message if layout.pp > 1 else 0
-        states = states_of(run.optimizer).nbytes(by_role, element_bytes) // layout.data_axis
+        messages = 2 * placement.chunks * (schedule.receives + 2) * message if layout.pp > 1 else 0
+        states = states_of(run.optimizer).nbytes(by_role, element_bytes)
+        if run.parallel.post_validation:  # copies of the states, and of masters that are the weights themselves
+            states += states + (element_bytes * held if element_bytes == 4 else 0)
+        states //= layout.data_axis
         found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages))
     return found
 

@@ -109,6 +109,10 @@ class ManualBackwardLayer(DecoderLayer):
         ctx = self._outstanding.popleft()
         _, ctx.recomputed = forward(self, ctx.saved_tensors[0], ctx.documents, "none", output=False)
 
+    def discard_forwards(self) -> None:
+        """Forget the forwards whose backward will not run."""
+        self._outstanding.clear()
+
     def _parameters_in_order(self) -> list[nn.Parameter]:
         attention, mlp = self.self_attn, self.mlp
         modules = (*self.wide_attention, attention.o_proj, *self.wide_mlp, mlp.down_proj)

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.weights import Key, key_of, weight_of, weights
 from llama_ds.parallel.activation_norms import ActivationNorms
+from llama_ds.parallel.clipping import CLIP_EPS
 from llama_ds.parallel.elementwise import Elementwise
 from llama_ds.parallel.muon import Muon
 from llama_ds.parallel.optimizer_state import located
-from llama_ds.parallel.pipeline_optimizer import CLIP_EPS, PipelineOptimizer
+from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 
 KINDS = ("gradient", "weight", "update")
 ACTIVATION = "activation"
@@ -86,7 +87,9 @@ class LayerNorms:
         optimizer.step = self._measured_step
 
     def measure(self) -> None:
-        """Measure the next step."""
+        """Measure the next step, which waits for its norm: an update must not be measured twice."""
+        if isinstance(self._engine.optimizer, PipelineOptimizer):
+            self._engine.optimizer.settle_next()
         self._armed = True
         self._squares = torch.zeros(len(KINDS), len(self._keys), device=self._engine.device)
         self._parts = defaultdict(list)

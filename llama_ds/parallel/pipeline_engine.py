@@ -26,8 +26,9 @@ from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.parallel.point_to_point import PipelineComm, Work, wait
 from llama_ds.parallel.trace import Trace
 from llama_ds.schedules import forward_only
-from llama_ds.schedules.communication import message_of, produced
+from llama_ds.schedules.communication import Message, message_of, produced
 from llama_ds.schedules.instructions import Instruction, Op
+from llama_ds.schedules.leading import leading_forwards
 from llama_ds.schedules.schedule import Schedule
 
 CacheOf = Callable[[int], LayerCache]  # takes the number of a micro-batch
@@ -66,7 +67,9 @@ class LlamaPipelineEngine(PipelineEngine):
         )
         place = schedule.placement
         self._first, self._last = place.home(0), place.home(place.stages - 1)
-        self._instructions = schedule.instructions(self.stage_id)
+        lists = [schedule.instructions(rank) for rank in range(schedule.ranks)]
+        self._instructions = lists[self.stage_id]
+        self._leading = leading_forwards(lists, place)[self.stage_id]
         self._comm = PipelineComm(self.grid.pipe_groups, place, self.device)
         self._posted: dict[tuple[str, int, int], Work] = {}  # kind, chunk, micro-batch
         self._local: dict[tuple[str, int, int], list[Tensor]] = {}  # messages between chunks of this rank, same keys
@@ -107,17 +110,27 @@ class LlamaPipelineEngine(PipelineEngine):
         """Return whether this rank holds the first or the last stage."""
         return self.stage_id in (self._first[0], self._last[0])
 
-    def train_step(self, batches: Batches) -> Tensor:
+    def train_step(self, batches: Batches, before_update: Callable[[], None] = lambda: None) -> Tensor:
         """Take one optimizer step; return (2,): the global batch's mean loss, the gradient norm before clipping.
 
-        Collective; the host never waits for the device.
+        Collective; the host never waits for the device, except for the norm of an optimistic step, whose result is
+        final after `optimizer.settle()`. `before_update` may set the step's learning rate: an earlier step's update may
+        still have to be repeated while this one begins.
         """
         self.module.train()
         begin = self._trace.now()
-        self._run(self._instructions, batches)
+        self._batches = batches
+        self._loss.zero_()
+        leading = self._leading.count if self.optimizer.unsettled else 0
+        self._run(self._instructions[:leading])
+        if not self.optimizer.settle():
+            self._discard_leading()
+            self._run([s for s in self._instructions[:leading] if s.op is not Op.POST_GRAD])  # still posted
+        self._run(self._instructions[leading:])
         self._trace.doing, self._trace.waits = "the reduction of gradients and the optimizer's step", True
         self._reduce_tied()
         self.optimizer.reduce_rest()
+        before_update()
         summary = self.optimizer.step(self._own_share_of_loss(self.micro_batches))
         begin_sends = self._trace.mark()
         self._comm.finish()
@@ -131,6 +144,21 @@ class LlamaPipelineEngine(PipelineEngine):
         self._global_grad_norm = summary[1]
         return summary
 
+    def _discard_leading(self) -> None:
+        """Discard the forwards before the norm, and leave their channels without a message under way. Collective."""
+        for step in self._leading.unsent:
+            self._comm.send(self._message(step), self._empty_message("activation", step.micro_batch))
+        for step in self._leading.unposted:
+            self._post(step)
+        for key in [key for key in self._posted if key[0] == "activation"]:
+            wait(self._posted.pop(key))
+        self._comm.finish()
+        self._live.clear()
+        self._local.clear()
+        for layers in self._manual_layers:
+            for layer in layers:
+                layer.discard_forwards()
+
     @torch.no_grad()
     def mean_loss(
         self, batches: Batches, count: int, tokens: int | None = None, branches: CacheOf | None = None
@@ -141,12 +169,15 @@ class LlamaPipelineEngine(PipelineEngine):
             tokens: of a row; None: those of training.
             branches: returns the branches of a micro-batch, on every stage; None: the rows are whole.
         """
+        self._settle()
         self.module.eval()
         trained = self._rows
         self._rows, self._cache_of = (trained[0], tokens or trained[1]), branches
         try:
             with self._context.whole_rows() if branches else nullcontext():
-                self._run(forward_only.instructions(self.stage_id, count, self._schedule.placement), batches)
+                self._batches = batches
+                self._loss.zero_()
+                self._run(forward_only.instructions(self.stage_id, count, self._schedule.placement))
         finally:
             self._rows, self._cache_of = trained, None
         total = self._own_share_of_loss(count)
@@ -157,13 +188,15 @@ class LlamaPipelineEngine(PipelineEngine):
     @torch.no_grad()
     def next_tokens(self, passes: Sequence[DecodePass]) -> list[Tensor]:
         """Return the next ids (B,) of every pass, on all ranks of the pipeline. Collective within the pipeline."""
+        self._settle()
         self.module.eval()
         self._passes, self._cache_of = passes, lambda i: passes[i].cache
         self._chosen = [torch.zeros_like(one.last) for one in passes]
         instructions = forward_only.instructions(self.stage_id, len(passes), self._schedule.placement)
         try:
             with self._context.whole_rows():
-                self._run(instructions, ((one.ids, one.last) for one in passes))
+                self._batches = ((one.ids, one.last) for one in passes)
+                self._run(instructions)
         finally:
             self._passes, self._cache_of = (), None
         self._comm.finish()
@@ -182,9 +215,11 @@ class LlamaPipelineEngine(PipelineEngine):
             self.optimizer.finish()
         super().destroy()
 
-    def _run(self, instructions: list[Instruction], batches: Batches) -> None:
-        self._batches = batches
-        self._loss.zero_()
+    def _settle(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.settle()
+
+    def _run(self, instructions: Sequence[Instruction]) -> None:
         for step in instructions:
             self._trace.doing = step
             self._INSTRUCTION_MAP[step.op](self, step)
@@ -292,28 +327,36 @@ class LlamaPipelineEngine(PipelineEngine):
 
     def _send(self, step: Instruction) -> None:
         tensors = [tensor.contiguous() for tensor in self._outgoing.pop(step)]
-        message = message_of(step, self.stage_id, self._schedule.placement)
+        message = self._message(step)
         begin = self._trace.mark()
         self._comm.send(message, tensors)
         size = sum(tensor.nbytes for tensor in tensors)
         self._trace.add(f"send {message.kind}", begin, message.into, step.micro_batch, size)
 
     def _post(self, step: Instruction) -> None:
-        message = message_of(step, self.stage_id, self._schedule.placement)
-        rows, tokens = self._passes[step.micro_batch].ids.shape if self._passes else self._rows
+        message = self._message(step)
+        buffers = self._empty_message(message.kind, step.micro_batch)
+        self._posted[message.kind, step.chunk, step.micro_batch] = self._comm.post(message, buffers)
+
+    def _empty_message(self, kind: str, micro_batch: int) -> list[Tensor]:
+        """Return uninitialised tensors for a message."""
+        rows, tokens = self._passes[micro_batch].ids.shape if self._passes else self._rows
         tp, own = self._context.tp, tokens // self._context.cp.size
         own = own // tp.size if tp.sequence_parallel else own
         hidden = torch.empty(rows, own, self._context.model.hidden_size, dtype=self._dtype, device=self.device)
         buffers = [hidden]
-        if message.kind == "activation" and self._context.document_mask and not self._cache_of:
+        if kind == "activation" and self._context.document_mask and not self._cache_of:
             buffers.append(torch.empty(rows, tokens, dtype=torch.int32, device=self.device))
-        self._posted[message.kind, step.chunk, step.micro_batch] = self._comm.post(message, buffers)
+        return buffers
 
     def _reduce_tied(self) -> None:
         begin = self._trace.mark()
         for weight, group in self.module.get_tied_weights_and_groups():
             dist.all_reduce(weight._hp_grad, group=group)
         self._trace.add("wait tied", begin)
+
+    def _message(self, step: Instruction) -> Message:
+        return message_of(step, self.stage_id, self._schedule.placement)
 
     def _stage(self, step: Instruction) -> int:
         return self._schedule.placement.stage(self.stage_id, step.chunk)

@@ -18,10 +18,10 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from llama_ds.layout.weights import weight_of
+from llama_ds.parallel.clipping import grad_scale
 from llama_ds.parallel.data_parallel import Wait, start_all_gather, start_reduce_scatter
+from llama_ds.parallel.optimistic_steps import OptimisticSteps
 from llama_ds.parallel.trace import Trace
-
-CLIP_EPS = 1e-6  # same as torch.nn.utils.clip_grad_norm_ and DeepSpeed
 
 
 class PipelineOptimizer(BF16_Optimizer):
@@ -46,6 +46,7 @@ class PipelineOptimizer(BF16_Optimizer):
         )
         self.final = False
         self.trace = trace
+        self._optimistic: OptimisticSteps | None = None
         self._bucket_of: dict[int, _Bucket] = {}  # buckets by id of the parameter
         self._counted = [self._is_counted(group) for group in self.bf16_groups]
         self._buckets = self._make_buckets(reduce)
@@ -110,7 +111,8 @@ class PipelineOptimizer(BF16_Optimizer):
         """Clip, update, start the all-gathers; return (sum of all ranks' `loss`, gradient norm before clipping).
 
         The device waits only for an all-reduce of two numbers; the host waits for nothing. If the norm is not finite,
-        weights and moments stay unchanged.
+        weights and moments stay unchanged. An optimistic step (`validate_later`) does not wait for the norm either: its
+        result and update are final after `settle`.
         """
         begin = self.trace.mark()
         for bucket in self._buckets:
@@ -121,29 +123,84 @@ class PipelineOptimizer(BF16_Optimizer):
         norms = torch._foreach_norm([part for part, counts in zip(parts, self._counted, strict=True) if counts])
         square = torch.stack(norms).float().square().sum() if norms else loss.new_zeros(())
         summary = torch.stack([loss, square])
-        dist.all_reduce(summary)
-        self.trace.add("wait norm", begin)
-        begin = self.trace.mark()
-        norm = summary[1].sqrt_()
-        self._global_grad_norm = norm
-        self._update(norm)
-        for bucket in reversed(self._buckets):  # norms first, which every layer needs, then layer by layer
-            bucket.start_gather()
-        for flat in self.fp32_groups_gradients_flat:
-            flat.zero_()
+        self._global_grad_norm = summary[1]
+        if self._optimistic and self._optimistic.expects_success():
+            work = dist.all_reduce(summary, async_op=True)
+            self.trace.add("wait norm", begin)
+            begin = self.trace.mark()
+            self._optimistic.begin(summary, work, self._states())
+            self._update(torch.zeros_like(loss))
+        else:
+            dist.all_reduce(summary)
+            self.trace.add("wait norm", begin)
+            begin = self.trace.mark()
+            self._update(summary[1].sqrt_())
+            self._zero_gradients()
+            if self._optimistic:
+                self._optimistic.certain(summary)
         self.trace.add("optimizer", begin)
         return summary
 
+    def validate_later(self) -> None:
+        """Let steps update before the norm is known, as long as those before them were not clipped."""
+        self._optimistic = OptimisticSteps(self.clip_grad)
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether the last step's update awaits its norm."""
+        return self._optimistic is not None and self._optimistic.pending
+
+    @torch.no_grad()
+    def settle(self) -> bool:
+        """Await the norm of an optimistic step; return whether its update stands, else repeat it with the norm.
+
+        The host waits. All ranks get the same answer. A repeated update is that of a step that waited, to the bit:
+        masters and states are restored, and the gradients are still there.
+        """
+        if self._optimistic is None or not self._optimistic.pending:
+            return True
+        begin = self.trace.mark()
+        summary, stands = self._optimistic.end()
+        self.trace.add("wait norm", begin)
+        begin = self.trace.mark()
+        if not stands:
+            self._end_gathers()
+            self._optimistic.restore()
+            self._update(summary[1])
+        self._zero_gradients()
+        self.trace.add("optimizer", begin)
+        return stands
+
+    def settle_next(self) -> None:
+        """Let the next step wait for its norm."""
+        self.settle()
+        if self._optimistic:
+            self._optimistic.doubt()
+
+    def _states(self) -> list[Tensor]:
+        """Return all tensors that an update changes, without the copies of the masters in the weights' dtype."""
+        states = (
+            state for master in self.fp32_groups_flat_partition for state in self.optimizer.state[master].values()
+        )
+        return [*self.fp32_groups_flat_partition, *(state for state in states if isinstance(state, Tensor))]
+
+    def _zero_gradients(self) -> None:
+        for flat in self.fp32_groups_gradients_flat:
+            flat.zero_()
+
     def _update(self, norm: Tensor) -> None:
+        """Update masters and weights with the gradients, clipped by their global `norm`, and start the all-gathers."""
         for master, part in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True):
             master.grad = part.to(torch.float32)
         # torch's fused AdamW divides by grad_scale and skips the update if found_inf is set: clipping needs neither a
         # pass over the gradients nor a synchronisation.
         adam: Any = self.optimizer
-        adam.grad_scale = ((norm + CLIP_EPS) / self.clip_grad).clamp(min=1.0)
+        adam.grad_scale = grad_scale(norm, self.clip_grad)
         adam.found_inf = torch.where(norm.isfinite(), 0.0, 1.0)
         adam.step()
         self._lazy_init_hp_params_optimizer_state()
+        for bucket in reversed(self._buckets):  # norms first, which every layer needs, then layer by layer
+            bucket.start_gather()
 
     @torch.no_grad()
     def wait_for(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -153,7 +210,11 @@ class PipelineOptimizer(BF16_Optimizer):
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Wait for the all-gather of all weights."""
+        """Settle an optimistic step, and wait for the all-gather of all weights."""
+        self.settle()
+        self._end_gathers()
+
+    def _end_gathers(self) -> None:
         for bucket in self._buckets:
             bucket.end_gather()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from llama_ds.schedules.instructions import BACKWARDS, Instruction, Op, Placement
@@ -62,18 +63,57 @@ def with_messages(
     While a computation runs, the next `buffers` receives of every channel are posted: no message waits for its
     receiver to become ready, and ranks that all send at once do not deadlock.
     """
-    receivers: dict[tuple[str, int, int], deque[int]] = defaultdict(deque)  # positions by channel
+    posts: dict[int, list[int]] = defaultdict(list)
+    for receivers in _receivers(computations, rank, placement).values():
+        for n, at in enumerate(receivers):
+            posts[receivers[n - buffers] if n >= buffers else 0].append(at)
+    return _inserted(computations, rank, placement, posts)
+
+
+def with_timed_messages(
+    computations: Sequence[Instruction],
+    rank: int,
+    placement: Placement,
+    ends: Sequence[float],
+    sent: Mapping[Message, float],
+) -> list[Instruction]:
+    """Return the computations with posts and sends inserted, each post before its message is sent.
+
+    A simulation in which every send waits for its post then takes no longer, and therefore cannot deadlock. Posts are
+    also one computation ahead.
+
+    Args:
+        ends: simulated end of each computation.
+        sent: simulated time at which each message of the schedule is sent.
+    """
+    posts: dict[int, list[int]] = defaultdict(list)
+    for receivers in _receivers(computations, rank, placement).values():
+        for at in receivers:
+            message = awaited(computations[at], rank, placement)
+            assert message is not None
+            posts[max(0, min(at - 1, bisect_left(ends, sent[message])))].append(at)
+    return _inserted(computations, rank, placement, posts)
+
+
+def _receivers(
+    computations: Sequence[Instruction], rank: int, placement: Placement
+) -> dict[tuple[str, int, int], list[int]]:
+    """Return the positions of the computations that await a message, by channel."""
+    found: dict[tuple[str, int, int], list[int]] = defaultdict(list)
     for n, step in enumerate(computations):
         message = awaited(step, rank, placement)
         if message:
-            receivers[message.channel].append(n)
-    todo = [
-        _post(computations[queue.popleft()]) for queue in receivers.values() for _ in range(min(buffers, len(queue)))
-    ]
-    for step in computations:
-        message = awaited(step, rank, placement)
-        if message and receivers[message.channel]:
-            todo.append(_post(computations[receivers[message.channel].popleft()]))
+            found[message.channel].append(n)
+    return found
+
+
+def _inserted(
+    computations: Sequence[Instruction], rank: int, placement: Placement, posts: Mapping[int, Sequence[int]]
+) -> list[Instruction]:
+    """Return the computations with sends, and with the posts of some computations before others, by position."""
+    todo = []
+    for n, step in enumerate(computations):
+        todo += [_post(computations[at]) for at in posts.get(n, ())]
         todo.append(step)
         if produced(step, rank, placement):
             op = Op.SEND_ACTIVATION if step.op is Op.FORWARD else Op.SEND_GRAD

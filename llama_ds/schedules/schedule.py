@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from llama_ds.errors import listed
 from llama_ds.schedules import dualpipe_v, interleaved, one_f_one_b, zero_bubble_h1
 from llama_ds.schedules.communication import with_messages
 from llama_ds.schedules.instructions import BACKWARDS, Instruction, Op, Placement
+from llama_ds.schedules.pass_times import EQUAL_PASSES, PassTimes, numbers_obstacle
+from llama_ds.schedules.zero_bubble_v import V_SCHEDULES, ZeroBubbleV
 
 Order = Callable[[int, int, int, int, int], list[Instruction]]
 InFlight = Callable[[int, int, int, int, int], int]
@@ -20,25 +23,40 @@ _KNOWN: dict[str, tuple[Order, InFlight]] = {
     "zb_h1": (zero_bubble_h1.order, zero_bubble_h1.in_flight),
     "dualpipe_v": (dualpipe_v.order, dualpipe_v.in_flight),
 }
-NAMES = tuple(_KNOWN)
+NAMES = (*_KNOWN, *V_SCHEDULES)
+IN_A_V = ("dualpipe_v", *V_SCHEDULES)  # with two stages on each rank
+_WITH_WARMUP = ("1f1b", "zb_h1", *V_SCHEDULES)
+DEFERRING = ("zb_h1", *IN_A_V)  # with weight gradients that are computed later than those of inputs
 
 
-def obstacle(name: str, ranks: int, micro_batches: int, chunks: int, extra_warmup: int = 0) -> str | None:
+def obstacle(
+    name: str,
+    ranks: int,
+    micro_batches: int,
+    chunks: int,
+    extra_warmup: int = 0,
+    pass_times: Sequence[int] | None = None,
+) -> str | None:
     """Return why the schedule does not work with these numbers, and which would work; None if it does."""
     if name == "interleaved" and chunks < 2:
         return f"virtual_stages = {chunks} is one stage on each rank; use 2 or more, or schedule 1f1b"
     if name == "interleaved" and micro_batches % ranks:
         near = sorted({max(ranks, micro_batches // ranks * ranks), -(-micro_batches // ranks) * ranks})
         return f"{micro_batches} micro-batches are not a multiple of pp = {ranks}; use {' or '.join(map(str, near))}"
-    if name == "dualpipe_v" and chunks != 2:
+    if name in IN_A_V and chunks != 2:
         return f"virtual_stages = {chunks}: a V has two stages on each rank; use 2"
     if name == "dualpipe_v" and micro_batches < 2 * ranks:
         return f"{micro_batches} micro-batches are fewer than 2 * pp = {2 * ranks}; use {2 * ranks} or more"
-    if extra_warmup and name not in ("1f1b", "zb_h1"):
-        return f"extra_warmup = {extra_warmup} is for schedule 1f1b or zb_h1; use 0"
+    if extra_warmup and name in ("interleaved", "dualpipe_v"):
+        return f"extra_warmup = {extra_warmup} is for schedule {listed(_WITH_WARMUP)}; use 0"
     if name in ("1f1b", "zb_h1") and chunks != 1:
-        return f"virtual_stages = {chunks} is for schedule interleaved or dualpipe_v; use 1"
-    return None
+        return f"virtual_stages = {chunks} is for schedule interleaved, {listed(IN_A_V)}; use 1"
+    if pass_times is None:
+        return None
+    if name not in V_SCHEDULES:
+        return f"pass_times orders the passes of schedule {listed(V_SCHEDULES)}; leave it out"
+    reason = numbers_obstacle(pass_times, ranks * chunks)
+    return f"pass_times: {reason}" if reason else None
 
 
 class Held(NamedTuple):
@@ -56,27 +74,44 @@ class Schedule:
     ranks: int
     micro_batches: int
     chunks: int = 1
-    extra_warmup: int = 0  # additional warm-up forwards of a rank for each following rank
+    extra_warmup: int = 0  # additional warm-up forwards of a rank for each following rank; of every rank in a V
+    pass_times: tuple[int, ...] | None = None  # times that order a V; None: equal
     placement: Placement = field(init=False)
 
     def __post_init__(self) -> None:
         """Raise ValueError for numbers that the schedule does not support."""
-        reason = obstacle(self.name, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
+        reason = obstacle(self.name, self.ranks, self.micro_batches, self.chunks, self.extra_warmup, self.pass_times)
         if reason:
             raise ValueError(f"schedule {self.name}: {reason}")
         object.__setattr__(self, "placement", placement(self.name, self.ranks, self.chunks))
 
     def computations(self, rank: int) -> list[Instruction]:
         """Return the computations of `rank` in order."""
+        if self.name in V_SCHEDULES:
+            return list(self._in_a_v.orders[rank])
         return _KNOWN[self.name][0](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
 
     def instructions(self, rank: int) -> list[Instruction]:
         """Return the instructions of `rank` in order, messages included."""
-        return with_messages(self.computations(rank), rank, self.placement, 1 + self.extra_warmup)
+        if self.name in V_SCHEDULES:
+            return list(self._in_a_v.instructions(rank))
+        return with_messages(self.computations(rank), rank, self.placement, self.receives)
 
     def in_flight(self, rank: int) -> int:
         """Return the maximum number of forwards of a chunk whose activations `rank` holds, as the schedule states."""
+        if self.name in V_SCHEDULES:
+            return self._in_a_v.in_flight(rank)
         return _KNOWN[self.name][1](rank, self.ranks, self.micro_batches, self.chunks, self.extra_warmup)
+
+    @property
+    def receives(self) -> int:
+        """Maximum number of receives of one kind and direction that a rank has posted."""
+        return self._in_a_v.receives if self.name in V_SCHEDULES else 1 + self.extra_warmup
+
+    @property
+    def _in_a_v(self) -> ZeroBubbleV:
+        times = PassTimes.of(self.pass_times or EQUAL_PASSES, self.placement.stages)
+        return ZeroBubbleV(self.name, self.ranks, self.micro_batches, self.extra_warmup, times)
 
     @cached_property
     def held(self) -> list[list[list[Held]]]:
@@ -86,15 +121,18 @@ class Schedule:
 
 def placement(name: str, ranks: int, chunks: int) -> Placement:
     """Return the placement of the schedule's stages on the ranks."""
-    return Placement(ranks, chunks, "v" if name == "dualpipe_v" else "loop")
+    return Placement(ranks, chunks, "v" if name in IN_A_V else "loop")
 
 
 @lru_cache(maxsize=1000)
 def split_share(name: str, ranks: int, micro_batches: int, chunks: int, extra_warmup: int) -> float:
     """Return the share of a schedule's backwards whose weight gradients are computed separately.
 
-    Their number is a linear function of the micro-batches once the pipeline is full, so long steps are extrapolated.
+    In a zero-bubble V it is 1. Otherwise their number is a linear function of the micro-batches once the pipeline is
+    full, so long steps are extrapolated.
     """
+    if name in V_SCHEDULES:
+        return 1.0
 
     def count(number: int) -> int:
         plan = Schedule(name, ranks, number, chunks, extra_warmup)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llama_ds.schedules.communication import Message, awaited, produced
-from llama_ds.schedules.instructions import Instruction, Op
-from llama_ds.schedules.schedule import Schedule
+from llama_ds.schedules.instructions import Instruction, Op, Placement
+
+if TYPE_CHECKING:  # schedules that are ordered by their times are simulated themselves
+    from llama_ds.schedules.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,26 @@ def simulate(
     schedule: Schedule, costs: StageCost | Sequence[StageCost], transfer: float = 0.0, latency: float = 0.0
 ) -> Timeline:
     """Return the timeline of one step with asynchronous messages; `costs` has one entry per stage, or one for all."""
-    placement = schedule.placement
     lists = [schedule.computations(rank) for rank in range(schedule.ranks)]
-    at, clock = [0] * len(lists), [0.0] * len(lists)
+    return simulate_orders(lists, schedule.placement, costs, transfer, latency)
+
+
+def simulate_orders(
+    lists: Sequence[Sequence[Instruction]],
+    placement: Placement,
+    costs: StageCost | Sequence[StageCost],
+    transfer: float = 0.0,
+    latency: float = 0.0,
+    free_from: Sequence[float] | None = None,
+    gates: Sequence[tuple[int, float]] | None = None,
+) -> Timeline:
+    """Return the timeline of the computations `lists` of all ranks.
+
+    Args:
+        free_from: when each rank can begin; None: at 0.
+        gates: for each rank, the number of its first computation that a time holds back, and this time.
+    """
+    at, clock = [0] * len(lists), list(free_from or [0.0] * len(lists))
     arrivals: dict[Message, float] = {}
     link_free: dict[tuple[int, int], float] = defaultdict(float)
     done: list[list[tuple[Instruction, float, float]]] = [[] for _ in lists]
@@ -73,6 +93,8 @@ def simulate(
                 waiting[wanted] = rank
                 break
             start = max(clock[rank], arrivals.pop(wanted)) if wanted else clock[rank]
+            if gates and at[rank] == gates[rank][0]:
+                start = max(start, gates[rank][1])
             cost = costs if isinstance(costs, StageCost) else costs[placement.stage(rank, step.chunk)]
             clock[rank] = end = start + cost.of(step.op)
             done[rank].append((step, start, end))

@@ -32,6 +32,7 @@ from llama_ds.training.run_log import open_run_log
 from llama_ds.training.samples import TrainingSamples
 from llama_ds.training.self_test.check import self_test_at_start
 from llama_ds.training.setup import (
+    check_same_order,
     choose_state,
     load_state,
     log_start,
@@ -104,6 +105,7 @@ def train_stage(
     if stages_key(run):
         run, layout, config = world.together(lambda: stage_setup(run, chosen, layout.world, device))
     run = with_cp_method(run, hosts, dtype)
+    check_same_order(run, layout)
     checkpoints.run, checkpoints.layout = run, layout
     data = world.together(lambda: open_train_data(run, checkpoints.folder, chosen, rank_info))
     marks = data.sources.tokenizer.marks

@@ -41,6 +41,7 @@ from llama_ds.log import logger
 from llama_ds.parallel import world
 from llama_ds.parallel.first_rank import own_address
 from llama_ds.parallel.optimizer_state import begin_moments, set_counts, spread_masters
+from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
 from llama_ds.training import memory_state
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.memory_folder import MemoryFolder
@@ -185,6 +186,8 @@ class MemoryCheckpoints:
         """
         if not self._every or done % self._every or not memory_state.has_moments(engine):
             return
+        if isinstance(engine.optimizer, PipelineOptimizer):
+            engine.optimizer.settle()
         self._wait()
         world.finish(self._device)
         slot = oldest(self._own)

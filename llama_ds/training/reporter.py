@@ -1,7 +1,7 @@
 """The reports of a run: results of steps, validation losses, data read, notes.
 
-On CUDA the result of a step is read while the next step runs, because reading it synchronises. On a CPU it is read at
-once.
+On CUDA, and with `parallel.post_validation`, the result of a step is read while the next step runs, because reading it
+synchronises. Otherwise it is read at once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Reporter:
         """`log` receives the reports and is None on all ranks but the first; `progress` receives every loss."""
         self._run, self._engine, self._meter, self._log, self._progress = run, engine, meter, log, progress
         self._norms = NormLines(run, engine)
-        self._defers = device.type == "cuda"
+        self._defers = device.type == "cuda" or run.parallel.post_validation
         self._unread: _UnreadStep | None = None
 
     def before_step(self, step: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,11 +23,14 @@ from llama_ds.data.mixture import state_from_json
 from llama_ds.data.source.shards import check_present
 from llama_ds.data.sources import open_sources
 from llama_ds.data.stream import Dataset, open_data
+from llama_ds.errors import UserError
 from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.recompute import ELEMENT_BYTES, with_device_memory
 from llama_ds.log import logger
 from llama_ds.parallel import world
+from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.interface import Engine
 from llama_ds.training.memory_checkpoints import MemoryCheckpoints
@@ -78,6 +82,25 @@ def stage_setup(
         open_sources(later.data, later.model.vocab_size)
     layout = resolve_layout(stage, ranks)
     return stage, layout, deepspeed_config(stage, layout, world.computes_bf16(device))
+
+
+def check_same_order(run: RunConfig, layout: Layout) -> None:
+    """Check that all ranks derive the same order of computations. Collective for a zero-bubble V, which computes it.
+
+    Raises:
+        UserError: they differ, so that ranks would wait for messages that nobody sends.
+    """
+    schedule = schedule_of(run, layout)
+    if schedule.name not in V_SCHEDULES:
+        return
+    orders = [[(s.op.value, s.chunk, s.micro_batch) for s in schedule.instructions(r)] for r in range(schedule.ranks)]
+    found = world.gather(zlib.crc32(repr(orders).encode()))
+    other = next((rank for rank, own in enumerate(found) if own != found[0]), None)
+    if other is not None:
+        raise UserError(
+            f"{run.path}: parallel.schedule = {schedule.name}: ranks 0 and {other} derive different "
+            "orders of computations; start all ranks with the same run file and version of llama_ds"
+        )
 
 
 def with_cp_method(run: RunConfig, hosts: Sequence[str], dtype: str) -> RunConfig:

@@ -35,7 +35,10 @@ def test_llama_65b_on_2048_ranks() -> None:
         (2048, ["parallel.schedule=dualpipe_v", "parallel.virtual_stages=2", "parallel.micro_batch=8"],
          "parallel.schedule = dualpipe_v: 8 micro-batches are fewer than 2 * pp = 16; use 16 or more" + COUNT),
         (2048, ["parallel.schedule=zb_h1", "parallel.virtual_stages=2"], "parallel.schedule = zb_h1: virtual_stages = "
-         "2 is for schedule interleaved or dualpipe_v; use 1" + COUNT),
+         "2 is for schedule interleaved, dualpipe_v, zb_v, v_half or v_min; use 1" + COUNT),
+        (2048, ["parallel.schedule=zb_v", "parallel.virtual_stages=2", "parallel.pass_times=[10, 12, 8]"],
+         "parallel.schedule = zb_v: pass_times: 3 entries; use 4, the times of forward, input backward, weight "
+         "backward and a message, or 49, three for each of 16 stages and the message" + COUNT),
         (2048, ["parallel.schedule=interleaved"], "parallel.schedule = interleaved: virtual_stages = 1 is one stage on "
          "each rank; use 2 or more, or schedule 1f1b" + COUNT),
         (2048, ["logging.trace_step=1", "logging.profile_ranks=[0, 2048]"],

@@ -229,8 +229,13 @@ def test_resolved_run_reads_back_the_same(folder: Path) -> None:
          "and tp is 1; set it to false"),
         ("parallel.pp=5", "tiny.yaml: parallel.pp = 5 is more than model.num_hidden_layers = 4; use 4 or fewer"),
         ("parallel.partition=[2, 2]", "tiny.yaml: parallel.partition = [2, 2] has 2 entries, not pp = 1"),
-        ("parallel.schedule=1f1", "tiny.yaml: parallel.schedule = '1f1' is not 1f1b, interleaved, zb_h1, dualpipe_v or "
-         "deepspeed (did you mean '1f1b'?)"),
+        ("parallel.schedule=1f1", "tiny.yaml: parallel.schedule = '1f1' is not 1f1b, interleaved, zb_h1, dualpipe_v, "
+         "zb_v, v_half, v_min or deepspeed (did you mean '1f1b'?)"),
+        ("parallel.pass_times=[1, 1, 1, 0]", "tiny.yaml: parallel.pass_times orders schedule zb_v, v_half or v_min; "
+         "leave it out with 1f1b"),
+        ("parallel.post_validation=true", "tiny.yaml: parallel.post_validation = true is for pp > 1 and schedule "
+         "dualpipe_v, zb_v, v_half or v_min, whose first rank has embedding and loss; set it to false with pp 1 and "
+         "1f1b"),
         ("parallel.virtual_stages=2", "tiny.yaml: parallel.virtual_stages = 2 cuts what pipeline ranks hold and pp is "
          "1; use 1"),
         ("parallel.extra_warmup=-1", "tiny.yaml: parallel.extra_warmup = -1 is negative"),

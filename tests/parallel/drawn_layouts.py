@@ -19,6 +19,7 @@ SCHEDULES: list[dict[str, Any]] = [
     {"schedule": "zb_h1"},
     {"schedule": "interleaved", "virtual_stages": 2},
     {"schedule": "dualpipe_v", "virtual_stages": 2},
+    {"schedule": "zb_v", "virtual_stages": 2, "extra_warmup": 1},
 ]
 
 

@@ -78,6 +78,9 @@ class Case:
     cp_method: str = "auto"
     cp_all_to_all: int = 0
     kv_heads: int = 4
+    pass_times: tuple[int, ...] | None = None
+    post_validation: bool = False
+    clip: float = 0.5
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
@@ -110,6 +113,7 @@ class Case:
             muon=self.muon,
             lion=self.lion,
             kv_heads=self.kv_heads,
+            clip=self.clip,
         )
 
     @property
@@ -140,7 +144,7 @@ def run_of(case: Case) -> RunConfig:
         training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
         # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
         # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
-        optimizer=OptimizerConfig(warmup_steps=5, clip=0.5, z_loss=case.z_loss, **_optimizer(case)),
+        optimizer=OptimizerConfig(warmup_steps=5, clip=case.clip, z_loss=case.z_loss, **_optimizer(case)),
         parallel=ParallelConfig(
             case.pp,
             case.tp,
@@ -154,6 +158,8 @@ def run_of(case: Case) -> RunConfig:
             case.cp,
             case.cp_method,
             case.cp_all_to_all,
+            case.pass_times,
+            case.post_validation,
         ),
         compute=ComputeConfig(decoder_layer=case.decoder_layer),
         deepspeed={

@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from llama_ds import log
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.context_parallel import cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.errors import UserError
 from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import key_of, weight_of
@@ -30,6 +32,7 @@ from llama_ds.parallel.replicas import wrong_ranks
 from llama_ds.parallel.temporary import dismantle
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
+from llama_ds.training.setup import check_same_order
 from tests.parallel.engine_series import engines_in_turn
 from tests.parallel.layout_cases import (
     GLOBAL_BATCH,
@@ -48,15 +51,19 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     run = case.run
     engine = build_engine(run, case.layout, deepspeed_config(run, case.layout, bf16_native=True), torch.device("cpu"))
     check_initial_weights(case, engine.deepspeed)
+    if case.pass_times:
+        check_other_orders_are_refused(case)
     batches = micro_batches(case, engine.dp_rank)
-    history = []
+    history, results = [], []
     norms = LayerNorms(engine.deepspeed, run.model)
     with cp_bytes() as sent:
         for step in range(case.steps):
             if step == case.steps - 1:
                 norms.measure()
-            result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
-            history.append(engine.read(result))
+            results.append(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS)))
+            if not case.post_validation:  # reading settles the step
+                history.append(engine.read(results.pop()))
+    history += map(engine.read, results)
     by_weight = norms.sums().wait(history[-1][1])
     if case.cp > 1 and case.recompute == "none":
         check_sent(case, sum(sent))
@@ -73,6 +80,19 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
         check_replicas(case, engine.deepspeed)
     dismantle(engine.deepspeed)
     return history, validation, {kind: list(found.values()) for kind, found in by_weight.items()}
+
+
+def check_other_orders_are_refused(case: Case) -> None:
+    """Check that no rank begins a step if one has read other times of passes: it would wait for ever."""
+    check_same_order(case.run, case.layout)
+    times = (1, 1, 1, 0) if world.find_rank_info().rank == 2 else case.pass_times
+    run = replace(case.run, parallel=replace(case.run.parallel, pass_times=times))
+    try:
+        check_same_order(run, case.layout)
+    except UserError as error:
+        assert "ranks 0 and 2 derive different orders of computations" in str(error)
+    else:
+        raise AssertionError("no rank noticed that the orders differ")
 
 
 def check_initial_weights(case: Case, engine: Any) -> None:

@@ -62,12 +62,16 @@ OPTIONS = [
 H1 = {"schedule": "zb_h1"}
 INTERLEAVED = {"schedule": "interleaved", "virtual_stages": 2}
 V = {"schedule": "dualpipe_v", "virtual_stages": 2}
+ZB_V = {"schedule": "zb_v", "virtual_stages": 2}
 STOCK = {"schedule": "deepspeed"}
 SCHEDULES = [
     *(Case(2, 1, dp, **how) for dp in (1, 2) for how in (H1, INTERLEAVED, V)),
     *(Case(2, 2, dp, micro_batch=2 // dp, **how) for dp in (1, 2) for how in (H1, INTERLEAVED, V)),
     *(Case(4, 1, 1, layers=8, **how) for how in (H1, INTERLEAVED, V)),
     Case(4, 1, 2, layers=8, **INTERLEAVED),
+    *(Case(2, 1, dp, **ZB_V) for dp in (1, 2)),
+    Case(2, 2, 2, **ZB_V),
+    *(Case(4, 1, 1, layers=8, schedule=name, virtual_stages=2) for name in ("zb_v", "v_half", "v_min")),
     *(Case(2, 1, dp, dtype=dtype, **STOCK) for dp, dtype in ((1, "fp32"), (2, "fp32"), (2, "bf16"))),
 ]
 SCHEDULES_AND_OPTIONS = [
@@ -84,6 +88,9 @@ SCHEDULES_AND_OPTIONS = [
     Case(2, 2, 1, sequence_parallel=True, recompute="full", dtype="bf16", micro_batch=2, **INTERLEAVED),
     Case(2, 2, 1, sequence_parallel=True, document_mask=True, recompute="none,full", micro_batch=2, **H1),
     Case(2, 1, 1, partition=(1, 1, 1, 1), recompute="none,full,selective,none", **V),
+    Case(2, 1, 2, tied=True, document_mask=True, dtype="bf16", recompute="none,full,selective,none", **ZB_V),
+    # A head that takes long, more micro-batches in flight, fewer of them than twice the stages
+    Case(4, 1, 1, layers=8, micro_batch=2, tied=True, extra_warmup=1, pass_times=(*(3, 4, 2) * 7, 9, 9, 2, 1), **ZB_V),
 ]
 # Biases and norms of heads on every engine, with every ZeRO stage, schedule that defers gradients, and cut of theirs.
 NEIGHBOURS = [
@@ -130,11 +137,21 @@ MUP = [
     Case(2, 1, 1, tied=True, z_loss=1e-3, **H1),
     Case(2, 1, 2, dtype="bf16", **V),
 ]
+# Updates before the norm. The norms of the first steps are 2.25, 2.31, 2.47, 1.66 and 1.81: with clip 2.3 the second
+# update is undone, the fifth one stands; with 100 all from the second on stand. The reference clips likewise.
+POST_VALIDATION = [
+    Case(2, 1, 2, clip=2.3, post_validation=True, **ZB_V),
+    Case(4, 1, 1, layers=8, clip=2.3, post_validation=True, **V),
+    Case(2, 2, 1, clip=100.0, post_validation=True, **ZB_V),
+    Case(2, 1, 1, clip=2.3, post_validation=True, document_mask=True, tied=True, recompute="full", **ZB_V),
+    Case(4, 1, 2, layers=8, clip=2.3, post_validation=True, schedule="v_min", virtual_stages=2, dtype="bf16"),
+]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
 # Errors show in the first steps: every step is clipped, and Adam's moments enter from the second one on. On one rank
 # basic layouts train all steps.
 CASES = [replace(case, steps=STEPS if case.world == 1 else 8 if case.world == 2 else 5) for case in BASIC_LAYOUTS]
 CASES += [replace(case, steps=3) for case in SCHEDULES + SEQUENCE_PARALLEL + OPTIONS + SCHEDULES_AND_OPTIONS]
+CASES += [replace(case, steps=5) for case in POST_VALIDATION]
 CASES += [replace(case, steps=3) for case in CONTEXT_PARALLEL]
 CASES += [replace(case, steps=3, mup=8) for case in MUP]
 CASES += [Case(micro_batch=8, zero=zero, document_mask=True, recompute=recompute, **how) for zero, recompute, how in (

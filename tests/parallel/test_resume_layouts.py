@@ -43,7 +43,7 @@ ENGINES = [
     Case(2, 1, 1, schedule="deepspeed", tied=True),
     Case(1, 1, 1, zero=1, tied=True, cp=2, cp_method="ring"),
     Case(1, 2, 1, zero=0, tied=True),
-    Case(2, 1, 1, tied=True),
+    Case(2, 1, 1, schedule="zb_v", virtual_stages=2, tied=True),
 ]
 ENGINES = [replace(case, vocab=97) for case in ENGINES]
 NEIGHBOURS = [  # biases, norms of queries and keys: cut, replicated and deferred

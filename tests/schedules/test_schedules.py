@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ds.schedules import forward_only
-from llama_ds.schedules.instructions import COMPUTES, Instruction, Op, Placement
-from llama_ds.schedules.schedule import NAMES, Schedule, obstacle, split_share
+from llama_ds.schedules.communication import message_of
+from llama_ds.schedules.instructions import COMPUTES, POSTS, SENDS, Instruction, Op, Placement
+from llama_ds.schedules.leading import leading_forwards, time_between_steps
+from llama_ds.schedules.schedule import IN_A_V, NAMES, Schedule, obstacle, split_share
 from llama_ds.schedules.simulate import StageCost, simulate
 from llama_ds.schedules.verify import (
     ScheduleError,
@@ -21,6 +24,7 @@ from llama_ds.schedules.verify import (
     check_progress,
     verify,
 )
+from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 
 EQUAL = StageCost(1.0, 1.0, 1.0)
 
@@ -29,15 +33,20 @@ EQUAL = StageCost(1.0, 1.0, 1.0)
 def schedules(draw: st.DrawFn) -> Schedule:
     """Draw a schedule of any shape, up to half of the largest pipeline and a quarter of its micro-batches."""
     name = draw(st.sampled_from(NAMES))
-    ranks = draw(st.integers(2, 32))
-    chunks = {"interleaved": draw(st.integers(2, 4)), "dualpipe_v": 2}.get(name, 1)
+    ranks = draw(st.integers(2, 8 if name in V_SCHEDULES else 32))
+    chunks = draw(st.integers(2, 4)) if name == "interleaved" else 2 if name in IN_A_V else 1
     micro_batches = draw(st.integers(1, 128 // chunks))
     if name == "interleaved":
         micro_batches = -(-micro_batches // ranks) * ranks
     if name == "dualpipe_v":
         micro_batches = max(micro_batches, 2 * ranks)
-    extra = draw(st.integers(0, 2)) if chunks == 1 else 0
-    return Schedule(name, ranks, micro_batches, chunks, extra)
+    extra = draw(st.integers(0, 2)) if chunks == 1 or name in V_SCHEDULES else 0
+    times = None
+    if name in V_SCHEDULES and draw(st.booleans()):
+        passes = draw(st.sampled_from([3, 6 * ranks]))
+        times = (*draw(st.tuples(*[st.integers(1, 100)] * passes)), draw(st.integers(0, 50)))
+        micro_batches = min(micro_batches, 3 * ranks)
+    return Schedule(name, ranks, micro_batches, chunks, extra, times)
 
 
 @settings(max_examples=40, deadline=None)
@@ -52,11 +61,13 @@ def test_a_large_size_is_right(name: str, chunks: int) -> None:
     verify(Schedule(name, 32, 256, chunks))
 
 
-@pytest.mark.parametrize("name, chunks", [("1f1b", 1), ("zb_h1", 1), ("interleaved", 3), ("dualpipe_v", 2)])
+@pytest.mark.parametrize(
+    "name, chunks", [("1f1b", 1), ("zb_h1", 1), ("interleaved", 3), *((name, 2) for name in IN_A_V)]
+)
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
 def test_every_small_size_is_right(name: str, chunks: int, ranks: int) -> None:
     proven = 0
-    for micro_batches in range(1, 4 * ranks + 1):
+    for micro_batches in range(1, (2 if name in V_SCHEDULES else 4) * ranks + 1):
         if obstacle(name, ranks, micro_batches, chunks) is None:
             verify(Schedule(name, ranks, micro_batches, chunks))
             proven += 1
@@ -121,6 +132,92 @@ def test_bubbles_of_four_stages() -> None:
     assert simulate(Schedule("dualpipe_v", 4, 8, 2), half).bubble < 0.06
 
 
+@pytest.mark.parametrize("ranks, micro_batches", [(2, 2), (2, 9), (4, 4), (4, 8), (4, 17), (8, 8), (8, 33)])
+def test_ranks_of_a_v_wait_only_for_their_first_micro_batch(ranks: int, micro_batches: int) -> None:
+    """Equal passes: zb_v takes the least time that any order can, with no more activations than 1F1B's first rank.
+
+    The last rank starts after p - 1 forwards; the order for 8 ranks and 33 micro-batches is one pass longer.
+    """
+    schedule = Schedule("zb_v", ranks, micro_batches, 2)
+    assert simulate(schedule, EQUAL).length - (6 * micro_batches + ranks - 1) in (0, 1 if micro_batches == 33 else 0)
+    assert max(map(schedule.in_flight, range(ranks))) <= 2 * Schedule("1f1b", ranks, micro_batches).in_flight(0)
+
+
+def test_less_memory_is_a_longer_step() -> None:
+    """Eight ranks, 32 micro-batches: forwards held by the fullest rank, and the bubble, of 1F1B and of three Vs.
+
+    Qi et al. 2405.15362, table 1: half, and (p + 4) / 3 of p, of 1F1B's activations.
+    """
+    vs = [Schedule(name, 8, 32, 2) for name in ("zb_v", "v_half", "v_min")]
+    held = [max(map(schedule.in_flight, range(8))) / 2 for schedule in vs]
+    bubbles = [simulate(schedule, EQUAL).bubble for schedule in vs]
+    assert held == [8, 5, 4]
+    assert bubbles == sorted(bubbles)
+    assert bubbles[-1] < simulate(Schedule("1f1b", 8, 32), EQUAL).bubble
+
+
+@pytest.mark.parametrize("times", [(10, 12, 8, 2), (10, 15, 9, 1), (10, 10, 10, 3)])
+def test_a_v_is_ordered_by_the_times_of_its_passes(times: tuple[int, int, int, int]) -> None:
+    """Two more micro-batches in flight hide messages: at most a hundredth above the least time of any order.
+
+    The order for equal passes, and DualPipeV's, take longer, because passes that last differently do not meet.
+    """
+    cost, message = StageCost(*times[:3]), times[3]
+    ordered, equal = (Schedule("zb_v", 4, 8, 2, 2, pass_times) for pass_times in (times, None))
+    least = 16 * sum(times[:3]) + 3 * (times[0] + message)
+    length = simulate(ordered, cost, latency=message).length
+    assert least <= length <= 1.01 * least
+    others = [equal, Schedule("dualpipe_v", 4, 8, 2)]
+    assert all(simulate(other, cost, latency=message).length > 1.04 * least for other in others)
+    assert max(map(ordered.in_flight, range(4))) <= 2 * (4 + 2)
+
+
+@pytest.mark.parametrize("name", IN_A_V)
+def test_leading_forwards_need_nothing_else(name: str) -> None:
+    """Ranks that run only these, and discard them, leave no message without a receive, and no receive without one."""
+    for ranks, micro_batches in ((2, 4), (3, 7), (4, 8)):
+        schedule = Schedule(name, ranks, micro_batches, 2)
+        lists, placement = [schedule.instructions(rank) for rank in range(ranks)], schedule.placement
+        leading = leading_forwards(lists, placement)
+        run = [steps[: own.count] for steps, own in zip(lists, leading, strict=True)]
+        assert all(step.op in (Op.FORWARD, *POSTS, Op.SEND_ACTIVATION) for steps in run for step in steps)
+        assert all(any(step.op is Op.FORWARD for step in steps) for steps in run)
+        loss = placement.home(placement.stages - 1)
+        assert not any(step.op is Op.FORWARD and step.chunk == loss[1] for step in run[loss[0]])
+        check_progress(run, placement, None)
+        complete = [
+            [step for step in [*steps, *own.unsent, *own.unposted] if step.op in (Op.POST_ACTIVATION, *SENDS)]
+            for steps, own in zip(run, leading, strict=True)
+        ]
+        sent, posted = (
+            Counter(
+                message_of(step, rank, placement)
+                for rank, steps in enumerate(complete)
+                for step in steps
+                if step.op is op
+            )
+            for op in (Op.SEND_ACTIVATION, Op.POST_ACTIVATION)
+        )
+        assert sent == posted and max(sent.values()) == 1
+
+
+def test_no_bubble_remains_between_steps_that_begin_before_the_norm() -> None:
+    """Equal passes, one more micro-batch in flight for each of the last ranks to begin: only work remains."""
+    schedule = Schedule("zb_v", 4, 8, 2, 2)
+    assert time_between_steps(schedule, EQUAL) == 6 * 8
+    assert simulate(schedule, EQUAL).length == 6 * 8 + 3
+
+
+def test_a_slow_stage_is_considered() -> None:
+    """The head makes the last stage twice as long: an order by stages beats that by their means."""
+    stages = [(10, 10, 10)] * 7 + [(20, 20, 20)]
+    by_stage = (*(t for stage in stages for t in stage), 0)
+    costs = [StageCost(*stage) for stage in stages]
+    lengths = [simulate(Schedule("zb_v", 4, 8, 2, 0, times), costs).length for times in (by_stage, (11, 11, 11, 0))]
+    assert lengths[0] < lengths[1]
+    assert lengths[0] >= 8 * 90  # the work of the first rank
+
+
 def test_messages_cost_time() -> None:
     """Two ranks, one micro-batch: there and back, each message its transfer and the latency."""
     timeline = simulate(Schedule("1f1b", 2, 1), EQUAL, transfer=2.0, latency=0.5)
@@ -131,7 +228,7 @@ def test_extra_warmup_hides_slow_links() -> None:
     """Messages as long as a computation: one more forward for each rank behind saves a sixth of the step and more."""
     times = [simulate(Schedule("zb_h1", 4, 16, 1, extra), EQUAL, transfer=1.0).length for extra in (0, 1)]
     assert times[1] < 5 / 6 * times[0]
-    with pytest.raises(ValueError, match="extra_warmup = 1 is for schedule 1f1b or zb_h1"):
+    with pytest.raises(ValueError, match="extra_warmup = 1 is for schedule 1f1b, zb_h1, zb_v, v_half or v_min"):
         Schedule("interleaved", 4, 8, 2, 1)
 
 
@@ -257,11 +354,26 @@ def test_verifier_sees_wrong_memory() -> None:
         ("dualpipe_v", 4, 8, 3, "use 2"),
         ("zb_h1", 4, 8, 2, "use 1"),
         ("1f1b", 4, 8, 2, "use 1"),
+        ("zb_v", 4, 8, 1, "virtual_stages = 1: a V has two stages on each rank; use 2"),
     ],
 )
 def test_impossible_numbers_are_refused(name: str, ranks: int, micro_batches: int, chunks: int, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Schedule(name, ranks, micro_batches, chunks)
+
+
+@pytest.mark.parametrize(
+    "name, times, reason",
+    [
+        ("dualpipe_v", (1, 1, 1, 0), "pass_times orders the passes of schedule zb_v, v_half or v_min; leave it out"),
+        ("zb_v", (1, 1, 1), "3 entries; use 4, .* or 13, three for each of 4 stages and the message"),
+        ("zb_v", (1, 0, 1, 0), "entry 1 is 0; the time of a pass is 1 or more"),
+        ("v_min", (1, 1, 1, -2), "the message's time is -2; use 0 or more"),
+    ],
+)
+def test_impossible_times_are_refused(name: str, times: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Schedule(name, 2, 4, 2, 0, times)
 
 
 def test_an_instruction_reads_as_words() -> None:

@@ -8,8 +8,10 @@ from llama_ds.config.rules import check
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.layout.layout import Layout, resolve_layout
+from llama_ds.schedules.schedule import IN_A_V
+from llama_ds.schedules.zero_bubble_v import V_SCHEDULES
 
-VIRTUAL_STAGES = {"interleaved": 2, "dualpipe_v": 2}
+VIRTUAL_STAGES = {"interleaved": 2, **dict.fromkeys(IN_A_V, 2)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Contest:
     rate_mbit: float | None  # bandwidth of a link in each direction; None: loopback
     delay_ms: float
     repeats: int
+    pass_times: list[int] | None = None  # zero-bubble Vs only
 
     @property
     def world(self) -> int:
@@ -51,6 +54,7 @@ class Contest:
             schedule=name,
             extra_warmup=int(extra or 0),
             virtual_stages=VIRTUAL_STAGES.get(name, 1),
+            pass_times=tuple(self.pass_times) if self.pass_times and name in V_SCHEDULES else None,
         )
         run = replace(
             run,

@@ -13,7 +13,19 @@ from llama_ds.benchmarks.pipeline.contest import Contest
 from llama_ds.perf.trace.files import analyse_folder
 from llama_ds.perf.trace.report import table
 
-SETTINGS = ("pp", "tp", "dp", "micro_batches", "micro_batch", "dtype", "recompute", "rate_mbit", "delay_ms", "repeats")
+SETTINGS = (
+    "pp",
+    "tp",
+    "dp",
+    "micro_batches",
+    "micro_batch",
+    "dtype",
+    "recompute",
+    "rate_mbit",
+    "delay_ms",
+    "repeats",
+    "pass_times",
+)
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}  # relative, for the first losses
 
 

@@ -118,6 +118,8 @@ def as_data(found: Estimate) -> dict[str, Any]:
         "layout": {**layout.as_data(), "schedule": parallel.schedule, "virtual_stages": parallel.virtual_stages},
         "sequence_parallel": parallel.sequence_parallel,
         "extra_warmup": parallel.extra_warmup,
+        "pass_times": parallel.pass_times,
+        "post_validation": parallel.post_validation,
         "zero_stage": found.run.zero_stage,
         "recompute": [dict(counts) for counts in step.job.stages],
         "step_s": step.seconds,
@@ -153,7 +155,8 @@ def report(found: Estimate) -> str:
         f"{found.run.name} on {layout.world:,} x {found.gpu.name}: {layout.words(' ')}, "
         f"{parallel.schedule if layout.pp > 1 else 'no pipeline'}"
         f"{f' with {parallel.virtual_stages} stages a rank' if parallel.virtual_stages > 1 else ''}"
-        f"{f', extra warm-up {parallel.extra_warmup}' if parallel.extra_warmup else ''}, ZeRO-{found.run.zero_stage}",
+        f"{f', extra warm-up {parallel.extra_warmup}' if parallel.extra_warmup else ''}"
+        f"{', steps begin before the norm' if parallel.post_validation else ''}, ZeRO-{found.run.zero_stage}",
         f"  batch          {layout.global_batch:,} rows of {found.run.data.seq_len:,} = dp {layout.dp} x micro-batch "
         f"{layout.micro_batch} x {layout.accumulation} micro-batches",
         f"  step           {step.seconds:.3f} s = pipeline {step.pipeline:.3f} + reduction {step.reduction:.3f} + "

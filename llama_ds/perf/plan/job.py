@@ -55,6 +55,8 @@ class StepJob:
     optimizer: str = "adamw"
     state_ranks: int = 0  # data-parallel ranks that share weights and states, copies elsewhere; 0: all do
     low_precision: bool = False  # whether optimizer states are bf16
+    pass_times: tuple[int, ...] | None = None  # times that order a V
+    post_validation: bool = False  # whether steps begin before the norm of the step before
 
     @property
     def pp(self) -> int:
@@ -119,7 +121,7 @@ class StepJob:
 
     def plan(self, micro_batches: int) -> Schedule:
         """Return the schedule of the job for this number of micro-batches."""
-        return Schedule(self.schedule, self.pp, micro_batches, self.chunks, self.extra_warmup)
+        return Schedule(self.schedule, self.pp, micro_batches, self.chunks, self.extra_warmup, self.pass_times)
 
 
 def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dtype: str = "bf16") -> StepJob:
@@ -141,6 +143,8 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         cp_sizes=cp_sizes(run)[0] if layout.cp > 1 else WHOLE_ROWS,
         optimizer=run.optimizer.name,
         low_precision=bool(states_of(run.optimizer).bf16),
+        pass_times=schedule.pass_times,
+        post_validation=run.parallel.post_validation,
     )
 
 

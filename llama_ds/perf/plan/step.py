@@ -15,7 +15,10 @@ from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import LayerTime, Parts, embedding_time, head_time, layer_time
 from llama_ds.perf.plan.rank_spread import slowdown
 from llama_ds.perf.plan.update import update_time
-from llama_ds.schedules.simulate import StageCost, Timeline, simulate
+from llama_ds.schedules.leading import time_between_steps
+from llama_ds.schedules.pass_times import pass_times_of
+from llama_ds.schedules.schedule import IN_A_V
+from llama_ds.schedules.simulate import StageCost, simulate
 
 
 @dataclass(frozen=True)
@@ -146,27 +149,41 @@ def stage_message(gpu: Hardware, job: StepJob) -> tuple[float, float]:
     return transfer, wait
 
 
+def planned_pass_times(gpu: Hardware, job: StepJob) -> tuple[int, ...]:
+    """Return the times by which to order the job's V, in microseconds, as `parallel.pass_times`."""
+    return pass_times_of(stage_costs(gpu, job), sum(stage_message(gpu, job)), 1e-6)
+
+
 @lru_cache(maxsize=50_000)
 def run_schedule(job: StepJob, costs: tuple[StageCost, ...], transfer: float, wait: float) -> tuple[float, float]:
-    """Return (length, bubble) of the schedule.
+    """Return (length, bubble) of the schedule; with `post_validation` the length is the time from step to step.
 
     In the steady state every p micro-batches take the same time, so long steps are simulated with fewer micro-batches
-    and extrapolated.
+    and extrapolated. Orders that are computed are not quite periodic, so that several p of them are averaged.
     """
-    short, longer = (8 * job.pp, 9 * job.pp) if job.schedule == "dualpipe_v" else (3 * job.pp, 4 * job.pp)
+    short, longer = (3 * job.pp, 4 * job.pp)
+    if job.schedule in IN_A_V:
+        short, longer = (8 if job.schedule == "dualpipe_v" else 4) * job.pp, 9 * job.pp
     if job.micro_batches <= longer + job.pp:
-        timeline = _timeline(job, job.micro_batches, costs, transfer, wait)
-        return timeline.length, timeline.bubble
+        length = _length(job, job.micro_batches, costs, transfer, wait)
+        return length, _bubble(job, costs, length)
     rest = job.micro_batches % job.pp
-    first = _timeline(job, short + rest, costs, transfer, wait).length
-    second = _timeline(job, longer + rest, costs, transfer, wait).length
-    length = second + (second - first) * (job.micro_batches - longer - rest) / job.pp
+    first = _length(job, short + rest, costs, transfer, wait)
+    second = _length(job, longer + rest, costs, transfer, wait)
+    length = second + (second - first) * (job.micro_batches - longer - rest) / (longer - short)
+    return length, _bubble(job, costs, length)
+
+
+def _bubble(job: StepJob, costs: tuple[StageCost, ...], length: float) -> float:
     busy = sum(c.forward + c.input_backward + c.weight_backward for c in costs) * job.micro_batches
-    return length, max(0.0, 1 - busy / (length * job.pp))
+    return max(0.0, 1 - busy / (length * job.pp))
 
 
-def _timeline(job: StepJob, micro_batches: int, costs: tuple[StageCost, ...], transfer: float, wait: float) -> Timeline:
-    return simulate(job.plan(micro_batches), costs, transfer, wait)
+def _length(job: StepJob, micro_batches: int, costs: tuple[StageCost, ...], transfer: float, wait: float) -> float:
+    plan = job.plan(micro_batches)
+    if job.post_validation:
+        return time_between_steps(plan, costs, transfer, wait)
+    return simulate(plan, costs, transfer, wait).length
 
 
 def stage_roles(job: StepJob) -> list[Counter[Role]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from llama_ds.perf.trace.kinds import RECOMPUTE
 from llama_ds.perf.trace.read import Event
-from llama_ds.schedules.schedule import Schedule
+from llama_ds.schedules.pass_times import pass_times_of
+from llama_ds.schedules.schedule import IN_A_V, Schedule
 from llama_ds.schedules.simulate import StageCost, Timeline, simulate
 
 
@@ -57,6 +58,7 @@ class Ideal:
     idle_imbalanced: float  # idle time with the stages' measured times
     idle_messages: float  # idle time with these and messages that take `transit`
     transit: float  # median transit time of a message, microseconds
+    pass_times: tuple[int, ...] | None  # the measured times as `parallel.pass_times`, if the stages stand in a V
 
     def lost(self, step: float, idle: float) -> dict[str, float | None]:
         """Return the lost time by cause, in percent of a step of `step` microseconds with `idle` percent idle time."""
@@ -76,10 +78,13 @@ def ideal(schedule: Schedule, times: Times, transit: float) -> Ideal:
     costs = times.costs(schedule.placement.stages)
     equal = StageCost(*(statistics.mean(part) for part in zip(*map(_parts, costs), strict=True)))
     if not sum(_parts(equal)):
-        return Ideal(0.0, 0.0, 0.0, 0.0, 0.0, transit)
+        return Ideal(0.0, 0.0, 0.0, 0.0, 0.0, transit, None)
     balanced, measured = simulate(schedule, equal), simulate(schedule, costs)
     with_messages = simulate(schedule, costs, latency=transit)
-    return Ideal(balanced.bubble, balanced.length, _idle(balanced), _idle(measured), _idle(with_messages), transit)
+    pass_times = pass_times_of(costs, transit) if schedule.name in IN_A_V else None
+    return Ideal(
+        balanced.bubble, balanced.length, _idle(balanced), _idle(measured), _idle(with_messages), transit, pass_times
+    )
 
 
 def _parts(cost: StageCost) -> tuple[float, float, float]:

@@ -93,8 +93,14 @@ class RankRecord:
     def schedule(self) -> Schedule:
         """The schedule that the rank ran."""
         about = self.about
+        times = about.get("pass_times")
         return Schedule(
-            about["schedule"], about["pp"], about["micro_batches"], about["virtual_stages"], about["extra_warmup"]
+            about["schedule"],
+            about["pp"],
+            about["micro_batches"],
+            about["virtual_stages"],
+            about["extra_warmup"],
+            times and tuple(times),
         )
 
     def steps(self) -> list[tuple[Event, list[Event]]]:
@@ -205,7 +211,7 @@ def read_rank(path: Path) -> RankRecord:
         recorded = [axis for axis in AXES if axis in NAMED or f"{axis}_rank" in data]
         coords = Coords(**{axis: int(data.pop(f"{axis}_rank")) for axis in recorded})
         found = RankRecord(rank, world, str(data.pop("host")), coords, data, clock, events)
-        counts = [world, *(data[name] for name in _COUNTS)]
+        counts = [world, *(data[name] for name in _COUNTS), *(data.get("pass_times") or ())]
         assert all(type(count) is int and 0 <= count <= _MAX_COUNT for count in counts)
         assert found.schedule.name in NAMES and min(data["first_step"], data["measured_steps"], data["pp"]) > 0
         assert world % data["pp"] == 0 and all(isinstance(event.what, str) for event in events)

@@ -101,7 +101,10 @@ def _ideal(found: Analysis) -> list[str]:
         f"against the schedule, simulated with the measured times ({ideal.length / 1e3:.1f} ms, bubble "
         f"{ideal.bubble:.1%}), share of the step lost to"
     ]
-    return lines + [f"  {metrics[name] or 0.0:6.2f}%  {text}" for name, text in lost.items()]
+    lines += [f"  {metrics[name] or 0.0:6.2f}%  {text}" for name, text in lost.items()]
+    if ideal.pass_times:
+        lines.append(f"measured times of the stages' passes: parallel.pass_times={list(ideal.pass_times)}")
+    return lines
 
 
 def _ranks(found: Analysis) -> list[str]:

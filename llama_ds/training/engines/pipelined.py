@@ -44,6 +44,8 @@ def build_pipelined(
     if trains:
         accumulate_in_fp32(parts.context.weight_gradients, engine.optimizer)
         attach_optimizer(engine, run, layout)
+        if run.parallel.post_validation:
+            engine.optimizer.validate_later()
         parts.context.weight_gradients.added = engine.optimizer.gradient_added
     return PipelinedEngine(engine, parts)
 
@@ -67,13 +69,18 @@ class PipelinedEngine:
         self.deepspeed, self.trace, self.loss, self.context = engine, parts.trace, parts.loss, parts.context
         self.dp_rank = parts.dp_rank
         self.reads_data = engine.reads_data()
+        self._last: StepResult | None = None
 
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
-        set_learning_rate(self.deepspeed, lr)
-        loss, norm = self.deepspeed.train_step(self._ids_and_labels(batches)).unbind()
-        return StepResult(loss, norm)
+        summary = self.deepspeed.train_step(
+            self._ids_and_labels(batches), lambda: set_learning_rate(self.deepspeed, lr)
+        )
+        self._last = StepResult(*summary.unbind())
+        return self._last
 
     def read(self, result: StepResult) -> tuple[float, float]:
+        if result is self._last:
+            self.deepspeed.optimizer.settle()
         return float(result.loss), float(result.norm)
 
     def evaluate(

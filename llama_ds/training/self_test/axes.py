@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from llama_ds.config.context_parallel import RING, cp_sizes
-from llama_ds.config.rules import DEFERRING_SCHEDULES
 from llama_ds.config.section_rules import WITHOUT_MUON
 from llama_ds.errors import listed
 from llama_ds.parallel import world
 from llama_ds.parallel.temporary import part_of_world
+from llama_ds.schedules.schedule import DEFERRING
 from llama_ds.training.self_test.comparison import bounds_of, compare
 from llama_ds.training.self_test.small_run import SmallRun, with_axes, without_schedule
 
@@ -123,7 +123,7 @@ def options_off(small: SmallRun) -> Iterator[tuple[str, SmallRun]]:
         yield "data.document_mask=false", of("data", document_mask=False)
     if compute.attention_backend != "reference":
         yield "compute.attention_backend=reference", of("compute", attention_backend="reference")
-    deferred = small.layout.pp > 1 and parallel.schedule in DEFERRING_SCHEDULES
+    deferred = small.layout.pp > 1 and parallel.schedule in DEFERRING
     if compute.decoder_layer != "autograd" and parallel.recompute in ("none", "full") and not deferred:
         yield "compute.decoder_layer=autograd", of("compute", decoder_layer="autograd")
     if run.optimizer.name != "adamw":

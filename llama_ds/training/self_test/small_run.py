@@ -159,6 +159,8 @@ def _one_stage(recompute: str) -> dict[str, Any]:
         "schedule": "1f1b",
         "virtual_stages": 1,
         "extra_warmup": 0,
+        "pass_times": None,
+        "post_validation": False,
         "partition": None,
         "recompute": max(recompute.split(","), key=POLICIES.index),
     }
