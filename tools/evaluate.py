@@ -41,7 +41,7 @@ EXAMPLES = """examples:
   tools/evaluate.py runs/7b --tasks humaneval --data benchmarks --samples 100 --pass-at 10 --run-code
   deepspeed --num_gpus 8 tools/evaluate.py runs/65b --tasks paper --data benchmarks --pp 2 --tp 4
   tools/evaluate.py runs/7b --tasks common_sense --data benchmarks --follow
-  tools/evaluate.py runs/7b --beside runs/13b --figure tasks.svg --references paper.json
+  tools/evaluate.py runs/7b --beside runs/13b --figure tasks.svg --references paper
 """
 
 
@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     )
     tasks.add_argument("--figure", metavar="FILE", help="draw the tasks of a run over its tokens to this SVG, no more")
     tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
-    tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}')
+    tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}; or: paper')
     parser.add_argument("--local_rank", type=whole(0), help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     add_json(parser, "losses, perplexities and bits per byte, or the results of tasks,")
     return parser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from llama_ds.evaluation.scoring import Scorer
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
+from llama_ds.parallel.temporary import dismantle, engines_undone
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.engines.scoring import EngineBackend
@@ -51,10 +53,11 @@ class EvaluationSettings:
 
 
 class EvaluationJob:
-    """The ranks of an evaluation. The engine is built for the first model, and refilled for others of its shape."""
+    """The ranks of an evaluation. The engine is refilled for every model, and built anew where rows get longer."""
 
     def __init__(self, settings: EvaluationSettings, rank_info: world.RankInfo) -> None:
         self._settings, self._rank_info = settings, rank_info
+        self._engines = ExitStack()  # not a `with`: after an error, the ranks of a job that fails close no groups
         self._engine: Any = None
         self._checkpoints: Checkpoints | None = None
         self._run: RunConfig | None = None
@@ -100,7 +103,14 @@ class EvaluationJob:
         return world.gather(world.together(on_first))[0]  # type: ignore[return-value]
 
     def _fill(self, files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> None:
+        if (
+            self._engine and self._run and files.seq_len != self._run.data.seq_len
+        ):  # another stage of a run (`data.stages`)
+            dismantle(self._engine.deepspeed)
+            self._engine = self._checkpoints = None
+            self._engines.close()
         if self._engine is None:
+            self._engines.enter_context(engines_undone())
             run, self._layout = world.together(lambda: self._layout_of(files, tokenizer, dtype))
             device = world.device()
             config = deepspeed_config(run, self._layout, world.computes_bf16(device))
@@ -113,11 +123,6 @@ class EvaluationJob:
                 self._checkpoints = Checkpoints(run, layout, dtype, self._rank_info)
             logger.info("evaluating %s under %s, ZeRO-%d, %s", files.path, layout.words(), run.zero_stage, dtype)
         assert self._layout is not None and self._run is not None
-        if files.seq_len != self._run.data.seq_len:
-            raise UserError(
-                f"{files.path}: has rows of {files.seq_len} tokens, the checkpoints before {self._run.data.seq_len}, "
-                "which this engine was built for; run the same command again to evaluate the checkpoints from here on"
-            )
         if self._checkpoints:
             self._checkpoints.start_from(self._engine.deepspeed, files.tensors)
         else:
