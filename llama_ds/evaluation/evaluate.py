@@ -19,7 +19,7 @@ from llama_ds.evaluation.scoring import Scorer
 from llama_ds.evaluation.suite import read_examples
 from llama_ds.evaluation.tasks import Example, Task, chosen, first_of_groups, request_count, shown_examples
 
-FORMAT = 2  # version of a journal's lines
+FORMAT = 3  # version of a journal's lines
 BLOCK = 128  # examples that are scored together; a killed evaluation repeats at most so many
 
 

@@ -75,17 +75,27 @@ class EvaluationJob:
         Raises:
             UserError: on all ranks: the model cannot be read, or its layout does not suit the number of ranks.
         """
-        files, tokenizer = world.together(lambda: opened(path, self._settings.tokenizer))
+        files, tokenizer = self._opened(path)
         dtype = self._settings.dtype or files.dtype
         first = self._rank_info.rank == 0
         kept = world.together(
             lambda: Journal(journal, subject_of(files, tokenizer, dtype)) if first else Journal(None, {})
         )
         kept.share(world.gather)
+        return results_of(self._scorer(files, tokenizer, dtype), files, dtype, works, kept, tick)
+
+    def scorer(self, path: str) -> Scorer:
+        """Return a scorer of the model at `path`, until the next model is opened. Collective; errors as `evaluate`."""
+        files, tokenizer = self._opened(path)
+        return self._scorer(files, tokenizer, self._settings.dtype or files.dtype)
+
+    def _opened(self, path: str) -> tuple[ModelFiles, Tokenizer]:
+        return world.together(lambda: opened(path, self._settings.tokenizer))
+
+    def _scorer(self, files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> Scorer:
         self._fill(files, tokenizer, dtype)
         assert self._run is not None and self._layout is not None
-        backend = EngineBackend(self._engine, self._run, self._layout, tokenizer.marks)
-        return results_of(Scorer(backend, tokenizer), files, dtype, works, kept, tick)
+        return Scorer(EngineBackend(self._engine, self._run, self._layout, tokenizer.marks), tokenizer)
 
     def once(self, work: Callable[[], T]) -> T:
         """Return on every rank what `work` returns on the first, the only one that does it. Collective.

@@ -28,6 +28,8 @@ from llama_ds.evaluation.generation_tasks import NQ
 from llama_ds.evaluation.lm_eval_model import HarnessModel
 from llama_ds.evaluation.suite import TASKS, find_tasks
 from llama_ds.evaluation.tasks import chosen, shown_examples
+from tests import warm
+from tests.evaluation.exported_ranks import RANKS
 from tests.evaluation.test_generated_tasks import LINES as QUESTIONS
 from tests.evaluation.test_tasks import LINES as CHOICES
 from tests.evaluation.test_tasks import write
@@ -36,6 +38,7 @@ from tools import evaluate as tool
 TOLERANCE = 1e-3  # nats, of sums over a text in fp32
 REQUESTS = 200
 TEXTS = 24  # continuations
+LAYOUT_REQUESTS = 60  # on eight ranks
 REQUEST_TOLERANCE = 1e-4  # nats, of a request of few tokens in fp32
 LIMIT = 30  # examples of a task
 SUITE = ("miniature", "common_sense", "race", "mmlu")
@@ -59,6 +62,7 @@ def main(folder: Path) -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 compare_tasks(where, default, expected, Path(scratch))
                 compare_answers(where, default, expected, Path(scratch))
+                compare_layout(where, default, expected, Path(scratch))
 
 
 def compare_requests(where: str, theirs: Any, expected: Expected) -> None:
@@ -170,6 +174,37 @@ def compare_answers(where: str, theirs: Any, expected: Expected, scratch: Path) 
         if abs(accuracy - wanted) > 1e-9 or len(pairs) < 8:
             raise SystemExit(f"{where}: {accuracy} of {len(pairs)} answers are right, not {wanted}")
     print(f"{where}: {len(pairs)} answers judged by the task file of nq alike")
+
+
+def compare_layout(where: str, theirs: Any, expected: Expected, scratch: Path) -> None:
+    """Compare the harness' model hf with eight ranks of an engine: pp 2 x tp 2 x dp 2 (see `exported_ranks.py`)."""
+    texts = [text for text in expected.texts if 8 < len(text.strip()) < 60 and "<" not in text][:LAYOUT_REQUESTS]
+    pairs = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts if text[: len(text) // 2].strip()]
+    prompts = [(text[: 3 + n], ["return"], 12) for n, text in enumerate(texts[:TEXTS])]
+    (scratch / "asked.json").write_text(json.dumps([pairs, prompts]))
+    words = (expected.folder / "hf", scratch / "asked.json", scratch / "out.json")
+    done = warm.run("-m", "tests.evaluation.exported_ranks", *words, ranks=RANKS)
+    if done.returncode:
+        raise SystemExit(f"{where}: {RANKS} ranks fail: {done.stderr[-4000:]}")
+    found = json.loads((scratch / "out.json").read_text())
+    wanted = theirs.loglikelihood([request(*pair) for pair in pairs])
+    for rows in ("branched", "packed"):
+        largest = max(abs(one[0] - other[0]) for one, other in zip(found[rows], wanted, strict=True))
+        greedy = [one[1] for one in found[rows]] == [other[1] for other in wanted]
+        if largest > REQUEST_TOLERANCE or not greedy:
+            raise SystemExit(f"{where}: {rows} rows of {RANKS} ranks differ by {largest:.3g}, greedy: {greedy}")
+        print(f"{where}: pp 2 x tp 2 x dp 2, {rows} rows: {len(pairs)} requests equal to {largest:.1g} nats")
+    arguments = [(text, {"until": stops, "max_gen_toks": new, "do_sample": False}) for text, stops, new in prompts]
+    asked = [Instance("generate_until", {}, one, 0) for one in arguments]
+    compared = 0
+    for ids, one, other in zip(found["texts"], asked, theirs.generate_until(asked, disable_tqdm=True), strict=True):
+        if ids[-1] != expected.bos:  # it ends a text here
+            compared += 1
+            if cut_at(theirs.tok_decode(ids), one.args[1]["until"]) != other:
+                raise SystemExit(f"{where}: after {one.args[0]!r} {RANKS} ranks write other than {other!r}")
+    if compared < TEXTS // 2:
+        raise SystemExit(f"{where}: only {compared} texts could be compared")
+    print(f"{where}: pp 2 x tp 2 x dp 2: {compared} generated texts equal")
 
 
 def model(expected: Expected, **settings: bool) -> Any:
