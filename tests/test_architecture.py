@@ -39,7 +39,11 @@ DOORS = {
     "fsspec": ("llama_ds/data/source/remote.py",),
     "flash_attn": ("llama_ds/model/attention*.py",),
     "gguf": ("llama_ds/checkpoint/formats/gguf_*.py", "llama_ds/benchmarks/gguf_tokenizer.py"),
-    "lm_eval": ("llama_ds/evaluation/lm_eval_model.py", "llama_ds/evaluation/harness_protocol.py"),
+    "lm_eval": (
+        "llama_ds/evaluation/lm_eval_model.py",
+        "llama_ds/evaluation/harness_protocol.py",
+        "llama_ds/benchmarks/evaluation_speed.py",
+    ),
     "matplotlib": ("llama_ds/experiments/ladder/figures.py",),
     "orjson": ("llama_ds/data/text/piece_reader.py",),
     "pyarrow": ("llama_ds/data/text/columns.py", "llama_ds/evaluation/fetch.py"),

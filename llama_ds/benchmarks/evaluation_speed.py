@@ -40,7 +40,7 @@ class SpeedSettings:
     rows: int = 8  # of a forward pass, ours and theirs
     prompt_tokens: int = 128
     new_tokens: int = 64
-    batches: tuple[int, ...] = (1, 16)  # prompts that are continued together
+    batches: Sequence[int] = (1, 16)  # prompts that are continued together
     threads: int = 1
     repeats: int = 5
 
@@ -52,9 +52,9 @@ def measure(folder: str, settings: SpeedSettings) -> dict[str, Any]:
         UserError: the folder is no export with a tokenizer, its rows are too short, or results differ.
     """
     torch.set_num_threads(settings.threads)
-    rank_info = world.find_rank_info()
-    world.join(rank_info)
-    try:
+    with world.failing_together():
+        rank_info = world.find_rank_info()
+        world.join(rank_info)
         scorer = EvaluationJob(EvaluationSettings("fp32", settings.rows), rank_info).scorer(folder)
         backend = scorer.backend
         assert isinstance(backend, EngineBackend)
@@ -63,17 +63,15 @@ def measure(folder: str, settings: SpeedSettings) -> dict[str, Any]:
             for name, requests in requests_of(settings.requests).items()
         }
         generation = {str(batch): _generation(folder, scorer, batch, settings) for batch in settings.batches}
-        packages = ["torch", "transformers", *(["lm-eval"] if _has_lm_eval() else [])]
-        return {
-            "parameters": parameter_count(backend.run.model),
-            "seq_len": backend.run.data.seq_len,
-            **asdict(settings),
-            "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), **{name: version(name) for name in packages}},
-            "scoring": scoring,
-            "generation": generation,
-        }
-    finally:
-        world.leave()
+    packages = ["torch", "transformers", *(["lm-eval"] if _has_lm_eval() else [])]
+    return {
+        "parameters": parameter_count(backend.run.model),
+        "seq_len": backend.run.data.seq_len,
+        **asdict(settings),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), **{name: version(name) for name in packages}},
+        "scoring": scoring,
+        "generation": generation,
+    }
 
 
 def requests_of(count: int) -> dict[str, list[ScoringRequest]]:

@@ -1,5 +1,5 @@
-"""One rank of eight: scores requests and continues texts with an exported model under pp 2 x tp 2 x dp 2, schedule
-dualpipe_v, sequence parallelism and document masks.
+"""One rank of eight: scores requests and continues texts with an exported model under pp 2 x tp 2 x dp 2, sequence
+parallelism and document masks, with dualpipe_v for four layers or more.
 
     python -m tests.evaluation.exported_ranks FOLDER ASKED OUT
 
@@ -19,6 +19,7 @@ import torch
 
 from llama_ds import log
 from llama_ds.checkpoint.load_model import open_model
+from llama_ds.config import rules
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.data.text.tokenizer import Tokenizer
 from llama_ds.evaluation.generation import GenerationRequest
@@ -61,9 +62,12 @@ def scorer_of(folder: str) -> Scorer:
     files = open_model(folder)
     tokenizer: Any = Tokenizer(files.tokenizer) if files.tokenizer else Letters()
     run = evaluation_run(files, tokenizer.path, "fp32", EvaluationSettings(rows=ROWS, pp=2, tp=2), RANKS)
-    parallel = replace(run.parallel, sequence_parallel=True, schedule="dualpipe_v", virtual_stages=2)
+    parallel = replace(run.parallel, sequence_parallel=True)
+    if run.model.num_hidden_layers >= 4:
+        parallel = replace(parallel, schedule="dualpipe_v", virtual_stages=2)
     training = replace(run.training, global_batch=4 * run.training.global_batch)  # as many as the schedule needs
     run = replace(run, data=replace(run.data, document_mask=True), training=training, parallel=parallel)
+    rules.check(run)
     layout = resolve_layout(run, RANKS)
     assert (layout.pp, layout.tp, layout.dp) == (2, 2, 2)
     config = deepspeed_config(run, layout, bf16_native=True)
