@@ -8,7 +8,6 @@ import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from llama_ds.config.run_files import METRICS
 from llama_ds.errors import UserError, did_you_mean
@@ -37,25 +36,20 @@ def read_curves(runs: Sequence[str]) -> Curves:
     for run in runs:
         path, name = os.path.join(run, METRICS), os.path.basename(os.path.normpath(run))
         beside = os.path.join(run, RESULTS)
-        lines = _lines(path) if os.path.exists(path) or not os.path.exists(beside) else []
-        lines = [line for line in (*lines, *result_lines(beside)) if "tasks_tokens" in line]
+        if not os.path.exists(path) and not os.path.exists(beside):
+            raise UserError(f"{path}: missing; give the folder of a run, runs/NAME")
+        every = (*result_lines(path), *result_lines(beside))
+        lines = [line for line in every if isinstance(line.get("tasks_tokens"), int | float)]
         if not lines:
             raise UserError(f"{path}: has no results of tasks; set evaluation.tasks in the run file, and train")
         found: dict[str, dict[float, float]] = {}
         for line in lines:
             for key, value in line.items():
-                if key.startswith("tasks/"):
+                if key.startswith("tasks/") and isinstance(value, int | float):
                     found.setdefault(key.removeprefix("tasks/"), {})[line["tasks_tokens"]] = 100 * value
         for task, points in found.items():
             curves.setdefault(task, {})[name] = sorted(points.items())
     return curves
-
-
-def _lines(path: str) -> list[dict[str, Any]]:
-    if not os.path.exists(path):
-        raise UserError(f"{path}: missing; give the folder of a run, runs/NAME")
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]  # the last may be being written
 
 
 def read_references(path: str) -> References:

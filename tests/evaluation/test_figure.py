@@ -20,7 +20,8 @@ def write_run(folder: Path, *results: tuple[int, float]) -> str:
     folder.mkdir()
     lines: list[dict[str, float]] = [{"step": 1, "loss": 5.0}]
     lines += [{"step": 1, "tasks_tokens": t, "tasks/piqa": p, "tasks_stderr/piqa": 0.1} for t, p in results]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "cut')
+    damaged = 'garbage\n[1]\n{"tasks_tokens": "x", "tasks/piqa": 1}\n{"step": 3, "cut'
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + damaged)
     return str(folder)
 
 
