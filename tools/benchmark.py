@@ -49,6 +49,7 @@ mosaicml-streaming and datasets require other package versions, so they need an 
 Without --streaming-python both are omitted. TMPDIR needs about 1 GB. 100,000 shards take them 12 GB of memory.
 """
 PARTS = ("build", "read", "open", "resume")  # parts of the data benchmark
+EVALUATION = ("choices", "separate", "generation")  # parts of the benchmark of evaluation
 SHAPES = {"quickstart": "quickstart", "7b": "llama_7b", "13b": "llama_13b", "33b": "llama_33b", "65b": "llama_65b"}
 
 

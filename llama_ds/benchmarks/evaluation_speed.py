@@ -43,6 +43,8 @@ class SpeedSettings:
     batches: Sequence[int] = (1, 16)  # prompts that are continued together
     threads: int = 1
     repeats: int = 5
+    # Requests with shared contexts, requests that share nothing, texts.
+    only: Sequence[str] = ("choices", "separate", "generation")
 
 
 def measure(folder: str, settings: SpeedSettings) -> dict[str, Any]:
@@ -61,8 +63,10 @@ def measure(folder: str, settings: SpeedSettings) -> dict[str, Any]:
         scoring = {
             name: _scoring(folder, scorer, backend, requests, settings)
             for name, requests in requests_of(settings.requests).items()
+            if name in settings.only
         }
-        generation = {str(batch): _generation(folder, scorer, batch, settings) for batch in settings.batches}
+        batches = settings.batches if "generation" in settings.only else ()
+        generation = {str(batch): _generation(folder, scorer, batch, settings) for batch in batches}
     packages = ["torch", "transformers", *(["lm-eval"] if _has_lm_eval() else [])]
     return {
         "parameters": parameter_count(backend.run.model),
