@@ -17,6 +17,7 @@ from llama_ds.evaluation.suite import TASKS
 COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2")
 COLUMNS, WIDTH, HEIGHT = 3, 250.0, 150.0  # panels of a row, and the size of a panel's axes
 LEFT, TOP, GAP_X, GAP_Y = 48.0, 56.0, 116.0, 62.0
+UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))  # on the axis of tokens
 LABEL = 10.0  # height of the label of a reference line
 
 # Tables 3 to 9 of arXiv 2302.13971: NaturalQuestions and TriviaQA with 5 shots, MATH and GSM8k without voting, pass@1.
@@ -123,7 +124,8 @@ def _panel(
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark}</text>')
     for part in (0.0, 0.5, 1.0):
         x = left + part * WIDTH
-        tokens = f"{part * last:.3g}" if last < 1e4 else f"{part * last / 1e9:.3g}B"
+        size, unit = next(((size, unit) for size, unit in UNITS if last >= size), (1.0, ""))
+        tokens = f"{part * last / size:.3g}{unit}"
         parts.append(f'<text x="{x:.1f}" y="{top + HEIGHT + 16:.1f}" text-anchor="middle">{tokens}</text>')
     ordered = sorted(references.items(), key=lambda line: line[1])
     for (name, percent), label in zip(ordered, _apart([height_of(percent) for _, percent in ordered]), strict=True):
