@@ -113,9 +113,8 @@ class EvaluationJob:
         return world.gather(world.together(on_first))[0]  # type: ignore[return-value]
 
     def _fill(self, files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> None:
-        if (
-            self._engine and self._run and files.seq_len != self._run.data.seq_len
-        ):  # another stage of a run (`data.stages`)
+        # Another stage of a run (`data.stages`) has longer rows.
+        if self._engine and self._run and files.seq_len != self._run.data.seq_len:
             dismantle(self._engine.deepspeed)
             self._engine = self._checkpoints = None
             self._engines.close()
