@@ -97,7 +97,7 @@ def _add_evaluation_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", help="export with its tokenizer; lm-eval is measured where it is installed")
     command.add_argument("--requests", type=whole(), default=1000, help="(default: %(default)s)")
     command.add_argument("--rows", type=whole(), default=8, help="rows of a forward pass (default: %(default)s)")
-    command.add_argument("--prompt-tokens", type=whole(2), default=128, help="(default: %(default)s)")
+    command.add_argument("--prompt-words", type=whole(2), default=120, help="(default: %(default)s)")
     command.add_argument("--new-tokens", type=whole(), default=64, help="(default: %(default)s)")
     words = f"any of {', '.join(EVALUATION)} (default: all)"
     command.add_argument("--only", nargs="+", choices=EVALUATION, default=EVALUATION, metavar="PART", help=words)

@@ -38,7 +38,7 @@ class SpeedSettings:
 
     requests: int = 1000
     rows: int = 8  # of a forward pass, ours and theirs
-    prompt_tokens: int = 128
+    prompt_words: int = 120
     new_tokens: int = 64
     batches: Sequence[int] = (1, 16)  # prompts that are continued together
     threads: int = 1
@@ -135,19 +135,19 @@ def _generation(folder: str, scorer: Scorer, batch: int, settings: SpeedSettings
     """Time greedy continuations of a batch of prompts, ours and transformers'."""
     tokenizer, rng = scorer.tokenizer, random.Random(2)
     marks, new = tokenizer.marks, settings.new_tokens
-    texts = []
-    for _ in range(batch):
-        ids = tokenizer.encode(" ".join(rng.choice(WORDS) for _ in range(settings.prompt_tokens)))
-        texts.append(tokenizer.decode(ids[: settings.prompt_tokens - 1]))
+    words = [rng.choice(WORDS) for _ in range(settings.prompt_words - 1)]
+    # The same words in other orders behind one that has no space before it: prompts of one length.
+    texts = [" ".join(["The", *rng.sample(words, len(words))]) for _ in range(batch)]
     prompts = [[*prefix(tokenizer), *tokenizer.encode(text)] for text in texts]
-    length = min(map(len, prompts))
-    texts = [tokenizer.decode(ids[1:length]) for ids in prompts]
-    prompts = [[*prefix(tokenizer), *tokenizer.encode(text)] for text in texts]
-    if len(set(map(len, prompts))) > 1 or length + new > scorer.generator.decoder.positions:
-        raise UserError(f"{folder}: prompts of {length} and {new} new tokens do not fit its rows; lower --new-tokens")
+    length = max(map(len, prompts))
+    if min(map(len, prompts)) < length or length + new > scorer.generator.decoder.positions:
+        raise UserError(
+            f"{folder}: prompts of {length} tokens and {new} new ones do not fit its rows of "
+            f"{scorer.generator.decoder.positions}; lower --prompt-words or --new-tokens"
+        )
     model = load_exported(folder, torch.float32).eval()
-    ends = sorted({marks.begin, marks.eos} - {None})
-    ids = torch.tensor(prompts)
+    ends = [marks.eos] if marks.begin is None else [marks.begin, marks.eos]
+    context = torch.tensor(prompts)
     found: dict[str, list[list[int]]] = {}
 
     def ours() -> float:
@@ -158,10 +158,10 @@ def _generation(folder: str, scorer: Scorer, batch: int, settings: SpeedSettings
     @torch.no_grad()
     def theirs() -> float:
         written = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
+            input_ids=context, attention_mask=torch.ones_like(context), do_sample=False, max_new_tokens=new,
             eos_token_id=ends, pad_token_id=marks.eos,
         )  # fmt: skip
-        found["transformers"] = [_until(row, ends) for row in written[:, ids.shape[1] :].tolist()]
+        found["transformers"] = [_until(row, ends) for row in written[:, context.shape[1] :].tolist()]
         return 0.0
 
     timings = time_interleaved({"llama_ds": ours, "transformers": theirs}, settings.repeats, warmup=1)

@@ -54,7 +54,7 @@ def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
 def test_evaluation_is_measured_beside_transformers(tools: Tools, words: dict[str, object], tmp_path: Path) -> None:
     """Texts are compared before their times are: other ones are an error."""
     assert tools.call("tools/convert.py", words["run"], tmp_path / "hf", "--to", "hf").code == 0
-    sizes = ("--requests", 12, "--prompt-tokens", 8, "--new-tokens", 4, "--batches", 1, 3, "--repeats", 1)
+    sizes = ("--requests", 12, "--prompt-words", 4, "--new-tokens", 4, "--batches", 1, 3, "--repeats", 1)
     done = benchmark("evaluation", tmp_path / "hf", *sizes, "--threads", 1, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
