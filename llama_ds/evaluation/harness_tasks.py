@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llama_ds.config.text import dump_yaml
 from llama_ds.errors import UserError
@@ -78,9 +78,8 @@ def _choice(work: Work, example: Example) -> dict[str, Any]:
 
 
 def _question(work: Work, example: Example) -> dict[str, Any]:
-    assert isinstance(work.task, GenerationTask) and isinstance(example, Question)
-    shown = [one for one in work.shown if isinstance(one, Question)]
-    return {"context": prompt(work.task, work.shots, shown, example), "answers": list(example.answers)}
+    task, shown, asked = cast(GenerationTask, work.task), cast(list[Question], work.shown), cast(Question, example)
+    return {"context": prompt(task, work.shots, shown, asked), "answers": list(asked.answers)}
 
 
 def _choices_file(task: Task) -> tuple[dict[str, Any], dict[str, str]]:
