@@ -62,7 +62,8 @@ def test_evaluation_is_measured_beside_transformers(tools: Tools, words: dict[st
         ours = measured["contestants"].pop("llama_ds")
         for name, one in measured["contestants"].items():
             assert measured["speed_over"][name] == pytest.approx(ours["tokens_per_s"] / one["tokens_per_s"])
-    assert {name: one["tokens"] for name, one in found["generation"].items()} == {"1": 4, "3": 12}
+    tokens = {name: one["tokens"] for name, one in found["generation"].items()}  # a text may end early
+    assert tokens.keys() == {"1", "3"} and 1 <= tokens["1"] <= 4 and 3 <= tokens["3"] <= 12
     assert found["scoring"]["choices"]["speed_over"].keys() == {"forward"}  # lm-eval is not installed here
 
 
