@@ -24,6 +24,7 @@ setup(
     packages=[*find_packages(include=["llama_ds", "llama_ds.*"]), *(f"llama_ds.{name}" for name in BESIDE)],
     package_dir={f"llama_ds.{name}": name.replace(".", "/") for name in BESIDE},
     package_data={
+        "llama_ds.evaluation": ["paper_results.json"],
         "llama_ds.experiments": ["*.css", "*.js"],
         "llama_ds.perf.plan": ["data/*.yaml"],
         **{f"llama_ds.{name}": BESIDE[name] for name in BESIDE},

@@ -34,12 +34,16 @@ FLOORS = (
 
 # Heavy packages, and the only files that may import or name them (in fnmatch, * also crosses folders).
 DOORS = {
-    "datasets": ("llama_ds/benchmarks/data/rivals.py",),
+    "datasets": ("llama_ds/benchmarks/data/rivals.py", "llama_ds/evaluation/harness_protocol.py"),
     "deepspeed": ("llama_ds/parallel/*", "llama_ds/training/engines/*.py"),
     "fsspec": ("llama_ds/data/source/remote.py",),
     "flash_attn": ("llama_ds/model/attention*.py",),
     "gguf": ("llama_ds/checkpoint/formats/gguf_*.py", "llama_ds/benchmarks/gguf_tokenizer.py"),
-    "lm_eval": ("llama_ds/evaluation/lm_eval_model.py",),
+    "lm_eval": (
+        "llama_ds/evaluation/lm_eval_model.py",
+        "llama_ds/evaluation/harness_protocol.py",
+        "llama_ds/benchmarks/evaluation_speed.py",
+    ),
     "matplotlib": ("llama_ds/experiments/ladder/figures.py",),
     "orjson": ("llama_ds/data/text/piece_reader.py",),
     "pyarrow": ("llama_ds/data/text/columns.py", "llama_ds/evaluation/fetch.py"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmark against other libraries: training steps, decoder layers, data, checkpoints; context parallelism."""
+"""Benchmark against other libraries: training steps, layers, data, checkpoints, evaluation; context parallelism."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ EXAMPLES = """examples:
   tools/benchmark.py layer --shape 65b --tp 8 --seq-len 4096 --device cuda --out measured.json
   tools/benchmark.py data --streaming-python /tmp/rivals/bin/python --out measured.json
   tools/benchmark.py checkpoint --folder /mnt/scratch --out measured.json
+  tools/benchmark.py evaluation runs/quickstart/hf --out measured.json
   tools/benchmark.py context --ranks 2 --rate-mbit 200 --delay-ms 0.5
 """
 DATA = """Build, read, open and resume data on this machine, with a fresh process for every measurement.
@@ -48,6 +49,7 @@ mosaicml-streaming and datasets require other package versions, so they need an 
 Without --streaming-python both are omitted. TMPDIR needs about 1 GB. 100,000 shards take them 12 GB of memory.
 """
 PARTS = ("build", "read", "open", "resume")  # parts of the data benchmark
+EVALUATION = ("choices", "separate", "generation")  # parts of the benchmark of evaluation
 SHAPES = {"quickstart": "quickstart", "7b": "llama_7b", "13b": "llama_13b", "33b": "llama_33b", "65b": "llama_65b"}
 
 
@@ -86,8 +88,25 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", default=tempfile.gettempdir(), help=words)
     command.add_argument("--repeats", type=whole(), default=5, help="number of turns (default: %(default)s)")
     add_results(command)
+    _add_evaluation_options(add("evaluation", evaluation, "scores and texts: ours, lm-eval, transformers, in fp32"))
     _add_context_options(add("context", context, "attention over rows that ranks share, by each method"))
     return parser
+
+
+def _add_evaluation_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", help="export with its tokenizer; lm-eval is measured where it is installed")
+    command.add_argument("--requests", type=whole(), default=1000, help="(default: %(default)s)")
+    command.add_argument("--rows", type=whole(), default=8, help="rows of a forward pass (default: %(default)s)")
+    command.add_argument("--prompt-words", type=whole(2), default=120, help="(default: %(default)s)")
+    command.add_argument("--new-tokens", type=whole(), default=64, help="(default: %(default)s)")
+    words = f"any of {', '.join(EVALUATION)} (default: all)"
+    command.add_argument("--only", nargs="+", choices=EVALUATION, default=EVALUATION, metavar="PART", help=words)
+    command.add_argument(
+        "--batches", type=whole(), nargs="+", default=[1, 16], help="prompts at a time (default: 1 16)"
+    )
+    command.add_argument("--threads", type=processes, default=os.cpu_count(), help="torch threads (default: all cores)")
+    command.add_argument("--repeats", type=whole(), default=5, help="number of turns (default: %(default)s)")
+    add_results(command)
 
 
 def _add_context_options(command: argparse.ArgumentParser) -> None:
@@ -202,6 +221,15 @@ def checkpoints(args: argparse.Namespace) -> Answer:
 
     with tempfile.TemporaryDirectory(prefix="benchmark-checkpoint-", dir=args.folder) as folder:
         results = measure(args.overrides, folder, args.repeats)
+    return Answer(results, table(results))
+
+
+def evaluation(args: argparse.Namespace) -> Answer:
+    """Measure the evaluation of an exported model."""
+    from llama_ds.benchmarks.evaluation_speed import SpeedSettings, measure, table
+
+    settings = SpeedSettings(**{field.name: getattr(args, field.name) for field in fields(SpeedSettings)})
+    results = measure(args.folder, settings)
     return Answer(results, table(results))
 
 

@@ -2,6 +2,7 @@
 """Compute a checkpoint's loss on the validation rows of its training run, or with --tasks its results in benchmarks.
 
 "tools/evaluate.py fetch TASKS --data DIR" downloads the data sets of benchmarks; evaluation itself uses no network.
+"tools/evaluate.py harness TASKS --data DIR --out DIR" writes the tasks as files for lm-eval's --include_path.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ EXAMPLES = """examples:
   tools/evaluate.py runs/old --tokenizer moved/tokenizer.model --source code=moved/shards/code
   tools/evaluate.py runs/quickstart --tasks miniature
   tools/evaluate.py fetch common_sense,mmlu --data benchmarks
+  tools/evaluate.py harness common_sense,mmlu --data benchmarks --out harness_tasks
   tools/evaluate.py exported/hf --tasks common_sense --data benchmarks --limit 500 --results results.jsonl
   tools/evaluate.py runs/7b --tasks humaneval --data benchmarks --samples 100 --pass-at 10 --run-code
   deepspeed --num_gpus 8 tools/evaluate.py runs/65b --tasks paper --data benchmarks --pp 2 --tp 4
   tools/evaluate.py runs/7b --tasks common_sense --data benchmarks --follow
-  tools/evaluate.py runs/7b --beside runs/13b --figure tasks.svg --references paper.json
+  tools/evaluate.py runs/7b --beside runs/13b --figure tasks.svg --references paper
 """
 
 
@@ -52,9 +54,12 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = new_parser(evaluate, __doc__, EXAMPLES)
     parser.add_argument(
-        "checkpoint", help="a checkpoint, or a run folder or its checkpoints folder (newest checkpoint); or: fetch"
+        "checkpoint",
+        help="a checkpoint, or a run folder or its checkpoints folder (newest checkpoint); or: fetch, harness",
     )
-    parser.add_argument("names", metavar="TASKS", nargs="?", help="after the word fetch: whose data to download")
+    parser.add_argument(
+        "names", metavar="TASKS", nargs="?", help="after fetch: whose data to download; after harness: what to write"
+    )
     parser.add_argument("--hf", metavar="DIR", help="evaluate this export with transformers instead, on the same rows")
     parser.add_argument("--rows", type=whole(), help="validation rows (default: the run's evaluation.rows)")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help="compute dtype (default: that of training)")
@@ -65,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_argument("--shots", type=whole(0, 1000), help="examples before each question (default: as in the paper)")
     tasks.add_argument("--limit", type=whole(), help="evaluate only the first examples of each task, of all subjects")
     tasks.add_argument("--data", metavar="DIR", default="benchmarks", help="data of tasks (default: %(default)s)")
+    tasks.add_argument("--out", metavar="DIR", help="after harness: folder of the files for lm-eval's --include_path")
     tasks.add_argument("--results", metavar="FILE", help="file of outcomes, from which a killed evaluation goes on")
     tasks.add_argument("--batch", type=whole(), default=8, help="rows of a forward pass (default: %(default)s)")
     tasks.add_argument("--samples", type=whole(1, 10_000), default=1, help="continuations of a question (default: 1)")
@@ -84,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     )
     tasks.add_argument("--figure", metavar="FILE", help="draw the tasks of a run over its tokens to this SVG, no more")
     tasks.add_argument("--beside", action="append", default=[], metavar="RUN", help="another run in the figure")
-    tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}')
+    tasks.add_argument("--references", metavar="FILE", help='lines in it, JSON: {"TASK": {"NAME": PERCENT}}; or: paper')
     parser.add_argument("--local_rank", type=whole(0), help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     add_json(parser, "losses, perplexities and bits per byte, or the results of tasks,")
     return parser
@@ -94,10 +100,13 @@ def evaluate(args: argparse.Namespace) -> Answer | int:
     """Return the results of tasks, or losses; or fetch data."""
     from llama_ds.errors import UserError
 
-    if args.checkpoint == "fetch":
+    word = args.checkpoint
+    if args.out and word != "harness":
+        raise UserError("command line: --out is the folder that the word harness writes to")
+    if word in ("fetch", "harness"):
         if not args.names:
-            raise UserError("command line: fetch needs the names of tasks, with commas, such as fetch common_sense")
-        return fetch_data(args)
+            raise UserError(f"command line: {word} needs the names of tasks, with commas, such as {word} common_sense")
+        return fetch_data(args) if word == "fetch" else write_harness_tasks(args)
     if args.names:
         raise UserError(f"command line: {args.names!r} is one word too many; name tasks with --tasks {args.names}")
     if args.figure:
@@ -123,6 +132,25 @@ def fetch_data(args: argparse.Namespace) -> Answer:
 
     written = [path for task in find_tasks(args.names.split(",")) for path in fetch(task, args.data)]
     return Answer({"written": written}, "\n".join(written) or f"{args.data}: has all of it already")
+
+
+def write_harness_tasks(args: argparse.Namespace) -> Answer:
+    """Write tasks as files for lm-eval."""
+    from llama_ds.errors import UserError
+    from llama_ds.evaluation.evaluate import prepare
+    from llama_ds.evaluation.harness_tasks import check_writable, write_tasks
+    from llama_ds.evaluation.suite import find_tasks
+
+    if not args.out:
+        raise UserError("command line: harness needs a folder to write to: --out DIR")
+    names = args.names.split(",")
+    tasks = find_tasks(names)
+    check_writable(tasks)
+    written = write_tasks(prepare(tasks, args.data, args.shots, args.limit), names, args.out)
+    return Answer(
+        {"folder": args.out, "names": written},
+        f"lm_eval --include_path {args.out} --tasks {written[0]} (it has {', '.join(written)})",
+    )
 
 
 def evaluate_tasks(args: argparse.Namespace) -> Answer | int:

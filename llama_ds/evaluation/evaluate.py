@@ -12,24 +12,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 from llama_ds.errors import UserError
+from llama_ds.evaluation.choice_scores import NORMALIZATIONS, PLAIN, choice_scores, chosen_is_right, probability
 from llama_ds.evaluation.generated_outcomes import generated_scores
 from llama_ds.evaluation.generation_tasks import ONE_SAMPLE, GenerationTask, Question, Samples
 from llama_ds.evaluation.scoring import Scorer
 from llama_ds.evaluation.suite import read_examples
-from llama_ds.evaluation.tasks import (
-    NORMALIZATIONS,
-    PLAIN,
-    Example,
-    Task,
-    choice_scores,
-    chosen,
-    first_of_groups,
-    probability,
-    request_count,
-    shown_examples,
-)
+from llama_ds.evaluation.tasks import Example, Task, chosen, first_of_groups, request_count, shown_examples
 
-FORMAT = 2  # version of a journal's lines
+FORMAT = 3  # version of a journal's lines
 BLOCK = 128  # examples that are scored together; a killed evaluation repeats at most so many
 
 
@@ -224,8 +214,8 @@ def _outcomes(
     found = []
     for example, some in zip(examples, requests, strict=True):
         own = [next(scores) for _ in some]
-        choices = choice_scores(example, [score.log_likelihood for score in own])
-        correct = {name: float(values.index(max(values)) == example.gold) for name, values in choices.items()}
+        choices = choice_scores(example.completions, [score.log_likelihood for score in own])
+        correct = {name: chosen_is_right(values, example.gold) for name, values in choices.items()}
         share = probability(choices[task.normalization], example.gold)
         found.append(ExampleOutcome(correct, share, sum(score.truncated for score in own)))
     return found

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from pathlib import Path
 
 from llama_ds.config.run_files import METRICS
 from llama_ds.errors import UserError, did_you_mean
@@ -16,7 +16,12 @@ from llama_ds.evaluation.suite import TASKS
 
 COLOURS = ("#4e79a7", "#e15759", "#59a14f", "#f28e2b", "#b07aa1", "#76b7b2")
 COLUMNS, WIDTH, HEIGHT = 3, 250.0, 150.0  # panels of a row, and the size of a panel's axes
-LEFT, TOP, GAP_X, GAP_Y = 48.0, 56.0, 60.0, 62.0
+LEFT, TOP, GAP_X, GAP_Y = 48.0, 56.0, 116.0, 62.0
+UNITS = ((1e9, "B"), (1e6, "M"), (1e3, "k"))  # on the axis of tokens
+LABEL = 10.0  # height of the label of a reference line
+
+# Tables 3 to 9 of arXiv 2302.13971: NaturalQuestions and TriviaQA with 5 shots, MATH and GSM8k without voting, pass@1.
+PAPER, PAPER_RESULTS = "paper", Path(__file__).with_name("paper_results.json")
 
 Curves = Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]  # task -> run -> (tokens, percent)
 References = Mapping[str, Mapping[str, float]]  # task -> name -> percent
@@ -32,37 +37,34 @@ def read_curves(runs: Sequence[str]) -> Curves:
     for run in runs:
         path, name = os.path.join(run, METRICS), os.path.basename(os.path.normpath(run))
         beside = os.path.join(run, RESULTS)
-        lines = _lines(path) if os.path.exists(path) or not os.path.exists(beside) else []
-        lines = [line for line in (*lines, *result_lines(beside)) if "tasks_tokens" in line]
+        if not os.path.exists(path) and not os.path.exists(beside):
+            raise UserError(f"{path}: missing; give the folder of a run, runs/NAME")
+        every = (*result_lines(path), *result_lines(beside))
+        lines = [line for line in every if isinstance(line.get("tasks_tokens"), int | float)]
         if not lines:
             raise UserError(f"{path}: has no results of tasks; set evaluation.tasks in the run file, and train")
         found: dict[str, dict[float, float]] = {}
         for line in lines:
             for key, value in line.items():
-                if key.startswith("tasks/"):
+                if key.startswith("tasks/") and isinstance(value, int | float):
                     found.setdefault(key.removeprefix("tasks/"), {})[line["tasks_tokens"]] = 100 * value
         for task, points in found.items():
             curves.setdefault(task, {})[name] = sorted(points.items())
     return curves
 
 
-def _lines(path: str) -> list[dict[str, Any]]:
-    if not os.path.exists(path):
-        raise UserError(f"{path}: missing; give the folder of a run, runs/NAME")
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]  # the last may be being written
-
-
 def read_references(path: str) -> References:
-    """Return the reference lines of a JSON file {"TASK": {"NAME": PERCENT}}.
+    """Return the reference lines of a JSON file {"TASK": {"NAME": PERCENT}}; "paper": those of the LLaMA paper.
 
     Raises:
-        UserError: the file is not of this form, or a task is unknown.
+        UserError: the file is missing or not of this form, or a task is unknown.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(PAPER_RESULTS if path == PAPER else path, encoding="utf-8") as file:
             content = json.load(file)
         found = {task: {name: _percent(value) for name, value in lines.items()} for task, lines in content.items()}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a JSON file, or the word {PAPER}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f'{path}: not of the form {{"TASK": {{"NAME": PERCENT}}}} ({error})') from None
     for task in found:
@@ -122,14 +124,14 @@ def _panel(
         parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark}</text>')
     for part in (0.0, 0.5, 1.0):
         x = left + part * WIDTH
-        tokens = f"{part * last:.3g}" if last < 1e4 else f"{part * last / 1e9:.3g}B"
+        size, unit = next(((size, unit) for size, unit in UNITS if last >= size), (1.0, ""))
+        tokens = f"{part * last / size:.3g}{unit}"
         parts.append(f'<text x="{x:.1f}" y="{top + HEIGHT + 16:.1f}" text-anchor="middle">{tokens}</text>')
-    for name, percent in references.items():
-        y = height_of(percent)
-        parts.append(
-            f'<line x1="{left}" x2="{left + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#555" stroke-dasharray="4 3"/>'
-        )
-        parts.append(f'<text x="{left + WIDTH}" y="{y - 3:.1f}" text-anchor="end" fill="#555">{escape(name)}</text>')
+    ordered = sorted(references.items(), key=lambda line: line[1])
+    for (name, percent), label in zip(ordered, _apart([height_of(percent) for _, percent in ordered]), strict=True):
+        y, right = height_of(percent), left + WIDTH
+        parts.append(f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#555" stroke-dasharray="4 3"/>')
+        parts.append(f'<text x="{right + 4}" y="{label + 3:.1f}" font-size="9" fill="#555">{escape(name)}</text>')
     for run, points in panel.items():
         line = " ".join(f"{left + x / last * WIDTH:.1f},{height_of(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colours[run]}" stroke-width="1.5"/>')
@@ -138,3 +140,11 @@ def _panel(
             title = f"<title>{escape(run)}, {x:,.0f} tokens: {y:.1f}</title>"
             parts.append(f'<circle {where} r="2.5" fill="{colours[run]}">{title}</circle>')
     return parts
+
+
+def _apart(heights: Sequence[float]) -> list[float]:
+    """Return heights of labels, at least `LABEL` apart and around those of their lines, which go from low to high."""
+    found: list[float] = []
+    for y in heights:
+        found.append(min(y, found[-1] - LABEL) if found else y)
+    return [label + (heights[-1] - found[-1]) / 2 for label in found]

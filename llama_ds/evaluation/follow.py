@@ -49,7 +49,8 @@ class Follower:
         self.run_dir, self._names = run_dir, names
         self._folder = os.path.join(run_dir, "checkpoints")
         self._path = os.path.join(run_dir, RESULTS)
-        self._done = {(one["step"], one["saved"]) for one in result_lines(self._path) if one.get("names") == names}
+        lines = result_lines(self._path)
+        self._done = {(one.get("step"), one.get("saved")) for one in lines if one.get("names") == names}
 
     def next(self) -> str | None:
         """Return the oldest checkpoint that has not been evaluated; None: there is none now."""
@@ -125,8 +126,18 @@ def follow(
 
 
 def result_lines(path: str) -> list[dict[str, Any]]:
-    """Return the lines of a file of results; the last one may be being written."""
+    """Return the objects of a file of JSON lines; damaged lines are left out, with a warning that counts them."""
     if not os.path.exists(path):
         return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    found, damaged = [], 0
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        if not line.endswith("\n"):  # the last one may be being written
+            continue
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            damaged += 1
+    objects = [line for line in found if isinstance(line, dict)]
+    if damaged := damaged + len(found) - len(objects):
+        logger.warning("%s: %d damaged line%s left out", path, damaged, "s" if damaged > 1 else "")
+    return objects

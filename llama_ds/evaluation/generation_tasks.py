@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_ds.errors import UserError
+from llama_ds.evaluation.choice_scores import PLAIN
 from llama_ds.evaluation.generated_answers import boxed_answer, final_number, plain_words
-from llama_ds.evaluation.tasks import PLAIN, Example, Task
+from llama_ds.evaluation.tasks import Example, Task
 from llama_ds.model.decoding_rule import GREEDY, DecodingRule
 
 Line = Mapping[str, Any]

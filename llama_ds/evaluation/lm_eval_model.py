@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lm_eval.api.model import LM
@@ -53,13 +55,18 @@ class HarnessModel(LM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the continuation of each context up to its stop strings; args: context, settings of the harness.
 
+        Equal requests, as a task with `repeats` makes them, are samples that are drawn independently.
+
         As in the harness the text is that of the new ids alone, of which some tokenizers drop the first space.
 
         Raises:
             UserError: a setting is unknown.
         """
         tokenizer = self.scorer.tokenizer
-        wanted = [self.wanted(*request.args) for request in requests]
+        wanted, seen = [], Counter[GenerationRequest]()
+        for asked in (self.wanted(*request.args) for request in requests):
+            wanted.append(replace(asked, sample=seen[asked]))
+            seen[asked] += 1
         found = self.scorer.generator.generate(wanted)
         _say_truncated([one.truncated for one in found])
         return [cut_at(tokenizer.decode(one.ids), asked.until) for asked, one in zip(wanted, found, strict=True)]

@@ -1,100 +1,95 @@
-"""A suite that needs no download and shows progress in a model of a few million parameters: four tasks from a seed."""
+"""A suite that needs no download and shows progress in a model of a few million parameters: four tasks from a seed.
+
+All but arithmetic compare how likely one completion is after several contexts, as WinoGrande does: how common a word or
+a bracket is then plays no part, and what a small model learns first shows in the accuracy.
+"""
 
 from __future__ import annotations
 
 import random
-import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from llama_ds.evaluation.choice_scores import PLAIN
 from llama_ds.evaluation.tasks import Example, Task
 
 COUNT = 200  # questions of each task
 SHOWN = 100  # further examples of each, for showing before a question
 SEED = 20230227
-DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
-MONTHS = (
-    *("January", "February", "March", "April", "May", "June"),
-    *("July", "August", "September", "October", "November", "December"),
-)
-NUMBERS = (
-    *("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
-    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
-)
-STEPS, SHOWN_STEPS = (1, 2, 3, 5, 10), (4, 7, 25, 100)  # sequences of numbers; a shown one says nothing of those asked
-RANGE = 40  # numbers of a sequence
 WORDS = (
-    "time",
-    "name",
-    "line",
-    "file",
-    "value",
-    "list",
-    "object",
-    "error",
-    "test",
-    "path",
-    "key",
-    "node",
-    "data",
-    "type",
+    *("time", "name", "line", "file", "value", "list", "object", "error", "test", "path", "key", "node", "data"),
+    *("type", "index", "size", "text", "state", "model", "number"),
 )
+NOUNS = (
+    *("file", "list", "value", "name", "model", "test", "size", "result", "function", "error", "user", "system"),
+    *("data", "process", "number", "code", "program", "page", "table", "book"),
+)
+# Phrases by the only one of these words that can follow them.
+PHRASES: dict[str, tuple[str, ...]] = {
+    "of": ("is part", "is one", "consists", "is made", "is a list", "is a copy", "is the end", "is the name"),
+    "to": ("is equal", "belongs", "is similar", "refers", "corresponds", "is able", "applies", "is close"),
+    "on": ("depends", "is based", "relies", "focuses", "is dependent"),
+    "as": ("is known", "is the same", "is treated", "serves", "acts"),
+    "than": ("is larger", "is greater", "is smaller", "is longer", "is better", "is less"),
+    "with": ("is associated", "is compatible", "deals", "is consistent", "begins"),
+    "by": ("is followed", "is multiplied", "is divided", "is preceded", "is surrounded"),
+    "from": ("is different", "is derived", "differs", "is excluded", "inherits"),
+    "in": ("results", "is interested", "is involved", "participates", "is contained"),
+}
+# Others, for the examples that are shown: they say nothing of those that are asked.
+SHOWN_PHRASES: dict[str, tuple[str, ...]] = {
+    "of": ("is a kind", "is the size"),
+    "to": ("is due", "leads"),
+    "on": ("is built", "insists"),
+    "as": ("is defined", "counts"),
+    "than": ("is older", "is more"),
+    "with": ("is filled", "is familiar"),
+    "by": ("is caused", "is given"),
+    "from": ("is taken", "is far"),
+    "in": ("is found", "is stored"),
+}
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
 CHOICES = 4
 
 
-def _cloze(rng: random.Random, sequences: Sequence[Sequence[str]] | None = None) -> Example:
-    """Continue a well-known sequence."""
-    words = rng.choice(sequences or SEQUENCES)
-    start = rng.randrange(len(words) - 3)
-    wrong = rng.sample([word for word in dict.fromkeys(words) if word not in words[start : start + 4]], 3)
-    return _shuffled(rng, f"{words[start]}, {words[start + 1]}, {words[start + 2]},", words[start + 3], wrong)
-
-
-def _numbers(steps: Sequence[int]) -> Iterator[Sequence[str]]:
-    """Yield the multiples of each step, upwards and downwards."""
-    for step in steps:
-        up = [str(number) for number in range(step, step * (RANGE + 1), step)]
-        yield from (up, up[::-1])
-
-
-_NAMED = [*DAYS, *DAYS[:3]], [*MONTHS, *MONTHS[:3]], NUMBERS, string.ascii_lowercase
-SEQUENCES = (*_NAMED, *(words[::-1] for words in _NAMED), *_numbers(STEPS))
-SHOWN_SEQUENCES = tuple(_numbers(SHOWN_STEPS))
+def _cloze(rng: random.Random, phrases: Mapping[str, Sequence[str]] = PHRASES) -> Example:
+    """Find the phrase that a word follows."""
+    words, noun = rng.sample(sorted(phrases), CHOICES), rng.choice(NOUNS)
+    return _shuffled(rng, [f"The {noun} {rng.choice(phrases[word])}" for word in words], words[0])
 
 
 def _copy(rng: random.Random) -> Example:
-    """Repeat a list of words."""
-    words = rng.sample(WORDS, 5)
-    at = rng.randrange(1, 5)
-    wrong = [word for word in words if word not in (words[at], words[at - 1])]
-    return _shuffled(rng, f"{' '.join(words)}\n{' '.join(words[:at])}", words[at], wrong)
+    """Find the list of words whose repetition goes on with a word: the others have other words in its place."""
+    words = rng.sample(WORDS, CHOICES + 4)
+    others, place = words[CHOICES:], rng.randrange(1, 4)
+    lists = [[*others[:place], word, *others[place:]] for word in words[:CHOICES]]
+    return _shuffled(rng, [f"{' '.join(one)}\n{' '.join(one[:place])}" for one in lists], words[0])
 
 
 def _arithmetic(rng: random.Random) -> Example:
     """Add two numbers."""
     a, b = rng.randrange(1, 31), rng.randrange(1, 31)
-    wrong = rng.sample([n for n in range(max(2, a + b - 4), a + b + 5) if n != a + b], 3)
-    return _shuffled(rng, f"{a} + {b} =", str(a + b), [str(n) for n in wrong])
+    wrong = rng.sample([n for n in range(max(2, a + b - 4), a + b + 5) if n != a + b], CHOICES - 1)
+    choices = [str(a + b), *map(str, wrong)]
+    rng.shuffle(choices)
+    return Example((f"{a} + {b} =",) * CHOICES, tuple(choices), choices.index(str(a + b)))
 
 
 def _brackets(rng: random.Random) -> Example:
-    """Close the innermost open bracket."""
-    text: list[str] = []
-    open_: list[str] = []
-    for _ in range(rng.randrange(3, 12)):
-        if len(open_) > 1 and rng.random() < 0.4:
-            text.append(BRACKETS[open_.pop()])
-        else:
-            open_.append(rng.choice(list(BRACKETS)))
-            text.append(open_[-1])
-    right = BRACKETS[open_[-1]]
-    return _shuffled(rng, " ".join(text), right, [mark for mark in BRACKETS.values() if mark != right])
+    """Find the bracket that a bracket closes, with up to two closed pairs between them."""
+    closed = []
+    for _ in range(rng.randrange(3)):
+        open_ = rng.choice(list(BRACKETS))
+        closed.append(f"{rng.choice(WORDS)} {open_} {rng.choice(WORDS)} {BRACKETS[open_]} , ")
+    before, after = f"{rng.choice(WORDS)} = {rng.choice(WORDS)}", f"{''.join(closed)}{rng.choice(WORDS)}"
+    opens = rng.sample(list(BRACKETS), 3)
+    return _shuffled(rng, [f"{before} {open_} {after}" for open_ in opens], BRACKETS[opens[0]])
 
 
-def _shuffled(rng: random.Random, context: str, right: str, wrong: list[str]) -> Example:
-    choices = [right, *wrong][:CHOICES]
-    rng.shuffle(choices)
-    return Example((context,) * len(choices), tuple(choices), choices.index(right))
+def _shuffled(rng: random.Random, contexts: Sequence[str], completion: str) -> Example:
+    """Return the question after which of the contexts, the first, the completion is likeliest."""
+    order = list(contexts)
+    rng.shuffle(order)
+    return Example(tuple(order), (completion,) * len(order), order.index(contexts[0]))
 
 
 MAKERS: dict[str, Callable[[random.Random], Example]] = {
@@ -103,8 +98,8 @@ MAKERS: dict[str, Callable[[random.Random], Example]] = {
     "mini_arithmetic": _arithmetic,
     "mini_brackets": _brackets,
 }
-SHOWN_MAKERS = MAKERS | {"mini_cloze": lambda rng: _cloze(rng, SHOWN_SEQUENCES)}
-MINIATURE = tuple(Task(name, 2, lambda line: line["example"]) for name in MAKERS)
+SHOWN_MAKERS = MAKERS | {"mini_cloze": lambda rng: _cloze(rng, SHOWN_PHRASES)}
+MINIATURE = tuple(Task(name, 3, lambda line: line["example"], normalization=PLAIN) for name in MAKERS)
 
 
 def examples(name: str, shown: bool = False, seed: int = SEED) -> list[Example]:
@@ -123,6 +118,6 @@ def examples(name: str, shown: bool = False, seed: int = SEED) -> list[Example]:
 
 
 def _question(example: Example) -> tuple[str, ...]:
-    """Return what makes two questions one: the context, in which a sum does not depend on the order."""
-    words = example.contexts[0].split(" ")
+    """Return what makes two questions one: the text that is right, in which a sum does not depend on the order."""
+    words = example.solved.split(" ")
     return tuple(sorted(words) if "+" in words else words)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +100,12 @@ def _scorer(files: ModelFiles, tokenizer: Tokenizer, dtype: str, rows: int) -> S
     return Scorer(ModelBackend(load_model(files, device, DTYPES[dtype]), rows), tokenizer)
 
 
-def saved_at(folder: str) -> int:
-    """Return the time of the newest file of a model folder: another model in the same place is another one."""
-    return max(entry.stat().st_mtime_ns for entry in os.scandir(folder))
+def saved_at(folder: str) -> str:
+    """Return a digest of the names, sizes and times of all files in a model folder: it changes with any of them.
+
+    A model converted or copied over another one, even with older times or in folders below, is another model.
+    """
+    os.stat(folder)  # raises an OSError if there is none
+    files = ((path, path.stat()) for path in sorted(Path(folder).rglob("*")) if not path.is_dir())
+    found = [(str(path.relative_to(folder)), file.st_size, file.st_mtime_ns) for path, file in files]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]

@@ -1,8 +1,7 @@
-"""Multiple-choice tasks: examples, what a model's scores of their choices mean, and the tasks by name."""
+"""Multiple-choice tasks: their examples, and the requests made of them."""
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +11,6 @@ from typing import Any
 from llama_ds.evaluation.requests import ScoringRequest
 
 ANSWER = "Answer:"  # context of the normalization of Brown et al. 2020
-PLAIN = "plain"
-NORMALIZATIONS = (PLAIN, "characters", "answer")
 
 
 @dataclass(frozen=True)
@@ -62,28 +59,6 @@ def chosen(task: Task, shown: Sequence[Example], example: Example) -> list[Scori
     if task.normalization == "answer":
         requests += [ScoringRequest(ANSWER, f" {completion}") for _, completion in pairs]
     return requests
-
-
-def choice_scores(example: Example, log_likelihoods: Sequence[float]) -> dict[str, list[float]]:
-    """Return the scores of the choices by normalization, from the log-likelihoods of the requests of `chosen`.
-
-    plain: log P(completion | context). characters: that divided by the characters of the completion. answer: that minus
-    log P(completion | "Answer:"), where the task asked for it.
-    """
-    count = len(example.completions)
-    own, alone = list(log_likelihoods[:count]), log_likelihoods[count:]
-    scores = {PLAIN: own}
-    scores["characters"] = [value / max(1, len(text)) for value, text in zip(own, example.completions, strict=True)]
-    if alone:
-        scores["answer"] = [value - bare for value, bare in zip(own, alone, strict=True)]
-    return scores
-
-
-def probability(scores: Sequence[float], gold: int) -> float:
-    """Return the share of the right choice among the choices: it moves before the accuracy of a small model does."""
-    top = max(scores)
-    shares = [math.exp(score - top) for score in scores]
-    return shares[gold] / sum(shares)
 
 
 def request_count(task: Task, example: Example) -> int:

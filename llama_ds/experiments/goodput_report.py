@@ -18,7 +18,7 @@ COLOURS = dict(
         PHASES,
         (
             *("#2e8b57", "#a6d96a", "#4575b4", "#74add1", "#abd9e9", "#cccccc", "#d73027"),
-            *("#f46d43", "#fdae61", "#b2182b", "#fee090", "#8073ac", "#542788", "#b2abd2"),
+            *("#f46d43", "#fdae61", "#b2182b", "#fee090", "#8073ac", "#a03fc0", "#b2abd2"),
         ),
         strict=True,
     )
@@ -112,8 +112,10 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def timeline(run: Goodput, window_s: float) -> str:
+def timeline(run: Goodput, window_s: float, background: str = "#ffffff") -> str:
     """Return the timeline of a run as an SVG: a row for each stretch of time, and a mark for each failure.
+
+    Without a `background` it takes that of the page around it, whose text colour it has in either case.
 
     Each pixel shows the phase that takes most of its time, so that the size of the picture is bounded.
     """
@@ -130,7 +132,8 @@ def timeline(run: Goodput, window_s: float) -> str:
     )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH + _LEFT + 20}" height="{height}" '
-        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#ffffff"/>',
+        'font-family="sans-serif" font-size="12" fill="currentColor">',
+        *([f'<rect width="100%" height="100%" fill="{background}"/>'] if background else []),
         f'<text x="10" y="22" font-size="15">{escape(title)}</text>',
         f'<text x="10" y="44">{escape(_facts(run))}; a row is {duration(length)}; ▼ failure (point at it)</text>',
     ]

@@ -34,8 +34,8 @@ def heat_map(lines: Sequence[Mapping[str, Any]], kind: str) -> str:
     parts = [f'<path fill="{COLOURS[level]}" d="{"".join(found)}"/>' for level, found in sorted(cells.items())]
     first, last = lines[0]["step"], lines[-1]["step"]
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, 420)} {height}" '
-        f'width="{max(width, 420)}" height="{height}" font-family="sans-serif" font-size="9" fill="currentColor">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(width, 460)} {height}" '
+        f'width="{max(width, 460)}" height="{height}" font-family="sans-serif" font-size="9" fill="currentColor">'
         f"{''.join(_scale(kind))}{''.join(parts)}{''.join(_labels(list(rows)))}"
         f'<text x="{LEFT}" y="{height - 6}">step {first:,} to {last:,}</text></svg>'
     )
@@ -84,8 +84,8 @@ def _labels(names: Sequence[str]) -> Iterator[str]:
 
 
 def _scale(kind: str) -> Iterator[str]:
-    yield f'<text x="{LEFT}" y="12">{kind}, relative to the layer\'s median: 1/4</text>'
-    left = LEFT + 190
+    left = LEFT + 230
+    yield f'<text x="{left - 4}" y="12" text-anchor="end">{kind}, relative to the layer\'s median: 1/4</text>'
     for level, colour in enumerate(COLOURS):
         yield f'<rect x="{left + level * 10}" y="4" width="10" height="10" fill="{colour}"/>'
     yield f'<text x="{left + 10 * len(COLOURS) + 4}" y="12">8</text>'

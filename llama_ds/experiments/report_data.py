@@ -248,7 +248,7 @@ def _goodput(run: Records, found: Goodput) -> dict[str, Any]:
             for name, cause in found.causes.items()
         ],
         "remarks": [line for line in remarks(found) if line.partition(":")[0] not in run.damaged],
-        "timeline": timeline(found, WINDOW_S),
+        "timeline": timeline(found, WINDOW_S, background=""),
     }
 
 

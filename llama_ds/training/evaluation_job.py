@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from llama_ds.evaluation.scoring import Scorer
 from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.log import logger
 from llama_ds.parallel import world
+from llama_ds.parallel.temporary import dismantle, engines_undone
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.engines.scoring import EngineBackend
@@ -51,10 +53,11 @@ class EvaluationSettings:
 
 
 class EvaluationJob:
-    """The ranks of an evaluation. The engine is built for the first model, and refilled for others of its shape."""
+    """The ranks of an evaluation. The engine is refilled for every model, and built anew where rows get longer."""
 
     def __init__(self, settings: EvaluationSettings, rank_info: world.RankInfo) -> None:
         self._settings, self._rank_info = settings, rank_info
+        self._engines = ExitStack()  # not a `with`: after an error, the ranks of a job that fails close no groups
         self._engine: Any = None
         self._checkpoints: Checkpoints | None = None
         self._run: RunConfig | None = None
@@ -72,17 +75,27 @@ class EvaluationJob:
         Raises:
             UserError: on all ranks: the model cannot be read, or its layout does not suit the number of ranks.
         """
-        files, tokenizer = world.together(lambda: opened(path, self._settings.tokenizer))
+        files, tokenizer = self._opened(path)
         dtype = self._settings.dtype or files.dtype
         first = self._rank_info.rank == 0
         kept = world.together(
             lambda: Journal(journal, subject_of(files, tokenizer, dtype)) if first else Journal(None, {})
         )
         kept.share(world.gather)
+        return results_of(self._scorer(files, tokenizer, dtype), files, dtype, works, kept, tick)
+
+    def scorer(self, path: str) -> Scorer:
+        """Return a scorer of the model at `path`, until the next model is opened. Collective; errors as `evaluate`."""
+        files, tokenizer = self._opened(path)
+        return self._scorer(files, tokenizer, self._settings.dtype or files.dtype)
+
+    def _opened(self, path: str) -> tuple[ModelFiles, Tokenizer]:
+        return world.together(lambda: opened(path, self._settings.tokenizer))
+
+    def _scorer(self, files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> Scorer:
         self._fill(files, tokenizer, dtype)
         assert self._run is not None and self._layout is not None
-        backend = EngineBackend(self._engine, self._run, self._layout, tokenizer.marks)
-        return results_of(Scorer(backend, tokenizer), files, dtype, works, kept, tick)
+        return Scorer(EngineBackend(self._engine, self._run, self._layout, tokenizer.marks), tokenizer)
 
     def once(self, work: Callable[[], T]) -> T:
         """Return on every rank what `work` returns on the first, the only one that does it. Collective.
@@ -100,7 +113,13 @@ class EvaluationJob:
         return world.gather(world.together(on_first))[0]  # type: ignore[return-value]
 
     def _fill(self, files: ModelFiles, tokenizer: Tokenizer, dtype: str) -> None:
+        # Another stage of a run (`data.stages`) has longer rows.
+        if self._engine and self._run and files.seq_len != self._run.data.seq_len:
+            dismantle(self._engine.deepspeed)
+            self._engine = self._checkpoints = None
+            self._engines.close()
         if self._engine is None:
+            self._engines.enter_context(engines_undone())
             run, self._layout = world.together(lambda: self._layout_of(files, tokenizer, dtype))
             device = world.device()
             config = deepspeed_config(run, self._layout, world.computes_bf16(device))
@@ -113,11 +132,6 @@ class EvaluationJob:
                 self._checkpoints = Checkpoints(run, layout, dtype, self._rank_info)
             logger.info("evaluating %s under %s, ZeRO-%d, %s", files.path, layout.words(), run.zero_stage, dtype)
         assert self._layout is not None and self._run is not None
-        if files.seq_len != self._run.data.seq_len:
-            raise UserError(
-                f"{files.path}: has rows of {files.seq_len} tokens, the checkpoints before {self._run.data.seq_len}, "
-                "which this engine was built for; run the same command again to evaluate the checkpoints from here on"
-            )
         if self._checkpoints:
             self._checkpoints.start_from(self._engine.deepspeed, files.tensors)
         else:

@@ -13,12 +13,17 @@ from launching import TRAIN, forked, succeed
 from test_run_resume import assert_same_bits
 from tiny_run import GLOBAL_BATCH, SEQ_LEN, STEPS, Corpus, Run
 
+from llama_ds.checkpoint.store import tag_of
 from llama_ds.config.row_stages import stage_runs
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import ComputeConfig, ParallelConfig
 from llama_ds.data.building.build import build_source
 from llama_ds.data.stream import open_data
 from llama_ds.data.text.tokenizer import Tokenizer
+from llama_ds.evaluation.evaluate import prepare
+from llama_ds.evaluation.follow import result_lines
+from llama_ds.evaluation.one_process import evaluate_folder
+from llama_ds.evaluation.suite import find_tasks
 from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.tensor_parallel import SingleRank
@@ -79,7 +84,10 @@ def plain_losses(file: Path) -> list[float]:
 def test_a_run_stopped_in_each_of_its_stages_equals_one_that_was_not(
     changes: dict[str, Any], make_run: Callable[..., Run]
 ) -> None:
-    """Losses are those of plain torch to 1e-5 (measured: 2e-7), and of both runs to the bit."""
+    """Losses are those of plain torch to 1e-5 (measured: 2e-7), and of both runs to the bit.
+
+    Ranks that follow the run evaluate the checkpoints of both lengths.
+    """
     whole, parts = make_run("whole", changes), make_run("parts", changes)
     output = succeed(forked(RANKS, TRAIN, whole.file), whole.log)
     assert "step 3 ends a stage of data.stages" in output and f"resumed at step 3 of {STEPS}" in output
@@ -95,3 +103,12 @@ def test_a_run_stopped_in_each_of_its_stages_equals_one_that_was_not(
     assert [line["tokens"] for line in steps] == [TOKENS * step for step in range(1, STEPS + 1)]
     read = [line for line in whole.metrics if "tokens/code" in line][-1]
     assert read["tokens/code"] + read["tokens/prose"] == TOKENS * 3  # since rows are of this length
+    words = ("--tasks", "mini_copy", "--limit", "4", "--follow")
+    output = succeed(forked(RANKS, "tools/evaluate.py", parts.dir, *words), parts.log)
+    lines = result_lines(str(parts.dir / "tasks.jsonl"))
+    evaluated = {line["step"]: line["tasks_share/mini_copy"] for line in lines}
+    assert len(evaluated) == len(lines) and min(evaluated) <= 3 and max(evaluated) == STEPS
+    works = prepare(find_tasks(["mini_copy"]), "unused", limit=4)
+    for step, share in evaluated.items():  # 1e-5: layouts differ in the order of sums in fp32
+        found = evaluate_folder(str(parts.dir / "checkpoints" / tag_of(step)), works, None, None, 4)
+        assert share == pytest.approx(found["tasks"][0]["probability"], rel=1e-5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from llama_ds.errors import UserError
 from llama_ds.evaluation.evaluate import Journal, evaluate, in_words, metrics_of, prepare, table
 from llama_ds.evaluation.fetch import fetch
 from llama_ds.evaluation.generation_tasks import GenerationTask
-from llama_ds.evaluation.miniature import MAKERS, examples
+from llama_ds.evaluation.miniature import BRACKETS, MAKERS, PHRASES, SHOWN_PHRASES, examples
 from llama_ds.evaluation.requests import Score, ScoringRequest
 from llama_ds.evaluation.suite import TASKS, find_tasks, read_examples
 from llama_ds.evaluation.tasks import Example, chosen
@@ -218,16 +218,42 @@ def test_the_miniature_suite_asks_each_question_once() -> None:
         first, shown = examples(name), examples(name, shown=True)
         assert first == examples(name) != examples(name, seed=1)
         assert (len(first), len(shown)) == (200, 100)
-        asked = {one.contexts[0] for one in first}
-        assert len(asked) == 200 and not asked & {one.contexts[0] for one in shown}
-        assert all(len(set(one.completions)) == len(one.completions) >= 3 for one in first + shown)
+        assert len({one.solved for one in first + shown}) == 300
+        assert all(len(set(zip(*one[:2], strict=True))) >= 3 for one in map(astuple, first + shown))
         if name == "mini_arithmetic":  # 1 + 2 is asked as 2 + 1 neither
-            assert len({frozenset(c.split()) for c in asked | {one.contexts[0] for one in shown}}) == 300
-        if name == "mini_cloze":
-            ends = [f"{one.contexts[0].split()[-1]} {one.completions[one.gold]}" for one in first]
-            assert not [end for end in ends for one in shown if f" {end} " in f" {one.solved} ".replace(", ", ", ")]
+            assert len({frozenset(one.contexts[0].split()) for one in first + shown}) == 300
         share = [sum(one.gold == place for one in first) / len(first) for place in range(3)]
         assert min(share) > 0.15, "the right choice is at every place"
+
+
+def test_what_the_miniature_suite_asks_has_one_answer() -> None:
+    """Of the phrases only one goes on with the word, of the lists only one holds it, of the brackets only one fits."""
+    asked, shown = (
+        {phrase: word for word, some in found.items() for phrase in some} for found in (PHRASES, SHOWN_PHRASES)
+    )
+    assert not asked.keys() & shown.keys()
+    for phrases, examples_ in ((asked, examples("mini_cloze")), (shown, examples("mini_cloze", shown=True))):
+        for one in examples_:
+            words = [phrases[context.split(" ", 2)[2]] for context in one.contexts]
+            assert [word == one.completions[0] for word in words] == [n == one.gold for n in range(4)]
+    for one in examples("mini_copy"):
+        lists = [context.split("\n") for context in one.contexts]
+        assert [whole.startswith(f"{begun} {one.completions[0]} ") for whole, begun in lists].index(True) == one.gold
+        assert sum(one.completions[0] in whole.split() for whole, _ in lists) == 1
+    for one in examples("mini_brackets"):
+        opened = [innermost(context) for context in one.contexts]
+        assert [BRACKETS[open_] == one.completions[0] for open_ in opened] == [n == one.gold for n in range(3)]
+
+
+def innermost(text: str) -> str:
+    """Return the last bracket that is not closed."""
+    found: list[str] = []
+    for mark in text.split(" "):
+        if mark in BRACKETS:
+            found.append(mark)
+        elif mark in BRACKETS.values():
+            assert BRACKETS[found.pop()] == mark
+    return found[-1]
 
 
 def test_fetched_data_is_read_and_kept(tmp_path: Path) -> None:

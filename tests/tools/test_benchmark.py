@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from calling import Tools
 
 from tests import warm
 
@@ -47,6 +48,23 @@ def test_a_tiny_shape_is_measured(tmp_path: Path) -> None:
     ours = steps["llama_ds_model"]["median_s"]
     assert found["speed_over_transformers"]["llama_ds_model"] == steps["transformers"]["median_s"] / ours
     assert (found["batch"], found["seq_len"], found["shape"]["hidden_size"]) == (2, 8, 16)
+
+
+@pytest.mark.slow
+def test_evaluation_is_measured_beside_transformers(tools: Tools, words: dict[str, object], tmp_path: Path) -> None:
+    """Texts are compared before their times are: other ones are an error."""
+    assert tools.call("tools/convert.py", words["run"], tmp_path / "hf", "--to", "hf").code == 0
+    sizes = ("--requests", 12, "--prompt-words", 4, "--new-tokens", 4, "--batches", 1, 3, "--repeats", 1)
+    done = benchmark("evaluation", tmp_path / "hf", *sizes, "--threads", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    for measured in (*found["scoring"].values(), *found["generation"].values()):
+        ours = measured["contestants"].pop("llama_ds")
+        for name, one in measured["contestants"].items():
+            assert measured["speed_over"][name] == pytest.approx(ours["tokens_per_s"] / one["tokens_per_s"])
+    tokens = {name: one["tokens"] for name, one in found["generation"].items()}  # a text may end early
+    assert tokens.keys() == {"1", "3"} and 1 <= tokens["1"] <= 4 and 3 <= tokens["3"] <= 12
+    assert found["scoring"]["choices"]["speed_over"].keys() == {"forward"}  # lm-eval is not installed here
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])

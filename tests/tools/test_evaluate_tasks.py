@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -15,6 +16,7 @@ from calling import Tools
 from llama_ds.errors import UserError
 from llama_ds.evaluation.figure import read_curves
 from llama_ds.evaluation.follow import Follower, follow, result_lines
+from llama_ds.evaluation.one_process import saved_at
 from llama_ds.job.run_lock import RANKS, RunLock
 from tests import warm
 
@@ -126,6 +128,22 @@ def test_following_waits_while_the_run_is_held(words: dict[str, object], tmp_pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no job trains this run, and it has no checkpoint"):
         follow(Follower(str(tmp_path / "empty"), "names"), evaluate)
+
+
+def test_another_model_in_the_same_folder_is_told_apart(tmp_path: Path) -> None:
+    """Even where its files are as large and no newer than the newest one, in a folder below."""
+    weights = tmp_path / "iter_1" / "mp_rank_00" / "weights.pt"
+    weights.parent.mkdir(parents=True)
+    (tmp_path / "config.json").write_text("{}")
+    found = set()
+    for content, seconds in (("one", 100), ("two", 99)):
+        weights.write_text(content)
+        os.utime(weights, (seconds, seconds))
+        assert saved_at(str(tmp_path)) == saved_at(str(tmp_path))
+        found.add(saved_at(str(tmp_path)))
+    assert len(found) == 2
+    with pytest.raises(FileNotFoundError):
+        saved_at(str(tmp_path / "removed"))
 
 
 @pytest.mark.slow

@@ -209,7 +209,7 @@ def encode_hf(request: Request) -> dict[str, Any]:
 
 def map_hf(request: Request) -> dict[str, Any]:
     """Encode texts the usual Hugging Face way: Dataset.map(batched=True) with a cache file."""
-    from datasets import Dataset  # type: ignore[import-not-found]
+    from datasets import Dataset
     from tokenizers import Tokenizer
 
     tokenizer, texts = Tokenizer.from_file(request["tokenizer_json"]), _texts(request["texts"])
