@@ -8,6 +8,7 @@ same code, with the weights themselves as masters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from llama_ds.layout.weights import weight_of
 from llama_ds.parallel.data_parallel import Wait, start_all_gather, start_reduce_scatter
+from llama_ds.parallel.muon import Muon
 from llama_ds.parallel.trace import Trace
 
 CLIP_EPS = 1e-6  # same as torch.nn.utils.clip_grad_norm_ and DeepSpeed
@@ -46,6 +48,7 @@ class PipelineOptimizer(BF16_Optimizer):
         )
         self.final = False
         self.trace = trace
+        self.last_norm = math.inf  # the gradient norm that the host has read last, the same on all ranks
         self._bucket_of: dict[int, _Bucket] = {}  # buckets by id of the parameter
         self._counted = [self._is_counted(group) for group in self.bf16_groups]
         self._buckets = self._make_buckets(reduce)
@@ -111,22 +114,43 @@ class PipelineOptimizer(BF16_Optimizer):
 
         The device waits only for an all-reduce of two numbers; the host waits for nothing. If the norm is not finite,
         weights and moments stay unchanged.
+
+        Muon's matrices are orthogonalised before the norm is known if the last one that was read needed no clipping,
+        while other gradients and the norm travel. The host then waits for the norm, and they are done again if this
+        one needs it.
         """
-        begin = self.trace.mark()
+        muon = self.optimizer if isinstance(self.optimizer, Muon) else None
+        early = muon if self.last_norm + CLIP_EPS <= self.clip_grad else None
         for bucket in self._buckets:
+            begin = self.trace.mark()
             bucket.end_reduction()
-        self.trace.add("wait reduction", begin)
+            self.trace.add("wait reduction", begin)
+            if early:
+                self._start_matrices(early, bucket.groups, None)
+                early.advance(waiting=1)
         begin = self.trace.mark()
         parts = self.fp32_groups_gradient_flat_partition
         norms = torch._foreach_norm([part for part, counts in zip(parts, self._counted, strict=True) if counts])
         square = torch.stack(norms).float().square().sum() if norms else loss.new_zeros(())
         summary = torch.stack([loss, square])
-        dist.all_reduce(summary)
+        work = dist.all_reduce(summary, async_op=True)
+        if early:
+            self.trace.add("optimizer", begin)
+            early.advance()
+            begin = self.trace.mark()
+        work.wait()
         self.trace.add("wait norm", begin)
-        begin = self.trace.mark()
         norm = summary[1].sqrt_()
         self._global_grad_norm = norm
-        self._update(norm)
+        # torch's fused AdamW divides by grad_scale and skips the update if found_inf is set: clipping needs neither a
+        # pass over the gradients nor a synchronisation.
+        adam: Any = self.optimizer
+        adam.grad_scale = ((norm + CLIP_EPS) / self.clip_grad).clamp(min=1.0)
+        adam.found_inf = torch.where(norm.isfinite(), 0.0, 1.0)
+        if muon:
+            self._finish_matrices(muon, adam.grad_scale, early is not None)
+        begin = self.trace.mark()
+        self._update()
         for bucket in reversed(self._buckets):  # norms first, which every layer needs, then layer by layer
             bucket.start_gather()
         for flat in self.fp32_groups_gradients_flat:
@@ -134,15 +158,27 @@ class PipelineOptimizer(BF16_Optimizer):
         self.trace.add("optimizer", begin)
         return summary
 
-    def _update(self, norm: Tensor) -> None:
+    def _start_matrices(self, muon: Muon, groups: list[int], scale: Tensor | None) -> None:
+        begin = self.trace.mark()
+        for i in groups:
+            muon.start(self.fp32_groups_flat_partition[i], self.fp32_groups_gradient_flat_partition[i], scale)
+        self.trace.add("optimizer", begin)
+
+    def _finish_matrices(self, muon: Muon, scale: Tensor, early: bool) -> None:
+        if early:
+            self.last_norm = float(self._global_grad_norm)
+            unclipped = bool(scale == 1)
+            muon.keep_started(unclipped)
+            if unclipped:
+                return
+        for bucket in self._buckets:
+            self._start_matrices(muon, bucket.groups, scale)
+        muon.keep_started(True)
+
+    def _update(self) -> None:
         for master, part in zip(self.fp32_groups_flat_partition, self.fp32_groups_gradient_flat_partition, strict=True):
             master.grad = part.to(torch.float32)
-        # torch's fused AdamW divides by grad_scale and skips the update if found_inf is set: clipping needs neither a
-        # pass over the gradients nor a synchronisation.
-        adam: Any = self.optimizer
-        adam.grad_scale = ((norm + CLIP_EPS) / self.clip_grad).clamp(min=1.0)
-        adam.found_inf = torch.where(norm.isfinite(), 0.0, 1.0)
-        adam.step()
+        self.optimizer.step()
         self._lazy_init_hp_params_optimizer_state()
 
     @torch.no_grad()

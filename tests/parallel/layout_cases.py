@@ -72,6 +72,7 @@ class Case:
     mup: int = 0  # width of the base model, whose heads are of size 2; 0: no muP
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
     lion: bool = False
+    clip: float = 0.5
     state_dtype: str = "fp32"
     masters: str = "fp32"
     cp: int = 1
@@ -109,6 +110,7 @@ class Case:
             mup=self.mup,
             muon=self.muon,
             lion=self.lion,
+            clip=self.clip,
             kv_heads=self.kv_heads,
         )
 
@@ -138,9 +140,9 @@ def run_of(case: Case) -> RunConfig:
         model=model,
         data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), document_mask=case.document_mask),
         training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
-        # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
-        # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
-        optimizer=OptimizerConfig(warmup_steps=5, clip=0.5, z_loss=case.z_loss, **_optimizer(case)),
+        # By default clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8
+        # one gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
+        optimizer=OptimizerConfig(warmup_steps=5, clip=case.clip, z_loss=case.z_loss, **_optimizer(case)),
         parallel=ParallelConfig(
             case.pp,
             case.tp,

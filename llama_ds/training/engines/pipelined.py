@@ -74,7 +74,9 @@ class PipelinedEngine:
         return StepResult(loss, norm)
 
     def read(self, result: StepResult) -> tuple[float, float]:
-        return float(result.loss), float(result.norm)
+        norm = float(result.norm)
+        self.deepspeed.optimizer.last_norm = norm
+        return float(result.loss), norm
 
     def evaluate(
         self, batches: Batches, count: int, tokens: int | None = None, branches: Branches | None = None
