@@ -57,7 +57,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
         for step in range(case.steps):
             if step == case.steps - 1:
                 norms.measure()
-                engine.trace.start()
+                if case.muon:
+                    engine.trace.start()
             result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
             history.append(engine.read(result))
     by_weight = norms.sums().wait(history[-1][1])

@@ -19,6 +19,7 @@ from llama_ds.perf.trace.spans import own_times, total
 from llama_ds.schedules.schedule import Schedule
 
 Key = tuple[Any, ...]
+_OWN = {"wait data": "data"} | dict.fromkeys(UPDATES, "optimizer")  # metrics of a rank's own spans, by event
 
 
 @dataclass
@@ -125,8 +126,7 @@ def _add(
         elif event.what in WAITS:
             step.sums[f"exposed_{WAITS[event.what]}"] += length
         else:  # kinds that are unknown here, such as those of newer versions, count as other
-            known = {"wait data": "data"} | dict.fromkeys(UPDATES, "optimizer")
-            step.sums[known.get(event.what, "other")] += length
+            step.sums[_OWN.get(event.what, "other")] += length
         if event.what in SENDS:
             messages.sent[_key(rank, event)] = event
             step.sent[event.size] += 1
