@@ -5,6 +5,7 @@ A stage's ranks are numbered by (data-parallel rank, tensor-parallel rank), the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -43,10 +44,23 @@ def newton_schulz_flops(rows: int, columns: int, iterations: int) -> int:
     return iterations * (2 * n * n * m + 2 * n**3 + 2 * n * n * m)
 
 
-def owners(costs: Sequence[int], ranks: int) -> list[int]:
-    """Return the owner of each item: the most costly first, each to the rank with the least so far (Graham 1969)."""
-    load, found = [0] * ranks, [0] * len(costs)
+def owners(costs: Sequence[int], load: list[int]) -> list[int]:
+    """Return the owner of each item: the most costly first, each to the rank with the least so far (Graham 1969).
+
+    `load` is what the ranks own already, and is advanced.
+    """
+    found = [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        found[item] = min(range(ranks), key=lambda rank: load[rank])
+        found[item] = min(range(len(load)), key=lambda rank: load[rank])
         load[found[item]] += costs[item]
     return found
+
+
+def waves(owned: Sequence[int], count: int) -> list[list[int]]:
+    """Return the items, whose owners are `owned`, in at most `count` waves, which share each owner's items evenly."""
+    found: list[list[int]] = [[] for _ in range(count)]
+    total, seen = Counter(owned), Counter[int]()
+    for item, owner in enumerate(owned):
+        found[seen[owner] * count // total[owner]].append(item)
+        seen[owner] += 1
+    return [wave for wave in found if wave]

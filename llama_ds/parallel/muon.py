@@ -23,32 +23,17 @@ from torch import Tensor
 
 from llama_ds.config.schema import ModelConfig, OptimizerConfig
 from llama_ds.layout.layout import Layout
-from llama_ds.layout.matrix_owners import ITERATIONS, HeldMatrix
+from llama_ds.layout.matrix_owners import HeldMatrix, newton_schulz_flops, owners, waves
 from llama_ds.layout.optimizer_states import EXP_AVG
 from llama_ds.layout.weights import Role, weight_of
 from llama_ds.parallel.elementwise import Elementwise
 from llama_ds.parallel.grid import stage_group
-from llama_ds.parallel.matrix_exchange import MatrixExchange
+from llama_ds.parallel.matrix_exchange import MatrixExchange, MatrixQueue
+from llama_ds.parallel.newton_schulz import orthogonalised
 from llama_ds.parallel.optimizer_state import flat_groups
+from llama_ds.parallel.trace import Trace
 
-COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al.
-NORM_EPS = 1e-7
-
-
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """Return about U V^T of the singular value decomposition U S V^T of a matrix (n, m), in the matrix's dtype.
-
-    X / |X| with the Frobenius norm has singular values in [0, 1]. An iteration maps each of them by the polynomial
-    a x + b x^3 + c x^5; five leave those that were not tiny between 0.7 and 1.2.
-    """
-    a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.mT if tall else matrix
-    x = x / (x.norm() + NORM_EPS)
-    for _ in range(ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+WAVES = 4  # parts of all matrices of a rank, so that one travels while another is orthogonalised
 
 
 def scale_of(shape: tuple[int, int], rule: str) -> float:
@@ -67,16 +52,25 @@ class _Piece:
 
 
 class Muon(Elementwise):
-    """Groups with "muon": True are updated by Muon, others by AdamW. `attach` must precede the first step."""
+    """Groups with "muon": True are updated by Muon, others by AdamW. `attach` must precede the first step.
+
+    `step` does everything. Before it, an engine may `start` masters as their gradients become known, and `advance`
+    while it would wait; `keep_started` then leaves only elementwise work to the step.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], settings: OptimizerConfig, seed: int, dtype: torch.dtype) -> None:
         """`dtype` is that in which matrices are orthogonalised."""
         super().__init__(groups, settings, seed)
-        self.orthogonalised = 0  # matrices that this rank has orthogonalised so far
+        self.orthogonalised = 0  # matrices that this rank has orthogonalised for a step so far
+        self.discarded = 0  # and in vain
         self._dtype = dtype
         self._pieces: dict[int, list[_Piece]] = {}  # by id of the group's master
-        self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
+        self._exchanges: dict[tuple[int, ...], list[MatrixExchange]] = {}  # by number of waves and ids of masters
         self._place: tuple[Layout, int, dist.ProcessGroup | None] | None = None
+        self._load: list[int] = []  # FLOPs that the ranks of the stage own of masters that are started
+        self._trace = Trace(torch.device("cpu"))
+        self._started: MatrixQueue | None = None
+        self._updates: dict[str, Tensor] | None = None  # of this rank's elements, if known before the step
         for group in self.param_groups:
             if group.get("muon"):
                 own = (settings.muon_lr or settings.lr) / settings.lr
@@ -86,7 +80,8 @@ class Muon(Elementwise):
         """Learn from DeepSpeed's `engine` where the elements of each matrix are. Collective."""
         super().attach(engine, model, layout)
         group, rank = stage_group(layout), layout.rank_in_stage(dist.get_rank())
-        self._place = layout, rank, group
+        self._place, self._load = (layout, rank, group), [0] * len(layout.stage_places)
+        self._trace = getattr(engine.optimizer, "trace", self._trace)
         for master, members in flat_groups(engine, layout.data_axis):
             pieces = []
             for name, begin, ranges in members:
@@ -97,6 +92,36 @@ class Muon(Elementwise):
                     start, end = ranges[layout.stage_places[rank][0]]
                     pieces.append(_Piece(matrix, begin, end - start))
             self._pieces[id(master)] = pieces
+
+    @torch.no_grad()
+    def start(self, master: Tensor, gradient: Tensor, scale: Tensor | None) -> None:
+        """Send the matrices of a master, if it has any, to their owners. Collective.
+
+        `gradient` is divided by `scale`; None: it is not clipped. States stay as they are.
+        """
+        if not self._pieces[id(master)]:
+            return
+        self._started = self._started or self._new_queue()
+        momentum = self.state[master].get(EXP_AVG)
+        momentum = torch.zeros_like(gradient) if momentum is None else momentum
+        gradient = gradient.float() if scale is None else gradient.float() / scale
+        directions = {id(master): self._direction(gradient, self._average(gradient, momentum))}
+        self._send([master], directions, self._started, self._load, 1)
+
+    @torch.no_grad()
+    def advance(self, waiting: int = 0) -> None:
+        """Orthogonalise what was started first, until the matrices of only `waiting` masters are left. Collective."""
+        if self._started is not None:
+            self._started.advance(waiting)
+
+    @torch.no_grad()
+    def keep_started(self, valid: bool) -> None:
+        """Keep the results of what was started for the step if they are those of its gradients. Collective."""
+        queue, self._started = self._started, None
+        if queue is not None:
+            results = queue.results()
+            self._updates = results if valid else None
+            self._count(queue, valid)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -113,42 +138,69 @@ class Muon(Elementwise):
             self._step_matrices([(master, group) for group in hidden for master in group["params"]])
 
     def _step_matrices(self, masters: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        found = {id(master): self._momentum(master) for master, _ in masters}
-        held = {
-            piece.matrix.name: found[id(master)].narrow(0, piece.begin, piece.count)
-            for master, _ in masters
-            for piece in self._pieces[id(master)]
-        }
-        updates = self._orthogonalised([master for master, _ in masters], held)
+        directions = {id(master): self._advance_momentum(master) for master, _ in masters}
+        updates, self._updates = self._updates, None
+        if updates is None:
+            queue = self._new_queue()
+            self._send([master for master, _ in masters], directions, queue, [0] * len(self._load), WAVES)
+            updates = queue.results()
+            self._count(queue, True)
         for master, group in masters:
-            flat = found[id(master)].zero_()  # padding between matrices has no update
+            flat = directions[id(master)].zero_()  # padding between matrices has no update
             for piece in self._pieces[id(master)]:
                 flat.narrow(0, piece.begin, piece.count).copy_(updates[piece.matrix.name])
             self.update(master, 0, flat, group)
             self.drop_copy(master)
 
-    def _momentum(self, master: Tensor) -> Tensor:
+    def _advance_momentum(self, master: Tensor) -> Tensor:
         """Advance a master's momentum; return what is to be orthogonalised, a new flat tensor."""
         self.begin_step(master, Role.HIDDEN_MATRIX)
-        momentum, beta = self.state[master][EXP_AVG], self._settings.momentum
-        grad = self.scaled(self.gradient(master).float())
-        average = torch.lerp(grad, momentum.float(), beta)
+        grad, momentum = self.scaled(self.gradient(master).float()), self.state[master][EXP_AVG]
+        average = self._average(grad, momentum)
         self.replace(momentum, average)
-        return (torch.lerp(grad, average, beta) if self._settings.nesterov else average).reshape(-1)
+        return self._direction(grad, average)
 
-    def _orthogonalised(self, masters: list[Tensor], held: dict[str, Tensor]) -> dict[str, Tensor]:
-        exchange = self._exchange(masters)
-        wholes = {}
-        for matrix, whole in exchange.gather(held, self._dtype):
-            scale = scale_of((whole.shape[0], whole.shape[1]), self._settings.muon_scale)
-            wholes[matrix.name] = orthogonalised(whole) * scale
-            self.orthogonalised += 1
-        return exchange.give_back(wholes, self._dtype)
+    def _average(self, gradient: Tensor, momentum: Tensor) -> Tensor:
+        return torch.lerp(gradient, momentum.float(), self._settings.momentum)
 
-    def _exchange(self, masters: list[Tensor]) -> MatrixExchange:
-        key = tuple(id(master) for master in masters)
+    def _direction(self, gradient: Tensor, average: Tensor) -> Tensor:
+        settings = self._settings
+        return (torch.lerp(gradient, average, settings.momentum) if settings.nesterov else average).reshape(-1)
+
+    def _send(
+        self, masters: list[Tensor], directions: dict[int, Tensor], queue: MatrixQueue, load: list[int], count: int
+    ) -> None:
+        """Send the matrices of masters in at most `count` parts to owners, which own `load` already."""
+        held = {
+            piece.matrix.name: directions[id(master)].narrow(0, piece.begin, piece.count)
+            for master in masters
+            for piece in self._pieces[id(master)]
+        }
+        key = (count, *(id(master) for master in masters))
         if key not in self._exchanges:
-            assert self._place is not None, "attach() tells where the parts of the matrices are"
-            matrices = [piece.matrix for master in masters for piece in self._pieces[id(master)]]
-            self._exchanges[key] = MatrixExchange(matrices, *self._place, masters[0].device)
-        return self._exchanges[key]
+            self._exchanges[key] = self._new_exchanges(masters, load, count)
+        for exchange in self._exchanges[key]:
+            queue.start(exchange, held)
+
+    def _new_exchanges(self, masters: list[Tensor], load: list[int], count: int) -> list[MatrixExchange]:
+        assert self._place is not None, "attach() tells where the parts of the matrices are"
+        layout, rank, group = self._place
+        matrices = [piece.matrix for master in masters for piece in self._pieces[id(master)]]
+        costs = [newton_schulz_flops(*matrix.shape(layout.tp), iterations=1) for matrix in matrices]
+        owned = owners(costs, load)
+        return [
+            MatrixExchange(
+                [matrices[i] for i in wave], [owned[i] for i in wave], layout, rank, group, masters[0].device
+            )
+            for wave in waves(owned, count)
+        ]
+
+    def _new_queue(self) -> MatrixQueue:
+        def update(whole: Tensor) -> Tensor:
+            return orthogonalised(whole).mul_(scale_of((whole.shape[0], whole.shape[1]), self._settings.muon_scale))
+
+        return MatrixQueue(update, self._dtype, self._trace)
+
+    def _count(self, queue: MatrixQueue, used: bool) -> None:
+        self.orthogonalised += queue.mapped * used
+        self.discarded += queue.mapped * (not used)

@@ -8,6 +8,7 @@ same code, with the weights themselves as masters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,9 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
 from llama_ds.layout.weights import weight_of
-from llama_ds.parallel.clipping import grad_scale
+from llama_ds.parallel.clipping import CLIP_EPS, grad_scale
 from llama_ds.parallel.data_parallel import Wait, start_all_gather, start_reduce_scatter
+from llama_ds.parallel.muon import Muon
 from llama_ds.parallel.optimistic_steps import OptimisticSteps
 from llama_ds.parallel.trace import Trace
 
@@ -46,6 +48,7 @@ class PipelineOptimizer(BF16_Optimizer):
         )
         self.final = False
         self.trace = trace
+        self.last_norm = math.inf  # the gradient norm that the host has read last, the same on all ranks
         self._optimistic: OptimisticSteps | None = None
         self._bucket_of: dict[int, _Bucket] = {}  # buckets by id of the parameter
         self._counted = [self._is_counted(group) for group in self.bf16_groups]
@@ -113,33 +116,67 @@ class PipelineOptimizer(BF16_Optimizer):
         The device waits only for an all-reduce of two numbers; the host waits for nothing. If the norm is not finite,
         weights and moments stay unchanged. An optimistic step (`validate_later`) does not wait for the norm either: its
         result and update are final after `settle`.
+
+        Muon's matrices are orthogonalised before the norm is known if the last one that was read needed no clipping,
+        while other gradients and the norm travel. The host then waits for the norm, and they are done again if this
+        one needs it.
         """
-        begin = self.trace.mark()
+        muon = self.optimizer if isinstance(self.optimizer, Muon) else None
+        early = muon if self.last_norm + CLIP_EPS <= self.clip_grad else None
         for bucket in self._buckets:
+            begin = self.trace.mark()
             bucket.end_reduction()
-        self.trace.add("wait reduction", begin)
+            self.trace.add("wait reduction", begin)
+            if early:
+                self._start_matrices(early, bucket.groups, None)
+                early.advance(waiting=1)
         begin = self.trace.mark()
         parts = self.fp32_groups_gradient_flat_partition
         norms = torch._foreach_norm([part for part, counts in zip(parts, self._counted, strict=True) if counts])
         square = torch.stack(norms).float().square().sum() if norms else loss.new_zeros(())
         summary = torch.stack([loss, square])
         self._global_grad_norm = summary[1]
+        work = dist.all_reduce(summary, async_op=True)
         if self._optimistic and self._optimistic.expects_success():
-            work = dist.all_reduce(summary, async_op=True)
             self.trace.add("wait norm", begin)
             begin = self.trace.mark()
             self._optimistic.begin(summary, work, self._states())
             self._update(torch.zeros_like(loss))
         else:
-            dist.all_reduce(summary)
+            if early:
+                self.trace.add("optimizer", begin)
+                early.advance()
+                begin = self.trace.mark()
+            work.wait()
             self.trace.add("wait norm", begin)
+            norm = summary[1].sqrt_()
+            if muon:
+                self._finish_matrices(muon, norm, early is not None)
             begin = self.trace.mark()
-            self._update(summary[1].sqrt_())
+            self._update(norm)
             self._zero_gradients()
             if self._optimistic:
                 self._optimistic.certain(summary)
         self.trace.add("optimizer", begin)
         return summary
+
+    def _start_matrices(self, muon: Muon, groups: list[int], scale: Tensor | None) -> None:
+        begin = self.trace.mark()
+        for i in groups:
+            muon.start(self.fp32_groups_flat_partition[i], self.fp32_groups_gradient_flat_partition[i], scale)
+        self.trace.add("optimizer", begin)
+
+    def _finish_matrices(self, muon: Muon, norm: Tensor, early: bool) -> None:
+        scale = grad_scale(norm, self.clip_grad)
+        if early:
+            self.last_norm = float(norm)
+            unclipped = bool(scale == 1)
+            muon.keep_started(unclipped)
+            if unclipped:
+                return
+        for bucket in self._buckets:
+            self._start_matrices(muon, bucket.groups, scale)
+        muon.keep_started(True)
 
     def validate_later(self) -> None:
         """Let steps update before the norm is known, as long as those before them were not clipped."""

@@ -33,8 +33,10 @@ PART_OF = {  # keys are event names of `llama_ds.parallel.trace`
     "wait tied": COLLECTIVES,
     "wait norm": COLLECTIVES,
     "wait weights": COLLECTIVES,
+    "wait matrices": COLLECTIVES,
     "with collectives": COLLECTIVES,  # pp = 1: a backward in which DeepSpeed reduces, and its optimizer step
     "optimizer": OPTIMIZER,
+    "orthogonalise": OPTIMIZER,
 }
 
 

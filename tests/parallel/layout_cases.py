@@ -72,6 +72,7 @@ class Case:
     mup: int = 0  # width of the base model, whose heads are of size 2; 0: no muP
     muon: str = ""  # rule of scale of Muon's updates; "": AdamW
     lion: bool = False
+    clip: float = 0.5
     state_dtype: str = "fp32"
     masters: str = "fp32"
     cp: int = 1
@@ -80,7 +81,6 @@ class Case:
     kv_heads: int = 4
     pass_times: tuple[int, ...] | None = None
     post_validation: bool = False
-    clip: float = 0.5
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
@@ -112,8 +112,8 @@ class Case:
             mup=self.mup,
             muon=self.muon,
             lion=self.lion,
-            kv_heads=self.kv_heads,
             clip=self.clip,
+            kv_heads=self.kv_heads,
         )
 
     @property
@@ -142,8 +142,8 @@ def run_of(case: Case) -> RunConfig:
         model=model,
         data=DataConfig("unused", SEQ_LEN, (SourceConfig("s", "unused", 1.0),), document_mask=case.document_mask),
         training=TrainingConfig(GLOBAL_BATCH, STEPS, STEPS * GLOBAL_BATCH * SEQ_LEN, initializer_range=0.1),
-        # Clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8 one
-        # gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
+        # By default clipping bites at every step, so a wrong norm changes the losses too. With Adam's usual eps of 1e-8
+        # one gradient that happens to be of that size, half of it rounding, is a whole step of its weight.
         optimizer=OptimizerConfig(warmup_steps=5, clip=case.clip, z_loss=case.z_loss, **_optimizer(case)),
         parallel=ParallelConfig(
             case.pp,

@@ -74,11 +74,11 @@ def scaled_parts(original: Callable[..., Any]) -> Callable[..., Any]:
 def turned_matrices(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return Muon's gather of whole matrices with their rows in a wrong order, where several ranks take part."""
 
-    def gather(self: Any, *rest: Any) -> Any:
-        several = torch.distributed.get_world_size() > 1
-        return ((matrix, whole.roll(1, 0) if several else whole) for matrix, whole in original(self, *rest))
+    def start_gather(self: Any, *rest: Any) -> Any:
+        wait, several = original(self, *rest), torch.distributed.get_world_size() > 1
+        return lambda: [(matrix, whole.roll(1, 0) if several else whole) for matrix, whole in wait()]
 
-    return gather
+    return start_gather
 
 
 def stale_keys(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +109,7 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "cp all_to_all": lambda: patch.object(
         GroupContextParallel, "all_to_all", reversed_parts(GroupContextParallel.all_to_all)
     ),
-    "muon": lambda: patch.object(MatrixExchange, "gather", turned_matrices(MatrixExchange.gather)),
+    "muon": lambda: patch.object(MatrixExchange, "start_gather", turned_matrices(MatrixExchange.start_gather)),
     "tp": lambda: patch.object(GroupTensorParallel, "start_reduce", scaled_sum(GroupTensorParallel.start_reduce)),
 }
 

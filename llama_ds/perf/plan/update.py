@@ -71,7 +71,7 @@ def _newton_schulz(gpu: Hardware, job: StepJob, rank: int) -> tuple[float, float
     ] * layers
     costs = [newton_schulz_flops(rows, columns, ITERATIONS) for rows, columns in shapes]
     loads = [0.0] * (job.axes.data_axis * job.tp)
-    for shape, owner in zip(shapes, owners(costs, len(loads)), strict=True):
+    for shape, owner in zip(shapes, owners(costs, [0] * len(loads)), strict=True):
         n, m = sorted(shape)
         step = gemm(gpu, n, n, m) + gemm(gpu, n, n, n) + gemm(gpu, n, m, n)
         moved = job.program.element_bytes * (WHOLE_PASSES * n * m + SQUARE_PASSES * n * n)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llama_ds.perf.trace.ideal import Times
-from llama_ds.perf.trace.kinds import COMPUTE, IN_FLIGHT, MESSAGES, RECOMPUTE, SENDS, WAITS
+from llama_ds.perf.trace.kinds import COMPUTE, IN_FLIGHT, MESSAGES, RECOMPUTE, SENDS, UPDATES, WAITS
 from llama_ds.perf.trace.read import Event, RankRecord
 from llama_ds.perf.trace.spans import own_times, total
 from llama_ds.schedules.schedule import Schedule
 
 Key = tuple[Any, ...]
+_OWN = {"wait data": "data"} | dict.fromkeys(UPDATES, "optimizer")  # metrics of a rank's own spans, by event
 
 
 @dataclass
@@ -125,7 +126,7 @@ def _add(
         elif event.what in WAITS:
             step.sums[f"exposed_{WAITS[event.what]}"] += length
         else:  # kinds that are unknown here, such as those of newer versions, count as other
-            step.sums[{"wait data": "data", "optimizer": "optimizer"}.get(event.what, "other")] += length
+            step.sums[_OWN.get(event.what, "other")] += length
         if event.what in SENDS:
             messages.sent[_key(rank, event)] = event
             step.sent[event.size] += 1

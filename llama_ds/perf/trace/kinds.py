@@ -11,6 +11,7 @@ COMMUNICATION = {
     "cp": "context parallelism: keys and values around a ring, or all-to-alls",
     "reduction": "gradients over data-parallel ranks",
     "weights": "all-gathers of weights",
+    "matrices": "Muon's matrices on their way to their owners, and their updates on the way back",
     "agreement": "the norm and the loss over all ranks",
 }
 WAITS = {  # blocking waits, by kind of communication
@@ -24,11 +25,20 @@ WAITS = {  # blocking waits, by kind of communication
     "wait reduction": "reduction",
     "wait tied": "reduction",
     "wait weights": "weights",
+    "wait matrices": "matrices",
     "wait norm": "agreement",  # all ranks of a step take part, so the last one to arrive is known
     "wait agreement": "agreement",
 }
 # Intervals from issue to completion, by kind of communication.
-IN_FLIGHT = {"tp": "tp", "cp": "cp", "reduce": "reduction", "gather": "weights", "agree": "agreement"}
+IN_FLIGHT = {
+    "tp": "tp",
+    "cp": "cp",
+    "reduce": "reduction",
+    "gather": "weights",
+    "matrices": "matrices",
+    "agree": "agreement",
+}
+UPDATES = ("optimizer", "orthogonalise")  # the latter are Muon's matrices, which may be in a rank's waits
 MESSAGES = ("wait activation", "wait grad")
 SENDS = ("send activation", "send grad")
 

@@ -14,6 +14,7 @@ _COLOURS = {
     "B": "#59a14f",
     "W": "#edc948",
     "optimizer": "#9c755f",
+    "orthogonalise": "#d37295",
     "recompute": "#b07aa1",
     "wait data": "#bab0ac",
     "wait activation": "#f4c7c3",
@@ -21,12 +22,13 @@ _COLOURS = {
     "wait norm": "#f4c7c3",
     "wait reduction": "#e15759",
     "wait weights": "#e15759",
+    "wait matrices": "#e15759",
     "wait tp": "#e15759",
     "wait agreement": "#e15759",
     "send activation": "#e15759",
     "send grad": "#e15759",
 }
-_IN_FLIGHT_COLOURS = {"tp": "#86bcb6", "reduce": "#76b7b2", "gather": "#76b7b2", "agree": "#76b7b2"}
+_IN_FLIGHT_COLOURS = {"tp": "#86bcb6"} | dict.fromkeys(("reduce", "gather", "matrices", "agree"), "#76b7b2")
 
 
 def picture(ranks: Iterable[RankRecord], title: str) -> str:

@@ -81,7 +81,9 @@ class PipelinedEngine:
     def read(self, result: StepResult) -> tuple[float, float]:
         if result is self._last:
             self.deepspeed.optimizer.settle()
-        return float(result.loss), float(result.norm)
+        norm = float(result.norm)
+        self.deepspeed.optimizer.last_norm = norm
+        return float(result.loss), norm
 
     def evaluate(
         self, batches: Batches, count: int, tokens: int | None = None, branches: Branches | None = None
