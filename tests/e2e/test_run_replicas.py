@@ -15,13 +15,13 @@ import os, runpy, sys
 import torch
 from llama_ds.training.replica_check import ReplicaCheck
 
-compare = ReplicaCheck.after_step
-def flip_and_compare(self, done, saves):
+compare = ReplicaCheck.before_save
+def flip_and_compare(self, done):
     if os.environ["RANK"] == "2" and done == 4:
         weight = next(self._engine.module.parameters())
         weight.data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
-    compare(self, done, saves)
-ReplicaCheck.after_step = flip_and_compare
+    compare(self, done)
+ReplicaCheck.before_save = flip_and_compare
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

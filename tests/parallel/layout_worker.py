@@ -7,10 +7,12 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,7 @@ from llama_ds import log
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.context_parallel import cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
+from llama_ds.errors import Corruption
 from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import key_of, weight_of
@@ -26,10 +29,11 @@ from llama_ds.parallel import world
 from llama_ds.parallel.context_parallel import GroupContextParallel
 from llama_ds.parallel.layer_norms import LayerNorms
 from llama_ds.parallel.optimizer_state import fragments
-from llama_ds.parallel.replicas import wrong_ranks
 from llama_ds.parallel.temporary import dismantle
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
+from llama_ds.training.replica_check import ReplicaCheck
+from llama_ds.training.step_checks import StepChecks
 from tests.parallel.engine_series import engines_in_turn
 from tests.parallel.layout_cases import (
     GLOBAL_BATCH,
@@ -42,6 +46,8 @@ from tests.parallel.layout_cases import (
     step_batches,
 )
 
+CHECKED = 8  # interval of comparisons
+
 
 def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[float]]]:
     """Return loss and gradient norm of each step, the validation loss after the last, and that step's norms by kind."""
@@ -51,12 +57,20 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     batches = micro_batches(case, engine.dp_rank)
     history = []
     norms = LayerNorms(engine.deepspeed, run.model)
+    every = {"compare_replicas": CHECKED, "compare_repeats": CHECKED, "compare_norms": True, "compare_states": True}
+    checked = replace(run.checkpoint, **every)
+    here = torch.distributed.get_rank(), ["host"] * case.world, torch.device("cpu")
+    checks = StepChecks(replace(run, checkpoint=checked), case.layout, engine, *here)
     with cp_bytes() as sent:
         for step in range(case.steps):
             if step == case.steps - 1:
                 norms.measure()
+            checks.before_step(step + 1)
             result = engine.train_step(batches, learning_rate(step, run.optimizer, STEPS))
             history.append(engine.read(result))
+            assert checks.lines() == [], "no step is suspicious"
+    layer_check = checks.layer_check
+    assert layer_check is not None and layer_check.exact is not None and layer_check.exact.all(), "a CPU repeats all"
     by_weight = norms.sums().wait(history[-1][1])
     if case.cp > 1 and case.recompute == "none":
         check_sent(case, sum(sent))
@@ -70,7 +84,7 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     if case.vocab % case.tp:
         check_padding(case, engine.deepspeed)
     if case.zero < 3 and case.layout.data_axis > 1:
-        check_replicas(case, engine.deepspeed)
+        check_replicas(case, engine.deepspeed, checks.replicas)
     dismantle(engine.deepspeed)
     return history, validation, {kind: list(found.values()) for kind, found in by_weight.items()}
 
@@ -124,17 +138,18 @@ def check_orthogonalised(case: Case, engine: Any) -> None:
     assert sum(every) == 7 * case.layers * case.steps, every
 
 
-def check_replicas(case: Case, engine: Any) -> None:
+def check_replicas(case: Case, engine: Any, check: ReplicaCheck) -> None:
     """Check that replicas compare equal, and that one flipped bit of a weight names its rank, of two ranks both."""
     rank, groups = torch.distributed.get_rank(), case.layout.groups("dp", "cp")
-    weights = list(engine.module.parameters())
-    assert wrong_ranks(weights, groups, torch.device("cpu")) == [], case.name
+    check.before_save(case.steps)
     bad = groups[-1][-1]
     if rank == bad:
-        flat = weights[-1].data.view(-1)
+        flat = list(engine.module.parameters())[-1].data.view(-1)
         bits = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
         bits[len(bits) // 2] ^= 1  # the least significant bit
-    assert wrong_ranks(weights, groups, torch.device("cpu")) == ([bad] if len(groups[-1]) > 2 else groups[-1])
+    with pytest.raises(Corruption) as raised:
+        check.before_save(case.steps)
+    assert raised.value.ranks == ([bad] if len(groups[-1]) > 2 else groups[-1])
 
 
 def padded_shard(whole: Tensor, dim: int, tp: int, rank: int) -> Tensor:
