@@ -53,7 +53,7 @@ class LayerCheck:
         """Return fingerprints of this rank's own results and of another's, computed again: (2, 3, 6). Collective."""
         if self._step % self._interval:
             return None
-        self._sources = self._sources_of_check()
+        self._sources = self._shifted(self._shift)
         if self._record is None:  # a stage without decoder layers
             return torch.zeros(2, len(RESULTS), SIZE, dtype=torch.int64, device=self._device)
         record, self._record = self._record, None
@@ -78,7 +78,7 @@ class LayerCheck:
                     logger.info("checkpoint.compare_repeats: this machine does not repeat the %s to the bit", name)
         found = differences(own, again, self._sources, self.exact)
         if found:
-            wrong = wrong_ranks(found, firsts, self._gathered(0, 1), self.exact)
+            wrong = wrong_ranks(found, firsts, self._gathered(0, 1), self._thirds(), self.exact)
             raise Corruption(
                 f"CORRUPTION: in step {self._step} {self._difference(found[0])}; {named(wrong, self._hosts)} computed "
                 f"wrongly; the step is not taken; {ADVICE}",
@@ -99,11 +99,28 @@ class LayerCheck:
     def _layer(self) -> DecoderLayer:
         return self._layers[self._number % len(self._layers)]
 
-    def _sources_of_check(self) -> list[int]:
+    @property
+    def _shift(self) -> int:
         replicas = len(self._groups[0])
-        shift = 1 + self._number % (replicas - 1) if replicas > 1 else 0
+        return 1 + self._number % (replicas - 1) if replicas > 1 else 0
+
+    def _shifted(self, shift: int) -> list[int]:
+        """Return the rank `shift` replicas before each rank."""
         of = {rank: group[at - shift] for group in self._groups for at, rank in enumerate(group)}
         return [of[rank] for rank in sorted(of)]
+
+    def _thirds(self) -> np.ndarray | None:
+        """Return each rank's own results as a third replica computes them: (R, 3, 6). Collective."""
+        replicas = len(self._groups[0])
+        if replicas < 3:
+            return None
+        sources = self._shifted(1 + self._shift % (replicas - 1))
+        prints = torch.zeros(len(RESULTS), SIZE, dtype=torch.int64, device=self._device)
+        if self._given is not None:
+            given = exchange(self._given[0], sources.index(self._rank), sources[self._rank])
+            prints = replay(self._layer, self._context, given)
+        (computed,) = _results(world.gather_numbers(prints.view(-1).tolist(), self._device))
+        return computed[[sources.index(rank) for rank in range(len(sources))]]
 
     def _again(self, which: int) -> Tensor:
         """Compute again what this rank's layer was given (0), or the other's (1)."""

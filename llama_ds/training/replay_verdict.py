@@ -1,11 +1,11 @@
 """Which ranks computed wrongly, from fingerprints of results and of the same results computed again.
 
 Each rank's own results are computed again by a data-parallel peer. If some pair disagrees, both compute once more what
-they have computed:
+they have computed, and a third replica, if there is one, computes the owner's results too:
 
-- A rank that does not repeat its own result has an intermittent fault.
-- If all repeat theirs, a fault is permanent. The rank that computed wrongly disagrees with two peers, the one that
-  checks it and the one that it checks, and is named; if these are the same, as with two replicas, both are named.
+- A rank that does not repeat its own result has a fault that comes and goes, and is named.
+- If all repeat theirs, the fault stays. Of the pair, the one with whom the third does not agree is named; without a
+  third, or if it agrees with neither, both are.
 
 A fault in the input of a collective reaches all ranks of its tensor- or context-parallel group, which are then named.
 
@@ -14,7 +14,6 @@ Shapes: R ranks, K kinds of results, 6 integers of a fingerprint.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +53,7 @@ def wrong_ranks(
     found: Sequence[Difference],
     firsts: Sequence[np.ndarray],
     seconds: Sequence[np.ndarray],
+    thirds: np.ndarray | None,
     exact: np.ndarray,
 ) -> list[int]:
     """Return the ranks that computed wrongly.
@@ -62,6 +62,7 @@ def wrong_ranks(
         found: where they disagree.
         firsts: what each rank computed: its own results and a peer's, (R, K, 6) each.
         seconds: the same, computed once more.
+        thirds: each rank's own results, computed by a third replica: (R, K, 6); None: there is none.
         exact: as in `differences`.
     """
     unsteady = np.zeros(len(firsts[0]), dtype=bool)
@@ -69,9 +70,19 @@ def wrong_ranks(
         unsteady |= ~_same(first, second, exact).all(-1)
     if unsteady.any():
         return np.flatnonzero(unsteady).tolist()
-    pairs = {(difference.owner, difference.peer) for difference in found}
-    count = Counter(rank for pair in pairs for rank in pair)
-    return sorted(rank for rank, times in count.items() if times == max(count.values()))
+    own, again = firsts
+    wrong: set[int] = set()
+    for owner, peer in {(difference.owner, difference.peer) for difference in found}:
+        sides = {owner, peer}
+        if thirds is not None:
+            agrees = {
+                rank
+                for rank, results in ((owner, own[owner]), (peer, again[peer]))
+                if _same(results, thirds[owner], exact).all()
+            }
+            sides = sides - agrees
+        wrong |= sides
+    return sorted(wrong)
 
 
 def _same(first: np.ndarray, second: np.ndarray, exact: np.ndarray) -> np.ndarray:

@@ -46,8 +46,6 @@ from tests.parallel.layout_cases import (
     step_batches,
 )
 
-CHECKED = 8  # interval of comparisons
-
 
 def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[float]]]:
     """Return loss and gradient norm of each step, the validation loss after the last, and that step's norms by kind."""
@@ -57,7 +55,8 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     batches = micro_batches(case, engine.dp_rank)
     history = []
     norms = LayerNorms(engine.deepspeed, run.model)
-    every = {"compare_replicas": CHECKED, "compare_repeats": CHECKED, "compare_norms": True, "compare_states": True}
+    once = case.steps - 1  # in the step before the last
+    every = {"compare_replicas": once, "compare_repeats": once, "compare_norms": True, "compare_states": True}
     checked = replace(run.checkpoint, **every)
     here = torch.distributed.get_rank(), ["host"] * case.world, torch.device("cpu")
     checks = StepChecks(replace(run, checkpoint=checked), case.layout, engine, *here)
