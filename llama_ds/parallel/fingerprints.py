@@ -16,7 +16,7 @@ from torch import Tensor
 from llama_ds.parallel.replicas import checksum
 
 SIZE, EXACT = 6, 2  # integers of a fingerprint, and those of its sums over bits
-TOLERANCE = 0.02  # of the norm: bf16 results that only round differently stay below 2^-8 = 0.004
+TOLERANCE = 0.02  # relative to the norm; bf16 results that only round differently stay below 2^-8 = 0.004
 _PROJECTIONS, _COLUMNS = 3, 1024
 
 

@@ -38,7 +38,7 @@ class Outlier:
 
     rank: int
     norm: float
-    median: float  # of its peers
+    median: float  # median of its peers' norms
     refused: bool
 
 

@@ -31,7 +31,7 @@ from llama_ds.training.rank_names import ADVICE, named
 from llama_ds.training.replica_check import ReplicaCheck
 
 
-class Check(Protocol):
+class StepCheck(Protocol):
     """What a rank contributes to a comparison, and the verdict."""
 
     def before_step(self, step: int) -> None:
@@ -56,7 +56,7 @@ class StepChecks:
         """`hosts` are the names of all ranks' hosts in messages."""
         keys = run.checkpoint
         self._device = device
-        self._checks: list[Check] = []
+        self._checks: list[StepCheck] = []
         self.replicas = ReplicaCheck(run, layout, engine.deepspeed, hosts, device)
         if self.replicas.interval:
             self._checks.append(self.replicas)

@@ -21,7 +21,7 @@ import torch
 
 from llama_ds.benchmarks.flips.request import SITES, STORED, Flip, FlipRequest
 from llama_ds.benchmarks.flips.sites import flipped
-from llama_ds.benchmarks.flips.stored import Stored
+from llama_ds.benchmarks.flips.stored import StoredStates
 from llama_ds.benchmarks.ranks import joined
 from llama_ds.config.deepspeed_json import deepspeed_config
 from llama_ds.config.run_file import find_run_file, load_run
@@ -76,7 +76,7 @@ class Trials:
         self._step, self._saved = 0, list[torch.Tensor]()
         for _ in range(3):
             self.step()
-        self._stored = Stored(self._run, layout, self._engine.deepspeed, rank, request.ranks, folder)
+        self._stored = StoredStates(self._run, layout, self._engine.deepspeed, rank, request.ranks, folder)
         self._save()
 
     def trial(self, flip: Flip) -> dict[str, Any]:

@@ -36,6 +36,6 @@ class Flip:
 
     site: str
     rank: int
-    layer: float  # which layer, tensor or file: from 0 to 1
-    element: float  # which element: from 0 to 1
-    bit: int  # from the least significant one, modulo the bits of the element
+    layer: float  # selects a layer, tensor or file: from 0 to 1
+    element: float  # selects an element: from 0 to 1
+    bit: int  # number from the least significant one, modulo the bits of the element

@@ -23,7 +23,7 @@ from llama_ds.training.checkpoints import Checkpoints
 TOKEN = b"flips"
 
 
-class Stored:
+class StoredStates:
     """A rank's state in memory and a checkpoint of the run on disk."""
 
     def __init__(self, run: RunConfig, layout: Layout, engine: Any, rank: int, ranks: int, folder: Path) -> None:
