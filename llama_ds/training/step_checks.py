@@ -139,7 +139,7 @@ class NormCheck:
         return [f"GRADIENT: in step {self._step} {self._outlier(one)}" for one in found[:1]]
 
     def after_step(self) -> None:
-        pass
+        """Do nothing."""
 
     def _outlier(self, one: Outlier) -> str:
         return (

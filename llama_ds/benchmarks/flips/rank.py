@@ -82,7 +82,7 @@ class Trials:
     def trial(self, flip: Flip) -> dict[str, Any]:
         """Flip a bit; return what has been found. Collective."""
         if flip.site in STORED:
-            (found,) = world.gather(self._stored.trial(flip) if self._rank == flip.rank else None)[flip.rank :][:1]
+            found = world.gather(self._stored.trial(flip) if self._rank == flip.rank else "")[flip.rank]
             return {**asdict(flip), "found": found, "ranks": [flip.rank] if found else [], "norm": 0.0}
         flips = flipped(self._engine, flip, self._step % LAYERS, LAYERS)
         with flips if self._rank == flip.rank else nullcontext() as self._checks.before_update:
