@@ -25,13 +25,16 @@ class Divergence(UserError):
 
 
 class Corruption(UserError):
-    """Weights that must be equal differ: `ranks` computed or stored them wrongly, and other hosts may do better."""
+    """Numbers that must be equal differ: `ranks` computed or stored them wrongly, and other hosts may do better.
+
+    `spoils_memory`: they may differ since earlier steps, whose states in the memory of hosts are then not trusted.
+    """
 
     kind = "corruption"
 
-    def __init__(self, text: str, ranks: Sequence[int]) -> None:
+    def __init__(self, text: str, ranks: Sequence[int], spoils_memory: bool = True) -> None:
         super().__init__(text)
-        self.ranks = ranks
+        self.ranks, self.spoils_memory = ranks, spoils_memory
 
 
 class OutOfMemory(UserError):

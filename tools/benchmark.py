@@ -1,5 +1,9 @@
 #!/usr/bin/env python3
+<<<<<<< HEAD
 """Benchmark against other libraries: training steps, layers, data, checkpoints, evaluation; context parallelism."""
+=======
+"""Benchmark against other libraries: steps, decoder layers, data, checkpoints; context parallelism; bit flips."""
+>>>>>>> corrupt
 
 from __future__ import annotations
 
@@ -40,6 +44,7 @@ EXAMPLES = """examples:
   tools/benchmark.py checkpoint --folder /mnt/scratch --out measured.json
   tools/benchmark.py evaluation runs/quickstart/hf --out measured.json
   tools/benchmark.py context --ranks 2 --rate-mbit 200 --delay-ms 0.5
+  tools/benchmark.py flips --flips 84 --clean 10000 --out found.json
 """
 DATA = """Build, read, open and resume data on this machine, with a fresh process for every measurement.
 
@@ -90,6 +95,12 @@ def parser() -> argparse.ArgumentParser:
     add_results(command)
     _add_evaluation_options(add("evaluation", evaluation, "scores and texts: ours, lm-eval, transformers, in fp32"))
     _add_context_options(add("context", context, "attention over rows that ranks share, by each method"))
+    command = add("flips", flips, "random bit flips in a small run, and which of them its checks find")
+    command.add_argument("--ranks", type=whole(2), default=3, help="replicas (default: %(default)s)")
+    command.add_argument("--flips", type=whole(), default=84, help="flips at each of 12 sites (default: %(default)s)")
+    command.add_argument("--clean", type=whole(), default=1000, help="steps without flips (default: %(default)s)")
+    command.add_argument("--seed", type=whole(0), default=0, help="(default: %(default)s)")
+    add_results(command)
     return parser
 
 
@@ -240,6 +251,17 @@ def context(args: argparse.Namespace) -> Answer:
 
     request = ContextRequest(**{field.name: getattr(args, field.name) for field in fields(ContextRequest)})
     request.check()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(request, Path(folder))
+    return Answer(results, table(results))
+
+
+def flips(args: argparse.Namespace) -> Answer:
+    """Flip bits of a small run."""
+    from llama_ds.benchmarks.flips.request import FlipRequest
+    from llama_ds.benchmarks.flips.run import measure, table
+
+    request = FlipRequest(**{field.name: getattr(args, field.name) for field in fields(FlipRequest)})
     with tempfile.TemporaryDirectory() as folder:
         results = measure(request, Path(folder))
     return Answer(results, table(results))

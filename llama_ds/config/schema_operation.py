@@ -138,6 +138,20 @@ class CheckpointConfig(Section):
             NOT_NEGATIVE,
         ),
     ] = 0
+    compare_repeats: Annotated[
+        int,
+        Key(
+            "Interval between steps in which a peer computes a layer's work on a micro-batch again; 0: none.",
+            "steps",
+            NOT_NEGATIVE,
+        ),
+    ] = 0
+    compare_norms: Annotated[
+        bool, Key("Whether each rank's own gradient norm is compared with its data-parallel peers' in every step.")
+    ] = False
+    compare_states: Annotated[
+        bool, Key("Whether masters and moments are compared with what the step before has left, in every step.")
+    ] = False
     keep_last: Annotated[int, Key("Newest checkpoints to keep; 0: all.", "checkpoints", NOT_NEGATIVE)] = 0
     keep_every: Annotated[
         int, Key("Interval of steps whose checkpoints are also kept; 0: none.", "steps", NOT_NEGATIVE)

@@ -24,6 +24,8 @@ class WeightGradients:
         self.buffer_of: Callable[[nn.Parameter], Tensor] | None = None
         # Called for each matrix after a micro-batch's gradient was added to its buffer.
         self.added: Callable[[nn.Parameter], None] = lambda parameter: None
+        # Called before it with the matrix and its buffer.
+        self.observers: list[Callable[[nn.Parameter, Tensor], None]] = []
         self.deferred = False  # True: layers queue the work until their run_deferred_wgrad() is called
 
     def compute(self, weights: Sequence[nn.Parameter], grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
@@ -40,8 +42,8 @@ class WeightGradients:
         else:
             for buffer, part in zip(buffers, grad.split([len(w) for w in weights], 1), strict=True):
                 add_product(buffer, part, x)
-        for weight in weights:
-            self.added(weight)
+        for weight, buffer in zip(weights, buffers, strict=True):
+            self._has_added(weight, buffer)
         return [None] * len(weights)
 
     def add(self, weight: nn.Parameter, grad: Tensor, factor: Tensor | None) -> Tensor | None:
@@ -53,8 +55,13 @@ class WeightGradients:
             buffer.add_(grad)
         else:
             buffer.addcmul_(grad, factor)  # fused: the head's gradient is too large for a temporary
-        self.added(weight)
+        self._has_added(weight, buffer)
         return None
+
+    def _has_added(self, weight: nn.Parameter, buffer: Tensor) -> None:
+        for observe in self.observers:
+            observe(weight, buffer)
+        self.added(weight)
 
 
 class LayerWeightGradients:

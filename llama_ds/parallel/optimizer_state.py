@@ -46,6 +46,14 @@ def fragments(engine: Any) -> Iterator[Fragment]:
         yield Fragment(name, start, views)
 
 
+def flat_states(engine: Any) -> Iterator[Tensor]:
+    """Yield this rank's whole masters and moments as the optimizer holds them, always in the same order."""
+    for master in _masters(engine):
+        state = _adam(engine).state[master]
+        yield master.detach()
+        yield from (state[key] for key in sorted(state) if isinstance(state[key], Tensor) and state[key].dim())
+
+
 def located(engine: Any) -> Iterator[tuple[nn.Parameter, str, Location]]:
     """Yield the weights of which this rank has elements: (parameter, its name in the engine, where they are)."""
     for parameter, name in engine.param_names.items():

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama_ds.parallel import world
-
 _COLUMNS = 1024
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their bytes
 
@@ -28,15 +26,6 @@ def checksum(weights: Iterable[Tensor]) -> Tensor:
         sums = _sums(weight.detach().reshape(-1)) * (2 * number + 1)
         total = sums if total is None else total + sums
     return torch.zeros(2, dtype=torch.int64) if total is None else total
-
-
-def wrong_ranks(weights: Iterable[Tensor], groups: Sequence[Sequence[int]], device: torch.device) -> list[int]:
-    """Return the ranks whose weights differ from those of their replicas, on all ranks alike. Collective.
-
-    `groups` are the ranks that must hold equal weights. One all-gather of two integers per rank; synchronises.
-    """
-    every = world.gather_numbers(checksum(weights).tolist(), device)
-    return sorted(rank for group in groups for rank in vote(every, group))
 
 
 def vote(checksums: np.ndarray, group: Sequence[int]) -> list[int]:

@@ -26,7 +26,6 @@ from llama_ds.training.machines import machine_of
 from llama_ds.training.memory_checkpoints import MemoryCheckpoints
 from llama_ds.training.meter import Meter
 from llama_ds.training.out_of_memory import MemoryExplainer
-from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.reporter import Reporter
 from llama_ds.training.run_log import open_run_log
 from llama_ds.training.samples import TrainingSamples
@@ -42,6 +41,7 @@ from llama_ds.training.setup import (
     with_min_memory,
 )
 from llama_ds.training.start import carried_over, open_start
+from llama_ds.training.step_checks import StepChecks
 from llama_ds.training.stragglers import Stragglers
 from llama_ds.training.task_evaluation import TaskEvaluation
 from llama_ds.training.validation import Validation
@@ -140,7 +140,7 @@ def train_stage(
     feed = Feed(run, layout, data, range(first, last), engine, rank_info, device)
     interruptions = Interruptions(run.checkpoint, device, requests)
     stragglers = Stragglers(run, layout, rank_info, progress.host, engine.trace, device, first)
-    replicas = ReplicaCheck(run, layout, engine.deepspeed, device, progress.host)
+    checks = StepChecks(run, layout, engine, rank_info.rank, hosts, device)
     recording = Recording(run, layout, engine.trace, rank_info, progress.host, dtype, device)
     progress.doing = engine.trace.doing_now
     progress.enter(Phase.TRAINING, first)
@@ -155,10 +155,11 @@ def train_stage(
             recording.before_step(step + 1)
             stragglers.before_step()
             report.before_step(step + 1)
+            checks.before_step(step + 1)
             lr = learning_rate(step, run.optimizer, run.training.steps)
             result = engine.train_step(feed, lr)
             done = step + 1
-            report.slow_ranks(stragglers.after_step(done))
+            report.warnings([*checks.lines(), *stragglers.after_step(done)])
             recorded = recording.after_step()
             request = interruptions.after_step()
 
@@ -168,7 +169,8 @@ def train_stage(
             continues = samples.due(done, done == final)
             saves = run.checkpoint.save and (ends or request is Request.SAVE or _due(done, run.checkpoint.interval))
             report.step_done(done, lr, result, last=ends)
-            replicas.after_step(done, saves)
+            if saves:
+                checks.replicas.before_save(done)
             if recorded or evaluates or tests or continues or saves:
                 report.flush()
                 if evaluates:

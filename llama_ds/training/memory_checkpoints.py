@@ -206,10 +206,12 @@ class MemoryCheckpoints:
 
     @contextmanager
     def trusted(self) -> Iterator[None]:
-        """Forget all states if replicas turn out to differ: since when they do is not known."""
+        """Forget all states if what they were copied from turns out to be wrong: since when is not known."""
         try:
             yield
-        except Corruption:
+        except Corruption as error:
+            if not error.spoils_memory:
+                raise
             if self._every:  # the error is raised on all ranks alike
                 self._wait()
                 world.barrier()

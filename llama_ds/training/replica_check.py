@@ -1,54 +1,80 @@
-"""Ends a run whose data-parallel replicas hold different weights, before the step is saved."""
+"""Ends a run whose data-parallel replicas hold different weights, before a step is taken with them or saved."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from llama_ds.config.schema import RunConfig
 from llama_ds.errors import Corruption
 from llama_ds.layout.layout import Layout
 from llama_ds.parallel import world
 from llama_ds.parallel.pipeline_optimizer import PipelineOptimizer
-from llama_ds.parallel.replicas import wrong_ranks
+from llama_ds.parallel.replicas import checksum, vote
+from llama_ds.training.rank_names import ADVICE, named
 
 
 class ReplicaCheck:
     """Compares weights every `checkpoint.compare_replicas` steps and before each save.
 
-    Under ZeRO-3 no rank holds whole weights, and without replicas there is nothing to compare: then it does nothing.
+    One of the checks of `training/step_checks.py`: the weights that a step has computed with must be equal before it is
+    taken. Under ZeRO-3 no rank holds whole weights, and without replicas there is nothing to compare: then it does
+    nothing.
     """
 
-    def __init__(self, run: RunConfig, layout: Layout, engine: Any, device: torch.device, host: str) -> None:
-        """`engine` is DeepSpeed's; `host` is the name of this rank's host in messages."""
-        self._engine, self._device, self._host = engine, device, host
+    def __init__(self, run: RunConfig, layout: Layout, engine: Any, hosts: Sequence[str], device: torch.device) -> None:
+        """`engine` is DeepSpeed's; `hosts` are the names of all ranks' hosts in messages."""
+        self._engine, self._device, self._hosts = engine, device, hosts
         comparable = layout.data_axis > 1 and run.zero_stage < 3
-        self._every = run.checkpoint.compare_replicas if comparable else 0
+        self.interval = run.checkpoint.compare_replicas if comparable else 0
         self._groups = layout.groups("dp", "cp")
+        self._step = 0
 
-    def after_step(self, done: int, saves: bool) -> None:
-        """Compare, if it is time to. Collective.
+    def before_step(self, step: int) -> None:
+        """Take note of the step that will be the `step`-th."""
+        self._step = step
+
+    def numbers(self) -> Tensor | None:
+        """Return two sums over the bits of this rank's weights if a comparison is due."""
+        return None if self._step % self.interval else checksum(self._engine.module.parameters())
+
+    def judge(self, every: np.ndarray) -> list[str]:
+        """Compare the sums (R, 2) of all ranks.
 
         Raises:
             Corruption: on all ranks alike: replicas differ.
         """
-        if not self._every or not (saves or done % self._every == 0):
+        self._compare(every, f"in step {self._step}", "taken")
+        return []
+
+    def after_step(self) -> None:
+        """Do nothing: the weights may still travel."""
+
+    def before_save(self, done: int) -> None:
+        """Compare the weights after `done` steps. Collective.
+
+        Raises:
+            Corruption: on all ranks alike: replicas differ.
+        """
+        if not self.interval:
             return
         optimizer = self._engine.optimizer
         if isinstance(optimizer, PipelineOptimizer):  # the next forward would wait for the weights of other replicas
             optimizer.finish()
-        wrong = wrong_ranks(self._engine.module.parameters(), self._groups, self._device)
-        if not wrong:
-            return
-        hosts = world.gather(self._host)
-        named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in wrong)
-        whose = "differ from those of the other replicas" if self._is_minority(wrong) else "differ from each other"
-        raise Corruption(
-            f"CORRUPTION: after step {done} the weights of {named} {whose}; the step is not saved; test the memory and "
-            "GPUs of the host, leave it out, and resume from the last checkpoint",
-            wrong,
-        )
+        sums = checksum(self._engine.module.parameters())
+        self._compare(world.gather_numbers(sums.tolist(), self._device), f"after step {done}", "saved")
 
-    def _is_minority(self, wrong: list[int]) -> bool:
-        return not any(set(group) <= set(wrong) for group in self._groups)
+    def _compare(self, sums: np.ndarray, when: str, verb: str) -> None:
+        wrong = sorted(rank for group in self._groups for rank in vote(sums, group))
+        if wrong:
+            minority = not any(set(group) <= set(wrong) for group in self._groups)
+            whose = "differ from those of the other replicas" if minority else "differ from each other"
+            raise Corruption(
+                f"CORRUPTION: {when} the weights of {named(wrong, self._hosts)} {whose}; the step is not {verb}; "
+                f"{ADVICE}",
+                wrong,
+            )

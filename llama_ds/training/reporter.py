@@ -148,8 +148,8 @@ class Reporter:
             for line in lines:
                 self._log.print_line(line)
 
-    def slow_ranks(self, lines: Iterable[str]) -> None:
-        """Report ranks that others wait for."""
+    def warnings(self, lines: Iterable[str]) -> None:
+        """Report ranks that others wait for, or whose gradients are unlike others'."""
         if self._log:
             self._log.warn(lines)
 

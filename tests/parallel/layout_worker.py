@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +22,7 @@ from llama_ds import log
 from llama_ds.checkpoint.weights import DTYPES
 from llama_ds.config.context_parallel import cp_sizes
 from llama_ds.config.deepspeed_json import deepspeed_config
-from llama_ds.errors import UserError
+from llama_ds.errors import Corruption, UserError
 from llama_ds.layout.cp_traffic import cp_traffic, sent_bytes
 from llama_ds.layout.optimizer_states import MASTER
 from llama_ds.layout.weights import key_of, weight_of
@@ -29,12 +30,13 @@ from llama_ds.parallel import world
 from llama_ds.parallel.context_parallel import GroupContextParallel
 from llama_ds.parallel.layer_norms import LayerNorms
 from llama_ds.parallel.optimizer_state import fragments
-from llama_ds.parallel.replicas import wrong_ranks
 from llama_ds.parallel.temporary import dismantle
 from llama_ds.parallel.trace import Trace
 from llama_ds.training.engines.build import build_engine
 from llama_ds.training.lr_schedule import learning_rate
+from llama_ds.training.replica_check import ReplicaCheck
 from llama_ds.training.setup import check_same_order
+from llama_ds.training.step_checks import StepChecks
 from tests.parallel.engine_series import engines_in_turn
 from tests.parallel.layout_cases import (
     GLOBAL_BATCH,
@@ -58,16 +60,28 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     batches = micro_batches(case, engine.dp_rank)
     history, results = [], []
     norms = LayerNorms(engine.deepspeed, run.model)
+    once = case.steps - 1  # in the step before the last
+    every: dict[str, Any] = {"compare_replicas": once}
+    if not case.post_validation:
+        every |= {"compare_repeats": once, "compare_norms": True, "compare_states": True}
+    checked = replace(run.checkpoint, **every)
+    here = torch.distributed.get_rank(), ["host"] * case.world, torch.device("cpu")
+    checks = StepChecks(replace(run, checkpoint=checked), case.layout, engine, *here)
     with cp_bytes() as sent:
         for step in range(case.steps):
             if step == case.steps - 1:
                 norms.measure()
                 if case.muon:
                     engine.trace.start()
+            checks.before_step(step + 1)
             results.append(engine.train_step(batches, learning_rate(step, run.optimizer, STEPS)))
+            assert checks.lines() == [], "no step is suspicious"
             if not case.post_validation:  # reading settles the step
                 history.append(engine.read(results.pop()))
     history += map(engine.read, results)
+    layer_check = checks.layer_check
+    if not case.post_validation:
+        assert layer_check is not None and layer_check.exact is not None and layer_check.exact.all(), "a CPU repeats all"
     by_weight = norms.sums().wait(history[-1][1])
     if case.cp > 1 and case.recompute == "none":
         check_sent(case, sum(sent))
@@ -83,7 +97,7 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     if case.vocab % case.tp:
         check_padding(case, engine.deepspeed)
     if case.zero < 3 and case.layout.data_axis > 1:
-        check_replicas(case, engine.deepspeed)
+        check_replicas(case, engine.deepspeed, checks.replicas)
     dismantle(engine.deepspeed)
     return history, validation, {kind: list(found.values()) for kind, found in by_weight.items()}
 
@@ -171,17 +185,18 @@ def check_order(case: Case, trace: Trace, norm_before: float) -> None:
         assert work[0] > events.index("wait norm")
 
 
-def check_replicas(case: Case, engine: Any) -> None:
+def check_replicas(case: Case, engine: Any, check: ReplicaCheck) -> None:
     """Check that replicas compare equal, and that one flipped bit of a weight names its rank, of two ranks both."""
     rank, groups = torch.distributed.get_rank(), case.layout.groups("dp", "cp")
-    weights = list(engine.module.parameters())
-    assert wrong_ranks(weights, groups, torch.device("cpu")) == [], case.name
+    check.before_save(case.steps)
     bad = groups[-1][-1]
     if rank == bad:
-        flat = weights[-1].data.view(-1)
+        flat = list(engine.module.parameters())[-1].data.view(-1)
         bits = flat.view(torch.int16 if flat.element_size() == 2 else torch.int32)
         bits[len(bits) // 2] ^= 1  # the least significant bit
-    assert wrong_ranks(weights, groups, torch.device("cpu")) == ([bad] if len(groups[-1]) > 2 else groups[-1])
+    with pytest.raises(Corruption) as raised:
+        check.before_save(case.steps)
+    assert raised.value.ranks == ([bad] if len(groups[-1]) > 2 else groups[-1])
 
 
 def padded_shard(whole: Tensor, dim: int, tp: int, rank: int) -> Tensor:

@@ -52,30 +52,33 @@ def test_the_place_of_a_weight_in_memory_does_not_count() -> None:
 
 
 @pytest.mark.parametrize(("bad", "named"), [([2], [2]), ([], []), ([1, 2], [0, 1, 2])])
-def test_a_difference_ends_the_run_before_the_save(
+def test_a_difference_ends_the_run_before_the_step_and_before_the_save(
     bad: list[int], named: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three replicas: the wrong one is named with its host; if all differ from each other, all of them."""
     run = load_run("quickstart", ["checkpoint.compare_replicas=10", "parallel.pp=1", *LAYOUT])
     engine = SimpleNamespace(module=torch.nn.Linear(4, 4), optimizer=None)
-    check = ReplicaCheck(run, resolve_layout(run, 3), engine, torch.device("cpu"), "node")
-    gathered = []
+    hosts = [f"node{rank}" for rank in range(3)]
+    check = ReplicaCheck(run, resolve_layout(run, 3), engine, hosts, torch.device("cpu"))
 
-    def gather_numbers(values: list[int], where: torch.device) -> np.ndarray:
-        gathered.append(values)
+    def of_all(values: list[int], where: object = None) -> np.ndarray:
         return np.array([[values[0] + (rank if rank in bad else 0), values[1]] for rank in range(3)])
 
-    monkeypatch.setattr(world, "gather_numbers", gather_numbers)
-    monkeypatch.setattr(world, "gather", lambda value: [f"node{rank}" for rank in range(3)])
-    check.after_step(9, saves=False)
-    assert not gathered, "it is not yet time"
-    for done, saves in ((10, False), (11, True)):
+    monkeypatch.setattr(world, "gather_numbers", of_all)
+    check.before_step(9)
+    assert check.numbers() is None, "it is not yet time"
+    check.before_step(10)
+    sums = check.numbers()
+    assert sums is not None
+    for words, compare in (
+        ("in step 10 the weights of", lambda: check.judge(of_all(sums.tolist()))),
+        ("after step 11 the weights of", lambda: check.before_save(11)),
+    ):
         with pytest.raises(Corruption) if bad else nullcontext() as raised:
-            check.after_step(done, saves)
+            compare()
         if bad:
-            assert f"after step {done} the weights of rank {named[0]} on node{named[0]}" in str(raised.value)
+            assert f"{words} rank {named[0]} on node{named[0]}" in str(raised.value)
             assert list(raised.value.ranks) == named
-    assert len(gathered) == 2
 
 
 def test_the_vote() -> None:

@@ -160,7 +160,7 @@ def test_warnings_are_kept_with_their_step(tmp_path: Path) -> None:
     logger.warning("shard %s is damaged", "x")
     logger.info("no warning")
     step_done(reporter, 2)
-    reporter.slow_ranks(["SLOW: rank 3"])
+    reporter.warnings(["SLOW: rank 3"])
     reporter.close(RunEnd.FINISHED)
     logger.warning("of another run")
     lines = [json.loads(line) for line in (tmp_path / "reported" / "warnings.jsonl").read_text().splitlines()]

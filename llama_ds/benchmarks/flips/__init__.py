@@ -1,0 +1,1 @@
+"""Random bit flips in a small run: which of them its checks find."""

@@ -1,0 +1,61 @@
+"""Flips bits of a small run on ranks of this machine, and reports what finds them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llama_ds.benchmarks.flips.request import SITES, FlipRequest
+from llama_ds.benchmarks.ranks import start_ranks
+
+
+def measure(request: FlipRequest, folder: Path) -> dict[str, Any]:
+    """Return for each site the flips, those that were found, and those of which the right rank was named."""
+    start_ranks("llama_ds.benchmarks.flips.rank", request, folder, request.ranks, None, 0.0)
+    result = json.loads((folder / "found.json").read_text())
+    sites = {site: _counts([trial for trial in result["trials"] if trial["site"] == site]) for site in SITES}
+    return {
+        "settings": asdict(request),
+        "cores": os.cpu_count(),
+        "sites": sites,
+        "clean_steps": request.clean,
+        "false_alarms": result["alarms"],
+        "reports_in_clean_steps": len(result["reports"]),
+        "flipping_s": round(result["flipping_s"], 1),
+        "clean_s": round(result["clean_s"], 1),
+    }
+
+
+def _counts(trials: list[dict[str, Any]]) -> dict[str, int]:
+    found = [trial for trial in trials if trial["found"]]
+    return {
+        "flips": len(trials),
+        "found": len(found),
+        "right_rank": sum(trial["rank"] in trial["ranks"] for trial in found),
+        "only_it": sum(trial["ranks"] == [trial["rank"]] for trial in found),
+        "by_norm": sum("gradient norm" in trial["found"] for trial in found),
+        "left_out": sum(not trial["found"] and not math.isfinite(trial["norm"]) for trial in trials),
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return the results as text."""
+    settings, sites = found["settings"], found["sites"]
+    flips = sum(site["flips"] for site in sites.values())
+    lines = [
+        f"{flips:,} flips of a bit, {settings['ranks']} replicas, bf16, ZeRO-1, every check in every step",
+        f"{'site':40} {'flips':>6} {'found':>7} {'right rank':>11} {'it alone':>9} {'step skipped':>13}",
+    ]
+    for name, site in sites.items():
+        share = f"{site['found'] / site['flips']:.1%}"
+        counts = f"{site['right_rank']:>11} {site['only_it']:>9} {site['left_out']:>13}"
+        lines.append(f"{name:40} {site['flips']:>6} {share:>7} {counts}")
+    lines.append(
+        f"{found['clean_steps']:,} steps without flips: {len(found['false_alarms'])} false alarms, "
+        f"{found['reports_in_clean_steps']} reported gradient norms"
+    )
+    return "\n".join(lines)
