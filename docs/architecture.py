@@ -32,7 +32,8 @@ class Room(NamedTuple):
 
 ROOMS = {
     "__main__": Room(16, 884, "the command llama-ds: train and every program of tools"),
-    "train": Room(16, 330, "the script that launchers start on every rank", "blue"),
+    "train": Room(16, 206, "the script of every rank", "blue"),
+    "standby": Room(222, 330, "warm processes"),
     "tools": Room(346, 884, "one thin program per task"),
     "benchmarks": Room(346, 598, "steps, layers, data, machines"),
     "experiments": Room(614, 738, "runs side by side"),
@@ -94,6 +95,7 @@ ROUTES: dict[tuple[str, str], tuple[int] | tuple[int, str, int]] = {
 # These rooms may use every room below, and those are used by every room above: most of their arrows would say nothing.
 ENTRIES = {
     "train": ("training",),
+    "standby": (),
     "tools": ("benchmarks", "experiments", "launch", "perf"),
     "benchmarks": (),
     "experiments": (),

@@ -28,7 +28,7 @@ FLOORS = (
     ("training",),
     ("launch",),
     ("benchmarks", "experiments"),
-    ("train", "tools"),
+    ("train", "standby", "tools"),
     ("__main__",),
 )
 

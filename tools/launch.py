@@ -54,7 +54,7 @@ from llama_ds.launch.rendezvous import Rendezvous
 from llama_ds.launch.supervise.attempt import Watch
 from llama_ds.launch.supervise.hang_detector import HangLimits
 from llama_ds.launch.supervise.host_pool import HostPool
-from llama_ds.launch.supervise.supervisor import LaunchSettings, RestartLimits, Supervisor, command_of
+from llama_ds.launch.supervise.supervisor import LaunchSettings, ListedHosts, RestartLimits, Supervisor, command_of
 from llama_ds.layout.layout import resolve_layout
 from llama_ds.layout.placement import findings, place_ranks
 from llama_ds.log import console_is_gone
@@ -99,10 +99,19 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--supervise", action="store_true", help="restart after failures")
     watch.add_argument("--spares", default="", help="hostfile of spare hosts that replace bad ones")
     watch.add_argument(
+        "--warm-processes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep a process with all imports on every host and spare, from which restarts start (default: on)",
+    )
+    watch.add_argument(
         "--max-restarts", type=whole(0), default=5, help="consecutive restarts without progress (default: %(default)s)"
     )
     watch.add_argument(
-        "--backoff-s", type=delay, default=5.0, help="delay before the first restart (default: %(default)s)"
+        "--backoff-s",
+        type=delay,
+        default=5.0,
+        help="delay before the second restart without progress, then doubled (default: %(default)s)",
     )
     watch.add_argument("--beat-s", type=seconds, default=5.0, help="heartbeat interval (default: %(default)s)")
     watch.add_argument(
@@ -169,8 +178,8 @@ def launch(args: argparse.Namespace) -> int:
     os.environ.pop(VARIABLE, None)  # this job must not join the job that started it
     wanted = load_run(args.run_file, args.overrides)
     check_packages(wanted.path, wanted.logging.boards)
-    slots = slots_of(args)
-    hosts = {host: len(chosen) for host, chosen in slots.items()}
+    found = hosts_of(args)
+    hosts = dict(found.hosts)
     layout = resolve_layout(wanted, sum(hosts.values()))
     ranks = place_ranks(hosts, layout)
     for finding in findings(ranks):
@@ -178,12 +187,11 @@ def launch(args: argparse.Namespace) -> int:
             raise UserError(f"{args.hostfile}: {finding.text}")
         if finding.severity == "warning" or args.dry_run:
             print_line(f"{finding.severity}: {finding.text}")
-    devices = visible_devices(slots, local_host(hosts), os.environ)
-    for host, chosen in devices.items():
+    for host, chosen in found.devices.items():
         print_line(
             f"{host}: the ranks use the CUDA devices {chosen}" if chosen else f"{host}: no CUDA device is visible"
         )
-    start = start_of(args, wanted, devices)
+    start = start_of(args, wanted, found.devices)
     if args.dry_run:
         show(args, wanted, start, hosts)
         return 0
@@ -192,7 +200,7 @@ def launch(args: argparse.Namespace) -> int:
     supervisor = Supervisor(
         run=wanted,
         start=start,
-        host_pool=HostPool(wanted, hosts, parse_hostfile(args.spares) if args.spares else {}),
+        host_pool=HostPool(wanted, hosts, dict(found.spares)),
         watch=Watch(
             HangLimits(args.hang_factor, args.hang_min_s, args.start_s), args.silent_s, spikes=args.rewind_steps > 0
         ),
@@ -205,6 +213,7 @@ def launch(args: argparse.Namespace) -> int:
         folder=folder,
         examine=lambda hosts: preflight(args, wanted, hosts),
         print_line=print_line,
+        read_hosts=lambda: hosts_of(args),
     )
     print_line(f"job folder: {supervisor.folder}")
     received = handle_signals(supervisor)
@@ -217,9 +226,14 @@ def launch(args: argparse.Namespace) -> int:
         lock.release()
 
 
-def slots_of(args: argparse.Namespace) -> dict[str, list[int]]:
-    """Return the selected slots of the hosts."""
-    return select(parse_hostfile(args.hostfile), args.include, args.exclude)
+def hosts_of(args: argparse.Namespace) -> ListedHosts:
+    """Return the selected slots of the hosts in the hostfiles."""
+    slots = select(parse_hostfile(args.hostfile), args.include, args.exclude)
+    return ListedHosts(
+        hosts={host: len(chosen) for host, chosen in slots.items()},
+        spares=parse_hostfile(args.spares) if args.spares else {},
+        devices=visible_devices(slots, local_host(slots), os.environ),
+    )
 
 
 def start_of(args: argparse.Namespace, wanted: RunConfig, devices: Mapping[str, str]) -> LaunchSettings:
@@ -251,6 +265,7 @@ def start_of(args: argparse.Namespace, wanted: RunConfig, devices: Mapping[str, 
         ssh_port=args.ssh_port,
         beat_s=args.beat_s,
         orphan_s=args.orphan_s,
+        warm=args.warm_processes,
     )
 
 

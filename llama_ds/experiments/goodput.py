@@ -32,7 +32,7 @@ PHASES = {  # in the order of reports, with their meaning
     END: "ending all ranks on all hosts",
     HOSTS: "waiting for unreachable ranks, checking and choosing hosts",
     PAUSE: "the pause before a restart (--backoff-s)",
-    RENDEZVOUS: "from the start of DeepSpeed's launcher until all ranks have connected",
+    RENDEZVOUS: "from the start of the ranks or their launcher until all ranks have connected",
     RESTORE: "process groups, engines, loading the checkpoint",
     FIRST_STEP: "the first step of an attempt, as far as it takes longer than the median step",
 }

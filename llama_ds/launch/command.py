@@ -17,7 +17,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llama_ds.errors import UserError, did_you_mean
 from llama_ds.job import devices
@@ -51,6 +51,9 @@ class Command:
     env_text: str  # lines KEY=VALUE that the runner exports to the ranks; any other line, even a blank one, crashes it
     working_folder: str
     programs: str = ""  # folder in which the runner looks for mpirun first; "": the interpreter's
+    exports: dict[str, str] = field(default_factory=dict)  # the variables that reach the ranks
+    master_addr: str = ""
+    master_port: int = 0
 
 
 def build(
@@ -117,7 +120,8 @@ def build(
     # mpirun itself needs these, and -x passes them only to the ranks
     environment |= {k: v for k, v in exported.items() if way == "openmpi" and k.startswith("OMPI_ALLOW_RUN_AS_ROOT")}
     text = "" if by_inheritance else "".join(f"{k}={v}\n" for k, v in exported.items())
-    command = Command(argv, environment, env_file, text, working_folder, os.path.dirname(mpirun))
+    programs = os.path.dirname(mpirun)
+    command = Command(argv, environment, env_file, text, working_folder, programs, exported, master_addr, master_port)
     _check_size(way, command, hosts)
     return command
 
@@ -147,6 +151,13 @@ def inherited(environ: Mapping[str, str], launcher: str) -> dict[str, str]:
 def exported_to_ranks(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of `environ` to export to the ranks on all hosts."""
     return {k: v for k, v in environ.items() if k.startswith(_EXPORTED) or k in _EXPORTED_NAMES}
+
+
+def exported_by_runner(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that DeepSpeed's runner, started here by pdsh, exports to the ranks on its own."""
+    found = {name: value for name, value in inherited(environ, "pdsh").items() if name.startswith(FORWARDED)}
+    folders = (os.path.realpath(os.getcwd()), *filter(None, [environ.get("PYTHONPATH")]))
+    return found | {"PYTHONPATH": ":".join(folders)}
 
 
 def devices_export(hosts: Mapping[str, int], chosen: Mapping[str, str]) -> dict[str, str]:

@@ -46,7 +46,9 @@ from llama_ds.training import memory_state
 from llama_ds.training.checkpoints import Checkpoints
 from llama_ds.training.memory_folder import MemoryFolder
 
-ID = "memory.id"  # a file in the run's folder: states in memory belong to this run, not to a deleted one of its name
+# A file in the run's folder, changed by each start that does not go on from memory. States in memory with another id
+# are of a deleted run of its name, or of steps that the run has taken again since, from a checkpoint on disk.
+ID = "memory.id"
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,8 @@ class MemoryCheckpoints:
         return replace(found, optimizer_steps=memory_state.step_count(self._restored))
 
     def _mark(self) -> None:
-        if not (self._id_path.exists() and self._id_path.read_text()):
+        """Write a new id unless this start goes on from memory: later states there, of lost hosts, lead elsewhere."""
+        if not self.found:
             try:
                 write_durably(str(self._id_path), secrets.token_hex(16))
             except OSError as error:

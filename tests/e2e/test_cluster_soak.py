@@ -29,7 +29,7 @@ from tests.hosts import Hosts, missing
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
 
 FAULTS = int(os.environ.get("SOAK_FAULTS", "3"))
-SEED = int(os.environ.get("SOAK_SEED", "74"))  # its first three are the kinds that test_cluster_faults.py lacks
+SEED = int(os.environ.get("SOAK_SEED", "447"))  # its first three are the kinds that test_cluster_faults.py lacks
 RECORD = os.environ.get("SOAK_RECORD", "")
 KINDS = {  # fault -> outcome that the supervisor must report
     "killed": "death",
@@ -39,7 +39,9 @@ KINDS = {  # fault -> outcome that the supervisor must report
     "powered off": "host lost",
     "pdsh": "launcher",
     "launcher of a host": None,  # its ranks do not need it and continue
+    "warm process": None,
 }
+WARM = {"pdsh": "warm process", "launcher of a host": "warm process"}  # what stands for them after a warm restart
 ENDS = ("death", "failure", "hang", "host lost", "launcher", "done", "gave up", "mistake")
 NAMES = ("node1", "node2", "node3")  # the last is a spare
 LAYOUT = {
@@ -100,6 +102,7 @@ def inject(kind: str, job: Job, hosts: Hosts, chance: random.Random) -> dict[str
     goal = job.step + chance.randint(2, 12) + (60 if kind == "stopped" else 0)  # a hang needs a known step time
     job.wait_for(lambda: job.step >= goal)
     attempt = job.named("attempt started")[-1]
+    kind = WARM.get(kind, kind) if attempt.get("warm") else kind
     rank_hosts = list(attempt["hosts"])
     rank = chance.randrange(len(rank_hosts))
     host = rank_hosts[rank]
@@ -144,6 +147,11 @@ def put(kind: str, job: Job, hosts: Hosts, host: str, rank: int) -> Callable[[],
         return lambda: None
     if kind == "launcher of a host":
         send(hosts.processes(host, "deepspeed.launcher.launch")[-1], signal.SIGKILL)
+        return lambda: None
+    if kind == "warm process":
+        found = hosts.processes(host, "llama_ds/standby.py")
+        if found:  # before an attempt's first step there is none
+            send(found[0], signal.SIGKILL)
         return lambda: None
     (victim,) = job.ranks(host)
     if kind == "killed while saving":

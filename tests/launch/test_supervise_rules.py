@@ -176,6 +176,21 @@ def test_a_host_that_fails_twice_makes_place_for_a_spare(run: RunConfig) -> None
     assert host_pool.choose(list(HOSTS)) == HOSTS
 
 
+def test_hosts_that_are_added_to_the_hostfile_are_used_or_are_spares(run: RunConfig) -> None:
+    """65B: dp divides the batch, so that three more are spares, and 256 more double dp; a removed one is left out."""
+    host_pool = HostPool(run, HOSTS)
+    new = {f"new{i:03}": 8 for i in range(256)}
+    some = dict(list(new.items())[:3])
+    assert host_pool.replace(HOSTS | some, {}) == "with new000, new001, new002"
+    assert host_pool.choose(list(host_pool.all_hosts)) == HOSTS
+    assert list(host_pool.choose([host for host in host_pool.all_hosts if host != "node003"]))[3] == "new000"
+    host_pool.replace(HOSTS | new, {})
+    assert host_pool.choose(list(host_pool.all_hosts)) == HOSTS | new
+    left = {host: slots for host, slots in (HOSTS | new).items() if host != "node000"}
+    assert host_pool.replace(left, {}) == "without node000"
+    assert "node000" not in host_pool.choose(list(HOSTS | new))
+
+
 def test_without_spares_the_world_shrinks_to_a_legal_one(run: RunConfig) -> None:
     """65B: pp * tp = 64, and dp divides the global batch, so 128 of 255 hosts are used."""
     host_pool = HostPool(run, HOSTS)

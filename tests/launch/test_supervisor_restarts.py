@@ -24,7 +24,13 @@ from llama_ds.launch.supervise import attempt as outcomes
 from llama_ds.launch.supervise.attempt import Outcome, Watch, _reported_failure
 from llama_ds.launch.supervise.host_pool import HostPool
 from llama_ds.launch.supervise.server import Member, Server
-from llama_ds.launch.supervise.supervisor import MAX_BACKOFF_S, LaunchSettings, RestartLimits, Supervisor
+from llama_ds.launch.supervise.supervisor import (
+    MAX_BACKOFF_S,
+    LaunchSettings,
+    ListedHosts,
+    RestartLimits,
+    Supervisor,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_FILE = str(ROOT / "ds_configs" / "llama_7b.yaml")
@@ -101,10 +107,35 @@ def test_no_restart_begins_after_the_jobs_time_limit(tmp_path: Path) -> None:
 
 
 def test_each_restart_in_a_row_waits_twice_as_long(tmp_path: Path) -> None:
-    """Restarts without a pause would be used up before a file system or a switch is back."""
+    """Restarts without a pause would be used up before a file system or a switch is back; after progress none waits."""
     job = supervisor(tmp_path, reports())
-    assert [job._backoff_s(in_a_row) for in_a_row in (1, 2, 3, 4)] == [0.01, 0.02, 0.04, 0.08]
+    assert [job._backoff_s(in_a_row) for in_a_row in (1, 2, 3, 4)] == [0, 0.01, 0.02, 0.04]
     assert job._backoff_s(100) == MAX_BACKOFF_S
+
+
+def test_hostfiles_that_change_during_a_job_count_at_the_next_restart(tmp_path: Path) -> None:
+    """One that cannot be read, because it is just being written, changes nothing."""
+    job = supervisor(tmp_path, reports(True))
+    found: Iterator[ListedHosts | UserError] = iter(
+        [UserError("hosts: line 3"), ListedHosts({**HOSTS, "new": 8}, {}, {"new": "1,2"})]
+    )
+
+    def read() -> ListedHosts:
+        now = next(found)
+        if isinstance(now, UserError):
+            raise now
+        return now
+
+    job._read_hosts = read
+    job._read_hosts_again()
+    assert job.host_pool.hosts == HOSTS
+    job._read_hosts_again()
+    assert list(job.host_pool.all_hosts) == [*HOSTS, "new"]
+    assert job.start.devices == {"new": "1,2"}
+    assert [event.get("text") for event in events(job)] == [
+        "HOSTFILE: hosts: line 3; the job goes on with the hosts that it has",
+        "the hostfiles have changed: with new",
+    ]
 
 
 def test_a_host_with_wrong_weights_is_drained_and_the_job_goes_on(tmp_path: Path) -> None:

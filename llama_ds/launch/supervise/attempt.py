@@ -1,31 +1,30 @@
-"""One start of a job's ranks by DeepSpeed's launcher: monitored, and killed on all hosts after a failure."""
+"""One start of a job's ranks: monitored, and killed on all hosts after a failure."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from llama_ds.errors import UserError
 from llama_ds.job.folder import Job
-from llama_ds.launch.command import Command, runner_environment
+from llama_ds.launch.command import Command
 from llama_ds.launch.supervise import hang, processes
+from llama_ds.launch.supervise.deepspeed_ranks import DeepSpeedRanks, StartedRanks
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.hang_detector import HangDetector, HangLimits
 from llama_ds.launch.supervise.logs import LOG_LINES, Tail, first_error, last_error, last_lines
 from llama_ds.launch.supervise.progress_log import ProgressLog
 from llama_ds.launch.supervise.server import Member, Server
 from llama_ds.launch.supervise.spikes import Spike, SpikeRule
+from llama_ds.launch.supervise.standbys import Standbys
 
 TICK_S = 0.5  # polling interval
+JOIN_TICK_S = 0.05  # the same while ranks connect, which takes two of them
 SETTLE_S = 3.0  # wait after the first failure: its cause may be reported later, and logs are completed
 LAUNCHER_EXIT_S = 30.0  # time for the launcher to exit after its ranks
 WAITING_S = 30.0  # interval between the lines that name ranks which have not connected
@@ -38,6 +37,7 @@ DONE, ENDED, MISTAKE, DIVERGENCE, FAILURE, DEATH, HOST_LOST, HANG, SPIKE, LAUNCH
     *("done", "ended", "mistake", "divergence", "failure", "death", "host lost", "hang", "spike", "launcher"),
 )
 CORRUPTION = "corruption"
+FAULTS = (FAILURE, DEATH, HOST_LOST, HANG, LAUNCHER, CORRUPTION)  # reasons to choose hosts again
 
 
 @dataclass
@@ -74,12 +74,17 @@ class Attempt:
         events: Events,
         print_line: Callable[[str], None],
         ssh_port: int | None = None,
+        standbys: Standbys | None = None,
     ) -> None:
-        """`server` listens on the address in `job`. `print_line` receives rank 0's output."""
+        """`server` listens on the address in `job`. `print_line` receives rank 0's output.
+
+        `standbys` are the job's warm processes, None to have none.
+        """
         self.job, self.server, self.watch, self.events = job, server, watch, events
-        self._command, self._print_line, self._ssh_port = command, print_line, ssh_port
+        self._command, self._print_line, self._ssh_port, self._standbys = command, print_line, ssh_port, standbys
         self._hang_detector, self._spikes = HangDetector(watch.hang_limits), SpikeRule()
         self._progress_log = ProgressLog(events)
+        self._ranks: StartedRanks | None = None  # None before the start
         self._tail = Tail(str(job.log(0)))
         self._checks: dict[str, _HostCheck] = {}  # checks in flight, by host
         self._joined = False
@@ -97,16 +102,18 @@ class Attempt:
         self._ending = self._ending or what == "end"
         self._request = "end" if self._ending else what
 
-    def run(self) -> Outcome:
-        """Start the ranks and wait until they have ended on all hosts."""
+    def run(self, warm: bool = False) -> Outcome:
+        """Start the ranks, `warm` if they can be, and watch them until they have ended or failed; then call `end`."""
         self.server.expect(self.job.token(), self.job.world)
         Path(self._command.env_file).write_text(self._command.env_text, encoding="utf-8")
-        launcher = self._start()
-        self.events.add("attempt started", pid=launcher.pid, world=self.job.world, hosts=dict(self.job.hosts))
+        forked = self._standbys.ranks_of(self.job, self._command) if self._standbys and warm else None
+        self._ranks = forked or DeepSpeedRanks(self.job, self._command)
         try:
-            outcome = self._watch(launcher)
+            about = self._ranks.begin()
+            self.events.add("attempt started", **about, world=self.job.world, hosts=dict(self.job.hosts))
+            outcome = self._watch(self._ranks)
         except BaseException:
-            self._end(launcher)
+            self.end()
             raise
         if outcome.spike is None:  # the outcome of a spike already has the spike's first step
             outcome.step = max(outcome.step, self._hang_detector.step)
@@ -115,27 +122,16 @@ class Attempt:
             stalled_s = round(self._hang_detector.stalled_s, 3)
             self.events.add("detected", kind=HANG, ranks=[], hosts=[], after_s=stalled_s)
             outcome = self._report_hang(outcome)
-        outcome.unclean = self._end(launcher)
-        self._relay()
         return outcome
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        environment = runner_environment(self._command, os.environ, self.job.launcher)
-        with open(self.job.launcher_log, "wb") as log:
-            return subprocess.Popen(
-                self._command.argv,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._command.working_folder,
-                start_new_session=True,
-            )
+    @property
+    def _starter(self) -> str:
+        return self._ranks.name if self._ranks else DeepSpeedRanks.name
 
-    def _watch(self, launcher: subprocess.Popen[bytes]) -> Outcome:
+    def _watch(self, launcher: StartedRanks) -> Outcome:
         ended_at: float | None = None
         while True:
-            time.sleep(TICK_S)
+            time.sleep(TICK_S if self._joined else JOIN_TICK_S)
             self.server.poll()
             self._relay()
             self._note_joined()
@@ -145,19 +141,19 @@ class Attempt:
             outcome = self._judge()
             if outcome:
                 return outcome
-            if launcher.poll() is not None:
+            if (code := launcher.poll()) is not None:
                 # Ranks of other hosts may still send a report.
                 ended_at = ended_at or time.monotonic()
                 if self._all_left():
                     return Outcome(LAUNCHER, self._launcher_gone) if self._launcher_gone else Outcome(DONE, ALL_LEFT)
-                if time.monotonic() - ended_at > SETTLE_S and not self._checks and not self._outlived(launcher):
-                    return self._with_cause(self._failure or self._launcher_failed(launcher.returncode))
+                if time.monotonic() - ended_at > SETTLE_S and not self._checks and not self._outlived(code):
+                    return self._with_cause(self._failure or self._launcher_failed(code))
             elif self._all_left():
                 ended_at = ended_at or time.monotonic()
                 if time.monotonic() - ended_at > LAUNCHER_EXIT_S:  # the ranks are done, so the launcher may be killed
                     return Outcome(DONE, f"{ALL_LEFT}, the launcher was killed")
 
-    def _outlived(self, launcher: subprocess.Popen[bytes]) -> bool:
+    def _outlived(self, code: int) -> bool:
         """Return whether the ranks that have not left still run without their launcher, asked to save and end.
 
         The launcher is killed alone, or gets the signal that is meant for the whole job. A rank that hangs ends the
@@ -168,7 +164,7 @@ class Attempt:
             return False
         if not self._ending and not self._launcher_gone:
             self._launcher_gone = (
-                f"DeepSpeed's launcher exited with code {launcher.returncode} while {len(running)} ranks were running, "
+                f"{self._starter} exited with code {code} while {len(running)} ranks were running, "
                 "which have saved and ended"
             )
             self.server.ask("end")
@@ -205,17 +201,23 @@ class Attempt:
         while self.server.disconnected:
             member = self.server.disconnected.pop(0)
             self._first_lost = self._first_lost or member
-            self._check_host(member.host)
+            if self._ranks and self._ranks.has_exited(member.rank) and not member.failed:
+                self._record_failure(self._died(member), member.disconnected_at)
+            else:
+                self._check_host(member.host)
         self._check_silent(now)
         self._read_checks()
         if self._failure:
             waited = now - self._failed_at
-            settled = waited > SETTLE_S and not (self._checks and waited < 5 * SETTLE_S)
+            certain = self._joined and self._failure.kind in (DEATH, HOST_LOST)  # nothing can explain it better
+            settled = (certain or waited > SETTLE_S) and not (self._checks and waited < 5 * SETTLE_S)
             return self._with_cause(self._failure) if settled else None
         if self._hang_detector.update(members.values()) and members:
             text = f"no progress for {self._hang_detector.stalled_s:.1f} s"
             return Outcome(HANG, text)
         self._progress_log.update(self._hang_detector.step)
+        if self._standbys and self._progress_log.has_begun:
+            self._standbys.prepare(self._command)
         return None
 
     def _read_reports(self) -> Outcome | None:
@@ -311,14 +313,14 @@ class Attempt:
         if not self.server.members:
             if code == UserError.EXIT_CODE and (error := first_error(log)):  # a rank ended before it was connected
                 return Outcome(MISTAKE, error)
-            text = f"no rank has started; DeepSpeed's launcher exited with code {code}; the end of {log}:\n"
+            text = f"no rank has started; {self._starter} exited with code {code}; the end of {log}:\n"
             return Outcome(LAUNCHER, text + last_lines(log, 2 * LOG_LINES))
         absent = [r for r in range(self.job.world) if r not in self.server.members or not self.server.members[r].left]
         rank, host = absent[0], self.job.rank_hosts[absent[0]]
         shown = str(self.job.log(rank)) if rank in self.server.members else log
         text = (
             f"rank {rank} on {host} and {len(absent) - 1} others did not exit cleanly; "
-            f"DeepSpeed's launcher exited with code {code}; the end of {shown}:\n{last_lines(shown)}"
+            f"{self._starter} exited with code {code}; the end of {shown}:\n{last_lines(shown)}"
         )
         return Outcome(LAUNCHER, text, ranks=absent, hosts=[host])
 
@@ -345,19 +347,21 @@ class Attempt:
         hosts_of_culprits = list(dict.fromkeys(culprit.host for culprit in culprits))
         return replace(outcome, text=text, ranks=[culprit.rank for culprit in culprits], hosts=hosts_of_culprits)
 
-    def _end(self, launcher: subprocess.Popen[bytes]) -> list[str]:
+    def end(self) -> list[str]:
         """Kill every process of this attempt on every host; return the hosts on which some may survive."""
         begin = self.ended_at = time.monotonic()
+        if not self._ranks:
+            return []
         self.server.poll()
         self.server.dismiss()
+        self._ranks.stop()
         found = processes.kill(list(self.job.hosts), self.job.folder, self._ssh_port)
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
+        self._ranks.kill()
         killed = {host: len(those.answer["killed"]) for host, those in found.items() if those.answer.get("killed")}
         unclean = [host for host, those in found.items() if not those.clean]
         if killed or unclean:
             self.events.add("killed", processes=killed, unclean=unclean, seconds=round(time.monotonic() - begin, 3))
+        self._relay()
         return unclean
 
 

@@ -27,6 +27,14 @@ class HostPool:
         """All hosts, spares last."""
         return self.hosts | self.spares
 
+    def replace(self, hosts: Mapping[str, int], spares: Mapping[str, int]) -> str:
+        """Take the hosts of changed files; return what has changed, in words, "" if nothing has."""
+        before, self.hosts, self.spares = self.all_hosts, dict(hosts), dict(spares)
+        new = [host for host, slots in self.all_hosts.items() if before.get(host) != slots]
+        gone = [host for host in before if host not in self.all_hosts]
+        parts = [f"{what} {', '.join(names)}" for what, names in (("with", new), ("without", gone)) if names]
+        return " and ".join(parts)
+
     def blame(self, hosts: list[str], strikes: int = 1) -> None:
         """Count a failure of hosts; `STRIKES` strikes exclude them at once."""
         for host in hosts:
@@ -41,9 +49,12 @@ class HostPool:
             UserError: the remaining hosts are too few for any layout of the run.
         """
         struck = {host for host in good if self.strikes.get(host, 0) >= STRIKES}
+        # Hosts that were added to the hostfile during the job, and that no layout of the run can use, are spares too.
+        lines = first_slots(self.hosts, largest_world(self.run, sum(self.hosts.values())) or 0)
+        others = {host: slots for host, slots in self.all_hosts.items() if host not in lines}
         for excluded in (struck, set()):  # a host that failed twice is better than none
             usable = [host for host in good if host not in excluded]
-            chosen = promote(self.hosts, usable, self.spares)
+            chosen = promote(lines, usable, others)
             if chosen:
                 return chosen
         world = largest_world(self.run, sum(self.all_hosts[host] for host in good))

@@ -30,6 +30,11 @@ class ProgressLog:
         self._written_step = 0
         self._written_at = 0.0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the first step of the attempt has been completed."""
+        return self._start is not None and self._written_step > self._start
+
     def take(self, report: Mapping[str, Any]) -> None:
         """Record a rank's report that it has left a phase."""
         if self._start is not None and report["phase"] != Phase.TRAINING:

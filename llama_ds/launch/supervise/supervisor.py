@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llama_ds.config.schema import RunConfig
@@ -19,12 +19,14 @@ from llama_ds.launch.preflight import Report
 from llama_ds.launch.remote import is_local
 from llama_ds.launch.rendezvous import Rendezvous, UnreachableHost, arrange
 from llama_ds.launch.supervise import attempt as outcomes
+from llama_ds.launch.supervise.ahead import Ahead
 from llama_ds.launch.supervise.attempt import Attempt, Outcome, Watch
 from llama_ds.launch.supervise.events import Events
 from llama_ds.launch.supervise.host_pool import STRIKES, HostPool
 from llama_ds.launch.supervise.norm_rises import before_spike
 from llama_ds.launch.supervise.repeats import RepeatedFailures, reason
 from llama_ds.launch.supervise.server import Server
+from llama_ds.launch.supervise.standbys import Standbys, reason_against
 
 MAX_BACKOFF_S = 300.0
 
@@ -49,6 +51,16 @@ class LaunchSettings:
     ssh_port: int | None = None
     beat_s: float = 5.0
     orphan_s: float = 60.0
+    warm: bool = False  # whether restarts use warm processes
+
+
+@dataclass(frozen=True)
+class ListedHosts:
+    """The hosts of a job as its files have them: slots by host, and CUDA_VISIBLE_DEVICES of those that need it."""
+
+    hosts: Mapping[str, int]
+    spares: Mapping[str, int]
+    devices: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class RestartLimits:
     """Limits of restarts. Only restarts without progress count: each new furthest step resets the count."""
 
     restarts: int = 0  # maximum number of restarts in a row without progress; 0: never restart
-    backoff_s: float = 5.0  # pause before the first of them; doubles for each further one
+    backoff_s: float = 5.0  # pause before the second of them; doubles for each further one
     rewind_steps: int = 0  # steps to go back before a loss spike; 0: spikes are ignored
     skip_steps: int = 0  # steps of data to skip after going back
 
@@ -74,10 +86,16 @@ class Supervisor:
         folder: Path,
         examine: Callable[[Mapping[str, int]], Report],
         print_line: Callable[[str], None],
+        read_hosts: Callable[[], ListedHosts] | None = None,
     ) -> None:
-        """`folder` is the job's folder, `examine` runs the preflight, and `print_line` prints a line on the console."""
+        """`folder` is the job's folder, and `print_line` prints a line on the console.
+
+        `examine` runs the preflight. `read_hosts` reads the hostfiles again before a restart; None: they are as
+        they were.
+        """
         self.run, self.start, self.host_pool, self.watch, self.limits = run, start, host_pool, watch, limits
         self.folder, self._examine, self._print_line = folder, examine, print_line
+        self._read_hosts = read_hosts
         self._job_start = job_start(os.environ)
         self.events = Events(folder / "events.jsonl", print_line)
         self._rewind_overrides: list[str] = []  # overrides of the last rewind, kept in all later attempts
@@ -85,7 +103,9 @@ class Supervisor:
         self._skips = [(skip.at_step, skip.steps) for skip in run.data.skip]
         self._rewind_id = int(time.time())  # differs from an earlier job's: the run ignores an id it has seen
         self._attempt: Attempt | None = None
+        self._ahead: Ahead | None = None  # answers of hosts since the last failure
         self._repeats = RepeatedFailures()
+        self._standbys = self._new_standbys() if start.warm and limits.restarts else None
         self._ending = False
 
     def ask(self, what: str) -> None:
@@ -103,6 +123,7 @@ class Supervisor:
             while True:
                 number += 1
                 rendezvous = self._rendezvous(hosts, again=number > 1)
+                self._ahead = None
                 if isinstance(rendezvous, Rendezvous):
                     server = server or Server(self.start.listen or rendezvous.listen)
                     outcome = self._run_attempt(number, hosts, rendezvous, server)
@@ -123,20 +144,31 @@ class Supervisor:
             self.events.add("gave up", f"error: {error}")
             return UserError.EXIT_CODE
         finally:
+            if self._standbys:
+                self._standbys.close()
             if server:
                 server.close()
             self.events.close()
 
+    def _new_standbys(self) -> Standbys | None:
+        if reason := reason_against(self.start.launcher, self.host_pool.all_hosts):
+            self.events.add("cold start", f"restarts start Python anew: {reason}")
+            return None
+        return Standbys(self.folder, self.events, self.start.train, self.start.orphan_s, self.start.ssh_port)
+
     def _rendezvous(self, hosts: Mapping[str, int], again: bool) -> Rendezvous | Outcome:
         """Return the rendezvous; if a host that it needs does not answer at a restart, that is one more failure."""
-        start = self.start
         try:
-            return arrange(list(hosts), start.nic, start.master_port, start.master, start.ssh_port)
+            return (self._ahead.rendezvous(list(hosts)) if self._ahead else None) or self._arrange(list(hosts))
         except UserError as error:
             if not again:
                 raise
             host = error.host if isinstance(error, UnreachableHost) else next(iter(hosts))
             return Outcome(outcomes.HOST_LOST, f"HOST LOST: {error}", hosts=[host])
+
+    def _arrange(self, hosts: list[str]) -> Rendezvous:
+        start = self.start
+        return arrange(hosts, start.nic, start.master_port, start.master, start.ssh_port)
 
     def _run_attempt(self, number: int, hosts: dict[str, int], rendezvous: Rendezvous, server: Server) -> Outcome:
         start = self.start
@@ -152,10 +184,33 @@ class Supervisor:
         )
         prepare(job, [start.run_file, *start.overrides, *self._rewind_overrides], start.secrets)
         command = command_of(job, start, rendezvous)
-        self._attempt = Attempt(job, command, server, self.watch, self.events, self._print_line, start.ssh_port)
+        if self._standbys:
+            self._standbys.wanted = self.host_pool.all_hosts
+        self._attempt = Attempt(
+            job, command, server, self.watch, self.events, self._print_line, start.ssh_port, self._standbys
+        )
         if self._ending:
             return Outcome(outcomes.ENDED, "ended before the ranks were started; there was nothing to save")
-        return self._attempt.run()
+        outcome = self._attempt.run(warm=number > 1)
+        if self.limits.restarts and outcome.kind in outcomes.FAULTS and not self._ending:
+            self._read_hosts_again()
+            every = self.host_pool.all_hosts
+            self._ahead = Ahead(list(hosts), lambda: self._examine(every), lambda: self._arrange(list(hosts)))
+        outcome.unclean = self._attempt.end()
+        return outcome
+
+    def _read_hosts_again(self) -> None:
+        """Take in hosts that were added to the hostfiles, and leave out those that were removed."""
+        if not self._read_hosts:
+            return
+        try:
+            now = self._read_hosts()
+        except UserError as error:
+            self.events.add("hostfile", f"HOSTFILE: {error}; the job goes on with the hosts that it has")
+            return
+        if changes := self.host_pool.replace(now.hosts, now.spares):
+            self.start = replace(self.start, devices=now.devices)
+            self.events.add("hostfile", f"the hostfiles have changed: {changes}", hosts=now.hosts, spares=now.spares)
 
     def _record(self, outcome: Outcome) -> None:
         text = outcome.text if outcome.kind != outcomes.DONE else ""
@@ -214,7 +269,8 @@ class Supervisor:
         return chosen
 
     def _backoff_s(self, in_a_row: int) -> float:
-        return float(min(self.limits.backoff_s * 2 ** (in_a_row - 1), MAX_BACKOFF_S))
+        """Return the pause before a restart: none after progress, since what failed has worked for some time."""
+        return float(min(self.limits.backoff_s * 2 ** (in_a_row - 2), MAX_BACKOFF_S)) if in_a_row > 1 else 0.0
 
     def _sleep(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -227,7 +283,7 @@ class Supervisor:
             try:
                 return self._check_and_choose(hosts)
             except UserError as error:
-                pause = self._backoff_s(tries)
+                pause = self._backoff_s(tries + 1)
                 self.events.add("too few hosts", f"{error}; checking again in {pause:g} s", pause_s=pause)
                 self._sleep(pause)
             if self._ending:
@@ -235,7 +291,7 @@ class Supervisor:
         return self._check_and_choose(hosts)
 
     def _check_and_choose(self, hosts: dict[str, int]) -> dict[str, int]:
-        report = self._examine(self.host_pool.all_hosts)
+        report = (self._ahead.report() if self._ahead else None) or self._examine(self.host_pool.all_hosts)
         bad = [finding for finding in report.findings if finding.severity == "error"]
         self.events.add(
             "preflight", good=report.good, bad=[[f.host, f.check, f.text] for f in bad], strikes=self.host_pool.strikes
