@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama_ds.model import loss, pointwise, weight_gradients
+from llama_ds.model import fp8, fp8_delayed, loss, pointwise, weight_gradients
 from llama_ds.parallel.dry_run.ledger import Ledger, within
 from llama_ds.parallel.dry_run.memo import Memo
 from llama_ds.parallel.lean_imports import leave_out_compiler
@@ -92,7 +92,7 @@ def _answers(backend: str, ledger: Ledger) -> Iterator[tuple[Any, str, Any]]:
     yield deepspeed.runtime.bf16_optimizer, "is_invalid_grad_norm", lambda norm: False
     yield dist, "get_backend", lambda group=None: backend
     # Functions that are one kernel on CUDA and several operations with temporaries on a CPU.
-    for module in (loss, pointwise):
+    for module in (fp8, fp8_delayed, loss, pointwise):
         yield module, "compiled_for", lambda x, function: within(ledger.fused, function)
     yield weight_gradients, "add_product", within(ledger.fused, weight_gradients.add_product)
     yield loss, "add_product", within(ledger.fused, loss.add_product)

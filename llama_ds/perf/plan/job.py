@@ -53,6 +53,8 @@ class StepJob:
     cp_sizes: CpSizes = WHOLE_ROWS  # ranks that share rows
     optimizer: str = "adamw"
     low_precision: bool = False  # whether optimizer states are bf16
+    fp8: str = "off"  # scaling of the layers' products in float8: `compute.fp8`
+    fp8_weight_gradients: bool = False
 
     @property
     def pp(self) -> int:
@@ -101,6 +103,11 @@ class StepJob:
         return unit * part_rows(self.model.vocab_size, unit * self.tp)
 
     @property
+    def fp8_weight_uses(self) -> int:
+        """Micro-batches for which a weight in float8 is made: `layout.rank_memory.keeps_fp8_weights`."""
+        return self.micro_batches if self.zero_stage < 3 else 1
+
+    @property
     def placement(self) -> Placement:
         """The placement of stages on pipeline ranks, which no number of micro-batches changes."""
         return self.plan(max(self.micro_batches, 2 * self.pp)).placement
@@ -134,6 +141,8 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         cp_sizes=cp_sizes(run)[0] if layout.cp > 1 else WHOLE_ROWS,
         optimizer=run.optimizer.name,
         low_precision=bool(states_of(run.optimizer).bf16),
+        fp8=run.compute.fp8,
+        fp8_weight_gradients=run.compute.fp8_weight_gradients,
     )
 
 

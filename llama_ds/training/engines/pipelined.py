@@ -71,6 +71,7 @@ class PipelinedEngine:
     def train_step(self, batches: Iterator[Batch], lr: float) -> StepResult:
         set_learning_rate(self.deepspeed, lr)
         loss, norm = self.deepspeed.train_step(self._ids_and_labels(batches)).unbind()
+        self.context.products.end_step()
         return StepResult(loss, norm)
 
     def read(self, result: StepResult) -> tuple[float, float]:
