@@ -7,7 +7,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +125,10 @@ def run_ladder(args: argparse.Namespace) -> Answer:
     ladder = _ladder(args)
     rungs = plan(ladder)
     paths = dict(zip((rung.name for rung in rungs), write_plan(ladder, rungs), strict=True))
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ladder.ranks)), **os.environ}
     with ChildGroup() as children:
 
-        def start(words: list[str], log: str) -> int:
+        def start(words: list[str], log: str, variables: Mapping[str, str]) -> int:
+            environment = {**os.environ, **variables}
             if not log:
                 return children.run(words, env=environment, stdout=sys.stderr)
             Path(log).parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from threading import Barrier
@@ -14,7 +15,7 @@ import pytest
 from llama_ds.config.run_file import dump, load_run
 from llama_ds.errors import UserError
 from llama_ds.experiments.ladder import results
-from llama_ds.experiments.ladder.execute import execute
+from llama_ds.experiments.ladder.execute import Start, execute, places
 from llama_ds.experiments.ladder.law import Fit, Law, cheapest, fit_law
 from llama_ds.experiments.ladder.page import write_report
 from llama_ds.experiments.ladder.plan import plan, write_plan
@@ -58,11 +59,11 @@ def make(tmp_path: Path) -> Callable[..., Ladder]:
     return made
 
 
-def trained(ladder: Ladder, fail_at: int | None = None) -> Callable[[list[str], str], int]:
+def trained(ladder: Ladder, fail_at: int | None = None) -> Start:
     """Return a stub of training: it writes the records that the law gives; call number `fail_at` is killed midway."""
     calls = []
 
-    def start(command: list[str], log: str) -> int:
+    def start(command: list[str], log: str, variables: Mapping[str, str]) -> int:
         run = load_run(next(word for word in command if word.endswith(".yaml")))
         calls.append(run.name)
         folder = Path(run.run_dir)
@@ -83,7 +84,7 @@ def trained(ladder: Ladder, fail_at: int | None = None) -> Callable[[list[str], 
     return start
 
 
-def finish(ladder: Ladder, start: Callable[[list[str], str], int]) -> None:
+def finish(ladder: Ladder, start: Start) -> None:
     rungs = plan(ladder)
     paths = dict(zip((rung.name for rung in rungs), write_plan(ladder, rungs), strict=True))
     for predicted in (False, True):
@@ -110,6 +111,13 @@ def test_depth_gives_whole_run_files(make: Callable[..., Ladder]) -> None:
         assert run.evaluation.interval == run.training.steps  # the loss of the last step is what the law needs
     rates = [rung.run.optimizer.lr for rung in rungs if rung.budget == 2.0]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_overrides_change_the_base(make: Callable[..., Ladder]) -> None:
+    ladder = make(("predict:", "overrides: {training.global_batch: 4, optimizer.lr: 1e-3}\npredict:"))
+    for rung in plan(ladder):
+        assert rung.run.training.global_batch == 4
+        assert rung.run.optimizer.lr == pytest.approx(1e-3 * (32 * rung.depth / 256) ** -0.5, rel=1e-3)
 
 
 def test_equal_flops_and_sweeps(make: Callable[..., Ladder]) -> None:
@@ -144,11 +152,11 @@ def test_runs_are_side_by_side_on_whole_hosts(make: Callable[..., Ladder], tmp_p
     rungs, both, seen = plan(ladder), Barrier(2, timeout=60), list[tuple[str, str]]()
     train = trained(ladder)
 
-    def start(command: list[str], log: str) -> int:
+    def start(command: list[str], log: str, variables: Mapping[str, str]) -> int:
         seen.append((command[command.index("--hostfile") + 1], log))
         if len(seen) <= 2:
             both.wait()  # a run alone would wait for ever
-        return train(command, log)
+        return train(command, log, variables)
 
     execute(ladder, rungs, write_plan(ladder, rungs), start, lambda text: None)
     assert {hostfile for hostfile, _ in seen[:2]} == {f"{ladder.root}/hosts/{n}" for n in (1, 2)}
@@ -158,6 +166,31 @@ def test_runs_are_side_by_side_on_whole_hosts(make: Callable[..., Ladder], tmp_p
     for ranks, message in refused:
         with pytest.raises(UserError, match=message):
             plan(make((beside[0], beside[1].replace("ranks: 4", f"ranks: {ranks}"))))
+
+
+def test_runs_at_once_have_cores_and_devices_of_their_own(
+    make: Callable[..., Ladder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DS_ACCELERATOR", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    ladder = make(("parallel:", "ranks: 2\nat_once: 2\nparallel:"), ("[1, 2, 3, 4]", "[1, 2, 3]"))
+    rungs, both, seen = plan(ladder), Barrier(2, timeout=60), list[Mapping[str, str]]()
+    train = trained(ladder)
+
+    def start(command: list[str], log: str, variables: Mapping[str, str]) -> int:
+        seen.append(variables)
+        if len(seen) <= 2:
+            both.wait()
+        return train(command, log, variables)
+
+    execute(ladder, rungs, write_plan(ladder, rungs), start, lambda text: None)
+    assert {one["OMP_NUM_THREADS"] for one in seen} == {"2"}
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in seen[:2]} == {"4,5", "6,7"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
+        places(ladder)
 
 
 def test_planner_gives_layouts(make: Callable[..., Ladder]) -> None:
@@ -230,6 +263,10 @@ def test_changed_ladders_and_data_are_refused(make: Callable[..., Ladder], tmp_p
         ("predict:", "sweep: {key: optimizer.lr, values: [1]}\npredict:", "sets predict and sweep"),
         ("predict: [5]", "sweep: {key: training.steps, values: [1]}", "training.steps follows from depth and budget"),
         ("predict: [5]", "sweep: {key: training.global_batch, values: [1.5]}", "1.5 is no number of rows"),
+        ("predict:", "hostfile: hosts\nat_once: 2\npredict:", "sets hostfile and at_once"),
+        ("predict:", "at_once: 0\npredict:", "at_once = 0 is not positive"),
+        ("predict: [5]", "overrides: {training.steps: 10}", "overrides sets training.steps, which follows from depth"),
+        ("predict: [5]", "overrides: {training.global_bach: 4}", "ladder small: .*did you mean .*global_batch"),
     ],
 )
 def test_bad_input_is_one_error(make: Callable[..., Ladder], old: str, new: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs the rungs of a ladder, one after another or side by side on hosts, and reads what they have measured."""
+"""Runs the rungs of a ladder, one after another or side by side, and reads what they have measured."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
 from threading import Event
@@ -18,9 +18,11 @@ from llama_ds.errors import UserError
 from llama_ds.experiments.ladder.plan import Rung, host_groups
 from llama_ds.experiments.ladder.spec import Ladder
 from llama_ds.experiments.records import METRICS, RUN_FILE, Curve, read_run
+from llama_ds.job.devices import VISIBLE, visible_devices
 from llama_ds.launch.hostfile import write_hostfile
 
-Start = Callable[[list[str], str], int]  # runs a command with its output in a file ("": here), returns its exit code
+# Runs a command with its output in a file ("": here) and with more variables, and returns its exit code.
+Start = Callable[[list[str], str, Mapping[str, str]], int]
 COMPARED = ("model", "data", "training", "optimizer", "seed")
 
 
@@ -43,63 +45,82 @@ def command(ladder: Ladder, run_file: str, hostfile: str) -> list[str]:
     return [*torchrun, os.path.relpath(shipped.TRAIN), run_file]
 
 
-def write_hostfiles(ladder: Ladder) -> list[str]:
-    """Write a hostfile for each group of hosts that trains a run at a time; return their paths, [""] without hosts."""
-    if not ladder.hostfile:
-        return [""]
-    paths = []
-    for number, hosts in enumerate(host_groups(ladder), 1):
-        paths.append(f"{ladder.root}/hosts/{number}")
+@dataclass(frozen=True)
+class Place:
+    """Where a run is trained: the hosts of a hostfile, or a part of this machine."""
+
+    hostfile: str = ""
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def places(ladder: Ladder) -> list[Place]:
+    """Return the places that train a run each at a time; write their hostfiles.
+
+    Raises:
+        UserError: CUDA_VISIBLE_DEVICES lists fewer devices than the runs need.
+    """
+    share = max(1, (os.cpu_count() or 1) // (ladder.ranks * ladder.at_once))
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}
+    found = []
+    if ladder.hostfile:
         os.makedirs(f"{ladder.root}/hosts", exist_ok=True)
-        write_hostfile(paths[-1], hosts)
-    return paths
+        for number, hosts in enumerate(host_groups(ladder), 1):
+            found.append(Place(f"{ladder.root}/hosts/{number}", threads))
+            write_hostfile(found[-1].hostfile, hosts)
+        return found
+    for number in range(ladder.at_once):
+        slots = range(number * ladder.ranks, (number + 1) * ladder.ranks)
+        devices = visible_devices({"here": slots}, "here", os.environ) if ladder.at_once > 1 else {}
+        found.append(Place(variables=threads | ({VISIBLE: devices["here"]} if devices else {})))
+    return found
 
 
 def execute(
     ladder: Ladder, rungs: Sequence[Rung], paths: Sequence[str], start: Start, say: Callable[[str], None]
 ) -> None:
-    """Train every rung that is not finished, side by side on the hosts' groups. `start` is called from threads.
+    """Train every rung that is not finished, one at a time in each place. `start` is called from threads.
 
     Raises:
         UserError: a run failed or ended before its last step. The same command goes on from there.
     """
-    hostfiles = write_hostfiles(ladder)
-    free: Queue[str] = Queue()
-    for hostfile in hostfiles:
-        free.put(hostfile)
+    found = places(ladder)
+    free: Queue[Place] = Queue()
+    for place in found:
+        free.put(place)
     failed = Event()  # after it no run is started
 
     def train(number: int, rung: Rung, path: str) -> str:
         """Train a rung; return what went wrong."""
-        hostfile = free.get()
+        place = free.get()
         try:
-            problem = "" if failed.is_set() else train_on(hostfile, number, rung, path)
+            problem = "" if failed.is_set() else train_in(place, number, rung, path)
         except BaseException:
             failed.set()
             raise
         finally:
-            free.put(hostfile)
+            free.put(place)
         if problem:
             failed.set()
         return problem
 
-    def train_on(hostfile: str, number: int, rung: Rung, path: str) -> str:
+    def train_in(place: Place, number: int, rung: Rung, path: str) -> str:
         title = f"{rung.name} ({number} of {len(rungs)}): {rung.parameters:,} parameters"
         if measured(rung):
             say(f"{title}: finished before")
             return ""
-        log = f"{ladder.root}/logs/{rung.name}.log" if len(hostfiles) > 1 else ""
+        log = f"{ladder.root}/logs/{rung.name}.log" if len(found) > 1 else ""
+        on = [f"on {place.hostfile}"] if place.hostfile else []
         say(
             f"{title}, {rung.run.training.tokens:,} tokens in {rung.run.training.steps:,} steps"
-            + (f"; on {hostfile}, output in {log}" if log else "")
+            + (f"; {', '.join([*on, f'output in {log}'])}" if log else "")
         )
-        if code := start(command(ladder, path, hostfile), log):
+        if code := start(command(ladder, path, place.hostfile), log, place.variables):
             return f"{rung.name}: training ended with exit code {code}; see its message; run again to go on"
         if not measured(rung):
             return f"{rung.name}: ended before step {rung.run.training.steps}; run again to go on"
         return ""
 
-    pool = ThreadPoolExecutor(len(hostfiles))
+    pool = ThreadPoolExecutor(len(found))
     try:
         numbered = enumerate(zip(rungs, paths, strict=True), 1)
         started = [pool.submit(train, number, rung, path) for number, (rung, path) in numbered]

@@ -65,7 +65,8 @@ def plan(ladder: Ladder) -> list[Rung]:
         UserError: no group of hosts has `ranks` slots, a size has no valid layout, a budget is below one batch, two
             runs have one name, or the runs are too few for a prediction.
     """
-    if load_run(ladder.base).training.batch_stages:
+    base = _load(ladder, {})
+    if base.training.batch_stages:
         raise UserError(f"{ladder.base}: the runs of a ladder have one batch each; leave training.batch_stages out")
     if ladder.hostfile:
         host_groups(ladder)
@@ -74,7 +75,7 @@ def plan(ladder: Ladder) -> list[Rung]:
     cells = [(depth, budget, False) for depth in ladder.depths for budget in budgets]
     cells += [(depth, max(budgets), True) for depth in ladder.predict]
     seeds: tuple[int | None, ...] = ladder.seeds or (None,)
-    rungs = [_rung(ladder, *cell, value, seed) for cell in cells for value in values for seed in seeds]
+    rungs = [_rung(ladder, base, *cell, value, seed) for cell in cells for value in values for seed in seeds]
     for name, count in Counter(rung.name for rung in rungs).items():
         if count > 1:
             raise UserError(f"{ladder.name}: {count} runs have the name {name}; budgets must differ in six digits")
@@ -131,8 +132,9 @@ def shape(ladder: Ladder, depth: int) -> dict[str, int]:
     }
 
 
-def _rung(ladder: Ladder, depth: int, budget: float, predicted: bool, value: float | None, seed: int | None) -> Rung:
-    base = load_run(ladder.base)
+def _rung(
+    ladder: Ladder, base: RunConfig, depth: int, budget: float, predicted: bool, value: float | None, seed: int | None
+) -> Rung:
     name = f"d{depth:02}_{budget:g}".replace("+", "") + ("" if value is None else f"_{value:g}")
     name += "" if seed is None else f"_s{seed}"
     model = shape(ladder, depth)
@@ -177,11 +179,15 @@ def _rung(ladder: Ladder, depth: int, budget: float, predicted: bool, value: flo
     return Rung(run, depth, budget, value, predicted)
 
 
-def _load(ladder: Ladder, changes: dict[str, Any], depth: int) -> RunConfig:
+def _load(ladder: Ladder, changes: dict[str, Any], depth: int | None = None) -> RunConfig:
+    """Return the ladder's base with its overrides and these changes; an error names the depth that they are for."""
     try:
-        return load_run(ladder.base, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
+        return load_run(
+            ladder.base, [f"{key}={json.dumps(value)}" for key, value in (ladder.overrides | changes).items()]
+        )
     except UserError as error:
-        raise UserError(f"depth {depth} of ladder {ladder.name}: {error}") from None
+        place = f"ladder {ladder.name}" if depth is None else f"depth {depth} of ladder {ladder.name}"
+        raise UserError(f"{place}: {error}") from None
 
 
 def _tokens(ladder: Ladder, budget: float, sized: Rung) -> float:

@@ -45,6 +45,7 @@ class Ladder:
     depths: tuple[int, ...]  # decoder layers of the sizes that the law is fitted to
     predict: tuple[int, ...] = ()  # depths whose loss is predicted first; trained on the largest budget only
     folder: str = ""  # default: runs/NAME
+    overrides: dict[str, object] = field(default_factory=dict)  # keys of the base, such as training.global_batch: 4
     tokens_per_parameter: tuple[float, ...] = ()  # exactly one of these three: tokens / parameters,
     tokens: tuple[int, ...] = ()  # fixed tokens,
     flops: tuple[float, ...] = ()  # or fixed training FLOPs (IsoFLOP)
@@ -55,6 +56,7 @@ class Ladder:
     warmup_share: float = 0.1  # warm-up steps / steps
     ranks: int = 1  # number of ranks of each run
     hostfile: str = ""  # start by tools/launch.py, side by side on `ranks` slots each; empty: on this machine
+    at_once: int = 1  # runs trained side by side on this machine, each with its share of cores or devices
     gpu: str = ""  # let the planner choose each layout for this GPU; empty: the base's `parallel`, or the one below
     parallel: dict[str, object] = field(default_factory=dict)
     sweep: Sweep | None = None
@@ -109,9 +111,16 @@ def _check(ladder: Ladder, path: str) -> None:
         raise UserError(f"{path}: seeds holds a value twice; give each once")
     if both := sorted(set(ladder.depths) & set(ladder.predict)):
         raise UserError(f"{path}: depth {both[0]} is in depths and in predict; a predicted size must not be fitted to")
-    for key in ("width_per_layer", "head_dim", "ranks"):
+    for key in ("width_per_layer", "head_dim", "ranks", "at_once"):
         if getattr(ladder, key) < 1:
             raise UserError(f"{path}: {key} = {getattr(ladder, key)} is not positive; use 1 or more")
+    for key in ladder.overrides:
+        if key in DERIVED:
+            raise UserError(f"{path}: overrides sets {key}, which follows from depth and budget; leave it out")
+    if ladder.hostfile and ladder.at_once > 1:
+        raise UserError(
+            f"{path}: sets hostfile and at_once, and a hostfile's slots say what runs at once; leave one out"
+        )
     if ladder.predict and ladder.sweep:
         raise UserError(f"{path}: sets predict and sweep, and no law is fitted to a sweep; leave one out")
     if ladder.sweep and ladder.sweep.key in DERIVED:
