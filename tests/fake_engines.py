@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -24,6 +24,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from llama_ds.benchmarks.machine import layouts
 from llama_ds.parallel import world
+from llama_ds.parallel.dry_run.fake_world import asking
 from tests.fake_cuda import DEVICE, FakeCuda, fake_cuda
 from tests.fake_groups import fake_ranks
 
@@ -38,7 +39,7 @@ def deepspeed_on_fake_cuda() -> Iterator[None]:
             (torch.cuda.nvtx, "range_push", lambda message: 0),
             (torch.cuda.nvtx, "range_pop", lambda: 0),
             # Comparisons with rank 0: the collective is issued, and the result is this rank's own value.
-            (zero_utils, "get_lst_from_rank0", _asking(zero_utils.get_lst_from_rank0)),
+            (zero_utils, "get_lst_from_rank0", asking(zero_utils.get_lst_from_rank0)),
             (zero_utils, "assert_lst_len_same_as_other_ranks", lambda x: zero_utils.get_lst_from_rank0([len(x)])),
             # The number of weights that a backward reaches is known to autograd's engine only: all of them.
             (stage_1_and_2, "count_used_parameters_in_backward", len),
@@ -49,14 +50,6 @@ def deepspeed_on_fake_cuda() -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield
-
-
-def _asking(get: Callable[[list[int]], list[int]]) -> Callable[[list[int]], list[int]]:
-    def ask(own: list[int]) -> list[int]:
-        get(own)
-        return own
-
-    return ask
 
 
 def called(cuda: FakeCuda, request: dict[str, Any], rank: int, size: int) -> dict[str, Any]:

@@ -114,6 +114,7 @@ class Case:
             kv_heads=self.kv_heads,
             fp8=self.fp8,
             fp8_weight_gradients=self.fp8_weight_gradients,
+            steps=STEPS if self.fp8 == "off" else self.steps,
         )
 
     @property
@@ -247,7 +248,7 @@ def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, lis
     history, outputs = [], list[torch.Tensor]()
     for layer in list(model.layers)[1 : case.layers + 1]:
         layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
-    for step in range(STEPS):
+    for step in range(case.steps):
         outputs.clear()
         loss = model(*ids_and_labels(global_rows(step, case.vocab), torch.device("cpu")))
         norms = {"activation": [float(x.detach().square().mean().sqrt()) for x in outputs]}

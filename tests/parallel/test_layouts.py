@@ -10,8 +10,7 @@ Products in float8 make the rounding of their inputs visible, and the optimizer 
 second is the first with delayed scales. In fp32 all numbers agree to 6e-6 (updates) or better as long as no element is
 so near to a tie that it is rounded apart; one that is, by 2^-4 of itself, changes the loss by 2e-5 and norms by 7e-3
 (measured with weights changed by 6e-8). In bf16 elements differ by 2^-9 from the fp32 reference before they are rounded
-to steps of 2^-4, so that one in thirty is rounded apart: errors are those of float8 itself (measured 4e-2, updates
-6e-2).
+to steps of 2^-4, so that one in thirty is rounded apart: errors are those of float8 itself (measured 6e-2).
 """
 
 from __future__ import annotations
@@ -140,16 +139,13 @@ MUP = [
 CURRENT = [
     Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, recompute="selective"),
     Case(1, 2, 1, zero=0, micro_batch=4, neighbour=True, recompute="full"),
-    Case(1, 1, 2, zero=3, document_mask=True, micro_batch=2, **RING),
-    Case(2, 2, 1, micro_batch=2, **H1),
+    Case(1, 1, 2, zero=3, micro_batch=2, **RING),
 ]
 DELAYED = [
-    Case(zero=1, recompute="selective", micro_batch=4),
     Case(1, 2, 1, zero=2, micro_batch=4, sequence_parallel=True, fp8_weight_gradients=True),
-    Case(1, 1, 2, zero=3, document_mask=True, micro_batch=2, fp8_weight_gradients=True, **RING),
     Case(2, 2, 1, micro_batch=2, fp8_weight_gradients=True, **H1),
-    Case(2, 1, 2, dtype="bf16", **V),
-    Case(2, 1, 2, **STOCK),
+    Case(2, 1, 1, dtype="bf16", micro_batch=2, **V),
+    Case(2, 1, 1, micro_batch=4, **STOCK),
 ]
 SEQUENCE_PARALLEL = [replace(case, sequence_parallel=True) for case in BASIC_LAYOUTS if case.tp > 1]
 # Errors show in the first steps: every step is clipped, and Adam's moments enter from the second one on. On one rank
