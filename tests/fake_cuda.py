@@ -265,13 +265,12 @@ def _unset_shard(shape: tuple[int, int], dim: int, rank: int, size: int, *unused
 
 
 def _move(module: nn.Module, *arguments: Any, **options: Any) -> nn.Module:
-    """Do what Module.to does; the data of a fake parameter cannot be replaced, so the parameter is."""
+    """Do what Module.to does; replacing the data of a fake parameter leaves its device as it was."""
     for part in module.modules():
-        for name, parameter in part._parameters.items():
+        for parameter in part._parameters.values():
             if parameter is not None:
-                moved = nn.Parameter(parameter.detach().to(*arguments, **options), parameter.requires_grad)
-                vars(moved).update({k: v for k, v in vars(parameter).items() if k not in vars(moved)})
-                part._parameters[name] = moved
+                moved = parameter.detach().to(*arguments, **options)
+                parameter.data, parameter.fake_device = moved, moved.fake_device
         for name, buffer in part._buffers.items():
             part._buffers[name] = buffer if buffer is None else buffer.to(*arguments, **options)
     return module

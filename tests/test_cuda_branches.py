@@ -30,15 +30,17 @@ from llama_ds.benchmarks.report import layer_results
 from llama_ds.checkpoint.snapshot import HostMemory
 from llama_ds.config.run_file import load_run
 from llama_ds.config.schema import RunConfig
+from llama_ds.errors import UserError
 from llama_ds.evaluation import one_process, scoring
 from llama_ds.layout.layout import Layout, resolve_layout
-from llama_ds.model import attention
+from llama_ds.model import attention, fp8
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.attention_kernels import attention_kernel, block_kernel
 from llama_ds.model.build import build_model
 from llama_ds.model.key_value_cache import KeyValueCache
 from llama_ds.model.llama import Llama, layer_context
 from llama_ds.model.loss import NextTokenLoss
+from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.parallel import burn, deepspeed_check, recording, temporary, world
 from llama_ds.parallel.trace import Trace
@@ -94,6 +96,45 @@ def case_a_step_of_the_model(cuda: FakeCuda, folder: Path) -> None:
         assert is_on_device(*(weight.grad for weight in model.parameters()))
         assert all(weight.grad.dtype == torch.bfloat16 for weight in model.parameters() if weight.grad is not None)
     assert {"_flash_attention_forward", "_flash_attention_backward"} <= cuda.operators
+
+
+def case_products_in_float8(cuda: FakeCuda, folder: Path) -> None:
+    """The operator's own checks for CUDA: multiples of 16, the second factor by columns, the shapes of scales."""
+    scaled: list[Any] = []
+    multiply = torch._scaled_mm
+
+    def recorded(*factors: Any, **options: Any) -> Tensor:
+        scaled.append((factors[0].dtype, factors[1].dtype, factors[2].dim(), options["use_fast_accum"]))
+        return multiply(*factors, **options)
+
+    def products(*overrides: str, steps: int = 1) -> list[Any]:
+        context = layer_context(
+            small_run("model.intermediate_size=64", *overrides), SingleRank(), "cuda", torch.bfloat16
+        )
+        layer = ManualBackwardLayer(context, 0, "none").to(DEVICE, torch.bfloat16)
+        layer.lay_weights_together()
+        x = torch.zeros(ROWS, T, 32, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(steps):
+            scaled.clear()
+            (y := layer(x)).backward(torch.zeros_like(y))
+            context.products.end_step()
+        assert is_on_device(x.grad, *(weight.grad for weight in layer.parameters()))
+        return sorted(map(str, scaled))
+
+    def called(rows: bool, gradients: int) -> list[str]:
+        forward = (fp8.FORWARD, fp8.FORWARD, 2 * rows, True)
+        return sorted(map(str, [forward] * 4 + [(fp8.GRADIENT, fp8.FORWARD, 2 * rows, False)] * gradients))
+
+    with mock.patch.object(torch, "_scaled_mm", recorded):
+        delayed = ("compute.fp8=delayed", "compute.fp8_weight_gradients=true")
+        assert products("compute.fp8=current") == products(*delayed) == called(rows=True, gradients=4)
+        assert products(*delayed, steps=2) == called(rows=False, gradients=8)
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: (8, 0)),
+        mock.patch.object(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB"),
+        pytest.raises(UserError, match=r"compute.fp8: NVIDIA A100-SXM4-80GB has compute capability 8.0, .* need 8.9"),
+    ):
+        products("compute.fp8=current")
 
 
 def case_gradients_added_in_float32(cuda: FakeCuda, folder: Path) -> None:
@@ -302,12 +343,13 @@ def case_the_preflight(cuda: FakeCuda, folder: Path) -> None:
 
 
 def case_benchmarks_of_layers(cuda: FakeCuda, folder: Path) -> None:
-    run = small_run()
-    found, _ = against_transformers.layers(run, "none", DEVICE, torch.bfloat16)
+    run = small_run("model.intermediate_size=64")
+    found, _ = against_transformers.layers(run, "none", DEVICE, torch.bfloat16, fp8=True)
     x, grad = (torch.zeros(1, T, 32, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     assert "transformers_our_products" not in found
-    mine: LayerContestant = found["llama_ds_none"]
-    assert mine.peak_bytes(mine.step(x, grad), DEVICE) == 2 << 20
+    for name in ("llama_ds_none", "llama_ds_fp8_delayed_all"):
+        mine: LayerContestant = found[name]
+        assert mine.peak_bytes(mine.step(x, grad), DEVICE) == 2 << 20
     timing = SimpleNamespace(median_s=1.0, seconds=[1.0])
     settings = {"batch": 1, "seq_len": T, "device": "cuda", "dtype": "bf16"}
     results = layer_results(run.model, settings, {"a": timing}, {"a": (1, 1)})  # type: ignore[dict-item]

@@ -1,9 +1,5 @@
 #!/usr/bin/env python3
-<<<<<<< HEAD
-"""Benchmark against other libraries: training steps, layers, data, checkpoints, evaluation; context parallelism."""
-=======
-"""Benchmark against other libraries: steps, decoder layers, data, checkpoints; context parallelism; bit flips."""
->>>>>>> corrupt
+"""Benchmark against other libraries: steps, layers, data, checkpoints, evaluation; context parallelism; bit flips."""
 
 from __future__ import annotations
 
@@ -83,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--tp", type=whole(), default=1, help="time one rank's shard, without communication")
     command.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda if available)")
     command.add_argument("--dtype", choices=DTYPE_NAMES, help="(default: bf16 on cuda, fp32 on cpu)")
+    command.add_argument("--fp8", action="store_true", help="also time our layer with products in float8")
     _add_sizes(command, policy="selective")
     words = "building, reading, opening and resuming: ours, sentencepiece, Hugging Face, webdataset, streaming"
     _add_data_options(add("data", data, words, DATA))
@@ -181,7 +178,7 @@ def layer(args: argparse.Namespace) -> Answer:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("command line: --device cuda: torch finds no CUDA device; use --device cpu")
     dtype = args.dtype or ("bf16" if device == "cuda" else "fp32")
-    results = measure_layer(wanted, args.shape, _settings(args, wanted, dtype), args.tp, device)
+    results = measure_layer(wanted, args.shape, _settings(args, wanted, dtype), args.tp, device, args.fp8)
     return Answer(results, layer_table(results))
 
 

@@ -279,7 +279,13 @@ def show(args: argparse.Namespace, run: RunConfig, start: LaunchSettings, hosts:
 
 def preflight(args: argparse.Namespace, run: RunConfig, hosts: Mapping[str, int]) -> Report:
     """Check hosts before they are used again."""
-    settings = PreflightSettings(output_dir=run.output_dir, measure=False, nic=args.nic, ssh_port=args.ssh_port)
+    settings = PreflightSettings(
+        output_dir=run.output_dir,
+        fp8=run.compute.fp8 != "off",
+        measure=False,
+        nic=args.nic,
+        ssh_port=args.ssh_port,
+    )
     return examine(hosts, settings)
 
 

@@ -77,6 +77,7 @@ def preflight(args: argparse.Namespace) -> Answer:
         timeout_s=args.timeout_s,
         nic=args.nic,
         ssh_port=args.ssh_port,
+        fp8=wanted is not None and wanted.compute.fp8 != "off",
         measure=not args.no_measure,
         burn_s=args.burn_s,
         slow=args.slow,

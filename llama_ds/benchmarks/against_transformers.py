@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,17 +34,22 @@ from llama_ds.training.engines.build import build_engine
 from llama_ds.training.engines.optimizer_groups import build_optimizer, decay_groups
 
 LEARNING_RATE = 1e-4
+_FP8: dict[str, dict[str, Any]] = {  # settings of `compute`
+    "fp8_current": {"fp8": "current"},
+    "fp8_delayed": {"fp8": "delayed"},
+    "fp8_delayed_all": {"fp8": "delayed", "fp8_weight_gradients": True},
+}
 _LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # absolute, on the initial weights
 _GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # relative, for the norms of input gradients
 
 
 def layers(
-    run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype
+    run: RunConfig, policy: str, device: torch.device, dtype: torch.dtype, fp8: bool = False
 ) -> tuple[dict[str, LayerContestant], str]:
     """Return the layers to time, with the same weights, and the attention implementation used by transformers.
 
-    Our layers save all activations (`none`) or follow `policy`. Their layer uses torch's default matmul precision, and
-    on a CPU also ours.
+    Our layers save all activations (`none`) or follow `policy`; with `fp8` there are ours with products in float8, too.
+    Their layer uses torch's default matmul precision, and on a CPU also ours.
 
     Raises:
         UserError: the layer is not one of transformers' Llama.
@@ -84,6 +90,12 @@ def layers(
             theirs, lambda x: checkpoint(call, x, use_reentrant=False), torch_default, embeddings
         ),
     }
+    for name, compute in _FP8.items() if fp8 else ():
+        own_run = replace(run, compute=replace(run.compute, **compute))
+        own = ManualBackwardLayer(layer_context(own_run, SingleRank(), device.type, dtype), 0).to(device, dtype)
+        own.load_state_dict(reference.state_dict())
+        own.lay_weights_together()
+        found[f"llama_ds_{name}"] = LayerContestant(own, own, chosen, tables, own.context.products.end_step)
     if device.type == "cpu":
         found["transformers_our_products"] = LayerContestant(theirs, call, chosen, embeddings)
     return found, attention

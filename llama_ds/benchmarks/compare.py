@@ -14,6 +14,7 @@ from llama_ds.benchmarks.layer import shard
 from llama_ds.benchmarks.report import layer_results, step_results
 from llama_ds.benchmarks.step import Step, Timing, time_interleaved
 from llama_ds.checkpoint.weights import DTYPES
+from llama_ds.config.rules import check_fp8
 from llama_ds.config.schema import ParallelConfig, RunConfig
 from llama_ds.errors import UserError
 from llama_ds.training.host_memory import keep_freed_memory
@@ -48,11 +49,15 @@ def measure_steps(run: RunConfig, settings: Settings, zero: int) -> dict[str, An
     return step_results(run.model, {**asdict(settings), "zero": zero}, timings)
 
 
-def measure_layer(run: RunConfig, shape: str, settings: Settings, tp: int, device_type: str) -> dict[str, Any]:
+def measure_layer(
+    run: RunConfig, shape: str, settings: Settings, tp: int, device_type: str, fp8: bool = False
+) -> dict[str, Any]:
     """Time forward and backward of one rank's shard (1 / `tp`) of a decoder layer; `shape` is the name to report.
 
+    With `fp8` also of the layer with products in float8.
+
     Raises:
-        UserError: `tp` does not divide the layer.
+        UserError: `tp` does not divide the layer, or there are no products in float8 of its sizes or on the device.
     """
     full = run.model
     if any(size % tp for size in (full.num_attention_heads, full.num_key_value_heads, full.intermediate_size)):
@@ -67,11 +72,14 @@ def measure_layer(run: RunConfig, shape: str, settings: Settings, tp: int, devic
     size = (settings.batch, settings.seq_len, model.hidden_size)
     x, grad = (torch.randn(size, generator=generator).to(device, dtype) for _ in range(2))
     run = replace(run, model=model, data=replace(run.data, seq_len=settings.seq_len, document_mask=False))
-    contestants, attention = against_transformers.layers(run, settings.policy, device, dtype)
+    run = replace(run, parallel=ParallelConfig(micro_batch=settings.batch))
+    if fp8:
+        check_fp8(replace(run, compute=replace(run.compute, fp8="delayed", fp8_weight_gradients=True)))
+    contestants, attention = against_transformers.layers(run, settings.policy, device, dtype, fp8)
     steps = {name: contestant.step(x, grad) for name, contestant in contestants.items()}
     measured = {name: (c.saved_bytes(x), c.peak_bytes(steps[name], device)) for name, c in contestants.items()}
     timings = _timed(steps, settings.repeats)
-    against_transformers.check_gradients(timings, settings.dtype)
+    against_transformers.check_gradients(timings, "bf16" if fp8 else settings.dtype)
     about = {**asdict(settings), "shape": shape, "tp": tp, "device": device_type, "attention": attention}
     return layer_results(model, about, timings, measured)
 

@@ -35,6 +35,7 @@ class LayerContestant:
     call: Callable[[Tensor], Tensor]
     precision: str
     constants: tuple[Tensor, ...] = ()
+    after: Callable[[], None] = lambda: None  # ends a step
 
     def step(self, x: Tensor, grad: Tensor) -> Step:
         """Return a step, forward and backward for x and grad (B, T, D), that returns the norm of the input gradient."""
@@ -43,6 +44,7 @@ class LayerContestant:
             self.module.zero_grad()
             inputs = x.detach().requires_grad_()
             self.call(inputs).backward(grad)
+            self.after()
             assert inputs.grad is not None
             return float(inputs.grad.norm())  # synchronises with the device
 

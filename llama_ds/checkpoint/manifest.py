@@ -108,6 +108,7 @@ class Description:
     eos_id: int | None = LLAMA_MARKS.eos
     # Of converted weights: the config.json of the Hugging Face folder, or token ids given for one of Meta's.
     hf_config: dict[str, Any] = field(default_factory=dict)
+    fp8_history: list[str] = field(default_factory=list)  # state of delayed scaling, `llama_ds.model.fp8_delayed`
     config_hash: str = ""  # hash of `run`, filled in by `write_manifest`
     files: dict[str, FileEntry] = field(default_factory=dict)  # filled in by `write_manifest`
     format: int = FORMAT
@@ -295,6 +296,7 @@ _KINDS: dict[str, Any] = {  # types of the description's fields, as its JSON tex
     **dict.fromkeys(("layout", "rng"), dict[str, int]),
     "optimizer_steps": int | None,
     "rewinds": tuple[dict[str, int], ...],
+    "fp8_history": tuple[str, ...],
     "bos_id": int | None,
     "eos_id": int | None,
     "files": dict[str, tuple[int, str, int]],
@@ -317,7 +319,8 @@ def description_from(content: Mapping[str, Any], source: ConfigSource) -> Descri
     found["run"] = renamed_data(found["run"], source)
     if "model" in found["run"]:
         read(ModelConfig, found["run"]["model"], source, "run.model")
-    found["rewinds"] = list(found.get("rewinds", ()))
+    for name in ("rewinds", "fp8_history"):
+        found[name] = list(found.get(name, ()))
     found["files"] = {name: FileEntry(*entry) for name, entry in found.get("files", {}).items()}
     return Description(**found)
 

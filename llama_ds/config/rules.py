@@ -19,6 +19,7 @@ from llama_ds.schedules.schedule import DEFERRING
 
 NONFINITE = "nonfinite"  # entry of checkpoint.start_from_changes that allows NaN and infinite weights
 FLASH_HEAD_DIMS = range(8, 256 + 1, 8)
+FP8_MULTIPLE = 16  # elements: rows of both factors of a float8 product are multiples of 16 bytes
 
 
 def check(run: RunConfig) -> None:
@@ -40,6 +41,7 @@ def _check_stage(run: RunConfig) -> None:
     check_context_parallel(run)
     _check_pipeline(run)
     _check_autograd_layer(run)
+    check_fp8(run)
 
 
 def _check_flash_attention(run: RunConfig) -> None:
@@ -180,6 +182,44 @@ def _check_autograd_layer(run: RunConfig) -> None:
             f"parallel.recompute = {parallel.recompute} requires compute.decoder_layer = manual_backward; "
             "autograd supports none or full",
         )
+
+
+def check_fp8(run: RunConfig) -> None:
+    """Refuse layers and sizes for which there are no products in float8 before any rank starts."""
+    model, tp = run.model, run.parallel.tp
+    if run.compute.fp8_weight_gradients and run.compute.fp8 != "delayed":
+        raise _error(
+            run,
+            f"compute.fp8_weight_gradients needs compute.fp8 = delayed, not {run.compute.fp8}: a current scale of "
+            "weight gradients would depend on which tokens share a micro-batch",
+        )
+    if run.compute.fp8 == "off":
+        return
+    if run.compute.decoder_layer == "autograd":
+        raise _error(
+            run,
+            f"compute.fp8 = {run.compute.fp8} requires compute.decoder_layer = manual_backward; the reference with "
+            "plain autograd has no products in float8",
+        )
+    queries, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    sizes = {
+        "model.hidden_size": model.hidden_size,
+        "model.num_attention_heads * head_dim / tp": queries // tp,
+        "the rows of q, k and v on a rank, (num_attention_heads + 2 num_key_value_heads) * head_dim / tp,": (
+            (queries + 2 * keys) // tp
+        ),
+        "model.intermediate_size / tp": model.intermediate_size // tp,
+    }
+    if run.compute.fp8_weight_gradients:
+        tokens = run.parallel.micro_batch * run.data.seq_len // run.parallel.cp
+        sizes["parallel.micro_batch * data.seq_len / cp"] = tokens
+    for words, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise _error(
+                run,
+                f"compute.fp8 = {run.compute.fp8}: {words} = {size} is not a multiple of {FP8_MULTIPLE}, as the float8 "
+                "kernels need; change it, use another parallel.tp, or set compute.fp8=off",
+            )
 
 
 def _error(run: RunConfig, rule: str) -> UserError:

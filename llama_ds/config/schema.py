@@ -123,6 +123,24 @@ class ComputeConfig(Section):
             "weight gradients (zb_h1, dualpipe_v, zb_v, v_half, v_min).",
         ),
     ] = "manual_backward"
+    fp8: Annotated[
+        str,
+        Key(
+            "Products of the decoder layers in float8 (e4m3, gradients of outputs in e5m2): `current` scales each "
+            "token and channel by its own magnitude, `delayed` each tensor by those of earlier steps "
+            "([precision](precision.md)).",
+            choices=("off", "current", "delayed"),
+            rule="Needs `compute.decoder_layer: manual_backward`, a device with float8 products (Ada, Hopper or newer, "
+            "or a CPU), and matrices whose sizes on a rank are multiples of 16.",
+        ),
+    ] = "off"
+    fp8_weight_gradients: Annotated[
+        bool,
+        Key(
+            "Whether weight gradients are products in float8, too; otherwise they keep the run's dtype.",
+            rule="Needs `compute.fp8: delayed`, and tokens of a micro-batch on a rank in multiples of 16.",
+        ),
+    ] = False
     self_test: Annotated[
         str,
         Key(

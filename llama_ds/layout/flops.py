@@ -14,22 +14,22 @@ from functools import lru_cache
 from llama_ds.config.schema import ModelConfig
 from llama_ds.layout.weights import EMBEDDING, HEAD, Role, decoder_layer, weights
 
-# Dense peaks in FLOP/s (no sparsity) from the vendors' data sheets, by dtype. V100 has no bf16.
+# Dense peaks in FLOP/s (no sparsity) from the vendors' data sheets, by dtype: fp8 sums in fp32. V100 has no bf16.
 DEVICE_PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "H200": {"bf16": 989.4e12, "fp32": 66.9e12},
-    "H100 PCIe": {"bf16": 756e12, "fp32": 51.2e12},
-    "H100 NVL": {"bf16": 835.5e12, "fp32": 60e12},
-    "H100": {"bf16": 989.4e12, "fp32": 66.9e12},
-    "H800": {"bf16": 989.4e12, "fp32": 66.9e12},
+    "H200": {"bf16": 989.4e12, "fp8": 1978.9e12, "fp32": 66.9e12},
+    "H100 PCIe": {"bf16": 756e12, "fp8": 1513e12, "fp32": 51.2e12},
+    "H100 NVL": {"bf16": 835.5e12, "fp8": 1671e12, "fp32": 60e12},
+    "H100": {"bf16": 989.4e12, "fp8": 1978.9e12, "fp32": 66.9e12},
+    "H800": {"bf16": 989.4e12, "fp8": 1978.9e12, "fp32": 66.9e12},
     "A100": {"bf16": 312e12, "fp32": 19.5e12},
     "A800": {"bf16": 312e12, "fp32": 19.5e12},
     "A40": {"bf16": 149.7e12, "fp32": 37.4e12},
     "A10G": {"bf16": 70e12, "fp32": 35e12},
     "A10": {"bf16": 125e12, "fp32": 31.2e12},
-    "L40S": {"bf16": 362e12, "fp32": 91.6e12},
-    "L40": {"bf16": 181e12, "fp32": 90.5e12},
-    "L4": {"bf16": 121e12, "fp32": 30.3e12},
-    "RTX 4090": {"bf16": 165.2e12, "fp32": 82.6e12},
+    "L40S": {"bf16": 362e12, "fp8": 733e12, "fp32": 91.6e12},
+    "L40": {"bf16": 181e12, "fp8": 362e12, "fp32": 90.5e12},
+    "L4": {"bf16": 121e12, "fp8": 242e12, "fp32": 30.3e12},
+    "RTX 4090": {"bf16": 165.2e12, "fp8": 330.3e12, "fp32": 82.6e12},
     "RTX 3090": {"bf16": 71e12, "fp32": 35.6e12},
     "V100": {"fp16": 125e12, "fp32": 15.7e12},
 }
@@ -64,7 +64,7 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
 def device_peak(name: str, dtype: str) -> float | None:
     """Return the dense peak in FLOP/s of a device, or None if it is unknown.
 
-    `name` is the result of torch.cuda.get_device_name. `dtype` is "bf16", "fp16" or "fp32" (without TF32); fp16 has
+    `name` is the result of torch.cuda.get_device_name. `dtype` is fp8, bf16, fp16 or fp32 (without TF32); fp16 has
     the rate of bf16 on devices that support both.
     """
     words = name.upper().replace("-", " ").split()

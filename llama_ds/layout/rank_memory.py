@@ -4,7 +4,8 @@ With P parameters on the rank: weights e P, gradients 4 P (fp32 buffers), and th
 states. AdamW's take 8 P / (dp cp), or 12 P / (dp cp) in bf16 (Rajbhandari et al., arXiv 1910.02054, section 5);
 `optimizer_states.py` has those of other optimizers and dtypes. Working memory is the larger of one layer's activations
 and their gradients, and the head's chunk of logits with its fp32 gradient; the buffers of pipeline messages come on
-top.
+top, and 2 bytes for each element of the decoder layers' matrices where these stay in float8 through a step, once along
+each dimension.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.partition import stage_boundaries, stage_roles
 from llama_ds.layout.pipeline_schedule import schedule_of
 from llama_ds.layout.vocab_parts import part_rows
+from llama_ds.layout.weights import Role
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,18 @@ def rank_memory(run: RunConfig, layout: Layout, element_bytes: int) -> list[Rank
         working = max(2 * work.saved_bytes("none"), head if has_head else 0)
         # Buffers in each direction: posted receives, one send in flight and one being queued.
         messages = 2 * placement.chunks * (schedule.receives + 2) * message if layout.pp > 1 else 0
+        copies = 2 * by_role[Role.HIDDEN_MATRIX] if keeps_fp8_weights(run, layout) else 0
         states = states_of(run.optimizer).nbytes(by_role, element_bytes)
         if run.parallel.post_validation:  # copies of the states, and of masters that are the weights themselves
             states += states + (element_bytes * held if element_bytes == 4 else 0)
         states //= layout.data_axis
-        found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages))
+        found.append(RankMemory(element_bytes * held, 4 * held, states, working + messages + copies))
     return found
+
+
+def keeps_fp8_weights(run: RunConfig, layout: Layout) -> bool:
+    """Return whether weights in float8 serve several micro-batches. ZeRO-3 gathers weights anew for each."""
+    return run.compute.fp8 != "off" and layout.accumulation > 1 and run.zero_stage < 3
 
 
 def layer_work(run: RunConfig, layout: Layout, element_bytes: int) -> LayerWork:

@@ -23,6 +23,7 @@ from llama_ds.model.context_parallel import ContextParallel, WholeRows, rows_of_
 from llama_ds.model.init import initial_shard
 from llama_ds.model.key_value_cache import CacheHolder
 from llama_ds.model.linear import RMSNorm, ShardedLinear
+from llama_ds.model.products import PlainProducts, Products
 from llama_ds.model.rope import RotaryTables, rotate
 from llama_ds.model.tensor_parallel import TensorParallel, no_sequence_parallel
 from llama_ds.model.weight_gradients import WeightGradients
@@ -43,6 +44,7 @@ class LayerContext:
     document_mask: bool = False
     marks: DocumentMarks = LLAMA_MARKS  # the ids between documents, for the mask
     initializer_range: float = TrainingConfig.initializer_range  # standard deviation of initial weights
+    products: Products = field(default_factory=PlainProducts)  # for the hand-written backward
     weight_gradients: WeightGradients = field(default_factory=WeightGradients)
     recomputing: Callable[[], AbstractContextManager[None]] = nullcontext  # wraps the recompute of a layer
     caches: CacheHolder = field(default_factory=CacheHolder)  # for the generation of text
@@ -77,7 +79,8 @@ class LayerContext:
         weight = weight_of(f"{name}.weight")
         bias = bias_of(weight, self.model)
         offsets = None if bias is None else self.parameter(bias)
-        return ShardedLinear(self.parameter(weight, layer), weight.cut, self.tp, offsets, weight.shape(self.model))
+        shard, whole = self.parameter(weight, layer), weight.shape(self.model)
+        return ShardedLinear(shard, weight.cut, self.tp, offsets, whole, (layer, name))
 
     def norm(self, name: str, of_heads: bool = False) -> RMSNorm:
         """Return the norm called `name` within its layer."""

@@ -41,12 +41,18 @@ class ShardedLinear(nn.Module):
         tp: TensorParallel,
         bias: nn.Parameter | None = None,
         whole: Sequence[int] | None = None,
+        named: tuple[int, str] = (0, ""),
     ) -> None:
-        """`whole`: shape of the unsharded matrix; None: the shards are not padded."""
+        """Hold this rank's shard.
+
+        Args:
+            whole: shape of the unsharded matrix; None: the shards are not padded.
+            named: number of the decoder layer, and name within it, by which `Products` know the matrix.
+        """
         super().__init__()
         self.weight = weight
         self.register_parameter("bias", bias)
-        self.cut, self.tp, self.whole = cut, tp, whole
+        self.cut, self.tp, self.whole, self.named = cut, tp, whole, named
 
     def forward(self, x: Tensor) -> Tensor:
         """Return this rank's outputs, or its partial sums without the bias if the matrix is row-parallel."""
@@ -59,13 +65,6 @@ class ShardedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return describe(self.weight, self.tp, self.cut, self.whole) + ("" if self.bias is None else ", with bias")
-
-
-def column_products(x: Tensor, layers: Sequence[ShardedLinear]) -> Tensor:
-    """Return the outputs of column-parallel layers side by side for x (N, I): (N, sum of O). Not differentiable."""
-    weight = stacked([layer.weight for layer in layers]).t()
-    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
-    return torch.addmm(torch.cat(biases), x, weight) if biases else x @ weight
 
 
 def adjacent(matrices: Sequence[Tensor]) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -24,9 +24,12 @@ from llama_ds.model.context_parallel import ContextParallel, WholeRows
 from llama_ds.model.cpu_products import choose_products
 from llama_ds.model.decoder import DecoderLayer, LayerContext
 from llama_ds.model.embedding import FinalNorm, Head, VocabParallelEmbedding, tied_head
+from llama_ds.model.fp8 import Fp8Products, QuantisedWeights, check_capability
+from llama_ds.model.fp8_delayed import DelayedProducts
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
 from llama_ds.model.next_token import own_logits
+from llama_ds.model.products import PlainProducts, Products
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.shared_rows import attention_over
 from llama_ds.model.tensor_parallel import TensorParallel
@@ -39,15 +42,26 @@ def layer_context(
     dtype: torch.dtype,
     marks: DocumentMarks = LLAMA_MARKS,
     cp: ContextParallel | None = None,
+    agree: Callable[[Tensor], Tensor] = lambda x: x,
+    keep_weights: bool = False,
 ) -> LayerContext:
     """Choose the attention backend, and on a CPU the matrix library, and return the context of a stage's layers.
 
     `device_type` is torch's: "cpu" or "cuda". The layers compute in `dtype`. `marks` are those of the tokenizer. `cp`
-    is the group that shares rows; None: this rank has whole rows.
+    is the group that shares rows; None: this rank has whole rows. `agree` returns the maxima over all ranks, and
+    `keep_weights` says whether those in float8 stay until a step ends, for its micro-batches.
     """
     model, cp = run.model, cp or WholeRows()
     if device_type == "cpu":
         choose_products()
+    products: Products = PlainProducts()
+    if run.compute.fp8 != "off":
+        check_capability(torch.device(device_type))
+        weights = QuantisedWeights(keep_weights)
+        products = Fp8Products(tp, weights)
+        if run.compute.fp8 == "delayed":
+            layers, weight_gradients = model.num_hidden_layers, run.compute.fp8_weight_gradients
+            products = DelayedProducts(tp, weights, layers, weight_gradients, agree)
     backend = choose_backend(run.compute.attention_backend, device_type, dtype, model.head_dim)
     return LayerContext(
         model=model,
@@ -59,6 +73,7 @@ def layer_context(
         document_mask=run.data.document_mask,
         marks=marks,
         initializer_range=run.training.initializer_range,
+        products=products,
     )
 
 

@@ -31,7 +31,7 @@ from llama_ds.model.attention import Documents
 from llama_ds.model.attention_kernels import Statistics
 from llama_ds.model.cached_layer import cached_forward
 from llama_ds.model.decoder import DecoderLayer, Hidden, LayerContext
-from llama_ds.model.linear import ShardedLinear, column_products, lay_together, stacked
+from llama_ds.model.linear import ShardedLinear, lay_together
 from llama_ds.model.pointwise import (
     rms_norm,
     rms_norm_backward,
@@ -73,7 +73,7 @@ class ManualBackwardLayer(DecoderLayer):
         self.policy = policy
         self.first = first
         self.kernel = kernel_over(context.cp, context.attention.name)
-        self.weight_grads = LayerWeightGradients(context.weight_gradients)
+        self.weight_grads = LayerWeightGradients(context.weight_gradients, context.products)
         self.recomputes_early = False  # True (policy full only): recompute_oldest() runs before every backward
         self._outstanding: deque[Any] = deque()  # autograd contexts of forwards with a pending backward
         self._recording = False
@@ -88,6 +88,7 @@ class ManualBackwardLayer(DecoderLayer):
         if self.context.caches.cache is not None:
             return cached_forward(self, x, self.context.caches.cache)
         self._recording = self.recomputes_early and torch.is_grad_enabled()
+        self.context.products.training = torch.is_grad_enabled()
         y = _Layer.apply(x, self, self.context.attention.documents(document_start), *self._parameters_in_order())
         return y if document_start is None else (y, document_start)
 
@@ -164,6 +165,7 @@ def forward(
 ) -> tuple[Tensor | None, Saved]:
     """Return y (B, S, D), or None without `output`, and what `policy` keeps. `backward` numbers the steps alike."""
     tp, eps, attention, mlp = layer.tp, layer.input_layernorm.eps, layer.self_attn, layer.mlp
+    products = layer.context.products
     keep = policy == "none"
 
     # 1. n = norm(x), gathered over the sequence
@@ -171,7 +173,7 @@ def forward(
     rows = n.shape[:2]
     n = n.flatten(0, 1)
     # 2. [q | k | v] = n [W_q | W_k | W_v]^T; q = R q, k = R k
-    qkv = projected = column_products(n, layer.wide_attention).view(*rows, -1, attention.head_dim)
+    qkv = projected = products.outputs(n, layer.wide_attention).view(*rows, -1, attention.head_dim)
     if attention.q_norm is None:
         qkv = projected = _rotate_queries_and_keys(layer, qkv)
     else:
@@ -180,17 +182,17 @@ def forward(
     # 3. o = attention(q, k, v)
     out, statistics = layer.kernel.forward(q, k, v, documents)
     # 4. m = x + o W_o^T, summed over ranks
-    mid = out.flatten(2) @ attention.o_proj.weight.t()
+    mid = _output_projection(layer, out)
     mid = _add_residual(tp.start_reduce(mid)(), x, attention.o_proj)
     # 5. l = norm(m), gathered over the sequence
     normed_mid = tp.start_gather(rms_norm(mid, layer.post_attention_layernorm.weight, eps))().flatten(0, 1)
     # 6. [g | u] = l [W_gate | W_up]^T, a = silu(g) u
-    gate_up = column_products(normed_mid, layer.wide_mlp)
+    gate_up = products.outputs(normed_mid, layer.wide_mlp)
     product = swiglu(gate_up)
     # 7. y = m + a W_down^T, summed over ranks
     y = None
     if output:
-        y = tp.start_reduce((product @ mlp.down_proj.weight.t()).view(*rows, -1))()
+        y = tp.start_reduce(products.outputs(product, (mlp.down_proj,)).view(*rows, -1))()
         y = _add_residual(y, mid, mlp.down_proj)
 
     if policy == "full":
@@ -217,22 +219,23 @@ def backward(
     norm, mid_norm = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
     x, qkv, out, gate_up = saved.x, saved.qkv, saved.out, saved.gate_up
     assert qkv is not None and out is not None and gate_up is not None
-    weight_grads, gathered_shape = layer.weight_grads, (*qkv.shape[:2], x.shape[-1])  # (B, T, D)
+    products, weight_grads = layer.context.products, layer.weight_grads
+    gathered_shape = (*qkv.shape[:2], x.shape[-1])  # (B, T, D)
 
     # For a bias b of a product dy: db = sum over tokens of dy.
     # 7. dm = dy (the residual), da = dy W_down, dW_down = dy^T a
     gathering = tp.start_gather(grad_y)
     mid = saved.mid
     if mid is None:  # recompute step 4
-        mid = _add_residual(out.flatten(2) @ attention.o_proj.weight.t(), x, attention.o_proj)
+        mid = _add_residual(_output_projection(layer, out), x, attention.o_proj)
     normed_mid = rms_norm(mid, mid_norm, eps).flatten(0, 1) if saved.normed_mid is None else saved.normed_mid
     gathered_grad_y = gathering().flatten(0, 1)
-    grad_product = gathered_grad_y @ mlp.down_proj.weight
+    grad_product = products.input_gradients(gathered_grad_y, (mlp.down_proj,))
     # 6. du = da g s, dg = da u s (1 + g (1 - s)) with s = sigmoid(g);
     #    dl = [dg | du] [W_gate | W_up], d[W_gate | W_up] = [dg | du]^T l
     grad_gate_up, product = swiglu_backward(grad_product, gate_up, saved.product)
     del grad_product
-    reducing = tp.start_reduce((grad_gate_up @ stacked([m.weight for m in layer.wide_mlp])).view(gathered_shape))
+    reducing = tp.start_reduce(products.input_gradients(grad_gate_up, layer.wide_mlp).view(gathered_shape))
     grad_down_weight = weight_grads.of((mlp.down_proj,), gathered_grad_y, product)  # 7. dW_down
     # 5. dm += r (dl w - z mean(dl w z)) with z = m r; dw = sum over tokens of dl z
     grad_mid, grad_mid_norm = rms_norm_backward(reducing(), mid, mid_norm, eps, grad_y)
@@ -243,7 +246,7 @@ def backward(
     grad_gate_up_bias = bias_gradients(layer.wide_mlp, grad_gate_up)
     del grad_gate_up
     gathered_grad_mid = gathering().flatten(0, 1)
-    grad_out = (gathered_grad_mid @ attention.o_proj.weight).view_as(out)
+    grad_out = products.input_gradients(gathered_grad_mid, (attention.o_proj,)).view_as(out)
     # 3. dq, dk, dv of the attention: formulas in `llama_ds.model.attention_kernels`
     heads = qkv if attention.q_norm is None else _rotate_queries_and_keys(layer, _normed_heads(layer, qkv))
     q, k, v = _split_heads(layer, heads)
@@ -254,7 +257,7 @@ def backward(
     del grads_q_k_v, grad_out, heads, q, k, v
     grad_qkv, grad_head_norms = _normed_heads_backward(layer, grad_qkv, qkv)
     grad_qkv = grad_qkv.flatten(2).flatten(0, 1)
-    reducing = tp.start_reduce((grad_qkv @ stacked([m.weight for m in layer.wide_attention])).view(gathered_shape))
+    reducing = tp.start_reduce(products.input_gradients(grad_qkv, layer.wide_attention).view(gathered_shape))
     grad_o_weight = weight_grads.of((attention.o_proj,), gathered_grad_mid, out.flatten(2).flatten(0, 1))  # 4. dW_o
     normed_x = rms_norm(x, norm, eps).flatten(0, 1) if saved.normed_x is None else saved.normed_x
     # 1. dx = dm + r (dn w - z mean(dn w z)) with z = x r; dw = sum over tokens of dn z
@@ -273,6 +276,12 @@ def backward(
     grad_norms = [total().to(norm.dtype) for total in (summing_norm, summing_mid_norm)]
     grad_matrices = [*grad_qkv_weight, *grad_o_weight, *grad_gate_up_weight, *grad_down_weight]
     return grad_x, [*grad_matrices, *grad_norms, *grad_biases, *grad_head_norms]
+
+
+def _output_projection(layer: ManualBackwardLayer, out: Tensor) -> Tensor:
+    """Return this rank's partial sums of o W_o^T: (B, T, H, K) -> (B, T, D)."""
+    rows = out.flatten(2)
+    return layer.context.products.outputs(rows.flatten(0, 1), (layer.self_attn.o_proj,)).view(*rows.shape[:2], -1)
 
 
 def _split_heads(layer: ManualBackwardLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from llama_ds.model.linear import ShardedLinear, adjacent
+from llama_ds.model.products import Products
 
-Work = tuple[list[nn.Parameter], Tensor, Tensor]  # matrices stacked by rows, dY, X
+Work = tuple[Sequence[ShardedLinear], Tensor, Tensor]  # linear layers that share X, dY, X
 
 
 class WeightGradients:
@@ -28,19 +29,26 @@ class WeightGradients:
         self.observers: list[Callable[[nn.Parameter, Tensor], None]] = []
         self.deferred = False  # True: layers queue the work until their run_deferred_wgrad() is called
 
-    def compute(self, weights: Sequence[nn.Parameter], grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
-        """Compute dY^T X for matrices that share X, as one product; return their gradients, None where added.
+    def compute(
+        self, modules: Sequence[ShardedLinear], grad: Tensor, x: Tensor, products: Products
+    ) -> Sequence[Tensor | None]:
+        """Compute dY^T X for linear layers that share X, as one product; return their gradients, None where added.
 
         `grad` is the concatenation of their output gradients: (N, sum of O).
         """
+        weights = [module.weight for module in modules]
+        rows, computed = [len(w) for w in weights], products.weight_gradient(grad, x, modules)
         if self.buffer_of is None:
-            return (grad.t() @ x).split([len(w) for w in weights])
+            return (grad.t() @ x if computed is None else computed.to(x.dtype)).split(rows)
         buffers = [self.buffer_of(w) for w in weights]
         whole = adjacent(buffers)
-        if whole is not None:
+        if computed is not None:
+            for buffer, gradient in zip(buffers, computed.split(rows), strict=True):
+                buffer.add_(gradient)
+        elif whole is not None:
             add_product(whole, grad, x)
         else:
-            for buffer, part in zip(buffers, grad.split([len(w) for w in weights], 1), strict=True):
+            for buffer, part in zip(buffers, grad.split(rows, 1), strict=True):
                 add_product(buffer, part, x)
         for weight, buffer in zip(weights, buffers, strict=True):
             self._has_added(weight, buffer)
@@ -67,18 +75,17 @@ class WeightGradients:
 class LayerWeightGradients:
     """Gradients of one layer's matrices, computed at once or queued per micro-batch."""
 
-    def __init__(self, stage: WeightGradients) -> None:
-        self._stage = stage
+    def __init__(self, stage: WeightGradients, products: Products) -> None:
+        self._stage, self._products = stage, products
         self._current: list[Work] = []  # deferred work of the running backward
         self._deferred: deque[list[Work]] = deque()
 
     def of(self, modules: Sequence[ShardedLinear], grad: Tensor, x: Tensor) -> Sequence[Tensor | None]:
         """Return the gradients of linear layers that share x (N, I) for autograd, None where it gets none."""
-        weights = [module.weight for module in modules]
         if not self._stage.deferred:
-            return self._stage.compute(weights, grad, x)
-        self._current.append((weights, grad, x))
-        return [None] * len(weights)
+            return self._stage.compute(modules, grad, x, self._products)
+        self._current.append((modules, grad, x))
+        return [None] * len(modules)
 
     def end_micro_batch(self) -> None:
         """Close the backward of one micro-batch."""
@@ -93,8 +100,9 @@ class LayerWeightGradients:
     @torch.no_grad()
     def run_oldest(self) -> None:
         """Compute and accumulate the gradients of the oldest deferred micro-batch."""
-        for weights, grad, x in self._deferred.popleft():
-            for weight, grad_weight in zip(weights, self._stage.compute(weights, grad, x), strict=True):
+        for modules, grad, x in self._deferred.popleft():
+            computed = self._stage.compute(modules, grad, x, self._products)
+            for weight, grad_weight in zip((m.weight for m in modules), computed, strict=True):
                 if grad_weight is not None:
                     weight.grad = grad_weight if weight.grad is None else weight.grad.add_(grad_weight)
 

@@ -236,6 +236,13 @@ def maximum(values: list[float], where: torch.device) -> list[float]:
     return tensor.tolist()
 
 
+def maximum_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` with the elementwise maximum over all ranks in it. Collective."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def total(values: list[float], where: torch.device) -> list[float]:
     """Return the elementwise sum over all ranks, in float64. Collective; synchronises with the device."""
     if not dist.is_initialized():

@@ -29,6 +29,7 @@ from llama_ds.layout.layout import Layout
 from llama_ds.layout.optimizer_states import MASTER, states_of
 from llama_ds.layout.weights import Key, key_of, weight_of
 from llama_ds.log import logger
+from llama_ds.model.products import PlainProducts, Products
 from llama_ds.parallel import world
 from llama_ds.parallel.optimizer_state import adam_steps, begin_moments, fragments, set_counts, spread_masters
 from llama_ds.parallel.state_files import state_files
@@ -50,12 +51,12 @@ class Checkpoints:
         keep = store.Retention(run.checkpoint.keep_last, run.checkpoint.keep_every)
         self._attempt = SaveAttempt(self.folder, world.gather(new_id())[0])
         self._writer = Writer(self._attempt, rank_info.rank, rank_info.world, self._copies, keep)
+        self.products: Products = PlainProducts()  # those of the engine that is saved and loaded
         self._marks, self._hf_config = LLAMA_MARKS, dict[str, Any]()
         self._carried: dict[str, bytes] = {}  # files of the model that the run started from
         self._memory = HostMemory()
         self._step = 0  # step of the save in flight
-        self._announced = 0  # the last step that was reported as saved
-        self._stalled_s = 0.0
+        self._announced, self._stalled_s = 0, 0.0  # last step reported as saved; seconds that training waited for it
         self._news: list[str] = []
         self._lost = ""  # why the last save failed
         self._seen: Choice | None = None  # content of the folder when a checkpoint was chosen
@@ -232,6 +233,7 @@ class Checkpoints:
         begin_moments(engine, found.optimizer_steps or 0, states_of(self.run.optimizer))
         self._fill(engine, kinds)
         set_counts(engine, found.step, found.optimizer_steps or 0)
+        self.products.load(found.fp8_history, world.device())
         return found.step
 
     def start_from(self, engine: Any, weights: Mapping[Key, Readable]) -> None:
@@ -284,6 +286,7 @@ class Checkpoints:
             bos_id=self._marks.bos,
             eos_id=self._marks.eos,
             hf_config=self._hf_config,
+            fp8_history=self.products.state(),
         )
 
     def snapshot(self, engine: Any, step: int) -> Snapshot:

@@ -149,7 +149,10 @@ def load_state(
     engine: Engine, checkpoints: Checkpoints, memory: MemoryCheckpoints, chosen: Chosen, start: ModelFiles | None
 ) -> int:
     """Load the chosen state, or the weights of `start`; return the number of finished steps. Collective."""
+    checkpoints.products = engine.context.products
     if memory.found:
+        assert chosen
+        checkpoints.products.load(chosen[1].fp8_history, world.device())
         return memory.load(engine.deepspeed)
     if chosen:
         return checkpoints.load(engine.deepspeed, *chosen)

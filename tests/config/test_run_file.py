@@ -418,6 +418,26 @@ def test_missing_run_file_is_told(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["compute.fp8=current", "compute.decoder_layer=autograd"], "requires compute.decoder_layer = manual_backward"),
+        (["compute.fp8=current", "model.intermediate_size=88"], "model.intermediate_size / tp = 88 is not a multiple"),
+        (["compute.fp8=delayed", "model.num_attention_heads=1", "model.num_key_value_heads=1", "model.head_dim=24"],
+         "model.num_attention_heads * head_dim / tp = 24 is not a multiple of 16"),
+        (["compute.fp8=current", "compute.fp8_weight_gradients=true"], "needs compute.fp8 = delayed, not current"),
+        (["compute.fp8_weight_gradients=true"], "needs compute.fp8 = delayed, not off"),
+        (["compute.fp8=delayed", "compute.fp8_weight_gradients=true", "data.seq_len=24"],
+         "parallel.micro_batch * data.seq_len / cp = 24 is not a multiple of 16"),
+    ],
+)  # fmt: skip
+def test_what_float8_cannot_take_is_refused_before_the_start(folder: Path, overrides: list[str], words: str) -> None:
+    shape = ("model.hidden_size=64", "model.intermediate_size=96", "model.num_attention_heads=4", "model.head_dim=16")
+    with pytest.raises(UserError) as error:
+        load_run("tiny.yaml", [*shape, *overrides])
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
         (

@@ -238,6 +238,14 @@ def named(answers: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]
     return [(f.host, f.check, f.severity) for f in unlike(answers)]
 
 
+@pytest.mark.parametrize(("model", "named"), [(A100, True), ("NVIDIA H100 80GB HBM3", False), ("Unknown X1", False)])
+def test_a_gpu_without_float8_is_named_where_the_run_needs_it(model: str, named: bool) -> None:
+    found = list(devices.without_fp8(host(model=model)["gpus"]))
+    text = f"{model} has no products in float8; set compute.fp8=off, or use Hopper or newer"
+    assert found == ([("fp8", "error", text)] if named else [])
+    assert list(devices.without_fp8(None)) == []
+
+
 def test_other_hardware_than_most_is_named() -> None:
     usual = {f"node{i}": host() for i in range(254)}
     found = unlike({**usual, "older": host(driver="470.57.02"), "other": host(model="NVIDIA A100-PCIE-40GB")})

@@ -19,9 +19,10 @@ from llama_ds.layout.activation_memory import LayerWork
 from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.model.attention import CausalAttention
 from llama_ds.model.decoder import DecoderLayer, LayerContext
-from llama_ds.model.linear import adjacent
+from llama_ds.model.linear import ShardedLinear, adjacent
 from llama_ds.model.loss import NextTokenLoss
 from llama_ds.model.manual_backward import ManualBackwardLayer
+from llama_ds.model.products import PlainProducts
 from llama_ds.model.rope import RotaryTables
 from llama_ds.model.tensor_parallel import SingleRank
 from llama_ds.model.weight_gradients import WeightGradients
@@ -236,12 +237,12 @@ def test_matrices_of_one_input_lie_together() -> None:
 
 def test_wide_buffer_takes_bf16_products() -> None:
     gradients = WeightGradients()
-    weight = nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16))
+    module = ShardedLinear(nn.Parameter(torch.zeros(3, 5, dtype=torch.bfloat16)), 0, SingleRank())
     buffer = torch.zeros(3, 5)
     gradients.buffer_of = lambda _: buffer
     grad, x = torch.randn(7, 3).bfloat16(), torch.randn(7, 5).bfloat16()
     for _ in range(2):
-        assert gradients.compute([weight], grad, x) == [None]
+        assert gradients.compute([module], grad, x, PlainProducts()) == [None]
     torch.testing.assert_close(buffer, 2 * grad.float().t() @ x.float(), atol=2e-2, rtol=1e-2)
 
 

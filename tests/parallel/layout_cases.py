@@ -81,6 +81,8 @@ class Case:
     kv_heads: int = 4
     pass_times: tuple[int, ...] | None = None
     post_validation: bool = False
+    fp8: str = "off"
+    fp8_weight_gradients: bool = False
     steps: int = STEPS  # number of steps to train; the learning-rate schedule always spans STEPS
 
     @property
@@ -114,6 +116,9 @@ class Case:
             lion=self.lion,
             clip=self.clip,
             kv_heads=self.kv_heads,
+            fp8=self.fp8,
+            fp8_weight_gradients=self.fp8_weight_gradients,
+            steps=STEPS if self.fp8 == "off" else self.steps,
         )
 
     @property
@@ -126,7 +131,7 @@ def run_of(case: Case) -> RunConfig:
     model = ModelConfig(
         vocab_size=case.vocab,
         hidden_size=32,
-        intermediate_size=88,
+        intermediate_size=88 if case.fp8 == "off" else 128,  # a multiple of 16 on each rank
         num_hidden_layers=case.layers,
         num_attention_heads=8,
         num_key_value_heads=case.kv_heads,
@@ -161,7 +166,9 @@ def run_of(case: Case) -> RunConfig:
             case.pass_times,
             case.post_validation,
         ),
-        compute=ComputeConfig(decoder_layer=case.decoder_layer),
+        compute=ComputeConfig(
+            decoder_layer=case.decoder_layer, fp8=case.fp8, fp8_weight_gradients=case.fp8_weight_gradients
+        ),
         deepspeed={
             "zero_optimization": {
                 "stage": case.zero,
@@ -214,10 +221,15 @@ def micro_batches(case: Case, dp_rank: int, first_step: int = 0) -> Iterator[Mic
 
 
 def reference_model(case: Case) -> Llama:
-    """Return the model of a case in fp32 on one rank, with its initial weights and plain autograd."""
-    run = replace(case.run, compute=ComputeConfig(attention_backend="reference"))
+    """Return the model of a case in fp32 on one rank, with its initial weights and plain autograd.
+
+    With products in float8 its layers are those that the layouts have: `tests/model/test_fp8.py` compares them with
+    autograd.
+    """
+    run = replace(case.run, compute=replace(case.run.compute, attention_backend="reference"))
     context = layer_context(run, SingleRank(), "cpu", torch.float32)
-    return Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss))
+    policies = None if case.fp8 == "off" else ["none"] * case.layers
+    return Llama(context, NextTokenLoss(context.tp, run.optimizer.z_loss), policies)
 
 
 def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, list[float]]]]:
@@ -242,7 +254,7 @@ def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, lis
     history, outputs = [], list[torch.Tensor]()
     for layer in list(model.layers)[1 : case.layers + 1]:
         layer.register_forward_hook(lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out))
-    for step in range(STEPS):
+    for step in range(case.steps):
         outputs.clear()
         loss = model(*ids_and_labels(global_rows(step, case.vocab), torch.device("cpu")))
         norms = {"activation": [float(x.detach().square().mean().sqrt()) for x in outputs]}
@@ -256,6 +268,7 @@ def train_reference(case: Case) -> list[tuple[float, float, float, dict[str, lis
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, run.optimizer, STEPS) * group.get("factor", 1.0)
         optimizer.step()
+        model.context.products.end_step()
         muon.step(learning_rate(step, run.optimizer, STEPS))
         lion.step(learning_rate(step, run.optimizer, STEPS))
         with torch.no_grad():

@@ -81,7 +81,9 @@ def train(case: Case) -> tuple[list[tuple[float, float]], float, dict[str, list[
     history += map(engine.read, results)
     layer_check = checks.layer_check
     if not case.post_validation:
-        assert layer_check is not None and layer_check.exact is not None and layer_check.exact.all(), "a CPU repeats all"
+        assert layer_check is not None and layer_check.exact is not None and layer_check.exact.all(), (
+            "a CPU repeats all"
+        )
     by_weight = norms.sums().wait(history[-1][1])
     if case.cp > 1 and case.recompute == "none":
         check_sent(case, sum(sent))

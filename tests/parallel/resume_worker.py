@@ -55,11 +55,14 @@ def take_turn(case: Case, folder: Path, first: int, steps: int, rank_info: world
     config = deepspeed_config(run, case.layout, bf16_native=True)
     engine = build_engine(run, case.layout, config, torch.device("cpu"))
     checkpoints = Checkpoints(run, case.layout, case.dtype, rank_info)
+    checkpoints.products = engine.context.products
     chosen = checkpoints.choose()
     assert bool(chosen) == bool(first)
     if chosen:
         assert checkpoints.load(engine.deepspeed, *chosen) == first
         check_loaded(engine.deepspeed, Path(checkpoints.folder) / chosen[0], chosen[1], case)
+        assert checkpoints.products.state() == chosen[1].fp8_history
+        assert bool(chosen[1].fp8_history) == (case.fp8 == "delayed")
     checkpoints.begin()
     batches = micro_batches(case, engine.dp_rank, first)
     random = torch.get_rng_state()

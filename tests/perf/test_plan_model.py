@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from llama_ds.perf.plan.job import StepJob
 from llama_ds.perf.plan.layer import layer_time
 from llama_ds.perf.plan.program import OURS
 from llama_ds.perf.plan.rank_spread import expected_maximum, slowdown
+from llama_ds.perf.plan.search import search
 from llama_ds.perf.plan.step import rank_roles, run_schedule, stage_times
 from llama_ds.perf.plan.update import update_time
 from llama_ds.schedules.simulate import StageCost, simulate
@@ -184,6 +186,26 @@ def test_nothing_hides_the_gather_of_the_gradient_that_a_stage_receives() -> Non
     middle = stage_times(A100, base)[40]
     assert middle.input_backward.tensor == pytest.approx(layer.input_backward.tensor + layer.ahead)
     assert layer_time(A100, planned("parallel.schedule=zb_h1").step.job, "none").ahead < layer.ahead
+
+
+def test_float8_speeds_up_products_of_many_tokens_on_machines_that_have_it() -> None:
+    """By less than twice: attention and the passes over the factors stay. Those over weights outweigh few tokens."""
+
+    def step(compute: Sequence[str], rows: int) -> float:
+        settings = (f"parallel.micro_batch={rows}", "parallel.tp=1", "parallel.sequence_parallel=false", *compute)
+        return planned(*settings, size="7b", gpus=64, gpu=H100).step.seconds
+
+    current, everything = ["compute.fp8=current"], ["compute.fp8=delayed", "compute.fp8_weight_gradients=true"]
+    assert 1.1 < step([], 8) / step(current, 8) < 1.6
+    assert step(everything, 8) < step(current, 8)
+    assert step([], 8) / step(current, 8) > step([], 1) / step(current, 1)
+    plain, fp8 = planned(size="7b", gpus=64, gpu=H100), planned("compute.fp8=current", size="7b", gpus=64, gpu=H100)
+    matrices = plain.run.model.num_hidden_layers * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert fp8.memory[0].working - plain.memory[0].working == 2 * matrices  # quantised along each dimension
+    seven = str(REPO / "ds_configs/llama_7b.yaml")
+    for find in (planned, lambda *overrides: search(load_run(seven, overrides), 8, A100)):
+        with pytest.raises(UserError, match=r"compute\.fp8 = current: layout/flops\.py has no float8 peak for A100"):
+            find("compute.fp8=current")
 
 
 def test_muon_pays_for_whole_matrices() -> None:

@@ -70,7 +70,8 @@ def test_evaluation_is_measured_beside_transformers(tools: Tools, words: dict[st
 @pytest.mark.parametrize("policy", ["selective", "full"])
 def test_a_layer_is_measured_against_autograd_and_transformers(policy: str) -> None:
     sizes = ("--shape", "quickstart", "--tp", 2, "--batch", 1, "--seq-len", 16, "--threads", 1, "--repeats", 2)
-    done = benchmark("layer", *sizes, "--policy", policy, "--device", "cpu", "--json")
+    fp8 = ("--tp", 1, "--fp8") if policy == "full" else ()
+    done = benchmark("layer", *sizes, *fp8, "--policy", policy, "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     layers = found["layers"]
@@ -80,9 +81,11 @@ def test_a_layer_is_measured_against_autograd_and_transformers(policy: str) -> N
         "llama_ds_autograd",
         "transformers",
         "transformers_checkpointed",
+        *(("llama_ds_fp8_current", "llama_ds_fp8_delayed", "llama_ds_fp8_delayed_all") if fp8 else ()),
         "transformers_our_products",
     ]
-    assert (found["model"]["num_attention_heads"], found["model"]["intermediate_size"]) == (4, 344)
+    tp = 1 if fp8 else 2
+    assert (found["model"]["num_attention_heads"], found["model"]["intermediate_size"]) == (8 // tp, 688 // tp)
     for name, layer in layers.items():
         assert layer["tokens_per_s"] == pytest.approx(16 / layer["median_s"])
         assert layer["tflops"] == pytest.approx(found["model_gflops"] / 1e3 / layer["median_s"])
@@ -98,6 +101,7 @@ def test_impossible_numbers_are_one_line_and_exit_2() -> None:
         (("step", "--run", "no.yaml"), "no.yaml"),
         (("step", "model.hidde=3"), "hidde"),
         (("layer", "--tp", 3), "--tp 3 does not divide"),
+        (("layer", "--tp", 2, "--fp8"), "model.intermediate_size / tp = 344 is not a multiple of 16"),
     ):
         done = benchmark(*args)
         assert done.returncode == 2 and "Traceback" not in done.stderr

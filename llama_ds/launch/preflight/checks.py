@@ -48,6 +48,7 @@ def judge(
             *_software(answer, own),
             *_disks(answer, own, settings.min_free_gib),
             *devices.problems(answer["gpus"], answer["xids"], slots[host]),
+            *(devices.without_fp8(answer["gpus"]) if settings.fp8 else ()),
             *_network(answer, settings.nic),
             *clock(answer["skew_s"], answer["skew_bound_s"]),
         ]

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llama_ds.layout.flops import device_peak
+
 Problem = tuple[str, str, str]  # check, severity, text
 
 NO_GPU = "no GPU"
@@ -80,6 +82,13 @@ def _device(device: Mapping[str, str]) -> Iterator[Problem]:
         how = " and ".join(how for _, how in found.values())
         fix = "look at its cooling and its power supply"
         yield "slowed down", severity, f"{name} is slowed down {how} (clocks_event_reasons.active {reasons}); {fix}"
+
+
+def without_fp8(gpus: Mapping[str, Any] | None) -> Iterator[Problem]:
+    """Yield a problem for each model of GPU that is known to have no products in float8."""
+    for name in sorted({device["name"] for device in (gpus or {}).get("devices", ())}):
+        if device_peak(name, "fp32") and not device_peak(name, "fp8"):
+            yield "fp8", "error", f"{name} has no products in float8; set compute.fp8=off, or use Hopper or newer"
 
 
 def number(text: str) -> float | None:

@@ -35,6 +35,7 @@ class PreflightSettings:
     timeout_s: float = 20.0  # timeout for a host's answer
     nic: str = ""
     ssh_port: int | None = None
+    fp8: bool = False  # whether the run multiplies in float8
     measure: bool = False  # whether to load the devices and time all-reduces
     burn_s: float = 2.0
     slow: str = "warning"  # severity of a slow device or link: warning | error

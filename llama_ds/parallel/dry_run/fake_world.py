@@ -21,7 +21,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from llama_ds.model import loss, pointwise, weight_gradients
+from llama_ds.model import fp8, fp8_delayed, loss, pointwise, weight_gradients
 from llama_ds.parallel.dry_run.ledger import Ledger, within
 from llama_ds.parallel.dry_run.memo import Memo
 from llama_ds.parallel.lean_imports import leave_out_compiler
@@ -53,7 +53,9 @@ def fake_world(
         yield
 
 
-def _asking(get: Callable[[list[int]], list[int]]) -> Callable[[list[int]], list[int]]:
+def asking(get: Callable[[list[int]], list[int]]) -> Callable[[list[int]], list[int]]:
+    """Return a function that asks rank 0 for a list by `get`, and returns this rank's own."""
+
     def ask(own: list[int]) -> list[int]:
         get(own)
         return own
@@ -87,12 +89,12 @@ def _answers(backend: str, ledger: Ledger) -> Iterator[tuple[Any, str, Any]]:
     for module in (nn.Module, PipelineModule):  # torch cannot replace a fake parameter's data, and no move is needed
         yield module, "to", lambda self, *args, **kwargs: self
     # Comparisons with rank 0: the collective is issued, and the result is this rank's own value.
-    yield zero_utils, "get_lst_from_rank0", _asking(zero_utils.get_lst_from_rank0)
+    yield zero_utils, "get_lst_from_rank0", asking(zero_utils.get_lst_from_rank0)
     yield zero_utils, "assert_lst_len_same_as_other_ranks", lambda lst: zero_utils.get_lst_from_rank0([len(lst)])
     yield deepspeed.runtime.bf16_optimizer, "is_invalid_grad_norm", lambda norm: False
     yield dist, "get_backend", lambda group=None: backend
     # Functions that are one kernel on CUDA and several operations with temporaries on a CPU.
-    for module in (loss, pointwise):
+    for module in (fp8, fp8_delayed, loss, pointwise):
         yield module, "compiled_for", lambda x, function: within(ledger.fused, function)
     yield weight_gradients, "add_product", within(ledger.fused, weight_gradients.add_product)
     yield loss, "add_product", within(ledger.fused, loss.add_product)

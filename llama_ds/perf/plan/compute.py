@@ -46,6 +46,16 @@ def gemm(gpu: Hardware, m: int, n: int, k: int, batch: int = 1) -> float:
     return max(best, gpu.element_bytes * numbers / bandwidth(gpu))
 
 
+def fp8_gemm(gpu: Hardware, m: int, n: int, k: int) -> float:
+    """Return the time of a product in float8, without the quantisation of its factors.
+
+    Nobody has measured it: it is that in bf16, sped up as the peaks say.
+    """
+    speedup = gpu.fp8_speedup
+    assert speedup is not None
+    return gemm(gpu, m, n, k) / speedup
+
+
 def bandwidth(gpu: Hardware) -> float:
     """Return the memory bandwidth that pointwise kernels reach, in bytes/s."""
     return gpu.bandwidth_gb_s * 1e9 * gpu.calibration.memory

@@ -97,6 +97,7 @@ def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
             f"{run.deepspeed_path}: bf16.enabled makes this a run in {dtype}, and {gpu.name} is described for "
             f"{gpu.dtype}: set it to {str(native).lower()}"
         )
+    check_peak(run, gpu)
     for section in ("offload_optimizer", "offload_param"):
         if run.deepspeed.get("zero_optimization", {}).get(section):
             raise UserError(
@@ -106,6 +107,15 @@ def estimate(run: RunConfig, world: int, gpu: Hardware) -> Estimate:
     run = with_device_memory(with_partition(run), gpu.memory_bytes)
     policies, memory = held_by(run, layout, gpu)
     return Estimate(run, layout, gpu, policies, memory, step_time(gpu, job_of(run, layout, policies, gpu.dtype)))
+
+
+def check_peak(run: RunConfig, gpu: Hardware) -> None:
+    """Raise UserError for a run in float8 on a machine that has none, or whose peak in float8 is unknown."""
+    if run.compute.fp8 != "off" and gpu.fp8_speedup is None:
+        raise UserError(
+            f"{run.path}: compute.fp8 = {run.compute.fp8}: layout/flops.py has no float8 peak for {gpu.device} "
+            f"({gpu.name}); set compute.fp8=off, or plan for Hopper"
+        )
 
 
 def as_data(found: Estimate) -> dict[str, Any]:

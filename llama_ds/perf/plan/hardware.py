@@ -80,6 +80,12 @@ class Hardware:
         return peak
 
     @property
+    def fp8_speedup(self) -> float | None:
+        """Peak of products in float8 over `peak`; None: the device has none, or `layout/flops.py` does not know."""
+        peak = device_peak(self.device, "fp8")
+        return None if peak is None else peak / self.peak
+
+    @property
     def element_bytes(self) -> int:
         """Bytes of an element in `dtype`."""
         return 4 if self.dtype == "fp32" else 2

@@ -57,6 +57,8 @@ class StepJob:
     low_precision: bool = False  # whether optimizer states are bf16
     pass_times: tuple[int, ...] | None = None  # times that order a V
     post_validation: bool = False  # whether steps begin before the norm of the step before
+    fp8: str = "off"  # scaling of the layers' products in float8: `compute.fp8`
+    fp8_weight_gradients: bool = False
 
     @property
     def pp(self) -> int:
@@ -110,6 +112,11 @@ class StepJob:
         return unit * part_rows(self.model.vocab_size, unit * self.tp)
 
     @property
+    def fp8_weight_uses(self) -> int:
+        """Micro-batches for which a weight in float8 is made: `layout.rank_memory.keeps_fp8_weights`."""
+        return self.micro_batches if self.zero_stage < 3 else 1
+
+    @property
     def placement(self) -> Placement:
         """The placement of stages on pipeline ranks, which no number of micro-batches changes."""
         return self.plan(max(self.micro_batches, 2 * self.pp)).placement
@@ -145,6 +152,8 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         low_precision=bool(states_of(run.optimizer).bf16),
         pass_times=schedule.pass_times,
         post_validation=run.parallel.post_validation,
+        fp8=run.compute.fp8,
+        fp8_weight_gradients=run.compute.fp8_weight_gradients,
     )
 
 

@@ -6,12 +6,13 @@ launches kernels ahead of the GPU, so a stage takes the longer of host time and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from llama_ds.layout.loss_chunks import chunk_tokens
 from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, contention, layer_sum, reduce_scatter
-from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, pointwise
+from llama_ds.perf.plan.compute import flash_attention, fp8_gemm, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import OP, StepJob
 from llama_ds.perf.plan.program import MemoryTraffic, Program
@@ -56,7 +57,8 @@ def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
     m = job.model
     shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     sizes = job.micro_batch, job.seq_len, job.tp
-    return _layer(gpu, job.program, shape, *sizes, job.sequence_parallel, policy, job.sharing, job.split_share)
+    fp8 = job.fp8, job.fp8_weight_gradients, job.fp8_weight_uses
+    return _layer(gpu, job.program, shape, *sizes, job.sequence_parallel, policy, job.sharing, job.split_share, fp8)
 
 
 @lru_cache(maxsize=100_000)
@@ -71,6 +73,7 @@ def _layer(
     policy: str,
     sharing: RowSharing,
     split_share: float,
+    fp8: tuple[str, bool, int],
 ) -> LayerTime:
     hidden, inner, heads, kv_heads, head_dim = shape
     tokens = rows * seq_len // sharing.size
@@ -85,9 +88,11 @@ def _layer(
         (hidden, inner * (2 if program.gated else 1)),
         (inner, hidden),
     ]
-    forward_gemm = [gemm(gpu, tokens, n, k) for k, n in products]
-    input_gemm = [gemm(gpu, tokens, k, n) for k, n in products]
-    weight_gemm = [gemm(gpu, k, n, tokens) for k, n in products]
+    scaling, in_fp8, _ = fp8
+    multiply = gemm if scaling == "off" else fp8_gemm
+    forward_gemm = [multiply(gpu, tokens, n, k) for k, n in products]
+    input_gemm = [multiply(gpu, tokens, k, n) for k, n in products]
+    weight_gemm = [(fp8_gemm if in_fp8 else gemm)(gpu, k, n, tokens) for k, n in products]
 
     attend = flash_attention if program.flash else plain_attention
     shared = shared_attention(
@@ -113,6 +118,7 @@ def _layer(
     if program.overlaps_forward and tp > 1:  # the last chunk of a product or collective has nothing beside it
         beside = sum(min(time, product) for time, product in zip(sent, forward_gemm, strict=False))
         beside_products = (1 - 1 / tp) * beside * (1 - contention(gpu, RankGroup(tp)))
+    quantising = _quantising(gpu, fp8, tokens, products, tp)
     launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
     collectives = 8 if tp > 1 else 0  # launches on the host, with the calls around the collectives
     forward = Parts(
@@ -123,6 +129,7 @@ def _layer(
         launch * (program.kernels_forward + collectives),
         shared.exposed[0],
     )
+    forward += quantising[0]
     hidden_ahead = 0.0
     exposed = sum(sent) + (2 * sent[0] if sequence_parallel and not program.overlaps_tensor else 0)
     if program.overlaps_tensor and tp > 1:
@@ -145,13 +152,45 @@ def _layer(
         launch * (program.kernels_backward + collectives),
         shared.exposed[1],
     )
+    backward += quantising[1]
     numbers = sum(k * n for k, n in products)
     weights = Parts(sum(weight_gemm), 0.0, pointwise(gpu, program.accumulation * numbers, "optimizer"))
+    weights += quantising[2]
     recompute = _recompute(program.flash, policy, forward, forward_gemm, tp)
     if policy == OP:  # of q, k, v, o, gate, up and down every second product is repeated: k, o, up
         key, output, up = keys / (queries + 2 * keys) * forward_gemm[0], forward_gemm[1], forward_gemm[2] / 2
         recompute = Parts(key + output + up, 0.0, forward.pointwise, host=forward.host)
     return LayerTime(forward, recompute, backward, weights, hidden_ahead)
+
+
+def _quantising(
+    gpu: Hardware, fp8: tuple[str, bool, int], tokens: int, products: Sequence[tuple[int, int]], tp: int
+) -> tuple[Parts, Parts, Parts]:
+    """Return what `model/fp8.py` adds to the forward, the input gradients and the weight gradients.
+
+    A factor is read twice in 16 bits and written in 8: for its largest magnitudes, and to be quantised. The weights'
+    factors of input gradients, and both of weight gradients, are copied once more in 8 bits, transposed. Current
+    scaling agrees on magnitudes where ranks share the contracted dimension: that of row-parallel matrices in the
+    forward, of column-parallel ones in the backward.
+    """
+    scaling, weight_gradients, weight_uses = fp8
+    if scaling == "off":
+        return Parts(), Parts(), Parts()
+    launch, start = gpu.calibration.launch_us * 1e-6, gpu.calibration.kernel_us * 1e-6
+    inputs, outputs = (float(tokens * sum(sizes)) for sizes in zip(*products, strict=True))
+    weights = sum(k * n for k, n in products) / weight_uses
+
+    def added(size: float, kernels: int, kind: str, shared: Sequence[int] = ()) -> Parts:
+        agreed = shared if scaling == "current" and tp > 1 else ()
+        sums = sum(all_reduce(gpu, RankGroup(tp), 4.0 * rows) for rows in agreed)
+        calls = len(products) * kernels + 2 * len(agreed)
+        return Parts(pointwise=pointwise(gpu, size, kind) + start * calls, tensor=sums, host=launch * calls)
+
+    return (
+        added(5 * (inputs + weights), 4, "forward", [tokens + n for _, n in products[1::2]]),
+        added(5 * outputs + 7 * weights, 5, "backward", [tokens + k for k, _ in products[::2]]),
+        added(5 * (inputs + outputs), 4, "backward") if weight_gradients else Parts(),
+    )
 
 
 def _collectives(gpu: Hardware, group: RankGroup, size: float, sequence_parallel: bool) -> list[float]:

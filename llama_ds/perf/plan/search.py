@@ -22,7 +22,7 @@ from llama_ds.layout.layout import Layout, resolve_layout
 from llama_ds.layout.partition import boundaries, decoder_layers
 from llama_ds.layout.rank_memory import rank_memory
 from llama_ds.layout.recompute import GIB, USABLE, StagePolicies
-from llama_ds.perf.plan.estimate import Estimate, filled, held_by
+from llama_ds.perf.plan.estimate import Estimate, check_peak, filled, held_by
 from llama_ds.perf.plan.hardware import Hardware
 from llama_ds.perf.plan.job import StepJob, job_of
 from llama_ds.perf.plan.memory import Memory
@@ -91,6 +91,7 @@ def search(base: RunConfig, world: int, gpu: Hardware, top: int = 10) -> SearchR
     """
     if world < 1:
         raise UserError(f"{world} GPUs: the number of GPUs is not positive; give 1 or more")
+    check_peak(base, gpu)
     found = SearchResult([])
     candidates = []
     for run in layouts(base, world, gpu, found.rejected):

@@ -11,10 +11,12 @@ from llama_ds.config.context_parallel import cp_sizes
 from llama_ds.config.document_marks import DocumentMarks
 from llama_ds.config.schema import RunConfig
 from llama_ds.layout.layout import Layout
+from llama_ds.layout.rank_memory import keeps_fp8_weights
 from llama_ds.layout.recompute import stage_policies
 from llama_ds.model.decoder import LayerContext
 from llama_ds.model.llama import layer_context
 from llama_ds.model.loss import NextTokenLoss
+from llama_ds.parallel import world
 from llama_ds.parallel.grid import context_parallel, own_coords, tensor_parallel
 from llama_ds.parallel.trace import Trace
 
@@ -38,7 +40,7 @@ def layer_parts(
     trace = Trace(device)
     tp = tensor_parallel(layout, run.parallel.sequence_parallel, trace)
     cp = context_parallel(layout, cp_sizes(run)[0], trace)
-    context = layer_context(run, tp, device.type, dtype, marks, cp)
+    context = layer_context(run, tp, device.type, dtype, marks, cp, world.maximum_of, keeps_fp8_weights(run, layout))
     context = replace(context, recomputing=partial(trace.around, "recompute"))
     loss = NextTokenLoss(tp, run.optimizer.z_loss, context.weight_gradients, run.model.vocab_size, cp)
     return LayerParts(context, loss, _save_policies(run, layout, dtype), dtype, trace, own_coords(layout).dp)

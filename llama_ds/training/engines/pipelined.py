@@ -75,6 +75,7 @@ class PipelinedEngine:
         summary = self.deepspeed.train_step(
             self._ids_and_labels(batches), lambda: set_learning_rate(self.deepspeed, lr)
         )
+        self.context.products.end_step()
         self._last = StepResult(*summary.unbind())
         return self._last
 

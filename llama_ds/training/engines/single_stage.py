@@ -106,6 +106,7 @@ class SingleStageEngine:
         with collectives_recorded(trace):
             for i in range(self.accumulation):
                 total += self._micro_batch(i, batches)
+            self.context.products.end_step()
         trace.end_step(step_begin)
         return StepResult(total / self.accumulation, engine.get_global_grad_norm())
 

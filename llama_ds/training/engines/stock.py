@@ -57,6 +57,7 @@ class StockPipelinedEngine:
         set_learning_rate(self.deepspeed, lr)
         begin = self.trace.now()
         loss = self.deepspeed.train_batch(self._ids_and_labels(batches))
+        self.context.products.end_step()
         self.trace.end_step(begin)
         return StepResult(loss, self.deepspeed.get_global_grad_norm())
 
