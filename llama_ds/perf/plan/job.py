@@ -13,6 +13,7 @@ from llama_ds.layout.axes import Axes
 from llama_ds.layout.layout import Layout
 from llama_ds.layout.optimizer_states import states_of
 from llama_ds.layout.pipeline_schedule import schedule_of
+from llama_ds.layout.planned_documents import PlannedRows, one_document, planned_rows
 from llama_ds.layout.recompute import StagePolicies
 from llama_ds.layout.vocab_parts import part_rows
 from llama_ds.perf.plan.communication import RankGroup
@@ -53,6 +54,7 @@ class StepJob:
     cp_sizes: CpSizes = WHOLE_ROWS  # ranks that share rows
     optimizer: str = "adamw"
     low_precision: bool = False  # whether optimizer states are bf16
+    planned: PlannedRows | None = None  # rows whose documents attention does not leave; None: each is one document
 
     @property
     def pp(self) -> int:
@@ -88,6 +90,16 @@ class StepJob:
     def tokens(self) -> int:
         """Tokens of a micro-batch on one rank."""
         return self.micro_batch * self.seq_len // self.axes.cp
+
+    @property
+    def documents(self) -> PlannedRows:
+        """Rows with the documents that attention does not leave."""
+        return self.planned or one_document(self.seq_len)
+
+    @property
+    def attended(self) -> PlannedRows:
+        """Rows with the documents that attention computes: whole rows without a fused kernel."""
+        return self.documents if self.program.flash else one_document(self.seq_len)
 
     @property
     def rows(self) -> int:
@@ -134,6 +146,7 @@ def job_of(run: RunConfig, layout: Layout, policies: Sequence[StagePolicies], dt
         cp_sizes=cp_sizes(run)[0] if layout.cp > 1 else WHOLE_ROWS,
         optimizer=run.optimizer.name,
         low_precision=bool(states_of(run.optimizer).bf16),
+        planned=planned_rows(run),
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 
 from llama_ds.layout.loss_chunks import chunk_tokens
+from llama_ds.layout.planned_documents import PlannedRows
 from llama_ds.perf.plan.communication import RankGroup, all_gather, all_reduce, layer_sum, reduce_scatter
 from llama_ds.perf.plan.compute import flash_attention, gemm, plain_attention, pointwise
 from llama_ds.perf.plan.hardware import Hardware
@@ -55,7 +56,8 @@ def layer_time(gpu: Hardware, job: StepJob, policy: str) -> LayerTime:
     m = job.model
     shape = (m.hidden_size, m.intermediate_size, m.num_attention_heads, m.num_key_value_heads, m.head_dim)
     sizes = job.micro_batch, job.seq_len, job.tp
-    return _layer(gpu, job.program, shape, *sizes, job.sequence_parallel, policy, job.sharing, job.split_share)
+    rest = job.sequence_parallel, policy, job.sharing, job.split_share, job.attended
+    return _layer(gpu, job.program, shape, *sizes, *rest)
 
 
 @lru_cache(maxsize=100_000)
@@ -70,6 +72,7 @@ def _layer(
     policy: str,
     sharing: RowSharing,
     split_share: float,
+    documents: PlannedRows,
 ) -> LayerTime:
     hidden, inner, heads, kv_heads, head_dim = shape
     tokens = rows * seq_len // sharing.size
@@ -90,7 +93,7 @@ def _layer(
 
     attend = flash_attention if program.flash else plain_attention
     shared = shared_attention(
-        gpu, sharing, attend, rows, seq_len, local_heads, local_kv_heads, head_dim, program.element_bytes
+        gpu, sharing, attend, rows, seq_len, local_heads, local_kv_heads, head_dim, program.element_bytes, documents
     )
     attention, attention_back = shared.attention
     scale = program.element_bytes / 2
