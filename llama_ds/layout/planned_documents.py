@@ -17,6 +17,7 @@ from llama_ds.config.schema import RunConfig
 from llama_ds.layout.row_cuts import own_ranges
 
 ROWS = 32  # rows of a plan
+DOCUMENTS = 10_000  # documents after which a plan has no further row
 
 
 @dataclass(frozen=True, eq=False)  # the planner looks times up by these objects, of which there is one for each plan
@@ -63,12 +64,13 @@ def one_document(tokens: int) -> PlannedRows:
 
 @lru_cache(maxsize=100)
 def packed_rows(lengths: tuple[int, ...], tokens: int, count: int = ROWS) -> PlannedRows:
-    """Return `count` rows of `tokens` that cut a stream of documents.
+    """Return up to `count` rows of `tokens` that cut a stream of documents.
 
     Their lengths are drawn from `lengths`, with the same draws for every plan.
     """
-    draws, left, rows = random.Random(0), 0, []
-    for _ in range(count):
+    rows: list[tuple[int, ...]] = []
+    draws, left = random.Random(0), 0
+    while len(rows) < count and sum(map(len, rows)) < DOCUMENTS:
         row, room = [], tokens
         while room:
             left = left or draws.choice(lengths)
